@@ -1,0 +1,37 @@
+"""Slides that tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from pipeline import sample
+from pipeline.errors import SampleError
+
+# A shared machine may stall for a moment in the middle of an example: time is measured in benchmarks, not in tests.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def sample_slide() -> Path:
+    """The small real Aperio slide that `wsi-segment --sample` uses."""
+    try:
+        return sample.sample_slide()
+    except SampleError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def shared_slides() -> Path:
+    """The folder of the developers' larger slides; not part of the repository."""
+    shared = Path(os.environ.get("WSI_SEGMENT_SHARED", REPOSITORY.parent / "shared"))
+    slides = shared / "data" / "slides"
+    if not slides.is_dir():
+        pytest.skip("no shared slides: put them beside the checkout in shared/, or set WSI_SEGMENT_SHARED")
+    return slides

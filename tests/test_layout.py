@@ -1,0 +1,117 @@
+"""What holds the project together: import directions, the README's commands, versions, and what no file may name."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from pipeline.cli import app
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Packages of this project that each package may import; imports point one way.
+OWN = {
+    "wsi": {"wsi"},
+    "models": {"models"},
+    "pipeline": {"pipeline", "models", "wsi"},
+    "flows": {"flows", "pipeline", "models", "wsi"},
+}
+TORCH = {"torch", "torchvision", "timm", "segmentation_models_pytorch", "pytorch_grad_cam"}
+READERS = {"openslide", "tiffslide"}
+ORCHESTRATION = {"dask", "distributed", "prefect", "prefect_dask"}
+# Libraries that stay out of each package.
+FOREIGN = {
+    "wsi": TORCH | ORCHESTRATION,
+    "models": READERS | ORCHESTRATION,
+    "pipeline": {"prefect", "prefect_dask"},
+    "flows": TORCH | READERS,
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level names that a module imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return [block.strip() for block in blocks]
+
+
+def project_files() -> list[Path]:
+    """Text files of the project, without what tools leave beside them."""
+    roots = ("wsi", "models", "pipeline", "flows", "tests", "docs", "deploy", "bench", ".ci")
+    files = [
+        p for root in roots for p in (REPOSITORY / root).rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    ]
+    files += [p for p in REPOSITORY.iterdir() if p.is_file()]
+    ends = {"", ".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".csv", ".sh", ".groovy"}
+    return [p for p in files if p.suffix in ends]
+
+
+@pytest.mark.parametrize("package", list(OWN))
+def test_imports_point_one_way(package: str) -> None:
+    modules = sorted((REPOSITORY / package).rglob("*.py"))
+    assert modules
+    for module in modules:
+        names = imported(module)
+        assert names & set(OWN) <= OWN[package], f"{module} imports against the direction"
+        assert not names & FOREIGN[package], f"{module} imports what {package} stays free of"
+
+
+def test_readme_has_two_commands_of_one_line_that_make_their_environment() -> None:
+    commands = readme_commands()
+    assert len(commands) == 2
+    assert all("\n" not in command and command.startswith("python3 -m venv .venv && ") for command in commands)
+
+
+def test_ci_runs_the_commands_of_the_readme_word_for_word() -> None:
+    script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
+    assert all(command in script for command in readme_commands())
+
+
+def test_readme_has_every_option_of_the_command() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`(--?[a-z][a-z-]*)`", "\n".join(re.findall(r"^\| .*", readme, re.MULTILINE))))
+    offered = {name for parameter in get_command(app).params for name in parameter.opts if name.startswith("-")}
+    assert documented == offered - {"--help"}
+
+
+def test_changelog_begins_with_the_version_of_the_project() -> None:
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    head = re.search(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert head is not None
+    assert head[1] == version
+
+
+def test_constraints_pin_every_dependency_exactly() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    pinned = {normal(line.partition("==")[0]) for line in lines}
+    asked = project["dependencies"] + project["optional-dependencies"]["test"]
+    assert {normal(re.split(r"[\[<>=!~; ]", one)[0]) for one in asked} <= pinned
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_no_file_names_a_package_registry_or_a_path_of_the_machine_it_was_written_on() -> None:
+    hosts = r"(?:pypi|pythonhosted|npmjs|deb\.debian)\.(?:org|com)"
+    paths = r"(?<![\w.~$}/-])/(?:wo[r]k|roo[t]|opt/ven[v]|tm[p])/"
+    for path in project_files():
+        found = re.search(f"{hosts}|{paths}", path.read_text(encoding="utf-8"))
+        assert found is None, f"{path}: {found}"
