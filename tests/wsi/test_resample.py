@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.slides import write_slide
+from wsi.grid import Box, Grid
+from wsi.resample import area_mean, read_model_pixels, read_tiles
+from wsi.slide import open_slide
+
+
+def slow_area_mean(rgb_HWC: np.ndarray, factor: float, x: int, y: int) -> np.ndarray:
+    """One target pixel, by summing the covered area of every source pixel."""
+    total, area = np.zeros(3), 0.0
+    for row in range(rgb_HWC.shape[0]):
+        for column in range(rgb_HWC.shape[1]):
+            height = max(0.0, min((y + 1) * factor, row + 1) - max(y * factor, row))
+            width = max(0.0, min((x + 1) * factor, column + 1) - max(x * factor, column))
+            total += rgb_HWC[row, column] * height * width
+            area += height * width
+    return total / area
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.4, 4.5), st.integers(0, 2**32 - 1))
+def test_area_mean_weighs_pixels_by_the_area_that_is_covered(factor: float, seed: int) -> None:
+    rgb_HWC = np.random.default_rng(seed).integers(0, 256, (14, 17, 3), dtype=np.uint8)
+    width, height = int(17 / factor), int(14 / factor)
+    result = area_mean(rgb_HWC, (0, 0), Box(0, 0, width, height), factor)
+    assert result.shape == (height, width, 3)
+    for x, y in ((0, 0), (width - 1, height - 1), (width // 2, height // 3)):
+        assert np.abs(result[y, x] - slow_area_mean(rgb_HWC, factor, x, y)).max() <= 0.51
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 3.0, 17.0, 1.37, 2.5, 0.6])
+def test_a_pixel_does_not_depend_on_the_box_it_is_read_in(tmp_path: Path, factor: float) -> None:
+    rgb_HWC = np.random.default_rng(1).integers(0, 256, (240, 250, 3), dtype=np.uint8)
+    size_m = (int(200 / factor), int(180 / factor))
+    grid = Grid(0, (7, 13), 1.0, factor, 1.0, size_m, 32, 32, 4, 64)
+    with open_slide(write_slide(tmp_path / "slide.svs", rgb_HWC)) as slide:
+        whole = read_model_pixels(slide, grid, Box(0, 0, *size_m)).rgb_HWC
+        part = Box(size_m[0] // 3, size_m[1] // 4, size_m[0] // 2, size_m[1] // 2)
+        np.testing.assert_array_equal(
+            read_model_pixels(slide, grid, part).rgb_HWC, whole[part.y : part.bottom, part.x : part.right]
+        )
+
+
+def test_tiles_read_together_are_the_tiles_read_alone(tmp_path: Path) -> None:
+    rgb_HWC = np.random.default_rng(2).integers(0, 256, (3000, 900, 3), dtype=np.uint8)
+    grid = Grid(0, (0, 0), 1.0, 2.0, 1.0, (450, 1500), 64, 48, 4, 64)
+    tiles = [Box(0, 0, 64, 64), Box(48, 0, 64, 64), Box(384, 720, 64, 64), Box(0, 1440, 64, 64)]
+    with open_slide(write_slide(tmp_path / "slide.svs", rgb_HWC)) as slide:
+        together = read_tiles(slide, grid, tiles)
+        for tile in tiles:
+            np.testing.assert_array_equal(together.tile(tile), read_model_pixels(slide, grid, tile).rgb_HWC)
+        # The last tile reaches 4 rows beyond the slide.
+        assert (together.tile(tiles[-1])[60:] == 255).all()

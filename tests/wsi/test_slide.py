@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.slides import GLASS, PINK, PURPLE, TILE, painted, write_slide
+from wsi.errors import ResolutionError, SlideFormatError, SlideNotFoundError, SlideReadError
+from wsi.grid import Box
+from wsi.readers import BackendName, OpenSlideReader
+from wsi.slide import Slide, open_slide, slide_digest
+
+BACKENDS: list[BackendName] = ["openslide", "tiffslide"]
+
+
+@pytest.fixture
+def noise(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 255, (300, 500, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_readers_give_the_pixels_that_were_written(
+    tmp_path: Path, noise: np.ndarray, backend: BackendName
+) -> None:
+    path = write_slide(tmp_path / "slide.svs", noise, levels=(1, 2))
+    with open_slide(path, backend=backend) as slide:
+        assert slide.info.backend == backend
+        assert slide.info.level_sizes == ((500, 300), (250, 150))
+        assert slide.info.level_downsamples == (2.0**0, 2.0)
+        rgb_HWC, unreadable = slide.read(0, Box(37, 11, 200, 150))
+        np.testing.assert_array_equal(rgb_HWC, noise[11:161, 37:237])
+        assert unreadable == ()
+        half_HWC, _ = slide.read(1, Box(101, 53, 60, 40))
+        expected = noise.reshape(150, 2, 250, 2, 3).mean(axis=(1, 3))[53:93, 101:161]
+        np.testing.assert_array_equal(half_HWC, np.floor(expected + 0.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outside_the_slide_is_white(tmp_path: Path, noise: np.ndarray, backend: BackendName) -> None:
+    with open_slide(write_slide(tmp_path / "slide.svs", noise), backend=backend) as slide:
+        rgb_HWC, unreadable = slide.read(0, Box(-10, -20, 600, 400))
+        inside = rgb_HWC[20:320, 10:510]
+        np.testing.assert_array_equal(inside, noise)
+        assert int(rgb_HWC.astype(int).sum()) - int(inside.astype(int).sum()) == 255 * 3 * (600 * 400 - 500 * 300)
+        assert unreadable == ()
+        far_HWC, _ = slide.read(0, Box(5000, 5000, 8, 8))
+        assert (far_HWC == 255).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mpp_comes_from_the_argument_then_the_slide_then_the_tags_then_the_objective(
+    tmp_path: Path, noise: np.ndarray, backend: BackendName
+) -> None:
+    def found(path: Path, mpp: float | None = None) -> tuple[float, str, int]:
+        with open_slide(path, mpp, backend) as slide:
+            return round(slide.info.mpp, 4), slide.info.mpp_source, len(slide.info.warnings)
+
+    own = write_slide(tmp_path / "own.svs", noise, mpp=0.5, power=20, resolution_mpp=0.7)
+    tags = write_slide(tmp_path / "tags.svs", noise, mpp=None, power=20, resolution_mpp=0.7)
+    power = write_slide(tmp_path / "power.svs", noise, mpp=None, power=40)
+    printer = write_slide(tmp_path / "printer.svs", noise, mpp=None, power=40, resolution_mpp=25400 / 300)
+    nothing = write_slide(tmp_path / "nothing.svs", noise, mpp=None)
+    assert found(own, 0.3) == (0.3, "argument", 0)
+    assert found(own) == (0.5, "slide", 0)
+    assert found(tags) == (0.7, "tiff resolution", 0)
+    assert found(power) == (0.25, "objective power", 1)
+    assert found(printer) == (0.25, "objective power", 1)
+    with pytest.raises(ResolutionError, match=r"^nothing\.svs: no micrometres per pixel in the file; pass --mpp$"):
+        found(nothing)
+    with pytest.raises(ResolutionError, match=r"--mpp is -1.0; it must be a positive number"):
+        found(own, -1.0)
+
+
+def test_a_missing_file_a_broken_one_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "text.svs").write_text("no slide")
+    with pytest.raises(SlideNotFoundError, match=r"^none\.svs: no such file"):
+        open_slide(tmp_path / "none.svs")
+    with pytest.raises(SlideNotFoundError):
+        open_slide(tmp_path)
+    with pytest.raises(SlideFormatError, match=r"^text\.svs: not a slide that can be opened"):
+        open_slide(tmp_path / "text.svs")
+
+
+def test_the_known_bad_files_are_named_with_their_reason(shared_slides: Path) -> None:
+    for name, error, words in (
+        ("broken.svs", SlideFormatError, "not a slide"),
+        ("unreadable.svs", SlideReadError, "Bogus marker length"),
+        ("unopenable.tiff", SlideReadError, "52479"),
+        ("TCGA-CR-7395-01A-01-TS1.svs", ResolutionError, "pass --mpp"),
+    ):
+        with pytest.raises(error, match=f"^{name}: .*{words}"):
+            open_slide(shared_slides / name)
+
+
+def test_a_dicom_slide_opens(shared_slides: Path) -> None:
+    with open_slide(shared_slides / "camelyon-multiframe.dcm") as slide:
+        assert slide.info.size_l0 == (1152, 700)
+        assert slide.info.mpp == pytest.approx(28.97, abs=0.01)
+        assert slide.info.vendor == "dicom"
+
+
+def test_unreadable_tiles_are_white_and_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    """A tile's deflate stream is overwritten in the file; its neighbours must still come out right."""
+    import tifffile
+
+    pink = painted((1024, 768), ((0, 0, 1024, 768), PINK))
+    path = write_slide(tmp_path / "slide.svs", pink)
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        columns = 1024 // TILE
+        tile = 3 * columns + 4
+        offset, count = page.dataoffsets[tile], page.databytecounts[tile]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * count)
+    for backend in BACKENDS:
+        with open_slide(path, backend=backend) as slide:
+            for _ in range(2):  # the second time through the reopened handle
+                rgb_HWC, unreadable = slide.read(0, Box(0, 0, 1024, 768))
+                white_HW = (rgb_HWC == 255).all(axis=2)
+                bad = np.zeros_like(white_HW)
+                for box in unreadable:
+                    bad[box.y : box.bottom, box.x : box.right] = True
+                np.testing.assert_array_equal(white_HW, bad)
+                assert bad[3 * TILE : 4 * TILE, 4 * TILE : 5 * TILE].all()
+                assert bad.sum() <= 256 * 256
+                assert (rgb_HWC[~bad] == PINK).all()
+
+
+class _BoundedReader(OpenSlideReader):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        bounds = {"x": "100", "y": "50", "width": "300", "height": "200"}
+        self.properties = {**self.properties, **{f"openslide.bounds-{k}": v for k, v in bounds.items()}}
+
+
+def test_bounds_are_taken_only_where_all_four_are_there(
+    tmp_path: Path, noise: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_slide(tmp_path / "slide.svs", noise)
+    with open_slide(path) as slide:
+        assert slide.info.bounds_l0 == Box(0, 0, 500, 300)
+    monkeypatch.setitem(__import__("wsi.readers").readers.READERS, "openslide", _BoundedReader)
+    with open_slide(path) as slide:
+        assert slide.info.bounds_l0 == Box(100, 50, 300, 200)
+
+
+def test_names_with_spaces_and_unicode_open(tmp_path: Path) -> None:
+    folder = tmp_path / "föld er"
+    folder.mkdir()
+    path = write_slide(folder / "größe 組織 😀.svs", painted((200, 200), ((20, 20, 99, 99), PURPLE)))
+    for backend in BACKENDS:
+        with open_slide(path, backend=backend) as slide:
+            assert tuple(slide.read(0, Box(30, 30, 1, 1)).rgb_HWC[0, 0]) == PURPLE
+            assert tuple(slide.read(0, Box(0, 0, 1, 1)).rgb_HWC[0, 0]) == GLASS
+
+
+def test_the_digest_follows_the_bytes_and_for_mirax_the_folder(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.svs", tmp_path / "b.svs"
+    a.write_bytes(b"pixels")
+    shutil.copy(a, b)
+    assert slide_digest(a) == slide_digest(b) == hashlib.sha256(b"pixels").hexdigest()
+    b.write_bytes(b"Pixels")
+    assert slide_digest(a) != slide_digest(b)
+    mirax = tmp_path / "m.mrxs"
+    mirax.write_bytes(b"")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "Data0001.dat").write_bytes(b"1")
+    before = slide_digest(mirax)
+    (tmp_path / "m" / "Data0001.dat").write_bytes(b"2")
+    assert slide_digest(mirax) != before
+
+
+def test_threads_share_a_slide(tmp_path: Path, noise: np.ndarray) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    path = write_slide(tmp_path / "slide.svs", noise)
+
+    def check(slide: Slide, x: int) -> bool:
+        return bool((slide.read(0, Box(x, 0, 50, 300)).rgb_HWC == noise[:, x : x + 50]).all())
+
+    with open_slide(path) as slide, ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda x: check(slide, x % 450), range(200)))

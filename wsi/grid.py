@@ -1,0 +1,201 @@
+"""Geometry of a slide: boxes, frames and the tile and block grid.
+
+Frames, given as suffixes of names (x before y, width before height):
+
+    l0   level-0 pixels of the file
+    lv   pixels of the level that is read
+    m    pixels at the model's resolution
+    out  pixels of the stored map
+    um   micrometres
+
+The frames m and out have their origin at the corner of the slide's bounds, which is where QuPath puts its own origin.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from wsi.errors import ResolutionError
+
+if TYPE_CHECKING:  # the slide layer itself is built on boxes
+    from wsi.slide import SlideInfo
+
+
+class Box(NamedTuple):
+    """An axis-aligned box of whole pixels in one frame, half-open: it holds x <= px < x + width."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    @property
+    def right(self) -> int:
+        """First column behind the box."""
+        return self.x + self.width
+
+    @property
+    def bottom(self) -> int:
+        """First row below the box."""
+        return self.y + self.height
+
+    def intersect(self, other: Box) -> Box:
+        """The part common to both boxes; its width or height is 0 where they do not meet."""
+        x, y = max(self.x, other.x), max(self.y, other.y)
+        return Box(x, y, max(0, min(self.right, other.right) - x), max(0, min(self.bottom, other.bottom) - y))
+
+    def shift(self, dx: int, dy: int) -> Box:
+        """The same box moved by (dx, dy)."""
+        return Box(self.x + dx, self.y + dy, self.width, self.height)
+
+
+MPP_TOLERANCE = 0.02
+"""Relative difference up to which a level's pixels, or whole multiples of them, are taken as the model's own: scanners
+know their pixel size no better, and whole factors need no interpolation (docs/decisions/0002-resolution.md)."""
+
+COARSEST_FACTOR = 4.0
+"""How many times coarser than the model a slide may be before it is refused instead of upsampled."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One unit of work: a square of whole output chunks. `index` counts row by row over all blocks of the grid."""
+
+    index: int
+    box_out: Box
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the tiles and blocks of one slide lie, and the conversions between its frames. Immutable and picklable.
+
+    Tile i begins at model pixel i * stride_m; the last tile of a row may reach beyond the slide. Blocks may, too.
+    """
+
+    level: int
+    origin_lv: tuple[int, int]
+    """Corner of the slide's bounds in pixels of the level."""
+    l0_per_lv: float
+    lv_per_m: float
+    """Level pixels per model pixel; a whole number wherever `MPP_TOLERANCE` allows."""
+    mpp_m: float
+    """Micrometres per model pixel as read: the model's own up to `MPP_TOLERANCE`."""
+    size_m: tuple[int, int]
+    tile_m: int
+    stride_m: int
+    m_per_out: int
+    block_out: int
+
+    @property
+    def l0_per_out(self) -> float:
+        """Level-0 pixels per pixel of the stored map."""
+        return self.l0_per_lv * self.lv_per_m * self.m_per_out
+
+    @property
+    def mpp_out(self) -> float:
+        """Micrometres per pixel of the stored map."""
+        return self.mpp_m * self.m_per_out
+
+    @property
+    def size_out(self) -> tuple[int, int]:
+        """(width, height) of the stored map, which covers the bounds."""
+        return _ceil_div(self.size_m[0], self.m_per_out), _ceil_div(self.size_m[1], self.m_per_out)
+
+    def blocks(self) -> list[Block]:
+        """All blocks, row by row. Together they cover the map; none overlap."""
+        columns, rows = (_ceil_div(length, self.block_out) for length in self.size_out)
+        side = self.block_out
+        return [
+            Block(row * columns + column, Box(column * side, row * side, side, side))
+            for row in range(rows)
+            for column in range(columns)
+        ]
+
+    def tiles(self, box_out: Box) -> list[Box]:
+        """The tiles, as boxes in m, that overlap a box of the map: row by row."""
+        box_m = self.box_m(box_out)
+        columns = self._starts(box_m.x, box_m.right, self.size_m[0])
+        rows = self._starts(box_m.y, box_m.bottom, self.size_m[1])
+        return [Box(x, y, self.tile_m, self.tile_m) for y in rows for x in columns]
+
+    def box_m(self, box_out: Box) -> Box:
+        """A box of the map in model pixels."""
+        s = self.m_per_out
+        return Box(box_out.x * s, box_out.y * s, box_out.width * s, box_out.height * s)
+
+    def box_out(self, box_m: Box) -> Box:
+        """A box in model pixels, aligned to the map's pixels, in pixels of the map."""
+        s = self.m_per_out
+        return Box(box_m.x // s, box_m.y // s, box_m.width // s, box_m.height // s)
+
+    def box_lv(self, box_m: Box) -> Box:
+        """The smallest box of level pixels that covers a box in model pixels."""
+        x, right = self._span_lv(0, box_m.x, box_m.right)
+        y, bottom = self._span_lv(1, box_m.y, box_m.bottom)
+        return Box(x, y, right - x, bottom - y)
+
+    def outer_box_m(self, box_lv: Box) -> Box:
+        """A box of the level in model pixels, rounded outwards."""
+        (left, top), f = self.origin_lv, self.lv_per_m
+        x, y = math.floor((box_lv.x - left) / f), math.floor((box_lv.y - top) / f)
+        return Box(x, y, math.ceil((box_lv.right - left) / f) - x, math.ceil((box_lv.bottom - top) / f) - y)
+
+    def box_l0(self, box_m: Box) -> Box:
+        """A box in model pixels in level-0 pixels of the file, rounded outwards."""
+        box_lv, d = self.box_lv(box_m), self.l0_per_lv
+        x, y = math.floor(box_lv.x * d), math.floor(box_lv.y * d)
+        return Box(x, y, math.ceil(box_lv.right * d) - x, math.ceil(box_lv.bottom * d) - y)
+
+    def _span_lv(self, axis: int, start_m: int, stop_m: int) -> tuple[int, int]:
+        origin = self.origin_lv[axis]
+        return origin + math.floor(start_m * self.lv_per_m), origin + math.ceil(stop_m * self.lv_per_m)
+
+    def _starts(self, start_m: int, stop_m: int, size_m: int) -> list[int]:
+        last = max(0, _ceil_div(size_m - self.tile_m, self.stride_m))
+        first = max(0, (start_m - self.tile_m) // self.stride_m + 1)
+        return [i * self.stride_m for i in range(first, min(last, _ceil_div(stop_m, self.stride_m) - 1) + 1)]
+
+
+def make_grid(
+    info: SlideInfo, *, model_mpp: float, tile_m: int, overlap: float, output_stride: int, block_out: int
+) -> Grid:
+    """Choose the level to read and lay tiles and blocks over the slide's bounds.
+
+    The level is the coarsest that is at least as fine as the model's `model_mpp` (micrometres per pixel). `overlap` is
+    the share of a tile's side that it has in common with the next one; the stride is a whole number of output pixels.
+
+    Raises ResolutionError where the slide is more than `COARSEST_FACTOR` times coarser than the model.
+    """
+    finest = info.mpp / model_mpp
+    if finest > COARSEST_FACTOR:
+        raise ResolutionError(
+            f"{info.path.name}: {info.mpp:g} µm/px is too coarse for a model of {model_mpp:g} µm/px (at most "
+            f"{COARSEST_FACTOR * model_mpp:g}); use a slide of higher magnification, or pass --mpp if the file is wrong"
+        )
+    downsamples = info.level_downsamples
+    fine_enough = [i for i, d in enumerate(downsamples) if info.mpp * d <= model_mpp * (1 + MPP_TOLERANCE)]
+    level = max(fine_enough, key=lambda i: downsamples[i], default=0)
+    lv_per_m = model_mpp / (info.mpp * downsamples[level])
+    if abs(lv_per_m / max(1, round(lv_per_m)) - 1) <= MPP_TOLERANCE:
+        lv_per_m = float(max(1, round(lv_per_m)))
+    l0_per_m = lv_per_m * downsamples[level]
+    stride_m = max(output_stride, round(tile_m * (1 - overlap) / output_stride) * output_stride)
+    return Grid(
+        level=level,
+        # Half a level pixel at most is lost here; a fraction would blur every pixel.
+        origin_lv=(round(info.bounds_l0.x / downsamples[level]), round(info.bounds_l0.y / downsamples[level])),
+        l0_per_lv=downsamples[level],
+        lv_per_m=lv_per_m,
+        mpp_m=info.mpp * l0_per_m,
+        size_m=(math.ceil(info.bounds_l0.width / l0_per_m), math.ceil(info.bounds_l0.height / l0_per_m)),
+        tile_m=tile_m,
+        stride_m=stride_m,
+        m_per_out=output_stride,
+        block_out=block_out,
+    )
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,93 @@
+"""The two libraries that decode slides, behind one protocol.
+
+A new library is one class here and one entry in `READERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import openslide
+import tiffslide
+from numpy.typing import NDArray
+
+from wsi.grid import Box
+
+BackendName = Literal["openslide", "tiffslide"]
+
+
+CACHE_BYTES = 16 << 20
+"""Decoded tiles that a handle of OpenSlide keeps: a row of them under a block. There is a handle for each thread."""
+
+
+class Reader(Protocol):
+    """An open slide file. Not shared between threads: `wsi.slide.Slide` opens one per thread."""
+
+    level_sizes: tuple[tuple[int, int], ...]
+    properties: Mapping[str, str]
+    """Properties under OpenSlide's names, whichever library read them."""
+
+    def read(self, level: int, box_lv: Box) -> NDArray[np.uint8]:
+        """The pixels of a box that lies inside the level, as rgb_HWC; transparent pixels are white."""
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+
+class OpenSlideReader:
+    """Slides through the OpenSlide library: every vendor format it knows."""
+
+    def __init__(self, path: Path) -> None:
+        self._slide = openslide.OpenSlide(path)
+        self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+        self.level_sizes: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
+        self.properties: Mapping[str, str] = dict(self._slide.properties)
+
+    def read(self, level: int, box_lv: Box) -> NDArray[np.uint8]:
+        # OpenSlide takes its corner in level-0 pixels, whatever the level.
+        downsample = self._slide.level_downsamples[level]
+        corner_l0 = (round(box_lv.x * downsample), round(box_lv.y * downsample))
+        rgba_HWC = np.asarray(self._slide.read_region(corner_l0, level, (box_lv.width, box_lv.height)))
+        rgb_HWC = np.ascontiguousarray(rgba_HWC[..., :3])
+        alpha_HW = rgba_HWC[..., 3]
+        if alpha_HW.min(initial=255) < 255:
+            rgb_HWC[alpha_HW == 0] = 255
+        return rgb_HWC
+
+    def close(self) -> None:
+        self._slide.close()
+
+
+class TiffSlideReader:
+    """Slides through tiffslide (tifffile and imagecodecs): TIFF-based formats only, decoded faster."""
+
+    def __init__(self, path: Path) -> None:
+        self._slide = tiffslide.TiffSlide(path)
+        self.level_sizes: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
+        self.properties: Mapping[str, str] = {
+            name.replace("tiffslide.", "openslide.", 1): str(value)
+            for name, value in self._slide.properties.items()
+            if value is not None
+        }
+
+    def read(self, level: int, box_lv: Box) -> NDArray[np.uint8]:
+        # tiffslide maps a level-0 corner to the level by flooring x * width_lv / width_l0: ceil is its inverse.
+        (width_l0, height_l0), (width_lv, height_lv) = self.level_sizes[0], self.level_sizes[level]
+        corner_l0 = (-(-box_lv.x * width_l0 // width_lv), -(-box_lv.y * height_l0 // height_lv))
+        pixels_HWC = self._slide.read_region(corner_l0, level, (box_lv.width, box_lv.height), as_array=True)
+        if pixels_HWC.dtype != np.uint8:
+            raise ValueError(f"pixels are {pixels_HWC.dtype}; only 8 bits per channel are supported")
+        if pixels_HWC.shape[2] == 1:
+            pixels_HWC = np.repeat(pixels_HWC, 3, axis=2)
+        return np.ascontiguousarray(pixels_HWC[..., :3], dtype=np.uint8)
+
+    def close(self) -> None:
+        self._slide.close()
+
+
+READERS: dict[BackendName, Callable[[Path], Reader]] = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader}

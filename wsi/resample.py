@@ -1,0 +1,106 @@
+"""Pixels of a slide at the model's resolution: read from a level and averaged by area."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi.grid import Box, Grid
+from wsi.slide import BACKGROUND, Pixels, Slide
+
+STRIP_LV = 512
+"""Rows of the level that are held at full size at a time while tiles are read; a multiple of usual JPEG tile sides, so
+that strips share few of them."""
+
+
+class TilePixels(NamedTuple):
+    """The pixels of some tiles of one block, on one canvas that covers them all."""
+
+    canvas_HWC: NDArray[np.uint8]
+    canvas_m: Box
+    unreadable_m: tuple[Box, ...]
+    """Parts that could not be read (they are white), in model pixels, rounded outwards."""
+
+    def tile(self, tile_m: Box) -> NDArray[np.uint8]:
+        """A view of one tile's pixels, as rgb_HWC."""
+        x, y = tile_m.x - self.canvas_m.x, tile_m.y - self.canvas_m.y
+        return self.canvas_HWC[y : y + tile_m.height, x : x + tile_m.width]
+
+
+def read_tiles(slide: Slide, grid: Grid, tiles_m: Sequence[Box]) -> TilePixels:
+    """Read the pixels of at least one tile, each pixel of the level once, in strips whose width follows the tiles."""
+    left, top = min(t.x for t in tiles_m), min(t.y for t in tiles_m)
+    canvas_m = Box(left, top, max(t.right for t in tiles_m) - left, max(t.bottom for t in tiles_m) - top)
+    canvas_HWC = np.full((canvas_m.height, canvas_m.width, 3), BACKGROUND, np.uint8)
+    unreadable: list[Box] = []
+    rows_m = max(1, int(STRIP_LV / grid.lv_per_m))
+    for start in range(canvas_m.y // rows_m * rows_m, canvas_m.bottom, rows_m):
+        rows = Box(canvas_m.x, start, canvas_m.width, rows_m).intersect(canvas_m)
+        touching = [t for t in tiles_m if t.intersect(rows).height]
+        if not touching:
+            continue
+        x = min(t.x for t in touching)
+        strip_m = Box(x, rows.y, max(t.right for t in touching) - x, rows.height)
+        pixels = read_model_pixels(slide, grid, strip_m)
+        unreadable += [grid.outer_box_m(box_lv) for box_lv in pixels.unreadable_lv]
+        y, x = strip_m.y - canvas_m.y, strip_m.x - canvas_m.x
+        canvas_HWC[y : y + strip_m.height, x : x + strip_m.width] = pixels.rgb_HWC
+    return TilePixels(canvas_HWC, canvas_m, tuple(unreadable))
+
+
+def read_model_pixels(slide: Slide, grid: Grid, box_m: Box) -> Pixels:
+    """The pixels of a box in model pixels, as rgb_HWC, and the parts of the level that could not be read.
+
+    A pixel's value does not depend on the box it is read in: model pixel i is the mean over level pixels
+    [i * lv_per_m, (i + 1) * lv_per_m), edge pixels weighted by the part that is covered.
+    """
+    box_lv = grid.box_lv(box_m)
+    pixels = slide.read(grid.level, box_lv)
+    corner = (box_lv.x - grid.origin_lv[0], box_lv.y - grid.origin_lv[1])
+    return Pixels(area_mean(pixels.rgb_HWC, corner, box_m, grid.lv_per_m), pixels.unreadable_lv)
+
+
+def area_mean(rgb_HWC: NDArray[np.uint8], corner: tuple[int, int], target: Box, factor: float) -> NDArray[np.uint8]:
+    """Resample an image by area: target pixel i covers source pixels [i * factor, (i + 1) * factor).
+
+    `rgb_HWC` begins at source pixel `corner` (x, y) and covers the target box. Rounded half up.
+    """
+    if factor == int(factor):
+        n = int(factor)
+        x, y = target.x * n - corner[0], target.y * n - corner[1]
+        return _whole_mean(rgb_HWC[y : y + target.height * n, x : x + target.width * n], n)
+    rows_HWC = _axis_mean(rgb_HWC.astype(np.float32), corner[1], target.y, target.height, factor)
+    columns_WHC = _axis_mean(rows_HWC.swapaxes(0, 1), corner[0], target.x, target.width, factor)
+    return (columns_WHC.swapaxes(0, 1) + np.float32(0.5)).astype(np.uint8)
+
+
+def _whole_mean(rgb_HWC: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
+    if n == 1:
+        return rgb_HWC
+    # Strided sums: a reshape to six axes and a mean take ten times as long.
+    # uint16 holds the sum of up to 257 pixels.
+    total = np.uint16 if n * n <= 256 else np.uint32
+    sums_HWC = np.zeros((rgb_HWC.shape[0] // n, rgb_HWC.shape[1] // n, 3), total)
+    for y in range(n):
+        for x in range(n):
+            sums_HWC += rgb_HWC[y::n, x::n]
+    sums_HWC += n * n // 2
+    return (sums_HWC // (n * n)).astype(np.uint8)
+
+
+def _axis_mean(values: NDArray[np.float32], corner: int, first: int, count: int, factor: float) -> NDArray[np.float32]:
+    """Mean along axis 0. The weights come from absolute positions, so that neighbours agree to the bit."""
+    starts = np.arange(first, first + count, dtype=np.float64) * factor
+    stops = starts + factor
+    base = np.floor(starts).astype(np.int64)
+    result = np.zeros((count, *values.shape[1:]), np.float32)
+    for tap in range(math.ceil(factor) + 1):
+        position = base + tap
+        weight = np.clip(np.minimum(stops, position + 1) - np.maximum(starts, position), 0, None) / factor
+        index = np.clip(position - corner, 0, len(values) - 1)
+        result += values[index] * weight.astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
+    return result

@@ -1,0 +1,334 @@
+"""A slide: its facts, and its pixels through one of the readers."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import math
+import threading
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi.errors import ResolutionError, SlideFormatError, SlideNotFoundError, SlideReadError
+from wsi.grid import Box
+from wsi.readers import READERS, BackendName, Reader
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["auto", "openslide", "tiffslide"]
+MppSource = Literal["argument", "slide", "tiff resolution", "objective power"]
+
+SLIDE_SUFFIXES = frozenset(
+    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi"}
+)
+"""File name endings that a folder is searched for."""
+
+BACKGROUND = 255
+"""Value of every channel outside the slide and where a region cannot be read: white glass."""
+
+UNREADABLE_CELL = 256
+"""Side, in level pixels, of the smallest region that is given up after a read error."""
+
+# Above this a TIFF resolution is a printer's 72 to 300 dpi, not a microscope's.
+_COARSEST_TIFF_MPP = 40.0
+
+
+@dataclass(frozen=True)
+class SlideInfo:
+    """What is known of a slide without decoding it. Immutable and picklable; holds no patient data."""
+
+    path: Path
+    backend: BackendName
+    vendor: str
+    level_sizes: tuple[tuple[int, int], ...]
+    """(width, height) of every level, the largest first."""
+    mpp: float
+    """Micrometres per level-0 pixel."""
+    mpp_source: MppSource
+    bounds_l0: Box
+    """The scanned part: openslide.bounds-* where the file has all four, else the whole of level 0. QuPath shows just
+    this box and puts its origin at the box's corner."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def size_l0(self) -> tuple[int, int]:
+        """(width, height) of level 0."""
+        return self.level_sizes[0]
+
+    @property
+    def level_downsamples(self) -> tuple[float, ...]:
+        """Level-0 pixels per pixel of each level: the mean over both axes, as OpenSlide has it."""
+        width, height = self.size_l0
+        return tuple((width / w + height / h) / 2 for w, h in self.level_sizes)
+
+
+class Pixels(NamedTuple):
+    """The pixels of a box, and the parts of it that could not be read (they are white)."""
+
+    rgb_HWC: NDArray[np.uint8]
+    unreadable_lv: tuple[Box, ...]
+
+
+class Slide:
+    """An open slide. Threads may share it: each reads through a handle of its own.
+
+    Use as a context manager, or call `close`.
+    """
+
+    def __init__(self, info: SlideInfo) -> None:
+        self.info = info
+        self._local = threading.local()
+        self._readers: set[Reader] = set()
+        self._lock = threading.Lock()
+
+    def read(self, level: int, box_lv: Box) -> Pixels:
+        """Read a box of a level; parts outside the level are white.
+
+        After a read error the box is read again in ever smaller parts, down to `UNREADABLE_CELL`; a part that still
+        fails is filled with white and named in the result, never hidden.
+        """
+        rgb_HWC = np.full((box_lv.height, box_lv.width, 3), BACKGROUND, np.uint8)
+        inside_lv = box_lv.intersect(Box(0, 0, *self.info.level_sizes[level]))
+        unreadable: list[Box] = []
+        if inside_lv.width and inside_lv.height:
+            self._fill(level, inside_lv, rgb_HWC, box_lv, unreadable)
+        return Pixels(rgb_HWC, tuple(unreadable))
+
+    def _fill(self, level: int, part_lv: Box, rgb_HWC: NDArray[np.uint8], box_lv: Box, unreadable: list[Box]) -> None:
+        try:
+            pixels_HWC = self._reader().read(level, part_lv)
+        except Exception as error:
+            if _is_shortage(error):
+                raise
+            # An OpenSlide handle stays broken after its first error.
+            self._drop_reader()
+            if max(part_lv.width, part_lv.height) <= UNREADABLE_CELL:
+                log.warning("%s: cannot read %s of level %d: %s", self.info.path.name, part_lv, level, error)
+                unreadable.append(part_lv)
+                return
+            for quarter_lv in _quarters(part_lv):
+                self._fill(level, quarter_lv, rgb_HWC, box_lv, unreadable)
+            return
+        x, y = part_lv.x - box_lv.x, part_lv.y - box_lv.y
+        rgb_HWC[y : y + part_lv.height, x : x + part_lv.width] = pixels_HWC
+
+    def _reader(self) -> Reader:
+        reader: Reader | None = getattr(self._local, "reader", None)
+        if reader is None:
+            reader = READERS[self.info.backend](self.info.path)
+            self._local.reader = reader
+            with self._lock:
+                self._readers.add(reader)
+        return reader
+
+    def _drop_reader(self) -> None:
+        reader: Reader | None = getattr(self._local, "reader", None)
+        if reader is not None:
+            self._local.reader = None
+            with self._lock:
+                self._readers.discard(reader)
+            reader.close()
+
+    def close(self) -> None:
+        """Close every thread's handle; a later read opens a new one."""
+        with self._lock:
+            readers, self._readers = self._readers, set()
+            self._local = threading.local()
+        for reader in readers:
+            reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") -> Slide:
+    """Open a slide with OpenSlide, or with tiffslide where OpenSlide cannot or `backend` says so.
+
+    `mpp` (micrometres per level-0 pixel) wins over what the file says. Without it the file's own value is taken, then
+    its TIFF resolution, then a guess from the objective power, which is kept as a warning in the `SlideInfo`.
+
+    Raises SlideNotFoundError, SlideFormatError, SlideReadError where no pixel can be decoded, or ResolutionError.
+    """
+    _check_file(path)
+    name, reader = _open_reader(path, backend)
+    properties, level_sizes = reader.properties, reader.level_sizes
+    reader.close()
+    _probe(path, name, level_sizes)
+    mpp, source, warnings = _find_mpp(path, properties, mpp)
+    info = SlideInfo(
+        path=path,
+        backend=name,
+        vendor=properties.get("openslide.vendor", "unknown"),
+        level_sizes=tuple((int(width), int(height)) for width, height in level_sizes),
+        mpp=mpp,
+        mpp_source=source,
+        bounds_l0=_find_bounds(properties, level_sizes[0]),
+        warnings=warnings,
+    )
+    return Slide(info)
+
+
+def slide_digest(path: Path) -> str:
+    """SHA-256 over the slide's file, as hexadecimal digits.
+
+    For MIRAX the files of its folder count too, for DICOM the others in the same folder, which may be other levels of
+    the slide. Other formats of several files (.vms, .vmu) are known by the named file alone.
+
+    Raises SlideNotFoundError, or SlideReadError where a file cannot be read.
+    """
+    _check_file(path)
+    companions: list[Path] = []
+    if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
+        companions = sorted(p for p in path.with_suffix("").iterdir() if p.is_file())
+    elif path.suffix.lower() == ".dcm":
+        companions = sorted(p for p in path.parent.glob("*.dcm") if p.name != path.name)
+    try:
+        digests = [_file_digest(p) for p in (path, *companions)]
+    except OSError as error:
+        raise SlideReadError(
+            f"{path.name}: cannot be read: {error.strerror or error}; check its permissions and its disk"
+        ) from error
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise SlideNotFoundError(f"{path.name}: is a folder at {path}; name the slide's file")
+    if not path.is_file():
+        raise SlideNotFoundError(f"{path.name}: no such file at {path}; check the path")
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether the machine ran short of memory or file handles, for which the slide is not to blame."""
+    shortages = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in shortages)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_reader(path: Path, backend: Backend) -> tuple[BackendName, Reader]:
+    names: tuple[BackendName, ...] = ("openslide", "tiffslide") if backend == "auto" else (backend,)
+    reasons = []
+    for name in names:
+        try:
+            return name, READERS[name](path)
+        except Exception as error:
+            if _is_shortage(error):
+                raise
+            reasons.append(f"{name}: {str(error) or type(error).__name__}")
+    raise SlideFormatError(
+        f"{path.name}: not a slide that can be opened ({'; '.join(reasons)}); check that the file is complete and of a "
+        f"format that OpenSlide or tiffslide reads"
+    )
+
+
+def _probe(path: Path, name: BackendName, level_sizes: tuple[tuple[int, int], ...]) -> None:
+    """Decode one pixel of the coarsest level at a few places; raise SlideReadError where none of them can be."""
+    level = len(level_sizes) - 1
+    width, height = level_sizes[level]
+    places = ((width // 2, height // 2), (0, 0), (width - 1, height - 1), (width - 1, 0), (0, height - 1))
+    reasons = []
+    for x, y in places:
+        try:
+            # A new reader each time: an OpenSlide handle stays broken after its first error.
+            with closing(READERS[name](path)) as reader:
+                reader.read(level, Box(x, y, 1, 1))
+        except Exception as error:  # noqa: BLE001 - see Slide.read
+            reasons.append(str(error) or type(error).__name__)
+        else:
+            return
+    raise SlideReadError(f"{path.name}: opens, but its pixels cannot be decoded ({reasons[-1]}); copy or scan it again")
+
+
+def _quarters(box: Box) -> list[Box]:
+    """The box cut in two along each side that is longer than an unreadable cell, at multiples of the cell."""
+    columns = _halves(box.x, box.width)
+    rows = _halves(box.y, box.height)
+    return [Box(x, y, width, height) for y, height in rows for x, width in columns]
+
+
+def _halves(start: int, length: int) -> list[tuple[int, int]]:
+    if length <= UNREADABLE_CELL:
+        return [(start, length)]
+    # Cutting at multiples of the cell keeps the parts on the file's own JPEG tiles.
+    middle = round((start + length / 2) / UNREADABLE_CELL) * UNREADABLE_CELL
+    if not start < middle < start + length:
+        middle = start + length // 2
+    return [(start, middle - start), (middle, start + length - middle)]
+
+
+def _find_bounds(properties: Mapping[str, str], size_l0: tuple[int, int]) -> Box:
+    whole_l0 = Box(0, 0, int(size_l0[0]), int(size_l0[1]))
+    try:
+        x, y, width, height = (int(properties[f"openslide.bounds-{side}"]) for side in ("x", "y", "width", "height"))
+    except (KeyError, ValueError):
+        return whole_l0
+    bounds_l0 = Box(x, y, width, height).intersect(whole_l0)
+    return bounds_l0 if bounds_l0.width and bounds_l0.height else whole_l0
+
+
+def _find_mpp(
+    path: Path, properties: Mapping[str, str], given: float | None
+) -> tuple[float, MppSource, tuple[str, ...]]:
+    if given is not None:
+        if not (math.isfinite(given) and given > 0):
+            raise ResolutionError(
+                f"{path.name}: --mpp is {given}; it must be a positive number of micrometres per pixel"
+            )
+        return given, "argument", ()
+    pair = _positive(properties, "openslide.mpp-x"), _positive(properties, "openslide.mpp-y")
+    source: MppSource = "slide"
+    if None in pair or _is_tiff_resolution(properties, pair):
+        pair = _tiff_mpp(properties)
+        source = "tiff resolution"
+    mpp_x, mpp_y = pair
+    if mpp_x is not None and mpp_y is not None:
+        if abs(mpp_x / mpp_y - 1) > 0.02:
+            raise ResolutionError(
+                f"{path.name}: pixels are not square ({mpp_x:g}×{mpp_y:g} µm); pass --mpp to state one size for both"
+            )
+        return math.sqrt(mpp_x * mpp_y), source, ()
+    power = _positive(properties, "openslide.objective-power")
+    if power is not None:
+        mpp = 10 / power
+        warning = f"no micrometres per pixel in the file; {mpp:g} was guessed from the objective power {power:g}"
+        return mpp, "objective power", (warning,)
+    raise ResolutionError(f"{path.name}: no micrometres per pixel in the file; pass --mpp")
+
+
+def _positive(properties: Mapping[str, str], name: str) -> float | None:
+    try:
+        value = float(properties[name])
+    except (KeyError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _is_tiff_resolution(properties: Mapping[str, str], pair: tuple[float | None, float | None]) -> bool:
+    # Both libraries pass a plain TIFF's resolution tags on as the slide's own mpp.
+    tags = _tiff_mpp(properties, coarsest=math.inf)
+    return all(own and tag and math.isclose(own, tag, rel_tol=1e-6) for own, tag in zip(pair, tags, strict=True))
+
+
+def _tiff_mpp(properties: Mapping[str, str], coarsest: float = _COARSEST_TIFF_MPP) -> tuple[float | None, float | None]:
+    unit_um = {"inch": 25400.0, "centimeter": 10000.0}.get(properties.get("tiff.ResolutionUnit", "").lower())
+    x, y = _positive(properties, "tiff.XResolution"), _positive(properties, "tiff.YResolution")
+    if unit_um is None or x is None or y is None or max(unit_um / x, unit_um / y) > coarsest:
+        return None, None
+    return unit_um / x, unit_um / y
