@@ -1,0 +1,253 @@
+"""Model bundles: a folder of model.json, classifier.safetensors and segmenter.safetensors.
+
+Reading a card imports no torch, so that a command line can check its model at once; `load_networks` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from models.errors import (
+    DigestMismatchError,
+    InvalidCardError,
+    MissingBundleFileError,
+    UnknownBundleError,
+    WeightsMismatchError,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+DEFAULT_BUNDLE = "colon-gland"
+"""Name of the shipped bundle that is used where none is named."""
+
+SHIPPED_FOLDER = Path(__file__).parent / "weights"
+CARD_FILE = "model.json"
+CLASSIFIER_FILE = "classifier.safetensors"
+SEGMENTER_FILE = "segmenter.safetensors"
+SCHEMA_VERSION = 1
+
+Byte = Annotated[int, Field(ge=0, le=255)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Triple = tuple[float, float, float]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class ClassCard(_Strict):
+    """One tissue class."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    color: tuple[Byte, Byte, Byte]
+    """Red, green, blue."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_plain(cls, name: str) -> str:
+        if ":" in name or name != name.strip() or not name.isprintable():
+            raise ValueError(f"class name {name!r} must be printable, without ':' and without space around it")
+        return name
+
+
+class ClassifierCard(_Strict):
+    """How to build the classifier."""
+
+    backbone: Annotated[str, Field(min_length=1)]
+    head: Annotated[str, Field(min_length=1)]
+
+
+class SegmenterCard(_Strict):
+    """How to build the segmenter."""
+
+    encoder: Annotated[str, Field(min_length=1)]
+
+
+class WeightsCard(_Strict):
+    """SHA-256 of the weights files."""
+
+    classifier: Digest
+    segmenter: Digest
+
+
+class ModelCard(_Strict):
+    """What model.json holds: everything that is needed to use a model, and to judge whether to."""
+
+    schema_version: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: Annotated[str, Field(min_length=1)]
+    classes: Annotated[tuple[ClassCard, ...], Field(min_length=2, max_length=254)]
+    mpp: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+    """Micrometres per pixel of the images the networks expect."""
+    tile_size: Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
+    """Side of a tile in pixels at `mpp`."""
+    mean: Triple
+    """Subtracted from RGB scaled to 0–1, per channel."""
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    classifier: ClassifierCard
+    segmenter: SegmenterCard
+    output_stride: Literal[4] = 4
+    gate_thresholds: tuple[Fraction, ...]
+    """Per class: the class passes where the classifier's probability is above it."""
+    licence: Annotated[str, Field(min_length=1)]
+    training_data: Annotated[str, Field(min_length=1)]
+    """Data, attribution, split and supervision."""
+    metrics: dict[str, float]
+    limits: Annotated[str, Field(min_length=1)]
+    """What the model is not for."""
+    weights: WeightsCard
+
+    @model_validator(mode="after")
+    def _one_threshold_per_class_and_distinct_names(self) -> Self:
+        if len(self.gate_thresholds) != len(self.classes):
+            raise ValueError(
+                f"{len(self.gate_thresholds)} gate_thresholds for {len(self.classes)} classes; give one per class"
+            )
+        names = [entry.name for entry in self.classes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"class names are not distinct: {names}")
+        return self
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked card and the folder it lies in; `digest` is the SHA-256 of model.json, which itself holds the weights'
+    digests.
+    """
+
+    card: ModelCard
+    path: Path
+    digest: str
+
+
+def shipped_bundles() -> list[str]:
+    """Return the names of the bundles that come with the package, sorted."""
+    if not SHIPPED_FOLDER.is_dir():
+        return []
+    return sorted(folder.name for folder in SHIPPED_FOLDER.iterdir() if (folder / CARD_FILE).is_file())
+
+
+def load_bundle(name_or_path: str | Path) -> Bundle:
+    """Return the shipped bundle of that name, or the one in that folder; reads the card only, not the weights.
+
+    A shipped name wins over a folder of the same name in the working directory ("./name" names the folder). Raises
+    UnknownBundleError, MissingBundleFileError or InvalidCardError.
+    """
+    names = shipped_bundles()
+    path = SHIPPED_FOLDER / str(name_or_path) if str(name_or_path) in names else Path(name_or_path)
+    if not path.is_dir():
+        raise UnknownBundleError(
+            f"{name_or_path}: neither a shipped model ({', '.join(names) or 'none'}) nor the folder of a model bundle"
+        )
+    for file in (CARD_FILE, CLASSIFIER_FILE, SEGMENTER_FILE):
+        if not (path / file).is_file():
+            raise MissingBundleFileError(
+                f"{path}: no {file}; a bundle is {CARD_FILE}, {CLASSIFIER_FILE} and {SEGMENTER_FILE}"
+            )
+    content = (path / CARD_FILE).read_bytes()
+    return Bundle(_parse_card(content, path / CARD_FILE), path, hashlib.sha256(content).hexdigest())
+
+
+def _parse_card(content: bytes, file: Path) -> ModelCard:
+    try:
+        return ModelCard.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if where == "schema_version":
+            found = first["input"] if first["type"] != "missing" else "none"
+            raise InvalidCardError(
+                f"{file}: schema_version is {found}, this version reads {SCHEMA_VERSION}; "
+                "update the package, or export the bundle again"
+            ) from error
+        raise InvalidCardError(
+            f"{file}: {where or 'not JSON'}: {first['msg']} ({error.error_count()} error(s) in all)"
+        ) from error
+
+
+def load_networks(bundle: Bundle) -> tuple[nn.Module, nn.Module]:
+    """Return (classifier, segmenter) of the bundle in float32 and eval mode, on the CPU.
+
+    Raises DigestMismatchError where a weights file is not the one the card names, WeightsMismatchError where it does
+    not fit the architecture, ArchitectureError where that does not exist.
+    """
+    from models.classifier import Classifier
+    from models.segmenter import build_segmenter
+
+    card = bundle.card
+    classifier = Classifier(card.classifier.backbone, card.classifier.head, len(card.classes))
+    _load_weights(classifier, bundle.path / CLASSIFIER_FILE, card.weights.classifier)
+    segmenter = build_segmenter(card.segmenter.encoder, len(card.classes))
+    _load_weights(segmenter, bundle.path / SEGMENTER_FILE, card.weights.segmenter)
+    return classifier.eval(), segmenter.eval()
+
+
+def _load_weights(network: nn.Module, file: Path, expected: str) -> None:
+    import safetensors
+    import safetensors.torch
+
+    content = file.read_bytes()
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != expected:
+        raise DigestMismatchError(
+            f"{file}: SHA-256 is {actual}, {CARD_FILE} says {expected}; fetch or export the bundle again"
+        )
+    try:
+        tensors = safetensors.torch.load(content)
+        wanted = network.state_dict()
+        network.load_state_dict({name: _as_loaded(tensor) for name, tensor in tensors.items()})
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise WeightsMismatchError(
+            f"{file}: the weights do not fit the architecture in {CARD_FILE} ({len(wanted)} tensors): {error}"
+        ) from error
+
+
+def _as_loaded(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    # Kernels in float16 halve the file. Vectors (biases, batch-norm statistics) are small, and a running variance can
+    # leave float16's range.
+    stored = tensor.detach().cpu().contiguous()
+    return stored.half() if stored.is_floating_point() and stored.ndim > 1 else stored
+
+
+def _serialise(network: nn.Module) -> bytes:
+    import safetensors.torch
+
+    return safetensors.torch.save({name: _as_stored(tensor) for name, tensor in network.state_dict().items()})
+
+
+def save_bundle(folder: Path, card: ModelCard, classifier: nn.Module, segmenter: nn.Module) -> Bundle:
+    """Write the bundle folder, replacing one that is there, and return it as loaded.
+
+    Kernels are stored in float16, vectors in float32. The card's `weights` are set to the digests of what is written.
+    The folder is built beside its place and renamed into it, so a killed run leaves no half bundle.
+    """
+    contents = {CLASSIFIER_FILE: _serialise(classifier), SEGMENTER_FILE: _serialise(segmenter)}
+    digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+    weights = WeightsCard(classifier=digests[CLASSIFIER_FILE], segmenter=digests[SEGMENTER_FILE])
+    contents[CARD_FILE] = (card.model_copy(update={"weights": weights}).model_dump_json(indent=2) + "\n").encode()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    work.chmod(0o755)
+    for file, content in contents.items():
+        (work / file).write_bytes(content)
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+        folder.replace(old)
+        work.replace(folder)
+        shutil.rmtree(old)
+    else:
+        work.replace(folder)
+    return load_bundle(folder.absolute())

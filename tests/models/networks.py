@@ -1,0 +1,107 @@
+"""Networks with known answers, in place of trained ones.
+
+`color_card` makes a card whose classes have the colours that the colour networks look for, with identity normalisation
+(mean 0, std 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.bundle import ClassCard, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
+
+RGB = tuple[int, int, int]
+NO_DIGEST = "0" * 64
+
+
+def make_card(
+    colors: Sequence[RGB] = ((230, 159, 0), (0, 158, 115)),
+    *,
+    mpp: float = 1.0,
+    tile_size: int = 64,
+    thresholds: Sequence[float] | None = None,
+) -> ModelCard:
+    """Return a card with classes class-0, class-1, … of those colours, thresholds of 0.5 and normalisation to 0–1."""
+    return ModelCard(
+        schema_version=1,
+        name="test",
+        description="A network with known answers.",
+        classes=tuple(ClassCard(name=f"class-{k}", color=color) for k, color in enumerate(colors)),
+        mpp=mpp,
+        tile_size=tile_size,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        classifier=ClassifierCard(backbone="none", head="gap"),
+        segmenter=SegmenterCard(encoder="none"),
+        output_stride=4,
+        gate_thresholds=tuple(thresholds or [0.5] * len(colors)),
+        licence="CC0",
+        training_data="none",
+        metrics={},
+        limits="For tests.",
+        weights=WeightsCard(classifier=NO_DIGEST, segmenter=NO_DIGEST),
+    )
+
+
+class ConstantClassifier(nn.Module):
+    """Every tile gets the same presence probabilities."""
+
+    def __init__(self, presence_K: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("logits_K", torch.logit(torch.tensor(presence_K, dtype=torch.float64)).float())
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        logits_K = self.get_buffer("logits_K")
+        return logits_K.expand(len(x_NCHW), -1)
+
+
+class ConstantSegmenter(nn.Module):
+    """Every cell of the stride-4 map gets the same logits."""
+
+    def __init__(self, logits_K: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("logits_K", torch.tensor(logits_K, dtype=torch.float32))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        count, _, height, width = x_NCHW.shape
+        return self.get_buffer("logits_K").view(1, -1, 1, 1).expand(count, -1, height // 4, width // 4)
+
+
+class ColorSegmenter(nn.Module):
+    """The class whose colour is nearest to the mean of a 4×4 cell wins it: logits are minus the scaled distance, for
+    RGB in 0–1.
+    """
+
+    def __init__(self, colors: Sequence[RGB], sharpness: float = 40.0) -> None:
+        super().__init__()
+        self.register_buffer("colors_K3", torch.tensor(colors, dtype=torch.float32) / 255)
+        self.sharpness = sharpness
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        cells_NChw = F.avg_pool2d(x_NCHW, 4)
+        difference = cells_NChw[:, None] - self.get_buffer("colors_K3")[None, :, :, None, None]
+        return -self.sharpness * difference.square().sum(dim=2).sqrt()
+
+
+class ColorClassifier(nn.Module):
+    """A class is present (probability near 1, else near 0) where its colour is the nearest one in at least one 4×4 cell
+    of the tile.
+    """
+
+    def __init__(self, colors: Sequence[RGB]) -> None:
+        super().__init__()
+        self.segmenter = ColorSegmenter(colors)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        winner_Nhw = self.segmenter(x_NCHW).argmax(dim=1)
+        classes = len(self.segmenter.get_buffer("colors_K3"))
+        present_NK = torch.stack([(winner_Nhw == k).flatten(1).any(dim=1) for k in range(classes)], dim=1)
+        return present_NK.float() * 16 - 8
+
+
+ColourSegmenter = ColorSegmenter
+ColourClassifier = ColorClassifier

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from models.backbone import Backbone
+from models.bundle import (
+    CLASSIFIER_FILE,
+    DEFAULT_BUNDLE,
+    SEGMENTER_FILE,
+    SHIPPED_FOLDER,
+    ClassCard,
+    ClassifierCard,
+    ModelCard,
+    SegmenterCard,
+    load_bundle,
+    load_networks,
+    save_bundle,
+    shipped_bundles,
+)
+from models.classifier import Classifier
+from models.errors import (
+    ArchitectureError,
+    DigestMismatchError,
+    InvalidCardError,
+    MissingBundleFileError,
+    UnknownBundleError,
+    WeightsMismatchError,
+)
+from models.segmenter import build_segmenter
+from tests.models.networks import make_card
+
+
+def _real_card() -> ModelCard:
+    networks = {
+        "classifier": ClassifierCard(backbone="tf_efficientnet_lite0", head="pda"),
+        "segmenter": SegmenterCard(encoder="resnet18"),
+    }
+    return make_card().model_copy(update=networks)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(5)
+    path = tmp_path / "bündel"
+    save_bundle(path, _real_card(), Classifier("tf_efficientnet_lite0", "pda", 2), build_segmenter("resnet18", 2))
+    return path
+
+
+def _rewrite(folder: Path, change: dict[str, Any]) -> None:
+    file = folder / "model.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def test_networks_come_back_within_half_precision_and_in_float32(tmp_path: Path) -> None:
+    classifier, segmenter = Classifier("tf_efficientnet_lite0", "pda", 2), build_segmenter("resnet18", 2)
+    bundle = save_bundle(tmp_path / "b", _real_card(), classifier, segmenter)
+    for original, loaded in zip((classifier, segmenter), load_networks(bundle), strict=True):
+        assert not loaded.training
+        state = loaded.state_dict()
+        for name, tensor in original.state_dict().items():
+            assert state[name].dtype == tensor.dtype
+            stored = tensor.half().float() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+            assert torch.equal(state[name], stored), name
+
+
+def test_digest_is_that_of_the_card_which_holds_those_of_the_weights(folder: Path) -> None:
+    bundle = load_bundle(folder)
+    assert bundle.digest == hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
+    assert bundle.card.weights.classifier == hashlib.sha256((folder / CLASSIFIER_FILE).read_bytes()).hexdigest()
+
+
+def test_saving_again_replaces_the_bundle_and_leaves_nothing_beside_it(folder: Path) -> None:
+    save_bundle(
+        folder, _real_card().model_copy(update={"name": "second"}), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    )
+    assert load_bundle(folder).card.name == "second"
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+
+
+def test_unknown_name_lists_the_shipped_ones(tmp_path: Path) -> None:
+    with pytest.raises(UnknownBundleError, match=f"lung.*{DEFAULT_BUNDLE}"):
+        load_bundle("lung")
+
+
+@pytest.mark.parametrize("file", ["model.json", CLASSIFIER_FILE, SEGMENTER_FILE])
+def test_missing_file_is_named(folder: Path, file: str) -> None:
+    (folder / file).unlink()
+    with pytest.raises(MissingBundleFileError, match=f"no {file}"):
+        load_bundle(folder)
+
+
+def test_unknown_schema_version_says_what_is_read(folder: Path) -> None:
+    _rewrite(folder, {"schema_version": 2})
+    with pytest.raises(InvalidCardError, match="schema_version is 2, this version reads 1"):
+        load_bundle(folder)
+
+
+def test_card_that_is_no_json_is_refused(folder: Path) -> None:
+    (folder / "model.json").write_text("{")
+    with pytest.raises(InvalidCardError, match="not JSON"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"gate_thresholds": [0.5]}, "one per class"),
+        ({"gate_thresholds": [0.5, 1.5]}, "gate_thresholds.1"),
+        ({"classes": [{"name": "a:b", "color": [0, 0, 0]}, {"name": "c", "color": [0, 0, 0]}]}, "without ':'"),
+        ({"classes": [{"name": "", "color": [0, 0, 0]}, {"name": "c", "color": [0, 0, 0]}]}, "classes.0.name"),
+        ({"classes": [{"name": "a", "color": [0, 0, 0]}]}, "classes"),
+        ({"classes": [{"name": "a", "color": [0, 0, 0]}] * 2}, "not distinct"),
+        ({"classes": [{"name": "a", "color": [0, 0, 256]}, {"name": "c", "color": [0, 0, 0]}]}, "classes.0.color.2"),
+        ({"tile_size": 100}, "tile_size"),
+        ({"mpp": 0}, "mpp"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_invalid_card_names_the_field(folder: Path, change: dict[str, Any], named: str) -> None:
+    _rewrite(folder, change)
+    with pytest.raises(InvalidCardError, match=named):
+        load_bundle(folder)
+
+
+def test_changed_weights_are_refused_with_both_digests(folder: Path) -> None:
+    expected = load_bundle(folder).card.weights.classifier
+    content = bytearray((folder / CLASSIFIER_FILE).read_bytes())
+    content[-1] ^= 1
+    (folder / CLASSIFIER_FILE).write_bytes(content)
+    actual = hashlib.sha256(content).hexdigest()
+    with pytest.raises(DigestMismatchError, match=f"{actual}.*{expected}"):
+        load_networks(load_bundle(folder))
+
+
+def test_weights_of_another_architecture_are_refused(folder: Path) -> None:
+    _rewrite(folder, {"segmenter": {"encoder": "resnet34"}})
+    with pytest.raises(WeightsMismatchError, match=r"segmenter\.safetensors.*do not fit"):
+        load_networks(load_bundle(folder))
+
+
+def test_unknown_architecture_is_refused(folder: Path) -> None:
+    _rewrite(folder, {"classifier": {"backbone": "no-such-net", "head": "gap"}})
+    with pytest.raises(ArchitectureError, match="no-such-net"):
+        load_networks(load_bundle(folder))
+
+
+def test_card_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        make_card().classes[0].name = "other"
+    assert ClassCard(name="a", color=(0, 0, 0)).color == (0, 0, 0)
+
+
+def test_default_bundle_is_shipped_and_small() -> None:
+    assert DEFAULT_BUNDLE in shipped_bundles()
+    bundle = load_bundle(DEFAULT_BUNDLE)
+    assert [entry.name for entry in bundle.card.classes] == ["other", "gland"]
+    assert bundle.card.metrics["test_miou"] > 0.6
+    assert sum(file.stat().st_size for file in bundle.path.iterdir()) < 20e6
+    assert bundle.path == SHIPPED_FOLDER / DEFAULT_BUNDLE
+
+
+def test_backbone_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a network was asked for")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    assert Backbone("tf_efficientnet_lite0").channels == 1280

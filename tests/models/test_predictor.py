@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.bundle import DEFAULT_BUNDLE, load_bundle
+from models.errors import DeviceUnavailableError, NonFiniteOutputError
+from models.predictor import Predictor, choose_device
+from tests.models.networks import (
+    NO_DIGEST,
+    ColorClassifier,
+    ColorSegmenter,
+    ConstantClassifier,
+    ConstantSegmenter,
+    make_card,
+)
+
+COLORS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))
+
+
+def color_predictor(**options: Any) -> Predictor:
+    return Predictor(
+        make_card(COLORS), NO_DIGEST, ColorClassifier(COLORS), ColorSegmenter(COLORS), device="cpu", **options
+    )
+
+
+def constant_predictor(presence_K: list[float], logits_K: list[float], **options: Any) -> Predictor:
+    networks = ConstantClassifier(presence_K), ConstantSegmenter(logits_K)
+    return Predictor(make_card(COLORS[: len(logits_K)]), NO_DIGEST, *networks, device="cpu", **options)
+
+
+def painted_tiles() -> np.ndarray:
+    """One tile of a single colour, one of two colours side by side, one of three, and one of a single colour again."""
+    rgb_NHWC = np.zeros((4, 64, 64, 3), dtype=np.uint8)
+    rgb_NHWC[0], rgb_NHWC[3] = COLORS[1], COLORS[2]
+    rgb_NHWC[1, :, :32], rgb_NHWC[1, :, 32:] = COLORS[0], COLORS[2]
+    rgb_NHWC[2, :16], rgb_NHWC[2, 16:40], rgb_NHWC[2, 40:] = COLORS
+    return rgb_NHWC
+
+
+def test_colors_come_back_as_classes() -> None:
+    prediction = color_predictor().predict(painted_tiles())
+    assert prediction.passed_NK.tolist() == [
+        [False, True, False],
+        [True, False, True],
+        [True] * 3,
+        [False, False, True],
+    ]
+    assert prediction.segmented_N.tolist() == [False, True, True, False]
+    labels_Nhw = prediction.probs_NKhw.argmax(dim=1)
+    assert (labels_Nhw[0] == 1).all()
+    assert (labels_Nhw[3] == 2).all()
+    assert (labels_Nhw[1, :, :8] == 0).all()
+    assert (labels_Nhw[1, :, 8:] == 2).all()
+    assert labels_Nhw[2, :, 0].tolist() == [0] * 4 + [1] * 6 + [2] * 6
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_skipping_by_gate_changes_no_probability(stride: int) -> None:
+    skipping = color_predictor(output_stride=stride).predict(painted_tiles())
+    running = color_predictor(output_stride=stride, skip_by_gate=False).predict(painted_tiles())
+    assert torch.equal(skipping.probs_NKhw, running.probs_NKhw)
+    assert running.segmented_N.all()
+    assert skipping.probs_NKhw.shape == (4, 3, 64 // stride, 64 // stride)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_result_does_not_depend_on_the_batch_size(batch_size: int) -> None:
+    rgb_NHWC = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
+    expected = color_predictor().predict(rgb_NHWC)
+    actual = color_predictor(batch_size=batch_size).predict(rgb_NHWC)
+    assert torch.allclose(actual.probs_NKhw, expected.probs_NKhw, atol=1e-6)
+    assert np.array_equal(actual.passed_NK, expected.passed_NK)
+
+
+def test_constant_networks_give_the_renormalised_softmax() -> None:
+    prediction = constant_predictor([0.9, 0.2, 0.8], [1.0, 9.0, 2.0]).predict(painted_tiles())
+    expected_K = torch.tensor([1.0, 0.0, np.e]) / (1 + np.e)
+    assert torch.allclose(prediction.probs_NKhw, expected_K.view(1, 3, 1, 1).expand(4, 3, 16, 16))
+    assert prediction.presence_NK[0] == pytest.approx([0.9, 0.2, 0.8])
+    assert prediction.presence_NK.dtype == np.float32
+
+
+def test_no_passing_class_is_no_class_and_not_segmented() -> None:
+    prediction = constant_predictor([0.1, 0.2], [1.0, 2.0]).predict(painted_tiles())
+    assert (prediction.probs_NKhw == 0).all()
+    assert not prediction.segmented_N.any()
+
+
+def test_ungated_fallback_gives_the_plain_softmax_where_no_class_passes() -> None:
+    prediction = constant_predictor([0.1, 0.2], [0.0, 1.0], ungated_fallback=True).predict(painted_tiles())
+    assert torch.allclose(prediction.probs_NKhw[:, 1], torch.tensor(1.0).sigmoid())
+    assert prediction.segmented_N.all()
+    assert not prediction.passed_NK.any()
+
+
+def test_no_tiles_give_empty_results() -> None:
+    prediction = color_predictor().predict(np.zeros((0, 64, 64, 3), dtype=np.uint8))
+    assert prediction.probs_NKhw.shape == (0, 3, 16, 16)
+    assert prediction.presence_NK.shape == (0, 3)
+
+
+class _Poisoned(nn.Module):
+    """Gives NaN for tiles that hold a white pixel."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        output: Tensor = self.network(x_NCHW)
+        white_N = (x_NCHW == 1).all(dim=1).flatten(1).any(dim=1)
+        return output.masked_fill(white_N.view(-1, *[1] * (output.ndim - 1)), torch.nan)
+
+
+@pytest.mark.parametrize("network", ["classifier", "segmenter"])
+def test_non_finite_output_names_the_tiles(network: str) -> None:
+    networks: dict[str, Any] = {
+        "classifier": ConstantClassifier([0.9] * 3),
+        "segmenter": ConstantSegmenter([0.0] * 3),
+    }
+    networks[network] = _Poisoned(networks[network])
+    rgb_NHWC = np.repeat(painted_tiles(), 2, axis=0)
+    rgb_NHWC[[2, 7], 0, 0] = 255
+    predictor = Predictor(make_card(COLORS), NO_DIGEST, **networks, device="cpu", batch_size=3)
+    with pytest.raises(NonFiniteOutputError, match=network) as caught:
+        predictor.predict(rgb_NHWC)
+    assert set(caught.value.indices) <= {2, 7}
+    assert 2 in caught.value.indices
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_stays_near_float32(precision: Any) -> None:
+    expected = color_predictor().predict(painted_tiles()).probs_NKhw
+    actual = color_predictor(precision=precision).predict(painted_tiles()).probs_NKhw
+    assert actual.dtype == torch.float32
+    assert torch.allclose(actual, expected, atol=0.05)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_absent_cuda_is_said_plainly() -> None:
+    with pytest.raises(DeviceUnavailableError, match="offers 0 CUDA device"):
+        choose_device("cuda")
+    assert choose_device("auto").type in ("cpu", "mps")
+
+
+def test_nonsense_is_refused_with_what_is_allowed() -> None:
+    with pytest.raises(DeviceUnavailableError, match="use auto, cpu"):
+        choose_device("quantum")
+    with pytest.raises(ValueError, match="float32, bf16 or fp16"):
+        color_predictor(precision="int3")
+    with pytest.raises(ValueError, match=re.escape("expected uint8 RGB tiles (N, H, W, 3), got float64 (1, 8, 8, 3)")):
+        color_predictor().predict(np.zeros((1, 8, 8, 3)))  # type: ignore[arg-type]
+
+
+def test_default_bundle_predicts_the_same_twice() -> None:
+    bundle = load_bundle(DEFAULT_BUNDLE)
+    predictor = Predictor.from_bundle(bundle, device="cpu", batch_size=2, skip_by_gate=False)
+    assert predictor.digest == bundle.digest
+    predictor.warm_up()
+    rgb_NHWC = np.random.default_rng(1).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    with predictor.lock:
+        first, second = predictor.predict(rgb_NHWC), predictor.predict(rgb_NHWC)
+    assert torch.equal(first.probs_NKhw, second.probs_NKhw)
+    total_Nhw = first.probs_NKhw.sum(dim=1)
+    passed_N11 = torch.from_numpy(first.passed_NK.any(axis=1)).float()[:, None, None]
+    assert torch.allclose(total_Nhw, passed_N11.expand_as(total_Nhw))

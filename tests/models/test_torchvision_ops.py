@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def _python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_torchvision_imports_after_the_declaration() -> None:
+    code = "from models.torchvision_ops import declare_missing_ops as f; f(); import torchvision; print('imported')"
+    assert _python(code) == "imported"
+
+
+def test_missing_operators_are_declared_where_the_extension_does_not_load() -> None:
+    code = """
+import torch
+from models import torchvision_ops
+torchvision_ops._load_extension = lambda: False
+print(torchvision_ops.declare_missing_ops(), torchvision_ops.declare_missing_ops())
+print(torch.ops.torchvision.nms.default._schema)
+import torchvision
+"""
+    assert _python(code).splitlines() == [
+        "['nms', 'qnms'] []",
+        "torchvision::nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    ]
+
+
+def test_importing_models_and_reading_a_card_imports_no_torch() -> None:
+    code = "import sys, models.bundle, models.errors; models.bundle.shipped_bundles(); print('torch' in sys.modules)"
+    assert _python(code) == "False"
