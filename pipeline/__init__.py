@@ -1,0 +1,1 @@
+"""The joined work: from a slide and a model bundle to stores, polygons and reports."""

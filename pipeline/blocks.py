@@ -1,0 +1,210 @@
+"""One block: its pixels once through the networks, blended, written, and recorded.
+
+A block knows nothing of the others. Its result depends on the slide, the model and the parameters alone, so it is the
+same to the byte in any order, by any process, the first time or after a crash.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.errors import NonFiniteOutputError
+from models.predictor import Predictor
+from pipeline.config import SegmentConfig
+from pipeline.errors import PipelineError
+from pipeline.plan import TILE_GROUP, block_tissue, needed_tiles
+from pipeline.polygons import block_regions, save_regions
+from pipeline.store import MapStore
+from wsi.grid import Block, Box, Grid
+from wsi.resample import TilePixels, read_tiles
+from wsi.slide import Slide
+from wsi.tissue import Tissue
+
+BACKGROUND_LABEL = 0
+"""Label of glass and of "no class"; class k of the model has the label k + 1."""
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What is known of a finished block."""
+
+    index: int
+    files: dict[str, str]
+    """Path in the working folder -> digest, of all that the block wrote."""
+    class_px: list[int]
+    """Pixels of the map per label, background first."""
+    tiles: int
+    segmented: int
+    """Tiles that needed the segmenter."""
+    unclassified: int
+    """Tiles in which the gate silenced every class."""
+    bad_tiles_l0: list[list[int]]
+    """x, y, width, height in level-0 pixels of the tiles of which some part could not be read."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time per stage."""
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """All that the blocks of one slide have in common."""
+
+    slide: Slide
+    grid: Grid
+    tissue: Tissue
+    predictor: Predictor
+    config: SegmentConfig
+    store: MapStore
+    folder: Path
+    """The working folder: `files` of the records are relative to it."""
+
+
+class Stopped(Exception):  # noqa: N818 - no error: somebody asked for it
+    """The block was left unfinished because the run is ending."""
+
+
+class _Timer:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def segment_block(work: BlockWork, block: Block, stopped: Callable[[], bool]) -> tuple[BlockRecord, list[Path]]:
+    """Segment one block and write its chunks and polygons; returns its record, without digests, and the files written.
+
+    `stopped` is asked between groups of tiles. Raises Stopped once it says True, and PipelineError naming the tile
+    where a network gives NaN or infinity.
+    """
+    timer, grid = _Timer(), work.grid
+    tissue_HW = block_tissue(grid, work.tissue, block)
+    tiles_m = needed_tiles(grid, work.tissue, block)
+    with timer("read"):
+        pixels = read_tiles(work.slide, grid, tiles_m)
+    if stopped():
+        raise Stopped
+    with timer("wait"):
+        work.predictor.lock.acquire()
+    try:
+        with timer("network"):
+            blend, counts = _predict(work, block, tiles_m, pixels, stopped)
+            probs_KHW, labels_HW = blend.result(tissue_HW)
+    finally:
+        work.predictor.lock.release()
+    bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
+    del pixels, blend
+    with timer("polygons"):
+        regions = block_regions(
+            labels_HW,
+            origin_out=(block.box_out.x, block.box_out.y),
+            min_area_px=work.config.min_area_um2 / grid.mpp_out**2,
+            tolerance_px=work.config.simplify_px,
+        )
+        regions_path = regions_file(work.folder, block)
+        save_regions(regions_path, regions)
+    with timer("write"):
+        chunks = work.store.write_block(block.box_out, probs_KHW, labels_HW)
+    record = BlockRecord(
+        index=block.index,
+        files={},
+        class_px=np.bincount(labels_HW.ravel(), minlength=len(probs_KHW) + 1).tolist(),
+        tiles=len(tiles_m),
+        segmented=counts[0],
+        unclassified=counts[1],
+        bad_tiles_l0=[list(grid.box_l0(t)) for t in bad_tiles],
+        seconds=timer.seconds,
+    )
+    return record, [regions_path, *(work.store.path / chunk for chunk in chunks)]
+
+
+def regions_file(folder: Path, block: Block) -> Path:
+    """Where the polygons of a block are kept until the join."""
+    return folder / "regions" / f"{block.index:06d}.arrow"
+
+
+class Blend:
+    """The weighted mean of overlapping tiles over one block, on the network's device.
+
+    Every tile counts with a weight that falls towards its edges, and the sum is divided by the summed weights: weights
+    sum to one everywhere, so equal tiles give an equal map, and there are no seams.
+    """
+
+    def __init__(self, block: Block, classes: int, tile_out: int, device: torch.device) -> None:
+        side = (block.box_out.height, block.box_out.width)
+        self._box_out = block.box_out
+        self._sums_KHW = torch.zeros((classes, *side), device=device)
+        self._weights_HW = torch.zeros(side, device=device)
+        # Raised cosine; positive at the outermost pixel, so that no pixel of a tile is without weight.
+        ramp = torch.sin(torch.pi * (torch.arange(tile_out, dtype=torch.float64) + 0.5) / tile_out) ** 2
+        self._window_hw = torch.outer(ramp, ramp).to(device, torch.float32)
+
+    def add(self, box_out: Box, probs_Khw: torch.Tensor) -> None:
+        """Add one tile, whose corner is `box_out`'s; parts outside the block are dropped."""
+        inside = box_out.intersect(self._box_out)
+        rows, columns = _slices(inside, self._box_out)
+        tile_rows, tile_columns = _slices(inside, box_out)
+        window_hw = self._window_hw[tile_rows, tile_columns]
+        self._sums_KHW[:, rows, columns] += probs_Khw[:, tile_rows, tile_columns] * window_hw
+        self._weights_HW[rows, columns] += window_hw
+
+    def result(self, tissue_HW: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Probabilities (times 255) as probs_KHW and labels_HW; both are 0 outside the tissue.
+
+        What is missing to a sum of one is the probability of "no class", which competes for the label.
+        """
+        tissue = torch.from_numpy(tissue_HW).to(self._weights_HW.device)
+        probs_KHW = self._sums_KHW / self._weights_HW.clamp_min(torch.finfo(torch.float32).tiny)
+        best_HW, winner_HW = probs_KHW.max(dim=0)
+        is_class_HW = tissue & (best_HW > 0) & (best_HW >= 1 - probs_KHW.sum(dim=0))
+        labels_HW = torch.where(is_class_HW, winner_HW + 1, BACKGROUND_LABEL)
+        # A little above one half: equal probabilities such as 0.5 lie on a rounding edge, where the last bit of the
+        # sums would decide.
+        scaled_KHW = torch.where(tissue, probs_KHW * 255 + (0.5 + 2**-10), 0)
+        return scaled_KHW.to(torch.uint8).cpu().numpy(), labels_HW.to(torch.uint8).cpu().numpy()
+
+
+def _predict(
+    work: BlockWork, block: Block, tiles_m: list[Box], pixels: TilePixels, stopped: Callable[[], bool]
+) -> tuple[Blend, tuple[int, int]]:
+    predictor, grid = work.predictor, work.grid
+    tile_out = grid.tile_m // grid.m_per_out
+    blend = Blend(block, len(predictor.card.classes), tile_out, predictor.device)
+    segmented = unclassified = 0
+    for start in range(0, len(tiles_m), TILE_GROUP):
+        if stopped():
+            raise Stopped
+        group = tiles_m[start : start + TILE_GROUP]
+        try:
+            prediction = predictor.predict(np.stack([pixels.tile(t) for t in group]))
+        except NonFiniteOutputError as error:
+            places = ", ".join(str(tuple(grid.box_l0(group[i]))) for i in error.indices[:3])
+            raise PipelineError(
+                f"{work.slide.info.path.name}: {error}, at level-0 (x, y, width, height) {places}; "
+                f"try --precision float32, or another model"
+            ) from error
+        for tile_m, probs_Khw in zip(group, prediction.probs_NKhw, strict=True):
+            blend.add(grid.box_out(tile_m), probs_Khw)
+        segmented += int(prediction.segmented_N.sum())
+        unclassified += int((~prediction.passed_NK.any(axis=1)).sum())
+    return blend, (segmented, unclassified)
+
+
+def _slices(inner: Box, outer: Box) -> tuple[slice, slice]:
+    y, x = inner.y - outer.y, inner.x - outer.x
+    return slice(y, y + inner.height), slice(x, x + inner.width)
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    common = a.intersect(b)
+    return common.width > 0 and common.height > 0

@@ -1,0 +1,161 @@
+"""Where a slide's result is built and how it becomes visible.
+
+results/slide/          the result: appears by one rename, complete
+results/.slide.work/    the working folder of a run that is not finished
+results/.slide.lock     held by the run; the kernel lets go of it when the process dies
+results/.slide.old/     the former result, for the moment in which --force replaces it
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import LockedError, OutputError
+from pipeline.journal import sync, sync_tree
+from pipeline.report import read_run, write_atomically
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResultFolder:
+    """The folders of one slide's run, under its lock."""
+
+    target: Path
+    work: Path
+    finished: Mapping[str, object] | None
+    """The `run.json` of a result that is already there for the same inputs; nothing is left to do."""
+
+    @property
+    def result(self) -> Path:
+        """The result while it is being built."""
+        return self.work / "result"
+
+    @property
+    def old(self) -> Path:
+        """The former result while it is being replaced."""
+        return self.target.with_name(f".{self.target.name}.old")
+
+    def publish(self) -> None:
+        """Make the result visible under its name, in place of a former one, and remove the working folder."""
+        sync_tree(self.result)
+        if self.target.exists():
+            self.target.rename(self.old)
+        self.result.rename(self.target)
+        sync(self.target.parent)
+        _clear_old(self.old, self.target)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+@contextmanager
+def open_folder(output: Path, name: str, identity: Mapping[str, object], *, force: bool) -> Iterator[ResultFolder]:
+    """Take the lock of one slide's result and prepare its working folder.
+
+    A working folder of the same `identity` is kept, so that the run goes on from it; another one is cleared away. After
+    an error the working folder stays if it holds finished blocks.
+
+    Raises LockedError where another process has the lock, OutputError where the target holds something else, unless
+    `force` is set and a run wrote it.
+    """
+    if ".zarr" in str(output.absolute()) or ".zarr" in name:
+        raise OutputError(
+            f"{output / name}: no folder of a result may have .zarr in its name: viewers take it for a store"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    lock_path = output / f".{name}.lock"
+    lock = FileLock(lock_path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise LockedError(f"{output / name}: another process is working on this slide; wait for it") from None
+    try:
+        folder = _prepare(output, name, identity, force=force)
+        try:
+            yield folder
+        except BaseException:
+            if not (folder.work / "journal.jsonl").exists():
+                shutil.rmtree(folder.work, ignore_errors=True)
+            raise
+    finally:
+        # Before the release: whoever has opened the file in the meantime sees that it is gone, and makes a new one.
+        lock_path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _prepare(output: Path, name: str, identity: Mapping[str, object], *, force: bool) -> ResultFolder:
+    folder = ResultFolder(output / name, output / f".{name}.work", None)
+    if folder.old.exists():
+        # A run was killed while it replaced a result.
+        if folder.target.exists():
+            _clear_old(folder.old, folder.target)
+        else:
+            folder.old.rename(folder.target)
+    if folder.target.exists():
+        run = read_run(folder.target)
+        if run is None:
+            raise OutputError(
+                f"{folder.target}: holds something that no run has made; move it away or choose another --output"
+            )
+        if not force:
+            complete = all((folder.target / name).exists() for name in cast("list[str]", run.get("outputs", [])))
+            if run.get("identity") == identity and complete:
+                return ResultFolder(folder.target, folder.work, run)
+            raise OutputError(
+                f"{folder.target}: holds the result of another run ({_difference(run, identity)}); pass --force to "
+                f"replace it, or choose another --output"
+            )
+    header_path = folder.work / "identity.json"
+    if folder.work.exists() and _read_json(header_path) != identity:
+        log.warning("%s: the unfinished run found there had other inputs; starting anew", folder.target)
+        shutil.rmtree(folder.work)
+    folder.result.mkdir(parents=True, exist_ok=True)
+    if not header_path.exists():
+        write_atomically(header_path, json.dumps(identity))
+        sync(folder.work)
+    return folder
+
+
+def _difference(run: Mapping[str, object], identity: Mapping[str, object]) -> str:
+    former = run.get("identity")
+    if not isinstance(former, dict):
+        return "without a readable run.json"
+    names = [name for name in identity if former.get(name) != identity[name]]
+    return f"other {', '.join(names)}" if names else "with files missing"
+
+
+def _clear_old(old: Path, target: Path) -> None:
+    """Remove what a former run wrote; what others put beside it moves over to the new result."""
+    if not old.exists():
+        return
+    run = read_run(old)
+    written = set(cast("list[str]", run.get("outputs", []))) if run else set()
+    for path in old.iterdir():
+        if path.name not in written and path.name != "run.json":
+            path.rename(_free_place(target / path.name))
+        elif path.name != "run.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # Last: it says what the run wrote, should this be interrupted.
+    (old / "run.json").unlink(missing_ok=True)
+    old.rmdir()
+
+
+def _free_place(path: Path) -> Path:
+    while path.exists():
+        path = path.with_name(f"{path.name}.kept")
+    return path
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

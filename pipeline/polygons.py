@@ -1,0 +1,395 @@
+"""Label maps to polygons: exact borders per block, simplified as one coverage, united across blocks.
+
+Suffixes: H rows, W columns, N regions, E pairs of neighbours; `out` pixels of the stored map, of which pixel (x, y)
+covers [x, x + 1] x [y, y + 1]. All coordinates are whole numbers: simplification only removes vertices. That makes the
+union across blocks exact: there is nothing to snap, and no slivers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import shapely
+from scipy import ndimage
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components, depth_first_order
+
+from pipeline.errors import PipelineError
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Polygons = npt.NDArray[np.object_]
+
+_MAGIC = b"WSIREG01"
+_SCHEMA = pa.schema(
+    [
+        pa.field("label", pa.uint8(), nullable=False),
+        pa.field("open", pa.bool_(), nullable=False),
+        pa.field("geometry", pa.large_binary(), nullable=False),
+    ]
+)
+
+
+class RegionsFileError(PipelineError):
+    """A file of regions is not one, or is damaged."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """One 4-connected region of one class."""
+
+    label: int
+    """0 is background, 1..K are the classes."""
+    geometry_out: shapely.Polygon
+    """Absolute out pixels, y down; valid, normalised, corners on whole numbers."""
+    open: bool
+    """It touches its block's edge: it may go on in the next block."""
+
+
+def block_regions(
+    labels_HW: npt.NDArray[np.uint8], origin_out: tuple[int, int], min_area_px: float, tolerance_px: float
+) -> list[Region]:
+    """The regions of one block: every class region, and the background regions that touch the block's edge.
+
+    labels_HW: 0 is background. origin_out: (x, y) of the block's first pixel. Regions (background too) smaller than
+    min_area_px that do not touch the block's edge first become part of the neighbour with the longest shared border.
+    Then all borders between regions are simplified together (Visvalingam-Whyatt; tolerance_px is the square root of the
+    largest triangle removed), so that neighbours stay neighbours. The block's own edge is never simplified. The order
+    and the bytes of the result depend on nothing but the arguments.
+    Raises ValueError for labels that are not a non-empty 2-D uint8 array.
+    """
+    if labels_HW.ndim != 2 or labels_HW.size == 0 or labels_HW.dtype != np.uint8:
+        raise ValueError(f"labels must be non-empty 2-D uint8, not {labels_HW.dtype} of shape {labels_HW.shape}")
+    ids_HW, labels_N = _components(labels_HW)
+    open_N = _touching_edge(ids_HW, labels_N.size)
+    if min_area_px > 1:
+        areas_N = np.bincount(ids_HW.ravel(), minlength=labels_N.size).astype(np.float64)
+        if np.any((areas_N < min_area_px) & ~open_N):
+            group_N, labels_N = _merge_small(labels_N, areas_N, open_N, *_neighbours(ids_HW), min_area_px)
+            ids_HW = group_N[ids_HW]
+            open_N = _touching_edge(ids_HW, labels_N.size)
+    polygons_N = _trace(ids_HW)
+    if tolerance_px > 0:
+        polygons_N = shapely.coverage_simplify(polygons_N, tolerance_px, simplify_boundary=False)
+    wanted_N = (labels_N > 0) | open_N
+    polygons_N = _without_straight_vertices(polygons_N[wanted_N], origin_out)
+    return [
+        Region(int(label), polygon, bool(is_open))
+        for label, polygon, is_open in zip(labels_N[wanted_N], polygons_N, open_N[wanted_N], strict=True)
+    ]
+
+
+def join_regions(regions: Iterable[Region], min_area_px: float) -> Iterator[Region]:
+    """The regions of the whole map: closed ones pass straight through, open ones are united across block borders.
+
+    Open regions of one label that share a border of positive length become one. United regions that are still smaller
+    than min_area_px go to the neighbour with the longest shared border among the other united regions and the
+    background; a border that no open region shares counts as background. Background is never yielded. The closed ones
+    keep their order, the united ones follow, in an order that does not depend on the input's. Only the open ones are
+    held in memory.
+    """
+    pieces: list[Region] = []
+    for region in regions:
+        if region.open:
+            pieces.append(region)
+        elif region.label > 0:
+            yield region
+    if not pieces:
+        return
+    pieces.sort(key=lambda piece: (piece.label, shapely.to_wkb(piece.geometry_out)))
+    polygons_N = np.array([piece.geometry_out for piece in pieces], dtype=object)
+    labels_N = np.array([piece.label for piece in pieces] + [0], dtype=np.int64)
+    areas_N = np.append(shapely.area(polygons_N), np.inf)  # the last one stands for all that lies outside
+    pairs_E2, lengths_E = _shared_borders(polygons_N)
+    fixed_N = np.zeros(labels_N.size, np.bool_)
+    group_N, labels_G = _merge_small(labels_N, areas_N, fixed_N, pairs_E2, lengths_E, min_area_px)
+    order = np.argsort(group_N[:-1], kind="stable")
+    counts_G = np.bincount(group_N[:-1], minlength=labels_G.size)
+    members_G = np.split(polygons_N[order], np.cumsum(counts_G)[:-1])
+    wanted = [g for g in range(labels_G.size) if labels_G[g] > 0]
+    if not wanted:
+        return
+    united = [members_G[g][0] if counts_G[g] == 1 else _united(members_G[g]) for g in wanted]
+    united_G = _without_straight_vertices(np.array(united, dtype=object), (0, 0))
+    yield from sorted(
+        (Region(int(labels_G[g]), polygon, False) for g, polygon in zip(wanted, united_G, strict=True)),
+        key=lambda region: (shapely.bounds(region.geometry_out).tolist(), region.label, region.geometry_out.wkb),
+    )
+
+
+def save_regions(path: Path, regions: Sequence[Region]) -> None:
+    """Write regions to one compact file with a checksum; the same regions give the same bytes. The caller fsyncs."""
+    columns = {
+        "label": [region.label for region in regions],
+        "open": [region.open for region in regions],
+        "geometry": [shapely.to_wkb(region.geometry_out, byte_order=1) for region in regions],
+    }
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, _SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(pa.table(columns, schema=_SCHEMA))
+    payload = sink.getvalue().to_pybytes()
+    path.write_bytes(_MAGIC + hashlib.sha256(payload).digest() + payload)
+
+
+def load_regions(path: Path) -> list[Region]:
+    """The regions of a file that save_regions wrote. Raises RegionsFileError for a foreign or damaged file."""
+    content = path.read_bytes()
+    head, digest, payload = content[:8], content[8:40], content[40:]
+    if head != _MAGIC:
+        raise RegionsFileError(
+            f"{path}: no file of regions: it begins with {head!r}, not {_MAGIC!r}; run its block again"
+        )
+    if hashlib.sha256(payload).digest() != digest:
+        raise RegionsFileError(
+            f"{path}: damaged: the checksum of its {len(payload)} bytes differs; delete it and run its block again"
+        )
+    table = pa.ipc.open_stream(payload).read_all()
+    geometries = shapely.from_wkb(np.array(table["geometry"].to_pylist(), dtype=object))
+    columns = zip(table["label"].to_pylist(), geometries, table["open"].to_pylist(), strict=True)
+    return [Region(label, geometry, is_open) for label, geometry, is_open in columns]
+
+
+def _components(labels_HW: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
+    """ids_HW of the 4-connected regions, 0..N-1, and the label of each."""
+    ids_HW = np.zeros(labels_HW.shape, np.int64)
+    labels: list[int] = []
+    for label in np.unique(labels_HW).tolist():
+        mask_HW = labels_HW == label
+        part_HW, count = ndimage.label(mask_HW)
+        ids_HW[mask_HW] = part_HW[mask_HW] + (len(labels) - 1)
+        labels += [label] * count
+    return ids_HW, np.array(labels, np.int64)
+
+
+def _touching_edge(ids_HW: Ints, count: int) -> Bools:
+    touching_N = np.zeros(count, np.bool_)
+    for line in (ids_HW[0], ids_HW[-1], ids_HW[:, 0], ids_HW[:, -1]):
+        touching_N[line] = True
+    return touching_N
+
+
+def _neighbours(ids_HW: Ints) -> tuple[Ints, Floats]:
+    """Pairs of regions that share pixel edges, and how many."""
+    left = np.concatenate([ids_HW[:, :-1].ravel(), ids_HW[:-1].ravel()])
+    right = np.concatenate([ids_HW[:, 1:].ravel(), ids_HW[1:].ravel()])
+    differ = left != right
+    pairs_E2 = np.stack([left[differ], right[differ]], axis=1)
+    return _summed_pairs(pairs_E2, np.ones(len(pairs_E2), np.float64))
+
+
+def _summed_pairs(pairs_E2: Ints, lengths_E: Floats) -> tuple[Ints, Floats]:
+    """Each unordered pair of different regions once, with the sum of its lengths."""
+    differ = pairs_E2[:, 0] != pairs_E2[:, 1]
+    low, high = pairs_E2[differ].min(axis=1), pairs_E2[differ].max(axis=1)
+    width = int(high.max()) + 1 if high.size else 1
+    keys, inverse = np.unique(low * width + high, return_inverse=True)
+    sums: Floats = np.bincount(inverse, lengths_E[differ], minlength=keys.size).astype(np.float64)
+    return np.stack([keys // width, keys % width], axis=1).astype(np.int64), sums
+
+
+def _merge_small(
+    labels_N: Ints, areas_N: Floats, fixed_N: Bools, pairs_E2: Ints, lengths_E: Floats, min_area: float
+) -> tuple[Ints, Ints]:
+    """The group of each region and the label of each group, once small regions went to neighbours.
+
+    Neighbours of one label are one group. In each round every small group picks the neighbour with the longest shared
+    border (ties: smallest label, then smallest number); all that picked each other become one, with the label of its
+    largest member. Fixed regions never pick. Rounds at least halve the number of small groups (as in Boruvka's method).
+    """
+    group_N = np.arange(labels_N.size)
+    while True:
+        same = labels_N[pairs_E2[:, 0]] == labels_N[pairs_E2[:, 1]]
+        links_L2 = pairs_E2[same]
+        if not links_L2.size:
+            small_N = (areas_N < min_area) & ~fixed_N
+            sources, targets = np.concatenate([pairs_E2, pairs_E2[:, ::-1]]).T
+            lengths = np.concatenate([lengths_E, lengths_E])
+            picking = small_N[sources]
+            sources, targets, lengths = sources[picking], targets[picking], lengths[picking]
+            if not sources.size:
+                return group_N, labels_N
+            best = _first_of_each(sources, np.lexsort((targets, labels_N[targets], -lengths, sources)))
+            links_L2 = np.stack([sources[best], targets[best]], axis=1)
+        count = labels_N.size
+        graph = csr_array((np.ones(len(links_L2), np.int8), (links_L2[:, 0], links_L2[:, 1])), shape=(count, count))
+        _, joined_N = connected_components(graph, directed=False)
+        joined_N = joined_N.astype(np.int64)
+        largest = _first_of_each(joined_N, np.lexsort((labels_N, -areas_N, ~fixed_N, joined_N)))
+        labels_N, areas_N = labels_N[largest], np.bincount(joined_N, areas_N).astype(np.float64)
+        fixed_N = np.bincount(joined_N, fixed_N) > 0
+        pairs_E2, lengths_E = _summed_pairs(joined_N[pairs_E2], lengths_E)
+        group_N = joined_N[group_N]
+
+
+def _first_of_each(keys: Ints, order: Ints) -> Ints:
+    """Of indices sorted by key, the first of each key."""
+    sorted_keys = keys[order]
+    first = np.ones(order.size, np.bool_)
+    first[1:] = sorted_keys[1:] != sorted_keys[:-1]
+    return order[first]
+
+
+def _trace(ids_HW: Ints) -> Polygons:
+    """The polygon of each 4-connected region 0..N-1, holes kept, from the corner (0, 0).
+
+    Directed pixel edges run with their region on the right. Where a region meets itself in a corner its border takes
+    the turn that parts the shell from the hole, so that every ring is simple and every polygon valid. Vertices are the
+    corners and all points where three or more borders meet, on every side: the polygons are an edge-matched coverage.
+    """
+    height, width = ids_HW.shape
+    padded = np.pad(ids_HW, 1, constant_values=-1).ravel()
+    stride, vertices = width + 2, (height + 1) * (width + 1)
+    vertex_y, vertex_x = np.divmod(np.arange(vertices), width + 1)
+    nw = vertex_y * stride + vertex_x  # the pixel north-west of each vertex, in the padded map
+    ne, sw, se = nw + 1, nw + stride, nw + stride + 1
+    # heading east, south, west, north: pixel on the right and on the left of the way ahead of a vertex
+    ahead = ((se, ne), (sw, se), (nw, sw), (ne, nw))
+    step = (1, width + 1, -1, -(width + 1))
+    degree = sum((padded[a] != padded[b]).astype(np.int8) for a, b in ((nw, ne), (ne, se), (se, sw), (sw, nw)))
+
+    number = np.full((4, vertices), -1, np.int64)  # of each existing directed edge
+    heads: list[Ints] = []
+    owners: list[Ints] = []
+    nexts: list[Ints] = []
+    corners: list[Bools] = []
+    for heading, (right, left) in enumerate(ahead):
+        start = np.flatnonzero((padded[right] != padded[left]) & (padded[right] >= 0))
+        number[heading, start] = np.arange(start.size) + sum(head.size for head in heads)
+        owner, head = padded[right[start]], start + step[heading]
+        goes_left, goes_on = padded[left[head]] == owner, padded[right[head]] == owner
+        turn = np.where(goes_left, 3, np.where(goes_on, 0, 1))
+        heads.append(head)
+        owners.append(owner)
+        nexts.append((heading + turn) % 4 * vertices + head)
+        corners.append((turn != 0) | (degree[head] > 2))
+    head_M, owner_M, corner_M = np.concatenate(heads), np.concatenate(owners), np.concatenate(corners)
+    ring_M, walk_M = _walk_cycles(number.ravel()[np.concatenate(nexts)])
+
+    walk = walk_M[corner_M[walk_M]]
+    ring = ring_M[walk]
+    begins = np.flatnonzero(np.append(True, ring[1:] != ring[:-1]))
+    sizes = np.diff(np.append(begins, ring.size))
+    xy = np.stack([vertex_x[head_M[walk]], vertex_y[head_M[walk]]], axis=1).astype(np.float64)
+    following = np.arange(1, ring.size + 1)
+    following[begins + sizes - 1] = begins
+    doubled_area = np.add.reduceat(xy[:, 0] * xy[following, 1] - xy[following, 0] * xy[:, 1], begins)
+    owner_R = owner_M[walk[begins]]
+    order = np.lexsort((begins, doubled_area < 0, owner_R))  # by region, its shell first
+    coords, ring_offsets = _closed_rings(xy, begins[order], sizes[order])
+    polygon_offsets = np.append(0, np.cumsum(np.bincount(owner_R)))
+    return _polygons(coords, ring_offsets, polygon_offsets)
+
+
+def _walk_cycles(next_M: Ints) -> tuple[Ints, Ints]:
+    """The cycle of each element of a permutation, and all elements cycle after cycle, each in its order."""
+    size = next_M.size
+    graph = csr_array((np.ones(size, np.int8), next_M, np.arange(size + 1)), shape=(size, size))
+    count, cycle_M = connected_components(graph, directed=True, connection="weak")
+    starts = np.empty(count, np.int64)
+    starts[cycle_M[::-1]] = np.arange(size)[::-1]
+    # Each cycle's end leads to the start of the next cycle instead of its own: one path, along which a depth-first
+    # search is a walk in compiled code (over one root with a child per cycle it would be quadratic).
+    path_M = next_M.copy()
+    ends = np.flatnonzero(next_M == starts[cycle_M])
+    path_M[ends] = np.append(starts, starts[-1])[cycle_M[ends] + 1]
+    path = csr_array((np.ones(size, np.int8), path_M, np.arange(size + 1)), shape=(size, size))
+    walk = depth_first_order(path, starts[0], directed=True, return_predecessors=False)
+    return cycle_M.astype(np.int64), walk.astype(np.int64)
+
+
+def _closed_rings(xy: Floats, begins: Ints, sizes: Ints) -> tuple[Floats, Ints]:
+    """Coordinates of the given unclosed rings one after the other, each closed, and their offsets."""
+    offsets = np.append(0, np.cumsum(sizes + 1))
+    index = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], sizes + 1)
+    index[offsets[1:] - 1] = begins
+    return xy[index], offsets
+
+
+def _polygons(coords: Floats, ring_offsets: Ints, polygon_offsets: Ints) -> Polygons:
+    polygons: Any = shapely.from_ragged_array(shapely.GeometryType.POLYGON, coords, (ring_offsets, polygon_offsets))
+    return np.asarray(polygons, dtype=object)
+
+
+def _without_straight_vertices(polygons_N: Polygons, shift: tuple[int, int]) -> Polygons:
+    """The polygons shifted and normalised, without vertices in the middle of a level or upright line.
+
+    Such a vertex marks where other regions meet, or a block's edge. Leaving it out is exact, after any scaling too.
+    """
+    if not polygons_N.size:
+        return polygons_N
+    _, xy, (ring_offsets, polygon_offsets) = shapely.to_ragged_array(polygons_N)
+    sizes = np.diff(ring_offsets) - 1
+    unclosed = np.ones(len(xy), np.bool_)
+    unclosed[ring_offsets[1:] - 1] = False
+    xy = xy[unclosed]
+    begins = np.append(0, np.cumsum(sizes))[:-1]
+    before, after = np.arange(-1, len(xy) - 1), np.arange(1, len(xy) + 1)
+    before[begins], after[begins + sizes - 1] = begins + sizes - 1, begins
+    straight = ((xy == xy[before]) & (xy == xy[after])).any(axis=1)
+    kept_sizes = np.add.reduceat(~straight, begins, dtype=np.int64)
+    coords, offsets = _closed_rings(
+        xy[~straight] + np.array(shift, np.float64), np.append(0, np.cumsum(kept_sizes))[:-1], kept_sizes
+    )
+    return np.asarray(shapely.normalize(_polygons(coords, offsets, polygon_offsets)), dtype=object)
+
+
+def _shared_borders(polygons_N: Polygons) -> tuple[Ints, Floats]:
+    """Pairs of polygons that share a border, and its length in pixels; number N is what no other polygon shares.
+
+    Borders are compared edge by edge: level and upright edges in pixel steps, as the two sides may be divided
+    differently there; all others have the same two ends on both sides.
+    """
+    _, xy, (ring_offsets, polygon_offsets) = shapely.to_ragged_array(polygons_N)
+    corners = np.rint(xy).astype(np.int64)
+    if not np.array_equal(corners, xy):
+        raise ValueError("regions to join must have whole pixel coordinates, as block_regions gives them")
+    is_edge = np.ones(len(corners), np.bool_)
+    is_edge[ring_offsets[1:] - 1] = False
+    first = np.flatnonzero(is_edge)
+    piece = np.repeat(np.arange(polygons_N.size), np.diff(ring_offsets[polygon_offsets]))[first]
+    start, delta = corners[first], corners[first + 1] - corners[first]
+    steps = np.where((delta == 0).any(axis=1), np.abs(delta).sum(axis=1), 1)
+    piece, unit = np.repeat(piece, steps), np.repeat(delta // steps[:, None], steps, axis=0)
+    rank = np.arange(len(unit)) - np.repeat(np.cumsum(steps) - steps, steps)
+    begin = np.repeat(start, steps, axis=0) + unit * rank[:, None]
+    low, high = _vertex_keys(begin - corners.min(axis=0)), _vertex_keys(begin + unit - corners.min(axis=0))
+    low, high = np.minimum(low, high), np.maximum(low, high)
+    order = np.lexsort((piece, high, low))
+    twin = (low[order][1:] == low[order][:-1]) & (high[order][1:] == high[order][:-1])
+    lengths = np.hypot(unit[:, 0], unit[:, 1])[order]
+    piece = piece[order]
+    alone = ~(np.append(False, twin) | np.append(twin, False))
+    outside = np.full(np.count_nonzero(alone), polygons_N.size)
+    pairs_E2 = np.concatenate(
+        [np.stack([piece[:-1][twin], piece[1:][twin]], axis=1), np.stack([piece[alone], outside], axis=1)]
+    )
+    return _summed_pairs(pairs_E2, np.concatenate([lengths[:-1][twin], lengths[alone]]))
+
+
+def _united(pieces_N: Polygons) -> shapely.Polygon:
+    """One polygon of open regions that hang together.
+
+    Only shells are united: what fills a hole does not touch its block's edge, so no other open region lies in it. With
+    tens of thousands of holes this takes a fraction of the time.
+    """
+    shells_N, holes_N = shapely.get_exterior_ring(pieces_N), _holes(pieces_N)
+    union = shapely.union_all(shapely.polygons(shells_N))
+    return shapely.polygons(shapely.get_exterior_ring(union), holes=np.append(_holes(np.array([union])), holes_N))
+
+
+def _holes(polygons_N: Polygons) -> Polygons:
+    rings, owner = shapely.get_rings(polygons_N, return_index=True)
+    is_shell = np.append(True, owner[1:] != owner[:-1])
+    return np.asarray(rings[~is_shell], dtype=object)
+
+
+def _vertex_keys(xy_N2: Ints) -> Ints:
+    return (xy_N2[:, 0] << 31) | xy_N2[:, 1]

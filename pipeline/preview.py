@@ -1,0 +1,204 @@
+"""A picture of one slide for people: the slide, the classes over it, a legend with areas, a scale bar."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+UInt8Array = npt.NDArray[np.uint8]
+Colour = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+BLEND = 0.45
+"""Weight of the class colour over the slide: classes are told apart and nuclei still seen through them."""
+PANEL_PX = 1100
+"""The longer side of each panel; larger thumbnails are reduced to it, smaller ones enlarged."""
+MIN_SIDE_PX = 48
+"""Very thin slides are padded to it."""
+MARGIN = 28
+TEXT = 20
+TITLE = 28
+INK: Colour = (32, 32, 36)
+FAINT: Colour = (110, 110, 118)
+PAPER: Colour = (255, 255, 255)
+BACKDROP: Colour = (244, 244, 245)
+ASCII = {"ß": "ss", "µ": "u", "–": "-", "—": "-", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L"}
+"""What Unicode's own decomposition leaves as it is."""
+
+
+def write_preview(
+    path_png: Path,
+    thumbnail_rgb_HWC: UInt8Array,
+    labels_HW: npt.NDArray[np.integer],
+    classes: Sequence[tuple[str, Colour]],
+    title: str,
+    um_per_px: float,
+) -> None:
+    """Write one PNG: the slide on the left, the same with its classes on the right, title, legend and scale bar.
+
+    `labels_HW` (0 background, 1.. in the order of `classes`) covers the same field as the thumbnail at any resolution.
+    `um_per_px` is the size of a thumbnail pixel in micrometres. Areas in the legend are shares of what is classified.
+    """
+    height, width = thumbnail_rgb_HWC.shape[:2]
+    scale = PANEL_PX / max(width, height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    slide = Image.fromarray(thumbnail_rgb_HWC).resize(
+        size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+    )
+    panels = [_mount(slide), _mount(overlay(slide, labels_HW, [colour for _, colour in classes]))]
+    legend = _legend_entries(labels_HW, classes)
+    _compose(panels, legend, title, um_per_px * width / size[0]).save(path_png, format="PNG", optimize=False)
+
+
+def overlay(slide: Image.Image, labels_HW: npt.NDArray[np.integer], colours: Sequence[Colour]) -> Image.Image:
+    """The slide with each class blended over it and outlined in its full colour, at the slide's size."""
+    # Nearest neighbour: a mixture of two labels would be a third class.
+    labels = np.asarray(Image.fromarray(labels_HW.astype(np.uint8)).resize(slide.size, Image.Resampling.NEAREST))
+    palette = np.array([(0, 0, 0), *colours], dtype=np.float32)
+    colour_HWC = palette[np.minimum(labels, len(colours))]
+    rgb_HWC = np.asarray(slide.convert("RGB"), dtype=np.float32)
+    blended_HWC = np.where((labels > 0)[..., None], (1 - BLEND) * rgb_HWC + BLEND * colour_HWC, rgb_HWC)
+    outlined_HWC = np.where(_outline(labels)[..., None], colour_HWC * 0.8, blended_HWC)
+    return Image.fromarray(np.round(outlined_HWC).astype(np.uint8))
+
+
+def round_length_um(longest_um: float) -> float:
+    """The largest of 1, 2, 5 x 10^n µm that is no longer than `longest_um`."""
+    power = 10.0 ** math.floor(math.log10(longest_um))
+    return next((step * power for step in (5, 2) if step * power <= longest_um), power)
+
+
+def length_text(length_um: float) -> str:
+    """A length for people: "2 mm", "0.5 mm", "50 um"; the font has no µ."""
+    return f"{length_um / 1000:g} mm" if length_um >= 100 else f"{length_um:g} um"
+
+
+def _outline(labels_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Pixels of a class next to another label: two pixels wide between classes, one towards the background."""
+    edge_HW = np.zeros(labels_HW.shape, bool)
+    for here, there in ((np.s_[1:, :], np.s_[:-1, :]), (np.s_[:, 1:], np.s_[:, :-1])):
+        differ = labels_HW[here] != labels_HW[there]
+        edge_HW[here] |= differ
+        edge_HW[there] |= differ
+    return edge_HW & (labels_HW > 0)
+
+
+def _mount(picture: Image.Image) -> Image.Image:
+    """The picture on a backdrop that is wide and high enough to be seen and framed."""
+    size = max(MIN_SIDE_PX, picture.width), max(MIN_SIDE_PX, picture.height)
+    mounted = Image.new("RGB", size, BACKDROP)
+    mounted.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
+    ImageDraw.Draw(mounted).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=(200, 200, 204))
+    return mounted
+
+
+def _legend_entries(
+    labels_HW: npt.NDArray[np.integer], classes: Sequence[tuple[str, Colour]]
+) -> list[tuple[str, str, Colour]]:
+    """(name, share, colour) of each class."""
+    counts = np.bincount(labels_HW.ravel(), minlength=len(classes) + 1)[1 : len(classes) + 1]
+    total = int(counts.sum())
+    return [
+        (name, _share_text(int(count), total), colour) for (name, colour), count in zip(classes, counts, strict=True)
+    ]
+
+
+def _share_text(count: int, total: int) -> str:
+    if count == 0:
+        return "none"
+    percent = 100 * count / total
+    return "< 0.1 %" if percent < 0.1 else f"{percent:.1f} %"
+
+
+def _compose(
+    panels: list[Image.Image], legend: list[tuple[str, str, Colour]], title: str, um_per_px: float
+) -> Image.Image:
+    """Title, panels, scale bar and legend on one sheet.
+
+    Panels stand side by side, or one above the other where the slide is so wide that side by side would leave a strip.
+    """
+    width, height = panels[0].size
+    stacked = width > 3 * height
+    body_width = width if stacked else 2 * width + MARGIN
+    sheet_width = max(body_width, 720) + 2 * MARGIN
+    text, title_font = _font(TEXT), _font(TITLE)
+    rows = _legend_rows(legend, sheet_width - 2 * MARGIN, text)
+    body_height = 2 * height + MARGIN if stacked else height
+    bar_y = MARGIN + TITLE + MARGIN + body_height + 20
+    legend_y = bar_y + 64
+    sheet = Image.new("RGB", (sheet_width, legend_y + len(rows) * 40 + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN - 4), _fit(title, sheet_width - 2 * MARGIN, title_font), INK, title_font)
+    x, y = MARGIN + (sheet_width - 2 * MARGIN - body_width) // 2, MARGIN + TITLE + MARGIN
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (x, y + i * (height + MARGIN)) if stacked else (x + i * (width + MARGIN), y))
+    _draw_scale_bar(draw, (x, bar_y), um_per_px, width, text)
+    draw.text((sheet_width - MARGIN, bar_y + 14), "% of the classified area", FAINT, text, anchor="ra")
+    for i, row in enumerate(rows):
+        for offset, (name, share, colour) in row:
+            _draw_entry(draw, (MARGIN + offset, legend_y + i * 40), name, share, colour, text)
+    return sheet
+
+
+def _draw_scale_bar(
+    draw: ImageDraw.ImageDraw, xy: tuple[int, int], um_per_px: float, panel_px: int, font: Font
+) -> None:
+    # Beside a very thin slide the bar may be wider than the panel, else it could not be read.
+    length_um = round_length_um(max(150.0, min(260.0, 0.4 * panel_px)) * um_per_px)
+    x, y, length_px = xy[0], xy[1], max(1, round(length_um / um_per_px))
+    draw.rectangle((x, y, x + length_px - 1, y + 5), fill=INK)
+    for end in (x, x + length_px - 1):
+        draw.line((end, y - 5, end, y + 10), fill=INK, width=2)
+    draw.text((x, y + 14), length_text(length_um), INK, font)
+
+
+def _draw_entry(
+    draw: ImageDraw.ImageDraw, xy: tuple[int, int], name: str, share: str, colour: Colour, font: Font
+) -> None:
+    x, y = xy
+    draw.rounded_rectangle((x, y, x + 24, y + 24), radius=4, fill=colour, outline=INK)
+    draw.text((x + 34, y), name, INK, font)
+    draw.text((x + 34 + font.getlength(name) + 10, y), share, FAINT, font)
+
+
+def _legend_rows(
+    legend: list[tuple[str, str, Colour]], width: int, font: Font
+) -> list[list[tuple[int, tuple[str, str, Colour]]]]:
+    """Entries in columns of equal width, as many as fit: rows of (x offset, entry)."""
+    legend = [(_fit(name, width - 160, font), share, colour) for name, share, colour in legend]
+    widest = max((34 + font.getlength(name) + 10 + font.getlength(share) + 36 for name, share, _ in legend), default=1)
+    columns = max(1, min(len(legend), int((width + 36) // widest)))
+    rows = [legend[i : i + columns] for i in range(0, len(legend), columns)]
+    return [[(round(i * widest), entry) for i, entry in enumerate(row)] for row in rows]
+
+
+def _fit(text: str, width: float, font: Font) -> str:
+    """The text on one line, cut in its middle where it is too wide: both ends of a file name tell slides apart."""
+    text = _drawable(text)
+    if font.getlength(text) <= width:
+        return text
+
+    def shortened(kept: int) -> str:
+        return f"{text[: kept - kept // 2]}...{text[len(text) - kept // 2 :]}"
+
+    too_long = bisect.bisect_right(range(len(text)), width, key=lambda kept: font.getlength(shortened(kept)))
+    return shortened(max(0, too_long - 1))
+
+
+def _drawable(text: str) -> str:
+    """The text in the characters that Pillow's own font has, which is ASCII: accents dropped, the rest as "?"."""
+    for letter, plain in ASCII.items():
+        text = text.replace(letter, plain)
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in " ".join("".join(letters).split()))
+
+
+def _font(size: int) -> Font:
+    return ImageFont.load_default(size)

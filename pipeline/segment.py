@@ -1,0 +1,312 @@
+"""The recipe: one slide from file to published result."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import zarr
+
+from models.bundle import ModelCard
+from models.predictor import Predictor
+from pipeline.blocks import BlockRecord, BlockWork, regions_file, segment_block
+from pipeline.config import SegmentConfig
+from pipeline.engine import run_all
+from pipeline.errors import Cancelled, OutputError
+from pipeline.features import write_features
+from pipeline.folders import ResultFolder, open_folder
+from pipeline.journal import Journal, sync, sync_tree
+from pipeline.plan import Plan, check_resources, make_plan
+from pipeline.polygons import join_regions, load_regions
+from pipeline.preview import write_preview
+from pipeline.report import RUN_FORMAT, SlideResult, Status, versions, write_run
+from pipeline.store import MapSpec, MapStore, build_pyramid, create_store, sweep_partial_files
+from wsi.errors import SlideReadError
+from wsi.grid import Block
+from wsi.slide import Slide, SlideInfo, open_slide, slide_digest
+from wsi.tissue import Tissue, find_tissue, read_thumbnail
+
+log = logging.getLogger(__name__)
+
+CHUNK_OUT = 512
+"""Side of a chunk of the stored map; a block is a whole number of chunks."""
+
+PREVIEW_PX = 1600
+"""Longer side of the thumbnail in the preview."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage's name, the steps done, and all steps."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def plan_slide(path: Path, card: ModelCard, config: SegmentConfig) -> tuple[Slide, Tissue, Plan]:
+    """Open a slide, find its tissue and plan the run. Writes nothing; the caller closes the slide.
+
+    Raises SlideError where the slide cannot be used.
+    """
+    slide = open_slide(path, config.mpp, config.backend)
+    try:
+        tissue = find_tissue(slide)
+        return slide, tissue, make_plan(slide.info, tissue, card, config)
+    except BaseException:
+        slide.close()
+        raise
+
+
+def segment_slide(
+    path: Path, output: Path, predictor: Predictor, config: SegmentConfig, progress: Progress = no_progress
+) -> SlideResult:
+    """Segment a slide into `output/<stem>`: see the README for what is there afterwards.
+
+    A result of the same slide, model and parameters is left as it is (`skipped`). Everything is built in a working
+    folder beside the target and becomes visible by one rename; after a crash or an interrupt the next call goes on from
+    the blocks that were finished.
+
+    Raises SlideError, ModelError or PipelineError; Cancelled on KeyboardInterrupt.
+    """
+    try:
+        return _segment_slide(path, output, predictor, config, progress)
+    except KeyboardInterrupt:
+        raise Cancelled(
+            f"{path.name}: interrupted; run the same command again to go on from the blocks that are finished"
+        ) from None
+
+
+def _segment_slide(
+    path: Path, output: Path, predictor: Predictor, config: SegmentConfig, progress: Progress
+) -> SlideResult:
+    start, run_versions = time.perf_counter(), versions()
+    seconds: dict[str, float] = {}
+    identity: dict[str, object] = {
+        "format": RUN_FORMAT,
+        "slide": slide_digest(path),
+        "model": predictor.digest,
+        "parameters": config.parameters(),
+    }
+    with _named_write_errors(path, output), open_folder(output, path.stem, identity, force=config.force) as folder:
+        if folder.finished is not None:
+            return _skipped(path, folder, time.perf_counter() - start)
+
+        with _timed(seconds, "plan"):
+            slide, tissue, plan = plan_slide(path, predictor.card, config)
+        with slide:
+            check_resources(plan, path.name, output)
+            spec = _map_spec(path, predictor.card, plan)
+            store = _open_store(folder.result / f"{path.stem}.ome.zarr", folder.work, spec)
+            work = BlockWork(slide, plan.grid, tissue, predictor, config, store, folder.work)
+
+            with _timed(seconds, "blocks"):
+                records, resumed = _run_blocks(work, plan, Journal(folder.work, identity), progress)
+            warnings = _warnings(work, records)
+            areas_mm2 = _areas_mm2(records, spec)
+
+            progress("joining polygons", 0, 1)
+            with _timed(seconds, "join"):
+                pieces = (piece for block in plan.blocks for piece in load_regions(regions_file(folder.work, block)))
+                features = write_features(
+                    folder.result / f"{path.stem}.geojson",
+                    folder.result / f"{path.stem}.parquet",
+                    join_regions(pieces, config.min_area_um2 / plan.grid.mpp_out**2),
+                    spec.classes,
+                    l0_per_out=plan.grid.l0_per_out,
+                    mpp_l0=slide.info.mpp,
+                    slide_digest=str(identity["slide"]),
+                )
+            progress("building the pyramid", 0, 1)
+            with _timed(seconds, "pyramid"):
+                build_pyramid(store.path, spec)
+            with _timed(seconds, "preview"):
+                _write_preview(folder.result / "preview.png", slide, store)
+
+            status: Status = "done" if plan.blocks else "no tissue"
+            seconds |= _stage_seconds(records) | {"total": time.perf_counter() - start}
+            facts = {
+                "identity": identity,
+                "status": status,
+                "slide": _slide_facts(slide.info),
+                "model": predictor.card.name,
+                "tissue_mm2": tissue.area_um2 / 1e6,
+                "fold_mm2": tissue.fold_um2 / 1e6,
+                "class_areas_mm2": areas_mm2,
+                "polygons": features.count,
+                "tiles": _tile_counts(records),
+                "bad_tiles_l0": sorted({tuple(box) for r in records for box in r.bad_tiles_l0}),
+                "warnings": list(warnings),
+                "plan": plan.summary(),
+                "resumed_blocks": resumed,
+                "device": str(predictor.device),
+                "seconds": seconds,
+                "versions": run_versions,
+                "outputs": sorted({p.name for p in folder.result.iterdir()} | {"run.json"}),
+            }
+            write_run(folder.result, facts)
+        progress("publishing", 0, 1)
+        folder.publish()
+    return SlideResult(
+        slide=path.stem,
+        status=status,
+        seconds=time.perf_counter() - start,
+        areas_mm2=areas_mm2,
+        tissue_mm2=tissue.area_um2 / 1e6,
+        folder=folder.target,
+        resumed_blocks=resumed,
+        warnings=warnings,
+    )
+
+
+def _open_store(path: Path, work: Path, spec: MapSpec) -> MapStore:
+    """The store of an interrupted run, without what it had half written, or a new one: never half of one."""
+    if path.exists():
+        sweep_partial_files(path)
+    else:
+        new = work / "store"
+        shutil.rmtree(new, ignore_errors=True)
+        create_store(new, spec)
+        sync_tree(new)
+        new.rename(path)
+        sync(path.parent)
+    return MapStore(path, spec)
+
+
+def _run_blocks(work: BlockWork, plan: Plan, journal: Journal, progress: Progress) -> tuple[list[BlockRecord], int]:
+    """Run the blocks that no earlier run has finished; returns the records of all, and how many were finished."""
+    total = len(plan.blocks)
+    planned = {block.index for block in plan.blocks}
+    records = {index: record for index, record in journal.finished().items() if index in planned}
+    resumed = len(records)
+    if resumed:
+        log.info("%s: going on from %d of %d blocks", work.slide.info.path.name, resumed, total)
+    (work.folder / "regions").mkdir(exist_ok=True)
+    stop, lock = threading.Event(), threading.Lock()
+
+    def run(block: Block) -> None:
+        record = journal.append(*segment_block(work, block, stop.is_set))
+        with lock:
+            records[block.index] = record
+            _check_readable(work, plan, records.values())
+            progress("segmenting", len(records), total)
+
+    progress("segmenting", resumed, total)
+    run_all(run, [block for block in plan.blocks if block.index not in records], work.config.in_flight, stop)
+    return [records[index] for index in sorted(records)], resumed
+
+
+def _check_readable(work: BlockWork, plan: Plan, records: Iterable[BlockRecord]) -> None:
+    """Raise SlideReadError as soon as more tiles of the slide are unreadable than may be."""
+    bad_l0 = [box for record in records for box in record.bad_tiles_l0]
+    if len(bad_l0) > work.config.max_bad_share * plan.tiles:
+        raise SlideReadError(
+            f"{work.slide.info.path.name}: at least {len(bad_l0)} of {plan.tiles} tiles cannot be read (at most "
+            f"{work.config.max_bad_share:.0%}), one at level-0 (x, y, width, height) {tuple(bad_l0[0])}; copy or scan "
+            f"it again"
+        )
+
+
+def _warnings(work: BlockWork, records: list[BlockRecord]) -> tuple[str, ...]:
+    warnings = (*work.slide.info.warnings, *work.tissue.warnings)
+    if work.grid.lv_per_m < 1:
+        mpp = work.predictor.card.mpp
+        warnings += (f"the slide is coarser than the model's {mpp:g} µm/px; its pixels were enlarged",)
+    if bad := sum(len(r.bad_tiles_l0) for r in records):
+        tiles = sum(r.tiles for r in records)
+        warnings += (f"{bad} of {tiles} tiles could not be read; their missing parts count as glass",)
+    return warnings
+
+
+def _map_spec(path: Path, card: ModelCard, plan: Plan) -> MapSpec:
+    classes = tuple((c.name, c.color) for c in card.classes)
+    return MapSpec(path.stem, plan.grid.size_out, classes, plan.grid.mpp_out, chunk=min(CHUNK_OUT, plan.grid.block_out))
+
+
+def _areas_mm2(records: list[BlockRecord], spec: MapSpec) -> dict[str, float]:
+    counts = np.sum([r.class_px for r in records] or [[0] * (len(spec.classes) + 1)], axis=0)
+    return {name: float(n) * spec.mpp_out**2 / 1e6 for (name, _), n in zip(spec.classes, counts[1:], strict=True)}
+
+
+def _tile_counts(records: list[BlockRecord]) -> dict[str, int]:
+    return {
+        "run": sum(r.tiles for r in records),
+        "segmented": sum(r.segmented for r in records),
+        "without class": sum(r.unclassified for r in records),
+        "unreadable": sum(len(r.bad_tiles_l0) for r in records),
+    }
+
+
+def _stage_seconds(records: list[BlockRecord]) -> dict[str, float]:
+    """Time per stage summed over the blocks; stages of different blocks overlap."""
+    stages = {stage for r in records for stage in r.seconds}
+    return {f"blocks: {stage}": sum(r.seconds.get(stage, 0.0) for r in records) for stage in sorted(stages)}
+
+
+def _slide_facts(info: SlideInfo) -> dict[str, object]:
+    # A whitelist: a slide's properties hold patients' names, dates and barcodes.
+    return {
+        "name": info.path.name,
+        "size": list(info.size_l0),
+        "mpp": info.mpp,
+        "mpp_source": info.mpp_source,
+        "vendor": info.vendor,
+        "backend": info.backend,
+        "bounds": list(info.bounds_l0),
+        "qupath_offset": [info.bounds_l0.x, info.bounds_l0.y],
+    }
+
+
+def _write_preview(path: Path, slide: Slide, store: MapStore) -> None:
+    info, spec = slide.info, store.spec
+    longest_um = max(info.bounds_l0.width, info.bounds_l0.height) * info.mpp
+    rgb_HWC, l0_per_px, _ = read_thumbnail(slide, max(info.mpp, longest_um / PREVIEW_PX))
+    # The coarsest level that is as fine as the thumbnail, without the padding beyond the slide.
+    level = min(spec.levels - 1, int(np.log2(max(1.0, spec.size_out[0] / rgb_HWC.shape[1]))))
+    labels = zarr.open_array(store.path / "labels" / "classes" / str(level), mode="r")
+    columns, rows = (-(-length // 2**level) for length in spec.size_out)
+    labels_HW = np.asarray(labels[:rows, :columns])
+    write_preview(path, rgb_HWC, labels_HW, spec.classes, title=spec.name, um_per_px=info.mpp * l0_per_px)
+
+
+def _skipped(path: Path, folder: ResultFolder, seconds: float) -> SlideResult:
+    run = folder.finished or {}
+    return SlideResult(
+        slide=path.stem,
+        status="skipped",
+        seconds=seconds,
+        areas_mm2=dict(cast("dict[str, float]", run.get("class_areas_mm2", {}))),
+        tissue_mm2=cast("float | None", run.get("tissue_mm2")),
+        folder=folder.target,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+@contextmanager
+def _named_write_errors(path: Path, output: Path) -> Iterator[None]:
+    """Say what to do where the disk is full or the folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(output).free
+            raise OutputError(
+                f"{path.name}: the disk of {output} is full ({free / 2**20:.0f} MiB free); free some space and run the "
+                f"same command again, which goes on from the finished blocks"
+            ) from error
+        raise OutputError(
+            f"{path.name}: cannot write {error.filename or output}: {error.strerror or error}; check that the folder "
+            f"exists and may be written"
+        ) from error

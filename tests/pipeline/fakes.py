@@ -1,0 +1,87 @@
+"""What the pipeline's tests run on: slides with known regions and networks with known answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from torch import nn
+
+from models.predictor import Predictor
+from pipeline.config import SegmentConfig
+from tests.models.networks import (
+    ColorClassifier,
+    ColorSegmenter,
+    ConstantClassifier,
+    ConstantSegmenter,
+    make_card,
+)
+from tests.slides import PINK, PURPLE, painted, write_slide
+
+SMALL = SegmentConfig(block_out=32, min_area_um2=0.0, simplify_px=0.0, num_workers=2, device="cpu")
+"""Blocks of 32 map pixels: a slide of a few thousand pixels has dozens."""
+
+COLOURS = (PINK, PURPLE)
+
+REGIONS = (((160, 96, 960, 640), PINK), ((416, 256, 320, 256), PURPLE))
+"""Of `region_slide`: level-0 x, y, width, height; the later ones lie on top."""
+
+
+def region_slide(path: Path, mpp: float = 1.0, levels: Sequence[int] = (1,)) -> Path:
+    """A slide of 1280×832 with a pink region and a purple one in it."""
+    return write_slide(path, painted((1280, 832), *REGIONS), mpp=mpp, levels=levels)
+
+
+def predictor(classifier: nn.Module, segmenter: nn.Module, mpp: float = 1.0, **options: Any) -> Predictor:
+    """A predictor for classes in the slide's colours, with 64-px tiles."""
+    digest = f"{type(classifier).__name__}-{type(segmenter).__name__}".ljust(64, "0")
+    return Predictor(make_card(COLOURS, mpp=mpp), digest, classifier, segmenter, device="cpu", **options)
+
+
+def colour_predictor(**options: Any) -> Predictor:
+    """Says of every pixel of the map which colour it has."""
+    return predictor(ColorClassifier(COLOURS), ColorSegmenter(COLOURS, sharpness=400.0), **options)
+
+
+def constant_predictor(logits: Sequence[float]) -> Predictor:
+    """Says the same of every pixel."""
+    return predictor(ConstantClassifier([0.9] * len(logits)), ConstantSegmenter(logits))
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    """A result's run.json."""
+    run: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return run
+
+
+def probs_of(folder: Path) -> NDArray[np.uint8]:
+    """The full map of a result, as probs_KHW."""
+    return np.asarray(zarr.open_array(folder / f"{folder.name}.ome.zarr" / "0", mode="r")[:])
+
+
+def labels_of(folder: Path) -> NDArray[np.uint8]:
+    """The full label image of a result, as labels_HW."""
+    return np.asarray(zarr.open_array(folder / f"{folder.name}.ome.zarr" / "labels" / "classes" / "0", mode="r")[:])
+
+
+def truth(size_out: tuple[int, int], l0_per_out: int) -> NDArray[np.uint8]:
+    """Labels of `region_slide` at a whole number of level-0 pixels per map pixel."""
+    labels_HW = np.zeros(size_out[::-1], np.uint8)
+    for (x, y, width, height), colour in REGIONS:
+        x, y, right, bottom = (round(v / l0_per_out) for v in (x, y, x + width, y + height))
+        labels_HW[y:bottom, x:right] = COLOURS.index(colour) + 1
+    return labels_HW
+
+
+def published(folder: Path) -> dict[str, bytes]:
+    """Every file of a result but those that tell times, by its path."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "run.json"
+    }

@@ -1,0 +1,134 @@
+"""What a stored map must be so that QuPath, napari and Vitessce open it: rules that the public validators do not check.
+
+Reads the files themselves (JSON, XML, folders), not through the code under test. Shapes are (c, y, x) and (y, x).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+OME = "{http://www.openmicroscopy.org/Schemas/OME/2016-06}"
+METADATA_FILES = {".zgroup", ".zattrs", ".zarray"}
+
+
+def broken_rules(root: Path) -> list[str]:
+    """Every rule that the store at `root` breaks, in words; empty for a good one."""
+    broken: list[str] = []
+    image, labels = attributes(root), attributes(root / "labels" / "classes")
+    channels = image["omero"]["channels"]
+    image_shapes = _multiscale(root, image, "cyx", broken)
+    label_shapes = _multiscale(root / "labels" / "classes", labels, "yx", broken)
+    if [shape[1:] for shape in image_shapes] != label_shapes:
+        broken.append(f"labels have the levels {label_shapes}, the image {image_shapes}")
+    if attributes(root / "labels") != {"labels": ["classes"]}:
+        broken.append("labels/.zattrs does not list exactly the classes")
+    if "bioformats2raw.layout" in image:
+        broken.append("the root says bioformats2raw.layout: napari then looks for images in sub-groups")
+    if len(channels) != image_shapes[0][0]:
+        broken.append(f"{len(channels)} omero channels for {image_shapes[0][0]} channels")
+    broken += [
+        f"omero channel {channel['label']}: window or active"
+        for channel in channels
+        if channel["window"] != {"min": 0, "max": 255, "start": 0, "end": 255} or channel["active"] is not True
+    ]
+    values = list(range(1, len(channels) + 1))
+    names = [channel["label"] for channel in channels]
+    colours = [[int(channel["color"][i : i + 2], 16) for i in (0, 2, 4)] + [255] for channel in channels]
+    label = labels["image-label"]
+    if label["colors"] != [{"label-value": v, "rgba": c} for v, c in zip(values, colours, strict=True)]:
+        broken.append("label colours are not the channels'")
+    if label["properties"] != [{"label-value": v, "name": n} for v, n in zip(values, names, strict=True)]:
+        broken.append("label names are not the channels'")
+    if label["source"] != {"image": "../../"}:
+        broken.append("labels do not point to their image")
+    _ome_xml(root, image, image_shapes[0], names, colours, broken)
+    broken += [f"{file.relative_to(root)}: half-written" for file in root.rglob("*.partial")]
+    return broken
+
+
+def attributes(group: Path) -> dict[str, Any]:
+    """The attributes of a group."""
+    assert json.loads((group / ".zgroup").read_text()) == {"zarr_format": 2}
+    content: dict[str, Any] = json.loads((group / ".zattrs").read_text(encoding="utf-8"))
+    return content
+
+
+def _multiscale(group: Path, attrs: dict[str, Any], axes: str, broken: list[str]) -> list[list[int]]:
+    """Check one pyramid; return the shapes of its levels."""
+    (multiscale,) = attrs["multiscales"]
+    if multiscale["version"] != "0.4":
+        broken.append(f"{group.name}: version {multiscale['version']}")
+    if "".join(axis["name"] for axis in multiscale["axes"]) != axes:
+        broken.append(f"{group.name}: axes {multiscale['axes']}")
+    if any(axis.get("unit") != "micrometer" for axis in multiscale["axes"] if axis["name"] in "yx"):
+        broken.append(f"{group.name}: unit is not micrometer")
+    paths = [dataset["path"] for dataset in multiscale["datasets"]]
+    on_disk = sorted(file.parent.name for file in group.glob("*/.zarray"))
+    if paths != [str(i) for i in range(len(paths))] or sorted(paths) != on_disk:
+        broken.append(f"{group.name}: levels {paths}, on disk {on_disk}")
+    shapes = [_array(group / path, broken) for path in paths]
+    scales = [dataset["coordinateTransformations"][0]["scale"] for dataset in multiscale["datasets"]]
+    broken += [
+        f"{group.name}/{dataset['path']}: QuPath and napari take a scale and nothing else"
+        for dataset in multiscale["datasets"]
+        if [step["type"] for step in dataset["coordinateTransformations"]] != ["scale"]
+    ]
+    for fine, coarse in itertools.pairwise(shapes):
+        if fine[-2:] != [2 * n for n in coarse[-2:]] or fine[:-2] != coarse[:-2]:
+            broken.append(f"{group.name}: a level of {coarse} after one of {fine}")
+    for level, scale in enumerate(scales):
+        expected = scales[0][:-2] + [value * 2**level for value in scales[0][-2:]]
+        if scale != expected or scale[:-2] != [1] * (len(axes) - 2) or scale[-1] != scale[-2]:
+            broken.append(f"{group.name}/{level}: scale {scale}")
+    return shapes
+
+
+def _array(folder: Path, broken: list[str]) -> list[int]:
+    """Check one level's encoding and chunk files; return its shape."""
+    meta = json.loads((folder / ".zarray").read_text())
+    codec = {key: meta["compressor"][key] for key in ("id", "cname", "shuffle")}
+    if codec != {"id": "blosc", "cname": "zstd", "shuffle": 1} or meta["filters"] is not None:
+        broken.append(f"{folder}: codec {meta['compressor']}, filters {meta['filters']}")
+    fixed = {"zarr_format": 2, "dtype": "|u1", "order": "C", "fill_value": 0, "dimension_separator": "/"}
+    broken += [f"{folder}: {key} is {meta[key]!r}" for key, value in fixed.items() if meta[key] != value]
+    shape, chunks = meta["shape"], meta["chunks"]
+    if chunks[:-2] != [1] * (len(shape) - 2):
+        broken.append(f"{folder}: chunks {chunks}")
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name not in METADATA_FILES:
+            position = [int(part) for part in file.relative_to(folder).parts if part.isdecimal()]
+            inside = all(i * chunk < side for i, chunk, side in zip(position, chunks, shape, strict=False))
+            if len(position) != len(shape) or not inside:
+                broken.append(f"{file}: no chunk of shape {shape} in chunks {chunks}")
+    result: list[int] = shape
+    return result
+
+
+def _ome_xml(
+    root: Path, image: dict[str, Any], shape: list[int], names: list[str], colours: list[list[int]], broken: list[str]
+) -> None:
+    ome = ET.parse(root / "OME" / "METADATA.ome.xml").getroot()
+    (pixels,) = ome.findall(f"{OME}Image/{OME}Pixels")
+    sizes = [int(pixels.attrib[f"Size{axis}"]) for axis in "CYXZT"]
+    if sizes != [*shape, 1, 1]:
+        broken.append(f"OME-XML sizes CYXZT {sizes}, array {shape}")
+    if pixels.attrib["Type"] != "uint8":
+        broken.append(f"OME-XML type {pixels.attrib['Type']}")
+    scale = image["multiscales"][0]["datasets"][0]["coordinateTransformations"][0]["scale"]
+    if [float(pixels.attrib[f"PhysicalSize{axis}"]) for axis in "YX"] != scale[-2:]:
+        broken.append(f"OME-XML pixel size {pixels.attrib}, scale {scale}")
+    # µm is the schema's default.
+    if any(pixels.attrib.get(f"PhysicalSize{axis}Unit", "µm") != "µm" for axis in "YX"):
+        broken.append("OME-XML unit is not µm")
+    channels = pixels.findall(f"{OME}Channel")
+    if [channel.attrib["Name"] for channel in channels] != names:
+        broken.append("OME-XML channel names are not omero's")
+    packed = [int(channel.attrib["Color"]).to_bytes(4, "big", signed=True) for channel in channels]
+    if [list(colour) for colour in packed] != colours:
+        broken.append("OME-XML colours are not omero's")
+    if pixels.find(f"{OME}MetadataOnly") is None:
+        broken.append("OME-XML promises pixels of its own")
