@@ -89,7 +89,7 @@ def segment_block(work: BlockWork, block: Block, stopped: Callable[[], bool]) ->
     """
     timer, grid = _Timer(), work.grid
     tissue_HW = block_tissue(grid, work.tissue, block)
-    tiles_m = needed_tiles(grid, work.tissue, block)
+    tiles_m = needed_tiles(grid, tissue_HW, block)
     with timer("read"):
         pixels = read_tiles(work.slide, grid, tiles_m)
     if stopped():

@@ -65,7 +65,7 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, config: SegmentC
         output_stride=config.output_stride,
         block_out=config.block_out,
     )
-    counts = {block: len(needed_tiles(grid, tissue, block)) for block in grid.blocks()}
+    counts = {block: len(needed_tiles(grid, block_tissue(grid, tissue, block), block)) for block in grid.blocks()}
     blocks = tuple(block for block, count in counts.items() if count)
     return Plan(
         grid=grid,
@@ -77,9 +77,8 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, config: SegmentC
     )
 
 
-def needed_tiles(grid: Grid, tissue: Tissue, block: Block) -> list[Box]:
-    """The tiles, in model pixels, that hold some of the tissue inside the block."""
-    tissue_HW = block_tissue(grid, tissue, block)
+def needed_tiles(grid: Grid, tissue_HW: NDArray[np.bool_], block: Block) -> list[Box]:
+    """The tiles, in model pixels, that hold some of the tissue inside the block; `tissue_HW` is its `block_tissue`."""
     tiles = []
     for tile_m in grid.tiles(block.box_out):
         part = grid.box_out(tile_m).intersect(block.box_out).shift(-block.box_out.x, -block.box_out.y)

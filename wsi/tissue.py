@@ -68,15 +68,17 @@ class Tissue:
         scale = l0_per_out / self.l0_per_px
         rows, row_weights = _positions(box_out.y, box_out.height, scale)
         columns, column_weights = _positions(box_out.x, box_out.width, scale)
-        padded_HW = np.pad(self.mask_HW, 1).astype(np.float32)
+        padded_HW = np.pad(self.mask_HW, 1)
         rows = np.clip(rows + 1, 0, padded_HW.shape[0] - 2)
         columns = np.clip(columns + 1, 0, padded_HW.shape[1] - 2)
-        across = padded_HW[:, columns] * (1 - column_weights) + padded_HW[:, columns + 1] * column_weights
-        down = across[rows] * (1 - row_weights)[:, None] + across[rows + 1] * row_weights[:, None]
+        upper, lower = padded_HW[rows], padded_HW[rows + 1]
+        left = upper[:, columns] * (1 - row_weights)[:, None] + lower[:, columns] * row_weights[:, None]
+        right = upper[:, columns + 1] * (1 - row_weights)[:, None] + lower[:, columns + 1] * row_weights[:, None]
+        value = left * (1 - column_weights) + right * column_weights
         inside_HW = _inside(box_out.y, box_out.height, scale, self.mask_HW.shape[0])[:, None] & _inside(
             box_out.x, box_out.width, scale, self.mask_HW.shape[1]
         )
-        return (down >= 0.5) & inside_HW
+        return np.asarray(value >= 0.5) & inside_HW
 
 
 def find_tissue(slide: Slide) -> Tissue:

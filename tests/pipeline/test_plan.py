@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pipeline.config import SegmentConfig
@@ -29,7 +29,7 @@ def test_just_the_tiles_with_tissue_are_planned(tmp_path: Path) -> None:
             part = tile.intersect(box_m)
             touches = part.x < 1120 and part.right > 160 and part.y < 736 and part.bottom > 96
             expected += touches
-    assert plan.tiles == expected == sum(len(needed_tiles(grid, tissue, b)) for b in plan.blocks)
+    assert plan.tiles == expected == sum(len(needed_tiles(grid, block_tissue(grid, tissue, b), b)) for b in plan.blocks)
     assert {b.index for b in grid.blocks()} > {b.index for b in plan.blocks}
     summary = json.loads(json.dumps(plan.summary()))
     assert summary["map_size"] == [320, 208]
@@ -87,5 +87,4 @@ def test_only_what_changes_the_result_belongs_to_its_identity() -> None:
 
 
 def test_keeping_freed_memory_can_be_set_here() -> None:
-    assert keep_freed_memory() is True
-    assert np.zeros(1 << 24).sum() == 0
+    assert keep_freed_memory() is sys.platform.startswith("linux")
