@@ -76,7 +76,7 @@ class Predictor:
         *,
         device: str = "auto",
         precision: Precision = "float32",
-        batch_size: int = 16,
+        batch_size: int = 8,
         output_stride: int = 4,
         ungated_fallback: bool = False,
         skip_by_gate: bool = True,
@@ -110,41 +110,13 @@ class Predictor:
         self._thresholds_K = torch.tensor(card.gate_thresholds, device=self.device)
 
     @classmethod
-    def from_bundle(
-        cls,
-        bundle: Bundle,
-        *,
-        device: str = "auto",
-        precision: Precision = "float32",
-        batch_size: int = 16,
-        output_stride: int = 4,
-        ungated_fallback: bool = False,
-        skip_by_gate: bool = True,
-    ) -> Self:
-        """Return a predictor with the bundle's networks; raises what `load_networks` and the constructor raise."""
-        choose_device(device)
-        classifier, segmenter = load_networks(bundle)
-        return cls(
-            bundle.card,
-            bundle.digest,
-            classifier,
-            segmenter,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-            output_stride=output_stride,
-            ungated_fallback=ungated_fallback,
-            skip_by_gate=skip_by_gate,
-        )
+    def from_bundle(cls, bundle: Bundle, *, device: str = "auto", **options: Any) -> Self:
+        """Return a predictor with the bundle's networks; `options` are the constructor's.
 
-    def warm_up(self) -> None:
-        """Run both networks once on a blank batch, so that the first real one pays for no initialisation."""
-        side = self.card.tile_size
-        blank_NHWC = np.full((self.batch_size, side, side, 3), 255, dtype=np.uint8)
-        with torch.inference_mode(), self._autocast():
-            x_NCHW = self._normalised(blank_NHWC)
-            self._classifier(x_NCHW)
-            self._segmenter(x_NCHW)
+        Raises what `load_networks` and the constructor raise.
+        """
+        choose_device(device)  # before the weights are read
+        return cls(bundle.card, bundle.digest, *load_networks(bundle), device=device, **options)
 
     def presence(self, rgb_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the classifier's probabilities (N, K) for RGB tiles. Raises NonFiniteOutputError."""

@@ -101,7 +101,3 @@ class ColorClassifier(nn.Module):
         classes = len(self.segmenter.get_buffer("colors_K3"))
         present_NK = torch.stack([(winner_Nhw == k).flatten(1).any(dim=1) for k in range(classes)], dim=1)
         return present_NK.float() * 16 - 8
-
-
-ColourSegmenter = ColorSegmenter
-ColourClassifier = ColorClassifier

@@ -162,7 +162,6 @@ def test_default_bundle_predicts_the_same_twice() -> None:
     bundle = load_bundle(DEFAULT_BUNDLE)
     predictor = Predictor.from_bundle(bundle, device="cpu", batch_size=2, skip_by_gate=False)
     assert predictor.digest == bundle.digest
-    predictor.warm_up()
     rgb_NHWC = np.random.default_rng(1).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     with predictor.lock:
         first, second = predictor.predict(rgb_NHWC), predictor.predict(rgb_NHWC)
