@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from pipeline.config import SegmentConfig
+
 if TYPE_CHECKING:
     from pipeline.batch import SlideJob
-    from pipeline.config import SegmentConfig
     from pipeline.report import SlideResult
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+DEFAULTS = SegmentConfig()
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -38,9 +41,11 @@ def segment(
     mpp: Annotated[
         float | None, typer.Option(help="Micrometres per level-0 pixel, in place of what the slide says.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = DEFAULTS.device,
     precision: Annotated[Literal["float32", "bf16", "fp16"], typer.Option(help="Of the networks.")] = "float32",
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Tiles per call of a network.", min=1)] = 8,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", help="Tiles per call of a network.", min=1)
+    ] = DEFAULTS.batch_size,
     num_workers: Annotated[
         int | None,
         typer.Option(
@@ -51,12 +56,18 @@ def segment(
             show_default=False,
         ),
     ] = None,
-    overlap: Annotated[float, typer.Option(help="Share of a tile that overlaps the next.", min=0, max=0.75)] = 0.25,
-    output_stride: Annotated[int, typer.Option(help="Model pixels per pixel of the map: 1, 2 or 4.")] = 4,
+    overlap: Annotated[
+        float, typer.Option(help="Share of a tile that overlaps the next.", min=0, max=0.75)
+    ] = DEFAULTS.overlap,
+    output_stride: Annotated[
+        int, typer.Option(help="Model pixels per pixel of the map: 1, 2 or 4.")
+    ] = DEFAULTS.output_stride,
     min_area: Annotated[
         float, typer.Option(help="Polygons below this many µm² are merged into their neighbour.", min=0)
-    ] = 2000.0,
-    simplify: Annotated[float, typer.Option(help="Tolerance of the polygons' borders, in map pixels.", min=0)] = 1.0,
+    ] = DEFAULTS.min_area_um2,
+    simplify: Annotated[
+        float, typer.Option(help="Tolerance of the polygons' borders, in map pixels.", min=0)
+    ] = DEFAULTS.simplify_px,
     keep_ungated: Annotated[
         bool, typer.Option("--keep-ungated", help="Keep the segmenter's word where the gate silences every class.")
     ] = False,
@@ -80,7 +91,6 @@ def segment(
         level=logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)],
         format="%(levelname)s: %(message)s",
     )
-    from pipeline.config import SegmentConfig
     from pipeline.errors import Cancelled, ConfigError, SampleError
 
     try:

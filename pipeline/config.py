@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import ConfigError
-from wsi.slide import Backend
+
+if TYPE_CHECKING:  # the command's --help reads the defaults here, and must not load the readers
+    from wsi.slide import Backend
 
 Precision = Literal["float32", "bf16", "fp16"]
 
