@@ -20,7 +20,7 @@ from models.predictor import Predictor
 from pipeline.blocks import BlockRecord, BlockWork, regions_file, segment_block
 from pipeline.config import SegmentConfig
 from pipeline.engine import run_all
-from pipeline.errors import Cancelled, OutputError
+from pipeline.errors import Cancelled, ConfigError, OutputError
 from pipeline.features import write_features
 from pipeline.folders import ResultFolder, open_folder
 from pipeline.journal import Journal, sync, sync_tree
@@ -86,6 +86,7 @@ def segment_slide(
 def _segment_slide(
     path: Path, output: Path, predictor: Predictor, config: SegmentConfig, progress: Progress
 ) -> SlideResult:
+    _check_predictor(predictor, config)
     start, run_versions = time.perf_counter(), versions()
     seconds: dict[str, float] = {}
     identity: dict[str, object] = {
@@ -163,6 +164,17 @@ def _segment_slide(
         resumed_blocks=resumed,
         warnings=warnings,
     )
+
+
+def _check_predictor(predictor: Predictor, config: SegmentConfig) -> None:
+    """Raise ConfigError where the predictor was made with other settings than the ones the result would state."""
+    for name, made, stated in (
+        ("output_stride", predictor.output_stride, config.output_stride),
+        ("precision", predictor.precision, config.precision),
+        ("keep_ungated", predictor.ungated_fallback, config.keep_ungated),
+    ):
+        if made != stated:
+            raise ConfigError(f"the predictor was made with {name} {made}, the settings say {stated}; make them equal")
 
 
 def _open_store(path: Path, work: Path, spec: MapSpec) -> MapStore:

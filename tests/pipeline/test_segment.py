@@ -16,7 +16,7 @@ import shapely
 from numpy.typing import NDArray
 
 from pipeline.config import SegmentConfig
-from pipeline.errors import LockedError, OutputError, PipelineError, PlanError
+from pipeline.errors import ConfigError, LockedError, OutputError, PipelineError, PlanError
 from pipeline.segment import segment_slide
 from tests.models.networks import ConstantClassifier, ConstantSegmenter
 from tests.pipeline.fakes import (
@@ -137,6 +137,27 @@ def test_other_pixel_sizes_give_the_same_map(tmp_path: Path, mpp: float) -> None
     l0_per_out = 4 / mpp
     # Polygons are in level-0 pixels whatever the model's resolution is.
     assert shapely.hausdorff_distance(purple, shapely.box(x, y, x + w, y + h)) <= l0_per_out * 2**0.5
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_finer_maps_keep_the_regions_in_their_place(tmp_path: Path, stride: int) -> None:
+    path = region_slide(tmp_path / "slide.svs")
+    config = replace(SMALL, output_stride=stride, block_out=128)
+    result = segment_slide(path, tmp_path / "out", colour_predictor(output_stride=stride), config)
+    assert result.folder is not None
+    assert labels_of(result.folder).shape[1] >= 1280 // stride
+    assert run_of(result.folder)["plan"]["map_mpp"] == stride
+    found = polygons_by_class(result.folder)["class-1"]
+    (x, y, w, h), _ = REGIONS[1]
+    # Interpolated from the network's own 4 pixels: the border stays within one of them.
+    assert shapely.hausdorff_distance(found, shapely.box(x, y, x + w, y + h)) <= 4.0
+    assert broken_rules(result.folder / "slide.ome.zarr") == []
+
+
+def test_a_predictor_of_other_settings_than_the_runs_is_refused(tmp_path: Path) -> None:
+    path = region_slide(tmp_path / "slide.svs")
+    with pytest.raises(ConfigError, match="made with output_stride 2, the settings say 4"):
+        segment_slide(path, tmp_path / "out", colour_predictor(output_stride=2), SMALL)
 
 
 def test_all_outputs_follow_the_rules_of_their_readers(tmp_path: Path) -> None:
