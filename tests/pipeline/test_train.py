@@ -10,8 +10,9 @@ from PIL import Image
 
 from models.bundle import load_bundle
 from models.predictor import Predictor
+from pipeline.evaluate import confusion_matrix, evaluate, scores
 from pipeline.patches import PatchDataError, Patches, augment, load_patches, presence, random_crops, split_of, subset
-from pipeline.train import TrainConfig, TrainError, calibrate_gate, confusion_matrix, layered_loss, scores, train
+from pipeline.train import TrainConfig, TrainError, calibrate_gate, layered_loss, train
 from tests.models.networks import NO_DIGEST, ColorClassifier, ColorSegmenter, make_card
 
 
@@ -152,7 +153,6 @@ def test_run_leaves_a_bundle_that_loads_and_a_second_run_redoes_nothing(tmp_path
 
 
 def test_evaluation_of_a_perfect_model_is_one(tmp_path: Path) -> None:
-    from pipeline.train import evaluate
 
     _write_data(tmp_path / "data")
     patches = load_patches(tmp_path / "data", "train")
