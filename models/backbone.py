@@ -1,6 +1,6 @@
-"""Feature extractors from timm behind one interface of three named stages.
+"""Feature extractors, ResNet-38d and those of timm, behind one interface of three named stages.
 
-Shape suffixes: N batch, C channels, K classes, H and W space, h and w the reduced space of a feature map.
+Shape suffixes: N batch, C channels, H and W space, h and w the reduced space of a feature map.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from models import resnet38d
 from models.errors import ArchitectureError
 from models.torchvision_ops import declare_missing_ops
 
@@ -18,7 +19,7 @@ import timm  # noqa: E402  # torchvision's operators have to be declared first
 
 
 class Stages(NamedTuple):
-    """Feature maps (N, C, h, w) at the output stride, counterparts of ResNet-38d's b4_5, b5_2 and bn7."""
+    """Feature maps (N, C, h, w) at the output stride: ResNet-38d's b4_5, b5_2 and bn7, or their counterparts."""
 
     shallow: Tensor
     middle: Tensor
@@ -26,28 +27,70 @@ class Stages(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A timm network without its classifier: images (N, 3, H, W) -> `Stages`, all three at `output_stride` by dilation.
+    """A network without its classifier: images (N, 3, H, W) -> `Stages`, all three at `output_stride` by dilation.
 
-    Shallow and middle are the ends of timm's third- and second-last feature stages, deep is the final feature map,
-    after the network's last convolution. Weights are random: nothing is fetched.
+    `name` is "resnet38d" (output stride 8 only) or a model of timm. Of a timm network, shallow and middle are the ends
+    of the third- and second-last feature stages, deep is the final feature map, after the network's last convolution.
+    With `depth` the network ends after that many of timm's feature stages, the last three of which are the `Stages`:
+    late stages see hundreds of pixels, and maps made of them smear across thin structures. Weights are random: nothing
+    is fetched. Raises ArchitectureError where there is no such network, or none with these stages at that stride.
     """
 
-    def __init__(self, name: str, output_stride: int = 8) -> None:
+    def __init__(self, name: str, output_stride: int = 8, depth: int | None = None) -> None:
         super().__init__()
-        if name not in timm.list_models(name):
-            raise ArchitectureError(
-                f"unknown backbone {name!r}: timm {timm.__version__} has no such model; see timm.list_models()"
-            )
-        net: Any = timm.create_model(name, pretrained=False, num_classes=0, output_stride=output_stride)
-        if not hasattr(net, "forward_intermediates"):
-            raise ArchitectureError(
-                f"backbone {name!r} has no forward_intermediates in timm {timm.__version__}; take another one"
-            )
-        self.net = net
-        self.channels: int = net.num_features
-        self._taps = [len(net.feature_info) - 3, len(net.feature_info) - 2]
+        self.net: Any
+        self.channels: int
+        if name == "resnet38d":
+            if output_stride != resnet38d.OUTPUT_STRIDE:
+                raise ArchitectureError(
+                    f"backbone 'resnet38d' has output stride {resnet38d.OUTPUT_STRIDE}, not {output_stride}"
+                )
+            if depth is not None:
+                raise ArchitectureError("backbone 'resnet38d' is used whole: it takes no depth")
+            self.net, self.channels, self._taps = resnet38d.ResNet38d(), resnet38d.CHANNELS, None
+        else:
+            self.net = _timm_network(name, output_stride)
+            self.channels = self.net.num_features
+            self._taps = [len(self.net.feature_info) - 3, len(self.net.feature_info) - 2]
+            if depth is not None:
+                self.channels, self._taps = _cut(self.net, name, depth), [depth - 3, depth - 2, depth - 1]
 
     def forward(self, x_NCHW: Tensor) -> Stages:
-        network: Any = self.net
-        deep, (shallow, middle) = network.forward_intermediates(x_NCHW, indices=self._taps)
+        if self._taps is None:
+            return Stages(*self.net(x_NCHW))
+        if len(self._taps) == 3:
+            return Stages(*self.net.forward_intermediates(x_NCHW, indices=self._taps, intermediates_only=True))
+        deep, (shallow, middle) = self.net.forward_intermediates(x_NCHW, indices=self._taps)
         return Stages(shallow, middle, deep)
+
+
+def _cut(net: Any, name: str, depth: int) -> int:
+    """Remove what follows the feature stage of that 1-based number, and return the stage's channels."""
+    stages = len(net.feature_info)
+    if not 3 <= depth <= stages:
+        raise ArchitectureError(f"backbone {name!r} has {stages} feature stages: depth is {depth}, use 3 to {stages}")
+    channels: int = net.feature_info[depth - 1]["num_chs"]
+    net.prune_intermediate_layers([depth - 1], prune_norm=True)
+    return channels
+
+
+def _timm_network(name: str, output_stride: int) -> Any:
+    if name not in timm.list_models(name):
+        raise ArchitectureError(
+            f"unknown backbone {name!r}: neither 'resnet38d' nor a model of timm {timm.__version__}; "
+            "see timm.list_models()"
+        )
+    try:
+        net: Any = timm.create_model(name, pretrained=False, num_classes=0, output_stride=output_stride)
+    except (TypeError, AssertionError, NotImplementedError) as error:
+        # timm's families refuse the argument, or its value, each in its own way.
+        raise ArchitectureError(
+            f"backbone {name!r} cannot be built with output stride {output_stride} in timm {timm.__version__}; "
+            "take one that can be dilated, such as a ResNet, ConvNeXt, RegNet or EfficientNet"
+        ) from error
+    if not hasattr(net, "forward_intermediates") or len(net.feature_info) < 3:
+        raise ArchitectureError(
+            f"backbone {name!r} has no three feature stages (forward_intermediates) in timm {timm.__version__}; "
+            "take another one"
+        )
+    return net

@@ -64,6 +64,8 @@ class ClassifierCard(_Strict):
 
     backbone: Annotated[str, Field(min_length=1)]
     head: Annotated[str, Field(min_length=1)]
+    depth: Annotated[int, Field(ge=3)] | None = None
+    """Feature stages of the backbone that are used; None: all of it."""
 
 
 class SegmenterCard(_Strict):
@@ -184,7 +186,8 @@ def load_networks(bundle: Bundle) -> tuple[nn.Module, nn.Module]:
     from models.segmenter import build_segmenter
 
     card = bundle.card
-    classifier = Classifier(card.classifier.backbone, card.classifier.head, len(card.classes))
+    parts = card.classifier
+    classifier = Classifier(parts.backbone, parts.head, len(card.classes), parts.depth)
     _load_weights(classifier, bundle.path / CLASSIFIER_FILE, card.weights.classifier)
     segmenter = build_segmenter(card.segmenter.encoder, len(card.classes))
     _load_weights(segmenter, bundle.path / SEGMENTER_FILE, card.weights.segmenter)

@@ -8,6 +8,7 @@ ModelError
 │   ├── DigestMismatchError      weights that are not those the card was written for
 │   └── WeightsMismatchError     weights that do not fit the architecture the card names
 ├── ArchitectureError            a backbone, head or encoder that does not exist
+├── CamUnavailableError          a CAM method that does not exist, or not for this classifier's head or layer
 ├── DeviceUnavailableError       a device was asked for that this machine does not have
 └── NonFiniteOutputError         a network gave NaN or infinity
 """
@@ -47,6 +48,10 @@ class WeightsMismatchError(BundleError):
 
 class ArchitectureError(ModelError):
     """A backbone, head or encoder name that nothing is registered for."""
+
+
+class CamUnavailableError(ModelError):
+    """There is no such CAM method, or the classifier's head or the layer asked for does not have it."""
 
 
 class DeviceUnavailableError(ModelError):

@@ -135,6 +135,24 @@ class Predictor:
             presence_NK: NDArray[np.float32] = logits_NK.sigmoid().cpu().numpy()
         return presence_NK
 
+    def logits(self, rgb_NHWC: NDArray[np.uint8]) -> Tensor:
+        """Return the segmenter's logits before any gate, (N, K, h, w) float32 on the predictor's device.
+
+        For at least one RGB tile (N, H, W, 3) uint8, H and W multiples of 32. Raises NonFiniteOutputError.
+        """
+        every = np.arange(len(rgb_NHWC))
+        with torch.inference_mode():
+            return torch.cat(
+                [
+                    self._segmented(rgb_NHWC, every[start : start + self.batch_size])
+                    for start in range(0, len(every), self.batch_size)
+                ]
+            )
+
+    def gated(self, logits_NKhw: Tensor, presence_NK: NDArray[np.float32]) -> Tensor:
+        """Return what `predict` makes of a segmenter's logits and a classifier's probabilities: probs_NKhw float32."""
+        return masked_softmax(logits_NKhw, self._gate(presence_NK)[1])
+
     def predict(self, rgb_NHWC: NDArray[np.uint8]) -> Prediction:
         """Return gated probabilities for any number of RGB tiles (N, H, W, 3) uint8, H and W multiples of 32.
 
@@ -145,10 +163,7 @@ class Predictor:
         classes = len(self.card.classes)
         stride = self.output_stride
         with torch.inference_mode():
-            passed_NK = passing_classes(torch.from_numpy(presence_NK).to(self.device), self._thresholds_K)
-            allowed_NK = passed_NK
-            if self.ungated_fallback:
-                allowed_NK = passed_NK | ~passed_NK.any(dim=1, keepdim=True)
+            passed_NK, allowed_NK = self._gate(presence_NK)
             contested_N = (allowed_NK.sum(dim=1) > 1).cpu().numpy()
             segmented_N = contested_N if self.skip_by_gate else np.ones(count, dtype=bool)
             # The softmax over one class is 1 and over none is 0: without the segmenter the mask itself is the result.
@@ -156,14 +171,25 @@ class Predictor:
             chosen = np.flatnonzero(segmented_N)
             for start in range(0, len(chosen), self.batch_size):
                 picked = chosen[start : start + self.batch_size]
-                with self._autocast():
-                    logits_NKhw = self._segmenter(self._normalised(rgb_NHWC[picked]))
-                logits_NKhw = logits_at_stride(logits_NKhw.float(), stride)
-                _check_finite("segmenter", logits_NKhw, picked)
                 index = torch.from_numpy(picked).to(self.device)
-                probs_NKhw[index] = masked_softmax(logits_NKhw, allowed_NK[index])
+                probs_NKhw[index] = masked_softmax(self._segmented(rgb_NHWC, picked), allowed_NK[index])
         assert probs_NKhw.shape == (count, classes, height // stride, width // stride)
         return Prediction(probs_NKhw, passed_NK.cpu().numpy(), segmented_N, presence_NK)
+
+    def _gate(self, presence_NK: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+        """Return which classes pass, and which may have pixels: the same, or all with `ungated_fallback` and none."""
+        passed_NK = passing_classes(torch.from_numpy(presence_NK).to(self.device), self._thresholds_K)
+        if self.ungated_fallback:
+            return passed_NK, passed_NK | ~passed_NK.any(dim=1, keepdim=True)
+        return passed_NK, passed_NK
+
+    def _segmented(self, rgb_NHWC: NDArray[np.uint8], picked: NDArray[np.int64]) -> Tensor:
+        """Return the segmenter's logits for the picked tiles, one batch."""
+        with self._autocast():
+            logits_NKhw = self._segmenter(self._normalised(rgb_NHWC[picked]))
+        logits_NKhw = logits_at_stride(logits_NKhw.float(), self.output_stride)
+        _check_finite("segmenter", logits_NKhw, picked)
+        return logits_NKhw
 
     def _normalised(self, rgb_NHWC: NDArray[np.uint8]) -> Tensor:
         """Return bytes as the networks' input. A permuted NHWC array already lies in memory as channels_last."""

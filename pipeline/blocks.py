@@ -158,20 +158,30 @@ class Blend:
         self._sums_KHW[:, rows, columns] += probs_Khw[:, tile_rows, tile_columns] * window_hw
         self._weights_HW[rows, columns] += window_hw
 
-    def result(self, tissue_HW: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Probabilities (times 255) as probs_KHW and labels_HW; both are 0 outside the tissue.
+    def mean(self) -> torch.Tensor:
+        """Probabilities as probs_KHW float32; 0 where there was no tile."""
+        return self._sums_KHW / self._weights_HW.clamp_min(torch.finfo(torch.float32).tiny)
 
-        What is missing to a sum of one is the probability of "no class", which competes for the label.
-        """
+    def result(self, tissue_HW: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Probabilities (times 255) as probs_KHW and labels_HW; both are 0 outside the tissue."""
         tissue = torch.from_numpy(tissue_HW).to(self._weights_HW.device)
-        probs_KHW = self._sums_KHW / self._weights_HW.clamp_min(torch.finfo(torch.float32).tiny)
-        best_HW, winner_HW = probs_KHW.max(dim=0)
-        is_class_HW = tissue & (best_HW > 0) & (best_HW >= 1 - probs_KHW.sum(dim=0))
-        labels_HW = torch.where(is_class_HW, winner_HW + 1, BACKGROUND_LABEL)
+        probs_KHW = self.mean()
+        winner_HW = winners(probs_KHW)
+        labels_HW = torch.where(tissue & (winner_HW < len(probs_KHW)), winner_HW + 1, BACKGROUND_LABEL)
         # A little above one half: equal probabilities such as 0.5 lie on a rounding edge, where the last bit of the
         # sums would decide.
         scaled_KHW = torch.where(tissue, probs_KHW * 255 + (0.5 + 2**-10), 0)
         return scaled_KHW.to(torch.uint8).cpu().numpy(), labels_HW.to(torch.uint8).cpu().numpy()
+
+
+def winners(probs_KHW: torch.Tensor) -> torch.Tensor:
+    """Index of the most probable class of each pixel, (H, W) int64; K where "no class" is more probable.
+
+    The probability of "no class" is what is missing to a sum of one.
+    """
+    best_HW, winner_HW = probs_KHW.max(dim=0)
+    is_class_HW = (best_HW > 0) & (best_HW >= 1 - probs_KHW.sum(dim=0))
+    return torch.where(is_class_HW, winner_HW, len(probs_KHW))
 
 
 def _predict(

@@ -1,159 +1,174 @@
-"""Patches of the EBHI-Seg copy as arrays, split by case, and the presence labels of crops that training starts from.
+"""Labelled patches as the networks see them: images at the model's pixel size, boxes in them with presence labels, and
+the views that a training step draws.
 
-Shape suffixes: N patches, K classes, H and W space. Masks: 0 other, 1 gland, the order of `CLASS_NAMES`.
+Shape suffixes: N views, B boxes (x, y, width, height in pixels at the model's mpp), K classes, H and W an image, L the
+layers of pseudo masks.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-CLASS_NAMES = ("other", "gland")
+from pipeline.augment import Move, restain
+from pipeline.dataset import IGNORED, Dataset, Sample, labelled_boxes, read_rgb
+from pipeline.resample import resampled
+from wsi.grid import MPP_TOLERANCE
 
-Split = Literal["train", "val", "test"]
-
-
-class PatchDataError(Exception):
-    """The patch folder is incomplete or holds images that do not fit its masks."""
+GLASS = 255
+"""What fills a view beyond its image."""
 
 
 @dataclass(frozen=True)
-class Patches:
-    """Patches in memory; `masks_NHW` gives presence labels and, for held-out cases, the evaluation: nothing else."""
+class View:
+    """A square part of an image with the labelled patches that lie inside it."""
 
-    names: tuple[str, ...]
-    rgb_NHWC: NDArray[np.uint8]
-    masks_NHW: NDArray[np.uint8]
+    rgb_HWC: NDArray[np.uint8]
+    boxes_B4: NDArray[np.int64]
+    present_BK: NDArray[np.bool_]
+
+
+class Place(NamedTuple):
+    """Where a view lies: the image's index, the corner (x, y) of its square and the side of it."""
+
+    image: int
+    x: int
+    y: int
+    side: int
+
+
+class PatchImages:
+    """The images of one split at `mpp`, with their labelled boxes. Decoded images are kept up to `cache_bytes`."""
+
+    def __init__(
+        self, dataset: Dataset, chosen: Sequence[Sample], mpp: float, *, cache_bytes: int = 2 * 1024**3
+    ) -> None:
+        """Read the labels of all samples; the images are read when they are asked for.
+
+        Raises what `labelled_boxes` raises.
+        """
+        self.dataset = dataset
+        self.samples = tuple(chosen)
+        scale = dataset.mpp / mpp
+        # As `resampled` leaves images.
+        self.scale = 1.0 if abs(scale - 1) <= MPP_TOLERANCE else scale
+        self.boxes: list[NDArray[np.int64]] = []
+        self.present: list[NDArray[np.bool_]] = []
+        for sample in self.samples:
+            labelled = labelled_boxes(dataset, sample)
+            # Rounding the corner and the side, not both corners, keeps boxes of one size equal in size.
+            boxes_B4 = np.rint(labelled.boxes_B4 * self.scale).astype(np.int64)
+            # Rounded up both, they would end a pixel beyond the image.
+            size_2 = np.rint(np.array(_extent(labelled.boxes_B4)) * self.scale).astype(np.int64)
+            boxes_B4[:, :2] = np.minimum(boxes_B4[:, :2], size_2 - boxes_B4[:, 2:])
+            self.boxes.append(boxes_B4)
+            self.present.append(labelled.present_BK)
+        self._cache: dict[int, NDArray[np.uint8]] = {}
+        self._room = cache_bytes
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.samples)
+
+    def rgb(self, index: int) -> NDArray[np.uint8]:
+        """One image at the model's mpp, (H, W, 3); area-averaged where that is coarser than the data set's."""
+        cached = self._cache.get(index)
+        if cached is not None:
+            return cached
+        rgb_HWC = resampled(read_rgb(self.samples[index]), self.scale)
+        with self._lock:
+            if rgb_HWC.nbytes <= self._room and index not in self._cache:
+                self._room -= rgb_HWC.nbytes
+                self._cache[index] = rgb_HWC
+        return rgb_HWC
+
+    def pixels(self) -> int:
+        """Pixels of all images at the model's mpp, taken from the outermost boxes."""
+        return sum(int((b[:, 0] + b[:, 2]).max() * (b[:, 1] + b[:, 3]).max()) for b in self.boxes)
+
+    def class_frequency(self) -> NDArray[np.float64]:
+        """The share of labelled patches that hold each class, (K,)."""
+        share_K: NDArray[np.float64] = np.concatenate(self.present).mean(axis=0)
+        return share_K
 
 
-def split_of(case: str) -> Split:
-    """Return the split of a case, 70/15/15 by a hash of its name: the same on every machine, whatever other cases there
-    are.
+def draw_regions(images: PatchImages, count: int, side: int, rng: np.random.Generator) -> list[Place]:
+    """Return `count` random squares of random images; along an edge shorter than `side` they begin at 0.
+
+    Images are drawn in proportion to their area, so every pixel is seen about equally often. A square that holds no
+    whole labelled patch, for which it must be large enough, is moved to the nearest one.
     """
-    fraction = int(hashlib.sha256(case.encode()).hexdigest()[:8], 16) / 2**32
-    return "train" if fraction < 0.70 else "val" if fraction < 0.85 else "test"
+    sizes = np.array([_extent(boxes_B4) for boxes_B4 in images.boxes])
+    area = np.maximum(sizes, side).prod(axis=1).astype(float)
+    places = []
+    for index in rng.choice(len(images), size=count, p=area / area.sum()):
+        x, y = (int(rng.integers(max(1, int(length) - side + 1))) for length in sizes[index])
+        places.append(_holding_a_patch(images.boxes[index], Place(int(index), x, y, side)))
+    return places
 
 
-def load_patches(folder: Path, split: Split) -> Patches:
-    """Return the patches of one split of an EBHI-Seg folder (meta.csv, img/*.webp, mask/*.png), decoded, in the order
-    of meta.csv.
-
-    Raises PatchDataError for a missing table or file, or a mask of another size than its image.
-    """
-    table = folder / "meta.csv"
-    if not table.is_file():
-        raise PatchDataError(f"{folder}: no meta.csv; pass the folder that holds meta.csv, img and mask")
-    with table.open(newline="") as stream:
-        names = [row["name"] for row in csv.DictReader(stream) if split_of(row["case"]) == split]
-    if not names:
-        raise PatchDataError(f"{table}: no patch falls into the {split} split; more cases are needed")
-    images = [_read(folder / "img" / f"{name}.webp", "RGB") for name in names]
-    masks = [_read(folder / "mask" / f"{name}.png", None) for name in names]
-    for name, image, mask in zip(names, images, masks, strict=True):
-        if image.shape[:2] != mask.shape or image.shape != images[0].shape:
-            raise PatchDataError(
-                f"{name}: image {image.shape[:2]}, mask {mask.shape}; all must be {images[0].shape[:2]}"
-            )
-    return Patches(tuple(names), np.stack(images), (np.stack(masks) > 0).astype(np.uint8))
+def draw_patches(images: PatchImages, count: int, rng: np.random.Generator) -> list[Place]:
+    """Return `count` random labelled patches. Raises ValueError where they are not square."""
+    counts = np.array([len(boxes_B4) for boxes_B4 in images.boxes])
+    ends = counts.cumsum()
+    places = []
+    for drawn in rng.integers(ends[-1], size=count):
+        index = int(np.searchsorted(ends, drawn, side="right"))
+        x, y, width, height = (int(v) for v in images.boxes[index][drawn - ends[index] + counts[index]])
+        if width != height:
+            raise ValueError(f"{images.samples[index].name}: a labelled patch of {width}x{height}; set region")
+        places.append(Place(index, x, y, width))
+    return places
 
 
-def _read(file: Path, mode: str | None) -> NDArray[np.uint8]:
-    try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert(mode) if mode else image, dtype=np.uint8)
-    except OSError as error:
-        raise PatchDataError(f"{file}: cannot be read: {error}") from error
-
-
-def subset(patches: Patches, count: int, rng: np.random.Generator) -> Patches:
-    """Return `count` patches drawn without replacement, in their old order; all of them where there are no more."""
-    picked = np.sort(rng.permutation(len(patches))[:count])
-    return Patches(tuple(patches.names[n] for n in picked), patches.rgb_NHWC[picked], patches.masks_NHW[picked])
-
-
-def presence(masks_NHW: NDArray[np.uint8], classes: int, minimum: float = 0.05) -> NDArray[np.bool_]:
-    """Return which classes are present in each crop, (N, K): those that cover more than `minimum` of it (OEEM's rule
-    for GlaS).
-    """
-    covered_NK = np.stack([(masks_NHW == k).mean(axis=(1, 2)) for k in range(classes)], axis=1)
-    return covered_NK > minimum
-
-
-def random_crops(
-    patches: Patches, count: int, side: int, rng: np.random.Generator
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return `count` crops (N, side, side, 3) at random places of random patches, and their masks for `presence`."""
-    picked, xs, ys = _random_places(patches, count, side, rng)
-    return _cut(patches, picked, xs, ys, side)
-
-
-def balanced_crops(
-    patches: Patches, count: int, side: int, classes: int, rng: np.random.Generator, candidates: int = 1500
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return `count` random crops as `random_crops`, each set of present classes that occurs among the candidates drawn
-    equally often.
-
-    Where one class is in nearly every crop a classifier learns to say so everywhere, and its map then beats every other
-    class's.
-    """
-    picked, xs, ys = _random_places(patches, candidates, side, rng)
-    step = max(1, side // 8)
-    coarse_NHW = np.stack(
-        [patches.masks_NHW[n, y : y + side : step, x : x + side : step] for n, x, y in zip(picked, xs, ys, strict=True)]
+def make_view(images: PatchImages, place: Place, strength: float, rng: np.random.Generator) -> View:
+    """Return the view at a place, moved and restained at random."""
+    move = Move.draw(rng)
+    rgb_HWC = restain(_cut(images.rgb(place.image), place, GLASS), strength, rng)
+    boxes_B4, inside_B = boxes_inside(images.boxes[place.image], place)
+    return View(
+        move.image(rgb_HWC), move.boxes(boxes_B4, place.side, place.side), images.present[place.image][inside_B]
     )
-    label_set_N = presence(coarse_NHW, classes) @ (1 << np.arange(classes))
-    sets, index_N, counts = np.unique(label_set_N, return_inverse=True, return_counts=True)
-    weight_N = 1.0 / (counts[index_N] * len(sets))
-    chosen = rng.choice(candidates, size=count, p=weight_N)
-    return _cut(patches, picked[chosen], xs[chosen], ys[chosen], side)
 
 
-def _random_places(
-    patches: Patches, count: int, side: int, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    height, width = patches.masks_NHW.shape[1:]
-    picked = rng.integers(len(patches), size=count)
-    return picked, rng.integers(width - side + 1, size=count), rng.integers(height - side + 1, size=count)
-
-
-def _cut(
-    patches: Patches, picked: NDArray[np.int64], xs: NDArray[np.int64], ys: NDArray[np.int64], side: int
+def make_labelled_view(
+    images: PatchImages, labels_LHW: NDArray[np.uint8], place: Place, strength: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    boxes = list(zip(picked, xs, ys, strict=True))
-    rgb_NHWC = np.stack([patches.rgb_NHWC[n, y : y + side, x : x + side] for n, x, y in boxes])
-    masks_NHW = np.stack([patches.masks_NHW[n, y : y + side, x : x + side] for n, x, y in boxes])
-    return rgb_NHWC, masks_NHW
+    """Return (rgb_HWC, labels_LHW) of a place, moved and restained at random; beyond the image labels are `IGNORED`."""
+    move = Move.draw(rng)
+    rgb_HWC = restain(_cut(images.rgb(place.image), place, GLASS), strength, rng)
+    moved = [move.image(_cut(labels_HW, place, IGNORED)) for labels_HW in labels_LHW]
+    return move.image(rgb_HWC), np.stack(moved)
 
 
-def augment(
-    rgb_NHWC: NDArray[np.uint8], labels_NLHW: NDArray[np.uint8] | None, rng: np.random.Generator
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
-    """Return the images flipped, turned by right angles and shifted in colour at random, each image in its own way;
-    labels move along.
-
-    Colour: a gain of 0.85–1.15 and an offset of ±15 per channel, the size of stain and scanner differences.
-    """
-    images, labels = [], []
-    for n, image_HWC in enumerate(rgb_NHWC):
-        turns, flip = int(rng.integers(4)), bool(rng.integers(2))
-        gain, offset = rng.uniform(0.85, 1.15, 3), rng.uniform(-15, 15, 3)
-        moved = _move(image_HWC, turns, flip, axes=(0, 1))
-        images.append(np.clip(moved * gain + offset, 0, 255).astype(np.uint8))
-        if labels_NLHW is not None:
-            labels.append(_move(labels_NLHW[n], turns, flip, axes=(1, 2)))
-    return np.stack(images), np.stack(labels) if labels else None
+def boxes_inside(boxes_B4: NDArray[np.int64], place: Place) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the boxes that lie wholly inside a place, relative to its corner, and which of all boxes these are."""
+    moved_B4 = boxes_B4 - np.array([place.x, place.y, 0, 0])
+    inside_B = (moved_B4[:, :2] >= 0).all(axis=1) & (moved_B4[:, :2] + moved_B4[:, 2:] <= place.side).all(axis=1)
+    return moved_B4[inside_B], inside_B
 
 
-def _move(array: NDArray[np.uint8], turns: int, flip: bool, axes: tuple[int, int]) -> NDArray[np.uint8]:
-    turned = np.rot90(array, turns, axes)
-    return np.flip(turned, axes[1]) if flip else turned
+def _holding_a_patch(boxes_B4: NDArray[np.int64], place: Place) -> Place:
+    corner_2 = np.array([place.x, place.y])
+    corners_B2 = np.clip(corner_2, boxes_B4[:, :2] + boxes_B4[:, 2:] - place.side, boxes_B4[:, :2])
+    x, y = corners_B2[np.abs(corners_B2 - corner_2).sum(axis=1).argmin()].tolist()
+    return place._replace(x=x, y=y)
+
+
+def _extent(boxes_B4: NDArray[np.int64]) -> tuple[int, int]:
+    """Width and height that the boxes reach, which is the image's: the last row and column of patches is labelled."""
+    return int((boxes_B4[:, 0] + boxes_B4[:, 2]).max()), int((boxes_B4[:, 1] + boxes_B4[:, 3]).max())
+
+
+def _cut(array: NDArray[np.uint8], place: Place, fill: int) -> NDArray[np.uint8]:
+    part = array[place.y : place.y + place.side, place.x : place.x + place.side]
+    missing = (place.side - part.shape[0], place.side - part.shape[1])
+    if missing == (0, 0):
+        return part
+    pad = [(0, missing[0]), (0, missing[1]), *([(0, 0)] * (array.ndim - 2))]
+    return np.pad(part, pad, constant_values=fill)

@@ -128,14 +128,14 @@ def _compose(
     stacked = width > 3 * height
     body_width = width if stacked else 2 * width + MARGIN
     sheet_width = max(body_width, 720) + 2 * MARGIN
-    text, title_font = _font(TEXT), _font(TITLE)
+    text, title_font = font_of_size(TEXT), font_of_size(TITLE)
     rows = _legend_rows(legend, sheet_width - 2 * MARGIN, text)
     body_height = 2 * height + MARGIN if stacked else height
     bar_y = MARGIN + TITLE + MARGIN + body_height + 20
     legend_y = bar_y + 64
     sheet = Image.new("RGB", (sheet_width, legend_y + len(rows) * 40 + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN - 4), _fit(title, sheet_width - 2 * MARGIN, title_font), INK, title_font)
+    draw.text((MARGIN, MARGIN - 4), fitting(title, sheet_width - 2 * MARGIN, title_font), INK, title_font)
     x, y = MARGIN + (sheet_width - 2 * MARGIN - body_width) // 2, MARGIN + TITLE + MARGIN
     for i, panel in enumerate(panels):
         sheet.paste(panel, (x, y + i * (height + MARGIN)) if stacked else (x + i * (width + MARGIN), y))
@@ -172,14 +172,14 @@ def _legend_rows(
     legend: list[tuple[str, str, Colour]], width: int, font: Font
 ) -> list[list[tuple[int, tuple[str, str, Colour]]]]:
     """Entries in columns of equal width, as many as fit: rows of (x offset, entry)."""
-    legend = [(_fit(name, width - 160, font), share, colour) for name, share, colour in legend]
+    legend = [(fitting(name, width - 160, font), share, colour) for name, share, colour in legend]
     widest = max((34 + font.getlength(name) + 10 + font.getlength(share) + 36 for name, share, _ in legend), default=1)
     columns = max(1, min(len(legend), int((width + 36) // widest)))
     rows = [legend[i : i + columns] for i in range(0, len(legend), columns)]
     return [[(round(i * widest), entry) for i, entry in enumerate(row)] for row in rows]
 
 
-def _fit(text: str, width: float, font: Font) -> str:
+def fitting(text: str, width: float, font: Font) -> str:
     """The text on one line, cut in its middle where it is too wide: both ends of a file name tell slides apart."""
     text = _drawable(text)
     if font.getlength(text) <= width:
@@ -200,5 +200,6 @@ def _drawable(text: str) -> str:
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in " ".join("".join(letters).split()))
 
 
-def _font(size: int) -> Font:
+def font_of_size(size: int) -> Font:
+    """Return Pillow's own font, which needs no file, at a size in pixels."""
     return ImageFont.load_default(size)

@@ -1,95 +1,64 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from models.classifier import PDA_SCHEDULES, Classifier, GapHead, PdaHead, progressive_dropout_attention
+from models.classifier import Classifier
 from models.errors import ArchitectureError
+from models.heads import HEADS
 
 
-def slow_attention(deep_NChw: np.ndarray, weight_KC: np.ndarray, mu: float) -> np.ndarray:
-    """The definition, pixel by pixel in float64."""
-    images, channels, height, width = deep_NChw.shape
-    classes = len(weight_KC)
-    attention = np.zeros((images, 1, height, width))
-    for n in range(images):
-        for k in range(classes):
-            cam = np.zeros((height, width))
-            for y in range(height):
-                for x in range(width):
-                    cam[y, x] = max(0.0, sum(weight_KC[k, c] * deep_NChw[n, c, y, x] for c in range(channels)))
-            beta = mu * cam.max()
-            for y in range(height):
-                for x in range(width):
-                    attention[n, 0, y, x] += (0.0 if cam[y, x] > beta else cam[y, x]) / classes
-    return attention
+@pytest.fixture(scope="module")
+def x_NCHW() -> torch.Tensor:
+    return torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("mu", [1.0, 0.83, 0.65])
-def test_attention_agrees_with_the_definition(mu: float) -> None:
-    rng = np.random.default_rng(1)
-    deep_NChw, weight_KC = rng.normal(size=(3, 5, 4, 6)).astype(np.float32), rng.normal(size=(2, 5)).astype(np.float32)
-    actual = progressive_dropout_attention(torch.from_numpy(deep_NChw), torch.from_numpy(weight_KC), mu)
-    np.testing.assert_allclose(actual, slow_attention(deep_NChw, weight_KC, mu), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_classifier_gives_the_logits_of_its_head_on_the_deep_stage(head: str, x_NCHW: torch.Tensor) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        classifier = Classifier("resnet18", head, 3).eval()
+    with torch.inference_mode():
+        stages = classifier.stages(x_NCHW)
+        output = classifier.head_output(stages, x_NCHW)
+        expected = classifier.head(stages.deep, x_NCHW)
+        logits_NK = classifier(x_NCHW)
+    assert logits_NK.shape == (2, 3)
+    assert torch.equal(logits_NK, expected.logits_NK)
+    assert torch.equal(output.map_NKhw, expected.map_NKhw)
+    assert tuple(output.map_NKhw.shape) == (2, 1 if head in ("lfi", "abn") else 3, 8, 12)
+    assert len(output.auxiliary_NK) == (1 if head == "abn" else 0)
 
 
-def test_normalised_attention_has_maximum_one_per_image() -> None:
-    deep_NChw = torch.rand(3, 5, 4, 4)
-    attention = progressive_dropout_attention(deep_NChw, torch.rand(2, 5), 0.8, normalise=True)
-    assert torch.allclose(attention.amax(dim=(1, 2, 3)), torch.ones(3))
+def test_lfi_reads_the_image_and_not_only_its_features(x_NCHW: torch.Tensor) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        classifier = Classifier("resnet18", "lfi", 3).eval()
+    with torch.inference_mode():
+        stages = classifier.stages(x_NCHW)
+        bright = classifier.head_output(stages, x_NCHW + 100).map_NKhw
+        assert not torch.allclose(bright, classifier.head_output(stages, x_NCHW).map_NKhw)
 
 
-def test_attention_is_float32_for_half_precision_features() -> None:
-    deep_NChw, weight_KC = torch.rand(1, 4, 3, 3).bfloat16(), torch.rand(2, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        attention = progressive_dropout_attention(deep_NChw, weight_KC, 0.9)
-    assert attention.dtype == torch.float32
-    assert torch.equal(attention, progressive_dropout_attention(deep_NChw.float(), weight_KC, 0.9))
-
-
-def test_paper_schedule_holds_one_for_three_epochs_then_decays_to_its_lower_bound() -> None:
-    paper = PDA_SCHEDULES["paper"]
-    assert [paper.mu(epoch) for epoch in range(5)] == pytest.approx([1, 1, 1, 0.985, 0.985**2])
-    assert paper.mu(1000) == 0.65
-    assert paper.applied(0)
-
-
-def test_release_schedule_decays_after_epoch_0_and_applies_from_epoch_3() -> None:
-    release = PDA_SCHEDULES["release"]
-    assert [release.mu(epoch) for epoch in range(4)] == pytest.approx([1, 0.98, 0.98**2, 0.98**3])
-    assert release.mu(1000) == 0.65
-    assert [release.applied(epoch) for epoch in range(5)] == [False, False, False, True, True]
-
-
-def test_pda_head_without_attention_equals_gap_head() -> None:
-    gap, pda = GapHead(6, 3), PdaHead(6, 3)
-    pda.load_state_dict(gap.state_dict())
-    pda.mu = 0.8
-    deep_NChw = torch.rand(2, 6, 5, 5)
-    assert torch.equal(gap.eval()(deep_NChw), pda.eval()(deep_NChw))
-
-
-def test_pda_head_weighs_features_with_the_attention_in_training() -> None:
-    head = PdaHead(6, 3, normalise=False).train()
-    head.dropout.p = 0.0
-    head.mu = 0.8
-    deep_NChw = torch.rand(2, 6, 5, 5)
-    attended = progressive_dropout_attention(deep_NChw, head.weight_KC, 0.8) * deep_NChw
-    expected = attended.mean(dim=(2, 3)) @ head.weight_KC.T
-    assert torch.allclose(head(deep_NChw), expected, atol=1e-6)
-
-
-def test_all_three_stages_have_output_stride_8() -> None:
+def test_all_three_stages_have_output_stride_8(x_NCHW: torch.Tensor) -> None:
     classifier = Classifier("tf_efficientnet_lite0", "gap", 2).eval()
     with torch.inference_mode():
-        stages = classifier.stages(torch.rand(1, 3, 64, 96))
-    assert [tuple(stage.shape) for stage in stages] == [(1, 40, 8, 12), (1, 112, 8, 12), (1, 1280, 8, 12)]
+        stages = classifier.stages(x_NCHW)
+    assert [tuple(stage.shape) for stage in stages] == [(2, 40, 8, 12), (2, 112, 8, 12), (2, 1280, 8, 12)]
     assert classifier.head.conv.bias is None
 
 
+def test_classifier_with_resnet38d_has_the_papers_head() -> None:
+    with torch.device("meta"):
+        classifier = Classifier("resnet38d", "pda", 4)
+        assert tuple(classifier(torch.empty(1, 3, 224, 224)).shape) == (1, 4)
+    assert tuple(classifier.head.weight_KC.shape) == (4, 4096)
+    assert sum(parameter.numel() for parameter in classifier.parameters()) == 105_070_912 + 4 * 4096
+
+
 @pytest.mark.parametrize(
-    ("backbone", "head", "named"), [("resnet9000", "gap", "resnet9000"), ("resnet18", "magic", "gap, pda")]
+    ("backbone", "head", "named"),
+    [("resnet9000", "gap", "resnet9000"), ("resnet18", "magic", "abn, area, gap, lfi, pcam, pda")],
 )
 def test_unknown_architecture_is_named(backbone: str, head: str, named: str) -> None:
     with pytest.raises(ArchitectureError, match=named):

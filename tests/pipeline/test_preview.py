@@ -79,7 +79,7 @@ def test_the_scale_bar_is_as_long_as_it_says(tmp_path: Path) -> None:
 @given(st.floats(0.01, 1e6))
 def test_round_lengths_are_one_two_or_five_times_a_power_of_ten(longest_um: float) -> None:
     length_um = round_length_um(longest_um)
-    assert longest_um / 2.5 * (1 - 1e-9) <= length_um <= longest_um
+    assert longest_um / 2.5 * (1 - 1e-9) <= length_um <= longest_um * (1 + 1e-9)
     assert f"{length_um:e}"[0] in "125"
 
 
@@ -88,10 +88,10 @@ def test_lengths_are_written_for_people() -> None:
 
 
 def test_text_is_reduced_to_what_the_font_can_draw() -> None:
-    font = preview._font(20)
-    assert preview._fit("Größe – é 🔬\n日", 1000, font) == "Grosse - e ? ?"
-    assert preview._fit("abcdefghij" * 10, 150, font)[0] == "a"
-    assert font.getlength(preview._fit("abcdefghij" * 10, 150, font)) <= 150
+    font = preview.font_of_size(20)
+    assert preview.fitting("Größe – é 🔬\n日", 1000, font) == "Grosse - e ? ?"
+    assert preview.fitting("abcdefghij" * 10, 150, font)[0] == "a"
+    assert font.getlength(preview.fitting("abcdefghij" * 10, 150, font)) <= 150
 
 
 def test_shares_are_of_the_classified_area() -> None:

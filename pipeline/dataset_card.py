@@ -1,0 +1,322 @@
+"""What a dataset.toml may say, and its reading and checking. docs/datasets.md describes every key."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import DatasetFileError
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+Byte = Annotated[int, Field(ge=0, le=255)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClassSpec(_Section):
+    """A tissue class; its place in the list is its index in labels and maps."""
+
+    name: str = Field(min_length=1)
+    color: tuple[Byte, Byte, Byte]
+    mask_values: tuple[Byte, ...] = ()
+    """Palette indices (or grey values) that stand for the class in mask files."""
+
+
+class Location(_Section):
+    """Where images lie, as a glob pattern below the root, and where the mask of an image lies."""
+
+    image: str
+    mask: str | None = None
+    """The mask's path below the root; `{name}` stands for the image's name without its extension."""
+
+    @field_validator("image", "mask")
+    @classmethod
+    def _below_root(cls, value: str | None) -> str | None:
+        if value is not None and (not value or PurePosixPath(value).is_absolute()):
+            raise ValueError(f"{value!r} must be a path below root, such as train/*.png")
+        return value
+
+    @field_validator("mask")
+    @classmethod
+    def _names_its_image(cls, value: str | None) -> str | None:
+        if value is not None and "{name}" not in value:
+            raise ValueError(f"{value!r} must hold {{name}}, which stands for the image's name")
+        return value
+
+
+class Table(_Section):
+    """CSV files with a header and one row per image, read as one table."""
+
+    files: tuple[str, ...] = Field(min_length=1)
+    name_column: str = "name"
+    """Holds the image's file name, with or without its extension."""
+
+
+class Group(_Section):
+    """What belongs together and must not be split, such as a patient: a column of the table, or a part of the name."""
+
+    column: str | None = None
+    pattern: str | None = None
+    """Regular expression with one group, searched in the image's name."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _one_group(cls, value: str | None) -> str | None:
+        return value if value is None else _checked_pattern(value)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Group:
+        if (self.column is None) == (self.pattern is None):
+            raise ValueError("give either column or pattern")
+        return self
+
+
+class TableSplit(_Section):
+    """The split stands in a column of the table."""
+
+    by: Literal["table"]
+    column: str = "split"
+    train: tuple[str, ...] = ("train",)
+    val: tuple[str, ...] = ("val",)
+    test: tuple[str, ...] = ("test",)
+    val_groups: tuple[str, ...] = ()
+    """Groups of the training split that are held out for validation."""
+
+    @model_validator(mode="after")
+    def _splits_apart(self) -> TableSplit:
+        _unique("split value", [*self.train, *self.val, *self.test])
+        return self
+
+
+class HashSplit(_Section):
+    """Every group falls into a split by a hash of its name, so it does not depend on what other groups there are."""
+
+    by: Literal["hash"]
+    train: Share = 0.70
+    val: Share = 0.15
+    """The rest is for testing."""
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> HashSplit:
+        if self.train + self.val > 1:
+            raise ValueError(f"train {self.train} and val {self.val} are more than 1 together")
+        return self
+
+
+class _WholeImageLabels(_Section):
+    splits: tuple[Split, ...] = SPLITS
+    """Splits that these labels are there for; in the others, presence is read from the mask of the whole image."""
+    mask_minimum: Share = 0.0
+    """There, a class is present where it covers more than this share of the image."""
+
+
+class FileNameLabels(_WholeImageLabels):
+    """One digit per class in the file name, in the order of the classes: `[1 0 0 1]` or `[1001]`."""
+
+    source: Literal["file-name"]
+    pattern: str = r"\[\s*([01](?:[\s,]*[01])*)\s*\]"
+    """Regular expression whose one group holds the digits; the last match in the name counts."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _one_group(cls, value: str) -> str:
+        return _checked_pattern(value)
+
+
+class CsvLabels(_WholeImageLabels):
+    """Labels in the table: a 0/1 column per class, or one column that lists the names of the present classes."""
+
+    source: Literal["csv"]
+    columns: tuple[str, ...] | None = None
+    """The 0/1 columns in the order of the classes; the classes' names where neither is given."""
+    list_column: str | None = None
+    separator: str = Field(default=";", min_length=1)
+    """Between the names in `list_column`."""
+
+    @model_validator(mode="after")
+    def _not_both(self) -> CsvLabels:
+        if self.columns is not None and self.list_column is not None:
+            raise ValueError("give columns or list_column, not both")
+        return self
+
+
+class FolderLabels(_WholeImageLabels):
+    """The folder that an image lies in is its only class."""
+
+    source: Literal["folders"]
+    folders: dict[str, str] = {}
+    """Class of each folder, where folders are not named like their classes."""
+
+
+class CropLabels(_Section):
+    """Presence of the classes in crops of the mask; nothing else of the mask is used in training."""
+
+    source: Literal["mask-crops"]
+    side: int = Field(gt=0)
+    """Of a crop, in pixels of the image."""
+    stride: int = Field(gt=0)
+    """Between crops; one more at the end of each row and column reaches the image's edge."""
+    minimum: Share
+    """A class is present where it covers more than this share of the crop."""
+
+    @model_validator(mode="after")
+    def _no_gaps(self) -> CropLabels:
+        if self.stride > self.side:
+            raise ValueError(f"stride {self.stride} is more than side {self.side}: crops would leave gaps")
+        return self
+
+
+class BackgroundRule(_Section):
+    """What is glass in an image (methods.md section 2)."""
+
+    gray_above: Byte = 200
+    smallest_px: int = Field(default=50, ge=0)
+    """Smaller pieces are no background."""
+
+
+class DatasetCard(_Section):
+    """A patch data set as its dataset.toml describes it."""
+
+    name: str = Field(min_length=1)
+    description: str = Field(min_length=1)
+    licence: str = Field(min_length=1)
+    attribution: str = ""
+    limits: str = Field(default="Not for diagnosis or any clinical use.", min_length=1)
+    """What a model trained on it is not for; goes into the model card, like the three above."""
+    mpp: float = Field(gt=0)
+    """Pixel size of the images in µm."""
+    root: str | None = None
+    """Folder of the data, relative to the dataset.toml; the folder of the dataset.toml where it is not given."""
+    mask_excluded: tuple[Byte, ...] = ()
+    """Mask values that belong to no class, such as glass: no loss and no score counts them."""
+    classes: tuple[ClassSpec, ...] = Field(min_length=2, max_length=254)
+    images: dict[Literal["train", "val", "test", "all"], tuple[Location, ...]]
+    """Alternatives per split, of which the first that matches a file counts; or `all`, with a rule in `split`."""
+    table: Table | None = None
+    group: Group | None = None
+    split: Annotated[TableSplit | HashSplit, Field(discriminator="by")] | None = None
+    labels: Annotated[FileNameLabels | CsvLabels | FolderLabels | CropLabels, Field(discriminator="source")]
+    background: BackgroundRule | None = None
+    """Left out where glass and lumen are tissue to be told apart."""
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The splits there should be images in."""
+        there: tuple[object, ...]
+        match self.split:
+            case TableSplit() as rule:
+                there = (rule.train, rule.val or rule.val_groups, rule.test)
+            case HashSplit() as rule:
+                there = (rule.train > 0, rule.val > 0, rule.train + rule.val < 1)
+            case None:
+                there = tuple(split in self.images for split in SPLITS)
+        return tuple(split for split, some in zip(SPLITS, there, strict=True) if some)
+
+    @model_validator(mode="after")
+    def _classes_differ(self) -> DatasetCard:
+        _unique("class name", [spec.name for spec in self.classes])
+        _unique("mask value", [v for spec in self.classes for v in spec.mask_values] + list(self.mask_excluded))
+        return self
+
+    @model_validator(mode="after")
+    def _splits_fit_images(self) -> DatasetCard:
+        if not self.images or not all(self.images.values()):
+            raise ValueError("images must name at least one pattern for each split, or for all")
+        if "all" in self.images and len(self.images) > 1:
+            raise ValueError("images has `all` and splits; give one or the other")
+        if ("all" in self.images) != (self.split is not None):
+            raise ValueError("give [split] together with images.all, and only with it")
+        needs_group = isinstance(self.split, HashSplit) or (self.split is not None and self.split.val_groups)
+        if needs_group and self.group is None:
+            raise ValueError("this split goes by group; say in [group] what an image's group is")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_have_a_table(self) -> DatasetCard:
+        in_group = self.group is not None and self.group.column is not None
+        if self.table is None and (
+            in_group or isinstance(self.split, TableSplit) or isinstance(self.labels, CsvLabels)
+        ):
+            raise ValueError("a column is named, but no [table] with its files")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_fit_classes(self) -> DatasetCard:
+        names = [spec.name for spec in self.classes]
+        match self.labels:
+            case CsvLabels(columns=tuple() as columns) if len(columns) != len(names):
+                raise ValueError(f"labels.columns has {len(columns)} names for {len(names)} classes")
+            case FolderLabels(folders=folders) if strange := sorted(set(folders.values()) - set(names)):
+                raise ValueError(f"labels.folders names {', '.join(strange)}; the classes are {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _masks_are_there(self) -> DatasetCard:
+        for key, locations in self.images.items():
+            masked = all(place.mask is not None for place in locations)
+            from_mask = isinstance(self.labels, CropLabels) or not (
+                set(self.labels.splits) >= (set(SPLITS) if key == "all" else {key})
+            )
+            if from_mask and not masked:
+                raise ValueError(f"images.{key} needs a mask for each pattern, since labels are read from the masks")
+            if masked and (bare := [spec.name for spec in self.classes if not spec.mask_values]):
+                raise ValueError(f"images.{key} has masks, but mask_values is missing for {', '.join(bare)}")
+        return self
+
+
+def read_card(file: Path) -> DatasetCard:
+    """Return the checked content of a dataset.toml. Raises DatasetFileError, naming the file and every wrong key."""
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DatasetFileError(f"{file}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DatasetFileError(f"{file}: is no TOML: {error}") from error
+    try:
+        return DatasetCard.model_validate(content)
+    except ValidationError as error:
+        raise DatasetFileError(f"{file}: {_plain(error)}; docs/datasets.md describes all keys") from error
+
+
+def _plain(error: ValidationError) -> str:
+    parts = []
+    for found in error.errors():
+        loc = found["loc"]
+        # Where the kind of a section decides its keys, pydantic puts the kind behind the section's name.
+        loc = loc[:1] + loc[2:] if loc[:1] in {("split",), ("labels",)} else loc
+        where = ".".join(str(part) for part in loc)
+        match found["type"]:
+            case "extra_forbidden":
+                parts.append(f"unknown key {where}")
+            case "missing":
+                parts.append(f"key {where} is missing")
+            case _:
+                text = found["msg"].removeprefix("Value error, ")
+                parts.append(f"{where}: {text}" if where else text)
+    return "; ".join(parts)
+
+
+def _checked_pattern(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    if groups != 1:
+        raise ValueError(f"{pattern!r} has {groups} groups, it must have one")
+    return pattern
+
+
+def _unique(what: str, values: list[str] | list[int]) -> None:
+    twice = [str(value) for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(f"{what} {', '.join(twice)} is given twice")

@@ -1,0 +1,150 @@
+"""Pictures of an evaluation for people: the confusion matrix, and the images that came out worst.
+
+Shape suffixes: R rows and C columns of a matrix, H and W an image, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from pipeline.preview import FAINT, INK, MARGIN, PAPER, TITLE, Colour, fitting, font_of_size, overlay
+
+TEXT = 16
+ROW = 26
+"""Height of a line of text."""
+FULL: Colour = (31, 84, 150)
+"""Colour of a cell that holds all pixels of its row."""
+CELL_HEIGHT = 56
+CELL_WIDTHS = (12, 120)
+"""Narrowest and widest cell."""
+LEGIBLE = 48
+"""In cells narrower than this there is no text."""
+MATRIX_WIDTH = 1800
+"""What all cells together take, where there are many."""
+PANEL_PX = 320
+"""The longer side of each panel of a comparison."""
+GAP = 14
+COMPARISON_PX = 3 * PANEL_PX + 2 * GAP
+
+
+class Compared(NamedTuple):
+    """An image with what is true of it and what was predicted."""
+
+    title: str
+    rgb_HWC: NDArray[np.uint8]
+    truth_HW: NDArray[np.uint8]
+    """Class index; K and above is no class."""
+    predicted_HW: NDArray[np.uint8]
+
+
+def write_confusion_matrix(
+    path_png: Path, matrix_RC: NDArray[np.int64], rows: Sequence[str], columns: Sequence[str], title: str
+) -> None:
+    """Draw a matrix of pixel counts: a row per class of the truth, a column per predicted one, in shares of the row.
+
+    The colour of a cell goes from white for none of its row to `FULL` for all of it; behind each row's name stands
+    its share of all pixels. Rows without pixels stay white.
+    """
+    if matrix_RC.shape != (len(rows), len(columns)):
+        raise ValueError(f"matrix is {matrix_RC.shape}; the names are for {(len(rows), len(columns))}")
+    text = font_of_size(TEXT)
+    totals_R = matrix_RC.sum(axis=1, keepdims=True)
+    share_RC = matrix_RC / np.maximum(totals_R, 1)
+    share_R = totals_R[:, 0] / max(1, int(totals_R.sum()))
+    width = min(CELL_WIDTHS[1], max(CELL_WIDTHS[0], MATRIX_WIDTH // len(columns)))
+    names = [fitting(f"{name} ({_percent(share)})", 300, text) for name, share in zip(rows, share_R, strict=True)]
+    left, top = matrix_corner(names)
+    sheet_width = max(left + width * len(columns), 480) + MARGIN
+    sheet = Image.new("RGB", (sheet_width, top + CELL_HEIGHT * len(rows) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text(
+        (MARGIN, MARGIN - 4), fitting(title, sheet_width - 2 * MARGIN, font_of_size(TITLE)), INK, font_of_size(TITLE)
+    )
+    draw.text((left, MARGIN + TITLE + 8), "predicted", FAINT, text)
+    draw.text((left - 12, top - ROW), "truth", FAINT, text, anchor="ra")
+    for j, name in enumerate(columns):
+        if width >= LEGIBLE:
+            draw.text(
+                (left + j * width + width // 2, top - ROW), fitting(name, width - 8, text), INK, text, anchor="ma"
+            )
+    for i, name in enumerate(names):
+        middle = top + i * CELL_HEIGHT + CELL_HEIGHT // 2
+        draw.text((left - 12, middle), name, INK, text, anchor="rm")
+        for j, share in enumerate(share_RC[i]):
+            x = left + j * width
+            box = (x, middle - CELL_HEIGHT // 2, x + width - 2, middle + CELL_HEIGHT // 2 - 2)
+            draw.rectangle(box, fill=_shade(share), outline=(225, 225, 228))
+            if width >= LEGIBLE:
+                ink = PAPER if share > 0.5 else INK
+                draw.text((x + width // 2, middle), _percent(share), ink, text, anchor="mm")
+    sheet.save(path_png, format="PNG")
+
+
+def matrix_corner(names: Sequence[str]) -> tuple[int, int]:
+    """Where the cells of a matrix with these names of rows begin on its sheet: (x, y)."""
+    return round(MARGIN + max(font_of_size(TEXT).getlength(name) for name in names) + 12), MARGIN + TITLE + 8 + 2 * ROW
+
+
+def write_comparison(path_png: Path, images: Iterable[Compared], classes: Sequence[tuple[str, Colour]]) -> None:
+    """Draw one row per image: the image, its truth and its prediction in the classes' colours over it, and a legend.
+
+    What is no class stays uncoloured.
+    """
+    colours = [colour for _, colour in classes]
+    rows = [_comparison(one, colours) for one in images]
+    text = font_of_size(TEXT)
+    legend_width = sum(_legend_width(name) for name, _ in classes)
+    width = max(legend_width, COMPARISON_PX) + 2 * MARGIN
+    sheet = Image.new("RGB", (width, MARGIN + ROW + GAP + sum(row.height + MARGIN for row in rows)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    x, y = MARGIN, MARGIN
+    for name, colour in classes:
+        draw.rectangle((x, y, x + 16, y + 16), fill=colour, outline=INK)
+        draw.text((x + 24, y), fitting(name, 300, text), INK, text)
+        x += _legend_width(name)
+    y += ROW + GAP
+    for row in rows:
+        sheet.paste(row, (MARGIN, y))
+        y += row.height + MARGIN
+    sheet.save(path_png, format="PNG")
+
+
+def _legend_width(name: str) -> int:
+    return round(24 + font_of_size(TEXT).getlength(fitting(name, 300, font_of_size(TEXT))) + 28)
+
+
+def _comparison(one: Compared, colours: Sequence[Colour]) -> Image.Image:
+    """The three panels of an image below its title."""
+    height, width = one.rgb_HWC.shape[:2]
+    scale = PANEL_PX / max(width, height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    image = Image.fromarray(one.rgb_HWC).resize(size, Image.Resampling.BICUBIC)
+    panels = [image, *(overlay(image, _labels(m, len(colours)), colours) for m in (one.truth_HW, one.predicted_HW))]
+    text, step = font_of_size(TEXT), size[0] + GAP
+    row = Image.new("RGB", (COMPARISON_PX, 2 * ROW + size[1]), PAPER)
+    draw = ImageDraw.Draw(row)
+    draw.text((0, 0), fitting(one.title, row.width, text), INK, text)
+    for i, (panel, name) in enumerate(zip(panels, ("image", "truth", "prediction"), strict=True)):
+        draw.text((i * step, ROW), fitting(name, size[0], text), FAINT, text)
+        row.paste(panel, (i * step, 2 * ROW))
+    return row
+
+
+def _labels(classes_HW: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+    """Labels as `overlay` takes them: 0 for no class, k + 1 for class k."""
+    return np.where(classes_HW < count, classes_HW + np.uint8(1), np.uint8(0))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _shade(share: float) -> Colour:
+    red, green, blue = (round(255 + (full - 255) * share) for full in FULL)
+    return red, green, blue

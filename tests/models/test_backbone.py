@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.errors import ArchitectureError
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("resnet38d", (512, 1024, 4096)),
+        ("resnet18", (128, 256, 512)),
+        ("resnet50", (512, 1024, 2048)),
+        ("tf_efficientnet_lite0", (40, 112, 1280)),
+        ("efficientnet_b0", (40, 112, 1280)),
+        ("convnext_atto", (80, 160, 320)),
+        ("regnetx_002", (56, 152, 368)),
+    ],
+)
+def test_three_stages_have_output_stride_8(name: str, channels: tuple[int, int, int]) -> None:
+    with torch.device("meta"):
+        backbone = Backbone(name)
+        stages = backbone(torch.empty(1, 3, 64, 96))
+    assert [tuple(stage.shape) for stage in stages] == [(1, width, 8, 12) for width in channels]
+    assert backbone.channels == channels[2]
+
+
+def test_stages_of_a_timm_network_are_the_outputs_of_its_last_three_layers() -> None:
+    backbone = Backbone("resnet18").eval()
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        seen.append(output)
+
+    for layer in (backbone.net.layer2, backbone.net.layer3, backbone.net.layer4):
+        layer.register_forward_hook(keep)
+    with torch.inference_mode():
+        stages = backbone(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+    assert all(torch.equal(stage, output) for stage, output in zip(stages, seen, strict=True))
+
+
+def test_batch_norms_of_resnet38d_stay_in_evaluation_inside_a_backbone() -> None:
+    with torch.device("meta"):
+        backbone = Backbone("resnet38d").train()
+    assert not any(module.training for module in backbone.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_output_stride_16_of_a_timm_network() -> None:
+    with torch.device("meta"):
+        stages = Backbone("resnet18", output_stride=16)(torch.empty(1, 3, 64, 64))
+    assert [stage.shape[2] for stage in stages] == [8, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "message"),
+    [
+        ("resnet9000", 8, "unknown backbone 'resnet9000': neither 'resnet38d' nor a model of timm"),
+        ("resnet*", 8, r"unknown backbone 'resnet\*'"),
+        ("resnet38d", 16, "'resnet38d' has output stride 8, not 16"),
+        ("resnet18", 7, "'resnet18' cannot be built with output stride 7"),
+        ("densenet121", 8, "'densenet121' cannot be built with output stride 8"),
+        ("vgg11", 8, "'vgg11' cannot be built with output stride 8"),
+    ],
+)
+def test_a_network_that_cannot_serve_is_named(name: str, stride: int, message: str) -> None:
+    with torch.device("meta"), pytest.raises(ArchitectureError, match=message):
+        Backbone(name, stride)

@@ -1,0 +1,505 @@
+"""Every head against its definition, written out in loops over float64 arrays.
+
+Shape suffixes: N batch, C channels, K classes, H and W the image, h and w the space of the feature map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from models.heads import (
+    HEADS,
+    PDA_SCHEDULES,
+    AbnHead,
+    AreaHead,
+    GapHead,
+    HeadOutput,
+    LfiHead,
+    PcamHead,
+    PdaHead,
+    progressive_dropout_attention,
+)
+
+Floats = NDArray[np.float64]
+NAMES = ("gap", "pda", "pcam", "lfi", "abn", "area")
+LINEAR = ("gap", "pda", "pcam", "area")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def features(images: int = 3, channels: int = 5, *, seed: int = 1) -> torch.Tensor:
+    """Feature maps of 4×6 cells as they come after a ReLU: about half of the values are 0."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(np.maximum(rng.normal(size=(images, channels, 4, 6)), 0).astype(np.float32))
+
+
+def pictures(images: int = 3, *, seed: int = 2) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(images, 3, 32, 48)).astype(np.float32))
+
+
+def make_head(name: str, channels: int = 5, classes: int = 3) -> nn.Module:
+    """A head whose weights, batch norms and their statistics are all random."""
+    with seeded(7):
+        head = HEADS[name](channels, classes)
+        for parameter in head.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        for module in head.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                nn.init.normal_(module.running_mean, std=0.2)
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return head.eval()
+
+
+def arrays(module: Any) -> dict[str, Floats]:
+    return {name: value.detach().double().numpy() for name, value in module.state_dict().items()}
+
+
+def slow_conv(x_Chw: Floats, weight: Floats) -> Floats:
+    """A convolution with zeros around the image, cell by cell."""
+    outputs, inputs, side, _ = weight.shape
+    _, height, width = x_Chw.shape
+    reach = side // 2
+    result = np.zeros((outputs, height, width))
+    for y in range(height):
+        for x in range(width):
+            for i in range(side):
+                for j in range(side):
+                    if 0 <= y + i - reach < height and 0 <= x + j - reach < width:
+                        for c in range(inputs):
+                            result[:, y, x] += weight[:, c, i, j] * x_Chw[c, y + i - reach, x + j - reach]
+    return result
+
+
+def slow_batch_norm(x_Chw: Floats, state: dict[str, Floats], name: str) -> Floats:
+    result = np.empty_like(x_Chw)
+    for c in range(len(x_Chw)):
+        scale = state[f"{name}.weight"][c] / math.sqrt(state[f"{name}.running_var"][c] + 1e-5)
+        result[c] = (x_Chw[c] - state[f"{name}.running_mean"][c]) * scale + state[f"{name}.bias"][c]
+    return result
+
+
+def slow_minmax(x_hw: Floats) -> Floats:
+    low, high = x_hw.min(), x_hw.max()
+    return (x_hw - low) / (high - low) if high > low else np.zeros_like(x_hw)
+
+
+def sigmoid(value: Floats) -> Floats:
+    result: Floats = 1 / (1 + np.exp(-value))
+    return result
+
+
+def softmax(value_K: Floats) -> Floats:
+    exponential_K: Floats = np.exp(value_K - value_K.max())
+    result: Floats = exponential_K / exponential_K.sum()
+    return result
+
+
+def slow_class_maps(deep_Chw: Floats, weight_KC: Floats) -> Floats:
+    return slow_conv(deep_Chw, weight_KC[:, :, None, None])
+
+
+def slow_gap(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple[Floats, Floats]:
+    maps_Khw = slow_class_maps(deep_Chw, state["conv.weight"][:, :, 0, 0])
+    return np.array([maps_hw.sum() / maps_hw.size for maps_hw in maps_Khw]), maps_Khw
+
+
+def slow_area(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple[Floats, Floats]:
+    scores_Khw = slow_class_maps(deep_Chw, state["conv.weight"][:, :, 0, 0])
+    for k, bias in enumerate(state["bias_K"]):
+        scores_Khw[k] += bias
+    classes, height, width = scores_Khw.shape
+    probs_Khw = np.zeros_like(scores_Khw)
+    for y in range(height):
+        for x in range(width):
+            probs_Khw[:, y, x] = softmax(scores_Khw[:, y, x])
+    logits_K = np.zeros(classes)
+    for k in range(classes):
+        largest = sorted(probs_Khw[k].ravel().tolist(), reverse=True)[: math.ceil(0.05 * height * width)]
+        share = min(max(sum(largest) / len(largest), 1e-6), 1 - 1e-6)
+        logits_K[k] = math.log(share / (1 - share))
+    return logits_K, scores_Khw
+
+
+def slow_pcam(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple[Floats, Floats]:
+    weight_KC, bias_K = state["conv.weight"][:, :, 0, 0], state["conv.bias"]
+    heat_Khw = sigmoid(slow_class_maps(deep_Chw, weight_KC) + bias_K[:, None, None])
+    logits_K = np.zeros(len(bias_K))
+    for k in range(len(bias_K)):
+        for c in range(len(deep_Chw)):
+            pooled = (heat_Khw[k] / heat_Khw[k].sum() * deep_Chw[c]).sum()
+            logits_K[k] += weight_KC[k, c] * pooled
+        logits_K[k] += bias_K[k]
+    return logits_K, heat_Khw
+
+
+def slow_resize(grey_HW: Floats, height: int, width: int) -> Floats:
+    """Bilinear resize between the four nearest pixel centres."""
+    result = np.zeros((height, width))
+    for y in range(height):
+        for x in range(width):
+            v, u = (y + 0.5) * grey_HW.shape[0] / height - 0.5, (x + 0.5) * grey_HW.shape[1] / width - 0.5
+            top, left = math.floor(v), math.floor(u)
+            for row, row_share in ((top, 1 - (v - top)), (top + 1, v - top)):
+                for column, column_share in ((left, 1 - (u - left)), (left + 1, u - left)):
+                    result[y, x] += row_share * column_share * grey_HW[row, column]
+    return result
+
+
+def slow_lfi(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple[Floats, Floats]:
+    channels, height, width = deep_Chw.shape
+    grey_hw = slow_resize(image.mean(axis=0), height, width)
+    x_Chw = np.stack([slow_minmax(deep_hw) * grey_hw for deep_hw in deep_Chw])
+    for conv, norm in ((0, 1), (3, 4), (6, 7), (9, 10)):
+        x_Chw = slow_conv(x_Chw, state[f"importance.{conv}.weight"])
+        x_Chw = slow_batch_norm(x_Chw, state, f"importance.{norm}")
+        if conv < 9:
+            x_Chw = np.maximum(x_Chw, 0)
+    weight_C = softmax(np.array([x_hw.mean() for x_hw in x_Chw]))
+    weighted_hw = np.zeros((height, width))
+    for c in range(channels):
+        weighted_hw += weight_C[c] * deep_Chw[c]
+    attention_hw = slow_minmax(np.maximum(weighted_hw, 0))
+    pooled_C = np.array([(attention_hw * deep_hw + deep_hw).mean() for deep_hw in deep_Chw])
+    return state["fc.weight"] @ pooled_C + state["fc.bias"], attention_hw[None]
+
+
+def slow_bottleneck(x_Chw: Floats, state: dict[str, Floats], name: str) -> Floats:
+    y_Chw = x_Chw
+    for conv, norm in ((0, 1), (3, 4), (6, 7)):
+        y_Chw = slow_batch_norm(slow_conv(y_Chw, state[f"{name}.branch.{conv}.weight"]), state, f"{name}.branch.{norm}")
+        if conv < 6:
+            y_Chw = np.maximum(y_Chw, 0)
+    return np.maximum(x_Chw + y_Chw, 0)
+
+
+def slow_abn(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple[Floats, Floats, Floats]:
+    maps_Khw = slow_conv(slow_bottleneck(deep_Chw, state, "attention_stage"), state["class_maps.0.weight"])
+    maps_Khw = np.maximum(slow_batch_norm(maps_Khw, state, "class_maps.1"), 0)
+    attention_1hw = sigmoid(slow_batch_norm(slow_conv(maps_Khw, state["attention.0.weight"]), state, "attention.1"))
+    auxiliary_K = slow_conv(maps_Khw, state["attention_logits.weight"]).mean(axis=(1, 2))
+    perceived_Chw = slow_bottleneck(deep_Chw * attention_1hw + deep_Chw, state, "perception_stage")
+    return state["fc.weight"] @ perceived_Chw.mean(axis=(1, 2)) + state["fc.bias"], attention_1hw, auxiliary_K
+
+
+SLOW: dict[str, Any] = {
+    "gap": slow_gap,
+    "pda": slow_gap,
+    "pcam": slow_pcam,
+    "lfi": slow_lfi,
+    "abn": slow_abn,
+    "area": slow_area,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_head_agrees_with_its_definition(name: str) -> None:
+    head, deep_NChw, x_NCHW = make_head(name), features(), pictures()
+    with torch.no_grad():
+        output: HeadOutput = head(deep_NChw, x_NCHW)
+    state = arrays(head)
+    for n in range(len(deep_NChw)):
+        logits_K, map_Khw, *auxiliary = SLOW[name](deep_NChw[n].double().numpy(), x_NCHW[n].double().numpy(), state)
+        np.testing.assert_allclose(output.logits_NK[n], logits_K, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(output.map_NKhw[n], map_Khw, rtol=1e-4, atol=1e-5)
+        assert len(output.auxiliary_NK) == len(auxiliary)
+        for actual_NK, expected_K in zip(output.auxiliary_NK, auxiliary, strict=True):
+            np.testing.assert_allclose(actual_NK[n], expected_K, rtol=1e-4, atol=1e-5)
+
+
+def test_registry_holds_these_heads_and_says_which_have_linear_maps() -> None:
+    assert set(HEADS) == set(NAMES)
+    linear = {name for name in NAMES if make_head(name).linear_map}
+    assert linear == set(LINEAR)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_weights_of_a_linear_head_give_its_class_scores_but_for_a_bias(name: str) -> None:
+    head, deep_NChw = make_head(name), features()
+    with torch.no_grad():
+        map_NKhw = head(deep_NChw, pictures()).map_NKhw
+        scores_NKhw = torch.logit(map_NKhw) if name == "pcam" else map_NKhw
+        cam_NKhw = torch.einsum("nchw,kc->nkhw", deep_NChw, head.weight_KC)
+    bias_NKhw = scores_NKhw - cam_NKhw
+    assert torch.allclose(bias_NKhw, bias_NKhw[:1, :, :1, :1].expand_as(bias_NKhw), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
+    head, deep_NChw, x_NCHW = make_head(name), features(), pictures()
+    with torch.no_grad():
+        together, alone = head(deep_NChw, x_NCHW), head(deep_NChw[1:2], x_NCHW[1:2])
+    maps = 1 if name in ("lfi", "abn") else 3
+    assert alone.logits_NK.shape == (1, 3)
+    assert alone.map_NKhw.shape == (1, maps, 4, 6)
+    assert torch.allclose(alone.logits_NK[0], together.logits_NK[1], atol=1e-5)
+    assert torch.allclose(alone.map_NKhw[0], together.map_NKhw[1], atol=1e-5)
+
+
+def losses(output: HeadOutput) -> torch.Tensor:
+    target_NK = torch.arange(output.logits_NK.numel()).reshape(output.logits_NK.shape).remainder(2).float()
+    terms = [F.multilabel_soft_margin_loss(y_NK.float(), target_NK) for y_NK in (output[0], *output.auxiliary_NK)]
+    return torch.stack(terms).sum()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weight_gets_a_finite_gradient_that_is_not_zero(name: str) -> None:
+    with seeded(5):
+        head = HEADS[name](8, 3).train()
+        if isinstance(head, PdaHead):
+            head.mu = 0.8
+        deep_NChw = features(4, 8).requires_grad_()
+        losses(head(deep_NChw, pictures(4))).backward()
+    for parameter_name, parameter in [("deep", deep_NChw), *head.named_parameters()]:
+        assert parameter.grad is not None, parameter_name
+        assert bool(parameter.grad.isfinite().all()), parameter_name
+        assert bool(parameter.grad.abs().max() > 1e-9), parameter_name
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_training_step_under_bfloat16_is_finite(name: str, images: int) -> None:
+    with seeded(6):
+        head = HEADS[name](8, 3).train()
+        if isinstance(head, PdaHead):
+            head.mu = 0.8
+        deep_NChw = features(images, 8).bfloat16().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = head(deep_NChw, pictures(images))
+        losses(output).backward()
+    assert bool(output.logits_NK.isfinite().all())
+    assert bool(output.map_NKhw.isfinite().all())
+    for parameter in (deep_NChw, *head.parameters()):
+        assert parameter.grad is not None
+        assert bool(parameter.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_logits_are_near_those_of_float32(name: str) -> None:
+    with seeded(8):
+        head = HEADS[name](8, 3).eval()
+    deep_NChw, x_NCHW = features(3, 8), pictures()
+    with torch.no_grad():
+        exact = head(deep_NChw, x_NCHW)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            reduced = head(deep_NChw.bfloat16(), x_NCHW)
+    assert torch.allclose(reduced.logits_NK.float(), exact.logits_NK, atol=0.03)
+    assert torch.allclose(reduced.map_NKhw.float(), exact.map_NKhw, atol=0.05)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_flat_features_give_finite_maps(name: str, value: float) -> None:
+    with torch.no_grad():
+        output = make_head(name)(torch.full((1, 5, 4, 6), value), torch.zeros(1, 3, 32, 48))
+    assert bool(output.logits_NK.isfinite().all())
+    assert bool(output.map_NKhw.isfinite().all())
+    if name == "lfi":
+        assert bool((output.map_NKhw == 0).all())
+
+
+def slow_attention(deep_NChw: Floats, weight_KC: Floats, mu: float) -> Floats:
+    images, _, height, width = deep_NChw.shape
+    attention = np.zeros((images, 1, height, width))
+    for n in range(images):
+        for cam_hw in np.maximum(slow_class_maps(deep_NChw[n], weight_KC), 0):
+            beta = mu * cam_hw.max()
+            for y in range(height):
+                for x in range(width):
+                    attention[n, 0, y, x] += (0.0 if cam_hw[y, x] > beta else cam_hw[y, x]) / len(weight_KC)
+    return attention
+
+
+@pytest.mark.parametrize("mu", [1.0, 0.83, 0.65])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_attention_agrees_with_the_definition(mu: float, normalise: bool) -> None:
+    rng = np.random.default_rng(1)
+    deep_NChw, weight_KC = rng.normal(size=(3, 5, 4, 6)).astype(np.float32), rng.normal(size=(2, 5)).astype(np.float32)
+    actual = progressive_dropout_attention(
+        torch.from_numpy(deep_NChw), torch.from_numpy(weight_KC), mu, normalise=normalise
+    )
+    expected = slow_attention(deep_NChw.astype(np.float64), weight_KC.astype(np.float64), mu)
+    if normalise:
+        for n in range(3):
+            expected[n] /= expected[n].max()
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_without_any_positive_class_map_keeps_its_features_if_normalised() -> None:
+    deep_NChw = torch.rand(2, 5, 4, 4, generator=torch.Generator().manual_seed(1))
+    deep_NChw[1] *= -1
+    weight_KC = torch.ones(2, 5)
+    plain = progressive_dropout_attention(deep_NChw, weight_KC, 0.8)
+    normalised = progressive_dropout_attention(deep_NChw, weight_KC, 0.8, normalise=True)
+    assert float(plain[1].abs().max()) == 0
+    assert torch.equal(normalised[1], torch.ones(1, 4, 4))
+    assert torch.allclose(normalised[0], plain[0] / plain[0].max())
+
+
+def test_attention_is_computed_in_float32_for_half_precision_features() -> None:
+    generator = torch.Generator().manual_seed(2)
+    deep_NChw, weight_KC = torch.rand(1, 4, 3, 3, generator=generator).bfloat16(), torch.rand(2, 4, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention = progressive_dropout_attention(deep_NChw, weight_KC, 0.9)
+    assert attention.dtype == torch.float32
+    assert torch.equal(attention, progressive_dropout_attention(deep_NChw.float(), weight_KC, 0.9))
+
+
+def test_pda_head_equals_gap_head_in_evaluation_and_where_mu_is_none() -> None:
+    gap, pda = GapHead(5, 3), PdaHead(5, 3)
+    pda.load_state_dict(gap.state_dict())
+    deep_NChw, x_NCHW = features(), pictures()
+    pda.mu = 0.8
+    for actual, expected in zip(pda.eval()(deep_NChw, x_NCHW)[:2], gap.eval()(deep_NChw, x_NCHW)[:2], strict=True):
+        assert torch.equal(actual, expected)
+    pda.mu = None
+    with seeded(3):
+        without = pda.train()(deep_NChw, x_NCHW)
+    with seeded(3):
+        assert torch.equal(without.logits_NK, gap.train()(deep_NChw, x_NCHW).logits_NK)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_pda_head_weighs_features_with_the_attention_in_training(normalise: bool) -> None:
+    head = PdaHead(5, 3, normalise=normalise).train()
+    head.dropout.p = 0.0
+    head.mu = 0.8
+    deep_NChw = features()
+    weight_KC = arrays(head)["conv.weight"][:, :, 0, 0]
+    attention = slow_attention(deep_NChw.double().numpy(), weight_KC, 0.8)
+    for n in range(3):
+        if normalise and attention[n].max() > 0:
+            attention[n] /= attention[n].max()
+    expected = (attention * deep_NChw.double().numpy()).mean(axis=(2, 3)) @ weight_KC.T
+    with torch.no_grad():
+        output = head(deep_NChw, pictures())
+    np.testing.assert_allclose(output.logits_NK, expected, rtol=1e-4, atol=1e-6)
+    for n in range(3):
+        plain_Khw = slow_class_maps(deep_NChw[n].double().numpy(), weight_KC)
+        np.testing.assert_allclose(output.map_NKhw[n], plain_Khw, rtol=1e-4, atol=1e-5)
+
+
+def test_gap_and_pda_drop_whole_channels() -> None:
+    head = GapHead(64, 1).train()
+    with seeded(1):
+        kept_NChw = head.dropout(torch.ones(1, 64, 5, 5))
+    per_channel = kept_NChw[0].flatten(1)
+    assert bool((per_channel == per_channel[:, :1]).all())
+    assert set(per_channel[:, 0].tolist()) == {0.0, 2.0}
+
+
+def test_parameter_names_are_those_of_shipped_bundles() -> None:
+    assert set(GapHead(4, 2).state_dict()) == {"conv.weight"}
+    assert set(PdaHead(4, 2).state_dict()) == {"conv.weight"}
+
+
+def epoch_by_epoch(sigma: float, lower: float, held: int, epochs: int) -> list[float]:
+    """mu of each epoch, by the loop: once `held` epochs have run, multiply after each one while above the bound."""
+    mu, values = 1.0, []
+    for epoch in range(epochs):
+        values.append(mu)
+        if epoch + 1 >= held and mu > lower:
+            mu = max(lower, mu * sigma)
+    return values
+
+
+def test_paper_schedule_holds_one_for_three_epochs_then_decays_to_its_lower_bound() -> None:
+    paper = PDA_SCHEDULES["paper"]
+    assert [paper.mu(epoch) for epoch in range(6)] == pytest.approx([1, 1, 1, 0.985, 0.970225, 0.955671625])
+    assert [paper.mu(epoch) for epoch in range(60)] == pytest.approx(epoch_by_epoch(0.985, 0.65, 3, 60))
+    assert paper.mu(30) > 0.65 == paper.mu(31)
+    assert all(paper.applied(epoch) for epoch in range(5))
+
+
+def test_release_schedule_decays_after_epoch_0_and_applies_from_epoch_3() -> None:
+    release = PDA_SCHEDULES["release"]
+    assert [release.mu(epoch) for epoch in range(4)] == pytest.approx([1, 0.98, 0.9604, 0.941192])
+    assert [release.mu(epoch) for epoch in range(60)] == pytest.approx(epoch_by_epoch(0.98, 0.65, 1, 60))
+    assert release.mu(21) > 0.65 == release.mu(22)
+    assert [release.applied(epoch) for epoch in range(5)] == [False, False, False, True, True]
+
+
+def area_of(scores_Khw: torch.Tensor) -> torch.Tensor:
+    """Logits of an area head whose features are the scores themselves."""
+    classes = len(scores_Khw)
+    head = AreaHead(classes, classes).eval()
+    with torch.no_grad():
+        head.conv.weight.copy_(torch.eye(classes)[:, :, None, None])
+        logits_K: torch.Tensor = head(scores_Khw[None], torch.zeros(1, 3, 8, 8)).logits_NK[0]
+    return logits_K
+
+
+def test_area_calls_a_class_present_from_five_percent_of_the_cells_on() -> None:
+    scores_Khw = torch.zeros(2, 10, 20)
+    scores_Khw[0] = 20.0
+    for cells in range(14):
+        covered = scores_Khw.clone()
+        covered[:, 0, :cells] = torch.tensor([0.0, 20.0])[:, None]
+        # Ten of the 200 cells are looked at, so their mean says 0.5 at five of them and is certain at ten.
+        expected = math.log(cells / (10 - cells)) if 0 < cells < 10 else math.log((1 - 1e-6) / 1e-6)
+        actual = float(area_of(covered)[1])
+        assert actual == pytest.approx(expected if cells else -expected, abs=0.05)
+
+
+def test_area_is_bounded_where_a_class_is_certain() -> None:
+    scores_Khw = torch.zeros(2, 4, 4)
+    scores_Khw[0] = 1000.0
+    bound = math.log((1 - 1e-6) / 1e-6)
+    assert area_of(scores_Khw).tolist() == pytest.approx([bound, -bound], abs=0.05)
+
+
+def test_area_looks_at_one_cell_at_least() -> None:
+    scores_Khw = torch.zeros(2, 1, 3)
+    scores_Khw[1, 0, 2] = 3.0
+    assert area_of(scores_Khw).tolist() == pytest.approx([0.0, 3.0], abs=1e-5)
+
+
+def test_inner_channels_of_the_importance_network_are_bounded() -> None:
+    shapes = [module.weight.shape[:2] for module in LfiHead(300, 2).importance if isinstance(module, nn.Conv2d)]
+    assert [tuple(shape) for shape in shapes] == [(256, 300), (256, 256), (256, 256), (300, 256)]
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e-3])
+def test_attention_of_lfi_spans_zero_to_one_in_each_image_also_for_faint_features(strength: float) -> None:
+    with torch.no_grad():
+        map_N1hw = make_head("lfi")(strength * features(), pictures()).map_NKhw
+    assert map_N1hw.amin(dim=(1, 2, 3)).tolist() == [0, 0, 0]
+    assert map_N1hw.amax(dim=(1, 2, 3)).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_branches_of_abn_share_no_weights() -> None:
+    head = AbnHead(8, 2)
+    deep_NChw, x_NCHW = features(2, 8), pictures(2)
+    head(deep_NChw, x_NCHW).auxiliary_NK[0].sum().backward()
+    touched = {name.split(".")[0] for name, parameter in head.named_parameters() if parameter.grad is not None}
+    assert touched == {"attention_stage", "class_maps", "attention_logits"}
+
+
+def test_pcam_pools_where_the_class_is_seen() -> None:
+    """A small bright lesion decides the logit, while average pooling would dilute it."""
+    head = PcamHead(1, 1).eval()
+    with torch.no_grad():
+        head.conv.weight.fill_(1.0)
+        assert head.conv.bias is not None
+        head.conv.bias.fill_(-10.0)
+        deep_NChw = torch.zeros(1, 1, 4, 4)
+        deep_NChw[0, 0, 1, 2] = 20.0
+        output = head(deep_NChw, torch.zeros(1, 3, 8, 8))
+    assert float(output.logits_NK) == pytest.approx(10.0, abs=0.05)
+    assert float(output.map_NKhw[0, 0, 1, 2]) == pytest.approx(1.0, abs=1e-4)
