@@ -136,20 +136,25 @@ class PdaHead(GapHead):
 
 
 class AreaHead(nn.Module):
-    """A class is present where it covers more than the share `least_share` of the patch.
+    """A class is present where it covers a part of the patch: its logit is that of its mean probability in that part.
 
     ``s = conv1x1(dropout(f)) + b_k``; ``p = softmax_k(s)``, since tissue classes exclude each other in a pixel; the
-    logit is that of the mean of the ``ceil(share h w)`` largest p_k. The map is s. Ours: the definition of presence in
-    crops of a mask, put into the pooling.
+    logit is that of the mean of the ``ceil(share h w)`` largest p_k. The map is s. Ours: top-k pooling (Durand et al.,
+    CVPR 2017) of probabilities that sum to one over the classes.
     """
 
     linear_map: ClassVar[bool] = True
-    least_share: ClassVar[float] = 0.05
+    share: ClassVar[float] = 0.2
+    """Larger than the least share that makes a class present in the labels: a mean over few cells is blurry, see
+    docs/benchmarks/weak-supervision.md.
+    """
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.dropout = nn.Dropout(0.3)
         self.conv = nn.Conv2d(channels, classes, kernel_size=1, bias=False)
+        # All classes alike: the largest of many random probabilities would start near 1 for every class.
+        nn.init.normal_(self.conv.weight, std=0.01)
         self.bias_K = nn.Parameter(torch.zeros(classes))
 
     @property
@@ -159,7 +164,7 @@ class AreaHead(nn.Module):
     def forward(self, deep_NChw: Tensor, x_NCHW: Tensor) -> HeadOutput:  # noqa: ARG002  # every head takes both
         scores_NKhw = self.conv(self.dropout(deep_NChw)).float() + self.bias_K.float()[:, None, None]
         probs_NKs = scores_NKhw.softmax(dim=1).flatten(2)
-        count = math.ceil(self.least_share * probs_NKs.shape[2])
+        count = math.ceil(self.share * probs_NKs.shape[2])
         covered_NK = probs_NKs.topk(count, dim=2).values.mean(dim=2)
         return HeadOutput(torch.logit(covered_NK, eps=_TINY), scores_NKhw)
 

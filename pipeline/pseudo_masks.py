@@ -144,12 +144,17 @@ def _maps_of_patches(
     classifier: Classifier, images: PatchImages, index: int, config: TrainConfig, device: torch.device
 ) -> NDArray[np.float32]:
     """Return the maps (L, K, H, W) of the layers in use: per labelled patch upsampled, jointly scaled to 0–1 over all
-    its classes (absent ones 0), and averaged where patches overlap.
+    its classes (absent ones 0), and averaged where patches overlap. A patch with a single class is 1 for it everywhere.
     """
     rgb_HWC, boxes_B4, present_BK = images.rgb(index), images.boxes[index], images.present[index]
     used = [n for n, weight in enumerate(config.layer_weights) if weight > 0]
     sums_LKHW = np.zeros((len(used), present_BK.shape[1], *rgb_HWC.shape[:2]), dtype=np.float32)
     count_HW = np.zeros(rgb_HWC.shape[:2], dtype=np.float32)
+    several_B = present_BK.sum(axis=1) > 1
+    for (x, y, w, h), present_K in zip(boxes_B4[~several_B].tolist(), present_BK[~several_B], strict=True):
+        sums_LKHW[:, :, y : y + h, x : x + w] += present_K[:, None, None]
+        count_HW[y : y + h, x : x + w] += 1
+    boxes_B4, present_BK = boxes_B4[several_B], present_BK[several_B]
     for start in range(0, len(boxes_B4), BATCH):
         boxes = boxes_B4[start : start + BATCH].tolist()
         crops_NHWC = np.stack([rgb_HWC[y : y + h, x : x + w] for x, y, w, h in boxes])

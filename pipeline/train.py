@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ from models.bundle import (
     SegmenterCard,
     WeightsCard,
     load_bundle,
+    load_networks,
     save_bundle,
 )
 from models.classifier import Classifier
@@ -45,7 +48,7 @@ from pipeline.patches import PatchImages, Place, boxes_inside
 from pipeline.pseudo_masks import write_pseudo_masks
 from pipeline.train_classifier import classifier_task
 from pipeline.train_config import TrainConfig
-from pipeline.train_segmenter import segmenter_task
+from pipeline.train_segmenter import segmenter_task, start_from_classifier
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +67,6 @@ def train(
     processes, place = join_processes(), training_device(device)
     config = dataclasses.replace(config, mpp=config.mpp or dataset.mpp)
     assert config.mpp is not None
-    if processes.rank == 0:
-        claim(run, dataset, config)
-    _wait(processes)
     training, validation = (
         PatchImages(dataset, check_images(samples(dataset, split), UNREADABLE_SHARE), config.mpp)
         for split in ("train", "val")
@@ -78,6 +78,18 @@ def train(
 
     classifier = Classifier(config.backbone, config.head, classes, config.depth)
     load_start(classifier.backbone.net, config.weights)
+    # Made before the first stage: its random weights must not depend on whether that stage ran or was skipped.
+    encoder = config.encoder or f"tu-{config.backbone}"
+    same_network = encoder == f"tu-{config.backbone}"
+    segmenter = build_segmenter(encoder, classes)
+    if same_network:
+        timm_encoder: Any = segmenter.encoder
+        load_start(timm_encoder.model, config.weights)
+    # After all that a wrong setting fails at, so that the run can be begun again in the same folder.
+    if processes.rank == 0:
+        claim(run, dataset, config)
+    _wait(processes)
+
     classifier.to(place)
     task = classifier_task(classifier, training, validation, config, place, processes)
     _stage(run, task, config, place, processes, progress)
@@ -86,12 +98,9 @@ def train(
     write_pseudo_masks(masks, classifier, training, config, place, processes, progress)
     _wait(processes)
 
-    encoder = config.encoder or f"tu-{config.backbone}"
-    segmenter = build_segmenter(encoder, classes)
-    if encoder == f"tu-{config.backbone}":
-        timm_encoder: Any = segmenter.encoder
-        load_start(timm_encoder.model, config.weights)
     segmenter.to(place)
+    if same_network:
+        start_from_classifier(segmenter, classifier)
     task = segmenter_task(segmenter, training, validation, masks, config, place, processes)
     _stage(run, task, config, place, processes, progress)
 
@@ -123,6 +132,13 @@ def _check(training: PatchImages, validation: PatchImages, config: TrainConfig) 
     for images in (training, validation):
         if not len(images):
             raise TrainError(f"{images.dataset.card.name}: no image to train or to validate with")
+        sides = {tuple(side) for boxes_B4 in images.boxes for side in boxes_B4[:, 2:].tolist()}
+        # Alone, patches to validate with can be of any size.
+        if len(sides) > 1 and (images is training or config.region is not None):
+            raise TrainError(
+                f"{images.dataset.card.name}: labelled patches are of {len(sides)} sizes, such as {min(sides)} and "
+                f"{max(sides)} px; bring the images to one size"
+            )
     check_classes(training.dataset, map(Labelled, training.boxes, training.present))
     largest = max(int(boxes_B4[:, 2:].max()) for boxes_B4 in training.boxes)
     if config.region is not None and largest > config.region:
@@ -171,17 +187,21 @@ def export(
         return
     dataset, side = validation.dataset, tile_side(validation, config)
     draft = make_card(dataset, config, side, (config.highest_threshold,) * len(dataset.class_names))
-    presence_NK, held_NK = tile_presence(Predictor(draft, "0" * 64, classifier, segmenter, device=device), validation)
+    # A bundle's weights are rounded: what is calibrated and measured is what is written.
+    with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
+        rounded = load_networks(save_bundle(Path(work) / "bundle", draft, classifier, segmenter))
+    presence_NK, held_NK = tile_presence(Predictor(draft, "0" * 64, *rounded, device=device), validation)
     thresholds = calibrate_gate(presence_NK, held_NK, config.gate_recall, config.highest_threshold)
     card = draft.model_copy(update={"gate_thresholds": thresholds})
     metrics: dict[str, float] = {}
     if "test" in dataset.card.splits and all(sample.mask is not None for sample in samples(dataset, "test")):
-        predictor = Predictor(card, "0" * 64, classifier, segmenter, device=device, output_stride=1)
+        predictor = Predictor(card, "0" * 64, *rounded, device=device, output_stride=1)
         evaluation = evaluate(predictor, dataset, "test")
         scores = evaluation.scores("exclude", gate=True)
         values = {f"iou_{name}": iou for name, iou in scores.iou.items()}
         values |= {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy}
-        metrics = {f"test_{name}": round(value, 4) for name, value in values.items()}
+        # NaN is the IoU of a class that is in no truth and no prediction.
+        metrics = {f"test_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}
     logger.info("gate thresholds %s, %s", thresholds, metrics)
     save_bundle(folder, card.model_copy(update={"metrics": metrics}), classifier, segmenter)
 
@@ -228,7 +248,9 @@ def calibrate_gate(
     thresholds = []
     for k in range(held_NK.shape[1]):
         held = presence_NK[held_NK[:, k], k]
-        value = float(np.quantile(held, 1 - recall, method="lower")) - 1e-4 if len(held) else highest
+        # How many have to pass; 1e-9, since 0.9 * 10 can be a little more than 9.
+        passing = max(1, math.ceil(recall * len(held) - 1e-9))
+        value = float(np.sort(held)[len(held) - passing]) - 1e-4 if len(held) else highest
         thresholds.append(round(min(highest, max(0.0, value)), 4))
     return tuple(thresholds)
 

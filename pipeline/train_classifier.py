@@ -200,7 +200,7 @@ def presence_scores(
     network: nn.Module, images: PatchImages, config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
     """Return measures over all labelled patches: class-balanced loss, mean average precision of presence and of
-    absence, and the "score", which is minus the loss.
+    absence, and the "score", the mean of both. Ranking goes on improving while overconfidence already raises the loss.
     """
     assert isinstance(network, Classifier)
     logits, present = [], []
@@ -212,13 +212,13 @@ def presence_scores(
     target_MK = torch.from_numpy(present_MK)
     weight_MK = torch.where(target_MK, weight_2K[1], weight_2K[0])
     loss = F.binary_cross_entropy_with_logits(logits_MK, target_MK.float(), weight_MK).item()
-    seen_MK = logits_MK.numpy()
-    return {
-        "loss": loss,
-        "map_present": mean_average_precision(seen_MK, present_MK),
-        "map_absent": mean_average_precision(-seen_MK, ~present_MK),
-        "score": -loss,
-    }
+    precisions = (
+        mean_average_precision(logits_MK.numpy(), present_MK),
+        mean_average_precision(-logits_MK.numpy(), ~present_MK),
+    )
+    # A set in which no class is ever absent has no precision of absence.
+    score = float(np.nanmean(precisions))
+    return {"loss": loss, "map_present": precisions[0], "map_absent": precisions[1], "score": score}
 
 
 def mean_average_precision(scores_MK: NDArray[np.float32], truth_MK: NDArray[np.bool_]) -> float:

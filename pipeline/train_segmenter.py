@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.classifier import Classifier
 from models.segmenter import NATIVE_STRIDE
 from pipeline.dataset import IGNORED
 from pipeline.fit import Processes, Task
@@ -60,7 +61,9 @@ def segmenter_task(
             )
             for n in share
         ]
-        return Batch(np.stack([rgb for rgb, _ in views]), np.stack([labels for _, labels in views]))
+        rgb_NHWC, labels_NLHW = padded(np.stack([rgb for rgb, _ in views])), np.stack([labels for _, labels in views])
+        beyond = [(0, rgb_NHWC.shape[axis] - labels_NLHW.shape[axis + 1]) for axis in (1, 2)]
+        return Batch(rgb_NHWC, np.pad(labels_NLHW, [(0, 0), (0, 0), *beyond], constant_values=IGNORED))
 
     def loss(batch: Batch) -> Tensor:
         logits_NKhw = segmenter(as_input(batch.rgb_NHWC, device))
@@ -83,6 +86,15 @@ def segmenter_task(
         epochs=config.segmenter_epochs,
         steps=config.segmenter_steps or steps_per_epoch(training, side, config.segmenter_batch),
     )
+
+
+def start_from_classifier(segmenter: nn.Module, classifier: Classifier) -> None:
+    """Give a timm encoder the weights of the classifier's backbone, which is the same network, perhaps cut short."""
+    encoder: Any = segmenter.encoder
+    own = encoder.model.state_dict()
+    for name, tensor in classifier.backbone.net.state_dict().items():
+        if name in own:  # the encoder lacks what follows the last stage
+            own[name].copy_(tensor)
 
 
 def pixel_weights(pseudo: list[NDArray[np.uint8]], classes: int, *, balance: bool) -> Tensor:

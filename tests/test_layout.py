@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from typer.main import get_command
 
 from pipeline.cli import app
+from pipeline.train_cli import app as train_app
+from pipeline.train_config import TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -87,6 +90,44 @@ def test_readme_has_every_option_of_the_command() -> None:
     documented = set(re.findall(r"`(--?[a-z][a-z-]*)`", "\n".join(re.findall(r"^\| .*", readme, re.MULTILINE))))
     offered = {name for parameter in get_command(app).params for name in parameter.opts if name.startswith("-")}
     assert documented == offered - {"--help"}
+
+
+def documented_in_code(table_head: str) -> dict[str, str]:
+    """First and second column of a table of docs/training.md: names in backticks, and what is said of the default."""
+    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    table = text[text.index(f"| {table_head} |") :].partition("\n\n")[0]
+    found: dict[str, str] = {}
+    for line in table.splitlines()[2:]:
+        names, default = (cell.strip() for cell in line.split("|")[1:3])
+        listed = re.findall(r"`([^`]+)`", names)
+        parts = default.split(", ") if len(listed) > 1 else [default]
+        found |= dict(zip(listed, parts * (len(listed) // len(parts)), strict=True))
+    return found
+
+
+def test_training_docs_have_every_option_of_the_command() -> None:
+    parameters = get_command(train_app).params
+    offered = {name for one in parameters for name in (one.opts if one.param_type_name == "option" else [one.name])}
+    assert set(documented_in_code("option")) == offered - {"--help"}
+
+
+def test_training_docs_have_every_setting_with_its_default() -> None:
+    documented = documented_in_code("setting")
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    assert set(documented) == set(defaults)
+    in_words = {"encoder", "mpp", "frozen"}
+    for name, default in defaults.items():
+        if name in in_words:
+            continue
+        said = documented[name].strip("`")
+        expected = default if isinstance(default, str) else said
+        assert said == expected
+        if isinstance(default, bool):
+            assert said == str(default).lower()
+        elif isinstance(default, tuple):
+            assert tuple(float(part) for part in said.split(", ")) == default
+        elif not isinstance(default, str):
+            assert float(said) == default
 
 
 def test_changelog_begins_with_the_version_of_the_project() -> None:

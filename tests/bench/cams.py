@@ -1,7 +1,7 @@
 """Measures all CAM methods on trained classifiers, on the same held-out crops, in one run.
 
     python -m tests.bench.cams --bundle RUN_OR_BUNDLE --data glas -o DIR
-    python -m tests.bench.cams --classifier NAME=FILE.safetensors:BACKBONE:HEAD … --data glas --root DATA -o DIR
+    python -m tests.bench.cams --classifier NAME=FILE.safetensors:BACKBONE:HEAD:DEPTH … --data glas --root DATA -o DIR
 
 The first classifier named is the main one: methods that need no head of their own (CAM, Grad-CAM, Grad-CAM++,
 Score-CAM) run on it; pcam, lfi-cam and abn run on the first classifier that has their head. Crops are those that the
@@ -166,7 +166,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.cams", description="Measure CAM methods.")
     parser.add_argument("--bundle", action="append", default=[], help="bundle, its folder, or a run's (repeatable)")
     parser.add_argument(
-        "--classifier", action="append", default=[], help="NAME=FILE:BACKBONE:HEAD (repeatable, after the bundles)"
+        "--classifier",
+        action="append",
+        default=[],
+        help="NAME=FILE:BACKBONE:HEAD:DEPTH, after the bundles",
     )
     parser.add_argument("--mpp", type=float, help="µm per pixel that --classifier expects (default: the data set's)")
     parser.add_argument("--data", required=True, help="name or toml file of a data set")
@@ -196,12 +199,14 @@ def bundled(name: str, dataset: Dataset, device: torch.device) -> Subject:
 
 
 def stored(text: str, classes: int, mpp: float, device: torch.device) -> Subject:
-    """Return the classifier that NAME=FILE:BACKBONE:HEAD names, normalised as training does it."""
+    """Return the classifier that NAME=FILE:BACKBONE:HEAD:DEPTH names (depth "none": the whole backbone), normalised as
+    training does it.
+    """
     import safetensors.torch
 
     name, _, rest = text.partition("=")
-    file, backbone, head = rest.rsplit(":", 2)
-    classifier = Classifier(backbone, head, classes)
+    file, backbone, head, depth = rest.rsplit(":", 3)
+    classifier = Classifier(backbone, head, classes, None if depth == "none" else int(depth))
     weights = safetensors.torch.load_file(file)
     classifier.load_state_dict({key: t.float() if t.is_floating_point() else t for key, t in weights.items()})
     return Subject(name, head, classifier.eval().to(device), MEAN, STD, mpp)

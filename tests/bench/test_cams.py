@@ -72,7 +72,7 @@ def test_command_writes_a_row_per_method_a_file_of_numbers_and_a_picture(
     for head in ("gap", "pcam", "lfi"):
         file = tmp_path / f"{head}.safetensors"
         safetensors.torch.save_file(subject(head).classifier.state_dict(), file)
-        arguments += ["--classifier", f"net-{head}={file}:{BACKBONE}:{head}"]
+        arguments += ["--classifier", f"net-{head}={file}:{BACKBONE}:{head}:none"]
     cams.main([*arguments, "--steps", "3", "--examples", "2", "--batch", "2"])
     document = json.loads((tmp_path / "out" / "cams.json").read_text())
     named = [(row["method"], row["head"], row["classifier"]) for row in document["rows"]]

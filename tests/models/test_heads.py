@@ -131,7 +131,7 @@ def slow_area(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tupl
             probs_Khw[:, y, x] = softmax(scores_Khw[:, y, x])
     logits_K = np.zeros(classes)
     for k in range(classes):
-        largest = sorted(probs_Khw[k].ravel().tolist(), reverse=True)[: math.ceil(0.05 * height * width)]
+        largest = sorted(probs_Khw[k].ravel().tolist(), reverse=True)[: math.ceil(0.2 * height * width)]
         share = min(max(sum(largest) / len(largest), 1e-6), 1 - 1e-6)
         logits_K[k] = math.log(share / (1 - share))
     return logits_K, scores_Khw
@@ -445,14 +445,14 @@ def area_of(scores_Khw: torch.Tensor) -> torch.Tensor:
     return logits_K
 
 
-def test_area_calls_a_class_present_from_five_percent_of_the_cells_on() -> None:
-    scores_Khw = torch.zeros(2, 10, 20)
+def test_area_is_the_mean_over_a_fifth_of_the_cells() -> None:
+    scores_Khw = torch.zeros(2, 5, 20)
     scores_Khw[0] = 20.0
-    for cells in range(14):
+    for cells in range(20):
         covered = scores_Khw.clone()
         covered[:, 0, :cells] = torch.tensor([0.0, 20.0])[:, None]
-        # Ten of the 200 cells are looked at, so their mean says 0.5 at five of them and is certain at ten.
-        expected = math.log(cells / (10 - cells)) if 0 < cells < 10 else math.log((1 - 1e-6) / 1e-6)
+        # Twenty of the 100 cells are looked at, so their mean says 0.5 at ten of them.
+        expected = math.log(cells / (20 - cells)) if 0 < cells < 20 else math.log((1 - 1e-6) / 1e-6)
         actual = float(area_of(covered)[1])
         assert actual == pytest.approx(expected if cells else -expected, abs=0.05)
 

@@ -76,7 +76,7 @@ def test_a_view_is_its_square_of_the_image_and_the_labelled_patches_inside_move_
         expected = {
             (x, y): present.tolist()
             for (x, y, _, _), present in zip(images.boxes[0].tolist(), images.present[0], strict=True)
-            if 6 <= x and x + 16 <= 38 and 10 <= y and y + 16 <= 42
+            if x >= 6 and x + 16 <= 38 and y >= 10 and y + 16 <= 42
         }
         assert len(expected) == len(view.boxes_B4) == 4
         # The same pixels lie under a box as before the move, in some orientation: their sorted bytes tell which box.
@@ -188,9 +188,7 @@ def test_all_labelled_patches_are_drawn_equally_often() -> None:
     images = Sized([(24, 16), (8, 8), (12, 8)], 8, 4)
     places = draw_patches(images, 6000, np.random.default_rng(2))
     drawn = {place: places.count(place) for place in set(places)}
-    every = {
-        Place(n, int(x), int(y), 8) for n, boxes_B4 in enumerate(images.boxes) for x, y, _, _ in boxes_B4.tolist()
-    }
+    every = {Place(n, int(x), int(y), 8) for n, boxes_B4 in enumerate(images.boxes) for x, y, _, _ in boxes_B4.tolist()}
     assert set(drawn) == every
     np.testing.assert_allclose(np.array(list(drawn.values())) / 6000, 1 / len(every), atol=0.015)
 

@@ -1,0 +1,151 @@
+"""The table of docs/benchmarks/weak-supervision.md: recipes trained from presence labels, measured on the test split.
+
+    python -m tests.bench.weak_supervision --data FOLDER -o runs --rows ours paper --seeds 0 1 2
+
+Each run is `wsi-train` with the settings of its row; a row that differs from another only in later stages starts from
+that one's classifier. Runs that are finished are not repeated, so that rows can be added one by one. `full` is the
+ceiling: the same segmenter trained on the masks of the training split, which no other row sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from models.bundle import load_bundle
+from models.predictor import Predictor
+from pipeline.dataset import Dataset, check_images, load_dataset, read_mask, samples
+from pipeline.evaluate import evaluate
+from pipeline.patches import PatchImages
+from pipeline.pseudo_masks import mask_files
+from pipeline.train import UNREADABLE_SHARE, train
+from pipeline.train_config import TrainConfig, train_config
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe: a preset, what is changed in it, and the row whose classifier it shares."""
+
+    title: str
+    preset: str
+    settings: tuple[str, ...] = ()
+    classifier_of: str | None = None
+
+
+ROWS = {
+    "ours": Row("our recipe", "default"),
+    "ours-deep": Row("… with maps of the whole backbone", "default", ("depth=none",)),
+    "ours-gap": Row("… with average pooling (CAM) instead of the area head", "default", ("head=gap",)),
+    "ours-patches": Row("… each patch alone, without regions", "default", ("region=none",)),
+    "ours-labels": Row("… without the labels of overlapping patches", "default", ("overlap_labels=false",), "ours"),
+    "ours-ema": Row("… without averaged weights", "default", ("ema=0.0",)),
+    "ours-balance": Row("… without balanced losses", "default", ("balance=false",)),
+    "paper": Row("Han et al. 2022: PDA, three layers, gate", "paper"),
+    "paper-pda": Row("… without PDA", "paper", ("head=gap",)),
+    "paper-layers": Row("… deep layer only", "paper", ("layer_weights=[0.0, 0.0, 1.0]",), "paper"),
+    "paper+ema": Row("… with averaged weights", "paper", ("ema=0.96",)),
+    "full": Row("full supervision, the same segmenter", "default", (), "ours"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="glas")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", nargs="*", default=[], help="settings of all rows, name=value")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tta", action="store_true", help="measure with the mean over the symmetries of a square too")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    dataset = load_dataset(options.dataset, options.data)
+    for seed in options.seeds:
+        for name in options.rows:
+            run_row(dataset, name, seed, options.output, options.set, tta=options.tta)
+    print(table(options.output))
+
+
+def run_row(dataset: Dataset, name: str, seed: int, output: Path, common: Sequence[str], *, tta: bool) -> None:
+    """Train and measure one row with one seed, unless its result is there."""
+    row, run = ROWS[name], output / f"{name}-{seed}"
+    if (run / "result.json").is_file():
+        return
+    config = train_config(row.preset, None, [*common, *row.settings, f"seed={seed}"])
+    run.mkdir(parents=True, exist_ok=True)
+    if row.classifier_of is not None:
+        source = output / f"{row.classifier_of}-{seed}" / "classifier.safetensors"
+        if not source.is_file():
+            raise SystemExit(f"{name} starts from the classifier of {row.classifier_of}: run that row first")
+        shutil.copy(source, run)
+    if name == "full":
+        write_true_masks(dataset, run / "pseudo-masks", config)
+    started = time.monotonic()
+    bundle = train(dataset, run, config, device="cpu")
+    seconds = time.monotonic() - started
+    result: dict[str, object] = {"row": name, "seed": seed, "seconds": round(seconds), "common": list(common)}
+    predictor = Predictor.from_bundle(load_bundle(bundle.path), device="cpu", output_stride=1)
+    for flips in (False, True) if tta else (False,):
+        evaluation = evaluate(predictor, dataset, "test", flips=flips)
+        for gate in (True, False):
+            scores = evaluation.scores("exclude", gate=gate)
+            key = ("gate" if gate else "no gate") + (", flips" if flips else "")
+            result[key] = {"miou": scores.miou, **scores.iou, "accuracy": scores.accuracy}
+    (run / "result.json").write_text(json.dumps(result, indent=2))
+    print(json.dumps(result), flush=True)
+
+
+def write_true_masks(dataset: Dataset, folder: Path, config: TrainConfig) -> None:
+    """Put the masks of the training split, at the model's pixel size, where the pseudo masks are looked for."""
+    assert config.mpp is not None
+    images = PatchImages(dataset, check_images(samples(dataset, "train"), UNREADABLE_SHARE), config.mpp)
+    for index, sample in enumerate(images.samples):
+        height, width = images.rgb(index).shape[:2]
+        mask = Image.fromarray(read_mask(dataset, sample)).resize((width, height), Image.Resampling.NEAREST)
+        (file,) = mask_files(folder, images, index, config)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        mask.save(file)
+
+
+def table(output: Path) -> str:
+    """Return the Markdown table of all results in a folder: mean and spread over seeds."""
+    results = [json.loads(file.read_text()) for file in sorted(output.glob("*/result.json"))]
+    keys = list(dict.fromkeys(key for result in results for key in result if key.startswith(("gate", "no gate"))))
+    lines = [
+        f"| recipe | seeds | {' | '.join(f'mIoU, {key}' for key in keys)} | IoU per class | minutes |",
+        "|" + "---|" * (len(keys) + 4),
+    ]
+    for name, row in ROWS.items():
+        own = [result for result in results if result["row"] == name]
+        if not own:
+            continue
+        cells = [mean_and_spread([result[key]["miou"] for result in own if key in result]) for key in keys]
+        classes = [key for key in own[0]["gate"] if key not in {"miou", "accuracy"}]
+        each = ", ".join(f"{k} {100 * np.mean([result['gate'][k] for result in own]):.1f}" for k in classes)
+        minutes = np.mean([result["seconds"] for result in own]) / 60
+        lines.append(f"| {row.title} | {len(own)} | {' | '.join(cells)} | {each} | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Return the mean in per cent, and with several values their standard deviation."""
+    if not values:
+        return ""
+    spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.1f}{spread}"
+
+
+if __name__ == "__main__":
+    main()
