@@ -47,7 +47,7 @@ def cam_maps(method: str, classifier: Classifier, x_NCHW: Tensor, layer: str = "
     classes; it is multiplied with the deep Grad-CAM of each class. Raises CamUnavailableError for an unknown method or
     layer, and where the method does not exist for this classifier's head or at this layer; ValueError in training mode.
     """
-    _check_available(method, classifier, layer)
+    check_available(method, classifier, layer)
     if method == "cam":
         return class_activation_maps(classifier, x_NCHW, chunk=chunk)
     if method == "grad-cam":
@@ -69,7 +69,7 @@ def layer_maps(method: str, classifier: Classifier, x_NCHW: Tensor, *, chunk: in
 
     Raises what `cam_maps` raises.
     """
-    _check_available(method, classifier, "deep")
+    check_available(method, classifier, "deep")
     if method == "score-cam":
         return LayerMaps(*(score_cam(classifier, x_NCHW, layer, chunk=chunk) for layer in LAYERS))
     if method not in _DEEP_ONLY:
@@ -89,7 +89,7 @@ def cam(deep_NChw: Tensor, weight_KC: Tensor) -> Tensor:
 
 def class_activation_maps(classifier: Classifier, x_NCHW: Tensor, *, chunk: int = 32) -> Tensor:
     """Return `cam` (N, K, h, w) of the deep stage, for a head whose class map is linear in it."""
-    _check_available("cam", classifier, "deep")
+    check_available("cam", classifier, "deep")
     with torch.no_grad():
         parts = [cam(classifier.stages(part).deep, classifier.head.weight_KC) for part in x_NCHW.split(chunk)]
     return torch.cat(parts)
@@ -102,7 +102,7 @@ def grad_cam(classifier: Classifier, x_NCHW: Tensor, layer: str = "deep", *, chu
     al. 2022). One backward pass per class for all images of a chunk, since the logits of one image do not depend on
     another; none for the deep stage under an average-pooled linear head, where the maps are `cam` / (h w).
     """
-    _check_available("grad-cam", classifier, layer)
+    check_available("grad-cam", classifier, layer)
     return _gradient_maps(classifier, x_NCHW, (layer,), _grad_cam_weights, chunk)[0]
 
 
@@ -116,7 +116,7 @@ def grad_cam_plus_plus(classifier: Classifier, x_NCHW: Tensor, layer: str = "dee
     (it divides a copy). S_c counts positive activations: the definition assumes features after a ReLU, and has poles
     for others.
     """
-    _check_available("grad-cam++", classifier, layer)
+    check_available("grad-cam++", classifier, layer)
     return _gradient_maps(classifier, x_NCHW, (layer,), _plus_plus_weights, chunk)[0].relu()
 
 
@@ -142,13 +142,13 @@ def abn(classifier: Classifier, x_NCHW: Tensor, *, chunk: int = 32) -> Tensor:
 
 
 def _head_maps(method: str, classifier: Classifier, x_NCHW: Tensor, chunk: int) -> Tensor:
-    _check_available(method, classifier, "deep")
+    check_available(method, classifier, "deep")
     with torch.no_grad():
         parts = [classifier.head_output(classifier.stages(part), part).map_NKhw for part in x_NCHW.split(chunk)]
     return torch.cat(parts).float()
 
 
-def _check_available(method: str, classifier: Classifier, layer: str) -> None:
+def check_available(method: str, classifier: Classifier, layer: str) -> None:
     """Raise CamUnavailableError where the method has no map of this classifier at this layer."""
     if method not in CAM_METHODS:
         raise CamUnavailableError(f"unknown CAM method {method!r}; known are {', '.join(CAM_METHODS)}")

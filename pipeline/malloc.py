@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
     """Let glibc reuse freed arrays instead of handing them back to the kernel; True where that could be set.
 
     A network's activations are freed and asked for again with every batch. By default each of them is mapped anew and
-    the kernel zeroes its pages: 29 % of the CPU time of a run on two cores (docs/benchmarks.md). Few arenas keep
+    the kernel zeroes its pages: 29 % of the CPU time of a run on two cores (docs/benchmarks/slides.md). Few arenas keep
     the threads from each holding on to freed memory of their own. For programs, not for libraries: it holds for the
     whole process.
     """

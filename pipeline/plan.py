@@ -21,7 +21,7 @@ from wsi.tissue import Tissue
 TILE_GROUP = 128
 """Tiles that are handed to the networks at a time; the batch size cuts them further."""
 
-# Measured on CMU-1 (docs/benchmarks.md): Python, torch, the readers and what the
+# Measured on CMU-1 (docs/benchmarks/slides.md): Python, torch, the readers and what the
 # allocator keeps, and one image's activations per tile pixel.
 _PROCESS_BYTES = 1500 << 20
 _ACTIVATION_BYTES_PER_PX = 550

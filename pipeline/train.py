@@ -36,6 +36,7 @@ from models.bundle import (
     load_networks,
     save_bundle,
 )
+from models.cam import check_available
 from models.classifier import Classifier
 from models.predictor import Predictor
 from models.segmenter import build_segmenter
@@ -78,6 +79,8 @@ def train(
 
     classifier = Classifier(config.backbone, config.head, classes, config.depth)
     load_start(classifier.backbone.net, config.weights)
+    if config.cam != "head":
+        check_available(config.cam, classifier.eval(), "deep")
     # Made before the first stage: its random weights must not depend on whether that stage ran or was skipped.
     encoder = config.encoder or f"tu-{config.backbone}"
     same_network = encoder == f"tu-{config.backbone}"
@@ -121,7 +124,8 @@ def claim(run: Path, dataset: Dataset, config: TrainConfig) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     elif (begun := json.loads(file.read_text(encoding="utf-8"))) != json.loads(text):
-        differing = [name for name, value in json.loads(text)["config"].items() if begun["config"].get(name) != value]
+        now, then = json.loads(text)["config"], begun["config"]
+        differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
         raise TrainError(
             f"{run}: begun with other settings ({', '.join(differing) or 'of the data set'} differ); take a new "
             f"folder, or the settings in {file}"
@@ -262,7 +266,7 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
     assert config.mpp is not None
     return ModelCard(
         schema_version=1,
-        name=card.name,
+        name=config.name or card.name,
         description=card.description,
         classes=tuple(ClassCard(name=spec.name, color=spec.color) for spec in card.classes),
         mpp=config.mpp,

@@ -13,6 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import TrainConfigError
 
+CLASS_MAP_HEADS = ("gap", "pda", "area")
+"""Heads whose map can go through a softmax over the classes."""
+
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "poly"]
 
@@ -20,6 +23,9 @@ Schedule = Literal["cosine", "poly"]
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a run; the defaults are our recipe (docs/benchmarks/weak-supervision.md measures it)."""
+
+    name: str = ""
+    """Of the model bundle; empty for the data set's."""
 
     # Networks
     backbone: str = "tf_efficientnet_lite0"
@@ -49,7 +55,7 @@ class TrainConfig:
     """Strength of the stain augmentation: largest relative change of each stain's amount; 0 switches it off."""
 
     # Classifier
-    classifier_epochs: int = 8
+    classifier_epochs: int = 16
     """Epochs."""
     classifier_steps: int = 0
     """Steps per epoch; 0 for as many as draw every pixel of the training images about once."""
@@ -75,7 +81,7 @@ class TrainConfig:
     """With cam `head`: pixels whose best class has less than this probability train nothing."""
 
     # Segmenter
-    segmenter_epochs: int = 8
+    segmenter_epochs: int = 12
     """Epochs."""
     segmenter_steps: int = 0
     """Steps per epoch; 0 as for the classifier."""
@@ -87,7 +93,7 @@ class TrainConfig:
     """`adamw`, or `sgd` with momentum 0.9."""
     schedule: Schedule = "cosine"
     """Of the learning rates after the warm-up: `cosine` to 2 %, or `poly` (1 - t)^0.9."""
-    backbone_rate: float = 3e-4
+    backbone_rate: float = 5e-4
     """Learning rate of pretrained weights."""
     new_rate: float = 3e-3
     """Learning rate of new weights."""
@@ -99,7 +105,7 @@ class TrainConfig:
     """Largest norm of a gradient; 0 for no limit."""
     ema: float = 0.96
     """Decay per step of the averaged weights, which are validated and kept; 0 keeps the last weights themselves."""
-    patience: int = 4
+    patience: int = 8
     """Epochs without a better validation score after which a stage ends."""
 
     # Gate
@@ -121,6 +127,11 @@ class TrainConfig:
             raise TrainConfigError('cam "head" knows the deep layer only: set layer_weights to 0, 0, 1, or another cam')
         if self.backbone == "resnet38d" and not self.encoder:
             raise TrainConfigError("backbone resnet38d is no encoder of segmentation-models-pytorch: set encoder too")
+        if self.cam == "head" and self.head not in CLASS_MAP_HEADS:
+            raise TrainConfigError(
+                f'cam "head" needs a head with a score per class and pixel ({", ".join(CLASS_MAP_HEADS)}), '
+                f"not {self.head}: set cam too"
+            )
         if self.region is not None and (self.region < 64 or self.region % 32):
             raise TrainConfigError(f"region is {self.region}; use a multiple of 32 from 64 up")
         for name, least in {
@@ -152,6 +163,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cam": "grad-cam",
         "layer_weights": (0.2, 0.2, 0.6),
         "overlap_labels": False,
+        "backbone_rate": 3e-4,
+        "patience": 20,
         "classifier_epochs": 20,
         "segmenter_epochs": 20,
         "classifier_batch": 20,

@@ -38,7 +38,7 @@ def main() -> None:
     dataset = load_dataset(options.data, options.root)
     for head in options.heads:
         file = options.output / f"{head}.safetensors"
-        config = train_config("default", None, [*options.set, f"head={head}"])
+        config = train_config("default", None, [*options.set, f"head={head}", "cam=grad-cam"])
         if not file.is_file():
             training, validation = (
                 PatchImages(dataset, check_images(samples(dataset, split), UNREADABLE_SHARE), config.mpp or dataset.mpp)

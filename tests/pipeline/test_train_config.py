@@ -27,8 +27,8 @@ def test_every_preset_is_a_valid_configuration(preset: str) -> None:
 def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "train.toml"
     file.write_text('ema = 0.5\nhead = "gap"\n')
-    config = train_config("default", file, ["head=pcam", "region=none", "layer_weights=[0.0, 0.0, 1.0]", "seed=3"])
-    assert (config.ema, config.head, config.region, config.seed) == (0.5, "pcam", None, 3)
+    config = train_config("default", file, ["head=pda", "region=none", "layer_weights=[0.0, 0.0, 1.0]", "seed=3"])
+    assert (config.ema, config.head, config.region, config.seed) == (0.5, "pda", None, 3)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,7 @@ def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path)
         ("layer_weights=[0.2, 0.2, 0.6]", "knows the deep layer only"),
         ("optimizer=adam", "setting optimizer"),
         ("backbone=resnet38d", "set encoder too"),
+        ("head=lfi", "needs a head with a score per class and pixel"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named(setting: str, said: str) -> None:
