@@ -146,7 +146,7 @@ class AreaHead(nn.Module):
     linear_map: ClassVar[bool] = True
     share: ClassVar[float] = 0.2
     """Larger than the least share that makes a class present in the labels: a mean over few cells is blurry, see
-    docs/benchmarks/weak-supervision.md.
+    docs/decisions/0005.
     """
 
     def __init__(self, channels: int, classes: int) -> None:

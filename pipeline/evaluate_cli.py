@@ -97,7 +97,8 @@ def _prepare(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output}: no folder can be made ({error.strerror}); choose another with -o") from error
-    return Predictor.from_bundle(model, device=device, batch_size=batch_size), dataset
+    # As training measures: the logits, not the probabilities, are enlarged to the model's pixels.
+    return Predictor.from_bundle(model, device=device, batch_size=batch_size, output_stride=1), dataset
 
 
 def _evaluate(

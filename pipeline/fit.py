@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from pipeline.train_config import TrainConfig
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0
-"""A killed run loses at most this much work."""
+"""Between checkpoints within an epoch; there is one at the end of each, too."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, steps done, steps in all)."""
@@ -48,12 +49,16 @@ class Processes(NamedTuple):
     world: int
 
 
-def join_processes() -> Processes:
+def join_processes(device: torch.device) -> Processes:
     """Join the group that torchrun started this process in; (0, 1) where there is none."""
     if "RANK" not in os.environ:
         return Processes(0, 1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # Measuring a large test split in one process must not look like a process that died.
+        patience = timedelta(hours=12)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
@@ -144,6 +149,8 @@ def fit(
         if progress is not None:
             progress(task.name, state.step, total)
         if within == task.steps - 1:
+            if processes.world > 1:
+                _share_statistics(network, averaged)
             _end_epoch(task, averaged, best, epoch, state, config, folder if processes.rank == 0 else None)
         # At the end of every epoch too, so that a validation is never repeated.
         if processes.rank == 0 and (within == task.steps - 1 or time.monotonic() - saved > CHECKPOINT_SECONDS):
@@ -223,6 +230,13 @@ def _mean_over_processes(loss: Tensor, parameters: list[nn.Parameter], world: in
         parameter.grad = piece.view_as(parameter)
     mean: Tensor = pieces[0][0]
     return mean
+
+
+def _share_statistics(*networks: nn.Module) -> None:
+    """Give all processes the batch-norm statistics of the first, so that all validate alike and stop together."""
+    for network in networks:
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def _end_epoch(

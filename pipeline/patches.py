@@ -68,6 +68,10 @@ class PatchImages:
             boxes_B4[:, :2] = np.minimum(boxes_B4[:, :2], size_2 - boxes_B4[:, 2:])
             self.boxes.append(boxes_B4)
             self.present.append(labelled.present_BK)
+        self.sizes_N2 = np.array([_extent(boxes_B4) for boxes_B4 in self.boxes])
+        """Width and height of each image."""
+        self.ends_N = np.cumsum([len(boxes_B4) for boxes_B4 in self.boxes])
+        """Labelled patches up to and with each image."""
         self._cache: dict[int, NDArray[np.uint8]] = {}
         self._room = cache_bytes
         self._lock = threading.Lock()
@@ -88,8 +92,8 @@ class PatchImages:
         return rgb_HWC
 
     def pixels(self) -> int:
-        """Pixels of all images at the model's mpp, taken from the outermost boxes."""
-        return sum(int((b[:, 0] + b[:, 2]).max() * (b[:, 1] + b[:, 3]).max()) for b in self.boxes)
+        """Pixels of all images at the model's mpp."""
+        return int(self.sizes_N2.prod(axis=1).sum())
 
     def class_frequency(self) -> NDArray[np.float64]:
         """The share of labelled patches that hold each class, (K,)."""
@@ -103,25 +107,20 @@ def draw_regions(images: PatchImages, count: int, side: int, rng: np.random.Gene
     Images are drawn in proportion to their area, so every pixel is seen about equally often. A square that holds no
     whole labelled patch, for which it must be large enough, is moved to the nearest one.
     """
-    sizes = np.array([_extent(boxes_B4) for boxes_B4 in images.boxes])
-    area = np.maximum(sizes, side).prod(axis=1).astype(float)
+    area = np.maximum(images.sizes_N2, side).prod(axis=1).astype(float)
     places = []
     for index in rng.choice(len(images), size=count, p=area / area.sum()):
-        x, y = (int(rng.integers(max(1, int(length) - side + 1))) for length in sizes[index])
+        x, y = (int(rng.integers(max(1, int(length) - side + 1))) for length in images.sizes_N2[index])
         places.append(_holding_a_patch(images.boxes[index], Place(int(index), x, y, side)))
     return places
 
 
 def draw_patches(images: PatchImages, count: int, rng: np.random.Generator) -> list[Place]:
-    """Return `count` random labelled patches. Raises ValueError where they are not square."""
-    counts = np.array([len(boxes_B4) for boxes_B4 in images.boxes])
-    ends = counts.cumsum()
+    """Return `count` random labelled patches, which must be square."""
     places = []
-    for drawn in rng.integers(ends[-1], size=count):
-        index = int(np.searchsorted(ends, drawn, side="right"))
-        x, y, width, height = (int(v) for v in images.boxes[index][drawn - ends[index] + counts[index]])
-        if width != height:
-            raise ValueError(f"{images.samples[index].name}: a labelled patch of {width}x{height}; set region")
+    for drawn in rng.integers(images.ends_N[-1], size=count):
+        index = int(np.searchsorted(images.ends_N, drawn, side="right"))
+        x, y, width, _ = (int(v) for v in images.boxes[index][drawn - images.ends_N[index]])
         places.append(Place(index, x, y, width))
     return places
 

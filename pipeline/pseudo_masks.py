@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from models.cam import LayerMaps, layer_maps
+from models.cam import LayerMaps, cam_maps, layer_maps
 from models.classifier import Classifier
 from pipeline.dataset import IGNORED, background_HW
 from pipeline.errors import TrainError
@@ -158,9 +158,14 @@ def _maps_of_patches(
     for start in range(0, len(boxes_B4), BATCH):
         boxes = boxes_B4[start : start + BATCH].tolist()
         crops_NHWC = np.stack([rgb_HWC[y : y + h, x : x + w] for x, y, w, h in boxes])
-        maps = layer_maps(config.cam, classifier, as_input(crops_NHWC, device))
-        for row, layer in enumerate(used):
-            scaled_NKHW = jointly_scaled(maps[layer], crops_NHWC.shape[1:3]).cpu().numpy()
+        x_NCHW = as_input(crops_NHWC, device)
+        if used == [LAYERS.index("deep")]:
+            maps = [cam_maps(config.cam, classifier, x_NCHW)]
+        else:
+            every = layer_maps(config.cam, classifier, x_NCHW)
+            maps = [every[layer] for layer in used]
+        for row, map_NKhw in enumerate(maps):
+            scaled_NKHW = jointly_scaled(map_NKhw, crops_NHWC.shape[1:3]).cpu().numpy()
             scaled_NKHW *= present_BK[start : start + BATCH, :, None, None]
             for (x, y, w, h), scaled_KHW in zip(boxes, scaled_NKHW, strict=True):
                 sums_LKHW[row, :, y : y + h, x : x + w] += scaled_KHW

@@ -15,6 +15,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import nn
 
 from models.bundle import (
@@ -41,7 +44,7 @@ from models.classifier import Classifier
 from models.predictor import Predictor
 from models.segmenter import build_segmenter
 from pipeline.dataset import Dataset, Labelled, check_classes, check_images, samples
-from pipeline.errors import TrainError
+from pipeline.errors import DatasetError, LockedError, OutputError, TrainError
 from pipeline.evaluate import evaluate
 from pipeline.fit import Processes, Progress, Task, fit, join_processes, remove_checkpoint, training_device
 from pipeline.inputs import MEAN, MULTIPLE, STD, load_start
@@ -65,7 +68,8 @@ def train(
     Raises TrainError where `run` was begun with another configuration or data set, and what the data set's functions
     raise for bad data.
     """
-    processes, place = join_processes(), training_device(device)
+    place = training_device(device)
+    processes = join_processes(place)
     config = dataclasses.replace(config, mpp=config.mpp or dataset.mpp)
     assert config.mpp is not None
     training, validation = (
@@ -73,6 +77,9 @@ def train(
         for split in ("train", "val")
     )
     _check(training, validation, config)
+    for name, size in (("classifier_batch", config.classifier_batch), ("segmenter_batch", config.segmenter_batch)):
+        if size % processes.world:
+            raise TrainError(f"{name} is {size}, and there are {processes.world} processes: make it a multiple of them")
     logger.info("%d training and %d validation images", len(training), len(validation))
     torch.manual_seed(config.seed)
     classes = len(dataset.class_names)
@@ -82,40 +89,65 @@ def train(
     if config.cam != "head":
         check_available(config.cam, classifier.eval(), "deep")
     # Made before the first stage: its random weights must not depend on whether that stage ran or was skipped.
-    encoder = config.encoder or f"tu-{config.backbone}"
-    same_network = encoder == f"tu-{config.backbone}"
-    segmenter = build_segmenter(encoder, classes)
-    if same_network:
+    segmenter = build_segmenter(config.encoder_name, classes)
+    if config.encoder_starts:
         timm_encoder: Any = segmenter.encoder
         load_start(timm_encoder.model, config.weights)
+    make_card(dataset, config, tile_side(training, config), (config.highest_threshold,) * classes)
     # After all that a wrong setting fails at, so that the run can be begun again in the same folder.
+    held = ExitStack()
     if processes.rank == 0:
-        claim(run, dataset, config)
+        held.enter_context(claim(run, dataset, config))
     _wait(processes)
+    with held:
+        classifier.to(place)
+        task = classifier_task(classifier, training, validation, config, place, processes)
+        _stage(run, task, config, place, processes, progress)
 
-    classifier.to(place)
-    task = classifier_task(classifier, training, validation, config, place, processes)
-    _stage(run, task, config, place, processes, progress)
+        masks = run / "pseudo-masks"
+        write_pseudo_masks(masks, classifier, training, config, place, processes, progress)
+        _wait(processes)
 
-    masks = run / "pseudo-masks"
-    write_pseudo_masks(masks, classifier, training, config, place, processes, progress)
-    _wait(processes)
+        segmenter.to(place)
+        if config.encoder_starts:
+            start_from_classifier(segmenter, classifier)
+        task = segmenter_task(segmenter, training, validation, masks, config, place, processes)
+        _stage(run, task, config, place, processes, progress)
 
-    segmenter.to(place)
-    if same_network:
-        start_from_classifier(segmenter, classifier)
-    task = segmenter_task(segmenter, training, validation, masks, config, place, processes)
-    _stage(run, task, config, place, processes, progress)
-
-    if processes.rank == 0:
-        export(run, classifier.eval(), segmenter.eval(), validation, config, device)
-    _wait(processes)
-    return load_bundle((run / "bundle").absolute())
+        if processes.rank == 0:
+            export(run, classifier.eval(), segmenter.eval(), validation, config, device)
+        _wait(processes)
+        return load_bundle((run / "bundle").absolute())
 
 
-def claim(run: Path, dataset: Dataset, config: TrainConfig) -> None:
-    """Write configuration and data set into the run folder, or check that they are those the run was begun with."""
-    run.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def claim(run: Path, dataset: Dataset, config: TrainConfig) -> Iterator[None]:
+    """Hold a run folder alone, with configuration and data set written into it or equal to those it was begun with.
+
+    Raises OutputError where there can be no such folder, LockedError where another process trains in it, and TrainError
+    where it was begun with another configuration or data set.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{run}: no folder for the run can be made there: {error.strerror}; give another -o"
+        ) from error
+    lock = FileLock(run.absolute().parent / f".{run.name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise LockedError(
+            f"{run}: another wsi-train is at work in this folder; wait for it, or give another -o"
+        ) from error
+    try:
+        _write_or_compare(run, dataset, config)
+        yield
+    finally:
+        lock.release()
+
+
+def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig) -> None:
     file = run / "run.json"
     wanted = {"config": dataclasses.asdict(config), "dataset": dataset.card.model_dump(mode="json")}
     text = json.dumps(wanted, indent=2) + "\n"
@@ -123,8 +155,10 @@ def claim(run: Path, dataset: Dataset, config: TrainConfig) -> None:
         temporary = file.with_suffix(".tmp")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
-    elif (begun := json.loads(file.read_text(encoding="utf-8"))) != json.loads(text):
-        now, then = json.loads(text)["config"], begun["config"]
+        return
+    begun, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+    if begun != wanted:
+        now, then = wanted["config"], begun["config"]
         differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
         raise TrainError(
             f"{run}: begun with other settings ({', '.join(differing) or 'of the data set'} differ); take a new "
@@ -143,6 +177,12 @@ def _check(training: PatchImages, validation: PatchImages, config: TrainConfig) 
                 f"{images.dataset.card.name}: labelled patches are of {len(sides)} sizes, such as {min(sides)} and "
                 f"{max(sides)} px; bring the images to one size"
             )
+    if any(width != height for width, height in training.boxes[0][:, 2:].tolist()):
+        width, height = training.boxes[0][0, 2:].tolist()
+        raise TrainError(
+            f"{training.dataset.card.name}: labelled patches are {width}x{height} px; quarter turns need square ones: "
+            "cut the images, or label crops of them"
+        )
     check_classes(training.dataset, map(Labelled, training.boxes, training.present))
     largest = max(int(boxes_B4[:, 2:].max()) for boxes_B4 in training.boxes)
     if config.region is not None and largest > config.region:
@@ -197,17 +237,24 @@ def export(
     presence_NK, held_NK = tile_presence(Predictor(draft, "0" * 64, *rounded, device=device), validation)
     thresholds = calibrate_gate(presence_NK, held_NK, config.gate_recall, config.highest_threshold)
     card = draft.model_copy(update={"gate_thresholds": thresholds})
-    metrics: dict[str, float] = {}
-    if "test" in dataset.card.splits and all(sample.mask is not None for sample in samples(dataset, "test")):
-        predictor = Predictor(card, "0" * 64, *rounded, device=device, output_stride=1)
-        evaluation = evaluate(predictor, dataset, "test")
-        scores = evaluation.scores("exclude", gate=True)
-        values = {f"iou_{name}": iou for name, iou in scores.iou.items()}
-        values |= {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy}
-        # NaN is the IoU of a class that is in no truth and no prediction.
-        metrics = {f"test_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}
+    metrics = test_metrics(Predictor(card, "0" * 64, *rounded, device=device, output_stride=1), dataset)
     logger.info("gate thresholds %s, %s", thresholds, metrics)
     save_bundle(folder, card.model_copy(update={"metrics": metrics}), classifier, segmenter)
+
+
+def test_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]:
+    """Return the scores of the test split (protocol `exclude`, with the gate); none, with a warning, where it cannot be
+    measured: a trained model is not lost for that.
+    """
+    try:
+        scores = evaluate(predictor, dataset, "test").scores("exclude", gate=True)
+    except DatasetError as error:
+        logger.warning("the card gets no metrics, since the test split cannot be measured: %s", error)
+        return {}
+    values = {f"iou_{name}": iou for name, iou in scores.iou.items()}
+    values |= {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy}
+    # NaN is the IoU of a class that is in no truth and no prediction.
+    return {f"test_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}
 
 
 def tile_side(images: PatchImages, config: TrainConfig) -> int:
@@ -260,29 +307,39 @@ def calibrate_gate(
 
 
 def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tuple[float, ...]) -> ModelCard:
-    """Return the model card, without metrics and digests."""
+    """Return the model card, without metrics and digests. Raises TrainError where the data set's description or a name
+    does not fit a card.
+    """
     card = dataset.card
     views = f"regions of {config.region} px" if config.region else "single patches"
     assert config.mpp is not None
-    return ModelCard(
-        schema_version=1,
-        name=config.name or card.name,
-        description=card.description,
-        classes=tuple(ClassCard(name=spec.name, color=spec.color) for spec in card.classes),
-        mpp=config.mpp,
-        tile_size=side,
-        mean=MEAN,
-        std=STD,
-        classifier=ClassifierCard(backbone=config.backbone, head=config.head, depth=config.depth),
-        segmenter=SegmenterCard(encoder=config.encoder or f"tu-{config.backbone}"),
-        gate_thresholds=thresholds,
-        licence=card.licence,
-        training_data=(
-            f"{card.attribution} Supervision: presence labels of patches only; {views} at {config.mpp} um/px, "
-            f"classifier head {config.head}, pseudo masks by {config.cam}, seed {config.seed}, started from "
-            f"{config.weights} weights."
-        ),
-        metrics={},
-        limits=card.limits,
-        weights=WeightsCard(classifier="0" * 64, segmenter="0" * 64),
-    )
+    try:
+        return ModelCard(
+            schema_version=1,
+            name=config.name or card.name,
+            description=card.description,
+            classes=tuple(ClassCard(name=spec.name, color=spec.color) for spec in card.classes),
+            mpp=config.mpp,
+            tile_size=side,
+            mean=MEAN,
+            std=STD,
+            classifier=ClassifierCard(backbone=config.backbone, head=config.head, depth=config.depth),
+            segmenter=SegmenterCard(encoder=config.encoder_name),
+            gate_thresholds=thresholds,
+            licence=card.licence,
+            training_data=(
+                f"{card.attribution} Supervision: presence labels of patches only; {views} at {config.mpp} um/px, "
+                f"classifier head {config.head}, pseudo masks by {config.cam}, seed {config.seed}, started from "
+                f"{config.weights} weights."
+            ),
+            metrics={},
+            limits=card.limits,
+            weights=WeightsCard(classifier="0" * 64, segmenter="0" * 64),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "card"
+        raise TrainError(
+            f"{card.name}: no model card can hold this {where}: {first['msg']}; "
+            "change it in the dataset.toml or the settings"
+        ) from error

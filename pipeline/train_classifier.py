@@ -41,7 +41,7 @@ def classifier_task(
 ) -> Task:
     """Return the classifier's training: binary cross-entropy of every class on the logit of every labelled patch."""
     for name, parameter in classifier.backbone.named_parameters():
-        if name.removeprefix("net.").startswith(config.frozen):
+        if config.weights != "none" and name.removeprefix("net.").startswith(config.frozen):
             parameter.requires_grad_(False)
     weight_2K = class_weights(training.class_frequency(), balance=config.balance).to(device)
     side = config.region or int(training.boxes[0][0, 2])
@@ -59,7 +59,8 @@ def classifier_task(
 
     def begin_epoch(epoch: int) -> None:
         classifier.train()
-        keep_statistics(classifier.backbone)
+        if config.weights != "none":
+            keep_statistics(classifier.backbone)
         if config.head == "pda":
             schedule = PDA_SCHEDULES[config.pda_schedule]
             classifier.head.mu = schedule.mu(epoch) if schedule.applied(epoch) else None
@@ -67,7 +68,7 @@ def classifier_task(
     return Task(
         name="classifier",
         network=classifier,
-        new_parameters=list(classifier.head.parameters()),
+        new_parameters=list((classifier if config.weights == "none" else classifier.head).parameters()),
         make_batch=make_batch,
         loss=loss,
         validate=lambda network: presence_scores(network, validation, config, device),

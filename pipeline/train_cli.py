@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def train_command(
         from pipeline.dataset import load_dataset
         from pipeline.train import train
 
-        with training_bar(hidden=quiet) as progress:
+        with training_bar(hidden=quiet or os.environ.get("RANK", "0") != "0") as progress:
             bundle = train(load_dataset(dataset, data), output, chosen, device=device, progress=progress)
     except (PipelineError, ModelError) as error:
         typer.echo(f"wsi-train: {error}", err=True)
@@ -54,7 +55,8 @@ def train_command(
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from the last checkpoint in {output}", err=True)
         raise typer.Exit(130) from None
-    typer.echo(json.dumps({"bundle": str(bundle.path), "metrics": bundle.card.metrics}, indent=2))
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
+        typer.echo(json.dumps({"bundle": str(bundle.path), "metrics": bundle.card.metrics}, indent=2))
 
 
 @contextmanager

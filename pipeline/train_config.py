@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import TrainConfigError
 
-CLASS_MAP_HEADS = ("gap", "pda", "area")
-"""Heads whose map can go through a softmax over the classes."""
+OWN_MAP_HEADS = ("pcam", "lfi", "abn")
+"""Heads whose map is no score per class and pixel, so that no softmax over the classes can be made of it."""
 
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "poly"]
@@ -63,7 +63,7 @@ class TrainConfig:
     """Views per step."""
     frozen: tuple[str, ...] = ("conv_stem", "bn1", "blocks.0", "blocks.1")
     """Parameters of the backbone that start so are not trained in the classifier (ResNet-38d freezes its own)."""
-    pda_schedule: str = "paper"
+    pda_schedule: Literal["paper", "release"] = "paper"
     """Schedule of the dropout threshold of head `pda`, a key of models.heads.PDA_SCHEDULES."""
 
     # Pseudo masks
@@ -127,11 +127,8 @@ class TrainConfig:
             raise TrainConfigError('cam "head" knows the deep layer only: set layer_weights to 0, 0, 1, or another cam')
         if self.backbone == "resnet38d" and not self.encoder:
             raise TrainConfigError("backbone resnet38d is no encoder of segmentation-models-pytorch: set encoder too")
-        if self.cam == "head" and self.head not in CLASS_MAP_HEADS:
-            raise TrainConfigError(
-                f'cam "head" needs a head with a score per class and pixel ({", ".join(CLASS_MAP_HEADS)}), '
-                f"not {self.head}: set cam too"
-            )
+        if self.cam == "head" and self.head in OWN_MAP_HEADS:
+            raise TrainConfigError(f'cam "head" makes no class probabilities of head {self.head}: set cam too')
         if self.region is not None and (self.region < 64 or self.region % 32):
             raise TrainConfigError(f"region is {self.region}; use a multiple of 32 from 64 up")
         for name, least in {
@@ -146,9 +143,26 @@ class TrainConfig:
         }.items():
             if getattr(self, name) < least:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("backbone_rate", "new_rate"):
+            if getattr(self, name) <= 0:
+                raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.mpp is not None and self.mpp <= 0:
+            raise TrainConfigError(f"mpp is {self.mpp}; it must be above 0, or none for the data set's")
+        if min(self.clip, self.weight_decay) < 0:
+            raise TrainConfigError(f"clip is {self.clip} and weight_decay {self.weight_decay}; neither can be below 0")
         for name in ("ema", "confidence", "gate_recall", "highest_threshold", "stain"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+
+    @property
+    def encoder_name(self) -> str:
+        """The segmenter's encoder in segmentation-models-pytorch."""
+        return self.encoder or f"tu-{self.backbone}"
+
+    @property
+    def encoder_starts(self) -> bool:
+        """Whether there are weights that the encoder starts from: it is the classifier's backbone."""
+        return self.weights != "none" and self.encoder_name == f"tu-{self.backbone}"
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -202,7 +216,7 @@ def train_config(preset: str = "default", file: Path | None = None, settings: Se
         if not equals:
             raise TrainConfigError(f"setting {setting!r} is not of the form name=value")
         values[name.strip()] = _value(text.strip())
-    for name in ("region", "mpp"):
+    for name in ("region", "mpp", "depth"):
         if values.get(name) == "none":  # TOML has no null
             values[name] = None
     known = [field.name for field in dataclasses.fields(TrainConfig)]

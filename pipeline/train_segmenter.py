@@ -5,6 +5,7 @@ Shape suffixes: N views, K classes, L layers, H and W the image, h and w a map a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +48,14 @@ def segmenter_task(
     """Return the segmenter's training on the pseudo masks in the folder `masks`."""
     side = config.region or int(training.boxes[0][0, 2])
     share = range(processes.rank, config.segmenter_batch, processes.world)
-    pseudo = [read_pseudo_masks(masks, training, index, config) for index in range(len(training))]
-    weight_K = pixel_weights(pseudo, len(training.dataset.class_names), balance=config.balance).to(device)
+
+    def labels_of(index: int) -> NDArray[np.uint8]:
+        # Read when they are needed: all masks of a large data set are gigabytes, and a PNG takes a millisecond.
+        return read_pseudo_masks(masks, training, index, config)
+
+    weight_K = pixel_weights(
+        map(labels_of, range(len(training))), len(training.dataset.class_names), balance=config.balance
+    ).to(device)
     weights = tuple(weight for weight in config.layer_weights if weight > 0)
 
     def make_batch(rng: np.random.Generator) -> Batch:
@@ -57,7 +64,7 @@ def segmenter_task(
         seeds = rng.integers(2**32, size=count)
         views = [
             make_labelled_view(
-                training, pseudo[places[n].image], places[n], config.stain, np.random.default_rng(seeds[n])
+                training, labels_of(places[n].image), places[n], config.stain, np.random.default_rng(seeds[n])
             )
             for n in share
         ]
@@ -71,10 +78,11 @@ def segmenter_task(
 
     def begin_epoch(_epoch: int) -> None:
         segmenter.train()
-        keep_statistics(encoder)
+        if config.encoder_starts:
+            keep_statistics(encoder)
 
     encoder: Any = segmenter.encoder
-    started = {id(parameter) for parameter in encoder.parameters()}
+    started = {id(parameter) for parameter in encoder.parameters()} if config.encoder_starts else set()
     return Task(
         name="segmenter",
         network=segmenter,
@@ -97,7 +105,7 @@ def start_from_classifier(segmenter: nn.Module, classifier: Classifier) -> None:
             own[name].copy_(tensor)
 
 
-def pixel_weights(pseudo: list[NDArray[np.uint8]], classes: int, *, balance: bool) -> Tensor:
+def pixel_weights(pseudo: Iterable[NDArray[np.uint8]], classes: int, *, balance: bool) -> Tensor:
     """Return the weight (K,) of a pixel of each class: 1, or balanced the root of the inverse of the class's share.
 
     The root, because whole inverse shares make a rare class spill over its borders.

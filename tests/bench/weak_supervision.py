@@ -109,8 +109,8 @@ def run_row(dataset: Dataset, name: str, seed: int, output: Path, common: Sequen
 
 def write_true_masks(dataset: Dataset, folder: Path, config: TrainConfig) -> None:
     """Put the masks of the training split, at the model's pixel size, where the pseudo masks are looked for."""
-    assert config.mpp is not None
-    images = PatchImages(dataset, check_images(samples(dataset, "train"), UNREADABLE_SHARE), config.mpp)
+    mpp = config.mpp or dataset.mpp
+    images = PatchImages(dataset, check_images(samples(dataset, "train"), UNREADABLE_SHARE), mpp)
     for index, sample in enumerate(images.samples):
         height, width = images.rgb(index).shape[:2]
         mask = Image.fromarray(read_mask(dataset, sample)).resize((width, height), Image.Resampling.NEAREST)

@@ -230,7 +230,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from pipeline.fit import fit, join_processes\n"
         "from tests.pipeline.test_fit import CONFIG, CPU, line_task, weights\n"
-        "processes = join_processes()\n"
+        "processes = join_processes(CPU)\n"
         "task = line_task(rank=processes.rank, world=processes.world, dropout=0.0)\n"
         "fit(task, Path(sys.argv[1]), CONFIG, CPU, processes)\n"
         "torch.save(weights(task), f'{sys.argv[1]}/rank{processes.rank}.pt')\n"

@@ -20,7 +20,7 @@ from models.errors import ArchitectureError
 from models.predictor import Predictor
 from pipeline import fit as loop
 from pipeline.dataset import Dataset, load_dataset, samples
-from pipeline.errors import EmptyClassError, TrainError
+from pipeline.errors import EmptyClassError, LockedError, OutputError, TrainError
 from pipeline.evaluate import evaluate
 from pipeline.patches import PatchImages
 from pipeline.train import calibrate_gate, claim, make_card, tile_presence, tile_side, train
@@ -174,16 +174,43 @@ def test_a_patch_data_set_trains_by_the_published_recipe_at_a_side_no_network_ta
 
 
 def test_a_run_folder_is_claimed_for_one_configuration_and_data_set(textures: Dataset, tmp_path: Path) -> None:
-    claim(tmp_path, textures, CONFIG)
-    written = (tmp_path / "run.json").read_bytes()
-    claim(tmp_path, textures, CONFIG)
-    with pytest.raises(TrainError, match=r"begun with other settings \(region, seed differ\).*run\.json"):
-        claim(tmp_path, textures, dataclasses.replace(CONFIG, seed=3, region=96))
+    run = tmp_path / "run"
+    with claim(run, textures, CONFIG):
+        written = (run / "run.json").read_bytes()
+    with claim(run, textures, CONFIG):
+        pass
+    changed = dataclasses.replace(CONFIG, seed=3, region=96)
+    with (
+        pytest.raises(TrainError, match=r"begun with other settings \(region, seed differ\).*run\.json"),
+        claim(run, textures, changed),
+    ):
+        pass
     other = Dataset(textures.card.model_copy(update={"mpp": 0.5}), textures.root)
-    with pytest.raises(TrainError, match=r"of the data set differ"):
-        claim(tmp_path, other, CONFIG)
-    assert (tmp_path / "run.json").read_bytes() == written
+    with pytest.raises(TrainError, match=r"of the data set differ"), claim(run, other, CONFIG):
+        pass
+    assert (run / "run.json").read_bytes() == written
     assert json.loads(written)["config"] == json.loads(json.dumps(dataclasses.asdict(CONFIG)))
+
+
+def test_two_runs_do_not_share_a_folder(textures: Dataset, tmp_path: Path) -> None:
+    with (
+        claim(tmp_path / "run", textures, CONFIG),
+        pytest.raises(LockedError, match="another wsi-train is at work in this folder"),
+        claim(tmp_path / "run", textures, CONFIG),
+    ):
+        pass
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(textures: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match=r"file: no folder for the run"), claim(tmp_path / "file", textures, CONFIG):
+        pass
+
+
+def test_a_name_that_no_card_can_hold_is_refused_before_training(textures: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=r"no model card can hold this name"):
+        train(textures, tmp_path / "run", dataclasses.replace(CONFIG, name="My model"), device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_with_other_settings_changes_nothing(unbroken: Path, textures: Dataset) -> None:
@@ -213,6 +240,15 @@ def test_a_network_that_does_not_exist_is_named_before_anything_is_made(
     with pytest.raises(ArchitectureError, match=name):
         train(textures, tmp_path / "run", dataclasses.replace(CONFIG, **wrong), device="cpu")  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
+
+
+def test_labelled_patches_that_are_not_square_are_refused(tmp_path: Path) -> None:
+    dataset = load_dataset(write_textures(tmp_path / "data", train=4, val=1, test=1, size=64))
+    for sample in samples(dataset, "train"):
+        with Image.open(sample.image) as image:
+            image.crop((0, 0, 64, 48)).save(sample.image)
+    with pytest.raises(TrainError, match=r"textures: labelled patches are 64x48 px; quarter turns need square ones"):
+        train(dataset, tmp_path / "run", dataclasses.replace(CONFIG, region=None), device="cpu")
 
 
 def test_labelled_patches_of_several_sizes_are_refused(tmp_path: Path) -> None:

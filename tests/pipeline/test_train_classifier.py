@@ -340,12 +340,11 @@ def test_an_epoch_draws_as_many_pixels_as_the_images_have(tmp_path: Path) -> Non
 
 def test_the_dropout_of_attention_follows_its_schedule(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 64)})
-    for schedule, expected in (
-        ("paper", [1, 1, 1, 0.985, 0.985**2]),
-        ("release", [None, None, None, 0.98**3, 0.98**4]),
+    for config, expected in (
+        (TrainConfig(head="pda", region=64, pda_schedule="paper"), [1, 1, 1, 0.985, 0.985**2]),
+        (TrainConfig(head="pda", region=64, pda_schedule="release"), [None, None, None, 0.98**3, 0.98**4]),
     ):
         classifier = CellClassifier("pda")
-        config = TrainConfig(head="pda", region=64, pda_schedule=schedule)
         task = classifier_task(classifier, images, images, config, CPU, ALONE)
         seen = []
         for epoch in range(5):

@@ -44,7 +44,7 @@ def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path)
         ("layer_weights=[0.2, 0.2, 0.6]", "knows the deep layer only"),
         ("optimizer=adam", "setting optimizer"),
         ("backbone=resnet38d", "set encoder too"),
-        ("head=lfi", "needs a head with a score per class and pixel"),
+        ("head=lfi", "no class probabilities of head lfi"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named(setting: str, said: str) -> None:
