@@ -5,7 +5,6 @@ Shape suffixes: N images, K classes, L layers (shallow, middle, deep), B labelle
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +22,6 @@ from pipeline.fit import Processes, Progress
 from pipeline.inputs import as_input, padded
 from pipeline.patches import PatchImages
 from pipeline.train_config import TrainConfig
-
-logger = logging.getLogger(__name__)
 
 LAYERS = LayerMaps._fields
 BATCH = 16

@@ -9,9 +9,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 from typer.main import get_command
 
 from pipeline.cli import app
+from pipeline.evaluate_cli import app as evaluate_app
 from pipeline.train_cli import app as train_app
 from pipeline.train_config import TrainConfig
 
@@ -105,10 +107,11 @@ def documented_in_code(table_head: str) -> dict[str, str]:
     return found
 
 
-def test_training_docs_have_every_option_of_the_command() -> None:
-    parameters = get_command(train_app).params
+@pytest.mark.parametrize(("table", "command"), [("option", train_app), ("evaluation option", evaluate_app)])
+def test_training_docs_have_every_option_of_both_commands(table: str, command: typer.Typer) -> None:
+    parameters = get_command(command).params
     offered = {name for one in parameters for name in (one.opts if one.param_type_name == "option" else [one.name])}
-    assert set(documented_in_code("option")) == offered - {"--help"}
+    assert set(documented_in_code(table)) == offered - {"--help"}
 
 
 def test_training_docs_have_every_setting_with_its_default() -> None:
