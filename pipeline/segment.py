@@ -265,6 +265,7 @@ def _slide_facts(info: SlideInfo) -> dict[str, object]:
     # A whitelist: a slide's properties hold patients' names, dates and barcodes.
     return {
         "name": info.path.name,
+        "path": str(info.path.absolute()),
         "size": list(info.size_l0),
         "mpp": info.mpp,
         "mpp_source": info.mpp_source,
