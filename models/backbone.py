@@ -27,29 +27,25 @@ class Stages(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A network without its classifier: images (N, 3, H, W) -> `Stages`, all three at `output_stride` by dilation.
+    """A network without its classifier: images (N, 3, H, W) -> `Stages`, all three at output stride 8 by dilation.
 
-    `name` is "resnet38d" (output stride 8 only) or a model of timm. Of a timm network, shallow and middle are the ends
+    `name` is "resnet38d" or a model of timm. Of a timm network, shallow and middle are the ends
     of the third- and second-last feature stages, deep is the final feature map, after the network's last convolution.
     With `depth` the network ends after that many of timm's feature stages, the last three of which are the `Stages`:
     late stages see hundreds of pixels, and maps made of them smear across thin structures. Weights are random: nothing
-    is fetched. Raises ArchitectureError where there is no such network, or none with these stages at that stride.
+    is fetched. Raises ArchitectureError where there is no such network, or none with these stages at this stride.
     """
 
-    def __init__(self, name: str, output_stride: int = 8, depth: int | None = None) -> None:
+    def __init__(self, name: str, depth: int | None = None) -> None:
         super().__init__()
         self.net: Any
         self.channels: int
         if name == "resnet38d":
-            if output_stride != resnet38d.OUTPUT_STRIDE:
-                raise ArchitectureError(
-                    f"backbone 'resnet38d' has output stride {resnet38d.OUTPUT_STRIDE}, not {output_stride}"
-                )
             if depth is not None:
                 raise ArchitectureError("backbone 'resnet38d' is used whole: it takes no depth")
             self.net, self.channels, self._taps = resnet38d.ResNet38d(), resnet38d.CHANNELS, None
         else:
-            self.net = _timm_network(name, output_stride)
+            self.net = _timm_network(name)
             self.channels = self.net.num_features
             self._taps = [len(self.net.feature_info) - 3, len(self.net.feature_info) - 2]
             if depth is not None:
@@ -74,19 +70,19 @@ def _cut(net: Any, name: str, depth: int) -> int:
     return channels
 
 
-def _timm_network(name: str, output_stride: int) -> Any:
+def _timm_network(name: str) -> Any:
     if name not in timm.list_models(name):
         raise ArchitectureError(
             f"unknown backbone {name!r}: neither 'resnet38d' nor a model of timm {timm.__version__}; "
             "see timm.list_models()"
         )
     try:
-        net: Any = timm.create_model(name, pretrained=False, num_classes=0, output_stride=output_stride)
+        net: Any = timm.create_model(name, pretrained=False, num_classes=0, output_stride=resnet38d.OUTPUT_STRIDE)
     except (TypeError, AssertionError, NotImplementedError) as error:
         # timm's families refuse the argument, or its value, each in its own way.
         raise ArchitectureError(
-            f"backbone {name!r} cannot be built with output stride {output_stride} in timm {timm.__version__}; "
-            "take one that can be dilated, such as a ResNet, ConvNeXt, RegNet or EfficientNet"
+            f"backbone {name!r} cannot be built with output stride {resnet38d.OUTPUT_STRIDE} in timm "
+            f"{timm.__version__}; take one that can be dilated, such as a ResNet, ConvNeXt, RegNet or EfficientNet"
         ) from error
     if not hasattr(net, "forward_intermediates") or len(net.feature_info) < 3:
         raise ArchitectureError(

@@ -39,6 +39,9 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Triple = tuple[float, float, float]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
+NO_DIGEST = "0" * 64
+"""Stands in a draft of a card, whose weights have not been written."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)

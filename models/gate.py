@@ -14,18 +14,13 @@ def passing_classes(presence_NK: Tensor, thresholds_K: Tensor) -> Tensor:
     return presence_NK.float() > thresholds_K.float()
 
 
-def gated_probabilities(logits_NKhw: Tensor, presence_NK: Tensor, thresholds_K: Tensor) -> Tensor:
-    """Return class probabilities (N, K, h, w) float32 with gated classes at 0 and the passing ones summing to 1.
+def masked_softmax(logits_NKhw: Tensor, passed_NK: Tensor) -> Tensor:
+    """Return class probabilities (N, K, h, w) float32: 0 for classes that do not pass, and the others sum to 1.
 
     ``o_k <- 0 where y_k <= epsilon_k`` on probabilities, renormalised (Han et al. 2022, section 3.3),
     computed as a softmax in which gated classes have the logit -inf. So one passing class gives exactly 1 everywhere,
     whatever its logits, and no passing class gives 0 everywhere: "no class".
     """
-    return masked_softmax(logits_NKhw, passing_classes(presence_NK, thresholds_K))
-
-
-def masked_softmax(logits_NKhw: Tensor, passed_NK: Tensor) -> Tensor:
-    """Return the softmax over the classes that `passed_NK` (bool) marks, 0 for the others; 0 where it marks none."""
     passed_NK11 = passed_NK[:, :, None, None]
     probs_NKhw = logits_NKhw.float().masked_fill(~passed_NK11, -torch.inf).softmax(dim=1)
     # softmax over nothing but -inf is NaN; every gated class, those rows included, is 0 by definition.

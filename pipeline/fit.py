@@ -166,14 +166,18 @@ def remove_checkpoint(folder: Path, name: str) -> None:
 
 
 def make_optimizer(task: Task, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of the parameters that want a gradient, in two groups: started and new ones."""
+    """Return the optimizer of the parameters that want a gradient, in groups of one learning rate ("rate") each:
+    started weights, started biases, new weights, new biases.
+    """
     new = {id(parameter) for parameter in task.new_parameters}
-    started = [p for p in task.network.parameters() if p.requires_grad and id(p) not in new]
-    groups = [
-        {"params": started, "lr": config.backbone_rate, "rate": config.backbone_rate},
-        {"params": [p for p in task.new_parameters if p.requires_grad], "lr": config.new_rate, "rate": config.new_rate},
-    ]
-    groups = [group for group in groups if group["params"]]
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in task.network.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((id(parameter) in new, name.split(".")[-1] == "bias"), []).append(parameter)
+    groups = []
+    for (is_new, is_bias), parameters in sorted(members.items()):
+        rate = (config.new_rate if is_new else config.backbone_rate) * (config.bias_factor if is_bias else 1.0)
+        groups.append({"params": parameters, "lr": rate, "rate": rate})
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay)

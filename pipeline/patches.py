@@ -101,6 +101,18 @@ class PatchImages:
         return share_K
 
 
+def view_side(images: PatchImages, region: int | None) -> int:
+    """Return the side of the views that training draws: of the regions, or without them of the labelled patches."""
+    return region or int(images.boxes[0][0, 2])
+
+
+def draw_places(images: PatchImages, region: int | None, count: int, rng: np.random.Generator) -> list[Place]:
+    """Return `count` random places of `view_side`: regions with a labelled patch in them, or labelled patches."""
+    if region is None:
+        return draw_patches(images, count, rng)
+    return draw_regions(images, count, region, rng)
+
+
 def draw_regions(images: PatchImages, count: int, side: int, rng: np.random.Generator) -> list[Place]:
     """Return `count` random squares of random images; along an edge shorter than `side` they begin at 0.
 

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from models.bundle import (
+    NO_DIGEST,
     Bundle,
     ClassCard,
     ClassifierCard,
@@ -48,7 +49,7 @@ from pipeline.errors import DatasetError, LockedError, OutputError, TrainError
 from pipeline.evaluate import evaluate
 from pipeline.fit import Processes, Progress, Task, fit, join_processes, remove_checkpoint, training_device
 from pipeline.inputs import MEAN, MULTIPLE, STD, load_start
-from pipeline.patches import PatchImages, Place, boxes_inside
+from pipeline.patches import PatchImages, Place, boxes_inside, view_side
 from pipeline.pseudo_masks import write_pseudo_masks
 from pipeline.train_classifier import classifier_task
 from pipeline.train_config import TrainConfig
@@ -234,15 +235,15 @@ def export(
     # A bundle's weights are rounded: what is calibrated and measured is what is written.
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
         rounded = load_networks(save_bundle(Path(work) / "bundle", draft, classifier, segmenter))
-    presence_NK, held_NK = tile_presence(Predictor(draft, "0" * 64, *rounded, device=device), validation)
+    presence_NK, held_NK = tile_presence(Predictor(draft, NO_DIGEST, *rounded, device=device), validation)
     thresholds = calibrate_gate(presence_NK, held_NK, config.gate_recall, config.highest_threshold)
     card = draft.model_copy(update={"gate_thresholds": thresholds})
-    metrics = test_metrics(Predictor(card, "0" * 64, *rounded, device=device, output_stride=1), dataset)
+    metrics = measured_metrics(Predictor(card, NO_DIGEST, *rounded, device=device, output_stride=1), dataset)
     logger.info("gate thresholds %s, %s", thresholds, metrics)
     save_bundle(folder, card.model_copy(update={"metrics": metrics}), classifier, segmenter)
 
 
-def test_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]:
+def measured_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]:
     """Return the scores of the test split (protocol `exclude`, with the gate); none, with a warning, where it cannot be
     measured: a trained model is not lost for that.
     """
@@ -259,8 +260,7 @@ def test_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]:
 
 def tile_side(images: PatchImages, config: TrainConfig) -> int:
     """Return the side of the tiles that the bundle works on: the training views', as a multiple of 32."""
-    side = config.region or int(images.boxes[0][0, 2])
-    return -(-side // MULTIPLE) * MULTIPLE
+    return -(-view_side(images, config.region) // MULTIPLE) * MULTIPLE
 
 
 def tile_presence(predictor: Predictor, images: PatchImages) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -334,7 +334,7 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
             ),
             metrics={},
             limits=card.limits,
-            weights=WeightsCard(classifier="0" * 64, segmenter="0" * 64),
+            weights=WeightsCard(classifier=NO_DIGEST, segmenter=NO_DIGEST),
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

@@ -19,7 +19,7 @@ from models.classifier import Classifier
 from models.heads import PDA_SCHEDULES, HeadOutput
 from pipeline.fit import Processes, Task
 from pipeline.inputs import as_input, padded
-from pipeline.patches import PatchImages, View, draw_patches, draw_regions, make_view
+from pipeline.patches import PatchImages, View, draw_places, make_view, view_side
 from pipeline.train_config import TrainConfig
 
 
@@ -41,15 +41,14 @@ def classifier_task(
 ) -> Task:
     """Return the classifier's training: binary cross-entropy of every class on the logit of every labelled patch."""
     for name, parameter in classifier.backbone.named_parameters():
-        if config.weights != "none" and name.removeprefix("net.").startswith(config.frozen):
+        if config.pretrained and name.removeprefix("net.").startswith(config.frozen):
             parameter.requires_grad_(False)
     weight_2K = class_weights(training.class_frequency(), balance=config.balance).to(device)
-    side = config.region or int(training.boxes[0][0, 2])
     share = range(processes.rank, config.classifier_batch, processes.world)
 
     def make_batch(rng: np.random.Generator) -> Batch:
         count = config.classifier_batch
-        places = draw_regions(training, count, side, rng) if config.region else draw_patches(training, count, rng)
+        places = draw_places(training, config.region, count, rng)
         seeds = rng.integers(2**32, size=count)
         views = [make_view(training, places[n], config.stain, np.random.default_rng(seeds[n])) for n in share]
         return Batch(views, weight_2K)
@@ -59,7 +58,7 @@ def classifier_task(
 
     def begin_epoch(epoch: int) -> None:
         classifier.train()
-        if config.weights != "none":
+        if config.pretrained:
             keep_statistics(classifier.backbone)
         if config.head == "pda":
             schedule = PDA_SCHEDULES[config.pda_schedule]
@@ -68,13 +67,13 @@ def classifier_task(
     return Task(
         name="classifier",
         network=classifier,
-        new_parameters=list((classifier if config.weights == "none" else classifier.head).parameters()),
+        new_parameters=list((classifier.head if config.pretrained else classifier).parameters()),
         make_batch=make_batch,
         loss=loss,
         validate=lambda network: presence_scores(network, validation, config, device),
         begin_epoch=begin_epoch,
         epochs=config.classifier_epochs,
-        steps=config.classifier_steps or steps_per_epoch(training, side, config.classifier_batch),
+        steps=config.classifier_steps or steps_per_epoch(training, config.region, config.classifier_batch),
     )
 
 
@@ -85,8 +84,9 @@ def keep_statistics(network: nn.Module) -> None:
             module.eval()
 
 
-def steps_per_epoch(training: PatchImages, side: int, batch: int) -> int:
+def steps_per_epoch(training: PatchImages, region: int | None, batch: int) -> int:
     """Return how many steps draw as many pixels as the training images have."""
+    side = view_side(training, region)
     return max(1, round(training.pixels() / (side * side * batch)))
 
 

@@ -97,6 +97,8 @@ class TrainConfig:
     """Learning rate of pretrained weights."""
     new_rate: float = 3e-3
     """Learning rate of new weights."""
+    bias_factor: float = 1.0
+    """What the rates are multiplied by for biases."""
     weight_decay: float = 0.01
     """Weight decay."""
     warm_up: int = 15
@@ -143,7 +145,7 @@ class TrainConfig:
         }.items():
             if getattr(self, name) < least:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("backbone_rate", "new_rate"):
+        for name in ("backbone_rate", "new_rate", "bias_factor"):
             if getattr(self, name) <= 0:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.mpp is not None and self.mpp <= 0:
@@ -155,6 +157,11 @@ class TrainConfig:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
 
     @property
+    def pretrained(self) -> bool:
+        """Whether the classifier's backbone starts from weights."""
+        return self.weights != "none"
+
+    @property
     def encoder_name(self) -> str:
         """The segmenter's encoder in segmentation-models-pytorch."""
         return self.encoder or f"tu-{self.backbone}"
@@ -162,7 +169,7 @@ class TrainConfig:
     @property
     def encoder_starts(self) -> bool:
         """Whether there are weights that the encoder starts from: it is the classifier's backbone."""
-        return self.weights != "none" and self.encoder_name == f"tu-{self.backbone}"
+        return self.pretrained and self.encoder_name == f"tu-{self.backbone}"
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -191,6 +198,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "schedule": "poly",
         "backbone_rate": 0.01,
         "new_rate": 0.1,
+        "bias_factor": 2.0,
         "weight_decay": 5e-4,
         "warm_up": 0,
     },

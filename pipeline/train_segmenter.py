@@ -20,7 +20,7 @@ from models.segmenter import NATIVE_STRIDE
 from pipeline.dataset import IGNORED
 from pipeline.fit import Processes, Task
 from pipeline.inputs import as_input, padded
-from pipeline.patches import PatchImages, draw_patches, draw_regions, make_labelled_view
+from pipeline.patches import PatchImages, draw_places, make_labelled_view
 from pipeline.pseudo_masks import read_pseudo_masks
 from pipeline.train_classifier import held_out_batches, keep_statistics, steps_per_epoch
 from pipeline.train_config import TrainConfig
@@ -46,7 +46,6 @@ def segmenter_task(
     processes: Processes,
 ) -> Task:
     """Return the segmenter's training on the pseudo masks in the folder `masks`."""
-    side = config.region or int(training.boxes[0][0, 2])
     share = range(processes.rank, config.segmenter_batch, processes.world)
 
     def labels_of(index: int) -> NDArray[np.uint8]:
@@ -60,7 +59,7 @@ def segmenter_task(
 
     def make_batch(rng: np.random.Generator) -> Batch:
         count = config.segmenter_batch
-        places = draw_regions(training, count, side, rng) if config.region else draw_patches(training, count, rng)
+        places = draw_places(training, config.region, count, rng)
         seeds = rng.integers(2**32, size=count)
         views = [
             make_labelled_view(
@@ -92,7 +91,7 @@ def segmenter_task(
         validate=lambda network: map_scores(network, validation, config, device),
         begin_epoch=begin_epoch,
         epochs=config.segmenter_epochs,
-        steps=config.segmenter_steps or steps_per_epoch(training, side, config.segmenter_batch),
+        steps=config.segmenter_steps or steps_per_epoch(training, config.region, config.segmenter_batch),
     )
 
 
@@ -141,10 +140,10 @@ def layered_loss(
 def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """Return how well the map tells the presence labels of all labelled patches; no pixel of a mask is looked at.
 
-    A class is found in a patch where it covers more than the data set's minimum share of it. "balanced" is the mean over
-    classes of the balanced accuracy (of classes that are present in some patches and absent from others), "exact" the
-    share of patches with every class told. "score" is their mean: few patches lack a class, so that the first alone
-    jumps from epoch to epoch with a handful of them, and the second alone would not see them.
+    A class is found in a patch where it covers more than the data set's minimum share of it. "balanced" is the mean
+    over classes of the balanced accuracy (of classes that are present in some patches and absent from others), "exact"
+    the share of patches with every class told. "score" is their mean: few patches lack a class, so that the first
+    alone jumps from epoch to epoch with a handful of them, and the second alone would not see them.
     """
     labels = images.dataset.card.labels
     minimum = getattr(labels, "minimum", None) or SMALLEST_SHARE

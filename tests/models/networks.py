@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.bundle import ClassCard, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
+from models.bundle import NO_DIGEST, ClassCard, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
 
 RGB = tuple[int, int, int]
-NO_DIGEST = "0" * 64
 
 
 def make_card(

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.gate import gated_probabilities, passing_classes
+from models.gate import masked_softmax, passing_classes
+
+
+def gated_probabilities(
+    logits_NKhw: torch.Tensor, presence_NK: torch.Tensor, thresholds_K: torch.Tensor
+) -> torch.Tensor:
+    return masked_softmax(logits_NKhw, passing_classes(presence_NK, thresholds_K))
 
 
 @st.composite

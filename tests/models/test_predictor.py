@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.bundle import DEFAULT_BUNDLE, load_bundle
+from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle
 from models.errors import DeviceUnavailableError, NonFiniteOutputError
 from models.predictor import Predictor, choose_device
 from tests.models.networks import (
-    NO_DIGEST,
     ColorClassifier,
     ColorSegmenter,
     ConstantClassifier,

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from models.bundle import NO_DIGEST
 from models.predictor import Predictor
 from pipeline.dataset import load_dataset
 from pipeline.errors import ClassMismatchError, MaskError, PipelineError
 from pipeline.evaluate import PROTOCOLS, Scores, confusion_matrix, evaluate, predict_image, scores, tile_starts
 from tests.models.networks import (
-    NO_DIGEST,
     ColorClassifier,
     ColorSegmenter,
     ConstantClassifier,

@@ -205,8 +205,10 @@ def test_rates_rise_over_the_warm_up_and_fall_by_cosine_or_polynomial() -> None:
 def test_new_parameters_have_their_own_rate_and_frozen_ones_none() -> None:
     task = line_task()
     next(iter(task.network.parameters())).requires_grad_(False)
-    groups = make_optimizer(task, TrainConfig(backbone_rate=0.1, new_rate=0.7)).param_groups
-    assert [(group["rate"], len(group["params"])) for group in groups] == [(0.1, 1), (0.7, 2)]
+    config = TrainConfig(backbone_rate=0.1, new_rate=0.7, bias_factor=2.0)
+    groups = make_optimizer(task, config).param_groups
+    shapes = [(group["rate"], [tuple(parameter.shape) for parameter in group["params"]]) for group in groups]
+    assert shapes == [(pytest.approx(0.2), [(8,)]), (0.7, [(1, 8)]), (1.4, [(1,)])]
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:

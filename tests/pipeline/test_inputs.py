@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from models.bundle import NO_DIGEST
 from models.classifier import Classifier
 from models.predictor import Predictor
 from models.segmenter import build_segmenter
@@ -36,7 +37,7 @@ def test_bytes_become_minus_one_to_one_channels_first_in_torch_and_last_in_memor
 
 def test_a_network_sees_in_training_what_it_sees_in_a_bundle() -> None:
     card = make_card().model_copy(update={"mean": MEAN, "std": STD})
-    predictor = Predictor(card, "0" * 64, ConstantClassifier([0.5, 0.5]), ConstantSegmenter([0, 0]), device="cpu")
+    predictor = Predictor(card, NO_DIGEST, ConstantClassifier([0.5, 0.5]), ConstantSegmenter([0, 0]), device="cpu")
     rgb_NHWC = noise(2, 32, 32)
     torch.testing.assert_close(as_input(rgb_NHWC, predictor.device), predictor._normalised(rgb_NHWC))
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.bundle import load_bundle
+from models.bundle import NO_DIGEST, load_bundle
 from models.errors import ArchitectureError
 from models.predictor import Predictor
 from pipeline import fit as loop
@@ -310,7 +310,7 @@ class Brightness(torch.nn.Module):
 
 def test_tiles_overlap_by_half_and_hold_what_the_patches_inside_them_do(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (112, 70), "b": (40, 40)}, side=24, stride=8)
-    predictor = Predictor(made_card([(1, 1, 1), (2, 2, 2), (3, 3, 3)]), "0" * 64, Brightness(), ConstantSegmenter([0]))
+    predictor = Predictor(made_card([(1, 1, 1), (2, 2, 2), (3, 3, 3)]), NO_DIGEST, Brightness(), ConstantSegmenter([0]))
     presence_NK, held_NK = tile_presence(predictor, images)
     places = [(0, x, y) for y in (0, 6) for x in (0, 32, 48)] + [(1, 0, 0)]
     assert len(presence_NK) == len(held_NK) == len(places)

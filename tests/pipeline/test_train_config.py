@@ -16,6 +16,7 @@ def test_paper_preset_is_the_published_method() -> None:
     config = train_config("paper-sgd")
     assert (config.head, config.cam, config.layer_weights) == ("pda", "grad-cam", (0.2, 0.2, 0.6))
     assert (config.optimizer, config.schedule, config.weight_decay) == ("sgd", "poly", 5e-4)
+    assert (config.backbone_rate, config.new_rate, config.bias_factor) == (0.01, 0.1, 2.0)
     assert config.region is None
 
 
