@@ -36,7 +36,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from models.bundle import load_bundle, load_networks
 from models.cam import CAM_METHODS, cam_maps
-from models.cam_scores import (
+from models.classifier import Classifier
+from models.errors import CamUnavailableError
+from pipeline.dataset import Dataset, labelled_boxes, load_dataset, read_mask, read_rgb, samples
+from pipeline.dataset_card import Split
+from pipeline.evaluate import check_classes, confusion_matrix, scores
+from pipeline.inputs import MEAN, STD
+from pipeline.pseudo_masks import jointly_scaled
+from tests.bench.cam_scores import (
     average_drop,
     deletion,
     glass_white,
@@ -46,13 +53,6 @@ from models.cam_scores import (
     pointing_energy,
     unit_maps,
 )
-from models.classifier import Classifier
-from models.errors import CamUnavailableError
-from pipeline.dataset import Dataset, labelled_boxes, load_dataset, read_mask, read_rgb, samples
-from pipeline.dataset_card import Split
-from pipeline.evaluate import check_classes, confusion_matrix, scores
-from pipeline.inputs import MEAN, STD
-from pipeline.pseudo_masks import jointly_scaled
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.cam_scores import (
+from tests.bench.cam_scores import (
     average_drop,
     deletion,
     glass_white,
