@@ -6,11 +6,12 @@ import re
 import tomllib
 from collections import Counter
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import DatasetFileError
+from pipeline.palettes import class_colours
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -28,6 +29,7 @@ class ClassSpec(_Section):
 
     name: str = Field(min_length=1)
     color: tuple[Byte, Byte, Byte]
+    """Red, green, blue; where no class has one in the file, `pipeline.palettes` gives them."""
     mask_values: tuple[Byte, ...] = ()
     """Palette indices (or grey values) that stand for the class in mask files."""
 
@@ -221,6 +223,18 @@ class DatasetCard(_Section):
             case None:
                 there = tuple(split in self.images for split in SPLITS)
         return tuple(split for split, some in zip(SPLITS, there, strict=True) if some)
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _colours_where_none_are_given(cls, value: Any) -> Any:
+        if not isinstance(value, list) or not all(isinstance(spec, dict) for spec in value):
+            return value
+        without = [str(spec.get("name")) for spec in value if "color" not in spec]
+        if not without:
+            return value
+        if len(without) < len(value):
+            raise ValueError(f"color is missing for {', '.join(without)}; give every class one, or none")
+        return [{**spec, "color": colour} for spec, colour in zip(value, class_colours(len(value)), strict=True)]
 
     @model_validator(mode="after")
     def _classes_differ(self) -> DatasetCard:

@@ -18,6 +18,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 BLEND = 0.45
 """Weight of the class colour over the slide: classes are told apart and nuclei still seen through them."""
+OUTLINE = 0.2
+"""Share of the class colour in its outline: so dark, it is seen on any stain and beside any fill."""
 PANEL_PX = 1100
 """The longer side of each panel; larger thumbnails are reduced to it, smaller ones enlarged."""
 MIN_SIDE_PX = 48
@@ -58,14 +60,14 @@ def write_preview(
 
 
 def overlay(slide: Image.Image, labels_HW: npt.NDArray[np.integer], colours: Sequence[Colour]) -> Image.Image:
-    """The slide with each class blended over it and outlined in its full colour, at the slide's size."""
+    """The slide with each class blended over it and outlined in a dark shade of its colour, at the slide's size."""
     # Nearest neighbour: a mixture of two labels would be a third class.
     labels = np.asarray(Image.fromarray(labels_HW.astype(np.uint8)).resize(slide.size, Image.Resampling.NEAREST))
     palette = np.array([(0, 0, 0), *colours], dtype=np.float32)
     colour_HWC = palette[np.minimum(labels, len(colours))]
     rgb_HWC = np.asarray(slide.convert("RGB"), dtype=np.float32)
     blended_HWC = np.where((labels > 0)[..., None], (1 - BLEND) * rgb_HWC + BLEND * colour_HWC, rgb_HWC)
-    outlined_HWC = np.where(_outline(labels)[..., None], colour_HWC * 0.8, blended_HWC)
+    outlined_HWC = np.where(outline(labels)[..., None], OUTLINE * colour_HWC, blended_HWC)
     return Image.fromarray(np.round(outlined_HWC).astype(np.uint8))
 
 
@@ -80,7 +82,7 @@ def length_text(length_um: float) -> str:
     return f"{length_um / 1000:g} mm" if length_um >= 100 else f"{length_um:g} um"
 
 
-def _outline(labels_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+def outline(labels_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     """Pixels of a class next to another label: two pixels wide between classes, one towards the background."""
     edge_HW = np.zeros(labels_HW.shape, bool)
     for here, there in ((np.s_[1:, :], np.s_[:-1, :]), (np.s_[:, 1:], np.s_[:, :-1])):

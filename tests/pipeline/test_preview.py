@@ -55,9 +55,9 @@ def test_classes_are_blended_and_outlined_over_the_slide_and_background_is_left(
     assert rgb_HWC[10, 40].tolist() == [200, 180, 220]
     assert rgb_HWC[60, 10].tolist() == [round(0.55 * 200 + 0.45 * 200), round(0.55 * 180), round(0.55 * 220)]
     assert rgb_HWC[60, 70].tolist() == [110, round(0.55 * 180 + 0.45 * 160), round(0.55 * 220 + 0.45 * 20)]
-    assert rgb_HWC[60, 39].tolist() == [160, 0, 0]
-    assert rgb_HWC[60, 40].tolist() == [0, 128, 16]
-    assert rgb_HWC[20, 10].tolist() == [160, 0, 0]
+    assert rgb_HWC[60, 39].tolist() == [40, 0, 0]
+    assert rgb_HWC[60, 40].tolist() == [0, 32, 4]
+    assert rgb_HWC[20, 10].tolist() == [40, 0, 0]
 
 
 def test_a_large_thumbnail_is_reduced_and_its_scale_bar_with_it(tmp_path: Path) -> None:
