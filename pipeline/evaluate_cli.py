@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 # Heavy libraries are imported inside the command: `--help` has to answer at once.
-import io
 import json
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from pipeline.commands import EXIT_INTERRUPTED, fail, run
 
 if TYPE_CHECKING:
     from models.predictor import Predictor
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from pipeline.dataset_card import Split
     from pipeline.evaluate import Evaluation, Scores
 
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
-
+PROGRAM = "wsi-evaluate"
 OUTPUTS = ("confusion.png", "worst.png", "evaluation.json")
 GATES = {"gate_on": True, "gate_off": False}
 
@@ -68,10 +66,10 @@ def evaluate(
         with _bar(hidden=quiet) as progress:
             document = _evaluate(predictor, chosen, split, output, progress, tta=tta, worst=worst)
     except (ModelError, PipelineError) as error:
-        _fail(str(error), EXIT_FAILED)
+        fail(PROGRAM, str(error))
     except KeyboardInterrupt:
         # Here and not in the caller: typer would make exit status 1 of it.
-        _fail("interrupted; nothing was written", EXIT_INTERRUPTED)
+        fail(PROGRAM, "interrupted; nothing was written", EXIT_INTERRUPTED)
     if as_json:
         typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
     elif not quiet:
@@ -239,18 +237,9 @@ def _bar(*, hidden: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _fail(message: str, status: int) -> NoReturn:
-    typer.echo(f"wsi-evaluate: {message}", err=True)
-    sys.exit(status)
-
-
 def main() -> None:
     """Entry point of the console script."""
-    # A file name may hold bytes that are no text; printing it must not fail.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    app()
+    run(app)
 
 
 if __name__ == "__main__":

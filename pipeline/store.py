@@ -21,8 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from numcodecs import Blosc
-from ome_types import OME
-from ome_types.model import Channel, Image, Pixels
 from zarr.storage import LocalStore
 
 from wsi.grid import Box
@@ -296,11 +294,11 @@ def _image_attributes(spec: MapSpec) -> dict[str, Any]:
         "omero": {
             "version": "0.4",
             "name": _text(spec.name),
+            # No `rdefs`: of its model "color" Vitessce makes an RGB picture of the first three channels.
             "channels": [
                 {"label": name, "color": f"{red:02X}{green:02X}{blue:02X}", "window": window, "active": True}
                 for name, (red, green, blue) in spec.classes
             ],
-            "rdefs": {"model": "color"},
         },
     }
 
@@ -337,6 +335,10 @@ def _multiscale(spec: MapSpec, name: str, leading: list[dict[str, str]], method:
 
 
 def _ome_xml(spec: MapSpec) -> str:
+    # Slow to import, and not needed to read a store.
+    from ome_types import OME
+    from ome_types.model import Channel, Image, Pixels
+
     width, height = spec.padded_size_out
     channels = [
         Channel(id=f"Channel:0:{i}", name=name, color=cast(Any, colour), samples_per_pixel=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from pipeline.commands import EXIT_INTERRUPTED, fail, run
 from pipeline.errors import PipelineError
 from pipeline.train_config import PRESETS, train_config
+
+PROGRAM = "wsi-train"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -50,11 +52,10 @@ def train_command(
         with training_bar(hidden=quiet or os.environ.get("RANK", "0") != "0") as progress:
             bundle = train(load_dataset(dataset, data), output, chosen, device=device, progress=progress)
     except (PipelineError, ModelError) as error:
-        typer.echo(f"wsi-train: {error}", err=True)
-        raise typer.Exit(1) from error
+        fail(PROGRAM, str(error))
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; the same command goes on from the last checkpoint in {output}", err=True)
-        raise typer.Exit(130) from None
+        # Here and not in the caller: typer would make exit status 1 of it.
+        fail(PROGRAM, f"interrupted; the same command goes on from the last checkpoint in {output}", EXIT_INTERRUPTED)
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
         typer.echo(json.dumps({"bundle": str(bundle.path), "metrics": bundle.card.metrics}, indent=2))
 
@@ -76,8 +77,8 @@ def training_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def main() -> None:
-    """Entry point."""
-    sys.exit(app())
+    """Entry point of the console script."""
+    run(app)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.models.networks import (
     make_card,
 )
 from tests.slides import PINK, PURPLE, painted, write_slide
+from wsi.readers import Reader
 
 SMALL = SegmentConfig(block_out=32, min_area_um2=0.0, simplify_px=0.0, num_workers=2, device="cpu")
 """Blocks of 32 map pixels: a slide of a few thousand pixels has dozens."""
@@ -85,3 +86,19 @@ def published(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "run.json"
     }
+
+
+CORNER = (64, 32)
+"""Of the bounds that `stating_bounds` adds."""
+
+
+def stating_bounds(open_reader: Callable[[Path], Reader]) -> Callable[[Path], Reader]:
+    """Readers of slides that state bounds of 1280×832 pixels, as MIRAX and Leica do."""
+
+    def opened(path: Path) -> Reader:
+        reader = open_reader(path)
+        bounds = {"x": CORNER[0], "y": CORNER[1], "width": 1280, "height": 832}
+        reader.properties = {**reader.properties, **{f"openslide.bounds-{k}": str(v) for k, v in bounds.items()}}
+        return reader
+
+    return opened

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from models.predictor import Predictor
 from pipeline.batch import SlideJob, collect_jobs, name_clashes, segment_batch
+from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ConfigError
 from pipeline.report import SlideResult
 from pipeline.segment import Progress, no_progress
+from pipeline.workers import InProcess
 from tests.pipeline.fakes import SMALL, colour_predictor, constant_predictor, region_slide
 from tests.pipeline.test_report import rows_of
 from tests.slides import PINK, painted, write_slide
@@ -18,10 +21,15 @@ def silent(_: SlideJob) -> Progress:
     return no_progress
 
 
+def here(predictor: Predictor, config: SegmentConfig = SMALL) -> InProcess:
+    """Workers in this process, of which every model is this one."""
+    return InProcess(lambda _: predictor, "any", config)
+
+
 def run(jobs: list[SlideJob], output: Path, progress: Progress = no_progress) -> list[SlideResult]:
     """The results of a batch with the colour model, which are also what was reported."""
     reported: list[SlideResult] = []
-    results = segment_batch(jobs, output, colour_predictor(), SMALL, lambda _: progress, reported.append)
+    results = segment_batch(jobs, output, here(colour_predictor()), lambda _: progress, reported.append)
     assert reported == results
     return results
 
@@ -111,7 +119,7 @@ def test_slides_of_one_name_fail_and_the_others_are_done(tmp_path: Path) -> None
     assert [r.status for r in results] == ["failed", "failed", "done"]
     assert str(jobs[1].path) in results[0].error
     assert str(jobs[0].path) in results[1].error
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["other", "summary.csv"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["index.html", "other", "summary.csv"]
     assert {n: r["status"] for n, r in rows_of(tmp_path / "out").items()} == {
         "same": "failed",
         "SAME": "failed",
@@ -124,14 +132,14 @@ def test_the_mpp_of_a_job_wins_over_the_settings(tmp_path: Path) -> None:
     other = small_slide(tmp_path / "b.svs")
     jobs = [SlideJob(slide, 2.0), SlideJob(other)]
     config = replace(SMALL, mpp=4.0)
-    first, second = segment_batch(jobs, tmp_path / "out", colour_predictor(), config, silent, lambda _: None)
+    first, second = segment_batch(jobs, tmp_path / "out", here(colour_predictor(), config), silent, lambda _: None)
     assert first.areas_mm2["class-0"] == pytest.approx(250 * 200 * 2.0**2 / 1e6, rel=0.05)
     assert second.areas_mm2["class-0"] == pytest.approx(250 * 200 * 4.0**2 / 1e6, rel=0.05)
 
 
 def test_another_runs_result_fails_its_slide_only(tmp_path: Path) -> None:
     a, b = (small_slide(tmp_path / f"{name}.svs") for name in "ab")
-    segment_batch([SlideJob(a)], tmp_path / "out", constant_predictor([1.0, 0.0]), SMALL, silent, lambda _: None)
+    segment_batch([SlideJob(a)], tmp_path / "out", here(constant_predictor([1.0, 0.0])), silent, lambda _: None)
     results = run([SlideJob(a), SlideJob(b)], tmp_path / "out")
     assert [r.status for r in results] == ["failed", "done"]
     assert "holds the result of another run (other model); pass --force to replace it" in results[0].error
@@ -148,7 +156,7 @@ def test_the_summary_is_up_to_date_when_the_next_slide_is_interrupted(tmp_path: 
 
     with pytest.raises(Cancelled, match=r"^b\.svs: interrupted.*; run the same command again"):
         segment_batch(
-            [SlideJob(a), SlideJob(b)], tmp_path / "out", colour_predictor(), SMALL, lambda _: interrupt, lambda _: None
+            [SlideJob(a), SlideJob(b)], tmp_path / "out", here(colour_predictor()), lambda _: interrupt, lambda _: None
         )
     assert {n: r["status"] for n, r in rows_of(tmp_path / "out").items()} == {"a": "done"}
     again = run([SlideJob(a), SlideJob(b)], tmp_path / "out")

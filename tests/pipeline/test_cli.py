@@ -40,7 +40,7 @@ from pipeline.cli import main
 """
 COMMAND = [sys.executable, "-c", OFFLINE + "main()"]
 OPTIONS = """-o --output -m --model --mpp --device --precision --batch-size -j --num-workers --overlap --recursive
---force --dry-run --json -v --verbose -q --quiet"""
+--force --scheduler --spread --slide-timeout --dry-run --json -v --verbose -q --quiet"""
 
 
 def start(folder: Path, *arguments: str, command: list[str] = COMMAND) -> subprocess.Popen[str]:
@@ -131,7 +131,7 @@ def test_bad_slides_fail_with_one_line_each_and_the_others_are_done(tmp_path: Pa
             "missing": "failed",
         }
         assert all(rows[name]["error"].startswith(f"{name}.svs: ") == (name in (*bad, "missing")) for name in rows)
-        assert sorted(p.name for p in out.iterdir()) == ["glass", "größe 組織", "summary.csv"]
+        assert sorted(p.name for p in out.iterdir()) == ["glass", "größe 組織", "index.html", "summary.csv"]
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_the_same_command_does(tmp_path
     stdout, stderr = again.communicate()
     assert (again.returncode, stdout) == (0, "out/big\n")
     assert re.search(r"^done       big: .*resumed after [1-8] blocks", stderr)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["big", "summary.csv"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["big", "index.html", "summary.csv"]
 
 
 def test_an_interrupt_before_the_first_slide_exits_130_too(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +291,9 @@ def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:
         (["a.svs", "--batch-size", "0"], "--batch-size"),
         (["a.svs", "-j", "0"], "--num-workers"),
         (["a.svs", "--overlapp", "0.5"], "--overlapp"),
+        (["a.svs", "--scheduler", "nowhere"], "--scheduler is 'nowhere'; it must be local, local:N, the address of a"),
+        (["a.svs", "--spread", "blocks"], "--spread blocks needs several processes; pass --scheduler"),
+        (["a.svs", "--slide-timeout", "60"], "--slide-timeout needs processes that can be ended; pass --scheduler"),
         (["bad.csv"], "bad.csv, line 3: mpp is 'x'"),
     ],
 )

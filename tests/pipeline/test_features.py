@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.features import FeatureSummary, region_features, write_features
+from pipeline.geojson_rules import RuleBrokenError, check_geojson
 from pipeline.polygons import Region, block_regions, join_regions
-from tests.pipeline.geojson_rules import RuleBrokenError, check_geojson
 
 CLASSES = (("Tumor", (200, 0, 0)), ("Stroma, ä", (0, 200, 0)), ("Necrosis", (0, 0, 200)))
 HOLED = shapely.Polygon(shapely.box(0, 0, 10, 8).exterior, [shapely.box(2, 2, 4, 4).exterior])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.blocks import BlockRecord
-from pipeline.journal import Journal
+from pipeline.journal import Journal, make_durable
 
 
 def record(index: int, bad: bool = False) -> BlockRecord:
@@ -20,7 +20,7 @@ def written(tmp_path: Path) -> tuple[Journal, list[Path]]:
         file = tmp_path / "store" / f"{index}"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(bytes([index]) * 100)
-        journal.append(record(index), [file])
+        journal.append(make_durable(tmp_path, record(index), [file]))
         files.append(file)
     return journal, files
 
@@ -63,7 +63,7 @@ def test_appending_after_a_cut_line_keeps_both_sides(written: tuple[Journal, lis
     path = tmp_path / "journal.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     assert sorted(journal.finished()) == [0, 1]
-    journal.append(record(2), [files[2]])
+    journal.append(make_durable(tmp_path, record(2), [files[2]]))
     assert sorted(journal.finished()) == [0, 1, 2]
 
 
@@ -72,7 +72,7 @@ def test_other_inputs_and_blocks_with_unreadable_tiles_start_anew(
 ) -> None:
     journal, files = written
     assert Journal(tmp_path, {"slide": "a", "model": "c"}).finished() == {}
-    journal.append(record(7, bad=True), files)
+    journal.append(make_durable(tmp_path, record(7, bad=True), files))
     assert 7 not in journal.finished()
 
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +16,12 @@ from numpy.typing import NDArray
 
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, LockedError, OutputError, PipelineError, PlanError
+from pipeline.geojson_rules import check_geojson
+from pipeline.ome_zarr_rules import broken_rules
 from pipeline.segment import segment_slide
 from tests.models.networks import ConstantClassifier, ConstantSegmenter
 from tests.pipeline.fakes import (
+    CORNER,
     REGIONS,
     SMALL,
     colour_predictor,
@@ -30,14 +32,13 @@ from tests.pipeline.fakes import (
     published,
     region_slide,
     run_of,
+    stating_bounds,
     truth,
 )
-from tests.pipeline.geojson_rules import check_geojson
-from tests.pipeline.ome_zarr_rules import broken_rules
 from tests.slides import PINK, painted, write_slide
 from wsi.errors import ResolutionError, SlideError, SlideReadError
 from wsi.grid import Box
-from wsi.readers import READERS, BackendName, OpenSlideReader, Reader
+from wsi.readers import READERS, BackendName, OpenSlideReader
 from wsi.slide import open_slide
 from wsi.tissue import find_tissue
 
@@ -76,22 +77,6 @@ def test_a_constant_model_gives_a_constant_map_over_the_whole_tissue(tmp_path: P
         assert np.unique(probs_KHW[1][tissue_HW]).tolist() == [int((1 - share) * 255 + 0.501)]
         assert not probs_KHW[:, ~tissue_HW].any()
         assert np.unique(labels_of(result.folder)[tissue_HW]).tolist() == [1]
-
-
-CORNER = (64, 32)
-"""Of the bounds that `stating_bounds` adds."""
-
-
-def stating_bounds(open_reader: Callable[[Path], Reader]) -> Callable[[Path], Reader]:
-    """Readers of slides that state bounds of 1280×832 pixels, as MIRAX and Leica do."""
-
-    def opened(path: Path) -> Reader:
-        reader = open_reader(path)
-        bounds = {"x": CORNER[0], "y": CORNER[1], "width": 1280, "height": 832}
-        reader.properties = {**reader.properties, **{f"openslide.bounds-{k}": str(v) for k, v in bounds.items()}}
-        return reader
-
-    return opened
 
 
 @pytest.mark.parametrize("bounded", [False, True])
@@ -167,7 +152,8 @@ def test_all_outputs_follow_the_rules_of_their_readers(tmp_path: Path) -> None:
     assert folder == tmp_path / "out put" / "größe 組織"
     names = {p.name for p in folder.iterdir()}
     stem = path.stem
-    assert names == {f"{stem}.ome.zarr", f"{stem}.geojson", f"{stem}.parquet", "preview.png", "run.json"}
+    pictures = {"preview.png", "index.html", "thumbnail.jpg"}
+    assert names == {f"{stem}.ome.zarr", f"{stem}.geojson", f"{stem}.parquet", "run.json", *pictures}
     assert broken_rules(folder / f"{stem}.ome.zarr") == []
     features = check_geojson((folder / f"{stem}.geojson").read_text(encoding="utf-8"))
     table = pq.read_table(folder / f"{stem}.parquet")

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from napari_ome_zarr import napari_get_reader
 
+from pipeline.ome_zarr_rules import broken_rules
 from pipeline.store import (
     MapSpec,
     MapStore,
@@ -32,7 +33,6 @@ from pipeline.store import (
     halve_probs,
     sweep_partial_files,
 )
-from tests.pipeline.ome_zarr_rules import broken_rules
 from wsi.grid import Box
 
 CLASSES = (("Tumor", (200, 0, 0)), ("Stroma", (0, 160, 20)), ("Fett & Ödem <5 %", (1, 2, 3)))
@@ -305,6 +305,14 @@ def test_the_rules_notice_what_viewers_trip_over(tmp_path: Path) -> None:
     xml = path / "OME" / "METADATA.ome.xml"
     xml.write_text(xml.read_text(encoding="utf-8").replace('SizeX="80"', 'SizeX="75"'), encoding="utf-8")
     assert broken_rules(path) == ["OME-XML sizes CYXZT [3, 48, 75, 1, 1], array [3, 48, 80]"]
+    xml.write_text(xml.read_text(encoding="utf-8").replace('SizeX="75"', 'SizeX="80"'), encoding="utf-8")
+    zattrs = path / ".zattrs"
+    attributes = json.loads(zattrs.read_text(encoding="utf-8"))
+    attributes["omero"]["rdefs"] = {"model": "color"}
+    zattrs.write_text(json.dumps(attributes), encoding="utf-8")
+    assert broken_rules(path) == [
+        "omero.rdefs says model color: Vitessce then shows three classes as red, green and blue"
+    ]
 
 
 def test_the_ome_xml_tells_qupath_pixel_size_and_names(tmp_path: Path) -> None:

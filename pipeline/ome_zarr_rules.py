@@ -1,6 +1,6 @@
 """What a stored map must be so that QuPath, napari and Vitessce open it: rules that the public validators do not check.
 
-Reads the files themselves (JSON, XML, folders), not through the code under test. Shapes are (c, y, x) and (y, x).
+Reads the files themselves (JSON, XML, folders) and shares no code with the writer. Shapes are (c, y, x) and (y, x).
 """
 
 from __future__ import annotations
@@ -16,8 +16,23 @@ METADATA_FILES = {".zgroup", ".zattrs", ".zarray"}
 
 
 def broken_rules(root: Path) -> list[str]:
-    """Every rule that the store at `root` breaks, in words; empty for a good one."""
+    """Every rule that the store at `root` breaks, in words; empty for a good one.
+
+    Where metadata is missing or of another form, what was found until then, and what is missing.
+    """
     broken: list[str] = []
+    try:
+        _check_store(root, broken)
+    except KeyError as error:
+        broken.append(f"metadata without {error}")
+    except OSError as error:
+        broken.append(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except (ValueError, TypeError, LookupError, AttributeError, ET.ParseError) as error:
+        broken.append(f"metadata of another form: {error}")
+    return [text.replace(f"{root}/", "") for text in broken]
+
+
+def _check_store(root: Path, broken: list[str]) -> None:
     image, labels = attributes(root), attributes(root / "labels" / "classes")
     channels = image["omero"]["channels"]
     image_shapes = _multiscale(root, image, "cyx", broken)
@@ -28,6 +43,8 @@ def broken_rules(root: Path) -> list[str]:
         broken.append("labels/.zattrs does not list exactly the classes")
     if "bioformats2raw.layout" in image:
         broken.append("the root says bioformats2raw.layout: napari then looks for images in sub-groups")
+    if image["omero"].get("rdefs", {}).get("model") == "color":
+        broken.append("omero.rdefs says model color: Vitessce then shows three classes as red, green and blue")
     if len(channels) != image_shapes[0][0]:
         broken.append(f"{len(channels)} omero channels for {image_shapes[0][0]} channels")
     broken += [
@@ -47,12 +64,12 @@ def broken_rules(root: Path) -> list[str]:
         broken.append("labels do not point to their image")
     _ome_xml(root, image, image_shapes[0], names, colours, broken)
     broken += [f"{file.relative_to(root)}: half-written" for file in root.rglob("*.partial")]
-    return broken
 
 
 def attributes(group: Path) -> dict[str, Any]:
-    """The attributes of a group."""
-    assert json.loads((group / ".zgroup").read_text()) == {"zarr_format": 2}
+    """The attributes of a group of zarr 2; raises OSError or ValueError where there is none."""
+    if json.loads((group / ".zgroup").read_text(encoding="utf-8")) != {"zarr_format": 2}:
+        raise ValueError(f"{group.name}/.zgroup is not of zarr 2")
     content: dict[str, Any] = json.loads((group / ".zattrs").read_text(encoding="utf-8"))
     return content
 
@@ -89,8 +106,9 @@ def _multiscale(group: Path, attrs: dict[str, Any], axes: str, broken: list[str]
 
 def _array(folder: Path, broken: list[str]) -> list[int]:
     """Check one level's encoding and chunk files; return its shape."""
-    meta = json.loads((folder / ".zarray").read_text())
-    codec = {key: meta["compressor"][key] for key in ("id", "cname", "shuffle")}
+    meta = json.loads((folder / ".zarray").read_text(encoding="utf-8"))
+    compressor = meta["compressor"] or {}
+    codec = {key: compressor.get(key) for key in ("id", "cname", "shuffle")}
     if codec != {"id": "blosc", "cname": "zstd", "shuffle": 1} or meta["filters"] is not None:
         broken.append(f"{folder}: codec {meta['compressor']}, filters {meta['filters']}")
     fixed = {"zarr_format": 2, "dtype": "|u1", "order": "C", "fill_value": 0, "dimension_separator": "/"}
@@ -111,7 +129,7 @@ def _array(folder: Path, broken: list[str]) -> list[int]:
 def _ome_xml(
     root: Path, image: dict[str, Any], shape: list[int], names: list[str], colours: list[list[int]], broken: list[str]
 ) -> None:
-    ome = ET.parse(root / "OME" / "METADATA.ome.xml").getroot()
+    ome = ET.parse(root / "OME" / "METADATA.ome.xml").getroot()  # noqa: S314 - the store is a local file
     (pixels,) = ome.findall(f"{OME}Image/{OME}Pixels")
     sizes = [int(pixels.attrib[f"Size{axis}"]) for axis in "CYXZT"]
     if sizes != [*shape, 1, 1]:

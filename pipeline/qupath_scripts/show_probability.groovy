@@ -1,0 +1,52 @@
+// Shows how probable one class of wsi-segment is, in the class's colour over the slide that is open.
+//
+// In QuPath: open an image, Automate > Project scripts > show_probability, Run, choose a class. The opacity slider of
+// the toolbar fades it, the key C switches it off and on; run the script again for another class, or for none.
+// wsi-export writes this file anew; save a changed one under another name.
+
+import javafx.application.Platform
+import javax.imageio.ImageIO
+import qupath.fx.dialogs.Dialogs
+import qupath.lib.gui.viewer.overlays.BufferedImageOverlay
+import qupath.lib.regions.ImageRegion
+import static qupath.lib.gui.scripting.QPEx.*
+
+def NONE = '(none)'
+def gui = getQuPath()
+def project = getProject()
+def viewer = gui == null ? null : getCurrentViewer()
+if (viewer == null || viewer.getImageData() == null || project == null)
+    throw new IllegalStateException('No image of the project is open: double-click one in the list on the left first.')
+
+def folder = project.getPath().toFile().getParentFile()
+def id = getProjectEntry()?.getID()
+def lines = new File(folder, 'results.tsv').readLines('UTF-8')
+def names = lines.head().split('\t', -1)
+def row = lines.tail().collect { [names, it.split('\t', -1)].transpose().collectEntries { it } }.find { it.entryID == id }
+if (row == null)
+    throw new IllegalStateException('This image is not among the results: open another one of the project.')
+
+def classes = row.classes.split(',').collect { URLDecoder.decode(it, 'UTF-8') }
+def chosen = Dialogs.showChoiceDialog('Probability', 'Class to show over the slide', classes + NONE, classes[0])
+if (chosen == null)
+    return
+
+def overlay = null
+if (chosen != NONE) {
+    def file = new File(folder.toURI().resolve("${row.overlays}/${classes.indexOf(chosen)}.png"))
+    if (!file.isFile())
+        throw new FileNotFoundException("${file} is missing: run 'wsi-export qupath' on the results again.")
+    def region = ImageRegion.createInstance(0, 0, row.width as int, row.height as int, 0, 0)
+    // With the viewer, QuPath takes it away when another image is opened.
+    overlay = new BufferedImageOverlay(viewer, [(region): ImageIO.read(file)])
+}
+Platform.runLater {
+    def layers = viewer.getCustomOverlayLayers()
+    layers.removeIf { it instanceof BufferedImageOverlay }
+    if (overlay != null) {
+        viewer.getOverlayOptions().setShowPixelClassification(true)
+        layers.add(overlay)
+    }
+    viewer.repaint()
+}
+println chosen == NONE ? 'No probability is shown.' : "Shown: how probable ${chosen} is."

@@ -1,0 +1,101 @@
+// Plays users: each line of the input is [PROJECT, STEP...] in JSON; each line of the output what the scripts said and
+// what is in the project then.
+
+import groovy.json.JsonOutput
+import groovy.json.JsonSlurper
+import qupath.fx.dialogs.Dialogs
+import qupath.lib.gui.scripting.QPEx
+import world.*
+
+System.in.eachLine('UTF-8') { line ->
+    def steps = new JsonSlurper().parseText(line)
+    def project = Project.load(new File(steps.head()))
+    def said = new StringWriter()
+    Viewer viewer = null
+    QPEx.project = project
+    QPEx.quPath = QPEx.currentViewer = QPEx.currentImageData = Dialogs.answer = Dialogs.asked = null
+
+    def run = { name ->
+        def shell = new GroovyShell(this.class.classLoader, new Binding(out: new PrintWriter(said, true)))
+        try {
+            shell.evaluate(new File(project.file.parentFile, "scripts/${name}.groovy"))
+        } catch (Exception e) {
+            said << "${e.class.simpleName}: ${e.message}\n"
+        }
+    }
+    def objects = { entry ->
+        def data = viewer != null && project.open[viewer.imageData].is(entry) ? viewer.imageData : entry.saved
+        data.hierarchy.objects
+    }
+    def annotation = { locked, className, measurements ->
+        new PathObject(id: UUID.randomUUID(), type: 'annotation', locked: locked, className: className,
+            measurementList: new Measurements(names: measurements))
+    }
+
+    steps.tail().each { step ->
+        def (verb, what) = (step.split('=', 2) as List) + ''
+        switch (verb) {
+            case 'open':
+                def entry = project.entries.find { it.imageName == what }
+                viewer = new Viewer(imageData: entry.readImageData())
+                project.open[viewer.imageData] = entry
+                QPEx.quPath = new Gui(viewers: [viewer])
+                QPEx.currentViewer = viewer
+                QPEx.currentImageData = viewer.imageData
+                break
+            case 'headless':
+                project.entries.each { entry ->
+                    def data = entry.readImageData()
+                    project.open[data] = entry
+                    QPEx.currentImageData = data
+                    run('import_results')
+                    entry.saveImageData(data)
+                }
+                QPEx.currentImageData = null
+                break
+            case 'no-project':
+                QPEx.project = null
+                break
+            case 'run':
+                run(what)
+                break
+            case 'choose':
+                Dialogs.answer = what
+                break
+            case 'stale':
+                project.entries.each { objects(it).add(annotation(true, 'class-0', ['Area mm^2'])) }
+                break
+            case 'draw':
+                project.entries.each { objects(it).add(annotation(false, 'mine', [])) }
+                break
+            case 'unlock':
+                project.entries.each {
+                    def first = objects(it)[0]
+                    first.locked = false
+                    first.className = 'edited'
+                }
+                break
+            default:
+                throw new IllegalArgumentException(step)
+        }
+    }
+
+    def byName = { what -> project.entries.collectEntries { [it.imageName, what(it)] } }
+    def answer = JsonOutput.toJson([
+        said: said.toString(),
+        saves: byName { it.saves },
+        synced: project.synced,
+        uris: byName { it.uris*.toString() },
+        resolved: byName { it.saved.hierarchy.resolved },
+        objects: byName { objects(it).collect {
+            [id: it.id.toString(), type: it.type, locked: it.locked, class: it.className]
+        } },
+        asked: Dialogs.asked,
+        shown: viewer?.overlayOptions?.showPixelClassification,
+        filled: QPEx.quPath?.overlayOptions?.fillAnnotations,
+        overlays: viewer?.customOverlayLayers?.collect { it.regions.collect { region, img ->
+            [box: region.box, size: [img.width, img.height], pixel: img.getRGB(img.width.intdiv(4), img.height.intdiv(2))]
+        } },
+    ])
+    println answer
+}

@@ -1,0 +1,5 @@
+package javafx.application
+
+class Platform {
+    static void runLater(Runnable work) { work.run() }
+}
