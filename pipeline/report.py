@@ -7,14 +7,16 @@ import io
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from filelock import FileLock
 
+from pipeline.config import SegmentConfig
 from pipeline.errors import OutputError
 from pipeline.journal import sync
 
@@ -57,6 +59,23 @@ class SlideResult:
         }
 
 
+def run_identity(slide_digest: str, model_digest: str, config: SegmentConfig) -> dict[str, object]:
+    """What a result is made of: runs with an equal one would write the same."""
+    return {"format": RUN_FORMAT, "slide": slide_digest, "model": model_digest, "parameters": config.parameters()}
+
+
+def skipped_result(folder: Path, run: Mapping[str, object], seconds: float) -> SlideResult:
+    """What to say of a slide whose result, with this `run.json`, was there already."""
+    return SlideResult(
+        slide=folder.name,
+        status="skipped",
+        seconds=seconds,
+        areas_mm2=dict(cast("dict[str, float]", run.get("class_areas_mm2", {}))),
+        tissue_mm2=cast("float | None", run.get("tissue_mm2")),
+        folder=folder,
+    )
+
+
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     return {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
@@ -86,9 +105,7 @@ def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:
     path = output / "summary.csv"
     lock_path = output / ".summary.lock"
     with FileLock(lock_path):
-        rows: dict[str, dict[str, object]] = {}
-        if path.exists():
-            rows = _read_summary(path)
+        rows = read_summary(path)
         for result in results:
             # A skipped slide's row still tells what the run that made its result found, unless one failed in between.
             if result.status != "skipped" or rows.get(result.slide, {}).get("status", "failed") == "failed":
@@ -106,7 +123,13 @@ def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:
     return path
 
 
-def _read_summary(path: Path) -> dict[str, dict[str, object]]:
+def read_summary(path: Path) -> dict[str, dict[str, object]]:
+    """The rows of a `summary.csv` by their slides, none where there is no such file; all values are text.
+
+    Raises OutputError where the file is no summary.
+    """
+    if not path.exists():
+        return {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -120,7 +143,20 @@ def _read_summary(path: Path) -> dict[str, dict[str, object]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file so that a reader sees the old or the new one, never a part."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` at the end: a reader sees the old or the new one.
+
+    After an error the old one stays.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-    sync(partial)
-    partial.replace(path)
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -15,6 +15,9 @@ from pipeline.errors import SampleError
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+# Its fixtures `browser` and `page`.
+pytest_plugins = ["tests.browser"]
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

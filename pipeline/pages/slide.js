@@ -1,0 +1,23 @@
+const stage = document.getElementById("stage");
+const opacity = document.getElementById("opacity");
+const outlines = document.getElementById("outlines");
+const toggles = [...document.querySelectorAll("input[data-class]")];
+
+function show() {
+  stage.style.setProperty("--opacity", opacity.value / 100);
+  document.getElementById("percent").textContent = `${opacity.value} %`;
+  opacity.setAttribute("aria-valuetext", `${opacity.value} %`);
+  stage.classList.toggle("no-outlines", !outlines.checked);
+  for (const toggle of toggles)
+    for (const layer of stage.querySelectorAll(`img[data-class="${toggle.dataset.class}"]`)) layer.hidden = !toggle.checked;
+}
+function set(checked) {
+  for (const toggle of toggles) if (!toggle.disabled) toggle.checked = checked;
+  show();
+}
+for (const input of [opacity, outlines, ...toggles]) input.addEventListener("input", show);
+document.getElementById("all").addEventListener("click", () => set(true));
+document.getElementById("none").addEventListener("click", () => set(false));
+for (const part of document.querySelectorAll("[data-script]")) part.hidden = false;
+// A browser that comes back to the page puts the controls as they were left.
+addEventListener("pageshow", show);

@@ -1,0 +1,63 @@
+"""The slide at the size of a page, with the class of each of its pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from PIL import Image
+
+from pipeline.store import LABELS, MapStore
+from wsi.grid import Grid
+from wsi.slide import Slide
+from wsi.tissue import read_thumbnail
+
+LONGEST_PX = 1600
+"""Longer side of a picture, at most."""
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class SlidePicture:
+    """The slide's bounds and the classes on them, pixel by pixel; never the slide's label or macro image."""
+
+    rgb_HWC: UInt8Array
+    labels_HW: UInt8Array
+    """0 background, 1.. in the order of `classes`."""
+    classes: tuple[tuple[str, tuple[int, int, int]], ...]
+    um_per_px: float
+
+
+def picture_slide(slide: Slide, grid: Grid, store: MapStore) -> SlidePicture:
+    """Read the slide and its stored classes, of which the pyramid must have been built, at no more than LONGEST_PX."""
+    info = slide.info
+    longest_um = max(info.bounds_l0.width, info.bounds_l0.height) * info.mpp
+    rgb_HWC, l0_per_thumb, _ = read_thumbnail(slide, max(info.mpp, longest_um / LONGEST_PX))
+    thumb_height, thumb_width = rgb_HWC.shape[:2]
+    if max(thumb_height, thumb_width) > LONGEST_PX:
+        # The reader reduces by whole factors only.
+        image = Image.fromarray(rgb_HWC)
+        image.thumbnail((LONGEST_PX, LONGEST_PX), Image.Resampling.LANCZOS)
+        rgb_HWC = np.asarray(image)
+    height, width = rgb_HWC.shape[:2]
+    out_per_px = [
+        thumb * l0_per_thumb / pixels / grid.l0_per_out
+        for thumb, pixels in ((thumb_width, width), (thumb_height, height))
+    ]
+    labels_HW = _labels(store, (width, height), out_per_px)
+    return SlidePicture(rgb_HWC, labels_HW, store.spec.classes, out_per_px[0] * grid.l0_per_out * info.mpp)
+
+
+def _labels(store: MapStore, size: tuple[int, int], out_per_px: list[float]) -> UInt8Array:
+    """The class at each pixel's centre of a picture of (width, height), from the coarsest level that is as fine."""
+    spec = store.spec
+    level = int(np.clip(np.floor(np.log2(max(1.0, min(out_per_px)))), 0, spec.levels - 1))
+    columns, rows = (
+        np.minimum(((np.arange(pixels) + 0.5) * per_px).astype(int), length - 1) // 2**level
+        for pixels, per_px, length in zip(size, out_per_px, spec.size_out, strict=True)
+    )
+    labels = zarr.open_array(store.path / LABELS / str(level), mode="r")
+    return np.asarray(labels[:], dtype=np.uint8)[np.ix_(rows, columns)]

@@ -1,0 +1,106 @@
+"""Debian's Chromium, driven by Playwright: fixtures for tests of pages, and what such tests ask of a page."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import pytest
+
+if TYPE_CHECKING:  # most test runs need no browser
+    from playwright.sync_api import Browser, Page, Route
+
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-component-update",
+    "--disable-sync",
+)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+LOCAL_SCHEMES = ("file", "data", "blob", "about")
+TIMEOUT_MS = 15_000
+
+
+def chromium() -> str | None:
+    """The browser's program: WSI_SEGMENT_CHROMIUM, or what is in the path; None where there is none."""
+    return os.environ.get("WSI_SEGMENT_CHROMIUM") or next((found for n in NAMES if (found := shutil.which(n))), None)
+
+
+# Of a module, not of the session: while Playwright runs, no test in the same thread can run an asyncio loop of its own.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless browser without network services of its own."""
+    program = chromium()
+    if program is None:
+        pytest.skip("no Chromium: install the Debian package chromium, or set WSI_SEGMENT_CHROMIUM to its program")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=list(FLAGS))
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """An empty page of 1280×900. The test fails where a page logs an error or asks for anything that is not local."""
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        opened = context.new_page()
+        opened.set_default_timeout(TIMEOUT_MS)
+        faults = watch(opened)
+        yield opened
+    assert not faults, "\n".join(faults)
+
+
+def watch(page: Page) -> list[str]:
+    """Block what a page asks of other machines; returns the list that each fault will be put into."""
+    faults: list[str] = []
+
+    def decide(route: Route) -> None:
+        if is_local(route.request.url):
+            route.continue_()
+        else:
+            faults.append(f"asked for {route.request.url}")
+            route.abort()
+
+    # Only what may be foreign is held up: going through Python for every tile would be measured with the tile.
+    page.route(re.compile(r"^(?!file:|data:|blob:|https?://127\.0\.0\.1[:/])"), decide)
+    page.on("websocket", lambda socket: None if is_local(socket.url) else faults.append(f"opened {socket.url}"))
+    page.on("pageerror", lambda error: faults.append(f"uncaught: {error}"))
+    page.on("console", lambda m: faults.append(f"{m.type}: {m.text}") if m.type == "error" else None)
+    return faults
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL stays on this machine."""
+    parts = urlsplit(url)
+    return parts.scheme in LOCAL_SCHEMES or parts.hostname == "127.0.0.1"
+
+
+def screenshot(page: Page, name: str, folder: Path, *, whole: bool = True) -> Path:
+    """Save the page as `name`.png in the folder WSI_SEGMENT_SCREENSHOTS, or in `folder` where that is not set."""
+    path = Path(os.environ.get("WSI_SEGMENT_SCREENSHOTS") or folder) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=path, full_page=whole)
+    return path
+
+
+def axe_findings(page: Page) -> list[str]:
+    """What axe finds serious or critical on the page, one line each."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    violations = Axe().run(page).response["violations"]
+    return [
+        f"{v['impact']} {v['id']}: {node['html'][:160]} ({node.get('failureSummary', '')})"
+        for v in violations
+        if v["impact"] in ("serious", "critical")
+        for node in v["nodes"]
+    ]
