@@ -1,0 +1,123 @@
+// What is shown, as the panel's controls say it.
+
+const byId = (id) => document.getElementById(id);
+const LAYERS = ["map", "outlines", "probability"];
+const bounded = (value) => Math.min(1, Math.max(0, Math.round(value * 100) / 100));
+
+export class Controls {
+  // {map, outlines, probability}: {on, opacity}; classes: [{on, opacity}], their opacity that of the probability.
+  constructor(facts) {
+    this.facts = facts;
+    this.changed = () => {};
+    this.hidden = null;
+    this.state = this.defaults();
+    for (const layer of LAYERS) {
+      this.join(byId(`${layer}-on`), "checked", () => this.state[layer], "on");
+      this.join(byId(`${layer}-opacity`), "valueAsNumber", () => this.state[layer], "opacity");
+    }
+    for (const k of facts.classes.keys()) {
+      const of = (kind) => document.querySelector(`.${kind}[data-class="${k}"]`);
+      of("swatch").style.background = facts.classes[k].color;
+      this.join(of("class-on"), "checked", () => this.state.classes[k], "on");
+      this.join(of("class-opacity"), "valueAsNumber", () => this.state.classes[k], "opacity");
+    }
+    if (window.matchMedia("(max-width: 700px)").matches) byId("panel-details").open = false;
+    this.render();
+  }
+
+  defaults() {
+    return {
+      map: { on: true, opacity: 0.35 }, outlines: { on: true, opacity: 1 }, probability: { on: false, opacity: 1 },
+      classes: this.facts.classes.map(() => ({ on: true, opacity: 0.7 })),
+    };
+  }
+
+  join(input, property, target, name) {
+    input?.addEventListener("input", () => {
+      target()[name] = input[property];
+      this.hidden = null;
+      this.update();
+    });
+  }
+
+  update() {
+    this.render();
+    this.changed();
+  }
+
+  render() {
+    for (const layer of LAYERS) {
+      byId(`${layer}-on`).checked = this.state[layer].on;
+      const slider = byId(`${layer}-opacity`);
+      if (slider) slider.valueAsNumber = this.state[layer].opacity;
+    }
+    for (const [k, c] of this.state.classes.entries()) {
+      document.querySelector(`.class-on[data-class="${k}"]`).checked = c.on;
+      const slider = document.querySelector(`.class-opacity[data-class="${k}"]`);
+      slider.valueAsNumber = c.opacity;
+      slider.hidden = !this.state.probability.on;
+    }
+  }
+
+  toggle(layer) {
+    this.state[layer].on = !this.state[layer].on;
+    this.hidden = null;
+    this.update();
+  }
+
+  toggleClass(k) {
+    const c = this.state.classes[k];
+    if (c) c.on = !c.on;
+    this.update();
+  }
+
+  hideAll() {
+    if (this.hidden) {
+      for (const layer of this.hidden) this.state[layer].on = true;
+      this.hidden = null;
+    } else {
+      this.hidden = LAYERS.filter((layer) => this.state[layer].on);
+      for (const layer of LAYERS) this.state[layer].on = false;
+    }
+    this.update();
+  }
+
+  stronger(step) {
+    for (const part of [this.state.map, ...this.state.classes]) part.opacity = bounded(part.opacity + step);
+    this.update();
+  }
+
+  // As words of an address, and back: map=0.35&outlines=1&probability=0&off=0,2&p1=0.5
+  words() {
+    const words = ["map", "outlines"].map((layer) => `${layer}=${this.state[layer].on ? this.state[layer].opacity : 0}`);
+    words.push(`probability=${this.state.probability.on ? 1 : 0}`);
+    const off = this.state.classes.flatMap((c, k) => (c.on ? [] : [k]));
+    if (off.length) words.push(`off=${off.join(",")}`);
+    const usual = this.defaults().classes;
+    for (const [k, c] of this.state.classes.entries()) {
+      if (c.opacity !== usual[k].opacity) words.push(`p${k}=${c.opacity}`);
+    }
+    return words;
+  }
+
+  read(words) {
+    const number = (name, usual) => {
+      const value = Number.parseFloat(words.get(name));
+      return Number.isFinite(value) ? bounded(value) : usual;
+    };
+    const state = this.defaults();
+    for (const layer of LAYERS) {
+      const value = number(layer, state[layer].on ? state[layer].opacity : 0);
+      state[layer].on = value > 0;
+      if (value > 0) state[layer].opacity = value;
+    }
+    const off = new Set((words.get("off") ?? "").split(",").filter(Boolean).map(Number));
+    for (const [k, c] of state.classes.entries()) {
+      c.on = !off.has(k);
+      c.opacity = number(`p${k}`, c.opacity);
+    }
+    this.state = state;
+    this.hidden = null;
+    this.render();
+  }
+}

@@ -1,0 +1,123 @@
+// The polygons as lines over the slide.
+//
+// A thread of its own draws them into a picture larger than the view, which is moved and scaled with the slide until the
+// next one is there: however many polygons there are, no frame waits for them.
+
+const MARGIN = 0.25; // of the view's size, on each side of what is drawn
+const OTHER_ZOOM = 1.3; // a picture that is farther off is not waited for
+
+export class Outlines {
+  // `changed` is called when there is something new to draw; `pointed` with what lies where `find` was asked for.
+  constructor(canvas, facts) {
+    this.canvas = canvas;
+    this.facts = facts;
+    this.changed = () => {};
+    this.pointed = () => {};
+    this.opacity = 0;
+    this.on = [];
+    this.version = 0; // of what is shown, whatever the view
+    this.front = null; // {bitmap, view, version, final}
+    this.wish = null; // {id, view, version}: the picture that is being drawn
+    this.asked = 0;
+    this.seen = null; // the polygon that is pointed at
+    this.drawnMs = 0; // how long the last picture took, for measurements
+    this.worker = new Worker("/assets/outline_worker.js");
+    this.worker.onmessage = ({ data }) => this[data.kind](data);
+    this.worker.postMessage({ kind: "begin", facts, base: new URL(".", location.href).pathname });
+  }
+
+  show(opacity, on) {
+    this.opacity = opacity;
+    this.canvas.style.opacity = opacity;
+    if (String(on) !== String(this.on)) {
+      this.on = on;
+      this.version += 1;
+    }
+    this.changed();
+  }
+
+  // Asks for the polygon at a place; null for none.
+  find(place) {
+    this.asked += 1;
+    if (place && this.opacity) this.worker.postMessage({ kind: "find", id: this.asked, on: this.on, ...place });
+    else this.found({ id: this.asked, found: null });
+  }
+
+  // Brings the canvas into line with a view; called for every frame of the slide.
+  draw(view) {
+    const ratio = window.devicePixelRatio || 1;
+    const [width, height] = [Math.round(view.width * ratio), Math.round(view.height * ratio)];
+    if (this.canvas.width !== width || this.canvas.height !== height) [this.canvas.width, this.canvas.height] = [width, height];
+    const context = this.canvas.getContext("2d");
+    context.clearRect(0, 0, width, height);
+    if (!this.opacity) return;
+    if (this.front) {
+      const { bitmap, view: drawn } = this.front;
+      const scale = view.zoom / drawn.zoom;
+      const still = Math.abs(scale - 1) < 1e-6;
+      const x = ((drawn.x - drawn.width / 2 / drawn.zoom - view.x) * view.zoom + view.width / 2) * ratio;
+      const y = ((drawn.y - drawn.height / 2 / drawn.zoom - view.y) * view.zoom + view.height / 2) * ratio;
+      if (still) context.drawImage(bitmap, Math.round(x), Math.round(y)); // whole pixels are copied, and not interpolated
+      else context.drawImage(bitmap, x, y, bitmap.width * scale, bitmap.height * scale);
+    }
+    if (this.seen) drawFound(context, view, ratio, this.seen, this.facts.classes);
+    if (!this.covers(this.front, view, 1 + 1e-6) && !this.covers(this.wish, view, OTHER_ZOOM)) this.ask(view, ratio);
+  }
+
+  covers(picture, view, zoom) {
+    if (!picture || picture.version !== this.version || picture.final === false) return false;
+    const drawn = picture.view;
+    if (Math.max(view.zoom / drawn.zoom, drawn.zoom / view.zoom) > zoom) return false;
+    const inside = (axis, side) => Math.abs(view[axis] - drawn[axis]) * view.zoom + view[side] / 2 <= drawn[side] / 2 * zoom + 0.5;
+    return inside("x", "width") && inside("y", "height");
+  }
+
+  ask(view, ratio) {
+    const large = { ...view, width: view.width * (1 + 2 * MARGIN), height: view.height * (1 + 2 * MARGIN) };
+    this.wish = { id: (this.wish?.id ?? this.front?.id ?? 0) + 1, view: large, version: this.version };
+    this.worker.postMessage({ kind: "draw", id: this.wish.id, view: large, ratio, on: this.on });
+  }
+
+  // What the worker says
+
+  drawn({ id, bitmap, ms, final }) {
+    if (id !== this.wish?.id) return bitmap.close();
+    this.front?.bitmap.close();
+    this.front = { ...this.wish, bitmap, final };
+    this.wish = null;
+    this.drawnMs = ms;
+    return this.changed();
+  }
+
+  loaded() {
+    this.wish = null;
+    this.changed();
+  }
+
+  found({ id, found }) {
+    if (id !== this.asked) return;
+    const same = found?.index === this.seen?.index && found?.detail === this.seen?.detail;
+    this.seen = found;
+    if (!same) this.changed();
+    this.pointed(found);
+  }
+}
+
+function drawFound(context, view, ratio, found, classes) {
+  const k = view.zoom * ratio;
+  const [x, y] = [(view.width / 2) * ratio - view.x * k, (view.height / 2) * ratio - view.y * k];
+  const path = new Path2D();
+  for (const xy of found.rings) {
+    path.moveTo(xy[0] * k + x, xy[1] * k + y);
+    for (let p = 2; p < xy.length; p += 2) path.lineTo(xy[p] * k + x, xy[p + 1] * k + y);
+    path.closePath();
+  }
+  context.fillStyle = `${classes[found.label - 1].color}40`;
+  context.fill(path, "evenodd");
+  context.lineJoin = "bevel";
+  for (const [style, width] of [["#000", 5], ["#fff", 3]]) {
+    context.strokeStyle = style;
+    context.lineWidth = width * ratio;
+    context.stroke(path);
+  }
+}

@@ -1,0 +1,27 @@
+// Lengths, areas and places as text.
+
+const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+
+// The largest of 1, 2 and 5 times a power of ten that is at most the length.
+export function nice(length) {
+  const power = 10 ** Math.floor(Math.log10(length));
+  const step = [5, 2, 1].find((s) => s * power <= length * (1 + 1e-9)) ?? 1;
+  return step * power;
+}
+
+// Micrometres, in the unit that reads best.
+export function distance(um) {
+  if (um >= 1000) return `${Number((um / 1000).toPrecision(3))} mm`;
+  return um >= 1 ? `${Number(um.toPrecision(3))} µm` : `${Number((um * 1000).toPrecision(3))} nm`;
+}
+
+export function area(mm2) {
+  if (mm2 >= 0.01) return `${mm2.toFixed(mm2 >= 1 ? 2 : 3)} mm²`;
+  return `${Number(mm2.toPrecision(2)).toFixed(6).replace(/0+$/, "")} mm²`;
+}
+
+// Level-0 pixels, micrometres, and how many times larger than on the glass, counting a microscope's 10× as 1 µm a pixel.
+export function place([x, y], zoom, mpp) {
+  const magnification = Number((10 / (mpp / zoom)).toPrecision(2));
+  return `x ${whole.format(x)}, y ${whole.format(y)} px  (${whole.format(x * mpp)}, ${whole.format(y * mpp)} µm)  ${magnification}×`;
+}

@@ -1,0 +1,291 @@
+// The page: the slide and its layers in OpenSeadragon, joined to the controls, the outlines and the address.
+//
+// Places are level-0 pixels of the result's frame; a view is {x, y, zoom}: the place in the middle, and screen (CSS)
+// pixels per level-0 pixel.
+
+import { Controls } from "./controls.js";
+import { Outlines } from "./outlines.js";
+import { area, distance, nice, place } from "./readout.js";
+
+const OpenSeadragon = window.OpenSeadragon;
+const SMALLEST_LINK_DELAY_MS = 200;
+const byId = (id) => document.getElementById(id);
+
+const response = await fetch("facts.json");
+if (!response.ok) {
+  note(await response.text());
+  throw new Error("no facts");
+}
+const facts = await response.json();
+const controls = new Controls(facts);
+const stage = byId("stage");
+const osd = new OpenSeadragon({
+  element: stage,
+  drawer: "canvas",
+  tileSources: pyramid(facts.width, facts.height, facts.slide, (z, x, y) => `slide/${z}/${x}_${y}.jpg`),
+  showNavigationControl: false,
+  showNavigator: true,
+  navigatorPosition: "TOP_RIGHT",
+  navigatorSizeRatio: 0.16,
+  navigatorAutoFade: false,
+  navigatorBackground: "#ffffff",
+  navigatorOpacity: 1,
+  gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
+  gestureSettingsTouch: { pinchRotate: false },
+  animationTime: 0.4,
+  springStiffness: 10,
+  zoomPerScroll: 1.3,
+  maxZoomPixelRatio: 8,
+  minZoomImageRatio: 0.7,
+  visibilityRatio: 0.3,
+  imageLoaderLimit: 6,
+  maxImageCacheCount: 600,
+  // Whole pixels: between half transparent tiles that overlap by a part of one, seams would show.
+  subPixelRoundingForTransparency: { "*": OpenSeadragon.SUBPIXEL_ROUNDING_OCCURRENCES.ALWAYS },
+});
+const outlines = new Outlines(byId("outlines"), facts);
+let redrawing = 0;
+// Not a redraw of OpenSeadragon, which forgets one that is asked for while it draws.
+outlines.changed = () => {
+  redrawing ||= requestAnimationFrame(() => { redrawing = 0; outlines.draw(view()); });
+};
+const layers = { labels: null, classes: [] };
+let labelsShown = 0;
+
+osd.addOnceHandler("open", async () => {
+  osd.canvas.setAttribute("role", "application");
+  osd.canvas.setAttribute("aria-label", `Slide ${facts.name}: arrow keys move, plus and minus zoom, question mark lists all keys`);
+  osd.canvas.setAttribute("aria-describedby", "place");
+  osd.navigator?.element.setAttribute("aria-hidden", "true");
+  for (const focusable of osd.navigator?.element.querySelectorAll("[tabindex]") ?? []) focusable.tabIndex = -1;
+  if (osd.navigator) osd.navigator.element.tabIndex = -1;
+  readAddress(true);
+  applyLayers();
+  osd.addHandler("update-viewport", draw);
+  osd.addHandler("viewport-change", () => writeAddress());
+  osd.addHandler("resize", () => osd.forceRedraw());
+  draw();
+  checkIdentity();
+});
+osd.addHandler("canvas-key", (event) => { event.preventDefaultAction = true; });
+osd.addHandler("canvas-click", (event) => { if (event.quick) pointAt(event.position.x, event.position.y); });
+controls.changed = () => { applyLayers(); writeAddress(); };
+
+function pyramid(width, height, { tile, levels }, url) {
+  return {
+    width, height, tileWidth: tile, tileHeight: tile, tileOverlap: 0, minLevel: 0, maxLevel: levels - 1,
+    getTileUrl: (level, x, y) => url(levels - 1 - level, x, y),
+  };
+}
+
+function view() {
+  const bounds = osd.viewport.getBounds(true);
+  const size = osd.viewport.getContainerSize();
+  const zoom = size.x / (bounds.width * facts.width);
+  return {
+    x: (bounds.x + bounds.width / 2) * facts.width, y: (bounds.y + bounds.height / 2) * facts.width, zoom,
+    width: size.x, height: size.y,
+  };
+}
+
+function goTo({ x, y, zoom }, immediately) {
+  const size = osd.viewport.getContainerSize();
+  osd.viewport.zoomTo((zoom * facts.width) / size.x, null, immediately);
+  osd.viewport.panTo(new OpenSeadragon.Point(x / facts.width, y / facts.width), immediately);
+}
+
+function placeAt(screenX, screenY) {
+  const v = view();
+  return [v.x + (screenX - v.width / 2) / v.zoom, v.y + (screenY - v.height / 2) / v.zoom];
+}
+
+// Layers
+
+function overlay(url, opacity) {
+  const { width, height, l0_per_px } = facts.map;
+  return new Promise((done) => osd.addTiledImage({
+    tileSource: pyramid(width, height, facts.map, url),
+    x: 0, y: 0, width: (width * l0_per_px) / facts.width,
+    opacity,
+    // Its tiles are only asked for while it is seen.
+    preload: false,
+    success: ({ item }) => done(item),
+    error: () => done(null),
+  }));
+}
+
+async function applyLayers() {
+  const state = controls.state;
+  const shown = state.classes.reduce((bits, c, k) => (c.on ? bits | (1n << BigInt(k)) : bits), 0n);
+  await showLabels(shown, state.map.on && shown ? state.map.opacity : 0);
+  for (const [k, c] of state.classes.entries()) {
+    const opacity = state.probability.on && c.on ? c.opacity : 0;
+    if (opacity && !layers.classes[k]) {
+      layers.classes[k] = overlay((z, x, y) => `class/${k}/${z}/${x}_${y}.png`, opacity);
+    }
+    (await layers.classes[k])?.setOpacity(opacity);
+  }
+  outlines.show(state.outlines.on ? state.outlines.opacity : 0, state.classes.map((c) => c.on));
+}
+
+async function showLabels(shown, opacity) {
+  if (opacity && (!layers.labels || shown !== labelsShown)) {
+    const old = layers.labels;
+    labelsShown = shown;
+    layers.labels = overlay((z, x, y) => `labels/${shown}/${z}/${x}_${y}.png`, opacity);
+    const gone = await old;
+    if (gone) osd.world.removeItem(gone);
+  }
+  (await layers.labels)?.setOpacity(opacity);
+}
+
+// Drawing over the slide
+
+function draw() {
+  const v = view();
+  outlines.draw(v);
+  const bar = nice(150 / v.zoom * facts.mpp);
+  byId("scale-line").style.width = `${(bar / facts.mpp) * v.zoom}px`;
+  byId("scale-text").textContent = distance(bar);
+  byId("place").textContent = place(pointer ? placeAt(...pointer) : [v.x, v.y], v.zoom, facts.mpp);
+  if (pointer) pointAt(...pointer);
+}
+
+// What is under the pointer
+
+let pointer = null;
+osd.canvas.addEventListener("pointermove", (event) => {
+  if (event.pointerType === "touch") return;
+  const box = stage.getBoundingClientRect();
+  pointer = [event.clientX - box.left, event.clientY - box.top];
+  byId("place").textContent = place(placeAt(...pointer), view().zoom, facts.mpp);
+  pointAt(...pointer);
+});
+osd.canvas.addEventListener("pointerleave", () => { pointer = null; pointAt(null); });
+
+let tipAt = [0, 0];
+let saying = false;
+function pointAt(screenX, screenY) {
+  tipAt = [screenX, screenY];
+  const [x, y] = screenX === null ? [] : placeAt(screenX, screenY);
+  outlines.find(screenX === null ? null : { x, y, zoom: view().zoom });
+}
+
+outlines.pointed = (found) => {
+  const tip = byId("tip");
+  tip.hidden = !found;
+  if (saying) sayFound(found);
+  if (!found) return;
+  const c = facts.classes[found.label - 1];
+  const swatch = document.createElement("span");
+  swatch.className = "swatch";
+  swatch.style.background = c.color;
+  tip.replaceChildren(swatch, ` ${c.name} · ${area(found.area_mm2)}`);
+  const [x, y] = tipAt;
+  const left = Math.min(x + 14, stage.clientWidth - tip.offsetWidth - 4);
+  const top = y + 18 + tip.offsetHeight < stage.clientHeight ? y + 18 : y - 10 - tip.offsetHeight;
+  tip.style.transform = `translate(${Math.max(4, left)}px, ${Math.max(4, top)}px)`;
+};
+
+function sayMiddle() {
+  const v = view();
+  saying = true;
+  pointAt(v.width / 2, v.height / 2);
+}
+
+function sayFound(found) {
+  const v = view();
+  const what = found ? `${facts.classes[found.label - 1].name}, ${area(found.area_mm2)}` : "no class";
+  saying = false;
+  say(`${what}, at ${place([v.x, v.y], v.zoom, facts.mpp)}`);
+}
+
+function say(text) { byId("said").textContent = text; }
+
+function note(text) {
+  const paragraph = document.createElement("p");
+  paragraph.setAttribute("role", "alert");
+  paragraph.textContent = text;
+  byId("notes").append(paragraph);
+}
+
+async function checkIdentity() {
+  const answer = await fetch("identity.json");
+  if (answer.ok && (await answer.json()).same === false) {
+    note("This file is not the one that was segmented: its bytes differ. What is drawn may not belong to this slide.");
+  }
+}
+
+// The address: a link to this place, with what is shown
+
+let writing = 0;
+function writeAddress() {
+  clearTimeout(writing);
+  writing = setTimeout(() => {
+    const v = view();
+    const digits = Math.max(0, Math.ceil(Math.log10(v.zoom)) + 1);
+    const words = [`x=${v.x.toFixed(digits)}`, `y=${v.y.toFixed(digits)}`, `zoom=${v.zoom.toPrecision(4)}`, ...controls.words()];
+    history.replaceState(null, "", `#${words.join("&")}`);
+  }, SMALLEST_LINK_DELAY_MS);
+}
+
+function readAddress(immediately) {
+  const words = new URLSearchParams(location.hash.slice(1));
+  controls.read(words);
+  const wanted = { x: Number(words.get("x")), y: Number(words.get("y")), zoom: Number(words.get("zoom")) };
+  if (words.has("x") && Object.values(wanted).every(Number.isFinite) && wanted.zoom > 0) goTo(wanted, immediately);
+}
+
+window.addEventListener("hashchange", () => { readAddress(true); applyLayers(); });
+
+async function copyLink() {
+  await navigator.clipboard.writeText(location.href);
+  say("Link copied");
+  byId("link").textContent = "Copied";
+  setTimeout(() => { byId("link").textContent = "Copy link"; }, 1500);
+}
+
+// Buttons and keys
+
+const zoomBy = (factor) => { osd.viewport.zoomBy(factor); osd.viewport.applyConstraints(); };
+const home = () => osd.viewport.goHome();
+function moveBy(dx, dy, little) {
+  const bounds = osd.viewport.getBounds();
+  const step = little ? 0.05 : 0.25;
+  osd.viewport.panBy(new OpenSeadragon.Point(dx * step * bounds.width, dy * step * bounds.height));
+  osd.viewport.applyConstraints();
+}
+
+byId("zoom-in").addEventListener("click", () => zoomBy(1.5));
+byId("zoom-out").addEventListener("click", () => zoomBy(1 / 1.5));
+byId("home").addEventListener("click", home);
+byId("link").addEventListener("click", copyLink);
+byId("help-button").addEventListener("click", () => byId("help").showModal());
+byId("slides")?.addEventListener("change", (event) => { location.href = `/slides/${event.target.value}/`; });
+
+const keys = {
+  ArrowLeft: (e) => moveBy(-1, 0, e.shiftKey), ArrowRight: (e) => moveBy(1, 0, e.shiftKey),
+  ArrowUp: (e) => moveBy(0, -1, e.shiftKey), ArrowDown: (e) => moveBy(0, 1, e.shiftKey),
+  "+": () => zoomBy(1.5), "=": () => zoomBy(1.5), "-": () => zoomBy(1 / 1.5), "−": () => zoomBy(1 / 1.5),
+  0: home,
+  f: () => goTo({ ...view(), zoom: 1 / window.devicePixelRatio }, false),
+  i: sayMiddle, l: copyLink,
+  m: () => controls.toggle("map"), o: () => controls.toggle("outlines"), p: () => controls.toggle("probability"),
+  h: () => controls.hideAll(),
+  "[": () => controls.stronger(-0.1), "]": () => controls.stronger(0.1),
+  "?": () => byId("help").showModal(),
+};
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.altKey || event.metaKey || byId("help").open) return;
+  // Sliders and lists have arrow keys of their own.
+  if (event.target.matches("select, input[type=range]") && /^(Arrow|Home|End|Page)/.test(event.key)) return;
+  if (event.target.matches("select")) return;
+  const action = /^[1-9]$/.test(event.key) ? () => controls.toggleClass(Number(event.key) - 1) : keys[event.key];
+  if (!action) return;
+  event.preventDefault();
+  action(event);
+});
+
+// For tests and the console.
+window.wsiView = { osd, outlines, view, controls };
