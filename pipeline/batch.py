@@ -1,4 +1,4 @@
-"""Several slides, one after the other: which they are, and how each ended."""
+"""Several slides: which they are, and how each ended."""
 
 from __future__ import annotations
 
@@ -7,36 +7,52 @@ import logging
 import math
 import os
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from models.bundle import shipped_bundles
 from models.errors import ModelError
-from models.predictor import Predictor
-from pipeline.config import SegmentConfig
-from pipeline.errors import Cancelled, ConfigError, OutputError, PipelineError
+from pipeline.errors import Cancelled, ConfigError, LockedError, OutputError, PipelineError
+from pipeline.folders import is_locked
 from pipeline.report import SlideResult, write_summary
-from pipeline.segment import Progress, segment_slide
+from pipeline.report_page import write_report
 from wsi.errors import SlideError
 from wsi.slide import SLIDE_SUFFIXES
 
+if TYPE_CHECKING:  # they take the jobs of this module
+    from pipeline.segment import Progress
+    from pipeline.workers import Workers
+
 log = logging.getLogger(__name__)
+
+MAX_AT_ONCE = 64
+"""Slides at a time, however large a cluster is: each has a thread here that waits for it."""
+
+LOCK_CHECK_S = 1.0
+"""How often a slide that another process is working on is looked at."""
 
 
 @dataclass(frozen=True)
 class SlideJob:
-    """A slide to be segmented, and its own micrometres per pixel where a manifest states one."""
+    """A slide to be segmented, and what a manifest states for it alone."""
 
     path: Path
     mpp: float | None = None
+    """Micrometres per level-0 pixel; None: what the run's settings say."""
+    model: str | None = None
+    """Name or path of a bundle; None: the run's model."""
 
 
 def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[SlideJob]:
     """The slides that some paths stand for: files as they are, folders by file ending, CSV manifests by their rows.
 
-    A manifest has a header with the column `slide` (a path, relative to the manifest) and, if wanted, `mpp`. A slide
-    that is named twice is taken once.
+    A manifest has a header with the column `slide` (a path, relative to the manifest) and, if wanted, `mpp` and `model`
+    (the name of a shipped model, or a bundle's path, relative to the manifest). A slide that is named twice is taken
+    once.
 
     Raises ConfigError where a folder holds no slide or a manifest cannot be used.
     """
@@ -51,37 +67,90 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
 def segment_batch(
     jobs: Sequence[SlideJob],
     output: Path,
-    predictor: Predictor,
-    config: SegmentConfig,
+    workers: Workers,
     progress: Callable[[SlideJob], Progress],
     report: Callable[[SlideResult], None],
 ) -> list[SlideResult]:
-    """Segment slides one after the other; one that fails is reported and the others go on.
+    """Segment slides in this order, as many at a time as the workers take; one that fails is reported and the others
+    go on. Returns the results in the order of the jobs.
 
-    `summary.csv` is up to date after each. Slides whose results would have the same name fail before any is begun.
+    `summary.csv` is up to date after each, the report `index.html` at the end, also of a run that is broken off. Slides
+    whose results would have the same name fail before any is begun. A slide that another process is working on is come
+    back to once that has ended: it is then there already (`skipped`), or taken over where the other was killed.
 
     Raises Cancelled on KeyboardInterrupt.
     """
     clashes = name_clashes(jobs)
-    results: list[SlideResult] = []
-    for job in jobs:
-        start = time.perf_counter()
+    results: dict[int, SlideResult] = {}
+
+    def segment(number: int) -> SlideResult | None:
+        job, start = jobs[number], time.perf_counter()
         try:
             if job.path in clashes:
                 raise ConfigError(clashes[job.path])
-            settings = config if job.mpp is None else replace(config, mpp=job.mpp)
-            result = segment_slide(job.path, output, predictor, settings, progress(job))
+            return workers.segment(job, output, progress(job))
+        except LockedError:
+            return None
         except Cancelled:
             raise
         except Exception as error:
             log.debug("%s failed", job.path, exc_info=True)
-            result = SlideResult(job.path.stem, "failed", time.perf_counter() - start, error=failure(job, error))
-        results.append(result)
-        report(result)
-        if job.path not in clashes:
-            _summarise(output, [result])
-    _summarise(output, [r for job, r in zip(jobs, results, strict=True) if job.path in clashes])
-    return results
+            return SlideResult(job.path.stem, "failed", time.perf_counter() - start, error=failure(job, error))
+
+    try:
+        waiting = list(range(len(jobs)))
+        while waiting:
+            locked = []
+            for number, result in _each(segment, waiting, workers):
+                if result is None:
+                    log.warning("%s: another process is working on this slide; waiting for it", jobs[number].path.name)
+                    locked.append(number)
+                    continue
+                results[number] = result
+                report(result)
+                if jobs[number].path not in clashes:
+                    _summarise(output, [result])
+            waiting = _when_free(jobs, output, locked)
+        _summarise(output, [result for number, result in sorted(results.items()) if jobs[number].path in clashes])
+    finally:
+        if results:
+            _write_report(output)
+    return [results[number] for number in range(len(jobs))]
+
+
+def _each(
+    segment: Callable[[int], SlideResult | None], numbers: Sequence[int], workers: Workers
+) -> Iterator[tuple[int, SlideResult | None]]:
+    """The slides as they end, `workers.slides_at_once` at a time; that may change while they run."""
+    if workers.slides_at_once == 1:
+        # On this thread, where a KeyboardInterrupt reaches the slide itself.
+        yield from ((number, segment(number)) for number in numbers)
+        return
+    left = deque(numbers)
+    running: dict[Future[SlideResult | None], int] = {}
+    with ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="slide") as pool:
+        try:
+            while left or running:
+                while left and len(running) < min(workers.slides_at_once, MAX_AT_ONCE):
+                    number = left.popleft()
+                    running[pool.submit(segment, number)] = number
+                for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        except BaseException as error:
+            workers.cancel()
+            if isinstance(error, KeyboardInterrupt):
+                raise Cancelled("interrupted; run the same command again to go on from what is finished") from None
+            raise
+
+
+def _when_free(jobs: Sequence[SlideJob], output: Path, locked: Sequence[int]) -> list[int]:
+    """Wait until no process is working on the first of these slides; returns all of them."""
+    try:
+        while locked and is_locked(output, jobs[locked[0]].path.stem):
+            time.sleep(LOCK_CHECK_S)
+    except KeyboardInterrupt:
+        raise Cancelled("interrupted; run the same command again to go on from what is finished") from None
+    return list(locked)
 
 
 def failure(job: SlideJob, error: Exception) -> str:
@@ -103,6 +172,15 @@ def _summarise(output: Path, results: list[SlideResult]) -> None:
         log.error("%s: cannot write summary.csv: %s", output, error.strerror)
     except OutputError as error:
         log.error("%s", error)
+
+
+def _write_report(output: Path) -> None:
+    try:
+        write_report(output)
+    except Exception as error:
+        # The page says nothing that the results do not: hours of work must not be lost to it.
+        log.error("%s: the report could not be written: %s", output, error)
+        log.debug("the report could not be written", exc_info=True)
 
 
 def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
@@ -166,4 +244,10 @@ def _read_manifest(path: Path) -> Iterator[SlideJob]:
             mpp = math.nan
         if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
             raise ConfigError(f"{path}, line {number}: mpp is {text!r}; it must be a positive number, or empty")
-        yield SlideJob(path.parent / name, mpp)
+        yield SlideJob(path.parent / name, mpp, _model(path, (row.get("model") or "").strip()))
+
+
+def _model(manifest: Path, text: str) -> str | None:
+    if not text or text in shipped_bundles():
+        return text or None
+    return str(manifest.parent / text)

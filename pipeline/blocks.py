@@ -25,7 +25,7 @@ from pipeline.polygons import block_regions, save_regions
 from pipeline.store import MapStore
 from wsi.grid import Block, Box, Grid
 from wsi.resample import TilePixels, read_tiles
-from wsi.slide import Slide
+from wsi.slide import Slide, SlideInfo
 from wsi.tissue import Tissue
 
 BACKGROUND_LABEL = 0
@@ -54,12 +54,11 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class BlockWork:
-    """All that the blocks of one slide have in common."""
+    """All that the blocks of one slide have in common. Picklable."""
 
-    slide: Slide
+    info: SlideInfo
     grid: Grid
     tissue: Tissue
-    predictor: Predictor
     config: SegmentConfig
     store: MapStore
     folder: Path
@@ -81,7 +80,9 @@ class _Timer:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def segment_block(work: BlockWork, block: Block, stopped: Callable[[], bool]) -> tuple[BlockRecord, list[Path]]:
+def segment_block(
+    work: BlockWork, slide: Slide, predictor: Predictor, block: Block, stopped: Callable[[], bool]
+) -> tuple[BlockRecord, list[Path]]:
     """Segment one block and write its chunks and polygons; returns its record, without digests, and the files written.
 
     `stopped` is asked between groups of tiles. Raises Stopped once it says True, and PipelineError naming the tile
@@ -91,17 +92,17 @@ def segment_block(work: BlockWork, block: Block, stopped: Callable[[], bool]) ->
     tissue_HW = block_tissue(grid, work.tissue, block)
     tiles_m = needed_tiles(grid, tissue_HW, block)
     with timer("read"):
-        pixels = read_tiles(work.slide, grid, tiles_m)
+        pixels = read_tiles(slide, grid, tiles_m)
     if stopped():
         raise Stopped
     with timer("wait"):
-        work.predictor.lock.acquire()
+        predictor.lock.acquire()
     try:
         with timer("network"):
-            blend, counts = _predict(work, block, tiles_m, pixels, stopped)
+            blend, counts = _predict(work, predictor, block, tiles_m, pixels, stopped)
             probs_KHW, labels_HW = blend.result(tissue_HW)
     finally:
-        work.predictor.lock.release()
+        predictor.lock.release()
     bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
     del pixels, blend
     with timer("polygons"):
@@ -185,9 +186,14 @@ def winners(probs_KHW: torch.Tensor) -> torch.Tensor:
 
 
 def _predict(
-    work: BlockWork, block: Block, tiles_m: list[Box], pixels: TilePixels, stopped: Callable[[], bool]
+    work: BlockWork,
+    predictor: Predictor,
+    block: Block,
+    tiles_m: list[Box],
+    pixels: TilePixels,
+    stopped: Callable[[], bool],
 ) -> tuple[Blend, tuple[int, int]]:
-    predictor, grid = work.predictor, work.grid
+    grid = work.grid
     tile_out = grid.tile_m // grid.m_per_out
     blend = Blend(block, len(predictor.card.classes), tile_out, predictor.device)
     segmented = unclassified = 0
@@ -200,7 +206,7 @@ def _predict(
         except NonFiniteOutputError as error:
             places = ", ".join(str(tuple(grid.box_l0(group[i]))) for i in error.indices[:3])
             raise PipelineError(
-                f"{work.slide.info.path.name}: {error}, at level-0 (x, y, width, height) {places}; "
+                f"{work.info.path.name}: {error}, at level-0 (x, y, width, height) {places}; "
                 f"try --precision float32, or another model"
             ) from error
         for tile_m, probs_Khw in zip(group, prediction.probs_NKhw, strict=True):

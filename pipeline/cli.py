@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 # Heavy libraries are imported inside the command: `--help` has to answer at once.
-import io
 import json
 import logging
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pipeline.commands import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, fail, run
 from pipeline.config import SegmentConfig
 
 if TYPE_CHECKING:
     from pipeline.batch import SlideJob
     from pipeline.report import SlideResult
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
-
+PROGRAM = "wsi-segment"
 DEFAULTS = SegmentConfig()
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -31,7 +29,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def segment(
     slides: Annotated[
         list[Path] | None,
-        typer.Argument(help="Slides, folders of slides, or CSV manifests (columns: slide, mpp).", show_default=False),
+        typer.Argument(
+            help="Slides, folders of slides, or CSV manifests (columns: slide, mpp, model).", show_default=False
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("results"),
     model: Annotated[
@@ -76,6 +76,25 @@ def segment(
     ] = "auto",
     recursive: Annotated[bool, typer.Option("--recursive", help="Search subfolders, too.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace results of other runs.")] = False,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Where to work: local (a process per GPU), local:N (N processes), or the address or scheduler file "
+            "of a dask.distributed cluster; in this process, if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    spread: Annotated[
+        Literal["slides", "blocks"],
+        typer.Option(help="With --scheduler: give each process whole slides, or parts of one large slide."),
+    ] = "slides",
+    slide_timeout: Annotated[
+        float | None,
+        typer.Option(help="With --scheduler: seconds after which a slide is given up.", show_default=False),
+    ] = None,
+    qupath: Annotated[
+        bool, typer.Option("--qupath", help="Write a QuPath project of all results in the output folder at the end.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON.")] = False,
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")] = 0,
@@ -112,14 +131,25 @@ def segment(
         if dry_run:
             _print_plans(jobs, output, model, config, as_json=as_json)
         else:
-            _run(jobs, output, model, config, as_json=as_json, quiet=quiet)
+            _run(
+                jobs,
+                output,
+                model,
+                config,
+                scheduler=scheduler,
+                spread=spread,
+                slide_timeout_s=slide_timeout,
+                qupath=qupath,
+                as_json=as_json,
+                quiet=quiet,
+            )
     except ConfigError as error:
-        _fail(str(error), EXIT_USAGE)
+        fail(PROGRAM, str(error), EXIT_USAGE)
     except SampleError as error:
-        _fail(str(error), EXIT_FAILED)
+        fail(PROGRAM, str(error), EXIT_FAILED)
     except (Cancelled, KeyboardInterrupt) as stop:
         # Here and not in the caller: typer would make exit status 1 of it.
-        _fail(str(stop) or "interrupted; run the same command again to go on", EXIT_INTERRUPTED)
+        fail(PROGRAM, str(stop) or "interrupted; run the same command again to go on", EXIT_INTERRUPTED)
 
 
 def _jobs(inputs: list[Path], *, sample: bool, recursive: bool) -> list[SlideJob]:
@@ -136,29 +166,37 @@ def _jobs(inputs: list[Path], *, sample: bool, recursive: bool) -> list[SlideJob
     return jobs
 
 
-def _run(jobs: list[SlideJob], output: Path, model: str, config: SegmentConfig, *, as_json: bool, quiet: bool) -> None:
-    from models.bundle import load_bundle
+def _run(
+    jobs: list[SlideJob],
+    output: Path,
+    model: str,
+    config: SegmentConfig,
+    *,
+    scheduler: str | None,
+    spread: Literal["slides", "blocks"],
+    slide_timeout_s: float | None,
+    qupath: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     from models.errors import ModelError
-    from models.predictor import Predictor
     from pipeline.batch import segment_batch
+    from pipeline.errors import ClusterError
     from pipeline.malloc import keep_freed_memory
     from pipeline.progress import ProgressBars
+    from pipeline.workers import open_workers
 
     keep_freed_memory()
-    try:
-        predictor = Predictor.from_bundle(
-            load_bundle(model),
-            device=config.device,
-            precision=config.precision,
-            batch_size=config.batch_size,
-            output_stride=config.output_stride,
-            ungated_fallback=config.keep_ungated,
-        )
-    except ModelError as error:
-        _fail(str(error), EXIT_FAILED)
-    with ProgressBars(hidden=quiet) as bars:
+    with ExitStack() as stack:
+        try:
+            workers = stack.enter_context(
+                open_workers(scheduler, model, config, spread=spread, slide_timeout_s=slide_timeout_s)
+            )
+        except (ModelError, ClusterError) as error:
+            fail(PROGRAM, str(error), EXIT_FAILED)
+        bars = stack.enter_context(ProgressBars(hidden=quiet))
         results = segment_batch(
-            jobs, output, predictor, config, lambda job: bars.slide(job.path.name), lambda r: bars.say(_line(r))
+            jobs, output, workers, lambda job: bars.slide(job.path.stem), lambda r: bars.end(r.slide, _line(r))
         )
     if as_json:
         print(json.dumps([_plain(r) for r in results], indent=2, ensure_ascii=False))
@@ -166,32 +204,46 @@ def _run(jobs: list[SlideJob], output: Path, model: str, config: SegmentConfig, 
         for result in results:
             if result.folder is not None:
                 print(result.folder)
+    if qupath and any(r.status != "failed" for r in results):
+        _write_project(output, hidden=as_json or quiet)
     if any(r.status == "failed" for r in results):
         sys.exit(EXIT_FAILED)
 
 
-def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: SegmentConfig, *, as_json: bool) -> None:
-    from dataclasses import replace
+def _write_project(output: Path, *, hidden: bool) -> None:
+    from pipeline.errors import OutputError
+    from pipeline.qupath import write_project
 
+    try:
+        project = write_project(output)
+    except OutputError as error:
+        fail(PROGRAM, str(error), EXIT_FAILED)
+    if not hidden:
+        print(project)
+
+
+def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: SegmentConfig, *, as_json: bool) -> None:
     from models.bundle import load_bundle
     from models.errors import ModelError
     from pipeline.batch import failure, name_clashes
     from pipeline.errors import ConfigError
     from pipeline.plan import check_resources
     from pipeline.segment import plan_slide
+    from pipeline.workers import config_of
 
     plans: list[dict[str, object]] = []
     try:
         card = load_bundle(model).card
     except ModelError as error:
-        _fail(str(error), EXIT_FAILED)
+        fail(PROGRAM, str(error), EXIT_FAILED)
     clashes = name_clashes(jobs)
     for job in jobs:
         entry: dict[str, object] = {"slide": str(job.path)}
         try:
             if job.path in clashes:
                 raise ConfigError(clashes[job.path])
-            slide, _, plan = plan_slide(job.path, card, replace(config, mpp=job.mpp or config.mpp))
+            own = load_bundle(job.model).card if job.model else card
+            slide, _, plan = plan_slide(job.path, own, config_of(job, config))
             slide.close()
             entry |= {"mpp": slide.info.mpp, "mpp_source": slide.info.mpp_source, "backend": slide.info.backend}
             entry |= plan.summary() | {"warnings": list(slide.info.warnings)}
@@ -237,15 +289,10 @@ def _plain(result: SlideResult) -> dict[str, object]:
     return result.row() | {"areas_mm2": result.areas_mm2, "warnings": list(result.warnings), "folder": folder}
 
 
-def _fail(message: str, status: int) -> NoReturn:
-    print(f"wsi-segment: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
 def main() -> None:
     """Entry point of the console script."""
-    # A file name may hold bytes that are no text; printing it must not fail.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    app()
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

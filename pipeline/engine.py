@@ -3,13 +3,84 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import dask
 
+from models.bundle import ModelCard
+from models.predictor import Predictor
+from pipeline.blocks import BlockRecord, BlockWork, segment_block
+from pipeline.journal import make_durable
+from wsi.grid import Block
+from wsi.slide import Slide
+
 Item = TypeVar("Item")
+
+Finished = Callable[[BlockRecord], None]
+"""Called with a block's record, from any thread, once its files are on the disk."""
+
+
+class BlockRunner(Protocol):
+    """Something that runs the blocks of a slide with a model."""
+
+    @property
+    def card(self) -> ModelCard:
+        """Of the model."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of the model."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """What the networks ran on."""
+        ...
+
+    def run(self, work: BlockWork, slide: Slide, blocks: Sequence[Block], finished: Finished) -> None:
+        """Segment the blocks, in any order; `slide` is theirs, open in this process.
+
+        The first error ends the run, one of `finished` too: no new block is begun and it is raised once the running
+        ones have ended.
+        """
+        ...
+
+
+class ThreadRunner:
+    """Runs blocks on threads of this process."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.card = predictor.card
+        self.digest = predictor.digest
+        self.device = str(predictor.device)
+        self._predictor = predictor
+
+    def run(self, work: BlockWork, slide: Slide, blocks: Sequence[Block], finished: Finished) -> None:
+        stop = threading.Event()
+        run_blocks(work, slide, self._predictor, blocks, finished, stop, stop.is_set)
+
+
+def run_blocks(
+    work: BlockWork,
+    slide: Slide,
+    predictor: Predictor,
+    blocks: Sequence[Block],
+    finished: Finished,
+    stop: threading.Event,
+    stopped: Callable[[], bool],
+) -> None:
+    """Segment blocks on threads and make their files durable; `stopped` is asked now and then, and after an error it
+    has to be True once `stop` is set.
+    """
+
+    def run(block: Block) -> None:
+        record, files = segment_block(work, slide, predictor, block, stopped)
+        finished(make_durable(work.folder, record, files))
+
+    run_all(run, blocks, work.config.in_flight, stop)
 
 
 def run_all(function: Callable[[Item], None], items: Iterable[Item], in_flight: int, stop: threading.Event) -> None:

@@ -5,6 +5,9 @@ PipelineError
 ├── PlanError      the run would not fit into memory or onto the disk
 ├── OutputError    results cannot be written, or would replace something else
 ├── LockedError    another process is at work on the same slide
+├── ClusterError   the processes that should do the work are not to be had, or cannot do it
+├── WorkerLostError   the process that worked on a slide went away
+├── SlideTimeoutError  a slide took longer than it may
 ├── RegionsFileError  a block's polygons cannot be read back
 ├── TrainConfigError  a setting of a training run that cannot be used
 ├── TrainError     a training run that cannot go on
@@ -16,6 +19,7 @@ PipelineError
 │   ├── EmptyClassError        a class that no training patch has
 │   └── UnreadableImageError   an image that does not open, or too many of them
 ├── ClassMismatchError  a model of other classes than the data set's
+├── ViewError      results that cannot be shown
 ├── Cancelled      the run was interrupted; it can go on later
 └── SampleError    the sample slide is not to be had
 
@@ -23,6 +27,8 @@ Every message says what is wrong, with which file, and what to do next.
 """
 
 from __future__ import annotations
+
+import errno
 
 
 class PipelineError(Exception):
@@ -43,6 +49,18 @@ class OutputError(PipelineError):
 
 class LockedError(OutputError):
     """Another process is at work on the same slide."""
+
+
+class ClusterError(PipelineError):
+    """The processes that should do the work are not to be had, or cannot do it."""
+
+
+class WorkerLostError(PipelineError):
+    """The process that worked on a slide went away."""
+
+
+class SlideTimeoutError(PipelineError):
+    """A slide took longer than it may."""
 
 
 class TrainConfigError(PipelineError):
@@ -85,9 +103,56 @@ class ClassMismatchError(PipelineError):
     """The model's classes are not the data set's."""
 
 
+class ViewError(PipelineError):
+    """Results that cannot be shown, or not with this slide."""
+
+
 class Cancelled(PipelineError):  # noqa: N818 - not an error of anybody's
     """The run was interrupted; it can go on later."""
 
 
 class SampleError(PipelineError):
     """The sample slide is not to be had from any of its sources."""
+
+
+_PASSING = frozenset(
+    {
+        # A network mount that was renewed, hangs or went away for a moment.
+        errno.ESTALE,
+        errno.EIO,
+        errno.ETIMEDOUT,
+        errno.EREMOTEIO,
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENOTCONN,
+        errno.EAGAIN,
+        errno.EBUSY,
+        # Others on the machine had taken it all.
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+    }
+)
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Whether the same work can succeed later, with nothing changed by anybody.
+
+    That is so for a stale or hanging network mount, a lost worker and a slide that took too long; not for a slide that
+    is missing or broken, nor for a full disk or wrong settings. An error that was raised from another one is judged by
+    that one, too.
+    """
+    while error is not None:
+        if isinstance(error, (WorkerLostError, SlideTimeoutError)):
+            return True
+        if isinstance(error, OSError) and (
+            error.errno in _PASSING or isinstance(error, (TimeoutError, ConnectionError))
+        ):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False

@@ -71,7 +71,7 @@ def open_folder(output: Path, name: str, identity: Mapping[str, object], *, forc
             f"{output / name}: no folder of a result may have .zarr in its name: viewers take it for a store"
         )
     output.mkdir(parents=True, exist_ok=True)
-    lock_path = output / f".{name}.lock"
+    lock_path = lock_file(output, name)
     lock = FileLock(lock_path)
     try:
         lock.acquire(blocking=False)
@@ -91,6 +91,34 @@ def open_folder(output: Path, name: str, identity: Mapping[str, object], *, forc
         lock.release()
 
 
+def lock_file(output: Path, name: str) -> Path:
+    """The file that is there while a run works on a slide; a killed run leaves it behind, unlocked."""
+    return output / f".{name}.lock"
+
+
+def is_locked(output: Path, name: str) -> bool:
+    """Whether a run is at work on a slide; the lock file of one that was killed is removed."""
+    path = lock_file(output, name)
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    path.unlink(missing_ok=True)
+    lock.release()
+    return False
+
+
+def finished_run(target: Path, identity: Mapping[str, object]) -> dict[str, object] | None:
+    """The `run.json` of the result in `target` if it was made of the same inputs and no file of it is missing."""
+    run = read_run(target)
+    if run is None or run["identity"] != identity:
+        return None
+    return run if all((target / name).exists() for name in cast("list[str]", run["outputs"])) else None
+
+
 def _prepare(output: Path, name: str, identity: Mapping[str, object], *, force: bool) -> ResultFolder:
     folder = ResultFolder(output / name, output / f".{name}.work", None)
     if folder.old.exists():
@@ -106,8 +134,7 @@ def _prepare(output: Path, name: str, identity: Mapping[str, object], *, force: 
                 f"{folder.target}: holds something that no run has made; move it away or choose another --output"
             )
         if not force:
-            complete = all((folder.target / name).exists() for name in cast("list[str]", run.get("outputs", [])))
-            if run.get("identity") == identity and complete:
+            if finished_run(folder.target, identity) is not None:
                 return ResultFolder(folder.target, folder.work, run)
             raise OutputError(
                 f"{folder.target}: holds the result of another run ({_difference(run, identity)}); pass --force to "

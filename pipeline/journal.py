@@ -13,8 +13,10 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.blocks import BlockRecord
+if TYPE_CHECKING:  # it brings torch, which commands that only read results do without
+    from pipeline.blocks import BlockRecord
 
 
 class Journal:
@@ -26,14 +28,8 @@ class Journal:
         self._path = folder / "journal.jsonl"
         self._lock = threading.Lock()
 
-    def append(self, record: BlockRecord, files: Iterable[Path]) -> BlockRecord:
-        """Make the files and then the record durable; returns the record with the files' digests."""
-        files = list(files)
-        for path in files:
-            sync(path)
-        for folder in {path.parent for path in files}:
-            sync(folder)
-        record = replace(record, files={path.relative_to(self._folder).as_posix(): _digest(path) for path in files})
+    def append(self, record: BlockRecord) -> None:
+        """Make a block's record durable; its files have to be so before (`make_durable`)."""
         line = _line(self._identity, record)
         with self._lock, self._path.open("ab") as journal:
             # A line that a crash cut short must not swallow this one.
@@ -42,7 +38,6 @@ class Journal:
             journal.write(line)
             journal.flush()
             os.fsync(journal.fileno())
-        return record
 
     def finished(self) -> dict[int, BlockRecord]:
         """The blocks that need not be computed again, by index.
@@ -62,6 +57,16 @@ class Journal:
     def _files_match(self, record: BlockRecord) -> bool:
         paths = {self._folder / name: digest for name, digest in record.files.items()}
         return all(path.is_file() and _digest(path) == digest for path, digest in paths.items())
+
+
+def make_durable(folder: Path, record: BlockRecord, files: Iterable[Path]) -> BlockRecord:
+    """Bring a block's files, which lie in the working folder, to the disk; returns its record with their digests."""
+    files = list(files)
+    for path in files:
+        sync(path)
+    for parent in {path.parent for path in files}:
+        sync(parent)
+    return replace(record, files={path.relative_to(folder).as_posix(): _digest(path) for path in files})
 
 
 def sync(path: Path) -> None:
@@ -91,6 +96,8 @@ def _line(identity: str, record: BlockRecord) -> bytes:
 
 
 def _record(identity: str, line: bytes) -> BlockRecord | None:
+    from pipeline.blocks import BlockRecord
+
     try:
         entry = json.loads(line)
         body = entry["record"]

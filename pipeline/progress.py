@@ -7,19 +7,28 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from pipeline import segment
 
 
 class ProgressBars:
-    """A progress bar for the slide at work, and a line for each that has ended. Context manager."""
+    """A progress bar for each slide at work, and a line for each that has ended. Context manager."""
 
     def __init__(self, *, hidden: bool) -> None:
         self._console = Console(stderr=True)
         self._hidden = hidden
         self._lock = threading.Lock()
+        self._tasks: dict[str, TaskID] = {}
         self._bars = Progress(
             TextColumn("{task.fields[slide]}", markup=False),
             TextColumn("{task.description}"),
@@ -33,10 +42,9 @@ class ProgressBars:
         )
 
     def slide(self, name: str) -> segment.Progress:
-        """A callback for one slide's progress; its bar takes the place of the last slide's."""
-        for task in self._bars.task_ids:
-            self._bars.remove_task(task)
-        task = self._bars.add_task("planning", slide=name, total=None)
+        """A callback for one slide's progress."""
+        self._remove(name)
+        task = self._tasks[name] = self._bars.add_task("planning", slide=name, total=None)
         stage = ""
 
         def update(description: str, done: int, total: int) -> None:
@@ -49,10 +57,17 @@ class ProgressBars:
 
         return update
 
-    def say(self, line: str) -> None:
-        """Print a line above the bar. Errors are printed even where progress is hidden."""
+    def end(self, name: str, line: str) -> None:
+        """Take a slide's bar away and print a line above the others; an error even where progress is hidden."""
+        self._remove(name)
         if not self._hidden or line.startswith("failed"):
             self._console.print(Text(line), soft_wrap=True)
+
+    def _remove(self, name: str) -> None:
+        with self._lock:
+            task = self._tasks.pop(name, None)
+            if task is not None:
+                self._bars.remove_task(task)
 
     def __enter__(self) -> Self:
         self._bars.start()

@@ -10,37 +10,33 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import numpy as np
-import zarr
 
 from models.bundle import ModelCard
 from models.predictor import Predictor
-from pipeline.blocks import BlockRecord, BlockWork, regions_file, segment_block
+from pipeline.blocks import BlockRecord, BlockWork, regions_file
 from pipeline.config import SegmentConfig
-from pipeline.engine import run_all
+from pipeline.engine import BlockRunner, ThreadRunner
 from pipeline.errors import Cancelled, ConfigError, OutputError
 from pipeline.features import write_features
-from pipeline.folders import ResultFolder, open_folder
+from pipeline.folders import open_folder
 from pipeline.journal import Journal, sync, sync_tree
 from pipeline.plan import Plan, check_resources, make_plan
 from pipeline.polygons import join_regions, load_regions
 from pipeline.preview import write_preview
-from pipeline.report import RUN_FORMAT, SlideResult, Status, versions, write_run
+from pipeline.report import SlideResult, Status, run_identity, skipped_result, versions, write_run
+from pipeline.slide_page import PAGE, THUMBNAIL, write_slide_page
+from pipeline.slide_picture import picture_slide
 from pipeline.store import MapSpec, MapStore, build_pyramid, create_store, sweep_partial_files
 from wsi.errors import SlideReadError
-from wsi.grid import Block
-from wsi.slide import Slide, SlideInfo, open_slide, slide_digest
-from wsi.tissue import Tissue, find_tissue, read_thumbnail
+from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp
+from wsi.tissue import Tissue, find_tissue
 
 log = logging.getLogger(__name__)
 
 CHUNK_OUT = 512
 """Side of a chunk of the stored map; a block is a whole number of chunks."""
-
-PREVIEW_PX = 1600
-"""Longer side of the thumbnail in the preview."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the steps done, and all steps."""
@@ -75,8 +71,16 @@ def segment_slide(
 
     Raises SlideError, ModelError or PipelineError; Cancelled on KeyboardInterrupt.
     """
+    _check_predictor(predictor, config)
+    return segment_slide_with(ThreadRunner(predictor), path, output, config, progress)
+
+
+def segment_slide_with(
+    runner: BlockRunner, path: Path, output: Path, config: SegmentConfig, progress: Progress = no_progress
+) -> SlideResult:
+    """`segment_slide`, with its blocks run by `runner`; everything else is done here."""
     try:
-        return _segment_slide(path, output, predictor, config, progress)
+        return _segment_slide(path, output, runner, config, progress)
     except KeyboardInterrupt:
         raise Cancelled(
             f"{path.name}: interrupted; run the same command again to go on from the blocks that are finished"
@@ -84,32 +88,27 @@ def segment_slide(
 
 
 def _segment_slide(
-    path: Path, output: Path, predictor: Predictor, config: SegmentConfig, progress: Progress
+    path: Path, output: Path, runner: BlockRunner, config: SegmentConfig, progress: Progress
 ) -> SlideResult:
-    _check_predictor(predictor, config)
     start, run_versions = time.perf_counter(), versions()
     seconds: dict[str, float] = {}
-    identity: dict[str, object] = {
-        "format": RUN_FORMAT,
-        "slide": slide_digest(path),
-        "model": predictor.digest,
-        "parameters": config.parameters(),
-    }
+    stamp = slide_stamp(path)  # before the digest: a slide that changes in between must not pass for that one
+    identity = run_identity(slide_digest(path), runner.digest, config)
     with _named_write_errors(path, output), open_folder(output, path.stem, identity, force=config.force) as folder:
         if folder.finished is not None:
-            return _skipped(path, folder, time.perf_counter() - start)
+            return skipped_result(folder.target, folder.finished, time.perf_counter() - start)
 
         with _timed(seconds, "plan"):
-            slide, tissue, plan = plan_slide(path, predictor.card, config)
+            slide, tissue, plan = plan_slide(path, runner.card, config)
         with slide:
             check_resources(plan, path.name, output)
-            spec = _map_spec(path, predictor.card, plan)
+            spec = _map_spec(path, runner.card, plan)
             store = _open_store(folder.result / f"{path.stem}.ome.zarr", folder.work, spec)
-            work = BlockWork(slide, plan.grid, tissue, predictor, config, store, folder.work)
+            work = BlockWork(slide.info, plan.grid, tissue, config, store, folder.work)
 
             with _timed(seconds, "blocks"):
-                records, resumed = _run_blocks(work, plan, Journal(folder.work, identity), progress)
-            warnings = _warnings(work, records)
+                records, resumed = _run_blocks(runner, work, slide, plan, Journal(folder.work, identity), progress)
+            warnings = _warnings(work, runner.card.mpp, records)
             areas_mm2 = _areas_mm2(records, spec)
 
             progress("joining polygons", 0, 1)
@@ -128,17 +127,26 @@ def _segment_slide(
             with _timed(seconds, "pyramid"):
                 build_pyramid(store.path, spec)
             with _timed(seconds, "preview"):
-                _write_preview(folder.result / "preview.png", slide, store)
+                picture = picture_slide(slide, plan.grid, store)
+                write_preview(
+                    folder.result / "preview.png",
+                    picture.rgb_HWC,
+                    picture.labels_HW,
+                    spec.classes,
+                    title=spec.name,
+                    um_per_px=picture.um_per_px,
+                )
 
             status: Status = "done" if plan.blocks else "no tissue"
             seconds |= _stage_seconds(records) | {"total": time.perf_counter() - start}
             facts = {
                 "identity": identity,
                 "status": status,
-                "slide": _slide_facts(slide.info),
-                "model": predictor.card.name,
+                "slide": _slide_facts(slide.info) | {"stamp": stamp},
+                "model": runner.card.name,
                 "tissue_mm2": tissue.area_um2 / 1e6,
                 "fold_mm2": tissue.fold_um2 / 1e6,
+                "classes": [{"name": name, "color": list(colour)} for name, colour in spec.classes],
                 "class_areas_mm2": areas_mm2,
                 "polygons": features.count,
                 "tiles": _tile_counts(records),
@@ -146,11 +154,12 @@ def _segment_slide(
                 "warnings": list(warnings),
                 "plan": plan.summary(),
                 "resumed_blocks": resumed,
-                "device": str(predictor.device),
+                "device": runner.device,
                 "seconds": seconds,
                 "versions": run_versions,
-                "outputs": sorted({p.name for p in folder.result.iterdir()} | {"run.json"}),
+                "outputs": sorted({p.name for p in folder.result.iterdir()} | {"run.json", PAGE, THUMBNAIL}),
             }
+            write_slide_page(folder.result, facts, picture)
             write_run(folder.result, facts)
         progress("publishing", 0, 1)
         folder.publish()
@@ -191,26 +200,28 @@ def _open_store(path: Path, work: Path, spec: MapSpec) -> MapStore:
     return MapStore(path, spec)
 
 
-def _run_blocks(work: BlockWork, plan: Plan, journal: Journal, progress: Progress) -> tuple[list[BlockRecord], int]:
+def _run_blocks(
+    runner: BlockRunner, work: BlockWork, slide: Slide, plan: Plan, journal: Journal, progress: Progress
+) -> tuple[list[BlockRecord], int]:
     """Run the blocks that no earlier run has finished; returns the records of all, and how many were finished."""
     total = len(plan.blocks)
     planned = {block.index for block in plan.blocks}
     records = {index: record for index, record in journal.finished().items() if index in planned}
     resumed = len(records)
     if resumed:
-        log.info("%s: going on from %d of %d blocks", work.slide.info.path.name, resumed, total)
+        log.info("%s: going on from %d of %d blocks", work.info.path.name, resumed, total)
     (work.folder / "regions").mkdir(exist_ok=True)
-    stop, lock = threading.Event(), threading.Lock()
+    lock = threading.Lock()
 
-    def run(block: Block) -> None:
-        record = journal.append(*segment_block(work, block, stop.is_set))
+    def finished(record: BlockRecord) -> None:
+        journal.append(record)
         with lock:
-            records[block.index] = record
+            records[record.index] = record
             _check_readable(work, plan, records.values())
             progress("segmenting", len(records), total)
 
     progress("segmenting", resumed, total)
-    run_all(run, [block for block in plan.blocks if block.index not in records], work.config.in_flight, stop)
+    runner.run(work, slide, [block for block in plan.blocks if block.index not in records], finished)
     return [records[index] for index in sorted(records)], resumed
 
 
@@ -219,17 +230,16 @@ def _check_readable(work: BlockWork, plan: Plan, records: Iterable[BlockRecord])
     bad_l0 = [box for record in records for box in record.bad_tiles_l0]
     if len(bad_l0) > work.config.max_bad_share * plan.tiles:
         raise SlideReadError(
-            f"{work.slide.info.path.name}: at least {len(bad_l0)} of {plan.tiles} tiles cannot be read (at most "
+            f"{work.info.path.name}: at least {len(bad_l0)} of {plan.tiles} tiles cannot be read (at most "
             f"{work.config.max_bad_share:.0%}), one at level-0 (x, y, width, height) {tuple(bad_l0[0])}; copy or scan "
             f"it again"
         )
 
 
-def _warnings(work: BlockWork, records: list[BlockRecord]) -> tuple[str, ...]:
-    warnings = (*work.slide.info.warnings, *work.tissue.warnings)
+def _warnings(work: BlockWork, model_mpp: float, records: list[BlockRecord]) -> tuple[str, ...]:
+    warnings = (*work.info.warnings, *work.tissue.warnings)
     if work.grid.lv_per_m < 1:
-        mpp = work.predictor.card.mpp
-        warnings += (f"the slide is coarser than the model's {mpp:g} µm/px; its pixels were enlarged",)
+        warnings += (f"the slide is coarser than the model's {model_mpp:g} µm/px; its pixels were enlarged",)
     if bad := sum(len(r.bad_tiles_l0) for r in records):
         tiles = sum(r.tiles for r in records)
         warnings += (f"{bad} of {tiles} tiles could not be read; their missing parts count as glass",)
@@ -274,30 +284,6 @@ def _slide_facts(info: SlideInfo) -> dict[str, object]:
         "bounds": list(info.bounds_l0),
         "qupath_offset": [info.bounds_l0.x, info.bounds_l0.y],
     }
-
-
-def _write_preview(path: Path, slide: Slide, store: MapStore) -> None:
-    info, spec = slide.info, store.spec
-    longest_um = max(info.bounds_l0.width, info.bounds_l0.height) * info.mpp
-    rgb_HWC, l0_per_px, _ = read_thumbnail(slide, max(info.mpp, longest_um / PREVIEW_PX))
-    # The coarsest level that is as fine as the thumbnail, without the padding beyond the slide.
-    level = min(spec.levels - 1, int(np.log2(max(1.0, spec.size_out[0] / rgb_HWC.shape[1]))))
-    labels = zarr.open_array(store.path / "labels" / "classes" / str(level), mode="r")
-    columns, rows = (-(-length // 2**level) for length in spec.size_out)
-    labels_HW = np.asarray(labels[:rows, :columns])
-    write_preview(path, rgb_HWC, labels_HW, spec.classes, title=spec.name, um_per_px=info.mpp * l0_per_px)
-
-
-def _skipped(path: Path, folder: ResultFolder, seconds: float) -> SlideResult:
-    run = folder.finished or {}
-    return SlideResult(
-        slide=path.stem,
-        status="skipped",
-        seconds=seconds,
-        areas_mm2=dict(cast("dict[str, float]", run.get("class_areas_mm2", {}))),
-        tissue_mm2=cast("float | None", run.get("tissue_mm2")),
-        folder=folder.target,
-    )
 
 
 @contextmanager

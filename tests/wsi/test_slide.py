@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tests.slides import GLASS, PINK, PURPLE, TILE, painted, write_slide
 from wsi.errors import ResolutionError, SlideFormatError, SlideNotFoundError, SlideReadError
 from wsi.grid import Box
 from wsi.readers import BackendName, OpenSlideReader
-from wsi.slide import Slide, open_slide, slide_digest
+from wsi.slide import Slide, open_slide, slide_digest, slide_stamp
 
 BACKENDS: list[BackendName] = ["openslide", "tiffslide"]
 
@@ -177,6 +178,25 @@ def test_the_digest_follows_the_bytes_and_for_mirax_the_folder(tmp_path: Path) -
     before = slide_digest(mirax)
     (tmp_path / "m" / "Data0001.dat").write_bytes(b"2")
     assert slide_digest(mirax) != before
+
+
+def test_the_stamp_changes_with_every_write_to_a_slides_files_and_with_nothing_else(tmp_path: Path) -> None:
+    mirax, part = tmp_path / "m.mrxs", tmp_path / "m" / "Data0001.dat"
+    part.parent.mkdir()
+    mirax.write_bytes(b"")
+    part.write_bytes(b"1")
+    os.utime(part, ns=(1, 10**18))
+    before = slide_stamp(mirax)
+    (tmp_path / "other.svs").write_bytes(b"1")
+    part.read_bytes()
+    assert slide_stamp(mirax) == before
+    os.utime(part, ns=(1, 10**18 + 1))
+    assert slide_stamp(mirax) != before
+    part.write_bytes(b"12")
+    os.utime(part, ns=(1, 10**18))
+    assert slide_stamp(mirax) != before
+    with pytest.raises(SlideNotFoundError, match=r"gone\.svs: no such file"):
+        slide_stamp(tmp_path / "gone.svs")
 
 
 def test_threads_share_a_slide(tmp_path: Path, noise: np.ndarray) -> None:

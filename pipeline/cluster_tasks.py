@@ -1,0 +1,294 @@
+"""What runs inside the processes of a cluster: a slide, a band of a slide's blocks, and the check before both.
+
+Tasks are small, pixels never travel: a task names files, and what it makes is on the shared disk when it returns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import pickle
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+from distributed import Worker, get_worker
+
+from models.bundle import load_bundle
+from models.errors import ModelError
+from models.predictor import Predictor
+from pipeline.blocks import BlockRecord, BlockWork
+from pipeline.config import SegmentConfig
+from pipeline.engine import run_blocks
+from pipeline.errors import Cancelled, ClusterError, PipelineError
+from pipeline.malloc import keep_freed_memory
+from pipeline.report import SlideResult, versions
+from pipeline.segment import segment_slide
+from pipeline.workers import load_predictor
+from wsi.errors import SlideError
+from wsi.grid import Block
+from wsi.slide import Slide
+
+log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+PROGRESS_S = 0.5
+"""Least time between two messages about the progress of one stage."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model as another process finds it."""
+
+    name: str
+    """Of a shipped bundle, or the absolute path of one."""
+    digest: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """What all tasks of one slide have in common."""
+
+    id: str
+    topic: str
+    """Where messages go: {"id": …, "kind": "started", "key": …, "worker": …} and {…, "kind": "progress", …}."""
+    model: ModelRef
+    config: SegmentConfig
+
+
+@dataclass(frozen=True)
+class Ended(Generic[Value]):
+    """How a task ended. Errors travel as values, each with those it was raised from, which a raised one would lose."""
+
+    value: Value | None = None
+    errors: tuple[Exception, ...] = ()
+
+    def result(self) -> Value:
+        """The task's value; raises its error."""
+        for error, cause in itertools.pairwise(self.errors):
+            error.__cause__ = cause
+        if self.errors:
+            raise self.errors[0]
+        assert self.value is not None
+        return self.value
+
+
+@dataclass(frozen=True)
+class Band:
+    """Some blocks of one slide, and what they have in common."""
+
+    work: BlockWork
+    """Without the tissue's pixels."""
+    mask: bytes
+    """Of the tissue: bits, row by row, compressed."""
+    shape_HW: tuple[int, int]
+    """Of the mask."""
+    identity: bytes
+    """The working folder's identity.json: as long as it is that, the folder is this run's."""
+    blocks: tuple[Block, ...]
+
+
+def make_band(work: BlockWork, blocks: Sequence[Block]) -> Band:
+    """Pack blocks for another process."""
+    nothing_HWC = np.zeros((0, 0, 3), np.uint8)
+    bare = replace(work.tissue, mask_HW=np.zeros((0, 0), bool), rgb_HWC=nothing_HWC)
+    return Band(
+        work=replace(work, tissue=bare),
+        mask=zlib.compress(np.packbits(work.tissue.mask_HW, axis=1).tobytes(), 1),
+        shape_HW=(work.tissue.mask_HW.shape[0], work.tissue.mask_HW.shape[1]),
+        identity=(work.folder / "identity.json").read_bytes(),
+        blocks=tuple(blocks),
+    )
+
+
+def check_worker(needs: dict[str, str], model: ModelRef) -> str:
+    """What keeps this process from doing the work, or nothing: other versions, or another model under the name."""
+    have = versions()
+    # A CUDA build and a CPU build of one version do the same.
+    other = [
+        f"{name} {have[name]} instead of {need}" for name, need in needs.items() if _plain(have[name]) != _plain(need)
+    ]
+    if other:
+        return f"has {', '.join(other)}; install the same versions everywhere"
+    try:
+        _check_digest(model)
+    except (ModelError, ClusterError) as error:
+        return f"cannot use the model: {error}"
+    return ""
+
+
+def check_folder(probe: Path, content: str) -> str:
+    """What keeps this process from writing where the client wrote `probe`, or nothing."""
+    try:
+        return "" if probe.read_text(encoding="utf-8") == content else "sees another folder there"
+    except OSError as error:
+        return f"does not see the folder ({error.strerror or error})"
+
+
+def segment_slide_there(order: Order, path: Path, output: Path) -> Ended[SlideResult]:
+    """`segment_slide` in a process of a cluster."""
+    return _ended(lambda: _segment_slide(order, path, output))
+
+
+def segment_band_there(order: Order, band: Band) -> Ended[tuple[list[BlockRecord], str]]:
+    """Segment a band; returns the records of blocks whose files are on the disk, and the device."""
+    return _ended(lambda: _segment_band(order, band))
+
+
+def _segment_slide(order: Order, path: Path, output: Path) -> SlideResult:
+    with _turn(order) as given_up:
+        if not output.is_dir():
+            raise ClusterError(
+                f"{path.name}: worker {get_worker().address} does not see the folder {output}; mount it there, at the "
+                f"same path"
+            )
+        tell = _teller(order, given_up)
+        return segment_slide(path, output, _predictor(order), order.config, tell)
+
+
+def _segment_band(order: Order, band: Band) -> tuple[list[BlockRecord], str]:
+    with _turn(order) as given_up:
+        predictor, work = _predictor(order), _unpack(band)
+        records: list[BlockRecord] = []
+        stop = threading.Event()
+
+        def stopped() -> bool:
+            return stop.is_set() or given_up() or not _is_ours(band)
+
+        if not _is_ours(band):
+            raise ClusterError(
+                f"{work.info.path.name}: worker {get_worker().address} does not see the folder {work.folder}, or "
+                f"another run has taken it over; mount it there, at the same path"
+            )
+        with Slide(work.info) as slide:
+            run_blocks(work, slide, predictor, band.blocks, records.append, stop, stopped)
+        return records, str(predictor.device)
+
+
+def _is_ours(band: Band) -> bool:
+    """Whether the working folder still is that of the run that sent the band: its client may be long gone."""
+    try:
+        return (band.work.folder / "identity.json").read_bytes() == band.identity
+    except OSError:
+        return False
+
+
+def _unpack(band: Band) -> BlockWork:
+    mask = np.frombuffer(zlib.decompress(band.mask), np.uint8)
+    height, width = band.shape_HW
+    mask_HW = np.unpackbits(mask.reshape(height, -1), axis=1, count=width).astype(bool)
+    return replace(band.work, tissue=replace(band.work.tissue, mask_HW=mask_HW))
+
+
+def _ended(task: Callable[[], Value]) -> Ended[Value]:
+    try:
+        return Ended(task())
+    except Exception as error:
+        if not isinstance(error, (SlideError, ModelError, PipelineError)):
+            log.exception("a task failed")
+            error.add_note("".join(traceback.format_exception(error)))
+        return Ended(errors=tuple(_travelling(e) for e in _chain(error)))
+
+
+def _chain(error: BaseException | None) -> Iterator[Exception]:
+    while isinstance(error, Exception):
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _travelling(error: Exception) -> Exception:
+    """The error, or what it says where it cannot be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    except Exception:  # noqa: BLE001 - whatever its class does
+        return PipelineError(f"{type(error).__name__}: {error}")
+    return error
+
+
+_at_work = threading.Lock()
+_predictors: dict[tuple[ModelRef, SegmentConfig], Predictor] = {}
+
+
+@contextmanager
+def _turn(order: Order) -> Iterator[Callable[[], bool]]:
+    """Wait until this process, which may have several threads for tasks, does nothing else; gives a function that says
+    whether nobody waits for the task any more.
+    """
+    worker = get_worker()
+    key = worker.get_current_task()
+
+    def given_up() -> bool:
+        task = worker.state.tasks.get(key)
+        return task is None or task.state in ("cancelled", "released", "forgotten")
+
+    while not _at_work.acquire(timeout=1.0):
+        if given_up():
+            raise Cancelled("nobody waits for it any more")
+    try:
+        keep_freed_memory()
+        worker.log_event(order.topic, {"id": order.id, "kind": "started", "key": key, "worker": worker.address})
+        yield given_up
+    except Exception:
+        if given_up():
+            # Its client may have cleared the working folder away.
+            raise Cancelled("nobody waits for it any more") from None
+        raise
+    finally:
+        _at_work.release()
+
+
+def _teller(order: Order, given_up: Callable[[], bool]) -> Callable[[str, int, int], None]:
+    """A progress callback that sends messages, not too many, and ends a slide that nobody waits for."""
+    worker: Worker = get_worker()
+    last_stage, last_time = "", 0.0
+
+    def tell(stage: str, done: int, total: int) -> None:
+        nonlocal last_stage, last_time
+        if given_up():
+            raise Cancelled("nobody waits for it any more")
+        now = time.monotonic()
+        if stage != last_stage or done == total or now - last_time >= PROGRESS_S:
+            last_stage, last_time = stage, now
+            message = {"id": order.id, "kind": "progress", "stage": stage, "done": done, "total": total}
+            worker.log_event(order.topic, message)
+
+    return tell
+
+
+def _predictor(order: Order) -> Predictor:
+    """The networks, loaded once for as long as the process lives."""
+    # Of the settings these decide what the networks are made with.
+    config = order.config
+    settings = SegmentConfig(
+        device=config.device,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        output_stride=config.output_stride,
+        keep_ungated=config.keep_ungated,
+    )
+    key = (order.model, settings)
+    if key not in _predictors:
+        _check_digest(order.model)
+        _predictors[key] = load_predictor(order.model.name, settings)
+    return _predictors[key]
+
+
+def _check_digest(model: ModelRef) -> None:
+    digest = load_bundle(model.name).digest
+    if digest != model.digest:
+        raise ClusterError(
+            f"model {model.name}: is another one here (digest {digest[:12]} instead of {model.digest[:12]}); install "
+            f"the same one everywhere"
+        )
+
+
+def _plain(version: str) -> str:
+    return version.partition("+")[0]
