@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Segment slides with workers that are jobs of Slurm. What stands behind `--` goes to wsi-segment as it is:
+segment_on_slurm.py --jobs 4 --cores 8 --memory 16GB -- /data/slides --recursive -o /data/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from dask_jobqueue import SLURMCluster
+from distributed import Security
+
+SETTINGS = Path(__file__).resolve().parent.parent / "settings" / "settings.env"
+TLS = "DASK_DISTRIBUTED__COMM__TLS__"
+
+
+def main() -> int:
+    """Start the workers, run wsi-segment on them, end them; returns its exit status."""
+    options = parser().parse_args()
+    for name, value in settings():
+        os.environ.setdefault(name, value)
+    options.shared.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=options.shared, prefix=".wsi-segment-") as folder,
+        SLURMCluster(
+            cores=options.cores,
+            memory=options.memory,
+            # One process with one thread of Dask's: a slide at a time, whose blocks have threads of their own.
+            processes=1,
+            worker_extra_args=["--nthreads", "1", *(["--resources", "GPU=1"] if options.gpus else [])],
+            job_script_prologue=[f"export OMP_NUM_THREADS={options.cores}"],
+            job_extra_directives=[f"--gres=gpu:{options.gpus}"] if options.gpus else [],
+            queue=options.partition,
+            account=options.account,
+            walltime=options.walltime,
+            interface=options.interface,
+            local_directory=options.scratch,
+            log_directory=str(options.shared / "slurm-logs"),
+            # Whoever reaches a Dask scheduler runs code as you, and a cluster's network has other users.
+            security=encryption(Path(folder)),
+            scheduler_options={"dashboard_address": "127.0.0.1:0"},
+        ) as cluster,
+    ):
+        # Both bounds: a job that Slurm ended is replaced by another.
+        cluster.adapt(minimum_jobs=options.jobs, maximum_jobs=options.jobs)
+        return segment(cluster.scheduler_address, ["--num-workers", str(options.cores), *options.command])
+
+
+def parser() -> argparse.ArgumentParser:
+    """What is asked of Slurm, and behind it the command."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--jobs", type=int, default=2, help="workers, each a job of its own (default: 2)")
+    made.add_argument("--cores", type=int, default=4, help="of each worker (default: 4)")
+    made.add_argument("--memory", default="8GB", help="of each worker (default: 8GB)")
+    made.add_argument("--gpus", type=int, default=0, help="of each worker: 0 or 1 (default: 0)")
+    made.add_argument("--walltime", default="12:00:00", help="of each worker, longer than the slowest slide takes")
+    made.add_argument("--partition", help="Slurm's partition (default: the cluster's)")
+    made.add_argument("--account", help="Slurm's account (default: yours)")
+    made.add_argument("--interface", help="network between the nodes, such as ib0")
+    made.add_argument("--scratch", help="folder on each node's own disk")
+    made.add_argument(
+        "--shared", type=Path, default=Path.home(), help="folder that all nodes see, for keys and logs (default: home)"
+    )
+    made.add_argument("command", nargs="+", metavar="-- SLIDES …", help="arguments of wsi-segment")
+    return made
+
+
+def settings() -> list[tuple[str, str]]:
+    """Names and values of settings.env; jobs get them with the environment of whoever submits them."""
+    lines = SETTINGS.read_text(encoding="utf-8").splitlines()
+    pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
+    return [(name, value) for name, _, value in pairs]
+
+
+def encryption(folder: Path) -> Security:
+    """Write a key and a certificate for this run into a folder that only its owner reads; wsi-segment is told of them
+    by the environment.
+    """
+    made = Security.temporary()
+    files = {"ca_file": folder / "certificate.pem"}
+    files["ca_file"].write_text(made.tls_ca_file, encoding="utf-8")
+    key = folder / "key.pem"
+    key.touch(mode=0o600)
+    key.write_text(made.tls_client_key, encoding="utf-8")
+    for role in ("scheduler", "worker", "client"):
+        files |= {f"{role}_key": key, f"{role}_cert": files["ca_file"]}
+    os.environ["DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION"] = "true"
+    for name, path in files.items():
+        part = name.upper() if name == "ca_file" else name.upper().replace("_", "__")
+        os.environ[f"{TLS}{part}"] = str(path)
+    return Security(require_encryption=True, **{f"tls_{name}": str(path) for name, path in files.items()})
+
+
+def segment(scheduler: str, arguments: list[str]) -> int:
+    """Run wsi-segment on a cluster. Ctrl-C and scancel reach it once, so that it ends orderly and the jobs after it."""
+    command = [sys.executable, "-m", "pipeline.cli", *arguments, "--scheduler", scheduler]
+    process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - what the user wrote, and no shell
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: process.send_signal(signal.SIGINT))
+    return process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
