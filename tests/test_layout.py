@@ -14,8 +14,10 @@ from typer.main import get_command
 
 from pipeline.cli import app
 from pipeline.evaluate_cli import app as evaluate_app
+from pipeline.export_cli import app as export_app
 from pipeline.train_cli import app as train_app
 from pipeline.train_config import TrainConfig
+from pipeline.view_cli import app as view_app
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -92,6 +94,15 @@ def test_readme_has_every_option_of_the_command() -> None:
     documented = set(re.findall(r"`(--?[a-z][a-z-]*)`", "\n".join(re.findall(r"^\| .*", readme, re.MULTILINE))))
     offered = {name for parameter in get_command(app).params for name in parameter.opts if name.startswith("-")}
     assert documented == offered - {"--help"}
+
+
+@pytest.mark.parametrize("command", [view_app, export_app])
+def test_viewing_docs_have_every_option_of_the_commands(command: typer.Typer) -> None:
+    text = (REPOSITORY / "docs" / "viewing.md").read_text(encoding="utf-8")
+    group = get_command(command)
+    commands = list(getattr(group, "commands", {}).values()) or [group]
+    offered = {name for one in commands for parameter in one.params for name in parameter.opts if name.startswith("--")}
+    assert {name for name in offered - {"--help"} if not re.search(rf"{name}\b", text)} == set()
 
 
 def documented_in_code(table_head: str) -> dict[str, str]:

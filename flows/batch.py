@@ -1,0 +1,69 @@
+"""The flow of many slides."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Any
+
+from prefect import State, flow
+
+from flows.order import Order, config_of
+from flows.segmenting import refused, segment_order
+from models.bundle import DEFAULT_BUNDLE
+from pipeline.batch import SlideJob, collect_jobs
+from pipeline.errors import ConfigError
+
+
+@flow(name="segment-batch", description="Segment a folder, glob or manifest of whole-slide images into tissue maps.")
+def segment_batch(
+    source: str,
+    output: str = "results",
+    model: str = DEFAULT_BUNDLE,
+    scheduler: str | None = None,
+    slides_at_once: int | None = None,
+    recursive: bool = False,
+    settings: dict[str, Any] | None = None,
+    slide_timeout_s: float | None = None,
+    hide_paths: bool = False,
+) -> State[None]:
+    """Segment the slides of a source that have no result in `output` yet.
+
+    Args:
+        source: A slide, a folder of slides, a glob ("/slides/2026-*/*.svs", `**` for any depth), or a manifest: a CSV
+            file with the column `slide` (relative to the file) and, if wanted, `mpp` and `model`.
+        output: Folder for the results, with `summary.csv` and `index.html`.
+        model: Name of a shipped model, or path of a bundle.
+        scheduler: Where the slides are segmented: nothing for this process, "local" or "local:N" for a pool of
+            processes, or the address or scheduler file of a dask.distributed cluster.
+        slides_at_once: At most so many; nothing for as many as the workers take.
+        recursive: Whether to search a folder's subfolders, too.
+        settings: Of `pipeline.config.SegmentConfig`, by name, such as {"output_stride": 2}.
+        slide_timeout_s: A slide that takes longer is stopped and fails, where the scheduler has processes to stop.
+        hide_paths: Whether to keep folders out of logs, states and artifacts; names of files stay.
+
+    Ends `Completed` if no slide failed, else in a failed state named after how many did.
+    """
+    try:
+        order = Order(
+            jobs=_jobs(source, recursive=recursive),
+            output=Path(output),
+            model=model,
+            config=config_of(settings),
+            scheduler=scheduler,
+            slides_at_once=slides_at_once,
+            slide_timeout_s=slide_timeout_s,
+            hide_paths=hide_paths,
+        )
+    except ConfigError as error:
+        return refused(error, source, hide_paths=hide_paths)
+    return segment_order(order)
+
+
+def _jobs(source: str, *, recursive: bool) -> list[SlideJob]:
+    if not glob.has_magic(source) or Path(source).exists():
+        return collect_jobs([Path(source)], recursive=recursive)
+    found = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    if not found:
+        raise ConfigError(f"{source}: no file has such a name")
+    return collect_jobs([Path(path) for path in found], recursive=recursive)

@@ -1,0 +1,245 @@
+"""A flow run's slides: the finished ones left out, the others a bounded number at a time, and how all of them ended."""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from prefect import Flow, State, flow
+from prefect.futures import PrefectFuture
+from prefect.states import Completed, Failed
+
+from flows.artifacts import EVERY_S, SlideProgress, counted, show_table, slides
+from flows.board import Board
+from flows.order import Order
+from flows.privacy import Said, as_it_is, pipeline_log, without_folders
+from flows.slide_task import Ended, segment_one
+from models.bundle import load_bundle
+from models.errors import ModelError
+from pipeline.batch import MAX_AT_ONCE, SlideJob, name_clashes
+from pipeline.errors import ConfigError, OutputError, PipelineError
+from pipeline.folders import finished_run, is_locked
+from pipeline.report import SlideResult, read_run, run_identity, skipped_result
+from pipeline.report_page import write_report
+from pipeline.workers import Workers, config_of, open_workers
+from wsi.errors import SlideError
+from wsi.slide import slide_digest, slide_stamp
+
+log = logging.getLogger(__name__)
+
+EndedQueue = queue.SimpleQueue[tuple[SlideJob, PrefectFuture[State[Ended]]]]
+
+PART = 500
+"""Slides per flow run, more are parts of their own: Prefect keeps the states of all tasks until a run ends."""
+
+DIGESTS_AT_ONCE = 4
+"""Slides looked at to see whether they are the ones that a result was made of; changed ones are read to the end."""
+
+LOCK_CHECK_S = 1.0
+"""How often slides that another run holds are looked at, when no others are left."""
+
+
+def segment_order(order: Order) -> State[None]:
+    """Segment the slides of an order within a flow run; returns the state that the run ends in.
+
+    That is `Completed` if every slide was segmented, skipped or without tissue, else a failed state whose name says how
+    many slides failed.
+    """
+    with pipeline_log(order.said):
+        try:
+            return _end(_segment_all(order))
+        except (PipelineError, ModelError) as error:
+            return Failed(message=order.said(str(error)))
+
+
+def refused(error: ConfigError, source: str, *, hide_paths: bool) -> State[None]:
+    """Make the state of a run that cannot begin: no retry and no traceback would help."""
+    path = Path(source).absolute()
+    said = without_folders([path.parent, Path(source).parent]) if hide_paths else as_it_is
+    return Failed(message=said(str(error)))
+
+
+def _end(results: Sequence[SlideResult]) -> State[None]:
+    failed = sum(result.status == "failed" for result in results)
+    if failed:
+        return Failed(name=f"{failed} of {slides(len(results))} failed", message=counted(results))
+    return Completed(message=counted(results))
+
+
+def _segment_all(order: Order) -> list[SlideResult]:
+    clashes = name_clashes(order.jobs)
+    jobs = [job for job in order.jobs if job.path not in clashes]
+    finished = _finished(order, jobs)
+    left = [job for job in jobs if job not in finished]
+    log.info("%s: %d finished before, %d to do", slides(len(order.jobs)), len(finished), len(left))
+
+    board = Board(order.output, SlideProgress(len(order.jobs)))
+    for result in finished.values():
+        board.ended(result)
+    try:
+        if left:
+            timeout_s = order.slide_timeout_s
+            with open_workers(order.scheduler, order.model, order.config, slide_timeout_s=timeout_s) as workers:
+                _segment_parts(_Batch(order, workers, board, order.said), left)
+        for path, message in clashes.items():
+            board.ended(SlideResult(path.stem, "failed", 0.0, error=message))
+    finally:
+        # Of a run that is broken off, too: it says which slides are done.
+        board.close()
+        if board.results:
+            _write_report(order.output)
+            show_table(order.output, board.results, order.said, links=not order.hide_paths)
+    return board.results
+
+
+@dataclass(frozen=True)
+class _Batch:
+    order: Order
+    workers: Workers
+    board: Board
+    said: Said
+
+    @property
+    def at_once(self) -> int:
+        """How many slides may run; a cluster's number changes with its size."""
+        return max(1, min(self.workers.slides_at_once, self.order.slides_at_once or MAX_AT_ONCE, MAX_AT_ONCE))
+
+
+def _segment_parts(batch: _Batch, jobs: Sequence[SlideJob]) -> None:
+    if len(jobs) <= PART:
+        _segment(batch, jobs)
+        return
+    for first in range(0, len(jobs), PART):
+        part = jobs[first : first + PART]
+        ended = len(batch.board.results)
+        state = _part_flow(batch, part, f"slides {first + 1} to {first + len(part)} of {len(jobs)}")(return_state=True)
+        if len(batch.board.results) < ended + len(part):
+            state.result()  # raises what has stopped it; slides that failed have not
+
+
+def _part_flow(batch: _Batch, part: Sequence[SlideJob], name: str) -> Flow[[], State[None]]:
+    """Make a flow for a part of a batch. It has no parameters, because Prefect would keep the path of every slide."""
+
+    @flow(name="segment-part", flow_run_name=name)
+    def segment_part() -> State[None]:
+        return _end(_segment(batch, part))
+
+    return segment_part
+
+
+def _segment(batch: _Batch, jobs: Sequence[SlideJob]) -> list[SlideResult]:
+    """Run the task of each slide, as many at a time as the workers take; those that another run holds, last."""
+    results: list[SlideResult] = []
+    waiting, locked, since = deque(jobs), list[SlideJob](), dict[SlideJob, float]()
+    ended: EndedQueue = queue.SimpleQueue()
+    running = 0
+    try:
+        while waiting or running or locked:
+            while waiting and running < batch.at_once:
+                _submit(batch, waiting.popleft(), ended)
+                running += 1
+            if not running:
+                waiting.extend(_when_free(batch, locked))
+                continue
+            try:
+                job, future = ended.get(timeout=EVERY_S)
+            except queue.Empty:
+                batch.board.show()
+                continue
+            running -= 1
+            outcome = _outcome(job, future)
+            held_s = time.monotonic() - since.setdefault(job, time.monotonic())
+            if outcome.locked and held_s < (batch.order.slide_timeout_s or math.inf):
+                locked.append(job)
+                continue
+            results.append(outcome.result)
+            batch.board.ended(outcome.result)
+    except BaseException:
+        batch.workers.cancel()
+        raise
+    return results
+
+
+def _submit(batch: _Batch, job: SlideJob, ended: EndedQueue) -> None:
+    progress = batch.board.progress.of_slide(job.path.stem)
+    segment = partial(batch.workers.segment, job, batch.order.output, progress)
+    future = segment_one.submit(job, segment, batch.said)
+    future.add_done_callback(lambda done: ended.put((job, done)))
+
+
+def _when_free(batch: _Batch, locked: list[SlideJob]) -> list[SlideJob]:
+    """Wait until another run has let go of one of these slides, or of none for as long as a slide may take; takes those
+    that it returns off the list.
+    """
+    log.info("waiting for another run that is at work on %s", ", ".join(job.path.name for job in locked))
+    end = time.monotonic() + (batch.order.slide_timeout_s or math.inf)
+    free: list[SlideJob] = []
+    while not free:
+        late = time.monotonic() >= end
+        free = [job for job in locked if late or not is_locked(batch.order.output, job.path.stem)]
+        if not free:
+            time.sleep(LOCK_CHECK_S)
+            batch.board.show()
+    for job in free:
+        locked.remove(job)
+    return free
+
+
+def _outcome(job: SlideJob, future: PrefectFuture[State[Ended]]) -> Ended:
+    outcome: object = future.result(raise_on_failure=False)
+    if isinstance(outcome, Ended):
+        return outcome
+    # The task's own machinery failed, not the slide.
+    return Ended(SlideResult(job.path.stem, "failed", 0.0, error=f"{job.path.name}: its task ended with {outcome!r}"))
+
+
+def _finished(order: Order, jobs: Sequence[SlideJob]) -> dict[SlideJob, SlideResult]:
+    """The slides whose results are there already, made of the same slide, model and parameters."""
+    digests = {order.model: load_bundle(order.model).digest}
+    if order.config.force:
+        return {}
+
+    def finished(job: SlideJob) -> SlideResult | None:
+        return _finished_result(job, order, digests)
+
+    with ThreadPoolExecutor(DIGESTS_AT_ONCE) as pool:
+        results = pool.map(finished, jobs)
+        return {job: result for job, result in zip(jobs, results, strict=True) if result is not None}
+
+
+def _finished_result(job: SlideJob, order: Order, digests: dict[str, str]) -> SlideResult | None:
+    start, folder = time.perf_counter(), order.output / job.path.stem
+    run = read_run(folder)
+    if run is None:
+        return None
+    try:
+        model = job.model or order.model
+        if model not in digests:
+            digests[model] = load_bundle(model).digest
+        stated = str(cast("dict[str, object]", run["identity"]).get("slide"))
+        run = finished_run(folder, run_identity(stated, digests[model], config_of(job, order.config)))
+        if run is None:
+            return None
+        # Reading every finished slide again would take a night job hours.
+        unwritten = cast("dict[str, object]", run["slide"]).get("stamp") == slide_stamp(job.path)
+        if not unwritten and slide_digest(job.path) != stated:
+            return None
+    except (SlideError, ModelError):
+        return None  # its task will say so
+    return skipped_result(folder, run, time.perf_counter() - start)
+
+
+def _write_report(output: Path) -> None:
+    try:
+        write_report(output)
+    except (OSError, OutputError) as error:
+        log.error("%s: no report was written: %s", output, error)

@@ -1,0 +1,69 @@
+"""The flow of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import State, flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed
+
+from flows.artifacts import StageProgress, show_metrics
+from flows.privacy import as_it_is, pipeline_log
+from models.bundle import Bundle
+from models.errors import ModelError
+from pipeline.dataset import load_dataset
+from pipeline.errors import PipelineError
+from pipeline.train import train
+from pipeline.train_config import train_config
+
+
+@flow(name="train", description="Train a model bundle from patch labels.")
+def train_flow(
+    dataset: str,
+    output: str,
+    data: str | None = None,
+    preset: str = "default",
+    settings: dict[str, Any] | None = None,
+    device: str = "auto",
+) -> State[None]:
+    """Run the stages of a training that have no product in `output` yet: classifier, pseudo masks, segmenter, bundle.
+
+    Args:
+        dataset: A dataset.toml, or the name of a shipped one.
+        output: Run folder; an unfinished run in it goes on from its last checkpoint.
+        data: Folder of the images, in place of the one that the TOML names.
+        preset: Recipe, a key of `pipeline.train_config.PRESETS`.
+        settings: Of `pipeline.train_config.TrainConfig`, by name, in place of the recipe's.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Ends `Completed`, or failed with what to do next.
+    """
+    with pipeline_log(as_it_is):
+        try:
+            bundle = train_bundle(dataset, Path(output), data, preset, settings or {}, device)
+        except (PipelineError, ModelError) as error:
+            return Failed(message=str(error))
+    show_metrics(Path(output), bundle.card.metrics)
+    return Completed(message=f"bundle in {bundle.path}")
+
+
+# One task for all stages: they hand networks on in memory, under one lock of the run folder, and a killed run goes on
+# by itself. The page shows a progress bar for each.
+@task(name="train", cache_policy=NO_CACHE, persist_result=False)
+def train_bundle(
+    dataset: str, output: Path, data: str | None, preset: str, settings: dict[str, Any], device: str
+) -> Bundle:
+    """Train as `wsi-train` does. Raises what its functions raise; none of that passes by itself."""
+    config = train_config(preset, settings=[f"{name}={_toml(value)}" for name, value in settings.items()])
+    images = load_dataset(dataset, None if data is None else Path(data))
+    return train(images, output, config, device=device, progress=StageProgress())
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return str(value)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import State
+from prefect.client.orchestration import SyncPrefectClient
+
+from flows.train import train_flow
+from models.bundle import load_bundle
+from tests.textures import write_textures
+
+SETTINGS: dict[str, Any] = {
+    "weights": "none",
+    "region": 64,
+    "classifier_epochs": 1,
+    "classifier_steps": 1,
+    "classifier_batch": 1,
+    "segmenter_epochs": 1,
+    "segmenter_steps": 1,
+    "segmenter_batch": 2,
+    "confidence": 0,
+    "balance": False,
+    "layer_weights": [0.0, 0.0, 1.0],
+}
+
+
+@pytest.mark.slow
+def test_a_training_shows_its_stages_and_metrics_and_leaves_a_bundle(
+    tmp_path: Path, harness: SyncPrefectClient
+) -> None:
+    data = write_textures(tmp_path / "data", train=4, val=2, test=1, size=64)
+    run = tmp_path / "Run 1"
+    state: State[Any] = train_flow(str(data), str(run), settings=SETTINGS, device="cpu", return_state=True)
+    assert (state.name, state.message) == ("Completed", f"bundle in {run / 'bundle'}")
+    metrics = load_bundle(run / "bundle").card.metrics
+    shown = [one for one in harness.read_artifacts() if one.key == "training-run-1"]
+    assert {row["metric"]: row["value"] for row in json.loads(str(shown[0].data))} == pytest.approx(metrics)
+    bars = {one.description: one.data for one in harness.read_artifacts() if one.type == "progress"}
+    assert {"classifier", "segmenter"} <= bars.keys()
+    assert bars["segmenter"] == 100
+    assert json.loads((run / "run.json").read_text())["config"]["balance"] is False
+
+
+def test_a_training_that_cannot_begin_says_why(tmp_path: Path, harness: SyncPrefectClient) -> None:
+    state: State[Any] = train_flow("no-data-set", str(tmp_path), settings={"epochs": 1}, return_state=True)
+    assert state.is_failed()
+    assert (state.message or "").startswith("unknown setting 'epochs'; known are name, backbone")
