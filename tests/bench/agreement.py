@@ -1,0 +1,110 @@
+"""Holds the label map of a run against the plain path's.
+
+    python -m tests.bench.agreement SLIDE [-m MODEL] [--precision bf16] [--json FILE]
+
+The plain path: OpenSlide, a tile at a time read by itself, both networks on every tile in float32, one block after the
+other, nothing skipped. The run: `segment_slide` with the settings given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from models.bundle import DEFAULT_BUNDLE, load_bundle
+from models.predictor import Predictor
+from pipeline.blocks import Blend
+from pipeline.config import SegmentConfig
+from pipeline.plan import block_tissue, needed_tiles
+from pipeline.segment import plan_slide, segment_slide
+from pipeline.workers import load_predictor
+from wsi.resample import read_model_pixels
+
+
+def plain_labels(path: Path, model: str, config: SegmentConfig) -> NDArray[np.uint8]:
+    """labels_HW of the whole map, the slow way. What the run may skip, batch or overlap is not."""
+    bundle = load_bundle(model)
+    predictor = Predictor.from_bundle(
+        bundle,
+        device=config.device,
+        batch_size=1,
+        output_stride=config.output_stride,
+        ungated_fallback=config.keep_ungated,
+        skip_by_gate=False,
+    )
+    slide, tissue, plan = plan_slide(path, bundle.card, replace(config, backend="openslide"))
+    grid = plan.grid
+    labels_HW = np.zeros(grid.size_out[::-1], np.uint8)
+    with slide:
+        for number, block in enumerate(plan.blocks):
+            print(f"\rplain path: block {number + 1} of {len(plan.blocks)}", end="", file=sys.stderr)
+            tissue_HW = block_tissue(grid, tissue, block)
+            blend = Blend(block, len(bundle.card.classes), grid.tile_m // grid.m_per_out, predictor.device)
+            for tile_m in needed_tiles(grid, tissue_HW, block):
+                rgb_HWC = read_model_pixels(slide, grid, tile_m).rgb_HWC
+                blend.add(grid.box_out(tile_m), predictor.predict(rgb_HWC[None]).probs_NKhw[0])
+            box = block.box_out
+            part_HW = labels_HW[box.y : box.bottom, box.x : box.right]
+            part_HW[:] = blend.result(tissue_HW)[1][: part_HW.shape[0], : part_HW.shape[1]]
+    print(file=sys.stderr)
+    return labels_HW
+
+
+def run_labels(path: Path, model: str, config: SegmentConfig) -> NDArray[np.uint8]:
+    """labels_HW of the whole map, as a run stores it."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = segment_slide(path, Path(folder), load_predictor(model, config), config)
+        assert result.folder is not None
+        stored = zarr.open_array(result.folder / f"{path.stem}.ome.zarr" / "labels" / "classes" / "0", mode="r")
+        return np.asarray(stored[:])
+
+
+def compare(plain_HW: NDArray[np.uint8], run_HW: NDArray[np.uint8]) -> dict[str, Any]:
+    """Pixels that are equal, of the whole map and of what is not background in both."""
+    run_HW = run_HW[: plain_HW.shape[0], : plain_HW.shape[1]]
+    assert plain_HW.shape == run_HW.shape
+    differs_HW = plain_HW != run_HW
+    tissue_HW = (plain_HW > 0) | (run_HW > 0)
+    return {
+        "pixels": plain_HW.size,
+        "tissue_pixels": int(tissue_HW.sum()),
+        "different": int(differs_HW.sum()),
+        "equal_share": 1 - float(differs_HW.mean()),
+        "equal_share_of_tissue": 1 - float(differs_HW.sum() / max(1, tissue_HW.sum())),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make both maps, print how far they agree, and write it where that was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.agreement")
+    parser.add_argument("slide", type=Path)
+    parser.add_argument("-m", "--model", default=DEFAULT_BUNDLE, help="name or folder of a bundle")
+    parser.add_argument("--mpp", type=float, help="µm per level-0 pixel, where the slide does not say it")
+    parser.add_argument("--backend", choices=("auto", "openslide", "tiffslide"), default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
+    parser.add_argument("-b", "--batch-size", type=int, default=SegmentConfig.batch_size)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = vars(parser.parse_args(arguments))
+    path, model, file = (options.pop(name) for name in ("slide", "model", "json"))
+    config = SegmentConfig(**options)
+    found = {"slide": path.name, "model": model, **options}
+    found |= compare(plain_labels(path, model, replace(config, precision="float32")), run_labels(path, model, config))
+    text = json.dumps(found, indent=2)
+    print(text)
+    if file is not None:
+        file.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
