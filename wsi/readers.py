@@ -5,7 +5,8 @@ A new library is one class here and one entry in `READERS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -15,6 +16,7 @@ import tiffslide
 from numpy.typing import NDArray
 
 from wsi.grid import Box
+from wsi.tiff_tiles import TiledImage, tiled_image
 
 BackendName = Literal["openslide", "tiffslide"]
 
@@ -63,23 +65,37 @@ class OpenSlideReader:
         self._slide.close()
 
 
+class _LevelAddressed(tiffslide.TiffSlide):
+    """A slide whose regions are addressed in pixels of their own level, not of level 0: nothing is rounded."""
+
+    def _read_region_loc_transform(self, location: tuple[int, int], level: int) -> tuple[int, int]:  # noqa: ARG002
+        return location
+
+
 class TiffSlideReader:
     """Slides through tiffslide (tifffile and imagecodecs): TIFF-based formats only, decoded faster."""
 
     def __init__(self, path: Path) -> None:
-        self._slide = tiffslide.TiffSlide(path)
+        self._path = path
+        self._slide = _LevelAddressed(path)
         self.level_sizes: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
         self.properties: Mapping[str, str] = {
             name.replace("tiffslide.", "openslide.", 1): str(value)
             for name, value in self._slide.properties.items()
             if value is not None
         }
+        self._images = self._tiled_images()
+
+    @property
+    def images(self) -> Sequence[TiledImage]:
+        """The levels, where each is one TIFF image of 8-bit RGB tiles; else empty."""
+        return self._images
 
     def read(self, level: int, box_lv: Box) -> NDArray[np.uint8]:
-        # tiffslide maps a level-0 corner to the level by flooring x * width_lv / width_l0: ceil is its inverse.
-        (width_l0, height_l0), (width_lv, height_lv) = self.level_sizes[0], self.level_sizes[level]
-        corner_l0 = (-(-box_lv.x * width_l0 // width_lv), -(-box_lv.y * height_l0 // height_lv))
-        pixels_HWC = self._slide.read_region(corner_l0, level, (box_lv.width, box_lv.height), as_array=True)
+        if self._images:
+            image = self._images[level]
+            return image.read(box_lv, lambda tile_lv: self._confirm(level, tile_lv))
+        pixels_HWC = self._slide.read_region(box_lv[:2], level, box_lv[2:], as_array=True)
         if pixels_HWC.dtype != np.uint8:
             raise ValueError(f"pixels are {pixels_HWC.dtype}; only 8 bits per channel are supported")
         if pixels_HWC.shape[2] == 1:
@@ -88,6 +104,19 @@ class TiffSlideReader:
 
     def close(self) -> None:
         self._slide.close()
+
+    def _tiled_images(self) -> tuple[TiledImage, ...]:
+        properties = self._slide.properties
+        if properties.get("tiffslide.series-composition"):
+            return ()
+        levels = self._slide.ts_tifffile.series[properties["tiffslide.series-index"]].levels
+        images = [tiled_image(level) for level in levels]
+        return tuple(image for image in images if image) if all(images) else ()
+
+    def _confirm(self, level: int, tile_lv: Box) -> None:
+        # imagecodecs drops the warnings of libjpeg and fills what is missing with grey; OpenSlide raises them.
+        with closing(OpenSlideReader(self._path)) as other:
+            other.read(level, tile_lv)
 
 
 READERS: dict[BackendName, Callable[[Path], Reader]] = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader}

@@ -16,6 +16,11 @@ STRIP_LV = 512
 """Rows of the level that are held at full size at a time while tiles are read; a multiple of usual JPEG tile sides, so
 that strips share few of them."""
 
+_STRIP_ROWS = 8
+"""Target rows that are averaged at a time, so that sums stay in the processor's cache."""
+
+_Tap = tuple[NDArray[np.int64], NDArray[np.float32]]
+
 
 class TilePixels(NamedTuple):
     """The pixels of some tiles of one block, on one canvas that covers them all."""
@@ -73,34 +78,65 @@ def area_mean(rgb_HWC: NDArray[np.uint8], corner: tuple[int, int], target: Box, 
         n = int(factor)
         x, y = target.x * n - corner[0], target.y * n - corner[1]
         return _whole_mean(rgb_HWC[y : y + target.height * n, x : x + target.width * n], n)
-    rows_HWC = _axis_mean(rgb_HWC.astype(np.float32), corner[1], target.y, target.height, factor)
-    columns_WHC = _axis_mean(rows_HWC.swapaxes(0, 1), corner[0], target.x, target.width, factor)
-    return (columns_WHC.swapaxes(0, 1) + np.float32(0.5)).astype(np.uint8)
+    result_HWC = np.empty((target.height, target.width, 3), np.uint8)
+    rows = _taps(corner[1], target.y, target.height, factor, rgb_HWC.shape[0])
+    columns = _taps(corner[0], target.x, target.width, factor, rgb_HWC.shape[1])
+    for first in range(0, target.height, _STRIP_ROWS):
+        strip = slice(first, first + _STRIP_ROWS)
+        rows_HWC = _weighted(rgb_HWC, [(index[strip], weight[strip]) for index, weight in rows])
+        # Columns first: whole rows of memory are weighted, not three numbers at a time.
+        columns_WHC = _weighted(np.ascontiguousarray(rows_HWC.swapaxes(0, 1)), columns)
+        columns_WHC += np.float32(0.5)
+        result_HWC[strip] = columns_WHC.astype(np.uint8).swapaxes(0, 1)
+    return result_HWC
 
 
 def _whole_mean(rgb_HWC: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
     if n == 1:
         return rgb_HWC
-    # Strided sums: a reshape to six axes and a mean take ten times as long.
+    height, width = rgb_HWC.shape[0] // n, rgb_HWC.shape[1] // n
+    result_HWC = np.empty((height, width, 3), np.uint8)
     # uint16 holds the sum of up to 257 pixels.
     total = np.uint16 if n * n <= 256 else np.uint32
-    sums_HWC = np.zeros((rgb_HWC.shape[0] // n, rgb_HWC.shape[1] // n, 3), total)
-    for y in range(n):
-        for x in range(n):
-            sums_HWC += rgb_HWC[y::n, x::n]
-    sums_HWC += n * n // 2
-    return (sums_HWC // (n * n)).astype(np.uint8)
+    for first in range(0, height, _STRIP_ROWS):
+        count = min(_STRIP_ROWS, height - first)
+        strip_HWC = rgb_HWC[first * n : (first + count) * n]
+        # Strided sums, rows first: a reshape to six axes and a mean take ten times as long.
+        rows_HWC = np.add(strip_HWC[::n], strip_HWC[1::n], dtype=total)
+        for y in range(2, n):
+            rows_HWC += strip_HWC[y::n]
+        sums_HWC = rows_HWC[:, ::n] + rows_HWC[:, 1::n]
+        for x in range(2, n):
+            sums_HWC += rows_HWC[:, x::n]
+        sums_HWC += n * n // 2
+        if n & (n - 1) == 0:
+            sums_HWC >>= 2 * (n.bit_length() - 1)
+        else:
+            sums_HWC //= n * n
+        result_HWC[first : first + count] = sums_HWC
+    return result_HWC
 
 
-def _axis_mean(values: NDArray[np.float32], corner: int, first: int, count: int, factor: float) -> NDArray[np.float32]:
-    """Mean along axis 0. The weights come from absolute positions, so that neighbours agree to the bit."""
+def _taps(corner: int, first: int, count: int, factor: float, size: int) -> list[_Tap]:
+    """The source pixels of some target pixels, as indices from `corner`, and their weights; one pair for each pixel
+    that a target may touch. The weights come from absolute positions, so that neighbours agree to the bit.
+    """
     starts = np.arange(first, first + count, dtype=np.float64) * factor
     stops = starts + factor
     base = np.floor(starts).astype(np.int64)
-    result = np.zeros((count, *values.shape[1:]), np.float32)
+    taps = []
     for tap in range(math.ceil(factor) + 1):
         position = base + tap
         weight = np.clip(np.minimum(stops, position + 1) - np.maximum(starts, position), 0, None) / factor
-        index = np.clip(position - corner, 0, len(values) - 1)
-        result += values[index] * weight.astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
+        taps.append((np.clip(position - corner, 0, size - 1), weight.astype(np.float32)))
+    return taps
+
+
+def _weighted(values: NDArray[np.uint8] | NDArray[np.float32], taps: Sequence[_Tap]) -> NDArray[np.float32]:
+    """The weighted sum along axis 0, always added in the same order."""
+    shape = (len(taps[0][0]), *values.shape[1:])
+    result, part = np.zeros(shape, np.float32), np.empty(shape, np.float32)
+    for index, weight in taps:
+        np.multiply(values.take(index, axis=0), weight.reshape(-1, *[1] * (values.ndim - 1)), out=part)
+        result += part
     return result

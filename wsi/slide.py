@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi.agreement import tiffslide_agrees
 from wsi.errors import ResolutionError, SlideFormatError, SlideNotFoundError, SlideReadError
 from wsi.grid import Box
 from wsi.readers import READERS, BackendName, Reader
@@ -47,6 +48,7 @@ class SlideInfo:
 
     path: Path
     backend: BackendName
+    """The reader of the pixels."""
     vendor: str
     level_sizes: tuple[tuple[int, int], ...]
     """(width, height) of every level, the largest first."""
@@ -157,6 +159,9 @@ class Slide:
 def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") -> Slide:
     """Open a slide with OpenSlide, or with tiffslide where OpenSlide cannot or `backend` says so.
 
+    "auto" takes the facts from OpenSlide, and the pixels from tiffslide, several times faster, where
+    `tiffslide_agrees`; `SlideInfo.backend` says which one reads them.
+
     `mpp` (micrometres per level-0 pixel) wins over what the file says. Without it the file's own value is taken, then
     its TIFF resolution, then a guess from the objective power, which is kept as a warning in the `SlideInfo`.
 
@@ -164,8 +169,10 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
     """
     _check_file(path)
     name, reader = _open_reader(path, backend)
-    properties, level_sizes = reader.properties, reader.level_sizes
-    reader.close()
+    with closing(reader):
+        properties, level_sizes = reader.properties, reader.level_sizes
+        if backend == "auto" and name == "openslide" and _tiffslide_agrees(path, reader):
+            name = "tiffslide"
     _probe(path, name, level_sizes)
     mpp, source, warnings = _find_mpp(path, properties, mpp)
     info = SlideInfo(
@@ -256,6 +263,16 @@ def _open_reader(path: Path, backend: Backend) -> tuple[BackendName, Reader]:
         f"{path.name}: not a slide that can be opened ({'; '.join(reasons)}); check that the file is complete and of a "
         f"format that OpenSlide or tiffslide reads"
     )
+
+
+def _tiffslide_agrees(path: Path, reader: Reader) -> bool:
+    try:
+        return tiffslide_agrees(path, reader)
+    except Exception as error:
+        if _is_shortage(error):
+            raise
+        log.debug("%s: read by OpenSlide, because tiffslide says: %s", path.name, error)
+        return False
 
 
 def _probe(path: Path, name: BackendName, level_sizes: tuple[tuple[int, int], ...]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.slides import write_slide
+from tests.slides import reduce, write_slide
 from wsi.grid import Box, Grid
 from wsi.resample import area_mean, read_model_pixels, read_tiles
 from wsi.slide import open_slide
@@ -34,6 +35,37 @@ def test_area_mean_weighs_pixels_by_the_area_that_is_covered(factor: float, seed
     assert result.shape == (height, width, 3)
     for x, y in ((0, 0), (width - 1, height - 1), (width // 2, height // 3)):
         assert np.abs(result[y, x] - slow_area_mean(rgb_HWC, factor, x, y)).max() <= 0.51
+
+
+def plain_area_mean(rgb_HWC: np.ndarray, target: Box, factor: float) -> np.ndarray:
+    """Rows, then columns: float32 weights from absolute positions, added one after the other from the first."""
+
+    def along_axis_0(values: np.ndarray, first: int, count: int) -> np.ndarray:
+        means = np.zeros((count, *values.shape[1:]), np.float32)
+        for i in range(count):
+            start = (first + i) * factor
+            for position in range(int(start), int(start) + math.ceil(factor) + 1):
+                covered = max(0.0, min(start + factor, position + 1) - max(start, position))
+                means[i] += values[min(position, len(values) - 1)] * np.float32(covered / factor)
+        return means
+
+    rows_HWC = along_axis_0(rgb_HWC.astype(np.float32), target.y, target.height)
+    columns_WHC = along_axis_0(rows_HWC.swapaxes(0, 1), target.x, target.width)
+    return np.floor(columns_WHC.swapaxes(0, 1) + np.float32(0.5)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.37, 2.064, 2.5, 3.7])
+def test_fractional_means_are_those_of_plain_sums_to_the_bit(factor: float) -> None:
+    rgb_HWC = np.random.default_rng(3).integers(0, 256, (150, 170, 3), dtype=np.uint8)
+    target = Box(5, 3, int(170 / factor) - 6, int(150 / factor) - 4)
+    np.testing.assert_array_equal(area_mean(rgb_HWC, (0, 0), target, factor), plain_area_mean(rgb_HWC, target, factor))
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 7, 16, 17])
+def test_whole_means_are_rounded_half_up(factor: int) -> None:
+    rgb_HWC = np.random.default_rng(4).integers(0, 256, (21 * factor, 19 * factor, 3), dtype=np.uint8)
+    rgb_HWC[: 5 * factor] = 255
+    np.testing.assert_array_equal(area_mean(rgb_HWC, (0, 0), Box(0, 0, 19, 21), float(factor)), reduce(rgb_HWC, factor))
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 3.0, 17.0, 1.37, 2.5, 0.6])

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.filters import threshold_otsu
 
 from tests.slides import GLASS, PINK, PURPLE, painted, write_slide
+from wsi import tissue as tissue_module
 from wsi.grid import Box
 from wsi.slide import open_slide
-from wsi.tissue import Tissue, find_tissue
+from wsi.tissue import MAX_HOLE_UM2, MIN_FOLD_UM2, MIN_TISSUE_UM2, Tissue, find_tissue
 
 SIZE = (1600, 1200)
 """At 2 µm per pixel: a slide of 3.2 mm × 2.4 mm."""
@@ -99,3 +106,81 @@ def test_the_real_sample_has_tissue_and_glass(sample_slide: Path) -> None:
         tissue = find_tissue(slide)
     assert 0.3 < tissue.mask_HW.mean() < 0.7
     assert tissue.area_um2 == pytest.approx(0.6e6, rel=0.1)
+
+
+def plain_tissue(rgb_HWC: NDArray[np.uint8], mpp: float) -> tuple[NDArray[np.bool_], float]:
+    """The mask and the area of folds by the rules of `find_tissue`, on the whole thumbnail at once."""
+
+    def close(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return np.asarray(ndimage.binary_closing(np.pad(mask_HW, 2, mode="edge"), iterations=2)[2:-2, 2:-2])
+
+    def without_small(mask_HW: NDArray[np.bool_], min_um2: float) -> NDArray[np.bool_]:
+        labels_HW, _ = ndimage.label(mask_HW)
+        keep = np.bincount(labels_HW.ravel()) >= min_um2 / mpp**2
+        keep[0] = False
+        return np.asarray(keep[labels_HW])
+
+    smooth_HWC = ndimage.gaussian_filter(rgb_HWC.astype(np.float32), sigma=(0.5, 0.5, 0), mode="nearest")
+    red, green, blue = np.moveaxis(smooth_HWC, 2, 0)
+    value_HW, least_HW = smooth_HWC.max(axis=2), smooth_HWC.min(axis=2)
+    threshold = np.clip(threshold_otsu(np.round(value_HW - least_HW).astype(np.uint8)), 10.0, 20.0)
+    ink_HW = (green > red + 5) | ((red - np.maximum(green, blue) > 100) & (blue - green < 15))
+    mask_HW = without_small(close((value_HW - least_HW > threshold) & ~ink_HW), MIN_TISSUE_UM2)
+    mask_HW = ~without_small(~mask_HW, MAX_HOLE_UM2)
+    dark_HW = 1 - least_HW / np.maximum(value_HW, 1) - value_HW / 255 > 0.1
+    fold_HW = without_small(close(mask_HW & dark_HW) & mask_HW, MIN_FOLD_UM2)
+    return mask_HW & ~fold_HW, float(fold_HW.sum()) * mpp**2
+
+
+@pytest.mark.parametrize("work_px", [1, 5000, 1 << 19])
+def test_the_mask_found_in_strips_is_that_of_the_whole_thumbnail(
+    sample_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work_px: int
+) -> None:
+    monkeypatch.setattr(tissue_module, "WORK_PX", work_px)
+    noise = np.random.default_rng(0).normal(0, 9, (*SIZE[::-1], 3))
+    shapes = [((0, 100, 1000, 700), PINK), ((300, 200, 60, 400), (110, 20, 40)), ((1100, 900, 500, 300), PURPLE)]
+    noisy_HWC = np.clip(painted(SIZE, *shapes, ((100, 300, 60, 90), INKS["blue"])) + noise, 0, 255).astype(np.uint8)
+    with open_slide(sample_slide) as slide:
+        real = find_tissue(slide)
+    for tissue in (real, tissue_of(tmp_path, noisy_HWC)):
+        mask_HW, fold_um2 = plain_tissue(tissue.rgb_HWC, tissue.mpp)
+        np.testing.assert_array_equal(tissue.mask_HW, mask_HW)
+        assert tissue.fold_um2 == fold_um2
+    assert fold_um2 > 0
+
+
+def test_memory_stays_at_a_few_bytes_per_pixel_of_the_mask(tmp_path: Path) -> None:
+    size = (3600, 2800)
+    rgb_HWC = painted(size, ((500, 500, 2000, 1500), PINK))
+    with open_slide(write_slide(tmp_path / "slide.svs", rgb_HWC, mpp=8.0)) as slide:
+        tracemalloc.start()
+        tissue = find_tissue(slide)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert tissue.mask_HW.shape == size[::-1]
+    # Three bytes of colour, four of labels, and a few masks, beside what is worked on at a time.
+    assert peak < 14 * size[0] * size[1] + (40 << 20)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    st.tuples(st.integers(-40, 80), st.integers(-40, 80), st.integers(1, 60), st.integers(1, 60)),
+    st.floats(0.1, 3.0),
+    st.sampled_from([0.0, 0.5, 0.98, 1.0]),
+)
+def test_sampling_a_box_is_cutting_it_out_of_the_whole(
+    shape: tuple[int, int], box: tuple[int, int, int, int], l0_per_out: float, share: float
+) -> None:
+    mask_HW = np.random.default_rng(0).random(shape) < share
+    tissue = Tissue(mask_HW, np.zeros((*shape, 3), np.uint8), 1.0, 8.0, 0.0, ())
+    padded_HW = np.pad(mask_HW, 1).astype(float)
+    x, y, width, height = box
+    found_HW = tissue.sample(Box(x, y, width, height), l0_per_out)
+    rows, columns = ((np.arange(start, start + count) + 0.5) * l0_per_out for start, count in ((y, height), (x, width)))
+    places = np.stack(np.meshgrid(rows + 0.5, columns + 0.5, indexing="ij"))
+    value_HW = ndimage.map_coordinates(padded_HW, places, order=1, mode="constant")
+    inside_HW = ((rows >= 0) & (rows < shape[0]))[:, None] & (columns >= 0) & (columns < shape[1])
+    clear_HW = np.abs(value_HW - 0.5) > 1e-6
+    np.testing.assert_array_equal(found_HW[clear_HW], ((value_HW > 0.5) & inside_HW)[clear_HW])
+    assert not found_HW[~inside_HW].any()

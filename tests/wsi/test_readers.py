@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tests.slides import TILE, write_slide
+from wsi.grid import Box
+from wsi.readers import READERS, BackendName, OpenSlideReader, TiffSlideReader
+from wsi.slide import Backend, open_slide
+from wsi.tiff_tiles import looks_damaged
+
+APERIO = "Aperio Image Library v11.2.1 \r\n1x1|MPP = 0.5"
+
+
+def noise(size: tuple[int, int], seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+
+
+def write_levels(path: Path, levels_HWC: list[NDArray[np.uint8]], description: str = APERIO) -> Path:
+    """A pyramid whose levels may have any sizes and pixels."""
+    with tifffile.TiffWriter(path) as tiff:
+        for number, level_HWC in enumerate(levels_HWC):
+            if number == 1 and description == APERIO:  # the thumbnail
+                tiff.write(level_HWC[:1, :1], photometric="rgb", description=description, metadata=None)
+            tiff.write(
+                level_HWC,
+                tile=(16, 16),
+                photometric="rgb",
+                compression="adobe_deflate",
+                description=description,
+                metadata=None,
+                subfiletype=int(number > 0 and description != APERIO),
+            )
+    return path
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(200, 460), st.integers(180, 330), st.floats(1.9, 4.2), st.data())
+def test_tiffslide_gives_a_levels_own_pixels_whatever_its_downsample(
+    width: int, height: int, downsample: float, data: st.DataObject
+) -> None:
+    size_lv = (round(width / downsample), int(height / downsample))
+    levels_HWC = [noise((width, height)), noise(size_lv, 1)]
+    x, y = (data.draw(st.integers(0, length - 1)) for length in size_lv)
+    box = Box(x, y, *(data.draw(st.integers(1, n - start)) for n, start in zip(size_lv, (x, y), strict=True)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_levels(Path(folder) / "slide.svs", levels_HWC)
+        with closing(TiffSlideReader(path)) as reader:
+            assert reader.level_sizes == ((width, height), size_lv)
+            found_HWC = reader.read(1, box)
+    np.testing.assert_array_equal(found_HWC, levels_HWC[1][y : box.bottom, x : box.right])
+
+
+def test_tiffslide_gives_a_levels_own_pixels_by_way_of_zarr_too(tmp_path: Path) -> None:
+    """A grey slide is not decoded tile by tile."""
+    grey_HW = noise((460, 330))[..., 0]
+    small_HW = noise((115, 83), 1)[..., 0]  # 4 and 3.98 times smaller
+    with tifffile.TiffWriter(tmp_path / "slide.tif") as tiff:
+        for number, level_HW in enumerate((grey_HW, small_HW)):
+            tiff.write(level_HW, tile=(16, 16), subfiletype=number, metadata=None)
+    with closing(TiffSlideReader(tmp_path / "slide.tif")) as reader:
+        assert not reader.images
+        for x in range(100):
+            found_HWC = reader.read(1, Box(x, 30, 9, 20))
+            np.testing.assert_array_equal(found_HWC, np.repeat(small_HW[30:50, x : x + 9, None], 3, axis=2))
+
+
+def test_auto_reads_with_tiffslide_where_both_give_the_same_pixels(sample_slide: Path) -> None:
+    with open_slide(sample_slide) as auto, open_slide(sample_slide, backend="openslide") as slow:
+        assert (auto.info.backend, slow.info.backend) == ("tiffslide", "openslide")
+        assert (auto.info.vendor, auto.info.mpp, auto.info.level_sizes) == ("aperio", 0.499, slow.info.level_sizes)
+        box = Box(0, 0, *auto.info.size_l0)
+        np.testing.assert_array_equal(auto.read(0, box).rgb_HWC, slow.read(0, box).rgb_HWC)
+
+
+def test_auto_reads_jpeg_2000_and_odd_downsamples_with_tiffslide(shared_slides: Path) -> None:
+    path = shared_slides / "TCGA-CR-7395-01A-01-TS1.svs"
+    with open_slide(path, 0.25) as auto, open_slide(path, 0.25, "openslide") as slow:
+        assert auto.info.backend == "tiffslide"
+        box = Box(1000, 700, 600, 500)
+        np.testing.assert_array_equal(auto.read(0, box).rgb_HWC, slow.read(0, box).rgb_HWC)
+
+
+def test_auto_reads_a_plain_tiff_with_tiffslide_and_takes_the_facts_from_openslide(tmp_path: Path) -> None:
+    path = write_levels(tmp_path / "slide.tif", [noise((300, 200)), noise((150, 100))], description="")
+    with open_slide(path, 0.5) as slide:
+        assert (slide.info.backend, slide.info.vendor) == ("tiffslide", "generic-tiff")
+
+
+class _Shifted(OpenSlideReader):
+    def read(self, level: int, box_lv: Box) -> NDArray[np.uint8]:
+        return super().read(level, box_lv.shift(-1 if box_lv.x else 1, 0))
+
+
+class _Brighter(OpenSlideReader):
+    def read(self, level: int, box_lv: Box) -> NDArray[np.uint8]:
+        return np.minimum(super().read(level, box_lv), 250) + np.uint8(3)
+
+
+class _OtherSizes(OpenSlideReader):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.level_sizes = ((500, 299), *self.level_sizes[1:])
+
+
+class _OneBound(OpenSlideReader):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.properties = {**self.properties, "openslide.bounds-x": "0"}
+
+
+class _OtherVendor(OpenSlideReader):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.properties = {**self.properties, "openslide.vendor": "ventana"}
+
+
+@pytest.mark.parametrize("other", [_Shifted, _Brighter, _OtherSizes, _OneBound, _OtherVendor])
+def test_auto_stays_with_openslide_where_the_two_disagree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: type[OpenSlideReader]
+) -> None:
+    path = write_slide(tmp_path / "slide.svs", noise((500, 300)), levels=(1, 2))
+    with open_slide(path) as slide:
+        assert slide.info.backend == "tiffslide"
+    monkeypatch.setitem(READERS, "openslide", other)
+    with open_slide(path) as slide:
+        assert slide.info.backend == "openslide"
+
+
+def without_tile(path: Path, index: int) -> Path:
+    """The slide with no bytes for one tile of level 0, as scanners leave out what they did not scan."""
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tag = tiff.pages.first.tags["TileByteCounts"]
+        counts = list(tag.value)
+        counts[index] = 0
+        tag.overwrite(counts)
+    return path
+
+
+def test_auto_leaves_slides_with_missing_tiles_to_openslide_and_tiffslide_gives_white(tmp_path: Path) -> None:
+    path = without_tile(write_slide(tmp_path / "slide.svs", noise((500, 300))), 5)  # the second of the second row
+    with open_slide(path) as slide:
+        assert slide.info.backend == "openslide"
+    with open_slide(path, backend="tiffslide") as slide:
+        rgb_HWC, unreadable = slide.read(0, Box(0, 0, 500, 300))
+    expected_HWC = noise((500, 300))
+    expected_HWC[TILE : 2 * TILE, TILE : 2 * TILE] = 255
+    np.testing.assert_array_equal(rgb_HWC, expected_HWC)
+    assert unreadable == ()
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "zeros": lambda data: bytes(len(data)),
+    "zeros at the end": lambda data: data[: len(data) // 2].ljust(len(data), b"\0"),
+    "a sector of zeros": lambda data: data[:3000] + bytes(1024) + data[4024:],
+    "ones at the end": lambda data: data[: len(data) // 2].ljust(len(data), b"\xff"),
+    "an early end": lambda data: (data[: len(data) // 2] + b"\xff\xd9").ljust(len(data), b"\0"),
+    "other bytes": lambda data: data[:3000] + np.random.default_rng(0).bytes(2048) + data[5048:],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_jpeg_is_unreadable_whichever_library_reads(sample_slide: Path, tmp_path: Path, name: str) -> None:
+    """libjpeg only warns of most damage and fills in grey; that must not pass for tissue."""
+    path = tmp_path / "slide.svs"
+    shutil.copyfile(sample_slide, path)
+    with closing(TiffSlideReader(sample_slide)) as reader:
+        page = reader.images[0].page
+        offset, count, width = page.dataoffsets[44], page.databytecounts[44], page.tilewidth
+        columns = -(-page.imagewidth // width)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        data = file.read(count)
+        file.seek(offset)
+        file.write(DAMAGE[name](data))
+    tile = Box(44 % columns * width, 44 // columns * width, width, width)
+    backends: tuple[Backend, ...] = ("auto", "openslide", "tiffslide")
+    for backend in backends:
+        with open_slide(path, backend=backend) as slide:
+            assert backend != "auto" or slide.info.backend == "tiffslide"
+            rgb_HWC, unreadable = slide.read(0, tile)
+            assert unreadable == (tile,)
+            assert (rgb_HWC == 255).all()
+            assert slide.read(0, tile.shift(width, 0)).unreadable_lv == ()
+
+
+def test_no_tile_of_a_good_slide_looks_damaged(sample_slide: Path) -> None:
+    with closing(TiffSlideReader(sample_slide)) as reader, sample_slide.open("rb") as file:
+        page = reader.images[0].page
+        for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+            file.seek(offset)
+            assert not looks_damaged(file.read(count))
+
+
+@pytest.mark.parametrize("backend", ["openslide", "tiffslide"])
+def test_a_backend_that_is_asked_for_is_taken(sample_slide: Path, backend: BackendName) -> None:
+    with open_slide(sample_slide, backend=backend) as slide:
+        assert slide.info.backend == backend

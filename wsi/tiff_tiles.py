@@ -1,0 +1,98 @@
+"""The tiles of one TIFF image, decoded in the thread that asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from wsi.grid import Box
+
+_JPEG = (7, 33007)
+_ZEROS = bytes(512)
+"""What an unwritten sector of a disk reads as. Tiles of white glass hold up to 384 zeros in a row."""
+_MOST_BEHIND_END = 64
+"""Bytes behind a JPEG stream's end that are taken for padding."""
+
+
+@dataclass(frozen=True)
+class TiledImage:
+    """A TIFF image of 8-bit RGB tiles. Not shared between threads."""
+
+    page: tifffile.TiffPage
+
+    @property
+    def tile_size(self) -> tuple[int, int]:
+        """(width, height) of a tile."""
+        return self.page.tilewidth, self.page.tilelength
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file holds every tile."""
+        return min(self.page.databytecounts) > 0
+
+    def read(self, box: Box, confirm: Callable[[Box], None]) -> NDArray[np.uint8]:
+        """The pixels of a box inside the image, as rgb_HWC; a tile that is not in the file is white.
+
+        `confirm` gets the box of each tile whose JPEG stream looks damaged, cut at the image's edges, and raises if it
+        is. Raises what the decoder raises.
+        """
+        rgb_HWC = np.empty((box.height, box.width, 3), np.uint8)
+        width, height = self.tile_size
+        image = Box(0, 0, self.page.imagewidth, self.page.imagelength)
+        columns = -(-image.width // width)
+        for row in range(box.y // height, -(-box.bottom // height)):
+            for column in range(box.x // width, -(-box.right // width)):
+                tile = Box(column * width, row * height, width, height)
+                part = tile.intersect(box)
+                tile_HWC = self._tile(row * columns + column, lambda t=tile: confirm(t.intersect(image)))  # type: ignore[misc]
+                part_HWC = tile_HWC[part.y - tile.y : part.bottom - tile.y, part.x - tile.x : part.right - tile.x]
+                rgb_HWC[part.y - box.y : part.bottom - box.y, part.x - box.x : part.right - box.x] = part_HWC
+        return rgb_HWC
+
+    def _tile(self, index: int, confirm: Callable[[], None]) -> NDArray[np.uint8]:
+        page, count = self.page, self.page.databytecounts[index]
+        if count == 0:
+            return np.full((*self.tile_size[::-1], 3), 255, np.uint8)
+        file = page.parent.filehandle
+        file.seek(page.dataoffsets[index])
+        data = file.read(count)
+        if len(data) < count:
+            raise ValueError(f"the file ends in tile {index}")
+        if page.compression in _JPEG and looks_damaged(data):
+            confirm()
+        pixels = page.decode(data, index, jpegtables=page.jpegtables)[0]
+        if pixels is None:
+            raise ValueError(f"tile {index} is empty")
+        return np.asarray(pixels[0], np.uint8)
+
+
+def tiled_image(series: tifffile.TiffPageSeries) -> TiledImage | None:
+    """The image of a level, or None where it is not one TIFF image of 8-bit RGB tiles."""
+    page = series.pages[0]
+    if len(series.pages) != 1 or not isinstance(page, tifffile.TiffPage) or series.axes != "YXS":
+        return None
+    plain = page.is_tiled and page.planarconfig == 1 and page.dtype == np.uint8 and page.samplesperpixel == 3
+    return TiledImage(page) if plain else None
+
+
+def looks_damaged(jpeg: bytes) -> bool:
+    """Whether a JPEG stream may be cut off or overwritten: imagecodecs decodes such streams without a word.
+
+    True where the picture's data hold 512 zeros in a row, a marker that does not belong there, or no end, or where more
+    follows the end than padding. Rarely true of a good stream; false of one in which only some bits are wrong.
+    """
+    start = jpeg.find(b"\xff\xda")
+    if start < 0 or jpeg.find(_ZEROS, start) >= 0:
+        return True
+    values = np.frombuffer(jpeg, np.uint8, offset=start + 2)
+    places = np.flatnonzero(values[:-1] == 0xFF)
+    codes = values[places + 1]
+    # 0 stands for the byte FF itself, D0 to D7 are restarts, and FF may be repeated before a marker.
+    markers = np.flatnonzero((codes != 0) & (codes != 0xFF) & ((codes < 0xD0) | (codes > 0xD7)))
+    if not len(markers) or codes[markers[0]] != 0xD9:
+        return True
+    return bool(len(values) - (places[markers[0]] + 2) > _MOST_BEHIND_END)
