@@ -10,6 +10,7 @@ ModelError
 ├── ArchitectureError            a backbone, head or encoder that does not exist
 ├── CamUnavailableError          a CAM method that does not exist, or not for this classifier's head or layer
 ├── DeviceUnavailableError       a device was asked for that this machine does not have
+├── RuntimeUnavailableError      a runtime was asked for that is not installed, or cannot take the model
 └── NonFiniteOutputError         a network gave NaN or infinity
 """
 
@@ -56,6 +57,10 @@ class CamUnavailableError(ModelError):
 
 class DeviceUnavailableError(ModelError):
     """The device asked for is not there."""
+
+
+class RuntimeUnavailableError(ModelError):
+    """The runtime asked for is not installed, not for this device or precision, or cannot take the model."""
 
 
 class NonFiniteOutputError(ModelError):

@@ -166,7 +166,9 @@ class AreaHead(nn.Module):
         probs_NKs = scores_NKhw.softmax(dim=1).flatten(2)
         count = math.ceil(self.share * probs_NKs.shape[2])
         covered_NK = probs_NKs.topk(count, dim=2).values.mean(dim=2)
-        return HeadOutput(torch.logit(covered_NK, eps=_TINY), scores_NKhw)
+        # torch.logit, to the bit: OpenVINO does not know that operator.
+        bounded_NK = covered_NK.clamp(_TINY, 1 - _TINY)
+        return HeadOutput((bounded_NK / (1 - bounded_NK)).log(), scores_NKhw)
 
 
 class PcamHead(nn.Module):
@@ -193,8 +195,9 @@ class PcamHead(nn.Module):
             heat_NKhw = self.conv(feature_NChw).sigmoid()
             share_NKhw = heat_NKhw / (heat_NKhw.sum(dim=(2, 3), keepdim=True) + _TINY)
             pooled_NCK = torch.einsum("nkhw,nchw->nck", share_NKhw, feature_NChw)
-            # Row k, column k: class k's weights on what class k pooled.
-            logits_NK = self.conv(pooled_NCK[..., None])[..., 0].diagonal(dim1=1, dim2=2)
+            # Class k's weights on what class k pooled.
+            assert self.conv.bias is not None
+            logits_NK = torch.einsum("nck,kc->nk", pooled_NCK, self.weight_KC) + self.conv.bias
         return HeadOutput(logits_NK, heat_NKhw)
 
 

@@ -5,7 +5,9 @@ Shape suffixes: N tiles, K classes, H and W the tile, h and w the map at the out
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Self
 
@@ -15,11 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.bundle import Bundle, ModelCard, load_networks
-from models.errors import DeviceUnavailableError, NonFiniteOutputError
+from models.errors import DeviceUnavailableError, NonFiniteOutputError, RuntimeUnavailableError
 from models.gate import masked_softmax, passing_classes
+from models.runtimes import OpenVinoNetwork, Runtime, choose_runtime
 from models.segmenter import logits_at_stride
 
+log = logging.getLogger(__name__)
+
 Precision = Literal["float32", "bf16", "fp16"]
+
+Network = Callable[[Tensor], Tensor]
+"""Normalised images (N, 3, H, W) -> logits."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,6 +84,7 @@ class Predictor:
         *,
         device: str = "auto",
         precision: Precision = "float32",
+        runtime: Literal["auto", "torch", "openvino"] = "torch",
         batch_size: int = 8,
         output_stride: int = 4,
         ungated_fallback: bool = False,
@@ -85,7 +94,9 @@ class Predictor:
 
         `ungated_fallback`: where no class passes use the ungated softmax, instead of 0 for every class. `skip_by_gate`:
         run the segmenter only on tiles where its result can matter; False runs it on all tiles and gives the same
-        probabilities. Raises DeviceUnavailableError, and ValueError for an unknown precision, stride or batch size.
+        probabilities. `runtime`: see `choose_runtime`; "auto" goes back to torch where OpenVINO cannot take a network,
+        `self.runtime` says what it came to. Raises DeviceUnavailableError, RuntimeUnavailableError, and ValueError for
+        an unknown precision, stride or batch size.
         """
         if precision != "float32" and precision not in _AUTOCAST:
             raise ValueError(f"unknown precision {precision!r}; use float32, bf16 or fp16")
@@ -102,9 +113,7 @@ class Predictor:
         self.ungated_fallback = ungated_fallback
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
-        # channels_last took a third off both networks' time on the CPU.
-        self._classifier = _placed(classifier, self.device)
-        self._segmenter = _placed(segmenter, self.device)
+        self.runtime, (self._classifier, self._segmenter) = self._prepared(runtime, classifier, segmenter)
         self._mean_1311 = torch.tensor(card.mean, device=self.device).view(1, 3, 1, 1)
         self._std_1311 = torch.tensor(card.std, device=self.device).view(1, 3, 1, 1)
         self._thresholds_K = torch.tensor(card.gate_thresholds, device=self.device)
@@ -176,6 +185,19 @@ class Predictor:
         assert probs_NKhw.shape == (count, classes, height // stride, width // stride)
         return Prediction(probs_NKhw, passed_NK.cpu().numpy(), segmented_N, presence_NK)
 
+    def _prepared(
+        self, runtime: Literal["auto", "torch", "openvino"], *networks: nn.Module
+    ) -> tuple[Runtime, tuple[Network, ...]]:
+        placed = tuple(_placed(network, self.device) for network in networks)
+        if choose_runtime(runtime, self.device.type, self.precision) == "openvino":
+            try:
+                return "openvino", tuple(OpenVinoNetwork(network, self.card.tile_size) for network in placed)
+            except RuntimeUnavailableError as error:
+                if runtime == "openvino":
+                    raise
+                log.warning("%s: %s; torch is used, which takes longer", self.card.name, error)
+        return "torch", placed
+
     def _gate(self, presence_NK: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
         """Return which classes pass, and which may have pixels: the same, or all with `ungated_fallback` and none."""
         passed_NK = passing_classes(torch.from_numpy(presence_NK).to(self.device), self._thresholds_K)
@@ -203,6 +225,7 @@ class Predictor:
 
 
 def _placed(network: nn.Module, device: torch.device) -> nn.Module:
+    # channels_last took a third off both networks' time on the CPU.
     # Any: torch's stubs leave `memory_format` out of Module.to.
     anywhere: Any = network.eval().to(device)
     placed: nn.Module = anywhere.to(memory_format=torch.channels_last)

@@ -43,6 +43,10 @@ def segment(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = DEFAULTS.device,
     precision: Annotated[Literal["float32", "bf16", "fp16"], typer.Option(help="Of the networks.")] = "float32",
+    runtime: Annotated[
+        Literal["auto", "torch", "openvino"],
+        typer.Option(help="What computes the networks; auto: OpenVINO on a CPU where it is installed, else PyTorch."),
+    ] = "auto",
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", help="Tiles per call of a network.", min=1)
     ] = DEFAULTS.batch_size,
@@ -123,6 +127,7 @@ def segment(
             keep_ungated=keep_ungated,
             device=device,
             precision=precision,
+            runtime=runtime,
             batch_size=batch_size,
             force=force,
             **({} if num_workers is None else {"num_workers": num_workers}),

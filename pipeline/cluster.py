@@ -99,6 +99,8 @@ class Cluster:
         self._fixed = fixed
         self._topic = f"wsi-segment-{uuid.uuid4()}"
         self._lock = threading.Lock()
+        # Of its own: a worker whose mount is stale must not keep slides from being cancelled.
+        self._folder_lock = threading.Lock()
         self._slides: dict[str, SlideTasks] = {}
         self._folders: set[Path] = set()
         self._cancelled = False
@@ -128,6 +130,9 @@ class Cluster:
         """Wait for a first process, and see that those that are there can do the work. Raises ClusterError."""
         if self._config.device != "cpu" and any("GPU" in info["resources"] for info in self._workers().values()):
             self.resources = {"GPU": 1}
+        if self._config.runtime == "auto":
+            # All processes the same: blocks of one slide must not differ.
+            self._config = replace(self._config, runtime="torch" if self.resources else self._config.chosen_runtime)
         arguments = (versions(), model)
         # A task, not a call of all workers: a cluster that has none yet starts one when there is a task.
         probe = self._client.submit(check_worker, *arguments, pure=False, resources=self.resources)
@@ -202,7 +207,7 @@ class Cluster:
 
     def _check_folder(self, output: Path) -> None:
         """See, once, that all processes write where we do."""
-        with self._lock:
+        with self._folder_lock:
             if output in self._folders:
                 return
             try:

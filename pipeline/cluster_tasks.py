@@ -270,6 +270,7 @@ def _predictor(order: Order) -> Predictor:
     settings = SegmentConfig(
         device=config.device,
         precision=config.precision,
+        runtime=config.runtime,
         batch_size=config.batch_size,
         output_stride=config.output_stride,
         keep_ungated=config.keep_ungated,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the command's --help reads the defaults here, and must not 
     from wsi.slide import Backend
 
 Precision = Literal["float32", "bf16", "fp16"]
+Runtime = Literal["auto", "torch", "openvino"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class SegmentConfig:
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     precision: Precision = "float32"
     """Number format of the networks."""
+    runtime: Runtime = "auto"
+    """What computes the networks: PyTorch or OpenVINO; "auto" takes OpenVINO on a CPU where it is installed and can."""
     batch_size: int = 8
     """Tiles per call of a network."""
     num_workers: int = min(8, os.cpu_count() or 1)
@@ -63,6 +66,18 @@ class SegmentConfig:
         """How many blocks are in memory at once, at most."""
         return self.num_workers + 2
 
+    @property
+    def chosen_runtime(self) -> Literal["torch", "openvino"]:
+        """What "auto" stands for on this machine, whatever the model."""
+        if self.runtime != "auto":
+            return self.runtime
+        from models.predictor import choose_device  # loads torch
+        from models.runtimes import choose_runtime
+
+        # A device that is named may be one that only a cluster's machines have.
+        device = choose_device("auto").type if self.device == "auto" else self.device
+        return choose_runtime("auto", device, self.precision)
+
     def parameters(self) -> dict[str, object]:
         """Those settings that decide what the result is: two runs with the same ones give the same result."""
         return {
@@ -74,6 +89,7 @@ class SegmentConfig:
             "simplify_px": self.simplify_px,
             "keep_ungated": self.keep_ungated,
             "precision": self.precision,
+            "runtime": self.chosen_runtime,
             "block_out": self.block_out,
         }
 

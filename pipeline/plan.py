@@ -25,6 +25,7 @@ TILE_GROUP = 128
 # allocator keeps, and one image's activations per tile pixel.
 _PROCESS_BYTES = 1500 << 20
 _ACTIVATION_BYTES_PER_PX = 550
+_OPENVINO_BYTES = 360 << 20
 # A pixel of the map compresses to far less than a byte; a quarter is what noisy maps were seen to take.
 _COMPRESSED_SHARE = 0.25
 
@@ -124,4 +125,5 @@ def _memory_bytes(grid: Grid, classes: int, blocks: int, config: SegmentConfig) 
     blend = 4 * (2 * classes + 4) * grid.block_out**2
     in_flight = min(config.in_flight, max(blocks, 1)) * (canvas + strip + blend)
     network = config.batch_size * grid.tile_m**2 * _ACTIVATION_BYTES_PER_PX
-    return _PROCESS_BYTES + in_flight + group + network
+    runtime = _OPENVINO_BYTES if config.chosen_runtime == "openvino" else 0
+    return _PROCESS_BYTES + in_flight + group + network + runtime

@@ -22,7 +22,7 @@ from pipeline.journal import sync
 
 Status = Literal["done", "no tissue", "skipped", "failed"]
 
-RUN_FORMAT = 1
+RUN_FORMAT = 2
 """Raised when results of older versions can no longer stand for a run of this one."""
 
 _VERSIONS = ("wsi-segment", "torch", "openslide-python", "tiffslide", "zarr", "shapely", "segmentation-models-pytorch")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,7 @@ def segment_slide(
 
     Raises SlideError, ModelError or PipelineError; Cancelled on KeyboardInterrupt.
     """
-    _check_predictor(predictor, config)
-    return segment_slide_with(ThreadRunner(predictor), path, output, config, progress)
+    return segment_slide_with(ThreadRunner(predictor), path, output, _stating(predictor, config), progress)
 
 
 def segment_slide_with(
@@ -175,15 +175,22 @@ def _segment_slide(
     )
 
 
-def _check_predictor(predictor: Predictor, config: SegmentConfig) -> None:
-    """Raise ConfigError where the predictor was made with other settings than the ones the result would state."""
+def _stating(predictor: Predictor, config: SegmentConfig) -> SegmentConfig:
+    """The settings with the predictor's runtime in place of "auto", so that the result states what made it.
+
+    Raises ConfigError where the predictor was made with other settings than the ones the result would state.
+    """
+    if config.runtime == "auto":
+        config = replace(config, runtime=predictor.runtime)
     for name, made, stated in (
         ("output_stride", predictor.output_stride, config.output_stride),
         ("precision", predictor.precision, config.precision),
+        ("runtime", predictor.runtime, config.runtime),
         ("keep_ungated", predictor.ungated_fallback, config.keep_ungated),
     ):
         if made != stated:
             raise ConfigError(f"the predictor was made with {name} {made}, the settings say {stated}; make them equal")
+    return config
 
 
 def _open_store(path: Path, work: Path, spec: MapSpec) -> MapStore:

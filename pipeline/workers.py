@@ -85,6 +85,7 @@ def load_predictor(model: str, config: SegmentConfig) -> Predictor:
         load_bundle(model),
         device=config.device,
         precision=config.precision,
+        runtime=config.runtime,
         batch_size=config.batch_size,
         output_stride=config.output_stride,
         ungated_fallback=config.keep_ungated,

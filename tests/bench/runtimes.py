@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
+from models.runtimes import OpenVinoNetwork, load_openvino
 from pipeline.config import SegmentConfig
 from pipeline.malloc import keep_freed_memory
 from pipeline.segment import plan_slide
@@ -113,14 +114,20 @@ def onnx_runtime(network: nn.Module, example: Tensor, threads: int) -> Run:
     return lambda x_NCHW: torch.from_numpy(session.run(None, {"x": x_NCHW.contiguous().numpy()})[0])
 
 
-def openvino_f32(network: nn.Module, example: Tensor, threads: int) -> Run:
-    """OpenVINO, held to float32."""
-    return _openvino(network, example, threads, "f32")
+def openvino_f32(network: nn.Module, example: Tensor, _: int) -> Run:
+    """OpenVINO as it is used by `--runtime openvino`, in float32."""
+    return OpenVinoNetwork(network, example.shape[-1])
 
 
 def openvino_bf16(network: nn.Module, example: Tensor, threads: int) -> Run:
     """OpenVINO in bfloat16, its own choice where the processor has it."""
-    return _openvino(network, example, threads, "bf16")
+    openvino = load_openvino()
+    model = openvino.convert_model(
+        torch.jit.trace(network, example[:1], check_trace=False), input=[-1, *example.shape[1:]]
+    )
+    hints = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    built = openvino.Core().compile_model(model, "CPU", hints)
+    return lambda x_NCHW: torch.from_numpy(built(x_NCHW.contiguous().numpy())[0])
 
 
 RUNTIMES: dict[str, Make] = {
@@ -143,16 +150,6 @@ def _as_onnx(network: nn.Module, example: Tensor) -> bytes:
     torch.onnx.export(network, (contiguous,), file, input_names=["x"], dynamo=False, dynamic_axes={"x": {0: "N"}})
     content: bytes = file.getvalue()
     return content
-
-
-def _openvino(network: nn.Module, example: Tensor, threads: int, precision: str) -> Run:
-    import openvino  # type: ignore[import-not-found]
-
-    # By way of ONNX: its own reader of PyTorch does not know every operator of the heads.
-    model = openvino.convert_model(io.BytesIO(_as_onnx(network, example)))
-    hints = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    built = openvino.Core().compile_model(model, "CPU", hints)
-    return lambda x_NCHW: torch.from_numpy(built(x_NCHW.contiguous().numpy())[0].copy())
 
 
 def measure(run: Run, x_NCHW: Tensor, batch: int, passes: int) -> tuple[float, float, Tensor]:

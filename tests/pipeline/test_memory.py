@@ -24,7 +24,7 @@ RUN = textwrap.dedent("""
     from tests.pipeline.fakes import colour_predictor
 
     path, out = Path(sys.argv[1]), Path(sys.argv[2])
-    config = SegmentConfig(block_out=256, num_workers=2, device="cpu")
+    config = SegmentConfig(block_out=256, num_workers=2, device="cpu", runtime="torch")
     keep_freed_memory()
     predictor = colour_predictor()
     slide, tissue, plan = plan_slide(path, predictor.card, config)

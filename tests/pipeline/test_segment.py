@@ -376,11 +376,12 @@ def test_unreadable_tiles_are_counted_and_named_and_too_many_fail(
     # Two levels: the thumbnail is read from the second, so that only the tiles meet the bad place.
     path, out = region_slide(tmp_path / "slide.svs", mpp=1.0, levels=(1, 8)), tmp_path / "out"
 
+    config = replace(SMALL, backend="openslide")
     monkeypatch.setitem(READERS, "openslide", _FailingReader)
     with pytest.raises(SlideReadError, match=r"^slide\.svs: at least \d+ of \d+ tiles cannot be read \(at most 1%\)"):
-        segment_slide(path, out, colour_predictor(), SMALL)
+        segment_slide(path, out, colour_predictor(), config)
     assert not (out / "slide").exists()
-    result = segment_slide(path, out, colour_predictor(), replace(SMALL, max_bad_share=0.5))
+    result = segment_slide(path, out, colour_predictor(), replace(config, max_bad_share=0.5))
     assert result.status == "done"
     assert "tiles could not be read" in result.warnings[-1]
     run = run_of(out / "slide")
@@ -389,7 +390,7 @@ def test_unreadable_tiles_are_counted_and_named_and_too_many_fail(
     assert all(box[0] < 512 + 64 + 256 and box[0] + box[2] > 512 - 256 for box in run["bad_tiles_l0"])
     # Once the place can be read again, those blocks are tried again.
     monkeypatch.setitem(READERS, "openslide", OpenSlideReader)
-    assert segment_slide(path, tmp_path / "good", colour_predictor(), SMALL).warnings == ()
+    assert segment_slide(path, tmp_path / "good", colour_predictor(), config).warnings == ()
 
 
 def test_a_network_that_gives_nan_names_the_tile(tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""What computes a network: PyTorch, or on a CPU OpenVINO, which takes about half the time for the same labels.
+
+Shape suffixes: N batch, H and W the image.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import RuntimeUnavailableError
+
+Runtime = Literal["torch", "openvino"]
+
+_TOLERANCE = 1e-3
+"""Of a logit, absolute and relative: real tiles differ by 1e-5, a network that was converted wrongly by far more."""
+
+
+def choose_runtime(name: Literal["auto", "torch", "openvino"], device: str, precision: str) -> Runtime:
+    """Return the runtime of that name; "auto" takes OpenVINO where it is installed, for float32 on the device "cpu".
+
+    Raises RuntimeUnavailableError where OpenVINO is asked for and cannot be used.
+    """
+    if name == "torch":
+        return name
+    if name not in ("auto", "openvino"):
+        raise RuntimeUnavailableError(f"unknown runtime {name!r}; use auto, torch or openvino")
+    fits, installed = device == "cpu" and precision == "float32", find_spec("openvino") is not None
+    if name == "auto":
+        return "openvino" if fits and installed else "torch"
+    if not fits:
+        raise RuntimeUnavailableError(
+            f"runtime openvino: it computes float32 on the CPU only, the device is {device} and the precision "
+            f"{precision}; use runtime torch or auto"
+        )
+    if not installed:
+        raise RuntimeUnavailableError(
+            "runtime openvino: the package is not installed; pip install 'wsi-segment[openvino]', or use runtime torch"
+        )
+    return name
+
+
+def load_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which at every import writes to the home folder and calls its maker."""
+    modules: dict[str, Any] = sys.modules
+    if "openvino" not in modules:
+        modules.setdefault("openvino_telemetry", None)  # an ImportError, for which openvino has a stub
+    return importlib.import_module("openvino")
+
+
+class OpenVinoNetwork:
+    """A network compiled for the CPU, called as the network is: normalised images (N, 3, H, W) -> its output, float32.
+
+    It takes any N, and an image's result depends on nothing but the image. Calls must not overlap. It runs on as many
+    threads as torch had when it was made. Nothing is written to the disk.
+    """
+
+    def __init__(self, network: nn.Module, size: int) -> None:
+        """Compile the network, in eval mode, for square images of that side; other shapes are compiled at their first
+        call.
+
+        Raises RuntimeUnavailableError where OpenVINO cannot take the network, or makes something else of it.
+        """
+        self._network = network
+        self._threads = torch.get_num_threads()
+        self._compiled: dict[tuple[int, ...], Any] = {}
+        example_NCHW = torch.randn((1, 3, size, size), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = network(example_NCHW)
+        # Another framework's reader of any network of timm's: what it makes is held against the original.
+        if not torch.allclose(self(example_NCHW), expected, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
+            raise RuntimeUnavailableError(
+                "runtime openvino: computes something else than torch for this model; use runtime torch"
+            )
+
+    def __call__(self, x_NCHW: Tensor) -> Tensor:
+        shape_CHW = tuple(x_NCHW.shape[1:])
+        if shape_CHW not in self._compiled:
+            self._compiled[shape_CHW] = _compile(self._network, shape_CHW, self._threads)
+        # Always sharing: a call that does not would copy its input over the array that the last one shared.
+        outputs = self._compiled[shape_CHW](x_NCHW.contiguous().numpy(), share_inputs=True, share_outputs=False)
+        return torch.from_numpy(outputs[0])
+
+
+def _compile(network: nn.Module, shape_CHW: tuple[int, ...], threads: int) -> Any:
+    """Return the network compiled for batches of any size of images of that shape. Raises RuntimeUnavailableError."""
+    hints = {
+        # Its own choice would be bfloat16 where the processor has it, which changes 0.7 % of the labels.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        # Processes side by side would all be pinned to the same cores.
+        "ENABLE_CPU_PINNING": False,
+    }
+    try:
+        openvino = load_openvino()
+        with torch.no_grad(), warnings.catch_warnings(), _own_logging():
+            # Sizes become constants, which is right: the shape is.
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(network, torch.zeros(1, *shape_CHW), check_trace=False)
+            model = openvino.convert_model(traced, input=[-1, *shape_CHW])
+        return openvino.Core().compile_model(model, "CPU", hints)
+    except Exception as error:
+        # Tracing, converting and compiling each have errors of their own.
+        raise RuntimeUnavailableError(
+            f"runtime openvino: cannot take this model ({_reason(error)}); use runtime torch"
+        ) from error
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Keep the root logger as it is: a conversion that fails would leave it silenced."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers
+
+
+def _reason(error: Exception) -> str:
+    """The line of a long message that says most."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if line.startswith("No conversion rule")), lines[-1])[:300]

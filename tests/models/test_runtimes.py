@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models import runtimes
+from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle
+from models.classifier import Classifier
+from models.errors import RuntimeUnavailableError
+from models.heads import HEADS
+from models.predictor import Predictor
+from models.runtimes import OpenVinoNetwork, choose_runtime
+from models.segmenter import build_segmenter
+from tests.models.networks import ConstantClassifier, ConstantSegmenter, make_card
+
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+
+
+def stained_tiles(count: int) -> NDArray[np.uint8]:
+    """Tiles of 224 pixels with purple glands' walls, pink stroma and glass, as rgb_NHWC; no two alike."""
+    random = np.random.default_rng(0)
+    y_HW, x_HW = np.mgrid[:224, :224]
+    tiles = []
+    for number in range(count):
+        rgb_HWC = np.full((224, 224, 3), (225, 165, 200), np.float64)
+        for x, y, radius in random.uniform((0, 0, 15), (224, 224, 60), (2 + number % 4, 3)):
+            distance_HW = np.hypot(x_HW - x, y_HW - y) / radius
+            rgb_HWC[distance_HW < 1] = (110, 60, 140)
+            rgb_HWC[distance_HW < 0.5] = (240, 235, 240)
+        tiles.append(rgb_HWC + random.normal(0, 12, (224, 224, 3)))
+    return np.clip(tiles, 0, 255).astype(np.uint8)
+
+
+def default_predictor(runtime: Any, **options: Any) -> Predictor:
+    return Predictor.from_bundle(load_bundle(DEFAULT_BUNDLE), device="cpu", runtime=runtime, **options)
+
+
+def real_tiles(slide: Path) -> NDArray[np.uint8]:
+    """Every other tile of the sample slide at about 1 µm per pixel, as rgb_NHWC."""
+    rgb_HWC = tifffile.imread(slide, key=0)
+    rows, columns = (side // 448 for side in rgb_HWC.shape[:2])
+    cut = rgb_HWC[: rows * 448, : columns * 448].reshape(rows, 224, 2, columns, 224, 2, 3).mean(axis=(2, 5))
+    rgb_NHWC: NDArray[np.uint8] = cut.swapaxes(1, 2).reshape(-1, 224, 224, 3)[::2].astype(np.uint8)
+    return rgb_NHWC
+
+
+@needs_openvino
+def test_openvino_gives_torchs_probabilities_and_labels(sample_slide: Path) -> None:
+    rgb_NHWC = real_tiles(sample_slide)
+    assert len(rgb_NHWC) > 10
+    ours, torchs = (default_predictor(name, skip_by_gate=False).predict(rgb_NHWC) for name in ("openvino", "torch"))
+    assert np.abs(ours.presence_NK - torchs.presence_NK).max() < 1e-5
+    assert np.array_equal(ours.passed_NK, torchs.passed_NK)
+    assert (ours.probs_NKhw - torchs.probs_NKhw).abs().max() < 1e-5
+    assert torch.equal(ours.probs_NKhw.argmax(dim=1), torchs.probs_NKhw.argmax(dim=1))
+    # The tiles are worth the comparison: both classes pass, and both win pixels.
+    assert ours.passed_NK.any(axis=0).all()
+    assert len(ours.probs_NKhw.argmax(dim=1).unique()) == 2
+
+
+@needs_openvino
+def test_openvino_gives_a_tile_the_same_bytes_in_any_batch_and_any_run() -> None:
+    rgb_NHWC = stained_tiles(7)
+    predictor = default_predictor("openvino", batch_size=4)
+    presence_NK, logits_NKhw = predictor.presence(rgb_NHWC), predictor.logits(rgb_NHWC)
+    order = np.random.default_rng(1).permutation(7)
+    again = default_predictor("openvino", batch_size=4)
+    for batch_size in (4, 1, 3, 16):
+        again.batch_size = batch_size
+        assert np.array_equal(again.presence(rgb_NHWC[order]), presence_NK[order])
+        assert torch.equal(again.logits(rgb_NHWC[order]), logits_NKhw[order])
+
+
+@needs_openvino
+def test_openvino_takes_tiles_of_other_sizes() -> None:
+    rgb_NHWC = stained_tiles(2)[:, :96, :128]
+    ours, torchs = (default_predictor(name, output_stride=2).predict(rgb_NHWC) for name in ("openvino", "torch"))
+    assert ours.probs_NKhw.shape == (2, 2, 48, 64)
+    assert (ours.probs_NKhw - torchs.probs_NKhw).abs().max() < 1e-5
+
+
+@needs_openvino
+def test_a_call_leaves_the_tiles_of_earlier_calls_alone() -> None:
+    network = OpenVinoNetwork(nn.Conv2d(3, 1, 1).eval(), 32)
+    first_NCHW, second_NCHW = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    kept_NCHW = first_NCHW.clone()
+    output_NCHW = network(first_NCHW)
+    kept_output_NCHW = output_NCHW.clone()
+    network(second_NCHW)
+    assert torch.equal(first_NCHW, kept_NCHW)
+    assert torch.equal(output_NCHW, kept_output_NCHW)
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("backbone", "head"), [*(("resnet18", head) for head in HEADS), ("resnet38d", "pda"), ("convnext_atto", "area")]
+)
+def test_openvino_takes_every_head_and_backbones_of_other_families(backbone: str, head: str) -> None:
+    torch.manual_seed(0)
+    network = Classifier(backbone, head, 3).eval()
+    x_NCHW = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected_NK = network(x_NCHW)
+        assert torch.allclose(OpenVinoNetwork(network, 64)(x_NCHW), expected_NK, rtol=1e-4, atol=1e-4)
+
+
+@needs_openvino
+@pytest.mark.parametrize("encoder", ["resnet18", "tu-convnext_atto", "efficientnet-b0"])
+def test_openvino_takes_segmenters_with_other_encoders(encoder: str) -> None:
+    torch.manual_seed(0)
+    network = build_segmenter(encoder, 3).eval()
+    x_NCHW = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected_NKhw = network(x_NCHW)
+        assert torch.allclose(OpenVinoNetwork(network, 64)(x_NCHW), expected_NKhw, rtol=1e-4, atol=1e-4)
+
+
+class _Unknown(nn.Module):
+    """Holds an operator that OpenVINO has no rule for."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        unusual_NC: Tensor = torch.special.i1e(x_NCHW.mean(dim=(2, 3)))
+        return unusual_NC[:, :2]
+
+
+class _Branching(nn.Module):
+    """Does with one half of all images what the trace of another does not show."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        sign = 1.0 if float(x_NCHW.std()) > 0.5 else -1.0
+        return sign * (1 + x_NCHW.mean(dim=(2, 3)))[:, :2]
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("classifier", "reason"), [(_Unknown(), "No conversion rule found for operations: aten::"), (_Branching(), "else")]
+)
+def test_a_network_that_openvino_cannot_take_runs_in_torch_with_a_warning(
+    classifier: nn.Module, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    networks = classifier, ConstantSegmenter([0.0, 1.0])
+    with pytest.raises(RuntimeUnavailableError, match=reason):
+        Predictor(make_card(), NO_DIGEST, *networks, device="cpu", runtime="openvino")
+    with caplog.at_level(logging.WARNING):
+        predictor = Predictor(make_card(), NO_DIGEST, *networks, device="cpu", runtime="auto")
+    assert predictor.runtime == "torch"
+    assert reason in caplog.text
+    assert predictor.presence(np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, 2)
+
+
+@needs_openvino
+def test_openvino_calls_nobody_and_writes_nothing(tmp_path: Path) -> None:
+    program = (
+        "import sys, torch; from models.runtimes import OpenVinoNetwork; "
+        "OpenVinoNetwork(torch.nn.Conv2d(3, 1, 1).eval(), 32); "
+        "assert sys.modules['openvino_telemetry'] is None; assert 'requests' not in sys.modules"
+    )
+    root = Path(__file__).parents[2]
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True, timeout=120)
+    assert list(tmp_path.iterdir()) == []
+
+
+def without_openvino(name: str) -> None:
+    assert name == "openvino"
+
+
+def test_without_the_package_auto_is_torch_and_openvino_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "find_spec", without_openvino)
+    assert choose_runtime("auto", "cpu", "float32") == "torch"
+    with pytest.raises(RuntimeUnavailableError, match=r"pip install 'wsi-segment\[openvino\]'"):
+        choose_runtime("openvino", "cpu", "float32")
+
+
+def test_auto_is_openvino_for_float32_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "find_spec", lambda _: object())
+    assert choose_runtime("auto", "cpu", "float32") == "openvino"
+    for device, precision in (("cuda", "float32"), ("cuda:1", "bf16"), ("cpu", "bf16"), ("mps", "float32")):
+        assert choose_runtime("auto", device, precision) == "torch"
+        assert choose_runtime("torch", device, precision) == "torch"
+        with pytest.raises(RuntimeUnavailableError, match=f"the device is {device} and the precision {precision}"):
+            choose_runtime("openvino", device, precision)
+    with pytest.raises(RuntimeUnavailableError, match="use auto, torch or openvino"):
+        choose_runtime("onnx", "cpu", "float32")  # type: ignore[arg-type]
+
+
+def test_a_predictor_is_torchs_unless_asked() -> None:
+    networks = ConstantClassifier([0.9, 0.9]), ConstantSegmenter([0.0, 1.0])
+    assert Predictor(make_card(), NO_DIGEST, *networks, device="cpu").runtime == "torch"
+
+
+@needs_openvino
+def test_a_failed_conversion_leaves_the_programs_logging_alone() -> None:
+    root = logging.getLogger()
+    before = root.level, list(root.handlers), list(root.filters)
+    with pytest.raises(RuntimeUnavailableError):
+        OpenVinoNetwork(_Unknown().eval(), 32)
+    assert (root.level, list(root.handlers), list(root.filters)) == before
+
+
+def test_the_area_heads_logit_is_torchs_to_the_bit() -> None:
+    head: Any = HEADS["area"](4, 3).eval()
+    deep_NChw = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 300
+    with torch.inference_mode():
+        head.bias_K[2] = -40.0
+        output = head(deep_NChw, deep_NChw)
+        probs_NKs = output.map_NKhw.softmax(dim=1).flatten(2)
+        covered_NK = probs_NKs.topk(13, dim=2).values.mean(dim=2)
+    assert covered_NK.min() < 1e-6
+    assert torch.equal(output.logits_NK, torch.logit(covered_NK, eps=1e-6))
