@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect import State, flow
 
-from flows.order import Order, config_of
+from flows.order import Order, config_of, output_folder
 from flows.segmenting import refused, segment_order
 from models.bundle import DEFAULT_BUNDLE
 from pipeline.batch import SlideJob, collect_jobs
@@ -47,7 +47,7 @@ def segment_batch(
     try:
         order = Order(
             jobs=_jobs(source, recursive=recursive),
-            output=Path(output),
+            output=output_folder(output),
             model=model,
             config=config_of(settings),
             scheduler=scheduler,

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from prefect import runtime
 from pydantic import TypeAdapter, ValidationError
 
 from flows.privacy import Said, as_it_is, without_folders
@@ -41,6 +42,16 @@ class Order:
         """What a text may say of the slides' folders."""
         folders = {job.path.parent for job in self.jobs} | {self.output, self.output.absolute().parent}
         return without_folders(folders) if self.hide_paths else as_it_is
+
+
+def output_folder(output: str) -> Path:
+    """Return where results go. Raises ConfigError for a relative path in a run that a worker has started: the folder
+    that such a run begins in is deleted when it ends.
+    """
+    folder = Path(output)
+    if runtime.deployment.id is not None and not folder.is_absolute():
+        raise ConfigError(f"output is {output!r}; give an absolute path: a worker deletes the folder its runs begin in")
+    return folder
 
 
 def config_of(settings: Mapping[str, Any] | None) -> SegmentConfig:

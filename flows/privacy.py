@@ -30,7 +30,7 @@ def without_folders(folders: Iterable[Path]) -> Said:
 
     def said(text: str) -> str:
         for folder in hidden:
-            text = text.replace(f"{folder}/", "").replace(folder, Path(folder).name)
+            text = text.replace(f"{folder}/", "").replace(folder, "(folder)")
         return text
 
     return said

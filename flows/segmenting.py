@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import httpx
 from prefect import Flow, State, flow
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 
@@ -59,12 +61,18 @@ def segment_order(order: Order) -> State[None]:
             return _end(_segment_all(order))
         except (PipelineError, ModelError) as error:
             return Failed(message=order.said(str(error)))
+        except Exception as error:
+            if not order.hide_paths:
+                raise
+            # Prefect would show the traceback with every path in it.
+            return Failed(message=order.said(f"{type(error).__name__}: {error}"))
 
 
 def refused(error: ConfigError, source: str, *, hide_paths: bool) -> State[None]:
     """Make the state of a run that cannot begin: no retry and no traceback would help."""
     path = Path(source).absolute()
-    said = without_folders([path.parent, Path(source).parent]) if hide_paths else as_it_is
+    hidden = [path.parent, Path(source).parent, *([] if path.is_file() else [path])]
+    said = without_folders(hidden) if hide_paths else as_it_is
     return Failed(message=said(str(error)))
 
 
@@ -121,7 +129,14 @@ def _segment_parts(batch: _Batch, jobs: Sequence[SlideJob]) -> None:
     for first in range(0, len(jobs), PART):
         part = jobs[first : first + PART]
         ended = len(batch.board.results)
-        state = _part_flow(batch, part, f"slides {first + 1} to {first + len(part)} of {len(jobs)}")(return_state=True)
+        try:
+            part_flow = _part_flow(batch, part, f"slides {first + 1} to {first + len(part)} of {len(jobs)}")
+            state = part_flow(return_state=True)
+        except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+            log.warning("Prefect's server does not answer (%s); the slides go on without it", type(error).__name__)
+            there = {result.slide for result in batch.board.results}
+            _segment(batch, [job for job in part if job.path.stem not in there])
+            continue
         if len(batch.board.results) < ended + len(part):
             state.result()  # raises what has stopped it; slides that failed have not
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import State, flow
 
-from flows.order import Order, config_of
+from flows.order import Order, config_of, output_folder
 from flows.segmenting import refused, segment_order
 from models.bundle import DEFAULT_BUNDLE
 from pipeline.batch import SlideJob
@@ -42,7 +42,7 @@ def segment_slide_flow(
     try:
         order = Order(
             jobs=[SlideJob(Path(slide), mpp)],
-            output=Path(output),
+            output=output_folder(output),
             model=model,
             config=config_of(settings),
             scheduler=scheduler,

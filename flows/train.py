@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
 from flows.artifacts import StageProgress, show_metrics
+from flows.order import output_folder
 from flows.privacy import as_it_is, pipeline_log
 from models.bundle import Bundle
 from models.errors import ModelError
@@ -42,7 +43,7 @@ def train_flow(
     """
     with pipeline_log(as_it_is):
         try:
-            bundle = train_bundle(dataset, Path(output), data, preset, settings or {}, device)
+            bundle = train_bundle(dataset, output_folder(output), data, preset, settings or {}, device)
         except (PipelineError, ModelError) as error:
             return Failed(message=str(error))
     show_metrics(Path(output), bundle.card.metrics)

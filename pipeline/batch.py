@@ -190,12 +190,19 @@ def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
         # Folded: some file systems do not tell case apart.
         groups[job.path.stem.casefold()].append(job.path)
     return {
-        path: f"{path}: has the same name as {', '.join(str(p) for p in paths if p != path)}, and results are named "
-        f"after slides; rename one, or use another --output for it"
+        path: f"{path}: has the same name as {_others(path, paths)}, and results are named after slides; rename one, "
+        f"or use another --output for it"
         for paths in groups.values()
         if len(paths) > 1
         for path in paths
     }
+
+
+def _others(path: Path, paths: Sequence[Path]) -> str:
+    """The first few of the other paths: of a thousand slides of one name, each would name all others."""
+    first = [str(other) for other in paths[:4] if other != path][:3]
+    more = len(paths) - 1 - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")
 
 
 def _expand(path: Path, *, recursive: bool) -> Iterator[SlideJob]:
@@ -221,7 +228,12 @@ def _is_dir(path: Path) -> bool:
 
 
 def _is_slide(path: Path) -> bool:
-    return path.suffix.lower() in SLIDE_SUFFIXES and path.is_file() and not path.name.startswith(".")
+    if path.suffix.lower() not in SLIDE_SUFFIXES or path.name.startswith("."):
+        return False
+    try:
+        return path.is_file()
+    except OSError:
+        return True  # a stale mount, or no right to look: it fails by its name, and the other slides go on
 
 
 def _read_manifest(path: Path) -> Iterator[SlideJob]:

@@ -143,12 +143,12 @@ _PASSING = frozenset(
 def is_transient(error: BaseException | None) -> bool:
     """Whether the same work can succeed later, with nothing changed by anybody.
 
-    That is so for a stale or hanging network mount, a lost worker and a slide that took too long; not for a slide that
-    is missing or broken, nor for a full disk or wrong settings. An error that was raised from another one is judged by
+    That is so for a stale or hanging network mount and a lost worker; not for a slide that is missing, broken or took
+    longer than it may, nor for a full disk or wrong settings. An error that was raised from another one is judged by
     that one, too.
     """
     while error is not None:
-        if isinstance(error, (WorkerLostError, SlideTimeoutError)):
+        if isinstance(error, WorkerLostError):
             return True
         if isinstance(error, OSError) and (
             error.errno in _PASSING or isinstance(error, (TimeoutError, ConnectionError))

@@ -6,6 +6,7 @@ same way from there as it was from the former place. So does this.
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -100,7 +101,8 @@ def _find(slide: SlideFile, recorded: Path, search: Path | None) -> Path:
     """Where the slide is now; where it was, with a warning, if it is not to be found."""
     if recorded.is_absolute() and recorded.exists():
         return recorded
-    candidates = [] if search is None else sorted(p for p in search.absolute().rglob(recorded.name) if p.is_file())
+    name = glob.escape(recorded.name)
+    candidates = [] if search is None else sorted(p for p in search.absolute().rglob(name) if p.is_file())
     for candidate in candidates:
         # Another patient's slide may have the same name.
         if slide_digest(candidate) == slide.digest:

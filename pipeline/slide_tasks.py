@@ -168,7 +168,10 @@ class SlideTasks:
             f"everywhere"
         ) from error
 
-    def _lost(self) -> WorkerLostError:
+    def _lost(self) -> PipelineError:
+        if self._client.status in ("closing", "closed"):
+            # The client has given up on the scheduler: no other try can help.
+            return ClusterError(f"{self._name}: the cluster's scheduler went away; start the batch again to go on")
         return WorkerLostError(
             f"{self._name}: the cluster that worked on it went away; run the same command again to go on from the "
             f"finished blocks"

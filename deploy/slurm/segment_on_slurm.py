@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import dask
 from dask_jobqueue import SLURMCluster
 from distributed import Security
 
@@ -25,6 +26,7 @@ def main() -> int:
     options = parser().parse_args()
     for name, value in settings():
         os.environ.setdefault(name, value)
+    dask.config.refresh()  # it was read when it was imported
     options.shared.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=options.shared, prefix=".wsi-segment-") as folder,

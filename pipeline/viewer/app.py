@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -32,7 +33,7 @@ from pipeline.viewer.open_results import OpenResult, OpenResults
 from pipeline.viewer.outlines import TOLERANCES_L0
 from pipeline.viewer.results import Result
 from wsi.errors import SlideError
-from wsi.slide import slide_digest
+from wsi.slide import slide_digest, slide_stamp
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class Viewer:
         """Whether the slide's file is, byte for byte, the one that was segmented; null where it cannot be read."""
         result = self._result(request)
         if result.id not in self._identities:
-            self._identities[result.id] = asyncio.create_task(asyncio.to_thread(_is_same, result))
+            self._identities[result.id] = asyncio.create_task(_in_daemon(lambda: _is_same(result)))
         return JSONResponse({"same": await asyncio.shield(self._identities[result.id])})
 
     async def slide_tile(self, request: Request) -> Response:
@@ -237,8 +238,28 @@ def page_facts(opened: OpenResult) -> dict[str, object]:
     }
 
 
+async def _in_daemon(work: Callable[[], bool | None]) -> bool | None:
+    """What `work` returns, from a thread that the program's end does not wait for: a slide may take minutes to read."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[bool | None] = loop.create_future()
+
+    def deliver(value: bool | None) -> None:
+        if not answer.done():
+            answer.set_result(value)
+
+    def run() -> None:
+        value = work()
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(deliver, value)
+
+    threading.Thread(target=run, name="digest", daemon=True).start()
+    return await answer
+
+
 def _is_same(result: Result) -> bool | None:
     try:
+        if result.slide_stamp and slide_stamp(result.slide) == result.slide_stamp:
+            return True
         same = slide_digest(result.slide) == result.slide_digest
     except SlideError as error:
         log.error("%s: %s", result.name, error)

@@ -13,9 +13,9 @@ from pipeline.viewer.cache import ByteCache
 from pipeline.viewer.map_tiles import MapTiles
 from pipeline.viewer.outlines import outline_bytes
 from pipeline.viewer.results import Result
-from pipeline.viewer.slide_tiles import SlideTiles, open_fast
+from pipeline.viewer.slide_tiles import SlideTiles
 from wsi.errors import SlideError
-from wsi.slide import Slide
+from wsi.slide import Slide, open_slide
 
 MOST_OPEN = 4
 """Slides that are kept open; each has a handle for every thread."""
@@ -77,7 +77,7 @@ def open_checked(result: Result) -> Slide:
     path = result.slide
     if not Path(path).is_file():
         raise ViewError(f"{path.name}: no such file at {path}; pass --slide with the place where it is now")
-    slide = open_fast(path, result.mpp)
+    slide = open_slide(path, result.mpp)
     found, expected = (slide.info.size_l0, slide.info.bounds_l0), (result.slide_size, result.bounds_l0)
     if found != expected:
         slide.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 from pipeline.errors import ViewError
 from pipeline.report import read_run
 from wsi.grid import Box
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Result:
     """Where the slide is thought to be."""
     slide_size: tuple[int, int]
     slide_digest: str
+    slide_stamp: str
+    """Sizes and times of change of the slide's files when it was segmented; empty for older results."""
     mpp: float
     """Micrometres per level-0 pixel."""
     bounds_l0: Box
@@ -57,16 +63,28 @@ class Result:
 
 
 def find_results(path: Path) -> tuple[Result, ...]:
-    """The result at `path`, or those in it, by name. Raises ViewError where there is none, or one cannot be read."""
+    """The result at `path`, or those in it, by name; of several, those that are whole. Raises ViewError where there is
+    none.
+    """
     if not path.is_dir():
         raise ViewError(f"{path}: no such folder; name a result's folder, or the folder that holds results")
     if (path / "run.json").is_file():
         return (load_result(path),)
     folders = sorted(p for p in path.iterdir() if not p.name.startswith(".") and (p / "run.json").is_file())
-    results = tuple(load_result(folder) for folder in folders if read_run(folder) is not None)
+    results = tuple(_loadable(folders))
     if not results:
         raise ViewError(f"{path}: holds no result; make one with wsi-segment -o {path}")
     return results
+
+
+def _loadable(folders: list[Path]) -> Iterator[Result]:
+    for folder in folders:
+        if read_run(folder) is None:
+            continue
+        try:
+            yield load_result(folder)
+        except ViewError as error:
+            log.warning("left out: %s", error)
 
 
 def load_result(folder: Path) -> Result:
@@ -86,6 +104,7 @@ def load_result(folder: Path) -> Result:
             slide=Path(slide.get("path", folder.parent / slide["name"])),
             slide_size=(int(slide["size"][0]), int(slide["size"][1])),
             slide_digest=str(run["identity"]["slide"]),
+            slide_stamp=str(slide.get("stamp", "")),
             mpp=float(slide["mpp"]),
             bounds_l0=Box(*map(int, slide["bounds"])),
             store=store,

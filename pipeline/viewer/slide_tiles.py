@@ -9,18 +9,16 @@ from __future__ import annotations
 import io
 import math
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.viewer.cache import ByteCache
-from wsi.errors import SlideError
 from wsi.grid import Box
 from wsi.readers import READERS
 from wsi.resample import area_mean
-from wsi.slide import Slide, open_slide
+from wsi.slide import Slide
 
 TILE = 512
 """Side of a tile, or a little less: a whole number of the slide's own tiles is decoded with the least waste."""
@@ -31,24 +29,6 @@ MOST_HALVINGS_READ = 2
 """Tiles more than this many halvings above the slide's nearest level are made of the tiles below them, which keeps what
 is decoded at a time small. Only slides without a full pyramid have such tiles."""
 
-# tiffslide decodes these several times faster than OpenSlide, and gives the same level-0 pixels.
-_FASTER = frozenset({"aperio", "generic-tiff"})
-
-
-def open_fast(path: Path, mpp: float) -> Slide:
-    """Open a slide with the reader that is the faster one for it. Raises SlideError as `open_slide` does."""
-    slide = open_slide(path, mpp)
-    if slide.info.backend != "openslide" or slide.info.vendor not in _FASTER:
-        return slide
-    try:
-        fast = open_slide(path, mpp, "tiffslide")
-    except SlideError:
-        return slide
-    same = (fast.info.level_sizes, fast.info.bounds_l0) == (slide.info.level_sizes, slide.info.bounds_l0)
-    unused = slide if same else fast
-    unused.close()
-    return fast if same else slide
-
 
 class SlideTiles:
     """The tiles of an open slide. Threads may share it."""
@@ -56,6 +36,7 @@ class SlideTiles:
     def __init__(self, slide: Slide, cache: ByteCache) -> None:
         self._slide = slide
         self._cache = cache
+        self._own = object()  # in the keys: an id would be given again once this one is gone
         bounds_l0 = slide.info.bounds_l0
         self.size_l0 = (bounds_l0.width, bounds_l0.height)
         self.tile = _tile_side(slide)
@@ -85,10 +66,8 @@ class SlideTiles:
 
     def _pixels(self, level: int, box_z: Box) -> NDArray[np.uint8]:
         info = self._slide.info
-        fine_enough = [i for i, d in enumerate(info.level_downsamples) if d <= 2**level * 1.02]
-        level_lv = max(fine_enough, key=lambda i: info.level_downsamples[i], default=0)
-        downsample = info.level_downsamples[level_lv]
-        if 2**level / downsample > 2**MOST_HALVINGS_READ * 1.02:
+        level_lv, downsample = self._nearest(level)
+        if self._made_of_finer(level, downsample):
             return self._from_finer(level, box_z)
         factor = _whole(2**level / downsample, max(self.size_l0) >> level)
         origin_lv = (round(info.bounds_l0.x / downsample), round(info.bounds_l0.y / downsample))
@@ -99,6 +78,16 @@ class SlideTiles:
             # The same means as `area_mean` takes, in a quarter of the time.
             return np.asarray(Image.fromarray(rgb_HWC).reduce(int(factor)))
         return area_mean(rgb_HWC, (x, y), box_z, factor)
+
+    def _nearest(self, level: int) -> tuple[int, float]:
+        """The slide's own level to read a zoom level from, and its downsample."""
+        downsamples = self._slide.info.level_downsamples
+        fine_enough = [i for i, d in enumerate(downsamples) if d <= 2**level * 1.02]
+        level_lv = max(fine_enough, key=lambda i: downsamples[i], default=0)
+        return level_lv, downsamples[level_lv]
+
+    def _made_of_finer(self, level: int, downsample: float) -> bool:
+        return bool(2**level / downsample > 2**MOST_HALVINGS_READ * 1.02)
 
     def _from_finer(self, level: int, box_z: Box) -> NDArray[np.uint8]:
         """Means of 2 × 2 pixels of the four tiles one level below; an edge pixel without a fellow counts twice."""
@@ -115,7 +104,10 @@ class SlideTiles:
         return np.asarray(Image.fromarray(np.pad(canvas_HWC, missing, "edge")).reduce(2))
 
     def _kept_pixels(self, level: int, box_z: Box) -> NDArray[np.uint8]:
-        key = (id(self), "pixels", level, box_z)
+        if not self._made_of_finer(level, self._nearest(level)[1]):
+            # One read gives it: the room is for what is dear, which a whole slide's coarse levels then fit into.
+            return self._pixels(level, box_z)
+        key = (self._own, "pixels", level, box_z)
         pixels = self._cache.get(key, lambda: self._pixels(level, box_z).tobytes())
         return np.frombuffer(pixels, np.uint8).reshape(box_z.height, box_z.width, 3)
 

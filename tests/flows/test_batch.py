@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prefect import State
 from prefect.client.orchestration import SyncPrefectClient
@@ -19,6 +20,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from flows import segmenting, slide_task
 from flows.batch import segment_batch
+from flows.privacy import without_folders
 from flows.slide import segment_slide_flow
 from pipeline.batch import SlideJob
 from pipeline.errors import ClusterError, LockedError
@@ -87,6 +89,36 @@ def touched(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / f"{name}.svs").write_text(name)
     return folder
+
+
+def test_a_deployed_run_refuses_a_folder_that_its_worker_will_delete(
+    tmp_path: Path, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "one")
+    state = run(touched(tmp_path / "in", "a"), Path("results"))
+    assert state.is_failed()
+    assert "output is 'results'; give an absolute path" in str(state.message)
+    assert scripted.tried == []
+
+
+def test_a_server_that_goes_away_between_two_parts_stops_no_slide(
+    tmp_path: Path, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(segmenting, "PART", 2)
+    monkeypatch.setattr(segmenting, "_part_flow", away)
+    state = run(touched(tmp_path / "in", "a", "b", "c"), tmp_path / "out")
+    assert state.is_completed()
+    assert sorted(scripted.tried) == ["a", "b", "c"]
+    assert {row["status"] for row in rows_of(tmp_path / "out").values()} == {"done"}
+
+
+def test_hidden_folders_are_not_named_after_themselves() -> None:
+    said = without_folders([Path("/data/Doe, Jane")])
+    assert said("no slide in /data/Doe, Jane") == "no slide in (folder)"
+    assert said("/data/Doe, Jane/a.svs: no mpp") == "a.svs: no mpp"
 
 
 def run(source: Path | str, output: Path, **options: Any) -> State[Any]:

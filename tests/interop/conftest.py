@@ -16,6 +16,7 @@ import pytest
 from platformdirs import user_cache_path
 
 from models.predictor import Predictor
+from pipeline.result_rules import broken_rules
 from pipeline.segment import segment_slide
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
 from tests.pipeline.fakes import CORNER, SMALL, stating_bounds
@@ -62,6 +63,7 @@ def segmented(path: Path, stains: Sequence[Colour], colours: Sequence[Colour]) -
     predictor = Predictor(card, "0" * 64, classifier, segmenter, device="cpu")
     result = segment_slide(path, path.parent / "results", predictor, replace(SMALL, block_out=64))
     assert result.folder is not None
+    assert not [text for wrong in broken_rules(result.folder).values() for text in wrong]
     return result.folder
 
 

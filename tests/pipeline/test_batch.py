@@ -179,3 +179,28 @@ def test_an_output_that_cannot_be_made_is_one_clear_error_for_each_slide(tmp_pat
     assert results[0].status == "failed"
     assert results[0].error.startswith("a.svs: cannot write ")
     assert "Not a directory" in results[0].error
+
+
+def test_a_clash_of_many_slides_names_a_few_of_them() -> None:
+    jobs = [SlideJob(Path(f"case-{number}/slide.svs")) for number in range(1000)]
+    said = name_clashes(jobs)
+    assert len(said) == 1000
+    assert said[jobs[0].path].startswith(
+        "case-0/slide.svs: has the same name as case-1/slide.svs, case-2/slide.svs, case-3/slide.svs and 996 more, and"
+    )
+
+
+def test_an_entry_that_cannot_be_looked_at_is_left_to_fail_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.svs", "b.svs"):
+        (tmp_path / name).touch()
+    looked_at = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.name == "b.svs":
+            raise OSError(116, "Stale file handle")
+        return looked_at(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert [job.path.name for job in collect_jobs([tmp_path])] == ["a.svs", "b.svs"]

@@ -110,10 +110,10 @@ def data_of(folder: Path) -> dict[str, bytes]:
 
 
 def kill_a_worker(scheduler: str) -> int:
-    """End the process that has done most so far, as the kernel does when memory runs out."""
+    """End a process that is at work, as the kernel does when memory runs out."""
     with Client(scheduler, set_as_default=False) as client:
-        processes = [psutil.Process(pid) for pid in client.run(os.getpid).values()]
-    busiest = max(processes, key=lambda p: p.cpu_times().user)
+        at_work = [address for address, keys in client.processing().items() if keys]
+        busiest = psutil.Process(client.run(os.getpid, workers=at_work[:1])[at_work[0]])
     busiest.kill()
     return int(busiest.pid)
 
@@ -154,6 +154,7 @@ def test_a_killed_worker_does_not_change_a_byte(
     assert killed
     assert not psutil.pid_exists(killed[0])
     assert result.status == "done"
+    assert spread == "blocks" or result.resumed_blocks >= 1
     assert result.folder is not None
     assert data_of(result.folder) == expected
 
@@ -191,7 +192,7 @@ def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(
     with open_workers(scheduler, str(bundle), CONFIG, slide_timeout_s=2.0) as workers:
         with pytest.raises(SlideTimeoutError, match=r"hanging\.svs: took longer than 2 s and was stopped") as caught:
             workers.segment(SlideJob(hanging), tmp_path / "out", no_progress)
-        assert is_transient(caught.value)
+        assert not is_transient(caught.value)
     assert time.monotonic() - start < 60
     with open_workers(scheduler, str(bundle), CONFIG) as workers:
         assert workers.segment(SlideJob(slide), tmp_path / "out", no_progress).status == "done"

@@ -248,7 +248,7 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
         (raised_from(OutputError("a.svs: cannot write x"), OSError(errno.ESTALE, "Stale file handle")), True),
         (raised_from(SlideReadError("a.svs: cannot be read"), OSError(errno.ETIMEDOUT, "timed out")), True),
         (WorkerLostError("gone"), True),
-        (SlideTimeoutError("too long"), True),
+        (SlideTimeoutError("too long"), False),
         (OSError(errno.ENOSPC, "No space left on device"), False),
         (PermissionError(errno.EACCES, "Permission denied"), False),
         (raised_from(OutputError("a.svs: the disk is full"), OSError(errno.ENOSPC, "No space left")), False),

@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 from numpy.typing import NDArray
 
+from pipeline.result_rules import broken_rules
 from pipeline.segment import segment_slide
 from pipeline.viewer.results import Result, find_results
 from pipeline.viewer.server import listening, server_config
@@ -91,7 +92,9 @@ def results_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the results of one slide of two levels, 1280×832 at 1 µm."""
     folder = tmp_path_factory.mktemp("viewer")
     slide = write_slide(folder / "block <1>.svs", textured((1280, 832)), mpp=1.0, levels=(1, 4))
-    segment_slide(slide, folder / "results", colour_predictor(), SMALL)
+    result = segment_slide(slide, folder / "results", colour_predictor(), SMALL)
+    assert result.folder is not None
+    assert not [text for wrong in broken_rules(result.folder).values() for text in wrong]
     return folder / "results"
 
 

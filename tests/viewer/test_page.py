@@ -40,7 +40,8 @@ def settle(page: Page) -> None:
         """window.wsiView && wsiView.osd.world.getItemCount() && !wsiView.osd.isAnimating()
         && [...Array(wsiView.osd.world.getItemCount()).keys()].every((i) => {
           const item = wsiView.osd.world.getItemAt(i); return !item.getOpacity() || item.getFullyLoaded(); })
-        && (!wsiView.outlines.opacity || wsiView.outlines.covers(wsiView.outlines.front, wsiView.view(), 1.001))""",
+        && (!wsiView.outlines.opacity || (wsiView.outlines.front?.final
+          && wsiView.outlines.covers(wsiView.outlines.front, wsiView.view(), 1.001)))""",
     )
     page.wait_for_timeout(150)  # two frames and the address
 
@@ -177,6 +178,27 @@ def test_hover_says_class_and_area_and_lifts_the_polygon_out(shared_page: Page, 
     shared_page.wait_for_timeout(300)
     assert np.abs(colour_at(shared_page, *PURPLE_AT) - mixed(before, COLOURS[1], 0x40 / 255)).max() < 4
     assert shared_page.locator("#place").inner_text().startswith("x 660, y 400 px  (660, 400 µm)  7×")
+
+
+def test_a_tap_says_class_and_area_until_the_slide_moves(browser: Browser, site: Site) -> None:
+    context = browser.new_context(has_touch=True, viewport={"width": 1000, "height": 700})
+    try:
+        page = context.new_page()
+        show(page, site)
+        page.touchscreen.tap(*place_on_screen(page, *PURPLE_AT))
+        until(page, "!document.getElementById('tip').hidden")
+        assert "mm²" in page.locator("#tip").inner_text()
+        page.evaluate("() => wsiView.osd.viewport.panBy(new OpenSeadragon.Point(0.2, 0))")
+        until(page, "document.getElementById('tip').hidden")
+    finally:
+        context.close()
+
+
+def test_the_middle_is_told_without_outlines_too(shared_page: Page, site: Site) -> None:
+    show(shared_page, site, f"#x={PURPLE_AT[0]}&y={PURPLE_AT[1]}&zoom=1")
+    shared_page.keyboard.press("o")
+    shared_page.keyboard.press("i")
+    until(shared_page, "document.getElementById('said').textContent.includes('mm²')")
 
 
 def test_outlines_are_drawn_on_the_borders_in_the_classes_colours(shared_page: Page, site: Site) -> None:

@@ -227,3 +227,13 @@ def test_results_that_are_not_whole_are_named(results_folder: Path, tmp_path: Pa
         find_results(tmp_path / "none")
     with pytest.raises(ViewError, match="holds no result"):
         find_results(Path(__file__).parent)
+
+
+def test_of_several_results_those_that_are_not_whole_are_left_out_and_named(
+    results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(results_folder, tmp_path, "a", "b")
+    shutil.rmtree(next((folder / "b").glob("*.ome.zarr")))
+    assert [result.name for result in find_results(folder)] == ["a"]
+    assert "left out:" in caplog.text
+    assert str(folder / "b") in caplog.text

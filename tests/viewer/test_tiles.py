@@ -19,7 +19,7 @@ from pipeline.viewer.cache import ByteCache
 from pipeline.viewer.map_tiles import MapTiles
 from pipeline.viewer.outlines import TOLERANCES_L0, outline_bytes
 from pipeline.viewer.results import find_results
-from pipeline.viewer.slide_tiles import SlideTiles, open_fast, zoom_levels
+from pipeline.viewer.slide_tiles import SlideTiles, zoom_levels
 from tests.pipeline.fakes import CORNER, SMALL, colour_predictor, labels_of, probs_of, stating_bounds
 from tests.slides import GLASS, painted, reduce, write_slide
 from tests.viewer.conftest import Site, serving, textured
@@ -52,7 +52,7 @@ def whole_level(tiles: SlideTiles, level: int) -> NDArray[np.int16]:
 @pytest.mark.parametrize("levels", [(1,), (1, 4), (1, 2, 8)])
 def test_tiles_put_together_are_the_slide_averaged_by_area(tmp_path: Path, levels: tuple[int, ...]) -> None:
     rgb_HWC = textured((2560, 1664))
-    with open_fast(write_slide(tmp_path / "a.svs", rgb_HWC, levels=levels), 1.0) as slide:
+    with open_slide(write_slide(tmp_path / "a.svs", rgb_HWC, levels=levels), 1.0) as slide:
         tiles = SlideTiles(slide, ByteCache(1 << 26))
         assert (tiles.tile, tiles.levels) == (512, 4)
         for level in range(tiles.levels):
@@ -66,7 +66,7 @@ def test_tiles_put_together_are_the_slide_averaged_by_area(tmp_path: Path, level
 
 
 def test_last_tiles_end_at_the_slide_and_there_are_none_beyond(tmp_path: Path) -> None:
-    with open_fast(write_slide(tmp_path / "a.svs", textured((1281, 833))), 1.0) as slide:
+    with open_slide(write_slide(tmp_path / "a.svs", textured((1281, 833))), 1.0) as slide:
         tiles = SlideTiles(slide, ByteCache(0))
         for place, size in (((0, 2, 1), (257, 321)), ((1, 1, 0), (129, 417)), ((2, 0, 0), (321, 209))):
             assert pixels(tiles.jpeg(*place)).shape[1::-1] == size
@@ -78,15 +78,26 @@ def test_tiles_begin_at_the_corner_of_the_bounds(tmp_path: Path, monkeypatch: py
     for name in ("openslide", "tiffslide"):
         monkeypatch.setitem(readers.READERS, name, stating_bounds(readers.READERS[name]))
     rgb_HWC = textured((1500, 1000))
-    with open_fast(write_slide(tmp_path / "a.svs", rgb_HWC), 1.0) as slide:
+    with open_slide(write_slide(tmp_path / "a.svs", rgb_HWC), 1.0) as slide:
         tiles = SlideTiles(slide, ByteCache(0))
         inside_HWC = rgb_HWC[CORNER[1] : CORNER[1] + 832, CORNER[0] : CORNER[0] + 1280]
         for level in range(tiles.levels):
             assert np.abs(whole_level(tiles, level) - reduce(inside_HWC, 2**level)).mean() < JPEG_ERROR
 
 
+def test_a_slide_never_gets_the_kept_pixels_of_one_that_was_closed(tmp_path: Path) -> None:
+    cache = ByteCache(1 << 26)
+    for grey in (50, 200, 120, 90):
+        rgb_HWC = np.full((4200, 4200, 3), grey, np.uint8)
+        with open_slide(write_slide(tmp_path / f"{grey}.svs", rgb_HWC), 1.0) as slide:
+            tiles = SlideTiles(slide, cache)
+            # Made of tiles that are made of finer ones.
+            assert abs(pixels(tiles.jpeg(tiles.levels - 1, 0, 0)).mean() - grey) < 2
+            del tiles
+
+
 def test_tiles_are_whole_numbers_of_the_slides_own(sample_slide: Path) -> None:
-    with open_fast(sample_slide, 0.499) as slide:  # its JPEG tiles are 240 px wide
+    with open_slide(sample_slide, 0.499) as slide:  # its JPEG tiles are 240 px wide
         tiles = SlideTiles(slide, ByteCache(0))
         assert (slide.info.backend, tiles.tile, tiles.levels) == ("tiffslide", 480, 4)
 
@@ -98,7 +109,7 @@ def test_coarsest_level_is_one_tile(size: tuple[int, int], levels: int) -> None:
 
 def test_levels_of_odd_downsample_lie_where_the_slide_is(shared_slides: Path) -> None:
     path = shared_slides / "TCGA-CR-7395-01A-01-TS1.svs"  # its second level is 2.0005 times smaller
-    with open_fast(path, 0.25) as fast, open_slide(path, 0.25, "openslide") as slow:
+    with open_slide(path, 0.25) as fast, open_slide(path, 0.25, "openslide") as slow:
         tiles = SlideTiles(fast, ByteCache(1 << 26))
         box = Box(0, 0, *slow.info.size_l0)
         whole_HWC = slow.read(0, box).rgb_HWC

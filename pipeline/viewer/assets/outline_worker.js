@@ -1,7 +1,7 @@
 // The polygons in a thread of their own: fetched, drawn into pictures, and looked up, so that no frame of the page waits.
 //
 // Messages in: {kind: "begin", base, facts}, {kind: "draw", id, view, ratio, on} (the last one counts), {kind: "find",
-// id, x, y, on}. Out: {kind: "drawn", id, bitmap, ms, final}, {kind: "found", id, found}, {kind: "loaded"}.
+// id, x, y, on}. Out: {kind: "drawn", id, bitmap, ms, final}, {kind: "found", id, found}, {kind: "loaded"}, {kind: "failed"}.
 
 const CELLS = 64;
 const MOST_POINTS = 3000; // of a path: messages are looked at between paths
@@ -81,8 +81,11 @@ function nearestDetail(wanted) {
 }
 
 async function load(detail) {
-  const response = await fetch(`${base}outlines/${detail}`);
-  if (!response.ok) return;
+  const response = await fetch(`${base}outlines/${detail}`).catch(() => null);
+  if (!response?.ok) {
+    postMessage({ kind: "failed" });
+    return;
+  }
   details[detail] = readPolygons(await response.arrayBuffer());
   postMessage({ kind: "loaded" });
 }

@@ -7,18 +7,21 @@ const MARGIN = 0.25; // of the view's size, on each side of what is drawn
 const OTHER_ZOOM = 1.3; // a picture that is farther off is not waited for
 
 export class Outlines {
-  // `changed` is called when there is something new to draw; `pointed` with what lies where `find` was asked for.
+  // `changed` is called when there is something new to draw; `pointed` with what lies where `find` was asked for; `failed`
+  // where the polygons cannot be had.
   constructor(canvas, facts) {
     this.canvas = canvas;
     this.facts = facts;
     this.changed = () => {};
     this.pointed = () => {};
+    this.failed = () => {};
     this.opacity = 0;
     this.on = [];
     this.version = 0; // of what is shown, whatever the view
     this.front = null; // {bitmap, view, version, final}
-    this.wish = null; // {id, view, version}: the picture that is being drawn
+    this.wish = null; // {id, view, version, ratio}: the picture that is being drawn
     this.asked = 0;
+    this.drawings = 0;
     this.seen = null; // the polygon that is pointed at
     this.drawnMs = 0; // how long the last picture took, for measurements
     this.worker = new Worker("/assets/outline_worker.js");
@@ -36,10 +39,10 @@ export class Outlines {
     this.changed();
   }
 
-  // Asks for the polygon at a place; null for none.
+  // Asks for the polygon at a place, where outlines are shown or the place says `always`; null for none.
   find(place) {
     this.asked += 1;
-    if (place && this.opacity) this.worker.postMessage({ kind: "find", id: this.asked, on: this.on, ...place });
+    if (place && (this.opacity || place.always)) this.worker.postMessage({ kind: "find", id: this.asked, on: this.on, ...place });
     else this.found({ id: this.asked, found: null });
   }
 
@@ -53,7 +56,7 @@ export class Outlines {
     if (!this.opacity) return;
     if (this.front) {
       const { bitmap, view: drawn } = this.front;
-      const scale = view.zoom / drawn.zoom;
+      const scale = (view.zoom / drawn.zoom) * (ratio / this.front.ratio);
       const still = Math.abs(scale - 1) < 1e-6;
       const x = ((drawn.x - drawn.width / 2 / drawn.zoom - view.x) * view.zoom + view.width / 2) * ratio;
       const y = ((drawn.y - drawn.height / 2 / drawn.zoom - view.y) * view.zoom + view.height / 2) * ratio;
@@ -65,7 +68,8 @@ export class Outlines {
   }
 
   covers(picture, view, zoom) {
-    if (!picture || picture.version !== this.version || picture.final === false) return false;
+    if (!picture || picture.version !== this.version) return false;
+    if (picture.ratio !== (window.devicePixelRatio || 1)) return false; // the window is on another screen now
     const drawn = picture.view;
     if (Math.max(view.zoom / drawn.zoom, drawn.zoom / view.zoom) > zoom) return false;
     const inside = (axis, side) => Math.abs(view[axis] - drawn[axis]) * view.zoom + view[side] / 2 <= drawn[side] / 2 * zoom + 0.5;
@@ -74,7 +78,7 @@ export class Outlines {
 
   ask(view, ratio) {
     const large = { ...view, width: view.width * (1 + 2 * MARGIN), height: view.height * (1 + 2 * MARGIN) };
-    this.wish = { id: (this.wish?.id ?? this.front?.id ?? 0) + 1, view: large, version: this.version };
+    this.wish = { id: ++this.drawings, view: large, version: this.version, ratio };
     this.worker.postMessage({ kind: "draw", id: this.wish.id, view: large, ratio, on: this.on });
   }
 
@@ -90,6 +94,7 @@ export class Outlines {
   }
 
   loaded() {
+    if (this.front && !this.front.final) this.front.version = -1; // a better one can be drawn now
     this.wish = null;
     this.changed();
   }

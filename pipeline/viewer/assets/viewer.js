@@ -49,6 +49,7 @@ let redrawing = 0;
 outlines.changed = () => {
   redrawing ||= requestAnimationFrame(() => { redrawing = 0; outlines.draw(view()); });
 };
+outlines.failed = () => note("The outlines cannot be read; the terminal says why. Reload the page to try again.");
 const layers = { labels: null, classes: [] };
 let labelsShown = 0;
 
@@ -62,11 +63,16 @@ osd.addOnceHandler("open", async () => {
   readAddress(true);
   applyLayers();
   osd.addHandler("update-viewport", draw);
-  osd.addHandler("viewport-change", () => writeAddress());
+  osd.addHandler("viewport-change", () => {
+    writeAddress();
+    if (!pointer && !byId("tip").hidden) pointAt(null); // what it named has moved away
+  });
   osd.addHandler("resize", () => osd.forceRedraw());
   draw();
   checkIdentity();
 });
+osd.addHandler("canvas-press", () => { dragging = true; });
+osd.addHandler("canvas-release", () => { dragging = false; });
 osd.addHandler("canvas-key", (event) => { event.preventDefaultAction = true; });
 osd.addHandler("canvas-click", (event) => { if (event.quick) pointAt(event.position.x, event.position.y); });
 controls.changed = () => { applyLayers(); writeAddress(); };
@@ -148,20 +154,25 @@ function draw() {
   byId("scale-line").style.width = `${(bar / facts.mpp) * v.zoom}px`;
   byId("scale-text").textContent = distance(bar);
   byId("place").textContent = place(pointer ? placeAt(...pointer) : [v.x, v.y], v.zoom, facts.mpp);
-  if (pointer) pointAt(...pointer);
+  if (pointer && !dragging) pointAt(...pointer);
 }
 
 // What is under the pointer
 
 let pointer = null;
+let dragging = false; // nothing is looked up meanwhile: every frame would wait for it
 osd.canvas.addEventListener("pointermove", (event) => {
   if (event.pointerType === "touch") return;
   const box = stage.getBoundingClientRect();
   pointer = [event.clientX - box.left, event.clientY - box.top];
   byId("place").textContent = place(placeAt(...pointer), view().zoom, facts.mpp);
-  pointAt(...pointer);
+  if (!event.buttons) pointAt(...pointer);
 });
-osd.canvas.addEventListener("pointerleave", () => { pointer = null; pointAt(null); });
+osd.canvas.addEventListener("pointerleave", (event) => {
+  if (event.pointerType === "touch") return; // comes after every tap
+  pointer = null;
+  pointAt(null);
+});
 
 let tipAt = [0, 0];
 let saying = false;
@@ -190,7 +201,9 @@ outlines.pointed = (found) => {
 function sayMiddle() {
   const v = view();
   saying = true;
-  pointAt(v.width / 2, v.height / 2);
+  tipAt = [v.width / 2, v.height / 2];
+  // The classes as they are set, which the layers may not show yet.
+  outlines.find({ x: v.x, y: v.y, zoom: v.zoom, always: true, on: controls.state.classes.map((c) => c.on) });
 }
 
 function sayFound(found) {
