@@ -118,7 +118,7 @@ def test_a_table_of_areas_needs_no_geometry_library(shown: Shown) -> None:
 
 
 def test_the_ome_xml_tells_size_pixel_size_names_and_colours(shown: Shown) -> None:
-    ome = ome_types.from_xml(shown.store / "OME" / "METADATA.ome.xml")
+    ome = ome_types.from_xml((shown.store / "OME" / "METADATA.ome.xml").read_bytes())
     (image,) = ome.images
     pixels = image.pixels
     assert pixels is not None
