@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_result_does_not_depend_on_the_batch_size(batch_size: int) -> None:
 
 def test_constant_networks_give_the_renormalised_softmax() -> None:
     prediction = constant_predictor([0.9, 0.2, 0.8], [1.0, 9.0, 2.0]).predict(painted_tiles())
-    expected_K = torch.tensor([1.0, 0.0, np.e]) / (1 + np.e)
+    expected_K = torch.tensor([1.0, 0.0, math.e]) / (1 + math.e)
     assert torch.allclose(prediction.probs_NKhw, expected_K.view(1, 3, 1, 1).expand(4, 3, 16, 16))
     assert prediction.presence_NK[0] == pytest.approx([0.9, 0.2, 0.8])
     assert prediction.presence_NK.dtype == np.float32
