@@ -30,8 +30,8 @@ from models.errors import ModelError
 from pipeline.batch import MAX_AT_ONCE, SlideJob, name_clashes
 from pipeline.errors import ConfigError, OutputError, PipelineError
 from pipeline.folders import finished_run, is_locked
+from pipeline.pages.report_page import write_report
 from pipeline.report import SlideResult, read_run, run_identity, skipped_result
-from pipeline.report_page import write_report
 from pipeline.workers import Workers, config_of, open_workers
 from wsi.errors import SlideError
 from wsi.slide import slide_digest, slide_stamp

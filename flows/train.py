@@ -14,10 +14,10 @@ from flows.order import output_folder
 from flows.privacy import as_it_is, pipeline_log
 from models.bundle import Bundle
 from models.errors import ModelError
-from pipeline.dataset import load_dataset
 from pipeline.errors import PipelineError
-from pipeline.train import train
-from pipeline.train_config import train_config
+from pipeline.training.config import train_config
+from pipeline.training.dataset import load_dataset
+from pipeline.training.train import train
 
 
 @flow(name="train", description="Train a model bundle from patch labels.")
@@ -35,8 +35,8 @@ def train_flow(
         dataset: A dataset.toml, or the name of a shipped one.
         output: Run folder; an unfinished run in it goes on from its last checkpoint.
         data: Folder of the images, in place of the one that the TOML names.
-        preset: Recipe, a key of `pipeline.train_config.PRESETS`.
-        settings: Of `pipeline.train_config.TrainConfig`, by name, in place of the recipe's.
+        preset: Recipe, a key of `pipeline.training.config.PRESETS`.
+        settings: Of `pipeline.training.config.TrainConfig`, by name, in place of the recipe's.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Ends `Completed`, or failed with what to do next.

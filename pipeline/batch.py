@@ -18,8 +18,8 @@ from models.bundle import shipped_bundles
 from models.errors import ModelError
 from pipeline.errors import Cancelled, ConfigError, LockedError, OutputError, PipelineError
 from pipeline.folders import is_locked
+from pipeline.pages.report_page import write_report
 from pipeline.report import SlideResult, write_summary
-from pipeline.report_page import write_report
 from wsi.errors import SlideError
 from wsi.slide import SLIDE_SUFFIXES
 

@@ -23,12 +23,12 @@ from pipeline.errors import Cancelled, ConfigError, OutputError
 from pipeline.features import write_features
 from pipeline.folders import open_folder
 from pipeline.journal import Journal, sync, sync_tree
+from pipeline.pages.slide_page import PAGE, THUMBNAIL, write_slide_page
+from pipeline.pages.slide_picture import picture_slide
 from pipeline.plan import Plan, check_resources, make_plan
 from pipeline.polygons import join_regions, load_regions
 from pipeline.preview import write_preview
 from pipeline.report import SlideResult, Status, run_identity, skipped_result, versions, write_run
-from pipeline.slide_page import PAGE, THUMBNAIL, write_slide_page
-from pipeline.slide_picture import picture_slide
 from pipeline.store import MapSpec, MapStore, build_pyramid, create_store, sweep_partial_files
 from wsi.errors import SlideReadError
 from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp

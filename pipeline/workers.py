@@ -73,7 +73,7 @@ def open_workers(
         here.load(model)
         yield here
         return
-    from pipeline.cluster import open_cluster
+    from pipeline.cluster.cluster import open_cluster
 
     with open_cluster(scheduler, model, config, spread=spread, slide_timeout_s=slide_timeout_s) as cluster:
         yield cluster

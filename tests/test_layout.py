@@ -12,12 +12,12 @@ import pytest
 import typer
 from typer.main import get_command
 
-from pipeline.cli import app
-from pipeline.evaluate_cli import app as evaluate_app
-from pipeline.export_cli import app as export_app
-from pipeline.train_cli import app as train_app
-from pipeline.train_config import TrainConfig
-from pipeline.view_cli import app as view_app
+from pipeline.cli.evaluate import app as evaluate_app
+from pipeline.cli.export import app as export_app
+from pipeline.cli.segment import app
+from pipeline.cli.train import app as train_app
+from pipeline.cli.view import app as view_app
+from pipeline.training.config import TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -101,7 +101,7 @@ def encryption(folder: Path) -> Security:
 
 def segment(scheduler: str, arguments: list[str]) -> int:
     """Run wsi-segment on a cluster. Ctrl-C and scancel reach it once, so that it ends orderly and the jobs after it."""
-    command = [sys.executable, "-m", "pipeline.cli", *arguments, "--scheduler", scheduler]
+    command = [sys.executable, "-m", "pipeline.cli.segment", *arguments, "--scheduler", scheduler]
     process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - what the user wrote, and no shell
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: process.send_signal(signal.SIGINT))

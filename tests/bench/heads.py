@@ -16,13 +16,13 @@ import torch
 
 from models.classifier import Classifier
 from models.heads import HEADS
-from pipeline.dataset import check_images, load_dataset, samples
-from pipeline.fit import Processes, fit, remove_checkpoint
 from pipeline.inputs import load_start
-from pipeline.patches import PatchImages
-from pipeline.train import UNREADABLE_SHARE
-from pipeline.train_classifier import classifier_task
-from pipeline.train_config import train_config
+from pipeline.training.classifier import classifier_task
+from pipeline.training.config import train_config
+from pipeline.training.dataset import check_images, load_dataset, samples
+from pipeline.training.fit import Processes, fit, remove_checkpoint
+from pipeline.training.patches import PatchImages
+from pipeline.training.train import UNREADABLE_SHARE
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ from skimage.color import deltaE_ciede2000, rgb2hed, rgb2lab
 from skimage.filters import threshold_otsu
 
 from models.bundle import load_bundle
-from pipeline.dataset import SHIPPED
-from pipeline.dataset_card import read_card
 from pipeline.palettes import CLASS_COLOURS, Colour
 from pipeline.preview import BLEND, OUTLINE
+from pipeline.training.dataset import SHIPPED
+from pipeline.training.dataset_card import read_card
 
 COUNT = 10
 LEAST_TO_HE = 8.0

@@ -57,7 +57,7 @@ def processes(model: str) -> dict[str, list[str]]:
     )
     return {
         "python": ["-c", "pass"],
-        "wsi-segment --help": ["-m", "pipeline.cli", "--help"],
+        "wsi-segment --help": ["-m", "pipeline.cli.segment", "--help"],
         **{
             f"import {name}": ["-c", (declare if name in WITH_TORCHVISION else "") + f"import {name}"]
             for name in LIBRARIES

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.classifier import Classifier
-from pipeline.dataset import Dataset, load_dataset
+from pipeline.training.dataset import Dataset, load_dataset
 from tests.bench import cams
 
 BACKBONE = "test_resnet"

@@ -45,7 +45,7 @@ CONNECTIONS = 6
 @contextmanager
 def served(result: Path) -> Iterator[tuple[str, int, str, psutil.Process]]:
     """Host, port and path of the page of a result, and the process of its own that serves it."""
-    command = [sys.executable, "-m", "pipeline.view_cli", str(result), "--no-browser"]
+    command = [sys.executable, "-m", "pipeline.cli.view", str(result), "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

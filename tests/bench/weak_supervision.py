@@ -24,12 +24,12 @@ from PIL import Image
 
 from models.bundle import load_bundle
 from models.predictor import Predictor
-from pipeline.dataset import Dataset, check_images, load_dataset, read_mask, samples
-from pipeline.evaluate import evaluate
-from pipeline.patches import PatchImages
-from pipeline.pseudo_masks import mask_files
-from pipeline.train import UNREADABLE_SHARE, train
-from pipeline.train_config import TrainConfig, train_config
+from pipeline.training.config import TrainConfig, train_config
+from pipeline.training.dataset import Dataset, check_images, load_dataset, read_mask, samples
+from pipeline.training.evaluate import evaluate
+from pipeline.training.patches import PatchImages
+from pipeline.training.pseudo_masks import mask_files
+from pipeline.training.train import UNREADABLE_SHARE, train
 
 
 @dataclass(frozen=True)

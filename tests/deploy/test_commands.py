@@ -26,7 +26,7 @@ TEXTS = [path for path in sorted(DEPLOY.rglob("*")) if path.is_file() and "__pyc
 
 
 def options_of_wsi_segment() -> set[str]:
-    command = get_command(importlib.import_module("pipeline.cli").app)
+    command = get_command(importlib.import_module("pipeline.cli.segment").app)
     return {name for parameter in command.params for name in parameter.opts if name.startswith("-")}
 
 

@@ -16,7 +16,7 @@ import pytest
 from platformdirs import user_cache_path
 
 from models.predictor import Predictor
-from pipeline.result_rules import broken_rules
+from pipeline.checks.result import broken_rules
 from pipeline.segment import segment_slide
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
 from tests.pipeline.fakes import CORNER, SMALL, stating_bounds

@@ -35,7 +35,7 @@ def slow_blend(tiles: list[tuple[Box, np.ndarray]], classes: int) -> np.ndarray:
     return result
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(4, 40), st.integers(20, 48)), min_size=1, max_size=8),
     st.integers(1, 4),

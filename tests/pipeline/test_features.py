@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import shapely
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.checks.geojson import RuleBrokenError, check_geojson
 from pipeline.features import FeatureSummary, region_features, write_features
-from pipeline.geojson_rules import RuleBrokenError, check_geojson
 from pipeline.polygons import Region, block_regions, join_regions
 
 CLASSES = (("Tumor", (200, 0, 0)), ("Stroma, ä", (0, 200, 0)), ("Necrosis", (0, 0, 200)))
@@ -54,7 +54,6 @@ def test_feature_is_what_qupath_reads(tmp_path: Path) -> None:
     assert summary.area_mm2 == {"Tumor": 0.0, "Stroma, ä": pytest.approx(76 * 16 * 0.25e-6), "Necrosis": 0.0}
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.05, 40))
 def test_every_file_keeps_every_rule(tmp_path_factory: pytest.TempPathFactory, seed: int, l0_per_out: float) -> None:
     folder = tmp_path_factory.mktemp("features")

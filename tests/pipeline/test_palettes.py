@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset_card import read_card
 from pipeline.errors import DatasetFileError
 from pipeline.palettes import CLASS_COLOURS, class_colours
 from pipeline.preview import BLEND
+from pipeline.training.dataset_card import read_card
 from tests.bench.palettes import BACKGROUNDS, TISSUES, VISIONS, compare
 from tests.conftest import REPOSITORY
 

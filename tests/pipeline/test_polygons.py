@@ -84,7 +84,6 @@ def smooth_map(side: int, sigma: float, classes: int = 4, seed: int = 0) -> Labe
     return labels_HW
 
 
-@settings(deadline=None)
 @given(label_maps())
 def test_polygons_rasterise_back_to_the_labels(labels_HW: Labels) -> None:
     regions = block_regions(labels_HW, (7, 3), 0, 0)
@@ -95,7 +94,6 @@ def test_polygons_rasterise_back_to_the_labels(labels_HW: Labels) -> None:
         assert area == np.count_nonzero(labels_HW == label)
 
 
-@settings(deadline=None)
 @given(label_maps())
 def test_each_polygon_is_one_4_connected_region(labels_HW: Labels) -> None:
     regions = block_regions(labels_HW, (0, 0), 0, 0)
@@ -103,7 +101,6 @@ def test_each_polygon_is_one_4_connected_region(labels_HW: Labels) -> None:
         assert sum(region.label == label for region in regions) == ndimage.label(labels_HW == label)[1]
 
 
-@settings(deadline=None)
 @given(cut_maps())
 def test_joined_blocks_equal_the_whole_map_as_one_block(cut: tuple[Labels, list[int], list[int]]) -> None:
     labels_HW, rows, columns = cut
@@ -111,7 +108,6 @@ def test_joined_blocks_equal_the_whole_map_as_one_block(cut: tuple[Labels, list[
     assert joined(of_blocks(labels_HW, rows, columns)) == as_rows(whole)
 
 
-@settings(deadline=None)
 @given(cut_maps(), st.floats(0, 9), st.floats(0, 3), st.integers(0, 2**32))
 def test_join_does_not_depend_on_the_order(
     cut: tuple[Labels, list[int], list[int]], min_area_px: float, tolerance_px: float, seed: int
@@ -121,7 +117,6 @@ def test_join_does_not_depend_on_the_order(
     assert joined(shuffled, min_area_px) == joined(regions, min_area_px)
 
 
-@settings(deadline=None)
 @given(cut_maps(), st.floats(0.5, 4))
 def test_simplified_blocks_have_no_overlap_and_no_gap(
     cut: tuple[Labels, list[int], list[int]], tolerance_px: float
@@ -136,7 +131,6 @@ def test_simplified_blocks_have_no_overlap_and_no_gap(
         assert shapely.union_all(polygons).equals(shapely.box(0, 0, labels_HW.shape[1], labels_HW.shape[0]))
 
 
-@settings(deadline=None)
 @given(cut_maps(), st.floats(1, 12))
 def test_merging_small_regions_keeps_a_partition(cut: tuple[Labels, list[int], list[int]], min_area_px: float) -> None:
     labels_HW, rows, columns = cut
@@ -300,7 +294,7 @@ def test_closed_regions_stream_through_before_the_input_ends() -> None:
     assert [next(stream) for _ in range(5)] == [closed] * 5
 
 
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=3)
 @given(st.integers(0, 1000))
 def test_a_full_block_takes_seconds_at_most(seed: int) -> None:
     rng = np.random.default_rng(seed)

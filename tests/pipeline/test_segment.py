@@ -14,10 +14,10 @@ import pytest
 import shapely
 from numpy.typing import NDArray
 
+from pipeline.checks.geojson import check_geojson
+from pipeline.checks.ome_zarr import broken_rules
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, LockedError, OutputError, PipelineError, PlanError
-from pipeline.geojson_rules import check_geojson
-from pipeline.ome_zarr_rules import broken_rules
 from pipeline.segment import segment_slide
 from tests.models.networks import ConstantClassifier, ConstantSegmenter
 from tests.pipeline.fakes import (

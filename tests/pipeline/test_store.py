@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from napari_ome_zarr import napari_get_reader
 
-from pipeline.ome_zarr_rules import broken_rules
+from pipeline.checks.ome_zarr import broken_rules
 from pipeline.store import (
     MapSpec,
     MapStore,

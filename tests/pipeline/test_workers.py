@@ -175,7 +175,18 @@ def test_two_commands_over_the_same_folder_share_the_slides(tmp_path: Path) -> N
     (tmp_path / "slides").mkdir()
     for name in "abc":
         speckled_slide(tmp_path / "slides" / f"{name}.svs")
-    command = [sys.executable, "-m", "pipeline.cli", "slides", "-o", "out", "-m", str(bundle), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli.segment",
+        "slides",
+        "-o",
+        "out",
+        "-m",
+        str(bundle),
+        "--device",
+        "cpu",
+    ]
     both = [
         subprocess.Popen(
             command,

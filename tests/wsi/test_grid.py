@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi.errors import ResolutionError
@@ -23,7 +23,6 @@ def grid(size: tuple[int, int], *, overlap: float = 0.25, tile: int = 32, block:
     return make_grid(info(size, mpp=mpp), model_mpp=1.0, tile_m=tile, overlap=overlap, output_stride=4, block_out=block)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 900), st.integers(1, 700), st.sampled_from([0.0, 0.25, 0.5, 0.75]))
 def test_blocks_partition_the_map(width: int, height: int, overlap: float) -> None:
     g = grid((width, height), overlap=overlap)
@@ -34,7 +33,6 @@ def test_blocks_partition_the_map(width: int, height: int, overlap: float) -> No
     assert len(corners) == len(boxes)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([0.0, 0.25, 0.5, 0.75]))
 def test_tiles_of_a_block_are_just_those_of_the_slide_that_overlap_it(width: int, height: int, overlap: float) -> None:
     g = grid((width, height), overlap=overlap)
@@ -48,7 +46,6 @@ def test_tiles_of_a_block_are_just_those_of_the_slide_that_overlap_it(width: int
         assert g.tiles(block.box_out) == [t for t in every if min(t.intersect(box_m)[2:]) > 0]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 400), st.sampled_from([0.0, 0.25, 0.5]))
 def test_neighbouring_tiles_leave_no_gap(width: int, overlap: float) -> None:
     g = grid((width, 40), overlap=overlap)

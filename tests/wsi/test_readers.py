@@ -44,7 +44,7 @@ def write_levels(path: Path, levels_HWC: list[NDArray[np.uint8]], description: s
     return path
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(200, 460), st.integers(180, 330), st.floats(1.9, 4.2), st.data())
 def test_tiffslide_gives_a_levels_own_pixels_whatever_its_downsample(
     width: int, height: int, downsample: float, data: st.DataObject

@@ -26,7 +26,7 @@ def slow_area_mean(rgb_HWC: np.ndarray, factor: float, x: int, y: int) -> np.nda
     return total / area
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(0.4, 4.5), st.integers(0, 2**32 - 1))
 def test_area_mean_weighs_pixels_by_the_area_that_is_covered(factor: float, seed: int) -> None:
     rgb_HWC = np.random.default_rng(seed).integers(0, 256, (14, 17, 3), dtype=np.uint8)

@@ -162,7 +162,7 @@ def test_memory_stays_at_a_few_bytes_per_pixel_of_the_mask(tmp_path: Path) -> No
     assert peak < 14 * size[0] * size[1] + (40 << 20)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.tuples(st.integers(1, 30), st.integers(1, 30)),
     st.tuples(st.integers(-40, 80), st.integers(-40, 80), st.integers(1, 60), st.integers(1, 60)),

@@ -1,0 +1,1 @@
+"""Strict rules for what other programs read: GeoJSON, OME-Zarr, and whole results."""

@@ -1,0 +1,114 @@
+"""What a folder of results must be: every file there that `run.json` names, and every file as its readers need it.
+
+Shares no code with the writers: `run.json`, `summary.csv` and the files are read as anybody would.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.checks import geojson as geojson_rules
+from pipeline.checks import ome_zarr as ome_zarr_rules
+from pipeline.errors import ConfigError
+
+Findings = dict[Path, list[str]]
+"""What is wrong with each file or folder that was checked; an empty list for a good one."""
+
+
+def broken_rules(path: Path) -> Findings:
+    """Check a folder of results, one slide's result, an OME-Zarr store, or a GeoJSON file.
+
+    Raises ConfigError for a path that is none of these.
+    """
+    if path.suffix in {".geojson", ".json"} and path.is_file():
+        return {path: _geojson(path)[1]}
+    if path.suffix == ".zarr" and path.is_dir():
+        return {path: ome_zarr_rules.broken_rules(path)}
+    if (path / "run.json").is_file():
+        return _result(path)
+    slides = sorted(run.parent for run in path.glob("*/run.json") if not run.parent.name.startswith("."))
+    if not slides:
+        what = "nothing is there" if not path.exists() else "is none of these"
+        raise ConfigError(
+            f"{path}: {what}; name a folder of results, one slide's folder in it, a .ome.zarr store or a .geojson file"
+        )
+    found: Findings = {}
+    for slide in slides:
+        found |= _result(slide)
+    for tiles in sorted(path.glob("qupath/maps/*/*.geojson")):
+        found[tiles] = _geojson(tiles)[1]
+    return found | _summary(path / "summary.csv", {slide.name for slide in slides})
+
+
+def _result(folder: Path) -> Findings:
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        outputs, polygons = [str(name) for name in run["outputs"]], run["polygons"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return {folder / "run.json": [f"does not say what belongs to the result ({error})"]}
+    wrong = [f"{name} is missing" for name in outputs if not (folder / name).exists()]
+    found: Findings = {folder / "run.json": wrong}
+    for name in outputs:
+        path = folder / name
+        if not path.exists():
+            continue
+        if path.suffix == ".zarr":
+            found[path] = ome_zarr_rules.broken_rules(path)
+        elif path.suffix == ".geojson":
+            count, found[path] = _geojson(path)
+            found[path] += _other_count(count, polygons, "features")
+        elif path.suffix == ".parquet":
+            found[path] = _parquet(path, polygons)
+        elif path.stat().st_size == 0:
+            found[path] = ["is empty"]
+    return found
+
+
+def _geojson(path: Path) -> tuple[int, list[str]]:
+    try:
+        return geojson_rules.broken_rules(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        return 0, [f"cannot be read: {error}"]
+
+
+def _parquet(path: Path, polygons: Any) -> list[str]:
+    try:
+        with pq.ParquetFile(path) as file:
+            names, rows = set(file.schema_arrow.names), file.metadata.num_rows
+            geo = b"geo" in (file.schema_arrow.metadata or {})
+    except (OSError, pa.ArrowException) as error:
+        return [f"cannot be read: {error}"]
+    missing = sorted({"id", "class", "label", "area_mm2", "geometry"} - names)
+    wrong = [f"without the columns {', '.join(missing)}"] if missing else []
+    return (
+        wrong
+        + ([] if geo else ["is Parquet without the metadata of GeoParquet"])
+        + _other_count(rows, polygons, "rows")
+    )
+
+
+def _other_count(count: int, polygons: Any, what: str) -> list[str]:
+    return [] if count == polygons else [f"{count} {what}, but run.json counts {polygons} polygons"]
+
+
+def _summary(path: Path, slides: set[str]) -> Findings:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [(row["slide"], row["status"]) for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return {}  # of slides that were not segmented by one command
+    except (OSError, UnicodeDecodeError, csv.Error, LookupError) as error:
+        return {path: [f"is no summary of results: {error}"]}
+    return {
+        path: [
+            f"{name} is {status}, but has no result"
+            for name, status in rows
+            if status != "failed" and name not in slides
+        ]
+    }

@@ -1,0 +1,246 @@
+"""The command `wsi-evaluate`."""
+
+from __future__ import annotations
+
+# Heavy libraries are imported inside the command: `--help` has to answer at once.
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pipeline.cli.commands import EXIT_INTERRUPTED, fail, run
+
+if TYPE_CHECKING:
+    from models.predictor import Predictor
+    from pipeline.training.dataset import Dataset
+    from pipeline.training.dataset_card import Split
+    from pipeline.training.evaluate import Evaluation, Scores
+
+PROGRAM = "wsi-evaluate"
+OUTPUTS = ("confusion.png", "worst.png", "evaluation.json")
+GATES = {"gate_on": True, "gate_off": False}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[str, typer.Argument(help="Name of a shipped model, or path of a bundle.", show_default=False)],
+    dataset: Annotated[str, typer.Argument(help="Name of a shipped data set description, or path of a dataset.toml.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder of the data, in place of what the description says.")
+    ] = None,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Images to evaluate on.")] = "test",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("evaluation"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Tiles per call of a network.", min=1)] = 8,
+    tta: Annotated[bool, typer.Option("--tta/--no-tta", help="Average over the eight flips and turns.")] = False,
+    worst: Annotated[int, typer.Option(help="Images in the picture of the worst ones.", min=0, max=100)] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON.")] = False,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors only.")] = False,
+) -> None:
+    """Measure a model against the pixel masks of a data set: IoU per class, mean IoU, frequency-weighted IoU, accuracy.
+
+    Every score is given with the classification gate and without it, and in two protocols: exclude leaves out the
+    pixels that the truth calls white or no class, include counts them as one more class. The output folder gets
+    evaluation.json, confusion.png and worst.png, which replace those of an earlier evaluation.
+
+    Exit status: 0 done, 1 failed, 2 usage error, 130 interrupted.
+    """
+    logging.basicConfig(
+        level=logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)],
+        format="%(levelname)s: %(message)s",
+    )
+    from models.errors import ModelError
+    from pipeline.errors import PipelineError
+
+    try:
+        predictor, chosen = _prepare(bundle, dataset, data, split, output, device, batch_size)
+        with _bar(hidden=quiet) as progress:
+            document = _evaluate(predictor, chosen, split, output, progress, tta=tta, worst=worst)
+    except (ModelError, PipelineError) as error:
+        fail(PROGRAM, str(error))
+    except KeyboardInterrupt:
+        # Here and not in the caller: typer would make exit status 1 of it.
+        fail(PROGRAM, "interrupted; nothing was written", EXIT_INTERRUPTED)
+    if as_json:
+        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    elif not quiet:
+        _print_table(document)
+
+
+def _prepare(
+    bundle: str, description: str, data: Path | None, split: Split, output: Path, device: str, batch_size: int
+) -> tuple[Predictor, Dataset]:
+    """Load the model and the data set's description, and check what can be checked before the networks run."""
+    from models.bundle import load_bundle
+    from models.predictor import Predictor
+    from pipeline.errors import OutputError
+    from pipeline.malloc import keep_freed_memory
+    from pipeline.training.dataset import load_dataset
+    from pipeline.training.evaluate import check_classes, masked_samples
+
+    keep_freed_memory()
+    model, dataset = load_bundle(bundle), load_dataset(description, data)
+    check_classes(model.card, dataset)
+    masked_samples(dataset, split)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: no folder can be made ({error.strerror}); choose another with -o") from error
+    # As training measures: the logits, not the probabilities, are enlarged to the model's pixels.
+    return Predictor.from_bundle(model, device=device, batch_size=batch_size, output_stride=1), dataset
+
+
+def _evaluate(
+    predictor: Predictor,
+    dataset: Dataset,
+    split: Split,
+    output: Path,
+    progress: Callable[[int, int], None],
+    *,
+    tta: bool,
+    worst: int,
+) -> dict[str, Any]:
+    """Evaluate and write the three files; returns what evaluation.json holds."""
+    from pipeline.errors import OutputError
+    from pipeline.training.evaluate import evaluate as measure
+
+    result = measure(predictor, dataset, split, flips=tta, progress=progress)
+    document = _document(predictor, dataset, split, result, tta=tta)
+    try:
+        # All three are made before the first is moved to its place: a killed run leaves those of the run before it.
+        with tempfile.TemporaryDirectory(prefix=".evaluation-", dir=output) as work:
+            _draw(Path(work), predictor, dataset, split, result, tta=tta, worst=worst)
+            text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+            (Path(work) / "evaluation.json").write_text(text, encoding="utf-8")
+            for name in OUTPUTS:
+                (Path(work) / name).replace(output / name)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another folder with -o") from error
+    return document
+
+
+def _document(predictor: Predictor, dataset: Dataset, split: Split, result: Evaluation, *, tta: bool) -> dict[str, Any]:
+    """The result in plain values; null where there is no number."""
+    from pipeline.report import versions
+    from pipeline.training.evaluate import OVERLAP, PROTOCOLS
+
+    matrix = result.matrices["exclude", True]
+    return {
+        "model": {"name": predictor.card.name, "digest": predictor.digest, "mpp": predictor.card.mpp},
+        "dataset": {"name": dataset.card.name, "mpp": dataset.mpp, "split": split},
+        "options": {"tta": tta, "overlap": OVERLAP, "device": predictor.device.type},
+        "classes": list(result.names),
+        "images": len(result.image_miou),
+        "pixels": {"counted": int(matrix[:-1].sum()), "white": int(matrix[-1].sum())},
+        "scores": {
+            protocol: {name: _plain(result.scores(protocol, gate=gate)) for name, gate in GATES.items()}
+            for protocol in PROTOCOLS
+        },
+        "confusion": {
+            protocol: {name: result.matrices[protocol, gate].tolist() for name, gate in GATES.items()}
+            for protocol in PROTOCOLS
+        },
+        "image_miou": {name: _number(value) for name, value in result.image_miou.items()},
+        "versions": versions(),
+    }
+
+
+def _plain(scores: Scores) -> dict[str, Any]:
+    return {
+        "iou": {name: _number(value) for name, value in scores.iou.items()},
+        "miou": _number(scores.miou),
+        "fwiou": _number(scores.fwiou),
+        "accuracy": _number(scores.accuracy),
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _draw(
+    folder: Path,
+    predictor: Predictor,
+    dataset: Dataset,
+    split: Split,
+    result: Evaluation,
+    *,
+    tta: bool,
+    worst: int,
+) -> None:
+    """Draw confusion.png (protocol exclude, gate on) and worst.png."""
+    from pipeline.training.dataset import read_mask, read_rgb, samples
+    from pipeline.training.evaluate import predict_image
+    from pipeline.training.pictures import Compared, write_comparison, write_confusion_matrix
+
+    title = f"{predictor.card.name} on {dataset.card.name}, {split}"
+    matrix = result.matrices["exclude", True][:-1]
+    write_confusion_matrix(folder / "confusion.png", matrix, result.names, [*result.names, "no class"], title)
+    by_name = {sample.name: sample for sample in samples(dataset, split)}
+    ranked = sorted((miou, name) for name, miou in result.image_miou.items() if not math.isnan(miou))
+
+    def compared() -> Iterator[Compared]:
+        for miou, name in ranked[:worst]:
+            rgb_HWC, truth_HW = read_rgb(by_name[name]), read_mask(dataset, by_name[name])
+            labels_HW = predict_image(predictor, rgb_HWC, mpp=dataset.mpp, flips=tta)
+            yield Compared(f"{name}: mIoU {100 * miou:.1f} %", rgb_HWC, truth_HW, labels_HW)
+
+    classes = list(zip(dataset.class_names, dataset.colors, strict=True))
+    write_comparison(folder / "worst.png", compared(), classes)
+
+
+def _print_table(document: dict[str, Any]) -> None:
+    """One column per protocol and gate, one row per score, in percent."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = [document["scores"][protocol][gate] for protocol in ("exclude", "include") for gate in GATES]
+    model, dataset = document["model"]["name"], document["dataset"]
+    table = Table(title=Text(f"{model} on {dataset['name']}, {dataset['split']}: {document['images']} images, %"))
+    table.add_column("")
+    for protocol in ("exclude", "include"):
+        for gate in ("gate on", "gate off"):
+            table.add_column(f"{protocol}\n{gate}", justify="right", no_wrap=True)
+    names = list(columns[-1]["iou"])
+    for name in names:
+        last = name == names[-1]
+        table.add_row(Text(f"IoU {name}"), *(_cell(c["iou"].get(name)) for c in columns), end_section=last)
+    for label, key in (("mIoU", "miou"), ("FwIoU", "fwiou"), ("ACC", "accuracy")):
+        table.add_row(label, *(_cell(column[key]) for column in columns))
+    Console().print(table)
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+@contextmanager
+def _bar(*, hidden: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of images on stderr where that is a terminal; yields what moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal) as bars:
+        task = bars.add_task("images", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

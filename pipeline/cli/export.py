@@ -1,0 +1,91 @@
+"""The command `wsi-export`: results for other programs, and whether they are as those programs need them."""
+
+from __future__ import annotations
+
+# Heavy libraries are imported inside the commands: `--help` has to answer at once.
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.commands import EXIT_FAILED, EXIT_USAGE, fail, run
+
+PROGRAM = "wsi-export"
+
+SHOWN = 20
+"""Findings printed for one file; of the others, how many there are."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback()
+def export() -> None:
+    """Bring results to other programs, and check that they can read them.
+
+    Exit status: 0 done, 1 failed or something found, 2 usage error.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+
+@app.command()
+def qupath(
+    results: Annotated[Path, typer.Argument(help="Folder given to wsi-segment's --output.", show_default=False)],
+    tiles: Annotated[
+        bool, typer.Option("--tiles", help="Also write tiles with the classes' probabilities as measurements.")
+    ] = False,
+    slides: Annotated[
+        Path | None, typer.Option("--slides", help="Folder to search for slides that have moved since.")
+    ] = None,
+) -> None:
+    """Write a QuPath project of all results to RESULTS/qupath, or bring it up to date.
+
+    What you saved in the project stays. Close it in QuPath before.
+    """
+    from pipeline.errors import PipelineError
+    from pipeline.qupath.project import write_project
+    from wsi.errors import SlideError
+
+    try:
+        typer.echo(write_project(results, tiles=tiles, slides=slides))
+    except (PipelineError, SlideError) as error:
+        fail(PROGRAM, str(error))
+
+
+@app.command()
+def check(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of results, results of one slide, .ome.zarr or .geojson.", show_default=False),
+    ],
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing of files in which nothing is wrong.")
+    ] = False,
+) -> None:
+    """Check that QuPath, napari and Vitessce can open results: every file there, and every rule of its format kept."""
+    from pipeline.checks.result import broken_rules
+    from pipeline.errors import ConfigError
+
+    try:
+        found = [item for path in paths for item in broken_rules(path).items()]
+    except ConfigError as error:
+        fail(PROGRAM, str(error), EXIT_USAGE)
+    for path, wrong in found:
+        if wrong or not quiet:
+            typer.echo(f"{'wrong' if wrong else 'good '} {path}")
+        for text in wrong[:SHOWN]:
+            typer.echo(f"      {text}")
+        if len(wrong) > SHOWN:
+            typer.echo(f"      and {len(wrong) - SHOWN} more")
+    if any(wrong for _, wrong in found):
+        sys.exit(EXIT_FAILED)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""The command `wsi-segment`."""
+
+from __future__ import annotations
+
+# Heavy libraries are imported inside the command: `--help` has to answer at once.
+import json
+import logging
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipeline.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, fail, run
+from pipeline.config import SegmentConfig
+
+if TYPE_CHECKING:
+    from pipeline.batch import SlideJob
+    from pipeline.report import SlideResult
+
+PROGRAM = "wsi-segment"
+DEFAULTS = SegmentConfig()
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def segment(
+    slides: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Slides, folders of slides, or CSV manifests (columns: slide, mpp, model).", show_default=False
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("results"),
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Name of a shipped model, or path of a bundle.")
+    ] = "colon-gland",
+    sample: Annotated[bool, typer.Option("--sample", help="Segment a small real slide, fetched and cached.")] = False,
+    mpp: Annotated[
+        float | None, typer.Option(help="Micrometres per level-0 pixel, in place of what the slide says.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = DEFAULTS.device,
+    precision: Annotated[Literal["float32", "bf16", "fp16"], typer.Option(help="Of the networks.")] = "float32",
+    runtime: Annotated[
+        Literal["auto", "torch", "openvino"],
+        typer.Option(help="What computes the networks; auto: OpenVINO on a CPU where it is installed, else PyTorch."),
+    ] = "auto",
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", help="Tiles per call of a network.", min=1)
+    ] = DEFAULTS.batch_size,
+    num_workers: Annotated[
+        int | None,
+        typer.Option(
+            "--num-workers",
+            "-j",
+            help="Blocks read and written at a time; one per core, up to 8.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Share of a tile that overlaps the next.", min=0, max=0.75)
+    ] = DEFAULTS.overlap,
+    output_stride: Annotated[
+        int, typer.Option(help="Model pixels per pixel of the map: 1, 2 or 4.")
+    ] = DEFAULTS.output_stride,
+    min_area: Annotated[
+        float, typer.Option(help="Polygons below this many µm² are merged into their neighbour.", min=0)
+    ] = DEFAULTS.min_area_um2,
+    simplify: Annotated[
+        float, typer.Option(help="Tolerance of the polygons' borders, in map pixels.", min=0)
+    ] = DEFAULTS.simplify_px,
+    keep_ungated: Annotated[
+        bool, typer.Option("--keep-ungated", help="Keep the segmenter's word where the gate silences every class.")
+    ] = False,
+    backend: Annotated[
+        Literal["auto", "openslide", "tiffslide"], typer.Option(help="Library that reads the slides.")
+    ] = "auto",
+    recursive: Annotated[bool, typer.Option("--recursive", help="Search subfolders, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace results of other runs.")] = False,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="Where to work: local (a process per GPU), local:N (N processes), or the address or scheduler file "
+            "of a dask.distributed cluster; in this process, if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    spread: Annotated[
+        Literal["slides", "blocks"],
+        typer.Option(help="With --scheduler: give each process whole slides, or parts of one large slide."),
+    ] = "slides",
+    slide_timeout: Annotated[
+        float | None,
+        typer.Option(help="With --scheduler: seconds after which a slide is given up.", show_default=False),
+    ] = None,
+    qupath: Annotated[
+        bool, typer.Option("--qupath", help="Write a QuPath project of all results in the output folder at the end.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON.")] = False,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors only.")] = False,
+) -> None:
+    """Turn whole-slide images into tissue maps: OME-Zarr probabilities, GeoJSON for QuPath, GeoParquet, a preview.
+
+    A run that was interrupted goes on where it stopped when the same command is given again.
+
+    Exit status: 0 all slides done, 1 some slide failed, 2 usage error, 130 interrupted.
+    """
+    logging.basicConfig(
+        level=logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)],
+        format="%(levelname)s: %(message)s",
+    )
+    from pipeline.errors import Cancelled, ConfigError, SampleError
+
+    try:
+        config = SegmentConfig(
+            mpp=mpp,
+            backend=backend,
+            overlap=overlap,
+            output_stride=output_stride,
+            min_area_um2=min_area,
+            simplify_px=simplify,
+            keep_ungated=keep_ungated,
+            device=device,
+            precision=precision,
+            runtime=runtime,
+            batch_size=batch_size,
+            force=force,
+            **({} if num_workers is None else {"num_workers": num_workers}),
+        )
+        jobs = _jobs(slides or [], sample=sample, recursive=recursive)
+        if dry_run:
+            _print_plans(jobs, output, model, config, as_json=as_json)
+        else:
+            _run(
+                jobs,
+                output,
+                model,
+                config,
+                scheduler=scheduler,
+                spread=spread,
+                slide_timeout_s=slide_timeout,
+                qupath=qupath,
+                as_json=as_json,
+                quiet=quiet,
+            )
+    except ConfigError as error:
+        fail(PROGRAM, str(error), EXIT_USAGE)
+    except SampleError as error:
+        fail(PROGRAM, str(error), EXIT_FAILED)
+    except (Cancelled, KeyboardInterrupt) as stop:
+        # Here and not in the caller: typer would make exit status 1 of it.
+        fail(PROGRAM, str(stop) or "interrupted; run the same command again to go on", EXIT_INTERRUPTED)
+
+
+def _jobs(inputs: list[Path], *, sample: bool, recursive: bool) -> list[SlideJob]:
+    from pipeline.batch import collect_jobs
+    from pipeline.errors import ConfigError
+
+    if sample:
+        from pipeline.sample import sample_slide
+
+        inputs = [*inputs, sample_slide()]
+    jobs = collect_jobs(inputs, recursive=recursive)
+    if not jobs:
+        raise ConfigError("no slide was named; pass a slide, a folder, a manifest, or --sample")
+    return jobs
+
+
+def _run(
+    jobs: list[SlideJob],
+    output: Path,
+    model: str,
+    config: SegmentConfig,
+    *,
+    scheduler: str | None,
+    spread: Literal["slides", "blocks"],
+    slide_timeout_s: float | None,
+    qupath: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from models.errors import ModelError
+    from pipeline.batch import segment_batch
+    from pipeline.cli.progress import ProgressBars
+    from pipeline.errors import ClusterError
+    from pipeline.malloc import keep_freed_memory
+    from pipeline.workers import open_workers
+
+    keep_freed_memory()
+    with ExitStack() as stack:
+        try:
+            workers = stack.enter_context(
+                open_workers(scheduler, model, config, spread=spread, slide_timeout_s=slide_timeout_s)
+            )
+        except (ModelError, ClusterError) as error:
+            fail(PROGRAM, str(error), EXIT_FAILED)
+        bars = stack.enter_context(ProgressBars(hidden=quiet))
+        results = segment_batch(
+            jobs, output, workers, lambda job: bars.slide(job.path.stem), lambda r: bars.end(r.slide, _line(r))
+        )
+    if as_json:
+        print(json.dumps([_plain(r) for r in results], indent=2, ensure_ascii=False))
+    elif not quiet:
+        for result in results:
+            if result.folder is not None:
+                print(result.folder)
+    if qupath and any(r.status != "failed" for r in results):
+        _write_project(output, hidden=as_json or quiet)
+    if any(r.status == "failed" for r in results):
+        sys.exit(EXIT_FAILED)
+
+
+def _write_project(output: Path, *, hidden: bool) -> None:
+    from pipeline.errors import OutputError
+    from pipeline.qupath.project import write_project
+
+    try:
+        project = write_project(output)
+    except OutputError as error:
+        fail(PROGRAM, str(error), EXIT_FAILED)
+    if not hidden:
+        print(project)
+
+
+def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: SegmentConfig, *, as_json: bool) -> None:
+    from models.bundle import load_bundle
+    from models.errors import ModelError
+    from pipeline.batch import failure, name_clashes
+    from pipeline.errors import ConfigError
+    from pipeline.plan import check_resources
+    from pipeline.segment import plan_slide
+    from pipeline.workers import config_of
+
+    plans: list[dict[str, object]] = []
+    try:
+        card = load_bundle(model).card
+    except ModelError as error:
+        fail(PROGRAM, str(error), EXIT_FAILED)
+    clashes = name_clashes(jobs)
+    for job in jobs:
+        entry: dict[str, object] = {"slide": str(job.path)}
+        try:
+            if job.path in clashes:
+                raise ConfigError(clashes[job.path])
+            own = load_bundle(job.model).card if job.model else card
+            slide, _, plan = plan_slide(job.path, own, config_of(job, config))
+            slide.close()
+            entry |= {"mpp": slide.info.mpp, "mpp_source": slide.info.mpp_source, "backend": slide.info.backend}
+            entry |= plan.summary() | {"warnings": list(slide.info.warnings)}
+            check_resources(plan, job.path.name, output)
+        except Exception as error:  # noqa: BLE001 - as in segment_batch: the other slides go on
+            entry["error"] = failure(job, error)
+        plans.append(entry)
+    if as_json:
+        print(json.dumps(plans, indent=2, ensure_ascii=False))
+    else:
+        for entry in plans:
+            _print_plan(entry)
+    if any("error" in entry for entry in plans):
+        sys.exit(EXIT_FAILED)
+
+
+def _print_plan(entry: dict[str, object]) -> None:
+    print(entry["slide"])
+    for name, value in entry.items():
+        if name.endswith("_bytes") and isinstance(value, int):
+            print(f"  {name.removesuffix('_bytes'):<12}{value / 2**20:,.0f} MiB")
+        elif name == "warnings" and isinstance(value, list):
+            for text in value:
+                print(f"  {'warning':<12}{text}")
+        elif name != "slide":
+            print(f"  {name.replace('_', ' '):<12}{f'{value:.6g}' if isinstance(value, float) else value}")
+
+
+def _line(result: SlideResult) -> str:
+    """One line for a person about a slide that has ended."""
+    if result.status == "failed":
+        return f"failed     {result.error}"
+    areas = ", ".join(f"{name} {area:.2f} mm²" for name, area in result.areas_mm2.items())
+    notes = [f"{result.seconds:.1f} s"] if result.status != "skipped" else ["same inputs, result kept"]
+    if result.resumed_blocks:
+        notes.append(f"resumed after {result.resumed_blocks} blocks")
+    notes += [f"warning: {text}" for text in result.warnings]
+    return f"{result.status:<10} {result.slide}: {areas} ({'; '.join(notes)})"
+
+
+def _plain(result: SlideResult) -> dict[str, object]:
+    folder = None if result.folder is None else str(result.folder)
+    return result.row() | {"areas_mm2": result.areas_mm2, "warnings": list(result.warnings), "folder": folder}
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The command `wsi-view`."""
+
+from __future__ import annotations
+
+# Heavy libraries are imported inside the command: `--help` has to answer at once.
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.commands import EXIT_USAGE, fail, run
+
+if TYPE_CHECKING:
+    from pipeline.viewer.results import Result
+
+PROGRAM = "wsi-view"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def view(
+    results: Annotated[Path, typer.Argument(help="A slide's result, or a folder of results.")],
+    slide: Annotated[
+        Path | None,
+        typer.Option(help="Where the slide is now, if it moved; or the folder that holds it.", show_default=False),
+    ] = None,
+    port: Annotated[
+        int, typer.Option(help="Port of the page; a free one by default.", min=0, max=65535, show_default=False)
+    ] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the page's address.")] = False,
+) -> None:
+    """Show results over their slides, in the browser.
+
+    The page is served to this machine only, until Ctrl-C. Nothing is written.
+
+    Exit status: 0 ended by Ctrl-C, 1 the results or the slide cannot be shown, 2 usage error.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from pipeline.errors import ViewError
+    from pipeline.viewer.server import open_browser, serve
+
+    def ready(url: str) -> None:
+        typer.echo(f"{url}  (Ctrl-C ends it)")
+        if not no_browser:
+            open_browser(url)
+
+    try:
+        serve(_found(results, slide), port, ready)
+    except ViewError as error:
+        fail(PROGRAM, str(error))
+    typer.echo(f"{PROGRAM}: ended", err=True)
+
+
+def _found(path: Path, slide: Path | None) -> tuple[Result, ...]:
+    """The results to show. A single one's slide is looked at now, those of many when they are chosen."""
+    from pipeline.viewer.open_results import unavailable
+    from pipeline.viewer.results import find_results, with_slide
+
+    results = find_results(path)
+    if slide is not None:
+        if len(results) > 1 and not slide.is_dir():
+            fail(PROGRAM, f"{path} holds {len(results)} results; pass --slide a folder, or name one result", EXIT_USAGE)
+        results = tuple(with_slide(result, slide) for result in results)
+    if len(results) == 1 and (reason := unavailable(results[0])):
+        fail(PROGRAM, reason)
+    return results
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""QuPath projects of results."""

@@ -1,0 +1,238 @@
+"""First stage: the classifier, from presence labels.
+
+Shape suffixes: N views, M labelled patches, B boxes, K classes, C channels, H and W the image, h and w a feature map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.backbone import Stages
+from models.classifier import Classifier
+from models.heads import PDA_SCHEDULES, HeadOutput
+from pipeline.inputs import as_input, padded
+from pipeline.training.config import TrainConfig
+from pipeline.training.fit import Processes, Task
+from pipeline.training.patches import PatchImages, View, draw_places, make_view, view_side
+
+
+class Batch(NamedTuple):
+    """The views of one step and the labels of all patches in them."""
+
+    views: Sequence[View]
+    weight_2K: Tensor
+    """What an absent (row 0) and a present class (row 1) count."""
+
+
+def classifier_task(
+    classifier: Classifier,
+    training: PatchImages,
+    validation: PatchImages,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes,
+) -> Task:
+    """Return the classifier's training: binary cross-entropy of every class on the logit of every labelled patch."""
+    for name, parameter in classifier.backbone.named_parameters():
+        if config.pretrained and name.removeprefix("net.").startswith(config.frozen):
+            parameter.requires_grad_(False)
+    weight_2K = class_weights(training.class_frequency(), balance=config.balance).to(device)
+    share = range(processes.rank, config.classifier_batch, processes.world)
+
+    def make_batch(rng: np.random.Generator) -> Batch:
+        count = config.classifier_batch
+        places = draw_places(training, config.region, count, rng)
+        seeds = rng.integers(2**32, size=count)
+        views = [make_view(training, places[n], config.stain, np.random.default_rng(seeds[n])) for n in share]
+        return Batch(views, weight_2K)
+
+    def loss(batch: Batch) -> Tensor:
+        return presence_loss(classifier, batch, device)
+
+    def begin_epoch(epoch: int) -> None:
+        classifier.train()
+        if config.pretrained:
+            keep_statistics(classifier.backbone)
+        if config.head == "pda":
+            schedule = PDA_SCHEDULES[config.pda_schedule]
+            classifier.head.mu = schedule.mu(epoch) if schedule.applied(epoch) else None
+
+    return Task(
+        name="classifier",
+        network=classifier,
+        new_parameters=list((classifier.head if config.pretrained else classifier).parameters()),
+        make_batch=make_batch,
+        loss=loss,
+        validate=lambda network: presence_scores(network, validation, config, device),
+        begin_epoch=begin_epoch,
+        epochs=config.classifier_epochs,
+        steps=config.classifier_steps or steps_per_epoch(training, config.region, config.classifier_batch),
+    )
+
+
+def keep_statistics(network: nn.Module) -> None:
+    """Put all batch norms into eval mode: they keep the statistics they came with (Han et al. 2022)."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def steps_per_epoch(training: PatchImages, region: int | None, batch: int) -> int:
+    """Return how many steps draw as many pixels as the training images have."""
+    side = view_side(training, region)
+    return max(1, round(training.pixels() / (side * side * batch)))
+
+
+def class_weights(frequency_K: NDArray[np.float64], *, balance: bool) -> Tensor:
+    """Return (2, K) float32: what an absent (row 0) and a present (row 1) label of each class counts in the loss.
+
+    Balanced, both halves of each class weigh the same in sum, and the mean weight over all labels is 1; no label
+    counts more than ten times.
+    """
+    if not balance:
+        return torch.ones(2, len(frequency_K))
+    shares_2K = np.stack([1 - frequency_K, frequency_K])
+    return torch.from_numpy(np.minimum(0.5 / np.maximum(shares_2K, 1e-9), 10.0)).float()
+
+
+def presence_loss(classifier: Classifier, batch: Batch, device: torch.device) -> Tensor:
+    """Return the weighted mean binary cross-entropy of all patches of a batch, auxiliary logits of the head included.
+
+    The multi-label soft margin loss of Han et al. 2022 where all weights are 1.
+    """
+    x_NCHW = as_input(np.stack([view.rgb_HWC for view in batch.views]), device)
+    boxes = [view.boxes_B4 for view in batch.views]
+    present_MK = torch.from_numpy(np.concatenate([view.present_BK for view in batch.views])).to(device)
+    weight_MK = torch.where(present_MK, batch.weight_2K[1], batch.weight_2K[0])
+    output = patch_outputs(classifier, x_NCHW, boxes)
+    terms = [
+        F.binary_cross_entropy_with_logits(logits_MK.float(), present_MK.float(), weight_MK)
+        for logits_MK in (output.logits_NK, *output.auxiliary_NK)
+    ]
+    return torch.stack(terms).sum()
+
+
+def patch_outputs(classifier: Classifier, x_NCHW: Tensor, boxes: Sequence[NDArray[np.int64]]) -> HeadOutput:
+    """Return the head's output for every box of every image, in order; boxes in image pixels, all of one size.
+
+    The features of an image are computed once; a box's are those of the feature cells nearest to it.
+    """
+    stages = classifier.stages(x_NCHW)
+    height, width = x_NCHW.shape[2:]
+    if all(len(b) == 1 and tuple(b[0]) == (0, 0, width, height) for b in boxes):
+        return classifier.head_output(stages, x_NCHW)
+    deep_NChw = stages.deep
+    stride = height // deep_NChw.shape[2]
+    cells = [_cells(boxes_B4, stride, deep_NChw.shape[2:]) for boxes_B4 in boxes]
+    owner_M = np.repeat(np.arange(len(boxes)), [len(boxes_B4) for boxes_B4 in boxes])
+    window_MChw = _windows(deep_NChw, owner_M, np.concatenate(cells))
+    crop_MCHW = _windows(x_NCHW, owner_M, np.concatenate(cells) * stride)
+    return classifier.head_output(Stages(window_MChw, window_MChw, window_MChw), crop_MCHW)
+
+
+def _cells(boxes_B4: NDArray[np.int64], stride: int, size_hw: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return boxes in feature cells. Corner and side are rounded on their own, so that equal boxes stay equal."""
+    sides_B2 = np.maximum(1, np.rint(boxes_B4[:, 2:] / stride)).astype(np.int64)
+    last_B2 = np.array([size_hw[1], size_hw[0]]) - sides_B2
+    corners_B2 = np.minimum(np.rint(boxes_B4[:, :2] / stride).astype(np.int64), last_B2)
+    return np.concatenate([corners_B2, sides_B2], axis=1)
+
+
+def _windows(maps_NChw: Tensor, owner_M: NDArray[np.int64], boxes_M4: NDArray[np.int64]) -> Tensor:
+    """Return the boxes, all of one size, cut from the maps of the images that own them, (M, C, box height, width)."""
+    count, channels, height, width = maps_NChw.shape
+    (w, h) = boxes_M4[0, 2:].tolist()
+    rows_Mh = boxes_M4[:, 1, None] + np.arange(h)
+    columns_Mw = boxes_M4[:, 0, None] + np.arange(w)
+    index_Mhw = (owner_M[:, None, None] * height + rows_Mh[:, :, None]) * width + columns_Mw[:, None, :]
+    # One gather of rows: the gradient of a slice would be a map of zeros for each window.
+    flat_PC = maps_NChw.permute(0, 2, 3, 1).reshape(count * height * width, channels)
+    picked = flat_PC.index_select(0, torch.from_numpy(index_Mhw.ravel()).to(flat_PC.device))
+    return picked.view(len(boxes_M4), h, w, channels).permute(0, 3, 1, 2)
+
+
+def held_out_batches(
+    images: PatchImages, *, whole: bool, limit: int = 32
+) -> Iterator[tuple[NDArray[np.uint8], list[NDArray[np.int64]], NDArray[np.bool_]]]:
+    """Yield (rgb_NHWC, boxes of each, present_MK) over all labelled patches, in order and unmoved.
+
+    `whole`: images of one size together, mirrored to sides that the networks take; else each labelled patch alone. At
+    most `limit` patches, or one image, at a time.
+    """
+    held: list[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]] = []
+    patches = 0
+    for rgb_HWC, boxes_B4, present_BK in _held_out(images, whole=whole):
+        if held and (held[0][0].shape != rgb_HWC.shape or patches + len(boxes_B4) > limit):
+            yield _stacked(held)
+            held, patches = [], 0
+        held.append((rgb_HWC, boxes_B4, present_BK))
+        patches += len(boxes_B4)
+    if held:
+        yield _stacked(held)
+
+
+def _held_out(
+    images: PatchImages, *, whole: bool
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]]:
+    for index in range(len(images)):
+        rgb_HWC = images.rgb(index)
+        if whole:
+            yield padded(rgb_HWC[None])[0], images.boxes[index], images.present[index]
+            continue
+        for (x, y, width, height), present_K in zip(images.boxes[index].tolist(), images.present[index], strict=True):
+            yield rgb_HWC[y : y + height, x : x + width], np.array([[0, 0, width, height]]), present_K[None]
+
+
+def _stacked(
+    held: list[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]],
+) -> tuple[NDArray[np.uint8], list[NDArray[np.int64]], NDArray[np.bool_]]:
+    return np.stack([one[0] for one in held]), [one[1] for one in held], np.concatenate([one[2] for one in held])
+
+
+@torch.inference_mode()
+def presence_scores(
+    network: nn.Module, images: PatchImages, config: TrainConfig, device: torch.device
+) -> dict[str, float]:
+    """Return measures over all labelled patches: class-balanced loss, mean average precision of presence and of
+    absence, and the "score", the mean of both. Ranking goes on improving while overconfidence already raises the loss.
+    """
+    assert isinstance(network, Classifier)
+    logits, present = [], []
+    for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=config.region is not None):
+        logits.append(patch_outputs(network, as_input(rgb_NHWC, device), boxes).logits_NK.float().cpu())
+        present.append(present_MK)
+    logits_MK, present_MK = torch.cat(logits), np.concatenate(present)
+    weight_2K = class_weights(present_MK.mean(axis=0), balance=True)
+    target_MK = torch.from_numpy(present_MK)
+    weight_MK = torch.where(target_MK, weight_2K[1], weight_2K[0])
+    loss = F.binary_cross_entropy_with_logits(logits_MK, target_MK.float(), weight_MK).item()
+    precisions = (
+        mean_average_precision(logits_MK.numpy(), present_MK),
+        mean_average_precision(-logits_MK.numpy(), ~present_MK),
+    )
+    # A set in which no class is ever absent has no precision of absence.
+    score = float(np.nanmean(precisions))
+    return {"loss": loss, "map_present": precisions[0], "map_absent": precisions[1], "score": score}
+
+
+def mean_average_precision(scores_MK: NDArray[np.float32], truth_MK: NDArray[np.bool_]) -> float:
+    """Return the mean over classes of the average precision ``sum_n (R_n - R_n-1) P_n`` (classes without a true patch
+    left out; NaN where there is none), as scikit-learn defines it; equal scores count as one threshold.
+    """
+    values = []
+    for k in range(truth_MK.shape[1]):
+        order = np.argsort(-scores_MK[:, k], kind="stable")
+        hits, ranked = truth_MK[order, k].cumsum(), scores_MK[order, k]
+        if hits[-1] == 0:
+            continue
+        last = np.flatnonzero(np.append(np.diff(ranked) != 0, True))
+        precision, recall = hits[last] / (last + 1), hits[last] / hits[-1]
+        values.append(float((np.diff(recall, prepend=0.0) * precision).sum()))
+    return float(np.mean(values)) if values else float("nan")

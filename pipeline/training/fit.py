@@ -1,0 +1,370 @@
+"""The training loop of both networks: checkpoints, averaged weights, early stopping, curves, several processes.
+
+A step's draws come from (seed, stage, step) alone, so that a run that was killed at any point and goes on from its last
+checkpoint ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import logging
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from models.predictor import choose_device
+from pipeline.errors import TrainError
+from pipeline.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 60.0
+"""Between checkpoints within an epoch; there is one at the end of each, too."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, steps done, steps in all)."""
+
+
+class Processes(NamedTuple):
+    """Which of several training processes this is."""
+
+    rank: int
+    world: int
+
+
+def join_processes(device: torch.device) -> Processes:
+    """Join the group that torchrun started this process in; (0, 1) where there is none."""
+    if "RANK" not in os.environ:
+        return Processes(0, 1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        # Measuring a large test split in one process must not look like a process that died.
+        patience = timedelta(hours=12)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def training_device(name: str) -> torch.device:
+    """Return the device of that name (see `choose_device`); for "auto" under torchrun the GPU of this local rank."""
+    if name == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return choose_device(name)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and how one step and one validation of it look."""
+
+    name: str
+    """Of the stage; names its files."""
+    network: nn.Module
+    new_parameters: list[nn.Parameter]
+    """Those that did not start from other weights; all other trainable ones have the backbone's rate."""
+    make_batch: Callable[[np.random.Generator], Any]
+    """Draws a batch of this process's share; runs in another thread while the device works."""
+    loss: Callable[[Any], Tensor]
+    """The loss of a batch, on the network in training mode."""
+    validate: Callable[[nn.Module], dict[str, float]]
+    """Measures of presence labels of held-out patches; "score", where higher is better, picks the epoch."""
+    begin_epoch: Callable[[int], None]
+    """Puts the network into training mode for the 0-based epoch."""
+    epochs: int
+    steps: int
+    """Steps per epoch."""
+
+
+@dataclass
+class _State:
+    """All that a checkpoint holds beside tensors."""
+
+    step: int = 0
+    best: float = -math.inf
+    stale: int = 0
+    """Epochs since the best one."""
+    losses: list[float] = field(default_factory=list)
+    """Of this epoch's steps."""
+    data_seconds: float = 0.0
+    step_seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def fit(
+    task: Task,
+    folder: Path,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes = Processes(0, 1),  # noqa: B008 - an immutable tuple
+    progress: Progress | None = None,
+) -> None:
+    """Train until the epochs are over or the score has not risen for `patience` epochs; leave the best weights.
+
+    Writes into `folder`: <name>.checkpoint.safetensors (removed at the end), <name>.csv and <name>.png with the curves.
+    Raises TrainError where the loss or a gradient is NaN or infinite.
+    """
+    network = task.network
+    optimizer = make_optimizer(task, config)
+    total = task.epochs * task.steps
+    averaged, best = copy.deepcopy(network), copy.deepcopy(network)
+    checkpoint = folder / f"{task.name}.checkpoint.safetensors"
+    state = _load(checkpoint, {"now": network, "mean": averaged, "best": best}, optimizer) or _State()
+    if state.step:
+        logger.info("%s: going on after step %d of %d", task.name, state.step, total)
+    saved = time.monotonic()
+    batches = _prefetched(task, config.seed, state.step, total)
+    if state.step % task.steps:
+        task.begin_epoch(state.step // task.steps)
+    while state.step < total and state.stale < config.patience:
+        epoch, within = divmod(state.step, task.steps)
+        if within == 0:
+            task.begin_epoch(epoch)
+            state.losses, state.data_seconds, state.step_seconds = [], 0.0, 0.0
+        asked = time.perf_counter()
+        batch = next(batches)
+        begun = time.perf_counter()
+        _set_rates(optimizer, rate_factor(config, state.step, total))
+        torch.manual_seed(_seed(config.seed, task.name, state.step, processes.rank))  # dropout
+        state.losses.append(_step(task, batch, optimizer, config, device, processes, state))
+        _average_into(averaged, network, min(config.ema, (1 + state.step) / (10 + state.step)))
+        state.step += 1
+        state.data_seconds += begun - asked
+        state.step_seconds += time.perf_counter() - begun
+        if progress is not None:
+            progress(task.name, state.step, total)
+        if within == task.steps - 1:
+            if processes.world > 1:
+                _share_statistics(network, averaged)
+            _end_epoch(task, averaged, best, epoch, state, config, folder if processes.rank == 0 else None)
+        # At the end of every epoch too, so that a validation is never repeated.
+        if processes.rank == 0 and (within == task.steps - 1 or time.monotonic() - saved > CHECKPOINT_SECONDS):
+            _save(checkpoint, {"now": network, "mean": averaged, "best": best}, optimizer, state)
+            saved = time.monotonic()
+    batches.close()
+    network.load_state_dict(best.state_dict())
+
+
+def remove_checkpoint(folder: Path, name: str) -> None:
+    """Remove a stage's checkpoint once its product is safe."""
+    (folder / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def make_optimizer(task: Task, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of the parameters that want a gradient, in groups of one learning rate ("rate") each:
+    started weights, started biases, new weights, new biases.
+    """
+    new = {id(parameter) for parameter in task.new_parameters}
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in task.network.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((id(parameter) in new, name.split(".")[-1] == "bias"), []).append(parameter)
+    groups = []
+    for (is_new, is_bias), parameters in sorted(members.items()):
+        rate = (config.new_rate if is_new else config.backbone_rate) * (config.bias_factor if is_bias else 1.0)
+        groups.append({"params": parameters, "lr": rate, "rate": rate})
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+
+
+def rate_factor(config: TrainConfig, step: int, total: int) -> float:
+    """Return what the learning rates are multiplied by in a 0-based step: warm-up, then cosine to 0.02 or (1-t)^0.9."""
+    warm = min(1.0, (step + 1) / (config.warm_up + 1))
+    done = step / total
+    if config.schedule == "poly":
+        return warm * float((1 - done) ** 0.9)
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def _step(
+    task: Task,
+    batch: Any,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes,
+    state: _State,
+) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    # bfloat16 needs no loss scaling; on a CPU it was not faster.
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    with autocast:
+        loss = task.loss(batch)
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if processes.world > 1:
+        loss = _mean_over_processes(loss, parameters, processes.world)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+    value = loss.item()
+    if not (math.isfinite(value) and math.isfinite(norm.item())):
+        raise TrainError(
+            f"{task.name}: step {state.step + 1} gave a loss of {value} and a gradient of norm {norm.item()}; the last "
+            f"losses were {[round(v, 4) for v in state.losses[-5:]]}. Lower backbone_rate and new_rate, set clip, or "
+            "look for images that hold nothing; the run goes on from its last checkpoint"
+        )
+    optimizer.step()
+    return value
+
+
+def _mean_over_processes(loss: Tensor, parameters: list[nn.Parameter], world: int) -> Tensor:
+    """Replace all gradients by their mean over the processes, in one message; returns the mean loss."""
+    loss = loss.detach().clone().reshape(1)
+    values = [loss, *(p.grad.reshape(-1) for p in parameters if p.grad is not None)]
+    flat = torch.cat(values)
+    torch.distributed.all_reduce(flat)
+    flat /= world
+    pieces = flat.split([len(value) for value in values])
+    for parameter, piece in zip(parameters, pieces[1:], strict=True):
+        parameter.grad = piece.view_as(parameter)
+    mean: Tensor = pieces[0][0]
+    return mean
+
+
+def _share_statistics(*networks: nn.Module) -> None:
+    """Give all processes the batch-norm statistics of the first, so that all validate alike and stop together."""
+    for network in networks:
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def _end_epoch(
+    task: Task,
+    averaged: nn.Module,
+    best: nn.Module,
+    epoch: int,
+    state: _State,
+    config: TrainConfig,
+    folder: Path | None,
+) -> None:
+    """Validate, keep the weights if they are the best, and write the curves."""
+    judged = averaged if config.ema else task.network
+    measures = task.validate(judged.eval())
+    if measures["score"] > state.best:
+        best.load_state_dict(judged.state_dict())
+        state.best, state.stale = measures["score"], 0
+    else:
+        state.stale += 1
+    state.history.append(
+        {"epoch": epoch + 1, "loss": float(np.mean(state.losses))}
+        | {f"val_{name}": value for name, value in measures.items()}
+        | {"data_seconds": round(state.data_seconds, 2), "step_seconds": round(state.step_seconds, 2)}
+    )
+    logger.info("%s %s", task.name, " ".join(f"{k} {v:.4g}" for k, v in state.history[-1].items()))
+    if folder is not None:
+        _write_curves(folder / task.name, state.history)
+
+
+def _write_curves(stem: Path, history: list[dict[str, float]]) -> None:
+    temporary = stem.with_suffix(".csv.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+    temporary.replace(stem.with_suffix(".csv"))
+
+    # Without pyplot there is no window, no backend and no global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    for name in history[0]:
+        if name == "epoch" or name.endswith("seconds"):
+            continue
+        axes = left if name.endswith("loss") else right
+        axes.plot(epochs, [row[name] for row in history], marker=".", label=name)
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.legend()
+    temporary = stem.with_suffix(".png.tmp")
+    figure.savefig(temporary, format="png", dpi=100)
+    temporary.replace(stem.with_suffix(".png"))
+
+
+@torch.no_grad()
+def _average_into(averaged: nn.Module, network: nn.Module, decay: float) -> None:
+    for old, new in zip(averaged.state_dict().values(), network.state_dict().values(), strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - decay)
+        else:
+            old.copy_(new)
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["rate"] * factor
+
+
+def _seed(seed: int, name: str, step: int, rank: int = 0) -> int:
+    return zlib.crc32(f"{seed} {name} {step} {rank}".encode())
+
+
+def _prefetched(task: Task, seed: int, first: int, total: int) -> Generator[Any]:
+    """Yield the batches of all steps from `first` on, the next ones made in another thread meanwhile."""
+
+    def make(step: int) -> Any:
+        # The same generator in every process: each takes its share of one batch.
+        return task.make_batch(np.random.default_rng(_seed(seed, f"{task.name} batch", step)))
+
+    with ThreadPoolExecutor(2, thread_name_prefix="batch") as pool:
+        waiting = [pool.submit(make, step) for step in range(first, min(first + 2, total))]
+        for step in range(first, total):
+            batch = waiting.pop(0).result()
+            if step + 2 < total:
+                waiting.append(pool.submit(make, step + 2))
+            yield batch
+
+
+def _save(file: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, state: _State) -> None:
+    tensors = {
+        f"{name}/{key}": tensor.detach().cpu().contiguous()
+        for name, network in networks.items()
+        for key, tensor in network.state_dict().items()
+    }
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{key}": tensor.cpu().contiguous() for key, tensor in values.items()}
+    temporary = file.with_suffix(".tmp")
+    safetensors.torch.save_file(tensors, temporary, {"state": json.dumps(vars(state))})
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def _load(file: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> _State | None:
+    if not file.is_file():
+        return None
+    tensors: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            state = _State(**json.loads(opened.metadata()["state"]))
+            for key in opened.keys():  # noqa: SIM118 - no mapping
+                part, _, name = key.partition("/")
+                tensors.setdefault(part, {})[name] = opened.get_tensor(key)
+    except safetensors.SafetensorError as error:
+        raise TrainError(
+            f"{file}: the checkpoint cannot be read ({error}); remove it to begin the stage anew"
+        ) from error
+    for name, network in networks.items():
+        network.load_state_dict(tensors[name])
+    whole = optimizer.state_dict()
+    for key, tensor in tensors.get("optimizer", {}).items():
+        index, _, name = key.partition("/")
+        whole["state"].setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict(whole)
+    return state

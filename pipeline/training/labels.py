@@ -1,0 +1,111 @@
+"""Presence labels: read from a file name, a row of a table or a folder, or counted in crops of a mask.
+
+Shape suffixes: K classes, B boxes (x, y, width, height in pixels of the image), H and W the image.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import LabelError
+from pipeline.training.dataset_card import CsvLabels, FileNameLabels, FolderLabels
+
+
+def labels_of_name(image: Path, rule: FileNameLabels, classes: int) -> tuple[bool, ...]:
+    """Return which classes an image's file name says are present, (K,).
+
+    Raises LabelError where the name has no label, or one of another number of classes.
+    """
+    found = re.findall(rule.pattern, image.stem)
+    if not found:
+        raise LabelError(
+            f"{image}: no label in the file name; it must hold one digit 0 or 1 per class, as in [{'0' * classes}]"
+        )
+    digits = re.findall(r"\S", found[-1].replace(",", ""))
+    if len(digits) != classes or not set(digits) <= {"0", "1"}:
+        raise LabelError(
+            f"{image}: the label [{found[-1]}] in the file name must be {classes} digits 0 or 1, one per class"
+        )
+    return tuple(digit == "1" for digit in digits)
+
+
+def labels_of_row(
+    image: Path, row: Mapping[str, str], rule: CsvLabels, class_names: tuple[str, ...]
+) -> tuple[bool, ...]:
+    """Return which classes an image's row of the table says are present, (K,).
+
+    Raises LabelError where a column is missing, a value is neither 0 nor 1, or a listed name is that of no class.
+    """
+    if rule.list_column is not None:
+        listed = {part.strip() for part in _cell(image, row, rule.list_column).split(rule.separator)} - {""}
+        if strange := sorted(listed - set(class_names)):
+            raise LabelError(
+                f"{image}: column {rule.list_column} of the table lists {', '.join(strange)}; "
+                f"the classes are {', '.join(class_names)}, separated by {rule.separator!r}"
+            )
+        return tuple(name in listed for name in class_names)
+    present = []
+    for column in rule.columns or class_names:
+        value = _cell(image, row, column)
+        if value not in {"0", "1"}:
+            raise LabelError(f"{image}: column {column} of the table holds {value!r}, it must be 0 or 1")
+        present.append(value == "1")
+    return tuple(present)
+
+
+def labels_of_folder(image: Path, rule: FolderLabels, class_names: tuple[str, ...]) -> tuple[bool, ...]:
+    """Return the one class that the folder of an image stands for, (K,). Raises LabelError for any other folder."""
+    folder = image.parent.name
+    own = rule.folders.get(folder) if rule.folders else folder
+    if own not in class_names:
+        known = ", ".join(rule.folders or class_names)
+        raise LabelError(f"{image}: the folder {folder} stands for no class; class folders are {known}")
+    return tuple(name == own for name in class_names)
+
+
+def crop_boxes(width: int, height: int, side: int, stride: int) -> NDArray[np.int64]:
+    """Return the crops of an image, (B, 4) of x, y, width, height, row by row: every `stride` pixels, and the last row
+    and column at the image's edge (OEEM, MICCAI 2022). Along an edge shorter than `side` a crop ends with the image.
+    """
+    xs, crop_width = _starts(width, side, stride)
+    ys, crop_height = _starts(height, side, stride)
+    return np.array([(x, y, crop_width, crop_height) for y in ys for x in xs], dtype=np.int64)
+
+
+def presence(
+    labels_HW: NDArray[np.uint8], boxes_B4: NDArray[np.int64], classes: int, minimum: float
+) -> NDArray[np.bool_]:
+    """Return which classes cover more than the share `minimum` of each box, (B, K).
+
+    Ignored pixels count as part of the box and of no class.
+    """
+    x, y, width, height = boxes_B4.T
+    present_BK = np.empty((len(boxes_B4), classes), dtype=bool)
+    for k in range(classes):
+        # Summed area table, with a row and column of zeros in front.
+        area = np.pad((labels_HW == k).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+        covered_B = area[y + height, x + width] - area[y, x + width] - area[y + height, x] + area[y, x]
+        # Dividing, not multiplying: 1/20 is rounded to the same number as the literal 0.05, so equal is not more.
+        present_BK[:, k] = covered_B / (width * height) > minimum
+    return present_BK
+
+
+def _starts(length: int, side: int, stride: int) -> tuple[list[int], int]:
+    if length <= side:
+        return [0], length
+    starts = list(range(0, length - side + 1, stride))
+    if starts[-1] != length - side:
+        starts.append(length - side)
+    return starts, side
+
+
+def _cell(image: Path, row: Mapping[str, str], column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        raise LabelError(f"{image}: the table has no column {column}; its columns are {', '.join(row)}")
+    return value.strip()

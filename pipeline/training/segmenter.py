@@ -1,0 +1,173 @@
+"""Third stage: the segmenter, from the pseudo masks of several layers.
+
+Shape suffixes: N views, K classes, L layers, H and W the image, h and w a map at the output stride.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.classifier import Classifier
+from models.segmenter import NATIVE_STRIDE
+from pipeline.inputs import as_input, padded
+from pipeline.training.classifier import held_out_batches, keep_statistics, steps_per_epoch
+from pipeline.training.config import TrainConfig
+from pipeline.training.dataset import IGNORED
+from pipeline.training.fit import Processes, Task
+from pipeline.training.patches import PatchImages, draw_places, make_labelled_view
+from pipeline.training.pseudo_masks import read_pseudo_masks
+
+SMALLEST_SHARE = 0.05
+"""Where a data set does not say what share of a patch makes a class present."""
+
+
+class Batch(NamedTuple):
+    """The views of one step and their labels."""
+
+    rgb_NHWC: NDArray[np.uint8]
+    labels_NLHW: NDArray[np.uint8]
+
+
+def segmenter_task(
+    segmenter: nn.Module,
+    training: PatchImages,
+    validation: PatchImages,
+    masks: Path,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes,
+) -> Task:
+    """Return the segmenter's training on the pseudo masks in the folder `masks`."""
+    share = range(processes.rank, config.segmenter_batch, processes.world)
+
+    def labels_of(index: int) -> NDArray[np.uint8]:
+        # Read when they are needed: all masks of a large data set are gigabytes, and a PNG takes a millisecond.
+        return read_pseudo_masks(masks, training, index, config)
+
+    weight_K = pixel_weights(
+        map(labels_of, range(len(training))), len(training.dataset.class_names), balance=config.balance
+    ).to(device)
+    weights = tuple(weight for weight in config.layer_weights if weight > 0)
+
+    def make_batch(rng: np.random.Generator) -> Batch:
+        count = config.segmenter_batch
+        places = draw_places(training, config.region, count, rng)
+        seeds = rng.integers(2**32, size=count)
+        views = [
+            make_labelled_view(
+                training, labels_of(places[n].image), places[n], config.stain, np.random.default_rng(seeds[n])
+            )
+            for n in share
+        ]
+        rgb_NHWC, labels_NLHW = padded(np.stack([rgb for rgb, _ in views])), np.stack([labels for _, labels in views])
+        beyond = [(0, rgb_NHWC.shape[axis] - labels_NLHW.shape[axis + 1]) for axis in (1, 2)]
+        return Batch(rgb_NHWC, np.pad(labels_NLHW, [(0, 0), (0, 0), *beyond], constant_values=IGNORED))
+
+    def loss(batch: Batch) -> Tensor:
+        logits_NKhw = segmenter(as_input(batch.rgb_NHWC, device))
+        return layered_loss(logits_NKhw, torch.from_numpy(batch.labels_NLHW).to(device), weights, weight_K)
+
+    def begin_epoch(_epoch: int) -> None:
+        segmenter.train()
+        if config.encoder_starts:
+            keep_statistics(encoder)
+
+    encoder: Any = segmenter.encoder
+    started = {id(parameter) for parameter in encoder.parameters()} if config.encoder_starts else set()
+    return Task(
+        name="segmenter",
+        network=segmenter,
+        new_parameters=[p for p in segmenter.parameters() if id(p) not in started],
+        make_batch=make_batch,
+        loss=loss,
+        validate=lambda network: map_scores(network, validation, config, device),
+        begin_epoch=begin_epoch,
+        epochs=config.segmenter_epochs,
+        steps=config.segmenter_steps or steps_per_epoch(training, config.region, config.segmenter_batch),
+    )
+
+
+def start_from_classifier(segmenter: nn.Module, classifier: Classifier) -> None:
+    """Give a timm encoder the weights of the classifier's backbone, which is the same network, perhaps cut short."""
+    encoder: Any = segmenter.encoder
+    own = encoder.model.state_dict()
+    for name, tensor in classifier.backbone.net.state_dict().items():
+        if name in own:  # the encoder lacks what follows the last stage
+            own[name].copy_(tensor)
+
+
+def pixel_weights(pseudo: Iterable[NDArray[np.uint8]], classes: int, *, balance: bool) -> Tensor:
+    """Return the weight (K,) of a pixel of each class: 1, or balanced the root of the inverse of the class's share.
+
+    The root, because whole inverse shares make a rare class spill over its borders.
+    """
+    if not balance:
+        return torch.ones(classes)
+    counts_K = sum(np.bincount(labels[labels != IGNORED], minlength=classes) for labels in pseudo)
+    shares_K = np.maximum(counts_K, 1) / max(1, int(np.sum(counts_K)))
+    return torch.from_numpy(np.minimum(np.sqrt(1 / (classes * shares_K)), 10.0)).float()
+
+
+def layered_loss(
+    logits_NKhw: Tensor, labels_NLHW: Tensor, weights: tuple[float, ...], weight_K: Tensor | None = None
+) -> Tensor:
+    """Return the weighted sum over layers of the cross-entropy against each layer's pseudo mask (Han et al. 2022).
+
+    `IGNORED` pixels count for nothing. The masks are compared at the logits' stride, at the pixel nearest to each
+    cell's centre. A layer without a labelled pixel adds 0.
+    """
+    stride = labels_NLHW.shape[2] // logits_NKhw.shape[2]
+    small_NLhw = labels_NLHW[:, :, stride // 2 :: stride, stride // 2 :: stride].long()
+    terms = []
+    for layer, weight in enumerate(weights):
+        target_Nhw = small_NLhw[:, layer]
+        total = F.cross_entropy(logits_NKhw.float(), target_Nhw, weight_K, ignore_index=IGNORED, reduction="sum")
+        each_K = torch.ones(logits_NKhw.shape[1], device=logits_NKhw.device) if weight_K is None else weight_K
+        counted = each_K[target_Nhw[target_Nhw != IGNORED]].sum()
+        terms.append(weight * total / counted.clamp_min(1e-6))
+    return torch.stack(terms).sum()
+
+
+@torch.inference_mode()
+def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, device: torch.device) -> dict[str, float]:
+    """Return how well the map tells the presence labels of all labelled patches; no pixel of a mask is looked at.
+
+    A class is found in a patch where it covers more than the data set's minimum share of it. "balanced" is the mean
+    over classes of the balanced accuracy (of classes that are present in some patches and absent from others), "exact"
+    the share of patches with every class told. "score" is their mean: few patches lack a class, so that the first
+    alone jumps from epoch to epoch with a handful of them, and the second alone would not see them.
+    """
+    labels = images.dataset.card.labels
+    minimum = getattr(labels, "minimum", None) or SMALLEST_SHARE
+    found, present = [], []
+    for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=config.region is not None):
+        logits_NKhw = network(as_input(padded(rgb_NHWC), device)).float()
+        labels_Nhw = logits_NKhw.argmax(dim=1).cpu().numpy()
+        for labels_hw, boxes_B4 in zip(labels_Nhw, boxes, strict=True):
+            found += [_covered(labels_hw, box, images.present[0].shape[1]) > minimum for box in boxes_B4.tolist()]
+        present.append(present_MK)
+    found_MK, present_MK = np.stack(found), np.concatenate(present)
+    accuracies = []
+    for k in range(present_MK.shape[1]):
+        truth_M = present_MK[:, k]
+        if truth_M.any() and not truth_M.all():
+            accuracies.append((found_MK[truth_M, k].mean() + (~found_MK[~truth_M, k]).mean()) / 2)
+    balanced = float(np.mean(accuracies)) if accuracies else float((found_MK == present_MK).mean())
+    exact = float((found_MK == present_MK).all(axis=1).mean())
+    return {"score": (balanced + exact) / 2, "balanced": balanced, "exact": exact}
+
+
+def _covered(labels_hw: NDArray[np.int64], box: list[int], classes: int) -> NDArray[np.float64]:
+    """Return the share of a box (x, y, width, height in image pixels) that each class covers."""
+    x, y, width, height = (round(value / NATIVE_STRIDE) for value in box)
+    part = labels_hw[y : y + max(1, height), x : x + max(1, width)]
+    share_K: NDArray[np.float64] = np.bincount(part.ravel(), minlength=classes) / part.size
+    return share_K

@@ -1,0 +1,345 @@
+"""The training recipe: classifier, pseudo masks, segmenter, gate, bundle; from presence labels of patches alone.
+
+Each stage leaves its product in the run folder and is skipped where the product is there already; a stage that was
+killed goes on from its checkpoint.
+
+Shape suffixes: N tiles, K classes, H and W space.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.distributed
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import nn
+
+from models.bundle import (
+    NO_DIGEST,
+    Bundle,
+    ClassCard,
+    ClassifierCard,
+    ModelCard,
+    SegmenterCard,
+    WeightsCard,
+    load_bundle,
+    load_networks,
+    save_bundle,
+)
+from models.cam import check_available
+from models.classifier import Classifier
+from models.predictor import Predictor
+from models.segmenter import build_segmenter
+from pipeline.errors import DatasetError, LockedError, OutputError, TrainError
+from pipeline.inputs import MEAN, MULTIPLE, STD, load_start
+from pipeline.training.classifier import classifier_task
+from pipeline.training.config import TrainConfig
+from pipeline.training.dataset import Dataset, Labelled, check_classes, check_images, samples
+from pipeline.training.evaluate import evaluate
+from pipeline.training.fit import Processes, Progress, Task, fit, join_processes, remove_checkpoint, training_device
+from pipeline.training.patches import PatchImages, Place, boxes_inside, view_side
+from pipeline.training.pseudo_masks import write_pseudo_masks
+from pipeline.training.segmenter import segmenter_task, start_from_classifier
+
+logger = logging.getLogger(__name__)
+
+UNREADABLE_SHARE = 0.01
+"""Of the images of a split: more than this ends the run."""
+
+
+def train(
+    dataset: Dataset, run: Path, config: TrainConfig, *, device: str = "auto", progress: Progress | None = None
+) -> Bundle:
+    """Run all stages that have no product yet and return the bundle in `run`/bundle.
+
+    Raises TrainError where `run` was begun with another configuration or data set, and what the data set's functions
+    raise for bad data.
+    """
+    place = training_device(device)
+    processes = join_processes(place)
+    config = dataclasses.replace(config, mpp=config.mpp or dataset.mpp)
+    assert config.mpp is not None
+    training, validation = (
+        PatchImages(dataset, check_images(samples(dataset, split), UNREADABLE_SHARE), config.mpp)
+        for split in ("train", "val")
+    )
+    _check(training, validation, config)
+    for name, size in (("classifier_batch", config.classifier_batch), ("segmenter_batch", config.segmenter_batch)):
+        if size % processes.world:
+            raise TrainError(f"{name} is {size}, and there are {processes.world} processes: make it a multiple of them")
+    logger.info("%d training and %d validation images", len(training), len(validation))
+    torch.manual_seed(config.seed)
+    classes = len(dataset.class_names)
+
+    classifier = Classifier(config.backbone, config.head, classes, config.depth)
+    load_start(classifier.backbone.net, config.weights)
+    if config.cam != "head":
+        check_available(config.cam, classifier.eval(), "deep")
+    # Made before the first stage: its random weights must not depend on whether that stage ran or was skipped.
+    segmenter = build_segmenter(config.encoder_name, classes)
+    if config.encoder_starts:
+        timm_encoder: Any = segmenter.encoder
+        load_start(timm_encoder.model, config.weights)
+    make_card(dataset, config, tile_side(training, config), (config.highest_threshold,) * classes)
+    # After all that a wrong setting fails at, so that the run can be begun again in the same folder.
+    held = ExitStack()
+    if processes.rank == 0:
+        held.enter_context(claim(run, dataset, config))
+    _wait(processes)
+    with held:
+        classifier.to(place)
+        task = classifier_task(classifier, training, validation, config, place, processes)
+        _stage(run, task, config, place, processes, progress)
+
+        masks = run / "pseudo-masks"
+        write_pseudo_masks(masks, classifier, training, config, place, processes, progress)
+        _wait(processes)
+
+        segmenter.to(place)
+        if config.encoder_starts:
+            start_from_classifier(segmenter, classifier)
+        task = segmenter_task(segmenter, training, validation, masks, config, place, processes)
+        _stage(run, task, config, place, processes, progress)
+
+        if processes.rank == 0:
+            export(run, classifier.eval(), segmenter.eval(), validation, config, device)
+        _wait(processes)
+        return load_bundle((run / "bundle").absolute())
+
+
+@contextmanager
+def claim(run: Path, dataset: Dataset, config: TrainConfig) -> Iterator[None]:
+    """Hold a run folder alone, with configuration and data set written into it or equal to those it was begun with.
+
+    Raises OutputError where there can be no such folder, LockedError where another process trains in it, and TrainError
+    where it was begun with another configuration or data set.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{run}: no folder for the run can be made there: {error.strerror}; give another -o"
+        ) from error
+    lock = FileLock(run.absolute().parent / f".{run.name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise LockedError(
+            f"{run}: another wsi-train is at work in this folder; wait for it, or give another -o"
+        ) from error
+    try:
+        _write_or_compare(run, dataset, config)
+        yield
+    finally:
+        lock.release()
+
+
+def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig) -> None:
+    file = run / "run.json"
+    wanted = {"config": dataclasses.asdict(config), "dataset": dataset.card.model_dump(mode="json")}
+    text = json.dumps(wanted, indent=2) + "\n"
+    if not file.exists():
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+        return
+    begun, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+    if begun != wanted:
+        now, then = wanted["config"], begun["config"]
+        differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+        raise TrainError(
+            f"{run}: begun with other settings ({', '.join(differing) or 'of the data set'} differ); take a new "
+            f"folder, or the settings in {file}"
+        )
+
+
+def _check(training: PatchImages, validation: PatchImages, config: TrainConfig) -> None:
+    for images in (training, validation):
+        if not len(images):
+            raise TrainError(f"{images.dataset.card.name}: no image to train or to validate with")
+        sides = {tuple(side) for boxes_B4 in images.boxes for side in boxes_B4[:, 2:].tolist()}
+        # Alone, patches to validate with can be of any size.
+        if len(sides) > 1 and (images is training or config.region is not None):
+            raise TrainError(
+                f"{images.dataset.card.name}: labelled patches are of {len(sides)} sizes, such as {min(sides)} and "
+                f"{max(sides)} px; bring the images to one size"
+            )
+    if any(width != height for width, height in training.boxes[0][:, 2:].tolist()):
+        width, height = training.boxes[0][0, 2:].tolist()
+        raise TrainError(
+            f"{training.dataset.card.name}: labelled patches are {width}x{height} px; quarter turns need square ones: "
+            "cut the images, or label crops of them"
+        )
+    check_classes(training.dataset, map(Labelled, training.boxes, training.present))
+    largest = max(int(boxes_B4[:, 2:].max()) for boxes_B4 in training.boxes)
+    if config.region is not None and largest > config.region:
+        raise TrainError(
+            f"region is {config.region} px, but labelled patches are up to {largest} px at {config.mpp} µm/px; "
+            f"set region to {-(-largest // MULTIPLE) * MULTIPLE} or more, or a coarser mpp"
+        )
+
+
+def _stage(
+    run: Path, task: Task, config: TrainConfig, device: torch.device, processes: Processes, progress: Progress | None
+) -> None:
+    """Load the network's weights from its product, or train it and write the product."""
+    file = run / f"{task.name}.safetensors"
+    if file.exists():
+        task.network.load_state_dict(safetensors.torch.load_file(file))
+        logger.info("%s is there: stage skipped", file.name)
+    else:
+        started = time.monotonic()
+        fit(task, run, config, device, processes, progress)
+        if processes.rank == 0:
+            temporary = file.with_suffix(".tmp")
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in task.network.state_dict().items()}
+            safetensors.torch.save_file(tensors, temporary)
+            temporary.replace(file)
+            remove_checkpoint(run, task.name)
+        logger.info("%s done in %.0f s", task.name, time.monotonic() - started)
+    _wait(processes)
+    task.network.eval()
+
+
+def _wait(processes: Processes) -> None:
+    if processes.world > 1:
+        torch.distributed.barrier()
+
+
+def export(
+    run: Path, classifier: Classifier, segmenter: nn.Module, validation: PatchImages, config: TrainConfig, device: str
+) -> None:
+    """Calibrate the gate on presence labels of validation tiles, measure the test split once where it has masks, and
+    write the bundle.
+    """
+    folder = run / "bundle"
+    if folder.exists():
+        logger.info("%s is there: nothing to do", folder)
+        return
+    dataset, side = validation.dataset, tile_side(validation, config)
+    draft = make_card(dataset, config, side, (config.highest_threshold,) * len(dataset.class_names))
+    # A bundle's weights are rounded: what is calibrated and measured is what is written.
+    with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
+        rounded = load_networks(save_bundle(Path(work) / "bundle", draft, classifier, segmenter))
+    presence_NK, held_NK = tile_presence(Predictor(draft, NO_DIGEST, *rounded, device=device), validation)
+    thresholds = calibrate_gate(presence_NK, held_NK, config.gate_recall, config.highest_threshold)
+    card = draft.model_copy(update={"gate_thresholds": thresholds})
+    metrics = measured_metrics(Predictor(card, NO_DIGEST, *rounded, device=device, output_stride=1), dataset)
+    logger.info("gate thresholds %s, %s", thresholds, metrics)
+    save_bundle(folder, card.model_copy(update={"metrics": metrics}), classifier, segmenter)
+
+
+def measured_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]:
+    """Return the scores of the test split (protocol `exclude`, with the gate); none, with a warning, where it cannot be
+    measured: a trained model is not lost for that.
+    """
+    try:
+        scores = evaluate(predictor, dataset, "test").scores("exclude", gate=True)
+    except DatasetError as error:
+        logger.warning("the card gets no metrics, since the test split cannot be measured: %s", error)
+        return {}
+    values = {f"iou_{name}": iou for name, iou in scores.iou.items()}
+    values |= {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy}
+    # NaN is the IoU of a class that is in no truth and no prediction.
+    return {f"test_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}
+
+
+def tile_side(images: PatchImages, config: TrainConfig) -> int:
+    """Return the side of the tiles that the bundle works on: the training views', as a multiple of 32."""
+    return -(-view_side(images, config.region) // MULTIPLE) * MULTIPLE
+
+
+def tile_presence(predictor: Predictor, images: PatchImages) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the classifier's probabilities (N, K) on half-overlapping tiles of all images, and which classes each tile
+    is known to hold: those of the labelled patches inside it.
+    """
+    presence, held = [], []
+    for rgb_NHWC, held_NK in _tiles(images, predictor.card.tile_size):
+        presence.append(predictor.presence(rgb_NHWC))
+        held.append(held_NK)
+    return np.concatenate(presence), np.concatenate(held)
+
+
+def _tiles(images: PatchImages, side: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
+    for index in range(len(images)):
+        rgb_HWC = images.rgb(index)
+        bottom, right = (max(0, side - length) for length in rgb_HWC.shape[:2])
+        rgb_HWC = np.pad(rgb_HWC, [(0, bottom), (0, right), (0, 0)], mode="symmetric")
+        height, width = rgb_HWC.shape[:2]
+        places = [Place(index, x, y, side) for y in _offsets(height, side) for x in _offsets(width, side)]
+        held = [images.present[index][boxes_inside(images.boxes[index], place)[1]].any(axis=0) for place in places]
+        yield np.stack([rgb_HWC[p.y : p.y + side, p.x : p.x + side] for p in places]), np.stack(held)
+
+
+def _offsets(length: int, side: int) -> list[int]:
+    return sorted({*range(0, length - side + 1, max(1, side // 2)), length - side})
+
+
+def calibrate_gate(
+    presence_NK: NDArray[np.float32], held_NK: NDArray[np.bool_], recall: float, highest: float
+) -> tuple[float, ...]:
+    """Return per class the largest threshold up to `highest` that `recall` of the tiles holding the class pass.
+
+    `highest` is also what a class gets that no tile holds.
+    """
+    thresholds = []
+    for k in range(held_NK.shape[1]):
+        held = presence_NK[held_NK[:, k], k]
+        # How many have to pass; 1e-9, since 0.9 * 10 can be a little more than 9.
+        passing = max(1, math.ceil(recall * len(held) - 1e-9))
+        value = float(np.sort(held)[len(held) - passing]) - 1e-4 if len(held) else highest
+        thresholds.append(round(min(highest, max(0.0, value)), 4))
+    return tuple(thresholds)
+
+
+def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tuple[float, ...]) -> ModelCard:
+    """Return the model card, without metrics and digests. Raises TrainError where the data set's description or a name
+    does not fit a card.
+    """
+    card = dataset.card
+    views = f"regions of {config.region} px" if config.region else "single patches"
+    assert config.mpp is not None
+    try:
+        return ModelCard(
+            schema_version=1,
+            name=config.name or card.name,
+            description=card.description,
+            classes=tuple(ClassCard(name=spec.name, color=spec.color) for spec in card.classes),
+            mpp=config.mpp,
+            tile_size=side,
+            mean=MEAN,
+            std=STD,
+            classifier=ClassifierCard(backbone=config.backbone, head=config.head, depth=config.depth),
+            segmenter=SegmenterCard(encoder=config.encoder_name),
+            gate_thresholds=thresholds,
+            licence=card.licence,
+            training_data=(
+                f"{card.attribution} Supervision: presence labels of patches only; {views} at {config.mpp} um/px, "
+                f"classifier head {config.head}, pseudo masks by {config.cam}, seed {config.seed}, started from "
+                f"{config.weights} weights."
+            ),
+            metrics={},
+            limits=card.limits,
+            weights=WeightsCard(classifier=NO_DIGEST, segmenter=NO_DIGEST),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "card"
+        raise TrainError(
+            f"{card.name}: no model card can hold this {where}: {first['msg']}; "
+            "change it in the dataset.toml or the settings"
+        ) from error

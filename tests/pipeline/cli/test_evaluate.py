@@ -1,0 +1,235 @@
+"""The command `wsi-evaluate`: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from models.bundle import ClassifierCard, SegmenterCard, load_bundle, save_bundle
+from models.classifier import Classifier
+from models.predictor import Predictor
+from models.segmenter import build_segmenter
+from pipeline.cli import evaluate as evaluate_cli
+from pipeline.cli.evaluate import app
+from pipeline.preview import MARGIN
+from pipeline.training import pictures
+from pipeline.training.dataset import load_dataset
+from pipeline.training.evaluate import evaluate
+from tests.models.networks import ConstantClassifier, ConstantSegmenter, make_card
+from tests.pipeline.training.test_evaluate import (
+    COLORS,
+    CornerClassifier,
+    bright_corner,
+    predictor,
+    stripes,
+    write_dataset,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+OPTIONS = "--data --split --output -o --device --batch-size -b --tta --no-tta --worst --json --verbose -v --quiet -q"
+OUTPUTS = {"evaluation.json", "confusion.png", "worst.png"}
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle of the colour model's card; its weights are those of no network."""
+    return save_bundle(tmp_path / "bundle", make_card(COLORS), nn.Linear(2, 2), nn.Linear(2, 2)).path
+
+
+def hold(monkeypatch: pytest.MonkeyPatch, model: Predictor) -> None:
+    """Let this predictor be what every bundle's networks make."""
+    monkeypatch.setattr(Predictor, "from_bundle", lambda *_, **__: model)
+
+
+def document_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_a_saved_bundle_gives_the_numbers_of_the_library_and_its_digest(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    card = make_card(COLORS, thresholds=[0.5, 0.5]).model_copy(
+        update={
+            "classifier": ClassifierCard(backbone="tf_efficientnet_lite0", head="gap"),
+            "segmenter": SegmenterCard(encoder="resnet18"),
+        }
+    )
+    networks = Classifier("tf_efficientnet_lite0", "gap", 2), build_segmenter("resnet18", 2)
+    saved = save_bundle(tmp_path / "bündel", card, *networks)
+    file = write_dataset(tmp_path / "data", {"ä": stripes(70, 100), "b": stripes(64, 64)}, background=True)
+    out = tmp_path / "out"
+    result = invoke(saved.path, file, "-o", out, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    document = document_of(out)
+    assert json.loads(result.stdout) == document
+    expected = evaluate(Predictor.from_bundle(load_bundle(saved.path), device="cpu"), load_dataset(file))
+    for protocol in ("exclude", "include"):
+        for name, gate in (("gate_on", True), ("gate_off", False)):
+            matrix = expected.matrices[protocol, gate]
+            assert document["confusion"][protocol][name] == matrix.tolist()
+    assert document["scores"]["exclude"]["gate_off"]["accuracy"] == expected.scores(gate=False).accuracy
+    assert document["image_miou"] == pytest.approx(expected.image_miou, nan_ok=True)
+    assert document["model"] == {"name": "test", "digest": saved.digest, "mpp": 1.0}
+    assert {"python", "wsi-segment", "torch"} <= set(document["versions"])
+
+
+def test_scores_of_a_perfect_model_are_one_and_the_table_says_a_hundred(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(monkeypatch, predictor())
+    file = write_dataset(tmp_path / "data", {"a": stripes(64, 96), "b": np.full((64, 64), 255, np.uint8)})
+    result = invoke(bundle, file, "-o", tmp_path / "out" / "deep")
+    assert result.exit_code == 0, result.output
+    document = document_of(tmp_path / "out" / "deep")
+    perfect = {"iou": {"class-0": 1.0, "class-1": 1.0}, "miou": 1.0, "fwiou": 1.0, "accuracy": 1.0}
+    assert document["scores"]["exclude"] == {"gate_on": perfect, "gate_off": perfect}
+    assert document["pixels"] == {"counted": 64 * 96, "white": 64 * 64}
+    assert document["image_miou"] == {"a": 1.0, "b": None}
+    assert (document["images"], document["classes"]) == (2, ["class-0", "class-1"])
+    assert document["dataset"] == {"name": "tiny", "mpp": 1.0, "split": "test"}
+    assert document["options"] == {"tta": False, "overlap": 0.5, "device": "cpu"}
+    rows = {
+        line.split("│")[1].strip(): re.findall(r"[\d.]+|–", line.split("│", 2)[2])
+        for line in result.stdout.splitlines()
+        if line.count("│") > 4
+    }
+    assert rows["IoU class-1"][:2] == rows["mIoU"][:2] == rows["ACC"][:2] == ["100.00", "100.00"]
+    assert rows["IoU white"][:2] == ["–", "–"]
+    # White truth that no rule finds is of the class that the network says.
+    assert rows["ACC"][2:] == ["60.00", "60.00"]
+
+
+def test_pictures_show_the_matrix_and_the_worst_images_first(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(monkeypatch, predictor(ConstantClassifier([0.9, 0.1]), ConstantSegmenter([0.0, 1.0])))
+    quarter_HW = np.zeros((64, 64), np.uint8)
+    quarter_HW[32:, 32:] = 1
+    masks = {"a": np.zeros((64, 64), np.uint8), "b": quarter_HW, "c": np.ones((64, 64), np.uint8)}
+    file = write_dataset(tmp_path / "data", masks)
+    assert invoke(bundle, file, "-o", tmp_path / "out", "--worst", "2", "--quiet").stdout == ""
+    with Image.open(tmp_path / "out" / "confusion.png") as picture:
+        rgb_HWC = np.asarray(picture)
+    x, y = pictures.matrix_corner(["class-0 (58.3 %)", "class-1 (41.7 %)"])
+    cells = [
+        [rgb_HWC[y + 4 + row * pictures.CELL_HEIGHT, x + 4 + column * 120].tolist() for column in range(3)]
+        for row in range(2)
+    ]
+    assert cells == [[list(pictures.FULL), [255] * 3, [255] * 3]] * 2
+    with Image.open(tmp_path / "out" / "worst.png") as picture:
+        rgb_HWC = np.asarray(picture)
+    # Two rows, and the image whose truth is all class 1 above the one that is so in a quarter.
+    top = MARGIN + pictures.ROW + pictures.GAP + 2 * pictures.ROW
+    below = top + pictures.PANEL_PX + MARGIN + 2 * pictures.ROW
+    assert rgb_HWC.shape[0] == below + pictures.PANEL_PX + MARGIN
+    step = pictures.PANEL_PX + pictures.GAP
+    corner = [rgb_HWC[y + 80, MARGIN + step + 80].tolist() for y in (top, below)]
+    assert corner == [list(COLORS[1]), list(COLORS[0])]
+    prediction = [rgb_HWC[y + 240, MARGIN + 2 * step + 240].tolist() for y in (top, below)]
+    mixed = [round(0.55 * g + 0.45 * o) for g, o in zip(COLORS[1], COLORS[0], strict=True)]
+    assert prediction == [mixed, mixed]
+
+
+def test_results_replace_those_of_an_earlier_run_and_leave_nothing_else(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(monkeypatch, predictor(CornerClassifier(), ConstantSegmenter([0.0, 9.0])))
+    file = write_dataset(tmp_path / "data", {"a": bright_corner()})
+    # With flips the gate silences class 1, which is all but one pixel.
+    for tta, right in ((False, 4095 / 4096), (True, 1 / 4096)):
+        assert invoke(bundle, file, "-o", tmp_path / "out", "--tta" if tta else "--no-tta").exit_code == 0
+        assert {path.name for path in (tmp_path / "out").iterdir()} == OUTPUTS
+        document = document_of(tmp_path / "out")
+        assert document["options"]["tta"] == tta
+        assert document["scores"]["exclude"]["gate_on"]["accuracy"] == right
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_cli, "_draw", stop)
+    result = invoke(bundle, file, "-o", tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (130, "wsi-evaluate: interrupted; nothing was written\n")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_folder_of_the_data_can_be_named(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold(monkeypatch, predictor())
+    file = write_dataset(tmp_path / "data", {"a": stripes(64, 96)})
+    moved = file.rename(tmp_path / "other.toml")
+    assert invoke(bundle, moved, "--data", tmp_path / "data", "-o", tmp_path / "out").exit_code == 0
+    assert document_of(tmp_path / "out")["images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ('"class-1"', [], "has the classes class-0, class-1; data set tiny has class-0, stroma"),
+        ("", ["--split", "train"], "images of split train have no mask"),
+        ("", ["--split", "val"], "describes no split val"),
+        ("", ["--data", "nowhere"], "the folder nowhere does not exist"),
+        ("", ["-o", "file/below"], "file/below: no folder can be made (Not a directory); choose another with -o"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_in_one_line_before_networks_are_loaded(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, change: str, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    file = write_dataset(tmp_path / "data", {"a": stripes(64, 64)})
+    if change:
+        file.write_text(file.read_text().replace(change, '"stroma"'))
+    result = invoke(bundle, file, *arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("wsi-evaluate: ")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_unknown_model_is_named(tmp_path: Path) -> None:
+    result = invoke(tmp_path / "no-bundle", "glas")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "no-bundle: neither a shipped model" in result.stderr
+
+
+def test_wrong_usage_is_exit_status_2(tmp_path: Path) -> None:
+    assert invoke(tmp_path, "glas", "--split", "all").exit_code == 2
+    assert invoke(tmp_path).exit_code == 2
+
+
+def test_help_answers_at_once_without_heavy_libraries_and_names_every_option() -> None:
+    program = (
+        "import sys\nfrom pipeline.cli.evaluate import main\n"
+        "try: main()\nfinally: print('modules', *{name.partition('.')[0] for name in sys.modules})"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    text, _, modules = process.stdout.partition("modules ")
+    assert process.stderr == ""
+    assert "typer" in modules.split()
+    assert not {"torch", "zarr", "numpy", "PIL", "pydantic", "scipy"} & set(modules.split())
+    for option in OPTIONS.split():
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), option
+    assert "0 done, 1 failed, 2 usage error, 130 interrupted" in " ".join(text.split())

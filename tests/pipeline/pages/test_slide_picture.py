@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.pages import slide_picture
+from pipeline.pages.slide_picture import SlidePicture, picture_slide
+from pipeline.segment import plan_slide, segment_slide
+from pipeline.store import MapSpec, MapStore
+from tests.pipeline.fakes import COLOURS, CORNER, REGIONS, SMALL, colour_predictor, stating_bounds
+from tests.slides import GLASS, painted, write_slide
+from wsi.readers import READERS
+
+CLASSES = tuple((f"class-{i}", colour) for i, colour in enumerate(COLOURS))
+
+
+@pytest.fixture(scope="module")
+def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide with bounds, and its result beside it."""
+    folder = tmp_path_factory.mktemp("picture")
+    shapes = [((x + CORNER[0], y + CORNER[1], w, h), colour) for (x, y, w, h), colour in REGIONS]
+    path = write_slide(folder / "slide.svs", painted((1280 + 128, 832 + 64), *shapes), mpp=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(READERS, "openslide", stating_bounds(READERS["openslide"]))
+        segment_slide(path, folder, colour_predictor(), SMALL)
+    return path
+
+
+def picture_of(path: Path, monkeypatch: pytest.MonkeyPatch, longest_px: int) -> SlidePicture:
+    monkeypatch.setitem(READERS, "openslide", stating_bounds(READERS["openslide"]))
+    monkeypatch.setattr(slide_picture, "LONGEST_PX", longest_px)
+    slide, _, plan = plan_slide(path, colour_predictor().card, SMALL)
+    with slide:
+        spec = MapSpec("slide", plan.grid.size_out, CLASSES, plan.grid.mpp_out, chunk=32)
+        assert spec.levels == 5
+        return picture_slide(slide, plan.grid, MapStore(path.parent / "slide" / "slide.ome.zarr", spec))
+
+
+@pytest.mark.parametrize(
+    ("longest_px", "size"),
+    # The reader reduces by whole factors: 1, 6 and then to 200, 7, 13, 32.
+    [(1600, (1280, 832)), (200, (200, 130)), (190, (183, 119)), (100, (99, 64)), (40, (40, 26))],
+)
+def test_each_pixel_has_the_class_of_what_is_there(
+    slide_path: Path, monkeypatch: pytest.MonkeyPatch, longest_px: int, size: tuple[int, int]
+) -> None:
+    picture = picture_of(slide_path, monkeypatch, longest_px)
+    height, width = picture.labels_HW.shape
+    assert (width, height) == size
+    assert picture.rgb_HWC.shape == (height, width, 3)
+    assert picture.um_per_px == pytest.approx(1280 / width, rel=0.01)
+    palette_KC = np.array([GLASS, *COLOURS], dtype=float)
+    distance_KHW = np.abs(palette_KC[:, None, None] - picture.rgb_HWC).sum(axis=3)
+    # Only where a pixel is of one colour: on a border the picture mixes two.
+    clear_HW = distance_KHW.min(axis=0) < 6
+    assert clear_HW.mean() > 0.7
+    wrong_HW = clear_HW & (distance_KHW.argmin(axis=0) != picture.labels_HW)
+    # The tissue's own border is only as fine as the tissue mask.
+    assert wrong_HW.mean() < 0.03
+    inside_HW = (picture.labels_HW == 2) ^ (distance_KHW.argmin(axis=0) == 2)
+    assert not (inside_HW & clear_HW).any()
+
+
+def test_a_picture_has_the_classes_of_its_map(slide_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = picture_of(slide_path, monkeypatch, 1600)
+    assert picture.classes == CLASSES
+    assert np.unique(picture.labels_HW).tolist() == [0, 1, 2]
+    assert (picture.labels_HW == 2).sum() == 320 * 256

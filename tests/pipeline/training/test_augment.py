@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from skimage.color import hed2rgb, rgb2hed
+
+from pipeline.training.augment import Move, restain
+
+
+@given(st.integers(0, 3), st.booleans(), st.integers(0, 9), st.integers(0, 9), st.integers(1, 6), st.integers(1, 6))
+def test_boxes_move_with_the_pixels_they_hold(turns: int, flip: bool, x: int, y: int, w: int, h: int) -> None:
+    size = 16
+    x, y = min(x, size - w), min(y, size - h)
+    mask_HW = np.zeros((size, size), np.uint8)
+    mask_HW[y : y + h, x : x + w] = 1
+    move = Move(turns, flip)
+    x1, y1, w1, h1 = move.boxes(np.array([[x, y, w, h]]), size, size)[0]
+    expected_HW = np.zeros_like(mask_HW)
+    expected_HW[y1 : y1 + h1, x1 : x1 + w1] = 1
+    np.testing.assert_array_equal(move.image(mask_HW), expected_HW)
+
+
+def test_the_eight_moves_are_the_eight_symmetries_of_a_square() -> None:
+    corner_HW = np.arange(9, dtype=np.uint8).reshape(3, 3)
+    seen = {Move(turns, flip).image(corner_HW).tobytes() for turns in range(4) for flip in (False, True)}
+    assert len(seen) == 8
+
+
+def test_restaining_of_strength_zero_changes_nothing() -> None:
+    rgb_HWC = np.random.default_rng(0).integers(0, 256, (4, 5, 3)).astype(np.uint8)
+    assert restain(rgb_HWC, 0.0, np.random.default_rng(1)) is rgb_HWC
+
+
+def test_restaining_scales_the_stains_that_scikit_image_unmixes() -> None:
+    rgb_HWC = np.array([[[180, 90, 150], [120, 60, 140], [200, 130, 170]]], np.uint8)
+    strength = 0.2
+    draws = np.random.default_rng(3)
+    scale_3, shift_3 = 1 + draws.uniform(-strength, strength, 3), draws.uniform(-strength, strength, 3) / 5
+    # scikit-image has the same vectors, but divides by log(1e-6), works on rgb / 255 and clips at white.
+    hed_HWC = rgb2hed(rgb_HWC)
+    unit = np.linalg.norm([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], axis=1)
+    changed_HWC = hed_HWC * scale_3 + shift_3 / unit / -np.log(1e-6)
+    expected_HWC = hed2rgb(changed_HWC) * 255
+    restained_HWC = restain(rgb_HWC, strength, np.random.default_rng(3)).astype(float)
+    assert np.abs(restained_HWC - expected_HWC).max() < 2.5
+    assert np.abs(restained_HWC - rgb_HWC).max() > 5
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.5])
+def test_restained_images_differ_with_the_seed_and_repeat_with_it(strength: float) -> None:
+    rgb_HWC = np.full((2, 2, 3), (190, 110, 160), np.uint8)
+    first, again, other = (restain(rgb_HWC, strength, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from models.backbone import Stages
+from models.classifier import Classifier
+from models.heads import HEADS, HeadOutput
+from pipeline.inputs import as_input
+from pipeline.training.classifier import (
+    Batch,
+    class_weights,
+    classifier_task,
+    held_out_batches,
+    keep_statistics,
+    mean_average_precision,
+    patch_outputs,
+    presence_loss,
+    presence_scores,
+    steps_per_epoch,
+)
+from pipeline.training.config import TrainConfig
+from pipeline.training.dataset import load_dataset, samples
+from pipeline.training.fit import Processes, fit
+from pipeline.training.patches import PatchImages, View
+from tests.textures import write_crops
+
+CPU = torch.device("cpu")
+ALONE = Processes(0, 1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Cells(nn.Module):
+    """Features of 8×8 pixels each, which know nothing of what is around them; three different stages."""
+
+    channels = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([nn.Conv2d(3, 6, 8, stride=8), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)])
+
+    def forward(self, x_NCHW: Tensor) -> Stages:
+        shallow = self.net[0](x_NCHW).relu()
+        middle = self.net[1](shallow).relu()
+        return Stages(shallow, middle, self.net[2](middle).relu())
+
+
+class CellClassifier(Classifier):
+    """A classifier on `Cells`, with random weights."""
+
+    def __init__(self, head: str, classes: int = 3, seed: int = 0) -> None:
+        nn.Module.__init__(self)
+        torch.manual_seed(seed)
+        self.backbone = Cells()  # type: ignore[assignment]  # as a Backbone, but smaller
+        self.head = HEADS[head](Cells.channels, classes)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.4)
+        self.eval()
+
+
+def noise_images(count: int, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3)).astype(np.uint8)
+
+
+def crop_images(folder: Path, sizes: dict[str, tuple[int, int]], *, side: int = 32, stride: int = 16) -> PatchImages:
+    dataset = load_dataset(write_crops(folder, sizes, side=side, stride=stride))
+    return PatchImages(dataset, samples(dataset, "train"), dataset.mpp)
+
+
+@pytest.mark.parametrize("head", ["gap", "area", "pcam"])
+def test_outputs_of_boxes_are_the_heads_on_the_cells_nearest_to_each_box(head: str) -> None:
+    classifier = CellClassifier(head)
+    x_NCHW = as_input(noise_images(2, 64, 96), CPU)
+    boxes = [np.array([(0, 0, 31, 26), (13, 21, 31, 26), (65, 38, 31, 26)]), np.array([(43, 11, 31, 26)])]
+    output = patch_outputs(classifier, x_NCHW, boxes)
+    deep_NChw = classifier.stages(x_NCHW).deep
+    logits, maps = [], []
+    for n, boxes_B4 in enumerate(boxes):
+        for x, y, _, _ in boxes_B4.tolist():
+            # 31 x 26 px are 4 x 3 cells; cells begin at multiples of 8.
+            left, top = min(round(x / 8), 12 - 4), min(round(y / 8), 8 - 3)
+            window_1Chw = deep_NChw[n : n + 1, :, top : top + 3, left : left + 4]
+            one = classifier.head(window_1Chw, x_NCHW[n : n + 1])
+            logits.append(one.logits_NK)
+            maps.append(one.map_NKhw)
+    torch.testing.assert_close(output.logits_NK, torch.cat(logits))
+    torch.testing.assert_close(output.map_NKhw, torch.cat(maps))
+
+
+@pytest.mark.parametrize("head", list(HEADS))
+def test_a_box_on_whole_cells_has_the_output_of_its_pixels_alone(head: str) -> None:
+    classifier = CellClassifier(head)
+    rgb_NHWC = noise_images(2, 48, 64)
+    boxes = [np.array([(0, 16, 32, 24), (32, 24, 32, 24)]), np.array([(16, 8, 32, 24)])]
+    crops_NHWC = np.stack([rgb_NHWC[n, y : y + h, x : x + w] for n, b in enumerate(boxes) for x, y, w, h in b.tolist()])
+    expected = classifier(as_input(crops_NHWC, CPU))
+    found = patch_outputs(classifier, as_input(rgb_NHWC, CPU), boxes)
+    torch.testing.assert_close(found.logits_NK, expected)
+
+
+@pytest.mark.parametrize("head", ["gap", "area"])
+def test_where_each_box_is_its_whole_image_outputs_are_those_of_the_plain_classifier(head: str) -> None:
+    torch.manual_seed(1)
+    classifier = Classifier("tf_efficientnet_lite0", head, 3).eval()
+    x_NCHW = as_input(noise_images(2, 40, 56), CPU)
+    whole = [np.array([(0, 0, 56, 40)])] * 2
+    with torch.inference_mode():
+        found: HeadOutput = patch_outputs(classifier, x_NCHW, whole)
+        assert torch.equal(found.logits_NK, classifier(x_NCHW))
+
+
+def test_the_gradient_of_overlapping_boxes_reaches_the_weights_as_that_of_slices() -> None:
+    classifier = CellClassifier("gap")
+    x_NCHW = as_input(noise_images(1, 32, 32), CPU)
+    boxes = np.array([(0, 0, 16, 16), (8, 8, 16, 16), (16, 16, 16, 16)])
+    weight = classifier.backbone.net[0].weight
+    (found,) = torch.autograd.grad(patch_outputs(classifier, x_NCHW, [boxes]).logits_NK.square().sum(), weight)
+    deep_NChw = classifier.stages(x_NCHW).deep
+    sliced = [deep_NChw[:, :, y // 8 : y // 8 + 2, x // 8 : x // 8 + 2] for x, y, _, _ in boxes.tolist()]
+    logits = torch.cat([classifier.head(window, x_NCHW).logits_NK for window in sliced])
+    (expected,) = torch.autograd.grad(logits.square().sum(), weight)
+    torch.testing.assert_close(found, expected)
+
+
+def test_balanced_weights_make_both_halves_of_each_class_weigh_the_same() -> None:
+    present_MK = np.random.default_rng(0).random((200, 4)) < (0.1, 0.3, 0.5, 0.94)
+    weight_2K = class_weights(present_MK.mean(axis=0), balance=True).numpy()
+    weight_MK = np.where(present_MK, weight_2K[1], weight_2K[0])
+    for k in range(4):
+        present, absent = weight_MK[present_MK[:, k], k].sum(), weight_MK[~present_MK[:, k], k].sum()
+        assert present == pytest.approx(absent, rel=1e-5)
+    assert weight_MK.mean() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_no_label_counts_more_than_ten_times_and_unbalanced_all_count_once() -> None:
+    frequency_K = np.array([0.001, 0.999, 0.0, 1.0])
+    weight_2K = class_weights(frequency_K, balance=True)
+    assert weight_2K.dtype == torch.float32
+    assert weight_2K[1].tolist() == pytest.approx([10.0, 0.5 / 0.999, 10.0, 0.5])
+    assert weight_2K[0].tolist() == pytest.approx([0.5 / 0.999, 10.0, 0.5, 10.0])
+    assert class_weights(frequency_K, balance=False).tolist() == [[1.0] * 4] * 2
+
+
+def made_batch(weight_2K: Tensor, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    boxes = [np.array([(0, 0, 32, 32), (16, 8, 32, 32)]), np.array([(32, 32, 32, 32)]), np.zeros((0, 4), np.int64)]
+    views = [
+        View(rgb_HWC, boxes_B4, rng.random((len(boxes_B4), 3)) < 0.5)
+        for rgb_HWC, boxes_B4 in zip(noise_images(3, 64, 64), boxes, strict=True)
+    ]
+    return Batch(views, weight_2K)
+
+
+@pytest.mark.parametrize("head", ["gap", "area"])
+def test_unweighted_the_loss_is_the_multi_label_soft_margin_loss(head: str) -> None:
+    classifier, batch = CellClassifier(head), made_batch(torch.ones(2, 3))
+    logits_MK = patch_outputs(
+        classifier, as_input(np.stack([v.rgb_HWC for v in batch.views]), CPU), [v.boxes_B4 for v in batch.views]
+    ).logits_NK
+    present_MK = torch.from_numpy(np.concatenate([v.present_BK for v in batch.views])).float()
+    expected = F.multilabel_soft_margin_loss(logits_MK, present_MK)
+    torch.testing.assert_close(presence_loss(classifier, batch, CPU), expected)
+
+
+def test_the_weighted_loss_adds_the_same_on_auxiliary_logits() -> None:
+    classifier = CellClassifier("abn")
+    weight_2K = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.25, 1.5]])
+    batch = made_batch(weight_2K)
+    output = patch_outputs(
+        classifier, as_input(np.stack([v.rgb_HWC for v in batch.views]), CPU), [v.boxes_B4 for v in batch.views]
+    )
+    present_MK = np.concatenate([v.present_BK for v in batch.views])
+    assert len(output.auxiliary_NK) == 1
+    expected = 0.0
+    for logits_MK in (output.logits_NK, *output.auxiliary_NK):
+        for m in range(len(present_MK)):
+            for k in range(3):
+                p = 1 / (1 + np.exp(-logits_MK[m, k].item()))
+                held = present_MK[m, k]
+                expected -= float(weight_2K[int(held), k]) * np.log(p if held else 1 - p) / present_MK.size
+    assert presence_loss(classifier, batch, CPU).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mean_average_precision_is_scikit_learns_ties_included(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores_MK = np.round(rng.normal(size=(60, 4)), seed % 3).astype(np.float32)
+    truth_MK = rng.random((60, 4)) < (0.1, 0.5, 0.9, 0.0)
+    expected = np.mean([average_precision_score(truth_MK[:, k], scores_MK[:, k]) for k in range(3)])
+    assert mean_average_precision(scores_MK, truth_MK) == pytest.approx(expected, abs=1e-12)
+
+
+def test_mean_average_precision_of_no_true_patch_is_not_a_number() -> None:
+    assert np.isnan(mean_average_precision(np.zeros((4, 2), np.float32), np.zeros((4, 2), bool)))
+
+
+@pytest.mark.parametrize("region", [None, 64])
+def test_presence_scores_are_those_of_all_held_out_patches(tmp_path: Path, region: int | None) -> None:
+    images = crop_images(tmp_path, {"a": (64, 32), "b": (96, 64), "c": (64, 64)})
+    classifier = CellClassifier("gap")
+    found = presence_scores(classifier, images, TrainConfig(region=region), CPU)
+    # Patches begin and end on whole cells, so they do not depend on what is around them.
+    crops_NHWC = np.stack(
+        [images.rgb(n)[y : y + h, x : x + w] for n in range(3) for x, y, w, h in images.boxes[n].tolist()]
+    )
+    with torch.inference_mode():
+        logits_MK = classifier(as_input(crops_NHWC, CPU))
+    present_MK = np.concatenate(images.present)
+    weight_2K = class_weights(present_MK.mean(axis=0), balance=True).numpy()
+    weight_MK = torch.from_numpy(np.where(present_MK, weight_2K[1], weight_2K[0]))
+    loss = F.binary_cross_entropy_with_logits(logits_MK, torch.from_numpy(present_MK).float(), weight_MK).item()
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["score"] == pytest.approx((found["map_present"] + found["map_absent"]) / 2)
+    for name, sign in (("map_present", 1), ("map_absent", -1)):
+        truth_MK = present_MK == (sign == 1)
+        values = [average_precision_score(truth_MK[:, k], sign * logits_MK[:, k].numpy()) for k in range(3)]
+        assert found[name] == pytest.approx(np.mean(values), abs=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 100])
+def test_held_out_patches_come_once_each_in_order(tmp_path: Path, limit: int) -> None:
+    images = crop_images(tmp_path, {"a": (48, 32), "b": (40, 40), "c": (32, 32)})
+    pixels, present, largest = [], [], 0
+    for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=False, limit=limit):
+        assert [b.tolist() for b in boxes] == [[[0, 0, 32, 32]]] * len(rgb_NHWC)
+        pixels += list(rgb_NHWC)
+        present.append(present_MK)
+        largest = max(largest, len(rgb_NHWC))
+    expected = [images.rgb(n)[y : y + h, x : x + w] for n in range(3) for x, y, w, h in images.boxes[n].tolist()]
+    np.testing.assert_array_equal(np.stack(pixels), np.stack(expected))
+    np.testing.assert_array_equal(np.concatenate(present), np.concatenate(images.present))
+    assert largest == min(limit, len(expected))
+
+
+@pytest.mark.parametrize("limit", [1, 5, 100])
+def test_held_out_images_of_one_size_come_together_mirrored_to_sides_that_networks_take(
+    tmp_path: Path, limit: int
+) -> None:
+    images = crop_images(tmp_path, {"a": (48, 33), "b": (60, 40), "c": (32, 32), "d": (32, 32)})
+    pixels, seen_boxes, present, sizes = [], [], [], []
+    for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=True, limit=limit):
+        assert rgb_NHWC.shape[1] % 32 == rgb_NHWC.shape[2] % 32 == 0
+        assert len(rgb_NHWC) == 1 or sum(map(len, boxes)) <= limit
+        pixels += list(rgb_NHWC)
+        seen_boxes += boxes
+        present.append(present_MK)
+        sizes.append(len(rgb_NHWC))
+    for n in range(4):
+        rgb_HWC = images.rgb(n)
+        height, width = rgb_HWC.shape[:2]
+        np.testing.assert_array_equal(pixels[n][:height, :width], rgb_HWC)
+        # The edge pixel is repeated, then the others follow backwards.
+        for row in range(height, pixels[n].shape[0]):
+            np.testing.assert_array_equal(pixels[n][row, :width], rgb_HWC[2 * height - 1 - row])
+        np.testing.assert_array_equal(seen_boxes[n], images.boxes[n])
+    np.testing.assert_array_equal(np.concatenate(present), np.concatenate(images.present))
+    if limit == 100:
+        assert sizes == [2, 2]
+
+
+def test_a_step_keeps_statistics_and_frozen_parameters_and_moves_all_others(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (64, 64)})
+    torch.manual_seed(0)
+    config = TrainConfig(region=64, classifier_batch=2, classifier_steps=1, classifier_epochs=1, ema=0.0, warm_up=0)
+    classifier = Classifier(config.backbone, "area", 3)
+    task = classifier_task(classifier, images, images, config, CPU, ALONE)
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    fit(task, tmp_path, config, CPU)
+    after = classifier.state_dict()
+    statistics = [name for name in before if "running_" in name or "num_batches" in name]
+    frozen = [name for name in before if name.startswith(tuple(f"backbone.net.{start}" for start in config.frozen))]
+    assert len(statistics) > 100
+    assert any("blocks.1" in name for name in frozen)
+    assert all(torch.equal(before[name], after[name]) for name in {*statistics, *frozen})
+    moved = {name for name, _ in classifier.named_parameters()} - set(frozen)
+    assert len(moved) > 50
+    assert all(not torch.equal(before[name], after[name]) for name in moved)
+
+
+def test_batch_norms_stay_in_evaluation_and_everything_else_trains() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Sequential(nn.BatchNorm1d(1), nn.Dropout()))
+    keep_statistics(network.train())
+    assert [module.training for module in network.modules()] == [True, True, False, True, False, True]
+
+
+def test_the_head_has_the_rate_of_new_parameters(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (64, 64)})
+    classifier = CellClassifier("area")
+    task = classifier_task(classifier, images, images, TrainConfig(region=64), CPU, ALONE)
+    assert {id(p) for p in task.new_parameters} == {id(p) for p in classifier.head.parameters()}
+
+
+def test_a_batch_has_the_same_views_whatever_share_of_it_a_process_makes(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (96, 80), "b": (70, 70)})
+    config = TrainConfig(region=64, classifier_batch=5)
+    whole, *shares = (
+        classifier_task(CellClassifier("gap"), images, images, config, CPU, processes).make_batch(
+            np.random.default_rng(7)
+        )
+        for processes in (ALONE, Processes(0, 2), Processes(1, 2))
+    )
+    assert [len(share.views) for share in shares] == [3, 2]
+    for n, view in enumerate(whole.views):
+        np.testing.assert_array_equal(view.rgb_HWC, shares[n % 2].views[n // 2].rgb_HWC)
+        np.testing.assert_array_equal(view.present_BK, shares[n % 2].views[n // 2].present_BK)
+
+
+def test_without_regions_a_view_is_one_labelled_patch(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (96, 80)})
+    task = classifier_task(CellClassifier("gap"), images, images, TrainConfig(region=None, stain=0.0), CPU, ALONE)
+    patches = {
+        np.sort(images.rgb(0)[y : y + h, x : x + w].reshape(-1, 3), axis=0).tobytes(): present.tolist()
+        for (x, y, w, h), present in zip(images.boxes[0].tolist(), images.present[0], strict=True)
+    }
+    for view in task.make_batch(np.random.default_rng(0)).views:
+        assert view.boxes_B4.tolist() == [[0, 0, 32, 32]]
+        assert patches[np.sort(view.rgb_HWC.reshape(-1, 3), axis=0).tobytes()] == view.present_BK[0].tolist()
+
+
+def test_an_epoch_draws_as_many_pixels_as_the_images_have(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (96, 64), "b": (64, 64)})
+    assert steps_per_epoch(images, 32, 2) == round((96 * 64 + 64 * 64) / (32 * 32 * 2)) == 5
+    assert steps_per_epoch(images, 224, 20) == 1
+
+
+def test_the_dropout_of_attention_follows_its_schedule(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (64, 64)})
+    for config, expected in (
+        (TrainConfig(head="pda", region=64, pda_schedule="paper"), [1, 1, 1, 0.985, 0.985**2]),
+        (TrainConfig(head="pda", region=64, pda_schedule="release"), [None, None, None, 0.98**3, 0.98**4]),
+    ):
+        classifier = CellClassifier("pda")
+        task = classifier_task(classifier, images, images, config, CPU, ALONE)
+        seen = []
+        for epoch in range(5):
+            task.begin_epoch(epoch)
+            assert classifier.head.training
+            seen.append(classifier.head.mu)
+        assert seen == pytest.approx(expected)
+
+
+def test_a_measure_of_which_there_is_no_patch_is_not_a_number_and_the_score_is_one(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (32, 32)})
+    found = presence_scores(CellClassifier("gap"), images, TrainConfig(), CPU)
+    assert np.isfinite(found["score"])
+    assert np.isnan(found["map_absent"])  # the only patch holds all classes

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import TrainConfigError
+from pipeline.training.config import PRESETS, TrainConfig, train_config
+
+
+def test_default_preset_is_the_defaults() -> None:
+    assert train_config() == TrainConfig()
+
+
+def test_paper_preset_is_the_published_method() -> None:
+    config = train_config("paper-sgd")
+    assert (config.head, config.cam, config.layer_weights) == ("pda", "grad-cam", (0.2, 0.2, 0.6))
+    assert (config.optimizer, config.schedule, config.weight_decay) == ("sgd", "poly", 5e-4)
+    assert (config.backbone_rate, config.new_rate, config.bias_factor) == (0.01, 0.1, 2.0)
+    assert config.region is None
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_is_a_valid_configuration(preset: str) -> None:
+    assert isinstance(train_config(preset), TrainConfig)
+
+
+def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text('ema = 0.5\nhead = "gap"\n')
+    config = train_config("default", file, ["head=pda", "region=none", "layer_weights=[0.0, 0.0, 1.0]", "seed=3"])
+    assert (config.ema, config.head, config.region, config.seed) == (0.5, "pda", None, 3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("heads=gap", "unknown setting 'heads'"),
+        ("ema", "not of the form name=value"),
+        ("ema=much", "setting ema"),
+        ("ema=1.5", "ema is 1.5"),
+        ("region=100", "region is 100"),
+        ("patience=0", "patience is 0"),
+        ("layer_weights=[0.5, 0.5, 0.5]", "must sum to 1"),
+        ("layer_weights=[0.2, 0.2, 0.6]", "knows the deep layer only"),
+        ("optimizer=adam", "setting optimizer"),
+        ("backbone=resnet38d", "set encoder too"),
+        ("head=lfi", "no class probabilities of head lfi"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(setting: str, said: str) -> None:
+    with pytest.raises(TrainConfigError, match=said):
+        train_config("default", None, [setting])
+
+
+def test_a_preset_or_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrainConfigError, match=r"unknown preset 'best'.*default, paper"):
+        train_config("best")
+    with pytest.raises(TrainConfigError, match=r"absent.toml: cannot be read"):
+        train_config("default", tmp_path / "absent.toml")

@@ -1,0 +1,426 @@
+"""Evaluation: scores against their definitions, maps of whole images against slow ones, and real little data sets."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from models.bundle import NO_DIGEST
+from models.predictor import Predictor
+from pipeline.errors import ClassMismatchError, MaskError, PipelineError
+from pipeline.training.dataset import load_dataset
+from pipeline.training.evaluate import PROTOCOLS, Scores, confusion_matrix, evaluate, predict_image, scores, tile_starts
+from tests.models.networks import (
+    ColorClassifier,
+    ColorSegmenter,
+    ConstantClassifier,
+    ConstantSegmenter,
+    make_card,
+)
+
+COLORS = ((230, 159, 0), (0, 158, 115))
+SHARP = 400.0
+
+
+def predictor(
+    classifier: nn.Module | None = None, segmenter: nn.Module | None = None, *, mpp: float = 1.0, **options: Any
+) -> Predictor:
+    """Says of every pixel which of `COLORS` it has, where no other networks are given; tiles of 64 px."""
+    networks = classifier or ColorClassifier(COLORS), segmenter or ColorSegmenter(COLORS, SHARP)
+    return Predictor(make_card(COLORS, mpp=mpp), NO_DIGEST, *networks, device="cpu", **options)
+
+
+def image_of(labels_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An image in the colours of the labels; what is no class is white."""
+    palette = np.array([*COLORS, *[(255, 255, 255)] * 254], np.uint8)
+    return palette[labels_HW]
+
+
+def slow_matrix(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes: int) -> list[list[int]]:
+    """Pixel by pixel."""
+    matrix = [[0] * (classes + 1) for _ in range(classes + 1)]
+    for row, column in zip(truth.ravel().tolist(), predicted.ravel().tolist(), strict=True):
+        matrix[min(row, classes)][min(column, classes)] += 1
+    return matrix
+
+
+def slow_scores(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], names: Sequence[str], white: bool) -> Scores:
+    """Definitions over the kept pixels, one by one."""
+    classes = len(names) - white
+    pairs = [
+        (min(t, classes), min(p, classes))
+        for t, p in zip(truth.ravel().tolist(), predicted.ravel().tolist(), strict=True)
+    ]
+    if not white:
+        pairs = [(t, p) for t, p in pairs if t < classes]
+    iou = {}
+    for k, name in enumerate(names):
+        union = sum(t == k or p == k for t, p in pairs)
+        iou[name] = sum(t == k and p == k for t, p in pairs) / union if union else float("nan")
+    shares = [sum(t == k for t, _ in pairs) / len(pairs) for k in range(len(names))]
+    known = [value for value in iou.values() if value == value]
+    return Scores(
+        iou,
+        sum(known) / len(known),
+        sum(share * value for share, value in zip(shares, iou.values(), strict=True) if share > 0),
+        sum(t == p for t, p in pairs) / len(pairs),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("protocol", ["exclude", "include"])
+def test_scores_agree_with_their_definitions_pixel_by_pixel(seed: int, protocol: Any) -> None:
+    rng = np.random.default_rng(seed)
+    truth = rng.choice(np.array([0, 1, 2, 255], np.uint8), (3, 9, 7))
+    predicted = rng.integers(0, 4, (3, 9, 7)).astype(np.uint8)
+    if seed == 0:
+        truth[truth == 1], predicted[predicted == 1] = 0, 2
+    names = ("a", "b", "c")
+    matrix = confusion_matrix(truth, predicted, 3)
+    assert matrix.tolist() == slow_matrix(truth, predicted, 3)
+    actual = scores(matrix, names, protocol)
+    white = protocol == "include"
+    expected = slow_scores(truth, predicted, (*names, "white") if white else names, white)
+    assert actual.iou == pytest.approx(expected.iou, nan_ok=True)
+    assert np.isnan(actual.iou["b"]) == (seed == 0)
+    assert (actual.miou, actual.fwiou, actual.accuracy) == pytest.approx(
+        (expected.miou, expected.fwiou, expected.accuracy)
+    )
+
+
+def test_a_constant_prediction_has_the_known_scores() -> None:
+    truth = np.repeat(np.array([0, 0, 0, 1, 255], np.uint8), 20)
+    matrix = confusion_matrix(truth, np.zeros_like(truth), 2)
+    exclude, include = (scores(matrix, ("a", "b"), protocol) for protocol in ("exclude", "include"))
+    assert exclude == Scores({"a": 0.75, "b": 0.0}, 0.375, 0.75 * 0.75, 0.75)
+    assert include == Scores({"a": 0.6, "b": 0.0, "white": 0.0}, 0.6 / 3, 0.6 * 0.6, 0.6)
+
+
+def test_where_no_pixel_counts_there_is_no_score() -> None:
+    empty = np.full((4, 4), 255, np.uint8)
+    result = scores(confusion_matrix(empty, empty, 2), ("a", "b"))
+    assert np.isnan([*result.iou.values(), result.miou, result.fwiou, result.accuracy]).all()
+    assert scores(confusion_matrix(empty, empty, 2), ("a", "b"), "include").miou == 1.0
+
+
+def test_names_that_do_not_fit_the_matrix_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(3, 3\); 3 classes need \(4, 4\)"):
+        scores(np.zeros((3, 3), np.int64), ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("length", [64, 65, 96, 128, 200, 1000])
+def test_tiles_cover_an_axis_and_overlap_by_at_least_half(length: int) -> None:
+    starts = tile_starts(length, 64)
+    assert (starts[0], starts[-1]) == (0, length - 64)
+    assert all(0 < b - a <= 32 for a, b in itertools.pairwise(starts))
+
+
+def stripes(height: int, width: int) -> NDArray[np.uint8]:
+    """Vertical stripes of both classes, 24 and 40 px wide: their edges lie between cells of 4 px."""
+    return np.broadcast_to((np.arange(width) % 64 < 24).astype(np.uint8), (height, width)).copy()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (150, 203), (30, 41), (5, 90), (1, 1)])
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_perfect_model_returns_the_truth_of_images_of_any_size(size: tuple[int, int], gate: bool) -> None:
+    truth_HW = stripes(*size)
+    np.testing.assert_array_equal(predict_image(predictor(), image_of(truth_HW), mpp=1.0, gate=gate), truth_HW)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_the_map_agrees_with_the_colours_up_to_the_edges_of_regions(stride: int) -> None:
+    y, x = np.mgrid[:190, :230]
+    truth_HW = ((x - 100) ** 2 + (y - 90) ** 2 < 60**2).astype(np.uint8)
+    labels_HW = predict_image(predictor(output_stride=stride), image_of(truth_HW), mpp=1.0)
+    distance_HW = np.abs(np.hypot(x - 100, y - 90) - 60)
+    assert labels_HW.dtype == np.uint8
+    assert (labels_HW != truth_HW).mean() < 0.01
+    np.testing.assert_array_equal(labels_HW[distance_HW > 4], truth_HW[distance_HW > 4])
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.4, 0.999, 2.0])
+def test_images_of_another_pixel_size_are_seen_at_the_models(mpp: float) -> None:
+    y, x = np.mgrid[:191, :231]
+    truth_HW = ((x - 100) ** 2 + (y - 90) ** 2 < 60**2).astype(np.uint8)
+    labels_HW = predict_image(predictor(), image_of(truth_HW), mpp=mpp)
+    distance_HW = np.abs(np.hypot(x - 100, y - 90) - 60)
+    # A cell of the map is 4 px of the model's.
+    np.testing.assert_array_equal(labels_HW[distance_HW > 5 / mpp], truth_HW[distance_HW > 5 / mpp])
+    inside = np.argwhere(labels_HW == 1)
+    assert inside.mean(axis=0) == pytest.approx([90, 100], abs=max(0.5, 0.4 / mpp))
+    assert len(inside) == pytest.approx(np.pi * 60**2, rel=max(0.01, 0.015 / mpp))
+
+
+class CountingSegmenter(nn.Module):
+    """Class 0 everywhere; keeps how many tiles it was asked for."""
+
+    tiles = 0
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        self.tiles += len(x_NCHW)
+        return F.avg_pool2d(x_NCHW[:, :2], 4) * torch.tensor([0.0, -1.0]).view(1, 2, 1, 1)
+
+
+@pytest.mark.parametrize(("mpp", "tiles"), [(1.0, 1), (1.015, 1), (0.985, 1), (1.05, 4), (2.0, 9), (0.5, 1)])
+def test_pixel_sizes_that_scanners_cannot_tell_apart_are_the_same(mpp: float, tiles: int) -> None:
+    segmenter = CountingSegmenter()
+    predict_image(predictor(segmenter=segmenter), np.zeros((64, 64, 3), np.uint8), mpp=mpp)
+    assert segmenter.tiles == tiles
+
+
+class SizeSegmenter(nn.Module):
+    """Class 1 where the mean red of a 4×4 cell is above a half."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        red_N1hw = F.avg_pool2d(x_NCHW[:, :1], 4)
+        return torch.cat([torch.full_like(red_N1hw, 50.0), 100 * red_N1hw], dim=1)
+
+
+def test_a_finer_image_is_averaged_by_area() -> None:
+    # A third of the pixels is bright: the mean of every 3×3 square is below a half, single pixels are not.
+    rgb_HWC = np.zeros((192, 192, 3), np.uint8)
+    rgb_HWC[1::3] = 255
+    constant = ConstantClassifier([0.9, 0.9])
+    assert not predict_image(predictor(constant, SizeSegmenter(), mpp=3.0), rgb_HWC, mpp=1.0).any()
+    rgb_HWC[2::3] = 255
+    assert (predict_image(predictor(constant, SizeSegmenter(), mpp=3.0), rgb_HWC, mpp=1.0) == 1).all()
+
+
+def gated_by_hand() -> tuple[Predictor, NDArray[np.uint8]]:
+    """Two tiles, at x = 0 and 32: class 0 alone in the left one, both in the right one; the segmenter always says
+    class 1, with sigmoid(1).
+    """
+    truth_HW = np.zeros((64, 96), np.uint8)
+    truth_HW[:, 64:] = 1
+    return predictor(segmenter=ConstantSegmenter([0.0, 1.0])), image_of(truth_HW)
+
+
+def test_the_gate_acts_on_tiles_before_they_are_blended() -> None:
+    model, rgb_HWC = gated_by_hand()
+    assert (predict_image(model, rgb_HWC, mpp=1.0, gate=False) == 1).all()
+    # Map cells of 4 px: the left tile is cells 0 to 15, the right one 8 to 23.
+    cells = np.arange(24)
+    left = np.where(cells < 16, np.sin(np.pi * (cells + 0.5) / 16) ** 2, 0)
+    right = np.where(cells >= 8, np.sin(np.pi * (cells - 8 + 0.5) / 16) ** 2, 0)
+    first = (left * 1.0 + right * (1 - 1 / (1 + np.exp(-1)))) / (left + right)
+    expected_W = np.interp(np.arange(96) + 0.5, 4 * cells + 2, first) < 0.5
+    assert expected_W.tolist() == [False] * 52 + [True] * 44
+    np.testing.assert_array_equal(predict_image(model, rgb_HWC, mpp=1.0), np.tile(expected_W, (64, 1)))
+
+
+def test_what_the_gate_leaves_without_a_class_is_no_class() -> None:
+    networks = ConstantClassifier([0.2, 0.3]), ConstantSegmenter([2.0, 0.0])
+    rgb_HWC = np.zeros((70, 80, 3), np.uint8)
+    assert (predict_image(predictor(*networks), rgb_HWC, mpp=1.0) == 2).all()
+    assert (predict_image(predictor(*networks), rgb_HWC, mpp=1.0, gate=False) == 0).all()
+    assert (predict_image(predictor(*networks, ungated_fallback=True), rgb_HWC, mpp=1.0) == 0).all()
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_gated_logits_are_what_predict_says(fallback: bool) -> None:
+    model = predictor(ungated_fallback=fallback, batch_size=3)
+    rng = np.random.default_rng(3)
+    rgb_NHWC = np.stack([image_of(np.full((64, 64), k, np.uint8)) for k in (0, 1, 0, 1, 0)])
+    rgb_NHWC[2:] = rng.integers(0, 256, (3, 64, 64, 3))
+    gated_NKhw = model.gated(model.logits(rgb_NHWC), model.presence(rgb_NHWC))
+    assert torch.equal(gated_NKhw, model.predict(rgb_NHWC).probs_NKhw)
+
+
+def test_flips_change_nothing_for_a_model_that_does_not_mind_them() -> None:
+    rng = np.random.default_rng(1)
+    truth_HW = rng.integers(0, 2, (8, 10)).astype(np.uint8).repeat(16, 0).repeat(16, 1)
+    plain_HW, flipped_HW = (predict_image(predictor(), image_of(truth_HW), mpp=1.0, flips=f) for f in (False, True))
+    # Between two cells of different classes lies no pixel's centre; at corners all that counts is the last bit.
+    assert (plain_HW != flipped_HW).mean() < 0.001
+
+
+def test_flips_average_all_eight_symmetries_of_a_tile() -> None:
+    torch.manual_seed(0)
+    segmenter = nn.Sequential(nn.Conv2d(3, 4, 7, padding=3), nn.AvgPool2d(4), nn.Conv2d(4, 2, 5, padding=2))
+    model = predictor(ConstantClassifier([0.9, 0.9]), segmenter.requires_grad_(False), output_stride=1)
+    rgb_HWC = np.random.default_rng(2).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    total_KHW = np.zeros((2, 64, 64))
+    moves: list[tuple[NDArray[np.uint8], Callable[[NDArray[np.float32]], NDArray[np.float32]]]] = [
+        (rgb_HWC, lambda p: p),
+        (rgb_HWC[::-1], lambda p: p[:, ::-1]),
+        (rgb_HWC[:, ::-1], lambda p: p[:, :, ::-1]),
+        (rgb_HWC[::-1, ::-1], lambda p: p[:, ::-1, ::-1]),
+        (rgb_HWC.swapaxes(0, 1), lambda p: p.swapaxes(1, 2)),
+        (rgb_HWC.swapaxes(0, 1)[::-1], lambda p: p[:, ::-1].swapaxes(1, 2)),
+        (rgb_HWC.swapaxes(0, 1)[:, ::-1], lambda p: p[:, :, ::-1].swapaxes(1, 2)),
+        (rgb_HWC.swapaxes(0, 1)[::-1, ::-1], lambda p: p[:, ::-1, ::-1].swapaxes(1, 2)),
+    ]
+    for moved_HWC, back in moves:
+        total_KHW += back(model.predict(moved_HWC[None]).probs_NKhw[0].numpy())
+    clear_HW = np.abs(total_KHW[0] - total_KHW[1]) > 1e-4
+    labels_HW = predict_image(model, rgb_HWC, mpp=1.0, flips=True)
+    assert clear_HW.mean() > 0.99
+    np.testing.assert_array_equal(labels_HW[clear_HW], total_KHW.argmax(axis=0)[clear_HW])
+    assert (labels_HW != predict_image(model, rgb_HWC, mpp=1.0)).mean() > 0.02
+
+
+class CornerClassifier(nn.Module):
+    """Class 0 is in every tile, class 1 in those that are bright in their upper left corner."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return torch.stack([torch.full((len(x_NCHW),), 8.0), x_NCHW[:, 0, 0, 0] * 16 - 8], dim=1)
+
+
+def bright_corner() -> NDArray[np.uint8]:
+    """One tile of class 1, in whose upper left corner one pixel is of class 0, which is the brighter one in red."""
+    labels_HW = np.ones((64, 64), np.uint8)
+    labels_HW[0, 0] = 0
+    return labels_HW
+
+
+def test_with_flips_the_gate_goes_by_the_mean_presence() -> None:
+    # Two of the eight views have the bright pixel in their corner: presence 1, 1 and six times 0, below a half.
+    model, rgb_HWC = predictor(CornerClassifier(), ConstantSegmenter([0.0, 9.0])), image_of(bright_corner())
+    assert (predict_image(model, rgb_HWC, mpp=1.0) == 1).all()
+    assert (predict_image(model, rgb_HWC, mpp=1.0, flips=True) == 0).all()
+    assert (predict_image(model, rgb_HWC, mpp=1.0, flips=True, gate=False) == 1).all()
+
+
+def write_dataset(
+    folder: Path, masks: dict[str, NDArray[np.uint8]], *, mpp: float = 1.0, background: bool = False, extra: str = ""
+) -> Path:
+    """A data set of images in `COLORS` with one test image per mask (255: white, no class); returns its TOML file."""
+    for name, mask_HW in masks.items():
+        for kind, pixels in (("img", image_of(mask_HW)), ("mask", mask_HW)):
+            (folder / "test" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / "test" / kind / f"{name}.png")
+    (folder / "train" / "a").mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "train" / "a" / "only.png")
+    (folder / "dataset.toml").write_text(
+        f"""
+        name = "tiny"
+        description = "Two colours."
+        licence = "CC0"
+        mpp = {mpp}
+        mask_excluded = [255]
+        classes = [
+            {{ name = "class-0", color = [230, 159, 0], mask_values = [0] }},
+            {{ name = "class-1", color = [0, 158, 115], mask_values = [1] }},
+        ]
+        {extra}
+        [images]
+        train = [{{ image = "train/*/*.png" }}]
+        test = [{{ image = "test/img/*.png", mask = "test/mask/{{name}}.png" }}]
+        [labels]
+        source = "folders"
+        folders = {{ a = "class-0" }}
+        splits = ["train"]
+        {"[background]" if background else ""}
+        """,
+        encoding="utf-8",
+    )
+    return folder / "dataset.toml"
+
+
+def test_a_perfect_model_scores_one_on_images_of_many_sizes(tmp_path: Path) -> None:
+    masks = {"a": stripes(70, 150), "b": stripes(64, 64), "c": stripes(33, 200)}
+    result = evaluate(predictor(), load_dataset(write_dataset(tmp_path, masks)))
+    for protocol in PROTOCOLS:
+        for gate in (True, False):
+            assert result.scores(protocol, gate=gate).miou == 1.0
+            assert result.matrices[protocol, gate].sum() == 70 * 150 + 64 * 64 + 33 * 200
+    assert result.image_miou == {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert result.names == ("class-0", "class-1")
+
+
+def test_scores_are_pooled_over_images_and_told_for_each(tmp_path: Path) -> None:
+    half_HW = np.zeros((64, 64), np.uint8)
+    half_HW[:, 32:] = 1
+    masks = {"half": half_HW, "zero": np.zeros((64, 128), np.uint8), "white": np.full((8, 8), 255, np.uint8)}
+    model = predictor(ConstantClassifier([0.9, 0.9]), ConstantSegmenter([1.0, 0.0]))
+    seen: list[tuple[int, int]] = []
+    result = evaluate(
+        model, load_dataset(write_dataset(tmp_path, masks)), progress=lambda done, total: seen.append((done, total))
+    )
+    hit, wrong = 64 * 32 + 64 * 128, 64 * 32
+    assert result.scores() == Scores(
+        {"class-0": hit / (hit + wrong), "class-1": 0.0},
+        hit / (hit + wrong) / 2,
+        (hit / (hit + wrong)) ** 2,
+        hit / (hit + wrong),
+    )
+    assert result.image_miou == pytest.approx({"half": 0.25, "zero": 1.0, "white": np.nan}, nan_ok=True)
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_both_gates_are_those_of_single_predictions(tmp_path: Path) -> None:
+    model, rgb_HWC = gated_by_hand()
+    truth_HW = np.zeros((64, 96), np.uint8)
+    truth_HW[:, 64:] = 1
+    result = evaluate(model, load_dataset(write_dataset(tmp_path, {"a": truth_HW})))
+    for gate in (True, False):
+        labels_HW = predict_image(model, rgb_HWC, mpp=1.0, gate=gate)
+        assert result.matrices["exclude", gate].tolist() == slow_matrix(truth_HW, labels_HW, 2)
+    # By hand in test_the_gate_acts_on_tiles_before_they_are_blended: the gate leaves columns 52 to 63 wrong.
+    assert result.scores(gate=True).accuracy == pytest.approx(84 / 96)
+    assert result.scores(gate=False).accuracy == pytest.approx(32 / 96)
+    assert result.image_miou == {"a": result.scores().miou}
+
+
+def test_white_is_predicted_by_the_background_rule_and_counts_only_in_include(tmp_path: Path) -> None:
+    truth_HW = np.zeros((64, 64), np.uint8)
+    truth_HW[:32] = 255
+    truth_HW[60:, 60:] = 1
+    masks = {"a": truth_HW}
+    networks = ConstantClassifier([0.9, 0.9]), ConstantSegmenter([1.0, 0.0])
+    with_rule = evaluate(predictor(*networks), load_dataset(write_dataset(tmp_path / "a", masks, background=True)))
+    without = evaluate(predictor(*networks), load_dataset(write_dataset(tmp_path / "b", masks)))
+    other, some, white = 64 * 32 - 16, 16, 64 * 32
+    for result in (with_rule, without):
+        assert result.matrices["exclude", True].tolist() == [[other, 0, 0], [some, 0, 0], [white, 0, 0]]
+        assert result.scores().iou == {"class-0": other / (other + some), "class-1": 0.0}
+    assert with_rule.matrices["include", True].tolist() == [[other, 0, 0], [some, 0, 0], [0, 0, white]]
+    assert with_rule.scores("include").iou["white"] == 1.0
+    assert without.matrices["include", True].tolist() == [[other, 0, 0], [some, 0, 0], [white, 0, 0]]
+    assert without.scores("include").iou["white"] == 0.0
+
+
+def test_the_truth_touches_no_prediction(tmp_path: Path) -> None:
+    image_HW = stripes(64, 128)
+    columns = []
+    for n, mask_HW in enumerate((image_HW, 1 - image_HW, np.where(image_HW == 0, 255, 0).astype(np.uint8))):
+        file = write_dataset(tmp_path / str(n), {"a": image_HW})
+        Image.fromarray(mask_HW).save(tmp_path / str(n) / "test" / "mask" / "a.png")
+        result = evaluate(predictor(), load_dataset(file))
+        columns.append({key: matrix.sum(axis=0).tolist() for key, matrix in result.matrices.items()})
+    assert columns[0] == columns[1] == columns[2]
+
+
+def test_the_data_sets_pixel_size_is_used(tmp_path: Path) -> None:
+    truth_HW = stripes(256, 512).repeat(4, 0).repeat(4, 1)
+    result = evaluate(predictor(), load_dataset(write_dataset(tmp_path, {"a": truth_HW}, mpp=0.25)))
+    assert result.scores().miou == 1.0
+
+
+def test_other_classes_than_the_models_are_refused_with_both_lists(tmp_path: Path) -> None:
+    file = write_dataset(tmp_path, {"a": stripes(64, 64)})
+    file.write_text(file.read_text().replace('"class-1"', '"stroma"'))
+    with pytest.raises(ClassMismatchError, match=r"test has the classes class-0, class-1; data set tiny.*stroma"):
+        evaluate(predictor(), load_dataset(file))
+
+
+def test_a_split_without_masks_says_so(tmp_path: Path) -> None:
+    dataset = load_dataset(write_dataset(tmp_path, {"a": stripes(64, 64)}))
+    with pytest.raises(MaskError, match=r"tiny: 1 of 1 images of split train have no mask \(as only\)"):
+        evaluate(predictor(), dataset, "train")
+
+
+def test_a_network_that_breaks_down_names_the_image(tmp_path: Path) -> None:
+    dataset = load_dataset(write_dataset(tmp_path, {"a": stripes(64, 64)}))
+    with pytest.raises(PipelineError, match=r"a\.png: the segmenter's output is NaN"):
+        evaluate(predictor(segmenter=ConstantSegmenter([float("nan"), 0.0])), dataset)

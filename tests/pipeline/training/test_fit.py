@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.errors import TrainError
+from pipeline.training import fit as loop
+from pipeline.training.config import TrainConfig
+from pipeline.training.fit import Processes, Task, fit, make_optimizer, rate_factor
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(backbone_rate=0.05, new_rate=0.05, warm_up=2, patience=99)
+
+
+def line_task(
+    *,
+    epochs: int = 3,
+    steps: int = 4,
+    spoil: Callable[[int], float] = lambda _step: 1.0,
+    rank: int = 0,
+    world: int = 1,
+    dropout: float = 0.2,
+) -> Task:
+    """Fits y = 2x - 1 with dropout, so that every random draw shows in the weights."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 1))
+    done = [0]
+
+    def make_batch(rng: np.random.Generator) -> Tensor:
+        whole = torch.from_numpy(rng.uniform(-1, 1, (16, 1))).float()
+        return whole[rank::world]
+
+    def loss(x: Tensor) -> Tensor:
+        done[0] += 1
+        value: Tensor = ((network(x) - (2 * x - 1)) ** 2).mean() * spoil(done[0])
+        return value
+
+    def validate(judged: nn.Module) -> dict[str, float]:
+        x = torch.linspace(-1, 1, 11)[:, None]
+        with torch.inference_mode():
+            error = float(((judged(x) - (2 * x - 1)) ** 2).mean())
+        return {"loss": error, "score": -error}
+
+    def begin_epoch(_epoch: int) -> None:
+        network.train()
+
+    return Task(
+        name="line",
+        network=network,
+        new_parameters=list(network[3].parameters()),
+        make_batch=make_batch,
+        loss=loss,
+        validate=validate,
+        begin_epoch=begin_epoch,
+        epochs=epochs,
+        steps=steps,
+    )
+
+
+def weights(task: Task) -> Tensor:
+    return torch.cat([parameter.detach().ravel() for parameter in task.network.parameters()])
+
+
+class Killed(Exception):  # noqa: N818 - not an error of the run's
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 11])
+def test_a_run_that_was_killed_after_any_step_ends_with_the_same_weights(
+    tmp_path: Path, optimizer: str, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # after every step
+    config = TrainConfig(**{**vars(CONFIG), "optimizer": optimizer})
+    whole = line_task()
+    (tmp_path / "whole").mkdir()
+    fit(whole, tmp_path / "whole", config, CPU)
+
+    broken, folder = line_task(), tmp_path / "broken"
+    folder.mkdir()
+
+    def kill(_what: str, done: int, _total: int) -> None:
+        if done == stop + 1:  # the checkpoint of step `stop` is the last one
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(broken, folder, config, CPU, progress=kill)
+    resumed = line_task()
+    fit(resumed, folder, config, CPU)
+    assert torch.equal(weights(resumed), weights(whole))
+    curves = [(tmp_path / name / "line.csv").read_text().splitlines() for name in ("whole", "broken")]
+    values = [[line.split(",")[:3] for line in lines] for lines in curves]
+    assert values[0] == values[1]
+
+
+def test_a_killed_process_goes_on_and_ends_with_the_same_weights(tmp_path: Path) -> None:
+    program = (
+        "import sys, os, signal, torch\n"
+        "from pathlib import Path\n"
+        "from pipeline import fit as loop\n"
+        "from tests.pipeline.training.test_fit import CONFIG, CPU, line_task, weights\n"
+        "loop.CHECKPOINT_SECONDS = -1.0\n"
+        "def kill(what, done, total):\n"
+        "    if done == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "task = line_task()\n"
+        "loop.fit(task, Path(sys.argv[1]), CONFIG, CPU, progress=kill)\n"
+        "print(weights(task).double().sum().item())\n"
+    )
+
+    def run(folder: Path, step: int) -> subprocess.CompletedProcess[str]:
+        folder.mkdir(exist_ok=True)
+        return subprocess.run(
+            [sys.executable, "-c", program, str(folder), str(step)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+            cwd=REPOSITORY,
+        )
+
+    whole = run(tmp_path / "whole", -1)
+    assert whole.returncode == 0, whole.stderr
+    assert run(tmp_path / "broken", 6).returncode == -signal.SIGKILL
+    assert (tmp_path / "broken" / "line.checkpoint.safetensors").is_file()
+    resumed = run(tmp_path / "broken", -1)
+    assert resumed.stdout == whole.stdout != ""
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_says_where(tmp_path: Path) -> None:
+    task = line_task(spoil=lambda step: math.nan if step == 6 else 1.0)
+    with pytest.raises(TrainError, match=r"line: step 6 gave a loss of nan.*Lower backbone_rate"):
+        fit(task, tmp_path, CONFIG, CPU)
+    assert torch.isfinite(weights(task)).all()
+
+
+def test_the_best_epoch_is_kept_and_no_better_one_ends_the_run(tmp_path: Path) -> None:
+    scores = iter([0.1, 0.9, 0.5, 0.4, 0.8])
+    task = line_task(epochs=5)
+    seen: list[Tensor] = []
+
+    def validate(judged: nn.Module) -> dict[str, float]:
+        seen.append(torch.cat([parameter.detach().ravel().clone() for parameter in judged.parameters()]))
+        return {"score": next(scores)}
+
+    object.__setattr__(task, "validate", validate)
+    fit(task, tmp_path, TrainConfig(**{**vars(CONFIG), "patience": 2}), CPU)
+    assert len(seen) == 4
+    assert torch.equal(weights(task), seen[1])
+
+
+def test_averaged_weights_are_the_running_mean_of_the_steps(tmp_path: Path) -> None:
+    task, plain = line_task(epochs=1), line_task(epochs=1)
+    config = TrainConfig(**{**vars(CONFIG), "ema": 0.5})
+    steps: list[Tensor] = []
+    fit(
+        plain,
+        tmp_path,
+        TrainConfig(**{**vars(CONFIG), "ema": 0.0}),
+        CPU,
+        progress=lambda *_: steps.append(weights(plain)),
+    )
+    expected = weights(line_task())
+    for n, now in enumerate(steps):
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * now
+    (tmp_path / "averaged").mkdir()
+    fit(task, tmp_path / "averaged", config, CPU)
+    torch.testing.assert_close(weights(task), expected)
+    assert torch.equal(weights(plain), steps[-1])
+
+
+def test_curves_are_a_table_and_a_picture(tmp_path: Path) -> None:
+    fit(line_task(), tmp_path, CONFIG, CPU)
+    with (tmp_path / "line.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[2]["val_loss"]) < float(rows[0]["val_loss"])
+    assert set(rows[0]) == {"epoch", "loss", "val_loss", "val_score", "data_seconds", "step_seconds"}
+    with Image.open(tmp_path / "line.png") as picture:
+        assert picture.size == (800, 300)
+
+
+def test_rates_rise_over_the_warm_up_and_fall_by_cosine_or_polynomial() -> None:
+    cosine = TrainConfig(warm_up=4)
+    assert rate_factor(cosine, 0, 100) == pytest.approx(0.2)
+    assert rate_factor(cosine, 50, 100) == pytest.approx(0.51)
+    assert rate_factor(cosine, 100, 100) == pytest.approx(0.02)
+    poly = TrainConfig(schedule="poly", warm_up=0)
+    assert [rate_factor(poly, step, 4) for step in range(4)] == pytest.approx([1, 0.75**0.9, 0.5**0.9, 0.25**0.9])
+
+
+def test_new_parameters_have_their_own_rate_and_frozen_ones_none() -> None:
+    task = line_task()
+    next(iter(task.network.parameters())).requires_grad_(False)
+    config = TrainConfig(backbone_rate=0.1, new_rate=0.7, bias_factor=2.0)
+    groups = make_optimizer(task, config).param_groups
+    shapes = [(group["rate"], [tuple(parameter.shape) for parameter in group["params"]]) for group in groups]
+    assert shapes == [(pytest.approx(0.2), [(8,)]), (0.7, [(1, 8)]), (1.4, [(1,)])]
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    task = line_task(epochs=1, steps=1, spoil=lambda step: 1e6)
+    before = weights(task)
+    config = {**vars(CONFIG), "optimizer": "sgd", "weight_decay": 0.0, "warm_up": 0, "ema": 0.0, "clip": 2.0}
+    fit(task, tmp_path, TrainConfig(**config), CPU)
+    assert float((weights(task) - before).norm()) == pytest.approx(0.05 * 2.0, rel=1e-3)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "line.checkpoint.safetensors").write_bytes(b"no checkpoint")
+    with pytest.raises(TrainError, match=r"line.checkpoint.safetensors: the checkpoint cannot be read"):
+        fit(line_task(), tmp_path, CONFIG, CPU)
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    program = tmp_path / "two.py"
+    program.write_text(
+        "import os, sys, torch\n"
+        "from pathlib import Path\n"
+        "from pipeline.training.fit import fit, join_processes\n"
+        "from tests.pipeline.training.test_fit import CONFIG, CPU, line_task, weights\n"
+        "processes = join_processes(CPU)\n"
+        "task = line_task(rank=processes.rank, world=processes.world, dropout=0.0)\n"
+        "fit(task, Path(sys.argv[1]), CONFIG, CPU, processes)\n"
+        "torch.save(weights(task), f'{sys.argv[1]}/rank{processes.rank}.pt')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    done = subprocess.run(
+        [*command, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert torch.equal(ranks[0], ranks[1])
+    alone = line_task(dropout=0.0)
+    (tmp_path / "alone").mkdir()
+    fit(alone, tmp_path / "alone", CONFIG, CPU, Processes(0, 1))
+    torch.testing.assert_close(ranks[0], weights(alone))

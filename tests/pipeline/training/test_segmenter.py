@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from models.segmenter import build_segmenter
+from pipeline.training.config import TrainConfig
+from pipeline.training.dataset import IGNORED
+from pipeline.training.fit import Processes, fit
+from pipeline.training.patches import PatchImages
+from pipeline.training.pseudo_masks import write_pseudo_masks
+from pipeline.training.segmenter import layered_loss, map_scores, pixel_weights, segmenter_task
+from tests.pipeline.training.test_classifier import CellClassifier, crop_images
+
+CPU = torch.device("cpu")
+ALONE = Processes(0, 1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def slow_loss(logits: list, labels: list, weights: tuple[float, ...], weight_K: list[float]) -> float:  # type: ignore[type-arg]
+    """One pixel after the other; the label of a 4×4 cell is that of its pixel (2, 2)."""
+    total = 0.0
+    for layer, weight in enumerate(weights):
+        summed = counted = 0.0
+        for n in range(len(logits)):
+            for row in range(len(logits[n][0])):
+                for column in range(len(logits[n][0][0])):
+                    label = labels[n][layer][4 * row + 2][4 * column + 2]
+                    if label == IGNORED:
+                        continue
+                    scores = [logits[n][k][row][column] for k in range(len(logits[n]))]
+                    log_sum = math.log(sum(math.exp(score) for score in scores))
+                    summed += weight_K[label] * (log_sum - scores[label])
+                    counted += weight_K[label]
+        if counted:
+            total += weight * summed / counted
+    return total
+
+
+@pytest.mark.parametrize("weight_K", [None, [0.5, 1.0, 3.0]])
+@pytest.mark.parametrize("weights", [(0.2, 0.2, 0.6), (0.7, 0.0, 0.3)])
+def test_the_loss_is_the_weighted_cross_entropy_of_each_layers_pixels(
+    weights: tuple[float, ...], weight_K: list[float] | None
+) -> None:
+    rng = np.random.default_rng(0)
+    logits_NKhw = torch.from_numpy(rng.normal(size=(2, 3, 4, 5)).astype(np.float32))
+    labels_NLHW = rng.choice([0, 1, 2, IGNORED], size=(2, 3, 16, 20)).astype(np.uint8)
+    expected = slow_loss(logits_NKhw.tolist(), labels_NLHW.tolist(), weights, weight_K or [1.0] * 3)
+    found = layered_loss(
+        logits_NKhw, torch.from_numpy(labels_NLHW), weights, None if weight_K is None else torch.tensor(weight_K)
+    )
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_layer_without_a_labelled_pixel_adds_nothing_and_its_gradient_is_zero() -> None:
+    rng = np.random.default_rng(1)
+    logits_NKhw = torch.from_numpy(rng.normal(size=(1, 3, 4, 4)).astype(np.float32)).requires_grad_()
+    labels_NLHW = torch.from_numpy(rng.integers(0, 3, (1, 2, 16, 16)).astype(np.uint8))
+    labels_NLHW[:, 1] = IGNORED
+    alone = layered_loss(logits_NKhw, labels_NLHW[:, :1], (0.4,))
+    torch.testing.assert_close(layered_loss(logits_NKhw, labels_NLHW, (0.4, 0.6)), alone)
+    nothing = layered_loss(logits_NKhw, torch.full_like(labels_NLHW, IGNORED), (0.4, 0.6))
+    assert nothing.item() == 0
+    (gradient,) = torch.autograd.grad(nothing, logits_NKhw)
+    assert not gradient.any()
+
+
+def test_balanced_a_pixel_weighs_the_root_of_the_inverse_of_its_classs_share() -> None:
+    pseudo = [np.full((1, 10, 10), IGNORED, np.uint8), np.full((1, 4, 5), 1, np.uint8)]
+    pseudo[0][0, :8] = 0
+    weight_K = pixel_weights(pseudo, 2, balance=True)
+    assert weight_K.tolist() == pytest.approx([math.sqrt(100 / (2 * 80)), math.sqrt(100 / (2 * 20))])
+    assert pixel_weights(pseudo, 2, balance=False).tolist() == [1.0, 1.0]
+
+
+def test_no_pixel_weighs_more_than_ten_and_a_class_without_pixels_divides_by_nothing() -> None:
+    pseudo = [np.zeros((1, 100, 100), np.uint8)]
+    assert pixel_weights(pseudo, 2, balance=True).tolist() == pytest.approx([math.sqrt(0.5), 10.0])
+    assert torch.isfinite(pixel_weights([np.full((1, 4, 4), IGNORED, np.uint8)], 2, balance=True)).all()
+
+
+class Reddest(nn.Module):
+    """The class of each 4×4 cell is its strongest colour channel."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return F.avg_pool2d(x_NCHW, 4)
+
+
+def painted(folder: Path, bands: dict[str, list[tuple[int, int]]], *, side: int = 16, stride: int = 16) -> PatchImages:
+    """Images of vertical bands, (channel, width), each labelled by the masks that `crop_images` draws: thirds."""
+    sizes = {name: (sum(width for _, width in of_image), 32) for name, of_image in bands.items()}
+    images = crop_images(folder, sizes, side=side, stride=stride)
+    for sample in images.samples:
+        rows = [np.eye(3)[channel] * 200 for channel, width in bands[sample.name] for _ in range(width)]
+        rgb_HWC = np.broadcast_to(np.array(rows, dtype=np.uint8), (32, len(rows), 3))
+        Image.fromarray(np.ascontiguousarray(rgb_HWC)).save(sample.image)
+    return images
+
+
+@pytest.mark.parametrize("region", [None, 64])
+def test_a_map_that_tells_all_presence_labels_scores_one(tmp_path: Path, region: int | None) -> None:
+    images = painted(tmp_path, {"a": [(0, 32), (1, 32), (2, 32)], "b": [(0, 16), (1, 16), (2, 16)]}, side=32)
+    assert map_scores(Reddest(), images, TrainConfig(region=region), CPU) == {
+        "score": 1.0,
+        "balanced": 1.0,
+        "exact": 1.0,
+    }
+
+
+@pytest.mark.parametrize("region", [None, 64])
+def test_the_score_is_the_mean_over_classes_of_the_balanced_accuracy(tmp_path: Path, region: int | None) -> None:
+    # Labels: thirds of 32 px, so each of the six patches holds one class. Painted: class 2 is never found, and half of
+    # its two patches is called 0, the other 1.
+    images = painted(tmp_path, {"a": [(0, 32), (1, 32), (0, 16), (1, 16)]}, side=32)
+    images.boxes = [np.array([(x, 0, 16, 16) for x in range(0, 96, 16)])]
+    images.present = [np.repeat(np.eye(3, dtype=bool), 2, axis=0)]
+    found = map_scores(Reddest(), images, TrainConfig(region=region), CPU)
+    balanced = [(1.0 + 3 / 4) / 2, (1.0 + 3 / 4) / 2, (0.0 + 1.0) / 2]
+    assert found == {
+        "score": pytest.approx((np.mean(balanced) + 4 / 6) / 2),
+        "balanced": pytest.approx(np.mean(balanced)),
+        "exact": pytest.approx(4 / 6),
+    }
+
+
+@pytest.mark.parametrize(("minimum", "found"), [("0.05", True), ("0.5", False)])
+def test_a_class_is_found_where_it_covers_more_than_the_data_sets_minimum(
+    tmp_path: Path, minimum: str, found: bool
+) -> None:
+    images = painted(tmp_path, {"a": [(0, 24), (1, 8)]}, side=32)
+    labels = images.dataset.card.labels.model_copy(update={"minimum": float(minimum)})
+    card = images.dataset.card.model_copy(update={"labels": labels})
+    object.__setattr__(images.dataset, "card", card)
+    images.present = [np.array([[True, found, False]])]
+    assert map_scores(Reddest(), images, TrainConfig(region=None), CPU)["exact"] == 1.0
+
+
+def test_a_step_keeps_the_encoders_statistics_and_trains_all_weights(tmp_path: Path) -> None:
+    images = crop_images(tmp_path / "data", {"a": (64, 64)})
+    config = TrainConfig(region=64, segmenter_batch=2, segmenter_steps=1, segmenter_epochs=1, ema=0.0, confidence=0.0)
+    write_pseudo_masks(tmp_path / "masks", CellClassifier("gap"), images, config, CPU, ALONE)
+    torch.manual_seed(0)
+    segmenter = build_segmenter("tu-tf_efficientnet_lite0", 3)
+    task = segmenter_task(segmenter, images, images, tmp_path / "masks", config, CPU, ALONE)
+    new = {id(parameter) for parameter in task.new_parameters}
+    named = dict(segmenter.named_parameters())
+    assert {name for name, parameter in named.items() if id(parameter) in new} == {
+        name for name in named if not name.startswith("encoder.")
+    }
+    before = {name: tensor.clone() for name, tensor in segmenter.state_dict().items()}
+    fit(task, tmp_path, config, CPU)
+    after = segmenter.state_dict()
+    kept = [name for name in before if name.startswith("encoder.") and ("running_" in name or "batches" in name)]
+    assert len(kept) > 100
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert all(not torch.equal(before[name], after[name]) for name in named)
+
+
+@pytest.mark.parametrize(("side", "whole"), [(32, 32), (40, 64)])
+def test_without_regions_a_view_is_a_labelled_patch_that_is_padded_with_nothing_to_learn(
+    tmp_path: Path, side: int, whole: int
+) -> None:
+    images = crop_images(tmp_path / "data", {"a": (side * 2, side)}, side=side, stride=side)
+    config = TrainConfig(region=None, segmenter_batch=4, stain=0.0, confidence=0.0)
+    write_pseudo_masks(tmp_path / "masks", CellClassifier("gap"), images, config, CPU, ALONE)
+    torch.manual_seed(0)
+    segmenter = build_segmenter("tu-tf_efficientnet_lite0", 3)
+    task = segmenter_task(segmenter, images, images, tmp_path / "masks", config, CPU, ALONE)
+    batch = task.make_batch(np.random.default_rng(0))
+    assert batch.rgb_NHWC.shape == (4, whole, whole, 3)
+    assert batch.labels_NLHW.shape == (4, 1, whole, whole)
+    patches = {np.sort(images.rgb(0)[:, x : x + side].reshape(-1, 3), axis=0).tobytes() for x in (0, side)}
+    for rgb_HWC, labels_LHW in zip(batch.rgb_NHWC, batch.labels_NLHW, strict=True):
+        assert np.sort(rgb_HWC[:side, :side].reshape(-1, 3), axis=0).tobytes() in patches
+        assert (labels_LHW[0, :side, :side] != IGNORED).all()
+        assert (labels_LHW[0, side:] == IGNORED).all()
+        assert (labels_LHW[0, :, side:] == IGNORED).all()
+    task.begin_epoch(0)
+    assert torch.isfinite(task.loss(batch))
+
+
+def test_shares_of_a_batch_are_the_views_of_the_whole_one(tmp_path: Path) -> None:
+    images = crop_images(tmp_path / "data", {"a": (96, 70), "b": (70, 70)})
+    config = TrainConfig(region=64, segmenter_batch=3, confidence=0.0)
+    write_pseudo_masks(tmp_path / "masks", CellClassifier("gap"), images, config, CPU, ALONE)
+    segmenter = build_segmenter("resnet18", 3)
+    whole, first, second = (
+        segmenter_task(segmenter, images, images, tmp_path / "masks", config, CPU, processes).make_batch(
+            np.random.default_rng(7)
+        )
+        for processes in (ALONE, Processes(0, 2), Processes(1, 2))
+    )
+    np.testing.assert_array_equal(whole.rgb_NHWC[::2], first.rgb_NHWC)
+    np.testing.assert_array_equal(whole.rgb_NHWC[1::2], second.rgb_NHWC)
+    np.testing.assert_array_equal(whole.labels_NLHW[::2], first.labels_NLHW)

@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.bundle import NO_DIGEST, load_bundle
+from models.errors import ArchitectureError
+from models.predictor import Predictor
+from pipeline.errors import EmptyClassError, LockedError, OutputError, TrainError
+from pipeline.training import fit as loop
+from pipeline.training.config import TrainConfig
+from pipeline.training.dataset import Dataset, load_dataset, samples
+from pipeline.training.evaluate import evaluate
+from pipeline.training.patches import PatchImages
+from pipeline.training.train import calibrate_gate, claim, make_card, tile_presence, tile_side, train
+from tests.models.networks import ConstantSegmenter
+from tests.models.networks import make_card as made_card
+from tests.pipeline.training.test_classifier import crop_images
+from tests.textures import write_crops, write_textures
+
+CONFIG = TrainConfig(
+    weights="none",
+    region=64,
+    classifier_epochs=2,
+    classifier_steps=2,
+    classifier_batch=2,
+    segmenter_epochs=2,
+    segmenter_steps=2,
+    segmenter_batch=2,
+    confidence=0.0,
+)
+STAGES = ("classifier", "segmenter")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def textures(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return load_dataset(write_textures(tmp_path_factory.mktemp("textures"), train=5, val=2, test=2, size=64))
+
+
+@pytest.fixture(scope="module")
+def unbroken(textures: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run from beginning to end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train(textures, run, CONFIG, device="cpu")
+    torch.set_num_threads(threads)
+    return run
+
+
+def products(run: Path) -> dict[str, bytes]:
+    """Files that a run's weights decide, by path below the run folder."""
+    files = [run / f"{stage}.safetensors" for stage in STAGES]
+    files += [*(run / "pseudo-masks").rglob("*.png"), *(run / "bundle").iterdir()]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
+
+
+class Killed(Exception):  # noqa: N818 - not an error of the run's
+    pass
+
+
+def test_a_run_leaves_products_curves_and_a_bundle_that_loads_and_no_checkpoint(
+    unbroken: Path, textures: Dataset
+) -> None:
+    names = {file.name for file in unbroken.iterdir()}
+    assert names == {
+        "run.json",
+        "pseudo-masks",
+        "bundle",
+        *(f"{stage}.{end}" for stage in STAGES for end in ("safetensors", "csv", "png")),
+    }
+    assert len(list((unbroken / "pseudo-masks" / "deep").iterdir())) == 5
+    bundle = load_bundle(unbroken / "bundle")
+    assert [spec.name for spec in bundle.card.classes] == ["dots", "stripes", "plain"]
+    assert (bundle.card.mpp, bundle.card.tile_size, bundle.card.licence) == (1.0, 64, "CC0")
+    found = evaluate(Predictor.from_bundle(bundle, device="cpu", output_stride=1), textures).scores()
+    # A network that has learned so little may never say a class, of which the IoU is then no number.
+    values = {f"iou_{name}": iou for name, iou in found.iou.items() if not math.isnan(iou)}
+    values |= {"miou": found.miou, "fwiou": found.fwiou, "accuracy": found.accuracy}
+    assert bundle.card.metrics == {f"test_{name}": round(value, 4) for name, value in values.items()}
+
+
+def test_the_bundles_thresholds_are_calibrated_on_the_validation_images(unbroken: Path, textures: Dataset) -> None:
+    bundle = load_bundle(unbroken / "bundle")
+    images = PatchImages(textures, samples(textures, "val"), 1.0)
+    presence_NK, held_NK = tile_presence(Predictor.from_bundle(bundle, device="cpu"), images)
+    expected = calibrate_gate(presence_NK, held_NK, CONFIG.gate_recall, CONFIG.highest_threshold)
+    assert bundle.card.gate_thresholds == expected
+
+
+def test_a_second_run_redoes_nothing(unbroken: Path, textures: Dataset) -> None:
+    before = {file: file.stat().st_mtime_ns for file in unbroken.rglob("*")}
+    seen: list[str] = []
+    bundle = train(textures, unbroken, CONFIG, device="cpu", progress=lambda what, *_: seen.append(what))
+    assert {file: file.stat().st_mtime_ns for file in unbroken.rglob("*")} == before
+    assert set(seen) == {"pseudo masks"}
+    assert bundle == load_bundle((unbroken / "bundle").absolute())
+
+
+@pytest.mark.parametrize(
+    ("stage", "done"),
+    [("classifier", 1), ("classifier", 3), ("pseudo masks", 2), ("segmenter", 1), ("segmenter", 3), ("segmenter", 4)],
+)
+def test_a_run_killed_in_any_stage_and_begun_again_ends_with_the_same_bytes(
+    unbroken: Path, textures: Dataset, tmp_path: Path, stage: str, done: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # after every step
+    run = tmp_path / "broken"
+
+    def kill(what: str, step: int, _total: int) -> None:
+        if (what, step) == (stage, done):
+            raise Killed
+
+    if stage == "segmenter":  # what comes before is the same in all runs
+        shutil.copytree(unbroken, run, ignore=shutil.ignore_patterns("bundle", "segmenter.*"))
+    with pytest.raises(Killed):
+        train(textures, run, CONFIG, device="cpu", progress=kill)
+    assert not (run / "bundle").exists()
+    train(textures, run, CONFIG, device="cpu")
+    assert products(run) == products(unbroken)
+    assert not list(run.glob("*.checkpoint.*"))
+
+
+def test_another_seed_gives_other_weights(unbroken: Path, textures: Dataset, tmp_path: Path) -> None:
+    stop = dataclasses.replace(CONFIG, seed=1, classifier_epochs=1)
+
+    def kill(what: str, *_: int) -> None:
+        if what != "classifier":
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(textures, tmp_path, stop, device="cpu", progress=kill)
+    ours, others = (safetensors.torch.load_file(run / "classifier.safetensors") for run in (tmp_path, unbroken))
+    assert not torch.equal(ours["head.conv.weight"], others["head.conv.weight"])
+
+
+def test_a_patch_data_set_trains_by_the_published_recipe_at_a_side_no_network_takes(tmp_path: Path) -> None:
+    dataset = load_dataset(write_crops(tmp_path / "data", {"a": (40, 40), "b": (80, 40)}, side=40, stride=40))
+    config = dataclasses.replace(
+        CONFIG,
+        head="pda",
+        region=None,
+        cam="grad-cam",
+        layer_weights=(0.2, 0.2, 0.6),
+        overlap_labels=False,
+        classifier_epochs=1,
+        segmenter_epochs=1,
+    )
+    bundle = train(dataset, tmp_path / "run", config, device="cpu")
+    assert bundle.card.tile_size == 64
+    assert bundle.card.metrics == {}  # there is no test split
+    with Image.open(tmp_path / "run" / "pseudo-masks" / "shallow" / "b.png") as picture:
+        assert picture.size == (80, 40)
+
+
+def test_a_run_folder_is_claimed_for_one_configuration_and_data_set(textures: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with claim(run, textures, CONFIG):
+        written = (run / "run.json").read_bytes()
+    with claim(run, textures, CONFIG):
+        pass
+    changed = dataclasses.replace(CONFIG, seed=3, region=96)
+    with (
+        pytest.raises(TrainError, match=r"begun with other settings \(region, seed differ\).*run\.json"),
+        claim(run, textures, changed),
+    ):
+        pass
+    other = Dataset(textures.card.model_copy(update={"mpp": 0.5}), textures.root)
+    with pytest.raises(TrainError, match=r"of the data set differ"), claim(run, other, CONFIG):
+        pass
+    assert (run / "run.json").read_bytes() == written
+    assert json.loads(written)["config"] == json.loads(json.dumps(dataclasses.asdict(CONFIG)))
+
+
+def test_two_runs_do_not_share_a_folder(textures: Dataset, tmp_path: Path) -> None:
+    with (
+        claim(tmp_path / "run", textures, CONFIG),
+        pytest.raises(LockedError, match="another wsi-train is at work in this folder"),
+        claim(tmp_path / "run", textures, CONFIG),
+    ):
+        pass
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(textures: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match=r"file: no folder for the run"), claim(tmp_path / "file", textures, CONFIG):
+        pass
+
+
+def test_a_name_that_no_card_can_hold_is_refused_before_training(textures: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=r"no model card can hold this name"):
+        train(textures, tmp_path / "run", dataclasses.replace(CONFIG, name="My model"), device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_other_settings_changes_nothing(unbroken: Path, textures: Dataset) -> None:
+    before = products(unbroken)
+    with pytest.raises(TrainError, match=r"\(classifier_epochs differ\)"):
+        train(textures, unbroken, dataclasses.replace(CONFIG, classifier_epochs=7), device="cpu")
+    assert products(unbroken) == before
+
+
+def test_a_region_smaller_than_a_labelled_patch_says_what_to_set_and_the_folder_stays_free(tmp_path: Path) -> None:
+    dataset = load_dataset(write_textures(tmp_path / "data", train=4, val=1, test=1, size=100))
+    with pytest.raises(TrainError, match=r"region is 64 px, but labelled patches are up to 100 px at 1\.0.*to 128 or"):
+        train(dataset, tmp_path / "run", CONFIG, device="cpu")
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(dataset, tmp_path / "run", dataclasses.replace(CONFIG, region=128), device="cpu", progress=kill)
+
+
+@pytest.mark.parametrize("wrong", [{"backbone": "resnet19"}, {"head": "gas"}, {"encoder": "resnet19"}])
+def test_a_network_that_does_not_exist_is_named_before_anything_is_made(
+    textures: Dataset, tmp_path: Path, wrong: dict[str, str]
+) -> None:
+    (name,) = wrong.values()
+    with pytest.raises(ArchitectureError, match=name):
+        train(textures, tmp_path / "run", dataclasses.replace(CONFIG, **wrong), device="cpu")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_labelled_patches_that_are_not_square_are_refused(tmp_path: Path) -> None:
+    dataset = load_dataset(write_textures(tmp_path / "data", train=4, val=1, test=1, size=64))
+    for sample in samples(dataset, "train"):
+        with Image.open(sample.image) as image:
+            image.crop((0, 0, 64, 48)).save(sample.image)
+    with pytest.raises(TrainError, match=r"textures: labelled patches are 64x48 px; quarter turns need square ones"):
+        train(dataset, tmp_path / "run", dataclasses.replace(CONFIG, region=None), device="cpu")
+
+
+def test_labelled_patches_of_several_sizes_are_refused(tmp_path: Path) -> None:
+    dataset = load_dataset(write_textures(tmp_path / "data", train=4, val=1, test=1, size=64))
+    file = samples(dataset, "train")[2].image
+    with Image.open(file) as image:
+        image.crop((0, 0, 50, 60)).save(file)
+    with pytest.raises(TrainError, match=r"textures: labelled patches are of 2 sizes, such as \(50, 60\) and \(64, 64"):
+        train(dataset, tmp_path / "run", CONFIG, device="cpu")
+
+
+def test_a_class_that_no_training_patch_has_is_named(tmp_path: Path) -> None:
+    dataset = load_dataset(write_textures(tmp_path / "data", train=4, val=1, test=1, size=64))
+    for sample in samples(dataset, "train"):
+        sample.image.rename(sample.image.with_name(f"{sample.name.split('-')[0]}-[1 1 0].png"))
+    with pytest.raises(EmptyClassError, match="plain"):
+        train(dataset, tmp_path / "run", CONFIG, device="cpu")
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 300),
+    st.sampled_from([0.5, 0.9, 0.95, 0.99, 1.0]),
+    st.sampled_from([0.1, 0.6, 1.0]),
+)
+def test_a_threshold_is_the_largest_that_the_wanted_share_of_tiles_passes(
+    seed: int, count: int, recall: float, highest: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    presence_NK = rng.beta(2, 1, (count, 2)).astype(np.float32)
+    held_NK = rng.random((count, 2)) < 0.7
+    for k, threshold in enumerate(calibrate_gate(presence_NK, held_NK, recall, highest)):
+        held = presence_NK[held_NK[:, k], k]
+        if not len(held):
+            assert threshold == highest
+            continue
+        assert 0 <= threshold <= highest
+        assert (held > np.float32(threshold)).mean() >= recall - 1e-9
+        if threshold < highest:
+            assert (held > threshold + 2e-4).mean() < recall
+
+
+def test_a_class_without_tiles_gets_the_highest_threshold() -> None:
+    presence_NK = np.array([[0.9, 0.8], [0.3, 0.7]], np.float32)
+    held_NK = np.array([[True, False], [True, False]])
+    assert calibrate_gate(presence_NK, held_NK, 1.0, 0.4) == (0.2999, 0.4)
+    assert calibrate_gate(presence_NK, held_NK, 0.5, 0.4) == (0.4, 0.4)
+    assert calibrate_gate(presence_NK, held_NK, 0.5, 1.0) == (0.8999, 1.0)
+
+
+class Brightness(torch.nn.Module):
+    """Presence of class 0 is the mean of the red channel, of class 1 that of the green one, and of class 2 half."""
+
+    def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+        mean_NK = x_NCHW.mean(dim=(2, 3))
+        mean_NK[:, 2] = 0.5
+        return torch.logit(mean_NK, eps=1e-4)
+
+
+def test_tiles_overlap_by_half_and_hold_what_the_patches_inside_them_do(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (112, 70), "b": (40, 40)}, side=24, stride=8)
+    predictor = Predictor(made_card([(1, 1, 1), (2, 2, 2), (3, 3, 3)]), NO_DIGEST, Brightness(), ConstantSegmenter([0]))
+    presence_NK, held_NK = tile_presence(predictor, images)
+    places = [(0, x, y) for y in (0, 6) for x in (0, 32, 48)] + [(1, 0, 0)]
+    assert len(presence_NK) == len(held_NK) == len(places)
+    for row, (index, x, y) in enumerate(places):
+        rgb_HWC = images.rgb(index)
+        missing = [(0, max(0, 64 - length)) for length in rgb_HWC.shape[:2]]
+        tile_HWC = np.pad(rgb_HWC, [*missing, (0, 0)], mode="symmetric")[y : y + 64, x : x + 64]
+        np.testing.assert_allclose(presence_NK[row, :2], tile_HWC[..., :2].mean(axis=(0, 1)) / 255, atol=1e-5)
+        inside = [
+            present_K
+            for (left, top, w, h), present_K in zip(images.boxes[index].tolist(), images.present[index], strict=True)
+            if x <= left and left + w <= x + 64 and y <= top and top + h <= y + 64
+        ]
+        assert held_NK[row].tolist() == np.any(inside, axis=0).tolist()
+
+
+def test_tiles_are_as_large_as_the_views_that_were_trained_on(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (120, 120)}, side=100, stride=10)
+    assert tile_side(images, TrainConfig(region=160)) == 160
+    assert tile_side(images, TrainConfig(region=None)) == 128
+
+
+def test_the_card_says_what_was_trained_and_how(textures: Dataset) -> None:
+    config = dataclasses.replace(CONFIG, mpp=0.5, seed=12, encoder="resnet18")
+    card = make_card(textures, config, 64, (0.1, 0.2, 0.05))
+    assert card.gate_thresholds == (0.1, 0.2, 0.05)
+    assert (card.classifier.backbone, card.classifier.head) == (config.backbone, config.head)
+    assert card.segmenter.encoder == "resnet18"
+    assert card.mpp == 0.5
+    assert [(spec.name, spec.color) for spec in card.classes] == list(
+        zip(textures.class_names, textures.colors, strict=True)
+    )
+    for said in ("Made by a program.", "regions of 64 px", "0.5 um/px", "seed 12", "none weights"):
+        assert said in card.training_data
+    assert make_card(textures, dataclasses.replace(CONFIG, mpp=1.0), 64, (0.1,) * 3).segmenter.encoder == (
+        f"tu-{CONFIG.backbone}"
+    )
