@@ -171,6 +171,9 @@ class Cluster:
                     f"{job.path.name}: lies here, but a worker does not see it at {job.path.absolute()}; mount the "
                     f"folder there, at the same path"
                 ) from error
+        if result.status == "skipped" and tasks.begun > 1:
+            # A process had done it, and was ended before it could say so.
+            result = replace(result, status="done")
         self._wait_until_visible(job, output / result.slide)
         return _seen_here(result, output)
 
@@ -253,7 +256,7 @@ class Cluster:
         _, facts = event
         tasks = self._slides.get(facts["id"])
         if tasks is not None:
-            tasks.messages.put(Message(facts["kind"], facts))
+            tasks.receive(Message(facts["kind"], facts))
 
 
 class _BandRunner:

@@ -13,7 +13,7 @@ from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
-from pipeline.cluster.tasks import Ended
+from pipeline.cluster.tasks import SETTLE_S, Ended
 from pipeline.errors import Cancelled, ClusterError, PipelineError, SlideTimeoutError, WorkerLostError
 from pipeline.segment import Progress
 
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 RESTART_S = 30.0
 """How long a process that has to be ended may take to come back."""
-
 
 BYSTANDER_TRIES = 3
 """How often a task is handed in again that was only waiting in processes that were ended."""
@@ -51,7 +50,7 @@ class _Task:
 
 
 class SlideTasks:
-    """The tasks of one slide. One thread hands them in and waits; `cancel` and `messages.put` are for others."""
+    """The tasks of one slide. One thread hands them in and waits; `cancel` and `receive` are for others."""
 
     def __init__(
         self,
@@ -62,7 +61,7 @@ class SlideTasks:
         progress: Progress,
     ) -> None:
         self.id = str(uuid.uuid4())
-        self.messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._name = name
         self._client = client
         self._resources = dict(resources)
@@ -71,11 +70,22 @@ class SlideTasks:
         self._cancelled = threading.Event()
         self._tasks: dict[str, _Task] = {}
         self._deadline: float | None = None
+        self.begun = 0
+        """How often processes have begun one of the tasks: more often than handed in where some were ended."""
 
     @property
     def running(self) -> int:
         """Tasks that have not ended."""
         return len(self._tasks)
+
+    def receive(self, message: Message) -> None:
+        """Take what a process says of a task. Called on the client's own thread: it must not wait."""
+        if message.kind == "started":
+            # Counted at once: a value that was lost with its process is made again while the other thread waits for it.
+            self.begun += 1
+            if message.facts["key"] in self._tasks:
+                self._tasks[message.facts["key"]].begun += 1
+        self._messages.put(message)
 
     def submit(self, function: Callable[..., Ended[Any]], *arguments: object) -> None:
         """Hand a task in. Raises WorkerLostError where the cluster is gone."""
@@ -89,7 +99,8 @@ class SlideTasks:
         except Exception as error:
             raise self._lost() from error
         self._tasks[key] = _Task(future, function, arguments, tries)
-        future.add_done_callback(lambda _: self.messages.put(Message("ended", {"key": key})))
+        ended = Message("ended", {"key": key})
+        future.add_done_callback(lambda _: threading.Timer(SETTLE_S, self._messages.put, [ended]).start())
 
     def next_ended(self) -> Any:
         """Wait until one of the tasks has ended, passing progress on; returns its value or raises its error.
@@ -100,7 +111,7 @@ class SlideTasks:
         while True:
             self._check()
             try:
-                message = self.messages.get(timeout=1.0 if self._deadline is None else 0.1)
+                message = self._messages.get(timeout=1.0 if self._deadline is None else 0.1)
             except queue.Empty:
                 continue
             task = self._tasks.get(message.facts.get("key", ""))
@@ -108,7 +119,6 @@ class SlideTasks:
                 self._progress(message.facts["stage"], message.facts["done"], message.facts["total"])
             elif message.kind == "started" and task is not None:
                 task.address = message.facts["worker"]
-                task.begun += 1
                 if self._timeout_s is not None and self._deadline is None:
                     self._deadline = time.monotonic() + self._timeout_s
             elif message.kind == "ended" and task is not None:
@@ -125,7 +135,7 @@ class SlideTasks:
     def cancel(self) -> None:
         """Let the waiting thread raise Cancelled."""
         self._cancelled.set()
-        self.messages.put(Message("cancelled", {}))
+        self._messages.put(Message("cancelled", {}))
 
     def release(self) -> None:
         """Let go of the tasks that have not ended; they stop at their next step."""

@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 from distributed import Worker, get_worker
+from distributed.utils import sync
 
 from models.bundle import load_bundle
 from models.errors import ModelError
@@ -39,6 +40,9 @@ from wsi.slide import Slide
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
+
+SETTLE_S = 0.05
+"""How long what Dask says of a task may be on its way after the task has ended."""
 
 PROGRESS_S = 0.5
 """Least time between two messages about the progress of one stage."""
@@ -234,7 +238,11 @@ def _turn(order: Order) -> Iterator[Callable[[], bool]]:
             raise Cancelled("nobody waits for it any more")
     try:
         keep_freed_memory()
-        worker.log_event(order.topic, {"id": order.id, "kind": "started", "key": key, "worker": worker.address})
+        # Waits until the scheduler has it: should this process be ended now, the client must know what it had begun.
+        started = {"id": order.id, "kind": "started", "key": key, "worker": worker.address}
+        sync(worker.loop, worker.scheduler.log_event, topic=order.topic, msg=started)
+        # And should this task end the process, the value of the one before must have left it.
+        time.sleep(SETTLE_S)
         yield given_up
     except Exception:
         if given_up():

@@ -140,7 +140,7 @@ def test_messages_that_operations_explains_are_those_of_the_code() -> None:
     sources = [
         path.read_text(encoding="utf-8")
         for package in ("wsi", "pipeline")
-        for path in (REPOSITORY / package).glob("*.py")
+        for path in (REPOSITORY / package).rglob("*.py")
     ]
     # Strings that are written in pieces, put together.
     code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))
