@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from models import resnet38d
 from models.errors import ArchitectureError
-from models.torchvision_ops import declare_missing_ops
+from models.light_imports import import_light
 
-declare_missing_ops()
-
-import timm  # noqa: E402  # torchvision's operators have to be declared first
+timm = import_light("timm")
 
 
 class Stages(NamedTuple):

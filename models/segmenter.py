@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ArchitectureError
-from models.torchvision_ops import declare_missing_ops
+from models.light_imports import WithoutUnseenWeights, import_light
 
-declare_missing_ops()
-
-import segmentation_models_pytorch as smp  # noqa: E402  # torchvision's operators have to be declared first
+smp = import_light("segmentation_models_pytorch")
 
 NATIVE_STRIDE = 4
 
@@ -29,7 +27,9 @@ def build_segmenter(encoder: str, classes: int) -> nn.Module:
     """
     options: dict[str, Any] = {"encoder_output_stride": 16, "decoder_atrous_rates": (6, 12, 18), "upsampling": 1}
     try:
-        network: nn.Module = smp.DeepLabV3Plus(encoder_name=encoder, encoder_weights=None, classes=classes, **options)
+        # smp builds an encoder of timm's on the device "meta" first, to see its channels.
+        with WithoutUnseenWeights():
+            network: nn.Module = smp.DeepLabV3Plus(encoder, encoder_weights=None, classes=classes, **options)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ArchitectureError(f"unknown or unsuited segmenter encoder {encoder!r}: {error}") from error
     return network
