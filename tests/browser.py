@@ -79,6 +79,15 @@ def watch(page: Page) -> list[str]:
     return faults
 
 
+def until(page: Page, condition: str, *, seconds: float = 20) -> None:
+    """Wait until the condition holds. Playwright's own way needs `eval`, which the page's policy forbids."""
+    for _ in range(int(seconds * 20)):
+        if page.evaluate(f"() => Boolean({condition})"):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"it never came to be: {condition}")
+
+
 def is_local(url: str) -> bool:
     """Whether a URL stays on this machine."""
     parts = urlsplit(url)

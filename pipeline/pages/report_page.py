@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,17 +12,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from filelock import FileLock
-
 from pipeline.errors import OutputError
-from pipeline.pages.page import render_page
+from pipeline.pages.page import css_colour, render_page
 from pipeline.pages.slide_page import PAGE, THUMBNAIL, ClassArea, class_areas
-from pipeline.report import read_run, read_summary, write_atomically
+from pipeline.report import only_writer, read_run, read_summary, write_atomically
 
 log = logging.getLogger(__name__)
 
 STATUSES = ("done", "no tissue", "skipped", "failed")
 """In the order in which they are counted up."""
+
+_FOLDERS = re.compile(r"""(?<![\w.])(?:[A-Za-z]:)?[\\/](?:[^\\/:;,()'"\n]*[^\\/:;,()'"\s][\\/])+""")
+"""The folders of an absolute path."""
 
 AREA_COLUMN = "area_mm2 "
 """What the columns of `summary.csv` begin with that hold a class's area."""
@@ -55,13 +57,10 @@ def write_report(output: Path) -> Path:
     Runs into the same folder may do so at the same time: the last one sees the slides of all. Raises OutputError where
     `summary.csv` is no summary or the page cannot be written.
     """
-    path, lock_path = output / PAGE, output / ".report.lock"
+    path = output / PAGE
     try:
-        with FileLock(lock_path):
-            try:
-                write_atomically(path, _render(_rows(output)))
-            finally:
-                lock_path.unlink(missing_ok=True)
+        with only_writer(path, output / ".report.lock"):
+            write_atomically(path, _render(_rows(output)))
     except OSError as error:
         raise OutputError(
             f"{path}: the report cannot be written: {error.strerror or error}; the results themselves are complete"
@@ -112,7 +111,7 @@ def _rows(output: Path) -> list[SlideRow]:
 def _row(name: str, told: Mapping[str, Any], folder: Path) -> SlideRow:
     try:
         return _row_of(name, told, folder, read_run(folder) or {})
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         # Somebody has changed the run.json by hand: one slide's facts must not take the page from all the others.
         log.warning("%s: run.json is not as a run writes it", folder)
         return _row_of(name, told, folder, {})
@@ -144,18 +143,22 @@ def _row_of(name: str, told: Mapping[str, Any], folder: Path, run: Mapping[str, 
     }
     tissue_mm2 = _number(run.get("tissue_mm2", told.get("tissue_mm2")))
     failed = status == "failed"
+    classes = class_areas({name: _finite(area) for name, area in areas.items()}, run.get("classes", []))
+    for one in classes:
+        css_colour(one.colour)
     return SlideRow(
         name=name,
         status=status,
         page=_link(folder, PAGE) or (_link(folder, "preview.png") if run else None),
         thumbnail=_link(folder, THUMBNAIL),
         tissue_mm2=None if failed else tissue_mm2,
-        areas=[] if failed else class_areas(areas, run.get("classes", [])),
+        areas=[] if failed else classes,
         seconds=_number(told.get("seconds")),
         resumed_blocks=int(_number(told.get("resumed_blocks")) or 0),
         model=str(run.get("model", "")),
         warnings=warnings,
-        error=str(told.get("error", "")),
+        # The page is passed on: `summary.csv` has the whole text, with the folders of this machine.
+        error=_FOLDERS.sub("", str(told.get("error", ""))),
     )
 
 
@@ -166,6 +169,13 @@ def _link(folder: Path, name: str) -> str | None:
 
 def _number(text: object) -> float | None:
     try:
-        return float(str(text))
+        return _finite(text)
     except ValueError:
         return None
+
+
+def _finite(text: object) -> float:
+    value = float(str(text))
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number of anything")
+    return value

@@ -36,6 +36,7 @@ PARAMETERS = {
     "simplify_px": ("Simplification of borders", "px of the map"),
     "keep_ungated": ("Keep what the gate silences", ""),
     "precision": ("Number format of the networks", ""),
+    "runtime": ("Runtime of the networks", ""),
     "block_out": ("Side of a block", "px of the map"),
 }
 """What each parameter of a run is called, and its unit."""

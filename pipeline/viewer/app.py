@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 
 import jinja2
@@ -31,6 +31,7 @@ from pipeline.viewer import map_tiles
 from pipeline.viewer.cache import ByteCache
 from pipeline.viewer.open_results import OpenResult, OpenResults
 from pipeline.viewer.outlines import TOLERANCES_L0
+from pipeline.viewer.request_threads import RequestThreads
 from pipeline.viewer.results import Result
 from wsi.errors import SlideError
 from wsi.slide import slide_digest, slide_stamp
@@ -87,6 +88,8 @@ def make_app(results: Sequence[Result]) -> Starlette:
         Route(f"{here}/facts.json", viewer.facts),
         Route(f"{here}/identity.json", viewer.identity),
         Route(f"{here}/slide/{{level:number}}/{{column:number}}_{{row:number}}.jpg", viewer.slide_tile),
+        Route(f"{here}/overview/{{level:number}}/{{column:number}}_{{row:number}}.jpg", viewer.overview_tile),
+        Route(f"{here}/overview.json", viewer.overview),
         Route(
             f"{here}/class/{{channel:number}}/{{level:number}}/{{column:number}}_{{row:number}}.png", viewer.class_tile
         ),
@@ -111,11 +114,11 @@ class Viewer:
 
     def __init__(self, results: Sequence[Result]) -> None:
         self._cache = ByteCache(CACHE_BYTES)
-        self._opened = OpenResults(results, self._cache)
-        workers = max(2, min(8, os.cpu_count() or 2))
-        # Threads of our own: each keeps a handle of every slide, so there must be few and always the same.
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="tiles")
-        self._turns = asyncio.Semaphore(workers)
+        self._opened = OpenResults(results)
+        # Few, and always the same: each keeps a handle of every slide.
+        self._tile_threads = RequestThreads("tiles", max(2, min(8, os.cpu_count() or 2)))
+        # Hundreds of thousands of polygons take seconds, for which no tile has to wait.
+        self._outline_thread = RequestThreads("outlines", 1)
         self._identities: dict[str, asyncio.Task[bool | None]] = {}
         self._assets = _read_assets()
         self._pages = jinja2.Environment(loader=jinja2.PackageLoader("pipeline.viewer", "assets"), autoescape=True)
@@ -123,7 +126,8 @@ class Viewer:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         yield
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._tile_threads, self._outline_thread):
+            threads.shutdown()
         self._opened.close()
 
     async def index(self, _: Request) -> Response:
@@ -145,14 +149,7 @@ class Viewer:
         return Response(self._assets[name], media_type=ASSETS[name])
 
     async def facts(self, request: Request) -> Response:
-        facts: dict[str, object] = {}
-
-        def collect(opened: OpenResult) -> bytes:
-            facts.update(page_facts(opened))
-            return b"facts"
-
-        await self._made(request, None, collect)
-        return JSONResponse(facts)
+        return await self._answer(request, "application/json", _facts, keep=False)
 
     async def identity(self, request: Request) -> Response:
         """Whether the slide's file is, byte for byte, the one that was segmented; null where it cannot be read."""
@@ -165,6 +162,18 @@ class Viewer:
         level, column, row = (request.path_params[n] for n in ("level", "column", "row"))
         return await self._answer(request, "image/jpeg", lambda o: o.slide_tiles.jpeg(level, column, row))
 
+    async def overview_tile(self, request: Request) -> Response:
+        level, column, row = (request.path_params[n] for n in ("level", "column", "row"))
+
+        def make(opened: OpenResult) -> bytes | None:
+            return None if opened.overview is None else opened.overview.jpeg(level, column, row)
+
+        # The next one may show more, and to make it is but to encode it.
+        return await self._answer(request, "image/jpeg", make, keep=False)
+
+    async def overview(self, request: Request) -> Response:
+        return await self._answer(request, "application/json", _progress, keep=False)
+
     async def class_tile(self, request: Request) -> Response:
         place = tuple(request.path_params[n] for n in ("channel", "level", "column", "row"))
         return await self._answer(request, "image/png", lambda o: o.map_tiles.probability(*place))
@@ -175,7 +184,8 @@ class Viewer:
 
     async def outlines(self, request: Request) -> Response:
         detail = request.path_params["detail"]
-        return await self._answer(request, "application/octet-stream", lambda o: o.outlines(detail))
+        answer = await self._made(request, request.url.path, lambda o: o.outlines(detail), self._outline_thread)
+        return Response(answer, media_type="application/octet-stream")
 
     def _result(self, request: Request) -> Result:
         result = self._opened.by_id.get(request.path_params["id"])
@@ -183,24 +193,21 @@ class Viewer:
             raise HTTPException(404)
         return result
 
-    async def _answer(self, request: Request, media_type: str, make: Make) -> Response:
-        return Response(await self._made(request, request.url.path, make), media_type=media_type)
+    async def _answer(self, request: Request, media_type: str, make: Make, *, keep: bool = True) -> Response:
+        key = request.url.path if keep else None
+        return Response(await self._made(request, key, make, self._tile_threads), media_type=media_type)
 
-    async def _made(self, request: Request, key: str | None, make: Make) -> bytes:
+    async def _made(self, request: Request, key: str | None, make: Make, threads: RequestThreads) -> bytes:
         """What `make` makes of the result, kept under `key`. Raises HTTPException 404 where that is None."""
         result = self._result(request)
         kept = None if key is None else self._cache.peek(key)
         if kept is not None:
             return kept
-        async with self._turns:
-            # A page that moved on has given up the tiles that still waited for their turn.
-            if await request.is_disconnected():
-                raise HTTPException(404)
-            try:
-                made = await asyncio.get_running_loop().run_in_executor(self._threads, self._work, result, make)
-            except (PipelineError, SlideError, OSError) as error:
-                log.error("%s: %s", result.name, error)
-                raise HTTPException(503, "The slide or its result cannot be read; the terminal says why.") from error
+        try:
+            made = await threads.run(request, lambda: self._work(result, make))
+        except (PipelineError, SlideError, OSError) as error:
+            log.error("%s: %s", result.name, error)
+            raise HTTPException(503, "The slide or its result cannot be read; the terminal says why.") from error
         if made is None:
             raise HTTPException(404)
         if key is not None:
@@ -221,7 +228,7 @@ def page_facts(opened: OpenResult) -> dict[str, object]:
         "mpp": result.mpp,
         "width": tiles.size_l0[0],
         "height": tiles.size_l0[1],
-        "slide": {"tile": tiles.tile, "levels": tiles.levels},
+        "slide": {"tile": tiles.tile, "levels": tiles.levels, "overview": tiles.overview_level},
         "map": {
             "tile": map_tiles.TILE,
             "levels": map_.levels,
@@ -236,6 +243,17 @@ def page_facts(opened: OpenResult) -> dict[str, object]:
         "polygons": result.polygons,
         "tolerances": list(TOLERANCES_L0),
     }
+
+
+def _facts(opened: OpenResult) -> bytes:
+    return json.dumps(page_facts(opened)).encode()
+
+
+def _progress(opened: OpenResult) -> bytes | None:
+    """How much of the overview has been read, and whether that is all there will ever be; None where there is none."""
+    if opened.overview is None:
+        return None
+    return json.dumps({"share": opened.overview.share, "failed": opened.overview.failed}).encode()
 
 
 async def _in_daemon(work: Callable[[], bool | None]) -> bool | None:

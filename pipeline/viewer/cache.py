@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 
 class ByteCache:
@@ -16,14 +16,6 @@ class ByteCache:
         self._lock = threading.Lock()
         self.held = 0
         """Bytes that are kept now."""
-
-    def get(self, key: Hashable, make: Callable[[], bytes]) -> bytes:
-        """The answer to `key`, made where it is not kept. Two threads that ask at once may both make it."""
-        kept = self.peek(key)
-        if kept is None:
-            kept = make()
-            self.put(key, kept)
-        return kept
 
     def peek(self, key: Hashable) -> bytes | None:
         """The answer to `key` where it is kept."""

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import ViewError
-from pipeline.viewer.cache import ByteCache
 from pipeline.viewer.map_tiles import MapTiles
 from pipeline.viewer.outlines import outline_bytes
+from pipeline.viewer.overview import Overview
 from pipeline.viewer.results import Result
 from pipeline.viewer.slide_tiles import SlideTiles
 from wsi.errors import SlideError
@@ -24,23 +24,29 @@ MOST_OPEN = 4
 class OpenResult:
     """A result with its slide and its map open. Threads may share it."""
 
-    def __init__(self, result: Result, cache: ByteCache) -> None:
+    def __init__(self, result: Result) -> None:
         self.result = result
-        self.slide = open_checked(result)
-        self.slide_tiles = SlideTiles(self.slide, cache)
+        self._slide = open_checked(result)
+        self.slide_tiles = SlideTiles(self._slide)
         self.map_tiles = MapTiles(result.folder / result.store, [c.color for c in result.classes])
+        level = self.slide_tiles.overview_level
+        self.overview = None if level is None else Overview(self.slide_tiles, level, result.name)
         self.users = 0
 
     def outlines(self, detail: int) -> bytes | None:
         return outline_bytes(self.result.folder / self.result.outlines, detail)
 
+    def close(self) -> None:
+        if self.overview is not None:
+            self.overview.close()
+        self._slide.close()
+
 
 class OpenResults:
     """The open results among all that are shown. Threads may share it; `close` when nobody uses one any more."""
 
-    def __init__(self, results: Sequence[Result], cache: ByteCache) -> None:
+    def __init__(self, results: Sequence[Result]) -> None:
         self.by_id = {result.id: result for result in results}
-        self._cache = cache
         self._open: OrderedDict[str, OpenResult] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -50,7 +56,7 @@ class OpenResults:
         with self._lock:
             opened = self._open.get(result.id)
             if opened is None:
-                opened = self._open[result.id] = OpenResult(result, self._cache)
+                opened = self._open[result.id] = OpenResult(result)
             self._open.move_to_end(result.id)
             opened.users += 1
             self._close_unused()
@@ -63,13 +69,13 @@ class OpenResults:
     def _close_unused(self) -> None:
         idle = [id_ for id_, opened in self._open.items() if not opened.users]
         for id_ in idle[: max(0, len(self._open) - MOST_OPEN)]:
-            self._open.pop(id_).slide.close()
+            self._open.pop(id_).close()
 
     def close(self) -> None:
         """Close every slide."""
         with self._lock:
             while self._open:
-                self._open.popitem()[1].slide.close()
+                self._open.popitem()[1].close()
 
 
 def open_checked(result: Result) -> Slide:

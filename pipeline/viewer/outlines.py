@@ -8,13 +8,19 @@ polygon's first ring is its outline, the others are holes; rings are closed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
+from numpy.typing import NDArray
 
 TOLERANCES_L0 = (0.0, 4.0, 16.0, 64.0, 256.0)
 """How far, in level-0 pixels, the lines of each degree of detail may lie from the stored ones."""
+
+BATCH = 1 << 15
+"""Polygons that are held as objects at a time: they take several times the bytes of an answer."""
 
 
 def outline_bytes(path: Path, detail: int) -> bytes | None:
@@ -24,20 +30,39 @@ def outline_bytes(path: Path, detail: int) -> bytes | None:
     """
     if not 0 <= detail < len(TOLERANCES_L0):
         return None
-    table = pq.read_table(path, columns=["label", "area_mm2", "geometry"])
-    polygons = shapely.from_wkb(table["geometry"].to_numpy())
-    if tolerance := TOLERANCES_L0[detail]:
-        polygons = shapely.simplify(polygons, tolerance, preserve_topology=True)
-    if len(polygons):
-        _, xy_l0, (first_point, first_ring) = shapely.to_ragged_array(polygons)
-    else:
-        xy_l0, first_point, first_ring = np.empty((0, 2)), np.zeros(1), np.zeros(1)
-    parts = (
-        (np.array([len(polygons), len(first_point) - 1, len(xy_l0), 0]), "<u4"),
-        (table["area_mm2"].to_numpy(), "<f8"),
-        (table["label"].to_numpy(), "<u4"),
-        (first_ring, "<u4"),
-        (first_point, "<u4"),
+    with pq.ParquetFile(path) as file:
+        batches = file.iter_batches(BATCH, columns=["label", "area_mm2", "geometry"])
+        parts = [_arrays(batch, TOLERANCES_L0[detail]) for batch in batches]
+    if not parts:
+        return np.zeros(6, "<u4").tobytes()
+    area_mm2, label, ring_counts, point_counts, xy_l0 = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    counts = np.array([len(area_mm2), len(point_counts), len(xy_l0), 0])
+    fields = (
+        (counts, "<u4"),
+        (area_mm2, "<f8"),
+        (label, "<u4"),
+        (np.cumsum([0, *ring_counts]), "<u4"),
+        (np.cumsum([0, *point_counts]), "<u4"),
         (xy_l0, "<f4"),
     )
-    return b"".join(np.ascontiguousarray(values, dtype).tobytes() for values, dtype in parts)
+    return b"".join(np.ascontiguousarray(values, dtype).tobytes() for values, dtype in fields)
+
+
+def _arrays(batch: pa.RecordBatch, tolerance_l0: float) -> tuple[NDArray[Any], ...]:
+    """Areas, labels, rings of each polygon, points of each ring, and the points of a batch."""
+    polygons = shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False))
+    if tolerance_l0:
+        polygons = _simplified(polygons, tolerance_l0)
+    _, xy_l0, (first_point, first_ring) = shapely.to_ragged_array(polygons)
+    area_mm2, label = (batch[name].to_numpy(zero_copy_only=False) for name in ("area_mm2", "label"))
+    return area_mm2, label, np.diff(first_ring), np.diff(first_point), xy_l0.astype(np.float32)
+
+
+def _simplified(polygons: NDArray[Any], tolerance_l0: float) -> NDArray[Any]:
+    left, top, right, bottom = shapely.bounds(polygons).T
+    # Such a one is drawn as its box at the zooms that this detail is for; to simplify it would take most of the time.
+    small = np.maximum(right - left, bottom - top) <= 2 * tolerance_l0
+    simple = np.empty_like(polygons)
+    simple[small] = shapely.envelope(polygons[small])
+    simple[~small] = shapely.simplify(polygons[~small], tolerance_l0, preserve_topology=True)
+    return simple

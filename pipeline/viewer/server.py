@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import sys
@@ -27,8 +28,7 @@ def serve(results: Sequence[Result], port: int, ready: Callable[[str], None]) ->
     sys.setswitchinterval(0.0005)
     with listening(port) as listener:
         server = uvicorn.Server(server_config(results))
-        # Ctrl-C ends in one line, whatever a browser still asks for.
-        logging.getLogger("uvicorn.error").addFilter(lambda record: "graceful shutdown" not in record.getMessage())
+        logging.getLogger("uvicorn.error").addFilter(is_news)
         ready(f"http://{ADDRESS}:{listener.getsockname()[1]}/")
         try:
             server.run(sockets=[listener])
@@ -47,6 +47,12 @@ def server_config(results: Sequence[Result]) -> uvicorn.Config:
         # A browser keeps its connections open; it need not be waited for.
         timeout_graceful_shutdown=1,
     )
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether to log a message: Ctrl-C ends in one line, whatever a browser still asks for."""
+    ended = record.exc_info is not None and record.exc_info[0] is asyncio.CancelledError
+    return not ended and "graceful shutdown" not in record.getMessage()
 
 
 def open_browser(url: str) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
 from contextlib import closing
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.viewer.cache import ByteCache
 from wsi.grid import Box
 from wsi.readers import READERS
 from wsi.resample import area_mean
@@ -25,59 +25,79 @@ TILE = 512
 
 QUALITY = 85
 
-MOST_HALVINGS_READ = 2
-"""Tiles more than this many halvings above the slide's nearest level are made of the tiles below them, which keeps what
-is decoded at a time small. Only slides without a full pyramid have such tiles."""
+PIECE_PX = 2048
+"""Side, in the slide's own pixels, of what is decoded at a time: it bounds the memory of a tile that covers more."""
+
+ON_DEMAND_PX = 4096**2
+"""Own pixels of which the coarsest tiles are made while a browser waits; a slide whose smallest level has more gets an
+overview of its own (`pipeline.viewer.overview`)."""
+
+OVERVIEW_PX = 4096
+"""Longer side of that overview, at most: 50 MB."""
 
 
 class SlideTiles:
     """The tiles of an open slide. Threads may share it."""
 
-    def __init__(self, slide: Slide, cache: ByteCache) -> None:
+    def __init__(self, slide: Slide) -> None:
         self._slide = slide
-        self._cache = cache
-        self._own = object()  # in the keys: an id would be given again once this one is gone
         bounds_l0 = slide.info.bounds_l0
         self.size_l0 = (bounds_l0.width, bounds_l0.height)
         self.tile = _tile_side(slide)
         self.levels = zoom_levels(self.size_l0, self.tile)
+        self.overview_level = self._overview_level()
+        """The first of the levels that are made of an overview, and not here; None where there are none."""
 
     def jpeg(self, level: int, column: int, row: int) -> bytes | None:
         """One tile as JPEG; None where there is no such tile. Raises what `Slide.read` raises."""
-        box_z = self._box_z(level, column, row)
-        if box_z is None:
+        box_z = self.box_z(level, column, row)
+        if box_z is None or (self.overview_level is not None and level >= self.overview_level):
             return None
-        buffer = io.BytesIO()
-        Image.fromarray(self._pixels(level, box_z)).save(buffer, "JPEG", quality=QUALITY)
-        return buffer.getvalue()
+        return jpeg(Image.fromarray(self.pixels(level, box_z)))
 
-    def _box_z(self, level: int, column: int, row: int) -> Box | None:
+    def box_z(self, level: int, column: int, row: int) -> Box | None:
         """The pixels of a tile, cut at the slide's edge; None where there is no such tile."""
         if not (0 <= level < self.levels and column >= 0 and row >= 0):
             return None
-        box_z = Box(column * self.tile, row * self.tile, self.tile, self.tile).intersect(
-            Box(0, 0, *self._size_z(level))
-        )
+        box_z = Box(column * self.tile, row * self.tile, self.tile, self.tile).intersect(Box(0, 0, *self.size_z(level)))
         return box_z if box_z.width and box_z.height else None
 
-    def _size_z(self, level: int) -> tuple[int, int]:
+    def size_z(self, level: int) -> tuple[int, int]:
+        """(width, height) of a zoom level."""
         width, height = self.size_l0
         return -(-width >> level), -(-height >> level)
 
-    def _pixels(self, level: int, box_z: Box) -> NDArray[np.uint8]:
-        info = self._slide.info
+    def pieces(self, level: int, box_z: Box) -> Iterator[Box]:
+        """The box, cut into what is decoded at a time."""
+        side_z = max(1, int(PIECE_PX / self._factor(level)))
+        for y in range(box_z.y, box_z.bottom, side_z):
+            for x in range(box_z.x, box_z.right, side_z):
+                yield Box(x, y, side_z, side_z).intersect(box_z)
+
+    def pixels(self, level: int, box_z: Box) -> NDArray[np.uint8]:
+        """A box of a zoom level as rgb_HWC: means of the slide's own pixels. Raises what `Slide.read` raises."""
+        rgb_HWC = np.empty((box_z.height, box_z.width, 3), np.uint8)
+        for piece_z in self.pieces(level, box_z):
+            y, x = piece_z.y - box_z.y, piece_z.x - box_z.x
+            rgb_HWC[y : y + piece_z.height, x : x + piece_z.width] = self._piece(level, piece_z)
+        return rgb_HWC
+
+    def _piece(self, level: int, box_z: Box) -> NDArray[np.uint8]:
         level_lv, downsample = self._nearest(level)
-        if self._made_of_finer(level, downsample):
-            return self._from_finer(level, box_z)
-        factor = _whole(2**level / downsample, max(self.size_l0) >> level)
-        origin_lv = (round(info.bounds_l0.x / downsample), round(info.bounds_l0.y / downsample))
+        factor = self._factor(level)
+        bounds_l0 = self._slide.info.bounds_l0
+        origin_lv = (round(bounds_l0.x / downsample), round(bounds_l0.y / downsample))
         x, y = math.floor(box_z.x * factor), math.floor(box_z.y * factor)
-        box = Box(x, y, math.ceil(box_z.right * factor) - x, math.ceil(box_z.bottom * factor) - y)
-        rgb_HWC = self._slide.read(level_lv, box.shift(*origin_lv)).rgb_HWC
+        right, bottom = math.ceil(box_z.right * factor), math.ceil(box_z.bottom * factor)
+        rgb_HWC = self._slide.read(level_lv, Box(x, y, right - x, bottom - y).shift(*origin_lv)).rgb_HWC
         if factor == int(factor):
             # The same means as `area_mean` takes, in a quarter of the time.
             return np.asarray(Image.fromarray(rgb_HWC).reduce(int(factor)))
         return area_mean(rgb_HWC, (x, y), box_z, factor)
+
+    def _factor(self, level: int) -> float:
+        """Pixels of the nearest own level per zoom pixel."""
+        return _whole(2**level / self._nearest(level)[1], max(self.size_l0) >> level)
 
     def _nearest(self, level: int) -> tuple[int, float]:
         """The slide's own level to read a zoom level from, and its downsample."""
@@ -86,30 +106,19 @@ class SlideTiles:
         level_lv = max(fine_enough, key=lambda i: downsamples[i], default=0)
         return level_lv, downsamples[level_lv]
 
-    def _made_of_finer(self, level: int, downsample: float) -> bool:
-        return bool(2**level / downsample > 2**MOST_HALVINGS_READ * 1.02)
+    def _overview_level(self) -> int | None:
+        downsample = self._nearest(self.levels - 1)[1]
+        width, height = self.size_l0
+        if width * height / downsample**2 <= ON_DEMAND_PX:
+            return None
+        return next(level for level in range(self.levels) if max(self.size_z(level)) <= OVERVIEW_PX)
 
-    def _from_finer(self, level: int, box_z: Box) -> NDArray[np.uint8]:
-        """Means of 2 × 2 pixels of the four tiles one level below; an edge pixel without a fellow counts twice."""
-        finer_z = Box(2 * box_z.x, 2 * box_z.y, 2 * box_z.width, 2 * box_z.height)
-        inside_z = finer_z.intersect(Box(0, 0, *self._size_z(level - 1)))
-        canvas_HWC = np.empty((inside_z.height, inside_z.width, 3), np.uint8)
-        for row in range(inside_z.y // self.tile, -(-inside_z.bottom // self.tile)):
-            for column in range(inside_z.x // self.tile, -(-inside_z.right // self.tile)):
-                part_z = self._box_z(level - 1, column, row)
-                assert part_z is not None
-                y, x = part_z.y - inside_z.y, part_z.x - inside_z.x
-                canvas_HWC[y : y + part_z.height, x : x + part_z.width] = self._kept_pixels(level - 1, part_z)
-        missing = ((0, finer_z.height - inside_z.height), (0, finer_z.width - inside_z.width), (0, 0))
-        return np.asarray(Image.fromarray(np.pad(canvas_HWC, missing, "edge")).reduce(2))
 
-    def _kept_pixels(self, level: int, box_z: Box) -> NDArray[np.uint8]:
-        if not self._made_of_finer(level, self._nearest(level)[1]):
-            # One read gives it: the room is for what is dear, which a whole slide's coarse levels then fit into.
-            return self._pixels(level, box_z)
-        key = (self._own, "pixels", level, box_z)
-        pixels = self._cache.get(key, lambda: self._pixels(level, box_z).tobytes())
-        return np.frombuffer(pixels, np.uint8).reshape(box_z.height, box_z.width, 3)
+def jpeg(picture: Image.Image) -> bytes:
+    """A picture as the page gets it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
 
 
 def zoom_levels(size_l0: tuple[int, int], tile: int = TILE) -> int:

@@ -45,7 +45,8 @@ function filter() {
     row.hidden = !fits;
     shown += fits;
   }
-  count.textContent = shown === rows.length ? `${shown} slides` : `${shown} of ${rows.length} slides`;
+  const slides = rows.length === 1 ? "slide" : "slides";
+  count.textContent = shown === rows.length ? `${shown} ${slides}` : `${shown} of ${rows.length} ${slides}`;
 }
 for (const input of [text, status, noted]) input.addEventListener("input", filter);
 sort.addEventListener("input", order);

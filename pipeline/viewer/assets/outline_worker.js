@@ -7,7 +7,9 @@ const CELLS = 64;
 const MOST_POINTS = 3000; // of a path: messages are looked at between paths
 const MOST_ERROR_PX = 0.6;
 const DOT_PX = 2; // what is smaller becomes a dot,
-const BLOB_PX = 7; // and what is smaller than this is filled: its lines would meet in the middle
+const BLOB_PX = 7; // and what is smaller than this is filled: its lines would meet in the middle,
+const CROWD = 30000; // and of more polygons than this in view
+const CROWDED_BLOB_PX = 16; // also larger ones: lines take most of the time
 const BUSY_MS = 15;
 const CASING = "rgba(255, 255, 255, 0.75)";
 
@@ -136,6 +138,12 @@ function readPolygons(buffer) {
     polygons.box.set(box, 4 * index);
   }
   polygons.size = Int8Array.from(polygons.area, (mm2) => Math.floor(Math.log10(mm2)));
+  // The large ones first, since an island and the hole that it lies in have one border, and it is the island's; among those
+  // of about a size, those of a class together.
+  const { size, label } = polygons;
+  polygons.order = new Uint32Array(count).map((_, index) => index).sort((a, b) => size[b] - size[a] || label[a] - label[b] || a - b);
+  polygons.rank = new Uint32Array(count);
+  polygons.order.forEach((index, rank) => { polygons.rank[index] = rank; });
   polygons.grid = new CellGrid(polygons, Math.max(facts.width, facts.height) / CELLS);
   return polygons;
 }
@@ -164,27 +172,19 @@ class CellGrid {
     return this.cells.get(row * 4096 + column) ?? [];
   }
 
-  // The polygons whose box meets a box, each once: the large ones first, since an island and the hole that it lies in have
-  // one border, and it is the island's; among those of about a size, those of a class together.
+  // The polygons whose box meets a box, each once, in the order in which they are drawn.
   within(left, top, right, bottom) {
-    const { box, label, size, count } = this.polygons;
-    const found = [];
+    const { box, order, rank } = this.polygons;
     const meets = (i) => box[4 * i] <= right && box[4 * i + 2] >= left && box[4 * i + 1] <= bottom && box[4 * i + 3] >= top;
     const [c0, r0, c1, r1] = this.range(left, top, right, bottom);
-    if ((c1 - c0 + 1) * (r1 - r0 + 1) > (CELLS * CELLS) / 8) {
-      for (let index = 0; index < count; index++) if (meets(index)) found.push(index);
-    } else {
-      const seen = new Set();
-      for (let row = r0; row <= r1; row++) {
-        for (let column = c0; column <= c1; column++) {
-          for (const index of this.cells.get(row * 4096 + column) ?? []) {
-            if (!seen.has(index) && meets(index)) found.push(index);
-            seen.add(index);
-          }
-        }
+    if ((c1 - c0 + 1) * (r1 - r0 + 1) > (CELLS * CELLS) / 8) return order.filter(meets);
+    const found = new Set();
+    for (let row = r0; row <= r1; row++) {
+      for (let column = c0; column <= c1; column++) {
+        for (const index of this.cells.get(row * 4096 + column) ?? []) if (meets(index)) found.add(index);
       }
     }
-    return found.sort((a, b) => size[b] - size[a] || label[a] - label[b] || a - b);
+    return Uint32Array.from(found).sort((a, b) => rank[a] - rank[b]);
   }
 }
 
@@ -215,6 +215,7 @@ function* drawSteps(context, view, ratio, polygons, on) {
   const toScreen = { k, x: (view.width / 2) * ratio - view.x * k, y: (view.height / 2) * ratio - view.y * k };
   const [halfWidth, halfHeight] = [view.width / 2 / view.zoom, view.height / 2 / view.zoom];
   const seen = polygons.grid.within(view.x - halfWidth, view.y - halfHeight, view.x + halfWidth, view.y + halfHeight);
+  const blobPx = seen.length > CROWD ? CROWDED_BLOB_PX : BLOB_PX;
   let [lines, blobs, points, label] = [new Path2D(), new Path2D(), 0, 0];
   const finish = () => {
     if (!points) return;
@@ -224,7 +225,6 @@ function* drawSteps(context, view, ratio, polygons, on) {
       context.lineWidth = width * ratio;
       context.stroke(lines);
     }
-    context.fillStyle = color;
     context.fill(blobs);
     [lines, blobs, points] = [new Path2D(), new Path2D(), 0];
   };
@@ -233,15 +233,16 @@ function* drawSteps(context, view, ratio, polygons, on) {
     if (polygons.label[index] !== label || points > MOST_POINTS) {
       finish();
       label = polygons.label[index];
+      context.fillStyle = facts.classes[label - 1].color;
       yield;
     }
     const [left, top, right, bottom] = polygons.box.subarray(4 * index, 4 * index + 4);
     const size = Math.max(right - left, bottom - top) * view.zoom;
     const shell = polygons.firstRing[index];
     if (size < DOT_PX) {
-      blobs.rect(left * k + toScreen.x, top * k + toScreen.y, DOT_PX * ratio, DOT_PX * ratio);
-      points += 4;
-    } else if (size < BLOB_PX) {
+      context.fillRect(left * k + toScreen.x, top * k + toScreen.y, DOT_PX * ratio, DOT_PX * ratio);
+      points += 1;
+    } else if (size < blobPx) {
       addRing(blobs, polygons, shell, toScreen);
       points += polygons.firstPoint[shell + 1] - polygons.firstPoint[shell];
     } else {

@@ -17,12 +17,13 @@ if (!response.ok) {
   throw new Error("no facts");
 }
 const facts = await response.json();
+let overviewShown = 0; // how much of the overview had been read when its tiles were last asked for
 const controls = new Controls(facts);
 const stage = byId("stage");
 const osd = new OpenSeadragon({
   element: stage,
   drawer: "canvas",
-  tileSources: pyramid(facts.width, facts.height, facts.slide, (z, x, y) => `slide/${z}/${x}_${y}.jpg`),
+  tileSources: slideSource(),
   showNavigationControl: false,
   showNavigator: true,
   navigatorPosition: "TOP_RIGHT",
@@ -39,10 +40,12 @@ const osd = new OpenSeadragon({
   minZoomImageRatio: 0.7,
   visibilityRatio: 0.3,
   imageLoaderLimit: 6,
+  timeout: 120000, // of a slow disk's slowest tile: one that is given up stays missing
   maxImageCacheCount: 600,
   // Whole pixels: between half transparent tiles that overlap by a part of one, seams would show.
   subPixelRoundingForTransparency: { "*": OpenSeadragon.SUBPIXEL_ROUNDING_OCCURRENCES.ALWAYS },
 });
+osd.canvas.append(byId("outlines")); // above the slide, below the navigator
 const outlines = new Outlines(byId("outlines"), facts);
 let redrawing = 0;
 // Not a redraw of OpenSeadragon, which forgets one that is asked for while it draws.
@@ -70,11 +73,15 @@ osd.addOnceHandler("open", async () => {
   osd.addHandler("resize", () => osd.forceRedraw());
   draw();
   checkIdentity();
+  if (facts.slide.overview !== null) awaitOverview();
 });
 osd.addHandler("canvas-press", () => { dragging = true; });
 osd.addHandler("canvas-release", () => { dragging = false; });
 osd.addHandler("canvas-key", (event) => { event.preventDefaultAction = true; });
 osd.addHandler("canvas-click", (event) => { if (event.quick) pointAt(event.position.x, event.position.y); });
+osd.addOnceHandler("tile-load-failed", () => {
+  note("Some of the slide or of its classes cannot be shown: wsi-view has ended, or its terminal says why. Reload the page to try again.");
+});
 controls.changed = () => { applyLayers(); writeAddress(); };
 
 function pyramid(width, height, { tile, levels }, url) {
@@ -82,6 +89,13 @@ function pyramid(width, height, { tile, levels }, url) {
     width, height, tileWidth: tile, tileHeight: tile, tileOverlap: 0, minLevel: 0, maxLevel: levels - 1,
     getTileUrl: (level, x, y) => url(levels - 1 - level, x, y),
   };
+}
+
+function slideSource() {
+  return pyramid(facts.width, facts.height, facts.slide, (z, x, y) => {
+    const made = facts.slide.overview !== null && z >= facts.slide.overview;
+    return made ? `overview/${z}/${x}_${y}.jpg?read=${overviewShown}` : `slide/${z}/${x}_${y}.jpg`;
+  });
 }
 
 function view() {
@@ -215,11 +229,36 @@ function sayFound(found) {
 
 function say(text) { byId("said").textContent = text; }
 
-function note(text) {
+function note(text, role = "alert") {
   const paragraph = document.createElement("p");
-  paragraph.setAttribute("role", "alert");
+  paragraph.setAttribute("role", role);
   paragraph.textContent = text;
   byId("notes").append(paragraph);
+  return paragraph;
+}
+
+// Shows the overview as far as it is read, until it is whole.
+async function awaitOverview() {
+  const told = note("This slide stores no overview, so all of it is being read for one. Places that you zoom into are shown at once.", "status");
+  const bar = document.createElement("progress");
+  bar.setAttribute("aria-label", "Read of the slide");
+  told.append(bar);
+  for (let share = 0; share < 1; await new Promise((done) => setTimeout(done, 500))) {
+    const answer = await fetch("overview.json").catch(() => null);
+    const progress = answer?.ok ? await answer.json() : { share, failed: true };
+    if (progress.failed) {
+      told.remove();
+      note("The overview of this slide cannot be read; the terminal says why. Places that you zoom into are still shown.");
+      return;
+    }
+    bar.value = share = progress.share;
+    if (share === 1 || share - overviewShown > 0.1) {
+      overviewShown = share;
+      // A new image: tiles of the old one keep the addresses that they had.
+      osd.addTiledImage({ tileSource: slideSource(), index: 0, replace: true });
+    }
+  }
+  told.remove();
 }
 
 async function checkIdentity() {

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.browser import axe_findings, screenshot, watch
+from tests.browser import axe_findings, screenshot, until, watch
 from tests.pipeline.fakes import COLOURS
 from tests.pipeline.viewer.conftest import Site, textured
 
@@ -22,15 +22,6 @@ if TYPE_CHECKING:  # most test runs need no browser
 
 GLASS_AT, PINK_AT, PURPLE_AT = (100, 50), (250, 600), (600, 400)
 """Places, in level-0 pixels, on the glass, in the pink region and in the purple one within it."""
-
-
-def until(page: Page, condition: str, *, seconds: float = 20) -> None:
-    """Wait until the condition holds. Playwright's own way needs `eval`, which the page's policy forbids."""
-    for _ in range(int(seconds * 20)):
-        if page.evaluate(f"() => Boolean({condition})"):
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(f"it never came to be: {condition}")
 
 
 def settle(page: Page) -> None:
@@ -217,6 +208,20 @@ def test_outlines_are_drawn_on_the_borders_in_the_classes_colours(shared_page: P
     assert np.abs(line - COLOURS[1]).max(axis=1).min() < 12
 
 
+def test_outlines_run_below_the_navigator(shared_page: Page, site: Site) -> None:
+    pictures = []
+    for opacity in (0, 1):
+        show(shared_page, site, f"#x=900&y=400&zoom=2&map=0&outlines={opacity}")
+        left, top = place_on_screen(shared_page, 1120, 220)  # on the pink region's right border
+        box = shared_page.locator(".navigator").bounding_box()
+        assert box is not None
+        assert box["x"] < left < box["x"] + box["width"]
+        assert box["y"] < top < box["y"] + box["height"]
+        shot = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(int)
+        pictures.append(shot[round(top) - 4 : round(top) + 4, round(left) - 9 : round(left) + 9])
+    assert np.abs(pictures[0] - pictures[1]).max() < 12
+
+
 @pytest.mark.parametrize("zoom", [0.3, 0.7, 1.7, 6.0])
 def test_scale_bar_is_as_long_as_it_says(shared_page: Page, site: Site, zoom: float) -> None:
     show(shared_page, site, f"#x=640&y=416&zoom={zoom}")
@@ -296,6 +301,16 @@ def test_keys_do_what_the_list_of_keys_says(shared_page: Page, site: Site) -> No
     assert {"m", "o", "p", "h", "f", "i", "l", "[", "]", "0", "1", "9", "?", "+", "−"} <= listed
     page.keyboard.press("Escape")
     assert not page.locator("#help").is_visible()
+
+
+def test_page_says_once_that_tiles_are_missing(browser: Browser, site: Site) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.route("**/slide/**", lambda route: route.fulfill(status=503))
+        page.goto(site.page)
+        until(page, """document.getElementById("notes").textContent.startsWith("Some of the slide")""")
+        page.wait_for_timeout(300)
+        assert page.locator("#notes p").count() == 1
 
 
 def test_keys_leave_sliders_their_arrows(shared_page: Page, site: Site) -> None:

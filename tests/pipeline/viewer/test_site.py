@@ -12,7 +12,6 @@ import pytest
 from pipeline.errors import ViewError
 from pipeline.report import read_run, write_run
 from pipeline.viewer.app import SECURITY_HEADERS
-from pipeline.viewer.cache import ByteCache
 from pipeline.viewer.open_results import MOST_OPEN, OpenResults, open_checked
 from pipeline.viewer.results import find_results, load_result, with_slide
 from pipeline.viewer.server import listening
@@ -169,7 +168,7 @@ def test_several_results_are_listed_and_each_has_its_own_page(results_folder: Pa
 
 def test_slides_that_were_not_used_for_longest_are_closed(results_folder: Path, tmp_path: Path) -> None:
     results = find_results(copied(results_folder, tmp_path, *"abcdef"))
-    opened = OpenResults(results, ByteCache(0))
+    opened = OpenResults(results)
     with opened.using(results[0]) as first:
         for result in results[1:]:
             with opened.using(result):

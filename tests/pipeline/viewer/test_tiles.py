@@ -15,6 +15,7 @@ from PIL import Image
 
 from pipeline.segment import segment_slide
 from pipeline.store import MapSpec, MapStore, build_pyramid, create_store
+from pipeline.viewer import outlines, slide_tiles
 from pipeline.viewer.cache import ByteCache
 from pipeline.viewer.map_tiles import MapTiles
 from pipeline.viewer.outlines import TOLERANCES_L0, outline_bytes
@@ -25,7 +26,7 @@ from tests.pipeline.viewer.conftest import Site, serving, textured
 from tests.slides import GLASS, painted, reduce, write_slide
 from wsi import readers
 from wsi.grid import Box
-from wsi.slide import open_slide
+from wsi.slide import Pixels, open_slide
 
 JPEG_ERROR = 3.0
 """Mean absolute difference that JPEG at the viewer's quality makes of the textured slides."""
@@ -53,7 +54,7 @@ def whole_level(tiles: SlideTiles, level: int) -> NDArray[np.int16]:
 def test_tiles_put_together_are_the_slide_averaged_by_area(tmp_path: Path, levels: tuple[int, ...]) -> None:
     rgb_HWC = textured((2560, 1664))
     with open_slide(write_slide(tmp_path / "a.svs", rgb_HWC, levels=levels), 1.0) as slide:
-        tiles = SlideTiles(slide, ByteCache(1 << 26))
+        tiles = SlideTiles(slide)
         assert (tiles.tile, tiles.levels) == (512, 4)
         for level in range(tiles.levels):
             expected_HWC = reduce(rgb_HWC, 2**level)
@@ -67,7 +68,7 @@ def test_tiles_put_together_are_the_slide_averaged_by_area(tmp_path: Path, level
 
 def test_last_tiles_end_at_the_slide_and_there_are_none_beyond(tmp_path: Path) -> None:
     with open_slide(write_slide(tmp_path / "a.svs", textured((1281, 833))), 1.0) as slide:
-        tiles = SlideTiles(slide, ByteCache(0))
+        tiles = SlideTiles(slide)
         for place, size in (((0, 2, 1), (257, 321)), ((1, 1, 0), (129, 417)), ((2, 0, 0), (321, 209))):
             assert pixels(tiles.jpeg(*place)).shape[1::-1] == size
         for level, column, row in ((0, 3, 0), (0, 0, 2), (2, 1, 0), (3, 0, 0), (-1, 0, 0), (0, -1, 0), (0, 0, -1)):
@@ -79,26 +80,33 @@ def test_tiles_begin_at_the_corner_of_the_bounds(tmp_path: Path, monkeypatch: py
         monkeypatch.setitem(readers.READERS, name, stating_bounds(readers.READERS[name]))
     rgb_HWC = textured((1500, 1000))
     with open_slide(write_slide(tmp_path / "a.svs", rgb_HWC), 1.0) as slide:
-        tiles = SlideTiles(slide, ByteCache(0))
+        tiles = SlideTiles(slide)
         inside_HWC = rgb_HWC[CORNER[1] : CORNER[1] + 832, CORNER[0] : CORNER[0] + 1280]
         for level in range(tiles.levels):
             assert np.abs(whole_level(tiles, level) - reduce(inside_HWC, 2**level)).mean() < JPEG_ERROR
 
 
-def test_a_slide_never_gets_the_kept_pixels_of_one_that_was_closed(tmp_path: Path) -> None:
-    cache = ByteCache(1 << 26)
-    for grey in (50, 200, 120, 90):
-        rgb_HWC = np.full((4200, 4200, 3), grey, np.uint8)
-        with open_slide(write_slide(tmp_path / f"{grey}.svs", rgb_HWC), 1.0) as slide:
-            tiles = SlideTiles(slide, cache)
-            # Made of tiles that are made of finer ones.
-            assert abs(pixels(tiles.jpeg(tiles.levels - 1, 0, 0)).mean() - grey) < 2
-            del tiles
+def test_what_is_decoded_at_a_time_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slide_tiles, "PIECE_PX", 400)
+    rgb_HWC = textured((2561, 1663))
+    with open_slide(write_slide(tmp_path / "a.svs", rgb_HWC), 1.0) as slide:
+        read, sizes = slide.read, []
+
+        def noting(level: int, box_lv: Box) -> Pixels:
+            sizes.append(max(box_lv.width, box_lv.height))
+            return read(level, box_lv)
+
+        monkeypatch.setattr(slide, "read", noting)
+        found_HWC = whole_level(SlideTiles(slide), 3)
+    assert len(sizes) == 7 * 5
+    assert max(sizes) == 400
+    assert found_HWC.shape == (208, 321, 3)
+    assert np.abs(found_HWC[:207, :320] - reduce(rgb_HWC[:1656, :2560], 8)).mean() < JPEG_ERROR
 
 
 def test_tiles_are_whole_numbers_of_the_slides_own(sample_slide: Path) -> None:
     with open_slide(sample_slide, 0.499) as slide:  # its JPEG tiles are 240 px wide
-        tiles = SlideTiles(slide, ByteCache(0))
+        tiles = SlideTiles(slide)
         assert (slide.info.backend, tiles.tile, tiles.levels) == ("tiffslide", 480, 4)
 
 
@@ -110,7 +118,7 @@ def test_coarsest_level_is_one_tile(size: tuple[int, int], levels: int) -> None:
 def test_levels_of_odd_downsample_lie_where_the_slide_is(shared_slides: Path) -> None:
     path = shared_slides / "TCGA-CR-7395-01A-01-TS1.svs"  # its second level is 2.0005 times smaller
     with open_slide(path, 0.25) as fast, open_slide(path, 0.25, "openslide") as slow:
-        tiles = SlideTiles(fast, ByteCache(1 << 26))
+        tiles = SlideTiles(fast)
         box = Box(0, 0, *slow.info.size_l0)
         whole_HWC = slow.read(0, box).rgb_HWC
         for level in (1, 2, 3):
@@ -207,6 +215,18 @@ def test_coarser_outlines_stay_within_their_tolerance_and_lose_no_polygon(result
     assert outline_bytes(result.folder / result.outlines, len(TOLERANCES_L0)) is None
 
 
+@pytest.mark.parametrize("detail", range(len(TOLERANCES_L0)))
+def test_outlines_are_the_same_however_many_are_held_at_a_time(
+    results_folder: Path, monkeypatch: pytest.MonkeyPatch, detail: int
+) -> None:
+    result = find_results(results_folder)[0]
+    path = result.folder / result.outlines
+    expected = outline_bytes(path, detail)
+    monkeypatch.setattr(outlines, "BATCH", 1)
+    assert result.polygons > 1
+    assert outline_bytes(path, detail) == expected
+
+
 def test_site_answers_with_the_same_values(site: Site, results_folder: Path) -> None:
     folder = site.results[0].folder
     facts = site.get("facts.json")
@@ -257,18 +277,12 @@ def test_slide_without_tissue_is_shown_without_outlines(tmp_path: Path) -> None:
 
 def test_cache_keeps_what_was_asked_for_last_within_its_bytes() -> None:
     cache = ByteCache(10)
-    made = []
-
-    def answer(name: str, size: int) -> bytes:
-        def make() -> bytes:
-            made.append(name)
-            return name.encode() * size
-
-        return cache.get(name, make)
-
-    for name in ("a", "b", "a", "c", "a", "b"):
-        assert answer(name, 4) == name.encode() * 4
-    assert made == ["a", "b", "c", "b"]
+    for name in ("a", "b"):
+        cache.put(name, name.encode() * 4)
+    assert cache.peek("a") == b"aaaa"
+    cache.put("c", b"cccc")
+    assert [cache.peek(name) for name in "abc"] == [b"aaaa", None, b"cccc"]
     assert cache.held == 8
-    assert answer("d", 11) == b"d" * 11
-    assert (cache.peek("d"), cache.held) == (None, 0)
+    cache.put("d", b"d" * 11)
+    assert [cache.peek(name) for name in "acd"] == [None] * 3
+    assert cache.held == 0

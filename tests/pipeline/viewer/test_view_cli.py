@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import re
 import signal
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.viewer.server import is_news
 from tests.slides import painted, write_slide
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -48,6 +51,16 @@ def test_it_serves_until_ctrl_c_and_ends_in_one_line(results_folder: Path) -> No
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=30)
     assert (process.returncode, output, errors) == (0, "", "wsi-view: ended\n")
+
+
+def test_questions_that_ctrl_c_cuts_off_are_no_news() -> None:
+    def record(text: str, error: BaseException | None) -> logging.LogRecord:
+        told = None if error is None else (type(error), error, None)
+        return logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, text, (), told)
+
+    assert not is_news(record("Exception in ASGI application", asyncio.CancelledError("timeout")))
+    assert not is_news(record("Cancel 2 running task(s), timeout graceful shutdown exceeded", None))
+    assert is_news(record("Exception in ASGI application", ValueError("a fault")))
 
 
 def test_another_slide_is_refused_before_anything_is_served(results_folder: Path, tmp_path: Path) -> None:

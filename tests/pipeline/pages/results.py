@@ -1,0 +1,89 @@
+"""Results as far as the pages read them, and what is seen of the pages in a browser."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.pages.slide_page import write_slide_page
+from pipeline.pages.slide_picture import SlidePicture
+from pipeline.report import SlideResult, write_run
+from tests.pipeline.fakes import run_of
+
+if TYPE_CHECKING:  # most test runs need no browser
+    from playwright.sync_api import Page
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+SIZE = (600, 400)
+BOXES = {"tumour": (60, 40, 200, 120), "stroma": (300, 80, 250, 280)}
+"""x, y, width, height of what is dark on the slide of `write_result`, and of the classes over it."""
+PARAMETERS = {"mpp": None, "overlap": 0.25, "runtime": "openvino"}
+NASTY = "größe 組織 <b>&\"'"
+
+
+def write_result(
+    output: Path, name: str = "slide", *, names: tuple[str, str] = ("tumour", "stroma"), **facts: Any
+) -> Path:
+    """A result's folder as far as the report reads it, of a grey slide with two dark boxes, each of one class."""
+    folder = output / name
+    folder.mkdir(parents=True)
+    classes = tuple(zip(names, (RED, BLUE), strict=True))
+    areas = dict(zip(names, (0.25, 0.75), strict=True))
+    run = {
+        "identity": {"format": 1, "slide": "5" * 64, "model": "e" * 64, "parameters": PARAMETERS},
+        "status": "done",
+        "slide": {
+            "name": f"{name}.svs", "path": f"slides/{name}.svs", "size": [12000, 8000], "mpp": 0.5, "vendor": "aperio",
+            "mpp_source": "slide", "backend": "openslide", "bounds": [0, 0, 12000, 8000], "qupath_offset": [0, 0],
+        },
+        "model": "colon", "tissue_mm2": 1.5, "fold_mm2": 0.0, "polygons": 1234, "warnings": [], "bad_tiles_l0": [],
+        "classes": [{"name": one, "color": list(colour)} for one, colour in classes],
+        "class_areas_mm2": areas,
+        "tiles": {"run": 400, "segmented": 100, "without class": 8, "unreadable": 0},
+        "plan": {"map_mpp": 4.0, "mpp_m": 1.0, "level": 1},
+        "versions": {"torch": "2", "openvino": "3"},
+        "outputs": [f"{name}.geojson", "index.html", "run.json", "thumbnail.jpg"],
+    } | facts  # fmt: skip
+    rgb_HWC = np.full((*SIZE[::-1], 3), 200, np.uint8)
+    labels_HW = np.zeros(SIZE[::-1], np.uint8)
+    for number, (x, y, width, height) in enumerate(BOXES.values(), start=1):
+        rgb_HWC[y : y + height, x : x + width] = 20
+        labels_HW[y : y + height, x : x + width] = number
+    write_run(folder, run)
+    write_slide_page(folder, run, SlidePicture(rgb_HWC, labels_HW, classes, um_per_px=10.0))
+    return folder
+
+
+def result_of(folder: Path, **facts: Any) -> SlideResult:
+    run = run_of(folder)
+    told: dict[str, Any] = {"seconds": 75.0, "areas_mm2": run["class_areas_mm2"], "tissue_mm2": run["tissue_mm2"]}
+    return SlideResult(slide=folder.name, status="done", **(told | facts))
+
+
+def opened(page: Page, path: Path) -> Page:
+    page.goto(path.as_uri())
+    return page
+
+
+def names(page: Page) -> list[str]:
+    """The slides that the table shows, from its top."""
+    return [text.splitlines()[0] for text in page.locator("tbody tr:visible th").all_inner_texts()]
+
+
+def row(page: Page, name: str) -> str:
+    text = page.locator("tbody tr").filter(has=page.locator("th", has_text=name)).inner_text()
+    return " ".join(text.split())
+
+
+def stage(page: Page) -> NDArray[np.int16]:
+    """What is seen of the slide and its classes, as rgb_HWC."""
+    return np.asarray(Image.open(io.BytesIO(page.locator("#stage").screenshot())).convert("RGB")).astype(np.int16)
+
+
+def near(rgb_HWC: NDArray[np.int16], colour: tuple[int, int, int], within: int = 40) -> NDArray[np.bool_]:
+    return np.asarray((np.abs(rgb_HWC - np.array(colour)) <= within).all(axis=2))

@@ -1,0 +1,68 @@
+"""The report that a batch leaves, finished or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pipeline.batch import SlideJob, segment_batch
+from pipeline.errors import Cancelled
+from pipeline.report import SlideResult
+from pipeline.segment import Progress, no_progress
+from tests.pipeline.pages.results import names, opened, result_of, row, write_result
+
+if TYPE_CHECKING:  # most test runs need no browser
+    from playwright.sync_api import Page
+
+
+class Pretended:
+    """Workers whose results are there already; the slide "stop" is interrupted, others that are not there fail."""
+
+    slides_at_once = 1
+
+    def segment(self, job: SlideJob, output: Path, progress: Progress) -> SlideResult:
+        if job.path.stem == "stop":
+            raise Cancelled("interrupted")
+        return result_of(output / job.path.stem)
+
+    def cancel(self) -> None:
+        pass
+
+
+def batch(output: Path, *stems: str) -> list[SlideResult]:
+    jobs = [SlideJob(Path(f"{stem}.svs")) for stem in stems]
+    return segment_batch(jobs, output, Pretended(), lambda _: no_progress, lambda _: None)
+
+
+def test_a_batch_leaves_a_report_of_all_slides(page: Page, tmp_path: Path) -> None:
+    write_result(tmp_path, "one")
+    batch(tmp_path, "one", "lost")
+    opened(page, tmp_path / "index.html")
+    assert names(page) == ["lost", "one"]
+    assert row(page, "lost").startswith("lost ✕ failed – 0 s Error: lost.svs: FileNotFoundError")
+
+
+def test_an_interrupted_batch_leaves_a_report_of_what_is_finished(page: Page, tmp_path: Path) -> None:
+    write_result(tmp_path, "one")
+    with pytest.raises(Cancelled):
+        batch(tmp_path, "one", "stop", "two")
+    opened(page, tmp_path / "index.html")
+    assert names(page) == ["one"]
+
+
+def test_a_batch_interrupted_before_its_first_result_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Cancelled):
+        batch(tmp_path / "out", "stop")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_cannot_be_written_is_logged_and_the_batch_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_result(tmp_path, "one")
+    (tmp_path / "index.html").mkdir()
+    assert [result.status for result in batch(tmp_path, "one")] == ["done"]
+    (record,) = (record for record in caplog.records if record.levelname == "ERROR")
+    assert "index.html: the report cannot be written" in record.message
