@@ -20,7 +20,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 
-from flows.artifacts import EVERY_S, SlideProgress, counted, show_table, slides
+from flows.artifacts import SlideProgress, counted, show_table, slides
 from flows.board import Board
 from flows.order import Order
 from flows.privacy import Said, as_it_is, pipeline_log, without_folders
@@ -31,14 +31,12 @@ from pipeline.batch import MAX_AT_ONCE, SlideJob, name_clashes
 from pipeline.errors import ConfigError, OutputError, PipelineError
 from pipeline.folders import finished_run, is_locked
 from pipeline.pages.report_page import write_report
-from pipeline.report import SlideResult, read_run, run_identity, skipped_result
+from pipeline.report import SlideResult, read_run, run_identity, skipped_result, with_runtime_of
 from pipeline.workers import Workers, config_of, open_workers
 from wsi.errors import SlideError
 from wsi.slide import slide_digest, slide_stamp
 
 log = logging.getLogger(__name__)
-
-EndedQueue = queue.SimpleQueue[tuple[SlideJob, PrefectFuture[State[Ended]]]]
 
 PART = 500
 """Slides per flow run, more are parts of their own: Prefect keeps the states of all tasks until a run ends."""
@@ -46,8 +44,11 @@ PART = 500
 DIGESTS_AT_ONCE = 4
 """Slides looked at to see whether they are the ones that a result was made of; changed ones are read to the end."""
 
-LOCK_CHECK_S = 1.0
-"""How often slides that another run holds are looked at, when no others are left."""
+RETRY_DELAYS_S = (30.0, 120.0, 600.0)
+"""Before the further tries of a slide that a stale mount or a lost worker has stopped."""
+
+LOOK_S = 1.0
+"""How often slides that are to come up again are looked at."""
 
 
 def segment_order(order: Order) -> State[None]:
@@ -151,30 +152,46 @@ def _part_flow(batch: _Batch, part: Sequence[SlideJob], name: str) -> Flow[[], S
     return segment_part
 
 
+@dataclass
+class _Coming:
+    """A slide that has not ended, and when it comes up."""
+
+    job: SlideJob
+    due: float = 0.0
+    """Not before, on `time.monotonic`'s clock."""
+    tries: int = 0
+    """That were stopped by something that can pass."""
+    held_until: float | None = None
+    """Where another run has it: when that run has had as long as a slide may take."""
+
+
+EndedQueue = queue.SimpleQueue[tuple[_Coming, PrefectFuture[State[Ended]]]]
+
+
 def _segment(batch: _Batch, jobs: Sequence[SlideJob]) -> list[SlideResult]:
-    """Run the task of each slide, as many at a time as the workers take; those that another run holds, last."""
+    """Run the task of each slide, as many at a time as the workers take; those that another run holds come up again at
+    the end, those that were stopped by something that can pass after a while.
+    """
     results: list[SlideResult] = []
-    waiting, locked, since = deque(jobs), list[SlideJob](), dict[SlideJob, float]()
-    ended: EndedQueue = queue.SimpleQueue()
+    waiting, later, ended = deque(map(_Coming, jobs)), list[_Coming](), EndedQueue()
     running = 0
     try:
-        while waiting or running or locked:
+        while waiting or running or later:
+            for one in [one for one in later if _is_due(batch, one, idle=not waiting and not running)]:
+                later.remove(one)
+                waiting.append(one)
             while waiting and running < batch.at_once:
                 _submit(batch, waiting.popleft(), ended)
                 running += 1
-            if not running:
-                waiting.extend(_when_free(batch, locked))
-                continue
             try:
-                job, future = ended.get(timeout=EVERY_S)
+                one, future = ended.get(timeout=LOOK_S)
             except queue.Empty:
                 batch.board.show()
                 continue
             running -= 1
-            outcome = _outcome(job, future)
-            held_s = time.monotonic() - since.setdefault(job, time.monotonic())
-            if outcome.locked and held_s < (batch.order.slide_timeout_s or math.inf):
-                locked.append(job)
+            outcome = _outcome(one.job, future)
+            if _comes_again(batch, one, outcome):
+                later.append(one)
                 continue
             results.append(outcome.result)
             batch.board.ended(outcome.result)
@@ -184,29 +201,31 @@ def _segment(batch: _Batch, jobs: Sequence[SlideJob]) -> list[SlideResult]:
     return results
 
 
-def _submit(batch: _Batch, job: SlideJob, ended: EndedQueue) -> None:
-    progress = batch.board.progress.of_slide(job.path.stem)
-    segment = partial(batch.workers.segment, job, batch.order.output, progress)
-    future = segment_one.submit(job, segment, batch.said)
-    future.add_done_callback(lambda done: ended.put((job, done)))
+def _submit(batch: _Batch, one: _Coming, ended: EndedQueue) -> None:
+    progress = batch.board.progress.of_slide(one.job.path.stem)
+    segment = partial(batch.workers.segment, one.job, batch.order.output, progress)
+    future = segment_one.submit(one.job, segment, batch.said, last=one.tries == len(RETRY_DELAYS_S))
+    future.add_done_callback(lambda done: ended.put((one, done)))
 
 
-def _when_free(batch: _Batch, locked: list[SlideJob]) -> list[SlideJob]:
-    """Wait until another run has let go of one of these slides, or of none for as long as a slide may take; takes those
-    that it returns off the list.
-    """
-    log.info("waiting for another run that is at work on %s", ", ".join(job.path.name for job in locked))
-    end = time.monotonic() + (batch.order.slide_timeout_s or math.inf)
-    free: list[SlideJob] = []
-    while not free:
-        late = time.monotonic() >= end
-        free = [job for job in locked if late or not is_locked(batch.order.output, job.path.stem)]
-        if not free:
-            time.sleep(LOCK_CHECK_S)
-            batch.board.show()
-    for job in free:
-        locked.remove(job)
-    return free
+def _comes_again(batch: _Batch, one: _Coming, outcome: Ended) -> bool:
+    """Whether a slide has not ended with this try; if so, notes when the next one is."""
+    name, now = one.job.path.name, time.monotonic()
+    if outcome.transient:
+        delay_s = RETRY_DELAYS_S[one.tries]
+        log.warning("%s; it is tried again in %.0f s", outcome.result.error, delay_s)
+        one.tries, one.due = one.tries + 1, now + delay_s
+    elif outcome.locked and one.held_until is None:
+        log.info("%s: another run is at work on it; it comes up again at the end", name)
+        one.held_until = now + (batch.order.slide_timeout_s or math.inf)
+    return outcome.transient or (outcome.locked and one.held_until is not None and now < one.held_until)
+
+
+def _is_due(batch: _Batch, one: _Coming, *, idle: bool) -> bool:
+    now = time.monotonic()
+    if one.held_until is None or now < one.due:
+        return now >= one.due
+    return idle and (now >= one.held_until or not is_locked(batch.order.output, one.job.path.stem))
 
 
 def _outcome(job: SlideJob, future: PrefectFuture[State[Ended]]) -> Ended:
@@ -241,7 +260,10 @@ def _finished_result(job: SlideJob, order: Order, digests: dict[str, str]) -> Sl
         if model not in digests:
             digests[model] = load_bundle(model).digest
         stated = str(cast("dict[str, object]", run["identity"]).get("slide"))
-        run = finished_run(folder, run_identity(stated, digests[model], config_of(job, order.config)))
+        config = config_of(job, order.config)
+        if config.runtime == "auto":
+            config = with_runtime_of(folder, config)
+        run = finished_run(folder, run_identity(stated, digests[model], config))
         if run is None:
             return None
         # Reading every finished slide again would take a night job hours.

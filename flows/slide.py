@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect import State, flow
 
-from flows.order import Order, config_of, output_folder
-from flows.segmenting import refused, segment_order
+from flows.batch import segment_batch
 from models.bundle import DEFAULT_BUNDLE
-from pipeline.batch import SlideJob
-from pipeline.errors import ConfigError
 
 
 @flow(name="segment-slide", description="Segment one whole-slide image into a tissue map.")
@@ -39,16 +35,13 @@ def segment_slide_flow(
 
     Ends `Completed` or in a failed state.
     """
-    try:
-        order = Order(
-            jobs=[SlideJob(Path(slide), mpp)],
-            output=output_folder(output),
-            model=model,
-            config=config_of(settings),
-            scheduler=scheduler,
-            slide_timeout_s=slide_timeout_s,
-            hide_paths=hide_paths,
-        )
-    except ConfigError as error:
-        return refused(error, slide, hide_paths=hide_paths)
-    return segment_order(order)
+    chosen = settings if mpp is None else {**(settings or {}), "mpp": mpp}
+    return segment_batch.fn(
+        slide,
+        output,
+        model,
+        scheduler=scheduler,
+        settings=chosen,
+        slide_timeout_s=slide_timeout_s,
+        hide_paths=hide_paths,
+    )

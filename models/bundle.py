@@ -39,6 +39,9 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Triple = tuple[float, float, float]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
+NetworkName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")]
+"""No colon and no slash: timm fetches "hf-hub:…" from the network, and takes "local-dir:…" for a folder."""
+
 NO_DIGEST = "0" * 64
 """Stands in a draft of a card, whose weights have not been written."""
 
@@ -65,7 +68,7 @@ class ClassCard(_Strict):
 class ClassifierCard(_Strict):
     """How to build the classifier."""
 
-    backbone: Annotated[str, Field(min_length=1)]
+    backbone: NetworkName
     head: Annotated[str, Field(min_length=1)]
     depth: Annotated[int, Field(ge=3)] | None = None
     """Feature stages of the backbone that are used; None: all of it."""
@@ -74,7 +77,7 @@ class ClassifierCard(_Strict):
 class SegmenterCard(_Strict):
     """How to build the segmenter."""
 
-    encoder: Annotated[str, Field(min_length=1)]
+    encoder: NetworkName
 
 
 class WeightsCard(_Strict):
@@ -207,9 +210,9 @@ def _load_weights(network: nn.Module, file: Path, expected: str) -> None:
         raise DigestMismatchError(
             f"{file}: SHA-256 is {actual}, {CARD_FILE} says {expected}; fetch or export the bundle again"
         )
+    wanted = network.state_dict()
     try:
         tensors = safetensors.torch.load(content)
-        wanted = network.state_dict()
         network.load_state_dict({name: _as_loaded(tensor) for name, tensor in tensors.items()})
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise WeightsMismatchError(

@@ -1,4 +1,4 @@
-"""What computes a network: PyTorch, or on a CPU OpenVINO, which takes about half the time for the same labels.
+"""A network computed by OpenVINO, which on a CPU takes about half of PyTorch's time for the same labels.
 
 Shape suffixes: N batch, H and W the image.
 """
@@ -11,42 +11,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.errors import RuntimeUnavailableError
 
-Runtime = Literal["torch", "openvino"]
-
 _TOLERANCE = 1e-3
 """Of a logit, absolute and relative: real tiles differ by 1e-5, a network that was converted wrongly by far more."""
-
-
-def choose_runtime(name: Literal["auto", "torch", "openvino"], device: str, precision: str) -> Runtime:
-    """Return the runtime of that name; "auto" takes OpenVINO where it is installed, for float32 on the device "cpu".
-
-    Raises RuntimeUnavailableError where OpenVINO is asked for and cannot be used.
-    """
-    if name == "torch":
-        return name
-    if name not in ("auto", "openvino"):
-        raise RuntimeUnavailableError(f"unknown runtime {name!r}; use auto, torch or openvino")
-    fits, installed = device == "cpu" and precision == "float32", find_spec("openvino") is not None
-    if name == "auto":
-        return "openvino" if fits and installed else "torch"
-    if not fits:
-        raise RuntimeUnavailableError(
-            f"runtime openvino: it computes float32 on the CPU only, the device is {device} and the precision "
-            f"{precision}; use runtime torch or auto"
-        )
-    if not installed:
-        raise RuntimeUnavailableError(
-            "runtime openvino: the package is not installed; pip install 'wsi-segment[openvino]', or use runtime torch"
-        )
-    return name
 
 
 def load_openvino() -> Any:

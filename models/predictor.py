@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from models.bundle import Bundle, ModelCard, load_networks
 from models.errors import DeviceUnavailableError, NonFiniteOutputError, RuntimeUnavailableError
 from models.gate import masked_softmax, passing_classes
-from models.runtimes import OpenVinoNetwork, Runtime, choose_runtime
+from models.openvino_network import OpenVinoNetwork
+from models.runtimes import Precision, Runtime, RuntimeName, choose_runtime
 from models.segmenter import logits_at_stride
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["float32", "bf16", "fp16"]
 
 Network = Callable[[Tensor], Tensor]
 """Normalised images (N, 3, H, W) -> logits."""
@@ -84,7 +84,7 @@ class Predictor:
         *,
         device: str = "auto",
         precision: Precision = "float32",
-        runtime: Literal["auto", "torch", "openvino"] = "torch",
+        runtime: RuntimeName = "torch",
         batch_size: int = 8,
         output_stride: int = 4,
         ungated_fallback: bool = False,
@@ -185,9 +185,7 @@ class Predictor:
         assert probs_NKhw.shape == (count, classes, height // stride, width // stride)
         return Prediction(probs_NKhw, passed_NK.cpu().numpy(), segmented_N, presence_NK)
 
-    def _prepared(
-        self, runtime: Literal["auto", "torch", "openvino"], *networks: nn.Module
-    ) -> tuple[Runtime, tuple[Network, ...]]:
+    def _prepared(self, runtime: RuntimeName, *networks: nn.Module) -> tuple[Runtime, tuple[Network, ...]]:
         placed = tuple(_placed(network, self.device) for network in networks)
         if choose_runtime(runtime, self.device.type, self.precision) == "openvino":
             try:

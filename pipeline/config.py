@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from models.runtimes import Precision, Runtime, RuntimeName, choose_runtime
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:  # the command's --help reads the defaults here, and must not load the readers
     from wsi.slide import Backend
-
-Precision = Literal["float32", "bf16", "fp16"]
-Runtime = Literal["auto", "torch", "openvino"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class SegmentConfig:
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     precision: Precision = "float32"
     """Number format of the networks."""
-    runtime: Runtime = "auto"
+    runtime: RuntimeName = "auto"
     """What computes the networks: PyTorch or OpenVINO; "auto" takes OpenVINO on a CPU where it is installed and can."""
     batch_size: int = 8
     """Tiles per call of a network."""
@@ -64,15 +62,14 @@ class SegmentConfig:
     @property
     def in_flight(self) -> int:
         """How many blocks are in memory at once, at most."""
-        return self.num_workers + 2
+        return self.num_workers + 1
 
     @property
-    def chosen_runtime(self) -> Literal["torch", "openvino"]:
+    def chosen_runtime(self) -> Runtime:
         """What "auto" stands for on this machine, whatever the model."""
         if self.runtime != "auto":
             return self.runtime
         from models.predictor import choose_device  # loads torch
-        from models.runtimes import choose_runtime
 
         # A device that is named may be one that only a cluster's machines have.
         device = choose_device("auto").type if self.device == "auto" else self.device

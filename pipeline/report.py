@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
@@ -64,6 +65,16 @@ def run_identity(slide_digest: str, model_digest: str, config: SegmentConfig) ->
     return {"format": RUN_FORMAT, "slide": slide_digest, "model": model_digest, "parameters": config.parameters()}
 
 
+def with_runtime_of(folder: Path, config: SegmentConfig) -> SegmentConfig:
+    """The settings with the runtime that the result in `folder` was made by, for those who asked for none: it stands,
+    whichever it was. As they are where there is no result, or it is to be replaced.
+    """
+    run = None if config.force else read_run(folder)
+    stated = cast("dict[str, object]", run["identity"]).get("parameters") if run else None
+    runtime = stated.get("runtime") if isinstance(stated, dict) else None
+    return replace(config, runtime=runtime) if runtime in ("torch", "openvino") else config
+
+
 def skipped_result(folder: Path, run: Mapping[str, object], seconds: float) -> SlideResult:
     """What to say of a slide whose result, with this `run.json`, was there already."""
     return SlideResult(
@@ -76,9 +87,10 @@ def skipped_result(folder: Path, run: Mapping[str, object], seconds: float) -> S
     )
 
 
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
+def versions(runtime: str = "torch") -> dict[str, str]:
+    """The versions that a result of this runtime depends on."""
+    names = (*_VERSIONS, runtime) if runtime == "openvino" else _VERSIONS
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def read_run(folder: Path) -> dict[str, object] | None:
@@ -103,8 +115,7 @@ def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:
     Raises OutputError where the file that is there is no such table; it is left as it is.
     """
     path = output / "summary.csv"
-    lock_path = output / ".summary.lock"
-    with FileLock(lock_path):
+    with only_writer(path, output / ".summary.lock"):
         rows = read_summary(path)
         for result in results:
             # A skipped slide's row still tells what the run that made its result found, unless one failed in between.
@@ -119,7 +130,6 @@ def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:
         writer.writeheader()
         writer.writerows(rows[slide] for slide in sorted(rows))
         write_atomically(path, text.getvalue())
-        lock_path.unlink(missing_ok=True)
     return path
 
 
@@ -141,6 +151,18 @@ def read_summary(path: Path) -> dict[str, dict[str, object]]:
     return {row["slide"]: {**row} for row in rows}
 
 
+@contextmanager
+def only_writer(path: Path, lock_path: Path) -> Iterator[None]:
+    """Wait until no other process writes this file, and keep others from it; what killed ones left of it is removed."""
+    with FileLock(lock_path):
+        try:
+            for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+                partial.unlink(missing_ok=True)
+            yield
+        finally:
+            lock_path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file so that a reader sees the old or the new one, never a part."""
     with replacing(path) as partial:
@@ -151,12 +173,13 @@ def write_atomically(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that takes the place of `path` at the end: a reader sees the old or the new one.
 
-    After an error the old one stays.
+    After an error the old one stays, after a power cut the old or the new one.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         sync(partial)
         partial.replace(path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from models.bundle import ModelCard
 from models.predictor import Predictor
-from pipeline.blocks import BlockRecord, BlockWork, regions_file
+from pipeline.blocks import BlockRecord, BlockWork, chunks_of, regions_file
 from pipeline.config import SegmentConfig
 from pipeline.engine import BlockRunner, ThreadRunner
 from pipeline.errors import Cancelled, ConfigError, OutputError
@@ -28,7 +29,7 @@ from pipeline.pages.slide_picture import picture_slide
 from pipeline.plan import Plan, check_resources, make_plan
 from pipeline.polygons import join_regions, load_regions
 from pipeline.preview import write_preview
-from pipeline.report import SlideResult, Status, run_identity, skipped_result, versions, write_run
+from pipeline.report import SlideResult, Status, run_identity, skipped_result, versions, with_runtime_of, write_run
 from pipeline.store import MapSpec, MapStore, build_pyramid, create_store, sweep_partial_files
 from wsi.errors import SlideReadError
 from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp
@@ -72,7 +73,10 @@ def segment_slide(
 
     Raises SlideError, ModelError or PipelineError; Cancelled on KeyboardInterrupt.
     """
-    return segment_slide_with(ThreadRunner(predictor), path, output, _stating(predictor, config), progress)
+    stating = _stating(predictor, config)
+    if config.runtime == "auto":
+        stating = with_runtime_of(output / path.stem, stating)
+    return segment_slide_with(ThreadRunner(predictor), path, output, stating, progress)
 
 
 def segment_slide_with(
@@ -90,10 +94,11 @@ def segment_slide_with(
 def _segment_slide(
     path: Path, output: Path, runner: BlockRunner, config: SegmentConfig, progress: Progress
 ) -> SlideResult:
-    start, run_versions = time.perf_counter(), versions()
+    start, run_versions = time.perf_counter(), versions(config.runtime)
     seconds: dict[str, float] = {}
     stamp = slide_stamp(path)  # before the digest: a slide that changes in between must not pass for that one
     identity = run_identity(slide_digest(path), runner.digest, config)
+    check_unchanged = partial(_check_unchanged, path, stamp)
     with _named_write_errors(path, output), open_folder(output, path.stem, identity, force=config.force) as folder:
         if folder.finished is not None:
             return skipped_result(folder.target, folder.finished, time.perf_counter() - start)
@@ -107,7 +112,8 @@ def _segment_slide(
             work = BlockWork(slide.info, plan.grid, tissue, config, store, folder.work)
 
             with _timed(seconds, "blocks"):
-                records, resumed = _run_blocks(runner, work, slide, plan, Journal(folder.work, identity), progress)
+                journal = Journal(folder.work, identity)
+                records, resumed = _run_blocks(runner, work, slide, plan, journal, check_unchanged, progress)
             warnings = _warnings(work, runner.card.mpp, records)
             areas_mm2 = _areas_mm2(records, spec)
 
@@ -162,6 +168,7 @@ def _segment_slide(
             write_slide_page(folder.result, facts, picture)
             write_run(folder.result, facts)
         progress("publishing", 0, 1)
+        check_unchanged()
         folder.publish()
     return SlideResult(
         slide=path.stem,
@@ -208,12 +215,21 @@ def _open_store(path: Path, work: Path, spec: MapSpec) -> MapStore:
 
 
 def _run_blocks(
-    runner: BlockRunner, work: BlockWork, slide: Slide, plan: Plan, journal: Journal, progress: Progress
+    runner: BlockRunner,
+    work: BlockWork,
+    slide: Slide,
+    plan: Plan,
+    journal: Journal,
+    check_unchanged: Callable[[], None],
+    progress: Progress,
 ) -> tuple[list[BlockRecord], int]:
     """Run the blocks that no earlier run has finished; returns the records of all, and how many were finished."""
     total = len(plan.blocks)
-    planned = {block.index for block in plan.blocks}
-    records = {index: record for index, record in journal.finished().items() if index in planned}
+    blocks = {block.index: block for block in plan.blocks}
+    records = {index: record for index, record in journal.finished().items() if index in blocks}
+    for index, record in records.items():
+        # A power cut may bring back chunks that the block had removed.
+        work.store.sweep_block(blocks[index].box_out, chunks_of(work, record))
     resumed = len(records)
     if resumed:
         log.info("%s: going on from %d of %d blocks", work.info.path.name, resumed, total)
@@ -221,6 +237,7 @@ def _run_blocks(
     lock = threading.Lock()
 
     def finished(record: BlockRecord) -> None:
+        check_unchanged()  # before its line: a block of other pixels must never be taken for one of this slide
         journal.append(record)
         with lock:
             records[record.index] = record
@@ -230,6 +247,15 @@ def _run_blocks(
     progress("segmenting", resumed, total)
     runner.run(work, slide, [block for block in plan.blocks if block.index not in records], finished)
     return [records[index] for index in sorted(records)], resumed
+
+
+def _check_unchanged(path: Path, stamp: str) -> None:
+    """Raise SlideError where the slide's files are no longer those that the digest was made of."""
+    if slide_stamp(path) != stamp:
+        raise SlideReadError(
+            f"{path.name}: its file has changed since the run began; run the same command again once nothing writes "
+            f"to it"
+        )
 
 
 def _check_readable(work: BlockWork, plan: Plan, records: Iterable[BlockRecord]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from models.bundle import load_bundle
 from models.predictor import Predictor
@@ -81,15 +81,19 @@ def open_workers(
 
 def load_predictor(model: str, config: SegmentConfig) -> Predictor:
     """A bundle's networks on the device and with the settings of a run. Raises ModelError."""
-    return Predictor.from_bundle(
-        load_bundle(model),
-        device=config.device,
-        precision=config.precision,
-        runtime=config.runtime,
-        batch_size=config.batch_size,
-        output_stride=config.output_stride,
-        ungated_fallback=config.keep_ungated,
-    )
+    return Predictor.from_bundle(load_bundle(model), **predictor_settings(config))
+
+
+def predictor_settings(config: SegmentConfig) -> dict[str, Any]:
+    """Those settings of a run that its networks are made with, as the predictor calls them."""
+    return {
+        "device": config.device,
+        "precision": config.precision,
+        "runtime": config.runtime,
+        "batch_size": config.batch_size,
+        "output_stride": config.output_stride,
+        "ungated_fallback": config.keep_ungated,
+    }
 
 
 def config_of(job: SlideJob, config: SegmentConfig) -> SegmentConfig:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from models.runtimes import Precision, RuntimeName
 from pipeline.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, fail, run
 from pipeline.config import SegmentConfig
 
@@ -42,11 +43,11 @@ def segment(
         float | None, typer.Option(help="Micrometres per level-0 pixel, in place of what the slide says.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = DEFAULTS.device,
-    precision: Annotated[Literal["float32", "bf16", "fp16"], typer.Option(help="Of the networks.")] = "float32",
+    precision: Annotated[Precision, typer.Option(help="Of the networks.")] = DEFAULTS.precision,
     runtime: Annotated[
-        Literal["auto", "torch", "openvino"],
+        RuntimeName,
         typer.Option(help="What computes the networks; auto: OpenVINO on a CPU where it is installed, else PyTorch."),
-    ] = "auto",
+    ] = DEFAULTS.runtime,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", help="Tiles per call of a network.", min=1)
     ] = DEFAULTS.batch_size,

@@ -14,24 +14,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client
+from distributed.client import ClosedClientError
 
 from models.bundle import ModelCard, load_bundle, shipped_bundles
 from pipeline.blocks import BlockWork
+from pipeline.cluster.crew import Crew
 from pipeline.cluster.own_processes import own_processes, process_count, visible_gpus
 from pipeline.cluster.slide_tasks import Message, SlideTasks
 from pipeline.cluster.tasks import (
     ModelRef,
     Order,
+    answer,
     check_folder,
     check_worker,
     make_band,
     segment_band_there,
     segment_slide_there,
+    settle_there,
 )
 from pipeline.config import SegmentConfig
 from pipeline.engine import Finished
 from pipeline.errors import ClusterError, ConfigError
-from pipeline.report import SlideResult, read_run, versions
+from pipeline.report import SlideResult, read_run, versions, with_runtime_of
 from pipeline.segment import Progress, segment_slide_with
 from pipeline.workers import Spread, config_of
 from wsi.errors import SlideNotFoundError
@@ -45,9 +49,6 @@ log = logging.getLogger(__name__)
 
 CONNECT_S = 20.0
 """How long a scheduler may take to answer."""
-
-PATIENCE_S = 10.0
-"""How long to wait for a cluster's first process before saying so."""
 
 BANDS_PER_WORKER = 2
 """Bands of a slide that a process has been given: one at work, and the next."""
@@ -104,9 +105,7 @@ class Cluster:
         self._slides: dict[str, SlideTasks] = {}
         self._folders: set[Path] = set()
         self._cancelled = False
-        self._counted = (-1e9, 1)
-        self.resources: dict[str, float] = {}
-        client.subscribe_topic(self._topic, self._deliver)
+        self._crew = Crew(client, gpu=config.device != "cpu")
 
     @property
     def slides_at_once(self) -> int:
@@ -117,39 +116,23 @@ class Cluster:
 
     @property
     def processes(self) -> int:
-        """How many processes can take work, as of a few seconds ago."""
-        with self._lock:
-            counted_at, count = self._counted
-            if time.monotonic() - counted_at > 5.0 and self._client.status == "running":
-                with suppress(OSError):
-                    count = max(1, len(self._able()))
-                self._counted = (time.monotonic(), count)
-            return count
+        """How many processes can take work, as of a few seconds ago; 1 where none can at the moment."""
+        return max(1, len(self._crew.able()))
 
     def check(self, model: ModelRef) -> None:
         """Wait for a first process, and see that those that are there can do the work. Raises ClusterError."""
-        if self._config.device != "cpu" and any("GPU" in info["resources"] for info in self._workers().values()):
-            self.resources = {"GPU": 1}
-        if self._config.runtime == "auto":
-            # All processes the same: blocks of one slide must not differ.
-            self._config = replace(self._config, runtime="torch" if self.resources else self._config.chosen_runtime)
-        arguments = (versions(), model)
         # A task, not a call of all workers: a cluster that has none yet starts one when there is a task.
-        probe = self._client.submit(check_worker, *arguments, pure=False, resources=self.resources)
-        start, told = time.monotonic(), False
+        probe = self._client.submit(versions, pure=False)
         while not probe.done():
-            wait_s = 1.0 if time.monotonic() - start > 1 else 0.05
-            time.sleep(wait_s)
-            if not told and time.monotonic() - start > PATIENCE_S and not self._able():
-                log.warning("the cluster has no process%s; waiting for one", " with a GPU" if self.resources else "")
-                told = True
+            time.sleep(0.05)
+            self._crew.able()
         if probe.status != "finished":
             error = probe.exception() if probe.status == "error" else probe.status
             raise ClusterError(
                 f"the cluster cannot run wsi-segment ({type(error).__name__}: {error}); install the same versions "
                 f"everywhere"
             )
-        self._ask_all(check_worker, *arguments)
+        self._ask_all(check_worker, versions(), model)
 
     def segment(self, job: SlideJob, output: Path, progress: Progress) -> SlideResult:
         config = config_of(job, self._config)
@@ -158,12 +141,10 @@ class Cluster:
         with self._tasks(job.path.name, progress) as tasks:
             order = Order(tasks.id, self._topic, model, config)
             if self._spread == "blocks":
-                runner = _BandRunner(self, tasks, order, load_bundle(model.name).card)
-                result = segment_slide_with(runner, job.path.absolute(), output.absolute(), config, tasks.tell)
-                return _seen_here(result, output)
+                return _seen_here(self._segment_in_bands(tasks, order, job.path, output), output)
             tasks.submit(segment_slide_there, order, job.path.absolute(), output.absolute())
             try:
-                result = tasks.next_ended()
+                result: SlideResult = tasks.next_ended()
             except SlideNotFoundError as error:
                 if not job.path.is_file():
                     raise
@@ -171,11 +152,20 @@ class Cluster:
                     f"{job.path.name}: lies here, but a worker does not see it at {job.path.absolute()}; mount the "
                     f"folder there, at the same path"
                 ) from error
-        if result.status == "skipped" and tasks.begun > 1:
-            # A process had done it, and was ended before it could say so.
-            result = replace(result, status="done")
         self._wait_until_visible(job, output / result.slide)
         return _seen_here(result, output)
+
+    def _segment_in_bands(self, tasks: SlideTasks, order: Order, path: Path, output: Path) -> SlideResult:
+        config = order.config
+        if config.runtime == "auto":
+            config = with_runtime_of(output / path.stem, config)
+        if config.runtime == "auto":
+            # Only a process that has its networks knows, and all of them the same: blocks must not differ.
+            tasks.submit(settle_there, order)
+            config = tasks.next_ended()
+        order = replace(order, config=config)
+        runner = _BandRunner(self, tasks, order, load_bundle(order.model.name).card)
+        return segment_slide_with(runner, path.absolute(), output.absolute(), config, tasks.tell)
 
     def cancel(self) -> None:
         with self._lock:
@@ -183,30 +173,16 @@ class Cluster:
             for tasks in self._slides.values():
                 tasks.cancel()
 
-    def _workers(self) -> dict[str, Any]:
-        workers: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
-        return workers
-
-    def _able(self) -> list[str]:
-        """Addresses of the processes that have the resources that tasks ask for."""
-        return [
-            address
-            for address, info in self._workers().items()
-            if all(info["resources"].get(name, 0) >= amount for name, amount in self.resources.items())
-        ]
-
     def _ask_all(self, question: Callable[..., str], *arguments: object) -> None:
-        able = self._able()
-        answers = self._client.run(question, *arguments, workers=able, on_error="return")
-        for address, answer in answers.items():
-            if isinstance(answer, OSError):
+        able = self._crew.able(now=True)
+        answers = self._client.run(answer, question, *arguments, workers=able, on_error="return")
+        for address, said in answers.items():
+            if isinstance(said, OSError):
                 continue  # it has gone since
-            if isinstance(answer, Exception):
-                answer = (
-                    f"cannot run wsi-segment ({type(answer).__name__}: {answer}); install the same versions everywhere"
-                )
-            if answer:
-                raise ClusterError(f"worker {address} {answer}")
+            if isinstance(said, Exception):
+                said = f"cannot run wsi-segment ({type(said).__name__}: {said}); install the same versions everywhere"
+            if said:
+                raise ClusterError(f"worker {address} {said}")
 
     def _check_folder(self, output: Path) -> None:
         """See, once, that all processes write where we do."""
@@ -239,7 +215,11 @@ class Cluster:
 
     @contextmanager
     def _tasks(self, name: str, progress: Progress) -> Iterator[SlideTasks]:
-        tasks = SlideTasks(name, self._client, self.resources, self._timeout_s, progress)
+        watch = self._crew.able
+        tasks = SlideTasks(name, self._client, self._crew.resources, self._timeout_s, progress, watch)
+        with suppress(ClosedClientError):  # its first task says so
+            # Each time anew: a scheduler that was lost and found does not know of it.
+            self._client.subscribe_topic(self._topic, self._deliver)
         with self._lock:
             if self._cancelled:
                 tasks.cancel()

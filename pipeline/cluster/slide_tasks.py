@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import queue
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from distributed import Client, Future, KilledWorker
 
-from pipeline.cluster.tasks import SETTLE_S, Ended
+from pipeline.cluster.tasks import Ended
 from pipeline.errors import Cancelled, ClusterError, PipelineError, SlideTimeoutError, WorkerLostError
 from pipeline.segment import Progress
 
@@ -31,7 +32,7 @@ class Message:
     """Something that happened to a slide's tasks."""
 
     kind: str
-    """"started", "progress", "ended" or "cancelled"."""
+    """What a process says: "started", "progress" or "ended"; "left" where Dask has done with a task; "cancelled"."""
     facts: Mapping[str, Any]
 
 
@@ -40,7 +41,7 @@ class _Task:
     """A task that was handed in."""
 
     future: Future[Any]
-    function: Callable[..., Ended[Any]]
+    function: Callable[..., None]
     arguments: tuple[object, ...]
     tries: int
     address: str = ""
@@ -59,7 +60,9 @@ class SlideTasks:
         resources: Mapping[str, float],
         timeout_s: float | None,
         progress: Progress,
+        watch: Callable[[], object],
     ) -> None:
+        """`watch` is called now and then while nothing happens."""
         self.id = str(uuid.uuid4())
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._name = name
@@ -69,9 +72,8 @@ class SlideTasks:
         self._progress = progress
         self._cancelled = threading.Event()
         self._tasks: dict[str, _Task] = {}
+        self._watch = watch
         self._deadline: float | None = None
-        self.begun = 0
-        """How often processes have begun one of the tasks: more often than handed in where some were ended."""
 
     @property
     def running(self) -> int:
@@ -80,18 +82,13 @@ class SlideTasks:
 
     def receive(self, message: Message) -> None:
         """Take what a process says of a task. Called on the client's own thread: it must not wait."""
-        if message.kind == "started":
-            # Counted at once: a value that was lost with its process is made again while the other thread waits for it.
-            self.begun += 1
-            if message.facts["key"] in self._tasks:
-                self._tasks[message.facts["key"]].begun += 1
         self._messages.put(message)
 
-    def submit(self, function: Callable[..., Ended[Any]], *arguments: object) -> None:
+    def submit(self, function: Callable[..., None], *arguments: object) -> None:
         """Hand a task in. Raises WorkerLostError where the cluster is gone."""
         self._submit(function, arguments, tries=1)
 
-    def _submit(self, function: Callable[..., Ended[Any]], arguments: tuple[object, ...], tries: int) -> None:
+    def _submit(self, function: Callable[..., None], arguments: tuple[object, ...], tries: int) -> None:
         # No slide names in keys: the cluster's own pages and logs show them.
         key = f"{function.__name__}-{uuid.uuid4()}"
         try:
@@ -99,8 +96,8 @@ class SlideTasks:
         except Exception as error:
             raise self._lost() from error
         self._tasks[key] = _Task(future, function, arguments, tries)
-        ended = Message("ended", {"key": key})
-        future.add_done_callback(lambda _: threading.Timer(SETTLE_S, self._messages.put, [ended]).start())
+        # What the task itself says has been received by then: it comes the same way.
+        future.add_done_callback(lambda _: self._messages.put(Message("left", {"key": key})))
 
     def next_ended(self) -> Any:
         """Wait until one of the tasks has ended, passing progress on; returns its value or raises its error.
@@ -113,18 +110,25 @@ class SlideTasks:
             try:
                 message = self._messages.get(timeout=1.0 if self._deadline is None else 0.1)
             except queue.Empty:
+                self._watch()
                 continue
             task = self._tasks.get(message.facts.get("key", ""))
-            if message.kind == "progress":
-                self._progress(message.facts["stage"], message.facts["done"], message.facts["total"])
-            elif message.kind == "started" and task is not None:
+            if task is None:
+                continue
+            if message.kind == "started":
                 task.address = message.facts["worker"]
+                task.begun += 1
                 if self._timeout_s is not None and self._deadline is None:
                     self._deadline = time.monotonic() + self._timeout_s
-            elif message.kind == "ended" and task is not None:
+            elif message.kind == "progress":
+                self._progress(message.facts["stage"], message.facts["done"], message.facts["total"])
+            else:
                 del self._tasks[message.facts["key"]]
+                if message.kind == "ended":
+                    ended: Ended[Any] = pickle.loads(message.facts["ended"])  # noqa: S301 - our own task's
+                    return ended.result()
                 if not _is_bystander(task):
-                    return self._value(task.future)
+                    self._fail(task.future)
                 self._submit(task.function, task.arguments, task.tries + 1)
 
     def tell(self, stage: str, done: int, total: int) -> None:
@@ -164,10 +168,8 @@ class SlideTasks:
         except (OSError, TimeoutError) as error:
             log.warning("%s: its process was not ended: %s", self._name, error)
 
-    def _value(self, future: Future[Any]) -> Any:
-        if future.status == "finished":
-            ended: Ended[Any] = future.result()
-            return ended.result()
+    def _fail(self, future: Future[Any]) -> NoReturn:
+        """Raise why a task ended that could not say so itself."""
         if future.status != "error":
             raise self._lost()
         error = future.exception()

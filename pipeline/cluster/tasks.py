@@ -5,6 +5,7 @@ Tasks are small, pixels never travel: a task names files, and what it makes is o
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import pickle
@@ -13,7 +14,6 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -25,6 +25,7 @@ from distributed.utils import sync
 from models.bundle import load_bundle
 from models.errors import ModelError
 from models.predictor import Predictor
+from models.runtimes import Runtime
 from pipeline.blocks import BlockRecord, BlockWork
 from pipeline.config import SegmentConfig
 from pipeline.engine import run_blocks
@@ -32,7 +33,7 @@ from pipeline.errors import Cancelled, ClusterError, PipelineError
 from pipeline.malloc import keep_freed_memory
 from pipeline.report import SlideResult, versions
 from pipeline.segment import segment_slide
-from pipeline.workers import load_predictor
+from pipeline.workers import load_predictor, predictor_settings
 from wsi.errors import SlideError
 from wsi.grid import Block
 from wsi.slide import Slide
@@ -41,11 +42,11 @@ log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
-SETTLE_S = 0.05
-"""How long what Dask says of a task may be on its way after the task has ended."""
-
 PROGRESS_S = 0.5
 """Least time between two messages about the progress of one stage."""
+
+ANSWER_S = 30.0
+"""How long a process may take to answer a question: it hangs where it reads from a mount that is stale."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class Order:
 
     id: str
     topic: str
-    """Where messages go: {"id": …, "kind": "started", "key": …, "worker": …} and {…, "kind": "progress", …}."""
+    """Where messages go: {"id": …, "key": …, "worker": …, "kind": "started"}; "progress" has the callback's values,
+    "ended" an `Ended`, pickled.
+    """
     model: ModelRef
     config: SegmentConfig
 
@@ -137,44 +140,54 @@ def check_folder(probe: Path, content: str) -> str:
         return f"does not see the folder ({error.strerror or error})"
 
 
-def segment_slide_there(order: Order, path: Path, output: Path) -> Ended[SlideResult]:
-    """`segment_slide` in a process of a cluster."""
-    return _ended(lambda: _segment_slide(order, path, output))
+async def answer(question: Callable[..., str], *arguments: object) -> str:
+    """What a process answers to one of the questions above, or that it did not in time."""
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(question, *arguments), ANSWER_S)
+    except TimeoutError:
+        return f"has not answered within {ANSWER_S:g} s, as where a mount is stale"
 
 
-def segment_band_there(order: Order, band: Band) -> Ended[tuple[list[BlockRecord], str]]:
-    """Segment a band; returns the records of blocks whose files are on the disk, and the device."""
-    return _ended(lambda: _segment_band(order, band))
+def segment_slide_there(order: Order, path: Path, output: Path) -> None:
+    """`segment_slide` in a process of a cluster; a SlideResult goes to the topic."""
+    _run(order, lambda turn: _segment_slide(order, path, output, turn))
 
 
-def _segment_slide(order: Order, path: Path, output: Path) -> SlideResult:
-    with _turn(order) as given_up:
-        if not output.is_dir():
-            raise ClusterError(
-                f"{path.name}: worker {get_worker().address} does not see the folder {output}; mount it there, at the "
-                f"same path"
-            )
-        tell = _teller(order, given_up)
-        return segment_slide(path, output, _predictor(order), order.config, tell)
+def segment_band_there(order: Order, band: Band) -> None:
+    """Segment a band; the records of blocks whose files are on the disk, and the device, go to the topic."""
+    _run(order, lambda turn: _segment_band(order, band, turn))
 
 
-def _segment_band(order: Order, band: Band) -> tuple[list[BlockRecord], str]:
-    with _turn(order) as given_up:
-        predictor, work = _predictor(order), _unpack(band)
-        records: list[BlockRecord] = []
-        stop = threading.Event()
+def settle_there(order: Order) -> None:
+    """Let a process choose what the settings leave open, so that all others do the same; settings go to the topic."""
+    _run(order, lambda _: _settled(order.config, _predictor(order).runtime))
 
-        def stopped() -> bool:
-            return stop.is_set() or given_up() or not _is_ours(band)
 
-        if not _is_ours(band):
-            raise ClusterError(
-                f"{work.info.path.name}: worker {get_worker().address} does not see the folder {work.folder}, or "
-                f"another run has taken it over; mount it there, at the same path"
-            )
-        with Slide(work.info) as slide:
-            run_blocks(work, slide, predictor, band.blocks, records.append, stop, stopped)
-        return records, str(predictor.device)
+def _segment_slide(order: Order, path: Path, output: Path, turn: _Turn) -> SlideResult:
+    if not output.is_dir():
+        raise ClusterError(
+            f"{path.name}: worker {get_worker().address} does not see the folder {output}; mount it there, at the same "
+            f"path"
+        )
+    return segment_slide(path, output, _predictor(order), order.config, _teller(turn))
+
+
+def _segment_band(order: Order, band: Band, turn: _Turn) -> tuple[list[BlockRecord], str]:
+    predictor, work = _predictor(order), _unpack(band)
+    records: list[BlockRecord] = []
+    stop = threading.Event()
+
+    def stopped() -> bool:
+        return stop.is_set() or turn.given_up() or not _is_ours(band)
+
+    if not _is_ours(band):
+        raise ClusterError(
+            f"{work.info.path.name}: worker {get_worker().address} does not see the folder {work.folder}, or another "
+            f"run has taken it over; mount it there, at the same path"
+        )
+    with Slide(work.info) as slide:
+        run_blocks(work, slide, predictor, band.blocks, records.append, stop, stopped)
+    return records, str(predictor.device)
 
 
 def _is_ours(band: Band) -> bool:
@@ -192,11 +205,57 @@ def _unpack(band: Band) -> BlockWork:
     return replace(band.work, tissue=replace(band.work.tissue, mask_HW=mask_HW))
 
 
-def _ended(task: Callable[[], Value]) -> Ended[Value]:
+class _Turn:
+    """A task that runs, as the work within it sees it."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._worker: Worker = get_worker()
+        self._key = self._worker.get_current_task()
+
+    def given_up(self) -> bool:
+        """Whether nobody waits for the task any more."""
+        task = self._worker.state.tasks.get(self._key)
+        return task is None or task.state in ("cancelled", "released", "forgotten")
+
+    def tell(self, kind: str, **facts: object) -> None:
+        """Send a message; returns when the scheduler has it, so that messages arrive in order, and before all that
+        Dask says of the task. Raises Cancelled where there is no scheduler any more.
+        """
+        message = {"id": self._order.id, "key": self._key, "kind": kind, "worker": self._worker.address} | facts
+        try:
+            sync(self._worker.loop, self._worker.scheduler.log_event, topic=self._order.topic, msg=message)
+        except (OSError, RuntimeError) as error:  # the latter of a worker that is closing
+            raise Cancelled("the scheduler has gone, and with it who waits for the task") from error
+
+
+_at_work = threading.Lock()
+
+
+def _run(order: Order, work: Callable[[_Turn], object]) -> None:
+    """Do what a task asks for, once this process, which may have several threads for tasks, does nothing else.
+
+    Its begin and its end are told as they happen: what Dask keeps of a task is lost with the process, and Dask cannot
+    tell whom a process was ended by.
+    """
+    turn = _Turn(order)
+    while not _at_work.acquire(timeout=1.0):
+        if turn.given_up():
+            return
     try:
-        return Ended(task())
+        keep_freed_memory()
+        turn.tell("started")
+        turn.tell("ended", ended=pickle.dumps(_ended(work, turn)))
+    finally:
+        _at_work.release()
+
+
+def _ended(work: Callable[[_Turn], object], turn: _Turn) -> Ended[object]:
+    try:
+        return Ended(work(turn))
     except Exception as error:
-        if not isinstance(error, (SlideError, ModelError, PipelineError)):
+        # Where nobody waits the client may have cleared the working folder away.
+        if not isinstance(error, (SlideError, ModelError, PipelineError)) and not turn.given_up():
             log.exception("a task failed")
             error.add_note("".join(traceback.format_exception(error)))
         return Ended(errors=tuple(_travelling(e) for e in _chain(error)))
@@ -217,77 +276,42 @@ def _travelling(error: Exception) -> Exception:
     return error
 
 
-_at_work = threading.Lock()
-_predictors: dict[tuple[ModelRef, SegmentConfig], Predictor] = {}
-
-
-@contextmanager
-def _turn(order: Order) -> Iterator[Callable[[], bool]]:
-    """Wait until this process, which may have several threads for tasks, does nothing else; gives a function that says
-    whether nobody waits for the task any more.
-    """
-    worker = get_worker()
-    key = worker.get_current_task()
-
-    def given_up() -> bool:
-        task = worker.state.tasks.get(key)
-        return task is None or task.state in ("cancelled", "released", "forgotten")
-
-    while not _at_work.acquire(timeout=1.0):
-        if given_up():
-            raise Cancelled("nobody waits for it any more")
-    try:
-        keep_freed_memory()
-        # Waits until the scheduler has it: should this process be ended now, the client must know what it had begun.
-        started = {"id": order.id, "kind": "started", "key": key, "worker": worker.address}
-        sync(worker.loop, worker.scheduler.log_event, topic=order.topic, msg=started)
-        # And should this task end the process, the value of the one before must have left it.
-        time.sleep(SETTLE_S)
-        yield given_up
-    except Exception:
-        if given_up():
-            # Its client may have cleared the working folder away.
-            raise Cancelled("nobody waits for it any more") from None
-        raise
-    finally:
-        _at_work.release()
-
-
-def _teller(order: Order, given_up: Callable[[], bool]) -> Callable[[str, int, int], None]:
+def _teller(turn: _Turn) -> Callable[[str, int, int], None]:
     """A progress callback that sends messages, not too many, and ends a slide that nobody waits for."""
-    worker: Worker = get_worker()
     last_stage, last_time = "", 0.0
 
     def tell(stage: str, done: int, total: int) -> None:
         nonlocal last_stage, last_time
-        if given_up():
+        if turn.given_up():
             raise Cancelled("nobody waits for it any more")
         now = time.monotonic()
         if stage != last_stage or done == total or now - last_time >= PROGRESS_S:
             last_stage, last_time = stage, now
-            message = {"id": order.id, "kind": "progress", "stage": stage, "done": done, "total": total}
-            worker.log_event(order.topic, message)
+            turn.tell("progress", stage=stage, done=done, total=total)
 
     return tell
 
 
+_predictors: dict[tuple[object, ...], Predictor] = {}
+
+
 def _predictor(order: Order) -> Predictor:
     """The networks, loaded once for as long as the process lives."""
-    # Of the settings these decide what the networks are made with.
-    config = order.config
-    settings = SegmentConfig(
-        device=config.device,
-        precision=config.precision,
-        runtime=config.runtime,
-        batch_size=config.batch_size,
-        output_stride=config.output_stride,
-        keep_ungated=config.keep_ungated,
-    )
-    key = (order.model, settings)
+    key = _key(order.model, order.config)
     if key not in _predictors:
         _check_digest(order.model)
-        _predictors[key] = load_predictor(order.model.name, settings)
+        predictor = load_predictor(order.model.name, order.config)
+        _predictors[key] = _predictors[_key(order.model, _settled(order.config, predictor.runtime))] = predictor
     return _predictors[key]
+
+
+def _key(model: ModelRef, config: SegmentConfig) -> tuple[object, ...]:
+    return (model, *predictor_settings(config).values())
+
+
+def _settled(config: SegmentConfig, runtime: Runtime) -> SegmentConfig:
+    """The settings with this runtime, and the device where it runs on one only."""
+    return replace(config, runtime=runtime, device="cpu" if runtime == "openvino" else config.device)
 
 
 def _check_digest(model: ModelRef) -> None:

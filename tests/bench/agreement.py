@@ -8,7 +8,6 @@ other, nothing skipped. The run: `segment_slide` with the settings given.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -21,13 +20,14 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from models.bundle import DEFAULT_BUNDLE, load_bundle
+from models.bundle import load_bundle
 from models.predictor import Predictor
 from pipeline.blocks import Blend
 from pipeline.config import SegmentConfig
 from pipeline.plan import block_tissue, needed_tiles
 from pipeline.segment import plan_slide, segment_slide
 from pipeline.workers import load_predictor
+from tests.bench.slide import slide_parser
 from wsi.resample import read_model_pixels
 
 
@@ -86,16 +86,7 @@ def compare(plain_HW: NDArray[np.uint8], run_HW: NDArray[np.uint8]) -> dict[str,
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make both maps, print how far they agree, and write it where that was asked for."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.agreement")
-    parser.add_argument("slide", type=Path)
-    parser.add_argument("-m", "--model", default=DEFAULT_BUNDLE, help="name or folder of a bundle")
-    parser.add_argument("--mpp", type=float, help="µm per level-0 pixel, where the slide does not say it")
-    parser.add_argument("--backend", choices=("auto", "openslide", "tiffslide"), default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
-    parser.add_argument("-b", "--batch-size", type=int, default=SegmentConfig.batch_size)
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    options = vars(parser.parse_args(arguments))
+    options = vars(slide_parser("tests.bench.agreement", __doc__).parse_args(arguments))
     path, model, file = (options.pop(name) for name in ("slide", "model", "json"))
     config = SegmentConfig(**options)
     found = {"slide": path.name, "model": model, **options}

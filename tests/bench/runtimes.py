@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
-from models.runtimes import OpenVinoNetwork, load_openvino
+from models.openvino_network import OpenVinoNetwork, load_openvino
 from pipeline.config import SegmentConfig
 from pipeline.malloc import keep_freed_memory
 from pipeline.segment import plan_slide

@@ -302,9 +302,9 @@ def _floor_line(floor: dict[str, Any], megapixels: float) -> str:
     return "; ".join((*readers, ", ".join(networks) + " per tile"))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and write the JSON where that was asked for."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.slide", description=(__doc__ or "").split("\n", 1)[0])
+def slide_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that segments one slide: all but its own."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(description or "").split("\n", 1)[0])
     parser.add_argument("slide", type=Path)
     parser.add_argument("-m", "--model", default=DEFAULT_BUNDLE, help="name or folder of a bundle")
     parser.add_argument("--mpp", type=float, help="µm per level-0 pixel, where the slide does not say it")
@@ -312,9 +312,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
     parser.add_argument("-b", "--batch-size", type=int, default=SegmentConfig.batch_size)
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the table, and write the JSON where that was asked for."""
+    parser = slide_parser("tests.bench.slide", __doc__)
     parser.add_argument("-j", "--num-workers", type=int, default=SegmentConfig.num_workers)
     parser.add_argument("--repeat", type=int, default=1, help="runs; floors are measured around each")
-    parser.add_argument("--json", type=Path, help="file for all figures")
     options = vars(parser.parse_args(arguments))
     path, model, repeat, file = (options.pop(name) for name in ("slide", "model", "repeat", "json"))
     found = measure(path, model, SegmentConfig(**options), repeat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import threading
@@ -18,7 +19,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun
 
-from flows import segmenting, slide_task
+from flows import segmenting
 from flows.batch import segment_batch
 from flows.privacy import without_folders
 from flows.slide import segment_slide_flow
@@ -39,7 +40,7 @@ class StaleError(OSError):
     """A network mount that went away for a moment."""
 
     def __init__(self) -> None:
-        super().__init__(116, "Stale file handle")
+        super().__init__(errno.ESTALE, "Stale file handle")
 
 
 @dataclass
@@ -80,7 +81,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
         yield workers
 
     monkeypatch.setattr(segmenting, "open_workers", open_workers)
-    monkeypatch.setattr(slide_task.segment_one, "retry_delay_seconds", [0])
+    monkeypatch.setattr(segmenting, "RETRY_DELAYS_S", (0.0, 0.0, 0.0))
     return workers
 
 
@@ -219,10 +220,34 @@ def test_only_what_passes_by_itself_is_tried_again(tmp_path: Path, scripted: Scr
     assert rows_of(tmp_path / "out")["mpp"]["error"] == "mpp"
 
 
+def test_a_slide_that_waits_for_its_next_try_holds_up_no_other(
+    tmp_path: Path, harness: SyncPrefectClient, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segmenting, "LOOK_S", 0.1)
+    monkeypatch.setattr(segmenting, "RETRY_DELAYS_S", (3.0,))
+    scripted.script = {"a": [StaleError()]}
+    state = run(touched(tmp_path / "in", "a", "b", "c"), tmp_path / "out", slides_at_once=1)
+    assert (state.name, state.message) == ("Completed", "3 slides: 3 done")
+    assert scripted.tried == ["a", "b", "c", "a"]
+    chosen = FlowRunFilter(id=FlowRunFilterId(any_=[newest_run(harness).id]))
+
+    def states() -> list[tuple[str, str]] | None:
+        runs = harness.read_task_runs(flow_run_filter=chosen)
+        found = sorted((one.name, one.state.name or "") for one in runs if one.state and one.state.is_final())
+        return found if len(found) == 4 else None
+
+    assert until(states, seconds=20, what="four tries") == [
+        ("a.svs", "Done"),
+        ("a.svs", "Put off"),
+        ("b.svs", "Done"),
+        ("c.svs", "Done"),
+    ]
+
+
 def test_a_slide_that_another_run_holds_comes_up_again_when_the_others_are_done(
     tmp_path: Path, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segmenting, "LOCK_CHECK_S", 0.1)
+    monkeypatch.setattr(segmenting, "LOOK_S", 0.1)
     scripted.script = {"a": [LockedError("a is held"), LockedError("a is held")]}
     state = run(touched(tmp_path / "in", "a", "b", "c"), tmp_path / "out", slides_at_once=1)
     assert (state.name, state.message) == ("Completed", "3 slides: 3 done")
@@ -232,7 +257,7 @@ def test_a_slide_that_another_run_holds_comes_up_again_when_the_others_are_done(
 def test_a_slide_that_is_held_for_longer_than_a_slide_may_take_fails(
     tmp_path: Path, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segmenting, "LOCK_CHECK_S", 0.1)
+    monkeypatch.setattr(segmenting, "LOOK_S", 0.1)
     scripted.script = {"a": [LockedError("a is held") for _ in range(1000)]}
     state = run(touched(tmp_path / "in", "a"), tmp_path / "out", slide_timeout_s=0.3)
     assert state.name == "1 of 1 slide failed"
@@ -278,9 +303,10 @@ def test_no_more_slides_run_at_a_time_than_are_asked_for(tmp_path: Path, scripte
 def test_with_paths_hidden_no_folder_reaches_the_server(
     tmp_path: Path, harness: SyncPrefectClient, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slides = touched(tmp_path / "Doe, Jane", "a", "b")
+    slides = touched(tmp_path / "Doe, Jane", "a", "b", "c")
     (slides / "a.tif").write_text("another a")
-    scripted.script = {"b": [RuntimeError(f"{slides}/b.svs is odd")]}
+    stale = [OSError(errno.ESTALE, "Stale file handle", f"{slides}/c.svs") for _ in range(4)]
+    scripted.script = {"b": [RuntimeError(f"{slides}/b.svs is odd")], "c": list(stale)}
     monkeypatch.chdir(tmp_path)
     run("Doe, Jane", Path("out"), hide_paths=True)
     flow_run = newest_run(harness)

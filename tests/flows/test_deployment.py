@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import httpx
+import psutil
 import pytest
+from filelock import FileLock
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
+from prefect.states import Cancelling
 
 from flows.settings import ENVIRONMENT
+from pipeline.folders import is_locked, lock_file
 from tests.conftest import REPOSITORY
-from tests.flows.servers import POOL, PrefectServer, until
+from tests.flows.servers import POOL, PrefectServer, free_port, kill, until
 from tests.pipeline.fakes import published, run_of
 from tests.pipeline.test_report import rows_of
 from tests.slides import PINK, PURPLE, painted, write_slide
@@ -48,10 +53,15 @@ def deployed(server: PrefectServer) -> PrefectServer:
 
 
 def ask(server: PrefectServer, source: Path, output: Path, **parameters: Any) -> UUID:
-    """Order a batch of the on-demand deployment."""
+    """Order a batch of the on-demand deployment, in the flow's own process, which starts soonest."""
+    return ask_as_shipped(server, "on-demand", source, output, **IN_PROCESS | parameters)
+
+
+def ask_as_shipped(server: PrefectServer, name: str, source: Path, output: Path, **parameters: Any) -> UUID:
+    """Order a batch with the deployment's own scheduler and time limit."""
     with server.client() as client:
-        deployment = client.read_deployment_by_name("segment-batch/on-demand")
-        wanted = {"source": str(source), "output": str(output), "settings": SETTINGS, **IN_PROCESS, **parameters}
+        deployment = client.read_deployment_by_name(f"segment-batch/{name}")
+        wanted = {"source": str(source), "output": str(output), "settings": SETTINGS, **parameters}
         return client.create_flow_run_from_deployment(deployment.id, parameters=wanted).id
 
 
@@ -60,7 +70,7 @@ def read(server: PrefectServer, run: UUID) -> FlowRun:
         return client.read_flow_run(run)
 
 
-def ended(server: PrefectServer, run: UUID, seconds: float = 120) -> FlowRun:
+def ended(server: PrefectServer, run: UUID, seconds: float = 300) -> FlowRun:
     def final() -> FlowRun | None:
         flow_run = read(server, run)
         return flow_run if flow_run.state is not None and flow_run.state.is_final() else None
@@ -82,7 +92,7 @@ def task_states(server: PrefectServer, run: UUID, count: int) -> list[tuple[str,
         found = sorted((t.name, t.state.name or "") for t in tasks if t.state is not None and t.state.is_final())
         return found if len(found) >= count else None
 
-    return until(states, seconds=30, what=f"{count} ended tasks")
+    return until(states, seconds=120, what=f"{count} ended tasks")
 
 
 def table_of(server: PrefectServer, run: UUID) -> dict[str, dict[str, Any]]:
@@ -164,7 +174,7 @@ def test_a_deployed_batch_of_eight_slides_and_a_schedule_that_finds_all_done(
         ours = [one for one in scheduled(deployed, nightly.id) if one.parameters["source"] == str(slides)]
         return next((one for one in ours if one.state is not None and not one.state.is_scheduled()), None)
 
-    first = until(fired, seconds=60, what="a run of the schedule")
+    first = until(fired, seconds=240, what="a run of the schedule")
     httpx.delete(f"{schedules}/{made['id']}", timeout=30).raise_for_status()
     second = ended(deployed, first.id)
     assert (name_of(second), second.state and second.state.message) == ("Completed", "6 slides: 6 skipped")
@@ -188,14 +198,14 @@ def test_a_killed_run_and_a_killed_worker_cost_no_finished_slide_and_no_finished
     reference = undisturbed(slides, tmp_path / "undisturbed", deployed)
 
     run = ask(deployed, slides, out)
-    until(lambda: journal_lines(out, "long") >= 3, seconds=90, what="three blocks")
+    until(lambda: journal_lines(out, "long") >= 3, seconds=240, what="three blocks")
     finished = files_of(out / "a")
     deployed.flow_process().kill()
     assert name_of(ended(deployed, run)) == "Crashed"
     survived = journal_lines(out, "long")
 
     run = ask(deployed, slides, out)
-    until(lambda: journal_lines(out, "long") >= survived + 2, seconds=90, what="two more blocks")
+    until(lambda: journal_lines(out, "long") >= survived + 2, seconds=240, what="two more blocks")
     deployed.kill_worker()
     survived = journal_lines(out, "long")
     assert survived < BLOCKS
@@ -217,23 +227,78 @@ def test_a_batch_outlives_a_killed_server(tmp_path: Path, deployed: PrefectServe
     slides, out = tmp_path / "slides", tmp_path / "results"
     small_slides(slides, *"abcdefgh")
     run = ask(deployed, slides, out)
-    until((out / "a" / "run.json").exists, seconds=90, what="the first slide")
+    until((out / "a" / "run.json").exists, seconds=240, what="the first slide")
     deployed.kill()
-    until((out / "d" / "run.json").exists, seconds=90, what="slides without a server")
+    until((out / "d" / "run.json").exists, seconds=240, what="slides without a server")
     deployed.start()
-    until((out / "h" / "run.json").exists, seconds=90, what="the last slide")
+    until((out / "h" / "run.json").exists, seconds=240, what="the last slide")
     assert name_of(ended(deployed, run)) == "Completed"
     assert {row["status"] for row in rows_of(out).values()} == {"done"}
     assert list(rows_of(out)) == list("abcdefgh")
 
 
 def test_two_batches_into_one_folder_share_the_work(tmp_path: Path, deployed: PrefectServer) -> None:
-    slides, out = tmp_path / "slides", tmp_path / "results"
-    small_slides(slides, *"abcdefgh")
-    runs = [ask(deployed, slides, out) for _ in range(2)]
-    assert [name_of(ended(deployed, run)) for run in runs] == ["Completed", "Completed"]
+    slides, out, names = tmp_path / "slides", tmp_path / "results", "abcdef"
+    small_slides(slides, *names)
+    out.mkdir()
+    with ExitStack() as held:
+        for name in names:
+            held.enter_context(FileLock(lock_file(out, name)))
+        runs = [ask(deployed, slides, out) for _ in range(2)]
+        for run in runs:
+            assert task_states(deployed, run, len(names)) == [(f"{name}.svs", "Locked") for name in names]
+    # Both have found every slide held, and go for all of them at the same moment.
+    both = [ended(deployed, run) for run in runs]
+    assert [name_of(run) for run in both] == ["Completed", "Completed"]
+    starts, ends = [run.start_time for run in both if run.start_time], [run.end_time for run in both if run.end_time]
+    assert max(starts) < min(ends)
     tables = [table_of(deployed, run) for run in runs]
-    ways = {name: sorted(table[name]["status"] for table in tables) for name in "abcdefgh"}
-    assert ways == {name: ["done", "skipped"] for name in "abcdefgh"}
-    assert [json.loads((out / name / "run.json").read_text())["status"] for name in "abcdefgh"] == ["done"] * 8
+    ways = {name: sorted(table[name]["status"] for table in tables) for name in names}
+    assert ways == {name: ["done", "skipped"] for name in names}
+    assert [run_of(out / name)["status"] for name in names] == ["done"] * len(names)
     assert not [path for path in out.iterdir() if path.name.endswith((".work", ".lock", ".old"))]
+
+
+def test_a_run_as_shipped_that_is_cancelled_leaves_nothing_behind_and_the_next_one_goes_on(
+    tmp_path: Path, deployed: PrefectServer
+) -> None:
+    slides, out = tmp_path / "slides", tmp_path / "results"
+    small_slides(slides, "a")
+    write_slide(slides / "long.svs", painted((1200, 900), ((20, 20, 1160, 860), PURPLE)), mpp=1.0)
+    run = ask_as_shipped(deployed, "nightly", slides, out)
+    assert read(deployed, run).parameters["scheduler"] == "local"
+    until(lambda: journal_lines(out, "long") >= 3, seconds=240, what="three blocks")
+    processes = deployed.flow_process().children(recursive=True)
+    assert len(processes) >= 1
+    with deployed.client() as client:
+        client.set_flow_run_state(run, Cancelling())
+    assert name_of(ended(deployed, run)) == "Cancelled"
+    assert psutil.wait_procs(processes, timeout=60)[1] == []
+    assert not is_locked(out, "long")
+    survived = journal_lines(out, "long")
+    assert 3 <= survived < BLOCKS
+
+    run = ask_as_shipped(deployed, "nightly", slides, out)
+    assert name_of(ended(deployed, run)) == "Completed"
+    assert [row["status"] for row in table_of(deployed, run).values()] == ["skipped", "done"]
+    assert run_of(out / "long")["resumed_blocks"] >= survived - 1
+
+
+def test_a_deployed_batch_runs_on_a_dask_cluster(tmp_path: Path, deployed: PrefectServer) -> None:
+    slides, out = tmp_path / "slides", tmp_path / "results"
+    small_slides(slides, "a", "b")
+    host, port, dask = "127.0.0.1", str(free_port()), [sys.executable, "-m", "dask"]
+    address = f"tcp://{host}:{port}"
+    one_each = ["--nworkers", "1", "--nthreads", "1", "--no-dashboard"]
+    cluster = [
+        deployed.begin("dask-scheduler", [*dask, "scheduler", "--host", host, "--port", port, "--no-dashboard"]),
+        deployed.begin("dask-worker", [*dask, "worker", address, *one_each]),
+    ]
+    try:
+        run = ask(deployed, slides, out, scheduler=address, slide_timeout_s=600)
+        assert name_of(ended(deployed, run)) == "Completed"
+    finally:
+        for process in cluster:
+            kill(process)
+    assert {slide: row["status"] for slide, row in table_of(deployed, run).items()} == {"a": "done", "b": "done"}
+    assert (deployed.folder / "dask-worker.log").read_text().count("Registered to") == 1

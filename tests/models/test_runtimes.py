@@ -19,8 +19,9 @@ from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle
 from models.classifier import Classifier
 from models.errors import RuntimeUnavailableError
 from models.heads import HEADS
+from models.openvino_network import OpenVinoNetwork
 from models.predictor import Predictor
-from models.runtimes import OpenVinoNetwork, choose_runtime
+from models.runtimes import choose_runtime
 from models.segmenter import build_segmenter
 from tests.models.networks import ConstantClassifier, ConstantSegmenter, make_card
 
@@ -162,7 +163,7 @@ def test_a_network_that_openvino_cannot_take_runs_in_torch_with_a_warning(
 @needs_openvino
 def test_openvino_calls_nobody_and_writes_nothing(tmp_path: Path) -> None:
     program = (
-        "import sys, torch; from models.runtimes import OpenVinoNetwork; "
+        "import sys, torch; from models.openvino_network import OpenVinoNetwork; "
         "OpenVinoNetwork(torch.nn.Conv2d(3, 1, 1).eval(), 32); "
         "assert sys.modules['openvino_telemetry'] is None; assert 'requests' not in sys.modules"
     )

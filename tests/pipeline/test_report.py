@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import csv
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from pipeline import report
 from pipeline.errors import OutputError
-from pipeline.report import SlideResult, read_run, write_atomically, write_run, write_summary
+from pipeline.report import SlideResult, read_run, versions, write_atomically, write_run, write_summary
 
 
 def rows_of(output: Path) -> dict[str, dict[str, str]]:
@@ -91,3 +93,9 @@ def test_run_json_comes_back_as_it_was_and_what_is_no_run_is_none(tmp_path: Path
     for text in ("[1]", '{"identity": ', '{"identity": {}}', '{"name": "of another program"}'):
         (tmp_path / "run.json").write_text(text, encoding="utf-8")
         assert read_run(tmp_path) is None
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+def test_versions_name_the_runtime_that_made_the_result() -> None:
+    assert versions("openvino") == versions() | {"openvino": version("openvino")}
+    assert "openvino" not in versions("torch")
