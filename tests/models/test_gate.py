@@ -1,55 +1,72 @@
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from models.gate import masked_softmax, passing_classes
 
 
-def gated_probabilities(
-    logits_NKhw: torch.Tensor, presence_NK: torch.Tensor, thresholds_K: torch.Tensor
-) -> torch.Tensor:
+def gated_probabilities(logits_NKhw: Tensor, presence_NK: Tensor, thresholds_K: Tensor) -> Tensor:
     return masked_softmax(logits_NKhw, passing_classes(presence_NK, thresholds_K))
 
 
-@st.composite
-def gate_inputs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    images, classes = draw(st.integers(1, 4)), draw(st.integers(2, 5))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    logits_NKhw = torch.randn(images, classes, 3, 5, generator=generator) * draw(st.sampled_from([0.1, 1.0, 30.0, 1e4]))
-    return logits_NKhw, torch.rand(images, classes, generator=generator), torch.rand(classes, generator=generator)
+class Drawn(NamedTuple):
+    """What a case is made from: a failure shows these four numbers, and no tensors."""
+
+    images: int
+    classes: int
+    scale: float
+    seed: int
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (N, K, h, w), presence (N, K) and thresholds (K)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        logits_NKhw = torch.randn(self.images, self.classes, 3, 5, generator=generator) * self.scale
+        presence_NK = torch.rand(self.images, self.classes, generator=generator)
+        return logits_NKhw, presence_NK, torch.rand(self.classes, generator=generator)
 
 
-@given(gate_inputs())
-def test_gated_classes_are_zero_and_the_others_sum_to_one(
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> None:
-    _, presence_NK, thresholds_K = inputs
-    probs_NKhw = gated_probabilities(*inputs)
+cases = st.builds(
+    Drawn, st.integers(1, 4), st.integers(2, 5), st.sampled_from([0.1, 1.0, 30.0, 1e4]), st.integers(0, 2**31)
+)
+
+
+def check_close(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to 1e-5 at each place; says which place is off, and what each of its row's values is."""
+    off = (~((actual - expected).abs() <= 1e-5)).nonzero()
+    if len(off):
+        n, _, y, x = (int(i) for i in off[0])
+        raise AssertionError(f"{len(off)} off, first {(n, y, x)}: {actual[n, :, y, x]} is not {expected[n, :, y, x]}")
+
+
+@given(cases)
+def test_gated_classes_are_zero_and_the_others_sum_to_one(case: Drawn) -> None:
+    logits_NKhw, presence_NK, thresholds_K = case.tensors()
+    probs_NKhw = gated_probabilities(logits_NKhw, presence_NK, thresholds_K)
     passed_NK = presence_NK > thresholds_K
     assert (probs_NKhw[~passed_NK] == 0).all()
-    total_Nhw = probs_NKhw.sum(dim=1)
-    assert torch.allclose(total_Nhw, passed_NK.any(dim=1).float()[:, None, None].expand_as(total_Nhw))
+    total_N1hw = probs_NKhw.sum(dim=1, keepdim=True)
+    check_close(total_N1hw, passed_NK.any(dim=1).float()[:, None, None, None].expand_as(total_N1hw))
     assert probs_NKhw.dtype == torch.float32
 
 
-@given(gate_inputs())
-def test_gate_is_renormalised_probabilities(inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    logits_NKhw, presence_NK, thresholds_K = inputs
+@given(cases)
+def test_gate_is_renormalised_probabilities(case: Drawn) -> None:
+    logits_NKhw, presence_NK, thresholds_K = case.tensors()
     logits_NKhw = logits_NKhw.clamp(-20, 20)
     kept_NKhw = logits_NKhw.double().softmax(dim=1) * (presence_NK > thresholds_K)[:, :, None, None]
     total_N1hw = kept_NKhw.sum(dim=1, keepdim=True)
     expected_NKhw = torch.where(total_N1hw > 0, kept_NKhw / total_N1hw.clamp_min(1e-300), 0.0)
-    np.testing.assert_allclose(gated_probabilities(logits_NKhw, presence_NK, thresholds_K), expected_NKhw, atol=1e-5)
+    check_close(gated_probabilities(logits_NKhw, presence_NK, thresholds_K), expected_NKhw)
 
 
-@given(gate_inputs(), st.integers(0, 1))
-def test_single_passing_class_is_exactly_one_whatever_its_logits(
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], only: int
-) -> None:
-    logits_NKhw, presence_NK, thresholds_K = inputs
+@given(cases, st.integers(0, 1))
+def test_single_passing_class_is_exactly_one_whatever_its_logits(case: Drawn, only: int) -> None:
+    logits_NKhw, presence_NK, thresholds_K = case.tensors()
     presence_NK = torch.zeros_like(presence_NK)
     presence_NK[:, only] = 1.0
     probs_NKhw = gated_probabilities(logits_NKhw, presence_NK, thresholds_K.clamp(0.1, 0.9))
