@@ -86,7 +86,7 @@ def segment_block(
     """Segment one block and write its chunks and polygons; returns its record, without digests, and the files written.
 
     `stopped` is asked between groups of tiles. Raises Stopped once it says True, and PipelineError naming the tile
-    where a network gives NaN or infinity.
+    where a network gives NaN or infinity, or naming the block where the device fails or runs out of memory.
     """
     timer, grid = _Timer(), work.grid
     tissue_HW = block_tissue(grid, work.tissue, block)
@@ -101,6 +101,8 @@ def segment_block(
         with timer("network"):
             blend, counts = _predict(work, predictor, block, tiles_m, pixels, stopped)
             probs_KHW, labels_HW = blend.result(tissue_HW)
+    except (RuntimeError, MemoryError) as error:
+        raise _device_error(work.info, predictor.device, grid.box_l0(pixels.canvas_m), error) from error
     finally:
         predictor.lock.release()
     bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
@@ -132,6 +134,12 @@ def segment_block(
 def regions_file(folder: Path, block: Block) -> Path:
     """Where the polygons of a block are kept until the join."""
     return folder / "regions" / f"{block.index:06d}.arrow"
+
+
+def chunks_of(work: BlockWork, record: BlockRecord) -> set[Path]:
+    """The chunk files that a finished block has, relative to the store."""
+    files = (work.folder / name for name in record.files)
+    return {file.relative_to(work.store.path) for file in files if file.is_relative_to(work.store.path)}
 
 
 class Blend:
@@ -214,6 +222,18 @@ def _predict(
         segmented += int(prediction.segmented_N.sum())
         unclassified += int((~prediction.passed_NK.any(axis=1)).sum())
     return blend, (segmented, unclassified)
+
+
+def _device_error(info: SlideInfo, device: torch.device, block_l0: Box, error: Exception) -> PipelineError:
+    """What to say where the device, not the network, is to blame; torch's own reports take many lines."""
+    said = str(error).partition("\n")[0] or "no reason given"
+    short = isinstance(error, MemoryError) or "out of memory" in said.lower()
+    return PipelineError(
+        f"{info.path.name}: {'out of memory' if short else 'a network failed'} on {device} ({said}), in the block at "
+        f"level-0 (x, y, width, height) {tuple(block_l0)}; "
+        + ("lower --batch-size or --num-workers and " if short else "check the device, or pass --device cpu, and ")
+        + "run the same command again, which goes on from the finished blocks"
+    )
 
 
 def _slices(inner: Box, outer: Box) -> tuple[slice, slice]:

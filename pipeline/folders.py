@@ -70,7 +70,7 @@ def open_folder(output: Path, name: str, identity: Mapping[str, object], *, forc
         raise OutputError(
             f"{output / name}: no folder of a result may have .zarr in its name: viewers take it for a store"
         )
-    output.mkdir(parents=True, exist_ok=True)
+    _make_durably(output)
     lock_path = lock_file(output, name)
     lock = FileLock(lock_path)
     try:
@@ -135,28 +135,60 @@ def _prepare(output: Path, name: str, identity: Mapping[str, object], *, force: 
             )
         if not force:
             if finished_run(folder.target, identity) is not None:
+                _clear_rest(folder.work, identity)
                 return ResultFolder(folder.target, folder.work, run)
-            raise OutputError(
-                f"{folder.target}: holds the result of another run ({_difference(run, identity)}); pass --force to "
-                f"replace it, or choose another --output"
-            )
+            raise OutputError(_another_run(folder.target, run, identity))
     header_path = folder.work / "identity.json"
-    if folder.work.exists() and _read_json(header_path) != identity:
-        log.warning("%s: the unfinished run found there had other inputs; starting anew", folder.target)
+    former = _read_json(header_path)
+    if folder.work.exists() and former != identity:
+        if isinstance(former, dict):
+            log.warning(
+                "%s: the unfinished run found there is another one (%s); starting anew",
+                folder.target,
+                "; ".join(filter(None, (_other_inputs(former, identity), _other_settings(former, identity)))),
+            )
         shutil.rmtree(folder.work)
     folder.result.mkdir(parents=True, exist_ok=True)
     if not header_path.exists():
         write_atomically(header_path, json.dumps(identity))
-        sync(folder.work)
+        sync(output)
     return folder
 
 
-def _difference(run: Mapping[str, object], identity: Mapping[str, object]) -> str:
-    former = run.get("identity")
-    if not isinstance(former, dict):
-        return "without a readable run.json"
+def _make_durably(folder: Path) -> None:
+    """Make a folder, and those on its way, that a power cut does not take away."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        sync(path.parent)
+
+
+def _clear_rest(work: Path, identity: Mapping[str, object]) -> None:
+    """Remove what a run that was killed after its result had become visible left of its working folder."""
+    if work.exists() and _read_json(work / "identity.json") in (identity, None):
+        shutil.rmtree(work)
+
+
+def _another_run(target: Path, run: Mapping[str, object], identity: Mapping[str, object]) -> str:
+    former = cast("dict[str, object]", run["identity"])
+    settings = _other_settings(former, identity)
+    return (
+        f"{target}: holds the result of another run ({_other_inputs(former, identity) or 'with files missing'}); pass "
+        f"--force to replace it, or choose another --output" + (f"; it was made with {settings}" if settings else "")
+    )
+
+
+def _other_inputs(former: Mapping[str, object], identity: Mapping[str, object]) -> str:
     names = [name for name in identity if former.get(name) != identity[name]]
-    return f"other {', '.join(names)}" if names else "with files missing"
+    return f"other {', '.join(names)}" if names else ""
+
+
+def _other_settings(former: Mapping[str, object], identity: Mapping[str, object]) -> str:
+    """The settings that differ, as "overlap 0.25 instead of 0.5"; the former one is first."""
+    then, now = former.get("parameters"), identity.get("parameters")
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return ""
+    return ", ".join(f"{name} {then.get(name)} instead of {now[name]}" for name in now if then.get(name) != now[name])
 
 
 def _clear_old(old: Path, target: Path) -> None:
@@ -168,7 +200,9 @@ def _clear_old(old: Path, target: Path) -> None:
     for path in old.iterdir():
         if path.name not in written and path.name != "run.json":
             path.rename(_free_place(target / path.name))
-        elif path.name != "run.json":
+    sync(target)
+    for path in old.iterdir():
+        if path.name != "run.json":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     # Last: it says what the run wrote, should this be interrupted.
     (old / "run.json").unlink(missing_ok=True)

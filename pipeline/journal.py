@@ -38,6 +38,8 @@ class Journal:
             journal.write(line)
             journal.flush()
             os.fsync(journal.fileno())
+        # The file may be new: its name has to outlast a power cut, too.
+        sync(self._folder)
 
     def finished(self) -> dict[int, BlockRecord]:
         """The blocks that need not be computed again, by index.
@@ -64,7 +66,8 @@ def make_durable(folder: Path, record: BlockRecord, files: Iterable[Path]) -> Bl
     files = list(files)
     for path in files:
         sync(path)
-    for parent in {path.parent for path in files}:
+    # All the way up: after a power cut a new file is there only if every folder on its way has its entry.
+    for parent in sorted({parent for path in files for parent in path.parents if parent.is_relative_to(folder)}):
         sync(parent)
     return replace(record, files={path.relative_to(folder).as_posix(): _digest(path) for path in files})
 

@@ -12,7 +12,7 @@ levels. What QuPath's reader does not open (other codecs, float, zarr 3) is not 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -153,6 +153,12 @@ class MapStore:
         columns = range(stored.x // side, _ceil_div(stored.right, side))
         planes = [Path("0", str(k)) for k in range(len(self.spec.classes))] + [Path(LABELS, "0")]
         return tuple(sorted(plane / str(row) / str(column) for plane in planes for row in rows for column in columns))
+
+    def sweep_block(self, box_out: Box, kept: Collection[Path]) -> None:
+        """Remove the chunk files of a block that are not among `kept`, which are paths relative to the store."""
+        for file in self.block_files(box_out):
+            if file not in kept:
+                (self.path / file).unlink(missing_ok=True)
 
     def _open(self, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
         array = _open_array(self.path, name)
