@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 MAX_AT_ONCE = 64
 """Slides at a time, however large a cluster is: each has a thread here that waits for it."""
 
+OWN_NAMES = frozenset({"index.html", "qupath", "summary.csv"})
+"""What runs write beside the slides' folders."""
+
 LOCK_CHECK_S = 1.0
 """How often a slide that another process is working on is looked at."""
 
@@ -184,18 +187,27 @@ def _write_report(output: Path) -> None:
 
 
 def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
-    """What to say of each slide whose result would overwrite another's, by the slide's path."""
+    """What to say of each slide whose result would overwrite another's or a run's own files, by the slide's path."""
     groups: dict[str, list[Path]] = defaultdict(list)
+    reserved: dict[Path, str] = {}
     for job in jobs:
+        # A dot begins the names of working folders and locks; alone or twice it would be a folder that is there.
+        if job.path.stem.casefold() in OWN_NAMES or job.path.stem.startswith(".") or not job.path.stem:
+            reserved[job.path] = (
+                f"{job.path}: results are named after slides, and {job.path.stem!r} cannot be a result's name (nor can "
+                f"{', '.join(sorted(OWN_NAMES))} and what begins with a dot); rename the slide, or link to it by "
+                f"another name"
+            )
         # Folded: some file systems do not tell case apart.
         groups[job.path.stem.casefold()].append(job.path)
-    return {
+    same = {
         path: f"{path}: has the same name as {_others(path, paths)}, and results are named after slides; rename one, "
         f"or use another --output for it"
         for paths in groups.values()
         if len(paths) > 1
         for path in paths
     }
+    return same | reserved
 
 
 def _others(path: Path, paths: Sequence[Path]) -> str:
@@ -249,6 +261,8 @@ def _read_manifest(path: Path) -> Iterator[SlideJob]:
         name = (row["slide"] or "").strip()
         if not name:
             raise ConfigError(f"{path}, line {number}: the column 'slide' is empty")
+        if "\0" in name:
+            raise ConfigError(f"{path}, line {number}: the column 'slide' holds a zero byte, which no file's name can")
         text = (row.get("mpp") or "").strip()
         try:
             mpp = float(text) if text else None

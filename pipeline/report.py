@@ -97,11 +97,11 @@ def read_run(folder: Path) -> dict[str, object] | None:
     """A finished result's `run.json`; None where there is none that can be read."""
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     # Another program's run.json is no sign that a run of ours wrote the folder.
     ours = isinstance(run, dict) and isinstance(run.get("identity"), dict) and isinstance(run.get("outputs"), list)
-    return run if ours else None
+    return run if ours and all(isinstance(name, str) and "\0" not in name for name in run["outputs"]) else None
 
 
 def write_run(folder: Path, run: Mapping[str, object]) -> None:

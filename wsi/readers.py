@@ -5,7 +5,7 @@ A new library is one class here and one entry in `READERS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal, Protocol
@@ -23,6 +23,11 @@ BackendName = Literal["openslide", "tiffslide"]
 
 CACHE_BYTES = 16 << 20
 """Decoded tiles that a handle of OpenSlide keeps: a row of them under a block. There is a handle for each thread."""
+
+
+LARGEST_TILE_PX = 1 << 26
+"""Pixels of the largest tile or strip that is decoded: 8192×8192, 256 MiB in OpenSlide. Scanners write 240 to 4096 a
+side. OpenSlide ends the whole process where it cannot get the memory for a tile, so what a file claims is checked."""
 
 
 class Reader(Protocol):
@@ -46,6 +51,11 @@ class OpenSlideReader:
 
     def __init__(self, path: Path) -> None:
         self._slide = openslide.OpenSlide(path)
+        try:
+            _check_tiles(_openslide_tiles(self._slide))
+        except BaseException:
+            self._slide.close()
+            raise
         self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
         self.level_sizes: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
         self.properties: Mapping[str, str] = dict(self._slide.properties)
@@ -78,6 +88,11 @@ class TiffSlideReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._slide = _LevelAddressed(path)
+        try:
+            _check_tiles(_tiffslide_tiles(self._slide))
+        except BaseException:
+            self._slide.close()
+            raise
         self.level_sizes: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
         self.properties: Mapping[str, str] = {
             name.replace("tiffslide.", "openslide.", 1): str(value)
@@ -117,6 +132,30 @@ class TiffSlideReader:
         # imagecodecs drops the warnings of libjpeg and fills what is missing with grey; OpenSlide raises them.
         with closing(OpenSlideReader(self._path)) as other:
             other.read(level, tile_lv)
+
+
+def _openslide_tiles(slide: openslide.OpenSlide) -> Iterator[tuple[int, int]]:
+    """(width, height) of the tiles of each level whose tiles OpenSlide states."""
+    for level in range(slide.level_count):
+        width, height = (slide.properties.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height"))
+        if width is not None and height is not None:
+            yield int(width), int(height)
+
+
+def _tiffslide_tiles(slide: tiffslide.TiffSlide) -> Iterator[tuple[int, int]]:
+    """(width, height) of the tiles or strips of every image that may be a level."""
+    index = None if slide.properties.get("tiffslide.series-composition") else slide.properties["tiffslide.series-index"]
+    for number, series in enumerate(slide.ts_tifffile.series):
+        if index in (None, number):
+            for level in series.levels:
+                page = level.keyframe
+                yield (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+
+
+def _check_tiles(sizes: Iterable[tuple[int, int]]) -> None:
+    for width, height in sizes:
+        if width * height > LARGEST_TILE_PX:
+            raise ValueError(f"its tiles are {width}×{height} pixels, at most {LARGEST_TILE_PX} in all can be read")
 
 
 READERS: dict[BackendName, Callable[[Path], Reader]] = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader}

@@ -38,6 +38,13 @@ BACKGROUND = 255
 UNREADABLE_CELL = 256
 """Side, in level pixels, of the smallest region that is given up after a read error."""
 
+MPP_RANGE = (0.01, 100.0)
+"""Micrometres per pixel that a slide can have: finer than light resolves, up to coarser than any model takes."""
+
+LONGEST_MM, LARGEST_MM2 = 400.0, 30_000.0
+"""Side and area of the largest slide: more than those of the largest glasses there are.
+A file that claims more has damaged sizes, or its pixel size is wrong; its thumbnail alone would take gigabytes."""
+
 # Above this a TIFF resolution is a printer's 72 to 300 dpi, not a microscope's.
 _COARSEST_TIFF_MPP = 40.0
 
@@ -170,11 +177,13 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
     _check_file(path)
     name, reader = _open_reader(path, backend)
     with closing(reader):
-        properties, level_sizes = reader.properties, reader.level_sizes
+        properties, level_sizes = reader.properties, _checked_sizes(path, reader)
         if backend == "auto" and name == "openslide" and _tiffslide_agrees(path, reader):
             name = "tiffslide"
     _probe(path, name, level_sizes)
     mpp, source, warnings = _find_mpp(path, properties, mpp)
+    bounds_l0 = _find_bounds(properties, level_sizes[0])
+    _check_extent(path, bounds_l0, mpp)
     info = SlideInfo(
         path=path,
         backend=name,
@@ -182,7 +191,7 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
         level_sizes=tuple((int(width), int(height)) for width, height in level_sizes),
         mpp=mpp,
         mpp_source=source,
-        bounds_l0=_find_bounds(properties, level_sizes[0]),
+        bounds_l0=bounds_l0,
         warnings=warnings,
     )
     return Slide(info)
@@ -263,6 +272,31 @@ def _open_reader(path: Path, backend: Backend) -> tuple[BackendName, Reader]:
         f"{path.name}: not a slide that can be opened ({'; '.join(reasons)}); check that the file is complete and of a "
         f"format that OpenSlide or tiffslide reads"
     )
+
+
+def _checked_sizes(path: Path, reader: Reader) -> tuple[tuple[int, int], ...]:
+    sizes = reader.level_sizes
+    if not sizes or min(min(size) for size in sizes) < 1:
+        raise SlideFormatError(
+            f"{path.name}: has a level without pixels (sizes: {', '.join(f'{w}×{h}' for w, h in sizes) or 'none'}); "
+            f"copy or scan it again"
+        )
+    return sizes
+
+
+def _check_extent(path: Path, bounds_l0: Box, mpp: float) -> None:
+    least, most = MPP_RANGE
+    if not least <= mpp <= most:
+        raise ResolutionError(
+            f"{path.name}: {mpp:g} µm per pixel is no slide's ({least:g} to {most:g} are); pass the right one as --mpp"
+        )
+    width_mm, height_mm = bounds_l0.width * mpp / 1000, bounds_l0.height * mpp / 1000
+    if width_mm * height_mm > LARGEST_MM2 or max(width_mm, height_mm) > LONGEST_MM:
+        raise ResolutionError(
+            f"{path.name}: {bounds_l0.width}×{bounds_l0.height} px at {mpp:g} µm are {width_mm:,.0f}×{height_mm:,.0f} "
+            f"mm, larger than any slide (at most {LONGEST_MM:g} mm a side and {LARGEST_MM2:,.0f} mm²); pass the right "
+            f"--mpp, or copy or scan it again"
+        )
 
 
 def _tiffslide_agrees(path: Path, reader: Reader) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from wsi.grid import Box
 
 _JPEG = (7, 33007)
+_JPEG_2000 = (33003, 33004, 33005, 34712)
 _ZEROS = bytes(512)
 """What an unwritten sector of a disk reads as. Tiles of white glass hold up to 384 zeros in a row."""
 _MOST_BEHIND_END = 64
@@ -58,16 +59,32 @@ class TiledImage:
         if count == 0:
             return np.full((*self.tile_size[::-1], 3), 255, np.uint8)
         file = page.parent.filehandle
+        # Before the reading, which takes the memory for as many bytes as the file claims.
+        if page.dataoffsets[index] + count > file.size:
+            raise ValueError(f"the file ends in tile {index}")
         file.seek(page.dataoffsets[index])
         data = file.read(count)
-        if len(data) < count:
-            raise ValueError(f"the file ends in tile {index}")
+        self._check_size(index, data)
         if page.compression in _JPEG and looks_damaged(data):
             confirm()
         pixels = page.decode(data, index, jpegtables=page.jpegtables)[0]
         if pixels is None:
             raise ValueError(f"tile {index} is empty")
         return np.asarray(pixels[0], np.uint8)
+
+    def _check_size(self, index: int, data: bytes) -> None:
+        """Raise ValueError where a tile's own header claims another size: its decoder would take the memory for that.
+
+        Of the other compressions' streams tifffile decodes no more than a tile.
+        """
+        if self.page.compression in _JPEG:
+            size = jpeg_size(data)
+        elif self.page.compression in _JPEG_2000:
+            size = jpeg_2000_size(data)
+        else:
+            return
+        if size is None or size[0] > self.tile_size[0] or size[1] > self.tile_size[1]:
+            raise ValueError(f"tile {index} of {self.tile_size} pixels claims {size or 'no size'}")
 
 
 def tiled_image(series: tifffile.TiffPageSeries) -> TiledImage | None:
@@ -96,3 +113,28 @@ def looks_damaged(jpeg: bytes) -> bool:
     if not len(markers) or codes[markers[0]] != 0xD9:
         return True
     return bool(len(values) - (places[markers[0]] + 2) > _MOST_BEHIND_END)
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) that the frame header of a JPEG stream states; None where there is none before the picture."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        code = data[at + 1]
+        if code == 0xFF:  # may be repeated before a marker
+            at += 1
+        elif 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        elif code == 0xDA:
+            return None
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def jpeg_2000_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) that the size marker of a JPEG 2000 stream states; None where there is none."""
+    start = data.find(b"\xff\x4f\xff\x51")
+    if start < 0 or len(data) < start + 24:
+        return None
+    right, bottom, left, top = (int.from_bytes(data[start + i : start + i + 4], "big") for i in (8, 12, 16, 20))
+    return right - left, bottom - top

@@ -61,7 +61,7 @@ def _checked(text: str) -> Iterator[tuple[dict[str, Any], str]]:
             if classification := feature["properties"].get("classification"):
                 same = colors.setdefault(classification["name"], classification["color"]) == classification["color"]
                 _require(same, f"two colours of class {classification['name']}")
-        except RuleBrokenError as error:
+        except (RuleBrokenError, OverflowError) as error:
             yield feature, str(error)
         else:
             yield feature, ""

@@ -27,7 +27,9 @@ def broken_rules(root: Path) -> list[str]:
         broken.append(f"metadata without {error}")
     except OSError as error:
         broken.append(f"{error.filename or 'a file'}: {error.strerror or error}")
-    except (ValueError, TypeError, LookupError, AttributeError, ET.ParseError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        broken.append(f"metadata of another form: {error}")
+    except ET.ParseError as error:
         broken.append(f"metadata of another form: {error}")
     return [text.replace(f"{root}/", "") for text in broken]
 

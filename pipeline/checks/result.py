@@ -50,7 +50,7 @@ def _result(folder: Path) -> Findings:
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         outputs, polygons = [str(name) for name in run["outputs"]], run["polygons"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         return {folder / "run.json": [f"does not say what belongs to the result ({error})"]}
     wrong = [f"{name} is missing" for name in outputs if not (folder / name).exists()]
     found: Findings = {folder / "run.json": wrong}
@@ -73,7 +73,7 @@ def _result(folder: Path) -> Findings:
 def _geojson(path: Path) -> tuple[int, list[str]]:
     try:
         return geojson_rules.broken_rules(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         return 0, [f"cannot be read: {error}"]
 
 

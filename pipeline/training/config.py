@@ -217,7 +217,7 @@ def train_config(preset: str = "default", file: Path | None = None, settings: Se
     if file is not None:
         try:
             values |= tomllib.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # of the file, its encoding, and tomllib
             raise TrainConfigError(f"{file}: cannot be read as TOML: {error}") from error
     for setting in settings:
         name, equals, text = setting.partition("=")

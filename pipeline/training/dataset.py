@@ -287,9 +287,12 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
     locations = card.images.get("all") or card.images[split]
     for place in locations:
         # Names that begin with a dot are what other systems leave beside the files.
-        files = sorted(
-            file for file in dataset.root.glob(place.image) if file.is_file() and not file.name.startswith(".")
-        )
+        try:
+            files = sorted(
+                file for file in dataset.root.glob(place.image) if file.is_file() and not file.name.startswith(".")
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise DatasetFileError(f"{card.name}: images cannot be {place.image!r}: {error}") from error
         if files:
             break
     else:

@@ -294,7 +294,7 @@ def read_card(file: Path) -> DatasetCard:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DatasetFileError(f"{file}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of tomllib and of the encoding
         raise DatasetFileError(f"{file}: is no TOML: {error}") from error
     try:
         return DatasetCard.model_validate(content)

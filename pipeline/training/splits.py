@@ -83,10 +83,11 @@ def _read_table(file: Path, name_column: str) -> list[Row]:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, restkey=_TOO_MANY, restval="")
             rows: list[Row] = list(reader)
+            columns = reader.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise LabelError(f"{file}: the table cannot be read: {error}") from error
-    if name_column not in (reader.fieldnames or ()):
-        raise LabelError(f"{file}: has no column {name_column}; its columns are {', '.join(reader.fieldnames or ())}")
+    if name_column not in columns:
+        raise LabelError(f"{file}: has no column {name_column}; its columns are {', '.join(columns)}")
     if wide := [row[name_column] for row in rows if _TOO_MANY in row]:
         raise LabelError(f"{file}: the row of {wide[0]} has more cells than the header; quote cells that hold a comma")
     return rows

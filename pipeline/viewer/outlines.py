@@ -30,9 +30,12 @@ def outline_bytes(path: Path, detail: int) -> bytes | None:
     """
     if not 0 <= detail < len(TOLERANCES_L0):
         return None
-    with pq.ParquetFile(path) as file:
-        batches = file.iter_batches(BATCH, columns=["label", "area_mm2", "geometry"])
-        parts = [_arrays(batch, TOLERANCES_L0[detail]) for batch in batches]
+    try:
+        with pq.ParquetFile(path) as file:
+            batches = file.iter_batches(BATCH, columns=["label", "area_mm2", "geometry"])
+            parts = [_arrays(batch, TOLERANCES_L0[detail]) for batch in batches]
+    except (pa.ArrowException, shapely.errors.ShapelyError, LookupError, TypeError, ValueError) as error:
+        raise OSError(f"{path.name}: cannot be read: {error}") from error
     if not parts:
         return np.zeros(6, "<u4").tobytes()
     area_mm2, label, ring_counts, point_counts, xy_l0 = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

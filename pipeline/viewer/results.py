@@ -117,7 +117,7 @@ def load_result(folder: Path) -> Result:
             model=str(run["model"]),
             warnings=tuple(map(str, run["warnings"])),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError, OSError) as error:
         raise ViewError(
             f"{folder}: its run.json or its map is not whole ({type(error).__name__}: {error}); segment the slide again"
         ) from error
