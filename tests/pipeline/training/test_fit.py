@@ -110,7 +110,7 @@ def test_a_killed_process_goes_on_and_ends_with_the_same_weights(tmp_path: Path)
     program = (
         "import sys, os, signal, torch\n"
         "from pathlib import Path\n"
-        "from pipeline import fit as loop\n"
+        "from pipeline.training import fit as loop\n"
         "from tests.pipeline.training.test_fit import CONFIG, CPU, line_task, weights\n"
         "loop.CHECKPOINT_SECONDS = -1.0\n"
         "def kill(what, done, total):\n"
