@@ -100,8 +100,13 @@ def test_a_cluster_without_a_process_is_waited_for_and_that_is_said_once(
             second = start_when_said(2)
             assert workers.segment(job, tmp_path / "out", no_progress).status == "done"
             second.join()
-    # So small a slide may have ended before the cluster is looked at again.
-    assert said(caplog) in ([waits, goes_on, waits], [waits, goes_on] * 2)
+            # So small a slide may have ended before the cluster was looked at again; a batch looks on.
+            until(
+                lambda: workers.slides_at_once and said(caplog).count(goes_on) == 2,
+                seconds=60,
+                what="the word that it goes on",
+            )
+    assert said(caplog) == [waits, goes_on] * 2
 
 
 @pytest.mark.usefixtures("hurried")
