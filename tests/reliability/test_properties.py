@@ -8,7 +8,7 @@ surroundings explain.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +39,8 @@ from wsi.grid import Box, make_grid
 from wsi.readers import BackendName
 from wsi.slide import SlideInfo
 from wsi.tissue import Tissue
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RGB = NDArray[np.uint8]
 
@@ -130,15 +132,6 @@ def mapped(
         tissue=tissue,
         mpp_out=plan.grid.mpp_out,
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks as small as these only wait for a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class _Surroundings(nn.Module):

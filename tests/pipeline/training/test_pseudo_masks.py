@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +32,11 @@ from pipeline.training.pseudo_masks import (
 from tests.pipeline.training.test_classifier import CellClassifier, crop_images, noise_images
 from tests.textures import write_crops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1)
 THREE_LAYERS = TrainConfig(cam="grad-cam", layer_weights=(0.2, 0.2, 0.6), overlap_labels=False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @given(st.data(), st.booleans())

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +19,10 @@ from pipeline.training.pseudo_masks import write_pseudo_masks
 from pipeline.training.segmenter import layered_loss, map_scores, pixel_weights, segmenter_task
 from tests.pipeline.training.test_classifier import CellClassifier, crop_images
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def slow_loss(logits: list, labels: list, weights: tuple[float, ...], weight_K: list[float]) -> float:  # type: ignore[type-arg]

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,8 @@ from tests.models.networks import make_card as made_card
 from tests.pipeline.training.test_classifier import crop_images
 from tests.textures import write_crops, write_textures
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = TrainConfig(
     weights="none",
     region=64,
@@ -42,14 +43,6 @@ CONFIG = TrainConfig(
     confidence=0.0,
 )
 STAGES = ("classifier", "segmenter")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
