@@ -29,6 +29,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from models.depthwise import speed_up_depthwise
 from models.predictor import choose_device
 from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig
@@ -120,6 +121,8 @@ def fit(
     Raises TrainError where the loss or a gradient is NaN or infinite.
     """
     network = task.network
+    if device.type == "cpu":
+        speed_up_depthwise(network)
     optimizer = make_optimizer(task, config)
     total = task.epochs * task.steps
     averaged, best = copy.deepcopy(network), copy.deepcopy(network)
