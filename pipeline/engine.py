@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import dask
+import dask.threaded
 
 from models.bundle import ModelCard
 from models.predictor import Predictor
@@ -92,8 +93,9 @@ def run_all(function: Callable[[Item], None], items: Iterable[Item], in_flight: 
     with ThreadPoolExecutor(in_flight, thread_name_prefix="block") as pool:
         tasks = [dask.delayed(function, pure=False)(item) for item in items]
         try:
-            # Dask's threaded scheduler keeps as many tasks running as the pool has threads.
-            dask.compute(*tasks, scheduler="threads", pool=pool)
+            # Dask's threaded scheduler keeps as many tasks running as the pool has threads. Not by its name: looking
+            # that up imports dask.distributed, which takes a second.
+            dask.compute(*tasks, scheduler=dask.threaded.get, pool=pool)
         except BaseException:
             stop.set()
             raise

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,24 +49,41 @@ def no_progress(stage: str, done: int, total: int) -> None:
     """Tell nobody."""
 
 
-def plan_slide(path: Path, card: ModelCard, config: SegmentConfig) -> tuple[Slide, Tissue, Plan]:
+class PlannedSlide(NamedTuple):
+    """An open slide, and what a run will do with it."""
+
+    stamp: str
+    """`slide_stamp` before anything was read."""
+    slide: Slide
+    tissue: Tissue
+    plan: Plan
+
+
+def plan_slide(path: Path, card: ModelCard, config: SegmentConfig) -> PlannedSlide:
     """Open a slide, find its tissue and plan the run. Writes nothing; the caller closes the slide.
 
     Raises SlideError where the slide cannot be used.
     """
+    stamp = slide_stamp(path)
     slide = open_slide(path, config.mpp, config.backend)
     try:
         tissue = find_tissue(slide)
-        return slide, tissue, make_plan(slide.info, tissue, card, config)
+        return PlannedSlide(stamp, slide, tissue, make_plan(slide.info, tissue, card, config))
     except BaseException:
         slide.close()
         raise
 
 
 def segment_slide(
-    path: Path, output: Path, predictor: Predictor, config: SegmentConfig, progress: Progress = no_progress
+    path: Path,
+    output: Path,
+    predictor: Predictor,
+    config: SegmentConfig,
+    progress: Progress = no_progress,
+    planned: PlannedSlide | None = None,
 ) -> SlideResult:
-    """Segment a slide into `output/<stem>`: see the README for what is there afterwards.
+    """Segment a slide into `output/<stem>`: see the README for what is there afterwards. `planned` is what `plan_slide`
+    gave for it with this model and these settings, where it has been called already.
 
     A result of the same slide, model and parameters is left as it is (`skipped`). Everything is built in a working
     folder beside the target and becomes visible by one rename; after a crash or an interrupt the next call goes on from
@@ -76,15 +94,20 @@ def segment_slide(
     stating = _stating(predictor, config)
     if config.runtime == "auto":
         stating = with_runtime_of(output / path.stem, stating)
-    return segment_slide_with(ThreadRunner(predictor), path, output, stating, progress)
+    return segment_slide_with(ThreadRunner(predictor), path, output, stating, progress, planned)
 
 
 def segment_slide_with(
-    runner: BlockRunner, path: Path, output: Path, config: SegmentConfig, progress: Progress = no_progress
+    runner: BlockRunner,
+    path: Path,
+    output: Path,
+    config: SegmentConfig,
+    progress: Progress = no_progress,
+    planned: PlannedSlide | None = None,
 ) -> SlideResult:
     """`segment_slide`, with its blocks run by `runner`; everything else is done here."""
     try:
-        return _segment_slide(path, output, runner, config, progress)
+        return _segment_slide(path, output, runner, config, progress, planned)
     except KeyboardInterrupt:
         raise Cancelled(
             f"{path.name}: interrupted; run the same command again to go on from the blocks that are finished"
@@ -92,11 +115,17 @@ def segment_slide_with(
 
 
 def _segment_slide(
-    path: Path, output: Path, runner: BlockRunner, config: SegmentConfig, progress: Progress
+    path: Path,
+    output: Path,
+    runner: BlockRunner,
+    config: SegmentConfig,
+    progress: Progress,
+    planned: PlannedSlide | None,
 ) -> SlideResult:
     start, run_versions = time.perf_counter(), versions(config.runtime)
     seconds: dict[str, float] = {}
-    stamp = slide_stamp(path)  # before the digest: a slide that changes in between must not pass for that one
+    # Before the digest: a slide that changes in between must not pass for that one.
+    stamp = slide_stamp(path) if planned is None else planned.stamp
     identity = run_identity(slide_digest(path), runner.digest, config)
     check_unchanged = partial(_check_unchanged, path, stamp)
     with _named_write_errors(path, output), open_folder(output, path.stem, identity, force=config.force) as folder:
@@ -104,7 +133,7 @@ def _segment_slide(
             return skipped_result(folder.target, folder.finished, time.perf_counter() - start)
 
         with _timed(seconds, "plan"):
-            slide, tissue, plan = plan_slide(path, runner.card, config)
+            _, slide, tissue, plan = planned or plan_slide(path, runner.card, config)
         with slide:
             check_resources(plan, path.name, output)
             spec = _map_spec(path, runner.card, plan)

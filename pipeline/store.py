@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ from wsi.grid import Box
 UInt8Array = npt.NDArray[np.uint8]
 
 LABELS = "labels/classes"
+_OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+_XSI = "http://www.w3.org/2001/XMLSchema-instance"
 MAX_CLASSES = 255
 
 
@@ -341,34 +344,27 @@ def _multiscale(spec: MapSpec, name: str, leading: list[dict[str, str]], method:
 
 
 def _ome_xml(spec: MapSpec) -> str:
-    # Slow to import, and not needed to read a store.
-    from ome_types import OME
-    from ome_types.model import Channel, Image, Pixels
+    """OME-XML 2016-06 of one image without pixels of its own; µm is the schema's unit of length.
 
+    Written here and not by ome-types, whose import takes a second, before the first block of every run.
+    """
     width, height = spec.padded_size_out
-    channels = [
-        Channel(id=f"Channel:0:{i}", name=name, color=cast(Any, colour), samples_per_pixel=1)
-        for i, (name, colour) in enumerate(spec.classes)
-    ]
-    pixels = Pixels(
-        id="Pixels:0",
-        dimension_order=cast(Any, "XYZCT"),
-        type=cast(Any, "uint8"),
-        significant_bits=8,
-        big_endian=False,
-        interleaved=False,
-        size_x=cast(Any, width),
-        size_y=cast(Any, height),
-        size_z=cast(Any, 1),
-        size_c=cast(Any, len(spec.classes)),
-        size_t=cast(Any, 1),
-        physical_size_x=cast(Any, spec.mpp_out),
-        physical_size_y=cast(Any, spec.mpp_out),
-        channels=channels,
-        metadata_only=cast(Any, {}),
-    )
-    image = Image(id="Image:0", name=_text(spec.name), pixels=pixels)
-    return OME(images=[image], creator="wsi-segment").to_xml()
+    ome = ET.Element("OME", {"xmlns": _OME, "xmlns:xsi": _XSI, "xsi:schemaLocation": f"{_OME} {_OME}/ome.xsd"})
+    ome.set("Creator", "wsi-segment")
+    image = ET.SubElement(ome, "Image", {"ID": "Image:0", "Name": _text(spec.name)})
+    form = {"DimensionOrder": "XYZCT", "Type": "uint8", "SignificantBits": 8, "Interleaved": "false"}
+    sizes = {"SizeX": width, "SizeY": height, "SizeZ": 1, "SizeC": len(spec.classes), "SizeT": 1}
+    scale = {"PhysicalSizeX": spec.mpp_out, "PhysicalSizeY": spec.mpp_out}
+    attributes = {"ID": "Pixels:0", **form, "BigEndian": "false", **sizes, **scale}
+    pixels = ET.SubElement(image, "Pixels", {name: str(value) for name, value in attributes.items()})
+    for i, (name, colour) in enumerate(spec.classes):
+        # Red, green, blue and alpha in the bytes of a signed number.
+        number = int.from_bytes(bytes((*colour, 255)), "big", signed=True)
+        channel = {"ID": f"Channel:0:{i}", "Name": name, "SamplesPerPixel": "1", "Color": str(number)}
+        ET.SubElement(pixels, "Channel", channel)
+    ET.SubElement(pixels, "MetadataOnly")
+    ET.indent(ome)
+    return ET.tostring(ome, encoding="unicode") + "\n"
 
 
 def _text(name: str) -> str:

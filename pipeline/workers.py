@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,7 +15,7 @@ from models.predictor import Predictor
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ConfigError
 from pipeline.report import SlideResult
-from pipeline.segment import Progress, segment_slide
+from pipeline.segment import PlannedSlide, Progress, plan_slide, segment_slide
 
 if TYPE_CHECKING:
     from pipeline.batch import SlideJob
@@ -52,8 +53,10 @@ def open_workers(
     *,
     spread: Spread = "slides",
     slide_timeout_s: float | None = None,
+    first: SlideJob | None = None,
 ) -> Iterator[Workers]:
-    """Give what segments slides with these settings, and with this model where a job names no other.
+    """Give what segments slides with these settings, and with this model where a job names no other. `first`, the job
+    that will come first, is planned while this process loads the model.
 
     `scheduler` is None for this process; "local" for processes of our own, one per GPU or a single one, or "local:N"
     for N; else an address (tcp://…, tls://…) or a scheduler file of a dask.distributed cluster. Results are the same
@@ -70,8 +73,9 @@ def open_workers(
     if scheduler is None:
         _check_in_process(spread, slide_timeout_s)
         here = InProcess(lambda name: load_predictor(name, config), model, config)
-        here.load(model)
-        yield here
+        with here.planning(first) if first is not None else nullcontext():
+            here.load(model)
+            yield here
         return
     from pipeline.cluster.cluster import open_cluster
 
@@ -113,6 +117,7 @@ class InProcess:
         self._predictors: dict[str, Predictor] = {}
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
+        self._planned: dict[SlideJob, Future[PlannedSlide]] = {}
 
     def load(self, model: str) -> Predictor:
         """The networks of a bundle; raises ModelError where they cannot be used."""
@@ -127,11 +132,31 @@ class InProcess:
                 raise Cancelled(f"{job.path.name}: stopped; run the same command again to go on")
             progress(stage, done, total)
 
-        config = config_of(job, self._config)
-        return segment_slide(job.path, output, self.load(job.model or self._model), config, unless_cancelled)
+        config, predictor = config_of(job, self._config), self.load(job.model or self._model)
+        with ExitStack() as stack:
+            planned = None
+            if job in self._planned:
+                planned = self._planned.pop(job).result()
+                stack.enter_context(planned.slide)
+            return segment_slide(job.path, output, predictor, config, unless_cancelled, planned)
 
     def cancel(self) -> None:
         self._cancelled.set()
+
+    @contextmanager
+    def planning(self, job: SlideJob) -> Iterator[None]:
+        """Plan a slide on another thread; what is wrong with it is raised by its `segment`."""
+
+        def plan() -> PlannedSlide:
+            return plan_slide(job.path, load_bundle(job.model or self._model).card, config_of(job, self._config))
+
+        with ThreadPoolExecutor(1, thread_name_prefix="plan") as pool:
+            self._planned[job] = pool.submit(plan)
+            try:
+                yield
+            finally:
+                if (unused := self._planned.pop(job, None)) and not unused.exception():
+                    unused.result().slide.close()
 
 
 def _check_in_process(spread: Spread, slide_timeout_s: float | None) -> None:

@@ -56,8 +56,6 @@ class Tissue:
     """The tissue mask of a slide, over its bounds."""
 
     mask_HW: NDArray[np.bool_]
-    rgb_HWC: NDArray[np.uint8]
-    """The thumbnail that the mask was made from."""
     l0_per_px: float
     mpp: float
     fold_um2: float
@@ -128,7 +126,7 @@ def find_tissue(slide: Slide) -> Tissue:
         share = fold_HW.sum() / mask_HW.sum()
         warnings = (f"{share:.0%} of the tissue is as dark as a fold; it was kept as tissue",)
         fold_HW[:] = False
-    return Tissue(mask_HW & ~fold_HW, rgb_HWC, l0_per_px, mpp, float(fold_HW.sum()) * mpp**2, warnings)
+    return Tissue(mask_HW & ~fold_HW, l0_per_px, mpp, float(fold_HW.sum()) * mpp**2, warnings)
 
 
 class Thumbnail(NamedTuple):

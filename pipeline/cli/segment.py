@@ -196,7 +196,7 @@ def _run(
     with ExitStack() as stack:
         try:
             workers = stack.enter_context(
-                open_workers(scheduler, model, config, spread=spread, slide_timeout_s=slide_timeout_s)
+                open_workers(scheduler, model, config, spread=spread, slide_timeout_s=slide_timeout_s, first=jobs[0])
             )
         except (ModelError, ClusterError) as error:
             fail(PROGRAM, str(error), EXIT_FAILED)
@@ -249,7 +249,7 @@ def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: Segment
             if job.path in clashes:
                 raise ConfigError(clashes[job.path])
             own = load_bundle(job.model).card if job.model else card
-            slide, _, plan = plan_slide(job.path, own, config_of(job, config))
+            _, slide, _, plan = plan_slide(job.path, own, config_of(job, config))
             slide.close()
             entry |= {"mpp": slide.info.mpp, "mpp_source": slide.info.mpp_source, "backend": slide.info.backend}
             entry |= plan.summary() | {"warnings": list(slide.info.warnings)}

@@ -93,7 +93,7 @@ class Band:
     """Some blocks of one slide, and what they have in common."""
 
     work: BlockWork
-    """Without the tissue's pixels."""
+    """Without the tissue's mask."""
     mask: bytes
     """Of the tissue: bits, row by row, compressed."""
     shape_HW: tuple[int, int]
@@ -105,8 +105,7 @@ class Band:
 
 def make_band(work: BlockWork, blocks: Sequence[Block]) -> Band:
     """Pack blocks for another process."""
-    nothing_HWC = np.zeros((0, 0, 3), np.uint8)
-    bare = replace(work.tissue, mask_HW=np.zeros((0, 0), bool), rgb_HWC=nothing_HWC)
+    bare = replace(work.tissue, mask_HW=np.zeros((0, 0), bool))
     return Band(
         work=replace(work, tissue=bare),
         mask=zlib.compress(np.packbits(work.tissue.mask_HW, axis=1).tobytes(), 1),

@@ -42,7 +42,7 @@ def plain_labels(path: Path, model: str, config: SegmentConfig) -> NDArray[np.ui
         ungated_fallback=config.keep_ungated,
         skip_by_gate=False,
     )
-    slide, tissue, plan = plan_slide(path, bundle.card, replace(config, backend="openslide"))
+    _, slide, tissue, plan = plan_slide(path, bundle.card, replace(config, backend="openslide"))
     grid = plan.grid
     labels_HW = np.zeros(grid.size_out[::-1], np.uint8)
     with slide:

@@ -18,6 +18,10 @@ from typing import Any
 
 def since_start_s() -> float:
     """Seconds since the kernel started this process, imports of Python itself included."""
+    if Path("/proc/self/stat").exists():
+        # Not psutil: it adds to the time that the machine started, which Linux tells in whole seconds.
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        return float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
     import psutil
 
     return time.time() - float(psutil.Process().create_time())
@@ -36,26 +40,26 @@ def peak_bytes() -> int:
 def segment(path: Path, output: Path, model: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Do what `wsi-segment` does for one slide, and tell when what was ready."""
     times = {"python_s": since_start_s()}
+    from pipeline.batch import SlideJob
     from pipeline.config import SegmentConfig
     from pipeline.malloc import keep_freed_memory
-    from pipeline.segment import segment_slide
-    from pipeline.workers import load_predictor
+    from pipeline.workers import open_workers
 
     times["imports_s"] = since_start_s()
     keep_freed_memory()
-    config = SegmentConfig(**settings)
-    predictor = load_predictor(model, config)
-    times["model_s"] = since_start_s()
-    started_bytes = peak_bytes()
+    job = SlideJob(path)
 
     def progress(stage: str, done: int, total: int) -> None:
         del total
         if stage == "segmenting":
             times.setdefault("first_block_begun_s" if done == 0 else "first_block_s", since_start_s())
 
-    begun = time.perf_counter()
-    result = segment_slide(path, output, predictor, config, progress)
-    segment_s = time.perf_counter() - begun
+    with open_workers(None, model, SegmentConfig(**settings), first=job) as workers:
+        times["model_s"] = since_start_s()
+        started_bytes = peak_bytes()
+        begun = time.perf_counter()
+        result = workers.segment(job, output, progress)
+        segment_s = time.perf_counter() - begun
     cpu = os.times()
     return {
         "status": result.status,

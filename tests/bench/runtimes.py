@@ -178,7 +178,7 @@ def compared(network: str, logits: Tensor, truth: Tensor, thresholds: Sequence[f
 
 def tiles_of(path: Path, model: str) -> NDArray[np.uint8]:
     """Real tiles of the slide, as rgb_NHWC."""
-    slide, tissue, plan = plan_slide(path, load_bundle(model).card, SegmentConfig())
+    _, slide, tissue, plan = plan_slide(path, load_bundle(model).card, SegmentConfig())
     with slide:
         rgb_NHWC = sample_tiles(slide, tissue, plan, TILES)
     return rgb_NHWC[np.arange(TILES) % len(rgb_NHWC)]

@@ -137,7 +137,7 @@ def _say(step: str) -> None:
 
 def _subject(path: Path, model: str, config: SegmentConfig) -> Subject:
     card = load_bundle(model).card
-    slide, tissue, plan = plan_slide(path, card, config)
+    _, slide, tissue, plan = plan_slide(path, card, config)
     with slide:
         if not plan.blocks:
             raise RuntimeError(f"{path.name}: no tissue was found, there is nothing to measure")

@@ -99,7 +99,7 @@ def test_a_slide_without_a_field_of_glass_is_refused(tmp_path: Path) -> None:
 def test_the_decode_floor_reads_what_the_blocks_read(tmp_path: Path) -> None:
     path = region_slide(tmp_path / "region.svs")
     config = SegmentConfig(block_out=32, num_workers=2, device="cpu")
-    opened, tissue, plan = plan_slide(path, colour_predictor().card, config)
+    _, opened, tissue, plan = plan_slide(path, colour_predictor().card, config)
     with opened:
         reads = floors.planned_reads(opened.info, tissue, plan)
         # At 1 µm/px and one level, a block's strips cover its tiles, cut at the slide's edge.
@@ -136,7 +136,7 @@ def test_the_network_floor_is_per_tile_and_leaves_the_predictor_as_it_was(tmp_pa
 
 
 def test_tiles_from_memory_are_the_slides_own(tmp_path: Path) -> None:
-    opened, tissue, plan = plan_slide(
+    _, opened, tissue, plan = plan_slide(
         region_slide(tmp_path / "region.svs"), colour_predictor().card, SegmentConfig(block_out=32)
     )
     with opened:

@@ -27,7 +27,7 @@ RUN = textwrap.dedent("""
     config = SegmentConfig(block_out=256, num_workers=2, device="cpu", runtime="torch")
     keep_freed_memory()
     predictor = colour_predictor()
-    slide, tissue, plan = plan_slide(path, predictor.card, config)
+    _, slide, tissue, plan = plan_slide(path, predictor.card, config)
     slide.close()
     segment_slide(path, out, predictor, config)
     # Not getrusage: that begins with the peak of the process that started this one.

@@ -30,7 +30,7 @@ from pipeline.workers import InProcess, load_predictor
 
 CONFIG = SegmentConfig(block_out=16, num_workers=2, device="cpu", runtime="torch", min_area_um2=400.0)
 
-MODULES = ("distributed", "ome_types.model", "pandas", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "pyarrow.compute")
+MODULES = ("distributed", "pandas", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "pyarrow.compute")
 """What a run imports on its way: seconds that each forked process would take again."""
 
 

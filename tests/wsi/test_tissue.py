@@ -15,7 +15,7 @@ from tests.slides import GLASS, PINK, PURPLE, painted, write_slide
 from wsi import tissue as tissue_module
 from wsi.grid import Box
 from wsi.slide import open_slide
-from wsi.tissue import MAX_HOLE_UM2, MIN_FOLD_UM2, MIN_TISSUE_UM2, Tissue, find_tissue
+from wsi.tissue import MASK_MPP, MAX_HOLE_UM2, MIN_FOLD_UM2, MIN_TISSUE_UM2, Tissue, find_tissue, read_thumbnail
 
 SIZE = (1600, 1200)
 """At 2 µm per pixel: a slide of 3.2 mm × 2.4 mm."""
@@ -140,10 +140,10 @@ def test_the_mask_found_in_strips_is_that_of_the_whole_thumbnail(
     noise = np.random.default_rng(0).normal(0, 9, (*SIZE[::-1], 3))
     shapes = [((0, 100, 1000, 700), PINK), ((300, 200, 60, 400), (110, 20, 40)), ((1100, 900, 500, 300), PURPLE)]
     noisy_HWC = np.clip(painted(SIZE, *shapes, ((100, 300, 60, 90), INKS["blue"])) + noise, 0, 255).astype(np.uint8)
-    with open_slide(sample_slide) as slide:
-        real = find_tissue(slide)
-    for tissue in (real, tissue_of(tmp_path, noisy_HWC)):
-        mask_HW, fold_um2 = plain_tissue(tissue.rgb_HWC, tissue.mpp)
+    for path in (sample_slide, write_slide(tmp_path / "noisy.svs", noisy_HWC, mpp=2.0)):
+        with open_slide(path) as slide:
+            tissue, thumbnail = find_tissue(slide), read_thumbnail(slide, MASK_MPP)
+        mask_HW, fold_um2 = plain_tissue(thumbnail.rgb_HWC, tissue.mpp)
         np.testing.assert_array_equal(tissue.mask_HW, mask_HW)
         assert tissue.fold_um2 == fold_um2
     assert fold_um2 > 0
@@ -173,7 +173,7 @@ def test_sampling_a_box_is_cutting_it_out_of_the_whole(
     shape: tuple[int, int], box: tuple[int, int, int, int], l0_per_out: float, share: float
 ) -> None:
     mask_HW = np.random.default_rng(0).random(shape) < share
-    tissue = Tissue(mask_HW, np.zeros((*shape, 3), np.uint8), 1.0, 8.0, 0.0, ())
+    tissue = Tissue(mask_HW, 1.0, 8.0, 0.0, ())
     padded_HW = np.pad(mask_HW, 1).astype(float)
     x, y, width, height = box
     found_HW = tissue.sample(Box(x, y, width, height), l0_per_out)

@@ -31,7 +31,7 @@ def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def picture_of(path: Path, monkeypatch: pytest.MonkeyPatch, longest_px: int) -> SlidePicture:
     monkeypatch.setitem(READERS, "openslide", stating_bounds(READERS["openslide"]))
     monkeypatch.setattr(slide_picture, "LONGEST_PX", longest_px)
-    slide, _, plan = plan_slide(path, colour_predictor().card, SMALL)
+    _, slide, _, plan = plan_slide(path, colour_predictor().card, SMALL)
     with slide:
         spec = MapSpec("slide", plan.grid.size_out, CLASSES, plan.grid.mpp_out, chunk=32)
         assert spec.levels == 5
