@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "wsi-segment"
 DEFAULTS = SegmentConfig()
+SCHEDULER_OF_SEVERAL = "process"
+"""A library that crashes at a slide ends a process, not the batch."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -84,8 +86,9 @@ def segment(
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="Where to work: local (a process per GPU), local:N (N processes), or the address or scheduler file "
-            "of a dask.distributed cluster; in this process, if not given.",
+            help="Where to work: process (another one), local (a process per GPU), local:N (N processes), or the "
+            "address or scheduler file of a dask.distributed cluster. If not given: one slide in this process, several "
+            "in another, which alone is ended by a file at which a library crashes.",
             show_default=False,
         ),
     ] = None,
@@ -193,6 +196,8 @@ def _run(
     from pipeline.workers import open_workers
 
     keep_freed_memory()
+    if scheduler is None and len(jobs) > 1:
+        scheduler = SCHEDULER_OF_SEVERAL
     with ExitStack() as stack:
         try:
             workers = stack.enter_context(

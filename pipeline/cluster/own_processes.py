@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
 from typing import Any
 
 import dask
@@ -16,6 +15,7 @@ from distributed import Nanny, Scheduler, SpecCluster
 from distributed.security import Security
 
 from pipeline.errors import ClusterError
+from pipeline.semaphores import start_silent_tracker
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def own_processes(count: int, gpus: list[str]) -> Iterator[SpecCluster]:
     with it however it ends, and leave Ctrl-C to it. The cores are shared out among them, unless OMP_NUM_THREADS says
     otherwise: on a CPU the last bit of a network's output depends on its number of threads.
     """
-    _start_tracker()
+    start_silent_tracker()
     security = Security.temporary()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
     common: dict[str, Any] = {
@@ -124,22 +124,6 @@ def visible_gpus(device: str) -> list[str]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return (named or [str(number) for number in range(count)])[:count]
-
-
-def _start_tracker() -> None:
-    """Start the process that multiprocessing counts semaphores with.
-
-    Before ours, because starting it undoes what `_Nanny` does, and told to be silent: processes that are killed leave
-    semaphores behind, which it removes.
-    """
-    former = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = ",".join([*filter(None, [former]), "ignore:resource_tracker"])
-    try:
-        resource_tracker.ensure_running()
-    finally:
-        os.environ.pop("PYTHONWARNINGS")
-        if former is not None:
-            os.environ["PYTHONWARNINGS"] = former
 
 
 class _Nanny(Nanny):

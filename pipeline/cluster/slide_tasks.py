@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from distributed import Client, Future, KilledWorker
 
-from pipeline.cluster.tasks import Ended
+from pipeline.ended import Ended
 from pipeline.errors import Cancelled, ClusterError, PipelineError, SlideTimeoutError, WorkerLostError
 from pipeline.segment import Progress
 

@@ -6,17 +6,15 @@ Tasks are small, pixels never travel: a task names files, and what it makes is o
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import pickle
 import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
 from distributed import Worker, get_worker
@@ -28,19 +26,19 @@ from models.predictor import Predictor
 from models.runtimes import Runtime
 from pipeline.blocks import BlockRecord, BlockWork
 from pipeline.config import SegmentConfig
+from pipeline.ended import Ended
 from pipeline.engine import run_blocks
 from pipeline.errors import Cancelled, ClusterError, PipelineError
+from pipeline.in_process import load_predictor, predictor_settings
 from pipeline.malloc import keep_freed_memory
 from pipeline.report import SlideResult, versions
 from pipeline.segment import segment_slide
-from pipeline.workers import load_predictor, predictor_settings
 from wsi.errors import SlideError
 from wsi.grid import Block
 from wsi.slide import Slide
 
 log = logging.getLogger(__name__)
 
-Value = TypeVar("Value")
 
 PROGRESS_S = 0.5
 """Least time between two messages about the progress of one stage."""
@@ -69,23 +67,6 @@ class Order:
     """
     model: ModelRef
     config: SegmentConfig
-
-
-@dataclass(frozen=True)
-class Ended(Generic[Value]):
-    """How a task ended. Errors travel as values, each with those it was raised from, which a raised one would lose."""
-
-    value: Value | None = None
-    errors: tuple[Exception, ...] = ()
-
-    def result(self) -> Value:
-        """The task's value; raises its error."""
-        for error, cause in itertools.pairwise(self.errors):
-            error.__cause__ = cause
-        if self.errors:
-            raise self.errors[0]
-        assert self.value is not None
-        return self.value
 
 
 @dataclass(frozen=True)
@@ -257,22 +238,7 @@ def _ended(work: Callable[[_Turn], object], turn: _Turn) -> Ended[object]:
         if not isinstance(error, (SlideError, ModelError, PipelineError)) and not turn.given_up():
             log.exception("a task failed")
             error.add_note("".join(traceback.format_exception(error)))
-        return Ended(errors=tuple(_travelling(e) for e in _chain(error)))
-
-
-def _chain(error: BaseException | None) -> Iterator[Exception]:
-    while isinstance(error, Exception):
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def _travelling(error: Exception) -> Exception:
-    """The error, or what it says where it cannot be pickled."""
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
-    except Exception:  # noqa: BLE001 - whatever its class does
-        return PipelineError(f"{type(error).__name__}: {error}")
-    return error
+        return Ended.by(error)
 
 
 def _teller(turn: _Turn) -> Callable[[str, int, int], None]:

@@ -52,7 +52,7 @@ def processes(model: str) -> dict[str, list[str]]:
     """Arguments of the interpreter, by what they stand for."""
     declare = "from models.torchvision_ops import declare_missing_ops as d; d(); "
     load = (
-        "import pipeline.segment; from pipeline.workers import load_predictor; "
+        "import pipeline.segment; from pipeline.in_process import load_predictor; "
         f"from pipeline.config import SegmentConfig; load_predictor({model!r}, SegmentConfig())"
     )
     return {

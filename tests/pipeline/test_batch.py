@@ -9,9 +9,9 @@ from models.predictor import Predictor
 from pipeline.batch import SlideJob, collect_jobs, name_clashes, segment_batch
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ConfigError
+from pipeline.in_process import InProcess
 from pipeline.report import SlideResult
 from pipeline.segment import Progress, no_progress
-from pipeline.workers import InProcess
 from tests.pipeline.fakes import SMALL, colour_predictor, constant_predictor, region_slide
 from tests.pipeline.test_report import rows_of
 from tests.slides import PINK, painted, write_slide

@@ -25,9 +25,10 @@ from pipeline.errors import (
     is_transient,
 )
 from pipeline.folders import is_locked, lock_file
+from pipeline.in_process import InProcess, load_predictor
 from pipeline.report import SlideResult
 from pipeline.segment import Progress, no_progress
-from pipeline.workers import InProcess, load_predictor, open_workers
+from pipeline.workers import open_workers
 from tests.pipeline.fakes import SMALL, colour_predictor, constant_predictor, region_slide
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
 from tests.pipeline.test_report import rows_of

@@ -27,9 +27,9 @@ import pipeline.segment
 from models.predictor import Prediction, Predictor
 from pipeline.batch import SlideJob, segment_batch
 from pipeline.config import SegmentConfig
+from pipeline.in_process import InProcess
 from pipeline.report import SlideResult
 from pipeline.segment import Progress, no_progress, segment_slide
-from pipeline.workers import InProcess
 from tests.pipeline.fakes import SMALL, colour_predictor, published, region_slide, run_of
 from tests.slides import PINK, painted, write_slide
 from wsi.grid import Box

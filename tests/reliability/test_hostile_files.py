@@ -17,11 +17,12 @@ from models.errors import InvalidCardError, ModelError
 from pipeline.batch import OWN_NAMES, SlideJob, collect_jobs, name_clashes, segment_batch
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, OutputError, UnreadableImageError
+from pipeline.in_process import InProcess
 from pipeline.pages.report_page import write_report
 from pipeline.report import read_run
 from pipeline.segment import no_progress, segment_slide
 from pipeline.training.dataset import Sample, image_size, read_rgb
-from pipeline.workers import InProcess, open_workers
+from pipeline.workers import open_workers
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
 from tests.pipeline.fakes import COLOURS, SMALL, colour_predictor, predictor, run_of
 from tests.pipeline.small_bundle import small_bundle

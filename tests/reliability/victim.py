@@ -26,7 +26,7 @@ import pipeline.preview
 from models.predictor import Predictor
 from pipeline.batch import SlideJob, segment_batch
 from pipeline.config import SegmentConfig
-from pipeline.workers import InProcess, load_predictor
+from pipeline.in_process import InProcess, load_predictor
 
 CONFIG = SegmentConfig(block_out=16, num_workers=2, device="cpu", runtime="torch", min_area_um2=400.0)
 

@@ -64,7 +64,8 @@ def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder to work in, and the colour model in place of a bundle's networks for `invoke`."""
+    """A folder to work in, and the colour model in place of a bundle's networks for `invoke`, in this process alone."""
+    monkeypatch.setattr("pipeline.cli.segment.SCHEDULER_OF_SEVERAL", None)
     monkeypatch.setattr(Predictor, "from_bundle", lambda *_, **__: colour_predictor())
     monkeypatch.chdir(tmp_path)
     return tmp_path

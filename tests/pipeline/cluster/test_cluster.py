@@ -23,9 +23,10 @@ from pipeline.cluster.own_processes import process_count
 from pipeline.cluster.tasks import ModelRef, check_folder, check_worker
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ClusterError, ConfigError, SlideTimeoutError, is_transient
+from pipeline.in_process import load_predictor
 from pipeline.report import read_run, versions
 from pipeline.segment import no_progress, segment_slide
-from pipeline.workers import Spread, load_predictor, open_workers
+from pipeline.workers import Spread, open_workers
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
 from tests.pipeline.test_report import rows_of
 from wsi.grid import Block, Box

@@ -21,8 +21,9 @@ from pipeline.cluster.cluster import open_cluster
 from pipeline.cluster.crew import Crew
 from pipeline.config import SegmentConfig
 from pipeline.errors import ClusterError, OutputError, WorkerLostError
+from pipeline.in_process import load_predictor
 from pipeline.segment import no_progress, segment_slide
-from pipeline.workers import Spread, load_predictor, open_workers
+from pipeline.workers import Spread, open_workers
 from tests.flows.servers import free_port, until
 from tests.pipeline.fakes import run_of
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
