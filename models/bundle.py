@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import (
     DigestMismatchError,
@@ -46,6 +46,16 @@ NO_DIGEST = "0" * 64
 """Stands in a draft of a card, whose weights have not been written."""
 
 
+def _plain(name: str) -> str:
+    if ":" in name or name != name.strip() or not name.isprintable():
+        raise ValueError(f"class name {name!r} must be printable, without ':' and without space around it")
+    return name
+
+
+ClassName = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_plain)]
+"""What a tissue class may be called: QuPath takes "a: b" for a class derived from another."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
@@ -53,16 +63,9 @@ class _Strict(BaseModel):
 class ClassCard(_Strict):
     """One tissue class."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: ClassName
     color: tuple[Byte, Byte, Byte]
     """Red, green, blue."""
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_plain(cls, name: str) -> str:
-        if ":" in name or name != name.strip() or not name.isprintable():
-            raise ValueError(f"class name {name!r} must be printable, without ':' and without space around it")
-        return name
 
 
 class ClassifierCard(_Strict):

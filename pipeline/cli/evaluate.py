@@ -145,6 +145,7 @@ def _document(predictor: Predictor, dataset: Dataset, split: Split, result: Eval
             protocol: {name: _plain(result.scores(protocol, gate=gate)) for name, gate in GATES.items()}
             for protocol in PROTOCOLS
         },
+        "miou_spread": _number(result.miou_spread()),
         "confusion": {
             protocol: {name: result.matrices[protocol, gate].tolist() for name, gate in GATES.items()}
             for protocol in PROTOCOLS
@@ -217,6 +218,7 @@ def _print_table(document: dict[str, Any]) -> None:
         table.add_row(Text(f"IoU {name}"), *(_cell(c["iou"].get(name)) for c in columns), end_section=last)
     for label, key in (("mIoU", "miou"), ("FwIoU", "fwiou"), ("ACC", "accuracy")):
         table.add_row(label, *(_cell(column[key]) for column in columns))
+    table.caption = Text(f"mIoU (exclude, gate on) over other cases of this kind: ± {_cell(document['miou_spread'])}")
     Console().print(table)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from models.bundle import ClassName
 from pipeline.errors import DatasetFileError
 from pipeline.palettes import class_colours
 
@@ -27,7 +28,7 @@ class _Section(BaseModel):
 class ClassSpec(_Section):
     """A tissue class; its place in the list is its index in labels and maps."""
 
-    name: str = Field(min_length=1)
+    name: ClassName
     color: tuple[Byte, Byte, Byte]
     """Red, green, blue; where no class has one in the file, `pipeline.palettes` gives them."""
     mask_values: tuple[Byte, ...] = ()

@@ -244,16 +244,22 @@ def export(
 
 
 def measured_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]:
-    """Return the scores of the test split (protocol `exclude`, with the gate); none, with a warning, where it cannot be
-    measured: a trained model is not lost for that.
+    """Return the scores of the test split (protocol `exclude`, with the gate) and the spread of the mIoU over its
+    cases; none, with a warning, where it cannot be measured: a trained model is not lost for that.
     """
     try:
-        scores = evaluate(predictor, dataset, "test").scores("exclude", gate=True)
+        evaluation = evaluate(predictor, dataset, "test")
     except DatasetError as error:
         logger.warning("the card gets no metrics, since the test split cannot be measured: %s", error)
         return {}
+    scores = evaluation.scores("exclude", gate=True)
     values = {f"iou_{name}": iou for name, iou in scores.iou.items()}
-    values |= {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy}
+    values |= {
+        "miou": scores.miou,
+        "miou_spread": evaluation.miou_spread(),
+        "fwiou": scores.fwiou,
+        "accuracy": scores.accuracy,
+    }
     # NaN is the IoU of a class that is in no truth and no prediction.
     return {f"test_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}
 

@@ -179,7 +179,8 @@ def test_textures_are_told_apart_after_all_stages_and_the_evaluation_gives_the_c
         "pipeline.cli.evaluate", tmp_path / "run" / "bundle", file, "-o", tmp_path / "out", "--device", "cpu", "--json"
     )
     assert evaluated.returncode == 0, evaluated.stderr
-    scores = json.loads(evaluated.stdout)["scores"]["exclude"]["gate_on"]
+    document = json.loads(evaluated.stdout)
+    scores = document["scores"]["exclude"]["gate_on"]
     found = {f"iou_{name}": iou for name, iou in scores["iou"].items()}
-    found |= {name: scores[name] for name in ("miou", "fwiou", "accuracy")}
+    found |= {name: scores[name] for name in ("miou", "fwiou", "accuracy")} | {"miou_spread": document["miou_spread"]}
     assert {f"test_{name}": round(value, 4) for name, value in found.items()} == metrics

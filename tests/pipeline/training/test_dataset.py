@@ -538,6 +538,8 @@ def test_group_pattern_that_does_not_match_names_the_file(tmp_path: Path) -> Non
         ("mpp = 0.5", "mpp = ", "is no TOML"),
         ("[200, 0, 0]", "[300, 0, 0]", r"classes\.0\.color\.0: .* less than or equal to 255"),
         ('"blue"', '"red"', "class name red is given twice"),
+        ('"blue"', '"Tumor: blue"', r"classes\.1\.name: .*class name 'Tumor: blue' must be printable, without ':'"),
+        ('"blue"', '"blue\\n"', r"classes\.1\.name: .* without space around it"),
         ("[1, 2]", "[1, 4]", "mask value 4 is given twice"),
         (", mask_values = [1, 2]", "", r"images\.train has masks, but mask_values is missing for blue"),
         (', mask = "mask/{name}.png"', "", r"images\.train needs a mask"),

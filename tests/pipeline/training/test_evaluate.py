@@ -19,7 +19,16 @@ from models.bundle import NO_DIGEST
 from models.predictor import Predictor
 from pipeline.errors import ClassMismatchError, MaskError, PipelineError
 from pipeline.training.dataset import load_dataset
-from pipeline.training.evaluate import PROTOCOLS, Scores, confusion_matrix, evaluate, predict_image, scores, tile_starts
+from pipeline.training.evaluate import (
+    PROTOCOLS,
+    Evaluation,
+    Scores,
+    confusion_matrix,
+    evaluate,
+    predict_image,
+    scores,
+    tile_starts,
+)
 from tests.models.networks import (
     ColorClassifier,
     ColorSegmenter,
@@ -424,3 +433,31 @@ def test_a_network_that_breaks_down_names_the_image(tmp_path: Path) -> None:
     dataset = load_dataset(write_dataset(tmp_path, {"a": stripes(64, 64)}))
     with pytest.raises(PipelineError, match=r"a\.png: the segmenter's output is NaN"):
         evaluate(predictor(segmenter=ConstantSegmenter([float("nan"), 0.0])), dataset)
+
+
+def test_the_spread_is_that_of_test_sets_of_other_cases() -> None:
+    rng = np.random.default_rng(5)
+    matrices = {f"case {n}": rng.integers(0, 100, (3, 3)) for n in range(6)}
+    pooled = np.sum(list(matrices.values()), axis=0)
+    found = Evaluation(("a", "b"), {("exclude", True): pooled}, {}, matrices)
+    draws, cases = [], list(matrices.values())
+    for _ in range(4000):
+        matrix = np.sum([cases[rng.integers(6)] for _ in range(6)], axis=0)
+        hit = [matrix[k][k] for k in range(2)]
+        union = [matrix[k].sum() + matrix[:2, k].sum() - matrix[k][k] for k in range(2)]
+        draws.append(sum(h / u for h, u in zip(hit, union, strict=True)) / 2)
+    assert found.miou_spread() == pytest.approx(np.std(draws), rel=0.1)
+    assert found.miou_spread() == found.miou_spread()
+    alone = Evaluation(("a", "b"), found.matrices, {}, {"case": pooled})
+    assert alone.miou_spread() == pytest.approx(0, abs=1e-12)
+
+
+def test_images_of_a_case_are_counted_together(tmp_path: Path) -> None:
+    masks = {name: stripes(64, 64) for name in ("P1-a", "P1-b", "P2-a")}
+    file = write_dataset(tmp_path, masks)
+    alone = evaluate(predictor(), load_dataset(file))
+    assert list(alone.group_matrices) == ["P1-a", "P1-b", "P2-a"]
+    file.write_text(file.read_text() + "[group]\npattern = '^(P[0-9])-'\n")
+    found = evaluate(predictor(), load_dataset(file))
+    assert {case: matrix.sum() for case, matrix in found.group_matrices.items()} == {"P1": 2 * 64**2, "P2": 64**2}
+    np.testing.assert_array_equal(np.sum(list(found.group_matrices.values()), axis=0), found.matrices["exclude", True])
