@@ -9,7 +9,7 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 # Activations of a batch are smaller; the pixels of a block are larger and go back to the kernel.
 _MAPPED_BYTES = 48 << 20
-_KEPT_BYTES = 256 << 20
+_KEPT_BYTES = 64 << 20
 _ARENAS = 2
 
 

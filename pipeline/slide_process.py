@@ -57,10 +57,10 @@ class SlideProcess:
         self._start(first)
 
     def segment(self, job: SlideJob, output: Path, progress: Progress) -> SlideResult:
+        if not self._process.is_alive() and not self._cancelled.is_set():
+            self._start(job)
         if self._cancelled.is_set():
             raise Cancelled(f"{job.path.name}: stopped; run the same command again to go on")
-        if not self._process.is_alive():
-            self._start(job)
         self._idle = False
         try:
             with suppress(OSError):  # it has gone, which the answer tells
@@ -102,6 +102,11 @@ class SlideProcess:
             self._process.start()
         try:
             ready = self._answer()
+            if ready is None and first is not None:
+                # Perhaps it crashed at the slide that it planned: that one fails when its turn comes.
+                self.close()
+                self._start(None)
+                return
             if ready is None:
                 raise ClusterError(f"the process that segments the slides cannot start ({self._how()})")
             ready.result()

@@ -105,19 +105,21 @@ def test_a_reader_that_crashes_ends_the_process_and_not_the_batch(
     (tmp_path / "sitecustomize.py").write_text("import tests.reliability.segfaulting\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPOSITORY}")
     jobs = []
-    for name in ("before", "crash", "last"):
+    # The first one crashes while it is planned beside the loading of the model.
+    for name in ("crash", "between", "crash too", "last"):
         path = write_slide(tmp_path / f"{name}.svs", painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=1.0)
         jobs.append(SlideJob(path))
     config = SegmentConfig(block_out=64, num_workers=1, device="cpu", runtime="torch", backend="openslide")
     with open_workers("process", bundle, config, first=jobs[0]) as workers:
         results = segment_batch(jobs, tmp_path / "out", workers, lambda _: no_progress, lambda _: None)
-    assert [result.status for result in results] == ["done", "failed", "done"]
-    assert results[1].error == (
+    assert [result.status for result in results] == ["failed", "done", "failed", "done"]
+    assert [results[n].error.partition(":")[0] for n in (0, 2)] == ["crash.svs", "crash too.svs"]
+    assert results[0].error == (
         "crash.svs: the process that worked on it crashed (SIGSEGV), most likely in the library that reads it; copy or "
         "scan it again, or try the other --backend"
     )
     rows = {name: row["status"] for name, row in rows_of(tmp_path / "out").items()}
-    assert rows == {"before": "done", "crash": "failed", "last": "done"}
+    assert rows == {"crash": "failed", "between": "done", "crash too": "failed", "last": "done"}
 
 
 def test_a_killed_process_can_be_tried_again_and_goes_on_from_the_finished_blocks(

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from models.bundle import ModelCard
 from models.errors import UnknownBundleError
 from pipeline.batch import SlideJob, collect_jobs, segment_batch
 from pipeline.config import SegmentConfig
@@ -27,11 +28,12 @@ from pipeline.errors import (
 from pipeline.folders import is_locked, lock_file
 from pipeline.in_process import InProcess, load_predictor
 from pipeline.report import SlideResult
-from pipeline.segment import Progress, no_progress
+from pipeline.segment import PlannedSlide, Progress, no_progress, plan_slide
 from pipeline.workers import open_workers
 from tests.pipeline.fakes import SMALL, colour_predictor, constant_predictor, region_slide
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
 from tests.pipeline.test_report import rows_of
+from tests.slides import PINK, painted, write_slide
 from wsi.errors import ResolutionError, SlideNotFoundError, SlideReadError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -112,6 +114,46 @@ def test_a_model_is_loaded_once_and_a_manifest_can_name_another_for_a_slide(tmp_
     assert results[0].areas_mm2["class-1"] == pytest.approx(320 * 256 / 1e6)
     assert results[1].areas_mm2["class-0"] == 0
     assert results[1].areas_mm2["class-1"] > 0.5
+
+
+def test_the_first_slide_is_planned_while_the_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, config = str(small_bundle(tmp_path / "small").path), replace(SMALL, device="cpu", runtime="torch")
+    pixels_HWC = painted((300, 250), ((20, 20, 250, 200), PINK))
+    job, other = (SlideJob(write_slide(tmp_path / f"{name}.svs", pixels_HWC, mpp=1.0)) for name in "ab")
+    missing = SlideJob(tmp_path / "missing.svs")
+    planned: list[Path] = []
+
+    def plan(path: Path, card: ModelCard, settings: SegmentConfig) -> PlannedSlide:
+        planned.append(path)
+        return plan_slide(path, card, settings)
+
+    monkeypatch.setattr("pipeline.in_process.plan_slide", plan)
+    with open_workers(None, bundle, config, first=job) as workers:
+        results = [workers.segment(one, tmp_path / "ahead", no_progress) for one in (job, other)]
+    with open_workers(None, bundle, config) as workers:
+        results += [workers.segment(one, tmp_path / "usual", no_progress) for one in (job, other)]
+    assert planned == [job.path]
+    assert [result.status for result in results] == ["done"] * 4
+    for name in ("a", "b"):
+        ahead, usual = (tmp_path / folder / name / f"{name}.geojson" for folder in ("ahead", "usual"))
+        assert ahead.read_bytes() == usual.read_bytes()
+    with open_workers(None, bundle, config, first=missing) as workers:
+        with pytest.raises(SlideNotFoundError):
+            workers.segment(missing, tmp_path / "ahead", no_progress)
+        assert workers.segment(job, tmp_path / "ahead", no_progress).status == "skipped"
+    with pytest.raises(UnknownBundleError), open_workers(None, "no/such", config, first=job):
+        pass
+
+
+def test_a_slide_that_changes_after_it_was_planned_fails(tmp_path: Path) -> None:
+    bundle, config = str(small_bundle(tmp_path / "small").path), replace(SMALL, device="cpu", runtime="torch")
+    (job,) = small(tmp_path, "a")
+    with open_workers(None, bundle, config, first=job) as workers:
+        workers._planned[job].result()  # type: ignore[attr-defined]
+        os.utime(job.path, ns=(1, 1))
+        with pytest.raises(SlideReadError, match=r"a\.svs: its file has changed since the run began"):
+            workers.segment(job, tmp_path / "out", no_progress)
+    assert not (tmp_path / "out" / "a").exists()
 
 
 def test_a_slide_of_a_model_that_is_not_there_fails_alone(tmp_path: Path) -> None:
