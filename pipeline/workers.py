@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError
+from pipeline.malloc import keep_freed_memory
 from pipeline.report import SlideResult
 
 # Nothing here imports torch: a process that only waits for others does not need it.
@@ -74,7 +75,7 @@ def open_workers(
 
         here = InProcess(lambda name: load_predictor(name, config), model, config)
         with here.planning(first) if first is not None else nullcontext():
-            here.load(model)
+            keep_freed_memory(here.load(model).runtime)
             yield here
         return
     if scheduler == "process":

@@ -266,6 +266,7 @@ def _predictor(order: Order) -> Predictor:
     if key not in _predictors:
         _check_digest(order.model)
         predictor = load_predictor(order.model.name, order.config)
+        keep_freed_memory(predictor.runtime)
         _predictors[key] = _predictors[_key(order.model, _settled(order.config, predictor.runtime))] = predictor
     return _predictors[key]
 

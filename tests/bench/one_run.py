@@ -46,6 +46,7 @@ def segment(path: Path, output: Path, model: str, settings: dict[str, Any]) -> d
     from pipeline.workers import open_workers
 
     times["imports_s"] = since_start_s()
+    config = SegmentConfig(**settings)
     keep_freed_memory()
     job = SlideJob(path)
 
@@ -54,7 +55,7 @@ def segment(path: Path, output: Path, model: str, settings: dict[str, Any]) -> d
         if stage == "segmenting":
             times.setdefault("first_block_begun_s" if done == 0 else "first_block_s", since_start_s())
 
-    with open_workers(None, model, SegmentConfig(**settings), first=job) as workers:
+    with open_workers(None, model, config, first=job) as workers:
         times["model_s"] = since_start_s()
         started_bytes = peak_bytes()
         begun = time.perf_counter()
