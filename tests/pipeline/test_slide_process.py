@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,7 @@ from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ConfigError, SlideTimeoutError, WorkerLostError, is_transient
 from pipeline.in_process import load_predictor
 from pipeline.segment import no_progress, segment_slide
+from pipeline.semaphores import start_silent_tracker
 from pipeline.workers import open_workers
 from tests.pipeline.cluster.test_cluster import data_of
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
@@ -43,19 +44,18 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> SlideJob:
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_process_left(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[None]:
-    """The networks' last bits depend on their number of threads, which the child has from OMP_NUM_THREADS."""
+def started(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[Callable[[], set[psutil.Process]]]:
+    """Tells which processes the test has started that run; at its end there must be none.
+
+    One thread, because the networks' last bits depend on it, in the child by OMP_NUM_THREADS.
+    """
     del one_thread
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    before = set(children())
-    yield
-    assert set(children()) == before
-
-
-def children() -> list[psutil.Process]:
-    """The processes of this one, but for the one that counts semaphores."""
-    return [p for p in psutil.Process().children() if "resource_tracker" not in " ".join(p.cmdline())]
+    start_silent_tracker()
+    before = set(psutil.Process().children())
+    yield lambda: set(psutil.Process().children()) - before
+    assert set(psutil.Process().children()) <= before
 
 
 def test_another_process_gives_the_same_bytes_and_tells_its_progress(
@@ -123,11 +123,11 @@ def test_a_reader_that_crashes_ends_the_process_and_not_the_batch(
 
 
 def test_a_killed_process_can_be_tried_again_and_goes_on_from_the_finished_blocks(
-    tmp_path: Path, bundle: str, job: SlideJob
+    tmp_path: Path, bundle: str, job: SlideJob, started: Callable[[], set[psutil.Process]]
 ) -> None:
     def kill(stage: str, done: int, _: int) -> None:
         if stage == "segmenting" and done == 3:
-            (child,) = children()
+            (child,) = started()
             child.kill()
 
     with open_workers("process", bundle, CONFIG) as workers:
@@ -147,7 +147,7 @@ def test_an_interrupt_ends_the_process_and_the_same_command_goes_on(tmp_path: Pa
     with open_workers("process", bundle, CONFIG) as workers:
         with pytest.raises(Cancelled, match=r"größe\.svs: interrupted; run the same command again to go on"):
             workers.segment(job, tmp_path, interrupt)
-        assert not children()
+        assert not started()
         assert workers.segment(job, tmp_path, no_progress).resumed_blocks >= 2
 
 

@@ -86,10 +86,12 @@ def test_a_run_leaves_products_curves_and_a_bundle_that_loads_and_no_checkpoint(
     bundle = load_bundle(unbroken / "bundle")
     assert [spec.name for spec in bundle.card.classes] == ["dots", "stripes", "plain"]
     assert (bundle.card.mpp, bundle.card.tile_size, bundle.card.licence) == (1.0, 64, "CC0")
-    found = evaluate(Predictor.from_bundle(bundle, device="cpu", output_stride=1), textures).scores()
+    evaluation = evaluate(Predictor.from_bundle(bundle, device="cpu", output_stride=1), textures)
+    found = evaluation.scores()
     # A network that has learned so little may never say a class, of which the IoU is then no number.
     values = {f"iou_{name}": iou for name, iou in found.iou.items() if not math.isnan(iou)}
     values |= {"miou": found.miou, "fwiou": found.fwiou, "accuracy": found.accuracy}
+    values["miou_spread"] = evaluation.miou_spread()
     assert bundle.card.metrics == {f"test_{name}": round(value, 4) for name, value in values.items()}
 
 
