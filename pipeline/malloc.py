@@ -9,8 +9,8 @@ from models.runtimes import Runtime
 
 # Numbers of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-# From this size on an array goes back to the kernel when it is freed, as the pixels of a block do. PyTorch's activations
-# of a batch are smaller; OpenVINO keeps its own, and nothing else that comes and goes with a batch is above 9 MiB.
+# Freed arrays from this size on go back to the kernel, as the pixels of a block do. PyTorch's activations of a batch
+# are smaller; OpenVINO keeps its own, and nothing else that comes and goes with a batch is above 9 MiB.
 _MAPPED_BYTES: dict[Runtime, int] = {"torch": 48 << 20, "openvino": 9 << 20}
 _KEPT_BYTES: dict[Runtime, int] = {"torch": 256 << 20, "openvino": 64 << 20}
 _ARENAS = 2
