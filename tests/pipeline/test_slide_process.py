@@ -139,7 +139,9 @@ def test_a_killed_process_can_be_tried_again_and_goes_on_from_the_finished_block
     assert result.resumed_blocks >= 3
 
 
-def test_an_interrupt_ends_the_process_and_the_same_command_goes_on(tmp_path: Path, bundle: str, job: SlideJob) -> None:
+def test_an_interrupt_ends_the_process_and_the_same_command_goes_on(
+    tmp_path: Path, bundle: str, job: SlideJob, started: Callable[[], set[psutil.Process]]
+) -> None:
     def interrupt(stage: str, done: int, _: int) -> None:
         if stage == "segmenting" and done == 2:
             raise KeyboardInterrupt
