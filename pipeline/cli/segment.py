@@ -98,7 +98,9 @@ def segment(
     ] = "slides",
     slide_timeout: Annotated[
         float | None,
-        typer.Option(help="With --scheduler: seconds after which a slide is given up.", show_default=False),
+        typer.Option(
+            help="With several slides, or --scheduler: seconds after which a slide is given up.", show_default=False
+        ),
     ] = None,
     qupath: Annotated[
         bool, typer.Option("--qupath", help="Write a QuPath project of all results in the output folder at the end.")
