@@ -29,6 +29,7 @@ Every message says what is wrong, with which file, and what to do next.
 from __future__ import annotations
 
 import errno
+from typing import Self
 
 
 class PipelineError(Exception):
@@ -61,6 +62,14 @@ class WorkerLostError(PipelineError):
 
 class SlideTimeoutError(PipelineError):
     """A slide took longer than it may."""
+
+    @classmethod
+    def after(cls, name: str, seconds: float) -> Self:
+        """What to say of a slide that was stopped after this time."""
+        return cls(
+            f"{name}: took longer than {seconds:g} s and was stopped; run the same command again to go on from the "
+            f"finished blocks, with a longer --slide-timeout if it is only large"
+        )
 
 
 class TrainConfigError(PipelineError):

@@ -133,10 +133,8 @@ class SlideProcess:
             if isinstance(message, Ended):
                 return message
             progress(*message)
-        raise SlideTimeoutError(
-            f"{job.path.name}: took longer than {self._timeout_s:g} s and was stopped; run the same command again to "
-            f"go on from the finished blocks, with a longer --slide-timeout if it is only large"
-        )
+        assert self._timeout_s is not None
+        raise SlideTimeoutError.after(job.path.name, self._timeout_s)
 
     def _lost(self, job: SlideJob) -> PipelineError:
         """Why the process has gone in the middle of a slide."""

@@ -150,12 +150,10 @@ class SlideTasks:
     def _check(self) -> None:
         if self._cancelled.is_set():
             raise Cancelled(f"{self._name}: interrupted; run the same command again to go on from what is finished")
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        if late and self._timeout_s is not None:
             self._end_processes()
-            raise SlideTimeoutError(
-                f"{self._name}: took longer than {self._timeout_s:g} s and was stopped; run the same command again to "
-                f"go on from the finished blocks, with a longer --slide-timeout if it is only large"
-            )
+            raise SlideTimeoutError.after(self._name, self._timeout_s)
 
     def _end_processes(self) -> None:
         """End the processes that work on the slide: what hangs in a read cannot be stopped otherwise."""
