@@ -4,7 +4,7 @@
 
 libjpeg can leave out the high frequencies while it decodes, which halves the sides of a tile. The slide, whose tiles
 must be JPEG, is segmented twice, as it is and with every tile decoded at half size and its pixels doubled again: what
-follows, averaging by area, then sees the half-sized pixels. Docs/benchmarks/speed.md tells why this is not done.
+follows, averaging by area, then sees the half-sized pixels. Why this is not done: docs/benchmarks/speed.md.
 """
 
 from __future__ import annotations
