@@ -20,7 +20,7 @@ from models.bundle import Bundle, ModelCard, load_networks
 from models.errors import DeviceUnavailableError, NonFiniteOutputError, RuntimeUnavailableError
 from models.gate import masked_softmax, passing_classes
 from models.openvino_network import OpenVinoNetwork
-from models.runtimes import Precision, Runtime, RuntimeName, choose_runtime
+from models.runtimes import BATCH_SIZE, CUDA_BATCH_SIZE, Precision, Runtime, RuntimeName, choose_runtime
 from models.segmenter import logits_at_stride
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 Network = Callable[[Tensor], Tensor]
 """Normalised images (N, 3, H, W) -> logits."""
+
+Tiles = NDArray[np.uint8] | Tensor
+"""RGB tiles (N, H, W, 3) uint8; a tensor lies on the predictor's device."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,7 +88,7 @@ class Predictor:
         device: str = "auto",
         precision: Precision = "float32",
         runtime: RuntimeName = "torch",
-        batch_size: int = 8,
+        batch_size: int | None = None,
         output_stride: int = 4,
         ungated_fallback: bool = False,
         skip_by_gate: bool = True,
@@ -94,13 +97,13 @@ class Predictor:
 
         `ungated_fallback`: where no class passes use the ungated softmax, instead of 0 for every class. `skip_by_gate`:
         run the segmenter only on tiles where its result can matter; False runs it on all tiles and gives the same
-        probabilities. `runtime`: see `choose_runtime`; "auto" goes back to torch where OpenVINO cannot take a network,
-        `self.runtime` says what it came to. Raises DeviceUnavailableError, RuntimeUnavailableError, and ValueError for
-        an unknown precision, stride or batch size.
+        probabilities. `batch_size`: None takes 8, on CUDA 32. `runtime`: see `choose_runtime`; "auto" goes back to
+        torch where OpenVINO cannot take a network, `self.runtime` says what it came to. Raises DeviceUnavailableError,
+        RuntimeUnavailableError, and ValueError for an unknown precision, stride or batch size.
         """
         if precision != "float32" and precision not in _AUTOCAST:
             raise ValueError(f"unknown precision {precision!r}; use float32, bf16 or fp16")
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if output_stride not in (1, 2, 4):
             raise ValueError(f"output_stride is {output_stride}; use 1, 2 or 4")
@@ -108,11 +111,12 @@ class Predictor:
         self.digest = digest
         self.device = choose_device(device)
         self.precision = precision
-        self.batch_size = batch_size
+        self.batch_size = batch_size or (CUDA_BATCH_SIZE if self.device.type == "cuda" else BATCH_SIZE)
         self.output_stride = output_stride
         self.ungated_fallback = ungated_fallback
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.runtime, (self._classifier, self._segmenter) = self._prepared(runtime, classifier, segmenter)
         self._mean_1311 = torch.tensor(card.mean, device=self.device).view(1, 3, 1, 1)
         self._std_1311 = torch.tensor(card.std, device=self.device).view(1, 3, 1, 1)
@@ -127,48 +131,60 @@ class Predictor:
         choose_device(device)  # before the weights are read
         return cls(bundle.card, bundle.digest, *load_networks(bundle), device=device, **options)
 
-    def presence(self, rgb_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def on_device(self, rgb: NDArray[np.uint8]) -> Tensor:
+        """Return bytes of any shape on the device, whoever holds the lock.
+
+        On a CPU the tensor is the array's memory. To CUDA they go from page-locked memory on a stream of its own,
+        beside what the device computes for others, and have arrived when this returns.
+        """
+        host = torch.from_numpy(np.ascontiguousarray(rgb))
+        if self._copies is None:
+            return host.to(self.device)
+        with torch.cuda.stream(self._copies):
+            there = host.pin_memory().to(self.device, non_blocking=True)
+        # It was allocated for the stream of the copies: its memory is not for the next copy while networks read it.
+        there.record_stream(torch.cuda.current_stream(self.device))
+        self._copies.synchronize()
+        return there
+
+    def presence(self, rgb_NHWC: Tiles) -> NDArray[np.float32]:
         """Return the classifier's probabilities (N, K) for RGB tiles. Raises NonFiniteOutputError."""
-        if rgb_NHWC.ndim != 4 or rgb_NHWC.shape[3] != 3 or rgb_NHWC.dtype != np.uint8:
-            raise ValueError(f"expected uint8 RGB tiles (N, H, W, 3), got {rgb_NHWC.dtype} {rgb_NHWC.shape}")
-        found: list[Tensor] = []
+        tiles_NHWC = self._checked(rgb_NHWC)
+        if not len(tiles_NHWC):
+            return np.zeros((0, len(self.card.classes)), dtype=np.float32)
         with torch.inference_mode():
-            for start in range(0, len(rgb_NHWC), self.batch_size):
+            found: list[Tensor] = []
+            for batch_NHWC in tiles_NHWC.split(self.batch_size):
                 with self._autocast():
-                    logits_NK = self._classifier(self._normalised(rgb_NHWC[start : start + self.batch_size]))
-                found.append(logits_NK.float())
-            if not found:
-                return np.zeros((0, len(self.card.classes)), dtype=np.float32)
+                    found.append(self._classifier(self._normalised(batch_NHWC)).float())
             logits_NK = torch.cat(found)
-            _check_finite("classifier", logits_NK, np.arange(len(rgb_NHWC)))
+            _check_finite("classifier", _finite(logits_NK), np.arange(len(tiles_NHWC)))
             presence_NK: NDArray[np.float32] = logits_NK.sigmoid().cpu().numpy()
         return presence_NK
 
-    def logits(self, rgb_NHWC: NDArray[np.uint8]) -> Tensor:
+    def logits(self, rgb_NHWC: Tiles) -> Tensor:
         """Return the segmenter's logits before any gate, (N, K, h, w) float32 on the predictor's device.
 
-        For at least one RGB tile (N, H, W, 3) uint8, H and W multiples of 32. Raises NonFiniteOutputError.
+        For at least one RGB tile, H and W multiples of 32. Raises NonFiniteOutputError.
         """
-        every = np.arange(len(rgb_NHWC))
+        tiles_NHWC = self._checked(rgb_NHWC)
         with torch.inference_mode():
-            return torch.cat(
-                [
-                    self._segmented(rgb_NHWC, every[start : start + self.batch_size])
-                    for start in range(0, len(every), self.batch_size)
-                ]
-            )
+            logits_NKhw = torch.cat([self._segmented(batch_NHWC) for batch_NHWC in tiles_NHWC.split(self.batch_size)])
+            _check_finite("segmenter", _finite(logits_NKhw), np.arange(len(tiles_NHWC)))
+        return logits_NKhw
 
     def gated(self, logits_NKhw: Tensor, presence_NK: NDArray[np.float32]) -> Tensor:
         """Return what `predict` makes of a segmenter's logits and a classifier's probabilities: probs_NKhw float32."""
         return masked_softmax(logits_NKhw, self._gate(presence_NK)[1])
 
-    def predict(self, rgb_NHWC: NDArray[np.uint8]) -> Prediction:
-        """Return gated probabilities for any number of RGB tiles (N, H, W, 3) uint8, H and W multiples of 32.
+    def predict(self, rgb_NHWC: Tiles) -> Prediction:
+        """Return gated probabilities for any number of RGB tiles, H and W multiples of 32.
 
         Raises NonFiniteOutputError with the indices of the tiles for which a network gave NaN or infinity.
         """
-        presence_NK = self.presence(rgb_NHWC)
-        count, height, width = rgb_NHWC.shape[:3]
+        tiles_NHWC = self._checked(rgb_NHWC)
+        presence_NK = self.presence(tiles_NHWC)
+        count, height, width = tiles_NHWC.shape[:3]
         classes = len(self.card.classes)
         stride = self.output_stride
         with torch.inference_mode():
@@ -178,10 +194,13 @@ class Predictor:
             # The softmax over one class is 1 and over none is 0: without the segmenter the mask itself is the result.
             probs_NKhw = allowed_NK.float()[:, :, None, None].repeat(1, 1, height // stride, width // stride)
             chosen = np.flatnonzero(segmented_N)
-            for start in range(0, len(chosen), self.batch_size):
-                picked = chosen[start : start + self.batch_size]
-                index = torch.from_numpy(picked).to(self.device)
-                probs_NKhw[index] = masked_softmax(self._segmented(rgb_NHWC, picked), allowed_NK[index])
+            finite: list[Tensor] = []
+            for index in torch.from_numpy(chosen).to(self.device).split(self.batch_size) if len(chosen) else ():
+                logits_NKhw = self._segmented(tiles_NHWC[index])
+                finite.append(_finite(logits_NKhw))
+                probs_NKhw[index] = masked_softmax(logits_NKhw, allowed_NK[index])
+            if finite:  # asked once: a GPU has to be waited for
+                _check_finite("segmenter", torch.cat(finite), chosen)
         assert probs_NKhw.shape == (count, classes, height // stride, width // stride)
         return Prediction(probs_NKhw, passed_NK.cpu().numpy(), segmented_N, presence_NK)
 
@@ -189,7 +208,9 @@ class Predictor:
         placed = tuple(_placed(network, self.device) for network in networks)
         if choose_runtime(runtime, self.device.type, self.precision) == "openvino":
             try:
-                return "openvino", tuple(OpenVinoNetwork(network, self.card.tile_size) for network in placed)
+                return "openvino", tuple(
+                    OpenVinoNetwork(network, self.card.tile_size, self.precision) for network in placed
+                )
             except RuntimeUnavailableError as error:
                 if runtime == "openvino":
                     raise
@@ -203,22 +224,26 @@ class Predictor:
             return passed_NK, passed_NK | ~passed_NK.any(dim=1, keepdim=True)
         return passed_NK, passed_NK
 
-    def _segmented(self, rgb_NHWC: NDArray[np.uint8], picked: NDArray[np.int64]) -> Tensor:
-        """Return the segmenter's logits for the picked tiles, one batch."""
-        with self._autocast():
-            logits_NKhw = self._segmenter(self._normalised(rgb_NHWC[picked]))
-        logits_NKhw = logits_at_stride(logits_NKhw.float(), self.output_stride)
-        _check_finite("segmenter", logits_NKhw, picked)
-        return logits_NKhw
+    def _checked(self, rgb_NHWC: Tiles) -> Tensor:
+        """Return tiles on the device; ValueError for what are no tiles."""
+        if rgb_NHWC.ndim != 4 or rgb_NHWC.shape[3] != 3 or rgb_NHWC.dtype not in (np.uint8, torch.uint8):
+            raise ValueError(f"expected uint8 RGB tiles (N, H, W, 3), got {rgb_NHWC.dtype} {tuple(rgb_NHWC.shape)}")
+        return rgb_NHWC if isinstance(rgb_NHWC, Tensor) else self.on_device(rgb_NHWC)
 
-    def _normalised(self, rgb_NHWC: NDArray[np.uint8]) -> Tensor:
-        """Return bytes as the networks' input. A permuted NHWC array already lies in memory as channels_last."""
-        x_NCHW = torch.from_numpy(np.ascontiguousarray(rgb_NHWC)).to(self.device).permute(0, 3, 1, 2).float()
+    def _segmented(self, tiles_NHWC: Tensor) -> Tensor:
+        """Return the segmenter's logits for one batch."""
+        with self._autocast():
+            logits_NKhw = self._segmenter(self._normalised(tiles_NHWC))
+        return logits_at_stride(logits_NKhw.float(), self.output_stride)
+
+    def _normalised(self, tiles_NHWC: Tensor) -> Tensor:
+        """Return bytes as the networks' input. Permuted NHWC bytes already lie in memory as channels_last."""
+        x_NCHW = tiles_NHWC.permute(0, 3, 1, 2).float()
         # In place: three arrays more for each batch leave holes in the heap that nothing else fits into.
         return x_NCHW.div_(255.0).sub_(self._mean_1311).div_(self._std_1311)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        if self.precision == "float32":
+        if self.precision == "float32" or self.runtime == "openvino":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
 
@@ -231,7 +256,12 @@ def _placed(network: nn.Module, device: torch.device) -> nn.Module:
     return placed
 
 
-def _check_finite(network: str, output: Tensor, indices: NDArray[np.int64]) -> None:
-    finite_N = torch.isfinite(output).flatten(1).all(dim=1).cpu().numpy()
-    if not finite_N.all():
-        raise NonFiniteOutputError(network, [int(index) for index in indices[~finite_N]])
+def _finite(output: Tensor) -> Tensor:
+    """Which tiles have no NaN and no infinity, (N,) on the device."""
+    return torch.isfinite(output).flatten(1).all(dim=1)
+
+
+def _check_finite(network: str, finite_N: Tensor, indices: NDArray[np.int64]) -> None:
+    good_N = finite_N.cpu().numpy()
+    if not good_N.all():
+        raise NonFiniteOutputError(network, [int(index) for index in indices[~good_N]])

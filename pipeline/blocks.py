@@ -24,7 +24,7 @@ from pipeline.plan import TILE_GROUP, block_tissue, needed_tiles
 from pipeline.polygons import block_regions, save_regions
 from pipeline.store import MapStore
 from wsi.grid import Block, Box, Grid
-from wsi.resample import TilePixels, read_tiles
+from wsi.resample import read_tiles
 from wsi.slide import Slide, SlideInfo
 from wsi.tissue import Tissue
 
@@ -95,18 +95,21 @@ def segment_block(
         pixels = read_tiles(slide, grid, tiles_m)
     if stopped():
         raise Stopped
-    with timer("wait"):
-        predictor.lock.acquire()
+    bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
     try:
-        with timer("network"):
-            blend, counts = _predict(work, predictor, block, tiles_m, pixels, stopped)
-            probs_KHW, labels_HW = blend.result(tissue_HW)
+        with timer("copy"):  # before it is this block's turn, so that a GPU goes on with another's
+            canvas_HWC = predictor.on_device(pixels.canvas_HWC)
+        with timer("wait"):
+            predictor.lock.acquire()
+        try:
+            with timer("network"):
+                blend, counts = _predict(work, predictor, block, tiles_m, canvas_HWC, pixels.canvas_m, stopped)
+                probs_KHW, labels_HW = blend.result(tissue_HW)
+        finally:
+            predictor.lock.release()
     except (RuntimeError, MemoryError) as error:
         raise _device_error(work.info, predictor.device, grid.box_l0(pixels.canvas_m), error) from error
-    finally:
-        predictor.lock.release()
-    bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
-    del pixels, blend
+    del pixels, canvas_HWC, blend
     with timer("polygons"):
         regions = block_regions(
             labels_HW,
@@ -161,8 +164,8 @@ class Blend:
     def add(self, box_out: Box, probs_Khw: torch.Tensor) -> None:
         """Add one tile, whose corner is `box_out`'s; parts outside the block are dropped."""
         inside = box_out.intersect(self._box_out)
-        rows, columns = _slices(inside, self._box_out)
-        tile_rows, tile_columns = _slices(inside, box_out)
+        rows, columns = inside.slices(self._box_out)
+        tile_rows, tile_columns = inside.slices(box_out)
         window_hw = self._window_hw[tile_rows, tile_columns]
         self._sums_KHW[:, rows, columns] += probs_Khw[:, tile_rows, tile_columns] * window_hw
         self._weights_HW[rows, columns] += window_hw
@@ -198,7 +201,8 @@ def _predict(
     predictor: Predictor,
     block: Block,
     tiles_m: list[Box],
-    pixels: TilePixels,
+    canvas_HWC: torch.Tensor,
+    canvas_m: Box,
     stopped: Callable[[], bool],
 ) -> tuple[Blend, tuple[int, int]]:
     grid = work.grid
@@ -210,7 +214,7 @@ def _predict(
             raise Stopped
         group = tiles_m[start : start + TILE_GROUP]
         try:
-            prediction = predictor.predict(np.stack([pixels.tile(t) for t in group]))
+            prediction = predictor.predict(torch.stack([canvas_HWC[t.slices(canvas_m)] for t in group]))
         except NonFiniteOutputError as error:
             places = ", ".join(str(tuple(grid.box_l0(group[i]))) for i in error.indices[:3])
             raise PipelineError(
@@ -234,11 +238,6 @@ def _device_error(info: SlideInfo, device: torch.device, block_l0: Box, error: E
         + ("lower --batch-size or --num-workers and " if short else "check the device, or pass --device cpu, and ")
         + "run the same command again, which goes on from the finished blocks"
     )
-
-
-def _slices(inner: Box, outer: Box) -> tuple[slice, slice]:
-    y, x = inner.y - outer.y, inner.x - outer.x
-    return slice(y, y + inner.height), slice(x, x + inner.width)
 
 
 def _overlap(a: Box, b: Box) -> bool:

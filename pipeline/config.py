@@ -38,8 +38,8 @@ class SegmentConfig:
     """Number format of the networks."""
     runtime: RuntimeName = "auto"
     """What computes the networks: PyTorch or OpenVINO; "auto" takes OpenVINO on a CPU where it is installed and can."""
-    batch_size: int = 8
-    """Tiles per call of a network."""
+    batch_size: int | None = None
+    """Tiles per call of a network; None takes 8, on CUDA 32."""
     num_workers: int = min(8, os.cpu_count() or 1)
     """Blocks that are read and written at the same time. Up to two more wait for the device."""
     max_bad_share: float = 0.01
@@ -56,7 +56,7 @@ class SegmentConfig:
         _check(self.min_area_um2 >= 0, "--min-area", self.min_area_um2, "0 or more")
         _check(self.simplify_px >= 0, "--simplify", self.simplify_px, "0 or more")
         _check(self.block_out >= 16 and self.block_out % 16 == 0, "block_out", self.block_out, "a multiple of 16")
-        _check(self.batch_size >= 1, "--batch-size", self.batch_size, "1 or more")
+        _check(self.batch_size is None or self.batch_size >= 1, "--batch-size", self.batch_size, "1 or more")
         _check(self.num_workers >= 1, "--num-workers", self.num_workers, "1 or more")
 
     @property

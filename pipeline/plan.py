@@ -11,6 +11,7 @@ import psutil
 from numpy.typing import NDArray
 
 from models.bundle import ModelCard
+from models.runtimes import BATCH_SIZE
 from pipeline.config import SegmentConfig
 from pipeline.errors import PlanError
 from wsi.grid import Block, Box, Grid, make_grid
@@ -124,6 +125,6 @@ def _memory_bytes(grid: Grid, classes: int, blocks: int, config: SegmentConfig) 
     # Sums and weights in float32, their quotient, and the labels' polygons while they are traced.
     blend = 4 * (2 * classes + 4) * grid.block_out**2
     in_flight = min(config.in_flight, max(blocks, 1)) * (canvas + strip + blend)
-    network = config.batch_size * grid.tile_m**2 * _ACTIVATION_BYTES_PER_PX
+    network = (config.batch_size or BATCH_SIZE) * grid.tile_m**2 * _ACTIVATION_BYTES_PER_PX
     runtime = _OPENVINO_BYTES if config.chosen_runtime == "openvino" else 0
     return _PROCESS_BYTES + in_flight + group + network + runtime

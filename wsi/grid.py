@@ -46,6 +46,11 @@ class Box(NamedTuple):
         x, y = max(self.x, other.x), max(self.y, other.y)
         return Box(x, y, max(0, min(self.right, other.right) - x), max(0, min(self.bottom, other.bottom) - y))
 
+    def slices(self, outer: Box) -> tuple[slice, slice]:
+        """Rows and columns of this box in an array that covers `outer`, in which it lies."""
+        x, y = self.x - outer.x, self.y - outer.y
+        return slice(y, y + self.height), slice(x, x + self.width)
+
     def shift(self, dx: int, dy: int) -> Box:
         """The same box moved by (dx, dy)."""
         return Box(self.x + dx, self.y + dy, self.width, self.height)

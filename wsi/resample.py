@@ -30,11 +30,6 @@ class TilePixels(NamedTuple):
     unreadable_m: tuple[Box, ...]
     """Parts that could not be read (they are white), in model pixels, rounded outwards."""
 
-    def tile(self, tile_m: Box) -> NDArray[np.uint8]:
-        """A view of one tile's pixels, as rgb_HWC."""
-        x, y = tile_m.x - self.canvas_m.x, tile_m.y - self.canvas_m.y
-        return self.canvas_HWC[y : y + tile_m.height, x : x + tile_m.width]
-
 
 def read_tiles(slide: Slide, grid: Grid, tiles_m: Sequence[Box]) -> TilePixels:
     """Read the pixels of at least one tile, each pixel of the level once, in strips whose width follows the tiles."""

@@ -39,7 +39,12 @@ def evaluate(
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="Images to evaluate on.")] = "test",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("evaluation"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Tiles per call of a network.", min=1)] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", "-b", help="Tiles per call of a network; 8, on CUDA 32.", min=1, show_default=False
+        ),
+    ] = None,
     tta: Annotated[bool, typer.Option("--tta/--no-tta", help="Average over the eight flips and turns.")] = False,
     worst: Annotated[int, typer.Option(help="Images in the picture of the worst ones.", min=0, max=100)] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON.")] = False,
@@ -77,7 +82,7 @@ def evaluate(
 
 
 def _prepare(
-    bundle: str, description: str, data: Path | None, split: Split, output: Path, device: str, batch_size: int
+    bundle: str, description: str, data: Path | None, split: Split, output: Path, device: str, batch_size: int | None
 ) -> tuple[Predictor, Dataset]:
     """Load the model and the data set's description, and check what can be checked before the networks run."""
     from models.bundle import load_bundle

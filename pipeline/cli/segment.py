@@ -51,7 +51,10 @@ def segment(
         typer.Option(help="What computes the networks; auto: OpenVINO on a CPU where it is installed, else PyTorch."),
     ] = DEFAULTS.runtime,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", help="Tiles per call of a network.", min=1)
+        int | None,
+        typer.Option(
+            "--batch-size", "-b", help="Tiles per call of a network; 8, on CUDA 32.", min=1, show_default=False
+        ),
     ] = DEFAULTS.batch_size,
     num_workers: Annotated[
         int | None,

@@ -150,7 +150,7 @@ def sample_tiles(slide: Slide, tissue: Tissue, plan: Plan, count: int = SAMPLE_T
         tiles_m = needed_tiles(plan.grid, block_tissue(plan.grid, tissue, block), block)
         tiles_m = tiles_m[len(tiles_m) // 2 :][: -(-count // len(chosen))]
         pixels = read_tiles(slide, plan.grid, tiles_m)
-        tiles_HWC += [pixels.tile(tile_m).copy() for tile_m in tiles_m]
+        tiles_HWC += [pixels.canvas_HWC[tile_m.slices(pixels.canvas_m)].copy() for tile_m in tiles_m]
     return np.stack(tiles_HWC[:count])
 
 

@@ -1,8 +1,9 @@
-"""Times both networks of a bundle under different CPU runtimes, on the same tiles.
+"""Times both networks of a bundle under different runtimes, on the same tiles.
 
     python -m venv --system-site-packages runtimes
     runtimes/bin/pip install onnx onnxruntime openvino
     runtimes/bin/python -m tests.bench.runtimes SLIDE [-m MODEL] [--batches 1 8 32] [--threads 1 2] [--only eager jit]
+    python -m tests.bench.runtimes SLIDE --device cuda --batches 8 32 64 --threads 1
 
 Prints CPU and wall time per tile and what becomes of the results against eager float32: of the segmenter the share of
 other labels, of the classifier the share of other gate decisions, and the largest difference of a probability of both.
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
-from models.openvino_network import OpenVinoNetwork, load_openvino
+from models.openvino_network import OpenVinoNetwork
 from pipeline.config import SegmentConfig
 from pipeline.malloc import keep_freed_memory
 from pipeline.segment import plan_slide
@@ -69,13 +70,12 @@ def eager(network: nn.Module, _: Tensor, __: int) -> Run:
 
 def eager_bf16(network: nn.Module, example: Tensor, threads: int) -> Run:
     """The same under autocast, which is `--precision bf16`."""
-    run = eager(network, example, threads)
+    return _autocast(eager(network, example, threads), torch.bfloat16)
 
-    def cast(x_NCHW: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return run(x_NCHW)
 
-    return cast
+def eager_fp16(network: nn.Module, example: Tensor, threads: int) -> Run:
+    """The same under autocast, which is `--precision fp16`."""
+    return _autocast(eager(network, example, threads), torch.float16)
 
 
 def whole_bf16(network: nn.Module, example: Tensor, threads: int) -> Run:
@@ -104,6 +104,11 @@ def compiled(network: nn.Module, example: Tensor, threads: int) -> Run:
     return built
 
 
+def compiled_bf16(network: nn.Module, example: Tensor, threads: int) -> Run:
+    """The compiled network under autocast."""
+    return _autocast(compiled(network, example, threads), torch.bfloat16)
+
+
 def onnx_runtime(network: nn.Module, example: Tensor, threads: int) -> Run:
     """ONNX Runtime's CPU provider."""
     import onnxruntime  # type: ignore[import-not-found]
@@ -119,28 +124,38 @@ def openvino_f32(network: nn.Module, example: Tensor, _: int) -> Run:
     return OpenVinoNetwork(network, example.shape[-1])
 
 
-def openvino_bf16(network: nn.Module, example: Tensor, threads: int) -> Run:
-    """OpenVINO in bfloat16, its own choice where the processor has it."""
-    openvino = load_openvino()
-    model = openvino.convert_model(
-        torch.jit.trace(network, example[:1], check_trace=False), input=[-1, *example.shape[1:]]
-    )
-    hints = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    built = openvino.Core().compile_model(model, "CPU", hints)
-    return lambda x_NCHW: torch.from_numpy(built(x_NCHW.contiguous().numpy())[0])
+def openvino_bf16(network: nn.Module, example: Tensor, _: int) -> Run:
+    """OpenVINO with `--precision bf16`, its own choice where the processor has it."""
+    return OpenVinoNetwork(network, example.shape[-1], "bf16")
+
+
+def openvino_fp16(network: nn.Module, example: Tensor, _: int) -> Run:
+    """OpenVINO with `--precision fp16`."""
+    return OpenVinoNetwork(network, example.shape[-1], "fp16")
 
 
 RUNTIMES: dict[str, Make] = {
     "eager": eager,
     "eager bf16": eager_bf16,
+    "eager fp16": eager_fp16,
     "whole bf16": whole_bf16,
     "jit": jit,
     "jit bf16": jit_bf16,
     "compile": compiled,
+    "compile bf16": compiled_bf16,
     "onnxruntime": onnx_runtime,
     "openvino": openvino_f32,
     "openvino bf16": openvino_bf16,
+    "openvino fp16": openvino_fp16,
 }
+
+
+def _autocast(run: Run, dtype: torch.dtype) -> Run:
+    def cast(x_NCHW: Tensor) -> Tensor:
+        with torch.autocast(x_NCHW.device.type, dtype=dtype):
+            return run(x_NCHW)
+
+    return cast
 
 
 def _as_onnx(network: nn.Module, example: Tensor) -> bytes:
@@ -161,9 +176,11 @@ def measure(run: Run, x_NCHW: Tensor, batch: int, passes: int) -> tuple[float, f
         cpu, wall = time.process_time(), time.perf_counter()
         for start in range(0, len(x_NCHW), batch):
             outputs.append(run(x_NCHW[start : start + batch]))
+        if x_NCHW.is_cuda:
+            torch.cuda.synchronize()
         cpu_s.append(time.process_time() - cpu)
         wall_s.append(time.perf_counter() - wall)
-    return min(cpu_s) / len(x_NCHW), min(wall_s) / len(x_NCHW), torch.cat(outputs).float()
+    return min(cpu_s) / len(x_NCHW), min(wall_s) / len(x_NCHW), torch.cat(outputs).float().cpu()
 
 
 def compared(network: str, logits: Tensor, truth: Tensor, thresholds: Sequence[float]) -> tuple[float, float]:
@@ -191,6 +208,7 @@ def rows_of(
     batches: Sequence[int],
     threads: Sequence[int],
     passes: int = 3,
+    device: str = "cpu",
 ) -> list[Row]:
     """All figures; rows are printed as they come."""
     bundle = load_bundle(model)
@@ -205,14 +223,14 @@ def rows_of(
                 for batch in batches:
                     begun = time.perf_counter()
                     try:
-                        example = x_NCHW[:batch]
-                        run = RUNTIMES[runtime](copy.deepcopy(network), example, count)
+                        example = x_NCHW[:batch].to(device)
+                        run = RUNTIMES[runtime](copy.deepcopy(network).to(device), example, count)
                         run(example)
                     except Exception as error:  # noqa: BLE001 - each runtime has its own errors
                         print(f"{name}, {runtime}, batch {batch}: {type(error).__name__}: {error}"[:300], flush=True)
                         break
                     ready_s = time.perf_counter() - begun
-                    cpu_s, wall_s, logits = measure(run, x_NCHW, batch, passes)
+                    cpu_s, wall_s, logits = measure(run, x_NCHW.to(device), batch, passes)
                     other, most = compared(name, logits, truth, bundle.card.gate_thresholds)
                     rows.append(Row(name, runtime, count, batch, 1000 * cpu_s, 1000 * wall_s, other, most, ready_s))
                     print(line(rows[-1]), flush=True)
@@ -234,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-m", "--model", default=DEFAULT_BUNDLE, help="name or folder of a bundle")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", nargs="+", choices=list(RUNTIMES), default=list(RUNTIMES))
     options = parser.parse_args(arguments)
     keep_freed_memory()
@@ -243,7 +262,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     with torch.inference_mode():
-        rows_of(tiles_of(options.slide, options.model), options.model, options.only, options.batches, options.threads)
+        rows_of(
+            tiles_of(options.slide, options.model),
+            options.model,
+            options.only,
+            options.batches,
+            options.threads,
+            device=options.device,
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models import runtimes
 from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle
 from models.classifier import Classifier
-from models.errors import RuntimeUnavailableError
+from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.heads import HEADS
 from models.openvino_network import OpenVinoNetwork
 from models.predictor import Predictor
@@ -26,6 +26,14 @@ from models.segmenter import build_segmenter
 from tests.models.networks import ConstantClassifier, ConstantSegmenter, make_card
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+
+
+def computes(precision: str) -> bool:
+    return find_spec("openvino") is not None and choose_runtime("auto", "cpu", precision) == "openvino"
+
+
+needs_fp16 = pytest.mark.skipif(not computes("fp16"), reason="this processor does not compute in float16")
+needs_bf16 = pytest.mark.skipif(not computes("bf16"), reason="this processor does not compute in bfloat16")
 
 
 def stained_tiles(count: int) -> NDArray[np.uint8]:
@@ -70,13 +78,45 @@ def test_openvino_gives_torchs_probabilities_and_labels(sample_slide: Path) -> N
     assert len(ours.probs_NKhw.argmax(dim=1).unique()) == 2
 
 
-@needs_openvino
-def test_openvino_gives_a_tile_the_same_bytes_in_any_batch_and_any_run() -> None:
+@needs_fp16
+def test_float16_on_the_cpu_gives_nearly_the_same(sample_slide: Path) -> None:
+    rgb_NHWC = real_tiles(sample_slide)
+    halved, torchs = (
+        default_predictor(runtime, precision=precision, skip_by_gate=False).predict(rgb_NHWC)
+        for runtime, precision in (("auto", "fp16"), ("torch", "float32"))
+    )
+    assert np.array_equal(halved.passed_NK, torchs.passed_NK)
+    # Other arithmetic, and nearly the same result.
+    assert 1e-5 < (halved.probs_NKhw - torchs.probs_NKhw).abs().max() < 0.03
+    # On whole slides 99.9 % and more (docs/benchmarks/speed.md); these are tiles with glands alone, not blended.
+    same = halved.probs_NKhw.argmax(dim=1) == torchs.probs_NKhw.argmax(dim=1)
+    assert float(same.float().mean()) >= 0.998
+
+
+@needs_fp16
+def test_what_float16_cannot_hold_is_an_error_and_no_label() -> None:
+    networks = ConstantClassifier([0.9, 0.9]), nn.Conv2d(3, 2, 4, stride=4).requires_grad_(False)
+    networks[1].weight.fill_(3e4)
+    networks[1].bias.fill_(0.0)
+    predictor = Predictor(make_card(), NO_DIGEST, *networks, device="cpu", runtime="auto", precision="fp16")
+    with pytest.raises(NonFiniteOutputError, match="segmenter"):
+        predictor.predict(np.full((1, 64, 64, 3), 255, np.uint8))
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param("float32", marks=needs_openvino),
+        pytest.param("fp16", marks=needs_fp16),
+        pytest.param("bf16", marks=needs_bf16),
+    ],
+)
+def test_openvino_gives_a_tile_the_same_bytes_in_any_batch_and_any_run(precision: Any) -> None:
     rgb_NHWC = stained_tiles(7)
-    predictor = default_predictor("openvino", batch_size=4)
+    predictor = default_predictor("openvino", batch_size=4, precision=precision)
     presence_NK, logits_NKhw = predictor.presence(rgb_NHWC), predictor.logits(rgb_NHWC)
     order = np.random.default_rng(1).permutation(7)
-    again = default_predictor("openvino", batch_size=4)
+    again = default_predictor("openvino", batch_size=4, precision=precision)
     for batch_size in (4, 1, 3, 16):
         again.batch_size = batch_size
         assert np.array_equal(again.presence(rgb_NHWC[order]), presence_NK[order])
@@ -184,13 +224,29 @@ def test_without_the_package_auto_is_torch_and_openvino_says_how_to_install_it(m
         choose_runtime("openvino", "cpu", "float32")
 
 
-def test_auto_is_openvino_for_float32_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Older:
+    """OpenVINO on a processor that computes in bfloat16 and not in float16."""
+
+    def Core(self) -> _Older:
+        return self
+
+    def get_property(self, device: str, name: str) -> list[str]:
+        assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+        return ["BF16", "FP32", "INT8"]
+
+
+def test_auto_is_openvino_on_the_cpu_in_what_the_processor_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "find_spec", lambda _: object())
+    monkeypatch.setattr(runtimes, "load_openvino", _Older)
     assert choose_runtime("auto", "cpu", "float32") == "openvino"
-    for device, precision in (("cuda", "float32"), ("cuda:1", "bf16"), ("cpu", "bf16"), ("mps", "float32")):
+    assert choose_runtime("auto", "cpu", "bf16") == choose_runtime("openvino", "cpu", "bf16") == "openvino"
+    assert choose_runtime("auto", "cpu", "fp16") == "torch"
+    with pytest.raises(RuntimeUnavailableError, match=r"does not compute in fp16; use precision float32, or runtime"):
+        choose_runtime("openvino", "cpu", "fp16")
+    for device, precision in (("cuda", "float32"), ("cuda:1", "bf16"), ("mps", "float32")):
         assert choose_runtime("auto", device, precision) == "torch"
         assert choose_runtime("torch", device, precision) == "torch"
-        with pytest.raises(RuntimeUnavailableError, match=f"the device is {device} and the precision {precision}"):
+        with pytest.raises(RuntimeUnavailableError, match=f"runs on the CPU only and the device is {device}"):
             choose_runtime("openvino", device, precision)
     with pytest.raises(RuntimeUnavailableError, match="use auto, torch or openvino"):
         choose_runtime("onnx", "cpu", "float32")  # type: ignore[arg-type]

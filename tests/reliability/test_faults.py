@@ -24,7 +24,7 @@ import pytest
 from numpy.typing import NDArray
 
 import pipeline.segment
-from models.predictor import Prediction, Predictor
+from models.predictor import Predictor
 from pipeline.batch import SlideJob, segment_batch
 from pipeline.config import SegmentConfig
 from pipeline.in_process import InProcess
@@ -312,21 +312,22 @@ def test_a_slide_that_vanishes_while_it_runs_is_named_and_gone_on_with_when_it_i
 # --- the device
 
 
-def failing_predictor(error: BaseException) -> Predictor:
-    """Fails at its sixth call, and at no other."""
+def failing_predictor(error: BaseException, method: str = "predict") -> Predictor:
+    """Fails at the sixth call of a method, and at no other."""
     predictor, calls = colour_predictor(), [0]
-    predict = predictor.predict
+    call = getattr(predictor, method)
 
-    def failing(rgb_NHWC: NDArray[np.uint8]) -> Prediction:
+    def failing(pixels: object) -> object:
         calls[0] += 1
         if calls[0] == 6:
             raise error
-        return predict(rgb_NHWC)
+        return call(pixels)
 
-    predictor.predict = failing  # type: ignore[method-assign]
+    setattr(predictor, method, failing)
     return predictor
 
 
+@pytest.mark.parametrize("method", ["predict", "on_device"])
 @pytest.mark.parametrize(
     ("error", "said", "hint"),
     [
@@ -345,9 +346,9 @@ def failing_predictor(error: BaseException) -> Predictor:
     ids=["device", "device memory", "memory"],
 )
 def test_a_device_that_fails_names_the_slide_and_the_block(
-    slides: Slides, tmp_path: Path, error: BaseException, said: str, hint: str
+    slides: Slides, tmp_path: Path, error: BaseException, said: str, hint: str, method: str
 ) -> None:
-    a, b = slides.run(tmp_path / "out", failing_predictor(error))
+    a, b = slides.run(tmp_path / "out", failing_predictor(error, method))
     assert (a.status, b.status) == ("failed", "done")
     assert a.error.startswith(f"a.svs: {said}(x, y, width, height) (")
     assert hint in a.error

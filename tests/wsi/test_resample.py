@@ -88,6 +88,8 @@ def test_tiles_read_together_are_the_tiles_read_alone(tmp_path: Path) -> None:
     with open_slide(write_slide(tmp_path / "slide.svs", rgb_HWC)) as slide:
         together = read_tiles(slide, grid, tiles)
         for tile in tiles:
-            np.testing.assert_array_equal(together.tile(tile), read_model_pixels(slide, grid, tile).rgb_HWC)
+            np.testing.assert_array_equal(
+                together.canvas_HWC[tile.slices(together.canvas_m)], read_model_pixels(slide, grid, tile).rgb_HWC
+            )
         # The last tile reaches 4 rows beyond the slide.
-        assert (together.tile(tiles[-1])[60:] == 255).all()
+        assert (together.canvas_HWC[tiles[-1].slices(together.canvas_m)][60:] == 255).all()

@@ -1,0 +1,39 @@
+"""What only a GPU can show; skipped where there is none."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from models.bundle import DEFAULT_BUNDLE, load_bundle
+from models.predictor import Predictor
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+
+
+def predictor(device: str) -> Predictor:
+    return Predictor.from_bundle(load_bundle(DEFAULT_BUNDLE), device=device, runtime="torch", skip_by_gate=False)
+
+
+def test_labels_are_the_cpus() -> None:
+    rgb_NHWC = np.random.default_rng(0).integers(0, 256, (40, 224, 224, 3), dtype=np.uint8)
+    rgb_NHWC = rgb_NHWC // 2 + np.linspace(0, 127, 224, dtype=np.uint8)[:, None, None]
+    ours, cpus = (predictor(device).predict(rgb_NHWC).probs_NKhw.cpu() for device in ("cuda", "cpu"))
+    assert float((ours.argmax(1) == cpus.argmax(1)).float().mean()) >= 0.999
+
+
+def test_bytes_arrive_whole_while_others_copy_and_networks_run() -> None:
+    model = predictor("cuda")
+    canvases = np.random.default_rng(0).integers(0, 256, (16, 2048, 1024, 3), dtype=np.uint8)
+
+    def there_and_back(canvas_HWC: np.ndarray) -> bool:
+        copied_HWC = model.on_device(canvas_HWC)
+        with model.lock:
+            model.predict(copied_HWC[None, :224, :224])
+        return np.array_equal(copied_HWC.cpu().numpy(), canvas_HWC)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(there_and_back, canvases))
