@@ -95,9 +95,9 @@ def test_float16_on_the_cpu_gives_nearly_the_same(sample_slide: Path) -> None:
 
 @needs_fp16
 def test_what_float16_cannot_hold_is_an_error_and_no_label() -> None:
-    networks = ConstantClassifier([0.9, 0.9]), nn.Conv2d(3, 2, 4, stride=4).requires_grad_(False)
-    networks[1].weight.fill_(3e4)
-    networks[1].bias.fill_(0.0)
+    huge = nn.Conv2d(3, 2, 4, stride=4, bias=False).requires_grad_(False)
+    huge.weight.fill_(3e4)
+    networks = ConstantClassifier([0.9, 0.9]), huge
     predictor = Predictor(make_card(), NO_DIGEST, *networks, device="cpu", runtime="auto", precision="fp16")
     with pytest.raises(NonFiniteOutputError, match="segmenter"):
         predictor.predict(np.full((1, 64, 64, 3), 255, np.uint8))
