@@ -1,5 +1,5 @@
 """A network computed by OpenVINO, which on a CPU takes about half of PyTorch's time for the same labels, and in float16
-a fifth.
+a quarter.
 
 Shape suffixes: N batch, H and W the image.
 """
