@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -224,20 +225,11 @@ def test_without_the_package_auto_is_torch_and_openvino_says_how_to_install_it(m
         choose_runtime("openvino", "cpu", "float32")
 
 
-class _Older:
-    """OpenVINO on a processor that computes in bfloat16 and not in float16."""
-
-    def Core(self) -> _Older:
-        return self
-
-    def get_property(self, device: str, name: str) -> list[str]:
-        assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
-        return ["BF16", "FP32", "INT8"]
-
-
 def test_auto_is_openvino_on_the_cpu_in_what_the_processor_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "find_spec", lambda _: object())
-    monkeypatch.setattr(runtimes, "load_openvino", _Older)
+    # A processor that computes in bfloat16 and not in float16.
+    core = SimpleNamespace(get_property=lambda *_: ["FP32", "BF16"])
+    monkeypatch.setattr(runtimes, "load_openvino", lambda: SimpleNamespace(Core=lambda: core))
     assert choose_runtime("auto", "cpu", "float32") == "openvino"
     assert choose_runtime("auto", "cpu", "bf16") == choose_runtime("openvino", "cpu", "bf16") == "openvino"
     assert choose_runtime("auto", "cpu", "fp16") == "torch"

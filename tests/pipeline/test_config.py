@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +21,9 @@ from tests.pipeline.fakes import SMALL, colour_predictor, region_slide, run_of
     [
         ({"device": "cpu"}, True, "openvino"),
         ({"device": "cpu"}, False, "torch"),
-        ({"device": "cpu", "precision": "bf16"}, True, "torch"),
+        ({"device": "cpu", "precision": "bf16"}, True, "openvino"),
+        ({"device": "cpu", "precision": "fp16"}, True, "torch"),
+        ({"device": "cpu", "precision": "bf16"}, False, "torch"),
         ({"device": "cuda"}, True, "torch"),
         ({"device": "cpu", "runtime": "torch"}, True, "torch"),
         ({"device": "cpu", "runtime": "openvino"}, False, "openvino"),
@@ -30,6 +33,9 @@ def test_the_identity_names_the_runtime_and_never_auto(
     settings: dict[str, str], installed: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtimes, "find_spec", lambda _: object() if installed else None)
+    # A processor that computes in bfloat16 and not in float16.
+    core = SimpleNamespace(get_property=lambda *_: ["FP32", "BF16"])
+    monkeypatch.setattr(runtimes, "load_openvino", lambda: SimpleNamespace(Core=lambda: core))
     assert SegmentConfig(**settings).parameters()["runtime"] == chosen  # type: ignore[arg-type]
 
 
