@@ -33,8 +33,8 @@ def computes(precision: str) -> bool:
     return find_spec("openvino") is not None and choose_runtime("auto", "cpu", precision) == "openvino"
 
 
-needs_fp16 = pytest.mark.skipif(not computes("fp16"), reason="this processor does not compute in float16")
-needs_bf16 = pytest.mark.skipif(not computes("bf16"), reason="this processor does not compute in bfloat16")
+needs_fp16 = pytest.mark.skipif(not computes("fp16"), reason="no openvino, or no float16 in this processor")
+needs_bf16 = pytest.mark.skipif(not computes("bf16"), reason="no openvino, or no bfloat16 in this processor")
 
 
 def stained_tiles(count: int) -> NDArray[np.uint8]:
