@@ -234,18 +234,20 @@ def test_score_cam_variants_agree_with_the_libraries_they_are_named_after(
                 assert_close(ours[:, k], their_map(theirs, small_NCHW, layer, k))
 
 
-def official_score_cam(classifier: Classifier, x_1CHW: Tensor, activation_1Chw: Tensor, k: int) -> Tensor:
-    """The loop of the release (softmax over the classes, constant channels skipped), up to its final min-max."""
+def official_score_cam(classifier: Classifier, x_1CHW: Tensor, activation_1Chw: Tensor) -> Tensor:
+    """The loop of the release (softmax over the classes, constant channels skipped), up to its final min-max; of all
+    classes at once, (1, K, H, W), because a channel's scores come from one pass.
+    """
     size_HW = (x_1CHW.shape[2], x_1CHW.shape[3])
-    total_11HW = torch.zeros(1, 1, *size_HW)
+    total_1KHW = torch.zeros(1, CLASSES, *size_HW)
     for channel_1hw in activation_1Chw.detach()[0][:, None]:
         up = F.interpolate(channel_1hw[None], size_HW, mode="bilinear", align_corners=False)
         if up.max() == up.min():
             continue
         with torch.no_grad():
-            score = classifier(x_1CHW * (up - up.min()) / (up.max() - up.min())).softmax(dim=1)[0, k]
-        total_11HW += score * up
-    return total_11HW.relu()
+            scores_1K = classifier(x_1CHW * (up - up.min()) / (up.max() - up.min())).softmax(dim=1)
+        total_1KHW += scores_1K[:, :, None, None] * up
+    return total_1KHW.relu()
 
 
 def test_official_score_cam_is_the_releases_loop(classifiers: Callable[[str], Classifier], small_NCHW: Tensor) -> None:
@@ -253,11 +255,8 @@ def test_official_score_cam_is_the_releases_loop(classifiers: Callable[[str], Cl
     ours = score_cam(classifier, small_NCHW, "shallow")
     up = F.interpolate(ours, (32, 32), mode="bilinear", align_corners=False)
     for n in range(2):
-        stages = classifier.stages(small_NCHW[n : n + 1])
-        for k in range(CLASSES):
-            assert_close(
-                up[n : n + 1, k : k + 1], official_score_cam(classifier, small_NCHW[n : n + 1], stages.shallow, k)
-            )
+        x_1CHW = small_NCHW[n : n + 1]
+        assert_close(up[n : n + 1], official_score_cam(classifier, x_1CHW, classifier.stages(x_1CHW).shallow))
 
 
 @pytest.mark.parametrize("variant", ["official", "torch-cam", "pytorch-grad-cam"])
@@ -289,9 +288,9 @@ def test_score_cam_passes_at_most_a_chunk_of_images_at_once_and_skips_constant_c
     assert varied > 3
     # The images, the blank one, and the channels that vary.
     assert sum(batches) == 2 + 1 + varied
-    living = F.interpolate(maps[:1, :1], (32, 32), mode="bilinear", align_corners=False)
+    living = F.interpolate(maps[:1], (32, 32), mode="bilinear", align_corners=False)
     monkeypatch.undo()
-    assert_close(living, official_score_cam(classifier, small_NCHW[:1], stages(small_NCHW[:1]).shallow[:, :5], 0))
+    assert_close(living, official_score_cam(classifier, small_NCHW[:1], stages(small_NCHW[:1]).shallow[:, :5]))
 
 
 def test_score_cam_of_flat_features_is_zero(
@@ -440,8 +439,9 @@ def test_methods_with_a_deep_map_only_take_grad_cam_at_the_others(
 
 @pytest.mark.parametrize("method", ["grad-cam++", "score-cam"])
 def test_layer_maps_are_the_maps_of_each_layer(classifier: Classifier, small_NCHW: Tensor, method: str) -> None:
-    for layer, map_NKhw in zip(LAYERS, layer_maps(method, classifier, small_NCHW), strict=True):
-        assert_close(map_NKhw, cam_maps(method, classifier, small_NCHW, layer))
+    x_1CHW = small_NCHW[:1]
+    for layer, map_1Khw in zip(LAYERS, layer_maps(method, classifier, x_1CHW), strict=True):
+        assert_close(map_1Khw, cam_maps(method, classifier, x_1CHW, layer))
 
 
 @pytest.mark.parametrize(
