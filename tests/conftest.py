@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,10 @@ from hypothesis import settings
 
 from pipeline import sample
 from pipeline.errors import SampleError
+
+# Before anything loads torch, and for the processes that tests start. Networks as small as these only wait for a second
+# thread, and with a pytest worker per core for the other worker's; and last bits depend on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shared machine may stall for a moment in the middle of an example: time is measured in benchmarks, not in tests.
 settings.register_profile("untimed", deadline=None)
@@ -24,17 +27,6 @@ pytest_plugins = ["tests.browser"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks as small as those of most tests only wait for a second thread."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

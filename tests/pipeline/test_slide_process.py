@@ -44,13 +44,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> SlideJob:
 
 
 @pytest.fixture(autouse=True)
-def started(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[Callable[[], set[psutil.Process]]]:
-    """Tells which processes the test has started that run; at its end there must be none.
-
-    One thread, because the networks' last bits depend on it, in the child by OMP_NUM_THREADS.
-    """
-    del one_thread
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], set[psutil.Process]]]:
+    """Tells which processes the test has started that run; at its end there must be none."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     start_silent_tracker()
     before = set(psutil.Process().children())

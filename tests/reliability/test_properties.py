@@ -40,8 +40,6 @@ from wsi.readers import BackendName
 from wsi.slide import SlideInfo
 from wsi.tissue import Tissue
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RGB = NDArray[np.uint8]
 
 Shape = tuple[tuple[int, int, int, int], tuple[int, int, int]]

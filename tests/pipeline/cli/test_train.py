@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +36,7 @@ def settings(*chosen: str) -> list[str]:
 
 
 def run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own; one thread, since more wait for each other on a busy machine."""
+    """A command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", f"from {module} import main; main()", *map(str, arguments)],
         capture_output=True,
@@ -45,7 +44,6 @@ def run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]
         check=False,
         timeout=600,
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 

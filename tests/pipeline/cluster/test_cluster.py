@@ -14,7 +14,6 @@ from typing import Any
 import dask
 import psutil
 import pytest
-import torch
 from distributed import Client, LocalCluster, WorkerPlugin
 
 from pipeline.batch import SlideJob, segment_batch
@@ -55,15 +54,9 @@ class Traps(WorkerPlugin):
 
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
-    """Address of a cluster of two processes, whose networks run on one thread as those of this process do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    settings = {
-        "distributed.scheduler.allowed-failures": 1,
-        "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": 1},
-    }
+    """Address of a cluster of two processes."""
     with (
-        dask.config.set(settings),
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
         LocalCluster(
             n_workers=2,
             threads_per_worker=2,
@@ -77,7 +70,6 @@ def scheduler() -> Iterator[str]:
     ):
         client.register_plugin(Traps())
         yield cluster.scheduler_address
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

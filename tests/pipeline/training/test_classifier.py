@@ -32,8 +32,6 @@ from pipeline.training.fit import Processes, fit
 from pipeline.training.patches import PatchImages, View
 from tests.textures import write_crops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1)
 

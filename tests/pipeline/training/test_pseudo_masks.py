@@ -32,8 +32,6 @@ from pipeline.training.pseudo_masks import (
 from tests.pipeline.training.test_classifier import CellClassifier, crop_images, noise_images
 from tests.textures import write_crops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1)
 THREE_LAYERS = TrainConfig(cam="grad-cam", layer_weights=(0.2, 0.2, 0.6), overlap_labels=False)

@@ -19,8 +19,6 @@ from pipeline.training.pseudo_masks import write_pseudo_masks
 from pipeline.training.segmenter import layered_loss, map_scores, pixel_weights, segmenter_task
 from tests.pipeline.training.test_classifier import CellClassifier, crop_images
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1)
 

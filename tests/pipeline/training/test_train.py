@@ -29,8 +29,6 @@ from tests.models.networks import make_card as made_card
 from tests.pipeline.training.test_classifier import crop_images
 from tests.textures import write_crops, write_textures
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = TrainConfig(
     weights="none",
     region=64,
@@ -53,11 +51,8 @@ def textures(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="module")
 def unbroken(textures: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run from beginning to end."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("runs") / "whole"
     train(textures, run, CONFIG, device="cpu")
-    torch.set_num_threads(threads)
     return run
 
 
