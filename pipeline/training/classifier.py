@@ -6,7 +6,6 @@ Shape suffixes: N views, M labelled patches, B boxes, K classes, C channels, H a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +34,7 @@ class Batch(NamedTuple):
 def classifier_task(
     classifier: Classifier,
     training: PatchImages,
-    validation: PatchImages | None,
+    validation: PatchImages,
     config: TrainConfig,
     device: torch.device,
     processes: Processes,
@@ -71,9 +70,7 @@ def classifier_task(
         new_parameters=list((classifier.head if config.pretrained else classifier).parameters()),
         make_batch=make_batch,
         loss=loss,
-        validate=None
-        if validation is None
-        else partial(presence_scores, images=validation, config=config, device=device),
+        validate=lambda network: presence_scores(network, validation, config, device),
         begin_epoch=begin_epoch,
         epochs=config.classifier_epochs,
         steps=config.classifier_steps or steps_per_epoch(training, config.region, config.classifier_batch),

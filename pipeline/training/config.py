@@ -109,10 +109,6 @@ class TrainConfig:
     """Decay per step of the averaged weights, which are validated and kept; 0 keeps the last weights themselves."""
     patience: int = 8
     """Epochs without a better validation score after which a stage ends."""
-    hold_out: bool = True
-    """False, for a last run once settings and epochs are chosen, trains on the validation split too: the last epoch is
-    kept, and the gate's thresholds are `highest_threshold`, because no patch is left to choose either by.
-    """
 
     # Gate
     gate_recall: float = 0.99

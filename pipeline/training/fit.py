@@ -83,10 +83,8 @@ class Task:
     """Draws a batch of this process's share; runs in another thread while the device works."""
     loss: Callable[[Any], Tensor]
     """The loss of a batch, on the network in training mode."""
-    validate: Callable[[nn.Module], dict[str, float]] | None
-    """Measures of presence labels of held-out patches; "score", where higher is better, picks the epoch. None where
-    nothing is held out: the last epoch is kept.
-    """
+    validate: Callable[[nn.Module], dict[str, float]]
+    """Measures of presence labels of held-out patches; "score", where higher is better, picks the epoch."""
     begin_epoch: Callable[[int], None]
     """Puts the network into training mode for the 0-based epoch."""
     epochs: int
@@ -117,8 +115,7 @@ def fit(
     processes: Processes = Processes(0, 1),  # noqa: B008 - an immutable tuple
     progress: Progress | None = None,
 ) -> None:
-    """Train until the epochs are over or the score has not risen for `patience` epochs; leave the best weights
-    (the last ones where the task has no validation).
+    """Train until the epochs are over or the score has not risen for `patience` epochs; leave the best weights.
 
     Writes into `folder`: <name>.checkpoint.safetensors (removed at the end), <name>.csv and <name>.png with the curves.
     Raises TrainError where the loss or a gradient is NaN or infinite.
@@ -258,12 +255,10 @@ def _end_epoch(
     config: TrainConfig,
     folder: Path | None,
 ) -> None:
-    """Validate, keep the weights if they are the best or nothing is held out, and write the curves."""
+    """Validate, keep the weights if they are the best, and write the curves."""
     judged = averaged if config.ema else task.network
-    measures = task.validate(judged.eval()) if task.validate else {}
-    if not measures:
-        best.load_state_dict(judged.state_dict())
-    elif measures["score"] > state.best:
+    measures = task.validate(judged.eval())
+    if measures["score"] > state.best:
         best.load_state_dict(judged.state_dict())
         state.best, state.stale = measures["score"], 0
     else:
@@ -299,10 +294,7 @@ def _write_curves(stem: Path, history: list[dict[str, float]]) -> None:
         axes.plot(epochs, [row[name] for row in history], marker=".", label=name)
     for axes in (left, right):
         axes.set_xlabel("epoch")
-        if axes.lines:
-            axes.legend()
-        else:  # nothing is held out
-            axes.set_visible(False)
+        axes.legend()
     temporary = stem.with_suffix(".png.tmp")
     figure.savefig(temporary, format="png", dpi=100)
     temporary.replace(stem.with_suffix(".png"))

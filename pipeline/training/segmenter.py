@@ -6,7 +6,6 @@ Shape suffixes: N views, K classes, L layers, H and W the image, h and w a map a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ class Batch(NamedTuple):
 def segmenter_task(
     segmenter: nn.Module,
     training: PatchImages,
-    validation: PatchImages | None,
+    validation: PatchImages,
     masks: Path,
     config: TrainConfig,
     device: torch.device,
@@ -89,7 +88,7 @@ def segmenter_task(
         new_parameters=[p for p in segmenter.parameters() if id(p) not in started],
         make_batch=make_batch,
         loss=loss,
-        validate=None if validation is None else partial(map_scores, images=validation, config=config, device=device),
+        validate=lambda network: map_scores(network, validation, config, device),
         begin_epoch=begin_epoch,
         epochs=config.segmenter_epochs,
         steps=config.segmenter_steps or steps_per_epoch(training, config.region, config.segmenter_batch),

@@ -73,12 +73,15 @@ def train(
     processes = join_processes(place)
     config = dataclasses.replace(config, mpp=config.mpp or dataset.mpp)
     assert config.mpp is not None
-    training, validation = _split_images(dataset, config)
+    training, validation = (
+        PatchImages(dataset, check_images(samples(dataset, split), UNREADABLE_SHARE), config.mpp)
+        for split in ("train", "val")
+    )
     _check(training, validation, config)
     for name, size in (("classifier_batch", config.classifier_batch), ("segmenter_batch", config.segmenter_batch)):
         if size % processes.world:
             raise TrainError(f"{name} is {size}, and there are {processes.world} processes: make it a multiple of them")
-    logger.info("%d training and %d validation images", len(training), 0 if validation is None else len(validation))
+    logger.info("%d training and %d validation images", len(training), len(validation))
     torch.manual_seed(config.seed)
     classes = len(dataset.class_names)
 
@@ -113,7 +116,7 @@ def train(
         _stage(run, task, config, place, processes, progress)
 
         if processes.rank == 0:
-            export(run, classifier.eval(), segmenter.eval(), training, validation, config, device)
+            export(run, classifier.eval(), segmenter.eval(), validation, config, device)
         _wait(processes)
         return load_bundle((run / "bundle").absolute())
 
@@ -164,26 +167,8 @@ def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig) -> None:
         )
 
 
-def _split_images(dataset: Dataset, config: TrainConfig) -> tuple[PatchImages, PatchImages | None]:
-    """Return the images to train and those to validate with; None for the latter where nothing is held out."""
-    assert config.mpp is not None
-    training, validation = samples(dataset, "train"), samples(dataset, "val")
-    if not config.hold_out:
-        both = sorted({sample.name for sample in training} & {sample.name for sample in validation})
-        if both:
-            raise TrainError(
-                f"{dataset.card.name}: with hold_out=false both splits train, and {len(both)} images of either have "
-                f"the same name, such as {both[0]}; rename them"
-            )
-        training, validation = tuple(sorted((*training, *validation), key=lambda sample: sample.name)), ()
-    train_images, val_images = (
-        PatchImages(dataset, check_images(chosen, UNREADABLE_SHARE), config.mpp) for chosen in (training, validation)
-    )
-    return train_images, val_images if config.hold_out else None
-
-
-def _check(training: PatchImages, validation: PatchImages | None, config: TrainConfig) -> None:
-    for images in (training,) if validation is None else (training, validation):
+def _check(training: PatchImages, validation: PatchImages, config: TrainConfig) -> None:
+    for images in (training, validation):
         if not len(images):
             raise TrainError(f"{images.dataset.card.name}: no image to train or to validate with")
         sides = {tuple(side) for boxes_B4 in images.boxes for side in boxes_B4[:, 2:].tolist()}
@@ -236,32 +221,25 @@ def _wait(processes: Processes) -> None:
 
 
 def export(
-    run: Path,
-    classifier: Classifier,
-    segmenter: nn.Module,
-    training: PatchImages,
-    validation: PatchImages | None,
-    config: TrainConfig,
-    device: str,
+    run: Path, classifier: Classifier, segmenter: nn.Module, validation: PatchImages, config: TrainConfig, device: str
 ) -> None:
-    """Calibrate the gate on presence labels of validation tiles if there are any, measure the test split once where it
-    has masks, and write the bundle.
+    """Calibrate the gate on presence labels of validation tiles, measure the test split once where it has masks, and
+    write the bundle.
     """
     folder = run / "bundle"
     if folder.exists():
         logger.info("%s is there: nothing to do", folder)
         return
-    dataset, side = training.dataset, tile_side(training, config)
-    card = make_card(dataset, config, side, (config.highest_threshold,) * len(dataset.class_names))
+    dataset, side = validation.dataset, tile_side(validation, config)
+    draft = make_card(dataset, config, side, (config.highest_threshold,) * len(dataset.class_names))
     # A bundle's weights are rounded: what is calibrated and measured is what is written.
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
-        rounded = load_networks(save_bundle(Path(work) / "bundle", card, classifier, segmenter))
-    if validation is not None:
-        presence_NK, held_NK = tile_presence(Predictor(card, NO_DIGEST, *rounded, device=device), validation)
-        thresholds = calibrate_gate(presence_NK, held_NK, config.gate_recall, config.highest_threshold)
-        card = card.model_copy(update={"gate_thresholds": thresholds})
+        rounded = load_networks(save_bundle(Path(work) / "bundle", draft, classifier, segmenter))
+    presence_NK, held_NK = tile_presence(Predictor(draft, NO_DIGEST, *rounded, device=device), validation)
+    thresholds = calibrate_gate(presence_NK, held_NK, config.gate_recall, config.highest_threshold)
+    card = draft.model_copy(update={"gate_thresholds": thresholds})
     metrics = measured_metrics(Predictor(card, NO_DIGEST, *rounded, device=device, output_stride=1), dataset)
-    logger.info("gate thresholds %s, %s", card.gate_thresholds, metrics)
+    logger.info("gate thresholds %s, %s", thresholds, metrics)
     save_bundle(folder, card.model_copy(update={"metrics": metrics}), classifier, segmenter)
 
 

@@ -49,7 +49,6 @@ ROWS = {
     "ours-patches": Row("… each patch alone, without regions", "default", ("region=none",)),
     "ours-labels": Row("… without the labels of overlapping patches", "default", ("overlap_labels=false",), "ours"),
     "ours-ema": Row("… without averaged weights", "default", ("ema=0.0",)),
-    "ours-all": Row("… and the held-out patients trained with, last epoch", "default", ("ema=0.0", "hold_out=false")),
     "ours-balance": Row("… without balanced losses", "default", ("balance=false",)),
     "paper": Row("Han et al. 2022: PDA, three layers, gate", "paper"),
     "paper-pda": Row("… without PDA", "paper", ("head=gap",)),

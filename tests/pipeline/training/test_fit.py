@@ -161,18 +161,6 @@ def test_the_best_epoch_is_kept_and_no_better_one_ends_the_run(tmp_path: Path) -
     assert torch.equal(weights(task), seen[1])
 
 
-def test_the_last_epoch_is_kept_where_nothing_is_held_out(tmp_path: Path) -> None:
-    task = line_task(epochs=5)
-    object.__setattr__(task, "validate", None)
-    steps: list[Tensor] = []
-    config = TrainConfig(**{**vars(CONFIG), "patience": 1, "ema": 0.0})
-    fit(task, tmp_path, config, CPU, progress=lambda *_: steps.append(weights(task)))
-    assert len(steps) == task.epochs * task.steps
-    assert torch.equal(weights(task), steps[-1])
-    with (tmp_path / "line.csv").open() as stream:
-        assert list(csv.DictReader(stream))[-1].keys() == {"epoch", "loss", "data_seconds", "step_seconds"}
-
-
 def test_averaged_weights_are_the_running_mean_of_the_steps(tmp_path: Path) -> None:
     task, plain = line_task(epochs=1), line_task(epochs=1)
     config = TrainConfig(**{**vars(CONFIG), "ema": 0.5})

@@ -144,29 +144,6 @@ def test_another_seed_gives_other_weights(unbroken: Path, textures: Dataset, tmp
     assert not torch.equal(ours["head.conv.weight"], others["head.conv.weight"])
 
 
-def test_a_last_run_trains_on_the_validation_images_too_and_chooses_nothing(textures: Dataset, tmp_path: Path) -> None:
-    stop = dataclasses.replace(CONFIG, hold_out=False, classifier_epochs=1, segmenter_epochs=1)
-    bundle = train(textures, tmp_path, stop, device="cpu")
-    masks = {file.stem for file in (tmp_path / "pseudo-masks" / "deep").iterdir()}
-    assert masks == {sample.name for sample in (*samples(textures, "train"), *samples(textures, "val"))}
-    assert bundle.card.gate_thresholds == (CONFIG.highest_threshold,) * 3
-    assert "test_miou" in bundle.card.metrics
-    for stage in STAGES:
-        assert "val_score" not in (tmp_path / f"{stage}.csv").read_text()
-
-
-def test_two_images_of_one_name_cannot_both_be_trained_with(textures: Dataset, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(textures.root, data)
-    (twin,) = (data / "train").glob("0000-*.png")
-    shutil.copy(twin, data / "val" / "img" / twin.name)
-    shutil.copy(data / "val" / "mask" / "0000.png", data / "val" / "mask" / twin.name)
-    config = dataclasses.replace(CONFIG, hold_out=False)
-    with pytest.raises(TrainError, match=r"textures: with hold_out=false .* 1 images of either .* such as 0000-\["):
-        train(load_dataset(data / "dataset.toml"), tmp_path / "run", config, device="cpu")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_patch_data_set_trains_by_the_published_recipe_at_a_side_no_network_takes(tmp_path: Path) -> None:
     dataset = load_dataset(write_crops(tmp_path / "data", {"a": (40, 40), "b": (80, 40)}, side=40, stride=40))
     config = dataclasses.replace(
