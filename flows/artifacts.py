@@ -18,7 +18,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.privacy import Said
-from pipeline.report import SlideResult, Status, read_run
+from pipeline.results.record import SlideResult, Status, read_run
 
 log = logging.getLogger(__name__)
 

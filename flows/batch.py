@@ -8,11 +8,12 @@ from typing import Any
 
 from prefect import State, flow
 
-from flows.order import Order, config_of, output_folder
+from flows.order import BatchRequest, config_from_settings, output_folder
 from flows.segmenting import refused, segment_order
 from models.bundle import DEFAULT_BUNDLE
-from pipeline.batch import SlideJob, collect_jobs
+from pipeline.batch.collect import collect_jobs
 from pipeline.errors import ConfigError
+from pipeline.workers.base import SlideJob
 
 
 @flow(name="segment-batch", description="Segment a folder, glob or manifest of whole-slide images into tissue maps.")
@@ -45,11 +46,11 @@ def segment_batch(
     Ends `Completed` if no slide failed, else in a failed state named after how many did.
     """
     try:
-        order = Order(
+        order = BatchRequest(
             jobs=_jobs(source, recursive=recursive),
             output=output_folder(output),
             model=model,
-            config=config_of(settings),
+            config=config_from_settings(settings),
             scheduler=scheduler,
             slides_at_once=slides_at_once,
             slide_timeout_s=slide_timeout_s,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from flows.artifacts import SlideProgress
 from pipeline.errors import OutputError
-from pipeline.report import SlideResult, write_summary
+from pipeline.results.record import SlideResult
+from pipeline.results.summary import write_summary
 
 log = logging.getLogger(__name__)
 

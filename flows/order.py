@@ -12,14 +12,14 @@ from prefect import runtime
 from pydantic import TypeAdapter, ValidationError
 
 from flows.privacy import Said, as_it_is, without_folders
-from pipeline.batch import SlideJob
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError
+from pipeline.workers.base import SlideJob
 from wsi.slide import Backend
 
 
 @dataclass(frozen=True)
-class Order:
+class BatchRequest:
     """Slides, where their results go, and how."""
 
     jobs: Sequence[SlideJob]
@@ -54,7 +54,7 @@ def output_folder(output: str) -> Path:
     return folder
 
 
-def config_of(settings: Mapping[str, Any] | None) -> SegmentConfig:
+def config_from_settings(settings: Mapping[str, Any] | None) -> SegmentConfig:
     """Make a configuration of plain settings. Raises ConfigError on an unknown name or a value that cannot be used."""
     known = [field.name for field in fields(SegmentConfig)]
     for name in settings or ():

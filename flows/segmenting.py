@@ -22,17 +22,19 @@ from prefect.states import Completed, Failed
 
 from flows.artifacts import SlideProgress, counted, show_table, slides
 from flows.board import Board
-from flows.order import Order
+from flows.order import BatchRequest
 from flows.privacy import Said, as_it_is, pipeline_log, without_folders
-from flows.slide_task import Ended, segment_one
+from flows.slide_task import Attempt, segment_one
 from models.bundle import load_bundle
 from models.errors import ModelError
-from pipeline.batch import MAX_AT_ONCE, SlideJob, name_clashes
+from pipeline.batch.collect import name_clashes
+from pipeline.batch.queue import MAX_AT_ONCE
 from pipeline.errors import ConfigError, OutputError, PipelineError
-from pipeline.folders import finished_run, is_locked
 from pipeline.pages.report_page import write_report
-from pipeline.report import SlideResult, read_run, run_identity, skipped_result, with_runtime_of
-from pipeline.workers import Workers, config_of, open_workers
+from pipeline.results.folder import finished_run, is_locked
+from pipeline.results.record import SlideResult, read_run, run_identity, skipped_result, with_runtime_of
+from pipeline.workers.base import SlideJob, Workers, job_config
+from pipeline.workers.open import open_workers
 from wsi.errors import SlideError
 from wsi.slide import slide_digest, slide_stamp
 
@@ -51,7 +53,7 @@ LOOK_S = 1.0
 """How often slides that are to come up again are looked at."""
 
 
-def segment_order(order: Order) -> State[None]:
+def segment_order(order: BatchRequest) -> State[None]:
     """Segment the slides of an order within a flow run; returns the state that the run ends in.
 
     That is `Completed` if every slide was segmented, skipped or without tissue, else a failed state whose name says how
@@ -84,7 +86,7 @@ def _end(results: Sequence[SlideResult]) -> State[None]:
     return Completed(message=counted(results))
 
 
-def _segment_all(order: Order) -> list[SlideResult]:
+def _segment_all(order: BatchRequest) -> list[SlideResult]:
     clashes = name_clashes(order.jobs)
     jobs = [job for job in order.jobs if job.path not in clashes]
     finished = _finished(order, jobs)
@@ -112,7 +114,7 @@ def _segment_all(order: Order) -> list[SlideResult]:
 
 @dataclass(frozen=True)
 class _Batch:
-    order: Order
+    order: BatchRequest
     workers: Workers
     board: Board
     said: Said
@@ -165,7 +167,7 @@ class _Coming:
     """Where another run has it: when that run has had as long as a slide may take."""
 
 
-EndedQueue = queue.SimpleQueue[tuple[_Coming, PrefectFuture[State[Ended]]]]
+AttemptQueue = queue.SimpleQueue[tuple[_Coming, PrefectFuture[State[Attempt]]]]
 
 
 def _segment(batch: _Batch, jobs: Sequence[SlideJob]) -> list[SlideResult]:
@@ -173,7 +175,7 @@ def _segment(batch: _Batch, jobs: Sequence[SlideJob]) -> list[SlideResult]:
     the end, those that were stopped by something that can pass after a while.
     """
     results: list[SlideResult] = []
-    waiting, later, ended = deque(map(_Coming, jobs)), list[_Coming](), EndedQueue()
+    waiting, later, ended = deque(map(_Coming, jobs)), list[_Coming](), AttemptQueue()
     running = 0
     try:
         while waiting or running or later:
@@ -201,14 +203,14 @@ def _segment(batch: _Batch, jobs: Sequence[SlideJob]) -> list[SlideResult]:
     return results
 
 
-def _submit(batch: _Batch, one: _Coming, ended: EndedQueue) -> None:
+def _submit(batch: _Batch, one: _Coming, ended: AttemptQueue) -> None:
     progress = batch.board.progress.of_slide(one.job.path.stem)
     segment = partial(batch.workers.segment, one.job, batch.order.output, progress)
     future = segment_one.submit(one.job, segment, batch.said, last=one.tries == len(RETRY_DELAYS_S))
     future.add_done_callback(lambda done: ended.put((one, done)))
 
 
-def _comes_again(batch: _Batch, one: _Coming, outcome: Ended) -> bool:
+def _comes_again(batch: _Batch, one: _Coming, outcome: Attempt) -> bool:
     """Whether a slide has not ended with this try; if so, notes when the next one is."""
     name, now = one.job.path.name, time.monotonic()
     if outcome.transient:
@@ -228,15 +230,15 @@ def _is_due(batch: _Batch, one: _Coming, *, idle: bool) -> bool:
     return idle and (now >= one.held_until or not is_locked(batch.order.output, one.job.path.stem))
 
 
-def _outcome(job: SlideJob, future: PrefectFuture[State[Ended]]) -> Ended:
+def _outcome(job: SlideJob, future: PrefectFuture[State[Attempt]]) -> Attempt:
     outcome: object = future.result(raise_on_failure=False)
-    if isinstance(outcome, Ended):
+    if isinstance(outcome, Attempt):
         return outcome
     # The task's own machinery failed, not the slide.
-    return Ended(SlideResult(job.path.stem, "failed", 0.0, error=f"{job.path.name}: its task ended with {outcome!r}"))
+    return Attempt(SlideResult(job.path.stem, "failed", 0.0, error=f"{job.path.name}: its task ended with {outcome!r}"))
 
 
-def _finished(order: Order, jobs: Sequence[SlideJob]) -> dict[SlideJob, SlideResult]:
+def _finished(order: BatchRequest, jobs: Sequence[SlideJob]) -> dict[SlideJob, SlideResult]:
     """The slides whose results are there already, made of the same slide, model and parameters."""
     digests = {order.model: load_bundle(order.model).digest}
     if order.config.force:
@@ -250,7 +252,7 @@ def _finished(order: Order, jobs: Sequence[SlideJob]) -> dict[SlideJob, SlideRes
         return {job: result for job, result in zip(jobs, results, strict=True) if result is not None}
 
 
-def _finished_result(job: SlideJob, order: Order, digests: dict[str, str]) -> SlideResult | None:
+def _finished_result(job: SlideJob, order: BatchRequest, digests: dict[str, str]) -> SlideResult | None:
     start, folder = time.perf_counter(), order.output / job.path.stem
     run = read_run(folder)
     if run is None:
@@ -260,7 +262,7 @@ def _finished_result(job: SlideJob, order: Order, digests: dict[str, str]) -> Sl
         if model not in digests:
             digests[model] = load_bundle(model).digest
         stated = str(cast("dict[str, object]", run["identity"]).get("slide"))
-        config = config_of(job, order.config)
+        config = job_config(job, order.config)
         if config.runtime == "auto":
             config = with_runtime_of(folder, config)
         run = finished_run(folder, run_identity(stated, digests[model], config))

@@ -13,9 +13,10 @@ from prefect.states import Completed, Failed
 
 from flows.privacy import Said
 from models.errors import ModelError
-from pipeline.batch import SlideJob, failure
+from pipeline.batch.queue import failure
 from pipeline.errors import Cancelled, LockedError, PipelineError, is_transient
-from pipeline.report import SlideResult
+from pipeline.results.record import SlideResult
+from pipeline.workers.base import SlideJob
 from wsi.errors import SlideError
 
 STATES = {"done": "Done", "skipped": "Skipped", "no tissue": "No tissue", "failed": "Failed"}
@@ -25,7 +26,7 @@ run is at work on it, and "Put off", where what stopped it can pass.
 
 
 @dataclass(frozen=True)
-class Ended:
+class Attempt:
     """How one try at a slide ended."""
 
     result: SlideResult = field(repr=False)
@@ -43,7 +44,7 @@ class Ended:
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def segment_one(job: SlideJob, segment: Callable[[], SlideResult], said: Said, *, last: bool) -> State[Ended]:
+def segment_one(job: SlideJob, segment: Callable[[], SlideResult], said: Said, *, last: bool) -> State[Attempt]:
     """Segment a slide and name the state after what became of it. `last`: whether there is no other try.
 
     Prefect's own retries are of no use: a task that waits for its next try is one that runs, and holds up others.
@@ -56,11 +57,11 @@ def segment_one(job: SlideJob, segment: Callable[[], SlideResult], said: Said, *
     except Exception as error:  # noqa: BLE001 - whatever it is, the other slides go on
         result = SlideResult(job.path.stem, "failed", time.perf_counter() - start, error=failure(job, error))
         if isinstance(error, LockedError):
-            return Completed(name="Locked", message=said(result.error), data=Ended(result, locked=True))
+            return Completed(name="Locked", message=said(result.error), data=Attempt(result, locked=True))
         if not isinstance(error, (SlideError, ModelError, PipelineError)):
             log.error("%s", said("".join(traceback.format_exception(error))))
         if is_transient(error) and not last:
-            return Completed(name="Put off", message=said(result.error), data=Ended(result, transient=True))
-        return Failed(message=said(result.error), data=Ended(result))
+            return Completed(name="Put off", message=said(result.error), data=Attempt(result, transient=True))
+        return Failed(message=said(result.error), data=Attempt(result))
     areas = ", ".join(f"{name} {area:.2f} mm²" for name, area in result.areas_mm2.items())
-    return Completed(name=STATES[result.status], message=areas or None, data=Ended(result))
+    return Completed(name=STATES[result.status], message=areas or None, data=Attempt(result))

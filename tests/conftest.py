@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from pipeline import sample
+from pipeline.cli import sample
 from pipeline.errors import SampleError
 
 # Before anything loads torch, and for the processes that tests start. Networks as small as these only wait for a second

@@ -40,6 +40,13 @@ FOREIGN = {
 }
 
 
+ROOMS = (
+    "errors", "config", "files", "progress", "results", "formats", "pages", "slide", "workers", "batch", "training",
+    "labeling", "viewing", "checks", "cli",
+)  # fmt: skip
+"""Files and folders of `pipeline/`, from the bottom up: each imports only from itself and from those before it."""
+
+
 def imported(path: Path) -> set[str]:
     """The top-level names that a module imports, anywhere in it."""
     names: set[str] = set()
@@ -76,6 +83,81 @@ def test_imports_point_one_way(package: str) -> None:
         names = imported(module)
         assert names & set(OWN) <= OWN[package], f"{module} imports against the direction"
         assert not names & FOREIGN[package], f"{module} imports what {package} stays free of"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def own_imports(path: Path, modules: set[str]) -> set[str]:
+    """Return the modules of this project that a file imports, inside functions and under TYPE_CHECKING too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from package import module` imports the module; `from module import name` the module it names.
+            found |= members & modules or {node.module}
+    return found & modules
+
+
+def import_graph(root: Path = REPOSITORY) -> dict[str, set[str]]:
+    """Return module -> the project's modules that it imports."""
+    files = {module_name(path): path for package in OWN for path in (root / package).rglob("*.py")}
+    return {name: own_imports(path, set(files)) - {name} for name, path in files.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return one circle of imports for each module from which an import path leads back to itself."""
+    found: list[list[str]] = []
+    for start in sorted(graph):
+        paths, seen = [[start]], {start}
+        while paths:
+            path = paths.pop()
+            for target in graph[path[-1]]:
+                if target == start:
+                    found.append([*path, start])
+                elif target not in seen:
+                    seen.add(target)
+                    paths.append([*path, target])
+    return found
+
+
+def test_imports_have_no_circle() -> None:
+    assert circles(import_graph()) == []
+
+
+def test_a_circle_under_type_checking_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.test_layout.REPOSITORY", tmp_path)
+    (tmp_path / "wsi").mkdir()
+    (tmp_path / "wsi" / "a.py").write_text("if TYPE_CHECKING:\n    from wsi.b import B\n")
+    (tmp_path / "wsi" / "b.py").write_text("def f() -> None:\n    from wsi import a\n")
+    assert circles(import_graph(tmp_path)) == [["wsi.a", "wsi.b", "wsi.a"], ["wsi.b", "wsi.a", "wsi.b"]]
+
+
+def test_every_file_of_pipeline_lives_in_a_room() -> None:
+    names = {
+        path.stem
+        for path in (REPOSITORY / "pipeline").iterdir()
+        if path.name not in ("__init__.py", "__pycache__", "py.typed")
+    }
+    assert names <= set(ROOMS)
+    loose = {path.stem for path in (REPOSITORY / "pipeline").glob("*.py")} - {"__init__"}
+    assert loose <= {"errors", "config", "files", "progress"}
+
+
+def test_a_room_of_pipeline_imports_only_from_rooms_before_it() -> None:
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in import_graph().items()
+        for target in targets
+        if module.startswith("pipeline.")
+        and target.startswith("pipeline.")
+        and ROOMS.index(target.split(".")[1]) > ROOMS.index(module.split(".")[1])
+    ]
+    assert wrong == []
 
 
 def test_readme_has_two_commands_of_one_line_that_make_their_environment() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from wsi.grid import Box
+from wsi.box import Box
 from wsi.readers import Reader, TiffSlideReader
 from wsi.tiff_tiles import TiledImage
 

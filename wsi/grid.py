@@ -15,46 +15,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
+from wsi.box import Box
 from wsi.errors import ResolutionError
-
-if TYPE_CHECKING:  # the slide layer itself is built on boxes
-    from wsi.slide import SlideInfo
-
-
-class Box(NamedTuple):
-    """An axis-aligned box of whole pixels in one frame, half-open: it holds x <= px < x + width."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-
-    @property
-    def right(self) -> int:
-        """First column behind the box."""
-        return self.x + self.width
-
-    @property
-    def bottom(self) -> int:
-        """First row below the box."""
-        return self.y + self.height
-
-    def intersect(self, other: Box) -> Box:
-        """The part common to both boxes; its width or height is 0 where they do not meet."""
-        x, y = max(self.x, other.x), max(self.y, other.y)
-        return Box(x, y, max(0, min(self.right, other.right) - x), max(0, min(self.bottom, other.bottom) - y))
-
-    def slices(self, outer: Box) -> tuple[slice, slice]:
-        """Rows and columns of this box in an array that covers `outer`, in which it lies."""
-        x, y = self.x - outer.x, self.y - outer.y
-        return slice(y, y + self.height), slice(x, x + self.width)
-
-    def shift(self, dx: int, dy: int) -> Box:
-        """The same box moved by (dx, dy)."""
-        return Box(self.x + dx, self.y + dy, self.width, self.height)
-
+from wsi.slide import SlideInfo
 
 MPP_TOLERANCE = 0.02
 """Relative difference up to which a level's pixels, or whole multiples of them, are taken as the model's own: scanners

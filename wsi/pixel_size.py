@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from wsi.box import Box
 from wsi.errors import ResolutionError
-from wsi.grid import Box
 
 MppSource = Literal["argument", "slide", "tiff resolution", "objective power"]
 

@@ -15,7 +15,7 @@ import openslide
 import tiffslide
 from numpy.typing import NDArray
 
-from wsi.grid import Box
+from wsi.box import Box
 from wsi.tiff_tiles import TiledImage, tiled_image
 
 BackendName = Literal["openslide", "tiffslide"]

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi.grid import Box, Grid
+from wsi.box import Box
+from wsi.grid import Grid
 from wsi.slide import BACKGROUND, Pixels, Slide
 
 STRIP_LV = 512

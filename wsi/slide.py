@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi.agreement import tiffslide_agrees
+from wsi.box import Box
 from wsi.errors import SlideFormatError, SlideNotFoundError, SlideReadError
-from wsi.grid import Box
 from wsi.pixel_size import MppSource, check_extent, find_mpp
 from wsi.readers import READERS, BackendName, Reader
 

@@ -9,7 +9,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from wsi.grid import Box
+from wsi.box import Box
 
 _JPEG = (7, 33007)
 _JPEG_2000 = (33003, 33004, 33005, 34712)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from wsi.box import Box
 from wsi.errors import SlideReadError
-from wsi.grid import Box
 from wsi.resample import area_mean
 from wsi.slide import Slide
 

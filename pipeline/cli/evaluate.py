@@ -88,9 +88,9 @@ def _prepare(
     from models.bundle import load_bundle
     from models.predictor import Predictor
     from pipeline.errors import OutputError
-    from pipeline.malloc import keep_freed_memory
     from pipeline.training.dataset import load_dataset
     from pipeline.training.evaluate import check_classes, masked_samples
+    from pipeline.workers.malloc import keep_freed_memory
 
     keep_freed_memory()
     model, dataset = load_bundle(bundle), load_dataset(description, data)
@@ -135,7 +135,7 @@ def _evaluate(
 
 def _document(predictor: Predictor, dataset: Dataset, split: Split, result: Evaluation, *, tta: bool) -> dict[str, Any]:
     """The result in plain values; null where there is no number."""
-    from pipeline.report import versions
+    from pipeline.results.record import versions
     from pipeline.training.evaluate import OVERLAP, PROTOCOLS
 
     matrix = result.matrices["exclude", True]

@@ -44,7 +44,7 @@ def qupath(
     What you saved in the project stays. Close it in QuPath before.
     """
     from pipeline.errors import PipelineError
-    from pipeline.qupath.project import write_project
+    from pipeline.viewing.qupath.project import write_project
     from wsi.errors import SlideError
 
     try:

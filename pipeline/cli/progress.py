@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from pipeline import segment
+from pipeline import progress
 
 
 class ProgressBars:
@@ -41,7 +41,7 @@ class ProgressBars:
             disable=hidden or not self._console.is_terminal,
         )
 
-    def slide(self, name: str) -> segment.Progress:
+    def slide(self, name: str) -> progress.Progress:
         """A callback for one slide's progress."""
         self._remove(name)
         task = self._tasks[name] = self._bars.add_task("planning", slide=name, total=None)

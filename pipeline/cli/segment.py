@@ -17,8 +17,8 @@ from pipeline.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, fai
 from pipeline.config import SegmentConfig
 
 if TYPE_CHECKING:
-    from pipeline.batch import SlideJob
-    from pipeline.report import SlideResult
+    from pipeline.results.record import SlideResult
+    from pipeline.workers.base import SlideJob
 
 PROGRAM = "wsi-segment"
 DEFAULTS = SegmentConfig()
@@ -167,11 +167,11 @@ def segment(
 
 
 def _jobs(inputs: list[Path], *, sample: bool, recursive: bool) -> list[SlideJob]:
-    from pipeline.batch import collect_jobs
+    from pipeline.batch.collect import collect_jobs
     from pipeline.errors import ConfigError
 
     if sample:
-        from pipeline.sample import sample_slide
+        from pipeline.cli.sample import sample_slide
 
         inputs = [*inputs, sample_slide()]
     jobs = collect_jobs(inputs, recursive=recursive)
@@ -194,11 +194,11 @@ def _run(
     quiet: bool,
 ) -> None:
     from models.errors import ModelError
-    from pipeline.batch import segment_batch
+    from pipeline.batch.queue import run_batch
     from pipeline.cli.progress import ProgressBars
     from pipeline.errors import ClusterError
-    from pipeline.malloc import keep_freed_memory
-    from pipeline.workers import open_workers
+    from pipeline.workers.malloc import keep_freed_memory
+    from pipeline.workers.open import open_workers
 
     keep_freed_memory()
     if scheduler is None and len(jobs) > 1:
@@ -211,7 +211,7 @@ def _run(
         except (ModelError, ClusterError) as error:
             fail(PROGRAM, str(error), EXIT_FAILED)
         bars = stack.enter_context(ProgressBars(hidden=quiet))
-        results = segment_batch(
+        results = run_batch(
             jobs, output, workers, lambda job: bars.slide(job.path.stem), lambda r: bars.end(r.slide, _line(r))
         )
     if as_json:
@@ -228,7 +228,7 @@ def _run(
 
 def _write_project(output: Path, *, hidden: bool) -> None:
     from pipeline.errors import OutputError
-    from pipeline.qupath.project import write_project
+    from pipeline.viewing.qupath.project import write_project
 
     try:
         project = write_project(output)
@@ -241,11 +241,12 @@ def _write_project(output: Path, *, hidden: bool) -> None:
 def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: SegmentConfig, *, as_json: bool) -> None:
     from models.bundle import load_bundle
     from models.errors import ModelError
-    from pipeline.batch import failure, name_clashes
+    from pipeline.batch.collect import name_clashes
+    from pipeline.batch.queue import failure
     from pipeline.errors import ConfigError
-    from pipeline.plan import check_resources
-    from pipeline.segment import plan_slide
-    from pipeline.workers import config_of
+    from pipeline.slide.plan import check_resources
+    from pipeline.slide.recipe import plan_slide
+    from pipeline.workers.base import job_config
 
     plans: list[dict[str, object]] = []
     try:
@@ -259,12 +260,12 @@ def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: Segment
             if job.path in clashes:
                 raise ConfigError(clashes[job.path])
             own = load_bundle(job.model).card if job.model else card
-            _, slide, _, plan = plan_slide(job.path, own, config_of(job, config))
+            _, slide, _, plan = plan_slide(job.path, own, job_config(job, config))
             slide.close()
             entry |= {"mpp": slide.info.mpp, "mpp_source": slide.info.mpp_source, "backend": slide.info.backend}
             entry |= plan.summary() | {"warnings": list(slide.info.warnings)}
             check_resources(plan, job.path.name, output)
-        except Exception as error:  # noqa: BLE001 - as in segment_batch: the other slides go on
+        except Exception as error:  # noqa: BLE001 - as in run_batch: the other slides go on
             entry["error"] = failure(job, error)
         plans.append(entry)
     if as_json:

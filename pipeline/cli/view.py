@@ -12,7 +12,7 @@ import typer
 from pipeline.cli.commands import EXIT_USAGE, fail, run
 
 if TYPE_CHECKING:
-    from pipeline.viewer.results import Result
+    from pipeline.viewing.viewer.results import Result
 
 PROGRAM = "wsi-view"
 
@@ -39,7 +39,7 @@ def view(
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from pipeline.errors import ViewError
-    from pipeline.viewer.server import open_browser, serve
+    from pipeline.viewing.viewer.server import open_browser, serve
 
     def ready(url: str) -> None:
         typer.echo(f"{url}  (Ctrl-C ends it)")
@@ -55,8 +55,8 @@ def view(
 
 def _found(path: Path, slide: Path | None) -> tuple[Result, ...]:
     """The results to show. A single one's slide is looked at now, those of many when they are chosen."""
-    from pipeline.viewer.open_results import unavailable
-    from pipeline.viewer.results import find_results, with_slide
+    from pipeline.viewing.viewer.open_results import unavailable
+    from pipeline.viewing.viewer.results import find_results, with_slide
 
     results = find_results(path)
     if slide is not None:

@@ -13,9 +13,11 @@ from typing import Any
 from urllib.parse import quote
 
 from pipeline.errors import OutputError
+from pipeline.files import only_writer, write_atomically
 from pipeline.pages.page import css_colour, render_page
 from pipeline.pages.slide_page import PAGE, THUMBNAIL, ClassArea, class_areas
-from pipeline.report import only_writer, read_run, read_summary, write_atomically
+from pipeline.results.record import read_run
+from pipeline.results.summary import read_summary
 
 log = logging.getLogger(__name__)
 

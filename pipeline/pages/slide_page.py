@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipeline.formats.preview import BLEND, OUTLINE, length_text, outline, round_length_um
 from pipeline.pages.page import data_uri, render_page
 from pipeline.pages.slide_picture import SlidePicture
-from pipeline.preview import BLEND, OUTLINE, length_text, outline, round_length_um
 
 PAGE = "index.html"
 THUMBNAIL = "thumbnail.jpg"

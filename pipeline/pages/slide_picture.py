@@ -9,7 +9,7 @@ import numpy.typing as npt
 import zarr
 from PIL import Image
 
-from pipeline.store import LABELS, MapStore
+from pipeline.formats.ome_zarr import LABELS, MapStore
 from wsi.grid import Grid
 from wsi.slide import Slide
 from wsi.tissue import read_thumbnail

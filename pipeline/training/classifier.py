@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from models.backbone import Stages
 from models.classifier import Classifier
 from models.heads import PDA_SCHEDULES, HeadOutput
-from pipeline.inputs import as_input, padded
 from pipeline.training.config import TrainConfig
 from pipeline.training.fit import Processes, Task
+from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages, View, draw_places, make_view, view_side
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from models.bundle import ClassName
 from pipeline.errors import DatasetFileError
-from pipeline.palettes import class_colours
+from pipeline.training.palettes import class_colours
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -30,7 +30,7 @@ class ClassSpec(_Section):
 
     name: ClassName
     color: tuple[Byte, Byte, Byte]
-    """Red, green, blue; where no class has one in the file, `pipeline.palettes` gives them."""
+    """Red, green, blue; where no class has one in the file, `pipeline.training.palettes` gives them."""
     mask_values: tuple[Byte, ...] = ()
     """Palette indices (or grey values) that stand for the class in mask files."""
 

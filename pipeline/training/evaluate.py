@@ -1,8 +1,8 @@
 """Measures a predictor against the pixel masks of a data set: confusion matrices pooled over all images, and the scores
 from them.
 
-Images of any size become maps here as whole slides do in pipeline/blocks.py: tiles at the model's resolution, the gate
-per tile, and the weighted mean where tiles overlap. The truth is read only to be counted; no prediction sees it.
+Images of any size become maps here as whole slides do in pipeline/slide/blocks.py: tiles at the model's resolution,
+the gate per tile, and the weighted mean where tiles overlap. The truth is only counted against; no prediction sees it.
 
 Shape suffixes: N tiles, K classes, H and W an image, h and w the map at the output stride, m at the model's resolution.
 """
@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from models.bundle import ModelCard
 from models.errors import NonFiniteOutputError
 from models.predictor import Predictor
-from pipeline.blocks import Blend, winners
 from pipeline.errors import ClassMismatchError, MaskError, PipelineError
-from pipeline.plan import TILE_GROUP
-from pipeline.resample import resampled
+from pipeline.slide.blend import Blend, winners
+from pipeline.slide.plan import TILE_GROUP
 from pipeline.training.dataset import Dataset, Sample, background_HW, read_mask, read_rgb, samples
 from pipeline.training.dataset_card import Split
-from wsi.grid import Block, Box
+from pipeline.training.resample import resampled
+from wsi.box import Box
+from wsi.grid import Block
 
 OVERLAP = 0.5
 """Share of a tile that overlaps the next one."""

@@ -32,15 +32,13 @@ from torch import Tensor, nn
 from models.depthwise import speed_up_depthwise
 from models.predictor import choose_device
 from pipeline.errors import TrainError
+from pipeline.progress import Progress
 from pipeline.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0
 """Between checkpoints within an epoch; there is one at the end of each, too."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, steps done, steps in all)."""
 
 
 class Processes(NamedTuple):

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.resample import resampled
 from pipeline.training.augment import Move, restain
 from pipeline.training.dataset import IGNORED, Dataset, Sample, labelled_boxes, read_rgb
+from pipeline.training.resample import resampled
 from wsi.grid import MPP_TOLERANCE
 
 GLASS = 255

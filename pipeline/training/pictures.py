@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from pipeline.preview import FAINT, INK, MARGIN, PAPER, TITLE, Colour, fitting, font_of_size, overlay
+from pipeline.formats.preview import FAINT, INK, MARGIN, PAPER, TITLE, Colour, fitting, font_of_size, overlay
 
 TEXT = 16
 ROW = 26

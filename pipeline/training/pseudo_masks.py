@@ -17,10 +17,11 @@ from torch import Tensor
 from models.cam import LayerMaps, cam_maps, layer_maps
 from models.classifier import Classifier
 from pipeline.errors import TrainError
-from pipeline.inputs import as_input, padded
+from pipeline.progress import Progress
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED, background_HW
-from pipeline.training.fit import Processes, Progress
+from pipeline.training.fit import Processes
+from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages
 
 LAYERS = LayerMaps._fields

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from models.classifier import Classifier
 from models.segmenter import NATIVE_STRIDE
-from pipeline.inputs import as_input, padded
 from pipeline.training.classifier import held_out_batches, keep_statistics, steps_per_epoch
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
 from pipeline.training.fit import Processes, Task
+from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages, draw_places, make_labelled_view
 from pipeline.training.pseudo_masks import read_pseudo_masks
 

@@ -45,12 +45,13 @@ from models.classifier import Classifier
 from models.predictor import Predictor
 from models.segmenter import build_segmenter
 from pipeline.errors import DatasetError, LockedError, OutputError, TrainError
-from pipeline.inputs import MEAN, MULTIPLE, STD, load_start
+from pipeline.progress import Progress
 from pipeline.training.classifier import classifier_task
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Labelled, check_classes, check_images, samples
 from pipeline.training.evaluate import evaluate
-from pipeline.training.fit import Processes, Progress, Task, fit, join_processes, remove_checkpoint, training_device
+from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
+from pipeline.training.inputs import MEAN, MULTIPLE, STD, load_start
 from pipeline.training.patches import PatchImages, Place, boxes_inside, view_side
 from pipeline.training.pseudo_masks import write_pseudo_masks
 from pipeline.training.segmenter import segmenter_task, start_from_classifier

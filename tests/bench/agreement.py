@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from models.bundle import load_bundle
 from models.predictor import Predictor
-from pipeline.blocks import Blend
 from pipeline.config import SegmentConfig
-from pipeline.in_process import load_predictor
-from pipeline.plan import block_tissue, needed_tiles
-from pipeline.segment import plan_slide, segment_slide
+from pipeline.slide.blend import Blend
+from pipeline.slide.plan import block_tissue, needed_tiles
+from pipeline.slide.recipe import plan_slide, segment_slide
+from pipeline.workers.in_process import load_predictor
 from tests.bench.slide import slide_parser
 from wsi.resample import read_model_pixels
 

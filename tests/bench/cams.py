@@ -38,10 +38,10 @@ from models.bundle import load_bundle, load_networks
 from models.cam import CAM_METHODS, cam_maps
 from models.classifier import Classifier
 from models.errors import CamUnavailableError
-from pipeline.inputs import MEAN, STD
 from pipeline.training.dataset import Dataset, labelled_boxes, load_dataset, read_mask, read_rgb, samples
 from pipeline.training.dataset_card import Split
 from pipeline.training.evaluate import check_classes, confusion_matrix, scores
+from pipeline.training.inputs import MEAN, STD
 from pipeline.training.pseudo_masks import jointly_scaled
 from tests.bench.cam_scores import (
     average_drop,

@@ -12,10 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.batch import SlideJob
 from pipeline.config import SegmentConfig
-from pipeline.segment import no_progress
-from pipeline.workers import Spread, open_workers
+from pipeline.progress import no_progress
+from pipeline.workers.base import SlideJob, Spread
+from pipeline.workers.open import open_workers
 
 
 def measure(slide: Path, output: Path, scheduler: str | None, spread: Spread) -> tuple[list[float], dict[str, bytes]]:

@@ -24,8 +24,8 @@ from PIL import Image
 
 from models.bundle import DEFAULT_BUNDLE
 from pipeline.config import SegmentConfig
-from pipeline.in_process import load_predictor
-from pipeline.segment import segment_slide
+from pipeline.slide.recipe import segment_slide
+from pipeline.workers.in_process import load_predictor
 from wsi.tiff_tiles import TiledImage
 
 _RGB, _YCBCR = (b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([code]) for code in (0, 1))

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.predictor import Predictor
-from pipeline.plan import Plan, block_tissue, needed_tiles
-from wsi.grid import Box
+from pipeline.slide.plan import Plan, block_tissue, needed_tiles
+from wsi.box import Box
 from wsi.readers import READERS, BackendName, Reader
 from wsi.resample import read_tiles
 from wsi.slide import BACKGROUND, Pixels, Slide, SlideInfo

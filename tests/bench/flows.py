@@ -3,8 +3,8 @@
     python -m tests.bench.flows overhead --slides 200
     python -m tests.bench.flows memory --slides 1000
 
-`overhead` segments slides of one tile with the default model, once with `pipeline.batch.segment_batch` and once as the
-flow, against a server of its own that is up already. `memory` runs the flow over files that workers answer for at once,
+`overhead` segments slides of one tile with the default model, once with `run_batch` and once as the flow,
+against a server of its own that is up already. `memory` runs the flow over files that workers answer for at once,
 so that what is left is Prefect and the flow.
 """
 
@@ -24,11 +24,13 @@ from prefect.testing.utilities import prefect_test_harness
 from flows import segmenting
 from flows.batch import segment_batch as batch_flow
 from models.bundle import DEFAULT_BUNDLE
-from pipeline.batch import SlideJob, collect_jobs, segment_batch
+from pipeline.batch.collect import collect_jobs
+from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
-from pipeline.report import SlideResult
-from pipeline.segment import Progress, no_progress
-from pipeline.workers import open_workers
+from pipeline.progress import Progress, no_progress
+from pipeline.results.record import SlideResult
+from pipeline.workers.base import SlideJob
+from pipeline.workers.open import open_workers
 from tests.slides import PINK, painted, write_slide
 
 
@@ -71,9 +73,7 @@ def overhead(folder: Path, count: int) -> None:
     for number in range(count):
         write_slide(slides / f"s{number:05}.svs", painted((224, 224), ((20, 20, 180, 180), PINK)), mpp=1.0)
     with timed("plain", count), open_workers(None, DEFAULT_BUNDLE, SegmentConfig()) as workers:
-        results = segment_batch(
-            collect_jobs([slides]), folder / "plain", workers, lambda _: no_progress, lambda _: None
-        )
+        results = run_batch(collect_jobs([slides]), folder / "plain", workers, lambda _: no_progress, lambda _: None)
     assert {result.status for result in results} == {"done"}
     with prefect_test_harness(server_startup_timeout=120):
         with timed("flow", count):

@@ -16,11 +16,11 @@ import torch
 
 from models.classifier import Classifier
 from models.heads import HEADS
-from pipeline.inputs import load_start
 from pipeline.training.classifier import classifier_task
 from pipeline.training.config import train_config
 from pipeline.training.dataset import check_images, load_dataset, samples
 from pipeline.training.fit import Processes, fit, remove_checkpoint
+from pipeline.training.inputs import load_start
 from pipeline.training.patches import PatchImages
 from pipeline.training.train import UNREADABLE_SHARE
 

@@ -27,12 +27,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pipeline.batch import SlideJob, segment_batch
+from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled
-from pipeline.report import SlideResult
-from pipeline.segment import no_progress
-from pipeline.workers import open_workers
+from pipeline.progress import no_progress
+from pipeline.results.record import SlideResult
+from pipeline.workers.base import SlideJob
+from pipeline.workers.open import open_workers
 from tests.pipeline.fakes import run_of
 from tests.pipeline.small_bundle import small_bundle
 from tests.slides import PINK, PURPLE, painted, write_slide
@@ -127,7 +128,7 @@ def _usage(process: psutil.Process) -> tuple[int, int, int] | None:
         return None
 
 
-def run_batch(
+def load_of_batch(
     slides: Sequence[Path], output: Path, bundle: Path, config: SegmentConfig, scheduler: str | None = None
 ) -> Load:
     """Segment the slides as one batch, as the command does, and sample after each. Ctrl-C ends it early."""
@@ -148,7 +149,7 @@ def run_batch(
             )
 
     with open_workers(scheduler, str(bundle), config) as workers, suppress(Cancelled):
-        segment_batch([SlideJob(path) for path in slides], output, workers, lambda _: no_progress, ended)
+        run_batch([SlideJob(path) for path in slides], output, workers, lambda _: no_progress, ended)
     return Load(samples, results, [_stages(result) for result in results])
 
 
@@ -208,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scheduler", help="local:2 for two processes; in this process, if not given")
     parser.add_argument("--json", type=Path, help="write every sample there, too")
     options = parser.parse_args(arguments)
-    from pipeline.malloc import keep_freed_memory
+    from pipeline.workers.malloc import keep_freed_memory
 
     keep_freed_memory()
     # Ctrl-C prints the figures so far, also where a shell has started this in the background.
@@ -216,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         slides = write_slides(Path(scratch) / "slides", options.slides)
         bundle = small_bundle(Path(scratch) / "bundle").path
-        load = run_batch(slides, Path(scratch) / "out", bundle, SegmentConfig(device="cpu"), options.scheduler)
+        load = load_of_batch(slides, Path(scratch) / "out", bundle, SegmentConfig(device="cpu"), options.scheduler)
         differing = sum(len(digests) > 1 for digests in map_digests(slides, Path(scratch) / "out").values())
     figures = summary(load) | {"kinds_with_differing_maps": differing, "cores": os.cpu_count()}
     print(json.dumps(figures, indent=2, ensure_ascii=False))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.bundle import DEFAULT_BUNDLE, Bundle, ClassCard, load_bundle, load_networks, save_bundle
 from models.classifier import Classifier
 from models.segmenter import build_segmenter
-from pipeline.palettes import CLASS_COLOURS
+from pipeline.training.palettes import CLASS_COLOURS
 
 
 def with_more_classes(bundle: Bundle, count: int, folder: Path) -> Bundle:

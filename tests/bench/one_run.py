@@ -40,10 +40,10 @@ def peak_bytes() -> int:
 def segment(path: Path, output: Path, model: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Do what `wsi-segment` does for one slide, and tell when what was ready."""
     times = {"python_s": since_start_s()}
-    from pipeline.batch import SlideJob
     from pipeline.config import SegmentConfig
-    from pipeline.malloc import keep_freed_memory
-    from pipeline.workers import open_workers
+    from pipeline.workers.base import SlideJob
+    from pipeline.workers.malloc import keep_freed_memory
+    from pipeline.workers.open import open_workers
 
     times["imports_s"] = since_start_s()
     config = SegmentConfig(**settings)

@@ -1,7 +1,7 @@
 """Measure, search and compare colours for tissue classes: docs/decisions/0006-colours.md has the figures.
 
     python -m tests.bench.palettes measure PATH...   colours of glass, tissue and nuclei in slides or folders of images
-    python -m tests.bench.palettes search            finds the colours of pipeline/palettes.py anew
+    python -m tests.bench.palettes search            finds the colours of pipeline/training/palettes.py anew
     python -m tests.bench.palettes compare           they beside well-known palettes, as a table
 
 Distances are CIEDE2000, the least of normal vision and three simulated kinds of colour blindness.
@@ -22,10 +22,10 @@ from skimage.color import deltaE_ciede2000, rgb2hed, rgb2lab
 from skimage.filters import threshold_otsu
 
 from models.bundle import load_bundle
-from pipeline.palettes import CLASS_COLOURS, Colour
-from pipeline.preview import BLEND, OUTLINE
+from pipeline.formats.preview import BLEND, OUTLINE
 from pipeline.training.dataset import SHIPPED
 from pipeline.training.dataset_card import read_card
+from pipeline.training.palettes import CLASS_COLOURS, Colour
 
 COUNT = 10
 LEAST_TO_HE = 8.0

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
 from models.openvino_network import OpenVinoNetwork
 from pipeline.config import SegmentConfig
-from pipeline.malloc import keep_freed_memory
-from pipeline.segment import plan_slide
+from pipeline.slide.recipe import plan_slide
+from pipeline.workers.malloc import keep_freed_memory
 from tests.bench.floors import sample_tiles
 
 TILES = 64

@@ -32,11 +32,11 @@ import torch
 from models.bundle import DEFAULT_BUNDLE, load_bundle
 from models.predictor import Predictor
 from pipeline.config import SegmentConfig
-from pipeline.in_process import load_predictor
-from pipeline.malloc import keep_freed_memory
-from pipeline.plan import Plan
-from pipeline.report import read_run, versions
-from pipeline.segment import plan_slide
+from pipeline.results.record import read_run, versions
+from pipeline.slide.plan import Plan
+from pipeline.slide.recipe import plan_slide
+from pipeline.workers.in_process import load_predictor
+from pipeline.workers.malloc import keep_freed_memory
 from tests.bench.floors import (
     NetworkFloor,
     Reads,

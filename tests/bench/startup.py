@@ -52,7 +52,7 @@ def processes(model: str) -> dict[str, list[str]]:
     """Arguments of the interpreter, by what they stand for."""
     declare = "from models.torchvision_ops import declare_missing_ops as d; d(); "
     load = (
-        "import pipeline.segment; from pipeline.in_process import load_predictor; "
+        "import pipeline.slide.recipe; from pipeline.workers.in_process import load_predictor; "
         f"from pipeline.config import SegmentConfig; load_predictor({model!r}, SegmentConfig())"
     )
     return {
@@ -62,7 +62,7 @@ def processes(model: str) -> dict[str, list[str]]:
             f"import {name}": ["-c", (declare if name in WITH_TORCHVISION else "") + f"import {name}"]
             for name in LIBRARIES
         },
-        "import pipeline.segment": ["-c", "import pipeline.segment"],
+        "import pipeline.slide.recipe": ["-c", "import pipeline.slide.recipe"],
         "all imports and the model": ["-c", load],
     }
 
@@ -116,9 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for what, command in processes(options.model).items():
         start = fastest(what, command, options.times)
         print(f"| {start.what} | {start.wall_s:.2f} | {start.cpu_s:.2f} |", flush=True)
-    shares = import_shares("pipeline.segment")
+    shares = import_shares("pipeline.slide.recipe")
     print(
-        f"\nimport pipeline.segment: {sum(shares.values()):.2f} s, of which by package:\n\n| package | s |\n|---|---|"
+        f"\nimport pipeline.slide.recipe: {sum(shares.values()):.2f} s, of which by package:\n\n"
+        "| package | s |\n|---|---|"
     )
     for name, seconds in list(shares.items())[:12]:
         print(f"| {name} | {seconds:.2f} |")

@@ -21,7 +21,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from wsi.grid import Box
+from wsi.box import Box
 from wsi.slide import BACKGROUND, open_slide
 from wsi.tissue import find_tissue
 

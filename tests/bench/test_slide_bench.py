@@ -11,12 +11,12 @@ import tifffile
 
 from models.bundle import load_bundle
 from pipeline.config import SegmentConfig
-from pipeline.plan import block_tissue, needed_tiles
-from pipeline.segment import plan_slide
+from pipeline.slide.plan import block_tissue, needed_tiles
+from pipeline.slide.recipe import plan_slide
 from tests.bench import agreement, floors, slide, synthetic_slide
 from tests.pipeline.fakes import colour_predictor, region_slide
 from tests.slides import GLASS, PINK, painted, write_slide
-from wsi.grid import Box
+from wsi.box import Box
 from wsi.readers import READERS
 from wsi.slide import open_slide
 from wsi.tissue import find_tissue

@@ -34,8 +34,8 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
-from pipeline.features import write_features
-from pipeline.polygons import Region
+from pipeline.formats.features import write_features
+from pipeline.formats.polygons import Region
 
 WINDOW = (1280, 900)
 CONNECTIONS = 6

@@ -23,13 +23,13 @@ from flows import segmenting
 from flows.batch import segment_batch
 from flows.privacy import without_folders
 from flows.slide import segment_slide_flow
-from pipeline.batch import SlideJob
 from pipeline.errors import ClusterError, LockedError
-from pipeline.report import SlideResult
-from pipeline.segment import Progress
+from pipeline.progress import Progress
+from pipeline.results.record import SlideResult
+from pipeline.workers.base import SlideJob
 from tests.flows.servers import until
 from tests.pipeline.fakes import region_slide
-from tests.pipeline.test_report import rows_of
+from tests.pipeline.results.test_record import rows_of
 from tests.slides import painted, write_slide
 from wsi.errors import ResolutionError
 

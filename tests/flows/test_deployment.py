@@ -20,11 +20,11 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelling
 
 from flows.settings import ENVIRONMENT
-from pipeline.folders import is_locked, lock_file
+from pipeline.results.folder import is_locked, lock_file
 from tests.conftest import REPOSITORY
 from tests.flows.servers import POOL, PrefectServer, free_port, kill, until
 from tests.pipeline.fakes import published, run_of
-from tests.pipeline.test_report import rows_of
+from tests.pipeline.results.test_record import rows_of
 from tests.slides import PINK, PURPLE, painted, write_slide
 
 pytestmark = pytest.mark.slow
@@ -53,12 +53,12 @@ def deployed(server: PrefectServer) -> PrefectServer:
 
 
 def ask(server: PrefectServer, source: Path, output: Path, **parameters: Any) -> UUID:
-    """Order a batch of the on-demand deployment, in the flow's own process, which starts soonest."""
+    """BatchRequest a batch of the on-demand deployment, in the flow's own process, which starts soonest."""
     return ask_as_shipped(server, "on-demand", source, output, **IN_PROCESS | parameters)
 
 
 def ask_as_shipped(server: PrefectServer, name: str, source: Path, output: Path, **parameters: Any) -> UUID:
-    """Order a batch with the deployment's own scheduler and time limit."""
+    """BatchRequest a batch with the deployment's own scheduler and time limit."""
     with server.client() as client:
         deployment = client.read_deployment_by_name(f"segment-batch/{name}")
         wanted = {"source": str(source), "output": str(output), "settings": SETTINGS, **parameters}
@@ -120,13 +120,14 @@ def undisturbed(source: Path, output: Path, server: PrefectServer) -> subprocess
     """A process that segments the same slides without Prefect."""
     script = f"""
 from pathlib import Path
-from flows.order import config_of
+from flows.order import config_from_settings
 from models.bundle import DEFAULT_BUNDLE
-from pipeline.batch import collect_jobs, segment_batch
-from pipeline.segment import no_progress
-from pipeline.workers import open_workers
-with open_workers(None, DEFAULT_BUNDLE, config_of({SETTINGS!r})) as workers:
-    segment_batch(collect_jobs([Path({str(source)!r})]), Path({str(output)!r}), workers, lambda _: no_progress, print)
+from pipeline.batch.collect import collect_jobs
+from pipeline.batch.queue import run_batch
+from pipeline.progress import no_progress
+from pipeline.workers.open import open_workers
+with open_workers(None, DEFAULT_BUNDLE, config_from_settings({SETTINGS!r})) as workers:
+    run_batch(collect_jobs([Path({str(source)!r})]), Path({str(output)!r}), workers, lambda _: no_progress, print)
 """
     return server.begin("undisturbed", [sys.executable, "-c", script])
 

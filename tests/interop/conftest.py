@@ -17,7 +17,7 @@ from platformdirs import user_cache_path
 
 from models.predictor import Predictor
 from pipeline.checks.result import broken_rules
-from pipeline.segment import segment_slide
+from pipeline.slide.recipe import segment_slide
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
 from tests.pipeline.fakes import CORNER, SMALL, stating_bounds
 from tests.slides import PINK, PURPLE, painted, write_slide

@@ -11,8 +11,8 @@ from models.bundle import DEFAULT_BUNDLE
 from models.errors import RuntimeUnavailableError
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError
-from pipeline.in_process import load_predictor
-from pipeline.segment import segment_slide
+from pipeline.slide.recipe import segment_slide
+from pipeline.workers.in_process import load_predictor
 from tests.pipeline.fakes import SMALL, colour_predictor, region_slide, run_of
 
 

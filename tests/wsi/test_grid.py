@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wsi.box import Box
 from wsi.errors import ResolutionError
-from wsi.grid import Box, Grid, make_grid
+from wsi.grid import Grid, make_grid
 from wsi.slide import SlideInfo
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.slides import TILE, write_slide
-from wsi.grid import Box
+from wsi.box import Box
 from wsi.readers import READERS, BackendName, OpenSlideReader, TiffSlideReader
 from wsi.slide import Backend, open_slide
 from wsi.tiff_tiles import looks_damaged

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.slides import reduce, write_slide
-from wsi.grid import Box, Grid
+from wsi.box import Box
+from wsi.grid import Grid
 from wsi.resample import area_mean, read_model_pixels, read_tiles
 from wsi.slide import open_slide
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.slides import GLASS, PINK, PURPLE, TILE, painted, write_slide
+from wsi.box import Box
 from wsi.errors import ResolutionError, SlideFormatError, SlideNotFoundError, SlideReadError
-from wsi.grid import Box
 from wsi.readers import BackendName, OpenSlideReader
 from wsi.slide import Slide, open_slide, slide_digest, slide_stamp
 

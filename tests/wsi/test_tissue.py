@@ -13,7 +13,7 @@ from skimage.filters import threshold_otsu
 
 from tests.slides import GLASS, PINK, PURPLE, painted, write_slide
 from wsi import tissue as tissue_module
-from wsi.grid import Box
+from wsi.box import Box
 from wsi.slide import open_slide
 from wsi.tissue import MASK_MPP, MAX_HOLE_UM2, MIN_FOLD_UM2, MIN_TISSUE_UM2, Tissue, find_tissue, read_thumbnail
 

@@ -23,7 +23,7 @@ from models.predictor import Predictor
 from models.segmenter import build_segmenter
 from pipeline.cli import evaluate as evaluate_cli
 from pipeline.cli.evaluate import app
-from pipeline.preview import MARGIN
+from pipeline.formats.preview import MARGIN
 from pipeline.training import pictures
 from pipeline.training.dataset import load_dataset
 from pipeline.training.evaluate import evaluate

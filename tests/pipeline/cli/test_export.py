@@ -18,9 +18,10 @@ from models.predictor import Predictor
 from pipeline.cli import commands
 from pipeline.cli import segment as cli
 from pipeline.cli.export import app
-from pipeline.qupath.project import write_project
-from pipeline.report import SlideResult, write_summary
-from pipeline.segment import segment_slide
+from pipeline.results.record import SlideResult
+from pipeline.results.summary import write_summary
+from pipeline.slide.recipe import segment_slide
+from pipeline.viewing.qupath.project import write_project
 from tests.pipeline.fakes import SMALL, colour_predictor, region_slide, run_of
 
 

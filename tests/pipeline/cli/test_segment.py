@@ -21,9 +21,9 @@ from typer.testing import CliRunner, Result
 from models.bundle import SHIPPED_FOLDER
 from models.predictor import Predictor
 from pipeline.cli.segment import app
-from pipeline.report import read_run
+from pipeline.results.record import read_run
 from tests.pipeline.fakes import colour_predictor, region_slide
-from tests.pipeline.test_report import rows_of
+from tests.pipeline.results.test_record import rows_of
 from tests.slides import PINK, painted, write_slide
 
 REPOSITORY = Path(__file__).resolve().parents[3]

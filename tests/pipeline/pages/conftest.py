@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.pages.report_page import write_report
-from pipeline.report import SlideResult, write_summary
+from pipeline.results.record import SlideResult
+from pipeline.results.summary import write_summary
 from tests.pipeline.fakes import run_of
 from tests.pipeline.pages.results import NASTY, result_of, write_result
 

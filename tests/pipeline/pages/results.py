@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.pages.slide_page import write_slide_page
 from pipeline.pages.slide_picture import SlidePicture
-from pipeline.report import SlideResult, write_run
+from pipeline.results.record import SlideResult, write_run
 from tests.pipeline.fakes import run_of
 
 if TYPE_CHECKING:  # most test runs need no browser

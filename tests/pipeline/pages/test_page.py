@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.pages.page import area_text, duration_text, share_text
 from pipeline.pages.report_page import write_report
-from pipeline.report import write_summary
+from pipeline.results.summary import write_summary
 from tests.browser import axe_findings, screenshot
 from tests.pipeline.pages.results import NASTY, names, opened, result_of, write_result
 

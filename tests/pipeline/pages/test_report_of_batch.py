@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.batch import SlideJob, segment_batch
+from pipeline.batch.queue import run_batch
 from pipeline.errors import Cancelled
-from pipeline.report import SlideResult
-from pipeline.segment import Progress, no_progress
+from pipeline.progress import Progress, no_progress
+from pipeline.results.record import SlideResult
+from pipeline.workers.base import SlideJob
 from tests.pipeline.pages.results import names, opened, result_of, row, write_result
 
 if TYPE_CHECKING:  # most test runs need no browser
@@ -33,7 +34,7 @@ class Pretended:
 
 def batch(output: Path, *stems: str) -> list[SlideResult]:
     jobs = [SlideJob(Path(f"{stem}.svs")) for stem in stems]
-    return segment_batch(jobs, output, Pretended(), lambda _: no_progress, lambda _: None)
+    return run_batch(jobs, output, Pretended(), lambda _: no_progress, lambda _: None)
 
 
 def test_a_batch_leaves_a_report_of_all_slides(page: Page, tmp_path: Path) -> None:

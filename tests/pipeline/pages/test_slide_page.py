@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pipeline.segment import segment_slide
+from pipeline.slide.recipe import segment_slide
 from tests.browser import axe_findings
 from tests.pipeline.fakes import SMALL, colour_predictor, region_slide, run_of
 from tests.pipeline.pages.results import BLUE, BOXES, RED, SIZE, near, opened, stage, write_result

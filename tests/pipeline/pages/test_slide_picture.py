@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.formats.ome_zarr import MapSpec, MapStore
 from pipeline.pages import slide_picture
 from pipeline.pages.slide_picture import SlidePicture, picture_slide
-from pipeline.segment import plan_slide, segment_slide
-from pipeline.store import MapSpec, MapStore
+from pipeline.slide.recipe import plan_slide, segment_slide
 from tests.pipeline.fakes import COLOURS, CORNER, REGIONS, SMALL, colour_predictor, stating_bounds
 from tests.slides import GLASS, painted, write_slide
 from wsi.readers import READERS

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from models.backbone import Stages
 from models.classifier import Classifier
 from models.heads import HEADS, HeadOutput
-from pipeline.inputs import as_input
 from pipeline.training.classifier import (
     Batch,
     class_weights,
@@ -29,6 +28,7 @@ from pipeline.training.classifier import (
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import load_dataset, samples
 from pipeline.training.fit import Processes, fit
+from pipeline.training.inputs import as_input
 from pipeline.training.patches import PatchImages, View
 from tests.textures import write_crops
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.resample import resampled
 from pipeline.training.augment import Move
 from pipeline.training.dataset import IGNORED, load_dataset, read_rgb, samples
 from pipeline.training.patches import (
@@ -22,6 +21,7 @@ from pipeline.training.patches import (
     make_labelled_view,
     make_view,
 )
+from pipeline.training.resample import resampled
 from tests.textures import write_crops
 
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.preview import MARGIN
+from pipeline.formats.preview import MARGIN
 from pipeline.training import pictures
 from pipeline.training.pictures import Compared, write_comparison, write_confusion_matrix
 

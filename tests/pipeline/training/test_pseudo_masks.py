@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from models.cam import layer_maps
 from pipeline.errors import TrainError
-from pipeline.inputs import as_input
 from pipeline.training import pseudo_masks
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED, background_HW, load_dataset, samples
 from pipeline.training.fit import Processes
+from pipeline.training.inputs import as_input
 from pipeline.training.patches import PatchImages
 from pipeline.training.pseudo_masks import (
     allowed_classes,

@@ -1,0 +1,61 @@
+"""Files that survive a crash: synced, replaced as a whole, written by one process at a time."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder and all that is in it to the disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+@contextmanager
+def only_writer(path: Path, lock_path: Path) -> Iterator[None]:
+    """Wait until no other process writes this file, and keep others from it; what killed ones left of it is removed."""
+    with FileLock(lock_path):
+        try:
+            for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+                partial.unlink(missing_ok=True)
+            yield
+        finally:
+            lock_path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file so that a reader sees the old or the new one, never a part."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` at the end: a reader sees the old or the new one.
+
+    After an error the old one stays, after a power cut the old or the new one.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)

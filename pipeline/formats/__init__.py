@@ -1,0 +1,1 @@
+"""How a map is stored: one writer per output."""

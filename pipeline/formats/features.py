@@ -1,0 +1,209 @@
+"""Regions to files: GeoJSON in QuPath's dialect and GeoParquet, feature by feature, with the same coordinates.
+
+One bad feature makes QuPath refuse the whole file, so every geometry is rounded to QuPath's grid first and checked and
+repaired after that. Coordinates are level-0 pixels from the corner of the slide's bounds, y down: QuPath's frame.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+
+from pipeline.formats.polygons import Region
+
+GRID_L0 = 0.01
+"""QuPath drops whatever is finer than this, in level-0 pixels."""
+
+_BATCH = 1024  # regions converted at once, and the rows of a row group: bounds the memory
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "wsi-segment/feature")
+_GEO = {
+    "version": "1.1.0",
+    "primary_column": "geometry",
+    "columns": {
+        "geometry": {
+            "encoding": "WKB",
+            "geometry_types": ["Polygon"],
+            "crs": None,
+            "edges": "planar",
+            "orientation": "counterclockwise",
+        }
+    },
+}
+_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("class", pa.string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("area_mm2", pa.float64(), nullable=False),
+        pa.field("geometry", pa.binary(), nullable=False),
+    ],
+    metadata={"geo": json.dumps(_GEO)},
+)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One connected region as it is published."""
+
+    id: str
+    """UUID made from slide digest, class and geometry: the same region always has the same."""
+    label: int
+    name: str
+    color: tuple[int, int, int]
+    area_mm2: float
+    geometry_l0: shapely.Polygon
+    """On the 0.01 px grid, valid, shell counterclockwise by its numbers (RFC 7946)."""
+
+
+@dataclass(frozen=True)
+class FeatureSummary:
+    """What was written."""
+
+    count: int
+    area_mm2: Mapping[str, float]
+    """Of every class, 0.0 for a class without a region."""
+
+
+def write_features(
+    geojson_path: Path,
+    parquet_path: Path,
+    regions: Iterable[Region],
+    classes: Sequence[tuple[str, tuple[int, int, int]]],
+    l0_per_out: float,
+    mpp_l0: float,
+    slide_digest: str,
+) -> FeatureSummary:
+    """Write all regions to one GeoJSON and one GeoParquet file and sum them up, in the order given.
+
+    classes: (name, colour) of label 1, 2, …; l0_per_out: level-0 pixels per out pixel; mpp_l0: micrometres per level-0
+    pixel. Memory does not grow with the number of regions; no regions give two valid empty files.
+    Raises ValueError for classes that QuPath cannot hold, for a scale that is no positive number, and for a label
+    without a class.
+    """
+    _check(classes, l0_per_out, mpp_l0)
+    count, areas = 0, {name: 0.0 for name, _ in classes}
+    features = region_features(regions, classes, l0_per_out, mpp_l0, slide_digest)
+    with (
+        geojson_path.open("w", encoding="utf-8", newline="\n") as geojson,
+        pq.ParquetWriter(parquet_path, _SCHEMA, compression="zstd") as parquet,
+    ):
+        geojson.write('{"type":"FeatureCollection","features":[')
+        while batch := list(itertools.islice(features, _BATCH)):
+            for feature in batch:
+                geojson.write(",\n" if count else "\n")
+                geojson.write(_dumps(geojson_feature(feature)))
+                count += 1
+                areas[feature.name] += feature.area_mm2
+            parquet.write_table(_table(batch))
+        geojson.write("\n]}\n")
+    return FeatureSummary(count, areas)
+
+
+def region_features(
+    regions: Iterable[Region],
+    classes: Sequence[tuple[str, tuple[int, int, int]]],
+    l0_per_out: float,
+    mpp_l0: float,
+    slide_digest: str,
+) -> Iterator[Feature]:
+    """The features of the regions, in their order; a region that rounding parts becomes several, one it erases none."""
+    stream = iter(regions)
+    while batch := list(itertools.islice(stream, _BATCH)):
+        for region, polygons_l0 in zip(batch, _on_grid([r.geometry_out for r in batch], l0_per_out), strict=True):
+            if not 1 <= region.label <= len(classes):
+                raise ValueError(f"a region has label {region.label}, but the classes are 1 to {len(classes)}")
+            name, color = classes[region.label - 1]
+            for polygon_l0 in polygons_l0:
+                area_mm2 = polygon_l0.area * (mpp_l0 / 1000.0) ** 2
+                identity = _identity(slide_digest, name, polygon_l0)
+                yield Feature(identity, region.label, name, color, area_mm2, polygon_l0)
+
+
+def geojson_feature(feature: Feature) -> dict[str, Any]:
+    """The feature as QuPath reads it: a locked annotation with class, colour list and area."""
+    rings = [feature.geometry_l0.exterior, *feature.geometry_l0.interiors]
+    return {
+        "type": "Feature",
+        "id": feature.id,
+        "geometry": {"type": "Polygon", "coordinates": [shapely.get_coordinates(ring).tolist() for ring in rings]},
+        "properties": {
+            "objectType": "annotation",
+            "isLocked": True,
+            "classification": {"name": feature.name, "color": list(feature.color)},
+            "measurements": {"Area mm^2": feature.area_mm2},
+        },
+    }
+
+
+def _on_grid(polygons_out: Sequence[shapely.Polygon], l0_per_out: float) -> list[list[shapely.Polygon]]:
+    """Of each polygon, its valid polygons in level-0 pixels on the 0.01 px grid, in a fixed order."""
+
+    def scale(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return np.asarray(np.round(xy * l0_per_out, 2))
+
+    scaled = np.asarray(shapely.transform(np.array(polygons_out, dtype=object), scale), dtype=object)
+    valid = shapely.is_valid(scaled) & ~shapely.is_empty(scaled)
+    scaled[valid] = shapely.orient_polygons(shapely.remove_repeated_points(scaled[valid], 0.0), exterior_cw=False)
+    return [[polygon] if ok else _repaired(polygon) for polygon, ok in zip(scaled, valid, strict=True)]
+
+
+def _repaired(geometry: shapely.Geometry) -> list[shapely.Polygon]:
+    # set_precision gives valid polygons on the grid, but only from valid input
+    on_grid = shapely.set_precision(shapely.make_valid(geometry, method="structure", keep_collapsed=False), GRID_L0)
+    parts = shapely.get_parts(shapely.get_parts(on_grid))
+    polygons = [part for part in parts if part.geom_type == "Polygon" and not part.is_empty]
+    # a grid of its own would make later operations round again
+    free = [shapely.transform(shapely.set_precision(polygon, 0.0), lambda xy: np.round(xy, 2)) for polygon in polygons]
+    free = [shapely.orient_polygons(shapely.normalize(polygon), exterior_cw=False) for polygon in free]
+    return sorted((polygon for polygon in free if polygon.is_valid), key=lambda polygon: polygon.wkb)
+
+
+def _identity(slide_digest: str, name: str, polygon_l0: shapely.Polygon) -> str:
+    # the whole outline is the position: corners or centres may coincide for two interlocking regions
+    outline = hashlib.sha256(shapely.to_wkb(shapely.normalize(polygon_l0), byte_order=1)).hexdigest()
+    return str(uuid.uuid5(_NAMESPACE, json.dumps([slide_digest, name, outline])))
+
+
+def _dumps(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _table(features: Sequence[Feature]) -> pa.Table:
+    return pa.table(
+        {
+            "id": [feature.id for feature in features],
+            "class": [feature.name for feature in features],
+            "label": [feature.label for feature in features],
+            "area_mm2": [feature.area_mm2 for feature in features],
+            "geometry": [shapely.to_wkb(feature.geometry_l0, byte_order=1) for feature in features],
+        },
+        schema=_SCHEMA,
+    )
+
+
+def _check(classes: Sequence[tuple[str, tuple[int, int, int]]], l0_per_out: float, mpp_l0: float) -> None:
+    for what, value in (("l0_per_out", l0_per_out), ("mpp_l0", mpp_l0)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{what} must be a positive number, not {value}")
+    names = [name for name, _ in classes]
+    for name, color in classes:
+        if not name.strip() or ":" in name or names.count(name) > 1:
+            raise ValueError(
+                f"class name {name!r}: a name must be unique, not empty and without ':' (QuPath splits it)"
+            )
+        parts: tuple[object, ...] = tuple(color)
+        if len(parts) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in parts):
+            raise ValueError(f"class {name!r}: its colour must be three whole numbers 0 to 255, not {color!r}")

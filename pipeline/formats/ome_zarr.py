@@ -1,0 +1,376 @@
+"""The stored map of one slide: OME-Zarr 0.4 that QuPath, napari, Vitessce and Fiji open.
+
+    <name>.ome.zarr/
+        0, 1, …              probabilities per class, uint8 cyx (0–255 = probability × 255), each level half the last
+        labels/classes/0, …  classes, uint8 yx (0 background, 1..K in the order of `MapSpec.classes`), same levels
+        OME/METADATA.ome.xml where QuPath finds pixel size, channel names and colours
+
+Blocks of whole chunks are written by tasks that know nothing of each other; `build_pyramid` then adds the coarser
+levels. What QuPath's reader does not open (other codecs, float, zarr 3) is not used here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from numcodecs import Blosc
+from zarr.storage import LocalStore
+
+from wsi.box import Box
+
+UInt8Array = npt.NDArray[np.uint8]
+
+LABELS = "labels/classes"
+_OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+_XSI = "http://www.w3.org/2001/XMLSchema-instance"
+MAX_CLASSES = 255
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """What a stored map looks like. The same spec gives the same metadata bytes."""
+
+    name: str
+    size_out: tuple[int, int]
+    """(width, height) that the slide needs, in pixels of the map."""
+    classes: tuple[tuple[str, tuple[int, int, int]], ...]
+    """(name, (red, green, blue)) of the classes behind channels 0.. and labels 1.."""
+    mpp_out: float
+    """Micrometres per pixel of level 0 of the map."""
+    chunk: int = 512
+
+    def __post_init__(self) -> None:
+        if min(self.size_out) < 1:
+            raise ValueError(f"{self.name}: a map of {self.size_out[0]} x {self.size_out[1]} px cannot be stored")
+        if not 1 <= len(self.classes) <= MAX_CLASSES:
+            raise ValueError(f"{self.name}: {len(self.classes)} classes; a uint8 map holds 1 to {MAX_CLASSES}")
+        if not self.mpp_out > 0:
+            raise ValueError(f"{self.name}: {self.mpp_out} µm/px; it must be above 0")
+        if self.chunk < 1 or self.chunk % 2:
+            raise ValueError(
+                f"{self.name}: chunks of {self.chunk} px; the side must be even, for levels of exactly half"
+            )
+
+    @property
+    def levels(self) -> int:
+        """Number of pyramid levels: as few as let the coarsest one fit into one chunk."""
+        return (_ceil_div(max(self.size_out), self.chunk) - 1).bit_length() + 1
+
+    @property
+    def padded_size_out(self) -> tuple[int, int]:
+        """(width, height) of level 0 as stored: the least that halves without remainder down to the last level."""
+        step = 2 ** (self.levels - 1)
+        width, height = self.size_out
+        return _ceil_div(width, step) * step, _ceil_div(height, step) * step
+
+    @property
+    def level_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) of each stored level."""
+        width, height = self.padded_size_out
+        return tuple((width >> level, height >> level) for level in range(self.levels))
+
+    def probs_shape(self, level: int) -> tuple[int, int, int]:
+        """Shape (class, y, x) of the probabilities of one level."""
+        width, height = self.level_sizes[level]
+        return len(self.classes), height, width
+
+    def labels_shape(self, level: int) -> tuple[int, int]:
+        """Shape (y, x) of the labels of one level."""
+        return self.probs_shape(level)[1:]
+
+
+def create_store(path: Path, spec: MapSpec) -> None:
+    """Create an empty map: all metadata, no chunk. The bytes depend on the spec alone.
+
+    Raises FileExistsError where something is at `path` already; a store that exists is opened with `MapStore`.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path}: exists already; open it with MapStore, or remove it first")
+    store = LocalStore(path)
+    zarr.create_group(store, zarr_format=2, attributes=_image_attributes(spec))
+    zarr.create_group(store, path="labels", zarr_format=2, attributes={"labels": ["classes"]})
+    zarr.create_group(store, path=LABELS, zarr_format=2, attributes=_label_attributes(spec))
+    for level in range(spec.levels):
+        _create_array(store, f"{level}", spec.probs_shape(level), (1, spec.chunk, spec.chunk))
+        _create_array(store, f"{LABELS}/{level}", spec.labels_shape(level), (spec.chunk, spec.chunk))
+    # No `bioformats2raw.layout` on the root: it would make napari and ome-zarr look for images in sub-groups.
+    # Bio-Formats finds the file by its path alone.
+    zarr.create_group(store, path="OME", zarr_format=2)
+    (path / "OME" / "METADATA.ome.xml").write_text(_ome_xml(spec), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class MapStore:
+    """A map that blocks are written to. Cheap to open and picklable.
+
+    Threads and processes may write blocks that do not overlap at the same time.
+    """
+
+    path: Path
+    spec: MapSpec
+
+    @functools.cached_property
+    def probs(self) -> zarr.Array[Any]:
+        """Probabilities of level 0, uint8 (class, y, x)."""
+        return self._open("0", self.spec.probs_shape(0))
+
+    @functools.cached_property
+    def labels(self) -> zarr.Array[Any]:
+        """Labels of level 0, uint8 (y, x)."""
+        return self._open(f"{LABELS}/0", self.spec.labels_shape(0))
+
+    def write_block(self, box_out: Box, probs_KHW: UInt8Array, labels_HW: UInt8Array) -> tuple[Path, ...]:
+        """Write one block; return the chunk files that now hold it, relative to the store, sorted.
+
+        The arrays have the box's width and height. What lies beyond the slide (`MapSpec.size_out`) is stored as 0.
+        Chunks that are 0 throughout have no file; one left by an earlier run is removed.
+
+        Raises ValueError where the box is not made of whole chunks, or an array does not fit the box or the spec.
+        """
+        self._check_box(box_out)
+        self._check_array("probs_KHW", probs_KHW, (len(self.spec.classes), box_out.height, box_out.width))
+        self._check_array("labels_HW", labels_HW, (box_out.height, box_out.width))
+        stored = self._stored(box_out)
+        inside = stored.intersect(Box(0, 0, *self.spec.size_out))
+        y, x = slice(stored.y, stored.bottom), slice(stored.x, stored.right)
+        self.probs[:, y, x] = _keep(probs_KHW, inside, stored)
+        self.labels[y, x] = _keep(labels_HW, inside, stored)
+        return tuple(file for file in self.block_files(box_out) if (self.path / file).exists())
+
+    def block_files(self, box_out: Box) -> tuple[Path, ...]:
+        """All chunk files a block may have, relative to the store, sorted; an empty chunk has none on disk.
+
+        Raises ValueError where the box is not made of whole chunks.
+        """
+        self._check_box(box_out)
+        stored, side = self._stored(box_out), self.spec.chunk
+        rows = range(stored.y // side, _ceil_div(stored.bottom, side))
+        columns = range(stored.x // side, _ceil_div(stored.right, side))
+        planes = [Path("0", str(k)) for k in range(len(self.spec.classes))] + [Path(LABELS, "0")]
+        return tuple(sorted(plane / str(row) / str(column) for plane in planes for row in rows for column in columns))
+
+    def sweep_block(self, box_out: Box, kept: Collection[Path]) -> None:
+        """Remove the chunk files of a block that are not among `kept`, which are paths relative to the store."""
+        for file in self.block_files(box_out):
+            if file not in kept:
+                (self.path / file).unlink(missing_ok=True)
+
+    def _open(self, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
+        array = _open_array(self.path, name)
+        if array.shape != shape:
+            raise ValueError(
+                f"{self.path.name}: array {name} has shape {array.shape}, the plan needs {shape}; "
+                "remove the working folder and start again"
+            )
+        return array
+
+    def _stored(self, box_out: Box) -> Box:
+        """The part of a block that the arrays have room for."""
+        return box_out.intersect(Box(0, 0, *self.spec.padded_size_out))
+
+    def _check_box(self, box_out: Box) -> None:
+        spec, side = self.spec, self.spec.chunk
+        ends = ((box_out.right, 0), (box_out.bottom, 1))
+        whole = box_out.x % side == 0 and box_out.y % side == 0
+        whole &= all(end % side == 0 or end in (spec.size_out[i], spec.padded_size_out[i]) for end, i in ends)
+        inside = 0 <= box_out.x < spec.size_out[0] and 0 <= box_out.y < spec.size_out[1]
+        if not (whole and inside and box_out.width > 0 and box_out.height > 0):
+            raise ValueError(
+                f"{spec.name}: {box_out} is not made of whole chunks of {side} px of a map of {spec.size_out[0]} x "
+                f"{spec.size_out[1]} px (stored as {spec.padded_size_out[0]} x {spec.padded_size_out[1]}); "
+                "blocks must begin and end at multiples of the chunk's side or end at the map's edge"
+            )
+
+    def _check_array(self, name: str, array: UInt8Array, shape: tuple[int, ...]) -> None:
+        if array.dtype != np.uint8 or array.shape != shape:
+            raise ValueError(f"{self.spec.name}: {name} is {array.dtype} {array.shape}; the block needs uint8 {shape}")
+        if name == "labels_HW" and array.max() > len(self.spec.classes):
+            raise ValueError(f"{self.spec.name}: label {array.max()} in a map of {len(self.spec.classes)} classes")
+
+
+def build_pyramid(path: Path, spec: MapSpec) -> None:
+    """Compute every level above 0 from the one below it, chunk by chunk, where there are chunks; 0 elsewhere.
+
+    Memory is that of a few chunks, whatever the map's size. The result depends on level 0 alone, so that it can be
+    repeated after a crash. Probabilities are 2 x 2 means, labels 2 x 2 majorities (`halve_probs`, `halve_labels`).
+    """
+    for level in range(1, spec.levels):
+        for plane, halve in (("", halve_probs), (f"{LABELS}/", halve_labels)):
+            source, target = (_open_array(path, f"{plane}{i}") for i in (level - 1, level))
+            filled = {(row // 2, column // 2) for row, column in _chunk_positions(path / f"{plane}{level - 1}")}
+            # A chunk left by an earlier run is computed anew too, and so removed where level 0 is empty now.
+            for row, column in sorted(filled.union(_chunk_positions(path / f"{plane}{level}"))):
+                y, x = row * spec.chunk, column * spec.chunk
+                y_stop, x_stop = min(y + spec.chunk, target.shape[-2]), min(x + spec.chunk, target.shape[-1])
+                block = cast(UInt8Array, source[..., 2 * y : 2 * y_stop, 2 * x : 2 * x_stop])
+                target[..., y:y_stop, x:x_stop] = halve(block)
+
+
+def halve_probs(probs_KHW: UInt8Array) -> UInt8Array:
+    """Mean of each 2 x 2 square, halves rounded up; height and width must be even."""
+    a, b, c, d = (quarter.astype(np.uint16) for quarter in _quarters(probs_KHW))
+    return ((a + b + c + d + 2) >> 2).astype(np.uint8)
+
+
+def halve_labels(labels_HW: UInt8Array) -> UInt8Array:
+    """Most frequent label of each 2 x 2 square; height and width must be even.
+
+    Of labels equally frequent the smallest class wins, and any class wins over background (0), so that thin structures
+    fade no faster than they must.
+    """
+    quarters = _quarters(labels_HW)
+    best = np.zeros(quarters[0].shape, np.uint16)
+    for label in quarters:
+        count = sum((label == other).astype(np.uint16) for other in quarters)
+        # As uint8, -label puts class 1 highest and background lowest, and negating it again gives the label back.
+        np.maximum(best, (count << 8) | np.negative(label), out=best)
+    return np.negative((best & 0xFF).astype(np.uint8))
+
+
+def sweep_partial_files(path: Path) -> int:
+    """Remove what writes killed half-way left in a store; return how many. Nobody may be writing to it meanwhile."""
+    stray = sorted(path.rglob("*.partial"))
+    for file in stray:
+        file.unlink()
+    return len(stray)
+
+
+def _quarters(array: UInt8Array) -> list[UInt8Array]:
+    return [array[..., y::2, x::2] for y in (0, 1) for x in (0, 1)]
+
+
+def _keep(array: UInt8Array, inside: Box, stored: Box) -> UInt8Array:
+    """A block cut to the part that is stored, with 0 outside the slide."""
+    cut = array[..., : stored.height, : stored.width]
+    if inside == stored:
+        return cut
+    cut = cut.copy()
+    cut[..., inside.height :, :] = 0
+    cut[..., :, inside.width :] = 0
+    return cut
+
+
+def _chunk_positions(array_path: Path) -> Iterator[tuple[int, int]]:
+    """(row, column) of the chunk files of one level, over all its classes."""
+    for root in _folders(array_path) if _is_probs(array_path) else [array_path]:
+        for row in _folders(root):
+            for file in row.iterdir():
+                if file.name.isdecimal():
+                    yield int(row.name), int(file.name)
+
+
+def _is_probs(array_path: Path) -> bool:
+    return array_path.parent.name != Path(LABELS).name
+
+
+def _folders(path: Path) -> Iterable[Path]:
+    return (child for child in path.iterdir() if child.is_dir()) if path.exists() else ()
+
+
+def _create_array(store: LocalStore, path: str, shape: tuple[int, ...], chunks: tuple[int, ...]) -> None:
+    zarr.create_array(
+        store,
+        name=path,
+        shape=shape,
+        chunks=chunks,
+        dtype="uint8",
+        fill_value=0,
+        zarr_format=2,
+        # QuPath opens neither bare zstd nor blosc's automatic shuffle.
+        compressors=Blosc(cname="zstd", clevel=3, shuffle=Blosc.SHUFFLE),
+        filters=None,
+        chunk_key_encoding={"name": "v2", "separator": "/"},
+    )
+
+
+def _open_array(path: Path, name: str) -> zarr.Array[Any]:
+    return zarr.open_array(LocalStore(path), path=name, mode="r+", zarr_format=2)
+
+
+def _image_attributes(spec: MapSpec) -> dict[str, Any]:
+    channel = {"name": "c", "type": "channel"}
+    window = {"min": 0.0, "max": 255.0, "start": 0.0, "end": 255.0}
+    return {
+        "multiscales": [_multiscale(spec, _text(spec.name), [channel], "mean")],
+        "omero": {
+            "version": "0.4",
+            "name": _text(spec.name),
+            # No `rdefs`: of its model "color" Vitessce makes an RGB picture of the first three channels.
+            "channels": [
+                {"label": name, "color": f"{red:02X}{green:02X}{blue:02X}", "window": window, "active": True}
+                for name, (red, green, blue) in spec.classes
+            ],
+        },
+    }
+
+
+def _label_attributes(spec: MapSpec) -> dict[str, Any]:
+    return {
+        "multiscales": [_multiscale(spec, "classes", [], "mode")],
+        "image-label": {
+            "version": "0.4",
+            "colors": [
+                {"label-value": value, "rgba": [*colour, 255]}
+                for value, (_, colour) in enumerate(spec.classes, start=1)
+            ],
+            "properties": [
+                {"label-value": value, "name": name} for value, (name, _) in enumerate(spec.classes, start=1)
+            ],
+            "source": {"image": "../../"},
+        },
+    }
+
+
+def _multiscale(spec: MapSpec, name: str, leading: list[dict[str, str]], method: str) -> dict[str, Any]:
+    scales = [[1.0] * len(leading) + [spec.mpp_out * 2.0**level] * 2 for level in range(spec.levels)]
+    return {
+        "version": "0.4",
+        "name": name,
+        "axes": [*leading, *({"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx")],
+        "datasets": [
+            {"path": str(level), "coordinateTransformations": [{"type": "scale", "scale": scale}]}
+            for level, scale in enumerate(scales)
+        ],
+        "type": method,
+    }
+
+
+def _ome_xml(spec: MapSpec) -> str:
+    """OME-XML 2016-06 of one image without pixels of its own; µm is the schema's unit of length.
+
+    Written here and not by ome-types, whose import takes a second, before the first block of every run.
+    """
+    width, height = spec.padded_size_out
+    ome = ET.Element("OME", {"xmlns": _OME, "xmlns:xsi": _XSI, "xsi:schemaLocation": f"{_OME} {_OME}/ome.xsd"})
+    ome.set("Creator", "wsi-segment")
+    image = ET.SubElement(ome, "Image", {"ID": "Image:0", "Name": _text(spec.name)})
+    form = {"DimensionOrder": "XYZCT", "Type": "uint8", "SignificantBits": 8, "Interleaved": "false"}
+    sizes = {"SizeX": width, "SizeY": height, "SizeZ": 1, "SizeC": len(spec.classes), "SizeT": 1}
+    scale = {"PhysicalSizeX": spec.mpp_out, "PhysicalSizeY": spec.mpp_out}
+    attributes = {"ID": "Pixels:0", **form, "BigEndian": "false", **sizes, **scale}
+    pixels = ET.SubElement(image, "Pixels", {name: str(value) for name, value in attributes.items()})
+    for i, (name, colour) in enumerate(spec.classes):
+        # Red, green, blue and alpha in the bytes of a signed number.
+        number = int.from_bytes(bytes((*colour, 255)), "big", signed=True)
+        channel = {"ID": f"Channel:0:{i}", "Name": name, "SamplesPerPixel": "1", "Color": str(number)}
+        ET.SubElement(pixels, "Channel", channel)
+    ET.SubElement(pixels, "MetadataOnly")
+    ET.indent(ome)
+    return ET.tostring(ome, encoding="unicode") + "\n"
+
+
+def _text(name: str) -> str:
+    """A file's name without what neither XML nor UTF-8 can hold: file systems allow any byte."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

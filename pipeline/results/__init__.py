@@ -1,0 +1,1 @@
+"""The results folder: what a run leaves there, and how it gets there."""

@@ -1,0 +1,222 @@
+"""Where a slide's result is built and how it becomes visible.
+
+results/slide/          the result: appears by one rename, complete
+results/.slide.work/    the working folder of a run that is not finished
+results/.slide.lock     held by the run; the kernel lets go of it when the process dies
+results/.slide.old/     the former result, for the moment in which --force replaces it
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import LockedError, OutputError
+from pipeline.files import sync, sync_tree, write_atomically
+from pipeline.results.record import read_run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResultFolder:
+    """The folders of one slide's run, under its lock."""
+
+    target: Path
+    work: Path
+    finished: Mapping[str, object] | None
+    """The `run.json` of a result that is already there for the same inputs; nothing is left to do."""
+
+    @property
+    def result(self) -> Path:
+        """The result while it is being built."""
+        return self.work / "result"
+
+    @property
+    def old(self) -> Path:
+        """The former result while it is being replaced."""
+        return self.target.with_name(f".{self.target.name}.old")
+
+    def publish(self) -> None:
+        """Make the result visible under its name, in place of a former one, and remove the working folder."""
+        sync_tree(self.result)
+        if self.target.exists():
+            self.target.rename(self.old)
+        self.result.rename(self.target)
+        sync(self.target.parent)
+        _clear_old(self.old, self.target)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+@contextmanager
+def open_folder(output: Path, name: str, identity: Mapping[str, object], *, force: bool) -> Iterator[ResultFolder]:
+    """Take the lock of one slide's result and prepare its working folder.
+
+    A working folder of the same `identity` is kept, so that the run goes on from it; another one is cleared away. After
+    an error the working folder stays if it holds finished blocks.
+
+    Raises LockedError where another process has the lock, OutputError where the target holds something else, unless
+    `force` is set and a run wrote it.
+    """
+    if ".zarr" in str(output.absolute()) or ".zarr" in name:
+        raise OutputError(
+            f"{output / name}: no folder of a result may have .zarr in its name: viewers take it for a store"
+        )
+    _make_durably(output)
+    lock_path = lock_file(output, name)
+    lock = FileLock(lock_path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise LockedError(f"{output / name}: another process is working on this slide; wait for it") from None
+    try:
+        folder = _prepare(output, name, identity, force=force)
+        try:
+            yield folder
+        except BaseException:
+            if not (folder.work / "journal.jsonl").exists():
+                shutil.rmtree(folder.work, ignore_errors=True)
+            raise
+    finally:
+        # Before the release: whoever has opened the file in the meantime sees that it is gone, and makes a new one.
+        lock_path.unlink(missing_ok=True)
+        lock.release()
+
+
+def lock_file(output: Path, name: str) -> Path:
+    """The file that is there while a run works on a slide; a killed run leaves it behind, unlocked."""
+    return output / f".{name}.lock"
+
+
+def is_locked(output: Path, name: str) -> bool:
+    """Whether a run is at work on a slide; the lock file of one that was killed is removed."""
+    path = lock_file(output, name)
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    path.unlink(missing_ok=True)
+    lock.release()
+    return False
+
+
+def finished_run(target: Path, identity: Mapping[str, object]) -> dict[str, object] | None:
+    """The `run.json` of the result in `target` if it was made of the same inputs and no file of it is missing."""
+    run = read_run(target)
+    if run is None or run["identity"] != identity:
+        return None
+    return run if all((target / name).exists() for name in cast("list[str]", run["outputs"])) else None
+
+
+def _prepare(output: Path, name: str, identity: Mapping[str, object], *, force: bool) -> ResultFolder:
+    folder = ResultFolder(output / name, output / f".{name}.work", None)
+    if folder.old.exists():
+        # A run was killed while it replaced a result.
+        if folder.target.exists():
+            _clear_old(folder.old, folder.target)
+        else:
+            folder.old.rename(folder.target)
+    if folder.target.exists():
+        run = read_run(folder.target)
+        if run is None:
+            raise OutputError(
+                f"{folder.target}: holds something that no run has made; move it away or choose another --output"
+            )
+        if not force:
+            if finished_run(folder.target, identity) is not None:
+                _clear_rest(folder.work, identity)
+                return ResultFolder(folder.target, folder.work, run)
+            raise OutputError(_another_run(folder.target, run, identity))
+    header_path = folder.work / "identity.json"
+    former = _read_json(header_path)
+    if folder.work.exists() and former != identity:
+        if isinstance(former, dict):
+            log.warning(
+                "%s: the unfinished run found there is another one (%s); starting anew",
+                folder.target,
+                "; ".join(filter(None, (_other_inputs(former, identity), _other_settings(former, identity)))),
+            )
+        shutil.rmtree(folder.work)
+    folder.result.mkdir(parents=True, exist_ok=True)
+    if not header_path.exists():
+        write_atomically(header_path, json.dumps(identity))
+        sync(output)
+    return folder
+
+
+def _make_durably(folder: Path) -> None:
+    """Make a folder, and those on its way, that a power cut does not take away."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        sync(path.parent)
+
+
+def _clear_rest(work: Path, identity: Mapping[str, object]) -> None:
+    """Remove what a run that was killed after its result had become visible left of its working folder."""
+    if work.exists() and _read_json(work / "identity.json") in (identity, None):
+        shutil.rmtree(work)
+
+
+def _another_run(target: Path, run: Mapping[str, object], identity: Mapping[str, object]) -> str:
+    former = cast("dict[str, object]", run["identity"])
+    settings = _other_settings(former, identity)
+    return (
+        f"{target}: holds the result of another run ({_other_inputs(former, identity) or 'with files missing'}); pass "
+        f"--force to replace it, or choose another --output" + (f"; it was made with {settings}" if settings else "")
+    )
+
+
+def _other_inputs(former: Mapping[str, object], identity: Mapping[str, object]) -> str:
+    names = [name for name in identity if former.get(name) != identity[name]]
+    return f"other {', '.join(names)}" if names else ""
+
+
+def _other_settings(former: Mapping[str, object], identity: Mapping[str, object]) -> str:
+    """The settings that differ, as "overlap 0.25 instead of 0.5"; the former one is first."""
+    then, now = former.get("parameters"), identity.get("parameters")
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return ""
+    return ", ".join(f"{name} {then.get(name)} instead of {now[name]}" for name in now if then.get(name) != now[name])
+
+
+def _clear_old(old: Path, target: Path) -> None:
+    """Remove what a former run wrote; what others put beside it moves over to the new result."""
+    if not old.exists():
+        return
+    run = read_run(old)
+    written = set(cast("list[str]", run.get("outputs", []))) if run else set()
+    for path in old.iterdir():
+        if path.name not in written and path.name != "run.json":
+            path.rename(_free_place(target / path.name))
+    sync(target)
+    for path in old.iterdir():
+        if path.name != "run.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # Last: it says what the run wrote, should this be interrupted.
+    (old / "run.json").unlink(missing_ok=True)
+    old.rmdir()
+
+
+def _free_place(path: Path) -> Path:
+    while path.exists():
+        path = path.with_name(f"{path.name}.kept")
+    return path
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

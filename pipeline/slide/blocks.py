@@ -1,0 +1,192 @@
+"""One block: its pixels once through the networks, blended, written, and recorded.
+
+A block knows nothing of the others. Its result depends on the slide, the model and the parameters alone, so it is the
+same to the byte in any order, by any process, the first time or after a crash.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.errors import NonFiniteOutputError
+from models.predictor import Predictor
+from pipeline.config import SegmentConfig
+from pipeline.errors import PipelineError
+from pipeline.formats.ome_zarr import MapStore
+from pipeline.formats.polygons import block_regions, save_regions
+from pipeline.slide.blend import Blend
+from pipeline.slide.plan import TILE_GROUP, block_tissue, needed_tiles
+from wsi.box import Box
+from wsi.grid import Block, Grid
+from wsi.resample import read_tiles
+from wsi.slide import Slide, SlideInfo
+from wsi.tissue import Tissue
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What is known of a finished block."""
+
+    index: int
+    files: dict[str, str]
+    """Path in the working folder -> digest, of all that the block wrote."""
+    class_px: list[int]
+    """Pixels of the map per label, background first."""
+    tiles: int
+    segmented: int
+    """Tiles that needed the segmenter."""
+    unclassified: int
+    """Tiles in which the gate silenced every class."""
+    bad_tiles_l0: list[list[int]]
+    """x, y, width, height in level-0 pixels of the tiles of which some part could not be read."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time per stage."""
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """All that the blocks of one slide have in common. Picklable."""
+
+    info: SlideInfo
+    grid: Grid
+    tissue: Tissue
+    config: SegmentConfig
+    store: MapStore
+    folder: Path
+    """The working folder: `files` of the records are relative to it."""
+
+
+class Stopped(Exception):  # noqa: N818 - no error: somebody asked for it
+    """The block was left unfinished because the run is ending."""
+
+
+class _Timer:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def segment_block(
+    work: BlockWork, slide: Slide, predictor: Predictor, block: Block, stopped: Callable[[], bool]
+) -> tuple[BlockRecord, list[Path]]:
+    """Segment one block and write its chunks and polygons; returns its record, without digests, and the files written.
+
+    `stopped` is asked between groups of tiles. Raises Stopped once it says True, and PipelineError naming the tile
+    where a network gives NaN or infinity, or naming the block where the device fails or runs out of memory.
+    """
+    timer, grid = _Timer(), work.grid
+    tissue_HW = block_tissue(grid, work.tissue, block)
+    tiles_m = needed_tiles(grid, tissue_HW, block)
+    with timer("read"):
+        pixels = read_tiles(slide, grid, tiles_m)
+    if stopped():
+        raise Stopped
+    bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
+    try:
+        with timer("copy"):  # before it is this block's turn, so that a GPU goes on with another's
+            canvas_HWC = predictor.on_device(pixels.canvas_HWC)
+        with timer("wait"):
+            predictor.lock.acquire()
+        try:
+            with timer("network"):
+                blend, counts = _predict(work, predictor, block, tiles_m, canvas_HWC, pixels.canvas_m, stopped)
+                probs_KHW, labels_HW = blend.result(tissue_HW)
+        finally:
+            predictor.lock.release()
+    except (RuntimeError, MemoryError) as error:
+        raise _device_error(work.info, predictor.device, grid.box_l0(pixels.canvas_m), error) from error
+    del pixels, canvas_HWC, blend
+    with timer("polygons"):
+        regions = block_regions(
+            labels_HW,
+            origin_out=(block.box_out.x, block.box_out.y),
+            min_area_px=work.config.min_area_um2 / grid.mpp_out**2,
+            tolerance_px=work.config.simplify_px,
+        )
+        regions_path = regions_file(work.folder, block)
+        save_regions(regions_path, regions)
+    with timer("write"):
+        chunks = work.store.write_block(block.box_out, probs_KHW, labels_HW)
+    record = BlockRecord(
+        index=block.index,
+        files={},
+        class_px=np.bincount(labels_HW.ravel(), minlength=len(probs_KHW) + 1).tolist(),
+        tiles=len(tiles_m),
+        segmented=counts[0],
+        unclassified=counts[1],
+        bad_tiles_l0=[list(grid.box_l0(t)) for t in bad_tiles],
+        seconds=timer.seconds,
+    )
+    return record, [regions_path, *(work.store.path / chunk for chunk in chunks)]
+
+
+def regions_file(folder: Path, block: Block) -> Path:
+    """Where the polygons of a block are kept until the join."""
+    return folder / "regions" / f"{block.index:06d}.arrow"
+
+
+def chunks_of(work: BlockWork, record: BlockRecord) -> set[Path]:
+    """The chunk files that a finished block has, relative to the store."""
+    files = (work.folder / name for name in record.files)
+    return {file.relative_to(work.store.path) for file in files if file.is_relative_to(work.store.path)}
+
+
+def _predict(
+    work: BlockWork,
+    predictor: Predictor,
+    block: Block,
+    tiles_m: list[Box],
+    canvas_HWC: torch.Tensor,
+    canvas_m: Box,
+    stopped: Callable[[], bool],
+) -> tuple[Blend, tuple[int, int]]:
+    grid = work.grid
+    tile_out = grid.tile_m // grid.m_per_out
+    blend = Blend(block, len(predictor.card.classes), tile_out, predictor.device)
+    segmented = unclassified = 0
+    for start in range(0, len(tiles_m), TILE_GROUP):
+        if stopped():
+            raise Stopped
+        group = tiles_m[start : start + TILE_GROUP]
+        try:
+            prediction = predictor.predict(torch.stack([canvas_HWC[t.slices(canvas_m)] for t in group]))
+        except NonFiniteOutputError as error:
+            places = ", ".join(str(tuple(grid.box_l0(group[i]))) for i in error.indices[:3])
+            raise PipelineError(
+                f"{work.info.path.name}: {error}, at level-0 (x, y, width, height) {places}; "
+                f"try --precision float32, or another model"
+            ) from error
+        for tile_m, probs_Khw in zip(group, prediction.probs_NKhw, strict=True):
+            blend.add(grid.box_out(tile_m), probs_Khw)
+        segmented += int(prediction.segmented_N.sum())
+        unclassified += int((~prediction.passed_NK.any(axis=1)).sum())
+    return blend, (segmented, unclassified)
+
+
+def _device_error(info: SlideInfo, device: torch.device, block_l0: Box, error: Exception) -> PipelineError:
+    """What to say where the device, not the network, is to blame; torch's own reports take many lines."""
+    said = str(error).partition("\n")[0] or "no reason given"
+    short = isinstance(error, MemoryError) or "out of memory" in said.lower()
+    return PipelineError(
+        f"{info.path.name}: {'out of memory' if short else 'a network failed'} on {device} ({said}), in the block at "
+        f"level-0 (x, y, width, height) {tuple(block_l0)}; "
+        + ("lower --batch-size or --num-workers and " if short else "check the device, or pass --device cpu, and ")
+        + "run the same command again, which goes on from the finished blocks"
+    )
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    common = a.intersect(b)
+    return common.width > 0 and common.height > 0

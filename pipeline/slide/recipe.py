@@ -1,0 +1,376 @@
+"""The recipe: one slide from file to published result."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from models.bundle import ModelCard
+from models.predictor import Predictor
+from pipeline.config import SegmentConfig
+from pipeline.errors import Cancelled, ConfigError, OutputError
+from pipeline.files import sync, sync_tree
+from pipeline.formats.features import write_features
+from pipeline.formats.ome_zarr import MapSpec, MapStore, build_pyramid, create_store, sweep_partial_files
+from pipeline.formats.polygons import join_regions, load_regions
+from pipeline.formats.preview import write_preview
+from pipeline.pages.slide_page import PAGE, THUMBNAIL, write_slide_page
+from pipeline.pages.slide_picture import picture_slide
+from pipeline.progress import Progress, no_progress
+from pipeline.results.folder import open_folder
+from pipeline.results.record import (
+    SlideResult,
+    Status,
+    run_identity,
+    skipped_result,
+    versions,
+    with_runtime_of,
+    write_run,
+)
+from pipeline.slide.blocks import BlockRecord, BlockWork, chunks_of, regions_file
+from pipeline.slide.engine import BlockRunner, ThreadRunner
+from pipeline.slide.journal import Journal
+from pipeline.slide.plan import Plan, check_resources, make_plan
+from wsi.errors import SlideReadError
+from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp
+from wsi.tissue import Tissue, find_tissue
+
+log = logging.getLogger(__name__)
+
+CHUNK_OUT = 512
+"""Side of a chunk of the stored map; a block is a whole number of chunks."""
+
+
+class PlannedSlide(NamedTuple):
+    """An open slide, and what a run will do with it."""
+
+    stamp: str
+    """`slide_stamp` before anything was read."""
+    slide: Slide
+    tissue: Tissue
+    plan: Plan
+
+
+def plan_slide(path: Path, card: ModelCard, config: SegmentConfig) -> PlannedSlide:
+    """Open a slide, find its tissue and plan the run. Writes nothing; the caller closes the slide.
+
+    Raises SlideError where the slide cannot be used.
+    """
+    stamp = slide_stamp(path)
+    slide = open_slide(path, config.mpp, config.backend)
+    try:
+        tissue = find_tissue(slide)
+        return PlannedSlide(stamp, slide, tissue, make_plan(slide.info, tissue, card, config))
+    except BaseException:
+        slide.close()
+        raise
+
+
+def segment_slide(
+    path: Path,
+    output: Path,
+    predictor: Predictor,
+    config: SegmentConfig,
+    progress: Progress = no_progress,
+    planned: PlannedSlide | None = None,
+) -> SlideResult:
+    """Segment a slide into `output/<stem>`: see the README for what is there afterwards. `planned` is what `plan_slide`
+    gave for it with this model and these settings, where it has been called already.
+
+    A result of the same slide, model and parameters is left as it is (`skipped`). Everything is built in a working
+    folder beside the target and becomes visible by one rename; after a crash or an interrupt the next call goes on from
+    the blocks that were finished.
+
+    Raises SlideError, ModelError or PipelineError; Cancelled on KeyboardInterrupt.
+    """
+    stating = _stating(predictor, config)
+    if config.runtime == "auto":
+        stating = with_runtime_of(output / path.stem, stating)
+    return segment_slide_with(ThreadRunner(predictor), path, output, stating, progress, planned)
+
+
+def segment_slide_with(
+    runner: BlockRunner,
+    path: Path,
+    output: Path,
+    config: SegmentConfig,
+    progress: Progress = no_progress,
+    planned: PlannedSlide | None = None,
+) -> SlideResult:
+    """`segment_slide`, with its blocks run by `runner`; everything else is done here."""
+    try:
+        return _segment_slide(path, output, runner, config, progress, planned)
+    except KeyboardInterrupt:
+        raise Cancelled(
+            f"{path.name}: interrupted; run the same command again to go on from the blocks that are finished"
+        ) from None
+
+
+def _segment_slide(
+    path: Path,
+    output: Path,
+    runner: BlockRunner,
+    config: SegmentConfig,
+    progress: Progress,
+    planned: PlannedSlide | None,
+) -> SlideResult:
+    start, run_versions = time.perf_counter(), versions(config.runtime)
+    seconds: dict[str, float] = {}
+    # Before the digest: a slide that changes in between must not pass for that one.
+    stamp = slide_stamp(path) if planned is None else planned.stamp
+    identity = run_identity(slide_digest(path), runner.digest, config)
+    check_unchanged = partial(_check_unchanged, path, stamp)
+    with _named_write_errors(path, output), open_folder(output, path.stem, identity, force=config.force) as folder:
+        if folder.finished is not None:
+            return skipped_result(folder.target, folder.finished, time.perf_counter() - start)
+
+        with _timed(seconds, "plan"):
+            _, slide, tissue, plan = planned or plan_slide(path, runner.card, config)
+        with slide:
+            check_resources(plan, path.name, output)
+            spec = _map_spec(path, runner.card, plan)
+            store = _open_store(folder.result / f"{path.stem}.ome.zarr", folder.work, spec)
+            work = BlockWork(slide.info, plan.grid, tissue, config, store, folder.work)
+
+            with _timed(seconds, "blocks"):
+                journal = Journal(folder.work, identity)
+                records, resumed = _run_blocks(runner, work, slide, plan, journal, check_unchanged, progress)
+            warnings = _warnings(work, runner.card.mpp, records)
+            areas_mm2 = _areas_mm2(records, spec)
+
+            progress("joining polygons", 0, 1)
+            with _timed(seconds, "join"):
+                pieces = (piece for block in plan.blocks for piece in load_regions(regions_file(folder.work, block)))
+                features = write_features(
+                    folder.result / f"{path.stem}.geojson",
+                    folder.result / f"{path.stem}.parquet",
+                    join_regions(pieces, config.min_area_um2 / plan.grid.mpp_out**2),
+                    spec.classes,
+                    l0_per_out=plan.grid.l0_per_out,
+                    mpp_l0=slide.info.mpp,
+                    slide_digest=str(identity["slide"]),
+                )
+            progress("building the pyramid", 0, 1)
+            with _timed(seconds, "pyramid"):
+                build_pyramid(store.path, spec)
+            with _timed(seconds, "preview"):
+                picture = picture_slide(slide, plan.grid, store)
+                write_preview(
+                    folder.result / "preview.png",
+                    picture.rgb_HWC,
+                    picture.labels_HW,
+                    spec.classes,
+                    title=spec.name,
+                    um_per_px=picture.um_per_px,
+                )
+
+            status: Status = "done" if plan.blocks else "no tissue"
+            seconds |= _stage_seconds(records) | {"total": time.perf_counter() - start}
+            facts = {
+                "identity": identity,
+                "status": status,
+                "slide": _slide_facts(slide.info) | {"stamp": stamp},
+                "model": runner.card.name,
+                "tissue_mm2": tissue.area_um2 / 1e6,
+                "fold_mm2": tissue.fold_um2 / 1e6,
+                "classes": [{"name": name, "color": list(colour)} for name, colour in spec.classes],
+                "class_areas_mm2": areas_mm2,
+                "polygons": features.count,
+                "tiles": _tile_counts(records),
+                "bad_tiles_l0": sorted({tuple(box) for r in records for box in r.bad_tiles_l0}),
+                "warnings": list(warnings),
+                "plan": plan.summary(),
+                "resumed_blocks": resumed,
+                "device": runner.device,
+                "seconds": seconds,
+                "versions": run_versions,
+                "outputs": sorted({p.name for p in folder.result.iterdir()} | {"run.json", PAGE, THUMBNAIL}),
+            }
+            write_slide_page(folder.result, facts, picture)
+            write_run(folder.result, facts)
+        progress("publishing", 0, 1)
+        check_unchanged()
+        folder.publish()
+    return SlideResult(
+        slide=path.stem,
+        status=status,
+        seconds=time.perf_counter() - start,
+        areas_mm2=areas_mm2,
+        tissue_mm2=tissue.area_um2 / 1e6,
+        folder=folder.target,
+        resumed_blocks=resumed,
+        warnings=warnings,
+    )
+
+
+def _stating(predictor: Predictor, config: SegmentConfig) -> SegmentConfig:
+    """The settings with the predictor's runtime in place of "auto", so that the result states what made it.
+
+    Raises ConfigError where the predictor was made with other settings than the ones the result would state.
+    """
+    if config.runtime == "auto":
+        config = replace(config, runtime=predictor.runtime)
+    for name, made, stated in (
+        ("output_stride", predictor.output_stride, config.output_stride),
+        ("precision", predictor.precision, config.precision),
+        ("runtime", predictor.runtime, config.runtime),
+        ("keep_ungated", predictor.ungated_fallback, config.keep_ungated),
+    ):
+        if made != stated:
+            raise ConfigError(f"the predictor was made with {name} {made}, the settings say {stated}; make them equal")
+    return config
+
+
+def _open_store(path: Path, work: Path, spec: MapSpec) -> MapStore:
+    """The store of an interrupted run, without what it had half written, or a new one: never half of one."""
+    if path.exists():
+        sweep_partial_files(path)
+    else:
+        new = work / "store"
+        shutil.rmtree(new, ignore_errors=True)
+        create_store(new, spec)
+        sync_tree(new)
+        new.rename(path)
+        sync(path.parent)
+    return MapStore(path, spec)
+
+
+def _run_blocks(
+    runner: BlockRunner,
+    work: BlockWork,
+    slide: Slide,
+    plan: Plan,
+    journal: Journal,
+    check_unchanged: Callable[[], None],
+    progress: Progress,
+) -> tuple[list[BlockRecord], int]:
+    """Run the blocks that no earlier run has finished; returns the records of all, and how many were finished."""
+    total = len(plan.blocks)
+    blocks = {block.index: block for block in plan.blocks}
+    records = {index: record for index, record in journal.finished().items() if index in blocks}
+    for index, record in records.items():
+        # A power cut may bring back chunks that the block had removed.
+        work.store.sweep_block(blocks[index].box_out, chunks_of(work, record))
+    resumed = len(records)
+    if resumed:
+        log.info("%s: going on from %d of %d blocks", work.info.path.name, resumed, total)
+    (work.folder / "regions").mkdir(exist_ok=True)
+    lock = threading.Lock()
+
+    def finished(record: BlockRecord) -> None:
+        check_unchanged()  # before its line: a block of other pixels must never be taken for one of this slide
+        journal.append(record)
+        with lock:
+            records[record.index] = record
+            _check_readable(work, plan, records.values())
+            progress("segmenting", len(records), total)
+
+    progress("segmenting", resumed, total)
+    runner.run(work, slide, [block for block in plan.blocks if block.index not in records], finished)
+    return [records[index] for index in sorted(records)], resumed
+
+
+def _check_unchanged(path: Path, stamp: str) -> None:
+    """Raise SlideError where the slide's files are no longer those that the digest was made of."""
+    if slide_stamp(path) != stamp:
+        raise SlideReadError(
+            f"{path.name}: its file has changed since the run began; run the same command again once nothing writes "
+            f"to it"
+        )
+
+
+def _check_readable(work: BlockWork, plan: Plan, records: Iterable[BlockRecord]) -> None:
+    """Raise SlideReadError as soon as more tiles of the slide are unreadable than may be."""
+    bad_l0 = [box for record in records for box in record.bad_tiles_l0]
+    if len(bad_l0) > work.config.max_bad_share * plan.tiles:
+        raise SlideReadError(
+            f"{work.info.path.name}: at least {len(bad_l0)} of {plan.tiles} tiles cannot be read (at most "
+            f"{work.config.max_bad_share:.0%}), one at level-0 (x, y, width, height) {tuple(bad_l0[0])}; copy or scan "
+            f"it again"
+        )
+
+
+def _warnings(work: BlockWork, model_mpp: float, records: list[BlockRecord]) -> tuple[str, ...]:
+    warnings = (*work.info.warnings, *work.tissue.warnings)
+    if work.grid.lv_per_m < 1:
+        warnings += (f"the slide is coarser than the model's {model_mpp:g} µm/px; its pixels were enlarged",)
+    if bad := sum(len(r.bad_tiles_l0) for r in records):
+        tiles = sum(r.tiles for r in records)
+        warnings += (f"{bad} of {tiles} tiles could not be read; their missing parts count as glass",)
+    return warnings
+
+
+def _map_spec(path: Path, card: ModelCard, plan: Plan) -> MapSpec:
+    classes = tuple((c.name, c.color) for c in card.classes)
+    return MapSpec(path.stem, plan.grid.size_out, classes, plan.grid.mpp_out, chunk=min(CHUNK_OUT, plan.grid.block_out))
+
+
+def _areas_mm2(records: list[BlockRecord], spec: MapSpec) -> dict[str, float]:
+    counts = np.sum([r.class_px for r in records] or [[0] * (len(spec.classes) + 1)], axis=0)
+    return {name: float(n) * spec.mpp_out**2 / 1e6 for (name, _), n in zip(spec.classes, counts[1:], strict=True)}
+
+
+def _tile_counts(records: list[BlockRecord]) -> dict[str, int]:
+    return {
+        "run": sum(r.tiles for r in records),
+        "segmented": sum(r.segmented for r in records),
+        "without class": sum(r.unclassified for r in records),
+        "unreadable": sum(len(r.bad_tiles_l0) for r in records),
+    }
+
+
+def _stage_seconds(records: list[BlockRecord]) -> dict[str, float]:
+    """Time per stage summed over the blocks; stages of different blocks overlap."""
+    stages = {stage for r in records for stage in r.seconds}
+    return {f"blocks: {stage}": sum(r.seconds.get(stage, 0.0) for r in records) for stage in sorted(stages)}
+
+
+def _slide_facts(info: SlideInfo) -> dict[str, object]:
+    # A whitelist: a slide's properties hold patients' names, dates and barcodes.
+    return {
+        "name": info.path.name,
+        "path": str(info.path.absolute()),
+        "size": list(info.size_l0),
+        "mpp": info.mpp,
+        "mpp_source": info.mpp_source,
+        "vendor": info.vendor,
+        "backend": info.backend,
+        "bounds": list(info.bounds_l0),
+        "qupath_offset": [info.bounds_l0.x, info.bounds_l0.y],
+    }
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+@contextmanager
+def _named_write_errors(path: Path, output: Path) -> Iterator[None]:
+    """Say what to do where the disk is full or the folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(output).free
+            raise OutputError(
+                f"{path.name}: the disk of {output} is full ({free / 2**20:.0f} MiB free); free some space and run the "
+                f"same command again, which goes on from the finished blocks"
+            ) from error
+        raise OutputError(
+            f"{path.name}: cannot write {error.filename or output}: {error.strerror or error}; check that the folder "
+            f"exists and may be written"
+        ) from error

@@ -1,0 +1,130 @@
+"""Probabilities of one result as QuPath can show them over the slide: a picture per class, and a grid of tile objects.
+
+QuPath opens the OME-Zarr as an image of its own; over the slide it draws pictures that a script hands it, and colours
+tile objects by their measurements (*Measure → Show measurement maps*). Coordinates are those of the polygons.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from PIL import Image
+
+from pipeline.files import replacing
+from wsi.box import Box
+
+UInt8Array = npt.NDArray[np.uint8]
+
+OVERLAY_PX = 2048
+"""A picture is taken from the finest level of the map that is no larger than this."""
+
+TILE_OUT = 64
+"""Side of a tile, in pixels of the map."""
+
+_WINDOW_OUT = 512  # read at once: whole tiles, about a chunk
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "wsi-segment/tile")
+
+
+@dataclass(frozen=True)
+class ProbabilityMap:
+    """The map of one result, and where it lies on the slide."""
+
+    store: Path
+    classes: tuple[tuple[str, tuple[int, int, int]], ...]
+    size_out: tuple[int, int]
+    """(width, height) without the padding of the store."""
+    l0_per_out: float
+    slide_digest: str
+
+    @property
+    def levels(self) -> int:
+        """Number of levels of the stored pyramid."""
+        return sum(1 for _ in self.store.glob("[0-9]*/.zarray"))
+
+    def probs(self, level: int) -> zarr.Array[Any]:
+        """Probabilities of one level, uint8 (class, y, x)."""
+        return zarr.open_array(self.store / str(level), mode="r")
+
+
+def write_overlays(folder: Path, probability: ProbabilityMap) -> tuple[int, int]:
+    """Write `<k>.png` for each class into `folder`: the class's colour, as opaque as the class is probable.
+
+    Returns (width, height) of the pictures in level-0 pixels: they begin at the origin of the polygons' frame.
+    """
+    level = next(
+        (i for i in range(probability.levels) if max(probability.probs(i).shape[1:]) <= OVERLAY_PX),
+        probability.levels - 1,
+    )
+    probs_KHW = probability.probs(level)
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, (_, color) in enumerate(probability.classes):
+        picture = Image.fromarray(np.asarray(probs_KHW[k], np.uint8))
+        # A palette of one colour whose opacity is the value: QuPath draws it as it is, without a copy in four channels.
+        picture.putpalette(color * 256)
+        with replacing(folder / f"{k}.png") as partial:
+            picture.save(partial, "PNG", transparency=bytes(range(256)))
+    l0_per_px = probability.l0_per_out * 2**level
+    _, height, width = probs_KHW.shape
+    return round(width * l0_per_px), round(height * l0_per_px)
+
+
+def write_tiles(path: Path, probability: ProbabilityMap, tile_out: int = TILE_OUT) -> int:
+    """Write the tiles as GeoJSON in QuPath's dialect; returns how many. Memory does not grow with the slide.
+
+    A tile's measurement `Probability <class>` is the mean over its pixels inside the map, in [0, 1]. Tiles without any
+    probability, on glass, are left out. The same map gives the same ids.
+    """
+    count = 0
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.write('{"type":"FeatureCollection","features":[')
+        for box_out, means_K in _tiles(probability, tile_out):
+            file.write(",\n" if count else "\n")
+            file.write(_feature(probability, box_out, means_K))
+            count += 1
+        file.write("\n]}\n")
+    return count
+
+
+def _tiles(probability: ProbabilityMap, tile_out: int) -> Iterator[tuple[Box, npt.NDArray[np.float64]]]:
+    """The box and the classes' means of every tile that is not glass."""
+    probs_KHW, (width, height) = probability.probs(0), probability.size_out
+    window = tile_out * max(1, _WINDOW_OUT // tile_out)
+    for y in range(0, height, window):
+        for x in range(0, width, window):
+            part_KHW = np.asarray(probs_KHW[:, y : min(y + window, height), x : min(x + window, width)])
+            if not part_KHW.any():
+                continue
+            for top in range(0, part_KHW.shape[1], tile_out):
+                for left in range(0, part_KHW.shape[2], tile_out):
+                    tile_KHW = part_KHW[:, top : top + tile_out, left : left + tile_out]
+                    if tile_KHW.any():
+                        _, rows, columns = tile_KHW.shape
+                        yield Box(x + left, y + top, columns, rows), tile_KHW.mean(axis=(1, 2)) / 255
+
+
+def _feature(probability: ProbabilityMap, box_out: Box, means_K: npt.NDArray[np.float64]) -> str:
+    corners_out = (box_out.x, box_out.y, box_out.right, box_out.bottom)
+    left, top, right, bottom = (round(value * probability.l0_per_out, 2) for value in corners_out)
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    feature = {
+        "type": "Feature",
+        "id": str(uuid.uuid5(_NAMESPACE, json.dumps([probability.slide_digest, left, top, right, bottom]))),
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": {
+            "objectType": "tile",
+            "measurements": {
+                # QuPath holds them as float32, and five digits are more than the map's 8 bits.
+                f"Probability {name}": round(float(mean), 5)
+                for (name, _), mean in zip(probability.classes, means_K, strict=True)
+            },
+        },
+    }
+    return json.dumps(feature, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

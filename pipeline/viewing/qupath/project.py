@@ -1,0 +1,199 @@
+"""A QuPath project of all results in a folder.
+
+results/qupath/
+    project.qpproj                  the slides, read by OpenSlide, so that QuPath's origin is that of the polygons
+    classifiers/classes.json        the classes in their colours
+    scripts/*.groovy                what imports the polygons, and what shows a probability over the slide
+    results.tsv                     what the scripts read: where the files of each image are
+    maps/<slide>/                   pictures of the probabilities, and tiles
+
+QuPath keeps a user's objects in `data/<entryID>`, in files of its own. What is in the folder stays: a project that is
+there is added to, and its entries keep their ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote
+
+from filelock import FileLock
+
+from pipeline.errors import OutputError
+from pipeline.files import write_atomically
+from pipeline.results.record import read_run
+from pipeline.viewing.qupath.images import SlideFile, enter_slides, load_project
+from pipeline.viewing.qupath.maps import ProbabilityMap, write_overlays, write_tiles
+
+log = logging.getLogger(__name__)
+
+FOLDER = "qupath"
+"""Name of the project's folder in a folder of results."""
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+_COLUMNS = ("entryID", "name", "geojson", "tiles", "overlays", "width", "height", "classes")
+
+
+@dataclass(frozen=True)
+class _Result:
+    """One slide's result."""
+
+    folder: Path
+    slide: SlideFile
+    digest: str
+    """Of all that the result was made of."""
+    map: ProbabilityMap
+
+    @property
+    def geojson(self) -> Path:
+        return self.folder / f"{self.folder.name}.geojson"
+
+
+def write_project(output: Path, *, tiles: bool = False, slides: Path | None = None) -> Path:
+    """Write or bring up to date the QuPath project of the results in `output`; returns its project.qpproj.
+
+    tiles: also write tile objects with the classes' probabilities as measurements. slides: folder to search, by name
+    and content, for slides that are no longer where they were segmented; without it, and where it does not help, a
+    slide that moved together with the project is found, and any other is entered as it was and a warning is logged. So
+    it is for a result that cannot be read, which is left out.
+
+    Raises OutputError where there are no results, or the project cannot be read or written; nothing is changed then.
+    """
+    folder = output.absolute() / FOLDER
+    results = list(_results(output.absolute()))
+    if not results:
+        raise OutputError(f"{output}: no results of wsi-segment in this folder; name the folder given to its --output")
+    try:
+        with FileLock(output / ".qupath.lock") as lock:
+            try:
+                return _write(folder, results, tiles=tiles, slides=slides)
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); check that there is space and "
+            f"that the folder may be written"
+        ) from error
+
+
+def _write(folder: Path, results: Sequence[_Result], *, tiles: bool, slides: Path | None) -> Path:
+    path = folder / "project.qpproj"
+    project = load_project(path)
+    before = json.dumps(project)
+    classes = _merged_classes(folder / "classifiers" / "classes.json", results)
+    entries = enter_slides(project, path, [result.slide for result in results], slides)
+
+    for name in ("classifiers", "scripts", "maps"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    rows = [_row(folder, entry, result, tiles=tiles) for entry, result in zip(entries, results, strict=True)]
+    write_atomically(folder / "results.tsv", "".join("\t".join(row) + "\n" for row in [_COLUMNS, *rows]))
+    for script in SCRIPTS.glob("*.groovy"):
+        write_atomically(folder / "scripts" / script.name, script.read_text(encoding="utf-8"))
+    write_atomically(folder / "README.txt", (SCRIPTS / "README.txt").read_text(encoding="utf-8"))
+    write_atomically(folder / "classifiers" / "classes.json", _json(classes))
+    if json.dumps(project) != before:
+        project["modifyTimestamp"] = time.time_ns() // 1_000_000
+        write_atomically(path, _json(project))
+    return path
+
+
+def _results(output: Path) -> Iterator[_Result]:
+    if not output.is_dir():
+        return
+    for folder in sorted(output.iterdir()):
+        run = None if folder.name.startswith(".") else read_run(folder)
+        if run is None:
+            continue
+        if folder.name == FOLDER:
+            raise OutputError(f"{folder}: a slide's result is in the place of the project; rename the slide")
+        try:
+            yield _result(folder, run)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            log.warning(
+                "%s: left out, its map or run.json cannot be read (%s: %s); segment the slide again with --force",
+                folder,
+                type(error).__name__,
+                error,
+            )
+
+
+def _result(folder: Path, run: Mapping[str, Any]) -> _Result:
+    store, slide, plan, identity = folder / f"{folder.name}.ome.zarr", run["slide"], run["plan"], run["identity"]
+    channels = json.loads((store / ".zattrs").read_text(encoding="utf-8"))["omero"]["channels"]
+    classes = tuple((str(c["label"]), cast("tuple[int, int, int]", tuple(bytes.fromhex(c["color"])))) for c in channels)
+    width, height = plan["map_size"]
+    l0_per_out = plan["map_mpp"] / slide["mpp"]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    place = SlideFile(folder, Path(slide.get("path", slide["name"])), str(identity["slide"]))
+    return _Result(folder, place, digest, ProbabilityMap(store, classes, (width, height), l0_per_out, place.digest))
+
+
+def _merged_classes(path: Path, results: Sequence[_Result]) -> dict[str, Any]:
+    """The classes that are there, as they are, and those of the results that are missing."""
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8"))
+        known = {entry.get("name") for entry in classes["pathClasses"]}
+    except FileNotFoundError:
+        classes, known = {"pathClasses": []}, set()
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise OutputError(f"{path}: is no list of classes that QuPath could read; move it away") from error
+    for result in results:
+        for name, color in result.map.classes:
+            if name not in known:
+                known.add(name)
+                classes["pathClasses"].append({"name": name, "color": packed_argb(color)})
+    return cast("dict[str, Any]", classes)
+
+
+def packed_argb(color: tuple[int, int, int]) -> int:
+    """An opaque colour as QuPath holds it: alpha, red, green and blue in the bytes of a signed 32-bit number."""
+    return int.from_bytes(bytes((255, *color)), "big", signed=True)
+
+
+def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool) -> tuple[str, ...]:
+    """A row of results.tsv, after the pictures and tiles that it names are written."""
+    maps = folder / "maps" / result.folder.name
+    tiles_path = maps / f"{result.folder.name}.tiles.geojson"
+    made = maps / "made_of.json"
+    try:
+        digest, width, height = json.loads(made.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        digest, width, height = "", 0, 0
+    if digest != result.digest:
+        # Also the tiles of a former result.
+        shutil.rmtree(maps, ignore_errors=True)
+        width, height = write_overlays(maps, result.map)
+        write_atomically(made, json.dumps([result.digest, width, height]))
+    if tiles and not tiles_path.exists():
+        write_tiles(tiles_path, result.map)
+    return (
+        str(entry["entryID"]),
+        _quoted(result.slide.path.name),
+        _relative(result.geojson, folder),
+        _relative(tiles_path, folder) if tiles_path.exists() else "",
+        _relative(maps, folder),
+        str(width),
+        str(height),
+        ",".join(_quoted(name) for name, _ in result.map.classes),
+    )
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return _quoted(os.path.relpath(path, folder), safe="/")
+
+
+def _quoted(text: str, safe: str = "") -> str:
+    return quote(os.fsencode(text), safe=safe)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

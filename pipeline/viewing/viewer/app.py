@@ -1,0 +1,323 @@
+"""The web application: pages, tiles and outlines of results, for reading only.
+
+Whatever an address names is looked up among what was found at the start; no part of it ever becomes a path. Slides are
+patient data, so nothing is kept by the browser, no other site may embed an answer, and no answer says where files lie.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from importlib import resources
+
+import jinja2
+from starlette.applications import Starlette
+from starlette.convertors import IntegerConvertor, register_url_convertor
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.errors import PipelineError
+from pipeline.viewing.viewer import map_tiles
+from pipeline.viewing.viewer.cache import ByteCache
+from pipeline.viewing.viewer.open_results import OpenResult, OpenResults
+from pipeline.viewing.viewer.outlines import TOLERANCES_L0
+from pipeline.viewing.viewer.request_threads import RequestThreads
+from pipeline.viewing.viewer.results import Result
+from wsi.errors import SlideError
+from wsi.slide import slide_digest, slide_stamp
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 192 << 20
+HOSTS = ("127.0.0.1", "localhost")
+SECURITY_HEADERS = {
+    # The digest is that of no text: the empty style element that keeps OpenSeadragon from adding one.
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' "
+    "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    # A slide has no place in the browser's cache on disk.
+    "Cache-Control": "no-store",
+}
+ASSETS = {
+    "viewer.css": "text/css",
+    "viewer.js": "text/javascript",
+    "controls.js": "text/javascript",
+    "outlines.js": "text/javascript",
+    "outline_worker.js": "text/javascript",
+    "readout.js": "text/javascript",
+    "openseadragon.min.js": "text/javascript",
+}
+
+Make = Callable[[OpenResult], bytes | None]
+
+
+class _Number(IntegerConvertor):
+    """A whole number of an address, of as many digits as a set of 255 classes can have; a longer one is not found."""
+
+    regex = "[0-9]{1,77}"
+
+
+register_url_convertor("number", _Number())
+
+
+def make_app(results: Sequence[Result]) -> Starlette:
+    """The application that shows these results. Slides are opened when they are first looked at."""
+    viewer = Viewer(results)
+    here = "/slides/{id}"
+    routes = [
+        Route("/", viewer.index),
+        Route("/favicon.ico", lambda _: Response(status_code=204)),
+        Route("/assets/{name}", viewer.asset),
+        Route(f"{here}/", viewer.page),
+        Route(f"{here}/facts.json", viewer.facts),
+        Route(f"{here}/identity.json", viewer.identity),
+        Route(f"{here}/slide/{{level:number}}/{{column:number}}_{{row:number}}.jpg", viewer.slide_tile),
+        Route(f"{here}/overview/{{level:number}}/{{column:number}}_{{row:number}}.jpg", viewer.overview_tile),
+        Route(f"{here}/overview.json", viewer.overview),
+        Route(
+            f"{here}/class/{{channel:number}}/{{level:number}}/{{column:number}}_{{row:number}}.png", viewer.class_tile
+        ),
+        Route(
+            f"{here}/labels/{{shown:number}}/{{level:number}}/{{column:number}}_{{row:number}}.png", viewer.label_tile
+        ),
+        Route(f"{here}/outlines/{{detail:number}}", viewer.outlines),
+    ]
+    return Starlette(
+        routes=routes,
+        middleware=[
+            Middleware(_SecurityHeaders),
+            Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
+        ],
+        exception_handlers={HTTPException: _plain_error, Exception: _internal_error},
+        lifespan=viewer.lifespan,
+    )
+
+
+class Viewer:
+    """What the routes answer with, and the threads that make it."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self._cache = ByteCache(CACHE_BYTES)
+        self._opened = OpenResults(results)
+        # Few, and always the same: each keeps a handle of every slide.
+        self._tile_threads = RequestThreads("tiles", max(2, min(8, os.cpu_count() or 2)))
+        # Hundreds of thousands of polygons take seconds, for which no tile has to wait.
+        self._outline_thread = RequestThreads("outlines", 1)
+        self._identities: dict[str, asyncio.Task[bool | None]] = {}
+        self._assets = _read_assets()
+        self._pages = jinja2.Environment(
+            loader=jinja2.PackageLoader("pipeline.viewing.viewer", "assets"), autoescape=True
+        )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        yield
+        for threads in (self._tile_threads, self._outline_thread):
+            threads.shutdown()
+        self._opened.close()
+
+    async def index(self, _: Request) -> Response:
+        results = tuple(self._opened.by_id.values())
+        if len(results) == 1:
+            return RedirectResponse(f"/slides/{results[0].id}/")
+        return HTMLResponse(self._pages.get_template("slides.html").render(results=results))
+
+    async def page(self, request: Request) -> Response:
+        results = tuple(self._opened.by_id.values())
+        return HTMLResponse(
+            self._pages.get_template("viewer.html").render(result=self._result(request), results=results)
+        )
+
+    async def asset(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._assets:
+            raise HTTPException(404)
+        return Response(self._assets[name], media_type=ASSETS[name])
+
+    async def facts(self, request: Request) -> Response:
+        return await self._answer(request, "application/json", _facts, keep=False)
+
+    async def identity(self, request: Request) -> Response:
+        """Whether the slide's file is, byte for byte, the one that was segmented; null where it cannot be read."""
+        result = self._result(request)
+        if result.id not in self._identities:
+            self._identities[result.id] = asyncio.create_task(_in_daemon(lambda: _is_same(result)))
+        return JSONResponse({"same": await asyncio.shield(self._identities[result.id])})
+
+    async def slide_tile(self, request: Request) -> Response:
+        level, column, row = (request.path_params[n] for n in ("level", "column", "row"))
+        return await self._answer(request, "image/jpeg", lambda o: o.slide_tiles.jpeg(level, column, row))
+
+    async def overview_tile(self, request: Request) -> Response:
+        level, column, row = (request.path_params[n] for n in ("level", "column", "row"))
+
+        def make(opened: OpenResult) -> bytes | None:
+            return None if opened.overview is None else opened.overview.jpeg(level, column, row)
+
+        # The next one may show more, and to make it is but to encode it.
+        return await self._answer(request, "image/jpeg", make, keep=False)
+
+    async def overview(self, request: Request) -> Response:
+        return await self._answer(request, "application/json", _progress, keep=False)
+
+    async def class_tile(self, request: Request) -> Response:
+        place = tuple(request.path_params[n] for n in ("channel", "level", "column", "row"))
+        return await self._answer(request, "image/png", lambda o: o.map_tiles.probability(*place))
+
+    async def label_tile(self, request: Request) -> Response:
+        place = tuple(request.path_params[n] for n in ("shown", "level", "column", "row"))
+        return await self._answer(request, "image/png", lambda o: o.map_tiles.labels(*place))
+
+    async def outlines(self, request: Request) -> Response:
+        detail = request.path_params["detail"]
+        answer = await self._made(request, request.url.path, lambda o: o.outlines(detail), self._outline_thread)
+        return Response(answer, media_type="application/octet-stream")
+
+    def _result(self, request: Request) -> Result:
+        result = self._opened.by_id.get(request.path_params["id"])
+        if result is None:
+            raise HTTPException(404)
+        return result
+
+    async def _answer(self, request: Request, media_type: str, make: Make, *, keep: bool = True) -> Response:
+        key = request.url.path if keep else None
+        return Response(await self._made(request, key, make, self._tile_threads), media_type=media_type)
+
+    async def _made(self, request: Request, key: str | None, make: Make, threads: RequestThreads) -> bytes:
+        """What `make` makes of the result, kept under `key`. Raises HTTPException 404 where that is None."""
+        result = self._result(request)
+        kept = None if key is None else self._cache.peek(key)
+        if kept is not None:
+            return kept
+        try:
+            made = await threads.run(request, lambda: self._work(result, make))
+        except (PipelineError, SlideError, OSError) as error:
+            log.error("%s: %s", result.name, error)
+            raise HTTPException(503, "The slide or its result cannot be read; the terminal says why.") from error
+        if made is None:
+            raise HTTPException(404)
+        if key is not None:
+            self._cache.put(key, made)
+        return made
+
+    def _work(self, result: Result, make: Make) -> bytes | None:
+        with self._opened.using(result) as opened:
+            return make(opened)
+
+
+def page_facts(opened: OpenResult) -> dict[str, object]:
+    """What the page draws and says; lengths in level-0 pixels where no unit is named."""
+    result, tiles, map_ = opened.result, opened.slide_tiles, opened.map_tiles
+    width_out, height_out = map_.size_out
+    return {
+        "name": result.name,
+        "mpp": result.mpp,
+        "width": tiles.size_l0[0],
+        "height": tiles.size_l0[1],
+        "slide": {"tile": tiles.tile, "levels": tiles.levels, "overview": tiles.overview_level},
+        "map": {
+            "tile": map_tiles.TILE,
+            "levels": map_.levels,
+            "width": width_out,
+            "height": height_out,
+            "l0_per_px": result.l0_per_out,
+        },
+        "classes": [
+            {"name": c.name, "color": "#{:02x}{:02x}{:02x}".format(*c.color), "area_mm2": c.area_mm2}
+            for c in result.classes
+        ],
+        "polygons": result.polygons,
+        "tolerances": list(TOLERANCES_L0),
+    }
+
+
+def _facts(opened: OpenResult) -> bytes:
+    return json.dumps(page_facts(opened)).encode()
+
+
+def _progress(opened: OpenResult) -> bytes | None:
+    """How much of the overview has been read, and whether that is all there will ever be; None where there is none."""
+    if opened.overview is None:
+        return None
+    return json.dumps({"share": opened.overview.share, "failed": opened.overview.failed}).encode()
+
+
+async def _in_daemon(work: Callable[[], bool | None]) -> bool | None:
+    """What `work` returns, from a thread that the program's end does not wait for: a slide may take minutes to read."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[bool | None] = loop.create_future()
+
+    def deliver(value: bool | None) -> None:
+        if not answer.done():
+            answer.set_result(value)
+
+    def run() -> None:
+        value = work()
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(deliver, value)
+
+    threading.Thread(target=run, name="digest", daemon=True).start()
+    return await answer
+
+
+def _is_same(result: Result) -> bool | None:
+    try:
+        if result.slide_stamp and slide_stamp(result.slide) == result.slide_stamp:
+            return True
+        same = slide_digest(result.slide) == result.slide_digest
+    except SlideError as error:
+        log.error("%s: %s", result.name, error)
+        return None
+    if not same:
+        log.warning(
+            "%s: is not the file that was segmented: its bytes differ; pass --slide with the right one, or segment "
+            "this one", result.slide.name
+        )  # fmt: skip
+    return same
+
+
+def _read_assets() -> dict[str, bytes]:
+    package = resources.files("pipeline.viewing.viewer")
+    folders = {"openseadragon.min.js": "openseadragon"}
+    return {name: (package / folders.get(name, "assets") / name).read_bytes() for name in ASSETS}
+
+
+async def _plain_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return PlainTextResponse(error.detail, error.status_code, error.headers)
+
+
+async def _internal_error(_: Request, __: Exception) -> Response:
+    return PlainTextResponse("Internal error; the terminal says more.", 500, SECURITY_HEADERS)
+
+
+class _SecurityHeaders:
+    """Puts `SECURITY_HEADERS` onto every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._headers = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *self._headers]
+            await send(message)
+
+        return self._app(scope, receive, send_with_headers)

@@ -1,0 +1,79 @@
+"""Tiles of a stored map as PNG: a class's colour with its probability as alpha, or the colours of the labels.
+
+The tiles are those of the store's own pyramid: level 0 is the finest, each level half the last.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.formats.ome_zarr import LABELS
+
+TILE = 512
+"""Side of a tile: a chunk of the store."""
+
+
+class MapTiles:
+    """The tiles of one store. Threads may share it."""
+
+    def __init__(self, store: Path, colors: Sequence[tuple[int, int, int]]) -> None:
+        self._store = store
+        self._colors = tuple(colors)
+        self._open = functools.cache(self._open_array)
+        datasets = zarr.open_group(store, mode="r").attrs["multiscales"]
+        assert isinstance(datasets, list)
+        self.levels = len(datasets[0]["datasets"])
+
+    @property
+    def size_out(self) -> tuple[int, int]:
+        """(width, height) of the finest level as stored, which may reach beyond the slide."""
+        height, width = self._open(f"{LABELS}/0").shape
+        return width, height
+
+    def probability(self, channel: int, level: int, column: int, row: int) -> bytes | None:
+        """A class's colour with its probability as alpha; None where there is no such class or tile."""
+        if not (0 <= channel < len(self._colors) and 0 <= level < self.levels):
+            return None
+        values_HW = _tile(self._open(f"{level}"), (channel,), column, row)
+        return None if values_HW is None else _png(values_HW, [self._colors[channel]] * 256, bytes(range(256)))
+
+    def labels(self, shown: int, level: int, column: int, row: int) -> bytes | None:
+        """The colour of each pixel's class, transparent where there is none or class k's bit k is not set in `shown`.
+
+        None where there is no such tile.
+        """
+        if not 0 <= level < self.levels:
+            return None
+        labels_HW = _tile(self._open(f"{LABELS}/{level}"), (), column, row)
+        alphas = bytes([0, *(255 * (shown >> k & 1) for k in range(len(self._colors)))])
+        return None if labels_HW is None else _png(labels_HW, [(0, 0, 0), *self._colors], alphas)
+
+    def _open_array(self, name: str) -> zarr.Array[Any]:
+        return zarr.open_array(self._store / name, mode="r", zarr_format=2)
+
+
+def _tile(array: zarr.Array[Any], leading: tuple[int, ...], column: int, row: int) -> NDArray[np.uint8] | None:
+    height, width = array.shape[-2:]
+    x, y = column * TILE, row * TILE
+    if not (0 <= x < width and 0 <= y < height):
+        return None
+    place: tuple[int | slice, ...] = (*leading, slice(y, y + TILE), slice(x, x + TILE))
+    return np.asarray(array[place], np.uint8)
+
+
+def _png(values_HW: NDArray[np.uint8], colors: Sequence[tuple[int, int, int]], alphas: bytes) -> bytes:
+    """A palette image: an eighth of the time and a quarter of the pixels' bytes of an RGBA one."""
+    image = Image.fromarray(values_HW, "P")
+    image.putpalette([part for color in colors for part in color])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=alphas, compress_level=1)
+    return buffer.getvalue()

@@ -1,0 +1,105 @@
+"""Results that are being looked at: opened when they are first asked for, the one not used for longest closed."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import ViewError
+from pipeline.viewing.viewer.map_tiles import MapTiles
+from pipeline.viewing.viewer.outlines import outline_bytes
+from pipeline.viewing.viewer.overview import Overview
+from pipeline.viewing.viewer.results import Result
+from pipeline.viewing.viewer.slide_tiles import SlideTiles
+from wsi.errors import SlideError
+from wsi.slide import Slide, open_slide
+
+MOST_OPEN = 4
+"""Slides that are kept open; each has a handle for every thread."""
+
+
+class OpenResult:
+    """A result with its slide and its map open. Threads may share it."""
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+        self._slide = open_checked(result)
+        self.slide_tiles = SlideTiles(self._slide)
+        self.map_tiles = MapTiles(result.folder / result.store, [c.color for c in result.classes])
+        level = self.slide_tiles.overview_level
+        self.overview = None if level is None else Overview(self.slide_tiles, level, result.name)
+        self.users = 0
+
+    def outlines(self, detail: int) -> bytes | None:
+        return outline_bytes(self.result.folder / self.result.outlines, detail)
+
+    def close(self) -> None:
+        if self.overview is not None:
+            self.overview.close()
+        self._slide.close()
+
+
+class OpenResults:
+    """The open results among all that are shown. Threads may share it; `close` when nobody uses one any more."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self.by_id = {result.id: result for result in results}
+        self._open: OrderedDict[str, OpenResult] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def using(self, result: Result) -> Iterator[OpenResult]:
+        """The result, open while the block runs. Raises ViewError or SlideError where it cannot be opened."""
+        with self._lock:
+            opened = self._open.get(result.id)
+            if opened is None:
+                opened = self._open[result.id] = OpenResult(result)
+            self._open.move_to_end(result.id)
+            opened.users += 1
+            self._close_unused()
+        try:
+            yield opened
+        finally:
+            with self._lock:
+                opened.users -= 1
+
+    def _close_unused(self) -> None:
+        idle = [id_ for id_, opened in self._open.items() if not opened.users]
+        for id_ in idle[: max(0, len(self._open) - MOST_OPEN)]:
+            self._open.pop(id_).close()
+
+    def close(self) -> None:
+        """Close every slide."""
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1].close()
+
+
+def open_checked(result: Result) -> Slide:
+    """Open a result's slide. Raises SlideError, or ViewError where it is plainly another slide than the result's."""
+    path = result.slide
+    if not Path(path).is_file():
+        raise ViewError(f"{path.name}: no such file at {path}; pass --slide with the place where it is now")
+    slide = open_slide(path, result.mpp)
+    found, expected = (slide.info.size_l0, slide.info.bounds_l0), (result.slide_size, result.bounds_l0)
+    if found != expected:
+        slide.close()
+        (width, height), (old_width, old_height) = found[0], expected[0]
+        raise ViewError(
+            f"{path.name}: is another slide than the one that {result.name} was made from: {width}×{height} px with "
+            f"bounds {tuple(found[1])}, not {old_width}×{old_height} with {tuple(expected[1])}; pass --slide with the "
+            f"right one"
+        )
+    return slide
+
+
+def unavailable(result: Result) -> str | None:
+    """Why a result's slide cannot be shown; None where it can."""
+    try:
+        open_checked(result).close()
+    except (ViewError, SlideError) as error:
+        return str(error)
+    return None

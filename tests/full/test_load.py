@@ -1,0 +1,54 @@
+"""A long batch in one process: nothing grows with its slides. `python -m tests.bench.load` does it with 500."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.results.record import SlideResult
+from tests.bench.load import Load, Sample, summary
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+SLIDES = 30
+
+GROWTH_BYTES = 20 << 20
+"""What memory may grow by from the 10th slide to the last: 1 MiB a slide. A block's map of two classes
+that somebody keeps is 3 MiB."""
+
+
+def test_descriptors_threads_and_memory_do_not_grow_with_the_slides(tmp_path: Path) -> None:
+    # A process of its own: the tests' own one is large, and keeps what it frees.
+    command = [sys.executable, "-m", "tests.bench.load", "--slides", str(SLIDES), "--json", str(tmp_path / "load.json")]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    load = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
+    assert (load["slides"], load["failed"], load["processes"]) == (SLIDES, 0, 1)
+    # The same pixels under any name, early or late in the batch: the same map.
+    assert load["kinds_with_differing_maps"] == 0
+    tenth, last = load["samples"][9], load["samples"][-1]
+    assert (last["descriptors"], last["threads"]) == (tenth["descriptors"], tenth["threads"])
+    assert last["own_bytes"] - tenth["own_bytes"] < GROWTH_BYTES
+
+
+def made_up(seconds: list[float], growth_bytes: int) -> Load:
+    """A batch whose memory grows by so much with each slide, and whose slides differ in the time of their blocks."""
+    return Load(
+        samples=[Sample(float(n), 100 + n * growth_bytes, 0, 10, 5, 1) for n in range(len(seconds))],
+        results=[SlideResult(f"slide-{n}", "done", s) for n, s in enumerate(seconds)],
+        stages=[{"plan": 0.5, "blocks": s - 1, "digest, page and publishing": 0.5} for s in seconds],
+    )
+
+
+def test_the_figures_tell_the_slope_of_memory_and_why_the_slowest_slide_was_slow() -> None:
+    load = made_up([2.0] * 150 + [5.0] + [2.0] * 49, growth_bytes=3 << 20)
+    assert load.bytes_per_1000_slides() == pytest.approx(3000 * 2**20)
+    assert load.slowest()[0] == "slide 151: 5.00 s (median 2.00 s); blocks: +3.00 s"
+    assert len(load.slowest()) == 2
+    figures = summary(load)
+    assert (figures["slides"], figures["failed"], figures["descriptors_last"]) == (200, 0, 10)
+    assert figures["seconds_per_slide_last_fifth"] == pytest.approx(1.0)

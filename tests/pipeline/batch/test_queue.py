@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from models.predictor import Predictor
+from pipeline.batch.collect import collect_jobs, name_clashes
+from pipeline.batch.queue import run_batch
+from pipeline.config import SegmentConfig
+from pipeline.errors import Cancelled, ConfigError
+from pipeline.progress import Progress, no_progress
+from pipeline.results.record import SlideResult
+from pipeline.workers.base import SlideJob
+from pipeline.workers.in_process import InProcess
+from tests.pipeline.fakes import SMALL, colour_predictor, constant_predictor, region_slide
+from tests.pipeline.results.test_record import rows_of
+from tests.slides import PINK, painted, write_slide
+
+
+def silent(_: SlideJob) -> Progress:
+    return no_progress
+
+
+def here(predictor: Predictor, config: SegmentConfig = SMALL) -> InProcess:
+    """Workers in this process, of which every model is this one."""
+    return InProcess(lambda _: predictor, "any", config)
+
+
+def run(jobs: list[SlideJob], output: Path, progress: Progress = no_progress) -> list[SlideResult]:
+    """The results of a batch with the colour model, which are also what was reported."""
+    reported: list[SlideResult] = []
+    results = run_batch(jobs, output, here(colour_predictor()), lambda _: progress, reported.append)
+    assert reported == results
+    return results
+
+
+def small_slide(path: Path) -> Path:
+    return write_slide(path, painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=1.0)
+
+
+def manifest(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_folder_stands_for_its_slides_and_with_recursive_for_those_below(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("b.SVS", "a.tiff", "notes.txt", ".hidden.svs", "deep/er/c.ndpi"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.svs").mkdir()
+    assert [job.path.name for job in collect_jobs([tmp_path])] == ["a.tiff", "b.SVS"]
+    assert [job.path.name for job in collect_jobs([tmp_path], recursive=True)] == ["a.tiff", "b.SVS", "c.ndpi"]
+
+
+def test_a_folder_without_slides_is_an_error_that_names_recursive(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no slides in this folder .*\.svs.*; pass --recursive"):
+        collect_jobs([tmp_path])
+    with pytest.raises(ConfigError, match=r"no slides in this folder \(endings: [^;]*\)$"):
+        collect_jobs([tmp_path], recursive=True)
+
+
+def test_a_slide_named_twice_is_taken_once(tmp_path: Path) -> None:
+    slide = small_slide(tmp_path / "a.svs")
+    (tmp_path / "link").mkdir()
+    link = tmp_path / "link" / "b.svs"
+    link.symlink_to(slide)
+    listed = manifest(tmp_path / "list.csv", "slide,mpp\na.svs,0.5\n")
+    assert collect_jobs([slide, tmp_path, link, listed]) == [SlideJob(slide)]
+
+
+def test_a_manifest_gives_paths_beside_it_and_an_mpp_for_each(tmp_path: Path) -> None:
+    path = manifest(tmp_path / "list.csv", "\ufeffmpp,slide,stain\r\n0.25,sub/größe 1.svs,H&E\r\n,/data/b.svs,\r\n")
+    assert collect_jobs([path]) == [SlideJob(tmp_path / "sub/größe 1.svs", 0.25), SlideJob(Path("/data/b.svs"))]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slide,mpp\na.svs,0.5\nb.svs,half\n", "line 3: mpp is 'half'; it must be a positive number, or empty"),
+        ("slide,mpp\na.svs,0\n", "line 2: mpp is '0'"),
+        ("slide,mpp\na.svs,-1\n", "line 2: mpp is '-1'"),
+        ("slide,mpp\na.svs,nan\n", "line 2: mpp is 'nan'"),
+        ("slide,mpp\n\n\na.svs,x\n", "line 4: mpp is 'x'"),
+        ("slide,mpp\na.svs,\n,0.5\n", "line 3: the column 'slide' is empty"),
+        ("mpp,slide\n0.5\n", "line 2: the column 'slide' is empty"),
+        ("path,mpp\na.svs,\n", "needs a header with a column 'slide' and at least one row"),
+        ("slide,mpp\n", "needs a header with a column 'slide' and at least one row"),
+        ("", "needs a header with a column 'slide' and at least one row"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_says_where(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"list\.csv") as caught:
+        collect_jobs([manifest(tmp_path / "list.csv", text)])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"slide\n\xff\xfe.svs\n"])
+def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "list.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"list\.csv: cannot be read as a manifest"):
+        collect_jobs([path])
+
+
+def test_names_clash_whatever_their_case_and_ending(tmp_path: Path) -> None:
+    paths = [Path("a/Slide.svs"), Path("b/slide.tiff"), Path("c/other.svs")]
+    clashes = name_clashes([SlideJob(p) for p in paths])
+    assert set(clashes) == set(paths[:2])
+    assert clashes[paths[0]].startswith("a/Slide.svs: has the same name as b/slide.tiff")
+    assert clashes[paths[1]].startswith("b/slide.tiff: has the same name as a/Slide.svs")
+
+
+def test_slides_of_one_name_fail_and_the_others_are_done(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    jobs = [SlideJob(small_slide(tmp_path / name)) for name in ("a/same.svs", "b/SAME.svs", "a/other.svs")]
+    results = run(jobs, tmp_path / "out")
+    assert [r.status for r in results] == ["failed", "failed", "done"]
+    assert str(jobs[1].path) in results[0].error
+    assert str(jobs[0].path) in results[1].error
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["index.html", "other", "summary.csv"]
+    assert {n: r["status"] for n, r in rows_of(tmp_path / "out").items()} == {
+        "same": "failed",
+        "SAME": "failed",
+        "other": "done",
+    }
+
+
+def test_the_mpp_of_a_job_wins_over_the_settings(tmp_path: Path) -> None:
+    slide = write_slide(tmp_path / "a.svs", painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=None)
+    other = small_slide(tmp_path / "b.svs")
+    jobs = [SlideJob(slide, 2.0), SlideJob(other)]
+    config = replace(SMALL, mpp=4.0)
+    first, second = run_batch(jobs, tmp_path / "out", here(colour_predictor(), config), silent, lambda _: None)
+    assert first.areas_mm2["class-0"] == pytest.approx(250 * 200 * 2.0**2 / 1e6, rel=0.05)
+    assert second.areas_mm2["class-0"] == pytest.approx(250 * 200 * 4.0**2 / 1e6, rel=0.05)
+
+
+def test_another_runs_result_fails_its_slide_only(tmp_path: Path) -> None:
+    a, b = (small_slide(tmp_path / f"{name}.svs") for name in "ab")
+    run_batch([SlideJob(a)], tmp_path / "out", here(constant_predictor([1.0, 0.0])), silent, lambda _: None)
+    results = run([SlideJob(a), SlideJob(b)], tmp_path / "out")
+    assert [r.status for r in results] == ["failed", "done"]
+    assert "holds the result of another run (other model); pass --force to replace it" in results[0].error
+
+
+def test_the_summary_is_up_to_date_when_the_next_slide_is_interrupted(tmp_path: Path) -> None:
+    a, b = small_slide(tmp_path / "a.svs"), region_slide(tmp_path / "b.svs")
+    seen: list[str] = []
+
+    def interrupt(stage: str, done: int, _: int) -> None:
+        seen.append(stage)
+        if "publishing" in seen and (stage, done) == ("segmenting", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Cancelled, match=r"^b\.svs: interrupted.*; run the same command again"):
+        run_batch(
+            [SlideJob(a), SlideJob(b)], tmp_path / "out", here(colour_predictor()), lambda _: interrupt, lambda _: None
+        )
+    assert {n: r["status"] for n, r in rows_of(tmp_path / "out").items()} == {"a": "done"}
+    again = run([SlideJob(a), SlideJob(b)], tmp_path / "out")
+    assert [r.status for r in again] == ["skipped", "done"]
+    assert again[1].resumed_blocks >= 3
+    assert {n: r["status"] for n, r in rows_of(tmp_path / "out").items()} == {"a": "done", "b": "done"}
+
+
+def test_a_foreign_summary_does_not_stop_the_slides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.csv").write_text("my;own;table\n1;2;3\n", encoding="utf-8")
+    assert [r.status for r in run([SlideJob(small_slide(tmp_path / "a.svs"))], tmp_path / "out")] == ["done"]
+    assert "summary.csv: is no summary that a run has written" in caplog.text
+    assert (tmp_path / "out" / "summary.csv").read_text(encoding="utf-8") == "my;own;table\n1;2;3\n"
+
+
+def test_an_output_that_cannot_be_made_is_one_clear_error_for_each_slide(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    results = run([SlideJob(small_slide(tmp_path / "a.svs"))], tmp_path / "file" / "out")
+    assert results[0].status == "failed"
+    assert results[0].error.startswith("a.svs: cannot write ")
+    assert "Not a directory" in results[0].error
+
+
+def test_a_clash_of_many_slides_names_a_few_of_them() -> None:
+    jobs = [SlideJob(Path(f"case-{number}/slide.svs")) for number in range(1000)]
+    said = name_clashes(jobs)
+    assert len(said) == 1000
+    assert said[jobs[0].path].startswith(
+        "case-0/slide.svs: has the same name as case-1/slide.svs, case-2/slide.svs, case-3/slide.svs and 996 more, and"
+    )
+
+
+def test_an_entry_that_cannot_be_looked_at_is_left_to_fail_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.svs", "b.svs"):
+        (tmp_path / name).touch()
+    looked_at = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.name == "b.svs":
+            raise OSError(116, "Stale file handle")
+        return looked_at(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert [job.path.name for job in collect_jobs([tmp_path])] == ["a.svs", "b.svs"]

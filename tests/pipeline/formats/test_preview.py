@@ -1,0 +1,100 @@
+"""The preview picture: its parts, their colours, and that odd slides do not break it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.formats import preview
+from pipeline.formats.preview import length_text, overlay, round_length_um, write_preview
+
+CLASSES = [("Tumor", (200, 0, 0)), ("Stroma", (0, 160, 20))]
+
+
+def halves(height: int, width: int) -> preview.UInt8Array:
+    """Labels 1 on the left half, 2 on the right, background in the top quarter."""
+    labels_HW = np.ones((height, width), np.uint8)
+    labels_HW[:, width // 2 :] = 2
+    labels_HW[: height // 4] = 0
+    return labels_HW
+
+
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (1, 1), (2000, 7), (7, 2000), (2600, 1900)])
+def test_slides_of_any_form_give_a_sheet_of_reasonable_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    width, height = size
+    thumbnail_rgb_HWC = np.full((height, width, 3), 200, np.uint8)
+    write_preview(tmp_path / "p.png", thumbnail_rgb_HWC, halves(50, 30), CLASSES, "a slide", 8.0)
+    with Image.open(tmp_path / "p.png") as picture:
+        assert (picture.format, picture.mode) == ("PNG", "RGB")
+        assert 700 <= picture.width <= 2400
+        assert 300 <= picture.height <= 1500
+
+
+@pytest.mark.parametrize("title", ["", "日本 🔬 Ñandú – µm", "a\nb\x00c\ud800", "long " * 200])
+def test_any_title_is_drawn(tmp_path: Path, title: str) -> None:
+    classes = [(title or "x", (1, 2, 3))] * 40
+    write_preview(tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8), halves(4, 6), classes, title, 100.0)
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_an_empty_map_gives_a_picture(tmp_path: Path) -> None:
+    write_preview(
+        tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8), np.zeros((4, 6), np.uint8), CLASSES, "empty", 100.0
+    )
+    assert (tmp_path / "p.png").exists()
+
+
+def test_classes_are_blended_and_outlined_over_the_slide_and_background_is_left() -> None:
+    slide = Image.new("RGB", (80, 80), (200, 180, 220))
+    rgb_HWC = np.asarray(overlay(slide, halves(20, 20), [colour for _, colour in CLASSES]))
+    assert rgb_HWC[10, 40].tolist() == [200, 180, 220]
+    assert rgb_HWC[60, 10].tolist() == [round(0.55 * 200 + 0.45 * 200), round(0.55 * 180), round(0.55 * 220)]
+    assert rgb_HWC[60, 70].tolist() == [110, round(0.55 * 180 + 0.45 * 160), round(0.55 * 220 + 0.45 * 20)]
+    assert rgb_HWC[60, 39].tolist() == [40, 0, 0]
+    assert rgb_HWC[60, 40].tolist() == [0, 32, 4]
+    assert rgb_HWC[20, 10].tolist() == [40, 0, 0]
+
+
+def test_a_large_thumbnail_is_reduced_and_its_scale_bar_with_it(tmp_path: Path) -> None:
+    small, large = (np.full((height, 2 * height, 3), 255, np.uint8) for height in (550, 1100))
+    write_preview(tmp_path / "a.png", small, halves(5, 10), CLASSES, "t", 10.0)
+    write_preview(tmp_path / "b.png", large, halves(5, 10), CLASSES, "t", 5.0)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_the_scale_bar_is_as_long_as_it_says(tmp_path: Path) -> None:
+    write_preview(tmp_path / "p.png", np.full((550, 1100, 3), 255, np.uint8), halves(5, 10), CLASSES, "t", 10.0)
+    with Image.open(tmp_path / "p.png") as picture:
+        ink_HW = (np.asarray(picture) == preview.INK).all(axis=2)
+    # At most 260 px of 10 µm: 2 mm, 200 px.
+    longest = max(len(run) for row in ink_HW for run in "".join("x" if v else " " for v in row).split())
+    assert longest == pytest.approx(200, abs=2)
+
+
+@given(st.floats(0.01, 1e6))
+def test_round_lengths_are_one_two_or_five_times_a_power_of_ten(longest_um: float) -> None:
+    length_um = round_length_um(longest_um)
+    assert longest_um / 2.5 * (1 - 1e-9) <= length_um <= longest_um * (1 + 1e-9)
+    assert f"{length_um:e}"[0] in "125"
+
+
+def test_lengths_are_written_for_people() -> None:
+    assert [length_text(um) for um in (2000, 500, 100, 50, 0.5)] == ["2 mm", "0.5 mm", "0.1 mm", "50 um", "0.5 um"]
+
+
+def test_text_is_reduced_to_what_the_font_can_draw() -> None:
+    font = preview.font_of_size(20)
+    assert preview.fitting("Größe – é 🔬\n日", 1000, font) == "Grosse - e ? ?"
+    assert preview.fitting("abcdefghij" * 10, 150, font)[0] == "a"
+    assert font.getlength(preview.fitting("abcdefghij" * 10, 150, font)) <= 150
+
+
+def test_shares_are_of_the_classified_area() -> None:
+    entries = preview._legend_entries(halves(8, 8), [*CLASSES, ("Fat", (1, 1, 1))])
+    assert [(name, share) for name, share, _ in entries] == [("Tumor", "50.0 %"), ("Stroma", "50.0 %"), ("Fat", "none")]
+    assert preview._share_text(1, 100_000) == "< 0.1 %"

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import OutputError
+from pipeline.results.folder import ResultFolder, open_folder
+from pipeline.results.record import write_run
+
+IDENTITY: dict[str, object] = {"format": 1, "slide": "a", "model": "b", "parameters": {"overlap": 0.25}}
+
+
+def build(folder: ResultFolder, *names: str, text: str = "new") -> None:
+    for name in names:
+        (folder.result / name).write_text(text)
+    write_run(folder.result, {"identity": IDENTITY, "outputs": [*names, "run.json"]})
+
+
+def publish(out: Path, *names: str, text: str = "new", force: bool = False) -> None:
+    with open_folder(out, "slide", IDENTITY, force=force) as folder:
+        build(folder, *names, text=text)
+        folder.publish()
+
+
+def contents(out: Path) -> dict[str, str]:
+    return {
+        p.relative_to(out).as_posix(): p.read_text() for p in out.rglob("*") if p.is_file() and p.name != "run.json"
+    }
+
+
+def test_a_result_appears_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
+    publish(tmp_path, "slide.geojson", "preview.png")
+    assert contents(tmp_path) == {"slide/slide.geojson": "new", "slide/preview.png": "new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["slide"]
+
+
+def test_a_result_with_a_missing_file_is_not_taken_for_finished(tmp_path: Path) -> None:
+    publish(tmp_path, "slide.geojson", "preview.png")
+    (tmp_path / "slide" / "preview.png").unlink()
+    with pytest.raises(OutputError, match="with files missing"), open_folder(tmp_path, "slide", IDENTITY, force=False):
+        pass
+
+
+def test_force_removes_only_what_the_former_run_wrote(tmp_path: Path) -> None:
+    publish(tmp_path, "slide.geojson", "old.txt", text="old")
+    (tmp_path / "slide" / "notes.txt").write_text("mine")
+    (tmp_path / "slide" / "extra.csv").write_text("mine, too")
+    publish(tmp_path, "slide.geojson", "extra.csv", force=True)
+    assert contents(tmp_path) == {
+        "slide/slide.geojson": "new",
+        "slide/extra.csv": "new",
+        "slide/extra.csv.kept": "mine, too",
+        "slide/notes.txt": "mine",
+    }
+
+
+@pytest.mark.parametrize("run", ['{"mine": 1}', '{"identity": {}, "outputs": null}', "[]", "no json"])
+def test_another_programs_run_json_is_no_licence_to_delete(tmp_path: Path, run: str) -> None:
+    (tmp_path / "slide").mkdir()
+    (tmp_path / "slide" / "run.json").write_text(run)
+    for force in (False, True):
+        with (
+            pytest.raises(OutputError, match="no run has made"),
+            open_folder(tmp_path, "slide", IDENTITY, force=force),
+        ):
+            pass
+    assert (tmp_path / "slide" / "run.json").read_text() == run
+
+
+@pytest.mark.parametrize("killed_after", ["first rename", "second rename"])
+def test_a_kill_while_a_result_is_replaced_loses_neither(tmp_path: Path, killed_after: str) -> None:
+    publish(tmp_path, "slide.geojson", text="old")
+    (tmp_path / "slide" / "notes.txt").write_text("mine")
+    with pytest.raises(RuntimeError), open_folder(tmp_path, "slide", IDENTITY, force=True) as folder:
+        build(folder, "slide.geojson")
+        (folder.work / "journal.jsonl").touch()
+        folder.target.rename(folder.old)
+        if killed_after == "second rename":
+            folder.result.rename(folder.target)
+        raise RuntimeError("killed")
+    with open_folder(tmp_path, "slide", IDENTITY, force=False) as folder:
+        assert folder.finished is not None
+    expected = "old" if killed_after == "first rename" else "new"
+    found = {k: v for k, v in contents(tmp_path).items() if not k.startswith(".")}
+    assert found == {"slide/slide.geojson": expected, "slide/notes.txt": "mine"}
+    assert not (tmp_path / ".slide.old").exists()
+
+
+def test_an_interrupted_run_with_force_goes_on_too(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), open_folder(tmp_path, "slide", IDENTITY, force=True) as folder:
+        (folder.work / "journal.jsonl").write_text("finished blocks")
+        raise KeyboardInterrupt
+    with open_folder(tmp_path, "slide", IDENTITY, force=True) as folder:
+        assert (folder.work / "journal.jsonl").read_text() == "finished blocks"
+
+
+def test_a_full_disk_at_the_start_of_a_resume_keeps_the_finished_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError), open_folder(tmp_path, "slide", IDENTITY, force=False) as folder:
+        (folder.work / "journal.jsonl").write_text("finished blocks")
+        raise RuntimeError("the disk is full")
+
+    def no_space(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", no_space)
+        with open_folder(tmp_path, "slide", IDENTITY, force=False):
+            pass
+    assert json.loads((tmp_path / ".slide.work" / "identity.json").read_text()) == IDENTITY
+    assert (tmp_path / ".slide.work" / "journal.jsonl").read_text() == "finished blocks"
+
+
+def test_no_result_lies_below_a_name_that_viewers_take_for_a_store(tmp_path: Path) -> None:
+    for out, name in ((tmp_path / "a.zarr", "slide"), (tmp_path, "slide.zarr")):
+        with pytest.raises(OutputError, match=r"no folder of a result may have \.zarr in its name"):
+            open_folder(out, name, IDENTITY, force=False).__enter__()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import csv
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from pipeline import files
+from pipeline.errors import OutputError
+from pipeline.files import write_atomically
+from pipeline.results.record import SlideResult, read_run, versions, write_run
+from pipeline.results.summary import write_summary
+
+
+def rows_of(output: Path) -> dict[str, dict[str, str]]:
+    with (output / "summary.csv").open(newline="", encoding="utf-8") as file:
+        return {row["slide"]: row for row in csv.DictReader(file)}
+
+
+def test_the_summary_keeps_the_rows_of_other_slides_and_replaces_the_slides_own(tmp_path: Path) -> None:
+    write_summary(tmp_path, [SlideResult("b", "done", 1.25, {"gland": 0.5}, 2.0), SlideResult("c", "failed", 0.0)])
+    write_summary(tmp_path, [SlideResult("c", "done", 3.0, {"stroma": 0.25}, 1.0), SlideResult("a", "no tissue", 0.1)])
+    rows = rows_of(tmp_path)
+    assert [(name, row["status"]) for name, row in rows.items()] == [("a", "no tissue"), ("b", "done"), ("c", "done")]
+    assert [row["area_mm2 gland"] for row in rows.values()] == ["", "0.5", ""]
+    assert [row["area_mm2 stroma"] for row in rows.values()] == ["", "", "0.25"]
+    assert rows["b"]["seconds"] == "1.2"
+    assert list(rows["a"])[-2:] == ["warnings", "error"]
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.csv"]
+
+
+def test_commas_quotes_and_line_breaks_in_an_error_come_back_as_they_were(tmp_path: Path) -> None:
+    error = 'größe 組織.svs: "bad", very\nbad'
+    write_summary(tmp_path, [SlideResult("größe 組織", "failed", 0.0, error=error, warnings=("one", "two"))])
+    write_summary(tmp_path, [SlideResult("other", "done", 0.0)])
+    row = rows_of(tmp_path)["größe 組織"]
+    assert (row["error"], row["warnings"]) == (error, "one; two")
+
+
+def test_a_skipped_slide_keeps_the_row_of_the_run_that_made_its_result(tmp_path: Path) -> None:
+    write_summary(tmp_path, [SlideResult("a", "done", 60.0, {"gland": 0.5}, 2.0)])
+    write_summary(tmp_path, [SlideResult("a", "skipped", 0.1, {"gland": 0.5}, 2.0)])
+    assert (rows_of(tmp_path)["a"]["status"], rows_of(tmp_path)["a"]["seconds"]) == ("done", "60.0")
+
+
+@pytest.mark.parametrize("former", [[], [SlideResult("a", "failed", 0.0, error="a.svs: refused")]])
+def test_a_skipped_slide_gets_a_row_where_none_tells_of_its_result(tmp_path: Path, former: list[SlideResult]) -> None:
+    write_summary(tmp_path, former)
+    write_summary(tmp_path, [SlideResult("a", "skipped", 0.1, {"gland": 0.5}, 2.0)])
+    row = rows_of(tmp_path)["a"]
+    assert (row["status"], row["area_mm2 gland"], row["error"]) == ("skipped", "0.5", "")
+
+
+@pytest.mark.parametrize(
+    "content", [b"name;age\nEve;7\n", b"slide,status\na,done,too many\n", "slide\ngröße\n".encode("cp1252")]
+)
+def test_a_table_that_no_run_has_written_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "summary.csv"
+    path.write_bytes(content)
+    with pytest.raises(OutputError, match=r"summary\.csv: is no summary that a run has written; move it away"):
+        write_summary(tmp_path, [SlideResult("a", "done", 1.0)])
+    assert path.read_bytes() == content
+
+
+def test_a_table_saved_by_a_spreadsheet_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "summary.csv").write_bytes(b"\xef\xbb\xbfslide,status\r\nold,done\r\n")
+    write_summary(tmp_path, [SlideResult("new", "done", 1.0)])
+    assert list(rows_of(tmp_path)) == ["new", "old"]
+
+
+def test_a_crash_while_writing_leaves_the_former_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "summary.csv"
+    write_atomically(path, "former\n")
+
+    def crash(_: Path) -> None:
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync", crash)
+        with pytest.raises(RuntimeError):
+            write_atomically(path, "new\n")
+    assert path.read_text(encoding="utf-8") == "former\n"
+    write_atomically(path, "new\n")
+    assert path.read_text(encoding="utf-8") == "new\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.csv"]
+
+
+def test_run_json_comes_back_as_it_was_and_what_is_no_run_is_none(tmp_path: Path) -> None:
+    assert read_run(tmp_path) is None
+    run = {"identity": {"slide": "00"}, "outputs": ["größe.geojson"]}
+    write_run(tmp_path, run)
+    assert read_run(tmp_path) == run
+    for text in ("[1]", '{"identity": ', '{"identity": {}}', '{"name": "of another program"}'):
+        (tmp_path / "run.json").write_text(text, encoding="utf-8")
+        assert read_run(tmp_path) is None
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+def test_versions_name_the_runtime_that_made_the_result() -> None:
+    assert versions("openvino") == versions() | {"openvino": version("openvino")}
+    assert "openvino" not in versions("torch")

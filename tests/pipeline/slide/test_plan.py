@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import SegmentConfig
+from pipeline.errors import ConfigError
+from pipeline.slide.plan import block_tissue, needed_tiles
+from pipeline.slide.recipe import plan_slide
+from pipeline.workers.malloc import keep_freed_memory
+from tests.models.networks import make_card
+from tests.pipeline.fakes import COLOURS, SMALL, region_slide
+from tests.slides import PINK, painted, write_slide
+
+
+def test_just_the_tiles_with_tissue_are_planned(tmp_path: Path) -> None:
+    _, slide, tissue, plan = plan_slide(region_slide(tmp_path / "slide.svs"), make_card(COLOURS), SMALL)
+    slide.close()
+    grid = plan.grid
+    # The slide's tissue is the box (160, 96, 960, 640): every tile that touches it, seen from every block it lies in.
+    expected = 0
+    for block in grid.blocks():
+        box_m = grid.box_m(block.box_out)
+        for tile in grid.tiles(block.box_out):
+            part = tile.intersect(box_m)
+            touches = part.x < 1120 and part.right > 160 and part.y < 736 and part.bottom > 96
+            expected += touches
+    assert plan.tiles == expected == sum(len(needed_tiles(grid, block_tissue(grid, tissue, b), b)) for b in plan.blocks)
+    assert {b.index for b in grid.blocks()} > {b.index for b in plan.blocks}
+    summary = json.loads(json.dumps(plan.summary()))
+    assert summary["map_size"] == [320, 208]
+    assert summary["tissue_mm2"] == pytest.approx(0.96 * 0.64, rel=0.01)
+
+
+def test_nothing_beyond_the_slide_is_tissue(tmp_path: Path) -> None:
+    # 203 pixels: the mask's and the map's last pixels both reach beyond the slide.
+    path = write_slide(tmp_path / "slide.svs", painted((203, 203), ((0, 0, 203, 203), PINK)), mpp=1.0)
+    _, slide, tissue, plan = plan_slide(path, make_card(COLOURS), replace(SMALL, block_out=64))
+    slide.close()
+    mask_HW = block_tissue(plan.grid, tissue, plan.blocks[0])
+    assert plan.grid.size_out == (51, 51)
+    assert mask_HW[:51, :51].all()
+    assert mask_HW.sum() == 51 * 51
+
+
+def test_memory_grows_with_workers_and_batches_and_not_with_the_slide(tmp_path: Path) -> None:
+    def memory(size: tuple[int, int], **changes: int) -> int:
+        path = write_slide(tmp_path / "slide.svs", painted(size, ((0, 0, *size), PINK)), mpp=4.0)
+        config = replace(SMALL, block_out=64, **changes)  # type: ignore[arg-type] # whole-number fields only
+        _, slide, _, plan = plan_slide(path, make_card(COLOURS, mpp=4.0), config)
+        slide.close()
+        return plan.memory_bytes
+
+    small, large = memory((1200, 800)), memory((3600, 2400))
+    assert small == large
+    assert memory((1200, 800), num_workers=6) > small
+    assert memory((1200, 800), batch_size=64) > small
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mpp": 0.0}, "--mpp is 0.0; it must be a positive number"),
+        ({"mpp": float("nan")}, "--mpp is nan"),
+        ({"overlap": 0.8}, "--overlap is 0.8; it must be from 0 to 0.75"),
+        ({"output_stride": 3}, "--output-stride is 3; it must be 1, 2 or 4"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"num_workers": 0}, "--num-workers is 0"),
+        ({"min_area_um2": -1.0}, "--min-area is -1.0"),
+        ({"block_out": 100}, "block_out is 100; it must be a multiple of 16"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_their_flag(change: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        SegmentConfig(**change)  # type: ignore[arg-type] # wrong on purpose
+
+
+def test_only_what_changes_the_result_belongs_to_its_identity() -> None:
+    same = [replace(SMALL, batch_size=3), replace(SMALL, num_workers=7), replace(SMALL, force=True)]
+    assert all(config.parameters() == SMALL.parameters() for config in same)
+    other = [replace(SMALL, overlap=0.5), replace(SMALL, mpp=0.3), replace(SMALL, block_out=64)]
+    assert all(config.parameters() != SMALL.parameters() for config in other)
+
+
+def test_keeping_freed_memory_can_be_set_here() -> None:
+    assert keep_freed_memory() is sys.platform.startswith("linux")

@@ -1,0 +1,172 @@
+"""The project as QuPath reads it, and what stays in it when it is written again."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+from pathlib import Path
+from urllib.parse import unquote, urljoin
+
+import pytest
+
+from pipeline.checks.geojson import check_geojson
+from pipeline.errors import OutputError
+from pipeline.slide.recipe import segment_slide
+from pipeline.viewing.qupath.project import packed_argb, write_project
+from tests.pipeline.fakes import SMALL, constant_predictor
+from tests.pipeline.viewing.qupath.projects import NAMES, file_of, project_of, rows_of, slides_of
+from tests.slides import PINK, PURPLE
+
+OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
+
+
+def files_in(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_the_project_names_every_slide_and_the_reader_that_has_the_polygons_origin(root: Path) -> None:
+    path = write_project(root / "results")
+    assert path == root / "results" / "qupath" / "project.qpproj"
+    project = project_of(root)
+    assert slides_of(root) == {1: root / "slides" / NAMES[0], 2: root / "slides" / NAMES[1]}
+    assert [image["imageName"] for image in project["images"]] == list(NAMES)
+    for image in project["images"]:
+        builder = image["serverBuilder"]
+        assert (builder["builderType"], builder["providerClassName"], builder["args"]) == ("uri", OPENSLIDE, [])
+        assert builder["uri"].startswith("file:/")
+        assert (image["metadata"], image["tags"]) == ({}, [])
+    assert "Fall%201%20%2B%20%C3%BC%2520%23.svs" in project["images"][0]["serverBuilder"]["uri"]
+    assert project["lastID"] == 2
+    assert file_of(project["uri"]) == path
+    assert project["createTimestamp"] <= project["modifyTimestamp"]
+
+
+def test_the_scripts_find_the_files_of_each_image_relative_to_the_project(root: Path) -> None:
+    path = write_project(root / "results", tiles=True)
+    rows = rows_of(root)
+    assert [(row["entryID"], unquote(row["name"])) for row in rows] == [("1", NAMES[0]), ("2", NAMES[1])]
+    for row, name in zip(rows, NAMES, strict=True):
+        folder = root / "results" / Path(name).stem
+        maps = path.parent / "maps" / folder.name
+        base = "file:" + path.as_uri().removeprefix("file://")
+        assert file_of(urljoin(base, row["geojson"])).resolve() == folder / f"{folder.name}.geojson"
+        assert file_of(urljoin(base, row["tiles"])).resolve() == maps / f"{folder.name}.tiles.geojson"
+        assert file_of(urljoin(base, row["overlays"])).resolve() == maps
+        assert row["classes"] == "class-0,class-1"
+        assert (int(row["width"]), int(row["height"])) == (1280, 832)
+        assert not any(cell.startswith("/") for cell in row.values())
+    readme = (path.parent / "README.txt").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) == 2
+    assert "import_results" in readme
+    assert {p.name for p in (path.parent / "scripts").iterdir()} == {"import_results.groovy", "show_probability.groovy"}
+
+
+def test_classes_have_the_colours_of_the_model(root: Path) -> None:
+    write_project(root / "results")
+    classes = json.loads((root / "results" / "qupath" / "classifiers" / "classes.json").read_text(encoding="utf-8"))
+    java = [ctypes.c_int32(255 << 24 | r << 16 | g << 8 | b).value for r, g, b in (PINK, PURPLE)]
+    assert classes == {"pathClasses": [{"name": "class-0", "color": java[0]}, {"name": "class-1", "color": java[1]}]}
+    assert packed_argb((0, 0, 0)) == -16777216
+    assert packed_argb((255, 255, 255)) == -1
+    assert packed_argb((255, 0, 0)) == -65536
+
+
+def test_writing_again_changes_nothing_that_is_not_new(root: Path) -> None:
+    path = write_project(root / "results", tiles=True)
+    before = files_in(path.parent)
+    write_project(root / "results", tiles=True)
+    after = files_in(path.parent)
+    assert {name: content for name, (content, _) in after.items()} == {name: c for name, (c, _) in before.items()}
+    kept = [name for name in before if name.startswith("maps/") or name == "project.qpproj"]
+    assert all(after[name][1] == before[name][1] for name in kept)
+    assert not list((root / "results").rglob("*.partial"))
+    assert not (root / "results" / ".qupath.lock").exists()
+
+
+def test_what_a_user_saved_in_the_project_stays_and_new_slides_are_added(root: Path) -> None:
+    late = root / "results" / Path(NAMES[0]).stem
+    late.rename(root / "late")
+    path = write_project(root / "results")
+    assert list(slides_of(root)) == [1]
+    project = project_of(root)
+    # As QuPath writes it: other form of URI, metadata, a turned image, images of the user's own, ids given away.
+    plain = (root / "slides" / NAMES[1]).as_uri()
+    turned = {"builderType": "rotated", "builder": project["images"][0]["serverBuilder"] | {"uri": plain}}
+    project["images"][0] |= {"serverBuilder": turned, "imageName": "renamed", "description": "mine"}
+    web = {"builderType": "uri", "uri": "https://example.org/slide", "providerClassName": "X", "args": []}
+    project["images"].append({"serverBuilder": web, "entryID": 7, "imageName": "web", "metadata": {"a": "b"}})
+    project["lastID"] = 9
+    project["version"] = "0.7.0"
+    path.write_text(json.dumps(project), encoding="utf-8")
+    saved = path.parent / "data" / "1" / "data.qpdata"
+    saved.parent.mkdir(parents=True)
+    saved.write_bytes(b"drawn by hand")
+    classes_path = path.parent / "classifiers" / "classes.json"
+    classes_path.write_text(
+        json.dumps({"pathClasses": [{"name": "class-1", "color": -5}, {"name": "Mine", "color": 7}]})
+    )
+    own_script = path.parent / "scripts" / "mine.groovy"
+    own_script.write_text("print 1")
+
+    (root / "late").rename(late)
+    write_project(root / "results")
+    merged = project_of(root)
+    assert merged["images"][:2] == project["images"]
+    assert merged["images"][2]["entryID"] == merged["lastID"] == 10
+    assert file_of(merged["images"][2]["serverBuilder"]["uri"]) == root / "slides" / NAMES[0]
+    assert len(merged["images"]) == 3
+    assert merged["version"] == "0.7.0"
+    assert merged["createTimestamp"] == project["createTimestamp"]
+    assert {unquote(row["name"]): row["entryID"] for row in rows_of(root)} == {NAMES[0]: "10", NAMES[1]: "1"}
+    classes = json.loads(classes_path.read_text())["pathClasses"]
+    assert classes[:2] == [{"name": "class-1", "color": -5}, {"name": "Mine", "color": 7}]
+    assert [entry["name"] for entry in classes] == ["class-1", "Mine", "class-0"]
+    assert saved.read_bytes() == b"drawn by hand"
+    assert own_script.read_text() == "print 1"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"images":[{"entryID":"1"}]}', '{"images":[7]}'])
+def test_a_project_that_cannot_be_read_is_left_as_it_is(root: Path, text: str) -> None:
+    path = root / "results" / "qupath" / "project.qpproj"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(OutputError, match=r"project\.qpproj: is no project that QuPath could read"):
+        write_project(root / "results")
+    assert [p.name for p in path.parent.iterdir()] == ["project.qpproj"]
+    assert path.read_text() == text
+
+
+def test_a_folder_without_results_and_a_result_in_the_projects_place_are_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no results of wsi-segment"):
+        write_project(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    (root / "results" / "b").rename(root / "results" / "qupath")
+    with pytest.raises(OutputError, match="rename the slide"):
+        write_project(root / "results")
+
+
+def test_a_result_without_its_map_is_left_out_and_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.rmtree(root / "results" / "b" / "b.ome.zarr")
+    write_project(root / "results")
+    assert slides_of(root) == {1: root / "slides" / NAMES[0]}
+    assert f"{root / 'results' / 'b'}: left out" in caplog.text
+    assert not (root / "results" / "qupath" / "maps" / "b").exists()
+
+
+def test_pictures_and_tiles_of_a_former_result_are_replaced(root: Path) -> None:
+    path = write_project(root / "results", tiles=True)
+    maps = path.parent / "maps" / "b"
+    before = (maps / "0.png").read_bytes()
+    shutil.rmtree(root / "results" / "b")
+    segment_slide(root / "slides" / "b.svs", root / "results", constant_predictor([1.0, 0.0]), SMALL)
+    write_project(root / "results")
+    assert (maps / "0.png").read_bytes() != before
+    assert not list(maps.glob("*.geojson"))
+    assert [row["tiles"] for row in rows_of(root)][1] == ""
+    write_project(root / "results", tiles=True)
+    assert len(check_geojson(next(maps.glob("*.geojson")).read_text(encoding="utf-8"))) > 0

@@ -1,0 +1,180 @@
+"""The Groovy scripts of the project, run on stand-ins for QuPath's classes; QuPath itself is not at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from pipeline.slide.recipe import segment_slide
+from pipeline.viewing.qupath.project import write_project
+from tests.pipeline.fakes import SMALL, colour_predictor, region_slide
+from tests.slides import PINK
+
+STUBS = Path(__file__).parent / "stubs"
+NAMES = ("d.svs", "ä b+c.svs")
+
+Play = Callable[..., dict[str, Any]]
+
+
+def java_environment() -> dict[str, str]:
+    java = shutil.which("java")
+    assert java is not None
+    # Debian's groovy looks for Java where there may be none; without a locale, Java takes file names for ASCII.
+    home = os.environ.get("JAVA_HOME", str(Path(java).resolve().parent.parent))
+    return os.environ | {"JAVA_HOME": home, "LC_ALL": "C.UTF-8"}
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
+    """Play a user's steps on a project: see `act.groovy`."""
+    if shutil.which("groovyc") is None or shutil.which("java") is None:
+        pytest.skip("no groovy: install Debian's packages groovy and default-jre-headless")
+    classes, environment = tmp_path_factory.mktemp("classes"), java_environment()
+    sources = sorted(path for path in STUBS.rglob("*.groovy") if path.name != "act.groovy")
+    subprocess.run(["groovyc", "-d", classes, *sources], env=environment, check=True)
+    command: list[str | Path] = ["groovy", "-cp", classes, STUBS / "act.groovy"]
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def run(project: Path, *steps: str) -> dict[str, Any]:
+        stdin.write(json.dumps([str(project), *steps]) + "\n")
+        stdin.flush()
+        state: dict[str, Any] = json.loads(stdout.readline())
+        return state
+
+    with process:
+        yield run
+        stdin.close()
+        assert process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def segmented(play: Play, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scripts")
+    (root / "slides").mkdir()
+    for name in NAMES:
+        segment_slide(region_slide(root / "slides" / name), root / "results", colour_predictor(), SMALL)
+    write_project(root / "results")
+    return root
+
+
+def ids_of(root: Path, name: str) -> list[str]:
+    stem = Path(name).stem
+    text = (root / "results" / stem / f"{stem}.geojson").read_text(encoding="utf-8")
+    return [feature["id"] for feature in json.loads(text)["features"]]
+
+
+def test_every_image_gets_its_own_regions_locked_and_in_their_class(play: Play, segmented: Path) -> None:
+    state = play(segmented / "results" / "qupath" / "project.qpproj", "run=import_results")
+    for name in NAMES:
+        objects = state["objects"][name]
+        assert [o["id"] for o in objects] == ids_of(segmented, name)
+        assert Counter(o["class"] for o in objects) == {"class-0": 1, "class-1": 1}
+        assert all(o["locked"] and o["type"] == "annotation" for o in objects)
+    assert state["saves"] == dict.fromkeys(NAMES, 1)
+    assert state["resolved"] == dict.fromkeys(NAMES, 1)
+    assert state["synced"] == 1
+    assert state["said"].splitlines() == [
+        *(f"{name}: 2 objects imported, 0 of an earlier import replaced" for name in NAMES),
+        "Done.",
+    ]
+
+
+def test_importing_again_doubles_nothing_and_keeps_what_people_made(play: Play, segmented: Path) -> None:
+    steps = ("run=import_results", "draw", "stale", "unlock", "run=import_results")
+    state = play(segmented / "results" / "qupath" / "project.qpproj", *steps)
+    for name in NAMES:
+        objects = state["objects"][name]
+        assert len({o["id"] for o in objects}) == len(objects) == 3
+        assert sorted(o["class"] for o in objects) == ["class-1", "edited", "mine"]
+        assert {o["id"] for o in objects if o["class"] != "mine"} == set(ids_of(segmented, name))
+        assert f"{name}: 1 objects imported, 2 of an earlier import replaced, 1 that you unlocked kept" in state["said"]
+
+
+def test_without_a_window_each_image_is_done_once_and_saved_by_qupath(play: Play, segmented: Path) -> None:
+    state = play(segmented / "results" / "qupath" / "project.qpproj", "headless", "headless")
+    assert {name: [o["id"] for o in state["objects"][name]] for name in NAMES} == {
+        n: ids_of(segmented, n) for n in NAMES
+    }
+    assert len(state["said"].splitlines()) == 2 * len(NAMES)
+    assert state["saves"] == dict.fromkeys(NAMES, 2)
+
+
+def test_an_open_image_changes_on_the_screen_and_is_left_to_its_user_to_save(play: Play, segmented: Path) -> None:
+    steps = (f"open={NAMES[1]}", "run=import_results")
+    state = play(segmented / "results" / "qupath" / "project.qpproj", *steps)
+    assert state["saves"] == {NAMES[0]: 1, NAMES[1]: 0}
+    assert state["filled"] is True
+    assert [o["id"] for o in state["objects"][NAMES[1]]] == ids_of(segmented, NAMES[1])
+
+
+def test_tiles_come_along(play: Play, segmented: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(segmented, tmp_path / "copy")
+    project = write_project(root / "results", tiles=True)
+    state = play(project, "run=import_results", "run=import_results")
+    for name in NAMES:
+        assert Counter(o["type"] for o in state["objects"][name]) == {"annotation": 2, "tile": 15}
+
+
+def test_slides_that_moved_along_are_found_and_a_lost_one_stops_no_other(
+    play: Play, segmented: Path, tmp_path: Path
+) -> None:
+    old = shutil.copytree(segmented, tmp_path / "old")
+    path = old / "results" / "qupath" / "project.qpproj"
+    path.write_text(path.read_text(encoding="utf-8").replace(str(segmented), str(old)), encoding="utf-8")
+    new = old.rename(tmp_path / "new")
+    project = new / "results" / "qupath" / "project.qpproj"
+    state = play(project, "run=import_results")
+    assert state["said"].splitlines()[-1] == "Done."
+    found = {Path(unquote(urlsplit(uri).path)) for uris in state["uris"].values() for uri in uris}
+    assert found == {new / "slides" / name for name in NAMES}
+
+    (new / "slides" / "d.svs").unlink()
+    state = play(project, "run=import_results")
+    lost, other, done = state["said"].splitlines()
+    assert lost.startswith(f"d.svs: NOT imported: the slide is not at {old / 'slides' / 'd.svs'}; put it back")
+    assert other.startswith("ä b+c.svs: 2 objects imported")
+    assert done == "Done, but 1 of 2 slides were not imported; see above."
+    assert {name: len(state["objects"][name]) for name in NAMES} == {"d.svs": 0, "ä b+c.svs": 2}
+
+
+def test_what_cannot_be_done_is_said(play: Play, segmented: Path, tmp_path: Path) -> None:
+    project = segmented / "results" / "qupath" / "project.qpproj"
+    assert "No project is open" in play(project, "no-project", "run=import_results")["said"]
+    assert "No image of the project is open" in play(project, "run=show_probability")["said"]
+    copy = shutil.copytree(segmented, tmp_path / "copy")
+    (copy / "results" / "d" / "d.geojson").unlink()
+    said = play(copy / "results" / "qupath" / "project.qpproj", "run=import_results")["said"]
+    assert "d.svs: NOT imported" in said
+    assert "d.geojson is missing" in said
+    (copy / "results" / "qupath" / "results.tsv").unlink()
+    said = play(copy / "results" / "qupath" / "project.qpproj", "run=import_results")["said"]
+    assert "run 'wsi-export qupath' on the results again" in said
+
+
+def test_a_class_is_shown_over_the_open_slide_and_taken_away(play: Play, segmented: Path) -> None:
+    project = segmented / "results" / "qupath" / "project.qpproj"
+    show = (f"open={NAMES[0]}", "choose=class-0", "run=show_probability", "run=show_probability")
+    state = play(project, *show)
+    assert state["asked"] == ["class-0", "class-1", "(none)"]
+    ((overlay,),) = state["overlays"]
+    assert overlay["box"] == [0, 0, 1280, 832]
+    assert overlay["size"] == [320, 208]
+    # Left of the middle, inside the pink region.
+    assert overlay["pixel"] == int.from_bytes(bytes((255, *PINK)), "big", signed=True)
+    assert state["shown"] is True
+    assert play(project, *show, "choose=(none)", "run=show_probability")["overlays"] == []
+    assert play(project, f"open={NAMES[0]}", "run=show_probability")["overlays"] == []

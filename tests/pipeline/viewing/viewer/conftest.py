@@ -1,0 +1,105 @@
+"""Results that the viewer's tests show, and a real server for them."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from numpy.typing import NDArray
+
+from pipeline.checks.result import broken_rules
+from pipeline.slide.recipe import segment_slide
+from pipeline.viewing.viewer.results import Result, find_results
+from pipeline.viewing.viewer.server import listening, server_config
+from tests.pipeline.fakes import REGIONS, SMALL, colour_predictor
+from tests.slides import painted, write_slide
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running server."""
+
+    port: int
+    results: tuple[Result, ...]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def page(self) -> str:
+        return f"{self.url}/slides/{self.results[0].id}/"
+
+    def ask(self, path: str, method: str = "GET", **headers: str) -> Answer:
+        """An answer to exactly this path: nothing on this side tidies it up."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.putrequest(method, path, skip_host="Host" in headers)
+            for name, value in headers.items():
+                connection.putheader(name.replace("_", "-"), value)
+            connection.endheaders()
+            answer = connection.getresponse()
+            return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> Answer:
+        """An answer to a path below the first result's page."""
+        return self.ask(f"/slides/{self.results[0].id}/{path}")
+
+
+@contextmanager
+def serving(results: tuple[Result, ...]) -> Iterator[Site]:
+    """Serve results from a thread."""
+    with listening(0) as listener:
+        server = uvicorn.Server(server_config(results))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield Site(listener.getsockname()[1], results)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def textured(size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The regions of `region_slide` with a coarse texture, so that no two tiles are alike; rgb_HWC."""
+    rgb_HWC = painted(size, *REGIONS).astype(np.int16)
+    noise_hw = np.random.default_rng(7).integers(-20, 12, (-(-size[1] // 16), -(-size[0] // 16)))
+    noise_HW = np.kron(noise_hw, np.ones((16, 16), np.int16))[: size[1], : size[0]]
+    return np.clip(rgb_HWC + noise_HW[..., None], 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def results_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of one slide of two levels, 1280×832 at 1 µm."""
+    folder = tmp_path_factory.mktemp("viewer")
+    slide = write_slide(folder / "block <1>.svs", textured((1280, 832)), mpp=1.0, levels=(1, 4))
+    result = segment_slide(slide, folder / "results", colour_predictor(), SMALL)
+    assert result.folder is not None
+    assert not [text for wrong in broken_rules(result.folder).values() for text in wrong]
+    return folder / "results"
+
+
+@pytest.fixture(scope="session")
+def site(results_folder: Path) -> Iterator[Site]:
+    """The results, served."""
+    with serving(find_results(results_folder)) as running:
+        yield running

@@ -1,0 +1,348 @@
+"""The page in a real browser: where things are drawn, in which colours, and what its controls do."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from tests.browser import axe_findings, screenshot, until, watch
+from tests.pipeline.fakes import COLOURS
+from tests.pipeline.viewing.viewer.conftest import Site, textured
+
+if TYPE_CHECKING:  # most test runs need no browser
+    from playwright.sync_api import Browser, Page
+
+GLASS_AT, PINK_AT, PURPLE_AT = (100, 50), (250, 600), (600, 400)
+"""Places, in level-0 pixels, on the glass, in the pink region and in the purple one within it."""
+
+
+def settle(page: Page) -> None:
+    """Wait until every tile and outline of the view is drawn."""
+    until(
+        page,
+        """window.wsiView && wsiView.osd.world.getItemCount() && !wsiView.osd.isAnimating()
+        && [...Array(wsiView.osd.world.getItemCount()).keys()].every((i) => {
+          const item = wsiView.osd.world.getItemAt(i); return !item.getOpacity() || item.getFullyLoaded(); })
+        && (!wsiView.outlines.opacity || (wsiView.outlines.front?.final
+          && wsiView.outlines.covers(wsiView.outlines.front, wsiView.view(), 1.001)))""",
+    )
+    page.wait_for_timeout(150)  # two frames and the address
+
+
+def show(page: Page, site: Site, address: str = "") -> None:
+    page.goto("about:blank")
+    page.goto(f"{site.page}{address}")
+    settle(page)
+
+
+def place_on_screen(page: Page, x: float, y: float) -> tuple[float, float]:
+    """Where a level-0 place is, in pixels of the window."""
+    view = page.evaluate("() => { const b = document.getElementById('stage').getBoundingClientRect();"
+                         " return {...wsiView.view(), left: b.left, top: b.top}; }")  # fmt: skip
+    return (
+        view["left"] + view["width"] / 2 + (x - view["x"]) * view["zoom"],
+        view["top"] + view["height"] / 2 + (y - view["y"]) * view["zoom"],
+    )
+
+
+def colour_at(page: Page, x: float, y: float) -> NDArray[np.float64]:
+    """Mean colour of the 9×9 screen pixels around a level-0 place."""
+    shot = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(float)
+    left, top = (round(v) for v in place_on_screen(page, x, y))
+    mean_C: NDArray[np.float64] = shot[top - 4 : top + 5, left - 4 : left + 5].mean(axis=(0, 1))
+    return mean_C
+
+
+def slide_colour(x: int, y: int, zoom: float) -> NDArray[np.float64]:
+    """The colour that `colour_at` sees there of the bare slide."""
+    half = round(4.5 / zoom)
+    mean_C: NDArray[np.float64] = textured((1280, 832))[y - half : y + half, x - half : x + half].mean(axis=(0, 1))
+    return mean_C
+
+
+def mixed(under: NDArray[np.float64], over: tuple[int, int, int], alpha: float) -> NDArray[np.float64]:
+    return under * (1 - alpha) + np.array(over) * alpha
+
+
+@pytest.fixture(scope="module")
+def shared_page(browser: Browser) -> Iterator[Page]:
+    """One page for the tests that only look; faults of any of them fail at the end."""
+    with browser.new_context(
+        viewport={"width": 1280, "height": 900}, permissions=["clipboard-read", "clipboard-write"]
+    ) as context:
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        faults = watch(page)
+        yield page
+    assert not faults, "\n".join(faults)
+
+
+def test_slide_is_drawn_where_and_in_the_colours_it_is(shared_page: Page, site: Site) -> None:
+    show(shared_page, site, "#x=640&y=416&zoom=0.7&map=0&outlines=0")
+    for place in (GLASS_AT, PINK_AT, PURPLE_AT, (1100, 700)):
+        assert np.abs(colour_at(shared_page, *place) - slide_colour(*place, 0.7)).max() < 8
+    # The border between glass and pink lies at x = 160: two screen pixels beside it, each side has its own colour.
+    for x, expected in ((160 - 9, GLASS_AT), (160 + 9, PINK_AT)):
+        left, top = (round(v) for v in place_on_screen(shared_page, x, 416))
+        shot = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(float)
+        strip = shot[top - 60 : top + 60, left - 1 : left + 2].mean(axis=(0, 1))
+        assert np.abs(strip - slide_colour(*expected, 0.1)).max() < 14
+
+
+def test_class_map_covers_the_slide_with_the_classes_colours(shared_page: Page, site: Site, tmp_path: Path) -> None:
+    bare, both = "#x=640&y=416&zoom=0.7&outlines=0&map=0", "#x=640&y=416&zoom=0.7&outlines=0&map=0.5"
+    show(shared_page, site, bare)
+    before = {place: colour_at(shared_page, *place) for place in (GLASS_AT, PINK_AT, PURPLE_AT)}
+    show(shared_page, site, both)
+    screenshot(shared_page, "viewer-class-map", tmp_path)
+    assert np.abs(colour_at(shared_page, *GLASS_AT) - before[GLASS_AT]).max() < 2
+    for place, colour in ((PINK_AT, COLOURS[0]), (PURPLE_AT, COLOURS[1])):
+        assert np.abs(colour_at(shared_page, *place) - mixed(before[place], colour, 0.5)).max() < 4
+    # Opaque, the map shows where it lies itself: both sides of the regions' borders, three of its pixels off.
+    show(shared_page, site, both.replace("map=0.5", "map=1"))
+    pink, purple = COLOURS
+    for x, y, colour in ((404, 400, pink), (428, 400, purple), (724, 400, purple), (748, 400, pink), (1108, 600, pink)):
+        assert np.abs(colour_at(shared_page, x, y) - colour).max() < 4
+    assert np.abs(colour_at(shared_page, 640, 500) - purple).max() < 4
+    assert np.abs(colour_at(shared_page, 640, 524) - pink).max() < 4
+    assert np.abs(colour_at(shared_page, 1132, 600) - slide_colour(1132, 600, 0.7)).max() < 8
+
+
+def test_class_toggle_and_opacity_change_the_pixels(shared_page: Page, site: Site) -> None:
+    show(shared_page, site, "#x=640&y=416&zoom=0.7&outlines=0&map=1")
+    assert np.abs(colour_at(shared_page, *PURPLE_AT) - COLOURS[1]).max() < 4
+    shared_page.get_by_role("checkbox", name="class-1").uncheck()
+    settle(shared_page)
+    bare = colour_at(shared_page, *PURPLE_AT)
+    assert np.abs(bare - slide_colour(*PURPLE_AT, 0.7)).max() < 8
+    assert np.abs(colour_at(shared_page, *PINK_AT) - COLOURS[0]).max() < 4
+    assert "off=1" in shared_page.url
+    shared_page.get_by_role("checkbox", name="class-1").check()
+    shared_page.get_by_label("Opacity of the class map").fill("0.25")
+    settle(shared_page)
+    assert np.abs(colour_at(shared_page, *PURPLE_AT) - mixed(bare, COLOURS[1], 0.25)).max() < 4
+
+
+def test_probabilities_have_their_own_opacity_for_each_class(shared_page: Page, site: Site) -> None:
+    show(shared_page, site, "#x=640&y=416&zoom=0.7&outlines=0&map=0")
+    bare = colour_at(shared_page, *PURPLE_AT)
+    sliders = shared_page.locator(".class-opacity")
+    assert [slider.is_visible() for slider in sliders.all()] == [False, False]
+    shared_page.get_by_role("checkbox", name=re.compile("Probabilities")).check()
+    shared_page.get_by_label("Opacity of the probability of class-0").fill("0")
+    shared_page.get_by_label("Opacity of the probability of class-1").fill("0.5")
+    settle(shared_page)
+    # The network is all but sure of every pixel.
+    assert np.abs(colour_at(shared_page, *PURPLE_AT) - mixed(bare, COLOURS[1], 0.5)).max() < 5
+    assert np.abs(colour_at(shared_page, *PINK_AT) - slide_colour(*PINK_AT, 0.7)).max() < 8
+
+
+def tip_at(page: Page, x: int, y: int) -> str | None:
+    page.mouse.move(*place_on_screen(page, x, y))
+    page.wait_for_timeout(300)
+    tip = page.locator("#tip")
+    return tip.inner_text() if tip.is_visible() else None
+
+
+def test_hover_says_class_and_area_and_lifts_the_polygon_out(shared_page: Page, site: Site, tmp_path: Path) -> None:
+    show(shared_page, site, "#x=640&y=416&zoom=0.7&map=0&outlines=1")
+    areas = {c.name: c.area_mm2 for c in site.results[0].classes}
+    before = colour_at(shared_page, *PURPLE_AT)
+    assert tip_at(shared_page, *GLASS_AT) is None
+    for place, name in ((PINK_AT, "class-0"), (PURPLE_AT, "class-1")):
+        tip = tip_at(shared_page, *place)
+        assert tip is not None
+        found = re.fullmatch(r"(\S+) · ([\d.]+) mm²", tip.strip())
+        assert found is not None, tip
+        assert found[1] == name
+        assert float(found[2]) == pytest.approx(areas[name], rel=0.02)
+    screenshot(shared_page, "viewer-hover", tmp_path)
+    shared_page.mouse.move(*place_on_screen(shared_page, PURPLE_AT[0] + 60, PURPLE_AT[1]))
+    shared_page.wait_for_timeout(300)
+    assert np.abs(colour_at(shared_page, *PURPLE_AT) - mixed(before, COLOURS[1], 0x40 / 255)).max() < 4
+    assert shared_page.locator("#place").inner_text().startswith("x 660, y 400 px  (660, 400 µm)  7×")
+
+
+def test_a_tap_says_class_and_area_until_the_slide_moves(browser: Browser, site: Site) -> None:
+    context = browser.new_context(has_touch=True, viewport={"width": 1000, "height": 700})
+    try:
+        page = context.new_page()
+        show(page, site)
+        page.touchscreen.tap(*place_on_screen(page, *PURPLE_AT))
+        until(page, "!document.getElementById('tip').hidden")
+        assert "mm²" in page.locator("#tip").inner_text()
+        page.evaluate("() => wsiView.osd.viewport.panBy(new OpenSeadragon.Point(0.2, 0))")
+        until(page, "document.getElementById('tip').hidden")
+    finally:
+        context.close()
+
+
+def test_the_middle_is_told_without_outlines_too(shared_page: Page, site: Site) -> None:
+    show(shared_page, site, f"#x={PURPLE_AT[0]}&y={PURPLE_AT[1]}&zoom=1")
+    shared_page.keyboard.press("o")
+    shared_page.keyboard.press("i")
+    until(shared_page, "document.getElementById('said').textContent.includes('mm²')")
+
+
+def test_outlines_are_drawn_on_the_borders_in_the_classes_colours(shared_page: Page, site: Site) -> None:
+    show(shared_page, site, "#x=420&y=400&zoom=2&map=0&outlines=0")
+    without = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(int)
+    show(shared_page, site, "#x=420&y=400&zoom=2&map=0&outlines=1")
+    with_ = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(int)
+    left, top = (round(v) for v in place_on_screen(shared_page, 416, 400))
+    changed = np.flatnonzero(
+        np.abs(with_[top, left - 60 : left + 60] - without[top, left - 60 : left + 60]).max(axis=1) > 12
+    )
+    # The purple region's left border, at x = 416 within a pixel of the map (8 on the screen), under a line of 4 px.
+    assert 3 <= changed.size <= 6
+    assert abs(float(changed.mean()) - 60) <= 10
+    line = with_[top, left - 60 + changed]
+    assert np.abs(line - COLOURS[1]).max(axis=1).min() < 12
+
+
+def test_outlines_run_below_the_navigator(shared_page: Page, site: Site) -> None:
+    pictures = []
+    for opacity in (0, 1):
+        show(shared_page, site, f"#x=900&y=400&zoom=2&map=0&outlines={opacity}")
+        left, top = place_on_screen(shared_page, 1120, 220)  # on the pink region's right border
+        box = shared_page.locator(".navigator").bounding_box()
+        assert box is not None
+        assert box["x"] < left < box["x"] + box["width"]
+        assert box["y"] < top < box["y"] + box["height"]
+        shot = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(int)
+        pictures.append(shot[round(top) - 4 : round(top) + 4, round(left) - 9 : round(left) + 9])
+    assert np.abs(pictures[0] - pictures[1]).max() < 12
+
+
+@pytest.mark.parametrize("zoom", [0.3, 0.7, 1.7, 6.0])
+def test_scale_bar_is_as_long_as_it_says(shared_page: Page, site: Site, zoom: float) -> None:
+    show(shared_page, site, f"#x=640&y=416&zoom={zoom}")
+    shown = shared_page.evaluate("() => wsiView.view().zoom")
+    assert shown == pytest.approx(zoom, rel=0.01)
+    text = shared_page.locator("#scale-text").inner_text()
+    number, unit = text.split(" ")
+    length_um = float(number) * {"nm": 1e-3, "µm": 1, "mm": 1e3}[unit]
+    box = shared_page.locator("#scale-line").bounding_box()
+    assert box is not None
+    assert box["width"] == pytest.approx(length_um / site.results[0].mpp * zoom, abs=1.0)
+    assert 60 <= box["width"] <= 150.5
+    assert float(number) in {1, 2, 5, 10, 20, 50, 100, 200, 500}
+    # On the slide itself: the regions' borders are 960 µm apart, and so many bars.
+    left, right = place_on_screen(shared_page, 160, 400)[0], place_on_screen(shared_page, 1120, 400)[0]
+    assert (right - left) / box["width"] * length_um == pytest.approx(960, rel=0.02)
+
+
+def test_address_leads_back_to_the_place_and_what_was_shown(shared_page: Page, site: Site) -> None:
+    show(shared_page, site, "#x=500&y=300&zoom=1.25&map=0.6&outlines=0&off=0")
+    shared_page.keyboard.press("ArrowRight")
+    shared_page.keyboard.press("+")
+    shared_page.keyboard.press("p")
+    settle(shared_page)
+    shared_page.wait_for_timeout(400)
+    url, view = shared_page.url, shared_page.evaluate("() => wsiView.view()")
+    assert view["x"] > 600
+    assert view["zoom"] == pytest.approx(1.25 * 1.5, rel=0.01)
+    picture = shared_page.screenshot()
+    shared_page.goto("about:blank")
+    shared_page.goto(url)
+    settle(shared_page)
+    again = shared_page.evaluate("() => wsiView.view()")
+    assert [again[k] for k in ("x", "y", "zoom")] == pytest.approx([view[k] for k in ("x", "y", "zoom")], rel=1e-3)
+    assert shared_page.get_by_role("checkbox", name="class-0").is_checked() is False
+    assert shared_page.get_by_role("checkbox", name=re.compile("Outlines")).is_checked() is False
+    assert shared_page.get_by_role("checkbox", name=re.compile("Probabilities")).is_checked()
+    one, two = (
+        np.asarray(Image.open(io.BytesIO(p)).convert("RGB")).astype(int) for p in (picture, shared_page.screenshot())
+    )
+    assert np.abs(one - two)[60:840, 60:900].mean() < 1.5
+
+
+def test_keys_do_what_the_list_of_keys_says(shared_page: Page, site: Site) -> None:
+    page = shared_page
+    show(page, site)
+    state = "() => JSON.parse(JSON.stringify({...wsiView.controls.state, ...wsiView.view()}))"
+
+    def press(*keys: str) -> Any:
+        for key in keys:
+            page.keyboard.press(key)
+        page.wait_for_timeout(700)
+        return page.evaluate(state)
+
+    start = page.evaluate(state)
+    assert press("m")["map"]["on"] is False
+    assert press("o")["outlines"]["on"] is False
+    assert press("m", "o", "p")["probability"]["on"] is True
+    for on in (False, True):
+        now = press("h")
+        assert [now[layer]["on"] for layer in ("map", "outlines", "probability")] == [on] * 3
+    assert [c["on"] for c in press("2")["classes"]] == [True, False]
+    assert press("]")["map"]["opacity"] == pytest.approx(0.45)
+    assert press("[", "[")["map"]["opacity"] == pytest.approx(0.25)
+    assert press("+")["zoom"] == pytest.approx(start["zoom"] * 1.5, rel=0.02)
+    assert press("ArrowLeft")["x"] < start["x"] - 50
+    assert press("ArrowDown")["y"] > start["y"] + 50
+    assert press("f")["zoom"] == pytest.approx(1, rel=0.02)
+    assert press("0")["zoom"] == pytest.approx(start["zoom"], rel=0.02)
+    press("2", "i")
+    assert re.fullmatch(r"class-1, 0\.08\d mm², at x 640, y 416 px .*", page.locator("#said").inner_text())
+    press("l")
+    assert page.evaluate("() => navigator.clipboard.readText()") == page.url
+    press("?")
+    assert page.get_by_role("dialog", name="Keys and mouse").is_visible()
+    listed = set(page.locator("#help kbd").all_inner_texts())
+    assert {"m", "o", "p", "h", "f", "i", "l", "[", "]", "0", "1", "9", "?", "+", "−"} <= listed
+    page.keyboard.press("Escape")
+    assert not page.locator("#help").is_visible()
+
+
+def test_page_says_once_that_tiles_are_missing(browser: Browser, site: Site) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.route("**/slide/**", lambda route: route.fulfill(status=503))
+        page.goto(site.page)
+        until(page, """document.getElementById("notes").textContent.startsWith("Some of the slide")""")
+        page.wait_for_timeout(300)
+        assert page.locator("#notes p").count() == 1
+
+
+def test_keys_leave_sliders_their_arrows(shared_page: Page, site: Site) -> None:
+    show(shared_page, site)
+    before = shared_page.evaluate("() => wsiView.view().x")
+    shared_page.get_by_label("Opacity of the class map").focus()
+    shared_page.keyboard.press("ArrowRight")
+    shared_page.wait_for_timeout(600)
+    assert shared_page.evaluate("() => wsiView.controls.state.map.opacity") == pytest.approx(0.4)
+    assert shared_page.evaluate("() => wsiView.view().x") == pytest.approx(before)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_is_accessible_in_both_schemes_and_on_a_phone(
+    browser: Browser, site: Site, tmp_path: Path, scheme: Any, width: int
+) -> None:
+    # Axe is put into the page as a script, which the page's policy would not let in.
+    with browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True) as context:
+        page = context.new_page()
+        faults = watch(page)
+        show(page, site)
+        if width == 390:
+            page.locator("summary").click()
+        page.get_by_role("checkbox", name=re.compile("Probabilities")).check()
+        settle(page)
+        assert axe_findings(page) == []
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+        screenshot(page, f"viewer-{scheme}-{width}", tmp_path, whole=False)
+        page.get_by_role("button", name="?").click()
+        assert axe_findings(page) == []
+        stage = page.locator("#stage").bounding_box()
+        assert stage is not None
+        assert stage["height"] > 300
+    assert not faults, "\n".join(faults)

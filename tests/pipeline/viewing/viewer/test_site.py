@@ -1,0 +1,238 @@
+"""What the server answers, and to whom: patient data leaves by no other way than the page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ViewError
+from pipeline.results.record import read_run, write_run
+from pipeline.viewing.viewer.app import SECURITY_HEADERS
+from pipeline.viewing.viewer.open_results import MOST_OPEN, OpenResults, open_checked
+from pipeline.viewing.viewer.results import find_results, load_result, with_slide
+from pipeline.viewing.viewer.server import listening
+from tests.pipeline.viewing.viewer.conftest import Site, serving
+from tests.slides import painted, write_slide
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../../../../etc/passwd",
+        "/assets/../../viewer/app.py",
+        "/assets/..%2fapp.py",
+        "/assets/%2e%2e%2f%2e%2e%2fapp.py",
+        "/assets/%2e%2e/app.py",
+        "/assets/..%5capp.py",
+        "/assets//etc/passwd",
+        "/assets/%2fetc%2fpasswd",
+        "/assets/viewer.css%00.js",
+        "/assets/%00",
+        "/assets/viewer.html",
+        "/slides/../run.json",
+        "/slides/%2e%2e/facts.json",
+        "/slides/..%2f..%2f/facts.json",
+        "/slides/%2fetc/facts.json",
+        "/slides/%00/facts.json",
+        "/slides/block%20%3C1%3E/facts.json",
+        "{page}run.json",
+        "{page}preview.png",
+        "{page}../run.json",
+        "{page}%2e%2e/run.json",
+        "{page}slide/0/..%2f..%2frun.json",
+        "{page}slide/0/0_0.png",
+        "{page}slide/0/-1_0.jpg",
+        "{page}slide/label/0_0.jpg",
+        "{page}outlines/..%2f..%2frun.json",
+        "{page}label",
+        "{page}macro",
+        "{page}associated/label.jpg",
+    ],
+)
+def test_nothing_but_the_pages_own_addresses_is_answered(site: Site, path: str) -> None:
+    page = f"/slides/{site.results[0].id}/"
+    answer = site.ask(path.format(page=page))
+    assert (answer.status, answer.body) == (404, b"Not Found")
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+
+
+@pytest.mark.parametrize("number", ["9" * 40, "9" * 5000])
+def test_numbers_beyond_all_levels_are_not_found(site: Site, number: str) -> None:
+    answer = site.get(f"slide/{number}/0_0.jpg")
+    assert answer.status == 404
+    assert b"Traceback" not in answer.body
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"])
+@pytest.mark.parametrize("path", ["/", "/assets/viewer.js", "{page}", "{page}facts.json", "{page}slide/0/0_0.jpg"])
+def test_only_reading_is_allowed(site: Site, method: str, path: str) -> None:
+    answer = site.ask(path.format(page=f"/slides/{site.results[0].id}/"), method)
+    assert answer.status == 405
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
+def test_head_tells_what_get_would_without_the_body(site: Site) -> None:
+    path = f"/slides/{site.results[0].id}/slide/0/0_0.jpg"
+    head, get = site.ask(path, "HEAD"), site.ask(path)
+    assert (head.status, head.body) == (200, b"")
+    assert head.headers["content-length"] == str(len(get.body))
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:{port}", 200),
+        ("localhost:{port}", 200),
+        ("localhost", 200),
+        ("evil.example", 400),
+        ("evil.example:{port}", 400),
+        ("127.0.0.1.evil.example", 400),
+        ("localhost.evil.example:{port}", 400),
+        ("0.0.0.0:{port}", 400),
+        ("", 400),
+    ],
+)
+def test_names_that_are_not_this_machines_are_refused(site: Site, host: str, status: int) -> None:
+    for path in ("/assets/viewer.js", f"/slides/{site.results[0].id}/slide/0/0_0.jpg"):
+        assert site.ask(path, Host=host.format(port=site.port)).status == status
+
+
+def test_every_answer_has_the_security_headers_and_none_lets_other_sites_in(site: Site) -> None:
+    page = f"/slides/{site.results[0].id}/"
+    answers = [site.ask(path, Origin="http://evil.example") for path in ("/", page, f"{page}slide/0/0_0.jpg", "/none")]
+    answers += [site.ask("/", Host="evil.example"), site.ask("/assets/viewer.js", "POST")]
+    assert [answer.status for answer in answers] == [307, 200, 200, 404, 400, 405]
+    for answer in answers:
+        for name, value in SECURITY_HEADERS.items():
+            assert answer.headers[name.lower()] == value
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+        assert "server" not in answer.headers
+    policy = SECURITY_HEADERS["Content-Security-Policy"]
+    assert policy.startswith("default-src 'self';")
+    assert "unsafe" not in policy
+
+
+def test_it_listens_on_this_machine_only() -> None:
+    with listening(0) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+        # Without it asyncio leaves Nagle's algorithm on, and every answer takes 40 ms longer.
+        assert listener.proto == socket.IPPROTO_TCP
+        with pytest.raises(ViewError, match=f"port {listener.getsockname()[1]} cannot be used"):
+            listening(listener.getsockname()[1])
+
+
+def test_facts_say_nothing_of_where_files_lie(site: Site, results_folder: Path) -> None:
+    page = site.get("").body + site.get("facts.json").body
+    for secret in (str(results_folder.parent), str(results_folder.name), ".svs", "openslide"):
+        assert secret.encode() not in page
+    facts = json.loads(site.get("facts.json").body)
+    assert (facts["width"], facts["height"], facts["mpp"]) == (1280, 832, 1.0)
+    assert (facts["map"]["l0_per_px"], facts["map"]["width"]) == (4.0, 320)
+    assert [c["color"] for c in facts["classes"]] == ["#d682b4", "#6e3c8c"]
+    # 960×640 px less the 320×256 px of the other region, at 1 µm
+    assert [c["area_mm2"] for c in facts["classes"]] == pytest.approx([0.5325, 0.0819], rel=0.05)
+
+
+def test_names_are_escaped(site: Site) -> None:
+    assert b'<h1 title="block &lt;1&gt;">block &lt;1&gt;</h1>' in site.get("").body
+
+
+def test_slide_is_the_one_that_was_segmented(site: Site) -> None:
+    assert json.loads(site.get("identity.json").body) == {"same": True}
+
+
+def copied(results_folder: Path, target: Path, *names: str) -> Path:
+    """A results folder with copies of the one result under these names."""
+    for name in names:
+        shutil.copytree(next(results_folder.glob("block*")), target / name)
+    return target
+
+
+def test_several_results_are_listed_and_each_has_its_own_page(results_folder: Path, tmp_path: Path) -> None:
+    names = ("one", "two", "<three>")
+    results = find_results(copied(results_folder, tmp_path / "r", *names))
+    assert {result.folder.name for result in results} == set(names)
+    with serving(results) as site:
+        index = site.ask("/")
+        assert index.status == 200
+        for result in results:
+            assert f'/slides/{result.id}/">'.encode() in index.body
+            assert site.ask(f"/slides/{result.id}/slide/1/0_0.jpg").status == 200
+        assert b"&lt;three&gt;" in index.body
+        assert b"<three>" not in index.body
+
+
+def test_slides_that_were_not_used_for_longest_are_closed(results_folder: Path, tmp_path: Path) -> None:
+    results = find_results(copied(results_folder, tmp_path, *"abcdef"))
+    opened = OpenResults(results)
+    with opened.using(results[0]) as first:
+        for result in results[1:]:
+            with opened.using(result):
+                pass
+        with opened.using(results[0]) as again:
+            assert again is first  # in use: not closed, however many came after it
+    with opened.using(results[1]):
+        pass
+    assert len(opened._open) <= MOST_OPEN
+    opened.close()
+
+
+def test_another_slide_of_the_same_name_is_refused(results_folder: Path, tmp_path: Path) -> None:
+    result = find_results(results_folder)[0]
+    other = write_slide(tmp_path / result.slide.name, painted((640, 416)), mpp=1.0)
+    for moved in (other, tmp_path):
+        with pytest.raises(ViewError, match=r"is another slide than .* 640×416 px .* not 1280×832"):
+            open_checked(with_slide(result, moved))
+    with pytest.raises(ViewError, match=r"no such file .*pass --slide"):
+        open_checked(with_slide(result, tmp_path / "gone.svs"))
+
+
+def test_slide_of_the_same_size_but_other_bytes_is_told_apart(results_folder: Path, tmp_path: Path) -> None:
+    result = find_results(results_folder)[0]
+    other = write_slide(tmp_path / "b.svs", painted((1280, 832)), mpp=1.0, levels=(1, 4))
+    with serving((with_slide(result, other),)) as site:
+        assert json.loads(site.get("identity.json").body) == {"same": False}
+
+
+def test_slide_that_goes_away_is_an_error_that_tells_no_path(
+    results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = with_slide(find_results(results_folder)[0], tmp_path / "gone.svs")
+    with serving((result,)) as site:
+        answer = site.get("slide/0/0_0.jpg")
+        assert (answer.status, answer.body) == (503, b"The slide or its result cannot be read; the terminal says why.")
+        assert json.loads(site.get("identity.json").body) == {"same": None}
+    assert "gone.svs: no such file" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["run.json", "store", "outputs", "elsewhere"])
+def test_results_that_are_not_whole_are_named(results_folder: Path, tmp_path: Path, broken: str) -> None:
+    folder = copied(results_folder, tmp_path, "a") / "a"
+    run = read_run(folder)
+    assert run is not None
+    if broken == "run.json":
+        (folder / "run.json").write_text("{}")
+    elif broken == "store":
+        shutil.rmtree(next(folder.glob("*.ome.zarr")))
+    else:
+        write_run(folder, run | {"outputs": [] if broken == "outputs" else ["../x.ome.zarr", "../x.parquet"]})
+    with pytest.raises(ViewError, match=str(folder)):
+        load_result(folder)
+    with pytest.raises(ViewError, match="no such folder"):
+        find_results(tmp_path / "none")
+    with pytest.raises(ViewError, match="holds no result"):
+        find_results(Path(__file__).parent)
+
+
+def test_of_several_results_those_that_are_not_whole_are_left_out_and_named(
+    results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(results_folder, tmp_path, "a", "b")
+    shutil.rmtree(next((folder / "b").glob("*.ome.zarr")))
+    assert [result.name for result in find_results(folder)] == ["a"]
+    assert "left out:" in caplog.text
+    assert str(folder / "b") in caplog.text

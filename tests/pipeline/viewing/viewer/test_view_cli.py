@@ -1,0 +1,90 @@
+"""The command as people run it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from pipeline.viewing.viewer.server import is_news
+from tests.slides import painted, write_slide
+
+REPOSITORY = Path(__file__).resolve().parents[4]
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli.view", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(*arguments: str | Path) -> tuple[int, str]:
+    """Exit status and stderr of a command that ends by itself."""
+    process = start(*arguments)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def test_it_serves_until_ctrl_c_and_ends_in_one_line(results_folder: Path) -> None:
+    process = start(next(results_folder.glob("block*")), "--no-browser")
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.fullmatch(r"(http://127\.0\.0\.1:\d+/)  \(Ctrl-C ends it\)\n", line)
+    assert found is not None, line
+    # A connection that stays open, as a browser's does.
+    with urllib.request.urlopen(found[1]) as answer:
+        assert answer.status == 200
+        assert answer.url.startswith(f"{found[1]}slides/")
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output, errors) == (0, "", "wsi-view: ended\n")
+
+
+def test_questions_that_ctrl_c_cuts_off_are_no_news() -> None:
+    def record(text: str, error: BaseException | None) -> logging.LogRecord:
+        told = None if error is None else (type(error), error, None)
+        return logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, text, (), told)
+
+    assert not is_news(record("Exception in ASGI application", asyncio.CancelledError("timeout")))
+    assert not is_news(record("Cancel 2 running task(s), timeout graceful shutdown exceeded", None))
+    assert is_news(record("Exception in ASGI application", ValueError("a fault")))
+
+
+def test_another_slide_is_refused_before_anything_is_served(results_folder: Path, tmp_path: Path) -> None:
+    other = write_slide(tmp_path / "block <1>.svs", painted((640, 416)), mpp=1.0)
+    status, errors = ended(results_folder, "--slide", other, "--no-browser")
+    assert status == 1
+    assert errors.startswith("wsi-view: block <1>.svs: is another slide than the one")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["none"], "no such folder"), ([str(REPOSITORY / "docs")], "holds no result")]
+)
+def test_what_is_no_result_is_named(arguments: list[str], said: str) -> None:
+    status, errors = ended(*arguments)
+    assert status == 1
+    assert re.fullmatch(f"wsi-view: .*{said}.*\n", errors)
+
+
+def test_help_answers_at_once() -> None:
+    begin = time.process_time()
+    children = os.times().children_user
+    process = start("--help")
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert all(option in output for option in ("--slide", "--port", "--no-browser"))
+    # Time on the processor: a busy machine takes longer by the clock.
+    assert os.times().children_user - children + time.process_time() - begin < 0.5

@@ -1,0 +1,208 @@
+"""Clusters whose processes come and go. Scheduler and workers are real, and threads of this process: they start at
+once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster
+
+from models.predictor import Predictor
+from pipeline.config import SegmentConfig
+from pipeline.errors import ClusterError, OutputError, WorkerLostError
+from pipeline.progress import no_progress
+from pipeline.slide.recipe import segment_slide
+from pipeline.workers.base import SlideJob, Spread
+from pipeline.workers.cluster.cluster import open_cluster
+from pipeline.workers.cluster.crew import Crew
+from pipeline.workers.in_process import load_predictor
+from pipeline.workers.open import open_workers
+from tests.flows.servers import free_port, until
+from tests.pipeline.fakes import run_of
+from tests.pipeline.small_bundle import small_bundle, speckled_slide
+from tests.slides import PINK, painted, write_slide
+
+CONFIG = SegmentConfig(block_out=64, num_workers=1, device="cpu", batch_size=4, runtime="torch")
+
+
+def small_slide(path: Path) -> Path:
+    return write_slide(path, painted((300, 250), ((20, 20, 200, 200), PINK)), mpp=1.0)
+
+
+GONE = "a.svs: the cluster that worked on it went away; run the same command again to go on from the finished blocks"
+
+
+@contextmanager
+def cluster_of(workers: int, **options: Any) -> Iterator[LocalCluster]:
+    with LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tcp://",
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        memory_limit=None,
+        silence_logs=50,
+        **options,
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small_bundle(tmp_path_factory.mktemp("bundle") / "small").path)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.workers.cluster.crew.PATIENCE_S", 0.3)
+    monkeypatch.setattr("pipeline.workers.cluster.crew.LOOK_S", 0.1)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "pipeline.workers.cluster.crew"]
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_cluster_without_a_process_is_waited_for_and_that_is_said_once(
+    tmp_path: Path, bundle: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = SlideJob(small_slide(tmp_path / "a.svs"))
+    waits, goes_on = "the cluster has no process; waiting for one", "the cluster has a process again; going on"
+    with cluster_of(0) as cluster:
+
+        def start_when_said(times: int) -> threading.Thread:
+            def start() -> None:
+                until(lambda: said(caplog).count(waits) == times, seconds=60, what="the warning")
+                time.sleep(1.0)  # in which it could be said again
+                cluster.scale(1)
+
+            thread = threading.Thread(target=start)
+            thread.start()
+            return thread
+
+        first = start_when_said(1)
+        with open_workers(cluster.scheduler_address, bundle, CONFIG) as workers:
+            first.join()
+            assert said(caplog) == [waits, goes_on]
+            cluster.scale(0)
+            until(
+                lambda: cluster.scheduler is not None and not cluster.scheduler.workers,
+                seconds=60,
+                what="the end of the process",
+            )
+            second = start_when_said(2)
+            assert workers.segment(job, tmp_path / "out", no_progress).status == "done"
+            second.join()
+            # So small a slide may have ended before the cluster was looked at again; a batch looks on.
+            until(
+                lambda: workers.slides_at_once and said(caplog).count(goes_on) == 2,
+                seconds=60,
+                what="the word that it goes on",
+            )
+    assert said(caplog) == [waits, goes_on] * 2
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_process_with_a_gpu_that_comes_later_gets_the_slides_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
+    with cluster_of(1) as cluster, Client(cluster, set_as_default=False) as client:
+        crew, on_cpu = Crew(client, gpu=True), Crew(client, gpu=False)
+        (plain,) = crew.able(now=True)
+        assert crew.resources == {}
+        cluster.new_spec = {**cluster.new_spec, "options": {**cluster.new_spec["options"], "resources": {"GPU": 1}}}
+        cluster.scale(2)
+        (with_gpu,) = until(
+            lambda: [one for one in crew.able(now=True) if one != plain], seconds=60, what="a process with a GPU"
+        )
+        assert (crew.resources, crew.able(now=True)) == ({"GPU": 1}, [with_gpu])
+        assert (on_cpu.resources, set(on_cpu.able(now=True))) == ({}, {plain, with_gpu})
+        # Where it has gone, the slides wait for the next one: another kind of process would take hours for each.
+        (number,) = (name for name, worker in cluster.workers.items() if worker.address == with_gpu)
+        cluster.sync(cluster.workers[number].close)
+        until(
+            lambda: not crew.able() and said(caplog) == ["the cluster has no process with a GPU; waiting for one"],
+            seconds=60,
+            what="the warning",
+        )
+        assert crew.resources == {"GPU": 1}
+
+
+@pytest.mark.parametrize("spread", ["slides", "blocks"])
+def test_the_runtime_is_what_the_processes_have_and_not_the_client(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch, spread: Spread
+) -> None:
+    slide, out, config = small_slide(tmp_path / "a.svs"), tmp_path / "out", replace(CONFIG, runtime="auto")
+    monkeypatch.setattr("pipeline.workers.cluster.tasks._predictors", {})
+    monkeypatch.setattr("pipeline.config.choose_runtime", lambda *_: "openvino")
+    monkeypatch.setattr("models.predictor.choose_runtime", lambda *_: "torch")
+    with cluster_of(2) as cluster, open_workers(cluster.scheduler_address, bundle, config, spread=spread) as workers:
+        assert workers.segment(SlideJob(slide), out, no_progress).status == "done"
+        assert run_of(out / "a")["identity"]["parameters"]["runtime"] == "torch"
+        monkeypatch.undo()
+        # Whoever asks for none takes the result that is there; whoever asks for another does not.
+        assert workers.segment(SlideJob(slide), out, no_progress).status == "skipped"
+    with pytest.raises(OutputError, match="holds the result of another run"):
+        segment_slide(slide, out, as_openvino(bundle), replace(config, runtime="openvino"))
+    assert segment_slide(slide, out, as_openvino(bundle), config).status == "skipped"
+    forced = replace(config, force=True)
+    assert segment_slide(slide, out, as_openvino(bundle), forced).status == "done"
+    assert run_of(out / "a")["identity"]["parameters"]["runtime"] == "openvino"
+
+
+def as_openvino(bundle: str) -> Predictor:
+    """A predictor that says so; compiling would take long."""
+    predictor = load_predictor(bundle, CONFIG)
+    predictor.runtime = "openvino"
+    return predictor
+
+
+def test_a_process_that_hangs_in_a_stale_mount_is_named(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs(*_: object) -> str:
+        time.sleep(3)
+        return ""
+
+    monkeypatch.setattr("pipeline.workers.cluster.tasks.ANSWER_S", 0.2)
+    monkeypatch.setattr("pipeline.workers.cluster.cluster.check_folder", hangs)
+    with cluster_of(1) as cluster, open_workers(cluster.scheduler_address, bundle, CONFIG) as workers:
+        start = time.monotonic()
+        with pytest.raises(ClusterError, match=r"out: worker tcp://\S+ has not answered within 0\.2 s, as where"):
+            workers.segment(SlideJob(tmp_path / "a.svs"), tmp_path / "out", no_progress)
+        assert time.monotonic() - start < 2.5
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_scheduler_that_comes_back_is_gone_on_with(tmp_path: Path, bundle: str) -> None:
+    slide, port = speckled_slide(tmp_path / "a.svs"), free_port()
+    lost: list[Exception] = []
+    with cluster_of(0, scheduler_port=port) as first:
+        first.scale(1)
+        with open_cluster(f"tcp://127.0.0.1:{port}", bundle, CONFIG, spread="slides", slide_timeout_s=None) as workers:
+            begun = threading.Event()
+
+            def segment() -> None:
+                try:
+                    workers.segment(SlideJob(slide), tmp_path / "out", lambda *_: begun.set())
+                except WorkerLostError as error:
+                    lost.append(error)
+
+            slide_thread = threading.Thread(target=segment)
+            slide_thread.start()
+            assert begun.wait(60)
+            first.close()
+            with cluster_of(1, scheduler_port=port):
+                slide_thread.join()
+                assert [str(error) for error in lost] == [GONE]
+                seen: list[str] = []
+                result = workers.segment(SlideJob(slide), tmp_path / "out", lambda stage, *_: seen.append(stage))
+                assert result.status == "done"
+                assert "segmenting" in seen

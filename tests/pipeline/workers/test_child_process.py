@@ -1,0 +1,215 @@
+"""Slides in a process of their own: the same bytes, and what becomes of the batch when that process ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from models.errors import UnknownBundleError
+from pipeline.batch.queue import run_batch
+from pipeline.config import SegmentConfig
+from pipeline.errors import Cancelled, ConfigError, SlideTimeoutError, WorkerLostError, is_transient
+from pipeline.progress import no_progress
+from pipeline.slide.recipe import segment_slide
+from pipeline.workers.base import SlideJob
+from pipeline.workers.in_process import load_predictor
+from pipeline.workers.open import open_workers
+from pipeline.workers.semaphores import start_silent_tracker
+from tests.pipeline.results.test_record import rows_of
+from tests.pipeline.small_bundle import small_bundle, speckled_slide
+from tests.pipeline.workers.cluster.test_cluster import data_of
+from tests.slides import PINK, painted, write_slide
+from wsi.errors import SlideNotFoundError
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+CONFIG = SegmentConfig(block_out=64, num_workers=2, device="cpu", runtime="torch", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small_bundle(tmp_path_factory.mktemp("bundle") / "small").path)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> SlideJob:
+    return SlideJob(speckled_slide(tmp_path_factory.mktemp("slide") / "größe.svs"))
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], set[psutil.Process]]]:
+    """Tells which processes the test has started that run; at its end there must be none."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    start_silent_tracker()
+    before = set(psutil.Process().children())
+    yield lambda: set(psutil.Process().children()) - before
+    assert set(psutil.Process().children()) <= before
+
+
+def test_another_process_gives_the_same_bytes_and_tells_its_progress(
+    tmp_path: Path, bundle: str, job: SlideJob
+) -> None:
+    here = segment_slide(job.path, tmp_path / "here", load_predictor(bundle, CONFIG), CONFIG)
+    seen: list[tuple[str, int, int]] = []
+    with open_workers("process", bundle, CONFIG, first=job) as workers:
+        assert workers.slides_at_once == 1
+        there = workers.segment(job, tmp_path / "there", lambda *step: seen.append(step))
+        again = workers.segment(job, tmp_path / "there", no_progress)
+        with pytest.raises(SlideNotFoundError, match=r"gone\.svs: no such file"):
+            workers.segment(SlideJob(job.path.with_name("gone.svs")), tmp_path / "there", no_progress)
+    assert (here.status, there.status, again.status) == ("done", "done", "skipped")
+    assert here.folder is not None
+    assert there.folder == tmp_path / "there" / "größe"
+    assert data_of(there.folder) == data_of(here.folder)
+    blocks = [done for stage, done, _ in seen if stage == "segmenting"]
+    assert blocks == list(range(len(blocks)))
+    assert len(blocks) > 5
+    assert seen[-1][0] == "publishing"
+
+
+def test_the_process_that_waits_loads_no_network(tmp_path: Path, bundle: str, job: SlideJob) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from pipeline.batch.queue import run_batch
+from pipeline.config import SegmentConfig
+from pipeline.workers.base import SlideJob
+from pipeline.workers.open import open_workers
+if __name__ == "__main__":
+    with open_workers("process", {bundle!r}, SegmentConfig(block_out=64, device="cpu", runtime="torch")) as workers:
+        (result,) = run_batch(
+            [SlideJob(Path({str(job.path)!r}))], Path("out"), workers, lambda _: lambda *_: None, lambda _: None
+        )
+    print(result.status, "torch" in sys.modules)
+"""
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    child = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (child.stdout.split(), child.stderr) == (["done", "False"], "")
+
+
+def test_a_reader_that_crashes_ends_the_process_and_not_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: str
+) -> None:
+    # A real SIGSEGV, in every process that Python starts from now on.
+    (tmp_path / "sitecustomize.py").write_text("import tests.full.segfaulting\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPOSITORY}")
+    jobs = []
+    # The first one crashes while it is planned beside the loading of the model.
+    for name in ("crash", "between", "crash too", "last"):
+        path = write_slide(tmp_path / f"{name}.svs", painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=1.0)
+        jobs.append(SlideJob(path))
+    config = SegmentConfig(block_out=64, num_workers=1, device="cpu", runtime="torch", backend="openslide")
+    with open_workers("process", bundle, config, first=jobs[0]) as workers:
+        results = run_batch(jobs, tmp_path / "out", workers, lambda _: no_progress, lambda _: None)
+    assert [result.status for result in results] == ["failed", "done", "failed", "done"]
+    assert [results[n].error.partition(":")[0] for n in (0, 2)] == ["crash.svs", "crash too.svs"]
+    assert results[0].error == (
+        "crash.svs: the process that worked on it crashed (SIGSEGV), most likely in the library that reads it; copy or "
+        "scan it again, or try the other --backend"
+    )
+    rows = {name: row["status"] for name, row in rows_of(tmp_path / "out").items()}
+    assert rows == {"crash": "failed", "between": "done", "crash too": "failed", "last": "done"}
+
+
+def test_a_killed_process_can_be_tried_again_and_goes_on_from_the_finished_blocks(
+    tmp_path: Path, bundle: str, job: SlideJob, started: Callable[[], set[psutil.Process]]
+) -> None:
+    def kill(stage: str, done: int, _: int) -> None:
+        if stage == "segmenting" and done == 3:
+            (child,) = started()
+            child.kill()
+
+    with open_workers("process", bundle, CONFIG) as workers:
+        with pytest.raises(WorkerLostError, match=r"größe\.svs: the process that worked on it was killed") as caught:
+            workers.segment(job, tmp_path, kill)
+        assert is_transient(caught.value)
+        result = workers.segment(job, tmp_path, no_progress)
+    assert result.status == "done"
+    assert result.resumed_blocks >= 3
+
+
+def test_an_interrupt_ends_the_process_and_the_same_command_goes_on(
+    tmp_path: Path, bundle: str, job: SlideJob, started: Callable[[], set[psutil.Process]]
+) -> None:
+    def interrupt(stage: str, done: int, _: int) -> None:
+        if stage == "segmenting" and done == 2:
+            raise KeyboardInterrupt
+
+    with open_workers("process", bundle, CONFIG) as workers:
+        with pytest.raises(Cancelled, match=r"größe\.svs: interrupted; run the same command again to go on"):
+            workers.segment(job, tmp_path, interrupt)
+        assert not started()
+        assert workers.segment(job, tmp_path, no_progress).resumed_blocks >= 2
+
+
+def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(tmp_path: Path, bundle: str, job: SlideJob) -> None:
+    with open_workers("process", bundle, CONFIG, slide_timeout_s=0.3) as workers:
+        with pytest.raises(SlideTimeoutError, match=r"größe\.svs: took longer than 0\.3 s and was stopped"):
+            workers.segment(job, tmp_path, no_progress)
+        missing = SlideJob(job.path.with_name("gone.svs"))
+        with pytest.raises(SlideNotFoundError):
+            workers.segment(missing, tmp_path, no_progress)
+
+
+def test_cancelled_from_another_thread_it_ends_at_once(tmp_path: Path, bundle: str, job: SlideJob) -> None:
+    with open_workers("process", bundle, CONFIG) as workers:
+
+        def cancel(stage: str, done: int, _: int) -> None:
+            if stage == "segmenting" and done == 1:
+                threading.Thread(target=workers.cancel).start()
+
+        with pytest.raises(Cancelled, match=r"größe\.svs: stopped; run the same command again"):
+            workers.segment(job, tmp_path, cancel)
+        with pytest.raises(Cancelled):
+            workers.segment(job, tmp_path, no_progress)
+
+
+def test_what_is_wrong_with_model_or_settings_is_raised_before_any_slide(bundle: str, job: SlideJob) -> None:
+    with (
+        pytest.raises(UnknownBundleError, match="no-such: neither a shipped model"),
+        open_workers("process", "no-such", CONFIG, first=job),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match="--spread blocks needs several processes"),
+        open_workers("process", bundle, CONFIG, spread="blocks"),
+    ):
+        pass
+
+
+def test_a_process_whose_parent_was_killed_ends_too(tmp_path: Path, bundle: str, job: SlideJob) -> None:
+    program = f"""
+import os, sys
+from pathlib import Path
+from pipeline.config import SegmentConfig
+from pipeline.workers.base import SlideJob
+from pipeline.workers.open import open_workers
+if __name__ == "__main__":
+    with open_workers("process", {bundle!r}, SegmentConfig(block_out=16, device="cpu", runtime="torch")) as workers:
+        workers.segment(SlideJob(Path({str(job.path)!r})), Path("out"), lambda *step: print(*step, flush=True))
+"""
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    parent = subprocess.Popen([sys.executable, "program.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    for line in parent.stdout:
+        if line.startswith("segmenting 2 "):
+            break
+    family = psutil.Process(parent.pid).children()
+    assert any("spawn_main" in " ".join(child.cmdline()) for child in family)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    _, left = psutil.wait_procs(family, timeout=60)
+    assert not left
+    assert not (tmp_path / "out" / "größe").exists()
+    with open_workers(None, bundle, SegmentConfig(block_out=16, device="cpu", runtime="torch")) as workers:
+        assert workers.segment(job, tmp_path / "out", no_progress).resumed_blocks >= 2
