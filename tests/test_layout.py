@@ -18,8 +18,7 @@ from pipeline.cli.segment import app
 from pipeline.cli.train import app as train_app
 from pipeline.cli.view import app as view_app
 from pipeline.training.config import TrainConfig
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.imports import REPOSITORY, circles, import_graph
 
 # Packages of this project that each package may import; imports point one way.
 OWN = {
@@ -85,52 +84,11 @@ def test_imports_point_one_way(package: str) -> None:
         assert not names & FOREIGN[package], f"{module} imports what {package} stays free of"
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(REPOSITORY).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def own_imports(path: Path, modules: set[str]) -> set[str]:
-    """Return the modules of this project that a file imports, inside functions and under TYPE_CHECKING too."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            members = {f"{node.module}.{alias.name}" for alias in node.names}
-            # `from package import module` imports the module; `from module import name` the module it names.
-            found |= members & modules or {node.module}
-    return found & modules
-
-
-def import_graph(root: Path = REPOSITORY) -> dict[str, set[str]]:
-    """Return module -> the project's modules that it imports."""
-    files = {module_name(path): path for package in OWN for path in (root / package).rglob("*.py")}
-    return {name: own_imports(path, set(files)) - {name} for name, path in files.items()}
-
-
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return one circle of imports for each module from which an import path leads back to itself."""
-    found: list[list[str]] = []
-    for start in sorted(graph):
-        paths, seen = [[start]], {start}
-        while paths:
-            path = paths.pop()
-            for target in graph[path[-1]]:
-                if target == start:
-                    found.append([*path, start])
-                elif target not in seen:
-                    seen.add(target)
-                    paths.append([*path, target])
-    return found
-
-
 def test_imports_have_no_circle() -> None:
     assert circles(import_graph()) == []
 
 
-def test_a_circle_under_type_checking_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.test_layout.REPOSITORY", tmp_path)
+def test_a_circle_under_type_checking_is_found(tmp_path: Path) -> None:
     (tmp_path / "wsi").mkdir()
     (tmp_path / "wsi" / "a.py").write_text("if TYPE_CHECKING:\n    from wsi.b import B\n")
     (tmp_path / "wsi" / "b.py").write_text("def f() -> None:\n    from wsi import a\n")
