@@ -47,7 +47,7 @@ def test_a_shortcut_is_not_drawn() -> None:
         "models": set(),
         "wsi": set(),
     }
-    assert draw(SMALL, dict.fromkeys(SMALL, "A room.")).count("stroke-width=\"1.6\"") == 3
+    assert draw(SMALL, dict.fromkeys(SMALL, "A room.")).count('stroke-width="1.6"') == 3
 
 
 def test_a_room_stands_above_all_rooms_that_it_imports(rooms: Graph) -> None:

@@ -1,4 +1,4 @@
-"""What the project is made of: every package pinned, with its hashes, and its licence known."""
+"""What the project is made of: every package pinned, with its hashes, and its license known."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.licences import COPYLEFT, DOCUMENT, Licence, licences
+from tests.licenses import COPYLEFT, DOCUMENT, License, licenses
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -20,7 +20,7 @@ COPYLEFT_IN_RUNS = {
     "text-unidecode": "Artistic License or GPL: the first is taken",
     "tqdm": "MPL: unchanged",
 }
-"""Packages under copyleft licences that runs need, and why that is no trouble."""
+"""Packages under copyleft licenses that runs need, and why that is no trouble."""
 
 
 def pins(name: str) -> list[str]:
@@ -53,22 +53,22 @@ def test_the_command_that_makes_the_hashes_stands_above_them() -> None:
     assert head.endswith(" constraints.txt -o constraints-hashes.txt")
 
 
-def pinned_licences() -> list[Licence]:
+def pinned_licenses() -> list[License]:
     """Of packages that are installed in the version that constraints.txt has."""
     pinned = set(pins("constraints.txt"))
-    return [one for one in licences() if f"{one.package}=={one.version.partition('+')[0]}" in pinned]
+    return [one for one in licenses() if f"{one.package}=={one.version.partition('+')[0]}" in pinned]
 
 
-def test_the_document_has_the_licence_of_every_dependency() -> None:
-    found = pinned_licences()
+def test_the_document_has_the_license_of_every_dependency() -> None:
+    found = pinned_licenses()
     if not found:
         pytest.skip("no installed package has the version that constraints.txt pins")
     rows = set(DOCUMENT.read_text(encoding="utf-8").splitlines())
     missing = [one.row() for one in found if one.row() not in rows]
-    assert not missing, "run python -m tests.licences"
+    assert not missing, "run python -m tests.licenses"
 
 
-def test_copyleft_licences_are_those_that_somebody_has_looked_at() -> None:
+def test_copyleft_licenses_are_those_that_somebody_has_looked_at() -> None:
     row = re.compile(r"^\| ([\w.-]+) \| (.*) \| (copyleft|) \| (run|openvino|train|test) \|$", re.MULTILINE)
     table = row.findall(DOCUMENT.read_text(encoding="utf-8"))
     assert len(table) > 100

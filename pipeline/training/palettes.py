@@ -16,7 +16,7 @@ CLASS_COLOURS: tuple[Colour, ...] = (
     (153, 51, 85),
     (255, 102, 34),
 )
-"""Found by a search (docs/decisions/0006-colours.md): every two differ for readers with any kind of colour blindness,
+"""Found by a search (docs/decisions/0006-colors.md): every two differ for readers with any kind of colour blindness,
 and each from glass, eosin, haematoxylin and the black that other viewers draw on. The first ones differ most.
 """
 

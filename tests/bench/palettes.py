@@ -1,4 +1,4 @@
-"""Measure, search and compare colours for tissue classes: docs/decisions/0006-colours.md has the figures.
+"""Measure, search and compare colours for tissue classes: docs/decisions/0006-colors.md has the figures.
 
     python -m tests.bench.palettes measure PATH...   colours of glass, tissue and nuclei in slides or folders of images
     python -m tests.bench.palettes search            finds the colours of pipeline/training/palettes.py anew

@@ -110,7 +110,7 @@ def test_each_colour_differs_from_glass_stain_and_black() -> None:
 
 
 def test_the_table_of_the_decision_is_what_the_command_prints() -> None:
-    decision = (REPOSITORY / "docs" / "decisions" / "0006-colours.md").read_text(encoding="utf-8")
+    decision = (REPOSITORY / "docs" / "decisions" / "0006-colors.md").read_text(encoding="utf-8")
     rows = list(compare())
     assert len(rows) > 10
     assert [row for row in rows if row not in decision] == []

@@ -1,8 +1,8 @@
-"""Lists the licences of every dependency, as its own metadata state them, in docs/licences.md.
+"""List the licenses of all dependencies, as their own metadata state them, in docs/licenses.md.
 
-    python -m tests.licences
+    python -m tests.licenses
 
-What is installed is read, so run it in the environment that the README's second command makes.
+The script reads the installed packages, so run it in the environment that the README's second command makes.
 """
 
 from __future__ import annotations
@@ -15,32 +15,34 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "licences.md"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "licenses.md"
 
 PURPOSES = ("run", "openvino", "train", "test")
-"""What a dependency is for: every run, or an extra of pyproject.toml. The first one counts."""
+"""What needs a dependency: every run, or an extra of pyproject.toml. The first one counts."""
 
 COPYLEFT = re.compile(r"GPL|MPL|Mozilla|EUPL|CDDL|Eclipse", re.IGNORECASE)
 
 _LONGEST = 60
-"""Characters: what is longer is the licence's text, not its name."""
+"""Characters; a longer entry is the license's text, not its name."""
 
-_HEAD = """# Licences of the dependencies
+_HEAD = """# Licenses of the dependencies
 
-Written by `python -m tests.licences` from the packages' own metadata, for Linux and Python 3.11; versions are in
-`constraints.txt`. **Copyleft** marks licences that ask something of whoever passes on changes to the package itself
-(GPL, LGPL, MPL); none of these packages is part of our wheel, which holds our own files only. "For" is what needs it:
-every run, an extra (`openvino`, `train`), or the tests. torch's CUDA packages (nvidia-*, triton) come with torch on
-Linux, under licences of their own, and are not listed.
+To update this page, run `python -m tests.licenses`. It reads the packages' own metadata, for Linux and Python 3.11.
+Versions are in `constraints.txt`.
 
-| package | licence | copyleft | for |
+**Copyleft** marks licenses that put conditions on passing on changes to the package itself (GPL, LGPL, MPL). None of
+these packages is part of our wheel, which contains only our own files. **For** names what needs the package: every run,
+an extra (`openvino`, `train`), or the tests. torch's CUDA packages (nvidia-*, triton) come with torch on Linux under
+their own licenses and are not listed.
+
+| package | license | copyleft | for |
 |---|---|---|---|
 """
 
 
 @dataclass(frozen=True)
-class Licence:
-    """A dependency, what its metadata say of its licence, and what it is for."""
+class License:
+    """A dependency, its license as its metadata state it, and what needs it."""
 
     package: str
     version: str
@@ -49,17 +51,17 @@ class Licence:
 
     @property
     def copyleft(self) -> bool:
-        """Whether the licence, or one of those to choose from, is a copyleft one."""
+        """Return whether the license, or one of several to choose from, is a copyleft license."""
         return COPYLEFT.search(self.text) is not None
 
     def row(self) -> str:
-        """Its line of the table."""
+        """Return the package's row of the table."""
         return f"| {self.package} | {self.text} | {'copyleft' if self.copyleft else ''} | {self.purpose} |"
 
 
-def licences() -> list[Licence]:
-    """Every installed dependency of the package and of its extras, by name."""
-    found: dict[str, Licence] = {}
+def licenses() -> list[License]:
+    """Return the installed dependencies of the package and of its extras, sorted by name."""
+    found: dict[str, License] = {}
     for purpose in PURPOSES:
         left = [("wsi-segment", frozenset() if purpose == "run" else frozenset({purpose}))]
         seen = set(left)
@@ -70,7 +72,7 @@ def licences() -> list[Licence]:
             except PackageNotFoundError:
                 continue  # of another platform, or torch's
             if not re.match(r"wsi-segment$|nvidia-|triton$", normal(name)):
-                found.setdefault(normal(name), Licence(normal(name), package.version, stated(package), purpose))
+                found.setdefault(normal(name), License(normal(name), package.version, stated(package), purpose))
             news = {one for one in required(package, extras) if one not in seen}
             seen |= news
             left += news
@@ -78,7 +80,7 @@ def licences() -> list[Licence]:
 
 
 def required(package: Distribution, extras: frozenset[str]) -> set[tuple[str, frozenset[str]]]:
-    """What a package with these extras needs on this machine: names and their extras."""
+    """Return what a package with these extras needs on this machine: names and their extras."""
     needed = set()
     for text in package.requires or []:
         one = Requirement(text)
@@ -88,7 +90,7 @@ def required(package: Distribution, extras: frozenset[str]) -> set[tuple[str, fr
 
 
 def stated(package: Distribution) -> str:
-    """What the metadata say: the expression, else the classifiers or the free text, else the licence file's head."""
+    """Return the license expression, else the classifiers or the free text, else the head of the license file."""
 
     def values(field: str) -> list[str]:
         return package.metadata.get_all(field) or []
@@ -107,13 +109,13 @@ def stated(package: Distribution) -> str:
 
 
 def normal(name: str) -> str:
-    """A package's name as indexes write it."""
+    """Return a package's name as indexes write it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def main() -> int:
-    """Write the document; tells what is copyleft."""
-    rows = licences()
+    """Write the document, and print the copyleft packages."""
+    rows = licenses()
     DOCUMENT.write_text(_HEAD + "\n".join(one.row() for one in rows) + "\n", encoding="utf-8")
     for one in rows:
         if one.copyleft:
