@@ -26,16 +26,15 @@ from flows.order import BatchRequest
 from flows.privacy import Said, as_it_is, pipeline_log, without_folders
 from flows.slide_task import Attempt, segment_one
 from models.bundle import load_bundle
-from models.errors import ModelError
 from pipeline.batch.collect import name_clashes
 from pipeline.batch.queue import MAX_AT_ONCE
-from pipeline.errors import ConfigError, OutputError, PipelineError
+from pipeline.errors import ConfigError, OutputError
 from pipeline.pages.report_page import write_report
 from pipeline.results.folder import finished_run, is_locked
 from pipeline.results.record import SlideResult, read_run, run_identity, skipped_result, with_runtime_of
 from pipeline.workers.base import SlideJob, Workers, job_config
 from pipeline.workers.open import open_workers
-from wsi.errors import SlideError
+from wsi.errors import WsiSegmentError
 from wsi.slide import slide_digest, slide_stamp
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ def segment_order(order: BatchRequest) -> State[None]:
     with pipeline_log(order.said):
         try:
             return _end(_segment_all(order))
-        except (PipelineError, ModelError) as error:
+        except WsiSegmentError as error:
             return Failed(message=order.said(str(error)))
         except Exception as error:
             if not order.hide_paths:
@@ -272,7 +271,7 @@ def _finished_result(job: SlideJob, order: BatchRequest, digests: dict[str, str]
         unwritten = cast("dict[str, object]", run["slide"]).get("stamp") == slide_stamp(job.path)
         if not unwritten and slide_digest(job.path) != stated:
             return None
-    except (SlideError, ModelError):
+    except WsiSegmentError:
         return None  # its task will say so
     return skipped_result(folder, run, time.perf_counter() - start)
 

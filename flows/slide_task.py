@@ -12,12 +12,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
 from flows.privacy import Said
-from models.errors import ModelError
 from pipeline.batch.queue import failure
-from pipeline.errors import Cancelled, LockedError, PipelineError, is_transient
+from pipeline.errors import Cancelled, LockedError, is_transient
 from pipeline.results.record import SlideResult
 from pipeline.workers.base import SlideJob
-from wsi.errors import SlideError
+from wsi.errors import WsiSegmentError
 
 STATES = {"done": "Done", "skipped": "Skipped", "no tissue": "No tissue", "failed": "Failed"}
 """Names of the states that a slide's task ends in. Of two more the slide comes up again later: "Locked", where another
@@ -58,7 +57,7 @@ def segment_one(job: SlideJob, segment: Callable[[], SlideResult], said: Said, *
         result = SlideResult(job.path.stem, "failed", time.perf_counter() - start, error=failure(job, error))
         if isinstance(error, LockedError):
             return Completed(name="Locked", message=said(result.error), data=Attempt(result, locked=True))
-        if not isinstance(error, (SlideError, ModelError, PipelineError)):
+        if not isinstance(error, WsiSegmentError):
             log.error("%s", said("".join(traceback.format_exception(error))))
         if is_transient(error) and not last:
             return Completed(name="Put off", message=said(result.error), data=Attempt(result, transient=True))

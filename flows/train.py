@@ -13,11 +13,10 @@ from flows.artifacts import StageProgress, show_metrics
 from flows.order import output_folder
 from flows.privacy import as_it_is, pipeline_log
 from models.bundle import Bundle
-from models.errors import ModelError
-from pipeline.errors import PipelineError
 from pipeline.training.config import train_config
 from pipeline.training.dataset import load_dataset
 from pipeline.training.train import train
+from wsi.errors import WsiSegmentError
 
 
 @flow(name="train", description="Train a model bundle from patch labels.")
@@ -44,7 +43,7 @@ def train_flow(
     with pipeline_log(as_it_is):
         try:
             bundle = train_bundle(dataset, output_folder(output), data, preset, settings or {}, device)
-        except (PipelineError, ModelError) as error:
+        except WsiSegmentError as error:
             return Failed(message=str(error))
     show_metrics(Path(output), bundle.card.metrics)
     return Completed(message=f"bundle in {bundle.path}")

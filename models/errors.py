@@ -1,70 +1,73 @@
-"""Errors of the models package.
+"""Errors about models, their files and their outputs.
 
-ModelError
-├── BundleError
-│   ├── UnknownBundleError       no shipped bundle of that name and no such folder
-│   ├── MissingBundleFileError   a folder without one of its three files
-│   ├── InvalidCardError         model.json is no JSON, breaks the schema or has another schema version
-│   ├── DigestMismatchError      weights that are not those the card was written for
-│   └── WeightsMismatchError     weights that do not fit the architecture the card names
-├── ArchitectureError            a backbone, head or encoder that does not exist
-├── CamUnavailableError          a CAM method that does not exist, or not for this classifier's head or layer
-├── DeviceUnavailableError       a device was asked for that this machine does not have
-├── RuntimeUnavailableError      a runtime was asked for that is not installed, or cannot take the model
-└── NonFiniteOutputError         a network gave NaN or infinity
+WsiSegmentError                      see wsi/errors.py
+└── ModelError                       a model, its files or its outputs cannot be used
+    ├── BundleError                  a model bundle cannot be used
+    │   ├── UnknownBundleError       no shipped bundle has this name, and no folder exists at this path
+    │   ├── MissingBundleFileError   the bundle folder lacks one of its three files
+    │   ├── InvalidCardError         model.json is not JSON, violates the schema or has another schema version
+    │   ├── DigestMismatchError      the weights file is not the one that the model card names
+    │   └── WeightsMismatchError     the weights do not fit the architecture that the model card names
+    ├── ArchitectureError            no backbone, head or encoder has this name
+    ├── CamUnavailableError          the CAM method does not exist, or does not work with this head or layer
+    ├── DeviceUnavailableError       this machine does not have the requested device
+    ├── RuntimeUnavailableError      the requested runtime is not installed, or cannot run the model
+    └── NonFiniteOutputError         a network returned NaN or infinity
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from wsi.errors import WsiSegmentError
 
-class ModelError(Exception):
-    """Anything wrong with a model, its files or its outputs."""
+
+class ModelError(WsiSegmentError):
+    """A model, its files or its outputs cannot be used."""
 
 
 class BundleError(ModelError):
-    """A model bundle that cannot be used."""
+    """A model bundle cannot be used."""
 
 
 class UnknownBundleError(BundleError):
-    """The name is that of no shipped bundle, and no folder lies at that path."""
+    """No shipped bundle has this name, and no folder exists at this path."""
 
 
 class MissingBundleFileError(BundleError):
-    """A bundle folder lacks a file."""
+    """The bundle folder lacks one of its three files."""
 
 
 class InvalidCardError(BundleError):
-    """model.json cannot be read as a model card."""
+    """model.json is not a valid model card."""
 
 
 class DigestMismatchError(BundleError):
-    """A weights file is not the one the card names."""
+    """The weights file is not the one that the model card names."""
 
 
 class WeightsMismatchError(BundleError):
-    """The weights do not fit the architecture."""
+    """The weights do not fit the architecture that the model card names."""
 
 
 class ArchitectureError(ModelError):
-    """A backbone, head or encoder name that nothing is registered for."""
+    """No backbone, head or encoder has this name."""
 
 
 class CamUnavailableError(ModelError):
-    """There is no such CAM method, or the classifier's head or the layer asked for does not have it."""
+    """The CAM method does not exist, or does not work with this classifier's head or with the requested layer."""
 
 
 class DeviceUnavailableError(ModelError):
-    """The device asked for is not there."""
+    """This machine does not have the requested device."""
 
 
 class RuntimeUnavailableError(ModelError):
-    """The runtime asked for is not installed, not for this device or precision, or cannot take the model."""
+    """The requested runtime is not installed, does not support the device or precision, or cannot run the model."""
 
 
 class NonFiniteOutputError(ModelError):
-    """A network's output holds NaN or infinity; `indices` are the positions of those images in the call."""
+    """A network returned NaN or infinity; `indices` are the positions of those images in the call."""
 
     def __init__(self, network: str, indices: Sequence[int]) -> None:
         self.network = network

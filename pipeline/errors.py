@@ -1,29 +1,30 @@
-"""Errors of the pipeline layer.
+"""Errors about runs: settings, outputs, workers, training and viewing.
 
-PipelineError
-├── ConfigError    an option or input that cannot be used
-├── PlanError      the run would not fit into memory or onto the disk
-├── OutputError    results cannot be written, or would replace something else
-├── LockedError    another process is at work on the same slide
-├── ClusterError   the processes that should do the work are not to be had, or cannot do it
-├── WorkerLostError   the process that worked on a slide went away
-├── SlideTimeoutError  a slide took longer than it may
-├── RegionsFileError  a block's polygons cannot be read back
-├── TrainConfigError  a setting of a training run that cannot be used
-├── TrainError     a training run that cannot go on
-├── DatasetError   a patch data set that cannot be used
-│   ├── DatasetFileError       a dataset.toml that does not exist, is no TOML or has wrong keys
-│   ├── MissingImagesError     no images where the dataset.toml says, or a split without images
-│   ├── LabelError             a label that does not parse, or a table that does not fit the images
-│   ├── MaskError              a mask that is missing, of another size or mode, or with values of no class
-│   ├── EmptyClassError        a class that no training patch has
-│   └── UnreadableImageError   an image that does not open, or too many of them
-├── ClassMismatchError  a model of other classes than the data set's
-├── ViewError      results that cannot be shown
-├── Cancelled      the run was interrupted; it can go on later
-└── SampleError    the sample slide is not to be had
+WsiSegmentError                   see wsi/errors.py
+└── PipelineError                 the work failed, and neither the slide file nor the model is the cause
+    ├── ConfigError               an option or input cannot be used
+    ├── PlanError                 the run would not fit into memory or onto the disk
+    ├── OutputError               results cannot be written, or would replace other results
+    │   └── LockedError           another process is segmenting the same slide
+    ├── ClusterError              the cluster is unreachable or cannot run the job
+    ├── WorkerLostError           the worker process of a slide died
+    ├── SlideTimeoutError         a slide exceeded its time limit
+    ├── RegionsFileError          the saved polygons of a block cannot be read
+    ├── TrainConfigError          a training setting cannot be used
+    ├── TrainError                a training run cannot continue
+    ├── DatasetError              a patch data set cannot be used
+    │   ├── DatasetFileError      dataset.toml does not exist, is not valid TOML or has wrong keys
+    │   ├── MissingImagesError    the image folder or one of the splits contains no images
+    │   ├── LabelError            a label cannot be parsed, or the label table does not fit the images
+    │   ├── MaskError             a mask is missing, has the wrong size or mode, or contains an unknown value
+    │   ├── EmptyClassError       no training patch has this class
+    │   └── UnreadableImageError  an image cannot be opened, or more images than the limit
+    ├── ClassMismatchError        the model and the data set have different classes
+    ├── ViewError                 the results cannot be shown
+    ├── Cancelled                 the run was interrupted and can be resumed
+    └── SampleError               the sample slide cannot be downloaded from any of its sources
 
-Every message says what is wrong, with which file, and what to do next.
+Every message names the problem, the file and the next step.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ from __future__ import annotations
 import errno
 from typing import Self
 
+from wsi.errors import WsiSegmentError
 
-class PipelineError(Exception):
-    """Base of everything that ends the work on a slide and is no fault of the slide or the model."""
+
+class PipelineError(WsiSegmentError):
+    """The work failed, and neither the slide file nor the model is the cause."""
 
 
 class ConfigError(PipelineError):
-    """An option or input that cannot be used."""
+    """An option or input cannot be used."""
 
 
 class PlanError(PipelineError):
@@ -45,88 +48,92 @@ class PlanError(PipelineError):
 
 
 class OutputError(PipelineError):
-    """Results cannot be written, or would replace something else."""
+    """Results cannot be written, or would replace other results."""
 
 
 class LockedError(OutputError):
-    """Another process is at work on the same slide."""
+    """Another process is segmenting the same slide."""
 
 
 class ClusterError(PipelineError):
-    """The processes that should do the work are not to be had, or cannot do it."""
+    """The cluster is unreachable or cannot run the job."""
 
 
 class WorkerLostError(PipelineError):
-    """The process that worked on a slide went away."""
+    """The worker process of a slide died."""
 
 
 class SlideTimeoutError(PipelineError):
-    """A slide took longer than it may."""
+    """A slide exceeded its time limit."""
 
     @classmethod
     def after(cls, name: str, seconds: float) -> Self:
-        """What to say of a slide that was stopped after this time."""
+        """Return the error of a slide that was stopped after this many seconds."""
         return cls(
-            f"{name}: took longer than {seconds:g} s and was stopped; run the same command again to go on from the "
-            f"finished blocks, with a longer --slide-timeout if it is only large"
+            f"{name}: took longer than {seconds:g} s and was stopped; run the same command again to resume after the "
+            f"finished blocks, with a longer --slide-timeout if the slide is simply large"
         )
 
 
+class RegionsFileError(PipelineError):
+    """The saved polygons of a block cannot be read."""
+
+
 class TrainConfigError(PipelineError):
-    """A setting of a training run that cannot be used."""
+    """A training setting cannot be used."""
 
 
 class TrainError(PipelineError):
-    """A training run that cannot go on."""
+    """A training run cannot continue."""
 
 
 class DatasetError(PipelineError):
-    """A patch data set that cannot be used."""
+    """A patch data set cannot be used."""
 
 
 class DatasetFileError(DatasetError):
-    """A dataset.toml that does not exist, is no TOML or has wrong keys."""
+    """dataset.toml does not exist, is not valid TOML or has wrong keys."""
 
 
 class MissingImagesError(DatasetError):
-    """There are no images where the dataset.toml says, or a split has none."""
+    """The image folder or one of the splits contains no images."""
 
 
 class LabelError(DatasetError):
-    """A label that does not parse, or a table that does not fit the images."""
+    """A label cannot be parsed, or the label table does not fit the images."""
 
 
 class MaskError(DatasetError):
-    """A mask that is missing, of another size than its image, of another mode, or with values of no class."""
+    """A mask is missing, has the wrong size or mode, or contains an unknown value."""
 
 
 class EmptyClassError(DatasetError):
-    """A class that no training patch has."""
+    """No training patch has this class."""
 
 
 class UnreadableImageError(DatasetError):
-    """An image that does not open, or more of them than the limit."""
+    """An image cannot be opened, or more images than the limit."""
 
 
 class ClassMismatchError(PipelineError):
-    """The model's classes are not the data set's."""
+    """The model and the data set have different classes."""
 
 
 class ViewError(PipelineError):
-    """Results that cannot be shown, or not with this slide."""
+    """The results cannot be shown, or not with this slide."""
 
 
-class Cancelled(PipelineError):  # noqa: N818 - not an error of anybody's
-    """The run was interrupted; it can go on later."""
+class Cancelled(PipelineError):  # noqa: N818 - an interruption is not an error
+    """The run was interrupted and can be resumed."""
 
 
 class SampleError(PipelineError):
-    """The sample slide is not to be had from any of its sources."""
+    """The sample slide cannot be downloaded from any of its sources."""
 
 
-_PASSING = frozenset(
+_TRANSIENT = frozenset(
     {
-        # A network mount that was renewed, hangs or went away for a moment.
+        # A network mount was remounted, hangs or was gone for a moment.
         errno.ESTALE,
         errno.EIO,
         errno.ETIMEDOUT,
@@ -141,7 +148,7 @@ _PASSING = frozenset(
         errno.ENOTCONN,
         errno.EAGAIN,
         errno.EBUSY,
-        # Others on the machine had taken it all.
+        # Other processes used up the machine's files or memory.
         errno.EMFILE,
         errno.ENFILE,
         errno.ENOMEM,
@@ -150,17 +157,16 @@ _PASSING = frozenset(
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether the same work can succeed later, with nothing changed by anybody.
+    """Return whether the same work can succeed later although nobody changes anything.
 
-    That is so for a stale or hanging network mount and a lost worker; not for a slide that is missing, broken or took
-    longer than it may, nor for a full disk or wrong settings. An error that was raised from another one is judged by
-    that one, too.
+    Stale or hanging network mounts and lost workers are transient. Missing or broken slides, timeouts, full disks and
+    wrong settings are not. The errors that caused `error` count too.
     """
     while error is not None:
         if isinstance(error, WorkerLostError):
             return True
         if isinstance(error, OSError) and (
-            error.errno in _PASSING or isinstance(error, (TimeoutError, ConnectionError))
+            error.errno in _TRANSIENT or isinstance(error, (TimeoutError, ConnectionError))
         ):
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

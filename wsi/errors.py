@@ -1,23 +1,31 @@
-"""Errors of the slide layer.
+"""Errors about slides, and the base class of every error in this project.
 
-SlideError
-├── SlideNotFoundError   no such file
-├── SlideFormatError     no reader can open the file
-├── SlideReadError       the file opens, its pixels cannot be read
-└── ResolutionError      the micrometres per pixel are unknown, or do not fit the model
+WsiSegmentError              base of every error that this project raises
+├── SlideError               a slide cannot be used
+│   ├── SlideNotFoundError   the slide file does not exist
+│   ├── SlideFormatError     no reader can open the file
+│   ├── SlideReadError       the file opens, but its pixels cannot be read
+│   └── ResolutionError      the pixel size is unknown, or does not fit the model
+├── ModelError               see models/errors.py
+└── PipelineError            see pipeline/errors.py
 
-Every message begins with the file's name and ends with what to do next.
+Every message starts with the file name and ends with the next step. This module imports nothing, so that `models` can
+import the base class without loading a slide reader.
 """
 
 from __future__ import annotations
 
 
-class SlideError(Exception):
-    """Base of everything that is wrong with one slide."""
+class WsiSegmentError(Exception):
+    """Base of every error that this project raises; `except WsiSegmentError` catches them all."""
+
+
+class SlideError(WsiSegmentError):
+    """A slide cannot be used."""
 
 
 class SlideNotFoundError(SlideError):
-    """No such file."""
+    """The slide file does not exist."""
 
 
 class SlideFormatError(SlideError):
@@ -29,4 +37,4 @@ class SlideReadError(SlideError):
 
 
 class ResolutionError(SlideError):
-    """The micrometres per pixel are unknown, or do not fit the model."""
+    """The pixel size is unknown, or does not fit the model."""

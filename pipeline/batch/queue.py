@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from models.errors import ModelError
 from pipeline.batch.collect import name_clashes
-from pipeline.errors import Cancelled, ConfigError, LockedError, OutputError, PipelineError
+from pipeline.errors import Cancelled, ConfigError, LockedError, OutputError
 from pipeline.pages.report_page import write_report
 from pipeline.progress import Progress
 from pipeline.results.folder import is_locked
 from pipeline.results.record import SlideResult
 from pipeline.results.summary import write_summary
 from pipeline.workers.base import SlideJob, Workers
-from wsi.errors import SlideError
+from wsi.errors import WsiSegmentError
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +120,7 @@ def _when_free(jobs: Sequence[SlideJob], output: Path, locked: Sequence[int]) ->
 
 def failure(job: SlideJob, error: Exception) -> str:
     """What to say of a slide that failed: our own errors speak for themselves, others are named with the slide."""
-    if isinstance(error, (SlideError, ModelError, PipelineError)):
+    if isinstance(error, WsiSegmentError):
         return str(error)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return f"{job.path.name}: out of memory ({error}); lower --batch-size or --num-workers"

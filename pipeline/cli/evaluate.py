@@ -63,14 +63,13 @@ def evaluate(
         level=logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)],
         format="%(levelname)s: %(message)s",
     )
-    from models.errors import ModelError
-    from pipeline.errors import PipelineError
+    from wsi.errors import WsiSegmentError
 
     try:
         predictor, chosen = _prepare(bundle, dataset, data, split, output, device, batch_size)
         with _bar(hidden=quiet) as progress:
             document = _evaluate(predictor, chosen, split, output, progress, tta=tta, worst=worst)
-    except (ModelError, PipelineError) as error:
+    except WsiSegmentError as error:
         fail(PROGRAM, str(error))
     except KeyboardInterrupt:
         # Here and not in the caller: typer would make exit status 1 of it.

@@ -43,13 +43,12 @@ def qupath(
 
     What you saved in the project stays. Close it in QuPath before.
     """
-    from pipeline.errors import PipelineError
     from pipeline.viewing.qupath.project import write_project
-    from wsi.errors import SlideError
+    from wsi.errors import WsiSegmentError
 
     try:
         typer.echo(write_project(results, tiles=tiles, slides=slides))
-    except (PipelineError, SlideError) as error:
+    except WsiSegmentError as error:
         fail(PROGRAM, str(error))
 
 

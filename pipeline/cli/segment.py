@@ -123,7 +123,8 @@ def segment(
         level=logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)],
         format="%(levelname)s: %(message)s",
     )
-    from pipeline.errors import Cancelled, ConfigError, SampleError
+    from pipeline.errors import Cancelled, ConfigError
+    from wsi.errors import WsiSegmentError
 
     try:
         config = SegmentConfig(
@@ -159,11 +160,11 @@ def segment(
             )
     except ConfigError as error:
         fail(PROGRAM, str(error), EXIT_USAGE)
-    except SampleError as error:
-        fail(PROGRAM, str(error), EXIT_FAILED)
     except (Cancelled, KeyboardInterrupt) as stop:
         # Here and not in the caller: typer would make exit status 1 of it.
         fail(PROGRAM, str(stop) or "interrupted; run the same command again to go on", EXIT_INTERRUPTED)
+    except WsiSegmentError as error:
+        fail(PROGRAM, str(error), EXIT_FAILED)
 
 
 def _jobs(inputs: list[Path], *, sample: bool, recursive: bool) -> list[SlideJob]:
@@ -193,10 +194,8 @@ def _run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from models.errors import ModelError
     from pipeline.batch.queue import run_batch
     from pipeline.cli.progress import ProgressBars
-    from pipeline.errors import ClusterError
     from pipeline.workers.malloc import keep_freed_memory
     from pipeline.workers.open import open_workers
 
@@ -204,12 +203,9 @@ def _run(
     if scheduler is None and len(jobs) > 1:
         scheduler = SCHEDULER_OF_SEVERAL
     with ExitStack() as stack:
-        try:
-            workers = stack.enter_context(
-                open_workers(scheduler, model, config, spread=spread, slide_timeout_s=slide_timeout_s, first=jobs[0])
-            )
-        except (ModelError, ClusterError) as error:
-            fail(PROGRAM, str(error), EXIT_FAILED)
+        workers = stack.enter_context(
+            open_workers(scheduler, model, config, spread=spread, slide_timeout_s=slide_timeout_s, first=jobs[0])
+        )
         bars = stack.enter_context(ProgressBars(hidden=quiet))
         results = run_batch(
             jobs, output, workers, lambda job: bars.slide(job.path.stem), lambda r: bars.end(r.slide, _line(r))
@@ -227,20 +223,15 @@ def _run(
 
 
 def _write_project(output: Path, *, hidden: bool) -> None:
-    from pipeline.errors import OutputError
     from pipeline.viewing.qupath.project import write_project
 
-    try:
-        project = write_project(output)
-    except OutputError as error:
-        fail(PROGRAM, str(error), EXIT_FAILED)
+    project = write_project(output)
     if not hidden:
         print(project)
 
 
 def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: SegmentConfig, *, as_json: bool) -> None:
     from models.bundle import load_bundle
-    from models.errors import ModelError
     from pipeline.batch.collect import name_clashes
     from pipeline.batch.queue import failure
     from pipeline.errors import ConfigError
@@ -249,10 +240,7 @@ def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: Segment
     from pipeline.workers.base import job_config
 
     plans: list[dict[str, object]] = []
-    try:
-        card = load_bundle(model).card
-    except ModelError as error:
-        fail(PROGRAM, str(error), EXIT_FAILED)
+    card = load_bundle(model).card
     clashes = name_clashes(jobs)
     for job in jobs:
         entry: dict[str, object] = {"slide": str(job.path)}

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 
 from pipeline.cli.commands import EXIT_INTERRUPTED, fail, run
-from pipeline.errors import PipelineError
 from pipeline.training.config import PRESETS, train_config
+from wsi.errors import WsiSegmentError
 
 PROGRAM = "wsi-train"
 
@@ -42,7 +42,6 @@ def train_command(
     Start it with torchrun for several GPUs. A run that was killed goes on when the same command is given again.
     """
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s")
-    from models.errors import ModelError
 
     try:
         chosen = train_config(preset, config, settings or ())
@@ -51,7 +50,7 @@ def train_command(
 
         with training_bar(hidden=quiet or os.environ.get("RANK", "0") != "0") as progress:
             bundle = train(load_dataset(dataset, data), output, chosen, device=device, progress=progress)
-    except (PipelineError, ModelError) as error:
+    except WsiSegmentError as error:
         fail(PROGRAM, str(error))
     except KeyboardInterrupt:
         # Here and not in the caller: typer would make exit status 1 of it.

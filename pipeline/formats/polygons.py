@@ -21,7 +21,7 @@ from scipy import ndimage
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, depth_first_order
 
-from pipeline.errors import PipelineError
+from pipeline.errors import RegionsFileError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -36,10 +36,6 @@ _SCHEMA = pa.schema(
         pa.field("geometry", pa.large_binary(), nullable=False),
     ]
 )
-
-
-class RegionsFileError(PipelineError):
-    """A file of regions is not one, or is damaged."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from models.errors import ModelError
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ClusterError, PipelineError, SlideTimeoutError, WorkerLostError
 from pipeline.progress import Progress
@@ -26,7 +25,7 @@ from pipeline.workers.base import SlideJob, Workers
 from pipeline.workers.malloc import keep_freed_memory
 from pipeline.workers.outcome import Outcome
 from pipeline.workers.semaphores import start_silent_tracker
-from wsi.errors import SlideError
+from wsi.errors import WsiSegmentError
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +196,6 @@ def _segmented(workers: Workers, job: SlideJob, output: Path, connection: Connec
     try:
         return Outcome(workers.segment(job, output, tell))
     except Exception as error:  # noqa: BLE001 - as above
-        if not isinstance(error, (SlideError, ModelError, PipelineError)):
+        if not isinstance(error, WsiSegmentError):
             error.add_note("".join(traceback.format_exception(error)))
         return Outcome.by(error)

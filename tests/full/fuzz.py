@@ -203,13 +203,11 @@ def _bound_memory() -> None:
 
 
 def _outcome(attack: Attack, good: Path, work: Path, chance: random.Random) -> tuple[str, str]:
-    from models.errors import ModelError
-    from pipeline.errors import PipelineError
-    from wsi.errors import SlideError
+    from wsi.errors import WsiSegmentError
 
     try:
         attack(good, work, chance)
-    except (SlideError, ModelError, PipelineError) as error:
+    except WsiSegmentError as error:
         return type(error).__name__, str(error)
     except BaseException as error:  # noqa: BLE001 - that is what is looked for
         frames = traceback.extract_tb(error.__traceback__)

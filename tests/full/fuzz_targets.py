@@ -1,6 +1,6 @@
 """What the fuzzer attacks: for each kind of foreign file some good ones, how to spoil them, and what then reads them.
 
-An attack ends well where it returns, or raises one of this project's own errors: SlideError, ModelError, PipelineError.
+An attack passes if it returns or raises a `WsiSegmentError`.
 """
 
 from __future__ import annotations

@@ -26,14 +26,13 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.errors import PipelineError
 from pipeline.viewing.viewer import map_tiles
 from pipeline.viewing.viewer.cache import ByteCache
 from pipeline.viewing.viewer.open_results import OpenResult, OpenResults
 from pipeline.viewing.viewer.outlines import TOLERANCES_L0
 from pipeline.viewing.viewer.request_threads import RequestThreads
 from pipeline.viewing.viewer.results import Result
-from wsi.errors import SlideError
+from wsi.errors import SlideError, WsiSegmentError
 from wsi.slide import slide_digest, slide_stamp
 
 log = logging.getLogger(__name__)
@@ -207,7 +206,7 @@ class Viewer:
             return kept
         try:
             made = await threads.run(request, lambda: self._work(result, make))
-        except (PipelineError, SlideError, OSError) as error:
+        except (WsiSegmentError, OSError) as error:
             log.error("%s: %s", result.name, error)
             raise HTTPException(503, "The slide or its result cannot be read; the terminal says why.") from error
         if made is None:

@@ -14,7 +14,7 @@ from pipeline.viewing.viewer.outlines import outline_bytes
 from pipeline.viewing.viewer.overview import Overview
 from pipeline.viewing.viewer.results import Result
 from pipeline.viewing.viewer.slide_tiles import SlideTiles
-from wsi.errors import SlideError
+from wsi.errors import WsiSegmentError
 from wsi.slide import Slide, open_slide
 
 MOST_OPEN = 4
@@ -100,6 +100,6 @@ def unavailable(result: Result) -> str | None:
     """Why a result's slide cannot be shown; None where it can."""
     try:
         open_checked(result).close()
-    except (ViewError, SlideError) as error:
+    except WsiSegmentError as error:
         return str(error)
     return None

@@ -21,11 +21,10 @@ from distributed import Worker, get_worker
 from distributed.utils import sync
 
 from models.bundle import load_bundle
-from models.errors import ModelError
 from models.predictor import Predictor
 from models.runtimes import Runtime
 from pipeline.config import SegmentConfig
-from pipeline.errors import Cancelled, ClusterError, PipelineError
+from pipeline.errors import Cancelled, ClusterError
 from pipeline.results.record import SlideResult, versions
 from pipeline.slide.blocks import BlockRecord, BlockWork
 from pipeline.slide.engine import run_blocks
@@ -33,7 +32,7 @@ from pipeline.slide.recipe import segment_slide
 from pipeline.workers.in_process import load_predictor, predictor_settings
 from pipeline.workers.malloc import keep_freed_memory
 from pipeline.workers.outcome import Outcome
-from wsi.errors import SlideError
+from wsi.errors import WsiSegmentError
 from wsi.grid import Block
 from wsi.slide import Slide
 
@@ -107,7 +106,7 @@ def check_worker(needs: dict[str, str], model: ModelRef) -> str:
         return f"has {', '.join(other)}; install the same versions everywhere"
     try:
         _check_digest(model)
-    except (ModelError, ClusterError) as error:
+    except WsiSegmentError as error:
         return f"cannot use the model: {error}"
     return ""
 
@@ -235,7 +234,7 @@ def _ended(work: Callable[[_Turn], object], turn: _Turn) -> Outcome[object]:
         return Outcome(work(turn))
     except Exception as error:
         # Where nobody waits the client may have cleared the working folder away.
-        if not isinstance(error, (SlideError, ModelError, PipelineError)) and not turn.given_up():
+        if not isinstance(error, WsiSegmentError) and not turn.given_up():
             log.exception("a task failed")
             error.add_note("".join(traceback.format_exception(error)))
         return Outcome.by(error)

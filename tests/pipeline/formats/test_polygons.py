@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from pipeline.formats.polygons import Region, RegionsFileError, block_regions, join_regions, load_regions, save_regions
+from pipeline.errors import RegionsFileError
+from pipeline.formats.polygons import Region, block_regions, join_regions, load_regions, save_regions
 
 Labels = npt.NDArray[np.uint8]
 
