@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from pipeline.cli import sample
 from pipeline.errors import SampleError
+from tests.repository import REPOSITORY
 
 # Before anything loads torch, and for the processes that tests start. Networks as small as these only wait for a second
 # thread, and with a pytest worker per core for the other worker's; and last bits depend on the number of threads.
@@ -25,8 +26,6 @@ pytest_plugins = ["tests.browser"]
 
 # Jobs that a shell without job control starts in the background ignore Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")

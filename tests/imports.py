@@ -6,7 +6,8 @@ import ast
 from collections import defaultdict
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.repository import REPOSITORY
+
 PACKAGES = ("wsi", "models", "pipeline", "flows")
 
 Graph = dict[str, set[str]]

@@ -11,11 +11,12 @@ import re
 import sys
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "licenses.md"
+from tests.repository import REPOSITORY
+
+DOCUMENT = REPOSITORY / "docs" / "licenses.md"
 
 PURPOSES = ("run", "openvino", "train", "test")
 """What needs a dependency: every run, or an extra of pyproject.toml. The first one counts."""

@@ -66,3 +66,8 @@ def painted(
     for (x, y, width, height), colour in shapes:
         rgb_HWC[y : y + height, x : x + width] = colour
     return rgb_HWC
+
+
+def small_slide(path: Path) -> Path:
+    """Write a slide of 300×250 pixels of 1 µm with one pink box on it. Return the path."""
+    return write_slide(path, painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=1.0)

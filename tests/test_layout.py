@@ -18,7 +18,8 @@ from pipeline.cli.segment import app
 from pipeline.cli.train import app as train_app
 from pipeline.cli.view import app as view_app
 from pipeline.training.config import TrainConfig
-from tests.imports import REPOSITORY, circles, import_graph
+from tests.imports import circles, import_graph
+from tests.repository import REPOSITORY
 
 # Packages of this project that each package may import; imports point one way.
 OWN = {
@@ -56,6 +57,23 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             names.add((node.module or "").partition(".")[0])
     return names
+
+
+def test_tests_import_nothing_from_other_test_modules() -> None:
+    wrong = [
+        f"{path}: {module}"
+        for path in (REPOSITORY / "tests").rglob("*.py")
+        for module in re.findall(
+            r"^\s*(?:from|import) (tests[\w.]*\.test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
+    ]
+    assert wrong == [], "move what several test modules use to a module of its own"
+
+
+def test_the_path_of_the_repository_is_computed_in_one_module() -> None:
+    own_path = re.compile(r"__file__\)[.\w()]*\.parent(?:s\b|\.parent\b)")
+    found = {path.name for path in (REPOSITORY / "tests").rglob("*.py") if own_path.search(path.read_text("utf-8"))}
+    assert found == {"repository.py"}
 
 
 def readme_commands() -> list[str]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from tests.licenses import COPYLEFT, DOCUMENT, License, licenses
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.repository import REPOSITORY
 
 COPYLEFT_IN_RUNS = {
     "certifi": "MPL: unchanged",

@@ -48,10 +48,9 @@ from tests.bench.floors import (
     readable_backends,
     sample_tiles,
 )
+from tests.repository import REPOSITORY
 from wsi.readers import BackendName
 from wsi.slide import SlideInfo
-
-ROOT = Path(__file__).resolve().parents[2]
 
 STAGES = ("plan", "blocks", "join", "pyramid", "preview")
 """Of run.json's `seconds`, those that follow one another."""
@@ -182,7 +181,7 @@ def _run(path: Path, model: str, config: SegmentConfig) -> dict[str, Any]:
         command = [sys.executable, "-m", "tests.bench.one_run", str(path.absolute()), folder, model]
         begun = time.perf_counter()
         child = subprocess.run(
-            [*command, json.dumps(_settings(config))], cwd=ROOT, capture_output=True, text=True, check=False
+            [*command, json.dumps(_settings(config))], cwd=REPOSITORY, capture_output=True, text=True, check=False
         )
         wall_s = time.perf_counter() - begun
         if child.returncode != 0:

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.bundle import DEFAULT_BUNDLE
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.repository import REPOSITORY
 
 LIBRARIES = (
     "numpy",
@@ -72,7 +71,7 @@ def fastest(what: str, arguments: Sequence[str], times: int) -> Start:
     wall_s, cpu_s = [], []
     for _ in range(times):
         before, begun = os.times(), time.perf_counter()
-        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, check=True, capture_output=True)
         wall_s.append(time.perf_counter() - begun)
         after = os.times()
         cpu_s.append(after.children_user + after.children_system - before.children_user - before.children_system)
@@ -83,7 +82,7 @@ def import_shares(module: str) -> dict[str, float]:
     """Seconds that a module's import spends in each top-level package, the largest first."""
     child = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", f"import {module}"],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         check=True,
         capture_output=True,
         text=True,
@@ -100,7 +99,7 @@ def first_block(slide: Path, model: str) -> dict[str, Any]:
     """Seconds from the start of a process that segments the slide until each step."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.bench.one_run", str(slide.absolute()), folder, model, "{}"]
-        child = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        child = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     times: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])["times"]
     return times
 

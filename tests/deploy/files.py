@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped] # its stubs are a package of their own
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+from tests.repository import REPOSITORY
+
+DEPLOY = REPOSITORY / "deploy"
 SETTINGS = DEPLOY / "settings" / "settings.env"
 
 

@@ -14,8 +14,8 @@ import pytest
 from typer.main import get_command
 
 from tests.deploy.files import DEPLOY, debian_tool, said, tool
+from tests.repository import REPOSITORY
 
-REPOSITORY = DEPLOY.parent
 OPERATIONS = REPOSITORY / "docs" / "operations.md"
 PAGES = [*sorted(DEPLOY.rglob("*.md")), OPERATIONS]
 SHELL = sorted(DEPLOY.rglob("*.sh"))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.deploy.files import DEPLOY, debian_tool, env_file, read_yaml, said, tool
+from tests.repository import REPOSITORY
 
-REPOSITORY = DEPLOY.parent
 DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
 COMPOSE = DEPLOY / "compose"
 FILLED_IN = {"POSTGRES_PASSWORD": "secret", "PREFECT_AUTH": "user:secret"}

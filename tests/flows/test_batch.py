@@ -29,7 +29,7 @@ from pipeline.results.record import SlideResult
 from pipeline.workers.base import SlideJob
 from tests.flows.servers import until
 from tests.pipeline.fakes import region_slide
-from tests.pipeline.results.test_record import rows_of
+from tests.pipeline.summaries import rows_of
 from tests.slides import painted, write_slide
 from wsi.errors import ResolutionError
 

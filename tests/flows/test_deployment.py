@@ -21,11 +21,11 @@ from prefect.states import Cancelling
 
 from flows.settings import ENVIRONMENT
 from pipeline.results.folder import is_locked, lock_file
-from tests.conftest import REPOSITORY
 from tests.flows.servers import POOL, PrefectServer, free_port, kill, until
 from tests.pipeline.fakes import published, run_of
-from tests.pipeline.results.test_record import rows_of
-from tests.slides import PINK, PURPLE, painted, write_slide
+from tests.pipeline.summaries import rows_of
+from tests.repository import REPOSITORY
+from tests.slides import PURPLE, painted, small_slide, write_slide
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +104,7 @@ def table_of(server: PrefectServer, run: UUID) -> dict[str, dict[str, Any]]:
 def small_slides(folder: Path, *names: str) -> None:
     folder.mkdir()
     for name in names:
-        write_slide(folder / f"{name}.svs", painted((300, 250), ((20, 20, 200, 200), PINK)), mpp=1.0)
+        small_slide(folder / f"{name}.svs")
 
 
 def files_of(folder: Path) -> dict[Path, tuple[int, int]]:

@@ -36,9 +36,8 @@ from tests.full.disk import Disk, Event
 from tests.full.victim import Order, line_of
 from tests.pipeline.fakes import published
 from tests.pipeline.small_bundle import small_bundle
+from tests.repository import REPOSITORY
 from tests.slides import PINK, PURPLE, painted, write_slide
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 FORMER_OVERLAP = 0.25
 """Of the run whose result stands there where `--force` replaces one."""

@@ -30,8 +30,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tests.full.fuzz_targets import TARGETS, Attack
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.repository import REPOSITORY
 
 MOST_SECONDS = 60.0
 """Of one try, on a machine that is busy with other things."""

@@ -29,16 +29,10 @@ from pipeline.workers.open import open_workers
 from tests.full.fuzz import fuzz
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
 from tests.pipeline.fakes import COLOURS, SMALL, colour_predictor, predictor, run_of
-from tests.pipeline.results.test_record import rows_of
 from tests.pipeline.small_bundle import small_bundle
-from tests.slides import PINK, painted, write_slide
-
-
-def small_slide(path: Path) -> Path:
-    return write_slide(path, painted((224, 224), ((16, 16, 192, 192), PINK)), mpp=1.0)
-
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.pipeline.summaries import rows_of
+from tests.repository import REPOSITORY
+from tests.slides import small_slide
 
 CALLS = {
     "eval": "runs text",

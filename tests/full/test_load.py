@@ -11,8 +11,7 @@ import pytest
 
 from pipeline.results.record import SlideResult
 from tests.bench.load import Load, Sample, summary
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.repository import REPOSITORY
 
 SLIDES = 30
 

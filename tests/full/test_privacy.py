@@ -34,8 +34,7 @@ from pipeline.results.summary import write_summary
 from tests.full.fuzz_targets import speckled
 from tests.pipeline.fakes import run_of
 from tests.pipeline.small_bundle import small_bundle
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.repository import REPOSITORY
 
 PLANTED = {
     "patient's name": "DOE^JANE^Q",

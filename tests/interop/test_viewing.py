@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tifffile
 
-from tests.conftest import REPOSITORY
 from tests.interop.conftest import Shown
-from tests.interop.test_vitessce import CONFIGURATION
+from tests.interop.vitessce import CONFIGURATION
 from tests.pipeline.fakes import labels_of
+from tests.repository import REPOSITORY
 
 SECTION = (REPOSITORY / "docs" / "viewing.md").read_text(encoding="utf-8").split("## Other programs")[1]
 EXAMPLES = [code for code in re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL) if "127.0.0.1" not in code]

@@ -19,25 +19,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.browser import FLAGS, chromium, screenshot, watch
 from tests.interop.conftest import Shown
+from tests.interop.vitessce import CONFIGURATION
 
 WEBGL = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader")
 """Flags for WebGL without a graphics card."""
 PAGE = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,">
 <div id="root" style="width: 1200px"></div><script type="module" src="/vitessce/vitessce.js"></script>"""
-
-SCOPES = {"coordinationScopes": {"dataset": "A"}}
-CONFIGURATION: dict[str, object] = {
-    "version": "1.0.17",
-    "name": "slide",
-    "description": "",
-    "initStrategy": "auto",
-    "coordinationSpace": {"dataset": {"A": "A"}},
-    "layout": [
-        {"component": "spatialBeta", **SCOPES, "x": 0, "y": 0, "w": 9, "h": 12},
-        {"component": "layerControllerBeta", **SCOPES, "x": 9, "y": 0, "w": 3, "h": 12},
-    ],
-}
-"""Nothing of the map but, added to it, its address: colours, windows and pixel size come from the store."""
 
 
 class _QuietHandler(SimpleHTTPRequestHandler):

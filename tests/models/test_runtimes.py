@@ -25,6 +25,7 @@ from models.predictor import Predictor
 from models.runtimes import choose_runtime
 from models.segmenter import build_segmenter
 from tests.models.networks import ConstantClassifier, ConstantSegmenter, make_card
+from tests.repository import REPOSITORY
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
@@ -208,7 +209,7 @@ def test_openvino_calls_nobody_and_writes_nothing(tmp_path: Path) -> None:
         "OpenVinoNetwork(torch.nn.Conv2d(3, 1, 1).eval(), 32); "
         "assert sys.modules['openvino_telemetry'] is None; assert 'requests' not in sys.modules"
     )
-    root = Path(__file__).parents[2]
+    root = REPOSITORY
     environment = {"HOME": str(tmp_path), "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True, timeout=120)
     assert list(tmp_path.iterdir()) == []

@@ -102,3 +102,12 @@ def stating_bounds(open_reader: Callable[[Path], Reader]) -> Callable[[Path], Re
         return reader
 
     return opened
+
+
+def data_of(folder: Path) -> dict[str, bytes]:
+    """Every array and polygon of a result, by the path of its file."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and (path.suffix in (".geojson", ".parquet") or ".ome.zarr" in str(path))
+    }

@@ -15,8 +15,8 @@ from pipeline.results.record import SlideResult
 from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import InProcess
 from tests.pipeline.fakes import SMALL, colour_predictor, constant_predictor, region_slide
-from tests.pipeline.results.test_record import rows_of
-from tests.slides import PINK, painted, write_slide
+from tests.pipeline.summaries import rows_of
+from tests.slides import PINK, painted, small_slide, write_slide
 
 
 def silent(_: SlideJob) -> Progress:
@@ -34,10 +34,6 @@ def run(jobs: list[SlideJob], output: Path, progress: Progress = no_progress) ->
     results = run_batch(jobs, output, here(colour_predictor()), lambda _: progress, reported.append)
     assert reported == results
     return results
-
-
-def small_slide(path: Path) -> Path:
-    return write_slide(path, painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=1.0)
 
 
 def manifest(path: Path, text: str) -> Path:

@@ -28,16 +28,9 @@ from pipeline.training import pictures
 from pipeline.training.dataset import load_dataset
 from pipeline.training.evaluate import evaluate
 from tests.models.networks import ConstantClassifier, ConstantSegmenter, make_card
-from tests.pipeline.training.test_evaluate import (
-    COLORS,
-    CornerClassifier,
-    bright_corner,
-    predictor,
-    stripes,
-    write_dataset,
-)
+from tests.pipeline.training.stripes import COLORS, CornerClassifier, bright_corner, predictor, stripes, write_dataset
+from tests.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 OPTIONS = "--data --split --output -o --device --batch-size -b --tta --no-tta --worst --json --verbose -v --quiet -q"
 OUTPUTS = {"evaluation.json", "confusion.png", "worst.png"}
 

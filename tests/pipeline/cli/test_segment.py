@@ -23,10 +23,9 @@ from models.predictor import Predictor
 from pipeline.cli.segment import app
 from pipeline.results.record import read_run
 from tests.pipeline.fakes import colour_predictor, region_slide
-from tests.pipeline.results.test_record import rows_of
-from tests.slides import PINK, painted, write_slide
-
-REPOSITORY = Path(__file__).resolve().parents[3]
+from tests.pipeline.summaries import rows_of
+from tests.repository import REPOSITORY
+from tests.slides import PINK, painted, small_slide, write_slide
 
 # The hook sees calls from C as well; _exit because nothing can catch it.
 OFFLINE = """
@@ -73,10 +72,6 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
-
-
-def small_slide(path: Path) -> Path:
-    return write_slide(path, painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=1.0)
 
 
 def test_the_console_script_calls_main() -> None:

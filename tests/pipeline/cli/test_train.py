@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 from pipeline.cli import train as train_cli
 from pipeline.cli.train import app
 from pipeline.training.dataset import load_dataset, samples
+from tests.repository import REPOSITORY
 from tests.textures import write_textures
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 SMALL: tuple[str, ...] = (
     "weights=none",
     "region=64",

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +11,7 @@ from pipeline.errors import OutputError
 from pipeline.files import write_atomically
 from pipeline.results.record import SlideResult, read_run, versions, write_run
 from pipeline.results.summary import write_summary
-
-
-def rows_of(output: Path) -> dict[str, dict[str, str]]:
-    with (output / "summary.csv").open(newline="", encoding="utf-8") as file:
-        return {row["slide"]: row for row in csv.DictReader(file)}
+from tests.pipeline.summaries import rows_of
 
 
 def test_the_summary_keeps_the_rows_of_other_slides_and_replaces_the_slides_own(tmp_path: Path) -> None:

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from models.backbone import Stages
 from models.classifier import Classifier
 from models.heads import HEADS, HeadOutput
 from pipeline.training.classifier import (
@@ -26,51 +24,13 @@ from pipeline.training.classifier import (
     steps_per_epoch,
 )
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import load_dataset, samples
 from pipeline.training.fit import Processes, fit
 from pipeline.training.inputs import as_input
-from pipeline.training.patches import PatchImages, View
-from tests.textures import write_crops
+from pipeline.training.patches import View
+from tests.pipeline.training.cells import CellClassifier, crop_images, noise_images
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1)
-
-
-class Cells(nn.Module):
-    """Features of 8×8 pixels each, which know nothing of what is around them; three different stages."""
-
-    channels = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.ModuleList([nn.Conv2d(3, 6, 8, stride=8), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)])
-
-    def forward(self, x_NCHW: Tensor) -> Stages:
-        shallow = self.net[0](x_NCHW).relu()
-        middle = self.net[1](shallow).relu()
-        return Stages(shallow, middle, self.net[2](middle).relu())
-
-
-class CellClassifier(Classifier):
-    """A classifier on `Cells`, with random weights."""
-
-    def __init__(self, head: str, classes: int = 3, seed: int = 0) -> None:
-        nn.Module.__init__(self)
-        torch.manual_seed(seed)
-        self.backbone = Cells()  # type: ignore[assignment]  # as a Backbone, but smaller
-        self.head = HEADS[head](Cells.channels, classes)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.4)
-        self.eval()
-
-
-def noise_images(count: int, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3)).astype(np.uint8)
-
-
-def crop_images(folder: Path, sizes: dict[str, tuple[int, int]], *, side: int = 32, stride: int = 16) -> PatchImages:
-    dataset = load_dataset(write_crops(folder, sizes, side=side, stride=stride))
-    return PatchImages(dataset, samples(dataset, "train"), dataset.mpp)
 
 
 @pytest.mark.parametrize("head", ["gap", "area", "pcam"])

@@ -44,7 +44,7 @@ from pipeline.training.dataset import (
 )
 from pipeline.training.dataset_card import SPLITS, BackgroundRule, DatasetCard, Split
 from pipeline.training.splits import hash_split
-from tests.conftest import REPOSITORY
+from tests.repository import REPOSITORY
 
 HEAD = """
 name = "tiny"

@@ -6,10 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,60 +16,9 @@ from torch import Tensor, nn
 from pipeline.errors import TrainError
 from pipeline.training import fit as loop
 from pipeline.training.config import TrainConfig
-from pipeline.training.fit import Processes, Task, fit, make_optimizer, rate_factor
-
-REPOSITORY = Path(__file__).resolve().parents[3]
-CPU = torch.device("cpu")
-CONFIG = TrainConfig(backbone_rate=0.05, new_rate=0.05, warm_up=2, patience=99)
-
-
-def line_task(
-    *,
-    epochs: int = 3,
-    steps: int = 4,
-    spoil: Callable[[int], float] = lambda _step: 1.0,
-    rank: int = 0,
-    world: int = 1,
-    dropout: float = 0.2,
-) -> Task:
-    """Fits y = 2x - 1 with dropout, so that every random draw shows in the weights."""
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 1))
-    done = [0]
-
-    def make_batch(rng: np.random.Generator) -> Tensor:
-        whole = torch.from_numpy(rng.uniform(-1, 1, (16, 1))).float()
-        return whole[rank::world]
-
-    def loss(x: Tensor) -> Tensor:
-        done[0] += 1
-        value: Tensor = ((network(x) - (2 * x - 1)) ** 2).mean() * spoil(done[0])
-        return value
-
-    def validate(judged: nn.Module) -> dict[str, float]:
-        x = torch.linspace(-1, 1, 11)[:, None]
-        with torch.inference_mode():
-            error = float(((judged(x) - (2 * x - 1)) ** 2).mean())
-        return {"loss": error, "score": -error}
-
-    def begin_epoch(_epoch: int) -> None:
-        network.train()
-
-    return Task(
-        name="line",
-        network=network,
-        new_parameters=list(network[3].parameters()),
-        make_batch=make_batch,
-        loss=loss,
-        validate=validate,
-        begin_epoch=begin_epoch,
-        epochs=epochs,
-        steps=steps,
-    )
-
-
-def weights(task: Task) -> Tensor:
-    return torch.cat([parameter.detach().ravel() for parameter in task.network.parameters()])
+from pipeline.training.fit import Processes, fit, make_optimizer, rate_factor
+from tests.pipeline.training.line import CONFIG, CPU, line_task, weights
+from tests.repository import REPOSITORY
 
 
 class Killed(Exception):  # noqa: N818 - not an error of the run's
@@ -111,7 +58,7 @@ def test_a_killed_process_goes_on_and_ends_with_the_same_weights(tmp_path: Path)
         "import sys, os, signal, torch\n"
         "from pathlib import Path\n"
         "from pipeline.training import fit as loop\n"
-        "from tests.pipeline.training.test_fit import CONFIG, CPU, line_task, weights\n"
+        "from tests.pipeline.training.line import CONFIG, CPU, line_task, weights\n"
         "loop.CHECKPOINT_SECONDS = -1.0\n"
         "def kill(what, done, total):\n"
         "    if done == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -231,7 +178,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         "import os, sys, torch\n"
         "from pathlib import Path\n"
         "from pipeline.training.fit import fit, join_processes\n"
-        "from tests.pipeline.training.test_fit import CONFIG, CPU, line_task, weights\n"
+        "from tests.pipeline.training.line import CONFIG, CPU, line_task, weights\n"
         "processes = join_processes(CPU)\n"
         "task = line_task(rank=processes.rank, world=processes.world, dropout=0.0)\n"
         "fit(task, Path(sys.argv[1]), CONFIG, CPU, processes)\n"

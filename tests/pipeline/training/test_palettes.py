@@ -14,7 +14,7 @@ from pipeline.formats.preview import BLEND
 from pipeline.training.dataset_card import read_card
 from pipeline.training.palettes import CLASS_COLOURS, class_colours
 from tests.bench.palettes import BACKGROUNDS, TISSUES, VISIONS, compare
-from tests.conftest import REPOSITORY
+from tests.repository import REPOSITORY
 
 Vector = Sequence[float]
 

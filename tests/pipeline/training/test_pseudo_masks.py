@@ -29,7 +29,7 @@ from pipeline.training.pseudo_masks import (
     read_pseudo_masks,
     write_pseudo_masks,
 )
-from tests.pipeline.training.test_classifier import CellClassifier, crop_images, noise_images
+from tests.pipeline.training.cells import CellClassifier, crop_images, noise_images
 from tests.textures import write_crops
 
 CPU = torch.device("cpu")

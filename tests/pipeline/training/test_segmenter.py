@@ -17,7 +17,7 @@ from pipeline.training.fit import Processes, fit
 from pipeline.training.patches import PatchImages
 from pipeline.training.pseudo_masks import write_pseudo_masks
 from pipeline.training.segmenter import layered_loss, map_scores, pixel_weights, segmenter_task
-from tests.pipeline.training.test_classifier import CellClassifier, crop_images
+from tests.pipeline.training.cells import CellClassifier, crop_images
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1)

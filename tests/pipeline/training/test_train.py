@@ -26,7 +26,7 @@ from pipeline.training.patches import PatchImages
 from pipeline.training.train import calibrate_gate, claim, make_card, tile_presence, tile_side, train
 from tests.models.networks import ConstantSegmenter
 from tests.models.networks import make_card as made_card
-from tests.pipeline.training.test_classifier import crop_images
+from tests.pipeline.training.cells import crop_images
 from tests.textures import write_crops, write_textures
 
 CONFIG = TrainConfig(

@@ -23,15 +23,15 @@ from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.open import open_workers
 from pipeline.workers.semaphores import start_silent_tracker
-from tests.pipeline.results.test_record import rows_of
+from tests.pipeline.fakes import data_of
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
-from tests.pipeline.workers.cluster.test_cluster import data_of
+from tests.pipeline.summaries import rows_of
+from tests.repository import REPOSITORY
 from tests.slides import PINK, painted, write_slide
 from wsi.errors import SlideNotFoundError
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIG = SegmentConfig(block_out=64, num_workers=2, device="cpu", runtime="torch", batch_size=4)
 
 

@@ -34,12 +34,11 @@ from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import InProcess, load_predictor
 from pipeline.workers.open import open_workers
 from tests.pipeline.fakes import SMALL, colour_predictor, constant_predictor, region_slide
-from tests.pipeline.results.test_record import rows_of
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
+from tests.pipeline.summaries import rows_of
+from tests.repository import REPOSITORY
 from tests.slides import PINK, painted, write_slide
 from wsi.errors import ResolutionError, SlideNotFoundError, SlideReadError
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def small(folder: Path, *names: str) -> list[SlideJob]:

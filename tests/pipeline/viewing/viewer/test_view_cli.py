@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.viewing.viewer.server import is_news
+from tests.repository import REPOSITORY
 from tests.slides import painted, write_slide
-
-REPOSITORY = Path(__file__).resolve().parents[4]
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:

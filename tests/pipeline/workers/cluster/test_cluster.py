@@ -28,12 +28,12 @@ from pipeline.workers.cluster.local_processes import process_count
 from pipeline.workers.cluster.tasks import ModelRef, check_folder, check_worker
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.open import open_workers
-from tests.pipeline.results.test_record import rows_of
+from tests.pipeline.fakes import data_of
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
+from tests.pipeline.summaries import rows_of
+from tests.repository import REPOSITORY
 from wsi.box import Box
 from wsi.grid import Block
-
-REPOSITORY = Path(__file__).resolve().parents[4]
 
 CONFIG = SegmentConfig(block_out=64, min_area_um2=0.0, num_workers=1, device="cpu", batch_size=4)
 SPREADS: list[Spread] = ["slides", "blocks"]
@@ -94,15 +94,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory, scheduler: str, bundle: P
     files = data_of(folder)
     assert sum(name.startswith("größe.ome.zarr/0/") for name in files) > 20
     return files
-
-
-def data_of(folder: Path) -> dict[str, bytes]:
-    """Every array and polygon of a result, by the path of its file."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and (path.suffix in (".geojson", ".parquet") or ".ome.zarr" in str(path))
-    }
 
 
 def kill_a_worker(scheduler: str) -> int:

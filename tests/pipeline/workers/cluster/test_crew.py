@@ -28,13 +28,9 @@ from pipeline.workers.open import open_workers
 from tests.flows.servers import free_port, until
 from tests.pipeline.fakes import run_of
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
-from tests.slides import PINK, painted, write_slide
+from tests.slides import small_slide
 
 CONFIG = SegmentConfig(block_out=64, num_workers=1, device="cpu", batch_size=4, runtime="torch")
-
-
-def small_slide(path: Path) -> Path:
-    return write_slide(path, painted((300, 250), ((20, 20, 200, 200), PINK)), mpp=1.0)
 
 
 GONE = "a.svs: the cluster that worked on it went away; run the same command again to go on from the finished blocks"

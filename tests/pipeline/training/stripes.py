@@ -1,0 +1,94 @@
+"""Images and data sets in the colors of two classes, and predictors that recognize those colors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from models.bundle import NO_DIGEST
+from models.predictor import Predictor
+from tests.models.networks import (
+    ColorClassifier,
+    ColorSegmenter,
+    make_card,
+)
+
+COLORS = ((230, 159, 0), (0, 158, 115))
+
+
+SHARP = 400.0
+
+
+def predictor(
+    classifier: nn.Module | None = None, segmenter: nn.Module | None = None, *, mpp: float = 1.0, **options: Any
+) -> Predictor:
+    """Says of every pixel which of `COLORS` it has, where no other networks are given; tiles of 64 px."""
+    networks = classifier or ColorClassifier(COLORS), segmenter or ColorSegmenter(COLORS, SHARP)
+    return Predictor(make_card(COLORS, mpp=mpp), NO_DIGEST, *networks, device="cpu", **options)
+
+
+def image_of(labels_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An image in the colours of the labels; what is no class is white."""
+    palette = np.array([*COLORS, *[(255, 255, 255)] * 254], np.uint8)
+    return palette[labels_HW]
+
+
+def stripes(height: int, width: int) -> NDArray[np.uint8]:
+    """Vertical stripes of both classes, 24 and 40 px wide: their edges lie between cells of 4 px."""
+    return np.broadcast_to((np.arange(width) % 64 < 24).astype(np.uint8), (height, width)).copy()
+
+
+class CornerClassifier(nn.Module):
+    """Class 0 is in every tile, class 1 in those that are bright in their upper left corner."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return torch.stack([torch.full((len(x_NCHW),), 8.0), x_NCHW[:, 0, 0, 0] * 16 - 8], dim=1)
+
+
+def bright_corner() -> NDArray[np.uint8]:
+    """One tile of class 1, in whose upper left corner one pixel is of class 0, which is the brighter one in red."""
+    labels_HW = np.ones((64, 64), np.uint8)
+    labels_HW[0, 0] = 0
+    return labels_HW
+
+
+def write_dataset(
+    folder: Path, masks: dict[str, NDArray[np.uint8]], *, mpp: float = 1.0, background: bool = False, extra: str = ""
+) -> Path:
+    """A data set of images in `COLORS` with one test image per mask (255: white, no class); returns its TOML file."""
+    for name, mask_HW in masks.items():
+        for kind, pixels in (("img", image_of(mask_HW)), ("mask", mask_HW)):
+            (folder / "test" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / "test" / kind / f"{name}.png")
+    (folder / "train" / "a").mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "train" / "a" / "only.png")
+    (folder / "dataset.toml").write_text(
+        f"""
+        name = "tiny"
+        description = "Two colours."
+        licence = "CC0"
+        mpp = {mpp}
+        mask_excluded = [255]
+        classes = [
+            {{ name = "class-0", color = [230, 159, 0], mask_values = [0] }},
+            {{ name = "class-1", color = [0, 158, 115], mask_values = [1] }},
+        ]
+        {extra}
+        [images]
+        train = [{{ image = "train/*/*.png" }}]
+        test = [{{ image = "test/img/*.png", mask = "test/mask/{{name}}.png" }}]
+        [labels]
+        source = "folders"
+        folders = {{ a = "class-0" }}
+        splits = ["train"]
+        {"[background]" if background else ""}
+        """,
+        encoding="utf-8",
+    )
+    return folder / "dataset.toml"
