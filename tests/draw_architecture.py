@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
-from tests.imports import REPOSITORY, Graph, import_graph, room_graph, without_shortcuts
+from tests.imports import Graph, import_graph, room_graph, without_shortcuts
+from tests.repository import REPOSITORY
 
 PICTURE = REPOSITORY / "docs" / "architecture.svg"
 

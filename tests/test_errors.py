@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,9 +12,9 @@ import pytest
 import models.errors
 import pipeline.errors
 import wsi.errors
+from tests.repository import REPOSITORY
 from wsi.errors import WsiSegmentError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 MODULES = (wsi.errors, models.errors, pipeline.errors)
 BASES = {"WsiSegmentError", "SlideError", "ModelError", "PipelineError"}
 
