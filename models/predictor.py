@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.bundle import Bundle, ModelCard, load_networks
 from models.errors import DeviceUnavailableError, NonFiniteOutputError, RuntimeUnavailableError
 from models.gate import masked_softmax, passing_classes
+from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
 from models.runtimes import BATCH_SIZE, CUDA_BATCH_SIZE, Precision, Runtime, RuntimeName, choose_runtime
 from models.segmenter import logits_at_stride
@@ -44,8 +45,6 @@ class Prediction(NamedTuple):
     """Which classes pass the gate."""
     segmented_N: NDArray[np.bool_]
     """Which tiles the segmentation network ran on."""
-    presence_NK: NDArray[np.float32]
-    """The classifier's probabilities."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -118,8 +117,8 @@ class Predictor:
         self.lock = threading.Lock()
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.runtime, (self._classifier, self._segmenter) = self._prepared(runtime, classifier, segmenter)
-        self._mean_1311 = torch.tensor(card.mean, device=self.device).view(1, 3, 1, 1)
-        self._std_1311 = torch.tensor(card.std, device=self.device).view(1, 3, 1, 1)
+        self._mean_C = torch.tensor(card.mean, device=self.device)
+        self._std_C = torch.tensor(card.std, device=self.device)
         self._thresholds_K = torch.tensor(card.gate_thresholds, device=self.device)
 
     @classmethod
@@ -156,7 +155,7 @@ class Predictor:
             found: list[Tensor] = []
             for batch_NHWC in tiles_NHWC.split(self.batch_size):
                 with self._autocast():
-                    found.append(self._classifier(self._normalised(batch_NHWC)).float())
+                    found.append(self._classifier(normalized(batch_NHWC, self._mean_C, self._std_C)).float())
             logits_NK = torch.cat(found)
             _check_finite("classifier", _finite(logits_NK), np.arange(len(tiles_NHWC)))
             presence_NK: NDArray[np.float32] = logits_NK.sigmoid().cpu().numpy()
@@ -202,7 +201,7 @@ class Predictor:
             if finite:  # asked once: a GPU has to be waited for
                 _check_finite("segmenter", torch.cat(finite), chosen)
         assert probs_NKhw.shape == (count, classes, height // stride, width // stride)
-        return Prediction(probs_NKhw, passed_NK.cpu().numpy(), segmented_N, presence_NK)
+        return Prediction(probs_NKhw, passed_NK.cpu().numpy(), segmented_N)
 
     def _prepared(self, runtime: RuntimeName, *networks: nn.Module) -> tuple[Runtime, tuple[Network, ...]]:
         placed = tuple(_placed(network, self.device) for network in networks)
@@ -233,14 +232,8 @@ class Predictor:
     def _segmented(self, tiles_NHWC: Tensor) -> Tensor:
         """Return the segmenter's logits for one batch."""
         with self._autocast():
-            logits_NKhw = self._segmenter(self._normalised(tiles_NHWC))
+            logits_NKhw = self._segmenter(normalized(tiles_NHWC, self._mean_C, self._std_C))
         return logits_at_stride(logits_NKhw.float(), self.output_stride)
-
-    def _normalised(self, tiles_NHWC: Tensor) -> Tensor:
-        """Return bytes as the networks' input. Permuted NHWC bytes already lie in memory as channels_last."""
-        x_NCHW = tiles_NHWC.permute(0, 3, 1, 2).float()
-        # In place: three arrays more for each batch leave holes in the heap that nothing else fits into.
-        return x_NCHW.div_(255.0).sub_(self._mean_1311).div_(self._std_1311)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "float32" or self.runtime == "openvino":

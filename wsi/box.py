@@ -33,6 +33,10 @@ class Box(NamedTuple):
         x, y = self.x - outer.x, self.y - outer.y
         return slice(y, y + self.height), slice(x, x + self.width)
 
+    def reduce(self, factor: int) -> Box:
+        """Return the box in pixels `factor` times as large. All four numbers are multiples of `factor`."""
+        return Box(self.x // factor, self.y // factor, self.width // factor, self.height // factor)
+
     def shift(self, dx: int, dy: int) -> Box:
         """The same box moved by (dx, dy)."""
         return Box(self.x + dx, self.y + dy, self.width, self.height)

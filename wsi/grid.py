@@ -18,11 +18,9 @@ from dataclasses import dataclass
 
 from wsi.box import Box
 from wsi.errors import ResolutionError
+from wsi.levels import MPP_TOLERANCE, pick_level
 from wsi.slide import SlideInfo
-
-MPP_TOLERANCE = 0.02
-"""Relative difference up to which a level's pixels, or whole multiples of them, are taken as the model's own: scanners
-know their pixel size no better, and whole factors need no interpolation (docs/decisions/0002-resolution.md)."""
+from wsi.windows import window_starts
 
 COARSEST_FACTOR = 4.0
 """How many times coarser than the model a slide may be before it is refused instead of upsampled."""
@@ -96,8 +94,7 @@ class Grid:
 
     def box_out(self, box_m: Box) -> Box:
         """A box in model pixels, aligned to the map's pixels, in pixels of the map."""
-        s = self.m_per_out
-        return Box(box_m.x // s, box_m.y // s, box_m.width // s, box_m.height // s)
+        return box_m.reduce(self.m_per_out)
 
     def box_lv(self, box_m: Box) -> Box:
         """The smallest box of level pixels that covers a box in model pixels."""
@@ -122,9 +119,8 @@ class Grid:
         return origin + math.floor(start_m * self.lv_per_m), origin + math.ceil(stop_m * self.lv_per_m)
 
     def _starts(self, start_m: int, stop_m: int, size_m: int) -> list[int]:
-        last = max(0, _ceil_div(size_m - self.tile_m, self.stride_m))
-        first = max(0, (start_m - self.tile_m) // self.stride_m + 1)
-        return [i * self.stride_m for i in range(first, min(last, _ceil_div(stop_m, self.stride_m) - 1) + 1)]
+        every = window_starts(size_m, self.tile_m, self.stride_m, flush=False)
+        return [start for start in every if start_m - self.tile_m < start < stop_m]
 
 
 def make_grid(
@@ -144,8 +140,7 @@ def make_grid(
             f"{COARSEST_FACTOR * model_mpp:g}); use a slide of higher magnification, or pass --mpp if the file is wrong"
         )
     downsamples = info.level_downsamples
-    fine_enough = [i for i, d in enumerate(downsamples) if info.mpp * d <= model_mpp * (1 + MPP_TOLERANCE)]
-    level = max(fine_enough, key=lambda i: downsamples[i], default=0)
+    level = pick_level(downsamples, model_mpp / info.mpp)
     lv_per_m = model_mpp / (info.mpp * downsamples[level])
     if abs(lv_per_m / max(1, round(lv_per_m)) - 1) <= MPP_TOLERANCE:
         lv_per_m = float(max(1, round(lv_per_m)))

@@ -13,6 +13,7 @@ from skimage.filters import threshold_otsu
 
 from wsi.box import Box
 from wsi.errors import SlideReadError
+from wsi.levels import pick_level
 from wsi.resample import area_mean
 from wsi.slide import Slide
 
@@ -144,8 +145,7 @@ def read_thumbnail(slide: Slide, mpp: float) -> Thumbnail:
     """
     info = slide.info
     downsamples = info.level_downsamples
-    fine_enough = [i for i, d in enumerate(downsamples) if info.mpp * d <= mpp]
-    level = max(fine_enough, key=lambda i: downsamples[i], default=0)
+    level = pick_level(downsamples, mpp / info.mpp)
     downsample = downsamples[level]
     factor = max(1, round(mpp / (info.mpp * downsample)))
     bounds = info.bounds_l0

@@ -7,7 +7,8 @@ same to the byte in any order, by any process, the first time or after a crash.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,8 @@ from pipeline.config import SegmentConfig
 from pipeline.errors import PipelineError
 from pipeline.formats.ome_zarr import MapStore
 from pipeline.formats.polygons import block_regions, save_regions
-from pipeline.slide.blend import Blend
-from pipeline.slide.plan import TILE_GROUP, block_tissue, needed_tiles
+from pipeline.slide.blend import Blend, blend_tiles
+from pipeline.slide.plan import block_tissue, needed_tiles
 from wsi.box import Box
 from wsi.grid import Block, Grid
 from wsi.resample import read_tiles
@@ -124,8 +125,8 @@ def segment_block(
         files={},
         class_px=np.bincount(labels_HW.ravel(), minlength=len(probs_KHW) + 1).tolist(),
         tiles=len(tiles_m),
-        segmented=counts[0],
-        unclassified=counts[1],
+        segmented=counts["segmented"],
+        unclassified=counts["unclassified"],
         bad_tiles_l0=[list(grid.box_l0(t)) for t in bad_tiles],
         seconds=timer.seconds,
     )
@@ -151,28 +152,27 @@ def _predict(
     canvas_HWC: torch.Tensor,
     canvas_m: Box,
     stopped: Callable[[], bool],
-) -> tuple[Blend, tuple[int, int]]:
-    grid = work.grid
-    tile_out = grid.tile_m // grid.m_per_out
-    blend = Blend(block, len(predictor.card.classes), tile_out, predictor.device)
-    segmented = unclassified = 0
-    for start in range(0, len(tiles_m), TILE_GROUP):
+) -> tuple[Blend, Counter[str]]:
+    grid, counts = work.grid, Counter[str]()
+    blend = Blend(block.box_out, len(predictor.card.classes), grid.tile_m // grid.m_per_out, predictor.device)
+
+    def predict(rgb_NHWC: torch.Tensor, group_m: Sequence[Box]) -> tuple[torch.Tensor]:
         if stopped():
             raise Stopped
-        group = tiles_m[start : start + TILE_GROUP]
         try:
-            prediction = predictor.predict(torch.stack([canvas_HWC[t.slices(canvas_m)] for t in group]))
+            prediction = predictor.predict(rgb_NHWC)
         except NonFiniteOutputError as error:
-            places = ", ".join(str(tuple(grid.box_l0(group[i]))) for i in error.indices[:3])
+            places = ", ".join(str(tuple(grid.box_l0(group_m[i]))) for i in error.indices[:3])
             raise PipelineError(
                 f"{work.info.path.name}: {error}, at level-0 (x, y, width, height) {places}; "
                 f"try --precision float32, or another model"
             ) from error
-        for tile_m, probs_Khw in zip(group, prediction.probs_NKhw, strict=True):
-            blend.add(grid.box_out(tile_m), probs_Khw)
-        segmented += int(prediction.segmented_N.sum())
-        unclassified += int((~prediction.passed_NK.any(axis=1)).sum())
-    return blend, (segmented, unclassified)
+        counts["segmented"] += int(prediction.segmented_N.sum())
+        counts["unclassified"] += int((~prediction.passed_NK.any(axis=1)).sum())
+        return (prediction.probs_NKhw,)
+
+    blend_tiles((blend,), canvas_HWC, canvas_m, tiles_m, predict)
+    return blend, counts
 
 
 def _device_error(info: SlideInfo, device: torch.device, block_l0: Box, error: Exception) -> PipelineError:

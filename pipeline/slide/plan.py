@@ -14,14 +14,12 @@ from models.bundle import ModelCard
 from models.runtimes import BATCH_SIZE
 from pipeline.config import SegmentConfig
 from pipeline.errors import PlanError
+from pipeline.slide.blend import TILE_GROUP
 from wsi.box import Box
 from wsi.grid import Block, Grid, make_grid
 from wsi.resample import STRIP_LV
 from wsi.slide import SlideInfo
 from wsi.tissue import Tissue
-
-TILE_GROUP = 128
-"""Tiles that are handed to the networks at a time; the batch size cuts them further."""
 
 # Measured on CMU-1 (docs/benchmarks/slides.md): Python, torch, the readers and what the
 # allocator keeps, and one image's activations per tile pixel.

@@ -23,13 +23,12 @@ from models.bundle import ModelCard
 from models.errors import NonFiniteOutputError
 from models.predictor import Predictor
 from pipeline.errors import ClassMismatchError, MaskError, PipelineError
-from pipeline.slide.blend import Blend, winners
-from pipeline.slide.plan import TILE_GROUP
+from pipeline.slide.blend import Blend, blend_tiles, winners
 from pipeline.training.dataset import Dataset, Sample, background_HW, read_mask, read_rgb, samples
 from pipeline.training.dataset_card import Split
 from pipeline.training.resample import resampled
 from wsi.box import Box
-from wsi.grid import Block
+from wsi.windows import window_starts
 
 OVERLAP = 0.5
 """Share of a tile that overlaps the next one."""
@@ -220,33 +219,25 @@ def _blended(predictor: Predictor, rgb_HWC: NDArray[np.uint8], flips: bool) -> t
     tile, stride, classes = predictor.card.tile_size, predictor.output_stride, len(predictor.card.classes)
     lengths = [max(tile, -(-length // stride) * stride) for length in rgb_HWC.shape[:2]]
     missing = [(0, length - had) for length, had in zip(lengths, rgb_HWC.shape[:2], strict=True)]
-    padded_HWC = np.pad(rgb_HWC, [*missing, (0, 0)], mode="symmetric") if any(m for _, m in missing) else rgb_HWC
-    corners = [(x, y) for y in tile_starts(lengths[0], tile) for x in tile_starts(lengths[1], tile)]
-    block = Block(0, Box(0, 0, lengths[1] // stride, lengths[0] // stride))
-    blends = [Blend(block, classes, tile // stride, predictor.device) for _ in range(2)]
-    for start in range(0, len(corners), TILE_GROUP):
-        group = corners[start : start + TILE_GROUP]
-        rgb_NHWC = np.stack([padded_HWC[y : y + tile, x : x + tile] for x, y in group])
-        for blend, probs_NKhw in zip(blends, _tile_probabilities(predictor, rgb_NHWC, flips), strict=True):
-            for (x, y), probs_Khw in zip(group, probs_NKhw, strict=True):
-                blend.add(Box(x // stride, y // stride, tile // stride, tile // stride), probs_Khw)
-    return blends[0].mean(), blends[1].mean()
+    # A copy in any case: torch takes no read-only arrays, such as Pillow's.
+    padded_HWC = np.pad(rgb_HWC, [*missing, (0, 0)], mode="symmetric")
+    columns, rows = (window_starts(length, tile, round(tile * (1 - OVERLAP))) for length in lengths[::-1])
+    tiles = [Box(x, y, tile, tile) for y in rows for x in columns]
+    canvas = Box(0, 0, lengths[1], lengths[0])
+    gated, ungated = (Blend(canvas.reduce(stride), classes, tile // stride, predictor.device) for _ in range(2))
+
+    def predict(rgb_NHWC: torch.Tensor, _tiles: Sequence[Box]) -> tuple[torch.Tensor, torch.Tensor]:
+        return _tile_probabilities(predictor, rgb_NHWC, flips)
+
+    blend_tiles((gated, ungated), predictor.on_device(padded_HWC), canvas, tiles, predict)
+    return gated.mean(), ungated.mean()
 
 
-def tile_starts(length: int, tile: int) -> list[int]:
-    """Where tiles begin that cover `length` pixels, at least one tile's: they overlap by `OVERLAP`, the last is flush
-    with the end.
-    """
-    return [*range(0, length - tile, round(tile * (1 - OVERLAP))), length - tile]
-
-
-def _tile_probabilities(
-    predictor: Predictor, rgb_NHWC: NDArray[np.uint8], flips: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _tile_probabilities(predictor: Predictor, rgb_NHWC: torch.Tensor, flips: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities (N, K, h, w) with the gate and without it. With flips the gate decides once, by mean presence."""
     views = list(_views(flips))
     # The transposition of a square is its quarter turn and a flip: with both, these are all its symmetries.
-    turned = [np.rot90(rgb_NHWC[:, :, ::-1] if flip else rgb_NHWC, turns, axes=(1, 2)) for turns, flip in views]
+    turned = [(rgb_NHWC.flip(2) if flip else rgb_NHWC).rot90(turns, dims=(1, 2)).contiguous() for turns, flip in views]
     presence_NK = np.stack([predictor.presence(one) for one in turned]).mean(axis=0)
     gated = ungated = torch.zeros(())
     for (turns, flip), one in zip(views, turned, strict=True):

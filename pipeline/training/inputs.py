@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.normalize import normalized
 from pipeline.errors import TrainError
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -25,9 +26,9 @@ MULTIPLE = 32
 
 
 def as_input(rgb_NHWC: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Return RGB bytes as a normalised float tensor (N, 3, H, W) on the device, channels last in memory."""
-    x_NHWC = torch.from_numpy(np.ascontiguousarray(rgb_NHWC)).to(device, non_blocking=True)
-    return x_NHWC.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+    """Return RGB bytes as a `normalized` float tensor (N, 3, H, W) on the device, channels last in memory."""
+    on_device_NHWC = torch.from_numpy(np.ascontiguousarray(rgb_NHWC)).to(device, non_blocking=True)
+    return normalized(on_device_NHWC, torch.tensor(MEAN, device=device), torch.tensor(STD, device=device))
 
 
 def padded(rgb_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:

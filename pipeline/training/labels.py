@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import LabelError
 from pipeline.training.dataset_card import CsvLabels, FileNameLabels, FolderLabels
+from wsi.windows import window_starts
 
 
 def labels_of_name(image: Path, rule: FileNameLabels, classes: int) -> tuple[bool, ...]:
@@ -72,9 +73,8 @@ def crop_boxes(width: int, height: int, side: int, stride: int) -> NDArray[np.in
     """Return the crops of an image, (B, 4) of x, y, width, height, row by row: every `stride` pixels, and the last row
     and column at the image's edge (OEEM, MICCAI 2022). Along an edge shorter than `side` a crop ends with the image.
     """
-    xs, crop_width = _starts(width, side, stride)
-    ys, crop_height = _starts(height, side, stride)
-    return np.array([(x, y, crop_width, crop_height) for y in ys for x in xs], dtype=np.int64)
+    columns, rows = window_starts(width, side, stride), window_starts(height, side, stride)
+    return np.array([(x, y, min(side, width), min(side, height)) for y in rows for x in columns], dtype=np.int64)
 
 
 def presence(
@@ -93,15 +93,6 @@ def presence(
         # Dividing, not multiplying: 1/20 is rounded to the same number as the literal 0.05, so equal is not more.
         present_BK[:, k] = covered_B / (width * height) > minimum
     return present_BK
-
-
-def _starts(length: int, side: int, stride: int) -> tuple[list[int], int]:
-    if length <= side:
-        return [0], length
-    starts = list(range(0, length - side + 1, stride))
-    if starts[-1] != length - side:
-        starts.append(length - side)
-    return starts, side
 
 
 def _cell(image: Path, row: Mapping[str, str], column: str) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.training.augment import Move, restain
 from pipeline.training.dataset import IGNORED, Dataset, Sample, labelled_boxes, read_rgb
 from pipeline.training.resample import resampled
-from wsi.grid import MPP_TOLERANCE
+from wsi.levels import MPP_TOLERANCE
 
 GLASS = 255
 """What fills a view beyond its image."""

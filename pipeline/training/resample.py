@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsi.grid import MPP_TOLERANCE
+from wsi.levels import MPP_TOLERANCE
 
 
 def resampled(rgb_HWC: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:

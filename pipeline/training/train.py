@@ -55,6 +55,7 @@ from pipeline.training.inputs import MEAN, MULTIPLE, STD, load_start
 from pipeline.training.patches import PatchImages, Place, boxes_inside, view_side
 from pipeline.training.pseudo_masks import write_pseudo_masks
 from pipeline.training.segmenter import segmenter_task, start_from_classifier
+from wsi.windows import window_starts
 
 logger = logging.getLogger(__name__)
 
@@ -287,13 +288,10 @@ def _tiles(images: PatchImages, side: int) -> Iterator[tuple[NDArray[np.uint8], 
         bottom, right = (max(0, side - length) for length in rgb_HWC.shape[:2])
         rgb_HWC = np.pad(rgb_HWC, [(0, bottom), (0, right), (0, 0)], mode="symmetric")
         height, width = rgb_HWC.shape[:2]
-        places = [Place(index, x, y, side) for y in _offsets(height, side) for x in _offsets(width, side)]
+        columns, rows = (window_starts(length, side, max(1, side // 2)) for length in (width, height))
+        places = [Place(index, x, y, side) for y in rows for x in columns]
         held = [images.present[index][boxes_inside(images.boxes[index], place)[1]].any(axis=0) for place in places]
         yield np.stack([rgb_HWC[p.y : p.y + side, p.x : p.x + side] for p in places]), np.stack(held)
-
-
-def _offsets(length: int, side: int) -> list[int]:
-    return sorted({*range(0, length - side + 1, max(1, side // 2)), length - side})
 
 
 def calibrate_gate(

@@ -49,7 +49,7 @@ def plain_labels(path: Path, model: str, config: SegmentConfig) -> NDArray[np.ui
         for number, block in enumerate(plan.blocks):
             print(f"\rplain path: block {number + 1} of {len(plan.blocks)}", end="", file=sys.stderr)
             tissue_HW = block_tissue(grid, tissue, block)
-            blend = Blend(block, len(bundle.card.classes), grid.tile_m // grid.m_per_out, predictor.device)
+            blend = Blend(block.box_out, len(bundle.card.classes), grid.tile_m // grid.m_per_out, predictor.device)
             for tile_m in needed_tiles(grid, tissue_HW, block):
                 rgb_HWC = read_model_pixels(slide, grid, tile_m).rgb_HWC
                 blend.add(grid.box_out(tile_m), predictor.predict(rgb_HWC[None]).probs_NKhw[0])

@@ -188,7 +188,7 @@ def test_weights_of_the_blending_sum_to_one_at_every_pixel_of_the_map(
     # The first block, the last one, and one between them.
     blocks = grid.blocks()
     for block in {blocks[0], blocks[len(blocks) // 2], blocks[-1]}:
-        blend = Blend(block, 1, tile // stride, torch.device("cpu"))
+        blend = Blend(block.box_out, 1, tile // stride, torch.device("cpu"))
         for tile_m in grid.tiles(block.box_out):
             blend.add(grid.box_out(tile_m), torch.ones(1, tile // stride, tile // stride))
         inside = block.box_out.intersect(Box(0, 0, *grid.size_out))

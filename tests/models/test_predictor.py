@@ -79,11 +79,12 @@ def test_result_does_not_depend_on_the_batch_size(batch_size: int) -> None:
 
 
 def test_constant_networks_give_the_renormalised_softmax() -> None:
-    prediction = constant_predictor([0.9, 0.2, 0.8], [1.0, 9.0, 2.0]).predict(painted_tiles())
+    predictor = constant_predictor([0.9, 0.2, 0.8], [1.0, 9.0, 2.0])
+    prediction, presence_NK = predictor.predict(painted_tiles()), predictor.presence(painted_tiles())
     expected_K = torch.tensor([1.0, 0.0, math.e]) / (1 + math.e)
     assert torch.allclose(prediction.probs_NKhw, expected_K.view(1, 3, 1, 1).expand(4, 3, 16, 16))
-    assert prediction.presence_NK[0] == pytest.approx([0.9, 0.2, 0.8])
-    assert prediction.presence_NK.dtype == np.float32
+    assert presence_NK[0] == pytest.approx([0.9, 0.2, 0.8])
+    assert presence_NK.dtype == np.float32
 
 
 def test_no_passing_class_is_no_class_and_not_segmented() -> None:
@@ -100,9 +101,9 @@ def test_ungated_fallback_gives_the_plain_softmax_where_no_class_passes() -> Non
 
 
 def test_no_tiles_give_empty_results() -> None:
-    prediction = color_predictor().predict(np.zeros((0, 64, 64, 3), dtype=np.uint8))
-    assert prediction.probs_NKhw.shape == (0, 3, 16, 16)
-    assert prediction.presence_NK.shape == (0, 3)
+    none_NHWC = np.zeros((0, 64, 64, 3), dtype=np.uint8)
+    assert color_predictor().predict(none_NHWC).probs_NKhw.shape == (0, 3, 16, 16)
+    assert color_predictor().presence(none_NHWC).shape == (0, 3)
 
 
 class _Poisoned(nn.Module):

@@ -70,8 +70,10 @@ def real_tiles(slide: Path) -> NDArray[np.uint8]:
 def test_openvino_gives_torchs_probabilities_and_labels(sample_slide: Path) -> None:
     rgb_NHWC = real_tiles(sample_slide)
     assert len(rgb_NHWC) > 10
-    ours, torchs = (default_predictor(name, skip_by_gate=False).predict(rgb_NHWC) for name in ("openvino", "torch"))
-    assert np.abs(ours.presence_NK - torchs.presence_NK).max() < 1e-5
+    predictors = [default_predictor(name, skip_by_gate=False) for name in ("openvino", "torch")]
+    presences = [predictor.presence(rgb_NHWC) for predictor in predictors]
+    assert np.abs(presences[0] - presences[1]).max() < 1e-5
+    ours, torchs = (predictor.predict(rgb_NHWC) for predictor in predictors)
     assert np.array_equal(ours.passed_NK, torchs.passed_NK)
     assert (ours.probs_NKhw - torchs.probs_NKhw).abs().max() < 1e-5
     assert torch.equal(ours.probs_NKhw.argmax(dim=1), torchs.probs_NKhw.argmax(dim=1))

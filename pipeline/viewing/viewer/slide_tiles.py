@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wsi.box import Box
+from wsi.levels import pick_level
 from wsi.readers import READERS
 from wsi.resample import area_mean
 from wsi.slide import Slide
@@ -102,8 +103,7 @@ class SlideTiles:
     def _nearest(self, level: int) -> tuple[int, float]:
         """The slide's own level to read a zoom level from, and its downsample."""
         downsamples = self._slide.info.level_downsamples
-        fine_enough = [i for i, d in enumerate(downsamples) if d <= 2**level * 1.02]
-        level_lv = max(fine_enough, key=lambda i: downsamples[i], default=0)
+        level_lv = pick_level(downsamples, 2**level)
         return level_lv, downsamples[level_lv]
 
     def _overview_level(self) -> int | None:

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from pipeline.slide.blend import Blend
 from wsi.box import Box
-from wsi.grid import Block
 
 TILE = 8
-BLOCK = Block(0, Box(16, 32, 20, 12))
+MAP = Box(16, 32, 20, 12)
 
 
 def window(i: int) -> float:
@@ -20,7 +19,7 @@ def window(i: int) -> float:
 
 def slow_blend(tiles: list[tuple[Box, np.ndarray]], classes: int) -> np.ndarray:
     """Weighted mean, pixel by pixel and tile by tile."""
-    box = BLOCK.box_out
+    box = MAP
     result = np.zeros((classes, box.height, box.width))
     for y in range(box.height):
         for x in range(box.width):
@@ -45,7 +44,7 @@ def slow_blend(tiles: list[tuple[Box, np.ndarray]], classes: int) -> np.ndarray:
 def test_overlapping_tiles_are_averaged_by_weight(corners: list[tuple[int, int]], classes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     tiles = [(Box(x, y, TILE, TILE), rng.dirichlet(np.ones(classes + 1), (TILE, TILE)).T[:classes]) for x, y in corners]
-    blend = Blend(BLOCK, classes, TILE, torch.device("cpu"))
+    blend = Blend(MAP, classes, TILE, torch.device("cpu"))
     for box, probs_Khw in tiles:
         blend.add(box, torch.from_numpy(np.ascontiguousarray(probs_Khw)).float())
     tissue_HW = rng.random((12, 20)) < 0.9
@@ -66,7 +65,7 @@ def test_equal_tiles_give_an_equal_map(seed: int, probability: float) -> None:
     # Between two stored values there is a place where the last bit of the sums decides; 0.5 and its like are not there.
     assume(all(abs((p * 255 + 0.5 + 2**-10) % 1 - 0.5) < 0.4999 for p in (probability, 1 - probability)))
     rng = np.random.default_rng(seed)
-    blend = Blend(BLOCK, 2, TILE, torch.device("cpu"))
+    blend = Blend(MAP, 2, TILE, torch.device("cpu"))
     for _ in range(12):
         box = Box(int(rng.integers(10, 34)), int(rng.integers(26, 42)), TILE, TILE)
         blend.add(box, torch.tensor([probability, 1 - probability]).view(2, 1, 1).expand(2, TILE, TILE))
@@ -77,7 +76,7 @@ def test_equal_tiles_give_an_equal_map(seed: int, probability: float) -> None:
 
 
 def test_no_class_competes_for_the_label() -> None:
-    blend = Blend(BLOCK, 2, TILE, torch.device("cpu"))
+    blend = Blend(MAP, 2, TILE, torch.device("cpu"))
     blend.add(Box(16, 32, TILE, TILE), torch.tensor([0.3, 0.15]).view(2, 1, 1).expand(2, TILE, TILE))
     blend.add(Box(24, 32, TILE, TILE), torch.tensor([0.15, 0.5]).view(2, 1, 1).expand(2, TILE, TILE))
     probs_KHW, labels_HW = blend.result(np.ones((12, 20), bool))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from pipeline.training.evaluate import (
     evaluate,
     predict_image,
     scores,
-    tile_starts,
 )
 from tests.models.networks import (
     ConstantClassifier,
@@ -112,13 +110,6 @@ def test_where_no_pixel_counts_there_is_no_score() -> None:
 def test_names_that_do_not_fit_the_matrix_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(3, 3\); 3 classes need \(4, 4\)"):
         scores(np.zeros((3, 3), np.int64), ("a", "b", "c"))
-
-
-@pytest.mark.parametrize("length", [64, 65, 96, 128, 200, 1000])
-def test_tiles_cover_an_axis_and_overlap_by_at_least_half(length: int) -> None:
-    starts = tile_starts(length, 64)
-    assert (starts[0], starts[-1]) == (0, length - 64)
-    assert all(0 < b - a <= 32 for a, b in itertools.pairwise(starts))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (150, 203), (30, 41), (5, 90), (1, 1)])

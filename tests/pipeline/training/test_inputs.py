@@ -39,9 +39,15 @@ def test_a_network_sees_in_training_what_it_sees_in_a_bundle() -> None:
     card = make_card().model_copy(update={"mean": MEAN, "std": STD})
     predictor = Predictor(card, NO_DIGEST, ConstantClassifier([0.5, 0.5]), ConstantSegmenter([0, 0]), device="cpu")
     rgb_NHWC = noise(2, 32, 32)
-    torch.testing.assert_close(
-        as_input(rgb_NHWC, predictor.device), predictor._normalised(predictor.on_device(rgb_NHWC))
-    )
+    seen: list[torch.Tensor] = []
+
+    def network(x_NCHW: torch.Tensor) -> torch.Tensor:
+        seen.append(x_NCHW)
+        return torch.zeros(2, 2, 8, 8)
+
+    predictor._segmenter = network
+    predictor.logits(rgb_NHWC)
+    assert torch.equal(as_input(rgb_NHWC, predictor.device), seen[0])
 
 
 @given(st.integers(1, 70), st.integers(1, 70))

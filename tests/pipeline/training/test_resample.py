@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from pipeline.training.resample import resampled
-from wsi.grid import MPP_TOLERANCE
+from wsi.levels import MPP_TOLERANCE
 
 RGB_HWC = np.random.default_rng(0).integers(0, 256, (24, 36, 3)).astype(np.uint8)
 

@@ -1,0 +1,15 @@
+"""The input of the networks: RGB bytes, normalized."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def normalized(rgb_NHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
+    """Return uint8 images (N, H, W, 3) as the input of a network: ``(rgb / 255 - mean) / std``, (N, 3, H, W) float32.
+
+    All three tensors lie on the same device. The result is channels_last in memory, as permuted NHWC bytes already are.
+    """
+    x_NCHW = rgb_NHWC.permute(0, 3, 1, 2).float()
+    # In place: three more arrays for each batch fragment the heap.
+    return x_NCHW.div_(255.0).sub_(mean_C[:, None, None]).div_(std_C[:, None, None])

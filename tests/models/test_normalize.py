@@ -1,0 +1,38 @@
+"""Shape suffixes: N images, C channels, H and W space."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.normalize import normalized
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def every_byte() -> Tensor:
+    """Return each value of a byte in each channel, as one image of 16 × 16 pixels, (1, 16, 16, 3)."""
+    values = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
+    return torch.cat([values, values.flip(1), values.flip(2)], dim=3)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
+def test_bytes_are_scaled_to_one_centered_and_divided(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    x_NCHW = normalized(every_byte(), torch.tensor(mean), torch.tensor(std))
+    for c in range(3):
+        expected_NHW = (every_byte()[..., c].double() / 255 - mean[c]) / std[c]
+        torch.testing.assert_close(x_NCHW[:, c], expected_NHW.float(), rtol=1e-6, atol=1e-6)
+    assert x_NCHW.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_mean_and_std_of_a_half_give_the_same_bits_as_scaling_to_plus_minus_one() -> None:
+    half_C = torch.full((3,), 0.5)
+    scaled_NCHW = every_byte().permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+    assert torch.equal(normalized(every_byte(), half_C, half_C), scaled_NCHW)
+
+
+def test_the_bytes_stay_as_they_are() -> None:
+    rgb_NHWC = every_byte()
+    normalized(rgb_NHWC, torch.tensor(MEAN), torch.tensor(STD))
+    assert torch.equal(rgb_NHWC, every_byte())
