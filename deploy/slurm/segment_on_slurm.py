@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Segment slides with workers that are jobs of Slurm. What stands behind `--` goes to wsi-segment as it is:
+"""Segment slides with workers that are Slurm jobs. Everything after `--` is passed to wsi-segment:
 segment_on_slurm.py --jobs 4 --cores 8 --memory 16GB -- /data/slides --recursive -o /data/results
 """
 
@@ -22,18 +22,18 @@ TLS = "DASK_DISTRIBUTED__COMM__TLS__"
 
 
 def main() -> int:
-    """Start the workers, run wsi-segment on them, end them; returns its exit status."""
+    """Start the workers, run wsi-segment on them, stop them, and return the exit status of wsi-segment."""
     options = parser().parse_args()
     for name, value in settings():
         os.environ.setdefault(name, value)
-    dask.config.refresh()  # it was read when it was imported
+    dask.config.refresh()  # dask read the environment at its import
     options.shared.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=options.shared, prefix=".wsi-segment-") as folder,
         SLURMCluster(
             cores=options.cores,
             memory=options.memory,
-            # One process with one thread of Dask's: a slide at a time, whose blocks have threads of their own.
+            # One process with one Dask thread: one slide at a time. The blocks of the slide have their own threads.
             processes=1,
             worker_extra_args=["--nthreads", "1", *(["--resources", "GPU=1"] if options.gpus else [])],
             job_script_prologue=[f"export OMP_NUM_THREADS={options.cores}"],
@@ -44,26 +44,28 @@ def main() -> int:
             interface=options.interface,
             local_directory=options.scratch,
             log_directory=str(options.shared / "slurm-logs"),
-            # Whoever reaches a Dask scheduler runs code as you, and a cluster's network has other users.
+            # Anyone who reaches a Dask scheduler can run code as you, and a cluster's network has other users.
             security=encryption(Path(folder)),
             scheduler_options={"dashboard_address": "127.0.0.1:0"},
         ) as cluster,
     ):
-        # Both bounds: a job that Slurm ended is replaced by another.
+        # With equal bounds, Dask replaces every job that Slurm ends.
         cluster.adapt(minimum_jobs=options.jobs, maximum_jobs=options.jobs)
         return segment(cluster.scheduler_address, ["--num-workers", str(options.cores), *options.command])
 
 
 def parser() -> argparse.ArgumentParser:
-    """What is asked of Slurm, and behind it the command."""
+    """Return the parser of the command line: options for Slurm, then the arguments of wsi-segment."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--jobs", type=int, default=2, help="workers, each a job of its own (default: 2)")
-    made.add_argument("--cores", type=int, default=4, help="of each worker (default: 4)")
-    made.add_argument("--memory", default="8GB", help="of each worker (default: 8GB)")
-    made.add_argument("--gpus", type=int, default=0, help="of each worker: 0 or 1 (default: 0)")
-    made.add_argument("--walltime", default="12:00:00", help="of each worker, longer than the slowest slide takes")
-    made.add_argument("--partition", help="Slurm's partition (default: the cluster's)")
-    made.add_argument("--account", help="Slurm's account (default: yours)")
+    made.add_argument("--jobs", type=int, default=2, help="number of workers, each its own Slurm job (default: 2)")
+    made.add_argument("--cores", type=int, default=4, help="cores of each worker (default: 4)")
+    made.add_argument("--memory", default="8GB", help="memory of each worker (default: 8GB)")
+    made.add_argument("--gpus", type=int, default=0, help="GPUs of each worker: 0 or 1 (default: 0)")
+    made.add_argument(
+        "--walltime", default="12:00:00", help="time limit of each worker; longer than the slowest slide takes"
+    )
+    made.add_argument("--partition", help="Slurm partition (default: the cluster's)")
+    made.add_argument("--account", help="Slurm account (default: yours)")
     made.add_argument("--interface", help="network between the nodes, such as ib0")
     made.add_argument("--scratch", help="folder on each node's own disk")
     made.add_argument(
@@ -74,16 +76,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings() -> list[tuple[str, str]]:
-    """Names and values of settings.env; jobs get them with the environment of whoever submits them."""
+    """Return the names and values of settings.env. Jobs inherit them with the environment of this process."""
     lines = SETTINGS.read_text(encoding="utf-8").splitlines()
     pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
     return [(name, value) for name, _, value in pairs]
 
 
 def encryption(folder: Path) -> Security:
-    """Write a key and a certificate for this run into a folder that only its owner reads; wsi-segment is told of them
-    by the environment.
-    """
+    """Write a key and a certificate for this run into `folder`, and name them in the environment of wsi-segment."""
     made = Security.temporary()
     files = {"ca_file": folder / "certificate.pem"}
     files["ca_file"].write_text(made.tls_ca_file, encoding="utf-8")
@@ -100,9 +100,9 @@ def encryption(folder: Path) -> Security:
 
 
 def segment(scheduler: str, arguments: list[str]) -> int:
-    """Run wsi-segment on a cluster. Ctrl-C and scancel reach it once, so that it ends orderly and the jobs after it."""
+    """Run wsi-segment on a cluster. Ctrl-C and scancel reach it once, so it shuts down cleanly before the jobs do."""
     command = [sys.executable, "-m", "pipeline.cli.segment", *arguments, "--scheduler", scheduler]
-    process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - what the user wrote, and no shell
+    process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - the user's own arguments, without a shell
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: process.send_signal(signal.SIGINT))
     return process.wait()
