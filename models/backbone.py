@@ -17,7 +17,7 @@ timm = import_light("timm")
 
 
 class Stages(NamedTuple):
-    """Feature maps (N, C, h, w) at the output stride: ResNet-38d's b4_5, b5_2 and bn7, or their counterparts."""
+    """Feature maps (N, C, h, w) at the output stride: b4_5, b5_2 and bn7 of ResNet-38d, or their counterparts."""
 
     shallow: Tensor
     middle: Tensor
@@ -27,11 +27,14 @@ class Stages(NamedTuple):
 class Backbone(nn.Module):
     """A network without its classifier: images (N, 3, H, W) -> `Stages`, all three at output stride 8 by dilation.
 
-    `name` is "resnet38d" or a model of timm. Of a timm network, shallow and middle are the ends
-    of the third- and second-last feature stages, deep is the final feature map, after the network's last convolution.
-    With `depth` the network ends after that many of timm's feature stages, the last three of which are the `Stages`:
-    late stages see hundreds of pixels, and maps made of them smear across thin structures. Weights are random: nothing
-    is fetched. Raises ArchitectureError where there is no such network, or none with these stages at this stride.
+    `name` is "resnet38d" or a model of timm. In a timm network, shallow and middle are the outputs of the third-last
+    and second-last feature stages, and deep is the final feature map, after the last convolution.
+
+    With `depth` the network ends after that many of timm's feature stages, and the last three of these are the
+    `Stages`. Late stages see hundreds of pixels, so their maps smear across thin structures.
+
+    Weights are random; nothing is downloaded. Raises ArchitectureError if no network has this name, or if the network
+    does not have these stages at this stride.
     """
 
     def __init__(self, name: str, depth: int | None = None) -> None:
@@ -40,7 +43,7 @@ class Backbone(nn.Module):
         self.channels: int
         if name == "resnet38d":
             if depth is not None:
-                raise ArchitectureError("backbone 'resnet38d' is used whole: it takes no depth")
+                raise ArchitectureError("backbone 'resnet38d' cannot be cut; remove the depth")
             self.net, self.channels, self._taps = resnet38d.ResNet38d(), resnet38d.CHANNELS, None
         else:
             self.net = _timm_network(name)
@@ -59,7 +62,7 @@ class Backbone(nn.Module):
 
 
 def _cut(net: Any, name: str, depth: int) -> int:
-    """Remove what follows the feature stage of that 1-based number, and return the stage's channels."""
+    """Remove all layers after the feature stage with this 1-based number, and return the stage's channels."""
     stages = len(net.feature_info)
     if not 3 <= depth <= stages:
         raise ArchitectureError(f"backbone {name!r} has {stages} feature stages: depth is {depth}, use 3 to {stages}")
@@ -71,20 +74,19 @@ def _cut(net: Any, name: str, depth: int) -> int:
 def _timm_network(name: str) -> Any:
     if name not in timm.list_models(name):
         raise ArchitectureError(
-            f"unknown backbone {name!r}: neither 'resnet38d' nor a model of timm {timm.__version__}; "
-            "see timm.list_models()"
+            f"unknown backbone {name!r}; use 'resnet38d' or a name from timm.list_models() of timm {timm.__version__}"
         )
     try:
         net: Any = timm.create_model(name, pretrained=False, num_classes=0, output_stride=resnet38d.OUTPUT_STRIDE)
     except (TypeError, AssertionError, NotImplementedError) as error:
-        # timm's families refuse the argument, or its value, each in its own way.
+        # The families of timm refuse the argument, or its value, with different errors.
         raise ArchitectureError(
             f"backbone {name!r} cannot be built with output stride {resnet38d.OUTPUT_STRIDE} in timm "
-            f"{timm.__version__}; take one that can be dilated, such as a ResNet, ConvNeXt, RegNet or EfficientNet"
+            f"{timm.__version__}; use one that can be dilated, such as a ResNet, ConvNeXt, RegNet or EfficientNet"
         ) from error
     if not hasattr(net, "forward_intermediates") or len(net.feature_info) < 3:
         raise ArchitectureError(
-            f"backbone {name!r} has no three feature stages (forward_intermediates) in timm {timm.__version__}; "
-            "take another one"
+            f"backbone {name!r} does not have three feature stages (forward_intermediates) in timm {timm.__version__}; "
+            "use another one"
         )
     return net

@@ -1,7 +1,10 @@
-"""Class activation maps of a `Classifier` and the pseudo masks made of them.
+"""Class activation maps of a `Classifier`: where in an image the classifier finds a class.
 
-All functions want a classifier in eval mode, and pass at most `chunk` images through it at once: that bounds their
-memory, and changes no result. Maps come at the resolution of the feature map, float32, detached and not normalised.
+A new method is one entry in `CAMS`. Training settings, the pseudo masks and the benchmark read the table.
+
+All functions need a classifier in eval mode. They pass at most `chunk` images through the network at once, which bounds
+their memory and does not change a result. Maps have the resolution of the feature map. They are float32, detached and
+not normalized.
 
 Shape suffixes: N batch, C channels, K classes, H and W the image, h and w a feature map, L the three layers.
 """
@@ -9,6 +12,7 @@ Shape suffixes: N batch, C channels, K classes, H and W the image, h and w a fea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +23,32 @@ from models.errors import CamUnavailableError
 from models.heads import HEADS
 from models.score_cam import score_cam
 
-CAM_METHODS = ("cam", "grad-cam", "grad-cam++", "score-cam", "lfi-cam", "pcam", "abn")
 LAYERS = ("shallow", "middle", "deep")
 
-_OWN_HEAD = {"lfi-cam": "lfi", "pcam": "pcam", "abn": "abn"}
-"""Methods that read the map of a head made for it."""
-
-_DEEP_ONLY = ("cam", *_OWN_HEAD)
+MapsOfLayers = Callable[[Classifier, Tensor, Sequence[str], int], list[Tensor]]
+"""Classifier, normalized images (N, 3, H, W), layers and `chunk` -> one map (N, K, h, w) for each layer."""
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 """Activation and gradient of one class's logit, both (N, C, h, w) -> weights of the channels (N, C)."""
 
 
+@dataclass(frozen=True)
+class CamMethod:
+    """A method that makes class activation maps, and what it needs of a classifier."""
+
+    title: str
+    """Name in tables and pictures."""
+    maps: MapsOfLayers
+    deep_only: bool = False
+    """The method is defined at the deep layer alone."""
+    head: str | None = None
+    """The key in `HEADS` of the only head that the method works with; None if the head does not matter."""
+    linear: bool = False
+    """The method needs a head with `linear_map`."""
+
+
 class LayerMaps(NamedTuple):
-    """One map (N, K, h, w) per stage of the backbone."""
+    """One map (N, K, h, w) for each stage of the backbone."""
 
     shallow: Tensor
     middle: Tensor
@@ -40,141 +56,137 @@ class LayerMaps(NamedTuple):
 
 
 def cam_maps(method: str, classifier: Classifier, x_NCHW: Tensor, layer: str = "deep", *, chunk: int = 32) -> Tensor:
-    """Return the maps (N, K, h, w) that one of `CAM_METHODS` makes of normalised images at a stage.
+    """Return the maps (N, K, h, w) that a method of `CAMS` makes of normalized images at one layer.
 
-    grad-cam comes without its definition's final ReLU, as pseudo masks want it (below 0, too, one class is more likely
-    than another), and cam has none; grad-cam++ and score-cam come with it. lfi-cam and abn have one map for all
-    classes; it is multiplied with the deep Grad-CAM of each class. Raises CamUnavailableError for an unknown method or
-    layer, and where the method does not exist for this classifier's head or at this layer; ValueError in training mode.
+    Raises CamUnavailableError if the method or the layer is unknown, or if the method does not work with this
+    classifier's head or at this layer. Raises ValueError in training mode.
     """
     check_available(method, classifier, layer)
-    if method == "cam":
-        return class_activation_maps(classifier, x_NCHW, chunk=chunk)
-    if method == "grad-cam":
-        return grad_cam(classifier, x_NCHW, layer, chunk=chunk)
-    if method == "grad-cam++":
-        return grad_cam_plus_plus(classifier, x_NCHW, layer, chunk=chunk)
-    if method == "score-cam":
-        return score_cam(classifier, x_NCHW, layer, chunk=chunk)
-    if method == "pcam":
-        return pcam(classifier, x_NCHW, chunk=chunk)
-    attention_N1hw = (
-        lfi_cam(classifier, x_NCHW, chunk=chunk) if method == "lfi-cam" else abn(classifier, x_NCHW, chunk=chunk)
-    )
-    return attention_N1hw * grad_cam(classifier, x_NCHW, chunk=chunk)
+    return CAMS[method].maps(classifier, x_NCHW, (layer,), chunk)[0]
 
 
 def layer_maps(method: str, classifier: Classifier, x_NCHW: Tensor, *, chunk: int = 32) -> LayerMaps:
-    """Return the maps of all three stages; where a method defines the deep one only, the other two are Grad-CAM's.
+    """Return the maps of all three layers.
 
-    Raises what `cam_maps` raises.
+    If the method is defined at the deep layer alone, the other two maps are those of Grad-CAM. Raises the errors of
+    `cam_maps`.
     """
     check_available(method, classifier, "deep")
-    if method == "score-cam":
-        return LayerMaps(*(score_cam(classifier, x_NCHW, layer, chunk=chunk) for layer in LAYERS))
-    if method not in _DEEP_ONLY:
-        weigh = _grad_cam_weights if method == "grad-cam" else _plus_plus_weights
-        maps = _gradient_maps(classifier, x_NCHW, LAYERS, weigh, chunk)
-        return LayerMaps(*(map_NKhw if method == "grad-cam" else map_NKhw.relu() for map_NKhw in maps))
-    shallow, middle = _gradient_maps(classifier, x_NCHW, ("shallow", "middle"), _grad_cam_weights, chunk)
-    return LayerMaps(shallow, middle, cam_maps(method, classifier, x_NCHW, chunk=chunk))
-
-
-def cam(deep_NChw: Tensor, weight_KC: Tensor) -> Tensor:
-    """Return the class activation maps ``M_k = sum_c w_kc f_c`` (N, K, h, w), without ReLU. Source: Zhou et al., CVPR
-    2016.
-    """
-    return torch.einsum("nchw,kc->nkhw", deep_NChw.float(), weight_KC.float())
-
-
-def class_activation_maps(classifier: Classifier, x_NCHW: Tensor, *, chunk: int = 32) -> Tensor:
-    """Return `cam` (N, K, h, w) of the deep stage, for a head whose class map is linear in it."""
-    check_available("cam", classifier, "deep")
-    with torch.no_grad():
-        parts = [cam(classifier.stages(part).deep, classifier.head.weight_KC) for part in x_NCHW.split(chunk)]
-    return torch.cat(parts)
-
-
-def grad_cam(classifier: Classifier, x_NCHW: Tensor, layer: str = "deep", *, chunk: int = 32) -> Tensor:
-    """Return Grad-CAM of every class (N, K, h, w), without the final ReLU, of the logit before the sigmoid.
-
-    ``w_kc = mean_xy(d y_k / d A_c)``, ``sum_c w_kc A_c`` (Selvaraju et al., ICCV 2017; no ReLU as in the code of Han et
-    al. 2022). One backward pass per class for all images of a chunk, since the logits of one image do not depend on
-    another; none for the deep stage under an average-pooled linear head, where the maps are `cam` / (h w).
-    """
-    check_available("grad-cam", classifier, layer)
-    return _gradient_maps(classifier, x_NCHW, (layer,), _grad_cam_weights, chunk)[0]
-
-
-def grad_cam_plus_plus(classifier: Classifier, x_NCHW: Tensor, layer: str = "deep", *, chunk: int = 32) -> Tensor:
-    """Return Grad-CAM++ of every class (N, K, h, w), with its final ReLU.
-
-    ``w_kc = sum_xy(alpha relu(g))``, ``alpha = g² / (2 g² + S_c g³)`` with g the gradient of the logit and ``S_c =
-    sum_xy A_c`` (Chattopadhay et al., WACV 2018, equation 19; their factor exp(y_k) is left out, as everywhere).
-    Computed as ``alpha = 1 / (2 + S_c g)``: the same without the constant that others add to the denominator (1e-6 in
-    pytorch-grad-cam), beside which the squares of small gradients vanish. torch-cam 0.5.0 differs: its division is lost
-    (it divides a copy). S_c counts positive activations: the definition assumes features after a ReLU, and has poles
-    for others.
-    """
-    check_available("grad-cam++", classifier, layer)
-    return _gradient_maps(classifier, x_NCHW, (layer,), _plus_plus_weights, chunk)[0].relu()
-
-
-def pcam(classifier: Classifier, x_NCHW: Tensor, *, chunk: int = 32) -> Tensor:
-    """Return the heatmap ``sigmoid(conv1x1(X))`` (N, K, h, w) of a `pcam` head. Source: Ye et al., 2020 (PCAM
-    pooling).
-    """
-    return _head_maps("pcam", classifier, x_NCHW, chunk)
-
-
-def lfi_cam(classifier: Classifier, x_NCHW: Tensor, *, chunk: int = 32) -> Tensor:
-    """Return the attention (N, 1, h, w) of an `lfi` head, 0–1, the same for all classes. Source: Lee et al., 2021
-    (LFI-CAM).
-    """
-    return _head_maps("lfi-cam", classifier, x_NCHW, chunk)
-
-
-def abn(classifier: Classifier, x_NCHW: Tensor, *, chunk: int = 32) -> Tensor:
-    """Return the attention (N, 1, h, w) of an `abn` head, 0–1, the same for all classes. Source: Fukui et al., CVPR
-    2019 (attention branch network).
-    """
-    return _head_maps("abn", classifier, x_NCHW, chunk)
-
-
-def _head_maps(method: str, classifier: Classifier, x_NCHW: Tensor, chunk: int) -> Tensor:
-    check_available(method, classifier, "deep")
-    with torch.no_grad():
-        parts = [classifier.head_output(classifier.stages(part), part).map_NKhw for part in x_NCHW.split(chunk)]
-    return torch.cat(parts).float()
+    chosen = CAMS[method]
+    if not chosen.deep_only:
+        return LayerMaps(*chosen.maps(classifier, x_NCHW, LAYERS, chunk))
+    others = grad_cam(classifier, x_NCHW, ("shallow", "middle"), chunk)
+    return LayerMaps(*others, *chosen.maps(classifier, x_NCHW, ("deep",), chunk))
 
 
 def check_available(method: str, classifier: Classifier, layer: str) -> None:
-    """Raise CamUnavailableError where the method has no map of this classifier at this layer."""
-    if method not in CAM_METHODS:
-        raise CamUnavailableError(f"unknown CAM method {method!r}; known are {', '.join(CAM_METHODS)}")
+    """Raise CamUnavailableError if the method cannot make maps of this classifier at this layer.
+
+    Raises ValueError if the classifier is in training mode.
+    """
+    if method not in CAMS:
+        raise CamUnavailableError(f"unknown CAM method {method!r}; known are {', '.join(CAMS)}")
     if layer not in LAYERS:
         raise CamUnavailableError(f"unknown layer {layer!r}; known are {', '.join(LAYERS)}")
-    if layer != "deep" and method in _DEEP_ONLY:
+    chosen = CAMS[method]
+    head: Any = type(classifier.head)
+    if layer != "deep" and chosen.deep_only:
         raise CamUnavailableError(f"{method} is defined at the deep layer, not at the {layer} one; use grad-cam there")
-    head = type(classifier.head).__name__
-    if method in _OWN_HEAD and not _is_head(classifier, _OWN_HEAD[method]):
+    if chosen.head is not None and head is not HEADS[chosen.head]:
         raise CamUnavailableError(
-            f"{method} needs a classifier trained with head {_OWN_HEAD[method]!r}, this one has {head}; train one with "
-            "that head, or use grad-cam"
+            f"{method} needs a classifier that was trained with head {chosen.head!r}, but this one has a "
+            f"{head.__name__}; train one with that head, or use grad-cam"
         )
-    if method == "cam" and not classifier.head.linear_map:
+    if chosen.linear and not classifier.head.linear_map:
         raise CamUnavailableError(
-            f"cam needs a head whose class map is linear in the features, which {head} is not; use grad-cam"
+            f"{method} needs a head whose class map is linear in the features, but {head.__name__} is not; use grad-cam"
         )
     if classifier.training:
         raise ValueError(
-            f"{method} needs the classifier in eval mode: dropout and attention change the maps; call .eval()"
+            f"{method} needs the classifier in eval mode, because dropout and attention change the maps; call .eval()"
         )
 
 
-def _is_head(classifier: Classifier, name: str) -> bool:
-    head: Any = HEADS[name]
-    return type(classifier.head) is head
+def weighted_features(deep_NChw: Tensor, weight_KC: Tensor) -> Tensor:
+    """Return ``M_k = sum_c w_kc f_c`` (N, K, h, w) in float32, without ReLU."""
+    return torch.einsum("nchw,kc->nkhw", deep_NChw.float(), weight_KC.float())
+
+
+def cam(classifier: Classifier, x_NCHW: Tensor, layers: Sequence[str], chunk: int) -> list[Tensor]:
+    """Return CAM of the deep layer: `weighted_features` with the weights of a linear head, without ReLU.
+
+    Source: Zhou et al., CVPR 2016.
+    """
+    del layers  # always the deep one
+    with torch.no_grad():
+        weight_KC = classifier.head.weight_KC
+        return [torch.cat([weighted_features(classifier.stages(x).deep, weight_KC) for x in x_NCHW.split(chunk)])]
+
+
+def grad_cam(classifier: Classifier, x_NCHW: Tensor, layers: Sequence[str], chunk: int) -> list[Tensor]:
+    """Return Grad-CAM of the logits before the sigmoid, without its definition's final ReLU.
+
+    ``w_kc = mean_xy(d y_k / d A_c)``, ``sum_c w_kc A_c`` (Selvaraju et al., ICCV 2017). The code of Han et al. 2022 has
+    no ReLU either: below 0, too, one class is more likely than another, and pseudo masks need that order.
+
+    One backward pass per class serves all images of a chunk, since the logits of one image do not depend on another.
+    The deep layer under a head with `averaged` needs none: its maps are those of `cam` divided by (h w).
+    """
+    return _gradient_maps(classifier, x_NCHW, layers, _grad_cam_weights, chunk)
+
+
+def grad_cam_plus_plus(classifier: Classifier, x_NCHW: Tensor, layers: Sequence[str], chunk: int) -> list[Tensor]:
+    """Return Grad-CAM++, with its final ReLU.
+
+    ``w_kc = sum_xy(alpha relu(g))`` and ``alpha = g² / (2 g² + S_c g³)``, with g the gradient of the logit and ``S_c =
+    sum_xy A_c`` (Chattopadhay et al., WACV 2018, equation 19, without their factor exp(y_k), as in every
+    implementation). S_c counts positive activations only: the definition assumes features after a ReLU, and has poles
+    for others.
+
+    alpha is computed as ``1 / (2 + S_c g)``. That is the same without the constant that others add to the denominator
+    (1e-6 in pytorch-grad-cam), next to which the squares of small gradients vanish. torch-cam 0.5.0 differs: it divides
+    a copy, so its division is lost.
+    """
+    return [maps.relu() for maps in _gradient_maps(classifier, x_NCHW, layers, _plus_plus_weights, chunk)]
+
+
+def score_cams(classifier: Classifier, x_NCHW: Tensor, layers: Sequence[str], chunk: int) -> list[Tensor]:
+    """Return `score_cam` of each layer, with its final ReLU."""
+    return [score_cam(classifier, x_NCHW, layer, chunk=chunk) for layer in layers]
+
+
+def head_map(classifier: Classifier, x_NCHW: Tensor, layers: Sequence[str], chunk: int) -> list[Tensor]:
+    """Return the map of the classifier's head.
+
+    For `PcamHead` it is the heatmap ``sigmoid(conv1x1(f))`` (N, K, h, w); source: Ye et al., 2020 (PCAM pooling).
+    """
+    del layers  # a head reads the deep one
+    with torch.no_grad():
+        parts = [classifier.head_output(classifier.stages(part), part).map_NKhw for part in x_NCHW.split(chunk)]
+    return [torch.cat(parts).float()]
+
+
+def attended_grad_cam(classifier: Classifier, x_NCHW: Tensor, layers: Sequence[str], chunk: int) -> list[Tensor]:
+    """Return the head's attention, one for all classes and 0–1, times the deep Grad-CAM of each class.
+
+    Sources of the attention (N, 1, h, w): Lee et al., 2021 (LFI-CAM); Fukui et al., CVPR 2019 (attention branch
+    network).
+    """
+    (attention_N1hw,) = head_map(classifier, x_NCHW, layers, chunk)
+    (maps_NKhw,) = grad_cam(classifier, x_NCHW, layers, chunk)
+    return [attention_N1hw * maps_NKhw]
+
+
+CAMS: dict[str, CamMethod] = {
+    "cam": CamMethod("CAM", cam, deep_only=True, linear=True),
+    "grad-cam": CamMethod("Grad-CAM", grad_cam),
+    "grad-cam++": CamMethod("Grad-CAM++", grad_cam_plus_plus),
+    "score-cam": CamMethod("Score-CAM", score_cams),
+    "lfi-cam": CamMethod("LFI-CAM", attended_grad_cam, deep_only=True, head="lfi"),
+    "pcam": CamMethod("PCAM", head_map, deep_only=True, head="pcam"),
+    "abn": CamMethod("ABN", attended_grad_cam, deep_only=True, head="abn"),
+}
+"""All methods by name."""
 
 
 def _grad_cam_weights(activation_NChw: Tensor, gradient_NChw: Tensor) -> Tensor:
@@ -191,18 +203,17 @@ def _plus_plus_weights(activation_NChw: Tensor, gradient_NChw: Tensor) -> Tensor
 def _gradient_maps(
     classifier: Classifier, x_NCHW: Tensor, layers: Sequence[str], weigh: Weigh, chunk: int
 ) -> list[Tensor]:
-    """Return ``sum_c w_kc A_c`` (N, K, h, w) of each layer, with the weights that `weigh` makes of the gradients."""
+    """Return ``sum_c w_kc A_c`` (N, K, h, w) of each layer; `weigh` computes the weights from the gradients."""
     parts = [_chunk_gradient_maps(classifier, part, layers, weigh) for part in x_NCHW.split(chunk)]
     return [torch.cat(maps) for maps in zip(*parts, strict=True)]
 
 
 def _chunk_gradient_maps(classifier: Classifier, x_NCHW: Tensor, layers: Sequence[str], weigh: Weigh) -> list[Tensor]:
-    averaged = _is_head(classifier, "gap") or _is_head(classifier, "pda")
-    derived = [layer for layer in layers if not (averaged and layer == "deep")]
+    derived = [layer for layer in layers if not (classifier.head.averaged and layer == "deep")]
     # The gradient at the deep stage passes through the head alone.
     through_backbone = any(layer != "deep" for layer in derived)
     with torch.set_grad_enabled(through_backbone):
-        # A leaf that needs a gradient makes autograd record the graph even if every weight is frozen.
+        # With an input that needs a gradient autograd records the graph even if every weight is frozen.
         stages = classifier.stages(x_NCHW.detach().requires_grad_(through_backbone))
     if not through_backbone:
         stages = stages._replace(deep=stages.deep.requires_grad_())

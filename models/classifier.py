@@ -1,4 +1,4 @@
-"""Multi-label patch classifier: a backbone with three stages and a head from the registry `models.heads.HEADS`.
+"""Multi-label patch classifier: a backbone with three stages and a head from `models.heads.HEADS`.
 
 Shape suffixes: N batch, C channels, K classes, H and W the image, h and w the space of the feature map.
 """
@@ -15,10 +15,10 @@ from models.heads import HEADS, HeadOutput
 
 
 class Classifier(nn.Module):
-    """Images (N, 3, H, W), normalised -> logits (N, K), one sigmoid per class; `stages` and `head_output` give what
-    maps are made of.
+    """Normalized images (N, 3, H, W) -> logits (N, K), one sigmoid per class.
 
-    `depth` cuts the backbone, see `Backbone`. Raises ArchitectureError where `backbone` or `head` names nothing.
+    `stages` and `head_output` return the features and maps that class activation maps are computed from. `depth` cuts
+    the backbone, see `Backbone`. Raises ArchitectureError if the backbone or the head is unknown.
     """
 
     def __init__(self, backbone: str, head: str, classes: int, depth: int | None = None) -> None:
@@ -34,8 +34,9 @@ class Classifier(nn.Module):
         return stages
 
     def head_output(self, stages: Stages, x_NCHW: Tensor) -> HeadOutput:
-        """Return logits, map and auxiliary logits for the stages of these images; in training each of
-        `auxiliary_NK` gets the loss of the logits too.
+        """Return logits, map and auxiliary logits for the stages of these images.
+
+        Training adds the loss of each of `auxiliary_NK` to that of the logits.
         """
         output: HeadOutput = self.head(stages.deep, x_NCHW)
         return output

@@ -19,25 +19,26 @@ NATIVE_STRIDE = 4
 
 
 def build_segmenter(encoder: str, classes: int) -> nn.Module:
-    """Return DeepLabV3+ with random weights: normalised images (N, 3, H, W) -> logits (N, K, H/4, W/4).
+    """Return DeepLabV3+ with random weights: normalized images (N, 3, H, W) -> logits (N, K, H/4, W/4).
 
-    Encoder stride 16, ASPP rates 6, 12 and 18, 48 low-level channels (Chen et al., ECCV 2018). `encoder`
-    is any name that segmentation-models-pytorch knows, "tu-" before a timm name included. The head does not upsample:
-    stride 4 holds all it knows. Raises ArchitectureError for an unknown encoder.
+    The encoder stride is 16, the ASPP rates are 6, 12 and 18, and there are 48 low-level channels (Chen et al., ECCV
+    2018). `encoder` is a name of segmentation-models-pytorch, or "tu-" and the name of a timm network. The head does
+    not upsample, because finer pixels would only be interpolated. Raises ArchitectureError if the encoder is unknown.
     """
     options: dict[str, Any] = {"encoder_output_stride": 16, "decoder_atrous_rates": (6, 12, 18), "upsampling": 1}
     try:
-        # smp builds an encoder of timm's on the device "meta" first, to see its channels.
+        # smp first builds a timm encoder on the device "meta" to read its channels.
         with WithoutUnseenWeights():
             network: nn.Module = smp.DeepLabV3Plus(encoder, encoder_weights=None, classes=classes, **options)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise ArchitectureError(f"unknown or unsuited segmenter encoder {encoder!r}: {error}") from error
+        raise ArchitectureError(f"segmenter encoder {encoder!r} is unknown or unsuitable: {error}") from error
     return network
 
 
 def logits_at_stride(logits_NKhw: Tensor, output_stride: int) -> Tensor:
-    """Return stride-4 logits at stride 1, 2 or 4, upsampled bilinearly (pixel centres aligned, as
-    `align_corners=False`).
+    """Return stride-4 logits at stride 1, 2 or 4, upsampled bilinearly with `align_corners=False`.
+
+    Raises ValueError for another stride.
     """
     if output_stride not in (1, 2, NATIVE_STRIDE):
         raise ValueError(f"output stride {output_stride} is not one of 1, 2 and {NATIVE_STRIDE}")

@@ -13,9 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import TrainConfigError
 
-OWN_MAP_HEADS = ("pcam", "lfi", "abn")
-"""Heads whose map is no score per class and pixel, so that no softmax over the classes can be made of it."""
-
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "poly"]
 
@@ -69,7 +66,7 @@ class TrainConfig:
     # Pseudo masks
     cam: str = "head"
     """How the maps are made: `head` (the class probabilities of the head's own map, of whole images, averaged over
-    flips) or one of models.cam.CAM_METHODS (per labelled patch, joint min-max, averaged where patches overlap).
+    flips) or a key of models.cam.CAMS (per labelled patch, joint min-max, averaged where patches overlap).
     """
     layer_weights: tuple[float, float, float] = (0.0, 0.0, 1.0)
     """Weights of the cross-entropies against the shallow, middle and deep pseudo masks; a layer of weight 0 is not
@@ -129,8 +126,7 @@ class TrainConfig:
             raise TrainConfigError('cam "head" knows the deep layer only: set layer_weights to 0, 0, 1, or another cam')
         if self.backbone == "resnet38d" and not self.encoder:
             raise TrainConfigError("backbone resnet38d is no encoder of segmentation-models-pytorch: set encoder too")
-        if self.cam == "head" and self.head in OWN_MAP_HEADS:
-            raise TrainConfigError(f'cam "head" makes no class probabilities of head {self.head}: set cam too')
+        _check_maps(self.head, self.cam)
         if self.region is not None and (self.region < 64 or self.region % 32):
             raise TrainConfigError(f"region is {self.region}; use a multiple of 32 from 64 up")
         for name, least in {
@@ -170,6 +166,19 @@ class TrainConfig:
     def encoder_starts(self) -> bool:
         """Whether there are weights that the encoder starts from: it is the classifier's backbone."""
         return self.pretrained and self.encoder_name == f"tu-{self.backbone}"
+
+
+def _check_maps(head: str, cam: str) -> None:
+    # Both load torch, which --help does not need.
+    from models.cam import CAMS
+    from models.heads import HEADS
+
+    if head not in HEADS:
+        raise TrainConfigError(f"head is {head!r}; use one of {', '.join(HEADS)}")
+    if cam != "head" and cam not in CAMS:
+        raise TrainConfigError(f"cam is {cam!r}; use head, {', '.join(CAMS)}")
+    if cam == "head" and not HEADS[head].class_scores:
+        raise TrainConfigError(f'cam "head" cannot make class probabilities from head {head}; set cam too')
 
 
 PRESETS: dict[str, dict[str, Any]] = {

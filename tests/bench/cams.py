@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from models.bundle import load_bundle, load_networks
-from models.cam import CAM_METHODS, cam_maps
+from models.cam import CAMS, cam_maps
 from models.classifier import Classifier
 from models.errors import CamUnavailableError
 from pipeline.training.dataset import Dataset, labelled_boxes, load_dataset, read_mask, read_rgb, samples
@@ -55,16 +55,6 @@ from tests.bench.cam_scores import (
 )
 
 logger = logging.getLogger(__name__)
-
-TITLES = {
-    "cam": "CAM",
-    "grad-cam": "Grad-CAM",
-    "grad-cam++": "Grad-CAM++",
-    "score-cam": "Score-CAM",
-    "lfi-cam": "LFI-CAM",
-    "pcam": "PCAM",
-    "abn": "ABN",
-}
 
 
 class Subject(NamedTuple):
@@ -140,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         started = time.perf_counter()
         rows.append(measure(method, subject, crops, dataset, settings))
-        columns[f"{TITLES[method]} ({subject.head})"] = [
+        columns[f"{CAMS[method].title} ({subject.head})"] = [
             example_map(method, subject, crops[index], k, dataset.mpp, settings) for index, k in examples
         ]
         logger.info("%s on %s: %.0f s", method, subject.name, time.perf_counter() - started)
@@ -176,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, help="its folder, where not the one that the toml names")
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
     parser.add_argument("--crops", type=int, default=200)
-    parser.add_argument("--methods", nargs="+", default=list(CAM_METHODS), choices=CAM_METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(CAMS), choices=list(CAMS))
     parser.add_argument("--steps", type=int, default=20, help="of insertion and deletion")
     parser.add_argument("--chunk", type=int, default=32, help="images in the network at once")
     parser.add_argument("--batch", type=int, default=8, help="crops per call")
@@ -420,7 +410,7 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {TITLES[row.method]} ({row.head} head) | {row.classifier} | {100 * row.miou:.2f} "
+        f"| {CAMS[row.method].title} ({row.head} head) | {row.classifier} | {100 * row.miou:.2f} "
         f"| {100 * row.average_drop:.1f} | {100 * row.increase:.1f} | {row.insertion:.3f} | {row.deletion:.3f} "
         f"| {row.energy:.3f} | {row.ms:.1f} | {row.peak_mb:.1f} |"
         for row in rows

@@ -51,7 +51,7 @@ def test_batch_norms_of_resnet38d_stay_in_evaluation_inside_a_backbone() -> None
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet9000", "unknown backbone 'resnet9000': neither 'resnet38d' nor a model of timm"),
+        ("resnet9000", "unknown backbone 'resnet9000'; use 'resnet38d' or a name from timm"),
         ("resnet*", r"unknown backbone 'resnet\*'"),
         ("densenet121", "'densenet121' cannot be built with output stride 8"),
         ("vgg11", "'vgg11' cannot be built with output stride 8"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,11 @@ from torch import Tensor, nn
 
 from models.backbone import Stages
 from models.cam import (
-    CAM_METHODS,
+    CAMS,
     LAYERS,
-    abn,
-    cam,
     cam_maps,
-    grad_cam,
-    grad_cam_plus_plus,
     layer_maps,
-    lfi_cam,
-    pcam,
+    weighted_features,
 )
 from models.classifier import Classifier
 from models.errors import CamUnavailableError
@@ -34,7 +30,7 @@ CLASSES = 3
 
 @pytest.fixture(scope="module")
 def classifiers() -> Callable[[str], Classifier]:
-    """Random classifiers by head."""
+    """Return a function that makes a random classifier with a head, once for each head."""
     made: dict[str, Classifier] = {}
 
     def make(head: str) -> Classifier:
@@ -58,27 +54,27 @@ def x_NCHW() -> Tensor:
 
 @pytest.fixture(scope="module")
 def small_NCHW() -> Tensor:
-    """For Score-CAM, which passes each of 128 channels of each image."""
+    """Return small images for Score-CAM, which passes each of 128 channels of each image."""
     return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))
 
 
 @pytest.fixture(scope="module")
 def steep(classifier: Classifier) -> Classifier:
-    """Gradients so large that the constants which others add to their squares do not matter."""
+    """Return a classifier with such large gradients that the constants others add to their squares do not matter."""
     scaled = copy.deepcopy(classifier)
     scaled.head.conv.weight.data.mul_(1e5)
     return scaled
 
 
 def module(classifier: Classifier, layer: str) -> nn.Module:
-    """The stage as torch-cam and pytorch-grad-cam want it."""
+    """Return the module of a stage, which torch-cam and pytorch-grad-cam hook."""
     net = classifier.backbone.net
     modules: dict[str, nn.Module] = {"shallow": net.layer2, "middle": net.layer3, "deep": net.layer4}
     return modules[layer]
 
 
 def assert_close(ours: Tensor, expected: Tensor | NDArray[np.float32]) -> None:
-    """Equal to 1e-4 of the value, or of the map's largest one where terms cancel."""
+    """Assert equality up to 1e-4 of the value, or 1e-5 of the largest value of the map if terms cancel."""
     wanted = torch.as_tensor(expected)
     assert wanted.abs().max() > 0
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
@@ -87,7 +83,7 @@ def assert_close(ours: Tensor, expected: Tensor | NDArray[np.float32]) -> None:
 def test_cam_sums_features_with_the_weights_of_a_class() -> None:
     generator = torch.Generator().manual_seed(0)
     deep_NChw, weight_KC = torch.randn(2, 4, 3, 5, generator=generator), torch.randn(3, 4, generator=generator)
-    maps = cam(deep_NChw, weight_KC)
+    maps = weighted_features(deep_NChw, weight_KC)
     for n, k, y, x in np.ndindex(2, 3, 3, 5):
         expected = sum(float(weight_KC[k, c]) * float(deep_NChw[n, c, y, x]) for c in range(4))
         assert float(maps[n, k, y, x]) == pytest.approx(expected, abs=1e-5)
@@ -103,9 +99,7 @@ def test_cam_agrees_with_torch_cam(classifier: Classifier, x_NCHW: Tensor) -> No
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_grad_cam_agrees_with_torch_cam_after_the_relu_that_ours_leaves_out(
-    classifier: Classifier, x_NCHW: Tensor, layer: str
-) -> None:
+def test_grad_cam_agrees_with_torch_cam_after_a_relu(classifier: Classifier, x_NCHW: Tensor, layer: str) -> None:
     methods = pytest.importorskip("torchcam.methods", reason="torchcam is not installed")
     ours = cam_maps("grad-cam", classifier, x_NCHW, layer)
     with methods.GradCAM(classifier, module(classifier, layer)) as theirs:
@@ -116,7 +110,7 @@ def test_grad_cam_agrees_with_torch_cam_after_the_relu_that_ours_leaves_out(
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("method", ["grad-cam", "grad-cam++"])
 def test_gradient_maps_agree_with_pytorch_grad_cam(steep: Classifier, x_NCHW: Tensor, method: str, layer: str) -> None:
-    """Their `get_cam_image` comes before their ReLU, min-max and resizing; ours of Grad-CAM++ after the ReLU."""
+    """Their `get_cam_image` precedes their ReLU, min-max and resizing; our Grad-CAM++ includes the ReLU."""
     library = pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
     ours = cam_maps(method, steep, x_NCHW, layer)
     kind = {"grad-cam": library.GradCAM, "grad-cam++": library.GradCAMPlusPlus}[method]
@@ -127,7 +121,7 @@ def test_gradient_maps_agree_with_pytorch_grad_cam(steep: Classifier, x_NCHW: Te
 
 
 def their_map(theirs: Any, x_NCHW: Tensor, layer: nn.Module, k: int) -> NDArray[np.float32]:
-    """What pytorch-grad-cam makes of class k, before its ReLU, min-max and resizing."""
+    """Return the map of class k by pytorch-grad-cam, before its ReLU, min-max and resizing."""
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     targets = [ClassifierOutputTarget(k)] * len(x_NCHW)
@@ -140,7 +134,7 @@ def their_map(theirs: Any, x_NCHW: Tensor, layer: nn.Module, k: int) -> NDArray[
     return image
 
 
-def test_torch_cams_grad_cam_plus_plus_is_ours_without_the_denominator(steep: Classifier, x_NCHW: Tensor) -> None:
+def test_grad_cam_plus_plus_of_torch_cam_is_ours_without_the_denominator(steep: Classifier, x_NCHW: Tensor) -> None:
     """torch-cam 0.5.0 divides a masked copy of alpha and uses the undivided one: its weights are ``sum g² relu(g)``.
 
     With its alphas multiplied by the paper's (at the deep stage g is w / 64 everywhere) they would be ours.
@@ -155,12 +149,12 @@ def test_torch_cams_grad_cam_plus_plus_is_ours_without_the_denominator(steep: Cl
             map_Nhw = theirs(k, steep(x_NCHW), normalized=False)[0]
             assert_close(map_Nhw, torch.einsum("c,nchw->nhw", undivided_C, deep_NChw).relu())
             weight_NC = undivided_C / (2 * g_C**2 + total_NC * g_C**3).where(g_C > 0, torch.ones(()))
-            ours_Nhw = grad_cam_plus_plus(steep, x_NCHW)[:, k]
+            ours_Nhw = cam_maps("grad-cam++", steep, x_NCHW)[:, k]
             assert_close(ours_Nhw, torch.einsum("nc,nchw->nhw", weight_NC, deep_NChw))
 
 
-def test_grad_cam_plus_plus_is_the_papers_formula_in_double_precision(classifier: Classifier, x_NCHW: Tensor) -> None:
-    ours = grad_cam_plus_plus(classifier, x_NCHW, "middle")
+def test_grad_cam_plus_plus_equals_the_formula_of_the_paper(classifier: Classifier, x_NCHW: Tensor) -> None:
+    ours = cam_maps("grad-cam++", classifier, x_NCHW, "middle")
     stages = classifier.stages(x_NCHW.clone().requires_grad_())
     logits_NK = classifier.head_output(stages, x_NCHW).logits_NK
     for k in range(CLASSES):
@@ -174,34 +168,34 @@ def test_grad_cam_plus_plus_is_the_papers_formula_in_double_precision(classifier
             assert_close(ours[n, k], np.maximum(expected, 0).astype(np.float32))
 
 
-def test_grad_cam_plus_plus_keeps_gradients_whose_square_is_nothing_beside_a_published_constant() -> None:
-    """Gradients of 1e-5: others' 1e-6 in the denominator would make the weights of both channels all but 0, and their
+def test_grad_cam_plus_plus_keeps_gradients_whose_square_is_far_below_a_published_constant() -> None:
+    """With gradients of 1e-5, the 1e-6 that others add to the denominator would make both weights nearly 0, and their
     ratio 8 instead of 2.
     """
     tiny: Any = FakeClassifier(torch.tensor([[1e-5, 2e-5]]))
     deep_NChw = tiny.stages(torch.rand(1, 3, 4, 4)).deep
-    (maps_Khw,) = grad_cam_plus_plus(tiny, torch.rand(1, 3, 4, 4))
+    (maps_Khw,) = cam_maps("grad-cam++", tiny, torch.rand(1, 3, 4, 4))
     torch.testing.assert_close(maps_Khw[0], 0.5e-5 * deep_NChw[0, 0] + 1e-5 * deep_NChw[0, 1], rtol=1e-3, atol=0.0)
 
 
 def test_grad_cam_plus_plus_counts_positive_features_in_its_denominator() -> None:
-    """Equation 19 as it stands has a pole where the features' sum times the gradient is -2."""
+    """Equation 19 itself has a pole if the sum of the features times the gradient is -2."""
     mixed: Any = FakeClassifier(torch.tensor([[2.0, 2.0]]), low=-0.5)
     x_NCHW = torch.rand(1, 3, 4, 4)
-    # Of each channel half the pixels are positive, 1/6 and 1/2: the sum is 8/3. The gradient is 1/8 everywhere.
+    # Half the pixels of each channel are positive, 1/6 and 1/2: their sum is 8/3. The gradient is 1/8 everywhere.
     summed_11hw = mixed.stages(x_NCHW).deep.sum(dim=1, keepdim=True)
     expected = (16 * (1 / 8) / (2 + 8 / 3 / 8) * summed_11hw).relu()
-    torch.testing.assert_close(grad_cam_plus_plus(mixed, x_NCHW), expected)
+    torch.testing.assert_close(cam_maps("grad-cam++", mixed, x_NCHW), expected)
 
 
 class FakeClassifier(nn.Module):
-    """Two fixed channels (a ramp along x, one along y, from `low` to `low` + 1), and linear weights over their mean."""
+    """Two fixed channels, a ramp along x and one along y from `low` to `low` + 1, and linear weights of their means."""
 
     def __init__(self, weight_KC: Tensor, low: float = 0.0) -> None:
         super().__init__()
         self.low = low
         self.weight_KC = weight_KC
-        self.head = nn.Identity()
+        self.head = SimpleNamespace(averaged=False)
         self.eval()
 
     def stages(self, x_NCHW: Tensor) -> Stages:
@@ -211,14 +205,14 @@ class FakeClassifier(nn.Module):
 
     def head_output(self, stages: Stages, x_NCHW: Tensor) -> HeadOutput:
         logits_NK = stages.deep.mean(dim=(2, 3)) @ self.weight_KC.T
-        return HeadOutput(logits_NK, cam(stages.deep, self.weight_KC))
+        return HeadOutput(logits_NK, weighted_features(stages.deep, self.weight_KC))
 
 
 @pytest.mark.parametrize("variant", ["torch-cam", "pytorch-grad-cam"])
 def test_score_cam_variants_agree_with_the_libraries_they_are_named_after(
     classifier: Classifier, small_NCHW: Tensor, variant: ScoreCamVariant
 ) -> None:
-    """torch-cam with its ReLU, pytorch-grad-cam before its own, which the features being positive makes the same."""
+    """torch-cam includes its ReLU and pytorch-grad-cam does not; for positive features that is the same."""
     ours = score_cam(classifier, small_NCHW, "shallow", variant=variant, chunk=50)
     layer = module(classifier, "shallow")
     if variant == "torch-cam":
@@ -235,8 +229,9 @@ def test_score_cam_variants_agree_with_the_libraries_they_are_named_after(
 
 
 def official_score_cam(classifier: Classifier, x_1CHW: Tensor, activation_1Chw: Tensor) -> Tensor:
-    """The loop of the release (softmax over the classes, constant channels skipped), up to its final min-max; of all
-    classes at once, (1, K, H, W), because a channel's scores come from one pass.
+    """Return the map (1, K, H, W) by the loop of the release, before its final min-max.
+
+    Alpha is the softmax over the classes, and constant channels are skipped. All classes share one pass per channel.
     """
     size_HW = (x_1CHW.shape[2], x_1CHW.shape[3])
     total_1KHW = torch.zeros(1, CLASSES, *size_HW)
@@ -250,7 +245,9 @@ def official_score_cam(classifier: Classifier, x_1CHW: Tensor, activation_1Chw: 
     return total_1KHW.relu()
 
 
-def test_official_score_cam_is_the_releases_loop(classifiers: Callable[[str], Classifier], small_NCHW: Tensor) -> None:
+def test_official_score_cam_equals_the_released_loop(
+    classifiers: Callable[[str], Classifier], small_NCHW: Tensor
+) -> None:
     classifier = classifiers("pda")
     ours = score_cam(classifier, small_NCHW, "shallow")
     up = F.interpolate(ours, (32, 32), mode="bilinear", align_corners=False)
@@ -260,7 +257,7 @@ def test_official_score_cam_is_the_releases_loop(classifiers: Callable[[str], Cl
 
 
 @pytest.mark.parametrize("variant", ["official", "torch-cam", "pytorch-grad-cam"])
-def test_score_cam_does_not_depend_on_its_chunks_nor_an_image_on_its_batch(
+def test_score_cam_depends_neither_on_the_chunk_nor_on_the_batch(
     classifier: Classifier, small_NCHW: Tensor, variant: ScoreCamVariant
 ) -> None:
     together = score_cam(classifier, small_NCHW, "shallow", variant=variant, chunk=256)
@@ -286,7 +283,7 @@ def test_score_cam_passes_at_most_a_chunk_of_images_at_once_and_skips_constant_c
     first_NChw = stages(small_NCHW).shallow[:, :5]
     varied = int((first_NChw.amax(dim=(2, 3)) > first_NChw.amin(dim=(2, 3))).sum())
     assert varied > 3
-    # The images, the blank one, and the channels that vary.
+    # The images, the blank image, and the channels that vary.
     assert sum(batches) == 2 + 1 + varied
     living = F.interpolate(maps[:1], (32, 32), mode="bilinear", align_corners=False)
     monkeypatch.undo()
@@ -323,11 +320,11 @@ def test_grad_cam_of_every_head_is_the_mean_gradient_times_the_features(
             (gradient,) = torch.autograd.grad(logits_NK[:, k].sum(), activation_NChw, retain_graph=True)
             expected = (gradient.mean(dim=(2, 3), keepdim=True) * activation_NChw).sum(dim=1)
             assert_close(map_NKhw[:, k], expected.detach())
-        assert torch.allclose(grad_cam(classifier, x_NCHW, layer), map_NKhw, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(cam_maps("grad-cam", classifier, x_NCHW, layer), map_NKhw, rtol=1e-4, atol=1e-6)
 
 
 def test_deep_grad_cam_of_pooled_heads_is_cam_over_the_number_of_cells(classifier: Classifier, x_NCHW: Tensor) -> None:
-    assert_close(grad_cam(classifier, x_NCHW), cam_maps("cam", classifier, x_NCHW) / 64)
+    assert_close(cam_maps("grad-cam", classifier, x_NCHW), cam_maps("cam", classifier, x_NCHW) / 64)
 
 
 def test_deep_maps_of_pooled_heads_need_no_backward_pass(
@@ -340,7 +337,7 @@ def test_deep_maps_of_pooled_heads_need_no_backward_pass(
     for method in ("cam", "grad-cam", "grad-cam++", "score-cam"):
         assert cam_maps(method, classifier, x_NCHW[:1, :, :32, :32]).shape == (1, CLASSES, 4, 4)
     with pytest.raises(AssertionError, match="a backward pass"):
-        grad_cam(classifier, x_NCHW, "middle")
+        cam_maps("grad-cam", classifier, x_NCHW, "middle")
 
 
 def test_one_backward_pass_per_class_serves_the_whole_batch_and_all_layers(
@@ -364,7 +361,7 @@ HEAD_OF = {"cam": "gap", "grad-cam": "lfi", "grad-cam++": "pcam", "lfi-cam": "lf
 
 
 @pytest.mark.parametrize("method", HEAD_OF)
-def test_layer_maps_do_not_depend_on_chunks_nor_an_image_on_its_batch(
+def test_maps_depend_neither_on_the_chunk_nor_on_the_batch(
     classifiers: Callable[[str], Classifier], method: str
 ) -> None:
     classifier = classifiers(HEAD_OF[method])
@@ -399,35 +396,31 @@ def test_frozen_weights_give_the_same_maps(classifier: Classifier, x_NCHW: Tenso
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
-def test_pcam_is_the_sigmoid_of_the_heads_scores(classifiers: Callable[[str], Classifier], x_NCHW: Tensor) -> None:
+def test_pcam_is_the_sigmoid_of_the_head_scores(classifiers: Callable[[str], Classifier], x_NCHW: Tensor) -> None:
     classifier = classifiers("pcam")
     deep_NChw = classifier.stages(x_NCHW).deep.detach()
-    maps = pcam(classifier, x_NCHW)
-    assert_close(maps, classifier.head.conv(deep_NChw).detach().sigmoid())
-    assert torch.equal(cam_maps("pcam", classifier, x_NCHW), maps)
+    assert_close(cam_maps("pcam", classifier, x_NCHW), classifier.head.conv(deep_NChw).detach().sigmoid())
 
 
-@pytest.mark.parametrize(("method", "function"), [("lfi-cam", lfi_cam), ("abn", abn)])
+@pytest.mark.parametrize("method", ["lfi-cam", "abn"])
 def test_attention_of_all_classes_is_multiplied_with_each_class_map(
-    classifiers: Callable[[str], Classifier],
-    x_NCHW: Tensor,
-    method: str,
-    function: Callable[[Classifier, Tensor], Tensor],
+    classifiers: Callable[[str], Classifier], x_NCHW: Tensor, method: str
 ) -> None:
     classifier = classifiers(HEAD_OF[method])
-    attention_N1hw = function(classifier, x_NCHW)
+    with torch.no_grad():
+        attention_N1hw = classifier.head_output(classifier.stages(x_NCHW), x_NCHW).map_NKhw
     assert attention_N1hw.shape == (2, 1, 8, 8)
     assert attention_N1hw.amin() >= 0
     assert attention_N1hw.amax() <= 1
     assert attention_N1hw.std() > 0
     maps = cam_maps(method, classifier, x_NCHW)
-    class_maps = grad_cam(classifier, x_NCHW)
+    class_maps = cam_maps("grad-cam", classifier, x_NCHW)
     for k in range(CLASSES):
         assert_close(maps[:, k], attention_N1hw[:, 0] * class_maps[:, k])
 
 
 @pytest.mark.parametrize("method", ["cam", "pcam", "lfi-cam", "abn"])
-def test_methods_with_a_deep_map_only_take_grad_cam_at_the_others(
+def test_methods_of_the_deep_layer_use_grad_cam_at_the_other_layers(
     classifiers: Callable[[str], Classifier], x_NCHW: Tensor, method: str
 ) -> None:
     classifier = classifiers(HEAD_OF[method])
@@ -447,17 +440,22 @@ def test_layer_maps_are_the_maps_of_each_layer(classifier: Classifier, small_NCH
 @pytest.mark.parametrize(
     ("method", "head", "layer", "message"),
     [
-        ("pcam", "gap", "deep", "pcam needs a classifier trained with head 'pcam', this one has GapHead"),
-        ("lfi-cam", "pda", "deep", "lfi-cam needs a classifier trained with head 'lfi'"),
-        ("abn", "lfi", "deep", "abn needs a classifier trained with head 'abn'"),
+        (
+            "pcam",
+            "gap",
+            "deep",
+            "was trained with head 'pcam', but this one has a GapHead; train one",
+        ),
+        ("lfi-cam", "pda", "deep", "lfi-cam needs a classifier that was trained with head 'lfi'"),
+        ("abn", "lfi", "deep", "abn needs a classifier that was trained with head 'abn'"),
         ("cam", "lfi", "deep", "cam needs a head whose class map is linear"),
         ("cam", "gap", "middle", "cam is defined at the deep layer, not at the middle one; use grad-cam"),
         ("grad-cam", "gap", "top", "unknown layer 'top'; known are shallow, middle, deep"),
         ("score-cam", "gap", "top", "unknown layer 'top'"),
-        ("eigen-cam", "gap", "deep", "unknown CAM method 'eigen-cam'; known are " + ", ".join(CAM_METHODS)),
+        ("eigen-cam", "gap", "deep", "unknown CAM method 'eigen-cam'; known are " + ", ".join(CAMS)),
     ],
 )
-def test_maps_that_a_classifier_does_not_have_are_refused(
+def test_a_method_that_does_not_work_with_the_classifier_is_refused(
     classifiers: Callable[[str], Classifier], x_NCHW: Tensor, method: str, head: str, layer: str, message: str
 ) -> None:
     with pytest.raises(CamUnavailableError, match=message.replace("+", r"\+")):

@@ -1,4 +1,4 @@
-"""Every head against its definition, written out in loops over float64 arrays.
+"""Compare every head with its definition, written as loops over float64 arrays.
 
 Shape suffixes: N batch, C channels, K classes, H and W the image, h and w the space of the feature map.
 """
@@ -43,7 +43,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def features(images: int = 3, channels: int = 5, *, seed: int = 1) -> torch.Tensor:
-    """Feature maps of 4×6 cells as they come after a ReLU: about half of the values are 0."""
+    """Return feature maps of 4×6 cells as after a ReLU: about half of the values are 0."""
     rng = np.random.default_rng(seed)
     return torch.from_numpy(np.maximum(rng.normal(size=(images, channels, 4, 6)), 0).astype(np.float32))
 
@@ -53,7 +53,7 @@ def pictures(images: int = 3, *, seed: int = 2) -> torch.Tensor:
 
 
 def make_head(name: str, channels: int = 5, classes: int = 3) -> nn.Module:
-    """A head whose weights, batch norms and their statistics are all random."""
+    """Return a head with random weights, batch norms and statistics."""
     with seeded(7):
         head = HEADS[name](channels, classes)
         for parameter in head.parameters():
@@ -72,7 +72,7 @@ def arrays(module: Any) -> dict[str, Floats]:
 
 
 def slow_conv(x_Chw: Floats, weight: Floats) -> Floats:
-    """A convolution with zeros around the image, cell by cell."""
+    """Convolve cell by cell, with zeros around the image."""
     outputs, inputs, side, _ = weight.shape
     _, height, width = x_Chw.shape
     reach = side // 2
@@ -149,23 +149,23 @@ def slow_pcam(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tupl
     return logits_K, heat_Khw
 
 
-def slow_resize(grey_HW: Floats, height: int, width: int) -> Floats:
-    """Bilinear resize between the four nearest pixel centres."""
+def slow_resize(gray_HW: Floats, height: int, width: int) -> Floats:
+    """Resize bilinearly between the four nearest pixel centers."""
     result = np.zeros((height, width))
     for y in range(height):
         for x in range(width):
-            v, u = (y + 0.5) * grey_HW.shape[0] / height - 0.5, (x + 0.5) * grey_HW.shape[1] / width - 0.5
+            v, u = (y + 0.5) * gray_HW.shape[0] / height - 0.5, (x + 0.5) * gray_HW.shape[1] / width - 0.5
             top, left = math.floor(v), math.floor(u)
             for row, row_share in ((top, 1 - (v - top)), (top + 1, v - top)):
                 for column, column_share in ((left, 1 - (u - left)), (left + 1, u - left)):
-                    result[y, x] += row_share * column_share * grey_HW[row, column]
+                    result[y, x] += row_share * column_share * gray_HW[row, column]
     return result
 
 
 def slow_lfi(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple[Floats, Floats]:
     channels, height, width = deep_Chw.shape
-    grey_hw = slow_resize(image.mean(axis=0), height, width)
-    x_Chw = np.stack([slow_minmax(deep_hw) * grey_hw for deep_hw in deep_Chw])
+    gray_hw = slow_resize(image.mean(axis=0), height, width)
+    x_Chw = np.stack([slow_minmax(deep_hw) * gray_hw for deep_hw in deep_Chw])
     for conv, norm in ((0, 1), (3, 4), (6, 7), (9, 10)):
         x_Chw = slow_conv(x_Chw, state[f"importance.{conv}.weight"])
         x_Chw = slow_batch_norm(x_Chw, state, f"importance.{norm}")
@@ -223,14 +223,24 @@ def test_head_agrees_with_its_definition(name: str) -> None:
             np.testing.assert_allclose(actual_NK[n], expected_K, rtol=1e-4, atol=1e-5)
 
 
-def test_registry_holds_these_heads_and_says_which_have_linear_maps() -> None:
+def test_the_registry_holds_these_heads_and_their_properties() -> None:
     assert set(HEADS) == set(NAMES)
     linear = {name for name in NAMES if make_head(name).linear_map}
     assert linear == set(LINEAR)
+    assert {name for name in NAMES if make_head(name).averaged} == {"gap", "pda"}
+    assert {name for name in NAMES if make_head(name).class_scores} == {"gap", "pda", "area"}
+
+
+@pytest.mark.parametrize("name", ["gap", "pda"])
+def test_logits_of_an_averaged_head_are_the_class_weights_times_the_mean_features(name: str) -> None:
+    head, deep_NChw = make_head(name), features()
+    with torch.no_grad():
+        expected_NK = torch.einsum("nchw,kc->nk", deep_NChw, head.weight_KC) / 24
+        assert torch.allclose(head(deep_NChw, pictures()).logits_NK, expected_NK, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_weights_of_a_linear_head_give_its_class_scores_but_for_a_bias(name: str) -> None:
+def test_weights_of_a_linear_head_give_its_class_scores_up_to_a_bias(name: str) -> None:
     head, deep_NChw = make_head(name), features()
     with torch.no_grad():
         map_NKhw = head(deep_NChw, pictures()).map_NKhw
@@ -327,29 +337,29 @@ def slow_attention(deep_NChw: Floats, weight_KC: Floats, mu: float) -> Floats:
 
 
 @pytest.mark.parametrize("mu", [1.0, 0.83, 0.65])
-@pytest.mark.parametrize("normalise", [False, True])
-def test_attention_agrees_with_the_definition(mu: float, normalise: bool) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_attention_agrees_with_the_definition(mu: float, normalize: bool) -> None:
     rng = np.random.default_rng(1)
     deep_NChw, weight_KC = rng.normal(size=(3, 5, 4, 6)).astype(np.float32), rng.normal(size=(2, 5)).astype(np.float32)
     actual = progressive_dropout_attention(
-        torch.from_numpy(deep_NChw), torch.from_numpy(weight_KC), mu, normalise=normalise
+        torch.from_numpy(deep_NChw), torch.from_numpy(weight_KC), mu, normalize=normalize
     )
     expected = slow_attention(deep_NChw.astype(np.float64), weight_KC.astype(np.float64), mu)
-    if normalise:
+    if normalize:
         for n in range(3):
             expected[n] /= expected[n].max()
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_image_without_any_positive_class_map_keeps_its_features_if_normalised() -> None:
+def test_an_image_without_any_positive_class_map_keeps_its_features_if_normalized() -> None:
     deep_NChw = torch.rand(2, 5, 4, 4, generator=torch.Generator().manual_seed(1))
     deep_NChw[1] *= -1
     weight_KC = torch.ones(2, 5)
     plain = progressive_dropout_attention(deep_NChw, weight_KC, 0.8)
-    normalised = progressive_dropout_attention(deep_NChw, weight_KC, 0.8, normalise=True)
+    normalized = progressive_dropout_attention(deep_NChw, weight_KC, 0.8, normalize=True)
     assert float(plain[1].abs().max()) == 0
-    assert torch.equal(normalised[1], torch.ones(1, 4, 4))
-    assert torch.allclose(normalised[0], plain[0] / plain[0].max())
+    assert torch.equal(normalized[1], torch.ones(1, 4, 4))
+    assert torch.allclose(normalized[0], plain[0] / plain[0].max())
 
 
 def test_attention_is_computed_in_float32_for_half_precision_features() -> None:
@@ -361,7 +371,7 @@ def test_attention_is_computed_in_float32_for_half_precision_features() -> None:
     assert torch.equal(attention, progressive_dropout_attention(deep_NChw.float(), weight_KC, 0.9))
 
 
-def test_pda_head_equals_gap_head_in_evaluation_and_where_mu_is_none() -> None:
+def test_pda_head_equals_gap_head_in_evaluation_and_if_mu_is_none() -> None:
     gap, pda = GapHead(5, 3), PdaHead(5, 3)
     pda.load_state_dict(gap.state_dict())
     deep_NChw, x_NCHW = features(), pictures()
@@ -375,16 +385,16 @@ def test_pda_head_equals_gap_head_in_evaluation_and_where_mu_is_none() -> None:
         assert torch.equal(without.logits_NK, gap.train()(deep_NChw, x_NCHW).logits_NK)
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_pda_head_weighs_features_with_the_attention_in_training(normalise: bool) -> None:
-    head = PdaHead(5, 3, normalise=normalise).train()
+@pytest.mark.parametrize("normalize", [False, True])
+def test_pda_head_weights_features_with_the_attention_in_training(normalize: bool) -> None:
+    head = PdaHead(5, 3, normalize=normalize).train()
     head.dropout.p = 0.0
     head.mu = 0.8
     deep_NChw = features()
     weight_KC = arrays(head)["conv.weight"][:, :, 0, 0]
     attention = slow_attention(deep_NChw.double().numpy(), weight_KC, 0.8)
     for n in range(3):
-        if normalise and attention[n].max() > 0:
+        if normalize and attention[n].max() > 0:
             attention[n] /= attention[n].max()
     expected = (attention * deep_NChw.double().numpy()).mean(axis=(2, 3)) @ weight_KC.T
     with torch.no_grad():
@@ -410,7 +420,7 @@ def test_parameter_names_are_those_of_shipped_bundles() -> None:
 
 
 def epoch_by_epoch(sigma: float, lower: float, held: int, epochs: int) -> list[float]:
-    """mu of each epoch, by the loop: once `held` epochs have run, multiply after each one while above the bound."""
+    """Return mu of each epoch by a loop: after `held` epochs, multiply after each epoch while mu is above the bound."""
     mu, values = 1.0, []
     for epoch in range(epochs):
         values.append(mu)
@@ -436,7 +446,7 @@ def test_release_schedule_decays_after_epoch_0_and_applies_from_epoch_3() -> Non
 
 
 def area_of(scores_Khw: torch.Tensor) -> torch.Tensor:
-    """Logits of an area head whose features are the scores themselves."""
+    """Return the logits of an area head whose features are the scores."""
     classes = len(scores_Khw)
     head = AreaHead(classes, classes).eval()
     with torch.no_grad():
@@ -451,26 +461,26 @@ def test_area_is_the_mean_over_a_fifth_of_the_cells() -> None:
     for cells in range(20):
         covered = scores_Khw.clone()
         covered[:, 0, :cells] = torch.tensor([0.0, 20.0])[:, None]
-        # Twenty of the 100 cells are looked at, so their mean says 0.5 at ten of them.
+        # The 20 best of the 100 cells count, so their mean is 0.5 if the class covers ten.
         expected = math.log(cells / (20 - cells)) if 0 < cells < 20 else math.log((1 - 1e-6) / 1e-6)
         actual = float(area_of(covered)[1])
         assert actual == pytest.approx(expected if cells else -expected, abs=0.05)
 
 
-def test_area_is_bounded_where_a_class_is_certain() -> None:
+def test_area_is_bounded_if_a_class_is_certain() -> None:
     scores_Khw = torch.zeros(2, 4, 4)
     scores_Khw[0] = 1000.0
     bound = math.log((1 - 1e-6) / 1e-6)
     assert area_of(scores_Khw).tolist() == pytest.approx([bound, -bound], abs=0.05)
 
 
-def test_area_looks_at_one_cell_at_least() -> None:
+def test_area_averages_at_least_one_cell() -> None:
     scores_Khw = torch.zeros(2, 1, 3)
     scores_Khw[1, 0, 2] = 3.0
     assert area_of(scores_Khw).tolist() == pytest.approx([0.0, 3.0], abs=1e-5)
 
 
-def test_inner_channels_of_the_importance_network_are_bounded() -> None:
+def test_the_inner_convolutions_of_the_importance_network_have_at_most_256_channels() -> None:
     shapes = [module.weight.shape[:2] for module in LfiHead(300, 2).importance if isinstance(module, nn.Conv2d)]
     assert [tuple(shape) for shape in shapes] == [(256, 300), (256, 256), (256, 256), (300, 256)]
 
@@ -491,8 +501,8 @@ def test_branches_of_abn_share_no_weights() -> None:
     assert touched == {"attention_stage", "class_maps", "attention_logits"}
 
 
-def test_pcam_pools_where_the_class_is_seen() -> None:
-    """A small bright lesion decides the logit, while average pooling would dilute it."""
+def test_pcam_pools_over_the_heatmap_of_the_class() -> None:
+    """A small bright lesion decides the logit; average pooling would dilute it."""
     head = PcamHead(1, 1).eval()
     with torch.no_grad():
         head.conv.weight.fill_(1.0)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from models.cam import CAMS
+from models.heads import HEADS
 from pipeline.errors import TrainConfigError
 from pipeline.training.config import PRESETS, TrainConfig, train_config
+from tests.repository import REPOSITORY
 
 
 def test_default_preset_is_the_defaults() -> None:
@@ -45,7 +49,9 @@ def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path)
         ("layer_weights=[0.2, 0.2, 0.6]", "knows the deep layer only"),
         ("optimizer=adam", "setting optimizer"),
         ("backbone=resnet38d", "set encoder too"),
-        ("head=lfi", "no class probabilities of head lfi"),
+        ("head=lfi", "cannot make class probabilities from head lfi; set cam too"),
+        ("head=gup", "head is 'gup'; use one of gap, pda"),
+        ("cam=kam", "cam is 'kam'; use head, cam, grad-cam"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named(setting: str, said: str) -> None:
@@ -58,3 +64,11 @@ def test_a_preset_or_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
         train_config("best")
     with pytest.raises(TrainConfigError, match=r"absent.toml: cannot be read"):
         train_config("default", tmp_path / "absent.toml")
+
+
+def test_the_docs_list_every_head_and_every_cam_method() -> None:
+    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = {name: re.search(rf"^\| `{name}` \|.*", text, re.MULTILINE) for name in ("head", "cam")}
+    listed = {name: set(re.findall(r"`([^`]+)`", row[0])) for name, row in rows.items() if row}
+    assert listed["head"] == {"head", *HEADS}
+    assert listed["cam"] == {"cam", "head", *CAMS}
