@@ -31,7 +31,7 @@ from pipeline.batch.queue import MAX_AT_ONCE
 from pipeline.errors import ConfigError, OutputError
 from pipeline.pages.report_page import write_report
 from pipeline.results.folder import finished_run, is_locked
-from pipeline.results.record import SlideResult, read_run, run_identity, skipped_result, with_runtime_of
+from pipeline.results.record import SlideResult, read_run, run_identity, skipped_result, stored_runtime
 from pipeline.workers.base import SlideJob, Workers, job_config
 from pipeline.workers.open import open_workers
 from wsi.errors import WsiSegmentError
@@ -262,9 +262,10 @@ def _finished_result(job: SlideJob, order: BatchRequest, digests: dict[str, str]
             digests[model] = load_bundle(model).digest
         stated = str(cast("dict[str, object]", run["identity"]).get("slide"))
         config = job_config(job, order.config)
-        if config.runtime == "auto":
-            config = with_runtime_of(folder, config)
-        run = finished_run(folder, run_identity(stated, digests[model], config))
+        runtime = stored_runtime(folder, config) if config.runtime == "auto" else config.runtime
+        if runtime is None:
+            return None
+        run = finished_run(folder, run_identity(stated, digests[model], config.parameters(runtime)))
         if run is None:
             return None
         # Reading every finished slide again would take a night job hours.

@@ -21,7 +21,7 @@ from models.errors import DeviceUnavailableError, NonFiniteOutputError, RuntimeU
 from models.gate import masked_softmax, passing_classes
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
-from models.runtimes import BATCH_SIZE, CUDA_BATCH_SIZE, Precision, Runtime, RuntimeName, choose_runtime
+from models.runtimes import BATCH_SIZE, Compute, Precision, Runtime, RuntimeName, choose_runtime, default_batch_size
 from models.segmenter import logits_at_stride
 
 log = logging.getLogger(__name__)
@@ -70,11 +70,38 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-class Predictor:
-    """A classifier and a segmenter held on one device.
+def choose_compute(
+    *,
+    device: str = "auto",
+    precision: Precision = "float32",
+    runtime: RuntimeName = "torch",
+    batch_size: int | None = None,
+) -> Compute:
+    """Return how this machine computes networks if these settings are requested.
 
-    `lock` guards the device: the caller holds it around `predict`. Results depend on nothing but the tile: no random
-    state, and tiles of a batch do not influence each other.
+    `device` is resolved by `choose_device` and `runtime` by `choose_runtime`. `batch_size` None stands for
+    `default_batch_size`. Raises DeviceUnavailableError, RuntimeUnavailableError, and ValueError for an unknown
+    precision or a batch size below 1.
+    """
+    if precision != "float32" and precision not in _AUTOCAST:
+        raise ValueError(f"unknown precision {precision!r}; use float32, bf16 or fp16")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    chosen = choose_device(device)
+    return Compute(
+        device=str(chosen),
+        precision=precision,
+        runtime=choose_runtime(runtime, chosen.type, precision),
+        batch_size=batch_size or default_batch_size(str(chosen)),
+        threads=torch.get_num_threads(),
+    )
+
+
+class Predictor:
+    """A classifier and a segmenter on one device.
+
+    `lock` guards the device: the caller holds `lock` around `predict`. A tile's result does not depend on the other
+    tiles of its batch, and there is no random state.
     """
 
     def __init__(
@@ -84,51 +111,83 @@ class Predictor:
         classifier: nn.Module,
         segmenter: nn.Module,
         *,
-        device: str = "auto",
+        device: str = "cpu",
         precision: Precision = "float32",
-        runtime: RuntimeName = "torch",
-        batch_size: int | None = None,
+        runtime: Runtime = "torch",
+        batch_size: int = BATCH_SIZE,
         output_stride: int = 4,
         ungated_fallback: bool = False,
         skip_by_gate: bool = True,
     ) -> None:
         """Move both networks to `device` in eval mode.
 
-        `ungated_fallback`: where no class passes use the ungated softmax, instead of 0 for every class. `skip_by_gate`:
-        run the segmenter only on tiles where its result can matter; False runs it on all tiles and gives the same
-        probabilities. `batch_size`: None takes 8, on CUDA 32. `runtime`: see `choose_runtime`; "auto" goes back to
-        torch where OpenVINO cannot take a network, `self.runtime` says what it came to. Raises DeviceUnavailableError,
-        RuntimeUnavailableError, and ValueError for an unknown precision, stride or batch size.
+        `ungated_fallback`: use the ungated softmax if no class passes the gate, instead of 0 for every class.
+        `skip_by_gate`: run the segmenter only on tiles whose result it can change; False runs it on all tiles and gives
+        the same probabilities. `from_networks` accepts "auto". Raises DeviceUnavailableError, RuntimeUnavailableError
+        if OpenVINO cannot take a network, and ValueError for an unknown precision, output stride or batch size.
         """
-        if precision != "float32" and precision not in _AUTOCAST:
-            raise ValueError(f"unknown precision {precision!r}; use float32, bf16 or fp16")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if output_stride not in (1, 2, 4):
             raise ValueError(f"output_stride is {output_stride}; use 1, 2 or 4")
+        compute = choose_compute(device=device, precision=precision, runtime=runtime, batch_size=batch_size)
         self.card = card
         self.digest = digest
-        self.device = choose_device(device)
-        self.precision = precision
-        self.batch_size = batch_size or (CUDA_BATCH_SIZE if self.device.type == "cuda" else BATCH_SIZE)
+        self.device = torch.device(compute.device)
+        self.precision = compute.precision
+        self.runtime = compute.runtime
+        self.batch_size = compute.batch_size
+        self.threads = compute.threads
         self.output_stride = output_stride
         self.ungated_fallback = ungated_fallback
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.runtime, (self._classifier, self._segmenter) = self._prepared(runtime, classifier, segmenter)
+        self._classifier, self._segmenter = (self._prepared(network) for network in (classifier, segmenter))
         self._mean_C = torch.tensor(card.mean, device=self.device)
         self._std_C = torch.tensor(card.std, device=self.device)
         self._thresholds_K = torch.tensor(card.gate_thresholds, device=self.device)
 
     @classmethod
+    def from_networks(
+        cls,
+        card: ModelCard,
+        digest: str,
+        classifier: nn.Module,
+        segmenter: nn.Module,
+        *,
+        device: str = "auto",
+        runtime: RuntimeName = "torch",
+        precision: Precision = "float32",
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """Return a predictor on a device and in a runtime that may be "auto"; `options` are the constructor's.
+
+        If `runtime` is "auto" and OpenVINO cannot take a network, the predictor uses torch and logs a warning.
+        """
+        compute = choose_compute(device=device, precision=precision, runtime=runtime, batch_size=batch_size)
+        networks = (classifier, segmenter)
+        options |= {"device": compute.device, "precision": precision, "batch_size": compute.batch_size}
+        try:
+            return cls(card, digest, *networks, runtime=compute.runtime, **options)
+        except RuntimeUnavailableError as error:
+            if runtime != "auto":
+                raise
+            log.warning("%s: %s; using torch, which takes longer", card.name, error)
+            return cls(card, digest, *networks, runtime="torch", **options)
+
+    @classmethod
     def from_bundle(cls, bundle: Bundle, *, device: str = "auto", **options: Any) -> Self:
-        """Return a predictor with the bundle's networks; `options` are the constructor's.
+        """Return a predictor with the bundle's networks; `options` are those of `from_networks`.
 
         Raises what `load_networks` and the constructor raise.
         """
         choose_device(device)  # before the weights are read
-        return cls(bundle.card, bundle.digest, *load_networks(bundle), device=device, **options)
+        return cls.from_networks(bundle.card, bundle.digest, *load_networks(bundle), device=device, **options)
+
+    @property
+    def compute(self) -> Compute:
+        """How the networks are computed."""
+        return Compute(str(self.device), self.precision, self.runtime, self.batch_size, self.threads)
 
     def on_device(self, rgb: NDArray[np.uint8]) -> Tensor:
         """Return bytes of any shape on the device, whoever holds the lock.
@@ -203,18 +262,11 @@ class Predictor:
         assert probs_NKhw.shape == (count, classes, height // stride, width // stride)
         return Prediction(probs_NKhw, passed_NK.cpu().numpy(), segmented_N)
 
-    def _prepared(self, runtime: RuntimeName, *networks: nn.Module) -> tuple[Runtime, tuple[Network, ...]]:
-        placed = tuple(_placed(network, self.device) for network in networks)
-        if choose_runtime(runtime, self.device.type, self.precision) == "openvino":
-            try:
-                return "openvino", tuple(
-                    OpenVinoNetwork(network, self.card.tile_size, self.precision) for network in placed
-                )
-            except RuntimeUnavailableError as error:
-                if runtime == "openvino":
-                    raise
-                log.warning("%s: %s; torch is used, which takes longer", self.card.name, error)
-        return "torch", placed
+    def _prepared(self, network: nn.Module) -> Network:
+        placed = _placed(network, self.device)
+        if self.runtime == "openvino":
+            return OpenVinoNetwork(placed, self.card.tile_size, self.precision)
+        return placed
 
     def _gate(self, presence_NK: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
         """Return which classes pass, and which may have pixels: the same, or all with `ungated_fallback` and none."""

@@ -1,33 +1,83 @@
-"""Which runtime computes the networks: PyTorch, or on a CPU OpenVINO, which takes about half the time.
+"""The runtimes that compute the networks, PyTorch and OpenVINO: which one to use, and what each of them needs.
 
-Imports no torch, so that a command line can check its settings at once.
+On a CPU, OpenVINO takes about half the time of PyTorch. This module does not import torch, so that a command can check
+its settings at once.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
 from models.errors import RuntimeUnavailableError
 
 Precision = Literal["float32", "bf16", "fp16"]
-"""Number format of the networks; bf16 and fp16 by torch's autocast, or OpenVINO's."""
+"""Number format of the networks. PyTorch computes bf16 and fp16 with autocast."""
 Runtime = Literal["torch", "openvino"]
+"""What computes the networks."""
 RuntimeName = Literal["auto", "torch", "openvino"]
-"""What a user asks for."""
+"""A runtime as a user asks for it."""
 
 BATCH_SIZE = 8
+"""Default number of tiles per call of a network."""
 CUDA_BATCH_SIZE = 32
-"""Tiles per call of a network where nothing was asked for; the second was not measured."""
+"""The same on CUDA."""
+
+
+@dataclass(frozen=True)
+class RuntimeFacts:
+    """The memory that a process needs for a runtime, and how its allocator should treat freed memory."""
+
+    process_bytes: int
+    """Resident memory without pixels: Python, the libraries, the networks, and what the allocator keeps."""
+    activation_bytes_per_px: int
+    """Activations of one tile in a batch, per pixel of the tile."""
+    mapped_bytes: int
+    """Arrays of at least this size return to the kernel when they are freed."""
+    kept_bytes: int
+    """Freed memory that the allocator keeps for the next array."""
+
+
+# The process sizes were measured on CMU-1 (docs/benchmarks/slides.md).
+RUNTIME_FACTS: dict[Runtime, RuntimeFacts] = {
+    # PyTorch frees and allocates its activations with every batch. They are smaller than 48 MiB.
+    "torch": RuntimeFacts(
+        process_bytes=1500 << 20, activation_bytes_per_px=550, mapped_bytes=48 << 20, kept_bytes=256 << 20
+    ),
+    # OpenVINO keeps its activations. Every other array of a batch is smaller than 9 MiB.
+    "openvino": RuntimeFacts(
+        process_bytes=1860 << 20, activation_bytes_per_px=550, mapped_bytes=9 << 20, kept_bytes=64 << 20
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How networks are computed, with every choice made."""
+
+    device: str
+    """A torch device, such as "cpu" or "cuda:1"."""
+    precision: Precision
+    runtime: Runtime
+    batch_size: int
+    """Tiles per call of a network."""
+    threads: int
+    """CPU threads of a network."""
+
+
+def default_batch_size(device: str) -> int:
+    """Return the number of tiles per call of a network on a device, such as "cpu" or "cuda:1"."""
+    return CUDA_BATCH_SIZE if device.startswith("cuda") else BATCH_SIZE
 
 
 def choose_runtime(name: RuntimeName, device: str, precision: str) -> Runtime:
-    """Return the runtime of that name; "auto" takes OpenVINO where it is installed, on the device "cpu", for formats
-    that this machine's processor computes in.
+    """Return the runtime to use.
 
-    Raises RuntimeUnavailableError where OpenVINO is asked for and cannot be used.
+    "auto" returns OpenVINO if it is installed, the device is "cpu" and the processor computes in `precision`.
+    Raises RuntimeUnavailableError if OpenVINO is requested and one of these conditions is not met.
     """
     if name == "torch":
         return name
@@ -53,17 +103,17 @@ def choose_runtime(name: RuntimeName, device: str, precision: str) -> Runtime:
 
 
 def load_openvino() -> Any:
-    """Import OpenVINO without its telemetry, which at every import writes to the home folder and calls its maker."""
+    """Import OpenVINO without its telemetry, which writes to the home folder and connects to its vendor."""
     modules: dict[str, Any] = sys.modules
     if "openvino" not in modules:
-        modules.setdefault("openvino_telemetry", None)  # an ImportError, for which openvino has a stub
+        modules.setdefault("openvino_telemetry", None)  # raises an ImportError, for which openvino has a stub
     return importlib.import_module("openvino")
 
 
 def _computes(precision: str) -> bool:
-    """Whether OpenVINO has the processor compute in that format: others it would replace by float32 unasked."""
+    """Return whether the processor computes in that format. OpenVINO silently replaces other formats by float32."""
     names = {"fp16": "FP16", "bf16": "BF16"}
-    # Not asked for float32, so that most commands need not load OpenVINO to check their settings.
+    # float32 needs no check, so most commands do not load OpenVINO to check their settings.
     return precision not in names or names[precision] in load_openvino().Core().get_property(
         "CPU", "OPTIMIZATION_CAPABILITIES"
     )

@@ -1,53 +1,51 @@
-"""The settings of a run: the only home of their defaults."""
+"""The settings of a run, as requested (`SegmentConfig`) and with every choice made (`ResolvedSettings`).
+
+Every default of a run has its home here, except the batch size, which depends on the device (`models.runtimes`).
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from models.runtimes import Precision, Runtime, RuntimeName, choose_runtime
+from models.runtimes import Compute, Precision, Runtime, RuntimeName
 from pipeline.errors import ConfigError
 
-if TYPE_CHECKING:  # the command's --help reads the defaults here, and must not load the readers
+if TYPE_CHECKING:  # the command's --help reads the defaults here and must not load the readers
     from wsi.slide import Backend
+
+MOST_WORKERS = 8
+"""Workers on a machine with more cores, if no number is requested."""
 
 
 @dataclass(frozen=True)
-class SegmentConfig:
-    """How slides are segmented. Raises ConfigError on a value out of range."""
+class MapSettings:
+    """The settings that do not depend on the machine. Raises ConfigError if a value is out of range."""
 
     mpp: float | None = None
-    """Micrometres per level-0 pixel; None takes what the slide says."""
+    """Micrometers per level-0 pixel. None: the slide's own value; `SlideInfo.mpp` holds the result."""
     backend: Backend = "auto"
-    """Reader: OpenSlide, tiffslide, or OpenSlide first."""
+    """Reader. "auto": chosen for each slide; `SlideInfo.backend` holds the result."""
     overlap: float = 0.25
-    """Share of a tile's side that it has in common with the next tile."""
+    """Share of a tile's side that overlaps the next tile."""
     output_stride: int = 4
-    """Model pixels per pixel of the stored map: 4 is the network's own, 2 and 1 are interpolated from it."""
+    """Model pixels per pixel of the stored map. The networks compute 4; 2 and 1 are interpolated."""
     min_area_um2: float = 2000.0
-    """Polygons smaller than this are merged into their neighbour; 0 keeps every one. The label image is not changed."""
+    """Smaller polygons are merged into a neighbor; 0 keeps all of them. The label image does not change."""
     simplify_px: float = 1.0
-    """Tolerance of the polygons' borders, in pixels of the map; 0 keeps the pixels' own edges."""
+    """Tolerance of the polygons' borders, in map pixels; 0 keeps the edges of the pixels."""
     keep_ungated: bool = False
-    """Where the gate silences every class, take the segmenter's word instead of leaving "no class"."""
-    device: str = "auto"
-    """"auto", "cpu", "cuda", "cuda:1", "mps"."""
+    """Use the segmenter's prediction if the gate rejects every class, instead of "no class"."""
     precision: Precision = "float32"
     """Number format of the networks."""
-    runtime: RuntimeName = "auto"
-    """What computes the networks: PyTorch or OpenVINO; "auto" takes OpenVINO on a CPU where it is installed and can."""
-    batch_size: int | None = None
-    """Tiles per call of a network; None takes 8, on CUDA 32."""
-    num_workers: int = min(8, os.cpu_count() or 1)
-    """Blocks that are read and written at the same time. Up to two more wait for the device."""
     max_bad_share: float = 0.01
-    """A slide of which more tiles than this cannot be read fails."""
+    """A slide fails if a larger share of its tiles cannot be read."""
     block_out: int = 1024
-    """Side of a block in pixels of the map: larger ones compute fewer tiles twice, smaller ones take less memory."""
+    """Side of a block in map pixels. Larger blocks compute fewer tiles twice, smaller blocks need less memory."""
     force: bool = False
-    """Replace a result that is there already, whatever it was made with."""
+    """Replace an existing result, even if it was made with other settings."""
 
     def __post_init__(self) -> None:
         _check(self.mpp is None or (math.isfinite(self.mpp) and self.mpp > 0), "--mpp", self.mpp, "a positive number")
@@ -56,27 +54,9 @@ class SegmentConfig:
         _check(self.min_area_um2 >= 0, "--min-area", self.min_area_um2, "0 or more")
         _check(self.simplify_px >= 0, "--simplify", self.simplify_px, "0 or more")
         _check(self.block_out >= 16 and self.block_out % 16 == 0, "block_out", self.block_out, "a multiple of 16")
-        _check(self.batch_size is None or self.batch_size >= 1, "--batch-size", self.batch_size, "1 or more")
-        _check(self.num_workers >= 1, "--num-workers", self.num_workers, "1 or more")
 
-    @property
-    def in_flight(self) -> int:
-        """How many blocks are in memory at once, at most."""
-        return self.num_workers + 1
-
-    @property
-    def chosen_runtime(self) -> Runtime:
-        """What "auto" stands for on this machine, whatever the model."""
-        if self.runtime != "auto":
-            return self.runtime
-        from models.predictor import choose_device  # loads torch
-
-        # A device that is named may be one that only a cluster's machines have.
-        device = choose_device("auto").type if self.device == "auto" else self.device
-        return choose_runtime("auto", device, self.precision)
-
-    def parameters(self) -> dict[str, object]:
-        """Those settings that decide what the result is: two runs with the same ones give the same result."""
+    def parameters(self, runtime: Runtime) -> dict[str, object]:
+        """Return the settings that decide a result computed by `runtime`: equal parameters give equal results."""
         return {
             "mpp": self.mpp,
             "backend": self.backend,
@@ -86,9 +66,86 @@ class SegmentConfig:
             "simplify_px": self.simplify_px,
             "keep_ungated": self.keep_ungated,
             "precision": self.precision,
-            "runtime": self.chosen_runtime,
+            "runtime": runtime,
             "block_out": self.block_out,
         }
+
+
+@dataclass(frozen=True)
+class SegmentConfig(MapSettings):
+    """The settings as requested. `resolve` makes the choices that are left open."""
+
+    device: str = "auto"
+    """"auto", "cpu", "cuda", "cuda:1" or "mps"."""
+    runtime: RuntimeName = "auto"
+    """What computes the networks. "auto": OpenVINO on a CPU if it is installed and can take the model, else PyTorch."""
+    batch_size: int | None = None
+    """Tiles per call of a network. None: `models.runtimes.default_batch_size`."""
+    num_workers: int | None = None
+    """Blocks that are read and written at the same time. None: one per core, at most `MOST_WORKERS`."""
+
+    @property
+    def runtime_requested(self) -> bool:
+        """Return whether the user named the runtime. If not, a finished result of another runtime is kept."""
+        return self.runtime != "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.batch_size is None or self.batch_size >= 1, "--batch-size", self.batch_size, "1 or more")
+        _check(self.num_workers is None or self.num_workers >= 1, "--num-workers", self.num_workers, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings(MapSettings):
+    """The settings of a run with every choice made, in the process that has the device. `resolve` makes them."""
+
+    device: str
+    """A torch device, such as "cpu" or "cuda:1"."""
+    runtime: Runtime
+    threads: int
+    """CPU threads of a network."""
+    batch_size: int
+    """Tiles per call of a network."""
+    num_workers: int
+    """Blocks that are read and written at the same time."""
+    runtime_requested: bool
+    """See `SegmentConfig.runtime_requested`."""
+
+    @property
+    def in_flight(self) -> int:
+        """Return the largest number of blocks in memory: one waits for the device."""
+        return self.num_workers + 1
+
+
+def resolve(config: SegmentConfig, compute: Compute) -> ResolvedSettings:
+    """Return the settings of a run whose networks are computed this way, such as `Predictor.compute`.
+
+    Call it in the process that has the device, after the model is loaded: only then is it known whether OpenVINO takes
+    the model. Raises ConfigError if `config` requests something else than `compute` has.
+    """
+    for name, requested, present in (
+        ("device", config.device, compute.device),
+        ("precision", config.precision, compute.precision),
+        ("runtime", config.runtime, compute.runtime),
+        ("batch_size", config.batch_size, compute.batch_size),
+    ):
+        if requested not in (None, "auto", present):
+            raise ConfigError(f"the predictor was made with {name} {present}, the settings request {requested}")
+    return ResolvedSettings(
+        **{field.name: getattr(config, field.name) for field in fields(MapSettings) if field.name != "precision"},
+        precision=compute.precision,
+        device=compute.device,
+        runtime=compute.runtime,
+        threads=compute.threads,
+        batch_size=compute.batch_size,
+        num_workers=config.num_workers or default_workers(),
+        runtime_requested=config.runtime_requested,
+    )
+
+
+def default_workers() -> int:
+    """Return the number of workers on this machine if none is requested."""
+    return min(MOST_WORKERS, os.cpu_count() or 1)
 
 
 def _check(holds: bool, flag: str, value: object, allowed: str) -> None:

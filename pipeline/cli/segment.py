@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from models.runtimes import Precision, RuntimeName
+from models.runtimes import Compute, Precision, RuntimeName, choose_runtime, default_batch_size
 from pipeline.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, fail, run
 from pipeline.config import SegmentConfig
 
@@ -140,7 +140,7 @@ def segment(
             runtime=runtime,
             batch_size=batch_size,
             force=force,
-            **({} if num_workers is None else {"num_workers": num_workers}),
+            num_workers=num_workers,
         )
         jobs = _jobs(slides or [], sample=sample, recursive=recursive)
         if dry_run:
@@ -234,13 +234,14 @@ def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: Segment
     from models.bundle import load_bundle
     from pipeline.batch.collect import name_clashes
     from pipeline.batch.queue import failure
+    from pipeline.config import resolve
     from pipeline.errors import ConfigError
     from pipeline.slide.plan import check_resources
     from pipeline.slide.recipe import plan_slide
     from pipeline.workers.base import job_config
 
     plans: list[dict[str, object]] = []
-    card = load_bundle(model).card
+    card, compute = load_bundle(model).card, _projected_compute(config)
     clashes = name_clashes(jobs)
     for job in jobs:
         entry: dict[str, object] = {"slide": str(job.path)}
@@ -251,8 +252,9 @@ def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: Segment
             _, slide, _, plan = plan_slide(job.path, own, job_config(job, config))
             slide.close()
             entry |= {"mpp": slide.info.mpp, "mpp_source": slide.info.mpp_source, "backend": slide.info.backend}
-            entry |= plan.summary() | {"warnings": list(slide.info.warnings)}
-            check_resources(plan, job.path.name, output)
+            settings = resolve(job_config(job, config), compute)
+            entry |= plan.summary(settings) | {"warnings": list(slide.info.warnings)}
+            check_resources(plan, settings, job.path.name, output)
         except Exception as error:  # noqa: BLE001 - as in run_batch: the other slides go on
             entry["error"] = failure(job, error)
         plans.append(entry)
@@ -263,6 +265,26 @@ def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: Segment
             _print_plan(entry)
     if any("error" in entry for entry in plans):
         sys.exit(EXIT_FAILED)
+
+
+def _projected_compute(config: SegmentConfig) -> Compute:
+    """Return how a run will compute its networks, without loading them.
+
+    A device or runtime that the user names is not looked for, because only a cluster's machines may have it.
+    """
+    import torch
+
+    from models.predictor import choose_device
+
+    device = str(choose_device("auto")) if config.device == "auto" else config.device
+    return Compute(
+        device=device,
+        precision=config.precision,
+        # OpenVINO needs more memory than torch: the projection holds if OpenVINO cannot take the model.
+        runtime=choose_runtime("auto", device, config.precision) if config.runtime == "auto" else config.runtime,
+        batch_size=config.batch_size or default_batch_size(device),
+        threads=torch.get_num_threads(),
+    )
 
 
 def _print_plan(entry: dict[str, object]) -> None:

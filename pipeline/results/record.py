@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
 
-from pipeline.config import SegmentConfig
+from models.runtimes import Runtime
+from pipeline.config import ResolvedSettings, SegmentConfig
 
 Status = Literal["done", "no tissue", "skipped", "failed"]
 
@@ -51,19 +52,22 @@ class SlideResult:
         }
 
 
-def run_identity(slide_digest: str, model_digest: str, config: SegmentConfig) -> dict[str, object]:
-    """What a result is made of: runs with an equal one would write the same."""
-    return {"format": RUN_FORMAT, "slide": slide_digest, "model": model_digest, "parameters": config.parameters()}
+def run_identity(slide_digest: str, model_digest: str, parameters: Mapping[str, object]) -> dict[str, object]:
+    """Return the inputs of a result: runs with an equal identity write the same result."""
+    return {"format": RUN_FORMAT, "slide": slide_digest, "model": model_digest, "parameters": dict(parameters)}
 
 
-def with_runtime_of(folder: Path, config: SegmentConfig) -> SegmentConfig:
-    """The settings with the runtime that the result in `folder` was made by, for those who asked for none: it stands,
-    whichever it was. As they are where there is no result, or it is to be replaced.
+def stored_runtime(folder: Path, settings: ResolvedSettings | SegmentConfig) -> Runtime | None:
+    """Return the runtime of the finished result in `folder`, if that result may be kept whichever runtime made it.
+
+    None if a runtime was requested, if the result is to be replaced, or if there is no result.
     """
-    run = None if config.force else read_run(folder)
-    stated = cast("dict[str, object]", run["identity"]).get("parameters") if run else None
-    runtime = stated.get("runtime") if isinstance(stated, dict) else None
-    return replace(config, runtime=runtime) if runtime in ("torch", "openvino") else config
+    if settings.force or settings.runtime_requested:
+        return None
+    run = read_run(folder)
+    parameters = cast("dict[str, object]", run["identity"]).get("parameters") if run else None
+    runtime = parameters.get("runtime") if isinstance(parameters, dict) else None
+    return cast("Runtime", runtime) if runtime in ("torch", "openvino") else None
 
 
 def skipped_result(folder: Path, run: Mapping[str, object], seconds: float) -> SlideResult:

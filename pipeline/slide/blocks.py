@@ -18,7 +18,7 @@ import torch
 
 from models.errors import NonFiniteOutputError
 from models.predictor import Predictor
-from pipeline.config import SegmentConfig
+from pipeline.config import ResolvedSettings
 from pipeline.errors import PipelineError
 from pipeline.formats.ome_zarr import MapStore
 from pipeline.formats.polygons import block_regions, save_regions
@@ -58,7 +58,7 @@ class BlockWork:
     info: SlideInfo
     grid: Grid
     tissue: Tissue
-    config: SegmentConfig
+    settings: ResolvedSettings
     store: MapStore
     folder: Path
     """The working folder: `files` of the records are relative to it."""
@@ -113,8 +113,8 @@ def segment_block(
         regions = block_regions(
             labels_HW,
             origin_out=(block.box_out.x, block.box_out.y),
-            min_area_px=work.config.min_area_um2 / grid.mpp_out**2,
-            tolerance_px=work.config.simplify_px,
+            min_area_px=work.settings.min_area_um2 / grid.mpp_out**2,
+            tolerance_px=work.settings.simplify_px,
         )
         regions_path = regions_file(work.folder, block)
         save_regions(regions_path, regions)

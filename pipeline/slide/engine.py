@@ -81,7 +81,7 @@ def run_blocks(
         record, files = segment_block(work, slide, predictor, block, stopped)
         finished(make_durable(work.folder, record, files))
 
-    run_all(run, blocks, work.config.in_flight, stop)
+    run_all(run, blocks, work.settings.in_flight, stop)
 
 
 def run_all(function: Callable[[Item], None], items: Iterable[Item], in_flight: int, stop: threading.Event) -> None:

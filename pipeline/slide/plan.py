@@ -1,4 +1,4 @@
-"""What a run will do and need, known before it starts."""
+"""The plan of a run: which tiles it computes, and the memory and disk space it needs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import psutil
 from numpy.typing import NDArray
 
 from models.bundle import ModelCard
-from models.runtimes import BATCH_SIZE
-from pipeline.config import SegmentConfig
+from models.runtimes import RUNTIME_FACTS
+from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError
 from pipeline.slide.blend import TILE_GROUP
 from wsi.box import Box
@@ -21,50 +21,64 @@ from wsi.resample import STRIP_LV
 from wsi.slide import SlideInfo
 from wsi.tissue import Tissue
 
-# Measured on CMU-1 (docs/benchmarks/slides.md): Python, torch, the readers and what the
-# allocator keeps, and one image's activations per tile pixel.
-_PROCESS_BYTES = 1500 << 20
-_ACTIVATION_BYTES_PER_PX = 550
-_OPENVINO_BYTES = 360 << 20
-# A pixel of the map compresses to far less than a byte; a quarter is what noisy maps were seen to take.
+# Noisy maps compress to a quarter of a byte per pixel; others to less.
 _COMPRESSED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the blocks and tiles lie, and what the run needs. Immutable and picklable."""
+    """Which blocks and tiles a run computes, and what it needs. Immutable and picklable."""
 
     grid: Grid
     blocks: tuple[Block, ...]
     """The blocks with tissue."""
     tiles: int
-    """Tiles to run, those on block borders counted once for each block."""
+    """Tiles to run; a tile on a block border counts once for each block."""
     tissue_um2: float
-    memory_bytes: int
+    classes: int
     disk_bytes: int
 
-    def summary(self) -> dict[str, object]:
-        """The plan in plain values, for people and for run.json."""
+    def memory_bytes(self, settings: ResolvedSettings) -> int:
+        """Return an upper bound of the process's memory.
+
+        The bound depends on the block, the batch, the runtime and the workers. It does not grow with the slide.
+        """
+        grid, facts = self.grid, RUNTIME_FACTS[settings.runtime]
+        side_m = grid.block_out * grid.m_per_out + 2 * grid.tile_m
+        canvas = 3 * side_m**2
+        strip = 4 * 3 * int(side_m * grid.lv_per_m) * int(STRIP_LV + 2 * grid.lv_per_m)
+        group = TILE_GROUP * (3 * grid.tile_m**2 + 4 * self.classes * (grid.tile_m // grid.m_per_out) ** 2)
+        # Sums and weights in float32, their quotient, and the labels' polygons while they are traced.
+        blend = 4 * (2 * self.classes + 4) * grid.block_out**2
+        in_flight = min(settings.in_flight, max(len(self.blocks), 1)) * (canvas + strip + blend)
+        activations = settings.batch_size * grid.tile_m**2 * facts.activation_bytes_per_px
+        return facts.process_bytes + in_flight + group + activations
+
+    def summary(self, settings: ResolvedSettings) -> dict[str, object]:
+        """Return the plan in plain values, for people and for run.json."""
         return asdict(self.grid) | {
             "blocks": len(self.blocks),
             "tiles": self.tiles,
             "map_size": list(self.grid.size_out),
             "map_mpp": self.grid.mpp_out,
             "tissue_mm2": self.tissue_um2 / 1e6,
-            "memory_bytes": self.memory_bytes,
+            "memory_bytes": self.memory_bytes(settings),
             "disk_bytes": self.disk_bytes,
         }
 
 
-def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, config: SegmentConfig) -> Plan:
-    """Lay the grid and count what has tissue. Raises ResolutionError where the slide is too coarse for the model."""
+def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSettings) -> Plan:
+    """Return the plan of a run: its grid, and the blocks and tiles with tissue.
+
+    Raises ResolutionError if the slide is too coarse for the model.
+    """
     grid = make_grid(
         info,
         model_mpp=card.mpp,
         tile_m=card.tile_size,
-        overlap=config.overlap,
-        output_stride=config.output_stride,
-        block_out=config.block_out,
+        overlap=settings.overlap,
+        output_stride=settings.output_stride,
+        block_out=settings.block_out,
     )
     counts = {block: len(needed_tiles(grid, block_tissue(grid, tissue, block), block)) for block in grid.blocks()}
     blocks = tuple(block for block, count in counts.items() if count)
@@ -73,13 +87,13 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, config: SegmentC
         blocks=blocks,
         tiles=sum(counts.values()),
         tissue_um2=tissue.area_um2,
-        memory_bytes=_memory_bytes(grid, len(card.classes), len(blocks), config),
-        disk_bytes=int(len(blocks) * config.block_out**2 * (len(card.classes) + 1) * 4 / 3 * _COMPRESSED_SHARE),
+        classes=len(card.classes),
+        disk_bytes=int(len(blocks) * settings.block_out**2 * (len(card.classes) + 1) * 4 / 3 * _COMPRESSED_SHARE),
     )
 
 
 def needed_tiles(grid: Grid, tissue_HW: NDArray[np.bool_], block: Block) -> list[Box]:
-    """The tiles, in model pixels, that hold some of the tissue inside the block; `tissue_HW` is its `block_tissue`."""
+    """Return the tiles, in model pixels, with tissue inside the block. `tissue_HW` is the block's `block_tissue`."""
     tiles = []
     for tile_m in grid.tiles(block.box_out):
         part = grid.box_out(tile_m).intersect(block.box_out).shift(-block.box_out.x, -block.box_out.y)
@@ -89,41 +103,27 @@ def needed_tiles(grid: Grid, tissue_HW: NDArray[np.bool_], block: Block) -> list
 
 
 def block_tissue(grid: Grid, tissue: Tissue, block: Block) -> NDArray[np.bool_]:
-    """The tissue mask over a block's box, as mask_HW; nothing beyond the map is tissue."""
+    """Return the tissue mask of a block's box, as mask_HW. Pixels beyond the map are False."""
     tissue_HW = tissue.sample(block.box_out, grid.l0_per_out)
-    # The mask's last pixels reach beyond the slide.
+    # The last pixels of the tissue mask reach beyond the slide.
     inside = block.box_out.intersect(Box(0, 0, *grid.size_out))
     tissue_HW[inside.height :] = False
     tissue_HW[:, inside.width :] = False
     return tissue_HW
 
 
-def check_resources(plan: Plan, name: str, output: Path) -> None:
-    """Raise PlanError where the plan needs more memory than is available, or more disk than is free under `output`."""
-    available = psutil.virtual_memory().available
-    if plan.memory_bytes > available:
+def check_resources(plan: Plan, settings: ResolvedSettings, name: str, output: Path) -> None:
+    """Raise PlanError if the plan needs more memory than is available or more disk space than is free in `output`."""
+    memory, available = plan.memory_bytes(settings), psutil.virtual_memory().available
+    if memory > available:
         raise PlanError(
-            f"{name}: needs about {plan.memory_bytes / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are "
-            f"available; lower --num-workers or --batch-size"
+            f"{name}: needs about {memory / 2**30:.1f} GiB of memory and {available / 2**30:.1f} GiB are available; "
+            f"lower --num-workers or --batch-size"
         )
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if plan.disk_bytes > free:
         raise PlanError(
-            f"{name}: needs about {plan.disk_bytes / 2**20:.0f} MiB on the disk of {output}, {free / 2**20:.0f} MiB "
-            f"are free; free some space or choose another --output"
+            f"{name}: needs about {plan.disk_bytes / 2**20:.0f} MiB on the disk of {output} and "
+            f"{free / 2**20:.0f} MiB are free; free some space or choose another --output"
         )
-
-
-def _memory_bytes(grid: Grid, classes: int, blocks: int, config: SegmentConfig) -> int:
-    """Upper bound of the process's memory: it depends on the block, the batch and the workers, not on the slide."""
-    side_m = grid.block_out * grid.m_per_out + 2 * grid.tile_m
-    canvas = 3 * side_m**2
-    strip = 4 * 3 * int(side_m * grid.lv_per_m) * int(STRIP_LV + 2 * grid.lv_per_m)
-    group = TILE_GROUP * (3 * grid.tile_m**2 + 4 * classes * (grid.tile_m // grid.m_per_out) ** 2)
-    # Sums and weights in float32, their quotient, and the labels' polygons while they are traced.
-    blend = 4 * (2 * classes + 4) * grid.block_out**2
-    in_flight = min(config.in_flight, max(blocks, 1)) * (canvas + strip + blend)
-    network = (config.batch_size or BATCH_SIZE) * grid.tile_m**2 * _ACTIVATION_BYTES_PER_PX
-    runtime = _OPENVINO_BYTES if config.chosen_runtime == "openvino" else 0
-    return _PROCESS_BYTES + in_flight + group + network + runtime

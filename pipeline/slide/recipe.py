@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 
 from models.bundle import ModelCard
 from models.predictor import Predictor
-from pipeline.config import SegmentConfig
+from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolve
 from pipeline.errors import Cancelled, ConfigError, OutputError
 from pipeline.files import sync, sync_tree
 from pipeline.formats.features import write_features
@@ -34,8 +33,8 @@ from pipeline.results.record import (
     Status,
     run_identity,
     skipped_result,
+    stored_runtime,
     versions,
-    with_runtime_of,
     write_run,
 )
 from pipeline.slide.blocks import BlockRecord, BlockWork, chunks_of, regions_file
@@ -62,16 +61,16 @@ class PlannedSlide(NamedTuple):
     plan: Plan
 
 
-def plan_slide(path: Path, card: ModelCard, config: SegmentConfig) -> PlannedSlide:
+def plan_slide(path: Path, card: ModelCard, settings: MapSettings) -> PlannedSlide:
     """Open a slide, find its tissue and plan the run. Writes nothing; the caller closes the slide.
 
     Raises SlideError where the slide cannot be used.
     """
     stamp = slide_stamp(path)
-    slide = open_slide(path, config.mpp, config.backend)
+    slide = open_slide(path, settings.mpp, settings.backend)
     try:
         tissue = find_tissue(slide)
-        return PlannedSlide(stamp, slide, tissue, make_plan(slide.info, tissue, card, config))
+        return PlannedSlide(stamp, slide, tissue, make_plan(slide.info, tissue, card, settings))
     except BaseException:
         slide.close()
         raise
@@ -94,23 +93,22 @@ def segment_slide(
 
     Raises SlideError, ModelError or PipelineError; Cancelled on KeyboardInterrupt.
     """
-    stating = _stating(predictor, config)
-    if config.runtime == "auto":
-        stating = with_runtime_of(output / path.stem, stating)
-    return segment_slide_with(ThreadRunner(predictor), path, output, stating, progress, planned)
+    settings = resolve(config, predictor.compute)
+    _check_predictor(predictor, settings)
+    return segment_slide_with(ThreadRunner(predictor), path, output, settings, progress, planned)
 
 
 def segment_slide_with(
     runner: BlockRunner,
     path: Path,
     output: Path,
-    config: SegmentConfig,
+    settings: ResolvedSettings,
     progress: Progress = no_progress,
     planned: PlannedSlide | None = None,
 ) -> SlideResult:
     """`segment_slide`, with its blocks run by `runner`; everything else is done here."""
     try:
-        return _segment_slide(path, output, runner, config, progress, planned)
+        return _segment_slide(path, output, runner, settings, progress, planned)
     except KeyboardInterrupt:
         raise Cancelled(
             f"{path.name}: interrupted; run the same command again to go on from the blocks that are finished"
@@ -121,27 +119,29 @@ def _segment_slide(
     path: Path,
     output: Path,
     runner: BlockRunner,
-    config: SegmentConfig,
+    settings: ResolvedSettings,
     progress: Progress,
     planned: PlannedSlide | None,
 ) -> SlideResult:
-    start, run_versions = time.perf_counter(), versions(config.runtime)
+    start, run_versions = time.perf_counter(), versions(settings.runtime)
     seconds: dict[str, float] = {}
     # Before the digest: a slide that changes in between must not pass for that one.
     stamp = slide_stamp(path) if planned is None else planned.stamp
-    identity = run_identity(slide_digest(path), runner.digest, config)
+    # Before any work: a finished result of another runtime is kept if the user named none.
+    runtime = stored_runtime(output / path.stem, settings) or settings.runtime
+    identity = run_identity(slide_digest(path), runner.digest, settings.parameters(runtime))
     check_unchanged = partial(_check_unchanged, path, stamp)
-    with _named_write_errors(path, output), open_folder(output, path.stem, identity, force=config.force) as folder:
+    with _named_write_errors(path, output), open_folder(output, path.stem, identity, force=settings.force) as folder:
         if folder.finished is not None:
             return skipped_result(folder.target, folder.finished, time.perf_counter() - start)
 
         with _timed(seconds, "plan"):
-            _, slide, tissue, plan = planned or plan_slide(path, runner.card, config)
+            _, slide, tissue, plan = planned or plan_slide(path, runner.card, settings)
         with slide:
-            check_resources(plan, path.name, output)
+            check_resources(plan, settings, path.name, output)
             spec = _map_spec(path, runner.card, plan)
             store = _open_store(folder.result / f"{path.stem}.ome.zarr", folder.work, spec)
-            work = BlockWork(slide.info, plan.grid, tissue, config, store, folder.work)
+            work = BlockWork(slide.info, plan.grid, tissue, settings, store, folder.work)
 
             with _timed(seconds, "blocks"):
                 journal = Journal(folder.work, identity)
@@ -155,7 +155,7 @@ def _segment_slide(
                 features = write_features(
                     folder.result / f"{path.stem}.geojson",
                     folder.result / f"{path.stem}.parquet",
-                    join_regions(pieces, config.min_area_um2 / plan.grid.mpp_out**2),
+                    join_regions(pieces, settings.min_area_um2 / plan.grid.mpp_out**2),
                     spec.classes,
                     l0_per_out=plan.grid.l0_per_out,
                     mpp_l0=slide.info.mpp,
@@ -190,7 +190,7 @@ def _segment_slide(
                 "tiles": _tile_counts(records),
                 "bad_tiles_l0": sorted({tuple(box) for r in records for box in r.bad_tiles_l0}),
                 "warnings": list(warnings),
-                "plan": plan.summary(),
+                "plan": plan.summary(settings),
                 "resumed_blocks": resumed,
                 "device": runner.device,
                 "seconds": seconds,
@@ -214,22 +214,14 @@ def _segment_slide(
     )
 
 
-def _stating(predictor: Predictor, config: SegmentConfig) -> SegmentConfig:
-    """The settings with the predictor's runtime in place of "auto", so that the result states what made it.
-
-    Raises ConfigError where the predictor was made with other settings than the ones the result would state.
-    """
-    if config.runtime == "auto":
-        config = replace(config, runtime=predictor.runtime)
-    for name, made, stated in (
-        ("output_stride", predictor.output_stride, config.output_stride),
-        ("precision", predictor.precision, config.precision),
-        ("runtime", predictor.runtime, config.runtime),
-        ("keep_ungated", predictor.ungated_fallback, config.keep_ungated),
+def _check_predictor(predictor: Predictor, settings: ResolvedSettings) -> None:
+    """Raise ConfigError if the predictor was made with other settings than the result would state."""
+    for name, present, requested in (
+        ("output_stride", predictor.output_stride, settings.output_stride),
+        ("keep_ungated", predictor.ungated_fallback, settings.keep_ungated),
     ):
-        if made != stated:
-            raise ConfigError(f"the predictor was made with {name} {made}, the settings say {stated}; make them equal")
-    return config
+        if present != requested:
+            raise ConfigError(f"the predictor was made with {name} {present}, the settings request {requested}")
 
 
 def _open_store(path: Path, work: Path, spec: MapSpec) -> MapStore:
@@ -293,11 +285,11 @@ def _check_unchanged(path: Path, stamp: str) -> None:
 def _check_readable(work: BlockWork, plan: Plan, records: Iterable[BlockRecord]) -> None:
     """Raise SlideReadError as soon as more tiles of the slide are unreadable than may be."""
     bad_l0 = [box for record in records for box in record.bad_tiles_l0]
-    if len(bad_l0) > work.config.max_bad_share * plan.tiles:
+    if len(bad_l0) > work.settings.max_bad_share * plan.tiles:
         raise SlideReadError(
             f"{work.info.path.name}: at least {len(bad_l0)} of {plan.tiles} tiles cannot be read (at most "
-            f"{work.config.max_bad_share:.0%}), one at level-0 (x, y, width, height) {tuple(bad_l0[0])}; copy or scan "
-            f"it again"
+            f"{work.settings.max_bad_share:.0%}), one at level-0 (x, y, width, height) {tuple(bad_l0[0])}; copy or "
+            f"scan it again"
         )
 
 

@@ -237,10 +237,12 @@ def export(
     # A bundle's weights are rounded: what is calibrated and measured is what is written.
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
         rounded = load_networks(save_bundle(Path(work) / "bundle", draft, classifier, segmenter))
-    presence_NK, held_NK = tile_presence(Predictor(draft, NO_DIGEST, *rounded, device=device), validation)
+    presence_NK, held_NK = tile_presence(Predictor.from_networks(draft, NO_DIGEST, *rounded, device=device), validation)
     thresholds = calibrate_gate(presence_NK, held_NK, config.gate_recall, config.highest_threshold)
     card = draft.model_copy(update={"gate_thresholds": thresholds})
-    metrics = measured_metrics(Predictor(card, NO_DIGEST, *rounded, device=device, output_stride=1), dataset)
+    metrics = measured_metrics(
+        Predictor.from_networks(card, NO_DIGEST, *rounded, device=device, output_stride=1), dataset
+    )
     logger.info("gate thresholds %s, %s", thresholds, metrics)
     save_bundle(folder, card.model_copy(update={"metrics": metrics}), classifier, segmenter)
 

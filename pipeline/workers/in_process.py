@@ -21,12 +21,12 @@ from pipeline.workers.malloc import keep_freed_memory
 
 
 def load_predictor(model: str, config: SegmentConfig) -> Predictor:
-    """A bundle's networks on the device and with the settings of a run. Raises ModelError."""
+    """Return the networks of a bundle, on the device and with the settings of a run. Raises ModelError."""
     return Predictor.from_bundle(load_bundle(model), **predictor_settings(config))
 
 
 def predictor_settings(config: SegmentConfig) -> dict[str, Any]:
-    """Those settings of a run that its networks are made with, as the predictor calls them."""
+    """Return the settings that a predictor is made with, by the names of `Predictor.from_networks`."""
     return {
         "device": config.device,
         "precision": config.precision,
@@ -39,9 +39,9 @@ def predictor_settings(config: SegmentConfig) -> dict[str, Any]:
 
 @contextmanager
 def open_in_process(model: str, config: SegmentConfig, *, first: SlideJob | None = None) -> Iterator[InProcess]:
-    """Load a model and give what segments slides with it in this process; `first` is planned meanwhile.
+    """Load a model and yield the workers that segment slides with it in this process.
 
-    Raises ModelError.
+    The slide `first` is planned while the model loads. Raises ModelError.
     """
     workers = InProcess(lambda name: load_predictor(name, config), model, config)
     with workers.planning(first) if first is not None else nullcontext():
@@ -50,7 +50,7 @@ def open_in_process(model: str, config: SegmentConfig, *, first: SlideJob | None
 
 
 class InProcess:
-    """Segments one slide at a time in this process; a model is loaded once."""
+    """Segments one slide at a time in this process and loads each model once."""
 
     slides_at_once = 1
 
@@ -64,16 +64,18 @@ class InProcess:
         self._planned: dict[SlideJob, Future[PlannedSlide]] = {}
 
     def load(self, model: str) -> Predictor:
-        """The networks of a bundle; raises ModelError where they cannot be used."""
+        """Return the networks of a bundle. Raises ModelError."""
         with self._lock:
             if model not in self._predictors:
                 self._predictors[model] = self._load(model)
             return self._predictors[model]
 
     def segment(self, job: SlideJob, output: Path, progress: Progress) -> SlideResult:
+        """See `Workers.segment`."""
+
         def unless_cancelled(stage: str, done: int, total: int) -> None:
             if self._cancelled.is_set():
-                raise Cancelled(f"{job.path.name}: stopped; run the same command again to go on")
+                raise Cancelled(f"{job.path.name}: cancelled; run the same command again to resume")
             progress(stage, done, total)
 
         config, predictor = job_config(job, self._config), self.load(job.model or self._model)
@@ -85,11 +87,12 @@ class InProcess:
             return segment_slide(job.path, output, predictor, config, unless_cancelled, planned)
 
     def cancel(self) -> None:
+        """See `Workers.cancel`."""
         self._cancelled.set()
 
     @contextmanager
     def planning(self, job: SlideJob) -> Iterator[None]:
-        """Plan a slide on another thread; what is wrong with it is raised by its `segment`."""
+        """Plan a slide on another thread. If the plan fails, `segment` raises the error."""
 
         def plan() -> PlannedSlide:
             return plan_slide(job.path, load_bundle(job.model or self._model).card, job_config(job, self._config))

@@ -5,24 +5,20 @@ from __future__ import annotations
 import ctypes
 import sys
 
-from models.runtimes import Runtime
+from models.runtimes import RUNTIME_FACTS, Runtime
 
 # Numbers of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-# Freed arrays from this size on go back to the kernel, as the pixels of a block do. PyTorch's activations of a batch
-# are smaller; OpenVINO keeps its own, and nothing else that comes and goes with a batch is above 9 MiB.
-_MAPPED_BYTES: dict[Runtime, int] = {"torch": 48 << 20, "openvino": 9 << 20}
-_KEPT_BYTES: dict[Runtime, int] = {"torch": 256 << 20, "openvino": 64 << 20}
 _ARENAS = 2
 
 
 def keep_freed_memory(runtime: Runtime = "torch") -> bool:
-    """Let glibc reuse freed arrays instead of handing them back to the kernel; True where that could be set.
+    """Let glibc reuse freed arrays instead of returning them to the kernel. Return whether that was possible.
 
-    A network's activations are freed and asked for again with every batch. By default each of them is mapped anew and
-    the kernel zeroes its pages: 29 % of the CPU time of a run on two cores (docs/benchmarks/slides.md). Few arenas keep
-    the threads from each holding on to freed memory of their own. For programs, not for libraries: it holds for the
-    whole process. Called at the start, and again once it is known what computes the networks.
+    A network frees and allocates its activations with every batch. By default, glibc maps each of them anew and the
+    kernel zeroes its pages: 29 % of the CPU time of a run on two cores (docs/benchmarks/slides.md). With few arenas,
+    the threads do not each keep freed memory of their own. Call this from programs, not from libraries, because it
+    changes the whole process: at the start, and again when the runtime is known.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -30,10 +26,11 @@ def keep_freed_memory(runtime: Runtime = "torch") -> bool:
     # musl's C library has no mallopt.
     if mallopt is None:
         return False
-    settings = {
-        _M_TRIM_THRESHOLD: _KEPT_BYTES[runtime],
-        _M_MMAP_THRESHOLD: _MAPPED_BYTES[runtime],
+    facts = RUNTIME_FACTS[runtime]
+    options = {
+        _M_TRIM_THRESHOLD: facts.kept_bytes,
+        _M_MMAP_THRESHOLD: facts.mapped_bytes,
         _M_ARENA_MAX: _ARENAS,
     }
-    # A list: all of them are set, also where one cannot be.
-    return all([mallopt(option, value) for option, value in settings.items()])  # noqa: C419
+    # A list, so that a failure of one option does not prevent the others.
+    return all([mallopt(option, value) for option, value in options.items()])  # noqa: C419

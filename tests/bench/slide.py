@@ -31,7 +31,7 @@ import torch
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle
 from models.predictor import Predictor
-from pipeline.config import SegmentConfig
+from pipeline.config import ResolvedSettings, SegmentConfig, resolve
 from pipeline.results.record import read_run, versions
 from pipeline.slide.plan import Plan
 from pipeline.slide.recipe import plan_slide
@@ -68,7 +68,7 @@ class Subject:
     rgb_NHWC: Any
     batches: tuple[int, int]
     """Best batch size of the classifier and of the segmenter."""
-    workers: int
+    settings: ResolvedSettings
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def measure(path: Path, model: str, config: SegmentConfig, repeat: int = 1) -> d
             "tiles": subject.plan.tiles,
             "blocks": len(subject.plan.blocks),
             "tissue_mm2": subject.plan.tissue_um2 / 1e6,
-            "memory_bytes": subject.plan.memory_bytes,
+            "memory_bytes": subject.plan.memory_bytes(subject.settings),
             "read_level": subject.reads.level,
             "lv_per_m": subject.plan.grid.lv_per_m,
             "read_megapixels": subject.reads.pixels / 1e6,
@@ -153,14 +153,14 @@ def _subject(path: Path, model: str, config: SegmentConfig) -> Subject:
                 best_batch(predictor, rgb_NHWC, predictor.presence),
                 best_batch(predictor, rgb_NHWC, predictor.logits),
             ),
-            workers=config.num_workers,
+            settings=resolve(config, predictor.compute),
         )
 
 
 def _floors(subject: Subject) -> Floors:
     predictor, rgb_NHWC, tiles = subject.predictor, subject.rgb_NHWC, subject.plan.tiles
     return Floors(
-        {name: decode(subject.info, subject.reads, name, subject.workers) for name in subject.backends},
+        {name: decode(subject.info, subject.reads, name, subject.settings.num_workers) for name in subject.backends},
         NetworkFloor(
             per_tile(predictor, rgb_NHWC, predictor.presence, subject.batches[0], tiles),
             per_tile(predictor, rgb_NHWC, predictor.logits, subject.batches[1], tiles),

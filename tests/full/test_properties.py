@@ -26,7 +26,7 @@ from models.bundle import NO_DIGEST
 from models.predictor import Predictor
 from models.runtimes import Runtime
 from pipeline.checks.geojson import check_geojson
-from pipeline.config import SegmentConfig
+from pipeline.config import SegmentConfig, resolve
 from pipeline.errors import PipelineError
 from pipeline.formats.ome_zarr import MapSpec, MapStore, create_store
 from pipeline.formats.polygons import Region, join_regions, load_regions
@@ -116,7 +116,8 @@ def mapped(
     classes = tuple((c.name, c.color) for c in predictor.card.classes)
     spec = MapSpec("slide", plan.grid.size_out, classes, plan.grid.mpp_out, chunk=min(512, config.block_out))
     create_store(work_folder / "store", spec)
-    work = BlockWork(slide.info, plan.grid, tissue, config, MapStore(work_folder / "store", spec), work_folder)
+    settings = resolve(config, predictor.compute)
+    work = BlockWork(slide.info, plan.grid, tissue, settings, MapStore(work_folder / "store", spec), work_folder)
     blocks = list(plan.blocks)
     if order is not None:
         random.Random(order).shuffle(blocks)

@@ -102,7 +102,9 @@ def test_what_float16_cannot_hold_is_an_error_and_no_label() -> None:
     huge = nn.Conv2d(3, 2, 4, stride=4, bias=False).requires_grad_(False)
     huge.weight.fill_(3e4)
     networks = ConstantClassifier([0.9, 0.9]), huge
-    predictor = Predictor(make_card(), NO_DIGEST, *networks, device="cpu", runtime="auto", precision="fp16")
+    predictor = Predictor.from_networks(
+        make_card(), NO_DIGEST, *networks, device="cpu", runtime="auto", precision="fp16"
+    )
     with pytest.raises(NonFiniteOutputError, match="segmenter"):
         predictor.predict(np.full((1, 64, 64, 3), 255, np.uint8))
 
@@ -198,7 +200,7 @@ def test_a_network_that_openvino_cannot_take_runs_in_torch_with_a_warning(
     with pytest.raises(RuntimeUnavailableError, match=reason):
         Predictor(make_card(), NO_DIGEST, *networks, device="cpu", runtime="openvino")
     with caplog.at_level(logging.WARNING):
-        predictor = Predictor(make_card(), NO_DIGEST, *networks, device="cpu", runtime="auto")
+        predictor = Predictor.from_networks(make_card(), NO_DIGEST, *networks, device="cpu", runtime="auto")
     assert predictor.runtime == "torch"
     assert reason in caplog.text
     assert predictor.presence(np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, 2)

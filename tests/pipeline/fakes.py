@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from models.predictor import Predictor
+from models.runtimes import Compute
 from pipeline.config import SegmentConfig
 from tests.models.networks import (
     ColorClassifier,
@@ -26,6 +27,9 @@ from wsi.readers import Reader
 
 SMALL = SegmentConfig(block_out=32, min_area_um2=0.0, simplify_px=0.0, num_workers=2, device="cpu")
 """Blocks of 32 map pixels: a slide of a few thousand pixels has dozens."""
+
+CPU = Compute(device="cpu", precision="float32", runtime="torch", batch_size=8, threads=1)
+"""How the predictors of this module compute."""
 
 COLOURS = (PINK, PURPLE)
 

@@ -17,10 +17,10 @@ from distributed import Client
 from distributed.client import ClosedClientError
 
 from models.bundle import ModelCard, load_bundle, shipped_bundles
-from pipeline.config import SegmentConfig
+from pipeline.config import ResolvedSettings, SegmentConfig
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.progress import Progress
-from pipeline.results.record import SlideResult, read_run, versions, with_runtime_of
+from pipeline.results.record import SlideResult, read_run, versions
 from pipeline.slide.blocks import BlockWork
 from pipeline.slide.engine import Finished
 from pipeline.slide.recipe import segment_slide_with
@@ -35,9 +35,10 @@ from pipeline.workers.cluster.tasks import (
     check_folder,
     check_worker,
     make_band,
+    resolve_there,
     segment_band_there,
     segment_slide_there,
-    settle_there,
+    with_runtime,
 )
 from wsi.errors import SlideNotFoundError
 from wsi.grid import Block
@@ -137,10 +138,10 @@ class Cluster:
         model = _model_ref(job.model or self._model)
         self._check_folder(output)
         with self._tasks(job.path.name, progress) as tasks:
-            order = TaskContext(tasks.id, self._topic, model, config)
+            context = TaskContext(tasks.id, self._topic, model, config)
             if self._spread == "blocks":
-                return _seen_here(self._segment_in_bands(tasks, order, job.path, output), output)
-            tasks.submit(segment_slide_there, order, job.path.absolute(), output.absolute())
+                return _seen_here(self._segment_in_bands(tasks, context, job.path, output), output)
+            tasks.submit(segment_slide_there, context, job.path.absolute(), output.absolute())
             try:
                 result: SlideResult = tasks.next_ended()
             except SlideNotFoundError as error:
@@ -153,17 +154,14 @@ class Cluster:
         self._wait_until_visible(job, output / result.slide)
         return _seen_here(result, output)
 
-    def _segment_in_bands(self, tasks: SlideTasks, order: TaskContext, path: Path, output: Path) -> SlideResult:
-        config = order.config
-        if config.runtime == "auto":
-            config = with_runtime_of(output / path.stem, config)
-        if config.runtime == "auto":
-            # Only a process that has its networks knows, and all of them the same: blocks must not differ.
-            tasks.submit(settle_there, order)
-            config = tasks.next_ended()
-        order = replace(order, config=config)
-        runner = _BandRunner(self, tasks, order, load_bundle(order.model.name).card)
-        return segment_slide_with(runner, path.absolute(), output.absolute(), config, tasks.tell)
+    def _segment_in_bands(self, tasks: SlideTasks, context: TaskContext, path: Path, output: Path) -> SlideResult:
+        # A process resolves the settings, because this one may have no GPU. The other processes use the same runtime,
+        # because blocks must not differ.
+        tasks.submit(resolve_there, context)
+        settings: ResolvedSettings = tasks.next_ended()
+        context = replace(context, config=with_runtime(context.config, settings.runtime))
+        runner = _BandRunner(self, tasks, context, load_bundle(context.model.name).card)
+        return segment_slide_with(runner, path.absolute(), output.absolute(), settings, tasks.tell)
 
     def cancel(self) -> None:
         with self._lock:
@@ -240,12 +238,12 @@ class Cluster:
 class _BandRunner:
     """Runs the blocks of a slide in bands, each in one of the cluster's processes."""
 
-    def __init__(self, cluster: Cluster, tasks: SlideTasks, order: TaskContext, card: ModelCard) -> None:
+    def __init__(self, cluster: Cluster, tasks: SlideTasks, context: TaskContext, card: ModelCard) -> None:
         self.card = card
-        self.digest = order.model.digest
+        self.digest = context.model.digest
         self._cluster = cluster
         self._tasks = tasks
-        self._order = order
+        self._context = context
         self._devices: set[str] = set()
 
     @property
@@ -254,10 +252,10 @@ class _BandRunner:
         return ", ".join(sorted(self._devices)) or "none"
 
     def run(self, work: BlockWork, slide: Slide, blocks: Sequence[Block], finished: Finished) -> None:  # noqa: ARG002
-        left = deque(bands(blocks, self._cluster.processes, work.config.in_flight))
+        left = deque(bands(blocks, self._cluster.processes, work.settings.in_flight))
         while left or self._tasks.running:
             while left and self._tasks.running < BANDS_PER_WORKER * self._cluster.processes:
-                self._tasks.submit(segment_band_there, self._order, make_band(work, left.popleft()))
+                self._tasks.submit(segment_band_there, self._context, make_band(work, left.popleft()))
             records, device = self._tasks.next_ended()
             self._devices.add(device)
             for record in records:

@@ -23,7 +23,7 @@ from distributed.utils import sync
 from models.bundle import load_bundle
 from models.predictor import Predictor
 from models.runtimes import Runtime
-from pipeline.config import SegmentConfig
+from pipeline.config import SegmentConfig, resolve
 from pipeline.errors import Cancelled, ClusterError
 from pipeline.results.record import SlideResult, versions
 from pipeline.slide.blocks import BlockRecord, BlockWork
@@ -127,32 +127,32 @@ async def answer(question: Callable[..., str], *arguments: object) -> str:
         return f"has not answered within {ANSWER_S:g} s, as where a mount is stale"
 
 
-def segment_slide_there(order: TaskContext, path: Path, output: Path) -> None:
+def segment_slide_there(context: TaskContext, path: Path, output: Path) -> None:
     """`segment_slide` in a process of a cluster; a SlideResult goes to the topic."""
-    _run(order, lambda turn: _segment_slide(order, path, output, turn))
+    _run(context, lambda turn: _segment_slide(context, path, output, turn))
 
 
-def segment_band_there(order: TaskContext, band: Band) -> None:
+def segment_band_there(context: TaskContext, band: Band) -> None:
     """Segment a band; the records of blocks whose files are on the disk, and the device, go to the topic."""
-    _run(order, lambda turn: _segment_band(order, band, turn))
+    _run(context, lambda turn: _segment_band(context, band, turn))
 
 
-def settle_there(order: TaskContext) -> None:
-    """Let a process choose what the settings leave open, so that all others do the same; settings go to the topic."""
-    _run(order, lambda _: _settled(order.config, _predictor(order).runtime))
+def resolve_there(context: TaskContext) -> None:
+    """Resolve the settings in a process that has the device; the ResolvedSettings go to the topic."""
+    _run(context, lambda _: resolve(context.config, _predictor(context).compute))
 
 
-def _segment_slide(order: TaskContext, path: Path, output: Path, turn: _Turn) -> SlideResult:
+def _segment_slide(context: TaskContext, path: Path, output: Path, turn: _Turn) -> SlideResult:
     if not output.is_dir():
         raise ClusterError(
             f"{path.name}: worker {get_worker().address} does not see the folder {output}; mount it there, at the same "
             f"path"
         )
-    return segment_slide(path, output, _predictor(order), order.config, _teller(turn))
+    return segment_slide(path, output, _predictor(context), context.config, _teller(turn))
 
 
-def _segment_band(order: TaskContext, band: Band, turn: _Turn) -> tuple[list[BlockRecord], str]:
-    predictor, work = _predictor(order), _unpack(band)
+def _segment_band(context: TaskContext, band: Band, turn: _Turn) -> tuple[list[BlockRecord], str]:
+    predictor, work = _predictor(context), _unpack(band)
     records: list[BlockRecord] = []
     stop = threading.Event()
 
@@ -187,8 +187,8 @@ def _unpack(band: Band) -> BlockWork:
 class _Turn:
     """A task that runs, as the work within it sees it."""
 
-    def __init__(self, order: TaskContext) -> None:
-        self._order = order
+    def __init__(self, context: TaskContext) -> None:
+        self._context = context
         self._worker: Worker = get_worker()
         self._key = self._worker.get_current_task()
 
@@ -201,9 +201,9 @@ class _Turn:
         """Send a message; returns when the scheduler has it, so that messages arrive in order, and before all that
         Dask says of the task. Raises Cancelled where there is no scheduler any more.
         """
-        message = {"id": self._order.id, "key": self._key, "kind": kind, "worker": self._worker.address} | facts
+        message = {"id": self._context.id, "key": self._key, "kind": kind, "worker": self._worker.address} | facts
         try:
-            sync(self._worker.loop, self._worker.scheduler.log_event, topic=self._order.topic, msg=message)
+            sync(self._worker.loop, self._worker.scheduler.log_event, topic=self._context.topic, msg=message)
         except (OSError, RuntimeError) as error:  # the latter of a worker that is closing
             raise Cancelled("the scheduler has gone, and with it who waits for the task") from error
 
@@ -211,13 +211,13 @@ class _Turn:
 _at_work = threading.Lock()
 
 
-def _run(order: TaskContext, work: Callable[[_Turn], object]) -> None:
+def _run(context: TaskContext, work: Callable[[_Turn], object]) -> None:
     """Do what a task asks for, once this process, which may have several threads for tasks, does nothing else.
 
     Its begin and its end are told as they happen: what Dask keeps of a task is lost with the process, and Dask cannot
     tell whom a process was ended by.
     """
-    turn = _Turn(order)
+    turn = _Turn(context)
     while not _at_work.acquire(timeout=1.0):
         if turn.given_up():
             return
@@ -259,14 +259,15 @@ def _teller(turn: _Turn) -> Callable[[str, int, int], None]:
 _predictors: dict[tuple[object, ...], Predictor] = {}
 
 
-def _predictor(order: TaskContext) -> Predictor:
-    """The networks, loaded once for as long as the process lives."""
-    key = _key(order.model, order.config)
+def _predictor(context: TaskContext) -> Predictor:
+    """Return the networks. They are loaded once and kept until the process ends."""
+    key = _key(context.model, context.config)
     if key not in _predictors:
-        _check_digest(order.model)
-        predictor = load_predictor(order.model.name, order.config)
+        _check_digest(context.model)
+        predictor = load_predictor(context.model.name, context.config)
         keep_freed_memory(predictor.runtime)
-        _predictors[key] = _predictors[_key(order.model, _settled(order.config, predictor.runtime))] = predictor
+        named = with_runtime(context.config, predictor.runtime)
+        _predictors[key] = _predictors[_key(context.model, named)] = predictor
     return _predictors[key]
 
 
@@ -274,8 +275,11 @@ def _key(model: ModelRef, config: SegmentConfig) -> tuple[object, ...]:
     return (model, *predictor_settings(config).values())
 
 
-def _settled(config: SegmentConfig, runtime: Runtime) -> SegmentConfig:
-    """The settings with this runtime, and the device where it runs on one only."""
+def with_runtime(config: SegmentConfig, runtime: Runtime) -> SegmentConfig:
+    """Return settings that request this runtime, and its device if the runtime has only one.
+
+    The device may stay "auto", because each process has its own.
+    """
     return replace(config, runtime=runtime, device="cpu" if runtime == "openvino" else config.device)
 
 

@@ -18,7 +18,7 @@ RUN = textwrap.dedent("""
     import sys
     from pathlib import Path
     from dataclasses import replace
-    from pipeline.config import SegmentConfig
+    from pipeline.config import SegmentConfig, resolve
     from pipeline.workers.malloc import keep_freed_memory
     from pipeline.slide.recipe import plan_slide, segment_slide
     from tests.pipeline.fakes import colour_predictor
@@ -33,7 +33,7 @@ RUN = textwrap.dedent("""
     # Not getrusage: that begins with the peak of the process that started this one.
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    print(len(plan.blocks), plan.memory_bytes, peak)
+    print(len(plan.blocks), plan.memory_bytes(resolve(config, predictor.compute)), peak)
 """)
 
 

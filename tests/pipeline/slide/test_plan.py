@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import SegmentConfig
+from pipeline.config import SegmentConfig, resolve
 from pipeline.errors import ConfigError
 from pipeline.slide.plan import block_tissue, needed_tiles
 from pipeline.slide.recipe import plan_slide
 from pipeline.workers.malloc import keep_freed_memory
 from tests.models.networks import make_card
-from tests.pipeline.fakes import COLOURS, SMALL, region_slide
+from tests.pipeline.fakes import COLOURS, CPU, SMALL, region_slide
 from tests.slides import PINK, painted, write_slide
 
 
@@ -31,7 +31,7 @@ def test_just_the_tiles_with_tissue_are_planned(tmp_path: Path) -> None:
             expected += touches
     assert plan.tiles == expected == sum(len(needed_tiles(grid, block_tissue(grid, tissue, b), b)) for b in plan.blocks)
     assert {b.index for b in grid.blocks()} > {b.index for b in plan.blocks}
-    summary = json.loads(json.dumps(plan.summary()))
+    summary = json.loads(json.dumps(plan.summary(resolve(SMALL, CPU))))
     assert summary["map_size"] == [320, 208]
     assert summary["tissue_mm2"] == pytest.approx(0.96 * 0.64, rel=0.01)
 
@@ -53,7 +53,7 @@ def test_memory_grows_with_workers_and_batches_and_not_with_the_slide(tmp_path: 
         config = replace(SMALL, block_out=64, **changes)  # type: ignore[arg-type] # whole-number fields only
         _, slide, _, plan = plan_slide(path, make_card(COLOURS, mpp=4.0), config)
         slide.close()
-        return plan.memory_bytes
+        return plan.memory_bytes(resolve(config, replace(CPU, batch_size=config.batch_size or CPU.batch_size)))
 
     small, large = memory((1200, 800)), memory((3600, 2400))
     assert small == large
@@ -81,9 +81,9 @@ def test_settings_out_of_range_are_refused_by_their_flag(change: dict[str, float
 
 def test_only_what_changes_the_result_belongs_to_its_identity() -> None:
     same = [replace(SMALL, batch_size=3), replace(SMALL, num_workers=7), replace(SMALL, force=True)]
-    assert all(config.parameters() == SMALL.parameters() for config in same)
+    assert all(config.parameters("torch") == SMALL.parameters("torch") for config in same)
     other = [replace(SMALL, overlap=0.5), replace(SMALL, mpp=0.3), replace(SMALL, block_out=64)]
-    assert all(config.parameters() != SMALL.parameters() for config in other)
+    assert all(config.parameters("torch") != SMALL.parameters("torch") for config in other)
 
 
 def test_keeping_freed_memory_can_be_set_here() -> None:

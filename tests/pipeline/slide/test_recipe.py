@@ -141,7 +141,7 @@ def test_finer_maps_keep_the_regions_in_their_place(tmp_path: Path, stride: int)
 
 def test_a_predictor_of_other_settings_than_the_runs_is_refused(tmp_path: Path) -> None:
     path = region_slide(tmp_path / "slide.svs")
-    with pytest.raises(ConfigError, match="made with output_stride 2, the settings say 4"):
+    with pytest.raises(ConfigError, match="made with output_stride 2, the settings request 4"):
         segment_slide(path, tmp_path / "out", colour_predictor(output_stride=2), SMALL)
 
 
@@ -404,7 +404,7 @@ def test_a_network_that_gives_nan_names_the_tile(tmp_path: Path) -> None:
 def test_a_plan_that_does_not_fit_ends_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = region_slide(tmp_path / "slide.svs")
     with pytest.raises(PlanError, match=r"GiB of memory.*lower --num-workers or --batch-size"):
-        segment_slide(path, tmp_path / "out", colour_predictor(), replace(SMALL, batch_size=10**9))
+        segment_slide(path, tmp_path / "out", colour_predictor(batch_size=10**9), SMALL)
     import shutil
 
     usage = type("Usage", (), {"free": 10})

@@ -176,7 +176,7 @@ def test_cancelled_workers_end_the_slide_they_are_at(tmp_path: Path) -> None:
         if (stage, done) == ("segmenting", 3):
             workers.cancel()
 
-    with pytest.raises(Cancelled, match=r"a\.svs: stopped; run the same command again"):
+    with pytest.raises(Cancelled, match=r"a\.svs: cancelled; run the same command again"):
         workers.segment(job, tmp_path / "out", cancel)
     again = InProcess(lambda _: colour_predictor(), "any", SMALL).segment(job, tmp_path / "out", no_progress)
     assert (again.status, again.resumed_blocks >= 3) == ("done", True)

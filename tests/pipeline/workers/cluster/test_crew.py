@@ -137,7 +137,6 @@ def test_the_runtime_is_what_the_processes_have_and_not_the_client(
 ) -> None:
     slide, out, config = small_slide(tmp_path / "a.svs"), tmp_path / "out", replace(CONFIG, runtime="auto")
     monkeypatch.setattr("pipeline.workers.cluster.tasks._predictors", {})
-    monkeypatch.setattr("pipeline.config.choose_runtime", lambda *_: "openvino")
     monkeypatch.setattr("models.predictor.choose_runtime", lambda *_: "torch")
     with cluster_of(2) as cluster, open_workers(cluster.scheduler_address, bundle, config, spread=spread) as workers:
         assert workers.segment(SlideJob(slide), out, no_progress).status == "done"
