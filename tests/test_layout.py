@@ -19,6 +19,7 @@ from pipeline.cli.train import app as train_app
 from pipeline.cli.view import app as view_app
 from pipeline.training.config import TrainConfig
 from tests.imports import circles, import_graph
+from tests.prose import Figures, document_prose, figures, listing, project_prose, python_prose
 from tests.repository import REPOSITORY
 
 # Packages of this project that each package may import; imports point one way.
@@ -235,3 +236,42 @@ def test_no_file_names_a_package_registry_or_a_path_of_the_machine_it_was_writte
     for path in project_files():
         found = re.search(f"{hosts}|{paths}", path.read_text(encoding="utf-8"))
         assert found is None, f"{path}: {found}"
+
+
+# Limits of old prose patterns. They may only fall: lower them when `python -m tests.prose` prints less.
+MOST_WHERE_SHARE = 0.63
+MOST_IS_NO = 93
+
+
+@pytest.fixture(scope="module")
+def prose() -> Figures:
+    return figures(project_prose())
+
+
+def test_where_does_not_replace_if_and_when_more_often_than_before(prose: Figures) -> None:
+    assert prose.where_share <= MOST_WHERE_SHARE, listing(prose.where)
+
+
+def test_is_no_does_not_replace_is_not_more_often_than_before(prose: Figures) -> None:
+    assert len(prose.is_no) <= MOST_IS_NO, listing(prose.is_no)
+
+
+def test_prose_is_comments_strings_test_names_and_documents_without_code() -> None:
+    source = '''
+def test_where_it_is() -> None:
+    """Where is it?
+
+    It is no longer there, if it was no slide.
+    """
+    where = f"{where if where else when}: where"  # when it is
+'''
+    found = figures(python_prose("a.py", source))
+    assert [line.number for line in found.where] == [2, 3, 7]
+    assert [line.number for line in found.is_no] == [5]
+    assert found.conditions == 2
+    document = "Where?\n\n    if code:\n```sh\nwhere x\n```\nThese are no commands.\n"
+    found = figures(document_prose("a.md", document))
+    assert [(line.number, line.text) for line in (*found.where, *found.is_no)] == [
+        (1, "Where?"), (7, "These are no commands.")
+    ]  # fmt: skip
+    assert found.conditions == 0

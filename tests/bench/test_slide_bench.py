@@ -154,7 +154,6 @@ def test_labels_are_compared_pixel_by_pixel() -> None:
     assert found["equal_share_of_tissue"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.slow
 def test_a_run_is_measured_against_its_floors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +178,6 @@ def test_a_run_is_measured_against_its_floors(
     assert f"| **efficiency** | **{run['efficiency']:.2f}** |" in printed
 
 
-@pytest.mark.slow
 def test_the_plain_path_and_a_run_agree(tmp_path: Path) -> None:
     rgb_HWC = painted((640, 512), ((100, 100, 300, 200), PINK), ((150, 120, 60, 60), GLASS))
     path = write_slide(tmp_path / "tiny.svs", rgb_HWC, mpp=1.0)

@@ -129,7 +129,7 @@ def idle(environment: dict[str, str]) -> bool:
     return False
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_batch_runs_on_slurm_through_dask(slurm: dict[str, str], tmp_path: Path) -> None:
     slides = tmp_path / "slides"
     slides.mkdir()

@@ -27,7 +27,7 @@ from tests.pipeline.summaries import rows_of
 from tests.repository import REPOSITORY
 from tests.slides import PURPLE, painted, small_slide, write_slide
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 # Blocks of a few tiles: a slide can be killed in its middle.
 SETTINGS = {"block_out": 64, "device": "cpu", "num_workers": 1, "batch_size": 2}

@@ -27,7 +27,6 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow
 def test_a_training_shows_its_stages_and_metrics_and_leaves_a_bundle(
     tmp_path: Path, harness: SyncPrefectClient
 ) -> None:

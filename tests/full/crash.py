@@ -1,6 +1,7 @@
 """Kill runs at random moments and steps, let them go on, and see that nothing is lost and nothing half done is seen.
 
     python -m tests.full.crash [SLIDE] --kills 100 --seed 0
+    python -m tests.full.crash --minutes 2 --seed 0
 
 A run is killed (SIGKILL) at a random time, or at a random one of the steps in which it touches a file or calls a
 network, in a third of those with rubbish in the file that the step was about to write. After some kills the power is
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -288,14 +290,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slide", type=Path, nargs="?", help="a small slide; without one, a tiny one is made")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=None, help="in place of --kills")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
+    most = options.kills if options.minutes is None else sys.maxsize
+    end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     met: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as work, open_bench(Path(work), options.slide) as bench:
         print(f"undisturbed: {bench.seconds:.2f} s, {len(bench.trace)} steps", flush=True)
         trial = 0
-        while met["tried"] < options.kills:
+        while met["tried"] < most and time.monotonic() < end:
             trial += 1
             kills = [random_kill(bench, rng) for _ in range(rng.choice((1, 1, 2, 3)))]
             replacing = rng.random() < 0.25

@@ -159,7 +159,7 @@ def _child(folder: Path, target: str) -> Iterator[_Child]:
 def _place(stack: str) -> str:
     """The innermost line of ours in a stack that faulthandler wrote, which begins with the innermost one."""
     lines = [line.strip() for line in stack.splitlines() if line.strip().startswith("File ")]
-    first = next((line for line in lines if str(REPOSITORY) in line and "reliability" not in line), "")
+    first = next((line for line in lines if str(REPOSITORY) in line and "tests/full" not in line), "")
     return f" at {first.replace(str(REPOSITORY) + '/', '')}" if first else ""
 
 
@@ -210,7 +210,7 @@ def _outcome(attack: Attack, good: Path, work: Path, chance: random.Random) -> t
         return type(error).__name__, str(error)
     except BaseException as error:  # noqa: BLE001 - that is what is looked for
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if str(REPOSITORY) in frame.filename and "reliability" not in frame.filename]
+        own = [frame for frame in frames if str(REPOSITORY) in frame.filename and "tests/full" not in frame.filename]
         place = f" at {own[-1].filename.replace(str(REPOSITORY) + '/', '')}:{own[-1].lineno}" if own else ""
         trace = "".join(traceback.format_exception(error, limit=-12))
         return f"{FINDING}{type(error).__name__}{place}", trace[-3000:]

@@ -20,6 +20,7 @@ GROWTH_BYTES = 20 << 20
 that somebody keeps is 3 MiB."""
 
 
+@pytest.mark.full
 def test_descriptors_threads_and_memory_do_not_grow_with_the_slides(tmp_path: Path) -> None:
     # A process of its own: the tests' own one is large, and keeps what it frees.
     command = [sys.executable, "-m", "tests.bench.load", "--slides", str(SLIDES), "--json", str(tmp_path / "load.json")]

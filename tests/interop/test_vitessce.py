@@ -96,7 +96,7 @@ def settled(page: Page, colour: tuple[int, int, int]) -> NDArray[np.uint8]:
     pytest.fail(f"Vitessce did not show {colour} within 40 s; it shows {np.unique(before.reshape(-1, 3), axis=0)[:20]}")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_vitessce_shows_each_class_in_its_colour_and_place(
     shown: Shown, vitessce: Path, webgl_page: Page, tmp_path: Path
 ) -> None:

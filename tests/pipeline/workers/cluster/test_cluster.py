@@ -105,7 +105,6 @@ def kill_a_worker(scheduler: str) -> int:
     return int(busiest.pid)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spread", SPREADS)
 def test_a_cluster_gives_the_same_bytes_as_this_process(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path, expected: dict[str, bytes], spread: Spread
@@ -125,7 +124,6 @@ def test_a_cluster_gives_the_same_bytes_as_this_process(
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["größe"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spread", SPREADS)
 def test_a_killed_worker_does_not_change_a_byte(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path, expected: dict[str, bytes], spread: Spread
@@ -146,7 +144,6 @@ def test_a_killed_worker_does_not_change_a_byte(
     assert data_of(result.folder) == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spread", SPREADS)
 def test_an_interrupted_slide_goes_on_from_its_finished_blocks(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path, expected: dict[str, bytes], spread: Spread
@@ -169,7 +166,6 @@ def test_an_interrupted_slide_goes_on_from_its_finished_blocks(
     assert data_of(result.folder) == expected
 
 
-@pytest.mark.slow
 def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path
 ) -> None:
@@ -185,7 +181,6 @@ def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(
         assert workers.segment(SlideJob(slide), tmp_path / "out", no_progress).status == "done"
 
 
-@pytest.mark.slow
 def test_a_slide_that_kills_its_workers_fails_and_the_others_are_done(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path
 ) -> None:
@@ -224,7 +219,6 @@ def test_another_model_under_the_name_is_an_error_of_the_slide_too(
             workers.segment(SlideJob(slide), tmp_path / "out", no_progress)
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_own_processes_with_one_line(tmp_path: Path, bundle: Path, slide: Path) -> None:
     arguments = ["größe.svs", "-o", "out", "-m", str(bundle), "-j", "1", "--device", "cpu", "--scheduler", "local:2"]
     process = subprocess.Popen(
