@@ -118,7 +118,7 @@ def write_crops(
     extra: str = "",
     seed: int = 0,
 ) -> Path:
-    """Write images of noise, each of (width, height), with masks of three vertical bands, labelled in crops; return the
+    """Write images of noise, each of (width, height), with masks of three vertical bands, labeled in crops; return the
     dataset.toml.
     """
     rng = np.random.default_rng(seed)

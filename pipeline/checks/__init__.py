@@ -1,1 +1,1 @@
-"""Strict rules for what other programs read: GeoJSON, OME-Zarr, and whole results."""
+"""Strict, independent checks of the files that other programs read: GeoJSON, OME-Zarr and whole results."""

@@ -1,7 +1,7 @@
-"""An independent, strict reader of the GeoJSON that QuPath can import: it shares no code with the writers.
+"""A strict reader of the GeoJSON that QuPath can import. It shares no code with the writers on purpose.
 
-One feature that breaks a rule makes QuPath refuse the whole file, or change it without a word. Features are read one
-after the other: memory is that of the text, not of all its objects.
+One feature that breaks a rule makes QuPath reject the whole file, or change it silently. Features are read one by one,
+so memory holds the text and a single feature.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _SPACE = " \t\r\n"
 
 
 class RuleBrokenError(ValueError):
-    """The text is not in QuPath's dialect."""
+    """The text breaks a rule of QuPath's GeoJSON dialect."""
 
 
 def check_geojson(text: str) -> list[dict[str, Any]]:
-    """The features of one FeatureCollection that keeps every rule; raises RuleBrokenError for the first broken one."""
+    """Return the features of one FeatureCollection. Raises RuleBrokenError for the first broken rule."""
     kept = []
     for feature, broken in _checked(text):
         if broken:
@@ -33,9 +33,9 @@ def check_geojson(text: str) -> list[dict[str, Any]]:
 
 
 def broken_rules(text: str) -> tuple[int, list[str]]:
-    """How many features a text holds and every broken rule in words, at most one for each feature.
+    """Return the number of features in a text and the broken rules, at most one per feature.
 
-    A text that is no FeatureCollection is read up to the place where that shows.
+    Reading stops at the first error outside a feature.
     """
     count, found = 0, []
     try:
@@ -49,18 +49,18 @@ def broken_rules(text: str) -> tuple[int, list[str]]:
 
 
 def _checked(text: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each feature with the rule it breaks, or an empty text."""
+    """Yield each feature with the rule that it breaks, or an empty string."""
     ids: set[str] = set()
     colors: dict[str, list[int]] = {}
     for feature in _features(text):
         try:
             _no_null(feature)
             _check_feature(feature)
-            _require(feature["id"] not in ids, f"id {feature['id']} twice")
+            _require(feature["id"] not in ids, f"id {feature['id']} occurs twice")
             ids.add(feature["id"])
             if classification := feature["properties"].get("classification"):
                 same = colors.setdefault(classification["name"], classification["color"]) == classification["color"]
-                _require(same, f"two colours of class {classification['name']}")
+                _require(same, f"two colors for class {classification['name']}")
         except (RuleBrokenError, OverflowError) as error:
             yield feature, str(error)
         else:
@@ -68,7 +68,7 @@ def _checked(text: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _features(text: str) -> Iterator[Any]:
-    """The members of `features` of a document that has this and `type`, and nothing else, in any order."""
+    """Yield the members of `features` from a document whose only keys are `features` and `type`, in any order."""
     decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
 
     def value(at: int) -> tuple[Any, int]:
@@ -98,12 +98,12 @@ def _features(text: str) -> Iterator[Any]:
         if not more:
             break
     at = _expect(text, at, "}")
-    _require(_skip(text, at) == len(text), "not one JSON document: something after its end")
+    _require(_skip(text, at) == len(text), "not one JSON document: text after the end")
     _require(sorted(map(str, keys)) == ["features", "type"], "not a bare FeatureCollection")
 
 
 def _comma(text: str, at: int) -> tuple[bool, int]:
-    """Whether a comma comes next, and where it goes on."""
+    """Return whether a comma follows, and the position to continue at."""
     at = _skip(text, at)
     return (True, at + 1) if text.startswith(",", at) else (False, at)
 
@@ -116,80 +116,83 @@ def _skip(text: str, at: int) -> int:
 
 def _expect(text: str, at: int, mark: str, rule: str = "") -> int:
     at = _skip(text, at)
-    _require(text.startswith(mark, at), rule or f"not one JSON document: no {mark} at character {at}")
+    _require(text.startswith(mark, at), rule or f"not one JSON document: {mark} is missing at character {at}")
     return at + len(mark)
 
 
 def _check_feature(feature: Any) -> None:
-    _require(isinstance(feature, dict) and set(feature) == {"type", "id", "geometry", "properties"}, "feature's keys")
+    keys = {"type", "id", "geometry", "properties"}
+    _require(isinstance(feature, dict) and set(feature) == keys, "feature has other keys")
     _require(feature["type"] == "Feature", "type is not Feature")
-    _require(isinstance(feature["id"], str), "id is no text")
+    _require(isinstance(feature["id"], str), "id is not a string")
     try:
         canonical = str(uuid.UUID(feature["id"]))
     except ValueError as error:
-        raise RuleBrokenError("id is no UUID") from error
-    _require(canonical == feature["id"], "id is not a UUID in its usual form")
+        raise RuleBrokenError("id is not a UUID") from error
+    _require(canonical == feature["id"], "id is not a UUID in canonical form")
     _check_properties(feature["properties"])
     _check_polygon(feature["geometry"])
 
 
 def _check_properties(properties: Any) -> None:
     known = {"objectType", "name", "isLocked", "classification", "measurements"}
-    _require(isinstance(properties, dict) and set(properties) <= known, "unknown properties, or none")
+    _require(isinstance(properties, dict) and set(properties) <= known, "properties has other keys")
     _require(properties.get("objectType") in ("annotation", "tile"), "objectType is neither annotation nor tile")
-    # What a person could move by mistake has to be locked and of a class; a tile carries measurements.
+    # An annotation must be locked, because a user could move it by mistake. A tile only carries measurements.
     needed = {"isLocked", "classification"} if properties["objectType"] == "annotation" else {"measurements"}
     _require(needed <= set(properties), "a property is missing")
-    _require(properties.get("isLocked", True) is True, "not locked")
+    _require(properties.get("isLocked", True) is True, "isLocked is not true")
     if "name" in properties:
-        _require(isinstance(properties["name"], str) and properties["name"] != "", "name")
+        _require(isinstance(properties["name"], str) and properties["name"] != "", "name is not a non-empty string")
     if "classification" in properties:
         _check_classification(properties["classification"])
     measurements = properties.get("measurements", {})
-    _require(isinstance(measurements, dict), "measurements")
+    _require(isinstance(measurements, dict), "measurements is not an object")
     for value in measurements.values():
-        _require(value == "NaN" or (type(value) in {int, float} and math.isfinite(value)), "measurement is no number")
+        number = type(value) in {int, float} and math.isfinite(value)
+        _require(number or value == "NaN", "measurement is not a number")
 
 
 def _check_classification(classification: Any) -> None:
-    _require(isinstance(classification, dict) and set(classification) == {"name", "color"}, "classification's keys")
+    keys = {"name", "color"}
+    _require(isinstance(classification, dict) and set(classification) == keys, "classification has other keys")
     name, color = classification["name"], classification["color"]
-    _require(isinstance(name, str) and name.strip() != "" and ":" not in name, "class name")
-    _require(isinstance(color, list) and len(color) == 3, "colour is not a list of three")
-    _require(all(type(part) is int and 0 <= part <= 255 for part in color), "colour's parts")
+    _require(isinstance(name, str) and name.strip() != "" and ":" not in name, "class name is empty or has a colon")
+    _require(isinstance(color, list) and len(color) == 3, "color is not a list of three")
+    _require(all(type(part) is int and 0 <= part <= 255 for part in color), "color has parts outside 0-255")
 
 
 def _check_polygon(geometry: Any) -> None:
-    _require(isinstance(geometry, dict) and set(geometry) == {"type", "coordinates"}, "geometry's keys")
+    _require(isinstance(geometry, dict) and set(geometry) == {"type", "coordinates"}, "geometry has other keys")
     _require(geometry["type"] == "Polygon", "geometry is not a Polygon")
     rings = geometry["coordinates"]
-    _require(isinstance(rings, list) and len(rings) > 0, "no rings")
+    _require(isinstance(rings, list) and len(rings) > 0, "polygon has no rings")
     for number, ring in enumerate(rings):
-        _require(isinstance(ring, list) and len(ring) >= 4, "ring of fewer than four positions")
+        _require(isinstance(ring, list) and len(ring) >= 4, "ring has fewer than four positions")
         for position in ring:
             _require(isinstance(position, list) and len(position) == 2, "position is not [x, y]")
             for value in position:
-                _require(type(value) in {int, float} and math.isfinite(value), "coordinate is no number")
-                _require(float(value) == round(float(value), 2), "coordinate off the 0.01 grid")
-        _require(ring[0] == ring[-1], "ring not closed")
-        _require(all(a != b for a, b in itertools.pairwise(ring)), "position repeated")
+                _require(type(value) in {int, float} and math.isfinite(value), "coordinate is not a number")
+                _require(float(value) == round(float(value), 2), "coordinate is not a multiple of 0.01")
+        _require(ring[0] == ring[-1], "ring is not closed")
+        _require(all(a != b for a, b in itertools.pairwise(ring)), "position is repeated")
         doubled = sum(a[0] * b[1] - b[0] * a[1] for a, b in itertools.pairwise(ring))
-        _require(doubled > 0 if number == 0 else doubled < 0, "ring against the right-hand rule")
-    _require(shapely.is_valid(shapely.Polygon(rings[0], rings[1:])), "polygon not valid")
+        _require(doubled > 0 if number == 0 else doubled < 0, "ring violates the right-hand rule")
+    _require(shapely.is_valid(shapely.Polygon(rings[0], rings[1:])), "polygon is not valid")
 
 
 def _no_null(value: Any) -> None:
-    _require(value is not None, "null")
+    _require(value is not None, "value is null")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _no_null(part)
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise RuleBrokenError(f"{name} is not JSON")
+    raise RuleBrokenError(f"{name} is not valid JSON")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _require(len({key for key, _ in pairs}) == len(pairs), "key twice")
+    _require(len({key for key, _ in pairs}) == len(pairs), "key occurs twice")
     return dict(pairs)
 
 

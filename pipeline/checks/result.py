@@ -1,6 +1,6 @@
-"""What a folder of results must be: every file there that `run.json` names, and every file as its readers need it.
+"""Rules for a results folder: every file that `run.json` lists exists and is readable by its programs.
 
-Shares no code with the writers: `run.json`, `summary.csv` and the files are read as anybody would.
+The checks share no code with the writers on purpose. They read `run.json`, `summary.csv` and the files from scratch.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pipeline.checks import ome_zarr as ome_zarr_rules
 from pipeline.errors import ConfigError
 
 Findings = dict[Path, list[str]]
-"""What is wrong with each file or folder that was checked; an empty list for a good one."""
+"""The problems of each checked file or folder; an empty list means that all rules hold."""
 
 
 def broken_rules(path: Path) -> Findings:
     """Check a folder of results, one slide's result, an OME-Zarr store, or a GeoJSON file.
 
-    Raises ConfigError for a path that is none of these.
+    Raises ConfigError for any other path.
     """
     if path.suffix in {".geojson", ".json"} and path.is_file():
         return {path: _geojson(path)[1]}
@@ -34,9 +34,9 @@ def broken_rules(path: Path) -> Findings:
         return _result(path)
     slides = sorted(run.parent for run in path.glob("*/run.json") if not run.parent.name.startswith("."))
     if not slides:
-        what = "nothing is there" if not path.exists() else "is none of these"
+        what = "cannot be checked" if path.exists() else "does not exist"
         raise ConfigError(
-            f"{path}: {what}; name a folder of results, one slide's folder in it, a .ome.zarr store or a .geojson file"
+            f"{path}: {what}; pass a results folder, the folder of one slide, a .ome.zarr store or a .geojson file"
         )
     found: Findings = {}
     for slide in slides:
@@ -51,7 +51,7 @@ def _result(folder: Path) -> Findings:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         outputs, polygons = [str(name) for name in run["outputs"]], run["polygons"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        return {folder / "run.json": [f"does not say what belongs to the result ({error})"]}
+        return {folder / "run.json": [f"does not list the outputs of the result ({error})"]}
     wrong = [f"{name} is missing" for name in outputs if not (folder / name).exists()]
     found: Findings = {folder / "run.json": wrong}
     for name in outputs:
@@ -85,16 +85,12 @@ def _parquet(path: Path, polygons: Any) -> list[str]:
     except (OSError, pa.ArrowException) as error:
         return [f"cannot be read: {error}"]
     missing = sorted({"id", "class", "label", "area_mm2", "geometry"} - names)
-    wrong = [f"without the columns {', '.join(missing)}"] if missing else []
-    return (
-        wrong
-        + ([] if geo else ["is Parquet without the metadata of GeoParquet"])
-        + _other_count(rows, polygons, "rows")
-    )
+    wrong = [f"lacks the columns {', '.join(missing)}"] if missing else []
+    return wrong + ([] if geo else ["has no GeoParquet metadata"]) + _other_count(rows, polygons, "rows")
 
 
 def _other_count(count: int, polygons: Any, what: str) -> list[str]:
-    return [] if count == polygons else [f"{count} {what}, but run.json counts {polygons} polygons"]
+    return [] if count == polygons else [f"has {count} {what}, but run.json has {polygons} polygons"]
 
 
 def _summary(path: Path, slides: set[str]) -> Findings:
@@ -102,12 +98,12 @@ def _summary(path: Path, slides: set[str]) -> Findings:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [(row["slide"], row["status"]) for row in csv.DictReader(file)]
     except FileNotFoundError:
-        return {}  # of slides that were not segmented by one command
+        return {}  # slides segmented by separate commands have no summary
     except (OSError, UnicodeDecodeError, csv.Error, LookupError) as error:
-        return {path: [f"is no summary of results: {error}"]}
+        return {path: [f"is not a summary of results: {error}"]}
     return {
         path: [
-            f"{name} is {status}, but has no result"
+            f"{name} is {status} but has no result"
             for name, status in rows
             if status != "failed" and name not in slides
         ]

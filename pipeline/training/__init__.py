@@ -1,1 +1,1 @@
-"""From patch labels to a model bundle, and what the bundle is worth: data sets, stages of the training, evaluation."""
+"""From patch labels to a model bundle: data sets, training stages and the evaluation of a bundle."""

@@ -1,4 +1,4 @@
-"""Random changes of training images: flips, quarter turns, and the amounts of their stains.
+"""Augmentation of training images: flips, quarter turns and changes of the stains.
 
 Shape suffixes: H and W the image, B boxes (x, y, width, height), L layers of labels.
 """
@@ -15,28 +15,28 @@ _DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
 
 _STAINS_33 = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], dtype=np.float32)
 _STAINS_33 /= np.linalg.norm(_STAINS_33, axis=1, keepdims=True)
-"""Rows: red, green and blue density of haematoxylin, eosin and a residual (Ruifrok and Johnston 2001)."""
+"""Red, green and blue density of hematoxylin, eosin and a residual, one per row (Ruifrok and Johnston 2001)."""
 
 
 class Move(NamedTuple):
-    """One of the eight symmetries of a square: quarter turns counter-clockwise, then a left-right flip."""
+    """One of the eight symmetries of a square: quarter turns counterclockwise, then a left-right flip."""
 
     turns: int
     flip: bool
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Self:
-        """One of the eight, all equally likely."""
+        """Return one of the eight, all equally likely."""
         return cls(int(rng.integers(4)), bool(rng.integers(2)))
 
     def image(self, array: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Move an image or label map, axes (H, W, ...)."""
+        """Return the moved image or label map, with axes (H, W, ...)."""
         turned = np.rot90(array, self.turns)
         moved: NDArray[np.uint8] = np.ascontiguousarray(turned[:, ::-1] if self.flip else turned)
         return moved
 
     def boxes(self, boxes_B4: NDArray[np.int64], width: int, height: int) -> NDArray[np.int64]:
-        """Move boxes along with an image of that size."""
+        """Return the boxes moved along with an image of this size."""
         x, y, w, h = boxes_B4.T
         for _ in range(self.turns):
             x, y, w, h, width, height = y, width - x - w, h, w, height, width
@@ -48,14 +48,14 @@ class Move(NamedTuple):
 def restain(rgb_HWC: NDArray[np.uint8], strength: float, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return the image with each stain's amount scaled by up to 1 ± `strength` and shifted by up to ± `strength` / 5.
 
-    In the space of optical densities, on the stain vectors of Ruifrok and Johnston (Anal. Quant. Cytol. Histol. 2001),
-    as Tellez et al. (IEEE TMI 2018) augment H&E.
+    The stains are the optical density vectors of Ruifrok and Johnston (Anal. Quant. Cytol. Histol. 2001). Tellez et al.
+    (IEEE TMI 2018) augment H&E this way.
     """
     if strength == 0:
         return rgb_HWC
     scale_3 = 1 + rng.uniform(-strength, strength, 3).astype(np.float32)
     shift_3 = rng.uniform(-strength, strength, 3).astype(np.float32) / 5
-    # Unmix, change and mix again are one matrix: c = od S^-1, od' = (c * scale + shift) S.
+    # Unmixing, scaling and mixing are one matrix product: c = od S^-1, od' = (c * scale + shift) S.
     matrix_33 = np.linalg.inv(_STAINS_33) @ (scale_3[:, None] * _STAINS_33)
     density_HWC = _DENSITY[rgb_HWC] @ matrix_33 + shift_3 @ _STAINS_33
     changed_HWC: NDArray[np.float32] = np.exp(-density_HWC) * 256 - 1

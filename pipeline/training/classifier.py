@@ -1,6 +1,6 @@
-"""First stage: the classifier, from presence labels.
+"""First stage: train the classifier from presence labels.
 
-Shape suffixes: N views, M labelled patches, B boxes, K classes, C channels, H and W the image, h and w a feature map.
+Shape suffixes: N views, M labeled patches, B boxes, K classes, C channels, H and W the image, h and w a feature map.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pipeline.training.patches import PatchImages, View, draw_places, make_view,
 
 
 class Batch(NamedTuple):
-    """The views of one step and the labels of all patches in them."""
+    """The views of one step, with the labels of all patches inside the views."""
 
     views: Sequence[View]
     weight_2K: Tensor
-    """What an absent (row 0) and a present class (row 1) count."""
+    """Loss weights of an absent (row 0) and a present class (row 1)."""
 
 
 def classifier_task(
@@ -39,7 +39,7 @@ def classifier_task(
     device: torch.device,
     processes: Processes,
 ) -> Task:
-    """Return the classifier's training: binary cross-entropy of every class on the logit of every labelled patch."""
+    """Return the training task: binary cross-entropy of every class on the logits of every labeled patch."""
     for name, parameter in classifier.backbone.named_parameters():
         if config.pretrained and name.removeprefix("net.").startswith(config.frozen):
             parameter.requires_grad_(False)
@@ -78,23 +78,23 @@ def classifier_task(
 
 
 def keep_statistics(network: nn.Module) -> None:
-    """Put all batch norms into eval mode: they keep the statistics they came with (Han et al. 2022)."""
+    """Put all batch norms into eval mode, so that they keep their initial statistics (Han et al. 2022)."""
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 
 def steps_per_epoch(training: PatchImages, region: int | None, batch: int) -> int:
-    """Return how many steps draw as many pixels as the training images have."""
+    """Return the number of steps that draw as many pixels as the training images have."""
     side = view_side(training, region)
     return max(1, round(training.pixels() / (side * side * batch)))
 
 
 def class_weights(frequency_K: NDArray[np.float64], *, balance: bool) -> Tensor:
-    """Return (2, K) float32: what an absent (row 0) and a present (row 1) label of each class counts in the loss.
+    """Return the loss weights (2, K) of an absent (row 0) and a present (row 1) label of each class, float32.
 
-    Balanced, both halves of each class weigh the same in sum, and the mean weight over all labels is 1; no label
-    counts more than ten times.
+    With `balance`, absent and present labels of a class have the same total weight, and the mean weight is 1. No weight
+    exceeds 10.
     """
     if not balance:
         return torch.ones(2, len(frequency_K))
@@ -103,9 +103,9 @@ def class_weights(frequency_K: NDArray[np.float64], *, balance: bool) -> Tensor:
 
 
 def presence_loss(classifier: Classifier, batch: Batch, device: torch.device) -> Tensor:
-    """Return the weighted mean binary cross-entropy of all patches of a batch, auxiliary logits of the head included.
+    """Return the weighted mean binary cross-entropy of all patches of a batch, including the head's auxiliary logits.
 
-    The multi-label soft margin loss of Han et al. 2022 where all weights are 1.
+    If all weights are 1, this is the multi-label soft margin loss of Han et al. 2022.
     """
     x_NCHW = as_input(np.stack([view.rgb_HWC for view in batch.views]), device)
     boxes = [view.boxes_B4 for view in batch.views]
@@ -120,9 +120,10 @@ def presence_loss(classifier: Classifier, batch: Batch, device: torch.device) ->
 
 
 def patch_outputs(classifier: Classifier, x_NCHW: Tensor, boxes: Sequence[NDArray[np.int64]]) -> HeadOutput:
-    """Return the head's output for every box of every image, in order; boxes in image pixels, all of one size.
+    """Return the head's output for every box of every image, in order.
 
-    The features of an image are computed once; a box's are those of the feature cells nearest to it.
+    Boxes are in image pixels and have one size. The features of an image are computed once, and each box uses the
+    feature cells nearest to the box.
     """
     stages = classifier.stages(x_NCHW)
     height, width = x_NCHW.shape[2:]
@@ -138,7 +139,7 @@ def patch_outputs(classifier: Classifier, x_NCHW: Tensor, boxes: Sequence[NDArra
 
 
 def _cells(boxes_B4: NDArray[np.int64], stride: int, size_hw: tuple[int, ...]) -> NDArray[np.int64]:
-    """Return boxes in feature cells. Corner and side are rounded on their own, so that equal boxes stay equal."""
+    """Return boxes in feature cells. Corner and side are rounded separately, so that equal boxes stay equal."""
     sides_B2 = np.maximum(1, np.rint(boxes_B4[:, 2:] / stride)).astype(np.int64)
     last_B2 = np.array([size_hw[1], size_hw[0]]) - sides_B2
     corners_B2 = np.minimum(np.rint(boxes_B4[:, :2] / stride).astype(np.int64), last_B2)
@@ -146,13 +147,13 @@ def _cells(boxes_B4: NDArray[np.int64], stride: int, size_hw: tuple[int, ...]) -
 
 
 def _windows(maps_NChw: Tensor, owner_M: NDArray[np.int64], boxes_M4: NDArray[np.int64]) -> Tensor:
-    """Return the boxes, all of one size, cut from the maps of the images that own them, (M, C, box height, width)."""
+    """Return boxes of one size, cropped from the map of the image `owner_M`: (M, C, box height, box width)."""
     count, channels, height, width = maps_NChw.shape
     (w, h) = boxes_M4[0, 2:].tolist()
     rows_Mh = boxes_M4[:, 1, None] + np.arange(h)
     columns_Mw = boxes_M4[:, 0, None] + np.arange(w)
     index_Mhw = (owner_M[:, None, None] * height + rows_Mh[:, :, None]) * width + columns_Mw[:, None, :]
-    # One gather of rows: the gradient of a slice would be a map of zeros for each window.
+    # A single gather of rows, because the gradient of each slice would be a whole map of zeros.
     flat_PC = maps_NChw.permute(0, 2, 3, 1).reshape(count * height * width, channels)
     picked = flat_PC.index_select(0, torch.from_numpy(index_Mhw.ravel()).to(flat_PC.device))
     return picked.view(len(boxes_M4), h, w, channels).permute(0, 3, 1, 2)
@@ -161,10 +162,10 @@ def _windows(maps_NChw: Tensor, owner_M: NDArray[np.int64], boxes_M4: NDArray[np
 def held_out_batches(
     images: PatchImages, *, whole: bool, limit: int = 32
 ) -> Iterator[tuple[NDArray[np.uint8], list[NDArray[np.int64]], NDArray[np.bool_]]]:
-    """Yield (rgb_NHWC, boxes of each, present_MK) over all labelled patches, in order and unmoved.
+    """Yield (rgb_NHWC, boxes of each image, present_MK) over all labeled patches, in order and without augmentation.
 
-    `whole`: images of one size together, mirrored to sides that the networks take; else each labelled patch alone. At
-    most `limit` patches, or one image, at a time.
+    With `whole`, batch whole images of one size, mirrored to sides that the networks accept; otherwise pass each
+    labeled patch alone. A batch has at most `limit` patches, or one image.
     """
     held: list[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.bool_]]] = []
     patches = 0
@@ -200,8 +201,10 @@ def _stacked(
 def presence_scores(
     network: nn.Module, images: PatchImages, config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
-    """Return measures over all labelled patches: class-balanced loss, mean average precision of presence and of
-    absence, and the "score", the mean of both. Ranking goes on improving while overconfidence already raises the loss.
+    """Return the class-balanced loss, the mean average precision of presence and of absence, and their mean, "score".
+
+    All labeled patches count. The score uses precisions because ranking still improves after overconfidence has started
+    to raise the loss.
     """
     assert isinstance(network, Classifier)
     logits, present = [], []
@@ -217,14 +220,15 @@ def presence_scores(
         mean_average_precision(logits_MK.numpy(), present_MK),
         mean_average_precision(-logits_MK.numpy(), ~present_MK),
     )
-    # A set in which no class is ever absent has no precision of absence.
+    # The precision of absence is NaN if no class is ever absent.
     score = float(np.nanmean(precisions))
     return {"loss": loss, "map_present": precisions[0], "map_absent": precisions[1], "score": score}
 
 
 def mean_average_precision(scores_MK: NDArray[np.float32], truth_MK: NDArray[np.bool_]) -> float:
-    """Return the mean over classes of the average precision ``sum_n (R_n - R_n-1) P_n`` (classes without a true patch
-    left out; NaN where there is none), as scikit-learn defines it; equal scores count as one threshold.
+    """Return the mean over classes of the average precision ``sum_n (R_n - R_n-1) P_n``, as scikit-learn defines it.
+
+    Equal scores count as one threshold. Classes without a positive patch are skipped; the mean of no classes is NaN.
     """
     values = []
     for k in range(truth_MK.shape[1]):

@@ -1,6 +1,6 @@
-"""Patch data sets that a dataset.toml describes: which images are in which split, their pixels, masks and labels.
+"""Patch data sets described by a dataset.toml: the images of each split, with their pixels, masks and labels.
 
-Shape suffixes: K classes, B boxes (x, y, width, height in pixels of the image), H and W the image, C colour channels.
+Shape suffixes: K classes, B boxes (x, y, width, height in pixels of the image), H and W the image, C color channels.
 """
 
 from __future__ import annotations
@@ -42,31 +42,34 @@ from pipeline.training.splits import Row, group_of, hash_split, rows_of, table_s
 logger = logging.getLogger(__name__)
 
 IGNORED = 255
-"""Label of a pixel that no loss and no score counts."""
+"""Label of pixels that losses and scores ignore."""
 
 SHIPPED = Path(__file__).parent / "datasets"
-"""Folder of the dataset.toml files that come with the package."""
+"""Folder of the dataset.toml files shipped with the package."""
 
 _UNKNOWN = 254
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A patch data set: what its dataset.toml says, and the folder its paths lie below."""
+    """A patch data set: the content of its dataset.toml, and the folder that its paths are relative to."""
 
     card: DatasetCard
     root: Path
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes, in the order of their indices."""
         return tuple(spec.name for spec in self.card.classes)
 
     @property
     def colors(self) -> tuple[tuple[int, int, int], ...]:
+        """Return the RGB colors of the classes, in the order of their indices."""
         return tuple(spec.color for spec in self.card.classes)
 
     @property
     def mpp(self) -> float:
+        """Return the pixel size of the images in µm."""
         return self.card.mpp
 
 
@@ -75,56 +78,58 @@ class Sample:
     """An image of a data set."""
 
     name: str
-    """The file name without its extension."""
+    """File name without extension."""
     image: Path
     mask: Path | None
     group: str
-    """Patient or case; "" where the data set names none."""
+    """Patient or case; "" if the data set does not define groups."""
     labels_K: tuple[bool, ...] | None
-    """Classes present in the whole image; None where labels are read from the mask."""
+    """Classes present in the whole image; None if labels are read from the mask."""
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """The labelled boxes of an image: (x, y, width, height) in its pixels, and the classes present in each."""
+class Labeled:
+    """The labeled boxes of an image, as (x, y, width, height) in its pixels, and the classes present in each box."""
 
     boxes_B4: NDArray[np.int64]
     present_BK: NDArray[np.bool_]
 
 
 def shipped_names() -> tuple[str, ...]:
-    """Names of the data sets whose dataset.toml comes with the package, sorted."""
+    """Return the names of the shipped data sets, sorted."""
     return tuple(sorted(file.stem for file in SHIPPED.glob("*.toml")))
 
 
 def load_dataset(name_or_file: str | Path, root: Path | None = None) -> Dataset:
-    """Return the data set of a shipped name ("glas") or of a dataset.toml.
+    """Return the shipped data set of this name ("glas"), or the data set that a dataset.toml describes.
 
-    `root` is the folder of the data; else it is the one that the file names, relative to the file, or the file's own.
-    Raises DatasetFileError for an unknown name, a file with wrong keys, or a root that is not there.
+    `root` is the folder of the data. If it is None, the folder is the root in the file, relative to the file, or else
+    the folder of the file. Raises DatasetFileError for an unknown name, a file with wrong keys, or a missing folder.
     """
     shipped = str(name_or_file) in shipped_names()
     file = SHIPPED / f"{name_or_file}.toml" if shipped else Path(name_or_file)
     if not file.is_file():
         raise DatasetFileError(
-            f"{name_or_file}: no such file, and no data set of that name comes with the program; "
-            f"there are {', '.join(shipped_names())}"
+            f"{name_or_file}: there is no such file and no shipped data set of this name; "
+            f"the shipped data sets are {', '.join(shipped_names())}"
         )
     card = read_card(file)
     if root is None:
         if shipped:
-            raise DatasetFileError(f"{name_or_file}: say in which folder this data set lies (root)")
+            raise DatasetFileError(f"{name_or_file}: pass the folder of this data set (--data, root)")
         root = file.parent / (card.root or ".")
     if not root.is_dir():
-        raise DatasetFileError(f"{card.name}: the folder {root} does not exist; it should hold the data set's images")
+        raise DatasetFileError(
+            f"{card.name}: the folder {root} does not exist; pass the folder that contains the images"
+        )
     return Dataset(card, root)
 
 
 def samples(dataset: Dataset, split: Split) -> tuple[Sample, ...]:
-    """Return the images of a split, sorted by name: the same on every machine. Labels are read, pixels are not.
+    """Return the images of a split, sorted by name, so that the order is the same on every machine.
 
-    Raises MissingImagesError where there are none, LabelError for a label or a row that is missing or does not parse,
-    MaskError for a missing mask file, and DatasetFileError for two images of one name.
+    Labels are read, pixels are not. Raises MissingImagesError for an empty split, LabelError for a label or row that is
+    missing or cannot be parsed, MaskError for a missing mask file, and DatasetFileError for two images of one name.
     """
     card = dataset.card
     images, place = _images(dataset, split)
@@ -144,23 +149,24 @@ def samples(dataset: Dataset, split: Split) -> tuple[Sample, ...]:
 
 
 def read_rgb(sample: Sample) -> NDArray[np.uint8]:
-    """Return an image's pixels, (H, W, 3). Raises UnreadableImageError, naming the file."""
+    """Return the pixels of an image, (H, W, 3). Raises UnreadableImageError."""
     return _decoded(sample.image, "RGB")
 
 
 def read_mask(dataset: Dataset, sample: Sample) -> NDArray[np.uint8]:
-    """Return an image's mask as class indices, (H, W), `IGNORED` where the data set excludes pixels.
+    """Return the mask of an image as class indices, (H, W), with `IGNORED` for pixels that the data set excludes.
 
-    The values are palette indices (or the grey values of a mask without palette), as the file holds them. Raises
-    MaskError for a sample without mask, a mask of another size than its image, or a value of no class.
+    The file contains palette indices, or gray values if the mask has no palette. Raises MaskError for a sample without
+    a mask, a mask whose size differs from the image, or an unknown value.
     """
     if sample.mask is None:
-        raise MaskError(f"{sample.image}: has no mask; name it in images of the dataset.toml")
+        raise MaskError(f"{sample.image}: has no mask; add a mask pattern to images in the dataset.toml")
     values_HW = _decoded(sample.mask, None)
     width, height = image_size(sample)
     if values_HW.shape != (height, width):
         raise MaskError(
-            f"{sample.mask}: is {values_HW.shape[1]}x{values_HW.shape[0]}, its image {sample.image} is {width}x{height}"
+            f"{sample.mask}: is {values_HW.shape[1]}x{values_HW.shape[0]} px, but its image {sample.image} is "
+            f"{width}x{height} px"
         )
     index = np.full(256, _UNKNOWN, dtype=np.uint8)
     for k, spec in enumerate(dataset.card.classes):
@@ -171,50 +177,51 @@ def read_mask(dataset: Dataset, sample: Sample) -> NDArray[np.uint8]:
         strange = ", ".join(str(value) for value in np.unique(values_HW[labels_HW == _UNKNOWN]))
         known = ", ".join(f"{spec.name} {list(spec.mask_values)}" for spec in dataset.card.classes)
         raise MaskError(
-            f"{sample.mask}: holds the value(s) {strange} that no class has (classes: {known}; "
+            f"{sample.mask}: contains the value(s) {strange}, which no class has (classes: {known}; "
             f"mask_excluded {list(dataset.card.mask_excluded)}); add them to a class or to mask_excluded"
         )
     return labels_HW
 
 
-def labelled_boxes(dataset: Dataset, sample: Sample) -> Labelled:
-    """Return the labelled boxes of an image: one over the whole image where it is labelled as a whole, else the crops
-    of its mask (`pipeline.training.labels.crop_boxes`).
+def labeled_boxes(dataset: Dataset, sample: Sample) -> Labeled:
+    """Return the labeled boxes of an image: one box if the whole image has a label, otherwise the crops of its mask.
 
-    Raises what `read_mask` raises where labels are read from the mask, and UnreadableImageError.
+    `pipeline.training.labels.crop_boxes` lists the crops. Raises UnreadableImageError, and what `read_mask` raises if
+    labels are read from the mask.
     """
     width, height = image_size(sample)
     rule = dataset.card.labels
     whole_14 = np.array([[0, 0, width, height]], dtype=np.int64)
     if sample.labels_K is not None:
-        return Labelled(whole_14, np.array([sample.labels_K], dtype=bool))
+        return Labeled(whole_14, np.array([sample.labels_K], dtype=bool))
     labels_HW = read_mask(dataset, sample)
     classes = len(dataset.card.classes)
     if isinstance(rule, CropLabels):
         boxes_B4 = crop_boxes(width, height, rule.side, rule.stride)
-        return Labelled(boxes_B4, presence(labels_HW, boxes_B4, classes, rule.minimum))
-    return Labelled(whole_14, presence(labels_HW, whole_14, classes, rule.mask_minimum))
+        return Labeled(boxes_B4, presence(labels_HW, boxes_B4, classes, rule.minimum))
+    return Labeled(whole_14, presence(labels_HW, whole_14, classes, rule.mask_minimum))
 
 
-def check_classes(dataset: Dataset, labelled: Iterable[Labelled]) -> None:
-    """Raise EmptyClassError where a class is in none of the boxes: no classifier can learn it."""
+def check_classes(dataset: Dataset, labeled: Iterable[Labeled]) -> None:
+    """Raise EmptyClassError if none of the boxes contains some class, which a classifier then cannot learn."""
     count_K = np.zeros(len(dataset.class_names), dtype=np.int64)
     boxes = 0
-    for one in labelled:
+    for one in labeled:
         count_K += one.present_BK.sum(axis=0)
         boxes += len(one.boxes_B4)
     empty = [name for name, count in zip(dataset.class_names, count_K, strict=True) if count == 0]
     if empty:
         raise EmptyClassError(
-            f"{dataset.card.name}: no training patch of {boxes} has class {', '.join(empty)}; check the order of the "
-            "classes and their mask values, or take the class out of the dataset.toml"
+            f"{dataset.card.name}: none of {boxes} training patches has class {', '.join(empty)}; check the order of "
+            "the classes and their mask values, or remove the class from the dataset.toml"
         )
 
 
 def background_HW(rgb_HWC: NDArray[np.uint8], rule: BackgroundRule) -> NDArray[np.bool_]:
-    """Return what is glass, (H, W): luma above the rule's, in 4-connected pieces of at least its size.
+    """Return which pixels are glass, (H, W): those in large 4-connected pieces of bright pixels.
 
-    The rule of Han et al.'s release (2022); luma is ITU-R 601-2, as in Pillow and OpenCV.
+    A pixel is bright if its luma (ITU-R 601-2, as in Pillow and OpenCV) exceeds the limit of the rule. This is the rule
+    in the code of Han et al. 2022.
     """
     bright_HW = np.asarray(Image.fromarray(rgb_HWC).convert("L")) > rule.gray_above
     pieces_HW, _ = scipy.ndimage.label(bright_HW)
@@ -225,25 +232,28 @@ def background_HW(rgb_HWC: NDArray[np.uint8], rule: BackgroundRule) -> NDArray[n
 
 
 def check_images(chosen: Sequence[Sample], limit: float, workers: int = 8) -> tuple[Sample, ...]:
-    """Decode every image and return the samples whose image can be read; the others are logged, each by its name.
+    """Decode every image and return the samples whose image can be read. Log each image that cannot.
 
-    Raises UnreadableImageError where more than the share `limit` cannot be read.
+    Raises UnreadableImageError if the share of unreadable images exceeds `limit`.
     """
     with ThreadPoolExecutor(workers) as pool:
         problems = list(pool.map(_problem, chosen))
     bad = [problem for problem in problems if problem is not None]
     for problem in bad:
-        logger.warning("left out: %s", problem)
+        logger.warning("skipped: %s", problem)
     if len(bad) > limit * len(chosen):
         shown = "; ".join(bad[:5]) + ("; …" if len(bad) > 5 else "")
-        raise UnreadableImageError(f"{len(bad)} of {len(chosen)} images cannot be read, {limit:.1%} may: {shown}")
+        raise UnreadableImageError(
+            f"{len(bad)} of {len(chosen)} images cannot be read, at most {limit:.1%} may fail; repair or "
+            f"remove them: {shown}"
+        )
     if bad:
-        logger.warning("%d of %d images cannot be read and are left out", len(bad), len(chosen))
+        logger.warning("%d of %d images cannot be read and are skipped", len(bad), len(chosen))
     return tuple(sample for sample, problem in zip(chosen, problems, strict=True) if problem is None)
 
 
 def image_size(sample: Sample) -> tuple[int, int]:
-    """Return an image's (width, height) from its header. Raises UnreadableImageError."""
+    """Return (width, height) from the header of an image. Raises UnreadableImageError."""
     try:
         with Image.open(sample.image) as image:
             return image.size
@@ -251,18 +261,18 @@ def image_size(sample: Sample) -> tuple[int, int]:
         raise UnreadableImageError(f"{sample.image}: cannot be read: {error}") from error
 
 
-# What Pillow's decoders raise for damaged files.
+# Exceptions of Pillow's decoders for damaged files.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
-    """Pixels of a file, converted to `mode`; None: the values of a mask as they are."""
+    """Return the pixels of a file converted to `mode`, or the unchanged values of a mask if `mode` is None."""
     failed = UnreadableImageError if mode else MaskError
     try:
         with Image.open(file) as image:
             if mode is None and image.mode not in {"P", "L", "1"}:
                 raise MaskError(
-                    f"{file}: is {image.mode}; a mask must be a palette or 8-bit grey image of class values"
+                    f"{file}: has mode {image.mode}; a mask must be a palette or 8-bit gray image of class values"
                 )
             if image.mode.startswith(("I", "F")):
                 raise UnreadableImageError(f"{file}: has mode {image.mode}; an image must have 8 bits per channel")
@@ -280,19 +290,23 @@ def _problem(sample: Sample) -> str | None:
 
 
 def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
-    """Images by name, sorted, of the first location whose pattern matches any, and that location."""
+    """Return the images by name, sorted, of the first location whose pattern matches a file, and that location."""
     card = dataset.card
     if split not in card.splits:
-        raise MissingImagesError(f"{card.name}: describes no split {split}, only {', '.join(card.splits)}")
+        raise MissingImagesError(
+            f"{card.name}: the dataset.toml does not describe split {split}, only {', '.join(card.splits)}"
+        )
     locations = card.images.get("all") or card.images[split]
     for place in locations:
-        # Names that begin with a dot are what other systems leave beside the files.
+        # Some systems leave hidden files beside the images.
         try:
             files = sorted(
                 file for file in dataset.root.glob(place.image) if file.is_file() and not file.name.startswith(".")
             )
         except (ValueError, NotImplementedError) as error:
-            raise DatasetFileError(f"{card.name}: images cannot be {place.image!r}: {error}") from error
+            raise DatasetFileError(
+                f"{card.name}: {place.image!r} is not a valid pattern for images: {error}"
+            ) from error
         if files:
             break
     else:
@@ -304,7 +318,7 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
     for file in files:
         if file.stem in found:
             raise DatasetFileError(
-                f"{card.name}: two images are named {file.stem}: {found[file.stem]} and {file}; rename one"
+                f"{card.name}: two images have the name {file.stem}: {found[file.stem]} and {file}; rename one"
             )
         found[file.stem] = file
     return dict(sorted(found.items())), place
@@ -317,7 +331,7 @@ def _names(
     rows: Mapping[str, Row],
     groups: Mapping[str, str],
 ) -> list[str]:
-    """Names of the images that are in a split."""
+    """Return the names of the images in a split."""
     match card.split:
         case None:
             return list(images)
@@ -328,7 +342,7 @@ def _names(
     names = [name for name in images if split_of[name] == split]
     if not names:
         sizes = ", ".join(f"{count} in {key}" for key, count in sorted(Counter(split_of.values()).items()))
-        raise MissingImagesError(f"{card.name}: no image falls into split {split} ({sizes}); change [split]")
+        raise MissingImagesError(f"{card.name}: split {split} has no images ({sizes}); change [split]")
     return names
 
 

@@ -1,4 +1,4 @@
-"""What a dataset.toml may say, and its reading and checking. docs/datasets.md describes every key."""
+"""The schema of a dataset.toml, and the function that reads and checks one. docs/datasets.md describes every key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from models.bundle import ClassName
 from pipeline.errors import DatasetFileError
-from pipeline.training.palettes import class_colours
+from pipeline.training.palettes import class_colors
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -26,21 +26,21 @@ class _Section(BaseModel):
 
 
 class ClassSpec(_Section):
-    """A tissue class; its place in the list is its index in labels and maps."""
+    """A tissue class. Its position in the list is its index in labels and maps."""
 
     name: ClassName
     color: tuple[Byte, Byte, Byte]
-    """Red, green, blue; where no class has one in the file, `pipeline.training.palettes` gives them."""
+    """Red, green, blue. If no class has a color, `pipeline.training.palettes` assigns them."""
     mask_values: tuple[Byte, ...] = ()
-    """Palette indices (or grey values) that stand for the class in mask files."""
+    """Palette indices (or gray values) of the class in mask files."""
 
 
 class Location(_Section):
-    """Where images lie, as a glob pattern below the root, and where the mask of an image lies."""
+    """Where images are, as a glob pattern below the root, and where the mask of an image is."""
 
     image: str
     mask: str | None = None
-    """The mask's path below the root; `{name}` stands for the image's name without its extension."""
+    """Path of the mask below the root; `{name}` stands for the image name without extension."""
 
     @field_validator("image", "mask")
     @classmethod
@@ -53,24 +53,24 @@ class Location(_Section):
     @classmethod
     def _names_its_image(cls, value: str | None) -> str | None:
         if value is not None and "{name}" not in value:
-            raise ValueError(f"{value!r} must hold {{name}}, which stands for the image's name")
+            raise ValueError(f"{value!r} must contain {{name}}, which stands for the image name")
         return value
 
 
 class Table(_Section):
-    """CSV files with a header and one row per image, read as one table."""
+    """CSV files with a header and one row per image, joined into one table."""
 
     files: tuple[str, ...] = Field(min_length=1)
     name_column: str = "name"
-    """Holds the image's file name, with or without its extension."""
+    """Column of the image file name, with or without extension."""
 
 
 class Group(_Section):
-    """What belongs together and must not be split, such as a patient: a column of the table, or a part of the name."""
+    """Images that must stay in one split, such as those of a patient, by a table column or a part of the name."""
 
     column: str | None = None
     pattern: str | None = None
-    """Regular expression with one group, searched in the image's name."""
+    """Regular expression with one group, searched in the image name."""
 
     @field_validator("pattern")
     @classmethod
@@ -80,12 +80,12 @@ class Group(_Section):
     @model_validator(mode="after")
     def _one_of_both(self) -> Group:
         if (self.column is None) == (self.pattern is None):
-            raise ValueError("give either column or pattern")
+            raise ValueError("set either column or pattern")
         return self
 
 
 class TableSplit(_Section):
-    """The split stands in a column of the table."""
+    """A column of the table contains the split of each image."""
 
     by: Literal["table"]
     column: str = "split"
@@ -93,7 +93,7 @@ class TableSplit(_Section):
     val: tuple[str, ...] = ("val",)
     test: tuple[str, ...] = ("test",)
     val_groups: tuple[str, ...] = ()
-    """Groups of the training split that are held out for validation."""
+    """Groups of the training split to use for validation instead."""
 
     @model_validator(mode="after")
     def _splits_apart(self) -> TableSplit:
@@ -102,33 +102,33 @@ class TableSplit(_Section):
 
 
 class HashSplit(_Section):
-    """Every group falls into a split by a hash of its name, so it does not depend on what other groups there are."""
+    """A hash of the group name decides the split, so that other groups do not affect it."""
 
     by: Literal["hash"]
     train: Share = 0.70
     val: Share = 0.15
-    """The rest is for testing."""
+    """The remaining groups form the test split."""
 
     @model_validator(mode="after")
     def _at_most_all(self) -> HashSplit:
         if self.train + self.val > 1:
-            raise ValueError(f"train {self.train} and val {self.val} are more than 1 together")
+            raise ValueError(f"the sum of train {self.train} and val {self.val} exceeds 1")
         return self
 
 
 class _WholeImageLabels(_Section):
     splits: tuple[Split, ...] = SPLITS
-    """Splits that these labels are there for; in the others, presence is read from the mask of the whole image."""
+    """Splits that have these labels. In other splits, presence is read from the mask of the whole image."""
     mask_minimum: Share = 0.0
-    """There, a class is present where it covers more than this share of the image."""
+    """A class is present in such a mask if it covers more than this share of the image."""
 
 
 class FileNameLabels(_WholeImageLabels):
-    """One digit per class in the file name, in the order of the classes: `[1 0 0 1]` or `[1001]`."""
+    """One digit per class in the file name, in the order of the classes, such as `[1 0 0 1]` or `[1001]`."""
 
     source: Literal["file-name"]
     pattern: str = r"\[\s*([01](?:[\s,]*[01])*)\s*\]"
-    """Regular expression whose one group holds the digits; the last match in the name counts."""
+    """Regular expression whose only group matches the digits. The last match in the name counts."""
 
     @field_validator("pattern")
     @classmethod
@@ -137,84 +137,86 @@ class FileNameLabels(_WholeImageLabels):
 
 
 class CsvLabels(_WholeImageLabels):
-    """Labels in the table: a 0/1 column per class, or one column that lists the names of the present classes."""
+    """Labels in the table: one 0/1 column per class, or one column that lists the present classes."""
 
     source: Literal["csv"]
     columns: tuple[str, ...] | None = None
-    """The 0/1 columns in the order of the classes; the classes' names where neither is given."""
+    """The 0/1 columns in the order of the classes. The default is the class names, unless `list_column` is set."""
     list_column: str | None = None
     separator: str = Field(default=";", min_length=1)
-    """Between the names in `list_column`."""
+    """Separator of the names in `list_column`."""
 
     @model_validator(mode="after")
     def _not_both(self) -> CsvLabels:
         if self.columns is not None and self.list_column is not None:
-            raise ValueError("give columns or list_column, not both")
+            raise ValueError("set columns or list_column, not both")
         return self
 
 
 class FolderLabels(_WholeImageLabels):
-    """The folder that an image lies in is its only class."""
+    """The folder of an image is its only class."""
 
     source: Literal["folders"]
     folders: dict[str, str] = {}
-    """Class of each folder, where folders are not named like their classes."""
+    """Class of each folder, if folders and classes have different names."""
 
 
 class CropLabels(_Section):
-    """Presence of the classes in crops of the mask; nothing else of the mask is used in training."""
+    """Presence of the classes in crops of the mask. Training uses nothing else of the mask."""
 
     source: Literal["mask-crops"]
     side: int = Field(gt=0)
-    """Of a crop, in pixels of the image."""
+    """Side of a crop in image pixels."""
     stride: int = Field(gt=0)
-    """Between crops; one more at the end of each row and column reaches the image's edge."""
+    """Distance between crops. An extra crop at the end of each row and column reaches the image edge."""
     minimum: Share
-    """A class is present where it covers more than this share of the crop."""
+    """A class is present if it covers more than this share of the crop."""
 
     @model_validator(mode="after")
     def _no_gaps(self) -> CropLabels:
         if self.stride > self.side:
-            raise ValueError(f"stride {self.stride} is more than side {self.side}: crops would leave gaps")
+            raise ValueError(
+                f"stride {self.stride} is larger than side {self.side}, which leaves gaps between crops; lower stride"
+            )
         return self
 
 
 class BackgroundRule(_Section):
-    """What is glass in an image (methods.md section 2)."""
+    """Which pixels of an image are glass (methods.md section 2)."""
 
     gray_above: Byte = 200
     smallest_px: int = Field(default=50, ge=0)
-    """Smaller pieces are no background."""
+    """Smaller pieces are not background."""
 
 
 class DatasetCard(_Section):
-    """A patch data set as its dataset.toml describes it."""
+    """The content of a dataset.toml."""
 
     name: str = Field(min_length=1)
     description: str = Field(min_length=1)
     licence: str = Field(min_length=1)
     attribution: str = ""
     limits: str = Field(default="Not for diagnosis or any clinical use.", min_length=1)
-    """What a model trained on it is not for; goes into the model card, like the three above."""
+    """Uses that a trained model is not for. Copied into the model card, like the three keys above."""
     mpp: float = Field(gt=0)
     """Pixel size of the images in µm."""
     root: str | None = None
-    """Folder of the data, relative to the dataset.toml; the folder of the dataset.toml where it is not given."""
+    """Folder of the data, relative to the dataset.toml. The default is the folder of the dataset.toml."""
     mask_excluded: tuple[Byte, ...] = ()
-    """Mask values that belong to no class, such as glass: no loss and no score counts them."""
+    """Mask values without a class, such as glass. Losses and scores ignore these pixels."""
     classes: tuple[ClassSpec, ...] = Field(min_length=2, max_length=254)
     images: dict[Literal["train", "val", "test", "all"], tuple[Location, ...]]
-    """Alternatives per split, of which the first that matches a file counts; or `all`, with a rule in `split`."""
+    """Alternatives per split, of which the first that matches a file is used; or `all`, with a rule in `split`."""
     table: Table | None = None
     group: Group | None = None
     split: Annotated[TableSplit | HashSplit, Field(discriminator="by")] | None = None
     labels: Annotated[FileNameLabels | CsvLabels | FolderLabels | CropLabels, Field(discriminator="source")]
     background: BackgroundRule | None = None
-    """Left out where glass and lumen are tissue to be told apart."""
+    """None if glass and lumen are classes of their own."""
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """The splits there should be images in."""
+        """Return the splits that should have images."""
         there: tuple[object, ...]
         match self.split:
             case TableSplit() as rule:
@@ -227,15 +229,15 @@ class DatasetCard(_Section):
 
     @field_validator("classes", mode="before")
     @classmethod
-    def _colours_where_none_are_given(cls, value: Any) -> Any:
+    def _default_colors(cls, value: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(spec, dict) for spec in value):
             return value
         without = [str(spec.get("name")) for spec in value if "color" not in spec]
         if not without:
             return value
         if len(without) < len(value):
-            raise ValueError(f"color is missing for {', '.join(without)}; give every class one, or none")
-        return [{**spec, "color": colour} for spec, colour in zip(value, class_colours(len(value)), strict=True)]
+            raise ValueError(f"color is missing for {', '.join(without)}; set the color of every class or of none")
+        return [{**spec, "color": color} for spec, color in zip(value, class_colors(len(value)), strict=True)]
 
     @model_validator(mode="after")
     def _classes_differ(self) -> DatasetCard:
@@ -248,12 +250,12 @@ class DatasetCard(_Section):
         if not self.images or not all(self.images.values()):
             raise ValueError("images must name at least one pattern for each split, or for all")
         if "all" in self.images and len(self.images) > 1:
-            raise ValueError("images has `all` and splits; give one or the other")
+            raise ValueError("images has both `all` and splits; set one of them")
         if ("all" in self.images) != (self.split is not None):
-            raise ValueError("give [split] together with images.all, and only with it")
+            raise ValueError("[split] and images.all belong together; set both or neither")
         needs_group = isinstance(self.split, HashSplit) or (self.split is not None and self.split.val_groups)
         if needs_group and self.group is None:
-            raise ValueError("this split goes by group; say in [group] what an image's group is")
+            raise ValueError("this split needs groups; describe in [group] how to find the group of an image")
         return self
 
     @model_validator(mode="after")
@@ -262,7 +264,7 @@ class DatasetCard(_Section):
         if self.table is None and (
             in_group or isinstance(self.split, TableSplit) or isinstance(self.labels, CsvLabels)
         ):
-            raise ValueError("a column is named, but no [table] with its files")
+            raise ValueError("a column needs a table; add [table] with its files")
         return self
 
     @model_validator(mode="after")
@@ -270,7 +272,9 @@ class DatasetCard(_Section):
         names = [spec.name for spec in self.classes]
         match self.labels:
             case CsvLabels(columns=tuple() as columns) if len(columns) != len(names):
-                raise ValueError(f"labels.columns has {len(columns)} names for {len(names)} classes")
+                raise ValueError(
+                    f"labels.columns has {len(columns)} names for {len(names)} classes; name one column per class"
+                )
             case FolderLabels(folders=folders) if strange := sorted(set(folders.values()) - set(names)):
                 raise ValueError(f"labels.folders names {', '.join(strange)}; the classes are {', '.join(names)}")
         return self
@@ -283,20 +287,20 @@ class DatasetCard(_Section):
                 set(self.labels.splits) >= (set(SPLITS) if key == "all" else {key})
             )
             if from_mask and not masked:
-                raise ValueError(f"images.{key} needs a mask for each pattern, since labels are read from the masks")
+                raise ValueError(f"images.{key} needs a mask for each pattern, because labels are read from the masks")
             if masked and (bare := [spec.name for spec in self.classes if not spec.mask_values]):
                 raise ValueError(f"images.{key} has masks, but mask_values is missing for {', '.join(bare)}")
         return self
 
 
 def read_card(file: Path) -> DatasetCard:
-    """Return the checked content of a dataset.toml. Raises DatasetFileError, naming the file and every wrong key."""
+    """Return the checked content of a dataset.toml. Raises DatasetFileError with the file and every wrong key."""
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DatasetFileError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # of tomllib and of the encoding
-        raise DatasetFileError(f"{file}: is no TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # TOML syntax or encoding
+        raise DatasetFileError(f"{file}: is not valid TOML: {error}") from error
     try:
         return DatasetCard.model_validate(content)
     except ValidationError as error:
@@ -307,17 +311,17 @@ def _plain(error: ValidationError) -> str:
     parts = []
     for found in error.errors():
         loc = found["loc"]
-        # Where the kind of a section decides its keys, pydantic puts the kind behind the section's name.
+        # In a discriminated union, pydantic inserts the discriminator after the section name.
         loc = loc[:1] + loc[2:] if loc[:1] in {("split",), ("labels",)} else loc
-        where = ".".join(str(part) for part in loc)
+        key = ".".join(str(part) for part in loc)
         match found["type"]:
             case "extra_forbidden":
-                parts.append(f"unknown key {where}")
+                parts.append(f"unknown key {key}")
             case "missing":
-                parts.append(f"key {where} is missing")
+                parts.append(f"key {key} is missing")
             case _:
                 text = found["msg"].removeprefix("Value error, ")
-                parts.append(f"{where}: {text}" if where else text)
+                parts.append(f"{key}: {text}" if key else text)
     return "; ".join(parts)
 
 
@@ -325,9 +329,9 @@ def _checked_pattern(pattern: str) -> str:
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from error
     if groups != 1:
-        raise ValueError(f"{pattern!r} has {groups} groups, it must have one")
+        raise ValueError(f"{pattern!r} has {groups} groups; it must have one")
     return pattern
 
 

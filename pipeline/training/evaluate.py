@@ -1,8 +1,7 @@
-"""Measures a predictor against the pixel masks of a data set: confusion matrices pooled over all images, and the scores
-from them.
+"""Measure a predictor against the pixel masks of a data set: pooled confusion matrices and their scores.
 
-Images of any size become maps here as whole slides do in pipeline/slide/blocks.py: tiles at the model's resolution,
-the gate per tile, and the weighted mean where tiles overlap. The truth is only counted against; no prediction sees it.
+Images become maps like whole slides in pipeline/slide/blocks.py: tiles at the model's resolution, a gate per tile, and
+a weighted mean of overlapping tiles. Predictions never depend on the truth.
 
 Shape suffixes: N tiles, K classes, H and W an image, h and w the map at the output stride, m at the model's resolution.
 """
@@ -31,10 +30,10 @@ from wsi.box import Box
 from wsi.windows import window_starts
 
 OVERLAP = 0.5
-"""Share of a tile that overlaps the next one."""
+"""Share of a tile that overlaps the next tile."""
 
 WHITE = "white"
-"""Name of the class that protocol `include` adds."""
+"""Name of the additional class of protocol `include`."""
 
 Protocol = Literal["exclude", "include"]
 PROTOCOLS: tuple[Protocol, ...] = ("exclude", "include")
@@ -42,34 +41,35 @@ PROTOCOLS: tuple[Protocol, ...] = ("exclude", "include")
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one pooled confusion matrix; NaN where nothing can be said."""
+    """Scores of one pooled confusion matrix; NaN if a score is undefined."""
 
     iou: dict[str, float]
-    """Intersection over union per class, NaN for one that neither truth nor prediction holds."""
+    """Intersection over union per class; NaN if neither truth nor prediction contains the class."""
     miou: float
     """Mean of the IoUs that are not NaN."""
     fwiou: float
-    """IoUs weighted by the classes' shares of the truth."""
+    """Mean of the IoUs, weighted by the share of each class in the truth."""
     accuracy: float
-    """Share of the counted pixels whose prediction is right."""
+    """Share of the counted pixels with a correct prediction."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a predictor is worth on one split of a data set."""
+    """The result of evaluating a predictor on one split of a data set."""
 
     names: tuple[str, ...]
-    """Of the classes, in the order of the matrices."""
+    """Class names, in the order of the matrices."""
     matrices: dict[tuple[Protocol, bool], NDArray[np.int64]]
-    """By protocol, and whether the gate was on: pixels as `confusion_matrix` counts them, pooled over all images."""
+    """Pixel counts by protocol and gate (on or off), as in `confusion_matrix`, pooled over all images."""
     image_miou: dict[str, float]
-    """By sample name: mean IoU of the image alone, protocol `exclude`, gate on; NaN where no pixel counts."""
+    """Mean IoU of each image by sample name, protocol `exclude`, gate on; NaN if no pixel counts."""
     group_matrices: dict[str, NDArray[np.int64]]
-    """By case, or by sample name where the data set names no cases: protocol `exclude`, gate on."""
+    """Matrix of each case, or of each sample if the data set has no cases; protocol `exclude`, gate on."""
 
     def miou_spread(self, draws: int = 1000) -> float:
-        """Standard deviation of the mIoU (protocol `exclude`, gate on) over test sets of as many cases, drawn from
-        these with replacement: what it would differ by on other cases of the same kind (Efron 1979). Deterministic.
+        """Return the bootstrap standard deviation of the mIoU over cases (Efron 1979), protocol `exclude`, gate on.
+
+        Each draw takes as many cases with replacement. The result is deterministic.
         """
         matrices = np.stack(list(self.group_matrices.values()))
         rng = np.random.default_rng(0)
@@ -77,7 +77,7 @@ class Evaluation:
         return float(np.nanstd([scores(matrix, self.names).miou for matrix in drawn]))
 
     def scores(self, protocol: Protocol = "exclude", *, gate: bool = True) -> Scores:
-        """Scores of one of the matrices."""
+        """Return the scores of one of the matrices."""
         return scores(self.matrices[protocol, gate], self.names, protocol)
 
 
@@ -89,15 +89,14 @@ def evaluate(
     flips: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Evaluation:
-    """Predict every image of a split, with the gate and without it from one pass of the networks, and count.
+    """Predict every image of a split with and without the gate, and count the pixels against the truth.
 
-    Protocol `exclude` drops pixels whose truth is white (no class of the data set's), and nothing of the prediction
-    is background but what the gate leaves without a class, which is wrong. Protocol `include` counts white as one more
-    class; predicted white is what the data set's background rule finds in the image, where it has one, and what is left
-    without a class.
+    Protocol `exclude` drops pixels whose truth is white, that is, without a class. A prediction without a class, which
+    only the gate produces, counts as wrong. Protocol `include` counts white as an additional class. A pixel is
+    predicted white if it has no class, or if the data set's background rule matches it.
 
-    Raises ClassMismatchError where the model's classes are not the data set's, DatasetError where the split has no
-    images, an image of it no mask, or a file cannot be read: scores of a part of a test set compare with nothing.
+    Raises ClassMismatchError if the model has other classes than the data set. Raises DatasetError if the split has no
+    images, an image has no mask, or a file cannot be read, because scores of a part of a test set are not comparable.
     """
     check_classes(predictor.card, dataset)
     chosen = masked_samples(dataset, split)
@@ -126,42 +125,39 @@ def evaluate(
 
 
 def check_classes(model: ModelCard, dataset: Dataset) -> None:
-    """Raise ClassMismatchError unless the model's classes are the data set's, by name and in the same order."""
+    """Raise ClassMismatchError unless model and data set have the same class names in the same order."""
     ours = tuple(entry.name for entry in model.classes)
     if ours != dataset.class_names:
         raise ClassMismatchError(
             f"model {model.name} has the classes {', '.join(ours)}; data set {dataset.card.name} has "
-            f"{', '.join(dataset.class_names)}: evaluate with a model that was trained on these, in this order"
+            f"{', '.join(dataset.class_names)}; use a model that was trained with these classes in this order"
         )
 
 
 def masked_samples(dataset: Dataset, split: Split) -> tuple[Sample, ...]:
-    """Return the samples of a split, all of which have masks. Raises MaskError otherwise, and what `samples` raises."""
+    """Return the samples of a split. Raises MaskError if one has no mask, and what `samples` raises."""
     chosen = samples(dataset, split)
     bare = [sample.name for sample in chosen if sample.mask is None]
     if bare:
         raise MaskError(
-            f"{dataset.card.name}: {len(bare)} of {len(chosen)} images of split {split} have no mask (as {bare[0]}); "
-            "evaluation needs pixel masks: choose a split that has them, or name them in the dataset.toml"
+            f"{dataset.card.name}: {len(bare)} of {len(chosen)} images of split {split} have no mask (such as "
+            f"{bare[0]}); evaluation needs pixel masks; choose a split with masks, or add them to the dataset.toml"
         )
     return chosen
 
 
 def confusion_matrix(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
-    """Count pixels in a (K+1, K+1) matrix, rows truth, columns prediction; the last index of each collects what is no
-    class.
-    """
+    """Count pixels in a (K+1, K+1) matrix: rows are truth, columns are prediction, and index K is "no class"."""
     rows = np.minimum(truth, classes).astype(np.int64)
     cells = rows * (classes + 1) + np.minimum(predicted, classes)
     return np.bincount(cells.ravel(), minlength=(classes + 1) ** 2).reshape(classes + 1, classes + 1)
 
 
 def scores(matrix: NDArray[np.int64], names: Sequence[str], protocol: Protocol = "exclude") -> Scores:
-    """Return the scores of a pooled `confusion_matrix`: per class IoU = TP / (row + column - TP), their nanmean, their
-    mean weighted by the classes' shares of the truth, and the pixel accuracy (Long et al., CVPR 2015, section 5).
+    """Return the scores of a pooled `confusion_matrix` (Long et al., CVPR 2015, section 5).
 
-    `exclude` drops the pixels whose truth is no class; a prediction of no class counts as wrong. `include` takes no
-    class for a class of its own, named `WHITE`.
+    The IoU of a class is TP / (row + column - TP). `exclude` drops pixels without a class in the truth, and counts
+    predictions without a class as wrong. `include` treats "no class" as a class named `WHITE`.
     """
     if matrix.shape != (len(names) + 1,) * 2:
         raise ValueError(f"matrix is {matrix.shape}; {len(names)} classes need {(len(names) + 1,) * 2}")
@@ -182,12 +178,12 @@ def scores(matrix: NDArray[np.int64], names: Sequence[str], protocol: Protocol =
 def predict_image(
     predictor: Predictor, rgb_HWC: NDArray[np.uint8], *, mpp: float, gate: bool = True, flips: bool = False
 ) -> NDArray[np.uint8]:
-    """Return the class of each pixel of an image of `mpp` micrometres per pixel, (H, W) uint8; K for "no class".
+    """Return the class of each pixel of an image of `mpp` micrometers per pixel, (H, W) uint8; K means "no class".
 
-    The image is averaged by area to the model's resolution (within `MPP_TOLERANCE` of it is left as it is) and cut into
-    tiles that overlap by `OVERLAP`, the last ones flush with the edge; beyond an image smaller than a tile it is
-    mirrored. Tiles are gated unless `gate` is False, and blended by the window of `Blend`. `flips` averages every tile
-    over its eight flips and turns. Raises NonFiniteOutputError.
+    The image is resampled to the model's resolution (see `resampled`) and cut into tiles that overlap by `OVERLAP`. The
+    last tiles end at the image edge, and images smaller than a tile are mirrored. Tiles are gated unless `gate` is
+    False, and blended by the window of `Blend`. `flips` averages every tile over its eight flips and turns. Raises
+    NonFiniteOutputError.
     """
     return _both_labels(predictor, rgb_HWC, mpp, flips)[0 if gate else 1]
 
@@ -204,7 +200,7 @@ def _labels(
 def _both_labels(
     predictor: Predictor, rgb_HWC: NDArray[np.uint8], mpp: float, flips: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Labels with the gate and without it."""
+    """Return the labels with the gate and without it."""
     rgb_m_HWC = resampled(rgb_HWC, mpp / predictor.card.mpp)
     sizes = predictor.output_stride, rgb_m_HWC.shape[:2], rgb_HWC.shape[:2]
     with predictor.lock, torch.inference_mode():
@@ -213,13 +209,14 @@ def _both_labels(
 
 
 def _blended(predictor: Predictor, rgb_HWC: NDArray[np.uint8], flips: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities (K, h, w) with the gate and without it, of an image at the model's resolution; the map covers the
-    image and what had to be added to it to fill tiles and the map's pixels.
+    """Return the probabilities (K, h, w) of an image at the model's resolution, with the gate and without it.
+
+    The map covers the image and its padding to whole tiles and whole map pixels.
     """
     tile, stride, classes = predictor.card.tile_size, predictor.output_stride, len(predictor.card.classes)
     lengths = [max(tile, -(-length // stride) * stride) for length in rgb_HWC.shape[:2]]
     missing = [(0, length - had) for length, had in zip(lengths, rgb_HWC.shape[:2], strict=True)]
-    # A copy in any case: torch takes no read-only arrays, such as Pillow's.
+    # Always copy, because torch rejects read-only arrays such as those from Pillow.
     padded_HWC = np.pad(rgb_HWC, [*missing, (0, 0)], mode="symmetric")
     columns, rows = (window_starts(length, tile, round(tile * (1 - OVERLAP))) for length in lengths[::-1])
     tiles = [Box(x, y, tile, tile) for y in rows for x in columns]
@@ -234,9 +231,9 @@ def _blended(predictor: Predictor, rgb_HWC: NDArray[np.uint8], flips: bool) -> t
 
 
 def _tile_probabilities(predictor: Predictor, rgb_NHWC: torch.Tensor, flips: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities (N, K, h, w) with the gate and without it. With flips the gate decides once, by mean presence."""
+    """Return the probabilities (N, K, h, w) with and without the gate, which uses the mean presence over flips."""
     views = list(_views(flips))
-    # The transposition of a square is its quarter turn and a flip: with both, these are all its symmetries.
+    # Quarter turns and one flip generate all eight symmetries of a square.
     turned = [(rgb_NHWC.flip(2) if flip else rgb_NHWC).rot90(turns, dims=(1, 2)).contiguous() for turns, flip in views]
     presence_NK = np.stack([predictor.presence(one) for one in turned]).mean(axis=0)
     gated = ungated = torch.zeros(())
@@ -249,15 +246,15 @@ def _tile_probabilities(predictor: Predictor, rgb_NHWC: torch.Tensor, flips: boo
 
 
 def _views(flips: bool) -> Iterator[tuple[int, bool]]:
-    """Quarter turns, and whether there is a left-right flip before them."""
+    """Return pairs of quarter turns and whether a left-right flip precedes them."""
     return ((turns, flip) for turns in range(4) for flip in (False, True)) if flips else iter([(0, False)])
 
 
 def _own_labels(
     probs_Khw: torch.Tensor, stride: int, size_m: tuple[int, ...], size: tuple[int, ...]
 ) -> NDArray[np.uint8]:
-    """Labels of the image's own `size` (height, width) from the map, which begins with the image of `size_m`."""
-    # The map may reach beyond the image by parts of its pixels: only at the model's resolution can that be cut off.
+    """Return the labels at the image's own `size` (height, width) from a map that may extend beyond `size_m`."""
+    # The map may extend beyond the image by a fraction of a map pixel, which only the model's resolution can crop.
     probs_1KHW = F.interpolate(probs_Khw[None], scale_factor=float(stride), mode="bilinear", align_corners=False)
     probs_1KHW = probs_1KHW[:, :, : size_m[0], : size_m[1]]
     if size != size_m:

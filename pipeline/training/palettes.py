@@ -1,10 +1,10 @@
-"""Colours for tissue classes that a data set gives none for."""
+"""Default colors of tissue classes, for data sets that do not define colors."""
 
 from __future__ import annotations
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-CLASS_COLOURS: tuple[Colour, ...] = (
+CLASS_COLORS: tuple[Color, ...] = (
     (17, 34, 102),
     (255, 238, 0),
     (204, 17, 0),
@@ -16,15 +16,15 @@ CLASS_COLOURS: tuple[Colour, ...] = (
     (153, 51, 85),
     (255, 102, 34),
 )
-"""Found by a search (docs/decisions/0006-colors.md): every two differ for readers with any kind of colour blindness,
-and each from glass, eosin, haematoxylin and the black that other viewers draw on. The first ones differ most.
+"""Found by a search (docs/decisions/0006-colors.md). Any two colors differ for readers with any color blindness.
+Each differs from glass, eosin, hematoxylin and the black background of other viewers. The first colors differ most.
 """
 
 
-def class_colours(count: int) -> tuple[Colour, ...]:
-    """The colours of that many classes. Raises ValueError where there are not as many."""
-    if count > len(CLASS_COLOURS):
+def class_colors(count: int) -> tuple[Color, ...]:
+    """Return the colors of `count` classes. Raises ValueError if there are not enough colors."""
+    if count > len(CLASS_COLORS):
         raise ValueError(
-            f"{count} classes, but only {len(CLASS_COLOURS)} colours can be told apart; give each class a color"
+            f"{count} classes, but the palette has only {len(CLASS_COLORS)} distinct colors; set a color for each class"
         )
-    return CLASS_COLOURS[:count]
+    return CLASS_COLORS[:count]

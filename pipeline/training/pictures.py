@@ -1,4 +1,4 @@
-"""Pictures of an evaluation for people: the confusion matrix, and the images that came out worst.
+"""Pictures of an evaluation: the confusion matrix, and the images with the worst predictions.
 
 Shape suffixes: R rows and C columns of a matrix, H and W an image, K classes.
 """
@@ -19,40 +19,40 @@ TEXT = 16
 ROW = 26
 """Height of a line of text."""
 FULL: Colour = (31, 84, 150)
-"""Colour of a cell that holds all pixels of its row."""
+"""Color of a cell that contains all pixels of its row."""
 CELL_HEIGHT = 56
 CELL_WIDTHS = (12, 120)
-"""Narrowest and widest cell."""
+"""Smallest and largest cell width."""
 LEGIBLE = 48
-"""In cells narrower than this there is no text."""
+"""Smallest cell width with text."""
 MATRIX_WIDTH = 1800
-"""What all cells together take, where there are many."""
+"""Largest total width of the cells."""
 PANEL_PX = 320
-"""The longer side of each panel of a comparison."""
+"""Longer side of each panel of a comparison."""
 GAP = 14
 COMPARISON_PX = 3 * PANEL_PX + 2 * GAP
 
 
 class Compared(NamedTuple):
-    """An image with what is true of it and what was predicted."""
+    """An image with its truth and its prediction."""
 
     title: str
     rgb_HWC: NDArray[np.uint8]
     truth_HW: NDArray[np.uint8]
-    """Class index; K and above is no class."""
+    """Class index; values from K up mean "no class"."""
     predicted_HW: NDArray[np.uint8]
 
 
 def write_confusion_matrix(
     path_png: Path, matrix_RC: NDArray[np.int64], rows: Sequence[str], columns: Sequence[str], title: str
 ) -> None:
-    """Draw a matrix of pixel counts: a row per class of the truth, a column per predicted one, in shares of the row.
+    """Draw a matrix of pixel counts as shares of each row: rows are true classes, columns are predicted classes.
 
-    The colour of a cell goes from white for none of its row to `FULL` for all of it; behind each row's name stands
-    its share of all pixels. Rows without pixels stay white.
+    Cell colors go from white (0 %) to `FULL` (100 %). The row name includes the share of the row in all pixels. Rows
+    without pixels stay white.
     """
     if matrix_RC.shape != (len(rows), len(columns)):
-        raise ValueError(f"matrix is {matrix_RC.shape}; the names are for {(len(rows), len(columns))}")
+        raise ValueError(f"the matrix has shape {matrix_RC.shape}, but the names need {(len(rows), len(columns))}")
     text = font_of_size(TEXT)
     totals_R = matrix_RC.sum(axis=1, keepdims=True)
     share_RC = matrix_RC / np.maximum(totals_R, 1)
@@ -87,25 +87,25 @@ def write_confusion_matrix(
 
 
 def matrix_corner(names: Sequence[str]) -> tuple[int, int]:
-    """Where the cells of a matrix with these names of rows begin on its sheet: (x, y)."""
+    """Return the (x, y) of the first cell on the sheet of a matrix with these row names."""
     return round(MARGIN + max(font_of_size(TEXT).getlength(name) for name in names) + 12), MARGIN + TITLE + 8 + 2 * ROW
 
 
 def write_comparison(path_png: Path, images: Iterable[Compared], classes: Sequence[tuple[str, Colour]]) -> None:
-    """Draw one row per image: the image, its truth and its prediction in the classes' colours over it, and a legend.
+    """Draw one row per image (image, truth and prediction, in the colors of the classes) and a legend.
 
-    What is no class stays uncoloured.
+    Pixels without a class keep the color of the image.
     """
-    colours = [colour for _, colour in classes]
-    rows = [_comparison(one, colours) for one in images]
+    colors = [color for _, color in classes]
+    rows = [_comparison(one, colors) for one in images]
     text = font_of_size(TEXT)
     legend_width = sum(_legend_width(name) for name, _ in classes)
     width = max(legend_width, COMPARISON_PX) + 2 * MARGIN
     sheet = Image.new("RGB", (width, MARGIN + ROW + GAP + sum(row.height + MARGIN for row in rows)), PAPER)
     draw = ImageDraw.Draw(sheet)
     x, y = MARGIN, MARGIN
-    for name, colour in classes:
-        draw.rectangle((x, y, x + 16, y + 16), fill=colour, outline=INK)
+    for name, color in classes:
+        draw.rectangle((x, y, x + 16, y + 16), fill=color, outline=INK)
         draw.text((x + 24, y), fitting(name, 300, text), INK, text)
         x += _legend_width(name)
     y += ROW + GAP
@@ -119,13 +119,13 @@ def _legend_width(name: str) -> int:
     return round(24 + font_of_size(TEXT).getlength(fitting(name, 300, font_of_size(TEXT))) + 28)
 
 
-def _comparison(one: Compared, colours: Sequence[Colour]) -> Image.Image:
-    """The three panels of an image below its title."""
+def _comparison(one: Compared, colors: Sequence[Colour]) -> Image.Image:
+    """Return the three panels of an image below its title."""
     height, width = one.rgb_HWC.shape[:2]
     scale = PANEL_PX / max(width, height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     image = Image.fromarray(one.rgb_HWC).resize(size, Image.Resampling.BICUBIC)
-    panels = [image, *(overlay(image, _labels(m, len(colours)), colours) for m in (one.truth_HW, one.predicted_HW))]
+    panels = [image, *(overlay(image, _labels(m, len(colors)), colors) for m in (one.truth_HW, one.predicted_HW))]
     text, step = font_of_size(TEXT), size[0] + GAP
     row = Image.new("RGB", (COMPARISON_PX, 2 * ROW + size[1]), PAPER)
     draw = ImageDraw.Draw(row)
@@ -137,7 +137,7 @@ def _comparison(one: Compared, colours: Sequence[Colour]) -> Image.Image:
 
 
 def _labels(classes_HW: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
-    """Labels as `overlay` takes them: 0 for no class, k + 1 for class k."""
+    """Return labels for `overlay`: 0 for no class, k + 1 for class k."""
     return np.where(classes_HW < count, classes_HW + np.uint8(1), np.uint8(0))
 
 

@@ -1,6 +1,6 @@
-"""Second stage: pseudo masks of the training images, one per layer, as palette PNGs that can be looked at.
+"""Second stage: write pseudo masks of the training images, one palette PNG per layer.
 
-Shape suffixes: N images, K classes, L layers (shallow, middle, deep), B labelled patches, H and W space.
+Shape suffixes: N images, K classes, L layers (shallow, middle, deep), B labeled patches, H and W space.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.training.patches import PatchImages
 
 LAYERS = LayerMaps._fields
 BATCH = 16
-"""Labelled patches that go through a CAM method at once."""
+"""Labeled patches per call of a CAM method."""
 
 
 def write_pseudo_masks(
@@ -38,7 +38,7 @@ def write_pseudo_masks(
     processes: Processes,
     progress: Progress | None = None,
 ) -> None:
-    """Write <folder>/<layer>/<name>.png for every image and layer of weight above 0; files that are there stay."""
+    """Write <folder>/<layer>/<name>.png for every image and layer of weight above 0; keep existing files."""
     classifier.eval()
     for index in range(processes.rank, len(images), processes.world):
         files = mask_files(folder, images, index, config)
@@ -51,20 +51,20 @@ def write_pseudo_masks(
 
 
 def mask_files(folder: Path, images: PatchImages, index: int, config: TrainConfig) -> list[Path]:
-    """Return the files of an image's pseudo masks, one per layer of weight above 0."""
-    name = images.samples[index].name + ".png"  # names may hold dots
+    """Return the pseudo mask files of an image, one per layer of weight above 0."""
+    name = images.samples[index].name + ".png"  # with_suffix would cut a name that contains a dot
     return [folder / layer / name for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0]
 
 
 def read_pseudo_masks(folder: Path, images: PatchImages, index: int, config: TrainConfig) -> NDArray[np.uint8]:
-    """Return the pseudo masks (L, H, W) of an image: class indices, `IGNORED` where nothing is to be learned."""
+    """Return the pseudo masks (L, H, W) of an image: class indices, or `IGNORED` for pixels without a label."""
     layers = []
     for file in mask_files(folder, images, index, config):
         try:
             with Image.open(file) as image:
                 layers.append(np.asarray(image, dtype=np.uint8))
         except OSError as error:
-            raise TrainError(f"{file}: the pseudo mask cannot be read ({error}); remove it and start again") from error
+            raise TrainError(f"{file}: the pseudo mask cannot be read ({error}); delete it and start again") from error
     return np.stack(layers)
 
 
@@ -73,8 +73,8 @@ def pseudo_masks_of_image(
 ) -> NDArray[np.uint8]:
     """Return the pseudo masks (L, H, W) of one image, for the layers of weight above 0.
 
-    A class can only be where a labelled patch holds it; see `allowed_classes`. Background by the data set's rule, and
-    pixels for which no class is left, are `IGNORED`.
+    A pixel can only have a class that a labeled patch over the pixel contains; see `allowed_classes`. Pixels without an
+    allowed class, and background by the data set's rule, are `IGNORED`.
     """
     rgb_HWC = images.rgb(index)
     allowed_KHW = allowed_classes(
@@ -82,14 +82,14 @@ def pseudo_masks_of_image(
     )
     if config.cam == "head":
         probs_KHW = class_probabilities(classifier, rgb_HWC, device)
-        # A pixel to which the labels leave one class is certain, whatever the network says.
+        # If the labels allow only one class, the pixel is certain whatever the network predicts.
         probs_KHW[:, allowed_KHW.sum(axis=0) == 1] = 1.0
         maps_LKHW = probs_KHW[None]
         unsure_HW = np.where(allowed_KHW, probs_KHW, 0).max(axis=0) < config.confidence
     else:
         maps_LKHW = _maps_of_patches(classifier, images, index, config, device)
         unsure_HW = np.zeros(rgb_HWC.shape[:2], dtype=bool)
-    # -1 for a class that is not allowed: a tie at 0 never falls to it.
+    # -1 excludes a class that is not allowed even if all others are 0.
     masks_LHW: NDArray[np.uint8] = np.where(allowed_KHW, maps_LKHW, -1.0).argmax(axis=1).astype(np.uint8)
     ignored_HW = unsure_HW | ~allowed_KHW.any(axis=0)
     rule = images.dataset.card.background
@@ -102,10 +102,11 @@ def pseudo_masks_of_image(
 def allowed_classes(
     boxes_B4: NDArray[np.int64], present_BK: NDArray[np.bool_], size_HW: tuple[int, ...], *, overlap: bool
 ) -> NDArray[np.bool_]:
-    """Return which classes each pixel can be of, (K, H, W), by the labels of the patches that cover it.
+    """Return which classes each pixel can have, (K, H, W), from the labels of the patches that cover the pixel.
 
-    `overlap`: only those that all of them hold, since what is absent from a patch is absent from each of its pixels
-    (where that leaves none, as labels with a minimum share can, those that any holds); else those that any holds.
+    Without `overlap`, these are the classes of any covering patch. With `overlap`, they are the classes of every
+    covering patch, because a class that is absent from a patch is absent from all its pixels. Labels with a minimum
+    share can leave no class that way; then the classes of any covering patch are allowed.
     """
     counts_KHW = np.zeros((present_BK.shape[1], *size_HW), dtype=np.int32)
     covering_HW = np.zeros(size_HW, dtype=np.int32)
@@ -124,7 +125,7 @@ def allowed_classes(
 def class_probabilities(
     classifier: Classifier, rgb_HWC: NDArray[np.uint8], device: torch.device
 ) -> NDArray[np.float32]:
-    """Return the softmax over classes of the head's class map (K, H, W), the mean over four flips of the image."""
+    """Return class probabilities (K, H, W): the softmax of the head's class map, averaged over four flips."""
     height, width = rgb_HWC.shape[:2]
     x_1CHW = as_input(padded(rgb_HWC[None]), device)
     total_1KHW: Tensor | float = 0.0
@@ -141,8 +142,10 @@ def class_probabilities(
 def _maps_of_patches(
     classifier: Classifier, images: PatchImages, index: int, config: TrainConfig, device: torch.device
 ) -> NDArray[np.float32]:
-    """Return the maps (L, K, H, W) of the layers in use: per labelled patch upsampled, jointly scaled to 0–1 over all
-    its classes (absent ones 0), and averaged where patches overlap. A patch with a single class is 1 for it everywhere.
+    """Return the maps (L, K, H, W) of the layers of weight above 0.
+
+    The maps of each labeled patch are upsampled and scaled to 0–1 jointly over all classes; absent classes are 0.
+    Overlapping patches are averaged. A patch with a single class is 1 everywhere for that class.
     """
     rgb_HWC, boxes_B4, present_BK = images.rgb(index), images.boxes[index], images.present[index]
     used = [n for n, weight in enumerate(config.layer_weights) if weight > 0]
@@ -176,7 +179,7 @@ def _maps_of_patches(
 def jointly_scaled(map_NKhw: Tensor, size_HW: tuple[int, ...]) -> Tensor:
     """Return maps upsampled bilinearly to (N, K, H, W) and min-max scaled over all classes of a patch together.
 
-    Joint over the K classes as the code of Han et al. 2022 does it; a flat map gives 0.
+    Scaling is joint over the K classes, as in the code of Han et al. 2022. A constant map becomes 0.
     """
     up_NKHW = F.interpolate(map_NKhw.float(), size=size_HW, mode="bilinear", align_corners=False)
     low_N111 = up_NKHW.amin(dim=(1, 2, 3), keepdim=True)

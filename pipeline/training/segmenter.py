@@ -1,4 +1,4 @@
-"""Third stage: the segmenter, from the pseudo masks of several layers.
+"""Third stage: train the segmenter from the pseudo masks of several layers.
 
 Shape suffixes: N views, K classes, L layers, H and W the image, h and w a map at the output stride.
 """
@@ -22,15 +22,15 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
 from pipeline.training.fit import Processes, Task
 from pipeline.training.inputs import as_input, padded
-from pipeline.training.patches import PatchImages, draw_places, make_labelled_view
+from pipeline.training.patches import PatchImages, draw_places, make_labeled_view
 from pipeline.training.pseudo_masks import read_pseudo_masks
 
 SMALLEST_SHARE = 0.05
-"""Where a data set does not say what share of a patch makes a class present."""
+"""Default minimum share of a patch for a class to be present, if the data set does not define one."""
 
 
 class Batch(NamedTuple):
-    """The views of one step and their labels."""
+    """The views of one step, with their labels."""
 
     rgb_NHWC: NDArray[np.uint8]
     labels_NLHW: NDArray[np.uint8]
@@ -45,11 +45,11 @@ def segmenter_task(
     device: torch.device,
     processes: Processes,
 ) -> Task:
-    """Return the segmenter's training on the pseudo masks in the folder `masks`."""
+    """Return the training task of the segmenter on the pseudo masks in the folder `masks`."""
     share = range(processes.rank, config.segmenter_batch, processes.world)
 
     def labels_of(index: int) -> NDArray[np.uint8]:
-        # Read when they are needed: all masks of a large data set are gigabytes, and a PNG takes a millisecond.
+        # Not cached: all masks of a large data set take gigabytes, and reading a PNG takes a millisecond.
         return read_pseudo_masks(masks, training, index, config)
 
     weight_K = pixel_weights(
@@ -62,7 +62,7 @@ def segmenter_task(
         places = draw_places(training, config.region, count, rng)
         seeds = rng.integers(2**32, size=count)
         views = [
-            make_labelled_view(
+            make_labeled_view(
                 training, labels_of(places[n].image), places[n], config.stain, np.random.default_rng(seeds[n])
             )
             for n in share
@@ -96,18 +96,18 @@ def segmenter_task(
 
 
 def start_from_classifier(segmenter: nn.Module, classifier: Classifier) -> None:
-    """Give a timm encoder the weights of the classifier's backbone, which is the same network, perhaps cut short."""
+    """Copy the weights of the classifier's backbone into a timm encoder of the same, possibly truncated, network."""
     encoder: Any = segmenter.encoder
     own = encoder.model.state_dict()
     for name, tensor in classifier.backbone.net.state_dict().items():
-        if name in own:  # the encoder lacks what follows the last stage
+        if name in own:  # the encoder has no layers after the last stage
             own[name].copy_(tensor)
 
 
 def pixel_weights(pseudo: Iterable[NDArray[np.uint8]], classes: int, *, balance: bool) -> Tensor:
-    """Return the weight (K,) of a pixel of each class: 1, or balanced the root of the inverse of the class's share.
+    """Return the weight (K,) of a pixel of each class: 1, or with `balance` the square root of its inverse share.
 
-    The root, because whole inverse shares make a rare class spill over its borders.
+    The square root is used because full inverse shares make a rare class spill over its borders.
     """
     if not balance:
         return torch.ones(classes)
@@ -121,8 +121,8 @@ def layered_loss(
 ) -> Tensor:
     """Return the weighted sum over layers of the cross-entropy against each layer's pseudo mask (Han et al. 2022).
 
-    `IGNORED` pixels count for nothing. The masks are compared at the logits' stride, at the pixel nearest to each
-    cell's centre. A layer without a labelled pixel adds 0.
+    `IGNORED` pixels have no effect. The masks are compared at the stride of the logits, at the pixel nearest to each
+    cell's center. A layer without a labeled pixel adds 0.
     """
     stride = labels_NLHW.shape[2] // logits_NKhw.shape[2]
     small_NLhw = labels_NLHW[:, :, stride // 2 :: stride, stride // 2 :: stride].long()
@@ -138,12 +138,12 @@ def layered_loss(
 
 @torch.inference_mode()
 def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Return how well the map tells the presence labels of all labelled patches; no pixel of a mask is looked at.
+    """Return how well the predicted map agrees with the presence labels of all labeled patches.
 
-    A class is found in a patch where it covers more than the data set's minimum share of it. "balanced" is the mean
-    over classes of the balanced accuracy (of classes that are present in some patches and absent from others), "exact"
-    the share of patches with every class told. "score" is their mean: few patches lack a class, so that the first
-    alone jumps from epoch to epoch with a handful of them, and the second alone would not see them.
+    Pixels of masks are never used. A class counts as found if it covers more than the data set's minimum share of a
+    patch. "balanced" is the mean balanced accuracy over the classes that are present in some patches and absent from
+    others. "exact" is the share of patches with every class right. "score" is their mean: few patches lack a class, so
+    "balanced" alone jumps from epoch to epoch with a handful of patches, and "exact" alone ignores those patches.
     """
     labels = images.dataset.card.labels
     minimum = getattr(labels, "minimum", None) or SMALLEST_SHARE

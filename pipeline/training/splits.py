@@ -1,4 +1,4 @@
-"""Which split an image falls into: by a hash of its group, or by a column of the data set's table."""
+"""The split of an image: by a hash of its group, or by a column of the data set's table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOO_MANY = "cells beyond the header"
 
 
 def hash_split(group: str, train: float, val: float) -> Split:
-    """Return the split of a group by a hash of its name, so that new groups move no old one."""
+    """Return the split of a group by a hash of its name, so that new groups do not move old ones."""
     fraction = int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32
     return "train" if fraction < train else "val" if fraction < train + val else "test"
 
@@ -25,9 +25,9 @@ def hash_split(group: str, train: float, val: float) -> Split:
 def table_splits(
     images: Mapping[str, Path], rows: Mapping[str, Row], groups: Mapping[str, str], rule: TableSplit
 ) -> dict[str, Split]:
-    """Return the split of each image, by the image's name, as a column of the table says and `val_groups` changes it.
+    """Return the split of each image by image name, from a column of the table and `val_groups`.
 
-    Raises LabelError for a value that the rule does not name, or a held-out group without training images.
+    Raises LabelError for a value that the rule does not list, or a held-out group without training images.
     """
     values: dict[Split, tuple[str, ...]] = {"train": rule.train, "val": rule.val, "test": rule.test}
     by_value = {value: split for split, own in values.items() for value in own}
@@ -36,18 +36,19 @@ def table_splits(
         value = _value(image, rows[name], rule.column)
         if value not in by_value:
             raise LabelError(
-                f"{image}: column {rule.column} says {value}; [split] knows {', '.join(by_value)}: add it there"
+                f"{image}: column {rule.column} contains {value}, but [split] lists only "
+                f"{', '.join(by_value)}; add the value to [split]"
             )
         found[name] = by_value[value]
     training_groups = {groups[name] for name, split in found.items() if split == "train"}
     if strange := sorted(set(rule.val_groups) - training_groups):
-        raise LabelError(f"[split] val_groups names {', '.join(strange)}, which no training image belongs to")
+        raise LabelError(f"[split] val_groups lists {', '.join(strange)}, but no training image belongs to it")
     held_out = {name for name, split in found.items() if split == "train" and groups[name] in rule.val_groups}
     return found | dict.fromkeys(held_out, "val")
 
 
 def group_of(image: Path, row: Row, rule: Group) -> str:
-    """Return the group that an image belongs to. Raises LabelError where its row or its name does not say."""
+    """Return the group of an image. Raises LabelError if its row or its name does not contain the group."""
     if rule.column is not None:
         return _value(image, row, rule.column)
     assert rule.pattern is not None
@@ -58,22 +59,22 @@ def group_of(image: Path, row: Row, rule: Group) -> str:
 
 
 def rows_of(images: Mapping[str, Path], root: Path, table: Table) -> dict[str, Row]:
-    """Return the table's row of each image, by the image's name.
+    """Return the table row of each image by image name.
 
-    Raises LabelError for a table that cannot be read, an image without a row or a name with two.
+    Raises LabelError for an unreadable table, an image without a row, or a name with two rows.
     """
     by_name: dict[str, Row] = {}
     for file in table.files:
         for row in _read_table(root / file, table.name_column):
             name = row[table.name_column]
             if name in by_name:
-                raise LabelError(f"{root / file}: {name} has two rows; keep one")
+                raise LabelError(f"{root / file}: {name} has two rows; delete one")
             by_name[name] = row
     rows = {}
     for name, image in images.items():
         row = by_name.get(name, by_name.get(image.name, {}))
         if not row:
-            raise LabelError(f"{image}: has no row in {', '.join(table.files)} (column {table.name_column})")
+            raise LabelError(f"{image}: has no row in {', '.join(table.files)} (column {table.name_column}); add one")
         rows[name] = row
     return rows
 
@@ -87,14 +88,16 @@ def _read_table(file: Path, name_column: str) -> list[Row]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise LabelError(f"{file}: the table cannot be read: {error}") from error
     if name_column not in columns:
-        raise LabelError(f"{file}: has no column {name_column}; its columns are {', '.join(columns)}")
+        raise LabelError(f"{file}: has no column {name_column}; the columns are {', '.join(columns)}")
     if wide := [row[name_column] for row in rows if _TOO_MANY in row]:
-        raise LabelError(f"{file}: the row of {wide[0]} has more cells than the header; quote cells that hold a comma")
+        raise LabelError(
+            f"{file}: the row of {wide[0]} has more cells than the header; quote cells that contain a comma"
+        )
     return rows
 
 
 def _value(image: Path, row: Row, column: str) -> str:
     value = row.get(column)
     if not value:
-        raise LabelError(f"{image}: the table has no {column} for it; its columns are {', '.join(row)}")
+        raise LabelError(f"{image}: the table has no {column} for this image; the columns are {', '.join(row)}")
     return value

@@ -1,7 +1,7 @@
-"""The training recipe: classifier, pseudo masks, segmenter, gate, bundle; from presence labels of patches alone.
+"""The training recipe: classifier, pseudo masks, segmenter, gate and bundle, from presence labels of patches only.
 
-Each stage leaves its product in the run folder and is skipped where the product is there already; a stage that was
-killed goes on from its checkpoint.
+Each stage writes its product to the run folder and is skipped if the product already exists. A stage that was killed
+resumes from its checkpoint.
 
 Shape suffixes: N tiles, K classes, H and W space.
 """
@@ -48,7 +48,7 @@ from pipeline.errors import DatasetError, LockedError, OutputError, TrainError
 from pipeline.progress import Progress
 from pipeline.training.classifier import classifier_task
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset, Labelled, check_classes, check_images, samples
+from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, samples
 from pipeline.training.evaluate import evaluate
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
 from pipeline.training.inputs import MEAN, MULTIPLE, STD, load_start
@@ -60,7 +60,7 @@ from wsi.windows import window_starts
 logger = logging.getLogger(__name__)
 
 UNREADABLE_SHARE = 0.01
-"""Of the images of a split: more than this ends the run."""
+"""The run fails if a larger share of the images of a split cannot be read."""
 
 
 def train(
@@ -68,8 +68,8 @@ def train(
 ) -> Bundle:
     """Run all stages that have no product yet and return the bundle in `run`/bundle.
 
-    Raises TrainError where `run` was begun with another configuration or data set, and what the data set's functions
-    raise for bad data.
+    Raises TrainError if `run` was started with another configuration or data set, DatasetError for bad data, and
+    ModelError if a network cannot be built.
     """
     place = training_device(device)
     processes = join_processes(place)
@@ -82,7 +82,9 @@ def train(
     _check(training, validation, config)
     for name, size in (("classifier_batch", config.classifier_batch), ("segmenter_batch", config.segmenter_batch)):
         if size % processes.world:
-            raise TrainError(f"{name} is {size}, and there are {processes.world} processes: make it a multiple of them")
+            raise TrainError(
+                f"{name} is {size}, which is not a multiple of the {processes.world} processes; set it to a multiple"
+            )
     logger.info("%d training and %d validation images", len(training), len(validation))
     torch.manual_seed(config.seed)
     classes = len(dataset.class_names)
@@ -91,13 +93,13 @@ def train(
     load_start(classifier.backbone.net, config.weights)
     if config.cam != "head":
         check_available(config.cam, classifier.eval(), "deep")
-    # Made before the first stage: its random weights must not depend on whether that stage ran or was skipped.
+    # Built before the first stage, so that its random weights do not depend on whether that stage ran or was skipped.
     segmenter = build_segmenter(config.encoder_name, classes)
     if config.encoder_starts:
         timm_encoder: Any = segmenter.encoder
         load_start(timm_encoder.model, config.weights)
     make_card(dataset, config, tile_side(training, config), (config.highest_threshold,) * classes)
-    # After all that a wrong setting fails at, so that the run can be begun again in the same folder.
+    # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.
     held = ExitStack()
     if processes.rank == 0:
         held.enter_context(claim(run, dataset, config))
@@ -125,24 +127,20 @@ def train(
 
 @contextmanager
 def claim(run: Path, dataset: Dataset, config: TrainConfig) -> Iterator[None]:
-    """Hold a run folder alone, with configuration and data set written into it or equal to those it was begun with.
+    """Lock a run folder and record its configuration and data set, or check that they match the recorded ones.
 
-    Raises OutputError where there can be no such folder, LockedError where another process trains in it, and TrainError
-    where it was begun with another configuration or data set.
+    Raises OutputError if the folder cannot be created, LockedError if another process trains in it, and TrainError if
+    the run was started with another configuration or data set.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(
-            f"{run}: no folder for the run can be made there: {error.strerror}; give another -o"
-        ) from error
+        raise OutputError(f"{run}: the run folder cannot be created: {error.strerror}; pass another -o") from error
     lock = FileLock(run.absolute().parent / f".{run.name}.lock")
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise LockedError(
-            f"{run}: another wsi-train is at work in this folder; wait for it, or give another -o"
-        ) from error
+        raise LockedError(f"{run}: another wsi-train is using this folder; wait for it, or pass another -o") from error
     try:
         _write_or_compare(run, dataset, config)
         yield
@@ -159,50 +157,50 @@ def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
         return
-    begun, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
-    if begun != wanted:
-        now, then = wanted["config"], begun["config"]
+    recorded, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+    if recorded != wanted:
+        now, then = wanted["config"], recorded["config"]
         differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
         raise TrainError(
-            f"{run}: begun with other settings ({', '.join(differing) or 'of the data set'} differ); take a new "
-            f"folder, or the settings in {file}"
+            f"{run}: the run was started with other settings (different: {', '.join(differing) or 'the data set'}); "
+            f"pass a new folder, or use the settings in {file}"
         )
 
 
 def _check(training: PatchImages, validation: PatchImages, config: TrainConfig) -> None:
     for images in (training, validation):
         if not len(images):
-            raise TrainError(f"{images.dataset.card.name}: no image to train or to validate with")
+            raise TrainError(f"{images.dataset.card.name}: the training or validation split has no readable image")
         sides = {tuple(side) for boxes_B4 in images.boxes for side in boxes_B4[:, 2:].tolist()}
-        # Alone, patches to validate with can be of any size.
+        # Validation patches may differ in size if each one passes the network alone.
         if len(sides) > 1 and (images is training or config.region is not None):
             raise TrainError(
-                f"{images.dataset.card.name}: labelled patches are of {len(sides)} sizes, such as {min(sides)} and "
-                f"{max(sides)} px; bring the images to one size"
+                f"{images.dataset.card.name}: the labeled patches have {len(sides)} sizes, such as {min(sides)} and "
+                f"{max(sides)} px; resize the images to one size"
             )
     if any(width != height for width, height in training.boxes[0][:, 2:].tolist()):
         width, height = training.boxes[0][0, 2:].tolist()
         raise TrainError(
-            f"{training.dataset.card.name}: labelled patches are {width}x{height} px; quarter turns need square ones: "
-            "cut the images, or label crops of them"
+            f"{training.dataset.card.name}: the labeled patches are {width}x{height} px, but quarter turns need "
+            "squares; crop the images, or label crops of them"
         )
-    check_classes(training.dataset, map(Labelled, training.boxes, training.present))
+    check_classes(training.dataset, map(Labeled, training.boxes, training.present))
     largest = max(int(boxes_B4[:, 2:].max()) for boxes_B4 in training.boxes)
     if config.region is not None and largest > config.region:
         raise TrainError(
-            f"region is {config.region} px, but labelled patches are up to {largest} px at {config.mpp} µm/px; "
-            f"set region to {-(-largest // MULTIPLE) * MULTIPLE} or more, or a coarser mpp"
+            f"region is {config.region} px, but the labeled patches are up to {largest} px at {config.mpp} µm/px; "
+            f"set region to {-(-largest // MULTIPLE) * MULTIPLE} or more, or set a coarser mpp"
         )
 
 
 def _stage(
     run: Path, task: Task, config: TrainConfig, device: torch.device, processes: Processes, progress: Progress | None
 ) -> None:
-    """Load the network's weights from its product, or train it and write the product."""
+    """Load the network's weights from the stage's product, or train the network and write the product."""
     file = run / f"{task.name}.safetensors"
     if file.exists():
         task.network.load_state_dict(safetensors.torch.load_file(file))
-        logger.info("%s is there: stage skipped", file.name)
+        logger.info("%s exists: stage skipped", file.name)
     else:
         started = time.monotonic()
         fit(task, run, config, device, processes, progress)
@@ -225,16 +223,17 @@ def _wait(processes: Processes) -> None:
 def export(
     run: Path, classifier: Classifier, segmenter: nn.Module, validation: PatchImages, config: TrainConfig, device: str
 ) -> None:
-    """Calibrate the gate on presence labels of validation tiles, measure the test split once where it has masks, and
-    write the bundle.
+    """Calibrate the gate, measure the test split if it has masks, and write the bundle.
+
+    The gate is calibrated on the presence labels of validation tiles. The test split is measured only once.
     """
     folder = run / "bundle"
     if folder.exists():
-        logger.info("%s is there: nothing to do", folder)
+        logger.info("%s exists: nothing to do", folder)
         return
     dataset, side = validation.dataset, tile_side(validation, config)
     draft = make_card(dataset, config, side, (config.highest_threshold,) * len(dataset.class_names))
-    # A bundle's weights are rounded: what is calibrated and measured is what is written.
+    # A bundle stores rounded weights. Calibrate and measure the rounded ones.
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
         rounded = load_networks(save_bundle(Path(work) / "bundle", draft, classifier, segmenter))
     presence_NK, held_NK = tile_presence(Predictor.from_networks(draft, NO_DIGEST, *rounded, device=device), validation)
@@ -248,13 +247,14 @@ def export(
 
 
 def measured_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]:
-    """Return the scores of the test split (protocol `exclude`, with the gate) and the spread of the mIoU over its
-    cases; none, with a warning, where it cannot be measured: a trained model is not lost for that.
+    """Return the scores of the test split (protocol `exclude`, with the gate) and the spread of the mIoU over cases.
+
+    If the test split cannot be measured, log a warning and return no scores: the trained model must not be lost.
     """
     try:
         evaluation = evaluate(predictor, dataset, "test")
     except DatasetError as error:
-        logger.warning("the card gets no metrics, since the test split cannot be measured: %s", error)
+        logger.warning("the model card gets no metrics because the test split cannot be measured: %s", error)
         return {}
     scores = evaluation.scores("exclude", gate=True)
     values = {f"iou_{name}": iou for name, iou in scores.iou.items()}
@@ -264,18 +264,19 @@ def measured_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]
         "fwiou": scores.fwiou,
         "accuracy": scores.accuracy,
     }
-    # NaN is the IoU of a class that is in no truth and no prediction.
+    # The IoU is NaN for a class that neither the truth nor the prediction contains.
     return {f"test_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}
 
 
 def tile_side(images: PatchImages, config: TrainConfig) -> int:
-    """Return the side of the tiles that the bundle works on: the training views', as a multiple of 32."""
+    """Return the tile side of the bundle: the side of the training views, rounded up to a multiple of 32."""
     return -(-view_side(images, config.region) // MULTIPLE) * MULTIPLE
 
 
 def tile_presence(predictor: Predictor, images: PatchImages) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the classifier's probabilities (N, K) on half-overlapping tiles of all images, and which classes each tile
-    is known to hold: those of the labelled patches inside it.
+    """Return the presence probabilities (N, K) of half-overlapping tiles of all images, and the known classes (N, K).
+
+    The known classes of a tile are those of the labeled patches inside the tile.
     """
     presence, held = [], []
     for rgb_NHWC, held_NK in _tiles(images, predictor.card.tile_size):
@@ -299,14 +300,14 @@ def _tiles(images: PatchImages, side: int) -> Iterator[tuple[NDArray[np.uint8], 
 def calibrate_gate(
     presence_NK: NDArray[np.float32], held_NK: NDArray[np.bool_], recall: float, highest: float
 ) -> tuple[float, ...]:
-    """Return per class the largest threshold up to `highest` that `recall` of the tiles holding the class pass.
+    """Return per class the largest threshold up to `highest` that accepts `recall` of the tiles containing the class.
 
-    `highest` is also what a class gets that no tile holds.
+    The threshold of a class that no tile contains is `highest`.
     """
     thresholds = []
     for k in range(held_NK.shape[1]):
         held = presence_NK[held_NK[:, k], k]
-        # How many have to pass; 1e-9, since 0.9 * 10 can be a little more than 9.
+        # The number of tiles to accept. 1e-9, because 0.9 * 10 can round to slightly more than 9.
         passing = max(1, math.ceil(recall * len(held) - 1e-9))
         value = float(np.sort(held)[len(held) - passing]) - 1e-4 if len(held) else highest
         thresholds.append(round(min(highest, max(0.0, value)), 4))
@@ -314,8 +315,9 @@ def calibrate_gate(
 
 
 def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tuple[float, ...]) -> ModelCard:
-    """Return the model card, without metrics and digests. Raises TrainError where the data set's description or a name
-    does not fit a card.
+    """Return the model card without metrics and digests.
+
+    Raises TrainError if the data set's description or a name is not valid in a card.
     """
     card = dataset.card
     views = f"regions of {config.region} px" if config.region else "single patches"
@@ -345,8 +347,8 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "card"
+        key = ".".join(str(part) for part in first["loc"]) or "card"
         raise TrainError(
-            f"{card.name}: no model card can hold this {where}: {first['msg']}; "
+            f"{card.name}: {key} is not valid in a model card: {first['msg']}; "
             "change it in the dataset.toml or the settings"
         ) from error

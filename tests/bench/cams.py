@@ -38,7 +38,7 @@ from models.bundle import load_bundle, load_networks
 from models.cam import CAMS, cam_maps
 from models.classifier import Classifier
 from models.errors import CamUnavailableError
-from pipeline.training.dataset import Dataset, labelled_boxes, load_dataset, read_mask, read_rgb, samples
+from pipeline.training.dataset import Dataset, labeled_boxes, load_dataset, read_mask, read_rgb, samples
 from pipeline.training.dataset_card import Split
 from pipeline.training.evaluate import check_classes, confusion_matrix, scores
 from pipeline.training.inputs import MEAN, STD
@@ -69,7 +69,7 @@ class Subject(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """A labelled part of an image of the split."""
+    """A labeled part of an image of the split."""
 
     rgb_HWC: NDArray[np.uint8]
     truth_HW: NDArray[np.uint8]
@@ -218,14 +218,14 @@ def subject_for(method: str, subjects: Sequence[Subject]) -> Subject | None:
 
 
 def draw_crops(dataset: Dataset, split: Split, count: int, seed: int) -> list[Crop]:
-    """Draw labelled crops that hold a class, from all of a split's images that have masks."""
+    """Draw labeled crops that hold a class, from all of a split's images that have masks."""
     found = []
     for sample in samples(dataset, split):
         if sample.mask is not None:
-            labelled = labelled_boxes(dataset, sample)
+            labeled = labeled_boxes(dataset, sample)
             found += [
                 (sample, box_4, present_K)
-                for box_4, present_K in zip(labelled.boxes_B4.tolist(), labelled.present_BK, strict=True)
+                for box_4, present_K in zip(labeled.boxes_B4.tolist(), labeled.present_BK, strict=True)
                 if present_K.any()
             ]
     chosen = np.random.default_rng(seed).permutation(len(found))[:count]

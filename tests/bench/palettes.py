@@ -25,7 +25,7 @@ from models.bundle import load_bundle
 from pipeline.formats.preview import BLEND, OUTLINE
 from pipeline.training.dataset import SHIPPED
 from pipeline.training.dataset_card import read_card
-from pipeline.training.palettes import CLASS_COLOURS, Colour
+from pipeline.training.palettes import CLASS_COLORS, Color
 
 COUNT = 10
 LEAST_TO_HE = 8.0
@@ -104,7 +104,7 @@ def blended(rgb_N3: NDArray[np.number]) -> NDArray[np.float64]:
     return np.concatenate([seen_VN3(BLEND * rgb_N3 + (1 - BLEND) * tissue) for tissue in TISSUES])
 
 
-def search() -> list[Colour]:
+def search() -> list[Color]:
     """The `COUNT` colours whose least distance is largest, of those that keep the limits above; the same every time.
 
     The distance of two colours is that over tissue, but no more than half that of the plain colours. Farthest-first
@@ -158,8 +158,8 @@ def _exchanged(distances: NDArray[np.float64], chosen: list[int]) -> list[int]:
 def compare() -> Iterator[str]:
     """Rows of a table: each palette's least distances."""
     luad, bcss = (read_card(SHIPPED / f"{name}.toml") for name in ("luad-histoseg", "bcss-wsss"))
-    palettes: dict[str, Sequence[Colour]] = {
-        **{f"ours, first {count}": CLASS_COLOURS[:count] for count in (2, 3, 4, 5, 6, 8, 10)},
+    palettes: dict[str, Sequence[Color]] = {
+        **{f"ours, first {count}": CLASS_COLORS[:count] for count in (2, 3, 4, 5, 6, 8, 10)},
         **KNOWN,
         "LUAD-HistoSeg": [spec.color for spec in luad.classes],
         "BCSS-WSSS": [spec.color for spec in bcss.classes],

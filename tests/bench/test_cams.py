@@ -131,7 +131,7 @@ def test_absent_class_has_no_pixel_however_high_its_map() -> None:
     assert cams.labels_of(map_NKhw, present_NK, (1, 2)).tolist() == [[[1, 1]], [[0, 1]]]
 
 
-def test_crops_are_the_labelled_boxes_of_the_images_and_the_same_for_a_seed(dataset: Dataset) -> None:
+def test_crops_are_the_labeled_boxes_of_the_images_and_the_same_for_a_seed(dataset: Dataset) -> None:
     everything = cams.draw_crops(dataset, "test", 100, seed=0)
     assert len(everything) == 3 * 6
     for crop in everything:

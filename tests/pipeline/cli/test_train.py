@@ -64,8 +64,8 @@ def test_a_run_prints_the_bundle_and_its_metrics_on_stdout_and_a_second_one_says
         assert json.loads(one.stdout) == {"bundle": str(tmp_path / "run" / "bundle"), "metrics": card["metrics"]}
     assert "classifier done in" in outputs[0].stderr
     assert "stage skipped" not in outputs[0].stderr
-    assert "classifier.safetensors is there: stage skipped" in outputs[1].stderr
-    assert "segmenter.safetensors is there: stage skipped" in outputs[1].stderr
+    assert "classifier.safetensors exists: stage skipped" in outputs[1].stderr
+    assert "segmenter.safetensors exists: stage skipped" in outputs[1].stderr
 
 
 def test_data_may_lie_elsewhere_and_settings_come_from_a_file_then_from_options(data: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.textures import write_crops
 
 
 class Cells(nn.Module):
-    """Features of 8×8 pixels each, which know nothing of what is around them; three different stages."""
+    """Three different feature maps of 8×8 px cells, each independent of its surroundings."""
 
     channels = 6
 
@@ -33,7 +33,7 @@ class Cells(nn.Module):
 
 
 class CellClassifier(Classifier):
-    """A classifier on `Cells`, with random weights."""
+    """Return a classifier on `Cells` with random weights."""
 
     def __init__(self, head: str, classes: int = 3, seed: int = 0) -> None:
         nn.Module.__init__(self)

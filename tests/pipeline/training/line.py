@@ -26,7 +26,7 @@ def line_task(
     world: int = 1,
     dropout: float = 0.2,
 ) -> Task:
-    """Fits y = 2x - 1 with dropout, so that every random draw shows in the weights."""
+    """Fits y = 2x - 1 with dropout, so that every random draw changes the weights."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(1, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 1))
     done = [0]

@@ -28,31 +28,31 @@ SHARP = 400.0
 def predictor(
     classifier: nn.Module | None = None, segmenter: nn.Module | None = None, *, mpp: float = 1.0, **options: Any
 ) -> Predictor:
-    """Says of every pixel which of `COLORS` it has, where no other networks are given; tiles of 64 px."""
+    """Return a predictor with 64 px tiles. By default it predicts which of `COLORS` each pixel has."""
     networks = classifier or ColorClassifier(COLORS), segmenter or ColorSegmenter(COLORS, SHARP)
     return Predictor(make_card(COLORS, mpp=mpp), NO_DIGEST, *networks, device="cpu", **options)
 
 
 def image_of(labels_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """An image in the colours of the labels; what is no class is white."""
+    """Return an image in the colors of the labels; pixels without a class are white."""
     palette = np.array([*COLORS, *[(255, 255, 255)] * 254], np.uint8)
     return palette[labels_HW]
 
 
 def stripes(height: int, width: int) -> NDArray[np.uint8]:
-    """Vertical stripes of both classes, 24 and 40 px wide: their edges lie between cells of 4 px."""
+    """Return vertical stripes of both classes, 24 and 40 px wide, with edges between cells of 4 px."""
     return np.broadcast_to((np.arange(width) % 64 < 24).astype(np.uint8), (height, width)).copy()
 
 
 class CornerClassifier(nn.Module):
-    """Class 0 is in every tile, class 1 in those that are bright in their upper left corner."""
+    """Predicts class 0 in every tile, and class 1 in tiles with a bright upper left corner."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return torch.stack([torch.full((len(x_NCHW),), 8.0), x_NCHW[:, 0, 0, 0] * 16 - 8], dim=1)
 
 
 def bright_corner() -> NDArray[np.uint8]:
-    """One tile of class 1, in whose upper left corner one pixel is of class 0, which is the brighter one in red."""
+    """Return a tile of class 1 with one pixel of class 0, the brighter class in red, in the upper left corner."""
     labels_HW = np.ones((64, 64), np.uint8)
     labels_HW[0, 0] = 0
     return labels_HW
@@ -61,7 +61,7 @@ def bright_corner() -> NDArray[np.uint8]:
 def write_dataset(
     folder: Path, masks: dict[str, NDArray[np.uint8]], *, mpp: float = 1.0, background: bool = False, extra: str = ""
 ) -> Path:
-    """A data set of images in `COLORS` with one test image per mask (255: white, no class); returns its TOML file."""
+    """Write a data set with one test image in `COLORS` per mask (255: white, no class); return its TOML file."""
     for name, mask_HW in masks.items():
         for kind, pixels in (("img", image_of(mask_HW)), ("mask", mask_HW)):
             (folder / "test" / kind).mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def write_dataset(
     (folder / "dataset.toml").write_text(
         f"""
         name = "tiny"
-        description = "Two colours."
+        description = "Two colors."
         licence = "CC0"
         mpp = {mpp}
         mask_excluded = [255]

@@ -10,7 +10,7 @@ from pipeline.training.augment import Move, restain
 
 
 @given(st.integers(0, 3), st.booleans(), st.integers(0, 9), st.integers(0, 9), st.integers(1, 6), st.integers(1, 6))
-def test_boxes_move_with_the_pixels_they_hold(turns: int, flip: bool, x: int, y: int, w: int, h: int) -> None:
+def test_boxes_move_with_their_pixels(turns: int, flip: bool, x: int, y: int, w: int, h: int) -> None:
     size = 16
     x, y = min(x, size - w), min(y, size - h)
     mask_HW = np.zeros((size, size), np.uint8)
@@ -38,7 +38,7 @@ def test_restaining_scales_the_stains_that_scikit_image_unmixes() -> None:
     strength = 0.2
     draws = np.random.default_rng(3)
     scale_3, shift_3 = 1 + draws.uniform(-strength, strength, 3), draws.uniform(-strength, strength, 3) / 5
-    # scikit-image has the same vectors, but divides by log(1e-6), works on rgb / 255 and clips at white.
+    # scikit-image uses the same vectors, but divides by log(1e-6), works on rgb / 255 and clips at white.
     hed_HWC = rgb2hed(rgb_HWC)
     unit = np.linalg.norm([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], axis=1)
     changed_HWC = hed_HWC * scale_3 + shift_3 / unit / -np.log(1e-6)

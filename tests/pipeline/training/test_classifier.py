@@ -34,7 +34,7 @@ ALONE = Processes(0, 1)
 
 
 @pytest.mark.parametrize("head", ["gap", "area", "pcam"])
-def test_outputs_of_boxes_are_the_heads_on_the_cells_nearest_to_each_box(head: str) -> None:
+def test_a_box_gets_the_head_output_of_its_nearest_cells(head: str) -> None:
     classifier = CellClassifier(head)
     x_NCHW = as_input(noise_images(2, 64, 96), CPU)
     boxes = [np.array([(0, 0, 31, 26), (13, 21, 31, 26), (65, 38, 31, 26)]), np.array([(43, 11, 31, 26)])]
@@ -43,7 +43,7 @@ def test_outputs_of_boxes_are_the_heads_on_the_cells_nearest_to_each_box(head: s
     logits, maps = [], []
     for n, boxes_B4 in enumerate(boxes):
         for x, y, _, _ in boxes_B4.tolist():
-            # 31 x 26 px are 4 x 3 cells; cells begin at multiples of 8.
+            # 31 x 26 px are 4 x 3 cells. Cells start at multiples of 8.
             left, top = min(round(x / 8), 12 - 4), min(round(y / 8), 8 - 3)
             window_1Chw = deep_NChw[n : n + 1, :, top : top + 3, left : left + 4]
             one = classifier.head(window_1Chw, x_NCHW[n : n + 1])
@@ -54,7 +54,7 @@ def test_outputs_of_boxes_are_the_heads_on_the_cells_nearest_to_each_box(head: s
 
 
 @pytest.mark.parametrize("head", list(HEADS))
-def test_a_box_on_whole_cells_has_the_output_of_its_pixels_alone(head: str) -> None:
+def test_a_box_on_whole_cells_depends_only_on_its_pixels(head: str) -> None:
     classifier = CellClassifier(head)
     rgb_NHWC = noise_images(2, 48, 64)
     boxes = [np.array([(0, 16, 32, 24), (32, 24, 32, 24)]), np.array([(16, 8, 32, 24)])]
@@ -65,7 +65,7 @@ def test_a_box_on_whole_cells_has_the_output_of_its_pixels_alone(head: str) -> N
 
 
 @pytest.mark.parametrize("head", ["gap", "area"])
-def test_where_each_box_is_its_whole_image_outputs_are_those_of_the_plain_classifier(head: str) -> None:
+def test_boxes_of_whole_images_get_the_output_of_the_plain_classifier(head: str) -> None:
     torch.manual_seed(1)
     classifier = Classifier("tf_efficientnet_lite0", head, 3).eval()
     x_NCHW = as_input(noise_images(2, 40, 56), CPU)
@@ -75,7 +75,7 @@ def test_where_each_box_is_its_whole_image_outputs_are_those_of_the_plain_classi
         assert torch.equal(found.logits_NK, classifier(x_NCHW))
 
 
-def test_the_gradient_of_overlapping_boxes_reaches_the_weights_as_that_of_slices() -> None:
+def test_overlapping_boxes_have_the_same_gradient_as_slices() -> None:
     classifier = CellClassifier("gap")
     x_NCHW = as_input(noise_images(1, 32, 32), CPU)
     boxes = np.array([(0, 0, 16, 16), (8, 8, 16, 16), (16, 16, 16, 16)])
@@ -88,7 +88,7 @@ def test_the_gradient_of_overlapping_boxes_reaches_the_weights_as_that_of_slices
     torch.testing.assert_close(found, expected)
 
 
-def test_balanced_weights_make_both_halves_of_each_class_weigh_the_same() -> None:
+def test_balanced_weights_give_presence_and_absence_the_same_total_weight() -> None:
     present_MK = np.random.default_rng(0).random((200, 4)) < (0.1, 0.3, 0.5, 0.94)
     weight_2K = class_weights(present_MK.mean(axis=0), balance=True).numpy()
     weight_MK = np.where(present_MK, weight_2K[1], weight_2K[0])
@@ -98,7 +98,7 @@ def test_balanced_weights_make_both_halves_of_each_class_weigh_the_same() -> Non
     assert weight_MK.mean() == pytest.approx(1.0, rel=1e-5)
 
 
-def test_no_label_counts_more_than_ten_times_and_unbalanced_all_count_once() -> None:
+def test_no_label_weighs_more_than_ten_and_unbalanced_labels_weigh_one() -> None:
     frequency_K = np.array([0.001, 0.999, 0.0, 1.0])
     weight_2K = class_weights(frequency_K, balance=True)
     assert weight_2K.dtype == torch.float32
@@ -118,7 +118,7 @@ def made_batch(weight_2K: Tensor, seed: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize("head", ["gap", "area"])
-def test_unweighted_the_loss_is_the_multi_label_soft_margin_loss(head: str) -> None:
+def test_the_unweighted_loss_is_the_multi_label_soft_margin_loss(head: str) -> None:
     classifier, batch = CellClassifier(head), made_batch(torch.ones(2, 3))
     logits_MK = patch_outputs(
         classifier, as_input(np.stack([v.rgb_HWC for v in batch.views]), CPU), [v.boxes_B4 for v in batch.views]
@@ -128,7 +128,7 @@ def test_unweighted_the_loss_is_the_multi_label_soft_margin_loss(head: str) -> N
     torch.testing.assert_close(presence_loss(classifier, batch, CPU), expected)
 
 
-def test_the_weighted_loss_adds_the_same_on_auxiliary_logits() -> None:
+def test_the_weighted_loss_includes_auxiliary_logits() -> None:
     classifier = CellClassifier("abn")
     weight_2K = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.25, 1.5]])
     batch = made_batch(weight_2K)
@@ -148,7 +148,7 @@ def test_the_weighted_loss_adds_the_same_on_auxiliary_logits() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_mean_average_precision_is_scikit_learns_ties_included(seed: int) -> None:
+def test_mean_average_precision_equals_scikit_learn_with_ties(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scores_MK = np.round(rng.normal(size=(60, 4)), seed % 3).astype(np.float32)
     truth_MK = rng.random((60, 4)) < (0.1, 0.5, 0.9, 0.0)
@@ -156,16 +156,16 @@ def test_mean_average_precision_is_scikit_learns_ties_included(seed: int) -> Non
     assert mean_average_precision(scores_MK, truth_MK) == pytest.approx(expected, abs=1e-12)
 
 
-def test_mean_average_precision_of_no_true_patch_is_not_a_number() -> None:
+def test_mean_average_precision_without_a_positive_patch_is_nan() -> None:
     assert np.isnan(mean_average_precision(np.zeros((4, 2), np.float32), np.zeros((4, 2), bool)))
 
 
 @pytest.mark.parametrize("region", [None, 64])
-def test_presence_scores_are_those_of_all_held_out_patches(tmp_path: Path, region: int | None) -> None:
+def test_presence_scores_cover_all_held_out_patches(tmp_path: Path, region: int | None) -> None:
     images = crop_images(tmp_path, {"a": (64, 32), "b": (96, 64), "c": (64, 64)})
     classifier = CellClassifier("gap")
     found = presence_scores(classifier, images, TrainConfig(region=region), CPU)
-    # Patches begin and end on whole cells, so they do not depend on what is around them.
+    # Patches start and end on whole cells, so they do not depend on their surroundings.
     crops_NHWC = np.stack(
         [images.rgb(n)[y : y + h, x : x + w] for n in range(3) for x, y, w, h in images.boxes[n].tolist()]
     )
@@ -184,7 +184,7 @@ def test_presence_scores_are_those_of_all_held_out_patches(tmp_path: Path, regio
 
 
 @pytest.mark.parametrize("limit", [1, 3, 100])
-def test_held_out_patches_come_once_each_in_order(tmp_path: Path, limit: int) -> None:
+def test_each_held_out_patch_is_yielded_once_in_order(tmp_path: Path, limit: int) -> None:
     images = crop_images(tmp_path, {"a": (48, 32), "b": (40, 40), "c": (32, 32)})
     pixels, present, largest = [], [], 0
     for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=False, limit=limit):
@@ -199,9 +199,7 @@ def test_held_out_patches_come_once_each_in_order(tmp_path: Path, limit: int) ->
 
 
 @pytest.mark.parametrize("limit", [1, 5, 100])
-def test_held_out_images_of_one_size_come_together_mirrored_to_sides_that_networks_take(
-    tmp_path: Path, limit: int
-) -> None:
+def test_held_out_images_of_one_size_are_batched_and_mirrored_to_valid_sides(tmp_path: Path, limit: int) -> None:
     images = crop_images(tmp_path, {"a": (48, 33), "b": (60, 40), "c": (32, 32), "d": (32, 32)})
     pixels, seen_boxes, present, sizes = [], [], [], []
     for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=True, limit=limit):
@@ -215,7 +213,7 @@ def test_held_out_images_of_one_size_come_together_mirrored_to_sides_that_networ
         rgb_HWC = images.rgb(n)
         height, width = rgb_HWC.shape[:2]
         np.testing.assert_array_equal(pixels[n][:height, :width], rgb_HWC)
-        # The edge pixel is repeated, then the others follow backwards.
+        # The edge pixel is repeated, then the others follow in reverse order.
         for row in range(height, pixels[n].shape[0]):
             np.testing.assert_array_equal(pixels[n][row, :width], rgb_HWC[2 * height - 1 - row])
         np.testing.assert_array_equal(seen_boxes[n], images.boxes[n])
@@ -224,7 +222,7 @@ def test_held_out_images_of_one_size_come_together_mirrored_to_sides_that_networ
         assert sizes == [2, 2]
 
 
-def test_a_step_keeps_statistics_and_frozen_parameters_and_moves_all_others(tmp_path: Path) -> None:
+def test_a_step_changes_everything_except_statistics_and_frozen_parameters(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 64)})
     torch.manual_seed(0)
     config = TrainConfig(region=64, classifier_batch=2, classifier_steps=1, classifier_epochs=1, ema=0.0, warm_up=0)
@@ -243,20 +241,20 @@ def test_a_step_keeps_statistics_and_frozen_parameters_and_moves_all_others(tmp_
     assert all(not torch.equal(before[name], after[name]) for name in moved)
 
 
-def test_batch_norms_stay_in_evaluation_and_everything_else_trains() -> None:
+def test_only_batch_norms_stay_in_eval_mode() -> None:
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Sequential(nn.BatchNorm1d(1), nn.Dropout()))
     keep_statistics(network.train())
     assert [module.training for module in network.modules()] == [True, True, False, True, False, True]
 
 
-def test_the_head_has_the_rate_of_new_parameters(tmp_path: Path) -> None:
+def test_the_head_uses_the_learning_rate_of_new_parameters(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 64)})
     classifier = CellClassifier("area")
     task = classifier_task(classifier, images, images, TrainConfig(region=64), CPU, ALONE)
     assert {id(p) for p in task.new_parameters} == {id(p) for p in classifier.head.parameters()}
 
 
-def test_a_batch_has_the_same_views_whatever_share_of_it_a_process_makes(tmp_path: Path) -> None:
+def test_a_batch_has_the_same_views_for_any_number_of_processes(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (96, 80), "b": (70, 70)})
     config = TrainConfig(region=64, classifier_batch=5)
     whole, *shares = (
@@ -271,7 +269,7 @@ def test_a_batch_has_the_same_views_whatever_share_of_it_a_process_makes(tmp_pat
         np.testing.assert_array_equal(view.present_BK, shares[n % 2].views[n // 2].present_BK)
 
 
-def test_without_regions_a_view_is_one_labelled_patch(tmp_path: Path) -> None:
+def test_without_regions_a_view_is_one_labeled_patch(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (96, 80)})
     task = classifier_task(CellClassifier("gap"), images, images, TrainConfig(region=None, stain=0.0), CPU, ALONE)
     patches = {
@@ -289,7 +287,7 @@ def test_an_epoch_draws_as_many_pixels_as_the_images_have(tmp_path: Path) -> Non
     assert steps_per_epoch(images, 224, 20) == 1
 
 
-def test_the_dropout_of_attention_follows_its_schedule(tmp_path: Path) -> None:
+def test_attention_dropout_follows_its_schedule(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 64)})
     for config, expected in (
         (TrainConfig(head="pda", region=64, pda_schedule="paper"), [1, 1, 1, 0.985, 0.985**2]),
@@ -305,7 +303,7 @@ def test_the_dropout_of_attention_follows_its_schedule(tmp_path: Path) -> None:
         assert seen == pytest.approx(expected)
 
 
-def test_a_measure_of_which_there_is_no_patch_is_not_a_number_and_the_score_is_one(tmp_path: Path) -> None:
+def test_the_score_skips_a_measure_without_patches(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (32, 32)})
     found = presence_scores(CellClassifier("gap"), images, TrainConfig(), CPU)
     assert np.isfinite(found["score"])

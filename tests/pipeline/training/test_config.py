@@ -12,11 +12,11 @@ from pipeline.training.config import PRESETS, TrainConfig, train_config
 from tests.repository import REPOSITORY
 
 
-def test_default_preset_is_the_defaults() -> None:
+def test_the_default_preset_changes_no_default() -> None:
     assert train_config() == TrainConfig()
 
 
-def test_paper_preset_is_the_published_method() -> None:
+def test_the_paper_preset_is_the_published_method() -> None:
     config = train_config("paper-sgd")
     assert (config.head, config.cam, config.layer_weights) == ("pda", "grad-cam", (0.2, 0.2, 0.6))
     assert (config.optimizer, config.schedule, config.weight_decay) == ("sgd", "poly", 5e-4)
@@ -29,7 +29,7 @@ def test_every_preset_is_a_valid_configuration(preset: str) -> None:
     assert isinstance(train_config(preset), TrainConfig)
 
 
-def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+def test_settings_override_the_file_and_the_file_overrides_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "train.toml"
     file.write_text('ema = 0.5\nhead = "gap"\n')
     config = train_config("default", file, ["head=pda", "region=none", "layer_weights=[0.0, 0.0, 1.0]", "seed=3"])
@@ -37,16 +37,16 @@ def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("heads=gap", "unknown setting 'heads'"),
-        ("ema", "not of the form name=value"),
+        ("ema", "must have the form name=value"),
         ("ema=much", "setting ema"),
         ("ema=1.5", "ema is 1.5"),
         ("region=100", "region is 100"),
         ("patience=0", "patience is 0"),
         ("layer_weights=[0.5, 0.5, 0.5]", "must sum to 1"),
-        ("layer_weights=[0.2, 0.2, 0.6]", "knows the deep layer only"),
+        ("layer_weights=[0.2, 0.2, 0.6]", "supports only the deep layer"),
         ("optimizer=adam", "setting optimizer"),
         ("backbone=resnet38d", "set encoder too"),
         ("head=lfi", "cannot make class probabilities from head lfi; set cam too"),
@@ -54,15 +54,15 @@ def test_settings_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path)
         ("cam=kam", "cam is 'kam'; use head, cam, grad-cam"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_named(setting: str, said: str) -> None:
-    with pytest.raises(TrainConfigError, match=said):
+def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:
+    with pytest.raises(TrainConfigError, match=message):
         train_config("default", None, [setting])
 
 
-def test_a_preset_or_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
+def test_the_error_names_an_unknown_preset_or_missing_file(tmp_path: Path) -> None:
     with pytest.raises(TrainConfigError, match=r"unknown preset 'best'.*default, paper"):
         train_config("best")
-    with pytest.raises(TrainConfigError, match=r"absent.toml: cannot be read"):
+    with pytest.raises(TrainConfigError, match=r"absent.toml: is not readable TOML"):
         train_config("default", tmp_path / "absent.toml")
 
 

@@ -1,4 +1,4 @@
-"""Data sets of every form, made in a folder, and what is said about broken ones."""
+"""Data sets of every form, written into a folder, and the errors for broken ones."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from pipeline.training import dataset_card
 from pipeline.training.dataset import (
     IGNORED,
     Dataset,
-    Labelled,
+    Labeled,
     Sample,
     background_HW,
     check_classes,
     check_images,
-    labelled_boxes,
+    labeled_boxes,
     load_dataset,
     read_mask,
     read_rgb,
@@ -104,7 +104,7 @@ def image(file: Path, width: int = 12, height: int = 10, value: int = 90) -> Pat
 
 
 def mask(file: Path, values_HW: NDArray[np.uint8], mode: str = "P") -> Path:
-    """A palette mask whose palette's colours and grey values are far from its indices."""
+    """Write a mask whose palette colors and gray values differ from its indices."""
     file.parent.mkdir(parents=True, exist_ok=True)
     made = Image.fromarray(values_HW)
     if mode == "P":
@@ -128,7 +128,7 @@ def names(chosen: tuple[Sample, ...]) -> list[str]:
 # Forms of data sets
 
 
-def test_published_layout_has_labels_in_training_names_and_masks_elsewhere(tmp_path: Path) -> None:
+def test_the_published_layout_has_labels_in_training_names_and_masks_elsewhere(tmp_path: Path) -> None:
     image(tmp_path / "training" / "9-[0 1].png")
     image(tmp_path / "training" / "10[10].png")
     image(tmp_path / "val" / "img" / "v.png")
@@ -144,24 +144,24 @@ def test_published_layout_has_labels_in_training_names_and_masks_elsewhere(tmp_p
     assert [sample.labels_K for sample in train] == [(True, False), (False, True)]
     assert [(sample.mask, sample.group) for sample in train] == [(None, ""), (None, "")]
     assert val == (Sample("v", tmp_path / "val" / "img" / "v.png", tmp_path / "val" / "mask" / "v.png", "", None),)
-    whole = labelled_boxes(dataset, train[1])
+    whole = labeled_boxes(dataset, train[1])
     assert (whole.boxes_B4.tolist(), whole.present_BK.tolist()) == ([[0, 0, 12, 10]], [[False, True]])
-    # Of the validation image, one pixel of blue counts: the labels are of presence, without a minimum.
-    counted = labelled_boxes(dataset, val[0])
+    # A single blue pixel of the validation image counts, because presence has no minimum here.
+    counted = labeled_boxes(dataset, val[0])
     assert (counted.boxes_B4.tolist(), counted.present_BK.tolist()) == ([[0, 0, 12, 10]], [[True, True]])
 
 
-def test_minimum_of_whole_masks_is_a_setting(tmp_path: Path) -> None:
+def test_the_minimum_share_of_whole_masks_is_a_setting(tmp_path: Path) -> None:
     image(tmp_path / "val" / "img" / "v.png")
     values_HW = plain()
     values_HW[0, :12] = 1
     mask(tmp_path / "val" / "mask" / "v.png", values_HW)
     dataset = load_dataset(put(tmp_path, HEAD + FILE_NAME_LABELS + "mask_minimum = 0.1"))
 
-    assert labelled_boxes(dataset, samples(dataset, "val")[0]).present_BK.tolist() == [[True, False]]
+    assert labeled_boxes(dataset, samples(dataset, "val")[0]).present_BK.tolist() == [[True, False]]
 
 
-def test_crops_of_a_mask_are_labelled_by_presence(tmp_path: Path) -> None:
+def test_crops_of_a_mask_are_labeled_by_presence(tmp_path: Path) -> None:
     image(tmp_path / "img" / "a.png")
     values_HW = plain()
     values_HW[:, 9:] = 1
@@ -169,17 +169,17 @@ def test_crops_of_a_mask_are_labelled_by_presence(tmp_path: Path) -> None:
     dataset = load_dataset(put(tmp_path, HEAD + CROP_LABELS))
 
     (sample,) = samples(dataset, "train")
-    labelled = labelled_boxes(dataset, sample)
+    labeled = labeled_boxes(dataset, sample)
 
     assert sample.labels_K is None
-    assert labelled.boxes_B4.tolist() == [[0, 0, 8, 8], [4, 0, 8, 8], [0, 2, 8, 8], [4, 2, 8, 8]]
-    assert labelled.present_BK.tolist() == [[True, False], [True, True], [True, False], [True, True]]
+    assert labeled.boxes_B4.tolist() == [[0, 0, 8, 8], [4, 0, 8, 8], [0, 2, 8, 8], [4, 2, 8, 8]]
+    assert labeled.present_BK.tolist() == [[True, False], [True, True], [True, False], [True, True]]
 
 
-def test_table_gives_labels_groups_and_splits(tmp_path: Path) -> None:
+def test_a_table_provides_labels_groups_and_splits(tmp_path: Path) -> None:
     for name in "abcde":
         image(tmp_path / "img" / f"{name}.png")
-    # Names with and without extension, a byte order mark, and a row without image, which nothing asks for.
+    # Names with and without extension, a byte order mark, and an unused row without an image.
     table(
         tmp_path,
         ["b.png,p2,train,0,1", "a,p1,train,1,0", "c,p2,testA,1,1", "d,p3,testB,0,1", "e,p3,train,1,1", "z,,,,"],
@@ -196,7 +196,7 @@ def test_table_gives_labels_groups_and_splits(tmp_path: Path) -> None:
     assert dataset.card.splits == ("train", "val", "test")
 
 
-def test_class_folders_split_by_a_hash_of_the_group_in_the_name(tmp_path: Path) -> None:
+def test_class_folders_are_split_by_a_hash_of_the_group_in_the_name(tmp_path: Path) -> None:
     for patient in range(40):
         image(tmp_path / ("red" if patient % 2 else "blue") / f"P{patient}-0.png")
         image(tmp_path / "blue" / f"P{patient}-1.png")
@@ -243,12 +243,12 @@ source = "folders"
         ("GT2013123", "test"),
     ],
 )
-def test_hash_split_keeps_cases_where_the_first_colon_gland_had_them(case: str, split: Split) -> None:
-    """The cases nearest to the limits, as the first training of the shipped bundle split them."""
+def test_the_hash_split_still_equals_the_split_of_the_shipped_bundle(case: str, split: Split) -> None:
+    """These are the cases nearest to the limits when the shipped bundle was first trained."""
     assert hash_split(case, 0.70, 0.15) == split
 
 
-def test_first_pattern_that_finds_images_is_taken_and_hidden_files_are_not_images(tmp_path: Path) -> None:
+def test_the_first_matching_pattern_is_used_and_hidden_files_are_skipped(tmp_path: Path) -> None:
     image(tmp_path / "train" / "a[10].png")
     image(tmp_path / "training" / "b[10].png")
     image(tmp_path / "train" / "c[10].png").rename(tmp_path / "train" / "._c[10].png")
@@ -257,7 +257,7 @@ def test_first_pattern_that_finds_images_is_taken_and_hidden_files_are_not_image
     assert names(samples(dataset, "train")) == ["a[10]"]
 
 
-def test_root_is_the_argument_or_the_key_or_the_folder_of_the_file(tmp_path: Path) -> None:
+def test_the_root_is_the_argument_the_key_or_the_folder_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "other").mkdir()
     named = put(tmp_path, 'root = "data"\n' + HEAD + CROP_LABELS)
@@ -272,7 +272,7 @@ def test_root_is_the_argument_or_the_key_or_the_folder_of_the_file(tmp_path: Pat
 
 @pytest.fixture
 def masked(tmp_path: Path) -> tuple[Dataset, Sample]:
-    """One image with a mask that holds every value the card knows."""
+    """Return one image with a mask that contains every value of the card."""
     image(tmp_path / "img" / "a.png")
     values_HW = plain()
     values_HW[0, :5] = [0, 1, 2, 4, 0]
@@ -281,7 +281,7 @@ def masked(tmp_path: Path) -> tuple[Dataset, Sample]:
     return dataset, samples(dataset, "train")[0]
 
 
-def test_mask_is_read_by_palette_index(masked: tuple[Dataset, Sample]) -> None:
+def test_a_mask_is_read_by_palette_index(masked: tuple[Dataset, Sample]) -> None:
     labels_HW = read_mask(*masked)
 
     assert labels_HW[0, :5].tolist() == [0, 1, 1, IGNORED, 0]
@@ -291,7 +291,7 @@ def test_mask_is_read_by_palette_index(masked: tuple[Dataset, Sample]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "1"])
-def test_grey_and_binary_masks_hold_class_values_too(masked: tuple[Dataset, Sample], mode: str) -> None:
+def test_gray_and_binary_masks_contain_class_values_too(masked: tuple[Dataset, Sample], mode: str) -> None:
     dataset, sample = masked
     assert sample.mask is not None
     values_HW = plain()
@@ -303,7 +303,7 @@ def test_grey_and_binary_masks_hold_class_values_too(masked: tuple[Dataset, Samp
     assert read_mask(dataset, sample)[:, 0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
 
 
-def test_image_is_read_as_rgb_whatever_it_is_stored_as(masked: tuple[Dataset, Sample]) -> None:
+def test_an_image_of_any_mode_is_read_as_rgb(masked: tuple[Dataset, Sample]) -> None:
     _, sample = masked
     rgb_HWC = read_rgb(sample)
     assert rgb_HWC.shape == (10, 12, 3)
@@ -314,17 +314,17 @@ def test_image_is_read_as_rgb_whatever_it_is_stored_as(masked: tuple[Dataset, Sa
     assert read_rgb(sample)[0, 0].tolist() == [1, 2, 3]
 
 
-def test_mask_of_another_size_names_both_files_and_sizes(masked: tuple[Dataset, Sample]) -> None:
+def test_the_error_names_both_files_if_mask_and_image_sizes_differ(masked: tuple[Dataset, Sample]) -> None:
     dataset, sample = masked
     assert sample.mask is not None
     mask(sample.mask, plain(width=11))
 
     with pytest.raises(MaskError) as raised:
-        labelled_boxes(dataset, sample)
-    assert str(raised.value) == f"{sample.mask}: is 11x10, its image {sample.image} is 12x10"
+        labeled_boxes(dataset, sample)
+    assert str(raised.value) == f"{sample.mask}: is 11x10 px, but its image {sample.image} is 12x10 px"
 
 
-def test_mask_value_of_no_class_names_the_file_the_value_and_the_known_ones(masked: tuple[Dataset, Sample]) -> None:
+def test_the_error_names_an_unknown_mask_value_and_the_known_values(masked: tuple[Dataset, Sample]) -> None:
     dataset, sample = masked
     assert sample.mask is not None
     values_HW = plain()
@@ -333,20 +333,20 @@ def test_mask_value_of_no_class_names_the_file_the_value_and_the_known_ones(mask
 
     with pytest.raises(MaskError) as raised:
         read_mask(dataset, sample)
-    assert str(raised.value).startswith(f"{sample.mask}: holds the value(s) 3, 254 that no class has")
+    assert str(raised.value).startswith(f"{sample.mask}: contains the value(s) 3, 254, which no class has")
     assert "red [0], blue [1, 2]; mask_excluded [4]" in str(raised.value)
 
 
-def test_coloured_mask_is_refused(masked: tuple[Dataset, Sample]) -> None:
+def test_an_rgb_mask_is_refused(masked: tuple[Dataset, Sample]) -> None:
     dataset, sample = masked
     assert sample.mask is not None
     image(sample.mask)
 
-    with pytest.raises(MaskError, match=r"a.png: is RGB; a mask must be a palette or 8-bit grey image"):
+    with pytest.raises(MaskError, match=r"a.png: has mode RGB; a mask must be a palette or 8-bit gray image"):
         read_mask(dataset, sample)
 
 
-def test_mask_that_is_missing_or_does_not_open_is_named(masked: tuple[Dataset, Sample]) -> None:
+def test_the_error_names_a_missing_or_unreadable_mask(masked: tuple[Dataset, Sample]) -> None:
     dataset, sample = masked
     assert sample.mask is not None
     sample.mask.write_bytes(b"no image")
@@ -360,14 +360,14 @@ def test_mask_that_is_missing_or_does_not_open_is_named(masked: tuple[Dataset, S
         read_mask(dataset, Sample("a", sample.image, None, "", None))
 
 
-def test_image_of_16_bits_is_refused_not_clipped(tmp_path: Path) -> None:
+def test_a_16_bit_image_is_refused_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 5000, dtype=np.uint16)).save(tmp_path / "deep.png")
 
     with pytest.raises(UnreadableImageError, match=r"deep\.png: has mode I;16; an image must have 8 bits"):
         read_rgb(Sample("deep", tmp_path / "deep.png", None, "", None))
 
 
-def test_background_is_bright_and_in_pieces_of_the_smallest_size() -> None:
+def test_background_is_bright_pieces_of_at_least_the_smallest_size() -> None:
     rgb_HWC = np.full((30, 30, 3), 120, dtype=np.uint8)
     rgb_HWC[0:5, 0:10] = 201  # 50 pixels
     rgb_HWC[10:17, 0:7] = 255  # 49 pixels
@@ -389,7 +389,7 @@ def test_background_is_bright_and_in_pieces_of_the_smallest_size() -> None:
 
 @pytest.fixture
 def ten(tmp_path: Path) -> tuple[Sample, ...]:
-    """Ten images, of which two do not open: one is empty, one ends in the middle."""
+    """Return ten images of which two cannot be opened: one is empty, one is truncated."""
     for n in range(10):
         file = image(tmp_path / "train" / f"{n}[10].png", width=64, height=64)
         Image.fromarray(np.random.default_rng(n).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
@@ -399,7 +399,7 @@ def ten(tmp_path: Path) -> tuple[Sample, ...]:
     return samples(load_dataset(put(tmp_path, HEAD + FILE_NAME_LABELS)), "train")
 
 
-def test_images_that_do_not_open_are_named_counted_and_left_out(
+def test_unreadable_images_are_logged_counted_and_skipped(
     ten: tuple[Sample, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -408,76 +408,76 @@ def test_images_that_do_not_open_are_named_counted_and_left_out(
     assert names(readable) == [f"{n}[10]" for n in (0, 1, 2, 4, 5, 6, 8, 9)]
     assert "3[10].png: cannot be read" in caplog.text
     assert "7[10].png: cannot be read" in caplog.text
-    assert "2 of 10 images cannot be read and are left out" in caplog.text
+    assert "2 of 10 images cannot be read and are skipped" in caplog.text
 
 
-def test_more_images_that_do_not_open_than_the_limit_end_the_run(ten: tuple[Sample, ...]) -> None:
+def test_more_unreadable_images_than_the_limit_are_an_error(ten: tuple[Sample, ...]) -> None:
     with pytest.raises(
-        UnreadableImageError, match=r"2 of 10 images cannot be read, 19\.0% may: .*3\[10\]\.png.*7\[10\]"
+        UnreadableImageError, match=r"2 of 10 images cannot be read, at most 19\.0% may fail; .*3\[10\]\.png.*7\[10\]"
     ):
         check_images(ten, limit=0.19)
 
 
-def test_read_of_an_image_that_does_not_open_names_it(ten: tuple[Sample, ...]) -> None:
+def test_the_error_names_an_unreadable_image(ten: tuple[Sample, ...]) -> None:
     for index in (3, 7):
         with pytest.raises(UnreadableImageError, match=rf"{index}\[10\]\.png: cannot be read"):
             read_rgb(ten[index])
 
 
-def test_good_images_are_all_returned_without_a_word(ten: tuple[Sample, ...], caplog: pytest.LogCaptureFixture) -> None:
+def test_good_images_are_returned_without_a_warning(ten: tuple[Sample, ...], caplog: pytest.LogCaptureFixture) -> None:
     assert check_images(ten[:3], limit=0) == ten[:3]
     assert caplog.text == ""
 
 
-def test_class_without_training_patch_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_class_without_a_training_patch(tmp_path: Path) -> None:
     dataset = load_dataset(put(tmp_path, HEAD + CROP_LABELS))
     boxes_B4 = np.zeros((2, 4), dtype=np.int64)
-    only_red = Labelled(boxes_B4, np.array([[True, False], [True, False]]))
-    both = Labelled(boxes_B4, np.array([[False, False], [True, True]]))
+    only_red = Labeled(boxes_B4, np.array([[True, False], [True, False]]))
+    both = Labeled(boxes_B4, np.array([[False, False], [True, True]]))
 
     check_classes(dataset, [only_red, both])
-    with pytest.raises(EmptyClassError, match=r"tiny: no training patch of 4 has class blue;"):
+    with pytest.raises(EmptyClassError, match=r"tiny: none of 4 training patches has class blue;"):
         check_classes(dataset, iter([only_red, only_red]))
-    with pytest.raises(EmptyClassError, match="of 0 has class red, blue"):
+    with pytest.raises(EmptyClassError, match="none of 0 training patches has class red, blue"):
         check_classes(dataset, [])
 
 
-def test_label_that_does_not_parse_names_the_file(tmp_path: Path) -> None:
+def test_the_error_names_the_file_of_an_invalid_label(tmp_path: Path) -> None:
     image(tmp_path / "train" / "good[10].png")
     bad = image(tmp_path / "train" / "bad[1x].png")
     dataset = load_dataset(put(tmp_path, HEAD + FILE_NAME_LABELS))
 
-    with pytest.raises(LabelError, match="no label in the file name") as raised:
+    with pytest.raises(LabelError, match="the file name has no label") as raised:
         samples(dataset, "train")
     assert str(bad) in str(raised.value)
 
 
-def test_missing_images_name_the_folder_and_the_patterns_tried(tmp_path: Path) -> None:
+def test_the_error_for_missing_images_names_the_folder_and_the_patterns(tmp_path: Path) -> None:
     dataset = load_dataset(put(tmp_path, HEAD + FILE_NAME_LABELS))
 
     with pytest.raises(MissingImagesError) as raised:
         samples(dataset, "train")
     assert f"no images for split train in {tmp_path}; tried train/*.png, training/*.png;" in str(raised.value)
-    with pytest.raises(MissingImagesError, match="tiny: describes no split test, only train, val"):
+    with pytest.raises(MissingImagesError, match="does not describe split test, only train, val"):
         samples(dataset, "test")
 
 
-def test_split_into_which_nothing_falls_is_an_error(tmp_path: Path) -> None:
+def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
     image(tmp_path / "img" / "a.png")
     image(tmp_path / "img" / "b.png")
     table(tmp_path, ["a,p1,train,1,0", "b,p2,train,1,0"])
     dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
 
-    with pytest.raises(MissingImagesError, match=r"tiny: no image falls into split test \(1 in train, 1 in val\)"):
+    with pytest.raises(MissingImagesError, match=r"tiny: split test has no images \(1 in train, 1 in val\)"):
         samples(dataset, "test")
 
 
-def test_two_images_of_one_name_are_an_error(tmp_path: Path) -> None:
+def test_two_images_of_the_same_name_are_an_error(tmp_path: Path) -> None:
     first, second = image(tmp_path / "red" / "a.png"), image(tmp_path / "blue" / "a.png")
     rest = '[images]\ntrain = [{ image = "*/*.png" }]\n[labels]\nsource = "folders"\n'
     dataset = load_dataset(put(tmp_path, HEAD + rest))
 
-    with pytest.raises(DatasetFileError, match="two images are named a: ") as raised:
+    with pytest.raises(DatasetFileError, match="two images have the name a: ") as raised:
         samples(dataset, "train")
     assert str(first) in str(raised.value)
     assert str(second) in str(raised.value)
@@ -488,14 +488,17 @@ def test_two_images_of_one_name_are_an_error(tmp_path: Path) -> None:
     [
         (["a,p1,train,1,0"], r"b\.png: has no row in meta\.csv \(column name\)"),
         (["a,p1,train,1,0", "b,p2,train,1,0", "a,p2,train,1,0"], r"meta\.csv: a has two rows"),
-        (["a,p1,train,1,0", "b,p2,train,1,"], r"b\.png: column blue of the table holds ''"),
-        (["a,p1,train,1,0", "b,p2,learn,1,0"], r"b\.png: column split says learn; \[split\] knows train, testA, testB"),
-        (["a,p1,train,1,0", "b,,train,1,0"], r"b\.png: the table has no patient for it"),
-        (["a,p1,train,1,0", "b,p1,train,1,0"], r"val_groups names p2, which no training image belongs to"),
+        (["a,p1,train,1,0", "b,p2,train,1,"], r"b\.png: column blue of the table contains ''"),
+        (
+            ["a,p1,train,1,0", "b,p2,learn,1,0"],
+            r"b\.png: column split contains learn, but \[split\] lists only train, testA",
+        ),
+        (["a,p1,train,1,0", "b,,train,1,0"], r"b\.png: the table has no patient for this image"),
+        (["a,p1,train,1,0", "b,p1,train,1,0"], r"val_groups lists p2, but no training image belongs to it"),
         (["a,p1,train,1,0", "b,p2,train,1,0,1"], r"meta\.csv: the row of b has more cells than the header"),
     ],
 )
-def test_table_that_does_not_fit_the_images_is_an_error(tmp_path: Path, rows: list[str], message: str) -> None:
+def test_a_table_that_does_not_fit_the_images_is_an_error(tmp_path: Path, rows: list[str], message: str) -> None:
     image(tmp_path / "img" / "a.png")
     image(tmp_path / "img" / "b.png")
     table(tmp_path, rows)
@@ -505,18 +508,18 @@ def test_table_that_does_not_fit_the_images_is_an_error(tmp_path: Path, rows: li
         samples(dataset, "val")
 
 
-def test_table_that_cannot_be_read_or_lacks_the_name_column_is_an_error(tmp_path: Path) -> None:
+def test_a_table_that_is_unreadable_or_lacks_the_name_column_is_an_error(tmp_path: Path) -> None:
     image(tmp_path / "img" / "a.png")
     dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
 
     with pytest.raises(LabelError, match=r"meta\.csv: the table cannot be read"):
         samples(dataset, "train")
     table(tmp_path, [], header="file,split")
-    with pytest.raises(LabelError, match=r"meta\.csv: has no column name; its columns are file, split"):
+    with pytest.raises(LabelError, match=r"meta\.csv: has no column name; the columns are file, split"):
         samples(dataset, "train")
 
 
-def test_group_pattern_that_does_not_match_names_the_file(tmp_path: Path) -> None:
+def test_the_error_names_the_file_that_the_group_pattern_does_not_match(tmp_path: Path) -> None:
     image(tmp_path / "img" / "Q1.png")
     rest = TABLE_LABELS.replace('column = "patient"', "pattern = '^(P[0-9]+)'")
     table(tmp_path, ["Q1,p1,train,1,0"])
@@ -535,7 +538,7 @@ def test_group_pattern_that_does_not_match_names_the_file(tmp_path: Path) -> Non
         ("side = 8", "side = 8\nsidee = 8", r"unknown key labels\.sidee"),
         ("mpp = 0.5", "", "key mpp is missing"),
         ("mpp = 0.5", "mpp = 0", "mpp: Input should be greater than 0"),
-        ("mpp = 0.5", "mpp = ", "is no TOML"),
+        ("mpp = 0.5", "mpp = ", "is not valid TOML"),
         ("[200, 0, 0]", "[300, 0, 0]", r"classes\.0\.color\.0: .* less than or equal to 255"),
         ('"blue"', '"red"', "class name red is given twice"),
         ('"blue"', '"Tumor: blue"', r"classes\.1\.name: .*class name 'Tumor: blue' must be printable, without ':'"),
@@ -543,20 +546,20 @@ def test_group_pattern_that_does_not_match_names_the_file(tmp_path: Path) -> Non
         ("[1, 2]", "[1, 4]", "mask value 4 is given twice"),
         (", mask_values = [1, 2]", "", r"images\.train has masks, but mask_values is missing for blue"),
         (', mask = "mask/{name}.png"', "", r"images\.train needs a mask"),
-        ("{name}", "a", r"images\.train\.0\.mask: 'mask/a\.png' must hold {name}"),
+        ("{name}", "a", r"images\.train\.0\.mask: 'mask/a\.png' must contain {name}"),
         ("img/*.png", "/img/*.png", r"images\.train\.0\.image: '/img/\*\.png' must be a path below root"),
-        ("stride = 4", "stride = 9", "labels: stride 9 is more than side 8"),
+        ("stride = 4", "stride = 9", "labels: stride 9 is larger than side 8"),
         ("minimum = 0.05", "minimum = 1.5", r"labels\.minimum: .* less than 1"),
         ('"mask-crops"', '"masks"', "labels: .*'masks'.*'mask-crops'"),
-        ("train =", "all =", r"give \[split\] together with images\.all"),
-        ("[labels]", '[split]\nby = "hash"\n[labels]', r"give \[split\] together with images\.all"),
-        ("[labels]", '[group]\ncolumn = "case"\n[labels]', r"a column is named, but no \[table\]"),
-        ("[labels]", '[group]\npattern = "a"\n[labels]', r"group\.pattern: 'a' has 0 groups, it must have one"),
-        ("[labels]", '[group]\npattern = "("\n[labels]', r"group\.pattern: '\(' is no regular expression"),
-        ("[labels]", "[group]\n[labels]", "group: give either column or pattern"),
+        ("train =", "all =", r"\[split\] and images\.all belong together"),
+        ("[labels]", '[split]\nby = "hash"\n[labels]', r"\[split\] and images\.all belong together"),
+        ("[labels]", '[group]\ncolumn = "case"\n[labels]', r"a column needs a table; add \[table\]"),
+        ("[labels]", '[group]\npattern = "a"\n[labels]', r"group\.pattern: 'a' has 0 groups; it must have one"),
+        ("[labels]", '[group]\npattern = "("\n[labels]', r"group\.pattern: '\(' is not a valid regular expression"),
+        ("[labels]", "[group]\n[labels]", "group: set either column or pattern"),
     ],
 )
-def test_wrong_key_is_named_with_the_file(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_the_error_names_a_wrong_key_and_the_file(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in HEAD + CROP_LABELS
     file = put(tmp_path, (HEAD + CROP_LABELS).replace(old, new))
 
@@ -569,12 +572,12 @@ def test_wrong_key_is_named_with_the_file(tmp_path: Path, old: str, new: str, me
     ("old", "new", "message"),
     [
         ('test = ["testA", "testB"]', 'test = ["train"]', "split: split value train is given twice"),
-        ('[group]\ncolumn = "patient"', "", r"this split goes by group; say in \[group\]"),
+        ('[group]\ncolumn = "patient"', "", r"this split needs groups; describe in \[group\]"),
         ('source = "csv"', 'source = "csv"\ncolumns = ["red"]', r"labels\.columns has 1 names for 2 classes"),
         (
             'source = "csv"',
             'source = "csv"\ncolumns = ["r", "b"]\nlist_column = "t"',
-            "labels: give columns or list_column",
+            "labels: set columns or list_column",
         ),
         (
             'source = "csv"',
@@ -586,7 +589,7 @@ def test_wrong_key_is_named_with_the_file(tmp_path: Path, old: str, new: str, me
         ("[images]\nall", "[images]\ntrain = []\nall", "images must name at least one pattern"),
     ],
 )
-def test_sections_that_do_not_fit_each_other_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_the_error_names_contradicting_sections(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in TABLE_LABELS
     toml = HEAD + TABLE_LABELS.replace(old, new)
     if 'by = "hash"' in new:
@@ -596,10 +599,10 @@ def test_sections_that_do_not_fit_each_other_are_named(tmp_path: Path, old: str,
         load_dataset(put(tmp_path, toml))
 
 
-def test_unknown_data_set_and_missing_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DatasetFileError, match=r"nowhere: no such file, .* bcss-wsss, ebhi-seg, glas, luad-histoseg"):
+def test_the_error_names_an_unknown_data_set_or_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(DatasetFileError, match=r"nowhere: there is no .* bcss-wsss, ebhi-seg, glas, luad-histoseg"):
         load_dataset("nowhere")
-    with pytest.raises(DatasetFileError, match="glas: say in which folder this data set lies"):
+    with pytest.raises(DatasetFileError, match="glas: pass the folder of this data set"):
         load_dataset("glas")
     with pytest.raises(DatasetFileError, match=f"glas: the folder {re.escape(str(tmp_path / 'gone'))} does not exist"):
         load_dataset("glas", tmp_path / "gone")
@@ -618,7 +621,7 @@ def test_unknown_data_set_and_missing_folder_are_named(tmp_path: Path) -> None:
         ("bcss-wsss", "training", "valid", "_MPP-0.2500+0[1001]"),
     ],
 )
-def test_published_layouts_are_read_as_they_are(tmp_path: Path, name: str, train: str, val: str, suffix: str) -> None:
+def test_published_layouts_are_read_unchanged(tmp_path: Path, name: str, train: str, val: str, suffix: str) -> None:
     image(tmp_path / train / f"x{suffix}.png")
     for folder in (val, "test"):
         image(tmp_path / folder / "img" / "y.png")
@@ -632,11 +635,11 @@ def test_published_layouts_are_read_as_they_are(tmp_path: Path, name: str, train
         (sample,) = samples(dataset, split)
         labels_HW = read_mask(dataset, sample)
         assert (labels_HW[2, 0], labels_HW[0, 0]) == (3, IGNORED)
-        assert labelled_boxes(dataset, sample).present_BK.tolist() == [[False, False, False, True]]
+        assert labeled_boxes(dataset, sample).present_BK.tolist() == [[False, False, False, True]]
     assert (dataset.card.background is None) == (name == "bcss-wsss")
 
 
-def test_shipped_palettes_are_the_published_ones() -> None:
+def test_shipped_palettes_equal_the_published_ones() -> None:
     cards = {
         name: dataset_card.read_card(REPOSITORY / "pipeline" / "training" / "datasets" / f"{name}.toml")
         for name in shipped_names()
@@ -656,7 +659,7 @@ def documented() -> str:
     return (REPOSITORY / "docs" / "datasets.md").read_text(encoding="utf-8")
 
 
-def test_documented_examples_are_valid_and_show_every_source_of_labels() -> None:
+def test_documented_examples_are_valid_and_cover_every_label_source() -> None:
     cards = [
         DatasetCard.model_validate(tomllib.loads(block))
         for block in re.findall(r"```toml\n(.*?)```", documented(), re.DOTALL)
@@ -706,21 +709,21 @@ def test_glas_is_split_as_published_with_whole_training_patients_held_out() -> N
 
 
 @pytest.mark.shared
-def test_glas_crops_have_the_presence_that_their_masks_show() -> None:
+def test_glas_crops_have_the_presence_of_their_masks() -> None:
     dataset = load_dataset("glas", shared_data("glas"))
     counts_K = np.zeros(2, dtype=int)
     expected_K = np.zeros(2, dtype=int)
     for sample in samples(dataset, "val"):
-        labelled = labelled_boxes(dataset, sample)
-        counts_K += labelled.present_BK.sum(axis=0)
+        labeled = labeled_boxes(dataset, sample)
+        counts_K += labeled.present_BK.sum(axis=0)
         assert sample.mask is not None
         with Image.open(sample.mask) as stored:
             gland_HW = np.asarray(stored) > 0
-        for x, y, w, h in labelled.boxes_B4:
+        for x, y, w, h in labeled.boxes_B4:
             share = gland_HW[y : y + h, x : x + w].mean()
             expected_K += [1 - share > 0.05, share > 0.05]
     assert counts_K.tolist() == expected_K.tolist()
-    check_classes(dataset, [labelled_boxes(dataset, sample) for sample in samples(dataset, "val")])
+    check_classes(dataset, [labeled_boxes(dataset, sample) for sample in samples(dataset, "val")])
 
 
 @pytest.mark.shared
@@ -731,7 +734,7 @@ def test_ebhi_seg_is_split_by_case_as_the_model_card_says() -> None:
     assert (len(train), len(val), len(test)) == (1245, 254, 277)
     cases = [{sample.group for sample in chosen} for chosen in (train, val, test)]
     assert len(set.union(*cases)) == sum(map(len, cases)) == 288
-    labelled = [labelled_boxes(dataset, sample) for sample in test[:20]]
-    assert all(one.boxes_B4.shape == (36, 4) for one in labelled)
-    assert all(one.boxes_B4[:, 2:].tolist() == [[64, 64]] * 36 for one in labelled)
-    assert all(one.present_BK.any(axis=1).all() for one in labelled)
+    labeled = [labeled_boxes(dataset, sample) for sample in test[:20]]
+    assert all(one.boxes_B4.shape == (36, 4) for one in labeled)
+    assert all(one.boxes_B4[:, 2:].tolist() == [[64, 64]] * 36 for one in labeled)
+    assert all(one.present_BK.any(axis=1).all() for one in labeled)

@@ -1,4 +1,4 @@
-"""Evaluation: scores against their definitions, maps of whole images against slow ones, and real little data sets."""
+"""Scores against their definitions, maps of whole images against a slow reference, and small real data sets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.pipeline.training.stripes import (
 
 
 def slow_matrix(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes: int) -> list[list[int]]:
-    """Pixel by pixel."""
+    """Count pixel by pixel."""
     matrix = [[0] * (classes + 1) for _ in range(classes + 1)]
     for row, column in zip(truth.ravel().tolist(), predicted.ravel().tolist(), strict=True):
         matrix[min(row, classes)][min(column, classes)] += 1
@@ -49,7 +49,7 @@ def slow_matrix(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes:
 
 
 def slow_scores(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], names: Sequence[str], white: bool) -> Scores:
-    """Definitions over the kept pixels, one by one."""
+    """Apply the definitions to the kept pixels, one by one."""
     classes = len(names) - white
     pairs = [
         (min(t, classes), min(p, classes))
@@ -100,7 +100,7 @@ def test_a_constant_prediction_has_the_known_scores() -> None:
     assert include == Scores({"a": 0.6, "b": 0.0, "white": 0.0}, 0.6 / 3, 0.6 * 0.6, 0.6)
 
 
-def test_where_no_pixel_counts_there_is_no_score() -> None:
+def test_scores_without_a_counted_pixel_are_nan() -> None:
     empty = np.full((4, 4), 255, np.uint8)
     result = scores(confusion_matrix(empty, empty, 2), ("a", "b"))
     assert np.isnan([*result.iou.values(), result.miou, result.fwiou, result.accuracy]).all()
@@ -120,7 +120,7 @@ def test_a_perfect_model_returns_the_truth_of_images_of_any_size(size: tuple[int
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
-def test_the_map_agrees_with_the_colours_up_to_the_edges_of_regions(stride: int) -> None:
+def test_the_map_agrees_with_the_colors_up_to_the_edges_of_regions(stride: int) -> None:
     y, x = np.mgrid[:190, :230]
     truth_HW = ((x - 100) ** 2 + (y - 90) ** 2 < 60**2).astype(np.uint8)
     labels_HW = predict_image(predictor(output_stride=stride), image_of(truth_HW), mpp=1.0)
@@ -131,12 +131,12 @@ def test_the_map_agrees_with_the_colours_up_to_the_edges_of_regions(stride: int)
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.4, 0.999, 2.0])
-def test_images_of_another_pixel_size_are_seen_at_the_models(mpp: float) -> None:
+def test_images_are_resampled_to_the_pixel_size_of_the_model(mpp: float) -> None:
     y, x = np.mgrid[:191, :231]
     truth_HW = ((x - 100) ** 2 + (y - 90) ** 2 < 60**2).astype(np.uint8)
     labels_HW = predict_image(predictor(), image_of(truth_HW), mpp=mpp)
     distance_HW = np.abs(np.hypot(x - 100, y - 90) - 60)
-    # A cell of the map is 4 px of the model's.
+    # A map cell is 4 px at the model's resolution.
     np.testing.assert_array_equal(labels_HW[distance_HW > 5 / mpp], truth_HW[distance_HW > 5 / mpp])
     inside = np.argwhere(labels_HW == 1)
     assert inside.mean(axis=0) == pytest.approx([90, 100], abs=max(0.5, 0.4 / mpp))
@@ -144,7 +144,7 @@ def test_images_of_another_pixel_size_are_seen_at_the_models(mpp: float) -> None
 
 
 class CountingSegmenter(nn.Module):
-    """Class 0 everywhere; keeps how many tiles it was asked for."""
+    """Predicts class 0 everywhere and counts the tiles."""
 
     tiles = 0
 
@@ -154,14 +154,14 @@ class CountingSegmenter(nn.Module):
 
 
 @pytest.mark.parametrize(("mpp", "tiles"), [(1.0, 1), (1.015, 1), (0.985, 1), (1.05, 4), (2.0, 9), (0.5, 1)])
-def test_pixel_sizes_that_scanners_cannot_tell_apart_are_the_same(mpp: float, tiles: int) -> None:
+def test_pixel_sizes_within_the_tolerance_are_equal(mpp: float, tiles: int) -> None:
     segmenter = CountingSegmenter()
     predict_image(predictor(segmenter=segmenter), np.zeros((64, 64, 3), np.uint8), mpp=mpp)
     assert segmenter.tiles == tiles
 
 
 class SizeSegmenter(nn.Module):
-    """Class 1 where the mean red of a 4×4 cell is above a half."""
+    """Predicts class 1 if the mean red of a 4×4 cell is above one half."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         red_N1hw = F.avg_pool2d(x_NCHW[:, :1], 4)
@@ -169,7 +169,7 @@ class SizeSegmenter(nn.Module):
 
 
 def test_a_finer_image_is_averaged_by_area() -> None:
-    # A third of the pixels is bright: the mean of every 3×3 square is below a half, single pixels are not.
+    # One third of the pixels is bright: the mean of every 3×3 square is below one half, but single pixels are above.
     rgb_HWC = np.zeros((192, 192, 3), np.uint8)
     rgb_HWC[1::3] = 255
     constant = ConstantClassifier([0.9, 0.9])
@@ -187,10 +187,10 @@ def gated_by_hand() -> tuple[Predictor, NDArray[np.uint8]]:
     return predictor(segmenter=ConstantSegmenter([0.0, 1.0])), image_of(truth_HW)
 
 
-def test_the_gate_acts_on_tiles_before_they_are_blended() -> None:
+def test_the_gate_acts_on_tiles_before_blending() -> None:
     model, rgb_HWC = gated_by_hand()
     assert (predict_image(model, rgb_HWC, mpp=1.0, gate=False) == 1).all()
-    # Map cells of 4 px: the left tile is cells 0 to 15, the right one 8 to 23.
+    # With map cells of 4 px, the left tile has cells 0 to 15 and the right tile 8 to 23.
     cells = np.arange(24)
     left = np.where(cells < 16, np.sin(np.pi * (cells + 0.5) / 16) ** 2, 0)
     right = np.where(cells >= 8, np.sin(np.pi * (cells - 8 + 0.5) / 16) ** 2, 0)
@@ -200,7 +200,7 @@ def test_the_gate_acts_on_tiles_before_they_are_blended() -> None:
     np.testing.assert_array_equal(predict_image(model, rgb_HWC, mpp=1.0), np.tile(expected_W, (64, 1)))
 
 
-def test_what_the_gate_leaves_without_a_class_is_no_class() -> None:
+def test_pixels_without_a_class_after_the_gate_are_no_class() -> None:
     networks = ConstantClassifier([0.2, 0.3]), ConstantSegmenter([2.0, 0.0])
     rgb_HWC = np.zeros((70, 80, 3), np.uint8)
     assert (predict_image(predictor(*networks), rgb_HWC, mpp=1.0) == 2).all()
@@ -209,7 +209,7 @@ def test_what_the_gate_leaves_without_a_class_is_no_class() -> None:
 
 
 @pytest.mark.parametrize("fallback", [False, True])
-def test_gated_logits_are_what_predict_says(fallback: bool) -> None:
+def test_gated_logits_equal_predict(fallback: bool) -> None:
     model = predictor(ungated_fallback=fallback, batch_size=3)
     rng = np.random.default_rng(3)
     rgb_NHWC = np.stack([image_of(np.full((64, 64), k, np.uint8)) for k in (0, 1, 0, 1, 0)])
@@ -218,11 +218,11 @@ def test_gated_logits_are_what_predict_says(fallback: bool) -> None:
     assert torch.equal(gated_NKhw, model.predict(rgb_NHWC).probs_NKhw)
 
 
-def test_flips_change_nothing_for_a_model_that_does_not_mind_them() -> None:
+def test_flips_do_not_change_the_map_of_a_symmetric_model() -> None:
     rng = np.random.default_rng(1)
     truth_HW = rng.integers(0, 2, (8, 10)).astype(np.uint8).repeat(16, 0).repeat(16, 1)
     plain_HW, flipped_HW = (predict_image(predictor(), image_of(truth_HW), mpp=1.0, flips=f) for f in (False, True))
-    # Between two cells of different classes lies no pixel's centre; at corners all that counts is the last bit.
+    # No pixel center is exactly between two cells of different classes, and corners depend on the last bit.
     assert (plain_HW != flipped_HW).mean() < 0.001
 
 
@@ -270,7 +270,7 @@ def test_a_perfect_model_scores_one_on_images_of_many_sizes(tmp_path: Path) -> N
     assert result.names == ("class-0", "class-1")
 
 
-def test_scores_are_pooled_over_images_and_told_for_each(tmp_path: Path) -> None:
+def test_scores_are_pooled_over_images_and_kept_per_image(tmp_path: Path) -> None:
     half_HW = np.zeros((64, 64), np.uint8)
     half_HW[:, 32:] = 1
     masks = {"half": half_HW, "zero": np.zeros((64, 128), np.uint8), "white": np.full((8, 8), 255, np.uint8)}
@@ -290,7 +290,7 @@ def test_scores_are_pooled_over_images_and_told_for_each(tmp_path: Path) -> None
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
-def test_both_gates_are_those_of_single_predictions(tmp_path: Path) -> None:
+def test_scores_with_and_without_the_gate_equal_single_predictions(tmp_path: Path) -> None:
     model, rgb_HWC = gated_by_hand()
     truth_HW = np.zeros((64, 96), np.uint8)
     truth_HW[:, 64:] = 1
@@ -298,13 +298,13 @@ def test_both_gates_are_those_of_single_predictions(tmp_path: Path) -> None:
     for gate in (True, False):
         labels_HW = predict_image(model, rgb_HWC, mpp=1.0, gate=gate)
         assert result.matrices["exclude", gate].tolist() == slow_matrix(truth_HW, labels_HW, 2)
-    # By hand in test_the_gate_acts_on_tiles_before_they_are_blended: the gate leaves columns 52 to 63 wrong.
+    # As in test_the_gate_acts_on_tiles_before_blending, the gate makes columns 52 to 63 wrong.
     assert result.scores(gate=True).accuracy == pytest.approx(84 / 96)
     assert result.scores(gate=False).accuracy == pytest.approx(32 / 96)
     assert result.image_miou == {"a": result.scores().miou}
 
 
-def test_white_is_predicted_by_the_background_rule_and_counts_only_in_include(tmp_path: Path) -> None:
+def test_the_background_rule_predicts_white_which_counts_only_in_include(tmp_path: Path) -> None:
     truth_HW = np.zeros((64, 64), np.uint8)
     truth_HW[:32] = 255
     truth_HW[60:, 60:] = 1
@@ -322,7 +322,7 @@ def test_white_is_predicted_by_the_background_rule_and_counts_only_in_include(tm
     assert without.scores("include").iou["white"] == 0.0
 
 
-def test_the_truth_touches_no_prediction(tmp_path: Path) -> None:
+def test_predictions_do_not_depend_on_the_truth(tmp_path: Path) -> None:
     image_HW = stripes(64, 128)
     columns = []
     for n, mask_HW in enumerate((image_HW, 1 - image_HW, np.where(image_HW == 0, 255, 0).astype(np.uint8))):
@@ -333,32 +333,32 @@ def test_the_truth_touches_no_prediction(tmp_path: Path) -> None:
     assert columns[0] == columns[1] == columns[2]
 
 
-def test_the_data_sets_pixel_size_is_used(tmp_path: Path) -> None:
+def test_the_pixel_size_of_the_data_set_is_used(tmp_path: Path) -> None:
     truth_HW = stripes(256, 512).repeat(4, 0).repeat(4, 1)
     result = evaluate(predictor(), load_dataset(write_dataset(tmp_path, {"a": truth_HW}, mpp=0.25)))
     assert result.scores().miou == 1.0
 
 
-def test_other_classes_than_the_models_are_refused_with_both_lists(tmp_path: Path) -> None:
+def test_the_error_for_different_classes_lists_both(tmp_path: Path) -> None:
     file = write_dataset(tmp_path, {"a": stripes(64, 64)})
     file.write_text(file.read_text().replace('"class-1"', '"stroma"'))
     with pytest.raises(ClassMismatchError, match=r"test has the classes class-0, class-1; data set tiny.*stroma"):
         evaluate(predictor(), load_dataset(file))
 
 
-def test_a_split_without_masks_says_so(tmp_path: Path) -> None:
+def test_a_split_without_masks_is_refused(tmp_path: Path) -> None:
     dataset = load_dataset(write_dataset(tmp_path, {"a": stripes(64, 64)}))
-    with pytest.raises(MaskError, match=r"tiny: 1 of 1 images of split train have no mask \(as only\)"):
+    with pytest.raises(MaskError, match=r"tiny: 1 of 1 images of split train have no mask \(such as only\)"):
         evaluate(predictor(), dataset, "train")
 
 
-def test_a_network_that_breaks_down_names_the_image(tmp_path: Path) -> None:
+def test_the_error_for_a_nan_output_names_the_image(tmp_path: Path) -> None:
     dataset = load_dataset(write_dataset(tmp_path, {"a": stripes(64, 64)}))
     with pytest.raises(PipelineError, match=r"a\.png: the segmenter's output is NaN"):
         evaluate(predictor(segmenter=ConstantSegmenter([float("nan"), 0.0])), dataset)
 
 
-def test_the_spread_is_that_of_test_sets_of_other_cases() -> None:
+def test_the_spread_is_the_bootstrap_deviation_over_cases() -> None:
     rng = np.random.default_rng(5)
     matrices = {f"case {n}": rng.integers(0, 100, (3, 3)) for n in range(6)}
     pooled = np.sum(list(matrices.values()), axis=0)
@@ -375,7 +375,7 @@ def test_the_spread_is_that_of_test_sets_of_other_cases() -> None:
     assert alone.miou_spread() == pytest.approx(0, abs=1e-12)
 
 
-def test_images_of_a_case_are_counted_together(tmp_path: Path) -> None:
+def test_images_of_a_case_are_pooled(tmp_path: Path) -> None:
     masks = {name: stripes(64, 64) for name in ("P1-a", "P1-b", "P2-a")}
     file = write_dataset(tmp_path, masks)
     alone = evaluate(predictor(), load_dataset(file))

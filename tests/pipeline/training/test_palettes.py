@@ -1,4 +1,4 @@
-"""The default colours keep their distances. Computed here in plain Python, apart from the search that found them."""
+"""The default colors keep their distances, computed in plain Python and independently of the search."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import DatasetFileError
 from pipeline.formats.preview import BLEND
 from pipeline.training.dataset_card import read_card
-from pipeline.training.palettes import CLASS_COLOURS, class_colours
+from pipeline.training.palettes import CLASS_COLORS, class_colors
 from tests.bench.palettes import BACKGROUNDS, TISSUES, VISIONS, compare
 from tests.repository import REPOSITORY
 
@@ -27,7 +27,7 @@ def times(matrix: Iterable[Vector], vector: Vector) -> list[float]:
 
 
 def lab_as_seen(rgb: Vector, vision: str) -> Vector:
-    """CIELAB of an sRGB colour (0-255) after a simulation of colour blindness, which works on linear light."""
+    """Return the CIELAB of an sRGB color (0-255) after simulating color blindness on linear light."""
     linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
     seen = [min(1.0, max(0.0, c)) for c in times(VISIONS[vision].tolist(), linear)]
     ratios = [a / b for a, b in zip(times(XYZ, seen), WHITE_D65, strict=True)]
@@ -36,7 +36,7 @@ def lab_as_seen(rgb: Vector, vision: str) -> Vector:
 
 
 def ciede2000(first: Vector, second: Vector) -> float:
-    """Sharma, Wu, Dalal: The CIEDE2000 color-difference formula, Color Res. Appl. 30, 2005."""
+    """Return the CIEDE2000 difference (Sharma, Wu, Dalal, Color Res. Appl. 30, 2005)."""
     (l1, a1, b1), (l2, a2, b2) = first, second
     mean_c7 = ((math.hypot(a1, b1) + math.hypot(a2, b2)) / 2) ** 7
     stretch = 1.5 - 0.5 * math.sqrt(mean_c7 / (mean_c7 + 25.0**7))
@@ -62,12 +62,12 @@ def ciede2000(first: Vector, second: Vector) -> float:
 
 
 def least(first: Vector, second: Vector) -> float:
-    """The distance of two colours to whoever sees it least."""
+    """Return the smallest distance of two colors over all simulated readers."""
     return min(ciede2000(lab_as_seen(first, vision), lab_as_seen(second, vision)) for vision in VISIONS)
 
 
-def over(colour: Vector, tissue: Vector) -> Vector:
-    return [BLEND * c + (1 - BLEND) * t for c, t in zip(colour, tissue, strict=True)]
+def over(color: Vector, tissue: Vector) -> Vector:
+    return [BLEND * c + (1 - BLEND) * t for c, t in zip(color, tissue, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_the_formula_gives_its_published_examples(first: Vector, second: Vector,
     assert ciede2000(first, second) == pytest.approx(expected, abs=1e-4)
 
 
-def test_simulated_vision_leaves_grey_grey() -> None:
+def test_simulated_vision_keeps_gray_gray() -> None:
     for vision in VISIONS:
         assert lab_as_seen((120, 120, 120), vision) == pytest.approx(lab_as_seen((120, 120, 120), "normal"), abs=0.02)
     assert ciede2000(lab_as_seen((200, 0, 0), "normal"), lab_as_seen((127, 108, 0), "normal")) > 35
@@ -95,32 +95,32 @@ def test_simulated_vision_leaves_grey_grey() -> None:
     ("count", "plain", "blended"),
     [(2, 72, 32), (3, 34, 17), (4, 30, 13.9), (5, 20, 13.9), (6, 16.9, 9.4), (8, 16, 8.5), (10, 14.6, 7.4)],
 )
-def test_every_two_of_the_first_colours_differ_for_every_reader(count: int, plain: float, blended: float) -> None:
-    for first, second in itertools.combinations(class_colours(count), 2):
+def test_any_two_of_the_first_colors_differ_for_every_reader(count: int, plain: float, blended: float) -> None:
+    for first, second in itertools.combinations(class_colors(count), 2):
         assert least(first, second) > plain
         for tissue in TISSUES.tolist():
             assert least(over(first, tissue), over(second, tissue)) > blended
 
 
-def test_each_colour_differs_from_glass_stain_and_black() -> None:
-    for colour in CLASS_COLOURS:
-        assert min(least(colour, background) for background in BACKGROUNDS.tolist()) > 8
-        assert least(colour, (0, 0, 0)) > 15
-        assert min(least(over(colour, tissue), tissue) for tissue in TISSUES.tolist()) > 7
+def test_each_color_differs_from_glass_stain_and_black() -> None:
+    for color in CLASS_COLORS:
+        assert min(least(color, background) for background in BACKGROUNDS.tolist()) > 8
+        assert least(color, (0, 0, 0)) > 15
+        assert min(least(over(color, tissue), tissue) for tissue in TISSUES.tolist()) > 7
 
 
-def test_the_table_of_the_decision_is_what_the_command_prints() -> None:
+def test_the_table_in_the_decision_record_equals_the_output_of_the_command() -> None:
     decision = (REPOSITORY / "docs" / "decisions" / "0006-colors.md").read_text(encoding="utf-8")
     rows = list(compare())
     assert len(rows) > 10
     assert [row for row in rows if row not in decision] == []
 
 
-def test_more_classes_than_colours_are_refused() -> None:
-    assert class_colours(10) == CLASS_COLOURS
-    assert len(set(CLASS_COLOURS)) == 10
-    with pytest.raises(ValueError, match="11 classes, but only 10 colours"):
-        class_colours(11)
+def test_more_classes_than_colors_are_refused() -> None:
+    assert class_colors(10) == CLASS_COLORS
+    assert len(set(CLASS_COLORS)) == 10
+    with pytest.raises(ValueError, match="11 classes, but the palette has only 10 distinct colors"):
+        class_colors(11)
 
 
 CARD = """
@@ -141,15 +141,15 @@ def card_with(tmp_path: Path, *classes: str) -> Path:
     return file
 
 
-def test_a_data_set_without_colours_gets_ours(tmp_path: Path) -> None:
+def test_a_data_set_without_colors_gets_the_default_colors(tmp_path: Path) -> None:
     card = read_card(card_with(tmp_path, 'name = "a"', 'name = "b"', 'name = "c"'))
-    assert tuple(spec.color for spec in card.classes) == CLASS_COLOURS[:3]
+    assert tuple(spec.color for spec in card.classes) == CLASS_COLORS[:3]
 
 
-def test_colours_that_are_given_are_kept_and_some_are_not_enough(tmp_path: Path) -> None:
+def test_given_colors_are_kept_and_a_partial_list_is_refused(tmp_path: Path) -> None:
     card = read_card(card_with(tmp_path, 'name = "a", color = [1, 2, 3]', 'name = "b", color = [4, 5, 6]'))
     assert [spec.color for spec in card.classes] == [(1, 2, 3), (4, 5, 6)]
-    with pytest.raises(DatasetFileError, match=r"dataset\.toml: classes: color is missing for b; give every class one"):
+    with pytest.raises(DatasetFileError, match=r"dataset\.toml: classes: color is missing for b; set the color"):
         read_card(card_with(tmp_path, 'name = "a", color = [1, 2, 3]', 'name = "b"'))
-    with pytest.raises(DatasetFileError, match=r"11 classes, but only 10 colours can be told apart"):
+    with pytest.raises(DatasetFileError, match=r"11 classes, but the palette has only 10 distinct colors"):
         read_card(card_with(tmp_path, *(f'name = "class {k}"' for k in range(11))))

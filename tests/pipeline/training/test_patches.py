@@ -18,7 +18,7 @@ from pipeline.training.patches import (
     boxes_inside,
     draw_patches,
     draw_regions,
-    make_labelled_view,
+    make_labeled_view,
     make_view,
 )
 from pipeline.training.resample import resampled
@@ -39,7 +39,7 @@ def crops(
 
 
 class Sized(PatchImages):
-    """Images of which only the labelled boxes count."""
+    """Return images of which only the labeled boxes matter."""
 
     def __init__(self, sizes: list[tuple[int, int]], side: int, stride: int) -> None:
         self.boxes = [grid(width, height, side, stride) for width, height in sizes]
@@ -51,14 +51,14 @@ class Sized(PatchImages):
 
 
 def grid(width: int, height: int, side: int, stride: int) -> NDArray[np.int64]:
-    """Crops of `side` each `stride`, and those at the right and lower edges."""
+    """Return crops of `side` every `stride` pixels, and those at the right and lower edges."""
     side = min(side, width, height)
     xs, ys = (sorted({*range(0, length - side + 1, stride), length - side}) for length in (width, height))
     return np.array([(x, y, side, side) for y in ys for x in xs])
 
 
 def moved_as(view_HWC: NDArray[np.uint8], still_HWC: NDArray[np.uint8]) -> Move:
-    """The one symmetry that makes `view_HWC` of `still_HWC`."""
+    """Return the symmetry that turns `still_HWC` into `view_HWC`."""
     (found,) = [
         move
         for move in (Move(turns, flip) for turns in range(4) for flip in (False, True))
@@ -67,7 +67,7 @@ def moved_as(view_HWC: NDArray[np.uint8], still_HWC: NDArray[np.uint8]) -> Move:
     return found
 
 
-def test_a_view_is_its_square_of_the_image_and_the_labelled_patches_inside_move_with_it(tmp_path: Path) -> None:
+def test_a_view_is_a_square_of_the_image_and_its_patches_move_along(tmp_path: Path) -> None:
     images = crops(tmp_path, {"a": (40, 48)})
     whole_HWC = read_rgb(images.samples[0])
     for seed in range(8):
@@ -81,7 +81,7 @@ def test_a_view_is_its_square_of_the_image_and_the_labelled_patches_inside_move_
             if x >= 6 and x + 16 <= 38 and y >= 10 and y + 16 <= 42
         }
         assert len(expected) == len(view.boxes_B4) == 4
-        # The same pixels lie under a box as before the move, in some orientation: their sorted bytes tell which box.
+        # A box covers the same pixels as before the move, in some orientation, so their sorted bytes identify the box.
         seen = {
             np.sort(whole_HWC[y : y + 16, x : x + 16].reshape(-1, 3), axis=0).tobytes(): p
             for (x, y), p in expected.items()
@@ -91,11 +91,11 @@ def test_a_view_is_its_square_of_the_image_and_the_labelled_patches_inside_move_
         assert not seen
 
 
-def test_beyond_an_image_a_view_is_glass_and_its_labels_are_ignored(tmp_path: Path) -> None:
+def test_outside_the_image_a_view_is_glass_and_its_labels_are_ignored(tmp_path: Path) -> None:
     images = crops(tmp_path, {"a": (20, 24)})
     labels_LHW = np.stack([np.full((24, 20), 1, np.uint8), np.full((24, 20), 2, np.uint8)])
     place = Place(0, 0, 0, 32)
-    rgb_HWC, moved_LHW = make_labelled_view(images, labels_LHW, place, 0.0, np.random.default_rng(3))
+    rgb_HWC, moved_LHW = make_labeled_view(images, labels_LHW, place, 0.0, np.random.default_rng(3))
     still_HWC = np.full((32, 32, 3), GLASS, np.uint8)
     still_HWC[:24, :20] = images.rgb(0)
     move = moved_as(rgb_HWC, still_HWC)
@@ -110,20 +110,18 @@ def test_beyond_an_image_a_view_is_glass_and_its_labels_are_ignored(tmp_path: Pa
         assert (move.image(still_HWC)[y : y + h, x : x + w] != GLASS).any(axis=2).all()
 
 
-def test_a_labelled_view_has_the_labels_of_its_pixels(tmp_path: Path) -> None:
+def test_a_labeled_view_has_the_labels_of_its_pixels(tmp_path: Path) -> None:
     images = crops(tmp_path, {"a": (40, 40)})
     labels_LHW = images.rgb(0).transpose(2, 0, 1)[:2]
     seen = set()
     for seed in range(60):
-        rgb_HWC, moved_LHW = make_labelled_view(
-            images, labels_LHW, Place(0, 4, 7, 32), 0.0, np.random.default_rng(seed)
-        )
+        rgb_HWC, moved_LHW = make_labeled_view(images, labels_LHW, Place(0, 4, 7, 32), 0.0, np.random.default_rng(seed))
         np.testing.assert_array_equal(moved_LHW, rgb_HWC.transpose(2, 0, 1)[:2])
         seen.add(moved_as(rgb_HWC, images.rgb(0)[7:39, 4:36]))
     assert len(seen) == 8
 
 
-def test_the_same_seed_makes_the_same_view_and_another_seed_another(tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_views_and_other_seeds_other_views(tmp_path: Path) -> None:
     images = crops(tmp_path, {"a": (40, 40)})
     one, again, other = (make_view(images, Place(0, 0, 0, 32), 0.3, np.random.default_rng(seed)) for seed in (5, 5, 6))
     np.testing.assert_array_equal(one.rgb_HWC, again.rgb_HWC)
@@ -137,7 +135,7 @@ def test_the_same_seed_makes_the_same_view_and_another_seed_another(tmp_path: Pa
     st.integers(0, 30),
     st.integers(1, 40),
 )
-def test_boxes_inside_a_place_are_those_of_whose_pixels_none_is_outside(
+def test_boxes_inside_a_place_have_no_pixel_outside(
     boxes: list[tuple[int, int, int, int]], x: int, y: int, side: int
 ) -> None:
     found_B4, inside_B = boxes_inside(np.array(boxes, dtype=np.int64).reshape(-1, 4), Place(0, x, y, side))
@@ -159,7 +157,7 @@ def test_boxes_inside_a_place_are_those_of_whose_pixels_none_is_outside(
     st.integers(0, 50),
     st.integers(0, 2**32 - 1),
 )
-def test_regions_stay_inside_their_image_and_hold_a_labelled_patch(
+def test_regions_are_inside_their_image_and_contain_a_labeled_patch(
     width: int, height: int, side: int, stride: int, more: int, seed: int
 ) -> None:
     images = Sized([(width, height)], side, min(stride, side))
@@ -179,14 +177,14 @@ def test_regions_reach_every_pixel() -> None:
     assert all(count_HW.min() > 0 for count_HW in seen)
 
 
-def test_images_are_drawn_in_proportion_to_their_area_and_small_ones_as_if_they_filled_the_view() -> None:
+def test_images_are_drawn_in_proportion_to_their_area_at_least_one_view() -> None:
     images = Sized([(40, 60), (30, 20), (10, 10)], 8, 4)
     drawn = [place.image for place in draw_regions(images, 8000, 20, np.random.default_rng(1))]
     share = np.bincount(drawn) / len(drawn)
     np.testing.assert_allclose(share, np.array([2400, 600, 400]) / 3400, atol=0.02)
 
 
-def test_all_labelled_patches_are_drawn_equally_often() -> None:
+def test_all_labeled_patches_are_drawn_equally_often() -> None:
     images = Sized([(24, 16), (8, 8), (12, 8)], 8, 4)
     places = draw_patches(images, 6000, np.random.default_rng(2))
     drawn = {place: places.count(place) for place in set(places)}
@@ -195,7 +193,7 @@ def test_all_labelled_patches_are_drawn_equally_often() -> None:
     np.testing.assert_allclose(np.array(list(drawn.values())) / 6000, 1 / len(every), atol=0.015)
 
 
-def test_images_and_boxes_come_at_the_pixel_size_of_the_model(tmp_path: Path) -> None:
+def test_images_and_boxes_have_the_pixel_size_of_the_model(tmp_path: Path) -> None:
     images = crops(tmp_path, {"a": (48, 40)}, side=16, stride=8, mpp=2.0)
     whole_HWC = read_rgb(images.samples[0]).astype(float)
     averaged_HWC = whole_HWC.reshape(20, 2, 24, 2, 3).mean(axis=(1, 3))
@@ -205,7 +203,7 @@ def test_images_and_boxes_come_at_the_pixel_size_of_the_model(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("mpp", [1.3, 1.9, 2.7, 3.3, 0.7])
-def test_at_any_pixel_size_boxes_are_equal_and_lie_inside_their_image(tmp_path: Path, mpp: float) -> None:
+def test_at_any_pixel_size_boxes_are_equal_and_inside_their_image(tmp_path: Path, mpp: float) -> None:
     sizes = {f"{n}": (94 + n, 72 + 3 * n) for n in range(8)}
     images = crops(tmp_path, sizes, side=36, stride=11, mpp=mpp)
     assert len({tuple(box) for boxes_B4 in images.boxes for box in boxes_B4[:, 2:].tolist()}) == 1
@@ -216,13 +214,13 @@ def test_at_any_pixel_size_boxes_are_equal_and_lie_inside_their_image(tmp_path: 
         assert (ends_B2 <= (width, height)).all()
 
 
-def test_boxes_stay_where_they_are_as_the_image_does_for_a_pixel_size_within_the_tolerance(tmp_path: Path) -> None:
+def test_a_pixel_size_within_the_tolerance_changes_neither_image_nor_boxes(tmp_path: Path) -> None:
     images = crops(tmp_path, {"a": (200, 160)}, side=32, stride=16, mpp=1.01)
     assert images.rgb(0).shape == (160, 200, 3)
     np.testing.assert_array_equal(images.boxes[0], grid(200, 160, 32, 16))
 
 
-def test_decoded_images_are_kept_up_to_the_limit_and_read_again_beyond_it(tmp_path: Path) -> None:
+def test_decoded_images_are_cached_up_to_the_limit(tmp_path: Path) -> None:
     images = crops(tmp_path, {"a": (20, 20), "b": (20, 20)}, cache_bytes=20 * 20 * 3)
     first, second = images.rgb(0).copy(), images.rgb(1).copy()
     for sample in images.samples:
@@ -232,9 +230,9 @@ def test_decoded_images_are_kept_up_to_the_limit_and_read_again_beyond_it(tmp_pa
     assert not images.rgb(1).any()
 
 
-def test_the_frequency_of_a_class_is_its_share_of_all_labelled_patches(tmp_path: Path) -> None:
+def test_the_frequency_of_a_class_is_its_share_of_all_labeled_patches(tmp_path: Path) -> None:
     images = crops(tmp_path, {"a": (48, 16), "b": (16, 16)}, side=16, stride=16)
-    # a: each band fills one patch; b: its only patch holds all three bands.
+    # In a, each band fills one patch. In b, the only patch contains all three bands.
     np.testing.assert_allclose(images.class_frequency(), [0.5, 0.5, 0.5])
     assert images.pixels() == 48 * 16 + 16 * 16
     np.testing.assert_array_equal(images.rgb(0), resampled(read_rgb(images.samples[0]), 1.0))

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: what stands where, in which colour."""
+"""The pictures of an evaluation: positions and colors of their parts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def cell(rgb_HWC: NDArray[np.uint8], names: list[str], row: int, column: int, width: int = 120) -> list[int]:
-    """The colour of a cell, beside its text."""
+    """Return the color of a cell, sampled beside its text."""
     x, y = pictures.matrix_corner(names)
     found: list[int] = rgb_HWC[y + row * pictures.CELL_HEIGHT + 4, x + column * width + 4].tolist()
     return found
@@ -43,7 +43,7 @@ def test_cells_are_as_dark_as_their_share_of_the_row(tmp_path: Path) -> None:
         assert [cell(rgb_HWC, names, row, column) for column in range(3)] == [expected(share) for share in shares]
 
 
-def test_an_empty_row_stays_white_and_many_classes_fit_on_a_sheet(tmp_path: Path) -> None:
+def test_an_empty_row_is_white_and_many_classes_fit_on_a_sheet(tmp_path: Path) -> None:
     names = [f"class {k} of many" for k in range(90)]
     matrix_RC = np.diag(np.arange(90)).astype(np.int64)
     write_confusion_matrix(tmp_path / "c.png", matrix_RC, names, names, "many")
@@ -54,13 +54,13 @@ def test_an_empty_row_stays_white_and_many_classes_fit_on_a_sheet(tmp_path: Path
     assert rgb_HWC.shape[1] < 2300
 
 
-def test_a_matrix_of_another_size_than_its_names_is_refused(tmp_path: Path) -> None:
+def test_a_matrix_that_does_not_fit_its_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\(2, 2\).*\(2, 3\)"):
         write_confusion_matrix(tmp_path / "c.png", np.ones((2, 2), np.int64), ["a", "b"], ["a", "b", "c"], "t")
     assert not list(tmp_path.iterdir())
 
 
-def test_image_truth_and_prediction_stand_side_by_side(tmp_path: Path) -> None:
+def test_image_truth_and_prediction_are_side_by_side(tmp_path: Path) -> None:
     truth_HW = np.zeros((64, 64), np.uint8)
     truth_HW[:, 32:] = 1
     truth_HW[:32, :32] = 255
@@ -73,7 +73,7 @@ def test_image_truth_and_prediction_stand_side_by_side(tmp_path: Path) -> None:
     tops = [MARGIN + pictures.ROW + pictures.GAP + 2 * pictures.ROW]
     tops.append(tops[0] + side + MARGIN + 2 * pictures.ROW)
     plain = [200, 200, 200]
-    blended = [[round(0.55 * 200 + 0.45 * value) for value in colour] for _, colour in CLASSES]
+    blended = [[round(0.55 * 200 + 0.45 * value) for value in color] for _, color in CLASSES]
     for top in tops:
         quarters = [
             [rgb_HWC[top + y, MARGIN + panel * step + x].tolist() for y in (80, 240) for x in (80, 240)]
@@ -93,6 +93,6 @@ def test_images_of_any_form_and_names_in_any_script_are_drawn(tmp_path: Path, si
     assert pixels(tmp_path / "w.png").shape[1] < 1200
 
 
-def test_no_image_at_all_leaves_the_legend(tmp_path: Path) -> None:
+def test_a_comparison_of_no_images_shows_the_legend(tmp_path: Path) -> None:
     write_comparison(tmp_path / "w.png", [], CLASSES)
     assert pixels(tmp_path / "w.png")[MARGIN + 8, MARGIN + 8].tolist() == [230, 159, 0]

@@ -38,7 +38,7 @@ THREE_LAYERS = TrainConfig(cam="grad-cam", layer_weights=(0.2, 0.2, 0.6), overla
 
 
 @given(st.data(), st.booleans())
-def test_a_pixel_can_be_of_the_classes_that_its_patches_hold(data: st.DataObject, overlap: bool) -> None:
+def test_a_pixel_can_have_the_classes_of_its_patches(data: st.DataObject, overlap: bool) -> None:
     count = data.draw(st.integers(1, 5))
     boxes = [tuple(data.draw(st.integers(low, 6)) for low in (0, 0, 1, 1)) for _ in range(count)]
     present = [[data.draw(st.booleans()) for _ in range(3)] for _ in range(count)]
@@ -55,7 +55,7 @@ def test_a_pixel_can_be_of_the_classes_that_its_patches_hold(data: st.DataObject
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4), st.integers(4, 12), st.integers(4, 12))
-def test_maps_are_scaled_over_all_classes_of_a_patch_together(
+def test_maps_are_scaled_jointly_over_all_classes_of_a_patch(
     seed: int, height: int, width: int, up_height: int, up_width: int
 ) -> None:
     map_NKhw = np.random.default_rng(seed).normal(size=(2, 3, height, width)).astype(np.float32)
@@ -67,7 +67,7 @@ def test_maps_are_scaled_over_all_classes_of_a_patch_together(
 
 
 def bilinear(map_hw: NDArray[np.float32], height: int, width: int) -> NDArray[np.float64]:
-    """Pixel centres aligned, the edge repeated: slowly."""
+    """Upsample bilinearly with aligned pixel centers and repeated edges, slowly."""
     (h, w), out_HW = map_hw.shape, np.zeros((height, width))
     for row in range(height):
         for column in range(width):
@@ -82,18 +82,18 @@ def bilinear(map_hw: NDArray[np.float32], height: int, width: int) -> NDArray[np
 
 
 @pytest.mark.parametrize("value", [0.0, 3.5, -2.0])
-def test_a_flat_map_is_scaled_to_zero(value: float) -> None:
+def test_a_constant_map_is_scaled_to_zero(value: float) -> None:
     assert not jointly_scaled(torch.full((1, 3, 2, 2), value), (4, 4)).any()
 
 
-def labelled(images: PatchImages, present: list[list[list[bool]]]) -> PatchImages:
+def labeled(images: PatchImages, present: list[list[list[bool]]]) -> PatchImages:
     images.present = [np.array(of_image) for of_image in present]
     return images
 
 
 @pytest.mark.parametrize("config", [TrainConfig(), THREE_LAYERS], ids=["head", "grad-cam"])
-def test_a_patch_of_one_class_is_solid(tmp_path: Path, config: TrainConfig) -> None:
-    images = labelled(crop_images(tmp_path, {"a": (40, 32)}, side=40), [[[False, True, False]]])
+def test_a_patch_of_one_class_is_filled_with_it(tmp_path: Path, config: TrainConfig) -> None:
+    images = labeled(crop_images(tmp_path, {"a": (40, 32)}, side=40), [[[False, True, False]]])
     images.boxes = [np.array([(0, 0, 40, 32)])]
     masks_LHW = pseudo_masks_of_image(CellClassifier("gap"), images, 0, config, CPU)
     assert masks_LHW.shape == (sum(weight > 0 for weight in config.layer_weights), 32, 40)
@@ -101,8 +101,8 @@ def test_a_patch_of_one_class_is_solid(tmp_path: Path, config: TrainConfig) -> N
 
 
 @pytest.mark.parametrize("present", [[False, True, True], [True, False, True], [False, False, True]])
-def test_where_all_maps_are_flat_no_pixel_falls_to_an_absent_class(tmp_path: Path, present: list[bool]) -> None:
-    images = labelled(crop_images(tmp_path, {"a": (32, 32)}), [[present]])
+def test_constant_maps_give_no_pixel_an_absent_class(tmp_path: Path, present: list[bool]) -> None:
+    images = labeled(crop_images(tmp_path, {"a": (32, 32)}), [[present]])
     classifier = CellClassifier("gap")
     for parameter in classifier.parameters():
         nn.init.zeros_(parameter)
@@ -169,7 +169,7 @@ def test_class_probabilities_are_the_mean_over_four_flips(size: tuple[int, int])
 
 
 class Certain(CellClassifier):
-    """Gives each 8×8 cell scores of -8 but for one class, which its brightness tells, with 8 or 0.1 for dark ones."""
+    """Scores -8 in each 8×8 cell, except for one class that depends on brightness: 8, or 0.1 in dark cells."""
 
     def head_output(self, stages: object, x_NCHW: Tensor) -> object:  # type: ignore[override]
         bright_Nhw = F.avg_pool2d(x_NCHW.mean(dim=1, keepdim=True), 8)[:, 0]
@@ -179,23 +179,23 @@ class Certain(CellClassifier):
         return type("Output", (), {"map_NKhw": map_NKhw})
 
 
-def test_pixels_of_which_the_network_is_not_sure_are_ignored_unless_the_labels_leave_one_class(tmp_path: Path) -> None:
+def test_uncertain_pixels_are_ignored_unless_the_labels_allow_only_one_class(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 64)}, side=64)
     rgb_HWC = np.full((64, 64, 3), 200, np.uint8)
     rgb_HWC[:, 32:] = 10
     Image.fromarray(rgb_HWC).save(images.samples[0].image)
     classifier = Certain("area")
-    labelled(images, [[[True, True, False]]])
+    labeled(images, [[[True, True, False]]])
     (mask_HW,) = pseudo_masks_of_image(classifier, images, 0, TrainConfig(confidence=0.6), CPU)
     assert (mask_HW[:, :28] == 1).all()
     assert (mask_HW[:, 36:] == IGNORED).all()
     (mask_HW,) = pseudo_masks_of_image(classifier, images, 0, TrainConfig(confidence=0.3), CPU)
     assert (mask_HW == 1).all()
-    # Sure of class 1 on the left, which the label excludes: what is left there is not sure.
-    labelled(images, [[[True, False, True]]])
+    # On the left the network is sure of class 1, which the label excludes. The allowed classes are unsure there.
+    labeled(images, [[[True, False, True]]])
     (mask_HW,) = pseudo_masks_of_image(classifier, images, 0, TrainConfig(confidence=0.3), CPU)
     assert (mask_HW[:, :28] == IGNORED).all()
-    labelled(images, [[[True, False, False]]])
+    labeled(images, [[[True, False, False]]])
     (mask_HW,) = pseudo_masks_of_image(classifier, images, 0, TrainConfig(confidence=0.6), CPU)
     assert (mask_HW == 0).all()
 
@@ -219,7 +219,7 @@ def test_background_by_the_rule_of_the_data_set_is_ignored(tmp_path: Path, confi
         np.testing.assert_array_equal(mask_HW == IGNORED, glass_HW)
 
 
-def test_masks_are_palette_pictures_in_the_classes_colours(tmp_path: Path) -> None:
+def test_masks_are_palette_images_in_the_colors_of_the_classes(tmp_path: Path) -> None:
     images = crop_images(tmp_path / "data", {"a.1": (48, 32), "a.2": (32, 40)})
     classifier = CellClassifier("gap").train()
     seen: list[tuple[str, int, int]] = []
@@ -251,7 +251,7 @@ def test_only_layers_with_a_weight_are_written(tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "masks").iterdir()) == ["deep", "shallow"]
 
 
-def test_masks_that_are_there_are_kept_and_missing_ones_made(tmp_path: Path) -> None:
+def test_existing_masks_are_kept_and_missing_ones_written(tmp_path: Path) -> None:
     images = crop_images(tmp_path / "data", {"a": (32, 32), "b": (48, 48)})
     config = TrainConfig(confidence=0.0, overlap_labels=False)
     write_pseudo_masks(tmp_path, CellClassifier("gap", seed=0), images, config, CPU, ALONE)
@@ -273,9 +273,9 @@ def test_several_processes_share_the_images(tmp_path: Path) -> None:
         assert {file.name for file in (tmp_path / "deep").iterdir()} == names
 
 
-def test_a_damaged_mask_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_damaged_mask(tmp_path: Path) -> None:
     images = crop_images(tmp_path / "data", {"a": (32, 32)})
     write_pseudo_masks(tmp_path, CellClassifier("gap"), images, TrainConfig(), CPU, ALONE)
     (tmp_path / "deep" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(TrainError, match=r"a\.png: the pseudo mask cannot be read .*; remove it"):
+    with pytest.raises(TrainError, match=r"a\.png: the pseudo mask cannot be read .*; delete it"):
         read_pseudo_masks(tmp_path, images, 0, TrainConfig())

@@ -24,7 +24,7 @@ ALONE = Processes(0, 1)
 
 
 def slow_loss(logits: list, labels: list, weights: tuple[float, ...], weight_K: list[float]) -> float:  # type: ignore[type-arg]
-    """One pixel after the other; the label of a 4×4 cell is that of its pixel (2, 2)."""
+    """Sum pixel by pixel; the label of a 4×4 cell is the label of its pixel (2, 2)."""
     total = 0.0
     for layer, weight in enumerate(weights):
         summed = counted = 0.0
@@ -45,7 +45,7 @@ def slow_loss(logits: list, labels: list, weights: tuple[float, ...], weight_K: 
 
 @pytest.mark.parametrize("weight_K", [None, [0.5, 1.0, 3.0]])
 @pytest.mark.parametrize("weights", [(0.2, 0.2, 0.6), (0.7, 0.0, 0.3)])
-def test_the_loss_is_the_weighted_cross_entropy_of_each_layers_pixels(
+def test_the_loss_is_the_weighted_cross_entropy_of_each_layer(
     weights: tuple[float, ...], weight_K: list[float] | None
 ) -> None:
     rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def test_the_loss_is_the_weighted_cross_entropy_of_each_layers_pixels(
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_layer_without_a_labelled_pixel_adds_nothing_and_its_gradient_is_zero() -> None:
+def test_a_layer_without_a_labeled_pixel_adds_nothing_and_its_gradient_is_zero() -> None:
     rng = np.random.default_rng(1)
     logits_NKhw = torch.from_numpy(rng.normal(size=(1, 3, 4, 4)).astype(np.float32)).requires_grad_()
     labels_NLHW = torch.from_numpy(rng.integers(0, 3, (1, 2, 16, 16)).astype(np.uint8))
@@ -71,7 +71,7 @@ def test_a_layer_without_a_labelled_pixel_adds_nothing_and_its_gradient_is_zero(
     assert not gradient.any()
 
 
-def test_balanced_a_pixel_weighs_the_root_of_the_inverse_of_its_classs_share() -> None:
+def test_the_balanced_weight_of_a_pixel_is_the_root_of_the_inverse_class_share() -> None:
     pseudo = [np.full((1, 10, 10), IGNORED, np.uint8), np.full((1, 4, 5), 1, np.uint8)]
     pseudo[0][0, :8] = 0
     weight_K = pixel_weights(pseudo, 2, balance=True)
@@ -79,21 +79,21 @@ def test_balanced_a_pixel_weighs_the_root_of_the_inverse_of_its_classs_share() -
     assert pixel_weights(pseudo, 2, balance=False).tolist() == [1.0, 1.0]
 
 
-def test_no_pixel_weighs_more_than_ten_and_a_class_without_pixels_divides_by_nothing() -> None:
+def test_no_pixel_weighs_more_than_ten_even_of_a_class_without_pixels() -> None:
     pseudo = [np.zeros((1, 100, 100), np.uint8)]
     assert pixel_weights(pseudo, 2, balance=True).tolist() == pytest.approx([math.sqrt(0.5), 10.0])
     assert torch.isfinite(pixel_weights([np.full((1, 4, 4), IGNORED, np.uint8)], 2, balance=True)).all()
 
 
 class Reddest(nn.Module):
-    """The class of each 4×4 cell is its strongest colour channel."""
+    """Predicts the strongest color channel of each 4×4 cell as its class."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return F.avg_pool2d(x_NCHW, 4)
 
 
 def painted(folder: Path, bands: dict[str, list[tuple[int, int]]], *, side: int = 16, stride: int = 16) -> PatchImages:
-    """Images of vertical bands, (channel, width), each labelled by the masks that `crop_images` draws: thirds."""
+    """Return images of vertical bands, (channel, width), labeled by the thirds that `crop_images` draws."""
     sizes = {name: (sum(width for _, width in of_image), 32) for name, of_image in bands.items()}
     images = crop_images(folder, sizes, side=side, stride=stride)
     for sample in images.samples:
@@ -104,7 +104,7 @@ def painted(folder: Path, bands: dict[str, list[tuple[int, int]]], *, side: int 
 
 
 @pytest.mark.parametrize("region", [None, 64])
-def test_a_map_that_tells_all_presence_labels_scores_one(tmp_path: Path, region: int | None) -> None:
+def test_a_map_that_agrees_with_all_presence_labels_scores_one(tmp_path: Path, region: int | None) -> None:
     images = painted(tmp_path, {"a": [(0, 32), (1, 32), (2, 32)], "b": [(0, 16), (1, 16), (2, 16)]}, side=32)
     assert map_scores(Reddest(), images, TrainConfig(region=region), CPU) == {
         "score": 1.0,
@@ -115,8 +115,8 @@ def test_a_map_that_tells_all_presence_labels_scores_one(tmp_path: Path, region:
 
 @pytest.mark.parametrize("region", [None, 64])
 def test_the_score_is_the_mean_over_classes_of_the_balanced_accuracy(tmp_path: Path, region: int | None) -> None:
-    # Labels: thirds of 32 px, so each of the six patches holds one class. Painted: class 2 is never found, and half of
-    # its two patches is called 0, the other 1.
+    # The labels are thirds of 32 px, so each of the six patches contains one class. Class 2 is never predicted: one of
+    # its two patches is predicted as 0, the other as 1.
     images = painted(tmp_path, {"a": [(0, 32), (1, 32), (0, 16), (1, 16)]}, side=32)
     images.boxes = [np.array([(x, 0, 16, 16) for x in range(0, 96, 16)])]
     images.present = [np.repeat(np.eye(3, dtype=bool), 2, axis=0)]
@@ -130,7 +130,7 @@ def test_the_score_is_the_mean_over_classes_of_the_balanced_accuracy(tmp_path: P
 
 
 @pytest.mark.parametrize(("minimum", "found"), [("0.05", True), ("0.5", False)])
-def test_a_class_is_found_where_it_covers_more_than_the_data_sets_minimum(
+def test_a_class_is_found_if_it_covers_more_than_the_minimum_of_the_data_set(
     tmp_path: Path, minimum: str, found: bool
 ) -> None:
     images = painted(tmp_path, {"a": [(0, 24), (1, 8)]}, side=32)
@@ -141,7 +141,7 @@ def test_a_class_is_found_where_it_covers_more_than_the_data_sets_minimum(
     assert map_scores(Reddest(), images, TrainConfig(region=None), CPU)["exact"] == 1.0
 
 
-def test_a_step_keeps_the_encoders_statistics_and_trains_all_weights(tmp_path: Path) -> None:
+def test_a_step_trains_all_weights_and_keeps_the_statistics_of_the_encoder(tmp_path: Path) -> None:
     images = crop_images(tmp_path / "data", {"a": (64, 64)})
     config = TrainConfig(region=64, segmenter_batch=2, segmenter_steps=1, segmenter_epochs=1, ema=0.0, confidence=0.0)
     write_pseudo_masks(tmp_path / "masks", CellClassifier("gap"), images, config, CPU, ALONE)
@@ -163,9 +163,7 @@ def test_a_step_keeps_the_encoders_statistics_and_trains_all_weights(tmp_path: P
 
 
 @pytest.mark.parametrize(("side", "whole"), [(32, 32), (40, 64)])
-def test_without_regions_a_view_is_a_labelled_patch_that_is_padded_with_nothing_to_learn(
-    tmp_path: Path, side: int, whole: int
-) -> None:
+def test_without_regions_a_view_is_a_labeled_patch_with_ignored_padding(tmp_path: Path, side: int, whole: int) -> None:
     images = crop_images(tmp_path / "data", {"a": (side * 2, side)}, side=side, stride=side)
     config = TrainConfig(region=None, segmenter_batch=4, stain=0.0, confidence=0.0)
     write_pseudo_masks(tmp_path / "masks", CellClassifier("gap"), images, config, CPU, ALONE)
@@ -185,7 +183,7 @@ def test_without_regions_a_view_is_a_labelled_patch_that_is_padded_with_nothing_
     assert torch.isfinite(task.loss(batch))
 
 
-def test_shares_of_a_batch_are_the_views_of_the_whole_one(tmp_path: Path) -> None:
+def test_the_shares_of_a_batch_are_the_views_of_the_whole_batch(tmp_path: Path) -> None:
     images = crop_images(tmp_path / "data", {"a": (96, 70), "b": (70, 70)})
     config = TrainConfig(region=64, segmenter_batch=3, confidence=0.0)
     write_pseudo_masks(tmp_path / "masks", CellClassifier("gap"), images, config, CPU, ALONE)
