@@ -287,7 +287,7 @@ def test_the_checker_refuses_two_colours_of_one_class() -> None:
     other["id"] = "22345678-1234-5678-1234-567812345678"
     other["properties"]["classification"]["color"] = [9, 9, 9]
     document["features"].append(other)
-    with pytest.raises(RuleBrokenError, match="two colours"):
+    with pytest.raises(RuleBrokenError, match="two colors"):
         check_geojson(json.dumps(document))
 
 

@@ -33,7 +33,7 @@ class Cells(nn.Module):
 
 
 class CellClassifier(Classifier):
-    """Return a classifier on `Cells` with random weights."""
+    """A classifier on `Cells` with random weights."""
 
     def __init__(self, head: str, classes: int = 3, seed: int = 0) -> None:
         nn.Module.__init__(self)
