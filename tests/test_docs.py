@@ -1,20 +1,34 @@
-"""Links, paths and modules that the documents name exist."""
+"""Links, paths, modules and options that the documents name exist."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from pipeline.cli.evaluate import app as evaluate_app
+from pipeline.cli.export import app as export_app
+from pipeline.cli.segment import app as segment_app
+from pipeline.cli.train import app as train_app
+from pipeline.cli.view import app as view_app
 from tests.repository import REPOSITORY
 
 DOCUMENTS = sorted(
     [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "deploy").rglob("*.md")]
 )
 NAMES = [str(path.relative_to(REPOSITORY)) for path in DOCUMENTS]
+PROGRAMS = {
+    "wsi-segment": segment_app,
+    "wsi-train": train_app,
+    "wsi-evaluate": evaluate_app,
+    "wsi-view": view_app,
+    "wsi-export": export_app,
+}
 ROOMS = r"(?:wsi|models|pipeline|flows|tests|docs|deploy)"
 
 
@@ -51,6 +65,52 @@ def broken(document: Path) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_what_a_document_names_exists(document: Path) -> None:
     assert broken(document) == []
+
+
+@cache
+def offered(program: str) -> set[str]:
+    """Return the options of one of our commands, or of a module of `tests` and the modules of `tests` it imports."""
+    if program.startswith("tests."):
+        text = source(program)
+        imported = re.findall(r"^from (tests[.\w]*) import", text, re.MULTILINE)
+        return set(re.findall(r'"(--?[a-z][\w-]*)"', "\n".join([text, *map(source, imported)])))
+    command = get_command(PROGRAMS[program])
+    commands = [command, *getattr(command, "commands", {}).values()]
+    return {name for one in commands for parameter in one.params for name in parameter.opts} | {"--help"}
+
+
+def source(module: str) -> str:
+    """Return the text of a module, or nothing if there is none."""
+    spec = importlib.util.find_spec(module)
+    return Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
+
+
+# Not a path that contains the name, and not the namespace after kubectl's -n.
+CALL = re.compile(
+    rf"(?:(?<![\w/-])(?<!-n )|(?<=bin/)|python -m )({'|'.join(PROGRAMS)}|tests(?:\.\w+)+)(?![\w/-])([^`\n|;&#]*)"
+)
+
+
+def unknown_options(text: str) -> list[str]:
+    """Return "program option" for each option of our programs that a text uses and the program does not have."""
+    found = []
+    for program, arguments in CALL.findall(text.replace("\\\n", " ")):
+        options = re.findall(r"(?<!\S)--?[a-z][\w-]*", arguments)
+        once = [re.sub(r"^-([a-z])\1+$", r"-\1", option) for option in options]  # -vv
+        found += [f"{program} {option}" for option in once if option not in offered(program)]
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_options_that_a_document_gives_to_a_command_exist(document: Path) -> None:
+    assert unknown_options(document.read_text(encoding="utf-8")) == []
+
+
+def test_an_unknown_option_is_found() -> None:
+    text = (
+        "`wsi-segment a.svs --fast -o b` and `python -m tests.bench.load --slides 5 --none`, not `pip install --none`"
+    )
+    assert unknown_options(text) == ["wsi-segment --fast", "tests.bench.load --none"]
 
 
 def test_a_broken_link_path_and_module_are_found(tmp_path: Path) -> None:
