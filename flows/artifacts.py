@@ -18,7 +18,10 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.privacy import Said
-from pipeline.results.record import SlideResult, Status, read_run
+from pipeline.errors import RunRecordError
+from pipeline.results.names import GEOJSON_END, PAGE, PREVIEW
+from pipeline.results.record import read_run
+from pipeline.results.slide_result import STATUSES, SlideResult
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +33,6 @@ UPDATE_S = 5.0
 
 TABLE_ROWS = 1000
 """Of the table of results, failed slides first; summary.csv has all of them."""
-
-STATUSES: tuple[Status, ...] = ("done", "no tissue", "skipped", "failed")
 
 Answer = TypeVar("Answer")
 
@@ -110,7 +111,7 @@ def show_table(output: Path, results: Sequence[SlideResult], said: Said, *, link
     text = counted(results)
     if len(ordered) > len(rows):
         text += f"\n\nThe first {len(rows)} of {len(ordered)}; summary.csv has all."
-    report = output / "index.html"
+    report = output / PAGE
     if report.exists():
         text += f"\n\nReport: {report.absolute().as_uri() if links else report.name}"
     _without_server(lambda: create_table_artifact(table, key=artifact_key("slides", output), description=text))
@@ -139,16 +140,20 @@ def _row(result: SlideResult, said: Said, *, links: bool) -> dict[str, object]:
         row["tissue mm²"] = round(result.tissue_mm2, 4)
     row |= {f"{name} mm²": round(area, 4) for name, area in result.areas_mm2.items()}
     if result.folder is not None:
-        run = read_run(result.folder) or {}
-        row["stages"] = _stages(cast("dict[str, float]", run.get("seconds", {})))
-        for name, file in (("preview", "preview.png"), ("GeoJSON", f"{result.slide}.geojson")):
+        row["stages"] = _stages(result.folder)
+        for name, file in (("preview", PREVIEW), ("GeoJSON", result.slide + GEOJSON_END)):
             path = result.folder / file
             row[name] = path.absolute().as_uri() if links else f"{result.slide}/{file}"
     return row | {"warnings": said("; ".join(result.warnings)), "error": said(result.error)}
 
 
-def _stages(seconds: dict[str, float]) -> str:
-    # Those with a colon are parts of others.
+def _stages(folder: Path) -> str:
+    try:
+        run = read_run(folder)
+    except RunRecordError:
+        run = None
+    seconds = run.seconds if run else {}
+    # Stages with a colon are parts of others.
     return ", ".join(f"{stage} {s:.1f} s" for stage, s in seconds.items() if ":" not in stage and stage != "total")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flows.artifacts import SlideProgress
 from pipeline.errors import OutputError
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.results.summary import write_summary
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import httpx
 from prefect import Flow, State, flow
@@ -31,7 +30,8 @@ from pipeline.batch.queue import MAX_AT_ONCE
 from pipeline.errors import ConfigError, OutputError
 from pipeline.pages.report_page import write_report
 from pipeline.results.folder import finished_run, is_locked
-from pipeline.results.record import SlideResult, read_run, run_identity, skipped_result, stored_runtime
+from pipeline.results.record import read_header, run_identity, stored_runtime
+from pipeline.results.slide_result import SlideResult, skipped_result
 from pipeline.workers.base import SlideJob, Workers, job_config
 from pipeline.workers.open import open_workers
 from wsi.errors import WsiSegmentError
@@ -253,14 +253,14 @@ def _finished(order: BatchRequest, jobs: Sequence[SlideJob]) -> dict[SlideJob, S
 
 def _finished_result(job: SlideJob, order: BatchRequest, digests: dict[str, str]) -> SlideResult | None:
     start, folder = time.perf_counter(), order.output / job.path.stem
-    run = read_run(folder)
-    if run is None:
+    header = read_header(folder)
+    if header is None:
         return None
     try:
         model = job.model or order.model
         if model not in digests:
             digests[model] = load_bundle(model).digest
-        stated = str(cast("dict[str, object]", run["identity"]).get("slide"))
+        stated = str(header.identity.get("slide"))
         config = job_config(job, order.config)
         runtime = stored_runtime(folder, config) if config.runtime == "auto" else config.runtime
         if runtime is None:
@@ -269,7 +269,7 @@ def _finished_result(job: SlideJob, order: BatchRequest, digests: dict[str, str]
         if run is None:
             return None
         # Reading every finished slide again would take a night job hours.
-        unwritten = cast("dict[str, object]", run["slide"]).get("stamp") == slide_stamp(job.path)
+        unwritten = run.slide.stamp == slide_stamp(job.path)
         if not unwritten and slide_digest(job.path) != stated:
             return None
     except WsiSegmentError:

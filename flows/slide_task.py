@@ -14,7 +14,7 @@ from prefect.states import Completed, Failed
 from flows.privacy import Said
 from pipeline.batch.queue import failure
 from pipeline.errors import Cancelled, LockedError, is_transient
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
 from wsi.errors import WsiSegmentError
 

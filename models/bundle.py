@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import (
     DigestMismatchError,
@@ -21,6 +21,7 @@ from models.errors import (
     UnknownBundleError,
     WeightsMismatchError,
 )
+from models.tissue_class import TissueClass
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,7 +35,6 @@ CLASSIFIER_FILE = "classifier.safetensors"
 SEGMENTER_FILE = "segmenter.safetensors"
 SCHEMA_VERSION = 1
 
-Byte = Annotated[int, Field(ge=0, le=255)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Triple = tuple[float, float, float]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -46,26 +46,8 @@ NO_DIGEST = "0" * 64
 """Stands in a draft of a card, whose weights have not been written."""
 
 
-def _plain(name: str) -> str:
-    if ":" in name or name != name.strip() or not name.isprintable():
-        raise ValueError(f"class name {name!r} must be printable, without ':' and without space around it")
-    return name
-
-
-ClassName = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_plain)]
-"""What a tissue class may be called: QuPath takes "a: b" for a class derived from another."""
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
-
-
-class ClassCard(_Strict):
-    """One tissue class."""
-
-    name: ClassName
-    color: tuple[Byte, Byte, Byte]
-    """Red, green, blue."""
 
 
 class ClassifierCard(_Strict):
@@ -96,7 +78,7 @@ class ModelCard(_Strict):
     schema_version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: Annotated[str, Field(min_length=1)]
-    classes: Annotated[tuple[ClassCard, ...], Field(min_length=2, max_length=254)]
+    classes: Annotated[tuple[TissueClass, ...], Field(min_length=2, max_length=254)]
     mpp: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
     """Micrometres per pixel of the images the networks expect."""
     tile_size: Annotated[int, Field(ge=32, le=4096, multiple_of=32)]

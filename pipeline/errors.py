@@ -5,6 +5,7 @@ WsiSegmentError                   see wsi/errors.py
     ├── ConfigError               an option or input cannot be used
     ├── PlanError                 the run would not fit into memory or onto the disk
     ├── OutputError               results cannot be written, or would replace other results
+    │   ├── RunRecordError        a run.json of wsi-segment is damaged
     │   └── LockedError           another process is segmenting the same slide
     ├── ClusterError              the cluster is unreachable or cannot run the job
     ├── WorkerLostError           the worker process of a slide died
@@ -49,6 +50,10 @@ class PlanError(PipelineError):
 
 class OutputError(PipelineError):
     """Results cannot be written, or would replace other results."""
+
+
+class RunRecordError(OutputError):
+    """A result's run.json was written by wsi-segment, but a value in it is missing or wrong."""
 
 
 class LockedError(OutputError):

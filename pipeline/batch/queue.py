@@ -14,7 +14,7 @@ from pipeline.errors import Cancelled, ConfigError, LockedError, OutputError
 from pipeline.pages.report_page import write_report
 from pipeline.progress import Progress
 from pipeline.results.folder import is_locked
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.results.summary import write_summary
 from pipeline.workers.base import SlideJob, Workers
 from wsi.errors import WsiSegmentError

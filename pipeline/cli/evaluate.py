@@ -199,8 +199,7 @@ def _draw(
             labels_HW = predict_image(predictor, rgb_HWC, mpp=dataset.mpp, flips=tta)
             yield Compared(f"{name}: mIoU {100 * miou:.1f} %", rgb_HWC, truth_HW, labels_HW)
 
-    classes = list(zip(dataset.class_names, dataset.colors, strict=True))
-    write_comparison(folder / "worst.png", compared(), classes)
+    write_comparison(folder / "worst.png", compared(), dataset.classes)
 
 
 def _print_table(document: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from pipeline.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, fai
 from pipeline.config import SegmentConfig
 
 if TYPE_CHECKING:
-    from pipeline.results.record import SlideResult
+    from pipeline.results.slide_result import SlideResult
     from pipeline.workers.base import SlideJob
 
 PROGRAM = "wsi-segment"
@@ -253,7 +253,7 @@ def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: Segment
             slide.close()
             entry |= {"mpp": slide.info.mpp, "mpp_source": slide.info.mpp_source, "backend": slide.info.backend}
             settings = resolve(job_config(job, config), compute)
-            entry |= plan.summary(settings) | {"warnings": list(slide.info.warnings)}
+            entry |= plan.facts(settings).as_json() | {"warnings": list(slide.info.warnings)}
             check_resources(plan, settings, job.path.name, output)
         except Exception as error:  # noqa: BLE001 - as in run_batch: the other slides go on
             entry["error"] = failure(job, error)

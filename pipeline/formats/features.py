@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
+from models.tissue_class import TissueClass
 from pipeline.formats.polygons import Region
 
 GRID_L0 = 0.01
@@ -61,40 +62,30 @@ class Feature:
     id: str
     """UUID made from slide digest, class and geometry: the same region always has the same."""
     label: int
-    name: str
-    color: tuple[int, int, int]
+    tissue_class: TissueClass
     area_mm2: float
     geometry_l0: shapely.Polygon
     """On the 0.01 px grid, valid, shell counterclockwise by its numbers (RFC 7946)."""
-
-
-@dataclass(frozen=True)
-class FeatureSummary:
-    """What was written."""
-
-    count: int
-    area_mm2: Mapping[str, float]
-    """Of every class, 0.0 for a class without a region."""
 
 
 def write_features(
     geojson_path: Path,
     parquet_path: Path,
     regions: Iterable[Region],
-    classes: Sequence[tuple[str, tuple[int, int, int]]],
+    classes: Sequence[TissueClass],
     l0_per_out: float,
     mpp_l0: float,
     slide_digest: str,
-) -> FeatureSummary:
-    """Write all regions to one GeoJSON and one GeoParquet file and sum them up, in the order given.
+) -> int:
+    """Write all regions to one GeoJSON and one GeoParquet file, in the order given; return the number of features.
 
-    classes: (name, colour) of label 1, 2, …; l0_per_out: level-0 pixels per out pixel; mpp_l0: micrometres per level-0
+    classes: those of label 1, 2, …; l0_per_out: level-0 pixels per out pixel; mpp_l0: micrometres per level-0
     pixel. Memory does not grow with the number of regions; no regions give two valid empty files.
     Raises ValueError for classes that QuPath cannot hold, for a scale that is no positive number, and for a label
     without a class.
     """
     _check(classes, l0_per_out, mpp_l0)
-    count, areas = 0, {name: 0.0 for name, _ in classes}
+    count = 0
     features = region_features(regions, classes, l0_per_out, mpp_l0, slide_digest)
     with (
         geojson_path.open("w", encoding="utf-8", newline="\n") as geojson,
@@ -106,15 +97,14 @@ def write_features(
                 geojson.write(",\n" if count else "\n")
                 geojson.write(_dumps(geojson_feature(feature)))
                 count += 1
-                areas[feature.name] += feature.area_mm2
             parquet.write_table(_table(batch))
         geojson.write("\n]}\n")
-    return FeatureSummary(count, areas)
+    return count
 
 
 def region_features(
     regions: Iterable[Region],
-    classes: Sequence[tuple[str, tuple[int, int, int]]],
+    classes: Sequence[TissueClass],
     l0_per_out: float,
     mpp_l0: float,
     slide_digest: str,
@@ -125,11 +115,11 @@ def region_features(
         for region, polygons_l0 in zip(batch, _on_grid([r.geometry_out for r in batch], l0_per_out), strict=True):
             if not 1 <= region.label <= len(classes):
                 raise ValueError(f"a region has label {region.label}, but the classes are 1 to {len(classes)}")
-            name, color = classes[region.label - 1]
+            tissue_class = classes[region.label - 1]
             for polygon_l0 in polygons_l0:
                 area_mm2 = polygon_l0.area * (mpp_l0 / 1000.0) ** 2
-                identity = _identity(slide_digest, name, polygon_l0)
-                yield Feature(identity, region.label, name, color, area_mm2, polygon_l0)
+                identity = _identity(slide_digest, tissue_class.name, polygon_l0)
+                yield Feature(identity, region.label, tissue_class, area_mm2, polygon_l0)
 
 
 def geojson_feature(feature: Feature) -> dict[str, Any]:
@@ -142,7 +132,7 @@ def geojson_feature(feature: Feature) -> dict[str, Any]:
         "properties": {
             "objectType": "annotation",
             "isLocked": True,
-            "classification": {"name": feature.name, "color": list(feature.color)},
+            "classification": {"name": feature.tissue_class.name, "color": list(feature.tissue_class.color)},
             "measurements": {"Area mm^2": feature.area_mm2},
         },
     }
@@ -185,7 +175,7 @@ def _table(features: Sequence[Feature]) -> pa.Table:
     return pa.table(
         {
             "id": [feature.id for feature in features],
-            "class": [feature.name for feature in features],
+            "class": [feature.tissue_class.name for feature in features],
             "label": [feature.label for feature in features],
             "area_mm2": [feature.area_mm2 for feature in features],
             "geometry": [shapely.to_wkb(feature.geometry_l0, byte_order=1) for feature in features],
@@ -194,16 +184,10 @@ def _table(features: Sequence[Feature]) -> pa.Table:
     )
 
 
-def _check(classes: Sequence[tuple[str, tuple[int, int, int]]], l0_per_out: float, mpp_l0: float) -> None:
+def _check(classes: Sequence[TissueClass], l0_per_out: float, mpp_l0: float) -> None:
     for what, value in (("l0_per_out", l0_per_out), ("mpp_l0", mpp_l0)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{what} must be a positive number, not {value}")
-    names = [name for name, _ in classes]
-    for name, color in classes:
-        if not name.strip() or ":" in name or names.count(name) > 1:
-            raise ValueError(
-                f"class name {name!r}: a name must be unique, not empty and without ':' (QuPath splits it)"
-            )
-        parts: tuple[object, ...] = tuple(color)
-        if len(parts) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in parts):
-            raise ValueError(f"class {name!r}: its colour must be three whole numbers 0 to 255, not {color!r}")
+    names = [one.name for one in classes]
+    if len(set(names)) < len(names):
+        raise ValueError(f"class names must be distinct, not {names}")

@@ -24,6 +24,7 @@ import zarr
 from numcodecs import Blosc
 from zarr.storage import LocalStore
 
+from models.tissue_class import TissueClass
 from wsi.box import Box
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -41,8 +42,8 @@ class MapSpec:
     name: str
     size_out: tuple[int, int]
     """(width, height) that the slide needs, in pixels of the map."""
-    classes: tuple[tuple[str, tuple[int, int, int]], ...]
-    """(name, (red, green, blue)) of the classes behind channels 0.. and labels 1.."""
+    classes: tuple[TissueClass, ...]
+    """Channel k and label k + 1 stand for class k."""
     mpp_out: float
     """Micrometres per pixel of level 0 of the map."""
     chunk: int = 512
@@ -305,8 +306,8 @@ def _image_attributes(spec: MapSpec) -> dict[str, Any]:
             "name": _text(spec.name),
             # No `rdefs`: of its model "color" Vitessce makes an RGB picture of the first three channels.
             "channels": [
-                {"label": name, "color": f"{red:02X}{green:02X}{blue:02X}", "window": window, "active": True}
-                for name, (red, green, blue) in spec.classes
+                {"label": one.name, "color": bytes(one.color).hex().upper(), "window": window, "active": True}
+                for one in spec.classes
             ],
         },
     }
@@ -318,12 +319,9 @@ def _label_attributes(spec: MapSpec) -> dict[str, Any]:
         "image-label": {
             "version": "0.4",
             "colors": [
-                {"label-value": value, "rgba": [*colour, 255]}
-                for value, (_, colour) in enumerate(spec.classes, start=1)
+                {"label-value": value, "rgba": [*one.color, 255]} for value, one in enumerate(spec.classes, start=1)
             ],
-            "properties": [
-                {"label-value": value, "name": name} for value, (name, _) in enumerate(spec.classes, start=1)
-            ],
+            "properties": [{"label-value": value, "name": one.name} for value, one in enumerate(spec.classes, start=1)],
             "source": {"image": "../../"},
         },
     }
@@ -357,10 +355,10 @@ def _ome_xml(spec: MapSpec) -> str:
     scale = {"PhysicalSizeX": spec.mpp_out, "PhysicalSizeY": spec.mpp_out}
     attributes = {"ID": "Pixels:0", **form, "BigEndian": "false", **sizes, **scale}
     pixels = ET.SubElement(image, "Pixels", {name: str(value) for name, value in attributes.items()})
-    for i, (name, colour) in enumerate(spec.classes):
+    for i, one in enumerate(spec.classes):
         # Red, green, blue and alpha in the bytes of a signed number.
-        number = int.from_bytes(bytes((*colour, 255)), "big", signed=True)
-        channel = {"ID": f"Channel:0:{i}", "Name": name, "SamplesPerPixel": "1", "Color": str(number)}
+        number = int.from_bytes(bytes((*one.color, 255)), "big", signed=True)
+        channel = {"ID": f"Channel:0:{i}", "Name": one.name, "SamplesPerPixel": "1", "Color": str(number)}
         ET.SubElement(pixels, "Channel", channel)
     ET.SubElement(pixels, "MetadataOnly")
     ET.indent(ome)

@@ -12,14 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from models.tissue_class import Color, TissueClass
+
 UInt8Array = npt.NDArray[np.uint8]
-Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 BLEND = 0.45
-"""Weight of the class colour over the slide: classes are told apart and nuclei still seen through them."""
+"""Weight of the class color over the slide: classes are told apart and nuclei still seen through them."""
 OUTLINE = 0.2
-"""Share of the class colour in its outline: so dark, it is seen on any stain and beside any fill."""
+"""Share of the class color in its outline: so dark, it is seen on any stain and beside any fill."""
 PANEL_PX = 1100
 """The longer side of each panel; larger thumbnails are reduced to it, smaller ones enlarged."""
 MIN_SIDE_PX = 48
@@ -27,10 +28,10 @@ MIN_SIDE_PX = 48
 MARGIN = 28
 TEXT = 20
 TITLE = 28
-INK: Colour = (32, 32, 36)
-FAINT: Colour = (110, 110, 118)
-PAPER: Colour = (255, 255, 255)
-BACKDROP: Colour = (244, 244, 245)
+INK: Color = (32, 32, 36)
+FAINT: Color = (110, 110, 118)
+PAPER: Color = (255, 255, 255)
+BACKDROP: Color = (244, 244, 245)
 ASCII = {"ß": "ss", "µ": "u", "–": "-", "—": "-", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L"}
 """What Unicode's own decomposition leaves as it is."""
 
@@ -39,7 +40,7 @@ def write_preview(
     path_png: Path,
     thumbnail_rgb_HWC: UInt8Array,
     labels_HW: npt.NDArray[np.integer],
-    classes: Sequence[tuple[str, Colour]],
+    classes: Sequence[TissueClass],
     title: str,
     um_per_px: float,
 ) -> None:
@@ -54,20 +55,20 @@ def write_preview(
     slide = Image.fromarray(thumbnail_rgb_HWC).resize(
         size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     )
-    panels = [_mount(slide), _mount(overlay(slide, labels_HW, [colour for _, colour in classes]))]
+    panels = [_mount(slide), _mount(overlay(slide, labels_HW, [one.color for one in classes]))]
     legend = _legend_entries(labels_HW, classes)
     _compose(panels, legend, title, um_per_px * width / size[0]).save(path_png, format="PNG", optimize=False)
 
 
-def overlay(slide: Image.Image, labels_HW: npt.NDArray[np.integer], colours: Sequence[Colour]) -> Image.Image:
-    """The slide with each class blended over it and outlined in a dark shade of its colour, at the slide's size."""
+def overlay(slide: Image.Image, labels_HW: npt.NDArray[np.integer], colors: Sequence[Color]) -> Image.Image:
+    """The slide with each class blended over it and outlined in a dark shade of its color, at the slide's size."""
     # Nearest neighbour: a mixture of two labels would be a third class.
     labels = np.asarray(Image.fromarray(labels_HW.astype(np.uint8)).resize(slide.size, Image.Resampling.NEAREST))
-    palette = np.array([(0, 0, 0), *colours], dtype=np.float32)
-    colour_HWC = palette[np.minimum(labels, len(colours))]
+    palette = np.array([(0, 0, 0), *colors], dtype=np.float32)
+    color_HWC = palette[np.minimum(labels, len(colors))]
     rgb_HWC = np.asarray(slide.convert("RGB"), dtype=np.float32)
-    blended_HWC = np.where((labels > 0)[..., None], (1 - BLEND) * rgb_HWC + BLEND * colour_HWC, rgb_HWC)
-    outlined_HWC = np.where(outline(labels)[..., None], OUTLINE * colour_HWC, blended_HWC)
+    blended_HWC = np.where((labels > 0)[..., None], (1 - BLEND) * rgb_HWC + BLEND * color_HWC, rgb_HWC)
+    outlined_HWC = np.where(outline(labels)[..., None], OUTLINE * color_HWC, blended_HWC)
     return Image.fromarray(np.round(outlined_HWC).astype(np.uint8))
 
 
@@ -101,15 +102,11 @@ def _mount(picture: Image.Image) -> Image.Image:
     return mounted
 
 
-def _legend_entries(
-    labels_HW: npt.NDArray[np.integer], classes: Sequence[tuple[str, Colour]]
-) -> list[tuple[str, str, Colour]]:
-    """(name, share, colour) of each class."""
+def _legend_entries(labels_HW: npt.NDArray[np.integer], classes: Sequence[TissueClass]) -> list[tuple[str, str, Color]]:
+    """(name, share, color) of each class."""
     counts = np.bincount(labels_HW.ravel(), minlength=len(classes) + 1)[1 : len(classes) + 1]
     total = int(counts.sum())
-    return [
-        (name, _share_text(int(count), total), colour) for (name, colour), count in zip(classes, counts, strict=True)
-    ]
+    return [(one.name, _share_text(int(count), total), one.color) for one, count in zip(classes, counts, strict=True)]
 
 
 def _share_text(count: int, total: int) -> str:
@@ -120,7 +117,7 @@ def _share_text(count: int, total: int) -> str:
 
 
 def _compose(
-    panels: list[Image.Image], legend: list[tuple[str, str, Colour]], title: str, um_per_px: float
+    panels: list[Image.Image], legend: list[tuple[str, str, Color]], title: str, um_per_px: float
 ) -> Image.Image:
     """Title, panels, scale bar and legend on one sheet.
 
@@ -144,8 +141,8 @@ def _compose(
     _draw_scale_bar(draw, (x, bar_y), um_per_px, width, text)
     draw.text((sheet_width - MARGIN, bar_y + 14), "% of the classified area", FAINT, text, anchor="ra")
     for i, row in enumerate(rows):
-        for offset, (name, share, colour) in row:
-            _draw_entry(draw, (MARGIN + offset, legend_y + i * 40), name, share, colour, text)
+        for offset, (name, share, color) in row:
+            _draw_entry(draw, (MARGIN + offset, legend_y + i * 40), name, share, color, text)
     return sheet
 
 
@@ -162,19 +159,19 @@ def _draw_scale_bar(
 
 
 def _draw_entry(
-    draw: ImageDraw.ImageDraw, xy: tuple[int, int], name: str, share: str, colour: Colour, font: Font
+    draw: ImageDraw.ImageDraw, xy: tuple[int, int], name: str, share: str, color: Color, font: Font
 ) -> None:
     x, y = xy
-    draw.rounded_rectangle((x, y, x + 24, y + 24), radius=4, fill=colour, outline=INK)
+    draw.rounded_rectangle((x, y, x + 24, y + 24), radius=4, fill=color, outline=INK)
     draw.text((x + 34, y), name, INK, font)
     draw.text((x + 34 + font.getlength(name) + 10, y), share, FAINT, font)
 
 
 def _legend_rows(
-    legend: list[tuple[str, str, Colour]], width: int, font: Font
-) -> list[list[tuple[int, tuple[str, str, Colour]]]]:
+    legend: list[tuple[str, str, Color]], width: int, font: Font
+) -> list[list[tuple[int, tuple[str, str, Color]]]]:
     """Entries in columns of equal width, as many as fit: rows of (x offset, entry)."""
-    legend = [(fitting(name, width - 160, font), share, colour) for name, share, colour in legend]
+    legend = [(fitting(name, width - 160, font), share, color) for name, share, color in legend]
     widest = max((34 + font.getlength(name) + 10 + font.getlength(share) + 36 for name, share, _ in legend), default=1)
     columns = max(1, min(len(legend), int((width + 36) // widest)))
     rows = [legend[i : i + columns] for i in range(0, len(legend), columns)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
+
+from models.tissue_class import Color
 
 MISSING = "–"
 
@@ -47,9 +48,9 @@ def duration_text(seconds: float | None) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def css_colour(colour: Sequence[int]) -> str:
-    """A colour of red, green, blue, as style sheets write it."""
-    red, green, blue = (int(value) for value in colour)
+def css_color(color: Color) -> str:
+    """Return a color as style sheets write it."""
+    red, green, blue = color
     return f"rgb({red} {green} {blue})"
 
 
@@ -70,5 +71,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"area": area_text, "share": share_text, "duration": duration_text, "colour": css_colour}
+    environment.filters |= {"area": area_text, "share": share_text, "duration": duration_text, "color": css_color}
     return environment

@@ -1,4 +1,4 @@
-"""The page of all slides of a results folder: `index.html`, beside `summary.csv`."""
+"""The report: a page of all slides of a results folder, `index.html` beside `summary.csv`."""
 
 from __future__ import annotations
 
@@ -12,33 +12,30 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.errors import OutputError
+from models.tissue_class import TissueClass
+from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import only_writer, write_atomically
-from pipeline.pages.page import css_colour, render_page
-from pipeline.pages.slide_page import PAGE, THUMBNAIL, ClassArea, class_areas
-from pipeline.results.record import read_run
+from pipeline.pages.page import render_page
+from pipeline.results.areas import ClassArea, class_areas
+from pipeline.results.names import PAGE, PREVIEW, RUN, SUMMARY, THUMBNAIL
+from pipeline.results.record import Run, read_run
+from pipeline.results.slide_result import AREA_COLUMN, STATUSES
 from pipeline.results.summary import read_summary
 
 log = logging.getLogger(__name__)
 
-STATUSES = ("done", "no tissue", "skipped", "failed")
-"""In the order in which they are counted up."""
-
 _FOLDERS = re.compile(r"""(?<![\w.])(?:[A-Za-z]:)?[\\/](?:[^\\/:;,()'"\n]*[^\\/:;,()'"\s][\\/])+""")
 """The folders of an absolute path."""
-
-AREA_COLUMN = "area_mm2 "
-"""What the columns of `summary.csv` begin with that hold a class's area."""
 
 
 @dataclass(frozen=True)
 class SlideRow:
-    """What the page says of one slide."""
+    """One slide as the report shows it."""
 
     name: str
     status: str
     page: str | None
-    """Link to the slide's own page; None where there is none."""
+    """Link to the slide's own page; None if there is no such page."""
     thumbnail: str | None
     tissue_mm2: float | None
     areas: Sequence[ClassArea]
@@ -49,15 +46,15 @@ class SlideRow:
     error: str
 
     def area_mm2(self, name: str) -> float | None:
-        """The area of a class; None where the slide's model does not know it."""
+        """Return the area of a class; None if the slide's model does not have this class."""
         return next((one.area_mm2 for one in self.areas if one.name == name), None)
 
 
 def write_report(output: Path) -> Path:
-    """Write `index.html` anew from `summary.csv` and the results beside it; returns its path.
+    """Write the report from `summary.csv` and the results beside it, and return its path.
 
-    Runs into the same folder may do so at the same time: the last one sees the slides of all. Raises OutputError where
-    `summary.csv` is no summary or the page cannot be written.
+    Several runs may write the report of one folder at the same time: the last one includes the slides of all. Raises
+    OutputError if `summary.csv` is not a summary or the page cannot be written.
     """
     path = output / PAGE
     try:
@@ -72,7 +69,7 @@ def write_report(output: Path) -> Path:
 
 def _render(rows: Sequence[SlideRow]) -> str:
     known = list(dict.fromkeys(one.name for row in rows for one in row.areas))
-    # A failed slide may have a former result beside it, which is no part of these.
+    # A failed slide may have the result of an earlier run, which does not count here.
     counted = [row for row in rows if row.status != "failed"]
     return render_page(
         "report.html",
@@ -92,92 +89,89 @@ def _in_order(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def _total(rows: Iterable[SlideRow]) -> list[ClassArea]:
-    """The classes of all slides, each in the colour that the first slide has it in."""
+    """Return the classes of all slides, each in the color of the first slide that has it."""
     areas: dict[str, float] = {}
-    colours: dict[str, Sequence[int]] = {}
+    classes: dict[str, TissueClass] = {}
     for row in rows:
         for one in row.areas:
             areas[one.name] = areas.get(one.name, 0.0) + one.area_mm2
-            colours.setdefault(one.name, one.colour)
-    return class_areas(areas, [{"name": name, "color": colour} for name, colour in colours.items()])
+            classes.setdefault(one.name, TissueClass(one.name, one.color))
+    return class_areas(areas, classes.values())
 
 
 def _rows(output: Path) -> list[SlideRow]:
-    """A row for each slide of the summary, and for each result that it has lost."""
-    summary = read_summary(output / "summary.csv")
-    folders = {_text(path.name): path for path in sorted(output.iterdir()) if (path / "run.json").is_file()}
-    names = sorted({*summary, *(name for name, path in folders.items() if read_run(path))}, key=_natural)
-    return [_row(name, summary.get(name, {}), folders.get(name, output / name)) for name in names]
+    """Return a row for each slide of the summary, and for each result that the summary lacks."""
+    summary = read_summary(output / SUMMARY)
+    folders = {_text(path.name): path for path in sorted(output.iterdir()) if (path / RUN).is_file()}
+    runs = {name: run for name, path in folders.items() if (run := _readable_run(path)) is not None}
+    names = sorted({*summary, *runs}, key=_natural)
+    return [_row(name, summary.get(name, {}), folders.get(name, output / name), runs.get(name)) for name in names]
 
 
-def _row(name: str, told: Mapping[str, Any], folder: Path) -> SlideRow:
+def _readable_run(folder: Path) -> Run | None:
     try:
-        return _row_of(name, told, folder, read_run(folder) or {})
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
-        # Somebody has changed the run.json by hand: one slide's facts must not take the page from all the others.
-        log.warning("%s: run.json is not as a run writes it", folder)
-        return _row_of(name, told, folder, {})
+        return read_run(folder)
+    except RunRecordError as error:
+        # One damaged file must not take the report from all other slides.
+        log.warning("%s", error)
+        return None
 
 
 def _natural(name: str) -> list[tuple[float, str]]:
-    """Sorts as people do: "slide 9" before "slide 10"."""
+    """Return a sort key that puts "slide 9" before "slide 10"."""
     parts = re.split(r"([0-9]+)", name.casefold())
     return [(float(part), "") if i % 2 else (-1.0, part) for i, part in enumerate(parts)]
 
 
 def _text(name: str) -> str:
-    """A file's name as `summary.csv` has it: bytes that are no text written out."""
+    """Return a file's name as `summary.csv` has it: bytes that are not UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _row_of(name: str, told: Mapping[str, Any], folder: Path, run: Mapping[str, Any]) -> SlideRow:
-    """What `run.json` says of a slide, and where that is missing, what its row in the summary told."""
-    status = str(told.get("status") or run.get("status", "done"))
-    warnings = list(run.get("warnings", [])) or [w for w in str(told.get("warnings", "")).split("; ") if w]
-    if status == "failed":
-        warnings = ["the result of an earlier run is still there"] if run else []
-    elif not run:
-        warnings.append(f"{name}/run.json is missing or cannot be read; the numbers are those of summary.csv")
-    areas = run.get("class_areas_mm2") or {
-        key.removeprefix(AREA_COLUMN): float(value)
-        for key, value in told.items()
-        if key.startswith(AREA_COLUMN) and _number(value) is not None
-    }
-    tissue_mm2 = _number(run.get("tissue_mm2", told.get("tissue_mm2")))
+def _row(name: str, summary: Mapping[str, Any], folder: Path, run: Run | None) -> SlideRow:
+    """Return a slide's row from its record or, if the record is lost, from its row in the summary."""
+    status = str(summary.get("status") or (run.status if run else "done"))
     failed = status == "failed"
-    classes = class_areas({name: _finite(area) for name, area in areas.items()}, run.get("classes", []))
-    for one in classes:
-        css_colour(one.colour)
+    areas, tissue_mm2 = (run.class_areas_mm2, run.tissue_mm2) if run else _areas_of_summary(summary)
     return SlideRow(
         name=name,
         status=status,
-        page=_link(folder, PAGE) or (_link(folder, "preview.png") if run else None),
+        page=_link(folder, PAGE) or (_link(folder, PREVIEW) if run else None),
         thumbnail=_link(folder, THUMBNAIL),
         tissue_mm2=None if failed else tissue_mm2,
-        areas=[] if failed else classes,
-        seconds=_number(told.get("seconds")),
-        resumed_blocks=int(_number(told.get("resumed_blocks")) or 0),
-        model=str(run.get("model", "")),
-        warnings=warnings,
+        areas=[] if failed else class_areas(areas, run.classes if run else ()),
+        seconds=_number(summary.get("seconds")),
+        resumed_blocks=int(_number(summary.get("resumed_blocks")) or 0),
+        model=run.model if run else "",
+        warnings=_warnings(name, summary, run, failed=failed),
         # The page is passed on: `summary.csv` has the whole text, with the folders of this machine.
-        error=_FOLDERS.sub("", str(told.get("error", ""))),
+        error=_FOLDERS.sub("", str(summary.get("error", ""))),
     )
 
 
+def _warnings(name: str, summary: Mapping[str, Any], run: Run | None, *, failed: bool) -> list[str]:
+    if failed:
+        return ["the result of an earlier run is still there"] if run else []
+    if run:
+        return list(run.warnings)
+    warnings = [warning for warning in str(summary.get("warnings", "")).split("; ") if warning]
+    return [*warnings, f"{name}/{RUN} is missing or cannot be read; the numbers are those of {SUMMARY}"]
+
+
+def _areas_of_summary(summary: Mapping[str, Any]) -> tuple[dict[str, float], float | None]:
+    numbers = {key: value for key in summary if (value := _number(summary[key])) is not None}
+    areas = {key.removeprefix(AREA_COLUMN): value for key, value in numbers.items() if key.startswith(AREA_COLUMN)}
+    return areas, numbers.get("tissue_mm2")
+
+
 def _link(folder: Path, name: str) -> str | None:
-    # A colon, too, is quoted: what stands before it would be taken for a scheme.
+    # A colon, too, is quoted: a browser would read what stands before it as a scheme.
     return f"{quote(folder.name, safe='', errors='surrogateescape')}/{name}" if (folder / name).is_file() else None
 
 
 def _number(text: object) -> float | None:
     try:
-        return _finite(text)
+        value = float(str(text))
     except ValueError:
         return None
-
-
-def _finite(text: object) -> float:
-    value = float(str(text))
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no number of anything")
-    return value
+    return value if math.isfinite(value) else None

@@ -6,7 +6,7 @@ machine names: the same slide, model and parameters give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from models.tissue_class import Color
 from pipeline.formats.preview import BLEND, OUTLINE, length_text, outline, round_length_um
+from pipeline.formats.slide_picture import SlidePicture
 from pipeline.pages.page import data_uri, render_page
-from pipeline.pages.slide_picture import SlidePicture
+from pipeline.results.areas import class_areas
+from pipeline.results.names import PAGE, THUMBNAIL
+from pipeline.results.record import Run
 
-PAGE = "index.html"
-THUMBNAIL = "thumbnail.jpg"
 THUMBNAIL_PX = 256
 """Longer side; shown at half of it."""
 SCALE_BAR_SHARE = 0.25
@@ -52,17 +54,6 @@ FILES = {
 
 
 @dataclass(frozen=True)
-class ClassArea:
-    """One class of one slide or of several."""
-
-    name: str
-    colour: Sequence[int]
-    area_mm2: float
-    share: float | None
-    """Of all that is classified; None where nothing is."""
-
-
-@dataclass(frozen=True)
 class Layer:
     """One class as two transparent pictures of the slide's size."""
 
@@ -72,23 +63,23 @@ class Layer:
     outline_uri: str
 
 
-def write_slide_page(folder: Path, run: Mapping[str, Any], picture: SlidePicture) -> None:
-    """Write the page and the thumbnail of a result, of which `run` is what stands in its `run.json`."""
+def write_slide_page(folder: Path, run: Run, picture: SlidePicture) -> None:
+    """Write the page and the thumbnail of the result that `run` records."""
     slide = Image.fromarray(picture.rgb_HWC)
     _thumbnail(slide, picture).save(folder / THUMBNAIL, quality=80, optimize=True)
     bar_um = round_length_um(SCALE_BAR_SHARE * slide.width * picture.um_per_px)
     text = render_page(
         "slide.html",
         run=run,
-        title=folder_title(run),
+        title=run.slide_title,
         size=slide.size,
         slide_uri=data_uri(slide, "jpeg", quality=85, optimize=True),
         layers=_layers(picture),
-        areas=class_areas(run["class_areas_mm2"], run["classes"]),
+        areas=class_areas(run.class_areas_mm2, run.classes),
         bar_share=bar_um / (slide.width * picture.um_per_px),
         bar_text=length_text(bar_um).replace("um", "µm"),
-        parameters=_parameters(run["identity"]["parameters"]),
-        files=[(name, quote(name), _about(name)) for name in run["outputs"] if name not in (PAGE, THUMBNAIL)],
+        parameters=_parameters(run.identity.parameters),
+        files=[(name, quote(name), _about(name)) for name in run.outputs if name not in (PAGE, THUMBNAIL)],
     )
     (folder / PAGE).write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
@@ -96,44 +87,30 @@ def write_slide_page(folder: Path, run: Mapping[str, Any], picture: SlidePicture
 def _thumbnail(slide: Image.Image, picture: SlidePicture) -> Image.Image:
     """The classes blended over the slide, without outlines: at this size these would hide small regions."""
     classes = Image.fromarray(picture.labels_HW)
-    classes.putpalette([0, 0, 0, *(value for _, colour in picture.classes for value in colour)])
+    classes.putpalette([0, 0, 0, *(value for one in picture.classes for value in one.color)])
     weight_HW = np.where(picture.labels_HW > 0, round(255 * BLEND), 0).astype(np.uint8)
     small = Image.composite(classes.convert("RGB"), slide, Image.fromarray(weight_HW))
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
     return small
 
 
-def folder_title(run: Mapping[str, Any]) -> str:
-    """The slide's name without the ending that says its format."""
-    return Path(run["slide"]["name"]).stem
-
-
-def class_areas(areas_mm2: Mapping[str, float], classes: Sequence[Mapping[str, Any]]) -> list[ClassArea]:
-    """The areas with their shares and the classes' colours; grey for a class that is not among them."""
-    colours = {one["name"]: one["color"] for one in classes}
-    total = sum(areas_mm2.values())
-    return [
-        ClassArea(name, colours.get(name, (150, 150, 150)), area, area / total if total else None)
-        for name, area in areas_mm2.items()
-    ]
-
-
 def _layers(picture: SlidePicture) -> list[Layer]:
     """A layer for each class that is somewhere in the picture."""
     edge_HW = outline(picture.labels_HW)
     layers = []
-    for number, (name, colour) in enumerate(picture.classes, start=1):
+    for number, one in enumerate(picture.classes, start=1):
         mask_HW = picture.labels_HW == number
         if mask_HW.any():
-            dark = (round(OUTLINE * colour[0]), round(OUTLINE * colour[1]), round(OUTLINE * colour[2]))
-            layers.append(Layer(number, name, _mask_uri(mask_HW, colour), _mask_uri(mask_HW & edge_HW, dark)))
+            red, green, blue = (round(OUTLINE * value) for value in one.color)
+            edge_uri = _mask_uri(mask_HW & edge_HW, (red, green, blue))
+            layers.append(Layer(number, one.name, _mask_uri(mask_HW, one.color), edge_uri))
     return layers
 
 
-def _mask_uri(mask_HW: npt.NDArray[np.bool_], colour: tuple[int, int, int]) -> str:
-    """The pixels of a mask in one colour, the others transparent: one bit each."""
+def _mask_uri(mask_HW: npt.NDArray[np.bool_], color: Color) -> str:
+    """The pixels of a mask in one color, the others transparent: one bit each."""
     image = Image.fromarray(mask_HW.astype(np.uint8))
-    image.putpalette([255, 255, 255, *colour])
+    image.putpalette([255, 255, 255, *color])
     return data_uri(image, "png", bits=1, transparency=b"\x00\xff", optimize=True)
 
 

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from filelock import FileLock, Timeout
 
 from pipeline.errors import LockedError, OutputError
 from pipeline.files import sync, sync_tree, write_atomically
-from pipeline.results.record import read_run
+from pipeline.results.names import RUN
+from pipeline.results.record import Run, RunHeader, RunIdentity, read_header, read_run
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ class ResultFolder:
 
     target: Path
     work: Path
-    finished: Mapping[str, object] | None
-    """The `run.json` of a result that is already there for the same inputs; nothing is left to do."""
+    finished: Run | None
+    """The record of a result of the same inputs that is already there: nothing is left to do."""
 
     @property
     def result(self) -> Path:
@@ -57,7 +57,7 @@ class ResultFolder:
 
 
 @contextmanager
-def open_folder(output: Path, name: str, identity: Mapping[str, object], *, force: bool) -> Iterator[ResultFolder]:
+def open_folder(output: Path, name: str, identity: RunIdentity, *, force: bool) -> Iterator[ResultFolder]:
     """Take the lock of one slide's result and prepare its working folder.
 
     A working folder of the same `identity` is kept, so that the run goes on from it; another one is cleared away. After
@@ -111,15 +111,18 @@ def is_locked(output: Path, name: str) -> bool:
     return False
 
 
-def finished_run(target: Path, identity: Mapping[str, object]) -> dict[str, object] | None:
-    """The `run.json` of the result in `target` if it was made of the same inputs and no file of it is missing."""
-    run = read_run(target)
-    if run is None or run["identity"] != identity:
+def finished_run(target: Path, identity: RunIdentity) -> Run | None:
+    """Return the record of the result in `target` if it has the same inputs and none of its files is missing.
+
+    Raises RunRecordError if the record has the same inputs but is damaged.
+    """
+    header = read_header(target)
+    if header is None or header.identity != identity.as_json():
         return None
-    return run if all((target / name).exists() for name in cast("list[str]", run["outputs"])) else None
+    return read_run(target) if all((target / name).exists() for name in header.outputs) else None
 
 
-def _prepare(output: Path, name: str, identity: Mapping[str, object], *, force: bool) -> ResultFolder:
+def _prepare(output: Path, name: str, identity: RunIdentity, *, force: bool) -> ResultFolder:
     folder = ResultFolder(output / name, output / f".{name}.work", None)
     if folder.old.exists():
         # A run was killed while it replaced a result.
@@ -128,29 +131,30 @@ def _prepare(output: Path, name: str, identity: Mapping[str, object], *, force: 
         else:
             folder.old.rename(folder.target)
     if folder.target.exists():
-        run = read_run(folder.target)
-        if run is None:
+        header = read_header(folder.target)
+        if header is None:
             raise OutputError(
                 f"{folder.target}: holds something that no run has made; move it away or choose another --output"
             )
         if not force:
-            if finished_run(folder.target, identity) is not None:
+            run = finished_run(folder.target, identity)
+            if run is not None:
                 _clear_rest(folder.work, identity)
                 return ResultFolder(folder.target, folder.work, run)
-            raise OutputError(_another_run(folder.target, run, identity))
+            raise OutputError(_another_run(folder.target, header, identity.as_json()))
     header_path = folder.work / "identity.json"
-    former = _read_json(header_path)
-    if folder.work.exists() and former != identity:
+    former, wanted = _read_json(header_path), identity.as_json()
+    if folder.work.exists() and former != wanted:
         if isinstance(former, dict):
             log.warning(
-                "%s: the unfinished run found there is another one (%s); starting anew",
+                "%s: the unfinished run in this folder is a different one (%s); starting from the beginning",
                 folder.target,
-                "; ".join(filter(None, (_other_inputs(former, identity), _other_settings(former, identity)))),
+                "; ".join(filter(None, (_other_inputs(former, wanted), _other_settings(former, wanted)))),
             )
         shutil.rmtree(folder.work)
     folder.result.mkdir(parents=True, exist_ok=True)
     if not header_path.exists():
-        write_atomically(header_path, json.dumps(identity))
+        write_atomically(header_path, json.dumps(wanted))
         sync(output)
     return folder
 
@@ -163,17 +167,17 @@ def _make_durably(folder: Path) -> None:
         sync(path.parent)
 
 
-def _clear_rest(work: Path, identity: Mapping[str, object]) -> None:
+def _clear_rest(work: Path, identity: RunIdentity) -> None:
     """Remove what a run that was killed after its result had become visible left of its working folder."""
-    if work.exists() and _read_json(work / "identity.json") in (identity, None):
+    if work.exists() and _read_json(work / "identity.json") in (identity.as_json(), None):
         shutil.rmtree(work)
 
 
-def _another_run(target: Path, run: Mapping[str, object], identity: Mapping[str, object]) -> str:
-    former = cast("dict[str, object]", run["identity"])
-    settings = _other_settings(former, identity)
+def _another_run(target: Path, header: RunHeader, identity: Mapping[str, object]) -> str:
+    settings = _other_settings(header.identity, identity)
+    other = _other_inputs(header.identity, identity)
     return (
-        f"{target}: holds the result of another run ({_other_inputs(former, identity) or 'with files missing'}); pass "
+        f"{target}: holds the result of another run ({other or 'with files missing'}); pass "
         f"--force to replace it, or choose another --output" + (f"; it was made with {settings}" if settings else "")
     )
 
@@ -195,17 +199,17 @@ def _clear_old(old: Path, target: Path) -> None:
     """Remove what a former run wrote; what others put beside it moves over to the new result."""
     if not old.exists():
         return
-    run = read_run(old)
-    written = set(cast("list[str]", run.get("outputs", []))) if run else set()
+    header = read_header(old)
+    written = set(header.outputs) if header else set()
     for path in old.iterdir():
-        if path.name not in written and path.name != "run.json":
+        if path.name not in written and path.name != RUN:
             path.rename(_free_place(target / path.name))
     sync(target)
     for path in old.iterdir():
-        if path.name != "run.json":
+        if path.name != RUN:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     # Last: it says what the run wrote, should this be interrupted.
-    (old / "run.json").unlink(missing_ok=True)
+    (old / RUN).unlink(missing_ok=True)
     old.rmdir()
 
 

@@ -1,60 +1,203 @@
-"""What is said of a run: `run.json` for each slide, `summary.csv` for all."""
+"""The record of a run: what `run.json` states about one slide's result.
+
+`Run` is the only description of the file's content. `write_run` writes it, and `read_run` reads it back and checks
+every value. Only `pipeline/checks` reads the file on its own, on purpose.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from models.runtimes import Runtime
+from models.tissue_class import TissueClass
 from pipeline.config import ResolvedSettings, SegmentConfig
-
-Status = Literal["done", "no tissue", "skipped", "failed"]
+from pipeline.errors import RunRecordError
+from pipeline.results.names import RUN
+from wsi.box import Box
+from wsi.grid import Grid
 
 RUN_FORMAT = 2
-"""Raised when results of older versions can no longer stand for a run of this one."""
+"""Raise this number if a result of an older version must not count as finished."""
 
 _VERSIONS = ("wsi-segment", "torch", "openslide-python", "tiffslide", "zarr", "shapely", "segmentation-models-pytorch")
 
 
-@dataclass(frozen=True)
-class SlideResult:
-    """How one slide ended."""
+def _file_name(name: str) -> str:
+    if not name or any(part in name for part in "/\\\0"):
+        raise ValueError(f"{name!r} is not the name of a file in the result's folder")
+    return name
 
+
+def _scale(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{value} is not a positive number")
+    return value
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+Positive = Annotated[float, AfterValidator(_scale)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class RunIdentity(_Record):
+    """The inputs of a result: two runs with equal identities write the same result."""
+
+    format: int
     slide: str
-    status: Status
-    seconds: float
-    areas_mm2: dict[str, float] = field(default_factory=dict)
-    """Area per class."""
-    tissue_mm2: float | None = None
-    folder: Path | None = None
-    """Where the results are."""
-    resumed_blocks: int = 0
-    """Blocks that an earlier, interrupted run had finished."""
-    warnings: tuple[str, ...] = ()
-    error: str = ""
+    """SHA-256 of the slide, see `slide_digest`."""
+    model: str
+    """SHA-256 of the model card, which contains the digests of the weights."""
+    parameters: dict[str, Any]
+    """`SegmentConfig.parameters`."""
 
-    def row(self) -> dict[str, object]:
-        """The result in plain values."""
-        return {
-            "slide": self.slide,
-            "status": self.status,
-            "seconds": round(self.seconds, 1),
+    def as_json(self) -> dict[str, object]:
+        """Return the identity as `run.json` and the working folder store it."""
+        return self.model_dump(mode="json")
+
+
+class SlideFacts(_Record):
+    """What the record states about the slide. It never holds other properties: they may name a patient."""
+
+    name: str
+    path: Path | None = None
+    """Absolute path at the time of the run; None if someone removed it from the file."""
+    size: tuple[int, int]
+    """(width, height) of level 0."""
+    mpp: Positive
+    """Micrometers per level-0 pixel."""
+    mpp_source: str
+    vendor: str
+    backend: str
+    bounds: Box
+    """The part of level 0 that the result covers."""
+    qupath_offset: tuple[int, int]
+    """Where the origin of map and polygons lies in level 0."""
+    stamp: str = ""
+    """Sizes and modification times of the slide's files, see `slide_stamp`; empty in older results."""
+
+
+class TileCounts(_Record):
+    """How many tiles of the slide took which way."""
+
+    run: int
+    """Tiles that the classifier saw."""
+    segmented: int
+    without_class: int = Field(
+        validation_alias=AliasChoices("without class", "without_class"), serialization_alias="without class"
+    )
+    unreadable: int
+
+
+class PlanFacts(_Record):
+    """The grid of a run, and what the plan expected of it. `run.json` stores the grid's fields beside the others."""
+
+    grid: Grid
+    blocks: int
+    tiles: int
+    tissue_mm2: float
+    memory_bytes: int
+    disk_bytes: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _grid_of_its_fields(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "grid" in values:
+            return values
+        names = [field.name for field in dataclasses.fields(Grid)]
+        return values | {"grid": {name: values[name] for name in names if name in values}}
+
+    @model_validator(mode="after")
+    def _scales_are_positive(self) -> Self:
+        for value in (self.grid.l0_per_out, self.grid.mpp_out, *self.grid.size_out):
+            _scale(value)
+        return self
+
+    @model_serializer
+    def as_json(self) -> dict[str, object]:
+        """Return the plan as JSON values, with the grid's derived map size and pixel size."""
+        return dataclasses.asdict(self.grid) | {
+            "blocks": self.blocks,
+            "tiles": self.tiles,
+            "map_size": list(self.grid.size_out),
+            "map_mpp": self.grid.mpp_out,
             "tissue_mm2": self.tissue_mm2,
-            **{f"area_mm2 {name}": area for name, area in self.areas_mm2.items()},
-            "resumed_blocks": self.resumed_blocks,
-            "warnings": "; ".join(self.warnings),
-            "error": self.error,
+            "memory_bytes": self.memory_bytes,
+            "disk_bytes": self.disk_bytes,
         }
 
 
-def run_identity(slide_digest: str, model_digest: str, parameters: Mapping[str, object]) -> dict[str, object]:
+class Run(_Record):
+    """The record of one slide's result. The fields are the keys of `run.json`, in this order."""
+
+    identity: RunIdentity
+    status: Literal["done", "no tissue"]
+    slide: SlideFacts
+    model: str
+    """Name of the model."""
+    tissue_mm2: float
+    fold_mm2: float
+    classes: tuple[TissueClass, ...]
+    class_areas_mm2: dict[str, float]
+    """Area of every class by its name, counted in pixels of the map."""
+    polygons: int
+    tiles: TileCounts
+    bad_tiles_l0: tuple[Box, ...]
+    """Tiles that could not be read completely."""
+    warnings: tuple[str, ...]
+    plan: PlanFacts
+    resumed_blocks: int
+    """Blocks that an earlier, interrupted run had finished."""
+    device: str
+    seconds: dict[str, float]
+    """Time per stage. Stages with a colon in their name are parts of others and overlap."""
+    versions: dict[str, str]
+    outputs: tuple[FileName, ...]
+    """Every file and folder of the result, sorted."""
+
+    @model_validator(mode="after")
+    def _every_class_has_an_area(self) -> Self:
+        names = [one.name for one in self.classes]
+        if names != list(self.class_areas_mm2):
+            raise ValueError(f"class_areas_mm2 has {list(self.class_areas_mm2)}, classes has {names}")
+        return self
+
+    @property
+    def slide_title(self) -> str:
+        """Return the slide's file name without the extension."""
+        return Path(self.slide.name).stem
+
+
+class RunHeader(_Record):
+    """What shows that wsi-segment wrote a folder. It is readable even if other values of the record are damaged."""
+
+    identity: dict[str, Any]
+    outputs: tuple[str, ...]
+
+
+def run_identity(slide_digest: str, model_digest: str, parameters: Mapping[str, object]) -> RunIdentity:
     """Return the inputs of a result: runs with an equal identity write the same result."""
-    return {"format": RUN_FORMAT, "slide": slide_digest, "model": model_digest, "parameters": dict(parameters)}
+    return RunIdentity(format=RUN_FORMAT, slide=slide_digest, model=model_digest, parameters=dict(parameters))
 
 
 def stored_runtime(folder: Path, settings: ResolvedSettings | SegmentConfig) -> Runtime | None:
@@ -64,41 +207,58 @@ def stored_runtime(folder: Path, settings: ResolvedSettings | SegmentConfig) -> 
     """
     if settings.force or settings.runtime_requested:
         return None
-    run = read_run(folder)
-    parameters = cast("dict[str, object]", run["identity"]).get("parameters") if run else None
+    header = read_header(folder)
+    parameters = header.identity.get("parameters") if header else None
     runtime = parameters.get("runtime") if isinstance(parameters, dict) else None
     return cast("Runtime", runtime) if runtime in ("torch", "openvino") else None
 
 
-def skipped_result(folder: Path, run: Mapping[str, object], seconds: float) -> SlideResult:
-    """What to say of a slide whose result, with this `run.json`, was there already."""
-    return SlideResult(
-        slide=folder.name,
-        status="skipped",
-        seconds=seconds,
-        areas_mm2=dict(cast("dict[str, float]", run.get("class_areas_mm2", {}))),
-        tissue_mm2=cast("float | None", run.get("tissue_mm2")),
-        folder=folder,
-    )
-
-
 def versions(runtime: str = "torch") -> dict[str, str]:
-    """The versions that a result of this runtime depends on."""
+    """Return the versions that a result of this runtime depends on."""
     names = (*_VERSIONS, runtime) if runtime == "openvino" else _VERSIONS
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def read_run(folder: Path) -> dict[str, object] | None:
-    """A finished result's `run.json`; None where there is none that can be read."""
+def write_run(folder: Path, run: Run) -> None:
+    """Write `run.json` into a result's folder."""
+    text = json.dumps(run.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False)
+    # A file name may hold bytes that are not UTF-8. Their escapes are valid JSON, and `read_run` restores the name.
+    (folder / RUN).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def read_header(folder: Path) -> RunHeader | None:
+    """Return the header of a result of wsi-segment, or None if the folder does not hold one."""
+    return _header(_json(folder))
+
+
+def read_run(folder: Path) -> Run | None:
+    """Return the record of a finished result, or None if the folder does not hold a result of wsi-segment.
+
+    Raises RunRecordError, which names the first bad value, if the record is one of ours but damaged.
+    """
+    values = _json(folder)
+    if _header(values) is None:
+        return None
     try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return Run.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "its values"
+        raise RunRecordError(
+            f"{folder / RUN}: {place}: {first['msg']}; segment the slide again with --force"
+        ) from error
+
+
+def _json(folder: Path) -> object:
+    try:
+        return json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    # Another program's run.json is no sign that a run of ours wrote the folder.
-    ours = isinstance(run, dict) and isinstance(run.get("identity"), dict) and isinstance(run.get("outputs"), list)
-    return run if ours and all(isinstance(name, str) and "\0" not in name for name in run["outputs"]) else None
 
 
-def write_run(folder: Path, run: Mapping[str, object]) -> None:
-    """Write `run.json` into a result's folder."""
-    (folder / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _header(values: object) -> RunHeader | None:
+    try:
+        header = RunHeader.model_validate(values)
+    except ValidationError:
+        return None
+    return None if any("\0" in name for name in header.outputs) else header

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import OutputError
 from pipeline.files import only_writer, write_atomically
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 
 
 def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:

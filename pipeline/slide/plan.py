@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from models.bundle import ModelCard
 from models.runtimes import RUNTIME_FACTS
 from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError
+from pipeline.results.record import PlanFacts
 from pipeline.slide.blend import TILE_GROUP
 from wsi.box import Box
 from wsi.grid import Block, Grid, make_grid
@@ -54,17 +55,16 @@ class Plan:
         activations = settings.batch_size * grid.tile_m**2 * facts.activation_bytes_per_px
         return facts.process_bytes + in_flight + group + activations
 
-    def summary(self, settings: ResolvedSettings) -> dict[str, object]:
-        """Return the plan in plain values, for people and for run.json."""
-        return asdict(self.grid) | {
-            "blocks": len(self.blocks),
-            "tiles": self.tiles,
-            "map_size": list(self.grid.size_out),
-            "map_mpp": self.grid.mpp_out,
-            "tissue_mm2": self.tissue_um2 / 1e6,
-            "memory_bytes": self.memory_bytes(settings),
-            "disk_bytes": self.disk_bytes,
-        }
+    def facts(self, settings: ResolvedSettings) -> PlanFacts:
+        """Return what run.json and `--plan` state about the plan."""
+        return PlanFacts(
+            grid=self.grid,
+            blocks=len(self.blocks),
+            tiles=self.tiles,
+            tissue_mm2=self.tissue_um2 / 1e6,
+            memory_bytes=self.memory_bytes(settings),
+            disk_bytes=self.disk_bytes,
+        )
 
 
 def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSettings) -> Plan:

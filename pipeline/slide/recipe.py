@@ -24,23 +24,18 @@ from pipeline.formats.features import write_features
 from pipeline.formats.ome_zarr import MapSpec, MapStore, build_pyramid, create_store, sweep_partial_files
 from pipeline.formats.polygons import join_regions, load_regions
 from pipeline.formats.preview import write_preview
-from pipeline.pages.slide_page import PAGE, THUMBNAIL, write_slide_page
-from pipeline.pages.slide_picture import picture_slide
+from pipeline.formats.slide_picture import picture_slide
+from pipeline.pages.slide_page import write_slide_page
 from pipeline.progress import Progress, no_progress
 from pipeline.results.folder import open_folder
-from pipeline.results.record import (
-    SlideResult,
-    Status,
-    run_identity,
-    skipped_result,
-    stored_runtime,
-    versions,
-    write_run,
-)
+from pipeline.results.names import PAGE, RUN, THUMBNAIL
+from pipeline.results.record import Run, SlideFacts, TileCounts, run_identity, stored_runtime, versions, write_run
+from pipeline.results.slide_result import SlideResult, finished_result, skipped_result
 from pipeline.slide.blocks import BlockRecord, BlockWork, chunks_of, regions_file
 from pipeline.slide.engine import BlockRunner, ThreadRunner
 from pipeline.slide.journal import Journal
 from pipeline.slide.plan import Plan, check_resources, make_plan
+from wsi.box import Box
 from wsi.errors import SlideReadError
 from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp
 from wsi.tissue import Tissue, find_tissue
@@ -144,22 +139,20 @@ def _segment_slide(
             work = BlockWork(slide.info, plan.grid, tissue, settings, store, folder.work)
 
             with _timed(seconds, "blocks"):
-                journal = Journal(folder.work, identity)
+                journal = Journal(folder.work, identity.as_json())
                 records, resumed = _run_blocks(runner, work, slide, plan, journal, check_unchanged, progress)
-            warnings = _warnings(work, runner.card.mpp, records)
-            areas_mm2 = _areas_mm2(records, spec)
 
             progress("joining polygons", 0, 1)
             with _timed(seconds, "join"):
                 pieces = (piece for block in plan.blocks for piece in load_regions(regions_file(folder.work, block)))
-                features = write_features(
+                polygons = write_features(
                     folder.result / f"{path.stem}.geojson",
                     folder.result / f"{path.stem}.parquet",
                     join_regions(pieces, settings.min_area_um2 / plan.grid.mpp_out**2),
                     spec.classes,
                     l0_per_out=plan.grid.l0_per_out,
                     mpp_l0=slide.info.mpp,
-                    slide_digest=str(identity["slide"]),
+                    slide_digest=identity.slide,
                 )
             progress("building the pyramid", 0, 1)
             with _timed(seconds, "pyramid"):
@@ -175,43 +168,33 @@ def _segment_slide(
                     um_per_px=picture.um_per_px,
                 )
 
-            status: Status = "done" if plan.blocks else "no tissue"
             seconds |= _stage_seconds(records) | {"total": time.perf_counter() - start}
-            facts = {
-                "identity": identity,
-                "status": status,
-                "slide": _slide_facts(slide.info) | {"stamp": stamp},
-                "model": runner.card.name,
-                "tissue_mm2": tissue.area_um2 / 1e6,
-                "fold_mm2": tissue.fold_um2 / 1e6,
-                "classes": [{"name": name, "color": list(colour)} for name, colour in spec.classes],
-                "class_areas_mm2": areas_mm2,
-                "polygons": features.count,
-                "tiles": _tile_counts(records),
-                "bad_tiles_l0": sorted({tuple(box) for r in records for box in r.bad_tiles_l0}),
-                "warnings": list(warnings),
-                "plan": plan.summary(settings),
-                "resumed_blocks": resumed,
-                "device": runner.device,
-                "seconds": seconds,
-                "versions": run_versions,
-                "outputs": sorted({p.name for p in folder.result.iterdir()} | {"run.json", PAGE, THUMBNAIL}),
-            }
-            write_slide_page(folder.result, facts, picture)
-            write_run(folder.result, facts)
+            run = Run(
+                identity=identity,
+                status="done" if plan.blocks else "no tissue",
+                slide=_slide_facts(slide.info, stamp),
+                model=runner.card.name,
+                tissue_mm2=tissue.area_um2 / 1e6,
+                fold_mm2=tissue.fold_um2 / 1e6,
+                classes=spec.classes,
+                class_areas_mm2=_areas_mm2(records, spec),
+                polygons=polygons,
+                tiles=_tile_counts(records),
+                bad_tiles_l0=tuple(sorted({Box(*box) for r in records for box in r.bad_tiles_l0})),
+                warnings=_warnings(work, runner.card.mpp, records),
+                plan=plan.facts(settings),
+                resumed_blocks=resumed,
+                device=runner.device,
+                seconds=seconds,
+                versions=run_versions,
+                outputs=tuple(sorted({p.name for p in folder.result.iterdir()} | {RUN, PAGE, THUMBNAIL})),
+            )
+            write_slide_page(folder.result, run, picture)
+            write_run(folder.result, run)
         progress("publishing", 0, 1)
         check_unchanged()
         folder.publish()
-    return SlideResult(
-        slide=path.stem,
-        status=status,
-        seconds=time.perf_counter() - start,
-        areas_mm2=areas_mm2,
-        tissue_mm2=tissue.area_um2 / 1e6,
-        folder=folder.target,
-        resumed_blocks=resumed,
-        warnings=warnings,
-    )
+    return finished_result(folder.target, run, time.perf_counter() - start)
 
 
 def _check_predictor(predictor: Predictor, settings: ResolvedSettings) -> None:
@@ -304,22 +287,23 @@ def _warnings(work: BlockWork, model_mpp: float, records: list[BlockRecord]) -> 
 
 
 def _map_spec(path: Path, card: ModelCard, plan: Plan) -> MapSpec:
-    classes = tuple((c.name, c.color) for c in card.classes)
-    return MapSpec(path.stem, plan.grid.size_out, classes, plan.grid.mpp_out, chunk=min(CHUNK_OUT, plan.grid.block_out))
+    return MapSpec(
+        path.stem, plan.grid.size_out, card.classes, plan.grid.mpp_out, chunk=min(CHUNK_OUT, plan.grid.block_out)
+    )
 
 
 def _areas_mm2(records: list[BlockRecord], spec: MapSpec) -> dict[str, float]:
     counts = np.sum([r.class_px for r in records] or [[0] * (len(spec.classes) + 1)], axis=0)
-    return {name: float(n) * spec.mpp_out**2 / 1e6 for (name, _), n in zip(spec.classes, counts[1:], strict=True)}
+    return {one.name: float(n) * spec.mpp_out**2 / 1e6 for one, n in zip(spec.classes, counts[1:], strict=True)}
 
 
-def _tile_counts(records: list[BlockRecord]) -> dict[str, int]:
-    return {
-        "run": sum(r.tiles for r in records),
-        "segmented": sum(r.segmented for r in records),
-        "without class": sum(r.unclassified for r in records),
-        "unreadable": sum(len(r.bad_tiles_l0) for r in records),
-    }
+def _tile_counts(records: list[BlockRecord]) -> TileCounts:
+    return TileCounts(
+        run=sum(r.tiles for r in records),
+        segmented=sum(r.segmented for r in records),
+        without_class=sum(r.unclassified for r in records),
+        unreadable=sum(len(r.bad_tiles_l0) for r in records),
+    )
 
 
 def _stage_seconds(records: list[BlockRecord]) -> dict[str, float]:
@@ -328,19 +312,20 @@ def _stage_seconds(records: list[BlockRecord]) -> dict[str, float]:
     return {f"blocks: {stage}": sum(r.seconds.get(stage, 0.0) for r in records) for stage in sorted(stages)}
 
 
-def _slide_facts(info: SlideInfo) -> dict[str, object]:
-    # A whitelist: a slide's properties hold patients' names, dates and barcodes.
-    return {
-        "name": info.path.name,
-        "path": str(info.path.absolute()),
-        "size": list(info.size_l0),
-        "mpp": info.mpp,
-        "mpp_source": info.mpp_source,
-        "vendor": info.vendor,
-        "backend": info.backend,
-        "bounds": list(info.bounds_l0),
-        "qupath_offset": [info.bounds_l0.x, info.bounds_l0.y],
-    }
+def _slide_facts(info: SlideInfo, stamp: str) -> SlideFacts:
+    # Only these: a slide's other properties hold patients' names, dates and barcodes.
+    return SlideFacts(
+        name=info.path.name,
+        path=info.path.absolute(),
+        size=info.size_l0,
+        mpp=info.mpp,
+        mpp_source=info.mpp_source,
+        vendor=info.vendor,
+        backend=info.backend,
+        bounds=info.bounds_l0,
+        qupath_offset=(info.bounds_l0.x, info.bounds_l0.y),
+        stamp=stamp,
+    )
 
 
 @contextmanager

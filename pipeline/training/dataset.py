@@ -17,6 +17,7 @@ import scipy.ndimage
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.tissue_class import TissueClass
 from pipeline.errors import (
     DatasetFileError,
     EmptyClassError,
@@ -63,9 +64,9 @@ class Dataset:
         return tuple(spec.name for spec in self.card.classes)
 
     @property
-    def colors(self) -> tuple[tuple[int, int, int], ...]:
-        """Return the RGB colors of the classes, in the order of their indices."""
-        return tuple(spec.color for spec in self.card.classes)
+    def classes(self) -> tuple[TissueClass, ...]:
+        """Return the classes, in the order of their indices."""
+        return tuple(spec.tissue_class for spec in self.card.classes)
 
     @property
     def mpp(self) -> float:

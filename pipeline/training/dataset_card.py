@@ -10,14 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from models.bundle import ClassName
+from models.tissue_class import Byte, ClassName, Color, TissueClass
 from pipeline.errors import DatasetFileError
 from pipeline.training.palettes import class_colors
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
-Byte = Annotated[int, Field(ge=0, le=255)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -29,10 +28,15 @@ class ClassSpec(_Section):
     """A tissue class. Its position in the list is its index in labels and maps."""
 
     name: ClassName
-    color: tuple[Byte, Byte, Byte]
+    color: Color
     """Red, green, blue. If no class has a color, `pipeline.training.palettes` assigns them."""
     mask_values: tuple[Byte, ...] = ()
     """Palette indices (or gray values) of the class in mask files."""
+
+    @property
+    def tissue_class(self) -> TissueClass:
+        """Return the class as models and maps know it, without the mask values."""
+        return TissueClass(self.name, self.color)
 
 
 class Location(_Section):

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from pipeline.formats.preview import FAINT, INK, MARGIN, PAPER, TITLE, Colour, fitting, font_of_size, overlay
+from models.tissue_class import Color, TissueClass
+from pipeline.formats.preview import FAINT, INK, MARGIN, PAPER, TITLE, fitting, font_of_size, overlay
 
 TEXT = 16
 ROW = 26
 """Height of a line of text."""
-FULL: Colour = (31, 84, 150)
+FULL: Color = (31, 84, 150)
 """Color of a cell that contains all pixels of its row."""
 CELL_HEIGHT = 56
 CELL_WIDTHS = (12, 120)
@@ -91,23 +92,23 @@ def matrix_corner(names: Sequence[str]) -> tuple[int, int]:
     return round(MARGIN + max(font_of_size(TEXT).getlength(name) for name in names) + 12), MARGIN + TITLE + 8 + 2 * ROW
 
 
-def write_comparison(path_png: Path, images: Iterable[Compared], classes: Sequence[tuple[str, Colour]]) -> None:
+def write_comparison(path_png: Path, images: Iterable[Compared], classes: Sequence[TissueClass]) -> None:
     """Draw one row per image (image, truth and prediction, in the colors of the classes) and a legend.
 
     Pixels without a class keep the color of the image.
     """
-    colors = [color for _, color in classes]
+    colors = [one.color for one in classes]
     rows = [_comparison(one, colors) for one in images]
     text = font_of_size(TEXT)
-    legend_width = sum(_legend_width(name) for name, _ in classes)
+    legend_width = sum(_legend_width(one.name) for one in classes)
     width = max(legend_width, COMPARISON_PX) + 2 * MARGIN
     sheet = Image.new("RGB", (width, MARGIN + ROW + GAP + sum(row.height + MARGIN for row in rows)), PAPER)
     draw = ImageDraw.Draw(sheet)
     x, y = MARGIN, MARGIN
-    for name, color in classes:
-        draw.rectangle((x, y, x + 16, y + 16), fill=color, outline=INK)
-        draw.text((x + 24, y), fitting(name, 300, text), INK, text)
-        x += _legend_width(name)
+    for one in classes:
+        draw.rectangle((x, y, x + 16, y + 16), fill=one.color, outline=INK)
+        draw.text((x + 24, y), fitting(one.name, 300, text), INK, text)
+        x += _legend_width(one.name)
     y += ROW + GAP
     for row in rows:
         sheet.paste(row, (MARGIN, y))
@@ -119,7 +120,7 @@ def _legend_width(name: str) -> int:
     return round(24 + font_of_size(TEXT).getlength(fitting(name, 300, font_of_size(TEXT))) + 28)
 
 
-def _comparison(one: Compared, colors: Sequence[Colour]) -> Image.Image:
+def _comparison(one: Compared, colors: Sequence[Color]) -> Image.Image:
     """Return the three panels of an image below its title."""
     height, width = one.rgb_HWC.shape[:2]
     scale = PANEL_PX / max(width, height)
@@ -145,6 +146,6 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _shade(share: float) -> Colour:
+def _shade(share: float) -> Color:
     red, green, blue = (round(255 + (full - 255) * share) for full in FULL)
     return red, green, blue

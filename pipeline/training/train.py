@@ -31,7 +31,6 @@ from torch import nn
 from models.bundle import (
     NO_DIGEST,
     Bundle,
-    ClassCard,
     ClassifierCard,
     ModelCard,
     SegmenterCard,
@@ -327,7 +326,7 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
             schema_version=1,
             name=config.name or card.name,
             description=card.description,
-            classes=tuple(ClassCard(name=spec.name, color=spec.color) for spec in card.classes),
+            classes=tuple(spec.tissue_class for spec in card.classes),
             mpp=config.mpp,
             tile_size=side,
             mean=MEAN,

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from pipeline.config import SegmentConfig
 from pipeline.progress import Progress
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 
 
 @dataclass(frozen=True)

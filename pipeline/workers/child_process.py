@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ClusterError, PipelineError, SlideTimeoutError, WorkerLostError
 from pipeline.progress import Progress
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob, Workers
 from pipeline.workers.malloc import keep_freed_memory
 from pipeline.workers.outcome import Outcome

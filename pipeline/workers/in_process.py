@@ -14,7 +14,7 @@ from models.predictor import Predictor
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled
 from pipeline.progress import Progress
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.slide.recipe import PlannedSlide, plan_slide, segment_slide
 from pipeline.workers.base import SlideJob, job_config
 from pipeline.workers.malloc import keep_freed_memory

@@ -452,7 +452,7 @@ def write_picture(
 def truth_rgb(truth_HW: NDArray[np.uint8], dataset: Dataset) -> NDArray[np.uint8]:
     """Return a mask in the classes' colours, white where it has none."""
     palette = np.full((256, 3), 255, dtype=np.uint8)
-    palette[: len(dataset.colors)] = dataset.colors
+    palette[: len(dataset.classes)] = [one.color for one in dataset.classes]
     coloured_HWC: NDArray[np.uint8] = palette[truth_HW]
     return coloured_HWC
 

@@ -28,7 +28,7 @@ from pipeline.batch.collect import collect_jobs
 from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
 from pipeline.progress import Progress, no_progress
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
 from pipeline.workers.open import open_workers
 from tests.slides import PINK, painted, write_slide
@@ -49,7 +49,7 @@ class Idle:
         if self.ended == 1 or self.ended % self._every == 0:
             seconds = time.perf_counter() - self._start
             print(f"  {self.ended:>6} slides  {seconds:7.1f} s  {_memory_mb():6.0f} MB", flush=True)
-        return SlideResult(job.path.stem, "done", 0.0, {"gland": 1.0, "other": 2.0}, tissue_mm2=3.0)
+        return SlideResult(job.path.stem, "done", 0.0, {"gland": 1.0, "other": 2.0}, columns={"tissue_mm2": 3.0})
 
     def cancel(self) -> None:
         pass

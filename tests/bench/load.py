@@ -31,7 +31,7 @@ from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled
 from pipeline.progress import no_progress
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
 from pipeline.workers.open import open_workers
 from tests.pipeline.fakes import run_of

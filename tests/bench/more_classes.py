@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.bundle import DEFAULT_BUNDLE, Bundle, ClassCard, load_bundle, load_networks, save_bundle
+from models.bundle import DEFAULT_BUNDLE, Bundle, load_bundle, load_networks, save_bundle
 from models.classifier import Classifier
 from models.segmenter import build_segmenter
+from models.tissue_class import TissueClass
 from pipeline.training.palettes import CLASS_COLORS
 
 
 def with_more_classes(bundle: Bundle, count: int, folder: Path) -> Bundle:
     """Write the new bundle into `folder` and return it."""
     card = bundle.card
-    classes = tuple(ClassCard(name=f"class-{k + 1}", color=CLASS_COLORS[k]) for k in range(count))
+    classes = tuple(TissueClass(f"class-{k + 1}", CLASS_COLORS[k]) for k in range(count))
     thresholds = tuple(card.gate_thresholds[k % len(card.classes)] for k in range(count))
     classifier, segmenter = load_networks(bundle)
     return save_bundle(

@@ -32,7 +32,7 @@ import torch
 from models.bundle import DEFAULT_BUNDLE, load_bundle
 from models.predictor import Predictor
 from pipeline.config import ResolvedSettings, SegmentConfig, resolve
-from pipeline.results.record import read_run, versions
+from pipeline.results.record import versions
 from pipeline.slide.plan import Plan
 from pipeline.slide.recipe import plan_slide
 from pipeline.workers.in_process import load_predictor
@@ -186,8 +186,7 @@ def _run(path: Path, model: str, config: SegmentConfig) -> dict[str, Any]:
         wall_s = time.perf_counter() - begun
         if child.returncode != 0:
             raise RuntimeError(f"the run of {path.name} failed:\n{child.stderr}")
-        run = read_run(Path(folder) / path.stem)
-        assert run is not None
+        run = json.loads((Path(folder) / path.stem / "run.json").read_text(encoding="utf-8"))
         kept = {key: run[key] for key in ("tiles", "seconds", "tissue_mm2", "polygons", "class_areas_mm2", "warnings")}
         said: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
         return said | kept | {"wall_s": wall_s}

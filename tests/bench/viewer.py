@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
+from models.tissue_class import TissueClass
 from pipeline.formats.features import write_features
 from pipeline.formats.polygons import Region
 
@@ -174,10 +175,10 @@ def with_polygons(result: Path, target: Path, count: int) -> Path:
     for i in range(count):
         polygon = jagged(rng, rng.uniform((0, 0), (width, height)), rng.lognormal(4.6, 0.7))
         regions.append(Region(label=i % len(names) + 1, geometry_out=polygon, open=False))
-    classes = [(name, (0, 0, 0)) for name in names]
+    classes = [TissueClass(name, (0, 0, 0)) for name in names]
     files = copy / f"{result.name}.geojson", copy / f"{result.name}.parquet"
-    summary = write_features(*files, regions, classes, 1.0, run["slide"]["mpp"], "0" * 64)
-    (copy / "run.json").write_text(json.dumps(run | {"polygons": summary.count}), encoding="utf-8")
+    polygons = write_features(*files, regions, classes, 1.0, run["slide"]["mpp"], "0" * 64)
+    (copy / "run.json").write_text(json.dumps(run | {"polygons": polygons}), encoding="utf-8")
     return copy
 
 

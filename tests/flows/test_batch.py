@@ -25,7 +25,7 @@ from flows.privacy import without_folders
 from flows.slide import segment_slide_flow
 from pipeline.errors import ClusterError, LockedError
 from pipeline.progress import Progress
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
 from tests.flows.servers import until
 from tests.pipeline.fakes import region_slide
@@ -66,7 +66,7 @@ class Scripted:
         try:
             if self.script.get(job.path.stem):
                 raise self.script[job.path.stem].pop(0)
-            return SlideResult(job.path.stem, "done", 1.0, {"gland": 0.5}, tissue_mm2=1.0)
+            return SlideResult(job.path.stem, "done", 1.0, {"gland": 0.5}, columns={"tissue_mm2": 1.0})
         finally:
             with self.lock:
                 self.running -= 1

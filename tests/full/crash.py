@@ -277,12 +277,12 @@ def _facts(result: Path) -> dict[str, Any]:
     """What `run.json` says, but how long it took."""
     run = read_run(result)
     assert run is not None
-    return {name: value for name, value in run.items() if name not in ("seconds", "resumed_blocks")}
+    return run.model_dump(exclude={"seconds", "resumed_blocks"})
 
 
 def _is_new(output: Path) -> bool:
-    run: Any = read_run(output / "slide")
-    return run is not None and run["identity"]["parameters"]["overlap"] != FORMER_OVERLAP
+    run = read_run(output / "slide")
+    return run is not None and run.identity.parameters["overlap"] != FORMER_OVERLAP
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ def attack_journal(good: Path, work: Path, chance: random.Random) -> None:
     from pipeline.checks.result import broken_rules
     from pipeline.pages.report_page import write_report
     from pipeline.results.folder import finished_run, open_folder
-    from pipeline.results.record import SlideResult
+    from pipeline.results.slide_result import SlideResult
     from pipeline.results.summary import write_summary
     from pipeline.slide.journal import Journal
     from pipeline.viewing.viewer.results import find_results
@@ -183,7 +183,7 @@ def good_tables(folder: Path) -> None:
 def attack_table(good: Path, work: Path, chance: random.Random) -> None:
     from pipeline.batch.collect import collect_jobs, name_clashes
     from pipeline.pages.report_page import write_report
-    from pipeline.results.record import SlideResult
+    from pipeline.results.slide_result import SlideResult
     from pipeline.results.summary import write_summary
     from pipeline.training.dataset_card import CsvLabels, Table
     from pipeline.training.labels import labels_of_row

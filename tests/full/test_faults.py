@@ -27,7 +27,7 @@ from models.predictor import Predictor
 from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
 from pipeline.progress import Progress, no_progress
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.slide import recipe
 from pipeline.slide.recipe import segment_slide
 from pipeline.workers.base import SlideJob

@@ -12,8 +12,9 @@ from pathlib import Path
 import dask
 import pytest
 
-from models.bundle import ClassCard, ClassifierCard, ModelCard, SegmenterCard, load_bundle
+from models.bundle import ClassifierCard, ModelCard, SegmenterCard, load_bundle
 from models.errors import InvalidCardError
+from models.tissue_class import TissueClass
 from pipeline.batch.collect import OWN_NAMES, collect_jobs, name_clashes
 from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
@@ -274,7 +275,7 @@ def test_html_in_class_names_and_slide_names_is_text_on_the_pages_and_in_the_vie
     names = (EVIL[:64].strip(), "</script><b onclick='x'>")
     pages = {}
     for kind, chosen, stem in (("evil", names, "<b onload=x>&amp;"), ("plain", ("gland", "stroma"), "plain")):
-        classes = tuple(ClassCard(name=n, color=c) for n, c in zip(chosen, COLOURS, strict=True))
+        classes = tuple(TissueClass(n, c) for n, c in zip(chosen, COLOURS, strict=True))
         model = predictor(ColorClassifier(COLOURS), ColorSegmenter(COLOURS, sharpness=400.0))
         model.card = make_card(COLOURS).model_copy(update={"classes": classes})
         output = tmp_path / kind

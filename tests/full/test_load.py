@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from tests.bench.load import Load, Sample, summary
 from tests.repository import REPOSITORY
 

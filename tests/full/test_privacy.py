@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli.export import app as export_app
 from pipeline.pages.report_page import write_report
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.results.summary import write_summary
 from tests.full.fuzz_targets import speckled
 from tests.pipeline.fakes import run_of

@@ -113,8 +113,9 @@ def mapped(
     (work_folder / "regions").mkdir(parents=True)
     path = write_slide(folder / f"{number}.svs", rgb_HWC, mpp=mpp, levels=levels)
     _, slide, tissue, plan = plan_slide(path, predictor.card, config)
-    classes = tuple((c.name, c.color) for c in predictor.card.classes)
-    spec = MapSpec("slide", plan.grid.size_out, classes, plan.grid.mpp_out, chunk=min(512, config.block_out))
+    spec = MapSpec(
+        "slide", plan.grid.size_out, predictor.card.classes, plan.grid.mpp_out, chunk=min(512, config.block_out)
+    )
     create_store(work_folder / "store", spec)
     settings = resolve(config, predictor.compute)
     work = BlockWork(slide.info, plan.grid, tissue, settings, MapStore(work_folder / "store", spec), work_folder)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.bundle import NO_DIGEST, ClassCard, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
+from models.bundle import NO_DIGEST, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
+from models.tissue_class import TissueClass
 
 RGB = tuple[int, int, int]
 
@@ -29,7 +30,7 @@ def make_card(
         schema_version=1,
         name="test",
         description="A network with known answers.",
-        classes=tuple(ClassCard(name=f"class-{k}", color=color) for k, color in enumerate(colors)),
+        classes=tuple(TissueClass(f"class-{k}", color) for k, color in enumerate(colors)),
         mpp=mpp,
         tile_size=tile_size,
         mean=(0.0, 0.0, 0.0),

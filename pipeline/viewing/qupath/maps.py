@@ -18,6 +18,7 @@ import numpy.typing as npt
 import zarr
 from PIL import Image
 
+from models.tissue_class import TissueClass
 from pipeline.files import replacing
 from wsi.box import Box
 
@@ -38,7 +39,7 @@ class ProbabilityMap:
     """The map of one result, and where it lies on the slide."""
 
     store: Path
-    classes: tuple[tuple[str, tuple[int, int, int]], ...]
+    classes: tuple[TissueClass, ...]
     size_out: tuple[int, int]
     """(width, height) without the padding of the store."""
     l0_per_out: float
@@ -65,10 +66,10 @@ def write_overlays(folder: Path, probability: ProbabilityMap) -> tuple[int, int]
     )
     probs_KHW = probability.probs(level)
     folder.mkdir(parents=True, exist_ok=True)
-    for k, (_, color) in enumerate(probability.classes):
+    for k, one in enumerate(probability.classes):
         picture = Image.fromarray(np.asarray(probs_KHW[k], np.uint8))
         # A palette of one colour whose opacity is the value: QuPath draws it as it is, without a copy in four channels.
-        picture.putpalette(color * 256)
+        picture.putpalette(one.color * 256)
         with replacing(folder / f"{k}.png") as partial:
             picture.save(partial, "PNG", transparency=bytes(range(256)))
     l0_per_px = probability.l0_per_out * 2**level
@@ -122,8 +123,8 @@ def _feature(probability: ProbabilityMap, box_out: Box, means_K: npt.NDArray[np.
             "objectType": "tile",
             "measurements": {
                 # QuPath holds them as float32, and five digits are more than the map's 8 bits.
-                f"Probability {name}": round(float(mean), 5)
-                for (name, _), mean in zip(probability.classes, means_K, strict=True)
+                f"Probability {one.name}": round(float(mean), 5)
+                for one, mean in zip(probability.classes, means_K, strict=True)
             },
         },
     }

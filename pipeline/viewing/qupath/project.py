@@ -27,9 +27,11 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from pipeline.errors import OutputError
+from models.tissue_class import Color
+from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import write_atomically
-from pipeline.results.record import read_run
+from pipeline.results.names import GEOJSON_END, MAP_END
+from pipeline.results.record import Run, read_header, read_run
 from pipeline.viewing.qupath.images import SlideFile, enter_slides, load_project
 from pipeline.viewing.qupath.maps import ProbabilityMap, write_overlays, write_tiles
 
@@ -55,7 +57,7 @@ class _Result:
 
     @property
     def geojson(self) -> Path:
-        return self.folder / f"{self.folder.name}.geojson"
+        return self.folder / f"{self.folder.name}{GEOJSON_END}"
 
 
 def write_project(output: Path, *, tiles: bool = False, slides: Path | None = None) -> Path:
@@ -110,31 +112,27 @@ def _results(output: Path) -> Iterator[_Result]:
     if not output.is_dir():
         return
     for folder in sorted(output.iterdir()):
-        run = None if folder.name.startswith(".") else read_run(folder)
-        if run is None:
+        if folder.name.startswith(".") or read_header(folder) is None:
             continue
         if folder.name == FOLDER:
             raise OutputError(f"{folder}: a slide's result is in the place of the project; rename the slide")
         try:
-            yield _result(folder, run)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            log.warning(
-                "%s: left out, its map or run.json cannot be read (%s: %s); segment the slide again with --force",
-                folder,
-                type(error).__name__,
-                error,
-            )
+            run = read_run(folder)
+        except RunRecordError as error:
+            log.warning("left out: %s", error)
+            continue
+        store = folder / f"{folder.name}{MAP_END}"
+        if run is None or not store.is_dir():
+            log.warning("left out: %s is missing; segment the slide again with --force", store)
+            continue
+        yield _result(folder, store, run)
 
 
-def _result(folder: Path, run: Mapping[str, Any]) -> _Result:
-    store, slide, plan, identity = folder / f"{folder.name}.ome.zarr", run["slide"], run["plan"], run["identity"]
-    channels = json.loads((store / ".zattrs").read_text(encoding="utf-8"))["omero"]["channels"]
-    classes = tuple((str(c["label"]), cast("tuple[int, int, int]", tuple(bytes.fromhex(c["color"])))) for c in channels)
-    width, height = plan["map_size"]
-    l0_per_out = plan["map_mpp"] / slide["mpp"]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    place = SlideFile(folder, Path(slide.get("path", slide["name"])), str(identity["slide"]))
-    return _Result(folder, place, digest, ProbabilityMap(store, classes, (width, height), l0_per_out, place.digest))
+def _result(folder: Path, store: Path, run: Run) -> _Result:
+    grid, digest = run.plan.grid, run.identity.slide
+    made_of = hashlib.sha256(json.dumps(run.identity.as_json(), sort_keys=True).encode()).hexdigest()
+    place = SlideFile(folder, run.slide.path or Path(run.slide.name), digest)
+    return _Result(folder, place, made_of, ProbabilityMap(store, run.classes, grid.size_out, grid.l0_per_out, digest))
 
 
 def _merged_classes(path: Path, results: Sequence[_Result]) -> dict[str, Any]:
@@ -147,14 +145,14 @@ def _merged_classes(path: Path, results: Sequence[_Result]) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise OutputError(f"{path}: is no list of classes that QuPath could read; move it away") from error
     for result in results:
-        for name, color in result.map.classes:
-            if name not in known:
-                known.add(name)
-                classes["pathClasses"].append({"name": name, "color": packed_argb(color)})
+        for one in result.map.classes:
+            if one.name not in known:
+                known.add(one.name)
+                classes["pathClasses"].append({"name": one.name, "color": packed_argb(one.color)})
     return cast("dict[str, Any]", classes)
 
 
-def packed_argb(color: tuple[int, int, int]) -> int:
+def packed_argb(color: Color) -> int:
     """An opaque colour as QuPath holds it: alpha, red, green and blue in the bytes of a signed 32-bit number."""
     return int.from_bytes(bytes((255, *color)), "big", signed=True)
 
@@ -183,7 +181,7 @@ def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool
         _relative(maps, folder),
         str(width),
         str(height),
-        ",".join(_quoted(name) for name, _ in result.map.classes),
+        ",".join(_quoted(one.name) for one in result.map.classes),
     )
 
 

@@ -226,7 +226,7 @@ def page_facts(opened: OpenResult) -> dict[str, object]:
     width_out, height_out = map_.size_out
     return {
         "name": result.name,
-        "mpp": result.mpp,
+        "mpp": result.run.slide.mpp,
         "width": tiles.size_l0[0],
         "height": tiles.size_l0[1],
         "slide": {"tile": tiles.tile, "levels": tiles.levels, "overview": tiles.overview_level},
@@ -235,13 +235,13 @@ def page_facts(opened: OpenResult) -> dict[str, object]:
             "levels": map_.levels,
             "width": width_out,
             "height": height_out,
-            "l0_per_px": result.l0_per_out,
+            "l0_per_px": result.run.plan.grid.l0_per_out,
         },
         "classes": [
             {"name": c.name, "color": "#{:02x}{:02x}{:02x}".format(*c.color), "area_mm2": c.area_mm2}
             for c in result.classes
         ],
-        "polygons": result.polygons,
+        "polygons": result.run.polygons,
         "tolerances": list(TOLERANCES_L0),
     }
 
@@ -277,9 +277,10 @@ async def _in_daemon(work: Callable[[], bool | None]) -> bool | None:
 
 def _is_same(result: Result) -> bool | None:
     try:
-        if result.slide_stamp and slide_stamp(result.slide) == result.slide_stamp:
+        stamp = result.run.slide.stamp
+        if stamp and slide_stamp(result.slide) == stamp:
             return True
-        same = slide_digest(result.slide) == result.slide_digest
+        same = slide_digest(result.slide) == result.run.identity.slide
     except SlideError as error:
         log.error("%s: %s", result.name, error)
         return None

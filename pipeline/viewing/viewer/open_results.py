@@ -28,13 +28,13 @@ class OpenResult:
         self.result = result
         self._slide = open_checked(result)
         self.slide_tiles = SlideTiles(self._slide)
-        self.map_tiles = MapTiles(result.folder / result.store, [c.color for c in result.classes])
+        self.map_tiles = MapTiles(result.store, [one.color for one in result.run.classes])
         level = self.slide_tiles.overview_level
         self.overview = None if level is None else Overview(self.slide_tiles, level, result.name)
         self.users = 0
 
     def outlines(self, detail: int) -> bytes | None:
-        return outline_bytes(self.result.folder / self.result.outlines, detail)
+        return outline_bytes(self.result.outlines, detail)
 
     def close(self) -> None:
         if self.overview is not None:
@@ -83,8 +83,9 @@ def open_checked(result: Result) -> Slide:
     path = result.slide
     if not Path(path).is_file():
         raise ViewError(f"{path.name}: no such file at {path}; pass --slide with the place where it is now")
-    slide = open_slide(path, result.mpp)
-    found, expected = (slide.info.size_l0, slide.info.bounds_l0), (result.slide_size, result.bounds_l0)
+    facts = result.run.slide
+    slide = open_slide(path, facts.mpp)
+    found, expected = (slide.info.size_l0, slide.info.bounds_l0), (facts.size, facts.bounds)
     if found != expected:
         slide.close()
         (width, height), (old_width, old_height) = found[0], expected[0]

@@ -20,7 +20,8 @@ from models.bundle import ModelCard, load_bundle, shipped_bundles
 from pipeline.config import ResolvedSettings, SegmentConfig
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.progress import Progress
-from pipeline.results.record import SlideResult, read_run, versions
+from pipeline.results.record import read_header, versions
+from pipeline.results.slide_result import SlideResult
 from pipeline.slide.blocks import BlockWork
 from pipeline.slide.engine import Finished
 from pipeline.slide.recipe import segment_slide_with
@@ -201,7 +202,7 @@ class Cluster:
 
     def _wait_until_visible(self, job: SlideJob, folder: Path) -> None:
         end = time.monotonic() + VISIBLE_S
-        while read_run(folder) is None:
+        while read_header(folder) is None:
             if time.monotonic() > end:
                 raise ClusterError(
                     f"{job.path.name}: a worker has finished it, but {folder} does not appear here; is it the same "

@@ -25,7 +25,8 @@ from models.predictor import Predictor
 from models.runtimes import Runtime
 from pipeline.config import SegmentConfig, resolve
 from pipeline.errors import Cancelled, ClusterError
-from pipeline.results.record import SlideResult, versions
+from pipeline.results.record import versions
+from pipeline.results.slide_result import SlideResult
 from pipeline.slide.blocks import BlockRecord, BlockWork
 from pipeline.slide.engine import run_blocks
 from pipeline.slide.recipe import segment_slide

@@ -11,7 +11,7 @@ from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ConfigError
 from pipeline.progress import Progress, no_progress
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import InProcess
 from tests.pipeline.fakes import SMALL, colour_predictor, constant_predictor, region_slide

@@ -18,7 +18,7 @@ from models.predictor import Predictor
 from pipeline.cli import commands
 from pipeline.cli import segment as cli
 from pipeline.cli.export import app
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.results.summary import write_summary
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.qupath.project import write_project

@@ -137,9 +137,9 @@ def test_json_is_all_that_stdout_holds_and_quiet_leaves_stderr_empty(tmp_path: P
     assert (result["slide"], result["status"], result["folder"]) == ("a slide", "done", "out put/a slide")
     run = read_run(tmp_path / "out put" / "a slide")
     assert run is not None
-    assert result["areas_mm2"] == run["class_areas_mm2"]
-    assert run["slide"]["mpp"] == 2.0  # type: ignore[index] # plain JSON
-    assert run["slide"]["mpp_source"] == "argument"  # type: ignore[index] # plain JSON
+    assert result["areas_mm2"] == run.class_areas_mm2
+    assert run.slide.mpp == 2.0
+    assert run.slide.mpp_source == "argument"
 
 
 @pytest.mark.full
@@ -218,7 +218,7 @@ def test_a_result_of_another_run_is_refused_and_force_replaces_it(fake: Path) ->
     assert invoke("a.svs", "--overlap", "0.5", "--force").exit_code == 0
     run = read_run(fake / "results" / "a")
     assert run is not None
-    assert run["identity"]["parameters"]["overlap"] == 0.5  # type: ignore[index] # plain JSON
+    assert run.identity.parameters["overlap"] == 0.5
 
 
 def test_recursive_and_manifests_find_their_slides(fake: Path) -> None:
@@ -231,8 +231,8 @@ def test_recursive_and_manifests_find_their_slides(fake: Path) -> None:
     below = invoke("slides", "--recursive", "--mpp", "1", "-o", "one")
     listed = invoke("slides/list.csv", "--mpp", "1", "-o", "two")
     assert (below.stdout, listed.stdout) == ("one/a\n", "two/a\n")
-    mpps = [read_run(fake / name / "a")["slide"]["mpp"] for name in ("one", "two")]  # type: ignore[index] # plain JSON
-    assert mpps == [1.0, 2.0]
+    runs = [read_run(fake / name / "a") for name in ("one", "two")]
+    assert [run.slide.mpp for run in runs if run] == [1.0, 2.0]
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(fake: Path) -> None:

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from napari_ome_zarr import napari_get_reader
 
+from models.tissue_class import TissueClass
 from pipeline.checks.ome_zarr import broken_rules
 from pipeline.formats.ome_zarr import (
     MapSpec,
@@ -35,7 +36,11 @@ from pipeline.formats.ome_zarr import (
 )
 from wsi.box import Box
 
-CLASSES = (("Tumor", (200, 0, 0)), ("Stroma", (0, 160, 20)), ("Fett & Ödem <5 %", (1, 2, 3)))
+CLASSES = (
+    TissueClass("Tumor", (200, 0, 0)),
+    TissueClass("Stroma", (0, 160, 20)),
+    TissueClass("Fett & Ödem <5 %", (1, 2, 3)),
+)
 
 
 def make_spec(size_out: tuple[int, int] = (75, 45), chunk: int = 16, name: str = "Schnitt 7 🔬") -> MapSpec:
@@ -322,7 +327,7 @@ def test_the_ome_xml_tells_qupath_pixel_size_and_names(tmp_path: Path) -> None:
     assert ome.images[0].name == "Schnitt 7 🔬"
     assert (pixels.physical_size_x, pixels.physical_size_y) == (2.012, 2.012)
     assert pixels.physical_size_x_quantity.units == "micrometer"
-    assert [channel.name for channel in pixels.channels] == [name for name, _ in CLASSES]
+    assert [channel.name for channel in pixels.channels] == [one.name for one in CLASSES]
     # Two of Bio-Formats' casts fail on numbers that JSON writes without a point.
     window = json.loads((path / ".zattrs").read_text())["omero"]["channels"][0]["window"]
     assert all(isinstance(value, float) for value in window.values())
@@ -365,14 +370,14 @@ def test_napari_shows_one_layer_per_class_and_the_labels_in_micrometres(tmp_path
     data, info = layers["image"]
     assert [level.shape for level in data] == [(3, 48, 80), (3, 24, 40), (3, 12, 20), (3, 6, 10)]
     np.testing.assert_array_equal(np.asarray(data[0]), random_map(make_spec((75, 45)))[0])
-    assert info["name"] == [f"Schnitt 7 🔬: {name}" for name, _ in CLASSES]
+    assert info["name"] == [f"Schnitt 7 🔬: {one.name}" for one in CLASSES]
     assert info["scale"] == [2.012, 2.012]
     assert info["units"] == ("micrometer", "micrometer")
     assert info["contrast_limits"] == [[0, 255]] * 3
     np.testing.assert_allclose(
-        [cmap.colors[1][:3] for cmap in info["colormap"]], np.array([c for _, c in CLASSES]) / 255
+        [cmap.colors[1][:3] for cmap in info["colormap"]], np.array([one.color for one in CLASSES]) / 255
     )
     labels, info = layers["labels"]
     assert [level.shape for level in labels] == [(48, 80), (24, 40), (12, 20), (6, 10)]
-    assert info["properties"]["name"] == [name for name, _ in CLASSES]
+    assert info["properties"]["name"] == [one.name for one in CLASSES]
     assert info["scale"] == [2.012, 2.012]

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from models.tissue_class import TissueClass
 from pipeline.formats import preview
 from pipeline.formats.preview import length_text, overlay, round_length_um, write_preview
 
-CLASSES = [("Tumor", (200, 0, 0)), ("Stroma", (0, 160, 20))]
+CLASSES = [TissueClass("Tumor", (200, 0, 0)), TissueClass("Stroma", (0, 160, 20))]
 
 
 def halves(height: int, width: int) -> preview.UInt8Array:
@@ -37,7 +38,7 @@ def test_slides_of_any_form_give_a_sheet_of_reasonable_size(tmp_path: Path, size
 
 @pytest.mark.parametrize("title", ["", "日本 🔬 Ñandú – µm", "a\nb\x00c\ud800", "long " * 200])
 def test_any_title_is_drawn(tmp_path: Path, title: str) -> None:
-    classes = [(title or "x", (1, 2, 3))] * 40
+    classes = [TissueClass("日本 🔬 Ñandú – µm", (1, 2, 3)), TissueClass("long" * 16, (1, 2, 3))] * 20
     write_preview(tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8), halves(4, 6), classes, title, 100.0)
     assert (tmp_path / "p.png").stat().st_size > 1000
 
@@ -51,7 +52,7 @@ def test_an_empty_map_gives_a_picture(tmp_path: Path) -> None:
 
 def test_classes_are_blended_and_outlined_over_the_slide_and_background_is_left() -> None:
     slide = Image.new("RGB", (80, 80), (200, 180, 220))
-    rgb_HWC = np.asarray(overlay(slide, halves(20, 20), [colour for _, colour in CLASSES]))
+    rgb_HWC = np.asarray(overlay(slide, halves(20, 20), [one.color for one in CLASSES]))
     assert rgb_HWC[10, 40].tolist() == [200, 180, 220]
     assert rgb_HWC[60, 10].tolist() == [round(0.55 * 200 + 0.45 * 200), round(0.55 * 180), round(0.55 * 220)]
     assert rgb_HWC[60, 70].tolist() == [110, round(0.55 * 180 + 0.45 * 160), round(0.55 * 220 + 0.45 * 20)]
@@ -95,6 +96,6 @@ def test_text_is_reduced_to_what_the_font_can_draw() -> None:
 
 
 def test_shares_are_of_the_classified_area() -> None:
-    entries = preview._legend_entries(halves(8, 8), [*CLASSES, ("Fat", (1, 1, 1))])
+    entries = preview._legend_entries(halves(8, 8), [*CLASSES, TissueClass("Fat", (1, 1, 1))])
     assert [(name, share) for name, share, _ in entries] == [("Tumor", "50.0 %"), ("Stroma", "50.0 %"), ("Fat", "none")]
     assert preview._share_text(1, 100_000) == "< 0.1 %"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.pages.report_page import write_report
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.results.summary import write_summary
 from tests.pipeline.fakes import run_of
 from tests.pipeline.pages.results import NASTY, result_of, write_result
@@ -29,8 +29,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = [
         result_of(write_result(output, NASTY)),
         result_of(warned, resumed_blocks=7),
-        SlideResult("glass", "no tissue", 2.0, run_of(glass)["class_areas_mm2"], 0.0),
-        SlideResult("b9", "skipped", 0.1, run_of(skipped)["class_areas_mm2"], 1.5),
+        SlideResult("glass", "no tissue", 2.0, run_of(glass)["class_areas_mm2"], {"tissue_mm2": 0.0}),
+        SlideResult("b9", "skipped", 0.1, run_of(skipped)["class_areas_mm2"], {"tissue_mm2": 1.5}),
         SlideResult("torn", "failed", 0.2, error="torn.svs: <no slide>; copy it again"),
     ]
     write_summary(output, results)

@@ -10,10 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.tissue_class import TissueClass
+from pipeline.formats.slide_picture import SlidePicture
 from pipeline.pages.slide_page import write_slide_page
-from pipeline.pages.slide_picture import SlidePicture
-from pipeline.results.record import SlideResult, write_run
+from pipeline.results.record import write_run
+from pipeline.results.slide_result import SlideResult
 from tests.pipeline.fakes import run_of
+from tests.pipeline.runs import IDENTITY, make_run
 
 if TYPE_CHECKING:  # most test runs need no browser
     from playwright.sync_api import Page
@@ -32,23 +35,9 @@ def write_result(
     """A result's folder as far as the report reads it, of a grey slide with two dark boxes, each of one class."""
     folder = output / name
     folder.mkdir(parents=True)
-    classes = tuple(zip(names, (RED, BLUE), strict=True))
-    areas = dict(zip(names, (0.25, 0.75), strict=True))
-    run = {
-        "identity": {"format": 1, "slide": "5" * 64, "model": "e" * 64, "parameters": PARAMETERS},
-        "status": "done",
-        "slide": {
-            "name": f"{name}.svs", "path": f"slides/{name}.svs", "size": [12000, 8000], "mpp": 0.5, "vendor": "aperio",
-            "mpp_source": "slide", "backend": "openslide", "bounds": [0, 0, 12000, 8000], "qupath_offset": [0, 0],
-        },
-        "model": "colon", "tissue_mm2": 1.5, "fold_mm2": 0.0, "polygons": 1234, "warnings": [], "bad_tiles_l0": [],
-        "classes": [{"name": one, "color": list(colour)} for one, colour in classes],
-        "class_areas_mm2": areas,
-        "tiles": {"run": 400, "segmented": 100, "without class": 8, "unreadable": 0},
-        "plan": {"map_mpp": 4.0, "mpp_m": 1.0, "level": 1},
-        "versions": {"torch": "2", "openvino": "3"},
-        "outputs": [f"{name}.geojson", "index.html", "run.json", "thumbnail.jpg"],
-    } | facts  # fmt: skip
+    classes = tuple(TissueClass(one, color) for one, color in zip(names, (RED, BLUE), strict=True))
+    identity = IDENTITY.model_copy(update={"parameters": PARAMETERS})
+    run = make_run(name, **({"identity": identity, "classes": classes} | facts))
     rgb_HWC = np.full((*SIZE[::-1], 3), 200, np.uint8)
     labels_HW = np.zeros(SIZE[::-1], np.uint8)
     for number, (x, y, width, height) in enumerate(BOXES.values(), start=1):
@@ -61,8 +50,9 @@ def write_result(
 
 def result_of(folder: Path, **facts: Any) -> SlideResult:
     run = run_of(folder)
-    told: dict[str, Any] = {"seconds": 75.0, "areas_mm2": run["class_areas_mm2"], "tissue_mm2": run["tissue_mm2"]}
-    return SlideResult(slide=folder.name, status="done", **(told | facts))
+    columns = {"tissue_mm2": run["tissue_mm2"]}
+    told: dict[str, Any] = {"seconds": 75.0, "areas_mm2": run["class_areas_mm2"]}
+    return SlideResult(slide=folder.name, status="done", columns=columns, **(told | facts))
 
 
 def opened(page: Page, path: Path) -> Page:

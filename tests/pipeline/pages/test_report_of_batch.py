@@ -10,7 +10,7 @@ import pytest
 from pipeline.batch.queue import run_batch
 from pipeline.errors import Cancelled
 from pipeline.progress import Progress, no_progress
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
 from tests.pipeline.pages.results import names, opened, result_of, row, write_result
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.errors import OutputError
 from pipeline.pages.report_page import write_report
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.results.summary import write_summary
 from tests.pipeline.pages.results import NASTY, names, opened, result_of, row, write_result
 

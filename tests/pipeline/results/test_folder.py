@@ -8,14 +8,13 @@ import pytest
 from pipeline.errors import OutputError
 from pipeline.results.folder import ResultFolder, open_folder
 from pipeline.results.record import write_run
-
-IDENTITY: dict[str, object] = {"format": 1, "slide": "a", "model": "b", "parameters": {"overlap": 0.25}}
+from tests.pipeline.runs import IDENTITY, make_run
 
 
 def build(folder: ResultFolder, *names: str, text: str = "new") -> None:
     for name in names:
         (folder.result / name).write_text(text)
-    write_run(folder.result, {"identity": IDENTITY, "outputs": [*names, "run.json"]})
+    write_run(folder.result, make_run(outputs=(*names, "run.json")))
 
 
 def publish(out: Path, *names: str, text: str = "new", force: bool = False) -> None:
@@ -110,7 +109,7 @@ def test_a_full_disk_at_the_start_of_a_resume_keeps_the_finished_blocks(
         patch.setattr(Path, "write_text", no_space)
         with open_folder(tmp_path, "slide", IDENTITY, force=False):
             pass
-    assert json.loads((tmp_path / ".slide.work" / "identity.json").read_text()) == IDENTITY
+    assert json.loads((tmp_path / ".slide.work" / "identity.json").read_text()) == IDENTITY.as_json()
     assert (tmp_path / ".slide.work" / "journal.jsonl").read_text() == "finished blocks"
 
 

@@ -9,14 +9,21 @@ import pytest
 from pipeline import files
 from pipeline.errors import OutputError
 from pipeline.files import write_atomically
-from pipeline.results.record import SlideResult, read_run, versions, write_run
+from pipeline.results.record import read_run, versions, write_run
+from pipeline.results.slide_result import SlideResult
 from pipeline.results.summary import write_summary
+from tests.pipeline.runs import make_run
 from tests.pipeline.summaries import rows_of
 
 
 def test_the_summary_keeps_the_rows_of_other_slides_and_replaces_the_slides_own(tmp_path: Path) -> None:
-    write_summary(tmp_path, [SlideResult("b", "done", 1.25, {"gland": 0.5}, 2.0), SlideResult("c", "failed", 0.0)])
-    write_summary(tmp_path, [SlideResult("c", "done", 3.0, {"stroma": 0.25}, 1.0), SlideResult("a", "no tissue", 0.1)])
+    write_summary(
+        tmp_path, [SlideResult("b", "done", 1.25, {"gland": 0.5}, {"tissue_mm2": 2.0}), SlideResult("c", "failed", 0.0)]
+    )
+    write_summary(
+        tmp_path,
+        [SlideResult("c", "done", 3.0, {"stroma": 0.25}, {"tissue_mm2": 1.0}), SlideResult("a", "no tissue", 0.1)],
+    )
     rows = rows_of(tmp_path)
     assert [(name, row["status"]) for name, row in rows.items()] == [("a", "no tissue"), ("b", "done"), ("c", "done")]
     assert [row["area_mm2 gland"] for row in rows.values()] == ["", "0.5", ""]
@@ -35,15 +42,15 @@ def test_commas_quotes_and_line_breaks_in_an_error_come_back_as_they_were(tmp_pa
 
 
 def test_a_skipped_slide_keeps_the_row_of_the_run_that_made_its_result(tmp_path: Path) -> None:
-    write_summary(tmp_path, [SlideResult("a", "done", 60.0, {"gland": 0.5}, 2.0)])
-    write_summary(tmp_path, [SlideResult("a", "skipped", 0.1, {"gland": 0.5}, 2.0)])
+    write_summary(tmp_path, [SlideResult("a", "done", 60.0, {"gland": 0.5}, {"tissue_mm2": 2.0})])
+    write_summary(tmp_path, [SlideResult("a", "skipped", 0.1, {"gland": 0.5}, {"tissue_mm2": 2.0})])
     assert (rows_of(tmp_path)["a"]["status"], rows_of(tmp_path)["a"]["seconds"]) == ("done", "60.0")
 
 
 @pytest.mark.parametrize("former", [[], [SlideResult("a", "failed", 0.0, error="a.svs: refused")]])
 def test_a_skipped_slide_gets_a_row_where_none_tells_of_its_result(tmp_path: Path, former: list[SlideResult]) -> None:
     write_summary(tmp_path, former)
-    write_summary(tmp_path, [SlideResult("a", "skipped", 0.1, {"gland": 0.5}, 2.0)])
+    write_summary(tmp_path, [SlideResult("a", "skipped", 0.1, {"gland": 0.5}, {"tissue_mm2": 2.0})])
     row = rows_of(tmp_path)["a"]
     assert (row["status"], row["area_mm2 gland"], row["error"]) == ("skipped", "0.5", "")
 
@@ -84,7 +91,7 @@ def test_a_crash_while_writing_leaves_the_former_text(tmp_path: Path, monkeypatc
 
 def test_run_json_comes_back_as_it_was_and_what_is_no_run_is_none(tmp_path: Path) -> None:
     assert read_run(tmp_path) is None
-    run = {"identity": {"slide": "00"}, "outputs": ["größe.geojson"]}
+    run = make_run("größe")
     write_run(tmp_path, run)
     assert read_run(tmp_path) == run
     for text in ("[1]", '{"identity": ', '{"identity": {}}', '{"name": "of another program"}'):

@@ -31,7 +31,7 @@ def test_just_the_tiles_with_tissue_are_planned(tmp_path: Path) -> None:
             expected += touches
     assert plan.tiles == expected == sum(len(needed_tiles(grid, block_tissue(grid, tissue, b), b)) for b in plan.blocks)
     assert {b.index for b in grid.blocks()} > {b.index for b in plan.blocks}
-    summary = json.loads(json.dumps(plan.summary(resolve(SMALL, CPU))))
+    summary = json.loads(json.dumps(plan.facts(resolve(SMALL, CPU)).as_json()))
     assert summary["map_size"] == [320, 208]
     assert summary["tissue_mm2"] == pytest.approx(0.96 * 0.64, rel=0.01)
 

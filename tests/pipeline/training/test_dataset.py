@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel
 
+from models.tissue_class import TissueClass
 from pipeline.errors import (
     DatasetError,
     DatasetFileError,
@@ -139,7 +140,8 @@ def test_the_published_layout_has_labels_in_training_names_and_masks_elsewhere(t
 
     train, val = samples(dataset, "train"), samples(dataset, "val")
 
-    assert (dataset.class_names, dataset.colors, dataset.mpp) == (("red", "blue"), ((200, 0, 0), (0, 0, 200)), 0.5)
+    assert dataset.classes == (TissueClass("red", (200, 0, 0)), TissueClass("blue", (0, 0, 200)))
+    assert (dataset.class_names, dataset.mpp) == (("red", "blue"), 0.5)
     assert names(train) == ["10[10]", "9-[0 1]"]
     assert [sample.labels_K for sample in train] == [(True, False), (False, True)]
     assert [(sample.mask, sample.group) for sample in train] == [(None, ""), (None, "")]

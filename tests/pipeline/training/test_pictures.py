@@ -9,11 +9,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.tissue_class import TissueClass
 from pipeline.formats.preview import MARGIN
 from pipeline.training import pictures
 from pipeline.training.pictures import Compared, write_comparison, write_confusion_matrix
 
-CLASSES = [("other", (230, 159, 0)), ("gland", (0, 158, 115))]
+CLASSES = [TissueClass("other", (230, 159, 0)), TissueClass("gland", (0, 158, 115))]
 WHITE = [255, 255, 255]
 
 
@@ -73,7 +74,7 @@ def test_image_truth_and_prediction_are_side_by_side(tmp_path: Path) -> None:
     tops = [MARGIN + pictures.ROW + pictures.GAP + 2 * pictures.ROW]
     tops.append(tops[0] + side + MARGIN + 2 * pictures.ROW)
     plain = [200, 200, 200]
-    blended = [[round(0.55 * 200 + 0.45 * value) for value in color] for _, color in CLASSES]
+    blended = [[round(0.55 * 200 + 0.45 * value) for value in one.color] for one in CLASSES]
     for top in tops:
         quarters = [
             [rgb_HWC[top + y, MARGIN + panel * step + x].tolist() for y in (80, 240) for x in (80, 240)]
@@ -89,7 +90,7 @@ def test_image_truth_and_prediction_are_side_by_side(tmp_path: Path) -> None:
 def test_images_of_any_form_and_names_in_any_script_are_drawn(tmp_path: Path, size: tuple[int, int]) -> None:
     labels_HW = np.zeros(size, np.uint8)
     image = Compared("größe 組織 " * 40, np.zeros((*size, 3), np.uint8), labels_HW, labels_HW)
-    write_comparison(tmp_path / "w.png", [image], [("組織", (1, 2, 3)), ("x" * 400, (4, 5, 6))])
+    write_comparison(tmp_path / "w.png", [image], [TissueClass("組織", (1, 2, 3)), TissueClass("x" * 64, (4, 5, 6))])
     assert pixels(tmp_path / "w.png").shape[1] < 1200
 
 

@@ -240,7 +240,7 @@ def test_masks_are_palette_images_in_the_colors_of_the_classes(tmp_path: Path) -
                 rgb_HWC = np.asarray(picture.convert("RGB"))
             assert palette is not None
             assert palette[:9] == [205, 51, 51, 65, 105, 225, 255, 165, 0]
-            colors = np.array([*images.dataset.colors, *[(255, 255, 255)] * 253])
+            colors = np.array([*(one.color for one in images.dataset.classes), *[(255, 255, 255)] * 253])
             np.testing.assert_array_equal(rgb_HWC, colors[expected_LHW[layer]])
 
 

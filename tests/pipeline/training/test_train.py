@@ -331,9 +331,7 @@ def test_the_card_documents_data_and_training(textures: Dataset) -> None:
     assert (card.classifier.backbone, card.classifier.head) == (config.backbone, config.head)
     assert card.segmenter.encoder == "resnet18"
     assert card.mpp == 0.5
-    assert [(spec.name, spec.color) for spec in card.classes] == list(
-        zip(textures.class_names, textures.colors, strict=True)
-    )
+    assert card.classes == textures.classes
     for said in ("Made by a program.", "regions of 64 px", "0.5 um/px", "seed 12", "none weights"):
         assert said in card.training_data
     assert make_card(textures, dataclasses.replace(CONFIG, mpp=1.0), 64, (0.1,) * 3).segmenter.encoder == (

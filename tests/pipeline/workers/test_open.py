@@ -28,7 +28,7 @@ from pipeline.errors import (
 )
 from pipeline.progress import Progress, no_progress
 from pipeline.results.folder import is_locked, lock_file
-from pipeline.results.record import SlideResult
+from pipeline.results.slide_result import SlideResult
 from pipeline.slide.recipe import PlannedSlide, plan_slide
 from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import InProcess, load_predictor

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.tissue_class import TissueClass
 from pipeline.checks.geojson import check_geojson
 from pipeline.formats.ome_zarr import MapSpec, MapStore, build_pyramid, create_store
 from pipeline.slide.recipe import segment_slide
@@ -23,13 +24,13 @@ from wsi.readers import READERS
 
 def map_of(folder: Path) -> ProbabilityMap:
     run = run_of(folder)
-    classes = (("pink", PINK), ("purple", PURPLE))
+    classes = (TissueClass("pink", PINK), TissueClass("purple", PURPLE))
     size_out = (run["plan"]["map_size"][0], run["plan"]["map_size"][1])
     return ProbabilityMap(folder / f"{folder.name}.ome.zarr", classes, size_out, 4.0, "digest")
 
 
 def wide_map(path: Path, size_out: tuple[int, int]) -> ProbabilityMap:
-    spec = MapSpec("wide", size_out, (("a", (1, 2, 3)),), 4.0)
+    spec = MapSpec("wide", size_out, (TissueClass("a", (1, 2, 3)),), 4.0)
     create_store(path, spec)
     store = MapStore(path, spec)
     rng = np.random.default_rng(5)

@@ -232,7 +232,7 @@ def test_scale_bar_is_as_long_as_it_says(shared_page: Page, site: Site, zoom: fl
     length_um = float(number) * {"nm": 1e-3, "µm": 1, "mm": 1e3}[unit]
     box = shared_page.locator("#scale-line").bounding_box()
     assert box is not None
-    assert box["width"] == pytest.approx(length_um / site.results[0].mpp * zoom, abs=1.0)
+    assert box["width"] == pytest.approx(length_um / site.results[0].run.slide.mpp * zoom, abs=1.0)
     assert 60 <= box["width"] <= 150.5
     assert float(number) in {1, 2, 5, 10, 20, 50, 100, 200, 500}
     # On the slide itself: the regions' borders are 960 µm apart, and so many bars.

@@ -219,12 +219,13 @@ def test_results_that_are_not_whole_are_named(results_folder: Path, tmp_path: Pa
     elif broken == "store":
         shutil.rmtree(next(folder.glob("*.ome.zarr")))
     else:
-        write_run(folder, run | {"outputs": [] if broken == "outputs" else ["../x.ome.zarr", "../x.parquet"]})
+        outputs = () if broken == "outputs" else ("../x.ome.zarr", "../x.parquet")
+        write_run(folder, run.model_copy(update={"outputs": outputs}))
     with pytest.raises(ViewError, match=str(folder)):
         load_result(folder)
     with pytest.raises(ViewError, match="no such folder"):
         find_results(tmp_path / "none")
-    with pytest.raises(ViewError, match="holds no result"):
+    with pytest.raises(ViewError, match="does not hold a result"):
         find_results(Path(__file__).parent)
 
 

@@ -13,6 +13,7 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.tissue_class import TissueClass
 from pipeline.formats.ome_zarr import MapSpec, MapStore, build_pyramid, create_store
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.viewer import outlines, slide_tiles
@@ -135,17 +136,17 @@ def rgba(image: bytes | None) -> NDArray[np.uint8]:
 
 def test_map_tiles_have_the_stored_values_at_every_level(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    spec = MapSpec("a", (700, 530), (("x", (230, 159, 0)), ("y", (0, 158, 115))), 4.0)
+    spec = MapSpec("a", (700, 530), (TissueClass("x", (230, 159, 0)), TissueClass("y", (0, 158, 115))), 4.0)
     store = MapStore(tmp_path / "a.ome.zarr", spec)
     create_store(store.path, spec)
     probs_KHW = rng.integers(0, 256, (2, 1024, 1024), dtype=np.uint8)
     labels_HW = rng.integers(0, 3, (1024, 1024), dtype=np.uint8)
     store.write_block(Box(0, 0, 1024, 1024), probs_KHW, labels_HW)
     build_pyramid(store.path, spec)
-    tiles = MapTiles(store.path, [color for _, color in spec.classes])
+    tiles = MapTiles(store.path, [one.color for one in spec.classes])
     assert (tiles.levels, tiles.size_out) == (2, (700, 530))
     assert np.array_equal(rgba(tiles.probability(1, 0, 1, 0))[..., 3], probs_KHW[1, :512, 512:700])
-    for k, (_, color) in enumerate(spec.classes):
+    for k, color in enumerate(one.color for one in spec.classes):
         tile_HWC = rgba(tiles.probability(k, 1, 0, 0))
         inside_HW = probs_KHW[k, :530, :700].astype(int)
         sums_HW = sum(inside_HW[y::2, x::2] for y in (0, 1) for x in (0, 1))
@@ -161,7 +162,7 @@ def test_map_tiles_have_the_stored_values_at_every_level(tmp_path: Path) -> None
 
 def test_there_are_no_map_tiles_beyond_classes_levels_and_edges(results_folder: Path) -> None:
     result = find_results(results_folder)[0]
-    tiles = MapTiles(result.folder / result.store, [c.color for c in result.classes])
+    tiles = MapTiles(result.store, [one.color for one in result.run.classes])
     assert tiles.probability(1, 0, 0, 0) is not None
     for place in ((tiles.levels, 0, 0), (-1, 0, 0), (0, -1, 0), (0, 99, 0), (0, 0, -1)):
         assert tiles.probability(0, *place) is None
@@ -189,13 +190,13 @@ def read_outlines(data: bytes) -> tuple[list[float], list[int], list[shapely.Pol
 
 def test_outlines_are_the_polygons_of_the_result(results_folder: Path) -> None:
     result = find_results(results_folder)[0]
-    table = pq.read_table(result.folder / result.outlines)
+    table = pq.read_table(result.outlines)
     stored = shapely.from_wkb(table["geometry"].to_numpy())
-    data = outline_bytes(result.folder / result.outlines, 0)
+    data = outline_bytes(result.outlines, 0)
     assert data is not None
     areas, labels, polygons = read_outlines(data)
     assert (areas, labels) == (table["area_mm2"].to_pylist(), table["label"].to_pylist())
-    assert len(polygons) == result.polygons > 1
+    assert len(polygons) == result.run.polygons > 1
     assert any(len(polygon.interiors) for polygon in polygons)  # the purple region is a hole in the pink one
     assert [a.symmetric_difference(b).area < 1 for a, b in zip(polygons, stored, strict=True)] == [True] * len(stored)
 
@@ -203,8 +204,8 @@ def test_outlines_are_the_polygons_of_the_result(results_folder: Path) -> None:
 @pytest.mark.parametrize("detail", range(1, len(TOLERANCES_L0)))
 def test_coarser_outlines_stay_within_their_tolerance_and_lose_no_polygon(results_folder: Path, detail: int) -> None:
     result = find_results(results_folder)[0]
-    stored = shapely.from_wkb(pq.read_table(result.folder / result.outlines)["geometry"].to_numpy())
-    data = outline_bytes(result.folder / result.outlines, detail)
+    stored = shapely.from_wkb(pq.read_table(result.outlines)["geometry"].to_numpy())
+    data = outline_bytes(result.outlines, detail)
     assert data is not None
     _, _, polygons = read_outlines(data)
     assert len(polygons) == len(stored)
@@ -212,7 +213,7 @@ def test_coarser_outlines_stay_within_their_tolerance_and_lose_no_polygon(result
         corners = shapely.points(shapely.get_coordinates(exact))
         far = shapely.distance(corners, simple.boundary).max()
         assert far <= TOLERANCES_L0[detail] + 0.1
-    assert outline_bytes(result.folder / result.outlines, len(TOLERANCES_L0)) is None
+    assert outline_bytes(result.outlines, len(TOLERANCES_L0)) is None
 
 
 @pytest.mark.parametrize("detail", range(len(TOLERANCES_L0)))
@@ -220,10 +221,10 @@ def test_outlines_are_the_same_however_many_are_held_at_a_time(
     results_folder: Path, monkeypatch: pytest.MonkeyPatch, detail: int
 ) -> None:
     result = find_results(results_folder)[0]
-    path = result.folder / result.outlines
+    path = result.outlines
     expected = outline_bytes(path, detail)
     monkeypatch.setattr(outlines, "BATCH", 1)
-    assert result.polygons > 1
+    assert result.run.polygons > 1
     assert outline_bytes(path, detail) == expected
 
 

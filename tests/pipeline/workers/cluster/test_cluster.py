@@ -118,7 +118,7 @@ def test_a_cluster_gives_the_same_bytes_as_this_process(
     assert data_of(result.folder) == expected
     run = read_run(result.folder)
     assert run is not None
-    total = run["plan"]["blocks"]  # type: ignore[index] # plain JSON
+    total = run.plan.blocks
     assert ("segmenting", total, total) in seen
     assert seen[-1][0] == "publishing"
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["größe"]

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import zarr
 from PIL import Image
 
+from models.tissue_class import TissueClass
 from pipeline.formats.ome_zarr import LABELS, MapStore
 from wsi.grid import Grid
 from wsi.slide import Slide
@@ -27,7 +28,7 @@ class SlidePicture:
     rgb_HWC: UInt8Array
     labels_HW: UInt8Array
     """0 background, 1.. in the order of `classes`."""
-    classes: tuple[tuple[str, tuple[int, int, int]], ...]
+    classes: tuple[TissueClass, ...]
     um_per_px: float
 
 

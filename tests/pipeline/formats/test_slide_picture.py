@@ -5,15 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.tissue_class import TissueClass
+from pipeline.formats import slide_picture
 from pipeline.formats.ome_zarr import MapSpec, MapStore
-from pipeline.pages import slide_picture
-from pipeline.pages.slide_picture import SlidePicture, picture_slide
+from pipeline.formats.slide_picture import SlidePicture, picture_slide
 from pipeline.slide.recipe import plan_slide, segment_slide
 from tests.pipeline.fakes import COLOURS, CORNER, REGIONS, SMALL, colour_predictor, stating_bounds
 from tests.slides import GLASS, painted, write_slide
 from wsi.readers import READERS
 
-CLASSES = tuple((f"class-{i}", colour) for i, colour in enumerate(COLOURS))
+CLASSES = tuple(TissueClass(f"class-{i}", colour) for i, colour in enumerate(COLOURS))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,18 @@
+"""The names of the files of a result: the only place where they are spelled."""
+
+from __future__ import annotations
+
+RUN = "run.json"
+"""The record of the run."""
+PAGE = "index.html"
+"""The page of one slide in its folder, and the report of all slides in the output folder."""
+THUMBNAIL = "thumbnail.jpg"
+"""The picture of a slide that the report shows."""
+PREVIEW = "preview.png"
+SUMMARY = "summary.csv"
+"""The table of all slides in the output folder."""
+
+MAP_END = ".ome.zarr"
+GEOJSON_END = ".geojson"
+GEOPARQUET_END = ".parquet"
+"""What follows the slide's name in the names of the map and the polygons."""
