@@ -119,11 +119,11 @@ def _results(output: Path) -> Iterator[_Result]:
         try:
             run = read_run(folder)
         except RunRecordError as error:
-            log.warning("left out: %s", error)
+            log.warning("%s: left out: %s", folder, error)
             continue
         store = folder / f"{folder.name}{MAP_END}"
         if run is None or not store.is_dir():
-            log.warning("left out: %s is missing; segment the slide again with --force", store)
+            log.warning("%s: left out: %s is missing; segment the slide again with --force", folder, store.name)
             continue
         yield _result(folder, store, run)
 
