@@ -12,6 +12,7 @@ from flows.order import BatchRequest, config_from_settings, output_folder
 from flows.segmenting import refused, segment_order
 from models.bundle import DEFAULT_BUNDLE
 from pipeline.batch.collect import collect_jobs
+from pipeline.config import RESULTS_FOLDER
 from pipeline.errors import ConfigError
 from pipeline.workers.base import SlideJob
 
@@ -19,7 +20,7 @@ from pipeline.workers.base import SlideJob
 @flow(name="segment-batch", description="Segment a folder, glob or manifest of whole-slide images into tissue maps.")
 def segment_batch(
     source: str,
-    output: str = "results",
+    output: str = RESULTS_FOLDER,
     model: str = DEFAULT_BUNDLE,
     scheduler: str | None = None,
     slides_at_once: int | None = None,

@@ -8,12 +8,13 @@ from prefect import State, flow
 
 from flows.batch import segment_batch
 from models.bundle import DEFAULT_BUNDLE
+from pipeline.config import RESULTS_FOLDER
 
 
 @flow(name="segment-slide", description="Segment one whole-slide image into a tissue map.")
 def segment_slide_flow(
     slide: str,
-    output: str = "results",
+    output: str = RESULTS_FOLDER,
     model: str = DEFAULT_BUNDLE,
     mpp: float | None = None,
     scheduler: str | None = None,

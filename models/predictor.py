@@ -21,7 +21,16 @@ from models.errors import DeviceUnavailableError, NonFiniteOutputError, RuntimeU
 from models.gate import masked_softmax, passing_classes
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
-from models.runtimes import BATCH_SIZE, Compute, Precision, Runtime, RuntimeName, choose_runtime, default_batch_size
+from models.runtimes import (
+    BATCH_SIZE,
+    OUTPUT_STRIDES,
+    Compute,
+    Precision,
+    Runtime,
+    RuntimeName,
+    choose_runtime,
+    default_batch_size,
+)
 from models.segmenter import logits_at_stride
 
 log = logging.getLogger(__name__)
@@ -115,7 +124,7 @@ class Predictor:
         precision: Precision = "float32",
         runtime: Runtime = "torch",
         batch_size: int = BATCH_SIZE,
-        output_stride: int = 4,
+        output_stride: int = OUTPUT_STRIDES[0],
         ungated_fallback: bool = False,
         skip_by_gate: bool = True,
     ) -> None:
@@ -126,7 +135,7 @@ class Predictor:
         the same probabilities. `from_networks` accepts "auto". Raises DeviceUnavailableError, RuntimeUnavailableError
         if OpenVINO cannot take a network, and ValueError for an unknown precision, output stride or batch size.
         """
-        if output_stride not in (1, 2, 4):
+        if output_stride not in OUTPUT_STRIDES:
             raise ValueError(f"output_stride is {output_stride}; use 1, 2 or 4")
         compute = choose_compute(device=device, precision=precision, runtime=runtime, batch_size=batch_size)
         self.card = card

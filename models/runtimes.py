@@ -21,6 +21,9 @@ Runtime = Literal["torch", "openvino"]
 RuntimeName = Literal["auto", "torch", "openvino"]
 """A runtime as a user asks for it."""
 
+OUTPUT_STRIDES = (4, 2, 1)
+"""Model pixels per pixel of a predictor's output. The first is the networks' own, the others are interpolated."""
+
 BATCH_SIZE = 8
 """Default number of tiles per call of a network."""
 CUDA_BATCH_SIZE = 32

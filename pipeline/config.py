@@ -10,11 +10,14 @@ import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from models.runtimes import Compute, Precision, Runtime, RuntimeName
+from models.runtimes import OUTPUT_STRIDES, Compute, Precision, Runtime, RuntimeName
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:  # the command's --help reads the defaults here and must not load the readers
     from wsi.slide import Backend
+
+RESULTS_FOLDER = "results"
+"""Folder for the results, if none is named."""
 
 MOST_WORKERS = 8
 """Workers on a machine with more cores, if no number is requested."""
@@ -30,8 +33,8 @@ class MapSettings:
     """Reader. "auto": chosen for each slide; `SlideInfo.backend` holds the result."""
     overlap: float = 0.25
     """Share of a tile's side that overlaps the next tile."""
-    output_stride: int = 4
-    """Model pixels per pixel of the stored map. The networks compute 4; 2 and 1 are interpolated."""
+    output_stride: int = OUTPUT_STRIDES[0]
+    """Model pixels per pixel of the stored map."""
     min_area_um2: float = 2000.0
     """Smaller polygons are merged into a neighbor; 0 keeps all of them. The label image does not change."""
     simplify_px: float = 1.0
@@ -50,7 +53,7 @@ class MapSettings:
     def __post_init__(self) -> None:
         _check(self.mpp is None or (math.isfinite(self.mpp) and self.mpp > 0), "--mpp", self.mpp, "a positive number")
         _check(0 <= self.overlap <= 0.75, "--overlap", self.overlap, "from 0 to 0.75")
-        _check(self.output_stride in (1, 2, 4), "--output-stride", self.output_stride, "1, 2 or 4")
+        _check(self.output_stride in OUTPUT_STRIDES, "--output-stride", self.output_stride, "1, 2 or 4")
         _check(self.min_area_um2 >= 0, "--min-area", self.min_area_um2, "0 or more")
         _check(self.simplify_px >= 0, "--simplify", self.simplify_px, "0 or more")
         _check(self.block_out >= 16 and self.block_out % 16 == 0, "block_out", self.block_out, "a multiple of 16")

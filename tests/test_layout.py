@@ -14,7 +14,6 @@ from typer.main import get_command
 
 from pipeline.cli.evaluate import app as evaluate_app
 from pipeline.cli.export import app as export_app
-from pipeline.cli.segment import app
 from pipeline.cli.train import app as train_app
 from pipeline.cli.view import app as view_app
 from pipeline.training.config import TrainConfig
@@ -153,13 +152,6 @@ def test_readme_has_two_commands_of_one_line_that_make_their_environment() -> No
 def test_ci_runs_the_commands_of_the_readme_word_for_word() -> None:
     script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
     assert all(command in script for command in readme_commands())
-
-
-def test_readme_has_every_option_of_the_command() -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"`(--?[a-z][a-z-]*)`", "\n".join(re.findall(r"^\| .*", readme, re.MULTILINE))))
-    offered = {name for parameter in get_command(app).params for name in parameter.opts if name.startswith("-")}
-    assert documented == offered - {"--help"}
 
 
 @pytest.mark.parametrize("command", [view_app, export_app])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-# Heavy libraries are imported inside the command: `--help` has to answer at once.
+# Heavy libraries are imported inside the command, so that `--help` answers at once.
 import json
-import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.cli.commands import EXIT_INTERRUPTED, fail, run
+from pipeline.cli.commands import (
+    EXIT_INTERRUPTED,
+    BatchSizeOption,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    configure_logging,
+    fail,
+    run,
+)
 
 if TYPE_CHECKING:
     from models.predictor import Predictor
@@ -31,38 +40,31 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def evaluate(
-    bundle: Annotated[str, typer.Argument(help="Name of a shipped model, or path of a bundle.", show_default=False)],
+    bundle: Annotated[str, typer.Argument(help="Name of a shipped model bundle, or path of a bundle.")],
     dataset: Annotated[str, typer.Argument(help="Name of a shipped data set description, or path of a dataset.toml.")],
     data: Annotated[
-        Path | None, typer.Option("--data", help="Folder of the data, in place of what the description says.")
+        Path | None,
+        typer.Option("--data", help="Folder of the data.", show_default="the folder that the description names"),
     ] = None,
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="Images to evaluate on.")] = "test",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("evaluation"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            "--batch-size", "-b", help="Tiles per call of a network; 8, on CUDA 32.", min=1, show_default=False
-        ),
-    ] = None,
-    tta: Annotated[bool, typer.Option("--tta/--no-tta", help="Average over the eight flips and turns.")] = False,
-    worst: Annotated[int, typer.Option(help="Images in the picture of the worst ones.", min=0, max=100)] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON.")] = False,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors only.")] = False,
+    device: DeviceOption = "auto",
+    batch_size: BatchSizeOption = None,
+    tta: Annotated[bool, typer.Option("--tta/--no-tta", help="Average over the eight flips and rotations.")] = False,
+    worst: Annotated[int, typer.Option(help="Number of images in worst.png.", min=0, max=100)] = 8,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure a model against the pixel masks of a data set: IoU per class, mean IoU, frequency-weighted IoU, accuracy.
 
-    Every score is given with the classification gate and without it, and in two protocols: exclude leaves out the
-    pixels that the truth calls white or no class, include counts them as one more class. The output folder gets
-    evaluation.json, confusion.png and worst.png, which replace those of an earlier evaluation.
+    Each score is computed with and without the classification gate, and in two protocols: exclude leaves out the pixels
+    that the mask labels as white or as no class, include counts them as one more class. The output folder contains
+    evaluation.json, confusion.png and worst.png, which replace the files of an earlier evaluation.
 
     Exit status: 0 done, 1 failed, 2 usage error, 130 interrupted.
     """
-    logging.basicConfig(
-        level=logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)],
-        format="%(levelname)s: %(message)s",
-    )
+    configure_logging(verbose, quiet=quiet)
     from wsi.errors import WsiSegmentError
 
     try:
@@ -72,7 +74,7 @@ def evaluate(
     except WsiSegmentError as error:
         fail(PROGRAM, str(error))
     except KeyboardInterrupt:
-        # Here and not in the caller: typer would make exit status 1 of it.
+        # Not in the caller: typer would turn this into exit status 1.
         fail(PROGRAM, "interrupted; nothing was written", EXIT_INTERRUPTED)
     if as_json:
         typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
@@ -83,7 +85,7 @@ def evaluate(
 def _prepare(
     bundle: str, description: str, data: Path | None, split: Split, output: Path, device: str, batch_size: int | None
 ) -> tuple[Predictor, Dataset]:
-    """Load the model and the data set's description, and check what can be checked before the networks run."""
+    """Load the model and the description of the data set, and check both before the networks run."""
     from models.bundle import load_bundle
     from models.predictor import Predictor
     from pipeline.errors import OutputError
@@ -98,8 +100,10 @@ def _prepare(
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{output}: no folder can be made ({error.strerror}); choose another with -o") from error
-    # As training measures: the logits, not the probabilities, are enlarged to the model's pixels.
+        raise OutputError(
+            f"{output}: the folder cannot be created ({error.strerror}); choose another with -o"
+        ) from error
+    # Training measures in the same way: the logits are enlarged to the model's pixels, not the probabilities.
     return Predictor.from_bundle(model, device=device, batch_size=batch_size, output_stride=1), dataset
 
 
@@ -113,14 +117,14 @@ def _evaluate(
     tta: bool,
     worst: int,
 ) -> dict[str, Any]:
-    """Evaluate and write the three files; returns what evaluation.json holds."""
+    """Evaluate, write the three files, and return the content of evaluation.json."""
     from pipeline.errors import OutputError
     from pipeline.training.evaluate import evaluate as measure
 
     result = measure(predictor, dataset, split, flips=tta, progress=progress)
     document = _document(predictor, dataset, split, result, tta=tta)
     try:
-        # All three are made before the first is moved to its place: a killed run leaves those of the run before it.
+        # The files are written elsewhere first, so a killed run leaves the files of the run before it.
         with tempfile.TemporaryDirectory(prefix=".evaluation-", dir=output) as work:
             _draw(Path(work), predictor, dataset, split, result, tta=tta, worst=worst)
             text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -133,7 +137,7 @@ def _evaluate(
 
 
 def _document(predictor: Predictor, dataset: Dataset, split: Split, result: Evaluation, *, tta: bool) -> dict[str, Any]:
-    """The result in plain values; null where there is no number."""
+    """Return the result in plain values. A missing number is null."""
     from pipeline.results.record import versions
     from pipeline.training.evaluate import OVERLAP, PROTOCOLS
 
@@ -203,7 +207,7 @@ def _draw(
 
 
 def _print_table(document: dict[str, Any]) -> None:
-    """One column per protocol and gate, one row per score, in percent."""
+    """Print one column per protocol and gate and one row per score, in percent."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -231,7 +235,7 @@ def _cell(value: float | None) -> str:
 
 @contextmanager
 def _bar(*, hidden: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of images on stderr where that is a terminal; yields what moves it."""
+    """Show a progress bar of images on stderr if it is a terminal; yield the callback that moves the bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -243,7 +247,7 @@ def _bar(*, hidden: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
     run(app)
 
 

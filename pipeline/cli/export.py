@@ -1,8 +1,8 @@
-"""The command `wsi-export`: results for other programs, and whether they are as those programs need them."""
+"""The command `wsi-export`: write results for other programs, and check that these programs can read them."""
 
 from __future__ import annotations
 
-# Heavy libraries are imported inside the commands: `--help` has to answer at once.
+# Heavy libraries are imported inside the commands, so that `--help` answers at once.
 import logging
 import sys
 from pathlib import Path
@@ -15,33 +15,35 @@ from pipeline.cli.commands import EXIT_FAILED, EXIT_USAGE, fail, run
 PROGRAM = "wsi-export"
 
 SHOWN = 20
-"""Findings printed for one file; of the others, how many there are."""
+"""Findings printed for one file. Further findings are counted."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.callback()
 def export() -> None:
-    """Bring results to other programs, and check that they can read them.
+    """Write results for other programs, and check that these programs can read them.
 
-    Exit status: 0 done, 1 failed or something found, 2 usage error.
+    Exit status: 0 done, 1 failed or the check found an error, 2 usage error.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 
 
 @app.command()
 def qupath(
-    results: Annotated[Path, typer.Argument(help="Folder given to wsi-segment's --output.", show_default=False)],
+    results: Annotated[
+        Path, typer.Argument(help="Folder that was given to wsi-segment with --output.", show_default=False)
+    ],
     tiles: Annotated[
-        bool, typer.Option("--tiles", help="Also write tiles with the classes' probabilities as measurements.")
+        bool, typer.Option("--tiles", help="Also write tiles whose measurements are the probabilities of the classes.")
     ] = False,
     slides: Annotated[
-        Path | None, typer.Option("--slides", help="Folder to search for slides that have moved since.")
+        Path | None, typer.Option("--slides", help="Folder to search for slides that were moved.", show_default="none")
     ] = None,
 ) -> None:
-    """Write a QuPath project of all results to RESULTS/qupath, or bring it up to date.
+    """Write a QuPath project of all results to RESULTS/qupath, or update an existing one.
 
-    What you saved in the project stays. Close it in QuPath before.
+    Close the project in QuPath first. Your own changes to the project are kept.
     """
     from pipeline.viewing.qupath.project import write_project
     from wsi.errors import WsiSegmentError
@@ -56,13 +58,13 @@ def qupath(
 def check(
     paths: Annotated[
         list[Path],
-        typer.Argument(help="Folders of results, results of one slide, .ome.zarr or .geojson.", show_default=False),
+        typer.Argument(
+            help="Folders of results, results of one slide, .ome.zarr folders or .geojson files.", show_default=False
+        ),
     ],
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing of files in which nothing is wrong.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only files with errors.")] = False,
 ) -> None:
-    """Check that QuPath, napari and Vitessce can open results: every file there, and every rule of its format kept."""
+    """Check that QuPath, napari and Vitessce can open results: all files exist and follow the rules of their format."""
     from pipeline.checks.result import broken_rules
     from pipeline.errors import ConfigError
 
@@ -82,7 +84,7 @@ def check(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
     run(app)
 
 

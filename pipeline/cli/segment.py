@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-# Heavy libraries are imported inside the command: `--help` has to answer at once.
+# Heavy libraries are imported inside the command, so that `--help` answers at once.
 import json
-import logging
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,9 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from models.runtimes import Compute, Precision, RuntimeName, choose_runtime, default_batch_size
-from pipeline.cli.commands import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, fail, run
-from pipeline.config import SegmentConfig
+from models.runtimes import OUTPUT_STRIDES, Compute, Precision, RuntimeName, choose_runtime, default_batch_size
+from pipeline.cli.commands import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    BatchSizeOption,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    configure_logging,
+    fail,
+    run,
+)
+from pipeline.config import MOST_WORKERS, RESULTS_FOLDER, SegmentConfig
 
 if TYPE_CHECKING:
     from pipeline.results.slide_result import SlideResult
@@ -22,8 +33,9 @@ if TYPE_CHECKING:
 
 PROGRAM = "wsi-segment"
 DEFAULTS = SegmentConfig()
+DEFAULT_MODEL = "colon-gland"  # models.bundle.DEFAULT_BUNDLE, whose import would slow --help down; a test compares them
 SCHEDULER_OF_SEVERAL = "process"
-"""A library that crashes at a slide ends a process, not the batch."""
+"""Several slides run in a child process, so a reader crash cannot end the batch."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -33,96 +45,103 @@ def segment(
     slides: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Slides, folders of slides, or CSV manifests (columns: slide, mpp, model).", show_default=False
+            help="Slides, folders of slides, or CSV manifests with the columns slide, mpp and model.",
+            show_default=False,
         ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("results"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(RESULTS_FOLDER),
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Name of a shipped model, or path of a bundle.")
-    ] = "colon-gland",
-    sample: Annotated[bool, typer.Option("--sample", help="Segment a small real slide, fetched and cached.")] = False,
+        str, typer.Option("--model", "-m", help="Name of a shipped model bundle, or path of a bundle.")
+    ] = DEFAULT_MODEL,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Segment a small real slide, which is downloaded once and cached.")
+    ] = False,
     mpp: Annotated[
-        float | None, typer.Option(help="Micrometres per level-0 pixel, in place of what the slide says.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = DEFAULTS.device,
-    precision: Annotated[Precision, typer.Option(help="Of the networks.")] = DEFAULTS.precision,
+        float | None,
+        typer.Option(
+            help="Micrometers per pixel at full size; overrides the value in the slide.", show_default="from the slide"
+        ),
+    ] = DEFAULTS.mpp,
+    device: DeviceOption = DEFAULTS.device,
+    precision: Annotated[
+        Precision, typer.Option(help="Number format of the networks; docs/benchmarks/speed.md compares them.")
+    ] = DEFAULTS.precision,
     runtime: Annotated[
         RuntimeName,
-        typer.Option(help="What computes the networks; auto: OpenVINO on a CPU where it is installed, else PyTorch."),
-    ] = DEFAULTS.runtime,
-    batch_size: Annotated[
-        int | None,
         typer.Option(
-            "--batch-size", "-b", help="Tiles per call of a network; 8, on CUDA 32.", min=1, show_default=False
+            help="Library that computes the networks. auto: OpenVINO on a CPU if the extra openvino is installed and "
+            "can take the model, else PyTorch."
         ),
-    ] = DEFAULTS.batch_size,
+    ] = DEFAULTS.runtime,
+    batch_size: BatchSizeOption = DEFAULTS.batch_size,
     num_workers: Annotated[
         int | None,
         typer.Option(
             "--num-workers",
             "-j",
-            help="Blocks read and written at a time; one per core, up to 8.",
+            help="Blocks that are read and written at the same time.",
             min=1,
-            show_default=False,
+            show_default=f"one per core, at most {MOST_WORKERS}",
         ),
-    ] = None,
+    ] = DEFAULTS.num_workers,
     overlap: Annotated[
-        float, typer.Option(help="Share of a tile that overlaps the next.", min=0, max=0.75)
+        float, typer.Option(help="Share of a tile that overlaps the next tile.", min=0, max=0.75)
     ] = DEFAULTS.overlap,
     output_stride: Annotated[
-        int, typer.Option(help="Model pixels per pixel of the map: 1, 2 or 4.")
+        int,
+        typer.Option(help=f"Model pixels per map pixel: {', '.join(map(str, sorted(OUTPUT_STRIDES)))}."),
     ] = DEFAULTS.output_stride,
     min_area: Annotated[
-        float, typer.Option(help="Polygons below this many µm² are merged into their neighbour.", min=0)
+        float, typer.Option(help="Merge polygons below this many µm² into a neighbor.", min=0)
     ] = DEFAULTS.min_area_um2,
     simplify: Annotated[
-        float, typer.Option(help="Tolerance of the polygons' borders, in map pixels.", min=0)
+        float, typer.Option(help="Tolerance of polygon borders, in map pixels.", min=0)
     ] = DEFAULTS.simplify_px,
     keep_ungated: Annotated[
-        bool, typer.Option("--keep-ungated", help="Keep the segmenter's word where the gate silences every class.")
-    ] = False,
+        bool, typer.Option("--keep-ungated", help="Use the segmenter's prediction if the gate rejects every class.")
+    ] = DEFAULTS.keep_ungated,
     backend: Annotated[
-        Literal["auto", "openslide", "tiffslide"], typer.Option(help="Library that reads the slides.")
-    ] = "auto",
-    recursive: Annotated[bool, typer.Option("--recursive", help="Search subfolders, too.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace results of other runs.")] = False,
+        Literal["auto", "openslide", "tiffslide"],
+        typer.Option(help="Library that reads the slides. auto: the faster one if both return the same pixels."),
+    ] = DEFAULTS.backend,
+    recursive: Annotated[bool, typer.Option("--recursive", help="Search subfolders too.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace results of other runs. Removes only files that a run wrote.")
+    ] = DEFAULTS.force,
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="Where to work: process (another one), local (a process per GPU), local:N (N processes), or the "
-            "address or scheduler file of a dask.distributed cluster. If not given: one slide in this process, several "
-            "in another, which alone is ended by a file at which a library crashes.",
-            show_default=False,
+            help="Where slides are segmented: process (a child process, so a reader crash cannot end the batch), local "
+            "(one process per GPU), local:N (N processes), or the address or scheduler file of a dask.distributed "
+            "cluster.",
+            show_default=f"this process for one slide, {SCHEDULER_OF_SEVERAL} for several",
         ),
     ] = None,
     spread: Annotated[
         Literal["slides", "blocks"],
-        typer.Option(help="With --scheduler: give each process whole slides, or parts of one large slide."),
+        typer.Option(help="With --scheduler: give each process whole slides, or blocks of one large slide."),
     ] = "slides",
     slide_timeout: Annotated[
         float | None,
         typer.Option(
-            help="With several slides, or --scheduler: seconds after which a slide is given up.", show_default=False
+            help="With several slides or --scheduler: seconds after which a slide fails.", show_default="no limit"
         ),
     ] = None,
     qupath: Annotated[
-        bool, typer.Option("--qupath", help="Write a QuPath project of all results in the output folder at the end.")
+        bool, typer.Option("--qupath", help="Write a QuPath project of all results to the output folder.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON.")] = False,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors only.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
 ) -> None:
-    """Turn whole-slide images into tissue maps: OME-Zarr probabilities, GeoJSON for QuPath, GeoParquet, a preview.
+    """Turn whole-slide images into tissue maps: OME-Zarr probabilities, GeoJSON, GeoParquet, a preview and a report.
 
-    A run that was interrupted goes on where it stopped when the same command is given again.
+    To resume an interrupted run, give the same command again.
 
-    Exit status: 0 all slides done, 1 some slide failed, 2 usage error, 130 interrupted.
+    Exit status: 0 all slides are done, 1 a slide failed, 2 usage error, 130 interrupted.
     """
-    logging.basicConfig(
-        level=logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)],
-        format="%(levelname)s: %(message)s",
-    )
+    configure_logging(verbose, quiet=quiet)
     from pipeline.errors import Cancelled, ConfigError
     from wsi.errors import WsiSegmentError
 
@@ -161,8 +180,8 @@ def segment(
     except ConfigError as error:
         fail(PROGRAM, str(error), EXIT_USAGE)
     except (Cancelled, KeyboardInterrupt) as stop:
-        # Here and not in the caller: typer would make exit status 1 of it.
-        fail(PROGRAM, str(stop) or "interrupted; run the same command again to go on", EXIT_INTERRUPTED)
+        # Not in the caller: typer would turn this into exit status 1.
+        fail(PROGRAM, str(stop) or "interrupted; run the same command again to resume", EXIT_INTERRUPTED)
     except WsiSegmentError as error:
         fail(PROGRAM, str(error), EXIT_FAILED)
 
@@ -177,7 +196,7 @@ def _jobs(inputs: list[Path], *, sample: bool, recursive: bool) -> list[SlideJob
         inputs = [*inputs, sample_slide()]
     jobs = collect_jobs(inputs, recursive=recursive)
     if not jobs:
-        raise ConfigError("no slide was named; pass a slide, a folder, a manifest, or --sample")
+        raise ConfigError("no slides to segment; pass a slide, a folder, a manifest, or --sample")
     return jobs
 
 
@@ -255,7 +274,7 @@ def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: Segment
             settings = resolve(job_config(job, config), compute)
             entry |= plan.facts(settings).as_json() | {"warnings": list(slide.info.warnings)}
             check_resources(plan, settings, job.path.name, output)
-        except Exception as error:  # noqa: BLE001 - as in run_batch: the other slides go on
+        except Exception as error:  # noqa: BLE001 - as in run_batch, the other slides continue
             entry["error"] = failure(job, error)
         plans.append(entry)
     if as_json:
@@ -300,7 +319,7 @@ def _print_plan(entry: dict[str, object]) -> None:
 
 
 def _line(result: SlideResult) -> str:
-    """One line for a person about a slide that has ended."""
+    """Return a line of text about a finished slide."""
     if result.status == "failed":
         return f"failed     {result.error}"
     areas = ", ".join(f"{name} {area:.2f} mm²" for name, area in result.areas_mm2.items())
@@ -317,7 +336,7 @@ def _plain(result: SlideResult) -> dict[str, object]:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
     run(app)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from pipeline.cli.commands import EXIT_INTERRUPTED, fail, run
+from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run
 from pipeline.training.config import PRESETS, train_config
 from wsi.errors import WsiSegmentError
 
@@ -26,20 +26,27 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def train_command(
-    dataset: Annotated[str, typer.Argument(help="A dataset.toml, or the name of a shipped one.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Run folder; an unfinished run in it goes on.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the images; wins over the one the TOML names.")] = None,
-    preset: Annotated[str, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")] = "default",
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings that change the recipe.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("-s", "--set", help="One setting, name=value. Repeatable.")
+    dataset: Annotated[str, typer.Argument(help="Name of a shipped data set description, or path of a dataset.toml.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Run folder. An unfinished run in it is resumed.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the images.", show_default="the folder that the description names")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")] = False,
+    preset: Annotated[str, typer.Option(help=f"Training recipe: {', '.join(PRESETS)}.")] = "default",
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with settings that change the recipe.", show_default="none")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("-s", "--set", help="One setting, as name=value. Can be repeated.", show_default="none"),
+    ] = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
 ) -> None:
     """Train a classifier and a segmenter from patch labels and write a model bundle for wsi-segment.
 
-    Start it with torchrun for several GPUs. A run that was killed goes on when the same command is given again.
+    For several GPUs, start the command with torchrun. To resume an interrupted run, give the same command again.
+
+    Exit status: 0 done, 1 failed, 2 usage error, 130 interrupted.
     """
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s")
 
@@ -53,15 +60,19 @@ def train_command(
     except WsiSegmentError as error:
         fail(PROGRAM, str(error))
     except KeyboardInterrupt:
-        # Here and not in the caller: typer would make exit status 1 of it.
-        fail(PROGRAM, f"interrupted; the same command goes on from the last checkpoint in {output}", EXIT_INTERRUPTED)
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
+        # Not in the caller: typer would turn this into exit status 1.
+        fail(
+            PROGRAM,
+            f"interrupted; run the same command again to resume from the last checkpoint in {output}",
+            EXIT_INTERRUPTED,
+        )
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
         typer.echo(json.dumps({"bundle": str(bundle.path), "metrics": bundle.card.metrics}, indent=2))
 
 
 @contextmanager
 def training_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Show one bar per stage on stderr where that is a terminal; yields the callback that moves them."""
+    """Show one bar per stage on stderr if it is a terminal; yield the callback that moves the bars."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with RichProgress(*columns, console=console, disable=hidden or not console.is_terminal) as bars:
@@ -76,7 +87,7 @@ def training_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
     run(app)
 
 

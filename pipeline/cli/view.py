@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Heavy libraries are imported inside the command: `--help` has to answer at once.
+# Heavy libraries are imported inside the command, so that `--help` answers at once.
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,28 +21,31 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def view(
-    results: Annotated[Path, typer.Argument(help="A slide's result, or a folder of results.")],
+    results: Annotated[Path, typer.Argument(help="Result of one slide, or a folder of results.")],
     slide: Annotated[
         Path | None,
-        typer.Option(help="Where the slide is now, if it moved; or the folder that holds it.", show_default=False),
+        typer.Option(
+            help="Slide of the result, or the folder that contains it, if the slide was moved.",
+            show_default="the path in the result",
+        ),
     ] = None,
-    port: Annotated[
-        int, typer.Option(help="Port of the page; a free one by default.", min=0, max=65535, show_default=False)
-    ] = 0,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the page's address.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the page.", min=0, max=65535, show_default="a free port")] = 0,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Print the address of the page and do not open it.")
+    ] = False,
 ) -> None:
-    """Show results over their slides, in the browser.
+    """Show results over their slides in the browser.
 
-    The page is served to this machine only, until Ctrl-C. Nothing is written.
+    The page is visible on this machine only. Press Ctrl-C to stop the server. The command writes no files.
 
-    Exit status: 0 ended by Ctrl-C, 1 the results or the slide cannot be shown, 2 usage error.
+    Exit status: 0 stopped by Ctrl-C, 1 the results or the slide cannot be shown, 2 usage error.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from pipeline.errors import ViewError
     from pipeline.viewing.viewer.server import open_browser, serve
 
     def ready(url: str) -> None:
-        typer.echo(f"{url}  (Ctrl-C ends it)")
+        typer.echo(f"{url}  (press Ctrl-C to stop)")
         if not no_browser:
             open_browser(url)
 
@@ -54,14 +57,18 @@ def view(
 
 
 def _found(path: Path, slide: Path | None) -> tuple[Result, ...]:
-    """The results to show. A single one's slide is looked at now, those of many when they are chosen."""
+    """Return the results to show. The slide of a single result is checked now, other slides when they are opened."""
     from pipeline.viewing.viewer.open_results import unavailable
     from pipeline.viewing.viewer.results import find_results, with_slide
 
     results = find_results(path)
     if slide is not None:
         if len(results) > 1 and not slide.is_dir():
-            fail(PROGRAM, f"{path} holds {len(results)} results; pass --slide a folder, or name one result", EXIT_USAGE)
+            fail(
+                PROGRAM,
+                f"{path} contains {len(results)} results; pass a folder with --slide, or name one result",
+                EXIT_USAGE,
+            )
         results = tuple(with_slide(result, slide) for result in results)
     if len(results) == 1 and (reason := unavailable(results[0])):
         fail(PROGRAM, reason)
@@ -69,7 +76,7 @@ def _found(path: Path, slide: Path | None) -> tuple[Result, ...]:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
     run(app)
 
 

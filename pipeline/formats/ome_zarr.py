@@ -35,6 +35,10 @@ _XSI = "http://www.w3.org/2001/XMLSchema-instance"
 MAX_CLASSES = 255
 
 
+CHUNK_OUT = 512
+"""Side of a chunk of the stored map, in map pixels. A block is a whole number of chunks."""
+
+
 @dataclass(frozen=True)
 class MapSpec:
     """What a stored map looks like. The same spec gives the same metadata bytes."""
@@ -46,7 +50,7 @@ class MapSpec:
     """Channel k and label k + 1 stand for class k."""
     mpp_out: float
     """Micrometres per pixel of level 0 of the map."""
-    chunk: int = 512
+    chunk: int = CHUNK_OUT
 
     def __post_init__(self) -> None:
         if min(self.size_out) < 1:

@@ -21,7 +21,7 @@ from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolv
 from pipeline.errors import Cancelled, ConfigError, OutputError
 from pipeline.files import sync, sync_tree
 from pipeline.formats.features import write_features
-from pipeline.formats.ome_zarr import MapSpec, MapStore, build_pyramid, create_store, sweep_partial_files
+from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, build_pyramid, create_store, sweep_partial_files
 from pipeline.formats.polygons import join_regions, load_regions
 from pipeline.formats.preview import write_preview
 from pipeline.formats.slide_picture import picture_slide
@@ -41,9 +41,6 @@ from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp
 from wsi.tissue import Tissue, find_tissue
 
 log = logging.getLogger(__name__)
-
-CHUNK_OUT = 512
-"""Side of a chunk of the stored map; a block is a whole number of chunks."""
 
 
 class PlannedSlide(NamedTuple):

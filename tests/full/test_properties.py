@@ -28,7 +28,7 @@ from models.runtimes import Runtime
 from pipeline.checks.geojson import check_geojson
 from pipeline.config import SegmentConfig, resolve
 from pipeline.errors import PipelineError
-from pipeline.formats.ome_zarr import MapSpec, MapStore, create_store
+from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store
 from pipeline.formats.polygons import Region, join_regions, load_regions
 from pipeline.slide.blend import Blend
 from pipeline.slide.blocks import BlockRecord, BlockWork, regions_file, segment_block
@@ -114,7 +114,7 @@ def mapped(
     path = write_slide(folder / f"{number}.svs", rgb_HWC, mpp=mpp, levels=levels)
     _, slide, tissue, plan = plan_slide(path, predictor.card, config)
     spec = MapSpec(
-        "slide", plan.grid.size_out, predictor.card.classes, plan.grid.mpp_out, chunk=min(512, config.block_out)
+        "slide", plan.grid.size_out, predictor.card.classes, plan.grid.mpp_out, chunk=min(CHUNK_OUT, config.block_out)
     )
     create_store(work_folder / "store", spec)
     settings = resolve(config, predictor.compute)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from models.tissue_class import TissueClass
 from pipeline.files import replacing
+from pipeline.formats.ome_zarr import CHUNK_OUT
 from wsi.box import Box
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -30,7 +31,7 @@ OVERLAY_PX = 2048
 TILE_OUT = 64
 """Side of a tile, in pixels of the map."""
 
-_WINDOW_OUT = 512  # read at once: whole tiles, about a chunk
+_WINDOW_OUT = CHUNK_OUT  # read at a time: whole tiles, about a chunk
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "wsi-segment/tile")
 
 

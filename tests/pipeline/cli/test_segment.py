@@ -95,7 +95,7 @@ def test_help_answers_at_once_without_heavy_libraries_and_names_every_option(tmp
     assert not {"torch", "zarr", "dask", "prefect", "numpy", "openslide", "shapely"} & set(modules.split())
     for option in OPTIONS.split():
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), option
-    assert "0 all slides done, 1 some slide failed, 2 usage error, 130 interrupted" in " ".join(text.split())
+    assert "0 all slides are done, 1 a slide failed, 2 usage error, 130 interrupted" in " ".join(text.split())
 
 
 def test_bad_slides_fail_with_one_line_each_and_the_others_are_done(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_an_interrupt_before_the_first_slide_exits_130_too(fake: Path, monkeypat
     monkeypatch.setattr(Predictor, "from_bundle", interrupt)
     result = invoke(str(small_slide(fake / "a.svs")))
     assert result.exit_code == 130
-    assert result.stderr == "wsi-segment: interrupted; run the same command again to go on\n"
+    assert result.stderr == "wsi-segment: interrupted; run the same command again to resume\n"
 
 
 def test_results_go_to_stdout_and_progress_to_stderr(fake: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no slide was named; pass a slide, a folder, a manifest, or --sample"),
+        ([], "no slides to segment; pass a slide, a folder, a manifest, or --sample"),
         (["."], "no slides in this folder"),
         (["a.svs", "--overlap", "0.9"], "0.75"),
         (["a.svs", "--overlap", "nan"], "--overlap"),

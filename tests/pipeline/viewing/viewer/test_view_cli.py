@@ -41,7 +41,7 @@ def test_it_serves_until_ctrl_c_and_ends_in_one_line(results_folder: Path) -> No
     process = start(next(results_folder.glob("block*")), "--no-browser")
     assert process.stdout is not None
     line = process.stdout.readline()
-    found = re.fullmatch(r"(http://127\.0\.0\.1:\d+/)  \(Ctrl-C ends it\)\n", line)
+    found = re.fullmatch(r"(http://127\.0\.0\.1:\d+/)  \(press Ctrl-C to stop\)\n", line)
     assert found is not None, line
     # A connection that stays open, as a browser's does.
     with urllib.request.urlopen(found[1]) as answer:
