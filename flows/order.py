@@ -15,7 +15,6 @@ from flows.privacy import Said, as_it_is, without_folders
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError
 from pipeline.workers.base import SlideJob
-from wsi.slide import Backend
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,6 @@ def config_from_settings(settings: Mapping[str, Any] | None) -> SegmentConfig:
         if name not in known:
             raise ConfigError(f"settings: {name!r} is not known; known are {', '.join(known)}")
     adapter = TypeAdapter(SegmentConfig)
-    adapter.rebuild(_types_namespace={"Backend": Backend})
     try:
         return adapter.validate_python(dict(settings or {}))
     except ValidationError as error:

@@ -8,13 +8,9 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 from models.runtimes import OUTPUT_STRIDES, Compute, Precision, Runtime, RuntimeName
 from pipeline.errors import ConfigError
-
-if TYPE_CHECKING:  # the command's --help reads the defaults here and must not load the readers
-    from wsi.slide import Backend
 
 RESULTS_FOLDER = "results"
 """Folder for the results, if none is named."""
@@ -29,8 +25,8 @@ class MapSettings:
 
     mpp: float | None = None
     """Micrometers per level-0 pixel. None: the slide's own value; `SlideInfo.mpp` holds the result."""
-    backend: Backend = "auto"
-    """Reader. "auto": chosen for each slide; `SlideInfo.backend` holds the result."""
+    backend: str = "auto"
+    """Reader, a key of `wsi.readers.READERS`. "auto": chosen for each slide; `SlideInfo.backend` holds the result."""
     overlap: float = 0.25
     """Share of a tile's side that overlaps the next tile."""
     output_stride: int = OUTPUT_STRIDES[0]
@@ -53,6 +49,7 @@ class MapSettings:
     def __post_init__(self) -> None:
         _check(self.mpp is None or (math.isfinite(self.mpp) and self.mpp > 0), "--mpp", self.mpp, "a positive number")
         _check(0 <= self.overlap <= 0.75, "--overlap", self.overlap, "from 0 to 0.75")
+        _check_backend(self.backend)
         _check(self.output_stride in OUTPUT_STRIDES, "--output-stride", self.output_stride, "1, 2 or 4")
         _check(self.min_area_um2 >= 0, "--min-area", self.min_area_um2, "0 or more")
         _check(self.simplify_px >= 0, "--simplify", self.simplify_px, "0 or more")
@@ -154,3 +151,10 @@ def default_workers() -> int:
 def _check(holds: bool, flag: str, value: object, allowed: str) -> None:
     if not holds:
         raise ConfigError(f"{flag} is {value}; it must be {allowed}")
+
+
+def _check_backend(backend: str) -> None:
+    if backend != "auto":
+        from wsi.readers import READERS  # loads the libraries, which --help does not need
+
+        _check(backend in READERS, "--backend", backend, " or ".join(["auto", *READERS]))

@@ -1,4 +1,4 @@
-"""Whether tiffslide, the faster of the two libraries, gives the pixels of a slide that OpenSlide gives."""
+"""Compare the pixels of a slide in tiffslide, the faster library, with those in OpenSlide."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from wsi.readers import Reader, TiffSlideReader
 from wsi.tiff_tiles import TiledImage
 
 VENDORS = frozenset({"aperio", "generic-tiff"})
-"""OpenSlide's formats whose levels are TIFF images and nothing else: no gaps, overlaps, bounds or several regions."""
+"""Formats of OpenSlide whose levels are plain TIFF images, without gaps, overlaps, bounds or several regions."""
 
 MOST_DIFFERENCE = 2
-"""Of 255, in any channel of any pixel. Both libraries decode JPEG with libjpeg-turbo and JPEG 2000 with OpenJPEG, and
-gave the very same level-0 pixels on the slides at hand; other builds may round a colour conversion the other way, by 1
-in each of two steps. A wrong colour space, a shift or a wrong tile differ by tens."""
+"""Largest difference, of 255, in any channel of any pixel. Both libraries decode JPEG with libjpeg-turbo and JPEG 2000
+with OpenJPEG, and returned the same level-0 pixels for all slides at hand. Other builds may round a color conversion
+differently, by 1 in each of two steps. A wrong color space, a shift or a wrong tile differ by tens."""
 
 PROBE_PX = 256
-"""Longest side of what is compared of a tile."""
+"""Longest side of the part of a tile that is compared."""
 
 
 def tiffslide_agrees(path: Path, other: Reader) -> bool:
-    """Whether tiffslide can stand in for OpenSlide, whose reader of the same file is `other`.
+    """Return whether tiffslide can replace OpenSlide, whose reader of the same file is `other`.
 
-    The slide is of one of `VENDORS` and states no bounds; both have the same level sizes; every level is one whole TIFF
-    image of 8-bit RGB tiles; and on each level the tile that takes the most bytes, which is the most telling one, and
-    the middle one are the same. Raises what the libraries raise.
+    All of these must hold: the slide comes from one of `VENDORS` and states no bounds; both libraries have the same
+    level sizes; every level is one whole TIFF image of 8-bit RGB tiles; and on each level two tiles are the same, the
+    one with the most bytes, which has the most detail, and the middle one. Raises the errors of the libraries.
     """
     properties = other.properties
     if properties.get("openslide.vendor") not in VENDORS or any("openslide.bounds" in name for name in properties):
@@ -58,8 +58,8 @@ def _telling_boxes(image: TiledImage) -> list[Box]:
 
 def _same(image: TiledImage, other: Reader, level: int, box: Box) -> bool:
     size_l0, size_lv = other.level_sizes[0], other.level_sizes[level]
-    # Where these are no whole numbers, OpenSlide is off by a part of a pixel and interpolates: its pixel then lies
-    # between those around the true one, except at a tile's edge, where it mends a seam.
+    # If these are not whole numbers, OpenSlide is off by a fraction of a pixel and interpolates. Its value then lies
+    # between those around the true pixel, except at the edge of a tile, where it blends a seam.
     exact = size_l0[0] * size_lv[1] == size_l0[1] * size_lv[0] and size_l0[0] % size_lv[0] == 0
     reach = 0 if exact else 2
     fast_HWC = image.read(box, _refuse).astype(np.int16)
@@ -73,4 +73,4 @@ def _same(image: TiledImage, other: Reader, level: int, box: Box) -> bool:
 
 
 def _refuse(tile: Box) -> None:
-    raise ValueError(f"the JPEG stream of the tile at {tile.x}, {tile.y} is unusual")
+    raise ValueError(f"the JPEG stream of the tile at ({tile.x}, {tile.y}) looks damaged")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Box(NamedTuple):
-    """An axis-aligned box of whole pixels in one frame, half-open: it holds x <= px < x + width."""
+    """An axis-aligned box of whole pixels in one frame. It is half-open: it contains x <= px < x + width."""
 
     x: int
     y: int
@@ -15,21 +15,21 @@ class Box(NamedTuple):
 
     @property
     def right(self) -> int:
-        """First column behind the box."""
+        """Return the first column right of the box."""
         return self.x + self.width
 
     @property
     def bottom(self) -> int:
-        """First row below the box."""
+        """Return the first row below the box."""
         return self.y + self.height
 
     def intersect(self, other: Box) -> Box:
-        """The part common to both boxes; its width or height is 0 where they do not meet."""
+        """Return the common part of both boxes. Its width or height is 0 if they do not overlap."""
         x, y = max(self.x, other.x), max(self.y, other.y)
         return Box(x, y, max(0, min(self.right, other.right) - x), max(0, min(self.bottom, other.bottom) - y))
 
     def slices(self, outer: Box) -> tuple[slice, slice]:
-        """Rows and columns of this box in an array that covers `outer`, in which it lies."""
+        """Return the rows and columns of this box in an array that covers `outer`. The box lies inside `outer`."""
         x, y = self.x - outer.x, self.y - outer.y
         return slice(y, y + self.height), slice(x, x + self.width)
 
@@ -38,5 +38,5 @@ class Box(NamedTuple):
         return Box(self.x // factor, self.y // factor, self.width // factor, self.height // factor)
 
     def shift(self, dx: int, dy: int) -> Box:
-        """The same box moved by (dx, dy)."""
+        """Return the box moved by (dx, dy)."""
         return Box(self.x + dx, self.y + dy, self.width, self.height)

@@ -1,14 +1,14 @@
-"""Geometry of a slide: boxes, frames and the tile and block grid.
+"""Geometry of a slide: its frames, and the grid of tiles and blocks.
 
-Frames, given as suffixes of names (x before y, width before height):
+Names end with the frame of their coordinates. x comes before y, and width before height:
 
     l0   level-0 pixels of the file
     lv   pixels of the level that is read
     m    pixels at the model's resolution
     out  pixels of the stored map
-    um   micrometres
+    um   micrometers
 
-The frames m and out have their origin at the corner of the slide's bounds, which is where QuPath puts its own origin.
+The origin of the frames m and out is the corner of the slide's bounds, as in QuPath.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ from wsi.slide import SlideInfo
 from wsi.windows import window_starts
 
 COARSEST_FACTOR = 4.0
-"""How many times coarser than the model a slide may be before it is refused instead of upsampled."""
+"""A slide that is more than this many times coarser than the model is refused. Up to there it is upsampled."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One unit of work: a square of whole output chunks. `index` counts row by row over all blocks of the grid."""
+    """One unit of work: a square of whole output chunks."""
 
     index: int
+    """Number of the block in the grid, row by row."""
     box_out: Box
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the tiles and blocks of one slide lie, and the conversions between its frames. Immutable and picklable.
+    """The tiles and blocks of one slide, and the conversions between its frames. Immutable and picklable.
 
-    Tile i begins at model pixel i * stride_m; the last tile of a row may reach beyond the slide. Blocks may, too.
+    Tile i starts at model pixel i * stride_m. The last tile and the last block of a row may reach beyond the slide.
     """
 
     level: int
     origin_lv: tuple[int, int]
-    """Corner of the slide's bounds in pixels of the level."""
+    """Corner (x, y) of the slide's bounds, in level pixels."""
     l0_per_lv: float
     lv_per_m: float
-    """Level pixels per model pixel; a whole number wherever `MPP_TOLERANCE` allows."""
+    """Level pixels per model pixel; a whole number if `MPP_TOLERANCE` allows it."""
     mpp_m: float
-    """Micrometres per model pixel as read: the model's own up to `MPP_TOLERANCE`."""
+    """Micrometers per model pixel as read. It differs from the model's own by up to `MPP_TOLERANCE`."""
     size_m: tuple[int, int]
     tile_m: int
     stride_m: int
@@ -57,21 +58,21 @@ class Grid:
 
     @property
     def l0_per_out(self) -> float:
-        """Level-0 pixels per pixel of the stored map."""
+        """Return the level-0 pixels per pixel of the stored map."""
         return self.l0_per_lv * self.lv_per_m * self.m_per_out
 
     @property
     def mpp_out(self) -> float:
-        """Micrometres per pixel of the stored map."""
+        """Return the micrometers per pixel of the stored map."""
         return self.mpp_m * self.m_per_out
 
     @property
     def size_out(self) -> tuple[int, int]:
-        """(width, height) of the stored map, which covers the bounds."""
+        """Return (width, height) of the stored map, which covers the bounds."""
         return _ceil_div(self.size_m[0], self.m_per_out), _ceil_div(self.size_m[1], self.m_per_out)
 
     def blocks(self) -> list[Block]:
-        """All blocks, row by row. Together they cover the map; none overlap."""
+        """Return all blocks, row by row. They cover the map and do not overlap."""
         columns, rows = (_ceil_div(length, self.block_out) for length in self.size_out)
         side = self.block_out
         return [
@@ -81,35 +82,35 @@ class Grid:
         ]
 
     def tiles(self, box_out: Box) -> list[Box]:
-        """The tiles, as boxes in m, that overlap a box of the map: row by row."""
+        """Return the tiles that overlap a box of the map, as boxes in model pixels, row by row."""
         box_m = self.box_m(box_out)
         columns = self._starts(box_m.x, box_m.right, self.size_m[0])
         rows = self._starts(box_m.y, box_m.bottom, self.size_m[1])
         return [Box(x, y, self.tile_m, self.tile_m) for y in rows for x in columns]
 
     def box_m(self, box_out: Box) -> Box:
-        """A box of the map in model pixels."""
+        """Return a box of the map in model pixels."""
         s = self.m_per_out
         return Box(box_out.x * s, box_out.y * s, box_out.width * s, box_out.height * s)
 
     def box_out(self, box_m: Box) -> Box:
-        """A box in model pixels, aligned to the map's pixels, in pixels of the map."""
+        """Return a box in model pixels, which is aligned to the map's pixels, in pixels of the map."""
         return box_m.reduce(self.m_per_out)
 
     def box_lv(self, box_m: Box) -> Box:
-        """The smallest box of level pixels that covers a box in model pixels."""
+        """Return the smallest box of level pixels that covers a box in model pixels."""
         x, right = self._span_lv(0, box_m.x, box_m.right)
         y, bottom = self._span_lv(1, box_m.y, box_m.bottom)
         return Box(x, y, right - x, bottom - y)
 
     def outer_box_m(self, box_lv: Box) -> Box:
-        """A box of the level in model pixels, rounded outwards."""
+        """Return a box of the level in model pixels, rounded outward."""
         (left, top), f = self.origin_lv, self.lv_per_m
         x, y = math.floor((box_lv.x - left) / f), math.floor((box_lv.y - top) / f)
         return Box(x, y, math.ceil((box_lv.right - left) / f) - x, math.ceil((box_lv.bottom - top) / f) - y)
 
     def box_l0(self, box_m: Box) -> Box:
-        """A box in model pixels in level-0 pixels of the file, rounded outwards."""
+        """Return a box in model pixels in level-0 pixels of the file, rounded outward."""
         box_lv, d = self.box_lv(box_m), self.l0_per_lv
         x, y = math.floor(box_lv.x * d), math.floor(box_lv.y * d)
         return Box(x, y, math.ceil(box_lv.right * d) - x, math.ceil(box_lv.bottom * d) - y)
@@ -126,18 +127,18 @@ class Grid:
 def make_grid(
     info: SlideInfo, *, model_mpp: float, tile_m: int, overlap: float, output_stride: int, block_out: int
 ) -> Grid:
-    """Choose the level to read and lay tiles and blocks over the slide's bounds.
+    """Choose the level to read, and lay tiles and blocks over the slide's bounds.
 
-    The level is the coarsest that is at least as fine as the model's `model_mpp` (micrometres per pixel). `overlap` is
-    the share of a tile's side that it has in common with the next one; the stride is a whole number of output pixels.
+    The level is that of `pick_level` for `model_mpp` micrometers per pixel. `overlap` is the share of a tile's side
+    that overlaps the next tile. The stride is a whole number of output pixels.
 
-    Raises ResolutionError where the slide is more than `COARSEST_FACTOR` times coarser than the model.
+    Raises ResolutionError if the slide is more than `COARSEST_FACTOR` times coarser than the model.
     """
     finest = info.mpp / model_mpp
     if finest > COARSEST_FACTOR:
         raise ResolutionError(
             f"{info.path.name}: {info.mpp:g} µm/px is too coarse for a model of {model_mpp:g} µm/px (at most "
-            f"{COARSEST_FACTOR * model_mpp:g}); use a slide of higher magnification, or pass --mpp if the file is wrong"
+            f"{COARSEST_FACTOR * model_mpp:g}); use a slide of higher magnification; if the file is wrong, pass --mpp"
         )
     downsamples = info.level_downsamples
     level = pick_level(downsamples, model_mpp / info.mpp)
@@ -148,7 +149,7 @@ def make_grid(
     stride_m = max(output_stride, round(tile_m * (1 - overlap) / output_stride) * output_stride)
     return Grid(
         level=level,
-        # Half a level pixel at most is lost here; a fraction would blur every pixel.
+        # Rounding moves the map by at most half a level pixel; a fraction would blur every pixel.
         origin_lv=(round(info.bounds_l0.x / downsamples[level]), round(info.bounds_l0.y / downsamples[level])),
         l0_per_lv=downsamples[level],
         lv_per_m=lv_per_m,

@@ -1,6 +1,6 @@
-"""How large a slide's pixels are, and the slide with them.
+"""Find the size of a slide's pixels, and check that the slide has a plausible size.
 
-Every function names the slide's file in its errors.
+Every error names the slide's file.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from wsi.errors import ResolutionError
 MppSource = Literal["argument", "slide", "tiff resolution", "objective power"]
 
 MPP_RANGE = (0.01, 100.0)
-"""Micrometres per pixel that a slide can have: finer than light resolves, up to coarser than any model takes."""
+"""Plausible micrometers per pixel: from finer than light resolves to coarser than any model accepts."""
 
 LONGEST_MM, LARGEST_MM2 = 400.0, 30_000.0
-"""Side and area of the largest slide: more than those of the largest glasses there are.
-A file that claims more has damaged sizes, or its pixel size is wrong; its thumbnail alone would take gigabytes."""
+"""Side and area of the largest plausible slide, larger than any glass slide. A file that claims more has damaged sizes
+or a wrong pixel size. Its thumbnail alone would take gigabytes."""
 
-# Above this a TIFF resolution is a printer's 72 to 300 dpi, not a microscope's.
+# Coarser TIFF resolutions are those of printers, 72 to 300 dpi.
 _COARSEST_TIFF_MPP = 40.0
 
 
 def find_mpp(
     path: Path, properties: Mapping[str, str], given: float | None
 ) -> tuple[float, MppSource, tuple[str, ...]]:
-    """Micrometres per level-0 pixel, where they come from, and warnings: what is given, then what the file says itself,
-    then its TIFF resolution, then a guess from the objective power.
+    """Return the micrometers per level-0 pixel, their source, and warnings.
 
-    Raises ResolutionError where there is none of them, or pixels are not square.
+    The first of these counts: the given value, the file's own value, its TIFF resolution, a guess from the objective
+    power. Raises ResolutionError if there is none of them, or if pixels are not square.
     """
     if given is not None:
         if not (math.isfinite(given) and given > 0):
             raise ResolutionError(
-                f"{path.name}: --mpp is {given}; it must be a positive number of micrometres per pixel"
+                f"{path.name}: --mpp is {given}; it must be a positive number of micrometers per pixel"
             )
         return given, "argument", ()
     pair = _positive(properties, "openslide.mpp-x"), _positive(properties, "openslide.mpp-y")
@@ -49,15 +49,17 @@ def find_mpp(
     if mpp_x is not None and mpp_y is not None:
         if abs(mpp_x / mpp_y - 1) > 0.02:
             raise ResolutionError(
-                f"{path.name}: pixels are not square ({mpp_x:g}×{mpp_y:g} µm); pass --mpp to state one size for both"
+                f"{path.name}: pixels are not square ({mpp_x:g}×{mpp_y:g} µm); pass --mpp to set one size for both axes"
             )
         return math.sqrt(mpp_x * mpp_y), source, ()
     power = _positive(properties, "openslide.objective-power")
     if power is not None:
         mpp = 10 / power
-        warning = f"no micrometres per pixel in the file; {mpp:g} was guessed from the objective power {power:g}"
+        warning = (
+            f"the file does not contain micrometers per pixel; {mpp:g} was guessed from the objective power {power:g}"
+        )
         return mpp, "objective power", (warning,)
-    raise ResolutionError(f"{path.name}: no micrometres per pixel in the file; pass --mpp")
+    raise ResolutionError(f"{path.name}: does not contain micrometers per pixel; pass --mpp")
 
 
 def _positive(properties: Mapping[str, str], name: str) -> float | None:
@@ -69,7 +71,7 @@ def _positive(properties: Mapping[str, str], name: str) -> float | None:
 
 
 def _is_tiff_resolution(properties: Mapping[str, str], pair: tuple[float | None, float | None]) -> bool:
-    # Both libraries pass a plain TIFF's resolution tags on as the slide's own mpp.
+    # Both libraries report the resolution tags of a plain TIFF as the slide's own mpp.
     tags = _tiff_mpp(properties, coarsest=math.inf)
     return all(own and tag and math.isclose(own, tag, rel_tol=1e-6) for own, tag in zip(pair, tags, strict=True))
 
@@ -83,16 +85,17 @@ def _tiff_mpp(properties: Mapping[str, str], coarsest: float = _COARSEST_TIFF_MP
 
 
 def check_extent(path: Path, bounds_l0: Box, mpp: float) -> None:
-    """Raise ResolutionError where no slide can have such pixels, or be as large as they make it."""
+    """Raise ResolutionError if the pixel size, or the slide's size that follows from it, is not plausible."""
     least, most = MPP_RANGE
     if not least <= mpp <= most:
         raise ResolutionError(
-            f"{path.name}: {mpp:g} µm per pixel is no slide's ({least:g} to {most:g} are); pass the right one as --mpp"
+            f"{path.name}: {mpp:g} µm/px is not a plausible pixel size; expected {least:g}–{most:g} µm/px; pass the "
+            f"right one as --mpp"
         )
     width_mm, height_mm = bounds_l0.width * mpp / 1000, bounds_l0.height * mpp / 1000
     if width_mm * height_mm > LARGEST_MM2 or max(width_mm, height_mm) > LONGEST_MM:
         raise ResolutionError(
-            f"{path.name}: {bounds_l0.width}×{bounds_l0.height} px at {mpp:g} µm are {width_mm:,.0f}×{height_mm:,.0f} "
-            f"mm, larger than any slide (at most {LONGEST_MM:g} mm a side and {LARGEST_MM2:,.0f} mm²); pass the right "
-            f"--mpp, or copy or scan it again"
+            f"{path.name}: {bounds_l0.width}×{bounds_l0.height} px at {mpp:g} µm/px are "
+            f"{width_mm:,.0f}×{height_mm:,.0f} mm, larger than any slide (at most {LONGEST_MM:g} mm a side and "
+            f"{LARGEST_MM2:,.0f} mm²); pass the right --mpp, or copy or scan the slide again"
         )

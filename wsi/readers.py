@@ -1,6 +1,7 @@
-"""The two libraries that decode slides, behind one protocol.
+"""The libraries that decode slides, behind one protocol.
 
-A new library is one class here and one entry in `READERS`.
+A new library is one class here and its entry in `READERS`. The command, the settings and the search of folders read the
+table.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import openslide
@@ -18,27 +19,30 @@ from numpy.typing import NDArray
 from wsi.box import Box
 from wsi.tiff_tiles import TiledImage, tiled_image
 
-BackendName = Literal["openslide", "tiffslide"]
-
+BackendName = str
+"""A key of `READERS`."""
 
 CACHE_BYTES = 16 << 20
-"""Decoded tiles that a handle of OpenSlide keeps: a row of them under a block. There is a handle for each thread."""
-
+"""Bytes of decoded tiles that an OpenSlide handle caches: one row of tiles under a block. Each thread has a handle."""
 
 LARGEST_TILE_PX = 1 << 26
-"""Pixels of the largest tile or strip that is decoded: 8192×8192, 256 MiB in OpenSlide. Scanners write 240 to 4096 a
-side. OpenSlide ends the whole process where it cannot get the memory for a tile, so what a file claims is checked."""
+"""Pixels of the largest tile or strip that is decoded: 8192×8192, 256 MiB in OpenSlide. Scanners write tiles of 240 to
+4096 pixels a side. OpenSlide aborts the process if it cannot allocate a tile, so the sizes in the file are checked."""
 
 
 class Reader(Protocol):
-    """An open slide file. Not shared between threads: `wsi.slide.Slide` opens one per thread."""
+    """An open slide file. Threads must not share it: `wsi.slide.Slide` opens one per thread.
+
+    A class may state `suffixes`, the file name endings, in lower case, that a folder is searched for.
+    """
 
     level_sizes: tuple[tuple[int, int], ...]
+    """(width, height) of every level, the largest first."""
     properties: Mapping[str, str]
-    """Properties under OpenSlide's names, whichever library read them."""
+    """Properties under the names that OpenSlide gives them, such as `openslide.mpp-x`."""
 
     def read(self, level: int, box_lv: Box) -> NDArray[np.uint8]:
-        """The pixels of a box that lies inside the level, as rgb_HWC; transparent pixels are white."""
+        """Return the pixels of a box inside the level as rgb_HWC; transparent pixels are white."""
         ...
 
     def close(self) -> None:
@@ -47,7 +51,11 @@ class Reader(Protocol):
 
 
 class OpenSlideReader:
-    """Slides through the OpenSlide library: every vendor format it knows."""
+    """Read slides with the OpenSlide library: all its vendor formats."""
+
+    suffixes: ClassVar[frozenset[str]] = frozenset(
+        {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi"}
+    )
 
     def __init__(self, path: Path) -> None:
         self._slide = openslide.OpenSlide(path)
@@ -61,7 +69,7 @@ class OpenSlideReader:
         self.properties: Mapping[str, str] = dict(self._slide.properties)
 
     def read(self, level: int, box_lv: Box) -> NDArray[np.uint8]:
-        # OpenSlide takes its corner in level-0 pixels, whatever the level.
+        # OpenSlide expects the corner in level-0 pixels at every level.
         downsample = self._slide.level_downsamples[level]
         corner_l0 = (round(box_lv.x * downsample), round(box_lv.y * downsample))
         rgba_HWC = np.asarray(self._slide.read_region(corner_l0, level, (box_lv.width, box_lv.height)))
@@ -76,14 +84,16 @@ class OpenSlideReader:
 
 
 class _LevelAddressed(tiffslide.TiffSlide):
-    """A slide whose regions are addressed in pixels of their own level, not of level 0: nothing is rounded."""
+    """A slide whose regions are addressed in pixels of their own level, so that no corner is rounded."""
 
     def _read_region_loc_transform(self, location: tuple[int, int], level: int) -> tuple[int, int]:  # noqa: ARG002
         return location
 
 
 class TiffSlideReader:
-    """Slides through tiffslide (tifffile and imagecodecs): TIFF-based formats only, decoded faster."""
+    """Read slides with tiffslide (tifffile and imagecodecs): TIFF-based formats only, but faster."""
+
+    suffixes: ClassVar[frozenset[str]] = frozenset({".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif"})
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -103,7 +113,7 @@ class TiffSlideReader:
 
     @property
     def images(self) -> Sequence[TiledImage]:
-        """The levels, where each is one TIFF image of 8-bit RGB tiles; else empty."""
+        """Return the levels if each is one TIFF image of 8-bit RGB tiles, else an empty sequence."""
         return self._images
 
     def read(self, level: int, box_lv: Box) -> NDArray[np.uint8]:
@@ -129,13 +139,13 @@ class TiffSlideReader:
         return tuple(image for image in images if image) if all(images) else ()
 
     def _confirm(self, level: int, tile_lv: Box) -> None:
-        # imagecodecs drops the warnings of libjpeg and fills what is missing with grey; OpenSlide raises them.
+        # imagecodecs ignores the warnings of libjpeg and fills missing pixels with gray; OpenSlide raises an error.
         with closing(OpenSlideReader(self._path)) as other:
             other.read(level, tile_lv)
 
 
 def _openslide_tiles(slide: openslide.OpenSlide) -> Iterator[tuple[int, int]]:
-    """(width, height) of the tiles of each level whose tiles OpenSlide states."""
+    """Yield (width, height) of the tiles of each level, if OpenSlide has it as a property."""
     for level in range(slide.level_count):
         width, height = (slide.properties.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height"))
         if width is not None and height is not None:
@@ -143,7 +153,7 @@ def _openslide_tiles(slide: openslide.OpenSlide) -> Iterator[tuple[int, int]]:
 
 
 def _tiffslide_tiles(slide: tiffslide.TiffSlide) -> Iterator[tuple[int, int]]:
-    """(width, height) of the tiles or strips of every image that may be a level."""
+    """Yield (width, height) of the tiles or strips of every image that may be a level."""
     index = None if slide.properties.get("tiffslide.series-composition") else slide.properties["tiffslide.series-index"]
     for number, series in enumerate(slide.ts_tifffile.series):
         if index in (None, number):
@@ -155,7 +165,13 @@ def _tiffslide_tiles(slide: tiffslide.TiffSlide) -> Iterator[tuple[int, int]]:
 def _check_tiles(sizes: Iterable[tuple[int, int]]) -> None:
     for width, height in sizes:
         if width * height > LARGEST_TILE_PX:
-            raise ValueError(f"its tiles are {width}×{height} pixels, at most {LARGEST_TILE_PX} in all can be read")
+            raise ValueError(f"its tiles have {width}×{height} pixels; at most {LARGEST_TILE_PX} can be decoded")
 
 
 READERS: dict[BackendName, Callable[[Path], Reader]] = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader}
+"""All readers by name, in the order in which they are tried. Each raises an error for a file that it cannot open."""
+
+
+def slide_suffixes() -> frozenset[str]:
+    """Return the file name endings that a folder is searched for: those of all readers, in lower case."""
+    return frozenset().union(*(getattr(reader, "suffixes", ()) for reader in READERS.values()))

@@ -1,4 +1,4 @@
-"""Pixels of a slide at the model's resolution: read from a level and averaged by area."""
+"""Read pixels at the model's resolution: from a level of the slide, averaged by area."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from wsi.grid import Grid
 from wsi.slide import BACKGROUND, Pixels, Slide
 
 STRIP_LV = 512
-"""Rows of the level that are held at full size at a time while tiles are read; a multiple of usual JPEG tile sides, so
-that strips share few of them."""
+"""Rows of the level that are in memory at a time while tiles are read. It is a multiple of usual JPEG tile sides, so
+that few JPEG tiles are decoded for two strips."""
 
 _STRIP_ROWS = 8
-"""Target rows that are averaged at a time, so that sums stay in the processor's cache."""
+"""Target rows that are averaged at a time, so that the sums stay in the processor's cache."""
 
 _Tap = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 class TilePixels(NamedTuple):
-    """The pixels of some tiles of one block, on one canvas that covers them all."""
+    """The pixels of some tiles of one block, on one canvas that covers all of them."""
 
     canvas_HWC: NDArray[np.uint8]
     canvas_m: Box
     unreadable_m: tuple[Box, ...]
-    """Parts that could not be read (they are white), in model pixels, rounded outwards."""
+    """Parts that could not be read, in model pixels, rounded outward. They are white."""
 
 
 def read_tiles(slide: Slide, grid: Grid, tiles_m: Sequence[Box]) -> TilePixels:
-    """Read the pixels of at least one tile, each pixel of the level once, in strips whose width follows the tiles."""
+    """Read the pixels of the tiles, of which there is at least one. Each pixel of the level is read once.
+
+    Strips are as wide as the tiles that touch them, so that a canvas with few tiles is not read as a whole.
+    """
     left, top = min(t.x for t in tiles_m), min(t.y for t in tiles_m)
     canvas_m = Box(left, top, max(t.right for t in tiles_m) - left, max(t.bottom for t in tiles_m) - top)
     canvas_HWC = np.full((canvas_m.height, canvas_m.width, 3), BACKGROUND, np.uint8)
@@ -54,10 +57,10 @@ def read_tiles(slide: Slide, grid: Grid, tiles_m: Sequence[Box]) -> TilePixels:
 
 
 def read_model_pixels(slide: Slide, grid: Grid, box_m: Box) -> Pixels:
-    """The pixels of a box in model pixels, as rgb_HWC, and the parts of the level that could not be read.
+    """Return the pixels of a box in model pixels, as rgb_HWC, and the parts of the level that could not be read.
 
-    A pixel's value does not depend on the box it is read in: model pixel i is the mean over level pixels
-    [i * lv_per_m, (i + 1) * lv_per_m), edge pixels weighted by the part that is covered.
+    Model pixel i is the mean over level pixels [i * lv_per_m, (i + 1) * lv_per_m), with edge pixels weighted by the
+    covered part. So the value of a pixel does not depend on the box it is read in.
     """
     box_lv = grid.box_lv(box_m)
     pixels = slide.read(grid.level, box_lv)
@@ -68,7 +71,7 @@ def read_model_pixels(slide: Slide, grid: Grid, box_m: Box) -> Pixels:
 def area_mean(rgb_HWC: NDArray[np.uint8], corner: tuple[int, int], target: Box, factor: float) -> NDArray[np.uint8]:
     """Resample an image by area: target pixel i covers source pixels [i * factor, (i + 1) * factor).
 
-    `rgb_HWC` begins at source pixel `corner` (x, y) and covers the target box. Rounded half up.
+    `rgb_HWC` starts at source pixel `corner` (x, y) and covers the target box. Means are rounded half up.
     """
     if factor == int(factor):
         n = int(factor)
@@ -80,7 +83,7 @@ def area_mean(rgb_HWC: NDArray[np.uint8], corner: tuple[int, int], target: Box, 
     for first in range(0, target.height, _STRIP_ROWS):
         strip = slice(first, first + _STRIP_ROWS)
         rows_HWC = _weighted(rgb_HWC, [(index[strip], weight[strip]) for index, weight in rows])
-        # Columns first: whole rows of memory are weighted, not three numbers at a time.
+        # Swapped axes make the weighted runs whole rows of memory instead of three numbers.
         columns_WHC = _weighted(np.ascontiguousarray(rows_HWC.swapaxes(0, 1)), columns)
         columns_WHC += np.float32(0.5)
         result_HWC[strip] = columns_WHC.astype(np.uint8).swapaxes(0, 1)
@@ -97,7 +100,7 @@ def _whole_mean(rgb_HWC: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
     for first in range(0, height, _STRIP_ROWS):
         count = min(_STRIP_ROWS, height - first)
         strip_HWC = rgb_HWC[first * n : (first + count) * n]
-        # Strided sums, rows first: a reshape to six axes and a mean take ten times as long.
+        # Strided sums, rows first. A reshape to six axes and a mean take ten times as long.
         rows_HWC = np.add(strip_HWC[::n], strip_HWC[1::n], dtype=total)
         for y in range(2, n):
             rows_HWC += strip_HWC[y::n]
@@ -114,8 +117,10 @@ def _whole_mean(rgb_HWC: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
 
 
 def _taps(corner: int, first: int, count: int, factor: float, size: int) -> list[_Tap]:
-    """The source pixels of some target pixels, as indices from `corner`, and their weights; one pair for each pixel
-    that a target may touch. The weights come from absolute positions, so that neighbours agree to the bit.
+    """Return the source pixels of each target pixel, as indices from `corner`, and their weights.
+
+    The list has one pair of arrays for each source pixel that a target may touch. The weights come from absolute
+    positions, so that a pixel has the same bits in every box.
     """
     starts = np.arange(first, first + count, dtype=np.float64) * factor
     stops = starts + factor
@@ -129,7 +134,7 @@ def _taps(corner: int, first: int, count: int, factor: float, size: int) -> list
 
 
 def _weighted(values: NDArray[np.uint8] | NDArray[np.float32], taps: Sequence[_Tap]) -> NDArray[np.float32]:
-    """The weighted sum along axis 0, always added in the same order."""
+    """Return the weighted sum along axis 0, always added in the same order."""
     shape = (len(taps[0][0]), *values.shape[1:])
     result, part = np.zeros(shape, np.float32), np.empty(shape, np.float32)
     for index, weight in taps:

@@ -1,4 +1,4 @@
-"""A slide: its facts, and its pixels through one of the readers."""
+"""Open a slide, describe it, and read its pixels through one of the readers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,23 +24,19 @@ from wsi.readers import READERS, BackendName, Reader
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["auto", "openslide", "tiffslide"]
-
-SLIDE_SUFFIXES = frozenset(
-    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi"}
-)
-"""File name endings that a folder is searched for."""
+Backend = str
+"""A key of `wsi.readers.READERS`, or "auto"."""
 
 BACKGROUND = 255
-"""Value of every channel outside the slide and where a region cannot be read: white glass."""
+"""Value of every channel outside the slide and in regions that cannot be read: white, like glass."""
 
 UNREADABLE_CELL = 256
-"""Side, in level pixels, of the smallest region that is given up after a read error."""
+"""Side, in level pixels, of the smallest region that is abandoned after a read error."""
 
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What is known of a slide without decoding it. Immutable and picklable; holds no patient data."""
+    """Facts about a slide that need no pixels. Immutable and picklable; contains no patient data."""
 
     path: Path
     backend: BackendName
@@ -49,36 +45,36 @@ class SlideInfo:
     level_sizes: tuple[tuple[int, int], ...]
     """(width, height) of every level, the largest first."""
     mpp: float
-    """Micrometres per level-0 pixel."""
+    """Micrometers per level-0 pixel."""
     mpp_source: MppSource
     bounds_l0: Box
-    """The scanned part: openslide.bounds-* where the file has all four, else the whole of level 0. QuPath shows just
-    this box and puts its origin at the box's corner."""
+    """The scanned part: openslide.bounds-* if the file has all four, else all of level 0. QuPath shows only this box,
+    with its origin at the box's corner."""
     warnings: tuple[str, ...] = ()
 
     @property
     def size_l0(self) -> tuple[int, int]:
-        """(width, height) of level 0."""
+        """Return (width, height) of level 0."""
         return self.level_sizes[0]
 
     @property
     def level_downsamples(self) -> tuple[float, ...]:
-        """Level-0 pixels per pixel of each level: the mean over both axes, as OpenSlide has it."""
+        """Return the level-0 pixels per pixel of each level: the mean over both axes, as in OpenSlide."""
         width, height = self.size_l0
         return tuple((width / w + height / h) / 2 for w, h in self.level_sizes)
 
 
 class Pixels(NamedTuple):
-    """The pixels of a box, and the parts of it that could not be read (they are white)."""
+    """The pixels of a box, and the parts of the box that could not be read. Those are white."""
 
     rgb_HWC: NDArray[np.uint8]
     unreadable_lv: tuple[Box, ...]
 
 
 class Slide:
-    """An open slide. Threads may share it: each reads through a handle of its own.
+    """An open slide. Threads may share it: each has its own handle.
 
-    Use as a context manager, or call `close`.
+    Use it as a context manager, or call `close`.
     """
 
     def __init__(self, info: SlideInfo) -> None:
@@ -90,8 +86,9 @@ class Slide:
     def read(self, level: int, box_lv: Box) -> Pixels:
         """Read a box of a level; parts outside the level are white.
 
-        After a read error the box is read again in ever smaller parts, down to `UNREADABLE_CELL`; a part that still
-        fails is filled with white and named in the result, never hidden.
+        After a read error the box is split and read again, down to parts of `UNREADABLE_CELL`. A part that still fails
+        becomes white and is listed in the result. Raises MemoryError or OSError if the machine runs out of memory or
+        file handles.
         """
         rgb_HWC = np.full((box_lv.height, box_lv.width, 3), BACKGROUND, np.uint8)
         inside_lv = box_lv.intersect(Box(0, 0, *self.info.level_sizes[level]))
@@ -106,7 +103,7 @@ class Slide:
         except Exception as error:
             if _is_shortage(error):
                 raise
-            # An OpenSlide handle stays broken after its first error.
+            # After its first error an OpenSlide handle fails at every read.
             self._drop_reader()
             if max(part_lv.width, part_lv.height) <= UNREADABLE_CELL:
                 log.warning("%s: cannot read %s of level %d: %s", self.info.path.name, part_lv, level, error)
@@ -136,7 +133,7 @@ class Slide:
             reader.close()
 
     def close(self) -> None:
-        """Close every thread's handle; a later read opens a new one."""
+        """Close the handles of all threads. A later read opens a new one."""
         with self._lock:
             readers, self._readers = self._readers, set()
             self._local = threading.local()
@@ -153,16 +150,20 @@ class Slide:
 
 
 def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") -> Slide:
-    """Open a slide with OpenSlide, or with tiffslide where OpenSlide cannot or `backend` says so.
+    """Open a slide with the reader that `backend` names.
 
-    "auto" takes the facts from OpenSlide, and the pixels from tiffslide, several times faster, where
-    `tiffslide_agrees`; `SlideInfo.backend` says which one reads them.
+    "auto" uses the first of `READERS` that can open the file. If that is OpenSlide and `tiffslide_agrees`, the pixels
+    come from tiffslide, which is several times faster, and the properties from OpenSlide. `SlideInfo.backend` names the
+    reader of the pixels.
 
-    `mpp` (micrometres per level-0 pixel) wins over what the file says. Without it the file's own value is taken, then
-    its TIFF resolution, then a guess from the objective power, which is kept as a warning in the `SlideInfo`.
+    `mpp` (micrometers per level-0 pixel) overrides the file. Without it `find_mpp` takes the file's own value, then its
+    TIFF resolution, then a guess from the objective power; a guess adds a warning to `SlideInfo.warnings`.
 
-    Raises SlideNotFoundError, SlideFormatError, SlideReadError where no pixel can be decoded, or ResolutionError.
+    Raises SlideNotFoundError, SlideFormatError if no reader can open the file, SlideReadError if no pixel can be
+    decoded, ResolutionError, or ValueError for an unknown backend.
     """
+    if backend != "auto" and backend not in READERS:
+        raise ValueError(f"unknown backend {backend!r}; use auto, {', '.join(READERS)}")
     _check_file(path)
     name, reader = _open_reader(path, backend)
     with closing(reader):
@@ -187,12 +188,13 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
 
 
 def slide_digest(path: Path) -> str:
-    """SHA-256 over the slide's file, as hexadecimal digits.
+    """Return the SHA-256 of the slide's file as hexadecimal digits.
 
-    For MIRAX the files of its folder count too, for DICOM the others in the same folder, which may be other levels of
-    the slide. Other formats of several files (.vms, .vmu) are known by the named file alone.
+    For MIRAX the digest covers the files of its folder too. For DICOM it covers the other files in the same folder,
+    which may be other levels of the slide. Of other formats with several files (.vms, .vmu) it covers the named file
+    only.
 
-    Raises SlideNotFoundError, or SlideReadError where a file cannot be read.
+    Raises SlideNotFoundError, or SlideReadError if a file cannot be read.
     """
     _check_file(path)
     try:
@@ -205,10 +207,10 @@ def slide_digest(path: Path) -> str:
 
 
 def slide_stamp(path: Path) -> str:
-    """A digest of the sizes and times of last change of the files that `slide_digest` reads, without reading them.
+    """Return a digest of the sizes and modification times of the files that `slide_digest` reads.
 
-    As long as it is the same, nobody has written to them. It tells none of the times, which may be the scan's. Raises
-    as `slide_digest` does.
+    The files are not read. As long as the stamp is the same, nobody has written to them. It does not reveal the times,
+    which may be those of the scan. Raises the errors of `slide_digest`.
     """
     _check_file(path)
     try:
@@ -231,13 +233,13 @@ def _slide_files(path: Path) -> list[Path]:
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise SlideNotFoundError(f"{path.name}: is a folder at {path}; name the slide's file")
+        raise SlideNotFoundError(f"{path.name}: is a folder ({path}); pass the path of a slide file")
     if not path.is_file():
         raise SlideNotFoundError(f"{path.name}: no such file at {path}; check the path")
 
 
 def _is_shortage(error: Exception) -> bool:
-    """Whether the machine ran short of memory or file handles, for which the slide is not to blame."""
+    """Return whether the machine ran out of memory or file handles, so that the slide is not the cause."""
     shortages = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in shortages)
 
@@ -248,7 +250,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _open_reader(path: Path, backend: Backend) -> tuple[BackendName, Reader]:
-    names: tuple[BackendName, ...] = ("openslide", "tiffslide") if backend == "auto" else (backend,)
+    names = tuple(READERS) if backend == "auto" else (backend,)
     reasons = []
     for name in names:
         try:
@@ -258,8 +260,8 @@ def _open_reader(path: Path, backend: Backend) -> tuple[BackendName, Reader]:
                 raise
             reasons.append(f"{name}: {str(error) or type(error).__name__}")
     raise SlideFormatError(
-        f"{path.name}: not a slide that can be opened ({'; '.join(reasons)}); check that the file is complete and of a "
-        f"format that OpenSlide or tiffslide reads"
+        f"{path.name}: cannot be opened as a slide ({'; '.join(reasons)}); check that the file is complete and in a "
+        f"format that {' or '.join(names)} reads"
     )
 
 
@@ -267,8 +269,8 @@ def _checked_sizes(path: Path, reader: Reader) -> tuple[tuple[int, int], ...]:
     sizes = reader.level_sizes
     if not sizes or min(min(size) for size in sizes) < 1:
         raise SlideFormatError(
-            f"{path.name}: has a level without pixels (sizes: {', '.join(f'{w}×{h}' for w, h in sizes) or 'none'}); "
-            f"copy or scan it again"
+            f"{path.name}: a level has no pixels (sizes: {', '.join(f'{w}×{h}' for w, h in sizes) or 'none'}); "
+            f"copy or scan the slide again"
         )
     return sizes
 
@@ -279,30 +281,32 @@ def _tiffslide_agrees(path: Path, reader: Reader) -> bool:
     except Exception as error:
         if _is_shortage(error):
             raise
-        log.debug("%s: read by OpenSlide, because tiffslide says: %s", path.name, error)
+        log.debug("%s: read by OpenSlide, because tiffslide fails: %s", path.name, error)
         return False
 
 
 def _probe(path: Path, name: BackendName, level_sizes: tuple[tuple[int, int], ...]) -> None:
-    """Decode one pixel of the coarsest level at a few places; raise SlideReadError where none of them can be."""
+    """Decode one pixel at a few places of the coarsest level. Raise SlideReadError if all of them fail."""
     level = len(level_sizes) - 1
     width, height = level_sizes[level]
     places = ((width // 2, height // 2), (0, 0), (width - 1, height - 1), (width - 1, 0), (0, height - 1))
     reasons = []
     for x, y in places:
         try:
-            # A new reader each time: an OpenSlide handle stays broken after its first error.
+            # A new reader each time: after its first error an OpenSlide handle fails at every read.
             with closing(READERS[name](path)) as reader:
                 reader.read(level, Box(x, y, 1, 1))
         except Exception as error:  # noqa: BLE001 - see Slide.read
             reasons.append(str(error) or type(error).__name__)
         else:
             return
-    raise SlideReadError(f"{path.name}: opens, but its pixels cannot be decoded ({reasons[-1]}); copy or scan it again")
+    raise SlideReadError(
+        f"{path.name}: opens, but its pixels cannot be decoded ({reasons[-1]}); copy or scan the slide again"
+    )
 
 
 def _quarters(box: Box) -> list[Box]:
-    """The box cut in two along each side that is longer than an unreadable cell, at multiples of the cell."""
+    """Return the parts of a box that is halved along each side longer than an unreadable cell."""
     columns = _halves(box.x, box.width)
     rows = _halves(box.y, box.height)
     return [Box(x, y, width, height) for y, height in rows for x, width in columns]
@@ -311,7 +315,7 @@ def _quarters(box: Box) -> list[Box]:
 def _halves(start: int, length: int) -> list[tuple[int, int]]:
     if length <= UNREADABLE_CELL:
         return [(start, length)]
-    # Cutting at multiples of the cell keeps the parts on the file's own JPEG tiles.
+    # Cuts at multiples of the cell fall on the edges of the file's own JPEG tiles.
     middle = round((start + length / 2) / UNREADABLE_CELL) * UNREADABLE_CELL
     if not start < middle < start + length:
         middle = start + length // 2

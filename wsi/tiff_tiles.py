@@ -1,4 +1,4 @@
-"""The tiles of one TIFF image, decoded in the thread that asks for them."""
+"""Decode the tiles of one TIFF image in the calling thread."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from wsi.box import Box
 _JPEG = (7, 33007)
 _JPEG_2000 = (33003, 33004, 33005, 34712)
 _ZEROS = bytes(512)
-"""What an unwritten sector of a disk reads as. Tiles of white glass hold up to 384 zeros in a row."""
+"""An unwritten sector of a disk. Tiles of white glass contain up to 384 zeros in a row."""
 _MOST_BEHIND_END = 64
-"""Bytes behind a JPEG stream's end that are taken for padding."""
+"""Bytes after the end of a JPEG stream that count as padding."""
 
 
 @dataclass(frozen=True)
 class TiledImage:
-    """A TIFF image of 8-bit RGB tiles. Not shared between threads."""
+    """A TIFF image of 8-bit RGB tiles. Threads must not share it."""
 
     page: tifffile.TiffPage
 
     @property
     def tile_size(self) -> tuple[int, int]:
-        """(width, height) of a tile."""
+        """Return (width, height) of a tile."""
         return self.page.tilewidth, self.page.tilelength
 
     @property
     def is_whole(self) -> bool:
-        """Whether the file holds every tile."""
+        """Return whether the file contains every tile."""
         return min(self.page.databytecounts) > 0
 
     def read(self, box: Box, confirm: Callable[[Box], None]) -> NDArray[np.uint8]:
-        """The pixels of a box inside the image, as rgb_HWC; a tile that is not in the file is white.
+        """Return the pixels of a box inside the image, as rgb_HWC; a tile that is not in the file is white.
 
-        `confirm` gets the box of each tile whose JPEG stream looks damaged, cut at the image's edges, and raises if it
-        is. Raises what the decoder raises.
+        `confirm` is called with the box of each tile whose JPEG stream looks damaged, cut at the image's edges. It
+        raises an error if the tile is damaged. Raises the errors of the decoder, and ValueError for a tile that is cut
+        off or claims another size.
         """
         rgb_HWC = np.empty((box.height, box.width, 3), np.uint8)
         width, height = self.tile_size
@@ -59,7 +60,7 @@ class TiledImage:
         if count == 0:
             return np.full((*self.tile_size[::-1], 3), 255, np.uint8)
         file = page.parent.filehandle
-        # Before the reading, which takes the memory for as many bytes as the file claims.
+        # Checked before the read, which allocates as many bytes as the file claims.
         if page.dataoffsets[index] + count > file.size:
             raise ValueError(f"the file ends in tile {index}")
         file.seek(page.dataoffsets[index])
@@ -73,9 +74,9 @@ class TiledImage:
         return np.asarray(pixels[0], np.uint8)
 
     def _check_size(self, index: int, data: bytes) -> None:
-        """Raise ValueError where a tile's own header claims another size: its decoder would take the memory for that.
+        """Raise ValueError if the header of a tile claims a larger size, which its decoder would allocate.
 
-        Of the other compressions' streams tifffile decodes no more than a tile.
+        For other compressions tifffile decodes at most one tile.
         """
         if self.page.compression in _JPEG:
             size = jpeg_size(data)
@@ -88,7 +89,7 @@ class TiledImage:
 
 
 def tiled_image(series: tifffile.TiffPageSeries) -> TiledImage | None:
-    """The image of a level, or None where it is not one TIFF image of 8-bit RGB tiles."""
+    """Return the image of a level, or None if the level is not one TIFF image of 8-bit RGB tiles."""
     page = series.pages[0]
     if len(series.pages) != 1 or not isinstance(page, tifffile.TiffPage) or series.axes != "YXS":
         return None
@@ -97,10 +98,11 @@ def tiled_image(series: tifffile.TiffPageSeries) -> TiledImage | None:
 
 
 def looks_damaged(jpeg: bytes) -> bool:
-    """Whether a JPEG stream may be cut off or overwritten: imagecodecs decodes such streams without a word.
+    """Return whether a JPEG stream may be cut off or overwritten. imagecodecs decodes such streams without an error.
 
-    True where the picture's data hold 512 zeros in a row, a marker that does not belong there, or no end, or where more
-    follows the end than padding. Rarely true of a good stream; false of one in which only some bits are wrong.
+    The stream looks damaged if its image data contain 512 zeros in a row or an unexpected marker, if the end is
+    missing, or if more than padding follows the end. A good stream rarely looks damaged. A stream with a few wrong bits
+    does not.
     """
     start = jpeg.find(b"\xff\xda")
     if start < 0 or jpeg.find(_ZEROS, start) >= 0:
@@ -108,7 +110,7 @@ def looks_damaged(jpeg: bytes) -> bool:
     values = np.frombuffer(jpeg, np.uint8, offset=start + 2)
     places = np.flatnonzero(values[:-1] == 0xFF)
     codes = values[places + 1]
-    # 0 stands for the byte FF itself, D0 to D7 are restarts, and FF may be repeated before a marker.
+    # After FF, 0 encodes the byte FF, D0 to D7 are restarts, and a repeated FF is fill.
     markers = np.flatnonzero((codes != 0) & (codes != 0xFF) & ((codes < 0xD0) | (codes > 0xD7)))
     if not len(markers) or codes[markers[0]] != 0xD9:
         return True
@@ -116,11 +118,11 @@ def looks_damaged(jpeg: bytes) -> bool:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) that the frame header of a JPEG stream states; None where there is none before the picture."""
+    """Return (width, height) from the frame header of a JPEG stream, or None if no header precedes the image data."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         code = data[at + 1]
-        if code == 0xFF:  # may be repeated before a marker
+        if code == 0xFF:  # fill before a marker
             at += 1
         elif 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
             return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
@@ -132,7 +134,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def jpeg_2000_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) that the size marker of a JPEG 2000 stream states; None where there is none."""
+    """Return (width, height) from the size marker of a JPEG 2000 stream, or None if there is no marker."""
     start = data.find(b"\xff\x4f\xff\x51")
     if start < 0 or len(data) < start + 24:
         return None

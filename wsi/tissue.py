@@ -1,4 +1,4 @@
-"""Where the tissue is: a mask from a thumbnail, without glass, pen ink, dust and folds."""
+"""Find the tissue: a mask from a thumbnail, without glass, pen ink, dust and folds."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from wsi.resample import area_mean
 from wsi.slide import Slide
 
 MASK_MPP = 8.0
-"""Micrometres per pixel of the mask, to the nearest whole multiple of a level's pixel."""
+"""Micrometers per pixel of the mask, rounded to a whole multiple of a level's pixel."""
 
 STRIP_PX = 8_000_000
-"""Pixels of the level that are held at a time while a thumbnail is read."""
+"""Pixels of the level that are in memory at a time while a thumbnail is read."""
 
 WORK_PX = 1 << 19
-"""Pixels of the thumbnail that are worked on at a time where a pixel needs more than a few bytes."""
+"""Pixels of the thumbnail that are processed at a time in steps that need more than a few bytes per pixel."""
 
 MIN_TISSUE_UM2 = 20_000.0
 """Smaller pieces are dust or debris."""
@@ -36,20 +36,20 @@ MIN_FOLD_UM2 = 20_000.0
 """Smaller dark spots are dense tissue, not folds."""
 
 MAX_FOLD_SHARE = 0.2
-"""Where more of the tissue than this looks folded, the slide is darkly stained, and nothing is taken for a fold."""
+"""If a larger share of the tissue looks folded, the slide is darkly stained, and no fold is removed."""
 
 MAX_UNREADABLE_SHARE = 0.01
-"""A slide with more of its thumbnail unreadable than this is refused: what is missing could be the tissue."""
+"""A slide is refused if a larger share of its thumbnail is unreadable, because the missing part could be the tissue."""
 
-# Chroma = max(R, G, B) - min(R, G, B). Glass has about 3, pale eosin about 15; Otsu's threshold is kept in this range
-# so that an empty slide does not become tissue and a dark one does not lose its pale parts.
+# Chroma = max(R, G, B) - min(R, G, B). Glass has about 3, pale eosin about 15. Otsu's threshold is clipped to this
+# range, so that an empty slide does not become tissue and a dark slide does not lose its pale parts.
 _CHROMA_RANGE = (10.0, 20.0)
 
 _SMOOTH_REACH = 2
-"""Rows around a pixel that its smoothed colour depends on."""
+"""Rows around a pixel on which its smoothed color depends."""
 
 _CLOSE_REACH = 4
-"""Rows around a pixel that the closed mask depends on: two steps out, two back."""
+"""Rows around a pixel on which the closed mask depends: two steps out, two back."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Tissue:
 
     @property
     def area_um2(self) -> float:
-        """Area of the tissue in square micrometres."""
+        """Return the area of the tissue in square micrometers."""
         return float(self.mask_HW.sum()) * self.mpp**2
 
     def sample(self, box_out: Box, l0_per_out: float) -> NDArray[np.bool_]:
-        """The mask over a box of a map with `l0_per_out` level-0 pixels per pixel, as mask_HW.
+        """Return the mask over a box of a map with `l0_per_out` level-0 pixels per pixel, as mask_HW.
 
-        The mask is interpolated between the centres of its pixels, so that a finer map gets smooth borders. Outside
-        the slide there is no tissue.
+        The mask is interpolated between the centers of its pixels, so that a finer map has smooth borders. Pixels
+        outside the slide are not tissue.
         """
         scale = l0_per_out / self.l0_per_px
         height, width = self.mask_HW.shape
@@ -90,7 +90,7 @@ class Tissue:
         return np.asarray(value >= 0.5) & inside_HW
 
     def _around(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """The mask from the first to one behind the last of these rows and columns; -1 and the size lie outside it."""
+        """Return the mask from the first to one past the last of these rows and columns; outside it is False."""
         top, bottom, left, right = rows[0], rows[-1] + 2, columns[0], columns[-1] + 2
         part_HW = np.zeros((bottom - top, right - left), bool)
         inner_HW = self.mask_HW[max(0, top) : bottom, max(0, left) : right]
@@ -102,12 +102,11 @@ class Tissue:
 def find_tissue(slide: Slide) -> Tissue:
     """Find the tissue of a slide on a thumbnail of about 8 µm per pixel. Deterministic.
 
-    Tissue is what is coloured like H&E: colour against Otsu's threshold on the smoothed chroma (Otsu 1979), which
-    leaves out glass, grey dust and black ink; inks whose colours H&E does not have are left out by their hue. Folds are
-    left out, too, by saturation minus value (Palokangas et al. 2007), unless the whole slide is dark; their area is
-    kept.
+    Pixels with the colors of H&E are tissue. Otsu's threshold on the smoothed chroma (Otsu 1979) removes glass, gray
+    dust and black ink. The hue removes inks whose colors H&E does not have. Saturation minus value removes folds
+    (Palokangas et al. 2007), unless the whole slide is dark; the area of the folds is returned.
 
-    Raises SlideReadError where over 1 % of the thumbnail cannot be read.
+    Raises SlideReadError if more than `MAX_UNREADABLE_SHARE` of the thumbnail cannot be read.
     """
     rgb_HWC, l0_per_px, unreadable_share = read_thumbnail(slide, MASK_MPP)
     if unreadable_share > MAX_UNREADABLE_SHARE:
@@ -125,13 +124,13 @@ def find_tissue(slide: Slide) -> Tissue:
     warnings: tuple[str, ...] = ()
     if fold_HW.sum() > MAX_FOLD_SHARE * mask_HW.sum():
         share = fold_HW.sum() / mask_HW.sum()
-        warnings = (f"{share:.0%} of the tissue is as dark as a fold; it was kept as tissue",)
+        warnings = (f"{share:.0%} of the tissue is as dark as a fold and was kept as tissue",)
         fold_HW[:] = False
     return Tissue(mask_HW & ~fold_HW, l0_per_px, mpp, float(fold_HW.sum()) * mpp**2, warnings)
 
 
 class Thumbnail(NamedTuple):
-    """A slide's bounds, small. What could not be read is white."""
+    """A small image of a slide's bounds. Parts that could not be read are white."""
 
     rgb_HWC: NDArray[np.uint8]
     l0_per_px: float
@@ -139,9 +138,9 @@ class Thumbnail(NamedTuple):
 
 
 def read_thumbnail(slide: Slide, mpp: float) -> Thumbnail:
-    """The slide's bounds at about `mpp` micrometres per pixel.
+    """Return the slide's bounds at about `mpp` micrometers per pixel.
 
-    Read in strips from the coarsest level that is fine enough, so that memory stays small where there is only one.
+    The level is that of `pick_level`. It is read in strips, so that memory stays small for a slide with one level.
     """
     info = slide.info
     downsamples = info.level_downsamples
@@ -163,7 +162,7 @@ def read_thumbnail(slide: Slide, mpp: float) -> Thumbnail:
 
 
 def _stained_and_folded(rgb_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Where the smoothed thumbnail has a tissue's colours, and where it is as dark and colourful as a fold."""
+    """Return two masks of the smoothed thumbnail: the colors of tissue, and the dark and saturated colors of folds."""
     shape = rgb_HWC.shape[:2]
     chroma_HW, ink_HW, folded_HW = np.empty(shape, np.uint8), np.empty(shape, bool), np.empty(shape, bool)
     counts = np.zeros(256, np.int64)
@@ -174,25 +173,25 @@ def _stained_and_folded(rgb_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], 
         smallest_HW = _over_channels(np.minimum, smooth_HWC)
         spread_HW = largest_HW - smallest_HW
         ranges.append((spread_HW.min(), spread_HW.max()))
-        # Rounded: Otsu's histogram must not depend on the last bit of a float.
+        # Rounded, so that Otsu's histogram does not depend on the last bit of a float.
         counts += np.bincount(np.round(spread_HW).astype(np.uint8).ravel(), minlength=256)
-        # Rounded up to a byte: that changes no comparison with a whole number, as every threshold is.
+        # Rounded up to a byte, which does not change a comparison with a whole number, as every threshold is.
         chroma_HW[rows] = np.ceil(spread_HW)
         ink_HW[rows] = _is_ink(smooth_HWC)
         folded_HW[rows] = _is_folded(largest_HW, smallest_HW)
-    coloured = max(high for _, high in ranges) - min(low for low, _ in ranges) >= 1
-    threshold = np.clip(_otsu(counts) if coloured else math.inf, *_CHROMA_RANGE)
+    has_color = max(high for _, high in ranges) - min(low for low, _ in ranges) >= 1
+    threshold = np.clip(_otsu(counts) if has_color else math.inf, *_CHROMA_RANGE)
     return (chroma_HW > threshold) & ~ink_HW, folded_HW
 
 
 def _strips(shape: tuple[int, ...]) -> list[slice]:
-    """Rows of an image, a few at a time."""
+    """Return the rows of an image in strips of about `WORK_PX` pixels."""
     rows = max(1, WORK_PX // shape[1])
     return [slice(top, min(top + rows, shape[0])) for top in range(0, shape[0], rows)]
 
 
 def _smooth(rgb_HWC: NDArray[np.uint8], rows: slice) -> NDArray[np.float32]:
-    """Some rows of the image smoothed, just as they come out of the whole of it."""
+    """Return some rows of the smoothed image, equal to those of the whole image."""
     top = max(0, rows.start - _SMOOTH_REACH)
     part_HWC = rgb_HWC[top : rows.stop + _SMOOTH_REACH].astype(np.float32)
     smooth_HWC = ndimage.gaussian_filter(
@@ -207,16 +206,16 @@ def _over_channels(choose: np.ufunc, rgb_HWC: NDArray[np.float32]) -> NDArray[np
 
 
 def _otsu(counts: NDArray[np.int64]) -> float:
-    """Otsu's threshold of values from 0 to 255 that occur so often."""
+    """Return Otsu's threshold of values from 0 to 255, given how often each occurs."""
     values = np.flatnonzero(counts)
     return float(threshold_otsu(hist=(counts, np.arange(256))) if len(values) > 1 else values[0])
 
 
 def _is_ink(rgb_HWC: NDArray[np.float32]) -> NDArray[np.bool_]:
     red, green, blue = rgb_HWC[..., 0], rgb_HWC[..., 1], rgb_HWC[..., 2]
-    # Haematoxylin and eosin both take more green than red out of the light: blue and green inks do not.
+    # Hematoxylin and eosin both absorb more green than red. Blue and green inks do not.
     blue_or_green = green > red + 5
-    # Eosin and blood leave more blue than green; red ink takes both away.
+    # Eosin and blood leave more blue than green. Red ink absorbs both.
     red_ink = (red - np.maximum(green, blue) > 100) & (blue - green < 15)
     return np.asarray(blue_or_green | red_ink)
 
@@ -231,7 +230,7 @@ def _close(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
     closed_HW = np.empty_like(mask_HW)
     for rows in _strips(mask_HW.shape):
         top, bottom = max(0, rows.start - _CLOSE_REACH), min(height, rows.stop + _CLOSE_REACH)
-        # Padded: without it the closing would eat the mask along the slide's edge.
+        # Without padding the closing would erode the mask along the slide's edge.
         above, below = 2 * (top == 0), 2 * (bottom == height)
         part_HW = np.pad(mask_HW[top:bottom], ((above, below), (2, 2)), mode="edge")
         part_HW = ndimage.binary_closing(part_HW, iterations=2)
@@ -242,7 +241,7 @@ def _close(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _without_small(mask_HW: NDArray[np.bool_], min_px: float) -> NDArray[np.bool_]:
     labels_HW, count = ndimage.label(mask_HW)
     sizes = np.zeros(count + 1, np.int64)
-    # In strips: both the counting and the indexing make copies of eight bytes per pixel.
+    # In strips, because counting and indexing make copies of eight bytes per pixel.
     for rows in _strips(mask_HW.shape):
         sizes += np.bincount(labels_HW[rows].ravel(), minlength=count + 1)
     keep = sizes >= min_px
@@ -254,12 +253,12 @@ def _without_small(mask_HW: NDArray[np.bool_], min_px: float) -> NDArray[np.bool
 
 
 def _positions(start: int, count: int, scale: float, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """For each of some pixels of a map, the mask's pixel before its centre, from -1 to size - 1, and how far behind."""
-    centres = (np.arange(start, start + count) + 0.5) * scale - 0.5
-    whole = np.floor(centres)
-    return np.clip(whole.astype(np.int64), -1, size - 1), (centres - whole).astype(np.float32)
+    """Return the mask's pixel before the center of each map pixel, from -1 to size - 1, and the distance from it."""
+    centers = (np.arange(start, start + count) + 0.5) * scale - 0.5
+    whole = np.floor(centers)
+    return np.clip(whole.astype(np.int64), -1, size - 1), (centers - whole).astype(np.float32)
 
 
 def _inside(start: int, count: int, scale: float, size: int) -> NDArray[np.bool_]:
-    centres = (np.arange(start, start + count) + 0.5) * scale
-    return np.asarray((centres >= 0) & (centres < size))
+    centers = (np.arange(start, start + count) + 0.5) * scale
+    return np.asarray((centers >= 0) & (centers < size))

@@ -12,7 +12,7 @@ from pathlib import Path
 from models.bundle import shipped_bundles
 from pipeline.errors import ConfigError
 from pipeline.workers.base import SlideJob
-from wsi.slide import SLIDE_SUFFIXES
+from wsi.readers import slide_suffixes
 
 OWN_NAMES = frozenset({"index.html", "qupath", "summary.csv"})
 """What runs write beside the slides' folders."""
@@ -69,11 +69,11 @@ def _others(path: Path, paths: Sequence[Path]) -> str:
 def _expand(path: Path, *, recursive: bool) -> Iterator[SlideJob]:
     if _is_dir(path):
         found = sorted(p for p in (path.rglob("*") if recursive else path.glob("*")) if _is_slide(p))
-        if not found and path.suffix.lower() in SLIDE_SUFFIXES:
+        if not found and path.suffix.lower() in slide_suffixes():
             found = [path]  # fails by its name, and the other slides go on
         if not found:
             hint = "" if recursive else "; pass --recursive to search its subfolders"
-            raise ConfigError(f"{path}: no slides in this folder (endings: {' '.join(sorted(SLIDE_SUFFIXES))}){hint}")
+            raise ConfigError(f"{path}: no slides in this folder (endings: {' '.join(sorted(slide_suffixes()))}){hint}")
         yield from (SlideJob(p) for p in found)
     elif path.suffix.lower() == ".csv":
         yield from _read_manifest(path)
@@ -89,7 +89,7 @@ def _is_dir(path: Path) -> bool:
 
 
 def _is_slide(path: Path) -> bool:
-    if path.suffix.lower() not in SLIDE_SUFFIXES or path.name.startswith("."):
+    if path.suffix.lower() not in slide_suffixes() or path.name.startswith("."):
         return False
     try:
         return path.is_file()

@@ -101,8 +101,11 @@ def segment(
         bool, typer.Option("--keep-ungated", help="Use the segmenter's prediction if the gate rejects every class.")
     ] = DEFAULTS.keep_ungated,
     backend: Annotated[
-        Literal["auto", "openslide", "tiffslide"],
-        typer.Option(help="Library that reads the slides. auto: the faster one if both return the same pixels."),
+        str,
+        typer.Option(
+            help="Library that reads the slides: openslide or tiffslide. auto: the faster one if both return the same "
+            "pixels."
+        ),
     ] = DEFAULTS.backend,
     recursive: Annotated[bool, typer.Option("--recursive", help="Search subfolders too.")] = False,
     force: Annotated[

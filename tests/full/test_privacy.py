@@ -216,7 +216,7 @@ def test_no_file_of_a_run_tells_it(ran: Ran) -> None:
 def test_no_log_tells_it_even_at_its_most_talkative(ran: Ran) -> None:
     assert "DEBUG" in ran.said["segment: stderr"]
     assert re.search(r"failed +cut\.svs: ", ran.said["segment: stderr"])
-    assert re.search(r"failed +bare\.svs: no micrometres per pixel", ran.said["segment: stderr"])
+    assert re.search(r"failed +bare\.svs: does not contain micrometers per pixel", ran.said["segment: stderr"])
     assert {name: told for name, text in ran.said.items() if (told := secrets_in(text.encode()))} == {}
 
 

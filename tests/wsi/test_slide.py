@@ -74,7 +74,7 @@ def test_mpp_comes_from_the_argument_then_the_slide_then_the_tags_then_the_objec
     assert found(tags) == (0.7, "tiff resolution", 0)
     assert found(power) == (0.25, "objective power", 1)
     assert found(printer) == (0.25, "objective power", 1)
-    with pytest.raises(ResolutionError, match=r"^nothing\.svs: no micrometres per pixel in the file; pass --mpp$"):
+    with pytest.raises(ResolutionError, match=r"^nothing\.svs: does not contain micrometers per pixel; pass --mpp$"):
         found(nothing)
     with pytest.raises(ResolutionError, match=r"--mpp is -1.0; it must be a positive number"):
         found(own, -1.0)
@@ -86,13 +86,13 @@ def test_a_missing_file_a_broken_one_and_a_folder_are_told_apart(tmp_path: Path)
         open_slide(tmp_path / "none.svs")
     with pytest.raises(SlideNotFoundError):
         open_slide(tmp_path)
-    with pytest.raises(SlideFormatError, match=r"^text\.svs: not a slide that can be opened"):
+    with pytest.raises(SlideFormatError, match=r"^text\.svs: cannot be opened as a slide"):
         open_slide(tmp_path / "text.svs")
 
 
 def test_the_known_bad_files_are_named_with_their_reason(shared_slides: Path) -> None:
     for name, error, words in (
-        ("broken.svs", SlideFormatError, "not a slide"),
+        ("broken.svs", SlideFormatError, "cannot be opened as a slide"),
         ("unreadable.svs", SlideReadError, "Bogus marker length"),
         ("unopenable.tiff", SlideReadError, "52479"),
         ("TCGA-CR-7395-01A-01-TS1.svs", ResolutionError, "pass --mpp"),

@@ -105,7 +105,7 @@ def test_bad_slides_fail_with_one_line_each_and_the_others_are_done(tmp_path: Pa
     (slides / "corrupt.svs").write_bytes(b"no slide at all" * 100)
     write_slide(slides / "bare.svs", painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=None)
     write_slide(slides / "glass.svs", painted((500, 400)), mpp=1.0)
-    bad = {"corrupt": "not a slide that can be opened", "bare": "no micrometres per pixel in the file; pass --mpp"}
+    bad = {"corrupt": "cannot be opened as a slide", "bare": "does not contain micrometers per pixel; pass --mpp"}
     for good in ("done", "skipped"):
         status, stdout, stderr = command(tmp_path, "slides", "missing.svs", "-o", "out")
         assert status == 1
@@ -268,7 +268,7 @@ def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:
     errors = [entry["error"] for entry in json.loads(result.stdout)]
     assert "has the same name as y/a.svs" in errors[0]
     assert "has the same name as x/a.svs" in errors[1]
-    assert errors[2].startswith("bad.svs: not a slide")
+    assert errors[2].startswith("bad.svs: cannot be opened as a slide")
 
 
 @pytest.mark.parametrize(

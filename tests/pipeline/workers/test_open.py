@@ -310,7 +310,7 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
         (raised_from(OutputError("a.svs: the disk is full"), OSError(errno.ENOSPC, "No space left")), False),
         (SlideNotFoundError("a.svs: no such file"), False),
         (raised_from(SlideReadError("a.svs: cannot be read"), FileNotFoundError(errno.ENOENT, "")), False),
-        (ResolutionError("a.svs: no micrometres per pixel in the file; pass --mpp"), False),
+        (ResolutionError("a.svs: does not contain micrometers per pixel; pass --mpp"), False),
         (PlanError("too large"), False),
         (ConfigError("wrong"), False),
         (ClusterError("other versions"), False),
