@@ -76,8 +76,8 @@ def write_features(
     l0_per_out: float,
     mpp_l0: float,
     slide_digest: str,
-) -> int:
-    """Write all regions to one GeoJSON and one GeoParquet file, in the order given; return the number of features.
+) -> None:
+    """Write all regions to one GeoJSON and one GeoParquet file, in the order given.
 
     classes: those of label 1, 2, …; l0_per_out: level-0 pixels per out pixel; mpp_l0: micrometres per level-0
     pixel. Memory does not grow with the number of regions; no regions give two valid empty files.
@@ -99,7 +99,11 @@ def write_features(
                 count += 1
             parquet.write_table(_table(batch))
         geojson.write("\n]}\n")
-    return count
+
+
+def count_features(parquet_path: Path) -> int:
+    """Return the number of features in a GeoParquet file that `write_features` has written."""
+    return int(pq.read_metadata(parquet_path).num_rows)
 
 
 def region_features(

@@ -1,4 +1,4 @@
-"""A picture of one slide for people: the slide, the classes over it, a legend with areas, a scale bar."""
+"""The preview: a picture of one slide with the classes over it, a legend with shares and a scale bar."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from models.tissue_class import Color, TissueClass
+from models.tissue_class import Color
+from pipeline.results.areas import ClassArea, share_text
 
 UInt8Array = npt.NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 BLEND = 0.45
-"""Weight of the class color over the slide: classes are told apart and nuclei still seen through them."""
+"""Weight of the class color over the slide: classes differ clearly, and nuclei stay visible below them."""
 OUTLINE = 0.2
-"""Share of the class color in its outline: so dark, it is seen on any stain and beside any fill."""
+"""Share of the class color in its outline. This dark, the outline is visible on any stain and beside any fill."""
 PANEL_PX = 1100
-"""The longer side of each panel; larger thumbnails are reduced to it, smaller ones enlarged."""
+"""Longer side of each panel. Larger thumbnails are reduced, smaller ones enlarged."""
 MIN_SIDE_PX = 48
-"""Very thin slides are padded to it."""
+"""Panels of very thin slides are padded to this side."""
 MARGIN = 28
 TEXT = 20
 TITLE = 28
@@ -33,21 +34,21 @@ FAINT: Color = (110, 110, 118)
 PAPER: Color = (255, 255, 255)
 BACKDROP: Color = (244, 244, 245)
 ASCII = {"ß": "ss", "µ": "u", "–": "-", "—": "-", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L"}
-"""What Unicode's own decomposition leaves as it is."""
+"""Letters that Unicode's own decomposition does not change."""
 
 
 def write_preview(
     path_png: Path,
     thumbnail_rgb_HWC: UInt8Array,
     labels_HW: npt.NDArray[np.integer],
-    classes: Sequence[TissueClass],
+    areas: Sequence[ClassArea],
     title: str,
     um_per_px: float,
 ) -> None:
-    """Write one PNG: the slide on the left, the same with its classes on the right, title, legend and scale bar.
+    """Write one PNG: the slide on the left, the slide with its classes on the right, title, legend and scale bar.
 
-    `labels_HW` (0 background, 1.. in the order of `classes`) covers the same field as the thumbnail at any resolution.
-    `um_per_px` is the size of a thumbnail pixel in micrometres. Areas in the legend are shares of what is classified.
+    `labels_HW` (0 background, 1.. in the order of `areas`) covers the same field as the thumbnail at any resolution.
+    `um_per_px` is the size of a thumbnail pixel in micrometers. The legend shows each class's share.
     """
     height, width = thumbnail_rgb_HWC.shape[:2]
     scale = PANEL_PX / max(width, height)
@@ -55,14 +56,14 @@ def write_preview(
     slide = Image.fromarray(thumbnail_rgb_HWC).resize(
         size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     )
-    panels = [_mount(slide), _mount(overlay(slide, labels_HW, [one.color for one in classes]))]
-    legend = _legend_entries(labels_HW, classes)
+    panels = [_mount(slide), _mount(overlay(slide, labels_HW, [one.color for one in areas]))]
+    legend = [(one.name, share_text(one.share) if one.share else "none", one.color) for one in areas]
     _compose(panels, legend, title, um_per_px * width / size[0]).save(path_png, format="PNG", optimize=False)
 
 
 def overlay(slide: Image.Image, labels_HW: npt.NDArray[np.integer], colors: Sequence[Color]) -> Image.Image:
-    """The slide with each class blended over it and outlined in a dark shade of its color, at the slide's size."""
-    # Nearest neighbour: a mixture of two labels would be a third class.
+    """Return the slide with each class blended over it and outlined in a dark shade of its color."""
+    # Nearest neighbor: a mixture of two labels would be a third class.
     labels = np.asarray(Image.fromarray(labels_HW.astype(np.uint8)).resize(slide.size, Image.Resampling.NEAREST))
     palette = np.array([(0, 0, 0), *colors], dtype=np.float32)
     color_HWC = palette[np.minimum(labels, len(colors))]
@@ -73,18 +74,18 @@ def overlay(slide: Image.Image, labels_HW: npt.NDArray[np.integer], colors: Sequ
 
 
 def round_length_um(longest_um: float) -> float:
-    """The largest of 1, 2, 5 x 10^n µm that is no longer than `longest_um`."""
+    """Return the largest of 1, 2, 5 x 10^n µm that is at most `longest_um`."""
     power = 10.0 ** math.floor(math.log10(longest_um))
     return next((step * power for step in (5, 2) if step * power <= longest_um), power)
 
 
 def length_text(length_um: float) -> str:
-    """A length for people: "2 mm", "0.5 mm", "50 um"; the font has no µ."""
+    """Return a length as text: "2 mm", "0.5 mm", "50 um" (the font has no µ)."""
     return f"{length_um / 1000:g} mm" if length_um >= 100 else f"{length_um:g} um"
 
 
 def outline(labels_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Pixels of a class next to another label: two pixels wide between classes, one towards the background."""
+    """Return the pixels of classes beside another label: two pixels wide between classes, one toward background."""
     edge_HW = np.zeros(labels_HW.shape, bool)
     for here, there in ((np.s_[1:, :], np.s_[:-1, :]), (np.s_[:, 1:], np.s_[:, :-1])):
         differ = labels_HW[here] != labels_HW[there]
@@ -94,7 +95,7 @@ def outline(labels_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
 
 
 def _mount(picture: Image.Image) -> Image.Image:
-    """The picture on a backdrop that is wide and high enough to be seen and framed."""
+    """Return the picture in a frame, on a backdrop of at least `MIN_SIDE_PX`."""
     size = max(MIN_SIDE_PX, picture.width), max(MIN_SIDE_PX, picture.height)
     mounted = Image.new("RGB", size, BACKDROP)
     mounted.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
@@ -102,26 +103,12 @@ def _mount(picture: Image.Image) -> Image.Image:
     return mounted
 
 
-def _legend_entries(labels_HW: npt.NDArray[np.integer], classes: Sequence[TissueClass]) -> list[tuple[str, str, Color]]:
-    """(name, share, color) of each class."""
-    counts = np.bincount(labels_HW.ravel(), minlength=len(classes) + 1)[1 : len(classes) + 1]
-    total = int(counts.sum())
-    return [(one.name, _share_text(int(count), total), one.color) for one, count in zip(classes, counts, strict=True)]
-
-
-def _share_text(count: int, total: int) -> str:
-    if count == 0:
-        return "none"
-    percent = 100 * count / total
-    return "< 0.1 %" if percent < 0.1 else f"{percent:.1f} %"
-
-
 def _compose(
     panels: list[Image.Image], legend: list[tuple[str, str, Color]], title: str, um_per_px: float
 ) -> Image.Image:
-    """Title, panels, scale bar and legend on one sheet.
+    """Return one sheet with title, panels, scale bar and legend.
 
-    Panels stand side by side, or one above the other where the slide is so wide that side by side would leave a strip.
+    The panels stand side by side. For a very wide slide they stand one above the other, because they would be strips.
     """
     width, height = panels[0].size
     stacked = width > 3 * height
@@ -149,7 +136,7 @@ def _compose(
 def _draw_scale_bar(
     draw: ImageDraw.ImageDraw, xy: tuple[int, int], um_per_px: float, panel_px: int, font: Font
 ) -> None:
-    # Beside a very thin slide the bar may be wider than the panel, else it could not be read.
+    # For a very thin slide the bar may be wider than the panel; otherwise it would be unreadable.
     length_um = round_length_um(max(150.0, min(260.0, 0.4 * panel_px)) * um_per_px)
     x, y, length_px = xy[0], xy[1], max(1, round(length_um / um_per_px))
     draw.rectangle((x, y, x + length_px - 1, y + 5), fill=INK)
@@ -170,7 +157,7 @@ def _draw_entry(
 def _legend_rows(
     legend: list[tuple[str, str, Color]], width: int, font: Font
 ) -> list[list[tuple[int, tuple[str, str, Color]]]]:
-    """Entries in columns of equal width, as many as fit: rows of (x offset, entry)."""
+    """Return rows of (x offset, entry), in as many columns of equal width as fit."""
     legend = [(fitting(name, width - 160, font), share, color) for name, share, color in legend]
     widest = max((34 + font.getlength(name) + 10 + font.getlength(share) + 36 for name, share, _ in legend), default=1)
     columns = max(1, min(len(legend), int((width + 36) // widest)))
@@ -179,7 +166,7 @@ def _legend_rows(
 
 
 def fitting(text: str, width: float, font: Font) -> str:
-    """The text on one line, cut in its middle where it is too wide: both ends of a file name tell slides apart."""
+    """Return the text on one line, with its middle cut out if it is too wide: file names differ at both ends."""
     text = _drawable(text)
     if font.getlength(text) <= width:
         return text
@@ -192,7 +179,7 @@ def fitting(text: str, width: float, font: Font) -> str:
 
 
 def _drawable(text: str) -> str:
-    """The text in the characters that Pillow's own font has, which is ASCII: accents dropped, the rest as "?"."""
+    """Return the text in ASCII, which is all that Pillow's own font has: without accents, other letters as "?"."""
     for letter, plain in ASCII.items():
         text = text.replace(letter, plain)
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))

@@ -1,4 +1,4 @@
-"""Pages for people: HTML that needs no network, and how numbers are written in it."""
+"""Render HTML pages that work without a network, and the numbers on them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from models.tissue_class import Color
-
-MISSING = "–"
+from pipeline.results.areas import MISSING, share_text
 
 
 def render_page(template: str, **values: object) -> str:
-    """Fill in a template of pipeline/pages; whatever the values hold is escaped. The same values give the same text."""
+    """Return a template of pipeline/pages with these values, escaped. The same values give the same text."""
     return _environment().get_template(template).render(version=version("wsi-segment"), **values)
 
 
 def area_text(mm2: float | None) -> str:
-    """An area with about three digits: "1234 mm²", "12.3 mm²", "0.456 mm²", "< 0.001 mm²"."""
+    """Return an area with about three digits: "1234 mm²", "12.3 mm²", "0.456 mm²", "< 0.001 mm²"."""
     if mm2 is None:
         return MISSING
     if 0 < mm2 < 0.001:
@@ -31,15 +30,8 @@ def area_text(mm2: float | None) -> str:
     return f"{mm2:.{digits if mm2 else 0}f} mm²"
 
 
-def share_text(share: float | None) -> str:
-    """A share of 1 as a percentage: "73.8 %"; None where there is nothing to share."""
-    if share is None:
-        return MISSING
-    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.{1 if share else 0}f} %"
-
-
 def duration_text(seconds: float | None) -> str:
-    """A time: "45 s", "3 min 20 s", "2 h 5 min"."""
+    """Return a duration: "45 s", "3 min 20 s", "2 h 5 min"."""
     if seconds is None:
         return MISSING
     whole = round(seconds)
@@ -55,7 +47,7 @@ def css_color(color: Color) -> str:
 
 
 def data_uri(picture: Image.Image, kind: str, **options: object) -> str:
-    """A picture as the source of an <img>, in the page itself; `kind` is "jpeg" or "png"."""
+    """Return a picture as the source of an <img>, so that the page contains it; `kind` is "jpeg" or "png"."""
     file = io.BytesIO()
     picture.save(file, format=kind.upper(), **options)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from models.tissue_class import Color
+from pipeline.formats.outputs import file_description
 from pipeline.formats.preview import BLEND, OUTLINE, length_text, outline, round_length_um
 from pipeline.formats.slide_picture import SlidePicture
 from pipeline.pages.page import data_uri, render_page
@@ -42,15 +43,6 @@ PARAMETERS = {
     "block_out": ("Side of a block", "px of the map"),
 }
 """What each parameter of a run is called, and its unit."""
-
-FILES = {
-    ".ome.zarr": "probabilities and classes as OME-Zarr: QuPath, napari, Vitessce, Fiji",
-    ".geojson": "polygons for QuPath",
-    ".parquet": "polygons as GeoParquet: GeoPandas, R, GIS",
-    "preview.png": "a picture for slides and papers",
-    "run.json": "everything about the run, for programs",
-}
-"""What is said of each file of a result, by the end of its name."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ def write_slide_page(folder: Path, run: Run, picture: SlidePicture) -> None:
         bar_share=bar_um / (slide.width * picture.um_per_px),
         bar_text=length_text(bar_um).replace("um", "µm"),
         parameters=_parameters(run.identity.parameters),
-        files=[(name, quote(name), _about(name)) for name in run.outputs if name not in (PAGE, THUMBNAIL)],
+        files=[(name, quote(name), file_description(name)) for name in run.outputs if name not in (PAGE, THUMBNAIL)],
     )
     (folder / PAGE).write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
@@ -128,7 +120,3 @@ def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _about(name: str) -> str:
-    return next((text for end, text in FILES.items() if name.endswith(end)), "")

@@ -11,6 +11,10 @@ UNKNOWN: Color = (150, 150, 150)
 """Color of a class whose record is lost: only its name and area are known."""
 
 
+MISSING = "–"
+"""Stands for an unknown number in pages."""
+
+
 @dataclass(frozen=True)
 class ClassArea:
     """The area of one class on one slide or on several."""
@@ -30,3 +34,10 @@ def class_areas(areas_mm2: Mapping[str, float], classes: Iterable[TissueClass]) 
         ClassArea(name, colors.get(name, UNKNOWN), area, area / total if total else None)
         for name, area in areas_mm2.items()
     ]
+
+
+def share_text(share: float | None) -> str:
+    """Return a share of 1 as a percentage: "73.8 %", or "–" if there is nothing to share."""
+    if share is None:
+        return MISSING
+    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.{1 if share else 0}f} %"

@@ -20,15 +20,14 @@ from models.predictor import Predictor
 from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolve
 from pipeline.errors import Cancelled, ConfigError, OutputError
 from pipeline.files import sync, sync_tree
-from pipeline.formats.features import write_features
-from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, build_pyramid, create_store, sweep_partial_files
-from pipeline.formats.polygons import join_regions, load_regions
-from pipeline.formats.preview import write_preview
-from pipeline.formats.slide_picture import picture_slide
+from pipeline.formats.features import count_features
+from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store, sweep_partial_files
+from pipeline.formats.outputs import OUTPUTS, SegmentedSlide
+from pipeline.formats.polygons import Region, join_regions, load_regions
 from pipeline.pages.slide_page import write_slide_page
 from pipeline.progress import Progress, no_progress
 from pipeline.results.folder import open_folder
-from pipeline.results.names import PAGE, RUN, THUMBNAIL
+from pipeline.results.names import GEOPARQUET_END, MAP_END, PAGE, RUN, THUMBNAIL
 from pipeline.results.record import Run, SlideFacts, TileCounts, run_identity, stored_runtime, versions, write_run
 from pipeline.results.slide_result import SlideResult, finished_result, skipped_result
 from pipeline.slide.blocks import BlockRecord, BlockWork, chunks_of, regions_file
@@ -132,38 +131,19 @@ def _segment_slide(
         with slide:
             check_resources(plan, settings, path.name, output)
             spec = _map_spec(path, runner.card, plan)
-            store = _open_store(folder.result / f"{path.stem}.ome.zarr", folder.work, spec)
+            store = _open_store(folder.result / f"{path.stem}{MAP_END}", folder.work, spec)
             work = BlockWork(slide.info, plan.grid, tissue, settings, store, folder.work)
 
             with _timed(seconds, "blocks"):
                 journal = Journal(folder.work, identity.as_json())
                 records, resumed = _run_blocks(runner, work, slide, plan, journal, check_unchanged, progress)
 
-            progress("joining polygons", 0, 1)
-            with _timed(seconds, "join"):
-                pieces = (piece for block in plan.blocks for piece in load_regions(regions_file(folder.work, block)))
-                polygons = write_features(
-                    folder.result / f"{path.stem}.geojson",
-                    folder.result / f"{path.stem}.parquet",
-                    join_regions(pieces, settings.min_area_um2 / plan.grid.mpp_out**2),
-                    spec.classes,
-                    l0_per_out=plan.grid.l0_per_out,
-                    mpp_l0=slide.info.mpp,
-                    slide_digest=identity.slide,
-                )
-            progress("building the pyramid", 0, 1)
-            with _timed(seconds, "pyramid"):
-                build_pyramid(store.path, spec)
-            with _timed(seconds, "preview"):
-                picture = picture_slide(slide, plan.grid, store)
-                write_preview(
-                    folder.result / "preview.png",
-                    picture.rgb_HWC,
-                    picture.labels_HW,
-                    spec.classes,
-                    title=spec.name,
-                    um_per_px=picture.um_per_px,
-                )
+            areas_mm2, regions = _areas_mm2(records, spec), partial(_regions, work, plan)
+            segmented = SegmentedSlide(slide, plan.grid, store, identity.slide, areas_mm2, regions)
+            for stage, output_format in OUTPUTS.items():
+                progress(output_format.progress, 0, 1)
+                with _timed(seconds, stage):
+                    output_format.write(segmented, folder.result)
 
             seconds |= _stage_seconds(records) | {"total": time.perf_counter() - start}
             run = Run(
@@ -174,8 +154,8 @@ def _segment_slide(
                 tissue_mm2=tissue.area_um2 / 1e6,
                 fold_mm2=tissue.fold_um2 / 1e6,
                 classes=spec.classes,
-                class_areas_mm2=_areas_mm2(records, spec),
-                polygons=polygons,
+                class_areas_mm2=areas_mm2,
+                polygons=count_features(folder.result / f"{path.stem}{GEOPARQUET_END}"),
                 tiles=_tile_counts(records),
                 bad_tiles_l0=tuple(sorted({Box(*box) for r in records for box in r.bad_tiles_l0})),
                 warnings=_warnings(work, runner.card.mpp, records),
@@ -186,7 +166,7 @@ def _segment_slide(
                 versions=run_versions,
                 outputs=tuple(sorted({p.name for p in folder.result.iterdir()} | {RUN, PAGE, THUMBNAIL})),
             )
-            write_slide_page(folder.result, run, picture)
+            write_slide_page(folder.result, run, segmented.picture)
             write_run(folder.result, run)
         progress("publishing", 0, 1)
         check_unchanged()
@@ -287,6 +267,11 @@ def _map_spec(path: Path, card: ModelCard, plan: Plan) -> MapSpec:
     return MapSpec(
         path.stem, plan.grid.size_out, card.classes, plan.grid.mpp_out, chunk=min(CHUNK_OUT, plan.grid.block_out)
     )
+
+
+def _regions(work: BlockWork, plan: Plan) -> Iterable[Region]:
+    pieces = (piece for block in plan.blocks for piece in load_regions(regions_file(work.folder, block)))
+    return join_regions(pieces, work.settings.min_area_um2 / plan.grid.mpp_out**2)
 
 
 def _areas_mm2(records: list[BlockRecord], spec: MapSpec) -> dict[str, float]:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from models.predictor import Predictor
 from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
+from pipeline.formats import outputs
 from pipeline.progress import Progress, no_progress
 from pipeline.results.slide_result import SlideResult
 from pipeline.slide import recipe
@@ -153,7 +154,14 @@ def filling_first(writes: Callable[..., object], ballast: Path) -> Callable[...,
     return full
 
 
-STAGES = ["create_store", "blocks", "write_features", "build_pyramid", "write_preview", "write_slide_page", "write_run"]
+WRITERS = {
+    "write_features": outputs,
+    "build_pyramid": outputs,
+    "write_preview": outputs,
+    "write_slide_page": recipe,
+    "write_run": recipe,
+}
+STAGES = ["create_store", "blocks", *WRITERS]
 
 
 def test_a_disk_that_is_full_at_any_stage_ends_the_slide_by_name_and_the_run_goes_on_later(
@@ -167,7 +175,8 @@ def test_a_disk_that_is_full_at_any_stage_ends_the_slide_by_name_and_the_run_goe
             progress = at("segmenting", 4, lambda: fill(ballast)) if stage == "blocks" else no_progress
             with monkeypatch.context() as patch:
                 if stage != "blocks":
-                    patch.setattr(recipe, stage, filling_first(getattr(recipe, stage), ballast))
+                    module = WRITERS.get(stage, recipe)
+                    patch.setattr(module, stage, filling_first(getattr(module, stage), ballast))
                 # Somebody frees some space once the first slide has failed.
                 a, b = slides.run(output, progress=progress, report=lambda _: ballast.unlink(missing_ok=True))
             assert a.error.startswith(f"a.svs: the disk of {output} is full ("), (stage, a)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from models.tissue_class import TissueClass
 from pipeline.checks.geojson import RuleBrokenError, check_geojson
-from pipeline.formats.features import region_features, write_features
+from pipeline.formats.features import count_features, region_features, write_features
 from pipeline.formats.polygons import Region, block_regions, join_regions
 
 CLASSES = (
@@ -31,7 +31,8 @@ HOLED = shapely.Polygon(shapely.box(0, 0, 10, 8).exterior, [shapely.box(2, 2, 4,
 
 
 def written(folder: Path, regions: Any, l0_per_out: float = 4.0, digest: str = "abc") -> int:
-    return write_features(folder / "s.geojson", folder / "s.parquet", regions, CLASSES, l0_per_out, 0.5, digest)
+    write_features(folder / "s.geojson", folder / "s.parquet", regions, CLASSES, l0_per_out, 0.5, digest)
+    return count_features(folder / "s.parquet")
 
 
 def areas_mm2(features: list[dict[str, Any]]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The preview picture: its parts, their colours, and that odd slides do not break it."""
+"""The preview picture: its parts, their colors, and slides of odd shapes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from PIL import Image
 from models.tissue_class import TissueClass
 from pipeline.formats import preview
 from pipeline.formats.preview import length_text, overlay, round_length_um, write_preview
+from pipeline.results.areas import ClassArea, class_areas
 
 CLASSES = [TissueClass("Tumor", (200, 0, 0)), TissueClass("Stroma", (0, 160, 20))]
+
+
+AREAS = class_areas({"Tumor": 1.0, "Stroma": 1.0}, CLASSES)
 
 
 def halves(height: int, width: int) -> preview.UInt8Array:
@@ -29,7 +33,7 @@ def halves(height: int, width: int) -> preview.UInt8Array:
 def test_slides_of_any_form_give_a_sheet_of_reasonable_size(tmp_path: Path, size: tuple[int, int]) -> None:
     width, height = size
     thumbnail_rgb_HWC = np.full((height, width, 3), 200, np.uint8)
-    write_preview(tmp_path / "p.png", thumbnail_rgb_HWC, halves(50, 30), CLASSES, "a slide", 8.0)
+    write_preview(tmp_path / "p.png", thumbnail_rgb_HWC, halves(50, 30), AREAS, "a slide", 8.0)
     with Image.open(tmp_path / "p.png") as picture:
         assert (picture.format, picture.mode) == ("PNG", "RGB")
         assert 700 <= picture.width <= 2400
@@ -38,14 +42,14 @@ def test_slides_of_any_form_give_a_sheet_of_reasonable_size(tmp_path: Path, size
 
 @pytest.mark.parametrize("title", ["", "日本 🔬 Ñandú – µm", "a\nb\x00c\ud800", "long " * 200])
 def test_any_title_is_drawn(tmp_path: Path, title: str) -> None:
-    classes = [TissueClass("日本 🔬 Ñandú – µm", (1, 2, 3)), TissueClass("long" * 16, (1, 2, 3))] * 20
-    write_preview(tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8), halves(4, 6), classes, title, 100.0)
+    areas = [ClassArea(name, (1, 2, 3), 1.0, 0.025) for name in (title or "x", "long" * 16)] * 20
+    write_preview(tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8), halves(4, 6), areas, title, 100.0)
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
 def test_an_empty_map_gives_a_picture(tmp_path: Path) -> None:
     write_preview(
-        tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8), np.zeros((4, 6), np.uint8), CLASSES, "empty", 100.0
+        tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8), np.zeros((4, 6), np.uint8), AREAS, "empty", 100.0
     )
     assert (tmp_path / "p.png").exists()
 
@@ -63,13 +67,13 @@ def test_classes_are_blended_and_outlined_over_the_slide_and_background_is_left(
 
 def test_a_large_thumbnail_is_reduced_and_its_scale_bar_with_it(tmp_path: Path) -> None:
     small, large = (np.full((height, 2 * height, 3), 255, np.uint8) for height in (550, 1100))
-    write_preview(tmp_path / "a.png", small, halves(5, 10), CLASSES, "t", 10.0)
-    write_preview(tmp_path / "b.png", large, halves(5, 10), CLASSES, "t", 5.0)
+    write_preview(tmp_path / "a.png", small, halves(5, 10), AREAS, "t", 10.0)
+    write_preview(tmp_path / "b.png", large, halves(5, 10), AREAS, "t", 5.0)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_the_scale_bar_is_as_long_as_it_says(tmp_path: Path) -> None:
-    write_preview(tmp_path / "p.png", np.full((550, 1100, 3), 255, np.uint8), halves(5, 10), CLASSES, "t", 10.0)
+    write_preview(tmp_path / "p.png", np.full((550, 1100, 3), 255, np.uint8), halves(5, 10), AREAS, "t", 10.0)
     with Image.open(tmp_path / "p.png") as picture:
         ink_HW = (np.asarray(picture) == preview.INK).all(axis=2)
     # At most 260 px of 10 µm: 2 mm, 200 px.
@@ -95,7 +99,9 @@ def test_text_is_reduced_to_what_the_font_can_draw() -> None:
     assert font.getlength(preview.fitting("abcdefghij" * 10, 150, font)) <= 150
 
 
-def test_shares_are_of_the_classified_area() -> None:
-    entries = preview._legend_entries(halves(8, 8), [*CLASSES, TissueClass("Fat", (1, 1, 1))])
-    assert [(name, share) for name, share, _ in entries] == [("Tumor", "50.0 %"), ("Stroma", "50.0 %"), ("Fat", "none")]
-    assert preview._share_text(1, 100_000) == "< 0.1 %"
+def test_the_legend_has_the_shares_of_the_areas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    legend: list[tuple[str, str]] = []
+    monkeypatch.setattr(preview, "_draw_entry", lambda _, __, name, share, *___: legend.append((name, share)))
+    areas = class_areas({"Tumor": 3.0, "Stroma": 1.0, "Fat": 0.0}, CLASSES)
+    write_preview(tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8), halves(8, 8), areas, "t", 1.0)
+    assert legend == [("Tumor", "75.0 %"), ("Stroma", "25.0 %"), ("Fat", "none")]

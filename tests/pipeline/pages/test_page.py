@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.pages.page import area_text, duration_text, share_text
+from pipeline.pages.page import area_text, duration_text
 from pipeline.pages.report_page import write_report
+from pipeline.results.areas import share_text
 from pipeline.results.summary import write_summary
 from tests.browser import axe_findings, screenshot
 from tests.pipeline.pages.results import NASTY, names, opened, result_of, write_result

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import json
+import os
+import re
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from models.tissue_class import TissueClass
 from pipeline import files
-from pipeline.errors import OutputError
+from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import write_atomically
-from pipeline.results.record import read_run, versions, write_run
-from pipeline.results.slide_result import SlideResult
+from pipeline.results.record import read_header, read_run, versions, write_run
+from pipeline.results.slide_result import COLUMNS, SlideResult, finished_result
 from pipeline.results.summary import write_summary
-from tests.pipeline.runs import make_run
+from tests.pipeline.runs import IDENTITY, TUMOR, make_run
 from tests.pipeline.summaries import rows_of
 
 
@@ -89,14 +93,76 @@ def test_a_crash_while_writing_leaves_the_former_text(tmp_path: Path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["summary.csv"]
 
 
-def test_run_json_comes_back_as_it_was_and_what_is_no_run_is_none(tmp_path: Path) -> None:
-    assert read_run(tmp_path) is None
-    run = make_run("größe")
+def test_one_entry_adds_a_column_to_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COLUMNS, "polygons", lambda run: run.polygons)
+    write_summary(tmp_path, [finished_result(tmp_path / "a", make_run("a"), 1.0), SlideResult("b", "failed", 0.0)])
+    assert [row["polygons"] for row in rows_of(tmp_path).values()] == ["1234", ""]
+    assert list(rows_of(tmp_path)["a"])[:5] == ["slide", "status", "seconds", "tissue_mm2", "polygons"]
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    background = TissueClass("glass", (255, 255, 255), "background")
+    run = make_run("größe", classes=(TUMOR, background), bad_tiles_l0=((0, 0, 8, 8),), warnings=("a", "b"))
     write_run(tmp_path, run)
     assert read_run(tmp_path) == run
-    for text in ("[1]", '{"identity": ', '{"identity": {}}', '{"name": "of another program"}'):
-        (tmp_path / "run.json").write_text(text, encoding="utf-8")
-        assert read_run(tmp_path) is None
+    stored = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert stored["classes"] == [
+        {"name": "tumor", "color": [255, 0, 0]},
+        {"name": "glass", "color": [255, 255, 255], "role": "background"},
+    ]
+    assert stored["tiles"] == {"run": 400, "segmented": 100, "without class": 8, "unreadable": 0}
+    assert (stored["plan"]["level"], stored["plan"]["map_size"], stored["plan"]["map_mpp"]) == (1, [1500, 1000], 4.0)
+
+
+def test_a_slide_path_that_is_not_utf8_is_stored(tmp_path: Path) -> None:
+    facts = make_run().slide.model_copy(update={"path": Path(os.fsdecode(b"/slides/caf\xe9.svs"))})
+    run = make_run(slide=facts)
+    write_run(tmp_path, run)
+    assert read_run(tmp_path) == run
+
+
+def test_a_record_without_the_path_and_stamp_of_the_slide_is_read(tmp_path: Path) -> None:
+    stored = make_run().model_dump(mode="json", by_alias=True)
+    del stored["slide"]["path"], stored["slide"]["stamp"]
+    (tmp_path / "run.json").write_text(json.dumps(stored), encoding="utf-8")
+    run = read_run(tmp_path)
+    assert run is not None
+    assert (run.slide.path, run.slide.stamp) == (None, "")
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", '{"identity": ', '{"identity": {}}', '{"name": "of another program"}', "[" * 99999]
+)
+def test_a_file_of_another_program_is_not_a_record(tmp_path: Path, text: str) -> None:
+    assert read_run(tmp_path) is None
+    (tmp_path / "run.json").write_text(text, encoding="utf-8")
+    assert read_run(tmp_path) is None
+    assert read_header(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("polygons", "many", "polygons"),
+        ("tissue_mm2", float("nan"), "tissue_mm2"),
+        ("slide", {"name": "a.svs"}, "slide.size"),
+        ("plan", {"level": 0}, "plan.grid.origin_lv"),
+        ("classes", [{"name": "tumor", "color": [0, 0, 256]}], "classes.0.color.2"),
+        ("class_areas_mm2", {"tumor": 1.0}, "class_areas_mm2"),
+        ("outputs", ["../elsewhere.parquet"], "outputs.0"),
+        ("status", "failed", "status"),
+    ],
+)
+def test_a_damaged_record_is_refused_by_the_name_of_the_value(
+    tmp_path: Path, key: str, value: object, named: str
+) -> None:
+    stored = make_run().model_dump(mode="json", by_alias=True) | {key: value}
+    (tmp_path / "run.json").write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(RunRecordError, match=rf"run\.json: .*{re.escape(named)}.*segment the slide again with --force"):
+        read_run(tmp_path)
+    header = read_header(tmp_path)
+    assert header is not None
+    assert header.identity == IDENTITY.as_json()
 
 
 @pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")

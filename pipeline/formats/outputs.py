@@ -1,0 +1,112 @@
+"""The outputs of a segmented slide: one entry of `OUTPUTS` for each.
+
+To add an output, write its writer in a file of this folder and add its entry here. The recipe calls every entry.
+The files appear in the result, in `run.json` and on the slide's page. The page and `run.json` themselves are not
+entries: they describe the other files and are written last.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.formats.features import write_features
+from pipeline.formats.ome_zarr import MapStore, build_pyramid
+from pipeline.formats.polygons import Region
+from pipeline.formats.preview import write_preview
+from pipeline.formats.slide_picture import SlidePicture, picture_slide
+from pipeline.results.areas import class_areas
+from pipeline.results.names import GEOJSON_END, GEOPARQUET_END, MAP_END, PREVIEW, RUN
+from wsi.grid import Grid
+from wsi.slide import Slide
+
+
+@dataclass(frozen=True)
+class SegmentedSlide:
+    """A slide whose blocks are all in the map: what the outputs are made from."""
+
+    slide: Slide
+    grid: Grid
+    store: MapStore
+    """The map. Level 0 is complete; the entry "pyramid" adds the coarser levels."""
+    digest: str
+    """`slide_digest` of the slide."""
+    areas_mm2: Mapping[str, float]
+    """Area of every class, counted in pixels of the map."""
+    regions: Callable[[], Iterable[Region]]
+    """Return the regions of the whole map. Every call reads and joins them again."""
+
+    @property
+    def name(self) -> str:
+        """Return the slide's name without the extension, and of the result's folder."""
+        return self.store.spec.name
+
+    @functools.cached_property
+    def picture(self) -> SlidePicture:
+        """Return the slide and its classes at the size of a page. Needs the pyramid."""
+        return picture_slide(self.slide, self.grid, self.store)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One kind of output. Its key in `OUTPUTS` is the name of its stage in the `seconds` of `run.json`."""
+
+    progress: str
+    """What the progress shows while the output is written."""
+    files: Mapping[str, str]
+    """What the slide's page states about each file, by the end of the file's name."""
+    write: Callable[[SegmentedSlide, Path], None]
+    """Write the files into the folder."""
+
+
+def _write_polygons(segmented: SegmentedSlide, folder: Path) -> None:
+    write_features(
+        folder / f"{segmented.name}{GEOJSON_END}",
+        folder / f"{segmented.name}{GEOPARQUET_END}",
+        segmented.regions(),
+        segmented.store.spec.classes,
+        l0_per_out=segmented.grid.l0_per_out,
+        mpp_l0=segmented.slide.info.mpp,
+        slide_digest=segmented.digest,
+    )
+
+
+def _write_pyramid(segmented: SegmentedSlide, _: Path) -> None:
+    build_pyramid(segmented.store.path, segmented.store.spec)
+
+
+def _write_preview(segmented: SegmentedSlide, folder: Path) -> None:
+    picture = segmented.picture
+    areas = class_areas(segmented.areas_mm2, picture.classes)
+    write_preview(
+        folder / PREVIEW, picture.rgb_HWC, picture.labels_HW, areas, title=segmented.name, um_per_px=picture.um_per_px
+    )
+
+
+OUTPUTS: dict[str, Output] = {
+    "join": Output(
+        progress="joining polygons",
+        files={GEOJSON_END: "polygons for QuPath", GEOPARQUET_END: "polygons as GeoParquet: GeoPandas, R, GIS"},
+        write=_write_polygons,
+    ),
+    "pyramid": Output(
+        progress="building the pyramid",
+        files={MAP_END: "probabilities and classes as OME-Zarr: QuPath, napari, Vitessce, Fiji"},
+        write=_write_pyramid,
+    ),
+    "preview": Output(
+        progress="drawing the preview",
+        files={PREVIEW: "a picture for slides and papers"},
+        write=_write_preview,
+    ),
+}
+"""Every output, in the order in which they are written."""
+
+
+def file_description(name: str) -> str:
+    """Return what the slide's page states about a file of a result."""
+    files = {end: text for output in OUTPUTS.values() for end, text in output.files.items()}
+    files[RUN] = "everything about the run, for programs"
+    return next((text for end, text in files.items() if name.endswith(end)), "")

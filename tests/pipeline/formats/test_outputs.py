@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.formats.outputs import OUTPUTS, Output, SegmentedSlide, file_description
+from pipeline.results.record import read_run
+from pipeline.slide.recipe import segment_slide
+from tests.pipeline.fakes import SMALL, colour_predictor
+from tests.slides import small_slide
+
+
+def test_one_entry_adds_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_areas(segmented: SegmentedSlide, folder: Path) -> None:
+        lines = [f"{name}\t{area}\n" for name, area in segmented.areas_mm2.items()]
+        (folder / f"{segmented.name}.tsv").write_text("".join(lines), encoding="utf-8")
+
+    monkeypatch.setitem(OUTPUTS, "areas", Output("writing areas", {".tsv": "areas for spreadsheets"}, write_areas))
+    steps: list[str] = []
+    slide = small_slide(tmp_path / "a.svs")
+    result = segment_slide(slide, tmp_path, colour_predictor(), SMALL, lambda stage, *_: steps.append(stage))
+    assert result.folder is not None
+    run = read_run(result.folder)
+    assert run is not None
+    lines = (result.folder / "a.tsv").read_text(encoding="utf-8").splitlines()
+    assert lines == [f"{name}\t{area}" for name, area in run.class_areas_mm2.items()]
+    assert "a.tsv" in run.outputs
+    assert run.seconds["areas"] >= 0
+    assert "writing areas" in steps
+    assert "areas for spreadsheets" in (result.folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_every_file_of_a_result_has_a_description() -> None:
+    names = ["a.ome.zarr", "a.geojson", "a.parquet", "preview.png", "run.json"]
+    assert all(file_description(name) for name in names)
+    assert file_description("notes.txt") == ""
