@@ -1,6 +1,6 @@
 """Model bundles: a folder of model.json, classifier.safetensors and segmenter.safetensors.
 
-Reading a card imports no torch, so that a command line can check its model at once; `load_networks` does.
+Reading a card does not import torch, so that a command can check its model at once. `load_networks` does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DEFAULT_BUNDLE = "colon-gland"
-"""Name of the shipped bundle that is used where none is named."""
+"""Name of the default shipped bundle."""
 
 SHIPPED_FOLDER = Path(__file__).parent / "weights"
 CARD_FILE = "model.json"
@@ -40,10 +40,10 @@ Triple = tuple[float, float, float]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 NetworkName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")]
-"""No colon and no slash: timm fetches "hf-hub:…" from the network, and takes "local-dir:…" for a folder."""
+"""Without colon and slash, because timm downloads "hf-hub:…" and reads the folder of "local-dir:…"."""
 
 NO_DIGEST = "0" * 64
-"""Stands in a draft of a card, whose weights have not been written."""
+"""Digest in the draft of a card whose weights are not written yet."""
 
 
 class _Strict(BaseModel):
@@ -51,38 +51,38 @@ class _Strict(BaseModel):
 
 
 class ClassifierCard(_Strict):
-    """How to build the classifier."""
+    """Architecture of the classifier."""
 
     backbone: NetworkName
     head: Annotated[str, Field(min_length=1)]
     depth: Annotated[int, Field(ge=3)] | None = None
-    """Feature stages of the backbone that are used; None: all of it."""
+    """Number of feature stages of the backbone to use; None for the whole backbone."""
 
 
 class SegmenterCard(_Strict):
-    """How to build the segmenter."""
+    """Architecture of the segmenter."""
 
     encoder: NetworkName
 
 
 class WeightsCard(_Strict):
-    """SHA-256 of the weights files."""
+    """SHA-256 digests of the weights files."""
 
     classifier: Digest
     segmenter: Digest
 
 
 class ModelCard(_Strict):
-    """What model.json holds: everything that is needed to use a model, and to judge whether to."""
+    """The content of model.json: everything needed to use a model and to decide whether it is suitable."""
 
     schema_version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: Annotated[str, Field(min_length=1)]
     classes: Annotated[tuple[TissueClass, ...], Field(min_length=2, max_length=254)]
     mpp: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
-    """Micrometres per pixel of the images the networks expect."""
+    """Micrometers per pixel of the images that the networks expect."""
     tile_size: Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
-    """Side of a tile in pixels at `mpp`."""
+    """Side of a tile in pixels, at `mpp`."""
     mean: Triple
     """Subtracted from RGB scaled to 0–1, per channel."""
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
@@ -90,13 +90,13 @@ class ModelCard(_Strict):
     segmenter: SegmenterCard
     output_stride: Literal[4] = 4
     gate_thresholds: tuple[Fraction, ...]
-    """Per class: the class passes where the classifier's probability is above it."""
+    """Threshold per class. The gate accepts a class if its presence probability exceeds the threshold."""
     licence: Annotated[str, Field(min_length=1)]
     training_data: Annotated[str, Field(min_length=1)]
-    """Data, attribution, split and supervision."""
+    """Data set, attribution, split and supervision."""
     metrics: dict[str, float]
     limits: Annotated[str, Field(min_length=1)]
-    """What the model is not for."""
+    """Uses that the model is not for."""
     weights: WeightsCard
 
     @model_validator(mode="after")
@@ -113,8 +113,9 @@ class ModelCard(_Strict):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked card and the folder it lies in; `digest` is the SHA-256 of model.json, which itself holds the weights'
-    digests.
+    """A checked card and its folder.
+
+    `digest` is the SHA-256 of model.json, which contains the digests of the weights.
     """
 
     card: ModelCard
@@ -123,28 +124,28 @@ class Bundle:
 
 
 def shipped_bundles() -> list[str]:
-    """Return the names of the bundles that come with the package, sorted."""
+    """Return the names of the shipped bundles, sorted."""
     if not SHIPPED_FOLDER.is_dir():
         return []
     return sorted(folder.name for folder in SHIPPED_FOLDER.iterdir() if (folder / CARD_FILE).is_file())
 
 
 def load_bundle(name_or_path: str | Path) -> Bundle:
-    """Return the shipped bundle of that name, or the one in that folder; reads the card only, not the weights.
+    """Return the shipped bundle of this name, or the bundle in this folder. Reads the card, not the weights.
 
-    A shipped name wins over a folder of the same name in the working directory ("./name" names the folder). Raises
-    UnknownBundleError, MissingBundleFileError or InvalidCardError.
+    A shipped name takes precedence over a folder of the same name in the working directory; pass "./name" for the
+    folder. Raises BundleError.
     """
     names = shipped_bundles()
     path = SHIPPED_FOLDER / str(name_or_path) if str(name_or_path) in names else Path(name_or_path)
     if not path.is_dir():
         raise UnknownBundleError(
-            f"{name_or_path}: neither a shipped model ({', '.join(names) or 'none'}) nor the folder of a model bundle"
+            f"{name_or_path}: neither a shipped model ({', '.join(names) or 'none'}) nor a bundle folder"
         )
     for file in (CARD_FILE, CLASSIFIER_FILE, SEGMENTER_FILE):
         if not (path / file).is_file():
             raise MissingBundleFileError(
-                f"{path}: no {file}; a bundle is {CARD_FILE}, {CLASSIFIER_FILE} and {SEGMENTER_FILE}"
+                f"{path}: {file} is missing; a bundle contains {CARD_FILE}, {CLASSIFIER_FILE} and {SEGMENTER_FILE}"
             )
     content = (path / CARD_FILE).read_bytes()
     return Bundle(_parse_card(content, path / CARD_FILE), path, hashlib.sha256(content).hexdigest())
@@ -155,23 +156,23 @@ def _parse_card(content: bytes, file: Path) -> ModelCard:
         return ModelCard.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if where == "schema_version":
+        key = ".".join(str(part) for part in first["loc"])
+        if key == "schema_version":
             found = first["input"] if first["type"] != "missing" else "none"
             raise InvalidCardError(
-                f"{file}: schema_version is {found}, this version reads {SCHEMA_VERSION}; "
-                "update the package, or export the bundle again"
+                f"{file}: schema_version is {found}, but this version reads {SCHEMA_VERSION}; "
+                "update wsi-segment, or export the bundle again"
             ) from error
         raise InvalidCardError(
-            f"{file}: {where or 'not JSON'}: {first['msg']} ({error.error_count()} error(s) in all)"
+            f"{file}: {key or 'not valid JSON'}: {first['msg']} ({error.error_count()} error(s) in total)"
         ) from error
 
 
 def load_networks(bundle: Bundle) -> tuple[nn.Module, nn.Module]:
     """Return (classifier, segmenter) of the bundle in float32 and eval mode, on the CPU.
 
-    Raises DigestMismatchError where a weights file is not the one the card names, WeightsMismatchError where it does
-    not fit the architecture, ArchitectureError where that does not exist.
+    Raises DigestMismatchError if a weights file is not the one that the card names, WeightsMismatchError if the weights
+    do not fit the architecture, and ArchitectureError if the architecture does not exist.
     """
     from models.classifier import Classifier
     from models.segmenter import build_segmenter
@@ -193,7 +194,7 @@ def _load_weights(network: nn.Module, file: Path, expected: str) -> None:
     actual = hashlib.sha256(content).hexdigest()
     if actual != expected:
         raise DigestMismatchError(
-            f"{file}: SHA-256 is {actual}, {CARD_FILE} says {expected}; fetch or export the bundle again"
+            f"{file}: the SHA-256 is {actual}, but {CARD_FILE} has {expected}; download or export the bundle again"
         )
     wanted = network.state_dict()
     try:
@@ -210,25 +211,25 @@ def _as_loaded(tensor: Tensor) -> Tensor:
 
 
 def _as_stored(tensor: Tensor) -> Tensor:
-    # Kernels in float16 halve the file. Vectors (biases, batch-norm statistics) are small, and a running variance can
-    # leave float16's range.
+    # Kernels in float16 halve the file size. Vectors (biases, batch-norm statistics) are small, and a running variance
+    # can exceed the range of float16.
     stored = tensor.detach().cpu().contiguous()
     return stored.half() if stored.is_floating_point() and stored.ndim > 1 else stored
 
 
-def _serialise(network: nn.Module) -> bytes:
+def _serialize(network: nn.Module) -> bytes:
     import safetensors.torch
 
     return safetensors.torch.save({name: _as_stored(tensor) for name, tensor in network.state_dict().items()})
 
 
 def save_bundle(folder: Path, card: ModelCard, classifier: nn.Module, segmenter: nn.Module) -> Bundle:
-    """Write the bundle folder, replacing one that is there, and return it as loaded.
+    """Write the bundle folder, replace an existing one, and return the loaded bundle.
 
-    Kernels are stored in float16, vectors in float32. The card's `weights` are set to the digests of what is written.
-    The folder is built beside its place and renamed into it, so a killed run leaves no half bundle.
+    Kernels are stored in float16 and vectors in float32. `weights` of the card is set to the digests of the files. The
+    folder is written under another name and then renamed, so that a killed run leaves no incomplete bundle.
     """
-    contents = {CLASSIFIER_FILE: _serialise(classifier), SEGMENTER_FILE: _serialise(segmenter)}
+    contents = {CLASSIFIER_FILE: _serialize(classifier), SEGMENTER_FILE: _serialize(segmenter)}
     digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
     weights = WeightsCard(classifier=digests[CLASSIFIER_FILE], segmenter=digests[SEGMENTER_FILE])
     contents[CARD_FILE] = (card.model_copy(update={"weights": weights}).model_dump_json(indent=2) + "\n").encode()

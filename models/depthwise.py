@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 def speed_up_depthwise(network: nn.Module) -> None:
     """Give the dilated depthwise convolutions of a network a faster gradient, in place; outputs and weights stay.
 
-    oneDNN computes the gradient by the input of these ten times slower than the output. It is itself a depthwise
-    convolution, of the output's gradient with the kernel turned by 180°, and is computed as one here.
+    oneDNN takes ten times as long for the input gradient of these convolutions as for their output. The input gradient
+    is the depthwise convolution of the output gradient with the kernel rotated by 180°, and is computed this way here.
+    docs/decisions/0010-workarounds.md has the measurement.
     """
     for module in network.modules():
         if type(module) is nn.Conv2d and _applies(module):
@@ -22,7 +23,7 @@ def speed_up_depthwise(network: nn.Module) -> None:
 
 
 def _applies(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is depthwise, dilated, and keeps height and width: the turned one then has its geometry."""
+    """Return whether a convolution is dilated and depthwise, keeps height and width, and has no bias."""
     side, dilation = conv.kernel_size, conv.dilation
     keeps_size = conv.padding == tuple(d * (k - 1) // 2 for k, d in zip(side, dilation, strict=True))
     depthwise = conv.groups == conv.in_channels == conv.out_channels
@@ -31,9 +32,9 @@ def _applies(conv: nn.Conv2d) -> bool:
 
 
 class DilatedDepthwise(nn.Conv2d):
-    """A convolution of the kind that `speed_up_depthwise` looks for."""
+    """A dilated depthwise convolution whose input gradient is a convolution too."""
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002, ARG002 - torch's
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002, ARG002 - the signature of torch
         result: Tensor = _Convolution.apply(input, weight, self.padding, self.dilation)  # type: ignore[no-untyped-call]
         return result
 

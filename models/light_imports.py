@@ -1,8 +1,8 @@
-"""Keeps torch's compiler out of a start: it takes a second to import, and nothing here compiles.
+"""Import timm and segmentation-models-pytorch without torch's compiler, which saves 1.4 s of CPU time.
 
-torchvision and timm import `torch._dynamo` only to ask whether something could be compiled, or to say that it shall not
-be. Both get a stand-in for as long as they are imported. Networks that are built on the device "meta", to look at their
-shapes, would import it once more to draw random weights that nobody sees.
+torchvision and timm import `torch._dynamo` only to ask whether a function can be compiled, or to exclude one. They get
+a stand-in during their import. Networks on the device "meta", which have shapes but no values, would import the
+compiler later to initialize their weights. docs/decisions/0010-workarounds.md has the measurement.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from models.torchvision_ops import declare_missing_ops
 
 
 def import_light(name: str) -> Any:
-    """Import a library that imports torchvision or timm, without `torch._dynamo` unless it needs more of that."""
+    """Import a library that imports torchvision or timm, without `torch._dynamo` if the stand-ins suffice."""
     declare_missing_ops()
     if "torch._dynamo" not in sys.modules:
         try:
             with _stand_ins():
                 return importlib.import_module(name)
         except (ImportError, AttributeError):
-            pass  # another version, which wants more of the compiler than the stand-ins have
+            pass  # another version of the library uses more of the compiler than the stand-ins offer
     return importlib.import_module(name)
 
 
 class WithoutUnseenWeights(TorchFunctionMode):
-    """Within this context, weights on the device "meta" are not initialised: they have no values."""
+    """Skip the initialization of weights on the device "meta" within this context, because they have no values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called for each function of torch."""
+        """Call a function of torch, unless it initializes weights on "meta"."""
         kwargs = kwargs or {}
         weight = args[0] if args else kwargs.get("tensor")
         if getattr(func, "__module__", "") == "torch.nn.init" and isinstance(weight, Tensor) and weight.is_meta:
@@ -69,5 +69,5 @@ def _is_compile_supported(device: str) -> bool:
 
 
 def _as_it_is(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Callable[..., Any]:
-    """`torch.compiler.disable` for functions that nobody compiles."""
+    """Replace `torch.compiler.disable` for functions that are never compiled."""
     return function if function is not None else _as_it_is

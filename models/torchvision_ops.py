@@ -1,10 +1,9 @@
-"""Lets torchvision be imported beside a torch it was not built with.
+"""Make torchvision importable beside a torch that it was not built with.
 
-torchvision's Python code registers fake kernels for ``torchvision::nms`` and ``torchvision::qnms`` while it is
-imported. Its compiled extension declares these operators; where the extension does not load (a CPU build of torch
-beside the registry's CUDA build of torchvision is the usual case) the import fails with "operator torchvision::nms does
-not exist". timm and segmentation-models-pytorch import torchvision but use neither operator, so a declaration without a
-kernel is enough.
+During its import, torchvision registers fake kernels for the operators ``torchvision::nms`` and ``torchvision::qnms``,
+which its compiled extension declares. If the extension does not load, the import fails with "operator torchvision::nms
+does not exist". The usual cause is a CPU build of torch beside the default CUDA build of torchvision. timm and
+segmentation-models-pytorch import torchvision but use neither operator, so a declaration without a kernel suffices.
 """
 
 from __future__ import annotations
@@ -17,20 +16,19 @@ import torch
 
 _SCHEMAS = {name: f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" for name in ("nms", "qnms")}
 
-# A torch.library.Library takes its declarations back when it is collected, so it lives as long as this module.
+# A torch.library.Library removes its declarations when it is collected, so it must live as long as this module.
 _declared: list[torch.library.Library] = []
 
 
 def declare_missing_ops() -> list[str]:
-    """Declare those of torchvision's operators that its own extension cannot; return their names, empty where none was
-    missing.
+    """Declare the operators that torchvision's extension does not declare, and return their names.
 
-    Call it before the first import of torchvision. Calling it again does nothing.
+    Call this function before the first import of torchvision. Later calls do nothing.
     """
     if _has_op("nms") or _load_extension():
         return []
     missing = [name for name in _SCHEMAS if not _has_op(name)]
-    # FRAGMENT adds to the namespace without claiming it.
+    # FRAGMENT extends the namespace instead of creating it.
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in missing:
         library.define(_SCHEMAS[name])
@@ -39,14 +37,12 @@ def declare_missing_ops() -> list[str]:
 
 
 def _has_op(name: str) -> bool:
-    # getattr on torch.ops raises AttributeError for an operator that nobody has declared.
+    # torch.ops raises AttributeError for an operator that is not declared.
     return hasattr(torch.ops.torchvision, name)
 
 
 def _load_extension() -> bool:
-    """Load torchvision's compiled extension as torchvision itself would; False where there is none that fits this
-    torch.
-    """
+    """Load the compiled extension as torchvision would, and return False if none fits this torch."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return False

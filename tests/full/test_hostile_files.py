@@ -330,7 +330,7 @@ def test_a_card_cannot_make_the_libraries_fetch_a_network(name: str) -> None:
 def test_a_card_nested_a_hundred_thousand_times_is_refused(tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path / "small").path
     (bundle / "model.json").write_bytes(b"[" * 100_000 + b"]" * 100_000)
-    with pytest.raises(InvalidCardError, match="not JSON"):
+    with pytest.raises(InvalidCardError, match="not valid JSON"):
         load_bundle(bundle)
     assert ModelCard.model_config["extra"] == "forbid"
 

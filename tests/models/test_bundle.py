@@ -58,7 +58,7 @@ def _rewrite(folder: Path, change: dict[str, Any]) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
 
 
-def test_networks_come_back_within_half_precision_and_in_float32(tmp_path: Path) -> None:
+def test_networks_load_in_float32_within_half_precision(tmp_path: Path) -> None:
     classifier, segmenter = Classifier("tf_efficientnet_lite0", "pda", 2), build_segmenter("resnet18", 2)
     bundle = save_bundle(tmp_path / "b", _real_card(), classifier, segmenter)
     for original, loaded in zip((classifier, segmenter), load_networks(bundle), strict=True):
@@ -70,13 +70,13 @@ def test_networks_come_back_within_half_precision_and_in_float32(tmp_path: Path)
             assert torch.equal(state[name], stored), name
 
 
-def test_digest_is_that_of_the_card_which_holds_those_of_the_weights(folder: Path) -> None:
+def test_the_digest_covers_the_card_and_the_card_contains_the_weights_digests(folder: Path) -> None:
     bundle = load_bundle(folder)
     assert bundle.digest == hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
     assert bundle.card.weights.classifier == hashlib.sha256((folder / CLASSIFIER_FILE).read_bytes()).hexdigest()
 
 
-def test_saving_again_replaces_the_bundle_and_leaves_nothing_beside_it(folder: Path) -> None:
+def test_saving_again_replaces_the_bundle_and_leaves_no_other_file(folder: Path) -> None:
     save_bundle(
         folder, _real_card().model_copy(update={"name": "second"}), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     )
@@ -84,27 +84,27 @@ def test_saving_again_replaces_the_bundle_and_leaves_nothing_beside_it(folder: P
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
-def test_unknown_name_lists_the_shipped_ones(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_name_lists_the_shipped_bundles(tmp_path: Path) -> None:
     with pytest.raises(UnknownBundleError, match=f"lung.*{DEFAULT_BUNDLE}"):
         load_bundle("lung")
 
 
 @pytest.mark.parametrize("file", ["model.json", CLASSIFIER_FILE, SEGMENTER_FILE])
-def test_missing_file_is_named(folder: Path, file: str) -> None:
+def test_the_error_names_a_missing_file(folder: Path, file: str) -> None:
     (folder / file).unlink()
-    with pytest.raises(MissingBundleFileError, match=f"no {file}"):
+    with pytest.raises(MissingBundleFileError, match=f"{file} is missing"):
         load_bundle(folder)
 
 
-def test_unknown_schema_version_says_what_is_read(folder: Path) -> None:
+def test_the_error_for_an_unknown_schema_version_names_the_supported_one(folder: Path) -> None:
     _rewrite(folder, {"schema_version": 2})
-    with pytest.raises(InvalidCardError, match="schema_version is 2, this version reads 1"):
+    with pytest.raises(InvalidCardError, match="schema_version is 2, but this version reads 1"):
         load_bundle(folder)
 
 
-def test_card_that_is_no_json_is_refused(folder: Path) -> None:
+def test_a_card_that_is_not_json_is_refused(folder: Path) -> None:
     (folder / "model.json").write_text("{")
-    with pytest.raises(InvalidCardError, match="not JSON"):
+    with pytest.raises(InvalidCardError, match="not valid JSON"):
         load_bundle(folder)
 
 
@@ -123,13 +123,13 @@ def test_card_that_is_no_json_is_refused(folder: Path) -> None:
         ({"surprise": 1}, "surprise"),
     ],
 )
-def test_invalid_card_names_the_field(folder: Path, change: dict[str, Any], named: str) -> None:
+def test_the_error_names_the_invalid_field_of_a_card(folder: Path, change: dict[str, Any], named: str) -> None:
     _rewrite(folder, change)
     with pytest.raises(InvalidCardError, match=named):
         load_bundle(folder)
 
 
-def test_changed_weights_are_refused_with_both_digests(folder: Path) -> None:
+def test_the_error_for_changed_weights_contains_both_digests(folder: Path) -> None:
     expected = load_bundle(folder).card.weights.classifier
     content = bytearray((folder / CLASSIFIER_FILE).read_bytes())
     content[-1] ^= 1
@@ -151,13 +151,13 @@ def test_unknown_architecture_is_refused(folder: Path) -> None:
         load_networks(load_bundle(folder))
 
 
-def test_card_cannot_be_changed() -> None:
+def test_a_card_is_immutable() -> None:
     with pytest.raises(FrozenInstanceError):
         make_card().classes[0].name = "other"  # type: ignore[misc] # it is frozen
     assert TissueClass("a", (0, 0, 0)).color == (0, 0, 0)
 
 
-def test_default_bundle_is_shipped_and_small() -> None:
+def test_the_default_bundle_is_shipped_and_small() -> None:
     assert DEFAULT_BUNDLE in shipped_bundles()
     bundle = load_bundle(DEFAULT_BUNDLE)
     assert [entry.name for entry in bundle.card.classes] == ["other", "gland"]
@@ -166,7 +166,7 @@ def test_default_bundle_is_shipped_and_small() -> None:
     assert bundle.path == SHIPPED_FOLDER / DEFAULT_BUNDLE
 
 
-def test_backbone_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backbone_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a network was asked for")
 

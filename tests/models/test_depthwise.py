@@ -1,4 +1,4 @@
-"""Faster gradients of dilated depthwise convolutions against torch's own."""
+"""The faster gradients of dilated depthwise convolutions against those of torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.depthwise import DilatedDepthwise, speed_up_depthwise
 
 
 def gradients(network: nn.Module, x_NCHW: Tensor) -> list[Tensor]:
-    """Of a loss that weighs every output differently, by the input and by all parameters."""
+    """Return the output, and the gradients of a loss that weights every output differently."""
     x_NCHW = x_NCHW.clone().requires_grad_()
     output = network(x_NCHW)
     loss = (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)).sum()
@@ -22,7 +22,9 @@ def gradients(network: nn.Module, x_NCHW: Tensor) -> list[Tensor]:
     ("side", "dilation", "padding"),
     [((3, 3), (2, 2), (2, 2)), ((5, 5), (2, 2), (4, 4)), ((5, 5), (4, 4), (8, 8)), ((3, 5), (2, 1), (2, 2))],
 )
-def test_the_gradients_are_torchs(side: tuple[int, int], dilation: tuple[int, int], padding: tuple[int, int]) -> None:
+def test_gradients_equal_those_of_torch(
+    side: tuple[int, int], dilation: tuple[int, int], padding: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(4, 4, side, padding=padding, dilation=dilation, groups=4, bias=False), nn.Conv2d(4, 2, 1)
@@ -33,6 +35,13 @@ def test_the_gradients_are_torchs(side: tuple[int, int], dilation: tuple[int, in
     assert [type(module) for module in network] == [DilatedDepthwise, nn.Conv2d]
     for ours, theirs in zip(gradients(network, x_NCHW), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_faster_gradient_is_used() -> None:
+    network = nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False)
+    speed_up_depthwise(network)
+    output = network(torch.randn(1, 4, 9, 7))
+    assert type(output.grad_fn).__name__ == "_ConvolutionBackward"
 
 
 def test_a_real_backbone_keeps_its_gradients_and_weights() -> None:
@@ -67,6 +76,6 @@ def test_a_real_backbone_keeps_its_gradients_and_weights() -> None:
     ],
     ids=["undilated", "grouped", "biased", "shrinking", "strided", "same", "doubling"],
 )
-def test_other_convolutions_are_left_alone(conv: nn.Conv2d) -> None:
+def test_other_convolutions_do_not_change(conv: nn.Conv2d) -> None:
     speed_up_depthwise(conv)
     assert type(conv) is nn.Conv2d

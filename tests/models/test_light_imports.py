@@ -41,28 +41,28 @@ print(torch.compiler.disable is disable, is_compile_supported("cpu") == real("cp
 """
 
 
-def said_by(code: str) -> str:
+def output_of(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.mark.parametrize("runtime", ["torch", "openvino"])
-def test_a_model_is_loaded_without_torchs_compiler(runtime: str) -> None:
+def test_a_model_loads_without_the_compiler_of_torch(runtime: str) -> None:
     if runtime == "openvino":
         pytest.importorskip("openvino", reason="openvino is not installed")
-    assert said_by(LOAD.format(runtime=runtime)) == "['timm', 'torchvision']"
+    assert output_of(LOAD.format(runtime=runtime)) == "['timm', 'torchvision']"
 
 
 @pytest.mark.full
-def test_a_library_that_wants_more_of_the_compiler_gets_all_of_it() -> None:
-    assert said_by(WITHOUT_STAND_INS) == "timm"
+def test_a_library_that_needs_more_of_the_compiler_gets_the_real_one() -> None:
+    assert output_of(WITHOUT_STAND_INS) == "timm"
 
 
 @pytest.mark.full
-def test_the_compiler_is_as_it_was_afterwards() -> None:
-    assert said_by(AFTERWARDS) == "True True True"
+def test_the_compiler_is_restored_afterwards() -> None:
+    assert output_of(AFTERWARDS) == "True True True"
 
 
-def test_only_weights_without_values_are_left_alone() -> None:
+def test_only_weights_on_meta_are_not_initialized() -> None:
     torch.manual_seed(0)
     expected = nn.Linear(3, 2)
     torch.manual_seed(0)

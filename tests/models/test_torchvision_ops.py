@@ -15,7 +15,7 @@ def test_torchvision_imports_after_the_declaration() -> None:
     assert _python(code) == "imported"
 
 
-def test_missing_operators_are_declared_where_the_extension_does_not_load() -> None:
+def test_missing_operators_are_declared_if_the_extension_does_not_load() -> None:
     code = """
 import torch
 from models import torchvision_ops
@@ -30,6 +30,6 @@ import torchvision
     ]
 
 
-def test_importing_models_and_reading_a_card_imports_no_torch() -> None:
+def test_reading_a_card_does_not_import_torch() -> None:
     code = "import sys, models.bundle, models.errors; models.bundle.shipped_bundles(); print('torch' in sys.modules)"
     assert _python(code) == "False"

@@ -88,10 +88,10 @@ def test_single_files_stores_and_slides_are_checked_too(results: Path) -> None:
 def test_what_cannot_be_checked_is_a_usage_error(tmp_path: Path) -> None:
     code, stdout, stderr = run("check", tmp_path / "nowhere")
     assert (code, stdout) == (2, "")
-    assert "nothing is there" in stderr
+    assert "does not exist" in stderr
     assert run("check", tmp_path)[0] == 2
     (tmp_path / "slide.svs").write_bytes(b"")
-    assert "is none of these" in run("check", tmp_path / "slide.svs")[2]
+    assert "cannot be checked" in run("check", tmp_path / "slide.svs")[2]
     assert run("check")[0] == 2
 
 
@@ -132,14 +132,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "empty preview": (lambda r: (r / "a/preview.png").write_bytes(b""), "a/preview.png", "is empty"),
     "no map": (lambda r: shutil.rmtree(r / STORE), "a/run.json", "a.ome.zarr is missing"),
     "no polygons": (lambda r: (r / GEOJSON).unlink(), "a/run.json", "a.geojson is missing"),
-    "run.json cut": (lambda r: (r / "a/run.json").write_text("{"), "a/run.json", "does not say what belongs"),
-    "run.json of others": (lambda r: (r / "a/run.json").write_text("{}"), "a/run.json", "does not say what belongs"),
-    "no result of a slide": (lambda r: shutil.rmtree(r / "b"), "summary.csv", "b is done, but has no result"),
-    "other summary": (lambda r: (r / "summary.csv").write_text("x\n1\n"), "summary.csv", "is no summary of results"),
+    "run.json cut": (lambda r: (r / "a/run.json").write_text("{"), "a/run.json", "does not list the outputs"),
+    "run.json of others": (lambda r: (r / "a/run.json").write_text("{}"), "a/run.json", "does not list the outputs"),
+    "no result of a slide": (lambda r: shutil.rmtree(r / "b"), "summary.csv", "b is done but has no result"),
+    "other summary": (lambda r: (r / "summary.csv").write_text("x\n1\n"), "summary.csv", "is not a summary of results"),
     "a feature less": (
         lambda r: change(r / GEOJSON, lambda d: d["features"].pop()),
         GEOJSON,
-        "1 features, but run.json counts 2 polygons",
+        "has 1 features, but run.json has 2 polygons",
     ),
     "cut GeoJSON": (
         lambda r: (r / GEOJSON).write_bytes((r / GEOJSON).read_bytes()[:-8]),
@@ -150,32 +150,32 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "newline-delimited": (
         lambda r: (r / GEOJSON).write_text('{"type":"FeatureCollection","features":[]}\n{"type":"Feature"}'),
         GEOJSON,
-        "something after its end",
+        "text after the end",
     ),
     "comma too many": (lambda r: edit(r / GEOJSON, "\n]}", ",\n]}"), GEOJSON, "not one JSON document"),
     "unclosed ring": (
         lambda r: change(r / GEOJSON, lambda d: first_ring(d).pop()),
         GEOJSON,
-        "feature 0: ring not closed",
+        "feature 0: ring is not closed",
     ),
     "null name": (
         lambda r: change(r / GEOJSON, lambda d: d["features"][1]["properties"].update(name=None)),
         GEOJSON,
-        "feature 1: null",
+        "feature 1: value is null",
     ),
     "colour as hex": (
         lambda r: change(
             r / GEOJSON, lambda d: d["features"][0]["properties"]["classification"].update(color="#ff0000")
         ),
         GEOJSON,
-        "colour is not a list of three",
+        "color is not a list of three",
     ),
     "same id": (
         lambda r: change(r / GEOJSON, lambda d: d["features"][1].update(id=d["features"][0]["id"])),
         GEOJSON,
-        "twice",
+        "occurs twice",
     ),
-    "NaN": (lambda r: edit(r / GEOJSON, '"Area mm^2":', '"x":NaN,"Area mm^2":'), GEOJSON, "NaN is not JSON"),
+    "NaN": (lambda r: edit(r / GEOJSON, '"Area mm^2":', '"x":NaN,"Area mm^2":'), GEOJSON, "NaN is not valid JSON"),
     "tile without measurements": (
         lambda r: change(r / TILES, lambda d: d["features"][3]["properties"].pop("measurements")),
         TILES,
@@ -184,7 +184,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "tile off the grid": (
         lambda r: change(r / TILES, lambda d: first_ring(d)[1].__setitem__(0, 0.001)),
         TILES,
-        "off the 0.01 grid",
+        "is not a multiple of 0.01",
     ),
     "cut Parquet": (
         lambda r: (r / "a/a.parquet").write_bytes((r / "a/a.parquet").read_bytes()[:99]),
@@ -194,33 +194,41 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a row less": (
         lambda r: rewrite_parquet(r / "a/a.parquet", lambda t: t.slice(1)),
         "a/a.parquet",
-        "1 rows, but run.json counts 2 polygons",
+        "has 1 rows, but run.json has 2 polygons",
     ),
     "no geometry": (
         lambda r: rewrite_parquet(r / "a/a.parquet", lambda t: t.drop_columns(["geometry"])),
         "a/a.parquet",
-        "without the columns geometry",
+        "lacks the columns geometry",
     ),
     "plain Parquet": (
         lambda r: rewrite_parquet(r / "a/a.parquet", lambda t: t.replace_schema_metadata(None)),
         "a/a.parquet",
-        "without the metadata of GeoParquet",
+        "has no GeoParquet metadata",
     ),
     "zarr 3": (lambda r: (r / STORE / ".zgroup").unlink(), STORE, ".zgroup: No such file"),
-    "no omero": (lambda r: change(r / STORE / ".zattrs", lambda d: d.pop("omero")), STORE, "metadata without 'omero'"),
-    "attributes cut": (lambda r: (r / STORE / ".zattrs").write_text("{"), STORE, "metadata of another form"),
+    "no omero": (
+        lambda r: change(r / STORE / ".zattrs", lambda d: d.pop("omero")),
+        STORE,
+        "metadata lacks the key 'omero'",
+    ),
+    "attributes cut": (lambda r: (r / STORE / ".zattrs").write_text("{"), STORE, "metadata is malformed"),
     "uncompressed": (
         lambda r: change(r / STORE / "0/.zarray", lambda d: d.update(compressor=None)),
         STORE,
-        "0: codec None",
+        "0: codec is None",
     ),
     "bare zstd": (
         lambda r: change(r / STORE / "1/.zarray", lambda d: d.update(compressor={"id": "zstd", "level": 3})),
         STORE,
-        "1: codec {'id': 'zstd'",
+        "1: codec is {'id': 'zstd'",
     ),
     "float": (lambda r: change(r / STORE / "0/.zarray", lambda d: d.update(dtype="<f4")), STORE, "dtype is '<f4'"),
-    "a level less": (lambda r: shutil.rmtree(r / STORE / "2"), STORE, "levels ['0', '1', '2', '3', '4'], on disk"),
+    "a level less": (
+        lambda r: shutil.rmtree(r / STORE / "2"),
+        STORE,
+        "lists the levels ['0', '1', '2', '3', '4'], but the disk has",
+    ),
     "labels of fewer levels": (
         lambda r: drop_label_level(r / STORE / "labels/classes"),
         STORE,
@@ -234,20 +242,20 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
             ),
         ),
         STORE,
-        "a scale and nothing else",
+        "support only a scale",
     ),
     "other pixel size": (
         lambda r: edit(r / XML, 'PhysicalSizeX="4.0"', 'PhysicalSizeX="0.5"'),
         STORE,
-        "OME-XML pixel size",
+        "OME-XML has the pixel size",
     ),
-    "cut OME-XML": (lambda r: r.joinpath(XML).write_text("<OME"), STORE, "metadata of another form"),
+    "cut OME-XML": (lambda r: r.joinpath(XML).write_text("<OME"), STORE, "metadata is malformed"),
     "half-written chunk": (
         lambda r: (r / STORE / "0/0/0/0.5.partial").write_bytes(b""),
         STORE,
-        "0/0/0/0.5.partial: half-written",
+        "0/0/0/0.5.partial: is a partly written file",
     ),
-    "stray chunk": (lambda r: shutil.copytree(r / STORE / "0/0", r / STORE / "0/7"), STORE, "no chunk of shape"),
+    "stray chunk": (lambda r: shutil.copytree(r / STORE / "0/0", r / STORE / "0/7"), STORE, "is not a chunk of shape"),
 }
 
 

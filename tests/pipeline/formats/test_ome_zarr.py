@@ -309,14 +309,14 @@ def test_the_rules_notice_what_viewers_trip_over(tmp_path: Path) -> None:
     zarray.write_text(good)
     xml = path / "OME" / "METADATA.ome.xml"
     xml.write_text(xml.read_text(encoding="utf-8").replace('SizeX="80"', 'SizeX="75"'), encoding="utf-8")
-    assert broken_rules(path) == ["OME-XML sizes CYXZT [3, 48, 75, 1, 1], array [3, 48, 80]"]
+    assert broken_rules(path) == ["OME-XML has the sizes CYXZT [3, 48, 75, 1, 1], but the array has [3, 48, 80]"]
     xml.write_text(xml.read_text(encoding="utf-8").replace('SizeX="75"', 'SizeX="80"'), encoding="utf-8")
     zattrs = path / ".zattrs"
     attributes = json.loads(zattrs.read_text(encoding="utf-8"))
     attributes["omero"]["rdefs"] = {"model": "color"}
     zattrs.write_text(json.dumps(attributes), encoding="utf-8")
     assert broken_rules(path) == [
-        "omero.rdefs says model color: Vitessce then shows three classes as red, green and blue"
+        "omero.rdefs.model is color, which makes Vitessce show three classes as red, green and blue"
     ]
 
 
