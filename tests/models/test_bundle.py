@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,18 @@ def _real_card() -> ModelCard:
     return make_card().model_copy(update=networks)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(5)
-    path = tmp_path / "bündel"
+    path = tmp_path_factory.mktemp("saved") / "bündel"
     save_bundle(path, _real_card(), Classifier("tf_efficientnet_lite0", "pda", 2), build_segmenter("resnet18", 2))
     return path
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """Return a copy that the test may change."""
+    return shutil.copytree(saved, tmp_path / saved.name)
 
 
 def _rewrite(folder: Path, change: dict[str, Any]) -> None:
