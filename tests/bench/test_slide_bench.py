@@ -154,6 +154,7 @@ def test_labels_are_compared_pixel_by_pixel() -> None:
     assert found["equal_share_of_tissue"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.full
 def test_a_run_is_measured_against_its_floors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from models.openvino_network import OpenVinoNetwork
 from models.predictor import Predictor
 from models.runtimes import choose_runtime
 from models.segmenter import build_segmenter
+from tests.cases import full
 from tests.models.networks import ConstantClassifier, ConstantSegmenter, make_card
 from tests.repository import REPOSITORY
 
@@ -114,7 +115,7 @@ def test_what_float16_cannot_hold_is_an_error_and_no_label() -> None:
     [
         pytest.param("float32", marks=needs_openvino),
         pytest.param("fp16", marks=needs_fp16),
-        pytest.param("bf16", marks=needs_bf16),
+        pytest.param("bf16", marks=[needs_bf16, pytest.mark.full]),
     ],
 )
 def test_openvino_gives_a_tile_the_same_bytes_in_any_batch_and_any_run(precision: Any) -> None:
@@ -163,7 +164,7 @@ def test_openvino_takes_every_head_and_backbones_of_other_families(backbone: str
 
 
 @needs_openvino
-@pytest.mark.parametrize("encoder", ["resnet18", "tu-convnext_atto", "efficientnet-b0"])
+@pytest.mark.parametrize("encoder", ["resnet18", full("tu-convnext_atto"), full("efficientnet-b0")])
 def test_openvino_takes_segmenters_with_other_encoders(encoder: str) -> None:
     torch.manual_seed(0)
     network = build_segmenter(encoder, 3).eval()

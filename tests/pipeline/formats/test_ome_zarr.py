@@ -348,6 +348,7 @@ def write_row_in_process(path: Path, spec: MapSpec, y: int) -> None:
             store.write_block(box, cut(probs_KHW, box), cut(labels_HW, box))
 
 
+@pytest.mark.full
 def test_processes_write_disjoint_blocks_at_once(tmp_path: Path) -> None:
     spec = make_spec((75, 60))
     create_store(tmp_path / "a.ome.zarr", spec)

@@ -19,6 +19,7 @@ from pipeline.checks.ome_zarr import broken_rules
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, LockedError, OutputError, PipelineError, PlanError
 from pipeline.slide.recipe import segment_slide
+from tests.cases import full
 from tests.models.networks import ConstantClassifier, ConstantSegmenter
 from tests.pipeline.fakes import (
     CORNER,
@@ -290,7 +291,10 @@ KILLED = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize("stage", ["segmenting", "joining polygons", "building the pyramid", "publishing"])
+@pytest.mark.parametrize(
+    "stage",
+    ["segmenting", full("joining polygons"), full("building the pyramid"), full("publishing")],
+)
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, stage: str) -> None:
     path, out = region_slide(tmp_path / "slide.svs"), tmp_path / "out"
     config = replace(SMALL, simplify_px=1.0, min_area_um2=2000.0)

@@ -24,6 +24,7 @@ from pipeline.training.dataset import Dataset, load_dataset, samples
 from pipeline.training.evaluate import evaluate
 from pipeline.training.patches import PatchImages
 from pipeline.training.train import calibrate_gate, claim, make_card, tile_presence, tile_side, train
+from tests.cases import full
 from tests.models.networks import ConstantSegmenter
 from tests.models.networks import make_card as made_card
 from tests.pipeline.training.cells import crop_images
@@ -107,7 +108,14 @@ def test_a_second_run_does_no_work(unbroken: Path, textures: Dataset) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "done"),
-    [("classifier", 1), ("classifier", 3), ("pseudo masks", 2), ("segmenter", 1), ("segmenter", 3), ("segmenter", 4)],
+    [
+        ("classifier", 1),
+        full("classifier", 3),
+        ("pseudo masks", 2),
+        full("segmenter", 1),
+        ("segmenter", 3),
+        full("segmenter", 4),
+    ],
 )
 def test_a_run_killed_in_any_stage_and_restarted_ends_with_the_same_bytes(
     unbroken: Path, textures: Dataset, tmp_path: Path, stage: str, done: int, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,6 +21,7 @@ from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ConfigError, SlideTimeoutError, WorkerLostError, is_transient
 from pipeline.progress import no_progress
 from pipeline.slide.recipe import segment_slide
+from pipeline.workers import child_process
 from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.open import open_workers
@@ -45,12 +48,19 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> SlideJob:
 
 @pytest.fixture(autouse=True)
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], set[psutil.Process]]]:
-    """Tells which processes the test has started that run; at its end there must be none."""
+    """Yield a function that returns the running child processes of the test. At the end of the test there are none."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     start_silent_tracker()
-    before = set(psutil.Process().children())
-    yield lambda: set(psutil.Process().children()) - before
-    assert set(psutil.Process().children()) <= before
+    yield lambda: {psutil.Process(child.pid) for child in multiprocessing.active_children()}
+    assert not multiprocessing.active_children()
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork children from a process that has loaded torch: a new interpreter takes seconds to load it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.workers.in_process"])
+    monkeypatch.setattr(child_process, "multiprocessing", SimpleNamespace(get_context=lambda _method: context))
 
 
 def test_another_process_gives_the_same_bytes_and_tells_its_progress(
@@ -74,6 +84,7 @@ def test_another_process_gives_the_same_bytes_and_tells_its_progress(
     assert seen[-1][0] == "publishing"
 
 
+@pytest.mark.full
 def test_the_process_that_waits_loads_no_network(tmp_path: Path, bundle: str, job: SlideJob) -> None:
     program = f"""
 import sys
@@ -118,6 +129,7 @@ def test_a_reader_that_crashes_ends_the_process_and_not_the_batch(
     assert rows == {"crash": "failed", "between": "done", "crash too": "failed", "last": "done"}
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_killed_process_can_be_tried_again_and_goes_on_from_the_finished_blocks(
     tmp_path: Path, bundle: str, job: SlideJob, started: Callable[[], set[psutil.Process]]
 ) -> None:
@@ -135,6 +147,7 @@ def test_a_killed_process_can_be_tried_again_and_goes_on_from_the_finished_block
     assert result.resumed_blocks >= 3
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_interrupt_ends_the_process_and_the_same_command_goes_on(
     tmp_path: Path, bundle: str, job: SlideJob, started: Callable[[], set[psutil.Process]]
 ) -> None:
@@ -149,6 +162,7 @@ def test_an_interrupt_ends_the_process_and_the_same_command_goes_on(
         assert workers.segment(job, tmp_path, no_progress).resumed_blocks >= 2
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(tmp_path: Path, bundle: str, job: SlideJob) -> None:
     with open_workers("process", bundle, CONFIG, slide_timeout_s=0.3) as workers:
         with pytest.raises(SlideTimeoutError, match=r"größe\.svs: took longer than 0\.3 s and was stopped"):
@@ -158,6 +172,7 @@ def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(tmp_path: Pa
             workers.segment(missing, tmp_path, no_progress)
 
 
+@pytest.mark.usefixtures("forked")
 def test_cancelled_from_another_thread_it_ends_at_once(tmp_path: Path, bundle: str, job: SlideJob) -> None:
     with open_workers("process", bundle, CONFIG) as workers:
 
@@ -171,6 +186,7 @@ def test_cancelled_from_another_thread_it_ends_at_once(tmp_path: Path, bundle: s
             workers.segment(job, tmp_path, no_progress)
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_is_wrong_with_model_or_settings_is_raised_before_any_slide(bundle: str, job: SlideJob) -> None:
     with (
         pytest.raises(UnknownBundleError, match="no-such: neither a shipped model"),
@@ -184,6 +200,7 @@ def test_what_is_wrong_with_model_or_settings_is_raised_before_any_slide(bundle:
         pass
 
 
+@pytest.mark.full
 def test_a_process_whose_parent_was_killed_ends_too(tmp_path: Path, bundle: str, job: SlideJob) -> None:
     program = f"""
 import os, sys

@@ -166,6 +166,7 @@ def test_an_interrupted_slide_goes_on_from_its_finished_blocks(
     assert data_of(result.folder) == expected
 
 
+@pytest.mark.full
 def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(
         assert workers.segment(SlideJob(slide), tmp_path / "out", no_progress).status == "done"
 
 
+@pytest.mark.full
 def test_a_slide_that_kills_its_workers_fails_and_the_others_are_done(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path
 ) -> None:
@@ -219,6 +221,7 @@ def test_another_model_under_the_name_is_an_error_of_the_slide_too(
             workers.segment(SlideJob(slide), tmp_path / "out", no_progress)
 
 
+@pytest.mark.full
 def test_ctrl_c_ends_own_processes_with_one_line(tmp_path: Path, bundle: Path, slide: Path) -> None:
     arguments = ["größe.svs", "-o", "out", "-m", str(bundle), "-j", "1", "--device", "cpu", "--scheduler", "local:2"]
     process = subprocess.Popen(

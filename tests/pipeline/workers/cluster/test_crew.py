@@ -176,6 +176,7 @@ def test_a_process_that_hangs_in_a_stale_mount_is_named(
         assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.full
 def test_a_scheduler_that_comes_back_is_gone_on_with(tmp_path: Path, bundle: str) -> None:
     slide, port = speckled_slide(tmp_path / "a.svs"), free_port()
     lost: list[Exception] = []
