@@ -1,7 +1,7 @@
-"""One block: its pixels once through the networks, blended, written, and recorded.
+"""Segment one block: read its pixels, predict and blend its tiles, write and record the result.
 
-A block knows nothing of the others. Its result depends on the slide, the model and the parameters alone, so it is the
-same to the byte in any order, by any process, the first time or after a crash.
+A block does not depend on other blocks. Its result depends only on the slide, the model and the parameters. So it has
+the same bytes in any order and any process, in a first run or after a crash.
 """
 
 from __future__ import annotations
@@ -33,27 +33,28 @@ from wsi.tissue import Tissue
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """What is known of a finished block."""
+    """The facts about a finished block."""
 
     index: int
     files: dict[str, str]
-    """Path in the working folder -> digest, of all that the block wrote."""
+    """Path in the working folder -> digest, for every file that the block wrote."""
     class_px: list[int]
-    """Pixels of the map per label, background first."""
+    """Map pixels per label, background first."""
     tiles: int
+    """Tiles with tissue."""
     segmented: int
     """Tiles that needed the segmenter."""
     unclassified: int
-    """Tiles in which the gate silenced every class."""
+    """Tiles in which the gate rejected every class."""
     bad_tiles_l0: list[list[int]]
-    """x, y, width, height in level-0 pixels of the tiles of which some part could not be read."""
+    """x, y, width and height, in level-0 pixels, of the tiles with unreadable parts."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Time per stage."""
+    """Seconds per stage."""
 
 
 @dataclass(frozen=True)
 class BlockWork:
-    """All that the blocks of one slide have in common. Picklable."""
+    """Everything that the blocks of one slide share. Picklable."""
 
     info: SlideInfo
     grid: Grid
@@ -61,11 +62,11 @@ class BlockWork:
     settings: ResolvedSettings
     store: MapStore
     folder: Path
-    """The working folder: `files` of the records are relative to it."""
+    """The working folder, to which `BlockRecord.files` are relative."""
 
 
-class Stopped(Exception):  # noqa: N818 - no error: somebody asked for it
-    """The block was left unfinished because the run is ending."""
+class Stopped(Exception):  # noqa: N818 - not an error, but a request
+    """The block was abandoned because the run is ending."""
 
 
 class _Timer:
@@ -82,10 +83,10 @@ class _Timer:
 def segment_block(
     work: BlockWork, slide: Slide, predictor: Predictor, block: Block, stopped: Callable[[], bool]
 ) -> tuple[BlockRecord, list[Path]]:
-    """Segment one block and write its chunks and polygons; returns its record, without digests, and the files written.
+    """Segment one block and write its chunks and polygons. Return its record, without digests, and the written files.
 
-    `stopped` is asked between groups of tiles. Raises Stopped once it says True, and PipelineError naming the tile
-    where a network gives NaN or infinity, or naming the block where the device fails or runs out of memory.
+    `stopped` is called between groups of tiles. Raises Stopped if it returns True. Raises PipelineError with the tile's
+    place if a network returns NaN or infinity, and with the block's place if the device fails or runs out of memory.
     """
     timer, grid = _Timer(), work.grid
     tissue_HW = block_tissue(grid, work.tissue, block)
@@ -96,7 +97,7 @@ def segment_block(
         raise Stopped
     bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
     try:
-        with timer("copy"):  # before it is this block's turn, so that a GPU goes on with another's
+        with timer("copy"):  # before this block takes the lock, so that a GPU can compute another block meanwhile
             canvas_HWC = predictor.on_device(pixels.canvas_HWC)
         with timer("wait"):
             predictor.lock.acquire()
@@ -134,12 +135,12 @@ def segment_block(
 
 
 def regions_file(folder: Path, block: Block) -> Path:
-    """Where the polygons of a block are kept until the join."""
+    """Return the file that keeps the polygons of a block until the polygons of all blocks are joined."""
     return folder / "regions" / f"{block.index:06d}.arrow"
 
 
 def chunks_of(work: BlockWork, record: BlockRecord) -> set[Path]:
-    """The chunk files that a finished block has, relative to the store."""
+    """Return the chunk files of a finished block, relative to the store."""
     files = (work.folder / name for name in record.files)
     return {file.relative_to(work.store.path) for file in files if file.is_relative_to(work.store.path)}
 
@@ -176,14 +177,14 @@ def _predict(
 
 
 def _device_error(info: SlideInfo, device: torch.device, block_l0: Box, error: Exception) -> PipelineError:
-    """What to say where the device, not the network, is to blame; torch's own reports take many lines."""
+    """Return an error with one line of torch's report, which may have many."""
     said = str(error).partition("\n")[0] or "no reason given"
     short = isinstance(error, MemoryError) or "out of memory" in said.lower()
     return PipelineError(
         f"{info.path.name}: {'out of memory' if short else 'a network failed'} on {device} ({said}), in the block at "
         f"level-0 (x, y, width, height) {tuple(block_l0)}; "
         + ("lower --batch-size or --num-workers and " if short else "check the device, or pass --device cpu, and ")
-        + "run the same command again, which goes on from the finished blocks"
+        + "run the same command again; it resumes after the finished blocks"
     )
 
 

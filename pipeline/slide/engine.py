@@ -1,4 +1,4 @@
-"""Runs the blocks of one slide on Dask's threads, a bounded number at a time."""
+"""Run the blocks of one slide on Dask's threads, a bounded number at a time."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from wsi.slide import Slide
 Item = TypeVar("Item")
 
 Finished = Callable[[BlockRecord], None]
-"""Called with a block's record, from any thread, once its files are on the disk."""
+"""Called with a block's record, from any thread, after the block's files are on disk."""
 
 
 class BlockRunner(Protocol):
-    """Something that runs the blocks of a slide with a model."""
+    """An executor that segments the blocks of a slide with one model."""
 
     @property
     def card(self) -> ModelCard:
-        """Of the model."""
+        """Return the card of the model."""
         ...
 
     @property
     def digest(self) -> str:
-        """Of the model."""
+        """Return the digest of the model."""
         ...
 
     @property
     def device(self) -> str:
-        """What the networks ran on."""
+        """Return the name of the device that runs the networks."""
         ...
 
     def run(self, work: BlockWork, slide: Slide, blocks: Sequence[Block], finished: Finished) -> None:
-        """Segment the blocks, in any order; `slide` is theirs, open in this process.
+        """Segment the blocks in any order. `slide` is the open slide that they belong to.
 
-        The first error ends the run, one of `finished` too: no new block is begun and it is raised once the running
-        ones have ended.
+        The first error ends the run, also an error of `finished`: no new block starts, and the error is raised when the
+        running blocks have ended.
         """
         ...
 
 
 class ThreadRunner:
-    """Runs blocks on threads of this process."""
+    """Run blocks on threads of this process."""
 
     def __init__(self, predictor: Predictor) -> None:
         self.card = predictor.card
@@ -73,8 +73,10 @@ def run_blocks(
     stop: threading.Event,
     stopped: Callable[[], bool],
 ) -> None:
-    """Segment blocks on threads and make their files durable; `stopped` is asked now and then, and after an error it
-    has to be True once `stop` is set.
+    """Segment blocks on threads and make their files durable.
+
+    `stopped` is called from time to time and ends the run if it returns True. It must return True once `stop` is set,
+    which an error does.
     """
 
     def run(block: Block) -> None:
@@ -85,16 +87,16 @@ def run_blocks(
 
 
 def run_all(function: Callable[[Item], None], items: Iterable[Item], in_flight: int, stop: threading.Event) -> None:
-    """Call `function` on every item, at most `in_flight` at a time; the items are all that the graph holds.
+    """Call `function` on every item, at most `in_flight` at a time. The graph contains only the items.
 
-    The first error ends the run: `stop` is set, which the function should look at now and then, no new item is begun,
-    and the error is raised once the running ones have ended. The same holds for KeyboardInterrupt.
+    The first error ends the run: `stop` is set, no new item starts, and the error is raised when the running calls have
+    ended. KeyboardInterrupt does the same. The function should check `stop` from time to time.
     """
     with ThreadPoolExecutor(in_flight, thread_name_prefix="block") as pool:
         tasks = [dask.delayed(function, pure=False)(item) for item in items]
         try:
-            # Dask's threaded scheduler keeps as many tasks running as the pool has threads. Not by its name: looking
-            # that up imports dask.distributed, which takes a second.
+            # Dask's threaded scheduler runs as many tasks as the pool has threads. It is passed as a function, because
+            # looking up its name imports dask.distributed, which takes a second.
             dask.compute(*tasks, scheduler=dask.threaded.get, pool=pool)
         except BaseException:
             stop.set()

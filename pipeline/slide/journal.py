@@ -1,7 +1,7 @@
-"""The record of finished blocks: one line each in a file that survives a crash.
+"""Record the finished blocks: one line each, in a file that survives a crash.
 
-A block counts as done when its files are on the disk and then its line is. Whatever a crash leaves behind, a resume
-takes those lines that are whole, of the same inputs, and whose files are as the line says.
+A block is done when its files are on disk, and after them its line. After a crash, a resume uses the lines that are
+complete, that belong to the same inputs, and whose files have the digests in the line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.slide.blocks import BlockRecord
 
 
 class Journal:
-    """The journal of one slide's working folder. Threads may append to it at the same time."""
+    """The journal in the working folder of one slide. Threads may append to it at the same time."""
 
     def __init__(self, folder: Path, identity: Mapping[str, object]) -> None:
         self._folder = folder
@@ -28,23 +28,23 @@ class Journal:
         self._lock = threading.Lock()
 
     def append(self, record: BlockRecord) -> None:
-        """Make a block's record durable; its files have to be so before (`make_durable`)."""
+        """Make a block's record durable. The block's files must be durable before (`make_durable`)."""
         line = _line(self._identity, record)
         with self._lock, self._path.open("ab") as journal:
-            # A line that a crash cut short must not swallow this one.
+            # After a line that a crash cut short, start a new line.
             if journal.tell() and not _ends_with_newline(self._path):
                 journal.write(b"\n")
             journal.write(line)
             journal.flush()
             os.fsync(journal.fileno())
-        # The file may be new: its name has to outlast a power cut, too.
+        # The file may be new, and its name must survive a power cut too.
         sync(self._folder)
 
     def finished(self) -> dict[int, BlockRecord]:
-        """The blocks that need not be computed again, by index.
+        """Return the records of the blocks that need not be computed again, by index.
 
-        Left out are lines that are damaged or of other inputs, blocks whose files are missing or changed, and blocks
-        with unreadable tiles, which are worth another try.
+        Damaged lines, lines of other inputs, and blocks with missing or changed files are skipped. So are blocks with
+        unreadable tiles, because another attempt may succeed.
         """
         if not self._path.exists():
             return {}
@@ -61,11 +61,11 @@ class Journal:
 
 
 def make_durable(folder: Path, record: BlockRecord, files: Iterable[Path]) -> BlockRecord:
-    """Bring a block's files, which lie in the working folder, to the disk; returns its record with their digests."""
+    """Flush a block's files in the working folder to disk. Return the block's record with the digests of the files."""
     files = list(files)
     for path in files:
         sync(path)
-    # All the way up: after a power cut a new file is there only if every folder on its way has its entry.
+    # Every folder on the way is flushed: after a power cut a file exists only if each of them has its entry.
     for parent in sorted({parent for path in files for parent in path.parents if parent.is_relative_to(folder)}):
         sync(parent)
     return replace(record, files={path.relative_to(folder).as_posix(): _digest(path) for path in files})

@@ -1,7 +1,7 @@
-"""Networks with known answers, in place of trained ones.
+"""Networks with known outputs, in place of trained ones.
 
-`color_card` makes a card whose classes have the colours that the colour networks look for, with identity normalisation
-(mean 0, std 1).
+`make_card` returns a card with the colors that the color networks recognize, and with identity normalization (mean 0,
+std 1).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def make_card(
     tile_size: int = 64,
     thresholds: Sequence[float] | None = None,
 ) -> ModelCard:
-    """Return a card with classes class-0, class-1, … of those colours, thresholds of 0.5 and normalisation to 0–1."""
+    """Return a card with classes class-0, class-1, … of those colors, thresholds of 0.5 and normalization to 0–1."""
     return ModelCard(
         schema_version=1,
         name="test",
-        description="A network with known answers.",
+        description="A network with known outputs.",
         classes=tuple(TissueClass(f"class-{k}", color) for k, color in enumerate(colors)),
         mpp=mpp,
         tile_size=tile_size,
@@ -48,7 +48,7 @@ def make_card(
 
 
 class ConstantClassifier(nn.Module):
-    """Every tile gets the same presence probabilities."""
+    """Return the same presence probabilities for every tile."""
 
     def __init__(self, presence_K: Sequence[float]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class ConstantClassifier(nn.Module):
 
 
 class ConstantSegmenter(nn.Module):
-    """Every cell of the stride-4 map gets the same logits."""
+    """Return the same logits in every cell of the stride-4 map."""
 
     def __init__(self, logits_K: Sequence[float]) -> None:
         super().__init__()
@@ -72,8 +72,9 @@ class ConstantSegmenter(nn.Module):
 
 
 class ColorSegmenter(nn.Module):
-    """The class whose colour is nearest to the mean of a 4×4 cell wins it: logits are minus the scaled distance, for
-    RGB in 0–1.
+    """Give each 4×4 cell the class with the color nearest to the cell's mean.
+
+    Logits are minus the scaled distance, for RGB in 0–1.
     """
 
     def __init__(self, colors: Sequence[RGB], sharpness: float = 40.0) -> None:
@@ -88,9 +89,7 @@ class ColorSegmenter(nn.Module):
 
 
 class ColorClassifier(nn.Module):
-    """A class is present (probability near 1, else near 0) where its colour is the nearest one in at least one 4×4 cell
-    of the tile.
-    """
+    """Return a probability near 1 for each class whose color is nearest in some 4×4 cell of the tile, else near 0."""
 
     def __init__(self, colors: Sequence[RGB]) -> None:
         super().__init__()

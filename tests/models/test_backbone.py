@@ -42,7 +42,7 @@ def test_stages_of_a_timm_network_are_the_outputs_of_its_last_three_layers() -> 
     assert all(torch.equal(stage, output) for stage, output in zip(stages, seen, strict=True))
 
 
-def test_batch_norms_of_resnet38d_stay_in_evaluation_inside_a_backbone() -> None:
+def test_batch_norms_of_resnet38d_stay_in_eval_mode_inside_a_backbone() -> None:
     with torch.device("meta"):
         backbone = Backbone("resnet38d").train()
     assert not any(module.training for module in backbone.modules() if isinstance(module, nn.BatchNorm2d))
@@ -57,6 +57,6 @@ def test_batch_norms_of_resnet38d_stay_in_evaluation_inside_a_backbone() -> None
         ("vgg11", "'vgg11' cannot be built with output stride 8"),
     ],
 )
-def test_a_network_that_cannot_serve_is_named(name: str, message: str) -> None:
+def test_an_unsuitable_network_is_named(name: str, message: str) -> None:
     with torch.device("meta"), pytest.raises(ArchitectureError, match=message):
         Backbone(name)

@@ -14,7 +14,7 @@ def x_NCHW() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("head", sorted(HEADS))
-def test_classifier_gives_the_logits_of_its_head_on_the_deep_stage(head: str, x_NCHW: torch.Tensor) -> None:
+def test_the_classifier_returns_the_logits_of_its_head_on_the_deep_stage(head: str, x_NCHW: torch.Tensor) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         classifier = Classifier("resnet18", head, 3).eval()
@@ -30,7 +30,7 @@ def test_classifier_gives_the_logits_of_its_head_on_the_deep_stage(head: str, x_
     assert len(output.auxiliary_NK) == (1 if head == "abn" else 0)
 
 
-def test_lfi_reads_the_image_and_not_only_its_features(x_NCHW: torch.Tensor) -> None:
+def test_lfi_reads_the_image_besides_its_features(x_NCHW: torch.Tensor) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         classifier = Classifier("resnet18", "lfi", 3).eval()
@@ -48,7 +48,7 @@ def test_all_three_stages_have_output_stride_8(x_NCHW: torch.Tensor) -> None:
     assert classifier.head.conv.bias is None
 
 
-def test_classifier_with_resnet38d_has_the_papers_head() -> None:
+def test_the_classifier_with_resnet38d_has_the_head_of_the_paper() -> None:
     with torch.device("meta"):
         classifier = Classifier("resnet38d", "pda", 4)
         assert tuple(classifier(torch.empty(1, 3, 224, 224)).shape) == (1, 4)
@@ -60,6 +60,6 @@ def test_classifier_with_resnet38d_has_the_papers_head() -> None:
     ("backbone", "head", "named"),
     [("resnet9000", "gap", "resnet9000"), ("resnet18", "magic", "abn, area, gap, lfi, pcam, pda")],
 )
-def test_unknown_architecture_is_named(backbone: str, head: str, named: str) -> None:
+def test_an_unknown_architecture_is_named(backbone: str, head: str, named: str) -> None:
     with pytest.raises(ArchitectureError, match=named):
         Classifier(backbone, head, 2)

@@ -15,7 +15,7 @@ def gated_probabilities(logits_NKhw: Tensor, presence_NK: Tensor, thresholds_K: 
 
 
 class Drawn(NamedTuple):
-    """What a case is made from: a failure shows these four numbers, and no tensors."""
+    """The numbers that define a case. A failure shows these instead of tensors."""
 
     images: int
     classes: int
@@ -23,7 +23,7 @@ class Drawn(NamedTuple):
     seed: int
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (N, K, h, w), presence (N, K) and thresholds (K)."""
+        """Return logits (N, K, h, w), presence (N, K) and thresholds (K)."""
         generator = torch.Generator().manual_seed(self.seed)
         logits_NKhw = torch.randn(self.images, self.classes, 3, 5, generator=generator) * self.scale
         presence_NK = torch.rand(self.images, self.classes, generator=generator)
@@ -36,7 +36,7 @@ cases = st.builds(
 
 
 def check_close(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to 1e-5 at each place; says which place is off, and what each of its row's values is."""
+    """Assert equality up to 1e-5; the failure shows the differing place and all values of its row."""
     off = (~((actual - expected).abs() <= 1e-5)).nonzero()
     if len(off):
         n, _, y, x = (int(i) for i in off[0])
@@ -44,7 +44,7 @@ def check_close(actual: Tensor, expected: Tensor) -> None:
 
 
 @given(cases)
-def test_gated_classes_are_zero_and_the_others_sum_to_one(case: Drawn) -> None:
+def test_rejected_classes_are_zero_and_the_others_sum_to_one(case: Drawn) -> None:
     logits_NKhw, presence_NK, thresholds_K = case.tensors()
     probs_NKhw = gated_probabilities(logits_NKhw, presence_NK, thresholds_K)
     passed_NK = presence_NK > thresholds_K
@@ -55,7 +55,7 @@ def test_gated_classes_are_zero_and_the_others_sum_to_one(case: Drawn) -> None:
 
 
 @given(cases)
-def test_gate_is_renormalised_probabilities(case: Drawn) -> None:
+def test_the_gate_renormalizes_the_probabilities(case: Drawn) -> None:
     logits_NKhw, presence_NK, thresholds_K = case.tensors()
     logits_NKhw = logits_NKhw.clamp(-20, 20)
     kept_NKhw = logits_NKhw.double().softmax(dim=1) * (presence_NK > thresholds_K)[:, :, None, None]
@@ -65,7 +65,7 @@ def test_gate_is_renormalised_probabilities(case: Drawn) -> None:
 
 
 @given(cases, st.integers(0, 1))
-def test_single_passing_class_is_exactly_one_whatever_its_logits(case: Drawn, only: int) -> None:
+def test_the_only_passing_class_is_exactly_one_for_any_logits(case: Drawn, only: int) -> None:
     logits_NKhw, presence_NK, thresholds_K = case.tensors()
     presence_NK = torch.zeros_like(presence_NK)
     presence_NK[:, only] = 1.0
@@ -74,17 +74,17 @@ def test_single_passing_class_is_exactly_one_whatever_its_logits(case: Drawn, on
     assert probs_NKhw.sum() == logits_NKhw[:, 0].numel()
 
 
-def test_gated_class_does_not_win_over_negative_logits() -> None:
-    """The published code multiplies logits by 0, so that a gated class beats every class with negative logits."""
+def test_a_rejected_class_does_not_win_over_negative_logits() -> None:
+    """The published code multiplies logits by 0, so a rejected class beats every class with negative logits."""
     logits_NKhw = torch.tensor([-1.0, -5.0, -9.0]).view(1, 3, 1, 1)
     probs_NKhw = gated_probabilities(logits_NKhw, torch.tensor([[0.0, 0.9, 0.9]]), torch.full((3,), 0.1))
     assert probs_NKhw.argmax(dim=1).item() == 1
 
 
-def test_probability_equal_to_the_threshold_is_gated() -> None:
+def test_a_probability_equal_to_the_threshold_is_rejected() -> None:
     assert passing_classes(torch.tensor([[0.25, 0.26]]), torch.tensor([0.25, 0.25])).tolist() == [[False, True]]
 
 
-def test_no_passing_class_gives_zero_everywhere() -> None:
+def test_probabilities_are_zero_everywhere_if_no_class_passes() -> None:
     probs_NKhw = gated_probabilities(torch.randn(2, 3, 4, 4), torch.zeros(2, 3), torch.full((3,), 0.1))
     assert (probs_NKhw == 0).all()

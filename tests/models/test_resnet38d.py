@@ -1,4 +1,4 @@
-"""ResNet-38d against a table of its layers and against its blocks written out.
+"""Compare ResNet-38d with a table of its layers and with its blocks written out.
 
 Shape suffixes: N batch, C channels, H and W the image, h and w the space of the feature map.
 """
@@ -19,7 +19,7 @@ from models.resnet38d import BottleneckBlock, ResBlock, ResNet38d
 
 Floats = NDArray[np.float64]
 
-# name, channels in, within, out, whether there is a convolution on the shortcut
+# name, channels in, inside and out, and whether the shortcut has a convolution
 RES_BLOCKS = [
     ("b2", 64, 128, 128, True),
     *((name, 128, 128, 128, False) for name in ("b2_1", "b2_2")),
@@ -34,7 +34,7 @@ BOTTLENECKS = [("b6", 1024, 2048), ("b7", 2048, 4096)]
 
 
 def published_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the trained tensors, from the table."""
+    """Return the names and shapes of the trained tensors, from the table."""
     shapes: dict[str, tuple[int, ...]] = {"conv1a.weight": (64, 3, 3, 3)}
 
     def norm(name: str, channels: int) -> None:
@@ -60,7 +60,7 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def randomise(network: nn.Module) -> None:
-    """Draw weights that keep the size of activations, and statistics that make each batch norm do something."""
+    """Draw weights that keep the size of activations, and statistics with which every batch norm has an effect."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
@@ -84,7 +84,7 @@ def network() -> Iterator[ResNet38d]:
 
 @pytest.fixture(scope="module")
 def skeleton() -> ResNet38d:
-    """The network with shapes and no values."""
+    """Return the network with shapes but without values."""
     with torch.device("meta"):
         return ResNet38d()
 
@@ -95,7 +95,7 @@ def test_tensors_have_the_names_and_shapes_of_the_published_weights(skeleton: Re
     assert {name: shape for name, shape in actual.items() if name not in counters} == published_shapes()
 
 
-def test_parameter_count_is_that_of_the_table(skeleton: ResNet38d) -> None:
+def test_the_parameter_count_equals_that_of_the_table(skeleton: ResNet38d) -> None:
     shapes = published_shapes()
     from_table = sum(math.prod(shape) for name, shape in shapes.items() if ".running" not in name)
     count = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -121,7 +121,7 @@ def test_stages_at_224_pixels_have_output_stride_8(skeleton: ResNet38d) -> None:
 
 
 def slow_conv(x_Chw: Floats, weight: Floats, stride: int = 1, dilation: int = 1) -> Floats:
-    """A convolution with zeros around the image, cell by cell."""
+    """Convolve cell by cell, with zeros around the image."""
     outputs, _, side, _ = weight.shape
     _, height, width = x_Chw.shape
     result = np.zeros((outputs, -(-height // stride), -(-width // stride)))
@@ -136,7 +136,7 @@ def slow_conv(x_Chw: Floats, weight: Floats, stride: int = 1, dilation: int = 1)
 
 
 def slow_active(x_Chw: Floats, state: dict[str, Floats], name: str) -> Floats:
-    """ReLU of the batch norm with stored statistics."""
+    """Return the ReLU of the batch norm with stored statistics."""
     result = np.empty_like(x_Chw)
     for c in range(len(x_Chw)):
         scale = state[f"{name}.weight"][c] / math.sqrt(state[f"{name}.running_var"][c] + 1e-5)
@@ -184,7 +184,7 @@ def test_bottleneck_block_agrees_with_its_definition() -> None:
         np.testing.assert_allclose(active_NChw[n], active_Chw, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_of_a_bottleneck_block_takes_channels_before_its_second_and_third_convolution() -> None:
+def test_a_bottleneck_block_drops_channels_before_its_second_and_third_convolution() -> None:
     block = BottleneckBlock(4, 256, dilation=1, dropout=0.25)
     seen: list[Tensor] = []
 
@@ -269,7 +269,7 @@ def test_batch_norms_keep_their_statistics_in_training(network: ResNet38d) -> No
     assert not network.b6.dropout_2b1.training
 
 
-def test_a_new_network_is_in_training_mode_but_for_its_batch_norms(skeleton: ResNet38d) -> None:
+def test_a_new_network_is_in_training_mode_except_its_batch_norms(skeleton: ResNet38d) -> None:
     assert skeleton.training
     assert not any(module.training for module in skeleton.modules() if isinstance(module, nn.BatchNorm2d))
 
@@ -280,6 +280,6 @@ def test_first_convolution_second_stage_and_batch_norms_are_frozen(skeleton: Res
     assert trained == {name for name in kernels if name.split(".")[0] not in ("b2", "b2_1", "b2_2")}
 
 
-def test_dropout_is_the_papers(skeleton: ResNet38d) -> None:
+def test_the_dropout_is_that_of_the_paper(skeleton: ResNet38d) -> None:
     assert [skeleton.b6.dropout_2b1.p, skeleton.b6.dropout_2b2.p] == [0.3, 0.3]
     assert [skeleton.b7.dropout_2b1.p, skeleton.b7.dropout_2b2.p] == [0.5, 0.5]

@@ -7,18 +7,18 @@ from models.errors import ArchitectureError
 from models.segmenter import build_segmenter, logits_at_stride
 
 
-def test_logits_come_at_stride_4() -> None:
+def test_logits_have_stride_4() -> None:
     network = build_segmenter("tu-tf_efficientnet_lite0", 3).eval()
     with torch.inference_mode():
         assert network(torch.rand(1, 3, 64, 96)).shape == (1, 3, 16, 24)
 
 
-def test_unknown_encoder_is_named() -> None:
+def test_an_unknown_encoder_is_named() -> None:
     with pytest.raises(ArchitectureError, match="no-such-net"):
         build_segmenter("no-such-net", 2)
 
 
-def test_upsampling_interpolates_linearly_between_cell_centres() -> None:
+def test_upsampling_interpolates_linearly_between_cell_centers() -> None:
     row = torch.tensor([0.0, 4.0]).view(1, 1, 1, 2)
     assert logits_at_stride(row, 4) is row
     assert logits_at_stride(row, 2)[0, 0, 0].tolist() == [0.0, 1.0, 3.0, 4.0]

@@ -35,10 +35,10 @@ def test_blocks_partition_the_map(width: int, height: int, overlap: float) -> No
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([0.0, 0.25, 0.5, 0.75]))
-def test_tiles_of_a_block_are_just_those_of_the_slide_that_overlap_it(width: int, height: int, overlap: float) -> None:
+def test_tiles_of_a_block_are_the_tiles_of_the_slide_that_overlap_it(width: int, height: int, overlap: float) -> None:
     g = grid((width, height), overlap=overlap)
     every = g.tiles(Box(0, 0, g.size_out[0] + 16, g.size_out[1] + 16))
-    # Every model pixel lies in some tile, and no tile begins beyond the slide.
+    # Every model pixel lies in a tile, and no tile starts beyond the slide.
     assert every[-1].right >= g.size_m[0]
     assert every[-1].bottom >= g.size_m[1]
     assert all(t.x == 0 or t.x < g.size_m[0] for t in every)
@@ -48,7 +48,7 @@ def test_tiles_of_a_block_are_just_those_of_the_slide_that_overlap_it(width: int
 
 
 @given(st.integers(1, 400), st.sampled_from([0.0, 0.25, 0.5]))
-def test_neighbouring_tiles_leave_no_gap(width: int, overlap: float) -> None:
+def test_neighboring_tiles_leave_no_gap(width: int, overlap: float) -> None:
     g = grid((width, 40), overlap=overlap)
     starts = sorted({t.x for t in g.tiles(Box(0, 0, g.size_out[0], 1))})
     assert starts[0] == 0
@@ -70,7 +70,7 @@ def test_the_coarsest_level_that_is_fine_enough_is_read() -> None:
     }
 
 
-def test_a_pixel_size_within_two_per_cent_is_not_interpolated() -> None:
+def test_a_pixel_size_within_two_percent_is_not_interpolated() -> None:
     g = make_grid(info((1000, 1000), mpp=0.499), model_mpp=1.0, tile_m=224, overlap=0.25, output_stride=4, block_out=64)
     assert g.lv_per_m == 2.0
     assert g.mpp_m == pytest.approx(0.998)
@@ -82,7 +82,7 @@ def test_a_pixel_size_within_two_per_cent_is_not_interpolated() -> None:
     assert odd.mpp_out == pytest.approx(4.0)
 
 
-def test_the_map_begins_at_the_corner_of_the_bounds() -> None:
+def test_the_map_starts_at_the_corner_of_the_bounds() -> None:
     slide = info((4000, 4000), mpp=0.5, downsamples=(1, 2), bounds=Box(400, 600, 2000, 1000))
     g = make_grid(slide, model_mpp=1.0, tile_m=64, overlap=0.0, output_stride=4, block_out=64)
     assert (g.level, g.origin_lv, g.size_m, g.size_out) == (1, (200, 300), (1000, 500), (250, 125))

@@ -27,7 +27,7 @@ def noise(size: tuple[int, int], seed: int = 0) -> NDArray[np.uint8]:
 
 
 def write_levels(path: Path, levels_HWC: list[NDArray[np.uint8]], description: str = APERIO) -> Path:
-    """A pyramid whose levels may have any sizes and pixels."""
+    """Write a pyramid whose levels may have any sizes and pixels."""
     with tifffile.TiffWriter(path) as tiff:
         for number, level_HWC in enumerate(levels_HWC):
             if number == 1 and description == APERIO:  # the thumbnail
@@ -46,7 +46,7 @@ def write_levels(path: Path, levels_HWC: list[NDArray[np.uint8]], description: s
 
 @settings(max_examples=40)
 @given(st.integers(200, 460), st.integers(180, 330), st.floats(1.9, 4.2), st.data())
-def test_tiffslide_gives_a_levels_own_pixels_whatever_its_downsample(
+def test_tiffslide_returns_the_pixels_of_a_level_at_any_downsample(
     width: int, height: int, downsample: float, data: st.DataObject
 ) -> None:
     size_lv = (round(width / downsample), int(height / downsample))
@@ -61,12 +61,12 @@ def test_tiffslide_gives_a_levels_own_pixels_whatever_its_downsample(
     np.testing.assert_array_equal(found_HWC, levels_HWC[1][y : box.bottom, x : box.right])
 
 
-def test_tiffslide_gives_a_levels_own_pixels_by_way_of_zarr_too(tmp_path: Path) -> None:
-    """A grey slide is not decoded tile by tile."""
-    grey_HW = noise((460, 330))[..., 0]
+def test_tiffslide_returns_the_pixels_of_a_level_through_zarr_too(tmp_path: Path) -> None:
+    """A gray slide is not decoded tile by tile."""
+    gray_HW = noise((460, 330))[..., 0]
     small_HW = noise((115, 83), 1)[..., 0]  # 4 and 3.98 times smaller
     with tifffile.TiffWriter(tmp_path / "slide.tif") as tiff:
-        for number, level_HW in enumerate((grey_HW, small_HW)):
+        for number, level_HW in enumerate((gray_HW, small_HW)):
             tiff.write(level_HW, tile=(16, 16), subfiletype=number, metadata=None)
     with closing(TiffSlideReader(tmp_path / "slide.tif")) as reader:
         assert not reader.images
@@ -75,7 +75,7 @@ def test_tiffslide_gives_a_levels_own_pixels_by_way_of_zarr_too(tmp_path: Path) 
             np.testing.assert_array_equal(found_HWC, np.repeat(small_HW[30:50, x : x + 9, None], 3, axis=2))
 
 
-def test_auto_reads_with_tiffslide_where_both_give_the_same_pixels(sample_slide: Path) -> None:
+def test_auto_reads_with_tiffslide_if_both_return_the_same_pixels(sample_slide: Path) -> None:
     with open_slide(sample_slide) as auto, open_slide(sample_slide, backend="openslide") as slow:
         assert (auto.info.backend, slow.info.backend) == ("tiffslide", "openslide")
         assert (auto.info.vendor, auto.info.mpp, auto.info.level_sizes) == ("aperio", 0.499, slow.info.level_sizes)
@@ -91,7 +91,7 @@ def test_auto_reads_jpeg_2000_and_odd_downsamples_with_tiffslide(shared_slides: 
         np.testing.assert_array_equal(auto.read(0, box).rgb_HWC, slow.read(0, box).rgb_HWC)
 
 
-def test_auto_reads_a_plain_tiff_with_tiffslide_and_takes_the_facts_from_openslide(tmp_path: Path) -> None:
+def test_auto_reads_a_plain_tiff_with_tiffslide_and_its_properties_with_openslide(tmp_path: Path) -> None:
     path = write_levels(tmp_path / "slide.tif", [noise((300, 200)), noise((150, 100))], description="")
     with open_slide(path, 0.5) as slide:
         assert (slide.info.backend, slide.info.vendor) == ("tiffslide", "generic-tiff")
@@ -126,7 +126,7 @@ class _OtherVendor(OpenSlideReader):
 
 
 @pytest.mark.parametrize("other", [_Shifted, _Brighter, _OtherSizes, _OneBound, _OtherVendor])
-def test_auto_stays_with_openslide_where_the_two_disagree(
+def test_auto_reads_with_openslide_if_the_libraries_disagree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: type[OpenSlideReader]
 ) -> None:
     path = write_slide(tmp_path / "slide.svs", noise((500, 300)), levels=(1, 2))
@@ -138,7 +138,7 @@ def test_auto_stays_with_openslide_where_the_two_disagree(
 
 
 def without_tile(path: Path, index: int) -> Path:
-    """The slide with no bytes for one tile of level 0, as scanners leave out what they did not scan."""
+    """Remove the bytes of one tile of level 0, as scanners do for areas that they did not scan."""
     with tifffile.TiffFile(path, mode="r+") as tiff:
         tag = tiff.pages.first.tags["TileByteCounts"]
         counts = list(tag.value)
@@ -147,7 +147,7 @@ def without_tile(path: Path, index: int) -> Path:
     return path
 
 
-def test_auto_leaves_slides_with_missing_tiles_to_openslide_and_tiffslide_gives_white(tmp_path: Path) -> None:
+def test_auto_reads_slides_with_missing_tiles_with_openslide_and_tiffslide_returns_white(tmp_path: Path) -> None:
     path = without_tile(write_slide(tmp_path / "slide.svs", noise((500, 300))), 5)  # the second of the second row
     with open_slide(path) as slide:
         assert slide.info.backend == "openslide"
@@ -170,8 +170,8 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_jpeg_is_unreadable_whichever_library_reads(sample_slide: Path, tmp_path: Path, name: str) -> None:
-    """libjpeg only warns of most damage and fills in grey; that must not pass for tissue."""
+def test_damaged_jpeg_is_unreadable_in_both_libraries(sample_slide: Path, tmp_path: Path, name: str) -> None:
+    """libjpeg only warns about most damage and fills the tile with gray, which must not count as tissue."""
     path = tmp_path / "slide.svs"
     shutil.copyfile(sample_slide, path)
     with closing(TiffSlideReader(sample_slide)) as reader:
@@ -203,6 +203,6 @@ def test_no_tile_of_a_good_slide_looks_damaged(sample_slide: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["openslide", "tiffslide"])
-def test_a_backend_that_is_asked_for_is_taken(sample_slide: Path, backend: BackendName) -> None:
+def test_a_requested_backend_is_used(sample_slide: Path, backend: BackendName) -> None:
     with open_slide(sample_slide, backend=backend) as slide:
         assert slide.info.backend == backend

@@ -16,7 +16,7 @@ from wsi.slide import open_slide
 
 
 def slow_area_mean(rgb_HWC: np.ndarray, factor: float, x: int, y: int) -> np.ndarray:
-    """One target pixel, by summing the covered area of every source pixel."""
+    """Return one target pixel as the sum over the covered area of every source pixel."""
     total, area = np.zeros(3), 0.0
     for row in range(rgb_HWC.shape[0]):
         for column in range(rgb_HWC.shape[1]):
@@ -29,7 +29,7 @@ def slow_area_mean(rgb_HWC: np.ndarray, factor: float, x: int, y: int) -> np.nda
 
 @settings(max_examples=30)
 @given(st.floats(0.4, 4.5), st.integers(0, 2**32 - 1))
-def test_area_mean_weighs_pixels_by_the_area_that_is_covered(factor: float, seed: int) -> None:
+def test_area_mean_weights_pixels_by_their_covered_area(factor: float, seed: int) -> None:
     rgb_HWC = np.random.default_rng(seed).integers(0, 256, (14, 17, 3), dtype=np.uint8)
     width, height = int(17 / factor), int(14 / factor)
     result = area_mean(rgb_HWC, (0, 0), Box(0, 0, width, height), factor)
@@ -39,7 +39,7 @@ def test_area_mean_weighs_pixels_by_the_area_that_is_covered(factor: float, seed
 
 
 def plain_area_mean(rgb_HWC: np.ndarray, target: Box, factor: float) -> np.ndarray:
-    """Rows, then columns: float32 weights from absolute positions, added one after the other from the first."""
+    """Average rows, then columns, with float32 weights from absolute positions, added in order."""
 
     def along_axis_0(values: np.ndarray, first: int, count: int) -> np.ndarray:
         means = np.zeros((count, *values.shape[1:]), np.float32)
@@ -56,7 +56,7 @@ def plain_area_mean(rgb_HWC: np.ndarray, target: Box, factor: float) -> np.ndarr
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.37, 2.064, 2.5, 3.7])
-def test_fractional_means_are_those_of_plain_sums_to_the_bit(factor: float) -> None:
+def test_fractional_means_have_the_same_bits_as_plain_sums(factor: float) -> None:
     rgb_HWC = np.random.default_rng(3).integers(0, 256, (150, 170, 3), dtype=np.uint8)
     target = Box(5, 3, int(170 / factor) - 6, int(150 / factor) - 4)
     np.testing.assert_array_equal(area_mean(rgb_HWC, (0, 0), target, factor), plain_area_mean(rgb_HWC, target, factor))
@@ -82,7 +82,7 @@ def test_a_pixel_does_not_depend_on_the_box_it_is_read_in(tmp_path: Path, factor
         )
 
 
-def test_tiles_read_together_are_the_tiles_read_alone(tmp_path: Path) -> None:
+def test_tiles_read_together_equal_tiles_read_alone(tmp_path: Path) -> None:
     rgb_HWC = np.random.default_rng(2).integers(0, 256, (3000, 900, 3), dtype=np.uint8)
     grid = Grid(0, (0, 0), 1.0, 2.0, 1.0, (450, 1500), 64, 48, 4, 64)
     tiles = [Box(0, 0, 64, 64), Box(48, 0, 64, 64), Box(384, 720, 64, 64), Box(0, 1440, 64, 64)]

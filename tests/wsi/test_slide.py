@@ -28,7 +28,7 @@ def rng() -> np.random.Generator:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_both_readers_give_the_pixels_that_were_written(
+def test_both_readers_return_the_pixels_that_were_written(
     tmp_path: Path, noise: np.ndarray, backend: BackendName
 ) -> None:
     path = write_slide(tmp_path / "slide.svs", noise, levels=(1, 2))
@@ -57,7 +57,7 @@ def test_outside_the_slide_is_white(tmp_path: Path, noise: np.ndarray, backend: 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_mpp_comes_from_the_argument_then_the_slide_then_the_tags_then_the_objective(
+def test_mpp_comes_from_the_argument_or_else_the_slide_or_else_the_tags_or_else_the_objective(
     tmp_path: Path, noise: np.ndarray, backend: BackendName
 ) -> None:
     def found(path: Path, mpp: float | None = None) -> tuple[float, str, int]:
@@ -80,7 +80,7 @@ def test_mpp_comes_from_the_argument_then_the_slide_then_the_tags_then_the_objec
         found(own, -1.0)
 
 
-def test_a_missing_file_a_broken_one_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_file_a_broken_file_and_a_folder_have_their_own_errors(tmp_path: Path) -> None:
     (tmp_path / "text.svs").write_text("no slide")
     with pytest.raises(SlideNotFoundError, match=r"^none\.svs: no such file"):
         open_slide(tmp_path / "none.svs")
@@ -90,7 +90,7 @@ def test_a_missing_file_a_broken_one_and_a_folder_are_told_apart(tmp_path: Path)
         open_slide(tmp_path / "text.svs")
 
 
-def test_the_known_bad_files_are_named_with_their_reason(shared_slides: Path) -> None:
+def test_errors_of_known_bad_files_contain_the_name_and_the_reason(shared_slides: Path) -> None:
     for name, error, words in (
         ("broken.svs", SlideFormatError, "cannot be opened as a slide"),
         ("unreadable.svs", SlideReadError, "Bogus marker length"),
@@ -108,8 +108,8 @@ def test_a_dicom_slide_opens(shared_slides: Path) -> None:
         assert slide.info.vendor == "dicom"
 
 
-def test_unreadable_tiles_are_white_and_named_and_the_rest_is_read(tmp_path: Path) -> None:
-    """A tile's deflate stream is overwritten in the file; its neighbours must still come out right."""
+def test_unreadable_tiles_are_white_and_listed_and_the_others_are_read(tmp_path: Path) -> None:
+    """The deflate stream of one tile is overwritten in the file; its neighbors must still be right."""
     import tifffile
 
     pink = painted((1024, 768), ((0, 0, 1024, 768), PINK))
@@ -143,7 +143,7 @@ class _BoundedReader(OpenSlideReader):
         self.properties = {**self.properties, **{f"openslide.bounds-{k}": v for k, v in bounds.items()}}
 
 
-def test_bounds_are_taken_only_where_all_four_are_there(
+def test_bounds_are_used_only_if_all_four_are_present(
     tmp_path: Path, noise: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_slide(tmp_path / "slide.svs", noise)
@@ -164,7 +164,7 @@ def test_names_with_spaces_and_unicode_open(tmp_path: Path) -> None:
             assert tuple(slide.read(0, Box(0, 0, 1, 1)).rgb_HWC[0, 0]) == GLASS
 
 
-def test_the_digest_follows_the_bytes_and_for_mirax_the_folder(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_bytes_and_for_mirax_on_the_folder(tmp_path: Path) -> None:
     a, b = tmp_path / "a.svs", tmp_path / "b.svs"
     a.write_bytes(b"pixels")
     shutil.copy(a, b)
@@ -180,7 +180,7 @@ def test_the_digest_follows_the_bytes_and_for_mirax_the_folder(tmp_path: Path) -
     assert slide_digest(mirax) != before
 
 
-def test_the_stamp_changes_with_every_write_to_a_slides_files_and_with_nothing_else(tmp_path: Path) -> None:
+def test_the_stamp_changes_with_every_write_to_the_files_of_a_slide_and_with_nothing_else(tmp_path: Path) -> None:
     mirax, part = tmp_path / "m.mrxs", tmp_path / "m" / "Data0001.dat"
     part.parent.mkdir()
     mirax.write_bytes(b"")

@@ -27,7 +27,7 @@ def tissue_of(tmp_path: Path, rgb_HWC: np.ndarray) -> Tissue:
 
 
 def covered(tissue: Tissue, box: tuple[int, int, int, int]) -> float:
-    """Share of a box (level-0 x, y, width, height) that is tissue."""
+    """Return the share of a box (x, y, width and height in level-0 pixels) that is tissue."""
     x, y, width, height = (round(v / tissue.l0_per_px) for v in box)
     return float(tissue.mask_HW[y : y + height, x : x + width].mean())
 
@@ -54,7 +54,7 @@ INKS = {
     "black": (25, 25, 28),
     "red": (215, 45, 50),
     "cyan": (60, 160, 190),
-    "grey dust": (150, 150, 148),
+    "gray dust": (150, 150, 148),
 }
 
 
@@ -75,7 +75,7 @@ def test_small_pieces_are_debris_and_small_holes_are_tissue(tmp_path: Path) -> N
     assert covered(tissue, (616, 316, 168, 168)) == 0.0
 
 
-def test_a_fold_is_left_out_and_its_area_kept_but_not_on_a_dark_slide(tmp_path: Path) -> None:
+def test_a_fold_is_removed_and_its_area_returned_but_not_on_a_dark_slide(tmp_path: Path) -> None:
     dark, fold = (110, 20, 40), (400, 200, 60, 400)
     folded = tissue_of(tmp_path, painted(SIZE, ((200, 100, 800, 600), PINK), (fold, dark)))
     assert covered(folded, (416, 216, 28, 368)) == 0.0
@@ -87,7 +87,7 @@ def test_a_fold_is_left_out_and_its_area_kept_but_not_on_a_dark_slide(tmp_path: 
     assert "as dark as a fold" in all_dark.warnings[0]
 
 
-def test_sampling_keeps_the_mask_where_it_is_and_nothing_outside(tmp_path: Path) -> None:
+def test_sampling_keeps_the_place_of_the_mask_and_adds_nothing_outside(tmp_path: Path) -> None:
     tissue = tissue_of(tmp_path, painted(SIZE, ((400, 400, 1200, 800), PINK)))
     fine = tissue.sample(Box(-50, -50, 900, 700), 2.0)  # 2 level-0 pixels per pixel, from (-100, -100)
     assert not fine[:50].any()
@@ -109,7 +109,7 @@ def test_the_real_sample_has_tissue_and_glass(sample_slide: Path) -> None:
 
 
 def plain_tissue(rgb_HWC: NDArray[np.uint8], mpp: float) -> tuple[NDArray[np.bool_], float]:
-    """The mask and the area of folds by the rules of `find_tissue`, on the whole thumbnail at once."""
+    """Return the mask and the area of folds by the rules of `find_tissue`, computed on the whole thumbnail."""
 
     def close(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return np.asarray(ndimage.binary_closing(np.pad(mask_HW, 2, mode="edge"), iterations=2)[2:-2, 2:-2])
@@ -133,7 +133,7 @@ def plain_tissue(rgb_HWC: NDArray[np.uint8], mpp: float) -> tuple[NDArray[np.boo
 
 
 @pytest.mark.parametrize("work_px", [1, 5000, 1 << 19])
-def test_the_mask_found_in_strips_is_that_of_the_whole_thumbnail(
+def test_the_mask_found_in_strips_equals_that_of_the_whole_thumbnail(
     sample_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work_px: int
 ) -> None:
     monkeypatch.setattr(tissue_module, "WORK_PX", work_px)
@@ -158,7 +158,7 @@ def test_memory_stays_at_a_few_bytes_per_pixel_of_the_mask(tmp_path: Path) -> No
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert tissue.mask_HW.shape == size[::-1]
-    # Three bytes of colour, four of labels, and a few masks, beside what is worked on at a time.
+    # Three bytes of color, four of labels, a few masks, and the strips that are processed.
     assert peak < 14 * size[0] * size[1] + (40 << 20)
 
 
@@ -169,7 +169,7 @@ def test_memory_stays_at_a_few_bytes_per_pixel_of_the_mask(tmp_path: Path) -> No
     st.floats(0.1, 3.0),
     st.sampled_from([0.0, 0.5, 0.98, 1.0]),
 )
-def test_sampling_a_box_is_cutting_it_out_of_the_whole(
+def test_a_sampled_box_equals_that_part_of_the_sampled_whole(
     shape: tuple[int, int], box: tuple[int, int, int, int], l0_per_out: float, share: float
 ) -> None:
     mask_HW = np.random.default_rng(0).random(shape) < share

@@ -26,7 +26,7 @@ def test_starts_of_known_lengths(length: int, side: int, stride: int, flush: boo
 
 
 @given(st.integers(1, 900), st.integers(1, 90), st.floats(0, 1), st.booleans())
-def test_windows_cover_every_pixel_and_none_begins_beyond(length: int, side: int, share: float, flush: bool) -> None:
+def test_windows_cover_every_pixel_and_none_starts_beyond(length: int, side: int, share: float, flush: bool) -> None:
     stride = max(1, round(side * share))
     starts = window_starts(length, side, stride, flush=flush)
     assert {pixel for start in starts for pixel in range(start, min(start + side, length))} == set(range(length))

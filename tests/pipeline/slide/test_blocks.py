@@ -18,7 +18,7 @@ def window(i: int) -> float:
 
 
 def slow_blend(tiles: list[tuple[Box, np.ndarray]], classes: int) -> np.ndarray:
-    """Weighted mean, pixel by pixel and tile by tile."""
+    """Return the weighted mean, computed pixel by pixel and tile by tile."""
     box = MAP
     result = np.zeros((classes, box.height, box.width))
     for y in range(box.height):
@@ -62,7 +62,7 @@ def test_overlapping_tiles_are_averaged_by_weight(corners: list[tuple[int, int]]
 
 @given(st.integers(0, 255), st.floats(0, 1))
 def test_equal_tiles_give_an_equal_map(seed: int, probability: float) -> None:
-    # Between two stored values there is a place where the last bit of the sums decides; 0.5 and its like are not there.
+    # Halfway between two stored values the last bit of the sums decides. 0.5 and similar values are not there.
     assume(all(abs((p * 255 + 0.5 + 2**-10) % 1 - 0.5) < 0.4999 for p in (probability, 1 - probability)))
     rng = np.random.default_rng(seed)
     blend = Blend(MAP, 2, TILE, torch.device("cpu"))

@@ -25,7 +25,7 @@ def written(tmp_path: Path) -> tuple[Journal, list[Path]]:
     return journal, files
 
 
-def test_what_was_appended_is_finished(written: tuple[Journal, list[Path]]) -> None:
+def test_appended_blocks_are_finished(written: tuple[Journal, list[Path]]) -> None:
     finished = written[0].finished()
     assert sorted(finished) == [0, 1, 2]
     assert finished[1].class_px == [10, 20, 30]
@@ -39,9 +39,7 @@ def test_a_block_with_a_changed_or_missing_file_is_not_finished(written: tuple[J
     assert sorted(journal.finished()) == [1]
 
 
-def test_every_flipped_bit_and_every_cut_costs_one_block_at_most(
-    written: tuple[Journal, list[Path]], tmp_path: Path
-) -> None:
+def test_a_flipped_bit_or_a_cut_costs_at_most_one_block(written: tuple[Journal, list[Path]], tmp_path: Path) -> None:
     journal, _ = written
     path = tmp_path / "journal.jsonl"
     whole = path.read_bytes()
@@ -58,7 +56,7 @@ def test_every_flipped_bit_and_every_cut_costs_one_block_at_most(
         assert len(journal.finished()) >= sum(end <= position for end in ends)
 
 
-def test_appending_after_a_cut_line_keeps_both_sides(written: tuple[Journal, list[Path]], tmp_path: Path) -> None:
+def test_appending_after_a_cut_line_keeps_all_blocks(written: tuple[Journal, list[Path]], tmp_path: Path) -> None:
     journal, files = written
     path = tmp_path / "journal.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
@@ -67,7 +65,7 @@ def test_appending_after_a_cut_line_keeps_both_sides(written: tuple[Journal, lis
     assert sorted(journal.finished()) == [0, 1, 2]
 
 
-def test_other_inputs_and_blocks_with_unreadable_tiles_start_anew(
+def test_other_inputs_and_blocks_with_unreadable_tiles_are_computed_again(
     written: tuple[Journal, list[Path]], tmp_path: Path
 ) -> None:
     journal, files = written
