@@ -25,7 +25,8 @@ COLUMNS = {
     "pipeline.workers": 0,
     "pipeline.slide": 0,
     "pipeline.pages": 0, "pipeline.progress": 1,
-    "pipeline.results": 0, "pipeline.formats": 2,
+    "pipeline.formats": 0,
+    "pipeline.results": 0,
     "pipeline.files": 0, "pipeline.config": 1,
     "models": 1, "wsi": 2, "pipeline.errors": 3,
 }  # fmt: skip
@@ -34,9 +35,9 @@ COLUMNS = {
 COLORS = {"flows": "#7c4dbd", "pipeline": "#2b6cb0", "models": "#c05621", "wsi": "#2f7d5b"}
 
 BOX_W, BOX_H = 236, 82
-STEP_X, STEP_Y = 268, 138
+STEP_X, STEP_Y = 268, 128
 MARGIN, HEAD = 40, 92
-BEND = 62
+BEND = 54
 """Height in which an arrow changes its column, just above the room that it leads to."""
 INK, SOFT, PAPER, BAND = "#1a202c", "#4a5568", "#ffffff", "#f5f7fa"
 
