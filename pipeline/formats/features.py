@@ -1,7 +1,7 @@
-"""Regions to files: GeoJSON in QuPath's dialect and GeoParquet, feature by feature, with the same coordinates.
+"""Write regions as GeoJSON in QuPath's dialect and as GeoParquet, feature by feature, with the same coordinates.
 
-One bad feature makes QuPath refuse the whole file, so every geometry is rounded to QuPath's grid first and checked and
-repaired after that. Coordinates are level-0 pixels from the corner of the slide's bounds, y down: QuPath's frame.
+QuPath rejects a whole file for one bad feature. Every geometry is therefore rounded to QuPath's grid, then checked and
+repaired. Coordinates are level-0 pixels from the corner of the slide's bounds, y down: QuPath's frame.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from models.tissue_class import TissueClass
 from pipeline.formats.polygons import Region
 
 GRID_L0 = 0.01
-"""QuPath drops whatever is finer than this, in level-0 pixels."""
+"""QuPath rounds coordinates to this many level-0 pixels."""
 
-_BATCH = 1024  # regions converted at once, and the rows of a row group: bounds the memory
+_BATCH = 1024  # regions converted at once and rows of a row group; this bounds the memory
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "wsi-segment/feature")
 _GEO = {
     "version": "1.1.0",
@@ -60,12 +60,12 @@ class Feature:
     """One connected region as it is published."""
 
     id: str
-    """UUID made from slide digest, class and geometry: the same region always has the same."""
+    """UUID of the slide digest, the class and the geometry: the same region always has the same id."""
     label: int
     tissue_class: TissueClass
     area_mm2: float
     geometry_l0: shapely.Polygon
-    """On the 0.01 px grid, valid, shell counterclockwise by its numbers (RFC 7946)."""
+    """On the 0.01 px grid, valid, with a counterclockwise shell (RFC 7946)."""
 
 
 def write_features(
@@ -79,10 +79,9 @@ def write_features(
 ) -> None:
     """Write all regions to one GeoJSON and one GeoParquet file, in the order given.
 
-    classes: those of label 1, 2, …; l0_per_out: level-0 pixels per out pixel; mpp_l0: micrometres per level-0
+    classes: the classes of labels 1, 2, …; l0_per_out: level-0 pixels per out pixel; mpp_l0: micrometers per level-0
     pixel. Memory does not grow with the number of regions; no regions give two valid empty files.
-    Raises ValueError for classes that QuPath cannot hold, for a scale that is no positive number, and for a label
-    without a class.
+    Raises ValueError for equal class names, for a scale that is not a positive number, and for a label without a class.
     """
     _check(classes, l0_per_out, mpp_l0)
     count = 0
@@ -113,7 +112,7 @@ def region_features(
     mpp_l0: float,
     slide_digest: str,
 ) -> Iterator[Feature]:
-    """The features of the regions, in their order; a region that rounding parts becomes several, one it erases none."""
+    """Yield the features of the regions in their order. Rounding can split a region into several, or erase it."""
     stream = iter(regions)
     while batch := list(itertools.islice(stream, _BATCH)):
         for region, polygons_l0 in zip(batch, _on_grid([r.geometry_out for r in batch], l0_per_out), strict=True):
@@ -127,7 +126,7 @@ def region_features(
 
 
 def geojson_feature(feature: Feature) -> dict[str, Any]:
-    """The feature as QuPath reads it: a locked annotation with class, colour list and area."""
+    """Return the feature as QuPath reads it: a locked annotation with class, color and area."""
     rings = [feature.geometry_l0.exterior, *feature.geometry_l0.interiors]
     return {
         "type": "Feature",
@@ -143,7 +142,7 @@ def geojson_feature(feature: Feature) -> dict[str, Any]:
 
 
 def _on_grid(polygons_out: Sequence[shapely.Polygon], l0_per_out: float) -> list[list[shapely.Polygon]]:
-    """Of each polygon, its valid polygons in level-0 pixels on the 0.01 px grid, in a fixed order."""
+    """Return the valid polygons of each polygon, in level-0 pixels on the 0.01 px grid, in a fixed order."""
 
     def scale(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return np.asarray(np.round(xy * l0_per_out, 2))
@@ -155,18 +154,18 @@ def _on_grid(polygons_out: Sequence[shapely.Polygon], l0_per_out: float) -> list
 
 
 def _repaired(geometry: shapely.Geometry) -> list[shapely.Polygon]:
-    # set_precision gives valid polygons on the grid, but only from valid input
+    # set_precision returns valid polygons on the grid only for valid input.
     on_grid = shapely.set_precision(shapely.make_valid(geometry, method="structure", keep_collapsed=False), GRID_L0)
     parts = shapely.get_parts(shapely.get_parts(on_grid))
     polygons = [part for part in parts if part.geom_type == "Polygon" and not part.is_empty]
-    # a grid of its own would make later operations round again
+    # Without this, later operations would round again: the polygons would keep their own grid.
     free = [shapely.transform(shapely.set_precision(polygon, 0.0), lambda xy: np.round(xy, 2)) for polygon in polygons]
     free = [shapely.orient_polygons(shapely.normalize(polygon), exterior_cw=False) for polygon in free]
     return sorted((polygon for polygon in free if polygon.is_valid), key=lambda polygon: polygon.wkb)
 
 
 def _identity(slide_digest: str, name: str, polygon_l0: shapely.Polygon) -> str:
-    # the whole outline is the position: corners or centres may coincide for two interlocking regions
+    # The whole outline is the position, because corners or centers of two interlocking regions can coincide.
     outline = hashlib.sha256(shapely.to_wkb(shapely.normalize(polygon_l0), byte_order=1)).hexdigest()
     return str(uuid.uuid5(_NAMESPACE, json.dumps([slide_digest, name, outline])))
 

@@ -1,12 +1,12 @@
-"""The stored map of one slide: OME-Zarr 0.4 that QuPath, napari, Vitessce and Fiji open.
+"""The stored map of one slide: OME-Zarr 0.4 for QuPath, napari, Vitessce and Fiji.
 
     <name>.ome.zarr/
         0, 1, …              probabilities per class, uint8 cyx (0–255 = probability × 255), each level half the last
         labels/classes/0, …  classes, uint8 yx (0 background, 1..K in the order of `MapSpec.classes`), same levels
-        OME/METADATA.ome.xml where QuPath finds pixel size, channel names and colours
+        OME/METADATA.ome.xml pixel size, channel names and colors for QuPath
 
-Blocks of whole chunks are written by tasks that know nothing of each other; `build_pyramid` then adds the coarser
-levels. What QuPath's reader does not open (other codecs, float, zarr 3) is not used here.
+Independent tasks write blocks of whole chunks, then `build_pyramid` adds the coarser levels. The map avoids what
+QuPath's reader does not open: other codecs, floats, Zarr 3.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ CHUNK_OUT = 512
 
 @dataclass(frozen=True)
 class MapSpec:
-    """What a stored map looks like. The same spec gives the same metadata bytes."""
+    """The layout of a stored map. The same spec gives the same metadata bytes."""
 
     name: str
     size_out: tuple[int, int]
-    """(width, height) that the slide needs, in pixels of the map."""
+    """(width, height) of the slide, in pixels of the map."""
     classes: tuple[TissueClass, ...]
     """Channel k and label k + 1 stand for class k."""
     mpp_out: float
-    """Micrometres per pixel of level 0 of the map."""
+    """Micrometers per pixel of level 0 of the map."""
     chunk: int = CHUNK_OUT
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class MapSpec:
         if not 1 <= len(self.classes) <= MAX_CLASSES:
             raise ValueError(f"{self.name}: {len(self.classes)} classes; a uint8 map holds 1 to {MAX_CLASSES}")
         if not self.mpp_out > 0:
-            raise ValueError(f"{self.name}: {self.mpp_out} µm/px; it must be above 0")
+            raise ValueError(f"{self.name}: {self.mpp_out} µm/px is not a positive pixel size")
         if self.chunk < 1 or self.chunk % 2:
             raise ValueError(
                 f"{self.name}: chunks of {self.chunk} px; the side must be even, for levels of exactly half"
@@ -66,39 +66,39 @@ class MapSpec:
 
     @property
     def levels(self) -> int:
-        """Number of pyramid levels: as few as let the coarsest one fit into one chunk."""
+        """Return the number of pyramid levels: the fewest for which the coarsest level fits into one chunk."""
         return (_ceil_div(max(self.size_out), self.chunk) - 1).bit_length() + 1
 
     @property
     def padded_size_out(self) -> tuple[int, int]:
-        """(width, height) of level 0 as stored: the least that halves without remainder down to the last level."""
+        """Return the stored (width, height) of level 0: the smallest that halves without remainder on every level."""
         step = 2 ** (self.levels - 1)
         width, height = self.size_out
         return _ceil_div(width, step) * step, _ceil_div(height, step) * step
 
     @property
     def level_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(width, height) of each stored level."""
+        """Return the (width, height) of each stored level."""
         width, height = self.padded_size_out
         return tuple((width >> level, height >> level) for level in range(self.levels))
 
     def probs_shape(self, level: int) -> tuple[int, int, int]:
-        """Shape (class, y, x) of the probabilities of one level."""
+        """Return the shape (class, y, x) of the probabilities of one level."""
         width, height = self.level_sizes[level]
         return len(self.classes), height, width
 
     def labels_shape(self, level: int) -> tuple[int, int]:
-        """Shape (y, x) of the labels of one level."""
+        """Return the shape (y, x) of the labels of one level."""
         return self.probs_shape(level)[1:]
 
 
 def create_store(path: Path, spec: MapSpec) -> None:
-    """Create an empty map: all metadata, no chunk. The bytes depend on the spec alone.
+    """Create an empty map with all metadata and no chunks. The bytes depend only on the spec.
 
-    Raises FileExistsError where something is at `path` already; a store that exists is opened with `MapStore`.
+    Raises FileExistsError if `path` exists; open an existing store with `MapStore`.
     """
     if path.exists():
-        raise FileExistsError(f"{path}: exists already; open it with MapStore, or remove it first")
+        raise FileExistsError(f"{path}: already exists; open it with MapStore, or remove it first")
     store = LocalStore(path)
     zarr.create_group(store, zarr_format=2, attributes=_image_attributes(spec))
     zarr.create_group(store, path="labels", zarr_format=2, attributes={"labels": ["classes"]})
@@ -106,17 +106,17 @@ def create_store(path: Path, spec: MapSpec) -> None:
     for level in range(spec.levels):
         _create_array(store, f"{level}", spec.probs_shape(level), (1, spec.chunk, spec.chunk))
         _create_array(store, f"{LABELS}/{level}", spec.labels_shape(level), (spec.chunk, spec.chunk))
-    # No `bioformats2raw.layout` on the root: it would make napari and ome-zarr look for images in sub-groups.
-    # Bio-Formats finds the file by its path alone.
+    # No `bioformats2raw.layout` on the root: napari and ome-zarr would look for images in sub-groups.
+    # Bio-Formats finds the file by its path.
     zarr.create_group(store, path="OME", zarr_format=2)
     (path / "OME" / "METADATA.ome.xml").write_text(_ome_xml(spec), encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class MapStore:
-    """A map that blocks are written to. Cheap to open and picklable.
+    """A map to write blocks to. Cheap to open and picklable.
 
-    Threads and processes may write blocks that do not overlap at the same time.
+    Threads and processes may write blocks at the same time if the blocks do not overlap.
     """
 
     path: Path
@@ -124,21 +124,21 @@ class MapStore:
 
     @functools.cached_property
     def probs(self) -> zarr.Array[Any]:
-        """Probabilities of level 0, uint8 (class, y, x)."""
+        """Return the probabilities of level 0, uint8 (class, y, x)."""
         return self._open("0", self.spec.probs_shape(0))
 
     @functools.cached_property
     def labels(self) -> zarr.Array[Any]:
-        """Labels of level 0, uint8 (y, x)."""
+        """Return the labels of level 0, uint8 (y, x)."""
         return self._open(f"{LABELS}/0", self.spec.labels_shape(0))
 
     def write_block(self, box_out: Box, probs_KHW: UInt8Array, labels_HW: UInt8Array) -> tuple[Path, ...]:
-        """Write one block; return the chunk files that now hold it, relative to the store, sorted.
+        """Write one block. Return its chunk files, relative to the store, sorted.
 
-        The arrays have the box's width and height. What lies beyond the slide (`MapSpec.size_out`) is stored as 0.
-        Chunks that are 0 throughout have no file; one left by an earlier run is removed.
+        The arrays have the box's width and height. Pixels beyond the slide (`MapSpec.size_out`) are stored as 0. Chunks
+        of zeros have no file; a file of an earlier run is removed.
 
-        Raises ValueError where the box is not made of whole chunks, or an array does not fit the box or the spec.
+        Raises ValueError if the box does not consist of whole chunks, or if an array does not fit the box or the spec.
         """
         self._check_box(box_out)
         self._check_array("probs_KHW", probs_KHW, (len(self.spec.classes), box_out.height, box_out.width))
@@ -151,9 +151,9 @@ class MapStore:
         return tuple(file for file in self.block_files(box_out) if (self.path / file).exists())
 
     def block_files(self, box_out: Box) -> tuple[Path, ...]:
-        """All chunk files a block may have, relative to the store, sorted; an empty chunk has none on disk.
+        """Return all chunk files that a block can have, relative to the store, sorted. Empty chunks have no file.
 
-        Raises ValueError where the box is not made of whole chunks.
+        Raises ValueError if the box does not consist of whole chunks.
         """
         self._check_box(box_out)
         stored, side = self._stored(box_out), self.spec.chunk
@@ -163,7 +163,7 @@ class MapStore:
         return tuple(sorted(plane / str(row) / str(column) for plane in planes for row in rows for column in columns))
 
     def sweep_block(self, box_out: Box, kept: Collection[Path]) -> None:
-        """Remove the chunk files of a block that are not among `kept`, which are paths relative to the store."""
+        """Remove the chunk files of a block except `kept`, which are paths relative to the store."""
         for file in self.block_files(box_out):
             if file not in kept:
                 (self.path / file).unlink(missing_ok=True)
@@ -178,7 +178,7 @@ class MapStore:
         return array
 
     def _stored(self, box_out: Box) -> Box:
-        """The part of a block that the arrays have room for."""
+        """Return the part of a block that lies inside the stored arrays."""
         return box_out.intersect(Box(0, 0, *self.spec.padded_size_out))
 
     def _check_box(self, box_out: Box) -> None:
@@ -189,9 +189,10 @@ class MapStore:
         inside = 0 <= box_out.x < spec.size_out[0] and 0 <= box_out.y < spec.size_out[1]
         if not (whole and inside and box_out.width > 0 and box_out.height > 0):
             raise ValueError(
-                f"{spec.name}: {box_out} is not made of whole chunks of {side} px of a map of {spec.size_out[0]} x "
-                f"{spec.size_out[1]} px (stored as {spec.padded_size_out[0]} x {spec.padded_size_out[1]}); "
-                "blocks must begin and end at multiples of the chunk's side or end at the map's edge"
+                f"{spec.name}: {box_out} does not consist of whole chunks of {side} px of a map of "
+                f"{spec.size_out[0]} x {spec.size_out[1]} px (stored as {spec.padded_size_out[0]} x "
+                f"{spec.padded_size_out[1]}); "
+                "a block must begin and end at multiples of the chunk's side, or end at the map's edge"
             )
 
     def _check_array(self, name: str, array: UInt8Array, shape: tuple[int, ...]) -> None:
@@ -202,16 +203,16 @@ class MapStore:
 
 
 def build_pyramid(path: Path, spec: MapSpec) -> None:
-    """Compute every level above 0 from the one below it, chunk by chunk, where there are chunks; 0 elsewhere.
+    """Compute every level above 0 from the level below it, chunk by chunk. Areas without chunks stay 0.
 
-    Memory is that of a few chunks, whatever the map's size. The result depends on level 0 alone, so that it can be
-    repeated after a crash. Probabilities are 2 x 2 means, labels 2 x 2 majorities (`halve_probs`, `halve_labels`).
+    It needs the memory of a few chunks for a map of any size. The result depends only on level 0, so it can be repeated
+    after a crash. Probabilities are 2 x 2 means, labels 2 x 2 majorities (`halve_probs`, `halve_labels`).
     """
     for level in range(1, spec.levels):
         for plane, halve in (("", halve_probs), (f"{LABELS}/", halve_labels)):
             source, target = (_open_array(path, f"{plane}{i}") for i in (level - 1, level))
             filled = {(row // 2, column // 2) for row, column in _chunk_positions(path / f"{plane}{level - 1}")}
-            # A chunk left by an earlier run is computed anew too, and so removed where level 0 is empty now.
+            # A chunk of an earlier run is computed again too: if level 0 is empty now, the chunk is removed.
             for row, column in sorted(filled.union(_chunk_positions(path / f"{plane}{level}"))):
                 y, x = row * spec.chunk, column * spec.chunk
                 y_stop, x_stop = min(y + spec.chunk, target.shape[-2]), min(x + spec.chunk, target.shape[-1])
@@ -220,28 +221,28 @@ def build_pyramid(path: Path, spec: MapSpec) -> None:
 
 
 def halve_probs(probs_KHW: UInt8Array) -> UInt8Array:
-    """Mean of each 2 x 2 square, halves rounded up; height and width must be even."""
+    """Return the mean of each 2 x 2 square, halves rounded up. Height and width must be even."""
     a, b, c, d = (quarter.astype(np.uint16) for quarter in _quarters(probs_KHW))
     return ((a + b + c + d + 2) >> 2).astype(np.uint8)
 
 
 def halve_labels(labels_HW: UInt8Array) -> UInt8Array:
-    """Most frequent label of each 2 x 2 square; height and width must be even.
+    """Return the most frequent label of each 2 x 2 square. Height and width must be even.
 
-    Of labels equally frequent the smallest class wins, and any class wins over background (0), so that thin structures
-    fade no faster than they must.
+    Among equally frequent labels the smallest class wins, and any class wins over background (0), so that thin
+    structures fade as slowly as possible.
     """
     quarters = _quarters(labels_HW)
     best = np.zeros(quarters[0].shape, np.uint16)
     for label in quarters:
         count = sum((label == other).astype(np.uint16) for other in quarters)
-        # As uint8, -label puts class 1 highest and background lowest, and negating it again gives the label back.
+        # As uint8, -label puts class 1 highest and background lowest. Negating it again restores the label.
         np.maximum(best, (count << 8) | np.negative(label), out=best)
     return np.negative((best & 0xFF).astype(np.uint8))
 
 
 def sweep_partial_files(path: Path) -> int:
-    """Remove what writes killed half-way left in a store; return how many. Nobody may be writing to it meanwhile."""
+    """Remove the files of killed writes from a store and return their number. No other write may be in progress."""
     stray = sorted(path.rglob("*.partial"))
     for file in stray:
         file.unlink()
@@ -253,7 +254,7 @@ def _quarters(array: UInt8Array) -> list[UInt8Array]:
 
 
 def _keep(array: UInt8Array, inside: Box, stored: Box) -> UInt8Array:
-    """A block cut to the part that is stored, with 0 outside the slide."""
+    """Return the stored part of a block, with 0 outside the slide."""
     cut = array[..., : stored.height, : stored.width]
     if inside == stored:
         return cut
@@ -264,7 +265,7 @@ def _keep(array: UInt8Array, inside: Box, stored: Box) -> UInt8Array:
 
 
 def _chunk_positions(array_path: Path) -> Iterator[tuple[int, int]]:
-    """(row, column) of the chunk files of one level, over all its classes."""
+    """Yield (row, column) of the chunk files of one level, for all classes."""
     for root in _folders(array_path) if _is_probs(array_path) else [array_path]:
         for row in _folders(root):
             for file in row.iterdir():
@@ -289,7 +290,7 @@ def _create_array(store: LocalStore, path: str, shape: tuple[int, ...], chunks: 
         dtype="uint8",
         fill_value=0,
         zarr_format=2,
-        # QuPath opens neither bare zstd nor blosc's automatic shuffle.
+        # QuPath can open neither plain zstd nor blosc's automatic shuffle.
         compressors=Blosc(cname="zstd", clevel=3, shuffle=Blosc.SHUFFLE),
         filters=None,
         chunk_key_encoding={"name": "v2", "separator": "/"},
@@ -308,7 +309,7 @@ def _image_attributes(spec: MapSpec) -> dict[str, Any]:
         "omero": {
             "version": "0.4",
             "name": _text(spec.name),
-            # No `rdefs`: of its model "color" Vitessce makes an RGB picture of the first three channels.
+            # No `rdefs`: for its model "color", Vitessce shows the first three channels as an RGB picture.
             "channels": [
                 {"label": one.name, "color": bytes(one.color).hex().upper(), "window": window, "active": True}
                 for one in spec.classes
@@ -346,9 +347,9 @@ def _multiscale(spec: MapSpec, name: str, leading: list[dict[str, str]], method:
 
 
 def _ome_xml(spec: MapSpec) -> str:
-    """OME-XML 2016-06 of one image without pixels of its own; µm is the schema's unit of length.
+    """Return OME-XML 2016-06 of one image without pixels; µm is the schema's unit of length.
 
-    Written here and not by ome-types, whose import takes a second, before the first block of every run.
+    ome-types could write it, but its import would delay the first block of every run by a second.
     """
     width, height = spec.padded_size_out
     ome = ET.Element("OME", {"xmlns": _OME, "xmlns:xsi": _XSI, "xsi:schemaLocation": f"{_OME} {_OME}/ome.xsd"})
@@ -370,7 +371,7 @@ def _ome_xml(spec: MapSpec) -> str:
 
 
 def _text(name: str) -> str:
-    """A file's name without what neither XML nor UTF-8 can hold: file systems allow any byte."""
+    """Return a file's name with "?" for every character that XML or UTF-8 cannot hold."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 

@@ -1,8 +1,8 @@
-"""Label maps to polygons: exact borders per block, simplified as one coverage, united across blocks.
+"""Turn label maps into polygons: exact borders per block, simplified as one coverage, united across blocks.
 
-Suffixes: H rows, W columns, N regions, E pairs of neighbours; `out` pixels of the stored map, of which pixel (x, y)
-covers [x, x + 1] x [y, y + 1]. All coordinates are whole numbers: simplification only removes vertices. That makes the
-union across blocks exact: there is nothing to snap, and no slivers.
+Suffixes: H rows, W columns, N regions, E pairs of neighbors; `out` pixels of the stored map, of which pixel (x, y)
+covers [x, x + 1] x [y, y + 1]. All coordinates are whole numbers, because simplification only removes vertices.
+The union across blocks is therefore exact: nothing is snapped, and there are no slivers.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ class Region:
     label: int
     """0 is background, 1..K are the classes."""
     geometry_out: shapely.Polygon
-    """Absolute out pixels, y down; valid, normalised, corners on whole numbers."""
+    """Absolute out pixels, y down; valid, normalized, corners on whole numbers."""
     open: bool
-    """It touches its block's edge: it may go on in the next block."""
+    """Whether the region touches its block's edge and may continue in the next block."""
 
 
 def block_regions(
     labels_HW: npt.NDArray[np.uint8], origin_out: tuple[int, int], min_area_px: float, tolerance_px: float
 ) -> list[Region]:
-    """The regions of one block: every class region, and the background regions that touch the block's edge.
+    """Return the regions of one block: every class region, and the background regions that touch the block's edge.
 
     labels_HW: 0 is background. origin_out: (x, y) of the block's first pixel. Regions (background too) smaller than
-    min_area_px that do not touch the block's edge first become part of the neighbour with the longest shared border.
+    min_area_px that do not touch the block's edge first become part of the neighbor with the longest shared border.
     Then all borders between regions are simplified together (Visvalingam-Whyatt; tolerance_px is the square root of the
-    largest triangle removed), so that neighbours stay neighbours. The block's own edge is never simplified. The order
-    and the bytes of the result depend on nothing but the arguments.
+    largest triangle removed), so that neighbors stay neighbors. The block's own edge is never simplified. The order
+    and the bytes of the result depend only on the arguments.
     Raises ValueError for labels that are not a non-empty 2-D uint8 array.
     """
     if labels_HW.ndim != 2 or labels_HW.size == 0 or labels_HW.dtype != np.uint8:
@@ -69,7 +69,7 @@ def block_regions(
     if min_area_px > 1:
         areas_N = np.bincount(ids_HW.ravel(), minlength=labels_N.size).astype(np.float64)
         if np.any((areas_N < min_area_px) & ~open_N):
-            group_N, labels_N = _merge_small(labels_N, areas_N, open_N, *_neighbours(ids_HW), min_area_px)
+            group_N, labels_N = _merge_small(labels_N, areas_N, open_N, *_neighbors(ids_HW), min_area_px)
             ids_HW = group_N[ids_HW]
             open_N = _touching_edge(ids_HW, labels_N.size)
     polygons_N = _trace(ids_HW)
@@ -84,12 +84,12 @@ def block_regions(
 
 
 def join_regions(regions: Iterable[Region], min_area_px: float) -> Iterator[Region]:
-    """The regions of the whole map: closed ones pass straight through, open ones are united across block borders.
+    """Yield the regions of the whole map: closed regions unchanged, open ones united across block borders.
 
     Open regions of one label that share a border of positive length become one. United regions that are still smaller
-    than min_area_px go to the neighbour with the longest shared border among the other united regions and the
+    than min_area_px go to the neighbor with the longest shared border among the other united regions and the
     background; a border that no open region shares counts as background. Background is never yielded. The closed ones
-    keep their order, the united ones follow, in an order that does not depend on the input's. Only the open ones are
+    keep their order, the united ones follow, in an order independent of the input's. Only the open ones are
     held in memory.
     """
     pieces: list[Region] = []
@@ -103,7 +103,7 @@ def join_regions(regions: Iterable[Region], min_area_px: float) -> Iterator[Regi
     pieces.sort(key=lambda piece: (piece.label, shapely.to_wkb(piece.geometry_out)))
     polygons_N = np.array([piece.geometry_out for piece in pieces], dtype=object)
     labels_N = np.array([piece.label for piece in pieces] + [0], dtype=np.int64)
-    areas_N = np.append(shapely.area(polygons_N), np.inf)  # the last one stands for all that lies outside
+    areas_N = np.append(shapely.area(polygons_N), np.inf)  # the last one stands for everything outside
     pairs_E2, lengths_E = _shared_borders(polygons_N)
     fixed_N = np.zeros(labels_N.size, np.bool_)
     group_N, labels_G = _merge_small(labels_N, areas_N, fixed_N, pairs_E2, lengths_E, min_area_px)
@@ -122,7 +122,7 @@ def join_regions(regions: Iterable[Region], min_area_px: float) -> Iterator[Regi
 
 
 def save_regions(path: Path, regions: Sequence[Region]) -> None:
-    """Write regions to one compact file with a checksum; the same regions give the same bytes. The caller fsyncs."""
+    """Write regions to one compact file with a checksum. The same regions give the same bytes. The caller fsyncs."""
     columns = {
         "label": [region.label for region in regions],
         "open": [region.open for region in regions],
@@ -136,16 +136,18 @@ def save_regions(path: Path, regions: Sequence[Region]) -> None:
 
 
 def load_regions(path: Path) -> list[Region]:
-    """The regions of a file that save_regions wrote. Raises RegionsFileError for a foreign or damaged file."""
+    """Return the regions of a file that `save_regions` wrote. Raises RegionsFileError for any other or damaged file."""
     content = path.read_bytes()
     head, digest, payload = content[:8], content[8:40], content[40:]
     if head != _MAGIC:
         raise RegionsFileError(
-            f"{path}: no file of regions: it begins with {head!r}, not {_MAGIC!r}; run its block again"
+            f"{path}: is not a file of regions: it begins with {head!r}, not {_MAGIC!r}; delete it and run the same "
+            f"command again"
         )
     if hashlib.sha256(payload).digest() != digest:
         raise RegionsFileError(
-            f"{path}: damaged: the checksum of its {len(payload)} bytes differs; delete it and run its block again"
+            f"{path}: is damaged: the checksum of its {len(payload)} bytes differs; delete it and run the same command "
+            f"again"
         )
     table = pa.ipc.open_stream(payload).read_all()
     geometries = shapely.from_wkb(np.array(table["geometry"].to_pylist(), dtype=object))
@@ -154,7 +156,7 @@ def load_regions(path: Path) -> list[Region]:
 
 
 def _components(labels_HW: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
-    """ids_HW of the 4-connected regions, 0..N-1, and the label of each."""
+    """Return ids_HW of the 4-connected regions, 0..N-1, and the label of each region."""
     ids_HW = np.zeros(labels_HW.shape, np.int64)
     labels: list[int] = []
     for label in np.unique(labels_HW).tolist():
@@ -172,8 +174,8 @@ def _touching_edge(ids_HW: Ints, count: int) -> Bools:
     return touching_N
 
 
-def _neighbours(ids_HW: Ints) -> tuple[Ints, Floats]:
-    """Pairs of regions that share pixel edges, and how many."""
+def _neighbors(ids_HW: Ints) -> tuple[Ints, Floats]:
+    """Return the pairs of regions that share pixel edges, and the number of edges."""
     left = np.concatenate([ids_HW[:, :-1].ravel(), ids_HW[:-1].ravel()])
     right = np.concatenate([ids_HW[:, 1:].ravel(), ids_HW[1:].ravel()])
     differ = left != right
@@ -182,7 +184,7 @@ def _neighbours(ids_HW: Ints) -> tuple[Ints, Floats]:
 
 
 def _summed_pairs(pairs_E2: Ints, lengths_E: Floats) -> tuple[Ints, Floats]:
-    """Each unordered pair of different regions once, with the sum of its lengths."""
+    """Return each unordered pair of different regions once, with the sum of its lengths."""
     differ = pairs_E2[:, 0] != pairs_E2[:, 1]
     low, high = pairs_E2[differ].min(axis=1), pairs_E2[differ].max(axis=1)
     width = int(high.max()) + 1 if high.size else 1
@@ -194,9 +196,9 @@ def _summed_pairs(pairs_E2: Ints, lengths_E: Floats) -> tuple[Ints, Floats]:
 def _merge_small(
     labels_N: Ints, areas_N: Floats, fixed_N: Bools, pairs_E2: Ints, lengths_E: Floats, min_area: float
 ) -> tuple[Ints, Ints]:
-    """The group of each region and the label of each group, once small regions went to neighbours.
+    """Return the group of each region and the label of each group after small regions joined their neighbors.
 
-    Neighbours of one label are one group. In each round every small group picks the neighbour with the longest shared
+    Neighbors of one label are one group. In each round every small group picks the neighbor with the longest shared
     border (ties: smallest label, then smallest number); all that picked each other become one, with the label of its
     largest member. Fixed regions never pick. Rounds at least halve the number of small groups (as in Boruvka's method).
     """
@@ -226,7 +228,7 @@ def _merge_small(
 
 
 def _first_of_each(keys: Ints, order: Ints) -> Ints:
-    """Of indices sorted by key, the first of each key."""
+    """Return the first index of each key, from indices sorted by key."""
     sorted_keys = keys[order]
     first = np.ones(order.size, np.bool_)
     first[1:] = sorted_keys[1:] != sorted_keys[:-1]
@@ -234,11 +236,11 @@ def _first_of_each(keys: Ints, order: Ints) -> Ints:
 
 
 def _trace(ids_HW: Ints) -> Polygons:
-    """The polygon of each 4-connected region 0..N-1, holes kept, from the corner (0, 0).
+    """Return the polygon of each 4-connected region 0..N-1 with its holes, from the corner (0, 0).
 
-    Directed pixel edges run with their region on the right. Where a region meets itself in a corner its border takes
-    the turn that parts the shell from the hole, so that every ring is simple and every polygon valid. Vertices are the
-    corners and all points where three or more borders meet, on every side: the polygons are an edge-matched coverage.
+    Directed pixel edges run with their region on the right. If a region touches itself in a corner, its border takes
+    the turn that separates the shell from the hole, so every ring is simple and every polygon valid. Vertices are the
+    corners and all points at which three or more borders meet, so the polygons are an edge-matched coverage.
     """
     height, width = ids_HW.shape
     padded = np.pad(ids_HW, 1, constant_values=-1).ravel()
@@ -285,7 +287,7 @@ def _trace(ids_HW: Ints) -> Polygons:
 
 
 def _walk_cycles(next_M: Ints) -> tuple[Ints, Ints]:
-    """The cycle of each element of a permutation, and all elements cycle after cycle, each in its order."""
+    """Return the cycle of each element of a permutation, and all elements cycle by cycle, each in its order."""
     size = next_M.size
     graph = csr_array((np.ones(size, np.int8), next_M, np.arange(size + 1)), shape=(size, size))
     count, cycle_M = connected_components(graph, directed=True, connection="weak")
@@ -302,7 +304,7 @@ def _walk_cycles(next_M: Ints) -> tuple[Ints, Ints]:
 
 
 def _closed_rings(xy: Floats, begins: Ints, sizes: Ints) -> tuple[Floats, Ints]:
-    """Coordinates of the given unclosed rings one after the other, each closed, and their offsets."""
+    """Return the coordinates of the given unclosed rings in sequence, each closed, and their offsets."""
     offsets = np.append(0, np.cumsum(sizes + 1))
     index = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], sizes + 1)
     index[offsets[1:] - 1] = begins
@@ -315,9 +317,9 @@ def _polygons(coords: Floats, ring_offsets: Ints, polygon_offsets: Ints) -> Poly
 
 
 def _without_straight_vertices(polygons_N: Polygons, shift: tuple[int, int]) -> Polygons:
-    """The polygons shifted and normalised, without vertices in the middle of a level or upright line.
+    """Return the polygons shifted and normalized, without vertices inside a horizontal or vertical line.
 
-    Such a vertex marks where other regions meet, or a block's edge. Leaving it out is exact, after any scaling too.
+    Such a vertex marks a meeting point of other regions, or a block's edge. Removing it is exact, even after scaling.
     """
     if not polygons_N.size:
         return polygons_N
@@ -338,15 +340,15 @@ def _without_straight_vertices(polygons_N: Polygons, shift: tuple[int, int]) -> 
 
 
 def _shared_borders(polygons_N: Polygons) -> tuple[Ints, Floats]:
-    """Pairs of polygons that share a border, and its length in pixels; number N is what no other polygon shares.
+    """Return pairs of polygons that share a border, and its length in pixels. Number N stands for unshared borders.
 
-    Borders are compared edge by edge: level and upright edges in pixel steps, as the two sides may be divided
-    differently there; all others have the same two ends on both sides.
+    Borders are compared edge by edge. Horizontal and vertical edges are compared in pixel steps, because the two sides
+    may be divided differently. All other edges have the same two ends on both sides.
     """
     _, xy, (ring_offsets, polygon_offsets) = shapely.to_ragged_array(polygons_N)
     corners = np.rint(xy).astype(np.int64)
     if not np.array_equal(corners, xy):
-        raise ValueError("regions to join must have whole pixel coordinates, as block_regions gives them")
+        raise ValueError("regions to join must have whole pixel coordinates, as block_regions returns them")
     is_edge = np.ones(len(corners), np.bool_)
     is_edge[ring_offsets[1:] - 1] = False
     first = np.flatnonzero(is_edge)
@@ -371,10 +373,10 @@ def _shared_borders(polygons_N: Polygons) -> tuple[Ints, Floats]:
 
 
 def _united(pieces_N: Polygons) -> shapely.Polygon:
-    """One polygon of open regions that hang together.
+    """Return one polygon of connected open regions.
 
-    Only shells are united: what fills a hole does not touch its block's edge, so no other open region lies in it. With
-    tens of thousands of holes this takes a fraction of the time.
+    Only shells are united: a region inside a hole does not touch its block's edge, so no other open region lies in the
+    hole. With tens of thousands of holes this takes a fraction of the time.
     """
     shells_N, holes_N = shapely.get_exterior_ring(pieces_N), _holes(pieces_N)
     union = shapely.union_all(shapely.polygons(shells_N))

@@ -1,4 +1,4 @@
-"""The slide at the size of a page, with the class of each of its pixels."""
+"""A picture of the slide at the size of a page, with the class of each pixel."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from wsi.slide import Slide
 from wsi.tissue import read_thumbnail
 
 LONGEST_PX = 1600
-"""Longer side of a picture, at most."""
+"""Largest length of a picture's longer side."""
 
 UInt8Array = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class SlidePicture:
-    """The slide's bounds and the classes on them, pixel by pixel; never the slide's label or macro image."""
+    """The slide inside its bounds and the class of each pixel. Never the slide's label or macro image."""
 
     rgb_HWC: UInt8Array
     labels_HW: UInt8Array
@@ -33,13 +33,13 @@ class SlidePicture:
 
 
 def picture_slide(slide: Slide, grid: Grid, store: MapStore) -> SlidePicture:
-    """Read the slide and its stored classes, of which the pyramid must have been built, at no more than LONGEST_PX."""
+    """Return the slide and its stored classes, at most LONGEST_PX long. The map must have its pyramid."""
     info = slide.info
     longest_um = max(info.bounds_l0.width, info.bounds_l0.height) * info.mpp
     rgb_HWC, l0_per_thumb, _ = read_thumbnail(slide, max(info.mpp, longest_um / LONGEST_PX))
     thumb_height, thumb_width = rgb_HWC.shape[:2]
     if max(thumb_height, thumb_width) > LONGEST_PX:
-        # The reader reduces by whole factors only.
+        # The reader only reduces by whole factors.
         image = Image.fromarray(rgb_HWC)
         image.thumbnail((LONGEST_PX, LONGEST_PX), Image.Resampling.LANCZOS)
         rgb_HWC = np.asarray(image)
@@ -53,7 +53,7 @@ def picture_slide(slide: Slide, grid: Grid, store: MapStore) -> SlidePicture:
 
 
 def _labels(store: MapStore, size: tuple[int, int], out_per_px: list[float]) -> UInt8Array:
-    """The class at each pixel's centre of a picture of (width, height), from the coarsest level that is as fine."""
+    """Return the class at the center of each pixel of a picture, from the coarsest level that is fine enough."""
     spec = store.spec
     level = int(np.clip(np.floor(np.log2(max(1.0, min(out_per_px)))), 0, spec.levels - 1))
     columns, rows = (

@@ -1,7 +1,7 @@
-"""The page of one slide: what was found in it, over a picture of it, and how it was made.
+"""The page of one slide: a picture with its classes, the areas, the parameters and the provenance.
 
-One file, `index.html`, with its pictures inside, and `thumbnail.jpg` for the page of all slides. Neither holds times or
-machine names: the same slide, model and parameters give the same bytes.
+The page is one file, `index.html`, which contains its pictures. `thumbnail.jpg` is for the report. Neither contains
+times or machine names: the same slide, model and parameters give the same bytes.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from pipeline.results.names import PAGE, THUMBNAIL
 from pipeline.results.record import Run
 
 THUMBNAIL_PX = 256
-"""Longer side; shown at half of it."""
+"""Longer side. The report shows it at half this size."""
 SCALE_BAR_SHARE = 0.25
-"""Of the picture's width, at most."""
+"""Largest share of the picture's width."""
 
 PARAMETERS = {
     "mpp": ("Pixel size given", "µm/px"),
-    "backend": ("Reader asked for", ""),
+    "backend": ("Requested reader", ""),
     "overlap": ("Overlap of tiles", "of a tile's side"),
     "output_stride": ("Model pixels per pixel of the map", ""),
     "min_area_um2": ("Smallest polygon", "µm²"),
     "simplify_px": ("Simplification of borders", "px of the map"),
-    "keep_ungated": ("Keep what the gate silences", ""),
+    "keep_ungated": ("Keep the prediction if the gate rejects every class", ""),
     "precision": ("Number format of the networks", ""),
     "runtime": ("Runtime of the networks", ""),
     "block_out": ("Side of a block", "px of the map"),
 }
-"""What each parameter of a run is called, and its unit."""
+"""The name and the unit of each parameter on the page."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One class as two transparent pictures of the slide's size."""
+    """One class as two transparent pictures with the size of the slide's picture."""
 
     number: int
     name: str
@@ -77,7 +77,7 @@ def write_slide_page(folder: Path, run: Run, picture: SlidePicture) -> None:
 
 
 def _thumbnail(slide: Image.Image, picture: SlidePicture) -> Image.Image:
-    """The classes blended over the slide, without outlines: at this size these would hide small regions."""
+    """Return the slide with its classes, without outlines: at this size they would hide small regions."""
     classes = Image.fromarray(picture.labels_HW)
     classes.putpalette([0, 0, 0, *(value for one in picture.classes for value in one.color)])
     weight_HW = np.where(picture.labels_HW > 0, round(255 * BLEND), 0).astype(np.uint8)
@@ -87,7 +87,7 @@ def _thumbnail(slide: Image.Image, picture: SlidePicture) -> Image.Image:
 
 
 def _layers(picture: SlidePicture) -> list[Layer]:
-    """A layer for each class that is somewhere in the picture."""
+    """Return a layer for each class in the picture."""
     edge_HW = outline(picture.labels_HW)
     layers = []
     for number, one in enumerate(picture.classes, start=1):
@@ -100,7 +100,7 @@ def _layers(picture: SlidePicture) -> list[Layer]:
 
 
 def _mask_uri(mask_HW: npt.NDArray[np.bool_], color: Color) -> str:
-    """The pixels of a mask in one color, the others transparent: one bit each."""
+    """Return the pixels of a mask in one color and the others transparent, with one bit per pixel."""
     image = Image.fromarray(mask_HW.astype(np.uint8))
     image.putpalette([255, 255, 255, *color])
     return data_uri(image, "png", bits=1, transparency=b"\x00\xff", optimize=True)

@@ -1,1 +1,1 @@
-"""The results folder: what a run leaves there, and how it gets there."""
+"""The results folder: what a run writes into it, and how results become visible."""

@@ -1,9 +1,9 @@
-"""Where a slide's result is built and how it becomes visible.
+"""The folders in which a slide's result is built, and how it becomes visible.
 
-results/slide/          the result: appears by one rename, complete
-results/.slide.work/    the working folder of a run that is not finished
-results/.slide.lock     held by the run; the kernel lets go of it when the process dies
-results/.slide.old/     the former result, for the moment in which --force replaces it
+results/slide/          the result: one rename makes it visible, complete
+results/.slide.work/    the working folder of an unfinished run
+results/.slide.lock     held by the run; the kernel releases it when the process dies
+results/.slide.old/     the former result, while --force replaces it
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class ResultFolder:
 
     @property
     def result(self) -> Path:
-        """The result while it is being built."""
+        """Return the folder in which the result is built."""
         return self.work / "result"
 
     @property
     def old(self) -> Path:
-        """The former result while it is being replaced."""
+        """Return the folder of the former result while it is replaced."""
         return self.target.with_name(f".{self.target.name}.old")
 
     def publish(self) -> None:
-        """Make the result visible under its name, in place of a former one, and remove the working folder."""
+        """Make the result visible under its name, replacing a former one, and remove the working folder."""
         sync_tree(self.result)
         if self.target.exists():
             self.target.rename(self.old)
@@ -60,15 +60,16 @@ class ResultFolder:
 def open_folder(output: Path, name: str, identity: RunIdentity, *, force: bool) -> Iterator[ResultFolder]:
     """Take the lock of one slide's result and prepare its working folder.
 
-    A working folder of the same `identity` is kept, so that the run goes on from it; another one is cleared away. After
-    an error the working folder stays if it holds finished blocks.
+    The run resumes from a working folder with the same `identity`; any other one is removed. After an error the
+    working folder stays if it holds finished blocks.
 
-    Raises LockedError where another process has the lock, OutputError where the target holds something else, unless
-    `force` is set and a run wrote it.
+    Raises LockedError if another process has the lock. Raises OutputError if the target holds something else, unless
+    `force` is set and wsi-segment wrote the target.
     """
     if ".zarr" in str(output.absolute()) or ".zarr" in name:
         raise OutputError(
-            f"{output / name}: no folder of a result may have .zarr in its name: viewers take it for a store"
+            f"{output / name}: the folder of a result must not have .zarr in its name, because viewers would open it "
+            f"as a store; choose another --output or rename the slide"
         )
     _make_durably(output)
     lock_path = lock_file(output, name)
@@ -76,7 +77,7 @@ def open_folder(output: Path, name: str, identity: RunIdentity, *, force: bool) 
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise LockedError(f"{output / name}: another process is working on this slide; wait for it") from None
+        raise LockedError(f"{output / name}: another process is working on this slide; wait until it ends") from None
     try:
         folder = _prepare(output, name, identity, force=force)
         try:
@@ -86,18 +87,18 @@ def open_folder(output: Path, name: str, identity: RunIdentity, *, force: bool) 
                 shutil.rmtree(folder.work, ignore_errors=True)
             raise
     finally:
-        # Before the release: whoever has opened the file in the meantime sees that it is gone, and makes a new one.
+        # Before the release: a process that opened the file in the meantime sees that it is gone and makes a new one.
         lock_path.unlink(missing_ok=True)
         lock.release()
 
 
 def lock_file(output: Path, name: str) -> Path:
-    """The file that is there while a run works on a slide; a killed run leaves it behind, unlocked."""
+    """Return the lock file of a slide. A killed run leaves the file behind, unlocked."""
     return output / f".{name}.lock"
 
 
 def is_locked(output: Path, name: str) -> bool:
-    """Whether a run is at work on a slide; the lock file of one that was killed is removed."""
+    """Return whether a run is working on a slide. Removes the lock file of a killed run."""
     path = lock_file(output, name)
     if not path.exists():
         return False
@@ -125,7 +126,7 @@ def finished_run(target: Path, identity: RunIdentity) -> Run | None:
 def _prepare(output: Path, name: str, identity: RunIdentity, *, force: bool) -> ResultFolder:
     folder = ResultFolder(output / name, output / f".{name}.work", None)
     if folder.old.exists():
-        # A run was killed while it replaced a result.
+        # The run that replaced this result was killed.
         if folder.target.exists():
             _clear_old(folder.old, folder.target)
         else:
@@ -134,7 +135,7 @@ def _prepare(output: Path, name: str, identity: RunIdentity, *, force: bool) -> 
         header = read_header(folder.target)
         if header is None:
             raise OutputError(
-                f"{folder.target}: holds something that no run has made; move it away or choose another --output"
+                f"{folder.target}: was not written by wsi-segment; move it away or choose another --output"
             )
         if not force:
             run = finished_run(folder.target, identity)
@@ -160,7 +161,7 @@ def _prepare(output: Path, name: str, identity: RunIdentity, *, force: bool) -> 
 
 
 def _make_durably(folder: Path) -> None:
-    """Make a folder, and those on its way, that a power cut does not take away."""
+    """Make a folder and its parents so that a power cut does not remove them."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in new:
@@ -168,7 +169,7 @@ def _make_durably(folder: Path) -> None:
 
 
 def _clear_rest(work: Path, identity: RunIdentity) -> None:
-    """Remove what a run that was killed after its result had become visible left of its working folder."""
+    """Remove the working folder of a run that was killed after its result became visible."""
     if work.exists() and _read_json(work / "identity.json") in (identity.as_json(), None):
         shutil.rmtree(work)
 
@@ -177,7 +178,7 @@ def _another_run(target: Path, header: RunHeader, identity: Mapping[str, object]
     settings = _other_settings(header.identity, identity)
     other = _other_inputs(header.identity, identity)
     return (
-        f"{target}: holds the result of another run ({other or 'with files missing'}); pass "
+        f"{target}: holds the result of another run ({other or 'some files are missing'}); pass "
         f"--force to replace it, or choose another --output" + (f"; it was made with {settings}" if settings else "")
     )
 
@@ -188,7 +189,7 @@ def _other_inputs(former: Mapping[str, object], identity: Mapping[str, object]) 
 
 
 def _other_settings(former: Mapping[str, object], identity: Mapping[str, object]) -> str:
-    """The settings that differ, as "overlap 0.25 instead of 0.5"; the former one is first."""
+    """Return the settings that differ, as "overlap 0.25 instead of 0.5", the former value first."""
     then, now = former.get("parameters"), identity.get("parameters")
     if not (isinstance(then, dict) and isinstance(now, dict)):
         return ""
@@ -196,7 +197,7 @@ def _other_settings(former: Mapping[str, object], identity: Mapping[str, object]
 
 
 def _clear_old(old: Path, target: Path) -> None:
-    """Remove what a former run wrote; what others put beside it moves over to the new result."""
+    """Remove the files of the former run. Files that others added move to the new result."""
     if not old.exists():
         return
     header = read_header(old)
@@ -208,7 +209,7 @@ def _clear_old(old: Path, target: Path) -> None:
     for path in old.iterdir():
         if path.name != RUN:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    # Last: it says what the run wrote, should this be interrupted.
+    # Last: after an interruption, it still lists what the run wrote.
     (old / RUN).unlink(missing_ok=True)
     old.rmdir()
 

@@ -1,4 +1,4 @@
-"""The table of all slides of an output folder: `summary.csv`, one row per slide."""
+"""`summary.csv`: the table of all slides of an output folder, one row per slide."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from pathlib import Path
 
 from pipeline.errors import OutputError
 from pipeline.files import only_writer, write_atomically
+from pipeline.results.names import SUMMARY
 from pipeline.results.slide_result import SlideResult
 
 
 def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:
-    """Bring `summary.csv` up to date: a row for each slide, those of earlier runs into the same folder kept.
+    """Write the rows of these slides into `summary.csv` and keep the rows of all other slides. Return its path.
 
-    Raises OutputError where the file that is there is no such table; it is left as it is.
+    Raises OutputError if the existing file is not a summary; the file is not changed.
     """
-    path = output / "summary.csv"
+    path = output / SUMMARY
     with only_writer(path, output / ".summary.lock"):
         rows = read_summary(path)
         for result in results:
-            # A skipped slide's row still tells what the run that made its result found, unless one failed in between.
+            # A skipped slide keeps the row of the run that made its result, unless a run failed in between.
             if result.status != "skipped" or rows.get(result.slide, {}).get("status", "failed") == "failed":
                 rows[result.slide] = result.row()
         names: dict[str, None] = {}
@@ -37,9 +38,9 @@ def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:
 
 
 def read_summary(path: Path) -> dict[str, dict[str, object]]:
-    """The rows of a `summary.csv` by their slides, none where there is no such file; all values are text.
+    """Return the rows of a `summary.csv` by slide, all values as text. Return no rows if the file does not exist.
 
-    Raises OutputError where the file is no summary.
+    Raises OutputError if the file is not a summary.
     """
     if not path.exists():
         return {}
@@ -48,7 +49,7 @@ def read_summary(path: Path) -> dict[str, dict[str, object]]:
             rows = list(csv.DictReader(file))
     except (UnicodeDecodeError, csv.Error):
         rows = [{}]
-    # None: a row longer than the header.
+    # The key None holds the values of a row that is longer than the header.
     if any("slide" not in row or None in row for row in rows):
-        raise OutputError(f"{path}: is no summary that a run has written; move it away, the next run makes a new one")
+        raise OutputError(f"{path}: was not written by wsi-segment; move it away, and the next run writes a new one")
     return {row["slide"]: {**row} for row in rows}

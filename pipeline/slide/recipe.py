@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class PlannedSlide(NamedTuple):
-    """An open slide, and what a run will do with it."""
+    """An open slide and the plan of its run."""
 
     stamp: str
     """`slide_stamp` before anything was read."""
@@ -53,9 +53,9 @@ class PlannedSlide(NamedTuple):
 
 
 def plan_slide(path: Path, card: ModelCard, settings: MapSettings) -> PlannedSlide:
-    """Open a slide, find its tissue and plan the run. Writes nothing; the caller closes the slide.
+    """Open a slide, find its tissue and plan the run. Write nothing. The caller closes the slide.
 
-    Raises SlideError where the slide cannot be used.
+    Raises SlideError if the slide cannot be used.
     """
     stamp = slide_stamp(path)
     slide = open_slide(path, settings.mpp, settings.backend)
@@ -75,12 +75,12 @@ def segment_slide(
     progress: Progress = no_progress,
     planned: PlannedSlide | None = None,
 ) -> SlideResult:
-    """Segment a slide into `output/<stem>`: see the README for what is there afterwards. `planned` is what `plan_slide`
-    gave for it with this model and these settings, where it has been called already.
+    """Segment a slide into `output/<stem>`, which README.md describes. `planned` is the plan of `plan_slide` for
+    this model and these settings, if the caller already has it.
 
-    A result of the same slide, model and parameters is left as it is (`skipped`). Everything is built in a working
-    folder beside the target and becomes visible by one rename; after a crash or an interrupt the next call goes on from
-    the blocks that were finished.
+    A finished result of the same slide, model and parameters is kept (`skipped`). The result is built in a working
+    folder beside the target, and one rename makes it visible. After a crash or an interrupt, the next call resumes from
+    the finished blocks.
 
     Raises SlideError, ModelError or PipelineError; Cancelled on KeyboardInterrupt.
     """
@@ -97,12 +97,12 @@ def segment_slide_with(
     progress: Progress = no_progress,
     planned: PlannedSlide | None = None,
 ) -> SlideResult:
-    """`segment_slide`, with its blocks run by `runner`; everything else is done here."""
+    """Segment a slide as `segment_slide` does, with its blocks run by `runner`."""
     try:
         return _segment_slide(path, output, runner, settings, progress, planned)
     except KeyboardInterrupt:
         raise Cancelled(
-            f"{path.name}: interrupted; run the same command again to go on from the blocks that are finished"
+            f"{path.name}: interrupted; run the same command again to resume from the finished blocks"
         ) from None
 
 
@@ -116,7 +116,7 @@ def _segment_slide(
 ) -> SlideResult:
     start, run_versions = time.perf_counter(), versions(settings.runtime)
     seconds: dict[str, float] = {}
-    # Before the digest: a slide that changes in between must not pass for that one.
+    # Before the digest: otherwise a slide that changes in between would count as unchanged.
     stamp = slide_stamp(path) if planned is None else planned.stamp
     # Before any work: a finished result of another runtime is kept if the user named none.
     runtime = stored_runtime(output / path.stem, settings) or settings.runtime
@@ -185,7 +185,7 @@ def _check_predictor(predictor: Predictor, settings: ResolvedSettings) -> None:
 
 
 def _open_store(path: Path, work: Path, spec: MapSpec) -> MapStore:
-    """The store of an interrupted run, without what it had half written, or a new one: never half of one."""
+    """Return the store of an interrupted run without its half-written files, or a new, complete store."""
     if path.exists():
         sweep_partial_files(path)
     else:
@@ -207,21 +207,21 @@ def _run_blocks(
     check_unchanged: Callable[[], None],
     progress: Progress,
 ) -> tuple[list[BlockRecord], int]:
-    """Run the blocks that no earlier run has finished; returns the records of all, and how many were finished."""
+    """Run the unfinished blocks. Return the records of all blocks, and how many an earlier run had finished."""
     total = len(plan.blocks)
     blocks = {block.index: block for block in plan.blocks}
     records = {index: record for index, record in journal.finished().items() if index in blocks}
     for index, record in records.items():
-        # A power cut may bring back chunks that the block had removed.
+        # A power cut can restore chunks that the block had removed.
         work.store.sweep_block(blocks[index].box_out, chunks_of(work, record))
     resumed = len(records)
     if resumed:
-        log.info("%s: going on from %d of %d blocks", work.info.path.name, resumed, total)
+        log.info("%s: resuming from %d of %d blocks", work.info.path.name, resumed, total)
     (work.folder / "regions").mkdir(exist_ok=True)
     lock = threading.Lock()
 
     def finished(record: BlockRecord) -> None:
-        check_unchanged()  # before its line: a block of other pixels must never be taken for one of this slide
+        check_unchanged()  # before the journal: a block of a changed slide must not count
         journal.append(record)
         with lock:
             records[record.index] = record
@@ -234,16 +234,16 @@ def _run_blocks(
 
 
 def _check_unchanged(path: Path, stamp: str) -> None:
-    """Raise SlideError where the slide's files are no longer those that the digest was made of."""
+    """Raise SlideReadError if the slide's files have changed since the digest was computed."""
     if slide_stamp(path) != stamp:
         raise SlideReadError(
-            f"{path.name}: its file has changed since the run began; run the same command again once nothing writes "
-            f"to it"
+            f"{path.name}: the file has changed since the run began; run the same command again when nothing "
+            f"writes to the file"
         )
 
 
 def _check_readable(work: BlockWork, plan: Plan, records: Iterable[BlockRecord]) -> None:
-    """Raise SlideReadError as soon as more tiles of the slide are unreadable than may be."""
+    """Raise SlideReadError as soon as too many tiles are unreadable."""
     bad_l0 = [box for record in records for box in record.bad_tiles_l0]
     if len(bad_l0) > work.settings.max_bad_share * plan.tiles:
         raise SlideReadError(
@@ -256,7 +256,7 @@ def _check_readable(work: BlockWork, plan: Plan, records: Iterable[BlockRecord])
 def _warnings(work: BlockWork, model_mpp: float, records: list[BlockRecord]) -> tuple[str, ...]:
     warnings = (*work.info.warnings, *work.tissue.warnings)
     if work.grid.lv_per_m < 1:
-        warnings += (f"the slide is coarser than the model's {model_mpp:g} µm/px; its pixels were enlarged",)
+        warnings += (f"the slide is coarser than the model's {model_mpp:g} µm/px; the pixels were enlarged",)
     if bad := sum(len(r.bad_tiles_l0) for r in records):
         tiles = sum(r.tiles for r in records)
         warnings += (f"{bad} of {tiles} tiles could not be read; their missing parts count as glass",)
@@ -289,7 +289,7 @@ def _tile_counts(records: list[BlockRecord]) -> TileCounts:
 
 
 def _stage_seconds(records: list[BlockRecord]) -> dict[str, float]:
-    """Time per stage summed over the blocks; stages of different blocks overlap."""
+    """Return the time per stage, summed over the blocks. Stages of different blocks overlap."""
     stages = {stage for r in records for stage in r.seconds}
     return {f"blocks: {stage}": sum(r.seconds.get(stage, 0.0) for r in records) for stage in sorted(stages)}
 
@@ -319,7 +319,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 @contextmanager
 def _named_write_errors(path: Path, output: Path) -> Iterator[None]:
-    """Say what to do where the disk is full or the folder cannot be written."""
+    """Turn write errors into OutputErrors that name the slide and the next step."""
     try:
         yield
     except OSError as error:
@@ -327,7 +327,7 @@ def _named_write_errors(path: Path, output: Path) -> Iterator[None]:
             free = shutil.disk_usage(output).free
             raise OutputError(
                 f"{path.name}: the disk of {output} is full ({free / 2**20:.0f} MiB free); free some space and run the "
-                f"same command again, which goes on from the finished blocks"
+                f"same command again, which resumes from the finished blocks"
             ) from error
         raise OutputError(
             f"{path.name}: cannot write {error.filename or output}: {error.strerror or error}; check that the folder "

@@ -182,7 +182,7 @@ def test_a_disk_that_is_full_at_any_stage_ends_the_slide_by_name_and_the_run_goe
                 # Somebody frees some space once the first slide has failed.
                 a, b = slides.run(output, progress=progress, report=lambda _: ballast.unlink(missing_ok=True))
             assert a.error.startswith(f"a.svs: the disk of {output} is full ("), (stage, a)
-            assert "run the same command again, which goes on from the finished blocks" in a.error
+            assert "run the same command again, which resumes from the finished blocks" in a.error
             assert b.status == "done", (stage, b.error)
             assert not (output / "a").exists()
             slides.check_recovery(output, least=0 if stage == "create_store" else 4 if stage == "blocks" else 12)
@@ -289,7 +289,8 @@ def test_a_slide_that_changes_while_it_runs_is_never_mixed(
                 os.utime(slides.a, ns=(times.st_atime_ns, times.st_mtime_ns))
             assert (a.status, b.status) == ("failed", "done")
             assert a.error == (
-                "a.svs: its file has changed since the run began; run the same command again once nothing writes to it"
+                "a.svs: the file has changed since the run began; run the same command again when nothing writes to "
+                "the file"
             )
             assert not (output / "a").exists()
             # It is the former one again: the blocks of before stand.

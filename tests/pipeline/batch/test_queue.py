@@ -167,7 +167,7 @@ def test_a_foreign_summary_does_not_stop_the_slides(tmp_path: Path, caplog: pyte
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "summary.csv").write_text("my;own;table\n1;2;3\n", encoding="utf-8")
     assert [r.status for r in run([SlideJob(small_slide(tmp_path / "a.svs"))], tmp_path / "out")] == ["done"]
-    assert "summary.csv: is no summary that a run has written" in caplog.text
+    assert "summary.csv: was not written by wsi-segment" in caplog.text
     assert (tmp_path / "out" / "summary.csv").read_text(encoding="utf-8") == "my;own;table\n1;2;3\n"
 
 

@@ -188,7 +188,7 @@ def test_a_slide_whose_name_is_no_text_is_linked(page: Page, tmp_path: Path) -> 
 def test_a_foreign_summary_is_named_and_the_former_report_is_left(tmp_path: Path) -> None:
     (tmp_path / "summary.csv").write_text("my,own\n1,2\n")
     (tmp_path / "index.html").write_text("former")
-    with pytest.raises(OutputError, match=r"summary\.csv: is no summary"):
+    with pytest.raises(OutputError, match=r"summary\.csv: was not written"):
         write_report(tmp_path)
     assert (tmp_path / "index.html").read_text() == "former"
 

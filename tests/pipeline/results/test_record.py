@@ -65,7 +65,7 @@ def test_a_skipped_slide_gets_a_row_where_none_tells_of_its_result(tmp_path: Pat
 def test_a_table_that_no_run_has_written_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "summary.csv"
     path.write_bytes(content)
-    with pytest.raises(OutputError, match=r"summary\.csv: is no summary that a run has written; move it away"):
+    with pytest.raises(OutputError, match=r"summary\.csv: was not written by wsi-segment; move it away"):
         write_summary(tmp_path, [SlideResult("a", "done", 1.0)])
     assert path.read_bytes() == content
 

@@ -259,7 +259,7 @@ def test_a_folder_that_no_run_made_is_never_touched(tmp_path: Path) -> None:
     (out / "slide").mkdir(parents=True)
     (out / "slide" / "thesis.docx").write_text("years of work")
     for force in (False, True):
-        with pytest.raises(OutputError, match="holds something that no run has made"):
+        with pytest.raises(OutputError, match="was not written by wsi-segment"):
             segment_slide(path, out, colour_predictor(), replace(SMALL, force=force))
     assert [p.name for p in (out / "slide").iterdir()] == ["thesis.docx"]
     assert [p.name for p in out.iterdir()] == ["slide"]
@@ -343,7 +343,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert "slide.svs: interrupted; run the same command again to go on" in stopped.stderr.splitlines()[-1]
+    assert "slide.svs: interrupted; run the same command again to resume" in stopped.stderr.splitlines()[-1]
     assert not (out / "slide").exists()
     config = replace(SMALL, simplify_px=1.0, min_area_um2=2000.0)
     assert segment_slide(path, out, colour_predictor(), config).resumed_blocks >= 9
