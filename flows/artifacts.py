@@ -1,4 +1,4 @@
-"""What the page of a flow run shows of its slides: how far they are, and a table of how each ended."""
+"""The artifacts of a flow run on Prefect's page: the progress, and the table of results."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from pipeline.results.slide_result import STATUSES, SlideResult
 log = logging.getLogger(__name__)
 
 EVERY_S = 2.0
-"""Between two updates of the progress."""
+"""Seconds between two updates of the progress."""
 
 UPDATE_S = 5.0
-"""The longest that an update of the progress waits for Prefect's server."""
+"""Timeout of an update of the progress, in seconds."""
 
 TABLE_ROWS = 1000
-"""Of the table of results, failed slides first; summary.csv has all of them."""
+"""Most rows in the table of results, failed slides first. summary.csv contains all slides."""
 
 Answer = TypeVar("Answer")
 
 
 class SlideProgress:
-    """The progress artifact of a batch. Slides may tell of theirs from any thread; `show` is the flow's own."""
+    """The progress artifact of a batch. Slides report from any thread; only the flow's thread calls `show`."""
 
     def __init__(self, total: int) -> None:
         self._total, self._ended = total, 0
@@ -48,10 +48,10 @@ class SlideProgress:
         self._id = _new_progress(0.0, self._text())
 
     def of_slide(self, name: str) -> Callable[[str, int, int], None]:
-        """Make the callback that the pipeline tells how far one slide is."""
+        """Return the progress callback of one slide."""
 
         def told(_stage: str, done: int, total: int) -> None:
-            if total > 1:  # later stages are single steps, and short
+            if total > 1:  # later stages are short, single steps
                 with self._lock:
                     self._running[name] = done / total
 
@@ -64,7 +64,7 @@ class SlideProgress:
             self._ended += 1
 
     def show(self, *, now: bool = False) -> None:
-        """Bring the artifact up to date, unless that was done a moment ago."""
+        """Update the artifact, unless it was updated less than `EVERY_S` ago."""
         if self._id is None or (not now and time.monotonic() - self._shown < EVERY_S):
             return
         with self._lock:
@@ -77,7 +77,7 @@ class SlideProgress:
 
 
 class StageProgress:
-    """A progress artifact for each stage of a training, which is called by it."""
+    """A progress callback that shows one artifact for each stage of a training run."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -95,7 +95,7 @@ class StageProgress:
 
 
 def show_metrics(run: Path, metrics: dict[str, float]) -> None:
-    """Write the table of what a trained bundle scores."""
+    """Write the table of a trained bundle's metrics."""
     table: list[dict[str, object]] = [{"metric": name, "value": value} for name, value in metrics.items()]
     _without_server(lambda: create_table_artifact(table, key=artifact_key("training", run)))
 
@@ -118,19 +118,19 @@ def show_table(output: Path, results: Sequence[SlideResult], said: Said, *, link
 
 
 def artifact_key(kind: str, output: Path) -> str:
-    """The key of the table for a folder of results: Prefect allows lower-case letters, digits and dashes."""
+    """Return the key of a folder's table. Prefect allows lower-case letters, digits and dashes."""
     slug = re.sub(r"[^a-z0-9]+", "-", output.absolute().name.lower()).strip("-")
     return f"{kind}-{slug}".strip("-")
 
 
 def counted(results: Sequence[SlideResult]) -> str:
-    """How many slides ended in which way: "8 slides: 5 done, 1 no tissue, 2 failed"."""
+    """Return the number of slides by status: "8 slides: 5 done, 1 no tissue, 2 failed"."""
     counts = Counter(result.status for result in results)
     return f"{slides(len(results))}: " + (", ".join(f"{counts[s]} {s}" for s in STATUSES if counts[s]) or "none")
 
 
 def slides(count: int) -> str:
-    """A number of slides in words."""
+    """Return a number of slides with its noun: "1 slide", "2 slides"."""
     return f"{count} slide{'' if count == 1 else 's'}"
 
 
@@ -158,20 +158,20 @@ def _stages(folder: Path) -> str:
 
 
 def _new_progress(percent: float, text: str) -> UUID | None:
-    # Prefect says "or a coroutine"; that is so where an event loop runs, and in a flow's thread none does.
+    # Prefect declares "or a coroutine". It returns one only under an event loop, and a flow's thread has none.
     return cast("UUID | None", _without_server(lambda: create_progress_artifact(percent, description=text)))
 
 
 def _update_progress(artifact: UUID, percent: float, text: str) -> None:
-    # Prefect's client would try for minutes, in which no slide would be begun.
+    # Prefect's client would retry for minutes, and no slide would start in the meantime.
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: UPDATE_S}):
         _without_server(lambda: update_progress_artifact(artifact, percent, text))
 
 
 def _without_server(call: Callable[[], Answer]) -> Answer | None:
-    """The call's answer; None, and a warning, where the server does not take it: slides do not wait for a page."""
+    """Return the value of the call, or log a warning and return None if the server fails: slides must not wait."""
     try:
         return call()
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-        log.warning("Prefect's server did not take an artifact (%s); the slides go on", type(error).__name__)
+        log.warning("Prefect's server did not accept an artifact (%s); the slides continue", type(error).__name__)
         return None

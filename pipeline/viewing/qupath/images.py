@@ -1,7 +1,7 @@
-"""The images of a QuPath project: the entries of project.qpproj, and the files that their URIs stand for.
+"""The images of a QuPath project: the entries of project.qpproj, and the files of their URIs.
 
-QuPath writes absolute URIs and the project's own; where the project is found elsewhere, it looks for a lost image the
-same way from there as it was from the former place. So does this.
+QuPath writes absolute URIs, and the URI of the project. If the project has moved, QuPath looks for a lost image at the
+same relative path from the new place. This module does the same.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from wsi.slide import slide_digest
 log = logging.getLogger(__name__)
 
 _OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
-_VERSION = "0.6.0"  # of QuPath: the oldest that reads what is written
+_VERSION = "0.6.0"  # the oldest QuPath that can read the project
 
 
 @dataclass(frozen=True)
 class SlideFile:
-    """A slide that a project should show."""
+    """A slide for a project."""
 
     result: Path
-    """The folder of its result."""
+    """The folder of the result."""
     path: Path
-    """Where it was when it was segmented; just its name for a result that does not say it."""
+    """The slide's path during segmentation; only its name if the record has no path."""
     digest: str
 
 
 def load_project(path: Path) -> dict[str, Any]:
-    """The project that is there, or a new one without images.
+    """Return the existing project, or a new one without images.
 
-    Raises OutputError where the file is no project.
+    Raises OutputError if the file is not a project.
     """
     now = time.time_ns() // 1_000_000
     try:
         project = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(entry["entryID"], int) for entry in project["images"]):
-            raise ValueError("an image's entryID is no number")
+            raise ValueError("an image's entryID is not a number")
     except FileNotFoundError:
         stamps = {"createTimestamp": now, "modifyTimestamp": now}
         return {"version": _VERSION, **stamps, "uri": _uri(path), "lastID": 0, "images": []}
     except (ValueError, LookupError, TypeError) as error:
         raise OutputError(
-            f"{path}: is no project that QuPath could read ({error}); move the folder {path.parent} away, and a new "
-            f"one is made"
+            f"{path}: is not a project that QuPath can read ({error}); move the folder {path.parent} away and run the "
+            f"same command again"
         ) from error
     return cast("dict[str, Any]", project)
 
@@ -61,10 +61,10 @@ def load_project(path: Path) -> dict[str, Any]:
 def enter_slides(
     project: dict[str, Any], path: Path, slides: Sequence[SlideFile], search: Path | None
 ) -> list[dict[str, Any]]:
-    """Find or add the entry of each slide in the project that belongs at `path`; returns the entries.
+    """Find or add the entry of each slide in the project of `path`, and return the entries.
 
-    Entries keep their ids and all that QuPath wrote there; a URI changes only where its file has moved, together with
-    the project or into the folder `search`. A slide that is not to be found is entered as it was, with a warning.
+    Entries keep their ids and everything that QuPath wrote. A URI changes only if its file moved, together with the
+    project or into the folder `search`. A slide that is not found keeps its former path, with a warning.
     """
     former = _path(str(project.get("uri", ""))) or path
 
@@ -92,24 +92,24 @@ def enter_slides(
             entry["serverBuilder"] = _with_files(entry["serverBuilder"], {recorded: file, slide.path: file})
         entries.append(entry)
     if all(file.exists() for entry in project["images"] for file in _files(entry["serverBuilder"])):
-        # Else the former place still tells where a lost slide was, seen from there.
+        # Otherwise the former place is still needed to find lost slides relative to it.
         project["uri"] = _uri(path)
     return entries
 
 
 def _find(slide: SlideFile, recorded: Path, search: Path | None) -> Path:
-    """Where the slide is now; where it was, with a warning, if it is not to be found."""
+    """Return the slide's present path; log a warning and return its former path if it is not found."""
     if recorded.is_absolute() and recorded.exists():
         return recorded
     name = glob.escape(recorded.name)
     candidates = [] if search is None else sorted(p for p in search.absolute().rglob(name) if p.is_file())
     for candidate in candidates:
-        # Another patient's slide may have the same name.
+        # A slide of another patient can have the same name.
         if slide_digest(candidate) == slide.digest:
             return candidate
-    reason = f"{len(candidates)} found by that name hold something else; " if candidates else ""
+    reason = f"{len(candidates)} files of that name have other contents; " if candidates else ""
     log.warning(
-        "%s: the slide is not at %s; %sQuPath will ask where it is, or pass --slides with the folder it is in now",
+        "%s: the slide is not at %s; %sQuPath will ask for it; or pass --slides with its present folder",
         slide.result.name,
         recorded,
         reason,
@@ -123,7 +123,7 @@ def _new_entry(file: Path, number: int) -> dict[str, Any]:
 
 
 def _files(builder: object) -> list[Path]:
-    """The files of a server builder; QuPath nests builders for rotated or cropped images."""
+    """Return the files of a server builder. QuPath nests builders for rotated or cropped images."""
     return [file for uri in _uris(builder) if (file := _path(uri)) is not None]
 
 
@@ -140,7 +140,7 @@ def _uris(builder: object) -> Iterator[str]:
 
 
 def _with_files(builder: Any, places: Mapping[Path, Path]) -> Any:
-    """The builder with its files replaced; a URI whose file stays is left as it is written."""
+    """Return the builder with its files replaced. The URI of a file that did not move keeps its spelling."""
     if isinstance(builder, list):
         return [_with_files(value, places) for value in builder]
     if not isinstance(builder, dict):
@@ -153,11 +153,11 @@ def _with_files(builder: Any, places: Mapping[Path, Path]) -> Any:
 
 
 def _uri(file: Path) -> str:
-    """As Java writes the URI of a file."""
+    """Return the URI of a file as Java writes it."""
     return f"file:{quote(os.fsencode(os.path.normpath(file.absolute())), safe='/')}"
 
 
 def _path(uri: str) -> Path | None:
-    """The file of a URI; None where it is no file's."""
+    """Return the file of a URI; None if it is not a file URI."""
     parts = urlsplit(uri)
     return Path(os.path.normpath(os.fsdecode(unquote_to_bytes(parts.path)))) if parts.scheme == "file" else None

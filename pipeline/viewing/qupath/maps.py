@@ -1,7 +1,7 @@
-"""Probabilities of one result as QuPath can show them over the slide: a picture per class, and a grid of tile objects.
+"""The probabilities of one result for QuPath: a picture per class over the slide, and a grid of tile objects.
 
-QuPath opens the OME-Zarr as an image of its own; over the slide it draws pictures that a script hands it, and colours
-tile objects by their measurements (*Measure → Show measurement maps*). Coordinates are those of the polygons.
+QuPath opens the OME-Zarr only as a separate image. Over the slide it draws pictures from a script, and it colors tile
+objects by their measurements (*Measure → Show measurement maps*). Coordinates are those of the polygons.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from wsi.box import Box
 UInt8Array = npt.NDArray[np.uint8]
 
 OVERLAY_PX = 2048
-"""A picture is taken from the finest level of the map that is no larger than this."""
+"""Largest side of a picture, which is a level of the map."""
 
 TILE_OUT = 64
 """Side of a tile, in pixels of the map."""
@@ -37,7 +37,7 @@ _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "wsi-segment/tile")
 
 @dataclass(frozen=True)
 class ProbabilityMap:
-    """The map of one result, and where it lies on the slide."""
+    """The map of one result, and its position on the slide."""
 
     store: Path
     classes: tuple[TissueClass, ...]
@@ -48,18 +48,18 @@ class ProbabilityMap:
 
     @property
     def levels(self) -> int:
-        """Number of levels of the stored pyramid."""
+        """Return the number of levels of the stored pyramid."""
         return sum(1 for _ in self.store.glob("[0-9]*/.zarray"))
 
     def probs(self, level: int) -> zarr.Array[Any]:
-        """Probabilities of one level, uint8 (class, y, x)."""
+        """Return the probabilities of one level, uint8 (class, y, x)."""
         return zarr.open_array(self.store / str(level), mode="r")
 
 
 def write_overlays(folder: Path, probability: ProbabilityMap) -> tuple[int, int]:
-    """Write `<k>.png` for each class into `folder`: the class's colour, as opaque as the class is probable.
+    """Write `<k>.png` for each class into `folder`: the class's color with its probability as opacity.
 
-    Returns (width, height) of the pictures in level-0 pixels: they begin at the origin of the polygons' frame.
+    Return (width, height) of the pictures in level-0 pixels. They begin at the origin of the polygons' frame.
     """
     level = next(
         (i for i in range(probability.levels) if max(probability.probs(i).shape[1:]) <= OVERLAY_PX),
@@ -69,7 +69,7 @@ def write_overlays(folder: Path, probability: ProbabilityMap) -> tuple[int, int]
     folder.mkdir(parents=True, exist_ok=True)
     for k, one in enumerate(probability.classes):
         picture = Image.fromarray(np.asarray(probs_KHW[k], np.uint8))
-        # A palette of one colour whose opacity is the value: QuPath draws it as it is, without a copy in four channels.
+        # A palette of one color whose opacity is the value: QuPath draws it without a copy in four channels.
         picture.putpalette(one.color * 256)
         with replacing(folder / f"{k}.png") as partial:
             picture.save(partial, "PNG", transparency=bytes(range(256)))
@@ -79,10 +79,10 @@ def write_overlays(folder: Path, probability: ProbabilityMap) -> tuple[int, int]
 
 
 def write_tiles(path: Path, probability: ProbabilityMap, tile_out: int = TILE_OUT) -> int:
-    """Write the tiles as GeoJSON in QuPath's dialect; returns how many. Memory does not grow with the slide.
+    """Write the tiles as GeoJSON in QuPath's dialect and return their number. Memory does not grow with the slide.
 
-    A tile's measurement `Probability <class>` is the mean over its pixels inside the map, in [0, 1]. Tiles without any
-    probability, on glass, are left out. The same map gives the same ids.
+    A tile's measurement `Probability <class>` is the mean over its pixels inside the map, in [0, 1]. Tiles on glass,
+    with zero probability everywhere, are omitted. The same map gives the same ids.
     """
     count = 0
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
@@ -96,7 +96,7 @@ def write_tiles(path: Path, probability: ProbabilityMap, tile_out: int = TILE_OU
 
 
 def _tiles(probability: ProbabilityMap, tile_out: int) -> Iterator[tuple[Box, npt.NDArray[np.float64]]]:
-    """The box and the classes' means of every tile that is not glass."""
+    """Yield the box and the classes' means of every tile that is not glass."""
     probs_KHW, (width, height) = probability.probs(0), probability.size_out
     window = tile_out * max(1, _WINDOW_OUT // tile_out)
     for y in range(0, height, window):
@@ -123,7 +123,7 @@ def _feature(probability: ProbabilityMap, box_out: Box, means_K: npt.NDArray[np.
         "properties": {
             "objectType": "tile",
             "measurements": {
-                # QuPath holds them as float32, and five digits are more than the map's 8 bits.
+                # QuPath stores float32, and five digits are more than the map's 8 bits.
                 f"Probability {one.name}": round(float(mean), 5)
                 for one, mean in zip(probability.classes, means_K, strict=True)
             },

@@ -1,14 +1,14 @@
 """A QuPath project of all results in a folder.
 
 results/qupath/
-    project.qpproj                  the slides, read by OpenSlide, so that QuPath's origin is that of the polygons
-    classifiers/classes.json        the classes in their colours
-    scripts/*.groovy                what imports the polygons, and what shows a probability over the slide
-    results.tsv                     what the scripts read: where the files of each image are
+    project.qpproj                  the slides, read by OpenSlide, so that QuPath and the polygons have one origin
+    classifiers/classes.json        the classes with their colors
+    scripts/*.groovy                scripts that import the polygons and show a probability over the slide
+    results.tsv                     input of the scripts: the paths of each image's files
     maps/<slide>/                   pictures of the probabilities, and tiles
 
-QuPath keeps a user's objects in `data/<entryID>`, in files of its own. What is in the folder stays: a project that is
-there is added to, and its entries keep their ids.
+QuPath stores a user's objects in `data/<entryID>`. The project never loses them: new slides are added to an existing
+project, and its entries keep their ids.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pipeline.viewing.qupath.maps import ProbabilityMap, write_overlays, write_t
 log = logging.getLogger(__name__)
 
 FOLDER = "qupath"
-"""Name of the project's folder in a folder of results."""
+"""Name of the project's folder in the folder of results."""
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -52,7 +52,7 @@ class _Result:
     folder: Path
     slide: SlideFile
     digest: str
-    """Of all that the result was made of."""
+    """Digest of the run's identity."""
     map: ProbabilityMap
 
     @property
@@ -61,14 +61,14 @@ class _Result:
 
 
 def write_project(output: Path, *, tiles: bool = False, slides: Path | None = None) -> Path:
-    """Write or bring up to date the QuPath project of the results in `output`; returns its project.qpproj.
+    """Write or update the QuPath project of the results in `output`, and return its project.qpproj.
 
     tiles: also write tile objects with the classes' probabilities as measurements. slides: folder to search, by name
-    and content, for slides that are no longer where they were segmented; without it, and where it does not help, a
-    slide that moved together with the project is found, and any other is entered as it was and a warning is logged. So
-    it is for a result that cannot be read, which is left out.
+    and content, for slides that have moved since they were segmented. A slide that moved together with the project is
+    found without it. Any other lost slide keeps its former path, and a warning is logged. A result that cannot be read
+    is left out with a warning.
 
-    Raises OutputError where there are no results, or the project cannot be read or written; nothing is changed then.
+    Raises OutputError if there are no results, or if the project cannot be read or written; nothing is changed then.
     """
     folder = output.absolute() / FOLDER
     results = list(_results(output.absolute()))
@@ -83,7 +83,7 @@ def write_project(output: Path, *, tiles: bool = False, slides: Path | None = No
     except OSError as error:
         raise OutputError(
             f"{error.filename or folder}: cannot be written ({error.strerror or error}); check that there is space and "
-            f"that the folder may be written"
+            f"that the folder is writable"
         ) from error
 
 
@@ -115,7 +115,7 @@ def _results(output: Path) -> Iterator[_Result]:
         if folder.name.startswith(".") or read_header(folder) is None:
             continue
         if folder.name == FOLDER:
-            raise OutputError(f"{folder}: a slide's result is in the place of the project; rename the slide")
+            raise OutputError(f"{folder}: a slide's result has the name of the project's folder; rename the slide")
         try:
             run = read_run(folder)
         except RunRecordError as error:
@@ -136,14 +136,14 @@ def _result(folder: Path, store: Path, run: Run) -> _Result:
 
 
 def _merged_classes(path: Path, results: Sequence[_Result]) -> dict[str, Any]:
-    """The classes that are there, as they are, and those of the results that are missing."""
+    """Return the existing classes unchanged, and the missing classes of the results."""
     try:
         classes = json.loads(path.read_text(encoding="utf-8"))
         known = {entry.get("name") for entry in classes["pathClasses"]}
     except FileNotFoundError:
         classes, known = {"pathClasses": []}, set()
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise OutputError(f"{path}: is no list of classes that QuPath could read; move it away") from error
+        raise OutputError(f"{path}: is not a list of classes that QuPath can read; move it away") from error
     for result in results:
         for one in result.map.classes:
             if one.name not in known:
@@ -153,12 +153,12 @@ def _merged_classes(path: Path, results: Sequence[_Result]) -> dict[str, Any]:
 
 
 def packed_argb(color: Color) -> int:
-    """An opaque colour as QuPath holds it: alpha, red, green and blue in the bytes of a signed 32-bit number."""
+    """Return an opaque color as QuPath stores it: alpha, red, green and blue in a signed 32-bit number."""
     return int.from_bytes(bytes((255, *color)), "big", signed=True)
 
 
 def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool) -> tuple[str, ...]:
-    """A row of results.tsv, after the pictures and tiles that it names are written."""
+    """Write the pictures and tiles of a result, and return its row of results.tsv."""
     maps = folder / "maps" / result.folder.name
     tiles_path = maps / f"{result.folder.name}.tiles.geojson"
     made = maps / "made_of.json"
@@ -167,7 +167,7 @@ def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool
     except (OSError, ValueError):
         digest, width, height = "", 0, 0
     if digest != result.digest:
-        # Also the tiles of a former result.
+        # This also removes the tiles of a former result.
         shutil.rmtree(maps, ignore_errors=True)
         width, height = write_overlays(maps, result.map)
         write_atomically(made, json.dumps([result.digest, width, height]))

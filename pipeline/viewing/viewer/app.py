@@ -1,7 +1,7 @@
-"""The web application: pages, tiles and outlines of results, for reading only.
+"""The web application: read-only pages, tiles and outlines of results.
 
-Whatever an address names is looked up among what was found at the start; no part of it ever becomes a path. Slides are
-patient data, so nothing is kept by the browser, no other site may embed an answer, and no answer says where files lie.
+The names in an address are looked up among the results found at the start, and never become part of a path. Slides are
+patient data: the browser stores nothing, other sites cannot embed a response, and no response contains a path.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 CACHE_BYTES = 192 << 20
 HOSTS = ("127.0.0.1", "localhost")
 SECURITY_HEADERS = {
-    # The digest is that of no text: the empty style element that keeps OpenSeadragon from adding one.
+    # The digest of the empty text, for the empty style element that keeps OpenSeadragon from adding one.
     "Content-Security-Policy": "default-src 'self'; style-src 'self' "
     "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -50,7 +50,7 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    # A slide has no place in the browser's cache on disk.
+    # Keep slides out of the browser's cache on disk.
     "Cache-Control": "no-store",
 }
 ASSETS = {
@@ -67,7 +67,7 @@ Make = Callable[[OpenResult], bytes | None]
 
 
 class _Number(IntegerConvertor):
-    """A whole number of an address, of as many digits as a set of 255 classes can have; a longer one is not found."""
+    """A whole number in an address, with at most as many digits as a set of 255 classes needs."""
 
     regex = "[0-9]{1,77}"
 
@@ -76,7 +76,7 @@ register_url_convertor("number", _Number())
 
 
 def make_app(results: Sequence[Result]) -> Starlette:
-    """The application that shows these results. Slides are opened when they are first looked at."""
+    """Return the application that shows these results. It opens a slide at the first request."""
     viewer = Viewer(results)
     here = "/slides/{id}"
     routes = [
@@ -109,14 +109,14 @@ def make_app(results: Sequence[Result]) -> Starlette:
 
 
 class Viewer:
-    """What the routes answer with, and the threads that make it."""
+    """The responses of the routes, and the threads that make them."""
 
     def __init__(self, results: Sequence[Result]) -> None:
         self._cache = ByteCache(CACHE_BYTES)
         self._opened = OpenResults(results)
-        # Few, and always the same: each keeps a handle of every slide.
+        # Few threads, and always the same ones: each keeps a handle of every slide.
         self._tile_threads = RequestThreads("tiles", max(2, min(8, os.cpu_count() or 2)))
-        # Hundreds of thousands of polygons take seconds, for which no tile has to wait.
+        # Hundreds of thousands of polygons take seconds, and tiles must not wait for them.
         self._outline_thread = RequestThreads("outlines", 1)
         self._identities: dict[str, asyncio.Task[bool | None]] = {}
         self._assets = _read_assets()
@@ -153,7 +153,7 @@ class Viewer:
         return await self._answer(request, "application/json", _facts, keep=False)
 
     async def identity(self, request: Request) -> Response:
-        """Whether the slide's file is, byte for byte, the one that was segmented; null where it cannot be read."""
+        """Respond whether the slide's file has the bytes that were segmented; null if it cannot be read."""
         result = self._result(request)
         if result.id not in self._identities:
             self._identities[result.id] = asyncio.create_task(_in_daemon(lambda: _is_same(result)))
@@ -169,7 +169,7 @@ class Viewer:
         def make(opened: OpenResult) -> bytes | None:
             return None if opened.overview is None else opened.overview.jpeg(level, column, row)
 
-        # The next one may show more, and to make it is but to encode it.
+        # Not cached: the next one may show more, and re-encoding is cheap.
         return await self._answer(request, "image/jpeg", make, keep=False)
 
     async def overview(self, request: Request) -> Response:
@@ -199,7 +199,7 @@ class Viewer:
         return Response(await self._made(request, key, make, self._tile_threads), media_type=media_type)
 
     async def _made(self, request: Request, key: str | None, make: Make, threads: RequestThreads) -> bytes:
-        """What `make` makes of the result, kept under `key`. Raises HTTPException 404 where that is None."""
+        """Return the value of `make`, cached under `key`. Raises HTTPException 404 if the value is None."""
         result = self._result(request)
         kept = None if key is None else self._cache.peek(key)
         if kept is not None:
@@ -208,7 +208,9 @@ class Viewer:
             made = await threads.run(request, lambda: self._work(result, make))
         except (WsiSegmentError, OSError) as error:
             log.error("%s: %s", result.name, error)
-            raise HTTPException(503, "The slide or its result cannot be read; the terminal says why.") from error
+            raise HTTPException(
+                503, "The slide or its result cannot be read; see the terminal for the reason."
+            ) from error
         if made is None:
             raise HTTPException(404)
         if key is not None:
@@ -221,7 +223,7 @@ class Viewer:
 
 
 def page_facts(opened: OpenResult) -> dict[str, object]:
-    """What the page draws and says; lengths in level-0 pixels where no unit is named."""
+    """Return the facts that the page shows. Lengths without a unit are in level-0 pixels."""
     result, tiles, map_ = opened.result, opened.slide_tiles, opened.map_tiles
     width_out, height_out = map_.size_out
     return {
@@ -251,14 +253,14 @@ def _facts(opened: OpenResult) -> bytes:
 
 
 def _progress(opened: OpenResult) -> bytes | None:
-    """How much of the overview has been read, and whether that is all there will ever be; None where there is none."""
+    """Return the share of the overview that has been read, and whether reading failed; None if there is no overview."""
     if opened.overview is None:
         return None
     return json.dumps({"share": opened.overview.share, "failed": opened.overview.failed}).encode()
 
 
 async def _in_daemon(work: Callable[[], bool | None]) -> bool | None:
-    """What `work` returns, from a thread that the program's end does not wait for: a slide may take minutes to read."""
+    """Return the value of `work`, run on a daemon thread: reading a slide can take minutes, and exit must not wait."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[bool | None] = loop.create_future()
 
@@ -304,11 +306,11 @@ async def _plain_error(_: Request, error: Exception) -> Response:
 
 
 async def _internal_error(_: Request, __: Exception) -> Response:
-    return PlainTextResponse("Internal error; the terminal says more.", 500, SECURITY_HEADERS)
+    return PlainTextResponse("Internal error; see the terminal for details.", 500, SECURITY_HEADERS)
 
 
 class _SecurityHeaders:
-    """Puts `SECURITY_HEADERS` onto every answer."""
+    """Add `SECURITY_HEADERS` to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Tiles of a stored map as PNG: a class's colour with its probability as alpha, or the colours of the labels.
+"""Tiles of a stored map as PNG: a class's color with its probability as alpha, or the colors of the labels.
 
 The tiles are those of the store's own pyramid: level 0 is the finest, each level half the last.
 """
@@ -35,21 +35,21 @@ class MapTiles:
 
     @property
     def size_out(self) -> tuple[int, int]:
-        """(width, height) of the finest level as stored, which may reach beyond the slide."""
+        """Return the stored (width, height) of the finest level, which may reach beyond the slide."""
         height, width = self._open(f"{LABELS}/0").shape
         return width, height
 
     def probability(self, channel: int, level: int, column: int, row: int) -> bytes | None:
-        """A class's colour with its probability as alpha; None where there is no such class or tile."""
+        """Return a class's color with its probability as alpha; None if there is no such class or tile."""
         if not (0 <= channel < len(self._colors) and 0 <= level < self.levels):
             return None
         values_HW = _tile(self._open(f"{level}"), (channel,), column, row)
         return None if values_HW is None else _png(values_HW, [self._colors[channel]] * 256, bytes(range(256)))
 
     def labels(self, shown: int, level: int, column: int, row: int) -> bytes | None:
-        """The colour of each pixel's class, transparent where there is none or class k's bit k is not set in `shown`.
+        """Return the color of each pixel's class; a class k whose bit k is not set in `shown` is transparent.
 
-        None where there is no such tile.
+        None if there is no such tile.
         """
         if not 0 <= level < self.levels:
             return None
@@ -71,7 +71,7 @@ def _tile(array: zarr.Array[Any], leading: tuple[int, ...], column: int, row: in
 
 
 def _png(values_HW: NDArray[np.uint8], colors: Sequence[tuple[int, int, int]], alphas: bytes) -> bytes:
-    """A palette image: an eighth of the time and a quarter of the pixels' bytes of an RGBA one."""
+    """Return a palette image, which takes an eighth of the time and a quarter of the bytes of an RGBA image."""
     image = Image.fromarray(values_HW, "P")
     image.putpalette([part for color in colors for part in color])
     buffer = io.BytesIO()

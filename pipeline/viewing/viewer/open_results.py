@@ -1,4 +1,4 @@
-"""Results that are being looked at: opened when they are first asked for, the one not used for longest closed."""
+"""The open results of the viewer: opened at the first request, the least recently used one closed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wsi.errors import WsiSegmentError
 from wsi.slide import Slide, open_slide
 
 MOST_OPEN = 4
-"""Slides that are kept open; each has a handle for every thread."""
+"""Slides that stay open. Each has a handle for every thread."""
 
 
 class OpenResult:
@@ -43,7 +43,7 @@ class OpenResult:
 
 
 class OpenResults:
-    """The open results among all that are shown. Threads may share it; `close` when nobody uses one any more."""
+    """The open results among all that are shown. Threads may share it. Call `close` when no result is in use."""
 
     def __init__(self, results: Sequence[Result]) -> None:
         self.by_id = {result.id: result for result in results}
@@ -52,7 +52,7 @@ class OpenResults:
 
     @contextmanager
     def using(self, result: Result) -> Iterator[OpenResult]:
-        """The result, open while the block runs. Raises ViewError or SlideError where it cannot be opened."""
+        """Yield the open result. Raises ViewError or SlideError if it cannot be opened."""
         with self._lock:
             opened = self._open.get(result.id)
             if opened is None:
@@ -79,10 +79,10 @@ class OpenResults:
 
 
 def open_checked(result: Result) -> Slide:
-    """Open a result's slide. Raises SlideError, or ViewError where it is plainly another slide than the result's."""
+    """Open a result's slide. Raises SlideError, or ViewError if the size or bounds differ from the result's slide."""
     path = result.slide
     if not Path(path).is_file():
-        raise ViewError(f"{path.name}: no such file at {path}; pass --slide with the place where it is now")
+        raise ViewError(f"{path.name}: no such file at {path}; pass --slide with its present place")
     facts = result.run.slide
     slide = open_slide(path, facts.mpp)
     found, expected = (slide.info.size_l0, slide.info.bounds_l0), (facts.size, facts.bounds)
@@ -90,7 +90,7 @@ def open_checked(result: Result) -> Slide:
         slide.close()
         (width, height), (old_width, old_height) = found[0], expected[0]
         raise ViewError(
-            f"{path.name}: is another slide than the one that {result.name} was made from: {width}×{height} px with "
+            f"{path.name}: is not the slide that {result.name} was made from: {width}×{height} px with "
             f"bounds {tuple(found[1])}, not {old_width}×{old_height} with {tuple(expected[1])}; pass --slide with the "
             f"right one"
         )
@@ -98,7 +98,7 @@ def open_checked(result: Result) -> Slide:
 
 
 def unavailable(result: Result) -> str | None:
-    """Why a result's slide cannot be shown; None where it can."""
+    """Return why a result's slide cannot be shown, or None if it can."""
     try:
         open_checked(result).close()
     except WsiSegmentError as error:

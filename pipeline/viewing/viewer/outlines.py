@@ -1,6 +1,6 @@
-"""A result's polygons for drawing: at several degrees of detail, as plain arrays that a browser reads without parsing.
+"""A result's polygons for drawing: several levels of detail, as plain arrays that a browser reads without parsing.
 
-Bytes of an answer, little endian: uint32 polygons N, rings R, points P and a 0; float64 area_mm2[N]; uint32 label[N];
+Bytes of a response, little endian: uint32 polygons N, rings R, points P and a 0; float64 area_mm2[N]; uint32 label[N];
 uint32 first_ring[N + 1]; uint32 first_point[R + 1]; float32 xy[P][2] in level-0 pixels of the result's frame. A
 polygon's first ring is its outline, the others are holes; rings are closed.
 """
@@ -17,16 +17,16 @@ import shapely
 from numpy.typing import NDArray
 
 TOLERANCES_L0 = (0.0, 4.0, 16.0, 64.0, 256.0)
-"""How far, in level-0 pixels, the lines of each degree of detail may lie from the stored ones."""
+"""Largest distance of the lines of each level of detail from the stored lines, in level-0 pixels."""
 
 BATCH = 1 << 15
-"""Polygons that are held as objects at a time: they take several times the bytes of an answer."""
+"""Polygons in memory as objects at a time: they take several times the bytes of a response."""
 
 
 def outline_bytes(path: Path, detail: int) -> bytes | None:
-    """The polygons of a GeoParquet at a degree of detail, 0 being all of it; None where there is no such degree.
+    """Return the polygons of a GeoParquet file at a level of detail, 0 being the full detail; None for any other level.
 
-    Small polygons lose corners but none is left out. Raises OSError where the file cannot be read.
+    Small polygons lose corners, but every polygon is included. Raises OSError if the file cannot be read.
     """
     if not 0 <= detail < len(TOLERANCES_L0):
         return None
@@ -52,7 +52,7 @@ def outline_bytes(path: Path, detail: int) -> bytes | None:
 
 
 def _arrays(batch: pa.RecordBatch, tolerance_l0: float) -> tuple[NDArray[Any], ...]:
-    """Areas, labels, rings of each polygon, points of each ring, and the points of a batch."""
+    """Return the areas, labels, rings of each polygon, points of each ring, and the points of a batch."""
     polygons = shapely.from_wkb(batch["geometry"].to_numpy(zero_copy_only=False))
     if tolerance_l0:
         polygons = _simplified(polygons, tolerance_l0)
@@ -63,7 +63,7 @@ def _arrays(batch: pa.RecordBatch, tolerance_l0: float) -> tuple[NDArray[Any], .
 
 def _simplified(polygons: NDArray[Any], tolerance_l0: float) -> NDArray[Any]:
     left, top, right, bottom = shapely.bounds(polygons).T
-    # Such a one is drawn as its box at the zooms that this detail is for; to simplify it would take most of the time.
+    # At the zooms of this detail a small polygon is drawn as its box. Simplifying it would take most of the time.
     small = np.maximum(right - left, bottom - top) <= 2 * tolerance_l0
     simple = np.empty_like(polygons)
     simple[small] = shapely.envelope(polygons[small])

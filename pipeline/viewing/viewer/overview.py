@@ -1,4 +1,4 @@
-"""The coarse zoom levels of a slide that stores none: read piece by piece on a thread, shown as far as it has come."""
+"""The coarse zoom levels of a slide that stores none: a thread reads the slide, and the part already read is shown."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from wsi.errors import SlideError
 log = logging.getLogger(__name__)
 
 UNREAD = 208
-"""Grey of what is not read yet: darker than glass, and no colour of tissue."""
+"""Gray of the part that is not read yet: darker than glass, and different from tissue."""
 
 
 class Overview:
-    """A whole slide at one zoom level, of which the coarser ones are made. Threads may share it; `close` when done."""
+    """A whole slide at one zoom level, the source of the coarser ones. Threads may share it. Call `close` last."""
 
     def __init__(self, tiles: SlideTiles, level: int, name: str) -> None:
         self._tiles, self._level, self._name = tiles, level, name
@@ -27,17 +27,17 @@ class Overview:
         self._rgb_HWC = np.full((height, width, 3), UNREAD, np.uint8)
         self._ended = threading.Event()
         self.share = 0.0
-        """Of the slide, how much has been read."""
+        """Share of the slide that has been read."""
         self._thread = threading.Thread(target=self._read, name="overview", daemon=True)
         self._thread.start()
 
     @property
     def failed(self) -> bool:
-        """Whether it will never be whole."""
+        """Return whether reading stopped before the end."""
         return not self._thread.is_alive() and self.share < 1
 
     def jpeg(self, level: int, column: int, row: int) -> bytes | None:
-        """A tile of the overview's level or a coarser one, as far as it is read; None where there is no such tile."""
+        """Return a tile of the overview's or a coarser level, as far as it is read; None if there is no such tile."""
         box_z = self._tiles.box_z(level, column, row)
         if box_z is None or level < self._level:
             return None
@@ -46,7 +46,7 @@ class Overview:
         return jpeg(Image.fromarray(part_HWC).reduce(factor))
 
     def close(self) -> None:
-        """Stop reading, and wait until nothing is read any more: the slide may be closed then."""
+        """Stop reading and wait for the thread, so that the slide can be closed."""
         self._ended.set()
         self._thread.join()
 
@@ -60,4 +60,4 @@ class Overview:
                 self._rgb_HWC[box_z.y : box_z.bottom, box_z.x : box_z.right] = part_HWC
                 self.share = done / len(pieces_z)
         except (SlideError, OSError, MemoryError) as error:
-            log.error("%s: its overview cannot be read: %s", self._name, str(error) or type(error).__name__)
+            log.error("%s: the overview cannot be read: %s", self._name, str(error) or type(error).__name__)

@@ -1,4 +1,4 @@
-"""Serving the application to this machine alone."""
+"""Serve the application to this machine only."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ADDRESS = "127.0.0.1"
 
 
 def serve(results: Sequence[Result], port: int, ready: Callable[[str], None]) -> None:
-    """Serve the results until Ctrl-C; `ready` is called with the page's address as soon as it answers.
+    """Serve the results until Ctrl-C. Call `ready` with the page's address as soon as the page can be opened.
 
-    Port 0 takes a free one. Raises ViewError where the port is taken.
+    Port 0 selects a free port. Raises ViewError if the port is in use.
     """
-    # Threads that decode tiles hand over to the one that answers after this many seconds, in place of 5 ms.
+    # Threads that decode tiles yield to the responding thread after this many seconds instead of 5 ms.
     sys.setswitchinterval(0.0005)
     with listening(port) as listener:
         server = uvicorn.Server(server_config(results))
@@ -37,32 +37,32 @@ def serve(results: Sequence[Result], port: int, ready: Callable[[str], None]) ->
 
 
 def server_config(results: Sequence[Result]) -> uvicorn.Config:
-    """How uvicorn runs the application."""
+    """Return the configuration of uvicorn."""
     return uvicorn.Config(
         make_app(results),
         log_level="warning",
         access_log=False,
         server_header=False,
         ws="none",
-        # A browser keeps its connections open; it need not be waited for.
+        # A browser keeps its connections open, and shutdown must not wait for them.
         timeout_graceful_shutdown=1,
     )
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether to log a message: Ctrl-C ends in one line, whatever a browser still asks for."""
+    """Return whether to log a message. Ctrl-C prints one line, even if requests are still open."""
     ended = record.exc_info is not None and record.exc_info[0] is asyncio.CancelledError
     return not ended and "graceful shutdown" not in record.getMessage()
 
 
 def open_browser(url: str) -> None:
-    """Open the page in the user's browser, without waiting for it."""
+    """Open the page in the user's browser without waiting for the browser."""
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
 def listening(port: int) -> socket.socket:
-    """A socket that only this machine can reach; port 0 takes a free one. Raises ViewError where the port is taken."""
-    # Only where the protocol is named does asyncio switch Nagle's algorithm off, which holds back answers for 40 ms.
+    """Return a socket for this machine only; port 0 selects a free port. Raises ViewError if the port is in use."""
+    # asyncio disables Nagle's algorithm, which delays responses by 40 ms, only if the protocol is named.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -70,7 +70,7 @@ def listening(port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ViewError(
-            f"port {port} cannot be used ({error.strerror or error}); choose another --port, or leave it out"
+            f"port {port} cannot be used ({error.strerror or error}); choose another --port, or omit the option"
         ) from error
     listener.listen()
     return listener

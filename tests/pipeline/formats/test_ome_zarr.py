@@ -244,7 +244,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_an_existing_store_is_not_overwritten(tmp_path: Path) -> None:
     create_store(tmp_path / "a.ome.zarr", make_spec())
-    with pytest.raises(FileExistsError, match=r"a\.ome\.zarr: exists already"):
+    with pytest.raises(FileExistsError, match=r"a\.ome\.zarr: already exists"):
         create_store(tmp_path / "a.ome.zarr", make_spec())
 
 

@@ -269,7 +269,7 @@ def test_a_damaged_file_is_named_in_the_error(tmp_path: Path, damage: str) -> No
     else:
         content = bytearray(b"PAR1 and so on" if damage == "foreign" else b"")
     path.write_bytes(content)
-    with pytest.raises(RegionsFileError, match=r"block-3\.regions.*run its block again"):
+    with pytest.raises(RegionsFileError, match=r"block-3\.regions.*run the same command again"):
         load_regions(path)
 
 

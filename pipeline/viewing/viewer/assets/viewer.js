@@ -52,7 +52,7 @@ let redrawing = 0;
 outlines.changed = () => {
   redrawing ||= requestAnimationFrame(() => { redrawing = 0; outlines.draw(view()); });
 };
-outlines.failed = () => note("The outlines cannot be read; the terminal says why. Reload the page to try again.");
+outlines.failed = () => note("The outlines cannot be read; see the terminal for the reason. Reload the page to try again.");
 const layers = { labels: null, classes: [] };
 let labelsShown = 0;
 
@@ -248,7 +248,7 @@ async function awaitOverview() {
     const progress = answer?.ok ? await answer.json() : { share, failed: true };
     if (progress.failed) {
       told.remove();
-      note("The overview of this slide cannot be read; the terminal says why. Places that you zoom into are still shown.");
+      note("The overview of this slide cannot be read; see the terminal for the reason. Places that you zoom into are still shown.");
       return;
     }
     bar.value = share = progress.share;

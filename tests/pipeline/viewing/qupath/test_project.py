@@ -135,7 +135,7 @@ def test_a_project_that_cannot_be_read_is_left_as_it_is(root: Path, text: str) -
     path = root / "results" / "qupath" / "project.qpproj"
     path.parent.mkdir()
     path.write_text(text)
-    with pytest.raises(OutputError, match=r"project\.qpproj: is no project that QuPath could read"):
+    with pytest.raises(OutputError, match=r"project\.qpproj: is not a project that QuPath can read"):
         write_project(root / "results")
     assert [p.name for p in path.parent.iterdir()] == ["project.qpproj"]
     assert path.read_text() == text

@@ -203,4 +203,4 @@ def test_page_and_log_say_that_the_overview_cannot_be_read(
         page.goto(site.page)
         until(page, f'{SHOWN}.startsWith("The overview of this slide cannot be read")')
         page.goto("about:blank")
-    assert "a: its overview cannot be read: a.svs: cannot be read" in caplog.text
+    assert "a: the overview cannot be read: a.svs: cannot be read" in caplog.text

@@ -185,7 +185,7 @@ def test_another_slide_of_the_same_name_is_refused(results_folder: Path, tmp_pat
     result = find_results(results_folder)[0]
     other = write_slide(tmp_path / result.slide.name, painted((640, 416)), mpp=1.0)
     for moved in (other, tmp_path):
-        with pytest.raises(ViewError, match=r"is another slide than .* 640×416 px .* not 1280×832"):
+        with pytest.raises(ViewError, match=r"is not the slide that .* 640×416 px .* not 1280×832"):
             open_checked(with_slide(result, moved))
     with pytest.raises(ViewError, match=r"no such file .*pass --slide"):
         open_checked(with_slide(result, tmp_path / "gone.svs"))
@@ -204,7 +204,10 @@ def test_slide_that_goes_away_is_an_error_that_tells_no_path(
     result = with_slide(find_results(results_folder)[0], tmp_path / "gone.svs")
     with serving((result,)) as site:
         answer = site.get("slide/0/0_0.jpg")
-        assert (answer.status, answer.body) == (503, b"The slide or its result cannot be read; the terminal says why.")
+        assert (answer.status, answer.body) == (
+            503,
+            b"The slide or its result cannot be read; see the terminal for the reason.",
+        )
         assert json.loads(site.get("identity.json").body) == {"same": None}
     assert "gone.svs: no such file" in caplog.text
 
