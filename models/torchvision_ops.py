@@ -20,20 +20,19 @@ _SCHEMAS = {name: f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> T
 _declared: list[torch.library.Library] = []
 
 
-def declare_missing_ops() -> list[str]:
-    """Declare the operators that torchvision's extension does not declare, and return their names.
+def declare_missing_ops() -> None:
+    """Declare the operators that torchvision's extension does not declare.
 
     Call this function before the first import of torchvision. Later calls do nothing.
     """
     if _has_op("nms") or _load_extension():
-        return []
-    missing = [name for name in _SCHEMAS if not _has_op(name)]
+        return
     # FRAGMENT extends the namespace instead of creating it.
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in missing:
-        library.define(_SCHEMAS[name])
+    for name, schema in _SCHEMAS.items():
+        if not _has_op(name):
+            library.define(schema)
     _declared.append(library)
-    return missing
 
 
 def _has_op(name: str) -> bool:

@@ -40,7 +40,7 @@ class TrainConfig:
     mpp: float | None = None
     """Pixel size in µm that the networks work at; None for the pixel size of the data set."""
 
-    # What a training step sees
+    # Input of a training step
     region: int | None = 224
     """Side in pixels of the image parts that pass through the networks. The classifier's head reads each labeled patch
     from the feature map of its region, so overlapping patches share their convolutions and include their surroundings.

@@ -35,7 +35,7 @@ class ClassSpec(_Section):
 
     @property
     def tissue_class(self) -> TissueClass:
-        """Return the class as models and maps know it, without the mask values."""
+        """Return the class without its mask values, as models and maps use it."""
         return TissueClass(self.name, self.color)
 
 

@@ -140,14 +140,14 @@ def fit(
             state.losses, state.data_seconds, state.step_seconds = [], 0.0, 0.0
         asked = time.perf_counter()
         batch = next(batches)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         _set_rates(optimizer, rate_factor(config, state.step, total))
         torch.manual_seed(_seed(config.seed, task.name, state.step, processes.rank))  # dropout
         state.losses.append(_step(task, batch, optimizer, config, device, processes, state))
         _average_into(averaged, network, min(config.ema, (1 + state.step) / (10 + state.step)))
         state.step += 1
-        state.data_seconds += begun - asked
-        state.step_seconds += time.perf_counter() - begun
+        state.data_seconds += started - asked
+        state.step_seconds += time.perf_counter() - started
         if progress is not None:
             progress(task.name, state.step, total)
         if within == task.steps - 1:

@@ -179,8 +179,9 @@ def test_a_finer_image_is_averaged_by_area() -> None:
 
 
 def gated_by_hand() -> tuple[Predictor, NDArray[np.uint8]]:
-    """Two tiles, at x = 0 and 32: class 0 alone in the left one, both in the right one; the segmenter always says
-    class 1, with sigmoid(1).
+    """Return a predictor and an image of two tiles, at x = 0 and 32.
+
+    The left tile contains class 0, the right tile both classes. The segmenter always predicts class 1, with sigmoid(1).
     """
     truth_HW = np.zeros((64, 96), np.uint8)
     truth_HW[:, 64:] = 1
