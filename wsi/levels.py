@@ -1,4 +1,4 @@
-"""Choose the level of a slide's pyramid to read from."""
+"""Choose the level of a pyramid to read from."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ factors need no interpolation (docs/decisions/0002-resolution.md)."""
 def pick_level(downsamples: Sequence[float], wanted: float) -> int:
     """Return the coarsest level that is at least as fine as `wanted`, or the finest level if none is.
 
-    `downsamples` are the level-0 pixels per pixel of each level, in any order. `wanted` has the same unit. A level up
-    to `MPP_TOLERANCE` coarser than `wanted` counts as fine enough.
+    `downsamples` are the level-0 pixels per pixel of each level, in any order. `wanted` has the same unit. A level that
+    is coarser than `wanted` by up to `MPP_TOLERANCE` counts as fine enough.
     """
     fine_enough = [i for i, downsample in enumerate(downsamples) if downsample <= wanted * (1 + MPP_TOLERANCE)]
     if not fine_enough:

@@ -12,6 +12,7 @@ from PIL import Image
 from models.tissue_class import TissueClass
 from pipeline.formats.ome_zarr import LABELS, MapStore
 from wsi.grid import Grid
+from wsi.levels import pick_level
 from wsi.slide import Slide
 from wsi.tissue import read_thumbnail
 
@@ -55,7 +56,7 @@ def picture_slide(slide: Slide, grid: Grid, store: MapStore) -> SlidePicture:
 def _labels(store: MapStore, size: tuple[int, int], out_per_px: list[float]) -> UInt8Array:
     """Return the class at the center of each pixel of a picture, from the coarsest level that is fine enough."""
     spec = store.spec
-    level = int(np.clip(np.floor(np.log2(max(1.0, min(out_per_px)))), 0, spec.levels - 1))
+    level = pick_level([2**level for level in range(spec.levels)], min(out_per_px))
     columns, rows = (
         np.minimum(((np.arange(pixels) + 0.5) * per_px).astype(int), length - 1) // 2**level
         for pixels, per_px, length in zip(size, out_per_px, spec.size_out, strict=True)
