@@ -98,8 +98,8 @@ def test_help_answers_at_once_without_heavy_libraries_and_names_every_option(tmp
     assert "0 all slides are done, 1 a slide failed, 2 usage error, 130 interrupted" in " ".join(text.split())
 
 
-def test_bad_slides_fail_with_one_line_each_and_the_others_are_done(tmp_path: Path) -> None:
-    slides, out = tmp_path / "slides", tmp_path / "out"
+def test_bad_slides_fail_with_one_line_each_and_the_others_are_done(fake: Path) -> None:
+    slides, out = fake / "slides", fake / "out"
     slides.mkdir()
     small_slide(slides / "größe 組織.svs")
     (slides / "corrupt.svs").write_bytes(b"no slide at all" * 100)
@@ -107,10 +107,10 @@ def test_bad_slides_fail_with_one_line_each_and_the_others_are_done(tmp_path: Pa
     write_slide(slides / "glass.svs", painted((500, 400)), mpp=1.0)
     bad = {"corrupt": "cannot be opened as a slide", "bare": "does not contain micrometers per pixel; pass --mpp"}
     for good in ("done", "skipped"):
-        status, stdout, stderr = command(tmp_path, "slides", "missing.svs", "-o", "out")
-        assert status == 1
-        assert stdout.splitlines() == ["out/glass", "out/größe 組織"]
-        lines = stderr.splitlines()
+        result = invoke("slides", "missing.svs", "-o", "out")
+        assert result.exit_code == 1
+        assert result.stdout.splitlines() == ["out/glass", "out/größe 組織"]
+        lines = result.stderr.splitlines()
         assert len(lines) == 5
         for name, reason in (bad | {"missing": "no such file"}).items():
             (line,) = (line for line in lines if line.startswith(f"failed     {name}.svs: "))
