@@ -1,4 +1,4 @@
-"""Debian's Chromium, driven by Playwright: fixtures for tests of pages, and what such tests ask of a page."""
+"""Drive Debian's Chromium with Playwright: fixtures for tests of pages, and checks of a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-if TYPE_CHECKING:  # most test runs need no browser
+if TYPE_CHECKING:  # most test runs do not need a browser
     from playwright.sync_api import Browser, Page, Route
 
 FLAGS = (
@@ -30,14 +30,14 @@ TIMEOUT_MS = 15_000
 
 
 def chromium() -> str | None:
-    """The browser's program: WSI_SEGMENT_CHROMIUM, or what is in the path; None where there is none."""
+    """Return the browser's program from WSI_SEGMENT_CHROMIUM or the path, or None if it is not installed."""
     return os.environ.get("WSI_SEGMENT_CHROMIUM") or next((found for n in NAMES if (found := shutil.which(n))), None)
 
 
-# Of a module, not of the session: while Playwright runs, no test in the same thread can run an asyncio loop of its own.
+# One browser per module: while Playwright runs, no other test of the session could run an asyncio loop in this thread.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A headless browser without network services of its own."""
+    """Yield a headless browser whose own network services are off."""
     program = chromium()
     if program is None:
         pytest.skip("no Chromium: install the Debian package chromium, or set WSI_SEGMENT_CHROMIUM to its program")
@@ -51,7 +51,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """An empty page of 1280×900. The test fails where a page logs an error or asks for anything that is not local."""
+    """Yield an empty page of 1280×900. The test fails if the page logs an error or contacts another machine."""
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         opened = context.new_page()
         opened.set_default_timeout(TIMEOUT_MS)
@@ -61,7 +61,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
 
 def watch(page: Page) -> list[str]:
-    """Block what a page asks of other machines; returns the list that each fault will be put into."""
+    """Block requests to other machines. Return the list to which each fault will be added."""
     faults: list[str] = []
 
     def decide(route: Route) -> None:
@@ -71,7 +71,7 @@ def watch(page: Page) -> list[str]:
             faults.append(f"asked for {route.request.url}")
             route.abort()
 
-    # Only what may be foreign is held up: going through Python for every tile would be measured with the tile.
+    # Local requests do not go through Python, because that would slow down every tile.
     page.route(re.compile(r"^(?!file:|data:|blob:|https?://127\.0\.0\.1[:/])"), decide)
     page.on("websocket", lambda socket: None if is_local(socket.url) else faults.append(f"opened {socket.url}"))
     page.on("pageerror", lambda error: faults.append(f"uncaught: {error}"))
@@ -85,17 +85,17 @@ def until(page: Page, condition: str, *, seconds: float = 20) -> None:
         if page.evaluate(f"() => Boolean({condition})"):
             return
         page.wait_for_timeout(50)
-    raise AssertionError(f"it never came to be: {condition}")
+    raise AssertionError(f"timed out while waiting for {condition}")
 
 
 def is_local(url: str) -> bool:
-    """Whether a URL stays on this machine."""
+    """Return whether a URL stays on this machine."""
     parts = urlsplit(url)
     return parts.scheme in LOCAL_SCHEMES or parts.hostname == "127.0.0.1"
 
 
 def screenshot(page: Page, name: str, folder: Path, *, whole: bool = True) -> Path:
-    """Save the page as `name`.png in the folder WSI_SEGMENT_SCREENSHOTS, or in `folder` where that is not set."""
+    """Save the page as `name`.png in the folder WSI_SEGMENT_SCREENSHOTS, or in `folder` if that is not set."""
     path = Path(os.environ.get("WSI_SEGMENT_SCREENSHOTS") or folder) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=path, full_page=whole)
@@ -103,7 +103,7 @@ def screenshot(page: Page, name: str, folder: Path, *, whole: bool = True) -> Pa
 
 
 def axe_findings(page: Page) -> list[str]:
-    """What axe finds serious or critical on the page, one line each."""
+    """Return axe's serious and critical findings on the page, one line each."""
     from axe_playwright_python.sync_playwright import Axe
 
     violations = Axe().run(page).response["violations"]

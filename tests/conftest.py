@@ -1,4 +1,4 @@
-"""Slides that tests share."""
+"""Settings and slides that all tests share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pipeline.cli import sample
 from pipeline.errors import SampleError
 from tests.repository import REPOSITORY
 
-# Before anything loads torch, and for the processes that tests start. Networks as small as these only wait for a second
-# thread, and with a pytest worker per core for the other worker's; and last bits depend on the number of threads.
+# Set before anything loads torch, also for the processes that tests start. A second thread does not speed up such small
+# networks, and the last bits of results depend on the number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # Examples have no deadline, because a busy machine may stall at any time.
@@ -23,16 +23,16 @@ settings.register_profile("fixed", deadline=None, derandomize=True, max_examples
 settings.register_profile("explore", deadline=None, derandomize=False, max_examples=200, print_blob=True)
 settings.load_profile("fixed")
 
-# Its fixtures `browser` and `page`.
+# The fixtures `browser` and `page`.
 pytest_plugins = ["tests.browser"]
 
-# Jobs that a shell without job control starts in the background ignore Ctrl-C, and so would all that the tests start.
+# A shell without job control starts background jobs with Ctrl-C ignored. The tests' processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def sample_slide() -> Path:
-    """The small real Aperio slide that `wsi-segment --sample` uses."""
+    """Return the small real Aperio slide that `wsi-segment --sample` uses."""
     try:
         return sample.sample_slide()
     except SampleError as error:
@@ -41,7 +41,7 @@ def sample_slide() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_slides() -> Path:
-    """The folder of the developers' larger slides; not part of the repository."""
+    """Return the folder of the developers' larger slides, which are not part of the repository."""
     shared = Path(os.environ.get("WSI_SEGMENT_SHARED", REPOSITORY.parent / "shared"))
     slides = shared / "data" / "slides"
     if not slides.is_dir():

@@ -1,4 +1,4 @@
-"""Search for failures at random for a bounded time: `python -m tests.explore --minutes 6 --seed 123`.
+"""Search for failures at random for a bounded time: `python -m tests.explore --minutes 9 --seed 123`.
 
 Three searches share the time equally:
 
@@ -55,7 +55,7 @@ def explore_properties(seed: int, seconds: float, arguments: Sequence[str] = ())
 def main() -> None:
     """Run the three searches and exit with 1 if one of them found a failure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=6.0, help="limit for all searches together")
+    parser.add_argument("--minutes", type=float, default=9.0, help="limit for all searches together")
     parser.add_argument("--seed", type=int, default=None, help="drawn at random by default")
     options = parser.parse_args()
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed

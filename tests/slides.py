@@ -1,4 +1,4 @@
-"""Small slides that the tests write themselves: lossless, so that both readers give the very same pixels."""
+"""Small slides that the tests write themselves. They are lossless, so both readers return the same pixels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import tifffile
 from numpy.typing import NDArray
 
 TILE = 128
-"""Side of the TIFF tiles of a written slide."""
+"""Side of a written slide's TIFF tiles."""
 
 PINK, PURPLE, GLASS = (214, 130, 180), (110, 60, 140), (244, 243, 244)
-"""Colours of eosin, of haematoxylin, and of the slide's glass."""
+"""Colors of eosin, hematoxylin and the slide's glass."""
 
 
 def write_slide(
@@ -25,7 +25,7 @@ def write_slide(
     levels: Sequence[int] = (1,),
     resolution_mpp: float | None = None,
 ) -> Path:
-    """Write an image as an Aperio slide with levels at the given whole downsamples; returns the path.
+    """Write an image as an Aperio slide with levels at the given whole downsamples. Return the path.
 
     `mpp` and `power` go into the Aperio description, `resolution_mpp` into the TIFF resolution tags.
     """
@@ -50,7 +50,7 @@ def write_slide(
 
 
 def reduce(rgb_HWC: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-    """The image reduced by a whole factor: means of factor × factor pixels, rounded half up; slow and plain."""
+    """Return the image reduced by a whole factor: means of factor × factor pixels, rounded half up. Slow and simple."""
     height, width = rgb_HWC.shape[0] // factor, rgb_HWC.shape[1] // factor
     blocks = rgb_HWC[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
     means: NDArray[np.float64] = np.floor(blocks.mean(axis=(1, 3)) + 0.5)
@@ -60,7 +60,7 @@ def reduce(rgb_HWC: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
 def painted(
     size: tuple[int, int], *shapes: tuple[tuple[int, int, int, int], tuple[int, int, int]]
 ) -> NDArray[np.uint8]:
-    """An image of glass, (width, height) in pixels, with filled boxes (x, y, width, height) of a colour."""
+    """Return an image of glass, (width, height) in pixels, with filled boxes (x, y, width, height) of a color."""
     rgb_HWC = np.empty((size[1], size[0], 3), np.uint8)
     rgb_HWC[:] = GLASS
     for (x, y, width, height), colour in shapes:

@@ -18,7 +18,7 @@ COPYLEFT_IN_RUNS = {
     "text-unidecode": "Artistic License or GPL: the first is taken",
     "tqdm": "MPL: unchanged",
 }
-"""Packages under copyleft licenses that runs need, and why that is no trouble."""
+"""Packages under copyleft licenses that runs need, and why that is allowed."""
 
 
 def pins(name: str) -> list[str]:

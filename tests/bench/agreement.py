@@ -85,7 +85,7 @@ def compare(plain_HW: NDArray[np.uint8], run_HW: NDArray[np.uint8]) -> dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make both maps, print how far they agree, and write it where that was asked for."""
+    """Make both maps, print how well they agree, and write the figures if `--json` is given."""
     options = vars(slide_parser("tests.bench.agreement", __doc__).parse_args(arguments))
     path, model, file = (options.pop(name) for name in ("slide", "model", "json"))
     config = SegmentConfig(**options)

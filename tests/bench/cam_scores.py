@@ -26,7 +26,7 @@ def glass_white(mean: Sequence[float], std: Sequence[float]) -> Tensor:
 def unit_maps(map_NKhw: Tensor, size_HW: tuple[int, int]) -> Tensor:
     """Return maps (N, K, H, W) between 0 and 1: bilinear upsampling, then min-max of each image and class.
 
-    A flat map becomes 0. A ReLU, where the method has one, comes before.
+    A flat map becomes 0. If the method has a ReLU, it comes before.
     """
     up_NKHW = F.interpolate(map_NKhw.float(), size=size_HW, mode="bilinear", align_corners=False)
     low = up_NKHW.amin(dim=(2, 3), keepdim=True)

@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--mpp", type=float, help="µm per pixel that --classifier expects (default: the data set's)")
     parser.add_argument("--data", required=True, help="name or toml file of a data set")
-    parser.add_argument("--root", type=Path, help="its folder, where not the one that the toml names")
+    parser.add_argument("--root", type=Path, help="the data set's folder; the toml names the default")
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
     parser.add_argument("--crops", type=int, default=200)
     parser.add_argument("--methods", nargs="+", default=list(CAMS), choices=list(CAMS))
@@ -450,7 +450,7 @@ def write_picture(
 
 
 def truth_rgb(truth_HW: NDArray[np.uint8], dataset: Dataset) -> NDArray[np.uint8]:
-    """Return a mask in the classes' colours, white where it has none."""
+    """Return a mask in the classes' colors, with white for pixels without a class."""
     palette = np.full((256, 3), 255, dtype=np.uint8)
     palette[: len(dataset.classes)] = [one.color for one in dataset.classes]
     coloured_HWC: NDArray[np.uint8] = palette[truth_HW]

@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pipeline.workers.malloc import keep_freed_memory
 
     keep_freed_memory()
-    # Ctrl-C prints the figures so far, also where a shell has started this in the background.
+    # Ctrl-C prints the figures so far, even if a shell started this in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as scratch:
         slides = write_slides(Path(scratch) / "slides", options.slides)

@@ -125,7 +125,7 @@ def openvino_f32(network: nn.Module, example: Tensor, _: int) -> Run:
 
 
 def openvino_bf16(network: nn.Module, example: Tensor, _: int) -> Run:
-    """OpenVINO with `--precision bf16`, its own choice where the processor has it."""
+    """OpenVINO with `--precision bf16`, which it chooses by itself if the processor supports it."""
     return OpenVinoNetwork(network, example.shape[-1], "bf16")
 
 

@@ -88,7 +88,7 @@ class Floors:
 def measure(path: Path, model: str, config: SegmentConfig, repeat: int = 1) -> dict[str, Any]:
     """Run the slide `repeat` times between floors; returns plain values for the table and for JSON.
 
-    Raises RuntimeError with what the process said where a run fails or the slide has no tissue.
+    Raises RuntimeError with the process's output if a run fails or the slide has no tissue.
     """
     keep_freed_memory()
     load_before = os.getloadavg()[0]
@@ -175,7 +175,7 @@ def _settings(config: SegmentConfig) -> dict[str, Any]:
 
 def _run(path: Path, model: str, config: SegmentConfig) -> dict[str, Any]:
     """Segment the slide in a fresh process; what it says, what its run.json says, and the time until it had ended."""
-    # A bundle may be named by a path relative to where the benchmark was started.
+    # A bundle's path may be relative to the benchmark's working folder.
     model = str(Path(model).absolute()) if Path(model).is_dir() else model
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.bench.one_run", str(path.absolute()), folder, model]
@@ -305,7 +305,7 @@ def slide_parser(module: str, description: str | None) -> argparse.ArgumentParse
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(description or "").split("\n", 1)[0])
     parser.add_argument("slide", type=Path)
     parser.add_argument("-m", "--model", default=DEFAULT_BUNDLE, help="name or folder of a bundle")
-    parser.add_argument("--mpp", type=float, help="µm per level-0 pixel, where the slide does not say it")
+    parser.add_argument("--mpp", type=float, help="µm per level-0 pixel, if the slide does not contain it")
     parser.add_argument("--backend", choices=("auto", "openslide", "tiffslide"), default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
@@ -315,7 +315,7 @@ def slide_parser(module: str, description: str | None) -> argparse.ArgumentParse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and write the JSON where that was asked for."""
+    """Measure, print the table, and write the JSON if `--json` is given."""
     parser = slide_parser("tests.bench.slide", __doc__)
     parser.add_argument("-j", "--num-workers", type=int, default=SegmentConfig.num_workers)
     parser.add_argument("--repeat", type=int, default=1, help="runs; floors are measured around each")

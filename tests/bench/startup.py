@@ -67,7 +67,7 @@ def processes(model: str) -> dict[str, list[str]]:
 
 
 def fastest(what: str, arguments: Sequence[str], times: int) -> Start:
-    """The fastest of `times` processes. Raises CalledProcessError where one fails."""
+    """Return the fastest of `times` processes. Raises CalledProcessError if one fails."""
     wall_s, cpu_s = [], []
     for _ in range(times):
         before, begun = os.times(), time.perf_counter()

@@ -62,7 +62,7 @@ class Source:
     power: str | None
 
     def glass(self) -> tuple[int, int]:
-        """Row and column of a field without tissue. Raises ValueError where every field has some."""
+        """Return row and column of a field without tissue. Raises ValueError if every field has some."""
         empty = [(int(y), int(x)) for y, x in np.argwhere(self.tissue_um2 == 0)]
         if not empty:
             raise ValueError("the source slide has no field of glass; take one with a free margin")
@@ -71,7 +71,7 @@ class Source:
 
 
 def read_source(tiff: tifffile.TiffFile, path: Path) -> Source:
-    """Look at a slide's levels and at where its tissue is. Raises ValueError where fields cannot be laid over it."""
+    """Read a slide's levels and find its tissue. Raises ValueError if fields cannot be laid over the slide."""
     everything: Any = tiff.pages
     pages = [page for page in everything if page.is_tiled]
     tile = int(pages[0].tilewidth)
@@ -99,7 +99,7 @@ def read_source(tiff: tifffile.TiffFile, path: Path) -> Source:
 def layout(source: Source, size: tuple[int, int], tissue: float) -> NDArray[np.int64]:
     """Which field of the source stands where, as (rows, columns, 2): source row and column.
 
-    Raises ValueError where so many times the source's tissue does not fit into `size` (level-0 pixels).
+    Raises ValueError if that many copies of the source's tissue do not fit into `size` (level-0 pixels).
     """
     rows, columns = (-(-length // source.field_l0) for length in (size[1], size[0]))
     field_rows, field_columns = source.tissue_um2.shape

@@ -68,7 +68,7 @@ def path_of_views(facts: dict[str, Any]) -> list[tuple[float, float, float]]:
     whole = min(WINDOW[0] / width, WINDOW[1] / height)
     random_ = random.Random(0)
     views = []
-    # Over tissue: where the map has something is where people look.
+    # Over tissue, because people look at tissue.
     for x, y in ((0.17, 0.58), (0.33, 0.83), (0.69, 0.35), (0.85, 0.4)):
         zoom, x_l0, y_l0 = whole, x * width, y * height
         while zoom < 1.0:

@@ -108,7 +108,7 @@ def run_row(dataset: Dataset, name: str, seed: int, output: Path, common: Sequen
 
 
 def write_true_masks(dataset: Dataset, folder: Path, config: TrainConfig) -> None:
-    """Put the masks of the training split, at the model's pixel size, where the pseudo masks are looked for."""
+    """Write the masks of the training split, at the model's pixel size, into the folder of the pseudo masks."""
     mpp = config.mpp or dataset.mpp
     images = PatchImages(dataset, check_images(samples(dataset, "train"), UNREADABLE_SHARE), mpp)
     for index, sample in enumerate(images.samples):

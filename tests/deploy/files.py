@@ -1,4 +1,4 @@
-"""Where the files of deploy/ are, and the programs that look at them."""
+"""The folder deploy/ and the programs that check its files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tool(name: str) -> str:
 
 
 def debian_tool(name: str, package: str) -> str:
-    """A program of the system; the test is skipped where it is not installed."""
+    """Return a program of the system. Skip the test if it is not installed."""
     found = shutil.which(name)
     if found is None:
         pytest.skip(f"{name} is not installed; Debian's package {package} has it")
@@ -50,7 +50,7 @@ def debian_tool(name: str, package: str) -> str:
 
 
 def said(*command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """What a program prints; fails with that where the program does."""
+    """Return a program's output. Fail with the output if the program fails."""
     run = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, f"{' '.join(command)}\n{run.stdout}{run.stderr}"
     return run.stdout + run.stderr

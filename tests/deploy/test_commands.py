@@ -31,7 +31,7 @@ def options_of_wsi_segment() -> set[str]:
 
 
 def used_options(*words: str) -> dict[str, Path]:
-    """Options that stand behind the words of a command anywhere in deploy/ or docs/operations.md, and where."""
+    """Return the options that follow a command in deploy/ and docs/operations.md, each with one file that uses it."""
     found: dict[str, Path] = {}
     for path in TEXTS:
         for call in calls(path.read_text(encoding="utf-8"), *words):
@@ -40,7 +40,7 @@ def used_options(*words: str) -> dict[str, Path]:
 
 
 def calls(text: str, *words: str) -> Iterator[list[str]]:
-    """What stands behind a command, up to the end of its line; also where it is a list in YAML."""
+    """Yield the arguments of each call of a command, up to the end of its line. A call may be a list in YAML."""
     text = re.sub(r",\s*\n\s*", " ", text.replace("\\\n", " "))
     for line in re.sub(r"[\[\],\"']", " ", text.replace("`", " | ").replace("--no-prompt", "")).splitlines():
         parts = line.split()

@@ -45,7 +45,7 @@ def test_final_images_run_as_nobody_special_and_are_built_elsewhere() -> None:
     assert list(built)[-1] == "cpu"
     for variant in ("cpu", "cuda"):
         assert f"COPY --from=build-{variant} /app /app" in built[variant]
-        # Nothing is installed, let alone compiled, where it will run.
+        # The final stage installs and compiles nothing.
         assert not any(line.startswith("RUN") for line in built[variant])
     assert "USER 10001:10001" in built["runtime"]
     assert any(line.startswith("HEALTHCHECK") for line in built["runtime"])
@@ -93,7 +93,7 @@ def test_docker_compose_puts_the_files_together(added: list[str], tmp_path: Path
     assert ("redis" in services) == ("compose.redis.yaml" in added)
     server = services["server"]["environment"]
     assert server.get("PREFECT_MESSAGING_BROKER") == ("prefect_redis.messaging" if "redis" in services else None)
-    # Prefect has three clients of Redis, each of which looks on its own machine where it is told nothing.
+    # Prefect has three clients of Redis. Each of them connects to its own machine by default.
     addresses = ("REDIS_MESSAGING_URL", "REDIS_WORKER_CLEANUP_QUEUE_URL", "SERVER_DOCKET_URL")
     expected = "redis://redis:6379/0" if "redis" in services else None
     assert {server.get(f"PREFECT_{name}") for name in addresses} == {expected}
@@ -135,7 +135,7 @@ def test_every_variable_of_the_compose_files_is_in_the_example() -> None:
     assert used == set(re.findall(r"(?m)^(?:# )?([A-Z_]+)=", example)) - {"COMPOSE_PROJECT_NAME"}
 
 
-def test_health_checks_ask_where_each_program_answers() -> None:
+def test_health_checks_ask_the_address_at_which_each_program_answers() -> None:
     services = read_yaml(COMPOSE / "compose.yaml")["services"]
     for name, port in {"server": "4200", "scheduler": "8787", "dask-worker": "8788"}.items():
         assert f":{port}/" in services[name]["environment"]["HEALTH_URL"]

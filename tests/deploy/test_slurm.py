@@ -65,7 +65,7 @@ def free_port() -> int:
 def slurm() -> Iterator[dict[str, str]]:
     """The environment in which sbatch and its like find a Slurm of one node, started here without systemd."""
     programs = {name: debian_tool(name, package) for name, package in PACKAGES.items()}
-    # Not one of pytest's folders: munge wants its socket where everybody may look.
+    # Not one of pytest's folders: munge requires a folder that everybody may read.
     with tempfile.TemporaryDirectory(prefix="slurm-") as name, ExitStack() as stack:
         folder = Path(name)
         folder.chmod(0o755)

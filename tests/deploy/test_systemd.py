@@ -54,7 +54,7 @@ def test_systemd_would_say_what_is_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("service", SERVICES, ids=lambda path: path.stem)
 def test_service_is_closed(service: Path) -> None:
-    # Of 100, where an unprotected service has 96.
+    # Of 100; an unprotected service has 96.
     program = debian_tool("systemd-analyze", "systemd")
     report = said(program, "security", "--offline=true", "--threshold=20", "--no-pager", str(service))
     assert "Overall exposure level" in report

@@ -1,11 +1,11 @@
-"""Kill runs at random moments and steps, let them go on, and see that nothing is lost and nothing half done is seen.
+"""Kill runs at random times and steps, resume them, and check that nothing is lost and nothing incomplete is visible.
 
     python -m tests.full.crash [SLIDE] --kills 100 --seed 0
     python -m tests.full.crash --minutes 2 --seed 0
 
-A run is killed (SIGKILL) at a random time, or at a random one of the steps in which it touches a file or calls a
-network, in a third of those with rubbish in the file that the step was about to write. After some kills the power is
-"cut" as well: what was not synced is lost, as a worst case allows. Then the run is started again, until it ends.
+SIGKILL ends a run at a random time, or at a random step that touches a file or calls a network. A third of the latter
+leave random bytes in the file that the step was about to write. Some kills also simulate a power cut: everything that
+was not synced is lost. The run is then started again until it finishes.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from tests.repository import REPOSITORY
 from tests.slides import PINK, PURPLE, painted, write_slide
 
 FORMER_OVERLAP = 0.25
-"""Of the run whose result stands there where `--force` replaces one."""
+"""The overlap of the earlier run, whose result `--force` replaces."""
 
 NOTES = "notes.txt"
-"""What somebody has put into a result's folder."""
+"""A user's file in a result's folder."""
 
 STEPS = {
     "working folder made": r"> mkdir \.slide\.work",
@@ -73,12 +73,12 @@ STEPS = {
     "summary": r"> rename .*summary\.csv$",
     "report": r"> rename .*index\.html$",
 }
-"""The named steps of a run, by what they and the step before them look like in a trace."""
+"""The named steps of a run: patterns of a step and the step before it in a trace."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all kills have in common."""
+    """What all kills share."""
 
     starter: Starter
     slide: Path
@@ -89,30 +89,30 @@ class Bench:
     former: Path
     """The output of a run with other settings."""
     seconds: float
-    """How long the undisturbed run took."""
+    """Duration of the undisturbed run."""
     trace: list[Event]
     """Its steps."""
 
     def order(self, output: Path, number: int = 0) -> Order:
-        """A run into an output, to its end."""
+        """Return an order for a whole run into an output."""
         return Order(str(self.slide), str(output), f"{output}.trace{number}")
 
 
 @dataclass(frozen=True)
 class Kill:
-    """How a run is killed: after some seconds, or at a step by its number or its name in `STEPS`."""
+    """How to kill a run: after some seconds, or at a step given by its number or its name in `STEPS`."""
 
     after_s: float | None = None
     at: int | None = None
     name: str | None = None
     torn: int | None = None
-    """Bytes of rubbish in the file that the step was about to write."""
+    """Number of random bytes in the file that the step was about to write."""
     power: bool = False
-    """Whether what was not synced is lost, too."""
+    """Whether everything that was not synced is lost, too."""
 
 
 class Starter:
-    """The process that forks runs. Use as a context manager."""
+    """A process that forks runs. Use it as a context manager."""
 
     def __init__(self, bundle: Path) -> None:
         self._process = subprocess.Popen(
@@ -126,7 +126,7 @@ class Starter:
         assert self._answer() == "ready"
 
     def run(self, order: Order, after_s: float | None = None) -> int:
-        """Run an order; its exit code, -9 where it was killed, by itself or from here after some seconds."""
+        """Run an order and return its exit status: -9 if it was killed, by itself or from here after some seconds."""
         self._say(line_of(order))
         handle = os.pidfd_open(int(self._answer()))
         self._say("watched\n")
@@ -134,7 +134,7 @@ class Starter:
             if after_s is not None:
                 time.sleep(after_s)
                 # By its handle: its number may be another process's by now.
-                with suppress(ProcessLookupError):  # it has ended
+                with suppress(ProcessLookupError):  # the process has exited
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
         finally:
             os.close(handle)
@@ -216,9 +216,9 @@ def random_kill(bench: Bench, rng: random.Random) -> Kill:
 
 
 def survive(bench: Bench, output: Path, kills: Sequence[Kill], rng: random.Random, *, replacing: bool = False) -> int:
-    """Run into a new output, killed so often, and then to the end; returns how many of the kills met a living run.
+    """Run into a new output with these kills and then to the end. Return how many kills hit a running process.
 
-    Raises AssertionError where anything is lost, half done or left behind.
+    Raises AssertionError if anything is lost, incomplete or left behind.
     """
     if replacing:
         shutil.copytree(bench.former, output)
@@ -238,16 +238,16 @@ def survive(bench: Bench, output: Path, kills: Sequence[Kill], rng: random.Rando
         if kill.power and code != 0:
             disk.cut_power(rng)
         check_visible(bench, output, replacing=replacing)
-    # What stands there may be the whole new result already: then this run has nothing to do but to clear up.
+    # If the new result is complete already, this run only cleans up.
     order = replace(bench.order(output, len(kills)), force=replacing and not _is_new(output))
-    assert bench.starter.run(order) == 0, "does not go on"
+    assert bench.starter.run(order) == 0, "does not resume"
     check_end(bench, output, replacing=replacing)
     shutil.rmtree(output)
     return tried
 
 
 def check_visible(bench: Bench, output: Path, *, replacing: bool) -> None:
-    """After a kill: what stands under the final names is whole."""
+    """Check after a kill that everything under the final names is complete."""
     result = output / "slide"
     if result.exists():
         assert not any(broken_rules(result).values()), broken_rules(result)
@@ -262,7 +262,7 @@ def check_visible(bench: Bench, output: Path, *, replacing: bool) -> None:
 
 
 def check_end(bench: Bench, output: Path, *, replacing: bool) -> None:
-    """At the end: the same bytes as those of the undisturbed run, and nothing else."""
+    """Check at the end that the bytes are those of the undisturbed run, and that nothing else is left."""
     found = published(output / "slide")
     if replacing:
         assert found.pop(NOTES) == b"mine"
@@ -274,7 +274,7 @@ def check_end(bench: Bench, output: Path, *, replacing: bool) -> None:
 
 
 def _facts(result: Path) -> dict[str, Any]:
-    """What `run.json` says, but how long it took."""
+    """Return the content of `run.json` without its times."""
     run = read_run(result)
     assert run is not None
     return run.model_dump(exclude={"seconds", "resumed_blocks"})
@@ -286,7 +286,7 @@ def _is_new(output: Path) -> bool:
 
 
 def main() -> None:
-    """Print how many kills were survived, of how many."""
+    """Print how many runs survived their kills."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slide", type=Path, nargs="?", help="a small slide; without one, a tiny one is made")
     parser.add_argument("--kills", type=int, default=100)
@@ -311,8 +311,8 @@ def main() -> None:
                 met["tried"] += len(kills)
                 print(f"run {trial}, {kills}, replacing={replacing}: {error}", flush=True)
             if trial % 10 == 0:
-                print(f"{trial} runs, {met['tried']} kills, {met['lost']} runs not as they should be", flush=True)
-    print(f"runs that ended as undisturbed: {trial - met['lost']} of {trial}; kills: {met['tried']}")
+                print(f"{trial} runs, {met['tried']} kills, {met['lost']} runs with another result", flush=True)
+    print(f"runs with the result of an undisturbed run: {trial - met['lost']} of {trial}; kills: {met['tried']}")
     sys.exit(met["lost"] > 0)
 
 

@@ -1,8 +1,8 @@
-"""Attacks every reader of foreign files with spoilt ones: `python -m tests.full.fuzz --minutes 10 --seed 0`.
+"""Attack every reader of foreign files with damaged ones: `python -m tests.full.fuzz --minutes 10 --seed 0`.
 
-Each try runs in a child process, so that a native reader that crashes is counted and ends nothing else. A try has to
-end with a result or one of this project's own errors, within a bound of time and memory; anything else is a finding.
-The same target, seed and number give the same input: `--target slides --seed 0 --first 123 --tries 1` repeats one.
+Each try runs in a child process, so a crash of a native reader ends only that try. A try must end with a result or one
+of this project's own errors, within a limit of time and memory. Anything else is a finding. The same target, seed and
+number give the same input: `--target slides --seed 0 --first 123 --tries 1` repeats one.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from tests.full.fuzz_targets import TARGETS, Attack
 from tests.repository import REPOSITORY
 
 MOST_SECONDS = 60.0
-"""Of one try, on a machine that is busy with other things."""
+"""Limit for one try, on a busy machine."""
 
 MOST_BYTES = 1 << 30
-"""Of memory that one try may ask for, beyond what its process has when it begins."""
+"""Limit for the memory of one try, beyond its process's memory before the try."""
 
 RESULT = "result"
 FINDING = "FINDING "
@@ -44,13 +44,13 @@ FINDING = "FINDING "
 
 @dataclass
 class Tally:
-    """How the tries of a target ended."""
+    """The outcomes of a target's tries."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     first: dict[str, int] = field(default_factory=dict)
-    """The number of the first try that ended so."""
+    """The number of the first try with that outcome."""
     traces: dict[str, str] = field(default_factory=dict)
-    """Where the first try that ended so was at its end."""
+    """The stack of the first try with that outcome."""
 
     def add(self, number: int, outcome: str, trace: str) -> None:
         self.outcomes[outcome] += 1
@@ -80,7 +80,7 @@ class Tally:
 
 
 def fuzz(target: str, seed: int, numbers: Iterator[int], seconds: float = math.inf) -> Tally:
-    """Try the inputs of these numbers, or as many of them as there is time for."""
+    """Try the inputs with these numbers until the time ends."""
     tally = Tally()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, _child(Path(folder), target) as child:
         end = time.monotonic() + seconds
@@ -92,7 +92,7 @@ def fuzz(target: str, seed: int, numbers: Iterator[int], seconds: float = math.i
 
 
 class _Child:
-    """A process that runs one try after the other, and a new one where it has ended."""
+    """A process that runs one try after the other. A crash starts a new process."""
 
     def __init__(self, folder: Path, target: str) -> None:
         self._folder = folder
@@ -101,7 +101,7 @@ class _Child:
         self._process: multiprocessing.process.BaseProcess | None = None
 
     def run(self, seed: int, number: int) -> tuple[str, str]:
-        """How a try ended, and where it was then."""
+        """Run a try. Return its outcome and its last stack."""
         if self._process is None:
             self._start()
         self._connection.send((seed, number))
@@ -124,7 +124,7 @@ class _Child:
         )
         self._process.start()
         theirs.close()
-        self._connection.recv()  # it is ready: what it loads may take long on a busy machine
+        self._connection.recv()  # ready; loading may take long on a busy machine
 
     def _crashed(self) -> str:
         assert self._process is not None
@@ -135,7 +135,7 @@ class _Child:
 
     def end(self) -> None:
         if self._process is not None:
-            # First to say where it is.
+            # The signal makes the process write its stack.
             if self._process.is_alive() and self._process.pid:
                 os.kill(self._process.pid, signal.SIGUSR1)
                 time.sleep(0.2)
@@ -157,17 +157,17 @@ def _child(folder: Path, target: str) -> Iterator[_Child]:
 
 
 def _place(stack: str) -> str:
-    """The innermost line of ours in a stack that faulthandler wrote, which begins with the innermost one."""
+    """Return this project's innermost line of a stack from faulthandler, which starts with the innermost frame."""
     lines = [line.strip() for line in stack.splitlines() if line.strip().startswith("File ")]
     first = next((line for line in lines if str(REPOSITORY) in line and "tests/full" not in line), "")
     return f" at {first.replace(str(REPOSITORY) + '/', '')}" if first else ""
 
 
 def _serve(connection: Connection, folder: Path, name: str, parent: int) -> None:
-    """Run tries until the other end is closed."""
+    """Run tries until the parent closes the connection."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    # What native readers print goes nowhere.
+    # Discard what native readers print.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     target, work = TARGETS[name], folder / "work"
     with (folder / "fault").open("w") as fault:
@@ -188,7 +188,7 @@ def _serve(connection: Connection, folder: Path, name: str, parent: int) -> None
 
 
 def _warm_up(name: str, folder: Path, work: Path) -> None:
-    """Load the libraries before memory is bounded."""
+    """Load the libraries before the memory is limited."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     _outcome(TARGETS[name].attack, folder / "good", work, random.Random(0))
@@ -208,7 +208,7 @@ def _outcome(attack: Attack, good: Path, work: Path, chance: random.Random) -> t
         attack(good, work, chance)
     except WsiSegmentError as error:
         return type(error).__name__, str(error)
-    except BaseException as error:  # noqa: BLE001 - that is what is looked for
+    except BaseException as error:  # noqa: BLE001 - the fuzzer searches for every exception
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if str(REPOSITORY) in frame.filename and "tests/full" not in frame.filename]
         place = f" at {own[-1].filename.replace(str(REPOSITORY) + '/', '')}:{own[-1].lineno}" if own else ""
@@ -219,11 +219,11 @@ def _outcome(attack: Attack, good: Path, work: Path, chance: random.Random) -> t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="of all targets together")
+    parser.add_argument("--minutes", type=float, default=10.0, help="limit for all targets together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", choices=sorted(TARGETS), action="append")
     parser.add_argument("--first", type=int, default=0, help="number of the first try")
-    parser.add_argument("--tries", type=int, default=None, help="of each target, in place of --minutes")
+    parser.add_argument("--tries", type=int, default=None, help="for each target, instead of --minutes")
     options = parser.parse_args()
     targets = options.target or list(TARGETS)
     found = False

@@ -41,7 +41,7 @@ def speckled() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 
 def good_slides(folder: Path) -> None:
-    """Small slides of several kinds, and the sample slide where it is there."""
+    """Write small slides of several kinds, and the sample slide if it is available."""
     from pipeline.cli.sample import sample_slide
     from pipeline.errors import SampleError
 

@@ -149,7 +149,7 @@ def _text(content: bytes, chance: random.Random) -> bytes:
 
 
 def _head(content: bytes, chance: random.Random) -> bytes:
-    """A change among the first bytes, where lengths and offsets stand."""
+    """Change one of the first bytes, which hold lengths and offsets."""
     return _number(content[:64], chance) + content[64:]
 
 

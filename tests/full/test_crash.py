@@ -1,4 +1,4 @@
-"""Runs are killed, journals damaged, the power cut: the result stays the same, and nothing half done is ever seen."""
+"""Killed runs, damaged journals and power cuts change no result, and nothing incomplete becomes visible."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 def test_a_run_killed_at_every_named_step_ends_with_the_bytes_of_an_undisturbed_one(
     bench: Bench, tmp_path: Path, cruel: bool
 ) -> None:
-    # Each run goes on from the last one's remains, and so a step further.
+    # Each run resumes from the files of the last one and gets a step further.
     rng = random.Random(7)
     kills = [Kill(name=name, torn=50 if cruel else None, power=cruel and rng.random() < 0.5) for name in STEPS]
     assert survive(bench, tmp_path / "out", kills, rng, replacing=cruel) == len(STEPS)
@@ -134,7 +134,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
 
 
 def line_ends(journal: bytes) -> list[int]:
-    """Where each line ends, its newline not counted."""
+    """Return the end of each line, without its newline."""
     return [position for position, byte in enumerate(journal) if byte == ord("\n")]
 
 
@@ -187,7 +187,7 @@ def test_a_resume_with_a_damaged_journal_does_the_blocks_concerned_again_and_end
     assert stopped.resume(tmp_path / "flipped", bytes(flipped)) == (3, stopped.expected)
 
 
-def test_a_chunk_that_a_power_cut_brought_back_is_no_part_of_a_finished_block(stopped: Stopped, tmp_path: Path) -> None:
+def test_a_chunk_that_a_power_cut_brought_back_does_not_belong_to_a_block(stopped: Stopped, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(stopped.output, output)
     block = next(r for r in stopped.records.values() if not r.class_px[2])

@@ -1,5 +1,5 @@
-"""Whatever fails under a run: the slide says so by name, the others go on, nothing is left behind, and once the fault
-is gone the same command ends with the same bytes.
+"""If anything fails during a run, the error names the slide, the other slides finish and no files are left behind. When
+the fault is gone, the same command gives the same bytes.
 
 A worker that hangs (`--slide-timeout`) and one that the kernel ends for want of memory are in
 `tests/pipeline/workers/cluster/test_cluster.py`.
@@ -43,12 +43,12 @@ CONFIG = replace(SMALL, block_out=80, backend="openslide")
 """A dozen blocks."""
 
 BAD_L0 = Box(512, 256, 64, 64)
-"""Where readers of the tests fail."""
+"""The box in which the tests' readers fail."""
 
 
 @dataclass(frozen=True)
 class Slides:
-    """Two slides, and what comes of the first where nothing fails."""
+    """Two slides, and the first one's result without faults."""
 
     a: Path
     b: Path

@@ -1,4 +1,4 @@
-"""Foreign files that are no slides, foreign names, and what becomes of the process that meets them."""
+"""Hostile files that are not slides, hostile names, and their effect on the process."""
 
 from __future__ import annotations
 

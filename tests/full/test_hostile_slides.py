@@ -95,7 +95,7 @@ def test_a_slide_that_claims_a_billion_pixels_a_side_is_refused_before_its_memor
 def test_a_tile_that_claims_to_be_huge_is_refused_and_does_not_end_the_process(
     tmp_path: Path, side: int, compression: str | None, backend: Backend
 ) -> None:
-    """OpenSlide aborts the process (GLib: failed to allocate 4398046511104 bytes) where it is asked to read one."""
+    """OpenSlide aborts the process (GLib: failed to allocate 4398046511104 bytes) when it reads one."""
     path = tmp_path / "tile.tif"
     flat_HWC = np.full((128, 128, 3), 200, np.uint8)
     tifffile.imwrite(

@@ -1,4 +1,4 @@
-"""A long batch in one process: nothing grows with its slides. `python -m tests.bench.load` does it with 500."""
+"""Nothing grows with the number of slides in one process. `python -m tests.bench.load` measures 500 slides."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tests.repository import REPOSITORY
 SLIDES = 30
 
 GROWTH_BYTES = 20 << 20
-"""What memory may grow by from the 10th slide to the last: 1 MiB a slide. A block's map of two classes
-that somebody keeps is 3 MiB."""
+"""Limit for the growth of memory from the 10th slide to the last: 1 MiB per slide. One block's map of two classes has
+3 MiB."""
 
 
 @pytest.mark.full
 def test_descriptors_threads_and_memory_do_not_grow_with_the_slides(tmp_path: Path) -> None:
-    # A process of its own: the tests' own one is large, and keeps what it frees.
+    # A separate process, because the tests' process is large and keeps freed memory.
     command = [sys.executable, "-m", "tests.bench.load", "--slides", str(SLIDES), "--json", str(tmp_path / "load.json")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     load = json.loads((tmp_path / "load.json").read_text(encoding="utf-8"))
     assert (load["slides"], load["failed"], load["processes"]) == (SLIDES, 0, 1)
-    # The same pixels under any name, early or late in the batch: the same map.
+    # The same pixels give the same map under any name, early or late in the batch.
     assert load["kinds_with_differing_maps"] == 0
     tenth, last = load["samples"][9], load["samples"][-1]
     assert (last["descriptors"], last["threads"]) == (tenth["descriptors"], tenth["threads"])
@@ -36,7 +36,7 @@ def test_descriptors_threads_and_memory_do_not_grow_with_the_slides(tmp_path: Pa
 
 
 def made_up(seconds: list[float], growth_bytes: int) -> Load:
-    """A batch whose memory grows by so much with each slide, and whose slides differ in the time of their blocks."""
+    """Return a batch whose memory grows by that much with each slide, and whose slides take these times."""
     return Load(
         samples=[Sample(float(n), 100 + n * growth_bytes, 0, 10, 5, 1) for n in range(len(seconds))],
         results=[SlideResult(f"slide-{n}", "done", s) for n, s in enumerate(seconds)],

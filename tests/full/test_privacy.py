@@ -101,7 +101,7 @@ class Ran:
     slide: Path
     output: Path
     said: dict[str, str]
-    """stdout and stderr, and answers of the viewer, by where they come from."""
+    """stdout, stderr and answers of the viewer, by their source."""
     answers: dict[str, bytes]
 
 

@@ -42,7 +42,7 @@ class Order:
     slide: str
     output: str
     trace: str
-    """Where its steps are written, one JSON list in a line: the kind of step, then paths relative to the output."""
+    """The file for its steps, one JSON list per line: the kind of step, then paths relative to the output."""
     overlap: float = 0.0
     force: bool = False
     die_at: int | None = None
@@ -50,11 +50,11 @@ class Order:
     die_on: str | None = None
     """Or what that step and the one before look like: a pattern for "> kind paths > kind paths"."""
     torn: int | None = None
-    """Where that step writes a file: how many bytes of rubbish stand in it then."""
+    """If that step writes a file, the number of random bytes in that file."""
 
 
 class Steps:
-    """Writes down what a run does below its output folder, and kills it where it is told to."""
+    """Record what a run does below its output folder, and kill the run at the given step."""
 
     def __init__(self, order: Order) -> None:
         self._root = Path(order.output)

@@ -1,4 +1,4 @@
-"""Finished results of small slides whose regions are known, and the JavaScript client that shows them."""
+"""Results of small slides with known regions, and the JavaScript client that shows them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Rectangle = tuple[int, int, int, int]
 RED = (180, 40, 60)
 HERE = Path(__file__).parent
 UNREACHABLE = re.compile("ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|EHOSTUNREACH|network")
-"""What npm says where its registry does not answer."""
+"""npm's messages if its registry does not answer."""
 NO_REGISTRY = "npm's registry does not answer, and Vitessce is not in the cache"
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A finished result and what a client must show of it."""
+    """A result and what a client must show of it."""
 
     folder: Path
     size_l0: tuple[int, int]
@@ -44,20 +44,20 @@ class Shown:
     regions: tuple[tuple[Rectangle, int], ...]
     """(x_l0, y_l0, width, height) in QuPath's frame and the label; the later ones lie on top."""
     colours: tuple[Colour, ...]
-    """Of the classes; what stains the slide are other colours."""
+    """Colors of the classes. The slide's stains have other colors."""
 
     @property
     def store(self) -> Path:
         return self.folder / f"{self.folder.name}.ome.zarr"
 
     def label_at(self, x_l0: float, y_l0: float) -> int:
-        """The label of a point in QuPath's frame, 0 outside every region."""
+        """Return the label of a point in QuPath's frame, or 0 outside every region."""
         hits = [label for (x, y, w, h), label in self.regions if x <= x_l0 < x + w and y <= y_l0 < y + h]
         return hits[-1] if hits else 0
 
 
 def segmented(path: Path, stains: Sequence[Colour], colours: Sequence[Colour]) -> Path:
-    """Segment a slide by its stains, with classes shown in other colours; returns the folder of the result."""
+    """Segment a slide by its stains, with classes in other colors. Return the result's folder."""
     card = make_card(colours, mpp=1.0)
     classifier, segmenter = ColorClassifier(stains), ColorSegmenter(stains, sharpness=400.0)
     predictor = Predictor(card, "0" * 64, classifier, segmenter, device="cpu")
@@ -69,7 +69,7 @@ def segmented(path: Path, stains: Sequence[Colour], colours: Sequence[Colour]) -
 
 @pytest.fixture(scope="session")
 def three_classes(tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    """A map of three classes with a pyramid of four levels, of a slide of 0.5 µm/px."""
+    """Return a map of three classes with a pyramid of four levels, made from a slide of 0.5 µm/px."""
     regions = (((320, 192, 1920, 1280), 1), ((832, 512, 640, 512), 2), ((1600, 896, 384, 320), 3))
     stains, size = (PINK, PURPLE, RED), (2560, 1664)
     painting = painted(size, *((box, stains[label - 1]) for box, label in regions))
@@ -80,7 +80,7 @@ def three_classes(tmp_path_factory: pytest.TempPathFactory) -> Shown:
 
 @pytest.fixture(scope="session")
 def with_bounds(tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    """A map of two classes of a slide that states bounds, which QuPath crops it to."""
+    """Return a map of two classes, made from a slide with bounds. QuPath crops that slide to its bounds."""
     regions = (((160, 96, 960, 640), 1), ((416, 256, 320, 256), 2))
     stains, (x, y), size = (PINK, PURPLE), CORNER, (1280, 832)
     shapes = (((left + x, top + y, w, h), stains[label - 1]) for (left, top, w, h), label in regions)
@@ -95,14 +95,14 @@ def with_bounds(tmp_path_factory: pytest.TempPathFactory) -> Shown:
 
 @pytest.fixture(params=["three_classes", "with_bounds"])
 def shown(request: pytest.FixtureRequest) -> Shown:
-    """Each of the results."""
+    """Return each of the results."""
     result: Shown = request.getfixturevalue(request.param)
     return result
 
 
 @pytest.fixture(scope="session")
 def vitessce() -> Path:
-    """The folder of Vitessce's bundle for a browser: installed by npm at the first call, in the user's cache then.
+    """Return the folder of Vitessce's bundle for a browser. npm installs it once, into the user's cache.
 
     The environment variable WSI_SEGMENT_NODE names another cache.
     """

@@ -38,7 +38,7 @@ def test_public_validators_take_the_store_and_its_labels(shown: Shown) -> None:
         assert type(model).__name__ == kind
 
 
-def test_napari_shows_classes_in_their_colours_where_they_are(shown: Shown) -> None:
+def test_napari_shows_classes_in_their_colors_and_places(shown: Shown) -> None:
     reader = napari_get_reader(str(shown.store))
     assert reader is not None
     layers = {kind: (data, info) for data, info, kind in reader(str(shown.store))}
@@ -87,7 +87,7 @@ def test_geopandas_adds_up_to_the_areas_of_the_run(shown: Shown) -> None:
     assert run["class_areas_mm2"] == pytest.approx(painted, rel=0.02)
 
 
-def test_polygons_lie_where_the_map_has_their_class(shown: Shown) -> None:
+def test_polygons_cover_the_pixels_of_their_class(shown: Shown) -> None:
     reader = napari_get_reader(str(shown.store))
     assert reader is not None
     layers = {kind: (data, info) for data, info, kind in reader(str(shown.store))}

@@ -1,4 +1,4 @@
-"""What docs/viewing.md shows for other programs works as it stands there."""
+"""The examples for other programs in docs/viewing.md work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.repository import REPOSITORY
 
 SECTION = (REPOSITORY / "docs" / "viewing.md").read_text(encoding="utf-8").split("## Other programs")[1]
 EXAMPLES = [code for code in re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL) if "127.0.0.1" not in code]
-"""Those that need no server."""
+"""The examples that do not need a server."""
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=[str(number) for number in range(len(EXAMPLES))])

@@ -29,12 +29,12 @@ PAGE = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,">
 
 class _QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
-        """Say nothing: a chunk that is empty has no file, and is asked for all the same."""
+        """Log nothing: empty chunks have no file, but the client requests them."""
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """The address of a plain server of a folder's files."""
+    """Yield the address of a plain server of a folder's files."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_QuietHandler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -60,7 +60,7 @@ def webgl_browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def webgl_page(webgl_browser: Browser) -> Iterator[Page]:
-    """A page that reaches this machine alone, and whose errors fail the test."""
+    """Yield a page that reaches only this machine and whose errors fail the test."""
     page = webgl_browser.new_page(viewport={"width": 1200, "height": 640})
     faults = watch(page)
     yield page
@@ -70,12 +70,12 @@ def webgl_page(webgl_browser: Browser) -> Iterator[Page]:
 
 
 def picture(page: Page) -> NDArray[np.uint8]:
-    """Vitessce's view of the image, as rgb_HWC."""
+    """Return Vitessce's view of the image, as rgb_HWC."""
     return np.asarray(Image.open(io.BytesIO(page.locator("canvas").first.screenshot())).convert("RGB"))
 
 
 def box_of(rgb_HWC: NDArray[np.uint8], colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the long runs of a colour; letters of a legend are none."""
+    """Return (left, top, right, bottom) of the long runs of a color, without the letters of a legend."""
     hit_HW = np.abs(rgb_HWC.astype(int) - colour).max(axis=2) <= 2
     rows, columns = (np.flatnonzero(hit_HW.sum(axis=axis) > 30) for axis in (1, 0))
     if len(rows) == 0 or len(columns) == 0:
@@ -84,7 +84,7 @@ def box_of(rgb_HWC: NDArray[np.uint8], colour: tuple[int, int, int]) -> tuple[in
 
 
 def settled(page: Page, colour: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The picture once the colour is in it and nothing changes any more."""
+    """Return the picture once it contains the color and no longer changes."""
     deadline = time.monotonic() + 40
     before = picture(page)
     while time.monotonic() < deadline:
