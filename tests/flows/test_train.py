@@ -46,4 +46,4 @@ def test_a_training_shows_its_stages_and_metrics_and_leaves_a_bundle(
 def test_a_training_that_cannot_begin_says_why(tmp_path: Path, harness: SyncPrefectClient) -> None:
     state: State[Any] = train_flow("no-data-set", str(tmp_path), settings={"epochs": 1}, return_state=True)
     assert state.is_failed()
-    assert (state.message or "").startswith("unknown setting 'epochs'; known are name, backbone")
+    assert (state.message or "").startswith("unknown setting 'epochs'; choose one of name, backbone")

@@ -175,7 +175,7 @@ def test_the_folder_of_the_data_can_be_named(tmp_path: Path, bundle: Path, monke
     [
         ('"class-1"', [], "has the classes class-0, class-1; data set tiny has class-0, stroma"),
         ("", ["--split", "train"], "images of split train have no mask"),
-        ("", ["--split", "val"], "describes no split val"),
+        ("", ["--split", "val"], "does not describe split val"),
         ("", ["--data", "nowhere"], "the folder nowhere does not exist"),
         ("", ["-o", "file/below"], "file/below: no folder can be made (Not a directory); choose another with -o"),
     ],

@@ -90,14 +90,14 @@ def test_data_may_lie_elsewhere_and_settings_come_from_a_file_then_from_options(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["absent-data"], "absent-data: no such file"),
-        (["glas"], "glas: say in which folder"),
+        (["absent-data"], "absent-data: there is no such file"),
+        (["glas"], "glas: pass the folder of this data set"),
         (["{data}", "-s", "heads=gap"], "unknown setting 'heads'"),
         (["{data}", "-s", "ema=much"], "setting ema"),
         (["{data}", "--preset", "best"], "unknown preset 'best'"),
         (["{data}", "--config", "absent.toml"], "absent.toml"),
         (["{data}", "-s", "weights=absent.safetensors", "-s", "region=64"], "absent.safetensors"),
-        (["{data}", "-s", "weights=none", "-s", "region=64", "-s", "head=gas"], "unknown classifier head 'gas'"),
+        (["{data}", "-s", "weights=none", "-s", "region=64", "-s", "head=gas"], "head is 'gas'; use one of"),
         (["{data}", "--device", "abacus"], "abacus"),
         (["{data}", "--data", "nowhere"], "nowhere"),
     ],
@@ -137,7 +137,7 @@ def test_an_interrupted_run_says_how_it_goes_on(data: Path, tmp_path: Path, monk
     monkeypatch.setattr("pipeline.training.train.train", interrupt)
     result = invoke(data, "-o", tmp_path / "run")
     assert result.exit_code == 130
-    assert f"goes on from the last checkpoint in {tmp_path / 'run'}" in result.stderr
+    assert f"run the same command again to resume from the last checkpoint in {tmp_path / 'run'}" in result.stderr
 
 
 def test_help_answers_without_importing_torch() -> None:
