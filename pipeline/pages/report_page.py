@@ -18,7 +18,7 @@ from pipeline.files import only_writer, write_atomically
 from pipeline.pages.page import render_page
 from pipeline.results.areas import ClassArea, class_areas
 from pipeline.results.names import PAGE, PREVIEW, RUN, SUMMARY, THUMBNAIL
-from pipeline.results.record import Run, read_run
+from pipeline.results.record import Run, read_header, read_run
 from pipeline.results.slide_result import AREA_COLUMN, STATUSES
 from pipeline.results.summary import read_summary
 
@@ -103,9 +103,12 @@ def _rows(output: Path) -> list[SlideRow]:
     """Return a row for each slide of the summary, and for each result that the summary lacks."""
     summary = read_summary(output / SUMMARY)
     folders = {_text(path.name): path for path in sorted(output.iterdir()) if (path / RUN).is_file()}
-    runs = {name: run for name, path in folders.items() if (run := _readable_run(path)) is not None}
-    names = sorted({*summary, *runs}, key=_natural)
-    return [_row(name, summary.get(name, {}), folders.get(name, output / name), runs.get(name)) for name in names]
+    results = {name for name, path in folders.items() if read_header(path)}
+    return [
+        _row(name, summary.get(name, {}), folder, _readable_run(folder))
+        for name in sorted({*summary, *results}, key=_natural)
+        for folder in (folders.get(name, output / name),)
+    ]
 
 
 def _readable_run(folder: Path) -> Run | None:

@@ -298,15 +298,16 @@ def test_html_in_class_names_and_slide_names_is_text_on_the_pages_and_in_the_vie
 def test_html_in_a_changed_run_json_and_summary_is_text_on_the_report(tmp_path: Path) -> None:
     folder = segment_slide(small_slide(tmp_path / "a.svs"), tmp_path / "out", colour_predictor(), SMALL).folder
     assert folder is not None
-    run = run_of(folder) | {"status": EVIL, "model": EVIL, "warnings": [EVIL]}
-    run["class_areas_mm2"] = {EVIL: 1.0}
-    run["classes"] = [{"name": EVIL, "color": [1, 2, 3]}]
-    (folder / "run.json").write_text(json.dumps(run))
-    text = write_report(tmp_path / "out").read_text(encoding="utf-8")
-    assert "<script>alert" not in text
-    assert "<img src=x" not in text
-    assert all("onerror" not in names for _, names in Tags(text).found)
-    assert "&lt;script&gt;alert(1)" in text
+    readable = run_of(folder) | {"model": EVIL, "warnings": [EVIL]}
+    damaged = readable | {"status": EVIL, "class_areas_mm2": {EVIL: 1.0}, "classes": [{"name": EVIL, "color": [1, 2]}]}
+    for run in (readable, damaged):
+        (folder / "run.json").write_text(json.dumps(run))
+        text = write_report(tmp_path / "out").read_text(encoding="utf-8")
+        assert "<script>alert" not in text
+        assert "<img src=x" not in text
+        assert all("onerror" not in names for _, names in Tags(text).found)
+        assert ("&lt;script&gt;alert(1)" in text) == (run is readable)
+        assert ("a/run.json is missing or cannot be read" in text) == (run is damaged)
 
 
 @pytest.mark.parametrize("name", ["a:b", "a\nb", "a\x00b", " a", "", "x" * 65, "\u202ea"])
