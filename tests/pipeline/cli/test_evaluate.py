@@ -177,7 +177,11 @@ def test_the_folder_of_the_data_can_be_named(tmp_path: Path, bundle: Path, monke
         ("", ["--split", "train"], "images of split train have no mask"),
         ("", ["--split", "val"], "does not describe split val"),
         ("", ["--data", "nowhere"], "the folder nowhere does not exist"),
-        ("", ["-o", "file/below"], "file/below: the folder cannot be created (Not a directory); choose another with -o"),
+        (
+            "",
+            ["-o", "file/below"],
+            "file/below: the folder cannot be created (Not a directory); choose another with -o",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_in_one_line_before_networks_are_loaded(
