@@ -32,6 +32,14 @@ def test_mean_and_std_of_a_half_give_the_same_bits_as_scaling_to_plus_minus_one(
     assert torch.equal(normalized(every_byte(), half_C, half_C), scaled_NCHW)
 
 
+def test_values_have_the_bits_of_the_formula_and_the_memory_layout_of_the_image_does_not_matter() -> None:
+    mean_C, std_C, image_NHWC = torch.tensor(MEAN), torch.tensor(STD), every_byte()[:, :, :10]
+    expected_NCHW = ((image_NHWC.float() / 255 - mean_C) / std_C).permute(0, 3, 1, 2)
+    column_major_NHWC = image_NHWC.transpose(1, 2).contiguous().transpose(1, 2)
+    for rgb_NHWC in (image_NHWC, image_NHWC.contiguous(), column_major_NHWC, image_NHWC[:0]):
+        assert torch.equal(normalized(rgb_NHWC, mean_C, std_C), expected_NCHW[: len(rgb_NHWC)])
+
+
 def test_the_bytes_stay_as_they_are() -> None:
     rgb_NHWC = every_byte()
     normalized(rgb_NHWC, torch.tensor(MEAN), torch.tensor(STD))
