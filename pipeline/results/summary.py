@@ -7,10 +7,15 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from models.tissue_class import ClassName
 from pipeline.errors import OutputError
 from pipeline.files import only_writer, write_atomically
 from pipeline.results.names import SUMMARY
-from pipeline.results.slide_result import SlideResult
+from pipeline.results.slide_result import AREA_COLUMN, SlideResult
+
+_CLASS_NAME: TypeAdapter[str] = TypeAdapter(ClassName)
 
 
 def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:
@@ -50,6 +55,16 @@ def read_summary(path: Path) -> dict[str, dict[str, object]]:
     except (UnicodeDecodeError, csv.Error):
         rows = [{}]
     # The key None holds the values of a row that is longer than the header.
-    if any("slide" not in row or None in row for row in rows):
+    if any("slide" not in row or None in row or not _has_valid_classes(row) for row in rows):
         raise OutputError(f"{path}: was not written by wsi-segment; move it away, and the next run writes a new one")
     return {row["slide"]: {**row} for row in rows}
+
+
+def _has_valid_classes(columns: Iterable[str]) -> bool:
+    try:
+        for column in columns:
+            if column.startswith(AREA_COLUMN):
+                _CLASS_NAME.validate_python(column.removeprefix(AREA_COLUMN))
+    except ValidationError:
+        return False
+    return True

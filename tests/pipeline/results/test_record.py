@@ -60,7 +60,13 @@ def test_a_skipped_slide_gets_a_row_where_none_tells_of_its_result(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "content", [b"name;age\nEve;7\n", b"slide,status\na,done,too many\n", "slide\ngröße\n".encode("cp1252")]
+    "content",
+    [
+        b"name;age\nEve;7\n",
+        b"slide,status\na,done,too many\n",
+        "slide\ngröße\n".encode("cp1252"),
+        b"slide,area_mm2 glan\x00\na,0.5\n",
+    ],
 )
 def test_a_table_that_no_run_has_written_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "summary.csv"
