@@ -2,5 +2,5 @@
 
 from flows.settings import apply_defaults
 
-# Prefect reads its environment when it is imported, which the flows do next.
+# Prefect reads its environment at import, and the modules of this package import it.
 apply_defaults()

@@ -6,7 +6,6 @@ import logging
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
@@ -17,11 +16,12 @@ from prefect.artifacts import create_progress_artifact, create_table_artifact, u
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from flows.privacy import Said
+from flows.privacy import Redact
+from pipeline.batch.tally import slide_count, tally
 from pipeline.errors import RunRecordError
 from pipeline.results.names import GEOJSON_END, PAGE, PREVIEW
 from pipeline.results.record import read_run
-from pipeline.results.slide_result import STATUSES, SlideResult
+from pipeline.results.slide_result import SlideResult
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class SlideProgress:
         self._shown = time.monotonic()
 
     def _text(self) -> str:
-        return f"{self._ended} of {slides(self._total)}"
+        return f"{self._ended} of {slide_count(self._total)}"
 
 
 class StageProgress:
@@ -100,15 +100,15 @@ def show_metrics(run: Path, metrics: dict[str, float]) -> None:
     _without_server(lambda: create_table_artifact(table, key=artifact_key("training", run)))
 
 
-def show_table(output: Path, results: Sequence[SlideResult], said: Said, *, links: bool) -> None:
+def show_table(output: Path, results: Sequence[SlideResult], redact: Redact, *, links: bool) -> None:
     """Write the table of results, under a key that all batches into this folder share."""
     ordered = sorted(results, key=lambda r: (r.status != "failed", r.slide))
-    rows = [_row(result, said, links=links) for result in ordered[:TABLE_ROWS]]
+    rows = [_row(result, redact, links=links) for result in ordered[:TABLE_ROWS]]
     classes = {name: None for row in rows for name in row if name.endswith(" mm²")}
     columns = ["slide", "status", "seconds", *classes, "error", "warnings", "preview", "GeoJSON", "stages"]
     used = [name for name in columns if any(row.get(name) not in ("", None) for row in rows)]
     table = [{name: row.get(name, "") for name in used} for row in rows]
-    text = counted(results)
+    text = tally(results)
     if len(ordered) > len(rows):
         text += f"\n\nThe first {len(rows)} of {len(ordered)}; summary.csv has all."
     report = output / PAGE
@@ -123,18 +123,7 @@ def artifact_key(kind: str, output: Path) -> str:
     return f"{kind}-{slug}".strip("-")
 
 
-def counted(results: Sequence[SlideResult]) -> str:
-    """Return the number of slides by status: "8 slides: 5 done, 1 no tissue, 2 failed"."""
-    counts = Counter(result.status for result in results)
-    return f"{slides(len(results))}: " + (", ".join(f"{counts[s]} {s}" for s in STATUSES if counts[s]) or "none")
-
-
-def slides(count: int) -> str:
-    """Return a number of slides with its noun: "1 slide", "2 slides"."""
-    return f"{count} slide{'' if count == 1 else 's'}"
-
-
-def _row(result: SlideResult, said: Said, *, links: bool) -> dict[str, object]:
+def _row(result: SlideResult, redact: Redact, *, links: bool) -> dict[str, object]:
     row: dict[str, object] = {"slide": result.slide, "status": result.status, "seconds": round(result.seconds, 1)}
     if result.tissue_mm2 is not None:
         row["tissue mm²"] = round(result.tissue_mm2, 4)
@@ -144,7 +133,7 @@ def _row(result: SlideResult, said: Said, *, links: bool) -> dict[str, object]:
         for name, file in (("preview", PREVIEW), ("GeoJSON", result.slide + GEOJSON_END)):
             path = result.folder / file
             row[name] = path.absolute().as_uri() if links else f"{result.slide}/{file}"
-    return row | {"warnings": said("; ".join(result.warnings)), "error": said(result.error)}
+    return row | {"warnings": redact("; ".join(result.warnings)), "error": redact(result.error)}
 
 
 def _stages(folder: Path) -> str:

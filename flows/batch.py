@@ -27,24 +27,26 @@ def segment_batch(
     recursive: bool = False,
     settings: dict[str, Any] | None = None,
     slide_timeout_s: float | None = None,
+    retry_failed: bool = False,
     hide_paths: bool = False,
 ) -> State[None]:
     """Segment the slides of a source that have no result in `output` yet.
 
     Args:
         source: A slide, a folder of slides, a glob ("/slides/2026-*/*.svs", `**` for any depth), or a manifest: a CSV
-            file with the column `slide` (relative to the file) and, if wanted, `mpp` and `model`.
+            file with the column `slide` (relative to the file) and the optional columns `mpp` and `model`.
         output: Folder for the results, with `summary.csv` and `index.html`.
         model: Name of a shipped model, or path of a bundle.
-        scheduler: Where the slides are segmented: nothing for this process, "local" or "local:N" for a pool of
-            processes, or the address or scheduler file of a dask.distributed cluster.
-        slides_at_once: At most so many; nothing for as many as the workers take.
-        recursive: Whether to search a folder's subfolders, too.
-        settings: Of `pipeline.config.SegmentConfig`, by name, such as {"output_stride": 2}.
-        slide_timeout_s: A slide that takes longer is stopped and fails, where the scheduler has processes to stop.
-        hide_paths: Whether to keep folders out of logs, states and artifacts; names of files stay.
+        scheduler: Where the slides are segmented: None for this process, "local" or "local:N" for a pool of processes,
+            or the address or scheduler file of a dask.distributed cluster.
+        slides_at_once: Largest number of slides in flight; None leaves it to the workers.
+        recursive: Whether to search the subfolders of a folder too.
+        settings: Settings of `pipeline.config.SegmentConfig` by name, such as {"output_stride": 2}.
+        slide_timeout_s: Seconds after which a slide is stopped and fails. It needs a scheduler with processes.
+        retry_failed: Whether to try slides again that failed for good in an earlier run.
+        hide_paths: Whether to keep folders out of logs, states and artifacts. Names of files stay.
 
-    Ends `Completed` if no slide failed, else in a failed state named after how many did.
+    The run ends in `Completed` if no slide failed in this run, else in a failed state with the number in its name.
     """
     try:
         order = BatchRequest(
@@ -55,6 +57,7 @@ def segment_batch(
             scheduler=scheduler,
             slides_at_once=slides_at_once,
             slide_timeout_s=slide_timeout_s,
+            retry_failed=retry_failed,
             hide_paths=hide_paths,
         )
     except ConfigError as error:
@@ -65,7 +68,7 @@ def segment_batch(
 def _jobs(source: str, *, recursive: bool) -> list[SlideJob]:
     if not glob.has_magic(source) or Path(source).exists():
         return collect_jobs([Path(source)], recursive=recursive)
-    found = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    found = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 - Path.glob does not take absolute patterns
     if not found:
-        raise ConfigError(f"{source}: no file has such a name")
+        raise ConfigError(f"{source}: no file matches; check the pattern")
     return collect_jobs([Path(path) for path in found], recursive=recursive)

@@ -1,4 +1,4 @@
-"""What a flow run is asked to do."""
+"""The request of a flow run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from prefect import runtime
 from pydantic import TypeAdapter, ValidationError
 
-from flows.privacy import Said, as_it_is, without_folders
+from flows.privacy import Redact, as_it_is, without_folders
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError
 from pipeline.workers.base import SlideJob
@@ -19,7 +19,7 @@ from pipeline.workers.base import SlideJob
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """Slides, where their results go, and how."""
+    """The slides of a flow run, the folder for their results, and the settings."""
 
     jobs: Sequence[SlideJob]
     output: Path
@@ -27,38 +27,44 @@ class BatchRequest:
     config: SegmentConfig
     scheduler: str | None = None
     slides_at_once: int | None = None
-    """At most so many; None for as many as the workers take."""
+    """Largest number of slides in flight; None leaves it to the workers."""
     slide_timeout_s: float | None = None
+    retry_failed: bool = False
+    """Whether to attempt slides again that failed for good in an earlier run."""
     hide_paths: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a number that cannot be used."""
+        """Raise ConfigError if a number cannot be used."""
         if self.slides_at_once is not None and self.slides_at_once < 1:
             raise ConfigError(f"slides_at_once is {self.slides_at_once}; it must be 1 or more")
 
     @cached_property
-    def said(self) -> Said:
-        """What a text may say of the slides' folders."""
+    def redact(self) -> Redact:
+        """Return the function that removes folders from texts, if `hide_paths` is set."""
         folders = {job.path.parent for job in self.jobs} | {self.output, self.output.absolute().parent}
         return without_folders(folders) if self.hide_paths else as_it_is
 
 
 def output_folder(output: str) -> Path:
-    """Return where results go. Raises ConfigError for a relative path in a run that a worker has started: the folder
-    that such a run begins in is deleted when it ends.
+    """Return the folder for the results.
+
+    Raises ConfigError if the path is relative and a Prefect worker started the run: the worker deletes the working
+    directory at the end of the run.
     """
     folder = Path(output)
     if runtime.deployment.id is not None and not folder.is_absolute():
-        raise ConfigError(f"output is {output!r}; give an absolute path: a worker deletes the folder its runs begin in")
+        raise ConfigError(
+            f"output is {output!r}; give an absolute path: a Prefect worker deletes the working directory of its runs"
+        )
     return folder
 
 
 def config_from_settings(settings: Mapping[str, Any] | None) -> SegmentConfig:
-    """Make a configuration of plain settings. Raises ConfigError on an unknown name or a value that cannot be used."""
+    """Return the configuration with these settings. Raises ConfigError if a name is unknown or a value is not valid."""
     known = [field.name for field in fields(SegmentConfig)]
     for name in settings or ():
         if name not in known:
-            raise ConfigError(f"settings: {name!r} is not known; known are {', '.join(known)}")
+            raise ConfigError(f"settings: {name!r} is not a setting; the settings are {', '.join(known)}")
     adapter = TypeAdapter(SegmentConfig)
     try:
         return adapter.validate_python(dict(settings or {}))

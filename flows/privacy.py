@@ -1,4 +1,4 @@
-"""What Prefect's page gets to read: the pipeline's log, and paths only where they may be shown."""
+"""What Prefect's page shows: the log of the pipeline, and paths only if they may be shown."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from prefect.logging import get_run_logger
 
 PACKAGES = ("flows", "pipeline", "models", "wsi")
 
-Said = Callable[[str], str]
-"""Takes a text for people and returns it as it may be shown."""
+Redact = Callable[[str], str]
+"""Takes a text and returns the text that may be shown."""
 
 
 def as_it_is(text: str) -> str:
-    """Show everything."""
+    """Return the text unchanged."""
     return text
 
 
-def without_folders(folders: Iterable[Path]) -> Said:
-    """Make a function that leaves the names of files and takes away these folders and those above them."""
+def without_folders(folders: Iterable[Path]) -> Redact:
+    """Return a function that removes these folders and their parents from a text, and keeps the names of files."""
     spellings = {text for folder in folders for text in (str(folder), str(folder.absolute()), os.path.realpath(folder))}
-    # Longest first, so that a folder goes as a whole and not only up to one above it.
+    # The longest first, because a parent's path is the start of its folder's path.
     hidden = sorted(spellings - {".", "/"}, key=len, reverse=True)
 
-    def said(text: str) -> str:
+    def redact(text: str) -> str:
         for folder in hidden:
             text = text.replace(f"{folder}/", "").replace(folder, "(folder)")
         return text
 
-    return said
+    return redact
 
 
 @contextmanager
-def pipeline_log(said: Said, level: int = logging.INFO) -> Iterator[None]:
-    """Write what the pipeline logs into the log of the running flow or task.
+def pipeline_log(redact: Redact, level: int = logging.INFO) -> Iterator[None]:
+    """Copy the log of the pipeline to the log of the running flow or task.
 
-    Prefect can do so by itself (PREFECT_LOGGING_EXTRA_LOGGERS), but not from the threads that blocks run on, and with
-    every path as it is.
+    Prefect's own setting for this (PREFECT_LOGGING_EXTRA_LOGGERS) misses the threads that run blocks, and shows every
+    path.
     """
-    handler = _RunLog(said)
+    handler = _RunLog(redact)
     loggers = [logging.getLogger(name) for name in PACKAGES]
     former = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(min(level, logger.level or level))
-        logger.propagate = False  # the run's log goes to the console, too
+        logger.propagate = False  # the run's log also goes to the console
     try:
         yield
     finally:
@@ -60,9 +60,9 @@ def pipeline_log(said: Said, level: int = logging.INFO) -> Iterator[None]:
 
 
 class _RunLog(logging.Handler):
-    def __init__(self, said: Said) -> None:
+    def __init__(self, redact: Redact) -> None:
         super().__init__()
-        self._said = said
+        self._redact = redact
         self._flow_log = get_run_logger()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -70,4 +70,4 @@ class _RunLog(logging.Handler):
             log = get_run_logger()
         except MissingContextError:  # a thread that runs blocks
             log = self._flow_log
-        log.log(record.levelno, "%s", self._said(record.getMessage()))
+        log.log(record.levelno, "%s", self._redact(record.getMessage()))

@@ -20,21 +20,23 @@ def segment_slide_flow(
     scheduler: str | None = None,
     settings: dict[str, Any] | None = None,
     slide_timeout_s: float | None = None,
+    retry_failed: bool = False,
     hide_paths: bool = False,
 ) -> State[None]:
-    """Segment one slide into `output`; a result of the same slide, model and settings is left as it is.
+    """Segment one slide into `output`. An existing result of the same slide, model and settings is kept.
 
     Args:
         slide: The slide's file.
         output: Folder for the results.
         model: Name of a shipped model, or path of a bundle.
-        mpp: Micrometres per level-0 pixel, in place of what the slide says.
+        mpp: Micrometers per level-0 pixel, instead of the value in the slide.
         scheduler: As in `flows.batch.segment_batch`.
         settings: As in `flows.batch.segment_batch`.
         slide_timeout_s: As in `flows.batch.segment_batch`.
+        retry_failed: As in `flows.batch.segment_batch`.
         hide_paths: As in `flows.batch.segment_batch`.
 
-    Ends `Completed` or in a failed state.
+    The run ends in `Completed` or in a failed state.
     """
     chosen = settings if mpp is None else {**(settings or {}), "mpp": mpp}
     return segment_batch.fn(
@@ -44,5 +46,6 @@ def segment_slide_flow(
         scheduler=scheduler,
         settings=chosen,
         slide_timeout_s=slide_timeout_s,
+        retry_failed=retry_failed,
         hide_paths=hide_paths,
     )

@@ -1,66 +1,42 @@
-"""The task of one slide: how it is tried, tried again, and what its states are called."""
+"""The task of one attempt at a slide, and the names of the states it ends in."""
 
 from __future__ import annotations
 
-import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
-from flows.privacy import Said
-from pipeline.batch.queue import failure
-from pipeline.errors import Cancelled, LockedError, is_transient
-from pipeline.results.slide_result import SlideResult
+from flows.privacy import Redact
+from pipeline.batch.attempt import Attempt
 from pipeline.workers.base import SlideJob
-from wsi.errors import WsiSegmentError
 
-STATES = {"done": "Done", "skipped": "Skipped", "no tissue": "No tissue", "failed": "Failed"}
-"""Names of the states that a slide's task ends in. Of two more the slide comes up again later: "Locked", where another
-run is at work on it, and "Put off", where what stopped it can pass.
+STATES = {"done": "Done", "skipped": "Skipped", "no tissue": "No tissue"}
+"""Names of the states of attempts that did not fail, by the status of the result. After an attempt that ends in
+"Locked" (another run is working on the slide) or "Retrying" (transient failure), the batch attempts the slide again.
 """
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """How one try at a slide ended."""
-
-    result: SlideResult = field(repr=False)
-    """Prefect logs the rest of what a failed task gives; here are paths."""
-    transient: bool = False
-    """Whether another try can help, and there is one."""
-    locked: bool = False
-    """Whether another run is at work on it."""
 
 
 @task(
     name="segment-slide",
     task_run_name="{job.path.name}",
-    # What is done already stands in the results, not with Prefect.
+    # The results folder is the record of what is done, not Prefect.
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def segment_one(job: SlideJob, segment: Callable[[], SlideResult], said: Said, *, last: bool) -> State[Attempt]:
-    """Segment a slide and name the state after what became of it. `last`: whether there is no other try.
+def segment_one(job: SlideJob, make: Callable[[], Attempt], redact: Redact) -> State[None]:  # noqa: ARG001 - names the run
+    """Make one attempt at a slide and name the task's state after its outcome.
 
-    Prefect's own retries are of no use: a task that waits for its next try is one that runs, and holds up others.
+    Prefect's own retries are not used: a task that waits for its next retry counts as running and holds a slot.
     """
-    log, start = get_run_logger(), time.perf_counter()
-    try:
-        result = segment()
-    except Cancelled:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other slides go on
-        result = SlideResult(job.path.stem, "failed", time.perf_counter() - start, error=failure(job, error))
-        if isinstance(error, LockedError):
-            return Completed(name="Locked", message=said(result.error), data=Attempt(result, locked=True))
-        if not isinstance(error, WsiSegmentError):
-            log.error("%s", said("".join(traceback.format_exception(error))))
-        if is_transient(error) and not last:
-            return Completed(name="Put off", message=said(result.error), data=Attempt(result, transient=True))
-        return Failed(message=said(result.error), data=Attempt(result))
+    attempt = make()
+    result = attempt.result
+    if attempt.trace:
+        get_run_logger().error("%s", redact(attempt.trace))
+    if attempt.end != "final":
+        return Completed(name="Locked" if attempt.end == "locked" else "Retrying", message=redact(result.error))
+    if result.status == "failed":
+        return Failed(message=redact(result.error))
     areas = ", ".join(f"{name} {area:.2f} mm²" for name, area in result.areas_mm2.items())
-    return Completed(name=STATES[result.status], message=areas or None, data=Attempt(result))
+    return Completed(name=STATES[result.status], message=areas or None)

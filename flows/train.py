@@ -28,17 +28,17 @@ def train_flow(
     settings: dict[str, Any] | None = None,
     device: str = "auto",
 ) -> State[None]:
-    """Run the stages of a training that have no product in `output` yet: classifier, pseudo masks, segmenter, bundle.
+    """Run those stages of a training whose product is missing: classifier, pseudo masks, segmenter, bundle.
 
     Args:
         dataset: A dataset.toml, or the name of a shipped one.
-        output: Run folder; an unfinished run in it goes on from its last checkpoint.
-        data: Folder of the images, in place of the one that the TOML names.
+        output: Run folder. An unfinished run in it resumes from its last checkpoint.
+        data: Folder of the images, instead of the folder in the TOML.
         preset: Recipe, a key of `pipeline.training.config.PRESETS`.
-        settings: Of `pipeline.training.config.TrainConfig`, by name, in place of the recipe's.
+        settings: Settings of `pipeline.training.config.TrainConfig` by name, instead of those of the recipe.
         device: auto, cpu, cuda, cuda:N or mps.
 
-    Ends `Completed`, or failed with what to do next.
+    The run ends in `Completed`, or in `Failed` with the next step.
     """
     with pipeline_log(as_it_is):
         try:
@@ -49,13 +49,13 @@ def train_flow(
     return Completed(message=f"bundle in {bundle.path}")
 
 
-# One task for all stages: they hand networks on in memory, under one lock of the run folder, and a killed run goes on
-# by itself. The page shows a progress bar for each.
+# All stages are one task: they pass networks on in memory under one lock of the run folder, and a killed run resumes
+# without Prefect. The page shows a progress bar for each stage.
 @task(name="train", cache_policy=NO_CACHE, persist_result=False)
 def train_bundle(
     dataset: str, output: Path, data: str | None, preset: str, settings: dict[str, Any], device: str
 ) -> Bundle:
-    """Train as `wsi-train` does. Raises what its functions raise; none of that passes by itself."""
+    """Train as `wsi-train` does, with the same exceptions. None of them is transient."""
     config = train_config(preset, settings=[f"{name}={_toml(value)}" for name, value in settings.items()])
     images = load_dataset(dataset, None if data is None else Path(data))
     return train(images, output, config, device=device, progress=StageProgress())

@@ -9,6 +9,7 @@ WsiSegmentError                   see wsi/errors.py
     │   └── LockedError           another process is segmenting the same slide
     ├── ClusterError              the cluster is unreachable or cannot run the job
     ├── WorkerLostError           the worker process of a slide died
+    ├── WorkerCrashedError        a slide crashed the process that segmented it
     ├── SlideTimeoutError         a slide exceeded its time limit
     ├── RegionsFileError          the saved polygons of a block cannot be read
     ├── TrainConfigError          a training setting cannot be used
@@ -66,6 +67,10 @@ class ClusterError(PipelineError):
 
 class WorkerLostError(PipelineError):
     """The worker process of a slide died."""
+
+
+class WorkerCrashedError(PipelineError):
+    """A slide crashed the process that segmented it, and will crash the next process too."""
 
 
 class SlideTimeoutError(PipelineError):

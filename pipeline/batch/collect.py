@@ -1,4 +1,4 @@
-"""Which slides a batch is about: files, folders and manifests, and names that clash."""
+"""The slides of a batch: files, folders and manifests, and slides whose results would have the same name."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from pipeline.workers.base import SlideJob
 from wsi.readers import slide_suffixes
 
 OWN_NAMES = frozenset({"index.html", "qupath", "summary.csv"})
-"""What runs write beside the slides' folders."""
+"""Names that runs write beside the slides' folders."""
 
 
 def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[SlideJob]:
-    """The slides that some paths stand for: files as they are, folders by file ending, CSV manifests by their rows.
+    """Return a job for each slide: for each file, each slide of a folder, and each row of a CSV manifest.
 
-    A manifest has a header with the column `slide` (a path, relative to the manifest) and, if wanted, `mpp` and `model`
-    (the name of a shipped model, or a bundle's path, relative to the manifest). A slide that is named twice is taken
-    once.
+    A manifest has a header with the column `slide`: a path, relative to the manifest. The columns `mpp` and `model` are
+    optional; a model is the name of a shipped model, or the path of a bundle, relative to the manifest. A slide that
+    occurs twice gets one job.
 
-    Raises ConfigError where a folder holds no slide or a manifest cannot be used.
+    Raises ConfigError if a folder contains no slide or a manifest cannot be used.
     """
     jobs: dict[str, SlideJob] = {}
     for path in inputs:
         for job in _expand(path, recursive=recursive):
-            # Unlike Path.resolve, this does not stumble over a loop of links.
+            # Path.resolve raises if links form a loop.
             jobs.setdefault(os.path.realpath(job.path), job)
     return list(jobs.values())
 
 
 def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
-    """What to say of each slide whose result would overwrite another's or a run's own files, by the slide's path."""
+    """Return an error text for each slide whose result would replace another result or a file of the batch, by path."""
     groups: dict[str, list[Path]] = defaultdict(list)
     reserved: dict[Path, str] = {}
     for job in jobs:
-        # A dot begins the names of working folders and locks; alone or twice it would be a folder that is there.
+        # Working folders and locks start with a dot; "." and ".." are existing folders.
         if job.path.stem.casefold() in OWN_NAMES or job.path.stem.startswith(".") or not job.path.stem:
             reserved[job.path] = (
-                f"{job.path}: results are named after slides, and {job.path.stem!r} cannot be a result's name (nor can "
-                f"{', '.join(sorted(OWN_NAMES))} and what begins with a dot); rename the slide, or link to it by "
-                f"another name"
+                f"{job.path}: results are named after slides, and {job.path.stem!r} cannot be the name of a "
+                f"result ({', '.join(sorted(OWN_NAMES))} and names that start with a dot are reserved); rename the "
+                f"slide, or make a link to it with another name"
             )
-        # Folded: some file systems do not tell case apart.
+        # Some file systems ignore case.
         groups[job.path.stem.casefold()].append(job.path)
     same = {
         path: f"{path}: has the same name as {_others(path, paths)}, and results are named after slides; rename one, "
@@ -60,7 +60,7 @@ def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
 
 
 def _others(path: Path, paths: Sequence[Path]) -> str:
-    """The first few of the other paths: of a thousand slides of one name, each would name all others."""
+    """Return the first few of the other paths: each of a thousand slides with the same name would list all others."""
     first = [str(other) for other in paths[:4] if other != path][:3]
     more = len(paths) - 1 - len(first)
     return ", ".join(first) + (f" and {more} more" if more else "")
@@ -70,7 +70,7 @@ def _expand(path: Path, *, recursive: bool) -> Iterator[SlideJob]:
     if _is_dir(path):
         found = sorted(p for p in (path.rglob("*") if recursive else path.glob("*")) if _is_slide(p))
         if not found and path.suffix.lower() in slide_suffixes():
-            found = [path]  # fails by its name, and the other slides go on
+            found = [path]  # reported as a failed slide; the other slides continue
         if not found:
             hint = "" if recursive else "; pass --recursive to search its subfolders"
             raise ConfigError(f"{path}: no slides in this folder (endings: {' '.join(sorted(slide_suffixes()))}){hint}")
@@ -94,7 +94,7 @@ def _is_slide(path: Path) -> bool:
     try:
         return path.is_file()
     except OSError:
-        return True  # a stale mount, or no right to look: it fails by its name, and the other slides go on
+        return True  # a stale mount or no permission: reported as a failed slide; the other slides continue
 
 
 def _read_manifest(path: Path) -> Iterator[SlideJob]:
@@ -111,7 +111,9 @@ def _read_manifest(path: Path) -> Iterator[SlideJob]:
         if not name:
             raise ConfigError(f"{path}, line {number}: the column 'slide' is empty")
         if "\0" in name:
-            raise ConfigError(f"{path}, line {number}: the column 'slide' holds a zero byte, which no file's name can")
+            raise ConfigError(
+                f"{path}, line {number}: the column 'slide' contains a zero byte; file names cannot contain one"
+            )
         text = (row.get("mpp") or "").strip()
         try:
             mpp = float(text) if text else None

@@ -1,148 +1,207 @@
-"""Several slides: which they are, and how each ended."""
+"""The batch engine: many slides, from their list to the report. The command and the Prefect flow both run this."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections import deque
+import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.batch.attempt import Attempt, RunAttempt, attempt_slide
+from pipeline.batch.board import Board
 from pipeline.batch.collect import name_clashes
-from pipeline.errors import Cancelled, ConfigError, LockedError, OutputError
+from pipeline.batch.earlier import EarlierRuns
+from pipeline.batch.slots import MAX_THREADS, CallingThread, ThreadSlots
+from pipeline.batch.window import QueuedSlide, SlideQueue
+from pipeline.errors import Cancelled
 from pipeline.pages.report_page import write_report
 from pipeline.progress import Progress
 from pipeline.results.folder import is_locked
 from pipeline.results.slide_result import SlideResult
-from pipeline.results.summary import write_summary
 from pipeline.workers.base import SlideJob, Workers
-from wsi.errors import WsiSegmentError
 
 log = logging.getLogger(__name__)
 
-MAX_AT_ONCE = 64
-"""Slides at a time, however large a cluster is: each has a thread here that waits for it."""
+LOOKUPS_AT_ONCE = 4
+"""Threads that compare slides with the results of earlier runs before the first attempt."""
 
-
-LOCK_CHECK_S = 1.0
-"""How often a slide that another process is working on is looked at."""
+OpenWorkers = Callable[[SlideJob], AbstractContextManager[Workers]]
+"""Opens workers for a batch whose first attempt is at this slide."""
 
 
 def run_batch(
     jobs: Sequence[SlideJob],
     output: Path,
-    workers: Workers,
+    workers: Workers | OpenWorkers,
     progress: Callable[[SlideJob], Progress],
     report: Callable[[SlideResult], None],
+    *,
+    earlier: EarlierRuns | None = None,
+    attempt: RunAttempt | None = None,
+    tick: Callable[[], None] = lambda: None,
+    slides_at_once: int | None = None,
+    lock_timeout_s: float = math.inf,
 ) -> list[SlideResult]:
-    """Segment slides in this order, as many at a time as the workers take; one that fails is reported and the others
-    go on. Returns the results in the order of the jobs.
+    """Segment slides, as many at a time as the workers take, and return their results in the order of the jobs.
 
-    `summary.csv` is up to date after each, the report `index.html` at the end, also of a run that is broken off. Slides
-    whose results would have the same name fail before any is begun. A slide that another process is working on is come
-    back to once that has ended: it is then there already (`skipped`), or taken over where the other was killed.
+    A slide that fails does not stop the others. Slides that failed transiently are retried, and slides that another run
+    has locked are attempted after the others: see `SlideQueue`. Slides whose results would have the same name fail
+    without an attempt. `summary.csv` is kept up to date, and the report `index.html` is written at the end, also if the
+    batch is interrupted.
 
-    Raises Cancelled on KeyboardInterrupt.
+    Args:
+        jobs: The slides, in the order of their first attempts.
+        output: Folder for the results.
+        workers: Open workers, or a function that opens them, which is called only if a slide has to be attempted.
+        progress: Returns the progress callback of a slide.
+        report: Called on the calling thread with each final result.
+        earlier: Results of earlier runs. Slides with such a result are not attempted, and slides that fail for good
+            are remembered. None attempts all slides and remembers nothing.
+        attempt: Runs each attempt on a thread of its own. None runs attempts as they are, and on the calling thread if
+            the workers take one slide at a time.
+        tick: Called on the calling thread about once per second while slides run.
+        slides_at_once: Largest number of slides in flight; None leaves it to the workers.
+        lock_timeout_s: Seconds after which a slide that another run has locked fails.
+
+    Raises:
+        Cancelled: On KeyboardInterrupt, or if the workers were cancelled.
     """
-    clashes = name_clashes(jobs)
-    results: dict[int, SlideResult] = {}
-
-    def segment(number: int) -> SlideResult | None:
-        job, start = jobs[number], time.perf_counter()
-        try:
-            if job.path in clashes:
-                raise ConfigError(clashes[job.path])
-            return workers.segment(job, output, progress(job))
-        except LockedError:
-            return None
-        except Cancelled:
-            raise
-        except Exception as error:
-            log.debug("%s failed", job.path, exc_info=True)
-            return SlideResult(job.path.stem, "failed", time.perf_counter() - start, error=failure(job, error))
-
+    batch = _Batch(jobs, output, report, earlier, Board(output))
     try:
-        waiting = list(range(len(jobs)))
-        while waiting:
-            locked = []
-            for number, result in _each(segment, waiting, workers):
-                if result is None:
-                    log.warning("%s: another process is working on this slide; waiting for it", jobs[number].path.name)
-                    locked.append(number)
-                    continue
-                results[number] = result
-                report(result)
-                if jobs[number].path not in clashes:
-                    _summarise(output, [result])
-            waiting = _when_free(jobs, output, locked)
-        _summarise(output, [result for number, result in sorted(results.items()) if jobs[number].path in clashes])
-    finally:
-        if results:
-            _write_report(output)
-    return [results[number] for number in range(len(jobs))]
-
-
-def _each(
-    segment: Callable[[int], SlideResult | None], numbers: Sequence[int], workers: Workers
-) -> Iterator[tuple[int, SlideResult | None]]:
-    """The slides as they end, `workers.slides_at_once` at a time; that may change while they run."""
-    if workers.slides_at_once == 1:
-        # On this thread, where a KeyboardInterrupt reaches the slide itself.
-        yield from ((number, segment(number)) for number in numbers)
-        return
-    left = deque(numbers)
-    running: dict[Future[SlideResult | None], int] = {}
-    with ThreadPoolExecutor(MAX_AT_ONCE, thread_name_prefix="slide") as pool:
-        try:
-            while left or running:
-                while left and len(running) < min(workers.slides_at_once, MAX_AT_ONCE):
-                    number = left.popleft()
-                    running[pool.submit(segment, number)] = number
-                for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
-        except BaseException as error:
-            workers.cancel()
-            if isinstance(error, KeyboardInterrupt):
-                raise Cancelled("interrupted; run the same command again to go on from what is finished") from None
-            raise
-
-
-def _when_free(jobs: Sequence[SlideJob], output: Path, locked: Sequence[int]) -> list[int]:
-    """Wait until no process is working on the first of these slides; returns all of them."""
-    try:
-        while locked and is_locked(output, jobs[locked[0]].path.stem):
-            time.sleep(LOCK_CHECK_S)
+        slides = list(batch.without_results())
+        if slides:
+            with workers(slides[0].job) if callable(workers) else nullcontext(workers) as opened:
+                _attempt_all(
+                    batch, slides, _Attempts(batch, opened, progress, attempt, slides_at_once), lock_timeout_s, tick
+                )
     except KeyboardInterrupt:
-        raise Cancelled("interrupted; run the same command again to go on from what is finished") from None
-    return list(locked)
+        raise Cancelled("interrupted; run the same command again to resume") from None
+    finally:
+        batch.close()
+    return [batch.results[number] for number in range(len(jobs))]
 
 
-def failure(job: SlideJob, error: Exception) -> str:
-    """What to say of a slide that failed: our own errors speak for themselves, others are named with the slide."""
-    if isinstance(error, WsiSegmentError):
-        return str(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return f"{job.path.name}: out of memory ({error}); lower --batch-size or --num-workers"
-    return f"{job.path.name}: {type(error).__name__}: {error}; run again with -vv and report what it prints"
+@dataclass
+class _Batch:
+    jobs: Sequence[SlideJob]
+    output: Path
+    report: Callable[[SlideResult], None]
+    earlier: EarlierRuns | None
+    board: Board
+    results: dict[int, SlideResult] = field(default_factory=dict)
+
+    def without_results(self) -> Iterator[QueuedSlide]:
+        """Yield the slides that have to be attempted, and add the results of all others."""
+        clashes = name_clashes(self.jobs)
+        for number, job in enumerate(self.jobs):
+            if job.path in clashes:
+                self.add(number, SlideResult(job.path.stem, "failed", 0.0, error=clashes[job.path]))
+        left = [number for number in range(len(self.jobs)) if number not in self.results]
+        for number, result in zip(left, self._earlier_results(left), strict=True):
+            if result is None:
+                yield QueuedSlide(-math.inf, number, self.jobs[number])
+            else:
+                self.add(number, result)
+        log.info(
+            "%d slides: %d have a result, %d to do",
+            len(self.jobs),
+            len(self.results),
+            len(self.jobs) - len(self.results),
+        )
+
+    def _earlier_results(self, numbers: Sequence[int]) -> Iterator[SlideResult | None]:
+        if self.earlier is None:
+            yield from (None for _ in numbers)
+            return
+        pool = ThreadPoolExecutor(LOOKUPS_AT_ONCE, thread_name_prefix="lookup")
+        try:
+            yield from pool.map(self.earlier.result, [self.jobs[number] for number in numbers])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def record(self, slide: QueuedSlide, attempt: Attempt) -> None:
+        """Add the result of a final attempt, and remember a failure for good."""
+        if self.earlier is not None:
+            self.earlier.record(slide.job, slide.stamp, attempt)
+        self.add(slide.number, attempt.result)
+
+    def add(self, number: int, result: SlideResult) -> None:
+        """Add a final result."""
+        self.results[number] = result
+        self.board.add(result)
+        self.report(result)
+
+    def close(self) -> None:
+        """Write the table and the report of the results so far."""
+        self.board.write()
+        if self.results:
+            _write_report(self.output)
 
 
-def _summarise(output: Path, results: list[SlideResult]) -> None:
-    if not results:
-        return
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_summary(output, results)
-    except OSError as error:
-        log.error("%s: cannot write summary.csv: %s", output, error.strerror)
-    except OutputError as error:
-        log.error("%s", error)
+@dataclass(frozen=True)
+class _Attempts:
+    """Attempts at the slides of a batch, on open workers."""
+
+    batch: _Batch
+    workers: Workers
+    progress: Callable[[SlideJob], Progress]
+    run: RunAttempt | None
+    slides_at_once: int | None
+
+    def slots(self) -> ThreadSlots | CallingThread:
+        """Return where these attempts run."""
+        if self.run is None and self.workers.slides_at_once == 1:
+            return CallingThread(self._attempt)
+        return ThreadSlots(self._attempt)
+
+    def at_once(self) -> int:
+        """Return the width of the window; a cluster's number of workers changes."""
+        return min(self.workers.slides_at_once, self.slides_at_once or MAX_THREADS, MAX_THREADS)
+
+    def _attempt(self, slide: QueuedSlide) -> Attempt:
+        def make() -> Attempt:
+            return slide.settle(attempt_slide(slide.job, lambda: self._segment(slide)))
+
+        return make() if self.run is None else self.run(slide.job, make)
+
+    def _segment(self, slide: QueuedSlide) -> SlideResult:
+        earlier, output = self.batch.earlier, self.batch.output
+        if earlier is not None:
+            slide.stamp = earlier.stamp(slide.job)
+            if slide.locked_until is not None and (result := earlier.result(slide.job)) is not None:
+                return result  # the run that had the lock made it
+        return self.workers.segment(slide.job, output, self.progress(slide.job))
+
+
+def _attempt_all(
+    batch: _Batch,
+    slides: Sequence[QueuedSlide],
+    attempts: _Attempts,
+    lock_timeout_s: float,
+    tick: Callable[[], None],
+) -> None:
+    def locked(job: SlideJob) -> bool:
+        return is_locked(batch.output, job.path.stem)
+
+    with attempts.slots() as slots:
+        try:
+            for ended in SlideQueue(slides, slots, attempts.at_once, locked, lock_timeout_s):
+                if ended is not None:
+                    batch.record(*ended)
+                batch.board.refresh()
+                tick()
+        except BaseException:
+            attempts.workers.cancel()
+            raise
 
 
 def _write_report(output: Path) -> None:
     try:
         write_report(output)
     except Exception as error:
-        # The page says nothing that the results do not: hours of work must not be lost to it.
+        # The report only shows what the results contain: a defect in it must not discard hours of work.
         log.error("%s: the report could not be written: %s", output, error)
         log.debug("the report could not be written", exc_info=True)

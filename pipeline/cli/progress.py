@@ -63,6 +63,11 @@ class ProgressBars:
         if not self._hidden or line.startswith("failed"):
             self._console.print(Text(line), soft_wrap=True)
 
+    def line(self, text: str) -> None:
+        """Print a line above the bars, unless progress is hidden."""
+        if not self._hidden:
+            self._console.print(Text(text), soft_wrap=True)
+
     def _remove(self, name: str) -> None:
         with self._lock:
             task = self._tasks.pop(name, None)

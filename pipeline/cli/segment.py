@@ -4,8 +4,9 @@ from __future__ import annotations
 
 # Heavy libraries are imported inside the command, so that `--help` answers at once.
 import json
+import math
 import sys
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -29,7 +30,7 @@ from pipeline.config import MOST_WORKERS, RESULTS_FOLDER, SegmentConfig
 
 if TYPE_CHECKING:
     from pipeline.results.slide_result import SlideResult
-    from pipeline.workers.base import SlideJob
+    from pipeline.workers.base import SlideJob, Workers
 
 PROGRAM = "wsi-segment"
 DEFAULTS = SegmentConfig()
@@ -111,6 +112,9 @@ def segment(
     force: Annotated[
         bool, typer.Option("--force", help="Replace results of other runs. Removes only files that a run wrote.")
     ] = DEFAULTS.force,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try slides again that failed for good in an earlier run.")
+    ] = False,
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +146,10 @@ def segment(
 
     To resume an interrupted run, give the same command again.
 
-    Exit status: 0 all slides are done, 1 a slide failed, 2 usage error, 130 interrupted.
+    A slide that fails because of its file is remembered. Later runs report it and do not try it again until the slide,
+    a setting, the model or the version changes, or --retry-failed is given.
+
+    Exit status: 0 no slide failed in this run, 1 a slide failed, 2 usage error, 130 interrupted.
     """
     configure_logging(verbose, quiet=quiet)
     from pipeline.errors import Cancelled, ConfigError
@@ -173,6 +180,7 @@ def segment(
                 output,
                 model,
                 config,
+                retry_failed=retry_failed,
                 scheduler=scheduler,
                 spread=spread,
                 slide_timeout_s=slide_timeout,
@@ -209,6 +217,7 @@ def _run(
     model: str,
     config: SegmentConfig,
     *,
+    retry_failed: bool,
     scheduler: str | None,
     spread: Literal["slides", "blocks"],
     slide_timeout_s: float | None,
@@ -216,7 +225,9 @@ def _run(
     as_json: bool,
     quiet: bool,
 ) -> None:
+    from pipeline.batch.earlier import EarlierRuns
     from pipeline.batch.queue import run_batch
+    from pipeline.batch.tally import new_failures, tally
     from pipeline.cli.progress import ProgressBars
     from pipeline.workers.malloc import keep_freed_memory
     from pipeline.workers.open import open_workers
@@ -224,14 +235,22 @@ def _run(
     keep_freed_memory()
     if scheduler is None and len(jobs) > 1:
         scheduler = SCHEDULER_OF_SEVERAL
-    with ExitStack() as stack:
-        workers = stack.enter_context(
-            open_workers(scheduler, model, config, spread=spread, slide_timeout_s=slide_timeout_s, first=jobs[0])
-        )
-        bars = stack.enter_context(ProgressBars(hidden=quiet))
+
+    def opened(first: SlideJob) -> AbstractContextManager[Workers]:
+        return open_workers(scheduler, model, config, spread=spread, slide_timeout_s=slide_timeout_s, first=first)
+
+    with ProgressBars(hidden=quiet) as bars:
         results = run_batch(
-            jobs, output, workers, lambda job: bars.slide(job.path.stem), lambda r: bars.end(r.slide, _line(r))
+            jobs,
+            output,
+            opened,
+            lambda job: bars.slide(job.path.stem),
+            lambda result: bars.end(result.slide, _line(result)),
+            earlier=EarlierRuns(output, model, config, retry_failed=retry_failed),
+            lock_timeout_s=slide_timeout_s or math.inf,
         )
+        if len(results) > 1:
+            bars.line(tally(results))
     if as_json:
         print(json.dumps([_plain(r) for r in results], indent=2, ensure_ascii=False))
     elif not quiet:
@@ -240,7 +259,7 @@ def _run(
                 print(result.folder)
     if qupath and any(r.status != "failed" for r in results):
         _write_project(output, hidden=as_json or quiet)
-    if any(r.status == "failed" for r in results):
+    if new_failures(results):
         sys.exit(EXIT_FAILED)
 
 
@@ -254,8 +273,8 @@ def _write_project(output: Path, *, hidden: bool) -> None:
 
 def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: SegmentConfig, *, as_json: bool) -> None:
     from models.bundle import load_bundle
+    from pipeline.batch.attempt import failure
     from pipeline.batch.collect import name_clashes
-    from pipeline.batch.queue import failure
     from pipeline.config import resolve
     from pipeline.errors import ConfigError
     from pipeline.slide.plan import check_resources
@@ -323,6 +342,8 @@ def _print_plan(entry: dict[str, object]) -> None:
 
 def _line(result: SlideResult) -> str:
     """Return a line of text about a finished slide."""
+    if result.failed_before:
+        return f"failed     before, not tried again (see --retry-failed): {result.error}"
     if result.status == "failed":
         return f"failed     {result.error}"
     areas = ", ".join(f"{name} {area:.2f} mm²" for name, area in result.areas_mm2.items())

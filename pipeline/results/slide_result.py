@@ -41,6 +41,8 @@ class SlideResult:
     """Blocks that an earlier, interrupted run had finished."""
     warnings: tuple[str, ...] = ()
     error: str = ""
+    failed_before: bool = False
+    """Whether an earlier run found this failure and this run did not attempt the slide."""
 
     @property
     def tissue_mm2(self) -> float | None:

@@ -27,8 +27,7 @@ def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:
     with only_writer(path, output / ".summary.lock"):
         rows = read_summary(path)
         for result in results:
-            # A skipped slide keeps the row of the run that made its result, unless a run failed in between.
-            if result.status != "skipped" or rows.get(result.slide, {}).get("status", "failed") == "failed":
+            if not _is_row_kept(rows.get(result.slide, {}).get("status"), result):
                 rows[result.slide] = result.row()
         names: dict[str, None] = {}
         for row in rows.values():
@@ -40,6 +39,13 @@ def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:
         writer.writerows(rows[slide] for slide in sorted(rows))
         write_atomically(path, text.getvalue())
     return path
+
+
+def _is_row_kept(status: object, result: SlideResult) -> bool:
+    """Return whether the row of an earlier run contains more than the result of a slide that was not attempted."""
+    if result.failed_before:
+        return status == "failed"
+    return result.status == "skipped" and status not in (None, "failed")
 
 
 def read_summary(path: Path) -> dict[str, dict[str, object]]:

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import SegmentConfig
-from pipeline.errors import Cancelled, ClusterError, PipelineError, SlideTimeoutError, WorkerLostError
+from pipeline.errors import (
+    Cancelled,
+    ClusterError,
+    PipelineError,
+    SlideTimeoutError,
+    WorkerCrashedError,
+    WorkerLostError,
+)
 from pipeline.progress import Progress
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob, Workers
@@ -141,7 +148,7 @@ class SlideProcess:
                 f"{job.path.name}: the process that worked on it was killed, most likely for want of memory; lower "
                 f"--num-workers or --batch-size, and run the same command again to go on from the finished blocks"
             )
-        return PipelineError(
+        return WorkerCrashedError(
             f"{job.path.name}: the process that worked on it crashed ({self._how()}), most likely in the library that "
             f"reads it; copy or scan it again, or try the other --backend"
         )

@@ -53,12 +53,12 @@ def deployed(server: PrefectServer) -> PrefectServer:
 
 
 def ask(server: PrefectServer, source: Path, output: Path, **parameters: Any) -> UUID:
-    """BatchRequest a batch of the on-demand deployment, in the flow's own process, which starts soonest."""
+    """Request a batch of the on-demand deployment, in the flow's own process, which starts soonest."""
     return ask_as_shipped(server, "on-demand", source, output, **IN_PROCESS | parameters)
 
 
 def ask_as_shipped(server: PrefectServer, name: str, source: Path, output: Path, **parameters: Any) -> UUID:
-    """BatchRequest a batch with the deployment's own scheduler and time limit."""
+    """Request a batch with the deployment's own scheduler and time limit."""
     with server.client() as client:
         deployment = client.read_deployment_by_name(f"segment-batch/{name}")
         wanted = {"source": str(source), "output": str(output), "settings": SETTINGS, **parameters}

@@ -14,7 +14,14 @@ from typing import Any, NoReturn
 
 from distributed import Client, Future, KilledWorker
 
-from pipeline.errors import Cancelled, ClusterError, PipelineError, SlideTimeoutError, WorkerLostError
+from pipeline.errors import (
+    Cancelled,
+    ClusterError,
+    PipelineError,
+    SlideTimeoutError,
+    WorkerCrashedError,
+    WorkerLostError,
+)
 from pipeline.progress import Progress
 from pipeline.workers.outcome import Outcome
 
@@ -102,8 +109,8 @@ class SlideTasks:
     def next_ended(self) -> Any:
         """Wait until one of the tasks has ended, passing progress on; returns its value or raises its error.
 
-        Raises Cancelled, SlideTimeoutError, WorkerLostError where the cluster goes away, PipelineError where the task
-        ended several processes, ClusterError where it could not be run.
+        Raises Cancelled; SlideTimeoutError; WorkerLostError if the cluster goes away; WorkerCrashedError if the task
+        ended several processes; ClusterError if the cluster could not run it.
         """
         while True:
             self._check()
@@ -172,7 +179,7 @@ class SlideTasks:
             raise self._lost()
         error = future.exception()
         if isinstance(error, KilledWorker):
-            raise PipelineError(
+            raise WorkerCrashedError(
                 f"{self._name}: every process that worked on it was ended ({error.allowed_failures + 1} of them), most "
                 f"likely for want of memory; lower --num-workers or --batch-size"
             ) from error

@@ -39,7 +39,7 @@ from pipeline.cli.segment import main
 """
 COMMAND = [sys.executable, "-c", OFFLINE + "main()"]
 OPTIONS = """-o --output -m --model --mpp --device --precision --batch-size -j --num-workers --overlap --recursive
---force --scheduler --spread --slide-timeout --dry-run --json -v --verbose -q --quiet"""
+--force --retry-failed --scheduler --spread --slide-timeout --dry-run --json -v --verbose -q --quiet"""
 
 
 def start(folder: Path, *arguments: str, command: list[str] = COMMAND) -> subprocess.Popen[str]:
@@ -95,10 +95,10 @@ def test_help_answers_at_once_without_heavy_libraries_and_names_every_option(tmp
     assert not {"torch", "zarr", "dask", "prefect", "numpy", "openslide", "shapely"} & set(modules.split())
     for option in OPTIONS.split():
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), option
-    assert "0 all slides are done, 1 a slide failed, 2 usage error, 130 interrupted" in " ".join(text.split())
+    assert "0 no slide failed in this run, 1 a slide failed, 2 usage error, 130 interrupted" in " ".join(text.split())
 
 
-def test_bad_slides_fail_with_one_line_each_and_the_others_are_done(fake: Path) -> None:
+def test_bad_slides_fail_with_one_line_each_and_are_not_tried_again(fake: Path) -> None:
     slides, out = fake / "slides", fake / "out"
     slides.mkdir()
     small_slide(slides / "größe 組織.svs")
@@ -106,27 +106,43 @@ def test_bad_slides_fail_with_one_line_each_and_the_others_are_done(fake: Path) 
     write_slide(slides / "bare.svs", painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=None)
     write_slide(slides / "glass.svs", painted((500, 400)), mpp=1.0)
     bad = {"corrupt": "cannot be opened as a slide", "bare": "does not contain micrometers per pixel; pass --mpp"}
-    for good in ("done", "skipped"):
-        result = invoke("slides", "missing.svs", "-o", "out")
-        assert result.exit_code == 1
+
+    def run(*arguments: str) -> tuple[int, list[str]]:
+        result = invoke("slides", *arguments, "-o", "out")
         assert result.stdout.splitlines() == ["out/glass", "out/größe 組織"]
-        lines = result.stderr.splitlines()
-        assert len(lines) == 5
-        for name, reason in (bad | {"missing": "no such file"}).items():
-            (line,) = (line for line in lines if line.startswith(f"failed     {name}.svs: "))
-            assert reason in line
-        assert sum(line.startswith(f"{good:<10} größe 組織: ") for line in lines) == 1
-        assert sum(line.startswith("no tissue  " if good == "done" else "skipped    ") for line in lines) >= 1
-        rows = rows_of(out)
+        rows = {name: row for name, row in rows_of(out).items() if name != "missing"}
         assert {name: row["status"] for name, row in rows.items()} == {
             "bare": "failed",
             "corrupt": "failed",
             "glass": "no tissue",
             "größe 組織": "done",
-            "missing": "failed",
         }
-        assert all(rows[name]["error"].startswith(f"{name}.svs: ") == (name in (*bad, "missing")) for name in rows)
-        assert sorted(p.name for p in out.iterdir()) == ["glass", "größe 組織", "index.html", "summary.csv"]
+        assert all(rows[name]["error"].startswith(f"{name}.svs: ") == (name in bad) for name in rows)
+        return result.exit_code, result.stderr.splitlines()
+
+    def one_line(lines: list[str], start: str) -> str:
+        (line,) = (line for line in lines if line.startswith(start))
+        return line
+
+    status, lines = run()
+    assert (status, len(lines)) == (1, 5)
+    assert all(reason in one_line(lines, f"failed     {name}.svs: ") for name, reason in bad.items())
+    assert one_line(lines, "done       größe 組織: ")
+    assert lines[-1] == "4 slides: 1 done, 1 no tissue, 2 failed"
+    visible = sorted(path.name for path in out.iterdir() if not path.name.endswith(".failed.json"))
+    assert visible == ["glass", "größe 組織", "index.html", "summary.csv"]
+
+    status, lines = run()
+    assert (status, len(lines)) == (0, 5)
+    before = "failed     before, not tried again (see --retry-failed): "
+    assert all(reason in one_line(lines, f"{before}{name}.svs: ") for name, reason in bad.items())
+    assert one_line(lines, "skipped    größe 組織: ")
+    assert lines[-1] == "4 slides: 2 skipped, 2 failed before, 0 new"
+
+    status, lines = run("missing.svs", "--retry-failed")
+    assert (status, len(lines)) == (1, 6)
+    assert "no such file" in one_line(lines, "failed     missing.svs: ")
+    assert lines[-1] == "5 slides: 2 skipped, 3 failed"
 
 
 def test_json_is_all_that_stdout_holds_and_quiet_leaves_stderr_empty(tmp_path: Path) -> None:

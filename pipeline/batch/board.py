@@ -1,0 +1,53 @@
+"""The table `summary.csv` of a running batch, rewritten now and then."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.errors import OutputError
+from pipeline.results.slide_result import SlideResult
+from pipeline.results.summary import write_summary
+
+log = logging.getLogger(__name__)
+
+WRITING_SHARE = 0.05
+"""Largest share of the time that goes into rewriting `summary.csv`; with 10,000 slides one rewrite takes a while."""
+
+
+class Board:
+    """Collects results and writes them to `summary.csv`. A file that cannot be written is logged, not raised."""
+
+    def __init__(self, output: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._output = output
+        self._clock = clock
+        self._unwritten: list[SlideResult] = []
+        self._due = -float("inf")
+
+    def add(self, result: SlideResult) -> None:
+        """Add a result; write the table if it is due."""
+        self._unwritten.append(result)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Write the results since the last time, unless the table was written a moment ago."""
+        if self._clock() >= self._due:
+            self.write()
+
+    def write(self) -> None:
+        """Write the results since the last time."""
+        if not self._unwritten:
+            return
+        start = self._clock()
+        try:
+            self._output.mkdir(parents=True, exist_ok=True)
+            write_summary(self._output, self._unwritten)
+        except OSError as error:
+            log.error("%s: cannot write summary.csv: %s", self._output, error.strerror or error)
+        except OutputError as error:
+            log.error("%s", error)
+        self._unwritten.clear()
+        end = self._clock()
+        self._due = end + (end - start) / WRITING_SHARE
