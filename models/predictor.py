@@ -1,4 +1,6 @@
-"""Runs a bundle on batches of tiles: classifier, gate, and the segmenter only where the gate leaves a choice.
+"""The networks of a bundle, applied to batches of tiles: classifier, gate, and segmenter.
+
+The segmenter runs only on tiles in which more than one class passes the gate.
 
 Shape suffixes: N tiles, K classes, H and W the tile, h and w the map at the output stride.
 """
@@ -37,19 +39,19 @@ log = logging.getLogger(__name__)
 
 
 Network = Callable[[Tensor], Tensor]
-"""Normalised images (N, 3, H, W) -> logits."""
+"""Normalized images (N, 3, H, W) -> logits."""
 
 Tiles = NDArray[np.uint8] | Tensor
-"""RGB tiles (N, H, W, 3) uint8; a tensor lies on the predictor's device."""
+"""RGB tiles (N, H, W, 3) uint8. A tensor must be on the predictor's device."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Prediction(NamedTuple):
-    """What a predictor says of N tiles."""
+    """The prediction for N tiles."""
 
     probs_NKhw: Tensor
-    """float32 on the predictor's device: passing classes sum to 1, all 0 where none passes."""
+    """float32 on the predictor's device: the classes that pass the gate sum to 1; all are 0 if none passes."""
     passed_NK: NDArray[np.bool_]
     """Which classes pass the gate."""
     segmented_N: NDArray[np.bool_]
@@ -57,8 +59,9 @@ class Prediction(NamedTuple):
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" takes CUDA, then MPS, then the CPU. Raises DeviceUnavailableError for one
-    that is not there.
+    """Return the device with this name; "auto" returns CUDA, MPS or the CPU, whichever is available first.
+
+    Raises DeviceUnavailableError if the machine does not have the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -73,7 +76,9 @@ def choose_device(name: str) -> torch.device:
                 f"device {name}: this machine offers {count} CUDA device(s) to torch {torch.__version__}; use cpu"
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceUnavailableError(f"device {name}: torch {torch.__version__} sees no MPS here; use cpu")
+        raise DeviceUnavailableError(
+            f"device {name}: torch {torch.__version__} does not find MPS on this machine; use cpu"
+        )
     elif device.type not in ("cpu", "cuda", "mps"):
         raise DeviceUnavailableError(f"device {name!r} is not supported; use auto, cpu, cuda, cuda:0 or mps")
     return device
@@ -195,21 +200,21 @@ class Predictor:
 
     @property
     def compute(self) -> Compute:
-        """How the networks are computed."""
+        """Return how the networks are computed."""
         return Compute(str(self.device), self.precision, self.runtime, self.batch_size, self.threads)
 
     def on_device(self, rgb: NDArray[np.uint8]) -> Tensor:
-        """Return bytes of any shape on the device, whoever holds the lock.
+        """Return an array of any shape as a tensor on the device. The caller need not hold the lock.
 
-        On a CPU the tensor is the array's memory. To CUDA they go from page-locked memory on a stream of its own,
-        beside what the device computes for others, and have arrived when this returns.
+        On a CPU, the tensor shares the array's memory. On CUDA, the bytes are copied from page-locked memory on a
+        separate stream while the device computes, and the copy is complete when this returns.
         """
         host = torch.from_numpy(np.ascontiguousarray(rgb))
         if self._copies is None:
             return host.to(self.device)
         with torch.cuda.stream(self._copies):
             there = host.pin_memory().to(self.device, non_blocking=True)
-        # It was allocated for the stream of the copies: its memory is not for the next copy while networks read it.
+        # The memory belongs to the stream of the copies. Do not reuse it for the next copy while a network reads it.
         there.record_stream(torch.cuda.current_stream(self.device))
         self._copies.synchronize()
         return there
@@ -230,9 +235,9 @@ class Predictor:
         return presence_NK
 
     def logits(self, rgb_NHWC: Tiles) -> Tensor:
-        """Return the segmenter's logits before any gate, (N, K, h, w) float32 on the predictor's device.
+        """Return the segmenter's logits without the gate, (N, K, h, w) float32 on the predictor's device.
 
-        For at least one RGB tile, H and W multiples of 32. Raises NonFiniteOutputError.
+        Needs at least one RGB tile; H and W are multiples of 32. Raises NonFiniteOutputError.
         """
         tiles_NHWC = self._checked(rgb_NHWC)
         with torch.inference_mode():
@@ -241,13 +246,13 @@ class Predictor:
         return logits_NKhw
 
     def gated(self, logits_NKhw: Tensor, presence_NK: NDArray[np.float32]) -> Tensor:
-        """Return what `predict` makes of a segmenter's logits and a classifier's probabilities: probs_NKhw float32."""
+        """Return the gated probabilities of a segmenter's logits, probs_NKhw float32, as `predict` does."""
         return masked_softmax(logits_NKhw, self._gate(presence_NK)[1])
 
     def predict(self, rgb_NHWC: Tiles) -> Prediction:
-        """Return gated probabilities for any number of RGB tiles, H and W multiples of 32.
+        """Return gated probabilities for any number of RGB tiles; H and W are multiples of 32.
 
-        Raises NonFiniteOutputError with the indices of the tiles for which a network gave NaN or infinity.
+        Raises NonFiniteOutputError with the indices of the tiles whose output contains NaN or infinity.
         """
         tiles_NHWC = self._checked(rgb_NHWC)
         presence_NK = self.presence(tiles_NHWC)
@@ -258,7 +263,7 @@ class Predictor:
             passed_NK, allowed_NK = self._gate(presence_NK)
             contested_N = (allowed_NK.sum(dim=1) > 1).cpu().numpy()
             segmented_N = contested_N if self.skip_by_gate else np.ones(count, dtype=bool)
-            # The softmax over one class is 1 and over none is 0: without the segmenter the mask itself is the result.
+            # The softmax over one class is 1 and over no class is 0, so the mask is the result without the segmenter.
             probs_NKhw = allowed_NK.float()[:, :, None, None].repeat(1, 1, height // stride, width // stride)
             chosen = np.flatnonzero(segmented_N)
             finite: list[Tensor] = []
@@ -266,7 +271,7 @@ class Predictor:
                 logits_NKhw = self._segmented(tiles_NHWC[index])
                 finite.append(_finite(logits_NKhw))
                 probs_NKhw[index] = masked_softmax(logits_NKhw, allowed_NK[index])
-            if finite:  # asked once: a GPU has to be waited for
+            if finite:  # once, because the check waits for the GPU
                 _check_finite("segmenter", torch.cat(finite), chosen)
         assert probs_NKhw.shape == (count, classes, height // stride, width // stride)
         return Prediction(probs_NKhw, passed_NK.cpu().numpy(), segmented_N)
@@ -278,14 +283,14 @@ class Predictor:
         return placed
 
     def _gate(self, presence_NK: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-        """Return which classes pass, and which may have pixels: the same, or all with `ungated_fallback` and none."""
+        """Return which classes pass and which may have pixels: with `ungated_fallback`, all classes if none passes."""
         passed_NK = passing_classes(torch.from_numpy(presence_NK).to(self.device), self._thresholds_K)
         if self.ungated_fallback:
             return passed_NK, passed_NK | ~passed_NK.any(dim=1, keepdim=True)
         return passed_NK, passed_NK
 
     def _checked(self, rgb_NHWC: Tiles) -> Tensor:
-        """Return tiles on the device; ValueError for what are no tiles."""
+        """Return tiles on the device. Raises ValueError if the array does not contain RGB tiles."""
         if rgb_NHWC.ndim != 4 or rgb_NHWC.shape[3] != 3 or rgb_NHWC.dtype not in (np.uint8, torch.uint8):
             raise ValueError(f"expected uint8 RGB tiles (N, H, W, 3), got {rgb_NHWC.dtype} {tuple(rgb_NHWC.shape)}")
         return rgb_NHWC if isinstance(rgb_NHWC, Tensor) else self.on_device(rgb_NHWC)
@@ -303,7 +308,7 @@ class Predictor:
 
 
 def _placed(network: nn.Module, device: torch.device) -> nn.Module:
-    # channels_last took a third off both networks' time on the CPU.
+    # On the CPU, channels_last takes a third less time for both networks.
     # Any: torch's stubs leave `memory_format` out of Module.to.
     anywhere: Any = network.eval().to(device)
     placed: nn.Module = anywhere.to(memory_format=torch.channels_last)
@@ -311,7 +316,7 @@ def _placed(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _finite(output: Tensor) -> Tensor:
-    """Which tiles have no NaN and no infinity, (N,) on the device."""
+    """Return which tiles contain neither NaN nor infinity, (N,) on the device."""
     return torch.isfinite(output).flatten(1).all(dim=1)
 
 

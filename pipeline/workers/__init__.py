@@ -1,1 +1,1 @@
-"""Where slides are segmented."""
+"""Workers segment slides: in this process, in a child process, or on a cluster."""

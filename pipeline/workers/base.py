@@ -1,4 +1,4 @@
-"""What is segmented, and what segments it."""
+"""The job of segmenting one slide, and the interface of all workers."""
 
 from __future__ import annotations
 
@@ -13,40 +13,39 @@ from pipeline.results.slide_result import SlideResult
 
 @dataclass(frozen=True)
 class SlideJob:
-    """A slide to be segmented, and what a manifest states for it alone."""
+    """A slide to segment, with the values that a manifest gives for this slide alone."""
 
     path: Path
     mpp: float | None = None
-    """Micrometres per level-0 pixel; None: what the run's settings say."""
+    """Micrometers per level-0 pixel. None: the value of the run's settings."""
     model: str | None = None
-    """Name or path of a bundle; None: the run's model."""
+    """Name or path of a bundle. None: the run's model."""
 
 
 Spread = Literal["slides", "blocks"]
-"""What a process is given at a time: a whole slide, or a band of blocks of one."""
+"""The work of one task: a whole slide, or a band of a slide's blocks."""
 
 
 class Workers(Protocol):
-    """Something that segments slides."""
+    """Segments slides."""
 
     @property
     def slides_at_once(self) -> int:
-        """How many calls of `segment` keep it busy; a cluster's number changes with its size."""
+        """Return how many concurrent calls of `segment` keep the workers busy. The number of a cluster can change."""
         ...
 
     def segment(self, job: SlideJob, output: Path, progress: Progress) -> SlideResult:
-        """Segment a slide into `output/<stem>` and return when it has ended. Threads may call it at the same time.
+        """Segment a slide into `output/<stem>` and return its result. Threads may call this at the same time.
 
-        Raises SlideError, ModelError or PipelineError, as `segment_slide` does; `is_transient` tells whether the same
-        call can succeed later.
+        Raises the errors of `segment_slide`. `is_transient` returns whether the same call can succeed later.
         """
         ...
 
     def cancel(self) -> None:
-        """Let all calls of `segment`, running ones and later ones, raise Cancelled as soon as they can."""
+        """Make every running and later call of `segment` raise Cancelled as soon as possible."""
         ...
 
 
 def job_config(job: SlideJob, config: SegmentConfig) -> SegmentConfig:
-    """The settings of one slide: its own mpp wins."""
+    """Return the settings of one slide. The mpp of the job overrides the mpp of the run."""
     return config if job.mpp is None else replace(config, mpp=job.mpp)

@@ -1,6 +1,6 @@
-"""A process of its own that segments slides: a native reader that crashes ends it, and the batch goes on.
+"""A child process that segments slides, so that the crash of a native reader does not end the batch.
 
-The two talk through a pair of pipes that have no name; no port is opened.
+The processes communicate through an unnamed pipe. No port is opened.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from wsi.errors import WsiSegmentError
 log = logging.getLogger(__name__)
 
 END_S = 10.0
-"""How long a process that has gone may take to be seen as gone."""
+"""Seconds to wait for an exited process."""
 
 
-class SlideProcess:
-    """Segments one slide at a time in a child process, which is started anew after a slide that has ended it."""
+class ChildProcess:
+    """Segments one slide at a time in a child process, which is restarted after a crash."""
 
     slides_at_once = 1
 
     def __init__(
         self, model: str, config: SegmentConfig, *, slide_timeout_s: float | None = None, first: SlideJob | None = None
     ) -> None:
-        """Start the process and wait until it has the model. Raises ModelError, or ClusterError where it cannot start.
+        """Start the process and wait until its model is loaded. `first`: see `open_workers`.
 
-        `first`: see `open_workers`.
+        Raises ModelError, or ClusterError if the process cannot start.
         """
         self._model = model
         self._config = config
@@ -60,36 +60,37 @@ class SlideProcess:
         self._start(first)
 
     def segment(self, job: SlideJob, output: Path, progress: Progress) -> SlideResult:
+        """See `Workers.segment`."""
         if not self._process.is_alive() and not self._cancelled.is_set():
             self._start(job)
         if self._cancelled.is_set():
-            raise Cancelled(f"{job.path.name}: stopped; run the same command again to go on")
+            raise Cancelled(f"{job.path.name}: cancelled; run the same command again to resume")
         self._idle = False
         try:
-            with suppress(OSError):  # it has gone, which the answer tells
+            with suppress(OSError):  # the process has exited; _wait raises the error
                 self._connection.send((job, output))
             ended = self._wait(job, progress)
         except BaseException as error:
-            # What it has finished is on the disk.
+            # The finished blocks are on the disk.
             self.close()
             if isinstance(error, KeyboardInterrupt):
                 raise Cancelled(
-                    f"{job.path.name}: interrupted; run the same command again to go on from the blocks that are "
-                    f"finished"
+                    f"{job.path.name}: interrupted; run the same command again to resume from the finished blocks"
                 ) from None
             raise
         self._idle = True
         return ended.result()
 
     def cancel(self) -> None:
+        """See `Workers.cancel`."""
         self._cancelled.set()
         self._process.kill()
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process. A slide in progress is not finished."""
         self._connection.close()
         if self._idle:
-            self._process.join(END_S)  # it goes by itself once nobody can ask for slides any more
+            self._process.join(END_S)  # the process exits because its connection is closed
         self._process.kill()
         self._process.join(END_S)
 
@@ -101,17 +102,17 @@ class SlideProcess:
         self._process = context.Process(
             target=_serve, args=(theirs, self._model, self._config, first, level), name="slides", daemon=True
         )
-        with theirs, _ctrl_c_held_back():
+        with theirs, _ctrl_c_blocked():
             self._process.start()
         try:
             ready = self._answer()
             if ready is None and first is not None:
-                # Perhaps it crashed at the slide that it planned: that one fails when its turn comes.
+                # The process may have crashed while it planned the slide. `segment` will raise the error of that slide.
                 self.close()
                 self._start(None)
                 return
             if ready is None:
-                raise ClusterError(f"the process that segments the slides cannot start ({self._how()})")
+                raise ClusterError(f"the child process that segments the slides cannot start ({self._how()})")
             ready.result()
         except BaseException:
             self.close()
@@ -119,7 +120,7 @@ class SlideProcess:
         self._idle = True
 
     def _answer(self) -> Any:
-        """What the process says next; None where it has gone."""
+        """Return the next message of the process, or None if the process has exited."""
         try:
             return self._connection.recv()
         except (EOFError, OSError):
@@ -127,7 +128,7 @@ class SlideProcess:
             return None
 
     def _wait(self, job: SlideJob, progress: Progress) -> Outcome[SlideResult]:
-        """Pass progress on until the slide has ended."""
+        """Report progress until the slide is finished."""
         deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         while self._connection.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
             message = self._answer()
@@ -140,28 +141,28 @@ class SlideProcess:
         raise SlideTimeoutError.after(job.path.name, self._timeout_s)
 
     def _lost(self, job: SlideJob) -> PipelineError:
-        """Why the process has gone in the middle of a slide."""
+        """Return the error for a process that exited while it segmented the slide."""
         if self._cancelled.is_set():
-            return Cancelled(f"{job.path.name}: stopped; run the same command again to go on")
+            return Cancelled(f"{job.path.name}: cancelled; run the same command again to resume")
         if self._process.exitcode == -signal.SIGKILL:
             return WorkerLostError(
-                f"{job.path.name}: the process that worked on it was killed, most likely for want of memory; lower "
-                f"--num-workers or --batch-size, and run the same command again to go on from the finished blocks"
+                f"{job.path.name}: its process was killed, most likely because memory ran out; lower --num-workers "
+                f"or --batch-size, and run the same command again to resume from the finished blocks"
             )
         return WorkerCrashedError(
-            f"{job.path.name}: the process that worked on it crashed ({self._how()}), most likely in the library that "
-            f"reads it; copy or scan it again, or try the other --backend"
+            f"{job.path.name}: its process crashed ({self._how()}), most likely in the library that reads the slide; "
+            f"copy or scan the slide again, or try another --backend"
         )
 
     def _how(self) -> str:
-        """How the process ended."""
+        """Return how the process ended: the name of a signal, or the exit status."""
         code = self._process.exitcode
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
 
 @contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """A process that is started in this context does not get the terminal's Ctrl-C: it inherits blocked signals."""
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Keep the terminal's Ctrl-C from processes that start in this context. They inherit blocked signals."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -173,8 +174,8 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
 
 def _serve(connection: Connection, model: str, config: SegmentConfig, first: SlideJob | None, level: int) -> None:
-    """Segment the slides that are asked for, until nobody asks any more."""
-    from pipeline.workers.in_process import open_in_process  # loads torch, which the waiting process does without
+    """Segment the requested slides until the connection closes."""
+    from pipeline.workers.in_process import open_in_process  # loads torch, which the waiting process does not need
 
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     keep_freed_memory()
@@ -182,27 +183,27 @@ def _serve(connection: Connection, model: str, config: SegmentConfig, first: Sli
         try:
             workers = stack.enter_context(open_in_process(model, config, first=first))
             ready = Outcome(True)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is told there
-            ready = Outcome.by(error)
+        except Exception as error:  # noqa: BLE001 - the parent raises the error
+            ready = Outcome.failed(error)
         try:
             connection.send(ready)
             while not ready.errors:
                 job, output = connection.recv()
                 connection.send(_segmented(workers, job, output, connection))
         except (EOFError, OSError):
-            log.debug("nobody asks for slides any more")
+            log.debug("the parent has closed the connection")
 
 
 def _segmented(workers: Workers, job: SlideJob, output: Path, connection: Connection) -> Outcome[SlideResult]:
-    def tell(stage: str, done: int, total: int) -> None:
+    def report(stage: str, done: int, total: int) -> None:
         try:
             connection.send((stage, done, total))
         except OSError as error:
-            raise Cancelled("nobody waits for it any more") from error
+            raise Cancelled("the parent process has exited") from error
 
     try:
-        return Outcome(workers.segment(job, output, tell))
-    except Exception as error:  # noqa: BLE001 - as above
+        return Outcome(workers.segment(job, output, report))
+    except Exception as error:  # noqa: BLE001 - the parent raises the error
         if not isinstance(error, WsiSegmentError):
             error.add_note("".join(traceback.format_exception(error)))
-        return Outcome.by(error)
+        return Outcome.failed(error)

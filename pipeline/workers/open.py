@@ -1,4 +1,4 @@
-"""Where slides are segmented: in this process, in processes of its own, or on a cluster."""
+"""Open workers: in this process, in a child process, or on a cluster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError
 
-# Nothing here imports torch: a process that only waits for others does not need it.
+# Nothing here imports torch, because a process that waits for others does not need it.
 from pipeline.workers.base import SlideJob, Spread, Workers
 
 
@@ -22,19 +22,20 @@ def open_workers(
     slide_timeout_s: float | None = None,
     first: SlideJob | None = None,
 ) -> Iterator[Workers]:
-    """Give what segments slides with these settings, and with this model where a job names no other. `first`, the job
-    that will come first, is planned while the model is loaded for it.
+    """Yield workers that segment slides with these settings, and with this model unless a job names another one.
 
-    `scheduler` is None for this process; "process" for another one, so that a crash does not end this one; "local" for
-    one per GPU, or a single one, or "local:N" for N; else an address (tcp://…, tls://…) or a scheduler file of a
-    dask.distributed cluster. Results are the same bytes wherever they are made, on CPUs as long as the networks have
-    the same number of threads (OMP_NUM_THREADS).
+    The job `first` is planned while its model loads.
 
-    A slide that takes longer than `slide_timeout_s` fails with SlideTimeoutError and its process is ended; within this
-    process that cannot be done.
+    `scheduler` is None for this process; "process" for a child process, so that a crash does not end this one; "local"
+    for one process per GPU, or one if there is no GPU; "local:N" for N processes; or the address (tcp://…, tls://…) or
+    the scheduler file of a dask.distributed cluster. All of them write the same bytes. On CPUs, this requires the same
+    number of threads (OMP_NUM_THREADS).
 
-    Raises ConfigError for settings that cannot be used, ModelError for a model that cannot, ClusterError for a cluster
-    that is not to be reached or lacks something.
+    A slide that takes longer than `slide_timeout_s` fails with SlideTimeoutError, and its process is killed. A timeout
+    is not possible in this process.
+
+    Raises ConfigError if the settings cannot be used, ModelError if the model cannot be used, and ClusterError if the
+    cluster is unreachable or cannot run the job.
     """
     if slide_timeout_s is not None and not slide_timeout_s > 0:
         raise ConfigError(f"--slide-timeout is {slide_timeout_s}; it must be a positive number of seconds")
@@ -47,9 +48,9 @@ def open_workers(
         return
     if scheduler == "process":
         _check_slides(spread)
-        from pipeline.workers.child_process import SlideProcess
+        from pipeline.workers.child_process import ChildProcess
 
-        with closing(SlideProcess(model, config, slide_timeout_s=slide_timeout_s, first=first)) as process:
+        with closing(ChildProcess(model, config, slide_timeout_s=slide_timeout_s, first=first)) as process:
             yield process
         return
     from pipeline.workers.cluster.cluster import open_cluster
@@ -59,12 +60,12 @@ def open_workers(
 
 
 def _check_in_process(spread: Spread, slide_timeout_s: float | None) -> None:
-    # A thread cannot be ended from outside.
+    # A thread cannot be killed.
     if slide_timeout_s is not None:
-        raise ConfigError("--slide-timeout needs processes that can be ended; pass --scheduler local with it")
+        raise ConfigError("--slide-timeout needs processes that can be killed; add --scheduler local")
     _check_slides(spread)
 
 
 def _check_slides(spread: Spread) -> None:
     if spread != "slides":
-        raise ConfigError(f"--spread {spread} needs several processes; pass --scheduler local:N with it")
+        raise ConfigError(f"--spread {spread} needs several processes; add --scheduler local:N")

@@ -1,4 +1,4 @@
-"""How work in another process ended, as a value that travels."""
+"""The outcome of work in another process, as a value that can be pickled."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Outcome(Generic[Value]):
-    """How a task ended. Errors travel as values, each with those it was raised from, which a raised one would lose."""
+    """The value or the errors of a task. The first error was raised; each further one is the cause of the one before.
+
+    Exceptions are returned as values because pickling a raised exception drops its causes.
+    """
 
     value: Value | None = None
     errors: tuple[Exception, ...] = ()
 
     @classmethod
-    def by(cls, error: Exception) -> Self:
-        """The end of a task that raised this."""
-        return cls(errors=tuple(_travelling(e) for e in _chain(error)))
+    def failed(cls, error: Exception) -> Self:
+        """Return the outcome of a task that raised this error."""
+        return cls(errors=tuple(_picklable(one) for one in _with_causes(error)))
 
     def result(self) -> Value:
-        """The task's value; raises its error."""
+        """Return the value of the task, or raise its error."""
         for error, cause in itertools.pairwise(self.errors):
             error.__cause__ = cause
         if self.errors:
@@ -35,16 +38,16 @@ class Outcome(Generic[Value]):
         return self.value
 
 
-def _chain(error: BaseException | None) -> Iterator[Exception]:
+def _with_causes(error: BaseException | None) -> Iterator[Exception]:
     while isinstance(error, Exception):
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _travelling(error: Exception) -> Exception:
-    """The error, or what it says where it cannot be pickled."""
+def _picklable(error: Exception) -> Exception:
+    """Return the error, or a PipelineError with its message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
-    except Exception:  # noqa: BLE001 - whatever its class does
+    except Exception:  # noqa: BLE001 - the class of the error may raise anything
         return PipelineError(f"{type(error).__name__}: {error}")
     return error

@@ -1,4 +1,4 @@
-"""The process that multiprocessing counts semaphores with."""
+"""The resource tracker of multiprocessing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from multiprocessing import resource_tracker
 
 
 def start_silent_tracker() -> None:
-    """Start it, and tell it to be silent: processes that are killed leave semaphores behind, which it removes.
+    """Start the process that removes the semaphores of killed processes, without its warnings about them.
 
-    Before any other process: starting it unblocks signals that a child is meant to inherit as blocked.
+    Call this before any other process starts: it unblocks signals that a child should inherit as blocked.
     """
     former = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = ",".join([*filter(None, [former]), "ignore:resource_tracker"])

@@ -389,7 +389,7 @@ def test_a_reader_that_crashes_ends_a_process_and_not_the_batch(
             [SlideJob(path) for path in slides], tmp_path / "out", workers, lambda _: no_progress, lambda _: None
         )
     assert [result.status for result in results] == ["failed", "done"]
-    assert results[0].error.startswith("crash.svs: every process that worked on it was ended")
+    assert results[0].error.startswith("crash.svs: every process that ran it died")
     assert {name: row["status"] for name, row in rows_of(tmp_path / "out").items()} == {
         "crash": "failed",
         "last": "done",

@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped where there is none."""
+"""Tests that need a CUDA GPU. They are skipped without one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def predictor(device: str) -> Predictor:
     return Predictor.from_bundle(load_bundle(DEFAULT_BUNDLE), device=device, runtime="torch", skip_by_gate=False)
 
 
-def test_labels_are_the_cpus() -> None:
+def test_labels_are_those_of_the_cpu() -> None:
     rgb_NHWC = np.random.default_rng(0).integers(0, 256, (40, 224, 224, 3), dtype=np.uint8)
     rgb_NHWC = rgb_NHWC // 2 + np.linspace(0, 127, 224, dtype=np.uint8)[:, None, None]
     ours, cpus = (predictor(device).predict(rgb_NHWC).probs_NKhw.cpu() for device in ("cuda", "cpu"))
     assert float((ours.argmax(1) == cpus.argmax(1)).float().mean()) >= 0.999
 
 
-def test_bytes_arrive_whole_while_others_copy_and_networks_run() -> None:
+def test_copies_are_complete_while_other_copies_and_networks_run() -> None:
     model = predictor("cuda")
     canvases = np.random.default_rng(0).integers(0, 256, (16, 2048, 1024, 3), dtype=np.uint8)
 

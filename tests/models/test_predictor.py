@@ -35,7 +35,7 @@ def constant_predictor(presence_K: list[float], logits_K: list[float], **options
 
 
 def painted_tiles() -> np.ndarray:
-    """One tile of a single colour, one of two colours side by side, one of three, and one of a single colour again."""
+    """Return a tile of one color, one of two colors side by side, one of three, and one of a single color again."""
     rgb_NHWC = np.zeros((4, 64, 64, 3), dtype=np.uint8)
     rgb_NHWC[0], rgb_NHWC[3] = COLORS[1], COLORS[2]
     rgb_NHWC[1, :, :32], rgb_NHWC[1, :, 32:] = COLORS[0], COLORS[2]
@@ -78,7 +78,7 @@ def test_result_does_not_depend_on_the_batch_size(batch_size: int) -> None:
     assert np.array_equal(actual.passed_NK, expected.passed_NK)
 
 
-def test_constant_networks_give_the_renormalised_softmax() -> None:
+def test_constant_networks_give_the_renormalized_softmax() -> None:
     predictor = constant_predictor([0.9, 0.2, 0.8], [1.0, 9.0, 2.0])
     prediction, presence_NK = predictor.predict(painted_tiles()), predictor.presence(painted_tiles())
     expected_K = torch.tensor([1.0, 0.0, math.e]) / (1 + math.e)
@@ -87,13 +87,13 @@ def test_constant_networks_give_the_renormalised_softmax() -> None:
     assert presence_NK.dtype == np.float32
 
 
-def test_no_passing_class_is_no_class_and_not_segmented() -> None:
+def test_a_tile_without_a_passing_class_is_not_segmented() -> None:
     prediction = constant_predictor([0.1, 0.2], [1.0, 2.0]).predict(painted_tiles())
     assert (prediction.probs_NKhw == 0).all()
     assert not prediction.segmented_N.any()
 
 
-def test_ungated_fallback_gives_the_plain_softmax_where_no_class_passes() -> None:
+def test_ungated_fallback_gives_the_plain_softmax_if_no_class_passes() -> None:
     prediction = constant_predictor([0.1, 0.2], [0.0, 1.0], ungated_fallback=True).predict(painted_tiles())
     assert torch.allclose(prediction.probs_NKhw[:, 1], torch.tensor(1.0).sigmoid())
     assert prediction.segmented_N.all()
@@ -107,7 +107,7 @@ def test_no_tiles_give_empty_results() -> None:
 
 
 class _Poisoned(nn.Module):
-    """Gives NaN for tiles that hold a white pixel."""
+    """Returns NaN for tiles that contain a white pixel."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -144,13 +144,13 @@ def test_reduced_precision_stays_near_float32(precision: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_absent_cuda_is_said_plainly() -> None:
+def test_a_missing_cuda_device_is_reported() -> None:
     with pytest.raises(DeviceUnavailableError, match="offers 0 CUDA device"):
         choose_device("cuda")
     assert choose_device("auto").type in ("cpu", "mps")
 
 
-def test_nonsense_is_refused_with_what_is_allowed() -> None:
+def test_invalid_arguments_are_refused_with_the_allowed_values() -> None:
     with pytest.raises(DeviceUnavailableError, match="use auto, cpu"):
         choose_device("quantum")
     with pytest.raises(ValueError, match="float32, bf16 or fp16"):

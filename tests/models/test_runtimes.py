@@ -40,7 +40,7 @@ needs_bf16 = pytest.mark.skipif(not computes("bf16"), reason="no openvino, or no
 
 
 def stained_tiles(count: int) -> NDArray[np.uint8]:
-    """Tiles of 224 pixels with purple glands' walls, pink stroma and glass, as rgb_NHWC; no two alike."""
+    """Return different tiles of 224 pixels with purple gland walls, pink stroma and glass, as rgb_NHWC."""
     random = np.random.default_rng(0)
     y_HW, x_HW = np.mgrid[:224, :224]
     tiles = []
@@ -59,7 +59,7 @@ def default_predictor(runtime: Any, **options: Any) -> Predictor:
 
 
 def real_tiles(slide: Path) -> NDArray[np.uint8]:
-    """Every other tile of the sample slide at about 1 µm per pixel, as rgb_NHWC."""
+    """Return every other tile of the sample slide at about 1 µm per pixel, as rgb_NHWC."""
     rgb_HWC = tifffile.imread(slide, key=0)
     rows, columns = (side // 448 for side in rgb_HWC.shape[:2])
     cut = rgb_HWC[: rows * 448, : columns * 448].reshape(rows, 224, 2, columns, 224, 2, 3).mean(axis=(2, 5))
@@ -68,7 +68,7 @@ def real_tiles(slide: Path) -> NDArray[np.uint8]:
 
 
 @needs_openvino
-def test_openvino_gives_torchs_probabilities_and_labels(sample_slide: Path) -> None:
+def test_openvino_gives_the_probabilities_and_labels_of_torch(sample_slide: Path) -> None:
     rgb_NHWC = real_tiles(sample_slide)
     assert len(rgb_NHWC) > 10
     predictors = [default_predictor(name, skip_by_gate=False) for name in ("openvino", "torch")]
@@ -78,7 +78,7 @@ def test_openvino_gives_torchs_probabilities_and_labels(sample_slide: Path) -> N
     assert np.array_equal(ours.passed_NK, torchs.passed_NK)
     assert (ours.probs_NKhw - torchs.probs_NKhw).abs().max() < 1e-5
     assert torch.equal(ours.probs_NKhw.argmax(dim=1), torchs.probs_NKhw.argmax(dim=1))
-    # The tiles are worth the comparison: both classes pass, and both win pixels.
+    # The comparison is meaningful: both classes pass and both have pixels.
     assert ours.passed_NK.any(axis=0).all()
     assert len(ours.probs_NKhw.argmax(dim=1).unique()) == 2
 
@@ -91,15 +91,15 @@ def test_float16_on_the_cpu_gives_nearly_the_same(sample_slide: Path) -> None:
         for runtime, precision in (("auto", "fp16"), ("torch", "float32"))
     )
     assert np.array_equal(halved.passed_NK, torchs.passed_NK)
-    # Other arithmetic, and nearly the same result.
+    # The arithmetic differs, the result hardly.
     assert 1e-5 < (halved.probs_NKhw - torchs.probs_NKhw).abs().max() < 0.03
-    # On whole slides 99.9 % and more (docs/benchmarks/speed.md); these are tiles with glands alone, not blended.
+    # On whole slides at least 99.9 % (docs/benchmarks/speed.md). These tiles contain only glands and are not blended.
     same = halved.probs_NKhw.argmax(dim=1) == torchs.probs_NKhw.argmax(dim=1)
     assert float(same.float().mean()) >= 0.998
 
 
 @needs_fp16
-def test_what_float16_cannot_hold_is_an_error_and_no_label() -> None:
+def test_an_overflow_of_float16_is_an_error() -> None:
     huge = nn.Conv2d(3, 2, 4, stride=4, bias=False).requires_grad_(False)
     huge.weight.fill_(3e4)
     networks = ConstantClassifier([0.9, 0.9]), huge
@@ -175,7 +175,7 @@ def test_openvino_takes_segmenters_with_other_encoders(encoder: str) -> None:
 
 
 class _Unknown(nn.Module):
-    """Holds an operator that OpenVINO has no rule for."""
+    """Contains an operator that OpenVINO cannot convert."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         unusual_NC: Tensor = torch.special.i1e(x_NCHW.mean(dim=(2, 3)))
@@ -183,7 +183,7 @@ class _Unknown(nn.Module):
 
 
 class _Branching(nn.Module):
-    """Does with one half of all images what the trace of another does not show."""
+    """Branches on the image, which a trace of one image does not record."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         sign = 1.0 if float(x_NCHW.std()) > 0.5 else -1.0
@@ -192,7 +192,8 @@ class _Branching(nn.Module):
 
 @needs_openvino
 @pytest.mark.parametrize(
-    ("classifier", "reason"), [(_Unknown(), "No conversion rule found for operations: aten::"), (_Branching(), "else")]
+    ("classifier", "reason"),
+    [(_Unknown(), "No conversion rule found for operations: aten::"), (_Branching(), "other outputs than torch")],
 )
 def test_a_network_that_openvino_cannot_take_runs_in_torch_with_a_warning(
     classifier: nn.Module, reason: str, caplog: pytest.LogCaptureFixture
@@ -208,7 +209,7 @@ def test_a_network_that_openvino_cannot_take_runs_in_torch_with_a_warning(
 
 
 @needs_openvino
-def test_openvino_calls_nobody_and_writes_nothing(tmp_path: Path) -> None:
+def test_openvino_opens_no_connection_and_writes_no_file(tmp_path: Path) -> None:
     program = (
         "import sys, torch; from models.openvino_network import OpenVinoNetwork; "
         "OpenVinoNetwork(torch.nn.Conv2d(3, 1, 1).eval(), 32); "
@@ -224,14 +225,14 @@ def without_openvino(name: str) -> None:
     assert name == "openvino"
 
 
-def test_without_the_package_auto_is_torch_and_openvino_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_auto_is_torch_and_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "find_spec", without_openvino)
     assert choose_runtime("auto", "cpu", "float32") == "torch"
     with pytest.raises(RuntimeUnavailableError, match=r"pip install 'wsi-segment\[openvino\]'"):
         choose_runtime("openvino", "cpu", "float32")
 
 
-def test_auto_is_openvino_on_the_cpu_in_what_the_processor_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_openvino_on_a_cpu_that_computes_in_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "find_spec", lambda _: object())
     # A processor that computes in bfloat16 and not in float16.
     core = SimpleNamespace(get_property=lambda *_: ["FP32", "BF16"])
@@ -250,13 +251,13 @@ def test_auto_is_openvino_on_the_cpu_in_what_the_processor_computes(monkeypatch:
         choose_runtime("onnx", "cpu", "float32")  # type: ignore[arg-type]
 
 
-def test_a_predictor_is_torchs_unless_asked() -> None:
+def test_a_predictor_uses_torch_by_default() -> None:
     networks = ConstantClassifier([0.9, 0.9]), ConstantSegmenter([0.0, 1.0])
     assert Predictor(make_card(), NO_DIGEST, *networks, device="cpu").runtime == "torch"
 
 
 @needs_openvino
-def test_a_failed_conversion_leaves_the_programs_logging_alone() -> None:
+def test_a_failed_conversion_does_not_change_the_logging() -> None:
     root = logging.getLogger()
     before = root.level, list(root.handlers), list(root.filters)
     with pytest.raises(RuntimeUnavailableError):
@@ -264,7 +265,7 @@ def test_a_failed_conversion_leaves_the_programs_logging_alone() -> None:
     assert (root.level, list(root.handlers), list(root.filters)) == before
 
 
-def test_the_area_heads_logit_is_torchs_to_the_bit() -> None:
+def test_the_logit_of_the_area_head_has_the_same_bits_as_with_torch() -> None:
     head: Any = HEADS["area"](4, 3).eval()
     deep_NChw = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 300
     with torch.inference_mode():

@@ -1,1 +1,1 @@
-"""Slides segmented by the processes of a dask.distributed cluster, or by processes of our own."""
+"""Slides segmented by the processes of a dask.distributed cluster, or by local processes."""

@@ -1,4 +1,4 @@
-"""Slides segmented by the processes of a dask.distributed cluster: whole slides, or bands of blocks of one."""
+"""Slides segmented by the processes of a dask.distributed cluster: whole slides, or bands of a slide's blocks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from pipeline.slide.blocks import BlockWork
 from pipeline.slide.engine import Finished
 from pipeline.slide.recipe import segment_slide_with
 from pipeline.workers.base import SlideJob, Spread, job_config
-from pipeline.workers.cluster.crew import Crew
-from pipeline.workers.cluster.local_processes import own_processes, process_count, visible_gpus
+from pipeline.workers.cluster.available import AvailableProcesses
+from pipeline.workers.cluster.local_processes import local_processes, process_count, visible_gpus
 from pipeline.workers.cluster.slide_tasks import Message, SlideTasks
 from pipeline.workers.cluster.tasks import (
     ModelRef,
@@ -36,9 +36,9 @@ from pipeline.workers.cluster.tasks import (
     check_folder,
     check_worker,
     make_band,
-    resolve_there,
-    segment_band_there,
-    segment_slide_there,
+    resolve_task,
+    segment_band_task,
+    segment_slide_task,
     with_runtime,
 )
 from wsi.errors import SlideNotFoundError
@@ -48,39 +48,39 @@ from wsi.slide import Slide
 log = logging.getLogger(__name__)
 
 CONNECT_S = 20.0
-"""How long a scheduler may take to answer."""
+"""Timeout of the connection to a scheduler, in seconds."""
 
 BANDS_PER_WORKER = 2
-"""Bands of a slide that a process has been given: one at work, and the next."""
+"""Bands of a slide that are assigned to a process: the running one and the next one."""
 
 SHARES_PER_WORKER = 4
-"""A slide is cut into at least so many bands for each process, so that none is left alone with the last one."""
+"""Minimum number of bands per process, so that the processes finish a slide at about the same time."""
 
 VISIBLE_S = 60.0
-"""How long the files of another machine may take to appear here: network mounts cache what is not there."""
+"""Seconds until the files of another machine must be visible here. Network mounts cache missing files."""
 
 SLIDES_IN_BANDS = 2
-"""Slides at once where blocks are spread: the processes have work while the polygons of a slide are joined here."""
+"""Slides at once with spread "blocks": the processes are busy while the polygons of a slide are joined here."""
 
 
 @contextmanager
 def open_cluster(
     scheduler: str, model: str, config: SegmentConfig, *, spread: Spread, slide_timeout_s: float | None
 ) -> Iterator[Cluster]:
-    """Connect to a cluster, or start processes of our own, and check that they can do the work: see `open_workers`."""
+    """Connect to a cluster or start local processes, and check that they can run tasks. See `open_workers`."""
     reference = _model_ref(model)
     with ExitStack() as stack:
         stack.enter_context(_quiet_library())
-        own = scheduler.partition(":")[0] == "local"
-        client = stack.enter_context(_own_client(scheduler, config) if own else _client(scheduler))
-        cluster = Cluster(client, model, config, spread=spread, slide_timeout_s=slide_timeout_s, fixed=own)
+        local = scheduler.partition(":")[0] == "local"
+        client = stack.enter_context(_local_client(scheduler, config) if local else _client(scheduler))
+        cluster = Cluster(client, model, config, spread=spread, slide_timeout_s=slide_timeout_s, fixed=local)
         stack.callback(cluster.cancel)
         cluster.check(reference)
         yield cluster
 
 
 class Cluster:
-    """Gives slides to the processes of a Dask cluster and waits for them. `open_cluster` makes one."""
+    """Segments slides in the processes of a Dask cluster. Use `open_cluster`."""
 
     def __init__(
         self,
@@ -100,32 +100,32 @@ class Cluster:
         self._fixed = fixed
         self._topic = f"wsi-segment-{uuid.uuid4()}"
         self._lock = threading.Lock()
-        # Of its own: a worker whose mount is stale must not keep slides from being cancelled.
+        # A separate lock: a worker with a stale mount must not delay `cancel`.
         self._folder_lock = threading.Lock()
         self._slides: dict[str, SlideTasks] = {}
         self._folders: set[Path] = set()
         self._cancelled = False
-        self._crew = Crew(client, gpu=config.device != "cpu")
+        self._available = AvailableProcesses(client, gpu=config.device != "cpu")
 
     @property
     def slides_at_once(self) -> int:
-        """A slide for each process; where the cluster can grow one more, which makes it."""
+        """Return one slide per process, and one more if the cluster can grow: a waiting task makes it grow."""
         if self._spread == "blocks":
             return SLIDES_IN_BANDS
         return self.processes if self._fixed else self.processes + 1
 
     @property
     def processes(self) -> int:
-        """How many processes can take work, as of a few seconds ago; 1 where none can at the moment."""
-        return max(1, len(self._crew.able()))
+        """Return the number of available processes, as of a few seconds ago, but at least 1."""
+        return max(1, len(self._available.addresses()))
 
     def check(self, model: ModelRef) -> None:
-        """Wait for a first process, and see that those that are there can do the work. Raises ClusterError."""
-        # A task, not a call of all workers: a cluster that has none yet starts one when there is a task.
+        """Wait for a first process, and check that all present processes can run tasks. Raises ClusterError."""
+        # A task starts the first process of a cluster that has none; a call of all workers does not.
         probe = self._client.submit(versions, pure=False)
         while not probe.done():
             time.sleep(0.05)
-            self._crew.able()
+            self._available.addresses()
         if probe.status != "finished":
             error = probe.exception() if probe.status == "error" else probe.status
             raise ClusterError(
@@ -135,6 +135,7 @@ class Cluster:
         self._ask_all(check_worker, versions(), model)
 
     def segment(self, job: SlideJob, output: Path, progress: Progress) -> SlideResult:
+        """See `Workers.segment`."""
         config = job_config(job, self._config)
         model = _model_ref(job.model or self._model)
         self._check_folder(output)
@@ -142,15 +143,15 @@ class Cluster:
             context = TaskContext(tasks.id, self._topic, model, config)
             if self._spread == "blocks":
                 return _seen_here(self._segment_in_bands(tasks, context, job.path, output), output)
-            tasks.submit(segment_slide_there, context, job.path.absolute(), output.absolute())
+            tasks.submit(segment_slide_task, context, job.path.absolute(), output.absolute())
             try:
                 result: SlideResult = tasks.next_ended()
             except SlideNotFoundError as error:
                 if not job.path.is_file():
                     raise
                 raise ClusterError(
-                    f"{job.path.name}: lies here, but a worker does not see it at {job.path.absolute()}; mount the "
-                    f"folder there, at the same path"
+                    f"{job.path.name}: the slide is visible here, but a worker does not see it at "
+                    f"{job.path.absolute()}; mount the folder there, at the same path"
                 ) from error
         self._wait_until_visible(job, output / result.slide)
         return _seen_here(result, output)
@@ -158,31 +159,34 @@ class Cluster:
     def _segment_in_bands(self, tasks: SlideTasks, context: TaskContext, path: Path, output: Path) -> SlideResult:
         # A process resolves the settings, because this one may have no GPU. The other processes use the same runtime,
         # because blocks must not differ.
-        tasks.submit(resolve_there, context)
+        tasks.submit(resolve_task, context)
         settings: ResolvedSettings = tasks.next_ended()
         context = replace(context, config=with_runtime(context.config, settings.runtime))
         runner = _BandRunner(self, tasks, context, load_bundle(context.model.name).card)
-        return segment_slide_with(runner, path.absolute(), output.absolute(), settings, tasks.tell)
+        return segment_slide_with(runner, path.absolute(), output.absolute(), settings, tasks.report)
 
     def cancel(self) -> None:
+        """See `Workers.cancel`."""
         with self._lock:
             self._cancelled = True
             for tasks in self._slides.values():
                 tasks.cancel()
 
     def _ask_all(self, question: Callable[..., str], *arguments: object) -> None:
-        able = self._crew.able(now=True)
-        answers = self._client.run(answer, question, *arguments, workers=able, on_error="return")
-        for address, said in answers.items():
-            if isinstance(said, OSError):
-                continue  # it has gone since
-            if isinstance(said, Exception):
-                said = f"cannot run wsi-segment ({type(said).__name__}: {said}); install the same versions everywhere"
-            if said:
-                raise ClusterError(f"worker {address} {said}")
+        addresses = self._available.addresses(now=True)
+        answers = self._client.run(answer, question, *arguments, workers=addresses, on_error="return")
+        for address, reason in answers.items():
+            if isinstance(reason, OSError):
+                continue  # the process has exited
+            if isinstance(reason, Exception):
+                reason = (
+                    f"cannot run wsi-segment ({type(reason).__name__}: {reason}); install the same versions everywhere"
+                )
+            if reason:
+                raise ClusterError(f"worker {address} {reason}")
 
     def _check_folder(self, output: Path) -> None:
-        """See, once, that all processes write where we do."""
+        """Check, once per folder, that all processes write to the same folder as this one."""
         with self._folder_lock:
             if output in self._folders:
                 return
@@ -191,7 +195,7 @@ class Cluster:
                 probe, content = output.absolute() / f".{uuid.uuid4()}.probe", str(uuid.uuid4())
                 probe.write_text(content, encoding="utf-8")
             except OSError:
-                return  # the slides' own error says it better
+                return  # the error of the slide is clearer
             try:
                 self._ask_all(check_folder, probe, content)
             except ClusterError as error:
@@ -205,17 +209,17 @@ class Cluster:
         while read_header(folder) is None:
             if time.monotonic() > end:
                 raise ClusterError(
-                    f"{job.path.name}: a worker has finished it, but {folder} does not appear here; is it the same "
-                    f"folder there?"
+                    f"{job.path.name}: a worker has finished it, but {folder} is not visible here; mount the same "
+                    f"folder at this path"
                 )
             time.sleep(0.5)
 
     @contextmanager
     def _tasks(self, name: str, progress: Progress) -> Iterator[SlideTasks]:
-        watch = self._crew.able
-        tasks = SlideTasks(name, self._client, self._crew.resources, self._timeout_s, progress, watch)
-        with suppress(ClosedClientError):  # its first task says so
-            # Each time anew: a scheduler that was lost and found does not know of it.
+        watch = self._available.addresses
+        tasks = SlideTasks(name, self._client, self._available.resources, self._timeout_s, progress, watch)
+        with suppress(ClosedClientError):  # the first task raises the error
+            # For every slide, because a restarted scheduler has lost the subscription.
             self._client.subscribe_topic(self._topic, self._deliver)
         with self._lock:
             if self._cancelled:
@@ -229,7 +233,7 @@ class Cluster:
             tasks.release()
 
     def _deliver(self, event: tuple[float, Mapping[str, Any]]) -> None:
-        """Called on the client's own thread: it must not wait."""
+        """Pass on a message. The client calls this on its own thread, so it must not block."""
         _, facts = event
         tasks = self._slides.get(facts["id"])
         if tasks is not None:
@@ -237,7 +241,7 @@ class Cluster:
 
 
 class _BandRunner:
-    """Runs the blocks of a slide in bands, each in one of the cluster's processes."""
+    """Runs the blocks of a slide in bands. Each band runs in one process of the cluster."""
 
     def __init__(self, cluster: Cluster, tasks: SlideTasks, context: TaskContext, card: ModelCard) -> None:
         self.card = card
@@ -249,14 +253,14 @@ class _BandRunner:
 
     @property
     def device(self) -> str:
-        """Those of the processes that had blocks to run."""
+        """Return the devices of the processes that ran blocks."""
         return ", ".join(sorted(self._devices)) or "none"
 
     def run(self, work: BlockWork, slide: Slide, blocks: Sequence[Block], finished: Finished) -> None:  # noqa: ARG002
         left = deque(bands(blocks, self._cluster.processes, work.settings.in_flight))
         while left or self._tasks.running:
             while left and self._tasks.running < BANDS_PER_WORKER * self._cluster.processes:
-                self._tasks.submit(segment_band_there, self._context, make_band(work, left.popleft()))
+                self._tasks.submit(segment_band_task, self._context, make_band(work, left.popleft()))
             records, device = self._tasks.next_ended()
             self._devices.add(device)
             for record in records:
@@ -264,15 +268,16 @@ class _BandRunner:
 
 
 def bands(blocks: Sequence[Block], processes: int, in_flight: int) -> list[Sequence[Block]]:
-    """Cut blocks into runs of consecutive ones: long enough to read ahead in, short enough that no process is left
-    with much more than the others.
+    """Cut blocks into bands of consecutive blocks.
+
+    A band is long enough to read ahead, and short enough that no process has much more work left than the others.
     """
     length = min(4 * in_flight, max(1, -(-len(blocks) // (SHARES_PER_WORKER * processes))))
     return [blocks[start : start + length] for start in range(0, len(blocks), length)]
 
 
 def _seen_here(result: SlideResult, output: Path) -> SlideResult:
-    """A result with its folder named as the caller named the output."""
+    """Return the result with its folder as a path below the caller's output."""
     return replace(result, folder=output / result.slide)
 
 
@@ -296,26 +301,26 @@ def _client(scheduler: str) -> Iterator[Client]:
         client = Client(**where, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         raise ClusterError(
-            f"{scheduler}: no Dask scheduler answers there ({error}); check the address, and that it runs"
+            f"{scheduler}: the Dask scheduler does not answer ({error}); check the address, and that the scheduler runs"
         ) from error
     with closing(client):
         yield client
 
 
 @contextmanager
-def _own_client(scheduler: str, config: SegmentConfig) -> Iterator[Client]:
+def _local_client(scheduler: str, config: SegmentConfig) -> Iterator[Client]:
     gpus = visible_gpus(config.device)
     try:
         count = process_count(scheduler, gpus)
     except ValueError:
         raise ConfigError(f"--scheduler is {scheduler!r}; N of local:N must be 1 or more") from None
-    with own_processes(count, gpus) as cluster, closing(Client(cluster, set_as_default=False)) as client:
+    with local_processes(count, gpus) as cluster, closing(Client(cluster, set_as_default=False)) as client:
         yield client
 
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """Keep what Dask logs of lost connections and ended processes to itself: our own errors and warnings say it."""
+    """Silence Dask's log of lost connections and dead processes. Our own errors and warnings report them."""
     names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] in ("distributed", "tornado")]
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

@@ -1,4 +1,4 @@
-"""Processes of our own on this machine: one per GPU, or as many as asked for."""
+"""Worker processes on this machine: one per GPU, or a requested number."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ import dask
 from distributed import Nanny, Scheduler, SpecCluster
 from distributed.security import Security
 
+from models.runtimes import RUNTIME_FACTS
 from pipeline.errors import ClusterError
 from pipeline.workers.semaphores import start_silent_tracker
 
 log = logging.getLogger(__name__)
 
-MALLOC = {"MALLOC_TRIM_THRESHOLD_": 256 << 20, "MALLOC_MMAP_THRESHOLD_": 256 << 20}
-"""Set before a process starts. The nanny's own threshold of 64 KiB makes the code of tiles three times slower."""
+_KEPT_BYTES = RUNTIME_FACTS["torch"].kept_bytes
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": _KEPT_BYTES, "MALLOC_MMAP_THRESHOLD_": _KEPT_BYTES}
+"""Environment of a process. With the nanny's own threshold of 64 KiB, the code of tiles takes three times as long."""
 
 END_S = 0.5
-"""How long a process may take to end by itself before it is killed."""
+"""Seconds until a process that does not exit is killed."""
 
 ALLOWED_FAILURES = 2
-"""A task that has killed more processes than this fails: one may die of something else, or be in the killer's way."""
+"""A task fails if more processes than this die while they run it. Some die for another reason."""
 
 
 @contextmanager
-def own_processes(count: int, gpus: list[str]) -> Iterator[SpecCluster]:
+def local_processes(count: int, gpus: list[str]) -> Iterator[SpecCluster]:
     """Start `count` worker processes; the i-th sees only the GPU `gpus[i % len(gpus)]`, if there are any.
 
-    They listen on this machine alone, take orders only from this process (by certificates made for the moment), end
-    with it however it ends, and leave Ctrl-C to it. The cores are shared out among them, unless OMP_NUM_THREADS says
-    otherwise: on a CPU the last bit of a network's output depends on its number of threads.
+    The processes listen on this machine only, accept tasks only from this process (by temporary certificates), exit
+    with this process, and ignore Ctrl-C. They share the cores equally unless OMP_NUM_THREADS is set: on a CPU, the last
+    bit of a network's output depends on the number of threads.
     """
     start_silent_tracker()
     security = Security.temporary()
@@ -47,7 +49,7 @@ def own_processes(count: int, gpus: list[str]) -> Iterator[SpecCluster]:
         "security": security,
         "dashboard": False,
         "dashboard_address": "127.0.0.1:0",
-        # The plan of each slide is held against the memory that there is; killing at a share of it would come too soon.
+        # The plan of each slide is checked against the available memory, so no process is killed at a share of it.
         "memory_limit": 0,
         "silence_logs": logging.CRITICAL,
     }
@@ -72,7 +74,7 @@ def own_processes(count: int, gpus: list[str]) -> Iterator[SpecCluster]:
     }
     settings = {
         "distributed.nanny.pre-spawn-environ": MALLOC | _threads(threads),
-        "distributed.comm.timeouts.connect": "120s",  # for a machine that is busy with something else
+        "distributed.comm.timeouts.connect": "120s",  # for a busy machine
     }
     with dask.config.set(settings):
         try:
@@ -81,10 +83,10 @@ def own_processes(count: int, gpus: list[str]) -> Iterator[SpecCluster]:
                 scheduler=scheduler,
                 security=security,
                 silence_logs=logging.CRITICAL,
-                name="own processes",
+                name="local processes",
             )
         except (OSError, RuntimeError) as error:
-            raise ClusterError(f"{count} processes of our own cannot be started: {error}") from error
+            raise ClusterError(f"{count} local processes cannot be started: {error}") from error
     try:
         yield cluster
     finally:
@@ -92,19 +94,19 @@ def own_processes(count: int, gpus: list[str]) -> Iterator[SpecCluster]:
             cluster.sync(_end, cluster)
             cluster.close(timeout=60)
         except TimeoutError:
-            # On a machine that is busy with something else. What was done is on the disk, and they end with this one.
-            log.warning("the processes of our own have not ended within a minute; they will with this one")
+            # The machine is busy. The finished blocks are on the disk, and the processes exit with this one.
+            log.warning("the local processes have not exited within a minute; they exit with this process")
 
 
 async def _end(cluster: SpecCluster) -> None:
-    # Whatever the processes are doing: what they have finished is on the disk.
+    # The finished blocks are on the disk, so running tasks need not finish.
     await asyncio.gather(*(nanny.close(timeout=END_S) for nanny in cluster.workers.values()))
 
 
 def process_count(text: str, gpus: list[str]) -> int:
-    """How many processes "local" or "local:N" stands for. Raises ValueError where N is no positive number.
+    """Return the number of processes for "local" or "local:N". Raises ValueError if N is not a positive number.
 
-    Without a GPU "local" is one process, whose networks use all cores and so give the same bytes as in this process.
+    Without a GPU, "local" is one process that uses all cores, so its results have the same bytes as in this process.
     """
     _, _, number = text.partition(":")
     if number:
@@ -116,7 +118,7 @@ def process_count(text: str, gpus: list[str]) -> int:
 
 
 def visible_gpus(device: str) -> list[str]:
-    """The GPUs to spread processes over, as CUDA_VISIBLE_DEVICES names them; none for a device that is named."""
+    """Return the GPUs to use, as in CUDA_VISIBLE_DEVICES; none if the device is named."""
     if device not in ("auto", "cuda"):
         return []
     import torch
@@ -127,7 +129,7 @@ def visible_gpus(device: str) -> list[str]:
 
 
 class _Nanny(Nanny):
-    """A nanny whose processes do not get the terminal's Ctrl-C."""
+    """A nanny whose processes ignore the terminal's Ctrl-C."""
 
     async def instantiate(self) -> Any:
         # A process inherits the blocked signals of the thread that starts it.

@@ -1,4 +1,4 @@
-"""The tasks of one slide on a cluster: handed in, waited for, and ended early where that is asked for."""
+"""The tasks of one slide on a cluster: submit them, wait for them and cancel them."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ from pipeline.workers.outcome import Outcome
 log = logging.getLogger(__name__)
 
 RESTART_S = 30.0
-"""How long a process that has to be ended may take to come back."""
+"""Timeout of a process restart, in seconds."""
 
-BYSTANDER_TRIES = 3
-"""How often a task is handed in again that was only waiting in processes that were ended."""
+QUEUED_TRIES = 3
+"""Times a task is resubmitted if it was only queued in processes that died."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """Something that happened to a slide's tasks."""
+    """An event of a slide's tasks."""
 
     kind: str
-    """What a process says: "started", "progress" or "ended"; "left" where Dask has done with a task; "cancelled"."""
+    """"started", "progress" or "ended" from a process; "released" when Dask drops a task; "cancelled"."""
     facts: Mapping[str, Any]
 
 
 @dataclass
 class _Task:
-    """A task that was handed in."""
+    """A submitted task."""
 
     future: Future[Any]
     function: Callable[..., None]
     arguments: tuple[object, ...]
     tries: int
     address: str = ""
-    """The process that last began it."""
-    begun: int = 0
-    """How often a process has begun it."""
+    """Address of the process that started the task last."""
+    starts: int = 0
+    """Number of times a process has started the task."""
 
 
 class SlideTasks:
-    """The tasks of one slide. One thread hands them in and waits; `cancel` and `receive` are for others."""
+    """The tasks of one slide. One thread submits tasks and waits; other threads call `cancel` and `receive`."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class SlideTasks:
         progress: Progress,
         watch: Callable[[], object],
     ) -> None:
-        """`watch` is called now and then while nothing happens."""
+        """`watch` is called about once a second while no message arrives."""
         self.id = str(uuid.uuid4())
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._name = name
@@ -84,33 +84,33 @@ class SlideTasks:
 
     @property
     def running(self) -> int:
-        """Tasks that have not ended."""
+        """Return the number of unfinished tasks."""
         return len(self._tasks)
 
     def receive(self, message: Message) -> None:
-        """Take what a process says of a task. Called on the client's own thread: it must not wait."""
+        """Take a message about a task. The client calls this on its own thread, so it must not block."""
         self._messages.put(message)
 
     def submit(self, function: Callable[..., None], *arguments: object) -> None:
-        """Hand a task in. Raises WorkerLostError where the cluster is gone."""
+        """Submit a task. Raises WorkerLostError if the cluster is unreachable."""
         self._submit(function, arguments, tries=1)
 
     def _submit(self, function: Callable[..., None], arguments: tuple[object, ...], tries: int) -> None:
-        # No slide names in keys: the cluster's own pages and logs show them.
+        # No slide names in keys, because the cluster's dashboard and logs show them.
         key = f"{function.__name__}-{uuid.uuid4()}"
         try:
             future = self._client.submit(function, *arguments, key=key, pure=False, resources=self._resources)
         except Exception as error:
             raise self._lost() from error
         self._tasks[key] = _Task(future, function, arguments, tries)
-        # What the task itself says has been received by then: it comes the same way.
-        future.add_done_callback(lambda _: self._messages.put(Message("left", {"key": key})))
+        # The messages of the task arrive earlier, because they take the same way.
+        future.add_done_callback(lambda _: self._messages.put(Message("released", {"key": key})))
 
     def next_ended(self) -> Any:
-        """Wait until one of the tasks has ended, passing progress on; returns its value or raises its error.
+        """Wait for the next task to end and report progress meanwhile. Return the task's value or raise its error.
 
-        Raises Cancelled; SlideTimeoutError; WorkerLostError if the cluster goes away; WorkerCrashedError if the task
-        ended several processes; ClusterError if the cluster could not run it.
+        Raises Cancelled, SlideTimeoutError, WorkerLostError if the cluster becomes unreachable, WorkerCrashedError if
+        several processes died while they ran the task, and ClusterError if the task could not run.
         """
         while True:
             self._check()
@@ -124,7 +124,7 @@ class SlideTasks:
                 continue
             if message.kind == "started":
                 task.address = message.facts["worker"]
-                task.begun += 1
+                task.starts += 1
                 if self._timeout_s is not None and self._deadline is None:
                     self._deadline = time.monotonic() + self._timeout_s
             elif message.kind == "progress":
@@ -134,54 +134,54 @@ class SlideTasks:
                 if message.kind == "ended":
                     ended: Outcome[Any] = pickle.loads(message.facts["ended"])  # noqa: S301 - our own task's
                     return ended.result()
-                if not _is_bystander(task):
+                if not _was_queued(task):
                     self._fail(task.future)
                 self._submit(task.function, task.arguments, task.tries + 1)
 
-    def tell(self, stage: str, done: int, total: int) -> None:
-        """Pass the progress of this process's own work on; raises as `next_ended` does where it should not go on."""
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Report progress of work in this process. Raises Cancelled and SlideTimeoutError, as `next_ended` does."""
         self._check()
         self._progress(stage, done, total)
 
     def cancel(self) -> None:
-        """Let the waiting thread raise Cancelled."""
+        """Make the waiting thread raise Cancelled."""
         self._cancelled.set()
         self._messages.put(Message("cancelled", {}))
 
     def release(self) -> None:
-        """Let go of the tasks that have not ended; they stop at their next step."""
+        """Cancel the unfinished tasks. They stop at their next step."""
         for task in self._tasks.values():
-            task.future.cancel(force=True, msg="nobody waits for it any more")
+            task.future.cancel(force=True, msg="no longer needed")
         self._tasks.clear()
 
     def _check(self) -> None:
         if self._cancelled.is_set():
-            raise Cancelled(f"{self._name}: interrupted; run the same command again to go on from what is finished")
+            raise Cancelled(f"{self._name}: interrupted; run the same command again to resume from the finished blocks")
         late = self._deadline is not None and time.monotonic() > self._deadline
         if late and self._timeout_s is not None:
-            self._end_processes()
+            self._kill_processes()
             raise SlideTimeoutError.after(self._name, self._timeout_s)
 
-    def _end_processes(self) -> None:
-        """End the processes that work on the slide: what hangs in a read cannot be stopped otherwise."""
-        at_work = {task.address for task in self._tasks.values() if task.address}
+    def _kill_processes(self) -> None:
+        """Kill the processes that run the slide's tasks. A read that hangs cannot be stopped in another way."""
+        busy = {task.address for task in self._tasks.values() if task.address}
         self.release()
         try:
-            self._client.restart_workers(sorted(at_work), timeout=RESTART_S, raise_for_error=False)
+            self._client.restart_workers(sorted(busy), timeout=RESTART_S, raise_for_error=False)
         except ValueError as error:  # no nanny
-            log.warning("%s: its process cannot be ended (%s); it stops at its next step", self._name, error)
+            log.warning("%s: its process cannot be killed (%s); the task stops at its next step", self._name, error)
         except (OSError, TimeoutError) as error:
-            log.warning("%s: its process was not ended: %s", self._name, error)
+            log.warning("%s: its process was not killed: %s", self._name, error)
 
     def _fail(self, future: Future[Any]) -> NoReturn:
-        """Raise why a task ended that could not say so itself."""
+        """Raise the error of a task that did not send one."""
         if future.status != "error":
             raise self._lost()
         error = future.exception()
         if isinstance(error, KilledWorker):
             raise WorkerCrashedError(
-                f"{self._name}: every process that worked on it was ended ({error.allowed_failures + 1} of them), most "
-                f"likely for want of memory; lower --num-workers or --batch-size"
+                f"{self._name}: every process that ran it died ({error.allowed_failures + 1} processes), most likely "
+                f"because memory ran out; lower --num-workers or --batch-size"
             ) from error
         raise ClusterError(
             f"{self._name}: the cluster could not run it ({type(error).__name__}: {error}); install the same versions "
@@ -190,20 +190,22 @@ class SlideTasks:
 
     def _lost(self) -> PipelineError:
         if self._client.status in ("closing", "closed"):
-            # The client has given up on the scheduler: no other try can help.
-            return ClusterError(f"{self._name}: the cluster's scheduler went away; start the batch again to go on")
+            # The client has disconnected from the scheduler, so a retry cannot help.
+            return ClusterError(
+                f"{self._name}: the connection to the scheduler is lost; start the batch again to resume"
+            )
         return WorkerLostError(
-            f"{self._name}: the cluster that worked on it went away; run the same command again to go on from the "
+            f"{self._name}: the connection to the cluster is lost; run the same command again to resume from the "
             f"finished blocks"
         )
 
 
-def _is_bystander(task: _Task) -> bool:
-    """Whether a task failed only because processes were ended in which it waited for its turn behind another one.
+def _was_queued(task: _Task) -> bool:
+    """Return whether a task failed although it was only queued, behind another task, in a process that died.
 
-    Dask counts every process that ends while a task is given to it. Only one that had begun it each time is suspect.
+    Dask counts every process that dies while a task is assigned to it, even if the process never started the task.
     """
-    if task.future.status != "error" or task.tries > BYSTANDER_TRIES:
+    if task.future.status != "error" or task.tries > QUEUED_TRIES:
         return False
     error = task.future.exception()
-    return isinstance(error, KilledWorker) and task.begun <= error.allowed_failures
+    return isinstance(error, KilledWorker) and task.starts <= error.allowed_failures

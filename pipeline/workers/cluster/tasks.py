@@ -1,6 +1,6 @@
-"""What runs inside the processes of a cluster: a slide, a band of a slide's blocks, and the check before both.
+"""The tasks that run in the processes of a cluster: a slide, a band of a slide's blocks, and checks before both.
 
-Tasks are small, pixels never travel: a task names files, and what it makes is on the shared disk when it returns.
+Tasks are small. They contain the names of files but no pixels, and their results are on the shared disk.
 """
 
 from __future__ import annotations
@@ -41,29 +41,30 @@ log = logging.getLogger(__name__)
 
 
 PROGRESS_S = 0.5
-"""Least time between two messages about the progress of one stage."""
+"""Minimum number of seconds between two progress messages of one stage."""
 
 ANSWER_S = 30.0
-"""How long a process may take to answer a question: it hangs where it reads from a mount that is stale."""
+"""Timeout of a check, in seconds. A process that reads from a stale mount hangs."""
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model as another process finds it."""
+    """A model that another process can load."""
 
     name: str
-    """Of a shipped bundle, or the absolute path of one."""
+    """Name of a shipped bundle, or absolute path of a bundle."""
     digest: str
 
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What all tasks of one slide have in common."""
+    """The values that all tasks of one slide share."""
 
     id: str
     topic: str
-    """Where messages go: {"id": …, "key": …, "worker": …, "kind": "started"}; "progress" has the callback's values,
-    "ended" an `Outcome`, pickled.
+    """The Dask topic of messages such as {"id": …, "key": …, "worker": …, "kind": "started"}.
+
+    A message of kind "progress" also has the values of the callback, and a message of kind "ended" a pickled `Outcome`.
     """
     model: ModelRef
     config: SegmentConfig
@@ -71,21 +72,21 @@ class TaskContext:
 
 @dataclass(frozen=True)
 class Band:
-    """Some blocks of one slide, and what they have in common."""
+    """Some blocks of one slide, and the values that they share."""
 
     work: BlockWork
-    """Without the tissue's mask."""
+    """The work, without the tissue mask."""
     mask: bytes
-    """Of the tissue: bits, row by row, compressed."""
+    """The tissue mask: one bit per pixel, row by row, compressed."""
     shape_HW: tuple[int, int]
-    """Of the mask."""
+    """Size of the tissue mask."""
     identity: bytes
-    """The working folder's identity.json: as long as it is that, the folder is this run's."""
+    """Content of the working folder's identity.json. If the file differs, another run has taken the folder."""
     blocks: tuple[Block, ...]
 
 
 def make_band(work: BlockWork, blocks: Sequence[Block]) -> Band:
-    """Pack blocks for another process."""
+    """Return a band of blocks for another process."""
     bare = replace(work.tissue, mask_HW=np.zeros((0, 0), bool))
     return Band(
         work=replace(work, tissue=bare),
@@ -97,9 +98,9 @@ def make_band(work: BlockWork, blocks: Sequence[Block]) -> Band:
 
 
 def check_worker(needs: dict[str, str], model: ModelRef) -> str:
-    """What keeps this process from doing the work, or nothing: other versions, or another model under the name."""
+    """Return why this process cannot run tasks: other versions or another model. An empty text means that it can."""
     have = versions()
-    # A CUDA build and a CPU build of one version do the same.
+    # A CUDA build and a CPU build of one version are equivalent.
     other = [
         f"{name} {have[name]} instead of {need}" for name, need in needs.items() if _plain(have[name]) != _plain(need)
     ]
@@ -113,7 +114,7 @@ def check_worker(needs: dict[str, str], model: ModelRef) -> str:
 
 
 def check_folder(probe: Path, content: str) -> str:
-    """What keeps this process from writing where the client wrote `probe`, or nothing."""
+    """Return why this process cannot write to the folder of the client's file `probe`, or an empty text."""
     try:
         return "" if probe.read_text(encoding="utf-8") == content else "sees another folder there"
     except OSError as error:
@@ -121,44 +122,44 @@ def check_folder(probe: Path, content: str) -> str:
 
 
 async def answer(question: Callable[..., str], *arguments: object) -> str:
-    """What a process answers to one of the questions above, or that it did not in time."""
+    """Return the answer to one of the checks above, or a text about its timeout."""
     try:
         return await asyncio.wait_for(asyncio.to_thread(question, *arguments), ANSWER_S)
     except TimeoutError:
-        return f"has not answered within {ANSWER_S:g} s, as where a mount is stale"
+        return f"has not answered within {ANSWER_S:g} s; a mount may be stale"
 
 
-def segment_slide_there(context: TaskContext, path: Path, output: Path) -> None:
-    """`segment_slide` in a process of a cluster; a SlideResult goes to the topic."""
-    _run(context, lambda turn: _segment_slide(context, path, output, turn))
+def segment_slide_task(context: TaskContext, path: Path, output: Path) -> None:
+    """Segment a slide and send its SlideResult to the topic."""
+    _run(context, lambda task: _segment_slide(context, path, output, task))
 
 
-def segment_band_there(context: TaskContext, band: Band) -> None:
-    """Segment a band; the records of blocks whose files are on the disk, and the device, go to the topic."""
-    _run(context, lambda turn: _segment_band(context, band, turn))
+def segment_band_task(context: TaskContext, band: Band) -> None:
+    """Segment a band and send the records of its blocks, whose files are on the disk, and the device to the topic."""
+    _run(context, lambda task: _segment_band(context, band, task))
 
 
-def resolve_there(context: TaskContext) -> None:
-    """Resolve the settings in a process that has the device; the ResolvedSettings go to the topic."""
+def resolve_task(context: TaskContext) -> None:
+    """Resolve the settings in a process that has the device and send the ResolvedSettings to the topic."""
     _run(context, lambda _: resolve(context.config, _predictor(context).compute))
 
 
-def _segment_slide(context: TaskContext, path: Path, output: Path, turn: _Turn) -> SlideResult:
+def _segment_slide(context: TaskContext, path: Path, output: Path, task: _RunningTask) -> SlideResult:
     if not output.is_dir():
         raise ClusterError(
             f"{path.name}: worker {get_worker().address} does not see the folder {output}; mount it there, at the same "
             f"path"
         )
-    return segment_slide(path, output, _predictor(context), context.config, _teller(turn))
+    return segment_slide(path, output, _predictor(context), context.config, _reporter(task))
 
 
-def _segment_band(context: TaskContext, band: Band, turn: _Turn) -> tuple[list[BlockRecord], str]:
+def _segment_band(context: TaskContext, band: Band, task: _RunningTask) -> tuple[list[BlockRecord], str]:
     predictor, work = _predictor(context), _unpack(band)
     records: list[BlockRecord] = []
     stop = threading.Event()
 
     def stopped() -> bool:
-        return stop.is_set() or turn.given_up() or not _is_ours(band)
+        return stop.is_set() or task.is_cancelled() or not _is_ours(band)
 
     if not _is_ours(band):
         raise ClusterError(
@@ -171,7 +172,7 @@ def _segment_band(context: TaskContext, band: Band, turn: _Turn) -> tuple[list[B
 
 
 def _is_ours(band: Band) -> bool:
-    """Whether the working folder still is that of the run that sent the band: its client may be long gone."""
+    """Return whether the working folder still belongs to the run that sent the band. Its client may have exited."""
     try:
         return (band.work.folder / "identity.json").read_bytes() == band.identity
     except OSError:
@@ -185,76 +186,78 @@ def _unpack(band: Band) -> BlockWork:
     return replace(band.work, tissue=replace(band.work.tissue, mask_HW=mask_HW))
 
 
-class _Turn:
-    """A task that runs, as the work within it sees it."""
+class _RunningTask:
+    """A task that runs in this process."""
 
     def __init__(self, context: TaskContext) -> None:
         self._context = context
         self._worker: Worker = get_worker()
         self._key = self._worker.get_current_task()
 
-    def given_up(self) -> bool:
-        """Whether nobody waits for the task any more."""
+    def is_cancelled(self) -> bool:
+        """Return whether the client no longer waits for the task."""
         task = self._worker.state.tasks.get(self._key)
         return task is None or task.state in ("cancelled", "released", "forgotten")
 
-    def tell(self, kind: str, **facts: object) -> None:
-        """Send a message; returns when the scheduler has it, so that messages arrive in order, and before all that
-        Dask says of the task. Raises Cancelled where there is no scheduler any more.
+    def send(self, kind: str, **facts: object) -> None:
+        """Send a message and wait until the scheduler has received it.
+
+        Messages arrive in order and before Dask's own messages about the task. Raises Cancelled if the scheduler is
+        unreachable.
         """
         message = {"id": self._context.id, "key": self._key, "kind": kind, "worker": self._worker.address} | facts
         try:
             sync(self._worker.loop, self._worker.scheduler.log_event, topic=self._context.topic, msg=message)
-        except (OSError, RuntimeError) as error:  # the latter of a worker that is closing
-            raise Cancelled("the scheduler has gone, and with it who waits for the task") from error
+        except (OSError, RuntimeError) as error:  # a closing worker raises RuntimeError
+            raise Cancelled("the scheduler is unreachable") from error
 
 
-_at_work = threading.Lock()
+_busy = threading.Lock()
 
 
-def _run(context: TaskContext, work: Callable[[_Turn], object]) -> None:
-    """Do what a task asks for, once this process, which may have several threads for tasks, does nothing else.
+def _run(context: TaskContext, work: Callable[[_RunningTask], object]) -> None:
+    """Run a task when no other task runs in this process, which may have several threads for tasks.
 
-    Its begin and its end are told as they happen: what Dask keeps of a task is lost with the process, and Dask cannot
-    tell whom a process was ended by.
+    The task itself reports its start and its end. Dask loses the state of a task with its process, and does not record
+    which task a process died of.
     """
-    turn = _Turn(context)
-    while not _at_work.acquire(timeout=1.0):
-        if turn.given_up():
+    task = _RunningTask(context)
+    while not _busy.acquire(timeout=1.0):
+        if task.is_cancelled():
             return
     try:
         keep_freed_memory()
-        turn.tell("started")
-        turn.tell("ended", ended=pickle.dumps(_ended(work, turn)))
+        task.send("started")
+        task.send("ended", ended=pickle.dumps(_outcome(work, task)))
     finally:
-        _at_work.release()
+        _busy.release()
 
 
-def _ended(work: Callable[[_Turn], object], turn: _Turn) -> Outcome[object]:
+def _outcome(work: Callable[[_RunningTask], object], task: _RunningTask) -> Outcome[object]:
     try:
-        return Outcome(work(turn))
+        return Outcome(work(task))
     except Exception as error:
-        # Where nobody waits the client may have cleared the working folder away.
-        if not isinstance(error, WsiSegmentError) and not turn.given_up():
+        # If the task is cancelled, the client may have removed the working folder.
+        if not isinstance(error, WsiSegmentError) and not task.is_cancelled():
             log.exception("a task failed")
             error.add_note("".join(traceback.format_exception(error)))
-        return Outcome.by(error)
+        return Outcome.failed(error)
 
 
-def _teller(turn: _Turn) -> Callable[[str, int, int], None]:
-    """A progress callback that sends messages, not too many, and ends a slide that nobody waits for."""
+def _reporter(task: _RunningTask) -> Callable[[str, int, int], None]:
+    """Return a progress callback that limits the number of messages and raises Cancelled if the task is cancelled."""
     last_stage, last_time = "", 0.0
 
-    def tell(stage: str, done: int, total: int) -> None:
+    def report(stage: str, done: int, total: int) -> None:
         nonlocal last_stage, last_time
-        if turn.given_up():
-            raise Cancelled("nobody waits for it any more")
+        if task.is_cancelled():
+            raise Cancelled("the client no longer waits for the task")
         now = time.monotonic()
         if stage != last_stage or done == total or now - last_time >= PROGRESS_S:
             last_stage, last_time = stage, now
-            turn.tell("progress", stage=stage, done=done, total=total)
+            task.send("progress", stage=stage, done=done, total=total)
 
-    return tell
+    return report
 
 
 _predictors: dict[tuple[object, ...], Predictor] = {}
@@ -288,8 +291,8 @@ def _check_digest(model: ModelRef) -> None:
     digest = load_bundle(model.name).digest
     if digest != model.digest:
         raise ClusterError(
-            f"model {model.name}: is another one here (digest {digest[:12]} instead of {model.digest[:12]}); install "
-            f"the same one everywhere"
+            f"model {model.name}: a different model is installed here (digest {digest[:12]} instead of "
+            f"{model.digest[:12]}); install the same model everywhere"
         )
 
 

@@ -184,7 +184,7 @@ def test_the_folder_of_the_data_can_be_named(tmp_path: Path, bundle: Path, monke
         ),
     ],
 )
-def test_what_cannot_be_evaluated_is_said_in_one_line_before_networks_are_loaded(
+def test_invalid_inputs_are_one_line_before_networks_are_loaded(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, change: str, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

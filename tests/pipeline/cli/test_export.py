@@ -27,7 +27,7 @@ from tests.pipeline.fakes import SMALL, colour_predictor, region_slide, run_of
 
 @pytest.fixture(scope="module")
 def segmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of two slides, with a summary and a project with tiles."""
+    """Return the results of two slides, with a summary and a project with tiles."""
     root = tmp_path_factory.mktemp("export")
     results = [
         segment_slide(region_slide(root / name), root / "results", colour_predictor(), SMALL)
@@ -63,7 +63,7 @@ def test_a_project_that_cannot_be_written_is_one_line_and_exit_1(tmp_path: Path)
     assert stderr.count("\n") == 1
 
 
-def test_good_results_are_good_in_every_file(results: Path) -> None:
+def test_valid_results_pass_in_every_file(results: Path) -> None:
     code, stdout, stderr = run("check", results)
     assert (code, stderr) == (0, "")
     good = {line.removeprefix("good  ") for line in stdout.splitlines()}
@@ -85,7 +85,7 @@ def test_single_files_stores_and_slides_are_checked_too(results: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_cannot_be_checked_is_a_usage_error(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_checked_is_a_usage_error(tmp_path: Path) -> None:
     code, stdout, stderr = run("check", tmp_path / "nowhere")
     assert (code, stdout) == (2, "")
     assert "does not exist" in stderr
@@ -127,7 +127,7 @@ GEOJSON, STORE, XML = "a/a.geojson", "a/a.ome.zarr", "a/a.ome.zarr/OME/METADATA.
 TILES = "qupath/maps/a/a.tiles.geojson"
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    # what is done to the results, the file that is wrong then, and what is said of it
+    # the damage, the file that the check names, and the message
     "no preview": (lambda r: (r / "a/preview.png").unlink(), "a/run.json", "preview.png is missing"),
     "empty preview": (lambda r: (r / "a/preview.png").write_bytes(b""), "a/preview.png", "is empty"),
     "no map": (lambda r: shutil.rmtree(r / STORE), "a/run.json", "a.ome.zarr is missing"),
@@ -271,7 +271,7 @@ def test_the_check_finds(results: Path, fault: str) -> None:
     assert str(results) not in "\n".join(findings)
 
 
-def test_of_many_findings_some_are_shown_and_the_others_counted(results: Path) -> None:
+def test_the_first_findings_are_shown_and_the_others_counted(results: Path) -> None:
     feature = json.loads((results / GEOJSON).read_text(encoding="utf-8"))["features"][0]
     document = {"type": "FeatureCollection", "features": [feature] * 50}
     (results / GEOJSON).write_text(json.dumps(document), encoding="utf-8")
@@ -300,7 +300,7 @@ def test_a_failure_is_one_line_on_stderr_and_the_exit_status(capsys: pytest.Capt
     assert capsys.readouterr() == ("", "wsi-any: x.svs: is no slide\n")
 
 
-def test_names_that_are_no_text_are_printed_with_their_bytes_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_not_text_are_printed_with_escaped_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8"))
     commands.run(lambda: print("caf\udce9.svs", flush=True))

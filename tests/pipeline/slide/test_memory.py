@@ -30,7 +30,7 @@ RUN = textwrap.dedent("""
     _, slide, tissue, plan = plan_slide(path, predictor.card, config)
     slide.close()
     segment_slide(path, out, predictor, config)
-    # Not getrusage: that begins with the peak of the process that started this one.
+    # Not getrusage, which starts with the peak of the parent process.
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     print(len(plan.blocks), plan.memory_bytes(resolve(config, predictor.compute)), peak)
@@ -38,7 +38,7 @@ RUN = textwrap.dedent("""
 
 
 def write_large_slide(path: Path, rows: int) -> Path:
-    """A slide 3072 pixels wide that is made row of tiles by row of tiles, so that the test's own memory stays small."""
+    """Write a slide 3072 pixels wide, one row of tiles at a time, so that the test itself needs little memory."""
 
     def tiles() -> Iterator[NDArray[np.uint8]]:
         for y in range(rows):
@@ -79,5 +79,5 @@ def test_memory_stays_below_the_plan_and_does_not_grow_with_the_slide(tmp_path: 
         assert blocks == 3 * rows // 4
         assert peak <= planned
         peaks.append(peak)
-    # Eight times the blocks. What may grow is the thumbnail and the polygons: a few bytes per block.
+    # Eight times as many blocks. Only the thumbnail and the polygons grow, by a few bytes per block.
     assert peaks[1] <= 1.1 * peaks[0], peaks

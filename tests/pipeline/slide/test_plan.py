@@ -17,11 +17,11 @@ from tests.pipeline.fakes import COLOURS, CPU, SMALL, region_slide
 from tests.slides import PINK, painted, write_slide
 
 
-def test_just_the_tiles_with_tissue_are_planned(tmp_path: Path) -> None:
+def test_only_tiles_with_tissue_are_planned(tmp_path: Path) -> None:
     _, slide, tissue, plan = plan_slide(region_slide(tmp_path / "slide.svs"), make_card(COLOURS), SMALL)
     slide.close()
     grid = plan.grid
-    # The slide's tissue is the box (160, 96, 960, 640): every tile that touches it, seen from every block it lies in.
+    # The tissue is the box (160, 96, 960, 640). Count every tile that touches the box, once for each of its blocks.
     expected = 0
     for block in grid.blocks():
         box_m = grid.box_m(block.box_out)
@@ -37,7 +37,7 @@ def test_just_the_tiles_with_tissue_are_planned(tmp_path: Path) -> None:
 
 
 def test_nothing_beyond_the_slide_is_tissue(tmp_path: Path) -> None:
-    # 203 pixels: the mask's and the map's last pixels both reach beyond the slide.
+    # With 203 pixels, the last pixels of the mask and of the map reach beyond the slide.
     path = write_slide(tmp_path / "slide.svs", painted((203, 203), ((0, 0, 203, 203), PINK)), mpp=1.0)
     _, slide, tissue, plan = plan_slide(path, make_card(COLOURS), replace(SMALL, block_out=64))
     slide.close()
@@ -74,7 +74,7 @@ def test_memory_grows_with_workers_and_batches_and_not_with_the_slide(tmp_path: 
         ({"block_out": 100}, "block_out is 100; it must be a multiple of 16"),
     ],
 )
-def test_settings_out_of_range_are_refused_by_their_flag(change: dict[str, float], words: str) -> None:
+def test_settings_out_of_range_are_refused_with_the_name_of_their_flag(change: dict[str, float], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         SegmentConfig(**change)  # type: ignore[arg-type] # wrong on purpose
 
@@ -86,5 +86,5 @@ def test_only_what_changes_the_result_belongs_to_its_identity() -> None:
     assert all(config.parameters("torch") != SMALL.parameters("torch") for config in other)
 
 
-def test_keeping_freed_memory_can_be_set_here() -> None:
+def test_freed_memory_can_be_kept_on_linux() -> None:
     assert keep_freed_memory() is sys.platform.startswith("linux")

@@ -1,4 +1,4 @@
-"""Slides in a process of their own: the same bytes, and what becomes of the batch when that process ends."""
+"""Slides in a child process: the same bytes as in this process, and what happens to the batch if it dies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> SlideJob:
 
 @pytest.fixture(autouse=True)
 def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], set[psutil.Process]]]:
-    """Yield a function that returns the running child processes of the test. At the end of the test there are none."""
+    """Yield a function that returns the running processes of the test. None may be left at its end."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     start_silent_tracker()
     yield lambda: {psutil.Process(child.pid) for child in multiprocessing.active_children()}
@@ -63,9 +63,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_process, "multiprocessing", SimpleNamespace(get_context=lambda _method: context))
 
 
-def test_another_process_gives_the_same_bytes_and_tells_its_progress(
-    tmp_path: Path, bundle: str, job: SlideJob
-) -> None:
+def test_a_child_process_writes_the_same_bytes_and_reports_progress(tmp_path: Path, bundle: str, job: SlideJob) -> None:
     here = segment_slide(job.path, tmp_path / "here", load_predictor(bundle, CONFIG), CONFIG)
     seen: list[tuple[str, int, int]] = []
     with open_workers("process", bundle, CONFIG, first=job) as workers:
@@ -85,7 +83,7 @@ def test_another_process_gives_the_same_bytes_and_tells_its_progress(
 
 
 @pytest.mark.full
-def test_the_process_that_waits_loads_no_network(tmp_path: Path, bundle: str, job: SlideJob) -> None:
+def test_the_waiting_process_does_not_import_torch(tmp_path: Path, bundle: str, job: SlideJob) -> None:
     program = f"""
 import sys
 from pathlib import Path
@@ -105,14 +103,14 @@ if __name__ == "__main__":
     assert (child.stdout.split(), child.stderr) == (["done", "False"], "")
 
 
-def test_a_reader_that_crashes_ends_the_process_and_not_the_batch(
+def test_a_reader_crash_ends_the_child_process_and_not_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: str
 ) -> None:
-    # A real SIGSEGV, in every process that Python starts from now on.
+    # A real SIGSEGV in every Python process that starts from now on.
     (tmp_path / "sitecustomize.py").write_text("import tests.full.segfaulting\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPOSITORY}")
     jobs = []
-    # The first one crashes while it is planned beside the loading of the model.
+    # The first slide crashes while it is planned and the model loads.
     for name in ("crash", "between", "crash too", "last"):
         path = write_slide(tmp_path / f"{name}.svs", painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=1.0)
         jobs.append(SlideJob(path))
@@ -122,15 +120,15 @@ def test_a_reader_that_crashes_ends_the_process_and_not_the_batch(
     assert [result.status for result in results] == ["failed", "done", "failed", "done"]
     assert [results[n].error.partition(":")[0] for n in (0, 2)] == ["crash.svs", "crash too.svs"]
     assert results[0].error == (
-        "crash.svs: the process that worked on it crashed (SIGSEGV), most likely in the library that reads it; copy or "
-        "scan it again, or try the other --backend"
+        "crash.svs: its process crashed (SIGSEGV), most likely in the library that reads the slide; copy or scan the "
+        "slide again, or try another --backend"
     )
     rows = {name: row["status"] for name, row in rows_of(tmp_path / "out").items()}
     assert rows == {"crash": "failed", "between": "done", "crash too": "failed", "last": "done"}
 
 
 @pytest.mark.usefixtures("forked")
-def test_a_killed_process_can_be_tried_again_and_goes_on_from_the_finished_blocks(
+def test_a_slide_whose_process_was_killed_resumes_from_the_finished_blocks(
     tmp_path: Path, bundle: str, job: SlideJob, started: Callable[[], set[psutil.Process]]
 ) -> None:
     def kill(stage: str, done: int, _: int) -> None:
@@ -139,7 +137,7 @@ def test_a_killed_process_can_be_tried_again_and_goes_on_from_the_finished_block
             child.kill()
 
     with open_workers("process", bundle, CONFIG) as workers:
-        with pytest.raises(WorkerLostError, match=r"größe\.svs: the process that worked on it was killed") as caught:
+        with pytest.raises(WorkerLostError, match=r"größe\.svs: its process was killed") as caught:
             workers.segment(job, tmp_path, kill)
         assert is_transient(caught.value)
         result = workers.segment(job, tmp_path, no_progress)
@@ -148,7 +146,7 @@ def test_a_killed_process_can_be_tried_again_and_goes_on_from_the_finished_block
 
 
 @pytest.mark.usefixtures("forked")
-def test_an_interrupt_ends_the_process_and_the_same_command_goes_on(
+def test_an_interrupt_ends_the_process_and_the_same_command_resumes(
     tmp_path: Path, bundle: str, job: SlideJob, started: Callable[[], set[psutil.Process]]
 ) -> None:
     def interrupt(stage: str, done: int, _: int) -> None:
@@ -156,7 +154,7 @@ def test_an_interrupt_ends_the_process_and_the_same_command_goes_on(
             raise KeyboardInterrupt
 
     with open_workers("process", bundle, CONFIG) as workers:
-        with pytest.raises(Cancelled, match=r"größe\.svs: interrupted; run the same command again to go on"):
+        with pytest.raises(Cancelled, match=r"größe\.svs: interrupted; run the same command again to resume"):
             workers.segment(job, tmp_path, interrupt)
         assert not started()
         assert workers.segment(job, tmp_path, no_progress).resumed_blocks >= 2
@@ -173,21 +171,21 @@ def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("forked")
-def test_cancelled_from_another_thread_it_ends_at_once(tmp_path: Path, bundle: str, job: SlideJob) -> None:
+def test_cancel_from_another_thread_ends_the_slide_at_once(tmp_path: Path, bundle: str, job: SlideJob) -> None:
     with open_workers("process", bundle, CONFIG) as workers:
 
         def cancel(stage: str, done: int, _: int) -> None:
             if stage == "segmenting" and done == 1:
                 threading.Thread(target=workers.cancel).start()
 
-        with pytest.raises(Cancelled, match=r"größe\.svs: stopped; run the same command again"):
+        with pytest.raises(Cancelled, match=r"größe\.svs: cancelled; run the same command again"):
             workers.segment(job, tmp_path, cancel)
         with pytest.raises(Cancelled):
             workers.segment(job, tmp_path, no_progress)
 
 
 @pytest.mark.usefixtures("forked")
-def test_what_is_wrong_with_model_or_settings_is_raised_before_any_slide(bundle: str, job: SlideJob) -> None:
+def test_errors_in_the_model_or_the_settings_are_raised_before_any_slide(bundle: str, job: SlideJob) -> None:
     with (
         pytest.raises(UnknownBundleError, match="no-such: neither a shipped model"),
         open_workers("process", "no-such", CONFIG, first=job),
@@ -201,7 +199,7 @@ def test_what_is_wrong_with_model_or_settings_is_raised_before_any_slide(bundle:
 
 
 @pytest.mark.full
-def test_a_process_whose_parent_was_killed_ends_too(tmp_path: Path, bundle: str, job: SlideJob) -> None:
+def test_a_child_process_exits_when_its_parent_is_killed(tmp_path: Path, bundle: str, job: SlideJob) -> None:
     program = f"""
 import os, sys
 from pathlib import Path

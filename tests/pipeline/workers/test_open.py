@@ -47,7 +47,7 @@ def small(folder: Path, *names: str) -> list[SlideJob]:
 
 @dataclass
 class Meeting:
-    """Workers whose calls wait until as many are running as they take at once; of each it is known when it ran."""
+    """Workers whose calls wait until `slides_at_once` of them run. `ran` lists the slides in start order."""
 
     slides_at_once: int
     cancelled: bool = False
@@ -68,7 +68,7 @@ class Meeting:
         self._barrier.abort()
 
 
-def test_as_many_slides_run_at_once_as_the_workers_take_and_results_keep_the_order(tmp_path: Path) -> None:
+def test_slides_at_once_slides_run_together_and_results_keep_the_order(tmp_path: Path) -> None:
     jobs = [SlideJob(tmp_path / f"{name}.svs") for name in ("e", "broken", "d", "c", "b", "a")]
     reported: list[str] = []
     workers = Meeting(3)
@@ -158,7 +158,7 @@ def test_a_slide_that_changes_after_it_was_planned_fails(tmp_path: Path) -> None
     assert not (tmp_path / "out" / "a").exists()
 
 
-def test_a_slide_of_a_model_that_is_not_there_fails_alone(tmp_path: Path) -> None:
+def test_a_slide_with_a_missing_model_fails_alone(tmp_path: Path) -> None:
     (job,) = small(tmp_path, "a")
     with open_workers(None, "colon-gland", SMALL) as workers:
         (result,) = run_batch(
@@ -168,7 +168,7 @@ def test_a_slide_of_a_model_that_is_not_there_fails_alone(tmp_path: Path) -> Non
     assert result.error.startswith("no/such: neither a shipped model")
 
 
-def test_cancelled_workers_end_the_slide_they_are_at(tmp_path: Path) -> None:
+def test_cancelled_workers_stop_the_running_slide(tmp_path: Path) -> None:
     (job,) = small(tmp_path, "a")
     workers = InProcess(lambda _: colour_predictor(), "any", SMALL)
 
@@ -182,7 +182,7 @@ def test_cancelled_workers_end_the_slide_they_are_at(tmp_path: Path) -> None:
     assert (again.status, again.resumed_blocks >= 3) == ("done", True)
 
 
-def test_a_slide_that_another_process_works_on_comes_last_and_is_skipped_once_it_is_there(
+def test_a_slide_locked_by_another_process_comes_last_and_is_skipped_when_finished(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.batch.window.LOOK_S", 0.05)
@@ -245,7 +245,7 @@ def test_two_commands_over_the_same_folder_share_the_slides(tmp_path: Path) -> N
     ]
     said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    # Each of them tells of every slide, and every slide was segmented once.
+    # Both commands report every slide, and every slide was segmented once.
     assert all(stdout.splitlines() == ["out/a", "out/b", "out/c"] for stdout, _ in said)
     ends = [line.split(":")[0].split() for _, stderr in said for line in stderr.splitlines() if "mm²" in line]
     assert sorted(name for status, name in ends if status == "done") == ["a", "b", "c"]
@@ -257,16 +257,16 @@ def test_two_commands_over_the_same_folder_share_the_slides(tmp_path: Path) -> N
     assert [result.status for result in again] == ["skipped"] * 3
 
 
-def test_a_lock_file_that_a_killed_run_left_is_no_lock(tmp_path: Path) -> None:
+def test_the_lock_file_of_a_killed_run_does_not_lock(tmp_path: Path) -> None:
     lock_file(tmp_path, "a").touch()
     assert not is_locked(tmp_path, "a")
     assert not lock_file(tmp_path, "a").exists()
     assert not is_locked(tmp_path, "b")
 
 
-def test_what_needs_processes_that_can_be_ended_is_refused_without_them() -> None:
+def test_a_timeout_and_blocks_need_other_processes() -> None:
     with (
-        pytest.raises(ConfigError, match="pass --scheduler local with it"),
+        pytest.raises(ConfigError, match="add --scheduler local"),
         open_workers(None, "colon-gland", SMALL, slide_timeout_s=60),
     ):
         pass
@@ -283,7 +283,7 @@ def test_what_needs_processes_that_can_be_ended_is_refused_without_them() -> Non
             pass
 
 
-def test_a_model_that_is_not_there_is_an_error_before_any_slide() -> None:
+def test_a_missing_model_is_an_error_before_any_slide() -> None:
     for scheduler in (None, "local"):
         with pytest.raises(UnknownBundleError), open_workers(scheduler, "no/such", SMALL):
             pass
@@ -320,5 +320,5 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
         (None, False),
     ],
 )
-def test_only_what_can_pass_by_itself_is_transient(error: Exception | None, transient: bool) -> None:
+def test_only_errors_that_can_pass_are_transient(error: Exception | None, transient: bool) -> None:
     assert is_transient(error) == transient

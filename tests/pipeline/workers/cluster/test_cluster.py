@@ -1,4 +1,4 @@
-"""Slides on real worker processes. They start once for all tests here: each loads torch."""
+"""Slides on real worker processes. The processes start once for all tests, because each loads torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SPREADS: list[Spread] = ["slides", "blocks"]
 
 
 class Traps(WorkerPlugin):
-    """Lets slides of certain names end the process that opens them, or keep it waiting."""
+    """Makes slides of certain names kill the process that opens them, or make it hang."""
 
     def setup(self, worker: Any) -> None:
         from wsi.readers import READERS, OpenSlideReader
@@ -57,7 +57,7 @@ class Traps(WorkerPlugin):
 
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
-    """Address of a cluster of two processes."""
+    """Yield the address of a cluster of two processes."""
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 1}),
         LocalCluster(
@@ -87,7 +87,7 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory, scheduler: str, bundle: Path, slide: Path) -> dict[str, bytes]:
-    """The files of the slide's result when it is segmented in this process."""
+    """Return the files of the slide's result when it is segmented in this process."""
     output = tmp_path_factory.mktemp("here")
     folder = segment_slide(slide, output, load_predictor(str(bundle), CONFIG), CONFIG).folder
     assert folder is not None
@@ -97,7 +97,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, scheduler: str, bundle: P
 
 
 def kill_a_worker(scheduler: str) -> int:
-    """End a process that is at work, as the kernel does when memory runs out."""
+    """Kill a busy process, as the kernel does when memory runs out; return its id."""
     with Client(scheduler, set_as_default=False) as client:
         at_work = [address for address, keys in client.processing().items() if keys]
         busiest = psutil.Process(client.run(os.getpid, workers=at_work[:1])[at_work[0]])
@@ -145,7 +145,7 @@ def test_a_killed_worker_does_not_change_a_byte(
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_an_interrupted_slide_goes_on_from_its_finished_blocks(
+def test_an_interrupted_slide_resumes_from_its_finished_blocks(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path, expected: dict[str, bytes], spread: Spread
 ) -> None:
     def interrupt(stage: str, done: int, _: int) -> None:
@@ -158,7 +158,7 @@ def test_an_interrupted_slide_goes_on_from_its_finished_blocks(
     ):
         workers.segment(SlideJob(slide), tmp_path / "out", interrupt)
     with open_workers(scheduler, str(bundle), CONFIG, spread=spread) as workers:
-        # The slide's lock is free as soon as the worker has seen that nobody waits for it.
+        # The worker releases the lock when it notices that its task is cancelled.
         (result,) = run_batch([SlideJob(slide)], tmp_path / "out", workers, lambda _: no_progress, lambda _: None)
     assert result.status == "done", result.error
     assert result.resumed_blocks >= 1
@@ -192,7 +192,7 @@ def test_a_slide_that_kills_its_workers_fails_and_the_others_are_done(
     with open_workers(scheduler, str(bundle), CONFIG) as workers:
         results = run_batch(jobs, tmp_path / "out", workers, lambda _: no_progress, lambda _: None)
     assert [r.status for r in results] == ["failed", "failed", "done"]
-    assert results[0].error.startswith("killer.svs: every process that worked on it was ended (2 of them)")
+    assert results[0].error.startswith("killer.svs: every process that ran it died (2 processes)")
     assert results[1].error.startswith("missing.svs: no such file")
     assert {name: row["status"] for name, row in rows_of(tmp_path / "out").items()} == {
         "killer": "failed",
@@ -201,28 +201,32 @@ def test_a_slide_that_kills_its_workers_fails_and_the_others_are_done(
     }
 
 
-def test_a_worker_that_cannot_do_the_work_is_named_before_any_slide(
+def test_a_worker_that_cannot_run_tasks_is_named_before_any_slide(
     tmp_path: Path, scheduler: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_cluster(scheduler, str(bundle), CONFIG, spread="slides", slide_timeout_s=None) as cluster:
-        with pytest.raises(ClusterError, match=r"worker tcp://\S+ cannot use the model: .* is another one here"):
+        with pytest.raises(
+            ClusterError, match=r"worker tcp://\S+ cannot use the model: .* a different model is installed here"
+        ):
             cluster.check(ModelRef(str(bundle), "0" * 64))
         monkeypatch.setattr("pipeline.workers.cluster.cluster.versions", lambda: versions() | {"zarr": "1.0"})
         with pytest.raises(ClusterError, match=r"worker tcp://\S+ has zarr [\d.]+ instead of 1\.0; install the same"):
             cluster.check(ModelRef("colon-gland", "0" * 64))
 
 
-def test_another_model_under_the_name_is_an_error_of_the_slide_too(
+def test_a_different_model_with_the_same_name_fails_the_slide(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_workers(scheduler, str(bundle), CONFIG) as workers:
         monkeypatch.setattr("pipeline.workers.cluster.cluster._model_ref", lambda _: ModelRef(str(bundle), "0" * 64))
-        with pytest.raises(ClusterError, match=r"is another one here \(digest \w{12} instead of 000000000000\)"):
+        with pytest.raises(
+            ClusterError, match=r"a different model is installed here \(digest \w{12} instead of 000000000000\)"
+        ):
             workers.segment(SlideJob(slide), tmp_path / "out", no_progress)
 
 
 @pytest.mark.full
-def test_ctrl_c_ends_own_processes_with_one_line(tmp_path: Path, bundle: Path, slide: Path) -> None:
+def test_ctrl_c_ends_local_processes_and_prints_one_line(tmp_path: Path, bundle: Path, slide: Path) -> None:
     arguments = ["größe.svs", "-o", "out", "-m", str(bundle), "-j", "1", "--device", "cpu", "--scheduler", "local:2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli.segment", *arguments],
@@ -231,7 +235,7 @@ def test_ctrl_c_ends_own_processes_with_one_line(tmp_path: Path, bundle: Path, s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Ctrl-C goes to all processes of the terminal's group.
+        # Ctrl-C reaches all processes of the terminal's group.
         start_new_session=True,
     )
     lock = slide.parent / "out" / ".größe.lock"
@@ -258,7 +262,7 @@ def test_ctrl_c_ends_own_processes_with_one_line(tmp_path: Path, bundle: Path, s
         ("no/such/file.json", "it must be local, local:N, the address of a dask.distributed cluster"),
     ],
 )
-def test_a_scheduler_that_is_none_is_refused(where: str, message: str) -> None:
+def test_an_invalid_scheduler_is_refused(where: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message), open_workers(where, "colon-gland", CONFIG):
         pass
 
@@ -266,7 +270,7 @@ def test_a_scheduler_that_is_none_is_refused(where: str, message: str) -> None:
 def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.workers.cluster.cluster.CONNECT_S", 0.5)
     with (
-        pytest.raises(ClusterError, match=r"^tcp://127\.0\.0\.1:9: no Dask scheduler answers there"),
+        pytest.raises(ClusterError, match=r"^tcp://127\.0\.0\.1:9: the Dask scheduler does not answer"),
         open_workers("tcp://127.0.0.1:9", "colon-gland", CONFIG),
     ):
         pass
@@ -282,7 +286,7 @@ def test_bands_hold_every_block_once_in_order() -> None:
     assert bands([], 2, 4) == []
 
 
-def test_a_folder_that_is_not_the_same_one_is_told() -> None:
+def test_a_folder_that_a_worker_does_not_see_is_reported() -> None:
     assert "does not see the folder (No such file" in check_folder(Path("nowhere/x.probe"), "a")
 
 
@@ -292,7 +296,7 @@ def test_a_cuda_build_and_a_cpu_build_of_torch_are_the_same_version(bundle: Path
     assert check_worker(versions() | {"torch": f"{plain}+cu999"}, ModelRef(str(bundle), digest)) == ""
 
 
-def test_local_is_a_process_for_each_gpu_and_one_without() -> None:
+def test_local_is_one_process_per_gpu_or_a_single_one() -> None:
     assert process_count("local", ["0", "3"]) == 2
     assert process_count("local", []) == 1
     assert process_count("local:5", ["0", "3"]) == 5

@@ -1,6 +1,4 @@
-"""Clusters whose processes come and go. Scheduler and workers are real, and threads of this process: they start at
-once.
-"""
+"""Clusters whose processes come and go. Scheduler and workers are real; they run as threads, which start at once."""
 
 from __future__ import annotations
 
@@ -21,8 +19,8 @@ from pipeline.errors import ClusterError, OutputError, WorkerLostError
 from pipeline.progress import no_progress
 from pipeline.slide.recipe import segment_slide
 from pipeline.workers.base import SlideJob, Spread
+from pipeline.workers.cluster.available import AvailableProcesses
 from pipeline.workers.cluster.cluster import open_cluster
-from pipeline.workers.cluster.crew import Crew
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.open import open_workers
 from tests.flows.servers import free_port, until
@@ -33,7 +31,7 @@ from tests.slides import small_slide
 CONFIG = SegmentConfig(block_out=64, num_workers=1, device="cpu", batch_size=4, runtime="torch")
 
 
-GONE = "a.svs: the cluster that worked on it went away; run the same command again to go on from the finished blocks"
+GONE = "a.svs: the connection to the cluster is lost; run the same command again to resume from the finished blocks"
 
 
 @contextmanager
@@ -59,80 +57,87 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.workers.cluster.crew.PATIENCE_S", 0.3)
-    monkeypatch.setattr("pipeline.workers.cluster.crew.LOOK_S", 0.1)
+    monkeypatch.setattr("pipeline.workers.cluster.available.WARNING_S", 0.3)
+    monkeypatch.setattr("pipeline.workers.cluster.available.REFRESH_S", 0.1)
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.name == "pipeline.workers.cluster.crew"]
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "pipeline.workers.cluster.available"]
 
 
 @pytest.mark.usefixtures("hurried")
-def test_a_cluster_without_a_process_is_waited_for_and_that_is_said_once(
+def test_a_cluster_without_a_process_logs_one_warning_and_resumes(
     tmp_path: Path, bundle: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = SlideJob(small_slide(tmp_path / "a.svs"))
-    waits, goes_on = "the cluster has no process; waiting for one", "the cluster has a process again; going on"
+    waits, resumes = (
+        "the cluster has no process; waiting for one",
+        "a process of the cluster is available again; resuming",
+    )
     with cluster_of(0) as cluster:
 
-        def start_when_said(times: int) -> threading.Thread:
+        def start_after_warning(times: int) -> threading.Thread:
             def start() -> None:
-                until(lambda: said(caplog).count(waits) == times, seconds=60, what="the warning")
-                time.sleep(1.0)  # in which it could be said again
+                until(lambda: messages(caplog).count(waits) == times, seconds=60, what="the warning")
+                time.sleep(1.0)  # time for a second warning
                 cluster.scale(1)
 
             thread = threading.Thread(target=start)
             thread.start()
             return thread
 
-        first = start_when_said(1)
+        first = start_after_warning(1)
         with open_workers(cluster.scheduler_address, bundle, CONFIG) as workers:
             first.join()
-            assert said(caplog) == [waits, goes_on]
+            assert messages(caplog) == [waits, resumes]
             cluster.scale(0)
             until(
                 lambda: cluster.scheduler is not None and not cluster.scheduler.workers,
                 seconds=60,
                 what="the end of the process",
             )
-            second = start_when_said(2)
+            second = start_after_warning(2)
             assert workers.segment(job, tmp_path / "out", no_progress).status == "done"
             second.join()
-            # So small a slide may have ended before the cluster was looked at again; a batch looks on.
+            # A slide this small may end before the next query of the cluster.
             until(
-                lambda: workers.slides_at_once and said(caplog).count(goes_on) == 2,
+                lambda: workers.slides_at_once and messages(caplog).count(resumes) == 2,
                 seconds=60,
-                what="the word that it goes on",
+                what="the second message",
             )
-    assert said(caplog) == [waits, goes_on] * 2
+    assert messages(caplog) == [waits, resumes] * 2
 
 
 @pytest.mark.usefixtures("hurried")
-def test_a_process_with_a_gpu_that_comes_later_gets_the_slides_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_process_with_a_gpu_that_starts_later_gets_all_later_slides(caplog: pytest.LogCaptureFixture) -> None:
     with cluster_of(1) as cluster, Client(cluster, set_as_default=False) as client:
-        crew, on_cpu = Crew(client, gpu=True), Crew(client, gpu=False)
-        (plain,) = crew.able(now=True)
-        assert crew.resources == {}
+        found, on_cpu = AvailableProcesses(client, gpu=True), AvailableProcesses(client, gpu=False)
+        (plain,) = found.addresses(now=True)
+        assert found.resources == {}
         cluster.new_spec = {**cluster.new_spec, "options": {**cluster.new_spec["options"], "resources": {"GPU": 1}}}
         cluster.scale(2)
         (with_gpu,) = until(
-            lambda: [one for one in crew.able(now=True) if one != plain], seconds=60, what="a process with a GPU"
+            lambda: [one for one in found.addresses(now=True) if one != plain],
+            seconds=60,
+            what="a process with a GPU",
         )
-        assert (crew.resources, crew.able(now=True)) == ({"GPU": 1}, [with_gpu])
-        assert (on_cpu.resources, set(on_cpu.able(now=True))) == ({}, {plain, with_gpu})
-        # Where it has gone, the slides wait for the next one: another kind of process would take hours for each.
+        assert (found.resources, found.addresses(now=True)) == ({"GPU": 1}, [with_gpu])
+        assert (on_cpu.resources, set(on_cpu.addresses(now=True))) == ({}, {plain, with_gpu})
+        # If the process exits, the slides wait for the next GPU, because a CPU would take hours for each slide.
         (number,) = (name for name, worker in cluster.workers.items() if worker.address == with_gpu)
         cluster.sync(cluster.workers[number].close)
         until(
-            lambda: not crew.able() and said(caplog) == ["the cluster has no process with a GPU; waiting for one"],
+            lambda: (
+                not found.addresses() and messages(caplog) == ["the cluster has no process with a GPU; waiting for one"]
+            ),
             seconds=60,
             what="the warning",
         )
-        assert crew.resources == {"GPU": 1}
+        assert found.resources == {"GPU": 1}
 
 
 @pytest.mark.parametrize("spread", ["slides", "blocks"])
-def test_the_runtime_is_what_the_processes_have_and_not_the_client(
+def test_the_runtime_is_chosen_by_the_processes_and_not_by_the_client(
     tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch, spread: Spread
 ) -> None:
     slide, out, config = small_slide(tmp_path / "a.svs"), tmp_path / "out", replace(CONFIG, runtime="auto")
@@ -142,7 +147,7 @@ def test_the_runtime_is_what_the_processes_have_and_not_the_client(
         assert workers.segment(SlideJob(slide), out, no_progress).status == "done"
         assert run_of(out / "a")["identity"]["parameters"]["runtime"] == "torch"
         monkeypatch.undo()
-        # Whoever asks for none takes the result that is there; whoever asks for another does not.
+        # If no runtime is requested, the existing result is kept; a request for another runtime is refused.
         assert workers.segment(SlideJob(slide), out, no_progress).status == "skipped"
     with pytest.raises(OutputError, match="holds the result of another run"):
         segment_slide(slide, out, as_openvino(bundle), replace(config, runtime="openvino"))
@@ -153,7 +158,7 @@ def test_the_runtime_is_what_the_processes_have_and_not_the_client(
 
 
 def as_openvino(bundle: str) -> Predictor:
-    """A predictor that says so; compiling would take long."""
+    """Return a torch predictor that states OpenVINO, because compiling takes long."""
     predictor = load_predictor(bundle, CONFIG)
     predictor.runtime = "openvino"
     return predictor
@@ -170,14 +175,16 @@ def test_a_process_that_hangs_in_a_stale_mount_is_named(
     monkeypatch.setattr("pipeline.workers.cluster.cluster.check_folder", hangs)
     with cluster_of(1) as cluster, open_workers(cluster.scheduler_address, bundle, CONFIG) as workers:
         start = time.monotonic()
-        with pytest.raises(ClusterError, match=r"out: worker tcp://\S+ has not answered within 0\.2 s, as where"):
+        with pytest.raises(
+            ClusterError, match=r"out: worker tcp://\S+ has not answered within 0\.2 s; a mount may be stale"
+        ):
             workers.segment(SlideJob(tmp_path / "a.svs"), tmp_path / "out", no_progress)
         assert time.monotonic() - start < 2.5
         assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.full
-def test_a_scheduler_that_comes_back_is_gone_on_with(tmp_path: Path, bundle: str) -> None:
+def test_runs_resume_when_the_scheduler_returns(tmp_path: Path, bundle: str) -> None:
     slide, port = speckled_slide(tmp_path / "a.svs"), free_port()
     lost: list[Exception] = []
     with cluster_of(0, scheduler_port=port) as first:
