@@ -40,6 +40,8 @@ class PartRuns:
         self._lock = threading.Lock()
         self._current = _Part(self._flow_context, room=PART if slides <= PART else 0)
         self._runs: list[_PartRun] = []
+        self._upcoming: _PartRun | None = None
+        self._left = slides
 
     def attempt(self, job: SlideJob, make: Callable[[], Attempt]) -> Attempt:
         """Make an attempt as a Prefect task. If Prefect cannot run the task, make the attempt without it."""
@@ -71,11 +73,19 @@ class PartRuns:
             if not self._current.room:
                 self._current = self._next_part()
             self._current.enter()
+            self._left -= 1
+            # A busy server takes up to 20 s to start a flow run. No attempt waits for that.
+            if self._upcoming is None and self._current.room <= PART // 2 and self._left > self._current.room:
+                self._upcoming = self._start_run()
             return self._current
 
+    def _start_run(self) -> _PartRun:
+        self._runs.append(_PartRun(self._flow_context, f"part {len(self._runs) + 1}"))
+        return self._runs[-1]
+
     def _next_part(self) -> _Part:
-        run = _PartRun(self._flow_context, f"part {len(self._runs) + 1}")
-        self._runs.append(run)
+        run, self._upcoming = self._upcoming or self._start_run(), None
+        run.wait_until_started()
         if run.part is None:
             log.warning("Prefect's server does not answer; %d slides run without a part of their own", PART)
             return _Part(self._flow_context, room=PART)
@@ -125,16 +135,20 @@ class _PartRun:
     """The thread on which a part's flow run waits for its attempts."""
 
     def __init__(self, flow_context: Context, name: str) -> None:
-        """Start the flow run and wait until it runs. `part` stays None if Prefect cannot start it."""
+        """Start the flow run."""
         self.part: _Part | None = None
         self._started = threading.Event()
         self._flow_context = flow_context
         self._thread = threading.Thread(target=self._run, args=(name,), name=name)
         self._thread.start()
+
+    def wait_until_started(self) -> None:
+        """Wait until the flow run runs. `part` stays None if Prefect cannot start it."""
         self._started.wait()
 
     def close(self, *, interrupted: bool) -> None:
         """Let the flow run end although the part is not full."""
+        self.wait_until_started()
         if self.part is not None:
             self.part.interrupted = interrupted and not self.part.ended.is_set()
             self.part.ended.set()

@@ -14,7 +14,7 @@ from pipeline.batch.attempt import Attempt
 from pipeline.batch.window import QueuedSlide
 
 MAX_THREADS = 1000
-"""Slides in flight at most: each has a thread that waits for it, which takes about 50 KB of memory."""
+"""Slides in flight at most: each has a thread that waits for it, which takes about 20 KB of memory."""
 
 
 class ThreadSlots:
