@@ -63,8 +63,8 @@ def painted(
     """Return an image of glass, (width, height) in pixels, with filled boxes (x, y, width, height) of a color."""
     rgb_HWC = np.empty((size[1], size[0], 3), np.uint8)
     rgb_HWC[:] = GLASS
-    for (x, y, width, height), colour in shapes:
-        rgb_HWC[y : y + height, x : x + width] = colour
+    for (x, y, width, height), color in shapes:
+        rgb_HWC[y : y + height, x : x + width] = color
     return rgb_HWC
 
 

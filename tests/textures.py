@@ -13,7 +13,7 @@ COLORS = ((205, 51, 51), (65, 105, 225), (255, 165, 0))
 
 DATASET_TOML = """
 name = "textures"
-description = "Three textures in stain-like colours."
+description = "Three textures in stain-like colors."
 licence = "CC0"
 attribution = "Made by a program."
 mpp = 1.0
@@ -36,7 +36,7 @@ splits = ["train"]
 
 
 def texture(kind: int, size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """One texture over a whole patch: all three have the same mean colour, so that only structure tells them apart."""
+    """One texture over a whole patch: all three have the same mean color, so that only structure tells them apart."""
     y, x = np.mgrid[:size, :size]
     angle, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi, 2)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -45,9 +45,9 @@ def texture(kind: int, size: int, rng: np.random.Generator) -> NDArray[np.uint8]
         wave = np.sin(along * 0.9 + phase[0]) * np.sin(across * 0.9 + phase[1])
     elif kind == 1:
         wave = np.sin(along * 0.7 + phase[0])
-    grey_HW = 150 + 55 * wave + rng.normal(0, 8, (size, size))
+    gray_HW = 150 + 55 * wave + rng.normal(0, 8, (size, size))
     tint_3 = np.array([1.15, 0.8, 1.05]) * rng.uniform(0.95, 1.05, 3)
-    return np.clip(grey_HW[..., None] * tint_3, 0, 255).astype(np.uint8)
+    return np.clip(gray_HW[..., None] * tint_3, 0, 255).astype(np.uint8)
 
 
 def patch(size: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

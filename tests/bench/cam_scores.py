@@ -1,8 +1,8 @@
 """How well class activation maps explain a classifier, and how well they point at what a mask says.
 
-All functions work on pairs of an image and a class that is present in it. `score` maps normalised images (N, 3, H, W)
+All functions work on pairs of an image and a class that is present in it. `score` maps normalized images (N, 3, H, W)
 to probabilities (N, K), after the sigmoid. What a map takes away becomes white, as glass without tissue, not 0, which
-is a grey in normalised space that no slide shows.
+is a gray in normalized space that no slide shows.
 
 Shape suffixes: B pairs, C channels, K classes, H and W the image, N images of one call of `score`, P its pixels.
 """
@@ -19,7 +19,7 @@ Score = Callable[[Tensor], Tensor]
 
 
 def glass_white(mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return white (1 of 0–1 in every channel) in the space of images normalised with mean and std, (3,) float32."""
+    """Return white (1 of 0–1 in every channel) in the space of images normalized with mean and std, (3,) float32."""
     return (1 - torch.tensor(mean, dtype=torch.float32)) / torch.tensor(std, dtype=torch.float32)
 
 
@@ -84,7 +84,7 @@ def insertion(
     """Return the area under each pair's insertion curve, (B,) 0–1, higher is better.
 
     As `deletion`, but the pixels of the image appear on white glass. Petsiuk et al. start from the blurred image; a
-    blurred tissue still has the tissue's colours, by which a classifier of stained tissue knows much.
+    blurred tissue still has the tissue's colors, by which a classifier of stained tissue knows much.
     """
     white_BCHW = white_C.to(x_BCHW)[None, :, None, None].expand_as(x_BCHW)
     return _area(score, white_BCHW, x_BCHW, map_BHW, class_B, steps, chunk)

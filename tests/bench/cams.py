@@ -189,7 +189,7 @@ def bundled(name: str, dataset: Dataset, device: torch.device) -> Subject:
 
 
 def stored(text: str, classes: int, mpp: float, device: torch.device) -> Subject:
-    """Return the classifier that NAME=FILE:BACKBONE:HEAD:DEPTH names (depth "none": the whole backbone), normalised as
+    """Return the classifier that NAME=FILE:BACKBONE:HEAD:DEPTH names (depth "none": the whole backbone), normalized as
     training does it.
     """
     import safetensors.torch
@@ -453,8 +453,8 @@ def truth_rgb(truth_HW: NDArray[np.uint8], dataset: Dataset) -> NDArray[np.uint8
     """Return a mask in the classes' colors, with white for pixels without a class."""
     palette = np.full((256, 3), 255, dtype=np.uint8)
     palette[: len(dataset.classes)] = [one.color for one in dataset.classes]
-    coloured_HWC: NDArray[np.uint8] = palette[truth_HW]
-    return coloured_HWC
+    colored_HWC: NDArray[np.uint8] = palette[truth_HW]
+    return colored_HWC
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pipeline.workers.in_process import load_predictor
 from wsi.tiff_tiles import TiledImage
 
 _RGB, _YCBCR = (b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([code]) for code in (0, 1))
-"""Markers that tell Pillow the colours of a JPEG stream."""
+"""Markers that tell Pillow the colors of a JPEG stream."""
 
 
 def half_sized(image: TiledImage, index: int) -> NDArray[np.uint8]:

@@ -1,10 +1,10 @@
-"""Measure, search and compare colours for tissue classes: docs/decisions/0006-colors.md has the figures.
+"""Measure, search and compare colors for tissue classes: docs/decisions/0006-colors.md has the figures.
 
-    python -m tests.bench.palettes measure PATH...   colours of glass, tissue and nuclei in slides or folders of images
-    python -m tests.bench.palettes search            finds the colours of pipeline/training/palettes.py anew
+    python -m tests.bench.palettes measure PATH...   colors of glass, tissue and nuclei in slides or folders of images
+    python -m tests.bench.palettes search            finds the colors of pipeline/training/palettes.py anew
     python -m tests.bench.palettes compare           they beside well-known palettes, as a table
 
-Distances are CIEDE2000, the least of normal vision and three simulated kinds of colour blindness.
+Distances are CIEDE2000, the least of normal vision and three simulated kinds of color blindness.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from pipeline.training.palettes import CLASS_COLORS, Color
 COUNT = 10
 LEAST_TO_HE = 8.0
 LEAST_BLENDED = 7.0
-"""Between tissue with a class colour blended over it and the same tissue without."""
+"""Between tissue with a class color blended over it and the same tissue without."""
 LEAST_TO_BLACK = 15.0
 LEAST_CHROMA = 40.0
-"""Grey and pastel read as unstained, however far they are from it."""
+"""Gray and pastel read as unstained, however far they are from it."""
 LIGHTNESS = (15.0, 93.0)
 
 VISIONS = {
@@ -53,14 +53,14 @@ IEEE TVCG 15(6), 2009, severity 1.0.
 """
 
 GLASS = (245, 240, 244)
-HE_COLOURS = {
+HE_COLORS = {
     "skin": ((226, 176, 208), (187, 124, 162), (154, 80, 121), (96, 58, 102)),
     "head and neck": ((231, 168, 202), (208, 106, 157), (185, 68, 122), (167, 75, 125)),
     "colon": ((239, 191, 231), (212, 129, 206), (181, 72, 169), (135, 60, 157)),
 }
 """Light, middle and dark tissue and nuclei, as `measure` finds them on CMU-1.svs, on TCGA-CR-7395 and in GlaS."""
-BACKGROUNDS = np.array([GLASS, *itertools.chain(*HE_COLOURS.values())])
-TISSUES = np.array([tissue[1] for tissue in HE_COLOURS.values()])
+BACKGROUNDS = np.array([GLASS, *itertools.chain(*HE_COLORS.values())])
+TISSUES = np.array([tissue[1] for tissue in HE_COLORS.values()])
 
 KNOWN = {
     "Okabe-Ito": [
@@ -79,7 +79,7 @@ KNOWN = {
 
 
 def seen_VN3(rgb_N3: NDArray[np.number]) -> NDArray[np.float64]:
-    """Lab of colours (0-255) as each of `VISIONS` sees them."""
+    """Lab of colors (0-255) as each of `VISIONS` sees them."""
     share = np.asarray(rgb_N3, float) / 255
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
     seen = (np.clip(linear @ matrix.T, 0, 1) for matrix in VISIONS.values())
@@ -88,26 +88,26 @@ def seen_VN3(rgb_N3: NDArray[np.number]) -> NDArray[np.float64]:
 
 
 def distances_NM(first_VN3: NDArray[np.float64], second_VM3: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The least CIEDE2000 over the kinds of vision, of every colour to every other."""
+    """The least CIEDE2000 over the kinds of vision, of every color to every other."""
     by_vision = [deltaE_ciede2000(a[:, None], b[None]) for a, b in zip(first_VN3, second_VM3, strict=True)]
     return np.asarray(np.min(by_vision, axis=0))
 
 
 def least_pair(seen: NDArray[np.float64]) -> float:
-    """The distance of the two colours that are most alike."""
+    """The distance of the two colors that are most alike."""
     distances = distances_NM(seen, seen)
     return float(distances[np.triu_indices(len(distances), 1)].min())
 
 
 def blended(rgb_N3: NDArray[np.number]) -> NDArray[np.float64]:
-    """As `seen_VN3`, of colours blended over each of `TISSUES` as the preview does: (vision and tissue, colour, 3)."""
+    """As `seen_VN3`, of colors blended over each of `TISSUES` as the preview does: (vision and tissue, color, 3)."""
     return np.concatenate([seen_VN3(BLEND * rgb_N3 + (1 - BLEND) * tissue) for tissue in TISSUES])
 
 
 def search() -> list[Color]:
-    """The `COUNT` colours whose least distance is largest, of those that keep the limits above; the same every time.
+    """The `COUNT` colors whose least distance is largest, of those that keep the limits above; the same every time.
 
-    The distance of two colours is that over tissue, but no more than half that of the plain colours. Farthest-first
+    The distance of two colors is that over tissue, but no more than half that of the plain colors. Farthest-first
     from every start, each improved by exchange; then sorted so that the first ones differ most.
     """
     steps = range(0, 256, 17)
@@ -170,10 +170,10 @@ def compare() -> Iterator[str]:
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
     he, bare = seen_VN3(BACKGROUNDS), np.concatenate([seen_VN3(tissue[None]) for tissue in TISSUES])
-    for name, colours in palettes.items():
-        seen, over_tissue = seen_VN3(np.array(colours)), blended(np.array(colours))
+    for name, colors in palettes.items():
+        seen, over_tissue = seen_VN3(np.array(colors)), blended(np.array(colors))
         to_he, to_tissue = distances_NM(seen, he).min(), distances_NM(over_tissue, bare).min()
-        line = seen_VN3(OUTLINE * np.array(colours))
+        line = seen_VN3(OUTLINE * np.array(colors))
         to_fill = np.diag(distances_NM(np.concatenate([line] * len(TISSUES)), over_tissue)).min()
         pairs = least_pair(seen[:1]), least_pair(seen), least_pair(over_tissue)
         values = (*pairs, to_he, to_tissue, distances_NM(line, he).min(), to_fill)
@@ -200,7 +200,7 @@ def patches_of(path: Path, count: int = 60, side: int = 512) -> Iterator[NDArray
 
 
 def measure(path: Path) -> dict[str, list[int]]:
-    """Mean colours of glass and of light, middle and dark tissue and nuclei.
+    """Mean colors of glass and of light, middle and dark tissue and nuclei.
 
     Nuclei have more haematoxylin than Otsu's threshold; light and dark are the outer fifths of the rest in brightness.
     """

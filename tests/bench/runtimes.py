@@ -85,7 +85,7 @@ def whole_bf16(network: nn.Module, example: Tensor, threads: int) -> Run:
 
 
 def jit(network: nn.Module, example: Tensor, threads: int) -> Run:
-    """Traced and frozen, which folds batch normalisation into the convolutions; needs nothing but torch."""
+    """Traced and frozen, which folds batch normalization into the convolutions; needs nothing but torch."""
     run: Any = eager(network, example, threads)
     traced: Run = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(run, example, check_trace=False)))
     return traced

@@ -41,7 +41,7 @@ def pairs(generator: torch.Generator, count: int = 5) -> tuple[Tensor, Tensor, T
     return x_BCHW, map_BHW, torch.randint(0, 2, (count,), generator=generator)
 
 
-def test_white_glass_is_one_after_undoing_the_normalisation() -> None:
+def test_white_glass_is_one_after_undoing_the_normalization() -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     white_C = glass_white(mean, std)
     assert [float(white_C[c]) * std[c] + mean[c] for c in range(3)] == pytest.approx([1.0, 1.0, 1.0])

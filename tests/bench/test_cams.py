@@ -19,7 +19,7 @@ BACKBONE = "test_resnet"
 
 CARD = """
 name = "squares"
-description = "Noise of two colours"
+description = "Noise of two colors"
 licence = "CC0"
 mpp = 0.5
 mask_excluded = [9]

@@ -14,7 +14,7 @@ from pipeline.config import SegmentConfig
 from pipeline.slide.plan import block_tissue, needed_tiles
 from pipeline.slide.recipe import plan_slide
 from tests.bench import agreement, floors, slide, synthetic_slide
-from tests.pipeline.fakes import colour_predictor, region_slide
+from tests.pipeline.fakes import color_predictor, region_slide
 from tests.slides import GLASS, PINK, painted, write_slide
 from wsi.box import Box
 from wsi.readers import READERS
@@ -99,7 +99,7 @@ def test_a_slide_without_a_field_of_glass_is_refused(tmp_path: Path) -> None:
 def test_the_decode_floor_reads_what_the_blocks_read(tmp_path: Path) -> None:
     path = region_slide(tmp_path / "region.svs")
     config = SegmentConfig(block_out=32, num_workers=2, device="cpu")
-    _, opened, tissue, plan = plan_slide(path, colour_predictor().card, config)
+    _, opened, tissue, plan = plan_slide(path, color_predictor().card, config)
     with opened:
         reads = floors.planned_reads(opened.info, tissue, plan)
         # At 1 µm/px and one level, a block's strips cover its tiles, cut at the slide's edge.
@@ -119,7 +119,7 @@ def test_the_decode_floor_reads_what_the_blocks_read(tmp_path: Path) -> None:
 
 
 def test_the_network_floor_is_per_tile_and_leaves_the_predictor_as_it_was(tmp_path: Path) -> None:
-    predictor = colour_predictor(batch_size=3)
+    predictor = color_predictor(batch_size=3)
     calls: list[tuple[int, int]] = []
 
     def call(rgb_NHWC: np.ndarray) -> None:
@@ -137,12 +137,12 @@ def test_the_network_floor_is_per_tile_and_leaves_the_predictor_as_it_was(tmp_pa
 
 def test_tiles_from_memory_are_the_slides_own(tmp_path: Path) -> None:
     _, opened, tissue, plan = plan_slide(
-        region_slide(tmp_path / "region.svs"), colour_predictor().card, SegmentConfig(block_out=32)
+        region_slide(tmp_path / "region.svs"), color_predictor().card, SegmentConfig(block_out=32)
     )
     with opened:
         rgb_NHWC = floors.sample_tiles(opened, tissue, plan, 12)
     assert rgb_NHWC.shape == (12, 64, 64, 3)
-    assert {tuple(colour) for colour in rgb_NHWC.reshape(-1, 3)} > {PINK}
+    assert {tuple(color) for color in rgb_NHWC.reshape(-1, 3)} > {PINK}
 
 
 def test_labels_are_compared_pixel_by_pixel() -> None:

@@ -129,9 +129,9 @@ def good_journals(folder: Path) -> None:
     from pipeline.slide.blocks import BlockRecord
     from pipeline.slide.journal import Journal, make_durable
     from pipeline.slide.recipe import segment_slide
-    from tests.pipeline.fakes import SMALL, colour_predictor, region_slide
+    from tests.pipeline.fakes import SMALL, color_predictor, region_slide
 
-    result = segment_slide(region_slide(folder / "slide.svs"), folder / "out", colour_predictor(), SMALL)
+    result = segment_slide(region_slide(folder / "slide.svs"), folder / "out", color_predictor(), SMALL)
     assert result.folder is not None
     work = folder / "out" / ".slide.work"
     work.mkdir()

@@ -17,7 +17,7 @@ from pipeline.slide.journal import Journal
 from pipeline.slide.recipe import segment_slide
 from tests.full.crash import STEPS, Bench, Kill, open_bench, random_kill, survive
 from tests.full.disk import Disk
-from tests.pipeline.fakes import SMALL, colour_predictor, published, region_slide
+from tests.pipeline.fakes import SMALL, color_predictor, published, region_slide
 
 COARSE = replace(SMALL, block_out=160)
 
@@ -105,7 +105,7 @@ class Stopped:
         """Go on with this journal in a copy; returns how many blocks were not done again, and the files."""
         shutil.copytree(self.output, output)
         (output / ".slide.work" / "journal.jsonl").write_bytes(journal)
-        result = segment_slide(self.slide, output, colour_predictor(), COARSE)
+        result = segment_slide(self.slide, output, color_predictor(), COARSE)
         assert result.folder is not None
         assert [path.name for path in output.iterdir()] == ["slide"]
         return result.resumed_blocks, published(result.folder)
@@ -115,7 +115,7 @@ class Stopped:
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     folder = tmp_path_factory.mktemp("journal")
     path = region_slide(folder / "slide.svs")
-    undisturbed = segment_slide(path, folder / "undisturbed", colour_predictor(), COARSE)
+    undisturbed = segment_slide(path, folder / "undisturbed", color_predictor(), COARSE)
     assert undisturbed.folder is not None
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -123,7 +123,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
             raise _StoppedError
 
     with pytest.raises(_StoppedError):
-        segment_slide(path, folder / "out", colour_predictor(), COARSE, stop)
+        segment_slide(path, folder / "out", color_predictor(), COARSE, stop)
     work = folder / "out" / ".slide.work"
     identity = json.loads((work / "identity.json").read_text(encoding="utf-8"))
     records = Journal(work, identity).finished()
@@ -196,7 +196,7 @@ def test_a_chunk_that_a_power_cut_brought_back_does_not_belong_to_a_block(stoppe
     assert not stray.exists()
     stray.parent.mkdir(parents=True, exist_ok=True)
     stray.write_bytes((output / ".slide.work" / chunk).read_bytes())
-    result = segment_slide(stopped.slide, output, colour_predictor(), COARSE)
+    result = segment_slide(stopped.slide, output, color_predictor(), COARSE)
     assert result.resumed_blocks == 4
     assert result.folder is not None
     assert published(result.folder) == stopped.expected
@@ -207,23 +207,23 @@ def test_what_a_kill_after_the_publishing_left_is_cleared_by_the_next_run(stoppe
     shutil.copytree(stopped.output, output)
     kept = tmp_path / "kept"
     shutil.copytree(output / ".slide.work", kept)
-    segment_slide(stopped.slide, output, colour_predictor(), COARSE)
+    segment_slide(stopped.slide, output, color_predictor(), COARSE)
     for work, survives in ((kept, False), (tmp_path / "other", True)):
         if survives:
             # The unfinished run of other settings, with --force, is not this run's to clear away.
             shutil.copytree(kept, work)
             (work / "identity.json").write_text(json.dumps(stopped.identity | {"model": "another"}), encoding="utf-8")
         shutil.copytree(work, output / ".slide.work")
-        assert segment_slide(stopped.slide, output, colour_predictor(), COARSE).status == "skipped"
+        assert segment_slide(stopped.slide, output, color_predictor(), COARSE).status == "skipped"
         assert (output / ".slide.work").exists() == survives
 
 
 def test_a_run_of_other_settings_is_refused_by_their_names(stopped: Stopped, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    segment_slide(stopped.slide, output, colour_predictor(), COARSE)
+    segment_slide(stopped.slide, output, color_predictor(), COARSE)
     with pytest.raises(
         OutputError,
         match=r"another run \(other parameters\); pass --force .*; it was made with overlap 0\.25 instead of 0\.5, "
         r"min_area_um2 0\.0 instead of 9\.0$",
     ):
-        segment_slide(stopped.slide, output, colour_predictor(), replace(COARSE, overlap=0.5, min_area_um2=9.0))
+        segment_slide(stopped.slide, output, color_predictor(), replace(COARSE, overlap=0.5, min_area_um2=9.0))

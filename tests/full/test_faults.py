@@ -34,7 +34,7 @@ from pipeline.slide.recipe import segment_slide
 from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import InProcess
 from tests.cases import full
-from tests.pipeline.fakes import SMALL, colour_predictor, published, region_slide, run_of
+from tests.pipeline.fakes import SMALL, color_predictor, published, region_slide, run_of
 from tests.slides import PINK, painted, write_slide
 from wsi.box import Box
 from wsi.readers import READERS, OpenSlideReader
@@ -59,7 +59,7 @@ class Slides:
         progress: Progress = options.get("progress", no_progress)  # type: ignore[assignment]
         report: Callable[[SlideResult], None] = options.get("report", lambda _: None)  # type: ignore[assignment]
         config: SegmentConfig = options.get("config", CONFIG)  # type: ignore[assignment]
-        workers = InProcess(lambda _: predictor or colour_predictor(), "any", config)
+        workers = InProcess(lambda _: predictor or color_predictor(), "any", config)
         jobs = [SlideJob(self.a), SlideJob(self.b)]
         return run_batch(jobs, output, workers, lambda job: progress if job.path == self.a else no_progress, report)
 
@@ -78,7 +78,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Slides:
     # Two levels: the thumbnail is read from the second, so that only the tiles meet the bad place.
     a = region_slide(folder / "a.svs", levels=(1, 8))
     b = write_slide(folder / "b.svs", painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=1.0)
-    result = segment_slide(a, folder / "undisturbed", colour_predictor(), CONFIG)
+    result = segment_slide(a, folder / "undisturbed", color_predictor(), CONFIG)
     assert result.folder is not None
     return Slides(a, b, published(result.folder))
 
@@ -328,7 +328,7 @@ def test_a_slide_that_vanishes_while_it_runs_is_named_and_gone_on_with_when_it_i
 
 def failing_predictor(error: BaseException, method: str = "predict") -> Predictor:
     """Fails at the sixth call of a method, and at no other."""
-    predictor, calls = colour_predictor(), [0]
+    predictor, calls = color_predictor(), [0]
     call = getattr(predictor, method)
 
     def failing(pixels: object) -> object:

@@ -29,7 +29,7 @@ from pipeline.workers.in_process import InProcess
 from pipeline.workers.open import open_workers
 from tests.full.fuzz import fuzz
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
-from tests.pipeline.fakes import COLOURS, SMALL, colour_predictor, predictor, run_of
+from tests.pipeline.fakes import COLORS, SMALL, color_predictor, predictor, run_of
 from tests.pipeline.small_bundle import small_bundle
 from tests.pipeline.summaries import rows_of
 from tests.repository import REPOSITORY
@@ -141,7 +141,7 @@ def test_a_slide_whose_name_is_in_the_way_of_our_own_files_fails_alone_and_by_na
     bad, good = slides / name, small_slide(slides / "good.svs")
     if name != "..":
         small_slide(bad)
-    workers = InProcess(lambda _: colour_predictor(), "model", SMALL)
+    workers = InProcess(lambda _: color_predictor(), "model", SMALL)
     before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     results = run_batch([SlideJob(bad), SlideJob(good)], output, workers, lambda _: no_progress, lambda _: None)
     assert [result.status for result in results] == ["failed", "done"]
@@ -155,7 +155,7 @@ def test_the_names_that_are_kept_free_are_those_that_runs_write(tmp_path: Path) 
     from pipeline.viewing.qupath.project import write_project
 
     output = tmp_path / "out"
-    workers = InProcess(lambda _: colour_predictor(), "model", SMALL)
+    workers = InProcess(lambda _: color_predictor(), "model", SMALL)
     jobs = [SlideJob(small_slide(tmp_path / "a.svs"))]
     run_batch(jobs, output, workers, lambda _: no_progress, lambda _: None)
     write_project(output)
@@ -164,7 +164,7 @@ def test_the_names_that_are_kept_free_are_those_that_runs_write(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["CON.svs", "a b.svs", "-rf.svs", "$(id).svs", "%2e%2e.svs", "é\n.svs", "=1+1.svs"])
 def test_a_strange_name_is_only_a_name(tmp_path: Path, name: str) -> None:
-    result = segment_slide(small_slide(tmp_path / name), tmp_path / "out", colour_predictor(), SMALL)
+    result = segment_slide(small_slide(tmp_path / name), tmp_path / "out", color_predictor(), SMALL)
     assert result.folder == tmp_path / "out" / Path(name).stem
     assert write_report(tmp_path / "out").is_file()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([Path(name).stem, "index.html"])
@@ -177,7 +177,7 @@ def test_a_manifest_may_name_slides_anywhere_and_results_stay_in_the_output(tmp_
     manifest = tmp_path / "lists" / "m.csv"
     manifest.write_text(f"slide,mpp\n../up.svs,1\n{absolute},1\n../lists/../up.svs,1\n..,\n/,\n../no/../../x,\n")
     jobs = collect_jobs([manifest])
-    workers = InProcess(lambda _: colour_predictor(), "model", SMALL)
+    workers = InProcess(lambda _: color_predictor(), "model", SMALL)
     output = tmp_path / "results" / "here"
     results = run_batch(jobs, output, workers, lambda _: no_progress, lambda _: None)
     assert [result.status for result in results] == ["done", "done", "failed", "failed", "failed"]
@@ -194,7 +194,7 @@ def test_a_zero_byte_in_a_manifest_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [200, 251])
 def test_a_name_as_long_as_names_can_be_works_or_fails_by_name(tmp_path: Path, length: int) -> None:
     slide = small_slide(tmp_path / ("x" * length + ".svs"))
-    workers = InProcess(lambda _: colour_predictor(), "model", SMALL)
+    workers = InProcess(lambda _: color_predictor(), "model", SMALL)
     (result,) = run_batch([SlideJob(slide)], tmp_path / "out", workers, lambda _: no_progress, lambda _: None)
     if length == 200:
         assert result.status == "done"
@@ -210,7 +210,7 @@ def test_a_name_that_is_too_long_for_its_files_fails_before_the_work(tmp_path: P
     stages: list[str] = []
 
     def run() -> None:
-        segment_slide(slide, tmp_path / "out", colour_predictor(), SMALL, lambda stage, *_: stages.append(stage))
+        segment_slide(slide, tmp_path / "out", color_predictor(), SMALL, lambda stage, *_: stages.append(stage))
 
     if length < 249:
         run()
@@ -223,7 +223,7 @@ def test_a_name_that_is_too_long_for_its_files_fails_before_the_work(tmp_path: P
 def test_an_output_folder_that_is_a_link_is_the_folder_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
-    segment_slide(small_slide(tmp_path / "a.svs"), tmp_path / "out", colour_predictor(), SMALL)
+    segment_slide(small_slide(tmp_path / "a.svs"), tmp_path / "out", color_predictor(), SMALL)
     assert read_run(tmp_path / "disk" / "a") is not None
 
 
@@ -235,7 +235,7 @@ def test_a_planted_link_never_lets_a_run_remove_or_replace_what_it_leads_to(tmp_
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).symlink_to(precious)
     with pytest.raises(OutputError):
-        segment_slide(small_slide(tmp_path / "a.svs"), tmp_path / "out", colour_predictor(), SMALL)
+        segment_slide(small_slide(tmp_path / "a.svs"), tmp_path / "out", color_predictor(), SMALL)
     assert {path.name: path.read_text() for path in precious.iterdir()} == {"thesis.txt": "years of work"}
 
 
@@ -245,7 +245,7 @@ def test_a_planted_link_never_lets_a_run_overwrite_the_file_it_leads_to(tmp_path
     precious.write_text("slide,status\n")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).symlink_to(precious)
-    workers = InProcess(lambda _: colour_predictor(), "model", SMALL)
+    workers = InProcess(lambda _: color_predictor(), "model", SMALL)
     job = SlideJob(small_slide(tmp_path / "a.svs"))
     run_batch([job], tmp_path / "out", workers, lambda _: no_progress, lambda _: None)
     assert precious.read_text() == "slide,status\n"
@@ -275,9 +275,9 @@ def test_html_in_class_names_and_slide_names_is_text_on_the_pages_and_in_the_vie
     names = (EVIL[:64].strip(), "</script><b onclick='x'>")
     pages = {}
     for kind, chosen, stem in (("evil", names, "<b onload=x>&amp;"), ("plain", ("gland", "stroma"), "plain")):
-        classes = tuple(TissueClass(n, c) for n, c in zip(chosen, COLOURS, strict=True))
-        model = predictor(ColorClassifier(COLOURS), ColorSegmenter(COLOURS, sharpness=400.0))
-        model.card = make_card(COLOURS).model_copy(update={"classes": classes})
+        classes = tuple(TissueClass(n, c) for n, c in zip(chosen, COLORS, strict=True))
+        model = predictor(ColorClassifier(COLORS), ColorSegmenter(COLORS, sharpness=400.0))
+        model.card = make_card(COLORS).model_copy(update={"classes": classes})
         output = tmp_path / kind
         folder = segment_slide(small_slide(tmp_path / f"{stem}.svs"), output, model, SMALL).folder
         assert folder is not None
@@ -296,7 +296,7 @@ def test_html_in_class_names_and_slide_names_is_text_on_the_pages_and_in_the_vie
 
 
 def test_html_in_a_changed_run_json_and_summary_is_text_on_the_report(tmp_path: Path) -> None:
-    folder = segment_slide(small_slide(tmp_path / "a.svs"), tmp_path / "out", colour_predictor(), SMALL).folder
+    folder = segment_slide(small_slide(tmp_path / "a.svs"), tmp_path / "out", color_predictor(), SMALL).folder
     assert folder is not None
     readable = run_of(folder) | {"model": EVIL, "warnings": [EVIL]}
     damaged = readable | {"status": EVIL, "class_areas_mm2": {EVIL: 1.0}, "classes": [{"name": EVIL, "color": [1, 2]}]}

@@ -49,7 +49,7 @@ PLANTED = {
     "computer": "PATHOLOGY-PC-31",
 }
 LABEL, MACRO = (0, 255, 0), (0, 0, 255)
-"""Colours of the label's and the macro image's pixels: nothing on the slide is anywhere near them."""
+"""Colors of the label's and the macro image's pixels: nothing on the slide is anywhere near them."""
 
 
 def with_secrets(path: Path, mpp: float | None = 1.0) -> Path:
@@ -188,8 +188,8 @@ def secrets_in(content: bytes) -> list[str]:
     ]
 
 
-def has_colour(picture: Image.Image, colour: tuple[int, int, int]) -> bool:
-    distance_HW = np.abs(np.asarray(picture.convert("RGBA").convert("RGB")).astype(int) - colour).max(axis=2)
+def has_color(picture: Image.Image, color: tuple[int, int, int]) -> bool:
+    distance_HW = np.abs(np.asarray(picture.convert("RGBA").convert("RGB")).astype(int) - color).max(axis=2)
     return bool((distance_HW < 60).any())
 
 
@@ -197,8 +197,8 @@ def test_the_slide_does_tell_what_was_planted(ran: Ran) -> None:
     with openslide.OpenSlide(ran.slide) as slide:
         assert set(secrets_in(repr(dict(slide.properties)).encode())) == set(PLANTED)
         assert {"label", "macro", "thumbnail"} <= set(slide.associated_images)
-        assert has_colour(slide.associated_images["label"], LABEL)
-        assert has_colour(slide.associated_images["macro"], MACRO)
+        assert has_color(slide.associated_images["label"], LABEL)
+        assert has_color(slide.associated_images["macro"], MACRO)
     with tifffile.TiffFile(ran.slide) as tiff:
         assert tiff.pages.first.tags["DateTime"].value == "2019:03:17 09:59:41"
 
@@ -230,9 +230,9 @@ def test_no_picture_shows_the_label_or_the_macro_image(ran: Ran) -> None:
     for name, content in [*contents(ran.output), *ran.answers.items()]:
         for kind, picture in pictures(name, content):
             looked_at.append(name)
-            # The page's own icon and masks are of the classes' colours.
-            assert not has_colour(picture, LABEL), f"{kind} of {name}"
-            assert not has_colour(picture, MACRO), f"{kind} of {name}"
+            # The page's own icon and masks are of the classes' colors.
+            assert not has_color(picture, LABEL), f"{kind} of {name}"
+            assert not has_color(picture, MACRO), f"{kind} of {name}"
     assert {"good/preview.png", "good/thumbnail.jpg", "good/index.html"} <= set(looked_at)
     assert sum("/slide/" in name for name in looked_at) >= 2
 
@@ -303,5 +303,5 @@ def test_a_secret_is_found_wherever_it_may_hide(tmp_path: Path) -> None:
     assert "picture of exif.jpg: texts" in found
     assert "picture 0 of page.html: texts" in found
     (picture,) = [picture for _, picture in pictures("page.html", (tmp_path / "page.html").read_bytes())]
-    assert has_colour(picture, LABEL)
+    assert has_color(picture, LABEL)
     shutil.rmtree(tmp_path / "a.zarr")

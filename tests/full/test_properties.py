@@ -1,7 +1,7 @@
 """What must hold for every slide: the map depends on the tissue, and on nothing that is only a way of getting at it.
 
 The slides are drawn at random: pink and purple boxes on glass, with corners on whole pixels of the map, so that no
-pixel of it lies between two colours. Some tests ask networks that know colours, others one whose answers only the
+pixel of it lies between two colors. Some tests ask networks that know colors, others one whose answers only the
 surroundings explain.
 """
 
@@ -34,7 +34,7 @@ from pipeline.slide.blend import Blend
 from pipeline.slide.blocks import BlockRecord, BlockWork, regions_file, segment_block
 from pipeline.slide.recipe import plan_slide, segment_slide
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
-from tests.pipeline.fakes import COLOURS, SMALL, colour_predictor, labels_of, run_of
+from tests.pipeline.fakes import COLORS, SMALL, color_predictor, labels_of, run_of
 from tests.slides import PINK, PURPLE, painted, write_slide
 from wsi.box import Box
 from wsi.grid import make_grid
@@ -45,7 +45,7 @@ from wsi.tissue import Tissue
 RGB = NDArray[np.uint8]
 
 Shape = tuple[tuple[int, int, int, int], tuple[int, int, int]]
-"""A box (x, y, width, height) and its colour."""
+"""A box (x, y, width, height) and its color."""
 
 SIDE = 512
 """Of the drawn slides: 4 blocks of 32 map pixels along each side, and a whole number of pixels of the tissue mask."""
@@ -62,7 +62,7 @@ few = settings(
 
 @st.composite
 def slides(draw: st.DrawFn) -> tuple[Shape, ...]:
-    """What is painted on a slide: one large pink box, and a few of both colours over it."""
+    """What is painted on a slide: one large pink box, and a few of both colors over it."""
     shapes: list[Shape] = [((draw(st.integers(4, 10)) * 16, draw(st.integers(4, 8)) * 16, 272, 304), PINK)]
     for _ in range(draw(st.integers(1, 4))):
         x, y = draw(st.integers(16, 96)) * 4, draw(st.integers(16, 96)) * 4
@@ -164,7 +164,7 @@ class _SeesBoth(nn.Module):
 def convolving() -> dict[Runtime, Predictor]:
     """Predictors whose answers nothing but the pixels explains, on each runtime."""
     networks = _SeesBoth(), _Surroundings()
-    return {name: Predictor(make_card(COLOURS), NO_DIGEST, *networks, device="cpu", runtime=name) for name in NETWORKS}
+    return {name: Predictor(make_card(COLORS), NO_DIGEST, *networks, device="cpu", runtime=name) for name in NETWORKS}
 
 
 def is_varied(found: Mapped) -> bool:
@@ -204,8 +204,8 @@ def test_weights_of_the_blending_sum_to_one_at_every_pixel_of_the_map(
 @given(slides(), st.integers(1, 3))
 def test_a_turned_slide_gives_turned_labels(tmp_path: Path, shapes: tuple[Shape, ...], quarters: int) -> None:
     rgb_HWC = painted((SIDE, SIDE), *shapes)
-    upright = mapped(tmp_path, rgb_HWC, colour_predictor())
-    turned = mapped(tmp_path, np.ascontiguousarray(np.rot90(rgb_HWC, quarters)), colour_predictor())
+    upright = mapped(tmp_path, rgb_HWC, color_predictor())
+    turned = mapped(tmp_path, np.ascontiguousarray(np.rot90(rgb_HWC, quarters)), color_predictor())
     np.testing.assert_array_equal(turned.labels_HW, np.rot90(upright.labels_HW, quarters))
     np.testing.assert_array_equal(turned.probs_KHW, np.rot90(upright.probs_KHW, quarters, axes=(1, 2)))
     assert set(np.unique(upright.labels_HW)) >= {0, 1}
@@ -310,8 +310,8 @@ of the area.
 def test_areas_of_the_classes_and_of_no_class_add_up_to_the_tissue(
     tmp_path: Path, shapes: tuple[Shape, ...], mpp: float
 ) -> None:
-    card = make_card(COLOURS, mpp=mpp)
-    sees_purple = Predictor(card, NO_DIGEST, _SeesPurple(COLOURS), ColorSegmenter(COLOURS), device="cpu")
+    card = make_card(COLORS, mpp=mpp)
+    sees_purple = Predictor(card, NO_DIGEST, _SeesPurple(COLORS), ColorSegmenter(COLORS), device="cpu")
     found = mapped(tmp_path, painted((SIDE, SIDE), *shapes), sees_purple, mpp=mpp)
     height, width = found.labels_HW.shape
     tissue_HW = found.tissue.sample(Box(0, 0, width, height), 4.0)
@@ -336,9 +336,9 @@ def test_published_polygons_and_areas_are_those_of_the_label_map(
 ) -> None:
     number = len(list(tmp_path.iterdir()))
     path = write_slide(tmp_path / f"{number}.svs", doubled(painted((SIDE, SIDE), *shapes)), mpp=mpp / 2)
-    card = make_card(COLOURS, mpp=mpp)
-    colours = Predictor(card, NO_DIGEST, ColorClassifier(COLOURS), ColorSegmenter(COLOURS, 400.0), device="cpu")
-    folder = segment_slide(path, tmp_path / f"{number}.out", colours, SMALL).folder
+    card = make_card(COLORS, mpp=mpp)
+    colors = Predictor(card, NO_DIGEST, ColorClassifier(COLORS), ColorSegmenter(COLORS, 400.0), device="cpu")
+    folder = segment_slide(path, tmp_path / f"{number}.out", colors, SMALL).folder
     assert folder is not None
     labels_HW, run = labels_of(folder), run_of(folder)
     assert run["plan"]["map_mpp"] == 4 * mpp
@@ -388,10 +388,10 @@ def test_one_tile_for_which_a_network_gives_no_number_is_named(
     shapes = (((64, 64, 384, 384), PINK), ((128, 128, 200, 220), PURPLE))
     rgb_HWC = painted((SIDE, SIDE), *shapes)
     rgb_HWC[300, 200] = 255
-    networks: dict[str, nn.Module] = {"classifier": ColorClassifier(COLOURS), "segmenter": ColorSegmenter(COLOURS)}
+    networks: dict[str, nn.Module] = {"classifier": ColorClassifier(COLORS), "segmenter": ColorSegmenter(COLORS)}
     networks[network] = _Poisoned(networks[network], value)
     options = {"device": "cpu", "runtime": runtime, "batch_size": 3, "skip_by_gate": False}
-    poisoned = Predictor(make_card(COLOURS), NO_DIGEST, **networks, **options)  # type: ignore[arg-type]
+    poisoned = Predictor(make_card(COLORS), NO_DIGEST, **networks, **options)  # type: ignore[arg-type]
     assert poisoned.runtime == runtime
     # Without overlap the white pixel lies in one tile.
     message = (

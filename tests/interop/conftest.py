@@ -23,7 +23,7 @@ from tests.pipeline.fakes import CORNER, SMALL, stating_bounds
 from tests.slides import PINK, PURPLE, painted, write_slide
 from wsi.readers import READERS
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]
 
 RED = (180, 40, 60)
@@ -43,7 +43,7 @@ class Shown:
     mpp: float
     regions: tuple[tuple[Rectangle, int], ...]
     """(x_l0, y_l0, width, height) in QuPath's frame and the label; the later ones lie on top."""
-    colours: tuple[Colour, ...]
+    colors: tuple[Color, ...]
     """Colors of the classes. The slide's stains have other colors."""
 
     @property
@@ -56,9 +56,9 @@ class Shown:
         return hits[-1] if hits else 0
 
 
-def segmented(path: Path, stains: Sequence[Colour], colours: Sequence[Colour]) -> Path:
+def segmented(path: Path, stains: Sequence[Color], colors: Sequence[Color]) -> Path:
     """Segment a slide by its stains, with classes in other colors. Return the result's folder."""
-    card = make_card(colours, mpp=1.0)
+    card = make_card(colors, mpp=1.0)
     classifier, segmenter = ColorClassifier(stains), ColorSegmenter(stains, sharpness=400.0)
     predictor = Predictor(card, "0" * 64, classifier, segmenter, device="cpu")
     result = segment_slide(path, path.parent / "results", predictor, replace(SMALL, block_out=64))
@@ -74,8 +74,8 @@ def three_classes(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     stains, size = (PINK, PURPLE, RED), (2560, 1664)
     painting = painted(size, *((box, stains[label - 1]) for box, label in regions))
     path = write_slide(tmp_path_factory.mktemp("three") / "slide.svs", painting, mpp=0.5)
-    colours = ((230, 159, 0), (0, 158, 115), (0, 114, 178))
-    return Shown(segmented(path, stains, colours), size, 0.5, regions, colours)
+    colors = ((230, 159, 0), (0, 158, 115), (0, 114, 178))
+    return Shown(segmented(path, stains, colors), size, 0.5, regions, colors)
 
 
 @pytest.fixture(scope="session")
@@ -86,11 +86,11 @@ def with_bounds(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     shapes = (((left + x, top + y, w, h), stains[label - 1]) for (left, top, w, h), label in regions)
     painting = painted((size[0] + 128, size[1] + 64), *shapes)
     path = write_slide(tmp_path_factory.mktemp("bounds") / "slide.svs", painting, mpp=1.0)
-    colours = ((0, 158, 115), (230, 159, 0))
+    colors = ((0, 158, 115), (230, 159, 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(READERS, "openslide", stating_bounds(READERS["openslide"]))
-        folder = segmented(path, stains, colours)
-    return Shown(folder, size, 1.0, regions, colours)
+        folder = segmented(path, stains, colors)
+    return Shown(folder, size, 1.0, regions, colors)
 
 
 @pytest.fixture(params=["three_classes", "with_bounds"])

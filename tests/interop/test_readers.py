@@ -26,7 +26,7 @@ def parquet_of(shown: Shown) -> geopandas.GeoDataFrame:
 
 
 def truth(shown: Shown, shape_HW: tuple[int, ...], l0_per_px: float) -> NDArray[np.uint8]:
-    """The labels at the centres of a map's pixels."""
+    """The labels at the centers of a map's pixels."""
     ys, xs = ((np.arange(count) + 0.5) * l0_per_px for count in shape_HW)
     return np.array([[shown.label_at(x, y) for x in xs] for y in ys], np.uint8)
 
@@ -44,11 +44,11 @@ def test_napari_shows_classes_in_their_colors_and_places(shown: Shown) -> None:
     layers = {kind: (data, info) for data, info, kind in reader(str(shown.store))}
     assert set(layers) == {"image", "labels"}
     levels, info = layers["image"]
-    names = [f"class-{k}" for k in range(len(shown.colours))]
+    names = [f"class-{k}" for k in range(len(shown.colors))]
     assert info["name"] == [f"{shown.folder.name}: {name}" for name in names]
     assert info["visible"] == [True] * len(names)
-    colours = np.array([colourmap.colors[1][:3] for colourmap in info["colormap"]])
-    np.testing.assert_allclose(colours * 255, shown.colours, atol=0.5)
+    colors = np.array([colormap.colors[1][:3] for colormap in info["colormap"]])
+    np.testing.assert_allclose(colors * 255, shown.colors, atol=0.5)
     # At each level, the pixels of one class alone are the regions that were painted.
     for number, level in enumerate(levels):
         probs_KHW = np.asarray(level)
@@ -79,7 +79,7 @@ def test_geopandas_adds_up_to_the_areas_of_the_run(shown: Shown) -> None:
         # Sums of the same numbers: only the order of adding differs.
         assert measured.groupby(frame["class"]).sum().to_dict() == pytest.approx(run["class_areas_mm2"], rel=1e-9)
     painted = {}
-    for label in range(len(shown.colours), 0, -1):
+    for label in range(len(shown.colors), 0, -1):
         boxes = {number: shapely.box(x, y, x + w, y + h) for (x, y, w, h), number in shown.regions}
         above = shapely.union_all([box for number, box in boxes.items() if number > label])
         painted[f"class-{label - 1}"] = boxes[label].difference(above).area * mm2_per_px
@@ -95,11 +95,11 @@ def test_polygons_cover_the_pixels_of_their_class(shown: Shown) -> None:
     labels_HW = np.asarray(levels[0])
     l0_per_px = info["scale"][0] / shown.mpp
     ys, xs = (np.arange(count) + 0.5 for count in labels_HW.shape)
-    centres = shapely.points(*np.meshgrid(xs * l0_per_px, ys * l0_per_px))
+    centers = shapely.points(*np.meshgrid(xs * l0_per_px, ys * l0_per_px))
     frame = parquet_of(shown)
     drawn_HW = np.zeros_like(labels_HW)
     for label, polygon in zip(frame["label"], frame.geometry, strict=True):
-        drawn_HW[shapely.contains(polygon, centres)] = label
+        drawn_HW[shapely.contains(polygon, centers)] = label
     np.testing.assert_array_equal(drawn_HW, labels_HW)
 
 
@@ -117,7 +117,7 @@ def test_a_table_of_areas_needs_no_geometry_library(shown: Shown) -> None:
     assert areas == pytest.approx(run_of(shown.folder)["class_areas_mm2"], rel=1e-9)
 
 
-def test_the_ome_xml_tells_size_pixel_size_names_and_colours(shown: Shown) -> None:
+def test_the_ome_xml_tells_size_pixel_size_names_and_colors(shown: Shown) -> None:
     ome = ome_types.from_xml((shown.store / "OME" / "METADATA.ome.xml").read_bytes())
     (image,) = ome.images
     pixels = image.pixels
@@ -127,6 +127,6 @@ def test_the_ome_xml_tells_size_pixel_size_names_and_colours(shown: Shown) -> No
     assert pixels.type.value == probs_CYX.dtype.name == "uint8"
     # The networks of the tests know 1 µm per pixel, the map has one pixel of 4 of theirs.
     assert (pixels.physical_size_x, pixels.physical_size_x_unit.value) == (4.0, "µm")
-    assert [channel.name for channel in pixels.channels] == [f"class-{k}" for k in range(len(shown.colours))]
-    assert [channel.color.as_rgb_tuple(alpha=False) for channel in pixels.channels] == list(shown.colours)
+    assert [channel.name for channel in pixels.channels] == [f"class-{k}" for k in range(len(shown.colors))]
+    assert [channel.color.as_rgb_tuple(alpha=False) for channel in pixels.channels] == list(shown.colors)
     assert (pixels.size_x * 4.0, pixels.size_y * 4.0) == tuple(side * shown.mpp for side in shown.size_l0)

@@ -74,30 +74,30 @@ def picture(page: Page) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(page.locator("canvas").first.screenshot())).convert("RGB"))
 
 
-def box_of(rgb_HWC: NDArray[np.uint8], colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
+def box_of(rgb_HWC: NDArray[np.uint8], color: tuple[int, int, int]) -> tuple[int, int, int, int]:
     """Return (left, top, right, bottom) of the long runs of a color, without the letters of a legend."""
-    hit_HW = np.abs(rgb_HWC.astype(int) - colour).max(axis=2) <= 2
+    hit_HW = np.abs(rgb_HWC.astype(int) - color).max(axis=2) <= 2
     rows, columns = (np.flatnonzero(hit_HW.sum(axis=axis) > 30) for axis in (1, 0))
     if len(rows) == 0 or len(columns) == 0:
         return 0, 0, 0, 0
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def settled(page: Page, colour: tuple[int, int, int]) -> NDArray[np.uint8]:
+def settled(page: Page, color: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Return the picture once it contains the color and no longer changes."""
     deadline = time.monotonic() + 40
     before = picture(page)
     while time.monotonic() < deadline:
         page.wait_for_timeout(700)
         after = picture(page)
-        if box_of(after, colour)[2] > 0 and np.array_equal(before, after):
+        if box_of(after, color)[2] > 0 and np.array_equal(before, after):
             return after
         before = after
-    pytest.fail(f"Vitessce did not show {colour} within 40 s; it shows {np.unique(before.reshape(-1, 3), axis=0)[:20]}")
+    pytest.fail(f"Vitessce did not show {color} within 40 s; it shows {np.unique(before.reshape(-1, 3), axis=0)[:20]}")
 
 
 @pytest.mark.full
-def test_vitessce_shows_each_class_in_its_colour_and_place(
+def test_vitessce_shows_each_class_in_its_color_and_place(
     shown: Shown, vitessce: Path, webgl_page: Page, tmp_path: Path
 ) -> None:
     (tmp_path / "index.html").write_text(PAGE, encoding="utf-8")
@@ -110,15 +110,15 @@ def test_vitessce_shows_each_class_in_its_colour_and_place(
         webgl_page.wait_for_function("window.show !== undefined")
         webgl_page.evaluate("config => window.show(config)", config)
         try:
-            rgb_HWC = settled(webgl_page, shown.colours[0])
+            rgb_HWC = settled(webgl_page, shown.colors[0])
         finally:
-            screenshot(webgl_page, f"vitessce-{len(shown.colours)}-classes", tmp_path)
+            screenshot(webgl_page, f"vitessce-{len(shown.colors)}-classes", tmp_path)
             webgl_page.goto("about:blank")  # asks for nothing any more, before the server ends
     (x, y, width, height), _ = shown.regions[0]
-    left, top, right, bottom = box_of(rgb_HWC, shown.colours[0])
+    left, top, right, bottom = box_of(rgb_HWC, shown.colors[0])
     l0_per_px = width / (right - left)
     assert height / (bottom - top) == pytest.approx(l0_per_px, rel=0.02)
-    palette = ((0, 0, 0), *shown.colours)
+    palette = ((0, 0, 0), *shown.colors)
     compared = [0] * len(palette)
     # A hundredth of a slide apart, and not on a border, which may be a pixel off.
     for across in np.linspace(0.005, 0.995, 100):

@@ -31,7 +31,7 @@ SMALL = SegmentConfig(block_out=32, min_area_um2=0.0, simplify_px=0.0, num_worke
 CPU = Compute(device="cpu", precision="float32", runtime="torch", batch_size=8, threads=1)
 """How the predictors of this module compute."""
 
-COLOURS = (PINK, PURPLE)
+COLORS = (PINK, PURPLE)
 
 REGIONS = (((160, 96, 960, 640), PINK), ((416, 256, 320, 256), PURPLE))
 """Of `region_slide`: level-0 x, y, width, height; the later ones lie on top."""
@@ -43,14 +43,14 @@ def region_slide(path: Path, mpp: float = 1.0, levels: Sequence[int] = (1,)) -> 
 
 
 def predictor(classifier: nn.Module, segmenter: nn.Module, mpp: float = 1.0, **options: Any) -> Predictor:
-    """A predictor for classes in the slide's colours, with 64-px tiles."""
+    """A predictor for classes in the slide's colors, with 64-px tiles."""
     digest = f"{type(classifier).__name__}-{type(segmenter).__name__}".ljust(64, "0")
-    return Predictor(make_card(COLOURS, mpp=mpp), digest, classifier, segmenter, device="cpu", **options)
+    return Predictor(make_card(COLORS, mpp=mpp), digest, classifier, segmenter, device="cpu", **options)
 
 
-def colour_predictor(**options: Any) -> Predictor:
-    """Says of every pixel of the map which colour it has."""
-    return predictor(ColorClassifier(COLOURS), ColorSegmenter(COLOURS, sharpness=400.0), **options)
+def color_predictor(**options: Any) -> Predictor:
+    """Says of every pixel of the map which color it has."""
+    return predictor(ColorClassifier(COLORS), ColorSegmenter(COLORS, sharpness=400.0), **options)
 
 
 def constant_predictor(logits: Sequence[float]) -> Predictor:
@@ -77,9 +77,9 @@ def labels_of(folder: Path) -> NDArray[np.uint8]:
 def truth(size_out: tuple[int, int], l0_per_out: int) -> NDArray[np.uint8]:
     """Labels of `region_slide` at a whole number of level-0 pixels per map pixel."""
     labels_HW = np.zeros(size_out[::-1], np.uint8)
-    for (x, y, width, height), colour in REGIONS:
+    for (x, y, width, height), color in REGIONS:
         x, y, right, bottom = (round(v / l0_per_out) for v in (x, y, x + width, y + height))
-        labels_HW[y:bottom, x:right] = COLOURS.index(colour) + 1
+        labels_HW[y:bottom, x:right] = COLORS.index(color) + 1
     return labels_HW
 
 

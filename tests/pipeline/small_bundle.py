@@ -11,14 +11,14 @@ from models.bundle import Bundle, ClassifierCard, SegmenterCard, save_bundle
 from models.classifier import Classifier
 from models.segmenter import build_segmenter
 from tests.models.networks import make_card
-from tests.pipeline.fakes import COLOURS, REGIONS
+from tests.pipeline.fakes import COLORS, REGIONS
 from tests.slides import painted, write_slide
 
 
 def small_bundle(folder: Path, seed: int = 3) -> Bundle:
-    """A bundle for classes in the slides' colours, with 64-px tiles; what it says depends on every pixel."""
+    """A bundle for classes in the slides' colors, with 64-px tiles; what it says depends on every pixel."""
     torch.manual_seed(seed)
-    card = make_card(COLOURS).model_copy(
+    card = make_card(COLORS).model_copy(
         update={
             "classifier": ClassifierCard(backbone="tf_efficientnet_lite0", head="gap", depth=3),
             "segmenter": SegmenterCard(encoder="resnet18"),

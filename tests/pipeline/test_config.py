@@ -18,7 +18,7 @@ from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolv
 from pipeline.errors import ConfigError
 from pipeline.slide.recipe import segment_slide
 from pipeline.workers.in_process import load_predictor
-from tests.pipeline.fakes import CPU, SMALL, colour_predictor, region_slide, run_of
+from tests.pipeline.fakes import CPU, SMALL, color_predictor, region_slide, run_of
 
 OF_THE_SLIDE = {"mpp", "backend"}
 """Settings that are resolved for each slide; `SlideInfo` holds the results."""
@@ -140,7 +140,7 @@ def test_a_predictor_made_with_other_settings_is_refused(change: dict[str, Any],
 
 def test_a_result_names_the_runtime_of_its_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "find_spec", lambda _: object())
-    folder = segment_slide(region_slide(tmp_path / "a.svs"), tmp_path / "out", colour_predictor(), SMALL).folder
+    folder = segment_slide(region_slide(tmp_path / "a.svs"), tmp_path / "out", color_predictor(), SMALL).folder
     assert folder is not None
     assert run_of(folder)["identity"]["parameters"]["runtime"] == "torch"
 

@@ -56,7 +56,7 @@ class BundleSegmenter(nn.Module):
 
     @staticmethod
     def preproc_func(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Nothing: normalisation is part of the network."""
+        """Nothing: normalization is part of the network."""
         return image_HWC
 
     @staticmethod

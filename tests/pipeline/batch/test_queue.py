@@ -14,7 +14,7 @@ from pipeline.progress import Progress, no_progress
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import InProcess
-from tests.pipeline.fakes import SMALL, colour_predictor, constant_predictor, region_slide
+from tests.pipeline.fakes import SMALL, color_predictor, constant_predictor, region_slide
 from tests.pipeline.summaries import rows_of
 from tests.slides import PINK, painted, small_slide, write_slide
 
@@ -29,9 +29,9 @@ def here(predictor: Predictor, config: SegmentConfig = SMALL) -> InProcess:
 
 
 def run(jobs: list[SlideJob], output: Path, progress: Progress = no_progress) -> list[SlideResult]:
-    """The results of a batch with the colour model, which are also what was reported."""
+    """The results of a batch with the color model, which are also what was reported."""
     reported: list[SlideResult] = []
-    results = run_batch(jobs, output, here(colour_predictor()), lambda _: progress, reported.append)
+    results = run_batch(jobs, output, here(color_predictor()), lambda _: progress, reported.append)
     assert reported == results
     return results
 
@@ -130,7 +130,7 @@ def test_the_mpp_of_a_job_wins_over_the_settings(tmp_path: Path) -> None:
     other = small_slide(tmp_path / "b.svs")
     jobs = [SlideJob(slide, 2.0), SlideJob(other)]
     config = replace(SMALL, mpp=4.0)
-    first, second = run_batch(jobs, tmp_path / "out", here(colour_predictor(), config), silent, lambda _: None)
+    first, second = run_batch(jobs, tmp_path / "out", here(color_predictor(), config), silent, lambda _: None)
     assert first.areas_mm2["class-0"] == pytest.approx(250 * 200 * 2.0**2 / 1e6, rel=0.05)
     assert second.areas_mm2["class-0"] == pytest.approx(250 * 200 * 4.0**2 / 1e6, rel=0.05)
 
@@ -154,7 +154,7 @@ def test_the_summary_is_up_to_date_when_the_next_slide_is_interrupted(tmp_path: 
 
     with pytest.raises(Cancelled, match=r"^b\.svs: interrupted.*; run the same command again"):
         run_batch(
-            [SlideJob(a), SlideJob(b)], tmp_path / "out", here(colour_predictor()), lambda _: interrupt, lambda _: None
+            [SlideJob(a), SlideJob(b)], tmp_path / "out", here(color_predictor()), lambda _: interrupt, lambda _: None
         )
     assert {n: r["status"] for n, r in rows_of(tmp_path / "out").items()} == {"a": "done"}
     again = run([SlideJob(a), SlideJob(b)], tmp_path / "out")

@@ -41,7 +41,7 @@ def invoke(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """A bundle of the colour model's card; its weights are those of no network."""
+    """A bundle of the color model's card; its weights are those of no network."""
     return save_bundle(tmp_path / "bundle", make_card(COLORS), nn.Linear(2, 2), nn.Linear(2, 2)).path
 
 

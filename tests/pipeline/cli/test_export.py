@@ -22,7 +22,7 @@ from pipeline.results.slide_result import SlideResult
 from pipeline.results.summary import write_summary
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.qupath.project import write_project
-from tests.pipeline.fakes import SMALL, colour_predictor, region_slide, run_of
+from tests.pipeline.fakes import SMALL, color_predictor, region_slide, run_of
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def segmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the results of two slides, with a summary and a project with tiles."""
     root = tmp_path_factory.mktemp("export")
     results = [
-        segment_slide(region_slide(root / name), root / "results", colour_predictor(), SMALL)
+        segment_slide(region_slide(root / name), root / "results", color_predictor(), SMALL)
         for name in ("a.svs", "b.svs")
     ]
     write_summary(root / "results", [*results, SlideResult("c", "failed", 1.0, error="c.svs: is no slide")])
@@ -163,7 +163,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         GEOJSON,
         "feature 1: value is null",
     ),
-    "colour as hex": (
+    "color as hex": (
         lambda r: change(
             r / GEOJSON, lambda d: d["features"][0]["properties"]["classification"].update(color="#ff0000")
         ),
@@ -283,7 +283,7 @@ def test_the_first_findings_are_shown_and_the_others_counted(results: Path) -> N
 
 def test_wsi_segment_writes_the_project_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slide = region_slide(tmp_path / "a.svs")
-    monkeypatch.setattr(Predictor, "from_bundle", lambda *_, **__: colour_predictor())
+    monkeypatch.setattr(Predictor, "from_bundle", lambda *_, **__: color_predictor())
     project = tmp_path / "out" / "qupath" / "project.qpproj"
     command = ["-o", str(tmp_path / "out"), "--device", "cpu", "--qupath"]
     result = CliRunner().invoke(cli.app, [str(slide), *command])

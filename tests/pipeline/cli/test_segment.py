@@ -22,7 +22,7 @@ from models.bundle import SHIPPED_FOLDER
 from models.predictor import Predictor
 from pipeline.cli.segment import app
 from pipeline.results.record import read_run
-from tests.pipeline.fakes import colour_predictor, region_slide
+from tests.pipeline.fakes import color_predictor, region_slide
 from tests.pipeline.summaries import rows_of
 from tests.repository import REPOSITORY
 from tests.slides import PINK, painted, small_slide, write_slide
@@ -65,7 +65,7 @@ def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Return a working folder, and use the color model instead of a bundle's networks for `invoke`."""
     monkeypatch.setattr("pipeline.cli.segment.SCHEDULER_OF_SEVERAL", None)
-    monkeypatch.setattr(Predictor, "from_bundle", lambda *_, **__: colour_predictor())
+    monkeypatch.setattr(Predictor, "from_bundle", lambda *_, **__: color_predictor())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

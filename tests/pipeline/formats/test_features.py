@@ -228,11 +228,11 @@ def _rings(*rings: object) -> Callable[[dict[str, Any]], object]:
 
 
 BAD: dict[str, Callable[[dict[str, Any]], object]] = {
-    "no colour": _properties(classification={"name": "Tumor"}),
-    "colour as hex": _properties(classification={"name": "Tumor", "color": "#ff0000"}),
-    "colour as number": _properties(classification={"name": "Tumor", "color": -377282}),
-    "colour above 255": _properties(classification={"name": "Tumor", "color": [0, 0, 256]}),
-    "colour of floats": _properties(classification={"name": "Tumor", "color": [0.0, 0.5, 1.0]}),
+    "no color": _properties(classification={"name": "Tumor"}),
+    "color as hex": _properties(classification={"name": "Tumor", "color": "#ff0000"}),
+    "color as number": _properties(classification={"name": "Tumor", "color": -377282}),
+    "color above 255": _properties(classification={"name": "Tumor", "color": [0, 0, 256]}),
+    "color of floats": _properties(classification={"name": "Tumor", "color": [0.0, 0.5, 1.0]}),
     "empty class name": _properties(classification={"name": "", "color": [0, 0, 0]}),
     "derived class name": _properties(classification={"name": "a: b", "color": [0, 0, 0]}),
     "null class": _properties(classification=None),
@@ -285,7 +285,7 @@ def test_the_checker_refuses(change: Callable[[dict[str, Any]], object]) -> None
         check_geojson(json.dumps(document))
 
 
-def test_the_checker_refuses_two_colours_of_one_class() -> None:
+def test_the_checker_refuses_two_colors_of_one_class() -> None:
     document = good()
     other = copy.deepcopy(document["features"][0])
     other["id"] = "22345678-1234-5678-1234-567812345678"

@@ -363,7 +363,7 @@ def test_processes_write_disjoint_blocks_at_once(tmp_path: Path) -> None:
     assert contents(tmp_path / "a.ome.zarr") == contents(whole.path)
 
 
-def test_napari_shows_one_layer_per_class_and_the_labels_in_micrometres(tmp_path: Path) -> None:
+def test_napari_shows_one_layer_per_class_and_the_labels_in_micrometers(tmp_path: Path) -> None:
     path = finished(tmp_path / "a.ome.zarr", (75, 45))
     reader = napari_get_reader(str(path))
     assert reader is not None

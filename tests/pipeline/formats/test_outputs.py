@@ -7,7 +7,7 @@ import pytest
 from pipeline.formats.outputs import OUTPUTS, Output, SegmentedSlide, file_description
 from pipeline.results.record import read_run
 from pipeline.slide.recipe import segment_slide
-from tests.pipeline.fakes import SMALL, colour_predictor
+from tests.pipeline.fakes import SMALL, color_predictor
 from tests.slides import small_slide
 
 
@@ -19,7 +19,7 @@ def test_one_entry_adds_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(OUTPUTS, "areas", Output("writing areas", {".tsv": "areas for spreadsheets"}, write_areas))
     steps: list[str] = []
     slide = small_slide(tmp_path / "a.svs")
-    result = segment_slide(slide, tmp_path, colour_predictor(), SMALL, lambda stage, *_: steps.append(stage))
+    result = segment_slide(slide, tmp_path, color_predictor(), SMALL, lambda stage, *_: steps.append(stage))
     assert result.folder is not None
     run = read_run(result.folder)
     assert run is not None

@@ -58,7 +58,7 @@ def as_rows(regions: Sequence[Region]) -> list[tuple[int, str]]:
 
 
 def rasterised(regions: Sequence[Region], shape: tuple[int, int], origin_out: tuple[int, int] = (0, 0)) -> Labels:
-    """Each pixel gets the label of the polygon that holds its centre: even-odd rule, ray by ray."""
+    """Each pixel gets the label of the polygon that holds its center: even-odd rule, ray by ray."""
     labels_HW = np.zeros(shape, np.uint8)
     for region in regions:
         inside_HW = np.zeros(shape, np.bool_)

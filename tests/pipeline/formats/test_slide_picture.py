@@ -10,29 +10,29 @@ from pipeline.formats import slide_picture
 from pipeline.formats.ome_zarr import MapSpec, MapStore
 from pipeline.formats.slide_picture import SlidePicture, picture_slide
 from pipeline.slide.recipe import plan_slide, segment_slide
-from tests.pipeline.fakes import COLOURS, CORNER, REGIONS, SMALL, colour_predictor, stating_bounds
+from tests.pipeline.fakes import COLORS, CORNER, REGIONS, SMALL, color_predictor, stating_bounds
 from tests.slides import GLASS, painted, write_slide
 from wsi.readers import READERS
 
-CLASSES = tuple(TissueClass(f"class-{i}", colour) for i, colour in enumerate(COLOURS))
+CLASSES = tuple(TissueClass(f"class-{i}", color) for i, color in enumerate(COLORS))
 
 
 @pytest.fixture(scope="module")
 def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A slide with bounds, and its result beside it."""
     folder = tmp_path_factory.mktemp("picture")
-    shapes = [((x + CORNER[0], y + CORNER[1], w, h), colour) for (x, y, w, h), colour in REGIONS]
+    shapes = [((x + CORNER[0], y + CORNER[1], w, h), color) for (x, y, w, h), color in REGIONS]
     path = write_slide(folder / "slide.svs", painted((1280 + 128, 832 + 64), *shapes), mpp=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(READERS, "openslide", stating_bounds(READERS["openslide"]))
-        segment_slide(path, folder, colour_predictor(), SMALL)
+        segment_slide(path, folder, color_predictor(), SMALL)
     return path
 
 
 def picture_of(path: Path, monkeypatch: pytest.MonkeyPatch, longest_px: int) -> SlidePicture:
     monkeypatch.setitem(READERS, "openslide", stating_bounds(READERS["openslide"]))
     monkeypatch.setattr(slide_picture, "LONGEST_PX", longest_px)
-    _, slide, _, plan = plan_slide(path, colour_predictor().card, SMALL)
+    _, slide, _, plan = plan_slide(path, color_predictor().card, SMALL)
     with slide:
         spec = MapSpec("slide", plan.grid.size_out, CLASSES, plan.grid.mpp_out, chunk=32)
         assert spec.levels == 5
@@ -52,9 +52,9 @@ def test_each_pixel_has_the_class_of_what_is_there(
     assert (width, height) == size
     assert picture.rgb_HWC.shape == (height, width, 3)
     assert picture.um_per_px == pytest.approx(1280 / width, rel=0.01)
-    palette_KC = np.array([GLASS, *COLOURS], dtype=float)
+    palette_KC = np.array([GLASS, *COLORS], dtype=float)
     distance_KHW = np.abs(palette_KC[:, None, None] - picture.rgb_HWC).sum(axis=3)
-    # Only where a pixel is of one colour: on a border the picture mixes two.
+    # Only where a pixel is of one color: on a border the picture mixes two.
     clear_HW = distance_KHW.min(axis=0) < 6
     assert clear_HW.mean() > 0.7
     wrong_HW = clear_HW & (distance_KHW.argmin(axis=0) != picture.labels_HW)

@@ -32,7 +32,7 @@ NASTY = "größe 組織 <b>&\"'"
 def write_result(
     output: Path, name: str = "slide", *, names: tuple[str, str] = ("tumour", "stroma"), **facts: Any
 ) -> Path:
-    """A result's folder as far as the report reads it, of a grey slide with two dark boxes, each of one class."""
+    """A result's folder as far as the report reads it, of a gray slide with two dark boxes, each of one class."""
     folder = output / name
     folder.mkdir(parents=True)
     classes = tuple(TissueClass(one, color) for one, color in zip(names, (RED, BLUE), strict=True))
@@ -75,5 +75,5 @@ def stage(page: Page) -> NDArray[np.int16]:
     return np.asarray(Image.open(io.BytesIO(page.locator("#stage").screenshot())).convert("RGB")).astype(np.int16)
 
 
-def near(rgb_HWC: NDArray[np.int16], colour: tuple[int, int, int], within: int = 40) -> NDArray[np.bool_]:
-    return np.asarray((np.abs(rgb_HWC - np.array(colour)) <= within).all(axis=2))
+def near(rgb_HWC: NDArray[np.int16], color: tuple[int, int, int], within: int = 40) -> NDArray[np.bool_]:
+    return np.asarray((np.abs(rgb_HWC - np.array(color)) <= within).all(axis=2))

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.slide.recipe import segment_slide
 from tests.browser import axe_findings
-from tests.pipeline.fakes import SMALL, colour_predictor, region_slide, run_of
+from tests.pipeline.fakes import SMALL, color_predictor, region_slide, run_of
 from tests.pipeline.pages.results import BLUE, BOXES, RED, SIZE, near, opened, stage, write_result
 from tests.slides import painted, write_slide
 
@@ -107,7 +107,7 @@ def test_the_slider_sets_the_opacity_of_the_classes(page: Page, report: Path, ke
 
 def test_a_slide_without_classes_has_a_page_too(page: Page, tmp_path: Path) -> None:
     path = write_slide(tmp_path / "glass.svs", painted((1000, 700)), mpp=1.0)
-    result = segment_slide(path, tmp_path / "out", colour_predictor(), SMALL)
+    result = segment_slide(path, tmp_path / "out", color_predictor(), SMALL)
     assert result.folder is not None
     opened(page, result.folder / "index.html")
     assert page.locator(".status").inner_text() == "○ no tissue"
@@ -118,7 +118,7 @@ def test_a_slide_without_classes_has_a_page_too(page: Page, tmp_path: Path) -> N
 
 
 def test_a_segmented_slides_classes_lie_on_its_picture(page: Page, tmp_path: Path) -> None:
-    result = segment_slide(region_slide(tmp_path / "region.svs"), tmp_path / "out", colour_predictor(), SMALL)
+    result = segment_slide(region_slide(tmp_path / "region.svs"), tmp_path / "out", color_predictor(), SMALL)
     assert result.folder is not None
     run = run_of(result.folder)
     assert {"index.html", "thumbnail.jpg"} <= set(run["outputs"])
@@ -128,7 +128,7 @@ def test_a_segmented_slides_classes_lie_on_its_picture(page: Page, tmp_path: Pat
     page.get_by_role("button", name="Show all").click()
     page.get_by_label("Outlines").uncheck()
     page.get_by_label("Opacity of the classes").fill("100")
-    # The classes have the very colours of what they were found on: where they lie right, nothing is seen to change.
+    # The classes have the very colors of what they were found on: where they lie right, nothing is seen to change.
     assert (np.abs(stage(page) - without_HWC).max(axis=2) > 40).mean() < 0.01
     page.get_by_label("class-0").uncheck()
     page.get_by_label("class-1").uncheck()

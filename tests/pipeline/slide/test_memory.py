@@ -21,12 +21,12 @@ RUN = textwrap.dedent("""
     from pipeline.config import SegmentConfig, resolve
     from pipeline.workers.malloc import keep_freed_memory
     from pipeline.slide.recipe import plan_slide, segment_slide
-    from tests.pipeline.fakes import colour_predictor
+    from tests.pipeline.fakes import color_predictor
 
     path, out = Path(sys.argv[1]), Path(sys.argv[2])
     config = SegmentConfig(block_out=256, num_workers=2, device="cpu", runtime="torch")
     keep_freed_memory()
-    predictor = colour_predictor()
+    predictor = color_predictor()
     _, slide, tissue, plan = plan_slide(path, predictor.card, config)
     slide.close()
     segment_slide(path, out, predictor, config)

@@ -13,12 +13,12 @@ from pipeline.slide.plan import block_tissue, needed_tiles
 from pipeline.slide.recipe import plan_slide
 from pipeline.workers.malloc import keep_freed_memory
 from tests.models.networks import make_card
-from tests.pipeline.fakes import COLOURS, CPU, SMALL, region_slide
+from tests.pipeline.fakes import COLORS, CPU, SMALL, region_slide
 from tests.slides import PINK, painted, write_slide
 
 
 def test_only_tiles_with_tissue_are_planned(tmp_path: Path) -> None:
-    _, slide, tissue, plan = plan_slide(region_slide(tmp_path / "slide.svs"), make_card(COLOURS), SMALL)
+    _, slide, tissue, plan = plan_slide(region_slide(tmp_path / "slide.svs"), make_card(COLORS), SMALL)
     slide.close()
     grid = plan.grid
     # The tissue is the box (160, 96, 960, 640). Count every tile that touches the box, once for each of its blocks.
@@ -39,7 +39,7 @@ def test_only_tiles_with_tissue_are_planned(tmp_path: Path) -> None:
 def test_nothing_beyond_the_slide_is_tissue(tmp_path: Path) -> None:
     # With 203 pixels, the last pixels of the mask and of the map reach beyond the slide.
     path = write_slide(tmp_path / "slide.svs", painted((203, 203), ((0, 0, 203, 203), PINK)), mpp=1.0)
-    _, slide, tissue, plan = plan_slide(path, make_card(COLOURS), replace(SMALL, block_out=64))
+    _, slide, tissue, plan = plan_slide(path, make_card(COLORS), replace(SMALL, block_out=64))
     slide.close()
     mask_HW = block_tissue(plan.grid, tissue, plan.blocks[0])
     assert plan.grid.size_out == (51, 51)
@@ -51,7 +51,7 @@ def test_memory_grows_with_workers_and_batches_and_not_with_the_slide(tmp_path: 
     def memory(size: tuple[int, int], **changes: int) -> int:
         path = write_slide(tmp_path / "slide.svs", painted(size, ((0, 0, *size), PINK)), mpp=4.0)
         config = replace(SMALL, block_out=64, **changes)  # type: ignore[arg-type] # whole-number fields only
-        _, slide, _, plan = plan_slide(path, make_card(COLOURS, mpp=4.0), config)
+        _, slide, _, plan = plan_slide(path, make_card(COLORS, mpp=4.0), config)
         slide.close()
         return plan.memory_bytes(resolve(config, replace(CPU, batch_size=config.batch_size or CPU.batch_size)))
 

@@ -25,7 +25,7 @@ from tests.pipeline.fakes import (
     CORNER,
     REGIONS,
     SMALL,
-    colour_predictor,
+    color_predictor,
     constant_predictor,
     labels_of,
     predictor,
@@ -82,18 +82,18 @@ def test_a_constant_model_gives_a_constant_map_over_the_whole_tissue(tmp_path: P
 
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_colour_model_finds_the_regions_of_a_slide_to_one_output_pixel(
+def test_a_color_model_finds_the_regions_of_a_slide_to_one_output_pixel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: BackendName, bounded: bool
 ) -> None:
     path = tmp_path / "slide.svs"
     if bounded:
         x, y = CORNER
-        shapes = [((left + x, top + y, w, h), colour) for (left, top, w, h), colour in REGIONS]
+        shapes = [((left + x, top + y, w, h), color) for (left, top, w, h), color in REGIONS]
         write_slide(path, painted((1280 + 128, 832 + 64), *shapes), mpp=1.0)
         monkeypatch.setitem(READERS, backend, stating_bounds(READERS[backend]))
     else:
         region_slide(path)
-    result = segment_slide(path, tmp_path / "out", colour_predictor(), replace(SMALL, backend=backend))
+    result = segment_slide(path, tmp_path / "out", color_predictor(), replace(SMALL, backend=backend))
     assert result.folder is not None
     labels_HW = labels_of(result.folder)
     expected_HW = truth((320, 208), 4)
@@ -116,7 +116,7 @@ def test_a_colour_model_finds_the_regions_of_a_slide_to_one_output_pixel(
 def test_other_pixel_sizes_give_the_same_map(tmp_path: Path, mpp: float) -> None:
     """Whole factors read level pixels as they are, others are averaged by area: the regions stay where they are."""
     path = region_slide(tmp_path / "slide.svs", mpp=mpp)
-    result = segment_slide(path, tmp_path / "out", colour_predictor(), SMALL)
+    result = segment_slide(path, tmp_path / "out", color_predictor(), SMALL)
     assert result.folder is not None
     purple = polygons_by_class(result.folder)["class-1"]
     (x, y, w, h), _ = REGIONS[1]
@@ -129,7 +129,7 @@ def test_other_pixel_sizes_give_the_same_map(tmp_path: Path, mpp: float) -> None
 def test_finer_maps_keep_the_regions_in_their_place(tmp_path: Path, stride: int) -> None:
     path = region_slide(tmp_path / "slide.svs")
     config = replace(SMALL, output_stride=stride, block_out=128)
-    result = segment_slide(path, tmp_path / "out", colour_predictor(output_stride=stride), config)
+    result = segment_slide(path, tmp_path / "out", color_predictor(output_stride=stride), config)
     assert result.folder is not None
     assert labels_of(result.folder).shape[1] >= 1280 // stride
     assert run_of(result.folder)["plan"]["map_mpp"] == stride
@@ -143,12 +143,12 @@ def test_finer_maps_keep_the_regions_in_their_place(tmp_path: Path, stride: int)
 def test_a_predictor_of_other_settings_than_the_runs_is_refused(tmp_path: Path) -> None:
     path = region_slide(tmp_path / "slide.svs")
     with pytest.raises(ConfigError, match="made with output_stride 2, the settings request 4"):
-        segment_slide(path, tmp_path / "out", colour_predictor(output_stride=2), SMALL)
+        segment_slide(path, tmp_path / "out", color_predictor(output_stride=2), SMALL)
 
 
 def test_all_outputs_follow_the_rules_of_their_readers(tmp_path: Path) -> None:
     path = region_slide(tmp_path / "größe 組織.svs", mpp=0.5)
-    result = segment_slide(path, tmp_path / "out put", colour_predictor(), SegmentConfig(device="cpu"))
+    result = segment_slide(path, tmp_path / "out put", color_predictor(), SegmentConfig(device="cpu"))
     folder = result.folder
     assert folder == tmp_path / "out put" / "größe 組織"
     names = {p.name for p in folder.iterdir()}
@@ -169,8 +169,8 @@ def test_all_outputs_follow_the_rules_of_their_readers(tmp_path: Path) -> None:
 
 def test_the_segmenter_on_every_tile_gives_the_labels_of_the_gate(tmp_path: Path) -> None:
     path = region_slide(tmp_path / "slide.svs")
-    skipping = segment_slide(path, tmp_path / "a", colour_predictor(), SMALL)
-    every = segment_slide(path, tmp_path / "b", colour_predictor(skip_by_gate=False), SMALL)
+    skipping = segment_slide(path, tmp_path / "a", color_predictor(), SMALL)
+    every = segment_slide(path, tmp_path / "b", color_predictor(skip_by_gate=False), SMALL)
     assert skipping.folder is not None
     assert every.folder is not None
     np.testing.assert_array_equal(labels_of(skipping.folder), labels_of(every.folder))
@@ -193,8 +193,8 @@ def test_tiles_in_which_no_class_passes_are_background_and_counted(tmp_path: Pat
 def test_workers_and_batches_do_not_change_a_byte(tmp_path: Path) -> None:
     path = region_slide(tmp_path / "slide.svs")
     config = replace(SMALL, simplify_px=1.0, min_area_um2=2000.0)
-    a = segment_slide(path, tmp_path / "a", colour_predictor(), replace(config, num_workers=1))
-    b = segment_slide(path, tmp_path / "b", colour_predictor(batch_size=5), replace(config, num_workers=4))
+    a = segment_slide(path, tmp_path / "a", color_predictor(), replace(config, num_workers=1))
+    b = segment_slide(path, tmp_path / "b", color_predictor(batch_size=5), replace(config, num_workers=4))
     assert a.folder is not None
     assert b.folder is not None
     assert published(a.folder) == published(b.folder)
@@ -202,8 +202,8 @@ def test_workers_and_batches_do_not_change_a_byte(tmp_path: Path) -> None:
 
 def test_the_borders_of_blocks_cannot_be_seen(tmp_path: Path) -> None:
     path = region_slide(tmp_path / "slide.svs")
-    small = segment_slide(path, tmp_path / "a", colour_predictor(), SMALL)
-    whole = segment_slide(path, tmp_path / "b", colour_predictor(), replace(SMALL, block_out=512))
+    small = segment_slide(path, tmp_path / "a", color_predictor(), SMALL)
+    whole = segment_slide(path, tmp_path / "b", color_predictor(), replace(SMALL, block_out=512))
     assert small.folder is not None
     assert whole.folder is not None
     np.testing.assert_array_equal(probs_of(small.folder), probs_of(whole.folder))
@@ -215,14 +215,14 @@ def test_the_borders_of_blocks_cannot_be_seen(tmp_path: Path) -> None:
 def test_a_slide_smaller_than_a_tile_works(tmp_path: Path) -> None:
     # 300 µm × 250 µm, all tissue.
     path = write_slide(tmp_path / "tiny.svs", painted((60, 50), ((0, 0, 60, 50), PINK)), mpp=5.0)
-    result = segment_slide(path, tmp_path / "out", colour_predictor(mpp=5.0), SMALL)
+    result = segment_slide(path, tmp_path / "out", color_predictor(mpp=5.0), SMALL)
     assert result.folder is not None
     assert (labels_of(result.folder)[:12, :15] == 1).all()
 
 
 def test_a_slide_without_tissue_gives_empty_but_valid_outputs(tmp_path: Path) -> None:
     path = write_slide(tmp_path / "glass.svs", painted((1000, 700)), mpp=1.0)
-    result = segment_slide(path, tmp_path / "out", colour_predictor(), SMALL)
+    result = segment_slide(path, tmp_path / "out", color_predictor(), SMALL)
     assert result.status == "no tissue"
     assert result.folder is not None
     assert broken_rules(result.folder / "glass.ome.zarr") == []
@@ -235,16 +235,16 @@ def test_a_slide_without_tissue_gives_empty_but_valid_outputs(tmp_path: Path) ->
 
 def test_a_finished_result_is_kept_another_runs_is_refused_and_force_replaces_it(tmp_path: Path) -> None:
     path, out = region_slide(tmp_path / "slide.svs"), tmp_path / "out"
-    assert segment_slide(path, out, colour_predictor(), SMALL).status == "done"
+    assert segment_slide(path, out, color_predictor(), SMALL).status == "done"
     folder = out / "slide"
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    again = segment_slide(path, out, colour_predictor(), SMALL)
+    again = segment_slide(path, out, color_predictor(), SMALL)
     assert again.status == "skipped"
     assert again.areas_mm2["class-1"] == pytest.approx(320 * 256 / 1e6)
     with pytest.raises(OutputError, match=r"another run \(other model\); pass --force"):
         segment_slide(path, out, constant_predictor([1.0, 0.0]), SMALL)
     with pytest.raises(OutputError, match="other parameters"):
-        segment_slide(path, out, colour_predictor(), replace(SMALL, overlap=0.5))
+        segment_slide(path, out, color_predictor(), replace(SMALL, overlap=0.5))
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
     (folder / "notes.txt").write_text("mine")
     forced = segment_slide(path, out, constant_predictor([1.0, 0.0]), replace(SMALL, force=True))
@@ -260,7 +260,7 @@ def test_a_folder_that_no_run_made_is_never_touched(tmp_path: Path) -> None:
     (out / "slide" / "thesis.docx").write_text("years of work")
     for force in (False, True):
         with pytest.raises(OutputError, match="was not written by wsi-segment"):
-            segment_slide(path, out, colour_predictor(), replace(SMALL, force=force))
+            segment_slide(path, out, color_predictor(), replace(SMALL, force=force))
     assert [p.name for p in (out / "slide").iterdir()] == ["thesis.docx"]
     assert [p.name for p in out.iterdir()] == ["slide"]
 
@@ -271,8 +271,8 @@ def test_two_runs_do_not_work_on_one_slide(tmp_path: Path) -> None:
     path, out = region_slide(tmp_path / "slide.svs"), tmp_path / "out"
     out.mkdir()
     with FileLock(out / ".slide.lock"), pytest.raises(LockedError, match="another process is working on this slide"):
-        segment_slide(path, out, colour_predictor(), SMALL)
-    assert segment_slide(path, out, colour_predictor(), SMALL).status == "done"
+        segment_slide(path, out, color_predictor(), SMALL)
+    assert segment_slide(path, out, color_predictor(), SMALL).status == "done"
 
 
 KILLED = textwrap.dedent("""
@@ -280,14 +280,14 @@ KILLED = textwrap.dedent("""
     from pathlib import Path
     from dataclasses import replace
     from pipeline.slide.recipe import segment_slide
-    from tests.pipeline.fakes import SMALL, colour_predictor
+    from tests.pipeline.fakes import SMALL, color_predictor
 
     def progress(stage, done, total):
         if (stage, done) == ("segmenting", 9) or stage == sys.argv[3]:
             os.kill(os.getpid(), getattr(signal, sys.argv[4]))
 
     config = replace(SMALL, simplify_px=1.0, min_area_um2=2000.0)
-    segment_slide(Path(sys.argv[1]), Path(sys.argv[2]), colour_predictor(), config, progress)
+    segment_slide(Path(sys.argv[1]), Path(sys.argv[2]), color_predictor(), config, progress)
 """)
 
 
@@ -320,13 +320,13 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, stage
     resumed = segment_slide(
         path,
         out,
-        colour_predictor(),
+        color_predictor(),
         config,
         lambda name, done, _: blocks.append(done) if name == "segmenting" else None,
     )
     assert resumed.resumed_blocks == finished - 1 >= 8
     assert blocks[0] == finished - 1
-    undisturbed = segment_slide(path, tmp_path / "undisturbed", colour_predictor(), config)
+    undisturbed = segment_slide(path, tmp_path / "undisturbed", color_predictor(), config)
     assert blocks[-1] == len(blocks) - 1 + finished - 1
     assert resumed.folder is not None
     assert undisturbed.folder is not None
@@ -346,7 +346,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     assert "slide.svs: interrupted; run the same command again to resume" in stopped.stderr.splitlines()[-1]
     assert not (out / "slide").exists()
     config = replace(SMALL, simplify_px=1.0, min_area_um2=2000.0)
-    assert segment_slide(path, out, colour_predictor(), config).resumed_blocks >= 9
+    assert segment_slide(path, out, color_predictor(), config).resumed_blocks >= 9
 
 
 def test_an_unfinished_run_of_other_inputs_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_an_unfinished_run_of_other_inputs_is_not_gone_on_with(tmp_path: Path) -
     with pytest.raises(RuntimeError):
         segment_slide(path, out, constant_predictor([1.0, 0.0]), SMALL, interrupt)
     assert (out / ".slide.work" / "journal.jsonl").exists()
-    result = segment_slide(path, out, colour_predictor(), SMALL)
+    result = segment_slide(path, out, color_predictor(), SMALL)
     assert result.resumed_blocks == 0
     assert set(np.unique(labels_of(out / "slide"))) == {0, 1, 2}
 
@@ -383,9 +383,9 @@ def test_unreadable_tiles_are_counted_and_named_and_too_many_fail(
     config = replace(SMALL, backend="openslide")
     monkeypatch.setitem(READERS, "openslide", _FailingReader)
     with pytest.raises(SlideReadError, match=r"^slide\.svs: at least \d+ of \d+ tiles cannot be read \(at most 1%\)"):
-        segment_slide(path, out, colour_predictor(), config)
+        segment_slide(path, out, color_predictor(), config)
     assert not (out / "slide").exists()
-    result = segment_slide(path, out, colour_predictor(), replace(config, max_bad_share=0.5))
+    result = segment_slide(path, out, color_predictor(), replace(config, max_bad_share=0.5))
     assert result.status == "done"
     assert "tiles could not be read" in result.warnings[-1]
     run = run_of(out / "slide")
@@ -394,7 +394,7 @@ def test_unreadable_tiles_are_counted_and_named_and_too_many_fail(
     assert all(box[0] < 512 + 64 + 256 and box[0] + box[2] > 512 - 256 for box in run["bad_tiles_l0"])
     # Once the place can be read again, those blocks are tried again.
     monkeypatch.setitem(READERS, "openslide", OpenSlideReader)
-    assert segment_slide(path, tmp_path / "good", colour_predictor(), config).warnings == ()
+    assert segment_slide(path, tmp_path / "good", color_predictor(), config).warnings == ()
 
 
 def test_a_network_that_gives_nan_names_the_tile(tmp_path: Path) -> None:
@@ -408,13 +408,13 @@ def test_a_network_that_gives_nan_names_the_tile(tmp_path: Path) -> None:
 def test_a_plan_that_does_not_fit_ends_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = region_slide(tmp_path / "slide.svs")
     with pytest.raises(PlanError, match=r"GiB of memory.*lower --num-workers or --batch-size"):
-        segment_slide(path, tmp_path / "out", colour_predictor(batch_size=10**9), SMALL)
+        segment_slide(path, tmp_path / "out", color_predictor(batch_size=10**9), SMALL)
     import shutil
 
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(PlanError, match=r"on the disk of .* 0 MiB are free; free some space"):
-        segment_slide(path, tmp_path / "out", colour_predictor(), SMALL)
+        segment_slide(path, tmp_path / "out", color_predictor(), SMALL)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -434,10 +434,10 @@ def test_a_full_disk_is_said_so_and_the_run_goes_on_later(tmp_path: Path, monkey
         monkeypatch.setattr("pipeline.slide.recipe.check_resources", lambda *_: None)
         path = region_slide(tmp_path / "slide.svs")
         with pytest.raises(OutputError, match=r"^slide\.svs: the disk of .* is full .*free some space"):
-            segment_slide(path, small / "out", colour_predictor(), replace(SMALL, overlap=0.5))
+            segment_slide(path, small / "out", color_predictor(), replace(SMALL, overlap=0.5))
         assert not (small / "out" / "slide").exists()
         (small / "ballast").unlink()
-        result = segment_slide(path, small / "out", colour_predictor(), replace(SMALL, overlap=0.5))
+        result = segment_slide(path, small / "out", color_predictor(), replace(SMALL, overlap=0.5))
         assert result.status == "done"
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -447,9 +447,9 @@ def test_no_handles_or_threads_are_left(tmp_path: Path) -> None:
     import threading
 
     path = region_slide(tmp_path / "slide.svs")
-    segment_slide(path, tmp_path / "first", colour_predictor(), SMALL)
+    segment_slide(path, tmp_path / "first", color_predictor(), SMALL)
     handles, threads = len(os.listdir("/proc/self/fd")), threading.active_count()  # noqa: PTH208 - names only
-    segment_slide(path, tmp_path / "second", colour_predictor(), SMALL)
+    segment_slide(path, tmp_path / "second", color_predictor(), SMALL)
     assert len(os.listdir("/proc/self/fd")) <= handles  # noqa: PTH208 - names only
     assert threading.active_count() <= threads
 
@@ -457,10 +457,10 @@ def test_no_handles_or_threads_are_left(tmp_path: Path) -> None:
 def test_a_slide_without_mpp_fails_and_works_with_the_flag(tmp_path: Path, shared_slides: Path) -> None:
     path = shared_slides / "TCGA-CR-7395-01A-01-TS1.svs"
     with pytest.raises(ResolutionError, match="pass --mpp"):
-        segment_slide(path, tmp_path / "out", colour_predictor(), SMALL)
+        segment_slide(path, tmp_path / "out", color_predictor(), SMALL)
     assert list((tmp_path / "out").iterdir()) == []
     config = SegmentConfig(mpp=0.25, device="cpu")
-    assert segment_slide(path, tmp_path / "out", colour_predictor(), config).status == "done"
+    assert segment_slide(path, tmp_path / "out", color_predictor(), config).status == "done"
 
 
 def test_both_readers_give_the_same_labels_on_real_aperio_slides(
@@ -471,7 +471,7 @@ def test_both_readers_give_the_same_labels_on_real_aperio_slides(
         maps = []
         for backend in BACKENDS:
             config = SegmentConfig(backend=backend, mpp=mpp, device="cpu")
-            result = segment_slide(path, tmp_path / backend, colour_predictor(), config)
+            result = segment_slide(path, tmp_path / backend, color_predictor(), config)
             assert result.folder is not None
             maps.append(labels_of(result.folder))
         assert len(np.unique(maps[0])) == 3
@@ -481,5 +481,5 @@ def test_both_readers_give_the_same_labels_on_real_aperio_slides(
 @pytest.mark.parametrize("name", ["broken.svs", "unreadable.svs", "unopenable.tiff", "missing.svs"])
 def test_bad_files_leave_nothing_behind(tmp_path: Path, shared_slides: Path, name: str) -> None:
     with pytest.raises(SlideError, match=f"^{name}: "):
-        segment_slide(shared_slides / name, tmp_path / "out", colour_predictor(), SMALL)
+        segment_slide(shared_slides / name, tmp_path / "out", color_predictor(), SMALL)
     assert list(tmp_path.rglob("*")) in ([], [tmp_path / "out"])

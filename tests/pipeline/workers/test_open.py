@@ -33,7 +33,7 @@ from pipeline.slide.recipe import PlannedSlide, plan_slide
 from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import InProcess, load_predictor
 from pipeline.workers.open import open_workers
-from tests.pipeline.fakes import SMALL, colour_predictor, constant_predictor, region_slide
+from tests.pipeline.fakes import SMALL, color_predictor, constant_predictor, region_slide
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
 from tests.pipeline.summaries import rows_of
 from tests.repository import REPOSITORY
@@ -101,7 +101,7 @@ def test_a_model_is_loaded_once_and_a_manifest_can_name_another_for_a_slide(tmp_
     jobs = collect_jobs([tmp_path / "list.csv"])
     assert [job.model for job in jobs] == [None, str(tmp_path / "other/model"), "colon-gland"]
     loaded: list[str] = []
-    models = {"usual": colour_predictor(), str(tmp_path / "other/model"): constant_predictor([0.0, 9.0])}
+    models = {"usual": color_predictor(), str(tmp_path / "other/model"): constant_predictor([0.0, 9.0])}
     models["colon-gland"] = models["usual"]
 
     def load(name: str) -> object:
@@ -170,7 +170,7 @@ def test_a_slide_with_a_missing_model_fails_alone(tmp_path: Path) -> None:
 
 def test_cancelled_workers_stop_the_running_slide(tmp_path: Path) -> None:
     (job,) = small(tmp_path, "a")
-    workers = InProcess(lambda _: colour_predictor(), "any", SMALL)
+    workers = InProcess(lambda _: color_predictor(), "any", SMALL)
 
     def cancel(stage: str, done: int, _: int) -> None:
         if (stage, done) == ("segmenting", 3):
@@ -178,7 +178,7 @@ def test_cancelled_workers_stop_the_running_slide(tmp_path: Path) -> None:
 
     with pytest.raises(Cancelled, match=r"a\.svs: cancelled; run the same command again"):
         workers.segment(job, tmp_path / "out", cancel)
-    again = InProcess(lambda _: colour_predictor(), "any", SMALL).segment(job, tmp_path / "out", no_progress)
+    again = InProcess(lambda _: color_predictor(), "any", SMALL).segment(job, tmp_path / "out", no_progress)
     assert (again.status, again.resumed_blocks >= 3) == ("done", True)
 
 
@@ -195,7 +195,7 @@ def test_a_slide_locked_by_another_process_comes_last_and_is_skipped_when_finish
             assert both.wait(60)
 
     other = threading.Thread(
-        target=lambda: InProcess(lambda _: colour_predictor(), "any", SMALL).segment(a, tmp_path / "out", hold)
+        target=lambda: InProcess(lambda _: color_predictor(), "any", SMALL).segment(a, tmp_path / "out", hold)
     )
     other.start()
     assert working.wait(60)
@@ -205,7 +205,7 @@ def test_a_slide_locked_by_another_process_comes_last_and_is_skipped_when_finish
         reported.append(result.slide)
         both.set()
 
-    workers = InProcess(lambda _: colour_predictor(), "any", SMALL)
+    workers = InProcess(lambda _: color_predictor(), "any", SMALL)
     results = run_batch([a, b], tmp_path / "out", workers, lambda _: no_progress, report)
     other.join()
     assert [r.status for r in results] == ["skipped", "done"]

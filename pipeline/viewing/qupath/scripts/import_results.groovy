@@ -59,7 +59,7 @@ project.getImageList().each { entry ->
     }
 }
 project.syncChanges()
-// Regions in their colours, and not just their outlines; Shift+F switches it.
+// Regions in their colors, and not just their outlines; Shift+F switches it.
 gui?.getOverlayOptions()?.setFillAnnotations(true)
 println failed == 0 ? 'Done.' : "Done, but ${failed} of ${rows.size()} slides were not imported; see above."
 

@@ -1,4 +1,4 @@
-// Shows how probable one class of wsi-segment is, in the class's colour over the slide that is open.
+// Shows how probable one class of wsi-segment is, in the class's color over the slide that is open.
 //
 // In QuPath: open an image, Automate > Project scripts > show_probability, Run, choose a class. The opacity slider of
 // the toolbar fades it, the key C switches it off and on; run the script again for another class, or for none.

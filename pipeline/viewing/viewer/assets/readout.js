@@ -9,7 +9,7 @@ export function nice(length) {
   return step * power;
 }
 
-// Micrometres, in the unit that reads best.
+// Micrometers, in the unit that reads best.
 export function distance(um) {
   if (um >= 1000) return `${Number((um / 1000).toPrecision(3))} mm`;
   return um >= 1 ? `${Number(um.toPrecision(3))} µm` : `${Number((um * 1000).toPrecision(3))} nm`;
@@ -20,7 +20,7 @@ export function area(mm2) {
   return `${Number(mm2.toPrecision(2)).toFixed(6).replace(/0+$/, "")} mm²`;
 }
 
-// Level-0 pixels, micrometres, and how many times larger than on the glass, counting a microscope's 10× as 1 µm a pixel.
+// Level-0 pixels, micrometers, and how many times larger than on the glass, counting a microscope's 10× as 1 µm a pixel.
 export function place([x, y], zoom, mpp) {
   const magnification = Number((10 / (mpp / zoom)).toPrecision(2));
   return `x ${whole.format(x)}, y ${whole.format(y)} px  (${whole.format(x * mpp)}, ${whole.format(y * mpp)} µm)  ${magnification}×`;

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.slide.recipe import segment_slide
-from tests.pipeline.fakes import SMALL, colour_predictor, region_slide
+from tests.pipeline.fakes import SMALL, color_predictor, region_slide
 from tests.pipeline.viewing.qupath.projects import NAMES, say_where
 
 
@@ -19,7 +19,7 @@ def segmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "slides").mkdir()
     for name in NAMES:
         region_slide(root / "slides" / name, levels=(1,) if name == NAMES[0] else (1, 4))
-        segment_slide(root / "slides" / name, root / "results", colour_predictor(), SMALL)
+        segment_slide(root / "slides" / name, root / "results", color_predictor(), SMALL)
     return root
 
 

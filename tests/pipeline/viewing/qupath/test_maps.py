@@ -16,7 +16,7 @@ from pipeline.formats.ome_zarr import MapSpec, MapStore, build_pyramid, create_s
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.qupath.maps import ProbabilityMap, write_overlays, write_tiles
 from pipeline.viewing.qupath.project import write_project
-from tests.pipeline.fakes import CORNER, REGIONS, SMALL, colour_predictor, probs_of, run_of, stating_bounds
+from tests.pipeline.fakes import CORNER, REGIONS, SMALL, color_predictor, probs_of, run_of, stating_bounds
 from tests.slides import PINK, PURPLE, painted, write_slide
 from wsi.box import Box
 from wsi.readers import READERS
@@ -88,10 +88,10 @@ def test_tiles_and_pictures_lie_in_qupaths_frame_on_a_slide_with_bounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y = CORNER
-    shapes = [((left + x, top + y, w, h), colour) for (left, top, w, h), colour in REGIONS]
+    shapes = [((left + x, top + y, w, h), color) for (left, top, w, h), color in REGIONS]
     slide = write_slide(tmp_path / "mirax.svs", painted((1280 + 128, 832 + 64), *shapes), mpp=1.0)
     monkeypatch.setitem(READERS, "openslide", stating_bounds(READERS["openslide"]))
-    result = segment_slide(slide, tmp_path / "results", colour_predictor(), SMALL)
+    result = segment_slide(slide, tmp_path / "results", color_predictor(), SMALL)
     assert result.folder is not None
     assert run_of(result.folder)["slide"]["qupath_offset"] == list(CORNER)
     project = write_project(tmp_path / "results")
@@ -116,7 +116,7 @@ def test_tiles_and_pictures_lie_in_qupaths_frame_on_a_slide_with_bounds(
     assert ((columns.max() + 1) * 4, (rows.max() + 1) * 4) == (left + width, top + height)
 
 
-def test_a_picture_is_the_class_colour_as_opaque_as_the_class_is_probable(root: Path, tmp_path: Path) -> None:
+def test_a_picture_is_the_class_color_as_opaque_as_the_class_is_probable(root: Path, tmp_path: Path) -> None:
     size_l0 = write_overlays(tmp_path / "maps", map_of(root / "results" / "b"))
     probs_KHW = probs_of(root / "results" / "b")
     assert size_l0 == (probs_KHW.shape[2] * 4, probs_KHW.shape[1] * 4)

@@ -66,7 +66,7 @@ def test_the_scripts_find_the_files_of_each_image_relative_to_the_project(root: 
     assert {p.name for p in (path.parent / "scripts").iterdir()} == {"import_results.groovy", "show_probability.groovy"}
 
 
-def test_classes_have_the_colours_of_the_model(root: Path) -> None:
+def test_classes_have_the_colors_of_the_model(root: Path) -> None:
     write_project(root / "results")
     classes = json.loads((root / "results" / "qupath" / "classifiers" / "classes.json").read_text(encoding="utf-8"))
     java = [ctypes.c_int32(255 << 24 | r << 16 | g << 8 | b).value for r, g, b in (PINK, PURPLE)]

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.qupath.project import write_project
-from tests.pipeline.fakes import SMALL, colour_predictor, region_slide
+from tests.pipeline.fakes import SMALL, color_predictor, region_slide
 from tests.slides import PINK
 
 STUBS = Path(__file__).parent / "stubs"
@@ -66,7 +66,7 @@ def segmented(play: Play, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scripts")
     (root / "slides").mkdir()
     for name in NAMES:
-        segment_slide(region_slide(root / "slides" / name), root / "results", colour_predictor(), SMALL)
+        segment_slide(region_slide(root / "slides" / name), root / "results", color_predictor(), SMALL)
     write_project(root / "results")
     return root
 

@@ -19,7 +19,7 @@ from pipeline.checks.result import broken_rules
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.viewer.results import Result, find_results
 from pipeline.viewing.viewer.server import listening, server_config
-from tests.pipeline.fakes import REGIONS, SMALL, colour_predictor
+from tests.pipeline.fakes import REGIONS, SMALL, color_predictor
 from tests.slides import painted, write_slide
 
 
@@ -92,7 +92,7 @@ def results_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the results of one slide of two levels, 1280×832 at 1 µm."""
     folder = tmp_path_factory.mktemp("viewer")
     slide = write_slide(folder / "block <1>.svs", textured((1280, 832)), mpp=1.0, levels=(1, 4))
-    result = segment_slide(slide, folder / "results", colour_predictor(), SMALL)
+    result = segment_slide(slide, folder / "results", color_predictor(), SMALL)
     assert result.folder is not None
     assert not [text for wrong in broken_rules(result.folder).values() for text in wrong]
     return folder / "results"

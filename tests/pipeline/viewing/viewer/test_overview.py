@@ -21,7 +21,7 @@ from pipeline.viewing.viewer.overview import UNREAD, Overview
 from pipeline.viewing.viewer.results import Result, find_results
 from pipeline.viewing.viewer.slide_tiles import SlideTiles
 from tests.browser import until
-from tests.pipeline.fakes import SMALL, colour_predictor
+from tests.pipeline.fakes import SMALL, color_predictor
 from tests.pipeline.viewing.viewer.conftest import Site, serving, textured
 from tests.slides import reduce, write_slide
 from wsi.box import Box
@@ -90,7 +90,7 @@ def picture(jpeg: bytes | None) -> NDArray[np.int16]:
     return np.asarray(Image.open(io.BytesIO(jpeg))).astype(np.int16)
 
 
-def test_what_is_read_is_shown_and_the_rest_is_grey(gate: Gate, slide: Slide) -> None:
+def test_what_is_read_is_shown_and_the_rest_is_gray(gate: Gate, slide: Slide) -> None:
     tiles = SlideTiles(slide)
     assert (tiles.levels, tiles.overview_level) == (4, LEVEL)
     overview = Overview(tiles, LEVEL, "a")
@@ -139,7 +139,7 @@ def test_closing_ends_the_reading_before_the_slide_is_closed(gate: Gate, slide: 
 def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """The result of a slide of one level."""
     folder = tmp_path_factory.mktemp("overview")
-    segment_slide(write_slide(folder / "a.svs", textured(SIZE), mpp=1.0), folder / "results", colour_predictor(), SMALL)
+    segment_slide(write_slide(folder / "a.svs", textured(SIZE), mpp=1.0), folder / "results", color_predictor(), SMALL)
     return find_results(folder / "results")[0]
 
 
@@ -153,9 +153,9 @@ def test_site_tells_how_far_it_is_and_keeps_no_tile_that_is_not_whole(gate: Gate
         assert json.loads(site.get("facts.json").body)["slide"]["overview"] == LEVEL
         assert progress(site) == {"share": 0.0, "failed": False}
         assert site.get("slide/3/0_0.jpg").status == 404
-        grey = site.get("overview/3/0_0.jpg?read=0")
-        assert grey.headers["content-type"] == "image/jpeg"
-        assert np.abs(picture(grey.body) - UNREAD).max() < 3
+        gray = site.get("overview/3/0_0.jpg?read=0")
+        assert gray.headers["content-type"] == "image/jpeg"
+        assert np.abs(picture(gray.body) - UNREAD).max() < 3
         gate.open(PIECES)
         wait_until(lambda: progress(site) == {"share": 1.0, "failed": False})
         assert np.abs(picture(site.get("overview/3/0_0.jpg?read=0").body) - reduce(textured(SIZE), 8)).mean() < 3
@@ -169,8 +169,8 @@ def test_slide_with_small_levels_has_no_overview_to_ask_for(site: Site) -> None:
 SHOWN = """[...document.querySelectorAll("#notes p")].map((p) => p.textContent).join("|")"""
 
 
-def centre_colour(page: Page) -> list[int]:
-    """The colour of the pixel in the middle of the stage."""
+def center_color(page: Page) -> list[int]:
+    """The color of the pixel in the middle of the stage."""
     box = page.locator("#stage").bounding_box()
     assert box is not None
     clip = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "width": 1, "height": 1}
@@ -184,11 +184,11 @@ def test_page_says_that_it_waits_and_shows_more_by_itself(gate: Gate, result: Re
         until(page, f'{SHOWN}.startsWith("This slide stores no overview")')
         until(page, "wsiView.osd.world.getItemAt(0)?.getFullyLoaded()")
         page.wait_for_timeout(200)
-        assert centre_colour(page) == pytest.approx([UNREAD] * 3, abs=3)
+        assert center_color(page) == pytest.approx([UNREAD] * 3, abs=3)
         gate.open(PIECES)
         until(page, f'{SHOWN} === "" && wsiView.osd.world.getItemAt(0).getFullyLoaded()')
         page.wait_for_timeout(200)
-        seen, unread = centre_colour(page), [UNREAD] * 3
+        seen, unread = center_color(page), [UNREAD] * 3
         assert seen == pytest.approx([int(value) for value in reduce(textured(SIZE), 4)[208, 320]], abs=30)
         assert seen != pytest.approx(unread, abs=10)
         page.goto("about:blank")

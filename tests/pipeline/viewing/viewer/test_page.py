@@ -1,4 +1,4 @@
-"""The page in a real browser: where things are drawn, in which colours, and what its controls do."""
+"""The page in a real browser: where things are drawn, in which colors, and what its controls do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.browser import axe_findings, screenshot, until, watch
-from tests.pipeline.fakes import COLOURS
+from tests.pipeline.fakes import COLORS
 from tests.pipeline.viewing.viewer.conftest import Site, textured
 
 if TYPE_CHECKING:  # most test runs need no browser
@@ -53,16 +53,16 @@ def place_on_screen(page: Page, x: float, y: float) -> tuple[float, float]:
     )
 
 
-def colour_at(page: Page, x: float, y: float) -> NDArray[np.float64]:
-    """Mean colour of the 9×9 screen pixels around a level-0 place."""
+def color_at(page: Page, x: float, y: float) -> NDArray[np.float64]:
+    """Mean color of the 9×9 screen pixels around a level-0 place."""
     shot = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(float)
     left, top = (round(v) for v in place_on_screen(page, x, y))
     mean_C: NDArray[np.float64] = shot[top - 4 : top + 5, left - 4 : left + 5].mean(axis=(0, 1))
     return mean_C
 
 
-def slide_colour(x: int, y: int, zoom: float) -> NDArray[np.float64]:
-    """The colour that `colour_at` sees there of the bare slide."""
+def slide_color(x: int, y: int, zoom: float) -> NDArray[np.float64]:
+    """The color that `color_at` sees there of the bare slide."""
     half = round(4.5 / zoom)
     mean_C: NDArray[np.float64] = textured((1280, 832))[y - half : y + half, x - half : x + half].mean(axis=(0, 1))
     return mean_C
@@ -85,55 +85,55 @@ def shared_page(browser: Browser) -> Iterator[Page]:
     assert not faults, "\n".join(faults)
 
 
-def test_slide_is_drawn_where_and_in_the_colours_it_is(shared_page: Page, site: Site) -> None:
+def test_slide_is_drawn_where_and_in_the_colors_it_is(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=640&y=416&zoom=0.7&map=0&outlines=0")
     for place in (GLASS_AT, PINK_AT, PURPLE_AT, (1100, 700)):
-        assert np.abs(colour_at(shared_page, *place) - slide_colour(*place, 0.7)).max() < 8
-    # The border between glass and pink lies at x = 160: two screen pixels beside it, each side has its own colour.
+        assert np.abs(color_at(shared_page, *place) - slide_color(*place, 0.7)).max() < 8
+    # The border between glass and pink lies at x = 160: two screen pixels beside it, each side has its own color.
     for x, expected in ((160 - 9, GLASS_AT), (160 + 9, PINK_AT)):
         left, top = (round(v) for v in place_on_screen(shared_page, x, 416))
         shot = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(float)
         strip = shot[top - 60 : top + 60, left - 1 : left + 2].mean(axis=(0, 1))
-        assert np.abs(strip - slide_colour(*expected, 0.1)).max() < 14
+        assert np.abs(strip - slide_color(*expected, 0.1)).max() < 14
 
 
-def test_class_map_covers_the_slide_with_the_classes_colours(shared_page: Page, site: Site, tmp_path: Path) -> None:
+def test_class_map_covers_the_slide_with_the_classes_colors(shared_page: Page, site: Site, tmp_path: Path) -> None:
     bare, both = "#x=640&y=416&zoom=0.7&outlines=0&map=0", "#x=640&y=416&zoom=0.7&outlines=0&map=0.5"
     show(shared_page, site, bare)
-    before = {place: colour_at(shared_page, *place) for place in (GLASS_AT, PINK_AT, PURPLE_AT)}
+    before = {place: color_at(shared_page, *place) for place in (GLASS_AT, PINK_AT, PURPLE_AT)}
     show(shared_page, site, both)
     screenshot(shared_page, "viewer-class-map", tmp_path)
-    assert np.abs(colour_at(shared_page, *GLASS_AT) - before[GLASS_AT]).max() < 2
-    for place, colour in ((PINK_AT, COLOURS[0]), (PURPLE_AT, COLOURS[1])):
-        assert np.abs(colour_at(shared_page, *place) - mixed(before[place], colour, 0.5)).max() < 4
+    assert np.abs(color_at(shared_page, *GLASS_AT) - before[GLASS_AT]).max() < 2
+    for place, color in ((PINK_AT, COLORS[0]), (PURPLE_AT, COLORS[1])):
+        assert np.abs(color_at(shared_page, *place) - mixed(before[place], color, 0.5)).max() < 4
     # Opaque, the map shows where it lies itself: both sides of the regions' borders, three of its pixels off.
     show(shared_page, site, both.replace("map=0.5", "map=1"))
-    pink, purple = COLOURS
-    for x, y, colour in ((404, 400, pink), (428, 400, purple), (724, 400, purple), (748, 400, pink), (1108, 600, pink)):
-        assert np.abs(colour_at(shared_page, x, y) - colour).max() < 4
-    assert np.abs(colour_at(shared_page, 640, 500) - purple).max() < 4
-    assert np.abs(colour_at(shared_page, 640, 524) - pink).max() < 4
-    assert np.abs(colour_at(shared_page, 1132, 600) - slide_colour(1132, 600, 0.7)).max() < 8
+    pink, purple = COLORS
+    for x, y, color in ((404, 400, pink), (428, 400, purple), (724, 400, purple), (748, 400, pink), (1108, 600, pink)):
+        assert np.abs(color_at(shared_page, x, y) - color).max() < 4
+    assert np.abs(color_at(shared_page, 640, 500) - purple).max() < 4
+    assert np.abs(color_at(shared_page, 640, 524) - pink).max() < 4
+    assert np.abs(color_at(shared_page, 1132, 600) - slide_color(1132, 600, 0.7)).max() < 8
 
 
 def test_class_toggle_and_opacity_change_the_pixels(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=640&y=416&zoom=0.7&outlines=0&map=1")
-    assert np.abs(colour_at(shared_page, *PURPLE_AT) - COLOURS[1]).max() < 4
+    assert np.abs(color_at(shared_page, *PURPLE_AT) - COLORS[1]).max() < 4
     shared_page.get_by_role("checkbox", name="class-1").uncheck()
     settle(shared_page)
-    bare = colour_at(shared_page, *PURPLE_AT)
-    assert np.abs(bare - slide_colour(*PURPLE_AT, 0.7)).max() < 8
-    assert np.abs(colour_at(shared_page, *PINK_AT) - COLOURS[0]).max() < 4
+    bare = color_at(shared_page, *PURPLE_AT)
+    assert np.abs(bare - slide_color(*PURPLE_AT, 0.7)).max() < 8
+    assert np.abs(color_at(shared_page, *PINK_AT) - COLORS[0]).max() < 4
     assert "off=1" in shared_page.url
     shared_page.get_by_role("checkbox", name="class-1").check()
     shared_page.get_by_label("Opacity of the class map").fill("0.25")
     settle(shared_page)
-    assert np.abs(colour_at(shared_page, *PURPLE_AT) - mixed(bare, COLOURS[1], 0.25)).max() < 4
+    assert np.abs(color_at(shared_page, *PURPLE_AT) - mixed(bare, COLORS[1], 0.25)).max() < 4
 
 
 def test_probabilities_have_their_own_opacity_for_each_class(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=640&y=416&zoom=0.7&outlines=0&map=0")
-    bare = colour_at(shared_page, *PURPLE_AT)
+    bare = color_at(shared_page, *PURPLE_AT)
     sliders = shared_page.locator(".class-opacity")
     assert [slider.is_visible() for slider in sliders.all()] == [False, False]
     shared_page.get_by_role("checkbox", name=re.compile("Probabilities")).check()
@@ -141,8 +141,8 @@ def test_probabilities_have_their_own_opacity_for_each_class(shared_page: Page, 
     shared_page.get_by_label("Opacity of the probability of class-1").fill("0.5")
     settle(shared_page)
     # The network is all but sure of every pixel.
-    assert np.abs(colour_at(shared_page, *PURPLE_AT) - mixed(bare, COLOURS[1], 0.5)).max() < 5
-    assert np.abs(colour_at(shared_page, *PINK_AT) - slide_colour(*PINK_AT, 0.7)).max() < 8
+    assert np.abs(color_at(shared_page, *PURPLE_AT) - mixed(bare, COLORS[1], 0.5)).max() < 5
+    assert np.abs(color_at(shared_page, *PINK_AT) - slide_color(*PINK_AT, 0.7)).max() < 8
 
 
 def tip_at(page: Page, x: int, y: int) -> str | None:
@@ -155,7 +155,7 @@ def tip_at(page: Page, x: int, y: int) -> str | None:
 def test_hover_says_class_and_area_and_lifts_the_polygon_out(shared_page: Page, site: Site, tmp_path: Path) -> None:
     show(shared_page, site, "#x=640&y=416&zoom=0.7&map=0&outlines=1")
     areas = {c.name: c.area_mm2 for c in site.results[0].classes}
-    before = colour_at(shared_page, *PURPLE_AT)
+    before = color_at(shared_page, *PURPLE_AT)
     assert tip_at(shared_page, *GLASS_AT) is None
     for place, name in ((PINK_AT, "class-0"), (PURPLE_AT, "class-1")):
         tip = tip_at(shared_page, *place)
@@ -167,7 +167,7 @@ def test_hover_says_class_and_area_and_lifts_the_polygon_out(shared_page: Page, 
     screenshot(shared_page, "viewer-hover", tmp_path)
     shared_page.mouse.move(*place_on_screen(shared_page, PURPLE_AT[0] + 60, PURPLE_AT[1]))
     shared_page.wait_for_timeout(300)
-    assert np.abs(colour_at(shared_page, *PURPLE_AT) - mixed(before, COLOURS[1], 0x40 / 255)).max() < 4
+    assert np.abs(color_at(shared_page, *PURPLE_AT) - mixed(before, COLORS[1], 0x40 / 255)).max() < 4
     assert shared_page.locator("#place").inner_text().startswith("x 660, y 400 px  (660, 400 µm)  7×")
 
 
@@ -192,7 +192,7 @@ def test_the_middle_is_told_without_outlines_too(shared_page: Page, site: Site) 
     until(shared_page, "document.getElementById('said').textContent.includes('mm²')")
 
 
-def test_outlines_are_drawn_on_the_borders_in_the_classes_colours(shared_page: Page, site: Site) -> None:
+def test_outlines_are_drawn_on_the_borders_in_the_classes_colors(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=420&y=400&zoom=2&map=0&outlines=0")
     without = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(int)
     show(shared_page, site, "#x=420&y=400&zoom=2&map=0&outlines=1")
@@ -205,7 +205,7 @@ def test_outlines_are_drawn_on_the_borders_in_the_classes_colours(shared_page: P
     assert 3 <= changed.size <= 6
     assert abs(float(changed.mean()) - 60) <= 10
     line = with_[top, left - 60 + changed]
-    assert np.abs(line - COLOURS[1]).max(axis=1).min() < 12
+    assert np.abs(line - COLORS[1]).max(axis=1).min() < 12
 
 
 def test_outlines_run_below_the_navigator(shared_page: Page, site: Site) -> None:

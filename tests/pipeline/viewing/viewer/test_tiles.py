@@ -22,7 +22,7 @@ from pipeline.viewing.viewer.map_tiles import MapTiles
 from pipeline.viewing.viewer.outlines import TOLERANCES_L0, outline_bytes
 from pipeline.viewing.viewer.results import find_results
 from pipeline.viewing.viewer.slide_tiles import SlideTiles, zoom_levels
-from tests.pipeline.fakes import CORNER, SMALL, colour_predictor, labels_of, probs_of, stating_bounds
+from tests.pipeline.fakes import CORNER, SMALL, color_predictor, labels_of, probs_of, stating_bounds
 from tests.pipeline.viewing.viewer.conftest import Site, serving, textured
 from tests.slides import GLASS, painted, reduce, write_slide
 from wsi import readers
@@ -63,7 +63,7 @@ def test_tiles_put_together_are_the_slide_averaged_by_area(tmp_path: Path, level
             assert found_HWC.shape == expected_HWC.shape
             difference_HWC = np.abs(found_HWC - expected_HWC)
             assert difference_HWC.mean() < JPEG_ERROR
-            # No tile is shifted or swapped: its neighbours' pixels differ by far more.
+            # No tile is shifted or swapped: its neighbors' pixels differ by far more.
             assert np.quantile(difference_HWC, 0.999) < 40
 
 
@@ -252,7 +252,7 @@ def test_map_of_a_slide_with_bounds_lies_on_its_corner(tmp_path: Path, monkeypat
     rgb_HWC = np.full((1000, 1500, 3), 244, np.uint8)
     rgb_HWC[CORNER[1] : CORNER[1] + 832, CORNER[0] : CORNER[0] + 1280] = textured((1280, 832))
     slide = write_slide(tmp_path / "a.svs", rgb_HWC, mpp=1.0)
-    segment_slide(slide, tmp_path / "results", colour_predictor(), SMALL)
+    segment_slide(slide, tmp_path / "results", color_predictor(), SMALL)
     with serving(find_results(tmp_path / "results")) as site:
         # The pink region begins at (160, 96) of the frame, whatever the bounds are.
         tile_HWC = pixels(site.get("slide/0/0_0.jpg").body)
@@ -268,7 +268,7 @@ def test_map_of_a_slide_with_bounds_lies_on_its_corner(tmp_path: Path, monkeypat
 
 def test_slide_without_tissue_is_shown_without_outlines(tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "a.svs", painted((640, 416)), mpp=1.0)
-    segment_slide(slide, tmp_path / "results", colour_predictor(), SMALL)
+    segment_slide(slide, tmp_path / "results", color_predictor(), SMALL)
     with serving(find_results(tmp_path / "results")) as site:
         assert np.abs(pixels(site.get("slide/0/0_0.jpg").body) - GLASS).max() <= 2
         assert rgba(site.get("labels/3/0/0_0.png").body)[..., 3].max() == 0
