@@ -334,6 +334,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, stage
     assert [p.name for p in out.iterdir()] == ["slide"]
 
 
+@pytest.mark.full
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     path, out = region_slide(tmp_path / "slide.svs"), tmp_path / "out"
     stopped = subprocess.run(

@@ -28,6 +28,7 @@ from pipeline.workers.cluster.local_processes import process_count
 from pipeline.workers.cluster.tasks import ModelRef, check_folder, check_worker
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.open import open_workers
+from tests.cases import full
 from tests.pipeline.fakes import data_of
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
 from tests.pipeline.summaries import rows_of
@@ -124,7 +125,7 @@ def test_a_cluster_gives_the_same_bytes_as_this_process(
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["größe"]
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", [full("slides"), "blocks"])
 def test_a_killed_worker_does_not_change_a_byte(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path, expected: dict[str, bytes], spread: Spread
 ) -> None:
