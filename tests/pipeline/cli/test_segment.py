@@ -331,7 +331,7 @@ def test_a_model_that_cannot_be_used_is_one_line_and_exit_1(tmp_path: Path, monk
     for model, message in {
         "colon-glans": "colon-glans: neither a shipped model (colon-gland",
         "no/such/bundle": "no/such/bundle: neither a shipped model",
-        "empty": "empty: no model.json",
+        "empty": "empty: model.json is missing",
         "newer": "model.json: schema_version is 9, this version reads 1",
         "flipped": "segmenter.safetensors: SHA-256 is ",
     }.items():

@@ -55,7 +55,7 @@ def test_a_slide_that_moved_is_found_by_its_content_and_not_by_its_name_alone(
     (archive / "1" / NAMES[1]).unlink()
     with caplog.at_level(logging.WARNING):
         write_project(root / "results", slides=archive)
-    assert "1 found by that name hold something else" in caplog.text
+    assert "1 files of that name have other contents" in caplog.text
 
 
 def test_results_that_do_not_say_where_their_slide_was_need_the_folder_of_slides(
