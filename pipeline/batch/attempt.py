@@ -60,7 +60,9 @@ def failure(job: SlideJob, error: Exception) -> str:
         return str(error)
     if _is_out_of_memory(error):
         return f"{job.path.name}: out of memory ({error}); lower --batch-size or --num-workers"
-    return f"{job.path.name}: {type(error).__name__}: {error}; run again with -vv and report what it prints"
+    return (
+        f"{job.path.name}: {type(error).__name__}: {error}; run again with --retry-failed -vv and report what it prints"
+    )
 
 
 def is_lasting(error: Exception) -> bool:

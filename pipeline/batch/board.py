@@ -16,9 +16,15 @@ log = logging.getLogger(__name__)
 WRITING_SHARE = 0.05
 """Largest share of the time that goes into rewriting `summary.csv`; with 10,000 slides one rewrite takes a while."""
 
+RETRY_S = 60.0
+"""Seconds until the next write after one that failed."""
+
 
 class Board:
-    """Collects results and writes them to `summary.csv`. A file that cannot be written is logged, not raised."""
+    """Collects results and writes them to `summary.csv`.
+
+    A file that cannot be written is logged, not raised. The next write contains the rows.
+    """
 
     def __init__(self, output: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._output = output
@@ -40,14 +46,14 @@ class Board:
         """Write the results since the last time."""
         if not self._unwritten:
             return
-        start = self._clock()
+        start, pause_s = self._clock(), RETRY_S
         try:
             self._output.mkdir(parents=True, exist_ok=True)
             write_summary(self._output, self._unwritten)
+            self._unwritten.clear()
+            pause_s = (self._clock() - start) / WRITING_SHARE
         except OSError as error:
             log.error("%s: cannot write summary.csv: %s", self._output, error.strerror or error)
         except OutputError as error:
             log.error("%s", error)
-        self._unwritten.clear()
-        end = self._clock()
-        self._due = end + (end - start) / WRITING_SHARE
+        self._due = self._clock() + pause_s

@@ -51,24 +51,28 @@ class EarlierRuns:
         start = time.perf_counter()
         try:
             found = self._finished(job) or self._failed(job)
-        except WsiSegmentError:
-            return None  # the attempt reports the error
+        except (WsiSegmentError, OSError):
+            return None  # the attempt reports the error, or retries a stale mount
         return None if found is None else replace(found, seconds=time.perf_counter() - start)
 
     def stamp(self, job: SlideJob) -> str | None:
-        """Return the stamp of the slide's file before an attempt; None if the file cannot be examined."""
+        """Return the stamp of the slide's file; None if the file cannot be examined."""
         try:
             return slide_stamp(job.path)
-        except SlideError:
+        except (SlideError, OSError):
             return None
 
     def record(self, job: SlideJob, stamp: str | None, attempt: Attempt) -> None:
-        """Remember a slide that failed for good; forget the failure of one that did not fail."""
+        """Remember a slide that failed for good; forget the failure of one that did not fail.
+
+        `stamp` is that of the slide's file before the attempt. A file that is gone or has changed since then is not
+        remembered, because the attempt may have failed for that reason.
+        """
         path = self._failure_file(job)
         try:
             if attempt.result.status != "failed":
                 path.unlink(missing_ok=True)
-            elif attempt.lasting and stamp is not None:
+            elif attempt.lasting and stamp is not None and stamp == self.stamp(job):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 facts = self._inputs(job, stamp) | {"error": attempt.result.error}
                 write_atomically(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -110,7 +114,7 @@ class EarlierRuns:
         """Return everything that has to be the same for an attempt to fail in the same way."""
         config = job_config(job, self._config)
         # The requested runtime: to resolve "auto", the model would have to be loaded for slides that are not attempted.
-        parameters = config.parameters("torch") | {"runtime": config.runtime}
+        parameters = config.parameters("torch") | {"runtime": config.runtime, "max_bad_share": config.max_bad_share}
         return {
             "slide": job.path.name,
             "stamp": stamp,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,11 +100,13 @@ class _Batch:
             if job.path in clashes:
                 self.add(number, SlideResult(job.path.stem, "failed", 0.0, error=clashes[job.path]))
         left = [number for number in range(len(self.jobs)) if number not in self.results]
-        for number, result in zip(left, self._earlier_results(left), strict=True):
-            if result is None:
-                yield QueuedSlide(-math.inf, number, self.jobs[number])
-            else:
-                self.add(number, result)
+        # Closed here, so that an interruption does not wait for the lookups of all other slides.
+        with closing(self._earlier_results(left)) as results:
+            for number, result in zip(left, results, strict=True):
+                if result is None:
+                    yield QueuedSlide(-math.inf, number, self.jobs[number])
+                else:
+                    self.add(number, result)
         log.info(
             "%d slides: %d have a result, %d to do",
             len(self.jobs),
@@ -112,7 +114,7 @@ class _Batch:
             len(self.jobs) - len(self.results),
         )
 
-    def _earlier_results(self, numbers: Sequence[int]) -> Iterator[SlideResult | None]:
+    def _earlier_results(self, numbers: Sequence[int]) -> Generator[SlideResult | None]:
         if self.earlier is None:
             yield from (None for _ in numbers)
             return
@@ -184,11 +186,16 @@ def _attempt_all(
     tick: Callable[[], None],
 ) -> None:
     def locked(job: SlideJob) -> bool:
-        return is_locked(batch.output, job.path.stem)
+        try:
+            return is_locked(batch.output, job.path.stem)
+        except OSError:
+            return False  # the attempt reports the error, or retries a stale mount
 
     with attempts.slots() as slots:
+        # The calling thread reports each slide before the next one starts, also if workers join a cluster of one.
+        at_once = attempts.at_once if isinstance(slots, ThreadSlots) else lambda: 1
         try:
-            for ended in SlideQueue(slides, slots, attempts.at_once, locked, lock_timeout_s):
+            for ended in SlideQueue(slides, slots, at_once, locked, lock_timeout_s):
                 if ended is not None:
                     batch.record(*ended)
                 batch.board.refresh()

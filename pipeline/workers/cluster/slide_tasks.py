@@ -181,7 +181,7 @@ class SlideTasks:
         if isinstance(error, KilledWorker):
             raise WorkerCrashedError(
                 f"{self._name}: every process that ran it died ({error.allowed_failures + 1} processes), most likely "
-                f"because memory ran out; lower --num-workers or --batch-size"
+                f"because memory ran out; lower --num-workers or --batch-size and pass --retry-failed"
             ) from error
         raise ClusterError(
             f"{self._name}: the cluster could not run it ({type(error).__name__}: {error}); install the same versions "

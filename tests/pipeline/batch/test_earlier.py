@@ -140,6 +140,35 @@ def test_a_changed_version_is_tried_again(night: Night, monkeypatch: pytest.Monk
     assert night.run()[1].status == "done"
 
 
+def test_a_larger_allowed_share_of_unreadable_tiles_is_tried_again(night: Night) -> None:
+    night.fail("b", error=lambda: SlideReadError("b.svs: at least 3 of 20 tiles cannot be read (at most 1%)"))
+    night.run()
+    assert night.run(replace(CONFIG, max_bad_share=0.5))[1].status == "done"
+
+
+def test_a_slide_or_result_that_cannot_be_examined_does_not_stop_the_batch(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(night.out, night.jobs[1])
+
+    def stale(path: Path) -> str:
+        if path.stem == "b":
+            raise StaleError
+        return slide_stamp(path)
+
+    monkeypatch.setattr("pipeline.batch.earlier.slide_stamp", stale)
+    assert [one.status for one in night.run()] == ["done", "done", "done"]
+    assert sorted(night.workers.tried) == ["a", "b", "c"]
+
+
+def test_the_failure_of_a_slide_that_is_gone_or_changed_after_the_attempt_is_not_remembered(night: Night) -> None:
+    paths = {job.path.stem: job.path for job in night.jobs}
+    night.workers.before = lambda name: paths[name].unlink() if name == "a" else os.utime(paths[name], ns=(1, 1))
+    night.fail("a", "b", error=lambda: SlideReadError("its pixels cannot be decoded"))
+    assert [one.status for one in night.run()] == ["failed", "failed", "done"]
+    assert night.remembered() == set()
+
+
 def test_settings_that_do_not_change_a_result_do_not_try_again(night: Night) -> None:
     night.fail("b")
     night.run()

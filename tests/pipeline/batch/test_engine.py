@@ -76,6 +76,46 @@ def test_a_slide_is_taken_over_when_the_run_that_locked_it_was_killed(tmp_path: 
     assert workers.tried.count("a") == 2
 
 
+def test_a_lock_that_cannot_be_examined_does_not_stop_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object) -> bool:
+        raise StaleError
+
+    monkeypatch.setattr(queue, "is_locked", stale)
+    workers = ScriptedWorkers({"a": [LockedError("a is locked")]})
+    assert tally(run(tmp_path, workers)) == "3 slides: 3 done"
+    assert workers.tried.count("a") == 2
+
+
+def test_attempts_on_the_calling_thread_are_reported_one_by_one_although_workers_join(tmp_path: Path) -> None:
+    reported: list[str] = []
+    seen: list[int] = []
+    workers = ScriptedWorkers(slides_at_once=1)
+
+    def join(_: str) -> None:
+        workers.slides_at_once = 4
+        seen.append(len(reported))
+
+    workers.before = join
+    jobs = jobs_of(tmp_path, "abcd")
+    run_batch(jobs, tmp_path / "out", workers, lambda _: no_progress, lambda one: reported.append(one.slide))
+    assert seen == [0, 1, 2, 3]
+
+
+def test_rows_that_cannot_be_written_are_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    table = Board(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(board, "write_summary", full)
+        table.add(SlideResult("a", "done", 1.0))
+    table.add(SlideResult("b", "done", 1.0))
+    table.write()
+    assert set(rows_of(tmp_path)) == {"a", "b"}
+
+
 def test_a_slide_that_stays_locked_for_longer_than_the_timeout_fails(tmp_path: Path) -> None:
     workers = ScriptedWorkers({"a": [LockedError("a is locked") for _ in range(1000)]})
     results = run(tmp_path, workers, lock_timeout_s=0.2)
