@@ -31,7 +31,7 @@ SCALE_BAR_SHARE = 0.25
 """Largest share of the picture's width."""
 
 PARAMETERS = {
-    "mpp": ("Pixel size given", "µm/px"),
+    "mpp": ("Requested pixel size", "µm/px"),
     "backend": ("Requested reader", ""),
     "overlap": ("Overlap of tiles", "of a tile's side"),
     "output_stride": ("Model pixels per pixel of the map", ""),

@@ -26,12 +26,12 @@ def parquet_of(shown: Shown) -> geopandas.GeoDataFrame:
 
 
 def truth(shown: Shown, shape_HW: tuple[int, ...], l0_per_px: float) -> NDArray[np.uint8]:
-    """The labels at the centers of a map's pixels."""
+    """Return the labels at the centers of a map's pixels."""
     ys, xs = ((np.arange(count) + 0.5) * l0_per_px for count in shape_HW)
     return np.array([[shown.label_at(x, y) for x in xs] for y in ys], np.uint8)
 
 
-def test_public_validators_take_the_store_and_its_labels(shown: Shown) -> None:
+def test_public_validators_accept_the_store_and_its_labels(shown: Shown) -> None:
     yaozarrs.validate_zarr_store(str(shown.store))
     for group, kind in ((shown.store, "Image"), (shown.store / "labels" / "classes", "ImageLabel")):
         model = ome_zarr_models.open_ome_zarr(zarr.open_group(group, mode="r"), version="0.4")
@@ -55,7 +55,7 @@ def test_napari_shows_classes_in_their_colors_and_places(shown: Shown) -> None:
         um_per_px = info["scale"][0] * 2**number
         expected_HW = truth(shown, probs_KHW.shape[1:], um_per_px / shown.mpp)
         for label in range(len(names) + 1):
-            # Pixels on a border are mixed, and the mask of the tissue may cut the outer one by a pixel.
+            # Border pixels are mixed, and the tissue mask may cut the outer border by a pixel.
             inner_HW = minimum_filter(expected_HW == label, size=3 if number else 5)
             assert inner_HW.sum() > 10
             wanted_K = [255 * (label == k + 1) for k in range(len(names))]
@@ -76,14 +76,14 @@ def test_geopandas_adds_up_to_the_areas_of_the_run(shown: Shown) -> None:
     assert frame.crs is None
     mm2_per_px = shown.mpp**2 / UM2_PER_MM2
     for measured in (frame.area * mm2_per_px, frame["area_mm2"]):
-        # Sums of the same numbers: only the order of adding differs.
+        # Both are sums of the same numbers in different orders.
         assert measured.groupby(frame["class"]).sum().to_dict() == pytest.approx(run["class_areas_mm2"], rel=1e-9)
     painted = {}
     for label in range(len(shown.colors), 0, -1):
         boxes = {number: shapely.box(x, y, x + w, y + h) for (x, y, w, h), number in shown.regions}
         above = shapely.union_all([box for number, box in boxes.items() if number > label])
         painted[f"class-{label - 1}"] = boxes[label].difference(above).area * mm2_per_px
-    # The mask of the tissue is coarser than the map and may cut the outer border by a pixel of it.
+    # The tissue mask is coarser than the map and may cut its outer border by a pixel.
     assert run["class_areas_mm2"] == pytest.approx(painted, rel=0.02)
 
 
@@ -103,7 +103,7 @@ def test_polygons_cover_the_pixels_of_their_class(shown: Shown) -> None:
     np.testing.assert_array_equal(drawn_HW, labels_HW)
 
 
-def test_geojson_and_geoparquet_hold_the_same_polygons(shown: Shown) -> None:
+def test_geojson_and_geoparquet_contain_the_same_polygons(shown: Shown) -> None:
     frame = parquet_of(shown)
     drawn = geopandas.read_file(shown.folder / f"{shown.folder.name}.geojson", engine="pyogrio")
     assert list(drawn["id"]) == list(frame["id"])
@@ -117,7 +117,7 @@ def test_a_table_of_areas_needs_no_geometry_library(shown: Shown) -> None:
     assert areas == pytest.approx(run_of(shown.folder)["class_areas_mm2"], rel=1e-9)
 
 
-def test_the_ome_xml_tells_size_pixel_size_names_and_colors(shown: Shown) -> None:
+def test_the_ome_xml_contains_size_pixel_size_names_and_colors(shown: Shown) -> None:
     ome = ome_types.from_xml((shown.store / "OME" / "METADATA.ome.xml").read_bytes())
     (image,) = ome.images
     pixels = image.pixels
@@ -125,7 +125,7 @@ def test_the_ome_xml_tells_size_pixel_size_names_and_colors(shown: Shown) -> Non
     probs_CYX = zarr.open_array(shown.store, path="0", mode="r")
     assert (pixels.size_c, pixels.size_y, pixels.size_x) == probs_CYX.shape
     assert pixels.type.value == probs_CYX.dtype.name == "uint8"
-    # The networks of the tests know 1 µm per pixel, the map has one pixel of 4 of theirs.
+    # The networks of the tests work at 1 µm per pixel. A map pixel is 4 model pixels wide.
     assert (pixels.physical_size_x, pixels.physical_size_x_unit.value) == (4.0, "µm")
     assert [channel.name for channel in pixels.channels] == [f"class-{k}" for k in range(len(shown.colors))]
     assert [channel.color.as_rgb_tuple(alpha=False) for channel in pixels.channels] == list(shown.colors)

@@ -22,7 +22,7 @@ function value(entry, key) {
 }
 function compare(a, b, key, sign) {
   const [x, y] = [value(a, key), value(b, key)];
-  // What is not known stands last, whichever way the others are sorted.
+  // Unknown values come last in both sort orders.
   if (x === null || y === null) return (x === null) - (y === null);
   return sign * (typeof x === "string" ? collator.compare(x, y) : x - y);
 }
@@ -39,8 +39,8 @@ function order() {
 function filter() {
   const words = text.value.toLowerCase().split(/\s+/);
   let shown = 0;
-  for (const { row, words: said } of rows) {
-    const fits = words.every((word) => said.includes(word)) && (!status.value || row.dataset.status === status.value)
+  for (const { row, words: rowText } of rows) {
+    const fits = words.every((word) => rowText.includes(word)) && (!status.value || row.dataset.status === status.value)
       && (!noted.checked || "noted" in row.dataset);
     row.hidden = !fits;
     shown += fits;
@@ -62,5 +62,5 @@ for (const button of document.querySelectorAll("thead button"))
   });
 document.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
 document.querySelector("form").hidden = false;
-// A browser that comes back to the page puts the controls as they were left.
+// When the user returns to the page, the browser restores the controls but not the order and the filter.
 addEventListener("pageshow", () => { order(); filter(); });

@@ -19,5 +19,5 @@ for (const input of [opacity, outlines, ...toggles]) input.addEventListener("inp
 document.getElementById("all").addEventListener("click", () => set(true));
 document.getElementById("none").addEventListener("click", () => set(false));
 for (const part of document.querySelectorAll("[data-script]")) part.hidden = false;
-// A browser that comes back to the page puts the controls as they were left.
+// When the user returns to the page, the browser restores the controls but not the picture.
 addEventListener("pageshow", show);

@@ -80,7 +80,7 @@ def test_coordinates_are_rounded_to_the_grid_of_qupath(tmp_path: Path) -> None:
     assert {tuple(xy) for xy in feature["geometry"]["coordinates"][0]} == {(4, 8), (16, 8), (16, 20.01), (4, 20.01)}
 
 
-def test_polygon_that_rounding_parts_becomes_several_features(tmp_path: Path) -> None:
+def test_a_polygon_that_rounding_splits_becomes_several_features(tmp_path: Path) -> None:
     waist = shapely.Polygon([(0, 0), (2, 0.999), (4, 0), (4, 2), (2, 1.001), (0, 2)])
     count = written(tmp_path, [Region(1, waist, False)], 1.0)
     features = features_of(tmp_path)
@@ -89,7 +89,7 @@ def test_polygon_that_rounding_parts_becomes_several_features(tmp_path: Path) ->
     assert sum(areas_mm2(features)) == pytest.approx(4 * 0.25e-6)
 
 
-def test_polygon_that_rounding_erases_is_left_out(tmp_path: Path) -> None:
+def test_a_polygon_that_rounding_erases_is_omitted(tmp_path: Path) -> None:
     assert written(tmp_path, [Region(1, shapely.box(1, 1, 2, 2), False)], 0.001) == 0
     assert features_of(tmp_path) == []
 
@@ -211,7 +211,7 @@ def good() -> dict[str, Any]:
     }
 
 
-def test_the_checker_takes_a_good_file() -> None:
+def test_the_checker_accepts_a_valid_file() -> None:
     assert len(check_geojson(json.dumps(good()))) == 1
 
 

@@ -1,4 +1,4 @@
-"""The stored map: what is written, where, that it survives concurrency, and that other people's readers accept it."""
+"""Tests of the stored map: its values and files, concurrent writers, and other programs' readers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_spec(size_out: tuple[int, int] = (75, 45), chunk: int = 16, name: str =
 
 
 def random_map(spec: MapSpec, seed: int = 0) -> tuple[UInt8Array, UInt8Array]:
-    """Probabilities and labels of the padded map, 0 outside the slide."""
+    """Return probabilities and labels of the padded map; both are 0 outside the slide."""
     rng = np.random.default_rng(seed)
     (width, height), (padded_width, padded_height) = spec.size_out, spec.padded_size_out
     probs_KHW = np.zeros((len(CLASSES), padded_height, padded_width), np.uint8)
@@ -63,7 +63,7 @@ def blocks(spec: MapSpec, side: int) -> list[Box]:
 
 
 def cut(array: UInt8Array, box: Box, fill: int = 0) -> UInt8Array:
-    """A block of the size of its box, with `fill` where the array ends."""
+    """Return the values in a box, with `fill` beyond the edge of the array."""
     part = array[..., box.y : box.bottom, box.x : box.right]
     missing = [(0, 0)] * (array.ndim - 2) + [(0, box.height - part.shape[-2]), (0, box.width - part.shape[-1])]
     return np.pad(part, missing, constant_values=fill)
@@ -119,7 +119,7 @@ def test_a_small_map_has_one_level_of_its_own_size() -> None:
     assert make_spec((7, 3), 512).level_sizes == ((7, 3),)
 
 
-def test_a_spec_that_cannot_be_stored_is_refused() -> None:
+def test_an_impossible_spec_is_refused() -> None:
     with pytest.raises(ValueError, match="0 x 5 px"):
         make_spec((0, 5))
     with pytest.raises(ValueError, match="chunks of 15 px"):
@@ -162,7 +162,7 @@ def test_majority_breaks_ties_towards_the_smallest_class_and_background_last() -
     assert halve_labels(np.array([[255, 0], [255, 0]], np.uint8)).tolist() == [[255]]
 
 
-def test_a_block_returns_the_files_it_left_and_no_others_change(tmp_path: Path) -> None:
+def test_a_block_returns_its_files_and_changes_no_others(tmp_path: Path) -> None:
     spec = make_spec((64, 32))
     create_store(tmp_path / "a.ome.zarr", spec)
     store = MapStore(tmp_path / "a.ome.zarr", spec)
@@ -190,7 +190,7 @@ def test_a_chunk_that_became_empty_is_removed_from_every_level(tmp_path: Path) -
     assert contents(store.path) == contents(tmp_path / "empty.ome.zarr")
 
 
-def test_what_lies_beyond_the_slide_is_stored_as_zero(tmp_path: Path) -> None:
+def test_pixels_beyond_the_slide_are_stored_as_zero(tmp_path: Path) -> None:
     spec = make_spec((75, 45))
     probs_KHW, labels_HW = random_map(spec)
     create_store(tmp_path / "a.ome.zarr", spec)
@@ -207,7 +207,7 @@ def test_what_lies_beyond_the_slide_is_stored_as_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "box", [Box(8, 0, 16, 16), Box(0, 0, 20, 16), Box(0, 0, 16, 44), Box(-16, 0, 32, 16), Box(80, 0, 16, 16)]
 )
-def test_a_block_that_is_not_made_of_whole_chunks_is_refused_with_the_numbers(tmp_path: Path, box: Box) -> None:
+def test_a_block_of_partial_chunks_is_refused_with_its_position(tmp_path: Path, box: Box) -> None:
     spec = make_spec((75, 45))
     create_store(tmp_path / "a.ome.zarr", spec)
     store = MapStore(tmp_path / "a.ome.zarr", spec)
@@ -248,7 +248,7 @@ def test_an_existing_store_is_not_overwritten(tmp_path: Path) -> None:
         create_store(tmp_path / "a.ome.zarr", make_spec())
 
 
-def test_bytes_depend_neither_on_order_nor_on_threads(tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_order_or_threads(tmp_path: Path) -> None:
     spec = make_spec((300, 200), 32)
     probs_KHW, labels_HW = random_map(spec)
     first = write_map(tmp_path / "a.ome.zarr", spec, probs_KHW, labels_HW, side=64)
@@ -265,7 +265,7 @@ def test_bytes_depend_neither_on_order_nor_on_threads(tmp_path: Path) -> None:
     assert contents(first.path) == contents(second.path)
 
 
-def test_stray_partial_files_are_swept(tmp_path: Path) -> None:
+def test_leftover_partial_files_are_removed(tmp_path: Path) -> None:
     spec = make_spec((64, 32))
     store = write_map(tmp_path / "a.ome.zarr", spec, *random_map(spec))
     before = contents(store.path)
@@ -288,7 +288,7 @@ def finished(path: Path, size_out: tuple[int, int], empty: bool = False, chunk: 
     ("size_out", "empty"),
     [((75, 45), False), ((75, 45), True), ((16, 16), False), ((5, 3), False), ((300, 1), False)],
 )
-def test_a_map_keeps_every_rule_of_the_viewers(tmp_path: Path, size_out: tuple[int, int], empty: bool) -> None:
+def test_a_map_follows_every_rule_of_the_viewers(tmp_path: Path, size_out: tuple[int, int], empty: bool) -> None:
     path = finished(tmp_path / "a.ome.zarr", size_out, empty)
     assert broken_rules(path) == []
     yaozarrs.validate_zarr_store(str(path))
@@ -298,7 +298,7 @@ def test_a_map_keeps_every_rule_of_the_viewers(tmp_path: Path, size_out: tuple[i
     assert type(labels).__name__ == "ImageLabel"
 
 
-def test_the_rules_notice_what_viewers_trip_over(tmp_path: Path) -> None:
+def test_the_rules_detect_what_breaks_viewers(tmp_path: Path) -> None:
     path = finished(tmp_path / "a.ome.zarr", (75, 45))
     zarray = path / "1" / ".zarray"
     good = zarray.read_text()
@@ -320,7 +320,7 @@ def test_the_rules_notice_what_viewers_trip_over(tmp_path: Path) -> None:
     ]
 
 
-def test_the_ome_xml_tells_qupath_pixel_size_and_names(tmp_path: Path) -> None:
+def test_the_ome_xml_contains_pixel_size_and_names_for_qupath(tmp_path: Path) -> None:
     path = finished(tmp_path / "a.ome.zarr", (75, 45))
     ome = ome_types.from_xml((path / "OME" / "METADATA.ome.xml").read_text(encoding="utf-8"))
     pixels = ome.images[0].pixels
@@ -328,12 +328,12 @@ def test_the_ome_xml_tells_qupath_pixel_size_and_names(tmp_path: Path) -> None:
     assert (pixels.physical_size_x, pixels.physical_size_y) == (2.012, 2.012)
     assert pixels.physical_size_x_quantity.units == "micrometer"
     assert [channel.name for channel in pixels.channels] == [one.name for one in CLASSES]
-    # Two of Bio-Formats' casts fail on numbers that JSON writes without a point.
+    # Two casts in Bio-Formats fail on JSON numbers without a decimal point.
     window = json.loads((path / ".zattrs").read_text())["omero"]["channels"][0]["window"]
     assert all(isinstance(value, float) for value in window.values())
 
 
-def test_a_slide_name_that_no_xml_can_hold_is_cleaned(tmp_path: Path) -> None:
+def test_characters_that_xml_cannot_contain_are_replaced_in_the_slide_name(tmp_path: Path) -> None:
     create_store(tmp_path / "a.ome.zarr", make_spec(name="a\udcff\x07b"))
     assert broken_rules(tmp_path / "a.ome.zarr") == []
     xml = (tmp_path / "a.ome.zarr" / "OME" / "METADATA.ome.xml").read_text(encoding="utf-8")

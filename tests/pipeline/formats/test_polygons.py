@@ -57,8 +57,8 @@ def as_rows(regions: Sequence[Region]) -> list[tuple[int, str]]:
     return sorted((region.label, region.geometry_out.wkt) for region in regions)
 
 
-def rasterised(regions: Sequence[Region], shape: tuple[int, int], origin_out: tuple[int, int] = (0, 0)) -> Labels:
-    """Each pixel gets the label of the polygon that holds its center: even-odd rule, ray by ray."""
+def rasterized(regions: Sequence[Region], shape: tuple[int, int], origin_out: tuple[int, int] = (0, 0)) -> Labels:
+    """Return labels: each pixel has the label of the polygon that contains its center, by the even-odd rule."""
     labels_HW = np.zeros(shape, np.uint8)
     for region in regions:
         inside_HW = np.zeros(shape, np.bool_)
@@ -86,10 +86,10 @@ def smooth_map(side: int, sigma: float, classes: int = 4, seed: int = 0) -> Labe
 
 
 @given(label_maps())
-def test_polygons_rasterise_back_to_the_labels(labels_HW: Labels) -> None:
+def test_rasterized_polygons_equal_the_labels(labels_HW: Labels) -> None:
     regions = block_regions(labels_HW, (7, 3), 0, 0)
     assert shapely.is_valid(geometries(regions)).all()
-    np.testing.assert_array_equal(rasterised(regions, labels_HW.shape, (7, 3)), labels_HW)
+    np.testing.assert_array_equal(rasterized(regions, labels_HW.shape, (7, 3)), labels_HW)
     for label in range(1, 4):
         area = sum(region.geometry_out.area for region in regions if region.label == label)
         assert area == np.count_nonzero(labels_HW == label)
@@ -123,7 +123,7 @@ def test_simplified_blocks_have_no_overlap_and_no_gap(
     cut: tuple[Labels, list[int], list[int]], tolerance_px: float
 ) -> None:
     labels_HW, rows, columns = cut
-    # one more than each label: nothing is background, so every region is given out
+    # Labels plus one: no pixel is background, so the join returns every region.
     regions = of_blocks(labels_HW + np.uint8(1), rows, columns, 0, tolerance_px)
     united = list(join_regions(regions, 0))
     for polygons in (geometries(regions), geometries(united)):
@@ -178,7 +178,7 @@ def test_islands_inside_holes_are_regions_of_their_own() -> None:
     assert sorted(len(region.geometry_out.interiors) for region in regions) == [0, 1, 1]
 
 
-def test_checkerboard_is_one_polygon_a_pixel() -> None:
+def test_a_checkerboard_has_one_polygon_per_pixel() -> None:
     labels_HW = (np.indices((8, 8)).sum(axis=0) % 2 + 1).astype(np.uint8)
     rows = joined(of_blocks(labels_HW, [0, 3, 8], [0, 4, 8]))
     assert len(rows) == 64
@@ -193,12 +193,12 @@ def test_region_over_all_blocks_becomes_one_rectangle() -> None:
     assert not region.open
 
 
-def test_background_is_never_given_out_by_the_join() -> None:
+def test_the_join_never_returns_background() -> None:
     assert list(join_regions(of_blocks(np.zeros((8, 8), np.uint8), [0, 4, 8], [0, 8]), 4)) == []
     assert list(join_regions([], 4)) == []
 
 
-def test_small_closed_regions_go_to_the_longest_border() -> None:
+def test_a_small_closed_region_joins_the_neighbor_with_the_longest_border() -> None:
     labels_HW = np.full((8, 8), 1, np.uint8)
     labels_HW[:, 5:] = 2
     labels_HW[3:5, 4] = 3  # four edges to class 1, two to class 2
@@ -207,7 +207,7 @@ def test_small_closed_regions_go_to_the_longest_border() -> None:
     assert sorted((region.label, region.geometry_out.area) for region in regions) == [(1, 40), (2, 24)]
 
 
-def test_a_tie_goes_to_the_smallest_label() -> None:
+def test_a_tie_is_resolved_to_the_smallest_label() -> None:
     labels_HW = np.array([[2, 2, 1], [2, 3, 1], [2, 1, 1]], np.uint8)
     regions = block_regions(labels_HW, (0, 0), 2, 0)
     assert sorted((region.label, region.geometry_out.area) for region in regions) == [(1, 5), (2, 4)]
@@ -244,7 +244,7 @@ def test_background_sliver_at_the_edge_of_the_map_is_not_filled() -> None:
     assert [r.geometry_out.area for r in join_regions(block_regions(labels_HW, (0, 0), 9, 0), 9)] == [12]
 
 
-def test_same_labels_give_same_bytes_and_the_file_gives_them_back(tmp_path: Path) -> None:
+def test_the_same_labels_give_the_same_bytes_and_the_file_is_read_back_unchanged(tmp_path: Path) -> None:
     labels_HW = smooth_map(128, 3)
     regions = block_regions(labels_HW, (1024, 2048), 8, 1)
     save_regions(tmp_path / "a", regions)
@@ -297,7 +297,7 @@ def test_closed_regions_stream_through_before_the_input_ends() -> None:
 
 @settings(max_examples=3)
 @given(st.integers(0, 1000))
-def test_a_full_block_takes_seconds_at_most(seed: int) -> None:
+def test_a_full_block_takes_at_most_ten_seconds(seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels_HW = rng.integers(0, 4, (512, 512), dtype=np.uint8)
     begin = time.perf_counter()

@@ -22,7 +22,7 @@ AREAS = class_areas({"Tumor": 1.0, "Stroma": 1.0}, CLASSES)
 
 
 def halves(height: int, width: int) -> preview.UInt8Array:
-    """Labels 1 on the left half, 2 on the right, background in the top quarter."""
+    """Return labels: 1 on the left half, 2 on the right half, background in the top quarter."""
     labels_HW = np.ones((height, width), np.uint8)
     labels_HW[:, width // 2 :] = 2
     labels_HW[: height // 4] = 0
@@ -30,7 +30,7 @@ def halves(height: int, width: int) -> preview.UInt8Array:
 
 
 @pytest.mark.parametrize("size", [(60, 40), (40, 60), (1, 1), (2000, 7), (7, 2000), (2600, 1900)])
-def test_slides_of_any_form_give_a_sheet_of_reasonable_size(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_slides_of_any_shape_give_a_picture_of_reasonable_size(tmp_path: Path, size: tuple[int, int]) -> None:
     width, height = size
     thumbnail_rgb_HWC = np.full((height, width, 3), 200, np.uint8)
     write_preview(tmp_path / "p.png", thumbnail_rgb_HWC, halves(50, 30), AREAS, "a slide", 8.0)
@@ -54,7 +54,7 @@ def test_an_empty_map_gives_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "p.png").exists()
 
 
-def test_classes_are_blended_and_outlined_over_the_slide_and_background_is_left() -> None:
+def test_classes_are_blended_and_outlined_over_the_slide_and_background_is_unchanged() -> None:
     slide = Image.new("RGB", (80, 80), (200, 180, 220))
     rgb_HWC = np.asarray(overlay(slide, halves(20, 20), [one.color for one in CLASSES]))
     assert rgb_HWC[10, 40].tolist() == [200, 180, 220]
@@ -65,14 +65,14 @@ def test_classes_are_blended_and_outlined_over_the_slide_and_background_is_left(
     assert rgb_HWC[20, 10].tolist() == [40, 0, 0]
 
 
-def test_a_large_thumbnail_is_reduced_and_its_scale_bar_with_it(tmp_path: Path) -> None:
+def test_a_large_thumbnail_and_its_scale_bar_are_reduced(tmp_path: Path) -> None:
     small, large = (np.full((height, 2 * height, 3), 255, np.uint8) for height in (550, 1100))
     write_preview(tmp_path / "a.png", small, halves(5, 10), AREAS, "t", 10.0)
     write_preview(tmp_path / "b.png", large, halves(5, 10), AREAS, "t", 5.0)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_the_scale_bar_is_as_long_as_it_says(tmp_path: Path) -> None:
+def test_the_scale_bar_has_the_stated_length(tmp_path: Path) -> None:
     write_preview(tmp_path / "p.png", np.full((550, 1100, 3), 255, np.uint8), halves(5, 10), AREAS, "t", 10.0)
     with Image.open(tmp_path / "p.png") as picture:
         ink_HW = (np.asarray(picture) == preview.INK).all(axis=2)
@@ -88,7 +88,7 @@ def test_round_lengths_are_one_two_or_five_times_a_power_of_ten(longest_um: floa
     assert f"{length_um:e}"[0] in "125"
 
 
-def test_lengths_are_written_for_people() -> None:
+def test_lengths_are_written_in_readable_units() -> None:
     assert [length_text(um) for um in (2000, 500, 100, 50, 0.5)] == ["2 mm", "0.5 mm", "0.1 mm", "50 um", "0.5 um"]
 
 

@@ -19,7 +19,7 @@ CLASSES = tuple(TissueClass(f"class-{i}", color) for i, color in enumerate(COLOR
 
 @pytest.fixture(scope="module")
 def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A slide with bounds, and its result beside it."""
+    """Write a slide with bounds and segment it."""
     folder = tmp_path_factory.mktemp("picture")
     shapes = [((x + CORNER[0], y + CORNER[1], w, h), color) for (x, y, w, h), color in REGIONS]
     path = write_slide(folder / "slide.svs", painted((1280 + 128, 832 + 64), *shapes), mpp=1.0)
@@ -54,11 +54,11 @@ def test_each_pixel_has_the_class_of_what_is_there(
     assert picture.um_per_px == pytest.approx(1280 / width, rel=0.01)
     palette_KC = np.array([GLASS, *COLORS], dtype=float)
     distance_KHW = np.abs(palette_KC[:, None, None] - picture.rgb_HWC).sum(axis=3)
-    # Only where a pixel is of one color: on a border the picture mixes two.
+    # Compare only pixels of one color. Border pixels mix two.
     clear_HW = distance_KHW.min(axis=0) < 6
     assert clear_HW.mean() > 0.7
     wrong_HW = clear_HW & (distance_KHW.argmin(axis=0) != picture.labels_HW)
-    # The tissue's own border is only as fine as the tissue mask.
+    # The border of the tissue is as coarse as the tissue mask.
     assert wrong_HW.mean() < 0.03
     inside_HW = (picture.labels_HW == 2) ^ (distance_KHW.argmin(axis=0) == 2)
     assert not (inside_HW & clear_HW).any()

@@ -1,4 +1,4 @@
-"""A report that the tests of both kinds of page look at."""
+"""A report for the tests of both kinds of pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.pipeline.pages.results import NASTY, result_of, write_result
 
 @pytest.fixture(scope="package")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of five slides: two done, one without tissue, one skipped, one failed."""
+    """Return the report of five slides: two done, one without tissue, one skipped, one failed."""
     output = tmp_path_factory.mktemp("results")
     empty: dict[str, Any] = {
         "class_areas_mm2": {"tumour": 0.0, "stroma": 0.0},

@@ -1,4 +1,4 @@
-"""Results as far as the pages read them, and what is seen of the pages in a browser."""
+"""Results with the files that the pages read, and helpers that read the pages in a browser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # most test runs need no browser
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 SIZE = (600, 400)
 BOXES = {"tumour": (60, 40, 200, 120), "stroma": (300, 80, 250, 280)}
-"""x, y, width, height of what is dark on the slide of `write_result`, and of the classes over it."""
+"""x, y, width and height of the dark boxes on the slide of `write_result`; each has one class."""
 PARAMETERS = {"mpp": None, "overlap": 0.25, "runtime": "openvino"}
 NASTY = "größe 組織 <b>&\"'"
 
@@ -32,7 +32,7 @@ NASTY = "größe 組織 <b>&\"'"
 def write_result(
     output: Path, name: str = "slide", *, names: tuple[str, str] = ("tumour", "stroma"), **facts: Any
 ) -> Path:
-    """A result's folder as far as the report reads it, of a gray slide with two dark boxes, each of one class."""
+    """Write the files that the report reads, for a gray slide with two dark boxes, each of one class. Return the folder."""
     folder = output / name
     folder.mkdir(parents=True)
     classes = tuple(TissueClass(one, color) for one, color in zip(names, (RED, BLUE), strict=True))
@@ -51,8 +51,8 @@ def write_result(
 def result_of(folder: Path, **facts: Any) -> SlideResult:
     run = run_of(folder)
     columns = {"tissue_mm2": run["tissue_mm2"]}
-    told: dict[str, Any] = {"seconds": 75.0, "areas_mm2": run["class_areas_mm2"]}
-    return SlideResult(slide=folder.name, status="done", columns=columns, **(told | facts))
+    defaults: dict[str, Any] = {"seconds": 75.0, "areas_mm2": run["class_areas_mm2"]}
+    return SlideResult(slide=folder.name, status="done", columns=columns, **(defaults | facts))
 
 
 def opened(page: Page, path: Path) -> Page:
@@ -61,7 +61,7 @@ def opened(page: Page, path: Path) -> Page:
 
 
 def names(page: Page) -> list[str]:
-    """The slides that the table shows, from its top."""
+    """Return the slides that the table shows, from top to bottom."""
     return [text.splitlines()[0] for text in page.locator("tbody tr:visible th").all_inner_texts()]
 
 
@@ -71,7 +71,7 @@ def row(page: Page, name: str) -> str:
 
 
 def stage(page: Page) -> NDArray[np.int16]:
-    """What is seen of the slide and its classes, as rgb_HWC."""
+    """Return a screenshot of the slide and its classes, as rgb_HWC."""
     return np.asarray(Image.open(io.BytesIO(page.locator("#stage").screenshot())).convert("RGB")).astype(np.int16)
 
 

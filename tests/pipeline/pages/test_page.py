@@ -1,4 +1,4 @@
-"""Numbers for people, and what every page keeps to: access, print, links, names."""
+"""Tests of formatted numbers, and of the accessibility, printing, links and names of every page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_shares_are_written_in_percent(share: float | None, text: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(None, "–"), (0.2, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
 )
-def test_times_are_written_for_people(seconds: float | None, text: str) -> None:
+def test_durations_are_written_in_two_units(seconds: float | None, text: str) -> None:
     assert duration_text(seconds) == text
 
 
@@ -58,7 +58,7 @@ def test_pages_are_accessible_and_fit_their_screen(
 
 
 @pytest.mark.parametrize("name", ["index.html", "b10/index.html"])
-def test_pages_are_printed_without_their_controls(page: Page, report: Path, name: str) -> None:
+def test_pages_print_without_their_controls(page: Page, report: Path, name: str) -> None:
     opened(page, report.parent / name)
     assert page.pdf(format="A4").startswith(b"%PDF-")
     page.emulate_media(media="print", color_scheme="dark")
@@ -71,7 +71,7 @@ def test_pages_are_printed_without_their_controls(page: Page, report: Path, name
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
-def test_pages_ask_for_nothing_outside_the_results(report: Path) -> None:
+def test_pages_load_nothing_from_outside_the_results(report: Path) -> None:
     for path in (report, report.parent / "b10" / "index.html"):
         text = path.read_text(encoding="utf-8")
         links = re.findall(r'(?:src|href)="([^"]*)"', text)
@@ -82,7 +82,7 @@ def test_pages_ask_for_nothing_outside_the_results(report: Path) -> None:
         assert "https:" not in text
 
 
-def test_classes_may_be_called_anything(page: Page, tmp_path: Path) -> None:
+def test_class_names_are_escaped(page: Page, tmp_path: Path) -> None:
     folder = write_result(tmp_path, names=("<script>alert(1)</script>", "{{ größe }} '\""))
     write_summary(tmp_path, [result_of(folder)])
     for path in (write_report(tmp_path), folder / "index.html"):

@@ -1,4 +1,4 @@
-"""The report that a batch leaves, finished or not."""
+"""Tests of the report that a finished or interrupted batch writes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # most test runs need no browser
     from playwright.sync_api import Page
 
 
-class Pretended:
-    """Workers whose results are there already; the slide "stop" is interrupted, others that are not there fail."""
+class FakeWorkers:
+    """Workers that return existing results. The slide "stop" is interrupted; slides without a result fail."""
 
     slides_at_once = 1
 
@@ -34,10 +34,10 @@ class Pretended:
 
 def batch(output: Path, *stems: str) -> list[SlideResult]:
     jobs = [SlideJob(Path(f"{stem}.svs")) for stem in stems]
-    return run_batch(jobs, output, Pretended(), lambda _: no_progress, lambda _: None)
+    return run_batch(jobs, output, FakeWorkers(), lambda _: no_progress, lambda _: None)
 
 
-def test_a_batch_leaves_a_report_of_all_slides(page: Page, tmp_path: Path) -> None:
+def test_a_batch_writes_a_report_of_all_slides(page: Page, tmp_path: Path) -> None:
     write_result(tmp_path, "one")
     batch(tmp_path, "one", "lost")
     opened(page, tmp_path / "index.html")
@@ -45,7 +45,7 @@ def test_a_batch_leaves_a_report_of_all_slides(page: Page, tmp_path: Path) -> No
     assert row(page, "lost").startswith("lost ✕ failed – 0 s Error: lost.svs: FileNotFoundError")
 
 
-def test_an_interrupted_batch_leaves_a_report_of_what_is_finished(page: Page, tmp_path: Path) -> None:
+def test_an_interrupted_batch_writes_a_report_of_the_finished_slides(page: Page, tmp_path: Path) -> None:
     write_result(tmp_path, "one")
     with pytest.raises(Cancelled):
         batch(tmp_path, "one", "stop", "two")
@@ -59,7 +59,7 @@ def test_a_batch_interrupted_before_its_first_result_writes_nothing(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_that_cannot_be_written_is_logged_and_the_batch_goes_on(
+def test_a_report_that_cannot_be_written_is_logged_and_does_not_stop_the_batch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_result(tmp_path, "one")

@@ -1,4 +1,4 @@
-"""The page of all slides: what it says, sorts and finds, and what it does without."""
+"""Tests of the page of all slides: its texts, sorting and search, and results with missing files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_all_slides_are_added_up_without_the_failed_one(page: Page, report: Path
     assert widths[0] / sum(widths) == pytest.approx(1.4 / 3.0, abs=0.01)
 
 
-def test_names_are_shown_as_they_are_and_their_links_lead_to_the_slides_page(page: Page, report: Path) -> None:
+def test_names_are_shown_unchanged_and_link_to_the_slides_page(page: Page, report: Path) -> None:
     opened(page, report)
     page.get_by_role("link", name=NASTY).click()
     page.wait_for_selector("#stage")
@@ -65,7 +65,7 @@ def test_thumbnails_show_the_classes_over_the_slide(page: Page, report: Path) ->
     assert red > 100 > blue + 50
 
 
-def test_slides_are_sorted_by_the_head_of_a_column_and_what_is_unknown_stands_last(page: Page, report: Path) -> None:
+def test_a_column_header_sorts_the_slides_with_unknown_values_last(page: Page, report: Path) -> None:
     opened(page, report)
     assert names(page) == ["b9", "b10", "glass", NASTY, "torn"]
     head = page.get_by_role("columnheader", name="Tissue")
@@ -86,7 +86,7 @@ def test_slides_are_sorted_by_the_share_of_a_class(page: Page, report: Path) -> 
     assert page.get_by_role("button", name="Reverse order").get_attribute("aria-pressed") == "true"
 
 
-def test_a_slide_whose_model_has_other_classes_stands_last_by_their_share(page: Page, tmp_path: Path) -> None:
+def test_a_slide_whose_model_lacks_the_class_comes_last_when_sorted_by_its_share(page: Page, tmp_path: Path) -> None:
     folders = [
         write_result(tmp_path, "a", names=("nerve", "fat")),
         write_result(tmp_path, "b"),
@@ -117,7 +117,7 @@ def test_slides_are_found_by_text_status_and_warnings(page: Page, report: Path) 
     assert names(page) == ["b10", "torn"]
 
 
-def test_the_report_is_worked_by_keyboard_alone(page: Page, report: Path) -> None:
+def test_the_report_can_be_used_with_the_keyboard_alone(page: Page, report: Path) -> None:
     opened(page, report)
     page.keyboard.press("Tab")
     page.keyboard.type("b")
@@ -142,7 +142,7 @@ def test_the_report_is_worked_by_keyboard_alone(page: Page, report: Path) -> Non
     ],
     ids=["missing", "torn", "changed"],
 )
-def test_without_its_run_json_a_slide_has_the_numbers_of_the_summary(
+def test_without_run_json_a_slide_has_the_numbers_of_the_summary(
     page: Page, tmp_path: Path, spoil: Callable[[Path], object]
 ) -> None:
     folder = write_result(tmp_path)
@@ -155,7 +155,7 @@ def test_without_its_run_json_a_slide_has_the_numbers_of_the_summary(
     )
 
 
-def test_a_failed_run_over_a_former_result_says_that_the_former_one_is_there(page: Page, tmp_path: Path) -> None:
+def test_a_failed_slide_with_an_earlier_result_links_to_that_result(page: Page, tmp_path: Path) -> None:
     write_result(tmp_path)
     write_summary(tmp_path, [SlideResult("slide", "failed", 1.0, error="slide.svs: out of memory")])
     opened(page, write_report(tmp_path))
@@ -166,7 +166,7 @@ def test_a_failed_run_over_a_former_result_says_that_the_former_one_is_there(pag
     assert page.get_by_role("link", name="slide").get_attribute("href") == "slide/index.html"
 
 
-def test_a_result_that_the_summary_has_lost_is_in_the_report(page: Page, tmp_path: Path) -> None:
+def test_a_result_missing_from_the_summary_is_in_the_report(page: Page, tmp_path: Path) -> None:
     write_result(tmp_path)
     (tmp_path / "other").mkdir()
     opened(page, write_report(tmp_path))
@@ -175,7 +175,7 @@ def test_a_result_that_the_summary_has_lost_is_in_the_report(page: Page, tmp_pat
     assert names(page) == ["slide"]
 
 
-def test_a_slide_whose_name_is_no_text_is_linked(page: Page, tmp_path: Path) -> None:
+def test_a_slide_whose_name_is_not_valid_utf8_is_linked(page: Page, tmp_path: Path) -> None:
     name = b"caf\xe9 50%".decode("utf-8", "surrogateescape")
     folder = write_result(tmp_path, "plain")
     folder = folder.rename(tmp_path / name)
@@ -185,7 +185,7 @@ def test_a_slide_whose_name_is_no_text_is_linked(page: Page, tmp_path: Path) -> 
     page.wait_for_selector("#stage")
 
 
-def test_a_foreign_summary_is_named_and_the_former_report_is_left(tmp_path: Path) -> None:
+def test_a_foreign_summary_is_refused_and_the_report_stays_unchanged(tmp_path: Path) -> None:
     (tmp_path / "summary.csv").write_text("my,own\n1,2\n")
     (tmp_path / "index.html").write_text("former")
     with pytest.raises(OutputError, match=r"summary\.csv: was not written"):
@@ -193,14 +193,14 @@ def test_a_foreign_summary_is_named_and_the_former_report_is_left(tmp_path: Path
     assert (tmp_path / "index.html").read_text() == "former"
 
 
-def test_a_slides_folder_in_the_reports_place_is_named(tmp_path: Path) -> None:
+def test_a_folder_with_the_name_of_the_report_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index.html").mkdir()
     with pytest.raises(OutputError, match=r"index\.html: the report cannot be written: .*results themselves"):
         write_report(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
 
 
-def test_the_same_results_give_the_same_bytes_and_many_writers_leave_one_whole_page(tmp_path: Path) -> None:
+def test_the_same_results_give_the_same_bytes_with_concurrent_writers(tmp_path: Path) -> None:
     write_summary(tmp_path, [result_of(write_result(tmp_path, f"slide {i}")) for i in range(5)])
     expected = write_report(tmp_path).read_bytes()
     with ThreadPoolExecutor(8) as pool:

@@ -1,4 +1,4 @@
-"""The page of a slide: what it says, and its classes over its picture."""
+"""Tests of the page of a slide: its texts, and its classes over its picture."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_a_slide_page_gives_areas_tiles_and_provenance(page: Page, report: Path)
     opened(page, report.parent / "b10" / "index.html")
     text = " ".join(page.locator("main").inner_text().split())
     assert "tumour 0.250 mm² 25.0 % stroma 0.750 mm² 75.0 %" in text
-    assert "classified 400 100.0 % segmented 100 25.0 % without any class 8 2.0 % unreadable in part 0 0 %" in text
-    assert "Pixel size given none Overlap of tiles 0.25 of a tile's side Runtime of the networks openvino" in text
+    assert "classified 400 100.0 % segmented 100 25.0 % without a class 8 2.0 % partly unreadable 0 0 %" in text
+    assert "Requested pixel size none Overlap of tiles 0.25 of a tile's side Runtime of the networks openvino" in text
     assert "torch 2 openvino 3" in text
     assert "12,000 × 8,000 px" in text
     assert f"Digest of the slide {'5' * 64} Model colon Digest of the model {'e' * 64}" in text
@@ -35,19 +35,19 @@ def test_a_slide_page_gives_areas_tiles_and_provenance(page: Page, report: Path)
     assert widths[1] / widths[0] == pytest.approx(3.0, abs=0.05)
 
 
-def test_folds_are_no_part_of_the_tissue(page: Page, tmp_path: Path) -> None:
+def test_folds_are_not_part_of_the_tissue(page: Page, tmp_path: Path) -> None:
     folder = write_result(tmp_path, tissue_mm2=1.5, fold_mm2=0.25)
     text = opened(page, folder / "index.html").locator("main").inner_text()
-    assert "1.50 mm² of tissue, and 0.250 mm² of folds, which are left out; 1,234 polygons" in text
+    assert "1.50 mm² of tissue, and 0.250 mm² of folds, which are excluded; 1,234 polygons" in text
 
 
-def test_unreadable_tiles_are_named(page: Page, tmp_path: Path) -> None:
+def test_the_page_lists_unreadable_tiles(page: Page, tmp_path: Path) -> None:
     folder = write_result(tmp_path, bad_tiles_l0=[[1024, 2048, 448, 448]])
     opened(page, folder / "index.html").get_by_text("Where tiles could not be read").click()
     assert page.get_by_text("1024, 2048, 448, 448").is_visible()
 
 
-def test_the_scale_bar_is_as_long_as_it_says(page: Page, report: Path) -> None:
+def test_the_scale_bar_has_the_stated_length(page: Page, report: Path) -> None:
     opened(page, report.parent / "b10" / "index.html")
     (bar, picture) = (page.locator(css).bounding_box() for css in (".scale div", "#slide"))
     assert bar is not None
@@ -56,7 +56,7 @@ def test_the_scale_bar_is_as_long_as_it_says(page: Page, report: Path) -> None:
     assert bar["width"] / picture["width"] == pytest.approx(1000 / (SIZE[0] * 10.0), rel=0.02)
 
 
-def test_classes_lie_exactly_on_what_they_were_found_on(page: Page, report: Path) -> None:
+def test_classes_lie_exactly_on_their_regions_of_the_slide(page: Page, report: Path) -> None:
     opened(page, report.parent / "b10" / "index.html")
     page.get_by_role("button", name="Hide all").click()
     dark_HW = near(stage(page), (20, 20, 20))
@@ -105,7 +105,7 @@ def test_the_slider_sets_the_opacity_of_the_classes(page: Page, report: Path, ke
     np.testing.assert_allclose(middle, expected, atol=4)
 
 
-def test_a_slide_without_classes_has_a_page_too(page: Page, tmp_path: Path) -> None:
+def test_a_slide_without_classes_has_a_page(page: Page, tmp_path: Path) -> None:
     path = write_slide(tmp_path / "glass.svs", painted((1000, 700)), mpp=1.0)
     result = segment_slide(path, tmp_path / "out", color_predictor(), SMALL)
     assert result.folder is not None
@@ -128,7 +128,7 @@ def test_a_segmented_slides_classes_lie_on_its_picture(page: Page, tmp_path: Pat
     page.get_by_role("button", name="Show all").click()
     page.get_by_label("Outlines").uncheck()
     page.get_by_label("Opacity of the classes").fill("100")
-    # The classes have the very colors of what they were found on: where they lie right, nothing is seen to change.
+    # The classes have the colors of their regions, so correctly placed classes do not change the picture.
     assert (np.abs(stage(page) - without_HWC).max(axis=2) > 40).mean() < 0.01
     page.get_by_label("class-0").uncheck()
     page.get_by_label("class-1").uncheck()

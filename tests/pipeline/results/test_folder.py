@@ -29,13 +29,13 @@ def contents(out: Path) -> dict[str, str]:
     }
 
 
-def test_a_result_appears_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_a_result_is_published_whole_without_leftovers(tmp_path: Path) -> None:
     publish(tmp_path, "slide.geojson", "preview.png")
     assert contents(tmp_path) == {"slide/slide.geojson": "new", "slide/preview.png": "new"}
     assert [p.name for p in tmp_path.iterdir()] == ["slide"]
 
 
-def test_a_result_with_a_missing_file_is_not_taken_for_finished(tmp_path: Path) -> None:
+def test_a_result_with_a_missing_file_is_not_finished(tmp_path: Path) -> None:
     publish(tmp_path, "slide.geojson", "preview.png")
     (tmp_path / "slide" / "preview.png").unlink()
     with (
@@ -45,7 +45,7 @@ def test_a_result_with_a_missing_file_is_not_taken_for_finished(tmp_path: Path) 
         pass
 
 
-def test_force_removes_only_what_the_former_run_wrote(tmp_path: Path) -> None:
+def test_force_removes_only_files_of_the_earlier_run(tmp_path: Path) -> None:
     publish(tmp_path, "slide.geojson", "old.txt", text="old")
     (tmp_path / "slide" / "notes.txt").write_text("mine")
     (tmp_path / "slide" / "extra.csv").write_text("mine, too")
@@ -59,7 +59,7 @@ def test_force_removes_only_what_the_former_run_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ['{"mine": 1}', '{"identity": {}, "outputs": null}', "[]", "no json"])
-def test_another_programs_run_json_is_no_licence_to_delete(tmp_path: Path, run: str) -> None:
+def test_force_deletes_nothing_beside_another_programs_run_json(tmp_path: Path, run: str) -> None:
     (tmp_path / "slide").mkdir()
     (tmp_path / "slide" / "run.json").write_text(run)
     for force in (False, True):
@@ -72,7 +72,7 @@ def test_another_programs_run_json_is_no_licence_to_delete(tmp_path: Path, run: 
 
 
 @pytest.mark.parametrize("killed_after", ["first rename", "second rename"])
-def test_a_kill_while_a_result_is_replaced_loses_neither(tmp_path: Path, killed_after: str) -> None:
+def test_a_kill_while_a_result_is_replaced_loses_no_result(tmp_path: Path, killed_after: str) -> None:
     publish(tmp_path, "slide.geojson", text="old")
     (tmp_path / "slide" / "notes.txt").write_text("mine")
     with pytest.raises(RuntimeError), open_folder(tmp_path, "slide", IDENTITY, force=True) as folder:
@@ -90,7 +90,7 @@ def test_a_kill_while_a_result_is_replaced_loses_neither(tmp_path: Path, killed_
     assert not (tmp_path / ".slide.old").exists()
 
 
-def test_an_interrupted_run_with_force_goes_on_too(tmp_path: Path) -> None:
+def test_an_interrupted_run_with_force_resumes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), open_folder(tmp_path, "slide", IDENTITY, force=True) as folder:
         (folder.work / "journal.jsonl").write_text("finished blocks")
         raise KeyboardInterrupt
@@ -98,7 +98,7 @@ def test_an_interrupted_run_with_force_goes_on_too(tmp_path: Path) -> None:
         assert (folder.work / "journal.jsonl").read_text() == "finished blocks"
 
 
-def test_a_full_disk_at_the_start_of_a_resume_keeps_the_finished_blocks(
+def test_a_full_disk_when_a_run_resumes_keeps_the_finished_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RuntimeError), open_folder(tmp_path, "slide", IDENTITY, force=False) as folder:
@@ -116,7 +116,7 @@ def test_a_full_disk_at_the_start_of_a_resume_keeps_the_finished_blocks(
     assert (tmp_path / ".slide.work" / "journal.jsonl").read_text() == "finished blocks"
 
 
-def test_no_result_lies_below_a_name_that_viewers_take_for_a_store(tmp_path: Path) -> None:
+def test_a_folder_name_with_zarr_is_refused(tmp_path: Path) -> None:
     for out, name in ((tmp_path / "a.zarr", "slide"), (tmp_path, "slide.zarr")):
         with pytest.raises(OutputError, match=r"must not have \.zarr in its name"):
             open_folder(out, name, IDENTITY, force=False).__enter__()

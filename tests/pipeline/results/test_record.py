@@ -20,7 +20,7 @@ from tests.pipeline.runs import IDENTITY, TUMOR, make_run
 from tests.pipeline.summaries import rows_of
 
 
-def test_the_summary_keeps_the_rows_of_other_slides_and_replaces_the_slides_own(tmp_path: Path) -> None:
+def test_the_summary_replaces_the_rows_of_its_slides_and_keeps_all_others(tmp_path: Path) -> None:
     write_summary(
         tmp_path, [SlideResult("b", "done", 1.25, {"gland": 0.5}, {"tissue_mm2": 2.0}), SlideResult("c", "failed", 0.0)]
     )
@@ -37,7 +37,7 @@ def test_the_summary_keeps_the_rows_of_other_slides_and_replaces_the_slides_own(
     assert [p.name for p in tmp_path.iterdir()] == ["summary.csv"]
 
 
-def test_commas_quotes_and_line_breaks_in_an_error_come_back_as_they_were(tmp_path: Path) -> None:
+def test_commas_quotes_and_line_breaks_in_an_error_are_preserved(tmp_path: Path) -> None:
     error = 'größe 組織.svs: "bad", very\nbad'
     write_summary(tmp_path, [SlideResult("größe 組織", "failed", 0.0, error=error, warnings=("one", "two"))])
     write_summary(tmp_path, [SlideResult("other", "done", 0.0)])
@@ -52,7 +52,9 @@ def test_a_skipped_slide_keeps_the_row_of_the_run_that_made_its_result(tmp_path:
 
 
 @pytest.mark.parametrize("former", [[], [SlideResult("a", "failed", 0.0, error="a.svs: refused")]])
-def test_a_skipped_slide_gets_a_row_where_none_tells_of_its_result(tmp_path: Path, former: list[SlideResult]) -> None:
+def test_a_skipped_slide_gets_a_row_if_the_summary_has_none_for_its_result(
+    tmp_path: Path, former: list[SlideResult]
+) -> None:
     write_summary(tmp_path, former)
     write_summary(tmp_path, [SlideResult("a", "skipped", 0.1, {"gland": 0.5}, {"tissue_mm2": 2.0})])
     row = rows_of(tmp_path)["a"]
@@ -68,7 +70,7 @@ def test_a_skipped_slide_gets_a_row_where_none_tells_of_its_result(tmp_path: Pat
         b"slide,area_mm2 glan\x00\na,0.5\n",
     ],
 )
-def test_a_table_that_no_run_has_written_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
+def test_a_table_of_another_program_is_refused_and_stays_unchanged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "summary.csv"
     path.write_bytes(content)
     with pytest.raises(OutputError, match=r"summary\.csv: was not written by wsi-segment; move it away"):
@@ -82,7 +84,7 @@ def test_a_table_saved_by_a_spreadsheet_with_a_byte_order_mark_is_read(tmp_path:
     assert list(rows_of(tmp_path)) == ["new", "old"]
 
 
-def test_a_crash_while_writing_leaves_the_former_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_while_writing_keeps_the_earlier_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "summary.csv"
     write_atomically(path, "former\n")
 
@@ -172,6 +174,6 @@ def test_a_damaged_record_is_refused_by_the_name_of_the_value(
 
 
 @pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
-def test_versions_name_the_runtime_that_made_the_result() -> None:
+def test_versions_include_the_runtime_of_the_result() -> None:
     assert versions("openvino") == versions() | {"openvino": version("openvino")}
     assert "openvino" not in versions("torch")

@@ -1,23 +1,23 @@
-// Imports the regions of wsi-segment (and the tiles, if there are any) into the images of this project.
+// Imports the regions of wsi-segment, and the tiles if they were exported, into the images of this project.
 //
-// In QuPath: Automate > Project scripts > import_results, then Run. It works on every image of the project; what was
-// imported before is replaced. Images that are open are changed on the screen, the others are saved.
+// In QuPath: choose Automate > Project scripts > import_results, then Run. The script imports into every image of the
+// project and replaces earlier imports. It changes open images without saving them, and saves all others.
 // Without a window: QuPath script scripts/import_results.groovy -p project.qpproj -s
 //
-// A region that you unlock is yours: it stays as it is. wsi-export writes this file anew; save a changed one under
-// another name.
+// Unlock a region to edit it: the script never replaces an unlocked region. wsi-export overwrites this file, so save a
+// changed script under another name.
 
 import groovy.transform.Field
 import qupath.lib.io.PathIO
 import qupath.lib.io.UriUpdater
 import static qupath.lib.gui.scripting.QPEx.*
 
-// Sorting more objects than this into a hierarchy takes minutes, and regions do not lie in each other.
+// Resolving the hierarchy of more objects takes minutes and is not needed, because regions do not contain each other.
 @Field final int RESOLVE_UP_TO = 20000
 
 def project = getProject()
 if (project == null)
-    throw new IllegalStateException('No project is open: open project.qpproj of the results first (File > Project).')
+    throw new IllegalStateException('No project is open. Open qupath/project.qpproj in the results folder first (File > Project).')
 def folder = project.getPath().toFile().getParentFile()
 def rows = readRows(folder)
 def gui = getQuPath()
@@ -25,10 +25,10 @@ def current = getCurrentImageData()
 def isOpen = { imageData -> gui != null && gui.getAllViewers().any { it.getImageData().is(imageData) } }
 
 if (current != null && !isOpen(current)) {
-    // QuPath runs the script for one image after the other, and saves each itself.
+    // Run without a window: QuPath runs the script once per image and saves the image itself.
     def row = rows[getProjectEntry().getID()]
     if (row == null)
-        println "${getProjectEntry().getImageName()}: not among the results, left as it is"
+        println "${getProjectEntry().getImageName()}: not one of the results; not changed"
     else
         println "${row.name}: ${importInto(current, row)}"
     return
@@ -53,21 +53,21 @@ project.getImageList().each { entry ->
             imageData.getServer().close()
         }
     } catch (Exception e) {
-        // The other slides go on.
+        // One failed slide does not stop the import of the others.
         failed++
         println "${row.name}: NOT imported: ${e.getMessage()}"
     }
 }
 project.syncChanges()
-// Regions in their colors, and not just their outlines; Shift+F switches it.
+// Fill the regions with their colors; Shift+F turns the fill off and on.
 gui?.getOverlayOptions()?.setFillAnnotations(true)
-println failed == 0 ? 'Done.' : "Done, but ${failed} of ${rows.size()} slides were not imported; see above."
+println failed == 0 ? 'Done.' : "Done, but ${failed} of ${rows.size()} slides were not imported; the lines above give the reasons."
 
-/** What results.tsv says of each image, by its id. */
+/** Return the row of results.tsv for each image, by the image's id. */
 Map readRows(File folder) {
     def table = new File(folder, 'results.tsv')
     if (!table.isFile())
-        throw new IllegalStateException("${table} is missing: run 'wsi-export qupath' on the results again.")
+        throw new IllegalStateException("${table} is missing. Run 'wsi-export qupath' on the results again.")
     def lines = table.readLines('UTF-8')
     def names = lines.head().split('\t', -1)
     return lines.tail().collectEntries { line ->
@@ -78,11 +78,11 @@ Map readRows(File folder) {
     }
 }
 
-/** Replace what was imported before; returns what to say of it. */
+/** Import the objects of a result, replace those of earlier imports, and return a summary. */
 String importInto(imageData, row) {
     def missing = row.files.find { !it.isFile() }
     if (missing != null)
-        throw new FileNotFoundException("${missing} is missing; keep the project folder beside the results")
+        throw new FileNotFoundException("${missing} is missing; keep the project folder in the results folder")
     def found = row.files.collectMany { PathIO.readObjects(it.toPath()) }
     def ids = found.collect { it.getID() } as Set
     def hierarchy = imageData.getHierarchy()
@@ -96,18 +96,18 @@ String importInto(imageData, row) {
     hierarchy.addObjects(fresh)
     if (fresh.size() <= RESOLVE_UP_TO)
         hierarchy.resolveHierarchy()
-    def kept = theirs.isEmpty() ? '' : ", ${theirs.size()} that you unlocked kept"
-    return "${fresh.size()} objects imported, ${former.size()} of an earlier import replaced${kept}"
+    def kept = theirs.isEmpty() ? '' : ", ${theirs.size()} unlocked by you kept"
+    return "${fresh.size()} objects imported, ${former.size()} from an earlier import replaced${kept}"
 }
 
-/** Whether an earlier result brought an object: its regions are locked and say their area, its tiles probabilities. */
+/** Return whether an earlier import made this object: a locked region with an area, or a tile with probabilities. */
 boolean isOurs(object) {
     def names = object.getMeasurementList().getNames()
     return object.isAnnotation() ? object.isLocked() && names.contains('Area mm^2')
                                  : object.isTile() && !names.isEmpty() && names.every { it.startsWith('Probability ') }
 }
 
-/** Look for a slide that has moved along with the project. */
+/** Find a slide that was moved together with the project. Throws FileNotFoundException if it is not found. */
 void findSlide(entry, project) {
     def lost = { entry.getURIs().find { it.getScheme() == 'file' && !new File(it).exists() } }
     if (lost() == null)
@@ -115,6 +115,6 @@ void findSlide(entry, project) {
     UriUpdater.fixUris(entry, project)
     def uri = lost()
     if (uri != null)
-        throw new FileNotFoundException("the slide is not at ${new File(uri)}; put it back, or tell QuPath where it is " +
-            'when it opens the project (Update URIs)')
+        throw new FileNotFoundException("the slide is not at ${new File(uri)}; move it back, or enter its new location " +
+            'when QuPath opens the project (Update URIs)')
 }

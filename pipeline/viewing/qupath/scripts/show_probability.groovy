@@ -1,8 +1,8 @@
-// Shows how probable one class of wsi-segment is, in the class's color over the slide that is open.
+// Shows the probability of one class of wsi-segment over the open slide, in the color of the class.
 //
-// In QuPath: open an image, Automate > Project scripts > show_probability, Run, choose a class. The opacity slider of
-// the toolbar fades it, the key C switches it off and on; run the script again for another class, or for none.
-// wsi-export writes this file anew; save a changed one under another name.
+// In QuPath: open an image, choose Automate > Project scripts > show_probability, click Run and choose a class. The
+// opacity slider in the toolbar fades the overlay; the key C turns it off and on. Run the script again to choose another
+// class or none. wsi-export overwrites this file, so save a changed script under another name.
 
 import javafx.application.Platform
 import javax.imageio.ImageIO
@@ -16,7 +16,7 @@ def gui = getQuPath()
 def project = getProject()
 def viewer = gui == null ? null : getCurrentViewer()
 if (viewer == null || viewer.getImageData() == null || project == null)
-    throw new IllegalStateException('No image of the project is open: double-click one in the list on the left first.')
+    throw new IllegalStateException('No image of the project is open. Double-click an image in the list on the left first.')
 
 def folder = project.getPath().toFile().getParentFile()
 def id = getProjectEntry()?.getID()
@@ -24,7 +24,7 @@ def lines = new File(folder, 'results.tsv').readLines('UTF-8')
 def names = lines.head().split('\t', -1)
 def row = lines.tail().collect { [names, it.split('\t', -1)].transpose().collectEntries { it } }.find { it.entryID == id }
 if (row == null)
-    throw new IllegalStateException('This image is not among the results: open another one of the project.')
+    throw new IllegalStateException('This image is not one of the results. Open another image of the project.')
 
 def classes = row.classes.split(',').collect { URLDecoder.decode(it, 'UTF-8') }
 def chosen = Dialogs.showChoiceDialog('Probability', 'Class to show over the slide', classes + NONE, classes[0])
@@ -35,9 +35,9 @@ def overlay = null
 if (chosen != NONE) {
     def file = new File(folder.toURI().resolve("${row.overlays}/${classes.indexOf(chosen)}.png"))
     if (!file.isFile())
-        throw new FileNotFoundException("${file} is missing: run 'wsi-export qupath' on the results again.")
+        throw new FileNotFoundException("${file} is missing. Run 'wsi-export qupath' on the results again.")
     def region = ImageRegion.createInstance(0, 0, row.width as int, row.height as int, 0, 0)
-    // With the viewer, QuPath takes it away when another image is opened.
+    // Given the viewer, QuPath removes the overlay when the user opens another image.
     overlay = new BufferedImageOverlay(viewer, [(region): ImageIO.read(file)])
 }
 Platform.runLater {
@@ -49,4 +49,4 @@ Platform.runLater {
     }
     viewer.repaint()
 }
-println chosen == NONE ? 'No probability is shown.' : "Shown: how probable ${chosen} is."
+println chosen == NONE ? 'No probability is shown.' : "The probability of ${chosen} is shown."

@@ -1,11 +1,12 @@
-// What is shown, as the panel's controls say it.
+// Holds which layers and classes are shown, and keeps the panel's controls in step with that state.
 
 const byId = (id) => document.getElementById(id);
 const LAYERS = ["map", "outlines", "probability"];
 const bounded = (value) => Math.min(1, Math.max(0, Math.round(value * 100) / 100));
 
 export class Controls {
-  // {map, outlines, probability}: {on, opacity}; classes: [{on, opacity}], their opacity that of the probability.
+  // `state` is {map, outlines, probability: {on, opacity}, classes: [{on, opacity}]}. The opacity of a class is that of
+  // its probability layer.
   constructor(facts) {
     this.facts = facts;
     this.changed = () => {};
@@ -87,7 +88,7 @@ export class Controls {
     this.update();
   }
 
-  // As words of an address, and back: map=0.35&outlines=1&probability=0&off=0,2&p1=0.5
+  // Returns the state as parameters of the page's address: map=0.35&outlines=1&probability=0&off=0,2&p1=0.5
   words() {
     const words = ["map", "outlines"].map((layer) => `${layer}=${this.state[layer].on ? this.state[layer].opacity : 0}`);
     words.push(`probability=${this.state.probability.on ? 1 : 0}`);
@@ -100,6 +101,7 @@ export class Controls {
     return words;
   }
 
+  // Sets the state from the parameters of an address; missing parameters get their defaults.
   read(words) {
     const number = (name, usual) => {
       const value = Number.parseFloat(words.get(name));

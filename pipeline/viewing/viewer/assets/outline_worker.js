@@ -1,23 +1,23 @@
-// The polygons in a thread of their own: fetched, drawn into pictures, and looked up, so that no frame of the page waits.
+// Fetches, draws and looks up the polygons in a worker, so that no frame of the page waits for them.
 //
-// Messages in: {kind: "begin", base, facts}, {kind: "draw", id, view, ratio, on} (the last one counts), {kind: "find",
+// Messages in: {kind: "begin", base, facts}, {kind: "draw", id, view, ratio, on} (only the latest is drawn), {kind: "find",
 // id, x, y, on}. Out: {kind: "drawn", id, bitmap, ms, final}, {kind: "found", id, found}, {kind: "loaded"}, {kind: "failed"}.
 
 const CELLS = 64;
-const MOST_POINTS = 3000; // of a path: messages are looked at between paths
+const MOST_POINTS = 3000; // in one path; messages are processed between paths
 const MOST_ERROR_PX = 0.6;
-const DOT_PX = 2; // what is smaller becomes a dot,
-const BLOB_PX = 7; // and what is smaller than this is filled: its lines would meet in the middle,
-const CROWD = 30000; // and of more polygons than this in view
-const CROWDED_BLOB_PX = 16; // also larger ones: lines take most of the time
+const DOT_PX = 2; // smaller polygons become dots
+const BLOB_PX = 7; // smaller polygons are filled, because their outlines would overlap
+const CROWD = 30000; // with more polygons than this in view, CROWDED_BLOB_PX replaces BLOB_PX
+const CROWDED_BLOB_PX = 16; // drawing outlines takes most of the time
 const BUSY_MS = 15;
 const CASING = "rgba(255, 255, 255, 0.75)";
 
 let facts = null;
 let base = "";
-let details = []; // polygons of each degree of detail, once they are here
+let details = []; // the polygons of each level of detail; null until they are loaded
 const asked = new Set();
-let latest = null; // the drawing that is wanted
+let latest = null; // the drawing that was requested last
 let drawing = false;
 
 self.onmessage = ({ data }) => {
@@ -32,7 +32,7 @@ self.onmessage = ({ data }) => {
   }
 };
 
-// Lets messages in that came meanwhile; a timer would wait for longer.
+// Lets pending messages be processed. A timer would wait longer.
 const channel = new MessageChannel();
 const pause = () => new Promise((done) => { channel.port1.onmessage = done; channel.port2.postMessage(null); });
 
@@ -44,7 +44,7 @@ async function drawLatest() {
     const wanted = wantedDetail(wish.view.zoom);
     const detail = nearestDetail(wanted);
     if (detail === null) {
-      if (latest === wish) latest = null; // "loaded" makes the page ask again
+      if (latest === wish) latest = null; // the page asks again after "loaded"
       continue;
     }
     const { view, ratio } = wish;
@@ -67,7 +67,7 @@ async function drawLatest() {
   drawing = false;
 }
 
-// The coarsest degree of detail that looks the same at this zoom.
+// Returns the coarsest level of detail that looks the same at this zoom, and starts to load it if necessary.
 function wantedDetail(zoom) {
   const wanted = Math.max(0, facts.tolerances.findLastIndex((tolerance) => tolerance * zoom <= MOST_ERROR_PX));
   if (!asked.has(wanted)) {
@@ -92,7 +92,7 @@ async function load(detail) {
   postMessage({ kind: "loaded" });
 }
 
-// The polygon at a place, of the smallest area where several lie there; null where there is none.
+// Returns the smallest polygon that contains a place; null if there is none.
 function find({ x, y, on, zoom }) {
   const detail = nearestDetail(wantedDetail(zoom));
   if (detail === null) return null;
@@ -110,7 +110,7 @@ function find({ x, y, on, zoom }) {
   return { index: best, detail, label: polygons.label[best], area_mm2: polygons.area[best], rings };
 }
 
-// See pipeline/viewing/viewer/outlines.py for the order of the bytes.
+// pipeline/viewing/viewer/outlines.py describes the byte layout.
 function readPolygons(buffer) {
   const [count, rings, points] = new Uint32Array(buffer, 0, 4);
   let offset = 16;
@@ -138,8 +138,8 @@ function readPolygons(buffer) {
     polygons.box.set(box, 4 * index);
   }
   polygons.size = Int8Array.from(polygons.area, (mm2) => Math.floor(Math.log10(mm2)));
-  // The large ones first, since an island and the hole that it lies in have one border, and it is the island's; among those
-  // of about a size, those of a class together.
+  // Draw large polygons first. An island and the hole around it share a border, which must have the island's color.
+  // Polygons of similar size are grouped by class.
   const { size, label } = polygons;
   polygons.order = new Uint32Array(count).map((_, index) => index).sort((a, b) => size[b] - size[a] || label[a] - label[b] || a - b);
   polygons.rank = new Uint32Array(count);
@@ -172,7 +172,7 @@ class CellGrid {
     return this.cells.get(row * 4096 + column) ?? [];
   }
 
-  // The polygons whose box meets a box, each once, in the order in which they are drawn.
+  // Returns the polygons whose bounding box meets a box, each once, in drawing order.
   within(left, top, right, bottom) {
     const { box, order, rank } = this.polygons;
     const meets = (i) => box[4 * i] <= right && box[4 * i + 2] >= left && box[4 * i + 1] <= bottom && box[4 * i + 3] >= top;
@@ -208,7 +208,7 @@ function addRing(path, { xy, firstPoint }, ring, { k, x, y }) {
   path.closePath();
 }
 
-// Draws what is in view, pausing after every path.
+// Draws the polygons in view. Yields before every new path.
 function* drawSteps(context, view, ratio, polygons, on) {
   context.lineJoin = "bevel";
   const k = view.zoom * ratio;

@@ -1,14 +1,14 @@
-// The polygons as lines over the slide.
+// Draws the polygons as outlines over the slide.
 //
-// A thread of its own draws them into a picture larger than the view, which is moved and scaled with the slide until the
-// next one is there: however many polygons there are, no frame waits for them.
+// A worker draws them into a picture that is larger than the view. The page moves and scales this picture with the slide
+// until the next one arrives, so no frame waits for the polygons, whatever their number.
 
-const MARGIN = 0.25; // of the view's size, on each side of what is drawn
-const OTHER_ZOOM = 1.3; // a picture that is farther off is not waited for
+const MARGIN = 0.25; // extra width and height of a picture on each side, as a share of the view
+const OTHER_ZOOM = 1.3; // a pending picture whose zoom differs by more than this factor is replaced
 
 export class Outlines {
-  // `changed` is called when there is something new to draw; `pointed` with what lies where `find` was asked for; `failed`
-  // where the polygons cannot be had.
+  // Calls `changed` when there is something new to draw, `pointed` with the result of `find`, and `failed` if the
+  // polygons cannot be loaded.
   constructor(canvas, facts) {
     this.canvas = canvas;
     this.facts = facts;
@@ -17,13 +17,13 @@ export class Outlines {
     this.failed = () => {};
     this.opacity = 0;
     this.on = [];
-    this.version = 0; // of what is shown, whatever the view
+    this.version = 0; // counts changes of the shown classes
     this.front = null; // {bitmap, view, version, final}
-    this.wish = null; // {id, view, version, ratio}: the picture that is being drawn
+    this.wish = null; // {id, view, version, ratio} of the picture being drawn
     this.asked = 0;
     this.drawings = 0;
-    this.seen = null; // the polygon that is pointed at
-    this.drawnMs = 0; // how long the last picture took, for measurements
+    this.seen = null; // the polygon under the pointer
+    this.drawnMs = 0; // duration of the last drawing, for measurements
     this.worker = new Worker("/assets/outline_worker.js");
     this.worker.onmessage = ({ data }) => this[data.kind](data);
     this.worker.postMessage({ kind: "begin", facts, base: new URL(".", location.href).pathname });
@@ -39,14 +39,14 @@ export class Outlines {
     this.changed();
   }
 
-  // Asks for the polygon at a place, where outlines are shown or the place says `always`; null for none.
+  // Looks up the polygon at a place if outlines are shown or `place.always` is set. Reports null for no polygon.
   find(place) {
     this.asked += 1;
     if (place && (this.opacity || place.always)) this.worker.postMessage({ kind: "find", id: this.asked, on: this.on, ...place });
     else this.found({ id: this.asked, found: null });
   }
 
-  // Brings the canvas into line with a view; called for every frame of the slide.
+  // Draws the outlines for a view. Called for every frame of the slide.
   draw(view) {
     const ratio = window.devicePixelRatio || 1;
     const [width, height] = [Math.round(view.width * ratio), Math.round(view.height * ratio)];
@@ -60,7 +60,7 @@ export class Outlines {
       const still = Math.abs(scale - 1) < 1e-6;
       const x = ((drawn.x - drawn.width / 2 / drawn.zoom - view.x) * view.zoom + view.width / 2) * ratio;
       const y = ((drawn.y - drawn.height / 2 / drawn.zoom - view.y) * view.zoom + view.height / 2) * ratio;
-      if (still) context.drawImage(bitmap, Math.round(x), Math.round(y)); // whole pixels are copied, and not interpolated
+      if (still) context.drawImage(bitmap, Math.round(x), Math.round(y)); // whole pixels: copied without interpolation
       else context.drawImage(bitmap, x, y, bitmap.width * scale, bitmap.height * scale);
     }
     if (this.seen) drawFound(context, view, ratio, this.seen, this.facts.classes);
@@ -69,7 +69,7 @@ export class Outlines {
 
   covers(picture, view, zoom) {
     if (!picture || picture.version !== this.version) return false;
-    if (picture.ratio !== (window.devicePixelRatio || 1)) return false; // the window is on another screen now
+    if (picture.ratio !== (window.devicePixelRatio || 1)) return false; // the window has moved to another screen
     const drawn = picture.view;
     if (Math.max(view.zoom / drawn.zoom, drawn.zoom / view.zoom) > zoom) return false;
     const inside = (axis, side) => Math.abs(view[axis] - drawn[axis]) * view.zoom + view[side] / 2 <= drawn[side] / 2 * zoom + 0.5;
@@ -82,7 +82,7 @@ export class Outlines {
     this.worker.postMessage({ kind: "draw", id: this.wish.id, view: large, ratio, on: this.on });
   }
 
-  // What the worker says
+  // Messages from the worker
 
   drawn({ id, bitmap, ms, final }) {
     if (id !== this.wish?.id) return bitmap.close();
@@ -94,7 +94,7 @@ export class Outlines {
   }
 
   loaded() {
-    if (this.front && !this.front.final) this.front.version = -1; // a better one can be drawn now
+    if (this.front && !this.front.final) this.front.version = -1; // a better level of detail may have arrived
     this.wish = null;
     this.changed();
   }

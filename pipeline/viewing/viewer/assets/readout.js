@@ -1,15 +1,15 @@
-// Lengths, areas and places as text.
+// Formats lengths, areas and places as text.
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
-// The largest of 1, 2 and 5 times a power of ten that is at most the length.
+// Returns the largest number of the form 1, 2 or 5 times a power of ten that is at most `length`.
 export function nice(length) {
   const power = 10 ** Math.floor(Math.log10(length));
   const step = [5, 2, 1].find((s) => s * power <= length * (1 + 1e-9)) ?? 1;
   return step * power;
 }
 
-// Micrometers, in the unit that reads best.
+// Formats a length in micrometers with the unit that needs the fewest digits.
 export function distance(um) {
   if (um >= 1000) return `${Number((um / 1000).toPrecision(3))} mm`;
   return um >= 1 ? `${Number(um.toPrecision(3))} µm` : `${Number((um * 1000).toPrecision(3))} nm`;
@@ -20,7 +20,7 @@ export function area(mm2) {
   return `${Number(mm2.toPrecision(2)).toFixed(6).replace(/0+$/, "")} mm²`;
 }
 
-// Level-0 pixels, micrometers, and how many times larger than on the glass, counting a microscope's 10× as 1 µm a pixel.
+// Formats a place in level-0 pixels and micrometers, and the magnification; 10× stands for 1 µm per pixel.
 export function place([x, y], zoom, mpp) {
   const magnification = Number((10 / (mpp / zoom)).toPrecision(2));
   return `x ${whole.format(x)}, y ${whole.format(y)} px  (${whole.format(x * mpp)}, ${whole.format(y * mpp)} µm)  ${magnification}×`;

@@ -1,7 +1,7 @@
-// The page: the slide and its layers in OpenSeadragon, joined to the controls, the outlines and the address.
+// Connects the slide and its layers in OpenSeadragon with the controls, the outlines and the address.
 //
-// Places are level-0 pixels of the result's frame; a view is {x, y, zoom}: the place in the middle, and screen (CSS)
-// pixels per level-0 pixel.
+// Places are level-0 pixels of the result's frame. A view is {x, y, zoom}: the place at its center, and CSS pixels per
+// level-0 pixel.
 
 import { Controls } from "./controls.js";
 import { Outlines } from "./outlines.js";
@@ -17,7 +17,7 @@ if (!response.ok) {
   throw new Error("no facts");
 }
 const facts = await response.json();
-let overviewShown = 0; // how much of the overview had been read when its tiles were last asked for
+let overviewShown = 0; // share of the overview that was read when its tiles were last requested
 const controls = new Controls(facts);
 const stage = byId("stage");
 const osd = new OpenSeadragon({
@@ -40,25 +40,25 @@ const osd = new OpenSeadragon({
   minZoomImageRatio: 0.7,
   visibilityRatio: 0.3,
   imageLoaderLimit: 6,
-  timeout: 120000, // of a slow disk's slowest tile: one that is given up stays missing
+  timeout: 120000, // long enough for slow disks: OpenSeadragon does not request a tile again after a timeout
   maxImageCacheCount: 600,
-  // Whole pixels: between half transparent tiles that overlap by a part of one, seams would show.
+  // Semitransparent tiles that overlap by a fraction of a pixel would show seams.
   subPixelRoundingForTransparency: { "*": OpenSeadragon.SUBPIXEL_ROUNDING_OCCURRENCES.ALWAYS },
 });
 osd.canvas.append(byId("outlines")); // above the slide, below the navigator
 const outlines = new Outlines(byId("outlines"), facts);
 let redrawing = 0;
-// Not a redraw of OpenSeadragon, which forgets one that is asked for while it draws.
+// OpenSeadragon drops a redraw that is requested while it draws, so request the frame here.
 outlines.changed = () => {
   redrawing ||= requestAnimationFrame(() => { redrawing = 0; outlines.draw(view()); });
 };
-outlines.failed = () => note("The outlines cannot be read; see the terminal for the reason. Reload the page to try again.");
+outlines.failed = () => note("The outlines cannot be read. The terminal shows the reason. Reload the page to try again.");
 const layers = { labels: null, classes: [] };
 let labelsShown = 0;
 
 osd.addOnceHandler("open", async () => {
   osd.canvas.setAttribute("role", "application");
-  osd.canvas.setAttribute("aria-label", `Slide ${facts.name}: arrow keys move, plus and minus zoom, question mark lists all keys`);
+  osd.canvas.setAttribute("aria-label", `Slide ${facts.name}: arrow keys move, plus and minus zoom, question mark shows all keys`);
   osd.canvas.setAttribute("aria-describedby", "place");
   osd.navigator?.element.setAttribute("aria-hidden", "true");
   for (const focusable of osd.navigator?.element.querySelectorAll("[tabindex]") ?? []) focusable.tabIndex = -1;
@@ -68,7 +68,7 @@ osd.addOnceHandler("open", async () => {
   osd.addHandler("update-viewport", draw);
   osd.addHandler("viewport-change", () => {
     writeAddress();
-    if (!pointer && !byId("tip").hidden) pointAt(null); // what it named has moved away
+    if (!pointer && !byId("tip").hidden) pointAt(null); // the polygon has moved away
   });
   osd.addHandler("resize", () => osd.forceRedraw());
   draw();
@@ -80,7 +80,7 @@ osd.addHandler("canvas-release", () => { dragging = false; });
 osd.addHandler("canvas-key", (event) => { event.preventDefaultAction = true; });
 osd.addHandler("canvas-click", (event) => { if (event.quick) pointAt(event.position.x, event.position.y); });
 osd.addOnceHandler("tile-load-failed", () => {
-  note("Some of the slide or of its classes cannot be shown: wsi-view has ended, or its terminal says why. Reload the page to try again.");
+  note("Parts of the slide or of its classes cannot be shown. Check in the terminal that wsi-view is still running, then reload the page.");
 });
 controls.changed = () => { applyLayers(); writeAddress(); };
 
@@ -127,7 +127,7 @@ function overlay(url, opacity) {
     tileSource: pyramid(width, height, facts.map, url),
     x: 0, y: 0, width: (width * l0_per_px) / facts.width,
     opacity,
-    // Its tiles are only asked for while it is seen.
+    // Tiles of a hidden layer are not requested.
     preload: false,
     success: ({ item }) => done(item),
     error: () => done(null),
@@ -171,10 +171,10 @@ function draw() {
   if (pointer && !dragging) pointAt(...pointer);
 }
 
-// What is under the pointer
+// The polygon under the pointer
 
 let pointer = null;
-let dragging = false; // nothing is looked up meanwhile: every frame would wait for it
+let dragging = false; // no lookups while dragging: they would delay every frame
 osd.canvas.addEventListener("pointermove", (event) => {
   if (event.pointerType === "touch") return;
   const box = stage.getBoundingClientRect();
@@ -189,7 +189,7 @@ osd.canvas.addEventListener("pointerleave", (event) => {
 });
 
 let tipAt = [0, 0];
-let saying = false;
+let announcing = false;
 function pointAt(screenX, screenY) {
   tipAt = [screenX, screenY];
   const [x, y] = screenX === null ? [] : placeAt(screenX, screenY);
@@ -199,7 +199,7 @@ function pointAt(screenX, screenY) {
 outlines.pointed = (found) => {
   const tip = byId("tip");
   tip.hidden = !found;
-  if (saying) sayFound(found);
+  if (announcing) announceFound(found);
   if (!found) return;
   const c = facts.classes[found.label - 1];
   const swatch = document.createElement("span");
@@ -212,22 +212,22 @@ outlines.pointed = (found) => {
   tip.style.transform = `translate(${Math.max(4, left)}px, ${Math.max(4, top)}px)`;
 };
 
-function sayMiddle() {
+function announceCenter() {
   const v = view();
-  saying = true;
+  announcing = true;
   tipAt = [v.width / 2, v.height / 2];
-  // The classes as they are set, which the layers may not show yet.
+  // Use the classes of the controls, because the layers may still be loading.
   outlines.find({ x: v.x, y: v.y, zoom: v.zoom, always: true, on: controls.state.classes.map((c) => c.on) });
 }
 
-function sayFound(found) {
+function announceFound(found) {
   const v = view();
   const what = found ? `${facts.classes[found.label - 1].name}, ${area(found.area_mm2)}` : "no class";
-  saying = false;
-  say(`${what}, at ${place([v.x, v.y], v.zoom, facts.mpp)}`);
+  announcing = false;
+  announce(`${what}, at ${place([v.x, v.y], v.zoom, facts.mpp)}`);
 }
 
-function say(text) { byId("said").textContent = text; }
+function announce(text) { byId("announcement").textContent = text; }
 
 function note(text, role = "alert") {
   const paragraph = document.createElement("p");
@@ -237,38 +237,38 @@ function note(text, role = "alert") {
   return paragraph;
 }
 
-// Shows the overview as far as it is read, until it is whole.
+// Shows the overview while it is read, until it is complete.
 async function awaitOverview() {
-  const told = note("This slide stores no overview, so all of it is being read for one. Places that you zoom into are shown at once.", "status");
+  const notice = note("This slide contains no overview, so wsi-view reads the whole slide to make one. You can zoom in anywhere in the meantime.", "status");
   const bar = document.createElement("progress");
-  bar.setAttribute("aria-label", "Read of the slide");
-  told.append(bar);
+  bar.setAttribute("aria-label", "Share of the slide that has been read");
+  notice.append(bar);
   for (let share = 0; share < 1; await new Promise((done) => setTimeout(done, 500))) {
     const answer = await fetch("overview.json").catch(() => null);
     const progress = answer?.ok ? await answer.json() : { share, failed: true };
     if (progress.failed) {
-      told.remove();
-      note("The overview of this slide cannot be read; see the terminal for the reason. Places that you zoom into are still shown.");
+      notice.remove();
+      note("The overview of this slide cannot be read. The terminal shows the reason. You can still zoom in.");
       return;
     }
     bar.value = share = progress.share;
     if (share === 1 || share - overviewShown > 0.1) {
       overviewShown = share;
-      // A new image: tiles of the old one keep the addresses that they had.
+      // The tile addresses have changed, so replace the whole image.
       osd.addTiledImage({ tileSource: slideSource(), index: 0, replace: true });
     }
   }
-  told.remove();
+  notice.remove();
 }
 
 async function checkIdentity() {
   const answer = await fetch("identity.json");
   if (answer.ok && (await answer.json()).same === false) {
-    note("This file is not the one that was segmented: its bytes differ. What is drawn may not belong to this slide.");
+    note("This file differs from the slide that was segmented. The classes shown may not belong to it.");
   }
 }
 
-// The address: a link to this place, with what is shown
+// The address: a link to this view and its layers
 
 let writing = 0;
 function writeAddress() {
@@ -292,7 +292,7 @@ window.addEventListener("hashchange", () => { readAddress(true); applyLayers(); 
 
 async function copyLink() {
   await navigator.clipboard.writeText(location.href);
-  say("Link copied");
+  announce("Link copied");
   byId("link").textContent = "Copied";
   setTimeout(() => { byId("link").textContent = "Copy link"; }, 1500);
 }
@@ -321,7 +321,7 @@ const keys = {
   "+": () => zoomBy(1.5), "=": () => zoomBy(1.5), "-": () => zoomBy(1 / 1.5), "−": () => zoomBy(1 / 1.5),
   0: home,
   f: () => goTo({ ...view(), zoom: 1 / window.devicePixelRatio }, false),
-  i: sayMiddle, l: copyLink,
+  i: announceCenter, l: copyLink,
   m: () => controls.toggle("map"), o: () => controls.toggle("outlines"), p: () => controls.toggle("probability"),
   h: () => controls.hideAll(),
   "[": () => controls.stronger(-0.1), "]": () => controls.stronger(0.1),
@@ -330,7 +330,7 @@ const keys = {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey || byId("help").open) return;
-  // Sliders and lists have arrow keys of their own.
+  // Sliders and lists use the arrow keys themselves.
   if (event.target.matches("select, input[type=range]") && /^(Arrow|Home|End|Page)/.test(event.key)) return;
   if (event.target.matches("select")) return;
   const action = /^[1-9]$/.test(event.key) ? () => controls.toggleClass(Number(event.key) - 1) : keys[event.key];

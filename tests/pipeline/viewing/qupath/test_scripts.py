@@ -88,7 +88,7 @@ def test_every_image_gets_its_own_regions_locked_and_in_their_class(play: Play, 
     assert state["resolved"] == dict.fromkeys(NAMES, 1)
     assert state["synced"] == 1
     assert state["said"].splitlines() == [
-        *(f"{name}: 2 objects imported, 0 of an earlier import replaced" for name in NAMES),
+        *(f"{name}: 2 objects imported, 0 from an earlier import replaced" for name in NAMES),
         "Done.",
     ]
 
@@ -101,7 +101,7 @@ def test_importing_again_doubles_nothing_and_keeps_what_people_made(play: Play, 
         assert len({o["id"] for o in objects}) == len(objects) == 3
         assert sorted(o["class"] for o in objects) == ["class-1", "edited", "mine"]
         assert {o["id"] for o in objects if o["class"] != "mine"} == set(ids_of(segmented, name))
-        assert f"{name}: 1 objects imported, 2 of an earlier import replaced, 1 that you unlocked kept" in state["said"]
+        assert f"{name}: 1 objects imported, 2 from an earlier import replaced, 1 unlocked by you kept" in state["said"]
 
 
 def test_without_a_window_each_image_is_done_once_and_saved_by_qupath(play: Play, segmented: Path) -> None:
@@ -145,9 +145,9 @@ def test_slides_that_moved_along_are_found_and_a_lost_one_stops_no_other(
     (new / "slides" / "d.svs").unlink()
     state = play(project, "run=import_results")
     lost, other, done = state["said"].splitlines()
-    assert lost.startswith(f"d.svs: NOT imported: the slide is not at {old / 'slides' / 'd.svs'}; put it back")
+    assert lost.startswith(f"d.svs: NOT imported: the slide is not at {old / 'slides' / 'd.svs'}; move it back")
     assert other.startswith("ä b+c.svs: 2 objects imported")
-    assert done == "Done, but 1 of 2 slides were not imported; see above."
+    assert done == "Done, but 1 of 2 slides were not imported; the lines above give the reasons."
     assert {name: len(state["objects"][name]) for name in NAMES} == {"d.svs": 0, "ä b+c.svs": 2}
 
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_done_is_said(play: Play, segmented: Path, tmp_path: Path
     assert "d.geojson is missing" in said
     (copy / "results" / "qupath" / "results.tsv").unlink()
     said = play(copy / "results" / "qupath" / "project.qpproj", "run=import_results")["said"]
-    assert "run 'wsi-export qupath' on the results again" in said
+    assert "Run 'wsi-export qupath' on the results again" in said
 
 
 def test_a_class_is_shown_over_the_open_slide_and_taken_away(play: Play, segmented: Path) -> None:

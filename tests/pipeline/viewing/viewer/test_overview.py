@@ -181,7 +181,7 @@ def center_color(page: Page) -> list[int]:
 def test_page_says_that_it_waits_and_shows_more_by_itself(gate: Gate, result: Result, page: Page) -> None:
     with serving((result,)) as site:
         page.goto(f"{site.page}#x=1280&y=832&zoom=0.2&map=0&outlines=0")
-        until(page, f'{SHOWN}.startsWith("This slide stores no overview")')
+        until(page, f'{SHOWN}.startsWith("This slide contains no overview")')
         until(page, "wsiView.osd.world.getItemAt(0)?.getFullyLoaded()")
         page.wait_for_timeout(200)
         assert center_color(page) == pytest.approx([UNREAD] * 3, abs=3)

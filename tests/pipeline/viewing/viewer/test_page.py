@@ -189,7 +189,7 @@ def test_the_middle_is_told_without_outlines_too(shared_page: Page, site: Site) 
     show(shared_page, site, f"#x={PURPLE_AT[0]}&y={PURPLE_AT[1]}&zoom=1")
     shared_page.keyboard.press("o")
     shared_page.keyboard.press("i")
-    until(shared_page, "document.getElementById('said').textContent.includes('mm²')")
+    until(shared_page, "document.getElementById('announcement').textContent.includes('mm²')")
 
 
 def test_outlines_are_drawn_on_the_borders_in_the_classes_colors(shared_page: Page, site: Site) -> None:
@@ -292,7 +292,7 @@ def test_keys_do_what_the_list_of_keys_says(shared_page: Page, site: Site) -> No
     assert press("f")["zoom"] == pytest.approx(1, rel=0.02)
     assert press("0")["zoom"] == pytest.approx(start["zoom"], rel=0.02)
     press("2", "i")
-    assert re.fullmatch(r"class-1, 0\.08\d mm², at x 640, y 416 px .*", page.locator("#said").inner_text())
+    assert re.fullmatch(r"class-1, 0\.08\d mm², at x 640, y 416 px .*", page.locator("#announcement").inner_text())
     press("l")
     assert page.evaluate("() => navigator.clipboard.readText()") == page.url
     press("?")
@@ -308,7 +308,7 @@ def test_page_says_once_that_tiles_are_missing(browser: Browser, site: Site) -> 
         page = context.new_page()
         page.route("**/slide/**", lambda route: route.fulfill(status=503))
         page.goto(site.page)
-        until(page, """document.getElementById("notes").textContent.startsWith("Some of the slide")""")
+        until(page, """document.getElementById("notes").textContent.startsWith("Parts of the slide")""")
         page.wait_for_timeout(300)
         assert page.locator("#notes p").count() == 1
 
