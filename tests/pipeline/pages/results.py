@@ -32,7 +32,7 @@ NASTY = "größe 組織 <b>&\"'"
 def write_result(
     output: Path, name: str = "slide", *, names: tuple[str, str] = ("tumour", "stroma"), **facts: Any
 ) -> Path:
-    """Write the files that the report reads, for a gray slide with two dark boxes, each of one class. Return the folder."""
+    """Write the files that the report reads: a gray slide with two dark boxes, each of one class. Return the folder."""
     folder = output / name
     folder.mkdir(parents=True)
     classes = tuple(TissueClass(one, color) for one, color in zip(names, (RED, BLUE), strict=True))

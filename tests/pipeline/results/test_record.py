@@ -52,9 +52,7 @@ def test_a_skipped_slide_keeps_the_row_of_the_run_that_made_its_result(tmp_path:
 
 
 @pytest.mark.parametrize("former", [[], [SlideResult("a", "failed", 0.0, error="a.svs: refused")]])
-def test_a_skipped_slide_gets_a_row_if_the_summary_has_none_for_its_result(
-    tmp_path: Path, former: list[SlideResult]
-) -> None:
+def test_a_skipped_slide_gets_a_row_if_the_summary_has_none(tmp_path: Path, former: list[SlideResult]) -> None:
     write_summary(tmp_path, former)
     write_summary(tmp_path, [SlideResult("a", "skipped", 0.1, {"gland": 0.5}, {"tissue_mm2": 2.0})])
     row = rows_of(tmp_path)["a"]
