@@ -77,3 +77,7 @@ class NonFiniteOutputError(ModelError):
             f"the {network}'s output is NaN or infinite for {len(self.indices)} image(s) of this call (index {shown}); "
             "with reduced precision try float32, else the weights are damaged"
         )
+
+    def __reduce__(self) -> tuple[type[NonFiniteOutputError], tuple[str, tuple[int, ...]]]:
+        # By default, an exception is pickled with its message as the only argument.
+        return type(self), (self.network, self.indices)

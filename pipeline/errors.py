@@ -11,6 +11,8 @@ WsiSegmentError                   see wsi/errors.py
     ├── WorkerLostError           the worker process of a slide died
     ├── WorkerCrashedError        a slide crashed the process that segmented it
     ├── SlideTimeoutError         a slide exceeded its time limit
+    ├── UnpicklableError          a worker raised an error that cannot be sent to this process
+    ├── InferenceError            a network failed on its device, or returned NaN or infinity for an image
     ├── RegionsFileError          the saved polygons of a block cannot be read
     ├── TrainConfigError          a training setting cannot be used
     ├── TrainError                a training run cannot continue
@@ -83,6 +85,14 @@ class SlideTimeoutError(PipelineError):
             f"{name}: took longer than {seconds:g} s and was stopped; run the same command again to resume after the "
             f"finished blocks, with a longer --slide-timeout if the slide is simply large"
         )
+
+
+class UnpicklableError(PipelineError):
+    """A worker raised an error that cannot be sent to this process; the message names its class."""
+
+
+class InferenceError(PipelineError):
+    """A network failed on its device, or returned NaN or infinity for an image."""
 
 
 class RegionsFileError(PipelineError):

@@ -241,12 +241,10 @@ def halve_labels(labels_HW: UInt8Array) -> UInt8Array:
     return np.negative((best & 0xFF).astype(np.uint8))
 
 
-def sweep_partial_files(path: Path) -> int:
-    """Remove the files of killed writes from a store and return their number. No other write may be in progress."""
-    stray = sorted(path.rglob("*.partial"))
-    for file in stray:
+def sweep_partial_files(path: Path) -> None:
+    """Remove the files of killed writes from a store. No other write may be in progress."""
+    for file in sorted(path.rglob("*.partial")):
         file.unlink()
-    return len(stray)
 
 
 def _quarters(array: UInt8Array) -> list[UInt8Array]:

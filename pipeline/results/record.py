@@ -129,8 +129,11 @@ class PlanFacts(_Record):
 
     @model_validator(mode="after")
     def _scales_are_positive(self) -> Self:
-        for value in (self.grid.l0_per_out, self.grid.mpp_out, *self.grid.size_out):
-            _scale(value)
+        try:
+            for value in (self.grid.l0_per_out, self.grid.mpp_out, *self.grid.size_out):
+                _scale(value)
+        except ArithmeticError as error:  # pydantic takes only a ValueError as the fault of a value
+            raise ValueError(f"the grid is not possible: {error}") from error
         return self
 
     @model_serializer

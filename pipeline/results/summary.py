@@ -18,8 +18,8 @@ from pipeline.results.slide_result import AREA_COLUMN, SlideResult
 _CLASS_NAME: TypeAdapter[str] = TypeAdapter(ClassName)
 
 
-def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:
-    """Write the rows of these slides into `summary.csv` and keep the rows of all other slides. Return its path.
+def write_summary(output: Path, results: Iterable[SlideResult]) -> None:
+    """Write the rows of these slides into `summary.csv` and keep the rows of all other slides.
 
     Raises OutputError if the existing file is not a summary; the file is not changed.
     """
@@ -38,7 +38,6 @@ def write_summary(output: Path, results: Iterable[SlideResult]) -> Path:
         writer.writeheader()
         writer.writerows(rows[slide] for slide in sorted(rows))
         write_atomically(path, text.getvalue())
-    return path
 
 
 def _is_row_kept(status: object, result: SlideResult) -> bool:

@@ -19,7 +19,7 @@ import torch
 from models.errors import NonFiniteOutputError
 from models.predictor import Predictor
 from pipeline.config import ResolvedSettings
-from pipeline.errors import PipelineError
+from pipeline.errors import InferenceError
 from pipeline.formats.ome_zarr import MapStore
 from pipeline.formats.polygons import block_regions, save_regions
 from pipeline.slide.blend import Blend, blend_tiles
@@ -85,8 +85,9 @@ def segment_block(
 ) -> tuple[BlockRecord, list[Path]]:
     """Segment one block and write its chunks and polygons. Return its record, without digests, and the written files.
 
-    `stopped` is called between groups of tiles. Raises Stopped if it returns True. Raises PipelineError with the tile's
-    place if a network returns NaN or infinity, and with the block's place if the device fails or runs out of memory.
+    `stopped` is called between groups of tiles. Raises Stopped if it returns True. Raises InferenceError with the
+    tile's place if a network returns NaN or infinity, and with the block's place if the device fails or runs out of
+    memory.
     """
     timer, grid = _Timer(), work.grid
     tissue_HW = block_tissue(grid, work.tissue, block)
@@ -164,7 +165,7 @@ def _predict(
             prediction = predictor.predict(rgb_NHWC)
         except NonFiniteOutputError as error:
             places = ", ".join(str(tuple(grid.box_l0(group_m[i]))) for i in error.indices[:3])
-            raise PipelineError(
+            raise InferenceError(
                 f"{work.info.path.name}: {error}, at level-0 (x, y, width, height) {places}; "
                 f"try --precision float32, or another model"
             ) from error
@@ -176,11 +177,11 @@ def _predict(
     return blend, counts
 
 
-def _device_error(info: SlideInfo, device: torch.device, block_l0: Box, error: Exception) -> PipelineError:
+def _device_error(info: SlideInfo, device: torch.device, block_l0: Box, error: Exception) -> InferenceError:
     """Return an error with one line of torch's report, which may have many."""
     said = str(error).partition("\n")[0] or "no reason given"
     short = isinstance(error, MemoryError) or "out of memory" in said.lower()
-    return PipelineError(
+    return InferenceError(
         f"{info.path.name}: {'out of memory' if short else 'a network failed'} on {device} ({said}), in the block at "
         f"level-0 (x, y, width, height) {tuple(block_l0)}; "
         + ("lower --batch-size or --num-workers and " if short else "check the device, or pass --device cpu, and ")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from models.bundle import ModelCard
 from models.errors import NonFiniteOutputError
 from models.predictor import Predictor
-from pipeline.errors import ClassMismatchError, MaskError, PipelineError
+from pipeline.errors import ClassMismatchError, InferenceError, MaskError
 from pipeline.slide.blend import Blend, blend_tiles, winners
 from pipeline.training.dataset import Dataset, Sample, background_HW, read_mask, read_rgb, samples
 from pipeline.training.dataset_card import Split
@@ -194,7 +194,7 @@ def _labels(
     try:
         return _both_labels(predictor, rgb_HWC, mpp, flips)
     except NonFiniteOutputError as error:
-        raise PipelineError(f"{sample.image}: {error}") from error
+        raise InferenceError(f"{sample.image}: {error}") from error
 
 
 def _both_labels(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
-from pipeline.errors import PipelineError
+from pipeline.errors import UnpicklableError
 
 Value = TypeVar("Value")
 
@@ -45,9 +45,9 @@ def _with_causes(error: BaseException | None) -> Iterator[Exception]:
 
 
 def _picklable(error: Exception) -> Exception:
-    """Return the error, or a PipelineError with its message if it cannot be pickled."""
+    """Return the error, or an UnpicklableError with its message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
     except Exception:  # noqa: BLE001 - the class of the error may raise anything
-        return PipelineError(f"{type(error).__name__}: {error}")
+        return UnpicklableError(f"{type(error).__name__}: {error}")
     return error

@@ -272,7 +272,7 @@ def test_leftover_partial_files_are_removed(tmp_path: Path) -> None:
     (store.path / "0" / "1" / "0" / "2.0a1b.partial").write_bytes(b"half")
     (store.path / "labels" / "classes" / "0" / "1" / "0.77.partial").write_bytes(b"half")
     assert len(broken_rules(store.path)) > 0
-    assert sweep_partial_files(store.path) == 2
+    sweep_partial_files(store.path)
     assert contents(store.path) == before
 
 

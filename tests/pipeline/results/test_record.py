@@ -171,6 +171,15 @@ def test_a_damaged_record_is_refused_by_the_name_of_the_value(
     assert header.identity == IDENTITY.as_json()
 
 
+@pytest.mark.parametrize("pixels", [0, 10**400])
+def test_a_record_with_an_impossible_grid_is_refused(tmp_path: Path, pixels: int) -> None:
+    stored = make_run().model_dump(mode="json", by_alias=True)
+    stored["plan"]["m_per_out"] = pixels
+    (tmp_path / "run.json").write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(RunRecordError, match=r"run\.json: plan: .*segment the slide again with --force"):
+        read_run(tmp_path)
+
+
 @pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 def test_versions_include_the_runtime_of_the_result() -> None:
     assert versions("openvino") == versions() | {"openvino": version("openvino")}

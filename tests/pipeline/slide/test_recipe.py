@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.checks.geojson import check_geojson
 from pipeline.checks.ome_zarr import broken_rules
 from pipeline.config import SegmentConfig
-from pipeline.errors import ConfigError, LockedError, OutputError, PipelineError, PlanError
+from pipeline.errors import ConfigError, InferenceError, LockedError, OutputError, PlanError
 from pipeline.slide.recipe import segment_slide
 from tests.cases import full
 from tests.models.networks import ConstantClassifier, ConstantSegmenter
@@ -401,7 +401,7 @@ def test_unreadable_tiles_are_counted_and_named_and_too_many_fail(
 def test_a_network_that_gives_nan_names_the_tile(tmp_path: Path) -> None:
     broken = predictor(ConstantClassifier([0.9, 0.9]), ConstantSegmenter([float("nan"), 0.0]))
     with pytest.raises(
-        PipelineError, match=r"^slide\.svs: .*NaN.*level-0 \(x, y, width, height\) \(\d+, \d+, 64, 64\)"
+        InferenceError, match=r"^slide\.svs: .*NaN.*level-0 \(x, y, width, height\) \(\d+, \d+, 64, 64\)"
     ):
         segment_slide(region_slide(tmp_path / "slide.svs"), tmp_path / "out", broken, SMALL)
 

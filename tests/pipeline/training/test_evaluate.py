@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.predictor import Predictor
-from pipeline.errors import ClassMismatchError, MaskError, PipelineError
+from pipeline.errors import ClassMismatchError, InferenceError, MaskError
 from pipeline.training.dataset import load_dataset
 from pipeline.training.evaluate import (
     PROTOCOLS,
@@ -355,7 +355,7 @@ def test_a_split_without_masks_is_refused(tmp_path: Path) -> None:
 
 def test_the_error_for_a_nan_output_names_the_image(tmp_path: Path) -> None:
     dataset = load_dataset(write_dataset(tmp_path, {"a": stripes(64, 64)}))
-    with pytest.raises(PipelineError, match=r"a\.png: the segmenter's output is NaN"):
+    with pytest.raises(InferenceError, match=r"a\.png: the segmenter's output is NaN"):
         evaluate(predictor(segmenter=ConstantSegmenter([float("nan"), 0.0])), dataset)
 
 
