@@ -43,7 +43,7 @@ def segment_batch(
         recursive: Whether to search the subfolders of a folder too.
         settings: Settings of `pipeline.config.SegmentConfig` by name, such as {"output_stride": 2}.
         slide_timeout_s: Seconds after which a slide is stopped and fails. It needs a scheduler with processes.
-        retry_failed: Whether to try slides again that failed for good in an earlier run.
+        retry_failed: Whether to retry slides that failed permanently in an earlier run.
         hide_paths: Whether to keep folders out of logs, states and artifacts. Names of files stay.
 
     The run ends in `Completed` if no slide failed in this run, else in a failed state with the number in its name.

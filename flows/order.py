@@ -30,7 +30,7 @@ class BatchRequest:
     """Largest number of slides in flight; None leaves it to the workers."""
     slide_timeout_s: float | None = None
     retry_failed: bool = False
-    """Whether to attempt slides again that failed for good in an earlier run."""
+    """Whether to retry slides that failed permanently in an earlier run."""
     hide_paths: bool = False
 
     def __post_init__(self) -> None:

@@ -85,9 +85,9 @@ def check_available(method: str, classifier: Classifier, layer: str) -> None:
     Raises ValueError if the classifier is in training mode.
     """
     if method not in CAMS:
-        raise CamUnavailableError(f"unknown CAM method {method!r}; known are {', '.join(CAMS)}")
+        raise CamUnavailableError(f"unknown CAM method {method!r}; use one of {', '.join(CAMS)}")
     if layer not in LAYERS:
-        raise CamUnavailableError(f"unknown layer {layer!r}; known are {', '.join(LAYERS)}")
+        raise CamUnavailableError(f"unknown layer {layer!r}; use one of {', '.join(LAYERS)}")
     chosen = CAMS[method]
     head: Any = type(classifier.head)
     if layer != "deep" and chosen.deep_only:

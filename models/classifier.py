@@ -24,7 +24,7 @@ class Classifier(nn.Module):
     def __init__(self, backbone: str, head: str, classes: int, depth: int | None = None) -> None:
         super().__init__()
         if head not in HEADS:
-            raise ArchitectureError(f"unknown classifier head {head!r}; known are {', '.join(sorted(HEADS))}")
+            raise ArchitectureError(f"unknown classifier head {head!r}; use one of {', '.join(sorted(HEADS))}")
         self.backbone = Backbone(backbone, depth=depth)
         self.head: Any = HEADS[head](self.backbone.channels, classes)
 

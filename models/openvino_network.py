@@ -37,7 +37,7 @@ class OpenVinoNetwork:
     def __init__(self, network: nn.Module, size: int, precision: Precision = "float32") -> None:
         """Compile the network, in eval mode, for square images of this size. Other shapes are compiled on first use.
 
-        Raises RuntimeUnavailableError if OpenVINO cannot take the network or computes other outputs than torch.
+        Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
         self._format = _FORMATS[precision]
         self._network = network
@@ -50,7 +50,7 @@ class OpenVinoNetwork:
         tolerance = _TOLERANCES[precision]
         if not torch.allclose(self(example_NCHW), expected, rtol=tolerance, atol=tolerance, equal_nan=True):
             raise RuntimeUnavailableError(
-                "runtime openvino: computes other outputs than torch for this model; use runtime torch"
+                "runtime openvino: its outputs for this model differ from those of torch; use runtime torch"
             )
 
     def __call__(self, x_NCHW: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def _compile(network: nn.Module, shape_CHW: tuple[int, ...], threads: int, numbe
     except Exception as error:
         # Tracing, conversion and compilation raise different errors.
         raise RuntimeUnavailableError(
-            f"runtime openvino: cannot take this model ({_reason(error)}); use runtime torch"
+            f"runtime openvino: does not support this model ({_reason(error)}); use runtime torch"
         ) from error
 
 

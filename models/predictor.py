@@ -73,7 +73,7 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise DeviceUnavailableError(
-                f"device {name}: this machine offers {count} CUDA device(s) to torch {torch.__version__}; use cpu"
+                f"device {name}: torch {torch.__version__} finds {count} CUDA device(s) on this machine; use cpu"
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceUnavailableError(

@@ -44,7 +44,7 @@ def score_cam(
     CamUnavailableError for an unknown variant, and ValueError for a classifier in training mode.
     """
     if variant not in get_args(ScoreCamVariant):
-        raise CamUnavailableError(f"unknown Score-CAM {variant!r}; known are {', '.join(get_args(ScoreCamVariant))}")
+        raise CamUnavailableError(f"unknown Score-CAM {variant!r}; use one of {', '.join(get_args(ScoreCamVariant))}")
     if classifier.training:
         raise ValueError("score_cam needs the classifier in eval mode, as dropout changes the scores; call .eval()")
     with torch.no_grad():

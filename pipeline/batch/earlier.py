@@ -1,7 +1,7 @@
-"""What earlier runs left in the output folder: finished results, and slides that failed for good.
+"""What earlier runs left in the output folder: finished results, and slides that failed permanently.
 
 results/slide/               a finished result; `run.json` holds its identity and the stamp of the slide's file
-results/.slide.failed.json   a slide that failed for good: stamp, model, settings, version and error
+results/.slide.failed.json   a slide that failed permanently: stamp, model, settings, version and error
 
 Each failed slide has a file of its own, because runs that share an output folder write at the same time: no file is
 shared, no lock is needed, and the file disappears with the success of its slide.
@@ -63,7 +63,7 @@ class EarlierRuns:
             return None
 
     def record(self, job: SlideJob, stamp: str | None, attempt: Attempt) -> None:
-        """Remember a slide that failed for good; forget the failure of one that did not fail.
+        """Remember a slide that failed permanently; forget the failure of one that did not fail.
 
         `stamp` is that of the slide's file before the attempt. A file that is gone or has changed since then is not
         remembered, because the attempt may have failed for that reason.

@@ -58,7 +58,7 @@ def run_batch(
         workers: Open workers, or a function that opens them, which is called only if a slide has to be attempted.
         progress: Returns the progress callback of a slide.
         report: Called on the calling thread with each final result.
-        earlier: Results of earlier runs. Slides with such a result are not attempted, and slides that fail for good
+        earlier: Results of earlier runs. Slides with such a result are not attempted, and slides that fail permanently
             are remembered. None attempts all slides and remembers nothing.
         attempt: Runs each attempt on a thread of its own. None runs attempts as they are, and on the calling thread if
             the workers take one slide at a time.
@@ -108,7 +108,7 @@ class _Batch:
                 else:
                     self.add(number, result)
         log.info(
-            "%d slides: %d have a result, %d to do",
+            "%d slides: %d have a result, %d to segment",
             len(self.jobs),
             len(self.results),
             len(self.jobs) - len(self.results),
@@ -125,7 +125,7 @@ class _Batch:
             pool.shutdown(cancel_futures=True)
 
     def record(self, slide: QueuedSlide, attempt: Attempt) -> None:
-        """Add the result of a final attempt, and remember a failure for good."""
+        """Add the result of a final attempt, and remember a permanent failure."""
         if self.earlier is not None:
             self.earlier.record(slide.job, slide.stamp, attempt)
         self.add(slide.number, attempt.result)

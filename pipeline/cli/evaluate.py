@@ -58,9 +58,9 @@ def evaluate(
 ) -> None:
     """Measure a model against the pixel masks of a data set: IoU per class, mean IoU, frequency-weighted IoU, accuracy.
 
-    Each score is computed with and without the classification gate, and in two protocols: exclude leaves out the pixels
-    that the mask labels as white or as no class, include counts them as one more class. The output folder contains
-    evaluation.json, confusion.png and worst.png, which replace the files of an earlier evaluation.
+    Each score is computed with and without the classification gate, and in two protocols. Protocol exclude ignores
+    the pixels that the mask labels as white or as no class; include counts them as one more class. The files
+    evaluation.json, confusion.png and worst.png in the output folder replace those of an earlier evaluation.
 
     Exit status: 0 done, 1 failed, 2 usage error, 130 interrupted.
     """

@@ -70,8 +70,8 @@ def segment(
     runtime: Annotated[
         RuntimeName,
         typer.Option(
-            help="Library that computes the networks. auto: OpenVINO on a CPU if the extra openvino is installed and "
-            "can take the model, else PyTorch."
+            help="Library that runs the networks. auto: OpenVINO on a CPU if the extra openvino is installed and "
+            "supports the model, else PyTorch."
         ),
     ] = DEFAULTS.runtime,
     batch_size: BatchSizeOption = DEFAULTS.batch_size,
@@ -110,10 +110,10 @@ def segment(
     ] = DEFAULTS.backend,
     recursive: Annotated[bool, typer.Option("--recursive", help="Search subfolders too.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace results of other runs. Removes only files that a run wrote.")
+        bool, typer.Option("--force", help="Replace existing results. Removes only files that wsi-segment wrote.")
     ] = DEFAULTS.force,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try slides again that failed for good in an earlier run.")
+        bool, typer.Option("--retry-failed", help="Retry slides that failed permanently in an earlier run.")
     ] = False,
     scheduler: Annotated[
         str | None,
@@ -146,8 +146,8 @@ def segment(
 
     To resume an interrupted run, give the same command again.
 
-    A slide that fails because of its file is remembered. Later runs report it and do not try it again until the slide,
-    a setting, the model or the version changes, or --retry-failed is given.
+    A slide that fails because of its file is recorded as failed. Later runs report it, and retry it only with
+    --retry-failed or if the slide, a setting, the model or the version has changed.
 
     Exit status: 0 no slide failed in this run, 1 a slide failed, 2 usage error, 130 interrupted.
     """

@@ -229,7 +229,7 @@ def train_config(preset: str = "default", file: Path | None = None, settings: Se
         try:
             values |= tomllib.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:  # file, encoding or TOML syntax
-            raise TrainConfigError(f"{file}: is not readable TOML: {error}") from error
+            raise TrainConfigError(f"{file}: cannot be read as TOML: {error}") from error
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:

@@ -302,7 +302,7 @@ def test_score_cam_of_flat_features_is_zero(
 
 def test_unknown_score_cam_is_refused(classifier: Classifier, x_NCHW: Tensor) -> None:
     variant: Any = "fourth"
-    with pytest.raises(CamUnavailableError, match="known are official, torch-cam, pytorch-grad-cam"):
+    with pytest.raises(CamUnavailableError, match="use one of official, torch-cam, pytorch-grad-cam"):
         score_cam(classifier, x_NCHW, variant=variant)
 
 
@@ -450,9 +450,9 @@ def test_layer_maps_are_the_maps_of_each_layer(classifier: Classifier, small_NCH
         ("abn", "lfi", "deep", "abn needs a classifier that was trained with head 'abn'"),
         ("cam", "lfi", "deep", "cam needs a head whose class map is linear"),
         ("cam", "gap", "middle", "cam is defined at the deep layer, not at the middle one; use grad-cam"),
-        ("grad-cam", "gap", "top", "unknown layer 'top'; known are shallow, middle, deep"),
+        ("grad-cam", "gap", "top", "unknown layer 'top'; use one of shallow, middle, deep"),
         ("score-cam", "gap", "top", "unknown layer 'top'"),
-        ("eigen-cam", "gap", "deep", "unknown CAM method 'eigen-cam'; known are " + ", ".join(CAMS)),
+        ("eigen-cam", "gap", "deep", "unknown CAM method 'eigen-cam'; use one of " + ", ".join(CAMS)),
     ],
 )
 def test_a_method_that_does_not_work_with_the_classifier_is_refused(

@@ -98,7 +98,7 @@ def enter_slides(
 
 
 def _find(slide: SlideFile, recorded: Path, search: Path | None) -> Path:
-    """Return the slide's present path; log a warning and return its former path if it is not found."""
+    """Return the slide's current path. If the slide is not found, log a warning and return the recorded path."""
     if recorded.is_absolute() and recorded.exists():
         return recorded
     name = glob.escape(recorded.name)
@@ -109,7 +109,7 @@ def _find(slide: SlideFile, recorded: Path, search: Path | None) -> Path:
             return candidate
     reason = f"{len(candidates)} files of that name have other contents; " if candidates else ""
     log.warning(
-        "%s: the slide is not at %s; %sQuPath will ask for it; or pass --slides with its present folder",
+        "%s: the slide is not at %s; %spass its new folder with --slides, or QuPath asks for the slide",
         slide.result.name,
         recorded,
         reason,

@@ -73,7 +73,7 @@ def write_project(output: Path, *, tiles: bool = False, slides: Path | None = No
     folder = output.absolute() / FOLDER
     results = list(_results(output.absolute()))
     if not results:
-        raise OutputError(f"{output}: no results of wsi-segment in this folder; name the folder given to its --output")
+        raise OutputError(f"{output}: no results of wsi-segment in this folder; pass the folder of the results")
     try:
         with FileLock(output / ".qupath.lock") as lock:
             try:

@@ -82,7 +82,7 @@ def open_checked(result: Result) -> Slide:
     """Open a result's slide. Raises SlideError, or ViewError if the size or bounds differ from the result's slide."""
     path = result.slide
     if not Path(path).is_file():
-        raise ViewError(f"{path.name}: no such file at {path}; pass --slide with its present place")
+        raise ViewError(f"{path.name}: no such file at {path}; pass its new path with --slide")
     facts = result.run.slide
     slide = open_slide(path, facts.mpp)
     found, expected = (slide.info.size_l0, slide.info.bounds_l0), (facts.size, facts.bounds)

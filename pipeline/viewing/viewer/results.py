@@ -46,13 +46,13 @@ class Result:
 def find_results(path: Path) -> tuple[Result, ...]:
     """Return the result at `path`, or the complete ones in that folder, by name. Raises ViewError if there is none."""
     if not path.is_dir():
-        raise ViewError(f"{path}: no such folder; name a result's folder, or the folder that holds results")
+        raise ViewError(f"{path}: no such folder; pass the folder of a result, or a folder of results")
     if (path / RUN).is_file():
         return (load_result(path),)
     folders = sorted(p for p in path.iterdir() if not p.name.startswith(".") and (p / RUN).is_file())
     results = tuple(_loadable(folders))
     if not results:
-        raise ViewError(f"{path}: does not hold a result; make one with wsi-segment -o {path}")
+        raise ViewError(f"{path}: contains no results; make one with wsi-segment -o {path}")
     return results
 
 
@@ -74,7 +74,7 @@ def load_result(folder: Path) -> Result:
     except RunRecordError as error:
         raise ViewError(str(error)) from error
     if run is None:
-        raise ViewError(f"{folder}: does not hold a {RUN} of wsi-segment; name a result's folder")
+        raise ViewError(f"{folder}: does not contain a {RUN} of wsi-segment; pass the folder of a result")
     return Result(
         id=hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:10],
         folder=folder,

@@ -62,7 +62,7 @@ def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:
 def test_the_error_names_an_unknown_preset_or_missing_file(tmp_path: Path) -> None:
     with pytest.raises(TrainConfigError, match=r"unknown preset 'best'.*default, paper"):
         train_config("best")
-    with pytest.raises(TrainConfigError, match=r"absent.toml: is not readable TOML"):
+    with pytest.raises(TrainConfigError, match=r"absent.toml: cannot be read as TOML"):
         train_config("default", tmp_path / "absent.toml")
 
 

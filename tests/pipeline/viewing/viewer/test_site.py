@@ -228,7 +228,7 @@ def test_results_that_are_not_whole_are_named(results_folder: Path, tmp_path: Pa
         load_result(folder)
     with pytest.raises(ViewError, match="no such folder"):
         find_results(tmp_path / "none")
-    with pytest.raises(ViewError, match="does not hold a result"):
+    with pytest.raises(ViewError, match="contains no results"):
         find_results(Path(__file__).parent)
 
 

@@ -70,7 +70,7 @@ def test_another_slide_is_refused_before_anything_is_served(results_folder: Path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["none"], "no such folder"), ([str(REPOSITORY / "docs")], "does not hold a result")]
+    ("arguments", "said"), [(["none"], "no such folder"), ([str(REPOSITORY / "docs")], "contains no results")]
 )
 def test_what_is_no_result_is_named(arguments: list[str], said: str) -> None:
     status, errors = ended(*arguments)
