@@ -78,7 +78,7 @@ class SegmentConfig(MapSettings):
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1" or "mps"."""
     runtime: RuntimeName = "auto"
-    """Library that runs the networks. "auto": OpenVINO on a CPU if installed and able to run the model, else PyTorch."""
+    """Library that runs the networks. "auto": OpenVINO on a CPU if it is installed and fits the model, else PyTorch."""
     batch_size: int | None = None
     """Tiles per call of a network. None: `models.runtimes.default_batch_size`."""
     num_workers: int | None = None
