@@ -145,7 +145,7 @@ def test_a_slide_whose_name_is_in_the_way_of_our_own_files_fails_alone_and_by_na
     before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     results = run_batch([SlideJob(bad), SlideJob(good)], output, workers, lambda _: no_progress, lambda _: None)
     assert [result.status for result in results] == ["failed", "done"]
-    assert results[0].error.startswith(f"{bad}: results are named after slides, and {bad.stem!r} cannot be a result's")
+    assert results[0].error.startswith(f"{bad}: results are named after slides, and {bad.stem!r} cannot be the name of")
     new = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} - before
     assert {path.parts[:2] for path in new} <= {("results",), ("results", "deep")}
     assert sorted(path.name for path in output.iterdir()) == ["good", "index.html", "summary.csv"]
