@@ -68,6 +68,7 @@ def run_batch(
 
     Raises:
         Cancelled: On KeyboardInterrupt, or if the workers were cancelled.
+        WsiSegmentError: If the workers cannot be opened or closed. The results until then are in the table.
     """
     batch = _Batch(jobs, output, report, earlier, Board(output))
     try:

@@ -356,7 +356,12 @@ def _line(result: SlideResult) -> str:
 
 def _plain(result: SlideResult) -> dict[str, object]:
     folder = None if result.folder is None else str(result.folder)
-    return result.row() | {"areas_mm2": result.areas_mm2, "warnings": list(result.warnings), "folder": folder}
+    return result.row() | {
+        "failed_before": result.failed_before,
+        "areas_mm2": result.areas_mm2,
+        "warnings": list(result.warnings),
+        "folder": folder,
+    }
 
 
 def main() -> None:

@@ -15,6 +15,9 @@ from pipeline.files import only_writer, write_atomically
 from pipeline.results.names import SUMMARY
 from pipeline.results.slide_result import AREA_COLUMN, SlideResult
 
+# An error message may be longer than the 131,072 characters that csv reads by default.
+csv.field_size_limit(2**31 - 1)
+
 _CLASS_NAME: TypeAdapter[str] = TypeAdapter(ClassName)
 
 

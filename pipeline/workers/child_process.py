@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 END_S = 10.0
 """Seconds to wait for an exited process."""
 
+_ENDED_FROM_OUTSIDE = {-getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)}
+"""Exit codes of a process that a person, a batch system or the shutdown of the machine ended: no library sends these
+signals, so the slide is not the cause."""
+
 
 class ChildProcess:
     """Segments one slide at a time in a child process, which is restarted after a crash."""
@@ -148,6 +152,11 @@ class ChildProcess:
             return WorkerLostError(
                 f"{job.path.name}: its process was killed, most likely because memory ran out; lower --num-workers "
                 f"or --batch-size, and run the same command again to resume from the finished blocks"
+            )
+        if self._process.exitcode in _ENDED_FROM_OUTSIDE:
+            return WorkerLostError(
+                f"{job.path.name}: its process was ended by {self._how()}; run the same command again to resume from "
+                f"the finished blocks"
             )
         return WorkerCrashedError(
             f"{job.path.name}: its process crashed ({self._how()}), most likely in the library that reads the slide; "

@@ -225,6 +225,13 @@ def test_json_of_a_batch_has_an_entry_for_each_slide(fake: Path) -> None:
     assert failed["error"].startswith("missing.svs: no such file")
 
 
+def test_json_names_the_failures_of_earlier_runs(fake: Path) -> None:
+    (fake / "bad.svs").write_bytes(b"not a slide")
+    assert [invoke("bad.svs", "--json").exit_code for _ in range(2)] == [1, 0]
+    (again,) = json.loads(invoke("bad.svs", "--json").stdout)
+    assert (again["status"], again["failed_before"]) == ("failed", True)
+
+
 def test_a_result_of_another_run_is_refused_and_force_replaces_it(fake: Path) -> None:
     small_slide(fake / "a.svs")
     assert invoke("a.svs").exit_code == 0

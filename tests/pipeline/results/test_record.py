@@ -15,7 +15,7 @@ from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import write_atomically
 from pipeline.results.record import read_header, read_run, versions, write_run
 from pipeline.results.slide_result import COLUMNS, SlideResult, finished_result
-from pipeline.results.summary import write_summary
+from pipeline.results.summary import read_summary, write_summary
 from tests.pipeline.runs import IDENTITY, TUMOR, make_run
 from tests.pipeline.summaries import rows_of
 
@@ -74,6 +74,12 @@ def test_a_table_of_another_program_is_refused_and_stays_unchanged(tmp_path: Pat
     with pytest.raises(OutputError, match=r"summary\.csv: was not written by wsi-segment; move it away"):
         write_summary(tmp_path, [SlideResult("a", "done", 1.0)])
     assert path.read_bytes() == content
+
+
+def test_a_row_with_a_very_long_error_is_read_back(tmp_path: Path) -> None:
+    write_summary(tmp_path, [SlideResult("a", "failed", 0.0, error="x" * 200_000)])
+    write_summary(tmp_path, [SlideResult("b", "done", 1.0)])
+    assert [len(str(row["error"])) for row in read_summary(tmp_path / "summary.csv").values()] == [200_000, 0]
 
 
 def test_a_table_saved_by_a_spreadsheet_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from models.errors import UnknownBundleError
+from pipeline.batch.attempt import is_lasting
 from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ConfigError, SlideTimeoutError, WorkerLostError, is_transient
@@ -146,6 +147,17 @@ def test_a_slide_whose_process_was_killed_resumes_from_the_finished_blocks(
 
 
 @pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_process_that_somebody_ends_has_not_crashed(job: SlideJob, ended_by: signal.Signals) -> None:
+    process = child_process.ChildProcess.__new__(child_process.ChildProcess)
+    process._cancelled = threading.Event()
+    process._process = SimpleNamespace(exitcode=-ended_by)  # type: ignore[assignment]
+    error = process._lost(job)
+    assert isinstance(error, WorkerLostError)
+    assert ("because memory ran out" in str(error)) is (ended_by is signal.SIGKILL)
+    assert not is_lasting(error)
+
+
 def test_an_interrupt_ends_the_process_and_the_same_command_resumes(
     tmp_path: Path, bundle: str, job: SlideJob, started: Callable[[], set[psutil.Process]]
 ) -> None:
