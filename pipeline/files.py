@@ -47,7 +47,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` at the end: a reader sees the old or the new one.
+    """Yield a temporary path for a file that replaces `path` at the end. A reader sees the old or the new file.
 
     After an error the old one stays, after a power cut the old or the new one.
     """

@@ -97,7 +97,7 @@ def read_source(tiff: tifffile.TiffFile, path: Path) -> Source:
 
 
 def layout(source: Source, size: tuple[int, int], tissue: float) -> NDArray[np.int64]:
-    """Which field of the source stands where, as (rows, columns, 2): source row and column.
+    """Return the source field of each field of the slide, as (rows, columns, 2): source row and column.
 
     Raises ValueError if that many copies of the source's tissue do not fit into `size` (level-0 pixels).
     """

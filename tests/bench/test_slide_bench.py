@@ -22,7 +22,7 @@ from wsi.slide import open_slide
 from wsi.tissue import find_tissue
 
 SOURCE_BOX = (300, 300, 600, 600)
-"""Of `source_slide`: where its tissue is."""
+"""Box of the tissue on `source_slide`."""
 
 
 def source_slide(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Servers that the tests of the flows share: they take longer to start than the tests take."""
+"""Servers that the tests of the flows share, because starting a server takes longer than a test."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tests.flows.servers import PrefectServer, postgres
 
 @pytest.fixture(scope="session")
 def harness() -> Iterator[SyncPrefectClient]:
-    """Prefect's own server for tests; flows that a test calls run against it."""
+    """Yield a client of Prefect's test server. Flows that a test calls use this server."""
     with prefect_test_harness(server_startup_timeout=120), get_client(sync_client=True) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    """A real Prefect server on a real PostgreSQL."""
-    # Not pytest's folder, which is closed to the user that PostgreSQL runs as.
+    """Yield a real Prefect server with a PostgreSQL database."""
+    # The user that PostgreSQL runs as has no access to pytest's folders.
     data = Path(tempfile.mkdtemp())
     data.chmod(0o755)
     try:

@@ -1,4 +1,4 @@
-"""A PostgreSQL, a Prefect server and a process worker for tests, each in a process that can be killed."""
+"""A PostgreSQL server, a Prefect server and a Prefect worker for tests, each in its own process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Answer = TypeVar("Answer")
 
 POOL = "slides"
 
-# The user of Debian's package first.
+# Prefer the user of Debian's package.
 UNPRIVILEGED = ("postgres", "nobody")
 
 
@@ -39,7 +39,7 @@ def free_port() -> int:
 
 
 def until(ask: Callable[[], Answer | None], *, seconds: float, what: str) -> Answer:
-    """The first answer that is one; fails the test where there is none in time."""
+    """Call `ask` until it returns a true value, and return that value. Fail the test after `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         answer = ask()
@@ -50,7 +50,7 @@ def until(ask: Callable[[], Answer | None], *, seconds: float, what: str) -> Ans
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL a process and all that it has started."""
+    """Kill a process and its descendants with SIGKILL."""
     with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(process.pid)
         for one in [parent, *parent.children(recursive=True)]:
@@ -63,12 +63,12 @@ def _program(name: str) -> str:
     debian = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), reverse=True)
     found = shutil.which(name) or (str(debian[0]) if debian else None)
     if found is None:
-        pytest.skip(f"no PostgreSQL: {name} is not installed (Debian's package postgresql has it)")
+        pytest.skip(f"no PostgreSQL: {name} is not installed (Debian's package postgresql contains it)")
     return found
 
 
 def _as_unprivileged(folder: Path) -> list[str]:
-    """What stands before a command to run it as a user that may start PostgreSQL, which refuses root."""
+    """Return a command prefix that switches to an unprivileged user, because PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return []
     for name in UNPRIVILEGED:
@@ -76,12 +76,12 @@ def _as_unprivileged(folder: Path) -> list[str]:
             user = pwd.getpwnam(name)
             os.chown(folder, user.pw_uid, user.pw_gid)
             return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
-    pytest.skip("no PostgreSQL: it refuses root, and there is no user postgres or nobody to run it as")
+    pytest.skip("PostgreSQL refuses to run as root, and neither the user postgres nor nobody exists")
 
 
 @contextmanager
 def postgres(folder: Path) -> Iterator[str]:
-    """A PostgreSQL with its data in a folder that any user can reach; yields the URL for Prefect's server."""
+    """Run PostgreSQL with its data in a folder that every user can access. Yield the URL for Prefect's server."""
     initdb, server = _program("initdb"), _program("postgres")
     before, port, data = _as_unprivileged(folder), free_port(), folder / "data"
     subprocess.run(
@@ -110,7 +110,7 @@ def _accepts(port: int, process: subprocess.Popen[bytes], log: Path) -> bool:
 
 @dataclass
 class PrefectServer:
-    """A Prefect server on a database, and what connects to it."""
+    """A Prefect server with its database and its worker."""
 
     folder: Path
     database: str
@@ -124,7 +124,7 @@ class PrefectServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of every process that has to do with this server."""
+        """Return the environment of every process that uses this server."""
         return {
             **os.environ,
             **ENVIRONMENT,
@@ -139,7 +139,7 @@ class PrefectServer:
         return [sys.executable, "-m", "prefect", *arguments]
 
     def begin(self, name: str, command: Sequence[str], cwd: Path | None = None) -> subprocess.Popen[bytes]:
-        """A process beside the server, with its output in the folder."""
+        """Start a process with the server's environment and its output in the folder."""
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, cwd=cwd or self.folder)
 
@@ -149,7 +149,7 @@ class PrefectServer:
         until(self._healthy, seconds=120, what="Prefect's server")
 
     def kill(self) -> None:
-        """SIGKILL the server; flows and workers are left alone."""
+        """Kill the server with SIGKILL. Flows and workers keep running."""
         if self.process is not None:
             kill(self.process)
 
@@ -157,12 +157,12 @@ class PrefectServer:
         self.worker = self.begin("worker", self.command("worker", "start", "--pool", POOL, "--type", "process"))
 
     def kill_worker(self) -> None:
-        """SIGKILL the worker and the flows that it runs."""
+        """Kill the worker and its flows with SIGKILL."""
         if self.worker is not None:
             kill(self.worker)
 
     def flow_process(self) -> psutil.Process:
-        """The process of the one flow run that the worker has at the moment."""
+        """Return the process of the only flow run of the worker."""
         assert self.worker is not None
         started = psutil.Process(self.worker.pid).children()
         assert len(started) == 1, started

@@ -1,4 +1,4 @@
-"""Batches as a hospital runs them: deployed from deploy/prefect.yaml, on a real server, with processes killed."""
+"""Tests of batches deployed from deploy/prefect.yaml on a real server, with killed processes."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from tests.slides import PURPLE, painted, small_slide, write_slide
 
 pytestmark = pytest.mark.full
 
-# Blocks of a few tiles: a slide can be killed in its middle.
+# Blocks of a few tiles, so that a test can kill a run in the middle of a slide.
 SETTINGS = {"block_out": 64, "device": "cpu", "num_workers": 1, "batch_size": 2}
 BLOCKS = 20
-"""Of a slide of 1200×900."""
+"""Number of blocks of a slide of 1200×900 pixels."""
 IN_PROCESS = {"scheduler": None, "slide_timeout_s": None}
 
 
 @pytest.fixture(scope="module")
 def deployed(server: PrefectServer) -> PrefectServer:
-    """The server, with the deployments of deploy/prefect.yaml and a worker for them."""
+    """Return the server with the deployments of deploy/prefect.yaml and a worker for them."""
     for command in (
         ("work-pool", "create", POOL, "--type", "process"),
         ("--no-prompt", "deploy", "--all", "--prefect-file", str(REPOSITORY / "deploy" / "prefect.yaml")),
@@ -53,7 +53,7 @@ def deployed(server: PrefectServer) -> PrefectServer:
 
 
 def ask(server: PrefectServer, source: Path, output: Path, **parameters: Any) -> UUID:
-    """Request a batch of the on-demand deployment, in the flow's own process, which starts soonest."""
+    """Request a batch of the on-demand deployment in the flow's own process, which starts fastest."""
     return ask_as_shipped(server, "on-demand", source, output, **IN_PROCESS | parameters)
 
 
@@ -84,7 +84,7 @@ def name_of(run: FlowRun) -> str:
 
 
 def task_states(server: PrefectServer, run: UUID, count: int) -> list[tuple[str, str]]:
-    """Slide and name of the state of each task, once there are so many that have ended."""
+    """Wait until `count` tasks have ended. Return the slide and the state name of each."""
 
     def states() -> list[tuple[str, str]] | None:
         with server.client() as client:
@@ -117,7 +117,7 @@ def journal_lines(output: Path, name: str) -> int:
 
 
 def undisturbed(source: Path, output: Path, server: PrefectServer) -> subprocess.Popen[bytes]:
-    """A process that segments the same slides without Prefect."""
+    """Start a process that segments the same slides without Prefect."""
     script = f"""
 from pathlib import Path
 from flows.order import config_from_settings
@@ -132,12 +132,12 @@ with open_workers(None, DEFAULT_BUNDLE, config_from_settings({SETTINGS!r})) as w
     return server.begin("undisturbed", [sys.executable, "-c", script])
 
 
-def test_the_settings_of_the_flows_are_those_of_the_deployments() -> None:
+def test_flows_and_deployments_have_the_same_settings() -> None:
     lines = (REPOSITORY / "deploy" / "settings" / "settings.env").read_text(encoding="utf-8").splitlines()
     assert {f"{name}={value}" for name, value in ENVIRONMENT.items()} <= set(lines)
 
 
-def test_a_deployed_batch_of_eight_slides_and_a_schedule_that_finds_all_done(
+def test_a_deployed_batch_segments_eight_slides_and_a_scheduled_run_skips_them(
     tmp_path: Path, deployed: PrefectServer
 ) -> None:
     slides, out = tmp_path / "slides", tmp_path / "results"
@@ -184,13 +184,13 @@ def test_a_deployed_batch_of_eight_slides_and_a_schedule_that_finds_all_done(
 
 
 def scheduled(server: PrefectServer, deployment: UUID) -> list[FlowRun]:
-    """The runs that the server has planned by the deployment's schedules, the next one first."""
+    """Return the runs that the deployment's schedules have planned, the next run first."""
     body = {"deployments": {"id": {"any_": [str(deployment)]}}, "sort": "EXPECTED_START_TIME_ASC"}
     answer = httpx.post(f"{server.url}/flow_runs/filter", json=body, timeout=30).raise_for_status()
     return [FlowRun.model_validate(one) for one in answer.json() if one["auto_scheduled"]]
 
 
-def test_a_killed_run_and_a_killed_worker_cost_no_finished_slide_and_no_finished_block(
+def test_a_killed_run_and_a_killed_worker_lose_no_finished_slide_or_block(
     tmp_path: Path, deployed: PrefectServer
 ) -> None:
     slides, out = tmp_path / "slides", tmp_path / "results"
@@ -214,7 +214,7 @@ def test_a_killed_run_and_a_killed_worker_cost_no_finished_slide_and_no_finished
     deployed.start_worker()
     third = ask(deployed, slides, out)
     assert name_of(ended(deployed, third)) == "Completed"
-    # Nobody was left to say that the second one ended; deploy/settings/automations.yaml does after 90 seconds.
+    # No process was left to report the end of the second run. deploy/settings/automations.yaml does so after 90 s.
     assert name_of(read(deployed, run)) == "Running"
     assert {slide: row["status"] for slide, row in rows_of(out).items()} == {"a": "done", "long": "done"}
     assert [row["status"] for row in table_of(deployed, third).values()] == ["skipped", "done"]
@@ -224,7 +224,7 @@ def test_a_killed_run_and_a_killed_worker_cost_no_finished_slide_and_no_finished
     assert published(out / "long") == published(tmp_path / "undisturbed" / "long")
 
 
-def test_a_batch_outlives_a_killed_server(tmp_path: Path, deployed: PrefectServer) -> None:
+def test_a_batch_survives_a_killed_server(tmp_path: Path, deployed: PrefectServer) -> None:
     slides, out = tmp_path / "slides", tmp_path / "results"
     small_slides(slides, *"abcdefgh")
     run = ask(deployed, slides, out)
@@ -248,7 +248,7 @@ def test_two_batches_into_one_folder_share_the_work(tmp_path: Path, deployed: Pr
         runs = [ask(deployed, slides, out) for _ in range(2)]
         for run in runs:
             assert task_states(deployed, run, len(names)) == [(f"{name}.svs", "Locked") for name in names]
-    # Both have found every slide held, and go for all of them at the same moment.
+    # Both runs found every slide locked, and now retry all slides at the same time.
     both = [ended(deployed, run) for run in runs]
     assert [name_of(run) for run in both] == ["Completed", "Completed"]
     starts, ends = [run.start_time for run in both if run.start_time], [run.end_time for run in both if run.end_time]
@@ -260,7 +260,7 @@ def test_two_batches_into_one_folder_share_the_work(tmp_path: Path, deployed: Pr
     assert not [path for path in out.iterdir() if path.name.endswith((".work", ".lock", ".old"))]
 
 
-def test_a_run_as_shipped_that_is_cancelled_leaves_nothing_behind_and_the_next_one_goes_on(
+def test_a_cancelled_run_leaves_no_process_or_lock_and_the_next_run_resumes(
     tmp_path: Path, deployed: PrefectServer
 ) -> None:
     slides, out = tmp_path / "slides", tmp_path / "results"

@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def test_a_training_shows_its_stages_and_metrics_and_leaves_a_bundle(
+def test_a_training_shows_its_stages_and_metrics_and_writes_a_bundle(
     tmp_path: Path, harness: SyncPrefectClient
 ) -> None:
     data = write_textures(tmp_path / "data", train=4, val=2, test=1, size=64)
@@ -43,7 +43,7 @@ def test_a_training_shows_its_stages_and_metrics_and_leaves_a_bundle(
     assert json.loads((run / "run.json").read_text())["config"]["balance"] is False
 
 
-def test_a_training_that_cannot_begin_says_why(tmp_path: Path, harness: SyncPrefectClient) -> None:
+def test_a_training_with_an_unknown_setting_fails_with_the_reason(tmp_path: Path, harness: SyncPrefectClient) -> None:
     state: State[Any] = train_flow("no-data-set", str(tmp_path), settings={"epochs": 1}, return_state=True)
     assert state.is_failed()
     assert (state.message or "").startswith("unknown setting 'epochs'; choose one of name, backbone")

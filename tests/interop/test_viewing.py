@@ -1,4 +1,4 @@
-"""The examples for other programs in docs/viewing.md work."""
+"""Tests of the examples for other programs in docs/viewing.md."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_each_python_example_runs_in_the_folder_above_the_results(
             assert numerator / denominator == pytest.approx(1e4 / 4)
 
 
-def test_the_examples_are_there() -> None:
+def test_docs_contain_both_examples() -> None:
     assert sum("geopandas" in code for code in EXAMPLES) == 1
     assert sum("tifffile" in code for code in EXAMPLES) == 1
     assert len(EXAMPLES) == 2
 
 
-def test_the_configuration_for_vitessce_is_the_one_that_is_tested() -> None:
+def test_the_documented_vitessce_configuration_is_the_tested_one() -> None:
     (text,) = re.findall(r"```json\n(.*?)```", SECTION, re.DOTALL)
     shown = json.loads(text)
     assert shown == CONFIGURATION | {"datasets": shown["datasets"]}

@@ -113,14 +113,14 @@ def test_vitessce_shows_each_class_in_its_color_and_place(
             rgb_HWC = settled(webgl_page, shown.colors[0])
         finally:
             screenshot(webgl_page, f"vitessce-{len(shown.colors)}-classes", tmp_path)
-            webgl_page.goto("about:blank")  # asks for nothing any more, before the server ends
+            webgl_page.goto("about:blank")  # stop requests before the server ends
     (x, y, width, height), _ = shown.regions[0]
     left, top, right, bottom = box_of(rgb_HWC, shown.colors[0])
     l0_per_px = width / (right - left)
     assert height / (bottom - top) == pytest.approx(l0_per_px, rel=0.02)
     palette = ((0, 0, 0), *shown.colors)
     compared = [0] * len(palette)
-    # A hundredth of a slide apart, and not on a border, which may be a pixel off.
+    # Sample points a hundredth of the slide apart, away from borders, which may be a pixel off.
     for across in np.linspace(0.005, 0.995, 100):
         for down in np.linspace(0.005, 0.995, 100):
             x_l0, y_l0 = across * shown.size_l0[0], down * shown.size_l0[1]
@@ -130,7 +130,7 @@ def test_vitessce_shows_each_class_in_its_color_and_place(
             if len(labels) == 1 and 0 <= row < rgb_HWC.shape[0] and 0 <= column < rgb_HWC.shape[1]:
                 (label,) = labels
                 found = rgb_HWC[row, column].astype(int)
-                # Legend, scale bar and buttons lie over the background.
+                # Legend, scale bar and buttons cover parts of the background.
                 if label or not found.any():
                     assert np.abs(found - palette[label]).max() <= 2, (x_l0, y_l0, found, palette[label])
                     compared[label] += 1

@@ -16,4 +16,4 @@ CONFIGURATION: dict[str, object] = {
         {"component": "layerControllerBeta", **SCOPES, "x": 9, "y": 0, "w": 3, "h": 12},
     ],
 }
-"""Nothing of the map but, added to it, its address: colors, windows and pixel size come from the store."""
+"""The configuration lacks only the address of a map. Colors, windows and pixel size come from the store."""

@@ -18,7 +18,7 @@ class RequestThreads:
         self._turns = asyncio.Semaphore(count)
 
     async def run(self, request: Request, work: Callable[[], bytes | None]) -> bytes | None:
-        """Return the value of `work`, run on one of the threads. Raises HTTPException if the browser has gone."""
+        """Return the value of `work`, run on one of the threads. Raises HTTPException if the browser disconnects."""
         async with self._turns:
             # A page that moved on has canceled the tiles that were still waiting.
             if await request.is_disconnected():

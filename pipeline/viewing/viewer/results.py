@@ -1,4 +1,4 @@
-"""The results that the viewer shows: where they lie, and their records."""
+"""Finds the results that the viewer shows and reads their records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Result:
     """A slide's result that can be shown. Immutable; holds nothing open."""
 
     id: str
-    """Stands for the result in addresses: the same for the same folder name, whatever else is shown."""
+    """Identifies the result in addresses. Depends only on the name of its folder."""
     folder: Path
     run: Run
     slide: Path
@@ -79,7 +79,7 @@ def load_result(folder: Path) -> Result:
         id=hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:10],
         folder=folder,
         run=run,
-        # A record whose path was removed: the slide may lie beside the results.
+        # The path was removed from the record. Look for the slide beside the results.
         slide=run.slide.path or folder.parent / run.slide.name,
         store=_output(folder, run, MAP_END),
         outlines=_output(folder, run, GEOPARQUET_END),

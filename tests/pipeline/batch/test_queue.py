@@ -86,14 +86,14 @@ def test_a_manifest_gives_paths_beside_it_and_an_mpp_for_each(tmp_path: Path) ->
         ("", "needs a header with a column 'slide' and at least one row"),
     ],
 )
-def test_a_manifest_that_cannot_be_used_says_where(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_manifest_is_refused_with_the_reason(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=r"list\.csv") as caught:
         collect_jobs([manifest(tmp_path / "list.csv", text)])
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [None, b"slide\n\xff\xfe.svs\n"])
-def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+def test_an_unreadable_manifest_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "list.csv"
     if content is not None:
         path.write_bytes(content)
@@ -101,7 +101,7 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, content: bytes 
         collect_jobs([path])
 
 
-def test_names_clash_whatever_their_case_and_ending(tmp_path: Path) -> None:
+def test_names_clash_regardless_of_case_and_extension(tmp_path: Path) -> None:
     paths = [Path("a/Slide.svs"), Path("b/slide.tiff"), Path("c/other.svs")]
     clashes = name_clashes([SlideJob(p) for p in paths])
     assert set(clashes) == set(paths[:2])
@@ -109,7 +109,7 @@ def test_names_clash_whatever_their_case_and_ending(tmp_path: Path) -> None:
     assert clashes[paths[1]].startswith("b/slide.tiff: has the same name as a/Slide.svs")
 
 
-def test_slides_of_one_name_fail_and_the_others_are_done(tmp_path: Path) -> None:
+def test_slides_with_the_same_name_fail_and_the_others_are_segmented(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     jobs = [SlideJob(small_slide(tmp_path / name)) for name in ("a/same.svs", "b/SAME.svs", "a/other.svs")]

@@ -33,7 +33,7 @@ def segmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
         segment_slide(region_slide(root / name), root / "results", color_predictor(), SMALL)
         for name in ("a.svs", "b.svs")
     ]
-    write_summary(root / "results", [*results, SlideResult("c", "failed", 1.0, error="c.svs: is no slide")])
+    write_summary(root / "results", [*results, SlideResult("c", "failed", 1.0, error="c.svs: is not a slide")])
     write_project(root / "results", tiles=True)
     return root / "results"
 
@@ -295,9 +295,9 @@ def test_wsi_segment_writes_the_project_at_the_end(tmp_path: Path, monkeypatch: 
 
 def test_a_failure_is_one_line_on_stderr_and_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        commands.fail("wsi-any", "x.svs: is no slide", 2)
+        commands.fail("wsi-any", "x.svs: is not a slide", 2)
     assert stop.value.code == 2
-    assert capsys.readouterr() == ("", "wsi-any: x.svs: is no slide\n")
+    assert capsys.readouterr() == ("", "wsi-any: x.svs: is not a slide\n")
 
 
 def test_names_that_are_not_text_are_printed_with_escaped_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_a_color_model_finds_the_regions_of_a_slide_to_one_output_pixel(
 
 @pytest.mark.parametrize("mpp", [0.5, 0.4, 0.27])
 def test_other_pixel_sizes_give_the_same_map(tmp_path: Path, mpp: float) -> None:
-    """Whole factors read level pixels as they are, others are averaged by area: the regions stay where they are."""
+    """A whole factor reads level pixels unchanged, other factors average by area. Neither shifts the regions."""
     path = region_slide(tmp_path / "slide.svs", mpp=mpp)
     result = segment_slide(path, tmp_path / "out", color_predictor(), SMALL)
     assert result.folder is not None

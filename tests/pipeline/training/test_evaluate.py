@@ -201,7 +201,7 @@ def test_the_gate_acts_on_tiles_before_blending() -> None:
     np.testing.assert_array_equal(predict_image(model, rgb_HWC, mpp=1.0), np.tile(expected_W, (64, 1)))
 
 
-def test_pixels_without_a_class_after_the_gate_are_no_class() -> None:
+def test_pixels_without_a_class_after_the_gate_count_as_no_class() -> None:
     networks = ConstantClassifier([0.2, 0.3]), ConstantSegmenter([2.0, 0.0])
     rgb_HWC = np.zeros((70, 80, 3), np.uint8)
     assert (predict_image(predictor(*networks), rgb_HWC, mpp=1.0) == 2).all()

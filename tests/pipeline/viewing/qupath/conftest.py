@@ -1,4 +1,4 @@
-"""Segmented slides that projects are made of."""
+"""Segmented slides for the projects of the tests."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 
 from pipeline.slide.recipe import segment_slide
 from tests.pipeline.fakes import SMALL, color_predictor, region_slide
-from tests.pipeline.viewing.qupath.projects import NAMES, say_where
+from tests.pipeline.viewing.qupath.projects import NAMES, record_path
 
 
 @pytest.fixture(scope="package")
 def segmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `slides` and their `results`."""
+    """Return a folder with `slides` and their `results`."""
     root = tmp_path_factory.mktemp("a b ü")
     (root / "slides").mkdir()
     for name in NAMES:
@@ -25,9 +25,9 @@ def segmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(segmented: Path, tmp_path: Path) -> Path:
-    """A copy of the segmented slides that says where its own slides are."""
+    """Return a copy of the segmented slides whose results record the paths of the copied slides."""
     root = tmp_path / "a b ü"
     shutil.copytree(segmented, root)
     for name in NAMES:
-        say_where(root / "results" / Path(name).stem, root / "slides" / name)
+        record_path(root / "results" / Path(name).stem, root / "slides" / name)
     return root

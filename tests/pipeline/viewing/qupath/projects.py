@@ -1,4 +1,4 @@
-"""What a test reads of a project, by the standard library alone."""
+"""Functions that read a project with the standard library alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.pipeline.fakes import run_of
 NAMES = ("Fall 1 + ü%20#.svs", "b.svs")
 
 
-def say_where(folder: Path, slide: Path) -> None:
+def record_path(folder: Path, slide: Path) -> None:
     run = run_of(folder)
     run["slide"]["path"] = str(slide)
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
@@ -24,7 +24,7 @@ def project_of(root: Path) -> dict[str, Any]:
 
 
 def file_of(uri: str) -> Path:
-    """The file a URI stands for, by the standard library."""
+    """Return the path that a file URI stands for."""
     assert urlsplit(uri).scheme == "file"
     assert uri.isascii()
     return Path(unquote(urlsplit(uri).path))

@@ -26,7 +26,7 @@ def test_slides_that_moved_with_the_project_are_found_and_keep_their_ids(
     assert caplog.records == []
 
 
-def test_a_missing_slide_is_entered_with_a_warning_that_says_what_to_do(
+def test_a_missing_slide_is_added_with_a_warning_that_names_the_remedy(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = root / "slides" / NAMES[1]
@@ -58,7 +58,7 @@ def test_a_slide_that_moved_is_found_by_its_content_and_not_by_its_name_alone(
     assert "1 files of that name have other contents" in caplog.text
 
 
-def test_results_that_do_not_say_where_their_slide_was_need_the_folder_of_slides(
+def test_results_without_the_path_of_their_slide_need_the_folder_of_slides(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = root / "results" / "b"

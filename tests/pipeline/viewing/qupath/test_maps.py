@@ -1,4 +1,4 @@
-"""Pictures and tiles have the map's values, where QuPath shows the slide."""
+"""Tests of the exported pictures and tiles: they have the map's values, in QuPath's frame."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def wide_map(path: Path, size_out: tuple[int, int]) -> ProbabilityMap:
     return ProbabilityMap(path, spec.classes, size_out, 4.0, "digest")
 
 
-def test_tiles_say_the_mean_of_the_map(root: Path, tmp_path: Path) -> None:
+def test_tiles_have_the_mean_of_the_map(root: Path, tmp_path: Path) -> None:
     folder = root / "results" / "b"
     path = tmp_path / "t.geojson"
     count = write_tiles(path, map_of(folder), tile_out=20)
@@ -73,7 +73,7 @@ def test_tiles_say_the_mean_of_the_map(root: Path, tmp_path: Path) -> None:
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_the_last_tiles_end_with_the_map_and_not_with_its_padding(tmp_path: Path) -> None:
+def test_the_last_tiles_end_at_the_edge_of_the_map_without_its_padding(tmp_path: Path) -> None:
     probability = wide_map(tmp_path / "wide.ome.zarr", (701, 601))
     assert probability.probs(0).shape == (1, 602, 702)
     write_tiles(tmp_path / "t.geojson", probability, tile_out=256)
@@ -84,7 +84,7 @@ def test_the_last_tiles_end_with_the_map_and_not_with_its_padding(tmp_path: Path
     assert last["properties"]["measurements"] == {"Probability a": pytest.approx(mean, abs=6e-6)}
 
 
-def test_tiles_and_pictures_lie_in_qupaths_frame_on_a_slide_with_bounds(
+def test_tiles_and_pictures_are_in_qupaths_frame_on_a_slide_with_bounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y = CORNER
@@ -116,7 +116,7 @@ def test_tiles_and_pictures_lie_in_qupaths_frame_on_a_slide_with_bounds(
     assert ((columns.max() + 1) * 4, (rows.max() + 1) * 4) == (left + width, top + height)
 
 
-def test_a_picture_is_the_class_color_as_opaque_as_the_class_is_probable(root: Path, tmp_path: Path) -> None:
+def test_a_picture_has_the_color_of_the_class_and_its_probability_as_opacity(root: Path, tmp_path: Path) -> None:
     size_l0 = write_overlays(tmp_path / "maps", map_of(root / "results" / "b"))
     probs_KHW = probs_of(root / "results" / "b")
     assert size_l0 == (probs_KHW.shape[2] * 4, probs_KHW.shape[1] * 4)
@@ -128,7 +128,7 @@ def test_a_picture_is_the_class_color_as_opaque_as_the_class_is_probable(root: P
 
 def test_the_picture_of_a_large_map_comes_from_a_coarser_level(tmp_path: Path) -> None:
     probability = wide_map(tmp_path / "wide.ome.zarr", (4200, 600))
-    # Stored with a width and height that halve to the last of five levels.
+    # The stored width and height are padded to halve exactly down to the last of five levels.
     assert write_overlays(tmp_path / "maps", probability) == (4208 * 4, 608 * 4)
     with Image.open(tmp_path / "maps" / "0.png") as picture:
         assert picture.size == (4208 // 4, 608 // 4)

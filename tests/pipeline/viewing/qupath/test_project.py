@@ -1,4 +1,4 @@
-"""The project as QuPath reads it, and what stays in it when it is written again."""
+"""Tests of the project as QuPath reads it, and of what an update keeps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def files_in(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def test_the_project_names_every_slide_and_the_reader_that_has_the_polygons_origin(root: Path) -> None:
+def test_the_project_names_every_slide_and_the_reader_with_the_origin_of_the_polygons(root: Path) -> None:
     path = write_project(root / "results")
     assert path == root / "results" / "qupath" / "project.qpproj"
     project = project_of(root)
@@ -76,7 +76,7 @@ def test_classes_have_the_colors_of_the_model(root: Path) -> None:
     assert packed_argb((255, 0, 0)) == -65536
 
 
-def test_writing_again_changes_nothing_that_is_not_new(root: Path) -> None:
+def test_an_update_without_new_results_changes_nothing(root: Path) -> None:
     path = write_project(root / "results", tiles=True)
     before = files_in(path.parent)
     write_project(root / "results", tiles=True)
@@ -88,13 +88,13 @@ def test_writing_again_changes_nothing_that_is_not_new(root: Path) -> None:
     assert not (root / "results" / ".qupath.lock").exists()
 
 
-def test_what_a_user_saved_in_the_project_stays_and_new_slides_are_added(root: Path) -> None:
+def test_an_update_keeps_what_the_user_saved_and_adds_new_slides(root: Path) -> None:
     late = root / "results" / Path(NAMES[0]).stem
     late.rename(root / "late")
     path = write_project(root / "results")
     assert list(slides_of(root)) == [1]
     project = project_of(root)
-    # As QuPath writes it: other form of URI, metadata, a turned image, images of the user's own, ids given away.
+    # As QuPath saves it: a URI in another form, metadata, a rotated image, an image added by the user, used ids.
     plain = (root / "slides" / NAMES[1]).as_uri()
     turned = {"builderType": "rotated", "builder": project["images"][0]["serverBuilder"] | {"uri": plain}}
     project["images"][0] |= {"serverBuilder": turned, "imageName": "renamed", "description": "mine"}
@@ -131,7 +131,7 @@ def test_what_a_user_saved_in_the_project_stays_and_new_slides_are_added(root: P
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"images":[{"entryID":"1"}]}', '{"images":[7]}'])
-def test_a_project_that_cannot_be_read_is_left_as_it_is(root: Path, text: str) -> None:
+def test_a_project_that_cannot_be_read_stays_unchanged(root: Path, text: str) -> None:
     path = root / "results" / "qupath" / "project.qpproj"
     path.parent.mkdir()
     path.write_text(text)
@@ -141,7 +141,7 @@ def test_a_project_that_cannot_be_read_is_left_as_it_is(root: Path, text: str) -
     assert path.read_text() == text
 
 
-def test_a_folder_without_results_and_a_result_in_the_projects_place_are_refused(root: Path, tmp_path: Path) -> None:
+def test_a_folder_without_results_and_a_result_named_like_the_project_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no results of wsi-segment"):
         write_project(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
@@ -150,7 +150,7 @@ def test_a_folder_without_results_and_a_result_in_the_projects_place_are_refused
         write_project(root / "results")
 
 
-def test_a_result_without_its_map_is_left_out_and_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_result_without_its_map_is_skipped_with_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(root / "results" / "b" / "b.ome.zarr")
     write_project(root / "results")
     assert slides_of(root) == {1: root / "slides" / NAMES[0]}
@@ -158,7 +158,7 @@ def test_a_result_without_its_map_is_left_out_and_named(root: Path, caplog: pyte
     assert not (root / "results" / "qupath" / "maps" / "b").exists()
 
 
-def test_pictures_and_tiles_of_a_former_result_are_replaced(root: Path) -> None:
+def test_pictures_and_tiles_of_an_earlier_result_are_replaced(root: Path) -> None:
     path = write_project(root / "results", tiles=True)
     maps = path.parent / "maps" / "b"
     before = (maps / "0.png").read_bytes()

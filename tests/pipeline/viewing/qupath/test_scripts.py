@@ -1,4 +1,4 @@
-"""The Groovy scripts of the project, run on stand-ins for QuPath's classes; QuPath itself is not at hand."""
+"""Tests of the project's Groovy scripts with stubs of QuPath's classes, because QuPath itself is not available."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Play = Callable[..., dict[str, Any]]
 def java_environment() -> dict[str, str]:
     java = shutil.which("java")
     assert java is not None
-    # Debian's groovy looks for Java where there may be none; without a locale, Java takes file names for ASCII.
+    # Debian's groovy needs JAVA_HOME. Without a locale, Java decodes file names as ASCII.
     home = os.environ.get("JAVA_HOME", str(Path(java).resolve().parent.parent))
     return os.environ | {"JAVA_HOME": home, "LC_ALL": "C.UTF-8"}
 
 
 @pytest.fixture(scope="module")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
-    """Play a user's steps on a project: see `act.groovy`."""
+    """Return a function that performs a user's steps on a project; see `act.groovy`."""
     if shutil.which("groovyc") is None or shutil.which("java") is None:
         pytest.skip("no groovy: install Debian's packages groovy and default-jre-headless")
     classes, environment = tmp_path_factory.mktemp("classes"), java_environment()
@@ -77,7 +77,7 @@ def ids_of(root: Path, name: str) -> list[str]:
     return [feature["id"] for feature in json.loads(text)["features"]]
 
 
-def test_every_image_gets_its_own_regions_locked_and_in_their_class(play: Play, segmented: Path) -> None:
+def test_every_image_gets_its_regions_locked_and_with_their_class(play: Play, segmented: Path) -> None:
     state = play(segmented / "results" / "qupath" / "project.qpproj", "run=import_results")
     for name in NAMES:
         objects = state["objects"][name]
@@ -93,7 +93,7 @@ def test_every_image_gets_its_own_regions_locked_and_in_their_class(play: Play, 
     ]
 
 
-def test_importing_again_doubles_nothing_and_keeps_what_people_made(play: Play, segmented: Path) -> None:
+def test_a_second_import_makes_no_duplicates_and_keeps_objects_of_the_user(play: Play, segmented: Path) -> None:
     steps = ("run=import_results", "draw", "stale", "unlock", "run=import_results")
     state = play(segmented / "results" / "qupath" / "project.qpproj", *steps)
     for name in NAMES:
@@ -104,7 +104,7 @@ def test_importing_again_doubles_nothing_and_keeps_what_people_made(play: Play, 
         assert f"{name}: 1 objects imported, 2 from an earlier import replaced, 1 unlocked by you kept" in state["said"]
 
 
-def test_without_a_window_each_image_is_done_once_and_saved_by_qupath(play: Play, segmented: Path) -> None:
+def test_without_a_window_each_image_is_imported_once_and_saved_by_qupath(play: Play, segmented: Path) -> None:
     state = play(segmented / "results" / "qupath" / "project.qpproj", "headless", "headless")
     assert {name: [o["id"] for o in state["objects"][name]] for name in NAMES} == {
         n: ids_of(segmented, n) for n in NAMES
@@ -113,7 +113,7 @@ def test_without_a_window_each_image_is_done_once_and_saved_by_qupath(play: Play
     assert state["saves"] == dict.fromkeys(NAMES, 2)
 
 
-def test_an_open_image_changes_on_the_screen_and_is_left_to_its_user_to_save(play: Play, segmented: Path) -> None:
+def test_an_open_image_changes_on_the_screen_and_is_not_saved(play: Play, segmented: Path) -> None:
     steps = (f"open={NAMES[1]}", "run=import_results")
     state = play(segmented / "results" / "qupath" / "project.qpproj", *steps)
     assert state["saves"] == {NAMES[0]: 1, NAMES[1]: 0}
@@ -121,7 +121,7 @@ def test_an_open_image_changes_on_the_screen_and_is_left_to_its_user_to_save(pla
     assert [o["id"] for o in state["objects"][NAMES[1]]] == ids_of(segmented, NAMES[1])
 
 
-def test_tiles_come_along(play: Play, segmented: Path, tmp_path: Path) -> None:
+def test_tiles_are_imported(play: Play, segmented: Path, tmp_path: Path) -> None:
     root = shutil.copytree(segmented, tmp_path / "copy")
     project = write_project(root / "results", tiles=True)
     state = play(project, "run=import_results", "run=import_results")
@@ -129,7 +129,7 @@ def test_tiles_come_along(play: Play, segmented: Path, tmp_path: Path) -> None:
         assert Counter(o["type"] for o in state["objects"][name]) == {"annotation": 2, "tile": 15}
 
 
-def test_slides_that_moved_along_are_found_and_a_lost_one_stops_no_other(
+def test_moved_slides_are_found_and_a_lost_slide_does_not_stop_the_others(
     play: Play, segmented: Path, tmp_path: Path
 ) -> None:
     old = shutil.copytree(segmented, tmp_path / "old")
@@ -151,7 +151,7 @@ def test_slides_that_moved_along_are_found_and_a_lost_one_stops_no_other(
     assert {name: len(state["objects"][name]) for name in NAMES} == {"d.svs": 0, "ä b+c.svs": 2}
 
 
-def test_what_cannot_be_done_is_said(play: Play, segmented: Path, tmp_path: Path) -> None:
+def test_missing_projects_images_and_files_are_reported(play: Play, segmented: Path, tmp_path: Path) -> None:
     project = segmented / "results" / "qupath" / "project.qpproj"
     assert "No project is open" in play(project, "no-project", "run=import_results")["said"]
     assert "No image of the project is open" in play(project, "run=show_probability")["said"]
@@ -165,7 +165,7 @@ def test_what_cannot_be_done_is_said(play: Play, segmented: Path, tmp_path: Path
     assert "Run 'wsi-export qupath' on the results again" in said
 
 
-def test_a_class_is_shown_over_the_open_slide_and_taken_away(play: Play, segmented: Path) -> None:
+def test_the_probability_of_a_class_is_shown_and_removed(play: Play, segmented: Path) -> None:
     project = segmented / "results" / "qupath" / "project.qpproj"
     show = (f"open={NAMES[0]}", "choose=class-0", "run=show_probability", "run=show_probability")
     state = play(project, *show)

@@ -1,4 +1,4 @@
-"""Results that the viewer's tests show, and a real server for them."""
+"""Results for the viewer's tests, and a real server that shows them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Site:
         return f"{self.url}/slides/{self.results[0].id}/"
 
     def ask(self, path: str, method: str = "GET", **headers: str) -> Answer:
-        """An answer to exactly this path: nothing on this side tidies it up."""
+        """Return the answer to exactly this path, which the client does not normalize."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
             connection.putrequest(method, path, skip_host="Host" in headers)
@@ -59,7 +59,7 @@ class Site:
             connection.close()
 
     def get(self, path: str) -> Answer:
-        """An answer to a path below the first result's page."""
+        """Return the answer to a path below the first result's page."""
         return self.ask(f"/slides/{self.results[0].id}/{path}")
 
 
@@ -80,7 +80,7 @@ def serving(results: tuple[Result, ...]) -> Iterator[Site]:
 
 
 def textured(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The regions of `region_slide` with a coarse texture, so that no two tiles are alike; rgb_HWC."""
+    """Return the regions of `region_slide` with a coarse texture that makes all tiles different, as rgb_HWC."""
     rgb_HWC = painted(size, *REGIONS).astype(np.int16)
     noise_hw = np.random.default_rng(7).integers(-20, 12, (-(-size[1] // 16), -(-size[0] // 16)))
     noise_HW = np.kron(noise_hw, np.ones((16, 16), np.int16))[: size[1], : size[0]]
@@ -89,7 +89,7 @@ def textured(size: tuple[int, int]) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="session")
 def results_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the results of one slide of two levels, 1280×832 at 1 µm."""
+    """Return a folder with the result of one slide with two levels, 1280×832 pixels at 1 µm/px."""
     folder = tmp_path_factory.mktemp("viewer")
     slide = write_slide(folder / "block <1>.svs", textured((1280, 832)), mpp=1.0, levels=(1, 4))
     result = segment_slide(slide, folder / "results", color_predictor(), SMALL)
@@ -100,6 +100,6 @@ def results_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def site(results_folder: Path) -> Iterator[Site]:
-    """The results, served."""
+    """Serve the results."""
     with serving(find_results(results_folder)) as running:
         yield running

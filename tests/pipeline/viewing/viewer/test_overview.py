@@ -1,4 +1,4 @@
-"""A slide without small levels of its own gets an overview that fills while it is looked at."""
+"""Tests of the overview that the viewer makes of a slide without small levels."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:  # most test runs need no browser
 
 SIZE = (2560, 1664)
 LEVEL = 2
-"""The first zoom level that is made of the overview, of four; it is read in 5×4 pieces."""
+"""The finest of four zoom levels that comes from the overview, which is read in 5×4 pieces."""
 PIECES = 20
 
 
 class Gate:
-    """Lets as many pieces of an overview be read as it is told to; a broken one lets the next reading fail."""
+    """Limits how many pieces of an overview can be read. If `broken` is set, the next read fails."""
 
     def __init__(self, pixels: Callable[[SlideTiles, int, Box], NDArray[np.uint8]]) -> None:
         self._pixels = pixels
@@ -50,7 +50,7 @@ class Gate:
 
     def pixels(self, tiles: SlideTiles, level: int, box_z: Box) -> NDArray[np.uint8]:
         if threading.current_thread().name == "overview":
-            self._allowed.acquire(timeout=10)  # so that a test that fails ends
+            self._allowed.acquire(timeout=10)  # a failed test must end
             if self.broken:
                 raise SlideReadError("a.svs: cannot be read")
         return self._pixels(tiles, level, box_z)
@@ -58,7 +58,7 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """Slides of SIZE have more pixels here than are read while a browser waits."""
+    """Return a gate for slides of SIZE, which get an overview here."""
     gate = Gate(SlideTiles.pixels)
 
     def pixels(tiles: SlideTiles, level: int, box_z: Box) -> NDArray[np.uint8]:
@@ -81,7 +81,7 @@ def slide(tmp_path: Path) -> Iterator[Slide]:
 def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not holds():
-        assert time.monotonic() < deadline, "it never came to be"
+        assert time.monotonic() < deadline, "the condition was not met within 20 s"
         time.sleep(0.01)
 
 
@@ -90,7 +90,7 @@ def picture(jpeg: bytes | None) -> NDArray[np.int16]:
     return np.asarray(Image.open(io.BytesIO(jpeg))).astype(np.int16)
 
 
-def test_what_is_read_is_shown_and_the_rest_is_gray(gate: Gate, slide: Slide) -> None:
+def test_read_pieces_are_shown_and_unread_pieces_are_gray(gate: Gate, slide: Slide) -> None:
     tiles = SlideTiles(slide)
     assert (tiles.levels, tiles.overview_level) == (4, LEVEL)
     overview = Overview(tiles, LEVEL, "a")
@@ -109,19 +109,19 @@ def test_what_is_read_is_shown_and_the_rest_is_gray(gate: Gate, slide: Slide) ->
     overview.close()
     for place in ((1, 0, 0), (LEVEL, 2, 0), (LEVEL, 0, 1), (4, 0, 0)):
         assert overview.jpeg(*place) is None
-    # Nobody waits for a whole slide; what one tile needs is made at once.
+    # Tiles that need the whole slide come only from the overview. All other tiles are read on request.
     assert tiles.jpeg(LEVEL, 0, 0) is None
     assert tiles.jpeg(3, 0, 0) is None
     assert tiles.jpeg(1, 0, 0) is not None
 
 
-def test_slides_with_small_levels_get_none(gate: Gate, tmp_path: Path) -> None:
+def test_slides_with_small_levels_get_no_overview(gate: Gate, tmp_path: Path) -> None:
     path = write_slide(tmp_path / "b.svs", textured(SIZE), levels=(1, 4))
     with open_slide(path, 1.0) as slide:
         assert SlideTiles(slide).overview_level is None
 
 
-def test_closing_ends_the_reading_before_the_slide_is_closed(gate: Gate, slide: Slide) -> None:
+def test_closing_an_overview_waits_for_the_current_read(gate: Gate, slide: Slide) -> None:
     overview = Overview(SlideTiles(slide), LEVEL, "a")
     gate.open(3)
     wait_until(lambda: overview.share == 3 / PIECES)
@@ -137,18 +137,18 @@ def test_closing_ends_the_reading_before_the_slide_is_closed(gate: Gate, slide: 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """The result of a slide of one level."""
+    """Return the result of a slide with one level."""
     folder = tmp_path_factory.mktemp("overview")
     segment_slide(write_slide(folder / "a.svs", textured(SIZE), mpp=1.0), folder / "results", color_predictor(), SMALL)
     return find_results(folder / "results")[0]
 
 
 def progress(site: Site) -> dict[str, object]:
-    told: dict[str, object] = json.loads(site.get("overview.json").body)
-    return told
+    answer: dict[str, object] = json.loads(site.get("overview.json").body)
+    return answer
 
 
-def test_site_tells_how_far_it_is_and_keeps_no_tile_that_is_not_whole(gate: Gate, result: Result) -> None:
+def test_the_server_reports_progress_and_does_not_cache_incomplete_tiles(gate: Gate, result: Result) -> None:
     with serving((result,)) as site:
         assert json.loads(site.get("facts.json").body)["slide"]["overview"] == LEVEL
         assert progress(site) == {"share": 0.0, "failed": False}
@@ -161,7 +161,7 @@ def test_site_tells_how_far_it_is_and_keeps_no_tile_that_is_not_whole(gate: Gate
         assert np.abs(picture(site.get("overview/3/0_0.jpg?read=0").body) - reduce(textured(SIZE), 8)).mean() < 3
 
 
-def test_slide_with_small_levels_has_no_overview_to_ask_for(site: Site) -> None:
+def test_a_slide_with_small_levels_has_no_overview_address(site: Site) -> None:
     assert site.get("overview.json").status == 404
     assert site.get("overview/1/0_0.jpg").status == 404
 
@@ -170,7 +170,7 @@ SHOWN = """[...document.querySelectorAll("#notes p")].map((p) => p.textContent).
 
 
 def center_color(page: Page) -> list[int]:
-    """The color of the pixel in the middle of the stage."""
+    """Return the color of the pixel at the center of the stage."""
     box = page.locator("#stage").bounding_box()
     assert box is not None
     clip = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "width": 1, "height": 1}
@@ -178,7 +178,7 @@ def center_color(page: Page) -> list[int]:
     return [int(value) for value in np.asarray(shot.convert("RGB"))[0, 0]]
 
 
-def test_page_says_that_it_waits_and_shows_more_by_itself(gate: Gate, result: Result, page: Page) -> None:
+def test_the_page_shows_the_overview_while_it_is_read(gate: Gate, result: Result, page: Page) -> None:
     with serving((result,)) as site:
         page.goto(f"{site.page}#x=1280&y=832&zoom=0.2&map=0&outlines=0")
         until(page, f'{SHOWN}.startsWith("This slide contains no overview")')
@@ -194,7 +194,7 @@ def test_page_says_that_it_waits_and_shows_more_by_itself(gate: Gate, result: Re
         page.goto("about:blank")
 
 
-def test_page_and_log_say_that_the_overview_cannot_be_read(
+def test_page_and_log_report_an_unreadable_overview(
     gate: Gate, result: Result, page: Page, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate.broken = True

@@ -1,4 +1,4 @@
-"""The page in a real browser: where things are drawn, in which colors, and what its controls do."""
+"""Tests of the page in a real browser: positions, colors and controls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # most test runs need no browser
     from playwright.sync_api import Browser, Page
 
 GLASS_AT, PINK_AT, PURPLE_AT = (100, 50), (250, 600), (600, 400)
-"""Places, in level-0 pixels, on the glass, in the pink region and in the purple one within it."""
+"""Places in level-0 pixels: on the glass, in the pink region, and in the purple region inside it."""
 
 
 def settle(page: Page) -> None:
@@ -44,7 +44,7 @@ def show(page: Page, site: Site, address: str = "") -> None:
 
 
 def place_on_screen(page: Page, x: float, y: float) -> tuple[float, float]:
-    """Where a level-0 place is, in pixels of the window."""
+    """Return the position of a level-0 place, in pixels of the window."""
     view = page.evaluate("() => { const b = document.getElementById('stage').getBoundingClientRect();"
                          " return {...wsiView.view(), left: b.left, top: b.top}; }")  # fmt: skip
     return (
@@ -54,7 +54,7 @@ def place_on_screen(page: Page, x: float, y: float) -> tuple[float, float]:
 
 
 def color_at(page: Page, x: float, y: float) -> NDArray[np.float64]:
-    """Mean color of the 9×9 screen pixels around a level-0 place."""
+    """Return the mean color of the 9×9 screen pixels around a level-0 place."""
     shot = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(float)
     left, top = (round(v) for v in place_on_screen(page, x, y))
     mean_C: NDArray[np.float64] = shot[top - 4 : top + 5, left - 4 : left + 5].mean(axis=(0, 1))
@@ -62,7 +62,7 @@ def color_at(page: Page, x: float, y: float) -> NDArray[np.float64]:
 
 
 def slide_color(x: int, y: int, zoom: float) -> NDArray[np.float64]:
-    """The color that `color_at` sees there of the bare slide."""
+    """Return the color that `color_at` returns there if only the slide is shown."""
     half = round(4.5 / zoom)
     mean_C: NDArray[np.float64] = textured((1280, 832))[y - half : y + half, x - half : x + half].mean(axis=(0, 1))
     return mean_C
@@ -74,7 +74,7 @@ def mixed(under: NDArray[np.float64], over: tuple[int, int, int], alpha: float) 
 
 @pytest.fixture(scope="module")
 def shared_page(browser: Browser) -> Iterator[Page]:
-    """One page for the tests that only look; faults of any of them fail at the end."""
+    """Yield one page for tests that do not change the server. Errors on the page fail after the last test."""
     with browser.new_context(
         viewport={"width": 1280, "height": 900}, permissions=["clipboard-read", "clipboard-write"]
     ) as context:
@@ -85,11 +85,11 @@ def shared_page(browser: Browser) -> Iterator[Page]:
     assert not faults, "\n".join(faults)
 
 
-def test_slide_is_drawn_where_and_in_the_colors_it_is(shared_page: Page, site: Site) -> None:
+def test_the_slide_has_its_position_and_colors(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=640&y=416&zoom=0.7&map=0&outlines=0")
     for place in (GLASS_AT, PINK_AT, PURPLE_AT, (1100, 700)):
         assert np.abs(color_at(shared_page, *place) - slide_color(*place, 0.7)).max() < 8
-    # The border between glass and pink lies at x = 160: two screen pixels beside it, each side has its own color.
+    # The border between glass and pink is at x = 160. A few screen pixels away, each side has its own color.
     for x, expected in ((160 - 9, GLASS_AT), (160 + 9, PINK_AT)):
         left, top = (round(v) for v in place_on_screen(shared_page, x, 416))
         shot = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(float)
@@ -106,7 +106,7 @@ def test_class_map_covers_the_slide_with_the_classes_colors(shared_page: Page, s
     assert np.abs(color_at(shared_page, *GLASS_AT) - before[GLASS_AT]).max() < 2
     for place, color in ((PINK_AT, COLORS[0]), (PURPLE_AT, COLORS[1])):
         assert np.abs(color_at(shared_page, *place) - mixed(before[place], color, 0.5)).max() < 4
-    # Opaque, the map shows where it lies itself: both sides of the regions' borders, three of its pixels off.
+    # An opaque map shows its own position: check both sides of the borders, three map pixels away.
     show(shared_page, site, both.replace("map=0.5", "map=1"))
     pink, purple = COLORS
     for x, y, color in ((404, 400, pink), (428, 400, purple), (724, 400, purple), (748, 400, pink), (1108, 600, pink)):
@@ -140,7 +140,7 @@ def test_probabilities_have_their_own_opacity_for_each_class(shared_page: Page, 
     shared_page.get_by_label("Opacity of the probability of class-0").fill("0")
     shared_page.get_by_label("Opacity of the probability of class-1").fill("0.5")
     settle(shared_page)
-    # The network is all but sure of every pixel.
+    # The network's probabilities are close to 0 or 1.
     assert np.abs(color_at(shared_page, *PURPLE_AT) - mixed(bare, COLORS[1], 0.5)).max() < 5
     assert np.abs(color_at(shared_page, *PINK_AT) - slide_color(*PINK_AT, 0.7)).max() < 8
 
@@ -152,7 +152,7 @@ def tip_at(page: Page, x: int, y: int) -> str | None:
     return tip.inner_text() if tip.is_visible() else None
 
 
-def test_hover_says_class_and_area_and_lifts_the_polygon_out(shared_page: Page, site: Site, tmp_path: Path) -> None:
+def test_hovering_shows_the_class_and_highlights_the_polygon(shared_page: Page, site: Site, tmp_path: Path) -> None:
     show(shared_page, site, "#x=640&y=416&zoom=0.7&map=0&outlines=1")
     areas = {c.name: c.area_mm2 for c in site.results[0].classes}
     before = color_at(shared_page, *PURPLE_AT)
@@ -171,7 +171,7 @@ def test_hover_says_class_and_area_and_lifts_the_polygon_out(shared_page: Page, 
     assert shared_page.locator("#place").inner_text().startswith("x 660, y 400 px  (660, 400 µm)  7×")
 
 
-def test_a_tap_says_class_and_area_until_the_slide_moves(browser: Browser, site: Site) -> None:
+def test_a_tap_shows_class_and_area_until_the_slide_moves(browser: Browser, site: Site) -> None:
     context = browser.new_context(has_touch=True, viewport={"width": 1000, "height": 700})
     try:
         page = context.new_page()
@@ -185,7 +185,7 @@ def test_a_tap_says_class_and_area_until_the_slide_moves(browser: Browser, site:
         context.close()
 
 
-def test_the_middle_is_told_without_outlines_too(shared_page: Page, site: Site) -> None:
+def test_the_class_at_the_center_is_announced_without_outlines(shared_page: Page, site: Site) -> None:
     show(shared_page, site, f"#x={PURPLE_AT[0]}&y={PURPLE_AT[1]}&zoom=1")
     shared_page.keyboard.press("o")
     shared_page.keyboard.press("i")
@@ -201,7 +201,7 @@ def test_outlines_are_drawn_on_the_borders_in_the_classes_colors(shared_page: Pa
     changed = np.flatnonzero(
         np.abs(with_[top, left - 60 : left + 60] - without[top, left - 60 : left + 60]).max(axis=1) > 12
     )
-    # The purple region's left border, at x = 416 within a pixel of the map (8 on the screen), under a line of 4 px.
+    # The left border of the purple region is at x = 416 ± 1 map pixel (8 screen pixels). The line is 4 px wide.
     assert 3 <= changed.size <= 6
     assert abs(float(changed.mean()) - 60) <= 10
     line = with_[top, left - 60 + changed]
@@ -223,7 +223,7 @@ def test_outlines_run_below_the_navigator(shared_page: Page, site: Site) -> None
 
 
 @pytest.mark.parametrize("zoom", [0.3, 0.7, 1.7, 6.0])
-def test_scale_bar_is_as_long_as_it_says(shared_page: Page, site: Site, zoom: float) -> None:
+def test_the_scale_bar_has_the_stated_length(shared_page: Page, site: Site, zoom: float) -> None:
     show(shared_page, site, f"#x=640&y=416&zoom={zoom}")
     shown = shared_page.evaluate("() => wsiView.view().zoom")
     assert shown == pytest.approx(zoom, rel=0.01)
@@ -235,12 +235,12 @@ def test_scale_bar_is_as_long_as_it_says(shared_page: Page, site: Site, zoom: fl
     assert box["width"] == pytest.approx(length_um / site.results[0].run.slide.mpp * zoom, abs=1.0)
     assert 60 <= box["width"] <= 150.5
     assert float(number) in {1, 2, 5, 10, 20, 50, 100, 200, 500}
-    # On the slide itself: the regions' borders are 960 µm apart, and so many bars.
+    # Compare with the slide: the borders of the pink region are 960 µm apart.
     left, right = place_on_screen(shared_page, 160, 400)[0], place_on_screen(shared_page, 1120, 400)[0]
     assert (right - left) / box["width"] * length_um == pytest.approx(960, rel=0.02)
 
 
-def test_address_leads_back_to_the_place_and_what_was_shown(shared_page: Page, site: Site) -> None:
+def test_the_address_restores_the_place_and_the_layers(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=500&y=300&zoom=1.25&map=0.6&outlines=0&off=0")
     shared_page.keyboard.press("ArrowRight")
     shared_page.keyboard.press("+")
@@ -265,7 +265,7 @@ def test_address_leads_back_to_the_place_and_what_was_shown(shared_page: Page, s
     assert np.abs(one - two)[60:840, 60:900].mean() < 1.5
 
 
-def test_keys_do_what_the_list_of_keys_says(shared_page: Page, site: Site) -> None:
+def test_keys_do_what_the_help_states(shared_page: Page, site: Site) -> None:
     page = shared_page
     show(page, site)
     state = "() => JSON.parse(JSON.stringify({...wsiView.controls.state, ...wsiView.view()}))"
@@ -303,7 +303,7 @@ def test_keys_do_what_the_list_of_keys_says(shared_page: Page, site: Site) -> No
     assert not page.locator("#help").is_visible()
 
 
-def test_page_says_once_that_tiles_are_missing(browser: Browser, site: Site) -> None:
+def test_the_page_reports_missing_tiles_once(browser: Browser, site: Site) -> None:
     with browser.new_context() as context:
         page = context.new_page()
         page.route("**/slide/**", lambda route: route.fulfill(status=503))
@@ -313,7 +313,7 @@ def test_page_says_once_that_tiles_are_missing(browser: Browser, site: Site) -> 
         assert page.locator("#notes p").count() == 1
 
 
-def test_keys_leave_sliders_their_arrows(shared_page: Page, site: Site) -> None:
+def test_arrow_keys_move_a_focused_slider_and_not_the_slide(shared_page: Page, site: Site) -> None:
     show(shared_page, site)
     before = shared_page.evaluate("() => wsiView.view().x")
     shared_page.get_by_label("Opacity of the class map").focus()
@@ -328,7 +328,7 @@ def test_keys_leave_sliders_their_arrows(shared_page: Page, site: Site) -> None:
 def test_it_is_accessible_in_both_schemes_and_on_a_phone(
     browser: Browser, site: Site, tmp_path: Path, scheme: Any, width: int
 ) -> None:
-    # Axe is put into the page as a script, which the page's policy would not let in.
+    # Axe is injected as a script, which the page's content policy forbids.
     with browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True) as context:
         page = context.new_page()
         faults = watch(page)

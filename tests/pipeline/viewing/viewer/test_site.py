@@ -1,4 +1,4 @@
-"""What the server answers, and to whom: patient data leaves by no other way than the page."""
+"""Tests of what the server answers and to whom: patient data must not leave except through the page."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from tests.slides import painted, write_slide
         "{page}associated/label.jpg",
     ],
 )
-def test_nothing_but_the_pages_own_addresses_is_answered(site: Site, path: str) -> None:
+def test_addresses_outside_the_pages_are_not_found(site: Site, path: str) -> None:
     page = f"/slides/{site.results[0].id}/"
     answer = site.ask(path.format(page=page))
     assert (answer.status, answer.body) == (404, b"Not Found")
@@ -75,7 +75,7 @@ def test_only_reading_is_allowed(site: Site, method: str, path: str) -> None:
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
-def test_head_tells_what_get_would_without_the_body(site: Site) -> None:
+def test_head_answers_as_get_without_the_body(site: Site) -> None:
     path = f"/slides/{site.results[0].id}/slide/0/0_0.jpg"
     head, get = site.ask(path, "HEAD"), site.ask(path)
     assert (head.status, head.body) == (200, b"")
@@ -96,12 +96,12 @@ def test_head_tells_what_get_would_without_the_body(site: Site) -> None:
         ("", 400),
     ],
 )
-def test_names_that_are_not_this_machines_are_refused(site: Site, host: str, status: int) -> None:
+def test_host_names_of_other_machines_are_refused(site: Site, host: str, status: int) -> None:
     for path in ("/assets/viewer.js", f"/slides/{site.results[0].id}/slide/0/0_0.jpg"):
         assert site.ask(path, Host=host.format(port=site.port)).status == status
 
 
-def test_every_answer_has_the_security_headers_and_none_lets_other_sites_in(site: Site) -> None:
+def test_every_answer_has_the_security_headers_and_none_allows_other_sites(site: Site) -> None:
     page = f"/slides/{site.results[0].id}/"
     answers = [site.ask(path, Origin="http://evil.example") for path in ("/", page, f"{page}slide/0/0_0.jpg", "/none")]
     answers += [site.ask("/", Host="evil.example"), site.ask("/assets/viewer.js", "POST")]
@@ -119,13 +119,13 @@ def test_every_answer_has_the_security_headers_and_none_lets_other_sites_in(site
 def test_it_listens_on_this_machine_only() -> None:
     with listening(0) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
-        # Without it asyncio leaves Nagle's algorithm on, and every answer takes 40 ms longer.
+        # Without this protocol, asyncio does not disable Nagle's algorithm, and every answer takes 40 ms longer.
         assert listener.proto == socket.IPPROTO_TCP
         with pytest.raises(ViewError, match=f"port {listener.getsockname()[1]} cannot be used"):
             listening(listener.getsockname()[1])
 
 
-def test_facts_say_nothing_of_where_files_lie(site: Site, results_folder: Path) -> None:
+def test_facts_do_not_reveal_paths(site: Site, results_folder: Path) -> None:
     page = site.get("").body + site.get("facts.json").body
     for secret in (str(results_folder.parent), str(results_folder.name), ".svs", "openslide"):
         assert secret.encode() not in page
@@ -141,12 +141,12 @@ def test_names_are_escaped(site: Site) -> None:
     assert b'<h1 title="block &lt;1&gt;">block &lt;1&gt;</h1>' in site.get("").body
 
 
-def test_slide_is_the_one_that_was_segmented(site: Site) -> None:
+def test_the_segmented_slide_is_recognized(site: Site) -> None:
     assert json.loads(site.get("identity.json").body) == {"same": True}
 
 
 def copied(results_folder: Path, target: Path, *names: str) -> Path:
-    """A results folder with copies of the one result under these names."""
+    """Copy the one result to these names in `target`. Return `target`."""
     for name in names:
         shutil.copytree(next(results_folder.glob("block*")), target / name)
     return target
@@ -166,7 +166,7 @@ def test_several_results_are_listed_and_each_has_its_own_page(results_folder: Pa
         assert b"<three>" not in index.body
 
 
-def test_slides_that_were_not_used_for_longest_are_closed(results_folder: Path, tmp_path: Path) -> None:
+def test_the_least_recently_used_slides_are_closed(results_folder: Path, tmp_path: Path) -> None:
     results = find_results(copied(results_folder, tmp_path, *"abcdef"))
     opened = OpenResults(results)
     with opened.using(results[0]) as first:
@@ -191,14 +191,14 @@ def test_another_slide_of_the_same_name_is_refused(results_folder: Path, tmp_pat
         open_checked(with_slide(result, tmp_path / "gone.svs"))
 
 
-def test_slide_of_the_same_size_but_other_bytes_is_told_apart(results_folder: Path, tmp_path: Path) -> None:
+def test_a_slide_of_the_same_size_with_other_bytes_is_detected(results_folder: Path, tmp_path: Path) -> None:
     result = find_results(results_folder)[0]
     other = write_slide(tmp_path / "b.svs", painted((1280, 832)), mpp=1.0, levels=(1, 4))
     with serving((with_slide(result, other),)) as site:
         assert json.loads(site.get("identity.json").body) == {"same": False}
 
 
-def test_slide_that_goes_away_is_an_error_that_tells_no_path(
+def test_a_slide_that_disappears_is_an_error_without_its_path(
     results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     result = with_slide(find_results(results_folder)[0], tmp_path / "gone.svs")
@@ -213,7 +213,7 @@ def test_slide_that_goes_away_is_an_error_that_tells_no_path(
 
 
 @pytest.mark.parametrize("broken", ["run.json", "store", "outputs", "elsewhere"])
-def test_results_that_are_not_whole_are_named(results_folder: Path, tmp_path: Path, broken: str) -> None:
+def test_incomplete_results_are_refused(results_folder: Path, tmp_path: Path, broken: str) -> None:
     folder = copied(results_folder, tmp_path, "a") / "a"
     run = read_run(folder)
     assert run is not None
@@ -232,7 +232,7 @@ def test_results_that_are_not_whole_are_named(results_folder: Path, tmp_path: Pa
         find_results(Path(__file__).parent)
 
 
-def test_of_several_results_those_that_are_not_whole_are_left_out_and_named(
+def test_incomplete_results_among_several_are_skipped_with_a_warning(
     results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = copied(results_folder, tmp_path, "a", "b")

@@ -1,4 +1,4 @@
-"""Tiles and outlines have the values of the slide and of the stored map."""
+"""Tests of tiles and outlines: they have the values of the slide and of the stored map."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from wsi.box import Box
 from wsi.slide import Pixels, open_slide
 
 JPEG_ERROR = 3.0
-"""Mean absolute difference that JPEG at the viewer's quality makes of the textured slides."""
+"""Largest mean absolute difference after JPEG compression of the textured slides at the viewer's quality."""
 
 
 def pixels(image: bytes | None) -> NDArray[np.int16]:
@@ -39,7 +39,7 @@ def pixels(image: bytes | None) -> NDArray[np.int16]:
 
 
 def whole_level(tiles: SlideTiles, level: int) -> NDArray[np.int16]:
-    """A zoom level put together from its tiles, as rgb_HWC."""
+    """Return a zoom level assembled from its tiles, as rgb_HWC."""
     rows = []
     for row in range(100):
         parts: list[NDArray[np.int16]] = []
@@ -52,7 +52,7 @@ def whole_level(tiles: SlideTiles, level: int) -> NDArray[np.int16]:
 
 
 @pytest.mark.parametrize("levels", [(1,), (1, 4), (1, 2, 8)])
-def test_tiles_put_together_are_the_slide_averaged_by_area(tmp_path: Path, levels: tuple[int, ...]) -> None:
+def test_assembled_tiles_are_the_slide_averaged_by_area(tmp_path: Path, levels: tuple[int, ...]) -> None:
     rgb_HWC = textured((2560, 1664))
     with open_slide(write_slide(tmp_path / "a.svs", rgb_HWC, levels=levels), 1.0) as slide:
         tiles = SlideTiles(slide)
@@ -63,11 +63,11 @@ def test_tiles_put_together_are_the_slide_averaged_by_area(tmp_path: Path, level
             assert found_HWC.shape == expected_HWC.shape
             difference_HWC = np.abs(found_HWC - expected_HWC)
             assert difference_HWC.mean() < JPEG_ERROR
-            # No tile is shifted or swapped: its neighbors' pixels differ by far more.
+            # A shifted or swapped tile would differ much more.
             assert np.quantile(difference_HWC, 0.999) < 40
 
 
-def test_last_tiles_end_at_the_slide_and_there_are_none_beyond(tmp_path: Path) -> None:
+def test_the_last_tiles_end_at_the_edge_of_the_slide(tmp_path: Path) -> None:
     with open_slide(write_slide(tmp_path / "a.svs", textured((1281, 833))), 1.0) as slide:
         tiles = SlideTiles(slide)
         for place, size in (((0, 2, 1), (257, 321)), ((1, 1, 0), (129, 417)), ((2, 0, 0), (321, 209))):
@@ -76,7 +76,7 @@ def test_last_tiles_end_at_the_slide_and_there_are_none_beyond(tmp_path: Path) -
             assert tiles.jpeg(level, column, row) is None
 
 
-def test_tiles_begin_at_the_corner_of_the_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_start_at_the_corner_of_the_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("openslide", "tiffslide"):
         monkeypatch.setitem(readers.READERS, name, stating_bounds(readers.READERS[name]))
     rgb_HWC = textured((1500, 1000))
@@ -87,7 +87,7 @@ def test_tiles_begin_at_the_corner_of_the_bounds(tmp_path: Path, monkeypatch: py
             assert np.abs(whole_level(tiles, level) - reduce(inside_HWC, 2**level)).mean() < JPEG_ERROR
 
 
-def test_what_is_decoded_at_a_time_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_each_read_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slide_tiles, "PIECE_PX", 400)
     rgb_HWC = textured((2561, 1663))
     with open_slide(write_slide(tmp_path / "a.svs", rgb_HWC), 1.0) as slide:
@@ -105,7 +105,7 @@ def test_what_is_decoded_at_a_time_is_bounded(tmp_path: Path, monkeypatch: pytes
     assert np.abs(found_HWC[:207, :320] - reduce(rgb_HWC[:1656, :2560], 8)).mean() < JPEG_ERROR
 
 
-def test_tiles_are_whole_numbers_of_the_slides_own(sample_slide: Path) -> None:
+def test_the_tile_size_is_a_multiple_of_the_slides_tile_size(sample_slide: Path) -> None:
     with open_slide(sample_slide, 0.499) as slide:  # its JPEG tiles are 240 px wide
         tiles = SlideTiles(slide)
         assert (slide.info.backend, tiles.tile, tiles.levels) == ("tiffslide", 480, 4)
@@ -116,7 +116,7 @@ def test_coarsest_level_is_one_tile(size: tuple[int, int], levels: int) -> None:
     assert zoom_levels(size) == levels
 
 
-def test_levels_of_odd_downsample_lie_where_the_slide_is(shared_slides: Path) -> None:
+def test_levels_with_a_fractional_downsample_are_not_shifted(shared_slides: Path) -> None:
     path = shared_slides / "TCGA-CR-7395-01A-01-TS1.svs"  # its second level is 2.0005 times smaller
     with open_slide(path, 0.25) as fast, open_slide(path, 0.25, "openslide") as slow:
         tiles = SlideTiles(fast)
@@ -160,7 +160,7 @@ def test_map_tiles_have_the_stored_values_at_every_level(tmp_path: Path) -> None
     assert np.array_equal(only_second_HW, np.where(labels_HW[:512, :512] == 2, 255, 0))
 
 
-def test_there_are_no_map_tiles_beyond_classes_levels_and_edges(results_folder: Path) -> None:
+def test_map_tiles_beyond_classes_levels_and_edges_do_not_exist(results_folder: Path) -> None:
     result = find_results(results_folder)[0]
     tiles = MapTiles(result.store, [one.color for one in result.run.classes])
     assert tiles.probability(1, 0, 0, 0) is not None
@@ -172,7 +172,7 @@ def test_there_are_no_map_tiles_beyond_classes_levels_and_edges(results_folder: 
 
 
 def read_outlines(data: bytes) -> tuple[list[float], list[int], list[shapely.Polygon]]:
-    """Areas, labels and polygons, by what the docstring says of the bytes."""
+    """Return areas, labels and polygons, read by the documented byte layout."""
     count, rings, points, zero = np.frombuffer(data, "<u4", 4)
     assert zero == 0
     fields: list[NDArray[np.float64]] = []
@@ -202,7 +202,7 @@ def test_outlines_are_the_polygons_of_the_result(results_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("detail", range(1, len(TOLERANCES_L0)))
-def test_coarser_outlines_stay_within_their_tolerance_and_lose_no_polygon(results_folder: Path, detail: int) -> None:
+def test_coarser_outlines_keep_their_tolerance_and_every_polygon(results_folder: Path, detail: int) -> None:
     result = find_results(results_folder)[0]
     stored = shapely.from_wkb(pq.read_table(result.outlines)["geometry"].to_numpy())
     data = outline_bytes(result.outlines, detail)
@@ -217,7 +217,7 @@ def test_coarser_outlines_stay_within_their_tolerance_and_lose_no_polygon(result
 
 
 @pytest.mark.parametrize("detail", range(len(TOLERANCES_L0)))
-def test_outlines_are_the_same_however_many_are_held_at_a_time(
+def test_outlines_do_not_depend_on_the_batch_size(
     results_folder: Path, monkeypatch: pytest.MonkeyPatch, detail: int
 ) -> None:
     result = find_results(results_folder)[0]
@@ -228,7 +228,7 @@ def test_outlines_are_the_same_however_many_are_held_at_a_time(
     assert outline_bytes(path, detail) == expected
 
 
-def test_site_answers_with_the_same_values(site: Site, results_folder: Path) -> None:
+def test_the_server_returns_the_same_values(site: Site, results_folder: Path) -> None:
     folder = site.results[0].folder
     facts = site.get("facts.json")
     assert facts.status == 200
@@ -246,7 +246,7 @@ def test_site_answers_with_the_same_values(site: Site, results_folder: Path) -> 
         assert site.get(path).status == 404
 
 
-def test_map_of_a_slide_with_bounds_lies_on_its_corner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_map_of_a_slide_with_bounds_starts_at_their_corner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("openslide", "tiffslide"):
         monkeypatch.setitem(readers.READERS, name, stating_bounds(readers.READERS[name]))
     rgb_HWC = np.full((1000, 1500, 3), 244, np.uint8)
@@ -254,7 +254,7 @@ def test_map_of_a_slide_with_bounds_lies_on_its_corner(tmp_path: Path, monkeypat
     slide = write_slide(tmp_path / "a.svs", rgb_HWC, mpp=1.0)
     segment_slide(slide, tmp_path / "results", color_predictor(), SMALL)
     with serving(find_results(tmp_path / "results")) as site:
-        # The pink region begins at (160, 96) of the frame, whatever the bounds are.
+        # The pink region starts at (160, 96) in the frame of any bounds.
         tile_HWC = pixels(site.get("slide/0/0_0.jpg").body)
         label_HW = rgba(site.get("labels/3/0/0_0.png").body)[..., 3]
         areas, _, polygons = read_outlines(site.get("outlines/0").body)
@@ -276,7 +276,7 @@ def test_slide_without_tissue_is_shown_without_outlines(tmp_path: Path) -> None:
             assert read_outlines(site.get(f"outlines/{detail}").body) == ([], [], [])
 
 
-def test_cache_keeps_what_was_asked_for_last_within_its_bytes() -> None:
+def test_the_cache_keeps_recently_used_entries_within_its_size() -> None:
     cache = ByteCache(10)
     for name in ("a", "b"):
         cache.put(name, name.encode() * 4)

@@ -1,4 +1,4 @@
-"""The command as people run it."""
+"""Tests of the command as users run it."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 
 def ended(*arguments: str | Path) -> tuple[int, str]:
-    """Exit status and stderr of a command that ends by itself."""
+    """Return the exit status and stderr of a command that ends by itself."""
     process = start(*arguments)
     _, errors = process.communicate(timeout=60)
     return process.returncode, errors
 
 
-def test_it_serves_until_ctrl_c_and_ends_in_one_line(results_folder: Path) -> None:
+def test_it_serves_until_ctrl_c_and_prints_one_line_at_the_end(results_folder: Path) -> None:
     process = start(next(results_folder.glob("block*")), "--no-browser")
     assert process.stdout is not None
     line = process.stdout.readline()
     found = re.fullmatch(r"(http://127\.0\.0\.1:\d+/)  \(press Ctrl-C to stop\)\n", line)
     assert found is not None, line
-    # A connection that stays open, as a browser's does.
+    # Keep the connection open, as a browser does.
     with urllib.request.urlopen(found[1]) as answer:
         assert answer.status == 200
         assert answer.url.startswith(f"{found[1]}slides/")
@@ -52,17 +52,17 @@ def test_it_serves_until_ctrl_c_and_ends_in_one_line(results_folder: Path) -> No
     assert (process.returncode, output, errors) == (0, "", "wsi-view: ended\n")
 
 
-def test_questions_that_ctrl_c_cuts_off_are_no_news() -> None:
+def test_requests_that_ctrl_c_interrupts_are_not_logged() -> None:
     def record(text: str, error: BaseException | None) -> logging.LogRecord:
-        told = None if error is None else (type(error), error, None)
-        return logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, text, (), told)
+        exc_info = None if error is None else (type(error), error, None)
+        return logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, text, (), exc_info)
 
     assert not is_news(record("Exception in ASGI application", asyncio.CancelledError("timeout")))
     assert not is_news(record("Cancel 2 running task(s), timeout graceful shutdown exceeded", None))
     assert is_news(record("Exception in ASGI application", ValueError("a fault")))
 
 
-def test_another_slide_is_refused_before_anything_is_served(results_folder: Path, tmp_path: Path) -> None:
+def test_another_slide_is_refused_before_the_server_starts(results_folder: Path, tmp_path: Path) -> None:
     other = write_slide(tmp_path / "block <1>.svs", painted((640, 416)), mpp=1.0)
     status, errors = ended(results_folder, "--slide", other, "--no-browser")
     assert status == 1
@@ -70,12 +70,12 @@ def test_another_slide_is_refused_before_anything_is_served(results_folder: Path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["none"], "no such folder"), ([str(REPOSITORY / "docs")], "contains no results")]
+    ("arguments", "message"), [(["none"], "no such folder"), ([str(REPOSITORY / "docs")], "contains no results")]
 )
-def test_what_is_no_result_is_named(arguments: list[str], said: str) -> None:
+def test_a_path_without_a_result_is_refused(arguments: list[str], message: str) -> None:
     status, errors = ended(*arguments)
     assert status == 1
-    assert re.fullmatch(f"wsi-view: .*{said}.*\n", errors)
+    assert re.fullmatch(f"wsi-view: .*{message}.*\n", errors)
 
 
 def test_help_answers_at_once() -> None:
@@ -85,5 +85,5 @@ def test_help_answers_at_once() -> None:
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert all(option in output for option in ("--slide", "--port", "--no-browser"))
-    # Time on the processor: a busy machine takes longer by the clock.
+    # Measure processor time, because a busy machine needs more wall-clock time.
     assert os.times().children_user - children + time.process_time() - begin < 0.5

@@ -1,4 +1,4 @@
-// As much of QuPath's objects as the project's scripts touch, under the names that QuPath gives them.
+// Stubs of the QuPath classes and methods that the project's scripts use.
 
 package world
 

@@ -1,5 +1,5 @@
-// Plays users: each line of the input is [PROJECT, STEP...] in JSON; each line of the output what the scripts said and
-// what is in the project then.
+// Performs the steps of a user. Each line of the input is [PROJECT, STEP...] in JSON. Each line of the output is what the
+// scripts printed and the state of the project after the steps, in JSON.
 
 import groovy.json.JsonOutput
 import groovy.json.JsonSlurper
