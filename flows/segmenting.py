@@ -29,6 +29,8 @@ def segment_order(order: BatchRequest) -> State[None]:
         try:
             return end_state(_segment_all(order))
         except WsiSegmentError as error:
+            if isinstance(error.__cause__, KeyboardInterrupt):
+                raise error.__cause__ from None  # Ctrl-C is for the whole program; Prefect marks the run as crashed
             return Failed(message=order.redact(str(error)))
         except Exception as error:
             if not order.hide_paths:

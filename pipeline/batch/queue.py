@@ -67,7 +67,7 @@ def run_batch(
         lock_timeout_s: Seconds after which a slide that another run has locked fails.
 
     Raises:
-        Cancelled: On KeyboardInterrupt, or if the workers were cancelled.
+        Cancelled: On KeyboardInterrupt, which is then its cause, or if the workers were cancelled.
         WsiSegmentError: If the workers cannot be opened or closed. The results until then are in the table.
     """
     batch = _Batch(jobs, output, report, earlier, Board(output))
@@ -78,8 +78,8 @@ def run_batch(
                 _attempt_all(
                     batch, slides, _Attempts(batch, opened, progress, attempt, slides_at_once), lock_timeout_s, tick
                 )
-    except KeyboardInterrupt:
-        raise Cancelled("interrupted; run the same command again to resume") from None
+    except KeyboardInterrupt as interrupt:
+        raise Cancelled("interrupted; run the same command again to resume") from interrupt
     finally:
         batch.close()
     return [batch.results[number] for number in range(len(jobs))]

@@ -25,6 +25,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun
 
 from flows import parts, segmenting
+from flows.artifacts import SlideProgress
 from flows.batch import segment_batch
 from flows.privacy import without_folders
 from flows.slide import segment_slide_flow
@@ -265,6 +266,22 @@ def test_a_batch_that_is_interrupted_ends_its_parts(
     state = run(touched(tmp_path / "in", *"abcd"), tmp_path / "out")
     assert (state.type.value, state.message) == ("FAILED", "stopped")
     assert {one.state.name for one in part_runs(harness, newest_parent(harness)) if one.state} == {"Cancelled"}
+
+
+def test_ctrl_c_ends_the_program_and_not_only_the_flow_run(
+    tmp_path: Path, harness: SyncPrefectClient, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: SlideProgress, *, now: bool = False) -> None:
+        if not now:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SlideProgress, "show", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(touched(tmp_path / "in", "a"), tmp_path / "out")
+    assert scripted.cancelled
+    state = newest_run(harness).state
+    assert state is not None
+    assert state.type.value == "CRASHED"
 
 
 def test_an_interrupted_run_leaves_the_table_of_finished_slides(
