@@ -187,7 +187,7 @@ def test_another_slide_of_the_same_name_is_refused(results_folder: Path, tmp_pat
     for moved in (other, tmp_path):
         with pytest.raises(ViewError, match=r"is not the slide that .* 640×416 px .* not 1280×832"):
             open_checked(with_slide(result, moved))
-    with pytest.raises(ViewError, match=r"no such file .*pass --slide"):
+    with pytest.raises(ViewError, match=r"no such file .*pass its new path with --slide"):
         open_checked(with_slide(result, tmp_path / "gone.svs"))
 
 
