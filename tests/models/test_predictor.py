@@ -145,7 +145,7 @@ def test_reduced_precision_stays_near_float32(precision: Any) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_a_missing_cuda_device_is_reported() -> None:
-    with pytest.raises(DeviceUnavailableError, match="offers 0 CUDA device"):
+    with pytest.raises(DeviceUnavailableError, match="finds 0 CUDA device"):
         choose_device("cuda")
     assert choose_device("auto").type in ("cpu", "mps")
 

@@ -83,7 +83,7 @@ def test_auto_is_resolved_for_the_machine(
 
 @pytest.mark.usefixtures("installed")
 def test_cuda_is_refused_on_a_machine_without_it() -> None:
-    with pytest.raises(DeviceUnavailableError, match=r"offers 0 CUDA device"):
+    with pytest.raises(DeviceUnavailableError, match=r"finds 0 CUDA device"):
         resolved_here(device="cuda")
 
 
