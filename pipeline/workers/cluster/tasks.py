@@ -228,7 +228,11 @@ def _run(context: TaskContext, work: Callable[[_RunningTask], object]) -> None:
     try:
         keep_freed_memory()
         task.send("started")
-        task.send("ended", ended=pickle.dumps(_outcome(work, task)))
+        outcome = _outcome(work, task)
+        # The scheduler may have given the task to another process, which reports its end. This end is `Cancelled`,
+        # and the client would cancel the whole batch.
+        if not task.is_cancelled():
+            task.send("ended", ended=pickle.dumps(outcome))
     finally:
         _busy.release()
 
