@@ -79,15 +79,15 @@ class Load:
                 usual[stage].append(seconds)
         median_s = float(np.median([result.seconds for result in self.results]))
         order = sorted(range(len(self.results)), key=lambda i: -self.results[i].seconds)
-        said = []
+        lines = []
         for i in order[: math.ceil(len(order) / 100)]:
             excess = {stage: seconds - float(np.median(usual[stage])) for stage, seconds in self.stages[i].items()}
             stage = max(excess, key=lambda name: excess[name], default="unknown")
-            said.append(
+            lines.append(
                 f"slide {i + 1}: {self.results[i].seconds:.2f} s (median {median_s:.2f} s); {stage}: "
                 f"{excess.get(stage, 0.0):+.2f} s"
             )
-        return said
+        return lines
 
 
 def write_slides(folder: Path, count: int) -> list[Path]:

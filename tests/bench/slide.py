@@ -174,7 +174,7 @@ def _settings(config: SegmentConfig) -> dict[str, Any]:
 
 
 def _run(path: Path, model: str, config: SegmentConfig) -> dict[str, Any]:
-    """Segment the slide in a fresh process; what it says, what its run.json says, and the time until it had ended."""
+    """Segment the slide in a new process. Return its output, values of its run.json and the wall time."""
     # A bundle's path may be relative to the benchmark's working folder.
     model = str(Path(model).absolute()) if Path(model).is_dir() else model
     with tempfile.TemporaryDirectory() as folder:
@@ -188,8 +188,8 @@ def _run(path: Path, model: str, config: SegmentConfig) -> dict[str, Any]:
             raise RuntimeError(f"the run of {path.name} failed:\n{child.stderr}")
         run = json.loads((Path(folder) / path.stem / "run.json").read_text(encoding="utf-8"))
         kept = {key: run[key] for key in ("tiles", "seconds", "tissue_mm2", "polygons", "class_areas_mm2", "warnings")}
-        said: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-        return said | kept | {"wall_s": wall_s}
+        results: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+        return results | kept | {"wall_s": wall_s}
 
 
 def _judged(run: dict[str, Any], subject: Subject, floors: list[Floors], beside: list[Floors]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def debian_tool(name: str, package: str) -> str:
     return found
 
 
-def said(*command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+def output_of(*command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
     """Return a program's output. Fail with the output if the program fails."""
     run = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, f"{' '.join(command)}\n{run.stdout}{run.stderr}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from tests.deploy.files import DEPLOY, debian_tool, said, tool
+from tests.deploy.files import DEPLOY, debian_tool, output_of, tool
 from tests.repository import REPOSITORY
 
 OPERATIONS = REPOSITORY / "docs" / "operations.md"
@@ -53,8 +53,8 @@ def calls(text: str, *words: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
 def test_shell_script_parses_and_shellcheck_finds_nothing(script: Path) -> None:
-    assert said("bash", "-n", str(script)) == ""
-    assert said(debian_tool("shellcheck", "shellcheck"), str(script)) == ""
+    assert output_of("bash", "-n", str(script)) == ""
+    assert output_of(debian_tool("shellcheck", "shellcheck"), str(script)) == ""
     assert script.stat().st_mode & 0o111
 
 
@@ -100,7 +100,7 @@ for command in sys.argv[1:]:
     helps[command] = out.getvalue()
 print(json.dumps(helps))
 """
-    helps: dict[str, str] = json.loads(said(sys.executable, "-c", code, *commands))
+    helps: dict[str, str] = json.loads(output_of(sys.executable, "-c", code, *commands))
     assert all("Usage: prefect " + command in text for command, text in helps.items())
     return helps
 
@@ -109,7 +109,7 @@ print(json.dumps(helps))
 def test_options_given_to_dask_exist(role: str, least: set[str]) -> None:
     used = used_options("dask", role)
     assert least <= used.keys()
-    text = said(tool("dask"), role, "--help")
+    text = output_of(tool("dask"), role, "--help")
     for option, path in used.items():
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), f"{path}: dask {role} has no {option}"
 
@@ -117,7 +117,7 @@ def test_options_given_to_dask_exist(role: str, least: set[str]) -> None:
 def test_options_given_to_the_slurm_script_exist() -> None:
     used = used_options("segment_on_slurm.py").keys()
     assert "--jobs" in used
-    offered = set(re.findall(r"--[a-z-]+", said(sys.executable, str(SLURM), "--help")))
+    offered = set(re.findall(r"--[a-z-]+", output_of(sys.executable, str(SLURM), "--help")))
     assert used <= offered | options_of_wsi_segment()
 
 
@@ -127,7 +127,7 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-def test_every_folder_says_how_it_is_used() -> None:
+def test_every_folder_explains_its_use() -> None:
     folders = {path for path in DEPLOY.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert {path.parent for path in PAGES} >= folders
     top = (DEPLOY / "README.md").read_text(encoding="utf-8")

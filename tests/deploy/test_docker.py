@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.files import DEPLOY, debian_tool, env_file, read_yaml, said, tool
+from tests.deploy.files import DEPLOY, debian_tool, env_file, output_of, read_yaml, tool
 from tests.repository import REPOSITORY
 
 DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
@@ -30,14 +30,14 @@ def stages() -> dict[str, list[str]]:
 
 
 def test_hadolint_finds_nothing() -> None:
-    assert said(tool("hadolint"), "--failure-threshold", "style", str(DOCKERFILE)) == ""
+    assert output_of(tool("hadolint"), "--failure-threshold", "style", str(DOCKERFILE)) == ""
 
 
 def test_hadolint_would_find_something(tmp_path: Path) -> None:
     worse = tmp_path / "Dockerfile"
     worse.write_text(DOCKERFILE.read_text(encoding="utf-8") + "USER root\nRUN cd / && sudo pip install dask\n")
     with pytest.raises(AssertionError, match="DL3004"):
-        said(tool("hadolint"), "--failure-threshold", "style", str(worse))
+        output_of(tool("hadolint"), "--failure-threshold", "style", str(worse))
 
 
 def test_final_images_run_as_nobody_special_and_are_built_elsewhere() -> None:
@@ -75,7 +75,7 @@ def test_what_the_image_copies_is_let_through_to_the_build() -> None:
 
 @pytest.mark.parametrize("file", sorted(path.name for path in COMPOSE.glob("*.yaml")))
 def test_compose_file_has_the_form_of_the_specification(file: str) -> None:
-    check = said(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(COMPOSE / file))
+    check = output_of(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(COMPOSE / file))
     assert "ok" in check
 
 
@@ -111,7 +111,7 @@ def put_together(program: str, added: list[str], tmp_path: Path, **changed: str)
     env.write_text("".join(f"{name}={value}\n" for name, value in lines.items()), encoding="utf-8")
     merged = tmp_path / "merged.yaml"
     files = [word for file in ("compose.yaml", *added) for word in ("-f", str(COMPOSE / file))]
-    merged.write_text(said(program, "--env-file", str(env), *files, "config"), encoding="utf-8")
+    merged.write_text(output_of(program, "--env-file", str(env), *files, "config"), encoding="utf-8")
     return read_yaml(merged)
 
 

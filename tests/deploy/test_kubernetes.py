@@ -9,7 +9,7 @@ from typing import Any
 import kubernetes_validate  # type: ignore[import-untyped] # it has none
 import pytest
 
-from tests.deploy.files import DEPLOY, debian_tool, documents, env_file, read_yaml, said
+from tests.deploy.files import DEPLOY, debian_tool, documents, env_file, output_of, read_yaml
 
 KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ["cpu", "gpu", "nightly"]
@@ -29,9 +29,9 @@ def plain() -> Iterator[tuple[Path, Manifest]]:
 @pytest.fixture(scope="module", params=OVERLAYS)
 def rendered(request: pytest.FixtureRequest) -> list[Manifest]:
     kubectl = debian_tool("kubectl", "kubernetes-client")
-    if "kustomizeVersion" not in said(kubectl, "version", "--client", "--output=json"):
+    if "kustomizeVersion" not in output_of(kubectl, "version", "--client", "--output=json"):
         pytest.skip("kubectl is older than 1.24, and its kustomize knows less than these files ask for")
-    return documents(said(kubectl, "kustomize", str(KUBERNETES / "overlays" / request.param)))
+    return documents(output_of(kubectl, "kustomize", str(KUBERNETES / "overlays" / request.param)))
 
 
 def as_kubernetes_knows_them(manifest: Manifest) -> Iterator[Manifest]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.deploy.files import DEPLOY, debian_tool, said
+from tests.deploy.files import DEPLOY, debian_tool, output_of
 from tests.slides import PINK, PURPLE, painted, write_slide
 
 SCRIPT = DEPLOY / "slurm" / "segment_on_slurm.py"
@@ -154,5 +154,5 @@ def test_a_batch_runs_on_slurm_through_dask(slurm: dict[str, str], tmp_path: Pat
     logs = sorted((tmp_path / "shared" / "slurm-logs").glob("dask-worker-*.err"))
     assert logs
     assert "tls://127.0.0.1" in logs[0].read_text(encoding="utf-8")
-    assert said("squeue", "--noheader", env=slurm) == ""
+    assert output_of("squeue", "--noheader", env=slurm) == ""
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["slurm-logs"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.files import DEPLOY, debian_tool, said
+from tests.deploy.files import DEPLOY, debian_tool, output_of
 
 UNITS = sorted((DEPLOY / "systemd").glob("*.*er*"))
 SERVICES = [path for path in UNITS if path.suffix == ".service"]
@@ -56,7 +56,7 @@ def test_systemd_would_say_what_is_wrong(tmp_path: Path) -> None:
 def test_service_is_closed(service: Path) -> None:
     # Of 100; an unprotected service has 96.
     program = debian_tool("systemd-analyze", "systemd")
-    report = said(program, "security", "--offline=true", "--threshold=20", "--no-pager", str(service))
+    report = output_of(program, "security", "--offline=true", "--threshold=20", "--no-pager", str(service))
     assert "Overall exposure level" in report
 
 
@@ -74,4 +74,4 @@ def test_timer_starts_the_service_of_its_name_every_day() -> None:
     assert timer.with_suffix(".service") in SERVICES
     (when,) = re.findall(r"^OnCalendar=(.+)$", timer.read_text(encoding="utf-8"), re.MULTILINE)
     program = debian_tool("systemd-analyze", "systemd")
-    assert "Normalized form: *-*-* 20:00:00" in said(program, "calendar", when)
+    assert "Normalized form: *-*-* 20:00:00" in output_of(program, "calendar", when)

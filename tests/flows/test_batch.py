@@ -79,9 +79,9 @@ def test_a_server_that_is_unreachable_when_a_part_starts_stops_no_slide(
 
 
 def test_hidden_folders_are_replaced_whether_or_not_a_file_name_follows() -> None:
-    said = without_folders([Path("/data/Doe, Jane")])
-    assert said("no slide in /data/Doe, Jane") == "no slide in (folder)"
-    assert said("/data/Doe, Jane/a.svs: no mpp") == "a.svs: no mpp"
+    shortened = without_folders([Path("/data/Doe, Jane")])
+    assert shortened("no slide in /data/Doe, Jane") == "no slide in (folder)"
+    assert shortened("/data/Doe, Jane/a.svs: no mpp") == "a.svs: no mpp"
 
 
 def run(source: Path | str, output: Path, **options: Any) -> State[Any]:
@@ -318,12 +318,12 @@ def test_with_paths_hidden_no_folder_reaches_the_server(
     chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run.id]))
 
     def logs() -> str | None:
-        said = "\n".join(line.message for line in harness.read_logs(chosen))
-        return said if "b.svs is odd" in said and "Finished in state" in said else None
+        log = "\n".join(line.message for line in harness.read_logs(chosen))
+        return log if "b.svs is odd" in log and "Finished in state" in log else None
 
-    said = until(logs, seconds=20, what="the log of the run")
-    assert "RuntimeError" in said
-    shown = [said, *(f"{one.description} {one.data}" for one in artifacts(harness, flow_run).values())]
+    log = until(logs, seconds=20, what="the log of the run")
+    assert "RuntimeError" in log
+    shown = [log, *(f"{one.description} {one.data}" for one in artifacts(harness, flow_run).values())]
     runs = harness.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id])))
     shown += [f"{one.name} {one.task_inputs} {one.state and one.state.message}" for one in runs]
     assert any("a.svs: has the same name as a.tif" in text for text in shown)

@@ -124,11 +124,11 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("only root may mount a small file system")
     folder.mkdir()
-    said = subprocess.run(
+    mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=False, capture_output=True, text=True
     )
-    if said.returncode:
-        pytest.skip(f"cannot mount a small file system: {said.stderr.strip()}")
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
     try:
         yield folder
     finally:
@@ -343,7 +343,7 @@ def failing_predictor(error: BaseException, method: str = "predict") -> Predicto
 
 @pytest.mark.parametrize("method", ["predict", "on_device"])
 @pytest.mark.parametrize(
-    ("error", "said", "hint"),
+    ("error", "message", "hint"),
     [
         (
             RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported"),
@@ -360,11 +360,11 @@ def failing_predictor(error: BaseException, method: str = "predict") -> Predicto
     ids=["device", "device memory", "memory"],
 )
 def test_a_device_that_fails_names_the_slide_and_the_block(
-    slides: Slides, tmp_path: Path, error: BaseException, said: str, hint: str, method: str
+    slides: Slides, tmp_path: Path, error: BaseException, message: str, hint: str, method: str
 ) -> None:
     a, b = slides.run(tmp_path / "out", failing_predictor(error, method))
     assert (a.status, b.status) == ("failed", "done")
-    assert a.error.startswith(f"a.svs: {said}(x, y, width, height) (")
+    assert a.error.startswith(f"a.svs: {message}(x, y, width, height) (")
     assert hint in a.error
     assert "\n" not in a.error
     slides.check_recovery(tmp_path / "out", least=1)

@@ -72,7 +72,7 @@ def with_chain(path: Path, directories: int, *, loop: bool = False) -> Path:
 
 
 def refusal(path: Path, backend: Backend) -> str | None:
-    """What is said of a slide that cannot be read; None of one that can."""
+    """Return the error of a slide that cannot be read; None if it can be read."""
     try:
         read_slide(path, backend)
     except SlideError as error:
@@ -119,17 +119,15 @@ def test_a_strip_that_claims_to_be_huge_is_refused(tmp_path: Path) -> None:
 def test_a_level_without_pixels_is_refused(tmp_path: Path, page: int, size: tuple[int, int], backend: Backend) -> None:
     path = write_slide(tmp_path / "zero.svs", speckled(), mpp=1.0, levels=(1, 4))
     with_tags(path, page, ImageWidth=size[0], ImageLength=size[1])
-    said = refusal(path, backend)
-    if said is None:
+    message = refusal(path, backend)
+    if message is None:
         with open_slide(path, backend=backend) as slide:
             assert min(min(size) for size in slide.info.level_sizes) > 0
     else:
-        assert said.startswith("zero.svs: ")
+        assert message.startswith("zero.svs: ")
 
 
-def test_the_sizes_of_levels_are_checked_whatever_a_reader_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sizes_of_levels_are_checked_for_every_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_slide(tmp_path / "zero.svs", speckled(), mpp=1.0)
     normal = TiffSlideReader.__init__
 
@@ -219,8 +217,8 @@ def test_a_deflate_bomb_is_decoded_no_further_than_its_tile(tmp_path: Path, back
     stream = b"".join(packer.compress(bytes(1 << 24)) for _ in range(32)) + packer.flush()  # half a GiB in 2 MiB
     path = of_one_tile(tmp_path / "bomb.tif", stream, "adobe_deflate")
     before = peak_bytes()
-    said = refusal(path, backend)
-    assert said is None or said.startswith("bomb.tif: opens, but its pixels cannot be decoded")
+    message = refusal(path, backend)
+    assert message is None or message.startswith("bomb.tif: opens, but its pixels cannot be decoded")
     assert peak_bytes() - before < 128 << 20
 
 

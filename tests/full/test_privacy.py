@@ -100,7 +100,7 @@ class Ran:
 
     slide: Path
     output: Path
-    said: dict[str, str]
+    printed: dict[str, str]
     """stdout, stderr and answers of the viewer, by their source."""
     answers: dict[str, bytes]
 
@@ -126,12 +126,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         encoding="utf-8", check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    said = {"segment: stdout": done.stdout, "segment: stderr": done.stderr}
+    printed = {"segment: stdout": done.stdout, "segment: stderr": done.stderr}
     for arguments in (["check", "out"], ["qupath", "out", "--tiles"]):
         with contextlib.chdir(folder):
             result = CliRunner().invoke(export_app, arguments)
         assert result.exit_code == 0, result.output
-        said["export " + " ".join(arguments)] = result.output
+        printed["export " + " ".join(arguments)] = result.output
     answers = {}
     results = find_results(folder / "out")
     with TestClient(make_app(results), base_url="http://127.0.0.1") as client:
@@ -145,7 +145,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
             assert answer.status_code == 200, address
             answers[address] = repr(answer.headers).encode() + answer.content
             answers[f"body of {address}"] = answer.content
-    return Ran(slide, folder / "out", said, answers)
+    return Ran(slide, folder / "out", printed, answers)
 
 
 def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -214,10 +214,10 @@ def test_no_file_of_a_run_tells_it(ran: Ran) -> None:
 
 
 def test_no_log_tells_it_even_at_its_most_talkative(ran: Ran) -> None:
-    assert "DEBUG" in ran.said["segment: stderr"]
-    assert re.search(r"failed +cut\.svs: ", ran.said["segment: stderr"])
-    assert re.search(r"failed +bare\.svs: does not contain micrometers per pixel", ran.said["segment: stderr"])
-    assert {name: told for name, text in ran.said.items() if (told := secrets_in(text.encode()))} == {}
+    assert "DEBUG" in ran.printed["segment: stderr"]
+    assert re.search(r"failed +cut\.svs: ", ran.printed["segment: stderr"])
+    assert re.search(r"failed +bare\.svs: does not contain micrometers per pixel", ran.printed["segment: stderr"])
+    assert {name: told for name, text in ran.printed.items() if (told := secrets_in(text.encode()))} == {}
 
 
 def test_no_answer_of_the_viewer_tells_it(ran: Ran) -> None:
