@@ -22,17 +22,7 @@ class RuleBrokenError(ValueError):
     """The text breaks a rule of QuPath's GeoJSON dialect."""
 
 
-def check_geojson(text: str) -> list[dict[str, Any]]:
-    """Return the features of one FeatureCollection. Raises RuleBrokenError for the first broken rule."""
-    kept = []
-    for feature, broken in _checked(text):
-        if broken:
-            raise RuleBrokenError(broken)
-        kept.append(feature)
-    return kept
-
-
-def broken_rules(text: str) -> tuple[int, list[str]]:
+def broken_geojson_rules(text: str) -> tuple[int, list[str]]:
     """Return the number of features in a text and the broken rules, at most one per feature.
 
     Reading stops at the first error outside a feature.

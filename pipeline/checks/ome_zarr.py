@@ -16,7 +16,7 @@ OME = "{http://www.openmicroscopy.org/Schemas/OME/2016-06}"
 METADATA_FILES = {".zgroup", ".zattrs", ".zarray"}
 
 
-def broken_rules(root: Path) -> list[str]:
+def broken_ome_zarr_rules(root: Path) -> list[str]:
     """Return a sentence per rule that the store at `root` breaks.
 
     If metadata is missing or malformed, the list ends with that problem.

@@ -13,9 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.checks import geojson as geojson_rules
-from pipeline.checks import ome_zarr as ome_zarr_rules
+from pipeline.checks.geojson import broken_geojson_rules
+from pipeline.checks.ome_zarr import broken_ome_zarr_rules
 from pipeline.errors import ConfigError
+
+# An error in summary.csv may be longer than the 131,072 characters that csv reads by default.
+csv.field_size_limit(2**31 - 1)
 
 Findings = dict[Path, list[str]]
 """The problems of each checked file or folder; an empty list means that all rules hold."""
@@ -29,7 +32,7 @@ def broken_rules(path: Path) -> Findings:
     if path.suffix in {".geojson", ".json"} and path.is_file():
         return {path: _geojson(path)[1]}
     if path.suffix == ".zarr" and path.is_dir():
-        return {path: ome_zarr_rules.broken_rules(path)}
+        return {path: broken_ome_zarr_rules(path)}
     if (path / "run.json").is_file():
         return _result(path)
     slides = sorted(run.parent for run in path.glob("*/run.json") if not run.parent.name.startswith("."))
@@ -59,7 +62,7 @@ def _result(folder: Path) -> Findings:
         if not path.exists():
             continue
         if path.suffix == ".zarr":
-            found[path] = ome_zarr_rules.broken_rules(path)
+            found[path] = broken_ome_zarr_rules(path)
         elif path.suffix == ".geojson":
             count, found[path] = _geojson(path)
             found[path] += _other_count(count, polygons, "features")
@@ -72,7 +75,7 @@ def _result(folder: Path) -> Findings:
 
 def _geojson(path: Path) -> tuple[int, list[str]]:
     try:
-        return geojson_rules.broken_rules(path.read_text(encoding="utf-8"))
+        return broken_geojson_rules(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         return 0, [f"cannot be read: {error}"]
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from models.bundle import NO_DIGEST
 from models.predictor import Predictor
 from models.runtimes import Runtime
-from pipeline.checks.geojson import check_geojson
 from pipeline.config import SegmentConfig, resolve
 from pipeline.errors import PipelineError
 from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store
@@ -35,6 +34,7 @@ from pipeline.slide.blocks import BlockRecord, BlockWork, regions_file, segment_
 from pipeline.slide.recipe import plan_slide, segment_slide
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
 from tests.pipeline.fakes import COLORS, SMALL, color_predictor, labels_of, run_of
+from tests.pipeline.features import checked_features
 from tests.slides import PINK, PURPLE, painted, write_slide
 from wsi.box import Box
 from wsi.grid import make_grid
@@ -342,7 +342,7 @@ def test_published_polygons_and_areas_are_those_of_the_label_map(
     assert folder is not None
     labels_HW, run = labels_of(folder), run_of(folder)
     assert run["plan"]["map_mpp"] == 4 * mpp
-    features = check_geojson((folder / f"{number}.geojson").read_text(encoding="utf-8"))
+    features = checked_features((folder / f"{number}.geojson").read_text(encoding="utf-8"))
     rasterised_HW = np.zeros_like(labels_HW)
     rows_HW, columns_HW = np.mgrid[: labels_HW.shape[0], : labels_HW.shape[1]]
     polygons_mm2 = {"class-0": 0.0, "class-1": 0.0}

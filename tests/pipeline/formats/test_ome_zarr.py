@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from napari_ome_zarr import napari_get_reader
 
 from models.tissue_class import TissueClass
-from pipeline.checks.ome_zarr import broken_rules
+from pipeline.checks.ome_zarr import broken_ome_zarr_rules
 from pipeline.formats.ome_zarr import (
     MapSpec,
     MapStore,
@@ -271,7 +271,7 @@ def test_leftover_partial_files_are_removed(tmp_path: Path) -> None:
     before = contents(store.path)
     (store.path / "0" / "1" / "0" / "2.0a1b.partial").write_bytes(b"half")
     (store.path / "labels" / "classes" / "0" / "1" / "0.77.partial").write_bytes(b"half")
-    assert len(broken_rules(store.path)) > 0
+    assert len(broken_ome_zarr_rules(store.path)) > 0
     sweep_partial_files(store.path)
     assert contents(store.path) == before
 
@@ -290,7 +290,7 @@ def finished(path: Path, size_out: tuple[int, int], empty: bool = False, chunk: 
 )
 def test_a_map_follows_every_rule_of_the_viewers(tmp_path: Path, size_out: tuple[int, int], empty: bool) -> None:
     path = finished(tmp_path / "a.ome.zarr", size_out, empty)
-    assert broken_rules(path) == []
+    assert broken_ome_zarr_rules(path) == []
     yaozarrs.validate_zarr_store(str(path))
     model = ome_zarr_models.open_ome_zarr(zarr.open_group(path, mode="r"), version="0.4")
     assert type(model).__name__ == "Image"
@@ -305,17 +305,19 @@ def test_the_rules_detect_what_breaks_viewers(tmp_path: Path) -> None:
     for old, new in (('"shuffle": 1', '"shuffle": -1'), ('"zstd"', '"lz4"'), ('separator": "/"', 'separator": "."')):
         assert old in good
         zarray.write_text(good.replace(old, new))
-        assert len(broken_rules(path)) == 1
+        assert len(broken_ome_zarr_rules(path)) == 1
     zarray.write_text(good)
     xml = path / "OME" / "METADATA.ome.xml"
     xml.write_text(xml.read_text(encoding="utf-8").replace('SizeX="80"', 'SizeX="75"'), encoding="utf-8")
-    assert broken_rules(path) == ["OME-XML has the sizes CYXZT [3, 48, 75, 1, 1], but the array has [3, 48, 80]"]
+    assert broken_ome_zarr_rules(path) == [
+        "OME-XML has the sizes CYXZT [3, 48, 75, 1, 1], but the array has [3, 48, 80]"
+    ]
     xml.write_text(xml.read_text(encoding="utf-8").replace('SizeX="75"', 'SizeX="80"'), encoding="utf-8")
     zattrs = path / ".zattrs"
     attributes = json.loads(zattrs.read_text(encoding="utf-8"))
     attributes["omero"]["rdefs"] = {"model": "color"}
     zattrs.write_text(json.dumps(attributes), encoding="utf-8")
-    assert broken_rules(path) == [
+    assert broken_ome_zarr_rules(path) == [
         "omero.rdefs.model is color, which makes Vitessce show three classes as red, green and blue"
     ]
 
@@ -335,7 +337,7 @@ def test_the_ome_xml_contains_pixel_size_and_names_for_qupath(tmp_path: Path) ->
 
 def test_characters_that_xml_cannot_contain_are_replaced_in_the_slide_name(tmp_path: Path) -> None:
     create_store(tmp_path / "a.ome.zarr", make_spec(name="a\udcff\x07b"))
-    assert broken_rules(tmp_path / "a.ome.zarr") == []
+    assert broken_ome_zarr_rules(tmp_path / "a.ome.zarr") == []
     xml = (tmp_path / "a.ome.zarr" / "OME" / "METADATA.ome.xml").read_text(encoding="utf-8")
     assert ome_types.from_xml(xml).images[0].name == "a??b"
 

@@ -14,8 +14,7 @@ import pytest
 import shapely
 from numpy.typing import NDArray
 
-from pipeline.checks.geojson import check_geojson
-from pipeline.checks.ome_zarr import broken_rules
+from pipeline.checks.ome_zarr import broken_ome_zarr_rules
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, InferenceError, LockedError, OutputError, PlanError
 from pipeline.slide.recipe import segment_slide
@@ -36,6 +35,7 @@ from tests.pipeline.fakes import (
     stating_bounds,
     truth,
 )
+from tests.pipeline.features import checked_features
 from tests.slides import PINK, painted, write_slide
 from wsi.box import Box
 from wsi.errors import ResolutionError, SlideError, SlideReadError
@@ -47,7 +47,7 @@ BACKENDS: list[BackendName] = ["openslide", "tiffslide"]
 
 
 def polygons_by_class(folder: Path) -> dict[str, shapely.Geometry]:
-    features = check_geojson((folder / f"{folder.name}.geojson").read_text(encoding="utf-8"))
+    features = checked_features((folder / f"{folder.name}.geojson").read_text(encoding="utf-8"))
     names = {f["properties"]["classification"]["name"] for f in features}
     return {
         name: shapely.union_all(
@@ -137,7 +137,7 @@ def test_finer_maps_keep_the_regions_in_their_place(tmp_path: Path, stride: int)
     (x, y, w, h), _ = REGIONS[1]
     # Interpolated from the network's own 4 pixels: the border stays within one of them.
     assert shapely.hausdorff_distance(found, shapely.box(x, y, x + w, y + h)) <= 4.0
-    assert broken_rules(result.folder / "slide.ome.zarr") == []
+    assert broken_ome_zarr_rules(result.folder / "slide.ome.zarr") == []
 
 
 def test_a_predictor_of_other_settings_than_the_runs_is_refused(tmp_path: Path) -> None:
@@ -155,8 +155,8 @@ def test_all_outputs_follow_the_rules_of_their_readers(tmp_path: Path) -> None:
     stem = path.stem
     pictures = {"preview.png", "index.html", "thumbnail.jpg"}
     assert names == {f"{stem}.ome.zarr", f"{stem}.geojson", f"{stem}.parquet", "run.json", *pictures}
-    assert broken_rules(folder / f"{stem}.ome.zarr") == []
-    features = check_geojson((folder / f"{stem}.geojson").read_text(encoding="utf-8"))
+    assert broken_ome_zarr_rules(folder / f"{stem}.ome.zarr") == []
+    features = checked_features((folder / f"{stem}.geojson").read_text(encoding="utf-8"))
     table = pq.read_table(folder / f"{stem}.parquet")
     assert table.num_rows == len(features) == 2
     assert [f["id"] for f in features] == table["id"].to_pylist()
@@ -225,8 +225,8 @@ def test_a_slide_without_tissue_gives_empty_but_valid_outputs(tmp_path: Path) ->
     result = segment_slide(path, tmp_path / "out", color_predictor(), SMALL)
     assert result.status == "no tissue"
     assert result.folder is not None
-    assert broken_rules(result.folder / "glass.ome.zarr") == []
-    assert check_geojson((result.folder / "glass.geojson").read_text()) == []
+    assert broken_ome_zarr_rules(result.folder / "glass.ome.zarr") == []
+    assert checked_features((result.folder / "glass.geojson").read_text()) == []
     assert pq.read_table(result.folder / "glass.parquet").num_rows == 0
     assert not labels_of(result.folder).any()
     assert (result.folder / "preview.png").stat().st_size > 0

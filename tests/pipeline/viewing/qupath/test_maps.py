@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from models.tissue_class import TissueClass
-from pipeline.checks.geojson import check_geojson
 from pipeline.formats.ome_zarr import MapSpec, MapStore, build_pyramid, create_store
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.qupath.maps import ProbabilityMap, write_overlays, write_tiles
 from pipeline.viewing.qupath.project import write_project
 from tests.pipeline.fakes import CORNER, REGIONS, SMALL, color_predictor, probs_of, run_of, stating_bounds
+from tests.pipeline.features import checked_features
 from tests.slides import PINK, PURPLE, painted, write_slide
 from wsi.box import Box
 from wsi.readers import READERS
@@ -47,7 +47,7 @@ def test_tiles_have_the_mean_of_the_map(root: Path, tmp_path: Path) -> None:
     folder = root / "results" / "b"
     path = tmp_path / "t.geojson"
     count = write_tiles(path, map_of(folder), tile_out=20)
-    features = check_geojson(path.read_text(encoding="utf-8"))
+    features = checked_features(path.read_text(encoding="utf-8"))
     probs_KHW = probs_of(folder)[:, :208, :320].astype(float)
     expected = {}
     for y in range(0, 208, 20):
@@ -77,7 +77,7 @@ def test_the_last_tiles_end_at_the_edge_of_the_map_without_its_padding(tmp_path:
     probability = wide_map(tmp_path / "wide.ome.zarr", (701, 601))
     assert probability.probs(0).shape == (1, 602, 702)
     write_tiles(tmp_path / "t.geojson", probability, tile_out=256)
-    *_, last = check_geojson((tmp_path / "t.geojson").read_text(encoding="utf-8"))
+    *_, last = checked_features((tmp_path / "t.geojson").read_text(encoding="utf-8"))
     (ring,) = last["geometry"]["coordinates"]
     assert (ring[0], ring[2]) == ([512 * 4.0, 512 * 4.0], [701 * 4.0, 601 * 4.0])
     mean = np.asarray(probability.probs(0)[0, 512:601, 512:701]).astype(float).sum() / (89 * 189) / 255
@@ -100,7 +100,7 @@ def test_tiles_and_pictures_are_in_qupaths_frame_on_a_slide_with_bounds(
     left, top, width, height = REGIONS[1][0]
     inside: list[float] = []
     outside: list[float] = []
-    for feature in check_geojson(path.read_text(encoding="utf-8")):
+    for feature in checked_features(path.read_text(encoding="utf-8")):
         (ring,) = feature["geometry"]["coordinates"]
         (x0, y0), (x1, y1) = ring[0], ring[2]
         within = left <= x0 and x1 <= left + width and top <= y0 and y1 <= top + height

@@ -10,11 +10,11 @@ from urllib.parse import unquote, urljoin
 
 import pytest
 
-from pipeline.checks.geojson import check_geojson
 from pipeline.errors import OutputError
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.qupath.project import packed_argb, write_project
 from tests.pipeline.fakes import SMALL, constant_predictor
+from tests.pipeline.features import checked_features
 from tests.pipeline.viewing.qupath.projects import NAMES, file_of, project_of, rows_of, slides_of
 from tests.slides import PINK, PURPLE
 
@@ -169,4 +169,4 @@ def test_pictures_and_tiles_of_an_earlier_result_are_replaced(root: Path) -> Non
     assert not list(maps.glob("*.geojson"))
     assert [row["tiles"] for row in rows_of(root)][1] == ""
     write_project(root / "results", tiles=True)
-    assert len(check_geojson(next(maps.glob("*.geojson")).read_text(encoding="utf-8"))) > 0
+    assert len(checked_features(next(maps.glob("*.geojson")).read_text(encoding="utf-8"))) > 0
