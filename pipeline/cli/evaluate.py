@@ -90,12 +90,12 @@ def _prepare(
     from models.predictor import Predictor
     from pipeline.errors import OutputError
     from pipeline.training.dataset import load_dataset
-    from pipeline.training.evaluate import check_classes, masked_samples
+    from pipeline.training.evaluate import check_same_classes, masked_samples
     from pipeline.workers.malloc import keep_freed_memory
 
     keep_freed_memory()
     model, dataset = load_bundle(bundle), load_dataset(description, data)
-    check_classes(model.card, dataset)
+    check_same_classes(model.card, dataset)
     masked_samples(dataset, split)
     try:
         output.mkdir(parents=True, exist_ok=True)

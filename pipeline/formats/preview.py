@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 from models.tissue_class import Color
 from pipeline.results.areas import ClassArea, share_text
 
-UInt8Array = npt.NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 BLEND = 0.45
@@ -39,7 +38,7 @@ ASCII = {"ß": "ss", "µ": "u", "–": "-", "—": "-", "ø": "o", "Ø": "O", "�
 
 def write_preview(
     path_png: Path,
-    thumbnail_rgb_HWC: UInt8Array,
+    thumbnail_rgb_HWC: npt.NDArray[np.uint8],
     labels_HW: npt.NDArray[np.integer],
     areas: Sequence[ClassArea],
     title: str,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import zarr
 from PIL import Image
 
 from models.tissue_class import TissueClass
-from pipeline.formats.ome_zarr import LABELS, MapStore
+from pipeline.formats.ome_zarr import LABELS, MapStore, UInt8Array
 from wsi.grid import Grid
 from wsi.levels import pick_level
 from wsi.slide import Slide
@@ -18,8 +17,6 @@ from wsi.tissue import read_thumbnail
 
 LONGEST_PX = 1600
 """Largest length of a picture's longer side."""
-
-UInt8Array = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages, View, draw_places, make_view, view_side
 
 
-class Batch(NamedTuple):
+class ClassifierBatch(NamedTuple):
     """The views of one step, with the labels of all patches inside the views."""
 
     views: Sequence[View]
@@ -46,14 +46,14 @@ def classifier_task(
     weight_2K = class_weights(training.class_frequency(), balance=config.balance).to(device)
     share = range(processes.rank, config.classifier_batch, processes.world)
 
-    def make_batch(rng: np.random.Generator) -> Batch:
+    def make_batch(rng: np.random.Generator) -> ClassifierBatch:
         count = config.classifier_batch
         places = draw_places(training, config.region, count, rng)
         seeds = rng.integers(2**32, size=count)
         views = [make_view(training, places[n], config.stain, np.random.default_rng(seeds[n])) for n in share]
-        return Batch(views, weight_2K)
+        return ClassifierBatch(views, weight_2K)
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: ClassifierBatch) -> Tensor:
         return presence_loss(classifier, batch, device)
 
     def begin_epoch(epoch: int) -> None:
@@ -102,7 +102,7 @@ def class_weights(frequency_K: NDArray[np.float64], *, balance: bool) -> Tensor:
     return torch.from_numpy(np.minimum(0.5 / np.maximum(shares_2K, 1e-9), 10.0)).float()
 
 
-def presence_loss(classifier: Classifier, batch: Batch, device: torch.device) -> Tensor:
+def presence_loss(classifier: Classifier, batch: ClassifierBatch, device: torch.device) -> Tensor:
     """Return the weighted mean binary cross-entropy of all patches of a batch, including the head's auxiliary logits.
 
     If all weights are 1, this is the multi-label soft margin loss of Han et al. 2022.

@@ -98,7 +98,7 @@ def evaluate(
     Raises ClassMismatchError if the model has other classes than the data set. Raises DatasetError if the split has no
     images, an image has no mask, or a file cannot be read, because scores of a part of a test set are not comparable.
     """
-    check_classes(predictor.card, dataset)
+    check_same_classes(predictor.card, dataset)
     chosen = masked_samples(dataset, split)
     classes = len(dataset.class_names)
     size = classes + 1
@@ -124,7 +124,7 @@ def evaluate(
     return Evaluation(dataset.class_names, matrices, image_miou, dict(group_matrices))
 
 
-def check_classes(model: ModelCard, dataset: Dataset) -> None:
+def check_same_classes(model: ModelCard, dataset: Dataset) -> None:
     """Raise ClassMismatchError unless model and data set have the same class names in the same order."""
     ours = tuple(entry.name for entry in model.classes)
     if ours != dataset.class_names:

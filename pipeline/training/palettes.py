@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-Color = tuple[int, int, int]
+from models.tissue_class import Color
 
 CLASS_COLORS: tuple[Color, ...] = (
     (17, 34, 102),

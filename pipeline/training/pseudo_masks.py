@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from models.cam import LayerMaps, cam_maps, layer_maps
+from models.cam import LAYERS, cam_maps, layer_maps
 from models.classifier import Classifier
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
@@ -24,7 +24,6 @@ from pipeline.training.fit import Processes
 from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages
 
-LAYERS = LayerMaps._fields
 BATCH = 16
 """Labeled patches per call of a CAM method."""
 

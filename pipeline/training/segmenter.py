@@ -29,7 +29,7 @@ SMALLEST_SHARE = 0.05
 """Default minimum share of a patch for a class to be present, if the data set does not define one."""
 
 
-class Batch(NamedTuple):
+class SegmenterBatch(NamedTuple):
     """The views of one step, with their labels."""
 
     rgb_NHWC: NDArray[np.uint8]
@@ -57,7 +57,7 @@ def segmenter_task(
     ).to(device)
     weights = tuple(weight for weight in config.layer_weights if weight > 0)
 
-    def make_batch(rng: np.random.Generator) -> Batch:
+    def make_batch(rng: np.random.Generator) -> SegmenterBatch:
         count = config.segmenter_batch
         places = draw_places(training, config.region, count, rng)
         seeds = rng.integers(2**32, size=count)
@@ -69,9 +69,9 @@ def segmenter_task(
         ]
         rgb_NHWC, labels_NLHW = padded(np.stack([rgb for rgb, _ in views])), np.stack([labels for _, labels in views])
         beyond = [(0, rgb_NHWC.shape[axis] - labels_NLHW.shape[axis + 1]) for axis in (1, 2)]
-        return Batch(rgb_NHWC, np.pad(labels_NLHW, [(0, 0), (0, 0), *beyond], constant_values=IGNORED))
+        return SegmenterBatch(rgb_NHWC, np.pad(labels_NLHW, [(0, 0), (0, 0), *beyond], constant_values=IGNORED))
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: SegmenterBatch) -> Tensor:
         logits_NKhw = segmenter(as_input(batch.rgb_NHWC, device))
         return layered_loss(logits_NKhw, torch.from_numpy(batch.labels_NLHW).to(device), weights, weight_K)
 

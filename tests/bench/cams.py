@@ -40,7 +40,7 @@ from models.classifier import Classifier
 from models.errors import CamUnavailableError
 from pipeline.training.dataset import Dataset, labeled_boxes, load_dataset, read_mask, read_rgb, samples
 from pipeline.training.dataset_card import Split
-from pipeline.training.evaluate import check_classes, confusion_matrix, scores
+from pipeline.training.evaluate import check_same_classes, confusion_matrix, scores
 from pipeline.training.inputs import MEAN, STD
 from pipeline.training.pseudo_masks import jointly_scaled
 from tests.bench.cam_scores import (
@@ -181,7 +181,7 @@ def bundled(name: str, dataset: Dataset, device: torch.device) -> Subject:
     """Return the classifier of a bundle, or of the one in a training run's folder; its classes must be the data's."""
     inside = Path(name) / "bundle"
     bundle = load_bundle(inside if inside.is_dir() else name)
-    check_classes(bundle.card, dataset)
+    check_same_classes(bundle.card, dataset)
     classifier = load_networks(bundle)[0]
     assert isinstance(classifier, Classifier)
     card = bundle.card

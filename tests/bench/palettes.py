@@ -22,10 +22,11 @@ from skimage.color import deltaE_ciede2000, rgb2hed, rgb2lab
 from skimage.filters import threshold_otsu
 
 from models.bundle import load_bundle
+from models.tissue_class import Color
 from pipeline.formats.preview import BLEND, OUTLINE
 from pipeline.training.dataset import SHIPPED
 from pipeline.training.dataset_card import read_card
-from pipeline.training.palettes import CLASS_COLORS, Color
+from pipeline.training.palettes import CLASS_COLORS
 
 COUNT = 10
 LEAST_TO_HE = 8.0

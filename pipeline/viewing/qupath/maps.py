@@ -23,8 +23,6 @@ from pipeline.files import replacing
 from pipeline.formats.ome_zarr import CHUNK_OUT
 from wsi.box import Box
 
-UInt8Array = npt.NDArray[np.uint8]
-
 OVERLAY_PX = 2048
 """Largest side of a picture, which is a level of the map."""
 

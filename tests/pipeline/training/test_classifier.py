@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.classifier import Classifier
 from models.heads import HEADS, HeadOutput
 from pipeline.training.classifier import (
-    Batch,
+    ClassifierBatch,
     class_weights,
     classifier_task,
     held_out_batches,
@@ -107,14 +107,14 @@ def test_no_label_weighs_more_than_ten_and_unbalanced_labels_weigh_one() -> None
     assert class_weights(frequency_K, balance=False).tolist() == [[1.0] * 4] * 2
 
 
-def made_batch(weight_2K: Tensor, seed: int = 0) -> Batch:
+def made_batch(weight_2K: Tensor, seed: int = 0) -> ClassifierBatch:
     rng = np.random.default_rng(seed)
     boxes = [np.array([(0, 0, 32, 32), (16, 8, 32, 32)]), np.array([(32, 32, 32, 32)]), np.zeros((0, 4), np.int64)]
     views = [
         View(rgb_HWC, boxes_B4, rng.random((len(boxes_B4), 3)) < 0.5)
         for rgb_HWC, boxes_B4 in zip(noise_images(3, 64, 64), boxes, strict=True)
     ]
-    return Batch(views, weight_2K)
+    return ClassifierBatch(views, weight_2K)
 
 
 @pytest.mark.parametrize("head", ["gap", "area"])
