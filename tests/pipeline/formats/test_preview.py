@@ -12,6 +12,7 @@ from PIL import Image
 
 from models.tissue_class import TissueClass
 from pipeline.formats import preview
+from pipeline.formats.ome_zarr import UInt8Array
 from pipeline.formats.preview import length_text, overlay, round_length_um, write_preview
 from pipeline.results.areas import ClassArea, class_areas
 
@@ -21,7 +22,7 @@ CLASSES = [TissueClass("Tumor", (200, 0, 0)), TissueClass("Stroma", (0, 160, 20)
 AREAS = class_areas({"Tumor": 1.0, "Stroma": 1.0}, CLASSES)
 
 
-def halves(height: int, width: int) -> preview.UInt8Array:
+def halves(height: int, width: int) -> UInt8Array:
     """Return labels: 1 on the left half, 2 on the right half, background in the top quarter."""
     labels_HW = np.ones((height, width), np.uint8)
     labels_HW[:, width // 2 :] = 2
