@@ -176,7 +176,7 @@ def test_an_interrupted_run_names_the_command_that_resumes_it(tmp_path: Path) ->
     stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stdout) == (130, "")
     assert len(stderr.splitlines()) == 1
-    assert re.match(r"wsi-segment: big\.svs: interrupted.*; run the same command again to go on from ", stderr)
+    assert re.match(r"wsi-segment: big\.svs: interrupted.*; run the same command again to resume", stderr)
     assert not (tmp_path / "out" / "big").exists()
     again = start(tmp_path, *arguments)
     stdout, stderr = again.communicate()
