@@ -179,6 +179,7 @@ def test_a_run_is_measured_against_its_floors(
     assert f"| **efficiency** | **{run['efficiency']:.2f}** |" in printed
 
 
+@pytest.mark.full
 def test_the_plain_path_and_a_run_agree(tmp_path: Path) -> None:
     rgb_HWC = painted((640, 512), ((100, 100, 300, 200), PINK), ((150, 120, 60, 60), GLASS))
     path = write_slide(tmp_path / "tiny.svs", rgb_HWC, mpp=1.0)

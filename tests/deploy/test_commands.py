@@ -64,6 +64,7 @@ def test_options_given_to_wsi_segment_exist() -> None:
     assert used.keys() <= options_of_wsi_segment()
 
 
+@pytest.mark.full
 def test_options_given_to_prefect_exist() -> None:
     least = {
         "worker start": {"--pool", "--type", "--limit", "--with-healthcheck"},

@@ -257,6 +257,7 @@ def test_a_part_starts_while_the_last_slide_of_the_part_before_it_still_runs(
     assert run(touched(tmp_path / "in", *"abcd"), tmp_path / "out").message == "4 slides: 4 done"
 
 
+@pytest.mark.full
 def test_a_batch_that_is_interrupted_ends_its_parts(
     tmp_path: Path, harness: SyncPrefectClient, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

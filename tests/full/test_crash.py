@@ -28,7 +28,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield bench
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("cruel", [False, True], ids=["killed", "torn, without power, replacing a result"])
 def test_a_run_killed_at_every_named_step_ends_with_the_bytes_of_an_undisturbed_one(
     bench: Bench, tmp_path: Path, cruel: bool
@@ -39,7 +38,6 @@ def test_a_run_killed_at_every_named_step_ends_with_the_bytes_of_an_undisturbed_
     assert survive(bench, tmp_path / "out", kills, rng, replacing=cruel) == len(STEPS)
 
 
-@pytest.mark.full
 def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_one(bench: Bench, tmp_path: Path) -> None:
     rng = random.Random(11)
     for number in range(5):
@@ -47,7 +45,6 @@ def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_on
         survive(bench, tmp_path / f"out{number}", kills, rng, replacing=number % 2 == 1)
 
 
-@pytest.mark.full
 def test_every_line_of_the_journal_stands_for_files_that_a_power_cut_leaves(bench: Bench, tmp_path: Path) -> None:
     disk, lines = Disk(tmp_path / "none"), 0
     for event in bench.trace:
@@ -59,7 +56,6 @@ def test_every_line_of_the_journal_stands_for_files_that_a_power_cut_leaves(benc
     assert lines == 12
 
 
-@pytest.mark.full
 def test_all_of_a_result_is_on_the_disk_before_it_becomes_visible_and_its_name_before_anything_is_cleared(
     bench: Bench, tmp_path: Path
 ) -> None:

@@ -351,7 +351,6 @@ def test_a_picture_that_claims_to_be_huge_is_refused_by_its_header(tmp_path: Pat
             read(sample)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     ("target", "tries", "seen"),
     [
@@ -369,7 +368,6 @@ def test_spoilt_files_end_with_a_result_or_an_error_of_ours(target: str, tries: 
     assert seen <= set(tally.outcomes)
 
 
-@pytest.mark.full
 def test_a_reader_that_crashes_ends_a_process_and_not_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

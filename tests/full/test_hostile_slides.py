@@ -300,7 +300,6 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, make: Callable[[Path
         open_slide(path)
 
 
-@pytest.mark.full
 def test_spoilt_slides_end_with_a_result_or_an_error_of_ours() -> None:
     tally = fuzz("slides", seed=7, numbers=iter(range(100)))
     assert not tally.findings, tally.details()

@@ -25,7 +25,6 @@ GROWTH_BYTES = 1 << 20
 """Limit for the growth of memory per slide. One block's map of two classes has 3 MiB."""
 
 
-@pytest.mark.full
 def test_descriptors_threads_and_memory_do_not_grow_with_the_slides(tmp_path: Path) -> None:
     # A separate process, because the tests' process is large and keeps freed memory.
     command = [sys.executable, "-m", "tests.bench.load", "--slides", str(SLIDES), "--json", str(tmp_path / "load.json")]

@@ -46,7 +46,7 @@ def output_of(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.mark.parametrize("runtime", ["torch", full("openvino")])
+@pytest.mark.parametrize("runtime", [full("torch"), full("openvino")])
 def test_a_model_loads_without_the_compiler_of_torch(runtime: str) -> None:
     if runtime == "openvino":
         pytest.importorskip("openvino", reason="openvino is not installed")

@@ -130,6 +130,7 @@ def test_openvino_gives_a_tile_the_same_bytes_in_any_batch_and_any_run(precision
         assert torch.equal(again.logits(rgb_NHWC[order]), logits_NKhw[order])
 
 
+@pytest.mark.full
 @needs_openvino
 def test_openvino_takes_tiles_of_other_sizes() -> None:
     rgb_NHWC = stained_tiles(2)[:, :96, :128]

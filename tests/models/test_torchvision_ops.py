@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 
 def _python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -10,6 +12,7 @@ def _python(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.full
 def test_torchvision_imports_after_the_declaration() -> None:
     code = "from models.torchvision_ops import declare_missing_ops as f; f(); import torchvision; print('imported')"
     assert _python(code) == "imported"
@@ -17,6 +20,7 @@ def test_torchvision_imports_after_the_declaration() -> None:
 
 def test_missing_operators_are_declared_if_the_extension_does_not_load() -> None:
     code = """
+import pytest
 import torch
 from models import torchvision_ops
 torchvision_ops._load_extension = lambda: False

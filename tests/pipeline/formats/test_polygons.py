@@ -295,6 +295,7 @@ def test_closed_regions_stream_through_before_the_input_ends() -> None:
     assert [next(stream) for _ in range(5)] == [closed] * 5
 
 
+@pytest.mark.full
 @settings(max_examples=3)
 @given(st.integers(0, 1000))
 def test_a_full_block_takes_at_most_ten_seconds(seed: int) -> None:

@@ -444,6 +444,7 @@ def test_a_full_disk_is_said_so_and_the_run_goes_on_later(tmp_path: Path, monkey
         subprocess.run(["umount", str(small)], check=True)
 
 
+@pytest.mark.full
 def test_no_handles_or_threads_are_left(tmp_path: Path) -> None:
     import threading
 
@@ -464,6 +465,7 @@ def test_a_slide_without_mpp_fails_and_works_with_the_flag(tmp_path: Path, share
     assert segment_slide(path, tmp_path / "out", color_predictor(), config).status == "done"
 
 
+@pytest.mark.full
 def test_both_readers_give_the_same_labels_on_real_aperio_slides(
     tmp_path: Path, sample_slide: Path, shared_slides: Path
 ) -> None:

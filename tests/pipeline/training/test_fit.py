@@ -17,6 +17,7 @@ from pipeline.errors import TrainError
 from pipeline.training import fit as loop
 from pipeline.training.config import TrainConfig
 from pipeline.training.fit import Processes, fit, make_optimizer, rate_factor
+from tests.cases import full
 from tests.pipeline.training.line import CONFIG, CPU, line_task, weights
 from tests.repository import REPOSITORY
 
@@ -26,7 +27,7 @@ class Killed(Exception):  # noqa: N818 - not an error of the run's
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("stop", [1, 3, 4, 5, 11])
+@pytest.mark.parametrize("stop", [full(1), 3, full(4), full(5), full(11)])
 def test_a_run_killed_after_any_step_ends_with_the_same_weights(
     tmp_path: Path, optimizer: str, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +174,7 @@ def test_the_error_names_a_damaged_checkpoint(tmp_path: Path) -> None:
         fit(line_task(), tmp_path, CONFIG, CPU)
 
 
+@pytest.mark.full
 def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
     program = tmp_path / "two.py"
     program.write_text(

@@ -109,9 +109,9 @@ def test_a_second_run_does_no_work(unbroken: Path, textures: Dataset) -> None:
 @pytest.mark.parametrize(
     ("stage", "done"),
     [
-        ("classifier", 1),
+        full("classifier", 1),
         full("classifier", 3),
-        ("pseudo masks", 2),
+        full("pseudo masks", 2),
         full("segmenter", 1),
         ("segmenter", 3),
         full("segmenter", 4),

@@ -104,6 +104,7 @@ if __name__ == "__main__":
     assert (child.stdout.split(), child.stderr) == (["done", "False"], "")
 
 
+@pytest.mark.full
 def test_a_reader_crash_ends_the_child_process_and_not_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: str
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_reader_crash_ends_the_child_process_and_not_the_batch(
     assert rows == {"crash": "failed", "between": "done", "crash too": "failed", "last": "done"}
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("forked")
 def test_a_slide_whose_process_was_killed_resumes_from_the_finished_blocks(
     tmp_path: Path, bundle: str, job: SlideJob, started: Callable[[], set[psutil.Process]]
@@ -158,6 +160,7 @@ def test_a_process_that_somebody_ends_has_not_crashed(job: SlideJob, ended_by: s
     assert not is_lasting(error)
 
 
+@pytest.mark.full
 def test_an_interrupt_ends_the_process_and_the_same_command_resumes(
     tmp_path: Path, bundle: str, job: SlideJob, started: Callable[[], set[psutil.Process]]
 ) -> None:
