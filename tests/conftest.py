@@ -30,15 +30,6 @@ pytest_plugins = ["tests.browser"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, and all tests of the flows, which share a Prefect server."""
-    flows = Path(__file__).parent / "flows"
-    for item in items:
-        group = flows if flows in item.path.parents else item.path
-        item.add_marker(pytest.mark.xdist_group(group.relative_to(REPOSITORY).as_posix()))
-
-
 @pytest.fixture(scope="session")
 def sample_slide() -> Path:
     """Return the small real Aperio slide that `wsi-segment --sample` uses."""

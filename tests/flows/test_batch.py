@@ -178,6 +178,7 @@ def test_a_batch_shows_the_outcome_of_each_slide_and_the_next_batch_skips_finish
     assert "holds the result of another run (other slide)" in rows_of(out)["glass"]["error"]
 
 
+@pytest.mark.full
 def test_a_slide_that_waits_for_its_retry_holds_no_slot(
     tmp_path: Path, harness: SyncPrefectClient, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +229,7 @@ def test_a_run_in_which_only_slides_failed_that_failed_before_is_completed(
     assert (state.name, state.message) == ("Completed", "2 slides: 2 done")
 
 
+@pytest.mark.full
 def test_more_attempts_than_a_flow_run_should_hold_go_into_runs_of_their_own(
     tmp_path: Path, harness: SyncPrefectClient, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +243,7 @@ def test_more_attempts_than_a_flow_run_should_hold_go_into_runs_of_their_own(
     assert ended == {"part 1": "Completed", "part 2": "1 of 2 slides failed", "part 3": "Completed"}
 
 
+@pytest.mark.full
 def test_a_part_starts_while_the_last_slide_of_the_part_before_it_still_runs(
     tmp_path: Path, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

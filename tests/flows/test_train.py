@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.full
 def test_a_training_shows_its_stages_and_metrics_and_writes_a_bundle(
     tmp_path: Path, harness: SyncPrefectClient
 ) -> None:

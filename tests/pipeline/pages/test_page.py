@@ -13,6 +13,7 @@ from pipeline.pages.report_page import write_report
 from pipeline.results.areas import share_text
 from pipeline.results.summary import write_summary
 from tests.browser import axe_findings, screenshot
+from tests.cases import full
 from tests.pipeline.pages.results import NASTY, names, opened, result_of, write_result
 
 if TYPE_CHECKING:  # most test runs need no browser
@@ -42,7 +43,7 @@ def test_durations_are_written_in_two_units(seconds: float | None, text: str) ->
     assert duration_text(seconds) == text
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", full("dark")])
 @pytest.mark.parametrize("width", [1280, 320])
 @pytest.mark.parametrize("name", ["index.html", f"{NASTY}/index.html"])
 def test_pages_are_accessible_and_fit_their_screen(

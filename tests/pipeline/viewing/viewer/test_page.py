@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.browser import axe_findings, screenshot, until, watch
+from tests.cases import full
 from tests.pipeline.fakes import COLORS
 from tests.pipeline.viewing.viewer.conftest import Site, textured
 
@@ -131,6 +132,7 @@ def test_class_toggle_and_opacity_change_the_pixels(shared_page: Page, site: Sit
     assert np.abs(color_at(shared_page, *PURPLE_AT) - mixed(bare, COLORS[1], 0.25)).max() < 4
 
 
+@pytest.mark.full
 def test_probabilities_have_their_own_opacity_for_each_class(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=640&y=416&zoom=0.7&outlines=0&map=0")
     bare = color_at(shared_page, *PURPLE_AT)
@@ -152,6 +154,7 @@ def tip_at(page: Page, x: int, y: int) -> str | None:
     return tip.inner_text() if tip.is_visible() else None
 
 
+@pytest.mark.full
 def test_hovering_shows_the_class_and_highlights_the_polygon(shared_page: Page, site: Site, tmp_path: Path) -> None:
     show(shared_page, site, "#x=640&y=416&zoom=0.7&map=0&outlines=1")
     areas = {c.name: c.area_mm2 for c in site.results[0].classes}
@@ -171,6 +174,7 @@ def test_hovering_shows_the_class_and_highlights_the_polygon(shared_page: Page, 
     assert shared_page.locator("#place").inner_text().startswith("x 660, y 400 px  (660, 400 µm)  7×")
 
 
+@pytest.mark.full
 def test_a_tap_shows_class_and_area_until_the_slide_moves(browser: Browser, site: Site) -> None:
     context = browser.new_context(has_touch=True, viewport={"width": 1000, "height": 700})
     try:
@@ -185,6 +189,7 @@ def test_a_tap_shows_class_and_area_until_the_slide_moves(browser: Browser, site
         context.close()
 
 
+@pytest.mark.full
 def test_the_class_at_the_center_is_announced_without_outlines(shared_page: Page, site: Site) -> None:
     show(shared_page, site, f"#x={PURPLE_AT[0]}&y={PURPLE_AT[1]}&zoom=1")
     shared_page.keyboard.press("o")
@@ -208,6 +213,7 @@ def test_outlines_are_drawn_on_the_borders_in_the_classes_colors(shared_page: Pa
     assert np.abs(line - COLORS[1]).max(axis=1).min() < 12
 
 
+@pytest.mark.full
 def test_outlines_run_below_the_navigator(shared_page: Page, site: Site) -> None:
     pictures = []
     for opacity in (0, 1):
@@ -240,6 +246,7 @@ def test_the_scale_bar_has_the_stated_length(shared_page: Page, site: Site, zoom
     assert (right - left) / box["width"] * length_um == pytest.approx(960, rel=0.02)
 
 
+@pytest.mark.full
 def test_the_address_restores_the_place_and_the_layers(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=500&y=300&zoom=1.25&map=0.6&outlines=0&off=0")
     shared_page.keyboard.press("ArrowRight")
@@ -265,6 +272,7 @@ def test_the_address_restores_the_place_and_the_layers(shared_page: Page, site: 
     assert np.abs(one - two)[60:840, 60:900].mean() < 1.5
 
 
+@pytest.mark.full
 def test_keys_do_what_the_help_states(shared_page: Page, site: Site) -> None:
     page = shared_page
     show(page, site)
@@ -323,7 +331,7 @@ def test_arrow_keys_move_a_focused_slider_and_not_the_slide(shared_page: Page, s
     assert shared_page.evaluate("() => wsiView.view().x") == pytest.approx(before)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", full("dark")])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_is_accessible_in_both_schemes_and_on_a_phone(
     browser: Browser, site: Site, tmp_path: Path, scheme: Any, width: int

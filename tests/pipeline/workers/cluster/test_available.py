@@ -23,6 +23,7 @@ from pipeline.workers.cluster.available import AvailableProcesses
 from pipeline.workers.cluster.cluster import open_cluster
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.open import open_workers
+from tests.cases import full
 from tests.flows.servers import free_port, until
 from tests.pipeline.fakes import run_of
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
@@ -136,7 +137,7 @@ def test_a_process_with_a_gpu_that_starts_later_gets_all_later_slides(caplog: py
         assert found.resources == {"GPU": 1}
 
 
-@pytest.mark.parametrize("spread", ["slides", "blocks"])
+@pytest.mark.parametrize("spread", [full("slides"), "blocks"])
 def test_the_runtime_is_chosen_by_the_processes_and_not_by_the_client(
     tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch, spread: Spread
 ) -> None:

@@ -65,7 +65,7 @@ def scheduler() -> Iterator[str]:
             n_workers=2,
             threads_per_worker=2,
             memory_limit=None,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # None takes port 8787, which another cluster may have
             worker_dashboard_address=None,
             host="127.0.0.1",
             silence_logs=50,
