@@ -44,6 +44,7 @@ def test_a_training_shows_its_stages_and_metrics_and_writes_a_bundle(
     assert json.loads((run / "run.json").read_text())["config"]["balance"] is False
 
 
+@pytest.mark.full
 def test_a_training_with_an_unknown_setting_fails_with_the_reason(tmp_path: Path, harness: SyncPrefectClient) -> None:
     state: State[Any] = train_flow("no-data-set", str(tmp_path), settings={"epochs": 1}, return_state=True)
     assert state.is_failed()

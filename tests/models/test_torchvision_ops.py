@@ -18,6 +18,7 @@ def test_torchvision_imports_after_the_declaration() -> None:
     assert _python(code) == "imported"
 
 
+@pytest.mark.full
 def test_missing_operators_are_declared_if_the_extension_does_not_load() -> None:
     code = """
 import pytest

@@ -175,6 +175,7 @@ def test_an_interrupt_ends_the_process_and_the_same_command_resumes(
         assert workers.segment(job, tmp_path, no_progress).resumed_blocks >= 2
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("forked")
 def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(tmp_path: Path, bundle: str, job: SlideJob) -> None:
     with open_workers("process", bundle, CONFIG, slide_timeout_s=0.3) as workers:

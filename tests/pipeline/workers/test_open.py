@@ -118,6 +118,7 @@ def test_a_model_is_loaded_once_and_a_manifest_can_name_another_for_a_slide(tmp_
     assert results[1].areas_mm2["class-1"] > 0.5
 
 
+@pytest.mark.full
 def test_the_first_slide_is_planned_while_the_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, config = str(small_bundle(tmp_path / "small").path), replace(SMALL, device="cpu", runtime="torch")
     pixels_HWC = painted((300, 250), ((20, 20, 250, 200), PINK))

@@ -145,7 +145,8 @@ def test_a_killed_worker_does_not_change_a_byte(
     assert data_of(result.folder) == expected
 
 
-@pytest.mark.parametrize("spread", [full("slides"), "blocks"])
+@pytest.mark.full
+@pytest.mark.parametrize("spread", SPREADS)
 def test_an_interrupted_slide_resumes_from_its_finished_blocks(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path, expected: dict[str, bytes], spread: Spread
 ) -> None:
