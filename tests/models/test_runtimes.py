@@ -113,8 +113,8 @@ def test_an_overflow_of_float16_is_an_error() -> None:
 @pytest.mark.parametrize(
     "precision",
     [
-        pytest.param("float32", marks=needs_openvino),
-        pytest.param("fp16", marks=needs_fp16),
+        pytest.param("float32", marks=[needs_openvino, pytest.mark.full]),
+        pytest.param("fp16", marks=[needs_fp16, pytest.mark.full]),
         pytest.param("bf16", marks=[needs_bf16, pytest.mark.full]),
     ],
 )

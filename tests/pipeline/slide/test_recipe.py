@@ -293,7 +293,7 @@ KILLED = textwrap.dedent("""
 
 @pytest.mark.parametrize(
     "stage",
-    ["segmenting", full("joining polygons"), full("building the pyramid"), full("publishing")],
+    [full("segmenting"), full("joining polygons"), full("building the pyramid"), full("publishing")],
 )
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, stage: str) -> None:
     path, out = region_slide(tmp_path / "slide.svs"), tmp_path / "out"

@@ -26,7 +26,7 @@ class Killed(Exception):  # noqa: N818 - not an error of the run's
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", full("sgd")])
 @pytest.mark.parametrize("stop", [full(1), 3, full(4), full(5), full(11)])
 def test_a_run_killed_after_any_step_ends_with_the_same_weights(
     tmp_path: Path, optimizer: str, stop: int, monkeypatch: pytest.MonkeyPatch

@@ -113,7 +113,7 @@ def test_a_second_run_does_no_work(unbroken: Path, textures: Dataset) -> None:
         full("classifier", 3),
         full("pseudo masks", 2),
         full("segmenter", 1),
-        ("segmenter", 3),
+        full("segmenter", 3),
         full("segmenter", 4),
     ],
 )

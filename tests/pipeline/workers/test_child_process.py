@@ -27,6 +27,7 @@ from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.open import open_workers
 from pipeline.workers.semaphores import start_silent_tracker
+from tests.cases import full
 from tests.pipeline.fakes import data_of
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
 from tests.pipeline.summaries import rows_of
@@ -64,7 +65,12 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_process, "multiprocessing", SimpleNamespace(get_context=lambda _method: context))
 
 
-def test_a_child_process_writes_the_same_bytes_and_reports_progress(tmp_path: Path, bundle: str, job: SlideJob) -> None:
+@pytest.mark.parametrize("start", ["forked", full("spawned")])
+def test_a_child_process_writes_the_same_bytes_and_reports_progress(
+    tmp_path: Path, bundle: str, job: SlideJob, start: str, request: pytest.FixtureRequest
+) -> None:
+    if start == "forked":
+        request.getfixturevalue("forked")
     here = segment_slide(job.path, tmp_path / "here", load_predictor(bundle, CONFIG), CONFIG)
     seen: list[tuple[str, int, int]] = []
     with open_workers("process", bundle, CONFIG, first=job) as workers:

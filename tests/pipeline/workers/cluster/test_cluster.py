@@ -106,7 +106,7 @@ def kill_a_worker(scheduler: str) -> int:
     return int(busiest.pid)
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", [full("slides"), "blocks"])
 def test_a_cluster_gives_the_same_bytes_as_this_process(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path, expected: dict[str, bytes], spread: Spread
 ) -> None:
@@ -125,7 +125,8 @@ def test_a_cluster_gives_the_same_bytes_as_this_process(
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["größe"]
 
 
-@pytest.mark.parametrize("spread", [full("slides"), "blocks"])
+@pytest.mark.full
+@pytest.mark.parametrize("spread", SPREADS)
 def test_a_killed_worker_does_not_change_a_byte(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path, expected: dict[str, bytes], spread: Spread
 ) -> None:
