@@ -42,7 +42,7 @@ FOREIGN = {
 
 ROOMS = (
     "errors", "config", "files", "progress", "results", "formats", "pages", "slide", "workers", "batch", "training",
-    "labeling", "viewing", "checks", "cli",
+    "web", "labeling", "viewing", "checks", "cli",
 )  # fmt: skip
 """Files and folders of `pipeline/`, from the bottom up: each imports only from itself and from those before it."""
 

@@ -42,7 +42,8 @@ def view(
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from pipeline.errors import ViewError
-    from pipeline.viewing.viewer.server import open_browser, serve
+    from pipeline.viewing.viewer.app import make_app
+    from pipeline.web.server import open_browser, serve
 
     def ready(url: str) -> None:
         typer.echo(f"{url}  (press Ctrl-C to stop)")
@@ -50,7 +51,7 @@ def view(
             open_browser(url)
 
     try:
-        serve(_found(results, slide), port, ready)
+        serve(make_app(_found(results, slide)), port, ready)
     except ViewError as error:
         fail(PROGRAM, str(error))
     typer.echo(f"{PROGRAM}: ended", err=True)

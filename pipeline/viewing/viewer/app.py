@@ -12,47 +12,30 @@ import json
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib import resources
 
 import jinja2
 from starlette.applications import Starlette
 from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.viewing.viewer import map_tiles
-from pipeline.viewing.viewer.cache import ByteCache
 from pipeline.viewing.viewer.open_results import OpenResult, OpenResults
 from pipeline.viewing.viewer.outlines import TOLERANCES_L0
-from pipeline.viewing.viewer.request_threads import RequestThreads
 from pipeline.viewing.viewer.results import Result
+from pipeline.web.application import local_application
+from pipeline.web.cache import ByteCache
+from pipeline.web.request_threads import RequestThreads
 from wsi.errors import SlideError, WsiSegmentError
 from wsi.slide import slide_digest, slide_stamp
 
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 192 << 20
-HOSTS = ("127.0.0.1", "localhost")
-SECURITY_HEADERS = {
-    # The digest of the empty text, for the empty style element that keeps OpenSeadragon from adding one.
-    "Content-Security-Policy": "default-src 'self'; style-src 'self' "
-    "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='; object-src 'none'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    # Keep slides out of the browser's cache on disk.
-    "Cache-Control": "no-store",
-}
 ASSETS = {
     "viewer.css": "text/css",
     "viewer.js": "text/javascript",
@@ -97,15 +80,7 @@ def make_app(results: Sequence[Result]) -> Starlette:
         ),
         Route(f"{here}/outlines/{{detail:number}}", viewer.outlines),
     ]
-    return Starlette(
-        routes=routes,
-        middleware=[
-            Middleware(_SecurityHeaders),
-            Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
-        ],
-        exception_handlers={HTTPException: _plain_error, Exception: _internal_error},
-        lifespan=viewer.lifespan,
-    )
+    return local_application(routes, viewer.lifespan)
 
 
 class Viewer:
@@ -298,28 +273,3 @@ def _read_assets() -> dict[str, bytes]:
     package = resources.files("pipeline.viewing.viewer")
     folders = {"openseadragon.min.js": "openseadragon"}
     return {name: (package / folders.get(name, "assets") / name).read_bytes() for name in ASSETS}
-
-
-async def _plain_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return PlainTextResponse(error.detail, error.status_code, error.headers)
-
-
-async def _internal_error(_: Request, __: Exception) -> Response:
-    return PlainTextResponse("Internal error; see the terminal for details.", 500, SECURITY_HEADERS)
-
-
-class _SecurityHeaders:
-    """Add `SECURITY_HEADERS` to every response."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        self._headers = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *self._headers]
-            await send(message)
-
-        return self._app(scope, receive, send_with_headers)

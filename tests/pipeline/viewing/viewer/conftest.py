@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from pipeline.checks.result import broken_rules
 from pipeline.slide.recipe import segment_slide
+from pipeline.viewing.viewer.app import make_app
 from pipeline.viewing.viewer.results import Result, find_results
-from pipeline.viewing.viewer.server import listening, server_config
+from pipeline.web.server import listening, server_config
 from tests.pipeline.fakes import REGIONS, SMALL, color_predictor
 from tests.slides import painted, write_slide
 
@@ -67,7 +68,7 @@ class Site:
 def serving(results: tuple[Result, ...]) -> Iterator[Site]:
     """Serve results from a thread."""
     with listening(0) as listener:
-        server = uvicorn.Server(server_config(results))
+        server = uvicorn.Server(server_config(make_app(results)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:

@@ -11,10 +11,10 @@ import pytest
 
 from pipeline.errors import ViewError
 from pipeline.results.record import read_run, write_run
-from pipeline.viewing.viewer.app import SECURITY_HEADERS
 from pipeline.viewing.viewer.open_results import MOST_OPEN, OpenResults, open_checked
 from pipeline.viewing.viewer.results import find_results, load_result, with_slide
-from pipeline.viewing.viewer.server import listening
+from pipeline.web.application import SECURITY_HEADERS
+from pipeline.web.server import listening
 from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.slides import painted, write_slide
 

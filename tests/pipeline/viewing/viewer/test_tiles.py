@@ -17,11 +17,11 @@ from models.tissue_class import TissueClass
 from pipeline.formats.ome_zarr import MapSpec, MapStore, build_pyramid, create_store
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.viewer import outlines, slide_tiles
-from pipeline.viewing.viewer.cache import ByteCache
 from pipeline.viewing.viewer.map_tiles import MapTiles
 from pipeline.viewing.viewer.outlines import TOLERANCES_L0, outline_bytes
 from pipeline.viewing.viewer.results import find_results
 from pipeline.viewing.viewer.slide_tiles import SlideTiles, zoom_levels
+from pipeline.web.cache import ByteCache
 from tests.pipeline.fakes import CORNER, SMALL, color_predictor, labels_of, probs_of, stating_bounds
 from tests.pipeline.viewing.viewer.conftest import Site, serving, textured
 from tests.slides import GLASS, painted, reduce, write_slide

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.viewing.viewer.server import is_news
+from pipeline.web.server import is_news
 from tests.repository import REPOSITORY
 from tests.slides import painted, write_slide
 

@@ -1,4 +1,4 @@
-"""Serve the application to this machine only."""
+"""Serve an application to this machine only."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from pipeline.errors import ViewError
-from pipeline.viewing.viewer.app import make_app
-from pipeline.viewing.viewer.results import Result
 
 ADDRESS = "127.0.0.1"
 
 
-def serve(results: Sequence[Result], port: int, ready: Callable[[str], None]) -> None:
-    """Serve the results until Ctrl-C. Call `ready` with the page's address as soon as the page can be opened.
+def serve(app: ASGIApp, port: int, ready: Callable[[str], None]) -> None:
+    """Serve the application until Ctrl-C. Call `ready` with its address as soon as the page can be opened.
 
     Port 0 selects a free port. Raises ViewError if the port is in use.
     """
     # Threads that decode tiles yield to the responding thread after this many seconds instead of 5 ms.
     sys.setswitchinterval(0.0005)
     with listening(port) as listener:
-        server = uvicorn.Server(server_config(results))
+        server = uvicorn.Server(server_config(app))
         logging.getLogger("uvicorn.error").addFilter(is_news)
         ready(f"http://{ADDRESS}:{listener.getsockname()[1]}/")
         try:
@@ -36,10 +35,10 @@ def serve(results: Sequence[Result], port: int, ready: Callable[[str], None]) ->
             return
 
 
-def server_config(results: Sequence[Result]) -> uvicorn.Config:
+def server_config(app: ASGIApp) -> uvicorn.Config:
     """Return the configuration of uvicorn."""
     return uvicorn.Config(
-        make_app(results),
+        app,
         log_level="warning",
         access_log=False,
         server_header=False,
