@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models import resnet38d
 from models.errors import ArchitectureError
 from models.light_imports import import_light
+from models.padding import replicate_padding
 
 timm = import_light("timm")
 
@@ -33,6 +34,8 @@ class Backbone(nn.Module):
     With `depth` the network ends after that many of timm's feature stages, and the last three of these are the
     `Stages`. Late stages see hundreds of pixels, so their maps smear across thin structures.
 
+    Convolutions repeat edge pixels instead of adding zeros.
+
     Weights are random; nothing is downloaded. Raises ArchitectureError if no network has this name, or if the network
     does not have these stages at this stride.
     """
@@ -51,6 +54,7 @@ class Backbone(nn.Module):
             self._taps = [len(self.net.feature_info) - 3, len(self.net.feature_info) - 2]
             if depth is not None:
                 self.channels, self._taps = _cut(self.net, name, depth), [depth - 3, depth - 2, depth - 1]
+        replicate_padding(self.net)
 
     def forward(self, x_NCHW: Tensor) -> Stages:
         if self._taps is None:

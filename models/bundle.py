@@ -33,7 +33,7 @@ SHIPPED_FOLDER = Path(__file__).parent / "weights"
 CARD_FILE = "model.json"
 CLASSIFIER_FILE = "classifier.safetensors"
 SEGMENTER_FILE = "segmenter.safetensors"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Triple = tuple[float, float, float]
@@ -44,6 +44,9 @@ NetworkName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Z
 
 NO_DIGEST = "0" * 64
 """Digest in the draft of a card whose weights are not written yet."""
+
+
+Rate = Annotated[int, Field(ge=1)]
 
 
 class _Strict(BaseModel):
@@ -60,9 +63,13 @@ class ClassifierCard(_Strict):
 
 
 class SegmenterCard(_Strict):
-    """Architecture of the segmenter."""
+    """Architecture of the segmenter, see `models.segmenter.build_segmenter`."""
 
     encoder: NetworkName
+    depth: Annotated[int, Field(ge=3, le=5)] = 4
+    """Number of stages of the encoder."""
+    rates: tuple[Rate, Rate, Rate] = (1, 2, 4)
+    """Dilation rates of the ASPP, in cells of the encoder's stride."""
 
 
 class WeightsCard(_Strict):
@@ -75,7 +82,7 @@ class WeightsCard(_Strict):
 class ModelCard(_Strict):
     """The content of model.json: everything needed to use a model and to decide whether it is suitable."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: Annotated[str, Field(min_length=1)]
     classes: Annotated[tuple[TissueClass, ...], Field(min_length=2, max_length=254)]
@@ -83,6 +90,10 @@ class ModelCard(_Strict):
     """Micrometers per pixel of the images that the networks expect."""
     tile_size: Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
     """Side of a tile in pixels, at `mpp`."""
+    gate_window: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] = 64
+    """Side in pixels of the windows in which the classifier decides which classes are present."""
+    margin: Annotated[int, Field(ge=32, le=1024, multiple_of=32)] = 64
+    """Pixels of context around a prediction: a map keeps only predictions that have this margin on all sides."""
     mean: Triple
     """Subtracted from RGB scaled to 0–1, per channel."""
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
@@ -175,13 +186,18 @@ def load_networks(bundle: Bundle) -> tuple[nn.Module, nn.Module]:
     do not fit the architecture, and ArchitectureError if the architecture does not exist.
     """
     from models.classifier import Classifier
-    from models.segmenter import build_segmenter
+    from models.segmenter import build_first_segmenter, build_segmenter
 
     card = bundle.card
     parts = card.classifier
     classifier = Classifier(parts.backbone, parts.head, len(card.classes), parts.depth)
     _load_weights(classifier, bundle.path / CLASSIFIER_FILE, card.weights.classifier)
-    segmenter = build_segmenter(card.segmenter.encoder, len(card.classes))
+    if card.schema_version == 1:
+        segmenter = build_first_segmenter(card.segmenter.encoder, len(card.classes))
+    else:
+        segmenter = build_segmenter(
+            card.segmenter.encoder, len(card.classes), card.segmenter.depth, card.segmenter.rates
+        )
     _load_weights(segmenter, bundle.path / SEGMENTER_FILE, card.weights.segmenter)
     return classifier.eval(), segmenter.eval()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from models.padding import ReplicatedConv2d
 
 
 def speed_up_depthwise(network: nn.Module) -> None:
@@ -18,17 +21,22 @@ def speed_up_depthwise(network: nn.Module) -> None:
     docs/decisions/0010-workarounds.md has the measurement.
     """
     for module in network.modules():
-        if type(module) is nn.Conv2d and _applies(module):
-            module.__class__ = DilatedDepthwise
+        if type(module) in _FASTER and isinstance(module, nn.Conv2d) and _applies(module):
+            module.__class__ = _FASTER[type(module)]
 
 
 def _applies(conv: nn.Conv2d) -> bool:
-    """Return whether a convolution is dilated and depthwise, keeps height and width, and has no bias."""
-    side, dilation = conv.kernel_size, conv.dilation
-    keeps_size = conv.padding == tuple(d * (k - 1) // 2 for k, d in zip(side, dilation, strict=True))
+    """Return whether a convolution is dilated and depthwise, and has no bias and no more padding than its reach."""
+    if isinstance(conv.padding, str):
+        return False
+    bounded = all(p <= r for p, r in zip(conv.padding, _reach(conv.kernel_size, conv.dilation), strict=True))
     depthwise = conv.groups == conv.in_channels == conv.out_channels
-    odd = all(k % 2 == 1 for k in side)
-    return depthwise and keeps_size and odd and conv.stride == (1, 1) and max(dilation) > 1 and conv.bias is None
+    return depthwise and bounded and conv.stride == (1, 1) and max(conv.dilation) > 1 and conv.bias is None
+
+
+def _reach(side: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Return how many pixels a convolution without padding takes from the height and the width."""
+    return [d * (k - 1) for d, k in zip(dilation, side, strict=True)]
 
 
 class DilatedDepthwise(nn.Conv2d):
@@ -37,6 +45,13 @@ class DilatedDepthwise(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002, ARG002 - the signature of torch
         result: Tensor = _Convolution.apply(input, weight, self.padding, self.dilation)  # type: ignore[no-untyped-call]
         return result
+
+
+class ReplicatedDepthwise(ReplicatedConv2d, DilatedDepthwise):
+    """The same convolution with repeated edge pixels."""
+
+
+_FASTER: dict[type[nn.Module], type[nn.Conv2d]] = {nn.Conv2d: DilatedDepthwise, ReplicatedConv2d: ReplicatedDepthwise}
 
 
 class _Convolution(torch.autograd.Function):
@@ -54,7 +69,8 @@ class _Convolution(torch.autograd.Function):
         by_x, by_weight = None, None
         if ctx.needs_input_grad[0]:
             turned = weight_C1kk.flip(2, 3)
-            by_x = F.conv2d(gradient_NCHW, turned, None, 1, padding, dilation, len(weight_C1kk))
+            beyond = [r - p for r, p in zip(_reach(turned.shape[2:], dilation), padding, strict=True)]
+            by_x = F.conv2d(gradient_NCHW, turned, None, 1, beyond, dilation, len(weight_C1kk))
         if ctx.needs_input_grad[1]:
             by_weight = torch.ops.aten.convolution_backward(
                 gradient_NCHW, x_NCHW, weight_C1kk, None, [1, 1], padding, dilation, False, [0, 0], len(weight_C1kk),

@@ -5,34 +5,75 @@ Shape suffixes: N batch, K classes, H and W the image, h and w the map at the ou
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ArchitectureError
 from models.light_imports import WithoutUnseenWeights, import_light
+from models.padding import replicate_padding
 
 smp = import_light("segmentation_models_pytorch")
 
 NATIVE_STRIDE = 4
 
+DEPTH = 4
+"""Default number of encoder stages: up to stride 16, without the late stages that see hundreds of pixels."""
+RATES = (1, 2, 4)
+"""Default dilation rates of the ASPP, in cells of 16 pixels."""
 
-def build_segmenter(encoder: str, classes: int) -> nn.Module:
+
+def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple[int, int, int] = RATES) -> nn.Module:
     """Return DeepLabV3+ with random weights: normalized images (N, 3, H, W) -> logits (N, K, H/4, W/4).
 
-    The encoder stride is 16, the ASPP rates are 6, 12 and 18, and there are 48 low-level channels (Chen et al., ECCV
-    2018). `encoder` is a name of segmentation-models-pytorch, or "tu-" and the name of a timm network. The head does
-    not upsample, because finer pixels would only be interpolated. Raises ArchitectureError if the encoder is unknown.
+    H and W are multiples of 32. The encoder has `depth` stages (3 to 5) and a stride of at most 16; 48 low-level
+    channels (Chen et al., ECCV 2018). `encoder` is a name of segmentation-models-pytorch, or "tu-" and the name of a
+    timm network. The head does not upsample, because finer pixels would only be interpolated.
+
+    A logit depends on the pixels around it, not on its place in the image: there is no image pooling, padding repeats
+    the edge, and cells are upsampled around their centers. Raises ArchitectureError if the encoder is unknown.
     """
-    options: dict[str, Any] = {"encoder_output_stride": 16, "decoder_atrous_rates": (6, 12, 18), "upsampling": 1}
+    options: dict[str, Any] = {
+        "encoder_depth": depth,
+        "encoder_output_stride": 16,
+        "decoder_atrous_rates": rates,
+        "upsampling": 1,
+    }
     try:
         # smp first builds a timm encoder on the device "meta" to read its channels.
         with WithoutUnseenWeights():
-            network: nn.Module = smp.DeepLabV3Plus(encoder, encoder_weights=None, classes=classes, **options)
+            network: Any = smp.DeepLabV3Plus(encoder, encoder_weights=None, classes=classes, **options)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ArchitectureError(f"segmenter encoder {encoder!r} is unknown or unsuitable: {error}") from error
-    return network
+    _remove_unused_stages(network.encoder)
+    _remove_image_pooling(network.decoder.aspp[0])
+    network.decoder.up = nn.Upsample(scale_factor=network.decoder.up.scale_factor, mode="bilinear", align_corners=False)
+    replicate_padding(network)
+    return cast(nn.Module, network)
+
+
+def build_first_segmenter(encoder: str, classes: int) -> nn.Module:
+    """Return the segmenter of bundles with schema_version 1: zero padding, image pooling, ASPP rates 6, 12 and 18."""
+    options: dict[str, Any] = {"encoder_output_stride": 16, "decoder_atrous_rates": (6, 12, 18), "upsampling": 1}
+    with WithoutUnseenWeights():
+        return cast(nn.Module, smp.DeepLabV3Plus(encoder, encoder_weights=None, classes=classes, **options))
+
+
+def _remove_unused_stages(encoder: Any) -> None:
+    """Remove the stages after the last one that the decoder reads, which timm keeps in its EfficientNets."""
+    model: Any = getattr(encoder, "model", None)
+    if hasattr(model, "blocks") and hasattr(model, "feature_info"):
+        read = [info["stage"] for info in model.feature_info.get_dicts() if "stage" in info]
+        model.blocks = model.blocks[: max(read, default=len(model.blocks))]
+
+
+def _remove_image_pooling(aspp: Any) -> None:
+    """Remove the branch that averages the whole image, and its channels in the projection."""
+    *kept, _pooling = aspp.convs
+    aspp.convs = nn.ModuleList(kept)
+    outputs = aspp.project[0].out_channels
+    aspp.project[0] = nn.Conv2d(len(kept) * outputs, outputs, kernel_size=1, bias=False)
 
 
 def logits_at_stride(logits_NKhw: Tensor, output_stride: int) -> Tensor:

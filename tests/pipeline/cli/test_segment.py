@@ -339,7 +339,7 @@ def test_a_model_that_cannot_be_used_is_one_line_and_exit_1(tmp_path: Path, monk
         "colon-glans": "colon-glans: neither a shipped model (colon-gland",
         "no/such/bundle": "no/such/bundle: neither a shipped model",
         "empty": "empty: model.json is missing",
-        "newer": "model.json: schema_version is 9, but this version reads 1",
+        "newer": "model.json: schema_version is 9, but this version reads 2",
         "flipped": "segmenter.safetensors: the SHA-256 is ",
     }.items():
         result = invoke("a.svs", "-m", model, "--device", "cpu")

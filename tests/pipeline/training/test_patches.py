@@ -4,20 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.training.augment import Move
-from pipeline.training.dataset import IGNORED, load_dataset, read_rgb, samples
+from pipeline.training.dataset import load_dataset, read_rgb, samples
 from pipeline.training.patches import (
-    GLASS,
     PatchImages,
     Place,
     boxes_inside,
+    boxes_of_view,
+    cut,
     draw_patches,
     draw_regions,
+    draw_squares,
     make_labeled_view,
     make_view,
 )
@@ -91,23 +93,44 @@ def test_a_view_is_a_square_of_the_image_and_its_patches_move_along(tmp_path: Pa
         assert not seen
 
 
-def test_outside_the_image_a_view_is_glass_and_its_labels_are_ignored(tmp_path: Path) -> None:
+def test_beyond_its_edges_an_image_is_mirrored(tmp_path: Path) -> None:
     images = crops(tmp_path, {"a": (20, 24)})
-    labels_LHW = np.stack([np.full((24, 20), 1, np.uint8), np.full((24, 20), 2, np.uint8)])
-    place = Place(0, 0, 0, 32)
-    rgb_HWC, moved_LHW = make_labeled_view(images, labels_LHW, place, 0.0, np.random.default_rng(3))
-    still_HWC = np.full((32, 32, 3), GLASS, np.uint8)
-    still_HWC[:24, :20] = images.rgb(0)
-    move = moved_as(rgb_HWC, still_HWC)
-    for layer, value in enumerate((1, 2)):
-        still_HW = np.full((32, 32), IGNORED, np.uint8)
-        still_HW[:24, :20] = value
-        np.testing.assert_array_equal(moved_LHW[layer], move.image(still_HW))
-    view = make_view(images, place, 0.0, np.random.default_rng(3))
-    np.testing.assert_array_equal(view.rgb_HWC, rgb_HWC)
-    assert len(view.boxes_B4) == len(images.boxes[0])
-    for x, y, w, h in view.boxes_B4.tolist():
-        assert (move.image(still_HWC)[y : y + h, x : x + w] != GLASS).any(axis=2).all()
+    around_HWC = np.pad(images.rgb(0), [(30, 30), (30, 30), (0, 0)], mode="symmetric")
+    for x, y in ((-7, -29), (5, 3), (14, 20), (-30, 10)):
+        still_HWC = cut(images.rgb(0), Place(0, x, y, 32))
+        np.testing.assert_array_equal(still_HWC, around_HWC[30 + y : 62 + y, 30 + x : 62 + x])
+        labels_LHW = images.rgb(0).transpose(2, 0, 1)[:2]
+        rgb_HWC, moved_LHW = make_labeled_view(images, labels_LHW, Place(0, x, y, 32), 0.0, np.random.default_rng(3))
+        moved_as(rgb_HWC, still_HWC)
+        np.testing.assert_array_equal(moved_LHW, rgb_HWC.transpose(2, 0, 1)[:2])
+
+
+@settings(max_examples=20)
+@given(st.integers(-60, 60), st.integers(-60, 60), st.integers(8, 70))
+def test_a_view_has_the_patches_of_the_mirror_images_too(x: int, y: int, side: int) -> None:
+    boxes_B4, size_2 = grid(20, 26, 8, 6), np.array([20, 26])
+    place = Place(0, x, y, side)
+    found_B4, index_B = boxes_of_view(boxes_B4, size_2, place)
+    # Every pixel has a number of its own, so a box of the view has the numbers of its patch, in some orientation.
+    numbers_HW = np.arange(20 * 26).reshape(26, 20)
+    view_HW = np.pad(numbers_HW, 140, mode="symmetric")[140 + y : 140 + y + side, 140 + x : 140 + x + side]
+    for (left, top, width, height), index in zip(found_B4.tolist(), index_B.tolist(), strict=True):
+        own_x, own_y, *_ = boxes_B4[index].tolist()
+        assert left >= 0
+        assert top >= 0
+        seen, own = view_HW[top : top + height, left : left + width], numbers_HW[own_y : own_y + 8, own_x : own_x + 8]
+        assert seen.shape == (8, 8)
+        assert set(seen.ravel()) == set(own.ravel())
+    whole = {
+        (int(left), int(top), index)
+        for index, (own_x, own_y, *_) in enumerate(boxes_B4.tolist())
+        for left in range(side - 7)
+        for top in range(side - 7)
+        if set(view_HW[top, left : left + 8]) == set(numbers_HW[own_y, own_x : own_x + 8])
+        or set(view_HW[top, left : left + 8]) == set(numbers_HW[own_y + 7, own_x : own_x + 8])
+    }
+    # Straddling an axis, a window may hold the same set of numbers twice; a patch holds each once.
+    assert {(x, y, i) for (x, y, *_), i in zip(found_B4.tolist(), index_B.tolist(), strict=True)} <= whole
 
 
 def test_a_labeled_view_has_the_labels_of_its_pixels(tmp_path: Path) -> None:
@@ -157,23 +180,30 @@ def test_boxes_inside_a_place_have_no_pixel_outside(
     st.integers(0, 50),
     st.integers(0, 2**32 - 1),
 )
-def test_regions_are_inside_their_image_and_contain_a_labeled_patch(
-    width: int, height: int, side: int, stride: int, more: int, seed: int
-) -> None:
+def test_regions_contain_a_labeled_patch(width: int, height: int, side: int, stride: int, more: int, seed: int) -> None:
     images = Sized([(width, height)], side, min(stride, side))
     region = side + more
     for place in draw_regions(images, 20, region, np.random.default_rng(seed)):
         assert place.side == region
-        for start, length in ((place.x, width), (place.y, height)):
-            assert start == 0 if length <= region else 0 <= start <= length - region
         assert boxes_inside(images.boxes[0], place)[1].any()
+
+
+def test_a_pixel_is_equally_likely_at_every_place_of_a_square() -> None:
+    images = Sized([(16, 16)], 8, 4)
+    places = draw_squares(images, 16000, 32, np.random.default_rng(0))
+    mark_HW = np.zeros((16, 16), np.uint8)
+    mark_HW[5, 11] = 1
+    # A view is flipped at random.
+    share_HW = np.mean([cut(mark_HW, place) for place in places], axis=0)
+    share_HW = (share_HW + share_HW[::-1] + share_HW[:, ::-1] + share_HW[::-1, ::-1]) / 4
+    np.testing.assert_allclose(share_HW, 1 / 16**2, atol=0.0012)
 
 
 def test_regions_reach_every_pixel() -> None:
     images = Sized([(37, 29), (20, 50)], 8, 4)
     seen = [np.zeros((29, 37), int), np.zeros((50, 20), int)]
     for index, x, y, side in draw_regions(images, 3000, 24, np.random.default_rng(0)):
-        seen[index][y : y + side, x : x + side] += 1
+        seen[index][max(0, y) : y + side, max(0, x) : x + side] += 1
     assert all(count_HW.min() > 0 for count_HW in seen)
 
 

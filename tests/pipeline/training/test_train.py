@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.bundle import NO_DIGEST, load_bundle
+from models.bundle import NO_DIGEST, load_bundle, load_networks
 from models.errors import ArchitectureError
 from models.predictor import Predictor
 from pipeline.errors import EmptyClassError, LockedError, OutputError, TrainError
@@ -23,6 +23,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, samples
 from pipeline.training.evaluate import evaluate
 from pipeline.training.patches import PatchImages
+from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.train import calibrate_gate, claim, make_card, tile_presence, tile_side, train
 from tests.cases import full
 from tests.models.networks import ConstantSegmenter
@@ -33,6 +34,9 @@ from tests.textures import write_crops, write_textures
 CONFIG = TrainConfig(
     weights="none",
     region=64,
+    view=96,
+    margin=32,
+    position_views=4,
     classifier_epochs=2,
     classifier_steps=2,
     classifier_batch=2,
@@ -86,7 +90,11 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
     values = {f"iou_{name}": iou for name, iou in found.iou.items() if not math.isnan(iou)}
     values |= {"miou": found.miou, "fwiou": found.fwiou, "accuracy": found.accuracy}
     values["miou_spread"] = evaluation.miou_spread()
-    assert bundle.card.metrics == {f"test_{name}": round(value, 4) for name, value in values.items()}
+    validation = PatchImages(textures, samples(textures, "val"), 1.0)
+    profile_KD = edge_profile(load_networks(bundle)[1], validation, CONFIG, torch.device("cpu"))
+    assert bundle.card.metrics == {f"test_{name}": round(value, 4) for name, value in values.items()} | {
+        "val_position_deviation": round(position_deviation(profile_KD, CONFIG.margin), 4)
+    }
 
 
 def test_the_thresholds_are_calibrated_on_the_validation_images(unbroken: Path, textures: Dataset) -> None:
@@ -164,7 +172,7 @@ def test_the_published_recipe_trains_on_patches_of_an_unaligned_side(tmp_path: P
     )
     bundle = train(dataset, tmp_path / "run", config, device="cpu")
     assert bundle.card.tile_size == 64
-    assert bundle.card.metrics == {}  # there is no test split
+    assert set(bundle.card.metrics) == {"val_position_deviation"}  # there is no test split
     with Image.open(tmp_path / "run" / "pseudo-masks" / "shallow" / "b.png") as picture:
         assert picture.size == (80, 40)
 

@@ -1,0 +1,56 @@
+"""Measure whether a segmenter's map depends on the position of a pixel in its view.
+
+Shape suffixes: N views, K classes, D distances, H and W the view, h and w the map at the output stride.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from models.segmenter import NATIVE_STRIDE
+from pipeline.training.config import TrainConfig
+from pipeline.training.inputs import as_input
+from pipeline.training.patches import PatchImages, cut, draw_squares
+
+RING = 16
+"""Width in pixels of the rings around the edge of a view over which probabilities are averaged."""
+
+
+@torch.inference_mode()
+def edge_profile(
+    network: nn.Module, images: PatchImages, config: TrainConfig, device: torch.device
+) -> NDArray[np.float64]:
+    """Return the mean probability (K, D) of each class by distance from the edge of a view, in rings of `RING` pixels.
+
+    It averages `config.position_views` random views of `config.view` pixels. Every pixel of an image is equally likely
+    at every place of a view, so the profile of a network that ignores positions is flat.
+    """
+    rng = np.random.default_rng(config.seed)
+    places = draw_squares(images, config.position_views, config.view, rng)
+    total_Khw: NDArray[np.float64] | float = 0.0
+    for start in range(0, len(places), config.segmenter_batch):
+        batch = places[start : start + config.segmenter_batch]
+        rgb_NHWC = np.stack([cut(images.rgb(place.image), place) for place in batch])
+        probs_NKhw = network(as_input(rgb_NHWC, device)).float().softmax(dim=1)
+        total_Khw = total_Khw + probs_NKhw.sum(dim=0, dtype=torch.float64).cpu().numpy()
+    return ring_means(np.asarray(total_Khw) / len(places), RING // NATIVE_STRIDE)
+
+
+def ring_means(map_Khw: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Return the means (K, D) of a map over the square rings of this width around its edge, the outermost first."""
+    height_h, width_w = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in map_Khw.shape[1:])
+    ring_hw = np.minimum(height_h[:, None], width_w) // width
+    counts_D = np.bincount(ring_hw.ravel())
+    means_KD: NDArray[np.float64] = np.stack(
+        [np.bincount(ring_hw.ravel(), map_hw.ravel()) / counts_D for map_hw in map_Khw]
+    )
+    return means_KD
+
+
+def position_deviation(profile_KD: NDArray[np.float64], margin: int) -> float:
+    """Return the largest difference of a mean probability from the class's mean over the rings beyond the margin."""
+    trusted_KD = profile_KD[:, margin // RING :]
+    return float(np.abs(trusted_KD - trusted_KD.mean(axis=1, keepdims=True)).max())

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.padding import replicate_padding, timm_layers
+from models.segmenter import build_segmenter
+
+
+@pytest.mark.parametrize(
+    ("conv", "edges"),
+    [
+        (nn.Conv2d(2, 3, 3, padding=1), (1, 1, 1, 1)),
+        (nn.Conv2d(2, 3, (3, 5), padding=(1, 2), stride=2), (2, 2, 1, 1)),
+        (nn.Conv2d(2, 3, 3, padding="same", dilation=2), (2, 2, 2, 2)),
+        (timm_layers.Conv2dSame(2, 3, 3, stride=2), (0, 1, 0, 1)),
+        (timm_layers.Conv2dSame(2, 3, 5, stride=2), (1, 2, 1, 2)),
+    ],
+)
+def test_edge_pixels_are_repeated_as_far_as_zeros_were(conv: nn.Conv2d, edges: tuple[int, ...]) -> None:
+    x_NCHW = torch.randn(2, 2, 8, 12, generator=torch.Generator().manual_seed(0))
+    shape = conv(x_NCHW).shape
+    around_NCHW = F.pad(x_NCHW, edges, mode="replicate")
+    expected = F.conv2d(around_NCHW, conv.weight, conv.bias, conv.stride, 0, conv.dilation)
+    names = list(conv.state_dict())
+    replicate_padding(nn.Sequential(conv))
+    assert torch.equal(conv(x_NCHW), expected)
+    assert expected.shape == shape
+    assert list(conv.state_dict()) == names
+
+
+def test_same_padding_keeps_the_output_size_of_odd_images() -> None:
+    conv = timm_layers.Conv2dSame(1, 1, 3, stride=2)
+    replicate_padding(nn.Sequential(conv))
+    assert conv(torch.zeros(1, 1, 75, 9)).shape == (1, 1, 38, 5)
+
+
+def test_convolutions_without_padding_do_not_change() -> None:
+    convs = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3, padding="valid"))
+    replicate_padding(convs)
+    assert all(type(conv) is nn.Conv2d for conv in convs)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Backbone("tf_efficientnet_lite0", 4),
+        lambda: Backbone("resnet18"),
+        lambda: build_segmenter("tu-tf_efficientnet_lite0", 3),
+        lambda: build_segmenter("resnet18", 3, 5, (2, 4, 6)),
+    ],
+    ids=["cut lite0", "resnet18", "segmenter on lite0", "segmenter on resnet18"],
+)
+def test_an_even_image_gives_an_even_map_up_to_its_edges(build: Any) -> None:
+    torch.manual_seed(1)
+    network = build().eval()
+    for module in network.modules():
+        # Arbitrary statistics, so that the features do not vanish.
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    with torch.inference_mode():
+        output = network(torch.full((1, 3, 96, 64), 0.7))
+    map_NChw: Tensor = output if isinstance(output, Tensor) else output.deep
+    assert map_NChw.abs().max() > 1e-3
+    torch.testing.assert_close(map_NChw, map_NChw[:, :, :1, :1].expand_as(map_NChw), rtol=1e-3, atol=1e-4)
