@@ -25,6 +25,7 @@ WsiSegmentError                   see wsi/errors.py
     │   └── UnreadableImageError  an image cannot be opened, or more images than the limit
     ├── ClassMismatchError        the model and the data set have different classes
     ├── ViewError                 the results cannot be shown
+    ├── LabelingError             a labels folder or an annotation cannot be used
     ├── Cancelled                 the run was interrupted and can be resumed
     └── SampleError               the sample slide cannot be downloaded from any of its sources
 
@@ -141,6 +142,10 @@ class ClassMismatchError(PipelineError):
 
 class ViewError(PipelineError):
     """The results cannot be shown, or not with this slide."""
+
+
+class LabelingError(PipelineError):
+    """A labels folder or an annotation cannot be used."""
 
 
 class Cancelled(PipelineError):  # noqa: N818 - an interruption is not an error

@@ -1,0 +1,147 @@
+"""The events of a labels folder: what happened, in the order in which it happened. No event is ever changed.
+
+Places use level-0 pixels from the corner of the slide's bounds, as in QuPath.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from models.tissue_class import ClassName, Color
+
+Answer = Literal["present", "absent", "unknown"]
+"""What is known of a class in a patch."""
+
+Mark = Literal["none", "unsure", "artifact"]
+"""A patch with a mark is not used for training."""
+
+View = Literal["single", "grid", "import"]
+"""Where a label was made. In the grid, one answer covers many patches."""
+
+Reason = Literal["random", "blind", "typical", "similar", "excluded", "again", "import"]
+"""Why a patch was picked: the random order, the blind share, a typical patch of its slide, similarity to labeled
+patches, excluded from a grid, labeled before a class was added, or drawn in QuPath."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True)
+class Place:
+    """A square patch of a slide."""
+
+    slide: str
+    """Digest of the slide's file."""
+    x_l0: float
+    y_l0: float
+    side: int
+    """Side in pixels of `mpp` micrometers."""
+    mpp: float
+
+    @property
+    def id(self) -> str:
+        """Return a short digest: the name of the patch in addresses and files."""
+        text = f"{self.slide} {self.x_l0!r} {self.y_l0!r} {self.side} {self.mpp!r}"
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FolderStarted(_Event):
+    """The first event of a folder: what all its patches share."""
+
+    kind: Literal["folder"] = "folder"
+    mpp: Positive
+    side: Annotated[int, Field(ge=32, le=4096)]
+    seed: int
+    blind_share: Annotated[float, Field(ge=0, lt=1)]
+    """Share of the patches that never show a suggestion and that every annotator labels."""
+
+
+class SlideAdded(_Event):
+    """A slide was opened for labeling. Its latest event counts."""
+
+    kind: Literal["slide"] = "slide"
+    digest: str
+    stamp: str
+    """`wsi.slide.slide_stamp`: as long as the file has it, the digest need not be computed again."""
+    name: str
+    patient: str
+    """Patches of a patient stay in one split."""
+
+
+class ClassAdded(_Event):
+    """A class was added. Patches labeled before have the answer "unknown" for it."""
+
+    kind: Literal["class"] = "class"
+    id: int
+    """Number of the class, which never changes."""
+    name: ClassName
+    color: Color
+
+
+class ClassRenamed(_Event):
+    """A class got another name. Its labels stay."""
+
+    kind: Literal["rename"] = "rename"
+    id: int
+    name: ClassName
+
+
+class ClassesMerged(_Event):
+    """A class became part of another one, which is present wherever either was."""
+
+    kind: Literal["merge"] = "merge"
+    id: int
+    into: int
+
+
+class Labeled(_Event):
+    """A person labeled a patch. The latest label of an annotator that is not undone counts."""
+
+    kind: Literal["label"] = "label"
+    place: Place
+    answers: dict[int, Answer]
+    """Answer for each class number. A class that is missing is unknown."""
+    mark: Mark = "none"
+    source: Literal["person", "qupath"] = "person"
+    view: View
+    reason: Reason
+    suggested: dict[int, float] | None = None
+    """Probabilities that were shown before the answer; None if no suggestion was shown."""
+    model: str | None = None
+    """Digest of the model that made the suggestion or picked the patch."""
+    seconds: Seconds | None = None
+    """Time from showing the patch to saving the label, per patch; None for imported labels."""
+
+
+class Undone(_Event):
+    """The labels with these event numbers do not count."""
+
+    kind: Literal["undo"] = "undo"
+    numbers: tuple[int, ...]
+
+
+Event = FolderStarted | SlideAdded | ClassAdded | ClassRenamed | ClassesMerged | Labeled | Undone
+
+EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+"""Reads and writes events as JSON."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An event as it was saved."""
+
+    number: int
+    """1 for the first event of a folder."""
+    time: str
+    """UTC, ISO 8601."""
+    annotator: str
+    event: Event

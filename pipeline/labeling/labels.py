@@ -1,0 +1,181 @@
+"""What the events of a labels folder add up to: classes, slides, and the current label of each patch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from models.tissue_class import Color
+from pipeline.labeling.events import (
+    Answer,
+    ClassAdded,
+    ClassesMerged,
+    ClassRenamed,
+    FolderStarted,
+    Labeled,
+    Mark,
+    Place,
+    Recorded,
+    SlideAdded,
+    Undone,
+)
+
+
+@dataclass(frozen=True)
+class LabelClass:
+    """A class as it is now."""
+
+    id: int
+    name: str
+    color: Color
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all annotators together say about a patch."""
+
+    answers: Mapping[int, Answer]
+    """Answer for each current class."""
+    mark: Mark
+    disputed: bool
+    """Whether two annotators contradict each other about a class. Its answer is then "unknown", unless a majority
+    agrees."""
+
+
+class Labels:
+    """The current state, which follows the events. Not for several threads."""
+
+    def __init__(self, records: Iterable[Recorded] = ()) -> None:
+        self.number = 0
+        """Number of the last event that is part of the state."""
+        self.settings: FolderStarted | None = None
+        self.slides: dict[str, SlideAdded] = {}
+        self.classes: dict[int, LabelClass] = {}
+        """Current classes by number, without those that were merged into others."""
+        self._target: dict[int, int] = {}
+        self._labels: dict[Place, dict[str, list[Recorded]]] = defaultdict(lambda: defaultdict(list))
+        self._order: dict[int, tuple[str, Place]] = {}
+        for record in records:
+            self.apply(record)
+
+    def apply(self, record: Recorded) -> None:
+        """Add the next event."""
+        self.number = record.number
+        match record.event:
+            case FolderStarted() as event:
+                self.settings = self.settings or event
+            case SlideAdded() as event:
+                self.slides[event.digest] = event
+            case ClassAdded() as event:
+                self.classes[event.id] = LabelClass(event.id, event.name, event.color)
+            case ClassRenamed() as event:
+                self.classes[event.id] = replace(self.classes[event.id], name=event.name)
+            case ClassesMerged() as event:
+                self._target[event.id] = event.into
+                del self.classes[event.id]
+            case Labeled() as event:
+                self._labels[event.place][record.annotator].append(record)
+                self._order[record.number] = (record.annotator, event.place)
+            case Undone() as event:
+                for number in event.numbers:
+                    self._undo(number)
+
+    def _undo(self, number: int) -> None:
+        found = self._order.pop(number, None)
+        if found is not None:
+            annotator, place = found
+            kept = [one for one in self._labels[place][annotator] if one.number != number]
+            self._labels[place][annotator] = kept
+
+    @property
+    def next_class_id(self) -> int:
+        """Return the number of the next class that is added."""
+        return max([*self.classes, *self._target], default=0) + 1
+
+    def places(self) -> list[Place]:
+        """Return the patches with a label, in the order of their first label."""
+        return [place for place, by_annotator in self._labels.items() if any(by_annotator.values())]
+
+    def annotators(self) -> list[str]:
+        """Return the people who labeled patches, sorted."""
+        return sorted({name for by in self._labels.values() for name, kept in by.items() if kept})
+
+    def label(self, place: Place, annotator: str) -> Labeled | None:
+        """Return an annotator's current label of a patch, or None."""
+        kept = self._labels.get(place, {}).get(annotator)
+        return label_of(kept[-1]) if kept else None
+
+    def labels_of(self, annotator: str) -> list[Recorded]:
+        """Return an annotator's labels that are not undone, in the order in which they were saved."""
+        own = [number for number, (name, _) in self._order.items() if name == annotator]
+        by_number = {one.number: one for by in self._labels.values() for one in by.get(annotator, ())}
+        return [by_number[number] for number in own]
+
+    def is_labeled(self, place: Place, annotator: str | None = None) -> bool:
+        """Return whether anybody, or this annotator, has labeled a patch."""
+        by_annotator = self._labels.get(place, {})
+        return bool(by_annotator.get(annotator)) if annotator is not None else any(by_annotator.values())
+
+    def answers(self, label: Labeled) -> dict[int, Answer]:
+        """Return a label's answer for each current class.
+
+        A merged class is present if any of its parts is, absent if all of them are, and otherwise unknown.
+        """
+        parts: dict[int, set[Answer]] = {id_: set() for id_ in self.classes}
+        for id_, answer in label.answers.items():
+            parts[self._current(id_)].add(answer)
+        return {id_: _merged(answers) for id_, answers in parts.items()}
+
+    def _current(self, id_: int) -> int:
+        while id_ in self._target:
+            id_ = self._target[id_]
+        return id_
+
+    def verdict(self, place: Place) -> Verdict:
+        """Return what the annotators of a patch say together: per class, the answer of most of them.
+
+        Marked labels count only if nobody answered. Raises KeyError for a patch without a label.
+        """
+        latest = [label_of(kept[-1]) for kept in self._labels.get(place, {}).values() if kept]
+        if not latest:
+            raise KeyError(place)
+        answered = [self.answers(one) for one in latest if one.mark == "none"]
+        if not answered:
+            return Verdict(dict.fromkeys(self.classes, "unknown"), latest[-1].mark, disputed=False)
+        answers = {id_: _majority([one[id_] for one in answered]) for id_ in self.classes}
+        disputed = any({"present", "absent"} <= {one[id_] for one in answered} for id_ in self.classes)
+        return Verdict(answers, "none", disputed)
+
+    def is_complete(self, label: Labeled) -> bool:
+        """Return whether a label needs no second look: it has a mark, or an answer for every current class."""
+        return label.mark != "none" or "unknown" not in self.answers(label).values()
+
+    def is_blind(self, place: Place) -> bool:
+        """Return whether a patch belongs to the random share that never shows a suggestion."""
+        assert self.settings is not None
+        return _fraction(f"{self.settings.seed} {place.id}") < self.settings.blind_share
+
+
+def label_of(record: Recorded) -> Labeled:
+    """Return the label that an event is."""
+    assert isinstance(record.event, Labeled)
+    return record.event
+
+
+def _merged(answers: set[Answer]) -> Answer:
+    if "present" in answers:
+        return "present"
+    return "absent" if answers == {"absent"} else "unknown"
+
+
+def _majority(answers: list[Answer]) -> Answer:
+    present, absent = answers.count("present"), answers.count("absent")
+    if present == absent:
+        return "unknown"
+    return "present" if present > absent else "absent"
+
+
+def _fraction(text: str) -> float:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
