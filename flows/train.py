@@ -56,8 +56,9 @@ def train_bundle(
     dataset: str, output: Path, data: str | None, preset: str, settings: dict[str, Any], device: str
 ) -> Bundle:
     """Train as `wsi-train` does, with the same exceptions. None of them is transient."""
-    config = train_config(preset, settings=[f"{name}={_toml(value)}" for name, value in settings.items()])
     images = load_dataset(dataset, None if data is None else Path(data))
+    chosen = [f"{name}={_toml(value)}" for name, value in settings.items()]
+    config = train_config(preset, None, chosen, images.card.settings)
     return train(images, output, config, device=device, progress=StageProgress())
 
 

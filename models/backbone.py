@@ -28,6 +28,8 @@ class Stages(NamedTuple):
 class Backbone(nn.Module):
     """A network without its classifier: images (N, 3, H, W) -> `Stages`, all three at output stride 8 by dilation.
 
+    `channels` are those of the deep stage and `stage_channels` those of all three.
+
     `name` is "resnet38d" or a model of timm. In a timm network, shallow and middle are the outputs of the third-last
     and second-last feature stages, and deep is the final feature map, after the last convolution.
 
@@ -44,16 +46,20 @@ class Backbone(nn.Module):
         super().__init__()
         self.net: Any
         self.channels: int
+        self.stage_channels: tuple[int, int, int]
         if name == "resnet38d":
             if depth is not None:
                 raise ArchitectureError("backbone 'resnet38d' cannot be cut; remove the depth")
             self.net, self.channels, self._taps = resnet38d.ResNet38d(), resnet38d.CHANNELS, None
+            self.stage_channels = (512, 1024, resnet38d.CHANNELS)
         else:
             self.net = _timm_network(name)
             self.channels = self.net.num_features
             self._taps = [len(self.net.feature_info) - 3, len(self.net.feature_info) - 2]
             if depth is not None:
                 self.channels, self._taps = _cut(self.net, name, depth), [depth - 3, depth - 2, depth - 1]
+            shallow, middle = (int(self.net.feature_info[tap]["num_chs"]) for tap in self._taps[:2])
+            self.stage_channels = (shallow, middle, self.channels)
         replicate_padding(self.net)
 
     def forward(self, x_NCHW: Tensor) -> Stages:

@@ -102,6 +102,8 @@ class ModelCard(_Strict):
     output_stride: Literal[4] = 4
     gate_thresholds: tuple[Fraction, ...]
     """Threshold per class. The gate accepts a class if its presence probability exceeds the threshold."""
+    temperature: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    """The segmenter's logits are divided by this before the softmax."""
     licence: Annotated[str, Field(min_length=1)]
     training_data: Annotated[str, Field(min_length=1)]
     """Data set, attribution, split and supervision."""

@@ -5,28 +5,38 @@ Shape suffixes: N batch, C channels, K classes, H and W the image, h and w the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from models.backbone import Backbone, Stages
 from models.errors import ArchitectureError
-from models.heads import HEADS, HeadOutput
+from models.heads import HEADS, HeadOutput, progressive_dropout_attention
 
 
 class Classifier(nn.Module):
     """Normalized images (N, 3, H, W) -> logits (N, K), one sigmoid per class.
 
     `stages` and `head_output` return the features and maps that class activation maps are computed from. `depth` cuts
-    the backbone, see `Backbone`. Raises ArchitectureError if the backbone or the head is unknown.
+    the backbone, see `Backbone`. `layers` are stages ("shallow", "middle") that get a head of their own, for training
+    and pseudo masks only. Raises ArchitectureError if the backbone or the head is unknown.
     """
 
-    def __init__(self, backbone: str, head: str, classes: int, depth: int | None = None) -> None:
+    def __init__(
+        self, backbone: str, head: str, classes: int, depth: int | None = None, layers: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         if head not in HEADS:
             raise ArchitectureError(f"unknown classifier head {head!r}; use one of {', '.join(sorted(HEADS))}")
         self.backbone = Backbone(backbone, depth=depth)
         self.head: Any = HEADS[head](self.backbone.channels, classes)
+        channels = dict(zip(Stages._fields, self.backbone.stage_channels, strict=True))
+        self.layer_heads = nn.ModuleDict({layer: HEADS[head](channels[layer], classes) for layer in layers})
+        self.mu: float | None = None
+        """Threshold of progressive dropout attention in training mode; None for no attention."""
+        self.normalize_attention = True
+        """Whether the attention is normalized, which the paper does not do."""
 
     def stages(self, x_NCHW: Tensor) -> Stages:
         """Return the shallow, middle and deep feature maps."""
@@ -36,10 +46,30 @@ class Classifier(nn.Module):
     def head_output(self, stages: Stages, x_NCHW: Tensor) -> HeadOutput:
         """Return logits, map and auxiliary logits for the stages of these images.
 
-        Training adds the loss of each of `auxiliary_NK` to that of the logits.
+        In training mode, the head reads features weighted by progressive dropout attention if `mu` is set, and the
+        logits of the heads of `layers` are among the auxiliary ones. Training adds the loss of each of
+        `auxiliary_NK` to that of the logits.
         """
-        output: HeadOutput = self.head(stages.deep, x_NCHW)
+        if not self.training:
+            evaluated: HeadOutput = self.head(stages.deep, x_NCHW)
+            return evaluated
+        output: HeadOutput = self.head(self._attended(stages.deep), x_NCHW)
+        more = tuple(self.layer_output(layer, stages, x_NCHW).logits_NK for layer in self.layer_heads)
+        return output._replace(auxiliary_NK=output.auxiliary_NK + more)
+
+    def layer_output(self, layer: str, stages: Stages, x_NCHW: Tensor) -> HeadOutput:
+        """Return the output of the head of one stage: "deep", or one of the constructor's `layers`."""
+        head: Any = self.head if layer == "deep" else self.layer_heads[layer]
+        output: HeadOutput = head(getattr(stages, layer), x_NCHW)
         return output
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return self.head_output(self.stages(x_NCHW), x_NCHW).logits_NK
+
+    def _attended(self, deep_NChw: Tensor) -> Tensor:
+        if self.mu is None:
+            return deep_NChw
+        attention_N1hw = progressive_dropout_attention(
+            deep_NChw, self.head.weight_KC, self.mu, normalize=self.normalize_attention
+        )
+        return attention_N1hw.to(deep_NChw.dtype) * deep_NChw

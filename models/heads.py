@@ -30,7 +30,7 @@ class HeadOutput(NamedTuple):
     logits_NK: Tensor
     """Logits before the sigmoid."""
     map_NKhw: Tensor
-    """The head's own localization: class scores (gap, pda, area), heatmaps after a sigmoid (pcam), or one attention
+    """The head's own localization: class scores (gap, area), heatmaps after a sigmoid (pcam), or one attention
     (N, 1, h, w) for all classes (lfi, abn)."""
     auxiliary_NK: tuple[Tensor, ...] = ()
     """More logits; training adds the loss of each."""
@@ -65,9 +65,16 @@ def progressive_dropout_attention(
         return torch.where(peak_N111 > 0, scaled_N1hw, torch.ones_like(scaled_N1hw))
 
 
+ATTENTIONS = ("none", "pda")
+"""What can weight the features before a head with `linear_map` pools them, in training only."""
+
+
 @dataclass(frozen=True)
 class PdaSchedule:
-    """How the dropout threshold mu falls over the epochs."""
+    """How the dropout threshold mu falls over a training of `EPOCHS`; shorter and longer ones are scaled to that."""
+
+    EPOCHS: ClassVar[int] = 20
+    """Epochs in Han et al. 2022 and in their code."""
 
     sigma: float
     """Factor per epoch."""
@@ -78,13 +85,16 @@ class PdaSchedule:
     start: int
     """First 0-based epoch in which the attention is applied."""
 
-    def mu(self, epoch: int) -> float:
-        """Return mu in the 0-based epoch: 1 for `hold` epochs, then times sigma each epoch, never below `lower`."""
-        return max(self.lower, self.sigma ** max(0, epoch - self.hold + 1))
+    def mu(self, epoch: int, epochs: int) -> float | None:
+        """Return mu in a 0-based epoch of `epochs`, or None if the attention is not applied yet.
 
-    def applied(self, epoch: int) -> bool:
-        """Return whether the attention is applied in the 0-based epoch."""
-        return epoch >= self.start
+        It is 1 for `hold` epochs, then times sigma each epoch, never below `lower`. A training of another length than
+        `EPOCHS` takes the values at the same shares of its length.
+        """
+        position = epoch * self.EPOCHS / epochs
+        if position < self.start:
+            return None
+        return float(max(self.lower, self.sigma ** max(0.0, position - self.hold + 1)))
 
 
 PDA_SCHEDULES = {
@@ -114,33 +124,8 @@ class GapHead(nn.Module):
         return self.conv.weight[:, :, 0, 0]
 
     def forward(self, deep_NChw: Tensor, x_NCHW: Tensor) -> HeadOutput:  # noqa: ARG002  # every head takes both
-        return HeadOutput(self.pooled_logits(deep_NChw), self.conv(deep_NChw))
-
-    def pooled_logits(self, deep_NChw: Tensor) -> Tensor:
-        """Return the logits (N, K) of the averaged features."""
         pooled_NC11 = self.dropout(deep_NChw).mean(dim=(2, 3), keepdim=True)
-        logits_NK: Tensor = self.conv(pooled_NC11).flatten(1)
-        return logits_NK
-
-
-class PdaHead(GapHead):
-    """Weight the features with progressive dropout attention in training; in evaluation this is a `GapHead`.
-
-    The training loop sets `mu` each epoch; None switches the attention off. The map is that of the features without
-    attention. The attention is normalized by default, which the paper does not do.
-    """
-
-    def __init__(self, channels: int, classes: int, *, normalize: bool = True) -> None:
-        super().__init__(channels, classes)
-        self.mu: float | None = None
-        self.normalize = normalize
-
-    def forward(self, deep_NChw: Tensor, x_NCHW: Tensor) -> HeadOutput:
-        if not self.training or self.mu is None:
-            return super().forward(deep_NChw, x_NCHW)
-        attention_N1hw = progressive_dropout_attention(deep_NChw, self.weight_KC, self.mu, normalize=self.normalize)
-        attended_NChw = attention_N1hw.to(deep_NChw.dtype) * deep_NChw
-        return HeadOutput(self.pooled_logits(attended_NChw), self.conv(deep_NChw))
+        return HeadOutput(self.conv(pooled_NC11).flatten(1), self.conv(deep_NChw))
 
 
 class AreaHead(nn.Module):
@@ -330,7 +315,6 @@ class Head(Protocol):
 
 HEADS: dict[str, Head] = {
     "gap": GapHead,
-    "pda": PdaHead,
     "pcam": PcamHead,
     "lfi": LfiHead,
     "abn": AbnHead,

@@ -296,10 +296,10 @@ class Predictor:
         return rgb_NHWC if isinstance(rgb_NHWC, Tensor) else self.on_device(rgb_NHWC)
 
     def _segmented(self, tiles_NHWC: Tensor) -> Tensor:
-        """Return the segmenter's logits for one batch."""
+        """Return the segmenter's logits for one batch, divided by the model's temperature."""
         with self._autocast():
             logits_NKhw = self._segmenter(normalized(tiles_NHWC, self._mean_C, self._std_C))
-        return logits_at_stride(logits_NKhw.float(), self.output_stride)
+        return logits_at_stride(logits_NKhw.float() / self.card.temperature, self.output_stride)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "float32" or self.runtime == "openvino":

@@ -89,6 +89,7 @@ def _prepare(
     from models.bundle import load_bundle
     from models.predictor import Predictor
     from pipeline.errors import OutputError
+    from pipeline.training.compose import composed
     from pipeline.training.dataset import load_dataset
     from pipeline.training.evaluate import check_same_classes, masked_samples
     from pipeline.workers.malloc import keep_freed_memory
@@ -96,13 +97,15 @@ def _prepare(
     keep_freed_memory()
     model, dataset = load_bundle(bundle), load_dataset(description, data)
     check_same_classes(model.card, dataset)
-    masked_samples(dataset, split)
+    if dataset.card.compose is None:
+        masked_samples(dataset, split)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
             f"{output}: the folder cannot be created ({error.strerror}); choose another with -o"
         ) from error
+    dataset = composed(dataset, output, (split,))
     # Training measures in the same way: the logits are enlarged to the model's pixels, not the probabilities.
     return Predictor.from_bundle(model, device=device, batch_size=batch_size, output_stride=1), dataset
 

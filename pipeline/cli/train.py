@@ -51,12 +51,14 @@ def train_command(
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s")
 
     try:
-        chosen = train_config(preset, config, settings or ())
+        train_config(preset, config, settings or ())  # before the libraries load, so that a typo is reported at once
         from pipeline.training.dataset import load_dataset
         from pipeline.training.train import train
 
+        images = load_dataset(dataset, data)
+        chosen = train_config(preset, config, settings or (), images.card.settings)
         with training_bar(hidden=quiet or os.environ.get("RANK", "0") != "0") as progress:
-            bundle = train(load_dataset(dataset, data), output, chosen, device=device, progress=progress)
+            bundle = train(images, output, chosen, device=device, progress=progress)
     except WsiSegmentError as error:
         fail(PROGRAM, str(error))
     except KeyboardInterrupt:

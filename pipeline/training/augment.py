@@ -1,14 +1,16 @@
-"""Augmentation of training images: flips, quarter turns and changes of the stains.
+"""Augmentation of training images: flips, quarter turns, and changes of the stains and of the scanner.
 
 Shape suffixes: H and W the image, B boxes (x, y, width, height), L layers of labels.
 """
 
 from __future__ import annotations
 
+import io
 from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageFilter
 
 _DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
 """Optical density of each byte."""
@@ -60,3 +62,29 @@ def restain(rgb_HWC: NDArray[np.uint8], strength: float, rng: np.random.Generato
     density_HWC = _DENSITY[rgb_HWC] @ matrix_33 + shift_3 @ _STAINS_33
     changed_HWC: NDArray[np.float32] = np.exp(-density_HWC) * 256 - 1
     return np.clip(np.rint(changed_HWC), 0, 255).astype(np.uint8)
+
+
+def rescanned(rgb_HWC: NDArray[np.uint8], strength: float, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return the image as another scanner might record it.
+
+    Brightness changes by up to ± `strength` / 5, and contrast and saturation by up to ± `strength`. With a probability
+    of `strength`, the image is blurred (a Gaussian of up to 1 px), and with the same probability it is compressed as
+    JPEG of quality 40 to 95.
+    """
+    if strength == 0:
+        return rgb_HWC
+    factors = 1 + rng.uniform(-strength, strength, 3) * np.array([0.2, 1.0, 1.0])
+    blur_px, quality = rng.uniform(0, 1), int(rng.integers(40, 96))
+    blurs, compresses = rng.uniform(size=2) < strength
+    image = Image.fromarray(rgb_HWC)
+    for enhancer, factor in zip(
+        (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors, strict=True
+    ):
+        image = enhancer(image).enhance(float(factor))
+    if blurs:
+        image = image.filter(ImageFilter.GaussianBlur(blur_px))
+    if compresses:
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=quality)
+        image = Image.open(stream)
+    return np.asarray(image, dtype=np.uint8)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.backbone import Stages
 from models.classifier import Classifier
 from models.heads import PDA_SCHEDULES, HeadOutput
 from pipeline.training.config import TrainConfig
@@ -50,7 +49,9 @@ def classifier_task(
         count = config.classifier_batch
         places = draw_places(training, config.region, count, rng)
         seeds = rng.integers(2**32, size=count)
-        views = [make_view(training, places[n], config.stain, np.random.default_rng(seeds[n])) for n in share]
+        views = [
+            make_view(training, places[n], config.stain, np.random.default_rng(seeds[n]), config.imaging) for n in share
+        ]
         return ClassifierBatch(views, weight_2K)
 
     def loss(batch: ClassifierBatch) -> Tensor:
@@ -60,14 +61,18 @@ def classifier_task(
         classifier.train()
         if config.pretrained:
             keep_statistics(classifier.backbone)
-        if config.head == "pda":
-            schedule = PDA_SCHEDULES[config.pda_schedule]
-            classifier.head.mu = schedule.mu(epoch) if schedule.applied(epoch) else None
+        if config.attention == "pda":
+            classifier.mu = PDA_SCHEDULES[config.pda_schedule].mu(epoch, config.classifier_epochs)
+            classifier.normalize_attention = config.normalize_attention
 
     return Task(
         name="classifier",
         network=classifier,
-        new_parameters=list((classifier.head if config.pretrained else classifier).parameters()),
+        new_parameters=[
+            parameter
+            for name, parameter in classifier.named_parameters()
+            if not (config.pretrained and name.startswith("backbone."))
+        ],
         make_batch=make_batch,
         loss=loss,
         validate=lambda network: presence_scores(network, validation, config, device),
@@ -123,19 +128,24 @@ def patch_outputs(classifier: Classifier, x_NCHW: Tensor, boxes: Sequence[NDArra
     """Return the head's output for every box of every image, in order.
 
     Boxes are in image pixels and have one size. The features of an image are computed once, and each box uses the
-    feature cells nearest to the box.
+    feature cells nearest to the box. Only the stages that have a head are cut into boxes.
     """
     stages = classifier.stages(x_NCHW)
     height, width = x_NCHW.shape[2:]
     if all(len(b) == 1 and tuple(b[0]) == (0, 0, width, height) for b in boxes):
         return classifier.head_output(stages, x_NCHW)
-    deep_NChw = stages.deep
-    stride = height // deep_NChw.shape[2]
-    cells = [_cells(boxes_B4, stride, deep_NChw.shape[2:]) for boxes_B4 in boxes]
     owner_M = np.repeat(np.arange(len(boxes)), [len(boxes_B4) for boxes_B4 in boxes])
-    window_MChw = _windows(deep_NChw, owner_M, np.concatenate(cells))
-    crop_MCHW = _windows(x_NCHW, owner_M, np.concatenate(cells) * stride)
-    return classifier.head_output(Stages(window_MChw, window_MChw, window_MChw), crop_MCHW)
+
+    def cut(map_NChw: Tensor) -> Tensor:
+        stride = height // map_NChw.shape[2]
+        cells_M4 = np.concatenate([_cells(boxes_B4, stride, map_NChw.shape[2:]) for boxes_B4 in boxes])
+        return _windows(map_NChw, owner_M, cells_M4)
+
+    stride = height // stages.deep.shape[2]
+    cells_M4 = np.concatenate([_cells(boxes_B4, stride, stages.deep.shape[2:]) for boxes_B4 in boxes])
+    crop_MCHW = _windows(x_NCHW, owner_M, cells_M4 * stride)
+    cut_stages = {layer: cut(getattr(stages, layer)) for layer in ("deep", *classifier.layer_heads)}
+    return classifier.head_output(stages._replace(**cut_stages), crop_MCHW)
 
 
 def _cells(boxes_B4: NDArray[np.int64], stride: int, size_hw: tuple[int, ...]) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,10 @@ class TrainConfig:
     """Feature stages of a timm backbone that the classifier uses; None for all of it."""
     head: str = "area"
     """Head of the classifier, a key of models.heads.HEADS."""
+    attention: Literal["none", "pda"] = "none"
+    """Attention in training before a linear head pools the features: `none`, or `pda` (progressive dropout)."""
+    normalize_attention: bool = True
+    """Divide the attention of each image by its maximum, which the paper does not do."""
     encoder: str = ""
     """Encoder of the segmenter, any name of segmentation-models-pytorch; empty for the classifier's timm backbone."""
     encoder_depth: int = 4
@@ -54,6 +58,8 @@ class TrainConfig:
     """Weight presence and absence of each class by their inverse frequency, so that rare classes count as much."""
     stain: float = 0.15
     """Strength of the stain augmentation: the largest relative change of each stain's amount; 0 turns it off."""
+    imaging: float = 0.0
+    """Strength of the scanner augmentation: brightness, contrast, saturation, blur and JPEG; 0 turns it off."""
 
     # Classifier
     classifier_epochs: int = 16
@@ -65,12 +71,13 @@ class TrainConfig:
     frozen: tuple[str, ...] = ("conv_stem", "bn1", "blocks.0", "blocks.1")
     """Name prefixes of backbone parameters that the classifier does not train (ResNet-38d freezes its own)."""
     pda_schedule: Literal["paper", "release"] = "paper"
-    """Schedule of the dropout threshold of the head `pda`, a key of models.heads.PDA_SCHEDULES."""
+    """Schedule of the dropout threshold of `pda`, a key of models.heads.PDA_SCHEDULES."""
 
     # Pseudo masks
     cam: str = "head"
     """How the maps are computed: `head` (class probabilities of the head's own map over whole images, averaged over
-    flips) or a key of models.cam.CAMS (per labeled patch, joint min-max, averaged over overlapping patches).
+    flips; other layers than the deep one get heads of their own, which are trained along) or a key of models.cam.CAMS
+    (per labeled patch, joint min-max, averaged over overlapping patches).
     """
     layer_weights: tuple[float, float, float] = (0.0, 0.0, 1.0)
     """Weights of the cross-entropies against the shallow, middle and deep pseudo masks. Layers of weight 0 are not
@@ -120,10 +127,6 @@ class TrainConfig:
     # Gate
     gate_recall: float = 0.99
     """Share of the validation tiles containing a class that the gate must accept for that class."""
-    highest_threshold: float = 0.1
-    """Upper limit of a threshold (the paper's epsilon). On slides unlike the training data, higher thresholds reject
-    classes in single tiles, which makes tile outlines visible in the map.
-    """
 
     seed: int = 0
     """Seed of all random choices."""
@@ -132,13 +135,9 @@ class TrainConfig:
         """Raise TrainConfigError for an invalid value."""
         if min(self.layer_weights) < 0 or abs(sum(self.layer_weights) - 1) > 1e-6:
             raise TrainConfigError(f"layer_weights are {self.layer_weights}; they must sum to 1, none below 0")
-        if self.cam == "head" and self.layer_weights != (0.0, 0.0, 1.0):
-            raise TrainConfigError(
-                'cam "head" supports only the deep layer; set layer_weights to 0, 0, 1, or set another cam'
-            )
         if self.backbone == "resnet38d" and not self.encoder:
             raise TrainConfigError("resnet38d is not an encoder of segmentation-models-pytorch; set encoder too")
-        _check_maps(self.head, self.cam)
+        _check_maps(self.head, self.cam, self.attention)
         if self.region is not None and (self.region < 64 or self.region % 32):
             raise TrainConfigError(f"region is {self.region}; it must be a multiple of 32, at least 64")
         self._check_segmenter()
@@ -162,7 +161,7 @@ class TrainConfig:
             raise TrainConfigError(f"mpp is {self.mpp}; it must be above 0, or none for the pixel size of the data set")
         if min(self.clip, self.weight_decay) < 0:
             raise TrainConfigError(f"clip is {self.clip} and weight_decay {self.weight_decay}; neither may be negative")
-        for name in ("ema", "confidence", "gate_recall", "highest_threshold", "stain"):
+        for name in ("ema", "confidence", "gate_recall", "stain", "imaging"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
 
@@ -177,6 +176,12 @@ class TrainConfig:
             raise TrainConfigError(f"encoder_depth is {self.encoder_depth}; it must be 3, 4 or 5")
         if min(self.rates) < 1:
             raise TrainConfigError(f"rates are {self.rates}; each must be at least 1")
+
+    @property
+    def layer_heads(self) -> tuple[str, ...]:
+        """Return the stages besides the deep one that need a head of their own for their pseudo masks."""
+        layers = zip(("shallow", "middle"), self.layer_weights, strict=False)
+        return tuple(layer for layer, weight in layers if weight > 0 and self.cam == "head")
 
     @property
     def pretrained(self) -> bool:
@@ -194,7 +199,7 @@ class TrainConfig:
         return self.pretrained and self.encoder_name == f"tu-{self.backbone}"
 
 
-def _check_maps(head: str, cam: str) -> None:
+def _check_maps(head: str, cam: str, attention: str) -> None:
     # Imported here because both load torch, which --help does not need.
     from models.cam import CAMS
     from models.heads import HEADS
@@ -205,6 +210,8 @@ def _check_maps(head: str, cam: str) -> None:
         raise TrainConfigError(f"cam is {cam!r}; use head, {', '.join(CAMS)}")
     if cam == "head" and not HEADS[head].class_scores:
         raise TrainConfigError(f'cam "head" cannot make class probabilities from head {head}; set cam too')
+    if attention != "none" and not HEADS[head].linear_map:
+        raise TrainConfigError(f"attention {attention} needs a head with a linear class map, but {head} has none")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -212,7 +219,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Han et al. 2022 with the changes of methods.md: multi-layer Grad-CAM, PDA, one labeled patch per image.
     "paper": {
         "depth": None,
-        "head": "pda",
+        "head": "gap",
+        "attention": "pda",
         "region": None,
         "balance": False,
         "stain": 0.0,
@@ -241,14 +249,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["paper-sgd"] = PRESETS["paper"] | PRESETS["paper-sgd"]
 
 
-def train_config(preset: str = "default", file: Path | None = None, settings: Sequence[str] = ()) -> TrainConfig:
-    """Return a preset with the settings of a TOML file and then `settings` of the form ``name=value`` applied.
+def train_config(
+    preset: str = "default",
+    file: Path | None = None,
+    settings: Sequence[str] = (),
+    of_dataset: Mapping[str, Any] | None = None,
+) -> TrainConfig:
+    """Return a preset changed by the settings of a data set, then by a TOML file, then by `settings` (``name=value``).
 
     Values are TOML (``ema=0``, ``head="gap"``; a bare word is a string). Raises TrainConfigError naming the setting.
     """
     if preset not in PRESETS:
         raise TrainConfigError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    values = dict(PRESETS[preset])
+    values = PRESETS[preset] | dict(of_dataset or {})
     if file is not None:
         try:
             values |= tomllib.loads(file.read_text(encoding="utf-8"))

@@ -172,7 +172,9 @@ def read_mask(dataset: Dataset, sample: Sample) -> NDArray[np.uint8]:
     index = np.full(256, _UNKNOWN, dtype=np.uint8)
     for k, spec in enumerate(dataset.card.classes):
         index[list(spec.mask_values)] = k
-    index[list(dataset.card.mask_excluded)] = IGNORED
+    rule = dataset.card.labels
+    several = rule.several if isinstance(rule, CropLabels) else {}
+    index[[*dataset.card.mask_excluded, *several]] = IGNORED
     labels_HW: NDArray[np.uint8] = index[values_HW]
     if (labels_HW == _UNKNOWN).any():
         strange = ", ".join(str(value) for value in np.unique(values_HW[labels_HW == _UNKNOWN]))
@@ -199,8 +201,29 @@ def labeled_boxes(dataset: Dataset, sample: Sample) -> Labeled:
     classes = len(dataset.card.classes)
     if isinstance(rule, CropLabels):
         boxes_B4 = crop_boxes(width, height, rule.side, rule.stride)
-        return Labeled(boxes_B4, presence(labels_HW, boxes_B4, classes, rule.minimum))
+        labeled = Labeled(boxes_B4, presence(labels_HW, boxes_B4, classes, rule.minimum))
+        return _with_several(dataset, sample, labeled, rule) if rule.several else labeled
     return Labeled(whole_14, presence(labels_HW, whole_14, classes, rule.mask_minimum))
+
+
+def _with_several(dataset: Dataset, sample: Sample, labeled: Labeled, rule: CropLabels) -> Labeled:
+    """Add the classes of areas with several classes to the crops that they cover, and drop crops of unknown classes.
+
+    If no crop would be left, all crops are kept.
+    """
+    assert sample.mask is not None
+    values_HW = _decoded(sample.mask, None)
+    boxes_B4, present_BK = labeled.boxes_B4, labeled.present_BK.copy()
+    known_B = np.ones(len(boxes_B4), dtype=bool)
+    for value, names in rule.several.items():
+        area_HW = np.where(values_HW == value, np.uint8(0), np.uint8(IGNORED))
+        some_B, most_B = (presence(area_HW, boxes_B4, 1, share)[:, 0] for share in (rule.minimum, 0.5))
+        columns = [dataset.class_names.index(name) for name in names]
+        known_B &= ~some_B | most_B | present_BK[:, columns].all(axis=1)
+        present_BK[:, columns] |= most_B[:, None]
+    if not known_B.any():
+        return Labeled(boxes_B4, present_BK)
+    return Labeled(boxes_B4[known_B], present_BK[known_B])
 
 
 def check_classes(dataset: Dataset, labeled: Iterable[Labeled]) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from models.tissue_class import Byte, ClassName, Color, TissueClass
+from models.tissue_class import Byte, ClassName, Color, Role, TissueClass
 from pipeline.errors import DatasetFileError
 from pipeline.training.palettes import class_colors
 
@@ -32,11 +32,13 @@ class ClassSpec(_Section):
     """Red, green, blue. If no class has a color, `pipeline.training.palettes` assigns them."""
     mask_values: tuple[Byte, ...] = ()
     """Palette indices (or gray values) of the class in mask files."""
+    role: Role = "tissue"
+    """"background" for a class that is not tissue, such as glass."""
 
     @property
     def tissue_class(self) -> TissueClass:
         """Return the class without its mask values, as models and maps use it."""
-        return TissueClass(self.name, self.color)
+        return TissueClass(self.name, self.color, self.role)
 
 
 class Location(_Section):
@@ -158,11 +160,16 @@ class CsvLabels(_WholeImageLabels):
 
 
 class FolderLabels(_WholeImageLabels):
-    """The folder of an image is its only class."""
+    """The folder of an image names its class or classes."""
 
     source: Literal["folders"]
-    folders: dict[str, str] = {}
-    """Class of each folder, if folders and classes have different names."""
+    folders: dict[str, str | tuple[str, ...]] = {}
+    """Class or classes of each folder, if folders and classes have different names."""
+
+    def classes_of(self, folder: str) -> tuple[str, ...]:
+        """Return the class names of a folder; empty if `folders` does not list the folder."""
+        listed = self.folders.get(folder, ()) if self.folders else folder
+        return (listed,) if isinstance(listed, str) else listed
 
 
 class CropLabels(_Section):
@@ -175,6 +182,11 @@ class CropLabels(_Section):
     """Distance between crops. An extra crop at the end of each row and column reaches the image edge."""
     minimum: Share
     """A class is present if it covers more than this share of the crop."""
+    several: dict[Byte, tuple[str, ...]] = {}
+    """Mask values of areas that contain several classes, without a known class of each pixel. All classes of such an
+    area are present in a crop if the area covers more than half of the crop. A crop of which the area covers less, but
+    more than `minimum`, is left out. Scores ignore the pixels of such areas.
+    """
 
     @model_validator(mode="after")
     def _no_gaps(self) -> CropLabels:
@@ -191,6 +203,28 @@ class BackgroundRule(_Section):
     gray_above: Byte = 200
     smallest_px: int = Field(default=50, ge=0)
     """Smaller pieces are not background."""
+
+
+class Compose(_Section):
+    """How to compose training images from images that show one tissue each, see pipeline/training/compose.py."""
+
+    source: str
+    """Column of the table: the larger image that an image was cut from."""
+    x: str = "x"
+    y: str = "y"
+    """Columns of the image's position in that larger image, in pixels."""
+    mpp: float = Field(gt=0)
+    """Pixel size of the composed images in µm."""
+    side: int = Field(ge=64)
+    """Side of a composed image in its pixels."""
+    train: int = Field(ge=1)
+    val: int = Field(ge=1)
+    test: int = Field(ge=1)
+    """Number of composed images of each split."""
+    blank: str | None = None
+    """A class whose areas are also filled with plain bright colors, because glass looks the same on every slide."""
+    labels: CropLabels
+    """Labeled windows of the composed images, in their pixels."""
 
 
 class DatasetCard(_Section):
@@ -217,6 +251,10 @@ class DatasetCard(_Section):
     labels: Annotated[FileNameLabels | CsvLabels | FolderLabels | CropLabels, Field(discriminator="source")]
     background: BackgroundRule | None = None
     """None if glass and lumen are classes of their own."""
+    compose: Compose | None = None
+    """None if networks train on the images as they are."""
+    settings: dict[str, Any] = {}
+    """Training settings for this data set. They change the preset, and the user's settings change them."""
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -279,8 +317,20 @@ class DatasetCard(_Section):
                 raise ValueError(
                     f"labels.columns has {len(columns)} names for {len(names)} classes; name one column per class"
                 )
-            case FolderLabels(folders=folders) if strange := sorted(set(folders.values()) - set(names)):
+            case FolderLabels() as rule if strange := sorted(
+                {name for folder in rule.folders for name in rule.classes_of(folder)} - set(names)
+            ):
                 raise ValueError(f"labels.folders names {', '.join(strange)}; the classes are {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _compose_fits(self) -> DatasetCard:
+        if self.compose is None:
+            return self
+        if self.table is None or isinstance(self.labels, CropLabels):
+            raise ValueError("compose needs a [table] and one label per image; labels cannot be crops of masks")
+        if self.compose.blank not in (None, *(spec.name for spec in self.classes)):
+            raise ValueError(f"compose.blank is {self.compose.blank!r}, which is not a class")
         return self
 
     @model_validator(mode="after")

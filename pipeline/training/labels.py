@@ -60,13 +60,13 @@ def labels_of_row(
 
 
 def labels_of_folder(image: Path, rule: FolderLabels, class_names: tuple[str, ...]) -> tuple[bool, ...]:
-    """Return the single class of an image's folder, (K,). Raises LabelError if the folder has no class."""
+    """Return the classes of an image's folder, (K,). Raises LabelError if the folder has no class."""
     folder = image.parent.name
-    own = rule.folders.get(folder) if rule.folders else folder
-    if own not in class_names:
+    own = set(rule.classes_of(folder))
+    if not own or not own <= set(class_names):
         known = ", ".join(rule.folders or class_names)
         raise LabelError(f"{image}: folder {folder} has no class; the class folders are {known}")
-    return tuple(name == own for name in class_names)
+    return tuple(name in own for name in class_names)
 
 
 def crop_boxes(width: int, height: int, side: int, stride: int) -> NDArray[np.int64]:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.training.augment import Move, restain
-from pipeline.training.dataset import Dataset, Sample, labeled_boxes, read_rgb
+from pipeline.training.augment import Move, rescanned, restain
+from pipeline.training.dataset import Dataset, Sample, image_size, labeled_boxes, read_rgb
 from pipeline.training.resample import resampled
 from wsi.levels import MPP_TOLERANCE
 
@@ -59,16 +59,18 @@ class PatchImages:
         self.scale = 1.0 if abs(scale - 1) <= MPP_TOLERANCE else scale
         self.boxes: list[NDArray[np.int64]] = []
         self.present: list[NDArray[np.bool_]] = []
+        sizes: list[NDArray[np.int64]] = []
         for sample in self.samples:
             labeled = labeled_boxes(dataset, sample)
             # Corner and side are rounded, not both corners, so that boxes of one size stay equal in size.
             boxes_B4 = np.rint(labeled.boxes_B4 * self.scale).astype(np.int64)
             # If both are rounded up, the box ends a pixel beyond the image.
-            size_2 = np.rint(np.array(_extent(labeled.boxes_B4)) * self.scale).astype(np.int64)
+            size_2 = np.rint(np.array(image_size(sample)) * self.scale).astype(np.int64)
             boxes_B4[:, :2] = np.minimum(boxes_B4[:, :2], size_2 - boxes_B4[:, 2:])
             self.boxes.append(boxes_B4)
             self.present.append(labeled.present_BK)
-        self.sizes_N2 = np.array([_extent(boxes_B4) for boxes_B4 in self.boxes])
+            sizes.append(size_2)
+        self.sizes_N2 = np.array(sizes)
         """Width and height of each image."""
         self.ends_N = np.cumsum([len(boxes_B4) for boxes_B4 in self.boxes])
         """Cumulative number of labeled patches, including each image."""
@@ -147,20 +149,27 @@ def draw_patches(images: PatchImages, count: int, rng: np.random.Generator) -> l
     return places
 
 
-def make_view(images: PatchImages, place: Place, strength: float, rng: np.random.Generator) -> View:
-    """Return the view at a place, randomly flipped, turned and restained."""
+def make_view(
+    images: PatchImages, place: Place, strength: float, rng: np.random.Generator, imaging: float = 0.0
+) -> View:
+    """Return the view at a place, randomly flipped, turned, restained and changed as by another scanner."""
     move = Move.draw(rng)
-    rgb_HWC = restain(cut(images.rgb(place.image), place), strength, rng)
+    rgb_HWC = rescanned(restain(cut(images.rgb(place.image), place), strength, rng), imaging, rng)
     boxes_B4, index_B = boxes_of_view(images.boxes[place.image], images.sizes_N2[place.image], place)
     return View(move.image(rgb_HWC), move.boxes(boxes_B4, place.side, place.side), images.present[place.image][index_B])
 
 
 def make_labeled_view(
-    images: PatchImages, labels_LHW: NDArray[np.uint8], place: Place, strength: float, rng: np.random.Generator
+    images: PatchImages,
+    labels_LHW: NDArray[np.uint8],
+    place: Place,
+    strength: float,
+    rng: np.random.Generator,
+    imaging: float = 0.0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return (rgb_HWC, labels_LHW) of a place, randomly flipped, turned and restained."""
+    """Return (rgb_HWC, labels_LHW) of a place, changed as in `make_view`."""
     move = Move.draw(rng)
-    rgb_HWC = restain(cut(images.rgb(place.image), place), strength, rng)
+    rgb_HWC = rescanned(restain(cut(images.rgb(place.image), place), strength, rng), imaging, rng)
     moved = [move.image(cut(labels_HW, place)) for labels_HW in labels_LHW]
     return move.image(rgb_HWC), np.stack(moved)
 
@@ -168,7 +177,7 @@ def make_labeled_view(
 def cut(array: NDArray[np.uint8], place: Place) -> NDArray[np.uint8]:
     """Return the part of an image or label map (H, W, ...) at a place. The array is mirrored at its edges."""
     rows, columns = (
-        _mirrored(start, place.side, length) for start, length in zip((place.y, place.x), array.shape, strict=False)
+        mirrored(start, place.side, length) for start, length in zip((place.y, place.x), array.shape, strict=False)
     )
     return array[rows[:, None], columns]
 
@@ -206,12 +215,7 @@ def _holding_a_patch(boxes_B4: NDArray[np.int64], place: Place) -> Place:
     return place._replace(x=x, y=y)
 
 
-def _extent(boxes_B4: NDArray[np.int64]) -> tuple[int, int]:
-    """Return the extent of the boxes, which is the image size because the last row and column are labeled."""
-    return int((boxes_B4[:, 0] + boxes_B4[:, 2]).max()), int((boxes_B4[:, 1] + boxes_B4[:, 3]).max())
-
-
-def _mirrored(start: int, side: int, length: int) -> NDArray[np.int64]:
+def mirrored(start: int, side: int, length: int) -> NDArray[np.int64]:
     """Return the pixel of an image of this length at each of the positions [start, start + side)."""
     position = (start + np.arange(side)) % (2 * length)
     return np.minimum(position, 2 * length - 1 - position)

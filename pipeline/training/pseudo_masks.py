@@ -5,6 +5,7 @@ Shape suffixes: N images, K classes, L layers (shallow, middle, deep), B labeled
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,21 +81,21 @@ def pseudo_masks_of_image(
         images.boxes[index], images.present[index], rgb_HWC.shape[:2], overlap=config.overlap_labels
     )
     if config.cam == "head":
-        probs_KHW = class_probabilities(classifier, rgb_HWC, device)
+        used = [layer for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0]
+        maps_LKHW = class_probabilities(classifier, rgb_HWC, device, used)
         # If the labels allow only one class, the pixel is certain whatever the network predicts.
-        probs_KHW[:, allowed_KHW.sum(axis=0) == 1] = 1.0
-        maps_LKHW = probs_KHW[None]
-        unsure_HW = np.where(allowed_KHW, probs_KHW, 0).max(axis=0) < config.confidence
+        maps_LKHW[:, :, allowed_KHW.sum(axis=0) == 1] = 1.0
+        unsure_LHW = np.where(allowed_KHW, maps_LKHW, 0).max(axis=1) < config.confidence
     else:
         maps_LKHW = _maps_of_patches(classifier, images, index, config, device)
-        unsure_HW = np.zeros(rgb_HWC.shape[:2], dtype=bool)
+        unsure_LHW = np.zeros((len(maps_LKHW), *rgb_HWC.shape[:2]), dtype=bool)
     # -1 excludes a class that is not allowed even if all others are 0.
     masks_LHW: NDArray[np.uint8] = np.where(allowed_KHW, maps_LKHW, -1.0).argmax(axis=1).astype(np.uint8)
-    ignored_HW = unsure_HW | ~allowed_KHW.any(axis=0)
+    ignored_HW = ~allowed_KHW.any(axis=0)
     rule = images.dataset.card.background
     if rule is not None:
         ignored_HW |= background_HW(rgb_HWC, rule)
-    masks_LHW[:, ignored_HW] = IGNORED
+    masks_LHW[unsure_LHW | ignored_HW] = IGNORED
     return masks_LHW
 
 
@@ -122,20 +123,25 @@ def allowed_classes(
 
 @torch.inference_mode()
 def class_probabilities(
-    classifier: Classifier, rgb_HWC: NDArray[np.uint8], device: torch.device
+    classifier: Classifier, rgb_HWC: NDArray[np.uint8], device: torch.device, layers: Sequence[str] = ("deep",)
 ) -> NDArray[np.float32]:
-    """Return class probabilities (K, H, W): the softmax of the head's class map, averaged over four flips."""
+    """Return class probabilities (L, K, H, W) of the heads of these layers.
+
+    They are the softmax of each head's class map, averaged over four flips.
+    """
     height, width = rgb_HWC.shape[:2]
     x_1CHW = as_input(padded(rgb_HWC[None]), device)
-    total_1KHW: Tensor | float = 0.0
+    totals: list[Tensor | float] = [0.0] * len(layers)
     for axes in ((), (2,), (3,), (2, 3)):
         moved_1CHW = x_1CHW.flip(axes)
-        map_1Khw = classifier.head_output(classifier.stages(moved_1CHW), moved_1CHW).map_NKhw.float()
-        up_1KHW = F.interpolate(map_1Khw, size=x_1CHW.shape[2:], mode="bilinear", align_corners=False)
-        total_1KHW = total_1KHW + up_1KHW.softmax(dim=1).flip(axes)
-    assert isinstance(total_1KHW, Tensor)
-    probs_KHW: NDArray[np.float32] = (total_1KHW[0, :, :height, :width] / 4).cpu().numpy()
-    return probs_KHW
+        stages = classifier.stages(moved_1CHW)
+        for n, layer in enumerate(layers):
+            map_1Khw = classifier.layer_output(layer, stages, moved_1CHW).map_NKhw.float()
+            up_1KHW = F.interpolate(map_1Khw, size=x_1CHW.shape[2:], mode="bilinear", align_corners=False)
+            totals[n] = totals[n] + up_1KHW.softmax(dim=1).flip(axes)
+    total_LKHW = torch.cat([total for total in totals if isinstance(total, Tensor)])
+    probs_LKHW: NDArray[np.float32] = (total_LKHW[:, :, :height, :width] / 4).cpu().numpy()
+    return probs_LKHW
 
 
 def _maps_of_patches(

@@ -63,7 +63,12 @@ def segmenter_task(
         seeds = rng.integers(2**32, size=count)
         views = [
             make_labeled_view(
-                training, labels_of(places[n].image), places[n], config.stain, np.random.default_rng(seeds[n])
+                training,
+                labels_of(places[n].image),
+                places[n],
+                config.stain,
+                np.random.default_rng(seeds[n]),
+                config.imaging,
             )
             for n in share
         ]

@@ -72,7 +72,8 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table) -> dict[str, R
             by_name[name] = row
     rows = {}
     for name, image in images.items():
-        row = by_name.get(name, by_name.get(image.name, {}))
+        below_root = image.relative_to(root).as_posix() if image.is_relative_to(root) else ""
+        row = by_name.get(name) or by_name.get(image.name) or by_name.get(below_root, {})
         if not row:
             raise LabelError(f"{image}: has no row in {', '.join(table.files)} (column {table.name_column}); add one")
         rows[name] = row

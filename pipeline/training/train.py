@@ -45,9 +45,12 @@ from models.predictor import Predictor, choose_device
 from models.segmenter import build_segmenter
 from pipeline.errors import DatasetError, LockedError, OutputError, TrainError
 from pipeline.progress import Progress
+from pipeline.training.calibration import calibrate_temperature
 from pipeline.training.classifier import classifier_task
+from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, samples
+from pipeline.training.dataset_card import Split
 from pipeline.training.evaluate import evaluate
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
 from pipeline.training.inputs import MEAN, MULTIPLE, STD, load_start
@@ -62,6 +65,9 @@ logger = logging.getLogger(__name__)
 UNREADABLE_SHARE = 0.01
 """The run fails if a larger share of the images of a split cannot be read."""
 
+UNCALIBRATED = 0.1
+"""Gate threshold of a class without a validation tile (epsilon of Han et al. 2022)."""
+
 
 def train(
     dataset: Dataset, run: Path, config: TrainConfig, *, device: str = "auto", progress: Progress | None = None
@@ -73,6 +79,7 @@ def train(
     """
     place = training_device(device)
     processes = join_processes(place)
+    dataset = composed(dataset, run)
     config = dataclasses.replace(config, mpp=config.mpp or dataset.mpp)
     assert config.mpp is not None
     training, validation = (
@@ -89,7 +96,7 @@ def train(
     torch.manual_seed(config.seed)
     classes = len(dataset.class_names)
 
-    classifier = Classifier(config.backbone, config.head, classes, config.depth)
+    classifier = Classifier(config.backbone, config.head, classes, config.depth, config.layer_heads)
     load_start(classifier.backbone.net, config.weights)
     if config.cam != "head":
         check_available(config.cam, classifier.eval(), "deep")
@@ -98,7 +105,7 @@ def train(
     if config.encoder_starts:
         timm_encoder: Any = segmenter.encoder
         load_start(timm_encoder.model, config.weights)
-    make_card(dataset, config, tile_side(training, config), (config.highest_threshold,) * classes)
+    make_card(dataset, config, tile_side(training, config), (UNCALIBRATED,) * classes)
     # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.
     held = ExitStack()
     if processes.rank == 0:
@@ -223,41 +230,47 @@ def _wait(processes: Processes) -> None:
 def export(
     run: Path, classifier: Classifier, segmenter: nn.Module, validation: PatchImages, config: TrainConfig, device: str
 ) -> None:
-    """Calibrate the gate, measure the test split if it has masks, and write the bundle.
+    """Calibrate the gate and the temperature, measure the test split if it has masks, and write the bundle.
 
-    The gate is calibrated on the presence labels of validation tiles. The test split is measured only once. The
-    validation images show whether the map depends on the position in a view.
+    The gate is calibrated on the presence labels of validation tiles, and the temperature on the validation images
+    with masks. The test split is measured only once. The validation images show whether the map depends on the position
+    in a view. The heads of single layers do not become part of the bundle.
     """
     folder, torch_device = run / "bundle", choose_device(device)
     if folder.exists():
         logger.info("%s exists: nothing to do", folder)
         return
     dataset, side = validation.dataset, tile_side(validation, config)
-    draft = make_card(dataset, config, side, (config.highest_threshold,) * len(dataset.class_names))
+    classifier.layer_heads.clear()
+    draft = make_card(dataset, config, side, (UNCALIBRATED,) * len(dataset.class_names))
     # A bundle stores rounded weights. Calibrate and measure the rounded ones.
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
         rounded = load_networks(save_bundle(Path(work) / "bundle", draft, classifier, segmenter))
-    presence_NK, held_NK = tile_presence(Predictor.from_networks(draft, NO_DIGEST, *rounded, device=device), validation)
-    thresholds = calibrate_gate(presence_NK, held_NK, config.gate_recall, config.highest_threshold)
-    card = draft.model_copy(update={"gate_thresholds": thresholds})
-    metrics = measured_metrics(
+    uncalibrated = Predictor.from_networks(draft, NO_DIGEST, *rounded, device=device)
+    presence_NK, held_NK = tile_presence(uncalibrated, validation)
+    thresholds = calibrate_gate(presence_NK, held_NK, config.gate_recall)
+    calibration = calibrate_temperature(uncalibrated, validation)
+    card = draft.model_copy(update={"gate_thresholds": thresholds, "temperature": calibration.temperature})
+    metrics = calibration.metrics() | measured_metrics(
         Predictor.from_networks(card, NO_DIGEST, *rounded, device=device, output_stride=1), dataset
     )
     profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
     metrics["val_position_deviation"] = round(position_deviation(profile_KD, config.margin), 4)
-    logger.info("gate thresholds %s, %s", thresholds, metrics)
+    logger.info("gate thresholds %s, temperature %s, %s", thresholds, calibration.temperature, metrics)
     save_bundle(folder, card.model_copy(update={"metrics": metrics}), classifier, segmenter)
 
 
 def measured_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]:
     """Return the scores of the test split (protocol `exclude`, with the gate) and the spread of the mIoU over cases.
 
-    If the test split cannot be measured, log a warning and return no scores: the trained model must not be lost.
+    A data set without a test split is measured on its validation split, and the names of the scores show that. If the
+    split cannot be measured, log a warning and return no scores: the trained model must not be lost.
     """
+    split: Split = "test" if "test" in dataset.card.splits else "val"
     try:
-        evaluation = evaluate(predictor, dataset, "test")
+        evaluation = evaluate(predictor, dataset, split)
     except DatasetError as error:
-        logger.warning("the model card gets no metrics because the test split cannot be measured: %s", error)
+        logger.warning("the model card gets no metrics because split %s cannot be measured: %s", split, error)
         return {}
     scores = evaluation.scores("exclude", gate=True)
     values = {f"iou_{name}": iou for name, iou in scores.iou.items()}
@@ -268,7 +281,7 @@ def measured_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]
         "accuracy": scores.accuracy,
     }
     # The IoU is NaN for a class that neither the truth nor the prediction contains.
-    return {f"test_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}
+    return {f"{split}_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}
 
 
 def tile_side(images: PatchImages, config: TrainConfig) -> int:
@@ -300,20 +313,18 @@ def _tiles(images: PatchImages, side: int) -> Iterator[tuple[NDArray[np.uint8], 
         yield np.stack([rgb_HWC[p.y : p.y + side, p.x : p.x + side] for p in places]), np.stack(held)
 
 
-def calibrate_gate(
-    presence_NK: NDArray[np.float32], held_NK: NDArray[np.bool_], recall: float, highest: float
-) -> tuple[float, ...]:
-    """Return per class the largest threshold up to `highest` that accepts `recall` of the tiles containing the class.
+def calibrate_gate(presence_NK: NDArray[np.float32], held_NK: NDArray[np.bool_], recall: float) -> tuple[float, ...]:
+    """Return per class the largest threshold that accepts `recall` of the tiles containing the class.
 
-    The threshold of a class that no tile contains is `highest`.
+    The threshold of a class that no tile contains is `UNCALIBRATED`.
     """
     thresholds = []
     for k in range(held_NK.shape[1]):
         held = presence_NK[held_NK[:, k], k]
         # The number of tiles to accept. 1e-9, because 0.9 * 10 can round to slightly more than 9.
         passing = max(1, math.ceil(recall * len(held) - 1e-9))
-        value = float(np.sort(held)[len(held) - passing]) - 1e-4 if len(held) else highest
-        thresholds.append(round(min(highest, max(0.0, value)), 4))
+        value = float(np.sort(held)[len(held) - passing]) - 1e-4 if len(held) else UNCALIBRATED
+        thresholds.append(round(max(0.0, value), 4))
     return tuple(thresholds)
 
 

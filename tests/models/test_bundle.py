@@ -40,7 +40,7 @@ from tests.models.networks import make_card
 
 def _real_card() -> ModelCard:
     networks = {
-        "classifier": ClassifierCard(backbone="tf_efficientnet_lite0", head="pda"),
+        "classifier": ClassifierCard(backbone="tf_efficientnet_lite0", head="gap"),
         "segmenter": SegmenterCard(encoder="resnet18"),
     }
     return make_card().model_copy(update=networks)
@@ -50,7 +50,7 @@ def _real_card() -> ModelCard:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(5)
     path = tmp_path_factory.mktemp("saved") / "bündel"
-    save_bundle(path, _real_card(), Classifier("tf_efficientnet_lite0", "pda", 2), build_segmenter("resnet18", 2))
+    save_bundle(path, _real_card(), Classifier("tf_efficientnet_lite0", "gap", 2), build_segmenter("resnet18", 2))
     return path
 
 
@@ -66,7 +66,7 @@ def _rewrite(folder: Path, change: dict[str, Any]) -> None:
 
 
 def test_networks_load_in_float32_within_half_precision(tmp_path: Path) -> None:
-    classifier, segmenter = Classifier("tf_efficientnet_lite0", "pda", 2), build_segmenter("resnet18", 2)
+    classifier, segmenter = Classifier("tf_efficientnet_lite0", "gap", 2), build_segmenter("resnet18", 2)
     bundle = save_bundle(tmp_path / "b", _real_card(), classifier, segmenter)
     for original, loaded in zip((classifier, segmenter), load_networks(bundle), strict=True):
         assert not loaded.training

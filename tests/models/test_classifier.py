@@ -5,7 +5,7 @@ import torch
 
 from models.classifier import Classifier
 from models.errors import ArchitectureError
-from models.heads import HEADS
+from models.heads import HEADS, progressive_dropout_attention
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_all_three_stages_have_output_stride_8(x_NCHW: torch.Tensor) -> None:
 
 def test_the_classifier_with_resnet38d_has_the_head_of_the_paper() -> None:
     with torch.device("meta"):
-        classifier = Classifier("resnet38d", "pda", 4)
+        classifier = Classifier("resnet38d", "gap", 4)
         assert tuple(classifier(torch.empty(1, 3, 224, 224)).shape) == (1, 4)
     assert tuple(classifier.head.weight_KC.shape) == (4, 4096)
     assert sum(parameter.numel() for parameter in classifier.parameters()) == 105_070_912 + 4 * 4096
@@ -58,8 +58,51 @@ def test_the_classifier_with_resnet38d_has_the_head_of_the_paper() -> None:
 
 @pytest.mark.parametrize(
     ("backbone", "head", "named"),
-    [("resnet9000", "gap", "resnet9000"), ("resnet18", "magic", "abn, area, gap, lfi, pcam, pda")],
+    [("resnet9000", "gap", "resnet9000"), ("resnet18", "magic", "abn, area, gap, lfi, pcam")],
 )
 def test_an_unknown_architecture_is_named(backbone: str, head: str, named: str) -> None:
     with pytest.raises(ArchitectureError, match=named):
         Classifier(backbone, head, 2)
+
+
+@pytest.mark.parametrize("head", ["gap", "area", "pcam"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_in_training_the_head_reads_features_weighted_by_the_attention(
+    head: str, normalize: bool, x_NCHW: torch.Tensor
+) -> None:
+    classifier = trained_classifier(head)
+    stages = classifier.stages(x_NCHW)
+    plain_NK = classifier.head_output(stages, x_NCHW).logits_NK
+    classifier.mu, classifier.normalize_attention = 0.8, normalize
+    attention = progressive_dropout_attention(stages.deep, classifier.head.weight_KC, 0.8, normalize=normalize)
+    expected_NK = classifier.head(attention * stages.deep, x_NCHW).logits_NK
+    assert torch.equal(classifier.head_output(stages, x_NCHW).logits_NK, expected_NK)
+    assert not torch.allclose(expected_NK, plain_NK)
+    classifier.eval()
+    assert torch.equal(classifier.head_output(stages, x_NCHW).logits_NK, plain_NK)
+
+
+def test_heads_of_layers_add_their_logits_in_training_only(x_NCHW: torch.Tensor) -> None:
+    classifier = trained_classifier("area", ("shallow", "middle"))
+    stages = classifier.stages(x_NCHW)
+    output = classifier.head_output(stages, x_NCHW)
+    expected = [classifier.layer_heads[layer](getattr(stages, layer), x_NCHW) for layer in ("shallow", "middle")]
+    for actual_NK, one in zip(output.auxiliary_NK, expected, strict=True):
+        assert torch.equal(actual_NK, one.logits_NK)
+    assert torch.equal(classifier.layer_output("middle", stages, x_NCHW).map_NKhw, expected[1].map_NKhw)
+    assert torch.equal(classifier.layer_output("deep", stages, x_NCHW).map_NKhw, output.map_NKhw)
+    assert classifier.eval().head_output(stages, x_NCHW).auxiliary_NK == ()
+
+
+def trained_classifier(head: str, layers: tuple[str, ...] = ()) -> Classifier:
+    """Return a classifier in training mode that has no random or updated parts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        classifier = Classifier("resnet18", head, 3, layers=layers)
+    torch.nn.init.normal_(classifier.head.conv.weight, generator=torch.Generator().manual_seed(3))
+    classifier.train()
+    classifier.backbone.eval()
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.Dropout | torch.nn.Dropout2d):
+            module.p = 0.0
+    return classifier

@@ -26,13 +26,13 @@ from models.heads import (
     HeadOutput,
     LfiHead,
     PcamHead,
-    PdaHead,
+    PdaSchedule,
     progressive_dropout_attention,
 )
 
 Floats = NDArray[np.float64]
-NAMES = ("gap", "pda", "pcam", "lfi", "abn", "area")
-LINEAR = ("gap", "pda", "pcam", "area")
+NAMES = ("gap", "pcam", "lfi", "abn", "area")
+LINEAR = ("gap", "pcam", "area")
 
 
 @contextmanager
@@ -200,7 +200,6 @@ def slow_abn(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple
 
 SLOW: dict[str, Any] = {
     "gap": slow_gap,
-    "pda": slow_gap,
     "pcam": slow_pcam,
     "lfi": slow_lfi,
     "abn": slow_abn,
@@ -227,13 +226,12 @@ def test_the_registry_holds_these_heads_and_their_properties() -> None:
     assert set(HEADS) == set(NAMES)
     linear = {name for name in NAMES if make_head(name).linear_map}
     assert linear == set(LINEAR)
-    assert {name for name in NAMES if make_head(name).averaged} == {"gap", "pda"}
-    assert {name for name in NAMES if make_head(name).class_scores} == {"gap", "pda", "area"}
+    assert {name for name in NAMES if make_head(name).averaged} == {"gap"}
+    assert {name for name in NAMES if make_head(name).class_scores} == {"gap", "area"}
 
 
-@pytest.mark.parametrize("name", ["gap", "pda"])
-def test_logits_of_an_averaged_head_are_the_class_weights_times_the_mean_features(name: str) -> None:
-    head, deep_NChw = make_head(name), features()
+def test_logits_of_an_averaged_head_are_the_class_weights_times_the_mean_features() -> None:
+    head, deep_NChw = make_head("gap"), features()
     with torch.no_grad():
         expected_NK = torch.einsum("nchw,kc->nk", deep_NChw, head.weight_KC) / 24
         assert torch.allclose(head(deep_NChw, pictures()).logits_NK, expected_NK, atol=1e-5)
@@ -272,8 +270,6 @@ def losses(output: HeadOutput) -> torch.Tensor:
 def test_every_weight_gets_a_finite_gradient_that_is_not_zero(name: str) -> None:
     with seeded(5):
         head = HEADS[name](8, 3).train()
-        if isinstance(head, PdaHead):
-            head.mu = 0.8
         deep_NChw = features(4, 8).requires_grad_()
         losses(head(deep_NChw, pictures(4))).backward()
     for parameter_name, parameter in [("deep", deep_NChw), *head.named_parameters()]:
@@ -287,8 +283,6 @@ def test_every_weight_gets_a_finite_gradient_that_is_not_zero(name: str) -> None
 def test_a_training_step_under_bfloat16_is_finite(name: str, images: int) -> None:
     with seeded(6):
         head = HEADS[name](8, 3).train()
-        if isinstance(head, PdaHead):
-            head.mu = 0.8
         deep_NChw = features(images, 8).bfloat16().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = head(deep_NChw, pictures(images))
@@ -371,41 +365,7 @@ def test_attention_is_computed_in_float32_for_half_precision_features() -> None:
     assert torch.equal(attention, progressive_dropout_attention(deep_NChw.float(), weight_KC, 0.9))
 
 
-def test_pda_head_equals_gap_head_in_evaluation_and_if_mu_is_none() -> None:
-    gap, pda = GapHead(5, 3), PdaHead(5, 3)
-    pda.load_state_dict(gap.state_dict())
-    deep_NChw, x_NCHW = features(), pictures()
-    pda.mu = 0.8
-    for actual, expected in zip(pda.eval()(deep_NChw, x_NCHW)[:2], gap.eval()(deep_NChw, x_NCHW)[:2], strict=True):
-        assert torch.equal(actual, expected)
-    pda.mu = None
-    with seeded(3):
-        without = pda.train()(deep_NChw, x_NCHW)
-    with seeded(3):
-        assert torch.equal(without.logits_NK, gap.train()(deep_NChw, x_NCHW).logits_NK)
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_pda_head_weights_features_with_the_attention_in_training(normalize: bool) -> None:
-    head = PdaHead(5, 3, normalize=normalize).train()
-    head.dropout.p = 0.0
-    head.mu = 0.8
-    deep_NChw = features()
-    weight_KC = arrays(head)["conv.weight"][:, :, 0, 0]
-    attention = slow_attention(deep_NChw.double().numpy(), weight_KC, 0.8)
-    for n in range(3):
-        if normalize and attention[n].max() > 0:
-            attention[n] /= attention[n].max()
-    expected = (attention * deep_NChw.double().numpy()).mean(axis=(2, 3)) @ weight_KC.T
-    with torch.no_grad():
-        output = head(deep_NChw, pictures())
-    np.testing.assert_allclose(output.logits_NK, expected, rtol=1e-4, atol=1e-6)
-    for n in range(3):
-        plain_Khw = slow_class_maps(deep_NChw[n].double().numpy(), weight_KC)
-        np.testing.assert_allclose(output.map_NKhw[n], plain_Khw, rtol=1e-4, atol=1e-5)
-
-
-def test_gap_and_pda_drop_whole_channels() -> None:
+def test_the_gap_head_drops_whole_channels() -> None:
     head = GapHead(64, 1).train()
     with seeded(1):
         kept_NChw = head.dropout(torch.ones(1, 64, 5, 5))
@@ -416,7 +376,6 @@ def test_gap_and_pda_drop_whole_channels() -> None:
 
 def test_parameter_names_are_those_of_shipped_bundles() -> None:
     assert set(GapHead(4, 2).state_dict()) == {"conv.weight"}
-    assert set(PdaHead(4, 2).state_dict()) == {"conv.weight"}
 
 
 def epoch_by_epoch(sigma: float, lower: float, held: int, epochs: int) -> list[float]:
@@ -429,20 +388,29 @@ def epoch_by_epoch(sigma: float, lower: float, held: int, epochs: int) -> list[f
     return values
 
 
-def test_paper_schedule_holds_one_for_three_epochs_then_decays_to_its_lower_bound() -> None:
+def test_the_paper_schedule_of_20_epochs_holds_one_for_three_epochs_and_then_decays() -> None:
     paper = PDA_SCHEDULES["paper"]
-    assert [paper.mu(epoch) for epoch in range(6)] == pytest.approx([1, 1, 1, 0.985, 0.970225, 0.955671625])
-    assert [paper.mu(epoch) for epoch in range(60)] == pytest.approx(epoch_by_epoch(0.985, 0.65, 3, 60))
-    assert paper.mu(30) > 0.65 == paper.mu(31)
-    assert all(paper.applied(epoch) for epoch in range(5))
+    assert [paper.mu(epoch, 20) for epoch in range(6)] == pytest.approx([1, 1, 1, 0.985, 0.970225, 0.955671625])
+    assert [paper.mu(epoch, 20) for epoch in range(20)] == pytest.approx(epoch_by_epoch(0.985, 0.65, 3, 20))
 
 
-def test_release_schedule_decays_after_epoch_0_and_applies_from_epoch_3() -> None:
+def test_the_release_schedule_decays_after_epoch_0_and_applies_from_epoch_3() -> None:
     release = PDA_SCHEDULES["release"]
-    assert [release.mu(epoch) for epoch in range(4)] == pytest.approx([1, 0.98, 0.9604, 0.941192])
-    assert [release.mu(epoch) for epoch in range(60)] == pytest.approx(epoch_by_epoch(0.98, 0.65, 1, 60))
-    assert release.mu(21) > 0.65 == release.mu(22)
-    assert [release.applied(epoch) for epoch in range(5)] == [False, False, False, True, True]
+    expected = [None, None, None, *epoch_by_epoch(0.98, 0.65, 1, 20)[3:]]
+    assert [release.mu(epoch, 20) for epoch in range(20)] == pytest.approx(expected)
+    assert release.mu(5, 20) == pytest.approx(0.98**5)
+
+
+@pytest.mark.parametrize("name", list(PDA_SCHEDULES))
+def test_a_schedule_takes_the_values_at_the_same_shares_of_a_training_of_any_length(name: str) -> None:
+    schedule = PDA_SCHEDULES[name]
+    assert [schedule.mu(epoch, 4) for epoch in range(4)] == [schedule.mu(epoch, 20) for epoch in (0, 5, 10, 15)]
+    assert [schedule.mu(epoch, 40) for epoch in range(0, 40, 2)] == [schedule.mu(epoch, 20) for epoch in range(20)]
+
+
+def test_mu_never_falls_below_its_lower_bound() -> None:
+    steep = PdaSchedule(sigma=0.9, lower=0.65, hold=1, start=0)
+    assert [steep.mu(epoch, 20) for epoch in (4, 5, 19)] == pytest.approx([0.9**4, 0.65, 0.65])
 
 
 def area_of(scores_Khw: torch.Tensor) -> torch.Tensor:

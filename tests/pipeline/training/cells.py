@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ class Cells(nn.Module):
     """Three different feature maps of 8×8 px cells, each independent of its surroundings."""
 
     channels = 6
+    stage_channels = (6, 6, 6)
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,11 +37,14 @@ class Cells(nn.Module):
 class CellClassifier(Classifier):
     """A classifier on `Cells` with random weights."""
 
-    def __init__(self, head: str, classes: int = 3, seed: int = 0) -> None:
+    def __init__(self, head: str, classes: int = 3, seed: int = 0, layers: Sequence[str] = ()) -> None:
         nn.Module.__init__(self)
         torch.manual_seed(seed)
         self.backbone = Cells()  # type: ignore[assignment]  # as a Backbone, but smaller
         self.head = HEADS[head](Cells.channels, classes)
+        self.layer_heads = nn.ModuleDict({layer: HEADS[head](Cells.channels, classes) for layer in layers})
+        self.mu = None
+        self.normalize_attention = True
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.4)
         self.eval()

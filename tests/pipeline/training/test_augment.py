@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.color import hed2rgb, rgb2hed
 
-from pipeline.training.augment import Move, restain
+from pipeline.training.augment import Move, rescanned, restain
 
 
 @given(st.integers(0, 3), st.booleans(), st.integers(0, 9), st.integers(0, 9), st.integers(1, 6), st.integers(1, 6))
@@ -54,3 +54,15 @@ def test_restained_images_differ_with_the_seed_and_repeat_with_it(strength: floa
     first, again, other = (restain(rgb_HWC, strength, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+def test_rescanning_changes_the_image_within_its_strength_and_not_at_strength_0() -> None:
+    rgb_HWC = np.random.default_rng(0).integers(40, 200, (32, 32, 3)).astype(np.uint8)
+    assert rescanned(rgb_HWC, 0.0, np.random.default_rng(1)) is rgb_HWC
+    changed = [rescanned(rgb_HWC, 0.3, np.random.default_rng(seed)) for seed in range(30)]
+    assert all(image.shape == rgb_HWC.shape and image.dtype == np.uint8 for image in changed)
+    means = [float(image.mean()) / float(rgb_HWC.mean()) for image in changed]
+    assert min(means) > 0.9
+    assert max(means) < 1.1
+    assert len({image.tobytes() for image in changed}) == 30
+    np.testing.assert_array_equal(changed[0], rescanned(rgb_HWC, 0.3, np.random.default_rng(0)))

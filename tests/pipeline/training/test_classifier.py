@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -289,17 +290,19 @@ def test_an_epoch_draws_as_many_pixels_as_the_images_have(tmp_path: Path) -> Non
 
 def test_attention_dropout_follows_its_schedule(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 64)})
+    with_attention = TrainConfig(head="gap", attention="pda", region=64, classifier_epochs=20)
     for config, expected in (
-        (TrainConfig(head="pda", region=64, pda_schedule="paper"), [1, 1, 1, 0.985, 0.985**2]),
-        (TrainConfig(head="pda", region=64, pda_schedule="release"), [None, None, None, 0.98**3, 0.98**4]),
+        (with_attention, [1, 1, 1, 0.985, 0.985**2]),
+        (replace(with_attention, pda_schedule="release"), [None, None, None, 0.98**3, 0.98**4]),
+        (replace(with_attention, attention="none"), [None] * 5),
     ):
-        classifier = CellClassifier("pda")
+        classifier = CellClassifier("gap")
         task = classifier_task(classifier, images, images, config, CPU, ALONE)
         seen = []
         for epoch in range(5):
             task.begin_epoch(epoch)
             assert classifier.head.training
-            seen.append(classifier.head.mu)
+            seen.append(classifier.mu)
         assert seen == pytest.approx(expected)
 
 
@@ -308,3 +311,18 @@ def test_the_score_skips_a_measure_without_patches(tmp_path: Path) -> None:
     found = presence_scores(CellClassifier("gap"), images, TrainConfig(), CPU)
     assert np.isfinite(found["score"])
     assert np.isnan(found["map_absent"])  # the only patch holds all classes
+
+
+def test_heads_of_layers_read_the_same_boxes_as_the_deep_head(tmp_path: Path) -> None:
+    classifier = CellClassifier("gap", layers=("shallow",)).train()
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.0
+    rgb_NHWC = noise_images(1, 64, 64)
+    boxes_B4 = np.array([[0, 0, 32, 32], [32, 16, 32, 32]])
+    output = patch_outputs(classifier, as_input(rgb_NHWC, CPU), [boxes_B4])
+    shallow_1Chw = classifier.stages(as_input(rgb_NHWC, CPU)).shallow
+    (auxiliary_BK,) = output.auxiliary_NK
+    for logits_K, (x, y, w, h) in zip(auxiliary_BK, (boxes_B4 // 8).tolist(), strict=True):
+        crop_1Chw = shallow_1Chw[:, :, y : y + h, x : x + w]
+        torch.testing.assert_close(logits_K[None], classifier.layer_heads["shallow"](crop_1Chw, None).logits_NK)

@@ -18,7 +18,8 @@ def test_the_default_preset_changes_no_default() -> None:
 
 def test_the_paper_preset_is_the_published_method() -> None:
     config = train_config("paper-sgd")
-    assert (config.head, config.cam, config.layer_weights) == ("pda", "grad-cam", (0.2, 0.2, 0.6))
+    assert (config.head, config.attention, config.cam) == ("gap", "pda", "grad-cam")
+    assert config.layer_weights == (0.2, 0.2, 0.6)
     assert (config.optimizer, config.schedule, config.weight_decay) == ("sgd", "poly", 5e-4)
     assert (config.backbone_rate, config.new_rate, config.bias_factor) == (0.01, 0.1, 2.0)
     assert config.region is None
@@ -32,8 +33,29 @@ def test_every_preset_is_a_valid_configuration(preset: str) -> None:
 def test_settings_override_the_file_and_the_file_overrides_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "train.toml"
     file.write_text('ema = 0.5\nhead = "gap"\n')
-    config = train_config("default", file, ["head=pda", "region=none", "layer_weights=[0.0, 0.0, 1.0]", "seed=3"])
-    assert (config.ema, config.head, config.region, config.seed) == (0.5, "pda", None, 3)
+    config = train_config(
+        "default", file, ["head=pcam", "cam=pcam", "region=none", "layer_weights=[0.0, 0.0, 1.0]", "seed=3"]
+    )
+    assert (config.ema, config.head, config.region, config.seed) == (0.5, "pcam", None, 3)
+
+
+def test_settings_of_a_data_set_change_the_preset_and_are_overridden_by_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text("ema = 0.5\n")
+    config = train_config("paper", file, ["stain=0.1"], {"ema": 0.3, "stain": 0.4, "imaging": 0.2})
+    assert (config.ema, config.stain, config.imaging, config.head) == (0.5, 0.1, 0.2, "gap")
+
+
+def test_the_error_names_a_head_without_the_map_that_attention_needs() -> None:
+    with pytest.raises(TrainConfigError, match="attention pda needs a head with a linear class map, but abn has none"):
+        train_config("default", None, ["head=abn", "cam=abn", "attention=pda"])
+
+
+def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None:
+    assert TrainConfig().layer_heads == ()
+    assert train_config("default", None, ["layer_weights=[0.1, 0.2, 0.7]"]).layer_heads == ("shallow", "middle")
+    assert train_config("default", None, ["layer_weights=[0.0, 0.2, 0.8]"]).layer_heads == ("middle",)
+    assert train_config("paper").layer_heads == ()
 
 
 @pytest.mark.parametrize(
@@ -46,11 +68,11 @@ def test_settings_override_the_file_and_the_file_overrides_the_preset(tmp_path: 
         ("region=100", "region is 100"),
         ("patience=0", "patience is 0"),
         ("layer_weights=[0.5, 0.5, 0.5]", "must sum to 1"),
-        ("layer_weights=[0.2, 0.2, 0.6]", "supports only the deep layer"),
+        ("attention=pad", "setting attention"),
         ("optimizer=adam", "setting optimizer"),
         ("backbone=resnet38d", "set encoder too"),
         ("head=lfi", "cannot make class probabilities from head lfi; set cam too"),
-        ("head=gup", "head is 'gup'; use one of gap, pda"),
+        ("head=gup", "head is 'gup'; use one of gap, pcam"),
         ("cam=kam", "cam is 'kam'; use head, cam, grad-cam"),
     ],
 )

@@ -602,7 +602,9 @@ def test_the_error_names_contradicting_sections(tmp_path: Path, old: str, new: s
 
 
 def test_the_error_names_an_unknown_data_set_or_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(DatasetFileError, match=r"nowhere: there is no .* bcss-wsss, ebhi-seg, glas, luad-histoseg"):
+    with pytest.raises(
+        DatasetFileError, match=r"nowhere: there is no .* bcss-wsss, ebhi-seg, glas, kather-2016, luad-histoseg"
+    ):
         load_dataset("nowhere")
     with pytest.raises(DatasetFileError, match="glas: pass the folder of this data set"):
         load_dataset("glas")
@@ -647,7 +649,7 @@ def test_shipped_palettes_equal_the_published_ones() -> None:
         for name in shipped_names()
     }
 
-    assert set(cards) == {"luad-histoseg", "bcss-wsss", "glas", "ebhi-seg"}
+    assert set(cards) == {"luad-histoseg", "bcss-wsss", "glas", "ebhi-seg", "kather-2016"}
     luad, bcss = cards["luad-histoseg"], cards["bcss-wsss"]
     assert [spec.color for spec in luad.classes] == [(205, 51, 51), (0, 255, 0), (65, 105, 225), (255, 165, 0)]
     assert [spec.color for spec in bcss.classes] == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (153, 0, 255)]

@@ -164,14 +164,14 @@ def test_class_probabilities_are_the_mean_over_four_flips(size: tuple[int, int])
             up_KHW = np.stack([bilinear(map_hw, *whole_HWC.shape[:2]) for map_hw in map_Khw])
             raised_KHW = np.exp(up_KHW - up_KHW.max(axis=0))
             total_KHW += (raised_KHW / raised_KHW.sum(axis=0))[:, ::rows, ::columns]
-    found_KHW = class_probabilities(classifier, rgb_HWC, CPU)
+    found_KHW = class_probabilities(classifier, rgb_HWC, CPU)[0]
     np.testing.assert_allclose(found_KHW, total_KHW[:, :height, :width] / 4, atol=1e-4)
 
 
 class Certain(CellClassifier):
     """Scores -8 in each 8×8 cell, except for one class that depends on brightness: 8, or 0.1 in dark cells."""
 
-    def head_output(self, stages: object, x_NCHW: Tensor) -> object:  # type: ignore[override]
+    def layer_output(self, layer: str, stages: object, x_NCHW: Tensor) -> object:  # type: ignore[override]
         bright_Nhw = F.avg_pool2d(x_NCHW.mean(dim=1, keepdim=True), 8)[:, 0]
         sure_Nhw = torch.where(bright_Nhw > -0.5, 8.0, 0.0)
         map_NKhw = torch.zeros(len(x_NCHW), 3, *bright_Nhw.shape[1:])
@@ -279,3 +279,17 @@ def test_the_error_names_a_damaged_mask(tmp_path: Path) -> None:
     (tmp_path / "deep" / "a.png").write_bytes(b"no picture")
     with pytest.raises(TrainError, match=r"a\.png: the pseudo mask cannot be read .*; delete it"):
         read_pseudo_masks(tmp_path, images, 0, TrainConfig())
+
+
+def test_maps_by_head_of_several_layers_come_from_the_heads_of_these_layers(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (64, 64)}, side=64)
+    classifier = CellClassifier("area", layers=("middle",))
+    labeled(images, [[[True, True, True]]])
+    config = TrainConfig(confidence=0.5, layer_weights=(0.0, 0.4, 0.6))
+    masks_LHW = pseudo_masks_of_image(classifier, images, 0, config, CPU)
+    probs_LKHW = class_probabilities(classifier, images.rgb(0), CPU, ("middle", "deep"))
+    assert masks_LHW.shape == (2, 64, 64)
+    for mask_HW, probs_KHW in zip(masks_LHW, probs_LKHW, strict=True):
+        unsure_HW = probs_KHW.max(axis=0) < 0.5
+        np.testing.assert_array_equal(mask_HW, np.where(unsure_HW, IGNORED, probs_KHW.argmax(axis=0)))
+    assert not np.array_equal(probs_LKHW[0], probs_LKHW[1])

@@ -1,0 +1,304 @@
+"""Composed training images: mosaics of images that show one tissue each.
+
+A data set of single-tissue images teaches no border and no neighborhood. This module joins neighboring images, fills
+irregular cells with them, and blends the cells along soft or hard borders. The idea is that of HisynSeg (2024). As for
+any data set, presence labels of windows are the supervision; the known map of tissues serves to label these windows and
+to measure.
+
+Composed images depend only on the data set and their number, so every run and every machine has the same ones (but for
+the bytes of JPEG compression).
+
+Shape suffixes: S cells, V tissues, K classes, H and W an image, C color channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.ndimage
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.errors import LabelError
+from pipeline.training.augment import Move, restain
+from pipeline.training.dataset import IGNORED, Dataset, Sample, image_size, read_rgb, samples
+from pipeline.training.dataset_card import Compose, DatasetCard, Location, Split
+from pipeline.training.patches import mirrored
+from pipeline.training.resample import resampled
+from pipeline.training.splits import rows_of
+
+logger = logging.getLogger(__name__)
+
+MIXED_STAIN = 0.25
+"""Strength of the stain change of each area of an image whose areas come from several slides. Without it, the stain of
+a slide would tell its most frequent class."""
+
+JPEG_QUALITY = 95
+
+SMALLEST_WEIGHT = 0.01
+"""Cells with a smaller weight than this, before weights are scaled to a sum of 1, do not show in a pixel."""
+
+
+class Piece(NamedTuple):
+    """An image of one tissue, joined from neighbors: its slide and its pixels at the composed images' pixel size."""
+
+    slide: str
+    rgb_HWC: NDArray[np.uint8]
+
+
+Kind = tuple[str, ...]
+"""The names of the classes that a tissue contains."""
+
+Pieces = dict[Kind, list[Piece]]
+
+
+class Cells(NamedTuple):
+    """The layout of a composed image."""
+
+    weights_SHW: NDArray[np.float32]
+    """Share of each cell in each pixel; the shares of a pixel sum to 1."""
+    areas_S: NDArray[np.int64]
+    """The area that each cell belongs to. All cells of an area have one tissue and come from one slide."""
+
+
+def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = None) -> Dataset:
+    """Return the data set of composed images, or `dataset` itself if its card does not ask for them.
+
+    The images and masks are written below `folder`, into a folder named after a digest of the card, unless they are
+    already there. `splits` None stands for all. Raises what `samples` and `read_rgb` raise, and LabelError for a
+    position in the table that is not a number.
+    """
+    rule = dataset.card.compose
+    if rule is None:
+        return dataset
+    digest = hashlib.sha256(dataset.card.model_dump_json().encode()).hexdigest()[:12]
+    root = folder / f"composed-{digest}"
+    kinds = kinds_of(dataset)
+    for split in splits or dataset.card.splits:
+        if not (root / split).is_dir():
+            _write_split(dataset, rule, kinds, split, root)
+    return Dataset(_composed_card(dataset.card, rule, kinds), root)
+
+
+def kinds_of(dataset: Dataset) -> tuple[Kind, ...]:
+    """Return the tissues of all splits: every class alone, and then each group of classes that an image has."""
+    single = tuple((name,) for name in dataset.class_names)
+    listed = {_kind(dataset, sample) for split in dataset.card.splits for sample in samples(dataset, split)}
+    return (*single, *sorted(kind for kind in listed if len(kind) > 1))
+
+
+def _kind(dataset: Dataset, sample: Sample) -> Kind:
+    assert sample.labels_K is not None
+    return tuple(name for name, there in zip(dataset.class_names, sample.labels_K, strict=True) if there)
+
+
+def _composed_card(card: DatasetCard, rule: Compose, kinds: Sequence[Kind]) -> DatasetCard:
+    several = {value: names for value, names in enumerate(kinds) if len(names) > 1}
+    values = card.model_dump(mode="json") | {
+        "mpp": rule.mpp,
+        "classes": [spec.model_dump() | {"mask_values": [k]} for k, spec in enumerate(card.classes)],
+        "mask_excluded": [IGNORED],
+        "images": {
+            split: [Location(image=f"{split}/img/*.jpg", mask=f"{split}/mask/{{name}}.png").model_dump()]
+            for split in card.splits
+        },
+        "labels": rule.labels.model_dump() | {"several": several},
+        **dict.fromkeys(("root", "table", "group", "split", "background", "compose")),
+    }
+    return DatasetCard.model_validate(values)
+
+
+def _write_split(dataset: Dataset, rule: Compose, kinds: Sequence[Kind], split: Split, root: Path) -> None:
+    """Write the images and masks of a split under another name, and then rename the folder."""
+    pieces = joined_pieces(dataset, split)
+    count: int = getattr(rule, split)
+    logger.info("composing %d images of split %s", count, split)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{split}-", dir=root) as temporary:
+        work = Path(temporary) / split
+        for part in ("img", "mask"):
+            (work / part).mkdir(parents=True)
+
+        def write(index: int) -> None:
+            rng = np.random.default_rng([zlib.crc32(split.encode()), index])
+            rgb_HWC, values_HW = compose_image(pieces, kinds, rule, rng)
+            name = f"{split}-{index:04d}"
+            Image.fromarray(rgb_HWC).save(work / "img" / f"{name}.jpg", quality=JPEG_QUALITY, subsampling=0)
+            Image.fromarray(values_HW).save(work / "mask" / f"{name}.png")
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(write, range(count)))
+        try:
+            work.rename(root / split)
+        except OSError:  # another process of this run was faster and wrote the same images
+            if not (root / split).is_dir():
+                raise
+
+
+def joined_pieces(dataset: Dataset, split: Split) -> Pieces:
+    """Return the images of a split by tissue, neighbors of one larger image and tissue joined to rectangles."""
+    card = dataset.card
+    rule = card.compose
+    assert rule is not None
+    assert card.table is not None
+    chosen = samples(dataset, split)
+    rows = rows_of({sample.name: sample.image for sample in chosen}, dataset.root, card.table)
+    grids: dict[tuple[str, str, Kind], dict[tuple[int, int], Sample]] = defaultdict(dict)
+    for sample in chosen:
+        row, kind = rows[sample.name], _kind(dataset, sample)
+        place = (_position(sample, row.get(rule.x)), _position(sample, row.get(rule.y)))
+        grids[sample.group, row.get(rule.source) or sample.name, kind][place] = sample
+    pieces: Pieces = defaultdict(list)
+    for (slide, _, kind), grid in sorted(grids.items()):
+        width, height = image_size(next(iter(grid.values())))
+        for rectangle in rectangles(grid, width, height):
+            rgb_HWC = np.concatenate(
+                [np.concatenate([read_rgb(grid[place]) for place in line], axis=1) for line in rectangle]
+            )
+            pieces[kind].append(Piece(slide, resampled(rgb_HWC, card.mpp / rule.mpp)))
+    return dict(pieces)
+
+
+def _position(sample: Sample, value: str | None) -> int:
+    try:
+        return int(value or "")
+    except ValueError as error:
+        raise LabelError(
+            f"{sample.image}: its position in the table is {value!r}; it must be a whole number"
+        ) from error
+
+
+def rectangles(places: Iterable[tuple[int, int]], width: int, height: int) -> list[list[list[tuple[int, int]]]]:
+    """Return places (x, y) of tiles grouped into rectangles of neighbors, each a list of rows of places.
+
+    A rectangle starts at the first place that is left, in the order of y and x, grows to the right while there are
+    neighbors, and then down by whole rows. Each place is in one rectangle.
+    """
+    left = set(places)
+    found = []
+    for x, y in sorted(left, key=lambda place: place[::-1]):
+        if (x, y) not in left:
+            continue
+        columns = [x]
+        while (columns[-1] + width, y) in left:
+            columns.append(columns[-1] + width)
+        rectangle = [[(column, y) for column in columns]]
+        while all((column, rectangle[-1][0][1] + height) in left for column in columns):
+            rectangle.append([(column, rectangle[-1][0][1] + height) for column in columns])
+        left -= {place for line in rectangle for place in line}
+        found.append(rectangle)
+    return found
+
+
+def compose_image(
+    pieces: Pieces, kinds: Sequence[Kind], rule: Compose, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return a composed image (H, W, 3) and its tissues (H, W) as indices of `kinds`."""
+    cells = draw_cells(rule.side, rng)
+    available = [kind for kind in kinds if kind in pieces or kind == (rule.blank,)]
+    slides = sorted({piece.slide for own in pieces.values() for piece in own})
+    # Half of the images show one slide, as a real image does. The others bring tissues together that no slide has.
+    slide = str(rng.choice(slides)) if rng.uniform() < 0.5 else None
+    if slide is not None:
+        available = [kind for kind in available if kind == (rule.blank,) or any(p.slide == slide for p in pieces[kind])]
+    rgb_HWC = np.zeros((rule.side, rule.side, 3), dtype=np.float32)
+    shares_VHW = np.zeros((len(kinds), rule.side, rule.side), dtype=np.float32)
+    for area in np.unique(cells.areas_S):
+        kind = available[rng.integers(len(available))]
+        own = _pieces_of_one_slide(pieces.get(kind, []), slide, rng)
+        blank = kind == (rule.blank,) and (not own or rng.uniform() < 0.5)
+        seed = int(rng.integers(2**32))
+        for cell in np.flatnonzero(cells.areas_S == area):
+            shares_VHW[kinds.index(kind)] += cells.weights_SHW[cell]
+            rows, columns = (_extent(cells.weights_SHW[cell].any(axis=axis)) for axis in (1, 0))
+            size_HW = (rows.stop - rows.start, columns.stop - columns.start)
+            filled_HWC = (
+                blank_image(*size_HW, np.random.default_rng(seed))
+                if blank
+                else cover(own[rng.integers(len(own))].rgb_HWC, *size_HW, rng)
+            )
+            if slide is None:  # one seed, so that all cells of an area have one stain
+                filled_HWC = restain(filled_HWC, MIXED_STAIN, np.random.default_rng(seed))
+            rgb_HWC[rows, columns] += cells.weights_SHW[cell, rows, columns, None] * filled_HWC
+    values_HW: NDArray[np.uint8] = shares_VHW.argmax(axis=0).astype(np.uint8)
+    return np.clip(np.rint(rgb_HWC), 0, 255).astype(np.uint8), values_HW
+
+
+def _pieces_of_one_slide(own: Sequence[Piece], slide: str | None, rng: np.random.Generator) -> list[Piece]:
+    """Return the pieces of `slide`, or of a slide drawn in proportion to the square root of its pixels."""
+    pixels: dict[str, int] = defaultdict(int)
+    for piece in own:
+        pixels[piece.slide] += piece.rgb_HWC.size
+    if slide is None and pixels:
+        share = np.sqrt(list(pixels.values()))
+        slide = str(rng.choice(list(pixels), p=share / share.sum()))
+    return [piece for piece in own if piece.slide == slide]
+
+
+def _extent(used: NDArray[np.bool_]) -> slice:
+    """Return the part of an axis from the first to the last used position; empty if none is used."""
+    places = np.flatnonzero(used)
+    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
+
+
+def cover(rgb_HWC: NDArray[np.uint8], height: int, width: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return an image of this size: the image randomly moved, shifted, and repeated by reflection."""
+    moved_HWC = Move.draw(rng).image(rgb_HWC)
+    rows, columns = (
+        mirrored(int(rng.integers(2 * length)), count, length)
+        for count, length in zip((height, width), moved_HWC.shape[:2], strict=True)
+    )
+    return moved_HWC[rows[:, None], columns]
+
+
+def blank_image(height: int, width: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return an image of empty glass: one bright, nearly gray color with weak noise and a weak gradient."""
+    color_3 = rng.uniform(222, 252) + rng.uniform(-6, 6, 3)
+    slope_y, slope_x = rng.uniform(-4, 4, 2)
+    gradient_HW = np.linspace(-slope_y, slope_y, height)[:, None] + np.linspace(-slope_x, slope_x, width)
+    noise_HWC = rng.normal(0, rng.uniform(0.3, 2.5), (height, width, 3))
+    glass_HWC: NDArray[np.float64] = color_3 + gradient_HW[:, :, None] + noise_HWC
+    return np.clip(np.rint(glass_HWC), 0, 255).astype(np.uint8)
+
+
+def draw_cells(side: int, rng: np.random.Generator) -> Cells:
+    """Return a random layout of a square image: irregular cells, grouped into one to six areas.
+
+    Cells are the Voronoi cells of random points in coordinates that two smooth random fields distort. In four of ten
+    images borders are hard; in the others they are softmax-blended over a few pixels. One cell in eight is an island
+    of its own tissue.
+    """
+    count = int(rng.integers(6, 18))
+    points_S2 = rng.uniform(-0.05, 1.05, (count, 2)) * side
+    scale_px, amplitude_px = rng.uniform(5, 25), rng.uniform(2, 14)
+    distorted = [axis + amplitude_px * _smooth_noise(side, scale_px, rng) for axis in np.mgrid[:side, :side]]
+    distance_SHW = np.stack([np.hypot(distorted[1] - x, distorted[0] - y) for x, y in points_S2]).astype(np.float32)
+    blend_px = 0.0 if rng.uniform() < 0.4 else rng.uniform(0.5, 4)
+    nearest_HW = distance_SHW.min(axis=0)
+    if blend_px:
+        weights_SHW = np.exp((nearest_HW - distance_SHW) / blend_px)
+        weights_SHW[weights_SHW < SMALLEST_WEIGHT] = 0
+        weights_SHW /= weights_SHW.sum(axis=0)
+    else:
+        weights_SHW = (distance_SHW.argmin(axis=0) == np.arange(count)[:, None, None]).astype(float)
+    centers_A2 = rng.uniform(0, 1, (int(rng.integers(1, 6)), 2)) * side
+    areas_S = np.hypot(*(points_S2[:, None] - centers_A2).transpose(2, 0, 1)).argmin(axis=1)
+    islands = rng.uniform(size=count) < 1 / 8
+    areas_S[islands] = len(centers_A2) + np.flatnonzero(islands)
+    return Cells(weights_SHW.astype(np.float32), areas_S)
+
+
+def _smooth_noise(side: int, scale_px: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return Gaussian noise (H, W) smoothed by a Gaussian of `scale_px`, with a standard deviation of 1."""
+    smooth_HW = scipy.ndimage.gaussian_filter(rng.normal(size=(side, side)), scale_px, mode="wrap")
+    noise_HW: NDArray[np.float64] = smooth_HW / smooth_HW.std()
+    return noise_HW

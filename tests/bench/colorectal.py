@@ -1,0 +1,164 @@
+"""The tables of docs/benchmarks/colorectal-tissue.md: classifiers measured on slides that they were not trained on.
+
+    python -m tests.bench.colorectal --data FOLDER -o folds --slides 01 02 03 04 05 06 08
+
+Each fold leaves one slide out, validates on another and trains on the rest. A classifier predicts the class of a tile
+from the mean of its class map over the tile, so that its figures compare with those of a linear probe. Finished folds
+are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from models.classifier import Classifier
+from pipeline.training.calibration import reliability
+from pipeline.training.classifier import classifier_task
+from pipeline.training.compose import composed
+from pipeline.training.config import TrainConfig, train_config
+from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
+from pipeline.training.dataset_card import TableSplit
+from pipeline.training.fit import Processes, fit, remove_checkpoint
+from pipeline.training.inputs import as_input, load_start, padded
+from pipeline.training.patches import PatchImages
+from pipeline.training.resample import resampled
+
+ALONE = Processes(0, 1)
+CPU = torch.device("cpu")
+SLIDES = ("01", "02", "03", "04", "05", "06", "08")
+VALIDATION = {"05": "06"}
+"""Validation slide by left-out slide; 05 otherwise, because it has every tissue."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--slides", nargs="+", choices=SLIDES, default=SLIDES)
+    parser.add_argument("--images", type=int, default=400, help="composed training images of a fold")
+    parser.add_argument("--set", nargs="*", default=[], help="settings, name=value")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    dataset = load_dataset("kather-2016", options.data)
+    config = train_config("default", None, options.set, dataset.card.settings)
+    for slide in options.slides:
+        run_fold(fold(dataset, slide, options.images), slide, options.output, config)
+    print(table(options.output, dataset.class_names))
+
+
+def fold(dataset: Dataset, slide: str, images: int) -> Dataset:
+    """Return the data set with one slide as its test split."""
+    validation = VALIDATION.get(slide, "05")
+    train = tuple(other for other in SLIDES if other not in (slide, validation))
+    split = TableSplit(by="table", column="slide", train=train, val=(validation,), test=(slide,))
+    assert dataset.card.compose is not None
+    compose = dataset.card.compose.model_copy(update={"train": images, "val": 40})
+    return Dataset(dataset.card.model_copy(update={"split": split, "compose": compose}), dataset.root)
+
+
+def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig) -> None:
+    """Train the classifier of a fold and write its predictions of the left-out tiles, unless they are there."""
+    run = output / slide
+    if (run / "tiles.npz").is_file():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    mosaics = composed(dataset, run, ("train", "val"))
+    training, validation = (PatchImages(mosaics, samples(mosaics, split), mosaics.mpp) for split in ("train", "val"))
+    torch.manual_seed(config.seed)
+    classifier = Classifier(config.backbone, config.head, len(dataset.class_names), config.depth, config.layer_heads)
+    load_start(classifier.backbone.net, config.weights)
+    task = classifier_task(classifier, training, validation, config, CPU, ALONE)
+    fit(task, run, config, CPU, ALONE)
+    safetensors.torch.save_file(
+        {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}, run / "classifier.safetensors"
+    )
+    remove_checkpoint(run, task.name)
+    scores_NK, labels_NK = tile_scores(classifier.eval(), dataset, mosaics.mpp)
+    np.savez(run / "tiles.npz", scores=scores_NK, labels=labels_NK)
+    (run / "config.json").write_text(json.dumps(vars(config), default=str))
+    print(slide, json.dumps(tile_figures(scores_NK, labels_NK)), flush=True)
+
+
+@torch.inference_mode()
+def tile_scores(
+    classifier: Classifier, dataset: Dataset, mpp: float, split: str = "test"
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the mean class probabilities (N, K) over each tile of a split, and the tiles' labels (N, K)."""
+    scores, labels = [], []
+    chosen = samples(dataset, split)  # type: ignore[arg-type]  # the name of a split
+    for start in range(0, len(chosen), 64):
+        part = chosen[start : start + 64]
+        rgb_NHWC = np.stack([resampled(read_rgb(sample), dataset.mpp / mpp) for sample in part])
+        x_NCHW = as_input(padded(rgb_NHWC), CPU)
+        map_NKhw = classifier.head_output(classifier.stages(x_NCHW), x_NCHW).map_NKhw.float()
+        up_NKHW = F.interpolate(map_NKhw, size=x_NCHW.shape[2:], mode="bilinear", align_corners=False)
+        height, width = rgb_NHWC.shape[1:3]
+        scores.append(up_NKHW.softmax(dim=1)[:, :, :height, :width].mean(dim=(2, 3)).numpy())
+        labels += [sample.labels_K for sample in part]
+    return np.concatenate(scores), np.array(labels)
+
+
+def tile_figures(scores_NK: NDArray[np.float32], labels_NK: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return accuracy, macro F1 and calibration error of tiles with one label, and the hits of tiles with several.
+
+    A tile with several labels is hit if the most probable class is one of them.
+    """
+    single_N = labels_NK.sum(axis=1) == 1
+    truth_N, predicted_N = labels_NK[single_N].argmax(axis=1), scores_NK[single_N].argmax(axis=1)
+    f1 = [f1_score(truth_N == k, predicted_N == k) for k in range(labels_NK.shape[1]) if (truth_N == k).any()]
+    several = labels_NK[~single_N]
+    hit_N = several[np.arange(len(several)), scores_NK[~single_N].argmax(axis=1)]
+    calibration = reliability(torch.from_numpy(scores_NK[single_N]), torch.from_numpy(truth_N))
+    return {
+        "tiles": int(single_N.sum()),
+        "accuracy": round(float((truth_N == predicted_N).mean()), 3),
+        "macro_f1": round(float(np.mean(f1)), 3),
+        "f1": [round(value, 2) for value in f1],
+        "ece": round(calibration.error, 3),
+        "several_hit": round(float(hit_N.mean()), 3) if len(several) else None,
+    }
+
+
+def f1_score(truth_N: NDArray[np.bool_], predicted_N: NDArray[np.bool_]) -> float:
+    """Return the harmonic mean of precision and recall; 0 if nothing is true or predicted."""
+    return float(2 * (truth_N & predicted_N).sum() / max(1, truth_N.sum() + predicted_N.sum()))
+
+
+def table(output: Path, names: Sequence[str]) -> str:
+    """Return the Markdown table of all folds in a folder, and of their tiles pooled."""
+    folds = {file.parent.name: np.load(file) for file in sorted(output.glob("*/tiles.npz"))}
+    rows = {slide: tile_figures(found["scores"], found["labels"]) for slide, found in folds.items()}
+    pooled = [np.concatenate([found[key] for found in folds.values()]) for key in ("scores", "labels")]
+    rows["pooled"] = tile_figures(*pooled)
+    lines = ["| slide | tiles | accuracy | macro F1 | ECE | two labels, hit |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {slide} | {row['tiles']} | {row['accuracy']} | {row['macro_f1']} | {row['ece']} | {row['several_hit']} |"
+        for slide, row in rows.items()
+    ]
+    labels_NK = pooled[1]
+    single_N = labels_NK.sum(axis=1) == 1
+    matrix = np.zeros((len(names), len(names)), int)
+    np.add.at(matrix, (labels_NK[single_N].argmax(axis=1), pooled[0][single_N].argmax(axis=1)), 1)
+    lines += ["", f"| truth | {' | '.join(names)} | F1 |", "|---" * (len(names) + 2) + "|"]
+    lines += [
+        f"| {name} | {' | '.join(map(str, row))} | {f1} |"
+        for name, row, f1 in zip(names, matrix.tolist(), rows["pooled"]["f1"], strict=True)
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Composed images: tiles of one color per tissue, so that every pixel shows which tissue it came from."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.ndimage
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.errors import DatasetFileError, LabelError
+from pipeline.training.compose import (
+    blank_image,
+    compose_image,
+    composed,
+    cover,
+    draw_cells,
+    joined_pieces,
+    kinds_of,
+    rectangles,
+)
+from pipeline.training.dataset import IGNORED, Dataset, labeled_boxes, load_dataset, read_mask, read_rgb, samples
+
+COLORS = {"A": (200, 0, 0), "B": (0, 200, 0), "AB": (0, 0, 200)}
+TILE = 16
+TOML = """
+name = "tiles"
+description = "Tiles of one color."
+licence = "CC0"
+mpp = 0.5
+classes = [{ name = "a" }, { name = "b" }, { name = "glass", role = "background" }]
+
+[images]
+all = [{ image = "*/*.png" }]
+
+[table]
+files = ["meta.csv"]
+
+[group]
+column = "slide"
+
+[split]
+by = "table"
+column = "slide"
+train = ["1", "2"]
+val = ["3"]
+test = []
+
+[labels]
+source = "folders"
+folders = { A = "a", B = "b", AB = ["a", "b"] }
+
+[compose]
+source = "source"
+mpp = 0.5
+side = 64
+train = 3
+val = 2
+test = 1
+blank = "glass"
+
+[compose.labels]
+source = "mask-crops"
+side = 16
+stride = 16
+minimum = 0.05
+"""
+
+
+def write_tiles(folder: Path, *, position: str = "{}") -> Dataset:
+    """Write 2x3 neighboring tiles of each tissue and slide; return the data set."""
+    rows = []
+    for kind, color in COLORS.items():
+        (folder / kind).mkdir(parents=True)
+        for slide in ("1", "2", "3"):
+            for n in range(6):
+                name = f"{kind}/{kind}-{slide}-{n}.png"
+                Image.new("RGB", (TILE, TILE), color).save(folder / name)
+                x, y = position.format(1 + TILE * (n % 3)), 1 + TILE * (n // 3)
+                rows.append({"name": name, "slide": slide, "source": f"s{slide}", "x": x, "y": y})
+    with (folder / "meta.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "dataset.toml").write_text(TOML)
+    return load_dataset(folder / "dataset.toml")
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_tiles(tmp_path_factory.mktemp("tiles"))
+
+
+@given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1))
+def test_rectangles_partition_the_places_and_their_rows_are_neighbors(cells: set[tuple[int, int]]) -> None:
+    places = {(5 + 20 * x, 3 + 10 * y) for x, y in cells}
+    found = rectangles(places, 20, 10)
+    listed = [place for rectangle in found for line in rectangle for place in line]
+    assert sorted(listed) == sorted(places)
+    for rectangle in found:
+        x, y = rectangle[0][0]
+        assert rectangle == [
+            [(x + 20 * column, y + 10 * row) for column in range(len(rectangle[0]))] for row in range(len(rectangle))
+        ]
+
+
+def test_neighbors_of_one_source_and_tissue_are_joined(tiles: Dataset) -> None:
+    pieces = joined_pieces(tiles, "train")
+    assert {kind: [(piece.slide, piece.rgb_HWC.shape) for piece in own] for kind, own in pieces.items()} == {
+        kind: [("1", (32, 48, 3)), ("2", (32, 48, 3))] for kind in (("a",), ("b",), ("a", "b"))
+    }
+    assert pieces["a", "b"][0].rgb_HWC.reshape(-1, 3).max(axis=0).tolist() == list(COLORS["AB"])
+
+
+def test_pieces_have_the_pixel_size_of_the_composed_images(tiles: Dataset) -> None:
+    rule = tiles.card.compose
+    assert rule is not None
+    coarse = tiles.card.model_copy(update={"compose": rule.model_copy(update={"mpp": 1.0})})
+    pieces = joined_pieces(Dataset(coarse, tiles.root), "val")
+    assert [piece.rgb_HWC.shape for piece in pieces["a",]] == [(16, 24, 3)]
+
+
+def test_the_tissues_are_every_class_and_every_group_of_classes(tiles: Dataset) -> None:
+    assert kinds_of(tiles) == (("a",), ("b",), ("glass",), ("a", "b"))
+
+
+def test_a_position_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
+    dataset = write_tiles(tmp_path, position="column {}")
+    with pytest.raises(LabelError, match=r"A-1-0\.png: its position in the table is 'column 1'"):
+        joined_pieces(dataset, "train")
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_weights_of_a_layout_sum_to_one_and_every_pixel_belongs_to_an_area(seed: int) -> None:
+    cells = draw_cells(32, np.random.default_rng(seed))
+    assert cells.weights_SHW.shape == (len(cells.areas_S), 32, 32)
+    assert (cells.weights_SHW >= 0).all()
+    np.testing.assert_allclose(cells.weights_SHW.sum(axis=0), 1, atol=1e-5)
+    assert cells.areas_S.min() >= 0
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_a_cover_contains_only_neighbors_of_its_image(height: int, width: int, seed: int) -> None:
+    # Values grow by 1 along x and by 10 along y, so a step between neighbors is 0 (a reflection), 1 or 10.
+    image_HWC = np.broadcast_to(10 * np.arange(7)[:, None, None] + np.arange(9)[:, None], (7, 9, 3)).astype(np.uint8)
+    covered_HW = cover(image_HWC, height, width, np.random.default_rng(seed))[:, :, 0].astype(int)
+    assert covered_HW.shape == (height, width)
+    for axis in (0, 1):
+        assert set(np.abs(np.diff(covered_HW, axis=axis)).ravel().tolist()) <= {0, 1, 10}
+
+
+def test_an_image_shows_each_tissue_where_its_map_says(tiles: Dataset) -> None:
+    kinds, pieces = kinds_of(tiles), joined_pieces(tiles, "train")
+    rule = tiles.card.compose
+    assert rule is not None
+    seen: set[int] = set()
+    for seed in range(12):
+        rgb_HWC, values_HW = compose_image(pieces, kinds, rule, np.random.default_rng(seed))
+        assert rgb_HWC.shape == (64, 64, 3)
+        seen |= set(np.unique(values_HW).tolist())
+        strongest_HW = rgb_HWC.argmax(axis=2)
+        for value, channel in ((0, 0), (1, 1), (3, 2)):
+            # Near a blended border, a pixel may have more of the neighbor's color.
+            inside_HW = scipy.ndimage.binary_erosion(values_HW == value, iterations=8)
+            assert (strongest_HW[inside_HW] == channel).all()
+        if (values_HW == 2).sum() > 300:
+            assert np.median(rgb_HWC[values_HW == 2]) > 200
+    assert seen == {0, 1, 2, 3}
+
+
+def test_blank_glass_is_bright_and_nearly_gray() -> None:
+    for seed in range(20):
+        rgb_HWC = blank_image(20, 30, np.random.default_rng(seed)).astype(int)
+        assert rgb_HWC.shape == (20, 30, 3)
+        assert rgb_HWC.mean() > 210
+        assert np.ptp(rgb_HWC.mean(axis=(0, 1))) <= 12.5
+
+
+def test_composed_images_are_a_data_set_of_labeled_windows(tiles: Dataset, tmp_path: Path) -> None:
+    made = composed(tiles, tmp_path)
+    assert made.class_names == tiles.class_names
+    assert (made.mpp, made.card.splits, made.classes[2].role) == (0.5, ("train", "val"), "background")
+    assert [len(samples(made, split)) for split in ("train", "val")] == [3, 2]
+    for sample in samples(made, "train"):
+        labels_HW = read_mask(made, sample)
+        assert set(np.unique(labels_HW).tolist()) <= {0, 1, 2, IGNORED}
+        labeled = labeled_boxes(made, sample)
+        assert labeled.present_BK.any(axis=1).all()
+        for (x, y, w, h), present_K in zip(labeled.boxes_B4.tolist(), labeled.present_BK, strict=True):
+            box_HW = labels_HW[y : y + h, x : x + w]
+            for k in range(3):
+                assert present_K[k] or (box_HW == k).mean() <= 0.05
+            if not (box_HW == IGNORED).any():
+                assert present_K.tolist() == [(box_HW == k).mean() > 0.05 for k in range(3)]
+
+
+def test_composing_again_gives_the_same_images_and_keeps_existing_ones(tiles: Dataset, tmp_path: Path) -> None:
+    first, second = (composed(tiles, tmp_path / name, ("val",)) for name in ("first", "second"))
+    for a, b in zip(samples(first, "val"), samples(second, "val"), strict=True):
+        np.testing.assert_array_equal(read_rgb(a), read_rgb(b))
+        np.testing.assert_array_equal(read_mask(first, a), read_mask(second, b))
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.jpg")}
+    composed(tiles, tmp_path / "first", ("val",))
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.jpg")} == before
+
+
+def test_a_data_set_without_composition_stays_itself(tiles: Dataset, tmp_path: Path) -> None:
+    plain = Dataset(tiles.card.model_copy(update={"compose": None}), tiles.root)
+    assert composed(plain, tmp_path) is plain
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('blank = "glass"', 'blank = "air"', "compose.blank is 'air', which is not a class"),
+        ("side = 64", "side = 8", "compose.side"),
+        ('AB = ["a", "b"]', 'AB = ["a", "c"]', "labels.folders names c"),
+    ],
+)
+def test_the_error_names_a_wrong_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+    file = tmp_path / "dataset.toml"
+    file.write_text(TOML.replace(old, new))
+    with pytest.raises(DatasetFileError, match=message):
+        load_dataset(file)
+
+
+def test_an_area_of_several_classes_labels_the_crops_that_it_mostly_covers(tmp_path: Path) -> None:
+    # Four crops: class a; a border of a and both; both; and glass with a corner of both.
+    values_HW = np.zeros((16, 64), np.uint8)
+    values_HW[:, 24:48] = 3
+    values_HW[:, 48:] = 2
+    values_HW[:4, 48:58] = 3
+    for part in ("img", "mask"):
+        (tmp_path / "train" / part).mkdir(parents=True)
+    Image.new("RGB", (64, 16)).save(tmp_path / "train" / "img" / "one.jpg")
+    Image.fromarray(values_HW).save(tmp_path / "train" / "mask" / "one.png")
+    (tmp_path / "dataset.toml").write_text("""
+        name = "areas"
+        description = "One image."
+        licence = "CC0"
+        mpp = 1.0
+        [[classes]]
+        name = "a"
+        mask_values = [0]
+        [[classes]]
+        name = "b"
+        mask_values = [1]
+        [[classes]]
+        name = "c"
+        mask_values = [2]
+        [images]
+        train = [{ image = "train/img/*.jpg", mask = "train/mask/{name}.png" }]
+        [labels]
+        source = "mask-crops"
+        side = 16
+        stride = 16
+        minimum = 0.05
+        several = { 3 = ["a", "b"] }
+        """)
+    dataset = load_dataset(tmp_path / "dataset.toml")
+    (sample,) = samples(dataset, "train")
+    labeled = labeled_boxes(dataset, sample)
+    # Half of the second crop and a sixth of the fourth show both classes: their labels are not known.
+    assert labeled.boxes_B4[:, 0].tolist() == [0, 32]
+    assert labeled.present_BK.tolist() == [[True, False, False], [True, True, False]]
+    assert (read_mask(dataset, sample) == IGNORED).sum() == (values_HW == 3).sum()
