@@ -1,5 +1,7 @@
 """Model bundles: a folder of model.json, classifier.safetensors and segmenter.safetensors.
 
+A fourth file, familiarity.safetensors, is optional. It describes the training windows, see models/familiarity.py.
+
 Reading a card does not import torch, so that a command can check its model at once. `load_networks` does.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -26,6 +29,8 @@ from models.tissue_class import TissueClass
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from models.familiarity import Statistics
+
 DEFAULT_BUNDLE = "colon-gland"
 """Name of the default shipped bundle."""
 
@@ -33,6 +38,7 @@ SHIPPED_FOLDER = Path(__file__).parent / "weights"
 CARD_FILE = "model.json"
 CLASSIFIER_FILE = "classifier.safetensors"
 SEGMENTER_FILE = "segmenter.safetensors"
+FAMILIARITY_FILE = "familiarity.safetensors"
 SCHEMA_VERSION = 2
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -79,6 +85,17 @@ class WeightsCard(_Strict):
     segmenter: Digest
 
 
+class FamiliarityCard(_Strict):
+    """What counts as unlike the training data of the model."""
+
+    statistics: Digest
+    """SHA-256 digest of familiarity.safetensors."""
+    window_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Distance that 99 % of the validation windows stay below. Windows beyond it are unfamiliar."""
+    share_limit: Fraction
+    """A slide gets a warning if a larger share of its tissue is unfamiliar."""
+
+
 class ModelCard(_Strict):
     """The content of model.json: everything needed to use a model and to decide whether it is suitable."""
 
@@ -108,8 +125,12 @@ class ModelCard(_Strict):
     training_data: Annotated[str, Field(min_length=1)]
     """Data set, attribution, split and supervision."""
     metrics: dict[str, float]
+    scope: str = ""
+    """What the training data show, in a few words, such as "colon, H&E"."""
     limits: Annotated[str, Field(min_length=1)]
     """Uses that the model is not for."""
+    familiarity: FamiliarityCard | None = None
+    """None if the model cannot tell whether a slide resembles its training data."""
     weights: WeightsCard
 
     @model_validator(mode="after")
@@ -204,16 +225,41 @@ def load_networks(bundle: Bundle) -> tuple[nn.Module, nn.Module]:
     return classifier.eval(), segmenter.eval()
 
 
-def _load_weights(network: nn.Module, file: Path, expected: str) -> None:
-    import safetensors
-    import safetensors.torch
+def load_statistics(bundle: Bundle) -> Statistics | None:
+    """Return the statistics of the training windows, or None if the bundle has none.
 
+    Raises MissingBundleFileError, DigestMismatchError if the file is not the one that the card names, and
+    WeightsMismatchError if it cannot be read.
+    """
+    from models.familiarity import Statistics
+
+    if bundle.card.familiarity is None:
+        return None
+    file = bundle.path / FAMILIARITY_FILE
+    if not file.is_file():
+        raise MissingBundleFileError(f"{bundle.path}: {FAMILIARITY_FILE} is missing, but {CARD_FILE} names it")
+    content = _checked_content(file, bundle.card.familiarity.statistics)
+    try:
+        return Statistics.from_bytes(content)
+    except WeightsMismatchError as error:
+        raise WeightsMismatchError(f"{file}: {error}") from error
+
+
+def _checked_content(file: Path, expected: str) -> bytes:
     content = file.read_bytes()
     actual = hashlib.sha256(content).hexdigest()
     if actual != expected:
         raise DigestMismatchError(
             f"{file}: the SHA-256 is {actual}, but {CARD_FILE} has {expected}; download or export the bundle again"
         )
+    return content
+
+
+def _load_weights(network: nn.Module, file: Path, expected: str) -> None:
+    import safetensors
+    import safetensors.torch
+
+    content = _checked_content(file, expected)
     wanted = network.state_dict()
     try:
         tensors = safetensors.torch.load(content)
@@ -241,16 +287,35 @@ def _serialize(network: nn.Module) -> bytes:
     return safetensors.torch.save({name: _as_stored(tensor) for name, tensor in network.state_dict().items()})
 
 
-def save_bundle(folder: Path, card: ModelCard, classifier: nn.Module, segmenter: nn.Module) -> Bundle:
+def save_bundle(
+    folder: Path, card: ModelCard, classifier: nn.Module, segmenter: nn.Module, statistics: Statistics | None = None
+) -> Bundle:
     """Write the bundle folder, replace an existing one, and return the loaded bundle.
 
     Kernels are stored in float16 and vectors in float32. `weights` of the card is set to the digests of the files. The
-    folder is written under another name and then renamed, so that a killed run leaves no incomplete bundle.
+    card has `familiarity` if there are `statistics`.
     """
     contents = {CLASSIFIER_FILE: _serialize(classifier), SEGMENTER_FILE: _serialize(segmenter)}
     digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
     weights = WeightsCard(classifier=digests[CLASSIFIER_FILE], segmenter=digests[SEGMENTER_FILE])
-    contents[CARD_FILE] = (card.model_copy(update={"weights": weights}).model_dump_json(indent=2) + "\n").encode()
+    return _write_bundle(folder, card.model_copy(update={"weights": weights}), contents, statistics)
+
+
+def replace_statistics(bundle: Bundle, card: ModelCard, statistics: Statistics) -> Bundle:
+    """Write statistics and a card with `familiarity` into an existing bundle, whose weights stay the same bytes."""
+    contents = {file: (bundle.path / file).read_bytes() for file in (CLASSIFIER_FILE, SEGMENTER_FILE)}
+    return _write_bundle(bundle.path, card, contents, statistics)
+
+
+def _write_bundle(folder: Path, card: ModelCard, weights: Mapping[str, bytes], statistics: Statistics | None) -> Bundle:
+    """Write the folder under another name and rename it, so that a killed run leaves no incomplete bundle."""
+    assert (card.familiarity is None) == (statistics is None)
+    contents = dict(weights)
+    if card.familiarity is not None and statistics is not None:
+        contents[FAMILIARITY_FILE] = statistics.as_bytes()
+        digest = hashlib.sha256(contents[FAMILIARITY_FILE]).hexdigest()
+        card = card.model_copy(update={"familiarity": card.familiarity.model_copy(update={"statistics": digest})})
+    contents[CARD_FILE] = (card.model_dump_json(indent=2) + "\n").encode()
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     work.chmod(0o755)

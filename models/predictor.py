@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.bundle import Bundle, ModelCard, load_networks
+from models.bundle import Bundle, ModelCard, load_networks, load_statistics
 from models.errors import DeviceUnavailableError, NonFiniteOutputError, RuntimeUnavailableError
+from models.familiarity import DescribingClassifier, Statistics, window_count
 from models.gate import masked_softmax, passing_classes
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
@@ -56,6 +57,9 @@ class Prediction(NamedTuple):
     """Which classes pass the gate."""
     segmented_N: NDArray[np.bool_]
     """Which tiles the segmentation network ran on."""
+    distances_Nrc: NDArray[np.float32] | None = None
+    """Distance of each window of a tile (rows, columns; see `models.familiarity`) from the training data, in units of
+    the model's limit; None without statistics."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -132,13 +136,16 @@ class Predictor:
         output_stride: int = OUTPUT_STRIDES[0],
         ungated_fallback: bool = False,
         skip_by_gate: bool = True,
+        statistics: Statistics | None = None,
     ) -> None:
         """Move both networks to `device` in eval mode.
 
         `ungated_fallback`: use the ungated softmax if no class passes the gate, instead of 0 for every class.
         `skip_by_gate`: run the segmenter only on tiles whose result it can change; False runs it on all tiles and gives
-        the same probabilities. `from_networks` accepts "auto". Raises DeviceUnavailableError, RuntimeUnavailableError
-        if OpenVINO cannot take a network, and ValueError for an unknown precision, output stride or batch size.
+        the same probabilities. `statistics`: the training windows of the model, whose card has `familiarity`; the
+        classifier must be a `Classifier`. `from_networks` accepts "auto". Raises DeviceUnavailableError,
+        RuntimeUnavailableError if OpenVINO cannot take a network, and ValueError for an unknown precision, output
+        stride or batch size.
         """
         if output_stride not in OUTPUT_STRIDES:
             raise ValueError(f"output_stride is {output_stride}; use 1, 2 or 4")
@@ -155,6 +162,10 @@ class Predictor:
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._statistics = None
+        if statistics is not None:
+            classifier = DescribingClassifier(classifier)
+            self._statistics = statistics.to(self.device)
         self._classifier, self._segmenter = (self._prepared(network) for network in (classifier, segmenter))
         self._mean_C = torch.tensor(card.mean, device=self.device)
         self._std_C = torch.tensor(card.std, device=self.device)
@@ -196,7 +207,15 @@ class Predictor:
         Raises what `load_networks` and the constructor raise.
         """
         choose_device(device)  # before the weights are read
-        return cls.from_networks(bundle.card, bundle.digest, *load_networks(bundle), device=device, **options)
+        statistics = load_statistics(bundle)
+        if statistics is None:
+            log.warning(
+                "%s: this model cannot tell whether a slide resembles its training data; add the statistics with "
+                "wsi-familiarity",
+                bundle.card.name,
+            )
+        networks = load_networks(bundle)
+        return cls.from_networks(bundle.card, bundle.digest, *networks, device=device, statistics=statistics, **options)
 
     @property
     def compute(self) -> Compute:
@@ -221,18 +240,7 @@ class Predictor:
 
     def presence(self, rgb_NHWC: Tiles) -> NDArray[np.float32]:
         """Return the classifier's probabilities (N, K) for RGB tiles. Raises NonFiniteOutputError."""
-        tiles_NHWC = self._checked(rgb_NHWC)
-        if not len(tiles_NHWC):
-            return np.zeros((0, len(self.card.classes)), dtype=np.float32)
-        with torch.inference_mode():
-            found: list[Tensor] = []
-            for batch_NHWC in tiles_NHWC.split(self.batch_size):
-                with self._autocast():
-                    found.append(self._classifier(normalized(batch_NHWC, self._mean_C, self._std_C)).float())
-            logits_NK = torch.cat(found)
-            _check_finite("classifier", _finite(logits_NK), np.arange(len(tiles_NHWC)))
-            presence_NK: NDArray[np.float32] = logits_NK.sigmoid().cpu().numpy()
-        return presence_NK
+        return self._classified(self._checked(rgb_NHWC))[0]
 
     def logits(self, rgb_NHWC: Tiles) -> Tensor:
         """Return the segmenter's logits without the gate, (N, K, h, w) float32 on the predictor's device.
@@ -255,7 +263,7 @@ class Predictor:
         Raises NonFiniteOutputError with the indices of the tiles whose output contains NaN or infinity.
         """
         tiles_NHWC = self._checked(rgb_NHWC)
-        presence_NK = self.presence(tiles_NHWC)
+        presence_NK, distances_Nrc = self._classified(tiles_NHWC)
         count, height, width = tiles_NHWC.shape[:3]
         classes = len(self.card.classes)
         stride = self.output_stride
@@ -274,7 +282,27 @@ class Predictor:
             if finite:  # once, because the check waits for the GPU
                 _check_finite("segmenter", torch.cat(finite), chosen)
         assert probs_NKhw.shape == (count, classes, height // stride, width // stride)
-        return Prediction(probs_NKhw, passed_NK.cpu().numpy(), segmented_N)
+        return Prediction(probs_NKhw, passed_NK.cpu().numpy(), segmented_N, distances_Nrc)
+
+    def _classified(self, tiles_NHWC: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Return the classifier's probabilities (N, K), and the distances (N, r, c) if there are statistics."""
+        classes = len(self.card.classes)
+        if not len(tiles_NHWC):
+            return np.zeros((0, classes), dtype=np.float32), None
+        with torch.inference_mode():
+            found: list[Tensor] = []
+            for batch_NHWC in tiles_NHWC.split(self.batch_size):
+                with self._autocast():
+                    found.append(self._classifier(normalized(batch_NHWC, self._mean_C, self._std_C)).float())
+            output_NX = torch.cat(found)
+            _check_finite("classifier", _finite(output_NX), np.arange(len(tiles_NHWC)))
+            presence_NK: NDArray[np.float32] = output_NX[:, :classes].sigmoid().cpu().numpy()
+            if self._statistics is None or self.card.familiarity is None:
+                return presence_NK, None
+            rows, columns = (window_count(length) for length in tiles_NHWC.shape[1:3])
+            features_MF = output_NX[:, classes:].reshape(len(tiles_NHWC) * rows * columns, -1)
+            distances_M = self._statistics.distances(features_MF) / self.card.familiarity.window_limit
+            return presence_NK, distances_M.reshape(-1, rows, columns).cpu().numpy()
 
     def _prepared(self, network: nn.Module) -> Network:
         placed = _placed(network, self.device)

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperArgument, TyperOption
 from typer.main import get_command
 
-from pipeline.cli import evaluate, export, segment, train, view
+from pipeline.cli import evaluate, export, familiarity, segment, train, view
 from tests.repository import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "cli.md"
@@ -27,6 +27,7 @@ PROGRAMS: dict[str, typer.Typer] = {
     "wsi-export": export.app,
     "wsi-train": train.app,
     "wsi-evaluate": evaluate.app,
+    "wsi-familiarity": familiarity.app,
 }
 
 HEAD = """# Commands

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.formats.familiarity import FamiliarityMap, write_familiarity
 from pipeline.formats.features import write_features
 from pipeline.formats.ome_zarr import MapStore, build_pyramid
 from pipeline.formats.polygons import Region
 from pipeline.formats.preview import write_preview
 from pipeline.formats.slide_picture import SlidePicture, picture_slide
 from pipeline.results.areas import class_areas
-from pipeline.results.names import GEOJSON_END, GEOPARQUET_END, MAP_END, PREVIEW, RUN
+from pipeline.results.names import FAMILIARITY, GEOJSON_END, GEOPARQUET_END, MAP_END, PREVIEW, RUN
 from wsi.grid import Grid
 from wsi.slide import Slide
 
@@ -37,6 +38,10 @@ class SegmentedSlide:
     """Area of every class, counted in pixels of the map."""
     regions: Callable[[], Iterable[Region]]
     """Return the regions of the whole map. Every call reads and joins them again."""
+    familiarity: FamiliarityMap | None = None
+    """None if the model has no statistics of its training data."""
+    warning: str = ""
+    """What the preview states above the slide."""
 
     @property
     def name(self) -> str:
@@ -46,7 +51,7 @@ class SegmentedSlide:
     @functools.cached_property
     def picture(self) -> SlidePicture:
         """Return the slide and its classes at the size of a page. Needs the pyramid."""
-        return picture_slide(self.slide, self.grid, self.store)
+        return picture_slide(self.slide, self.grid, self.store, self.familiarity)
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,23 @@ def _write_pyramid(segmented: SegmentedSlide, _: Path) -> None:
     build_pyramid(segmented.store.path, segmented.store.spec)
 
 
+def _write_familiarity(segmented: SegmentedSlide, folder: Path) -> None:
+    if segmented.familiarity is not None:
+        write_familiarity(folder / FAMILIARITY, segmented.familiarity)
+
+
 def _write_preview(segmented: SegmentedSlide, folder: Path) -> None:
     picture = segmented.picture
     areas = class_areas(segmented.areas_mm2, picture.classes)
     write_preview(
-        folder / PREVIEW, picture.rgb_HWC, picture.labels_HW, areas, title=segmented.name, um_per_px=picture.um_per_px
+        folder / PREVIEW,
+        picture.rgb_HWC,
+        picture.labels_HW,
+        areas,
+        title=segmented.name,
+        um_per_px=picture.um_per_px,
+        unfamiliar_HW=picture.unfamiliar_HW,
+        warning=segmented.warning,
     )
 
 
@@ -95,6 +112,11 @@ OUTPUTS: dict[str, Output] = {
         progress="building the pyramid",
         files={MAP_END: "probabilities and classes as OME-Zarr: QuPath, napari, Vitessce, Fiji"},
         write=_write_pyramid,
+    ),
+    "familiarity": Output(
+        progress="writing the familiarity",
+        files={FAMILIARITY: "the parts of the tissue that do not look like the model's training data"},
+        write=_write_familiarity,
     ),
     "preview": Output(
         progress="drawing the preview",

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from models.tissue_class import Color
+from pipeline.formats.familiarity import UNFAMILIAR
 from pipeline.results.areas import ClassArea, share_text
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -32,6 +33,12 @@ INK: Color = (32, 32, 36)
 FAINT: Color = (110, 110, 118)
 PAPER: Color = (255, 255, 255)
 BACKDROP: Color = (244, 244, 245)
+WARNING_INK: Color = (127, 29, 29)
+WARNING_PAPER: Color = (254, 226, 226)
+WARNING_HEIGHT = 58
+"""Height of the warning and of the space below it."""
+HATCH_PX = 14
+"""Distance between the lines over unfamiliar tissue."""
 ASCII = {"ß": "ss", "µ": "u", "–": "-", "—": "-", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L"}
 """Letters that Unicode's own decomposition does not change."""
 
@@ -43,8 +50,13 @@ def write_preview(
     areas: Sequence[ClassArea],
     title: str,
     um_per_px: float,
+    unfamiliar_HW: npt.NDArray[np.bool_] | None = None,
+    warning: str = "",
 ) -> None:
     """Write one PNG: the slide on the left, the slide with its classes on the right, title, legend and scale bar.
+
+    A `warning` stands below the title, and hatching covers the tissue that `unfamiliar_HW` marks.
+
 
     `labels_HW` (0 background, 1.. in the order of `areas`) covers the same field as the thumbnail at any resolution.
     `um_per_px` is the size of a thumbnail pixel in micrometers. The legend shows each class's share.
@@ -55,9 +67,13 @@ def write_preview(
     slide = Image.fromarray(thumbnail_rgb_HWC).resize(
         size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     )
-    panels = [_mount(slide), _mount(overlay(slide, labels_HW, [one.color for one in areas]))]
+    classes = overlay(slide, labels_HW, [one.color for one in areas])
     legend = [(one.name, share_text(one.share) if one.share else "none", one.color) for one in areas]
-    _compose(panels, legend, title, um_per_px * width / size[0]).save(path_png, format="PNG", optimize=False)
+    if unfamiliar_HW is not None and unfamiliar_HW.any():
+        classes = hatched(classes, unfamiliar_HW)
+        legend.append(("hatched: unlike the training data", "", UNFAMILIAR))
+    sheet = _compose([_mount(slide), _mount(classes)], legend, title, warning, um_per_px * width / size[0])
+    sheet.save(path_png, format="PNG", optimize=False)
 
 
 def overlay(slide: Image.Image, labels_HW: npt.NDArray[np.integer], colors: Sequence[Color]) -> Image.Image:
@@ -70,6 +86,18 @@ def overlay(slide: Image.Image, labels_HW: npt.NDArray[np.integer], colors: Sequ
     blended_HWC = np.where((labels > 0)[..., None], (1 - BLEND) * rgb_HWC + BLEND * color_HWC, rgb_HWC)
     outlined_HWC = np.where(outline(labels)[..., None], OUTLINE * color_HWC, blended_HWC)
     return Image.fromarray(np.round(outlined_HWC).astype(np.uint8))
+
+
+def hatched(picture: Image.Image, mask_HW: npt.NDArray[np.bool_]) -> Image.Image:
+    """Return the picture with diagonal lines over the mask, which covers the same field at any resolution."""
+    mask = Image.fromarray(mask_HW).resize(picture.size, Image.Resampling.NEAREST)
+    y, x = np.ogrid[: picture.height, : picture.width]
+    # Each line has a light edge, so that it is visible over every class and every stain.
+    place_HW = (x + y) % HATCH_PX
+    rgb_HWC = np.array(picture.convert("RGB"))
+    for lines_HW, color in ((place_HW < 5, PAPER), (place_HW // 3 == 0, UNFAMILIAR)):
+        rgb_HWC[lines_HW & np.asarray(mask)] = color
+    return Image.fromarray(rgb_HWC)
 
 
 def round_length_um(longest_um: float) -> float:
@@ -103,9 +131,9 @@ def _mount(picture: Image.Image) -> Image.Image:
 
 
 def _compose(
-    panels: list[Image.Image], legend: list[tuple[str, str, Color]], title: str, um_per_px: float
+    panels: list[Image.Image], legend: list[tuple[str, str, Color]], title: str, warning: str, um_per_px: float
 ) -> Image.Image:
-    """Return one sheet with title, panels, scale bar and legend.
+    """Return one sheet with title, warning, panels, scale bar and legend.
 
     The panels stand side by side. For a very wide slide they stand one above the other, because they would be strips.
     """
@@ -116,12 +144,15 @@ def _compose(
     text, title_font = font_of_size(TEXT), font_of_size(TITLE)
     rows = _legend_rows(legend, sheet_width - 2 * MARGIN, text)
     body_height = 2 * height + MARGIN if stacked else height
-    bar_y = MARGIN + TITLE + MARGIN + body_height + 20
+    banner = WARNING_HEIGHT if warning else 0
+    bar_y = MARGIN + TITLE + MARGIN + banner + body_height + 20
     legend_y = bar_y + 64
     sheet = Image.new("RGB", (sheet_width, legend_y + len(rows) * 40 + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN - 4), fitting(title, sheet_width - 2 * MARGIN, title_font), INK, title_font)
-    x, y = MARGIN + (sheet_width - 2 * MARGIN - body_width) // 2, MARGIN + TITLE + MARGIN
+    if warning:
+        _draw_warning(draw, (MARGIN, MARGIN + TITLE + MARGIN // 2), sheet_width - 2 * MARGIN, warning, text)
+    x, y = MARGIN + (sheet_width - 2 * MARGIN - body_width) // 2, MARGIN + TITLE + MARGIN + banner
     for i, panel in enumerate(panels):
         sheet.paste(panel, (x, y + i * (height + MARGIN)) if stacked else (x + i * (width + MARGIN), y))
     _draw_scale_bar(draw, (x, bar_y), um_per_px, width, text)
@@ -130,6 +161,13 @@ def _compose(
         for offset, (name, share, color) in row:
             _draw_entry(draw, (MARGIN + offset, legend_y + i * 40), name, share, color, text)
     return sheet
+
+
+def _draw_warning(draw: ImageDraw.ImageDraw, xy: tuple[int, int], width: int, warning: str, font: Font) -> None:
+    x, y = xy
+    box = (x, y, x + width - 1, y + WARNING_HEIGHT - MARGIN // 2)
+    draw.rounded_rectangle(box, radius=6, fill=WARNING_PAPER, outline=WARNING_INK, width=2)
+    draw.text((x + 14, y + 10), fitting(f"Warning: {warning}", width - 28, font), WARNING_INK, font)
 
 
 def _draw_scale_bar(

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from PIL import Image
 
 from models.tissue_class import TissueClass
+from pipeline.formats.familiarity import FamiliarityMap
 from pipeline.formats.ome_zarr import LABELS, MapStore, UInt8Array
 from wsi.grid import Grid
 from wsi.levels import pick_level
@@ -28,9 +30,11 @@ class SlidePicture:
     """0 background, 1.. in the order of `classes`."""
     classes: tuple[TissueClass, ...]
     um_per_px: float
+    unfamiliar_HW: NDArray[np.bool_] | None = None
+    """The tissue that does not look like the model's training data; None if that is not known."""
 
 
-def picture_slide(slide: Slide, grid: Grid, store: MapStore) -> SlidePicture:
+def picture_slide(slide: Slide, grid: Grid, store: MapStore, familiarity: FamiliarityMap | None = None) -> SlidePicture:
     """Return the slide and its stored classes, at most LONGEST_PX long. The map must have its pyramid."""
     info = slide.info
     longest_um = max(info.bounds_l0.width, info.bounds_l0.height) * info.mpp
@@ -46,17 +50,23 @@ def picture_slide(slide: Slide, grid: Grid, store: MapStore) -> SlidePicture:
         thumb * l0_per_thumb / pixels / grid.l0_per_out
         for thumb, pixels in ((thumb_width, width), (thumb_height, height))
     ]
-    labels_HW = _labels(store, (width, height), out_per_px)
-    return SlidePicture(rgb_HWC, labels_HW, store.spec.classes, out_per_px[0] * grid.l0_per_out * info.mpp)
-
-
-def _labels(store: MapStore, size: tuple[int, int], out_per_px: list[float]) -> UInt8Array:
-    """Return the class at the center of each pixel of a picture, from the coarsest level that is fine enough."""
-    spec = store.spec
-    level = pick_level([2**level for level in range(spec.levels)], min(out_per_px))
-    columns, rows = (
-        np.minimum(((np.arange(pixels) + 0.5) * per_px).astype(int), length - 1) // 2**level
-        for pixels, per_px, length in zip(size, out_per_px, spec.size_out, strict=True)
+    columns_out, rows_out = (
+        np.minimum(((np.arange(pixels) + 0.5) * per_px).astype(int), length - 1)
+        for pixels, per_px, length in zip((width, height), out_per_px, store.spec.size_out, strict=True)
     )
+    return SlidePicture(
+        rgb_HWC,
+        _labels(store, columns_out, rows_out, min(out_per_px)),
+        store.spec.classes,
+        out_per_px[0] * grid.l0_per_out * info.mpp,
+        None if familiarity is None else familiarity.at(columns_out, rows_out),
+    )
+
+
+def _labels(
+    store: MapStore, columns_out: NDArray[np.int64], rows_out: NDArray[np.int64], out_per_px: float
+) -> UInt8Array:
+    """Return the class at these columns and rows of the map, from the coarsest level that is fine enough."""
+    level = pick_level([2**level for level in range(store.spec.levels)], out_per_px)
     labels = zarr.open_array(store.path / LABELS / str(level), mode="r")
-    return np.asarray(labels[:], dtype=np.uint8)[np.ix_(rows, columns)]
+    return np.asarray(labels[:], dtype=np.uint8)[np.ix_(rows_out // 2**level, columns_out // 2**level)]

@@ -44,6 +44,12 @@ class SlideRow:
     model: str
     warnings: Sequence[str]
     error: str
+    scope: str = ""
+    """What the training data of the model show."""
+    limits: str = ""
+    """Uses that the model is not for."""
+    unfamiliar: bool = False
+    """Whether the first warning states that the slide does not look like the training data."""
 
     def area_mm2(self, name: str) -> float | None:
         """Return the area of a class; None if the slide's model does not have this class."""
@@ -80,6 +86,7 @@ def _render(rows: Sequence[SlideRow]) -> str:
         seconds=sum(row.seconds or 0.0 for row in rows),
         counts=_in_order(Counter(row.status for row in rows)),
         noted=sum(bool(row.warnings or row.error) for row in rows),
+        models=sorted({(row.model, row.scope, row.limits) for row in rows if row.limits}),
     )
 
 
@@ -149,6 +156,9 @@ def _row(name: str, summary: Mapping[str, Any], folder: Path, run: Run | None) -
         warnings=_warnings(name, summary, run, failed=failed),
         # The page is passed on: `summary.csv` has the whole text, with the folders of this machine.
         error=_FOLDERS.sub("", str(summary.get("error", ""))),
+        scope=run.scope if run else "",
+        limits=run.limits if run else "",
+        unfamiliar=bool(not failed and run and run.familiarity and run.familiarity.is_unfamiliar),
     )
 
 

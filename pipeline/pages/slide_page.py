@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from models.tissue_class import Color
+from pipeline.formats.familiarity import UNFAMILIAR
 from pipeline.formats.outputs import file_description
 from pipeline.formats.preview import BLEND, OUTLINE, length_text, outline, round_length_um
 from pipeline.formats.slide_picture import SlidePicture
@@ -67,6 +68,8 @@ def write_slide_page(folder: Path, run: Run, picture: SlidePicture) -> None:
         size=slide.size,
         slide_uri=data_uri(slide, "jpeg", quality=85, optimize=True),
         layers=_layers(picture),
+        unfamiliar_uri=_unfamiliar_uri(picture),
+        unfamiliar_color=UNFAMILIAR,
         areas=class_areas(run.class_areas_mm2, run.classes),
         bar_share=bar_um / (slide.width * picture.um_per_px),
         bar_text=length_text(bar_um).replace("um", "µm"),
@@ -97,6 +100,12 @@ def _layers(picture: SlidePicture) -> list[Layer]:
             edge_uri = _mask_uri(mask_HW & edge_HW, (red, green, blue))
             layers.append(Layer(number, one.name, _mask_uri(mask_HW, one.color), edge_uri))
     return layers
+
+
+def _unfamiliar_uri(picture: SlidePicture) -> str | None:
+    """Return the tissue that does not look like the training data, or None if there is none or it is not known."""
+    mask_HW = picture.unfamiliar_HW
+    return None if mask_HW is None or not mask_HW.any() else _mask_uri(mask_HW, UNFAMILIAR)
 
 
 def _mask_uri(mask_HW: npt.NDArray[np.bool_], color: Color) -> str:

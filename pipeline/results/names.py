@@ -9,6 +9,8 @@ PAGE = "index.html"
 THUMBNAIL = "thumbnail.jpg"
 """The picture of a slide that the report shows."""
 PREVIEW = "preview.png"
+FAMILIARITY = "familiarity.png"
+"""How far each part of the tissue lies from the training data of the model."""
 SUMMARY = "summary.csv"
 """The table of all slides in the output folder."""
 

@@ -60,6 +60,22 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
+class Familiarity(_Record):
+    """How much of a slide's tissue resembles the training data of the model."""
+
+    unfamiliar_share: float
+    """Share of the tissue's area that does not, from 0 to 1."""
+    share_limit: float
+    """The slide has a warning if the share is larger."""
+    l0_per_px: Positive
+    """Level-0 pixels per pixel of `familiarity.png`, whose origin is that of the map."""
+
+    @property
+    def is_unfamiliar(self) -> bool:
+        """Return whether so much of the slide is unfamiliar that its map cannot be trusted."""
+        return self.unfamiliar_share > self.share_limit
+
+
 class RunIdentity(_Record):
     """The inputs of a result: two runs with equal identities write the same result."""
 
@@ -158,6 +174,12 @@ class Run(_Record):
     slide: SlideFacts
     model: str
     """Name of the model."""
+    scope: str = ""
+    """What the training data of the model show, such as "colon, H&E"; empty if the model's card does not state it."""
+    limits: str = ""
+    """Uses that the model is not for; empty in older results."""
+    familiarity: Familiarity | None = None
+    """None if the model has no statistics of its training data, or if the slide has no tissue."""
     tissue_mm2: float
     fold_mm2: float
     classes: tuple[TissueClass, ...]

@@ -16,6 +16,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 COLUMNS: dict[str, Callable[[Run], object]] = {
     "tissue_mm2": lambda run: run.tissue_mm2,
+    "unfamiliar_share": lambda run: None if run.familiarity is None else round(run.familiarity.unfamiliar_share, 4),
 }
 """Columns of `summary.csv` that come from the run record, besides those of the classes' areas. One entry adds one."""
 

@@ -23,6 +23,7 @@ from pipeline.errors import InferenceError
 from pipeline.formats.ome_zarr import MapStore
 from pipeline.formats.polygons import block_regions, save_regions
 from pipeline.slide.blend import Blend, blend_tiles
+from pipeline.slide.familiarity import CellDistances, save_values, values_file
 from pipeline.slide.plan import block_tissue, needed_tiles
 from wsi.box import Box
 from wsi.grid import Block, Grid
@@ -50,6 +51,10 @@ class BlockRecord:
     """x, y, width and height, in level-0 pixels, of the tiles with unreadable parts."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds per stage."""
+    tissue_px: int = 0
+    """Map pixels of tissue whose familiarity is known."""
+    unfamiliar_px: int = 0
+    """Those of them that are unlike the model's training data."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ def segment_block(
             predictor.lock.acquire()
         try:
             with timer("network"):
-                blend, counts = _predict(work, predictor, block, tiles_m, canvas_HWC, pixels.canvas_m, stopped)
+                cells = CellDistances(block.box_out)
+                blend, counts = _predict(work, predictor, block, tiles_m, canvas_HWC, pixels.canvas_m, cells, stopped)
                 probs_KHW, labels_HW = blend.result(tissue_HW)
         finally:
             predictor.lock.release()
@@ -122,6 +128,8 @@ def segment_block(
         save_regions(regions_path, regions)
     with timer("write"):
         chunks = work.store.write_block(block.box_out, probs_KHW, labels_HW)
+        values_hw, tissue_px, unfamiliar_px = cells.values(tissue_HW)
+        save_values(values_file(work.folder, block), values_hw)
     record = BlockRecord(
         index=block.index,
         files={},
@@ -131,8 +139,11 @@ def segment_block(
         unclassified=counts["unclassified"],
         bad_tiles_l0=[list(grid.box_l0(t)) for t in bad_tiles],
         seconds=timer.seconds,
+        tissue_px=tissue_px,
+        unfamiliar_px=unfamiliar_px,
     )
-    return record, [regions_path, *(work.store.path / chunk for chunk in chunks)]
+    files = [regions_path, values_file(work.folder, block), *(work.store.path / chunk for chunk in chunks)]
+    return record, files
 
 
 def regions_file(folder: Path, block: Block) -> Path:
@@ -153,6 +164,7 @@ def _predict(
     tiles_m: list[Box],
     canvas_HWC: torch.Tensor,
     canvas_m: Box,
+    cells: CellDistances,
     stopped: Callable[[], bool],
 ) -> tuple[Blend, Counter[str]]:
     grid, counts = work.grid, Counter[str]()
@@ -171,6 +183,9 @@ def _predict(
             ) from error
         counts["segmented"] += int(prediction.segmented_N.sum())
         counts["unclassified"] += int((~prediction.passed_NK.any(axis=1)).sum())
+        if prediction.distances_Nrc is not None:
+            for tile_m, distances_rc in zip(group_m, prediction.distances_Nrc, strict=True):
+                cells.add_windows(tile_m, distances_rc, grid.m_per_out)
         return (prediction.probs_NKhw,)
 
     blend_tiles((blend,), canvas_HWC, canvas_m, tiles_m, predict)

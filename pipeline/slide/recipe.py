@@ -20,6 +20,7 @@ from models.predictor import Predictor
 from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolve
 from pipeline.errors import Cancelled, ConfigError, OutputError
 from pipeline.files import sync, sync_tree
+from pipeline.formats.familiarity import CELL_OUT, FamiliarityMap
 from pipeline.formats.features import count_features
 from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store, sweep_partial_files
 from pipeline.formats.outputs import OUTPUTS, SegmentedSlide
@@ -28,10 +29,20 @@ from pipeline.pages.slide_page import write_slide_page
 from pipeline.progress import Progress, no_progress
 from pipeline.results.folder import open_folder
 from pipeline.results.names import GEOPARQUET_END, MAP_END, PAGE, RUN, THUMBNAIL
-from pipeline.results.record import Run, SlideFacts, TileCounts, run_identity, stored_runtime, versions, write_run
+from pipeline.results.record import (
+    Familiarity,
+    Run,
+    SlideFacts,
+    TileCounts,
+    run_identity,
+    stored_runtime,
+    versions,
+    write_run,
+)
 from pipeline.results.slide_result import SlideResult, finished_result, skipped_result
 from pipeline.slide.blocks import BlockRecord, BlockWork, chunks_of, regions_file
 from pipeline.slide.engine import BlockRunner, ThreadRunner
+from pipeline.slide.familiarity import join_values
 from pipeline.slide.journal import Journal
 from pipeline.slide.plan import Plan, check_resources, make_plan
 from wsi.box import Box
@@ -139,7 +150,12 @@ def _segment_slide(
                 records, resumed = _run_blocks(runner, work, slide, plan, journal, check_unchanged, progress)
 
             areas_mm2, regions = _areas_mm2(records, spec), partial(_regions, work, plan)
-            segmented = SegmentedSlide(slide, plan.grid, store, identity.slide, areas_mm2, regions)
+            familiarity_map = _familiarity_map(runner.card, work, plan, records)
+            familiarity = _familiarity(runner.card, familiarity_map, plan)
+            unfamiliar = _unfamiliar_warning(runner.card, familiarity)
+            segmented = SegmentedSlide(
+                slide, plan.grid, store, identity.slide, areas_mm2, regions, familiarity_map, unfamiliar
+            )
             for stage, output_format in OUTPUTS.items():
                 progress(output_format.progress, 0, 1)
                 with _timed(seconds, stage):
@@ -151,6 +167,9 @@ def _segment_slide(
                 status="done" if plan.blocks else "no tissue",
                 slide=_slide_facts(slide.info, stamp),
                 model=runner.card.name,
+                scope=runner.card.scope,
+                limits=runner.card.limits,
+                familiarity=familiarity,
                 tissue_mm2=tissue.area_um2 / 1e6,
                 fold_mm2=tissue.fold_um2 / 1e6,
                 classes=spec.classes,
@@ -158,7 +177,7 @@ def _segment_slide(
                 polygons=count_features(folder.result / f"{path.stem}{GEOPARQUET_END}"),
                 tiles=_tile_counts(records),
                 bad_tiles_l0=tuple(sorted({Box(*box) for r in records for box in r.bad_tiles_l0})),
-                warnings=_warnings(work, runner.card.mpp, records),
+                warnings=((unfamiliar,) if unfamiliar else ()) + _warnings(work, runner.card.mpp, records),
                 plan=plan.facts(settings),
                 resumed_blocks=resumed,
                 device=runner.device,
@@ -261,6 +280,35 @@ def _warnings(work: BlockWork, model_mpp: float, records: list[BlockRecord]) -> 
         tiles = sum(r.tiles for r in records)
         warnings += (f"{bad} of {tiles} tiles could not be read; their missing parts count as glass",)
     return warnings
+
+
+def _familiarity_map(card: ModelCard, work: BlockWork, plan: Plan, records: list[BlockRecord]) -> FamiliarityMap | None:
+    if card.familiarity is None or not plan.blocks:
+        return None
+    tissue_px, unfamiliar_px = sum(r.tissue_px for r in records), sum(r.unfamiliar_px for r in records)
+    return join_values(work.folder, plan.grid, plan.blocks, tissue_px, unfamiliar_px)
+
+
+def _familiarity(card: ModelCard, familiarity_map: FamiliarityMap | None, plan: Plan) -> Familiarity | None:
+    if card.familiarity is None or familiarity_map is None:
+        return None
+    return Familiarity(
+        unfamiliar_share=familiarity_map.share,
+        share_limit=card.familiarity.share_limit,
+        l0_per_px=plan.grid.l0_per_out * CELL_OUT,
+    )
+
+
+def _unfamiliar_warning(card: ModelCard, familiarity: Familiarity | None) -> str:
+    """Return the warning of a slide that does not look like the training data, or an empty text."""
+    if familiarity is None or not familiarity.is_unfamiliar:
+        return ""
+    scope = f" ({card.scope})" if card.scope else ""
+    return (
+        f"{familiarity.unfamiliar_share:.0%} of this slide does not look like the model's training data{scope}".replace(
+            "%", " %", 1
+        )
+    )
 
 
 def _map_spec(path: Path, card: ModelCard, plan: Plan) -> MapSpec:

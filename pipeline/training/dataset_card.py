@@ -236,6 +236,8 @@ class DatasetCard(_Section):
     attribution: str = ""
     limits: str = Field(default="Not for diagnosis or any clinical use.", min_length=1)
     """Uses that a trained model is not for. Copied into the model card, like the three keys above."""
+    scope: str = ""
+    """What the images show, in a few words, such as "colon, H&E". Warnings about other slides name it."""
     mpp: float = Field(gt=0)
     """Pixel size of the images in µm."""
     root: str | None = None

@@ -50,8 +50,9 @@ from pipeline.training.classifier import classifier_task
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, samples
-from pipeline.training.dataset_card import Split
+from pipeline.training.dataset_card import SPLITS, Split
 from pipeline.training.evaluate import evaluate
+from pipeline.training.familiarity import fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
 from pipeline.training.inputs import MEAN, MULTIPLE, STD, load_start
 from pipeline.training.patches import PatchImages, Place, boxes_inside, view_side
@@ -82,10 +83,7 @@ def train(
     dataset = composed(dataset, run)
     config = dataclasses.replace(config, mpp=config.mpp or dataset.mpp)
     assert config.mpp is not None
-    training, validation = (
-        PatchImages(dataset, check_images(samples(dataset, split), UNREADABLE_SHARE), config.mpp)
-        for split in ("train", "val")
-    )
+    training, validation = training_images(dataset, config.mpp)
     _check(training, validation, config)
     for name, size in (("classifier_batch", config.classifier_batch), ("segmenter_batch", config.segmenter_batch)):
         if size % processes.world:
@@ -127,9 +125,20 @@ def train(
         _stage(run, task, config, place, processes, progress)
 
         if processes.rank == 0:
-            export(run, classifier.eval(), segmenter.eval(), validation, config, device)
+            export(run, classifier.eval(), segmenter.eval(), training, validation, config, device)
         _wait(processes)
         return load_bundle((run / "bundle").absolute())
+
+
+def training_images(dataset: Dataset, mpp: float) -> tuple[PatchImages, PatchImages]:
+    """Return the images of the training and of the validation split.
+
+    Raises DatasetError for bad data.
+    """
+    training, validation = (
+        PatchImages(dataset, check_images(samples(dataset, split), UNREADABLE_SHARE), mpp) for split in SPLITS[:2]
+    )
+    return training, validation
 
 
 @contextmanager
@@ -228,9 +237,15 @@ def _wait(processes: Processes) -> None:
 
 
 def export(
-    run: Path, classifier: Classifier, segmenter: nn.Module, validation: PatchImages, config: TrainConfig, device: str
+    run: Path,
+    classifier: Classifier,
+    segmenter: nn.Module,
+    training: PatchImages,
+    validation: PatchImages,
+    config: TrainConfig,
+    device: str,
 ) -> None:
-    """Calibrate the gate and the temperature, measure the test split if it has masks, and write the bundle.
+    """Calibrate gate, temperature and familiarity, measure the test split if it has masks, and write the bundle.
 
     The gate is calibrated on the presence labels of validation tiles, and the temperature on the validation images
     with masks. The test split is measured only once. The validation images show whether the map depends on the position
@@ -257,7 +272,9 @@ def export(
     profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
     metrics["val_position_deviation"] = round(position_deviation(profile_KD, config.margin), 4)
     logger.info("gate thresholds %s, temperature %s, %s", thresholds, calibration.temperature, metrics)
-    save_bundle(folder, card.model_copy(update={"metrics": metrics}), classifier, segmenter)
+    statistics, familiarity = fit_familiarity(rounded[0], training, validation, device)
+    card = card.model_copy(update={"metrics": metrics, "familiarity": familiarity})
+    save_bundle(folder, card, classifier, segmenter, statistics)
 
 
 def measured_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]:
@@ -357,6 +374,7 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
                 f"{config.weights} weights."
             ),
             metrics={},
+            scope=card.scope,
             limits=card.limits,
             weights=WeightsCard(classifier=NO_DIGEST, segmenter=NO_DIGEST),
         )

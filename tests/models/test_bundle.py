@@ -14,13 +14,18 @@ from models.backbone import Backbone
 from models.bundle import (
     CLASSIFIER_FILE,
     DEFAULT_BUNDLE,
+    FAMILIARITY_FILE,
+    NO_DIGEST,
     SEGMENTER_FILE,
     SHIPPED_FOLDER,
     ClassifierCard,
+    FamiliarityCard,
     ModelCard,
     SegmenterCard,
     load_bundle,
     load_networks,
+    load_statistics,
+    replace_statistics,
     save_bundle,
     shipped_bundles,
 )
@@ -33,6 +38,7 @@ from models.errors import (
     UnknownBundleError,
     WeightsMismatchError,
 )
+from models.familiarity import fit_statistics
 from models.segmenter import build_segmenter
 from models.tissue_class import TissueClass
 from tests.models.networks import make_card
@@ -179,3 +185,39 @@ def test_a_backbone_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     assert Backbone("tf_efficientnet_lite0").channels == 1280
+
+
+def _with_statistics(folder: Path) -> None:
+    statistics = fit_statistics(torch.randn((30, 8), generator=torch.Generator().manual_seed(0)).numpy())
+    bundle = load_bundle(folder)
+    familiarity = FamiliarityCard(statistics=NO_DIGEST, window_limit=3.5, share_limit=0.5)
+    replace_statistics(
+        bundle, bundle.card.model_copy(update={"familiarity": familiarity, "scope": "colon"}), statistics
+    )
+
+
+def test_statistics_are_added_to_a_bundle_whose_weights_stay(folder: Path) -> None:
+    before = load_bundle(folder)
+    assert load_statistics(before) is None
+    weights = {file: (folder / file).read_bytes() for file in (CLASSIFIER_FILE, SEGMENTER_FILE)}
+    _with_statistics(folder)
+    after = load_bundle(folder)
+    assert {file: (folder / file).read_bytes() for file in weights} == weights
+    assert after.card.familiarity is not None
+    content = (folder / FAMILIARITY_FILE).read_bytes()
+    assert after.card.familiarity.statistics == hashlib.sha256(content).hexdigest()
+    assert after.card.model_copy(update={"familiarity": None, "scope": ""}) == before.card
+    assert after.digest != before.digest
+    read = load_statistics(after)
+    assert read is not None
+    assert read.as_bytes() == content
+
+
+def test_a_bundle_without_the_statistics_that_its_card_names_is_refused(folder: Path) -> None:
+    _with_statistics(folder)
+    (folder / FAMILIARITY_FILE).write_bytes(b"changed")
+    with pytest.raises(DigestMismatchError, match=FAMILIARITY_FILE):
+        load_statistics(load_bundle(folder))
+    (folder / FAMILIARITY_FILE).unlink()
+    with pytest.raises(MissingBundleFileError, match=FAMILIARITY_FILE):
+        load_statistics(load_bundle(folder))

@@ -6,9 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from models.bundle import Bundle, ClassifierCard, SegmenterCard, save_bundle
+from models.bundle import (
+    NO_DIGEST,
+    Bundle,
+    ClassifierCard,
+    FamiliarityCard,
+    SegmenterCard,
+    load_networks,
+    replace_statistics,
+    save_bundle,
+)
 from models.classifier import Classifier
+from models.familiarity import fit_statistics, window_features
 from models.segmenter import build_segmenter
 from tests.models.networks import make_card
 from tests.pipeline.fakes import COLORS, REGIONS
@@ -34,3 +46,22 @@ def speckled_slide(path: Path) -> Path:
     rgb_HWC = painted((1280, 832), *REGIONS)
     grain_HW1 = np.random.default_rng(1).integers(-12, 12, (*rgb_HWC.shape[:2], 1))
     return write_slide(path, np.clip(rgb_HWC + grain_HW1, 0, 255).astype(np.uint8), mpp=1.0)
+
+
+def familiar_bundle(folder: Path, rgb_HWC: NDArray[np.uint8], scope: str = "paint, on glass") -> Bundle:
+    """Return `small_bundle` with 128-px tiles and the statistics of an image, whose windows are all familiar."""
+    bundle = small_bundle(folder)
+    classifier = load_networks(bundle)[0]
+    assert isinstance(classifier, Classifier)
+
+    def features_NF(shift: int) -> Tensor:
+        moved_HWC = np.roll(rgb_HWC, (shift, 3 * shift), axis=(0, 1))
+        x_NCHW = torch.from_numpy(moved_HWC).permute(2, 0, 1)[None] / 255
+        return window_features(classifier.stages(x_NCHW).deep, 8).flatten(0, 2)
+
+    with torch.inference_mode():
+        statistics = fit_statistics(torch.cat([features_NF(shift) for shift in range(0, 128, 8)]).numpy())
+        limit = 1.5 * float(max(statistics.distances(features_NF(shift)).max() for shift in (4, 44, 100)))
+    familiarity = FamiliarityCard(statistics=NO_DIGEST, window_limit=limit, share_limit=0.5)
+    card = bundle.card.model_copy(update={"familiarity": familiarity, "scope": scope, "tile_size": 128})
+    return replace_statistics(bundle, card, statistics)

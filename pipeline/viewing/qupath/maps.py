@@ -20,11 +20,15 @@ from PIL import Image
 
 from models.tissue_class import TissueClass
 from pipeline.files import replacing
+from pipeline.formats.familiarity import CELL_OUT
 from pipeline.formats.ome_zarr import CHUNK_OUT
 from wsi.box import Box
 
 OVERLAY_PX = 2048
 """Largest side of a picture, which is a level of the map."""
+
+UNFAMILIAR_FILE = "unfamiliar.png"
+"""Overlay of the tissue unlike the model's training data."""
 
 TILE_OUT = 64
 """Side of a tile, in pixels of the map."""
@@ -43,6 +47,8 @@ class ProbabilityMap:
     """(width, height) without the padding of the store."""
     l0_per_out: float
     slide_digest: str
+    familiarity: Path | None = None
+    """The picture of the tissue unlike the model's training data, if there is one."""
 
     @property
     def levels(self) -> int:
@@ -73,7 +79,18 @@ def write_overlays(folder: Path, probability: ProbabilityMap) -> tuple[int, int]
             picture.save(partial, "PNG", transparency=bytes(range(256)))
     l0_per_px = probability.l0_per_out * 2**level
     _, height, width = probs_KHW.shape
+    if probability.familiarity is not None:
+        with replacing(folder / UNFAMILIAR_FILE) as partial:
+            _over_the_slide(probability.familiarity, (width, height), 2**level).save(partial, "PNG")
     return round(width * l0_per_px), round(height * l0_per_px)
+
+
+def _over_the_slide(familiarity: Path, size: tuple[int, int], out_per_px: int) -> Image.Image:
+    """Return the picture of the unfamiliar tissue at the size and the pixel size of the other overlays."""
+    with Image.open(familiarity) as picture:
+        # Cells beyond the picture are beyond the slide. In PIL, a transform fills them with 0, which is transparent.
+        scale = out_per_px / CELL_OUT
+        return picture.transform(size, Image.Transform.AFFINE, (scale, 0, 0, 0, scale, 0), Image.Resampling.NEAREST)
 
 
 def write_tiles(path: Path, probability: ProbabilityMap, tile_out: int = TILE_OUT) -> int:

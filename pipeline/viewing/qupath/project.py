@@ -30,7 +30,7 @@ from filelock import FileLock
 from models.tissue_class import Color
 from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import write_atomically
-from pipeline.results.names import GEOJSON_END, MAP_END
+from pipeline.results.names import FAMILIARITY, GEOJSON_END, MAP_END
 from pipeline.results.record import Run, read_header, read_run
 from pipeline.viewing.qupath.images import SlideFile, enter_slides, load_project
 from pipeline.viewing.qupath.maps import ProbabilityMap, write_overlays, write_tiles
@@ -42,7 +42,10 @@ FOLDER = "qupath"
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
-_COLUMNS = ("entryID", "name", "geojson", "tiles", "overlays", "width", "height", "classes")
+_COLUMNS = ("entryID", "name", "geojson", "tiles", "overlays", "width", "height", "classes", "warning")
+
+_WARNING = "Warning of wsi-segment"
+"""Metadata key of an image that does not look like the training data of the model. QuPath lists it with the image."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class _Result:
     digest: str
     """Digest of the run's identity."""
     map: ProbabilityMap
+    warning: str
+    """Why the map of this slide cannot be trusted; empty if nothing is known."""
 
     @property
     def geojson(self) -> Path:
@@ -94,6 +99,8 @@ def _write(folder: Path, results: Sequence[_Result], *, tiles: bool, slides: Pat
     classes = _merged_classes(folder / "classifiers" / "classes.json", results)
     entries = enter_slides(project, path, [result.slide for result in results], slides)
 
+    for entry, result in zip(entries, results, strict=True):
+        _set_warning(entry, result.warning)
     for name in ("classifiers", "scripts", "maps"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     rows = [_row(folder, entry, result, tiles=tiles) for entry, result in zip(entries, results, strict=True)]
@@ -132,7 +139,17 @@ def _result(folder: Path, store: Path, run: Run) -> _Result:
     grid, digest = run.plan.grid, run.identity.slide
     made_of = hashlib.sha256(json.dumps(run.identity.as_json(), sort_keys=True).encode()).hexdigest()
     place = SlideFile(folder, run.slide.path or Path(run.slide.name), digest)
-    return _Result(folder, place, made_of, ProbabilityMap(store, run.classes, grid.size_out, grid.l0_per_out, digest))
+    familiarity = folder / FAMILIARITY if run.familiarity is not None else None
+    probability = ProbabilityMap(
+        store,
+        run.classes,
+        grid.size_out,
+        grid.l0_per_out,
+        digest,
+        familiarity if familiarity is not None and familiarity.is_file() else None,
+    )
+    unfamiliar = run.familiarity is not None and run.familiarity.is_unfamiliar
+    return _Result(folder, place, made_of, probability, run.warnings[0] if unfamiliar and run.warnings else "")
 
 
 def _merged_classes(path: Path, results: Sequence[_Result]) -> dict[str, Any]:
@@ -155,6 +172,12 @@ def _merged_classes(path: Path, results: Sequence[_Result]) -> dict[str, Any]:
 def packed_argb(color: Color) -> int:
     """Return an opaque color as QuPath stores it: alpha, red, green and blue in a signed 32-bit number."""
     return int.from_bytes(bytes((255, *color)), "big", signed=True)
+
+
+def _set_warning(entry: dict[str, Any], warning: str) -> None:
+    """State the warning in the image's metadata, or remove that of a former result. Other metadata is the user's."""
+    metadata = {key: value for key, value in (entry.get("metadata") or {}).items() if key != _WARNING}
+    entry["metadata"] = metadata | ({_WARNING: warning} if warning else {})
 
 
 def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool) -> tuple[str, ...]:
@@ -182,6 +205,7 @@ def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool
         str(width),
         str(height),
         ",".join(_quoted(one.name) for one in result.map.classes),
+        _quoted(result.warning),
     )
 
 

@@ -79,6 +79,7 @@ def make_app(results: Sequence[Result]) -> Starlette:
             f"{here}/labels/{{shown:number}}/{{level:number}}/{{column:number}}_{{row:number}}.png", viewer.label_tile
         ),
         Route(f"{here}/outlines/{{detail:number}}", viewer.outlines),
+        Route(f"{here}/familiarity.png", viewer.familiarity),
     ]
     return local_application(routes, viewer.lifespan)
 
@@ -163,6 +164,9 @@ class Viewer:
         answer = await self._made(request, request.url.path, lambda o: o.outlines(detail), self._outline_thread)
         return Response(answer, media_type="application/octet-stream")
 
+    async def familiarity(self, request: Request) -> Response:
+        return await self._answer(request, "image/png", _familiarity, keep=False)
+
     def _result(self, request: Request) -> Result:
         result = self._opened.by_id.get(request.path_params["id"])
         if result is None:
@@ -218,6 +222,9 @@ def page_facts(opened: OpenResult) -> dict[str, object]:
             {"name": c.name, "color": "#{:02x}{:02x}{:02x}".format(*c.color), "area_mm2": c.area_mm2}
             for c in result.classes
         ],
+        "familiarity": None
+        if result.familiarity is None or result.run.familiarity is None
+        else {"l0_per_px": result.run.familiarity.l0_per_px},
         "polygons": result.run.polygons,
         "tolerances": list(TOLERANCES_L0),
     }
@@ -225,6 +232,11 @@ def page_facts(opened: OpenResult) -> dict[str, object]:
 
 def _facts(opened: OpenResult) -> bytes:
     return json.dumps(page_facts(opened)).encode()
+
+
+def _familiarity(opened: OpenResult) -> bytes | None:
+    file = opened.result.familiarity
+    return None if file is None else file.read_bytes()
 
 
 def _progress(opened: OpenResult) -> bytes | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.errors import RunRecordError, ViewError
 from pipeline.results.areas import ClassArea, class_areas
-from pipeline.results.names import GEOPARQUET_END, MAP_END, RUN
+from pipeline.results.names import FAMILIARITY, GEOPARQUET_END, MAP_END, RUN
 from pipeline.results.record import Run, read_header, read_run
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,12 @@ class Result:
     def name(self) -> str:
         """Return the slide's name as people read it."""
         return self.folder.name.encode("utf-8", "backslashreplace").decode()
+
+    @property
+    def familiarity(self) -> Path | None:
+        """Return the picture of the tissue unlike the training data, or None if there is none."""
+        file = self.folder / FAMILIARITY
+        return file if self.run.familiarity is not None and file.is_file() else None
 
     @property
     def classes(self) -> list[ClassArea]:

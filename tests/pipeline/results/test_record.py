@@ -109,7 +109,8 @@ def test_one_entry_adds_a_column_to_the_summary(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(COLUMNS, "polygons", lambda run: run.polygons)
     write_summary(tmp_path, [finished_result(tmp_path / "a", make_run("a"), 1.0), SlideResult("b", "failed", 0.0)])
     assert [row["polygons"] for row in rows_of(tmp_path).values()] == ["1234", ""]
-    assert list(rows_of(tmp_path)["a"])[:5] == ["slide", "status", "seconds", "tissue_mm2", "polygons"]
+    columns = ["slide", "status", "seconds", "tissue_mm2", "unfamiliar_share", "polygons"]
+    assert list(rows_of(tmp_path)["a"])[:6] == columns
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:

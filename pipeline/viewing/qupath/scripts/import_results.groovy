@@ -30,7 +30,7 @@ if (current != null && !isOpen(current)) {
     if (row == null)
         println "${getProjectEntry().getImageName()}: not one of the results; not changed"
     else
-        println "${row.name}: ${importInto(current, row)}"
+        println "${row.name}: ${importInto(current, row)}${row.warning}"
     return
 }
 
@@ -44,11 +44,11 @@ project.getImageList().each { entry ->
             it.getImageData() != null && project.getEntry(it.getImageData())?.getID() == entry.getID()
         }
         if (viewer != null) {
-            println "${row.name}: ${importInto(viewer.getImageData(), row)}"
+            println "${row.name}: ${importInto(viewer.getImageData(), row)}${row.warning}"
         } else {
             findSlide(entry, project)
             def imageData = entry.readImageData()
-            println "${row.name}: ${importInto(imageData, row)}"
+            println "${row.name}: ${importInto(imageData, row)}${row.warning}"
             entry.saveImageData(imageData)
             imageData.getServer().close()
         }
@@ -73,7 +73,8 @@ Map readRows(File folder) {
     return lines.tail().collectEntries { line ->
         def cells = [names, line.split('\t', -1)].transpose().collectEntries { it }
         def file = { text -> text.isEmpty() ? null : new File(folder.toURI().resolve(text)) }
-        [cells.entryID, [name: URLDecoder.decode(cells.name, 'UTF-8'),
+        def warning = cells.warning ? "; WARNING: ${URLDecoder.decode(cells.warning, 'UTF-8')}" : ''
+        [cells.entryID, [name: URLDecoder.decode(cells.name, 'UTF-8'), warning: warning,
                          files: [file(cells.geojson), file(cells.tiles)].findAll { it != null }]]
     }
 }

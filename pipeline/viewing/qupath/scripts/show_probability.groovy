@@ -12,6 +12,7 @@ import qupath.lib.regions.ImageRegion
 import static qupath.lib.gui.scripting.QPEx.*
 
 def NONE = '(none)'
+def UNFAMILIAR = '(tissue unlike the training data)'
 def gui = getQuPath()
 def project = getProject()
 def viewer = gui == null ? null : getCurrentViewer()
@@ -27,13 +28,16 @@ if (row == null)
     throw new IllegalStateException('This image is not one of the results. Open another image of the project.')
 
 def classes = row.classes.split(',').collect { URLDecoder.decode(it, 'UTF-8') }
-def chosen = Dialogs.showChoiceDialog('Probability', 'Class to show over the slide', classes + NONE, classes[0])
+def unfamiliar = new File(folder.toURI().resolve("${row.overlays}/unfamiliar.png"))
+def choices = classes + (unfamiliar.isFile() ? [UNFAMILIAR] : []) + NONE
+def chosen = Dialogs.showChoiceDialog('Probability', 'Class to show over the slide', choices, classes[0])
 if (chosen == null)
     return
 
 def overlay = null
 if (chosen != NONE) {
-    def file = new File(folder.toURI().resolve("${row.overlays}/${classes.indexOf(chosen)}.png"))
+    def file = chosen == UNFAMILIAR ? unfamiliar
+        : new File(folder.toURI().resolve("${row.overlays}/${classes.indexOf(chosen)}.png"))
     if (!file.isFile())
         throw new FileNotFoundException("${file} is missing. Run 'wsi-export qupath' on the results again.")
     def region = ImageRegion.createInstance(0, 0, row.width as int, row.height as int, 0, 0)
@@ -49,4 +53,5 @@ Platform.runLater {
     }
     viewer.repaint()
 }
-println chosen == NONE ? 'No probability is shown.' : "The probability of ${chosen} is shown."
+println chosen == NONE ? 'No probability is shown.'
+    : chosen == UNFAMILIAR ? 'The tissue unlike the training data of the model is shown.' : "The probability of ${chosen} is shown."

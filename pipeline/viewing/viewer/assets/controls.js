@@ -9,10 +9,11 @@ export class Controls {
   // its probability layer.
   constructor(facts) {
     this.facts = facts;
+    this.layers = facts.familiarity ? [...LAYERS, "unfamiliar"] : LAYERS;
     this.changed = () => {};
     this.hidden = null;
     this.state = this.defaults();
-    for (const layer of LAYERS) {
+    for (const layer of this.layers) {
       this.join(byId(`${layer}-on`), "checked", () => this.state[layer], "on");
       this.join(byId(`${layer}-opacity`), "valueAsNumber", () => this.state[layer], "opacity");
     }
@@ -29,6 +30,7 @@ export class Controls {
   defaults() {
     return {
       map: { on: true, opacity: 0.35 }, outlines: { on: true, opacity: 1 }, probability: { on: false, opacity: 1 },
+      unfamiliar: { on: false, opacity: 0.8 },
       classes: this.facts.classes.map(() => ({ on: true, opacity: 0.7 })),
     };
   }
@@ -47,7 +49,7 @@ export class Controls {
   }
 
   render() {
-    for (const layer of LAYERS) {
+    for (const layer of this.layers) {
       byId(`${layer}-on`).checked = this.state[layer].on;
       const slider = byId(`${layer}-opacity`);
       if (slider) slider.valueAsNumber = this.state[layer].opacity;
@@ -61,6 +63,7 @@ export class Controls {
   }
 
   toggle(layer) {
+    if (!this.layers.includes(layer)) return;
     this.state[layer].on = !this.state[layer].on;
     this.hidden = null;
     this.update();
@@ -77,8 +80,8 @@ export class Controls {
       for (const layer of this.hidden) this.state[layer].on = true;
       this.hidden = null;
     } else {
-      this.hidden = LAYERS.filter((layer) => this.state[layer].on);
-      for (const layer of LAYERS) this.state[layer].on = false;
+      this.hidden = this.layers.filter((layer) => this.state[layer].on);
+      for (const layer of this.layers) this.state[layer].on = false;
     }
     this.update();
   }
@@ -92,6 +95,7 @@ export class Controls {
   words() {
     const words = ["map", "outlines"].map((layer) => `${layer}=${this.state[layer].on ? this.state[layer].opacity : 0}`);
     words.push(`probability=${this.state.probability.on ? 1 : 0}`);
+    if (this.state.unfamiliar.on) words.push(`unfamiliar=${this.state.unfamiliar.opacity}`);
     const off = this.state.classes.flatMap((c, k) => (c.on ? [] : [k]));
     if (off.length) words.push(`off=${off.join(",")}`);
     const usual = this.defaults().classes;
@@ -108,7 +112,7 @@ export class Controls {
       return Number.isFinite(value) ? bounded(value) : usual;
     };
     const state = this.defaults();
-    for (const layer of LAYERS) {
+    for (const layer of this.layers) {
       const value = number(layer, state[layer].on ? state[layer].opacity : 0);
       state[layer].on = value > 0;
       if (value > 0) state[layer].opacity = value;

@@ -53,7 +53,7 @@ outlines.changed = () => {
   redrawing ||= requestAnimationFrame(() => { redrawing = 0; outlines.draw(view()); });
 };
 outlines.failed = () => note("The outlines cannot be read. The terminal shows the reason. Reload the page to try again.");
-const layers = { labels: null, classes: [] };
+const layers = { labels: null, classes: [], unfamiliar: null };
 let labelsShown = 0;
 
 osd.addOnceHandler("open", async () => {
@@ -134,6 +134,19 @@ function overlay(url, opacity) {
   }));
 }
 
+// Lays a picture over the slide, from its origin.
+function picture(url, l0PerPx, opacity) {
+  return new Promise((done) => osd.addTiledImage({
+    tileSource: { type: "image", url, buildPyramid: false },
+    x: 0, y: 0, opacity,
+    success: ({ item }) => {
+      item.setWidth((item.source.dimensions.x * l0PerPx) / facts.width, true);
+      done(item);
+    },
+    error: () => done(null),
+  }));
+}
+
 async function applyLayers() {
   const state = controls.state;
   const shown = state.classes.reduce((bits, c, k) => (c.on ? bits | (1n << BigInt(k)) : bits), 0n);
@@ -145,6 +158,9 @@ async function applyLayers() {
     }
     (await layers.classes[k])?.setOpacity(opacity);
   }
+  const unfamiliar = state.unfamiliar.on ? state.unfamiliar.opacity : 0;
+  if (unfamiliar) layers.unfamiliar ??= picture("familiarity.png", facts.familiarity.l0_per_px, unfamiliar);
+  (await layers.unfamiliar)?.setOpacity(unfamiliar);
   outlines.show(state.outlines.on ? state.outlines.opacity : 0, state.classes.map((c) => c.on));
 }
 
@@ -323,6 +339,7 @@ const keys = {
   f: () => goTo({ ...view(), zoom: 1 / window.devicePixelRatio }, false),
   i: announceCenter, l: copyLink,
   m: () => controls.toggle("map"), o: () => controls.toggle("outlines"), p: () => controls.toggle("probability"),
+  u: () => controls.toggle("unfamiliar"),
   h: () => controls.hideAll(),
   "[": () => controls.stronger(-0.1), "]": () => controls.stronger(0.1),
   "?": () => byId("help").showModal(),

@@ -1,0 +1,133 @@
+"""How far an image lies from the images that a model was trained on.
+
+Windows of `WINDOW` pixels slide over the classifier's deep feature map. The features of a window are the means of the
+channels. `Statistics` holds mean and covariance of the features of training windows, and `Statistics.distances` returns
+the Mahalanobis distance of other windows from them. docs/benchmarks/familiarity.md compares this with other choices.
+
+Shape suffixes: N images or windows, C channels of the feature map, h and w the feature map, r and c the rows and
+columns of windows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.classifier import Classifier
+from models.errors import WeightsMismatchError
+
+WINDOW = 224
+"""Side of a window in model pixels."""
+
+STEP = 112
+"""Distance between windows in model pixels."""
+
+
+def window_count(length: int) -> int:
+    """Return the number of windows along a side of an image of this many pixels, a multiple of the map's stride."""
+    return math.ceil(max(0, length - WINDOW) / STEP) + 1
+
+
+def window_features(deep_NChw: Tensor, stride: int) -> Tensor:
+    """Return the features (N, r, c, C) of the windows of a feature map, float32.
+
+    `stride` is the number of model pixels per cell of the map. The windows start at the first cell. The last window of
+    a row or column ends with the map, and can be smaller than the others.
+    """
+    side = [min(WINDOW // stride, length) for length in deep_NChw.shape[2:]]
+    mean_NCrc = F.avg_pool2d(deep_NChw.float(), side, STEP // stride, ceil_mode=True, count_include_pad=False)
+    return mean_NCrc.permute(0, 2, 3, 1)
+
+
+class DescribingClassifier(nn.Module):
+    """Normalized images (N, 3, H, W) -> logits and flat `window_features` side by side, (N, K + r c C).
+
+    One tensor, so that every runtime can compute it.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(classifier, Classifier)
+        self.classifier = classifier
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        stages = self.classifier.stages(x_NCHW)
+        logits_NK = self.classifier.head_output(stages, x_NCHW).logits_NK
+        features_NrcC = window_features(stages.deep, x_NCHW.shape[2] // stages.deep.shape[2])
+        return torch.cat([logits_NK.float(), features_NrcC.flatten(1)], dim=1)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the training windows of a model look like. Both tensors are float32."""
+
+    mean_C: Tensor
+    whitening_CC: Tensor
+    """Maps features minus `mean_C` into a space in which the training windows have about unit covariance."""
+
+    def distances(self, features_NC: Tensor) -> Tensor:
+        """Return the Mahalanobis distance (N,) of windows with these features from the training windows."""
+        distance_N: Tensor = ((features_NC.float() - self.mean_C) @ self.whitening_CC).norm(dim=1)
+        return distance_N
+
+    def to(self, device: torch.device) -> Self:
+        """Return the statistics on a device."""
+        return type(self)(self.mean_C.to(device), self.whitening_CC.to(device))
+
+    def as_bytes(self) -> bytes:
+        """Return the content of the statistics file."""
+        tensors = {"mean": self.mean_C.cpu().contiguous(), "whitening": self.whitening_CC.cpu().contiguous()}
+        return safetensors.torch.save(tensors)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """Return the statistics in a file's content. Raises WeightsMismatchError if the tensors are not those."""
+        try:
+            tensors = safetensors.torch.load(content)
+            read = cls(tensors["mean"].float(), tensors["whitening"].float())
+        except (KeyError, safetensors.SafetensorError) as error:
+            raise WeightsMismatchError(f"the statistics of the training windows cannot be read: {error}") from error
+        if read.mean_C.ndim != 1 or read.whitening_CC.shape != (len(read.mean_C), len(read.mean_C)):
+            raise WeightsMismatchError(
+                f"the statistics of the training windows do not fit together: means of shape "
+                f"{tuple(read.mean_C.shape)} and a whitening matrix of {tuple(read.whitening_CC.shape)}"
+            )
+        return read
+
+
+def fit_statistics(features_NC: NDArray[np.float32]) -> Statistics:
+    """Return the statistics of training windows, at least two, with `shrunk_covariance`."""
+    x_NC = features_NC.astype(np.float64)
+    values_C, vectors_CC = np.linalg.eigh(shrunk_covariance(x_NC))
+    # A channel that is constant in training would get an infinite weight.
+    floor = max(float(values_C[-1]) * 1e-9, float(np.finfo(np.float32).tiny))
+    whitening_CC = vectors_CC / np.sqrt(np.maximum(values_C, floor))
+    mean_C = x_NC.mean(axis=0)
+    return Statistics(*(torch.from_numpy(array.astype(np.float32)) for array in (mean_C, whitening_CC)))
+
+
+def shrunk_covariance(x_NC: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the covariance (C, C), shrunk toward a multiple of the identity.
+
+    ``S' = (1 - a) S + a (tr S / C) I`` with the ``a`` that minimizes the expected squared error. Source: Ledoit and
+    Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004, lemmas 3.2 to 3.4.
+    """
+    count, channels = x_NC.shape
+    centered_NC = x_NC - x_NC.mean(axis=0)
+    covariance_CC = centered_NC.T @ centered_NC / count
+    target_CC = np.trace(covariance_CC) / channels * np.eye(channels)
+    distance = np.square(covariance_CC - target_CC).sum()
+    # The mean over n of |x_n x_n' - S|², without the matrices of single windows, divided by N.
+    spread = (np.square(np.square(centered_NC).sum(axis=1)).mean() - np.square(covariance_CC).sum()) / count
+    weight = float(min(spread, distance) / distance) if distance > 0 else 0.0
+    shrunk_CC: NDArray[np.float64] = (1 - weight) * covariance_CC + weight * target_CC
+    return shrunk_CC

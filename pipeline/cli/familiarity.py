@@ -1,0 +1,96 @@
+"""The command `wsi-familiarity`."""
+
+from __future__ import annotations
+
+# Heavy libraries are imported inside the command, so that `--help` answers at once.
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.commands import (
+    EXIT_INTERRUPTED,
+    DeviceOption,
+    QuietOption,
+    VerboseOption,
+    configure_logging,
+    fail,
+    run,
+)
+
+if TYPE_CHECKING:
+    from models.bundle import Bundle
+
+PROGRAM = "wsi-familiarity"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def familiarity(
+    bundle: Annotated[str, typer.Argument(help="Path of a model bundle, or name of a shipped one.")],
+    dataset: Annotated[str, typer.Argument(help="Name of a shipped data set description, or path of a dataset.toml.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the images.", show_default="the folder that the description names")
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="What the data show, such as 'colon, H&E'.", show_default="that of the description"),
+    ] = None,
+    device: DeviceOption = "auto",
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Store in a model bundle what its training data look like, so that it can warn about slides that differ.
+
+    The data set must be the one that the model was trained with. The weights of the bundle do not change. wsi-train
+    does the same for every model.
+
+    Exit status: 0 done, 1 failed, 2 usage error, 130 interrupted.
+    """
+    configure_logging(verbose, quiet=quiet)
+    from wsi.errors import WsiSegmentError
+
+    try:
+        changed = _changed(bundle, dataset, data, scope, device)
+    except WsiSegmentError as error:
+        fail(PROGRAM, str(error))
+    except KeyboardInterrupt:
+        # Not in the caller: typer would turn this into exit status 1.
+        fail(PROGRAM, "interrupted; the bundle is unchanged", EXIT_INTERRUPTED)
+    card = changed.card
+    assert card.familiarity is not None
+    facts = {"bundle": str(changed.path), "scope": card.scope, **card.familiarity.model_dump()}
+    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+
+
+def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, device: str) -> Bundle:
+    """Return the bundle with statistics of the data set's training and validation split."""
+    from models.bundle import load_bundle
+    from pipeline.errors import OutputError
+    from pipeline.training.dataset import load_dataset
+    from pipeline.training.compose import composed
+    from pipeline.training.evaluate import check_same_classes
+    from pipeline.training.familiarity import add_familiarity
+    from pipeline.training.train import training_images
+
+    model, chosen = load_bundle(bundle), load_dataset(dataset, data)
+    check_same_classes(model.card, chosen)
+    wording = scope if scope is not None else model.card.scope or chosen.card.scope
+    try:
+        with tempfile.TemporaryDirectory(prefix="wsi-familiarity-") as work:
+            images = training_images(composed(chosen, Path(work), ("train", "val")), model.card.mpp)
+            return add_familiarity(model, *images, wording, device)
+    except OSError as error:
+        raise OutputError(f"{model.path}: cannot be written ({error.strerror}); check its permissions") from error
+
+
+def main() -> None:
+    """Run the console script."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Fit the statistics with which a model recognizes slides that do not resemble its training data.
+
+Shape suffixes: N windows, C channels, H and W an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
+from torch import nn
+
+from models.bundle import NO_DIGEST, Bundle, FamiliarityCard, load_networks, replace_statistics
+from models.classifier import Classifier
+from models.familiarity import Statistics, fit_statistics, window_features
+from models.predictor import choose_device
+from pipeline.errors import TrainError
+from pipeline.training.augment import restain
+from pipeline.training.inputs import as_input, padded
+from pipeline.training.patches import PatchImages
+
+MOST_IMAGES = 1500
+"""Images of a split that are read. If there are more, every n-th is."""
+
+FAMILIAR_SHARE = 0.99
+"""Share of the validation windows that is familiar."""
+
+SHARE_LIMIT = 0.5
+"""Share of a slide's tissue above which the slide gets a warning; docs/benchmarks/familiarity.md measures it."""
+
+
+def add_familiarity(
+    bundle: Bundle, training: PatchImages, validation: PatchImages, scope: str, device: str = "auto"
+) -> Bundle:
+    """Fit the familiarity of an existing bundle on the images that it was trained with, and store it in the bundle.
+
+    `scope` is that of the card. Raises TrainError if a split is empty, and what `load_networks` raises.
+    """
+    statistics, familiarity = fit_familiarity(load_networks(bundle)[0], training, validation, device)
+    card = bundle.card.model_copy(update={"familiarity": familiarity, "scope": scope})
+    return replace_statistics(bundle, card, statistics)
+
+
+def fit_familiarity(
+    classifier: nn.Module, training: PatchImages, validation: PatchImages, device: str
+) -> tuple[Statistics, FamiliarityCard]:
+    """Return the statistics of the training images and their part of the model card.
+
+    `classifier` is a `Classifier` in eval mode. Every training image counts as it is and recolored, so that the stain
+    of another laboratory does not make a slide unfamiliar. The limit comes from the validation images as they are. The
+    result is deterministic. Raises TrainError if a split is empty.
+    """
+    if not (len(training) and len(validation)):
+        raise TrainError(f"{training.dataset.card.name}: the training or validation split has no readable image")
+    assert isinstance(classifier, Classifier)
+    place = choose_device(device)
+    classifier.to(place)
+    seen = [*_features(classifier, training, place), *_features(classifier, training, place, np.random.default_rng(0))]
+    statistics = fit_statistics(np.concatenate(seen))
+    held_NC = np.concatenate(list(_features(classifier, validation, place)))
+    distance_N = statistics.distances(torch.from_numpy(held_NC)).numpy()
+    # An untrained network can have equal features everywhere, and the limit must be positive.
+    limit = max(round(float(np.quantile(distance_N, FAMILIAR_SHARE)), 4), 1e-4)
+    return statistics, FamiliarityCard(statistics=NO_DIGEST, window_limit=limit, share_limit=SHARE_LIMIT)
+
+
+@torch.inference_mode()
+def _features(
+    classifier: Classifier, images: PatchImages, device: torch.device, rng: np.random.Generator | None = None
+) -> Iterator[NDArray[np.float32]]:
+    """Yield the features (N, C) of the windows of each image, recolored if there is an `rng`."""
+    every = -(-len(images) // MOST_IMAGES)
+    for index in range(0, len(images), every):
+        rgb_HWC = images.rgb(index) if rng is None else recolored(images.rgb(index), rng)
+        x_NCHW = as_input(padded(rgb_HWC[None]), device)
+        deep_NChw = classifier.stages(x_NCHW).deep
+        yield window_features(deep_NChw, x_NCHW.shape[2] // deep_NChw.shape[2]).flatten(0, 2).cpu().numpy()
+
+
+def recolored(rgb_HWC: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return the image with another stain, brightness, contrast and saturation, as another laboratory may have them.
+
+    Size and sharpness stay: a wrong pixel size and blur must remain unfamiliar.
+    """
+    picture = Image.fromarray(restain(rgb_HWC, 0.4, rng))
+    for enhance, spread in ((ImageEnhance.Brightness, 0.15), (ImageEnhance.Contrast, 0.25), (ImageEnhance.Color, 0.4)):
+        picture = enhance(picture).enhance(1 + rng.uniform(-spread, spread))
+    return np.asarray(picture)

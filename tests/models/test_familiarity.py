@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.covariance import LedoitWolf  # type: ignore[import-untyped]  # ships no types
+
+from models.bundle import NO_DIGEST, ClassifierCard, FamiliarityCard, ModelCard
+from models.classifier import Classifier
+from models.errors import WeightsMismatchError
+from models.familiarity import (
+    STEP,
+    WINDOW,
+    Statistics,
+    fit_statistics,
+    shrunk_covariance,
+    window_count,
+    window_features,
+)
+from models.predictor import Predictor
+from tests.models.networks import ConstantSegmenter, make_card
+
+STRIDE = 8
+
+
+def windows(count: int, features: int, seed: int = 0) -> NDArray[np.float32]:
+    """Return correlated features of windows."""
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(count, features)) @ rng.normal(size=(features, features)) + 3).astype(np.float32)
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (42, 71), (12, 20)])
+def test_features_are_the_means_of_the_channels_over_each_window(height: int, width: int) -> None:
+    deep_NChw = torch.randn((2, 3, height, width), generator=torch.Generator().manual_seed(1))
+    features_NrcC = window_features(deep_NChw, STRIDE).numpy()
+    side, step = WINDOW // STRIDE, STEP // STRIDE
+    assert features_NrcC.shape == (2, window_count(height * STRIDE), window_count(width * STRIDE), 3)
+    for image, row, column in np.ndindex(*features_NrcC.shape[:3]):
+        y, x = row * step, column * step
+        part_Chw = deep_NChw[image, :, y : y + side, x : x + side].numpy()
+        assert features_NrcC[image, row, column] == pytest.approx(part_Chw.mean(axis=(1, 2)), abs=1e-5)
+
+
+@given(st.integers(1, 200))
+def test_windows_cover_every_cell(cells: int) -> None:
+    rows = window_features(torch.zeros((1, 1, cells, 1)), STRIDE).shape[1]
+    assert rows == window_count(cells * STRIDE)
+    assert (rows - 1) * STEP + WINDOW >= cells * STRIDE > (rows - 1) * STEP
+
+
+@pytest.mark.parametrize(("count", "features"), [(5, 8), (200, 8)])
+def test_shrunk_covariance_is_that_of_scikit_learn(count: int, features: int) -> None:
+    x_NC = windows(count, features).astype(np.float64)
+    assert shrunk_covariance(x_NC) == pytest.approx(LedoitWolf().fit(x_NC).covariance_)
+
+
+def test_equal_windows_have_a_covariance_of_zero() -> None:
+    assert (shrunk_covariance(np.ones((4, 3))) == 0).all()
+
+
+def test_distance_is_that_of_mahalanobis() -> None:
+    x_NC = windows(50, 4)
+    precision_CC = np.linalg.inv(shrunk_covariance(x_NC.astype(np.float64)))
+    new_NC = windows(10, 4, seed=2)
+    from_mean_NC = new_NC.astype(np.float64) - x_NC.mean(axis=0)
+    expected_N = [np.sqrt(x @ precision_CC @ x) for x in from_mean_NC]
+    assert fit_statistics(x_NC).distances(torch.from_numpy(new_NC)).numpy() == pytest.approx(expected_N, rel=1e-3)
+
+
+def test_a_channel_that_is_constant_in_training_keeps_distances_finite() -> None:
+    x_NC = windows(50, 4)
+    x_NC[:, 2] = 1
+    assert fit_statistics(x_NC).distances(torch.from_numpy(x_NC + 1)).isfinite().all()
+
+
+def test_statistics_survive_their_file() -> None:
+    statistics = fit_statistics(windows(50, 4))
+    read = Statistics.from_bytes(statistics.as_bytes())
+    assert torch.equal(read.mean_C, statistics.mean_C)
+    assert torch.equal(read.whitening_CC, statistics.whitening_CC)
+
+
+def test_bytes_other_than_statistics_are_refused() -> None:
+    with pytest.raises(WeightsMismatchError, match="cannot be read"):
+        Statistics.from_bytes(b"not a file of tensors")
+    good = fit_statistics(windows(50, 4))
+    with pytest.raises(WeightsMismatchError, match=r"means of shape \(4,\) and a whitening matrix of \(4, 3\)"):
+        Statistics.from_bytes(Statistics(good.mean_C, good.whitening_CC[:, :3]).as_bytes())
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier("tf_efficientnet_lite0", "gap", 2, 3).eval()
+
+
+def striped_tiles(count: int, period: int, seed: int) -> NDArray[np.uint8]:
+    """Return 256-px tiles of noisy stripes with this period."""
+    noise_NHW1 = np.random.default_rng(seed).integers(0, 60, (count, 256, 256, 1))
+    stripes_W1 = (np.arange(256) // period % 2 * 120)[:, None]
+    return np.broadcast_to(noise_NHW1 + stripes_W1, (count, 256, 256, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def statistics(classifier: Classifier) -> tuple[Statistics, ModelCard]:
+    """Return the statistics of stripes that are 8 px wide, and the card of their model."""
+    x_NCHW = torch.from_numpy(striped_tiles(24, 8, seed=0)).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        features_NC = window_features(classifier.stages(x_NCHW).deep, STRIDE).flatten(0, 2)
+    found = fit_statistics(features_NC.numpy())
+    limit = float(found.distances(features_NC).max()) + 1.0
+    card = make_card().model_copy(
+        update={
+            "classifier": ClassifierCard(backbone="tf_efficientnet_lite0", head="gap", depth=3),
+            "familiarity": FamiliarityCard(statistics=NO_DIGEST, window_limit=limit, share_limit=0.5),
+        }
+    )
+    return found, card
+
+
+def predictor(classifier: Classifier, statistics: tuple[Statistics, ModelCard], **options: object) -> Predictor:
+    found, card = statistics
+    segmenter = ConstantSegmenter([0.0, 1.0])
+    return Predictor(card, NO_DIGEST, classifier, segmenter, statistics=found, **options)  # type: ignore[arg-type]  # values of several types
+
+
+def test_a_predictor_measures_the_distance_of_every_window_in_units_of_the_limit(
+    classifier: Classifier, statistics: tuple[Statistics, ModelCard]
+) -> None:
+    familiar_Nrc = predictor(classifier, statistics).predict(striped_tiles(3, 8, seed=1)).distances_Nrc
+    unfamiliar_Nrc = predictor(classifier, statistics).predict(striped_tiles(3, 64, seed=1)).distances_Nrc
+    assert familiar_Nrc is not None
+    assert unfamiliar_Nrc is not None
+    assert familiar_Nrc.shape == unfamiliar_Nrc.shape == (3, 2, 2)
+    assert familiar_Nrc.max() < unfamiliar_Nrc.min()
+    found, card = statistics
+    x_NCHW = torch.from_numpy(striped_tiles(3, 64, seed=1)).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        expected_N = found.distances(window_features(classifier.stages(x_NCHW).deep, STRIDE).flatten(0, 2))
+    assert card.familiarity is not None
+    assert unfamiliar_Nrc.ravel() == pytest.approx(expected_N.numpy() / card.familiarity.window_limit, rel=1e-4)
+
+
+def test_the_distance_of_a_tile_does_not_depend_on_its_batch(
+    classifier: Classifier, statistics: tuple[Statistics, ModelCard]
+) -> None:
+    tiles_NHWC = np.concatenate([striped_tiles(2, 8, seed=3), striped_tiles(3, 32, seed=3)])
+    together_Nrc = predictor(classifier, statistics, batch_size=5).predict(tiles_NHWC).distances_Nrc
+    alone_Nrc = predictor(classifier, statistics, batch_size=1).predict(tiles_NHWC).distances_Nrc
+    assert together_Nrc == pytest.approx(alone_Nrc, rel=1e-4)
+
+
+def test_statistics_do_not_change_the_prediction(
+    classifier: Classifier, statistics: tuple[Statistics, ModelCard]
+) -> None:
+    tiles_NHWC = striped_tiles(2, 16, seed=4)
+    plain = Predictor(statistics[1], NO_DIGEST, classifier, ConstantSegmenter([0.0, 1.0]))
+    assert plain.predict(tiles_NHWC).distances_Nrc is None
+    presence_NK = predictor(classifier, statistics).presence(tiles_NHWC)
+    assert presence_NK == pytest.approx(plain.presence(tiles_NHWC), abs=1e-6)
