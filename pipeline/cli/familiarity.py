@@ -70,8 +70,8 @@ def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, de
     """Return the bundle with statistics of the data set's training and validation split."""
     from models.bundle import load_bundle
     from pipeline.errors import OutputError
-    from pipeline.training.dataset import load_dataset
     from pipeline.training.compose import composed
+    from pipeline.training.dataset import load_dataset
     from pipeline.training.evaluate import check_same_classes
     from pipeline.training.familiarity import add_familiarity
     from pipeline.training.train import training_images
