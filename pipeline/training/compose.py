@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import tempfile
 import zlib
 from collections import defaultdict
@@ -104,6 +105,7 @@ def _kind(dataset: Dataset, sample: Sample) -> Kind:
 def _composed_card(card: DatasetCard, rule: Compose, kinds: Sequence[Kind]) -> DatasetCard:
     several = {value: names for value, names in enumerate(kinds) if len(names) > 1}
     values = card.model_dump(mode="json") | {
+        "attribution": f"{card.attribution} Networks were trained on images composed of these.".strip(),
         "mpp": rule.mpp,
         "classes": [spec.model_dump() | {"mask_values": [k]} for k, spec in enumerate(card.classes)],
         "mask_excluded": [IGNORED],
@@ -271,13 +273,14 @@ def blank_image(height: int, width: int, rng: np.random.Generator) -> NDArray[np
 
 
 def draw_cells(side: int, rng: np.random.Generator) -> Cells:
-    """Return a random layout of a square image: irregular cells, grouped into one to six areas.
+    """Return a random layout of a square image: irregular cells about 100 px wide, grouped into areas.
 
     Cells are the Voronoi cells of random points in coordinates that two smooth random fields distort. In four of ten
     images borders are hard; in the others they are softmax-blended over a few pixels. One cell in eight is an island
     of its own tissue.
     """
-    count = int(rng.integers(6, 18))
+    scale = side / 320
+    count = int(rng.integers(math.ceil(6 * scale**2), math.ceil(18 * scale**2)))
     points_S2 = rng.uniform(-0.05, 1.05, (count, 2)) * side
     scale_px, amplitude_px = rng.uniform(5, 25), rng.uniform(2, 14)
     distorted = [axis + amplitude_px * _smooth_noise(side, scale_px, rng) for axis in np.mgrid[:side, :side]]
@@ -290,7 +293,7 @@ def draw_cells(side: int, rng: np.random.Generator) -> Cells:
         weights_SHW /= weights_SHW.sum(axis=0)
     else:
         weights_SHW = (distance_SHW.argmin(axis=0) == np.arange(count)[:, None, None]).astype(float)
-    centers_A2 = rng.uniform(0, 1, (int(rng.integers(1, 6)), 2)) * side
+    centers_A2 = rng.uniform(0, 1, (int(rng.integers(1, max(2, round(6 * scale)))), 2)) * side
     areas_S = np.hypot(*(points_S2[:, None] - centers_A2).transpose(2, 0, 1)).argmin(axis=1)
     islands = rng.uniform(size=count) < 1 / 8
     areas_S[islands] = len(centers_A2) + np.flatnonzero(islands)

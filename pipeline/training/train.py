@@ -39,7 +39,7 @@ from models.bundle import (
     load_networks,
     save_bundle,
 )
-from models.cam import check_available
+from models.cam import LAYERS, check_available
 from models.classifier import Classifier
 from models.predictor import Predictor, choose_device
 from models.segmenter import build_segmenter
@@ -352,6 +352,10 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
     """
     card = dataset.card
     views = f"regions of {config.region} px" if config.region else "single patches"
+    with_attention = "" if config.attention == "none" else f" with {config.attention} attention"
+    layers = ", ".join(
+        f"{layer} {weight:g}" for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0
+    )
     assert config.mpp is not None
     try:
         return ModelCard(
@@ -370,8 +374,8 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
             licence=card.licence,
             training_data=(
                 f"{card.attribution} Supervision: presence labels of patches only; {views} at {config.mpp} um/px, "
-                f"classifier head {config.head}, pseudo masks by {config.cam}, seed {config.seed}, started from "
-                f"{config.weights} weights."
+                f"classifier head {config.head}{with_attention}, pseudo masks by {config.cam} at the layers {layers}, "
+                f"seed {config.seed}, started from {config.weights} weights."
             ),
             metrics={},
             scope=card.scope,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,20 +138,27 @@ def f1_score(truth_N: NDArray[np.bool_], predicted_N: NDArray[np.bool_]) -> floa
 
 
 def table(output: Path, names: Sequence[str]) -> str:
-    """Return the Markdown table of all folds in a folder, and of their tiles pooled."""
-    folds = {file.parent.name: np.load(file) for file in sorted(output.glob("*/tiles.npz"))}
-    rows = {slide: tile_figures(found["scores"], found["labels"]) for slide, found in folds.items()}
-    pooled = [np.concatenate([found[key] for found in folds.values()]) for key in ("scores", "labels")]
-    rows["pooled"] = tile_figures(*pooled)
+    """Return `table_of` all folds in a folder."""
+    folds = {}
+    for file in sorted(output.glob("*/tiles.npz")):
+        with np.load(file) as found:
+            folds[file.parent.name] = found["scores"], found["labels"]
+    return table_of(folds, names)
+
+
+def table_of(folds: Mapping[str, tuple[NDArray[np.float32], NDArray[np.bool_]]], names: Sequence[str]) -> str:
+    """Return the Markdown tables of the scores and labels of folds: each slide, all pooled, and the confusion."""
+    rows = {slide: tile_figures(*fold) for slide, fold in folds.items()}
+    scores_NK, labels_NK = (np.concatenate(parts) for parts in zip(*folds.values(), strict=True))
+    rows["pooled"] = tile_figures(scores_NK, labels_NK)
     lines = ["| slide | tiles | accuracy | macro F1 | ECE | two labels, hit |", "|---|---|---|---|---|---|"]
     lines += [
         f"| {slide} | {row['tiles']} | {row['accuracy']} | {row['macro_f1']} | {row['ece']} | {row['several_hit']} |"
         for slide, row in rows.items()
     ]
-    labels_NK = pooled[1]
     single_N = labels_NK.sum(axis=1) == 1
     matrix = np.zeros((len(names), len(names)), int)
-    np.add.at(matrix, (labels_NK[single_N].argmax(axis=1), pooled[0][single_N].argmax(axis=1)), 1)
+    np.add.at(matrix, (labels_NK[single_N].argmax(axis=1), scores_NK[single_N].argmax(axis=1)), 1)
     lines += ["", f"| truth | {' | '.join(names)} | F1 |", "|---" * (len(names) + 2) + "|"]
     lines += [
         f"| {name} | {' | '.join(map(str, row))} | {f1} |"
