@@ -279,7 +279,7 @@ def draw_cells(side: int, rng: np.random.Generator) -> Cells:
     images borders are hard; in the others they are softmax-blended over a few pixels. One cell in eight is an island
     of its own tissue.
     """
-    scale = side / 320
+    scale = max(1.0, side / 320)
     count = int(rng.integers(math.ceil(6 * scale**2), math.ceil(18 * scale**2)))
     points_S2 = rng.uniform(-0.05, 1.05, (count, 2)) * side
     scale_px, amplitude_px = rng.uniform(5, 25), rng.uniform(2, 14)
@@ -293,7 +293,7 @@ def draw_cells(side: int, rng: np.random.Generator) -> Cells:
         weights_SHW /= weights_SHW.sum(axis=0)
     else:
         weights_SHW = (distance_SHW.argmin(axis=0) == np.arange(count)[:, None, None]).astype(float)
-    centers_A2 = rng.uniform(0, 1, (int(rng.integers(1, max(2, round(6 * scale)))), 2)) * side
+    centers_A2 = rng.uniform(0, 1, (int(rng.integers(1, round(6 * scale))), 2)) * side
     areas_S = np.hypot(*(points_S2[:, None] - centers_A2).transpose(2, 0, 1)).argmin(axis=1)
     islands = rng.uniform(size=count) < 1 / 8
     areas_S[islands] = len(centers_A2) + np.flatnonzero(islands)
