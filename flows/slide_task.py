@@ -12,7 +12,7 @@ from flows.privacy import Redact
 from pipeline.batch.attempt import Attempt
 from pipeline.workers.base import SlideJob
 
-STATES = {"done": "Done", "skipped": "Skipped", "no tissue": "No tissue"}
+STATES = {"done": "Done", "skipped": "Skipped", "no tissue": "No tissue", "unrecognized": "Unrecognized"}
 """Names of the states of attempts that did not fail, by the status of the result. After an attempt that ends in
 "Locked" (another run is working on the slide) or "Retrying" (transient failure), the batch attempts the slide again.
 """

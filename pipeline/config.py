@@ -37,6 +37,8 @@ class MapSettings:
     """Tolerance of the polygons' borders, in map pixels; 0 keeps the edges of the pixels."""
     keep_ungated: bool = False
     """Use the segmenter's prediction if the gate rejects every class, instead of "no class"."""
+    exclude_folds: bool = False
+    """Leave folds out of the map and its areas. They are in the layer of left-out areas either way."""
     precision: Precision = "float32"
     """Number format of the networks."""
     max_bad_share: float = 0.01
@@ -56,8 +58,11 @@ class MapSettings:
         _check(self.block_out >= 16 and self.block_out % 16 == 0, "block_out", self.block_out, "a multiple of 16")
 
     def parameters(self, runtime: Runtime) -> dict[str, object]:
-        """Return the settings that decide a result computed by `runtime`: equal parameters give equal results."""
-        return {
+        """Return the settings that decide a result computed by `runtime`: equal parameters give equal results.
+
+        A setting that came later is left out at its default, so that earlier results keep their parameters.
+        """
+        parameters: dict[str, object] = {
             "mpp": self.mpp,
             "backend": self.backend,
             "overlap": self.overlap,
@@ -69,6 +74,7 @@ class MapSettings:
             "runtime": runtime,
             "block_out": self.block_out,
         }
+        return parameters | ({"exclude_folds": True} if self.exclude_folds else {})| ({"exclude_folds": True} if self.exclude_folds else {})
 
 
 @dataclass(frozen=True)

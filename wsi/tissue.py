@@ -1,55 +1,72 @@
-"""Find the tissue: a mask from a thumbnail, without glass, pen ink, dust and folds."""
+"""Find the tissue: a mask from a thumbnail, and a layer of everything that is not plain tissue."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from skimage.filters import threshold_otsu
 
 from wsi.box import Box
 from wsi.errors import SlideReadError
-from wsi.levels import pick_level
-from wsi.resample import area_mean
+from wsi.folds import find_folds
+from wsi.left_out import Extent, LeftOut, extents
+from wsi.masks import Mask, close, grow, pieces, thick, without_small
 from wsi.slide import Slide
+from wsi.stain import Look, glass_color, looks
+from wsi.thumbnail import read_thumbnail
 
 MASK_MPP = 8.0
 """Micrometers per pixel of the mask, rounded to a whole multiple of a level's pixel."""
 
-STRIP_PX = 8_000_000
-"""Pixels of the level that are in memory at a time while a thumbnail is read."""
+MIN_TISSUE_UM2 = 2_500.0
+"""Smaller stained pieces are left out as fragments: 50 µm × 50 µm, the smallest group of cells that a tile shows."""
 
-WORK_PX = 1 << 19
-"""Pixels of the thumbnail that are processed at a time in steps that need more than a few bytes per pixel."""
-
-MIN_TISSUE_UM2 = 20_000.0
-"""Smaller pieces are dust or debris."""
+MIN_PALE_UM2 = 20_000.0
+"""Faintly stained pieces without any clearly stained part must be at least as large: smaller ones are dirt."""
 
 MAX_HOLE_UM2 = 10_000.0
 """Smaller holes (lumina, fat, tears) belong to the tissue around them."""
 
-MIN_FOLD_UM2 = 20_000.0
-"""Smaller dark spots are dense tissue, not folds."""
+MIN_PEN_UM2 = 5_000.0
+"""Smaller spots in a color of pens belong to what is around them."""
 
-MAX_FOLD_SHARE = 0.2
-"""If a larger share of the tissue looks folded, the slide is darkly stained, and no fold is removed."""
+MIN_DUST_UM2 = 500.0
+"""Smaller gray spots are noise."""
+
+MIN_TINT_UM2 = 50_000.0
+"""Smaller tinted areas are the blur around other objects."""
+
+MAX_FOLD_SHARE = 0.02
+"""A larger share of folds in the tissue gives a warning."""
+
+MAX_COVERAGE = 0.75
+"""A larger share of tissue on a whole slide gives a warning: glass may count as tissue."""
+
+MIN_SLIDE_UM2 = 25e6
+"""Smaller images are cutouts, which tissue may cover completely."""
+
+MIN_STRUCTURE_UM2 = 20_000.0
+"""If a slide has no tissue, but more structure than this, tissue may have been missed."""
+
+MAX_STRUCTURE_SHARE = 0.25
+"""A larger area of left-out structure relative to the tissue gives a warning."""
 
 MAX_UNREADABLE_SHARE = 0.01
 """A slide is refused if a larger share of its thumbnail is unreadable, because the missing part could be the tissue."""
 
-# Chroma = max(R, G, B) - min(R, G, B). Glass has about 3, pale eosin about 15. Otsu's threshold is clipped to this
-# range, so that an empty slide does not become tissue and a dark slide does not lose its pale parts.
-_CHROMA_RANGE = (10.0, 20.0)
-
-_SMOOTH_REACH = 2
-"""Rows around a pixel on which its smoothed color depends."""
-
-_CLOSE_REACH = 4
-"""Rows around a pixel on which the closed mask depends: two steps out, two back."""
+_PEN_SHARE = 0.4
+"""Least share of smooth pixels in a piece of pen ink. Stains of the same color have texture."""
+_BORDER_SHARE = 0.5
+"""Least share of smooth pixels in a gray piece at the edge of the image that the scanner left."""
+_RIM_PX = 2
+"""Width of the blur around pens and borders, in which they have the colors of stains."""
+_PALE_PX = 6
+"""Pale pieces without a part this thick are the borders of mountant and tinted glass."""
+_STAINED_PX = 5
+"""Clearly stained pixels that make a pale piece tissue."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +74,26 @@ class Tissue:
     """The tissue mask of a slide, over its bounds."""
 
     mask_HW: NDArray[np.bool_]
+    left_out_HW: NDArray[np.uint8]
+    """The `LeftOut` of each pixel, or 0. A fold may be in the mask too."""
     l0_per_px: float
     mpp: float
-    fold_um2: float
     warnings: tuple[str, ...]
 
     @property
     def area_um2(self) -> float:
         """Return the area of the tissue in square micrometers."""
         return float(self.mask_HW.sum()) * self.mpp**2
+
+    @property
+    def left_out(self) -> Mapping[LeftOut, Extent]:
+        """Return area and number of pieces of everything that is not plain tissue."""
+        return extents(self.left_out_HW, self.mpp)
+
+    @property
+    def has_unrecognized_structure(self) -> bool:
+        """Return whether the slide has no tissue, but structure that may be tissue."""
+        return not self.mask_HW.any() and structure_um2(self.left_out) > MIN_STRUCTURE_UM2
 
     def sample(self, box_out: Box, l0_per_out: float) -> NDArray[np.bool_]:
         """Return the mask over a box of a map with `l0_per_out` level-0 pixels per pixel, as mask_HW.
@@ -99,157 +127,119 @@ class Tissue:
         return part_HW
 
 
-def find_tissue(slide: Slide) -> Tissue:
+class Found(NamedTuple):
+    """What `detect_tissue` finds in a thumbnail."""
+
+    mask_HW: Mask
+    left_out_HW: NDArray[np.uint8]
+
+
+def find_tissue(slide: Slide, *, exclude_folds: bool = False) -> Tissue:
     """Find the tissue of a slide on a thumbnail of about 8 µm per pixel. Deterministic.
 
-    Pixels with the colors of H&E are tissue. Otsu's threshold on the smoothed chroma (Otsu 1979) removes glass, gray
-    dust and black ink. The hue removes inks whose colors H&E does not have. Saturation minus value removes folds
-    (Palokangas et al. 2007), unless the whole slide is dark; the area of the folds is returned.
-
+    Everything that is not plain tissue is in the layer `left_out_HW`. Folds stay in the mask unless `exclude_folds`.
     Raises SlideReadError if more than `MAX_UNREADABLE_SHARE` of the thumbnail cannot be read.
     """
-    rgb_HWC, l0_per_px, unreadable_share = read_thumbnail(slide, MASK_MPP)
-    if unreadable_share > MAX_UNREADABLE_SHARE:
+    thumbnail = read_thumbnail(slide, MASK_MPP)
+    if thumbnail.unreadable_share > MAX_UNREADABLE_SHARE:
         raise SlideReadError(
-            f"{slide.info.path.name}: {unreadable_share:.1%} of the thumbnail cannot be read (at most "
+            f"{slide.info.path.name}: {thumbnail.unreadable_share:.1%} of the thumbnail cannot be read (at most "
             f"{MAX_UNREADABLE_SHARE:.0%}); copy or scan the slide again"
         )
-    mpp = slide.info.mpp * l0_per_px
-    stained_HW, folded_HW = _stained_and_folded(rgb_HWC)
-    mask_HW = _close(stained_HW)
-    mask_HW = _without_small(mask_HW, MIN_TISSUE_UM2 / mpp**2)
-    mask_HW = ~_without_small(~mask_HW, MAX_HOLE_UM2 / mpp**2)
-    fold_HW = _close(mask_HW & folded_HW) & mask_HW
-    fold_HW = _without_small(fold_HW, MIN_FOLD_UM2 / mpp**2)
-    warnings: tuple[str, ...] = ()
-    if fold_HW.sum() > MAX_FOLD_SHARE * mask_HW.sum():
-        share = fold_HW.sum() / mask_HW.sum()
-        warnings = (f"{share:.0%} of the tissue is as dark as a fold and was kept as tissue",)
-        fold_HW[:] = False
-    return Tissue(mask_HW & ~fold_HW, l0_per_px, mpp, float(fold_HW.sum()) * mpp**2, warnings)
+    mpp = slide.info.mpp * thumbnail.l0_per_px
+    mask_HW, left_out_HW = detect_tissue(thumbnail.rgb_HWC, mpp)
+    whole = Box(0, 0, *mask_HW.shape[::-1])
+    for box in thumbnail.unreadable_px:
+        part = box.intersect(whole).slices(whole)
+        left_out_HW[part][~mask_HW[part]] = LeftOut.UNREADABLE
+    warnings = _warnings(mask_HW, left_out_HW, mpp, exclude_folds=exclude_folds)
+    if exclude_folds:
+        mask_HW &= left_out_HW != LeftOut.FOLD
+    return Tissue(mask_HW, left_out_HW, thumbnail.l0_per_px, mpp, warnings)
 
 
-class Thumbnail(NamedTuple):
-    """A small image of a slide's bounds. Parts that could not be read are white."""
+def detect_tissue(rgb_HWC: NDArray[np.uint8], mpp: float) -> Found:
+    """Find tissue, folds included, in a thumbnail with pixels of `mpp` micrometers.
 
-    rgb_HWC: NDArray[np.uint8]
-    l0_per_px: float
-    unreadable_share: float
-
-
-def read_thumbnail(slide: Slide, mpp: float) -> Thumbnail:
-    """Return the slide's bounds at about `mpp` micrometers per pixel.
-
-    The level is that of `pick_level`. It is read in strips, so that memory stays small for a slide with one level.
+    Densities are relative to the glass of this slide (`wsi.stain`). Colored pixels are tissue; faintly colored ones
+    need texture. Pieces in a color of pens are pen if they are smooth, because some stains have the same colors.
     """
-    info = slide.info
-    downsamples = info.level_downsamples
-    level = pick_level(downsamples, mpp / info.mpp)
-    downsample = downsamples[level]
-    factor = max(1, round(mpp / (info.mpp * downsample)))
-    bounds = info.bounds_l0
-    x, y = round(bounds.x / downsample), round(bounds.y / downsample)
-    width, height = (math.ceil(length / downsample / factor) for length in (bounds.width, bounds.height))
-    rgb_HWC = np.empty((height, width, 3), np.uint8)
-    unreadable_px = 0
-    rows = max(1, STRIP_PX // (width * factor**2))
-    for top in range(0, height, rows):
-        count = min(rows, height - top)
-        pixels = slide.read(level, Box(x, y + top * factor, width * factor, count * factor))
-        unreadable_px += sum(box.width * box.height for box in pixels.unreadable_lv)
-        rgb_HWC[top : top + count] = area_mean(pixels.rgb_HWC, (0, 0), Box(0, 0, width, count), factor)
-    return Thumbnail(rgb_HWC, downsample * factor, unreadable_px / (width * height * factor**2))
+    glass = glass_color(rgb_HWC)
+    looks_HW = looks(rgb_HWC, glass)
+    left_out_HW = np.zeros(looks_HW.shape, np.uint8)
+    left_out_HW[_pens(looks_HW, MIN_PEN_UM2 / mpp**2)] = LeftOut.PEN
+    _mark_gray(left_out_HW, looks_HW, MIN_DUST_UM2 / mpp**2)
+    mask_HW, fragment_HW = _tissue(looks_HW, (left_out_HW == LeftOut.PEN) | (left_out_HW == LeftOut.BORDER), mpp)
+    left_out_HW[mask_HW] = 0
+    left_out_HW[fragment_HW & (left_out_HW == 0)] = LeftOut.FRAGMENT
+    tinted_HW = ((looks_HW & Look.TINTED) > 0) & ~mask_HW & (left_out_HW == 0)
+    left_out_HW[without_small(tinted_HW, MIN_TINT_UM2 / mpp**2)] = LeftOut.TINT
+    left_out_HW[find_folds(rgb_HWC, mask_HW, glass, mpp)] = LeftOut.FOLD
+    return Found(mask_HW, left_out_HW)
 
 
-def _stained_and_folded(rgb_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return two masks of the smoothed thumbnail: the colors of tissue, and the dark and saturated colors of folds."""
-    shape = rgb_HWC.shape[:2]
-    chroma_HW, ink_HW, folded_HW = np.empty(shape, np.uint8), np.empty(shape, bool), np.empty(shape, bool)
-    counts = np.zeros(256, np.int64)
-    ranges = []
-    for rows in _strips(shape):
-        smooth_HWC = _smooth(rgb_HWC, rows)
-        largest_HW = _over_channels(np.maximum, smooth_HWC)
-        smallest_HW = _over_channels(np.minimum, smooth_HWC)
-        spread_HW = largest_HW - smallest_HW
-        ranges.append((spread_HW.min(), spread_HW.max()))
-        # Rounded, so that Otsu's histogram does not depend on the last bit of a float.
-        counts += np.bincount(np.round(spread_HW).astype(np.uint8).ravel(), minlength=256)
-        # Rounded up to a byte, which does not change a comparison with a whole number, as every threshold is.
-        chroma_HW[rows] = np.ceil(spread_HW)
-        ink_HW[rows] = _is_ink(smooth_HWC)
-        folded_HW[rows] = _is_folded(largest_HW, smallest_HW)
-    has_color = max(high for _, high in ranges) - min(low for low, _ in ranges) >= 1
-    threshold = np.clip(_otsu(counts) if has_color else math.inf, *_CHROMA_RANGE)
-    return (chroma_HW > threshold) & ~ink_HW, folded_HW
+def structure_um2(left_out: Mapping[LeftOut, Extent]) -> float:
+    """Return the area of the left-out kinds that may be tissue."""
+    return sum(extent.area_um2 for kind, extent in left_out.items() if kind.is_structure)
 
 
-def _strips(shape: tuple[int, ...]) -> list[slice]:
-    """Return the rows of an image in strips of about `WORK_PX` pixels."""
-    rows = max(1, WORK_PX // shape[1])
-    return [slice(top, min(top + rows, shape[0])) for top in range(0, shape[0], rows)]
+def _pens(looks_HW: NDArray[np.uint8], min_px: float) -> Mask:
+    """Return the pieces in a color of pens that are smooth, with the blur around them."""
+    found = pieces((looks_HW & Look.INK) > 0)
+    smooth, sizes = found.counts((looks_HW & Look.SMOOTH) > 0), found.sizes()
+    pen_HW = found.chosen((smooth >= _PEN_SHARE * sizes) & (sizes >= min_px))
+    return pen_HW | (grow(pen_HW, _RIM_PX) & ((looks_HW & (Look.STAINED | Look.PALE)) > 0))
 
 
-def _smooth(rgb_HWC: NDArray[np.uint8], rows: slice) -> NDArray[np.float32]:
-    """Return some rows of the smoothed image, equal to those of the whole image."""
-    top = max(0, rows.start - _SMOOTH_REACH)
-    part_HWC = rgb_HWC[top : rows.stop + _SMOOTH_REACH].astype(np.float32)
-    smooth_HWC = ndimage.gaussian_filter(
-        part_HWC, sigma=(0.5, 0.5, 0), radius=(_SMOOTH_REACH, _SMOOTH_REACH, 0), mode="nearest"
+def _mark_gray(left_out_HW: NDArray[np.uint8], looks_HW: NDArray[np.uint8], min_px: float) -> None:
+    """Mark the gray pieces: smooth ones at the edge of the image as the scanner's border, the others as dust."""
+    found = pieces(((looks_HW & Look.GRAY) > 0) & (left_out_HW == 0))
+    sizes = found.sizes()
+    large = sizes >= min_px
+    smooth = found.counts((looks_HW & Look.SMOOTH) > 0) >= _BORDER_SHARE * sizes
+    border_HW = found.chosen(large & smooth & found.at_the_edge())
+    left_out_HW[found.chosen(large)] = LeftOut.DUST
+    if border_HW.any():
+        left_out_HW[grow(border_HW, _RIM_PX) & (looks_HW != 0)] = LeftOut.BORDER
+
+
+def _tissue(looks_HW: NDArray[np.uint8], other_HW: Mask, mpp: float) -> tuple[Mask, Mask]:
+    """Return the tissue, and the stained pieces that are too small. `other_HW` is never tissue."""
+    stained_HW = ((looks_HW & Look.STAINED) > 0) & ~other_HW
+    pale_HW = ((looks_HW & Look.PALE) > 0) & ~other_HW
+    core_HW = thick(close(pale_HW), _PALE_PX)
+    found = pieces(close(stained_HW | pale_HW) & ~other_HW)
+    del pale_HW
+    sizes, stained, has_pale_core = found.sizes(), found.counts(stained_HW), found.counts(core_HW) > 0
+    is_stained = stained >= _STAINED_PX
+    keep = is_stained & (sizes >= MIN_TISSUE_UM2 / mpp**2) | has_pale_core & (sizes >= MIN_PALE_UM2 / mpp**2)
+    mask_HW, fragment_HW = found.chosen(keep), found.chosen(~keep & (stained > 0))
+    del found, core_HW, stained_HW
+    return ~without_small(~mask_HW, MAX_HOLE_UM2 / mpp**2) & ~other_HW, fragment_HW
+
+
+def _warnings(mask_HW: Mask, left_out_HW: NDArray[np.uint8], mpp: float, *, exclude_folds: bool) -> tuple[str, ...]:
+    left_out = extents(left_out_HW, mpp)
+    tissue_um2 = float(mask_HW.sum()) * mpp**2
+    scanned_um2 = mask_HW.size * mpp**2 - left_out[LeftOut.BORDER].area_um2
+    structure, fold = structure_um2(left_out), left_out[LeftOut.FOLD].area_um2
+    parts = ", ".join(
+        f"{kind.title} {extent.area_um2 / 1e6:.2f} mm²"
+        for kind, extent in left_out.items()
+        if kind.is_structure and extent.pieces
     )
-    return np.asarray(smooth_HWC[rows.start - top :][: rows.stop - rows.start])
-
-
-def _over_channels(choose: np.ufunc, rgb_HWC: NDArray[np.float32]) -> NDArray[np.float32]:
-    # Channel by channel: a tenth of the time of max(axis=2) and min(axis=2).
-    return np.asarray(choose(choose(rgb_HWC[..., 0], rgb_HWC[..., 1]), rgb_HWC[..., 2]))
-
-
-def _otsu(counts: NDArray[np.int64]) -> float:
-    """Return Otsu's threshold of values from 0 to 255, given how often each occurs."""
-    values = np.flatnonzero(counts)
-    return float(threshold_otsu(hist=(counts, np.arange(256))) if len(values) > 1 else values[0])
-
-
-def _is_ink(rgb_HWC: NDArray[np.float32]) -> NDArray[np.bool_]:
-    red, green, blue = rgb_HWC[..., 0], rgb_HWC[..., 1], rgb_HWC[..., 2]
-    # Hematoxylin and eosin both absorb more green than red. Blue and green inks do not.
-    blue_or_green = green > red + 5
-    # Eosin and blood leave more blue than green. Red ink absorbs both.
-    red_ink = (red - np.maximum(green, blue) > 100) & (blue - green < 15)
-    return np.asarray(blue_or_green | red_ink)
-
-
-def _is_folded(value_HW: NDArray[np.float32], smallest_HW: NDArray[np.float32]) -> NDArray[np.bool_]:
-    saturation_HW = 1 - smallest_HW / np.maximum(value_HW, 1)
-    return np.asarray(saturation_HW - value_HW / 255 > 0.1)
-
-
-def _close(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    height = mask_HW.shape[0]
-    closed_HW = np.empty_like(mask_HW)
-    for rows in _strips(mask_HW.shape):
-        top, bottom = max(0, rows.start - _CLOSE_REACH), min(height, rows.stop + _CLOSE_REACH)
-        # Without padding the closing would erode the mask along the slide's edge.
-        above, below = 2 * (top == 0), 2 * (bottom == height)
-        part_HW = np.pad(mask_HW[top:bottom], ((above, below), (2, 2)), mode="edge")
-        part_HW = ndimage.binary_closing(part_HW, iterations=2)
-        closed_HW[rows] = part_HW[above + rows.start - top :][: rows.stop - rows.start, 2:-2]
-    return closed_HW
-
-
-def _without_small(mask_HW: NDArray[np.bool_], min_px: float) -> NDArray[np.bool_]:
-    labels_HW, count = ndimage.label(mask_HW)
-    sizes = np.zeros(count + 1, np.int64)
-    # In strips, because counting and indexing make copies of eight bytes per pixel.
-    for rows in _strips(mask_HW.shape):
-        sizes += np.bincount(labels_HW[rows].ravel(), minlength=count + 1)
-    keep = sizes >= min_px
-    keep[0] = False
-    kept_HW = np.empty_like(mask_HW)
-    for rows in _strips(mask_HW.shape):
-        kept_HW[rows] = keep[labels_HW[rows]]
-    return kept_HW
+    warnings = []
+    if not tissue_um2 and structure > MIN_STRUCTURE_UM2:
+        warnings.append(f"no tissue was recognized, but the slide has structure ({parts}); look at the slide")
+    elif tissue_um2 and structure > MAX_STRUCTURE_SHARE * tissue_um2:
+        warnings.append(f"much was left out beside the tissue ({parts}); check that none of it is tissue")
+    if tissue_um2 > MAX_COVERAGE * scanned_um2 and scanned_um2 > MIN_SLIDE_UM2:
+        share = tissue_um2 / scanned_um2
+        warnings.append(f"tissue covers {share:.0%} of the slide; check that glass does not count as tissue")
+    if fold > MAX_FOLD_SHARE * tissue_um2:
+        place = "are left out" if exclude_folds else "stay in the map; --exclude-folds leaves them out"
+        warnings.append(f"folds cover {fold / tissue_um2:.0%} of the tissue and {place}")
+    return tuple(warnings)
 
 
 def _positions(start: int, count: int, scale: float, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -101,6 +101,9 @@ def segment(
     keep_ungated: Annotated[
         bool, typer.Option("--keep-ungated", help="Use the segmenter's prediction if the gate rejects every class.")
     ] = DEFAULTS.keep_ungated,
+    exclude_folds: Annotated[
+        bool, typer.Option("--exclude-folds", help="Leave folds out of the map and its areas.")
+    ] = DEFAULTS.exclude_folds,
     backend: Annotated[
         str,
         typer.Option(
@@ -164,6 +167,7 @@ def segment(
             min_area_um2=min_area,
             simplify_px=simplify,
             keep_ungated=keep_ungated,
+            exclude_folds=exclude_folds,
             device=device,
             precision=precision,
             runtime=runtime,

@@ -141,6 +141,14 @@ def geojson_feature(feature: Feature) -> dict[str, Any]:
     }
 
 
+def geojson_text(features: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the text of a FeatureCollection in parts, one feature per line."""
+    yield '{"type":"FeatureCollection","features":['
+    for number, feature in enumerate(features):
+        yield f"{',' if number else ''}\n{_dumps(feature)}"
+    yield "\n]}\n"
+
+
 def _on_grid(polygons_out: Sequence[shapely.Polygon], l0_per_out: float) -> list[list[shapely.Polygon]]:
     """Return the valid polygons of each polygon, in level-0 pixels on the 0.01 px grid, in a fixed order."""
 

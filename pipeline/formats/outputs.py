@@ -14,14 +14,16 @@ from pathlib import Path
 
 from pipeline.formats.familiarity import FamiliarityMap, write_familiarity
 from pipeline.formats.features import write_features
+from pipeline.formats.left_out import write_left_out
 from pipeline.formats.ome_zarr import MapStore, build_pyramid
 from pipeline.formats.polygons import Region
 from pipeline.formats.preview import write_preview
 from pipeline.formats.slide_picture import SlidePicture, picture_slide
 from pipeline.results.areas import class_areas
-from pipeline.results.names import FAMILIARITY, GEOJSON_END, GEOPARQUET_END, MAP_END, PREVIEW, RUN
+from pipeline.results.names import FAMILIARITY, GEOJSON_END, GEOPARQUET_END, LEFT_OUT_END, MAP_END, PREVIEW, RUN
 from wsi.grid import Grid
 from wsi.slide import Slide
+from wsi.tissue import Tissue
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class SegmentedSlide:
     """A slide whose blocks are all in the map: what the outputs are made from."""
 
     slide: Slide
+    tissue: Tissue
     grid: Grid
     store: MapStore
     """The map. Level 0 is complete; the entry "pyramid" adds the coarser levels."""
@@ -51,7 +54,7 @@ class SegmentedSlide:
     @functools.cached_property
     def picture(self) -> SlidePicture:
         """Return the slide and its classes at the size of a page. Needs the pyramid."""
-        return picture_slide(self.slide, self.grid, self.store, self.familiarity)
+        return picture_slide(self.slide, self.tissue, self.grid, self.store, self.familiarity)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,12 @@ def _write_polygons(segmented: SegmentedSlide, folder: Path) -> None:
         l0_per_out=segmented.grid.l0_per_out,
         mpp_l0=segmented.slide.info.mpp,
         slide_digest=segmented.digest,
+    )
+
+
+def _write_left_out(segmented: SegmentedSlide, folder: Path) -> None:
+    write_left_out(
+        folder / f"{segmented.name}{LEFT_OUT_END}", segmented.tissue, segmented.slide.info.mpp, segmented.digest
     )
 
 
@@ -108,6 +117,11 @@ OUTPUTS: dict[str, Output] = {
         files={GEOJSON_END: "polygons for QuPath", GEOPARQUET_END: "polygons as GeoParquet: GeoPandas, R, GIS"},
         write=_write_polygons,
     ),
+    "left out": Output(
+        progress="writing left-out areas",
+        files={LEFT_OUT_END: "folds, pen, dust and other areas beside the tissue, for QuPath"},
+        write=_write_left_out,
+    ),
     "pyramid": Output(
         progress="building the pyramid",
         files={MAP_END: "probabilities and classes as OME-Zarr: QuPath, napari, Vitessce, Fiji"},
@@ -131,4 +145,6 @@ def file_description(name: str) -> str:
     """Return what the slide's page states about a file of a result."""
     files = {end: text for output in OUTPUTS.values() for end, text in output.files.items()}
     files[RUN] = "everything about the run, for programs"
-    return next((text for end, text in files.items() if name.endswith(end)), "")
+    # One end is the end of another.
+    ends = sorted((end for end in files if name.endswith(end)), key=len)
+    return files[ends[-1]] if ends else ""

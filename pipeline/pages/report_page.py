@@ -18,7 +18,7 @@ from pipeline.files import only_writer, write_atomically
 from pipeline.pages.page import render_page
 from pipeline.results.areas import ClassArea, class_areas
 from pipeline.results.names import PAGE, PREVIEW, RUN, SUMMARY, THUMBNAIL
-from pipeline.results.record import Run, read_header, read_run
+from pipeline.results.record import LeftOutArea, Run, read_header, read_run
 from pipeline.results.slide_result import AREA_COLUMN, STATUSES
 from pipeline.results.summary import read_summary
 
@@ -39,6 +39,8 @@ class SlideRow:
     thumbnail: str | None
     tissue_mm2: float | None
     areas: Sequence[ClassArea]
+    left_out: Sequence[LeftOutArea]
+    """Areas beside plain tissue, folds included."""
     seconds: float | None
     resumed_blocks: int
     model: str
@@ -150,6 +152,7 @@ def _row(name: str, summary: Mapping[str, Any], folder: Path, run: Run | None) -
         thumbnail=_link(folder, THUMBNAIL),
         tissue_mm2=None if failed else tissue_mm2,
         areas=[] if failed else class_areas(areas, run.classes if run else ()),
+        left_out=[one for one in run.left_out if one.pieces] if run and not failed else [],
         seconds=_number(summary.get("seconds")),
         resumed_blocks=int(_number(summary.get("resumed_blocks")) or 0),
         model=run.model if run else "",

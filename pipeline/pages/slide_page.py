@@ -24,7 +24,8 @@ from pipeline.formats.slide_picture import SlidePicture
 from pipeline.pages.page import data_uri, render_page
 from pipeline.results.areas import class_areas
 from pipeline.results.names import PAGE, THUMBNAIL
-from pipeline.results.record import Run
+from pipeline.results.record import LeftOutArea, Run
+from wsi.left_out import LeftOut
 
 THUMBNAIL_PX = 256
 """Longer side. The report shows it at half this size."""
@@ -39,6 +40,7 @@ PARAMETERS = {
     "min_area_um2": ("Smallest polygon", "µm²"),
     "simplify_px": ("Simplification of borders", "px of the map"),
     "keep_ungated": ("Keep the prediction if the gate rejects every class", ""),
+    "exclude_folds": ("Leave out folds", ""),
     "precision": ("Number format of the networks", ""),
     "runtime": ("Runtime of the networks", ""),
     "block_out": ("Side of a block", "px of the map"),
@@ -48,9 +50,10 @@ PARAMETERS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One class as two transparent pictures with the size of the slide's picture."""
+    """A class, or a kind of left-out area, as two transparent pictures with the size of the slide's picture."""
 
-    number: int
+    key: str
+    """Joins the pictures with their checkbox."""
     name: str
     fill_uri: str
     outline_uri: str
@@ -70,6 +73,8 @@ def write_slide_page(folder: Path, run: Run, picture: SlidePicture) -> None:
         layers=_layers(picture),
         unfamiliar_uri=_unfamiliar_uri(picture),
         unfamiliar_color=UNFAMILIAR,
+        left_out_layers=_left_out_layers(picture),
+        left_out=_left_out(run),
         areas=class_areas(run.class_areas_mm2, run.classes),
         bar_share=bar_um / (slide.width * picture.um_per_px),
         bar_text=length_text(bar_um).replace("um", "µm"),
@@ -98,7 +103,7 @@ def _layers(picture: SlidePicture) -> list[Layer]:
         if mask_HW.any():
             red, green, blue = (round(OUTLINE * value) for value in one.color)
             edge_uri = _mask_uri(mask_HW & edge_HW, (red, green, blue))
-            layers.append(Layer(number, one.name, _mask_uri(mask_HW, one.color), edge_uri))
+            layers.append(Layer(str(number), one.name, _mask_uri(mask_HW, one.color), edge_uri))
     return layers
 
 
@@ -106,6 +111,28 @@ def _unfamiliar_uri(picture: SlidePicture) -> str | None:
     """Return the tissue that does not look like the training data, or None if there is none or it is not known."""
     mask_HW = picture.unfamiliar_HW
     return None if mask_HW is None or not mask_HW.any() else _mask_uri(mask_HW, UNFAMILIAR)
+
+
+def _left_out_layers(picture: SlidePicture) -> list[Layer]:
+    """Return a layer for each kind of left-out area in the picture."""
+    edge_HW = outline(picture.left_out_HW)
+    layers = []
+    for kind in LeftOut:
+        mask_HW = picture.left_out_HW == kind
+        if mask_HW.any():
+            edge_uri = _mask_uri(mask_HW & edge_HW, kind.color)
+            layers.append(Layer(_key(kind), kind.title, _mask_uri(mask_HW, kind.color), edge_uri))
+    return layers
+
+
+def _left_out(run: Run) -> list[tuple[str, LeftOut, LeftOutArea]]:
+    """Return key, kind and extent of each kind of left-out area that the slide has."""
+    extents = {one.name: one for one in run.left_out if one.pieces}
+    return [(_key(kind), kind, extents[kind.title]) for kind in LeftOut if kind.title in extents]
+
+
+def _key(kind: LeftOut) -> str:
+    return f"left-out-{kind:d}"
 
 
 def _mask_uri(mask_HW: npt.NDArray[np.bool_], color: Color) -> str:

@@ -34,7 +34,7 @@ from pipeline.results.names import RUN
 from wsi.box import Box
 from wsi.grid import Grid
 
-RUN_FORMAT = 2
+RUN_FORMAT = 3
 """Raise this number if a result of an older version must not count as finished."""
 
 _VERSIONS = ("wsi-segment", "torch", "openslide-python", "tiffslide", "zarr", "shapely", "segmentation-models-pytorch")
@@ -125,6 +125,15 @@ class TileCounts(_Record):
     unreadable: int
 
 
+class LeftOutArea(_Record):
+    """How much of one kind of area tissue detection found beside plain tissue."""
+
+    name: str
+    """`LeftOut.title`."""
+    area_mm2: float
+    pieces: int
+
+
 class PlanFacts(_Record):
     """The grid of a run, and what the plan expected of it. `run.json` stores the grid's fields beside the others."""
 
@@ -170,7 +179,7 @@ class Run(_Record):
     """The record of one slide's result. The fields are the keys of `run.json`, in this order."""
 
     identity: RunIdentity
-    status: Literal["done", "no tissue"]
+    status: Literal["done", "no tissue", "unrecognized"]
     slide: SlideFacts
     model: str
     """Name of the model."""
@@ -182,6 +191,8 @@ class Run(_Record):
     """None if the model has no statistics of its training data, or if the slide has no tissue."""
     tissue_mm2: float
     fold_mm2: float
+    left_out: tuple[LeftOutArea, ...] = ()
+    """Everything that is not plain tissue, in the order of `wsi.left_out.LeftOut`; empty in older results."""
     classes: tuple[TissueClass, ...]
     class_areas_mm2: dict[str, float]
     """Area of every class by its name, counted in pixels of the map."""

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from pipeline.results.record import Run
 
-Status = Literal["done", "no tissue", "skipped", "failed"]
+Status = Literal["done", "no tissue", "unrecognized", "skipped", "failed"]
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 """All statuses, in the order in which people read them."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from pipeline.results.folder import open_folder
 from pipeline.results.names import GEOPARQUET_END, MAP_END, PAGE, RUN, THUMBNAIL
 from pipeline.results.record import (
     Familiarity,
+    LeftOutArea,
     Run,
     SlideFacts,
     TileCounts,
@@ -47,6 +48,7 @@ from pipeline.slide.journal import Journal
 from pipeline.slide.plan import Plan, check_resources, make_plan
 from wsi.box import Box
 from wsi.errors import SlideReadError
+from wsi.left_out import LeftOut
 from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp
 from wsi.tissue import Tissue, find_tissue
 
@@ -71,7 +73,7 @@ def plan_slide(path: Path, card: ModelCard, settings: MapSettings) -> PlannedSli
     stamp = slide_stamp(path)
     slide = open_slide(path, settings.mpp, settings.backend)
     try:
-        tissue = find_tissue(slide)
+        tissue = find_tissue(slide, exclude_folds=settings.exclude_folds)
         return PlannedSlide(stamp, slide, tissue, make_plan(slide.info, tissue, card, settings))
     except BaseException:
         slide.close()
@@ -154,24 +156,29 @@ def _segment_slide(
             familiarity = _familiarity(runner.card, familiarity_map, plan)
             unfamiliar = _unfamiliar_warning(runner.card, familiarity)
             segmented = SegmentedSlide(
-                slide, plan.grid, store, identity.slide, areas_mm2, regions, familiarity_map, unfamiliar
+                slide, tissue, plan.grid, store, identity.slide, areas_mm2, regions, familiarity_map, unfamiliar
             )
             for stage, output_format in OUTPUTS.items():
                 progress(output_format.progress, 0, 1)
                 with _timed(seconds, stage):
                     output_format.write(segmented, folder.result)
 
+            left_out = tissue.left_out
             seconds |= _stage_seconds(records) | {"total": time.perf_counter() - start}
             run = Run(
                 identity=identity,
-                status="done" if plan.blocks else "no tissue",
+                status=_status(tissue, plan),
                 slide=_slide_facts(slide.info, stamp),
                 model=runner.card.name,
                 scope=runner.card.scope,
                 limits=runner.card.limits,
                 familiarity=familiarity,
                 tissue_mm2=tissue.area_um2 / 1e6,
-                fold_mm2=tissue.fold_um2 / 1e6,
+                fold_mm2=left_out[LeftOut.FOLD].area_um2 / 1e6,
+                left_out=tuple(
+                    LeftOutArea(name=kind.title, area_mm2=extent.area_um2 / 1e6, pieces=extent.pieces)
+                    for kind, extent in left_out.items()
+                ),
                 classes=spec.classes,
                 class_areas_mm2=areas_mm2,
                 polygons=count_features(folder.result / f"{path.stem}{GEOPARQUET_END}"),
@@ -191,6 +198,12 @@ def _segment_slide(
         check_unchanged()
         folder.publish()
     return finished_result(folder.target, run, time.perf_counter() - start)
+
+
+def _status(tissue: Tissue, plan: Plan) -> Literal["done", "no tissue", "unrecognized"]:
+    if plan.blocks:
+        return "done"
+    return "unrecognized" if tissue.has_unrecognized_structure else "no tissue"
 
 
 def _check_predictor(predictor: Predictor, settings: ResolvedSettings) -> None:

@@ -14,7 +14,7 @@ function show() {
     for (const layer of stage.querySelectorAll(`img[data-class="${toggle.dataset.class}"]`)) layer.hidden = !toggle.checked;
 }
 function set(checked) {
-  for (const toggle of toggles) if (!toggle.disabled) toggle.checked = checked;
+  for (const toggle of toggles) if (!toggle.disabled && !("leftOut" in toggle.dataset)) toggle.checked = checked;
   show();
 }
 for (const input of [opacity, outlines, unfamiliar, ...toggles]) input?.addEventListener("input", show);

@@ -68,7 +68,11 @@ def test_valid_results_pass_in_every_file(results: Path) -> None:
     assert (code, stderr) == (0, "")
     good = {line.removeprefix("good  ") for line in stdout.splitlines()}
     assert good == {
-        *(str(results / name / file) for name in "ab" for file in ("run.json", f"{name}.geojson", f"{name}.ome.zarr")),
+        *(
+            str(results / name / file)
+            for name in "ab"
+            for file in ("run.json", f"{name}.geojson", f"{name}.left-out.geojson", f"{name}.ome.zarr")
+        ),
         *(str(results / name / f"{name}.parquet") for name in "ab"),
         *(str(results / "qupath" / "maps" / name / f"{name}.tiles.geojson") for name in "ab"),
         str(results / "summary.csv"),
@@ -81,7 +85,7 @@ def test_single_files_stores_and_slides_are_checked_too(results: Path) -> None:
     code, stdout, _ = run("check", folder, folder / "a.geojson", folder / "a.ome.zarr")
     assert code == 0
     assert [line.split("/")[-1] for line in stdout.splitlines()] == [
-        "run.json", "a.geojson", "a.ome.zarr", "a.parquet", "a.geojson", "a.ome.zarr",
+        "run.json", "a.geojson", "a.left-out.geojson", "a.ome.zarr", "a.parquet", "a.geojson", "a.ome.zarr",
     ]  # fmt: skip
 
 

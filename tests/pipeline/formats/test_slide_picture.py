@@ -32,11 +32,11 @@ def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def picture_of(path: Path, monkeypatch: pytest.MonkeyPatch, longest_px: int) -> SlidePicture:
     monkeypatch.setitem(READERS, "openslide", stating_bounds(READERS["openslide"]))
     monkeypatch.setattr(slide_picture, "LONGEST_PX", longest_px)
-    _, slide, _, plan = plan_slide(path, color_predictor().card, SMALL)
+    _, slide, tissue, plan = plan_slide(path, color_predictor().card, SMALL)
     with slide:
         spec = MapSpec("slide", plan.grid.size_out, CLASSES, plan.grid.mpp_out, chunk=32)
         assert spec.levels == 5
-        return picture_slide(slide, plan.grid, MapStore(path.parent / "slide" / "slide.ome.zarr", spec))
+        return picture_slide(slide, tissue, plan.grid, MapStore(path.parent / "slide" / "slide.ome.zarr", spec))
 
 
 @pytest.mark.parametrize(

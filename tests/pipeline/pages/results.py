@@ -17,6 +17,7 @@ from pipeline.results.record import write_run
 from pipeline.results.slide_result import SlideResult
 from tests.pipeline.fakes import run_of
 from tests.pipeline.runs import IDENTITY, make_run
+from wsi.left_out import LeftOut
 
 if TYPE_CHECKING:  # most test runs need no browser
     from playwright.sync_api import Page
@@ -25,6 +26,8 @@ RED, BLUE = (255, 0, 0), (0, 0, 255)
 SIZE = (600, 400)
 BOXES = {"tumour": (60, 40, 200, 120), "stroma": (300, 80, 250, 280)}
 """x, y, width and height of the dark boxes on the slide of `write_result`; each has one class."""
+PEN = (20, 340, 100, 40)
+"""x, y, width and height of the box that `left_out_HW` marks as pen."""
 PARAMETERS = {"mpp": None, "overlap": 0.25, "runtime": "openvino"}
 NASTY = "größe 組織 <b>&\"'"
 
@@ -44,7 +47,10 @@ def write_result(
         rgb_HWC[y : y + height, x : x + width] = 20
         labels_HW[y : y + height, x : x + width] = number
     write_run(folder, run)
-    write_slide_page(folder, run, SlidePicture(rgb_HWC, labels_HW, classes, um_per_px=10.0))
+    left_out_HW = np.zeros(SIZE[::-1], np.uint8)
+    x, y, width, height = PEN
+    left_out_HW[y : y + height, x : x + width] = LeftOut.PEN
+    write_slide_page(folder, run, SlidePicture(rgb_HWC, labels_HW, left_out_HW, classes, um_per_px=10.0))
     return folder
 
 

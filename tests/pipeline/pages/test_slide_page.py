@@ -11,8 +11,9 @@ import pytest
 from pipeline.slide.recipe import segment_slide
 from tests.browser import axe_findings
 from tests.pipeline.fakes import SMALL, color_predictor, region_slide, run_of
-from tests.pipeline.pages.results import BLUE, BOXES, RED, SIZE, near, opened, stage, write_result
+from tests.pipeline.pages.results import BLUE, BOXES, PEN, RED, SIZE, near, opened, stage, write_result
 from tests.slides import painted, write_slide
+from wsi.left_out import LeftOut
 
 if TYPE_CHECKING:  # most test runs need no browser
     from playwright.sync_api import Page
@@ -35,10 +36,24 @@ def test_a_slide_page_gives_areas_tiles_and_provenance(page: Page, report: Path)
     assert widths[1] / widths[0] == pytest.approx(3.0, abs=0.05)
 
 
-def test_folds_are_not_part_of_the_tissue(page: Page, tmp_path: Path) -> None:
-    folder = write_result(tmp_path, tissue_mm2=1.5, fold_mm2=0.25)
-    text = opened(page, folder / "index.html").locator("main").inner_text()
-    assert "1.50 mm² of tissue, and 0.250 mm² of folds, which are excluded; 1,234 polygons" in text
+def test_left_out_areas_are_listed_and_shown_only_on_request(page: Page, tmp_path: Path) -> None:
+    pen, fold = ({"name": name, "area_mm2": area, "pieces": 2} for name, area in (("pen", 0.5), ("fold", 0.25)))
+    folder = write_result(tmp_path, tissue_mm2=1.5, left_out=[fold, pen])
+    text = " ".join(opened(page, folder / "index.html").locator("main").inner_text().split())
+    assert "1.50 mm² of tissue; 1,234 polygons" in text
+    assert "Folds are part of the tissue" in text
+    assert "fold 0.250 mm² 2 pen 0.500 mm² 2" in text
+    page.get_by_label("Opacity of the classes").fill("100")
+    hidden_HWC = stage(page)
+    page.get_by_label("pen").check()
+    shown_HWC = stage(page)
+    scale = shown_HWC.shape[1] / SIZE[0]
+    x, y, width, height = (round(scale * length) for length in PEN)
+    pen_at = np.s_[y + 3 : y + height - 3, x + 3 : x + width - 3]
+    assert near(shown_HWC[pen_at], LeftOut.PEN.color).all()
+    assert not near(hidden_HWC[pen_at], LeftOut.PEN.color).any()
+    page.get_by_role("button", name="Show all").click()
+    assert not page.get_by_label("fold").is_checked()
 
 
 def test_the_page_lists_unreadable_tiles(page: Page, tmp_path: Path) -> None:

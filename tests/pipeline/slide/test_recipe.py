@@ -154,7 +154,14 @@ def test_all_outputs_follow_the_rules_of_their_readers(tmp_path: Path) -> None:
     names = {p.name for p in folder.iterdir()}
     stem = path.stem
     pictures = {"preview.png", "index.html", "thumbnail.jpg"}
-    assert names == {f"{stem}.ome.zarr", f"{stem}.geojson", f"{stem}.parquet", "run.json", *pictures}
+    assert names == {
+        f"{stem}.ome.zarr",
+        f"{stem}.geojson",
+        f"{stem}.parquet",
+        f"{stem}.left-out.geojson",
+        "run.json",
+        *pictures,
+    }
     assert broken_ome_zarr_rules(folder / f"{stem}.ome.zarr") == []
     features = checked_features((folder / f"{stem}.geojson").read_text(encoding="utf-8"))
     table = pq.read_table(folder / f"{stem}.parquet")
@@ -227,6 +234,7 @@ def test_a_slide_without_tissue_gives_empty_but_valid_outputs(tmp_path: Path) ->
     assert result.folder is not None
     assert broken_ome_zarr_rules(result.folder / "glass.ome.zarr") == []
     assert checked_features((result.folder / "glass.geojson").read_text()) == []
+    assert checked_features((result.folder / "glass.left-out.geojson").read_text()) == []
     assert pq.read_table(result.folder / "glass.parquet").num_rows == 0
     assert not labels_of(result.folder).any()
     assert (result.folder / "preview.png").stat().st_size > 0

@@ -1,0 +1,34 @@
+"""Write the areas beside plain tissue (folds, pen, dust and others) as GeoJSON for QuPath.
+
+The file is separate from that of the classes, so that nobody counts these areas as results. The names of its classes
+end with "*": QuPath ignores such classes in measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from models.tissue_class import TissueClass
+from pipeline.formats.features import geojson_feature, geojson_text, region_features
+from pipeline.formats.polygons import Region, block_regions
+from wsi.left_out import LeftOut
+from wsi.tissue import Tissue
+
+CLASSES = tuple(TissueClass(f"{kind.title}*", kind.color) for kind in LeftOut)
+"""The classes of the file, in the order of `LeftOut`: kind k has label k."""
+
+
+def write_left_out(path: Path, tissue: Tissue, mpp_l0: float, slide_digest: str) -> None:
+    """Write the layer `left_out_HW` of a slide with pixels of `mpp_l0` micrometers as locked annotations.
+
+    Coordinates are those of the classes' polygons.
+    """
+    features = region_features(_regions(tissue), CLASSES, tissue.l0_per_px, mpp_l0, slide_digest)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(geojson_text(geojson_feature(feature) for feature in features))
+
+
+def _regions(tissue: Tissue) -> Iterator[Region]:
+    regions = block_regions(tissue.left_out_HW, origin_out=(0, 0), min_area_px=0, tolerance_px=1.0)
+    return (region for region in regions if region.label)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+
+from pipeline.formats.left_out import write_left_out
+from tests.pipeline.features import checked_features
+from wsi.left_out import LeftOut, extents
+from wsi.tissue import Tissue
+
+
+def layer(tmp_path: Path, left_out_HW: np.ndarray) -> tuple[Tissue, list[dict]]:  # type: ignore[type-arg] # JSON
+    tissue = Tissue(np.zeros(left_out_HW.shape, bool), left_out_HW, 16.0, 8.0, ())
+    write_left_out(tmp_path / "a.left-out.geojson", tissue, 0.5, "d" * 64)
+    return tissue, checked_features((tmp_path / "a.left-out.geojson").read_text(encoding="utf-8"))
+
+
+def test_each_piece_is_a_locked_annotation_of_a_class_that_qupath_ignores(tmp_path: Path) -> None:
+    left_out_HW = np.zeros((60, 80), np.uint8)
+    left_out_HW[10:20, 30:50] = LeftOut.PEN
+    left_out_HW[40:44, 10:20] = LeftOut.FOLD
+    left_out_HW[50:60, 70:80] = LeftOut.FOLD  # at the edge of the image
+    tissue, features = layer(tmp_path, left_out_HW)
+    found = [
+        (
+            feature["properties"]["classification"]["name"],
+            shapely.box(*shapely.Polygon(feature["geometry"]["coordinates"][0]).bounds).bounds,
+            feature["properties"]["measurements"]["Area mm^2"],
+        )
+        for feature in features
+    ]
+    assert all(feature["properties"]["isLocked"] for feature in features)
+    assert sorted(found) == [
+        ("fold*", (160.0, 640.0, 320.0, 704.0), pytest.approx(4 * 10 * 64e-6)),
+        ("fold*", (1120.0, 800.0, 1280.0, 960.0), pytest.approx(100 * 64e-6)),
+        ("pen*", (480.0, 160.0, 800.0, 320.0), pytest.approx(200 * 64e-6)),
+    ]
+    assert tissue.left_out[LeftOut.FOLD] == (140 * 64.0, 2)
+    assert tissue.left_out[LeftOut.PEN] == (200 * 64.0, 1)
+
+
+def test_a_slide_with_nothing_left_out_gives_an_empty_file(tmp_path: Path) -> None:
+    assert layer(tmp_path, np.zeros((5, 5), np.uint8))[1] == []
+
+
+def test_every_kind_has_a_name_and_a_color_of_its_own() -> None:
+    assert len({kind.title for kind in LeftOut}) == len({kind.color for kind in LeftOut}) == len(LeftOut)
+    empty = extents(np.zeros((3, 3), np.uint8), 8.0)
+    assert {kind: tuple(extent) for kind, extent in empty.items()} == dict.fromkeys(LeftOut, (0.0, 0))
