@@ -74,7 +74,7 @@ class MapSettings:
             "runtime": runtime,
             "block_out": self.block_out,
         }
-        return parameters | ({"exclude_folds": True} if self.exclude_folds else {})| ({"exclude_folds": True} if self.exclude_folds else {})
+        return parameters | ({"exclude_folds": True} if self.exclude_folds else {})
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def _middle(place: tuple[slice, slice], cell: int) -> tuple[int, int]:
 
 
 def _surroundings(rgb_HWC: NDArray[np.uint8], tissue_HW: Mask, glass: _Glass, cell: int) -> NDArray[np.float64]:
-    """Return the densities of the tissue around each cell, as around_hwC; 0 if there is no tissue.
+    """Return the densities of the tissue around each cell, as around_hwC; 0 without tissue.
 
     Each pixel weighs as much as its density, so that fat and lumina around dense tissue do not make it a fold.
     """
