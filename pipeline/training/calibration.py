@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,6 +66,27 @@ class Calibration:
         if self.before is None or self.after is None:
             return {}
         return {"val_ece_uncalibrated": round(self.before.error, 4), "val_ece": round(self.after.error, 4)}
+
+
+def write_reliability(file: Path, calibration: Calibration) -> None:
+    """Draw the accuracy of each bin against its confidence, before and after calibration. Nothing without masks."""
+    if calibration.before is None or calibration.after is None:
+        return
+    # Not pyplot, which opens a backend and keeps global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot((0, 1), (0, 1), color="0.7", label="calibrated")
+    for found, name in ((calibration.before, "temperature 1"), (calibration.after, f"{calibration.temperature:.2f}")):
+        used_B = found.count_B > 0
+        label = f"{name}: error {found.error:.3f}"
+        axes.plot(found.confidence_B[used_B], found.accuracy_B[used_B], marker=".", label=label)
+    axes.set(xlabel="confidence", ylabel="share of correct pixels", xlim=(0, 1), ylim=(0, 1))
+    axes.legend()
+    temporary = file.with_suffix(".png.tmp")
+    figure.savefig(temporary, format="png", dpi=100)
+    temporary.replace(file)
 
 
 def calibrate_temperature(predictor: Predictor, validation: PatchImages) -> Calibration:

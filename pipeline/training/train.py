@@ -45,7 +45,7 @@ from models.predictor import Predictor, choose_device
 from models.segmenter import build_segmenter
 from pipeline.errors import DatasetError, LockedError, OutputError, TrainError
 from pipeline.progress import Progress
-from pipeline.training.calibration import calibrate_temperature
+from pipeline.training.calibration import calibrate_temperature, write_reliability
 from pipeline.training.classifier import classifier_task
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
@@ -265,6 +265,7 @@ def export(
     presence_NK, held_NK = tile_presence(uncalibrated, validation)
     thresholds = calibrate_gate(presence_NK, held_NK, config.gate_recall)
     calibration = calibrate_temperature(uncalibrated, validation)
+    write_reliability(run / "calibration.png", calibration)
     card = draft.model_copy(update={"gate_thresholds": thresholds, "temperature": calibration.temperature})
     metrics = calibration.metrics() | measured_metrics(
         Predictor.from_networks(card, NO_DIGEST, *rounded, device=device, output_stride=1), dataset

@@ -12,7 +12,13 @@ from PIL import Image
 
 from models.bundle import NO_DIGEST
 from models.predictor import Predictor
-from pipeline.training.calibration import calibrate_temperature, fitted_temperature, labeled_logits, reliability
+from pipeline.training.calibration import (
+    calibrate_temperature,
+    fitted_temperature,
+    labeled_logits,
+    reliability,
+    write_reliability,
+)
 from pipeline.training.dataset import load_dataset, read_mask, samples
 from pipeline.training.patches import PatchImages
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
@@ -97,6 +103,9 @@ def test_an_overconfident_segmenter_gets_a_temperature_that_lowers_its_error(tmp
         "val_ece": round(found.after.error, 4),
     }
     assert found.after.error < found.before.error / 2
+    write_reliability(tmp_path / "calibration.png", found)
+    with Image.open(tmp_path / "calibration.png") as picture:
+        assert picture.size == (450, 400)
 
 
 def test_without_masks_the_temperature_stays_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -106,3 +115,5 @@ def test_without_masks_the_temperature_stays_one(tmp_path: Path, caplog: pytest.
     found = calibrate_temperature(predictor, images)
     assert (found.temperature, found.metrics()) == (1.0, {})
     assert "the temperature stays 1" in caplog.text
+    write_reliability(tmp_path / "calibration.png", found)
+    assert not (tmp_path / "calibration.png").exists()

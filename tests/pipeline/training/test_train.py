@@ -79,6 +79,7 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
         "run.json",
         "pseudo-masks",
         "bundle",
+        "calibration.png",
         *(f"{stage}.{end}" for stage in STAGES for end in ("safetensors", "csv", "png")),
     }
     assert len(list((unbroken / "pseudo-masks" / "deep").iterdir())) == 5

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.bundle import NO_DIGEST
+from models.predictor import Predictor
+from pipeline.training.dataset import load_dataset
+from tests.bench.colorectal import f1_score, table_of, tile_figures
+from tests.bench.epithelium import measure
+from tests.bench.linear_probe import left_out_scores
+from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
+from tests.pipeline.training.stripes import COLORS, stripes, write_dataset
+
+# Six tiles of three classes, the last two with two labels.
+LABELS_NK = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]], dtype=bool)
+SCORES_NK = np.array(
+    [[0.8, 0.1, 0.1], [0.3, 0.6, 0.1], [0.2, 0.7, 0.1], [0.1, 0.1, 0.8], [0.5, 0.4, 0.1], [0.9, 0.05, 0.05]], np.float32
+)
+
+
+def test_figures_of_tiles_count_single_labels_and_hits_of_several() -> None:
+    found = tile_figures(SCORES_NK, LABELS_NK)
+    assert (found["tiles"], found["accuracy"], found["several_hit"]) == (4, 0.75, 0.5)
+    # Class 0: one of two found, none wrong. Class 1: found, and one wrong. Class 2: found.
+    assert found["f1"] == [0.67, 0.67, 1.0]
+    assert found["macro_f1"] == round((2 / 3 + 2 / 3 + 1) / 3, 3)
+    # Confidences 0.8, 0.6, 0.7 and 0.8 in three bins: |2/2 - 0.8| * 2/4 + |0 - 0.6| / 4 + |1 - 0.7| / 4.
+    assert found["ece"] == pytest.approx(0.325, abs=1e-3)
+
+
+def test_the_f1_score_is_0_if_nothing_is_true_or_predicted() -> None:
+    none = np.zeros(3, dtype=bool)
+    assert f1_score(none, none) == 0
+
+
+def test_the_table_has_a_row_per_slide_and_the_pooled_confusion() -> None:
+    text = table_of({"01": (SCORES_NK[:3], LABELS_NK[:3]), "02": (SCORES_NK[3:], LABELS_NK[3:])}, ("a", "b", "c"))
+    assert "| pooled | 4 | 0.75 | 0.778 | 0.325 | 0.5 |" in text
+    assert "| a | 1 | 1 | 0 | 0.67 |" in text
+
+
+def test_the_probe_predicts_a_slide_from_the_others() -> None:
+    rng = np.random.default_rng(0)
+    truth_N = rng.integers(3, size=90)
+    features_NC = torch.from_numpy(np.eye(3)[truth_N] * 3 + rng.normal(size=(90, 3))).float()
+    slides_N = np.repeat(["01", "02", "03"], 30)
+    scores_NK = left_out_scores([features_NC], np.eye(3, dtype=bool)[truth_N], slides_N, 1e-3)
+    np.testing.assert_allclose(scores_NK.sum(axis=1), 1, atol=1e-5)
+    assert (scores_NK.argmax(axis=1) == truth_N).mean() > 0.9
+    # The labels of a slide do not change the predictions for it.
+    changed_N = np.where(slides_N == "01", 0, truth_N)
+    changed_NK = left_out_scores([features_NC], np.eye(3, dtype=bool)[changed_N], slides_N, 1e-3)
+    np.testing.assert_array_equal(scores_NK[:30], changed_NK[:30])
+
+
+def test_classes_of_epithelium_are_measured_together(tmp_path: Path) -> None:
+    dataset = load_dataset(write_dataset(tmp_path, {"one": stripes(64, 64)}))
+    predictor = Predictor(
+        make_card(COLORS), NO_DIGEST, ColorClassifier(COLORS), ColorSegmenter(COLORS, 400.0), output_stride=1
+    )
+    matrix = measure(predictor, dataset, ["class-1"], 1, gate=True)
+    assert matrix[0, 0] + matrix[1, 1] > 0.95 * 64 * 64
+    swapped = measure(predictor, dataset, ["class-0"], 1, gate=True)
+    assert swapped[0, 1] == matrix[0, 0]
