@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperArgument, TyperOption
 from typer.main import get_command
 
-from pipeline.cli import evaluate, export, familiarity, segment, train, view
+from pipeline.cli import evaluate, export, familiarity, label, segment, train, view
 from tests.repository import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "cli.md"
@@ -25,6 +25,7 @@ PROGRAMS: dict[str, typer.Typer] = {
     "wsi-segment": segment.app,
     "wsi-view": view.app,
     "wsi-export": export.app,
+    "wsi-label": label.app,
     "wsi-train": train.app,
     "wsi-evaluate": evaluate.app,
     "wsi-familiarity": familiarity.app,

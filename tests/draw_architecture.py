@@ -21,8 +21,8 @@ PICTURE = REPOSITORY / "docs" / "architecture.svg"
 
 COLUMNS = {
     "flows": 0.5, "pipeline.cli": 2.0,
-    "pipeline.batch": 0, "pipeline.training": 1, "pipeline.labeling": 4, "pipeline.viewing": 2, "pipeline.checks": 3,
-    "pipeline.workers": 0, "pipeline.web": 2.5,
+    "pipeline.batch": 0, "pipeline.training": 1, "pipeline.labeling": 1.5, "pipeline.viewing": 2, "pipeline.checks": 3,
+    "pipeline.workers": 0, "pipeline.web": 0.5,
     "pipeline.slide": 0,
     "pipeline.pages": 0, "pipeline.progress": 1,
     "pipeline.formats": 0,

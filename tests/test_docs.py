@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from pipeline.cli.evaluate import app as evaluate_app
 from pipeline.cli.export import app as export_app
+from pipeline.cli.label import app as label_app
 from pipeline.cli.segment import app as segment_app
 from pipeline.cli.train import app as train_app
 from pipeline.cli.view import app as view_app
@@ -24,6 +25,7 @@ DOCUMENTS = sorted(
 NAMES = [str(path.relative_to(REPOSITORY)) for path in DOCUMENTS]
 PROGRAMS = {
     "wsi-segment": segment_app,
+    "wsi-label": label_app,
     "wsi-train": train_app,
     "wsi-evaluate": evaluate_app,
     "wsi-view": view_app,

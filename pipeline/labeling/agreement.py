@@ -21,7 +21,7 @@ class Agreement:
     same: int
     """Patches with the same answer."""
     kappa: float | None
-    """Cohen's kappa; None if there are no patches, or if all answers of both are the same."""
+    """Cohen's kappa; None without patches, or if all answers of both are the same."""
 
 
 def agreements(labels: Labels) -> list[Agreement]:
@@ -49,7 +49,7 @@ def _shared(
 def cohen_kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:
     """Return Cohen's kappa of two raters' yes and no answers: (observed - chance) / (1 - chance).
 
-    None if there are no pairs, or if chance agreement is 1 (Cohen 1960, Educ. Psychol. Meas. 20:37).
+    None without pairs, or if chance agreement is 1 (Cohen 1960, Educ. Psychol. Meas. 20:37).
     """
     if not pairs:
         return None

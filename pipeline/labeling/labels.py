@@ -155,7 +155,7 @@ class Labels:
     def is_blind(self, place: Place) -> bool:
         """Return whether a patch belongs to the random share that never shows a suggestion."""
         assert self.settings is not None
-        return _fraction(f"{self.settings.seed} {place.id}") < self.settings.blind_share
+        return _fraction(f"blind {self.settings.seed} {place.id}") < self.settings.blind_share
 
 
 def label_of(record: Recorded) -> Labeled:

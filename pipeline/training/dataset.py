@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 IGNORED = 255
 """Label of pixels that losses and scores ignore."""
 
+HELD_OUT = 0.2
+"""Share of the training images that validate the training of a data set without a validation split."""
+
 SHIPPED = Path(__file__).parent / "datasets"
 """Folder of the dataset.toml files shipped with the package."""
 
@@ -104,14 +107,17 @@ def shipped_names() -> tuple[str, ...]:
 def load_dataset(name_or_file: str | Path, root: Path | None = None) -> Dataset:
     """Return the shipped data set of this name ("glas"), or the data set that a dataset.toml describes.
 
+    A folder stands for the dataset.toml in it.
     `root` is the folder of the data. If it is None, the folder is the root in the file, relative to the file, or else
     the folder of the file. Raises DatasetFileError for an unknown name, a file with wrong keys, or a missing folder.
     """
     shipped = str(name_or_file) in shipped_names()
     file = SHIPPED / f"{name_or_file}.toml" if shipped else Path(name_or_file)
+    if file.is_dir():
+        file /= "dataset.toml"
     if not file.is_file():
         raise DatasetFileError(
-            f"{name_or_file}: there is no such file and no shipped data set of this name; "
+            f"{name_or_file}: there is no such file, no dataset.toml in it, and no shipped data set of this name; "
             f"the shipped data sets are {', '.join(shipped_names())}"
         )
     card = read_card(file)
@@ -146,6 +152,28 @@ def samples(dataset: Dataset, split: Split) -> tuple[Sample, ...]:
             _labels(dataset, split, images[name], rows[name]),
         )
         for name in names
+    )
+
+
+def training_samples(dataset: Dataset) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Return the images to train on, and the images to validate on.
+
+    If the data set does not describe a split val, a share `HELD_OUT` of the training split is held out: whole groups by
+    a hash of their names, or single images if the groups would leave one part empty. Raises the errors of `samples`,
+    and MissingImagesError if the images are too few for two parts.
+    """
+    if "val" in dataset.card.splits:
+        return samples(dataset, "train"), samples(dataset, "val")
+    chosen = samples(dataset, "train")
+    for names in ([one.group for one in chosen], [one.name for one in chosen]):
+        held = [hash_split(name, 1 - HELD_OUT, HELD_OUT) == "val" for name in names]
+        if any(held) and not all(held):
+            logger.info("%d of %d training images are held out for validation", sum(held), len(held))
+            parts = list(zip(chosen, held, strict=True))
+            return tuple(one for one, out in parts if not out), tuple(one for one, out in parts if out)
+    raise MissingImagesError(
+        f"{dataset.card.name}: {len(chosen)} training images are too few to hold some out for validation; add images, "
+        "or describe split val"
     )
 
 

@@ -49,8 +49,8 @@ from pipeline.training.calibration import calibrate_temperature, write_reliabili
 from pipeline.training.classifier import classifier_task
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, samples
-from pipeline.training.dataset_card import SPLITS, Split
+from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, training_samples
+from pipeline.training.dataset_card import Split
 from pipeline.training.evaluate import evaluate
 from pipeline.training.familiarity import fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
@@ -136,7 +136,7 @@ def training_images(dataset: Dataset, mpp: float) -> tuple[PatchImages, PatchIma
     Raises DatasetError for bad data.
     """
     training, validation = (
-        PatchImages(dataset, check_images(samples(dataset, split), UNREADABLE_SHARE), mpp) for split in SPLITS[:2]
+        PatchImages(dataset, check_images(chosen, UNREADABLE_SHARE), mpp) for chosen in training_samples(dataset)
     )
     return training, validation
 

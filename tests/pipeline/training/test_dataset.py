@@ -42,6 +42,7 @@ from pipeline.training.dataset import (
     read_rgb,
     samples,
     shipped_names,
+    training_samples,
 )
 from pipeline.training.dataset_card import SPLITS, BackgroundRule, DatasetCard, Split
 from pipeline.training.splits import hash_split
@@ -742,3 +743,33 @@ def test_ebhi_seg_is_split_by_case_as_the_model_card_says() -> None:
     assert all(one.boxes_B4.shape == (36, 4) for one in labeled)
     assert all(one.boxes_B4[:, 2:].tolist() == [[64, 64]] * 36 for one in labeled)
     assert all(one.present_BK.any(axis=1).all() for one in labeled)
+
+
+def test_a_folder_stands_for_the_description_in_it(tmp_path: Path) -> None:
+    (tmp_path / "img").mkdir()
+    (tmp_path / "dataset.toml").write_text(HEAD + CROP_LABELS, encoding="utf-8")
+    assert load_dataset(tmp_path) == load_dataset(tmp_path / "dataset.toml")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_data_set_without_a_validation_split_gets_one_by_hash(tmp_path: Path, grouped: bool) -> None:
+    for number in range(40):
+        image(tmp_path / "red" / f"P{number % 8}-{number:02d}.png")
+    group = '[group]\npattern = "^(P[0-9])-"\n' if grouped else ""
+    text = HEAD + '[images]\ntrain = [{ image = "*/*.png" }]\n' + group + '[labels]\nsource = "folders"\n'
+    (tmp_path / "dataset.toml").write_text(text.replace("mask_excluded = [4]\n", ""), encoding="utf-8")
+    dataset = load_dataset(tmp_path)
+    training, validation = training_samples(dataset)
+    assert sorted([*training, *validation], key=lambda one: one.name) == list(samples(dataset, "train"))
+    for chosen, split in ((training, "train"), (validation, "val")):
+        for one in chosen:
+            assert hash_split(one.group if grouped else one.name, 0.8, 0.2) == split
+    assert 0 < len(validation) < len(training)
+
+
+def test_a_single_image_cannot_be_divided(tmp_path: Path) -> None:
+    image(tmp_path / "red" / "a.png")
+    text = HEAD + '[images]\ntrain = [{ image = "*/*.png" }]\n[labels]\nsource = "folders"\n'
+    (tmp_path / "dataset.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(MissingImagesError, match="1 training images are too few to hold some out"):
+        training_samples(load_dataset(tmp_path))

@@ -1,0 +1,281 @@
+"""The command `wsi-label`: label patches of slides in the browser, and turn the labels into a data set."""
+
+from __future__ import annotations
+
+# Heavy libraries are imported inside the commands, so that `--help` answers at once.
+import getpass
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pipeline.cli.commands import EXIT_USAGE, fail, run
+
+if TYPE_CHECKING:
+    from pipeline.labeling.labels import Labels
+    from pipeline.labeling.slides import SlideFile
+    from pipeline.labeling.store import EventStore
+
+PROGRAM = "wsi-label"
+
+DEFAULT_MODEL = "colon-gland"
+"""Gives a new folder its pixel size and the features by which patches are compared."""
+
+
+class _PageFirst(TyperGroup):
+    """A group whose command `page` need not be named: `wsi-label SLIDES -o labels`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: typer has its own copy of click's Context
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["page", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, cls=_PageFirst)
+
+FolderArgument = Annotated[Path, typer.Argument(help="Labels folder.", show_default=False)]
+AnnotatorOption = Annotated[
+    str | None, typer.Option(help="Name of the person who labels.", show_default="your user name")
+]
+
+
+@app.callback()
+def label() -> None:
+    """Label patches of slides in the browser, and turn the labels into a data set for wsi-train.
+
+    Without the name of a command, `page` runs: `wsi-label slides/ -o labels --classes tumor,stroma`.
+
+    Exit status: 0 done or stopped by Ctrl-C, 1 failed, 2 usage error.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+
+@app.command()
+def page(
+    slides: Annotated[
+        list[Path], typer.Argument(help="Slides, folders of slides, or CSV manifests.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Labels folder. Existing labels in it are kept.")],
+    classes: Annotated[
+        str,
+        typer.Option(
+            help="Names of the classes, separated by commas. New names are added to those of the folder.",
+            show_default="those of the folder, or of the model",
+        ),
+    ] = "",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            help="Model that makes suggestions when you ask for them: a shipped model or a bundle folder.",
+            show_default="none",
+        ),
+    ] = None,
+    annotator: AnnotatorOption = None,
+    patch_mpp: Annotated[
+        float | None,
+        typer.Option(
+            help="Pixel size of the patches in µm.", min=0.01, show_default=f"that of the model or {DEFAULT_MODEL}"
+        ),
+    ] = None,
+    patch_side: Annotated[
+        int | None,
+        typer.Option(help="Side of a patch in pixels.", min=32, show_default=f"that of the model or {DEFAULT_MODEL}"),
+    ] = None,
+    blind_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the patches that never show a suggestion and that every annotator labels.",
+            min=0.0,
+            max=0.9,
+            show_default="0.1",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Number that fixes the random order of patches.", show_default="1")
+    ] = None,
+    patient: Annotated[
+        str,
+        typer.Option(
+            help="Regular expression with one group that finds the patient in a slide's name. Patches of one patient "
+            "stay in one split.",
+            show_default="the slide's name",
+        ),
+    ] = r"^(.*?)(?:\.[^.]*)?$",
+    mpp: Annotated[
+        float | None,
+        typer.Option(
+            help="Micrometers per pixel of the slides, if the files do not state it.", show_default="from the file"
+        ),
+    ] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Search the subfolders of folders.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the page.", min=0, max=65535, show_default="a free port")] = 0,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Print the address of the page and do not open it.")
+    ] = False,
+) -> None:
+    """Serve the page on which you label patches.
+
+    Every label is on the disk before the page shows it as saved. The page is visible on this machine only. Press
+    Ctrl-C
+    to stop the server, and give the same command again to continue.
+    """
+    from models.bundle import load_bundle
+    from pipeline.labeling.app import make_app
+    from pipeline.labeling.desk import open_desk
+    from pipeline.labeling.folder import Wishes
+    from pipeline.web.server import open_browser, serve
+
+    def ready(url: str) -> None:
+        typer.echo(f"{url}  (press Ctrl-C to stop)")
+        if not no_browser:
+            open_browser(url)
+
+    with failing():
+        bundle = load_bundle(model) if model else None
+        names = [name.strip() for name in classes.split(",") if name.strip()]
+        if bundle is not None and not names and not output.exists():
+            names = [one.name for one in bundle.card.classes]
+        with open_desk(
+            output,
+            _files(slides, patient, mpp, recursive=recursive),
+            annotator or getpass.getuser(),
+            wishes=Wishes(patch_mpp, patch_side, seed, blind_share),
+            classes=names,
+            model=bundle,
+            shipped=load_bundle(DEFAULT_MODEL),
+        ) as desk:
+            serve(make_app(desk), port, ready)
+        _print_warnings(output)
+    typer.echo(f"{PROGRAM}: ended; train with: wsi-train {output} -o runs/name", err=True)
+
+
+@app.command()
+def classes(
+    folder: FolderArgument,
+    add: Annotated[list[str] | None, typer.Option(help="Add a class. Can be repeated.", show_default="none")] = None,
+    rename: Annotated[
+        list[str] | None, typer.Option(help="Rename a class, as old=new. Can be repeated.", show_default="none")
+    ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(help="Make a class a part of another one, as part=whole. Can be repeated.", show_default="none"),
+    ] = None,
+    annotator: AnnotatorOption = None,
+) -> None:
+    """List the classes of a labels folder, or change them.
+
+    After a class was added, the page shows the patches again that lack an answer for it.
+    """
+    from pipeline.labeling.folder import add_classes, merge_classes, open_events, rename_class
+
+    who = annotator or getpass.getuser()
+    with failing(), open_events(folder) as store:
+        add_classes(store, who, add or [], {})
+        for pair in rename or []:
+            rename_class(store, who, *_pair("--rename", pair))
+        for pair in merge or []:
+            merge_classes(store, who, *_pair("--merge", pair))
+        labels = _written(folder, store)
+    for one in labels.classes.values():
+        typer.echo(one.name)
+
+
+@app.command()
+def report(folder: FolderArgument) -> None:
+    """Write the data set of a labels folder again, and print what it contains and how well annotators agree."""
+    from pipeline.labeling.agreement import agreements
+    from pipeline.labeling.folder import open_events
+    from pipeline.labeling.session import count
+
+    with failing(), open_events(folder) as store:
+        labels = _written(folder, store)
+        counts = count(labels)
+    typer.echo(
+        f"{counts.labeled} labeled patches of {len(labels.slides)} slides, {counts.incomplete} incomplete or disputed, "
+        f"{counts.unsure} unsure, {counts.artifact} artifacts"
+    )
+    for one in labels.classes.values():
+        typer.echo(f"{one.name}: present in {counts.present[one.id]}")
+    for pair in agreements(labels):
+        kappa = "not defined" if pair.kappa is None else f"{pair.kappa:.2f}"
+        typer.echo(
+            f"{' and '.join(pair.annotators)}, {pair.class_name}: {pair.same} of {pair.patches} blind patches alike, "
+            f"kappa {kappa}"
+        )
+    _print_warnings(folder)
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """Print an error of this project in one line and exit with status 1."""
+    from wsi.errors import WsiSegmentError
+
+    try:
+        yield
+    except WsiSegmentError as error:
+        fail(PROGRAM, str(error))
+
+
+def _files(inputs: list[Path], patient: str, mpp: float | None, *, recursive: bool) -> list[SlideFile]:
+    from pipeline.batch.collect import collect_jobs
+    from pipeline.labeling.slides import SlideFile
+
+    try:
+        pattern = re.compile(patient)
+    except re.error as error:
+        fail(PROGRAM, f"--patient: {patient!r} is not a valid regular expression: {error}", EXIT_USAGE)
+    if pattern.groups != 1:
+        fail(PROGRAM, f"--patient: {patient!r} has {pattern.groups} groups; it must have one", EXIT_USAGE)
+    files = []
+    for job in collect_jobs(inputs, recursive=recursive):
+        found = pattern.search(job.path.name)
+        if found is None or not found[1]:
+            fail(PROGRAM, f"--patient: {patient!r} does not match the name {job.path.name}", EXIT_USAGE)
+        files.append(SlideFile(job.path, found[1], job.mpp or mpp))
+    return files
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not (equals and old and new):
+        fail(PROGRAM, f"{option}: {text!r} must be two names with = between them", EXIT_USAGE)
+    return old, new
+
+
+def _written(folder: Path, store: EventStore) -> Labels:
+    from pipeline.labeling.dataset_files import write_dataset
+    from pipeline.labeling.labels import Labels
+
+    labels = Labels(store.read())
+    lacking = write_dataset(folder, labels, lambda _: None)
+    if lacking:
+        typer.echo(
+            f"{PROGRAM}: {lacking} labeled patches have no picture yet; open their slides once with wsi-label", err=True
+        )
+    return labels
+
+
+def _print_warnings(folder: Path) -> None:
+    from pipeline.labeling.dataset_files import warnings_of
+    from pipeline.labeling.folder import open_events
+    from pipeline.labeling.labels import Labels
+
+    with open_events(folder) as store:
+        for text in warnings_of(Labels(store.read())):
+            typer.echo(f"{PROGRAM}: warning: {text}", err=True)
+
+
+def main() -> None:
+    """Run the console script."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

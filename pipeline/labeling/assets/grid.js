@@ -1,0 +1,137 @@
+// The grid: patches that may show one class and no other. Those that do not fit are excluded before the rest is saved.
+
+import { picture, post } from "/assets/server.js";
+
+const byId = (id) => document.getElementById(id);
+
+export class Grid {
+  constructor({ done, failed, announce }) {
+    Object.assign(this, { done, failed, announce });
+    this.chosen = null;
+    this.patches = [];
+    this.excluded = new Set();
+    this.turn = 0;
+    byId("grid-save").addEventListener("click", () => this.save());
+    byId("grid-undo").addEventListener("click", () => this.undo());
+  }
+
+  update(state) {
+    this.state = state;
+    const buttons = state.classes.map((one, k) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.setAttribute("aria-pressed", String(this.chosen === one.id));
+      const swatch = document.createElement("span");
+      swatch.className = "swatch";
+      swatch.style.background = one.color;
+      button.append(swatch, one.name);
+      if (k < 9) {
+        const key = document.createElement("kbd");
+        key.textContent = String(k + 1);
+        button.append(" ", key);
+      }
+      button.addEventListener("click", () => this.choose(k));
+      return button;
+    });
+    byId("grid-classes").replaceChildren(...buttons);
+  }
+
+  choose(k) {
+    const one = this.state.classes[k];
+    if (!one) return;
+    this.chosen = one.id;
+    this.update(this.state);
+    this.load();
+  }
+
+  // Asks until the patches are compared. Another choice ends the wait.
+  async load() {
+    const turn = ++this.turn;
+    this.show([]);
+    const name = this.state.classes.find(({ id }) => id === this.chosen)?.name;
+    if (name === undefined) return;
+    try {
+      for (;;) {
+        const { missing, of, patches, why } = await post("/grid", { class_id: this.chosen });
+        if (turn !== this.turn) return;
+        if (!missing) {
+          this.show(patches);
+          byId("grid-about").textContent = patches.length
+            ? `Do these patches show ${name} and no other class? Click those that do not, then save the rest.` : why;
+          return;
+        }
+        byId("grid-about").textContent = `Comparing patches: ${of - missing} of ${of}`;
+        await new Promise((resolve) => setTimeout(resolve, 400));
+      }
+    } catch (error) {
+      this.failed(error);
+    }
+  }
+
+  show(patches) {
+    this.patches = patches;
+    this.excluded = new Set();
+    this.shownAt = performance.now();
+    const buttons = patches.map((patch, i) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.setAttribute("aria-pressed", "false");
+      button.setAttribute("aria-label", `Exclude patch ${i + 1} of ${patch.slide}`);
+      const image = picture(patch, "patch");
+      image.alt = "";
+      button.append(image);
+      button.addEventListener("click", () => this.toggle(patch.id, button));
+      return button;
+    });
+    byId("patches").replaceChildren(...buttons);
+    byId("grid-save").disabled = !patches.length;
+    buttons[0]?.focus({ preventScroll: true });
+  }
+
+  toggle(id, button) {
+    const on = !this.excluded.has(id);
+    if (on) this.excluded.add(id);
+    else this.excluded.delete(id);
+    button.setAttribute("aria-pressed", String(on));
+  }
+
+  // Moves the focus among the patches.
+  move(key) {
+    const buttons = [...byId("patches").children];
+    const at = buttons.indexOf(document.activeElement);
+    if (at < 0) return false;
+    const columns = getComputedStyle(byId("patches")).gridTemplateColumns.split(" ").length;
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[key];
+    buttons[at + step]?.focus();
+    return true;
+  }
+
+  async save() {
+    if (!this.patches.length || this.busy) return;
+    const rest = this.patches.filter(({ id }) => !this.excluded.has(id));
+    const seconds = Math.min(86400, (performance.now() - this.shownAt) / 1000 / Math.max(1, rest.length));
+    const labels = rest.map(({ id, reason }) => ({
+      patch: id, present: [this.chosen], mark: "none", view: "grid", reason, suggested: null, seconds,
+    }));
+    await this.ask("/labels", { labels, excluded: [...this.excluded] }, `Saved: ${rest.length} patches`);
+  }
+
+  async undo() {
+    await this.ask("/undo", {}, "Undone");
+  }
+
+  async ask(path, body, said) {
+    if (this.busy) return;
+    this.busy = true;
+    try {
+      const state = await post(path, body);
+      this.done(state);
+      this.announce(said);
+      await this.load();
+    } catch (error) {
+      this.failed(error);
+    } finally {
+      this.busy = false;
+    }
+  }
+}

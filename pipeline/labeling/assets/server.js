@@ -1,0 +1,47 @@
+// Asks the server, and keeps the pictures of the next patches.
+
+export class ServerError extends Error {}
+
+async function answered(request) {
+  let response;
+  try {
+    response = await request;
+  } catch {
+    throw new ServerError("The server does not answer. Start wsi-label again with the same folder, then reload this page.");
+  }
+  if (!response.ok) throw new ServerError(await response.text());
+  return response.json();
+}
+
+export const state = () => answered(fetch("/state.json"));
+
+export const post = (path, body) =>
+  answered(fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) }));
+
+// The pictures of a patch are elements that stay alive, because the browser may not keep them in its cache.
+export class Pictures {
+  constructor() {
+    this.kept = new Map();
+  }
+
+  of(patch) {
+    if (!this.kept.has(patch.id)) {
+      this.kept.set(patch.id, { around: picture(patch, "context"), patch: picture(patch, "patch") });
+    }
+    return this.kept.get(patch.id);
+  }
+
+  keep(patches) {
+    for (const patch of patches) this.of(patch);
+    const wanted = new Set(patches.map((patch) => patch.id));
+    for (const id of this.kept.keys()) if (!wanted.has(id)) this.kept.delete(id);
+  }
+}
+
+export function picture(patch, kind) {
+  const image = new Image();
+  image.src = `/patches/${patch.id}/${kind}.jpg`;
+  image.alt = kind === "patch" ? `Patch of ${patch.slide}` : "";
+  image.className = kind === "patch" ? "patch" : "around";
+  return image;
+}

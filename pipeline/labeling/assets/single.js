@@ -1,0 +1,158 @@
+// The view of one patch: which classes are marked, and saving.
+
+import { Pictures, post } from "/assets/server.js";
+
+const byId = (id) => document.getElementById(id);
+
+export class Single {
+  // `done(state)` is called with the server's state after each change, `failed(error)` if a request fails, and
+  // `announce(text)` for screen readers.
+  constructor({ done, failed, announce }) {
+    Object.assign(this, { done, failed, announce });
+    this.pictures = new Pictures();
+    this.patch = null;
+    this.present = new Set();
+    this.suggested = null;
+    this.steps = 0; // back in the history
+    this.busy = false;
+    for (const [id, act] of Object.entries({
+      back: () => this.back(), save: () => this.save("none"), unsure: () => this.save("unsure"),
+      artifact: () => this.save("artifact"), undo: () => this.undo(), suggest: () => this.suggest(),
+    })) byId(id).addEventListener("click", act);
+  }
+
+  // Shows the next patch of a state, or the one that was undone.
+  update(state) {
+    this.state = state;
+    const shown = state.undone[0] ?? state.upcoming[0] ?? null;
+    this.pictures.keep([...state.undone.slice(0, 1), ...state.upcoming, ...state.history.slice(0, 3)]);
+    this.steps = 0;
+    this.show(shown);
+  }
+
+  show(patch) {
+    this.patch = patch;
+    this.suggested = null;
+    this.present = new Set(patch?.label?.present ?? []);
+    this.shownAt = performance.now();
+    byId("suggestion").textContent = "";
+    this.renderPicture();
+    this.renderAnswer();
+  }
+
+  renderPicture() {
+    const stage = byId("stage");
+    if (!this.patch) {
+      const text = document.createElement("p");
+      text.id = "wait";
+      text.textContent = this.state.opening ? "Opening the next slide…" : "Nothing left: every patch of these slides has a label.";
+      stage.replaceChildren(text);
+      byId("about").textContent = "";
+      return;
+    }
+    const { around, patch } = this.pictures.of(this.patch);
+    const share = 100 / Number(stage.dataset.context);
+    Object.assign(patch.style, { left: `${(100 - share) / 2}%`, top: `${(100 - share) / 2}%`, width: `${share}%`, height: `${share}%` });
+    stage.replaceChildren(around, patch);
+    const { micrometers, reason, blind, label } = this.patch;
+    const words = [`${micrometers} µm`];
+    if (blind) words.push("blind: labeled by every annotator, without suggestions");
+    if (reason === "again") words.push("a class was added after your label");
+    if (reason === "excluded") words.push("excluded from the grid");
+    if (label) words.push(label.mark === "none" ? "labeled before" : `marked as ${label.mark} before`);
+    byId("about").textContent = words.join(" · ");
+  }
+
+  renderAnswer() {
+    const buttons = this.state.classes.map(({ id, name, color }, k) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.setAttribute("aria-pressed", String(this.present.has(id)));
+      button.disabled = !this.patch;
+      const swatch = document.createElement("span");
+      swatch.className = "swatch";
+      swatch.style.background = color;
+      button.append(swatch, name);
+      if (k < 9) {
+        const key = document.createElement("kbd");
+        key.textContent = String(k + 1);
+        button.append(" ", key);
+      }
+      button.addEventListener("click", () => this.toggle(k));
+      return button;
+    });
+    const focused = [...byId("answer").children].indexOf(document.activeElement);
+    byId("answer").replaceChildren(...buttons);
+    if (focused >= 0) buttons[focused]?.focus();
+    byId("suggest").hidden = !this.state.model;
+    for (const id of ["save", "unsure", "artifact"]) byId(id).disabled = !this.patch;
+    byId("suggest").disabled = !this.patch || this.patch.blind;
+    byId("back").disabled = this.steps >= this.state.history.length;
+  }
+
+  toggle(k) {
+    const one = this.state.classes[k];
+    if (!one || !this.patch) return;
+    const on = !this.present.has(one.id);
+    if (on) this.present.add(one.id);
+    else this.present.delete(one.id);
+    this.renderAnswer();
+    this.announce(`${one.name} ${on ? "present" : "absent"}`);
+  }
+
+  async save(mark) {
+    if (!this.patch || this.busy) return;
+    const present = mark === "none" ? [...this.present] : [];
+    const label = {
+      patch: this.patch.id, present, mark, view: "single", reason: this.patch.reason, suggested: this.suggested,
+      seconds: Math.min(86400, (performance.now() - this.shownAt) / 1000),
+    };
+    const names = this.state.classes.filter(({ id }) => present.includes(id)).map(({ name }) => name);
+    const said = mark === "none" ? names.join(", ") || "no class" : mark;
+    await this.ask("/labels", { labels: [label] }, `Saved: ${said}`);
+  }
+
+  async undo() {
+    const before = this.state.history.length;
+    await this.ask("/undo", {}, "Undone");
+    if (!before) this.announce("Nothing to undo");
+  }
+
+  back() {
+    if (this.steps >= this.state.history.length) return;
+    this.show(this.state.history[this.steps]);
+    this.steps += 1;
+    this.renderAnswer();
+    this.announce("Previous patch");
+  }
+
+  async suggest() {
+    if (!this.patch || this.patch.blind || !this.state.model || this.busy) return;
+    const asked = this.patch;
+    try {
+      const { model, suggested } = await post("/suggestion", { patch: asked.id });
+      if (this.patch !== asked) return;
+      this.suggested = suggested;
+      const named = this.state.classes.filter(({ id }) => id in suggested);
+      const words = named.map(({ id, name }) => `${name} ${Math.round(suggested[id] * 100)} %`);
+      byId("suggestion").textContent = words.length ? `${model}: ${words.join(", ")}` : `${model} has none of these classes.`;
+    } catch (error) {
+      this.failed(error);
+    }
+  }
+
+  // Only one request at a time, so that labels are saved in the order of the keys.
+  async ask(path, body, said) {
+    if (this.busy) return;
+    this.busy = true;
+    try {
+      const state = await post(path, body);
+      this.busy = false;
+      this.done(state);
+      this.announce(said);
+    } catch (error) {
+      this.busy = false;
+      this.failed(error);
+    }
+  }
+}

@@ -1,0 +1,274 @@
+"""The data set that a labels folder is: patches, labels.csv and dataset.toml, made from the events.
+
+wsi-train takes the folder as it is. A patch is part of the data set if its annotators answered for every class.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import threading
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.errors import LabelingError
+from pipeline.files import replacing, write_atomically
+from pipeline.labeling.events import Place
+from pipeline.labeling.labels import Labels
+from pipeline.labeling.session import count
+from pipeline.labeling.store import EventStore
+from pipeline.training.splits import hash_split
+from wsi.errors import WsiSegmentError
+
+log = logging.getLogger(__name__)
+
+PATCHES, LEFT_OUT, TABLE, CARD = "patches", "left-out", "labels.csv", "dataset.toml"
+
+VAL_SHARE = 0.2
+FEW_LABELS = 50
+FEW_OF_A_CLASS = 10
+
+OWN_KEYS = {
+    "name": "my-labels",
+    "description": "H&E patches labeled with wsi-label.",
+    "licence": "Not stated: fill in the license of the slides and labels.",
+    "attribution": "Not stated: fill in who made the slides and the labels.",
+    "limits": "Not for diagnosis or any clinical use.",
+}
+"""Keys of dataset.toml that belong to the user, and their first values."""
+
+Read = Callable[[Place], NDArray[np.uint8] | None]
+"""Returns the pixels of a patch, rgb_HWC; None if its slide is not open."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A patch of the data set."""
+
+    place: Place
+    patient: str
+    split: str
+    present: tuple[bool, ...]
+    """For each current class."""
+
+
+def write_dataset(folder: Path, labels: Labels, read: Read) -> int:
+    """Bring the files of a labels folder up to date. Return how many patches lack because no slide is open for them.
+
+    Raises LabelingError if a file cannot be written.
+    """
+    try:
+        # Another annotator's program may write the same folder.
+        with FileLock(folder / ".dataset.lock"):
+            missing = _write(folder, labels, read)
+    except OSError as error:
+        raise LabelingError(
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); check the space on the disk "
+            "and the permissions"
+        ) from error
+    return missing
+
+
+def _write(folder: Path, labels: Labels, read: Read) -> int:
+    for name in (PATCHES, LEFT_OUT):
+        (folder / name).mkdir(exist_ok=True)
+    missing = {place for place in labels.places() if not _has_pixels(folder, place, read)}
+    rows = [row for row in rows_of(labels) if row.place not in missing]
+    _sort_patches(folder, {row.place.id for row in rows})
+    write_atomically(folder / TABLE, table_text(rows, labels))
+    if len(labels.classes) >= 2:
+        write_atomically(folder / CARD, card_text(folder / CARD, labels))
+    return len(missing)
+
+
+def _has_pixels(folder: Path, place: Place, read: Read) -> bool:
+    """Write a patch that has no file yet. Return whether it has one."""
+    name = f"{place.id}.png"
+    if (folder / PATCHES / name).exists() or (folder / LEFT_OUT / name).exists():
+        return True
+    rgb_HWC = read(place)
+    if rgb_HWC is None:
+        return False
+    with replacing(folder / LEFT_OUT / name) as partial:
+        Image.fromarray(rgb_HWC).save(partial, "PNG")
+    return True
+
+
+def _sort_patches(folder: Path, used: set[str]) -> None:
+    """Move the patches of the data set into one folder, and all others into the other."""
+    for file in (folder / LEFT_OUT).glob("*.png"):
+        if file.stem in used:
+            file.replace(folder / PATCHES / file.name)
+    for file in (folder / PATCHES).glob("*.png"):
+        if file.stem not in used and not file.name.startswith("."):
+            file.replace(folder / LEFT_OUT / file.name)
+
+
+def rows_of(labels: Labels) -> list[Row]:
+    """Return the patches of the data set, sorted by slide and place.
+
+    The split is that of the patient if both splits then contain every class, and otherwise that of the patch: a hash of
+    the name decides, so new labels do not move old ones.
+    """
+    usable = list(_usable(labels))
+    by_patient = [hash_split(patient, 1 - VAL_SHARE, VAL_SHARE) for _, patient, _ in usable]
+    by_patch = [hash_split(place.id, 1 - VAL_SHARE, VAL_SHARE) for place, _, _ in usable]
+    kinds = [present for _, _, present in usable]
+    chosen = by_patient if _has_every_class(by_patient, kinds) else by_patch
+    rows = [Row(place, patient, split, present)
+            for (place, patient, present), split in zip(usable, chosen, strict=True)]  # fmt: skip
+    return sorted(rows, key=lambda row: (row.place.slide, row.place.y_l0, row.place.x_l0))
+
+
+def _usable(labels: Labels) -> Iterator[tuple[Place, str, tuple[bool, ...]]]:
+    for place in labels.places():
+        verdict = labels.verdict(place)
+        if verdict.mark == "none" and "unknown" not in verdict.answers.values():
+            slide = labels.slides.get(place.slide)
+            patient = place.slide if slide is None else slide.patient
+            yield place, patient, tuple(answer == "present" for answer in verdict.answers.values())
+
+
+def _has_every_class(splits: Sequence[str], kinds: Sequence[tuple[bool, ...]]) -> bool:
+    """Return whether the training and the validation split contain each class that any patch has."""
+    whole = {k for present in kinds for k, there in enumerate(present) if there}
+    for split in ("train", "val"):
+        own = [present for one, present in zip(splits, kinds, strict=True) if one == split]
+        if not own or {k for present in own for k, there in enumerate(present) if there} != whole:
+            return False
+    return True
+
+
+def is_split_by_patient(rows: list[Row]) -> bool:
+    """Return whether no patient has patches in both splits."""
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        splits.setdefault(row.patient, set()).add(row.split)
+    return all(len(found) == 1 for found in splits.values())
+
+
+def table_text(rows: list[Row], labels: Labels) -> str:
+    """Return labels.csv: one row per patch."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    columns = class_columns(labels)
+    writer.writerow(["file", "slide", "patient", "split", "x_l0", "y_l0", "blind", *columns])
+    for row in rows:
+        slide = labels.slides.get(row.place.slide)
+        facts = [f"{row.place.id}.png", row.place.slide if slide is None else slide.name, row.patient, row.split]
+        place = [f"{row.place.x_l0:g}", f"{row.place.y_l0:g}", int(labels.is_blind(row.place))]
+        writer.writerow([*facts, *place, *(int(there) for there in row.present)])
+    return stream.getvalue()
+
+
+def class_columns(labels: Labels) -> list[str]:
+    """Return the columns of the classes. The prefix keeps them apart from the other columns."""
+    return [f"class {one.name}" for one in labels.classes.values()]
+
+
+def card_text(file: Path, labels: Labels) -> str:
+    """Return dataset.toml. The user's own keys (`OWN_KEYS`) are kept. Raises LabelingError for a damaged file."""
+    assert labels.settings is not None
+    own = OWN_KEYS | _kept_keys(file)
+    lines = [
+        "# Written by wsi-label after each label. Fill in the next five keys; they are kept. Other changes are lost."
+    ]
+    lines += [f"{key} = {_toml(own[key])}" for key in OWN_KEYS]
+    lines += [f"mpp = {labels.settings.mpp!r}", "classes = ["]
+    lines += [f"    {{ name = {_toml(c.name)}, color = {list(c.color)} }}," for c in labels.classes.values()]
+    lines += ["]", "", "[images]", f'all = [{{ image = "{PATCHES}/*.png" }}]', ""]
+    lines += ["[table]", f'files = ["{TABLE}"]', 'name_column = "file"', "", "[group]", 'column = "patient"', ""]
+    lines += ["[split]", 'by = "table"', "test = []", "", "[labels]", 'source = "csv"']
+    lines += [f"columns = [{', '.join(map(_toml, class_columns(labels)))}]", ""]
+    return "\n".join(lines)
+
+
+def _kept_keys(file: Path) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise LabelingError(f"{file}: is not valid TOML ({error}); repair it or move it away") from error
+    return {key: content[key] for key in OWN_KEYS if isinstance(content.get(key), str) and content[key]}
+
+
+def _toml(text: str) -> str:
+    # A JSON string is a TOML basic string, except for the surrogates of characters beyond 16 bits.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def warnings_of(labels: Labels) -> list[str]:
+    """Return what limits a model trained on these labels, and what to do about it."""
+    counts = count(labels)
+    found = []
+    if counts.labeled < FEW_LABELS:
+        found.append(
+            f"{counts.labeled} labeled patches are few; label at least {FEW_LABELS} before you train, better 200"
+        )
+    found += [
+        f"class {one.name} is present in {counts.present[one.id]} patches; label at least {FEW_OF_A_CLASS} with it: "
+        "use the grid, or slides that contain more of it"
+        for one in labels.classes.values()
+        if counts.present[one.id] < FEW_OF_A_CLASS
+    ]
+    rows = rows_of(labels)
+    if len({row.patient for row in rows}) == 1:
+        found.append(
+            "all labels come from one slide or patient, so the model may fail on others, and the validation cannot "
+            "show it; add slides of other patients"
+        )
+    elif rows and not is_split_by_patient(rows):
+        found.append(
+            "patches of one patient are in both splits, because no split by patient has every class on both sides; "
+            "scores will be too good: label every class on more slides"
+        )
+    if counts.incomplete:
+        found.append(
+            f"{counts.incomplete} patches are left out because a class has no answer or annotators contradict each "
+            "other; the page shows those again that lack an answer of yours"
+        )
+    return found
+
+
+class DatasetWriter:
+    """Keeps the files of a labels folder up to date while labels are saved, on a thread of its own."""
+
+    def __init__(self, folder: Path, store: EventStore, read: Read) -> None:
+        self._folder, self._store, self._read = folder, store, read
+        self._changed = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._work, name="dataset", daemon=True)
+        self._thread.start()
+
+    def changed(self) -> None:
+        """Write the files soon."""
+        self._changed.set()
+
+    def close(self) -> None:
+        """Write the files and stop. The slides must still be open."""
+        self._ended = True
+        self._changed.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            self._changed.wait()
+            self._changed.clear()
+            last = self._ended
+            try:
+                write_dataset(self._folder, Labels(self._store.read()), self._read)
+            except (WsiSegmentError, OSError, MemoryError) as error:
+                log.error("the labels are saved, but the data set cannot be written: %s", error)
+            if last:
+                return

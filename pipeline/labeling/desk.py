@@ -1,0 +1,97 @@
+"""Everything that the page of wsi-label works with, opened together and closed in the right order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from pipeline.errors import LabelingError
+from pipeline.labeling.dataset_files import DatasetWriter
+from pipeline.labeling.events import FolderStarted, Place
+from pipeline.labeling.folder import (
+    DEFAULT_BLIND_SHARE,
+    DEFAULT_SEED,
+    EVENTS_FILE,
+    Wishes,
+    add_classes,
+    check_classes,
+    start_folder,
+)
+from pipeline.labeling.labels import Labels
+from pipeline.labeling.patch_model import PatchModel
+from pipeline.labeling.session import Session
+from pipeline.labeling.similar import SimilarPatches
+from pipeline.labeling.slides import SlideFile, Slides
+from pipeline.labeling.store import EventStore
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the page works with."""
+
+    session: Session
+    slides: Slides
+    similar: SimilarPatches
+    model: PatchModel | None
+    """Makes suggestions; None if no model was given."""
+    title: str
+
+
+@contextmanager
+def open_desk(
+    folder: Path,
+    files: Sequence[SlideFile],
+    annotator: str,
+    *,
+    wishes: Wishes,
+    classes: Sequence[str],
+    model: Bundle | None,
+    shipped: Bundle,
+) -> Iterator[Desk]:
+    """Open a labels folder, which is made if it does not exist, and its slides. At the end, write the data set.
+
+    `classes` are added to those of the folder. `model` makes suggestions. Patches are compared by its features, or by
+    those of the `shipped` model, which also gives a new folder its pixel size and side.
+
+    Raises LabelingError if the folder, a setting or a class cannot be used.
+    """
+    card = (model or shipped).card
+    with ExitStack() as stack:
+        store = stack.enter_context(EventStore(folder / EVENTS_FILE))
+        check_classes([*(one.name for one in Labels(store.read()).classes.values()), *classes])
+        defaults = Wishes(card.mpp, card.tile_size, DEFAULT_SEED, DEFAULT_BLIND_SHARE)
+        settings = start_folder(store, annotator, wishes, defaults)
+        if model is not None:
+            check_model(model, settings)
+        add_classes(store, annotator, classes, {one.name: one.color for one in card.classes} if model else {})
+        slides = Slides(files, settings, list(Labels(store.read()).slides.values()))
+        stack.callback(slides.close)
+        seeing = PatchModel(model or shipped)
+        similar = SimilarPatches(lambda places: seeing.see(slides.pixels(places)).features_NF)
+        stack.callback(similar.close)
+        session = Session(store, slides, annotator, seeing.digest if model else None)
+        writer = DatasetWriter(folder, store, lambda place: _pixels(slides, place))
+        stack.callback(writer.close)
+        session.saved = writer.changed
+        yield Desk(session, slides, similar, seeing if model else None, folder.absolute().name)
+
+
+def check_model(model: Bundle, settings: FolderStarted) -> None:
+    """Raise LabelingError if a model expects other patches than those of the folder."""
+    card = model.card
+    if (card.mpp, card.tile_size) != (settings.mpp, settings.side):
+        raise LabelingError(
+            f"model {card.name} expects patches of {card.tile_size} px of {card.mpp:g} µm, but those of this folder "
+            f"have {settings.side} px of {settings.mpp:g} µm; omit --model, or pass another folder with --output"
+        )
+
+
+def _pixels(slides: Slides, place: Place) -> NDArray[np.uint8] | None:
+    ready = slides.of(place)
+    return None if ready is None else ready.patches.pixels(place)

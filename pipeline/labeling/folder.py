@@ -1,0 +1,145 @@
+"""A labels folder: its settings and its classes, as they are first chosen and later changed.
+
+labels/
+    labels.sqlite    the events, from which all other files are made
+    patches/         the patches of the data set
+    left-out/        labeled patches that are not part of it: unsure, artifacts, incomplete, undone
+    labels.csv       one row per patch of the data set
+    dataset.toml     the description that wsi-train reads
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from models.tissue_class import Color
+from pipeline.errors import LabelingError
+from pipeline.labeling.events import ClassAdded, ClassesMerged, ClassRenamed, FolderStarted
+from pipeline.labeling.labels import Labels
+from pipeline.labeling.store import EventStore
+from pipeline.training.palettes import CLASS_COLORS
+
+EVENTS_FILE = "labels.sqlite"
+
+DEFAULT_SEED = 1
+DEFAULT_BLIND_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The settings that a user asks for; None stands for those of the folder, or for the defaults of a new one."""
+
+    mpp: float | None = None
+    side: int | None = None
+    seed: int | None = None
+    blind_share: float | None = None
+
+
+def open_events(folder: Path) -> EventStore:
+    """Return the events of an existing labels folder. Raises LabelingError if there are none."""
+    if not (folder / EVENTS_FILE).is_file():
+        raise LabelingError(f"{folder}: has no {EVENTS_FILE}; pass the folder that wsi-label wrote with --output")
+    return EventStore(folder / EVENTS_FILE)
+
+
+def start_folder(store: EventStore, annotator: str, wishes: Wishes, defaults: Wishes) -> FolderStarted:
+    """Return the settings of a folder, which a new folder gets from `wishes` and then `defaults`.
+
+    Raises LabelingError if a wish differs from the settings of an existing folder, because all patches share them, or
+    if a value is out of range.
+    """
+    settings = Labels(store.read()).settings
+    if settings is None:
+        values = {name: _first(value, getattr(defaults, name)) for name, value in vars(wishes).items()}
+        try:
+            settings = FolderStarted.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise LabelingError(f"{first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
+        store.append(annotator, [settings])
+    for name, wish in vars(wishes).items():
+        if wish is not None and wish != getattr(settings, name):
+            raise LabelingError(
+                f"the patches of this folder have {name} {getattr(settings, name)}, not {wish}; omit the option, or "
+                "pass another folder with --output"
+            )
+    return settings
+
+
+def _first(value: float | None, default: float | None) -> float | None:
+    return default if value is None else value
+
+
+def add_classes(store: EventStore, annotator: str, names: Sequence[str], colors: Mapping[str, Color]) -> None:
+    """Add the classes that the folder does not have yet. `colors` are those of a model, by name.
+
+    Raises LabelingError for a name that is not valid.
+    """
+    labels = Labels(store.read())
+    known = {one.name for one in labels.classes.values()}
+    new = [name for name in dict.fromkeys(names) if name not in known]
+    first = labels.next_class_id
+    try:
+        events = [
+            ClassAdded(id=id_, name=name, color=colors.get(name) or class_color(id_ - 1))
+            for id_, name in enumerate(new, start=first)
+        ]
+    except ValidationError as error:
+        raise LabelingError(f"--classes: {error.errors()[0]['msg']}; separate the names by commas") from error
+    store.append(annotator, events)
+
+
+def check_classes(names: Sequence[str]) -> None:
+    """Raise LabelingError if these are fewer than the two classes that a model needs."""
+    if len(set(names)) < 2:
+        raise LabelingError(
+            "a model needs at least two classes: pass --classes with names that are separated by commas, such as "
+            "tumor,other"
+        )
+
+
+def rename_class(store: EventStore, annotator: str, old: str, new: str) -> None:
+    """Give a class another name. Raises LabelingError if `old` does not exist, or `new` does or is not valid."""
+    labels = Labels(store.read())
+    if new in {one.name for one in labels.classes.values()}:
+        raise LabelingError(f"class {new} exists; to join both, merge {old} into it")
+    try:
+        event = ClassRenamed(id=class_id(labels, old), name=new)
+    except ValidationError as error:
+        raise LabelingError(error.errors()[0]["msg"]) from error
+    store.append(annotator, [event])
+
+
+def merge_classes(store: EventStore, annotator: str, old: str, into: str) -> None:
+    """Make a class a part of another one. Raises LabelingError if one does not exist, or if they are the same."""
+    labels = Labels(store.read())
+    event = ClassesMerged(id=class_id(labels, old), into=class_id(labels, into))
+    if event.id == event.into:
+        raise LabelingError(f"class {old} cannot be merged into itself")
+    store.append(annotator, [event])
+
+
+def class_id(labels: Labels, name: str) -> int:
+    """Return the number of a class. Raises LabelingError if it does not exist."""
+    for one in labels.classes.values():
+        if one.name == name:
+            return one.id
+    raise LabelingError(f"class {name} does not exist; the classes are {', '.join(_names(labels)) or 'none'}")
+
+
+def _names(labels: Labels) -> list[str]:
+    return [one.name for one in labels.classes.values()]
+
+
+def class_color(index: int) -> Color:
+    """Return the color of the class with this index: from the palette, and then by turning the hue."""
+    if index < len(CLASS_COLORS):
+        return CLASS_COLORS[index]
+    # The golden ratio spreads any number of hues evenly.
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.6180339887 % 1, 0.75, 0.8)
+    return round(red * 255), round(green * 255), round(blue * 255)

@@ -1,0 +1,267 @@
+"""One annotator's session: which patches come next, and what is saved.
+
+Every method may be called from any thread. A method that returns after saving has the events on the disk.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from pipeline.errors import LabelingError
+from pipeline.labeling.events import Answer, Event, Labeled, Mark, Place, Reason, SlideAdded, Undone, View
+from pipeline.labeling.labels import LabelClass, Labels, label_of
+from pipeline.labeling.slides import Slides
+from pipeline.labeling.store import EventStore
+
+AHEAD = 6
+"""Patches that the page knows in advance, so that it can fetch their pictures."""
+
+HISTORY = 50
+"""Own labels to which the page can go back."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A patch to show."""
+
+    place: Place
+    reason: Reason
+    blind: bool
+    label: Labeled | None = None
+    """The annotator's own label, if there is one."""
+
+
+@dataclass(frozen=True)
+class NewLabel:
+    """A label that a person made."""
+
+    place: Place
+    present: frozenset[int]
+    """Numbers of the classes that are present. All others are absent."""
+    mark: Mark
+    view: View
+    seconds: float | None
+    suggested: dict[int, float] | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Patches of this folder, of all annotators."""
+
+    labeled: int
+    """Patches with an answer for every class."""
+    incomplete: int
+    """Patches that lack an answer: labeled before a class was added, or disputed."""
+    unsure: int
+    artifact: int
+    present: dict[int, int]
+    """Labeled patches in which a class is present, by class number."""
+    by_slide: dict[str, int]
+    """Labeled patches by the slide's digest."""
+
+
+class Session:
+    """What one annotator does with a labels folder."""
+
+    def __init__(self, store: EventStore, slides: Slides, annotator: str, model: str | None = None) -> None:
+        """`model` is the digest of the model that makes suggestions."""
+        self._store = store
+        self._slides = slides
+        self._model = model
+        self._lock = threading.RLock()
+        self._labels = Labels(store.read())
+        self._excluded: list[Place] = []
+        self._actions: list[tuple[int, ...]] = []
+        self._handed: dict[str, Place] = {}
+        self._registered: set[SlideAdded] = set(self._labels.slides.values())
+        self.annotator = annotator
+        self.saved: Callable[[], None] = lambda: None
+        """Called after events were saved."""
+
+    def classes(self) -> list[LabelClass]:
+        """Return the current classes."""
+        with self._lock:
+            self._follow()
+            return list(self._labels.classes.values())
+
+    def place(self, patch_id: str) -> Place | None:
+        """Return a patch that was handed out, by its id."""
+        with self._lock:
+            return self._handed.get(patch_id)
+
+    def patch(self, place: Place, reason: Reason) -> Patch:
+        """Return a patch to show, and remember its id."""
+        with self._lock:
+            self._handed[place.id] = place
+            return Patch(place, reason, self._labels.is_blind(place), self._labels.label(place, self.annotator))
+
+    def upcoming(self, count: int = AHEAD) -> list[Patch]:
+        """Return the next patches to label. Waits for a slide only if the open ones have no patch left."""
+        with self._lock:
+            self._follow()
+            excluded = [place for place in self._excluded if self._is_open(place)]
+            again = [label_of(one).place for one in self._labels.labels_of(self.annotator)]
+        # Waiting for a slide must not block other requests.
+        picked: dict[Place, Reason] = dict.fromkeys(excluded, "excluded")
+        for found in self._candidates(again):
+            if len(picked) >= count or (found is None and picked):
+                break
+            if found is not None:
+                picked.setdefault(*found)
+        return [self.patch(place, reason) for place, reason in islice(picked.items(), count)]
+
+    def _candidates(self, again: Sequence[Place]) -> Iterator[tuple[Place, Reason] | None]:
+        for place in again:
+            with self._lock:
+                own = self._labels.label(place, self.annotator)
+                incomplete = own is not None and not self._labels.is_complete(own)
+            if incomplete and self._slides.of(place) is not None:
+                yield place, "again"
+        for next_ in self._slides.places():
+            if next_ is None:
+                yield None
+                continue
+            with self._lock:
+                open_, blind = self._is_open(next_), self._labels.is_blind(next_)
+            if open_:
+                yield next_, "blind" if blind else "random"
+
+    def _is_open(self, place: Place) -> bool:
+        """Return whether this annotator should label a patch. Everybody labels the blind share."""
+        if self._labels.is_labeled(place, self.annotator):
+            return False
+        return self._labels.is_blind(place) or not self._labels.is_labeled(place)
+
+    def unseen(self) -> Iterator[Place]:
+        """Yield the patches that may be in a grid: not labeled, not blind, and on a slide that is open."""
+        for place in self._slides.open_places():
+            with self._lock:
+                fit = not self._labels.is_blind(place) and not self._labels.is_labeled(place)
+            if fit:
+                yield place
+
+    def answered(self, class_id: int) -> dict[Answer, list[Place]]:
+        """Return the labeled patches of open slides by their answer for a class."""
+        found: dict[Answer, list[Place]] = {"present": [], "absent": [], "unknown": []}
+        with self._lock:
+            self._follow()
+            for place in self._labels.places():
+                if self._slides.of(place) is not None:
+                    found[self._labels.verdict(place).answers[class_id]].append(place)
+        return found
+
+    def history(self) -> list[Patch]:
+        """Return the annotator's latest labeled patches that can be shown, the latest first."""
+        with self._lock:
+            self._follow()
+            places = dict.fromkeys(label_of(one).place for one in reversed(self._labels.labels_of(self.annotator)))
+            shown = (place for place in places if self._slides.of(place) is not None)
+            labels = self._labels
+            return [self.patch(p, _reason(labels.label(p, self.annotator))) for p in islice(shown, HISTORY)]
+
+    def save(self, labels: Sequence[NewLabel], reasons: dict[Place, Reason]) -> None:
+        """Save labels together. Raises LabelingError if they cannot be saved, or name a class that does not exist."""
+        with self._lock:
+            self._follow()
+            known = set(self._labels.classes)
+            for one in labels:
+                if strange := one.present - known:
+                    raise LabelingError(f"class {min(strange)} does not exist; reload the page")
+            added = [ready.added for ready in self._slides.ready() if ready.added not in self._registered]
+            events: list[Event] = [*added, *(self._event(one, reasons.get(one.place, "random")) for one in labels)]
+            numbers = self._store.append(self.annotator, events)
+            self._registered.update(added)
+            self._actions.append(numbers[len(added) :])
+            done = {one.place for one in labels}
+            self._excluded = [place for place in self._excluded if place not in done]
+            self._follow()
+        self.saved()
+
+    def _event(self, new: NewLabel, reason: Reason) -> Labeled:
+        answers: dict[int, Answer] = {}
+        if new.mark == "none":
+            answers = {id_: "present" if id_ in new.present else "absent" for id_ in self._labels.classes}
+        return Labeled(
+            place=new.place,
+            answers=answers,
+            mark=new.mark,
+            view=new.view,
+            reason=reason,
+            suggested=new.suggested,
+            model=self._model if new.suggested is not None or reason == "similar" else None,
+            seconds=None if new.seconds is None else round(min(new.seconds, 86_400.0), 2),
+        )
+
+    def exclude(self, places: Sequence[Place]) -> None:
+        """Show these patches next in the single view."""
+        with self._lock:
+            self._excluded = list(dict.fromkeys([*places, *self._excluded]))
+
+    def undo(self) -> list[Patch]:
+        """Undo the annotator's latest label, or grid of labels, and return its patches; empty if there is none.
+
+        The first undo of a session can reach the last label of the session before.
+        """
+        with self._lock:
+            self._follow()
+            own = self._labels.labels_of(self.annotator)
+            alive = {one.number: one for one in own}
+            while self._actions and not set(self._actions[-1]) & set(alive):
+                self._actions.pop()
+            numbers = self._actions.pop() if self._actions else tuple(one.number for one in own[-1:])
+            if not numbers:
+                return []
+            self._store.append(self.annotator, [Undone(numbers=numbers)])
+            undone = [alive[number] for number in numbers if number in alive]
+            self._follow()
+            places = [label_of(one).place for one in undone]
+            self._excluded = [place for place in self._excluded if place not in places]
+            patches = [self.patch(place, _reason(label_of(one))) for place, one in zip(places, undone, strict=True)]
+        self.saved()
+        return patches
+
+    def counts(self) -> Counts:
+        """Return how many patches are labeled."""
+        with self._lock:
+            self._follow()
+            return count(self._labels)
+
+    def median_seconds(self) -> float | None:
+        """Return the median time that this annotator took per label; None without labels."""
+        with self._lock:
+            times = [label_of(one).seconds for one in self._labels.labels_of(self.annotator)]
+        known = [seconds for seconds in times if seconds is not None]
+        return statistics.median(known) if known else None
+
+    def _follow(self) -> None:
+        """Add the events that this or another process saved since the last call."""
+        for record in self._store.read(after=self._labels.number):
+            self._labels.apply(record)
+
+
+def _reason(label: Labeled | None) -> Reason:
+    return "random" if label is None else label.reason
+
+
+def count(labels: Labels) -> Counts:
+    """Return how many patches of a folder are labeled."""
+    found = Counts(0, 0, 0, 0, dict.fromkeys(labels.classes, 0), dict.fromkeys(labels.slides, 0))
+    complete = incomplete = unsure = artifact = 0
+    for place in labels.places():
+        verdict = labels.verdict(place)
+        unsure += verdict.mark == "unsure"
+        artifact += verdict.mark == "artifact"
+        if verdict.mark != "none":
+            continue
+        if "unknown" in verdict.answers.values():
+            incomplete += 1
+            continue
+        complete += 1
+        found.by_slide[place.slide] = found.by_slide.get(place.slide, 0) + 1
+        for id_, answer in verdict.answers.items():
+            found.present[id_] += answer == "present"
+    return Counts(complete, incomplete, unsure, artifact, found.present, found.by_slide)

@@ -1,0 +1,136 @@
+"""The slides of a labeling session: opened one after the other in the background."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.labeling.events import FolderStarted, Place, SlideAdded
+from pipeline.labeling.patches import SlidePatches, round_robin, shuffled
+from wsi.errors import WsiSegmentError
+from wsi.slide import open_slide, slide_digest, slide_stamp
+from wsi.tissue import find_tissue
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SlideFile:
+    """A slide to label."""
+
+    path: Path
+    patient: str
+    mpp: float | None = None
+    """Micrometers per level-0 pixel, if the file's own value is missing or wrong."""
+
+
+@dataclass(frozen=True)
+class ReadySlide:
+    """An opened slide."""
+
+    added: SlideAdded
+    patches: SlidePatches
+    order: Sequence[Place]
+    """Its patches on tissue, in the random order."""
+    thumbnail_HWC: NDArray[np.uint8]
+
+
+class Slides:
+    """The slides of a session. Threads may share it. Call `close` last."""
+
+    def __init__(self, files: Sequence[SlideFile], settings: FolderStarted, known: Sequence[SlideAdded]) -> None:
+        """`known` are the slides of earlier sessions: the digest of an unchanged file is not computed again."""
+        self._settings = settings
+        self._digests = {one.stamp: one.digest for one in known}
+        self._files = sorted(files, key=lambda file: (file.path.name, str(file.path)))
+        # One thread: opening slides is bound by the disk, and the page needs the processor.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="slides")
+        self._ready: list[Future[ReadySlide | None]] = [self._thread.submit(self._open, file) for file in self._files]
+
+    @property
+    def count(self) -> int:
+        """Return the number of slides."""
+        return len(self._files)
+
+    def ready(self) -> list[ReadySlide]:
+        """Return the slides that are open now."""
+        found = [future.result() for future in self._ready if future.done() and not future.cancelled()]
+        return [one for one in found if one is not None]
+
+    def opened(self) -> int:
+        """Return how many slides have been opened, or could not be."""
+        return sum(future.done() for future in self._ready)
+
+    def places(self) -> Iterator[Place | None]:
+        """Yield all patches in the order of labeling: random in each slide, one slide after the other.
+
+        Before it waits for a slide that is not open yet, it yields None.
+        """
+        return round_robin([_later(future) for future in self._ready])
+
+    def open_places(self) -> Iterator[Place]:
+        """Yield the patches of the slides that are open now, in the order of labeling."""
+        return round_robin([one.order for one in self.ready()])
+
+    def of(self, place: Place) -> ReadySlide | None:
+        """Return the open slide of a patch, or None if the session does not have it."""
+        return next((one for one in self.ready() if one.added.digest == place.slide), None)
+
+    def pixels(self, places: Sequence[Place]) -> NDArray[np.uint8]:
+        """Return patches of open slides as rgb_NHWC. Raises KeyError for a patch of another slide."""
+        return np.stack([self._of(place).patches.pixels(place) for place in places])
+
+    def _of(self, place: Place) -> ReadySlide:
+        found = self.of(place)
+        if found is None:
+            raise KeyError(place)
+        return found
+
+    def _open(self, file: SlideFile) -> ReadySlide | None:
+        try:
+            return self._opened(file)
+        except (WsiSegmentError, OSError, MemoryError) as error:
+            log.warning("left out: %s", error)
+            return None
+
+    def _opened(self, file: SlideFile) -> ReadySlide:
+        stamp = slide_stamp(file.path)
+        digest = self._digests.get(stamp) or slide_digest(file.path)
+        slide = open_slide(file.path, file.mpp)
+        try:
+            patches = SlidePatches(slide, digest, self._settings.mpp, self._settings.side)
+            order = shuffled(patches.on_tissue(find_tissue(slide)), self._settings.seed)
+            added = SlideAdded(digest=digest, stamp=stamp, name=file.path.name, patient=file.patient)
+            return ReadySlide(added, patches, order, patches.thumbnail())
+        except BaseException:
+            slide.close()
+            raise
+
+    def cancel(self) -> None:
+        """Open no further slide. Those that wait for one get no patches of it."""
+        for future in self._ready:
+            future.cancel()
+
+    def close(self) -> None:
+        """Close every slide. A slide that is being opened is waited for."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        for one in self.ready():
+            one.patches.close()
+
+
+def _later(future: Future[ReadySlide | None]) -> Iterator[Place | None]:
+    """Yield the patches of a slide, and before them None if it is not open yet."""
+    if not future.done():
+        yield None
+    try:
+        found = future.result()
+    except CancelledError:  # the session ends
+        return
+    if found is not None:
+        yield from found.order

@@ -1,0 +1,161 @@
+"""The labels folder as a data set: what is in it, how it is split, and what it warns about."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models.bundle import Bundle
+from pipeline.errors import LabelingError
+from pipeline.labeling.dataset_files import rows_of, warnings_of, write_dataset
+from pipeline.labeling.events import Answer, ClassAdded, Event, Labeled, Place, Recorded, SlideAdded, Undone
+from pipeline.labeling.folder import merge_classes
+from pipeline.labeling.labels import Labels
+from pipeline.labeling.session import NewLabel
+from pipeline.labeling.store import EventStore
+from pipeline.training.dataset import labeled_boxes, load_dataset, read_rgb, samples
+from tests.pipeline.labeling.desks import desk
+from tests.pipeline.labeling.events import STARTED, STROMA, TUMOR, fold, label, place
+
+PRESENT: tuple[Answer, ...] = ("present", "absent")
+ABSENT: tuple[Answer, ...] = ("absent", "present")
+
+
+def read(at: Place) -> np.ndarray:
+    """Return pixels that tell the place."""
+    return np.full((64, 64, 3), int(at.x_l0) % 256, np.uint8)
+
+
+def on_slides(*answers: tuple[str, Answer, Answer]) -> Labels:
+    """Return one labeled patch per (patient, tumor, stroma)."""
+    slides = [SlideAdded(digest=who, stamp="", name=f"{who}.svs", patient=who) for who, *_ in answers]
+    labels = [
+        Labeled(place=Place(who, float(n), 0.0, 64, 1.0), answers={1: tumor, 2: stroma}, view="single", reason="random")
+        for n, (who, tumor, stroma) in enumerate(answers)
+    ]
+    events: list[Event] = [STARTED, TUMOR, STROMA, *dict.fromkeys(slides), *labels]
+    return Labels(Recorded(n, "", "ann", event) for n, event in enumerate(events, start=1))
+
+
+def table(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "labels.csv").open(encoding="utf-8") as file:
+        return {row["file"]: row for row in csv.DictReader(file)}
+
+
+def test_the_folder_of_a_session_is_a_data_set_with_both_splits(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at:
+        new = [
+            NewLabel(patch.place, frozenset({n // 2 % 2 + 1}), "none", "single", 1.0)
+            for n, patch in enumerate(at.session.upcoming(40))
+        ]
+        at.session.save(new, {})
+        first = at.session.history()[0].place
+        pixels = at.slides.pixels([first])[0]
+    dataset = load_dataset(tmp_path / "l")
+    assert (dataset.class_names, dataset.mpp) == (("class-0", "class-1"), 1.0)
+    parts = {split: samples(dataset, split) for split in ("train", "val")}
+    assert len(parts["train"]) + len(parts["val"]) == 40
+    for chosen in parts.values():
+        assert {tuple(labeled_boxes(dataset, one).present_BK[0]) for one in chosen} == {(True, False), (False, True)}
+    own = next(one for chosen in parts.values() for one in chosen if one.name == first.id)
+    assert np.array_equal(read_rgb(own), pixels)
+    assert own.labels_K == (False, True)
+    assert own.group in ("a", "b")
+
+
+def test_only_complete_labels_are_part_of_the_data_set(tmp_path: Path) -> None:
+    events = [
+        ("ann", label(0, *PRESENT)), ("ann", label(1, mark="unsure")), ("ann", label(2, mark="artifact")),
+        ("ann", label(3, "present")), ("ann", label(4, *PRESENT)),
+        ("bob", label(4, *ABSENT)), ("ann", label(5, *ABSENT)),
+    ]  # fmt: skip
+    assert write_dataset(tmp_path, fold(*events), read) == 0
+    expected = {f"{place(x).id}.png" for x in (0, 5)}
+    assert set(table(tmp_path)) == {file.name for file in (tmp_path / "patches").iterdir()} == expected
+    assert len(list((tmp_path / "left-out").iterdir())) == 4
+    row = table(tmp_path)[f"{place(5).id}.png"]
+    assert (row["slide"], row["patient"], row["x_l0"], row["class tumor"], row["class stroma"]) == (
+        "a.svs", "a", "5", "0", "1"
+    )  # fmt: skip
+    # Without its slide, a patch moves between the folders but is not read again.
+    undone = fold(*events, ("ann", Undone(numbers=(5,))), ("ann", label(3, *PRESENT)))
+    assert write_dataset(tmp_path, undone, lambda _: None) == 0
+    assert set(table(tmp_path)) == {f"{place(x).id}.png" for x in (3, 5)}
+    assert (np.asarray(Image.open(tmp_path / "patches" / f"{place(3).id}.png")) == 3).all()
+
+
+def test_a_patch_whose_slide_is_not_open_is_left_out_until_it_is(tmp_path: Path) -> None:
+    labels = fold(("ann", label(0, *PRESENT)), ("ann", label(1, *ABSENT)))
+    assert write_dataset(tmp_path, labels, lambda at: read(at) if at == place(0) else None) == 1
+    assert set(table(tmp_path)) == {f"{place(0).id}.png"}
+    assert write_dataset(tmp_path, labels, read) == 0
+    assert len(table(tmp_path)) == 2
+
+
+def test_the_user_s_own_keys_are_kept_and_the_classes_follow(tmp_path: Path) -> None:
+    labels = fold(("ann", label(0, *PRESENT)))
+    write_dataset(tmp_path, labels, read)
+    card = tmp_path / "dataset.toml"
+    assert "Not stated: fill in the license" in load_dataset(tmp_path).card.licence
+    text = card.read_text(encoding="utf-8").replace('"my-labels"', '"Köln \\"1\\""').replace("mpp = 1.0", "mpp = 9.0")
+    card.write_text(text, encoding="utf-8")
+    labels = fold(("ann", label(0, *PRESENT)), ("ann", ClassAdded(id=3, name='a "b" \\', color=(1, 2, 3))))
+    write_dataset(tmp_path, labels, read)
+    dataset = load_dataset(tmp_path)
+    assert (dataset.card.name, dataset.mpp) == ('Köln "1"', 1.0)
+    assert dataset.class_names == ("tumor", "stroma", 'a "b" \\')
+    card.write_text("name = ", encoding="utf-8")
+    with pytest.raises(LabelingError, match=r"dataset\.toml: is not valid TOML"):
+        write_dataset(tmp_path, labels, read)
+
+
+def test_merged_classes_are_merged_in_the_data_set(tmp_path: Path) -> None:
+    with EventStore(tmp_path / "labels.sqlite") as store:
+        extra = ClassAdded(id=3, name="fat", color=(1, 2, 3))
+        store.append("ann", [STARTED, TUMOR, STROMA, extra, label(0, "absent", "absent", "present")])
+        merge_classes(store, "ann", "fat", "stroma")
+        write_dataset(tmp_path, Labels(store.read()), read)
+    (row,) = table(tmp_path).values()
+    assert (row["class tumor"], row["class stroma"], "class fat" in row) == ("0", "1", False)
+
+
+def test_the_split_is_that_of_patients_if_both_parts_then_have_every_class() -> None:
+    patients = [f"p{n}" for n in range(12)]
+    rows = rows_of(on_slides(*((who, *answers) for who in patients for answers in (PRESENT, ABSENT))))  # type: ignore[arg-type]  # two answers
+    by_patient = {who: {row.split for row in rows if row.patient == who} for who in patients}
+    assert all(len(splits) == 1 for splits in by_patient.values())
+    assert {row.split for row in rows} == {"train", "val"}
+
+
+def test_the_split_is_that_of_patches_if_patients_cannot_be_apart() -> None:
+    labels = on_slides(*(("one", *(PRESENT if n % 2 else ABSENT)) for n in range(40)))  # type: ignore[arg-type]  # the same
+    rows = rows_of(labels)
+    assert 3 <= sum(row.split == "val" for row in rows) <= 14
+    assert any("all labels come from one slide or patient" in text for text in warnings_of(labels))
+
+
+def test_new_labels_do_not_move_old_ones_to_another_split() -> None:
+    many = [("one", *(PRESENT if n % 2 else ABSENT)) for n in range(80)]
+    before = {row.place: row.split for row in rows_of(on_slides(*many[:50]))}  # type: ignore[arg-type]  # the same
+    after = {row.place: row.split for row in rows_of(on_slides(*many))}  # type: ignore[arg-type]  # the same
+    assert {at: after[at] for at in before} == before
+
+
+def test_few_labels_few_of_a_class_and_left_out_patches_are_warned_about() -> None:
+    few = warnings_of(fold(("ann", label(0, *PRESENT)), ("ann", label(1, "present"))))
+    assert [text.split(";")[0].split(",")[0] for text in few] == [
+        "1 labeled patches are few",
+        "class tumor is present in 1 patches",
+        "class stroma is present in 0 patches",
+        "all labels come from one slide or patient",
+        "1 patches are left out because a class has no answer or annotators contradict each other",
+    ]
+    patients = [f"p{n}" for n in range(30)]
+    enough = on_slides(*((who, *answers) for who in patients for answers in (PRESENT, ABSENT)))  # type: ignore[arg-type]  # the same
+    assert warnings_of(enough) == []

@@ -1,0 +1,184 @@
+"""The page of wsi-label in a real browser: both views, the keys, and what a screen reader gets."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvicorn
+
+from models.bundle import Bundle
+from pipeline.labeling.app import make_app
+from pipeline.labeling.desk import Desk
+from pipeline.labeling.events import Labeled, Undone
+from pipeline.labeling.store import EventStore
+from pipeline.web.server import listening, server_config
+from tests.browser import axe_findings, screenshot, until, watch
+from tests.cases import full
+from tests.pipeline.labeling.desks import desk
+
+if TYPE_CHECKING:  # most test runs do not need a browser
+    from playwright.sync_api import Browser, Page
+
+
+@contextmanager
+def serving(at: Desk) -> Iterator[str]:
+    """Serve a desk from a thread; yield the address."""
+    with listening(0) as listener:
+        server = uvicorn.Server(server_config(make_app(at)))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def ready(page: Page) -> None:
+    until(page, "!wsiLabel.single.busy && document.querySelector('#stage .patch')?.complete")
+
+
+def shown(page: Page) -> str:
+    """Return the id of the patch that is shown."""
+    return str(page.evaluate("() => wsiLabel.single.patch?.id"))
+
+
+def press(page: Page, *keys: str) -> None:
+    for key in keys:
+        page.keyboard.press(key)
+        ready(page)
+
+
+def saved(folder: Path) -> list[Any]:
+    """Return the labels and undos in the file."""
+    with EventStore(folder / "labels.sqlite") as store:
+        return [one.event for one in store.read() if isinstance(one.event, (Labeled, Undone))]
+
+
+def test_patches_are_labeled_with_the_keyboard_and_a_reload_goes_on_where_it_was(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with desk(folder, slides, shipped, model=shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        order = [patch.place.id for patch in at.session.upcoming(6)]
+        assert shown(page) == order[0]
+        press(page, "1", "Enter", "1", "2", "Enter", "1", "1", "Enter", "u", "a")
+        assert [(one.answers, one.mark) for one in saved(folder)] == [
+            ({1: "present", 2: "absent"}, "none"),
+            ({1: "present", 2: "present"}, "none"),
+            ({1: "absent", 2: "absent"}, "none"),
+            ({}, "unsure"),
+            ({}, "artifact"),
+        ]
+        assert [one.place.id for one in saved(folder)] == order[:5]
+        assert page.locator("#announcement").inner_text() == "Saved: artifact"
+        assert "Labeled patches\n3" in page.locator("#counts").inner_text()
+        press(page, "z")
+        assert saved(folder)[-1].kind == "undo"
+        assert shown(page) == order[4]
+        page.reload()
+        ready(page)
+        assert shown(page) == order[4]
+        press(page, "Backspace", "Backspace")
+        assert shown(page) == order[2]
+        page.keyboard.press("Backspace")
+        assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
+        press(page, "2", "Enter")
+        assert saved(folder)[-1].answers == {1: "present", 2: "absent"}
+        assert saved(folder)[-1].place.id == order[1]
+        assert shown(page) == order[4]
+
+
+def test_the_patch_lies_in_the_middle_of_its_dimmed_surroundings_and_is_marked_on_the_slide(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        patch, around, slide, marker = (
+            page.locator(f"#{name}").bounding_box() for name in ("stage .patch", "stage .around", "thumbnail", "marker")
+        )
+        assert patch is not None
+        assert around is not None
+        assert patch["width"] == pytest.approx(around["width"] / 2, abs=1)
+        assert patch["x"] - around["x"] == pytest.approx(around["width"] / 4, abs=1)
+        assert patch["y"] - around["y"] == pytest.approx(around["height"] / 4, abs=1)
+        assert float(page.evaluate("() => getComputedStyle(document.querySelector('.around')).opacity")) < 0.6
+        place = at.session.upcoming(1)[0].place
+        assert slide is not None
+        assert marker is not None
+        assert (marker["x"] - slide["x"]) / slide["width"] == pytest.approx(place.x_l0 / 1280, abs=0.02)
+        assert (marker["y"] - slide["y"]) / slide["height"] == pytest.approx(place.y_l0 / 832, abs=0.02)
+
+
+@pytest.mark.parametrize("scheme", ["light", full("dark")])
+def test_the_grid_saves_what_is_not_excluded_and_both_views_are_accessible(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle, scheme: Any
+) -> None:
+    folder = tmp_path / "l"
+    # Axe is injected as a script, which the page's content policy forbids.
+    options: dict[str, Any] = {"viewport": {"width": 1280, "height": 900}, "color_scheme": scheme, "bypass_csp": True}
+    with (
+        desk(folder, slides[:1], shipped, model=shipped) as at,
+        serving(at) as url,
+        browser.new_context(**options) as context,
+    ):
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        faults = watch(page)
+        page.goto(url)
+        ready(page)
+        press(page, "1", "Enter", "2", "Enter", "1", "s")
+        until(page, "document.getElementById('suggestion').textContent || wsiLabel.single.patch.blind")
+        assert axe_findings(page) == []
+        screenshot(page, f"label-single-{scheme}", tmp_path, whole=False)
+        page.keyboard.press("g")
+        page.keyboard.press("1")
+        until(page, "document.querySelectorAll('#patches img').length === 24", seconds=40)
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Space")
+        page.locator("#patches button").nth(3).click()
+        patches = page.evaluate("() => wsiLabel.grid.patches.map(({ id }) => id)")
+        until(page, "[...document.querySelectorAll('#patches img')].every((image) => image.complete)")
+        assert axe_findings(page) == []
+        screenshot(page, f"label-grid-{scheme}", tmp_path, whole=False)
+        page.keyboard.press("Enter")
+        until(page, f"wsiLabel.grid.patches.length && wsiLabel.grid.patches[0].id !== '{patches[0]}'", seconds=40)
+        grid = [one for one in saved(folder) if one.view == "grid"]
+        assert [one.place.id for one in grid] == [p for i, p in enumerate(patches) if i not in (1, 3)]
+        assert all(one.answers == {1: "present", 2: "absent"} and one.reason == "similar" for one in grid)
+        page.set_viewport_size({"width": 390, "height": 800})
+        page.keyboard.press("g")
+        assert shown(page) == patches[1], "an excluded patch comes next in the single view"
+        assert axe_findings(page) == []
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+        screenshot(page, f"label-phone-{scheme}", tmp_path)
+    assert not faults, "\n".join(faults)
+
+
+def test_the_page_says_that_the_server_is_gone_and_does_not_go_on(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        with desk(tmp_path / "l", slides[:1], shipped) as at:
+            with serving(at) as url:
+                page.goto(url)
+                ready(page)
+                first = shown(page)
+            page.keyboard.press("1")
+            page.keyboard.press("Enter")
+            until(page, "!document.getElementById('fault').hidden")
+            assert "Start wsi-label again" in page.locator("#fault").inner_text()
+            assert shown(page) == first
+            assert saved(tmp_path / "l") == []

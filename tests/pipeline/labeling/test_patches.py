@@ -1,0 +1,68 @@
+"""Which patches of a slide are asked about, and their pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.labeling.events import Place
+from pipeline.labeling.patches import MIN_TISSUE, SlidePatches, round_robin, shuffled
+from tests.pipeline.labeling.desks import SIDE
+from wsi.slide import open_slide
+from wsi.tissue import find_tissue
+
+
+def test_patches_lie_on_tissue_inside_the_slide_and_do_not_overlap(slides: list[Path]) -> None:
+    with open_slide(slides[0]) as slide:
+        tissue = find_tissue(slide)
+        patches = SlidePatches(slide, "d", 1.0, SIDE)
+        found = {(place.x_l0, place.y_l0) for place in patches.on_tissue(tissue)}
+    expected = set()
+    for y in range(0, 832 - SIDE + 1, SIDE):
+        for x in range(0, 1280 - SIDE + 1, SIDE):
+            # Slow and simple: the mask at the center of every pixel.
+            rows, columns = ((np.arange(start, start + SIDE) + 0.5) / tissue.l0_per_px for start in (y, x))
+            inside = tissue.mask_HW[np.ix_(rows.astype(int), columns.astype(int))]
+            if inside.mean() >= MIN_TISSUE:
+                expected.add((float(x), float(y)))
+    assert found == expected
+    assert len(found) > 100
+
+
+def test_a_patch_has_the_slide_s_pixels_and_lies_in_the_middle_of_its_context(slides: list[Path]) -> None:
+    with open_slide(slides[0]) as slide:
+        whole = slide.read(0, slide.info.bounds_l0).rgb_HWC
+        patches = SlidePatches(slide, "d", 2.0, 32)
+        place = patches.place(5, 4)
+        assert (place.x_l0, place.y_l0, patches.side_l0) == (320.0, 256.0, 64.0)
+        patch, context = patches.pixels(place), patches.context(place)
+    mean = whole[256:320, 320:384].reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
+    assert np.array_equal(patch, np.floor(mean + 0.5).astype(np.uint8))
+    assert context.shape == (64, 64, 3)
+    assert np.array_equal(context[16:48, 16:48], patch)
+
+
+def test_the_context_of_a_patch_at_the_corner_is_white_outside_the_slide(slides: list[Path]) -> None:
+    with open_slide(slides[0]) as slide:
+        patches = SlidePatches(slide, "d", 1.0, SIDE)
+        context = patches.context(patches.place(0, 0))
+    assert (context[:32] == 255).all()
+    assert (context[:, :32] == 255).all()
+
+
+@given(st.lists(st.integers(0, 200), max_size=30, unique=True), st.integers(0, 9))
+def test_the_order_is_fixed_by_the_seed_and_a_missing_patch_does_not_move_the_others(xs: list[int], seed: int) -> None:
+    places = [Place("d", float(x), 0.0, 64, 1.0) for x in xs]
+    order = shuffled(places, seed)
+    assert sorted(order, key=repr) == sorted(places, key=repr)
+    assert shuffled(reversed(places), seed) == order
+    assert shuffled(places[1:], seed) == [place for place in order if place not in places[:1]]
+
+
+@given(st.lists(st.lists(st.integers(), max_size=5), max_size=5))
+def test_slides_take_turns(slides: list[list[int]]) -> None:
+    turns = [one[turn] for turn in range(5) for one in slides if turn < len(one)]
+    assert list(round_robin(slides)) == turns

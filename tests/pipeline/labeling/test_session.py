@@ -1,0 +1,176 @@
+"""What comes next, what is saved, and what a second session or a second person sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from models.bundle import Bundle
+from pipeline.errors import LabelingError
+from pipeline.labeling.events import Labeled
+from pipeline.labeling.folder import Wishes, add_classes
+from pipeline.labeling.session import NewLabel, Session
+from pipeline.labeling.store import EventStore
+from tests.pipeline.labeling.desks import desk, save
+
+
+def ids(session: Session, count: int = 6) -> list[str]:
+    return [patch.place.id for patch in session.upcoming(count)]
+
+
+def test_the_order_alternates_between_slides_and_is_the_same_after_a_restart(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "one", slides, shipped) as one:
+        first = one.session.upcoming(20)
+        assert [one.slides.of(p.place).added.name for p in first] == ["a.svs", "b.svs"] * 10  # type: ignore[union-attr]
+    with desk(tmp_path / "two", slides[::-1], shipped) as two:
+        assert two.session.upcoming(20) == first
+    with desk(tmp_path / "three", slides, shipped, wishes=Wishes(side=64, seed=8)) as three:
+        assert three.session.upcoming(20) != first
+
+
+def test_labels_survive_a_restart_and_labeled_patches_do_not_come_again(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at:
+        order = ids(at.session, 6)
+        for patch in at.session.upcoming(4):
+            save(at, patch, 1)
+    with desk(tmp_path / "l", slides, shipped, classes=(), wishes=Wishes()) as at:
+        assert ids(at.session, 2) == order[4:]
+        assert [patch.place.id for patch in at.session.history()] == order[:4][::-1]
+        counts = at.session.counts()
+        assert (counts.labeled, counts.present) == (4, {1: 4, 2: 0})
+        assert sorted(counts.by_slide.values()) == [2, 2]
+        assert at.session.median_seconds() == 1.5
+        assert [patch.place.id for patch in at.session.undo()] == order[3:4], "an undo reaches the session before"
+
+
+def test_undo_takes_back_one_label_or_a_whole_grid(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at:
+        one, *rest = at.session.upcoming(5)
+        save(at, one, 2)
+        at.session.save([NewLabel(p.place, frozenset({1}), "none", "grid", 0.2) for p in rest], {})
+        assert at.session.counts().present == {1: 4, 2: 1}
+        assert [patch.place for patch in at.session.undo()] == [patch.place for patch in rest]
+        assert at.session.counts().present == {1: 0, 2: 1}
+        assert [patch.place for patch in at.session.undo()] == [one.place]
+        assert at.session.undo() == []
+        assert at.session.counts().labeled == 0
+
+
+def test_a_label_that_is_corrected_counts_once(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at:
+        (patch,) = at.session.upcoming(1)
+        save(at, patch, 1)
+        (again,) = at.session.history()
+        assert again.label is not None
+        assert again.label.answers == {1: "present", 2: "absent"}
+        save(at, again, 2)
+        assert at.session.counts().present == {1: 0, 2: 1}
+        at.session.save([NewLabel(patch.place, frozenset(), "artifact", "single", 1.0)], {})
+        assert (at.session.counts().labeled, at.session.counts().artifact) == (0, 1)
+
+
+def test_two_people_share_the_blind_patches_and_divide_the_others(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as ann, desk(tmp_path / "l", slides, shipped, annotator="bob") as bob:
+        done = ann.session.upcoming(12)
+        for patch in done:
+            save(ann, patch, 1)
+        blind = [patch.place for patch in done if patch.blind]
+        assert 0 < len(blind) < 12
+        offered = bob.session.upcoming(40)
+        assert [patch.place for patch in offered if patch.place in {p.place for p in done}] == blind
+        assert all(patch.label is None for patch in offered), "the other person's labels are not shown"
+
+
+def test_a_patch_that_lacks_an_answer_for_a_new_class_comes_first_and_keeps_its_label(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at:
+        (patch,) = at.session.upcoming(1)
+        save(at, patch, 2)
+        with EventStore(tmp_path / "l" / "labels.sqlite") as other:
+            add_classes(other, "ann", ["necrosis"], {})
+        again = at.session.upcoming(2)[0]
+        assert (again.place, again.reason) == (patch.place, "again")
+        assert at.session.counts().incomplete == 1
+        save(at, again, 2, 3)
+        assert at.session.upcoming(1)[0].place != patch.place
+        assert at.session.counts().present == {1: 0, 2: 1, 3: 1}
+
+
+def test_excluded_patches_come_next_and_blind_ones_are_never_in_a_grid(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at:
+        at.session.upcoming(60)
+        unseen = [place for place, _ in zip(at.session.unseen(), range(60), strict=False)]
+        assert not any(at.session.patch(place, "similar").blind for place in unseen)
+        at.session.exclude(unseen[50:52])
+        first = at.session.upcoming(2)
+        assert [(p.place, p.reason) for p in first] == [(place, "excluded") for place in unseen[50:52]]
+        save(at, first[0], 1)
+        assert at.session.upcoming(1)[0].place == unseen[51]
+
+
+def test_an_event_contains_everything_about_a_label(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
+    with desk(tmp_path / "l", slides, shipped, model=shipped) as at:
+        (patch,) = at.session.upcoming(1)
+        new = NewLabel(patch.place, frozenset({2}), "none", "single", 2.345, {1: 0.25})
+        at.session.save([new], {patch.place: patch.reason})
+    with EventStore(tmp_path / "l" / "labels.sqlite") as store:
+        event = store.read()[-1].event
+    assert event == Labeled(
+        place=patch.place, answers={1: "absent", 2: "present"}, view="single", reason=patch.reason,
+        suggested={1: 0.25}, model=shipped.digest, seconds=2.35,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wishes", "classes", "message"),
+    [
+        (Wishes(side=96), (), "have side 64, not 96"),
+        (Wishes(mpp=0.5), (), r"have mpp 1\.0, not 0\.5"),
+        (Wishes(), ("a:b",), "--classes: .*printable"),
+    ],
+)
+def test_a_folder_keeps_its_settings(
+    tmp_path: Path, slides: list[Path], shipped: Bundle, wishes: Wishes, classes: tuple[str, ...], message: str
+) -> None:
+    with desk(tmp_path / "l", slides[:1], shipped):
+        pass
+    with (
+        pytest.raises(LabelingError, match=message),
+        desk(tmp_path / "l", slides[:1], shipped, wishes=wishes, classes=classes),
+    ):
+        pass
+
+
+def test_one_class_is_refused_before_anything_is_saved(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
+    with pytest.raises(LabelingError, match="at least two classes"), desk(tmp_path, slides, shipped, classes=["tumor"]):
+        pass
+    with EventStore(tmp_path / "labels.sqlite") as store:
+        assert store.read() == []
+
+
+def test_a_model_for_other_patches_is_refused(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
+    with (
+        pytest.raises(LabelingError, match=r"test expects patches of 64 px of 1 µm, but .* have 96 px"),
+        desk(tmp_path, slides, shipped, model=shipped, wishes=Wishes(side=96)),
+    ):
+        pass
+
+
+def test_a_slide_that_cannot_be_opened_is_left_out(
+    tmp_path: Path, slides: list[Path], shipped: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "0.svs").write_bytes(b"not a slide")
+    with desk(tmp_path / "l", [tmp_path / "0.svs", slides[0]], shipped) as at:
+        assert len(at.session.upcoming(4)) == 4
+        assert [one.added.name for one in at.slides.ready()] == ["a.svs"]
+    assert "left out: 0.svs: cannot be opened" in caplog.text
