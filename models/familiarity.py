@@ -43,8 +43,10 @@ def window_features(deep_NChw: Tensor, stride: int) -> Tensor:
     `stride` is the number of model pixels per cell of the map. The windows start at the first cell. The last window of
     a row or column ends with the map, and can be smaller than the others.
     """
-    side = [min(WINDOW // stride, length) for length in deep_NChw.shape[2:]]
-    mean_NCrc = F.avg_pool2d(deep_NChw.float(), side, STEP // stride, ceil_mode=True, count_include_pad=False)
+    # While torch traces a network, sizes are tensors. OpenVINO accepts only constant sides.
+    cells = int(stride)
+    side = [min(WINDOW // cells, int(length)) for length in deep_NChw.shape[2:]]
+    mean_NCrc = F.avg_pool2d(deep_NChw.float(), side, STEP // cells, ceil_mode=True, count_include_pad=False)
     return mean_NCrc.permute(0, 2, 3, 1)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from models.tissue_class import Color
 
-CELL_OUT = 16
+CELL_OUT = 8
 """Side of a cell in pixels of the map. Sides of blocks are multiples of it."""
 
 NO_TISSUE = 0

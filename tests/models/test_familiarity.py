@@ -161,3 +161,13 @@ def test_statistics_do_not_change_the_prediction(
     assert plain.predict(tiles_NHWC).distances_Nrc is None
     presence_NK = predictor(classifier, statistics).presence(tiles_NHWC)
     assert presence_NK == pytest.approx(plain.presence(tiles_NHWC), abs=1e-6)
+
+
+def test_openvino_measures_the_same_distances(classifier: Classifier, statistics: tuple[Statistics, ModelCard]) -> None:
+    tiles_NHWC = striped_tiles(2, 16, seed=5)
+    tiles_NHWC = np.concatenate([tiles_NHWC, tiles_NHWC], axis=2)
+    torch_Nrc = predictor(classifier, statistics).predict(tiles_NHWC).distances_Nrc
+    openvino_Nrc = predictor(classifier, statistics, runtime="openvino").predict(tiles_NHWC).distances_Nrc
+    assert torch_Nrc is not None
+    assert torch_Nrc.shape == (2, 2, 4)
+    assert openvino_Nrc == pytest.approx(torch_Nrc, rel=1e-3)

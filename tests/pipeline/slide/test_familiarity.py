@@ -43,7 +43,7 @@ def test_a_cell_has_a_mean_of_the_windows_that_overlap_it(drawn: list[tuple[int,
 def test_windows_near_the_center_of_a_cell_count_more() -> None:
     cells = CellDistances(BLOCK)
     cells.add(Box(64, 128, CELL_OUT, CELL_OUT), 0.0)  # centered on the first cell
-    cells.add(Box(56, 120, 3 * CELL_OUT, 3 * CELL_OUT), 2.0)  # its center lies beside the cell
+    cells.add(Box(60, 124, 3 * CELL_OUT, 3 * CELL_OUT), 2.0)  # its center lies beside the cell
     assert 1 < cells.values(TISSUE_HW)[0][0, 0] < LIMIT
 
 
@@ -54,9 +54,9 @@ def test_tissue_is_counted_in_pixels_of_the_map() -> None:
     tissue_HW = np.zeros((64, 64), bool)
     tissue_HW[0, :10] = tissue_HW[40, :30] = True
     values_hw, tissue_px, unfamiliar_px = cells.values(tissue_HW)
-    assert (tissue_px, unfamiliar_px) == (40, 10)
+    assert (tissue_px, unfamiliar_px) == (40, 8)
     assert values_hw[0, 0] > LIMIT
-    assert np.count_nonzero(values_hw) == 3
+    assert np.count_nonzero(values_hw) == 6
 
 
 def test_windows_of_an_image_lie_a_step_apart() -> None:
@@ -77,7 +77,7 @@ def test_blocks_join_to_a_map_that_ends_with_the_slide(tmp_path: Path) -> None:
     blocks = grid.blocks()
     assert len(blocks) == 4
     for block in blocks[:3]:
-        save_values(values_file(tmp_path, block), np.full((4, 4), block.index + 1, np.uint8))
+        save_values(values_file(tmp_path, block), np.full((8, 8), block.index + 1, np.uint8))
     joined = join_values(tmp_path, grid, blocks[:3], tissue_px=200, unfamiliar_px=50)
     assert joined.share == pytest.approx(0.25)
-    assert joined.values_HW.tolist() == [[1] * 4 + [2] * 3] * 4 + [[3] * 4 + [0] * 3]
+    assert joined.values_HW.tolist() == [[1] * 8 + [2] * 5] * 8 + [[3] * 8 + [0] * 5]

@@ -65,15 +65,15 @@ def test_an_unfamiliar_slide_has_a_warning_in_every_output(tmp_path: Path, unfam
     assert run is not None
     assert run.familiarity is not None
     assert run.familiarity.unfamiliar_share > 0.9
-    assert run.familiarity.l0_per_px == 64
+    assert run.familiarity.l0_per_px == 32
     warning = f"{100 * run.familiarity.unfamiliar_share:.0f}{WARNING}"
     assert result.warnings == run.warnings == (warning,)
     assert (run.scope, run.limits) == ("paint, on glass", "For tests.")
     with Image.open(result.folder / "familiarity.png") as picture:
         values_HW = np.asarray(picture)
-    assert values_HW.shape == (7, 9)
-    assert (values_HW[2:5, 2:7] > LIMIT).all()
-    assert (values_HW[:, 8] == 0).all()
+    assert values_HW.shape == (14, 18)
+    assert (values_HW[4:10, 4:14] > LIMIT).all()
+    assert (values_HW[:, 16:] == 0).all()
     page = (result.folder / "index.html").read_text(encoding="utf-8")
     assert f"Warning:</b> {warning.partition(' look')[0]}" in page
     assert "For tests." in page
