@@ -24,6 +24,7 @@ from models.errors import (
     UnknownBundleError,
     WeightsMismatchError,
 )
+from models.shipped import SHIPPED_DIGESTS
 from models.tissue_class import TissueClass
 
 if TYPE_CHECKING:
@@ -156,6 +157,11 @@ class Bundle:
     path: Path
     digest: str
 
+    @property
+    def shipped(self) -> bool:
+        """Return whether the bundle is one of those that this version of wsi-segment ships."""
+        return self.digest in SHIPPED_DIGESTS.values()
+
 
 def shipped_bundles() -> list[str]:
     """Return the names of the shipped bundles, sorted."""
@@ -164,11 +170,17 @@ def shipped_bundles() -> list[str]:
     return sorted(folder.name for folder in SHIPPED_FOLDER.iterdir() if (folder / CARD_FILE).is_file())
 
 
-def load_bundle(name_or_path: str | Path) -> Bundle:
+def card_digest(folder: Path) -> str:
+    """Return the SHA-256 of the card of a bundle, which contains the digests of the weights."""
+    return hashlib.sha256((folder / CARD_FILE).read_bytes()).hexdigest()
+
+
+def load_bundle(name_or_path: str | Path, digest: str | None = None) -> Bundle:
     """Return the shipped bundle of this name, or the bundle in this folder. Reads the card, not the weights.
 
     A shipped name takes precedence over a folder of the same name in the working directory; pass "./name" for the
-    folder. Raises BundleError.
+    folder. Raises DigestMismatchError if the card of a shipped bundle has changed, or if the card does not have the
+    SHA-256 `digest`. Raises another BundleError if the bundle cannot be used.
     """
     names = shipped_bundles()
     path = SHIPPED_FOLDER / str(name_or_path) if str(name_or_path) in names else Path(name_or_path)
@@ -182,7 +194,24 @@ def load_bundle(name_or_path: str | Path) -> Bundle:
                 f"{path}: {file} is missing; a bundle contains {CARD_FILE}, {CLASSIFIER_FILE} and {SEGMENTER_FILE}"
             )
     content = (path / CARD_FILE).read_bytes()
-    return Bundle(_parse_card(content, path / CARD_FILE), path, hashlib.sha256(content).hexdigest())
+    bundle = Bundle(_parse_card(content, path / CARD_FILE), path, hashlib.sha256(content).hexdigest())
+    if path.parent == SHIPPED_FOLDER and str(name_or_path) in names:
+        _check_shipped(bundle)
+    if digest is not None and digest.lower() != bundle.digest:
+        raise DigestMismatchError(
+            f"{name_or_path}: the digest of the model is {bundle.digest}, but {digest} was requested; use the model "
+            f"with this digest, or request the other digest"
+        )
+    return bundle
+
+
+def _check_shipped(bundle: Bundle) -> None:
+    expected = SHIPPED_DIGESTS.get(bundle.path.name)
+    if bundle.digest != expected:
+        raise DigestMismatchError(
+            f"{bundle.path / CARD_FILE}: the SHA-256 is {bundle.digest}, but wsi-segment was shipped with {expected}; "
+            f"install wsi-segment again, or copy the folder and pass its path to use it as a model of your own"
+        )
 
 
 def _parse_card(content: bytes, file: Path) -> ModelCard:

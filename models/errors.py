@@ -6,7 +6,7 @@ WsiSegmentError                      see wsi/errors.py
     │   ├── UnknownBundleError       no shipped bundle has this name, and no folder exists at this path
     │   ├── MissingBundleFileError   the bundle folder lacks one of its three files
     │   ├── InvalidCardError         model.json is not JSON, violates the schema or has another schema version
-    │   ├── DigestMismatchError      the weights file is not the one that the model card names
+    │   ├── DigestMismatchError      a card or weights file does not have the expected digest
     │   └── WeightsMismatchError     the weights do not fit the architecture that the model card names
     ├── ArchitectureError            no backbone, head or encoder has this name
     ├── CamUnavailableError          the CAM method does not exist, or does not work with this head or layer
@@ -43,7 +43,7 @@ class InvalidCardError(BundleError):
 
 
 class DigestMismatchError(BundleError):
-    """The weights file is not the one that the model card names."""
+    """A file of the bundle does not have the digest that the card, the package or the user names."""
 
 
 class WeightsMismatchError(BundleError):

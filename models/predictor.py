@@ -8,9 +8,12 @@ Shape suffixes: N tiles, K classes, H and W the tile, h and w the map at the out
 from __future__ import annotations
 
 import logging
+import platform
+import re
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -112,7 +115,28 @@ def choose_compute(
         runtime=choose_runtime(runtime, chosen.type, precision),
         batch_size=batch_size or default_batch_size(str(chosen)),
         threads=torch.get_num_threads(),
+        processor=processor_name(chosen),
     )
+
+
+def processor_name(device: torch.device) -> str:
+    """Return the model of the processor that computes networks on a device, with the instruction set of a CPU.
+
+    The kernels, and with them the last bits of an output, depend on it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cpu_model() -> str:
+    """Return the model of the CPU. On systems without /proc, Python has a shorter name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
 
 
 class Predictor:
@@ -157,6 +181,7 @@ class Predictor:
         self.runtime = compute.runtime
         self.batch_size = compute.batch_size
         self.threads = compute.threads
+        self.processor = compute.processor
         self.output_stride = output_stride
         self.ungated_fallback = ungated_fallback
         self.skip_by_gate = skip_by_gate
@@ -220,7 +245,7 @@ class Predictor:
     @property
     def compute(self) -> Compute:
         """Return how the networks are computed."""
-        return Compute(str(self.device), self.precision, self.runtime, self.batch_size, self.threads)
+        return Compute(str(self.device), self.precision, self.runtime, self.batch_size, self.threads, self.processor)
 
     def on_device(self, rgb: NDArray[np.uint8]) -> Tensor:
         """Return an array of any shape as a tensor on the device. The caller need not hold the lock.

@@ -69,6 +69,8 @@ class Compute:
     """Tiles per call of a network."""
     threads: int
     """CPU threads of a network."""
+    processor: str
+    """Model and instruction set of the CPU, or model of the GPU: `models.predictor.processor_name`."""
 
 
 def default_batch_size(device: str) -> int:

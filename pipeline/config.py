@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, fields
 
 from models.runtimes import OUTPUT_STRIDES, Compute, Precision, Runtime, RuntimeName
@@ -47,10 +48,14 @@ class MapSettings:
     """Side of a block in map pixels. Larger blocks compute fewer tiles twice, smaller blocks need less memory."""
     force: bool = False
     """Replace an existing result, even if it was made with other settings."""
+    repair: bool = False
+    """Compute the damaged parts of an existing result again."""
 
     def __post_init__(self) -> None:
         _check(self.mpp is None or (math.isfinite(self.mpp) and self.mpp > 0), "--mpp", self.mpp, "a positive number")
         _check(0 <= self.overlap <= 0.75, "--overlap", self.overlap, "from 0 to 0.75")
+        if self.force and self.repair:
+            raise ConfigError("--force computes whole slides again and --repair only damaged blocks; pass only one")
         _check_backend(self.backend)
         _check(self.output_stride in OUTPUT_STRIDES, "--output-stride", self.output_stride, "1, 2 or 4")
         _check(self.min_area_um2 >= 0, "--min-area", self.min_area_um2, "0 or more")
@@ -83,6 +88,8 @@ class SegmentConfig(MapSettings):
 
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1" or "mps"."""
+    model_digest: str | None = None
+    """SHA-256 that the card of every model of the run must have. None: any."""
     runtime: RuntimeName = "auto"
     """Library that runs the networks. "auto": OpenVINO on a CPU if it is installed and fits the model, else PyTorch."""
     batch_size: int | None = None
@@ -97,6 +104,8 @@ class SegmentConfig(MapSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        digest = self.model_digest
+        _check(digest is None or re.fullmatch("[0-9A-Fa-f]{64}", digest), "--model-digest", digest, "64 hex digits")
         _check(self.batch_size is None or self.batch_size >= 1, "--batch-size", self.batch_size, "1 or more")
         _check(self.num_workers is None or self.num_workers >= 1, "--num-workers", self.num_workers, "1 or more")
 
@@ -110,12 +119,27 @@ class ResolvedSettings(MapSettings):
     runtime: Runtime
     threads: int
     """CPU threads of a network."""
+    processor: str
+    """See `Compute.processor`."""
     batch_size: int
     """Tiles per call of a network."""
     num_workers: int
     """Blocks that are read and written at the same time."""
     runtime_requested: bool
     """See `SegmentConfig.runtime_requested`."""
+
+    def computed_with(self) -> dict[str, object]:
+        """Return what else decides the bytes of a block: blocks that differ in this are not mixed in one result.
+
+        OpenVINO returns the same bits for any number of threads and any batch, and PyTorch does not: measured by
+        `tests.bench.thread_bytes`.
+        """
+        facts: dict[str, object] = {"device": self.device.partition(":")[0], "processor": self.processor}
+        if self.runtime == "torch":
+            facts["batch_size"] = self.batch_size
+            if self.device == "cpu":
+                facts["threads"] = self.threads
+        return facts
 
     @property
     def in_flight(self) -> int:
@@ -143,6 +167,7 @@ def resolve(config: SegmentConfig, compute: Compute) -> ResolvedSettings:
         device=compute.device,
         runtime=compute.runtime,
         threads=compute.threads,
+        processor=compute.processor,
         batch_size=compute.batch_size,
         num_workers=config.num_workers or default_workers(),
         runtime_requested=config.runtime_requested,
@@ -154,7 +179,7 @@ def default_workers() -> int:
     return min(MOST_WORKERS, os.cpu_count() or 1)
 
 
-def _check(holds: bool, flag: str, value: object, allowed: str) -> None:
+def _check(holds: object, flag: str, value: object, allowed: str) -> None:
     if not holds:
         raise ConfigError(f"{flag} is {value}; it must be {allowed}")
 

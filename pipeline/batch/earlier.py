@@ -44,7 +44,7 @@ class EarlierRuns:
         self._model = model
         self._config = config
         self._retry_failed = retry_failed or config.force
-        self._digests = {model: load_bundle(model).digest}
+        self._digests = {model: load_bundle(model, config.model_digest).digest}
 
     def result(self, job: SlideJob) -> SlideResult | None:
         """Return the result that earlier runs left for this slide; None if the slide has to be attempted."""
@@ -91,7 +91,8 @@ class EarlierRuns:
         if runtime is None:
             return None
         digest = str(header.identity.get("slide"))
-        run = finished_run(folder, run_identity(digest, self._digest(job), config.parameters(runtime)))
+        identity = run_identity(digest, self._digest(job), config.parameters(runtime))
+        run = finished_run(folder, identity, read=config.repair)
         if run is None or run.slide.stamp != slide_stamp(job.path):
             return None
         return skipped_result(folder, run, 0.0)
@@ -126,7 +127,7 @@ class EarlierRuns:
     def _digest(self, job: SlideJob) -> str:
         model = job.model or self._model
         if model not in self._digests:
-            self._digests[model] = load_bundle(model).digest
+            self._digests[model] = load_bundle(model, self._config.model_digest).digest
         return self._digests[model]
 
     def _failure_file(self, job: SlideJob) -> Path:

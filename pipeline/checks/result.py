@@ -1,4 +1,4 @@
-"""Rules for a results folder: every file that `run.json` lists exists and is readable by its programs.
+"""Rules for a results folder: every file is the one that the run wrote, and is readable by its programs.
 
 The checks share no code with the writers on purpose. They read `run.json`, `summary.csv` and the files from scratch.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.checks.digests import changed_files, changed_values
 from pipeline.checks.geojson import broken_geojson_rules
 from pipeline.checks.ome_zarr import broken_ome_zarr_rules
 from pipeline.errors import ConfigError
@@ -24,17 +25,17 @@ Findings = dict[Path, list[str]]
 """The problems of each checked file or folder; an empty list means that all rules hold."""
 
 
-def broken_rules(path: Path) -> Findings:
+def broken_rules(path: Path, *, quick: bool = False) -> Findings:
     """Check a folder of results, one slide's result, an OME-Zarr store, or a GeoJSON file.
 
-    Raises ConfigError for any other path.
+    `quick`: of results, check only the presence and the sizes of the files. Raises ConfigError for any other path.
     """
     if path.suffix in {".geojson", ".json"} and path.is_file():
         return {path: _geojson(path)[1]}
     if path.suffix == ".zarr" and path.is_dir():
         return {path: broken_ome_zarr_rules(path)}
     if (path / "run.json").is_file():
-        return _result(path)
+        return _result(path, quick=quick)
     slides = sorted(run.parent for run in path.glob("*/run.json") if not run.parent.name.startswith("."))
     if not slides:
         what = "cannot be checked" if path.exists() else "does not exist"
@@ -43,35 +44,41 @@ def broken_rules(path: Path) -> Findings:
         )
     found: Findings = {}
     for slide in slides:
-        found |= _result(slide)
+        found |= _result(slide, quick=quick)
     for tiles in sorted(path.glob("qupath/maps/*/*.geojson")):
         found[tiles] = _geojson(tiles)[1]
     return found | _summary(path / "summary.csv", {slide.name for slide in slides})
 
 
-def _result(folder: Path) -> Findings:
+def _result(folder: Path, *, quick: bool) -> Findings:
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         outputs, polygons = [str(name) for name in run["outputs"]], run["polygons"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         return {folder / "run.json": [f"does not list the outputs of the result ({error})"]}
-    wrong = [f"{name} is missing" for name in outputs if not (folder / name).exists()]
-    found: Findings = {folder / "run.json": wrong}
-    for name in outputs:
-        path = folder / name
-        if not path.exists():
-            continue
-        if path.suffix == ".zarr":
-            found[path] = broken_ome_zarr_rules(path)
-        elif path.suffix == ".geojson":
-            count, found[path] = _geojson(path)
-            if not name.endswith(".left-out.geojson"):
-                found[path] += _other_count(count, polygons, "features")
-        elif path.suffix == ".parquet":
-            found[path] = _parquet(path, polygons)
-        elif path.stat().st_size == 0:
-            found[path] = ["is empty"]
+    found: Findings = {folder / "run.json": changed_values(run)}
+    try:
+        found |= changed_files(folder, run, quick=quick)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        found[folder / "run.json"].append(f"does not have the digests of the files ({error!r})")
+    if not quick:
+        for name in outputs:
+            if (folder / name).exists():
+                found[folder / name] = _broken_format(folder / name, polygons) + found.get(folder / name, [])
     return found
+
+
+def _broken_format(path: Path, polygons: Any) -> list[str]:
+    if path.suffix == ".zarr":
+        return broken_ome_zarr_rules(path)
+    if path.suffix == ".geojson":
+        count, broken = _geojson(path)
+        if path.name.endswith(".left-out.geojson"):
+            return broken
+        return broken + _other_count(count, polygons, "features")
+    if path.suffix == ".parquet":
+        return _parquet(path, polygons)
+    return ["is empty"] if path.is_file() and path.stat().st_size == 0 else []
 
 
 def _geojson(path: Path) -> tuple[int, list[str]]:

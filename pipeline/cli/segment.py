@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -54,6 +54,12 @@ def segment(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Name of a shipped model bundle, or path of a bundle.")
     ] = DEFAULT_MODEL,
+    model_digest: Annotated[
+        str | None,
+        typer.Option(
+            help="SHA-256 of the model's model.json. The run fails if a model has another one.", show_default="any"
+        ),
+    ] = DEFAULTS.model_digest,
     sample: Annotated[
         bool, typer.Option("--sample", help="Segment a small real slide, which is downloaded once and cached.")
     ] = False,
@@ -115,6 +121,10 @@ def segment(
     force: Annotated[
         bool, typer.Option("--force", help="Replace existing results. Removes only files that wsi-segment wrote.")
     ] = DEFAULTS.force,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Read existing results, and compute blocks with missing or changed files again."),
+    ] = DEFAULTS.repair,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Retry slides that failed permanently in an earlier run.")
     ] = False,
@@ -161,6 +171,7 @@ def segment(
     try:
         config = SegmentConfig(
             mpp=mpp,
+            model_digest=model_digest,
             backend=backend,
             overlap=overlap,
             output_stride=output_stride,
@@ -173,6 +184,7 @@ def segment(
             runtime=runtime,
             batch_size=batch_size,
             force=force,
+            repair=repair,
             num_workers=num_workers,
         )
         jobs = _jobs(slides or [], sample=sample, recursive=recursive)
@@ -237,6 +249,9 @@ def _run(
     from pipeline.workers.open import open_workers
 
     keep_freed_memory()
+    earlier = EarlierRuns(output, model, config, retry_failed=retry_failed)
+    if not quiet and config.model_digest is None:
+        _print_foreign_digests([model, *(job.model for job in jobs if job.model)])
     if scheduler is None and len(jobs) > 1:
         scheduler = SCHEDULER_OF_SEVERAL
 
@@ -250,7 +265,7 @@ def _run(
             opened,
             lambda job: bars.slide(job.path.stem),
             lambda result: bars.end(result.slide, _line(result)),
-            earlier=EarlierRuns(output, model, config, retry_failed=retry_failed),
+            earlier=earlier,
             lock_timeout_s=slide_timeout_s or math.inf,
         )
         if len(results) > 1:
@@ -265,6 +280,21 @@ def _run(
         _write_project(output, hidden=as_json or quiet)
     if new_failures(results):
         sys.exit(EXIT_FAILED)
+
+
+def _print_foreign_digests(models: list[str]) -> None:
+    """Print the digest of each model that is not shipped. A model that cannot be used is left to its slides."""
+    from models.bundle import load_bundle
+    from models.errors import ModelError
+
+    for model in dict.fromkeys(models):
+        with suppress(ModelError):
+            bundle = load_bundle(model)
+            if not bundle.shipped:
+                print(
+                    f"model {bundle.card.name} is not shipped; to pin it: --model-digest {bundle.digest}",
+                    file=sys.stderr,
+                )
 
 
 def _write_project(output: Path, *, hidden: bool) -> None:
@@ -286,14 +316,14 @@ def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: Segment
     from pipeline.workers.base import job_config
 
     plans: list[dict[str, object]] = []
-    card, compute = load_bundle(model).card, _projected_compute(config)
+    card, compute = load_bundle(model, config.model_digest).card, _projected_compute(config)
     clashes = name_clashes(jobs)
     for job in jobs:
         entry: dict[str, object] = {"slide": str(job.path)}
         try:
             if job.path in clashes:
                 raise ConfigError(clashes[job.path])
-            own = load_bundle(job.model).card if job.model else card
+            own = load_bundle(job.model, config.model_digest).card if job.model else card
             _, slide, _, plan = plan_slide(job.path, own, job_config(job, config))
             slide.close()
             entry |= {"mpp": slide.info.mpp, "mpp_source": slide.info.mpp_source, "backend": slide.info.backend}
@@ -329,6 +359,7 @@ def _projected_compute(config: SegmentConfig) -> Compute:
         runtime=choose_runtime("auto", device, config.precision) if config.runtime == "auto" else config.runtime,
         batch_size=config.batch_size or default_batch_size(device),
         threads=torch.get_num_threads(),
+        processor="",  # of no consequence for a plan
     )
 
 

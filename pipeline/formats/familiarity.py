@@ -61,3 +61,12 @@ def write_familiarity(path: Path, familiarity: FamiliarityMap) -> None:
     image = Image.fromarray(familiarity.values_HW)
     image.putpalette(UNFAMILIAR * 256)
     image.save(path, "PNG", transparency=bytes(OPACITY if value > LIMIT else 0 for value in range(256)))
+
+
+def read_familiarity(path: Path) -> UInt8Array | None:
+    """Return the values of the picture, (H, W), or None if the file is missing or damaged."""
+    try:
+        with Image.open(path) as image:
+            return np.array(image, np.uint8)
+    except (OSError, SyntaxError, ValueError):  # Pillow raises all of them for damaged files
+        return None

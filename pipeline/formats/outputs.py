@@ -20,7 +20,17 @@ from pipeline.formats.polygons import Region
 from pipeline.formats.preview import write_preview
 from pipeline.formats.slide_picture import SlidePicture, picture_slide
 from pipeline.results.areas import class_areas
-from pipeline.results.names import FAMILIARITY, GEOJSON_END, GEOPARQUET_END, LEFT_OUT_END, MAP_END, PREVIEW, RUN
+from pipeline.results.names import (
+    BLOCKS,
+    FAMILIARITY,
+    GEOJSON_END,
+    GEOPARQUET_END,
+    LEFT_OUT_END,
+    LISTING,
+    MAP_END,
+    PREVIEW,
+    RUN,
+)
 from wsi.grid import Grid
 from wsi.slide import Slide
 from wsi.tissue import Tissue
@@ -145,6 +155,8 @@ def file_description(name: str) -> str:
     """Return what the slide's page states about a file of a result."""
     files = {end: text for output in OUTPUTS.values() for end, text in output.files.items()}
     files[RUN] = "everything about the run, for programs"
+    files[LISTING] = "the size and digest of each file of the map"
+    files[BLOCKS] = "facts about each block, for a repair"
     # One end is the end of another.
     ends = sorted((end for end in files if name.endswith(end)), key=len)
     return files[ends[-1]] if ends else ""

@@ -11,19 +11,23 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from pipeline.errors import LockedError, OutputError
 from pipeline.files import sync, sync_tree, write_atomically
+from pipeline.results.digests import changed_files
 from pipeline.results.names import RUN
 from pipeline.results.record import Run, RunHeader, RunIdentity, read_header, read_run
 
 log = logging.getLogger(__name__)
+
+SHOWN = 3
+"""Changed files that a message names. Further files are counted."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,12 @@ class ResultFolder:
 
     target: Path
     work: Path
-    finished: Run | None
+    work_identity: dict[str, object]
+    """The inputs of the result, and what its blocks are computed with: the content of identity.json."""
+    finished: Run | None = None
     """The record of a result of the same inputs that is already there: nothing is left to do."""
+    damaged: bool = False
+    """Whether `target` is a result of the same inputs of which some files are missing or changed."""
 
     @property
     def result(self) -> Path:
@@ -57,14 +65,23 @@ class ResultFolder:
 
 
 @contextmanager
-def open_folder(output: Path, name: str, identity: RunIdentity, *, force: bool) -> Iterator[ResultFolder]:
+def open_folder(
+    output: Path,
+    name: str,
+    identity: RunIdentity,
+    computed_with: Mapping[str, object],
+    *,
+    force: bool = False,
+    repair: bool = False,
+) -> Iterator[ResultFolder]:
     """Take the lock of one slide's result and prepare its working folder.
 
-    The run resumes from a working folder with the same `identity`; any other one is removed. After an error the
-    working folder stays if it holds finished blocks.
+    The run resumes from a working folder with the same `identity` whose blocks were `computed_with` the same values;
+    any other one is removed. After an error the working folder stays if it holds finished blocks.
 
     Raises LockedError if another process has the lock. Raises OutputError if the target holds something else, unless
-    `force` is set and wsi-segment wrote the target.
+    wsi-segment wrote the target and `force` is set, or if files of the target are missing or changed, unless `force` or
+    `repair` is set. With `repair`, every file is read; otherwise, sizes are compared.
     """
     if ".zarr" in str(output.absolute()) or ".zarr" in name:
         raise OutputError(
@@ -79,7 +96,7 @@ def open_folder(output: Path, name: str, identity: RunIdentity, *, force: bool) 
     except Timeout:
         raise LockedError(f"{output / name}: another process is working on this slide; wait until it ends") from None
     try:
-        folder = _prepare(output, name, identity, force=force)
+        folder = _prepare(output, name, identity, computed_with, force=force, repair=repair)
         try:
             yield folder
         except BaseException:
@@ -112,19 +129,28 @@ def is_locked(output: Path, name: str) -> bool:
     return False
 
 
-def finished_run(target: Path, identity: RunIdentity) -> Run | None:
-    """Return the record of the result in `target` if it has the same inputs and none of its files is missing.
+def finished_run(target: Path, identity: RunIdentity, *, read: bool = False) -> Run | None:
+    """Return the record of the result in `target` if it has the same inputs and none of its files is changed.
 
-    Raises RunRecordError if the record has the same inputs but is damaged.
+    `read`: read every file; otherwise, sizes are compared (`changed_files`).
     """
     header = read_header(target)
-    if header is None or header.identity != identity.as_json():
+    if header is None or header.identity != identity.as_json() or changed_files(target, read=read):
         return None
-    return read_run(target) if all((target / name).exists() for name in header.outputs) else None
+    return read_run(target)
 
 
-def _prepare(output: Path, name: str, identity: RunIdentity, *, force: bool) -> ResultFolder:
-    folder = ResultFolder(output / name, output / f".{name}.work", None)
+def _prepare(
+    output: Path,
+    name: str,
+    identity: RunIdentity,
+    computed_with: Mapping[str, object],
+    *,
+    force: bool,
+    repair: bool,
+) -> ResultFolder:
+    work_identity = identity.as_json() | {"computed_with": dict(computed_with)}
+    folder = ResultFolder(output / name, output / f".{name}.work", work_identity)
     if folder.old.exists():
         # The run that replaced this result was killed.
         if folder.target.exists():
@@ -138,19 +164,27 @@ def _prepare(output: Path, name: str, identity: RunIdentity, *, force: bool) -> 
                 f"{folder.target}: was not written by wsi-segment; move it away or choose another --output"
             )
         if not force:
-            run = finished_run(folder.target, identity)
-            if run is not None:
+            if header.identity != identity.as_json():
+                raise OutputError(_another_run(folder.target, header, identity.as_json()))
+            changed = changed_files(folder.target, read=repair)
+            if not changed:
                 _clear_rest(folder.work, identity)
-                return ResultFolder(folder.target, folder.work, run)
-            raise OutputError(_another_run(folder.target, header, identity.as_json()))
+                return replace(folder, finished=read_run(folder.target))
+            if not repair:
+                raise OutputError(
+                    f"{_damage(folder.target, changed)}; pass --repair to compute the blocks concerned again, or "
+                    f"--force to compute the whole slide again"
+                )
+            log.warning("%s", _damage(folder.target, changed))
+            folder = replace(folder, damaged=True)
     header_path = folder.work / "identity.json"
-    former, wanted = _read_json(header_path), identity.as_json()
+    former, wanted = _read_json(header_path), work_identity
     if folder.work.exists() and former != wanted:
         if isinstance(former, dict):
             log.warning(
                 "%s: the unfinished run in this folder is a different one (%s); starting from the beginning",
                 folder.target,
-                "; ".join(filter(None, (_other_inputs(former, wanted), _other_settings(former, wanted)))),
+                "; ".join(filter(None, (_other_inputs(former, wanted), *_other_values(former, wanted)))),
             )
         shutil.rmtree(folder.work)
     folder.result.mkdir(parents=True, exist_ok=True)
@@ -170,17 +204,22 @@ def _make_durably(folder: Path) -> None:
 
 def _clear_rest(work: Path, identity: RunIdentity) -> None:
     """Remove the working folder of a run that was killed after its result became visible."""
-    if work.exists() and _read_json(work / "identity.json") in (identity.as_json(), None):
+    former = _read_json(work / "identity.json")
+    if work.exists() and (not isinstance(former, dict) or former | identity.as_json() == former):
         shutil.rmtree(work)
 
 
 def _another_run(target: Path, header: RunHeader, identity: Mapping[str, object]) -> str:
-    settings = _other_settings(header.identity, identity)
-    other = _other_inputs(header.identity, identity)
+    settings = ", ".join(_other_values(header.identity, identity))
     return (
-        f"{target}: holds the result of another run ({other or 'some files are missing'}); pass "
+        f"{target}: holds the result of another run ({_other_inputs(header.identity, identity)}); pass "
         f"--force to replace it, or choose another --output" + (f"; it was made with {settings}" if settings else "")
     )
+
+
+def _damage(target: Path, changed: Sequence[str]) -> str:
+    more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    return f"{target}: the result was damaged after the run: {'; '.join(changed[:SHOWN])}{more}"
 
 
 def _other_inputs(former: Mapping[str, object], identity: Mapping[str, object]) -> str:
@@ -188,12 +227,14 @@ def _other_inputs(former: Mapping[str, object], identity: Mapping[str, object]) 
     return f"other {', '.join(names)}" if names else ""
 
 
-def _other_settings(former: Mapping[str, object], identity: Mapping[str, object]) -> str:
-    """Return the settings that differ, as "overlap 0.25 instead of 0.5", the former value first."""
-    then, now = former.get("parameters"), identity.get("parameters")
-    if not (isinstance(then, dict) and isinstance(now, dict)):
-        return ""
-    return ", ".join(f"{name} {then.get(name)} instead of {now[name]}" for name in now if then.get(name) != now[name])
+def _other_values(former: Mapping[str, object], identity: Mapping[str, object]) -> Iterator[str]:
+    """Yield what differs in the parameters and the computation, as "overlap 0.25 instead of 0.5", the former first."""
+    for key in ("parameters", "computed_with"):
+        then, now = former.get(key), identity.get(key)
+        if isinstance(then, dict) and isinstance(now, dict):
+            yield from (
+                f"{name} {then.get(name)} instead of {now[name]}" for name in now if then.get(name) != now[name]
+            )
 
 
 def _clear_old(old: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ every value. Only `pipeline/checks` reads the file on its own, on purpose.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import platform
@@ -175,8 +176,18 @@ class PlanFacts(_Record):
         }
 
 
+class FileFacts(_Record):
+    """What shows that a file of a result is unchanged."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0)]
+
+
 class Run(_Record):
-    """The record of one slide's result. The fields are the keys of `run.json`, in this order."""
+    """The record of one slide's result. The fields are the keys of `run.json`, in this order.
+
+    After them, `write_run` adds the key "sha256", see `record_digest`.
+    """
 
     identity: RunIdentity
     status: Literal["done", "no tissue", "unrecognized"]
@@ -205,11 +216,16 @@ class Run(_Record):
     resumed_blocks: int
     """Blocks that an earlier, interrupted run had finished."""
     device: str
+    computed_with: dict[str, Any] = Field(default_factory=dict)
+    """`ResolvedSettings.computed_with`, and the versions; empty in older results."""
     seconds: dict[str, float]
     """Time per stage. Stages with a colon in their name are parts of others and overlap."""
     versions: dict[str, str]
     outputs: tuple[FileName, ...]
     """Every file and folder of the result, sorted."""
+    digests: dict[FileName, FileFacts] = Field(default_factory=dict)
+    """The facts about each file of `outputs` but `run.json`. The files of the map are in `chunks.tsv`. Empty in results
+    of older versions."""
 
     @model_validator(mode="after")
     def _every_class_has_an_area(self) -> Self:
@@ -229,6 +245,7 @@ class RunHeader(_Record):
 
     identity: dict[str, Any]
     outputs: tuple[str, ...]
+    computed_with: dict[str, Any] = Field(default_factory=dict)
 
 
 def run_identity(slide_digest: str, model_digest: str, parameters: Mapping[str, object]) -> RunIdentity:
@@ -255,9 +272,29 @@ def versions(runtime: str = "torch") -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
+def record_digest(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the values of a `run.json`, without "sha256" itself and the slide's path.
+
+    The values are serialized as JSON in ASCII, with sorted keys and without spaces. The path is left out because people
+    may remove it from the file.
+    """
+    kept = {key: value for key, value in values.items() if key != "sha256"}
+    if isinstance(slide := kept.get("slide"), dict):
+        kept["slide"] = {key: value for key, value in slide.items() if key != "path"}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def record_is_unchanged(folder: Path) -> bool:
+    """Return whether the values of `run.json` are those that `write_run` wrote."""
+    values = _json(folder)
+    return isinstance(values, dict) and values.get("sha256") == record_digest(values)
+
+
 def write_run(folder: Path, run: Run) -> None:
     """Write `run.json` into a result's folder."""
-    text = json.dumps(run.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False)
+    values = run.model_dump(mode="json", by_alias=True)
+    text = json.dumps(values | {"sha256": record_digest(values)}, indent=2, ensure_ascii=False)
     # A file name may hold bytes that are not UTF-8. Their escapes are valid JSON, and `read_run` restores the name.
     (folder / RUN).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 

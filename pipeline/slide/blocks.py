@@ -20,7 +20,7 @@ from models.errors import NonFiniteOutputError
 from models.predictor import Predictor
 from pipeline.config import ResolvedSettings
 from pipeline.errors import InferenceError
-from pipeline.formats.ome_zarr import MapStore
+from pipeline.formats.ome_zarr import MapStore, UInt8Array
 from pipeline.formats.polygons import block_regions, save_regions
 from pipeline.slide.blend import Blend, blend_tiles
 from pipeline.slide.familiarity import CellDistances, save_values, values_file
@@ -118,14 +118,7 @@ def segment_block(
         raise _device_error(work.info, predictor.device, grid.box_l0(pixels.canvas_m), error) from error
     del pixels, canvas_HWC, blend
     with timer("polygons"):
-        regions = block_regions(
-            labels_HW,
-            origin_out=(block.box_out.x, block.box_out.y),
-            min_area_px=work.settings.min_area_um2 / grid.mpp_out**2,
-            tolerance_px=work.settings.simplify_px,
-        )
-        regions_path = regions_file(work.folder, block)
-        save_regions(regions_path, regions)
+        regions_path = save_block_regions(work, block, labels_HW)
     with timer("write"):
         chunks = work.store.write_block(block.box_out, probs_KHW, labels_HW)
         values_hw, tissue_px, unfamiliar_px = cells.values(tissue_HW)
@@ -146,15 +139,30 @@ def segment_block(
     return record, files
 
 
+def save_block_regions(work: BlockWork, block: Block, labels_HW: UInt8Array) -> Path:
+    """Write the polygons of a block's labels. Return their file."""
+    regions = block_regions(
+        labels_HW,
+        origin_out=(block.box_out.x, block.box_out.y),
+        min_area_px=work.settings.min_area_um2 / work.grid.mpp_out**2,
+        tolerance_px=work.settings.simplify_px,
+    )
+    path = regions_file(work.folder, block)
+    path.parent.mkdir(exist_ok=True)
+    save_regions(path, regions)
+    return path
+
+
 def regions_file(folder: Path, block: Block) -> Path:
     """Return the file that keeps the polygons of a block until the polygons of all blocks are joined."""
     return folder / "regions" / f"{block.index:06d}.arrow"
 
 
-def chunks_of(work: BlockWork, record: BlockRecord) -> set[Path]:
-    """Return the chunk files of a finished block, relative to the store."""
-    files = (work.folder / name for name in record.files)
-    return {file.relative_to(work.store.path) for file in files if file.is_relative_to(work.store.path)}
+def chunks_of(work: BlockWork, record: BlockRecord) -> dict[Path, str]:
+    """Return the digest of each chunk file of a finished block, by its path in the store."""
+    store = work.store.path.relative_to(work.folder)
+    files = {Path(name): digest for name, digest in record.files.items()}
+    return {file.relative_to(store): digest for file, digest in files.items() if file.is_relative_to(store)}
 
 
 def _predict(

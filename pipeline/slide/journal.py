@@ -2,6 +2,8 @@
 
 A block is done when its files are on disk, and after them its line. After a crash, a resume uses the lines that are
 complete, that belong to the same inputs, and whose files have the digests in the line.
+
+The lines are published with the result, without times and in the order of the blocks. A repair starts from them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pipeline.files import sync
+from pipeline.results.digests import file_facts
 from pipeline.slide.blocks import BlockRecord
 
 
@@ -23,13 +26,13 @@ class Journal:
 
     def __init__(self, folder: Path, identity: Mapping[str, object]) -> None:
         self._folder = folder
-        self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._identity = identity
         self._path = folder / "journal.jsonl"
         self._lock = threading.Lock()
 
     def append(self, record: BlockRecord) -> None:
         """Make a block's record durable. The block's files must be durable before (`make_durable`)."""
-        line = _line(self._identity, record)
+        line = _line(_digest_of(self._identity), record)
         with self._lock, self._path.open("ab") as journal:
             # After a line that a crash cut short, start a new line.
             if journal.tell() and not _ends_with_newline(self._path):
@@ -46,18 +49,29 @@ class Journal:
         Damaged lines, lines of other inputs, and blocks with missing or changed files are skipped. So are blocks with
         unreadable tiles, because another attempt may succeed.
         """
-        if not self._path.exists():
-            return {}
-        records: dict[int, BlockRecord] = {}
-        for line in self._path.read_bytes().splitlines():
-            record = _record(self._identity, line)
-            if record is not None and not record.bad_tiles_l0 and self._files_match(record):
-                records[record.index] = record
-        return records
+        found = read_records(self._path, self._identity)
+        return {record.index: record for record in found if self._files_match(record)}
 
     def _files_match(self, record: BlockRecord) -> bool:
-        paths = {self._folder / name: digest for name, digest in record.files.items()}
-        return all(path.is_file() and _digest(path) == digest for path, digest in paths.items())
+        return all(has_digest(self._folder / name, digest) for name, digest in record.files.items())
+
+
+def write_records(path: Path, identity: Mapping[str, object], records: Iterable[BlockRecord]) -> None:
+    """Write the records of all blocks of a result, without times. The bytes do not depend on the order of the run."""
+    digest = _digest_of(identity)
+    path.write_bytes(b"".join(_line(digest, replace(record, seconds={})) for record in records))
+
+
+def read_records(path: Path, identity: Mapping[str, object]) -> list[BlockRecord]:
+    """Return the records of a journal or of a result, except damaged lines and lines of other inputs.
+
+    Blocks with unreadable tiles are left out, because another attempt may succeed.
+    """
+    if not path.exists():
+        return []
+    digest = _digest_of(identity)
+    found = (_record(digest, line) for line in path.read_bytes().splitlines())
+    return [record for record in found if record is not None and not record.bad_tiles_l0]
 
 
 def make_durable(folder: Path, record: BlockRecord, files: Iterable[Path]) -> BlockRecord:
@@ -68,12 +82,16 @@ def make_durable(folder: Path, record: BlockRecord, files: Iterable[Path]) -> Bl
     # Every folder on the way is flushed: after a power cut a file exists only if each of them has its entry.
     for parent in sorted({parent for path in files for parent in path.parents if parent.is_relative_to(folder)}):
         sync(parent)
-    return replace(record, files={path.relative_to(folder).as_posix(): _digest(path) for path in files})
+    return replace(record, files={path.relative_to(folder).as_posix(): file_facts(path).sha256 for path in files})
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def has_digest(path: Path, digest: str) -> bool:
+    """Return whether a file exists and has this SHA-256."""
+    return path.is_file() and file_facts(path).sha256 == digest
+
+
+def _digest_of(identity: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _line(identity: str, record: BlockRecord) -> bytes:

@@ -27,8 +27,9 @@ from pipeline.formats.outputs import OUTPUTS, SegmentedSlide
 from pipeline.formats.polygons import Region, join_regions, load_regions
 from pipeline.pages.slide_page import write_slide_page
 from pipeline.progress import Progress, no_progress
+from pipeline.results.digests import Listing, list_files, write_result
 from pipeline.results.folder import open_folder
-from pipeline.results.names import GEOPARQUET_END, MAP_END, PAGE, RUN, THUMBNAIL
+from pipeline.results.names import BLOCKS, GEOPARQUET_END, LISTING, MAP_END, PAGE, RUN, THUMBNAIL
 from pipeline.results.record import (
     Familiarity,
     LeftOutArea,
@@ -38,14 +39,14 @@ from pipeline.results.record import (
     run_identity,
     stored_runtime,
     versions,
-    write_run,
 )
 from pipeline.results.slide_result import SlideResult, finished_result, skipped_result
 from pipeline.slide.blocks import BlockRecord, BlockWork, chunks_of, regions_file
 from pipeline.slide.engine import BlockRunner, ThreadRunner
 from pipeline.slide.familiarity import join_values
-from pipeline.slide.journal import Journal
+from pipeline.slide.journal import Journal, write_records
 from pipeline.slide.plan import Plan, check_resources, make_plan
+from pipeline.slide.repair import take_over_blocks
 from wsi.box import Box
 from wsi.errors import SlideReadError
 from wsi.left_out import LeftOut
@@ -135,9 +136,18 @@ def _segment_slide(
     runtime = stored_runtime(output / path.stem, settings) or settings.runtime
     identity = run_identity(slide_digest(path), runner.digest, settings.parameters(runtime))
     check_unchanged = partial(_check_unchanged, path, stamp)
-    with _named_write_errors(path, output), open_folder(output, path.stem, identity, force=settings.force) as folder:
+    computed_with = settings.computed_with() | {"versions": run_versions}
+    with (
+        _named_write_errors(path, output),
+        open_folder(output, path.stem, identity, computed_with, force=settings.force, repair=settings.repair) as folder,
+    ):
         if folder.finished is not None:
             return skipped_result(folder.target, folder.finished, time.perf_counter() - start)
+        if runtime != settings.runtime:
+            raise OutputError(
+                f"{folder.target}: was computed with {runtime}, and its blocks must not be mixed with blocks of "
+                f"{settings.runtime}; pass --runtime {runtime}, or --force to compute the whole slide again"
+            )
 
         with _timed(seconds, "plan"):
             _, slide, tissue, plan = planned or plan_slide(path, runner.card, settings)
@@ -148,7 +158,9 @@ def _segment_slide(
             work = BlockWork(slide.info, plan.grid, tissue, settings, store, folder.work)
 
             with _timed(seconds, "blocks"):
-                journal = Journal(folder.work, identity.as_json())
+                journal = Journal(folder.work, folder.work_identity)
+                if folder.damaged:
+                    take_over_blocks(folder, work, plan.blocks, journal)
                 records, resumed = _run_blocks(runner, work, slide, plan, journal, check_unchanged, progress)
 
             areas_mm2, regions = _areas_mm2(records, spec), partial(_regions, work, plan)
@@ -163,7 +175,12 @@ def _segment_slide(
                 with _timed(seconds, stage):
                     output_format.write(segmented, folder.result)
 
+            if records:
+                write_records(folder.result / BLOCKS, identity.as_json(), records)
+            listing = list_files(store.path)
+            _check_chunks(path.name, work, records, listing)
             left_out = tissue.left_out
+
             seconds |= _stage_seconds(records) | {"total": time.perf_counter() - start}
             run = Run(
                 identity=identity,
@@ -188,12 +205,13 @@ def _segment_slide(
                 plan=plan.facts(settings),
                 resumed_blocks=resumed,
                 device=runner.device,
+                computed_with=computed_with,
                 seconds=seconds,
                 versions=run_versions,
-                outputs=tuple(sorted({p.name for p in folder.result.iterdir()} | {RUN, PAGE, THUMBNAIL})),
+                outputs=tuple(sorted({p.name for p in folder.result.iterdir()} | {RUN, PAGE, THUMBNAIL, LISTING})),
             )
             write_slide_page(folder.result, run, segmented.picture)
-            write_run(folder.result, run)
+            run = write_result(folder.result, run, listing)
         progress("publishing", 0, 1)
         check_unchanged()
         folder.publish()
@@ -249,7 +267,6 @@ def _run_blocks(
     resumed = len(records)
     if resumed:
         log.info("%s: resuming from %d of %d blocks", work.info.path.name, resumed, total)
-    (work.folder / "regions").mkdir(exist_ok=True)
     lock = threading.Lock()
 
     def finished(record: BlockRecord) -> None:
@@ -283,6 +300,17 @@ def _check_readable(work: BlockWork, plan: Plan, records: Iterable[BlockRecord])
             f"{work.settings.max_bad_share:.0%}), one at level-0 (x, y, width, height) {tuple(bad_l0[0])}; copy or "
             f"scan it again"
         )
+
+
+def _check_chunks(name: str, work: BlockWork, records: Iterable[BlockRecord], listing: Listing) -> None:
+    """Raise OutputError if a chunk is not the one that its block wrote."""
+    for record in records:
+        for chunk, written in chunks_of(work, record).items():
+            if chunk.as_posix() not in listing or listing[chunk.as_posix()].sha256 != written:
+                raise OutputError(
+                    f"{name}: {work.store.path / chunk} changed after it was written; check the disk, and run the same "
+                    f"command again, which computes the block again"
+                )
 
 
 def _warnings(work: BlockWork, model_mpp: float, records: list[BlockRecord]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from pipeline.workers.malloc import keep_freed_memory
 
 def load_predictor(model: str, config: SegmentConfig) -> Predictor:
     """Return the networks of a bundle, on the device and with the settings of a run. Raises ModelError."""
-    return Predictor.from_bundle(load_bundle(model), **predictor_settings(config))
+    return Predictor.from_bundle(load_bundle(model, config.model_digest), **predictor_settings(config))
 
 
 def predictor_settings(config: SegmentConfig) -> dict[str, Any]:

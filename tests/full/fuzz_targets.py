@@ -169,7 +169,7 @@ def attack_journal(good: Path, work: Path, chance: random.Random) -> None:
     write_report(out)
     broken_rules(out)
     find_results(out)
-    with open_folder(out, "slide", RunIdentity.model_validate(identity), force=True):
+    with open_folder(out, "slide", RunIdentity.model_validate(identity), {}, force=True):
         pass
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import models.bundle
 from models.backbone import Backbone
 from models.bundle import (
     CLASSIFIER_FILE,
@@ -41,6 +42,7 @@ from models.errors import (
 from models.familiarity import fit_statistics
 from models.segmenter import build_segmenter
 from models.tissue_class import TissueClass
+from tests import shipped_models
 from tests.models.networks import make_card
 
 
@@ -177,6 +179,34 @@ def test_the_default_bundle_is_shipped_and_small() -> None:
     assert bundle.card.metrics["test_miou"] > 0.6
     assert sum(file.stat().st_size for file in bundle.path.iterdir()) < 20e6
     assert bundle.path == SHIPPED_FOLDER / DEFAULT_BUNDLE
+
+
+def test_the_digests_of_the_shipped_bundles_are_those_of_their_cards() -> None:
+    assert shipped_models.FILE.read_text(encoding="utf-8") == shipped_models.text(), (
+        "run python -m tests.shipped_models"
+    )
+
+
+@pytest.mark.parametrize("key", ["classes", "mpp"])
+def test_a_shipped_bundle_with_a_changed_card_is_refused_and_a_copy_is_foreign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    shutil.copytree(SHIPPED_FOLDER / DEFAULT_BUNDLE, tmp_path / DEFAULT_BUNDLE)
+    card = json.loads((tmp_path / DEFAULT_BUNDLE / "model.json").read_text())
+    changed = card["classes"][::-1] if key == "classes" else card["mpp"] * 2
+    monkeypatch.setattr(models.bundle, "SHIPPED_FOLDER", tmp_path)
+    assert load_bundle(DEFAULT_BUNDLE).shipped
+    _rewrite(tmp_path / DEFAULT_BUNDLE, {key: changed})
+    with pytest.raises(DigestMismatchError, match=r"model\.json: the SHA-256 is .*install wsi-segment again"):
+        load_bundle(DEFAULT_BUNDLE)
+    assert not load_bundle(tmp_path / DEFAULT_BUNDLE).shipped
+
+
+def test_a_requested_digest_is_required(folder: Path) -> None:
+    digest = load_bundle(folder).digest
+    assert load_bundle(folder, digest.upper()).digest == digest
+    with pytest.raises(DigestMismatchError, match=f"is {digest}, but {'0' * 64} was requested"):
+        load_bundle(folder, "0" * 64)
 
 
 def test_a_backbone_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from wsi.readers import Reader
 SMALL = SegmentConfig(block_out=32, min_area_um2=0.0, simplify_px=0.0, num_workers=2, device="cpu")
 """Blocks of 32 map pixels, so that a slide of a few thousand pixels has dozens of blocks."""
 
-CPU = Compute(device="cpu", precision="float32", runtime="torch", batch_size=8, threads=1)
+CPU = Compute(device="cpu", precision="float32", runtime="torch", batch_size=8, threads=1, processor="any")
 """Settings of the predictors of this module."""
 
 COLORS = (PINK, PURPLE)

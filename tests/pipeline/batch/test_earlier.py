@@ -129,7 +129,7 @@ def test_a_changed_model_is_tried_again(night: Night, monkeypatch: pytest.Monkey
     night.fail("b")
     night.run()
     bundle = load_bundle(DEFAULT_BUNDLE)
-    monkeypatch.setattr("pipeline.batch.earlier.load_bundle", lambda _: replace(bundle, digest="another"))
+    monkeypatch.setattr("pipeline.batch.earlier.load_bundle", lambda *_: replace(bundle, digest="another"))
     assert night.run()[1].status == "done"
 
 

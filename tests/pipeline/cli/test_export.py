@@ -68,12 +68,7 @@ def test_valid_results_pass_in_every_file(results: Path) -> None:
     assert (code, stderr) == (0, "")
     good = {line.removeprefix("good  ") for line in stdout.splitlines()}
     assert good == {
-        *(
-            str(results / name / file)
-            for name in "ab"
-            for file in ("run.json", f"{name}.geojson", f"{name}.left-out.geojson", f"{name}.ome.zarr")
-        ),
-        *(str(results / name / f"{name}.parquet") for name in "ab"),
+        *(str(results / name / file) for name in "ab" for file in run_of(results / name)["outputs"]),
         *(str(results / "qupath" / "maps" / name / f"{name}.tiles.geojson") for name in "ab"),
         str(results / "summary.csv"),
     }
@@ -84,9 +79,8 @@ def test_single_files_stores_and_slides_are_checked_too(results: Path) -> None:
     folder = results / "a"
     code, stdout, _ = run("check", folder, folder / "a.geojson", folder / "a.ome.zarr")
     assert code == 0
-    assert [line.split("/")[-1] for line in stdout.splitlines()] == [
-        "run.json", "a.geojson", "a.left-out.geojson", "a.ome.zarr", "a.parquet", "a.geojson", "a.ome.zarr",
-    ]  # fmt: skip
+    checked = [line.split("/")[-1] for line in stdout.splitlines()]
+    assert sorted(checked) == sorted([*run_of(folder)["outputs"], "a.geojson", "a.ome.zarr"])
 
 
 def test_a_path_that_cannot_be_checked_is_a_usage_error(tmp_path: Path) -> None:
@@ -122,6 +116,22 @@ def rewrite_parquet(path: Path, act: Callable[[pa.Table], pa.Table]) -> None:
     pq.write_table(table, path)
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def swap(a: Path, b: Path) -> None:
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+
+
 def drop_label_level(labels: Path) -> None:
     shutil.rmtree(labels / "4")
     change(labels / ".zattrs", lambda d: d["multiscales"][0]["datasets"].pop())
@@ -132,10 +142,10 @@ TILES = "qupath/maps/a/a.tiles.geojson"
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     # the damage, the file that the check names, and the message
-    "no preview": (lambda r: (r / "a/preview.png").unlink(), "a/run.json", "preview.png is missing"),
+    "no preview": (lambda r: (r / "a/preview.png").unlink(), "a/preview.png", "is missing"),
     "empty preview": (lambda r: (r / "a/preview.png").write_bytes(b""), "a/preview.png", "is empty"),
-    "no map": (lambda r: shutil.rmtree(r / STORE), "a/run.json", "a.ome.zarr is missing"),
-    "no polygons": (lambda r: (r / GEOJSON).unlink(), "a/run.json", "a.geojson is missing"),
+    "no map": (lambda r: shutil.rmtree(r / STORE), STORE, "is missing"),
+    "no polygons": (lambda r: (r / GEOJSON).unlink(), GEOJSON, "is missing"),
     "run.json cut": (lambda r: (r / "a/run.json").write_text("{"), "a/run.json", "does not list the outputs"),
     "run.json of others": (lambda r: (r / "a/run.json").write_text("{}"), "a/run.json", "does not list the outputs"),
     "no result of a slide": (lambda r: shutil.rmtree(r / "b"), "summary.csv", "b is done but has no result"),
@@ -259,6 +269,27 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         STORE,
         "0/0/0/0.5.partial: is a partly written file",
     ),
+    "other areas": (
+        lambda r: change(r / "a/run.json", lambda d: d.update(tissue_mm2=9.0)),
+        "a/run.json",
+        "other values than the run",
+    ),
+    "no digests": (
+        lambda r: change(r / "a/run.json", lambda d: d.pop("digests")),
+        "a/run.json",
+        "does not have the digests",
+    ),
+    "other pixels": (lambda r: flip(r / "a/preview.png"), "a/preview.png", "has other content than the run wrote"),
+    "a chunk flipped": (lambda r: flip(r / STORE / "0/0/1/2"), STORE, "0/0/1/2 has other content"),
+    "a chunk cut": (lambda r: cut(r / STORE / "0/0/1/2"), STORE, "0/0/1/2 has"),
+    "no chunk of labels": (
+        lambda r: (r / STORE / "labels/classes/0/1/2").unlink(),
+        STORE,
+        "labels/classes/0/1/2 is missing",
+    ),
+    "two chunks swapped": (lambda r: swap(r / STORE / "0/0/1/1", r / STORE / "0/0/1/2"), STORE, "0/0/1/1 has"),
+    "a changed listing": (lambda r: edit(r / "a/chunks.tsv", "0", "1"), "a/chunks.tsv", "has other content"),
+    "consolidated metadata": (lambda r: (r / STORE / ".zmetadata").write_text("{}"), STORE, ".zmetadata is not a file"),
     "stray chunk": (lambda r: shutil.copytree(r / STORE / "0/0", r / STORE / "0/7"), STORE, "is not a chunk of shape"),
 }
 
@@ -273,6 +304,26 @@ def test_the_check_finds(results: Path, fault: str) -> None:
     assert path == f"wrong {results / file}"
     assert any(words in line for line in findings), findings
     assert str(results) not in "\n".join(findings)
+
+
+def test_the_quick_check_compares_sizes_and_reads_no_file_but_the_records(results: Path) -> None:
+    flip(results / "a/preview.png")
+    flip(results / STORE / "0/0/1/2")
+    assert run("check", "--quick", "--quiet", results) == (0, "", "")
+    cut(results / STORE / "0/0/1/2")
+    (results / STORE / "labels/classes/0/1/2").unlink()
+    code, stdout, _ = run("check", "--quick", "--quiet", results)
+    assert code == 1
+    path, *findings = stdout.splitlines()
+    assert path == f"wrong {results / STORE}"
+    assert [line.split()[0] for line in findings] == ["0/0/1/2", "labels/classes/0/1/2"]
+
+
+def test_files_that_people_add_and_a_removed_path_are_not_findings(results: Path) -> None:
+    (results / "a/notes.txt").write_text("mine")
+    (results / STORE / ".DS_Store").write_bytes(b"\0")
+    change(results / "a/run.json", lambda d: d["slide"].pop("path"))
+    assert run("check", "--quiet", results) == (0, "", "")
 
 
 def test_the_first_findings_are_shown_and_the_others_counted(results: Path) -> None:

@@ -6,26 +6,28 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import OutputError
+from pipeline.results.digests import write_result
 from pipeline.results.folder import ResultFolder, open_folder
-from pipeline.results.record import write_run
 from tests.pipeline.runs import IDENTITY, make_run
 
 
 def build(folder: ResultFolder, *names: str, text: str = "new") -> None:
     for name in names:
         (folder.result / name).write_text(text)
-    write_run(folder.result, make_run(outputs=(*names, "run.json")))
+    write_result(folder.result, make_run(outputs=(*names, "chunks.tsv", "run.json")), {})
 
 
 def publish(out: Path, *names: str, text: str = "new", force: bool = False) -> None:
-    with open_folder(out, "slide", IDENTITY, force=force) as folder:
+    with open_folder(out, "slide", IDENTITY, {}, force=force) as folder:
         build(folder, *names, text=text)
         folder.publish()
 
 
 def contents(out: Path) -> dict[str, str]:
     return {
-        p.relative_to(out).as_posix(): p.read_text() for p in out.rglob("*") if p.is_file() and p.name != "run.json"
+        p.relative_to(out).as_posix(): p.read_text()
+        for p in out.rglob("*")
+        if p.is_file() and p.name not in ("run.json", "chunks.tsv")
     }
 
 
@@ -39,8 +41,8 @@ def test_a_result_with_a_missing_file_is_not_finished(tmp_path: Path) -> None:
     publish(tmp_path, "slide.geojson", "preview.png")
     (tmp_path / "slide" / "preview.png").unlink()
     with (
-        pytest.raises(OutputError, match="some files are missing"),
-        open_folder(tmp_path, "slide", IDENTITY, force=False),
+        pytest.raises(OutputError, match=r"preview\.png is missing; pass --repair"),
+        open_folder(tmp_path, "slide", IDENTITY, {}, force=False),
     ):
         pass
 
@@ -65,7 +67,7 @@ def test_force_deletes_nothing_beside_another_programs_run_json(tmp_path: Path, 
     for force in (False, True):
         with (
             pytest.raises(OutputError, match="was not written by wsi-segment"),
-            open_folder(tmp_path, "slide", IDENTITY, force=force),
+            open_folder(tmp_path, "slide", IDENTITY, {}, force=force),
         ):
             pass
     assert (tmp_path / "slide" / "run.json").read_text() == run
@@ -75,14 +77,14 @@ def test_force_deletes_nothing_beside_another_programs_run_json(tmp_path: Path, 
 def test_a_kill_while_a_result_is_replaced_loses_no_result(tmp_path: Path, killed_after: str) -> None:
     publish(tmp_path, "slide.geojson", text="old")
     (tmp_path / "slide" / "notes.txt").write_text("mine")
-    with pytest.raises(RuntimeError), open_folder(tmp_path, "slide", IDENTITY, force=True) as folder:
+    with pytest.raises(RuntimeError), open_folder(tmp_path, "slide", IDENTITY, {}, force=True) as folder:
         build(folder, "slide.geojson")
         (folder.work / "journal.jsonl").touch()
         folder.target.rename(folder.old)
         if killed_after == "second rename":
             folder.result.rename(folder.target)
         raise RuntimeError("killed")
-    with open_folder(tmp_path, "slide", IDENTITY, force=False) as folder:
+    with open_folder(tmp_path, "slide", IDENTITY, {}, force=False) as folder:
         assert folder.finished is not None
     expected = "old" if killed_after == "first rename" else "new"
     found = {k: v for k, v in contents(tmp_path).items() if not k.startswith(".")}
@@ -91,17 +93,17 @@ def test_a_kill_while_a_result_is_replaced_loses_no_result(tmp_path: Path, kille
 
 
 def test_an_interrupted_run_with_force_resumes(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), open_folder(tmp_path, "slide", IDENTITY, force=True) as folder:
+    with pytest.raises(KeyboardInterrupt), open_folder(tmp_path, "slide", IDENTITY, {}, force=True) as folder:
         (folder.work / "journal.jsonl").write_text("finished blocks")
         raise KeyboardInterrupt
-    with open_folder(tmp_path, "slide", IDENTITY, force=True) as folder:
+    with open_folder(tmp_path, "slide", IDENTITY, {}, force=True) as folder:
         assert (folder.work / "journal.jsonl").read_text() == "finished blocks"
 
 
 def test_a_full_disk_when_a_run_resumes_keeps_the_finished_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RuntimeError), open_folder(tmp_path, "slide", IDENTITY, force=False) as folder:
+    with pytest.raises(RuntimeError), open_folder(tmp_path, "slide", IDENTITY, {}, force=False) as folder:
         (folder.work / "journal.jsonl").write_text("finished blocks")
         raise RuntimeError("the disk is full")
 
@@ -110,14 +112,16 @@ def test_a_full_disk_when_a_run_resumes_keeps_the_finished_blocks(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", no_space)
-        with open_folder(tmp_path, "slide", IDENTITY, force=False):
+        with open_folder(tmp_path, "slide", IDENTITY, {}, force=False):
             pass
-    assert json.loads((tmp_path / ".slide.work" / "identity.json").read_text()) == IDENTITY.as_json()
+    assert json.loads((tmp_path / ".slide.work" / "identity.json").read_text()) == IDENTITY.as_json() | {
+        "computed_with": {}
+    }
     assert (tmp_path / ".slide.work" / "journal.jsonl").read_text() == "finished blocks"
 
 
 def test_a_folder_name_with_zarr_is_refused(tmp_path: Path) -> None:
     for out, name in ((tmp_path / "a.zarr", "slide"), (tmp_path, "slide.zarr")):
         with pytest.raises(OutputError, match=r"must not have \.zarr in its name"):
-            open_folder(out, name, IDENTITY, force=False).__enter__()
+            open_folder(out, name, IDENTITY, {}, force=False).__enter__()
     assert list(tmp_path.iterdir()) == []

@@ -158,8 +158,10 @@ def test_all_outputs_follow_the_rules_of_their_readers(tmp_path: Path) -> None:
         f"{stem}.ome.zarr",
         f"{stem}.geojson",
         f"{stem}.parquet",
-        f"{stem}.left-out.geojson",
         "run.json",
+        f"{stem}.left-out.geojson",
+        "blocks.jsonl",
+        "chunks.tsv",
         *pictures,
     }
     assert broken_ome_zarr_rules(folder / f"{stem}.ome.zarr") == []

@@ -1,0 +1,89 @@
+"""Compare a result's files with the sizes and digests that the run recorded.
+
+`run.json` has the facts about each file beside it, and `chunks.tsv` those about each file of the map. The check reads
+both from scratch and shares no code with the writer on purpose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LISTING = "chunks.tsv"
+_CHUNK_BYTES = 1 << 20
+
+Recorded = dict[str, tuple[str, int]]
+"""SHA-256 and size of each file, by its name."""
+
+
+def changed_values(run: Mapping[str, Any]) -> list[str]:
+    """Return a sentence if the values of `run.json` are not those that the run wrote."""
+    values = {key: value for key, value in run.items() if key != "sha256"}
+    if isinstance(values.get("slide"), dict):
+        values["slide"] = {key: value for key, value in values["slide"].items() if key != "path"}
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":")).encode("ascii")
+    return [] if hashlib.sha256(canonical).hexdigest() == run.get("sha256") else ["has other values than the run wrote"]
+
+
+def changed_files(folder: Path, run: Mapping[str, Any], *, quick: bool = False) -> dict[Path, list[str]]:
+    """Return what is wrong with each file of a result: missing, of another size, of other content, or not listed.
+
+    `quick`: compare sizes only. `chunks.tsv` is read in any case. Raises LookupError, ValueError or TypeError if
+    `run.json` does not have digests, because an older version wrote it.
+    """
+    outputs = [name for name in run["outputs"] if name != "run.json"]
+    recorded = {name: (facts["sha256"], int(facts["bytes"])) for name, facts in run["digests"].items()}
+    found: dict[Path, list[str]] = {}
+    for name in outputs:
+        path = folder / name
+        if name in recorded:
+            found[path] = _changes(path, *recorded[name], quick=quick and name != LISTING)
+        elif not path.is_dir():
+            found[path] = ["is missing" if not path.exists() else "does not have a digest in run.json"]
+    for name in outputs:
+        if (folder / name).is_dir() and not found.get(folder / LISTING, ["is missing"]):
+            found[folder / name] = _changes_of_map(folder / name, _listed(folder / LISTING), quick=quick)
+    return found
+
+
+def _changes_of_map(root: Path, listed: Recorded, *, quick: bool) -> list[str]:
+    wrong = [f"{name} {text}" for name, facts in listed.items() for text in _changes(root / name, *facts, quick=quick)]
+    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    # Desktops write hidden files; Zarr's own hidden files begin with ".z".
+    return wrong + [
+        f"{name} is not a file of the result"
+        for name in sorted(present - set(listed))
+        if not name.rpartition("/")[2].startswith(".") or name.rpartition("/")[2].startswith(".z")
+    ]
+
+
+def _changes(path: Path, sha256: str, size: int, *, quick: bool) -> list[str]:
+    try:
+        if not path.is_file():
+            return ["is missing"]
+        if path.stat().st_size != size:
+            return [f"has {path.stat().st_size} bytes instead of {size}"]
+        if not quick and _sha256(path) != sha256:
+            return ["has other content than the run wrote"]
+    except OSError as error:
+        return [f"cannot be read: {error.strerror or error}"]
+    return []
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_CHUNK_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _listed(path: Path) -> Recorded:
+    found: Recorded = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        sha256, size, name = line.split("\t")
+        found[name] = (sha256, int(size))
+    return found
