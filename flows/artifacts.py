@@ -124,15 +124,16 @@ def artifact_key(kind: str, output: Path) -> str:
 
 
 def _row(result: SlideResult, redact: Redact, *, links: bool) -> dict[str, object]:
-    row: dict[str, object] = {"slide": result.slide, "status": result.status, "seconds": round(result.seconds, 1)}
+    shown = result.slide if links else result.slide.rpartition("/")[2]
+    row: dict[str, object] = {"slide": shown, "status": result.status, "seconds": round(result.seconds, 1)}
     if result.tissue_mm2 is not None:
         row["tissue mm²"] = round(result.tissue_mm2, 4)
     row |= {f"{name} mm²": round(area, 4) for name, area in result.areas_mm2.items()}
     if result.folder is not None:
         row["stages"] = _stages(result.folder)
-        for name, file in (("preview", PREVIEW), ("GeoJSON", result.slide + GEOJSON_END)):
+        for name, file in (("preview", PREVIEW), ("GeoJSON", result.folder.name + GEOJSON_END)):
             path = result.folder / file
-            row[name] = path.absolute().as_uri() if links else f"{result.slide}/{file}"
+            row[name] = path.absolute().as_uri() if links else f"{shown}/{file}"
     return row | {"warnings": redact("; ".join(result.warnings)), "error": redact(result.error)}
 
 

@@ -34,7 +34,7 @@ def segment_batch(
 
     Args:
         source: A slide, a folder of slides, a glob ("/slides/2026-*/*.svs", `**` for any depth), or a manifest: a CSV
-            file with the column `slide` (relative to the file) and the optional columns `mpp` and `model`.
+            file with the column `slide` (relative to the file) and the optional columns `mpp`, `model` and `id`.
         output: Folder for the results, with `summary.csv` and `index.html`.
         model: Name of a shipped model, or path of a bundle.
         scheduler: Where the slides are segmented: None for this process, "local" or "local:N" for a pool of processes,

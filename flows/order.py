@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from prefect import runtime
@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from flows.privacy import Redact, as_it_is, without_folders
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError
+from pipeline.files import local_path
 from pipeline.workers.base import SlideJob
 
 
@@ -42,16 +43,19 @@ class BatchRequest:
     def redact(self) -> Redact:
         """Return the function that removes folders from texts, if `hide_paths` is set."""
         folders = {job.path.parent for job in self.jobs} | {self.output, self.output.absolute().parent}
+        # Results may lie in folders with the names of the slides' folders.
+        names = {name for job in self.jobs for name in (job.name, job.place) if name is not None}
+        folders |= {self.output / name.parent for name in map(PurePosixPath, names) if len(name.parts) > 1}
         return without_folders(folders) if self.hide_paths else as_it_is
 
 
 def output_folder(output: str) -> Path:
     """Return the folder for the results.
 
-    Raises ConfigError if the path is relative and a Prefect worker started the run: the worker deletes the working
-    directory at the end of the run.
+    Raises ConfigError for an address such as s3://bucket/a, and if the path is relative and a Prefect worker started
+    the run: the worker deletes the working directory at the end of the run.
     """
-    folder = Path(output)
+    folder = local_path(output, "output")
     if runtime.deployment.id is not None and not folder.is_absolute():
         raise ConfigError(
             f"output is {output!r}; give an absolute path: a Prefect worker deletes the working directory of its runs"

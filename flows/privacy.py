@@ -11,6 +11,8 @@ from pathlib import Path
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
+from pipeline.console import printable
+
 PACKAGES = ("flows", "pipeline", "models", "wsi")
 
 Redact = Callable[[str], str]
@@ -70,4 +72,4 @@ class _RunLog(logging.Handler):
             log = get_run_logger()
         except MissingContextError:  # a thread that runs blocks
             log = self._flow_log
-        log.log(record.levelno, "%s", self._redact(record.getMessage()))
+        log.log(record.levelno, "%s", printable(self._redact(record.getMessage())))

@@ -65,7 +65,7 @@ def _segment_all(order: BatchRequest) -> list[SlideResult]:
                 order.jobs,
                 order.output,
                 opened,
-                lambda job: progress.of_slide(job.path.stem),
+                lambda job: progress.of_slide(job.result_name),
                 report,
                 earlier=earlier,
                 attempt=parts.attempt,

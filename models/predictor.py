@@ -34,6 +34,7 @@ from models.runtimes import (
     Precision,
     Runtime,
     RuntimeName,
+    check_precision,
     choose_runtime,
     default_batch_size,
 )
@@ -212,9 +213,11 @@ class Predictor:
     ) -> Self:
         """Return a predictor on a device and in a runtime that may be "auto"; `options` are the constructor's.
 
-        If `runtime` is "auto" and OpenVINO cannot take a network, the predictor uses torch and logs a warning.
+        If `runtime` is "auto" and OpenVINO cannot take a network, the predictor uses torch and logs a warning. Raises
+        RuntimeUnavailableError if the device would emulate the precision: see `check_precision`.
         """
         compute = choose_compute(device=device, precision=precision, runtime=runtime, batch_size=batch_size)
+        check_precision(compute.device, precision)
         networks = (classifier, segmenter)
         options |= {"device": compute.device, "precision": precision, "batch_size": compute.batch_size}
         try:

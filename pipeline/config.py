@@ -6,12 +6,12 @@ Every default of a run has its home here, except the batch size, which depends o
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass, fields
 
 from models.runtimes import OUTPUT_STRIDES, Compute, Precision, Runtime, RuntimeName
 from pipeline.errors import ConfigError
+from pipeline.limits import available_cores
 
 RESULTS_FOLDER = "results"
 """Folder for the results, if none is named."""
@@ -176,7 +176,7 @@ def resolve(config: SegmentConfig, compute: Compute) -> ResolvedSettings:
 
 def default_workers() -> int:
     """Return the number of workers on this machine if none is requested."""
-    return min(MOST_WORKERS, os.cpu_count() or 1)
+    return min(MOST_WORKERS, available_cores())
 
 
 def _check(holds: object, flag: str, value: object, allowed: str) -> None:

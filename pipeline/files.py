@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
+
+from pipeline.errors import ConfigError
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def local_path(path: Path | str, what: str) -> Path:
+    """Return a path of this machine. Raises ConfigError for an address such as s3://bucket/a.svs.
+
+    Without this check an output s3://bucket/x would become a local folder named "s3:". `what` begins the message.
+    """
+    # A Path has one slash of the two; a single letter is a drive of Windows.
+    found = _SCHEME.match(str(path))
+    if found:
+        raise ConfigError(
+            f"{what}: {path} is an address ({found[1]}://), which is not supported; copy the data to a local or "
+            f"mounted folder and pass its path"
+        )
+    return Path(path)
 
 
 def sync(path: Path) -> None:

@@ -16,13 +16,14 @@ import typer
 from typer.core import TyperArgument, TyperOption
 from typer.main import get_command
 
-from pipeline.cli import evaluate, export, familiarity, label, segment, train, view
+from pipeline.cli import doctor, evaluate, export, familiarity, label, segment, train, view
 from tests.repository import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "cli.md"
 
 PROGRAMS: dict[str, typer.Typer] = {
     "wsi-segment": segment.app,
+    "wsi-segment doctor": doctor.app,
     "wsi-view": view.app,
     "wsi-export": export.app,
     "wsi-label": label.app,

@@ -23,12 +23,12 @@ COLUMNS = {
     "flows": 0.5, "pipeline.cli": 2.0,
     "pipeline.batch": 0, "pipeline.training": 1, "pipeline.labeling": 1.5, "pipeline.viewing": 2, "pipeline.checks": 3,
     "pipeline.workers": 0, "pipeline.web": 0.5,
-    "pipeline.slide": 0,
+    "pipeline.slide": 0, "pipeline.console": 1,
     "pipeline.pages": 0, "pipeline.progress": 1,
     "pipeline.formats": 0,
     "pipeline.results": 0,
     "pipeline.files": 0, "pipeline.config": 1,
-    "models": 1, "wsi": 2, "pipeline.errors": 3,
+    "models": 1, "wsi": 2, "pipeline.errors": 3, "pipeline.limits": 4,
 }  # fmt: skip
 """Room -> column, from the left. A room that is not listed stands in column 4."""
 

@@ -15,6 +15,9 @@ from wsi.errors import ResolutionError
 
 MppSource = Literal["argument", "slide", "tiff resolution", "objective power"]
 
+FAR_SHARE = 0.1
+"""A given pixel size that differs by more than this share from the file's own adds a warning to the result."""
+
 MPP_RANGE = (0.01, 100.0)
 """Plausible micrometers per pixel: from finer than light resolves to coarser than any model accepts."""
 
@@ -32,14 +35,32 @@ def find_mpp(
     """Return the micrometers per level-0 pixel, their source, and warnings.
 
     The first of these counts: the given value, the file's own value, its TIFF resolution, a guess from the objective
-    power. Raises ResolutionError if there is none of them, or if pixels are not square.
+    power. A given value that is far from the file's own adds a warning. Raises ResolutionError if there is none of
+    them, or if pixels are not square.
     """
     if given is not None:
         if not (math.isfinite(given) and given > 0):
             raise ResolutionError(
                 f"{path.name}: --mpp is {given}; it must be a positive number of micrometers per pixel"
             )
-        return given, "argument", ()
+        return given, "argument", _contradiction(path, properties, given)
+    return _own_mpp(path, properties)
+
+
+def _contradiction(path: Path, properties: Mapping[str, str], given: float) -> tuple[str, ...]:
+    """Return a warning if the given value is far from the file's own."""
+    try:
+        own, source, _ = _own_mpp(path, properties)
+    except ResolutionError:
+        return ()  # the value was given because the file has none
+    if 1 / (1 + FAR_SHARE) <= given / own <= 1 + FAR_SHARE:
+        return ()
+    names = {"slide": "the file states", "tiff resolution": "its TIFF resolution gives"}
+    stated = names.get(source, "its objective power suggests")
+    return (f"the given pixel size {given:g} µm/px is used, but {stated} {own:g} µm/px",)
+
+
+def _own_mpp(path: Path, properties: Mapping[str, str]) -> tuple[float, MppSource, tuple[str, ...]]:
     pair = _positive(properties, "openslide.mpp-x"), _positive(properties, "openslide.mpp-y")
     source: MppSource = "slide"
     if None in pair or _is_tiff_resolution(properties, pair):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -54,7 +55,7 @@ class OpenSlideReader:
     """Read slides with the OpenSlide library: all its vendor formats."""
 
     suffixes: ClassVar[frozenset[str]] = frozenset(
-        {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".czi"}
+        {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".avs", ".vms", ".vmu", ".svslide", ".dcm", ".czi"}
     )
 
     def __init__(self, path: Path) -> None:
@@ -170,6 +171,17 @@ def _check_tiles(sizes: Iterable[tuple[int, int]]) -> None:
 
 READERS: dict[BackendName, Callable[[Path], Reader]] = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader}
 """All readers by name, in the order in which they are tried. Each raises an error for a file that it cannot open."""
+
+
+def reader_versions() -> dict[str, str]:
+    """Return the versions of the libraries that read slides."""
+    return {
+        "openslide": str(openslide.__library_version__),
+        "openslide-python": version("openslide-python"),
+        "tiffslide": version("tiffslide"),
+        "tifffile": version("tifffile"),
+        "imagecodecs": version("imagecodecs"),
+    }
 
 
 def slide_suffixes() -> frozenset[str]:

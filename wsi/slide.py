@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from wsi.agreement import tiffslide_agrees
 from wsi.box import Box
+from wsi.dicom import is_dicom, series_files
 from wsi.errors import SlideFormatError, SlideNotFoundError, SlideReadError
 from wsi.pixel_size import MppSource, check_extent, find_mpp
 from wsi.readers import READERS, BackendName, Reader
@@ -190,9 +191,9 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
 def slide_digest(path: Path) -> str:
     """Return the SHA-256 of the slide's file as hexadecimal digits.
 
-    For MIRAX the digest covers the files of its folder too. For DICOM it covers the other files in the same folder,
-    which may be other levels of the slide. Of other formats with several files (.vms, .vmu) it covers the named file
-    only.
+    For MIRAX the digest covers the files of its folder too. For DICOM it covers the other files of the same series in
+    the same folder, which are other levels of the slide. Of other formats with several files (.vms, .vmu) it covers the
+    named file only.
 
     Raises SlideNotFoundError, or SlideReadError if a file cannot be read.
     """
@@ -226,8 +227,8 @@ def _slide_files(path: Path) -> list[Path]:
     companions: list[Path] = []
     if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
         companions = sorted(p for p in path.with_suffix("").iterdir() if p.is_file())
-    elif path.suffix.lower() == ".dcm":
-        companions = sorted(p for p in path.parent.glob("*.dcm") if p.name != path.name)
+    elif is_dicom(path):
+        companions = [p for p in series_files(path) if p != path]
     return [path, *companions]
 
 

@@ -47,7 +47,7 @@ def attempt_slide(job: SlideJob, segment: Callable[[], SlideResult]) -> Attempt:
         raise
     except Exception as error:
         log.debug("%s failed", job.path, exc_info=True)
-        result = SlideResult(job.path.stem, "failed", time.perf_counter() - start, error=failure(job, error))
+        result = SlideResult(job.result_name, "failed", time.perf_counter() - start, error=failure(job, error))
         if isinstance(error, LockedError):
             return Attempt(result, "locked")
         trace = "" if isinstance(error, WsiSegmentError) else "".join(traceback.format_exception(error))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.errors import OutputError
 from pipeline.results.slide_result import SlideResult
-from pipeline.results.summary import write_summary
+from pipeline.results.summary import is_folder, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +30,13 @@ class Board:
         self._output = output
         self._clock = clock
         self._unwritten: list[SlideResult] = []
+        self._folders: list[SlideResult] = []
         self._due = -float("inf")
 
     def add(self, result: SlideResult) -> None:
         """Add a result; write the table if it is due."""
-        self._unwritten.append(result)
+        # Every write drops the rows of folders, which could be searched this time.
+        (self._folders if is_folder(result.slide) else self._unwritten).append(result)
         self.refresh()
 
     def refresh(self) -> None:
@@ -44,12 +46,12 @@ class Board:
 
     def write(self) -> None:
         """Write the results since the last time."""
-        if not self._unwritten:
+        if not self._unwritten and not self._folders:
             return
         start, pause_s = self._clock(), RETRY_S
         try:
             self._output.mkdir(parents=True, exist_ok=True)
-            write_summary(self._output, self._unwritten)
+            write_summary(self._output, [*self._unwritten, *self._folders])
             self._unwritten.clear()
             pause_s = (self._clock() - start) / WRITING_SHARE
         except OSError as error:

@@ -1,84 +1,63 @@
-"""The slides of a batch: files, folders and manifests, and slides whose results would have the same name."""
+"""The slides of a batch: files, folders and manifests."""
 
 from __future__ import annotations
 
-import csv
-import math
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from models.bundle import shipped_bundles
+from pipeline.batch.dicom_jobs import DicomFolders, place_below, series_job
+from pipeline.batch.manifest import read_manifest
 from pipeline.errors import ConfigError
+from pipeline.files import local_path
 from pipeline.workers.base import SlideJob
+from wsi.dicom import group_series, is_dicom
 from wsi.readers import slide_suffixes
-
-OWN_NAMES = frozenset({"index.html", "qupath", "summary.csv"})
-"""Names that runs write beside the slides' folders."""
 
 
 def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[SlideJob]:
     """Return a job for each slide: for each file, each slide of a folder, and each row of a CSV manifest.
 
-    A manifest has a header with the column `slide`: a path, relative to the manifest. The columns `mpp` and `model` are
-    optional; a model is the name of a shipped model, or the path of a bundle, relative to the manifest. A slide that
-    occurs twice gets one job.
+    A DICOM series is one slide. A slide that is named twice gets one job. What looks like a slide and is not one, such
+    as a link that leads nowhere, and a folder that cannot be searched get a job with a `problem`: nothing that was
+    named disappears.
 
-    Raises ConfigError if a folder contains no slide or a manifest cannot be used.
+    Raises ConfigError if a folder contains no slide, a manifest cannot be used, or a slide is named twice with
+    different settings.
     """
     jobs: dict[str, SlideJob] = {}
+    found = DicomFolders()
     for path in inputs:
-        for job in _expand(path, recursive=recursive):
-            # Path.resolve raises if links form a loop.
-            jobs.setdefault(os.path.realpath(job.path), job)
+        for job in _expand(local_path(path, "slides"), found, recursive=recursive):
+            # Path.resolve raises if links form a loop. Links that lead nowhere are different slides.
+            former = jobs.setdefault(str(job.path.absolute()) if job.problem else os.path.realpath(job.path), job)
+            if former != replace(job, path=former.path):
+                raise ConfigError(
+                    f"{job.path}: is named twice, {_settings(former)} and {_settings(job)}; name it once, or "
+                    f"twice with the same settings"
+                )
     return list(jobs.values())
 
 
-def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
-    """Return an error text for each slide whose result would replace another result or a file of the batch, by path."""
-    groups: dict[str, list[Path]] = defaultdict(list)
-    reserved: dict[Path, str] = {}
-    for job in jobs:
-        # Working folders and locks start with a dot; "." and ".." are existing folders.
-        if job.path.stem.casefold() in OWN_NAMES or job.path.stem.startswith(".") or not job.path.stem:
-            reserved[job.path] = (
-                f"{job.path}: results are named after slides, and {job.path.stem!r} cannot be the name of a "
-                f"result ({', '.join(sorted(OWN_NAMES))} and names that start with a dot are reserved); rename the "
-                f"slide, or make a link to it with another name"
-            )
-        # Some file systems ignore case.
-        groups[job.path.stem.casefold()].append(job.path)
-    same = {
-        path: f"{path}: has the same name as {_others(path, paths)}, and results are named after slides; rename one, "
-        f"or use another --output for it"
-        for paths in groups.values()
-        if len(paths) > 1
-        for path in paths
-    }
-    return same | reserved
+def _settings(job: SlideJob) -> str:
+    named = {"mpp": job.mpp, "model": job.model, "id": job.name}
+    return " and ".join(f"with {name} {value}" for name, value in named.items() if value is not None) or "as it is"
 
 
-def _others(path: Path, paths: Sequence[Path]) -> str:
-    """Return the first few of the other paths: each of a thousand slides with the same name would list all others."""
-    first = [str(other) for other in paths[:4] if other != path][:3]
-    more = len(paths) - 1 - len(first)
-    return ", ".join(first) + (f" and {more} more" if more else "")
-
-
-def _expand(path: Path, *, recursive: bool) -> Iterator[SlideJob]:
+def _expand(path: Path, dicom: DicomFolders, *, recursive: bool) -> Iterator[SlideJob]:
     if _is_dir(path):
-        found = sorted(p for p in (path.rglob("*") if recursive else path.glob("*")) if _is_slide(p))
+        found = sorted(_search(path, recursive=recursive), key=lambda job: job.path)
         if not found and path.suffix.lower() in slide_suffixes():
-            found = [path]  # reported as a failed slide; the other slides continue
+            found = [SlideJob(path)]  # reported as a failed slide; the other slides continue
         if not found:
             hint = "" if recursive else "; pass --recursive to search its subfolders"
             raise ConfigError(f"{path}: no slides in this folder (endings: {' '.join(sorted(slide_suffixes()))}){hint}")
-        yield from (SlideJob(p) for p in found)
+        yield from found
     elif path.suffix.lower() == ".csv":
-        yield from _read_manifest(path)
+        yield from (dicom.whole_series(job) for job in read_manifest(path))
     else:
-        yield SlideJob(path)
+        yield dicom.whole_series(SlideJob(path))
 
 
 def _is_dir(path: Path) -> bool:
@@ -88,43 +67,61 @@ def _is_dir(path: Path) -> bool:
         raise ConfigError(f"{path}: {error.strerror or error}; check the path") from error
 
 
-def _is_slide(path: Path) -> bool:
-    if path.suffix.lower() not in slide_suffixes() or path.name.startswith("."):
-        return False
-    try:
-        return path.is_file()
-    except OSError:
-        return True  # a stale mount or no permission: reported as a failed slide; the other slides continue
-
-
-def _read_manifest(path: Path) -> Iterator[SlideJob]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot be read as a manifest: {error}") from error
-    if not rows or "slide" not in rows[0][1]:
-        raise ConfigError(f"{path}: a manifest needs a header with a column 'slide' and at least one row below it")
-    for number, row in rows:
-        name = (row["slide"] or "").strip()
-        if not name:
-            raise ConfigError(f"{path}, line {number}: the column 'slide' is empty")
-        if "\0" in name:
-            raise ConfigError(
-                f"{path}, line {number}: the column 'slide' contains a zero byte; file names cannot contain one"
-            )
-        text = (row.get("mpp") or "").strip()
+def _search(root: Path, *, recursive: bool) -> Iterator[SlideJob]:
+    """Yield a job for each slide in a folder. Linked folders are searched too, and each folder once."""
+    folders, searched = [root], set[tuple[int, int]]()
+    while folders:
+        folder = folders.pop()
         try:
-            mpp = float(text) if text else None
-        except ValueError:
-            mpp = math.nan
-        if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
-            raise ConfigError(f"{path}, line {number}: mpp is {text!r}; it must be a positive number, or empty")
-        yield SlideJob(path.parent / name, mpp, _model(path, (row.get("model") or "").strip()))
+            facts = folder.stat()
+            if (facts.st_dev, facts.st_ino) in searched:
+                continue
+            searched.add((facts.st_dev, facts.st_ino))
+            with os.scandir(folder) as entries:
+                content = [(folder / entry.name, _leads_to_folder(entry)) for entry in entries]
+        except OSError as error:
+            if folder == root:
+                raise ConfigError(f"{root}: cannot be searched: {error.strerror or error}; check its rights") from error
+            yield _unsearched(folder, root, error)
+            continue
+        if recursive:
+            # Stores of results hold thousands of folders and no slides.
+            folders += [path for path, is_folder in content if is_folder and path.suffix != ".zarr"]
+        yield from _slides([path for path, is_folder in content if not is_folder], folder, root)
 
 
-def _model(manifest: Path, text: str) -> str | None:
-    if not text or text in shipped_bundles():
-        return text or None
-    return str(manifest.parent / text)
+def _slides(files: Sequence[Path], folder: Path, root: Path) -> Iterator[SlideJob]:
+    visible = [path for path in files if not path.name.startswith(".")]
+    dicom = [path for path in visible if is_dicom(path)]
+    all_series, unreadable = group_series(dicom)
+    for series in all_series:
+        yield series_job(series, folder, root, alone=len(all_series) == 1)
+    for path in [*unreadable, *(p for p in visible if p.suffix.lower() in slide_suffixes() - {".dcm"})]:
+        yield SlideJob(path, place=place_below(root, path), problem=_problem(path))
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a stale mount or no permission: reported as a failed slide; the other slides continue
+
+
+def _problem(path: Path) -> str:
+    """Return why an entry that is named like a slide cannot be one; an empty text if the attempt will tell."""
+    try:
+        if path.is_file():
+            return ""
+        if path.is_symlink():
+            return f"{path}: is a link to {path.readlink()}, which does not exist; restore the file, or remove the link"
+    except OSError:
+        return ""  # a stale mount or no permission, which the attempt reports or retries
+    return f"{path}: is not a regular file; remove it, or give it another ending"
+
+
+def _unsearched(folder: Path, root: Path, error: OSError) -> SlideJob:
+    return SlideJob(
+        folder,
+        name=f"{folder.relative_to(root).as_posix()}/",
+        problem=f"{folder}: this folder cannot be searched for slides: {error.strerror or error}; check its rights",
+    )

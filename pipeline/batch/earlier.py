@@ -1,7 +1,7 @@
 """What earlier runs left in the output folder: finished results, and slides that failed permanently.
 
 results/slide/               a finished result; `run.json` holds its identity and the stamp of the slide's file
-results/.slide.failed.json   a slide that failed permanently: stamp, model, settings, version and error
+results/.slide.failed.json   a slide that failed permanently: stamp, model, settings, versions and error
 
 Each failed slide has a file of its own, because runs that share an output folder write at the same time: no file is
 shared, no lock is needed, and the file disappears with the success of its slide.
@@ -26,6 +26,7 @@ from pipeline.results.record import read_header, run_identity, stored_runtime
 from pipeline.results.slide_result import SlideResult, skipped_result
 from pipeline.workers.base import SlideJob, job_config
 from wsi.errors import SlideError, WsiSegmentError
+from wsi.readers import reader_versions
 from wsi.slide import slide_stamp
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class EarlierRuns:
             log.warning("%s: cannot update %s: %s", job.path.name, path, error.strerror or error)
 
     def _finished(self, job: SlideJob) -> SlideResult | None:
-        folder = self._output / job.path.stem
+        folder = self._output / job.result_name
         header = None if self._config.force else read_header(folder)
         if header is None:
             return None
@@ -95,7 +96,7 @@ class EarlierRuns:
         run = finished_run(folder, identity, read=config.repair)
         if run is None or run.slide.stamp != slide_stamp(job.path):
             return None
-        return skipped_result(folder, run, 0.0)
+        return skipped_result(job.result_name, folder, run, 0.0)
 
     def _failed(self, job: SlideJob) -> SlideResult | None:
         if self._retry_failed:
@@ -109,7 +110,7 @@ class EarlierRuns:
             "error": "",
         }:
             return None
-        return SlideResult(job.path.stem, "failed", 0.0, error=str(facts.get("error")), failed_before=True)
+        return SlideResult(job.result_name, "failed", 0.0, error=str(facts.get("error")), failed_before=True)
 
     def _inputs(self, job: SlideJob, stamp: str) -> dict[str, object]:
         """Return everything that has to be the same for an attempt to fail in the same way."""
@@ -122,6 +123,7 @@ class EarlierRuns:
             "model": self._digest(job),
             "parameters": parameters,
             "wsi-segment": version("wsi-segment"),
+            "readers": reader_versions(),  # a newer library may read the slide
         }
 
     def _digest(self, job: SlideJob) -> str:
@@ -131,4 +133,5 @@ class EarlierRuns:
         return self._digests[model]
 
     def _failure_file(self, job: SlideJob) -> Path:
-        return self._output / f".{job.path.stem}.failed.json"
+        result = self._output / job.result_name
+        return result.with_name(f".{result.name}.failed.json")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pipeline.batch.attempt import Attempt, RunAttempt, attempt_slide
 from pipeline.batch.board import Board
-from pipeline.batch.collect import name_clashes
 from pipeline.batch.earlier import EarlierRuns
+from pipeline.batch.names import name_clashes, named_jobs
 from pipeline.batch.slots import MAX_THREADS, CallingThread, ThreadSlots
 from pipeline.batch.window import QueuedSlide, SlideQueue
 from pipeline.errors import Cancelled
@@ -48,9 +48,9 @@ def run_batch(
     """Segment slides, as many at a time as the workers take, and return their results in the order of the jobs.
 
     A slide that fails does not stop the others. Slides that failed transiently are retried, and slides that another run
-    has locked are attempted after the others: see `SlideQueue`. Slides whose results would have the same name fail
-    without an attempt. `summary.csv` is kept up to date, and the report `index.html` is written at the end, also if the
-    batch is interrupted.
+    has locked are attempted after the others: see `SlideQueue`. Slides whose results cannot have names of their own
+    fail without an attempt: see `named_jobs`. `summary.csv` is kept up to date, and the report `index.html` is written
+    at the end, also if the batch is interrupted.
 
     Args:
         jobs: The slides, in the order of their first attempts.
@@ -70,7 +70,7 @@ def run_batch(
         Cancelled: On KeyboardInterrupt, which is then its cause, or if the workers were cancelled.
         WsiSegmentError: If the workers cannot be opened or closed. The results until then are in the table.
     """
-    batch = _Batch(jobs, output, report, earlier, Board(output))
+    batch = _Batch(named_jobs(jobs, output), output, report, earlier, Board(output))
     try:
         slides = list(batch.without_results())
         if slides:
@@ -98,8 +98,8 @@ class _Batch:
         """Yield the slides that have to be attempted, and add the results of all others."""
         clashes = name_clashes(self.jobs)
         for number, job in enumerate(self.jobs):
-            if job.path in clashes:
-                self.add(number, SlideResult(job.path.stem, "failed", 0.0, error=clashes[job.path]))
+            if error := job.problem or clashes.get(job.path):
+                self.add(number, SlideResult(job.result_name, "failed", 0.0, error=error))
         left = [number for number in range(len(self.jobs)) if number not in self.results]
         # Closed here, so that an interruption does not wait for the lookups of all other slides.
         with closing(self._earlier_results(left)) as results:
@@ -188,7 +188,7 @@ def _attempt_all(
 ) -> None:
     def locked(job: SlideJob) -> bool:
         try:
-            return is_locked(batch.output, job.path.stem)
+            return is_locked(batch.output, job.result_name)
         except OSError:
             return False  # the attempt reports the error, or retries a stale mount
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def broken_rules(path: Path, *, quick: bool = False) -> Findings:
         return {path: broken_ome_zarr_rules(path)}
     if (path / "run.json").is_file():
         return _result(path, quick=quick)
-    slides = sorted(run.parent for run in path.glob("*/run.json") if not run.parent.name.startswith("."))
+    slides = sorted(_results(path))
     if not slides:
         what = "cannot be checked" if path.exists() else "does not exist"
         raise ConfigError(
@@ -45,9 +47,20 @@ def broken_rules(path: Path, *, quick: bool = False) -> Findings:
     found: Findings = {}
     for slide in slides:
         found |= _result(slide, quick=quick)
-    for tiles in sorted(path.glob("qupath/maps/*/*.geojson")):
+    for tiles in sorted(path.glob("qupath/maps/**/*.geojson")):
         found[tiles] = _geojson(tiles)[1]
-    return found | _summary(path / "summary.csv", {slide.name for slide in slides})
+    # The table has escapes for bytes of names that are not UTF-8.
+    names = {slide.relative_to(path).as_posix().encode("utf-8", "backslashreplace").decode() for slide in slides}
+    return found | _summary(path / "summary.csv", names)
+
+
+def _results(folder: Path) -> Iterator[Path]:
+    """Yield the results in a folder and in the folders of results below it, which hold an empty `.wsi-segment`."""
+    for run in folder.glob("*/run.json"):
+        if not run.parent.name.startswith("."):
+            yield run.parent
+    for mark in folder.glob("*/.wsi-segment"):
+        yield from _results(mark.parent)
 
 
 def _result(folder: Path, *, quick: bool) -> Findings:
@@ -90,7 +103,7 @@ def _geojson(path: Path) -> tuple[int, list[str]]:
 
 def _parquet(path: Path, polygons: Any) -> list[str]:
     try:
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as binary, pq.ParquetFile(binary) as file:
             names, rows = set(file.schema_arrow.names), file.metadata.num_rows
             geo = b"geo" in (file.schema_arrow.metadata or {})
     except (OSError, pa.ArrowException) as error:
@@ -107,7 +120,8 @@ def _other_count(count: int, polygons: Any, what: str) -> list[str]:
 def _summary(path: Path, slides: set[str]) -> Findings:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(row["slide"], row["status"]) for row in csv.DictReader(file)]
+            # A quotation mark keeps spreadsheets from computing names such as =1+1.
+            rows = [(re.sub(r"^'(?='*[=+\-@\t\r])", "", row["slide"]), row["status"]) for row in csv.DictReader(file)]
     except FileNotFoundError:
         return {}  # slides segmented by separate commands have no summary
     except (OSError, UnicodeDecodeError, csv.Error, LookupError) as error:

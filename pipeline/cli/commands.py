@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, NoReturn
@@ -11,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from models.runtimes import BATCH_SIZE, CUDA_BATCH_SIZE
+from pipeline.console import log_to_stderr, printable
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -37,19 +40,54 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors o
 
 def fail(program: str, message: str, status: int = EXIT_FAILED) -> NoReturn:
     """Print why `program` ends to stderr and exit with this status."""
-    typer.echo(f"{program}: {message}", err=True)
+    typer.echo(f"{program}: {printable(message)}", err=True)
     sys.exit(status)
 
 
 def configure_logging(verbose: int, *, quiet: bool) -> None:
     """Log to stderr: errors if `quiet`, else warnings, information or everything."""
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    log_to_stderr(level)
 
 
 def run(app: Callable[[], object]) -> None:
-    """Run a console command's app. Bytes of file names that are not text are printed escaped."""
+    """Run a console command's app. Bytes of file names that are not text are printed escaped.
+
+    If the output is closed, as by `| head`, or full, the command ends with status 1 and without a traceback.
+    """
+    _open_standard_files()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    app()
+    try:
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        _discard_output()
+        if error.errno == errno.EPIPE:
+            sys.exit(EXIT_FAILED)
+        fail("output", f"cannot be written: {error.strerror}; the results are complete")
+
+
+def _open_standard_files() -> None:
+    """Open the standard files that the caller closed.
+
+    Otherwise the next file that is opened, such as one of a result, gets their numbers, and a library that prints
+    writes into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+
+
+def _discard_output() -> None:
+    # Python would try to write the rest at its end, and fail again.
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.commands import EXIT_FAILED, EXIT_USAGE, fail, run
+from pipeline.console import log_to_stderr, printable
 
 PROGRAM = "wsi-export"
 
@@ -26,7 +27,7 @@ def export() -> None:
 
     Exit status: 0 done, 1 failed or the check found an error, 2 usage error.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    log_to_stderr(logging.WARNING)
 
 
 @app.command()
@@ -49,7 +50,7 @@ def qupath(
     from wsi.errors import WsiSegmentError
 
     try:
-        typer.echo(write_project(results, tiles=tiles, slides=slides))
+        typer.echo(printable(str(write_project(results, tiles=tiles, slides=slides))))
     except WsiSegmentError as error:
         fail(PROGRAM, str(error))
 
@@ -77,9 +78,9 @@ def check(
         fail(PROGRAM, str(error), EXIT_USAGE)
     for path, wrong in found:
         if wrong or not quiet:
-            typer.echo(f"{'wrong' if wrong else 'good '} {path}")
+            typer.echo(f"{'wrong' if wrong else 'good '} {printable(str(path))}")
         for text in wrong[:SHOWN]:
-            typer.echo(f"      {text}")
+            typer.echo(f"      {printable(text)}")
         if len(wrong) > SHOWN:
             typer.echo(f"      and {len(wrong) - SHOWN} more")
     if any(wrong for _, wrong in found):

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli.commands import EXIT_USAGE, fail, run
+from pipeline.console import log_to_stderr
 
 if TYPE_CHECKING:
     from pipeline.labeling.labels import Labels
@@ -52,7 +53,7 @@ def label() -> None:
 
     Exit status: 0 done or stopped by Ctrl-C, 1 failed, 2 usage error.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    log_to_stderr(logging.WARNING)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from pipeline import progress
+from pipeline.console import printable
 
 
 class ProgressBars:
@@ -44,7 +46,7 @@ class ProgressBars:
     def slide(self, name: str) -> progress.Progress:
         """Return the progress callback of one slide."""
         self._remove(name)
-        task = self._tasks[name] = self._bars.add_task("planning", slide=name, total=None)
+        task = self._tasks[name] = self._bars.add_task("planning", slide=printable(name), total=None)
         stage = ""
 
         def update(description: str, done: int, total: int) -> None:
@@ -61,12 +63,17 @@ class ProgressBars:
         """Remove a slide's bar and print a line above the other bars. Errors are printed even if progress is hidden."""
         self._remove(name)
         if not self._hidden or line.startswith("failed"):
-            self._console.print(Text(line), soft_wrap=True)
+            self._print(line)
 
     def line(self, text: str) -> None:
         """Print a line above the bars, unless progress is hidden."""
         if not self._hidden:
-            self._console.print(Text(text), soft_wrap=True)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        # A terminal that was closed, or a full log, must not end the batch.
+        with suppress(OSError):
+            self._console.print(Text(printable(text)), soft_wrap=True)
 
     def _remove(self, name: str) -> None:
         with self._lock:

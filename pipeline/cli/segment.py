@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # Heavy libraries are imported inside the command, so that `--help` answers at once.
-import json
 import math
 import sys
 from contextlib import AbstractContextManager, suppress
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from models.runtimes import OUTPUT_STRIDES, Compute, Precision, RuntimeName, choose_runtime, default_batch_size
+from models.runtimes import OUTPUT_STRIDES, Precision, RuntimeName
 from pipeline.cli.commands import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -27,6 +26,7 @@ from pipeline.cli.commands import (
     run,
 )
 from pipeline.config import MOST_WORKERS, RESULTS_FOLDER, SegmentConfig
+from pipeline.console import printable, printable_json
 
 if TYPE_CHECKING:
     from pipeline.results.slide_result import SlideResult
@@ -46,7 +46,7 @@ def segment(
     slides: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Slides, folders of slides, or CSV manifests with the columns slide, mpp and model.",
+            help="Slides, folders of slides, or CSV manifests with the columns slide, mpp, model and id.",
             show_default=False,
         ),
     ] = None,
@@ -150,22 +150,26 @@ def segment(
     qupath: Annotated[
         bool, typer.Option("--qupath", help="Write a QuPath project of all results to the output folder.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan with an estimate of the time, and stop.")
+    ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
 ) -> None:
     """Turn whole-slide images into tissue maps: OME-Zarr probabilities, GeoJSON, GeoParquet, a preview and a report.
 
-    To resume an interrupted run, give the same command again.
+    To resume an interrupted run, give the same command again. To examine the installation, run wsi-segment doctor.
 
     A slide that fails because of its file is recorded as failed. Later runs report it, and retry it only with
     --retry-failed or if the slide, a setting, the model or the version has changed.
 
-    Exit status: 0 no slide failed in this run, 1 a slide failed, 2 usage error, 130 interrupted.
+    Exit status: 0 no slide failed in this run, 1 a slide failed, or the only slide that was named failed in an earlier
+    run, or the output was closed, 2 usage error, 130 interrupted.
     """
     configure_logging(verbose, quiet=quiet)
     from pipeline.errors import Cancelled, ConfigError
+    from pipeline.files import local_path
     from wsi.errors import WsiSegmentError
 
     try:
@@ -187,6 +191,8 @@ def segment(
             repair=repair,
             num_workers=num_workers,
         )
+        local_path(output, "--output")
+        local_path(model, "--model")
         jobs = _jobs(slides or [], sample=sample, recursive=recursive)
         if dry_run:
             _print_plans(jobs, output, model, config, as_json=as_json)
@@ -196,6 +202,7 @@ def segment(
                 output,
                 model,
                 config,
+                alone=len(jobs) == 1 and [job.path for job in jobs] == slides,
                 retry_failed=retry_failed,
                 scheduler=scheduler,
                 spread=spread,
@@ -233,6 +240,7 @@ def _run(
     model: str,
     config: SegmentConfig,
     *,
+    alone: bool,
     retry_failed: bool,
     scheduler: str | None,
     spread: Literal["slides", "blocks"],
@@ -263,7 +271,7 @@ def _run(
             jobs,
             output,
             opened,
-            lambda job: bars.slide(job.path.stem),
+            lambda job: bars.slide(job.result_name),
             lambda result: bars.end(result.slide, _line(result)),
             earlier=earlier,
             lock_timeout_s=slide_timeout_s or math.inf,
@@ -271,14 +279,14 @@ def _run(
         if len(results) > 1:
             bars.line(tally(results))
     if as_json:
-        print(json.dumps([_plain(r) for r in results], indent=2, ensure_ascii=False))
+        print(printable_json([_plain(r) for r in results]))
     elif not quiet:
         for result in results:
             if result.folder is not None:
-                print(result.folder)
+                print(printable(str(result.folder)))
     if qupath and any(r.status != "failed" for r in results):
         _write_project(output, hidden=as_json or quiet)
-    if new_failures(results):
+    if new_failures(results) or (alone and results[0].status == "failed"):
         sys.exit(EXIT_FAILED)
 
 
@@ -302,77 +310,20 @@ def _write_project(output: Path, *, hidden: bool) -> None:
 
     project = write_project(output)
     if not hidden:
-        print(project)
+        print(printable(str(project)))
 
 
 def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: SegmentConfig, *, as_json: bool) -> None:
-    from models.bundle import load_bundle
-    from pipeline.batch.attempt import failure
-    from pipeline.batch.collect import name_clashes
-    from pipeline.config import resolve
-    from pipeline.errors import ConfigError
-    from pipeline.slide.plan import check_resources
-    from pipeline.slide.recipe import plan_slide
-    from pipeline.workers.base import job_config
+    from pipeline.cli.plans import make_plans, plan_lines
 
-    plans: list[dict[str, object]] = []
-    card, compute = load_bundle(model, config.model_digest).card, _projected_compute(config)
-    clashes = name_clashes(jobs)
-    for job in jobs:
-        entry: dict[str, object] = {"slide": str(job.path)}
-        try:
-            if job.path in clashes:
-                raise ConfigError(clashes[job.path])
-            own = load_bundle(job.model, config.model_digest).card if job.model else card
-            _, slide, _, plan = plan_slide(job.path, own, job_config(job, config))
-            slide.close()
-            entry |= {"mpp": slide.info.mpp, "mpp_source": slide.info.mpp_source, "backend": slide.info.backend}
-            settings = resolve(job_config(job, config), compute)
-            entry |= plan.facts(settings).as_json() | {"warnings": list(slide.info.warnings)}
-            check_resources(plan, settings, job.path.name, output)
-        except Exception as error:  # noqa: BLE001 - as in run_batch, the other slides continue
-            entry["error"] = failure(job, error)
-        plans.append(entry)
+    plans = make_plans(jobs, output, model, config)
     if as_json:
-        print(json.dumps(plans, indent=2, ensure_ascii=False))
+        print(printable_json(plans))
     else:
         for entry in plans:
-            _print_plan(entry)
+            print("\n".join(plan_lines(entry)))
     if any("error" in entry for entry in plans):
         sys.exit(EXIT_FAILED)
-
-
-def _projected_compute(config: SegmentConfig) -> Compute:
-    """Return how a run will compute its networks, without loading them.
-
-    A device or runtime that the user names is not looked for, because only a cluster's machines may have it.
-    """
-    import torch
-
-    from models.predictor import choose_device
-
-    device = str(choose_device("auto")) if config.device == "auto" else config.device
-    return Compute(
-        device=device,
-        precision=config.precision,
-        # OpenVINO needs more memory than torch: the projection holds if OpenVINO cannot take the model.
-        runtime=choose_runtime("auto", device, config.precision) if config.runtime == "auto" else config.runtime,
-        batch_size=config.batch_size or default_batch_size(device),
-        threads=torch.get_num_threads(),
-        processor="",  # of no consequence for a plan
-    )
-
-
-def _print_plan(entry: dict[str, object]) -> None:
-    print(entry["slide"])
-    for name, value in entry.items():
-        if name.endswith("_bytes") and isinstance(value, int):
-            print(f"  {name.removesuffix('_bytes'):<12}{value / 2**20:,.0f} MiB")
-        elif name == "warnings" and isinstance(value, list):
-            for text in value:
-                print(f"  {'warning':<12}{text}")
-        elif name != "slide":
-            print(f"  {name.replace('_', ' '):<12}{f'{value:.6g}' if isinstance(value, float) else value}")
 
 
 def _line(result: SlideResult) -> str:
@@ -400,7 +351,12 @@ def _plain(result: SlideResult) -> dict[str, object]:
 
 
 def main() -> None:
-    """Run the console script."""
+    """Run the console script. Its first argument may be `doctor`; a slide of this name is `./doctor`."""
+    if sys.argv[1:2] == ["doctor"]:
+        from pipeline.cli.doctor import app as doctor_app
+
+        del sys.argv[1]
+        run(doctor_app)
     run(app)
 
 

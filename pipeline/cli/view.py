@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.commands import EXIT_USAGE, fail, run
+from pipeline.console import log_to_stderr
 
 if TYPE_CHECKING:
     from pipeline.viewing.viewer.results import Result
@@ -40,7 +41,7 @@ def view(
 
     Exit status: 0 stopped by Ctrl-C, 1 the results or the slide cannot be shown, 2 usage error.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    log_to_stderr(logging.WARNING)
     from pipeline.errors import ViewError
     from pipeline.viewing.viewer.app import make_app
     from pipeline.web.server import open_browser, serve

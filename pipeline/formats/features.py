@@ -88,7 +88,8 @@ def write_features(
     features = region_features(regions, classes, l0_per_out, mpp_l0, slide_digest)
     with (
         geojson_path.open("w", encoding="utf-8", newline="\n") as geojson,
-        pq.ParquetWriter(parquet_path, _SCHEMA, compression="zstd") as parquet,
+        parquet_path.open("wb") as file,  # Arrow does not open names that are not UTF-8
+        pq.ParquetWriter(file, _SCHEMA, compression="zstd") as parquet,
     ):
         geojson.write('{"type":"FeatureCollection","features":[')
         while batch := list(itertools.islice(features, _BATCH)):
@@ -102,7 +103,8 @@ def write_features(
 
 def count_features(parquet_path: Path) -> int:
     """Return the number of features in a GeoParquet file that `write_features` has written."""
-    return int(pq.read_metadata(parquet_path).num_rows)
+    with parquet_path.open("rb") as file:
+        return int(pq.read_metadata(file).num_rows)
 
 
 def region_features(

@@ -17,6 +17,7 @@ from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import only_writer, write_atomically
 from pipeline.pages.page import render_page
 from pipeline.results.areas import ClassArea, class_areas
+from pipeline.results.find import result_folders, result_name
 from pipeline.results.names import PAGE, PREVIEW, RUN, SUMMARY, THUMBNAIL
 from pipeline.results.record import LeftOutArea, Run, read_header, read_run
 from pipeline.results.slide_result import AREA_COLUMN, STATUSES
@@ -111,10 +112,10 @@ def _total(rows: Iterable[SlideRow]) -> list[ClassArea]:
 def _rows(output: Path) -> list[SlideRow]:
     """Return a row for each slide of the summary, and for each result that the summary lacks."""
     summary = read_summary(output / SUMMARY)
-    folders = {_text(path.name): path for path in sorted(output.iterdir()) if (path / RUN).is_file()}
+    folders = {result_name(output, path): path for path in result_folders(output)}
     results = {name for name, path in folders.items() if read_header(path)}
     return [
-        _row(name, summary.get(name, {}), folder, _readable_run(folder))
+        _row(name, summary.get(name, {}), output, folder, _readable_run(folder))
         for name in sorted({*summary, *results}, key=_natural)
         for folder in (folders.get(name, output / name),)
     ]
@@ -135,12 +136,7 @@ def _natural(name: str) -> list[tuple[float, str]]:
     return [(float(part), "") if i % 2 else (-1.0, part) for i, part in enumerate(parts)]
 
 
-def _text(name: str) -> str:
-    """Return a file's name as `summary.csv` has it: bytes that are not UTF-8 are escaped."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _row(name: str, summary: Mapping[str, Any], folder: Path, run: Run | None) -> SlideRow:
+def _row(name: str, summary: Mapping[str, Any], output: Path, folder: Path, run: Run | None) -> SlideRow:
     """Return a slide's row from its record or, if the record is lost, from its row in the summary."""
     status = str(summary.get("status") or (run.status if run else "done"))
     failed = status == "failed"
@@ -148,8 +144,8 @@ def _row(name: str, summary: Mapping[str, Any], folder: Path, run: Run | None) -
     return SlideRow(
         name=name,
         status=status,
-        page=_link(folder, PAGE) or (_link(folder, PREVIEW) if run else None),
-        thumbnail=_link(folder, THUMBNAIL),
+        page=_link(output, folder, PAGE) or (_link(output, folder, PREVIEW) if run else None),
+        thumbnail=_link(output, folder, THUMBNAIL),
         tissue_mm2=None if failed else tissue_mm2,
         areas=[] if failed else class_areas(areas, run.classes if run else ()),
         left_out=[one for one in run.left_out if one.pieces] if run and not failed else [],
@@ -180,9 +176,12 @@ def _areas_of_summary(summary: Mapping[str, Any]) -> tuple[dict[str, float], flo
     return areas, numbers.get("tissue_mm2")
 
 
-def _link(folder: Path, name: str) -> str | None:
+def _link(output: Path, folder: Path, name: str) -> str | None:
+    if not (folder / name).is_file():
+        return None
     # A colon, too, is quoted: a browser would read what stands before it as a scheme.
-    return f"{quote(folder.name, safe='', errors='surrogateescape')}/{name}" if (folder / name).is_file() else None
+    place = quote(folder.relative_to(output).as_posix(), safe="/", errors="surrogateescape")
+    return f"{place}/{name}"
 
 
 def _number(text: object) -> float | None:

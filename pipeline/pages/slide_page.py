@@ -79,7 +79,11 @@ def write_slide_page(folder: Path, run: Run, picture: SlidePicture) -> None:
         bar_share=bar_um / (slide.width * picture.um_per_px),
         bar_text=length_text(bar_um).replace("um", "µm"),
         parameters=_parameters(run.identity.parameters),
-        files=[(name, quote(name), file_description(name)) for name in run.outputs if name not in (PAGE, THUMBNAIL)],
+        files=[
+            (name, quote(name, errors="surrogateescape"), file_description(name))
+            for name in run.outputs
+            if name not in (PAGE, THUMBNAIL)
+        ],
     )
     (folder / PAGE).write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 

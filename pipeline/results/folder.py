@@ -1,6 +1,6 @@
 """The folders in which a slide's result is built, and how it becomes visible.
 
-results/slide/          the result: one rename makes it visible, complete
+results/slide/          the result: one rename makes it visible, complete; results/case/slide/ if names clash
 results/.slide.work/    the working folder of an unfinished run
 results/.slide.lock     held by the run; the kernel releases it when the process dies
 results/.slide.old/     the former result, while --force replaces it
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from pipeline.errors import LockedError, OutputError
 from pipeline.files import sync, sync_tree, write_atomically
 from pipeline.results.digests import changed_files
-from pipeline.results.names import RUN
+from pipeline.results.names import GROUP, RUN
 from pipeline.results.record import Run, RunHeader, RunIdentity, read_header, read_run
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def open_folder(
     force: bool = False,
     repair: bool = False,
 ) -> Iterator[ResultFolder]:
-    """Take the lock of one slide's result and prepare its working folder.
+    """Take the lock of one slide's result, `output/<name>`, and prepare its working folder. `name` may have slashes.
 
     The run resumes from a working folder with the same `identity` whose blocks were `computed_with` the same values;
     any other one is removed. After an error the working folder stays if it holds finished blocks.
@@ -88,7 +88,8 @@ def open_folder(
             f"{output / name}: the folder of a result must not have .zarr in its name, because viewers would open it "
             f"as a store; choose another --output or rename the slide"
         )
-    _make_durably(output)
+    output = _make_group(output, name)
+    name = Path(name).name
     lock_path = lock_file(output, name)
     lock = FileLock(lock_path)
     try:
@@ -111,7 +112,8 @@ def open_folder(
 
 def lock_file(output: Path, name: str) -> Path:
     """Return the lock file of a slide. A killed run leaves the file behind, unlocked."""
-    return output / f".{name}.lock"
+    result = output / name
+    return result.with_name(f".{result.name}.lock")
 
 
 def is_locked(output: Path, name: str) -> bool:
@@ -192,6 +194,24 @@ def _prepare(
         write_atomically(header_path, json.dumps(wanted))
         sync(output)
     return folder
+
+
+def _make_group(output: Path, name: str) -> Path:
+    """Make the folder in which a result lies and return it. Raises OutputError if it lies inside another result."""
+    folder = (output / name).parent
+    for path in (folder, *folder.absolute().parents):
+        if read_header(path) is not None:
+            raise OutputError(
+                f"{output / name}: lies inside the result {path}; choose another --output, or name the result in the "
+                f"column 'id' of a manifest"
+            )
+    _make_durably(folder)
+    while folder != output:
+        if not (folder / GROUP).exists():
+            (folder / GROUP).touch()
+            sync(folder)
+        folder = folder.parent
+    return (output / name).parent
 
 
 def _make_durably(folder: Path) -> None:

@@ -18,6 +18,9 @@ LISTING = "chunks.tsv"
 SUMMARY = "summary.csv"
 """The table of all slides in the output folder."""
 
+GROUP = ".wsi-segment"
+"""An empty file in every folder between the output folder and a result: its folders may be results."""
+
 MAP_END = ".ome.zarr"
 GEOJSON_END = ".geojson"
 GEOPARQUET_END = ".parquet"

@@ -190,6 +190,8 @@ class Run(_Record):
     """
 
     identity: RunIdentity
+    name: str = ""
+    """Path of the result below the output folder, with slashes; empty in older results."""
     status: Literal["done", "no tissue", "unrecognized"]
     slide: SlideFacts
     model: str
@@ -236,8 +238,8 @@ class Run(_Record):
 
     @property
     def slide_title(self) -> str:
-        """Return the slide's file name without the extension."""
-        return Path(self.slide.name).stem
+        """Return the name that pages show: that of the result, or of the slide's file without its ending."""
+        return self.name or Path(self.slide.name).stem
 
 
 class RunHeader(_Record):

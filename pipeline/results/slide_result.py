@@ -29,7 +29,7 @@ class SlideResult:
     """How one slide ended."""
 
     slide: str
-    """Name of the slide without the extension, and of the result's folder."""
+    """Name of the result: the path of its folder below the output folder, with slashes."""
     status: Status
     seconds: float
     areas_mm2: dict[str, float] = field(default_factory=dict)
@@ -65,10 +65,10 @@ class SlideResult:
         }
 
 
-def finished_result(folder: Path, run: Run, seconds: float) -> SlideResult:
+def finished_result(name: str, folder: Path, run: Run, seconds: float) -> SlideResult:
     """Return the result of a slide that this run has just segmented."""
     return SlideResult(
-        slide=folder.name,
+        slide=name,
         status=run.status,
         seconds=seconds,
         areas_mm2=run.class_areas_mm2,
@@ -79,9 +79,9 @@ def finished_result(folder: Path, run: Run, seconds: float) -> SlideResult:
     )
 
 
-def skipped_result(folder: Path, run: Run, seconds: float) -> SlideResult:
+def skipped_result(name: str, folder: Path, run: Run, seconds: float) -> SlideResult:
     """Return the result of a slide that an earlier run has finished."""
-    return SlideResult(folder.name, "skipped", seconds, run.class_areas_mm2, _columns(run), folder)
+    return SlideResult(name, "skipped", seconds, run.class_areas_mm2, _columns(run), folder)
 
 
 def _columns(run: Run) -> dict[str, object]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,10 +14,16 @@ from models.tissue_class import ClassName
 from pipeline.errors import OutputError
 from pipeline.files import only_writer, write_atomically
 from pipeline.results.names import SUMMARY
-from pipeline.results.slide_result import AREA_COLUMN, SlideResult
+from pipeline.results.slide_result import AREA_COLUMN, COLUMNS, SlideResult
 
 # An error message may be longer than the 131,072 characters that csv reads by default.
 csv.field_size_limit(2**31 - 1)
+
+TEXT_COLUMNS = ("slide", "warnings", "error")
+"""Columns whose texts come from file names. See `_quoted`."""
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+"""The beginning of a cell that spreadsheets compute, after quotes of ours."""
 
 _CLASS_NAME: TypeAdapter[str] = TypeAdapter(ClassName)
 
@@ -24,23 +31,28 @@ _CLASS_NAME: TypeAdapter[str] = TypeAdapter(ClassName)
 def write_summary(output: Path, results: Iterable[SlideResult]) -> None:
     """Write the rows of these slides into `summary.csv` and keep the rows of all other slides.
 
+    Rows of folders that could not be searched are not kept: only the run that writes them knows.
+
     Raises OutputError if the existing file is not a summary; the file is not changed.
     """
     path = output / SUMMARY
     with only_writer(path, output / ".summary.lock"):
-        rows = read_summary(path)
+        rows = {name: row for name, row in read_summary(path).items() if not is_folder(name)}
         for result in results:
             if not _is_row_kept(rows.get(result.slide, {}).get("status"), result):
                 rows[result.slide] = result.row()
-        names: dict[str, None] = {}
-        for row in rows.values():
-            names |= dict.fromkeys(row)
-        names = {n: None for n in names if n not in ("warnings", "error")} | {"warnings": None, "error": None}
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(names), restval="")
+        writer = csv.DictWriter(text, _columns(rows.values()), restval="")
         writer.writeheader()
-        writer.writerows(rows[slide] for slide in sorted(rows))
+        for slide in sorted(rows):
+            row = rows[slide]
+            writer.writerow(row | {name: _quoted(str(row[name])) for name in TEXT_COLUMNS if name in row})
         write_atomically(path, text.getvalue())
+
+
+def is_folder(name: str) -> bool:
+    """Return whether this is the name of a row for a folder that could not be searched."""
+    return name.endswith("/")
 
 
 def _is_row_kept(status: object, result: SlideResult) -> bool:
@@ -65,7 +77,26 @@ def read_summary(path: Path) -> dict[str, dict[str, object]]:
     # The key None holds the values of a row that is longer than the header.
     if any("slide" not in row or None in row or not _has_valid_classes(row) for row in rows):
         raise OutputError(f"{path}: was not written by wsi-segment; move it away, and the next run writes a new one")
-    return {row["slide"]: {**row} for row in rows}
+    texts = [row | {name: _unquoted(row[name]) for name in TEXT_COLUMNS if row.get(name)} for row in rows]
+    return {str(row["slide"]): {**row} for row in texts}
+
+
+def _columns(rows: Iterable[Mapping[str, object]]) -> list[str]:
+    """Return the columns of a table in their fixed order, with those of newer versions before the texts."""
+    found = dict.fromkeys(name for row in rows for name in row)
+    areas = sorted(name for name in found if name.startswith(AREA_COLUMN))
+    first = ["slide", "status", "seconds", *COLUMNS, *areas, "resumed_blocks"]
+    last = ["warnings", "error"]
+    return [*first, *sorted(found.keys() - {*first, *last}), *last]
+
+
+def _quoted(text: str) -> str:
+    """Return a text that a spreadsheet does not take for a formula. `_unquoted` returns the text itself."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def _unquoted(text: str) -> str:
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def _has_valid_classes(columns: Iterable[str]) -> bool:

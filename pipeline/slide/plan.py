@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from models.bundle import ModelCard
 from models.runtimes import RUNTIME_FACTS
 from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError
+from pipeline.limits import available_memory
 from pipeline.results.record import PlanFacts
 from pipeline.slide.blend import TILE_GROUP
 from wsi.box import Box
@@ -114,7 +114,7 @@ def block_tissue(grid: Grid, tissue: Tissue, block: Block) -> NDArray[np.bool_]:
 
 def check_resources(plan: Plan, settings: ResolvedSettings, name: str, output: Path) -> None:
     """Raise PlanError if the plan needs more memory than is available or more disk space than is free in `output`."""
-    memory, available = plan.memory_bytes(settings), psutil.virtual_memory().available
+    memory, available = plan.memory_bytes(settings), available_memory()
     if memory > available:
         raise PlanError(
             f"{name}: needs about {memory / 2**30:.1f} GiB of memory and {available / 2**30:.1f} GiB are available; "

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -36,6 +36,7 @@ from pipeline.results.record import (
     Run,
     SlideFacts,
     TileCounts,
+    read_header,
     run_identity,
     stored_runtime,
     versions,
@@ -88,9 +89,11 @@ def segment_slide(
     config: SegmentConfig,
     progress: Progress = no_progress,
     planned: PlannedSlide | None = None,
+    name: str | None = None,
 ) -> SlideResult:
-    """Segment a slide into `output/<stem>`, which README.md describes. `planned` is the plan of `plan_slide` for
-    this model and these settings, if the caller already has it.
+    """Segment a slide into `output/<name>`, which README.md describes. `name` is a path with slashes; None: the file's
+    name without its ending. `planned` is the plan of `plan_slide` for this model and these settings, if the caller
+    already has it.
 
     A finished result of the same slide, model and parameters is kept (`skipped`). The result is built in a working
     folder beside the target, and one rename makes it visible. After a crash or an interrupt, the next call resumes from
@@ -100,7 +103,7 @@ def segment_slide(
     """
     settings = resolve(config, predictor.compute)
     _check_predictor(predictor, settings)
-    return segment_slide_with(ThreadRunner(predictor), path, output, settings, progress, planned)
+    return segment_slide_with(ThreadRunner(predictor), path, output, settings, progress, planned, name)
 
 
 def segment_slide_with(
@@ -110,10 +113,17 @@ def segment_slide_with(
     settings: ResolvedSettings,
     progress: Progress = no_progress,
     planned: PlannedSlide | None = None,
+    name: str | None = None,
 ) -> SlideResult:
     """Segment a slide as `segment_slide` does, with its blocks run by `runner`."""
+    name = path.stem if name is None else name
     try:
-        return _segment_slide(path, output, runner, settings, progress, planned)
+        with ExitStack() as stack:
+            if planned is None and read_header(output / name) is None:
+                # Before the digest, which reads the whole file: a file that no reader opens may have terabytes.
+                planned = plan_slide(path, runner.card, settings)
+                stack.enter_context(planned.slide)
+            return _segment_slide(path, output, name, runner, settings, progress, planned)
     except KeyboardInterrupt:
         raise Cancelled(
             f"{path.name}: interrupted; run the same command again to resume from the finished blocks"
@@ -123,6 +133,7 @@ def segment_slide_with(
 def _segment_slide(
     path: Path,
     output: Path,
+    name: str,
     runner: BlockRunner,
     settings: ResolvedSettings,
     progress: Progress,
@@ -133,16 +144,16 @@ def _segment_slide(
     # Before the digest: otherwise a slide that changes in between would count as unchanged.
     stamp = slide_stamp(path) if planned is None else planned.stamp
     # Before any work: a finished result of another runtime is kept if the user named none.
-    runtime = stored_runtime(output / path.stem, settings) or settings.runtime
+    runtime = stored_runtime(output / name, settings) or settings.runtime
     identity = run_identity(slide_digest(path), runner.digest, settings.parameters(runtime))
     check_unchanged = partial(_check_unchanged, path, stamp)
     computed_with = settings.computed_with() | {"versions": run_versions}
     with (
         _named_write_errors(path, output),
-        open_folder(output, path.stem, identity, computed_with, force=settings.force, repair=settings.repair) as folder,
+        open_folder(output, name, identity, computed_with, force=settings.force, repair=settings.repair) as folder,
     ):
         if folder.finished is not None:
-            return skipped_result(folder.target, folder.finished, time.perf_counter() - start)
+            return skipped_result(name, folder.target, folder.finished, time.perf_counter() - start)
         if runtime != settings.runtime:
             raise OutputError(
                 f"{folder.target}: was computed with {runtime}, and its blocks must not be mixed with blocks of "
@@ -153,8 +164,8 @@ def _segment_slide(
             _, slide, tissue, plan = planned or plan_slide(path, runner.card, settings)
         with slide:
             check_resources(plan, settings, path.name, output)
-            spec = _map_spec(path, runner.card, plan)
-            store = _open_store(folder.result / f"{path.stem}{MAP_END}", folder.work, spec)
+            spec = _map_spec(folder.target.name, runner.card, plan)
+            store = _open_store(folder.result / f"{spec.name}{MAP_END}", folder.work, spec)
             work = BlockWork(slide.info, plan.grid, tissue, settings, store, folder.work)
 
             with _timed(seconds, "blocks"):
@@ -185,6 +196,7 @@ def _segment_slide(
             run = Run(
                 identity=identity,
                 status=_status(tissue, plan),
+                name=name,
                 slide=_slide_facts(slide.info, stamp),
                 model=runner.card.name,
                 scope=runner.card.scope,
@@ -198,7 +210,7 @@ def _segment_slide(
                 ),
                 classes=spec.classes,
                 class_areas_mm2=areas_mm2,
-                polygons=count_features(folder.result / f"{path.stem}{GEOPARQUET_END}"),
+                polygons=count_features(folder.result / f"{spec.name}{GEOPARQUET_END}"),
                 tiles=_tile_counts(records),
                 bad_tiles_l0=tuple(sorted({Box(*box) for r in records for box in r.bad_tiles_l0})),
                 warnings=((unfamiliar,) if unfamiliar else ()) + _warnings(work, runner.card.mpp, records),
@@ -215,7 +227,7 @@ def _segment_slide(
         progress("publishing", 0, 1)
         check_unchanged()
         folder.publish()
-    return finished_result(folder.target, run, time.perf_counter() - start)
+    return finished_result(name, folder.target, run, time.perf_counter() - start)
 
 
 def _status(tissue: Tissue, plan: Plan) -> Literal["done", "no tissue", "unrecognized"]:
@@ -352,10 +364,8 @@ def _unfamiliar_warning(card: ModelCard, familiarity: Familiarity | None) -> str
     )
 
 
-def _map_spec(path: Path, card: ModelCard, plan: Plan) -> MapSpec:
-    return MapSpec(
-        path.stem, plan.grid.size_out, card.classes, plan.grid.mpp_out, chunk=min(CHUNK_OUT, plan.grid.block_out)
-    )
+def _map_spec(name: str, card: ModelCard, plan: Plan) -> MapSpec:
+    return MapSpec(name, plan.grid.size_out, card.classes, plan.grid.mpp_out, chunk=min(CHUNK_OUT, plan.grid.block_out))
 
 
 def _regions(work: BlockWork, plan: Plan) -> Iterable[Region]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,6 +20,18 @@ class SlideJob:
     """Micrometers per level-0 pixel. None: the value of the run's settings."""
     model: str | None = None
     """Name or path of a bundle. None: the run's model."""
+    name: str | None = None
+    """Name of the result: a path below the output folder, with slashes. None: the file's name without its ending."""
+    place: str | None = field(default=None, compare=False)
+    """Where the slide lies below the folder or manifest that named it, without its ending: the name of the result if
+    another slide has the short name. None: the name cannot change, or the slide was named by itself."""
+    problem: str = field(default="", compare=False)
+    """Why there is nothing to attempt, such as a link that leads nowhere: the job fails with this text."""
+
+    @property
+    def result_name(self) -> str:
+        """Return the name of the result, with slashes: the path of its folder below the output folder."""
+        return self.path.stem if self.name is None else self.name
 
 
 Spread = Literal["slides", "blocks"]
@@ -35,7 +47,7 @@ class Workers(Protocol):
         ...
 
     def segment(self, job: SlideJob, output: Path, progress: Progress) -> SlideResult:
-        """Segment a slide into `output/<stem>` and return its result. Threads may call this at the same time.
+        """Segment a slide into `output/<job.result_name>` and return its result. Threads may call this concurrently.
 
         Raises the errors of `segment_slide`. `is_transient` returns whether the same call can succeed later.
         """

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import SegmentConfig
+from pipeline.console import log_to_stderr
 from pipeline.errors import (
     Cancelled,
     ClusterError,
@@ -186,7 +187,7 @@ def _serve(connection: Connection, model: str, config: SegmentConfig, first: Sli
     """Segment the requested slides until the connection closes."""
     from pipeline.workers.in_process import open_in_process  # loads torch, which the waiting process does not need
 
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    log_to_stderr(level)
     keep_freed_memory()
     with ExitStack() as stack:
         try:

@@ -84,7 +84,7 @@ class InProcess:
             if job in self._planned:
                 planned = self._planned.pop(job).result()
                 stack.enter_context(planned.slide)
-            return segment_slide(job.path, output, predictor, config, unless_cancelled, planned)
+            return segment_slide(job.path, output, predictor, config, unless_cancelled, planned, job.name)
 
     def cancel(self) -> None:
         """See `Workers.cancel`."""

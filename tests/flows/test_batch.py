@@ -25,12 +25,16 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun
 
 from flows import parts, segmenting
-from flows.artifacts import SlideProgress
+from flows.artifacts import SlideProgress, show_table
 from flows.batch import segment_batch
+from flows.order import BatchRequest
 from flows.privacy import without_folders
 from flows.slide import segment_slide_flow
 from pipeline.batch import window
+from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ClusterError, LockedError
+from pipeline.results.slide_result import SlideResult
+from pipeline.workers.base import SlideJob
 from tests.flows.servers import until
 from tests.pipeline.batch.scripted import ScriptedWorkers, StaleError, touched
 from tests.pipeline.fakes import region_slide
@@ -330,7 +334,7 @@ def test_with_paths_hidden_no_folder_reaches_the_server(
     shown = [log, *(f"{one.description} {one.data}" for one in artifacts(harness, flow_run).values())]
     runs = harness.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id])))
     shown += [f"{one.name} {one.task_inputs} {one.state and one.state.message}" for one in runs]
-    assert any("a.svs: has the same name as a.tif" in text for text in shown)
+    assert any("a.svs: its result would have the same name as that of a.tif" in text for text in shown)
     # Prefect stores paths only in the parameters, as the user wrote them.
     assert all("Doe, Jane" not in text and str(tmp_path) not in text for text in shown)
 
@@ -373,3 +377,17 @@ def test_one_slide_is_a_flow_too(tmp_path: Path, scripted: ScriptedWorkers) -> N
     state = segment_slide_flow(str(slide), str(tmp_path / "out"), settings={"a": 1}, return_state=True)
     assert state.message is not None
     assert state.message.startswith("settings: 'a' is not a setting")
+
+
+def test_with_paths_hidden_the_folders_in_the_names_of_results_are_hidden_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = BatchRequest(
+        [SlideJob(tmp_path / "in/Doe, Jane/a.svs", place="Doe, Jane/a")], tmp_path / "out", "m", SegmentConfig(),
+        hide_paths=True,
+    )  # fmt: skip
+    assert request.redact(f"{tmp_path}/out/Doe, Jane/a: holds another result") == "a: holds another result"
+    tables: list[list[dict[str, object]]] = []
+    monkeypatch.setattr("flows.artifacts.create_table_artifact", lambda table, **_: tables.append(table))
+    show_table(tmp_path, [SlideResult("Doe, Jane/a", "failed", 0.0)], request.redact, links=False)
+    assert [row["slide"] for table in tables for row in table] == ["a"]

@@ -185,7 +185,8 @@ def good_tables(folder: Path) -> None:
 
 
 def attack_table(good: Path, work: Path, chance: random.Random) -> None:
-    from pipeline.batch.collect import collect_jobs, name_clashes
+    from pipeline.batch.collect import collect_jobs
+    from pipeline.batch.names import name_clashes
     from pipeline.pages.report_page import write_report
     from pipeline.results.slide_result import SlideResult
     from pipeline.results.summary import write_summary

@@ -15,7 +15,8 @@ import pytest
 from models.bundle import ClassifierCard, ModelCard, SegmenterCard, load_bundle
 from models.errors import InvalidCardError
 from models.tissue_class import TissueClass
-from pipeline.batch.collect import OWN_NAMES, collect_jobs, name_clashes
+from pipeline.batch.collect import collect_jobs
+from pipeline.batch.names import OWN_NAMES, name_clashes
 from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, OutputError, UnreadableImageError

@@ -69,7 +69,7 @@ def test_mpp_comes_from_the_argument_or_else_the_slide_or_else_the_tags_or_else_
     power = write_slide(tmp_path / "power.svs", noise, mpp=None, power=40)
     printer = write_slide(tmp_path / "printer.svs", noise, mpp=None, power=40, resolution_mpp=25400 / 300)
     nothing = write_slide(tmp_path / "nothing.svs", noise, mpp=None)
-    assert found(own, 0.3) == (0.3, "argument", 0)
+    assert found(own, 0.3) == (0.3, "argument", 1)
     assert found(own) == (0.5, "slide", 0)
     assert found(tags) == (0.7, "tiff resolution", 0)
     assert found(power) == (0.25, "objective power", 1)

@@ -35,6 +35,8 @@ class SlideFile:
     path: Path
     """The slide's path during segmentation; only its name if the record has no path."""
     digest: str
+    title: str
+    """Name of the image in the project: that of the result, with the ending of the file."""
 
 
 def load_project(path: Path) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def enter_slides(
         entry = by_file.get(file) or by_file.get(recorded) or by_file.get(slide.path)
         if entry is None:
             project["lastID"] = 1 + max([project.get("lastID", 0), *(e["entryID"] for e in project["images"])])
-            entry = _new_entry(file, project["lastID"])
+            entry = _new_entry(file, slide.title, project["lastID"])
             project["images"].append(entry)
         elif file.exists():
             entry["serverBuilder"] = _with_files(entry["serverBuilder"], {recorded: file, slide.path: file})
@@ -117,9 +119,14 @@ def _find(slide: SlideFile, recorded: Path, search: Path | None) -> Path:
     return recorded if recorded.is_absolute() else slide.result.parent / recorded
 
 
-def _new_entry(file: Path, number: int) -> dict[str, Any]:
+def _new_entry(file: Path, title: str, number: int) -> dict[str, Any]:
     builder = {"builderType": "uri", "providerClassName": _OPENSLIDE, "uri": _uri(file), "args": []}
-    return {"serverBuilder": builder, "entryID": number, "imageName": file.name, "metadata": {}, "tags": []}
+    return {"serverBuilder": builder, "entryID": number, "imageName": title, "metadata": {}, "tags": []}
+
+
+def files_of(entry: Mapping[str, Any]) -> list[Path]:
+    """Return the files of an entry."""
+    return _files(entry.get("serverBuilder"))
 
 
 def _files(builder: object) -> list[Path]:

@@ -30,9 +30,10 @@ from filelock import FileLock
 from models.tissue_class import Color
 from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import write_atomically
+from pipeline.results.find import result_folders
 from pipeline.results.names import FAMILIARITY, GEOJSON_END, MAP_END
 from pipeline.results.record import Run, read_header, read_run
-from pipeline.viewing.qupath.images import SlideFile, enter_slides, load_project
+from pipeline.viewing.qupath.images import SlideFile, enter_slides, files_of, load_project
 from pipeline.viewing.qupath.maps import ProbabilityMap, write_overlays, write_tiles
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ FOLDER = "qupath"
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
-_COLUMNS = ("entryID", "name", "geojson", "tiles", "overlays", "width", "height", "classes", "warning")
+_COLUMNS = ("entryID", "name", "slide", "geojson", "tiles", "overlays", "width", "height", "classes", "warning")
 
 _WARNING = "Warning of wsi-segment"
 """Metadata key of an image that does not look like the training data of the model. QuPath lists it with the image."""
@@ -53,6 +54,8 @@ class _Result:
     """One slide's result."""
 
     folder: Path
+    name: str
+    """Path of the result below the output folder, with slashes."""
     slide: SlideFile
     digest: str
     """Digest of the run's identity."""
@@ -118,10 +121,10 @@ def _write(folder: Path, results: Sequence[_Result], *, tiles: bool, slides: Pat
 def _results(output: Path) -> Iterator[_Result]:
     if not output.is_dir():
         return
-    for folder in sorted(output.iterdir()):
-        if folder.name.startswith(".") or read_header(folder) is None:
+    for folder in result_folders(output):
+        if read_header(folder) is None:
             continue
-        if folder.name == FOLDER:
+        if folder == output / FOLDER:
             raise OutputError(f"{folder}: a slide's result has the name of the project's folder; rename the slide")
         try:
             run = read_run(folder)
@@ -132,13 +135,14 @@ def _results(output: Path) -> Iterator[_Result]:
         if run is None or not store.is_dir():
             log.warning("%s: left out: %s is missing; segment the slide again with --force", folder, store.name)
             continue
-        yield _result(folder, store, run)
+        yield _result(output, folder, store, run)
 
 
-def _result(folder: Path, store: Path, run: Run) -> _Result:
+def _result(output: Path, folder: Path, store: Path, run: Run) -> _Result:
     grid, digest = run.plan.grid, run.identity.slide
     made_of = hashlib.sha256(json.dumps(run.identity.as_json(), sort_keys=True).encode()).hexdigest()
-    place = SlideFile(folder, run.slide.path or Path(run.slide.name), digest)
+    slide, name = run.slide.path or Path(run.slide.name), folder.relative_to(output).as_posix()
+    place = SlideFile(folder, slide, digest, title=f"{name}{slide.suffix}")
     familiarity = folder / FAMILIARITY if run.familiarity is not None else None
     probability = ProbabilityMap(
         store,
@@ -149,7 +153,7 @@ def _result(folder: Path, store: Path, run: Run) -> _Result:
         familiarity if familiarity is not None and familiarity.is_file() else None,
     )
     unfamiliar = run.familiarity is not None and run.familiarity.is_unfamiliar
-    return _Result(folder, place, made_of, probability, run.warnings[0] if unfamiliar and run.warnings else "")
+    return _Result(folder, name, place, made_of, probability, run.warnings[0] if unfamiliar and run.warnings else "")
 
 
 def _merged_classes(path: Path, results: Sequence[_Result]) -> dict[str, Any]:
@@ -182,7 +186,7 @@ def _set_warning(entry: dict[str, Any], warning: str) -> None:
 
 def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool) -> tuple[str, ...]:
     """Write the pictures and tiles of a result, and return its row of results.tsv."""
-    maps = folder / "maps" / result.folder.name
+    maps = folder / "maps" / result.name
     tiles_path = maps / f"{result.folder.name}.tiles.geojson"
     made = maps / "made_of.json"
     try:
@@ -198,7 +202,8 @@ def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool
         write_tiles(tiles_path, result.map)
     return (
         str(entry["entryID"]),
-        _quoted(result.slide.path.name),
+        _quoted(result.slide.title),
+        _slide_cell(entry, folder),
         _relative(result.geojson, folder),
         _relative(tiles_path, folder) if tiles_path.exists() else "",
         _relative(maps, folder),
@@ -207,6 +212,12 @@ def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool
         ",".join(_quoted(one.name) for one in result.map.classes),
         _quoted(result.warning),
     )
+
+
+def _slide_cell(entry: Mapping[str, Any], folder: Path) -> str:
+    """Return the slide's path from the project's folder; empty if the image has several files."""
+    files = files_of(entry)
+    return _relative(files[0], folder) if len(files) == 1 else ""
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -31,7 +31,8 @@ def outline_bytes(path: Path, detail: int) -> bytes | None:
     if not 0 <= detail < len(TOLERANCES_L0):
         return None
     try:
-        with pq.ParquetFile(path) as file:
+        # Arrow does not open names that are not UTF-8.
+        with path.open("rb") as binary, pq.ParquetFile(binary) as file:
             batches = file.iter_batches(BATCH, columns=["label", "area_mm2", "geometry"])
             parts = [_arrays(batch, TOLERANCES_L0[detail]) for batch in batches]
     except (pa.ArrowException, shapely.errors.ShapelyError, LookupError, TypeError, ValueError) as error:

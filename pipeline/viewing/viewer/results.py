@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import RunRecordError, ViewError
 from pipeline.results.areas import ClassArea, class_areas
+from pipeline.results.find import result_folders, result_name
 from pipeline.results.names import FAMILIARITY, GEOPARQUET_END, MAP_END, RUN
 from pipeline.results.record import Run, read_header, read_run
 
@@ -22,7 +22,9 @@ class Result:
     """A slide's result that can be shown. Immutable; holds nothing open."""
 
     id: str
-    """Identifies the result in addresses. Depends only on the name of its folder."""
+    """Identifies the result in addresses. Depends only on its name."""
+    name: str
+    """The path of the result below the folder that is shown, as people read it."""
     folder: Path
     run: Run
     slide: Path
@@ -31,11 +33,6 @@ class Result:
     """The OME-Zarr map."""
     outlines: Path
     """The GeoParquet file."""
-
-    @property
-    def name(self) -> str:
-        """Return the slide's name as people read it."""
-        return self.folder.name.encode("utf-8", "backslashreplace").decode()
 
     @property
     def familiarity(self) -> Path | None:
@@ -55,26 +52,29 @@ def find_results(path: Path) -> tuple[Result, ...]:
         raise ViewError(f"{path}: no such folder; pass the folder of a result, or a folder of results")
     if (path / RUN).is_file():
         return (load_result(path),)
-    folders = sorted(p for p in path.iterdir() if not p.name.startswith(".") and (p / RUN).is_file())
-    results = tuple(_loadable(folders))
+    results = tuple(_loadable(path))
     if not results:
         raise ViewError(f"{path}: contains no results; make one with wsi-segment -o {path}")
     return results
 
 
-def _loadable(folders: list[Path]) -> Iterator[Result]:
-    for folder in folders:
+def _loadable(output: Path) -> Iterator[Result]:
+    for folder in result_folders(output):
         if read_header(folder) is None:
             continue
         try:
-            yield load_result(folder)
+            yield load_result(folder, result_name(output, folder))
         except ViewError as error:
             log.warning("left out: %s", error)
 
 
-def load_result(folder: Path) -> Result:
-    """Return the result in a folder. Raises ViewError if its record is damaged or its map or polygons are missing."""
+def load_result(folder: Path, name: str | None = None) -> Result:
+    """Return the result in a folder. `name` is shown; None: the folder's own name.
+
+    Raises ViewError if its record is damaged or its map or polygons are missing.
+    """
     folder = folder.resolve()
+    name = result_name(folder.parent, folder) if name is None else name
     try:
         run = read_run(folder)
     except RunRecordError as error:
@@ -82,7 +82,8 @@ def load_result(folder: Path) -> Result:
     if run is None:
         raise ViewError(f"{folder}: does not contain a {RUN} of wsi-segment; pass the folder of a result")
     return Result(
-        id=hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:10],
+        id=hashlib.sha256(name.encode()).hexdigest()[:10],
+        name=name,
         folder=folder,
         run=run,
         # The path was removed from the record. Look for the slide beside the results.

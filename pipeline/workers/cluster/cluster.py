@@ -142,8 +142,8 @@ class Cluster:
         with self._tasks(job.path.name, progress) as tasks:
             context = TaskContext(tasks.id, self._topic, model, config)
             if self._spread == "blocks":
-                return _seen_here(self._segment_in_bands(tasks, context, job.path, output), output)
-            tasks.submit(segment_slide_task, context, job.path.absolute(), output.absolute())
+                return _seen_here(self._segment_in_bands(tasks, context, job, output), output)
+            tasks.submit(segment_slide_task, context, job.path.absolute(), output.absolute(), job.result_name)
             try:
                 result: SlideResult = tasks.next_ended()
             except SlideNotFoundError as error:
@@ -156,14 +156,16 @@ class Cluster:
         self._wait_until_visible(job, output / result.slide)
         return _seen_here(result, output)
 
-    def _segment_in_bands(self, tasks: SlideTasks, context: TaskContext, path: Path, output: Path) -> SlideResult:
+    def _segment_in_bands(self, tasks: SlideTasks, context: TaskContext, job: SlideJob, output: Path) -> SlideResult:
         # A process resolves the settings, because this one may have no GPU. The other processes use the same runtime,
         # because blocks must not differ.
         tasks.submit(resolve_task, context)
         settings: ResolvedSettings = tasks.next_ended()
         context = replace(context, config=with_runtime(context.config, settings.runtime))
         runner = _BandRunner(self, tasks, context, load_bundle(context.model.name).card)
-        return segment_slide_with(runner, path.absolute(), output.absolute(), settings, tasks.report)
+        return segment_slide_with(
+            runner, job.path.absolute(), output.absolute(), settings, tasks.report, name=job.result_name
+        )
 
     def cancel(self) -> None:
         """See `Workers.cancel`."""

@@ -129,9 +129,9 @@ async def answer(question: Callable[..., str], *arguments: object) -> str:
         return f"has not answered within {ANSWER_S:g} s; a mount may be stale"
 
 
-def segment_slide_task(context: TaskContext, path: Path, output: Path) -> None:
-    """Segment a slide and send its SlideResult to the topic."""
-    _run(context, lambda task: _segment_slide(context, path, output, task))
+def segment_slide_task(context: TaskContext, path: Path, output: Path, name: str) -> None:
+    """Segment a slide into `output/<name>` and send its SlideResult to the topic."""
+    _run(context, lambda task: _segment_slide(context, path, output, name, task))
 
 
 def segment_band_task(context: TaskContext, band: Band) -> None:
@@ -144,13 +144,13 @@ def resolve_task(context: TaskContext) -> None:
     _run(context, lambda _: resolve(context.config, _predictor(context).compute))
 
 
-def _segment_slide(context: TaskContext, path: Path, output: Path, task: _RunningTask) -> SlideResult:
+def _segment_slide(context: TaskContext, path: Path, output: Path, name: str, task: _RunningTask) -> SlideResult:
     if not output.is_dir():
         raise ClusterError(
             f"{path.name}: worker {get_worker().address} does not see the folder {output}; mount it there, at the same "
             f"path"
         )
-    return segment_slide(path, output, _predictor(context), context.config, _reporter(task))
+    return segment_slide(path, output, _predictor(context), context.config, _reporter(task), name=name)
 
 
 def _segment_band(context: TaskContext, band: Band, task: _RunningTask) -> tuple[list[BlockRecord], str]:

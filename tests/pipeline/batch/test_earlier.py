@@ -95,7 +95,7 @@ def test_the_file_of_a_remembered_failure_contains_what_the_failure_depends_on(n
     assert facts["model"] == load_bundle(DEFAULT_BUNDLE).digest
     assert facts["parameters"]["overlap"] == CONFIG.overlap
     assert facts["error"] == "no mpp"
-    assert set(facts) == {"slide", "stamp", "model", "parameters", "wsi-segment", "error"}
+    assert set(facts) == {"slide", "stamp", "model", "parameters", "wsi-segment", "readers", "error"}
 
 
 def test_retry_failed_and_force_try_again_and_a_success_forgets_the_failure(night: Night) -> None:

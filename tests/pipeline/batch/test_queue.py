@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from models.predictor import Predictor
-from pipeline.batch.collect import collect_jobs, name_clashes
+from pipeline.batch.collect import collect_jobs
+from pipeline.batch.names import name_clashes
 from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ConfigError
@@ -62,12 +63,15 @@ def test_a_slide_named_twice_is_taken_once(tmp_path: Path) -> None:
     (tmp_path / "link").mkdir()
     link = tmp_path / "link" / "b.svs"
     link.symlink_to(slide)
-    listed = manifest(tmp_path / "list.csv", "slide,mpp\na.svs,0.5\n")
+    listed = manifest(tmp_path / "list.csv", "slide,mpp\na.svs,\n")
     assert collect_jobs([slide, tmp_path, link, listed]) == [SlideJob(slide)]
+    listed = manifest(tmp_path / "list.csv", "slide,mpp\na.svs,0.5\n")
+    with pytest.raises(ConfigError, match=r"a\.svs: is named twice, as it is and with mpp 0\.5; name it once"):
+        collect_jobs([slide, listed])
 
 
 def test_a_manifest_gives_paths_beside_it_and_an_mpp_for_each(tmp_path: Path) -> None:
-    path = manifest(tmp_path / "list.csv", "\ufeffmpp,slide,stain\r\n0.25,sub/größe 1.svs,H&E\r\n,/data/b.svs,\r\n")
+    path = manifest(tmp_path / "list.csv", "\ufeffmpp,slide,#stain\r\n0.25,sub/größe 1.svs,H&E\r\n,/data/b.svs,\r\n")
     assert collect_jobs([path]) == [SlideJob(tmp_path / "sub/größe 1.svs", 0.25), SlideJob(Path("/data/b.svs"))]
 
 
@@ -81,7 +85,11 @@ def test_a_manifest_gives_paths_beside_it_and_an_mpp_for_each(tmp_path: Path) ->
         ("slide,mpp\n\n\na.svs,x\n", "line 4: mpp is 'x'"),
         ("slide,mpp\na.svs,\n,0.5\n", "line 3: the column 'slide' is empty"),
         ("mpp,slide\n0.5\n", "line 2: the column 'slide' is empty"),
-        ("path,mpp\na.svs,\n", "needs a header with a column 'slide' and at least one row"),
+        (
+            "path,mpp\na.svs,\n",
+            "line 1, column 1: 'path' is not a column; a manifest has the columns slide, mpp, model, id",
+        ),
+        ("mpp,id\n1,a\n", "needs a header with a column 'slide' and at least one row"),
         ("slide,mpp\n", "needs a header with a column 'slide' and at least one row"),
         ("", "needs a header with a column 'slide' and at least one row"),
     ],
@@ -105,24 +113,30 @@ def test_names_clash_regardless_of_case_and_extension(tmp_path: Path) -> None:
     paths = [Path("a/Slide.svs"), Path("b/slide.tiff"), Path("c/other.svs")]
     clashes = name_clashes([SlideJob(p) for p in paths])
     assert set(clashes) == set(paths[:2])
-    assert clashes[paths[0]].startswith("a/Slide.svs: has the same name as b/slide.tiff")
-    assert clashes[paths[1]].startswith("b/slide.tiff: has the same name as a/Slide.svs")
+    assert clashes[paths[0]].startswith("a/Slide.svs: its result would have the same name as that of b/slide.tiff")
+    assert clashes[paths[1]].startswith("b/slide.tiff: its result would have the same name as that of a/Slide.svs")
 
 
-def test_slides_with_the_same_name_fail_and_the_others_are_segmented(tmp_path: Path) -> None:
+def test_slides_with_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     jobs = [SlideJob(small_slide(tmp_path / name)) for name in ("a/same.svs", "b/SAME.svs", "a/other.svs")]
     results = run(jobs, tmp_path / "out")
+    assert [(r.slide, r.status) for r in results] == [("a/same", "done"), ("b/SAME", "done"), ("other", "done")]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b", "index.html", "other", "summary.csv"]
+    assert [r.folder for r in results] == [tmp_path / "out" / name for name in ("a/same", "b/SAME", "other")]
+    assert {n: r["status"] for n, r in rows_of(tmp_path / "out").items()} == dict.fromkeys(
+        ("a/same", "b/SAME", "other"), "done"
+    )
+    assert [r.status for r in run(jobs, tmp_path / "out")] == ["skipped"] * 3
+
+
+def test_slides_of_one_folder_with_the_same_name_fail_and_the_others_are_segmented(tmp_path: Path) -> None:
+    jobs = [SlideJob(small_slide(tmp_path / name)) for name in ("same.svs", "SAME.tif", "other.svs")]
+    results = run(jobs, tmp_path / "out")
     assert [r.status for r in results] == ["failed", "failed", "done"]
     assert str(jobs[1].path) in results[0].error
-    assert str(jobs[0].path) in results[1].error
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["index.html", "other", "summary.csv"]
-    assert {n: r["status"] for n, r in rows_of(tmp_path / "out").items()} == {
-        "same": "failed",
-        "SAME": "failed",
-        "other": "done",
-    }
+    assert "in the column 'id' of a manifest" in results[1].error
 
 
 def test_the_mpp_of_a_job_wins_over_the_settings(tmp_path: Path) -> None:
@@ -184,7 +198,8 @@ def test_a_clash_of_many_slides_names_a_few_of_them() -> None:
     said = name_clashes(jobs)
     assert len(said) == 1000
     assert said[jobs[0].path].startswith(
-        "case-0/slide.svs: has the same name as case-1/slide.svs, case-2/slide.svs, case-3/slide.svs and 996 more, and"
+        "case-0/slide.svs: its result would have the same name as that of case-1/slide.svs, case-2/slide.svs, "
+        "case-3/slide.svs and 996 more; "
     )
 
 

@@ -150,7 +150,7 @@ def test_without_run_json_a_slide_has_the_numbers_of_the_summary(
     spoil(folder / "run.json")
     opened(page, write_report(tmp_path))
     assert row(page, "slide") == (
-        "slide ✓ done 1.50 mm² 1 min 15 s tumour 0.250 mm² 25.0 % stroma 0.750 mm² 75.0 % Warning: seen Warning: twice "
+        "slide ✓ done 1.50 mm² 1 min 15 s stroma 0.750 mm² 75.0 % tumour 0.250 mm² 25.0 % Warning: seen Warning: twice "
         "Warning: slide/run.json is missing or cannot be read; the numbers are those of summary.csv"
     )
 

@@ -14,10 +14,11 @@ from pipeline import files
 from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import write_atomically
 from pipeline.results.record import read_header, read_run, versions, write_run
-from pipeline.results.slide_result import COLUMNS, SlideResult, finished_result
+from pipeline.results.slide_result import COLUMNS, STATUSES, SlideResult, finished_result
 from pipeline.results.summary import read_summary, write_summary
 from tests.pipeline.runs import IDENTITY, TUMOR, make_run
 from tests.pipeline.summaries import rows_of
+from tests.repository import REPOSITORY
 
 
 def test_the_summary_replaces_the_rows_of_its_slides_and_keeps_all_others(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_a_crash_while_writing_keeps_the_earlier_text(tmp_path: Path, monkeypatc
 
 def test_one_entry_adds_a_column_to_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(COLUMNS, "polygons", lambda run: run.polygons)
-    write_summary(tmp_path, [finished_result(tmp_path / "a", make_run("a"), 1.0), SlideResult("b", "failed", 0.0)])
+    write_summary(tmp_path, [finished_result("a", tmp_path / "a", make_run("a"), 1.0), SlideResult("b", "failed", 0.0)])
     assert [row["polygons"] for row in rows_of(tmp_path).values()] == ["1234", ""]
     columns = ["slide", "status", "seconds", "tissue_mm2", "unfamiliar_share", "polygons"]
     assert list(rows_of(tmp_path)["a"])[:6] == columns
@@ -191,3 +192,13 @@ def test_a_record_with_an_impossible_grid_is_refused(tmp_path: Path, pixels: int
 def test_versions_include_the_runtime_of_the_result() -> None:
     assert versions("openvino") == versions() | {"openvino": version("openvino")}
     assert "openvino" not in versions("torch")
+
+
+def test_the_documented_columns_and_statuses_are_those_of_the_table(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs" / "slides.md").read_text(encoding="utf-8")
+    table = text[text.index("## Columns of summary.csv") :]
+    documented = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    write_summary(tmp_path, [SlideResult("a", "done", 1.0, {"CLASS": 1.0})])
+    assert (tmp_path / "summary.csv").read_text(encoding="utf-8").splitlines()[0].split(",") == documented
+    row = next(line for line in table.splitlines() if line.startswith("| `status`"))
+    assert [name for name in STATUSES if f"`{name}`" not in row] == []

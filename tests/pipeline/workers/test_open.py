@@ -97,6 +97,7 @@ def test_an_interrupt_stops_all_slides_that_run_at_once(tmp_path: Path) -> None:
 
 def test_a_model_is_loaded_once_and_a_manifest_can_name_another_for_a_slide(tmp_path: Path) -> None:
     small(tmp_path, "a", "b", "c")
+    small_bundle(tmp_path / "other" / "model")
     (tmp_path / "list.csv").write_text("slide,model\na.svs,\nb.svs,other/model\nc.svs,colon-gland\n", encoding="utf-8")
     jobs = collect_jobs([tmp_path / "list.csv"])
     assert [job.model for job in jobs] == [None, str(tmp_path / "other/model"), "colon-gland"]

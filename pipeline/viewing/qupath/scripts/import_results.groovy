@@ -8,6 +8,7 @@
 // changed script under another name.
 
 import groovy.transform.Field
+import qupath.lib.images.ImageData
 import qupath.lib.io.PathIO
 import qupath.lib.io.UriUpdater
 import static qupath.lib.gui.scripting.QPEx.*
@@ -29,8 +30,10 @@ if (current != null && !isOpen(current)) {
     def row = rows[getProjectEntry().getID()]
     if (row == null)
         println "${getProjectEntry().getImageName()}: not one of the results; not changed"
-    else
+    else {
         println "${row.name}: ${importInto(current, row)}${row.warning}"
+        resolve(current, row)
+    }
     return
 }
 
@@ -45,11 +48,15 @@ project.getImageList().each { entry ->
         }
         if (viewer != null) {
             println "${row.name}: ${importInto(viewer.getImageData(), row)}${row.warning}"
+            resolve(viewer.getImageData(), row)
         } else {
-            findSlide(entry, project)
+            findSlide(entry, project, row)
             def imageData = entry.readImageData()
             println "${row.name}: ${importInto(imageData, row)}${row.warning}"
             entry.saveImageData(imageData)
+            // After saving: if QuPath cannot sort the objects, the import is safe.
+            if (resolve(imageData, row))
+                entry.saveImageData(imageData)
             imageData.getServer().close()
         }
     } catch (Exception e) {
@@ -75,6 +82,7 @@ Map readRows(File folder) {
         def file = { text -> text.isEmpty() ? null : new File(folder.toURI().resolve(text)) }
         def warning = cells.warning ? "; WARNING: ${URLDecoder.decode(cells.warning, 'UTF-8')}" : ''
         [cells.entryID, [name: URLDecoder.decode(cells.name, 'UTF-8'), warning: warning,
+                         slide: cells.slide ? file(cells.slide) : null,
                          files: [file(cells.geojson), file(cells.tiles)].findAll { it != null }]]
     }
 }
@@ -92,13 +100,36 @@ String importInto(imageData, row) {
     def theirIds = theirs.collect { it.getID() } as Set
     def former = objects.findAll { !theirIds.contains(it.getID()) && (ids.contains(it.getID()) || isOurs(it)) }
     def fresh = found.findAll { !theirIds.contains(it.getID()) }
+    // Numbered by class in the order of the file, so the same region has the same name after every import.
+    def numbers = [:].withDefault { 0 }
+    found.findAll { it.isAnnotation() }.each {
+        def className = it.getPathClass()?.toString() ?: 'Region'
+        def number = ++numbers[className]
+        if (!theirIds.contains(it.getID()))
+            it.setName("${className} ${number}".toString())
+    }
     fresh.findAll { it.isAnnotation() }.each { it.setLocked(true) }
     hierarchy.removeObjects(former, true)
     hierarchy.addObjects(fresh)
-    if (fresh.size() <= RESOLVE_UP_TO)
-        hierarchy.resolveHierarchy()
+    // A type that the user has set stays.
+    if (imageData.getImageType() in [null, ImageData.ImageType.UNSET])
+        imageData.setImageType(ImageData.ImageType.BRIGHTFIELD_H_E)
     def kept = theirs.isEmpty() ? '' : ", ${theirs.size()} unlocked by you kept"
     return "${fresh.size()} objects imported, ${former.size()} from an earlier import replaced${kept}"
+}
+
+/** Sort the objects by what contains what, unless there are too many; return whether that was done. */
+boolean resolve(imageData, row) {
+    def hierarchy = imageData.getHierarchy()
+    if (hierarchy.getAllObjects(false).size() > RESOLVE_UP_TO)
+        return false
+    try {
+        hierarchy.resolveHierarchy()
+        return true
+    } catch (Exception e) {
+        println "${row.name}: the objects are imported, but QuPath could not sort them: ${e.getMessage()}"
+        return false
+    }
 }
 
 /** Return whether an earlier import made this object: a locked region with an area, or a tile with probabilities. */
@@ -109,11 +140,15 @@ boolean isOurs(object) {
 }
 
 /** Find a slide that was moved together with the project. Throws FileNotFoundException if it is not found. */
-void findSlide(entry, project) {
+void findSlide(entry, project, row) {
     def lost = { entry.getURIs().find { it.getScheme() == 'file' && !new File(it).exists() } }
     if (lost() == null)
         return
-    UriUpdater.fixUris(entry, project)
+    // The table has the slide's path from the project's folder. QuPath itself looks relative to the former project.
+    if (row.slide?.isFile())
+        entry.updateURIs([(lost()): row.slide.toURI()])
+    if (lost() != null)
+        UriUpdater.fixUris(entry, project)
     def uri = lost()
     if (uri != null)
         throw new FileNotFoundException("the slide is not at ${new File(uri)}; move it back, or enter its new location " +

@@ -84,7 +84,9 @@ def test_every_image_gets_its_regions_locked_and_with_their_class(play: Play, se
         assert [o["id"] for o in objects] == ids_of(segmented, name)
         assert Counter(o["class"] for o in objects) == {"class-0": 1, "class-1": 1}
         assert all(o["locked"] and o["type"] == "annotation" for o in objects)
-    assert state["saves"] == dict.fromkeys(NAMES, 1)
+    assert state["saves"] == dict.fromkeys(NAMES, 2)  # before and after the objects are sorted
+    assert state["types"] == dict.fromkeys(NAMES, "BRIGHTFIELD_H_E")
+    assert [o["name"] for o in state["objects"]["d.svs"]] == [f"{o['class']} 1" for o in state["objects"]["d.svs"]]
     assert state["resolved"] == dict.fromkeys(NAMES, 1)
     assert state["synced"] == 1
     assert state["said"].splitlines() == [
@@ -116,9 +118,22 @@ def test_without_a_window_each_image_is_imported_once_and_saved_by_qupath(play: 
 def test_an_open_image_changes_on_the_screen_and_is_not_saved(play: Play, segmented: Path) -> None:
     steps = (f"open={NAMES[1]}", "run=import_results")
     state = play(segmented / "results" / "qupath" / "project.qpproj", *steps)
-    assert state["saves"] == {NAMES[0]: 1, NAMES[1]: 0}
+    assert state["saves"] == {NAMES[0]: 2, NAMES[1]: 0}
     assert state["filled"] is True
     assert [o["id"] for o in state["objects"][NAMES[1]]] == ids_of(segmented, NAMES[1])
+
+
+def test_an_import_is_saved_before_qupath_sorts_its_objects(play: Play, segmented: Path) -> None:
+    state = play(segmented / "results" / "qupath" / "project.qpproj", "unsortable", "run=import_results")
+    assert state["saves"] == dict.fromkeys(NAMES, 1)
+    assert all(len(objects) == 3 for objects in state["objects"].values())
+    assert "d.svs: the objects are imported, but QuPath could not sort them: side location conflict" in state["said"]
+    assert state["said"].splitlines()[-1] == "Done."
+
+
+def test_a_type_that_the_user_has_set_stays(play: Play, segmented: Path) -> None:
+    state = play(segmented / "results" / "qupath" / "project.qpproj", "fluorescence", "run=import_results")
+    assert state["types"] == dict.fromkeys(NAMES, "BRIGHTFIELD_OTHER")
 
 
 def test_tiles_are_imported(play: Play, segmented: Path, tmp_path: Path) -> None:
@@ -137,7 +152,7 @@ def test_moved_slides_are_found_and_a_lost_slide_does_not_stop_the_others(
     path.write_text(path.read_text(encoding="utf-8").replace(str(segmented), str(old)), encoding="utf-8")
     new = old.rename(tmp_path / "new")
     project = new / "results" / "qupath" / "project.qpproj"
-    state = play(project, "run=import_results")
+    state = play(project, "forget", "run=import_results")  # the table alone is enough
     assert state["said"].splitlines()[-1] == "Done."
     found = {Path(unquote(urlsplit(uri).path)) for uris in state["uris"].values() for uri in uris}
     assert found == {new / "slides" / name for name in NAMES}

@@ -11,7 +11,8 @@ class Measurements {
 
 class PathObject {
     UUID id
-    String type, className
+    String type, className, name
+    String getPathClass() { className }
     boolean locked
     Measurements measurementList
     UUID getID() { id }
@@ -28,14 +29,18 @@ class Hierarchy {
         objects = objects.findAll { o -> !gone.any { it.is(o) } }
     }
     void addObjects(Collection<PathObject> more) { objects = objects + more }
-    void resolveHierarchy() { resolved++ }
+    void resolveHierarchy() {
+        if (objects.any { it.className == 'unsortable' })
+            throw new IllegalStateException('side location conflict')
+        resolved++
+    }
 }
 
 class Server {
     void close() {}
 }
 
-class ImageData {
+class ImageData extends qupath.lib.images.ImageData {
     Hierarchy hierarchy = new Hierarchy()
     Server server = new Server()
 }
@@ -51,9 +56,11 @@ class Entry {
     ImageData readImageData() {
         def data = new ImageData()
         data.hierarchy.objects = new ArrayList(saved.hierarchy.objects)
+        data.imageType = saved.imageType
         data
     }
     void saveImageData(ImageData data) { saved = data; saves++ }
+    boolean updateURIs(Map<URI, URI> places) { uris = uris.collect { places.getOrDefault(it, it) }; true }
 }
 
 class Project {

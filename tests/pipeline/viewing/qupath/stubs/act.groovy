@@ -65,6 +65,15 @@ System.in.eachLine('UTF-8') { line ->
             case 'stale':
                 project.entries.each { objects(it).add(annotation(true, 'class-0', ['Area mm^2'])) }
                 break
+            case 'unsortable':
+                project.entries.each { objects(it).add(annotation(false, 'unsortable', [])) }
+                break
+            case 'forget':
+                project.previousURI = null
+                break
+            case 'fluorescence':
+                project.entries.each { it.saved.imageType = qupath.lib.images.ImageData.ImageType.BRIGHTFIELD_OTHER }
+                break
             case 'draw':
                 project.entries.each { objects(it).add(annotation(false, 'mine', [])) }
                 break
@@ -85,10 +94,11 @@ System.in.eachLine('UTF-8') { line ->
         said: said.toString(),
         saves: byName { it.saves },
         synced: project.synced,
+        types: byName { it.saved.imageType.toString() },
         uris: byName { it.uris*.toString() },
         resolved: byName { it.saved.hierarchy.resolved },
         objects: byName { objects(it).collect {
-            [id: it.id.toString(), type: it.type, locked: it.locked, class: it.className]
+            [id: it.id.toString(), type: it.type, locked: it.locked, class: it.className, name: it.name]
         } },
         asked: Dialogs.asked,
         shown: viewer?.overlayOptions?.showPixelClassification,

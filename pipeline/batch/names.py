@@ -1,0 +1,124 @@
+"""The names of results: short if possible, and with the slides' folders if two slides have the same file name.
+
+results/b               case1/b.svs: no other slide has this name
+results/case1/a         case1/a.svs
+results/case2/a         case2/a.svs
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from pipeline.errors import RunRecordError
+from pipeline.results.names import RUN
+from pipeline.results.record import read_run
+from pipeline.workers.base import SlideJob
+
+OWN_NAMES = frozenset({"index.html", "qupath", "summary.csv"})
+"""Names that runs write beside the slides' folders."""
+
+
+def named_jobs(jobs: Sequence[SlideJob], output: Path) -> list[SlideJob]:
+    """Return the jobs with the names of their results below `output`.
+
+    Slides with the same short name are named by their places. A slide that has a result keeps the name of that result,
+    so that a new slide does not move the results of others. Case is ignored, because some file systems ignore it.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, job in enumerate(jobs):
+        groups[job.result_name.casefold()].append(number)
+    named = list(jobs)
+    for numbers in groups.values():
+        group = [jobs[number] for number in numbers]
+        places = _places(group)
+        for number, job, place in zip(numbers, group, places, strict=True):
+            if place is not None and _takes_its_place(job, place, output, alone=len(group) == 1):
+                named[number] = replace(job, name=place)
+    return named
+
+
+def _takes_its_place(job: SlideJob, place: str, output: Path, *, alone: bool) -> bool:
+    if place == job.result_name:
+        return False
+    if alone:
+        return _is_result_of(output / place, job)
+    return not _is_result_of(output / job.result_name, job)
+
+
+def _is_result_of(folder: Path, job: SlideJob) -> bool:
+    if not (folder / RUN).is_file():
+        return False
+    try:
+        run = read_run(folder)
+    except RunRecordError:
+        return False
+    return run is not None and run.slide.path == job.path.absolute()
+
+
+def _places(jobs: Sequence[SlideJob]) -> list[str | None]:
+    """Return the place of each job; None if its name cannot change.
+
+    Places below different folders can be equal, and slides that were named by themselves have no folder to start from:
+    their places begin below the folder that all of them share.
+    """
+    movable = [job for job in jobs if job.place is not None or job.name is None]
+    given = {job.place.casefold() for job in movable if job.place is not None}
+    if len(jobs) == 1 or len(given) == len(movable):
+        return [job.place for job in jobs]
+    common = os.path.commonpath([job.path.absolute().parent for job in movable])
+    return [
+        job.path.absolute().relative_to(common).with_name(job.result_name).as_posix() if job in movable else None
+        for job in jobs
+    ]
+
+
+def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
+    """Return an error text for each slide whose result would replace another result or a file of the batch, by path."""
+    jobs = list(jobs)
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for job in jobs:
+        groups[job.result_name.casefold()].append(job.path)
+    errors: dict[Path, str] = {}
+    for job in jobs:
+        name = job.result_name
+        above = [str(parent) for parent in PurePosixPath(name.casefold()).parents][:-1]  # the last one is "."
+        inside = next((parent for parent in above if parent in groups), None)
+        same = groups[name.casefold()]
+        if (part := reserved_part(name)) is not None:
+            errors[job.path] = (
+                f"{job.path}: results are named after slides, and {part!r} cannot be the name of a result "
+                f"({', '.join(sorted(OWN_NAMES))} and names that start with a dot are reserved); rename the slide, or "
+                f"name its result in the column 'id' of a manifest"
+            )
+        elif len(same) > 1:
+            errors[job.path] = (
+                f"{job.path}: its result would have the same name as that of {_others(job.path, same)}; rename one, "
+                f"or name the results in the column 'id' of a manifest"
+            )
+        elif inside is not None:
+            errors[job.path] = (
+                f"{job.path}: its result {name} would lie inside the result of {groups[inside][0]}; rename one, "
+                f"or name the results in the column 'id' of a manifest"
+            )
+    return errors
+
+
+def reserved_part(name: str) -> str | None:
+    """Return the part of a result's name that cannot be a name, or None. An empty name is such a part."""
+    parts = name.split("/")
+    # Working folders and locks start with a dot; "." and ".." are existing folders.
+    bad = [part for part in parts if not part or part.startswith(".")]
+    if bad or parts[0].casefold() in OWN_NAMES:
+        return [*bad, parts[0]][0]
+    return None
+
+
+def _others(path: Path, paths: Sequence[Path]) -> str:
+    """Return the first few of the other paths: each of a thousand slides with the same name would list all others."""
+    first = [str(other) for other in paths[:4] if other != path][:3]
+    more = len(paths) - 1 - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")

@@ -1,0 +1,90 @@
+"""What this process may use of its machine: cores and memory under CPU affinity and control groups.
+
+A container, a Slurm job or a systemd unit sees all cores and all memory of its host, but may use only a part. The files
+are those of Linux: cgroups(7), and `cpu.max`, `memory.max` and `memory.stat` in the kernel's cgroup-v2.rst.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+_ROOT = Path("/sys/fs/cgroup")
+_OWN = Path("/proc/self/cgroup")
+
+
+def available_cores(root: Path = _ROOT, own: Path = _OWN) -> int:
+    """Return how many cores this process may use: at least 1, and a part of a core counts as a core."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # macOS and Windows
+        cores = os.cpu_count() or 1
+    quotas = [quota for group in _groups("cpu", root, own) if (quota := _cores_of(group)) is not None]
+    return max(1, min([cores, *map(math.ceil, quotas)]))
+
+
+def available_memory(root: Path = _ROOT, own: Path = _OWN) -> int:
+    """Return how many bytes of memory this process may still take."""
+    rests = [rest for group in _groups("memory", root, own) if (rest := _memory_of(group)) is not None]
+    return max(0, min([int(psutil.virtual_memory().available), *rests]))
+
+
+def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
+    """Yield the folder of this process's control group and those of its parents, whose limits hold too."""
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return  # not Linux
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2 has one tree
+            top = root
+        elif controller in controllers.split(","):
+            top = root / controller
+        else:
+            continue
+        group = top / path.strip("/")
+        while group != top:
+            yield group
+            group = group.parent
+        yield top  # in a container, the root is the container's own group
+
+
+def _cores_of(group: Path) -> float | None:
+    version_1 = _words(group / "cpu.cfs_quota_us", 1) + _words(group / "cpu.cfs_period_us", 1)
+    words = _words(group / "cpu.max", 2) or version_1
+    if len(words) < 2 or not all(word.isdecimal() for word in words):  # "max", or -1 in version 1
+        return None
+    return int(words[0]) / max(1, int(words[1]))
+
+
+def _memory_of(group: Path) -> int | None:
+    limit = _words(group / "memory.max", 1) or _words(group / "memory.limit_in_bytes", 1)
+    used = _words(group / "memory.current", 1) or _words(group / "memory.usage_in_bytes", 1)
+    if not limit or not used or not limit[0].isdecimal() or not used[0].isdecimal():
+        return None
+    return int(limit[0]) - max(0, int(used[0]) - _reclaimable(group))
+
+
+def _reclaimable(group: Path) -> int:
+    """Return the bytes of cached files, which the kernel frees before it refuses memory."""
+    try:
+        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    facts = dict(line.split(" ", 1) for line in lines if " " in line)
+    text = facts.get("total_inactive_file", facts.get("inactive_file", "0"))
+    return int(text) if text.isdecimal() else 0
+
+
+def _words(file: Path, count: int) -> tuple[str, ...]:
+    """Return the words of a file, or none if it does not have that many."""
+    try:
+        words = tuple(file.read_text(encoding="utf-8").split())
+    except OSError:
+        return ()
+    return words if len(words) == count else ()

@@ -1,0 +1,34 @@
+"""Find the results below an output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.results.names import GROUP, RUN
+
+
+def result_folders(output: Path) -> list[Path]:
+    """Return the folders below `output` that have a `run.json`, sorted.
+
+    Only folders that runs have made are searched: the output folder may hold slides, or be a home folder.
+    """
+    return sorted(_search(output))
+
+
+def _search(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if (path / RUN).is_file():
+            yield path
+        elif (path / GROUP).is_file():
+            yield from _search(path)
+
+
+def result_name(output: Path, folder: Path) -> str:
+    """Return the name of a result below `output`, with slashes, as `summary.csv` has it.
+
+    Bytes of file names that are not UTF-8 are escaped.
+    """
+    return folder.relative_to(output).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.batch.collect import collect_jobs
+from pipeline.batch.names import name_clashes, named_jobs
+from pipeline.errors import ConfigError
+from pipeline.results.record import write_run
+from pipeline.workers.base import SlideJob
+from tests.pipeline.runs import make_run
+
+
+def touched(root: Path, *names: str) -> list[Path]:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return [root / name for name in names]
+
+
+def names(jobs: list[SlideJob], output: Path) -> list[str]:
+    """Return the names of the results, which must not clash."""
+    named = named_jobs(jobs, output)
+    assert not name_clashes(named)
+    return [job.result_name for job in named]
+
+
+def finished(output: Path, name: str, slide: Path) -> None:
+    folder = output / name
+    folder.mkdir(parents=True)
+    run = make_run(folder.name)
+    write_run(folder, run.model_copy(update={"slide": run.slide.model_copy(update={"path": slide.absolute()})}))
+
+
+def test_only_slides_with_the_same_name_are_named_by_their_places(tmp_path: Path) -> None:
+    slides = tmp_path / "slides"
+    touched(slides, "a.svs", "case1/a.svs", "case1/deep/A.ndpi", "case2/b.svs")
+    assert names(collect_jobs([slides], recursive=True), tmp_path / "out") == ["a", "case1/a", "case1/deep/A", "b"]
+
+
+def test_slides_of_several_folders_are_told_apart_by_the_folders(tmp_path: Path) -> None:
+    paths = touched(tmp_path, "x/1/a.svs", "x/2/a.svs")
+    by_folder = collect_jobs([path.parent for path in paths])
+    assert names(by_folder, tmp_path / "out") == names(collect_jobs(paths), tmp_path / "out") == ["1/a", "2/a"]
+
+
+def test_a_new_slide_does_not_move_the_result_of_another(tmp_path: Path) -> None:
+    slides, output = tmp_path / "slides", tmp_path / "out"
+    first, _ = touched(slides, "case1/a.svs", "case2/a.svs")
+    finished(output, "a", first)
+    assert names(collect_jobs([slides], recursive=True), output) == ["a", "case2/a"]
+
+
+def test_a_slide_keeps_its_place_when_the_other_one_is_gone(tmp_path: Path) -> None:
+    slides, output = tmp_path / "slides", tmp_path / "out"
+    (first,) = touched(slides, "case1/a.svs")
+    finished(output, "case1/a", first)
+    jobs = collect_jobs([slides], recursive=True)
+    assert names(jobs, output) == ["case1/a"]
+    assert names(jobs, tmp_path / "other") == ["a"]
+
+
+def test_an_id_is_never_changed_and_another_slide_with_that_name_moves(tmp_path: Path) -> None:
+    touched(tmp_path, "case1/a.svs", "case2/b.svs")
+    (tmp_path / "list.csv").write_text("slide,id\ncase1/a.svs,study/7\ncase2/b.svs,a\n")
+    assert names(collect_jobs([tmp_path / "list.csv"]), tmp_path / "out") == ["study/7", "a"]
+    moved = [SlideJob(Path("x/a.svs"), place="x/a"), SlideJob(Path("y/b.svs"), name="a")]
+    assert names(moved, tmp_path / "out") == ["x/a", "a"]
+
+
+def test_a_result_inside_another_result_is_refused(tmp_path: Path) -> None:
+    jobs = [SlideJob(Path("case1.svs")), SlideJob(Path("case1/a.svs"), name="case1/a")]
+    clashes = name_clashes(named_jobs(jobs, tmp_path))
+    assert list(clashes) == [Path("case1/a.svs")]
+    assert "its result case1/a would lie inside the result of case1.svs" in clashes[Path("case1/a.svs")]
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a//b", "a/.b", "qupath/x", "Summary.csv", ".", "a\\b", "a\tb"])
+def test_an_id_that_cannot_be_a_result_is_refused_with_its_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "list.csv").write_text(f"slide,id\na.svs,{name}\n")
+    with pytest.raises(ConfigError, match=r"list\.csv, line 2: id is .*; it must be a name or a path with slashes"):
+        collect_jobs([tmp_path / "list.csv"])
+
+
+def test_names_do_not_depend_on_the_order_of_the_slides(tmp_path: Path) -> None:
+    touched(tmp_path / "s", "1/a.svs", "2/a.svs", "3/b.svs")
+    jobs = collect_jobs([tmp_path / "s"], recursive=True)
+    assert names(jobs[::-1], tmp_path / "out")[::-1] == names(jobs, tmp_path / "out") == ["1/a", "2/a", "b"]
+    assert replace(jobs[0], name="1/a") == named_jobs(jobs, tmp_path / "out")[0]
