@@ -44,6 +44,33 @@ AnnotatorOption = Annotated[
     str | None, typer.Option(help="Name of the person who labels.", show_default="your user name")
 ]
 
+PatchMppOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Pixel size of the patches in µm.", min=0.01, show_default=f"that of the model or {DEFAULT_MODEL}"
+    ),
+]
+PatchSideOption = Annotated[
+    int | None,
+    typer.Option(help="Side of a patch in pixels.", min=32, show_default=f"that of the model or {DEFAULT_MODEL}"),
+]
+PatientOption = Annotated[
+    str,
+    typer.Option(
+        help="Regular expression with one group that finds the patient in a slide's name. Patches of one patient "
+        "stay in one split.",
+        show_default="the slide's name",
+    ),
+]
+MppOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Micrometers per pixel of the slides, if the files do not state it.", show_default="from the file"
+    ),
+]
+
+ANY_PATIENT = r"^(.*?)(?:\.[^.]*)?$"
+
 
 @app.callback()
 def label() -> None:
@@ -79,16 +106,8 @@ def page(
         ),
     ] = None,
     annotator: AnnotatorOption = None,
-    patch_mpp: Annotated[
-        float | None,
-        typer.Option(
-            help="Pixel size of the patches in µm.", min=0.01, show_default=f"that of the model or {DEFAULT_MODEL}"
-        ),
-    ] = None,
-    patch_side: Annotated[
-        int | None,
-        typer.Option(help="Side of a patch in pixels.", min=32, show_default=f"that of the model or {DEFAULT_MODEL}"),
-    ] = None,
+    patch_mpp: PatchMppOption = None,
+    patch_side: PatchSideOption = None,
     blind_share: Annotated[
         float | None,
         typer.Option(
@@ -101,20 +120,8 @@ def page(
     seed: Annotated[
         int | None, typer.Option(help="Number that fixes the random order of patches.", show_default="1")
     ] = None,
-    patient: Annotated[
-        str,
-        typer.Option(
-            help="Regular expression with one group that finds the patient in a slide's name. Patches of one patient "
-            "stay in one split.",
-            show_default="the slide's name",
-        ),
-    ] = r"^(.*?)(?:\.[^.]*)?$",
-    mpp: Annotated[
-        float | None,
-        typer.Option(
-            help="Micrometers per pixel of the slides, if the files do not state it.", show_default="from the file"
-        ),
-    ] = None,
+    patient: PatientOption = ANY_PATIENT,
+    mpp: MppOption = None,
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Search the subfolders of folders.")] = False,
     port: Annotated[int, typer.Option(help="Port of the page.", min=0, max=65535, show_default="a free port")] = 0,
     no_browser: Annotated[
@@ -127,7 +134,7 @@ def page(
     Ctrl-C
     to stop the server, and give the same command again to continue.
     """
-    from models.bundle import load_bundle
+    from models.bundle import DEFAULT_BUNDLE, load_bundle
     from pipeline.labeling.app import make_app
     from pipeline.labeling.desk import open_desk
     from pipeline.labeling.folder import Wishes
@@ -150,11 +157,73 @@ def page(
             wishes=Wishes(patch_mpp, patch_side, seed, blind_share),
             classes=names,
             model=bundle,
-            shipped=load_bundle(DEFAULT_MODEL),
+            shipped=load_bundle(DEFAULT_BUNDLE),
         ) as desk:
             serve(make_app(desk), port, ready)
         _print_warnings(output)
     typer.echo(f"{PROGRAM}: ended; train with: wsi-train {output} -o runs/name", err=True)
+
+
+@app.command("import")
+def import_(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="GeoJSON files that QuPath exported (.geojson, .geojson.gz, .zip), or folders of them.",
+            show_default=False,
+        ),
+    ],
+    slide: Annotated[
+        Path, typer.Option(help="Slide of the annotations, or a folder with slides of the same names as the files.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Labels folder. Existing labels in it are kept.")],
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            help="Class for a class of QuPath, as Tumor=tumor or 'Ignore*=other'. Can be repeated. A derived class "
+            "such as 'Tumor: Positive' counts as Tumor.",
+            show_default="the same names; classes that end with * are ignored",
+        ),
+    ] = None,
+    partial: Annotated[
+        bool,
+        typer.Option(
+            "--partial", help="Also import patches that the annotations cover in part. The page asks for the rest."
+        ),
+    ] = False,
+    annotator: AnnotatorOption = None,
+    patch_mpp: PatchMppOption = None,
+    patch_side: PatchSideOption = None,
+    patient: PatientOption = ANY_PATIENT,
+    mpp: MppOption = None,
+) -> None:
+    """Turn annotations that were drawn in QuPath into labels of patches.
+
+    A class is present in a patch if it covers at least 5 % of it. Locked annotations and the regions of wsi-segment are
+    never imported.
+    """
+    from pipeline.labeling.annotations import read_annotations
+    from pipeline.labeling.folder import Wishes
+    from pipeline.labeling.import_annotations import annotation_files, slide_of
+    from pipeline.labeling.importer import import_file, open_import
+
+    pairs = dict(_pair("--map", text) for text in mapping or [])
+    who = annotator or getpass.getuser()
+    with failing():
+        read = [(file, slide_of(file, slide), read_annotations(file)) for file in annotation_files(files)]
+        with open_import(output, who, Wishes(patch_mpp, patch_side), [one for *_, one in read], pairs) as folder:
+            for file, path, annotations in read:
+                (slide_file,) = _files([path], patient, mpp, recursive=False)
+                done = import_file(folder, slide_file, annotations, pairs, partial=partial)
+                rest = "imported" if partial else "not imported; pass --partial to complete them on the page"
+                typer.echo(
+                    f"{file.name}: {done.complete} complete patches, {done.partial} covered in part ({rest}), "
+                    f"{done.ignored} with an ignored class, {done.kept} labeled on the page before and kept"
+                )
+                for reason, number in annotations.skipped.items():
+                    typer.echo(f"{PROGRAM}: warning: {file.name}: {number} objects skipped: {reason}", err=True)
+        _print_warnings(output)
 
 
 @app.command()

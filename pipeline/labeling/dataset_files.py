@@ -27,6 +27,7 @@ from pipeline.labeling.events import Place
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.session import count
 from pipeline.labeling.store import EventStore
+from pipeline.training.dataset_card import Split
 from pipeline.training.splits import hash_split
 from wsi.errors import WsiSegmentError
 
@@ -122,12 +123,20 @@ def rows_of(labels: Labels) -> list[Row]:
     """
     usable = list(_usable(labels))
     by_patient = [hash_split(patient, 1 - VAL_SHARE, VAL_SHARE) for _, patient, _ in usable]
-    by_patch = [hash_split(place.id, 1 - VAL_SHARE, VAL_SHARE) for place, _, _ in usable]
+    by_patch = _split_by_patch([place.id for place, _, _ in usable])
     kinds = [present for _, _, present in usable]
     chosen = by_patient if _has_every_class(by_patient, kinds) else by_patch
     rows = [Row(place, patient, split, present)
             for (place, patient, present), split in zip(usable, chosen, strict=True)]  # fmt: skip
     return sorted(rows, key=lambda row: (row.place.slide, row.place.y_l0, row.place.x_l0))
+
+
+def _split_by_patch(ids: Sequence[str]) -> list[Split]:
+    """Return the split of each patch by a hash. Two patches or more are never all in one split."""
+    splits = [hash_split(patch_id, 1 - VAL_SHARE, VAL_SHARE) for patch_id in ids]
+    if len(splits) > 1 and len(set(splits)) == 1:
+        splits[ids.index(max(ids))] = "train" if splits[0] == "val" else "val"
+    return splits
 
 
 def _usable(labels: Labels) -> Iterator[tuple[Place, str, tuple[bool, ...]]]:

@@ -15,7 +15,9 @@ import pytest
 
 from pipeline.errors import LabelingError
 from pipeline.labeling.store import EventStore
+from tests.pipeline.labeling.desks import label_slide
 from tests.pipeline.labeling.events import STARTED, label
+from tests.pipeline.labeling.sessions import ask, started
 from tests.repository import REPOSITORY
 
 WRITER = """
@@ -90,3 +92,30 @@ def test_a_damaged_file_is_refused_by_name_or_its_events_are_all_valid(tmp_path:
         file.write_bytes(content[: rng.choice((len(content), rng.randrange(len(content))))])
         refused += "labels.sqlite" in refusal(file)
     assert refused > 50
+
+
+def test_a_killed_server_has_every_label_that_the_page_showed_as_saved(tmp_path: Path) -> None:
+    slide = label_slide(tmp_path / "a.svs")
+    rng, answered = random.Random(9), []
+    for _ in range(3):
+        with started(slide, "-o", tmp_path / "l", "--classes", "a,b") as process:
+            assert process.stdout is not None
+            url = process.stdout.readline().split()[0]
+            state = ask(url, "state.json")
+            for _ in range(rng.randint(1, 3)):
+                patch = state["upcoming"][0]
+                assert patch["id"] not in answered, "a labeled patch came again"
+                new = {"patch": patch["id"], "present": [2], "mark": "none", "view": "single", "seconds": 1.0}
+                state = ask(url, "labels", {"labels": [{**new, "reason": patch["reason"], "suggested": None}]})
+                answered.append(patch["id"])
+            process.kill()
+            process.communicate()
+        with EventStore(tmp_path / "l" / "labels.sqlite") as store:
+            assert [one.event.place.id for one in store.read() if one.event.kind == "label"] == answered
+    # The files of the data set follow when a session ends.
+    with started(slide, "-o", tmp_path / "l") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+    assert len((tmp_path / "l" / "labels.csv").read_text(encoding="utf-8").splitlines()) == 1 + len(answered)

@@ -63,7 +63,8 @@ def test_the_scripts_find_the_files_of_each_image_relative_to_the_project(root: 
     readme = (path.parent / "README.txt").read_text(encoding="utf-8")
     assert len(readme.splitlines()) == 2
     assert "import_results" in readme
-    assert {p.name for p in (path.parent / "scripts").iterdir()} == {"import_results.groovy", "show_probability.groovy"}
+    scripts = {p.stem for p in (path.parent / "scripts").iterdir()}
+    assert scripts == {"import_results", "show_probability", "export_annotations"}
 
 
 def test_classes_have_the_colors_of_the_model(root: Path) -> None:

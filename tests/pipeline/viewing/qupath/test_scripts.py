@@ -14,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from pipeline.labeling.annotations import read_annotations
+from pipeline.labeling.import_annotations import slide_of
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.qupath.project import write_project
 from tests.pipeline.fakes import SMALL, color_predictor, region_slide
@@ -193,3 +195,32 @@ def test_the_probability_of_a_class_is_shown_and_removed(play: Play, segmented: 
     assert state["shown"] is True
     assert play(project, *show, "choose=(none)", "run=show_probability")["overlays"] == []
     assert play(project, f"open={NAMES[0]}", "run=show_probability")["overlays"] == []
+
+
+@pytest.mark.parametrize("way", ["run=export_annotations", "headless=export_annotations"])
+def test_annotations_are_exported_under_the_name_of_their_slide(
+    play: Play, segmented: Path, tmp_path: Path, way: str
+) -> None:
+    root = shutil.copytree(segmented, tmp_path / "copy")
+    project = root / "results" / "qupath" / "project.qpproj"
+    state = play(project, "run=import_results", "draw", way)
+    files = {file.name: file for file in (project.parent / "annotations").iterdir()}
+    assert set(files) == {f"{name}.geojson" for name in NAMES}
+    for name in NAMES:
+        assert f"{name}: 3 annotations exported" in state["said"]
+        read = read_annotations(files[f"{name}.geojson"])
+        assert [one.name for one in read.found] == [("mine",)]
+        assert read.skipped == {"regions of wsi-segment, which are predictions": 2}
+        assert slide_of(files[f"{name}.geojson"], root / "slides") == root / "slides" / name
+
+
+def test_an_open_image_is_exported_as_it_is_on_the_screen_and_an_empty_one_is_left_out(
+    play: Play, segmented: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(segmented, tmp_path / "copy")
+    project = root / "results" / "qupath" / "project.qpproj"
+    state = play(project, f"open={NAMES[1]}", "run=export_annotations")
+    assert state["said"].splitlines()[:2] == [f"{name}: no annotations" for name in NAMES]
+    play(project, f"open={NAMES[1]}", "draw", "run=export_annotations")
+    assert len(read_annotations(project.parent / "annotations" / f"{NAMES[1]}.geojson").found) == 1
+    assert "No project is open" in play(project, "no-project", "run=export_annotations")["said"]

@@ -24,6 +24,7 @@ class Hierarchy {
     List<PathObject> objects = []
     int resolved = 0
     Collection<PathObject> getAllObjects(boolean includeRoot) { objects }
+    Collection<PathObject> getAnnotationObjects() { objects.findAll { it.isAnnotation() } }
     void removeObjects(Collection<PathObject> gone, boolean keepChildren) {
         assert keepChildren
         objects = objects.findAll { o -> !gone.any { it.is(o) } }
@@ -59,6 +60,7 @@ class Entry {
         data.imageType = saved.imageType
         data
     }
+    Hierarchy readHierarchy() { saved.hierarchy }
     void saveImageData(ImageData data) { saved = data; saves++ }
     boolean updateURIs(Map<URI, URI> places) { uris = uris.collect { places.getOrDefault(it, it) }; true }
 }

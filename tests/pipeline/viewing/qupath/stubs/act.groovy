@@ -48,7 +48,7 @@ System.in.eachLine('UTF-8') { line ->
                     def data = entry.readImageData()
                     project.open[data] = entry
                     QPEx.currentImageData = data
-                    run('import_results')
+                    run(what ?: 'import_results')
                     entry.saveImageData(data)
                 }
                 QPEx.currentImageData = null

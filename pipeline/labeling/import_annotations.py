@@ -1,0 +1,181 @@
+"""Labels of patches from annotations that were drawn in QuPath.
+
+A class is present in a patch if it covers at least `PRESENT` of it. If the annotations of all classes together cover at
+least `COMPLETE` of the patch, the other classes are absent. Otherwise they are unknown, because nobody said what the
+rest of the patch shows.
+
+Shape suffix: N patches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+from shapely.geometry.base import BaseGeometry
+
+from pipeline.errors import LabelingError
+from pipeline.labeling.annotations import ENDINGS, Annotation
+from pipeline.labeling.events import Answer, Event, Labeled, Place, SlideAdded
+from pipeline.labeling.labels import Labels
+from pipeline.labeling.patches import SlidePatches
+
+PRESENT = 0.05
+COMPLETE = 0.95
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What became of the annotations of a slide."""
+
+    complete: int
+    """Patches with an answer for every class."""
+    partial: int
+    """Patches that are covered in part, and so lack an answer for some class."""
+    ignored: int
+    """Patches that an ignored class covers."""
+    kept: int
+    """Patches that keep a label that this person made on the page."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The annotations of a slide by class."""
+
+    shapes: Mapping[int, BaseGeometry]
+    """Class number -> its annotated area."""
+    ignored: BaseGeometry
+    """Area of the classes that QuPath ignores and that no mapping names."""
+
+
+def target_name(annotation: Annotation, mapping: Mapping[str, str]) -> str | None:
+    """Return the class for an annotation: as mapped by its whole name or its first part, or else its first part.
+
+    None if QuPath ignores the class and no mapping names it.
+    """
+    whole = ": ".join(annotation.name)
+    for name in (whole, annotation.name[0]):
+        if name in mapping:
+            return mapping[name]
+    return None if annotation.is_ignored else annotation.name[0]
+
+
+def drawn(annotations: Iterable[Annotation], mapping: Mapping[str, str], ids: Mapping[str, int]) -> Drawn:
+    """Join annotations by class. `ids` are the class numbers by name. Raises KeyError for a class without one."""
+    by_class: dict[int, list[BaseGeometry]] = defaultdict(list)
+    ignored: list[BaseGeometry] = []
+    for one in annotations:
+        name = target_name(one, mapping)
+        (ignored if name is None else by_class[ids[name]]).append(one.shape)
+    return Drawn({id_: shapely.union_all(shapes) for id_, shapes in by_class.items()}, shapely.union_all(ignored))
+
+
+def labels_from(patches: SlidePatches, shapes: Drawn, class_ids: Sequence[int]) -> tuple[list[Labeled], int]:
+    """Return the labels of the patches in which a class is present, and how many patches an ignored class covers."""
+    everything = shapely.union_all([*shapes.shapes.values(), shapes.ignored])
+    places = _touched(patches, everything)
+    boxes_N = [_square(place, patches.side_l0) for place in places]
+    cover = {id_: share(boxes_N, area) for id_, area in shapes.shapes.items()}
+    ignored_N = share(boxes_N, shapes.ignored) >= PRESENT
+    complete_N = share(boxes_N, shapely.union_all(list(shapes.shapes.values()))) >= COMPLETE
+    found = []
+    for n, place in enumerate(places):
+        present = {id_ for id_, share_N in cover.items() if share_N[n] >= PRESENT}
+        if present and not ignored_N[n]:
+            rest: Answer = "absent" if complete_N[n] else "unknown"
+            answers: dict[int, Answer] = {id_: "present" if id_ in present else rest for id_ in class_ids}
+            found.append(Labeled(place=place, answers=answers, source="qupath", view="import", reason="import"))
+    return found, int(ignored_N.sum())
+
+
+def _touched(patches: SlidePatches, area: BaseGeometry) -> list[Place]:
+    """Return the patches that the bounding box of an area touches."""
+    if area.is_empty:
+        return []
+    left, top, right, bottom = (value / patches.side_l0 for value in area.bounds)
+    columns, rows = patches.cells()
+    across = range(max(0, int(left)), min(columns, int(right) + 1))
+    down = range(max(0, int(top)), min(rows, int(bottom) + 1))
+    return [patches.place(column, row) for row in down for column in across]
+
+
+def _square(place: Place, side_l0: float) -> BaseGeometry:
+    return shapely.box(place.x_l0, place.y_l0, place.x_l0 + side_l0, place.y_l0 + side_l0)
+
+
+def share(boxes_N: Sequence[BaseGeometry], area: BaseGeometry) -> NDArray[np.float64]:
+    """Return the share of each box that an area covers, (N,)."""
+    if not boxes_N:
+        return np.zeros(0)
+    # Cut the area to pieces once, because a large polygon is slow to intersect with each of thousands of boxes.
+    tree = shapely.STRtree(shapely.get_parts(area))
+    shares_N = np.zeros(len(boxes_N))
+    box, part = tree.query(boxes_N, predicate="intersects")
+    inside = shapely.area(shapely.intersection(np.asarray(boxes_N)[box], tree.geometries[part]))
+    np.add.at(shares_N, box, inside)
+    return np.asarray(shares_N / shapely.area(boxes_N))
+
+
+def import_events(
+    labels: Labels, annotator: str, slide: SlideAdded, new: Sequence[Labeled], *, partial: bool
+) -> tuple[list[Event], int]:
+    """Return the events that add labels, and how many patches keep a label that the annotator made on the page.
+
+    A label that is there already is not added again. Incomplete labels are added only if `partial`.
+    """
+    events: list[Event] = [] if labels.slides.get(slide.digest) == slide else [slide]
+    kept = 0
+    for label in new:
+        if not partial and "unknown" in label.answers.values():
+            continue
+        own = labels.label(label.place, annotator)
+        if own is not None and own.source == "person":
+            kept += 1
+        elif own is None or own.answers != label.answers:
+            events.append(label)
+    return events, kept
+
+
+def annotation_files(inputs: Iterable[Path]) -> list[Path]:
+    """Return the files, and the files of folders, sorted. Raises LabelingError for a folder without annotations."""
+    found: list[Path] = []
+    for path in inputs:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(file for file in path.iterdir() if file.name.lower().endswith(ENDINGS))
+        if not inside:
+            raise LabelingError(f"{path}: contains no annotations (endings: {' '.join(ENDINGS)})")
+        found += inside
+    return found
+
+
+def slide_of(file: Path, slide: Path) -> Path:
+    """Return the slide of a file of annotations: `slide`, or the file of this name in the folder `slide`.
+
+    "a.svs.geojson" and "a.geojson" belong to "a.svs". Raises LabelingError if there is not exactly one such slide.
+    """
+    if not slide.is_dir():
+        return slide
+    name = next((file.name[: -len(end)] for end in sorted(ENDINGS, key=len, reverse=True)
+                 if file.name.lower().endswith(end)), file.name)  # fmt: skip
+    found = [path for path in sorted(slide.iterdir()) if path.is_file() and name in (path.name, path.stem)]
+    if len(found) != 1:
+        raise LabelingError(
+            f"{file.name}: {len(found)} slides in {slide} have the name {name}; name the file after its slide, or pass "
+            "the slide with --slide"
+        )
+    return found[0]
+
+
+def used_names(annotations: Iterable[Annotation], mapping: Mapping[str, str]) -> Iterator[str]:
+    """Yield the classes that annotations need."""
+    for one in annotations:
+        name = target_name(one, mapping)
+        if name is not None:
+            yield name

@@ -1,0 +1,162 @@
+"""The command `wsi-label`: a whole session, its subcommands, and its errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from models.bundle import DEFAULT_BUNDLE
+from pipeline.cli.label import ANY_PATIENT, DEFAULT_MODEL, app
+from pipeline.labeling.events import FolderStarted, SlideAdded
+from pipeline.labeling.store import EventStore
+from pipeline.training.dataset import load_dataset, samples
+from tests.pipeline.labeling.desks import label_slide
+from tests.pipeline.labeling.events import STROMA, TUMOR, label
+from tests.pipeline.labeling.sessions import ask, started
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return label_slide(tmp_path_factory.mktemp("slides") / "P07-a.svs")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a labels folder with one label and no picture of it."""
+    with EventStore(tmp_path / "l" / "labels.sqlite") as store:
+        started = FolderStarted(mpp=1.0, side=64, seed=1, blind_share=0.0)
+        store.append("ann", [started, TUMOR, STROMA, label(0, "present", "absent")])
+    return tmp_path / "l"
+
+
+def test_a_session_without_the_name_of_the_command_ends_with_a_data_set(slide: Path, tmp_path: Path) -> None:
+    options: list[str | Path] = [
+        "-o",
+        tmp_path / "l",
+        "--classes",
+        "tumor, stroma",
+        "--annotator",
+        "Ann",
+        "--patient",
+        "^(P[0-9]+)-",
+    ]
+    with started(slide, *options, "--patient", "^(P[0-9]+)-", "--patch-side", "64") as process:
+        assert process.stdout is not None
+        found = re.fullmatch(r"(http://127\.0\.0\.1:\d+/)  \(press Ctrl-C to stop\)\n", process.stdout.readline())
+        assert found is not None
+        state = ask(found[1], "state.json")
+        assert (state["annotator"], [one["name"] for one in state["classes"]]) == ("Ann", ["tumor", "stroma"])
+        patch = state["upcoming"][0]
+        new = {"patch": patch["id"], "present": [1], "mark": "none", "view": "single", "reason": patch["reason"],
+               "seconds": 3.0, "suggested": None}  # fmt: skip
+        assert ask(found[1], "labels", {"labels": [new]})["counts"]["labeled"] == 1
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "")
+    assert "warning: 1 labeled patches are few" in errors
+    assert errors.splitlines()[-1] == f"wsi-label: ended; train with: wsi-train {tmp_path / 'l'} -o runs/name"
+    dataset = load_dataset(tmp_path / "l")
+    (split,) = {row.split(",")[3] for row in (tmp_path / "l" / "labels.csv").read_text().splitlines()[1:]}
+    (sample,) = samples(dataset, split)  # type: ignore[arg-type]  # a split
+    assert (sample.name, sample.group, sample.labels_K) == (patch["id"], "P07", (True, False))
+
+
+def test_annotations_of_qupath_become_a_data_set(slide: Path, tmp_path: Path) -> None:
+    def box(name: str, x: int, y: int, **more: Any) -> dict[str, Any]:
+        ring = [[x, y], [x + 128, y], [x + 128, y + 64], [x, y + 64], [x, y]]
+        return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]},
+                "properties": {"objectType": "annotation", "classification": {"name": name}, **more}}  # fmt: skip
+
+    file = tmp_path / "P07-a.svs.geojson"
+    features = [box("Tumor", 192, 128), box("Stroma", 320, 128), box("Stroma", 512, 150), box("x", 0, 0, isLocked=True)]
+    file.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+    options = ("-o", tmp_path / "l", "--map", "Tumor=carcinoma", "--patch-side", "64")
+    done = invoke("import", tmp_path, "--slide", slide.parent, *options)
+    assert done.exit_code == 0, done.output
+    assert "4 complete patches, 4 covered in part (not imported; pass --partial" in done.output
+    assert "warning: P07-a.svs.geojson: 1 objects skipped: locked; unlock them" in done.output
+    dataset = load_dataset(tmp_path / "l")
+    assert dataset.class_names == ("carcinoma", "Stroma")
+    labels = [one.labels_K for split in dataset.card.splits for one in samples(dataset, split)]
+    assert sorted(map(str, labels)) == ["(False, True)"] * 2 + ["(True, False)"] * 2
+    again = invoke("import", file, "--slide", slide, *options, "--partial")
+    assert "4 covered in part (imported)" in again.output
+    with EventStore(tmp_path / "l" / "labels.sqlite") as store:
+        kinds = [one.event.kind for one in store.read()]
+        assert (kinds.count("label"), kinds.count("slide")) == (8, 1)
+        assert next(one.event for one in store.read() if isinstance(one.event, SlideAdded)).patient == "P07-a"
+
+
+def test_classes_are_listed_added_renamed_and_merged(folder: Path) -> None:
+    done = invoke("classes", folder, "--add", "fat", "--rename", "tumor=carcinoma", "--merge", "fat=stroma")
+    assert (done.exit_code, done.output.splitlines()[-2:]) == (0, ["carcinoma", "stroma"])
+    assert invoke("classes", folder).output.splitlines()[-2:] == ["carcinoma", "stroma"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--rename", "nobody=x"], 1, "class nobody does not exist; the classes are tumor, stroma"),
+        (["--rename", "tumor=stroma"], 1, "class stroma exists; to join both, merge tumor into it"),
+        (["--rename", "tumor=a:b"], 1, "without ':'"),
+        (["--merge", "tumor=tumor"], 1, "class tumor cannot be merged into itself"),
+        (["--merge", "tumor"], 2, "--merge: 'tumor' must be two names with = between them"),
+    ],
+)
+def test_a_change_of_classes_that_makes_no_sense_is_refused(
+    folder: Path, arguments: list[str], status: int, message: str
+) -> None:
+    done = invoke("classes", folder, *arguments)
+    assert (done.exit_code, message in done.output) == (status, True), done.output
+
+
+def test_the_report_counts_labels_and_compares_annotators(folder: Path) -> None:
+    with EventStore(folder / "labels.sqlite") as store:
+        store.append("ann", [label(64, "absent", "present"), label(128, mark="unsure")])
+        store.append("bob", [label(0, "present", "absent")])
+    done = invoke("report", folder)
+    assert done.exit_code == 0
+    lines = done.output.splitlines()
+    assert "2 labeled patches of 0 slides, 0 incomplete or disputed, 1 unsure, 0 artifacts" in lines
+    assert "tumor: present in 1" in lines
+    assert "ann and bob, tumor: 0 of 0 blind patches alike, kappa not defined" in lines
+    assert any("3 labeled patches have no picture yet" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["report", "none"], 1, "none: has no labels.sqlite"),
+        (["none.svs", "-o", "l"], 1, "a model needs at least two classes"),
+        (["page", "none.svs", "-o", "l", "--classes", "a,b", "--patient", "("], 2, "not a valid regular expression"),
+        (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "(x)(y)"], 2, "has 2 groups; it must have one"),
+        (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "^(P)-"], 2, "does not match the name none.svs"),
+        (["none.svs", "-o", "l", "--classes", "a,b", "-m", "none"], 1, "neither a shipped model"),
+        (["import", "none.geojson", "--slide", "a.svs", "-o", "l"], 1, "none.geojson: cannot be read"),
+    ],
+)
+def test_what_cannot_work_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*arguments)
+    assert (done.exit_code, message in done.output) == (status, True), done.output
+
+
+def test_the_patient_is_the_slide_s_name_unless_a_pattern_is_given() -> None:
+    names = ("a.svs", "a.b.svs", "no-ending")
+    assert [match[1] for name in names if (match := re.search(ANY_PATIENT, name))] == ["a", "a.b", "no-ending"]
+
+
+def test_the_default_model_is_the_shipped_one() -> None:
+    assert DEFAULT_MODEL == DEFAULT_BUNDLE
