@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.errors import OutputError
 from pipeline.results.digests import write_result
-from pipeline.results.folder import ResultFolder, open_folder
+from pipeline.results.find import result_folders, result_name
+from pipeline.results.folder import ResultFolder, is_locked, open_folder
 from tests.pipeline.runs import IDENTITY, make_run
 
 
@@ -125,3 +126,29 @@ def test_a_folder_name_with_zarr_is_refused(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=r"must not have \.zarr in its name"):
             open_folder(out, name, IDENTITY, {}, force=False).__enter__()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_in_a_folder_is_found_and_its_folder_is_marked(tmp_path: Path) -> None:
+    with open_folder(tmp_path, "case/deep/slide", IDENTITY, {}) as folder:
+        assert (folder.target, is_locked(tmp_path, "case/deep/slide")) == (tmp_path / "case" / "deep" / "slide", True)
+        build(folder, "slide.geojson")
+        folder.publish()
+    (tmp_path / "foreign" / "slide").mkdir(parents=True)
+    (tmp_path / "foreign" / "slide" / "run.json").write_text("{}")
+    (found,) = result_folders(tmp_path)
+    assert (found, result_name(tmp_path, found)) == (tmp_path / "case" / "deep" / "slide", "case/deep/slide")
+    marks = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(".wsi-segment")]
+    assert sorted(marks) == ["case/.wsi-segment", "case/deep/.wsi-segment"]
+    assert not is_locked(tmp_path, "case/deep/slide")
+
+
+@pytest.mark.parametrize(("output", "name"), [("slide", "b"), ("slide/deep", "b"), ("", "slide/b")])
+def test_a_result_inside_another_result_is_refused(tmp_path: Path, output: str, name: str) -> None:
+    publish(tmp_path, "slide.geojson")
+    before = sorted(tmp_path.rglob("*"))
+    with (
+        pytest.raises(OutputError, match=r"b: lies inside the result .*slide; choose another --output"),
+        open_folder(tmp_path / output, name, IDENTITY, {}),
+    ):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
