@@ -70,7 +70,7 @@ def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     for place, name in enumerate(header, start=1):
         if name not in COLUMNS and not name.startswith(IGNORED):
             raise ConfigError(f"{path}, line {lines[0][0]}, column {place}: {name!r} is not a column; {_hint(name)}")
-        if name in header[: place - 1]:
+        if name in COLUMNS and name in header[: place - 1]:
             raise ConfigError(f"{path}, line {lines[0][0]}, column {place}: {name!r} occurs twice; remove one of them")
     if "slide" not in header or len(lines) == 1:
         raise ConfigError(f"{path}: {_NEEDS}")

@@ -89,6 +89,7 @@ def _prepare(
     from models.bundle import load_bundle
     from models.predictor import Predictor
     from pipeline.errors import OutputError
+    from pipeline.files import local_path
     from pipeline.training.compose import composed
     from pipeline.training.dataset import load_dataset
     from pipeline.training.evaluate import check_same_classes, masked_samples
@@ -100,7 +101,7 @@ def _prepare(
     if dataset.card.compose is None:
         masked_samples(dataset, split)
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        local_path(output, "--output").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
             f"{output}: the folder cannot be created ({error.strerror}); choose another with -o"

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 
 from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run
+from pipeline.files import local_path
 from pipeline.training.config import PRESETS, train_config
 from wsi.errors import WsiSegmentError
 
@@ -51,6 +52,7 @@ def train_command(
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s")
 
     try:
+        local_path(output, "--output")
         train_config(preset, config, settings or ())  # before the libraries load, so that a typo is reported at once
         from pipeline.training.dataset import load_dataset
         from pipeline.training.train import train

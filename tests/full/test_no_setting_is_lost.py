@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from models import runtimes
 from models.bundle import load_bundle
@@ -14,6 +15,7 @@ from models.errors import RuntimeUnavailableError
 from models.predictor import Predictor
 from models.runtimes import check_precision
 from pipeline.batch.collect import collect_jobs
+from pipeline.cli.train import app as train_app
 from pipeline.errors import ConfigError
 from pipeline.files import local_path
 from pipeline.results.record import read_run
@@ -70,12 +72,15 @@ def test_addresses_are_refused_by_name_wherever_a_path_is_taken(tmp_path: Path, 
             collect_jobs([path])
 
 
-def test_an_address_as_output_makes_no_folder(tmp_path: Path) -> None:
+def test_an_address_as_output_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_slide(tmp_path / "a.svs")
     for arguments in (["-o", "s3://bucket/x"], ["-o", "out", "-m", "s3://bucket/model"]):
         done = program("a.svs", *arguments, folder=tmp_path, capture_output=True)
         assert done.returncode == 2
         assert b"is an address (s3://), which is not supported; copy the data" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    refused = CliRunner().invoke(train_app, ["data.toml", "-o", "s3://bucket/run"])
+    assert "is an address (s3://)" in refused.output
     assert [path.name for path in tmp_path.iterdir()] == ["a.svs"]
 
 
