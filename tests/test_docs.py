@@ -121,3 +121,35 @@ def test_a_broken_link_path_and_module_are_found(tmp_path: Path) -> None:
         "# A page\n[a](#a-page) [b](b.md) [c](#c) `tests/none.py` `tests/test_docs.py` python -m tests.none\n"
     )
     assert broken(document) == ["b.md#", "#c", "tests/none.py", "tests.none"]
+
+
+PROMISES = (REPOSITORY / "docs" / "promises.md").read_text(encoding="utf-8")
+TEST_NAME = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
+
+
+def unknown_tests(text: str) -> list[str]:
+    """Return the tests that a text names as `file.py::test` and that do not exist."""
+    found = []
+    for file, name in TEST_NAME.findall(text):
+        path = REPOSITORY / file
+        if not path.exists() or not re.search(rf"^def {name}\(", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found.append(f"{file}::{name}")
+    return found
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    rows = [line for line in PROMISES.splitlines() if line.startswith("| ") and not line.startswith("| promise |")]
+    assert len(rows) > 30
+    assert [row for row in rows if not TEST_NAME.search(row)] == []
+    assert unknown_tests(PROMISES) == []
+
+
+def test_every_module_of_attacks_holds_a_promise() -> None:
+    named = {file for file, _ in TEST_NAME.findall(PROMISES)}
+    modules = {f"tests/full/{path.name}" for path in (REPOSITORY / "tests" / "full").glob("test_*.py")}
+    assert modules - named == set()
+
+
+def test_a_promise_with_a_missing_test_is_found() -> None:
+    text = "`tests/test_docs.py::test_a_promise_with_a_missing_test_is_found` `tests/test_docs.py::test_none`"
+    assert unknown_tests(text) == ["tests/test_docs.py::test_none"]

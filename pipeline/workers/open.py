@@ -28,8 +28,8 @@ def open_workers(
 
     `scheduler` is None for this process; "process" for a child process, so that a crash does not end this one; "local"
     for one process per GPU, or one if there is no GPU; "local:N" for N processes; or the address (tcp://…, tls://…) or
-    the scheduler file of a dask.distributed cluster. All of them write the same bytes. On CPUs, this requires the same
-    number of threads (OMP_NUM_THREADS).
+    the scheduler file of a dask.distributed cluster. All of them write the same bytes if they compute in the same way
+    (`ResolvedSettings.computed_with`).
 
     A slide that takes longer than `slide_timeout_s` fails with SlideTimeoutError, and its process is killed. A timeout
     is not possible in this process.

@@ -159,7 +159,7 @@ WRITERS = {
     "build_pyramid": outputs,
     "write_preview": outputs,
     "write_slide_page": recipe,
-    "write_run": recipe,
+    "write_result": recipe,
 }
 STAGES = ["create_store", "blocks", *WRITERS]
 

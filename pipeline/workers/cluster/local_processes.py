@@ -36,8 +36,7 @@ def local_processes(count: int, gpus: list[str]) -> Iterator[SpecCluster]:
     """Start `count` worker processes; the i-th sees only the GPU `gpus[i % len(gpus)]`, if there are any.
 
     The processes listen on this machine only, accept tasks only from this process (by temporary certificates), exit
-    with this process, and ignore Ctrl-C. They share the cores equally unless OMP_NUM_THREADS is set: on a CPU, the last
-    bit of a network's output depends on the number of threads.
+    with this process, and ignore Ctrl-C. They share the cores equally unless OMP_NUM_THREADS is set.
     """
     start_silent_tracker()
     security = Security.temporary()

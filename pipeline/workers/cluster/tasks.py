@@ -23,7 +23,7 @@ from distributed.utils import sync
 from models.bundle import load_bundle
 from models.predictor import Predictor
 from models.runtimes import Runtime
-from pipeline.config import SegmentConfig, resolve
+from pipeline.config import ResolvedSettings, SegmentConfig, resolve
 from pipeline.errors import Cancelled, ClusterError
 from pipeline.results.record import versions
 from pipeline.results.slide_result import SlideResult
@@ -161,6 +161,7 @@ def _segment_band(context: TaskContext, band: Band, task: _RunningTask) -> tuple
     def stopped() -> bool:
         return stop.is_set() or task.is_cancelled() or not _is_ours(band)
 
+    check_computation(work.settings, resolve(context.config, predictor.compute), work.info.path.name)
     if not _is_ours(band):
         raise ClusterError(
             f"{work.info.path.name}: worker {get_worker().address} does not see the folder {work.folder}, or another "
@@ -169,6 +170,18 @@ def _segment_band(context: TaskContext, band: Band, task: _RunningTask) -> tuple
     with Slide(work.info) as slide:
         run_blocks(work, slide, predictor, band.blocks, records.append, stop, stopped)
     return records, str(predictor.device)
+
+
+def check_computation(asked: ResolvedSettings, own: ResolvedSettings, name: str) -> None:
+    """Raise ClusterError if this process would compute blocks in another way than the slide requests."""
+    first, here = asked.computed_with(), own.computed_with()
+    other = [key for key in first | here if here.get(key) != first.get(key)]
+    if other:
+        values = ", ".join(f"{key} {here.get(key)} instead of {first.get(key)}" for key in other)
+        raise ClusterError(
+            f"{name}: a worker computes with {values}, and blocks that are computed in different ways must not be "
+            f"mixed in one result; use equal machines with the same OMP_NUM_THREADS, or --spread slides"
+        )
 
 
 def _is_ours(band: Band) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pipeline.config import SegmentConfig
-from pipeline.errors import Cancelled
+from pipeline.config import SegmentConfig, resolve
+from pipeline.errors import Cancelled, ClusterError
 from pipeline.workers.cluster import tasks
-from pipeline.workers.cluster.tasks import ModelRef, TaskContext
+from pipeline.workers.cluster.tasks import ModelRef, TaskContext, check_computation
+from tests.pipeline.fakes import CPU
 
 
 class FakeTask:
@@ -38,3 +40,15 @@ def test_a_task_that_the_scheduler_took_back_reports_no_end(
 
     tasks._run(TaskContext("id", "topic", ModelRef("model", "digest"), SegmentConfig()), work)
     assert task.sent == sent
+
+
+def test_a_band_is_not_computed_in_another_way_than_its_slide() -> None:
+    asked = resolve(SegmentConfig(num_workers=1), CPU)
+    check_computation(asked, resolve(SegmentConfig(num_workers=7), CPU), "a.svs")
+    for change, message in {"threads": "threads 2 instead of 1", "processor": "processor other instead of any"}.items():
+        own = replace(CPU, threads=2) if change == "threads" else replace(CPU, processor="other")
+        with pytest.raises(ClusterError, match=rf"a\.svs: a worker computes with {message}, .*--spread slides"):
+            check_computation(asked, resolve(SegmentConfig(), own), "a.svs")
+    # OpenVINO returns the same bits with any number of threads.
+    first, second = (replace(CPU, runtime="openvino", threads=threads) for threads in (1, 2))
+    check_computation(resolve(SegmentConfig(), first), resolve(SegmentConfig(), second), "a.svs")

@@ -1,0 +1,42 @@
+"""Attacks on the promise of equal bytes: other numbers of threads, other batches, and a changed computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
+from models.openvino_network import OpenVinoNetwork
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Restore the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def bits(x: Tensor) -> Tensor:
+    """Return the bits of float32 values."""
+    return x.contiguous().view(torch.int32)
+
+
+def test_openvino_returns_the_same_bits_with_any_number_of_threads_and_any_batch() -> None:
+    pytest.importorskip("openvino")
+    bundle = load_bundle(DEFAULT_BUNDLE)
+    side = bundle.card.tile_size
+    x_NCHW = torch.rand((8, 3, side, side), generator=torch.Generator().manual_seed(1)) * 4 - 2
+    for network in load_networks(bundle):
+        expected: Tensor | None = None
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            made = OpenVinoNetwork(network, side)
+            for batch in (8, 3, 1):
+                with torch.inference_mode():
+                    found = bits(torch.cat([made(part).clone() for part in x_NCHW.split(batch)]))
+                expected = found if expected is None else expected
+                assert torch.equal(found, expected), (threads, batch)
