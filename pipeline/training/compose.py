@@ -81,7 +81,8 @@ def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = No
     rule = dataset.card.compose
     if rule is None:
         return dataset
-    digest = hashlib.sha256(dataset.card.model_dump_json().encode()).hexdigest()[:12]
+    facts = dataset.card.model_dump_json(exclude={"settings"})
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
     root = folder / f"composed-{digest}"
     kinds = kinds_of(dataset)
     for split in splits or dataset.card.splits:

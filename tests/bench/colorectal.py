@@ -1,6 +1,7 @@
 """The tables of docs/benchmarks/colorectal-tissue.md: classifiers measured on slides that they were not trained on.
 
     python -m tests.bench.colorectal --data FOLDER -o folds --slides 01 02 03 04 05 06 08
+    python -m tests.bench.colorectal --data FOLDER --bundle colorectal-tissue      # tiles of the validation slide
 
 Each fold leaves one slide out, validates on another and trains on the rest. A classifier predicts the class of a tile
 from the mean of its class map over the tile, so that its figures compare with those of a linear probe. Finished folds
@@ -22,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from models.bundle import load_bundle, load_networks
 from models.classifier import Classifier
 from pipeline.training.calibration import reliability
 from pipeline.training.classifier import classifier_task
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig, train_config
 from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
-from pipeline.training.dataset_card import TableSplit
+from pipeline.training.dataset_card import Split, TableSplit
 from pipeline.training.fit import Processes, fit, remove_checkpoint
 from pipeline.training.inputs import as_input, load_start, padded
 from pipeline.training.patches import PatchImages
@@ -44,7 +46,8 @@ VALIDATION = {"05": "06"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, default=Path("folds"))
+    parser.add_argument("--bundle", help="measure this bundle on the tiles of the validation split instead")
     parser.add_argument("--slides", nargs="+", choices=SLIDES, default=SLIDES)
     parser.add_argument("--images", type=int, default=400, help="composed training images of a fold")
     parser.add_argument("--set", nargs="*", default=[], help="settings, name=value")
@@ -53,6 +56,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     dataset = load_dataset("kather-2016", options.data)
+    if options.bundle is not None:
+        bundle = load_bundle(options.bundle)
+        classifier = load_networks(bundle)[0]
+        assert isinstance(classifier, Classifier)
+        scores_NK, labels_NK = tile_scores(classifier, dataset, bundle.card.mpp, "val")
+        print(table_of({"validation": (scores_NK, labels_NK)}, dataset.class_names))
+        return
     config = train_config("default", None, options.set, dataset.card.settings)
     for slide in options.slides:
         run_fold(fold(dataset, slide, options.images), slide, options.output, config)
@@ -94,11 +104,11 @@ def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig) ->
 
 @torch.inference_mode()
 def tile_scores(
-    classifier: Classifier, dataset: Dataset, mpp: float, split: str = "test"
+    classifier: Classifier, dataset: Dataset, mpp: float, split: Split = "test"
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return the mean class probabilities (N, K) over each tile of a split, and the tiles' labels (N, K)."""
     scores, labels = [], []
-    chosen = samples(dataset, split)  # type: ignore[arg-type]  # the name of a split
+    chosen = samples(dataset, split)
     for start in range(0, len(chosen), 64):
         part = chosen[start : start + 64]
         rgb_NHWC = np.stack([resampled(read_rgb(sample), dataset.mpp / mpp) for sample in part])
@@ -118,15 +128,16 @@ def tile_figures(scores_NK: NDArray[np.float32], labels_NK: NDArray[np.bool_]) -
     """
     single_N = labels_NK.sum(axis=1) == 1
     truth_N, predicted_N = labels_NK[single_N].argmax(axis=1), scores_NK[single_N].argmax(axis=1)
-    f1 = [f1_score(truth_N == k, predicted_N == k) for k in range(labels_NK.shape[1]) if (truth_N == k).any()]
+    # None for a class without a tile.
+    f1 = [f1_score(truth_N == k, predicted_N == k) if (truth_N == k).any() else None for k in range(labels_NK.shape[1])]
     several = labels_NK[~single_N]
     hit_N = several[np.arange(len(several)), scores_NK[~single_N].argmax(axis=1)]
     calibration = reliability(torch.from_numpy(scores_NK[single_N]), torch.from_numpy(truth_N))
     return {
         "tiles": int(single_N.sum()),
         "accuracy": round(float((truth_N == predicted_N).mean()), 3),
-        "macro_f1": round(float(np.mean(f1)), 3),
-        "f1": [round(value, 2) for value in f1],
+        "macro_f1": round(float(np.mean([value for value in f1 if value is not None])), 3),
+        "f1": [None if value is None else round(value, 2) for value in f1],
         "ece": round(calibration.error, 3),
         "several_hit": round(float(hit_N.mean()), 3) if len(several) else None,
     }
