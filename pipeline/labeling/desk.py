@@ -79,6 +79,8 @@ def open_desk(
         writer = DatasetWriter(folder, store, lambda place: _pixels(slides, place))
         stack.callback(writer.close)
         session.saved = writer.changed
+        # A session that was killed may have left labels without pictures.
+        slides.when_opened(writer.changed)
         yield Desk(session, slides, similar, seeing if model else None, folder.absolute().name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,11 @@ class Slides:
         # One thread: opening slides is bound by the disk, and the page needs the processor.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slides")
         self._ready: list[Future[ReadySlide | None]] = [self._thread.submit(self._open, file) for file in self._files]
+
+    def when_opened(self, call: Callable[[], None]) -> None:
+        """Call this after each slide that is opened, on any thread."""
+        for future in self._ready:
+            future.add_done_callback(lambda _: call())
 
     @property
     def count(self) -> int:

@@ -14,7 +14,8 @@ export class Single {
     this.present = new Set();
     this.suggested = null;
     this.steps = 0; // back in the history
-    this.busy = false;
+    this.pending = []; // labels that are on their way to the server
+    this.undoing = false;
     for (const [id, act] of Object.entries({
       back: () => this.back(), save: () => this.save("none"), unsure: () => this.save("unsure"),
       artifact: () => this.save("artifact"), undo: () => this.undo(), suggest: () => this.suggest(),
@@ -24,10 +25,23 @@ export class Single {
   // Shows the next patch of a state, or the one that was undone.
   update(state) {
     this.state = state;
-    const shown = state.undone[0] ?? state.upcoming[0] ?? null;
     this.pictures.keep([...state.undone.slice(0, 1), ...state.upcoming, ...state.history.slice(0, 3)]);
-    this.steps = 0;
-    this.show(shown);
+    const place = this.steps ? state.history.findIndex(({ id }) => id === this.patch.id) : -1;
+    const wanted = state.undone[0] ?? this.next();
+    if (!state.undone.length && (place >= 0 || (wanted && wanted.id === this.patch?.id))) {
+      // The user already works on this patch: keep what is marked.
+      this.steps = place + 1;
+      this.renderAnswer();
+    } else {
+      this.steps = 0;
+      this.show(wanted);
+    }
+  }
+
+  // Returns the next patch whose label is not on its way.
+  next() {
+    const sent = new Set(this.pending.map(({ patch }) => patch.id));
+    return this.state.upcoming.find(({ id }) => !sent.has(id)) ?? null;
   }
 
   show(patch) {
@@ -45,7 +59,9 @@ export class Single {
     if (!this.patch) {
       const text = document.createElement("p");
       text.id = "wait";
-      text.textContent = this.state.opening ? "Opening the next slide…" : "Nothing left: every patch of these slides has a label.";
+      if (this.pending.length) text.textContent = "Saving…";
+      else if (this.state.opening) text.textContent = "Opening the next slide…";
+      else text.textContent = "Nothing left: every patch of these slides has a label.";
       stage.replaceChildren(text);
       byId("about").textContent = "";
       return;
@@ -100,22 +116,52 @@ export class Single {
     this.announce(`${one.name} ${on ? "present" : "absent"}`);
   }
 
+  // Shows the next patch at once. "Saved" appears when the server has answered; if it cannot save, the patch comes back.
   async save(mark) {
-    if (!this.patch || this.busy) return;
-    const present = mark === "none" ? [...this.present] : [];
-    const label = {
-      patch: this.patch.id, present, mark, view: "single", reason: this.patch.reason, suggested: this.suggested,
-      seconds: Math.min(86400, (performance.now() - this.shownAt) / 1000),
-    };
+    if (!this.patch || this.undoing) return;
+    const { patch, suggested } = this;
+    const marked = [...this.present];
+    const present = mark === "none" ? marked : [];
+    const seconds = Math.min(86400, (performance.now() - this.shownAt) / 1000);
+    const label = { patch: patch.id, present, mark, view: "single", reason: patch.reason, suggested, seconds };
     const names = this.state.classes.filter(({ id }) => present.includes(id)).map(({ name }) => name);
-    const said = mark === "none" ? names.join(", ") || "no class" : mark;
-    await this.ask("/labels", { labels: [label] }, `Saved: ${said}`);
+    this.pending.push({ patch, marked, label, said: `Saved: ${mark === "none" ? names.join(", ") || "no class" : mark}` });
+    this.steps = 0;
+    this.show(this.next());
+    if (this.pending.length === 1) await this.send();
+  }
+
+  // Sends one label after the other, so that they are saved in the order of the keys.
+  async send() {
+    while (this.pending.length) {
+      const [{ patch, marked, label, said }] = this.pending;
+      try {
+        const state = await post("/labels", { labels: [label] });
+        this.pending.shift();
+        this.done(state);
+        this.announce(said);
+      } catch (error) {
+        this.pending = [];
+        this.show(patch);
+        this.present = new Set(marked);
+        this.renderAnswer();
+        this.failed(error);
+      }
+    }
   }
 
   async undo() {
-    const before = this.state.history.length;
-    await this.ask("/undo", {}, "Undone");
-    if (!before) this.announce("Nothing to undo");
+    if (this.pending.length || this.undoing) return;
+    this.undoing = true;
+    try {
+      const state = await post("/undo", {});
+      this.done(state);
+      this.announce(state.undone.length ? "Undone" : "Nothing to undo");
+    } catch (error) {
+      this.failed(error);
+    } finally {
+      this.undoing = false;
+    }
   }
 
   back() {
@@ -127,7 +173,7 @@ export class Single {
   }
 
   async suggest() {
-    if (!this.patch || this.patch.blind || !this.state.model || this.busy) return;
+    if (!this.patch || this.patch.blind || !this.state.model) return;
     const asked = this.patch;
     try {
       const { model, suggested } = await post("/suggestion", { patch: asked.id });
@@ -137,21 +183,6 @@ export class Single {
       const words = named.map(({ id, name }) => `${name} ${Math.round(suggested[id] * 100)} %`);
       byId("suggestion").textContent = words.length ? `${model}: ${words.join(", ")}` : `${model} has none of these classes.`;
     } catch (error) {
-      this.failed(error);
-    }
-  }
-
-  // Only one request at a time, so that labels are saved in the order of the keys.
-  async ask(path, body, said) {
-    if (this.busy) return;
-    this.busy = true;
-    try {
-      const state = await post(path, body);
-      this.busy = false;
-      this.done(state);
-      this.announce(said);
-    } catch (error) {
-      this.busy = false;
       this.failed(error);
     }
   }

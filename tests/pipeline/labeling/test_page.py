@@ -43,7 +43,7 @@ def serving(at: Desk) -> Iterator[str]:
 
 
 def ready(page: Page) -> None:
-    until(page, "!wsiLabel.single.busy && document.querySelector('#stage .patch')?.complete")
+    until(page, "!wsiLabel.single.pending.length && document.querySelector('#stage .patch')?.complete")
 
 
 def shown(page: Page) -> str:
@@ -181,4 +181,32 @@ def test_the_page_says_that_the_server_is_gone_and_does_not_go_on(
             until(page, "!document.getElementById('fault').hidden")
             assert "Start wsi-label again" in page.locator("#fault").inner_text()
             assert shown(page) == first
+            assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
             assert saved(tmp_path / "l") == []
+
+
+def test_the_next_patch_does_not_wait_for_the_disk_but_the_word_saved_does(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with desk(folder, slides, shipped) as at, serving(at) as url:
+        held: list[Any] = []
+        page.route("**/labels", lambda route: held.append(route))  # noqa: PLW0108 - Playwright needs a function of Python
+        page.goto(url)
+        ready(page)
+        order = [patch.place.id for patch in at.session.upcoming(4)]
+        for keys in ("1", "Enter", "2", "Enter", "1"):
+            page.keyboard.press(keys)
+        assert shown(page) == order[2]
+        assert page.locator("#saved").inner_text() == ""
+        assert saved(folder) == []
+        for count in (1, 2):
+            while len(held) < count:
+                page.wait_for_timeout(20)
+            held[count - 1].continue_()
+        until(page, "document.getElementById('saved').textContent === 'Saved: class-1'")
+        assert [(one.place.id, one.answers[1]) for one in saved(folder)] == [
+            (order[0], "present"), (order[1], "absent")
+        ]  # fmt: skip
+        assert shown(page) == order[2]
+        assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
