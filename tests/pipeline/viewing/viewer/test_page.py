@@ -17,6 +17,7 @@ from tests.browser import axe_findings, screenshot, until, watch
 from tests.cases import full
 from tests.pipeline.fakes import COLORS
 from tests.pipeline.viewing.viewer.conftest import Site, textured
+from tests.pipeline.viewing.viewer.screen import color_at, mixed, place_on_screen, settle, show
 
 if TYPE_CHECKING:  # most test runs need no browser
     from playwright.sync_api import Browser, Page
@@ -25,52 +26,11 @@ GLASS_AT, PINK_AT, PURPLE_AT = (100, 50), (250, 600), (600, 400)
 """Places in level-0 pixels: on the glass, in the pink region, and in the purple region inside it."""
 
 
-def settle(page: Page) -> None:
-    """Wait until every tile and outline of the view is drawn."""
-    until(
-        page,
-        """window.wsiView && wsiView.osd.world.getItemCount() && !wsiView.osd.isAnimating()
-        && [...Array(wsiView.osd.world.getItemCount()).keys()].every((i) => {
-          const item = wsiView.osd.world.getItemAt(i); return !item.getOpacity() || item.getFullyLoaded(); })
-        && (!wsiView.outlines.opacity || (wsiView.outlines.front?.final
-          && wsiView.outlines.covers(wsiView.outlines.front, wsiView.view(), 1.001)))""",
-    )
-    page.wait_for_timeout(150)  # two frames and the address
-
-
-def show(page: Page, site: Site, address: str = "") -> None:
-    page.goto("about:blank")
-    page.goto(f"{site.page}{address}")
-    settle(page)
-
-
-def place_on_screen(page: Page, x: float, y: float) -> tuple[float, float]:
-    """Return the position of a level-0 place, in pixels of the window."""
-    view = page.evaluate("() => { const b = document.getElementById('stage').getBoundingClientRect();"
-                         " return {...wsiView.view(), left: b.left, top: b.top}; }")  # fmt: skip
-    return (
-        view["left"] + view["width"] / 2 + (x - view["x"]) * view["zoom"],
-        view["top"] + view["height"] / 2 + (y - view["y"]) * view["zoom"],
-    )
-
-
-def color_at(page: Page, x: float, y: float) -> NDArray[np.float64]:
-    """Return the mean color of the 9×9 screen pixels around a level-0 place."""
-    shot = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(float)
-    left, top = (round(v) for v in place_on_screen(page, x, y))
-    mean_C: NDArray[np.float64] = shot[top - 4 : top + 5, left - 4 : left + 5].mean(axis=(0, 1))
-    return mean_C
-
-
 def slide_color(x: int, y: int, zoom: float) -> NDArray[np.float64]:
     """Return the color that `color_at` returns there if only the slide is shown."""
     half = round(4.5 / zoom)
     mean_C: NDArray[np.float64] = textured((1280, 832))[y - half : y + half, x - half : x + half].mean(axis=(0, 1))
     return mean_C
-
-
-def mixed(under: NDArray[np.float64], over: tuple[int, int, int], alpha: float) -> NDArray[np.float64]:
-    return under * (1 - alpha) + np.array(over) * alpha
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,245 @@
+"""Measures how well a model tells colon from other images: windows beyond its limit, AUROC, and false alarms.
+
+    python -m tests.bench.familiarity MODEL OWN --data FOLDER       # OWN: the data set that the model was trained with
+
+FOLDER holds ebhi-seg, glas, kather2016 and slides. Familiar are the left-out images of OWN (the test split or, if
+there is none, the validation split) and colon of other laboratories. Unfamiliar are slides of other organs, and the
+left-out images of OWN after a change: other colors, blur, other pixel sizes. An
+image or slide is flagged if a larger share of its windows than the model's `share_limit` lies beyond the limit. The
+segmenter does not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+from skimage.color import hed2rgb, rgb2hed
+
+from models.bundle import Bundle, load_bundle, load_networks, load_statistics
+from models.classifier import Classifier
+from models.familiarity import WINDOW, window_features
+from pipeline.training.compose import composed
+from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
+from pipeline.training.dataset_card import Split
+from pipeline.training.inputs import as_input, padded
+from pipeline.training.resample import resampled
+from wsi.box import Box
+from wsi.levels import pick_level
+from wsi.slide import Slide, open_slide
+from wsi.tissue import find_tissue
+
+RGB = NDArray[np.uint8]
+
+FOLDERS = {"ebhi-seg": "ebhi-seg", "glas": "glas", "kather-2016": "kather2016"}
+"""The folder of each data set of colon."""
+
+SLIDES = {
+    "CMU-1 (skin)": ("CMU-1.svs", None),
+    "CMU-1-Small-Region (skin)": ("CMU-1-Small-Region.svs", None),
+    "TCGA-CR-7395 (head and neck)": ("TCGA-CR-7395-01A-01-TS1.svs", 0.25),
+    "camelyon-multiframe.dcm, read as 1 µm/px": ("camelyon-multiframe.dcm", 1.0),
+}
+"""Slides and the pixel size to pass, if the slide does not state a usable one."""
+
+MOST_WINDOWS = 300
+"""Windows of a slide: if there are more, every n-th."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The distances of one set, in units of the model's limit."""
+
+    name: str
+    distances: tuple[NDArray[np.float32], ...]
+    """Of the windows of each image or slide."""
+
+    @property
+    def all(self) -> NDArray[np.float32]:
+        """Return the distances of all windows."""
+        return np.concatenate(self.distances)
+
+    def flagged(self, share_limit: float) -> float:
+        """Return the share of images that are flagged."""
+        return float(np.mean([(one > 1).mean() > share_limit for one in self.distances]))
+
+
+def gray(rgb_HWC: RGB) -> RGB:
+    """Return the image without colors."""
+    return np.asarray(Image.fromarray(rgb_HWC).convert("L").convert("RGB"))
+
+
+def inverted(rgb_HWC: RGB) -> RGB:
+    """Return the negative."""
+    return 255 - rgb_HWC
+
+
+def swapped(rgb_HWC: RGB) -> RGB:
+    """Return the image with red and blue exchanged, as a reader with the wrong order of channels gives it."""
+    return np.ascontiguousarray(rgb_HWC[..., ::-1])
+
+
+def brown(rgb_HWC: RGB) -> RGB:
+    """Return the image with DAB in place of eosin, as immunohistochemistry looks."""
+    hed_HWC = rgb2hed(rgb_HWC)
+    stained_HWC = np.stack([hed_HWC[..., 0], np.zeros_like(hed_HWC[..., 0]), hed_HWC[..., 1]], axis=2)
+    return np.asarray(np.clip(255 * hed2rgb(stained_HWC), 0, 255).astype(np.uint8))
+
+
+def turned_hue(rgb_HWC: RGB) -> RGB:
+    """Return the image with the hue turned by 90 degrees."""
+    hsv_HWC = np.array(Image.fromarray(rgb_HWC).convert("HSV"))
+    hsv_HWC[..., 0] += 64  # of 256, wraps around
+    return np.asarray(Image.fromarray(hsv_HWC, "HSV").convert("RGB"))
+
+
+def blurred(radius: float) -> Callable[[RGB], RGB]:
+    """Return a function that blurs by a Gaussian with this standard deviation in pixels."""
+    return lambda rgb_HWC: np.asarray(Image.fromarray(rgb_HWC).filter(ImageFilter.GaussianBlur(radius)))
+
+
+def scaled(factor: float) -> Callable[[RGB], RGB]:
+    """Return a function that enlarges by this factor, as a wrong pixel size does."""
+    return lambda rgb_HWC: np.asarray(
+        Image.fromarray(rgb_HWC).resize(
+            (round(rgb_HWC.shape[1] * factor), round(rgb_HWC.shape[0] * factor)), Image.Resampling.LANCZOS
+        )
+    )
+
+
+CHANGES: dict[str, Callable[[RGB], RGB]] = {
+    "gray": gray,
+    "inverted": inverted,
+    "red and blue exchanged": swapped,
+    "hue turned by 90°": turned_hue,
+    "DAB in place of eosin": brown,
+    "blurred by 2 px": blurred(2),
+    "blurred by 4 px": blurred(4),
+    "half the size": scaled(0.5),
+    "twice the size": scaled(2),
+}
+
+
+def auroc(familiar: NDArray[np.float32], unfamiliar: NDArray[np.float32]) -> float:
+    """Return the probability that an unfamiliar window is farther away than a familiar one; ties count one half."""
+    ranked = np.sort(familiar)
+    below = np.searchsorted(ranked, unfamiliar, side="left") + np.searchsorted(ranked, unfamiliar, side="right")
+    return float(below.mean() / (2 * len(familiar)))
+
+
+class Meter:
+    """Measures images with the classifier and the statistics of a bundle."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        statistics, classifier = load_statistics(bundle), load_networks(bundle)[0]
+        if statistics is None or bundle.card.familiarity is None:
+            raise SystemExit(f"{bundle.card.name} has no statistics; add them with wsi-familiarity")
+        assert isinstance(classifier, Classifier)
+        self.card, self.share_limit = bundle.card, bundle.card.familiarity.share_limit
+        self._limit = bundle.card.familiarity.window_limit
+        self._classifier, self._statistics = classifier, statistics
+
+    @torch.inference_mode()
+    def distances(self, rgb_HWC: RGB) -> NDArray[np.float32]:
+        """Return the distances of the windows of an image at the model's pixel size, in units of the limit."""
+        x_NCHW = as_input(padded(rgb_HWC[None]), torch.device("cpu"))
+        deep_NChw = self._classifier.stages(x_NCHW).deep
+        features_NrcC = window_features(deep_NChw, x_NCHW.shape[2] // deep_NChw.shape[2])
+        distances: NDArray[np.float32] = self._statistics.distances(features_NrcC.flatten(0, 2)).numpy() / self._limit
+        return distances
+
+    def measured(self, name: str, images: Iterable[RGB]) -> Measured:
+        """Return the distances of these images."""
+        found = Measured(name, tuple(self.distances(rgb_HWC) for rgb_HWC in images))
+        print(f"{name}: {len(found.distances)} images, {len(found.all)} windows", flush=True)
+        return found
+
+
+def left_out(dataset: Dataset) -> Split:
+    """Return the split that no network was trained with."""
+    return dataset.card.splits[-1]
+
+
+def images_of(dataset: Dataset, mpp: float, every: int = 1) -> Iterator[RGB]:
+    """Yield the left-out images at a pixel size."""
+    for sample in samples(dataset, left_out(dataset))[::every]:
+        yield resampled(read_rgb(sample), dataset.mpp / mpp)
+
+
+def slide_windows(slide: Slide, mpp: float) -> list[RGB]:
+    """Return windows of a slide, side by side, that are at least half tissue, at a pixel size."""
+    info, tissue = slide.info, find_tissue(slide)
+    level = pick_level(info.level_downsamples, mpp / info.mpp)
+    l0_per_lv = info.level_downsamples[level]
+    side_l0 = WINDOW * mpp / info.mpp
+    columns, rows = (int(length // side_l0) for length in (info.bounds_l0.width, info.bounds_l0.height))
+    share_rc = tissue.sample(Box(0, 0, columns * 8, rows * 8), side_l0 / 8).reshape(rows, 8, columns, 8).mean((1, 3))
+    places = np.argwhere(share_rc >= 0.5)
+    windows = []
+    for row, column in places[:: -(-len(places) // MOST_WINDOWS)]:
+        x, y = (
+            round((corner + index * side_l0) / l0_per_lv)
+            for corner, index in ((info.bounds_l0.x, column), (info.bounds_l0.y, row))
+        )
+        side_lv = round(side_l0 / l0_per_lv)
+        pixels = slide.read(level, Box(x, y, side_lv, side_lv)).rgb_HWC
+        windows.append(np.asarray(Image.fromarray(pixels).resize((WINDOW, WINDOW), Image.Resampling.BOX)))
+    return windows
+
+
+def measure(model: str, own: str, data: Path, work: Path) -> tuple[Meter, list[Measured], list[Measured]]:
+    """Return the familiar sets, of which the first is that of `own`, and the unfamiliar ones."""
+    meter = Meter(load_bundle(model))
+    mpp = meter.card.mpp
+    sets = {own: load_dataset(own, data / FOLDERS[own])}
+    sets |= {name: load_dataset(name, data / folder) for name, folder in FOLDERS.items() if name != own}
+    sets = {name: composed(dataset, work, (left_out(dataset),)) for name, dataset in sets.items()}
+    familiar = [
+        meter.measured(f"{name}, {left_out(dataset)} split", images_of(dataset, mpp)) for name, dataset in sets.items()
+    ]
+    unfamiliar = []
+    for name, (file, slide_mpp) in SLIDES.items():
+        with open_slide(data / "slides" / file, slide_mpp) as slide:
+            windows = slide_windows(slide, mpp)
+        found = Measured(name, (np.concatenate([meter.distances(rgb_HWC) for rgb_HWC in windows]),))
+        print(f"{name}: {len(found.all)} windows", flush=True)
+        unfamiliar.append(found)
+    for name, change in CHANGES.items():
+        unfamiliar.append(meter.measured(name, map(change, images_of(sets[own], mpp, every=3))))
+    return meter, familiar, unfamiliar
+
+
+def table(meter: Meter, familiar: Sequence[Measured], unfamiliar: Sequence[Measured]) -> str:
+    """Return the rows of a Markdown table."""
+    own, every = familiar[0].all, np.concatenate([one.all for one in familiar])
+    rows = ["| set | windows | beyond the limit | flagged | AUROC: own images | AUROC: all familiar |"]
+    rows.append("|---|---|---|---|---|---|")
+    for one in [*familiar, *unfamiliar]:
+        is_familiar = any(one is other for other in familiar)
+        scores = "| |" if is_familiar else f"| {auroc(own, one.all):.3f} | {auroc(every, one.all):.3f} |"
+        flagged = f"{100 * one.flagged(meter.share_limit):.0f} % of {len(one.distances)}"
+        rows.append(f"| {one.name} | {len(one.all)} | {100 * (one.all > 1).mean():.0f} % | {flagged} {scores}")
+    means = [np.mean([auroc(reference, one.all) for one in unfamiliar]) for reference in (own, every)]
+    return "\n".join([*rows, f"| mean of the unfamiliar sets | | | | {means[0]:.3f} | {means[1]:.3f} |"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure a model and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("own", choices=sorted(FOLDERS))
+    parser.add_argument("--data", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as work:
+        print(table(*measure(options.model, options.own, options.data, Path(work))))
+
+
+if __name__ == "__main__":
+    main()
