@@ -10,7 +10,6 @@ columns of windows.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,7 +17,6 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -32,21 +30,26 @@ STEP = 112
 """Distance between windows in model pixels."""
 
 
-def window_count(length: int) -> int:
-    """Return the number of windows along a side of an image of this many pixels, a multiple of the map's stride."""
-    return math.ceil(max(0, length - WINDOW) / STEP) + 1
+def window_starts(length: int) -> list[int]:
+    """Return where the windows start along a side of an image of this many pixels, a multiple of the map's stride.
+
+    The last window ends with the image. An image that is smaller than a window is one window.
+    """
+    last = max(0, length - WINDOW)
+    return [*range(0, last, STEP), last]
 
 
 def window_features(deep_NChw: Tensor, stride: int) -> Tensor:
     """Return the features (N, r, c, C) of the windows of a feature map, float32.
 
-    `stride` is the number of model pixels per cell of the map. The windows start at the first cell. The last window of
-    a row or column ends with the map, and can be smaller than the others.
+    `stride` is the number of model pixels per cell of the map.
     """
-    # While torch traces a network, sizes are tensors. OpenVINO accepts only constant sides.
-    cells = int(stride)
-    side = [min(WINDOW // cells, int(length)) for length in deep_NChw.shape[2:]]
-    mean_NCrc = F.avg_pool2d(deep_NChw.float(), side, STEP // cells, ceil_mode=True, count_include_pad=False)
+    side = WINDOW // stride
+    # While torch traces a network, sizes are tensors. OpenVINO needs constant ones.
+    rows, columns = ([x // stride for x in window_starts(int(length) * stride)] for length in deep_NChw.shape[2:])
+    x_NChw = deep_NChw.float()
+    mean_NCrw = torch.stack([x_NChw[:, :, row : row + side].mean(dim=2) for row in rows], dim=2)
+    mean_NCrc = torch.stack([mean_NCrw[..., column : column + side].mean(dim=3) for column in columns], dim=3)
     return mean_NCrc.permute(0, 2, 3, 1)
 
 
@@ -64,7 +67,7 @@ class DescribingClassifier(nn.Module):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         stages = self.classifier.stages(x_NCHW)
         logits_NK = self.classifier.head_output(stages, x_NCHW).logits_NK
-        features_NrcC = window_features(stages.deep, x_NCHW.shape[2] // stages.deep.shape[2])
+        features_NrcC = window_features(stages.deep, int(x_NCHW.shape[2]) // int(stages.deep.shape[2]))
         return torch.cat([logits_NK.float(), features_NrcC.flatten(1)], dim=1)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.bundle import Bundle, ModelCard, load_networks, load_statistics
 from models.errors import DeviceUnavailableError, NonFiniteOutputError, RuntimeUnavailableError
-from models.familiarity import DescribingClassifier, Statistics, window_count
+from models.familiarity import DescribingClassifier, Statistics, window_starts
 from models.gate import masked_softmax, passing_classes
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
@@ -327,7 +327,7 @@ class Predictor:
             presence_NK: NDArray[np.float32] = output_NX[:, :classes].sigmoid().cpu().numpy()
             if self._statistics is None or self.card.familiarity is None:
                 return presence_NK, None
-            rows, columns = (window_count(length) for length in tiles_NHWC.shape[1:3])
+            rows, columns = (len(window_starts(length)) for length in tiles_NHWC.shape[1:3])
             features_MF = output_NX[:, classes:].reshape(len(tiles_NHWC) * rows * columns, -1)
             distances_M = self._statistics.distances(features_MF) / self.card.familiarity.window_limit
             return presence_NK, distances_M.reshape(-1, rows, columns).cpu().numpy()

@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def familiarity(
-    bundle: Annotated[str, typer.Argument(help="Path of a model bundle, or name of a shipped one.")],
+    bundle: Annotated[str, typer.Argument(help="Path of a model bundle.")],
     dataset: Annotated[str, typer.Argument(help="Name of a shipped data set description, or path of a dataset.toml.")],
     data: Annotated[
         Path | None, typer.Option(help="Folder of the images.", show_default="the folder that the description names")
@@ -68,14 +68,16 @@ def familiarity(
 
 def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, device: str) -> Bundle:
     """Return the bundle with statistics of the data set's training and validation split."""
-    from models.bundle import load_bundle
-    from pipeline.errors import OutputError
+    from models.bundle import load_bundle, shipped_bundles
+    from pipeline.errors import ConfigError, OutputError
     from pipeline.training.compose import composed
     from pipeline.training.dataset import load_dataset
     from pipeline.training.evaluate import check_same_classes
     from pipeline.training.familiarity import add_familiarity
     from pipeline.training.train import training_images
 
+    if bundle in shipped_bundles():
+        raise ConfigError(f"{bundle} is a shipped model, which must not change; copy its folder and pass the copy")
     model, chosen = load_bundle(bundle), load_dataset(dataset, data)
     check_same_classes(model.card, chosen)
     wording = scope if scope is not None else model.card.scope or chosen.card.scope

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.familiarity import STEP, WINDOW
+from models.familiarity import WINDOW, window_starts
 from pipeline.formats.familiarity import CELL_OUT, LIMIT, FamiliarityMap, encoded
 from wsi.box import Box
 from wsi.grid import Block, Grid
@@ -30,8 +30,9 @@ class CellDistances:
 
     def add_windows(self, image_m: Box, distances_rc: NDArray[np.float32], m_per_out: int) -> None:
         """Add the windows of an image, in model pixels, as `models.familiarity` lays them."""
+        rows, columns = window_starts(image_m.height), window_starts(image_m.width)
         for (row, column), distance in np.ndenumerate(distances_rc):
-            window_m = Box(image_m.x + column * STEP, image_m.y + row * STEP, WINDOW, WINDOW).intersect(image_m)
+            window_m = Box(image_m.x + columns[column], image_m.y + rows[row], WINDOW, WINDOW).intersect(image_m)
             self.add(window_m.reduce(m_per_out), float(distance))
 
     def add(self, window_out: Box, distance: float) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,8 @@ from models.familiarity import (
     Statistics,
     fit_statistics,
     shrunk_covariance,
-    window_count,
     window_features,
+    window_starts,
 )
 from models.predictor import Predictor
 from tests.models.networks import ConstantSegmenter, make_card
@@ -36,19 +38,21 @@ def windows(count: int, features: int, seed: int = 0) -> NDArray[np.float32]:
 def test_features_are_the_means_of_the_channels_over_each_window(height: int, width: int) -> None:
     deep_NChw = torch.randn((2, 3, height, width), generator=torch.Generator().manual_seed(1))
     features_NrcC = window_features(deep_NChw, STRIDE).numpy()
-    side, step = WINDOW // STRIDE, STEP // STRIDE
-    assert features_NrcC.shape == (2, window_count(height * STRIDE), window_count(width * STRIDE), 3)
+    rows, columns = window_starts(height * STRIDE), window_starts(width * STRIDE)
+    assert features_NrcC.shape == (2, len(rows), len(columns), 3)
     for image, row, column in np.ndindex(*features_NrcC.shape[:3]):
-        y, x = row * step, column * step
+        y, x, side = rows[row] // STRIDE, columns[column] // STRIDE, WINDOW // STRIDE
         part_Chw = deep_NChw[image, :, y : y + side, x : x + side].numpy()
         assert features_NrcC[image, row, column] == pytest.approx(part_Chw.mean(axis=(1, 2)), abs=1e-5)
 
 
-@given(st.integers(1, 200))
-def test_windows_cover_every_cell(cells: int) -> None:
-    rows = window_features(torch.zeros((1, 1, cells, 1)), STRIDE).shape[1]
-    assert rows == window_count(cells * STRIDE)
-    assert (rows - 1) * STEP + WINDOW >= cells * STRIDE > (rows - 1) * STEP
+@given(st.integers(1, 3000))
+def test_windows_cover_every_pixel_and_stay_inside(length: int) -> None:
+    starts = window_starts(length)
+    covered = {pixel for start in starts for pixel in range(start, start + WINDOW)}
+    assert covered >= set(range(length))
+    assert all(0 < following - start <= STEP for start, following in itertools.pairwise(starts))
+    assert starts[-1] == max(0, length - WINDOW)
 
 
 @pytest.mark.parametrize(("count", "features"), [(5, 8), (200, 8)])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.familiarity import STEP, WINDOW
+from models.familiarity import WINDOW
 from pipeline.formats.familiarity import CELL_OUT, LIMIT
 from pipeline.slide.familiarity import CellDistances, join_values, save_values, values_file
 from tests.pipeline.runs import GRID
@@ -59,15 +59,15 @@ def test_tissue_is_counted_in_pixels_of_the_map() -> None:
     assert np.count_nonzero(values_hw) == 6
 
 
-def test_windows_of_an_image_lie_a_step_apart() -> None:
+def test_windows_of_an_image_lie_as_the_model_measured_them() -> None:
     m_per_out = 4
     image_m = Box(BLOCK.x * m_per_out, BLOCK.y * m_per_out, WINDOW + 32, WINDOW + 32)
     together, single = CellDistances(BLOCK), CellDistances(BLOCK)
     distances_rc = np.array([[0.25, 0.5], [1.0, 1.5]], np.float32)
     together.add_windows(image_m, distances_rc, m_per_out)
     for (row, column), distance in np.ndenumerate(distances_rc):
-        sides = (WINDOW, WINDOW + 32 - STEP)  # the second window ends with the image
-        window_m = Box(image_m.x + column * STEP, image_m.y + row * STEP, sides[column], sides[row])
+        # The second window of a row or column ends with the image.
+        window_m = Box(image_m.x + 32 * column, image_m.y + 32 * row, WINDOW, WINDOW)
         single.add(window_m.reduce(m_per_out), float(distance))
     assert np.array_equal(together.values(TISSUE_HW)[0], single.values(TISSUE_HW)[0])
 
