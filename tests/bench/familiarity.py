@@ -152,7 +152,8 @@ class Meter:
         x_NCHW = as_input(padded(rgb_HWC[None]), torch.device("cpu"))
         deep_NChw = self._classifier.stages(x_NCHW).deep
         features_NrcC = window_features(deep_NChw, x_NCHW.shape[2] // deep_NChw.shape[2])
-        distances: NDArray[np.float32] = self._statistics.distances(features_NrcC.flatten(0, 2)).numpy() / self._limit
+        distance_N = self._statistics.distances(features_NrcC.flatten(0, 2)) / self._limit
+        distances: NDArray[np.float32] = distance_N.numpy()
         return distances
 
     def measured(self, name: str, images: Iterable[RGB]) -> Measured:
