@@ -14,15 +14,7 @@ from models.bundle import Bundle
 from pipeline.errors import LabelingError
 from pipeline.labeling.dataset_files import DatasetWriter
 from pipeline.labeling.events import FolderStarted, Place
-from pipeline.labeling.folder import (
-    DEFAULT_BLIND_SHARE,
-    DEFAULT_SEED,
-    EVENTS_FILE,
-    Wishes,
-    add_classes,
-    check_classes,
-    start_folder,
-)
+from pipeline.labeling.folder import EVENTS_FILE, Wishes, prepare_folder
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.patch_model import PatchModel
 from pipeline.labeling.session import Session
@@ -64,12 +56,10 @@ def open_desk(
     card = (model or shipped).card
     with ExitStack() as stack:
         store = stack.enter_context(EventStore(folder / EVENTS_FILE))
-        check_classes([*(one.name for one in Labels(store.read()).classes.values()), *classes])
-        defaults = Wishes(card.mpp, card.tile_size, DEFAULT_SEED, DEFAULT_BLIND_SHARE)
-        settings = start_folder(store, annotator, wishes, defaults)
+        colors = {one.name: one.color for one in card.classes} if model else {}
+        settings = prepare_folder(store, annotator, wishes, card, classes, colors)
         if model is not None:
             check_model(model, settings)
-        add_classes(store, annotator, classes, {one.name: one.color for one in card.classes} if model else {})
         slides = Slides(files, settings, list(Labels(store.read()).slides.values()))
         stack.callback(slides.close)
         seeing = PatchModel(model or shipped)

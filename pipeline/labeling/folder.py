@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from models.bundle import ModelCard
 from models.tissue_class import Color
 from pipeline.errors import LabelingError
 from pipeline.labeling.events import ClassAdded, ClassesMerged, ClassRenamed, FolderStarted
@@ -45,6 +46,26 @@ def open_events(folder: Path) -> EventStore:
     if not (folder / EVENTS_FILE).is_file():
         raise LabelingError(f"{folder}: has no {EVENTS_FILE}; pass the folder that wsi-label wrote with --output")
     return EventStore(folder / EVENTS_FILE)
+
+
+def prepare_folder(
+    store: EventStore,
+    annotator: str,
+    wishes: Wishes,
+    card: ModelCard,
+    names: Sequence[str],
+    colors: Mapping[str, Color],
+) -> FolderStarted:
+    """Start a folder or check its settings, and add the classes that it lacks. Return the settings.
+
+    A new folder gets its pixel size and side from `card` unless `wishes` has them. Raises LabelingError if the folder
+    would have fewer than two classes, or if a setting or a class cannot be used.
+    """
+    check_classes([*(one.name for one in Labels(store.read()).classes.values()), *names])
+    defaults = Wishes(card.mpp, card.tile_size, DEFAULT_SEED, DEFAULT_BLIND_SHARE)
+    settings = start_folder(store, annotator, wishes, defaults)
+    add_classes(store, annotator, names, colors)
+    return settings
 
 
 def start_folder(store: EventStore, annotator: str, wishes: Wishes, defaults: Wishes) -> FolderStarted:

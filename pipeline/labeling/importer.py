@@ -11,15 +11,7 @@ from models.bundle import DEFAULT_BUNDLE, load_bundle
 from pipeline.labeling.annotations import Annotations
 from pipeline.labeling.dataset_files import write_dataset
 from pipeline.labeling.events import FolderStarted, SlideAdded
-from pipeline.labeling.folder import (
-    DEFAULT_BLIND_SHARE,
-    DEFAULT_SEED,
-    EVENTS_FILE,
-    Wishes,
-    add_classes,
-    check_classes,
-    start_folder,
-)
+from pipeline.labeling.folder import EVENTS_FILE, Wishes, prepare_folder
 from pipeline.labeling.import_annotations import Imported, drawn, import_events, labels_from, used_names
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.patches import SlidePatches
@@ -49,11 +41,7 @@ def open_import(
     names = list(dict.fromkeys(name for one in annotations for name in used_names(one.found, mapping)))
     card = load_bundle(DEFAULT_BUNDLE).card
     with EventStore(path / EVENTS_FILE) as store:
-        check_classes([*(one.name for one in Labels(store.read()).classes.values()), *names])
-        defaults = Wishes(card.mpp, card.tile_size, DEFAULT_SEED, DEFAULT_BLIND_SHARE)
-        settings = start_folder(store, annotator, wishes, defaults)
-        add_classes(store, annotator, names, {})
-        yield ImportFolder(path, store, settings, annotator)
+        yield ImportFolder(path, store, prepare_folder(store, annotator, wishes, card, names, {}), annotator)
 
 
 def import_file(

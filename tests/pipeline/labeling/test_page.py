@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvicorn
 
 from models.bundle import Bundle
 from pipeline.labeling.app import make_app
 from pipeline.labeling.desk import Desk
 from pipeline.labeling.events import Labeled, Undone
 from pipeline.labeling.store import EventStore
-from pipeline.web.server import listening, server_config
 from tests.browser import axe_findings, screenshot, until, watch
 from tests.cases import full
+from tests.local_server import serving_app
 from tests.pipeline.labeling.desks import desk
 
 if TYPE_CHECKING:  # most test runs do not need a browser
@@ -28,18 +25,9 @@ if TYPE_CHECKING:  # most test runs do not need a browser
 
 @contextmanager
 def serving(at: Desk) -> Iterator[str]:
-    """Serve a desk from a thread; yield the address."""
-    with listening(0) as listener:
-        server = uvicorn.Server(server_config(make_app(at)))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join()
+    """Serve a desk; yield the address."""
+    with serving_app(make_app(at)) as port:
+        yield f"http://127.0.0.1:{port}/"
 
 
 def ready(page: Page) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from numpy.typing import NDArray
 
 from pipeline.checks.result import broken_rules
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.viewer.app import make_app
 from pipeline.viewing.viewer.results import Result, find_results
-from pipeline.web.server import listening, server_config
+from tests.local_server import serving_app
 from tests.pipeline.fakes import REGIONS, SMALL, color_predictor
 from tests.slides import painted, write_slide
 
@@ -67,17 +64,8 @@ class Site:
 @contextmanager
 def serving(results: tuple[Result, ...]) -> Iterator[Site]:
     """Serve results from a thread."""
-    with listening(0) as listener:
-        server = uvicorn.Server(server_config(make_app(results)))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield Site(listener.getsockname()[1], results)
-        finally:
-            server.should_exit = True
-            thread.join()
+    with serving_app(make_app(results)) as port:
+        yield Site(port, results)
 
 
 def textured(size: tuple[int, int]) -> NDArray[np.uint8]:
