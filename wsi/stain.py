@@ -32,7 +32,9 @@ _BIN = 4
 # Densities.
 _PALE_COLOR, _PALE_TEXTURE, _PALE_LEAST = 0.03, 0.01, 0.04
 _PINK = 0.025
-_BLUR = 0.3
+_YELLOW_TEXTURE = 0.02
+_BLUR = 0.25
+_PALE_LIGHT, _STAINED_LIGHT = 0.35, 0.15
 _STAINED_MOST, _STAINED_COLOR = 0.2, 0.06
 _GRAY_MOST = 0.12
 _TINT_MOST = 0.05
@@ -41,6 +43,9 @@ _SMOOTH_REACH = 2
 """Rows around a pixel on which its smoothed color depends."""
 _TEXTURE_REACH = 5
 """Rows around a pixel of the smoothed image on which its texture depends."""
+
+_LIGHT = (0.299, 0.587, 0.114)
+"""Shares of the channels in the brightness (ITU-R BT.601)."""
 
 _STEPS = 4
 """Steps per gray level of the table of densities, so that a density does not depend on the last bit of a float."""
@@ -67,6 +72,8 @@ class Densities(NamedTuple):
     """The optical densities of some rows of a thumbnail."""
 
     od_HWC: Floats
+    light_HW: Floats
+    """Density of the brightness (ITU-R BT.601). JPEG keeps it exactly, unlike the colors."""
 
     @property
     def mean_HW(self) -> Floats:
@@ -140,12 +147,19 @@ def densities(rgb_HWC: NDArray[np.uint8], rows: slice, glass: tuple[float, float
         part_HWC, sigma=(0.5, 0.5, 0), radius=(_SMOOTH_REACH, _SMOOTH_REACH, 0), mode="nearest"
     )[top - first :][: bottom - top]
     step_HWC = np.round(smooth_HWC * _STEPS).astype(np.uint16)
-    values = np.arange(255 * _STEPS + 1) / _STEPS + 1
     od_HWC = np.empty(step_HWC.shape, np.float32)
     for c in range(3):
-        table = np.round(np.maximum(0, np.log((glass[c] + 1) / values)), 4).astype(np.float32)
-        od_HWC[..., c] = table[step_HWC[..., c]]
-    return Densities(od_HWC)
+        od_HWC[..., c] = _table(glass[c])[step_HWC[..., c]]
+    red_HW, green_HW, blue_HW = (step_HWC[..., c].astype(np.int32) for c in range(3))
+    light_HW = (299 * red_HW + 587 * green_HW + 114 * blue_HW) // 1000
+    glass_light = float(np.dot(_LIGHT, glass))
+    return Densities(od_HWC, _table(glass_light)[light_HW])
+
+
+def _table(glass: float) -> Floats:
+    """Return the density of every step of a channel in which the glass has this value."""
+    values = np.arange(255 * _STEPS + 1) / _STEPS
+    return np.asarray(np.round(np.maximum(0, np.log((glass + 1) / (values + 1))), 4).astype(np.float32))
 
 
 def looks(rgb_HWC: NDArray[np.uint8], glass: tuple[float, float, float]) -> NDArray[np.uint8]:
@@ -160,23 +174,27 @@ def _looks(rgb_HWC: NDArray[np.uint8], rows: slice, glass: tuple[float, float, f
     wide = densities(rgb_HWC, rows, glass, _TEXTURE_REACH)
     start = min(_TEXTURE_REACH, rows.start)
     inner = slice(start, start + rows.stop - rows.start)
-    texture_HW = _spread(wide.mean_HW, sigma=2.0)[inner]
-    fine_HW = _spread(wide.mean_HW, sigma=1.0)[inner]
-    part = Densities(wide.od_HWC[inner])
+    texture_HW = _spread(wide.light_HW, sigma=2.0)[inner]
+    fine_HW = _spread(wide.light_HW, sigma=1.0)[inner]
+    part = Densities(wide.od_HWC[inner], wide.light_HW[inner])
     most_HW = part.most_HW
-    near_HW = ndimage.maximum_filter(wide.most_HW, 3)[inner]
+    near_HW = ndimage.maximum_filter(wide.most_HW, 5)[inner]
     color_HW = most_HW - part.least_HW
     # Gray objects are not exactly gray: the tolerance grows with their density.
-    has_color_HW = color_HW > 0.08 * most_HW + 0.02
+    has_color_HW = (color_HW > 0.08 * most_HW + 0.02) & ~_is_black(most_HW, part.least_HW)
     # Mountant and tinted glass are yellow or blue; the faintest eosin absorbs green most.
     red_HW, green_HW, blue_HW = (part.od_HWC[..., c] for c in range(3))
     pink_HW = green_HW - np.maximum(red_HW, blue_HW) > _PINK
-    pale_HW = (texture_HW > _PALE_TEXTURE) | pink_HW
-    # Not the blur around a stained pixel, which would enlarge the tissue by a pixel on every side.
-    sharp_HW = most_HW > _BLUR * near_HW
+    yellow_HW = blue_HW > 1.15 * np.maximum(red_HW, green_HW)
+    textured_HW = np.where(yellow_HW, fine_HW > _YELLOW_TEXTURE, texture_HW > _PALE_TEXTURE)
+    pale_HW = textured_HW | pink_HW
+    # Not the blur around a stained pixel, which would enlarge the tissue by a pixel on every side. Nor the colors
+    # that JPEG spreads around it, which are as bright as glass, as is yellow mountant.
+    sharp_HW = (most_HW > _BLUR * near_HW) & (part.light_HW > _STAINED_LIGHT * most_HW)
+    pale_HW &= part.light_HW > _PALE_LIGHT * most_HW
     looks_HW = np.zeros(most_HW.shape, np.uint8)
     for look, here_HW in (
-        (Look.STAINED, has_color_HW & (most_HW > _STAINED_MOST) & (color_HW > _STAINED_COLOR)),
+        (Look.STAINED, has_color_HW & (most_HW > _STAINED_MOST) & (color_HW > _STAINED_COLOR) & sharp_HW),
         (Look.PALE, has_color_HW & (most_HW > _PALE_LEAST) & (color_HW > _PALE_COLOR) & pale_HW & sharp_HW),
         (Look.GRAY, ~has_color_HW & (most_HW > _GRAY_MOST)),
         (Look.TINTED, has_color_HW & (most_HW > _TINT_MOST) & (most_HW <= _STAINED_MOST) & ~pale_HW),
@@ -187,13 +205,18 @@ def _looks(rgb_HWC: NDArray[np.uint8], rows: slice, glass: tuple[float, float, f
     return looks_HW
 
 
-def _spread(mean_HW: Floats, sigma: float) -> Floats:
+def _is_black(most_HW: Floats, least_HW: Floats) -> NDArray[np.bool_]:
+    """Return the pixels so dark that the difference between their channels is noise."""
+    return np.asarray((most_HW > 1.8) & (np.exp(-least_HW) - np.exp(-most_HW) < 0.06))
+
+
+def _spread(light_HW: Floats, sigma: float) -> Floats:
     """Return the standard deviation around each pixel, weighted by a Gaussian."""
 
     def blurred(values_HW: Floats) -> Floats:
         return np.asarray(ndimage.gaussian_filter(values_HW, sigma, radius=_TEXTURE_REACH, mode="nearest"))
 
-    return np.asarray(np.sqrt(np.maximum(0, blurred(mean_HW**2) - blurred(mean_HW) ** 2)))
+    return np.asarray(np.sqrt(np.maximum(0, blurred(light_HW**2) - blurred(light_HW) ** 2)))
 
 
 def _is_ink(od_HWC: Floats) -> NDArray[np.bool_]:
@@ -201,9 +224,9 @@ def _is_ink(od_HWC: Floats) -> NDArray[np.bool_]:
     red, green, blue = od_HWC[..., 0], od_HWC[..., 1], od_HWC[..., 2]
     # Hematoxylin and eosin both absorb more green than red. Blue, green, cyan and turquoise inks do not.
     blue_or_green = (red > 1.1 * green + 0.02) & (red > 0.2)
-    # Eosin and blood absorb some red. Red ink does not.
-    red_ink = (green > 0.7) & (red < 0.12 * green) & (blue > 0.6 * green)
-    # Markers let one color through almost entirely, which stains at this density do not.
-    pink_or_violet = (green - np.minimum(red, blue) > 1.0) & (blue < 0.5 * green)
+    # Eosin and blood absorb some red. Red and pink inks do not.
+    red_or_pink = (green > 0.6) & (red < 0.12 * green)
+    # Hematoxylin absorbs some blue. Violet ink does not.
+    violet = (green > 0.9) & (blue < 0.25 * green)
     yellow_or_orange = (blue > 0.5) & (blue > 1.3 * green) & (red < 0.2 * blue)
-    return np.asarray(blue_or_green | red_ink | pink_or_violet | yellow_or_orange)
+    return np.asarray(blue_or_green | red_or_pink | violet | yellow_or_orange)

@@ -163,7 +163,7 @@ def test_tissue_is_found_in_any_stain_pale_or_dark(stain: str, strength: float) 
     specimen = one_piece(stain, strength)
     found = detect_tissue(specimen.image(), MPP)
     recall, precision = scores(found, specimen)
-    assert recall > 0.95
+    assert recall > 0.9
     assert precision > 0.95
     assert not (found.left_out_HW[specimen.truth_HW] == LeftOut.FOLD).any()
 
