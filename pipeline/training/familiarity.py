@@ -88,4 +88,4 @@ def recolored(rgb_HWC: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[n
     picture = Image.fromarray(restain(rgb_HWC, 0.4, rng))
     for enhance, spread in ((ImageEnhance.Brightness, 0.15), (ImageEnhance.Contrast, 0.25), (ImageEnhance.Color, 0.4)):
         picture = enhance(picture).enhance(1 + rng.uniform(-spread, spread))
-    return np.asarray(picture)
+    return np.array(picture)

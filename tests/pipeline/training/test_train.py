@@ -86,6 +86,7 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
     bundle = load_bundle(unbroken / "bundle")
     assert [spec.name for spec in bundle.card.classes] == ["dots", "stripes", "plain"]
     assert (bundle.card.mpp, bundle.card.tile_size, bundle.card.licence) == (1.0, 64, "CC0")
+    assert bundle.card.familiarity is not None
     evaluation = evaluate(Predictor.from_bundle(bundle, device="cpu", output_stride=1), textures)
     found = evaluation.scores()
     # After so little training a class may never be predicted, which makes its IoU NaN.

@@ -1,0 +1,133 @@
+"""The statistics of training images, and the command that adds them to a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from models.bundle import (
+    CLASSIFIER_FILE,
+    SEGMENTER_FILE,
+    ClassifierCard,
+    SegmenterCard,
+    load_bundle,
+    load_statistics,
+    save_bundle,
+)
+from models.classifier import Classifier
+from models.familiarity import fit_statistics, window_features
+from models.segmenter import build_segmenter
+from models.tissue_class import TissueClass
+from pipeline.cli.familiarity import app
+from pipeline.errors import TrainError
+from pipeline.training.dataset import Dataset, load_dataset, samples
+from pipeline.training.familiarity import SHARE_LIMIT, fit_familiarity, recolored
+from pipeline.training.inputs import as_input
+from pipeline.training.patches import PatchImages
+from tests.models.networks import make_card
+from tests.textures import write_textures
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_textures(tmp_path_factory.mktemp("data"), train=6, val=5, test=1, size=64)
+
+
+@pytest.fixture(scope="module")
+def textures(data: Path) -> Dataset:
+    return load_dataset(str(data))
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    torch.manual_seed(2)
+    return Classifier("tf_efficientnet_lite0", "gap", 3, 3).eval()
+
+
+def images_of(textures: Dataset, split: str, most: int = 99) -> PatchImages:
+    return PatchImages(textures, samples(textures, split)[:most], 1.0)  # type: ignore[arg-type]  # a literal
+
+
+def features_of(classifier: Classifier, rgb_HWC: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return window_features(classifier.stages(as_input(rgb_HWC[None].copy(), CPU)).deep, 8).flatten(0, 2).numpy()
+
+
+def test_the_limit_is_the_distance_that_nearly_all_validation_windows_stay_below(
+    textures: Dataset, classifier: Classifier
+) -> None:
+    training, validation = images_of(textures, "train"), images_of(textures, "val")
+    statistics, card = fit_familiarity(classifier, training, validation, "cpu")
+    rng = np.random.default_rng(0)
+    seen = [features_of(classifier, training.rgb(i)) for i in range(len(training))]
+    seen += [features_of(classifier, recolored(training.rgb(i), rng)) for i in range(len(training))]
+    expected = fit_statistics(np.concatenate(seen))
+    assert torch.equal(statistics.mean_C, expected.mean_C)
+    assert torch.equal(statistics.whitening_CC, expected.whitening_CC)
+    held_NC = np.concatenate([features_of(classifier, validation.rgb(i)) for i in range(len(validation))])
+    distance_N = expected.distances(torch.from_numpy(held_NC)).numpy()
+    assert card.window_limit == pytest.approx(float(np.quantile(distance_N, 0.99)), abs=1e-4)
+    assert card.share_limit == SHARE_LIMIT
+
+
+def test_a_split_without_images_is_refused(textures: Dataset, classifier: Classifier) -> None:
+    with pytest.raises(TrainError, match="no readable image"):
+        fit_familiarity(classifier, images_of(textures, "train"), images_of(textures, "val", most=0), "cpu")
+
+
+def test_recoloring_keeps_the_structure_and_depends_on_the_generator_alone() -> None:
+    rgb_HWC = np.random.default_rng(1).integers(60, 200, (32, 48, 3), dtype=np.uint8)
+    first, again, other = (recolored(rgb_HWC, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert first.shape == rgb_HWC.shape
+    gray = [image.mean(axis=2).ravel() for image in (rgb_HWC, first)]
+    assert np.corrcoef(gray)[0, 1] > 0.7
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, textures: Dataset, classifier: Classifier) -> Path:
+    classes = tuple(TissueClass(one.name, one.color) for one in textures.card.classes)
+    card = make_card(((1, 2, 3),) * 3).model_copy(
+        update={
+            "classes": classes,
+            "classifier": ClassifierCard(backbone="tf_efficientnet_lite0", head="gap", depth=3),
+            "segmenter": SegmenterCard(encoder="resnet18"),
+        }
+    )
+    return save_bundle(tmp_path / "b", card, classifier, build_segmenter("resnet18", 3)).path
+
+
+def test_the_command_adds_statistics_and_scope_to_a_bundle(bundle: Path, data: Path) -> None:
+    weights = {file: (bundle / file).read_bytes() for file in (CLASSIFIER_FILE, SEGMENTER_FILE)}
+    result = invoke(bundle, data, "--scope", "textures", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    changed = load_bundle(bundle)
+    assert changed.card.familiarity is not None
+    assert json.loads(result.stdout) == {
+        "bundle": str(bundle),
+        "scope": "textures",
+        **changed.card.familiarity.model_dump(),
+    }
+    assert load_statistics(changed) is not None
+    assert {file: (bundle / file).read_bytes() for file in weights} == weights
+
+
+def test_the_command_refuses_shipped_models_and_other_classes(bundle: Path) -> None:
+    result = invoke("colon-gland", "ebhi-seg")
+    assert result.exit_code == 1
+    assert "copy its folder and pass the copy" in result.stderr
+    result = invoke(bundle, "ebhi-seg", "--data", bundle)
+    assert result.exit_code == 1
+    assert "classes" in result.stderr
