@@ -296,6 +296,8 @@ def record_is_unchanged(folder: Path) -> bool:
 def write_run(folder: Path, run: Run) -> None:
     """Write `run.json` into a result's folder."""
     values = run.model_dump(mode="json", by_alias=True)
+    # pydantic replaces bytes that are not UTF-8 in keys, though not in values.
+    values["digests"] = {name: facts.model_dump(mode="json") for name, facts in run.digests.items()}
     text = json.dumps(values | {"sha256": record_digest(values)}, indent=2, ensure_ascii=False)
     # A file name may hold bytes that are not UTF-8. Their escapes are valid JSON, and `read_run` restores the name.
     (folder / RUN).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
