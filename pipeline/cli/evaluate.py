@@ -41,7 +41,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def evaluate(
     bundle: Annotated[str, typer.Argument(help="Name of a shipped model bundle, or path of a bundle.")],
-    dataset: Annotated[str, typer.Argument(help="Name of a shipped data set description, or path of a dataset.toml.")],
+    dataset: Annotated[str, typer.Argument(help="Name of a shipped data set, a dataset.toml, or a folder with one.")],
     data: Annotated[
         Path | None,
         typer.Option("--data", help="Folder of the data.", show_default="the folder that the description names"),

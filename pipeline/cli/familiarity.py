@@ -31,7 +31,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def familiarity(
     bundle: Annotated[str, typer.Argument(help="Path of a model bundle.")],
-    dataset: Annotated[str, typer.Argument(help="Name of a shipped data set description, or path of a dataset.toml.")],
+    dataset: Annotated[str, typer.Argument(help="Name of a shipped data set, a dataset.toml, or a folder with one.")],
     data: Annotated[
         Path | None, typer.Option(help="Folder of the images.", show_default="the folder that the description names")
     ] = None,

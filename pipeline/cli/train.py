@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def train_command(
-    dataset: Annotated[str, typer.Argument(help="Name of a shipped data set description, or path of a dataset.toml.")],
+    dataset: Annotated[str, typer.Argument(help="Name of a shipped data set, a dataset.toml, or a folder with one.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder. An unfinished run in it is resumed.")],
     data: Annotated[
         Path | None, typer.Option(help="Folder of the images.", show_default="the folder that the description names")

@@ -6,15 +6,15 @@ Shape suffixes: N patches, H and W pixels, K classes, F features.
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, load_networks
-from models.classifier import Classifier
-from models.normalize import normalized
+
+if TYPE_CHECKING:  # torch takes seconds to load, and most sessions begin without a suggestion
+    from models.classifier import Classifier
 
 
 class Seen(NamedTuple):
@@ -38,6 +38,11 @@ class PatchModel:
 
     def see(self, rgb_NHWC: NDArray[np.uint8]) -> Seen:
         """Return the presence and the features of patches. Raises the errors of `load_networks`."""
+        import torch
+
+        from models.classifier import Classifier
+        from models.normalize import normalized
+
         with self._lock, torch.inference_mode():
             if self._classifier is None:
                 classifier = load_networks(self._bundle)[0]

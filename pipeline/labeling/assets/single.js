@@ -61,6 +61,7 @@ export class Single {
       text.id = "wait";
       if (this.pending.length) text.textContent = "Saving…";
       else if (this.state.opening) text.textContent = "Opening the next slide…";
+      else if (!this.state.slides.length) text.textContent = "No slide could be opened. The terminal shows the reason.";
       else text.textContent = "Nothing left: every patch of these slides has a label.";
       stage.replaceChildren(text);
       byId("about").textContent = "";

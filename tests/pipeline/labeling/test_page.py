@@ -111,9 +111,15 @@ def test_the_patch_lies_in_the_middle_of_its_dimmed_surroundings_and_is_marked_o
 
 @pytest.mark.parametrize("scheme", ["light", full("dark")])
 def test_the_grid_saves_what_is_not_excluded_and_both_views_are_accessible(
-    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle, scheme: Any
+    browser: Browser,
+    tmp_path: Path,
+    slides: list[Path],
+    shipped: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    scheme: Any,
 ) -> None:
     folder = tmp_path / "l"
+    monkeypatch.setattr("pipeline.labeling.app.POOL", 60)  # the network takes a second for these
     # Axe is injected as a script, which the page's content policy forbids.
     options: dict[str, Any] = {"viewport": {"width": 1280, "height": 900}, "color_scheme": scheme, "bypass_csp": True}
     with (
