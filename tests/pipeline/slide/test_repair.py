@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.checks.result import broken_rules
 from pipeline.errors import ConfigError, OutputError
+from pipeline.formats.familiarity import FamiliarityMap, read_familiarity, write_familiarity
 from pipeline.results.digests import changed_files
 from pipeline.slide.recipe import segment_slide
 from tests.pipeline.fakes import SMALL, color_predictor, published, region_slide, run_of
@@ -158,3 +160,15 @@ def test_a_chunk_that_changes_before_the_result_is_published_ends_the_run(undist
 def test_repair_and_force_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="pass only one"):
         replace(COARSE, repair=True, force=True)
+
+
+def test_the_picture_of_the_familiarity_gives_its_values_back_and_a_damaged_one_gives_none(tmp_path: Path) -> None:
+    values_hw = np.random.default_rng(2).integers(0, 256, (13, 7), np.uint8)
+    path = tmp_path / "familiarity.png"
+    write_familiarity(path, FamiliarityMap(values_hw, 0.5))
+    assert np.array_equal(read_familiarity(path), values_hw)  # type: ignore[arg-type] # the picture is there
+    for damaged in (path.read_bytes()[:40], b"", b"no picture"):
+        path.write_bytes(damaged)
+        assert read_familiarity(path) is None
+    path.unlink()
+    assert read_familiarity(path) is None
