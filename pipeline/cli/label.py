@@ -222,7 +222,7 @@ def import_(
                     f"{done.ignored} with an ignored class, {done.kept} labeled on the page before and kept"
                 )
                 for reason, number in annotations.skipped.items():
-                    typer.echo(f"{PROGRAM}: warning: {file.name}: {number} objects skipped: {reason}", err=True)
+                    typer.echo(f"{PROGRAM}: warning: {file.name}: objects skipped: {number} {reason}", err=True)
         _print_warnings(output)
 
 

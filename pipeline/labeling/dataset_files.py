@@ -223,7 +223,7 @@ def warnings_of(labels: Labels) -> list[str]:
     found = []
     if counts.labeled < FEW_LABELS:
         found.append(
-            f"{counts.labeled} labeled patches are few; label at least {FEW_LABELS} before you train, better 200"
+            f"labeled patches: {counts.labeled}, which are few; label {FEW_LABELS} or more before you train, better 200"
         )
     found += [
         f"class {one.name} is present in {counts.present[one.id]} patches; label at least {FEW_OF_A_CLASS} with it: "

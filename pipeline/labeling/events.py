@@ -23,9 +23,9 @@ Mark = Literal["none", "unsure", "artifact"]
 View = Literal["single", "grid", "import"]
 """Where a label was made. In the grid, one answer covers many patches."""
 
-Reason = Literal["random", "blind", "typical", "similar", "excluded", "again", "import"]
-"""Why a patch was picked: the random order, the blind share, a typical patch of its slide, similarity to labeled
-patches, excluded from a grid, labeled before a class was added, or drawn in QuPath."""
+Reason = Literal["random", "blind", "similar", "excluded", "again", "import"]
+"""Why a patch was picked: the random order, the blind share, similarity to labeled patches, excluded from a grid,
+labeled before a class was added, or drawn in QuPath."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]

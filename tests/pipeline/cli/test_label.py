@@ -63,7 +63,7 @@ def test_a_session_without_the_name_of_the_command_ends_with_a_data_set(slide: P
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, "")
-    assert "warning: 1 labeled patches are few" in errors
+    assert "warning: labeled patches: 1, which are few" in errors
     assert errors.splitlines()[-1] == f"wsi-label: ended; train with: wsi-train {tmp_path / 'l'} -o runs/name"
     dataset = load_dataset(tmp_path / "l")
     (split,) = {row.split(",")[3] for row in (tmp_path / "l" / "labels.csv").read_text().splitlines()[1:]}
@@ -84,7 +84,7 @@ def test_annotations_of_qupath_become_a_data_set(slide: Path, tmp_path: Path) ->
     done = invoke("import", tmp_path, "--slide", slide.parent, *options)
     assert done.exit_code == 0, done.output
     assert "4 complete patches, 4 covered in part (not imported; pass --partial" in done.output
-    assert "warning: P07-a.svs.geojson: 1 objects skipped: locked; unlock them" in done.output
+    assert "warning: P07-a.svs.geojson: objects skipped: 1 locked; unlock them" in done.output
     dataset = load_dataset(tmp_path / "l")
     assert dataset.class_names == ("carcinoma", "Stroma")
     labels = [one.labels_K for split in dataset.card.splits for one in samples(dataset, split)]

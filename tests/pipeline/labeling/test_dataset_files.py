@@ -150,7 +150,7 @@ def test_new_labels_do_not_move_old_ones_to_another_split() -> None:
 def test_few_labels_few_of_a_class_and_left_out_patches_are_warned_about() -> None:
     few = warnings_of(fold(("ann", label(0, *PRESENT)), ("ann", label(1, "present"))))
     assert [text.split(";")[0].split(",")[0] for text in few] == [
-        "1 labeled patches are few",
+        "labeled patches: 1",
         "class tumor is present in 1 patches",
         "class stroma is present in 0 patches",
         "all labels come from one slide or patient",
