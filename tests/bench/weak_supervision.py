@@ -51,7 +51,7 @@ ROWS = {
     "ours-ema": Row("… without averaged weights", "default", ("ema=0.0",)),
     "ours-balance": Row("… without balanced losses", "default", ("balance=false",)),
     "paper": Row("Han et al. 2022: PDA, three layers, gate", "paper"),
-    "paper-pda": Row("… without PDA", "paper", ("head=gap",)),
+    "paper-pda": Row("… without PDA", "paper", ("attention=none",)),
     "paper-layers": Row("… deep layer only", "paper", ("layer_weights=[0.0, 0.0, 1.0]",), "paper"),
     "paper+ema": Row("… with averaged weights", "paper", ("ema=0.96",)),
     "full": Row("full supervision, the same segmenter", "default", (), "ours"),
