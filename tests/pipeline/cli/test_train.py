@@ -24,7 +24,7 @@ SMALL: tuple[str, ...] = (
     "classifier_batch=1",
     "confidence=0",
 )
-SMALL += ("segmenter_epochs=1", "segmenter_steps=1", "segmenter_batch=2", "view=64", "margin=16", "position_views=4")
+SMALL += ("segmenter_epochs=1", "segmenter_steps=1", "segmenter_batch=2", "view=96", "margin=32", "position_views=4")
 
 
 def invoke(*arguments: str | Path) -> Result:

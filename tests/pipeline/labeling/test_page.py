@@ -31,7 +31,10 @@ def serving(at: Desk) -> Iterator[str]:
 
 
 def ready(page: Page) -> None:
-    until(page, "!wsiLabel.single.pending.length && !wsiLabel.single.undoing && document.querySelector('#stage .patch')?.complete")
+    until(
+        page,
+        "!wsiLabel.single.pending.length && !wsiLabel.single.undoing && document.querySelector('#stage .patch')?.complete",
+    )
 
 
 def shown(page: Page) -> str:
