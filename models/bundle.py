@@ -131,7 +131,7 @@ class ModelCard(_Strict):
     limits: Annotated[str, Field(min_length=1)]
     """Uses that the model is not for."""
     familiarity: FamiliarityCard | None = None
-    """None if the model cannot tell whether a slide resembles its training data."""
+    """None if the model has no statistics of its training data."""
     weights: WeightsCard
 
     @model_validator(mode="after")

@@ -238,8 +238,8 @@ class Predictor:
         statistics = load_statistics(bundle)
         if statistics is None:
             log.warning(
-                "%s: this model cannot tell whether a slide resembles its training data; add the statistics with "
-                "wsi-familiarity",
+                "%s: this model has no statistics of its training data, so slides that differ get no warning; add them "
+                "with wsi-familiarity",
                 bundle.card.name,
             )
         networks = load_networks(bundle)

@@ -213,13 +213,13 @@ def _skip_sequence(file: BinaryIO, length: int, *, explicit: bool, depth: int) -
         file.seek(length, 1)
         return
     if depth > _DEEPEST:
-        raise ValueError("too many sequences inside each other")
+        raise ValueError("sequences are nested too deeply")
     while True:
         tag, _, item_length = _header(file, explicit=explicit)
         if tag == _SEQUENCE_END:
             return
         if tag != _ITEM:
-            raise ValueError("a sequence holds something else than items")
+            raise ValueError("a sequence contains something other than items")
         if item_length == _UNDEFINED:
             _skip_item(file, explicit=explicit, depth=depth)
         else:

@@ -19,11 +19,11 @@ from wsi.readers import slide_suffixes
 def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[SlideJob]:
     """Return a job for each slide: for each file, each slide of a folder, and each row of a CSV manifest.
 
-    A DICOM series is one slide. A slide that is named twice gets one job. What looks like a slide and is not one, such
-    as a link that leads nowhere, and a folder that cannot be searched get a job with a `problem`: nothing that was
-    named disappears.
+    A DICOM series is one slide. A slide that is listed twice gets one job. What looks like a slide and is not one, such
+    as a broken link, and a folder that cannot be searched get a job with a `problem`, so nothing that was listed
+    disappears.
 
-    Raises ConfigError if a folder contains no slide, a manifest cannot be used, or a slide is named twice with
+    Raises ConfigError if a folder contains no slide, a manifest cannot be used, or a slide is listed twice with
     different settings.
     """
     jobs: dict[str, SlideJob] = {}
@@ -34,7 +34,7 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
             former = jobs.setdefault(str(job.path.absolute()) if job.problem else os.path.realpath(job.path), job)
             if former != replace(job, path=former.path):
                 raise ConfigError(
-                    f"{job.path}: is named twice, {_settings(former)} and {_settings(job)}; name it once, or "
+                    f"{job.path}: is listed twice, {_settings(former)} and {_settings(job)}; list it once, or "
                     f"twice with the same settings"
                 )
     return list(jobs.values())
@@ -42,7 +42,8 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
 
 def _settings(job: SlideJob) -> str:
     named = {"mpp": job.mpp, "model": job.model, "id": job.name}
-    return " and ".join(f"with {name} {value}" for name, value in named.items() if value is not None) or "as it is"
+    texts = [f"with {name} {value}" for name, value in named.items() if value is not None]
+    return " and ".join(texts) or "without settings"
 
 
 def _expand(path: Path, dicom: DicomFolders, *, recursive: bool) -> Iterator[SlideJob]:
@@ -81,7 +82,8 @@ def _search(root: Path, *, recursive: bool) -> Iterator[SlideJob]:
                 content = [(folder / entry.name, _leads_to_folder(entry)) for entry in entries]
         except OSError as error:
             if folder == root:
-                raise ConfigError(f"{root}: cannot be searched: {error.strerror or error}; check its rights") from error
+                reason = error.strerror or error
+                raise ConfigError(f"{root}: cannot be searched: {reason}; check the permissions") from error
             yield _unsearched(folder, root, error)
             continue
         if recursive:
@@ -123,5 +125,5 @@ def _unsearched(folder: Path, root: Path, error: OSError) -> SlideJob:
     return SlideJob(
         folder,
         name=f"{folder.relative_to(root).as_posix()}/",
-        problem=f"{folder}: this folder cannot be searched for slides: {error.strerror or error}; check its rights",
+        problem=f"{folder}: cannot be searched for slides: {error.strerror or error}; check the permissions",
     )

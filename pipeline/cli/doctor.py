@@ -131,7 +131,7 @@ def _processor() -> Section:
         "memory": f"{memory / 2**30:.1f} GiB available",
     }
     if memory < LITTLE_MEMORY:
-        facts["problem"] = f"only {memory / 2**30:.1f} GiB of memory are available; a whole slide takes about 2"
+        facts["problem"] = f"only {memory / 2**30:.1f} GiB of memory is available; a whole slide takes about 2"
     return facts
 
 
@@ -165,9 +165,9 @@ def _disk(output: Path) -> Section:
     free = shutil.disk_usage(existing).free
     facts: Section = {"folder": str(output), "free": f"{free / 2**30:.1f} GiB"}
     if not os.access(existing, os.W_OK):
-        facts["problem"] = f"{existing}: may not be written; choose another --output"
+        facts["problem"] = f"{existing}: is not writable; choose another --output"
     elif free < LITTLE_DISK:
-        facts["problem"] = f"only {free / 2**30:.1f} GiB are free on the disk of {output}; free some space"
+        facts["problem"] = f"only {free / 2**30:.1f} GiB is free on the disk of {output}; free some space"
     return facts
 
 

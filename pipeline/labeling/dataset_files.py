@@ -223,7 +223,7 @@ def warnings_of(labels: Labels) -> list[str]:
     found = []
     if counts.labeled < FEW_LABELS:
         found.append(
-            f"labeled patches: {counts.labeled}, which are few; label {FEW_LABELS} or more before you train, better 200"
+            f"labeled patches: {counts.labeled}; label at least {FEW_LABELS} before you train, and preferably 200"
         )
     found += [
         f"class {one.name} is present in {counts.present[one.id]} patches; label at least {FEW_OF_A_CLASS} with it: "
@@ -234,18 +234,18 @@ def warnings_of(labels: Labels) -> list[str]:
     rows = rows_of(labels)
     if len({row.patient for row in rows}) == 1:
         found.append(
-            "all labels come from one slide or patient, so the model may fail on others, and the validation cannot "
-            "show it; add slides of other patients"
+            "all labels come from one slide or patient, so the model may fail on others, and the validation does not "
+            "show this; add slides of other patients"
         )
     elif rows and not is_split_by_patient(rows):
         found.append(
             "patches of one patient are in both splits, because no split by patient has every class on both sides; "
-            "scores will be too good: label every class on more slides"
+            "scores will be too high; label every class on more slides"
         )
     if counts.incomplete:
         found.append(
-            f"{counts.incomplete} patches are left out because a class has no answer or annotators contradict each "
-            "other; the page shows those again that lack an answer of yours"
+            f"{counts.incomplete} patches are left out because a class has no answer or annotators disagree; the "
+            "page shows again the patches that you have not answered completely"
         )
     return found
 

@@ -128,7 +128,7 @@ def rename_class(store: EventStore, annotator: str, old: str, new: str) -> None:
     """Give a class another name. Raises LabelingError if `old` does not exist, or `new` does or is not valid."""
     labels = Labels(store.read())
     if new in {one.name for one in labels.classes.values()}:
-        raise LabelingError(f"class {new} exists; to join both, merge {old} into it")
+        raise LabelingError(f"class {new} already exists; to join the two, merge {old} into {new}")
     try:
         event = ClassRenamed(id=class_id(labels, old), name=new)
     except ValidationError as error:

@@ -174,7 +174,7 @@ def _prepare(
                 return replace(folder, finished=read_run(folder.target))
             if not repair:
                 raise OutputError(
-                    f"{_damage(folder.target, changed)}; pass --repair to compute the blocks concerned again, or "
+                    f"{_damage(folder.target, changed)}; pass --repair to compute the damaged blocks again, or "
                     f"--force to compute the whole slide again"
                 )
             log.warning("%s", _damage(folder.target, changed))

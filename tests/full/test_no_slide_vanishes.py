@@ -68,7 +68,7 @@ def test_a_folder_that_cannot_be_searched_is_a_failed_row_until_it_can(
             collect_jobs([slides / "locked"])
     results = run(jobs, tmp_path / "out")
     assert [(r.slide, r.status) for r in results] == [("good", "done"), ("locked/", "failed")]
-    assert "this folder cannot be searched for slides: Permission denied" in results[1].error
+    assert "locked: cannot be searched for slides: Permission denied" in results[1].error
     assert rows_of(tmp_path / "out")["locked/"]["status"] == "failed"
     results = run(collect_jobs([slides], recursive=True), tmp_path / "out")
     assert [(r.slide, r.status) for r in results] == [("good", "skipped"), ("hidden", "done")]

@@ -45,7 +45,7 @@ function progress(state) {
   ]);
   rows("by-class", state.classes.map(({ name, present, color }) => [name, present, color]));
   const slides = state.slides.map(({ name, labeled, patches }) => [name, `${labeled} of ${patches}`]);
-  if (state.opening) slides.push([`${state.opening} not open yet`, ""]);
+  if (state.opening) slides.push([`${state.opening} not opened yet`, ""]);
   rows("by-slide", slides);
 }
 

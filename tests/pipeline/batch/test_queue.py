@@ -66,7 +66,7 @@ def test_a_slide_named_twice_is_taken_once(tmp_path: Path) -> None:
     listed = manifest(tmp_path / "list.csv", "slide,mpp\na.svs,\n")
     assert collect_jobs([slide, tmp_path, link, listed]) == [SlideJob(slide)]
     listed = manifest(tmp_path / "list.csv", "slide,mpp\na.svs,0.5\n")
-    with pytest.raises(ConfigError, match=r"a\.svs: is named twice, as it is and with mpp 0\.5; name it once"):
+    with pytest.raises(ConfigError, match=r"a\.svs: is listed twice, without settings and with mpp 0\.5; list it once"):
         collect_jobs([slide, listed])
 
 

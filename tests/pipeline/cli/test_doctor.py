@@ -38,7 +38,7 @@ def test_problems_are_named_and_status_1(tmp_path: Path, monkeypatch: pytest.Mon
     assert vulnerable.startswith(
         "OpenSlide 4.0.0 has a known vulnerability (CVE-2026-48977); install openslide-bin 4.0.1"
     )
-    assert memory == "only 1.0 GiB of memory are available; a whole slide takes about 2"
+    assert memory == "only 1.0 GiB of memory is available; a whole slide takes about 2"
     assert "neither a shipped model" in model
     assert report["readers"]["openslide"] == "4.0.0"
     assert report["codecs"]["JPEG8"] == "yes"

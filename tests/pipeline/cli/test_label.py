@@ -63,7 +63,7 @@ def test_a_session_without_the_name_of_the_command_ends_with_a_data_set(slide: P
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, "")
-    assert "warning: labeled patches: 1, which are few" in errors
+    assert "warning: labeled patches: 1; label at least 50 before you train" in errors
     assert errors.splitlines()[-1] == f"wsi-label: ended; train with: wsi-train {tmp_path / 'l'} -o runs/name"
     dataset = load_dataset(tmp_path / "l")
     (split,) = {row.split(",")[3] for row in (tmp_path / "l" / "labels.csv").read_text().splitlines()[1:]}
@@ -107,7 +107,7 @@ def test_classes_are_listed_added_renamed_and_merged(folder: Path) -> None:
     ("arguments", "status", "message"),
     [
         (["--rename", "nobody=x"], 1, "class nobody does not exist; the classes are tumor, stroma"),
-        (["--rename", "tumor=stroma"], 1, "class stroma exists; to join both, merge tumor into it"),
+        (["--rename", "tumor=stroma"], 1, "class stroma already exists; to join the two, merge tumor into stroma"),
         (["--rename", "tumor=a:b"], 1, "without ':'"),
         (["--merge", "tumor=tumor"], 1, "class tumor cannot be merged into itself"),
         (["--merge", "tumor"], 2, "--merge: 'tumor' must be two names with = between them"),

@@ -106,10 +106,10 @@ def test_a_model_without_statistics_says_once_that_it_cannot_tell(
     with caplog.at_level(logging.WARNING):
         predictor = Predictor.from_bundle(small_bundle(tmp_path / "b"), runtime="torch")
         result = segmented(tmp_path, predictor, 90, block_out=256)
-    told = [record.getMessage() for record in caplog.records if "resembles its training data" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "no statistics of its" in record.getMessage()]
     assert told == [
-        "test: this model cannot tell whether a slide resembles its training data; add the statistics with "
-        "wsi-familiarity"
+        "test: this model has no statistics of its training data, so slides that differ get no warning; add them "
+        "with wsi-familiarity"
     ]
     assert result.warnings == ()
     assert result.columns["unfamiliar_share"] is None
