@@ -31,10 +31,8 @@ def serving(at: Desk) -> Iterator[str]:
 
 
 def ready(page: Page) -> None:
-    until(
-        page,
-        "!wsiLabel.single.pending.length && !wsiLabel.single.undoing && document.querySelector('#stage .patch')?.complete",
-    )
+    saved = "!wsiLabel.single.pending.length && !wsiLabel.single.undoing"
+    until(page, f"{saved} && document.querySelector('#stage .patch')?.complete")
 
 
 def shown(page: Page) -> str:
