@@ -43,7 +43,7 @@ def familiarity(
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """Store in a model bundle what its training data look like, so that it can warn about slides that differ.
+    """Store statistics of its training data in a model bundle, so that runs warn about slides that differ.
 
     The data set must be the one that the model was trained with. The weights of the bundle do not change. wsi-train
     does the same for every model.

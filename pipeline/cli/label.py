@@ -181,8 +181,8 @@ def import_(
         list[str] | None,
         typer.Option(
             "--map",
-            help="Class for a class of QuPath, as Tumor=tumor or 'Ignore*=other'. Can be repeated. A derived class "
-            "such as 'Tumor: Positive' counts as Tumor.",
+            help="Class for a class of QuPath, such as Tumor=tumor or 'Ignore*=other'. Can be repeated. A derived "
+            "class such as 'Tumor: Positive' counts as Tumor.",
             show_default="the same names; classes that end with * are ignored",
         ),
     ] = None,
@@ -241,7 +241,7 @@ def classes(
 ) -> None:
     """List the classes of a labels folder, or change them.
 
-    After a class was added, the page shows the patches again that lack an answer for it.
+    After you add a class, the page first shows the labeled patches that have no answer for it.
     """
     from pipeline.labeling.folder import add_classes, merge_classes, open_events, rename_class
 

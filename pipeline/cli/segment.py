@@ -57,7 +57,7 @@ def segment(
     model_digest: Annotated[
         str | None,
         typer.Option(
-            help="SHA-256 of the model's model.json. The run fails if a model has another one.", show_default="any"
+            help="SHA-256 of the model's model.json. The run fails if a model has another digest.", show_default="any"
         ),
     ] = DEFAULTS.model_digest,
     sample: Annotated[
