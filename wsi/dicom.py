@@ -63,8 +63,11 @@ class Series:
 def is_dicom(path: Path) -> bool:
     """Return whether a file is a DICOM file: by the ending .dcm, or without an ending by its first bytes.
 
-    Scanners and archives name files after UIDs, whose last number looks like an ending.
+    Scanners and archives name files after UIDs, whose last number looks like an ending. DICOMDIR, the directory of a
+    medium, is not a slide.
     """
+    if path.name.upper() == "DICOMDIR":
+        return False
     ending = path.suffix[1:]
     if ending and not ending.isdecimal():
         return ending.lower() == "dcm"

@@ -88,7 +88,9 @@ def _search(root: Path, *, recursive: bool) -> Iterator[SlideJob]:
             continue
         if recursive:
             # Stores of results hold thousands of folders and no slides.
-            folders += [path for path, is_folder in content if is_folder and path.suffix != ".zarr"]
+            inner = [path for path, is_folder in content if is_folder and path.suffix != ".zarr"]
+            # Sorted: of a folder with several links, the same one is searched in every run.
+            folders += sorted(inner, reverse=True)
         yield from _slides([path for path, is_folder in content if not is_folder], folder, root)
 
 
@@ -97,7 +99,7 @@ def _slides(files: Sequence[Path], folder: Path, root: Path) -> Iterator[SlideJo
     dicom = [path for path in visible if is_dicom(path)]
     all_series, unreadable = group_series(dicom)
     for series in all_series:
-        yield series_job(series, folder, root, alone=len(all_series) == 1)
+        yield series_job(series, folder, root, all_series)
     for path in [*unreadable, *(p for p in visible if p.suffix.lower() in slide_suffixes() - {".dcm"})]:
         yield SlideJob(path, place=place_below(root, path), problem=_problem(path))
 

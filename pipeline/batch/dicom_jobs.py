@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ class DicomFolders:
         series = next((one for one in all_series if job.path in one.files), None)
         if series is None:
             return job
-        found = series_job(series, folder, folder.absolute().parent, alone=len(all_series) == 1)
+        found = series_job(series, folder, folder.absolute().parent, all_series)
         if job.name is not None:
             return replace(job, path=found.path)
         return replace(found, mpp=job.mpp, model=job.model)
@@ -39,18 +41,27 @@ class DicomFolders:
         return self._folders[folder]
 
 
-def series_job(series: Series, folder: Path, root: Path, *, alone: bool) -> SlideJob:
-    """Return the job of a series in `folder`, which lies in `root` or is `root`.
+def series_job(series: Series, folder: Path, root: Path, all_series: Sequence[Series]) -> SlideJob:
+    """Return the job of one of the series in `folder`, which lies in `root` or is `root`.
 
-    It is named after the folder, with the number of the series if there are several. A series of one file is named
-    after the file, like every other slide.
+    It is named after the folder, with the number of the series if there are several, or with the name of its file if
+    others have the same number. A series of one file is named after the file, like every other slide.
     """
+    beside, file = folder.absolute().relative_to(root.absolute()), _file_title(series.level)
     if len(series.files) == 1:
-        return SlideJob(series.level, place=place_below(root, series.level))
-    title = folder.absolute().name
-    name = title if alone else f"{title} series {series.number or series.level.stem}"
-    beside = folder.absolute().relative_to(root.absolute()).parent
-    return SlideJob(series.level, name=name, place=(beside / name).as_posix())
+        name = None if file == series.level.stem else file
+        return SlideJob(series.level, name=name, place=(beside / file).as_posix())
+    # The last part of a path such as "..", which is not a name.
+    title = os.path.basename(os.path.abspath(folder))  # noqa: PTH100, PTH119 - Path.resolve would follow links
+    same = [one for one in all_series if len(one.files) > 1 and one.number == series.number]
+    number = series.number if len(same) == 1 else ""
+    name = title if len(all_series) == 1 else f"{title} series {number or file}"
+    return SlideJob(series.level, name=name, place=(beside.parent / name).as_posix())
+
+
+def _file_title(path: Path) -> str:
+    """Return the name of a file without .dcm. The last number of a UID is not an ending."""
+    return path.name if path.suffix[1:].isdecimal() else path.stem
 
 
 def place_below(root: Path, path: Path) -> str:

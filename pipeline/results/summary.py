@@ -46,7 +46,7 @@ def write_summary(output: Path, results: Iterable[SlideResult]) -> None:
         writer.writeheader()
         for slide in sorted(rows):
             row = rows[slide]
-            writer.writerow(row | {name: _quoted(str(row[name])) for name in TEXT_COLUMNS if name in row})
+            writer.writerow(row | {name: _quoted(str(row[name])) for name in TEXT_COLUMNS if row.get(name)})
         write_atomically(path, text.getvalue())
 
 

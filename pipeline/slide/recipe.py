@@ -117,13 +117,16 @@ def segment_slide_with(
 ) -> SlideResult:
     """Segment a slide as `segment_slide` does, with its blocks run by `runner`."""
     name = path.stem if name is None else name
+    start = time.perf_counter()
+    seconds: dict[str, float] = {}
     try:
         with ExitStack() as stack:
             if planned is None and read_header(output / name) is None:
                 # Before the digest, which reads the whole file: a file that no reader opens may have terabytes.
-                planned = plan_slide(path, runner.card, settings)
+                with _timed(seconds, "plan"):
+                    planned = plan_slide(path, runner.card, settings)
                 stack.enter_context(planned.slide)
-            return _segment_slide(path, output, name, runner, settings, progress, planned)
+            return _segment_slide(path, output, name, runner, settings, progress, planned, start, seconds)
     except KeyboardInterrupt:
         raise Cancelled(
             f"{path.name}: interrupted; run the same command again to resume from the finished blocks"
@@ -138,9 +141,10 @@ def _segment_slide(
     settings: ResolvedSettings,
     progress: Progress,
     planned: PlannedSlide | None,
+    start: float,
+    seconds: dict[str, float],
 ) -> SlideResult:
-    start, run_versions = time.perf_counter(), versions(settings.runtime)
-    seconds: dict[str, float] = {}
+    run_versions = versions(settings.runtime)
     # Before the digest: otherwise a slide that changes in between would count as unchanged.
     stamp = slide_stamp(path) if planned is None else planned.stamp
     # Before any work: a finished result of another runtime is kept if the user named none.
@@ -413,7 +417,7 @@ def _slide_facts(info: SlideInfo, stamp: str) -> SlideFacts:
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    seconds[stage] = time.perf_counter() - start
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 @contextmanager

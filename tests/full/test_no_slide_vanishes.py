@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.batch.collect import collect_jobs
+from pipeline.batch.names import named_jobs
 from pipeline.batch.queue import run_batch
 from pipeline.errors import ConfigError
 from pipeline.progress import no_progress
@@ -86,7 +87,7 @@ def test_linked_folders_are_searched_once_and_loops_end(tmp_path: Path) -> None:
     (slides / "self").symlink_to(slides)
     (elsewhere / "back").symlink_to(slides)
     jobs = collect_jobs([slides], recursive=True)
-    assert sorted(job.path.name for job in jobs) == ["a.svs", "b.svs"]
+    assert [job.path.relative_to(slides).as_posix() for job in jobs] == ["a.svs", "again/b.svs"]
 
 
 def test_a_dicom_series_is_one_slide_named_after_its_folder(tmp_path: Path) -> None:
@@ -115,6 +116,23 @@ def test_several_series_of_a_folder_are_several_slides(tmp_path: Path) -> None:
     write_instance(folder / "3.dcm", "1.3")
     (folder / "damaged.dcm").write_bytes(b"\0" * 128 + b"DICM")
     assert [job.result_name for job in collect_jobs([folder])] == ["case series 1", "case series 2", "3", "damaged"]
+
+
+def test_series_of_a_folder_with_the_same_number_and_files_named_after_uids_have_names_of_their_own(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "case"
+    folder.mkdir()
+    for number in range(4):
+        write_instance(folder / f"1.2.840.{number}", f"1.{number // 2}", columns=1024 >> number % 2)
+    write_instance(folder / "1.2.840.8", "1.8")
+    write_instance(folder / "1.2.840.9", "1.9")
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    jobs = collect_jobs([folder])
+    assert sorted(job.result_name for job in named_jobs(jobs, tmp_path / "out")) == [
+        "1.2.840.8", "1.2.840.9", "case series 1.2.840.0", "case series 1.2.840.2"
+    ]  # fmt: skip
+    assert collect_jobs([job.path for job in jobs]) == jobs
 
 
 def test_a_folder_of_dicom_files_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,13 @@ def test_a_row_with_a_very_long_error_is_read_back(tmp_path: Path) -> None:
     assert [len(str(row["error"])) for row in read_summary(tmp_path / "summary.csv").values()] == [200_000, 0]
 
 
+def test_cells_that_a_row_of_a_summary_lacks_stay_empty(tmp_path: Path) -> None:
+    (tmp_path / "summary.csv").write_text("slide,status,warnings,error\na,done\n")
+    write_summary(tmp_path, [SlideResult("b", "done", 1.0)])
+    row = read_summary(tmp_path / "summary.csv")["a"]
+    assert (row["status"], row["warnings"], row["error"]) == ("done", "", "")
+
+
 def test_a_table_saved_by_a_spreadsheet_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "summary.csv").write_bytes(b"\xef\xbb\xbfslide,status\r\nold,done\r\n")
     write_summary(tmp_path, [SlideResult("new", "done", 1.0)])

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from pipeline.checks.ome_zarr import broken_ome_zarr_rules
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, InferenceError, LockedError, OutputError, PlanError
+from pipeline.slide import recipe
 from pipeline.slide.recipe import segment_slide
 from tests.cases import full
 from tests.models.networks import ConstantClassifier, ConstantSegmenter
@@ -289,7 +292,8 @@ KILLED = textwrap.dedent("""
     import os, signal, sys
     from pathlib import Path
     from dataclasses import replace
-    from pipeline.slide.recipe import segment_slide
+    from pipeline.slide import recipe
+from pipeline.slide.recipe import segment_slide
     from tests.pipeline.fakes import SMALL, color_predictor
 
     def progress(stage, done, total):
@@ -414,6 +418,22 @@ def test_a_network_that_gives_nan_names_the_tile(tmp_path: Path) -> None:
         InferenceError, match=r"^slide\.svs: .*NaN.*level-0 \(x, y, width, height\) \(\d+, \d+, 64, 64\)"
     ):
         segment_slide(region_slide(tmp_path / "slide.svs"), tmp_path / "out", broken, SMALL)
+
+
+def test_the_times_of_a_run_contain_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, plan, planned_s = time.perf_counter, recipe.plan_slide, [0.0]
+
+    def long_plan(*args: Any, **settings: Any) -> recipe.PlannedSlide:
+        planned_s[0] += 1000
+        return plan(*args, **settings)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + planned_s[0])
+    monkeypatch.setattr(recipe, "plan_slide", long_plan)
+    result = segment_slide(region_slide(tmp_path / "slide.svs"), tmp_path / "out", color_predictor(), SMALL)
+    assert result.folder is not None
+    assert planned_s == [1000]
+    seconds = run_of(result.folder)["seconds"]
+    assert min(seconds["plan"], seconds["total"], result.seconds) >= 1000
 
 
 def test_a_plan_that_does_not_fit_ends_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
