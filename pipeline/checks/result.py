@@ -86,7 +86,7 @@ def _broken_format(path: Path, polygons: Any) -> list[str]:
         return broken_ome_zarr_rules(path)
     if path.suffix == ".geojson":
         count, broken = _geojson(path)
-        if path.name.endswith(".left-out.geojson"):
+        if path.name == "left-out.geojson":
             return broken
         return broken + _other_count(count, polygons, "features")
     if path.suffix == ".parquet":

@@ -25,7 +25,7 @@ from pipeline.results.names import (
     FAMILIARITY,
     GEOJSON_END,
     GEOPARQUET_END,
-    LEFT_OUT_END,
+    LEFT_OUT,
     LISTING,
     MAP_END,
     PREVIEW,
@@ -92,9 +92,7 @@ def _write_polygons(segmented: SegmentedSlide, folder: Path) -> None:
 
 
 def _write_left_out(segmented: SegmentedSlide, folder: Path) -> None:
-    write_left_out(
-        folder / f"{segmented.name}{LEFT_OUT_END}", segmented.tissue, segmented.slide.info.mpp, segmented.digest
-    )
+    write_left_out(folder / LEFT_OUT, segmented.tissue, segmented.slide.info.mpp, segmented.digest)
 
 
 def _write_pyramid(segmented: SegmentedSlide, _: Path) -> None:
@@ -129,7 +127,7 @@ OUTPUTS: dict[str, Output] = {
     ),
     "left out": Output(
         progress="writing left-out areas",
-        files={LEFT_OUT_END: "folds, pen, dust and other areas beside the tissue, for QuPath"},
+        files={LEFT_OUT: "folds, pen, dust and other areas beside the tissue, for QuPath"},
         write=_write_left_out,
     ),
     "pyramid": Output(

@@ -46,6 +46,6 @@ def test_a_training_shows_its_stages_and_metrics_and_writes_a_bundle(
 
 @pytest.mark.full
 def test_a_training_with_an_unknown_setting_fails_with_the_reason(tmp_path: Path, harness: SyncPrefectClient) -> None:
-    state: State[Any] = train_flow("no-data-set", str(tmp_path), settings={"epochs": 1}, return_state=True)
+    state: State[Any] = train_flow("glas", str(tmp_path), str(tmp_path), settings={"epochs": 1}, return_state=True)
     assert state.is_failed()
     assert (state.message or "").startswith("unknown setting 'epochs'; choose one of name, backbone")

@@ -168,6 +168,7 @@ def test_textures_are_told_apart_after_all_stages_and_the_evaluation_gives_the_c
     chosen = settings(
         "region=96", "classifier_epochs=1", "classifier_steps=12", "classifier_batch=8",
         "segmenter_epochs=1", "segmenter_steps=16", "segmenter_batch=8", "warm_up=3",
+        "view=160", "margin=32", "position_views=20",
     )  # fmt: skip
     trained = run("pipeline.cli.train", file, "-o", tmp_path / "run", "--device", "cpu", *chosen)
     assert trained.returncode == 0, trained.stderr
@@ -181,4 +182,5 @@ def test_textures_are_told_apart_after_all_stages_and_the_evaluation_gives_the_c
     scores = document["scores"]["exclude"]["gate_on"]
     found = {f"iou_{name}": iou for name, iou in scores["iou"].items()}
     found |= {name: scores[name] for name in ("miou", "fwiou", "accuracy")} | {"miou_spread": document["miou_spread"]}
-    assert {f"test_{name}": round(value, 4) for name, value in found.items()} == metrics
+    measured = {name: value for name, value in metrics.items() if name.startswith("test_")}
+    assert {f"test_{name}": round(value, 4) for name, value in found.items()} == measured

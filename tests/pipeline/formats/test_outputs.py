@@ -32,8 +32,8 @@ def test_one_entry_adds_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_file_of_a_result_has_a_description() -> None:
-    names = ["a.ome.zarr", "a.geojson", "a.parquet", "a.left-out.geojson", "preview.png", "run.json"]
+    names = ["a.ome.zarr", "a.geojson", "a.parquet", "left-out.geojson", "preview.png", "run.json"]
     assert all(file_description(name) for name in names)
     assert file_description("notes.txt") == ""
-    assert file_description("a.left-out.geojson").startswith("folds")
+    assert file_description("left-out.geojson").startswith("folds")
     assert file_description("a.geojson") == "polygons for QuPath"

@@ -162,7 +162,7 @@ def test_all_outputs_follow_the_rules_of_their_readers(tmp_path: Path) -> None:
         f"{stem}.geojson",
         f"{stem}.parquet",
         "run.json",
-        f"{stem}.left-out.geojson",
+        "left-out.geojson",
         "blocks.jsonl",
         "chunks.tsv",
         *pictures,
@@ -239,7 +239,7 @@ def test_a_slide_without_tissue_gives_empty_but_valid_outputs(tmp_path: Path) ->
     assert result.folder is not None
     assert broken_ome_zarr_rules(result.folder / "glass.ome.zarr") == []
     assert checked_features((result.folder / "glass.geojson").read_text()) == []
-    assert checked_features((result.folder / "glass.left-out.geojson").read_text()) == []
+    assert checked_features((result.folder / "left-out.geojson").read_text()) == []
     assert pq.read_table(result.folder / "glass.parquet").num_rows == 0
     assert not labels_of(result.folder).any()
     assert (result.folder / "preview.png").stat().st_size > 0

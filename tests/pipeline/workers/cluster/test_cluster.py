@@ -250,7 +250,7 @@ def test_ctrl_c_ends_local_processes_and_prints_one_line(tmp_path: Path, bundle:
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, ""), stderr
-    about_the_model = ("model test is not shipped", "test: this model cannot tell")
+    about_the_model = ("model test is not shipped", "test: this model has no statistics")
     lines = [line for line in stderr.splitlines() if not line.startswith(about_the_model)]
     assert lines == ["wsi-segment: interrupted; run the same command again to resume"]
     gone, alive = psutil.wait_procs(children, timeout=10)
