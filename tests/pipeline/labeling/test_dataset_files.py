@@ -154,7 +154,7 @@ def test_few_labels_few_of_a_class_and_left_out_patches_are_warned_about() -> No
         "class tumor is present in 1 patches",
         "class stroma is present in 0 patches",
         "all labels come from one slide or patient",
-        "1 patches are left out because a class has no answer or annotators contradict each other",
+        "1 patches are left out because a class has no answer or annotators disagree",
     ]
     patients = [f"p{n}" for n in range(30)]
     enough = on_slides(*((who, *answers) for who in patients for answers in (PRESENT, ABSENT)))  # type: ignore[arg-type]  # the same
