@@ -292,8 +292,7 @@ KILLED = textwrap.dedent("""
     import os, signal, sys
     from pathlib import Path
     from dataclasses import replace
-    from pipeline.slide import recipe
-from pipeline.slide.recipe import segment_slide
+    from pipeline.slide.recipe import segment_slide
     from tests.pipeline.fakes import SMALL, color_predictor
 
     def progress(stage, done, total):
