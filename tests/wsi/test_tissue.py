@@ -246,6 +246,7 @@ def test_much_left_out_beside_little_tissue_gives_a_warning(tmp_path: Path) -> N
     assert [warning[:40] for warning in tissue.warnings] == ["much was left out beside the tissue (pen"]
 
 
+@pytest.mark.full
 def test_memory_stays_at_a_few_bytes_per_pixel_of_the_mask(tmp_path: Path) -> None:
     size = (3600, 2800)
     rgb_HWC = painted(size, ((500, 500, 2000, 1500), PINK))
