@@ -5,6 +5,7 @@ Shape suffixes: N views, K classes, L layers, H and W the image, h and w a map a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.cam import LAYERS
 from models.classifier import Classifier
 from models.segmenter import NATIVE_STRIDE
+from pipeline.errors import TrainError
 from pipeline.training.classifier import held_out_batches, keep_statistics
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
@@ -25,8 +28,16 @@ from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages, draw_squares, make_labeled_view
 from pipeline.training.pseudo_masks import read_pseudo_masks
 
+logger = logging.getLogger(__name__)
+
 SMALLEST_SHARE = 0.05
 """Default minimum share of a patch for a class to be present, if the data set does not define one."""
+
+SMALLEST_TAUGHT = 0.01
+"""The stage fails if a smaller share of the pixels of a layer's pseudo masks has a class."""
+
+SMALLEST_TAUGHT_CLASS = 1e-5
+"""The stage fails if a class has a smaller share of the pixels of all pseudo masks."""
 
 
 class SegmenterBatch(NamedTuple):
@@ -45,16 +56,20 @@ def segmenter_task(
     device: torch.device,
     processes: Processes,
 ) -> Task:
-    """Return the training task of the segmenter on the pseudo masks in the folder `masks`."""
+    """Return the training task of the segmenter on the pseudo masks in the folder `masks`.
+
+    Raises TrainError if the pseudo masks teach nothing, or nothing about some class; see `check_taught`.
+    """
     share = range(processes.rank, config.segmenter_batch, processes.world)
 
     def labels_of(index: int) -> NDArray[np.uint8]:
         # Not cached: all masks of a large data set take gigabytes, and reading a PNG takes a millisecond.
         return read_pseudo_masks(masks, training, index, config)
 
-    weight_K = pixel_weights(
-        map(labels_of, range(len(training))), len(training.dataset.class_names), balance=config.balance
-    ).to(device)
+    names = training.dataset.class_names
+    counts_LX = pixel_counts(map(labels_of, range(len(training))), len(names))
+    check_taught(counts_LX, names, masks, config)
+    weight_K = pixel_weights(counts_LX[:, :-1].sum(axis=0), balance=config.balance).to(device)
     weights = tuple(weight for weight in config.layer_weights if weight > 0)
 
     def make_batch(rng: np.random.Generator) -> SegmenterBatch:
@@ -118,14 +133,58 @@ def start_from_classifier(segmenter: nn.Module, classifier: Classifier) -> None:
             own[name].copy_(tensor)
 
 
-def pixel_weights(pseudo: Iterable[NDArray[np.uint8]], classes: int, *, balance: bool) -> Tensor:
+def pixel_counts(pseudo: Iterable[NDArray[np.uint8]], classes: int) -> NDArray[np.int64]:
+    """Return the number of pixels (L, K + 1) of each class in each layer of the pseudo masks (L, H, W) of all images.
+
+    The last column counts the `IGNORED` pixels.
+    """
+    counts = [
+        [np.bincount(np.minimum(labels_HW, classes).ravel(), minlength=classes + 1) for labels_HW in labels_LHW]
+        for labels_LHW in pseudo
+    ]
+    counts_LX: NDArray[np.int64] = np.sum(counts, axis=0)
+    return counts_LX
+
+
+def check_taught(counts_LX: NDArray[np.int64], names: Sequence[str], masks: Path, config: TrainConfig) -> None:
+    """Log the share of the pixels that teach each class in each layer, and raise TrainError if it is almost zero.
+
+    `counts_LX` are `pixel_counts`, and `masks` is the folder of the pseudo masks. Without this check, a segmenter that
+    is taught nothing would train with a loss of 0.
+    """
+    shares_LX = counts_LX / counts_LX.sum(axis=1, keepdims=True)
+    layers = [layer for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0]
+    advice = (
+        f"look at the pictures in {masks}; set a lower confidence, more classifier_epochs or other labels, or change "
+        "[background] in the dataset.toml, and start in a new folder"
+    )
+    for layer, shares_X in zip(layers, shares_LX, strict=True):
+        text = ", ".join(f"{name} {share:.2%}" for name, share in zip((*names, "ignored"), shares_X, strict=True))
+        logger.info("pixels of the %s pseudo masks: %s", layer, text)
+        if 1 - shares_X[-1] < SMALLEST_TAUGHT:
+            raise TrainError(
+                f"segmenter: the {layer} pseudo masks have a class in {1 - shares_X[-1]:.2%} of the pixels, but at "
+                f"least {SMALLEST_TAUGHT:.0%} is needed ({text}); {advice}"
+            )
+    counts_X = counts_LX.sum(axis=0)
+    untaught = [
+        name for name, count in zip(names, counts_X, strict=False) if count < SMALLEST_TAUGHT_CLASS * counts_X.sum()
+    ]
+    if untaught:
+        raise TrainError(
+            f"segmenter: the pseudo masks have less than {SMALLEST_TAUGHT_CLASS:.3%} of their pixels in class "
+            f"{', '.join(untaught)}, so the map would never show it; {advice}"
+        )
+
+
+def pixel_weights(counts_K: NDArray[np.int64], *, balance: bool) -> Tensor:
     """Return the weight (K,) of a pixel of each class: 1, or with `balance` the square root of its inverse share.
 
     The square root is used because full inverse shares make a rare class spill over its borders.
     """
+    classes = len(counts_K)
     if not balance:
         return torch.ones(classes)
-    counts_K = sum(np.bincount(labels[labels != IGNORED], minlength=classes) for labels in pseudo)
     shares_K = np.maximum(counts_K, 1) / max(1, int(np.sum(counts_K)))
     return torch.from_numpy(np.minimum(np.sqrt(1 / (classes * shares_K)), 10.0)).float()
 

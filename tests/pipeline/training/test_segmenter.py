@@ -11,13 +11,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.segmenter import build_segmenter
+from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
 from pipeline.training.fit import Processes, fit
 from pipeline.training.inputs import as_input
 from pipeline.training.patches import PatchImages
 from pipeline.training.pseudo_masks import write_pseudo_masks
-from pipeline.training.segmenter import layered_loss, map_scores, pixel_weights, segmenter_task, trusted_logits
+from pipeline.training.segmenter import (
+    check_taught,
+    layered_loss,
+    map_scores,
+    pixel_counts,
+    pixel_weights,
+    segmenter_task,
+    trusted_logits,
+)
 from tests.pipeline.training.cells import CellClassifier, crop_images
 
 CPU = torch.device("cpu")
@@ -75,15 +84,46 @@ def test_a_layer_without_a_labeled_pixel_adds_nothing_and_its_gradient_is_zero()
 def test_the_balanced_weight_of_a_pixel_is_the_root_of_the_inverse_class_share() -> None:
     pseudo = [np.full((1, 10, 10), IGNORED, np.uint8), np.full((1, 4, 5), 1, np.uint8)]
     pseudo[0][0, :8] = 0
-    weight_K = pixel_weights(pseudo, 2, balance=True)
+    counts_LX = pixel_counts(pseudo, 2)
+    assert counts_LX.tolist() == [[80, 20, 20]]
+    weight_K = pixel_weights(counts_LX[0, :2], balance=True)
     assert weight_K.tolist() == pytest.approx([math.sqrt(100 / (2 * 80)), math.sqrt(100 / (2 * 20))])
-    assert pixel_weights(pseudo, 2, balance=False).tolist() == [1.0, 1.0]
+    assert pixel_weights(counts_LX[0, :2], balance=False).tolist() == [1.0, 1.0]
 
 
 def test_no_pixel_weighs_more_than_ten_even_of_a_class_without_pixels() -> None:
-    pseudo = [np.zeros((1, 100, 100), np.uint8)]
-    assert pixel_weights(pseudo, 2, balance=True).tolist() == pytest.approx([math.sqrt(0.5), 10.0])
-    assert torch.isfinite(pixel_weights([np.full((1, 4, 4), IGNORED, np.uint8)], 2, balance=True)).all()
+    assert pixel_weights(np.array([10_000, 0]), balance=True).tolist() == pytest.approx([math.sqrt(0.5), 10.0])
+    assert torch.isfinite(pixel_weights(np.array([0, 0]), balance=True)).all()
+
+
+def test_the_share_that_teaches_each_class_is_logged_for_each_layer(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    config = TrainConfig(layer_weights=(0.5, 0.0, 0.5))
+    check_taught(np.array([[25, 50, 25], [75, 25, 0]]), ("gland", "other"), Path("masks"), config)
+    assert caplog.messages == [
+        "pixels of the shallow pseudo masks: gland 25.00%, other 50.00%, ignored 25.00%",
+        "pixels of the deep pseudo masks: gland 75.00%, other 25.00%, ignored 0.00%",
+    ]
+
+
+def test_masks_that_teach_almost_nothing_are_refused_and_the_error_states_what_to_do() -> None:
+    with pytest.raises(
+        TrainError, match=r"the deep pseudo masks have a class in 0\.04% of the pixels.*1%.*in masks; set a lower conf"
+    ):
+        check_taught(np.array([[3, 1, 9996]]), ("gland", "other"), Path("masks"), TrainConfig())
+
+
+def test_the_error_names_a_class_that_no_pixel_teaches() -> None:
+    with pytest.raises(TrainError, match="in class other, so the map would never show it"):
+        check_taught(np.array([[9000, 0, 1000]]), ("gland", "other"), Path("masks"), TrainConfig())
+
+
+def test_a_segmenter_that_is_taught_nothing_does_not_start(tmp_path: Path) -> None:
+    images = crop_images(tmp_path / "data", {"a": (64, 64)})
+    config = TrainConfig(region=64, view=96, margin=32, confidence=1.0)
+    write_pseudo_masks(tmp_path / "masks", CellClassifier("gap"), images, config, CPU, ALONE)
+    with pytest.raises(TrainError, match=r"the deep pseudo masks have a class in 0\.00% of the pixels"):
+        segmenter_task(nn.Identity(), images, images, tmp_path / "masks", config, CPU, ALONE)
 
 
 class Reddest(nn.Module):
@@ -147,7 +187,7 @@ def test_a_step_trains_all_weights_and_keeps_the_statistics_of_the_encoder(tmp_p
     config = TrainConfig(
         region=64, view=96, margin=32, segmenter_batch=2, segmenter_steps=1, segmenter_epochs=1, ema=0.0, confidence=0.0
     )
-    write_pseudo_masks(tmp_path / "masks", CellClassifier("gap"), images, config, CPU, ALONE)
+    write_pseudo_masks(tmp_path / "masks", CellClassifier("gap", seed=5), images, config, CPU, ALONE)
     torch.manual_seed(0)
     segmenter = build_segmenter("tu-tf_efficientnet_lite0", 3)
     task = segmenter_task(segmenter, images, images, tmp_path / "masks", config, CPU, ALONE)
@@ -168,7 +208,7 @@ def test_a_step_trains_all_weights_and_keeps_the_statistics_of_the_encoder(tmp_p
 def test_the_loss_reads_only_pixels_with_a_margin_of_context(tmp_path: Path) -> None:
     images = crop_images(tmp_path / "data", {"a": (80, 40)}, side=40, stride=40)
     config = TrainConfig(region=None, view=128, margin=32, segmenter_batch=4, stain=0.0, confidence=0.0)
-    write_pseudo_masks(tmp_path / "masks", CellClassifier("gap"), images, config, CPU, ALONE)
+    write_pseudo_masks(tmp_path / "masks", CellClassifier("gap", seed=5), images, config, CPU, ALONE)
     torch.manual_seed(0)
     segmenter = build_segmenter("tu-tf_efficientnet_lite0", 3)
     task = segmenter_task(segmenter, images, images, tmp_path / "masks", config, CPU, ALONE)
