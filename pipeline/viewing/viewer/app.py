@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from models.tissue_class import Color
 from pipeline.viewing.viewer import map_tiles
 from pipeline.viewing.viewer.open_results import OpenResult, OpenResults
 from pipeline.viewing.viewer.outlines import TOLERANCES_L0
@@ -31,6 +32,7 @@ from pipeline.web.application import local_application
 from pipeline.web.cache import ByteCache
 from pipeline.web.request_threads import RequestThreads
 from wsi.errors import SlideError, WsiSegmentError
+from wsi.left_out import LeftOut
 from wsi.slide import slide_digest, slide_stamp
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ def make_app(results: Sequence[Result]) -> Starlette:
             f"{here}/labels/{{shown:number}}/{{level:number}}/{{column:number}}_{{row:number}}.png", viewer.label_tile
         ),
         Route(f"{here}/outlines/{{detail:number}}", viewer.outlines),
+        Route(f"{here}/left-out/outlines/{{detail:number}}", viewer.left_out),
         Route(f"{here}/familiarity.png", viewer.familiarity),
     ]
     return local_application(routes, viewer.lifespan)
@@ -160,9 +163,10 @@ class Viewer:
         return await self._answer(request, "image/png", lambda o: o.map_tiles.labels(*place))
 
     async def outlines(self, request: Request) -> Response:
-        detail = request.path_params["detail"]
-        answer = await self._made(request, request.url.path, lambda o: o.outlines(detail), self._outline_thread)
-        return Response(answer, media_type="application/octet-stream")
+        return await self._drawn(request, OpenResult.outlines)
+
+    async def left_out(self, request: Request) -> Response:
+        return await self._drawn(request, OpenResult.left_out)
 
     async def familiarity(self, request: Request) -> Response:
         return await self._answer(request, "image/png", _familiarity, keep=False)
@@ -172,6 +176,11 @@ class Viewer:
         if result is None:
             raise HTTPException(404)
         return result
+
+    async def _drawn(self, request: Request, polygons: Callable[[OpenResult, int], bytes | None]) -> Response:
+        detail = request.path_params["detail"]
+        answer = await self._made(request, request.url.path, lambda o: polygons(o, detail), self._outline_thread)
+        return Response(answer, media_type="application/octet-stream")
 
     async def _answer(self, request: Request, media_type: str, make: Make, *, keep: bool = True) -> Response:
         key = request.url.path if keep else None
@@ -218,16 +227,21 @@ def page_facts(opened: OpenResult) -> dict[str, object]:
             "height": height_out,
             "l0_per_px": result.run.plan.grid.l0_per_out,
         },
-        "classes": [
-            {"name": c.name, "color": "#{:02x}{:02x}{:02x}".format(*c.color), "area_mm2": c.area_mm2}
-            for c in result.classes
-        ],
+        "classes": [{"name": c.name, "color": _css(c.color), "area_mm2": c.area_mm2} for c in result.classes],
+        # The kinds in the order of their labels.
+        "left_out": None
+        if result.left_out is None
+        else [{"name": kind.title, "color": _css(kind.color)} for kind in LeftOut],
         "familiarity": None
         if result.familiarity is None or result.run.familiarity is None
         else {"l0_per_px": result.run.familiarity.l0_per_px},
         "polygons": result.run.polygons,
         "tolerances": list(TOLERANCES_L0),
     }
+
+
+def _css(color: Color) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def _facts(opened: OpenResult) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.errors import ViewError
 from pipeline.viewing.viewer.map_tiles import MapTiles
-from pipeline.viewing.viewer.outlines import outline_bytes
+from pipeline.viewing.viewer.outlines import left_out_bytes, outline_bytes
 from pipeline.viewing.viewer.overview import Overview
 from pipeline.viewing.viewer.results import Result
 from pipeline.viewing.viewer.slide_tiles import SlideTiles
@@ -35,6 +35,10 @@ class OpenResult:
 
     def outlines(self, detail: int) -> bytes | None:
         return outline_bytes(self.result.outlines, detail)
+
+    def left_out(self, detail: int) -> bytes | None:
+        file = self.result.left_out
+        return None if file is None else left_out_bytes(file, detail)
 
     def close(self) -> None:
         if self.overview is not None:

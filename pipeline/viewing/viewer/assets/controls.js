@@ -2,14 +2,15 @@
 
 const byId = (id) => document.getElementById(id);
 const LAYERS = ["map", "outlines", "probability"];
+const LAYERS_OF_SOME = { unfamiliar: "familiarity", "left-out": "left_out" }; // layers that need a fact of the slide
 const bounded = (value) => Math.min(1, Math.max(0, Math.round(value * 100) / 100));
 
 export class Controls {
-  // `state` is {map, outlines, probability: {on, opacity}, classes: [{on, opacity}]}. The opacity of a class is that of
+  // `state` is {map, outlines, probability, …: {on, opacity}, classes: [{on, opacity}]}. The opacity of a class is that of
   // its probability layer.
   constructor(facts) {
     this.facts = facts;
-    this.layers = facts.familiarity ? [...LAYERS, "unfamiliar"] : LAYERS;
+    this.layers = [...LAYERS, ...Object.keys(LAYERS_OF_SOME).filter((layer) => facts[LAYERS_OF_SOME[layer]])];
     this.changed = () => {};
     this.hidden = null;
     this.state = this.defaults();
@@ -23,6 +24,9 @@ export class Controls {
       this.join(of("class-on"), "checked", () => this.state.classes[k], "on");
       this.join(of("class-opacity"), "valueAsNumber", () => this.state.classes[k], "opacity");
     }
+    for (const swatch of document.querySelectorAll(".swatch[data-kind]")) {
+      swatch.style.background = facts.left_out.find(({ name }) => name === swatch.dataset.kind)?.color ?? "none";
+    }
     if (window.matchMedia("(max-width: 700px)").matches) byId("panel-details").open = false;
     this.render();
   }
@@ -30,7 +34,7 @@ export class Controls {
   defaults() {
     return {
       map: { on: true, opacity: 0.35 }, outlines: { on: true, opacity: 1 }, probability: { on: false, opacity: 1 },
-      unfamiliar: { on: false, opacity: 0.8 },
+      unfamiliar: { on: false, opacity: 0.8 }, "left-out": { on: false, opacity: 1 },
       classes: this.facts.classes.map(() => ({ on: true, opacity: 0.7 })),
     };
   }
@@ -95,7 +99,9 @@ export class Controls {
   words() {
     const words = ["map", "outlines"].map((layer) => `${layer}=${this.state[layer].on ? this.state[layer].opacity : 0}`);
     words.push(`probability=${this.state.probability.on ? 1 : 0}`);
-    if (this.state.unfamiliar.on) words.push(`unfamiliar=${this.state.unfamiliar.opacity}`);
+    for (const layer of Object.keys(LAYERS_OF_SOME)) {
+      if (this.state[layer].on) words.push(`${layer}=${this.state[layer].opacity}`);
+    }
     const off = this.state.classes.flatMap((c, k) => (c.on ? [] : [k]));
     if (off.length) words.push(`off=${off.join(",")}`);
     const usual = this.defaults().classes;

@@ -1,4 +1,4 @@
-// Draws the polygons as outlines over the slide.
+// Draws the polygons of a class or a left-out kind as outlines over the slide.
 //
 // A worker draws them into a picture that is larger than the view. The page moves and scales this picture with the slide
 // until the next one arrives, so no frame waits for the polygons, whatever their number.
@@ -8,8 +8,9 @@ const OTHER_ZOOM = 1.3; // a pending picture whose zoom differs by more than thi
 
 export class Outlines {
   // Calls `changed` when there is something new to draw, `pointed` with the result of `find`, and `failed` if the
-  // polygons cannot be loaded.
-  constructor(canvas, facts) {
+  // polygons cannot be loaded. `folder` has the polygons, relative to the page. `facts.classes` has the name and color of
+  // each label.
+  constructor(canvas, facts, folder = ".") {
     this.canvas = canvas;
     this.facts = facts;
     this.changed = () => {};
@@ -26,7 +27,7 @@ export class Outlines {
     this.drawnMs = 0; // duration of the last drawing, for measurements
     this.worker = new Worker("/assets/outline_worker.js");
     this.worker.onmessage = ({ data }) => this[data.kind](data);
-    this.worker.postMessage({ kind: "begin", facts, base: new URL(".", location.href).pathname });
+    this.worker.postMessage({ kind: "begin", facts, base: new URL(folder, location.href).pathname });
   }
 
   show(opacity, on) {

@@ -45,14 +45,19 @@ const osd = new OpenSeadragon({
   // Semitransparent tiles that overlap by a fraction of a pixel would show seams.
   subPixelRoundingForTransparency: { "*": OpenSeadragon.SUBPIXEL_ROUNDING_OCCURRENCES.ALWAYS },
 });
-osd.canvas.append(byId("outlines")); // above the slide, below the navigator
+osd.canvas.append(byId("left-out"), byId("outlines")); // above the slide, below the navigator
 const outlines = new Outlines(byId("outlines"), facts);
+const leftOut = facts.left_out && new Outlines(byId("left-out"), { ...facts, classes: facts.left_out }, "left-out/");
+const drawn = [outlines, leftOut].filter(Boolean);
 let redrawing = 0;
-// OpenSeadragon drops a redraw that is requested while it draws, so request the frame here.
-outlines.changed = () => {
-  redrawing ||= requestAnimationFrame(() => { redrawing = 0; outlines.draw(view()); });
-};
+for (const polygons of drawn) {
+  // OpenSeadragon drops a redraw that is requested while it draws, so request the frame here.
+  polygons.changed = () => {
+    redrawing ||= requestAnimationFrame(() => { redrawing = 0; drawPolygons(view()); });
+  };
+}
 outlines.failed = () => note("The outlines cannot be read. The terminal shows the reason. Reload the page to try again.");
+if (leftOut) leftOut.failed = () => note("The left-out areas cannot be read. The terminal shows the reason. Reload the page to try again.");
 const layers = { labels: null, classes: [], unfamiliar: null };
 let labelsShown = 0;
 
@@ -162,6 +167,7 @@ async function applyLayers() {
   if (unfamiliar) layers.unfamiliar ??= picture("familiarity.png", facts.familiarity.l0_per_px, unfamiliar);
   (await layers.unfamiliar)?.setOpacity(unfamiliar);
   outlines.show(state.outlines.on ? state.outlines.opacity : 0, state.classes.map((c) => c.on));
+  leftOut?.show(state["left-out"].on ? state["left-out"].opacity : 0, facts.left_out.map(() => true));
 }
 
 async function showLabels(shown, opacity) {
@@ -177,9 +183,11 @@ async function showLabels(shown, opacity) {
 
 // Drawing over the slide
 
+function drawPolygons(v) { for (const polygons of drawn) polygons.draw(v); }
+
 function draw() {
   const v = view();
-  outlines.draw(v);
+  drawPolygons(v);
   const bar = nice(150 / v.zoom * facts.mpp);
   byId("scale-line").style.width = `${(bar / facts.mpp) * v.zoom}px`;
   byId("scale-text").textContent = distance(bar);
@@ -187,7 +195,7 @@ function draw() {
   if (pointer && !dragging) pointAt(...pointer);
 }
 
-// The polygon under the pointer
+// The polygons under the pointer
 
 let pointer = null;
 let dragging = false; // no lookups while dragging: they would delay every frame
@@ -205,42 +213,61 @@ osd.canvas.addEventListener("pointerleave", (event) => {
 });
 
 let tipAt = [0, 0];
-let announcing = false;
+const awaited = new Set(); // those whose answer is to be announced
 function pointAt(screenX, screenY) {
   tipAt = [screenX, screenY];
   const [x, y] = screenX === null ? [] : placeAt(screenX, screenY);
-  outlines.find(screenX === null ? null : { x, y, zoom: view().zoom });
+  for (const polygons of drawn) polygons.find(screenX === null ? null : { x, y, zoom: view().zoom });
 }
 
-outlines.pointed = (found) => {
+for (const polygons of drawn) {
+  polygons.pointed = () => {
+    showTip();
+    if (awaited.delete(polygons) && !awaited.size) announceFound();
+  };
+}
+
+// Returns the texts about the polygons that were found, each with its color.
+function foundTexts() {
+  return drawn.filter(({ seen }) => seen).map(({ seen, facts: { classes } }) => {
+    const { name, color } = classes[seen.label - 1];
+    return { name, color, size: area(seen.area_mm2) };
+  });
+}
+
+function showTip() {
   const tip = byId("tip");
-  tip.hidden = !found;
-  if (announcing) announceFound(found);
-  if (!found) return;
-  const c = facts.classes[found.label - 1];
-  const swatch = document.createElement("span");
-  swatch.className = "swatch";
-  swatch.style.background = c.color;
-  tip.replaceChildren(swatch, ` ${c.name} · ${area(found.area_mm2)}`);
+  const texts = foundTexts();
+  tip.hidden = !texts.length;
+  if (tip.hidden) return;
+  tip.replaceChildren(...texts.map(({ name, color, size }) => {
+    const line = document.createElement("div");
+    const swatch = document.createElement("span");
+    swatch.className = "swatch";
+    swatch.style.background = color;
+    line.append(swatch, ` ${name} · ${size}`);
+    return line;
+  }));
   const [x, y] = tipAt;
   const left = Math.min(x + 14, stage.clientWidth - tip.offsetWidth - 4);
   const top = y + 18 + tip.offsetHeight < stage.clientHeight ? y + 18 : y - 10 - tip.offsetHeight;
   tip.style.transform = `translate(${Math.max(4, left)}px, ${Math.max(4, top)}px)`;
-};
+}
 
 function announceCenter() {
   const v = view();
-  announcing = true;
   tipAt = [v.width / 2, v.height / 2];
+  for (const polygons of drawn) awaited.add(polygons);
   // Use the classes of the controls, because the layers may still be loading.
   outlines.find({ x: v.x, y: v.y, zoom: v.zoom, always: true, on: controls.state.classes.map((c) => c.on) });
+  leftOut?.find({ x: v.x, y: v.y, zoom: v.zoom });
 }
 
-function announceFound(found) {
+function announceFound() {
   const v = view();
-  const what = found ? `${facts.classes[found.label - 1].name}, ${area(found.area_mm2)}` : "no class";
-  announcing = false;
-  announce(`${what}, at ${place([v.x, v.y], v.zoom, facts.mpp)}`);
+  const texts = foundTexts().map(({ name, size }) => `${name}, ${size}`);
+  if (!outlines.seen) texts.unshift("no class");
+  announce(`${texts.join("; ")}, at ${place([v.x, v.y], v.zoom, facts.mpp)}`);
 }
 
 function announce(text) { byId("announcement").textContent = text; }
@@ -339,7 +366,7 @@ const keys = {
   f: () => goTo({ ...view(), zoom: 1 / window.devicePixelRatio }, false),
   i: announceCenter, l: copyLink,
   m: () => controls.toggle("map"), o: () => controls.toggle("outlines"), p: () => controls.toggle("probability"),
-  u: () => controls.toggle("unfamiliar"),
+  u: () => controls.toggle("unfamiliar"), x: () => controls.toggle("left-out"),
   h: () => controls.hideAll(),
   "[": () => controls.stronger(-0.1), "]": () => controls.stronger(0.1),
   "?": () => byId("help").showModal(),
@@ -357,4 +384,4 @@ document.addEventListener("keydown", (event) => {
 });
 
 // For tests and the console.
-window.wsiView = { osd, outlines, view, controls };
+window.wsiView = { osd, outlines, leftOut, view, controls };
