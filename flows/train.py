@@ -27,6 +27,7 @@ def train_flow(
     preset: str = "default",
     settings: dict[str, Any] | None = None,
     device: str = "auto",
+    test: bool = False,
 ) -> State[None]:
     """Run those stages of a training whose product is missing: classifier, pseudo masks, segmenter, bundle.
 
@@ -37,12 +38,13 @@ def train_flow(
         preset: Recipe, a key of `pipeline.training.config.PRESETS`.
         settings: Settings of `pipeline.training.config.TrainConfig` by name, instead of those of the recipe.
         device: auto, cpu, cuda, cuda:N or mps.
+        test: Measure the finished bundle on the test split.
 
     The run ends in `Completed`, or in `Failed` with the next step.
     """
     with pipeline_log(as_it_is):
         try:
-            bundle = train_bundle(dataset, output_folder(output), data, preset, settings or {}, device)
+            bundle = train_bundle(dataset, output_folder(output), data, preset, settings or {}, device, test)
         except WsiSegmentError as error:
             return Failed(message=str(error))
     show_metrics(Path(output), bundle.card.metrics)
@@ -53,13 +55,13 @@ def train_flow(
 # without Prefect. The page shows a progress bar for each stage.
 @task(name="train", cache_policy=NO_CACHE, persist_result=False)
 def train_bundle(
-    dataset: str, output: Path, data: str | None, preset: str, settings: dict[str, Any], device: str
+    dataset: str, output: Path, data: str | None, preset: str, settings: dict[str, Any], device: str, test: bool
 ) -> Bundle:
     """Train as `wsi-train` does, with the same exceptions. None of them is transient."""
     images = load_dataset(dataset, None if data is None else Path(data))
     chosen = [f"{name}={_toml(value)}" for name, value in settings.items()]
     config = train_config(preset, None, chosen, images.card.settings)
-    return train(images, output, config, device=device, progress=StageProgress())
+    return train(images, output, config, device=device, progress=StageProgress(), test=test)
 
 
 def _toml(value: object) -> str:

@@ -330,8 +330,8 @@ def save_bundle(
     return _write_bundle(folder, card.model_copy(update={"weights": weights}), contents, statistics)
 
 
-def replace_statistics(bundle: Bundle, card: ModelCard, statistics: Statistics) -> Bundle:
-    """Write statistics and a card with `familiarity` into an existing bundle, whose weights stay the same bytes."""
+def replace_card(bundle: Bundle, card: ModelCard, statistics: Statistics | None) -> Bundle:
+    """Write another card, and the statistics of its `familiarity`, into a bundle whose weights stay the same bytes."""
     contents = {file: (bundle.path / file).read_bytes() for file in (CLASSIFIER_FILE, SEGMENTER_FILE)}
     return _write_bundle(bundle.path, card, contents, statistics)
 

@@ -40,6 +40,9 @@ def train_command(
         list[str] | None,
         typer.Option("-s", "--set", help="One setting, as name=value. Can be repeated.", show_default="none"),
     ] = None,
+    test: Annotated[
+        bool, typer.Option("--test", help="Measure the finished bundle on the test split, and store the scores in it.")
+    ] = False,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
@@ -60,7 +63,7 @@ def train_command(
         images = load_dataset(dataset, data)
         chosen = train_config(preset, config, settings or (), images.card.settings)
         with training_bar(hidden=quiet or os.environ.get("RANK", "0") != "0") as progress:
-            bundle = train(images, output, chosen, device=device, progress=progress)
+            bundle = train(images, output, chosen, device=device, progress=progress, test=test)
     except WsiSegmentError as error:
         fail(PROGRAM, str(error))
     except KeyboardInterrupt:

@@ -99,7 +99,21 @@ def evaluate(
     images, an image has no mask, or a file cannot be read, because scores of a part of a test set are not comparable.
     """
     check_same_classes(predictor.card, dataset)
-    chosen = masked_samples(dataset, split)
+    return evaluate_samples(predictor, dataset, masked_samples(dataset, split), flips=flips, progress=progress)
+
+
+def evaluate_samples(
+    predictor: Predictor,
+    dataset: Dataset,
+    chosen: Sequence[Sample],
+    *,
+    flips: bool = False,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> Evaluation:
+    """Evaluate as `evaluate` does, on samples of the data set that have masks.
+
+    Raises MaskError and UnreadableImageError for a file that cannot be read.
+    """
     classes = len(dataset.class_names)
     size = classes + 1
     matrices = {(p, gate): np.zeros((size, size), np.int64) for p in PROTOCOLS for gate in (True, False)}

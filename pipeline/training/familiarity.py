@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch import nn
 
-from models.bundle import NO_DIGEST, Bundle, FamiliarityCard, load_networks, replace_statistics
+from models.bundle import NO_DIGEST, Bundle, FamiliarityCard, load_networks, replace_card
 from models.classifier import Classifier
 from models.familiarity import Statistics, fit_statistics, window_features
 from models.predictor import choose_device
@@ -41,7 +41,7 @@ def add_familiarity(
     """
     statistics, familiarity = fit_familiarity(load_networks(bundle)[0], training, validation, device)
     card = bundle.card.model_copy(update={"familiarity": familiarity, "scope": scope})
-    return replace_statistics(bundle, card, statistics)
+    return replace_card(bundle, card, statistics)
 
 
 def fit_familiarity(

@@ -37,13 +37,15 @@ from models.bundle import (
     WeightsCard,
     load_bundle,
     load_networks,
+    load_statistics,
+    replace_card,
     save_bundle,
 )
 from models.cam import LAYERS, check_available
 from models.classifier import Classifier
 from models.predictor import Predictor, choose_device
 from models.segmenter import build_segmenter
-from pipeline.errors import DatasetError, LockedError, OutputError, TrainError
+from pipeline.errors import LockedError, OutputError, TrainError
 from pipeline.progress import Progress
 from pipeline.training.calibration import calibrate_temperature, write_reliability
 from pipeline.training.classifier import classifier_task
@@ -51,7 +53,7 @@ from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, training_samples
 from pipeline.training.dataset_card import Split
-from pipeline.training.evaluate import evaluate
+from pipeline.training.evaluate import Evaluation, evaluate, evaluate_samples, masked_samples
 from pipeline.training.familiarity import fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
 from pipeline.training.inputs import MEAN, MULTIPLE, STD, load_start
@@ -71,12 +73,19 @@ UNCALIBRATED = 0.1
 
 
 def train(
-    dataset: Dataset, run: Path, config: TrainConfig, *, device: str = "auto", progress: Progress | None = None
+    dataset: Dataset,
+    run: Path,
+    config: TrainConfig,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+    test: bool = False,
 ) -> Bundle:
     """Run all stages that have no product yet and return the bundle in `run`/bundle.
 
-    Raises TrainError if `run` was started with another configuration or data set, DatasetError for bad data, and
-    ModelError if a network cannot be built.
+    With `test`, the bundle also gets the scores of the test split, see `add_test_scores`. Raises TrainError if `run`
+    was started with another configuration or data set, DatasetError for bad data, and ModelError if a network cannot be
+    built.
     """
     place = training_device(device)
     processes = join_processes(place)
@@ -85,6 +94,8 @@ def train(
     assert config.mpp is not None
     training, validation = training_images(dataset, config.mpp)
     _check(training, validation, config)
+    if test:
+        masked_samples(dataset, "test")
     for name, size in (("classifier_batch", config.classifier_batch), ("segmenter_batch", config.segmenter_batch)):
         if size % processes.world:
             raise TrainError(
@@ -126,6 +137,8 @@ def train(
 
         if processes.rank == 0:
             export(run, classifier.eval(), segmenter.eval(), training, validation, config, device)
+            if test:
+                add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)
         _wait(processes)
         return load_bundle((run / "bundle").absolute())
 
@@ -245,11 +258,11 @@ def export(
     config: TrainConfig,
     device: str,
 ) -> None:
-    """Calibrate gate, temperature and familiarity, measure the test split if it has masks, and write the bundle.
+    """Calibrate gate, temperature and familiarity, measure the validation split if it has masks, and write the bundle.
 
     The gate is calibrated on the presence labels of validation tiles, and the temperature on the validation images
-    with masks. The test split is measured only once. The validation images show whether the map depends on the position
-    in a view. The heads of single layers do not become part of the bundle.
+    with masks. The validation images show whether the map depends on the position in a view. The heads of single layers
+    do not become part of the bundle.
     """
     folder, torch_device = run / "bundle", choose_device(device)
     if folder.exists():
@@ -267,9 +280,10 @@ def export(
     calibration = calibrate_temperature(uncalibrated, validation)
     write_reliability(run / "calibration.png", calibration)
     card = draft.model_copy(update={"gate_thresholds": thresholds, "temperature": calibration.temperature})
-    metrics = calibration.metrics() | measured_metrics(
-        Predictor.from_networks(card, NO_DIGEST, *rounded, device=device, output_stride=1), dataset
-    )
+    metrics = calibration.metrics()
+    if all(sample.mask is not None for sample in validation.samples):
+        calibrated = Predictor.from_networks(card, NO_DIGEST, *rounded, device=device, output_stride=1)
+        metrics |= score_metrics("val", evaluate_samples(calibrated, dataset, validation.samples))
     profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
     metrics["val_position_deviation"] = round(position_deviation(profile_KD, config.margin), 4)
     logger.info("gate thresholds %s, temperature %s, %s", thresholds, calibration.temperature, metrics)
@@ -278,28 +292,29 @@ def export(
     save_bundle(folder, card, classifier, segmenter, statistics)
 
 
-def measured_metrics(predictor: Predictor, dataset: Dataset) -> dict[str, float]:
-    """Return the scores of the test split (protocol `exclude`, with the gate) and the spread of the mIoU over cases.
-
-    A data set without a test split is measured on its validation split, and the names of the scores show that. If the
-    split cannot be measured, log a warning and return no scores: the trained model must not be lost.
-    """
-    split: Split = "test" if "test" in dataset.card.splits else "val"
-    try:
-        evaluation = evaluate(predictor, dataset, split)
-    except DatasetError as error:
-        logger.warning("the model card gets no metrics because split %s cannot be measured: %s", split, error)
-        return {}
-    scores = evaluation.scores("exclude", gate=True)
-    values = {f"iou_{name}": iou for name, iou in scores.iou.items()}
-    values |= {
-        "miou": scores.miou,
-        "miou_spread": evaluation.miou_spread(),
-        "fwiou": scores.fwiou,
-        "accuracy": scores.accuracy,
-    }
-    # The IoU is NaN for a class that neither the truth nor the prediction contains.
+def score_metrics(split: Split, evaluation: Evaluation) -> dict[str, float]:
+    """Return the scores of a split for a model card (protocol `exclude`, with the gate), and the spread of the mIoU."""
+    scores = evaluation.scores()
+    values = {f"iou_{name}": value for name, value in scores.iou.items()}
+    values |= {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy}
+    values["miou_spread"] = evaluation.miou_spread()
+    # JSON has no number for the IoU of a class that neither truth nor prediction contains.
     return {f"{split}_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}
+
+
+def add_test_scores(bundle: Bundle, dataset: Dataset, device: str) -> Bundle:
+    """Measure a bundle on the test split, and store the scores in its card. A bundle that has them stays as it is.
+
+    Raises the errors of `evaluate`.
+    """
+    if any(name.startswith("test_") for name in bundle.card.metrics):
+        logger.info("the bundle has the scores of the test split: nothing to measure")
+        return bundle
+    predictor = Predictor.from_bundle(bundle, device=device, output_stride=1)
+    found = score_metrics("test", evaluate(predictor, dataset, "test"))
+    logger.info("test split: %s", found)
+    card = bundle.card.model_copy(update={"metrics": bundle.card.metrics | found})
+    return replace_card(bundle, card, load_statistics(bundle))
 
 
 def tile_side(images: PatchImages, config: TrainConfig) -> int:

@@ -26,7 +26,7 @@ from models.bundle import (
     load_bundle,
     load_networks,
     load_statistics,
-    replace_statistics,
+    replace_card,
     save_bundle,
     shipped_bundles,
 )
@@ -221,9 +221,7 @@ def _with_statistics(folder: Path) -> None:
     statistics = fit_statistics(torch.randn((30, 8), generator=torch.Generator().manual_seed(0)).numpy())
     bundle = load_bundle(folder)
     familiarity = FamiliarityCard(statistics=NO_DIGEST, window_limit=3.5, share_limit=0.5)
-    replace_statistics(
-        bundle, bundle.card.model_copy(update={"familiarity": familiarity, "scope": "colon"}), statistics
-    )
+    replace_card(bundle, bundle.card.model_copy(update={"familiarity": familiarity, "scope": "colon"}), statistics)
 
 
 def test_statistics_are_added_to_a_bundle_whose_weights_stay(folder: Path) -> None:

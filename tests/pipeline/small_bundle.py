@@ -16,7 +16,7 @@ from models.bundle import (
     FamiliarityCard,
     SegmenterCard,
     load_networks,
-    replace_statistics,
+    replace_card,
     save_bundle,
 )
 from models.classifier import Classifier
@@ -64,4 +64,4 @@ def familiar_bundle(folder: Path, rgb_HWC: NDArray[np.uint8], scope: str = "pain
         limit = 1.5 * float(max(statistics.distances(features_NF(shift)).max() for shift in (4, 44, 100)))
     familiarity = FamiliarityCard(statistics=NO_DIGEST, window_limit=limit, share_limit=0.5)
     card = bundle.card.model_copy(update={"familiarity": familiarity, "scope": scope, "tile_size": 128})
-    return replace_statistics(bundle, card, statistics)
+    return replace_card(bundle, card, statistics)

@@ -170,7 +170,7 @@ def test_textures_are_told_apart_after_all_stages_and_the_evaluation_gives_the_c
         "segmenter_epochs=1", "segmenter_steps=16", "segmenter_batch=8", "warm_up=3",
         "view=160", "margin=32", "position_views=20",
     )  # fmt: skip
-    trained = run("pipeline.cli.train", file, "-o", tmp_path / "run", "--device", "cpu", *chosen)
+    trained = run("pipeline.cli.train", file, "-o", tmp_path / "run", "--test", "--device", "cpu", *chosen)
     assert trained.returncode == 0, trained.stderr
     metrics = json.loads(trained.stdout)["metrics"]
     assert metrics["test_miou"] > 0.8

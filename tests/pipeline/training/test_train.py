@@ -17,7 +17,7 @@ from PIL import Image
 from models.bundle import NO_DIGEST, load_bundle, load_networks
 from models.errors import ArchitectureError
 from models.predictor import Predictor
-from pipeline.errors import EmptyClassError, LockedError, OutputError, TrainError
+from pipeline.errors import EmptyClassError, LockedError, MissingImagesError, OutputError, TrainError
 from pipeline.training import fit as loop
 from pipeline.training.calibration import calibrate_temperature
 from pipeline.training.config import TrainConfig
@@ -25,7 +25,16 @@ from pipeline.training.dataset import Dataset, load_dataset, samples
 from pipeline.training.evaluate import evaluate
 from pipeline.training.patches import PatchImages
 from pipeline.training.position import edge_profile, position_deviation
-from pipeline.training.train import UNCALIBRATED, calibrate_gate, claim, make_card, tile_presence, tile_side, train
+from pipeline.training.train import (
+    UNCALIBRATED,
+    calibrate_gate,
+    claim,
+    make_card,
+    score_metrics,
+    tile_presence,
+    tile_side,
+    train,
+)
 from tests.cases import full
 from tests.models.networks import ConstantSegmenter
 from tests.models.networks import make_card as made_card
@@ -87,7 +96,7 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
     assert [spec.name for spec in bundle.card.classes] == ["dots", "stripes", "plain"]
     assert (bundle.card.mpp, bundle.card.tile_size, bundle.card.licence) == (1.0, 64, "CC0")
     assert bundle.card.familiarity is not None
-    evaluation = evaluate(Predictor.from_bundle(bundle, device="cpu", output_stride=1), textures)
+    evaluation = evaluate(Predictor.from_bundle(bundle, device="cpu", output_stride=1), textures, "val")
     found = evaluation.scores()
     # After so little training a class may never be predicted, which makes its IoU NaN.
     values = {f"iou_{name}": iou for name, iou in found.iou.items() if not math.isnan(iou)}
@@ -95,9 +104,33 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
     values["miou_spread"] = evaluation.miou_spread()
     validation = PatchImages(textures, samples(textures, "val"), 1.0)
     profile_KD = edge_profile(load_networks(bundle)[1], validation, CONFIG, torch.device("cpu"))
-    assert bundle.card.metrics == {f"test_{name}": round(value, 4) for name, value in values.items()} | {
+    assert bundle.card.metrics == {f"val_{name}": round(value, 4) for name, value in values.items()} | {
         "val_position_deviation": round(position_deviation(profile_KD, CONFIG.margin), 4)
     } | {name: value for name, value in bundle.card.metrics.items() if "ece" in name}
+
+
+def test_only_the_option_test_measures_the_test_split_also_of_a_finished_run(
+    unbroken: Path, textures: Dataset, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    before = load_bundle(unbroken / "bundle")
+    assert not [name for name in before.card.metrics if name.startswith("test_")]
+    bundle = train(textures, run, CONFIG, device="cpu", test=True)
+    evaluation = evaluate(Predictor.from_bundle(bundle, device="cpu", output_stride=1), textures, "test")
+    assert bundle.card.metrics == before.card.metrics | score_metrics("test", evaluation)
+    assert bundle.card.metrics["test_miou"] == round(evaluation.scores().miou, 4)
+    assert bundle.card.model_copy(update={"metrics": before.card.metrics}) == before.card
+    unchanged = products(run)
+    assert train(textures, run, CONFIG, device="cpu", test=True) == bundle
+    assert products(run) == unchanged
+
+
+def test_a_data_set_without_a_test_split_cannot_be_tested(tmp_path: Path) -> None:
+    dataset = load_dataset(write_crops(tmp_path / "data", {"a": (40, 40)}, side=40, stride=40))
+    with pytest.raises(MissingImagesError, match="does not describe split test, only train, val"):
+        train(dataset, tmp_path / "run", dataclasses.replace(CONFIG, region=None), device="cpu", test=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_temperature_is_fitted_to_the_masks_of_the_validation_images(unbroken: Path, textures: Dataset) -> None:
@@ -186,7 +219,6 @@ def test_the_published_recipe_trains_on_patches_of_an_unaligned_side(tmp_path: P
     )
     bundle = train(dataset, tmp_path / "run", config, device="cpu")
     assert bundle.card.tile_size == 64
-    # The data set has only two splits.
     assert set(bundle.card.metrics) >= {"val_miou", "val_ece", "val_ece_uncalibrated", "val_position_deviation"}
     with Image.open(tmp_path / "run" / "pseudo-masks" / "shallow" / "b.png") as picture:
         assert picture.size == (80, 40)
