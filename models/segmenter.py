@@ -53,6 +53,12 @@ def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple
     return cast(nn.Module, network)
 
 
+def encoder_network(segmenter: nn.Module) -> nn.Module:
+    """Return the network of the encoder that published weights are for. The encoders "tu-…" contain that of timm."""
+    encoder = cast(nn.Module, segmenter.encoder)
+    return cast(nn.Module, getattr(encoder, "model", encoder))
+
+
 def build_first_segmenter(encoder: str, classes: int) -> nn.Module:
     """Return the segmenter of bundles with schema_version 1: zero padding, image pooling, ASPP rates 6, 12 and 18."""
     options: dict[str, Any] = {"encoder_output_stride": 16, "decoder_atrous_rates": (6, 12, 18), "upsampling": 1}

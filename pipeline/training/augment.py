@@ -6,7 +6,7 @@ Shape suffixes: H and W the image, B boxes (x, y, width, height), L layers of la
 from __future__ import annotations
 
 import io
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,23 @@ _STAINS_33 /= np.linalg.norm(_STAINS_33, axis=1, keepdims=True)
 """Red, green and blue density of hematoxylin, eosin and a residual, one per row (Ruifrok and Johnston 2001)."""
 
 
+class Augmentation(NamedTuple):
+    """How training views are changed."""
+
+    stain: float = 0.0
+    """Strength of `restain`."""
+    imaging: float = 0.0
+    """Strength of `rescanned`."""
+    blur: float = 0.0
+    """Probability of `blurred`."""
+    moves: Literal["symmetries", "flips", "mirror"] = "symmetries"
+    """The moves that `Move.draw` draws from."""
+
+    def colors(self, rgb_HWC: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+        """Return the image with another stain, scanner and sharpness."""
+        return blurred(rescanned(restain(rgb_HWC, self.stain, rng), self.imaging, rng), self.blur, rng)
+
+
 class Move(NamedTuple):
     """One of the eight symmetries of a square: quarter turns counterclockwise, then a left-right flip."""
 
@@ -27,9 +44,14 @@ class Move(NamedTuple):
     flip: bool
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> Self:
-        """Return one of the eight, all equally likely."""
-        return cls(int(rng.integers(4)), bool(rng.integers(2)))
+    def draw(cls, rng: np.random.Generator, moves: str = "symmetries") -> Self:
+        """Return one of the eight `symmetries`, of the four `flips` (left-right and up-down), or a `mirror` move.
+
+        `mirror` is a left-right flip or nothing. All moves of a set are equally likely.
+        """
+        # An up-down flip is half a turn and a left-right flip.
+        choices = {"symmetries": (0, 1, 2, 3), "flips": (0, 2), "mirror": (0,)}[moves]
+        return cls(choices[int(rng.integers(len(choices)))], bool(rng.integers(2)))
 
     def image(self, array: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the moved image or label map, with axes (H, W, ...)."""
@@ -88,3 +110,10 @@ def rescanned(rgb_HWC: NDArray[np.uint8], strength: float, rng: np.random.Genera
         image.save(stream, "JPEG", quality=quality)
         image = Image.open(stream)
     return np.asarray(image, dtype=np.uint8)
+
+
+def blurred(rgb_HWC: NDArray[np.uint8], probability: float, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return the image, or with this probability the image blurred by a Gaussian of up to 1 px (Han et al.'s code)."""
+    if probability == 0 or rng.uniform() >= probability:
+        return rgb_HWC
+    return np.asarray(Image.fromarray(rgb_HWC).filter(ImageFilter.GaussianBlur(rng.uniform(0, 1))), dtype=np.uint8)

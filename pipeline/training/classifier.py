@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from models.classifier import Classifier
 from models.heads import PDA_SCHEDULES, HeadOutput
+from pipeline.training.augment import Augmentation
 from pipeline.training.config import TrainConfig
 from pipeline.training.fit import Processes, Task
-from pipeline.training.inputs import as_input, padded
+from pipeline.training.inputs import as_input, load_start, padded
 from pipeline.training.patches import PatchImages, View, draw_places, make_view, view_side
 
 
@@ -44,18 +45,17 @@ def classifier_task(
             parameter.requires_grad_(False)
     weight_2K = class_weights(training.class_frequency(), balance=config.balance).to(device)
     share = range(processes.rank, config.classifier_batch, processes.world)
+    augmentation = Augmentation(config.stain, config.imaging, moves=config.classifier_moves)
 
     def make_batch(rng: np.random.Generator) -> ClassifierBatch:
         count = config.classifier_batch
         places = draw_places(training, config.region, count, rng)
         seeds = rng.integers(2**32, size=count)
-        views = [
-            make_view(training, places[n], config.stain, np.random.default_rng(seeds[n]), config.imaging) for n in share
-        ]
+        views = [make_view(training, places[n], augmentation, np.random.default_rng(seeds[n])) for n in share]
         return ClassifierBatch(views, weight_2K)
 
     def loss(batch: ClassifierBatch) -> Tensor:
-        return presence_loss(classifier, batch, device)
+        return presence_loss(classifier, batch, config, device)
 
     def begin_epoch(epoch: int) -> None:
         classifier.train()
@@ -79,7 +79,24 @@ def classifier_task(
         begin_epoch=begin_epoch,
         epochs=config.classifier_epochs,
         steps=config.classifier_steps or steps_per_epoch(training, config.region, config.classifier_batch),
+        bias_factor=config.bias_factor,
+        decay_biases=config.decay_biases,
+        momentum=config.momentum,
     )
+
+
+def build_classifier(config: TrainConfig, classes: int) -> Classifier:
+    """Return the classifier of a run with its initial weights.
+
+    Raises ArchitectureError for unknown parts, and TrainError if the weights are missing or do not fit.
+    """
+    classifier = Classifier(config.backbone, config.head, classes, config.depth, config.layer_heads)
+    load_start(classifier.backbone.net, config.weights)
+    if config.xavier_head:
+        for module in classifier.head.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+    return classifier
 
 
 def keep_statistics(network: nn.Module) -> None:
@@ -107,12 +124,12 @@ def class_weights(frequency_K: NDArray[np.float64], *, balance: bool) -> Tensor:
     return torch.from_numpy(np.minimum(0.5 / np.maximum(shares_2K, 1e-9), 10.0)).float()
 
 
-def presence_loss(classifier: Classifier, batch: ClassifierBatch, device: torch.device) -> Tensor:
+def presence_loss(classifier: Classifier, batch: ClassifierBatch, config: TrainConfig, device: torch.device) -> Tensor:
     """Return the weighted mean binary cross-entropy of all patches of a batch, including the head's auxiliary logits.
 
     If all weights are 1, this is the multi-label soft margin loss of Han et al. 2022.
     """
-    x_NCHW = as_input(np.stack([view.rgb_HWC for view in batch.views]), device)
+    x_NCHW = as_input(np.stack([view.rgb_HWC for view in batch.views]), device, config)
     boxes = [view.boxes_B4 for view in batch.views]
     present_MK = torch.from_numpy(np.concatenate([view.present_BK for view in batch.views])).to(device)
     weight_MK = torch.where(present_MK, batch.weight_2K[1], batch.weight_2K[0])
@@ -219,7 +236,7 @@ def presence_scores(
     assert isinstance(network, Classifier)
     logits, present = [], []
     for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=config.region is not None):
-        logits.append(patch_outputs(network, as_input(rgb_NHWC, device), boxes).logits_NK.float().cpu())
+        logits.append(patch_outputs(network, as_input(rgb_NHWC, device, config), boxes).logits_NK.float().cpu())
         present.append(present_MK)
     logits_MK, present_MK = torch.cat(logits), np.concatenate(present)
     weight_2K = class_weights(present_MK.mean(axis=0), balance=True)

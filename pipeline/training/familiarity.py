@@ -19,7 +19,7 @@ from models.familiarity import Statistics, fit_statistics, window_features
 from models.predictor import choose_device
 from pipeline.errors import TrainError
 from pipeline.training.augment import restain
-from pipeline.training.inputs import as_input, padded
+from pipeline.training.inputs import Scale, as_input, padded
 from pipeline.training.patches import PatchImages
 
 MOST_IMAGES = 1500
@@ -39,13 +39,13 @@ def add_familiarity(
 
     `scope` is that of the card. Raises TrainError if a split is empty, and what `load_networks` raises.
     """
-    statistics, familiarity = fit_familiarity(load_networks(bundle)[0], training, validation, device)
+    statistics, familiarity = fit_familiarity(load_networks(bundle)[0], training, validation, bundle.card, device)
     card = bundle.card.model_copy(update={"familiarity": familiarity, "scope": scope})
     return replace_card(bundle, card, statistics)
 
 
 def fit_familiarity(
-    classifier: nn.Module, training: PatchImages, validation: PatchImages, device: str
+    classifier: nn.Module, training: PatchImages, validation: PatchImages, scale: Scale, device: str
 ) -> tuple[Statistics, FamiliarityCard]:
     """Return the statistics of the training images and their part of the model card.
 
@@ -58,9 +58,10 @@ def fit_familiarity(
     assert isinstance(classifier, Classifier)
     place = choose_device(device)
     classifier.to(place)
-    seen = [*_features(classifier, training, place), *_features(classifier, training, place, np.random.default_rng(0))]
+    seen = list(_features(classifier, training, scale, place))
+    seen += _features(classifier, training, scale, place, np.random.default_rng(0))
     statistics = fit_statistics(np.concatenate(seen))
-    held_NC = np.concatenate(list(_features(classifier, validation, place)))
+    held_NC = np.concatenate(list(_features(classifier, validation, scale, place)))
     distance_N = statistics.distances(torch.from_numpy(held_NC)).numpy()
     # An untrained network can have equal features everywhere, and the limit must be positive.
     limit = max(round(float(np.quantile(distance_N, FAMILIAR_SHARE)), 4), 1e-4)
@@ -69,13 +70,17 @@ def fit_familiarity(
 
 @torch.inference_mode()
 def _features(
-    classifier: Classifier, images: PatchImages, device: torch.device, rng: np.random.Generator | None = None
+    classifier: Classifier,
+    images: PatchImages,
+    scale: Scale,
+    device: torch.device,
+    rng: np.random.Generator | None = None,
 ) -> Iterator[NDArray[np.float32]]:
     """Yield the features (N, C) of the windows of each image, recolored if there is an `rng`."""
     every = -(-len(images) // MOST_IMAGES)
     for index in range(0, len(images), every):
         rgb_HWC = images.rgb(index) if rng is None else recolored(images.rgb(index), rng)
-        x_NCHW = as_input(padded(rgb_HWC[None]), device)
+        x_NCHW = as_input(padded(rgb_HWC[None]), device, scale)
         deep_NChw = classifier.stages(x_NCHW).deep
         yield window_features(deep_NChw, x_NCHW.shape[2] // deep_NChw.shape[2]).flatten(0, 2).cpu().numpy()
 

@@ -88,6 +88,12 @@ class Task:
     epochs: int
     steps: int
     """Steps per epoch."""
+    bias_factor: float = 1.0
+    """Factor on the learning rates of biases."""
+    decay_biases: bool = True
+    """Whether the weight decay applies to biases."""
+    momentum: float = 0.9
+    """Momentum of `sgd`."""
 
 
 @dataclass
@@ -180,11 +186,12 @@ def make_optimizer(task: Task, config: TrainConfig) -> torch.optim.Optimizer:
             members.setdefault((id(parameter) in new, name.split(".")[-1] == "bias"), []).append(parameter)
     groups = []
     for (is_new, is_bias), parameters in sorted(members.items()):
-        rate = (config.new_rate if is_new else config.backbone_rate) * (config.bias_factor if is_bias else 1.0)
-        groups.append({"params": parameters, "lr": rate, "rate": rate})
+        rate = (config.new_rate if is_new else config.backbone_rate) * (task.bias_factor if is_bias else 1.0)
+        decay = config.weight_decay if task.decay_biases or not is_bias else 0.0
+        groups.append({"params": parameters, "lr": rate, "rate": rate, "weight_decay": decay})
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        return torch.optim.SGD(groups, momentum=task.momentum)
+    return torch.optim.AdamW(groups)
 
 
 def rate_factor(config: TrainConfig, step: int, total: int) -> float:

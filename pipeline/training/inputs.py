@@ -6,7 +6,7 @@ Shape suffixes: N images, H and W space.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors
@@ -18,17 +18,27 @@ from torch import Tensor, nn
 from models.normalize import normalized
 from pipeline.errors import TrainError
 
-MEAN = STD = (0.5, 0.5, 0.5)
-"""Mean and standard deviation of RGB scaled to 0–1, as in the ImageNet training of EfficientNet-Lite."""
+PICKLES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
+"""Usual endings of checkpoints that torch.save wrote."""
 
 MULTIPLE = 32
 """Sides of whole images that pass through the networks are multiples of this."""
 
 
-def as_input(rgb_NHWC: NDArray[np.uint8], device: torch.device) -> Tensor:
+class Scale(Protocol):
+    """Mean and standard deviation that images are normalized with: those of a `TrainConfig` or a `ModelCard`."""
+
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+
+
+def as_input(rgb_NHWC: NDArray[np.uint8], device: torch.device, scale: Scale) -> Tensor:
     """Return RGB bytes as a `normalized` float tensor (N, 3, H, W) on the device, channels last in memory."""
     on_device_NHWC = torch.from_numpy(np.ascontiguousarray(rgb_NHWC)).to(device, non_blocking=True)
-    return normalized(on_device_NHWC, torch.tensor(MEAN, device=device), torch.tensor(STD, device=device))
+    return normalized(on_device_NHWC, torch.tensor(scale.mean, device=device), torch.tensor(scale.std, device=device))
 
 
 def padded(rgb_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -52,6 +62,11 @@ def load_start(backbone: nn.Module, weights: str) -> None:
     file = Path(weights)
     if not file.is_file():
         raise TrainError(f"weights {weights!r}: no such file; set imagenet, none, or a safetensors file")
+    if file.suffix in PICKLES:
+        raise TrainError(
+            f"{file}: not a safetensors file; convert it with python -m pipeline.training.checkpoints, and set the "
+            "converted file"
+        )
     try:
         tensors = safetensors.torch.load_file(file)
         backbone.load_state_dict({name: tensors[name] for name in backbone.state_dict() if name in tensors})

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.training.augment import Move, rescanned, restain
+from pipeline.training.augment import Augmentation, Move
 from pipeline.training.dataset import Dataset, Sample, image_size, labeled_boxes, read_rgb
 from pipeline.training.resample import resampled
 from wsi.levels import MPP_TOLERANCE
@@ -149,12 +149,10 @@ def draw_patches(images: PatchImages, count: int, rng: np.random.Generator) -> l
     return places
 
 
-def make_view(
-    images: PatchImages, place: Place, strength: float, rng: np.random.Generator, imaging: float = 0.0
-) -> View:
-    """Return the view at a place, randomly flipped, turned, restained and changed as by another scanner."""
-    move = Move.draw(rng)
-    rgb_HWC = rescanned(restain(cut(images.rgb(place.image), place), strength, rng), imaging, rng)
+def make_view(images: PatchImages, place: Place, augmentation: Augmentation, rng: np.random.Generator) -> View:
+    """Return the view at a place, randomly moved and recolored."""
+    move = Move.draw(rng, augmentation.moves)
+    rgb_HWC = augmentation.colors(cut(images.rgb(place.image), place), rng)
     boxes_B4, index_B = boxes_of_view(images.boxes[place.image], images.sizes_N2[place.image], place)
     return View(move.image(rgb_HWC), move.boxes(boxes_B4, place.side, place.side), images.present[place.image][index_B])
 
@@ -163,13 +161,12 @@ def make_labeled_view(
     images: PatchImages,
     labels_LHW: NDArray[np.uint8],
     place: Place,
-    strength: float,
+    augmentation: Augmentation,
     rng: np.random.Generator,
-    imaging: float = 0.0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return (rgb_HWC, labels_LHW) of a place, changed as in `make_view`."""
-    move = Move.draw(rng)
-    rgb_HWC = rescanned(restain(cut(images.rgb(place.image), place), strength, rng), imaging, rng)
+    move = Move.draw(rng, augmentation.moves)
+    rgb_HWC = augmentation.colors(cut(images.rgb(place.image), place), rng)
     moved = [move.image(cut(labels_HW, place)) for labels_HW in labels_LHW]
     return move.image(rgb_HWC), np.stack(moved)
 

@@ -34,7 +34,7 @@ def edge_profile(
     for start in range(0, len(places), config.segmenter_batch):
         batch = places[start : start + config.segmenter_batch]
         rgb_NHWC = np.stack([cut(images.rgb(place.image), place) for place in batch])
-        probs_NKhw = network(as_input(rgb_NHWC, device)).float().softmax(dim=1)
+        probs_NKhw = network(as_input(rgb_NHWC, device, config)).float().softmax(dim=1)
         total_Khw = total_Khw + probs_NKhw.sum(dim=0, dtype=torch.float64).cpu().numpy()
     return ring_means(np.asarray(total_Khw) / len(places), RING // NATIVE_STRIDE)
 

@@ -22,7 +22,7 @@ from pipeline.progress import Progress
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED, background_HW
 from pipeline.training.fit import Processes
-from pipeline.training.inputs import as_input, padded
+from pipeline.training.inputs import Scale, as_input, padded
 from pipeline.training.patches import PatchImages
 
 BATCH = 16
@@ -82,7 +82,7 @@ def pseudo_masks_of_image(
     )
     if config.cam == "head":
         used = [layer for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0]
-        maps_LKHW = class_probabilities(classifier, rgb_HWC, device, used)
+        maps_LKHW = class_probabilities(classifier, rgb_HWC, config, device, used)
         # If the labels allow only one class, the pixel is certain whatever the network predicts.
         maps_LKHW[:, :, allowed_KHW.sum(axis=0) == 1] = 1.0
         unsure_LHW = np.where(allowed_KHW, maps_LKHW, 0).max(axis=1) < config.confidence
@@ -123,14 +123,18 @@ def allowed_classes(
 
 @torch.inference_mode()
 def class_probabilities(
-    classifier: Classifier, rgb_HWC: NDArray[np.uint8], device: torch.device, layers: Sequence[str] = ("deep",)
+    classifier: Classifier,
+    rgb_HWC: NDArray[np.uint8],
+    scale: Scale,
+    device: torch.device,
+    layers: Sequence[str] = ("deep",),
 ) -> NDArray[np.float32]:
     """Return class probabilities (L, K, H, W) of the heads of these layers.
 
     They are the softmax of each head's class map, averaged over four flips.
     """
     height, width = rgb_HWC.shape[:2]
-    x_1CHW = as_input(padded(rgb_HWC[None]), device)
+    x_1CHW = as_input(padded(rgb_HWC[None]), device, scale)
     totals: list[Tensor | float] = [0.0] * len(layers)
     for axes in ((), (2,), (3,), (2, 3)):
         moved_1CHW = x_1CHW.flip(axes)
@@ -164,7 +168,7 @@ def _maps_of_patches(
     for start in range(0, len(boxes_B4), BATCH):
         boxes = boxes_B4[start : start + BATCH].tolist()
         crops_NHWC = np.stack([rgb_HWC[y : y + h, x : x + w] for x, y, w, h in boxes])
-        x_NCHW = as_input(crops_NHWC, device)
+        x_NCHW = as_input(crops_NHWC, device, config)
         if used == [LAYERS.index("deep")]:
             maps = [cam_maps(config.cam, classifier, x_NCHW)]
         else:

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from models.cam import LAYERS
 from models.classifier import Classifier
-from models.segmenter import NATIVE_STRIDE
+from models.segmenter import NATIVE_STRIDE, encoder_network
 from pipeline.errors import TrainError
+from pipeline.training.augment import Augmentation
 from pipeline.training.classifier import held_out_batches, keep_statistics
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
 from pipeline.training.fit import Processes, Task
-from pipeline.training.inputs import as_input, padded
+from pipeline.training.inputs import as_input, load_start, padded
 from pipeline.training.patches import PatchImages, draw_squares, make_labeled_view
 from pipeline.training.pseudo_masks import read_pseudo_masks
 
@@ -61,6 +62,7 @@ def segmenter_task(
     Raises TrainError if the pseudo masks teach nothing, or nothing about some class; see `check_taught`.
     """
     share = range(processes.rank, config.segmenter_batch, processes.world)
+    augmentation = Augmentation(config.stain, config.imaging, config.blur, config.segmenter_moves)
 
     def labels_of(index: int) -> NDArray[np.uint8]:
         # Not cached: all masks of a large data set take gigabytes, and reading a PNG takes a millisecond.
@@ -78,12 +80,7 @@ def segmenter_task(
         seeds = rng.integers(2**32, size=count)
         views = [
             make_labeled_view(
-                training,
-                labels_of(places[n].image),
-                places[n],
-                config.stain,
-                np.random.default_rng(seeds[n]),
-                config.imaging,
+                training, labels_of(places[n].image), places[n], augmentation, np.random.default_rng(seeds[n])
             )
             for n in share
         ]
@@ -92,7 +89,7 @@ def segmenter_task(
         return SegmenterBatch(rgb_NHWC, labels_NLHW)
 
     def loss(batch: SegmenterBatch) -> Tensor:
-        logits_NKhw = segmenter(as_input(batch.rgb_NHWC, device))
+        logits_NKhw = segmenter(as_input(batch.rgb_NHWC, device, config))
         return layered_loss(logits_NKhw, torch.from_numpy(batch.labels_NLHW).to(device), weights, weight_K)
 
     trusted_px = (config.view - 2 * config.margin) ** 2
@@ -103,7 +100,7 @@ def segmenter_task(
             keep_statistics(encoder)
 
     encoder: Any = segmenter.encoder
-    started = {id(parameter) for parameter in encoder.parameters()} if config.encoder_starts else set()
+    started = {id(parameter) for parameter in encoder.parameters()} if config.encoder_pretrained else set()
     return Task(
         name="segmenter",
         network=segmenter,
@@ -122,6 +119,12 @@ def _trusted(shape: Sequence[int], margin: int) -> NDArray[np.bool_]:
     inner = np.zeros(shape, dtype=bool)
     inner[..., margin : shape[-2] - margin, margin : shape[-1] - margin] = True
     return inner
+
+
+def start_encoder(segmenter: nn.Module, config: TrainConfig) -> None:
+    """Load the initial weights of the encoder, if it has any. Raises TrainError if they are missing or do not fit."""
+    if config.encoder_pretrained:
+        load_start(encoder_network(segmenter), config.weights if config.encoder_starts else config.encoder_weights)
 
 
 def start_from_classifier(segmenter: nn.Module, classifier: Classifier) -> None:
@@ -222,7 +225,7 @@ def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, dev
     minimum = getattr(labels, "minimum", None) or SMALLEST_SHARE
     found, present = [], []
     for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=config.region is not None):
-        labels_Nhw = trusted_logits(network, rgb_NHWC, config.margin, device).argmax(dim=1).cpu().numpy()
+        labels_Nhw = trusted_logits(network, rgb_NHWC, config, device).argmax(dim=1).cpu().numpy()
         for labels_hw, boxes_B4 in zip(labels_Nhw, boxes, strict=True):
             found += [_covered(labels_hw, box, images.present[0].shape[1]) > minimum for box in boxes_B4.tolist()]
         present.append(present_MK)
@@ -237,11 +240,13 @@ def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, dev
     return {"score": (balanced + exact) / 2, "balanced": balanced, "exact": exact}
 
 
-def trusted_logits(network: nn.Module, rgb_NHWC: NDArray[np.uint8], margin: int, device: torch.device) -> Tensor:
+def trusted_logits(
+    network: nn.Module, rgb_NHWC: NDArray[np.uint8], config: TrainConfig, device: torch.device
+) -> Tensor:
     """Return the logits (N, K, h, w) of images that are mirrored by `margin` pixels beyond their edges."""
-    height, width = rgb_NHWC.shape[1:3]
+    (height, width), margin = rgb_NHWC.shape[1:3], config.margin
     around_NHWC = np.pad(rgb_NHWC, [(0, 0), (margin, margin), (margin, margin), (0, 0)], mode="symmetric")
-    logits_NKhw: Tensor = network(as_input(padded(around_NHWC), device)).float()
+    logits_NKhw: Tensor = network(as_input(padded(around_NHWC), device, config)).float()
     rows, columns = (slice(margin // NATIVE_STRIDE, -(-(margin + side) // NATIVE_STRIDE)) for side in (height, width))
     return logits_NKhw[:, :, rows, columns]
 

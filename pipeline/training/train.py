@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -48,7 +47,7 @@ from models.segmenter import build_segmenter
 from pipeline.errors import LockedError, OutputError, TrainError
 from pipeline.progress import Progress
 from pipeline.training.calibration import calibrate_temperature, write_reliability
-from pipeline.training.classifier import classifier_task
+from pipeline.training.classifier import build_classifier, classifier_task
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, training_samples
@@ -56,11 +55,11 @@ from pipeline.training.dataset_card import Split
 from pipeline.training.evaluate import Evaluation, evaluate, evaluate_samples, masked_samples
 from pipeline.training.familiarity import fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
-from pipeline.training.inputs import MEAN, MULTIPLE, STD, load_start
+from pipeline.training.inputs import MULTIPLE
 from pipeline.training.patches import PatchImages, Place, boxes_inside, view_side
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.pseudo_masks import write_pseudo_masks
-from pipeline.training.segmenter import segmenter_task, start_from_classifier
+from pipeline.training.segmenter import segmenter_task, start_encoder, start_from_classifier
 from wsi.windows import window_starts
 
 logger = logging.getLogger(__name__)
@@ -105,15 +104,12 @@ def train(
     torch.manual_seed(config.seed)
     classes = len(dataset.class_names)
 
-    classifier = Classifier(config.backbone, config.head, classes, config.depth, config.layer_heads)
-    load_start(classifier.backbone.net, config.weights)
+    classifier = build_classifier(config, classes)
     if config.cam != "head":
         check_available(config.cam, classifier.eval(), "deep")
     # Built before the first stage, so that its random weights do not depend on whether that stage ran or was skipped.
     segmenter = build_segmenter(config.encoder_name, classes, config.encoder_depth, config.rates)
-    if config.encoder_starts:
-        timm_encoder: Any = segmenter.encoder
-        load_start(timm_encoder.model, config.weights)
+    start_encoder(segmenter, config)
     make_card(dataset, config, tile_side(training, config), (UNCALIBRATED,) * classes)
     # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.
     held = ExitStack()
@@ -287,7 +283,7 @@ def export(
     profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
     metrics["val_position_deviation"] = round(position_deviation(profile_KD, config.margin), 4)
     logger.info("gate thresholds %s, temperature %s, %s", thresholds, calibration.temperature, metrics)
-    statistics, familiarity = fit_familiarity(rounded[0], training, validation, device)
+    statistics, familiarity = fit_familiarity(rounded[0], training, validation, config, device)
     card = card.model_copy(update={"metrics": metrics, "familiarity": familiarity})
     save_bundle(folder, card, classifier, segmenter, statistics)
 
@@ -372,6 +368,7 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
     layers = ", ".join(
         f"{layer} {weight:g}" for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0
     )
+    own_encoder = f", the encoder from {config.encoder_weights}" if config.encoder_weights else ""
     assert config.mpp is not None
     try:
         return ModelCard(
@@ -381,8 +378,8 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
             classes=tuple(spec.tissue_class for spec in card.classes),
             mpp=config.mpp,
             tile_size=side,
-            mean=MEAN,
-            std=STD,
+            mean=config.mean,
+            std=config.std,
             classifier=ClassifierCard(backbone=config.backbone, head=config.head, depth=config.depth),
             segmenter=SegmenterCard(encoder=config.encoder_name, depth=config.encoder_depth, rates=config.rates),
             margin=config.margin,
@@ -391,7 +388,7 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
             training_data=(
                 f"{card.attribution} Supervision: presence labels of patches only; {views} at {config.mpp} um/px, "
                 f"classifier head {config.head}{with_attention}, pseudo masks by {config.cam} at the layers {layers}, "
-                f"seed {config.seed}, started from {config.weights} weights."
+                f"seed {config.seed}, started from {config.weights} weights{own_encoder}."
             ),
             metrics={},
             scope=card.scope,

@@ -38,10 +38,10 @@ from models.bundle import load_bundle, load_networks
 from models.cam import CAMS, cam_maps
 from models.classifier import Classifier
 from models.errors import CamUnavailableError
+from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, labeled_boxes, load_dataset, read_mask, read_rgb, samples
 from pipeline.training.dataset_card import Split
 from pipeline.training.evaluate import check_same_classes, confusion_matrix, scores
-from pipeline.training.inputs import MEAN, STD
 from pipeline.training.pseudo_masks import jointly_scaled
 from tests.bench.cam_scores import (
     average_drop,
@@ -199,7 +199,7 @@ def stored(text: str, classes: int, mpp: float, device: torch.device) -> Subject
     classifier = Classifier(backbone, head, classes, None if depth == "none" else int(depth))
     weights = safetensors.torch.load_file(file)
     classifier.load_state_dict({key: t.float() if t.is_floating_point() else t for key, t in weights.items()})
-    return Subject(name, head, classifier.eval().to(device), MEAN, STD, mpp)
+    return Subject(name, head, classifier.eval().to(device), TrainConfig.mean, TrainConfig.std, mpp)
 
 
 def subject_for(method: str, subjects: Sequence[Subject]) -> Subject | None:

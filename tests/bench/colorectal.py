@@ -112,7 +112,7 @@ def tile_scores(
     for start in range(0, len(chosen), 64):
         part = chosen[start : start + 64]
         rgb_NHWC = np.stack([resampled(read_rgb(sample), dataset.mpp / mpp) for sample in part])
-        x_NCHW = as_input(padded(rgb_NHWC), CPU)
+        x_NCHW = as_input(padded(rgb_NHWC), CPU, TrainConfig())
         map_NKhw = classifier.head_output(classifier.stages(x_NCHW), x_NCHW).map_NKhw.float()
         up_NKHW = F.interpolate(map_NKhw, size=x_NCHW.shape[2:], mode="bilinear", align_corners=False)
         height, width = rgb_NHWC.shape[1:3]

@@ -27,6 +27,7 @@ from models.bundle import Bundle, load_bundle, load_networks, load_statistics
 from models.classifier import Classifier
 from models.familiarity import WINDOW, window_features
 from pipeline.training.compose import composed
+from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
 from pipeline.training.dataset_card import Split
 from pipeline.training.inputs import as_input, padded
@@ -149,7 +150,7 @@ class Meter:
     @torch.inference_mode()
     def distances(self, rgb_HWC: RGB) -> NDArray[np.float32]:
         """Return the distances of the windows of an image at the model's pixel size, in units of the limit."""
-        x_NCHW = as_input(padded(rgb_HWC[None]), torch.device("cpu"))
+        x_NCHW = as_input(padded(rgb_HWC[None]), torch.device("cpu"), TrainConfig())
         deep_NChw = self._classifier.stages(x_NCHW).deep
         features_NrcC = window_features(deep_NChw, x_NCHW.shape[2] // deep_NChw.shape[2])
         distance_N = self._statistics.distances(features_NrcC.flatten(0, 2)) / self._limit

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from models.backbone import Backbone
 from pipeline.training.augment import rescanned, restain
+from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Sample, load_dataset, read_rgb, samples
 from pipeline.training.inputs import as_input, load_start, padded
 from pipeline.training.resample import resampled
@@ -63,7 +64,7 @@ def features(backbone: Backbone, dataset: Dataset, chosen: Sequence[Sample], mpp
         if copy:
             tiles = [_augmented(tile, np.random.default_rng([copy, n])) for tile, n in zip(tiles, part, strict=True)]
         rgb_NHWC = np.stack(tiles)
-        x_NCHW = as_input(padded(rgb_NHWC), torch.device("cpu"))
+        x_NCHW = as_input(padded(rgb_NHWC), torch.device("cpu"), TrainConfig())
         deep_NChw = backbone(x_NCHW).deep
         cells = round(rgb_NHWC.shape[1] * deep_NChw.shape[2] / x_NCHW.shape[2])
         deep_NChw = deep_NChw[:, :, :cells, :cells]

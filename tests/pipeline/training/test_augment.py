@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.color import hed2rgb, rgb2hed
 
-from pipeline.training.augment import Move, rescanned, restain
+from pipeline.training.augment import Augmentation, Move, blurred, rescanned, restain
 
 
 @given(st.integers(0, 3), st.booleans(), st.integers(0, 9), st.integers(0, 9), st.integers(1, 6), st.integers(1, 6))
@@ -26,6 +26,36 @@ def test_the_eight_moves_are_the_eight_symmetries_of_a_square() -> None:
     corner_HW = np.arange(9, dtype=np.uint8).reshape(3, 3)
     seen = {Move(turns, flip).image(corner_HW).tobytes() for turns in range(4) for flip in (False, True)}
     assert len(seen) == 8
+
+
+def test_moves_are_drawn_from_the_chosen_set() -> None:
+    corner_HW = np.arange(9, dtype=np.uint8).reshape(3, 3)
+    rng = np.random.default_rng(0)
+
+    def drawn(moves: str) -> set[bytes]:
+        return {Move.draw(rng, moves).image(corner_HW).tobytes() for _ in range(200)}
+
+    mirror = {corner_HW.tobytes(), corner_HW[:, ::-1].tobytes()}
+    assert drawn("mirror") == mirror
+    assert drawn("flips") == mirror | {corner_HW[::-1].tobytes(), corner_HW[::-1, ::-1].tobytes()}
+    assert len(drawn("symmetries")) == 8
+
+
+def test_the_share_of_blurred_images_is_the_setting_and_zero_draws_nothing() -> None:
+    rgb_HWC = np.random.default_rng(0).integers(0, 256, (8, 9, 3)).astype(np.uint8)
+    rng = np.random.default_rng(1)
+    assert blurred(rgb_HWC, 0.0, rng) is rgb_HWC
+    assert rng.integers(1000) == np.random.default_rng(1).integers(1000)
+    results = [blurred(rgb_HWC, 0.3, rng) for _ in range(300)]
+    changed = [result for result in results if result is not rgb_HWC]
+    assert 60 < len(changed) < 120
+    assert len({result.tobytes() for result in changed}) > 50
+    assert all(result.std() <= rgb_HWC.std() for result in changed)
+
+
+def test_the_default_augmentation_changes_no_color() -> None:
+    rgb_HWC = np.random.default_rng(0).integers(0, 256, (8, 9, 3)).astype(np.uint8)
+    assert Augmentation().colors(rgb_HWC, np.random.default_rng(1)) is rgb_HWC
 
 
 def test_restaining_of_strength_zero_changes_nothing() -> None:

@@ -37,7 +37,7 @@ ALONE = Processes(0, 1)
 @pytest.mark.parametrize("head", ["gap", "area", "pcam"])
 def test_a_box_gets_the_head_output_of_its_nearest_cells(head: str) -> None:
     classifier = CellClassifier(head)
-    x_NCHW = as_input(noise_images(2, 64, 96), CPU)
+    x_NCHW = as_input(noise_images(2, 64, 96), CPU, TrainConfig())
     boxes = [np.array([(0, 0, 31, 26), (13, 21, 31, 26), (65, 38, 31, 26)]), np.array([(43, 11, 31, 26)])]
     output = patch_outputs(classifier, x_NCHW, boxes)
     deep_NChw = classifier.stages(x_NCHW).deep
@@ -60,8 +60,8 @@ def test_a_box_on_whole_cells_depends_only_on_its_pixels(head: str) -> None:
     rgb_NHWC = noise_images(2, 48, 64)
     boxes = [np.array([(0, 16, 32, 24), (32, 24, 32, 24)]), np.array([(16, 8, 32, 24)])]
     crops_NHWC = np.stack([rgb_NHWC[n, y : y + h, x : x + w] for n, b in enumerate(boxes) for x, y, w, h in b.tolist()])
-    expected = classifier(as_input(crops_NHWC, CPU))
-    found = patch_outputs(classifier, as_input(rgb_NHWC, CPU), boxes)
+    expected = classifier(as_input(crops_NHWC, CPU, TrainConfig()))
+    found = patch_outputs(classifier, as_input(rgb_NHWC, CPU, TrainConfig()), boxes)
     torch.testing.assert_close(found.logits_NK, expected)
 
 
@@ -69,7 +69,7 @@ def test_a_box_on_whole_cells_depends_only_on_its_pixels(head: str) -> None:
 def test_boxes_of_whole_images_get_the_output_of_the_plain_classifier(head: str) -> None:
     torch.manual_seed(1)
     classifier = Classifier("tf_efficientnet_lite0", head, 3).eval()
-    x_NCHW = as_input(noise_images(2, 40, 56), CPU)
+    x_NCHW = as_input(noise_images(2, 40, 56), CPU, TrainConfig())
     whole = [np.array([(0, 0, 56, 40)])] * 2
     with torch.inference_mode():
         found: HeadOutput = patch_outputs(classifier, x_NCHW, whole)
@@ -78,7 +78,7 @@ def test_boxes_of_whole_images_get_the_output_of_the_plain_classifier(head: str)
 
 def test_overlapping_boxes_have_the_same_gradient_as_slices() -> None:
     classifier = CellClassifier("gap")
-    x_NCHW = as_input(noise_images(1, 32, 32), CPU)
+    x_NCHW = as_input(noise_images(1, 32, 32), CPU, TrainConfig())
     boxes = np.array([(0, 0, 16, 16), (8, 8, 16, 16), (16, 16, 16, 16)])
     weight = classifier.backbone.net[0].weight
     (found,) = torch.autograd.grad(patch_outputs(classifier, x_NCHW, [boxes]).logits_NK.square().sum(), weight)
@@ -122,11 +122,13 @@ def made_batch(weight_2K: Tensor, seed: int = 0) -> ClassifierBatch:
 def test_the_unweighted_loss_is_the_multi_label_soft_margin_loss(head: str) -> None:
     classifier, batch = CellClassifier(head), made_batch(torch.ones(2, 3))
     logits_MK = patch_outputs(
-        classifier, as_input(np.stack([v.rgb_HWC for v in batch.views]), CPU), [v.boxes_B4 for v in batch.views]
+        classifier,
+        as_input(np.stack([v.rgb_HWC for v in batch.views]), CPU, TrainConfig()),
+        [v.boxes_B4 for v in batch.views],
     ).logits_NK
     present_MK = torch.from_numpy(np.concatenate([v.present_BK for v in batch.views])).float()
     expected = F.multilabel_soft_margin_loss(logits_MK, present_MK)
-    torch.testing.assert_close(presence_loss(classifier, batch, CPU), expected)
+    torch.testing.assert_close(presence_loss(classifier, batch, TrainConfig(), CPU), expected)
 
 
 def test_the_weighted_loss_includes_auxiliary_logits() -> None:
@@ -134,7 +136,9 @@ def test_the_weighted_loss_includes_auxiliary_logits() -> None:
     weight_2K = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.25, 1.5]])
     batch = made_batch(weight_2K)
     output = patch_outputs(
-        classifier, as_input(np.stack([v.rgb_HWC for v in batch.views]), CPU), [v.boxes_B4 for v in batch.views]
+        classifier,
+        as_input(np.stack([v.rgb_HWC for v in batch.views]), CPU, TrainConfig()),
+        [v.boxes_B4 for v in batch.views],
     )
     present_MK = np.concatenate([v.present_BK for v in batch.views])
     assert len(output.auxiliary_NK) == 1
@@ -145,7 +149,7 @@ def test_the_weighted_loss_includes_auxiliary_logits() -> None:
                 p = 1 / (1 + np.exp(-logits_MK[m, k].item()))
                 held = present_MK[m, k]
                 expected -= float(weight_2K[int(held), k]) * np.log(p if held else 1 - p) / present_MK.size
-    assert presence_loss(classifier, batch, CPU).item() == pytest.approx(expected, rel=1e-5)
+    assert presence_loss(classifier, batch, TrainConfig(), CPU).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -171,7 +175,7 @@ def test_presence_scores_cover_all_held_out_patches(tmp_path: Path, region: int 
         [images.rgb(n)[y : y + h, x : x + w] for n in range(3) for x, y, w, h in images.boxes[n].tolist()]
     )
     with torch.inference_mode():
-        logits_MK = classifier(as_input(crops_NHWC, CPU))
+        logits_MK = classifier(as_input(crops_NHWC, CPU, TrainConfig()))
     present_MK = np.concatenate(images.present)
     weight_2K = class_weights(present_MK.mean(axis=0), balance=True).numpy()
     weight_MK = torch.from_numpy(np.where(present_MK, weight_2K[1], weight_2K[0]))
@@ -320,8 +324,8 @@ def test_heads_of_layers_read_the_same_boxes_as_the_deep_head(tmp_path: Path) ->
             module.p = 0.0
     rgb_NHWC = noise_images(1, 64, 64)
     boxes_B4 = np.array([[0, 0, 32, 32], [32, 16, 32, 32]])
-    output = patch_outputs(classifier, as_input(rgb_NHWC, CPU), [boxes_B4])
-    shallow_1Chw = classifier.stages(as_input(rgb_NHWC, CPU)).shallow
+    output = patch_outputs(classifier, as_input(rgb_NHWC, CPU, TrainConfig()), [boxes_B4])
+    shallow_1Chw = classifier.stages(as_input(rgb_NHWC, CPU, TrainConfig())).shallow
     (auxiliary_BK,) = output.auxiliary_NK
     for logits_K, (x, y, w, h) in zip(auxiliary_BK, (boxes_B4 // 8).tolist(), strict=True):
         crop_1Chw = shallow_1Chw[:, :, y : y + h, x : x + w]

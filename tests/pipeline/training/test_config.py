@@ -27,7 +27,36 @@ def test_the_paper_preset_is_the_published_method() -> None:
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_preset_is_a_valid_configuration(preset: str) -> None:
-    assert isinstance(train_config(preset), TrainConfig)
+    # The networks of the release have no weights that a package offers.
+    settings = ["weights=a.safetensors"] if preset == "release" else []
+    assert isinstance(train_config(preset, None, settings), TrainConfig)
+
+
+def test_the_release_preset_is_the_published_code() -> None:
+    config = train_config("release", None, ["weights=a.safetensors", "encoder_weights=b.safetensors"])
+    assert (config.backbone, config.encoder, config.rates) == ("resnet38d", "resnet101", (6, 12, 18))
+    assert (config.mean, config.std) == ((0, 0, 0), (1, 1, 1))
+    assert (config.optimizer, config.schedule, config.backbone_rate, config.new_rate) == ("sgd", "poly", 0.01, 0.1)
+    assert (config.momentum, config.decay_biases, config.bias_factor, config.clip) == (5e-4, False, 2.0, 0)
+    assert (config.classifier_moves, config.segmenter_moves, config.blur) == ("flips", "mirror", 0.5)
+    assert (config.attention, config.normalize_attention, config.pda_schedule) == ("pda", False, "release")
+    assert (config.classifier_epochs, config.segmenter_epochs, config.view - 2 * config.margin) == (20, 30, 224)
+    assert config.xavier_head
+    assert config.encoder_pretrained
+    assert not config.encoder_starts
+
+
+def test_an_encoder_starts_from_the_classifier_its_own_weights_or_none() -> None:
+    def starts(*settings: str) -> tuple[bool, bool]:
+        config = train_config("default", None, settings)
+        return config.encoder_starts, config.encoder_pretrained
+
+    assert starts() == (True, True)
+    assert starts("weights=none") == (False, False)
+    assert starts("encoder=resnet18") == (False, False)
+    assert starts("encoder=resnet18", "encoder_weights=a.safetensors") == (False, True)
+    assert starts("encoder_weights=a.safetensors") == (False, True)
+    assert starts("encoder_weights=none") == (False, False)
 
 
 def test_settings_override_the_file_and_the_file_overrides_the_preset(tmp_path: Path) -> None:
@@ -71,6 +100,10 @@ def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None
         ("attention=pad", "setting attention"),
         ("optimizer=adam", "setting optimizer"),
         ("backbone=resnet38d", "set encoder too"),
+        ("std=[0.5, 0.0, 0.5]", "std is"),
+        ("mean=0.5", "setting mean"),
+        ("blur=2", "blur is 2"),
+        ("segmenter_moves=turns", "setting segmenter_moves"),
         ("head=lfi", "cannot make class probabilities from head lfi; set cam too"),
         ("head=gup", "head is 'gup'; use one of gap, pcam"),
         ("cam=kam", "cam is 'kam'; use head, cam, grad-cam"),
@@ -79,6 +112,12 @@ def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None
 def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:
     with pytest.raises(TrainConfigError, match=message):
         train_config("default", None, [setting])
+
+
+@pytest.mark.parametrize("weights", ["imagenet", "none"])
+def test_resnet38d_is_refused_without_a_weights_file(weights: str) -> None:
+    with pytest.raises(TrainConfigError, match=rf"weights is {weights}, but resnet38d needs a file.*checkpoints"):
+        train_config("default", None, ["backbone=resnet38d", "encoder=resnet101", f"weights={weights}"])
 
 
 def test_the_error_names_an_unknown_preset_or_missing_file(tmp_path: Path) -> None:

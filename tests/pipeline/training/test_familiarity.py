@@ -25,6 +25,7 @@ from models.segmenter import build_segmenter
 from models.tissue_class import TissueClass
 from pipeline.cli.familiarity import app
 from pipeline.errors import TrainError
+from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, samples
 from pipeline.training.familiarity import SHARE_LIMIT, fit_familiarity, recolored
 from pipeline.training.inputs import as_input
@@ -57,14 +58,18 @@ def images_of(textures: Dataset, split: str, most: int = 99) -> PatchImages:
 
 def features_of(classifier: Classifier, rgb_HWC: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
-        return window_features(classifier.stages(as_input(rgb_HWC[None].copy(), CPU)).deep, 8).flatten(0, 2).numpy()
+        return (
+            window_features(classifier.stages(as_input(rgb_HWC[None].copy(), CPU, TrainConfig())).deep, 8)
+            .flatten(0, 2)
+            .numpy()
+        )
 
 
 def test_the_limit_is_the_distance_that_nearly_all_validation_windows_stay_below(
     textures: Dataset, classifier: Classifier
 ) -> None:
     training, validation = images_of(textures, "train"), images_of(textures, "val")
-    statistics, card = fit_familiarity(classifier, training, validation, "cpu")
+    statistics, card = fit_familiarity(classifier, training, validation, TrainConfig(), "cpu")
     rng = np.random.default_rng(0)
     seen = [features_of(classifier, training.rgb(i)) for i in range(len(training))]
     seen += [features_of(classifier, recolored(training.rgb(i), rng)) for i in range(len(training))]
@@ -79,7 +84,9 @@ def test_the_limit_is_the_distance_that_nearly_all_validation_windows_stay_below
 
 def test_a_split_without_images_is_refused(textures: Dataset, classifier: Classifier) -> None:
     with pytest.raises(TrainError, match="no readable image"):
-        fit_familiarity(classifier, images_of(textures, "train"), images_of(textures, "val", most=0), "cpu")
+        fit_familiarity(
+            classifier, images_of(textures, "train"), images_of(textures, "val", most=0), TrainConfig(), "cpu"
+        )
 
 
 def test_recoloring_keeps_the_structure_and_depends_on_the_generator_alone() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import os
 import signal
@@ -154,10 +155,23 @@ def test_rates_rise_over_the_warm_up_and_fall_by_cosine_or_polynomial() -> None:
 def test_new_parameters_have_their_own_rate_and_frozen_ones_have_none() -> None:
     task = line_task()
     next(iter(task.network.parameters())).requires_grad_(False)
-    config = TrainConfig(backbone_rate=0.1, new_rate=0.7, bias_factor=2.0)
+    config = TrainConfig(backbone_rate=0.1, new_rate=0.7)
+    task = dataclasses.replace(task, bias_factor=2.0)
     groups = make_optimizer(task, config).param_groups
     shapes = [(group["rate"], [tuple(parameter.shape) for parameter in group["params"]]) for group in groups]
     assert shapes == [(pytest.approx(0.2), [(8,)]), (0.7, [(1, 8)]), (1.4, [(1,)])]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("decay_biases", [True, False])
+def test_the_weight_decay_spares_biases_if_the_task_asks_for_it(optimizer: str, decay_biases: bool) -> None:
+    task = dataclasses.replace(line_task(), decay_biases=decay_biases, momentum=0.25)
+    config = TrainConfig(optimizer=optimizer, weight_decay=0.02)  # type: ignore[arg-type]  # one of the two
+    groups = make_optimizer(task, config).param_groups
+    for group in groups:
+        is_bias = group["params"][0].ndim == 1
+        assert group["weight_decay"] == (0.0 if is_bias and not decay_biases else 0.02)
+        assert optimizer == "adamw" or group["momentum"] == 0.25
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:

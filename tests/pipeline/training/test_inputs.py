@@ -16,7 +16,8 @@ from models.classifier import Classifier
 from models.predictor import Predictor
 from models.segmenter import build_segmenter
 from pipeline.errors import TrainError
-from pipeline.training.inputs import MEAN, MULTIPLE, STD, as_input, load_start, padded
+from pipeline.training.config import TrainConfig
+from pipeline.training.inputs import MULTIPLE, as_input, load_start, padded
 from tests.models.networks import ConstantClassifier, ConstantSegmenter, make_card
 
 
@@ -27,16 +28,17 @@ def noise(count: int, height: int, width: int) -> np.ndarray[tuple[int, ...], np
 def test_bytes_become_minus_one_to_one_channels_first_in_torch_and_last_in_memory() -> None:
     rgb_NHWC = noise(2, 3, 5)
     rgb_NHWC[0, 0, 0] = (0, 255, 51)
-    x_NCHW = as_input(rgb_NHWC, torch.device("cpu"))
+    x_NCHW = as_input(rgb_NHWC, torch.device("cpu"), TrainConfig())
     assert x_NCHW.shape == (2, 3, 3, 5)
     assert x_NCHW.is_contiguous(memory_format=torch.channels_last)
     np.testing.assert_allclose(x_NCHW[0, :, 0, 0], [-1.0, 1.0, -0.6], atol=1e-6)
-    expected_NHWC = (rgb_NHWC / 255 - np.array(MEAN)) / np.array(STD)
+    expected_NHWC = (rgb_NHWC / 255 - 0.5) / 0.5
     np.testing.assert_allclose(x_NCHW.numpy().transpose(0, 2, 3, 1), expected_NHWC, atol=1e-6)
 
 
-def test_training_and_bundle_normalize_alike() -> None:
-    card = make_card().model_copy(update={"mean": MEAN, "std": STD})
+@pytest.mark.parametrize("config", [TrainConfig(), TrainConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))])
+def test_training_and_bundle_normalize_alike(config: TrainConfig) -> None:
+    card = make_card().model_copy(update={"mean": config.mean, "std": config.std})
     predictor = Predictor(card, NO_DIGEST, ConstantClassifier([0.5, 0.5]), ConstantSegmenter([0, 0]), device="cpu")
     rgb_NHWC = noise(2, 32, 32)
     seen: list[torch.Tensor] = []
@@ -47,7 +49,7 @@ def test_training_and_bundle_normalize_alike() -> None:
 
     predictor._segmenter = network
     predictor.logits(rgb_NHWC)
-    assert torch.equal(as_input(rgb_NHWC, predictor.device), seen[0])
+    assert torch.equal(as_input(rgb_NHWC, predictor.device, config), seen[0])
 
 
 @given(st.integers(1, 70), st.integers(1, 70))

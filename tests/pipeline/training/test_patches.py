@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.training.augment import Move
+from pipeline.training.augment import Augmentation, Move
 from pipeline.training.dataset import load_dataset, read_rgb, samples
 from pipeline.training.patches import (
     PatchImages,
@@ -74,7 +74,7 @@ def test_a_view_is_a_square_of_the_image_and_its_patches_move_along(tmp_path: Pa
     whole_HWC = read_rgb(images.samples[0])
     for seed in range(8):
         place = Place(0, 6, 10, 32)
-        view = make_view(images, place, 0.0, np.random.default_rng(seed))
+        view = make_view(images, place, Augmentation(), np.random.default_rng(seed))
         still_HWC = whole_HWC[10:42, 6:38]
         moved_as(view.rgb_HWC, still_HWC)
         expected = {
@@ -100,7 +100,9 @@ def test_beyond_its_edges_an_image_is_mirrored(tmp_path: Path) -> None:
         still_HWC = cut(images.rgb(0), Place(0, x, y, 32))
         np.testing.assert_array_equal(still_HWC, around_HWC[30 + y : 62 + y, 30 + x : 62 + x])
         labels_LHW = images.rgb(0).transpose(2, 0, 1)[:2]
-        rgb_HWC, moved_LHW = make_labeled_view(images, labels_LHW, Place(0, x, y, 32), 0.0, np.random.default_rng(3))
+        rgb_HWC, moved_LHW = make_labeled_view(
+            images, labels_LHW, Place(0, x, y, 32), Augmentation(), np.random.default_rng(3)
+        )
         moved_as(rgb_HWC, still_HWC)
         np.testing.assert_array_equal(moved_LHW, rgb_HWC.transpose(2, 0, 1)[:2])
 
@@ -138,7 +140,9 @@ def test_a_labeled_view_has_the_labels_of_its_pixels(tmp_path: Path) -> None:
     labels_LHW = images.rgb(0).transpose(2, 0, 1)[:2]
     seen = set()
     for seed in range(60):
-        rgb_HWC, moved_LHW = make_labeled_view(images, labels_LHW, Place(0, 4, 7, 32), 0.0, np.random.default_rng(seed))
+        rgb_HWC, moved_LHW = make_labeled_view(
+            images, labels_LHW, Place(0, 4, 7, 32), Augmentation(), np.random.default_rng(seed)
+        )
         np.testing.assert_array_equal(moved_LHW, rgb_HWC.transpose(2, 0, 1)[:2])
         seen.add(moved_as(rgb_HWC, images.rgb(0)[7:39, 4:36]))
     assert len(seen) == 8
@@ -146,7 +150,10 @@ def test_a_labeled_view_has_the_labels_of_its_pixels(tmp_path: Path) -> None:
 
 def test_equal_seeds_give_equal_views_and_other_seeds_other_views(tmp_path: Path) -> None:
     images = crops(tmp_path, {"a": (40, 40)})
-    one, again, other = (make_view(images, Place(0, 0, 0, 32), 0.3, np.random.default_rng(seed)) for seed in (5, 5, 6))
+    one, again, other = (
+        make_view(images, Place(0, 0, 0, 32), Augmentation(stain=0.3), np.random.default_rng(seed))
+        for seed in (5, 5, 6)
+    )
     np.testing.assert_array_equal(one.rgb_HWC, again.rgb_HWC)
     np.testing.assert_array_equal(one.boxes_B4, again.boxes_B4)
     assert not np.array_equal(one.rgb_HWC, other.rgb_HWC)

@@ -121,7 +121,7 @@ def test_maps_of_overlapping_patches_are_averaged(tmp_path: Path, method: str) -
     rgb_HWC = images.rgb(0)
     sums_LKHW, count_HW = np.zeros((2, 3, 52, 72)), np.zeros((52, 72))
     for (x, y, w, h), present_K in zip(images.boxes[0].tolist(), images.present[0], strict=True):
-        maps = layer_maps(method, classifier, as_input(rgb_HWC[None, y : y + h, x : x + w], CPU))
+        maps = layer_maps(method, classifier, as_input(rgb_HWC[None, y : y + h, x : x + w], CPU, TrainConfig()))
         for row, map_1Khw in enumerate((maps.middle, maps.deep)):
             up_KHW = np.stack([bilinear(map_hw, h, w) for map_hw in map_1Khw[0].detach().numpy()])
             scaled_KHW = (up_KHW - up_KHW.min()) / (up_KHW.max() - up_KHW.min())
@@ -158,13 +158,13 @@ def test_class_probabilities_are_the_mean_over_four_flips(size: tuple[int, int])
     for rows in (1, -1):
         for columns in (1, -1):
             flipped_HWC = np.ascontiguousarray(whole_HWC[::rows, ::columns])
-            x_1CHW = as_input(flipped_HWC[None], CPU)
+            x_1CHW = as_input(flipped_HWC[None], CPU, TrainConfig())
             with torch.inference_mode():
                 map_Khw = classifier.head_output(classifier.stages(x_1CHW), x_1CHW).map_NKhw[0].numpy()
             up_KHW = np.stack([bilinear(map_hw, *whole_HWC.shape[:2]) for map_hw in map_Khw])
             raised_KHW = np.exp(up_KHW - up_KHW.max(axis=0))
             total_KHW += (raised_KHW / raised_KHW.sum(axis=0))[:, ::rows, ::columns]
-    found_KHW = class_probabilities(classifier, rgb_HWC, CPU)[0]
+    found_KHW = class_probabilities(classifier, rgb_HWC, TrainConfig(), CPU)[0]
     np.testing.assert_allclose(found_KHW, total_KHW[:, :height, :width] / 4, atol=1e-4)
 
 
@@ -287,7 +287,7 @@ def test_maps_by_head_of_several_layers_come_from_the_heads_of_these_layers(tmp_
     labeled(images, [[[True, True, True]]])
     config = TrainConfig(confidence=0.5, layer_weights=(0.0, 0.4, 0.6))
     masks_LHW = pseudo_masks_of_image(classifier, images, 0, config, CPU)
-    probs_LKHW = class_probabilities(classifier, images.rgb(0), CPU, ("middle", "deep"))
+    probs_LKHW = class_probabilities(classifier, images.rgb(0), TrainConfig(), CPU, ("middle", "deep"))
     assert masks_LHW.shape == (2, 64, 64)
     for mask_HW, probs_KHW in zip(masks_LHW, probs_LKHW, strict=True):
         unsure_HW = probs_KHW.max(axis=0) < 0.5

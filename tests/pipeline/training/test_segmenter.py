@@ -231,9 +231,9 @@ def test_validation_gives_every_pixel_of_an_image_the_margin_of_the_run() -> Non
         seen.append(x_NCHW)
         return F.avg_pool2d(x_NCHW, 4)
 
-    logits_NKhw = trusted_logits(network, rgb_NHWC, 32, CPU)  # type: ignore[arg-type] # only called
+    logits_NKhw = trusted_logits(network, rgb_NHWC, TrainConfig(margin=32), CPU)  # type: ignore[arg-type] # only called
     assert seen[0].shape == (2, 3, 128, 96)
-    torch.testing.assert_close(logits_NKhw, F.avg_pool2d(as_input(rgb_NHWC, CPU), 4))
+    torch.testing.assert_close(logits_NKhw, F.avg_pool2d(as_input(rgb_NHWC, CPU, TrainConfig()), 4))
 
 
 def test_the_shares_of_a_batch_are_the_views_of_the_whole_batch(tmp_path: Path) -> None:
