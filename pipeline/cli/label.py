@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli.commands import EXIT_USAGE, fail, run
 from pipeline.console import log_to_stderr
+from pipeline.files import local_path
 
 if TYPE_CHECKING:
     from pipeline.labeling.labels import Labels
@@ -146,6 +147,7 @@ def page(
             open_browser(url)
 
     with failing():
+        local_path(output, "--output")
         bundle = load_bundle(model) if model else None
         names = [name.strip() for name in classes.split(",") if name.strip()]
         if bundle is not None and not names and not output.exists():
@@ -211,6 +213,7 @@ def import_(
     pairs = dict(_pair("--map", text) for text in mapping or [])
     who = annotator or getpass.getuser()
     with failing():
+        local_path(output, "--output")
         read = [(file, slide_of(file, slide), read_annotations(file)) for file in annotation_files(files)]
         with open_import(output, who, Wishes(patch_mpp, patch_side), [one for *_, one in read], pairs) as folder:
             for file, path, annotations in read:

@@ -51,8 +51,8 @@ class SlideRow:
     """What the training data of the model show."""
     limits: str = ""
     """Uses that the model is not for."""
-    unfamiliar: bool = False
-    """Whether the first warning states that the slide does not look like the training data."""
+    unfamiliar_warning: str = ""
+    """The one of the warnings that states that the slide does not look like the training data."""
 
     def area_mm2(self, name: str) -> float | None:
         """Return the area of a class; None if the slide's model does not have this class."""
@@ -157,7 +157,7 @@ def _row(name: str, summary: Mapping[str, Any], output: Path, folder: Path, run:
         error=_FOLDERS.sub("", str(summary.get("error", ""))),
         scope=run.scope if run else "",
         limits=run.limits if run else "",
-        unfamiliar=bool(not failed and run and run.familiarity and run.familiarity.is_unfamiliar),
+        unfamiliar_warning=run.unfamiliar_warning if run and not failed else "",
     )
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.results.names import GROUP, RUN
 
+log = logging.getLogger(__name__)
+
 
 def result_folders(output: Path) -> list[Path]:
     """Return the folders below `output` that have a `run.json`, sorted.
 
-    Only folders that runs have made are searched: the output folder may hold slides, or be a home folder.
+    Only folders that runs have made are searched: the output folder may hold slides, or be a home folder. Folders that
+    this user may not read are left out with a warning.
     """
     return sorted(_search(output))
 
@@ -20,9 +24,14 @@ def _search(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
-        if (path / RUN).is_file():
+        try:
+            is_result, is_group = (path / RUN).is_file(), (path / GROUP).is_file()
+        except OSError as error:
+            log.warning("%s: cannot be searched for results: %s", path, error.strerror or error)
+            continue
+        if is_result:
             yield path
-        elif (path / GROUP).is_file():
+        elif is_group:
             yield from _search(path)
 
 

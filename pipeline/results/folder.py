@@ -95,7 +95,7 @@ def open_folder(
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise LockedError(f"{output / name}: another process is working on this slide; wait until it ends") from None
+        raise _locked(output / name) from None
     try:
         folder = _prepare(output, name, identity, computed_with, force=force, repair=repair)
         try:
@@ -114,6 +114,16 @@ def lock_file(output: Path, name: str) -> Path:
     """Return the lock file of a slide. A killed run leaves the file behind, unlocked."""
     result = output / name
     return result.with_name(f".{result.name}.lock")
+
+
+def check_unlocked(output: Path, name: str) -> None:
+    """Raise LockedError if another process is working on a slide."""
+    if is_locked(output, name):
+        raise _locked(output / name)
+
+
+def _locked(target: Path) -> LockedError:
+    return LockedError(f"{target}: another process is working on this slide; wait until it ends")
 
 
 def is_locked(output: Path, name: str) -> bool:
@@ -162,9 +172,7 @@ def _prepare(
     if folder.target.exists():
         header = read_header(folder.target)
         if header is None:
-            raise OutputError(
-                f"{folder.target}: was not written by wsi-segment; move it away or choose another --output"
-            )
+            raise OutputError(_foreign(folder.target))
         if not force:
             if header.identity != identity.as_json():
                 raise OutputError(_another_run(folder.target, header, identity.as_json()))
@@ -229,6 +237,12 @@ def _clear_rest(work: Path, identity: RunIdentity) -> None:
         shutil.rmtree(work)
 
 
+def _foreign(target: Path) -> str:
+    if (target / RUN).is_file():
+        return f"{target}: its {RUN} is damaged or of another program; move the folder away or choose another --output"
+    return f"{target}: was not written by wsi-segment; move it away or choose another --output"
+
+
 def _another_run(target: Path, header: RunHeader, identity: Mapping[str, object]) -> str:
     settings = ", ".join(_other_values(header.identity, identity))
     return (
@@ -252,8 +266,11 @@ def _other_values(former: Mapping[str, object], identity: Mapping[str, object]) 
     for key in ("parameters", "computed_with"):
         then, now = former.get(key), identity.get(key)
         if isinstance(then, dict) and isinstance(now, dict):
+            # A setting that came later is left out at its default.
             yield from (
-                f"{name} {then.get(name)} instead of {now[name]}" for name in now if then.get(name) != now[name]
+                f"{name} {then.get(name, 'unset')} instead of {now.get(name, 'unset')}"
+                for name in now | then
+                if then.get(name) != now.get(name)
             )
 
 

@@ -214,12 +214,13 @@ class Run(_Record):
     bad_tiles_l0: tuple[Box, ...]
     """Tiles that could not be read completely."""
     warnings: tuple[str, ...]
+    """The warning about tissue unlike the training data is the first one."""
     plan: PlanFacts
     resumed_blocks: int
     """Blocks that an earlier, interrupted run had finished."""
     device: str
     computed_with: dict[str, Any] = Field(default_factory=dict)
-    """`ResolvedSettings.computed_with`, and the versions; empty in older results."""
+    """`ResolvedSettings.computed_with`; empty in older results. With `versions`, it decides the bytes of a block."""
     seconds: dict[str, float]
     """Time per stage. Stages with a colon in their name are parts of others and overlap."""
     versions: dict[str, str]
@@ -237,6 +238,17 @@ class Run(_Record):
         return self
 
     @property
+    def unfamiliar_warning(self) -> str:
+        """Return the warning about tissue unlike the training data, or an empty text."""
+        is_unfamiliar = self.familiarity is not None and self.familiarity.is_unfamiliar
+        return self.warnings[0] if is_unfamiliar and self.warnings else ""
+
+    @property
+    def other_warnings(self) -> tuple[str, ...]:
+        """Return the warnings but `unfamiliar_warning`."""
+        return self.warnings[1:] if self.unfamiliar_warning else self.warnings
+
+    @property
     def slide_title(self) -> str:
         """Return the name that pages show: that of the result, or of the slide's file without its ending."""
         return self.name or Path(self.slide.name).stem
@@ -248,6 +260,12 @@ class RunHeader(_Record):
     identity: dict[str, Any]
     outputs: tuple[str, ...]
     computed_with: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def blocks_computed_with(self) -> dict[str, Any]:
+        """Return what the blocks were computed with, as `ResultFolder.work_identity` has it."""
+        return self.computed_with | {"versions": self.versions}
 
 
 def run_identity(slide_digest: str, model_digest: str, parameters: Mapping[str, object]) -> RunIdentity:

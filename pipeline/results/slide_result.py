@@ -81,7 +81,8 @@ def finished_result(name: str, folder: Path, run: Run, seconds: float) -> SlideR
 
 def skipped_result(name: str, folder: Path, run: Run, seconds: float) -> SlideResult:
     """Return the result of a slide that an earlier run has finished."""
-    return SlideResult(name, "skipped", seconds, run.class_areas_mm2, _columns(run), folder)
+    areas_mm2, columns = run.class_areas_mm2, _columns(run)
+    return SlideResult(name, "skipped", seconds, areas_mm2, columns, folder, warnings=run.warnings)
 
 
 def _columns(run: Run) -> dict[str, object]:

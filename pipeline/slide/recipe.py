@@ -28,7 +28,7 @@ from pipeline.formats.polygons import Region, join_regions, load_regions
 from pipeline.pages.slide_page import write_slide_page
 from pipeline.progress import Progress, no_progress
 from pipeline.results.digests import Listing, list_files, write_result
-from pipeline.results.folder import open_folder
+from pipeline.results.folder import check_unlocked, open_folder
 from pipeline.results.names import BLOCKS, GEOPARQUET_END, LISTING, MAP_END, PAGE, RUN, THUMBNAIL
 from pipeline.results.record import (
     Familiarity,
@@ -122,6 +122,7 @@ def segment_slide_with(
     try:
         with ExitStack() as stack:
             if planned is None and read_header(output / name) is None:
+                check_unlocked(output, name)
                 # Before the digest, which reads the whole file: a file that no reader opens may have terabytes.
                 with _timed(seconds, "plan"):
                     planned = plan_slide(path, runner.card, settings)
@@ -221,7 +222,7 @@ def _segment_slide(
                 plan=plan.facts(settings),
                 resumed_blocks=resumed,
                 device=runner.device,
-                computed_with=computed_with,
+                computed_with=settings.computed_with(),
                 seconds=seconds,
                 versions=run_versions,
                 outputs=tuple(sorted({p.name for p in folder.result.iterdir()} | {RUN, PAGE, THUMBNAIL, LISTING})),
@@ -362,9 +363,8 @@ def _unfamiliar_warning(card: ModelCard, familiarity: Familiarity | None) -> str
         return ""
     scope = f" ({card.scope})" if card.scope else ""
     return (
-        f"{familiarity.unfamiliar_share:.0%} of this slide does not look like the model's training data{scope}".replace(
-            "%", " %", 1
-        )
+        f"{familiarity.unfamiliar_share:.0%} of the tissue of this slide does not look like the model's training "
+        f"data{scope}".replace("%", " %", 1)
     )
 
 

@@ -35,7 +35,7 @@ def take_over_blocks(folder: ResultFolder, work: BlockWork, blocks: Sequence[Blo
     such as on another processor.
     """
     header = read_header(folder.target)
-    computed_with = header.computed_with if header else None
+    computed_with = header.blocks_computed_with if header else None
     if computed_with != folder.work_identity["computed_with"]:
         log.warning("%s: was computed with %s; computing all blocks again", folder.target, computed_with)
         return

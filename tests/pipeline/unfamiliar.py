@@ -10,7 +10,7 @@ from pipeline.formats.familiarity import CELL_OUT, FamiliarityMap, write_familia
 from pipeline.results.names import FAMILIARITY
 from pipeline.results.record import Familiarity, Run, read_run, write_run
 
-WARNING = "60 % of this slide does not look like the model's training data (paint)"
+WARNING = "60 % of the tissue of this slide does not look like the model's training data (paint)"
 FACTS = {"scope": "paint", "limits": "For tests.", "warnings": (WARNING, "another warning")}
 
 

@@ -27,11 +27,12 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from models.tissue_class import Color
+from models.tissue_class import Color, TissueClass
 from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import write_atomically
+from pipeline.formats.left_out import CLASSES as LEFT_OUT_CLASSES
 from pipeline.results.find import result_folders
-from pipeline.results.names import FAMILIARITY, GEOJSON_END, MAP_END
+from pipeline.results.names import FAMILIARITY, GEOJSON_END, LEFT_OUT, MAP_END
 from pipeline.results.record import Run, read_header, read_run
 from pipeline.viewing.qupath.images import SlideFile, enter_slides, files_of, load_project
 from pipeline.viewing.qupath.maps import ProbabilityMap, write_overlays, write_tiles
@@ -43,7 +44,19 @@ FOLDER = "qupath"
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
-_COLUMNS = ("entryID", "name", "slide", "geojson", "tiles", "overlays", "width", "height", "classes", "warning")
+_COLUMNS = (
+    "entryID",
+    "name",
+    "slide",
+    "geojson",
+    "left_out",
+    "tiles",
+    "overlays",
+    "width",
+    "height",
+    "classes",
+    "warning",
+)
 
 _WARNING = "Warning of wsi-segment"
 """Metadata key of an image that does not look like the training data of the model. QuPath lists it with the image."""
@@ -60,12 +73,18 @@ class _Result:
     digest: str
     """Digest of the run's identity."""
     map: ProbabilityMap
+    left_out: tuple[TissueClass, ...]
+    """The classes of the areas beside the tissue that the slide has."""
     warning: str
     """Why the map of this slide cannot be trusted; empty if nothing is known."""
 
     @property
     def geojson(self) -> Path:
         return self.folder / f"{self.folder.name}{GEOJSON_END}"
+
+    @property
+    def left_out_geojson(self) -> Path:
+        return self.folder / LEFT_OUT
 
 
 def write_project(output: Path, *, tiles: bool = False, slides: Path | None = None) -> Path:
@@ -152,8 +171,9 @@ def _result(output: Path, folder: Path, store: Path, run: Run) -> _Result:
         digest,
         familiarity if familiarity is not None and familiarity.is_file() else None,
     )
-    unfamiliar = run.familiarity is not None and run.familiarity.is_unfamiliar
-    return _Result(folder, name, place, made_of, probability, run.warnings[0] if unfamiliar and run.warnings else "")
+    kinds = {f"{one.name}*" for one in run.left_out if one.pieces}
+    left_out = tuple(one for one in LEFT_OUT_CLASSES if one.name in kinds)
+    return _Result(folder, name, place, made_of, probability, left_out, run.unfamiliar_warning)
 
 
 def _merged_classes(path: Path, results: Sequence[_Result]) -> dict[str, Any]:
@@ -166,7 +186,7 @@ def _merged_classes(path: Path, results: Sequence[_Result]) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise OutputError(f"{path}: is not a list of classes that QuPath can read; move it away") from error
     for result in results:
-        for one in result.map.classes:
+        for one in (*result.map.classes, *result.left_out):
             if one.name not in known:
                 known.add(one.name)
                 classes["pathClasses"].append({"name": one.name, "color": packed_argb(one.color)})
@@ -205,6 +225,7 @@ def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool
         _quoted(result.slide.title),
         _slide_cell(entry, folder),
         _relative(result.geojson, folder),
+        _relative(result.left_out_geojson, folder) if result.left_out_geojson.exists() else "",
         _relative(tiles_path, folder) if tiles_path.exists() else "",
         _relative(maps, folder),
         str(width),

@@ -16,6 +16,7 @@ from distributed.security import Security
 
 from models.runtimes import RUNTIME_FACTS
 from pipeline.errors import ClusterError
+from pipeline.limits import available_cores
 from pipeline.workers.semaphores import start_silent_tracker
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def local_processes(count: int, gpus: list[str]) -> Iterator[SpecCluster]:
     """
     start_silent_tracker()
     security = Security.temporary()
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // count))
     common: dict[str, Any] = {
         "nthreads": 1,
         "host": "127.0.0.1",

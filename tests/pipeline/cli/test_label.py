@@ -160,3 +160,14 @@ def test_the_patient_is_the_slide_s_name_unless_a_pattern_is_given() -> None:
 
 def test_the_default_model_is_the_shipped_one() -> None:
     assert DEFAULT_MODEL == DEFAULT_BUNDLE
+
+
+@pytest.mark.parametrize("command", [("a.svs",), ("import", "a.geojson", "--slide", "a.svs")])
+def test_an_address_as_output_is_refused(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*command, "-o", "s3://bucket/labels")
+    assert result.exit_code == 1
+    assert "--output: s3:/bucket/labels is an address (s3://), which is not supported" in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import OutputError
+from pipeline.errors import LockedError, OutputError
 from pipeline.results.digests import write_result
 from pipeline.results.find import result_folders, result_name
-from pipeline.results.folder import ResultFolder, is_locked, open_folder
+from pipeline.results.folder import ResultFolder, check_unlocked, is_locked, open_folder
 from tests.pipeline.runs import IDENTITY, make_run
 
 
@@ -67,7 +67,7 @@ def test_force_deletes_nothing_beside_another_programs_run_json(tmp_path: Path, 
     (tmp_path / "slide" / "run.json").write_text(run)
     for force in (False, True):
         with (
-            pytest.raises(OutputError, match="was not written by wsi-segment"),
+            pytest.raises(OutputError, match="damaged or of another program"),
             open_folder(tmp_path, "slide", IDENTITY, {}, force=force),
         ):
             pass
@@ -152,3 +152,50 @@ def test_a_result_inside_another_result_is_refused(tmp_path: Path, output: str, 
     ):
         pass
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_may_not_be_read_is_left_out_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(tmp_path, "a.txt")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:  # root may read everything
+        if path.parent == foreign:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert result_folders(tmp_path) == [tmp_path / "slide"]
+    assert caplog.messages == [f"{foreign}: cannot be searched for results: Permission denied"]
+
+
+def test_a_setting_that_only_one_of_two_runs_has_is_named(tmp_path: Path) -> None:
+    publish(tmp_path, "a.txt")
+    other = IDENTITY.model_copy(update={"parameters": IDENTITY.parameters | {"exclude_folds": True}})
+    with (
+        pytest.raises(OutputError, match="it was made with exclude_folds unset instead of True"),
+        open_folder(tmp_path, "slide", other, {}),
+    ):
+        pass
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    publish(tmp_path, "a.txt")
+    record = tmp_path / "slide" / "run.json"
+    record.write_text(record.read_text()[:-40])
+    message = r"slide: its run\.json is damaged or of another program; move the folder away"
+    for options in ({}, {"repair": True}, {"force": True}):
+        with pytest.raises(OutputError, match=message), open_folder(tmp_path, "slide", IDENTITY, {}, **options):
+            pass
+
+
+def test_a_locked_slide_is_refused_before_any_work(tmp_path: Path) -> None:
+    check_unlocked(tmp_path, "slide")
+    with (
+        open_folder(tmp_path, "slide", IDENTITY, {}),
+        pytest.raises(LockedError, match="another process is working on this slide"),
+    ):
+        check_unlocked(tmp_path, "slide")

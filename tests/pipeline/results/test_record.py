@@ -13,8 +13,8 @@ from models.tissue_class import TissueClass
 from pipeline import files
 from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import write_atomically
-from pipeline.results.record import read_header, read_run, versions, write_run
-from pipeline.results.slide_result import COLUMNS, STATUSES, SlideResult, finished_result
+from pipeline.results.record import Familiarity, read_header, read_run, versions, write_run
+from pipeline.results.slide_result import COLUMNS, STATUSES, SlideResult, finished_result, skipped_result
 from pipeline.results.summary import read_summary, write_summary
 from tests.pipeline.runs import IDENTITY, TUMOR, make_run
 from tests.pipeline.summaries import rows_of
@@ -209,3 +209,26 @@ def test_the_documented_columns_and_statuses_are_those_of_the_table(tmp_path: Pa
     assert (tmp_path / "summary.csv").read_text(encoding="utf-8").splitlines()[0].split(",") == documented
     row = next(line for line in table.splitlines() if line.startswith("| `status`"))
     assert [name for name in STATUSES if f"`{name}`" not in row] == []
+
+
+def test_a_skipped_slide_has_the_warnings_of_its_result(tmp_path: Path) -> None:
+    result = skipped_result("a", tmp_path / "a", make_run(warnings=("folds cover 3 % of the tissue", "b")), 0.1)
+    write_summary(tmp_path, [result])
+    assert rows_of(tmp_path)["a"]["warnings"] == "folds cover 3 % of the tissue; b"
+
+
+def test_the_warning_about_unfamiliar_tissue_stands_apart_from_the_others() -> None:
+    for share, expected in ((0.6, ("first", ("second",))), (0.4, ("", ("first", "second")))):
+        familiarity = Familiarity(unfamiliar_share=share, share_limit=0.5, l0_per_px=32.0)
+        run = make_run(familiarity=familiarity, warnings=("first", "second"))
+        assert (run.unfamiliar_warning, run.other_warnings) == expected
+    assert make_run(warnings=("first",)).unfamiliar_warning == ""
+
+
+def test_the_versions_of_a_result_are_read_from_older_records_too(tmp_path: Path) -> None:
+    computed_with = {"device": "cpu", "processor": "x"}
+    for values in (computed_with, computed_with | {"versions": {"torch": "2", "openvino": "3"}}):
+        write_run(tmp_path, make_run(computed_with=values))
+        header = read_header(tmp_path)
+        assert header is not None
+        assert header.blocks_computed_with == computed_with | {"versions": {"torch": "2", "openvino": "3"}}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pipeline.checks.ome_zarr import broken_ome_zarr_rules
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, InferenceError, LockedError, OutputError, PlanError
+from pipeline.results.folder import open_folder
 from pipeline.slide import recipe
 from pipeline.slide.recipe import segment_slide
 from tests.cases import full
@@ -39,6 +40,7 @@ from tests.pipeline.fakes import (
     truth,
 )
 from tests.pipeline.features import checked_features
+from tests.pipeline.runs import IDENTITY
 from tests.slides import PINK, painted, write_slide
 from wsi.box import Box
 from wsi.errors import ResolutionError, SlideError, SlideReadError
@@ -515,3 +517,12 @@ def test_bad_files_leave_nothing_behind(tmp_path: Path, shared_slides: Path, nam
     with pytest.raises(SlideError, match=f"^{name}: "):
         segment_slide(shared_slides / name, tmp_path / "out", color_predictor(), SMALL)
     assert list(tmp_path.rglob("*")) in ([], [tmp_path / "out"])
+
+
+def test_a_locked_slide_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "slide.svs").write_bytes(b"not a slide")
+    with (
+        open_folder(tmp_path / "out", "slide", IDENTITY, {}),
+        pytest.raises(LockedError, match="another process is working on this slide"),
+    ):
+        segment_slide(tmp_path / "slide.svs", tmp_path / "out", color_predictor(), SMALL)

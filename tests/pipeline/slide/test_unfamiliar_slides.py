@@ -23,7 +23,7 @@ from tests.pipeline.fakes import SMALL
 from tests.pipeline.small_bundle import familiar_bundle, small_bundle
 from tests.slides import PINK, painted, write_slide
 
-WARNING = " % of this slide does not look like the model's training data (paint, on glass)"
+WARNING = " % of the tissue of this slide does not look like the model's training data (paint, on glass)"
 
 
 def grainy(strength: int) -> NDArray[np.uint8]:

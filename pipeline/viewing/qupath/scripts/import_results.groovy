@@ -1,4 +1,6 @@
-// Imports the regions of wsi-segment, and the tiles if they were exported, into the images of this project.
+// Imports the regions of wsi-segment, the areas beside the tissue, and the tiles if they were exported, into the images of
+// this project. The areas beside the tissue (folds, pen, dust and others) are hidden: to see them, select their class in the
+// list of classes and choose Show/Hide > Show classes in viewer.
 //
 // In QuPath: choose Automate > Project scripts > import_results, then Run. The script imports into every image of the
 // project and replaces earlier imports. It changes open images without saving them, and saves all others.
@@ -79,20 +81,22 @@ Map readRows(File folder) {
     def names = lines.head().split('\t', -1)
     return lines.tail().collectEntries { line ->
         def cells = [names, line.split('\t', -1)].transpose().collectEntries { it }
-        def file = { text -> text.isEmpty() ? null : new File(folder.toURI().resolve(text)) }
+        def file = { text -> !text ? null : new File(folder.toURI().resolve(text)) }
         def warning = cells.warning ? "; WARNING: ${URLDecoder.decode(cells.warning, 'UTF-8')}" : ''
         [cells.entryID, [name: URLDecoder.decode(cells.name, 'UTF-8'), warning: warning,
                          slide: cells.slide ? file(cells.slide) : null,
+                         leftOut: file(cells.left_out),
                          files: [file(cells.geojson), file(cells.tiles)].findAll { it != null }]]
     }
 }
 
 /** Import the objects of a result, replace those of earlier imports, and return a summary. */
 String importInto(imageData, row) {
-    def missing = row.files.find { !it.isFile() }
+    def missing = (row.files + row.leftOut).find { it != null && !it.isFile() }
     if (missing != null)
         throw new FileNotFoundException("${missing} is missing; keep the project folder in the results folder")
-    def found = row.files.collectMany { PathIO.readObjects(it.toPath()) }
+    def leftOut = row.leftOut == null ? [] : PathIO.readObjects(row.leftOut.toPath())
+    def found = row.files.collectMany { PathIO.readObjects(it.toPath()) } + leftOut
     def ids = found.collect { it.getID() } as Set
     def hierarchy = imageData.getHierarchy()
     def objects = hierarchy.getAllObjects(false)
@@ -111,6 +115,7 @@ String importInto(imageData, row) {
     fresh.findAll { it.isAnnotation() }.each { it.setLocked(true) }
     hierarchy.removeObjects(former, true)
     hierarchy.addObjects(fresh)
+    leftOut.collect { it.getPathClass() }.toSet().each { getQuPath()?.getOverlayOptions()?.setPathClassHidden(it, true) }
     // A type that the user has set stays.
     if (imageData.getImageType() in [null, ImageData.ImageType.UNSET])
         imageData.setImageType(ImageData.ImageType.BRIGHTFIELD_H_E)

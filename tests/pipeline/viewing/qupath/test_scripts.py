@@ -16,10 +16,12 @@ import pytest
 
 from pipeline.labeling.annotations import read_annotations
 from pipeline.labeling.import_annotations import slide_of
+from pipeline.results.names import LEFT_OUT
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.qupath.project import write_project
-from tests.pipeline.fakes import SMALL, color_predictor, region_slide
+from tests.pipeline.fakes import SMALL, color_predictor, region_slide, run_of
 from tests.slides import PINK
+from wsi.left_out import LeftOut
 
 STUBS = Path(__file__).parent / "stubs"
 NAMES = ("d.svs", "ä b+c.svs")
@@ -77,6 +79,19 @@ def ids_of(root: Path, name: str) -> list[str]:
     stem = Path(name).stem
     text = (root / "results" / stem / f"{stem}.geojson").read_text(encoding="utf-8")
     return [feature["id"] for feature in json.loads(text)["features"]]
+
+
+def add_pen(folder: Path) -> str:
+    """Give a result an area of pen, and return the id of its annotation."""
+    feature = json.loads((folder / f"{folder.name}.geojson").read_text(encoding="utf-8"))["features"][0]
+    feature |= {"id": "00000000-0000-4000-8000-000000000000"}
+    feature["properties"]["classification"] = {"name": "pen*", "color": list(LeftOut.PEN.color)}
+    text = json.dumps({"type": "FeatureCollection", "features": [feature]})
+    (folder / LEFT_OUT).write_text(text, encoding="utf-8")
+    run = run_of(folder)
+    run["left_out"] = [{"name": "pen", "area_mm2": 0.1, "pieces": 1}]
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    return str(feature["id"])
 
 
 def test_every_image_gets_its_regions_locked_and_with_their_class(play: Play, segmented: Path) -> None:
@@ -144,6 +159,27 @@ def test_tiles_are_imported(play: Play, segmented: Path, tmp_path: Path) -> None
     state = play(project, "run=import_results", "run=import_results")
     for name in NAMES:
         assert Counter(o["type"] for o in state["objects"][name]) == {"annotation": 2, "tile": 15}
+
+
+def test_areas_beside_the_tissue_are_imported_locked_and_hidden(play: Play, segmented: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(segmented, tmp_path / "copy")
+    folder = root / "results" / "d"
+    pen = add_pen(folder)
+    project = write_project(root / "results")
+    state = play(project, f"open={NAMES[0]}", "run=import_results", "run=import_results")
+    objects = state["objects"][NAMES[0]]
+    assert [o["id"] for o in objects] == [*ids_of(root, NAMES[0]), pen]
+    assert [(o["class"], o["name"], o["locked"]) for o in objects][-1] == ("pen*", "pen* 1", True)
+    assert state["hidden"] == ["pen*"]
+    assert f"{NAMES[0]}: 3 objects imported, 3 from an earlier import replaced" in state["said"]
+    # Without a window there is nothing to hide.
+    assert len(play(project, "headless")["objects"][NAMES[0]]) == 3
+    # What is exported for training does not contain them.
+    play(project, "run=import_results", "run=export_annotations")
+    read = read_annotations(project.parent / "annotations" / f"{NAMES[0]}.geojson")
+    assert (read.found, read.skipped) == ((), {"regions of wsi-segment, which are predictions": 3})
+    (folder / LEFT_OUT).unlink()
+    assert f"{LEFT_OUT} is missing" in play(project, "run=import_results")["said"]
 
 
 def test_moved_slides_are_found_and_a_lost_slide_does_not_stop_the_others(

@@ -88,6 +88,8 @@ class Project {
 class OverlayOptions {
     boolean showPixelClassification = false
     boolean fillAnnotations = false
+    Set<String> hiddenClasses = []
+    void setPathClassHidden(String className, boolean hidden) { hidden ? hiddenClasses.add(className) : hiddenClasses.remove(className) }
 }
 
 class Viewer {

@@ -102,6 +102,7 @@ System.in.eachLine('UTF-8') { line ->
         } },
         asked: Dialogs.asked,
         shown: viewer?.overlayOptions?.showPixelClassification,
+        hidden: QPEx.quPath?.overlayOptions?.hiddenClasses,
         filled: QPEx.quPath?.overlayOptions?.fillAnnotations,
         overlays: viewer?.customOverlayLayers?.collect { it.regions.collect { region, img ->
             [box: region.box, size: [img.width, img.height], pixel: img.getRGB(img.width.intdiv(4), img.height.intdiv(2))]
