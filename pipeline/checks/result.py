@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,7 @@ def _results(folder: Path) -> Iterator[Path]:
 def _result(folder: Path, *, quick: bool) -> Findings:
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        outputs, polygons = [str(name) for name in run["outputs"]], run["polygons"]
+        outputs, polygons, areas_mm2 = [str(name) for name in run["outputs"]], run["polygons"], run["class_areas_mm2"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         return {folder / "run.json": [f"does not list the outputs of the result ({error})"]}
     found: Findings = {folder / "run.json": changed_values(run)}
@@ -77,11 +78,11 @@ def _result(folder: Path, *, quick: bool) -> Findings:
     if not quick:
         for name in outputs:
             if (folder / name).exists():
-                found[folder / name] = _broken_format(folder / name, polygons) + found.get(folder / name, [])
+                found[folder / name] = _broken_format(folder / name, polygons, areas_mm2) + found.get(folder / name, [])
     return found
 
 
-def _broken_format(path: Path, polygons: Any) -> list[str]:
+def _broken_format(path: Path, polygons: Any, areas_mm2: Any) -> list[str]:
     if path.suffix == ".zarr":
         return broken_ome_zarr_rules(path)
     if path.suffix == ".geojson":
@@ -90,7 +91,7 @@ def _broken_format(path: Path, polygons: Any) -> list[str]:
             return broken
         return broken + _other_count(count, polygons, "features")
     if path.suffix == ".parquet":
-        return _parquet(path, polygons)
+        return _parquet(path, polygons, areas_mm2)
     return ["is empty"] if path.is_file() and path.stat().st_size == 0 else []
 
 
@@ -101,16 +102,32 @@ def _geojson(path: Path) -> tuple[int, list[str]]:
         return 0, [f"cannot be read: {error}"]
 
 
-def _parquet(path: Path, polygons: Any) -> list[str]:
+def _parquet(path: Path, polygons: Any, areas_mm2: Any) -> list[str]:
     try:
         with path.open("rb") as binary, pq.ParquetFile(binary) as file:
             names, rows = set(file.schema_arrow.names), file.metadata.num_rows
             geo = b"geo" in (file.schema_arrow.metadata or {})
+            table = file.read(["class", "area_mm2"]) if {"class", "area_mm2"} <= names else None
     except (OSError, pa.ArrowException) as error:
         return [f"cannot be read: {error}"]
     missing = sorted({"id", "class", "label", "area_mm2", "geometry"} - names)
     wrong = [f"lacks the columns {', '.join(missing)}"] if missing else []
-    return wrong + ([] if geo else ["has no GeoParquet metadata"]) + _other_count(rows, polygons, "rows")
+    wrong += [] if geo else ["has no GeoParquet metadata"]
+    return wrong + _other_count(rows, polygons, "rows") + ([] if table is None else _other_areas(table, areas_mm2))
+
+
+def _other_areas(table: pa.Table, areas_mm2: Any) -> list[str]:
+    """Compare the sum of the polygons of each class with the area in run.json, up to 1 µm² and a billionth."""
+    sums_mm2: dict[str, float] = {}
+    for name, area_mm2 in zip(table["class"].to_pylist(), table["area_mm2"].to_pylist(), strict=True):
+        sums_mm2[name] = sums_mm2.get(name, 0.0) + area_mm2
+    stated_mm2 = areas_mm2 if isinstance(areas_mm2, dict) else {}
+    wrong = []
+    for name in sorted(set(sums_mm2) | set(stated_mm2)):
+        found, stated = sums_mm2.get(name, 0.0), stated_mm2.get(name)
+        if not isinstance(stated, (int, float)) or not math.isclose(found, stated, rel_tol=1e-9, abs_tol=1e-6):
+            wrong.append(f"has {found:g} mm² of {name}, but run.json has {stated}")
+    return wrong
 
 
 def _other_count(count: int, polygons: Any, what: str) -> list[str]:

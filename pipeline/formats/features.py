@@ -74,18 +74,20 @@ def write_features(
     regions: Iterable[Region],
     classes: Sequence[TissueClass],
     l0_per_out: float,
+    size_l0: tuple[int, int],
     mpp_l0: float,
     slide_digest: str,
 ) -> None:
     """Write all regions to one GeoJSON and one GeoParquet file, in the order given.
 
-    classes: the classes of labels 1, 2, …; l0_per_out: level-0 pixels per out pixel; mpp_l0: micrometers per level-0
-    pixel. Memory does not grow with the number of regions; no regions give two valid empty files.
+    classes: the classes of labels 1, 2, …; l0_per_out: level-0 pixels per out pixel; size_l0: (width, height) of the
+    slide's bounds, which no region passes; mpp_l0: micrometers per level-0 pixel. Memory does not grow with the number
+    of regions; no regions give two valid empty files.
     Raises ValueError for equal class names, for a scale that is not a positive number, and for a label without a class.
     """
     _check(classes, l0_per_out, mpp_l0)
     count = 0
-    features = region_features(regions, classes, l0_per_out, mpp_l0, slide_digest)
+    features = region_features(regions, classes, l0_per_out, size_l0, mpp_l0, slide_digest)
     with (
         geojson_path.open("w", encoding="utf-8", newline="\n") as geojson,
         parquet_path.open("wb") as file,  # Arrow does not open names that are not UTF-8
@@ -101,23 +103,28 @@ def write_features(
         geojson.write("\n]}\n")
 
 
-def count_features(parquet_path: Path) -> int:
-    """Return the number of features in a GeoParquet file that `write_features` has written."""
-    with parquet_path.open("rb") as file:
-        return int(pq.read_metadata(file).num_rows)
+def measure_features(parquet_path: Path, classes: Sequence[TissueClass]) -> tuple[int, dict[str, float]]:
+    """Return the number of features in a GeoParquet file of `write_features`, and the area of each class in mm²."""
+    with parquet_path.open("rb") as file, pq.ParquetFile(file) as parquet:
+        table = parquet.read(["label", "area_mm2"], use_threads=False)
+    label_N, area_mm2_N = table["label"].to_numpy(), table["area_mm2"].to_numpy()
+    sums_mm2 = np.bincount(label_N, area_mm2_N, minlength=len(classes) + 1).tolist()
+    return len(table), {one.name: sums_mm2[label] for label, one in enumerate(classes, start=1)}
 
 
 def region_features(
     regions: Iterable[Region],
     classes: Sequence[TissueClass],
     l0_per_out: float,
+    size_l0: tuple[int, int],
     mpp_l0: float,
     slide_digest: str,
 ) -> Iterator[Feature]:
     """Yield the features of the regions in their order. Rounding can split a region into several, or erase it."""
     stream = iter(regions)
     while batch := list(itertools.islice(stream, _BATCH)):
-        for region, polygons_l0 in zip(batch, _on_grid([r.geometry_out for r in batch], l0_per_out), strict=True):
+        geometries_out = [region.geometry_out for region in batch]
+        for region, polygons_l0 in zip(batch, _on_grid(geometries_out, l0_per_out, size_l0), strict=True):
             if not 1 <= region.label <= len(classes):
                 raise ValueError(f"a region has label {region.label}, but the classes are 1 to {len(classes)}")
             tissue_class = classes[region.label - 1]
@@ -151,11 +158,14 @@ def geojson_text(features: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     yield "\n]}\n"
 
 
-def _on_grid(polygons_out: Sequence[shapely.Polygon], l0_per_out: float) -> list[list[shapely.Polygon]]:
+def _on_grid(
+    polygons_out: Sequence[shapely.Polygon], l0_per_out: float, size_l0: tuple[int, int]
+) -> list[list[shapely.Polygon]]:
     """Return the valid polygons of each polygon, in level-0 pixels on the 0.01 px grid, in a fixed order."""
 
     def scale(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return np.asarray(np.round(xy * l0_per_out, 2))
+        # The last column and row of the map may lie partly beyond the slide. Equal points stay equal, so neighbors do.
+        return np.asarray(np.minimum(np.round(xy * l0_per_out, 2), size_l0))
 
     scaled = np.asarray(shapely.transform(np.array(polygons_out, dtype=object), scale), dtype=object)
     valid = shapely.is_valid(scaled) & ~shapely.is_empty(scaled)

@@ -19,12 +19,12 @@ CLASSES = tuple(TissueClass(f"{kind.title}*", kind.color) for kind in LeftOut)
 """The classes of the file, in the order of `LeftOut`: kind k has label k."""
 
 
-def write_left_out(path: Path, tissue: Tissue, mpp_l0: float, slide_digest: str) -> None:
+def write_left_out(path: Path, tissue: Tissue, size_l0: tuple[int, int], mpp_l0: float, slide_digest: str) -> None:
     """Write the layer `left_out_HW` of a slide with pixels of `mpp_l0` micrometers as locked annotations.
 
-    Coordinates are those of the classes' polygons.
+    `size_l0` is (width, height) of the slide's bounds. Coordinates are those of the classes' polygons.
     """
-    features = region_features(_regions(tissue), CLASSES, tissue.l0_per_px, mpp_l0, slide_digest)
+    features = region_features(_regions(tissue), CLASSES, tissue.l0_per_px, size_l0, mpp_l0, slide_digest)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(geojson_text(geojson_feature(feature) for feature in features))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.formats.familiarity import FamiliarityMap, write_familiarity
-from pipeline.formats.features import write_features
+from pipeline.formats.features import measure_features, write_features
 from pipeline.formats.left_out import write_left_out
 from pipeline.formats.ome_zarr import MapStore, build_pyramid
 from pipeline.formats.polygons import Region
@@ -47,8 +47,6 @@ class SegmentedSlide:
     """The map. Level 0 is complete; the entry "pyramid" adds the coarser levels."""
     digest: str
     """`slide_digest` of the slide."""
-    areas_mm2: Mapping[str, float]
-    """Area of every class, counted in pixels of the map."""
     regions: Callable[[], Iterable[Region]]
     """Return the regions of the whole map. Every call reads and joins them again."""
     familiarity: FamiliarityMap | None = None
@@ -60,6 +58,17 @@ class SegmentedSlide:
     def name(self) -> str:
         """Return the slide's name without the extension, and of the result's folder."""
         return self.store.spec.name
+
+    @property
+    def size_l0(self) -> tuple[int, int]:
+        """Return (width, height) of the slide's bounds in level-0 pixels."""
+        bounds_l0 = self.slide.info.bounds_l0
+        return bounds_l0.width, bounds_l0.height
+
+    @functools.cached_property
+    def measured(self) -> tuple[int, dict[str, float]]:
+        """Return the number of regions, and the area of every class in mm². Needs the polygons."""
+        return measure_features(self.store.path.with_name(f"{self.name}{GEOPARQUET_END}"), self.store.spec.classes)
 
     @functools.cached_property
     def picture(self) -> SlidePicture:
@@ -86,13 +95,14 @@ def _write_polygons(segmented: SegmentedSlide, folder: Path) -> None:
         segmented.regions(),
         segmented.store.spec.classes,
         l0_per_out=segmented.grid.l0_per_out,
+        size_l0=segmented.size_l0,
         mpp_l0=segmented.slide.info.mpp,
         slide_digest=segmented.digest,
     )
 
 
 def _write_left_out(segmented: SegmentedSlide, folder: Path) -> None:
-    write_left_out(folder / LEFT_OUT, segmented.tissue, segmented.slide.info.mpp, segmented.digest)
+    write_left_out(folder / LEFT_OUT, segmented.tissue, segmented.size_l0, segmented.slide.info.mpp, segmented.digest)
 
 
 def _write_pyramid(segmented: SegmentedSlide, _: Path) -> None:
@@ -106,7 +116,7 @@ def _write_familiarity(segmented: SegmentedSlide, folder: Path) -> None:
 
 def _write_preview(segmented: SegmentedSlide, folder: Path) -> None:
     picture = segmented.picture
-    areas = class_areas(segmented.areas_mm2, picture.classes)
+    areas = class_areas(segmented.measured[1], picture.classes)
     write_preview(
         folder / PREVIEW,
         picture.rgb_HWC,

@@ -208,7 +208,10 @@ class Run(_Record):
     """Everything that is not plain tissue, in the order of `wsi.left_out.LeftOut`; empty in older results."""
     classes: tuple[TissueClass, ...]
     class_areas_mm2: dict[str, float]
-    """Area of every class by its name, counted in pixels of the map."""
+    """Area of the polygons of every class by its name. Pages, `summary.csv` and the preview show this figure."""
+    label_areas_mm2: dict[str, float] = Field(default_factory=dict)
+    """Area of every class, counted in pixels of the label image, which is neither simplified nor rid of small regions.
+    Empty in older results."""
     polygons: int
     tiles: TileCounts
     bad_tiles_l0: tuple[Box, ...]

@@ -21,7 +21,6 @@ from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolv
 from pipeline.errors import Cancelled, ConfigError, OutputError
 from pipeline.files import sync, sync_tree
 from pipeline.formats.familiarity import CELL_OUT, FamiliarityMap
-from pipeline.formats.features import count_features
 from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store, sweep_partial_files
 from pipeline.formats.outputs import OUTPUTS, SegmentedSlide
 from pipeline.formats.polygons import Region, join_regions, load_regions
@@ -29,7 +28,7 @@ from pipeline.pages.slide_page import write_slide_page
 from pipeline.progress import Progress, no_progress
 from pipeline.results.digests import Listing, list_files, write_result
 from pipeline.results.folder import check_unlocked, open_folder
-from pipeline.results.names import BLOCKS, GEOPARQUET_END, LISTING, MAP_END, PAGE, RUN, THUMBNAIL
+from pipeline.results.names import BLOCKS, LISTING, MAP_END, PAGE, RUN, THUMBNAIL
 from pipeline.results.record import (
     Familiarity,
     LeftOutArea,
@@ -179,12 +178,12 @@ def _segment_slide(
                     take_over_blocks(folder, work, plan.blocks, journal)
                 records, resumed = _run_blocks(runner, work, slide, plan, journal, check_unchanged, progress)
 
-            areas_mm2, regions = _areas_mm2(records, spec), partial(_regions, work, plan)
             familiarity_map = _familiarity_map(runner.card, work, plan, records)
             familiarity = _familiarity(runner.card, familiarity_map, plan)
             unfamiliar = _unfamiliar_warning(runner.card, familiarity)
+            regions = partial(_regions, work, plan)
             segmented = SegmentedSlide(
-                slide, tissue, plan.grid, store, identity.slide, areas_mm2, regions, familiarity_map, unfamiliar
+                slide, tissue, plan.grid, store, identity.slide, regions, familiarity_map, unfamiliar
             )
             for stage, output_format in OUTPUTS.items():
                 progress(output_format.progress, 0, 1)
@@ -197,6 +196,7 @@ def _segment_slide(
             _check_chunks(path.name, work, records, listing)
             left_out = tissue.left_out
 
+            polygons, areas_mm2 = segmented.measured
             seconds |= _stage_seconds(records) | {"total": time.perf_counter() - start}
             run = Run(
                 identity=identity,
@@ -215,7 +215,8 @@ def _segment_slide(
                 ),
                 classes=spec.classes,
                 class_areas_mm2=areas_mm2,
-                polygons=count_features(folder.result / f"{spec.name}{GEOPARQUET_END}"),
+                label_areas_mm2=_label_areas_mm2(records, spec),
+                polygons=polygons,
                 tiles=_tile_counts(records),
                 bad_tiles_l0=tuple(sorted({Box(*box) for r in records for box in r.bad_tiles_l0})),
                 warnings=((unfamiliar,) if unfamiliar else ()) + _warnings(work, runner.card.mpp, records),
@@ -377,7 +378,7 @@ def _regions(work: BlockWork, plan: Plan) -> Iterable[Region]:
     return join_regions(pieces, work.settings.min_area_um2 / plan.grid.mpp_out**2)
 
 
-def _areas_mm2(records: list[BlockRecord], spec: MapSpec) -> dict[str, float]:
+def _label_areas_mm2(records: list[BlockRecord], spec: MapSpec) -> dict[str, float]:
     counts = np.sum([r.class_px for r in records] or [[0] * (len(spec.classes) + 1)], axis=0)
     return {one.name: float(n) * spec.mpp_out**2 / 1e6 for one, n in zip(spec.classes, counts[1:], strict=True)}
 

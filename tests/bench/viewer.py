@@ -35,7 +35,7 @@ import shapely
 from numpy.typing import NDArray
 
 from models.tissue_class import TissueClass
-from pipeline.formats.features import count_features, write_features
+from pipeline.formats.features import measure_features, write_features
 from pipeline.formats.polygons import Region
 
 WINDOW = (1280, 900)
@@ -177,9 +177,10 @@ def with_polygons(result: Path, target: Path, count: int) -> Path:
         regions.append(Region(label=i % len(names) + 1, geometry_out=polygon, open=False))
     classes = [TissueClass(name, (0, 0, 0)) for name in names]
     files = copy / f"{result.name}.geojson", copy / f"{result.name}.parquet"
-    write_features(*files, regions, classes, 1.0, run["slide"]["mpp"], "0" * 64)
-    stored = count_features(files[1])
-    (copy / "run.json").write_text(json.dumps(run | {"polygons": stored}), encoding="utf-8")
+    write_features(*files, regions, classes, 1.0, (width, height), run["slide"]["mpp"], "0" * 64)
+    stored, areas_mm2 = measure_features(files[1], classes)
+    text = json.dumps(run | {"polygons": stored, "class_areas_mm2": areas_mm2})
+    (copy / "run.json").write_text(text, encoding="utf-8")
     return copy
 
 

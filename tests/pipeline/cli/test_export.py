@@ -210,6 +210,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "a/a.parquet",
         "has 1 rows, but run.json has 2 polygons",
     ),
+    "another area": (
+        lambda r: rewrite_parquet(r / "a/a.parquet", lambda t: t.set_column(3, "area_mm2", [[9.0, 9.0]])),
+        "a/a.parquet",
+        "has 9 mm² of class-",
+    ),
     "no geometry": (
         lambda r: rewrite_parquet(r / "a/a.parquet", lambda t: t.drop_columns(["geometry"])),
         "a/a.parquet",

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import shapely
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.tissue_class import TissueClass
 from pipeline.checks.geojson import broken_geojson_rules
-from pipeline.formats.features import count_features, region_features, write_features
+from pipeline.formats.features import measure_features, region_features, write_features
 from pipeline.formats.polygons import Region, block_regions, join_regions
 from tests.pipeline.features import checked_features
 
@@ -28,12 +28,13 @@ CLASSES = (
     TissueClass("Stroma, ä", (0, 200, 0)),
     TissueClass("Necrosis", (0, 0, 200)),
 )
+HUGE = (1 << 20, 1 << 20)
 HOLED = shapely.Polygon(shapely.box(0, 0, 10, 8).exterior, [shapely.box(2, 2, 4, 4).exterior])
 
 
 def written(folder: Path, regions: Any, l0_per_out: float = 4.0, digest: str = "abc") -> int:
-    write_features(folder / "s.geojson", folder / "s.parquet", regions, CLASSES, l0_per_out, 0.5, digest)
-    return count_features(folder / "s.parquet")
+    write_features(folder / "s.geojson", folder / "s.parquet", regions, CLASSES, l0_per_out, HUGE, 0.5, digest)
+    return measure_features(folder / "s.parquet", CLASSES)[0]
 
 
 def areas_mm2(features: list[dict[str, Any]]) -> list[float]:
@@ -128,6 +129,37 @@ def test_geoparquet_metadata_follow_its_specification(tmp_path: Path) -> None:
     assert geo["columns"]["geometry"]["crs"] is None
 
 
+def test_the_area_of_a_class_is_the_sum_of_its_regions(tmp_path: Path) -> None:
+    regions = some_regions()
+    count = written(tmp_path, regions)
+    wanted_mm2 = {
+        one.name: sum(region.geometry_out.area for region in regions if region.label == label) * (4 * 0.5e-3) ** 2
+        for label, one in enumerate(CLASSES, start=1)
+    }
+    stored, found_mm2 = measure_features(tmp_path / "s.parquet", CLASSES)
+    assert stored == count
+    assert found_mm2 == pytest.approx(wanted_mm2)
+    written(tmp_path, [])
+    assert measure_features(tmp_path / "s.parquet", CLASSES) == (0, dict.fromkeys(wanted_mm2, 0.0))
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 9), st.integers(1, 4), st.integers(1, 4), st.sampled_from([0.0, 1.0, 3.0]))
+def test_no_polygon_passes_the_slide_and_neighbors_stay_neighbors(
+    seed: int, beyond_x: int, beyond_y: int, tolerance: float
+) -> None:
+    """The slide ends inside the last column and row of the map, whose pixels have four level-0 pixels."""
+    labels_HW = np.random.default_rng(seed).integers(1, 4, (12, 16), dtype=np.uint8)
+    labels_HW = np.kron(labels_HW, np.ones((2, 2), np.uint8))
+    size_l0 = (4 * 32 - beyond_x + 1, 4 * 24 - beyond_y + 1)
+    regions = block_regions(labels_HW, (0, 0), 1, tolerance)
+    polygons = [one.geometry_l0 for one in region_features(regions, CLASSES, 4.0, size_l0, 0.5, "abc")]
+    assert shapely.total_bounds(polygons).tolist() == [0, 0, *size_l0]
+    # They cover the slide, and no two overlap.
+    assert shapely.union_all(polygons).equals(shapely.box(0, 0, *size_l0))
+    assert sum(polygon.area for polygon in polygons) == pytest.approx(size_l0[0] * size_l0[1])
+
+
 def test_same_regions_give_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -138,7 +170,7 @@ def test_same_regions_give_same_bytes(tmp_path: Path) -> None:
 
 def test_ids_depend_on_slide_class_and_place() -> None:
     def identity(region: Region, digest: str = "abc") -> str:
-        (feature,) = region_features([region], CLASSES, 4.0, 0.5, digest)
+        (feature,) = region_features([region], CLASSES, 4.0, HUGE, 0.5, digest)
         return feature.id
 
     region = Region(1, HOLED, False)
@@ -180,7 +212,7 @@ def test_equal_class_names_and_impossible_scales_are_refused(
     tmp_path: Path, classes: Any, l0_per_out: float, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        write_features(tmp_path / "s.geojson", tmp_path / "s.parquet", [], classes, l0_per_out, 0.5, "abc")
+        write_features(tmp_path / "s.geojson", tmp_path / "s.parquet", [], classes, l0_per_out, HUGE, 0.5, "abc")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ from wsi.tissue import Tissue
 
 def layer(tmp_path: Path, left_out_HW: np.ndarray) -> tuple[Tissue, list[dict]]:  # type: ignore[type-arg] # JSON
     tissue = Tissue(np.zeros(left_out_HW.shape, bool), left_out_HW, 16.0, 8.0, ())
-    write_left_out(tmp_path / "a.left-out.geojson", tissue, 0.5, "d" * 64)
+    write_left_out(tmp_path / "a.left-out.geojson", tissue, (4000, 4000), 0.5, "d" * 64)
     return tissue, checked_features((tmp_path / "a.left-out.geojson").read_text(encoding="utf-8"))
 
 

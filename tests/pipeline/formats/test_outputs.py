@@ -13,7 +13,7 @@ from tests.slides import small_slide
 
 def test_one_entry_adds_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_areas(segmented: SegmentedSlide, folder: Path) -> None:
-        lines = [f"{name}\t{area}\n" for name, area in segmented.areas_mm2.items()]
+        lines = [f"{name}\t{area}\n" for name, area in segmented.measured[1].items()]
         (folder / f"{segmented.name}.tsv").write_text("".join(lines), encoding="utf-8")
 
     monkeypatch.setitem(OUTPUTS, "areas", Output("writing areas", {".tsv": "areas for spreadsheets"}, write_areas))

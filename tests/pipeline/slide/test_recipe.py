@@ -17,6 +17,7 @@ import shapely
 from numpy.typing import NDArray
 
 from pipeline.checks.ome_zarr import broken_ome_zarr_rules
+from pipeline.checks.result import broken_rules
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, InferenceError, LockedError, OutputError, PlanError
 from pipeline.results.folder import open_folder
@@ -41,7 +42,7 @@ from tests.pipeline.fakes import (
 )
 from tests.pipeline.features import checked_features
 from tests.pipeline.runs import IDENTITY
-from tests.slides import PINK, painted, write_slide
+from tests.slides import PINK, PURPLE, painted, write_slide
 from wsi.box import Box
 from wsi.errors import ResolutionError, SlideError, SlideReadError
 from wsi.readers import READERS, BackendName, OpenSlideReader
@@ -115,6 +116,25 @@ def test_a_color_model_finds_the_regions_of_a_slide_to_one_output_pixel(
     run = run_of(result.folder)
     assert run["slide"]["qupath_offset"] == ([64, 32] if bounded else [0, 0])
     assert run["class_areas_mm2"]["class-1"] == pytest.approx(320 * 256 / 1e6)
+
+
+def test_every_output_shows_the_area_of_the_polygons_and_none_passes_the_slide(tmp_path: Path) -> None:
+    """Small specks are in the label image and in the polygons of their neighbor. The slide ends inside a map pixel."""
+    specks = [((200 + 40 * i, 480, 12, 12), PURPLE) for i in range(20)]
+    size = 1277, 831
+    path = write_slide(tmp_path / "slide.svs", painted(size, *REGIONS, ((1100, 700, 177, 131), PINK), *specks), mpp=1.0)
+    config = replace(SMALL, min_area_um2=2000.0, simplify_px=1.0)
+    result = segment_slide(path, tmp_path / "out", color_predictor(), config)
+    assert result.folder is not None
+    run, polygons = run_of(result.folder), polygons_by_class(result.folder)
+    areas_mm2 = {name: geometry.area / 1e6 for name, geometry in sorted(polygons.items())}
+    assert run["class_areas_mm2"] == result.areas_mm2 == pytest.approx(areas_mm2)
+    pixels = np.bincount(labels_of(result.folder).ravel(), minlength=3)[1:] * 16e-6
+    assert list(run["label_areas_mm2"].values()) == pytest.approx(list(pixels))
+    assert run["label_areas_mm2"]["class-1"] > 1.01 * areas_mm2["class-1"]
+    assert broken_rules(result.folder, quick=False)[result.folder / "slide.parquet"] == []
+    right, bottom = shapely.total_bounds(list(polygons.values())).tolist()[2:]
+    assert (right, bottom) == size
 
 
 @pytest.mark.parametrize("mpp", [0.5, 0.4, 0.27])
