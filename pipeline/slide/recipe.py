@@ -11,16 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from models.bundle import ModelCard
 from models.predictor import Predictor
 from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolve
 from pipeline.errors import Cancelled, ConfigError, OutputError
 from pipeline.files import sync, sync_tree
-from pipeline.formats.familiarity import CELL_OUT, FamiliarityMap
 from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store, sweep_partial_files
 from pipeline.formats.outputs import OUTPUTS, SegmentedSlide
 from pipeline.formats.polygons import Region, join_regions, load_regions
@@ -30,11 +27,7 @@ from pipeline.results.digests import Listing, list_files, write_result
 from pipeline.results.folder import check_unlocked, open_folder
 from pipeline.results.names import BLOCKS, LISTING, MAP_END, PAGE, RUN, THUMBNAIL
 from pipeline.results.record import (
-    Familiarity,
-    LeftOutArea,
     Run,
-    SlideFacts,
-    TileCounts,
     read_header,
     run_identity,
     stored_runtime,
@@ -43,14 +36,25 @@ from pipeline.results.record import (
 from pipeline.results.slide_result import SlideResult, finished_result, skipped_result
 from pipeline.slide.blocks import BlockRecord, BlockWork, chunks_of, regions_file
 from pipeline.slide.engine import BlockRunner, ThreadRunner
-from pipeline.slide.familiarity import join_values
+from pipeline.slide.facts import (
+    familiarity_map_of,
+    familiarity_of,
+    label_areas_mm2,
+    left_out_areas,
+    slide_facts,
+    stage_seconds,
+    status_of,
+    tile_counts,
+    unfamiliar_warning,
+    warnings_of,
+)
 from pipeline.slide.journal import Journal, write_records
 from pipeline.slide.plan import Plan, check_resources, make_plan
 from pipeline.slide.repair import take_over_blocks
 from wsi.box import Box
 from wsi.errors import SlideReadError
 from wsi.left_out import LeftOut
-from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp
+from wsi.slide import Slide, open_slide, slide_digest, slide_stamp
 from wsi.tissue import Tissue, find_tissue
 
 log = logging.getLogger(__name__)
@@ -178,9 +182,9 @@ def _segment_slide(
                     take_over_blocks(folder, work, plan.blocks, journal)
                 records, resumed = _run_blocks(runner, work, slide, plan, journal, check_unchanged, progress)
 
-            familiarity_map = _familiarity_map(runner.card, work, plan, records)
-            familiarity = _familiarity(runner.card, familiarity_map, plan)
-            unfamiliar = _unfamiliar_warning(runner.card, familiarity)
+            familiarity_map = familiarity_map_of(runner.card, work, plan, records)
+            familiarity = familiarity_of(runner.card, familiarity_map, plan)
+            unfamiliar = unfamiliar_warning(runner.card, familiarity)
             regions = partial(_regions, work, plan)
             segmented = SegmentedSlide(
                 slide, tissue, plan.grid, store, identity.slide, regions, familiarity_map, unfamiliar
@@ -194,32 +198,27 @@ def _segment_slide(
                 write_records(folder.result / BLOCKS, identity.as_json(), records)
             listing = list_files(store.path)
             _check_chunks(path.name, work, records, listing)
-            left_out = tissue.left_out
-
             polygons, areas_mm2 = segmented.measured
-            seconds |= _stage_seconds(records) | {"total": time.perf_counter() - start}
+            seconds |= stage_seconds(records) | {"total": time.perf_counter() - start}
             run = Run(
                 identity=identity,
-                status=_status(tissue, plan),
+                status=status_of(tissue, plan),
                 name=name,
-                slide=_slide_facts(slide.info, stamp),
+                slide=slide_facts(slide.info, stamp),
                 model=runner.card.name,
                 scope=runner.card.scope,
                 limits=runner.card.limits,
                 familiarity=familiarity,
                 tissue_mm2=tissue.area_um2 / 1e6,
-                fold_mm2=left_out[LeftOut.FOLD].area_um2 / 1e6,
-                left_out=tuple(
-                    LeftOutArea(name=kind.title, area_mm2=extent.area_um2 / 1e6, pieces=extent.pieces)
-                    for kind, extent in left_out.items()
-                ),
+                fold_mm2=tissue.left_out[LeftOut.FOLD].area_um2 / 1e6,
+                left_out=left_out_areas(tissue),
                 classes=spec.classes,
                 class_areas_mm2=areas_mm2,
-                label_areas_mm2=_label_areas_mm2(records, spec),
+                label_areas_mm2=label_areas_mm2(records, spec),
                 polygons=polygons,
-                tiles=_tile_counts(records),
+                tiles=tile_counts(records),
                 bad_tiles_l0=tuple(sorted({Box(*box) for r in records for box in r.bad_tiles_l0})),
-                warnings=((unfamiliar,) if unfamiliar else ()) + _warnings(work, runner.card.mpp, records),
+                warnings=((unfamiliar,) if unfamiliar else ()) + warnings_of(work, runner.card.mpp, records),
                 plan=plan.facts(settings),
                 resumed_blocks=resumed,
                 device=runner.device,
@@ -234,12 +233,6 @@ def _segment_slide(
         check_unchanged()
         folder.publish()
     return finished_result(name, folder.target, run, time.perf_counter() - start)
-
-
-def _status(tissue: Tissue, plan: Plan) -> Literal["done", "no tissue", "unrecognized"]:
-    if plan.blocks:
-        return "done"
-    return "unrecognized" if tissue.has_unrecognized_structure else "no tissue"
 
 
 def _check_predictor(predictor: Predictor, settings: ResolvedSettings) -> None:
@@ -331,44 +324,6 @@ def _check_chunks(name: str, work: BlockWork, records: Iterable[BlockRecord], li
                 )
 
 
-def _warnings(work: BlockWork, model_mpp: float, records: list[BlockRecord]) -> tuple[str, ...]:
-    warnings = (*work.info.warnings, *work.tissue.warnings)
-    if work.grid.lv_per_m < 1:
-        warnings += (f"the slide is coarser than the model's {model_mpp:g} µm/px; the pixels were enlarged",)
-    if bad := sum(len(r.bad_tiles_l0) for r in records):
-        tiles = sum(r.tiles for r in records)
-        warnings += (f"{bad} of {tiles} tiles could not be read; their missing parts count as glass",)
-    return warnings
-
-
-def _familiarity_map(card: ModelCard, work: BlockWork, plan: Plan, records: list[BlockRecord]) -> FamiliarityMap | None:
-    if card.familiarity is None or not plan.blocks:
-        return None
-    tissue_px, unfamiliar_px = sum(r.tissue_px for r in records), sum(r.unfamiliar_px for r in records)
-    return join_values(work.folder, plan.grid, plan.blocks, tissue_px, unfamiliar_px)
-
-
-def _familiarity(card: ModelCard, familiarity_map: FamiliarityMap | None, plan: Plan) -> Familiarity | None:
-    if card.familiarity is None or familiarity_map is None:
-        return None
-    return Familiarity(
-        unfamiliar_share=familiarity_map.share,
-        share_limit=card.familiarity.share_limit,
-        l0_per_px=plan.grid.l0_per_out * CELL_OUT,
-    )
-
-
-def _unfamiliar_warning(card: ModelCard, familiarity: Familiarity | None) -> str:
-    """Return the warning of a slide that does not look like the training data, or an empty text."""
-    if familiarity is None or not familiarity.is_unfamiliar:
-        return ""
-    scope = f" ({card.scope})" if card.scope else ""
-    return (
-        f"{familiarity.unfamiliar_share:.0%} of the tissue of this slide does not look like the model's training "
-        f"data{scope}".replace("%", " %", 1)
-    )
-
-
 def _map_spec(name: str, card: ModelCard, plan: Plan) -> MapSpec:
     return MapSpec(name, plan.grid.size_out, card.classes, plan.grid.mpp_out, chunk=min(CHUNK_OUT, plan.grid.block_out))
 
@@ -376,42 +331,6 @@ def _map_spec(name: str, card: ModelCard, plan: Plan) -> MapSpec:
 def _regions(work: BlockWork, plan: Plan) -> Iterable[Region]:
     pieces = (piece for block in plan.blocks for piece in load_regions(regions_file(work.folder, block)))
     return join_regions(pieces, work.settings.min_area_um2 / plan.grid.mpp_out**2)
-
-
-def _label_areas_mm2(records: list[BlockRecord], spec: MapSpec) -> dict[str, float]:
-    counts = np.sum([r.class_px for r in records] or [[0] * (len(spec.classes) + 1)], axis=0)
-    return {one.name: float(n) * spec.mpp_out**2 / 1e6 for one, n in zip(spec.classes, counts[1:], strict=True)}
-
-
-def _tile_counts(records: list[BlockRecord]) -> TileCounts:
-    return TileCounts(
-        run=sum(r.tiles for r in records),
-        segmented=sum(r.segmented for r in records),
-        without_class=sum(r.unclassified for r in records),
-        unreadable=sum(len(r.bad_tiles_l0) for r in records),
-    )
-
-
-def _stage_seconds(records: list[BlockRecord]) -> dict[str, float]:
-    """Return the time per stage, summed over the blocks. Stages of different blocks overlap."""
-    stages = {stage for r in records for stage in r.seconds}
-    return {f"blocks: {stage}": sum(r.seconds.get(stage, 0.0) for r in records) for stage in sorted(stages)}
-
-
-def _slide_facts(info: SlideInfo, stamp: str) -> SlideFacts:
-    # Only these: a slide's other properties hold patients' names, dates and barcodes.
-    return SlideFacts(
-        name=info.path.name,
-        path=info.path.absolute(),
-        size=info.size_l0,
-        mpp=info.mpp,
-        mpp_source=info.mpp_source,
-        vendor=info.vendor,
-        backend=info.backend,
-        bounds=info.bounds_l0,
-        qupath_offset=(info.bounds_l0.x, info.bounds_l0.y),
-        stamp=stamp,
-    )
 
 
 @contextmanager
