@@ -21,9 +21,10 @@ PICTURE = REPOSITORY / "docs" / "architecture.svg"
 
 COLUMNS = {
     "flows": 0.5, "pipeline.cli": 2.0,
-    "pipeline.batch": 0, "pipeline.training": 1, "pipeline.labeling": 1.5, "pipeline.viewing": 2, "pipeline.checks": 3,
-    "pipeline.workers": 0, "pipeline.web": 0.5,
-    "pipeline.slide": 0, "pipeline.console": 1,
+    "pipeline.batch": 0, "pipeline.viewing": 2, "pipeline.checks": 3,
+    "pipeline.workers": 0, "pipeline.labeling": 2,
+    "pipeline.web": 0.5, "pipeline.console": 1.5, "pipeline.training": 2.5,
+    "pipeline.slide": 0,
     "pipeline.pages": 0, "pipeline.progress": 1,
     "pipeline.formats": 0,
     "pipeline.results": 0,

@@ -57,18 +57,18 @@ def test_a_room_stands_above_all_rooms_that_it_imports(rooms: Graph) -> None:
 
 
 def test_an_arrow_through_a_room_is_found() -> None:
-    # config stands between training and wsi, below the place that the arrow leaves from.
+    # config stands between progress and wsi, below the place that the arrow leaves from.
     graph: Graph = {
         "pipeline.cli": {"pipeline.viewing"},
         "pipeline.viewing": {"pipeline.formats"},
         "pipeline.formats": {"wsi"},
-        "flows": {"pipeline.training"},
-        "pipeline.training": {"pipeline.config", "wsi"},
+        "flows": {"pipeline.progress"},
+        "pipeline.progress": {"pipeline.config", "wsi"},
         "pipeline.config": {"models"},
         "models": set(),
         "wsi": set(),
     }
-    assert crossed_boxes(graph) == [("pipeline.training", "wsi", "pipeline.config")]
+    assert crossed_boxes(graph) == [("pipeline.progress", "wsi", "pipeline.config")]
 
 
 def test_a_room_without_an_explanation_is_refused() -> None:

@@ -19,6 +19,7 @@ from pipeline.console import log_to_stderr
 from pipeline.files import local_path
 
 if TYPE_CHECKING:
+    from pipeline.labeling.import_annotations import ImportSource
     from pipeline.labeling.labels import Labels
     from pipeline.labeling.slides import SlideFile
     from pipeline.labeling.store import EventStore
@@ -168,17 +169,29 @@ def page(
 
 @app.command("import")
 def import_(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Labels folder. Existing labels in it are kept.")],
     files: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             help="GeoJSON files that QuPath exported (.geojson, .geojson.gz, .zip), or folders of them.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    corrections: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of files: a result, or a folder of results, that people corrected in wsi-view or QuPath. "
+            "Only what they changed is imported.",
+            show_default="none",
+        ),
+    ] = None,
     slide: Annotated[
-        Path, typer.Option(help="Slide of the annotations, or a folder with slides of the same names as the files.")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Labels folder. Existing labels in it are kept.")],
+        Path | None,
+        typer.Option(
+            help="Slide of the annotations, or a folder with slides of the same names as the files.",
+            show_default="with --corrections, the path in the result",
+        ),
+    ] = None,
     mapping: Annotated[
         list[str] | None,
         typer.Option(
@@ -200,33 +213,49 @@ def import_(
     patient: PatientOption = ANY_PATIENT,
     mpp: MppOption = None,
 ) -> None:
-    """Turn annotations that were drawn in QuPath into labels of patches.
+    """Turn annotations that were drawn in QuPath, or corrections of results, into labels of patches.
 
-    A class is present in a patch if it covers at least 5 % of it. Locked annotations and the regions of wsi-segment are
-    never imported.
+    A class is present in a patch if it covers at least 5 % of it. Locked annotations and unchanged regions of
+    wsi-segment are never imported.
     """
-    from pipeline.labeling.annotations import read_annotations
     from pipeline.labeling.folder import Wishes
-    from pipeline.labeling.import_annotations import annotation_files, slide_of
-    from pipeline.labeling.importer import import_file, open_import
+    from pipeline.labeling.importer import import_drawings, names_of, open_import
 
     pairs = dict(_pair("--map", text) for text in mapping or [])
     who = annotator or getpass.getuser()
     with failing():
         local_path(output, "--output")
-        read = [(file, slide_of(file, slide), read_annotations(file)) for file in annotation_files(files)]
-        with open_import(output, who, Wishes(patch_mpp, patch_side), [one for *_, one in read], pairs) as folder:
-            for file, path, annotations in read:
-                (slide_file,) = _files([path], patient, mpp, recursive=False)
-                done = import_file(folder, slide_file, annotations, pairs, partial=partial)
+        sources = _sources(files or [], corrections, slide, who, mpp)
+        names = names_of([drawing for one in sources for drawing in one.drawings], pairs)
+        if corrections is not None and not output.exists():
+            names = [*(pairs.get(name, name) for one in sources for name in one.classes), *names]
+        with open_import(output, who, Wishes(patch_mpp, patch_side), names) as folder:
+            for one in sources:
+                (file,) = _files([one.slide], patient, one.mpp, recursive=False)
+                done = import_drawings(folder, file, one.drawings, pairs, partial=partial, digest=one.digest)
                 rest = "imported" if partial else "not imported; pass --partial to complete them on the page"
                 typer.echo(
-                    f"{file.name}: {done.complete} complete patches, {done.partial} covered in part ({rest}), "
+                    f"{one.name}: {done.complete} complete patches, {done.partial} covered in part ({rest}), "
                     f"{done.ignored} with an ignored class, {done.kept} labeled on the page before and kept"
                 )
-                for reason, number in annotations.skipped.items():
-                    typer.echo(f"{PROGRAM}: warning: {file.name}: objects skipped: {number} {reason}", err=True)
+                for reason, number in one.skipped.items():
+                    typer.echo(f"{PROGRAM}: warning: {one.name}: objects skipped: {number} {reason}", err=True)
         _print_warnings(output)
+
+
+def _sources(
+    files: list[Path], corrections: Path | None, slide: Path | None, annotator: str, mpp: float | None
+) -> list[ImportSource]:
+    from pipeline.labeling.import_annotations import annotation_sources
+    from pipeline.labeling.import_corrections import corrected_sources
+
+    if (corrections is None) == (not files):
+        fail(PROGRAM, "pass either files of annotations or --corrections with a folder of results", EXIT_USAGE)
+    if corrections is not None:
+        return corrected_sources(corrections, slide, annotator)
+    if slide is None:
+        fail(PROGRAM, "pass the slide of the annotations, or the folder of the slides, with --slide", EXIT_USAGE)
+    return annotation_sources(files, slide, annotator, mpp)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # Heavy libraries are imported inside the command, so that `--help` answers at once.
+import getpass
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +31,9 @@ def view(
             show_default="the path in the result",
         ),
     ] = None,
+    annotator: Annotated[
+        str | None, typer.Option(help="Name of the person who corrects regions.", show_default="your user name")
+    ] = None,
     port: Annotated[int, typer.Option(help="Port of the page.", min=0, max=65535, show_default="a free port")] = 0,
     no_browser: Annotated[
         bool, typer.Option("--no-browser", help="Print the address of the page and do not open it.")
@@ -37,7 +41,8 @@ def view(
 ) -> None:
     """Show results over their slides in the browser.
 
-    The page is visible on this machine only. Press Ctrl-C to stop the server. The command writes no files.
+    The page is visible on this machine only. Press Ctrl-C to stop the server. Corrections of regions are saved in a
+    file beside the result; nothing else is written.
 
     Exit status: 0 stopped by Ctrl-C, 1 the results or the slide cannot be shown, 2 usage error.
     """
@@ -52,7 +57,7 @@ def view(
             open_browser(url)
 
     try:
-        serve(make_app(_found(results, slide)), port, ready)
+        serve(make_app(_found(results, slide), annotator or getpass.getuser()), port, ready)
     except ViewError as error:
         fail(PROGRAM, str(error))
     typer.echo(f"{PROGRAM}: ended", err=True)

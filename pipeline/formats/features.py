@@ -112,6 +112,23 @@ def measure_features(parquet_path: Path, classes: Sequence[TissueClass]) -> tupl
     return len(table), {one.name: sums_mm2[label] for label, one in enumerate(classes, start=1)}
 
 
+def read_features(parquet_path: Path, classes: Sequence[TissueClass]) -> Iterator[Feature]:
+    """Yield the features of a file that `write_features` has written, in their order. `classes` are those of the run.
+
+    Raises OSError if the file cannot be read.
+    """
+    try:
+        with parquet_path.open("rb") as binary, pq.ParquetFile(binary) as file:
+            for batch in file.iter_batches(_BATCH, columns=["id", "label", "area_mm2", "geometry"]):
+                columns = batch.to_pydict()
+                geometries = shapely.from_wkb(columns["geometry"])
+                rows = zip(columns["id"], columns["label"], columns["area_mm2"], geometries, strict=True)
+                for id_, label, area_mm2, geometry in rows:
+                    yield Feature(id_, label, classes[label - 1], area_mm2, geometry)
+    except (pa.ArrowException, shapely.errors.ShapelyError, LookupError, TypeError, ValueError) as error:
+        raise OSError(f"{parquet_path.name}: cannot be read: {error}") from error
+
+
 def region_features(
     regions: Iterable[Region],
     classes: Sequence[TissueClass],

@@ -24,6 +24,7 @@ from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 
 from pipeline.errors import LabelingError
+from pipeline.labeling.published_map import PublishedMap
 
 OWN_MEASUREMENT = "Area mm^2"
 """The measurement of every region that wsi-segment writes. A region that has it is a prediction, not a label."""
@@ -58,14 +59,18 @@ class Annotations:
     """Reason -> number of objects."""
 
 
-def read_annotations(file: Path) -> Annotations:
-    """Read a .geojson, .geojson.gz or .zip file. Raises LabelingError if it is not GeoJSON."""
+def read_annotations(file: Path, published: PublishedMap | None = None) -> Annotations:
+    """Read a .geojson, .geojson.gz or .zip file. Raises LabelingError if it is not GeoJSON.
+
+    Of annotations that a person made from a `published` map, only the changes count: the places to which the person
+    gave another class than the map.
+    """
     found: list[Annotation] = []
     skipped: Counter[str] = Counter()
     for content in _contents(file):
         for feature in _features(file, content):
             try:
-                one = _annotation(feature)
+                one = _annotation(feature, published)
             except (ShapelyError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
                 raise LabelingError(
                     f"{file}: an object cannot be read ({type(error).__name__}: {error}); export it again from QuPath"
@@ -113,15 +118,17 @@ def _features(file: Path, content: bytes) -> Iterable[Any]:
     )
 
 
-def _annotation(feature: Any) -> Annotation | str:
+def _annotation(feature: Any, published: PublishedMap | None) -> Annotation | str:
     """Return an annotation, or why it does not count."""
+    # A person can give a locked region another class. If the region is one of this map, the change shows it.
+    ours = published is not None and published.has(feature.get("id"))
     properties = feature.get("properties") or {}
     kind = properties.get("objectType") or properties.get("object_type") or "annotation"
     if kind != "annotation":
         return "not annotations"
-    if OWN_MEASUREMENT in _measurements(properties):
+    if not ours and OWN_MEASUREMENT in _measurements(properties):
         return "regions of wsi-segment, which are predictions"
-    if properties.get("isLocked", False):
+    if not ours and properties.get("isLocked", False):
         return "locked; unlock them in QuPath if they are labels"
     name = class_name(properties.get("classification"))
     if not name:
@@ -133,7 +140,11 @@ def _annotation(feature: Any) -> Annotation | str:
     if plane.get("z", 0) or plane.get("t", 0):
         return "on another plane than the first"
     polygons = _polygons(geometry)
-    return Annotation(name, polygons) if polygons.area > 0 else "without an area"
+    if polygons.area == 0:
+        return "without an area"
+    if published is not None:
+        polygons = published.changed(": ".join(name), polygons)
+    return Annotation(name, polygons) if polygons.area > 0 else "without a change"
 
 
 def _measurements(properties: Mapping[str, Any]) -> set[str]:

@@ -6,13 +6,13 @@ Places use level-0 pixels from the corner of the slide's bounds, as in QuPath.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from models.tissue_class import ClassName, Color
+from pipeline.labeling.event_file import Entry, EventModel
 
 Answer = Literal["present", "absent", "unknown"]
 """What is known of a class in a patch."""
@@ -23,9 +23,9 @@ Mark = Literal["none", "unsure", "artifact"]
 View = Literal["single", "grid", "import"]
 """Where a label was made. In the grid, one answer covers many patches."""
 
-Reason = Literal["random", "blind", "similar", "excluded", "again", "import"]
+Reason = Literal["random", "blind", "similar", "excluded", "again", "import", "correction"]
 """Why a patch was picked: the random order, the blind share, similarity to labeled patches, excluded from a grid,
-labeled before a class was added, or drawn in QuPath."""
+labeled before a class was added, drawn in QuPath, or the map of a model was corrected there."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
@@ -50,11 +50,7 @@ class Place:
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-class _Event(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FolderStarted(_Event):
+class FolderStarted(EventModel):
     """The first event of a folder: what all its patches share."""
 
     kind: Literal["folder"] = "folder"
@@ -65,7 +61,7 @@ class FolderStarted(_Event):
     """Share of the patches that never show a suggestion and that every annotator labels."""
 
 
-class SlideAdded(_Event):
+class SlideAdded(EventModel):
     """A slide was opened for labeling. Its latest event counts."""
 
     kind: Literal["slide"] = "slide"
@@ -77,7 +73,7 @@ class SlideAdded(_Event):
     """Patches of a patient stay in one split."""
 
 
-class ClassAdded(_Event):
+class ClassAdded(EventModel):
     """A class was added. Patches labeled before have the answer "unknown" for it."""
 
     kind: Literal["class"] = "class"
@@ -87,7 +83,7 @@ class ClassAdded(_Event):
     color: Color
 
 
-class ClassRenamed(_Event):
+class ClassRenamed(EventModel):
     """A class got another name. Its labels stay."""
 
     kind: Literal["rename"] = "rename"
@@ -95,7 +91,7 @@ class ClassRenamed(_Event):
     name: ClassName
 
 
-class ClassesMerged(_Event):
+class ClassesMerged(EventModel):
     """A class became part of another one, which is present wherever either was."""
 
     kind: Literal["merge"] = "merge"
@@ -103,7 +99,7 @@ class ClassesMerged(_Event):
     into: int
 
 
-class Labeled(_Event):
+class Labeled(EventModel):
     """A person labeled a patch. The latest label of an annotator that is not undone counts."""
 
     kind: Literal["label"] = "label"
@@ -111,18 +107,19 @@ class Labeled(_Event):
     answers: dict[int, Answer]
     """Answer for each class number. A class that is missing is unknown."""
     mark: Mark = "none"
-    source: Literal["person", "qupath"] = "person"
+    source: Literal["person", "qupath", "viewer"] = "person"
+    """The page of wsi-label, annotations of QuPath, or corrections in wsi-view."""
     view: View
     reason: Reason
     suggested: dict[int, float] | None = None
     """Probabilities that were shown before the answer; None if no suggestion was shown."""
     model: str | None = None
-    """Digest of the model that made the suggestion or picked the patch."""
+    """Digest of the model that made the suggestion, picked the patch, or made the map that was corrected."""
     seconds: Seconds | None = None
     """Time from showing the patch to saving the label, per patch; None for imported labels."""
 
 
-class Undone(_Event):
+class Undone(EventModel):
     """The labels with these event numbers do not count."""
 
     kind: Literal["undo"] = "undo"
@@ -135,13 +132,5 @@ EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="ki
 """Reads and writes events as JSON."""
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """An event as it was saved."""
-
-    number: int
-    """1 for the first event of a folder."""
-    time: str
-    """UTC, ISO 8601."""
-    annotator: str
-    event: Event
+Recorded = Entry[Event]
+"""An event as it was saved."""

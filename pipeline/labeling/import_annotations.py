@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import shapely
@@ -20,13 +21,43 @@ from numpy.typing import NDArray
 from shapely.geometry.base import BaseGeometry
 
 from pipeline.errors import LabelingError
-from pipeline.labeling.annotations import ENDINGS, Annotation
+from pipeline.labeling.annotations import ENDINGS, Annotation, read_annotations
 from pipeline.labeling.events import Answer, Event, Labeled, Place, SlideAdded
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.patches import SlidePatches
 
 PRESENT = 0.05
 COMPLETE = 0.95
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Annotations that one person made on one slide, and where they come from."""
+
+    annotator: str
+    annotations: Sequence[Annotation]
+    source: Literal["qupath", "viewer"] = "qupath"
+    reason: Literal["import", "correction"] = "import"
+    model: str | None = None
+    """Digest of the model whose map was corrected."""
+
+
+@dataclass(frozen=True)
+class ImportSource:
+    """What people drew on one slide."""
+
+    name: str
+    """For messages."""
+    slide: Path
+    drawings: Sequence[Drawing]
+    skipped: Mapping[str, int]
+    """Reason -> number of objects that do not count."""
+    mpp: float | None = None
+    """Micrometers per pixel of the slide, if its file does not state it."""
+    digest: str | None = None
+    """Digest of the slide's file, if it is known."""
+    classes: Sequence[str] = ()
+    """Classes that a new folder gets even if nobody drew them."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +106,14 @@ def drawn(annotations: Iterable[Annotation], mapping: Mapping[str, str], ids: Ma
     return Drawn({id_: shapely.union_all(shapes) for id_, shapes in by_class.items()}, shapely.union_all(ignored))
 
 
-def labels_from(patches: SlidePatches, shapes: Drawn, class_ids: Sequence[int]) -> tuple[list[Labeled], int]:
-    """Return the labels of the patches in which a class is present, and how many patches an ignored class covers."""
+def labels_from(
+    patches: SlidePatches, drawing: Drawing, mapping: Mapping[str, str], ids: Mapping[str, int]
+) -> tuple[list[Labeled], int]:
+    """Return the labels of the patches in which a class is present, and how many patches an ignored class covers.
+
+    `ids` are the class numbers by name. Raises KeyError for a class without one.
+    """
+    shapes = drawn(drawing.annotations, mapping, ids)
     everything = shapely.union_all([*shapes.shapes.values(), shapes.ignored])
     places = _touched(patches, everything)
     boxes_N = [_square(place, patches.side_l0) for place in places]
@@ -88,8 +125,17 @@ def labels_from(patches: SlidePatches, shapes: Drawn, class_ids: Sequence[int]) 
         present = {id_ for id_, share_N in cover.items() if share_N[n] >= PRESENT}
         if present and not ignored_N[n]:
             rest: Answer = "absent" if complete_N[n] else "unknown"
-            answers: dict[int, Answer] = {id_: "present" if id_ in present else rest for id_ in class_ids}
-            found.append(Labeled(place=place, answers=answers, source="qupath", view="import", reason="import"))
+            answers: dict[int, Answer] = {id_: "present" if id_ in present else rest for id_ in ids.values()}
+            found.append(
+                Labeled(
+                    place=place,
+                    answers=answers,
+                    source=drawing.source,
+                    view="import",
+                    reason=drawing.reason,
+                    model=drawing.model,
+                )
+            )
     return found, int(ignored_N.sum())
 
 
@@ -152,6 +198,19 @@ def annotation_files(inputs: Iterable[Path]) -> list[Path]:
         if not inside:
             raise LabelingError(f"{path}: contains no annotations (endings: {' '.join(ENDINGS)})")
         found += inside
+    return found
+
+
+def annotation_sources(files: Iterable[Path], slide: Path, annotator: str, mpp: float | None) -> list[ImportSource]:
+    """Return the annotations in files and folders. `slide` is their slide, or the folder of their slides.
+
+    Raises LabelingError for a file that cannot be read or that has no slide.
+    """
+    found = []
+    for file in annotation_files(files):
+        read = read_annotations(file)
+        drawing = Drawing(annotator, read.found)
+        found.append(ImportSource(file.name, slide_of(file, slide), [drawing], read.skipped, mpp))
     return found
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle
-from pipeline.labeling.annotations import Annotations
+from pipeline.errors import LabelingError
 from pipeline.labeling.dataset_files import write_dataset
 from pipeline.labeling.events import FolderStarted, SlideAdded
 from pipeline.labeling.folder import EVENTS_FILE, Wishes, prepare_folder
-from pipeline.labeling.import_annotations import Imported, drawn, import_events, labels_from, used_names
+from pipeline.labeling.import_annotations import Drawing, Imported, import_events, labels_from, used_names
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.patches import SlidePatches
 from pipeline.labeling.slides import SlideFile
@@ -31,39 +31,65 @@ class ImportFolder:
 
 
 @contextmanager
-def open_import(
-    path: Path, annotator: str, wishes: Wishes, annotations: Sequence[Annotations], mapping: Mapping[str, str]
-) -> Iterator[ImportFolder]:
-    """Open a labels folder, which is made if it does not exist, and add the classes of annotations that it lacks.
+def open_import(path: Path, annotator: str, wishes: Wishes, names: Sequence[str]) -> Iterator[ImportFolder]:
+    """Open a labels folder, which is made if it does not exist, and add the classes that it lacks.
 
     Raises LabelingError if there are fewer than two classes, or if a setting or a class cannot be used.
     """
-    names = list(dict.fromkeys(name for one in annotations for name in used_names(one.found, mapping)))
     card = load_bundle(DEFAULT_BUNDLE).card
     with EventStore(path / EVENTS_FILE) as store:
         yield ImportFolder(path, store, prepare_folder(store, annotator, wishes, card, names, {}), annotator)
 
 
-def import_file(
-    folder: ImportFolder, file: SlideFile, annotations: Annotations, mapping: Mapping[str, str], *, partial: bool
-) -> Imported:
-    """Add the labels of one slide's annotations, and write the data set.
+def names_of(drawings: Sequence[Drawing], mapping: Mapping[str, str]) -> list[str]:
+    """Return the classes that drawings need, each once."""
+    return list(dict.fromkeys(name for one in drawings for name in used_names(one.annotations, mapping)))
 
-    Raises SlideError if the slide cannot be used, and LabelingError if the labels cannot be saved.
+
+def import_drawings(
+    folder: ImportFolder,
+    file: SlideFile,
+    drawings: Sequence[Drawing],
+    mapping: Mapping[str, str],
+    *,
+    partial: bool,
+    digest: str | None = None,
+) -> Imported:
+    """Add the labels of one slide's annotations, and write the data set. `digest` is that of the right slide, if known.
+
+    Raises SlideError if the slide cannot be used, and LabelingError if it is another slide or the labels cannot be
+    saved.
     """
-    labels = Labels(folder.store.read())
-    ids = {one.name: one.id for one in labels.classes.values()}
-    digest = slide_digest(file.path)
-    added = SlideAdded(digest=digest, stamp=slide_stamp(file.path), name=file.path.name, patient=file.patient)
+    found_digest = slide_digest(file.path)
+    if digest is not None and found_digest != digest:
+        raise LabelingError(
+            f"{file.path}: is not the slide that was segmented: its bytes differ; pass the right one with --slide"
+        )
+    added = SlideAdded(digest=found_digest, stamp=slide_stamp(file.path), name=file.path.name, patient=file.patient)
     with open_slide(file.path, file.mpp) as slide:
-        patches = SlidePatches(slide, digest, folder.settings.mpp, folder.settings.side)
-        found, ignored = labels_from(patches, drawn(annotations.found, mapping, ids), list(ids.values()))
-        events, kept = import_events(labels, folder.annotator, added, found, partial=partial)
-        folder.store.append(folder.annotator, events)
+        patches = SlidePatches(slide, found_digest, folder.settings.mpp, folder.settings.side)
+        done = [_import(folder, patches, added, drawing, mapping, partial=partial) for drawing in drawings]
         write_dataset(
             folder.path,
             Labels(folder.store.read()),
-            lambda place: patches.pixels(place) if place.slide == digest else None,
+            lambda place: patches.pixels(place) if place.slide == found_digest else None,
         )
+    return Imported(*(sum(part) for part in zip(*map(astuple, done), strict=True))) if done else Imported(0, 0, 0, 0)
+
+
+def _import(
+    folder: ImportFolder,
+    patches: SlidePatches,
+    added: SlideAdded,
+    drawing: Drawing,
+    mapping: Mapping[str, str],
+    *,
+    partial: bool,
+) -> Imported:
+    labels = Labels(folder.store.read())
+    ids = {one.name: one.id for one in labels.classes.values()}
+    found, ignored = labels_from(patches, drawing, mapping, ids)
+    events, kept = import_events(labels, drawing.annotator, added, found, partial=partial)
+    folder.store.append(drawing.annotator, events)
     incomplete = sum("unknown" in one.answers.values() for one in found)
     return Imported(len(found) - incomplete, incomplete, ignored, kept)

@@ -27,3 +27,8 @@ MAP_END = ".ome.zarr"
 GEOJSON_END = ".geojson"
 GEOPARQUET_END = ".parquet"
 """What follows the slide's name in the names of the map and the polygons."""
+
+CORRECTIONS_END = ".corrections.sqlite"
+"""What follows the name of a result in the name of the file beside it that has the corrections of wsi-view."""
+SENT_END = ".corrections.geojson"
+"""What follows the name of a result in the name of the file beside it that QuPath sends with its annotations."""

@@ -284,7 +284,7 @@ def test_html_in_class_names_and_slide_names_is_text_on_the_pages_and_in_the_vie
         assert folder is not None
         geojson = json.loads((folder / f"{stem}.geojson").read_text(encoding="utf-8"))
         assert {f["properties"]["classification"]["name"] for f in geojson["features"]} == {chosen[0]}
-        with TestClient(make_app(find_results(output)), base_url="http://127.0.0.1") as client:
+        with TestClient(make_app(find_results(output), "ann"), base_url="http://127.0.0.1") as client:
             (found,) = find_results(output)
             viewer = client.get(f"/slides/{found.id}/").text
             assert [one["name"] for one in client.get(f"/slides/{found.id}/facts.json").json()["classes"]] == list(

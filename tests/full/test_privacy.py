@@ -134,7 +134,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         printed["export " + " ".join(arguments)] = result.output
     answers = {}
     results = find_results(folder / "out")
-    with TestClient(make_app(results), base_url="http://127.0.0.1") as client:
+    with TestClient(make_app(results, "ann"), base_url="http://127.0.0.1") as client:
         page = f"/slides/{results[0].id}/"
         facts = client.get(f"{page}facts.json").json()
         addresses = ["/", page, f"{page}facts.json", f"{page}identity.json", f"{page}outlines/0"]

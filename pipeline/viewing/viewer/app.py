@@ -1,4 +1,4 @@
-"""The web application: read-only pages, tiles and outlines of results.
+"""The web application: pages, tiles and outlines of results. Only corrections are written, beside the results.
 
 The names in an address are looked up among the results found at the start, and never become part of a path. Slides are
 patient data: the browser stores nothing, other sites cannot embed a response, and no response contains a path.
@@ -25,6 +25,7 @@ from starlette.routing import Route
 
 from models.tissue_class import Color
 from pipeline.viewing.viewer import map_tiles
+from pipeline.viewing.viewer.corrections import CorrectionPages
 from pipeline.viewing.viewer.open_results import OpenResult, OpenResults
 from pipeline.viewing.viewer.outlines import TOLERANCES_L0
 from pipeline.viewing.viewer.results import Result
@@ -42,6 +43,7 @@ ASSETS = {
     "viewer.css": "text/css",
     "viewer.js": "text/javascript",
     "controls.js": "text/javascript",
+    "corrections.js": "text/javascript",
     "outlines.js": "text/javascript",
     "outline_worker.js": "text/javascript",
     "readout.js": "text/javascript",
@@ -60,9 +62,12 @@ class _Number(IntegerConvertor):
 register_url_convertor("number", _Number())
 
 
-def make_app(results: Sequence[Result]) -> Starlette:
-    """Return the application that shows these results. It opens a slide at the first request."""
-    viewer = Viewer(results)
+def make_app(results: Sequence[Result], author: str) -> Starlette:
+    """Return the application that shows these results. It opens a slide at the first request.
+
+    Corrections are saved under the name of their `author`.
+    """
+    viewer = Viewer(results, author)
     here = "/slides/{id}"
     routes = [
         Route("/", viewer.index),
@@ -82,7 +87,9 @@ def make_app(results: Sequence[Result]) -> Starlette:
         ),
         Route(f"{here}/outlines/{{detail:number}}", viewer.outlines),
         Route(f"{here}/left-out/outlines/{{detail:number}}", viewer.left_out),
+        Route(f"{here}/uncertainty", viewer.uncertainty),
         Route(f"{here}/familiarity.png", viewer.familiarity),
+        *viewer.corrections.routes(here),
     ]
     return local_application(routes, viewer.lifespan)
 
@@ -90,9 +97,10 @@ def make_app(results: Sequence[Result]) -> Starlette:
 class Viewer:
     """The responses of the routes, and the threads that make them."""
 
-    def __init__(self, results: Sequence[Result]) -> None:
+    def __init__(self, results: Sequence[Result], author: str) -> None:
         self._cache = ByteCache(CACHE_BYTES)
         self._opened = OpenResults(results)
+        self.corrections = CorrectionPages(self._opened.by_id, author)
         # Few threads, and always the same ones: each keeps a handle of every slide.
         self._tile_threads = RequestThreads("tiles", max(2, min(8, os.cpu_count() or 2)))
         # Hundreds of thousands of polygons take seconds, and tiles must not wait for them.
@@ -108,6 +116,7 @@ class Viewer:
         yield
         for threads in (self._tile_threads, self._outline_thread):
             threads.shutdown()
+        self.corrections.close()
         self._opened.close()
 
     async def index(self, _: Request) -> Response:
@@ -167,6 +176,10 @@ class Viewer:
 
     async def left_out(self, request: Request) -> Response:
         return await self._drawn(request, OpenResult.left_out)
+
+    async def uncertainty(self, request: Request) -> Response:
+        made = await self._made(request, request.url.path, OpenResult.uncertainty, self._outline_thread)
+        return Response(made, media_type="application/octet-stream")
 
     async def familiarity(self, request: Request) -> Response:
         return await self._answer(request, "image/png", _familiarity, keep=False)

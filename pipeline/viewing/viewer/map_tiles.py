@@ -57,6 +57,15 @@ class MapTiles:
         alphas = bytes([0, *(255 * (shown >> k & 1) for k in range(len(self._colors)))])
         return None if labels_HW is None else _png(labels_HW, [(0, 0, 0), *self._colors], alphas)
 
+    def whole(self, most_pixels: int) -> tuple[NDArray[np.uint8], int]:
+        """Return the probabilities times 255 of all classes, (C, H, W), at the finest level with at most this many
+        pixels, or at the coarsest level, and how many map pixels wide a pixel is.
+        """
+        sizes = [self._open(f"{level}").shape for level in range(self.levels)]
+        fitting = (level for level, (_, height, width) in enumerate(sizes) if height * width <= most_pixels)
+        level = next(fitting, self.levels - 1)
+        return np.asarray(self._open(f"{level}")[:], np.uint8), 1 << level
+
     def _open_array(self, name: str) -> zarr.Array[Any]:
         return zarr.open_array(self._store / name, mode="r", zarr_format=2)
 

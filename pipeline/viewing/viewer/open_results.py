@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import ViewError
+from pipeline.formats.features import read_features
 from pipeline.viewing.viewer.map_tiles import MapTiles
 from pipeline.viewing.viewer.outlines import left_out_bytes, outline_bytes
 from pipeline.viewing.viewer.overview import Overview
 from pipeline.viewing.viewer.results import Result
 from pipeline.viewing.viewer.slide_tiles import SlideTiles
+from pipeline.viewing.viewer.uncertainty import MOST_PIXELS, uncertainties
 from wsi.errors import WsiSegmentError
 from wsi.slide import Slide, open_slide
 
@@ -39,6 +41,13 @@ class OpenResult:
     def left_out(self, detail: int) -> bytes | None:
         file = self.result.left_out
         return None if file is None else left_out_bytes(file, detail)
+
+    def uncertainty(self) -> bytes:
+        """Return the uncertainty of each region in the order of `outlines`, as little-endian 32-bit floats."""
+        features = list(read_features(self.result.outlines, self.result.run.classes))
+        probs_CHW, scale = self.map_tiles.whole(MOST_PIXELS)
+        l0_per_px = self.result.run.plan.grid.l0_per_out * scale
+        return uncertainties(features, probs_CHW, l0_per_px).astype("<f4").tobytes()
 
     def close(self) -> None:
         if self.overview is not None:

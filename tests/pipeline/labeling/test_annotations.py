@@ -21,8 +21,8 @@ from pipeline.labeling.events import SlideAdded
 from pipeline.labeling.import_annotations import (
     COMPLETE,
     PRESENT,
+    Drawing,
     annotation_files,
-    drawn,
     import_events,
     labels_from,
     share,
@@ -169,7 +169,7 @@ def test_presence_is_that_of_counted_pixels(slides: list[Path], boxes: list[tupl
     annotations = [Annotation((str(i),), shapely.box(x, y, x + w, y + h)) for i, x, y, w, h in boxes]
     with open_slide(slides[0]) as slide:
         patches = SlidePatches(slide, "ab", 1.0, SIDE)
-        found, ignored = labels_from(patches, drawn(annotations, {}, {"1": 1, "2": 2}), [1, 2])
+        found, ignored = labels_from(patches, Drawing("ann", annotations), {}, {"1": 1, "2": 2})
     expected = {}
     for y in range(0, 832, SIDE):
         for x in range(0, 1280, SIDE):
@@ -189,7 +189,7 @@ def test_patches_with_an_ignored_class_get_no_label(slides: list[Path]) -> None:
     ]  # fmt: skip
     with open_slide(slides[0]) as slide:
         patches = SlidePatches(slide, "ab", 1.0, SIDE)
-        found, ignored = labels_from(patches, drawn(annotations, {}, {"tumor": 1}), [1, 2])
+        found, ignored = labels_from(patches, Drawing("ann", annotations), {}, {"tumor": 1, "other": 2})
     assert [(one.place.x_l0, one.answers) for one in found] == [(float(SIDE), {1: "present", 2: "absent"})]
     assert ignored == 1
 
@@ -198,7 +198,7 @@ def test_a_second_import_adds_nothing_and_a_label_of_a_person_is_kept(slides: li
     with open_slide(slides[0]) as slide:
         patches = SlidePatches(slide, "ab", 1.0, SIDE)
         box = Annotation(("tumor",), shapely.box(0, 0, 2.5 * SIDE, SIDE))
-        found, _ = labels_from(patches, drawn([box], {}, {"tumor": 1}), [1, 2])
+        found, _ = labels_from(patches, Drawing("ann", [box]), {}, {"tumor": 1, "other": 2})
     events, kept = import_events(fold(), "ann", SLIDE, found, partial=False)
     assert (len(events), kept) == (2, 0), "the third patch is covered in part"
     events, _ = import_events(fold(), "ann", SLIDE, found, partial=True)

@@ -1,7 +1,8 @@
 // Fetches, draws and looks up the polygons in a worker, so that no frame of the page waits for them.
 //
 // Messages in: {kind: "begin", base, facts}, {kind: "draw", id, view, ratio, on} (only the latest is drawn), {kind: "find",
-// id, x, y, on}. Out: {kind: "drawn", id, bitmap, ms, final}, {kind: "found", id, found}, {kind: "loaded"}, {kind: "failed"}.
+// id, x, y, on}, {kind: "request", id, what, ...} (see Outlines.request). Out: {kind: "drawn", id, bitmap, ms, final},
+// {kind: "found", id, found}, {kind: "answered", id, answer}, {kind: "loaded"}, {kind: "failed"}.
 
 const CELLS = 64;
 const MOST_POINTS = 3000; // in one path; messages are processed between paths
@@ -29,6 +30,8 @@ self.onmessage = ({ data }) => {
     if (!drawing) drawLatest();
   } else if (data.kind === "find") {
     postMessage({ kind: "found", id: data.id, found: find(data) });
+  } else if (data.kind === "request") {
+    answer(data);
   }
 };
 
@@ -89,7 +92,39 @@ async function load(detail) {
     return;
   }
   details[detail] = readPolygons(await response.arrayBuffer());
+  for (const done of waiting.splice(0)) done();
   postMessage({ kind: "loaded" });
+}
+
+const waiting = []; // requests that came before the first polygons
+
+async function answer(question) {
+  const { id, what, zoom = 1 } = question;
+  while (nearestDetail(wantedDetail(zoom)) === null) await new Promise((done) => { waiting.push(done); });
+  const polygons = details[nearestDetail(wantedDetail(zoom))];
+  const answers = {
+    at: () => find(question),
+    regions: () => question.indices.map((index) => describe(polygons, index)),
+    next: () => next(polygons, question),
+  };
+  postMessage({ kind: "answered", id, answer: await answers[what]() });
+}
+
+const orders = {}; // numbers of the polygons by "area" and by "uncertainty", the largest first
+
+async function next(polygons, { by, after, on, skip }) {
+  if (!orders[by]) {
+    const values = by === "area" ? polygons.area : new Float32Array(await (await fetch(`${base}uncertainty`)).arrayBuffer());
+    orders[by] = Uint32Array.from(values, (_, index) => index).sort((a, b) => values[b] - values[a] || a - b);
+  }
+  const order = orders[by];
+  const skipped = new Set(skip);
+  const start = after === null ? 0 : order.indexOf(after) + 1;
+  for (let step = 0; step < order.length; step++) {
+    const index = order[(start + step) % order.length];
+    if (index !== after && on[polygons.label[index] - 1] && !skipped.has(index)) return index;
+  }
+  return null;
 }
 
 // Returns the smallest polygon that contains a place; null if there is none.
@@ -102,12 +137,16 @@ function find({ x, y, on, zoom }) {
     if (!on[polygons.label[index] - 1] || !contains(polygons, index, x, y)) continue;
     if (best === null || polygons.area[index] < polygons.area[best]) best = index;
   }
-  if (best === null) return null;
+  return best === null ? null : { ...describe(polygons, best), detail };
+}
+
+function describe(polygons, index) {
   const rings = [];
-  for (let ring = polygons.firstRing[best]; ring < polygons.firstRing[best + 1]; ring++) {
+  for (let ring = polygons.firstRing[index]; ring < polygons.firstRing[index + 1]; ring++) {
     rings.push(polygons.xy.slice(2 * polygons.firstPoint[ring], 2 * polygons.firstPoint[ring + 1]));
   }
-  return { index: best, detail, label: polygons.label[best], area_mm2: polygons.area[best], rings };
+  const box = [...polygons.box.subarray(4 * index, 4 * index + 4)];
+  return { index, label: polygons.label[index], area_mm2: polygons.area[index], box, rings };
 }
 
 // pipeline/viewing/viewer/outlines.py describes the byte layout.

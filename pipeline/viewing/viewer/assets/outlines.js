@@ -16,6 +16,7 @@ export class Outlines {
     this.changed = () => {};
     this.pointed = () => {};
     this.failed = () => {};
+    this.answers = new Map();
     this.opacity = 0;
     this.on = [];
     this.version = 0; // counts changes of the shown classes
@@ -47,13 +48,17 @@ export class Outlines {
     else this.found({ id: this.asked, found: null });
   }
 
+  // Returns what the worker answers: {what: "at", x, y, zoom, on} a polygon or null, {what: "regions", indices, zoom} the
+  // polygons with these numbers, {what: "next", by, after, on, skip} the next number by "area" or "uncertainty", or null.
+  request(question) {
+    const id = this.answers.size ? Math.max(...this.answers.keys()) + 1 : 1;
+    this.worker.postMessage({ kind: "request", id, ...question });
+    return new Promise((done) => this.answers.set(id, done));
+  }
+
   // Draws the outlines for a view. Called for every frame of the slide.
   draw(view) {
-    const ratio = window.devicePixelRatio || 1;
-    const [width, height] = [Math.round(view.width * ratio), Math.round(view.height * ratio)];
-    if (this.canvas.width !== width || this.canvas.height !== height) [this.canvas.width, this.canvas.height] = [width, height];
-    const context = this.canvas.getContext("2d");
-    context.clearRect(0, 0, width, height);
+    const [context, ratio] = cleared(this.canvas, view);
     if (!this.opacity) return;
     if (this.front) {
       const { bitmap, view: drawn } = this.front;
@@ -100,6 +105,11 @@ export class Outlines {
     this.changed();
   }
 
+  answered({ id, answer }) {
+    this.answers.get(id)?.(answer);
+    this.answers.delete(id);
+  }
+
   found({ id, found }) {
     if (id !== this.asked) return;
     const same = found?.index === this.seen?.index && found?.detail === this.seen?.detail;
@@ -109,7 +119,18 @@ export class Outlines {
   }
 }
 
-function drawFound(context, view, ratio, found, classes) {
+// Returns the empty canvas's context for a view, and the canvas pixels per CSS pixel.
+export function cleared(canvas, view) {
+  const ratio = window.devicePixelRatio || 1;
+  const [width, height] = [Math.round(view.width * ratio), Math.round(view.height * ratio)];
+  if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
+  const context = canvas.getContext("2d");
+  context.clearRect(0, 0, width, height);
+  return [context, ratio];
+}
+
+// Returns the path of a polygon on the canvas.
+export function pathOf(found, view, ratio) {
   const k = view.zoom * ratio;
   const [x, y] = [(view.width / 2) * ratio - view.x * k, (view.height / 2) * ratio - view.y * k];
   const path = new Path2D();
@@ -118,10 +139,20 @@ function drawFound(context, view, ratio, found, classes) {
     for (let p = 2; p < xy.length; p += 2) path.lineTo(xy[p] * k + x, xy[p + 1] * k + y);
     path.closePath();
   }
+  return path;
+}
+
+function drawFound(context, view, ratio, found, classes) {
+  const path = pathOf(found, view, ratio);
   context.fillStyle = `${classes[found.label - 1].color}40`;
   context.fill(path, "evenodd");
+  strokeLines(context, path, ratio, [["#000", 5], ["#fff", 3]]);
+}
+
+// Draws lines of these styles and widths over each other along a path.
+export function strokeLines(context, path, ratio, lines) {
   context.lineJoin = "bevel";
-  for (const [style, width] of [["#000", 5], ["#fff", 3]]) {
+  for (const [style, width] of lines) {
     context.strokeStyle = style;
     context.lineWidth = width * ratio;
     context.stroke(path);

@@ -4,6 +4,7 @@
 // level-0 pixel.
 
 import { Controls } from "./controls.js";
+import { Corrections } from "./corrections.js";
 import { Outlines } from "./outlines.js";
 import { area, distance, nice, place } from "./readout.js";
 
@@ -45,7 +46,7 @@ const osd = new OpenSeadragon({
   // Semitransparent tiles that overlap by a fraction of a pixel would show seams.
   subPixelRoundingForTransparency: { "*": OpenSeadragon.SUBPIXEL_ROUNDING_OCCURRENCES.ALWAYS },
 });
-osd.canvas.append(byId("left-out"), byId("outlines")); // above the slide, below the navigator
+osd.canvas.append(byId("left-out"), byId("outlines"), byId("corrected")); // above the slide, below the navigator
 const outlines = new Outlines(byId("outlines"), facts);
 const leftOut = facts.left_out && new Outlines(byId("left-out"), { ...facts, classes: facts.left_out }, "left-out/");
 const drawn = [outlines, leftOut].filter(Boolean);
@@ -58,6 +59,9 @@ for (const polygons of drawn) {
 }
 outlines.failed = () => note("The outlines cannot be read. The terminal shows the reason. Reload the page to try again.");
 if (leftOut) leftOut.failed = () => note("The left-out areas cannot be read. The terminal shows the reason. Reload the page to try again.");
+const corrections = new Corrections(facts, outlines, {
+  view, goTo: (place) => goTo(place, false), announce, note, classesOn: () => controls.state.classes.map((c) => c.on),
+});
 const layers = { labels: null, classes: [], unfamiliar: null };
 let labelsShown = 0;
 
@@ -76,14 +80,20 @@ osd.addOnceHandler("open", async () => {
     if (!pointer && !byId("tip").hidden) pointAt(null); // the polygon has moved away
   });
   osd.addHandler("resize", () => osd.forceRedraw());
+  osd.addHandler("animation-finish", () => corrections.refresh());
   draw();
+  corrections.start();
   checkIdentity();
   if (facts.slide.overview !== null) awaitOverview();
 });
 osd.addHandler("canvas-press", () => { dragging = true; });
 osd.addHandler("canvas-release", () => { dragging = false; });
 osd.addHandler("canvas-key", (event) => { event.preventDefaultAction = true; });
-osd.addHandler("canvas-click", (event) => { if (event.quick) pointAt(event.position.x, event.position.y); });
+osd.addHandler("canvas-click", (event) => {
+  if (!event.quick) return;
+  pointAt(event.position.x, event.position.y);
+  corrections.pick(...placeAt(event.position.x, event.position.y));
+});
 osd.addOnceHandler("tile-load-failed", () => {
   note("Parts of the slide or of its classes cannot be shown. Check in the terminal that wsi-view is still running, then reload the page.");
 });
@@ -183,7 +193,7 @@ async function showLabels(shown, opacity) {
 
 // Drawing over the slide
 
-function drawPolygons(v) { for (const polygons of drawn) polygons.draw(v); }
+function drawPolygons(v) { for (const polygons of [...drawn, corrections]) polygons.draw(v); }
 
 function draw() {
   const v = view();
@@ -377,11 +387,15 @@ document.addEventListener("keydown", (event) => {
   // Sliders and lists use the arrow keys themselves.
   if (event.target.matches("select, input[type=range]") && /^(Arrow|Home|End|Page)/.test(event.key)) return;
   if (event.target.matches("select")) return;
-  const action = /^[1-9]$/.test(event.key) ? () => controls.toggleClass(Number(event.key) - 1) : keys[event.key];
+  const action = corrections.key(event.key) ?? keyAction(event.key);
   if (!action) return;
   event.preventDefault();
   action(event);
 });
 
+function keyAction(key) {
+  return /^[1-9]$/.test(key) ? () => controls.toggleClass(Number(key) - 1) : keys[key];
+}
+
 // For tests and the console.
-window.wsiView = { osd, outlines, leftOut, view, controls };
+window.wsiView = { osd, outlines, leftOut, corrections, view, controls };

@@ -64,7 +64,7 @@ def test_the_scripts_find_the_files_of_each_image_relative_to_the_project(root: 
     assert len(readme.splitlines()) == 2
     assert "import_results" in readme
     scripts = {p.stem for p in (path.parent / "scripts").iterdir()}
-    assert scripts == {"import_results", "show_probability", "export_annotations"}
+    assert scripts == {"import_results", "show_probability", "export_annotations", "send_corrections"}
 
 
 def test_classes_have_the_colors_of_the_model(root: Path) -> None:

@@ -13,9 +13,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import shapely.geometry
 
 from pipeline.labeling.annotations import read_annotations
+from pipeline.labeling.corrections import sent_file
 from pipeline.labeling.import_annotations import slide_of
+from pipeline.labeling.import_corrections import corrected_sources
 from pipeline.results.names import LEFT_OUT
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.qupath.project import write_project
@@ -260,3 +263,52 @@ def test_an_open_image_is_exported_as_it_is_on_the_screen_and_an_empty_one_is_le
     play(project, f"open={NAMES[1]}", "draw", "run=export_annotations")
     assert len(read_annotations(project.parent / "annotations" / f"{NAMES[1]}.geojson").found) == 1
     assert "No project is open" in play(project, "no-project", "run=export_annotations")["said"]
+
+
+@pytest.mark.parametrize("way", ["run=send_corrections", "headless=send_corrections"])
+def test_only_what_a_person_changed_in_qupath_is_imported_and_results_stay_as_they_are(
+    play: Play, segmented: Path, tmp_path: Path, way: str
+) -> None:
+    root = shutil.copytree(segmented, tmp_path / "copy")
+    results = root / "results"
+    before = {file: file.read_bytes() for file in (results / "d").rglob("*") if file.is_file()}
+    areas = {o["id"]: shapely.geometry.shape(o["geometry"]).area for o in features(results / "d" / "d.geojson")}
+    state = play(results / "qupath" / "project.qpproj", "run=import_results", "stale", "reclassify=mucin", "draw", way)
+    assert all(f"{name}: 4 annotations sent" in state["said"] for name in NAMES)
+    assert before == {file: file.read_bytes() for file in (results / "d").rglob("*") if file.is_file()}
+    assert sorted(p.name for p in results.glob("*corrections*")) == [
+        f"{Path(n).stem}.corrections.geojson" for n in NAMES
+    ]
+    sources = {one.name: one for one in corrected_sources(results, root / "slides", "ann")}
+    assert set(sources) == {Path(name).stem for name in NAMES}
+    (drawing,) = sources["d"].drawings
+    assert (drawing.annotator, drawing.source, drawing.reason) == ("ann", "qupath", "correction")
+    relabeled, drawn = drawing.annotations
+    assert (relabeled.name, drawn.name) == (("mucin",), ("mine",))
+    assert relabeled.shape.area == pytest.approx(areas[state["objects"]["d.svs"][0]["id"]])
+    assert drawn.shape.equals(shapely.box(0, 0, 256, 256))
+    assert sources["d"].skipped == {"without a change": 1, "regions of wsi-segment, which are predictions": 1}
+    assert sources["d"].slide == root / "slides" / "d.svs"
+
+
+def test_images_without_a_result_and_a_lost_table_are_reported(play: Play, segmented: Path, tmp_path: Path) -> None:
+    results = shutil.copytree(segmented, tmp_path / "copy") / "results"
+    table = results / "qupath" / "results.tsv"
+    lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
+    table.write_text("".join(lines[:2]), encoding="utf-8")
+    said = play(results / "qupath" / "project.qpproj", f"open={NAMES[1]}", "draw", "run=send_corrections")["said"]
+    assert len([line for line in said.splitlines() if line.endswith("not one of the results; not sent")]) == 1
+    assert f'Done. Import the changes: wsi-label import --corrections "{results}" -o labels' in said
+    assert len([name for name in NAMES if sent_file(results / Path(name).stem).exists()]) == 1
+    table.unlink()
+    said = play(results / "qupath" / "project.qpproj", "run=send_corrections")["said"]
+    assert "Run 'wsi-export qupath' on the results again" in said
+    assert (
+        "No project is open"
+        in play(results / "qupath" / "project.qpproj", "no-project", "run=send_corrections")["said"]
+    )
+
+
+def features(file: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["features"]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Site:
 @contextmanager
 def serving(results: tuple[Result, ...]) -> Iterator[Site]:
     """Serve results from a thread."""
-    with serving_app(make_app(results)) as port:
+    with serving_app(make_app(results, "ann")) as port:
         yield Site(port, results)
 
 
@@ -91,4 +92,12 @@ def results_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(results_folder: Path) -> Iterator[Site]:
     """Serve the results."""
     with serving(find_results(results_folder)) as running:
+        yield running
+
+
+@pytest.fixture
+def own_site(results_folder: Path, tmp_path: Path) -> Iterator[Site]:
+    """Serve a copy of the results, to correct them."""
+    shutil.copytree(next(results_folder.glob("block*")), tmp_path / "results" / "a")
+    with serving(find_results(tmp_path / "results")) as running:
         yield running

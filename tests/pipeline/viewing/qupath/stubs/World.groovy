@@ -14,6 +14,7 @@ class PathObject {
     String type, className, name
     String getPathClass() { className }
     boolean locked
+    Map geometry = [type: 'Polygon', coordinates: [[[0, 0], [256, 0], [256, 256], [0, 256], [0, 0]]]]
     Measurements measurementList
     UUID getID() { id }
     boolean isAnnotation() { type == 'annotation' }

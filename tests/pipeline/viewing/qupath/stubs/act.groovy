@@ -77,6 +77,9 @@ System.in.eachLine('UTF-8') { line ->
             case 'draw':
                 project.entries.each { objects(it).add(annotation(false, 'mine', [])) }
                 break
+            case 'reclassify':
+                project.entries.each { objects(it)[0].className = what }
+                break
             case 'unlock':
                 project.entries.each {
                     def first = objects(it)[0]

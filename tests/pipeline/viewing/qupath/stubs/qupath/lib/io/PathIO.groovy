@@ -10,7 +10,7 @@ class PathIO {
             def properties = feature.properties
             new PathObject(
                 id: UUID.fromString(feature.id), type: properties.objectType, locked: properties.isLocked ?: false,
-                className: properties.classification?.name,
+                className: properties.classification?.name, geometry: feature.geometry,
                 measurementList: new Measurements(names: properties.measurements.keySet() as List))
         }
     }

@@ -13,8 +13,7 @@ class QPEx {
                 properties.isLocked = true
             if (o.measurementList?.names)
                 properties.measurements = o.measurementList.names.collectEntries { [it, 1] }
-            [type: 'Feature', id: o.id.toString(), properties: properties,
-             geometry: [type: 'Polygon', coordinates: [[[0, 0], [256, 0], [256, 256], [0, 256], [0, 0]]]]]
+            [type: 'Feature', id: o.id.toString(), properties: properties, geometry: o.geometry]
         }
         new File(path).setText(groovy.json.JsonOutput.toJson([type: 'FeatureCollection', features: features]), 'UTF-8')
     }

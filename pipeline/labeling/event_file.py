@@ -1,0 +1,183 @@
+"""A file of events: SQLite, append-only, and on the disk before `append` returns."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from pipeline.errors import LabelingError
+
+
+class EventModel(BaseModel):
+    """An event. Unknown keys are refused, because an older version would lose them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+E = TypeVar("E", bound=EventModel)
+
+BUSY_SECONDS = 30
+"""Time to wait for another process that writes. A write takes milliseconds, on a slow network share longer."""
+
+_SCHEMA = """
+CREATE TABLE events (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    time TEXT NOT NULL,
+    annotator TEXT NOT NULL,
+    event TEXT NOT NULL CHECK (json_valid(event))
+);
+CREATE TRIGGER events_are_never_changed BEFORE UPDATE ON events
+BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
+CREATE TRIGGER events_are_never_deleted BEFORE DELETE ON events
+BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
+"""
+
+
+@dataclass(frozen=True)
+class EventFormat(Generic[E]):
+    """A kind of file of events."""
+
+    what: str
+    """What the file contains, for messages."""
+    application_id: int
+    """Marks the file as ours, in SQLite's header."""
+    version: int
+    adapter: TypeAdapter[E]
+    """Reads and writes events as JSON."""
+    view: str
+    """A view for people who read the file with other programs, as SQL."""
+    instead: str
+    """What to do with a file of another kind, for messages."""
+
+
+@dataclass(frozen=True)
+class Entry(Generic[E]):
+    """An event as it was saved."""
+
+    number: int
+    """1 for the first event of a file."""
+    time: str
+    """UTC, ISO 8601."""
+    annotator: str
+    event: E
+
+
+class EventFile(Generic[E]):
+    """The events in one file. Threads and processes may share it. Use it as a context manager, or call `close`.
+
+    Raises LabelingError if the file cannot be opened, or is not a file of this version.
+    """
+
+    def __init__(self, path: Path, format_: EventFormat[E]) -> None:
+        self._path = path
+        self._format = format_
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(
+                path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._prepare()
+            except BaseException:
+                self._connection.close()
+                raise
+        except (OSError, sqlite3.Error) as error:
+            raise LabelingError(
+                f"{path}: cannot be opened as a file of {format_.what} ({error}); check its permissions, or restore a "
+                "copy"
+            ) from error
+
+    def _prepare(self) -> None:
+        execute = self._connection.execute
+        # A rollback journal works on network shares, unlike a write-ahead log. EXTRA also syncs the folder after a
+        # commit, so that a power cut does not undo it.
+        execute("PRAGMA journal_mode = DELETE")
+        execute("PRAGMA synchronous = EXTRA")
+        execute("BEGIN IMMEDIATE")
+        try:
+            found = execute("PRAGMA application_id").fetchone()[0], execute("PRAGMA user_version").fetchone()[0]
+            if found == (0, 0) and execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
+                self._create()
+            elif found != (self._format.application_id, self._format.version):
+                raise LabelingError(
+                    f"{self._path}: is not a file of {self._format.what} of version {self._format.version}; "
+                    f"{self._format.instead}, or update wsi-segment"
+                )
+            execute("COMMIT")
+        except BaseException:
+            self._connection.rollback()
+            raise
+
+    def _create(self) -> None:
+        for statement in _statements(_SCHEMA + self._format.view):
+            self._connection.execute(statement)
+        self._connection.execute(f"PRAGMA application_id = {self._format.application_id}")
+        self._connection.execute(f"PRAGMA user_version = {self._format.version}")
+
+    def append(self, annotator: str, events: Sequence[E]) -> tuple[int, ...]:
+        """Save events, all or none, and return their numbers. They are on the disk when this returns.
+
+        Raises LabelingError if they cannot be saved.
+        """
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        rows = [(time, annotator, event.model_dump_json()) for event in events]
+        with self._lock:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                numbers = tuple(
+                    int(self._connection.execute("INSERT INTO events (time, annotator, event) VALUES (?, ?, ?)", row)
+                        .lastrowid or 0)
+                    for row in rows
+                )  # fmt: skip
+                self._connection.execute("COMMIT")
+            except sqlite3.Error as error:
+                self._connection.rollback()
+                raise LabelingError(
+                    f"{self._path}: the {self._format.what} are NOT saved ({error}); check the space on the disk and "
+                    "the permissions"
+                ) from error
+        return numbers
+
+    def read(self, after: int = 0) -> list[Entry[E]]:
+        """Return the events with a number above `after`, in their order. Raises LabelingError for a damaged file."""
+        validate = self._format.adapter.validate_json
+        try:
+            with self._lock:
+                rows = self._connection.execute(
+                    "SELECT number, time, annotator, event FROM events WHERE number > ? ORDER BY number", (after,)
+                ).fetchall()
+            return [Entry(number, time, who, validate(event)) for number, time, who, event in rows]
+        except (sqlite3.Error, ValidationError) as error:
+            raise LabelingError(f"{self._path}: is damaged ({error}); restore a copy of the file") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _statements(script: str) -> list[str]:
+    """Return the statements of a script. `executescript` would commit the open transaction."""
+    statements, start = [], 0
+    for end in [i + 1 for i, letter in enumerate(script) if letter == ";"]:
+        if sqlite3.complete_statement(script[start:end]):
+            statements.append(script[start:end])
+            start = end
+    return statements

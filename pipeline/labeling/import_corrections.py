@@ -1,0 +1,62 @@
+"""What people changed about results, as annotations from which labels are made.
+
+Only changes count. A region that nobody changed is a prediction, and a model must not learn from its own predictions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from pipeline.errors import LabelingError
+from pipeline.formats.features import read_features
+from pipeline.labeling.annotations import Annotation, read_annotations
+from pipeline.labeling.corrections import corrections_file, read_corrections, sent_file
+from pipeline.labeling.import_annotations import Drawing, ImportSource
+from pipeline.labeling.published_map import PublishedMap
+from pipeline.results.find import result_folders
+from pipeline.results.names import GEOPARQUET_END, RUN
+from pipeline.results.record import read_run
+
+
+def corrected_sources(path: Path, moved: Path | None, annotator: str) -> list[ImportSource]:
+    """Return what people changed about the results at `path`: a result, or a folder of results.
+
+    `moved` is the slide, or the folder with the slides, if they are not where they were segmented. Corrections of
+    wsi-view keep their authors. Those of QuPath get the `annotator`. Raises LabelingError if there are none, and the
+    errors of a damaged file.
+    """
+    whole = path.absolute()
+    folders = [whole] if (whole / RUN).is_file() else result_folders(whole) if whole.is_dir() else []
+    found = [one for one in (_corrected(folder, moved, annotator) for folder in folders) if one is not None]
+    if not found:
+        raise LabelingError(
+            f"{path}: contains no corrections of a result; correct regions in wsi-view, or run the script "
+            "send_corrections in QuPath"
+        )
+    return found
+
+
+def _corrected(folder: Path, moved: Path | None, annotator: str) -> ImportSource | None:
+    run = read_run(folder)
+    if run is None or not (corrections_file(folder).exists() or sent_file(folder).exists()):
+        return None
+    by_author: dict[tuple[str, str], list[Annotation]] = {}
+    skipped: Counter[str] = Counter()
+    for one in read_corrections(folder):
+        if one.event.slide == run.identity.slide:
+            made = Annotation((one.event.after,), one.event.polygon_l0)
+            by_author.setdefault((one.annotator, one.event.model), []).append(made)
+        else:
+            skipped["corrections of another slide, which had a result of this name before"] += 1
+    drawings = [Drawing(who, made, "viewer", "correction", model) for (who, model), made in by_author.items()]
+    if sent_file(folder).exists():
+        parquet = folder / next(name for name in run.outputs if name.endswith(GEOPARQUET_END))
+        read = read_annotations(sent_file(folder), PublishedMap(read_features(parquet, run.classes)))
+        drawings.append(Drawing(annotator, read.found, "qupath", "correction", run.identity.model))
+        skipped.update(read.skipped)
+    slide = run.slide.path or folder.parent / run.slide.name
+    if moved is not None:
+        slide = moved / slide.name if moved.is_dir() else moved
+    classes = [one.name for one in run.classes]
+    return ImportSource(folder.name, slide, drawings, skipped, run.slide.mpp, run.identity.slide, classes)

@@ -1,0 +1,167 @@
+"""Corrections of results in the viewer: what the page reads and saves. Only the page itself can save.
+
+The page names a region by its number, its class and its area. If these do not fit together, the result has changed
+since the page read it, and nothing is saved.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pipeline.errors import LabelingError
+from pipeline.formats.features import geojson_text, read_features
+from pipeline.labeling.corrections import (
+    CORRECTION_EVENTS,
+    CorrectionEvent,
+    correction_features,
+    corrections_file,
+    read_corrections,
+    relabeled,
+    undo_event,
+)
+from pipeline.labeling.event_file import EventFile
+from pipeline.viewing.viewer.results import Result
+from pipeline.web.application import posted_json
+from pipeline.web.request_threads import RequestThreads
+
+log = logging.getLogger(__name__)
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RelabelRequest(_Request):
+    """A region, and the label of its right class."""
+
+    index: Annotated[int, Field(ge=0)]
+    """Number of the region in the file of the result."""
+    label: int
+    area_mm2: float
+    """What the page shows of the region."""
+    after: Annotated[int, Field(ge=1)]
+
+
+class UndoRequest(_Request):
+    """The latest correction of the person who corrects."""
+
+
+class CorrectionPages:
+    """The responses about the corrections of results."""
+
+    def __init__(self, results: Mapping[str, Result], author: str) -> None:
+        self._results = results
+        self._author = author
+        # One thread: what is saved has an order.
+        self._thread = RequestThreads("corrections", 1)
+
+    def routes(self, here: str) -> list[Route]:
+        """Return the routes below the page of a result."""
+        return [
+            Route(f"{here}/corrections.json", self.state),
+            Route(f"{here}/corrections.geojson", self.export),
+            Route(f"{here}/corrections", self.relabel, methods=["POST"]),
+            Route(f"{here}/corrections/undo", self.undo, methods=["POST"]),
+        ]
+
+    def close(self) -> None:
+        """Wait for what is being saved."""
+        self._thread.shutdown()
+
+    async def state(self, request: Request) -> Response:
+        """Respond with the number and the new label of each corrected region."""
+        return await self._answer(request, lambda _: None)
+
+    async def relabel(self, request: Request) -> Response:
+        """Save the class of a region, then respond as `state` does."""
+        asked = await posted_json(request, RelabelRequest)
+
+        def save(result: Result) -> None:
+            classes = result.run.classes
+            region = next(islice(read_features(result.outlines, classes), asked.index, None), None)
+            known = region is not None and (region.label, region.area_mm2) == (asked.label, asked.area_mm2)
+            if region is None or not known or asked.after > len(classes):
+                raise HTTPException(409, "The result has changed; reload the page.")
+            identity = result.run.identity
+            self._append(result, relabeled(region, identity.slide, identity.model, classes[asked.after - 1].name))
+
+        return await self._answer(request, save)
+
+    async def undo(self, request: Request) -> Response:
+        """Undo the author's latest correction of this result, then respond as `state` does."""
+        await posted_json(request, UndoRequest)
+
+        def save(result: Result) -> None:
+            if not corrections_file(result.folder).exists():
+                return
+            with EventFile(corrections_file(result.folder), CORRECTION_EVENTS) as events:
+                event = undo_event(events.read(), self._author)
+            if event is not None:
+                self._append(result, event)
+
+        return await self._answer(request, save)
+
+    async def export(self, request: Request) -> Response:
+        """Respond with the corrections as GeoJSON for QuPath."""
+        result = self._result(request)
+
+        def work() -> bytes:
+            features = correction_features(read_corrections(result.folder), result.run.classes)
+            return "".join(geojson_text(features)).encode()
+
+        return Response(await self._run(request, result, work), media_type="application/geo+json")
+
+    def _append(self, result: Result, event: CorrectionEvent) -> None:
+        with EventFile(corrections_file(result.folder), CORRECTION_EVENTS) as events:
+            events.append(self._author, [event])
+
+    async def _answer(self, request: Request, work: Callable[[Result], None]) -> Response:
+        result = self._result(request)
+
+        def worked() -> bytes:
+            work(result)
+            return self._state(result)
+
+        return Response(await self._run(request, result, worked), media_type="application/json")
+
+    def _state(self, result: Result) -> bytes:
+        corrections = read_corrections(result.folder)
+        labels = {one.name: label for label, one in enumerate(result.run.classes, start=1)}
+        numbers: dict[str, int] = {}
+        if corrections:
+            features = read_features(result.outlines, result.run.classes)
+            numbers = {one.id: index for index, one in enumerate(features)}
+        shown = [
+            {"index": numbers[one.event.region], "after": labels[one.event.after], "author": one.annotator}
+            for one in corrections
+            if one.event.region in numbers and one.event.after in labels
+        ]
+        state = {"author": self._author, "corrections": shown, "others": len(corrections) - len(shown)}
+        return json.dumps(state).encode()
+
+    def _result(self, request: Request) -> Result:
+        result = self._results.get(request.path_params["id"])
+        if result is None:
+            raise HTTPException(404)
+        return result
+
+    async def _run(self, request: Request, result: Result, work: Callable[[], bytes]) -> bytes:
+        try:
+            made = await self._thread.run(request, work)
+        except (LabelingError, OSError) as error:
+            log.error("%s: %s", result.name, error)
+            raise HTTPException(
+                507, "The corrections cannot be read or written; see the terminal for the reason."
+            ) from error
+        assert made is not None
+        return made

@@ -1,0 +1,130 @@
+"""What the viewer's server saves of corrections, for whom, and what becomes of them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shapely
+from typer.testing import CliRunner
+
+from models.tissue_class import TissueClass
+from pipeline.cli.label import app as label_app
+from pipeline.formats.features import Feature, read_features
+from pipeline.labeling.corrections import corrections_file, read_corrections
+from pipeline.labeling.events import Labeled
+from pipeline.labeling.store import EventStore
+from pipeline.viewing.viewer.uncertainty import uncertainties
+from tests.pipeline.viewing.viewer.conftest import Answer, Site
+
+
+def post(site: Site, path: str, body: Any, **headers: str) -> Answer:
+    """Post a body as the page does."""
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
+    sent = {"Origin": site.url, "Content-Type": "application/json"} | headers
+    connection.request("POST", f"/slides/{site.results[0].id}/{path}", json.dumps(body).encode(), sent)
+    answer = connection.getresponse()
+    read = Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+    connection.close()
+    return read
+
+
+def regions(site: Site) -> list[Feature]:
+    return list(read_features(site.results[0].outlines, site.results[0].run.classes))
+
+
+def of_region(site: Site, index: int, after: int) -> dict[str, Any]:
+    """Return the request that gives a region a class."""
+    region = regions(site)[index]
+    return {"index": index, "label": region.label, "area_mm2": region.area_mm2, "after": after}
+
+
+def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_site: Site, tmp_path: Path) -> None:
+    folder = own_site.results[0].folder
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert json.loads(own_site.get("corrections.json").body) == {"author": "ann", "corrections": [], "others": 0}
+    assert not corrections_file(folder).exists(), "looking writes nothing"
+    (index,) = [n for n, one in enumerate(regions(own_site)) if one.label == 2]
+    answer = post(own_site, "corrections", of_region(own_site, index, 1))
+    assert answer.status == 200
+    assert json.loads(answer.body)["corrections"] == [{"index": index, "after": 1, "author": "ann"}]
+    (saved,) = read_corrections(folder)
+    assert (saved.annotator, saved.event.before, saved.event.after) == ("ann", "class-1", "class-0")
+    assert saved.event.polygon_l0.equals(regions(own_site)[index].geometry_l0)
+    assert post(own_site, "corrections/undo", {}).status == 200
+    assert read_corrections(folder) == []
+    post(own_site, "corrections", of_region(own_site, index, 1))
+    exported = json.loads(own_site.get("corrections.geojson").body)["features"]
+    assert [one["properties"]["classification"]["name"] for one in exported] == ["class-0"]
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    run = ["import", "--corrections", str(tmp_path / "results"), "-o", str(tmp_path / "l"), "--patch-side", "64"]
+    done = CliRunner().invoke(label_app, [*run, "--patch-mpp", "1"])
+    assert done.exit_code == 0, done.output
+    with EventStore(tmp_path / "l" / "labels.sqlite") as store:
+        labels = [(one.annotator, one.event) for one in store.read() if isinstance(one.event, Labeled)]
+    # The region is 320×256 px with its left upper corner at (416, 256): columns 7 to 10, rows 4 to 7.
+    assert {(event.place.x_l0, event.place.y_l0) for _, event in labels} == {
+        (x, y) for x in (448, 512, 576, 640) for y in (256, 320, 384, 448)
+    }
+    made = {(who, event.source, event.reason, event.model) for who, event in labels}
+    assert made == {("ann", "viewer", "correction", own_site.results[0].run.identity.model)}
+
+
+def test_what_the_page_cannot_have_sent_is_refused_and_not_saved(own_site: Site) -> None:
+    good = of_region(own_site, 0, 2)
+    for body, status in (
+        (good | {"area_mm2": good["area_mm2"] * 1.1}, 409),
+        (good | {"label": 2 if good["label"] == 1 else 1}, 409),
+        (good | {"index": 99}, 409),
+        (good | {"after": 3}, 409),
+        (good | {"after": 0}, 422),
+        (good | {"path": "x"}, 422),
+        ([], 422),
+    ):
+        assert post(own_site, "corrections", body).status == status, body
+    for headers in ({"Origin": "http://evil.example"}, {"Content-Type": "text/plain"}):
+        assert post(own_site, "corrections", good, **headers).status == 403
+        assert post(own_site, "corrections/undo", {}, **headers).status == 403
+    assert own_site.get("corrections").status == 405
+    assert not corrections_file(own_site.results[0].folder).exists()
+
+
+def test_a_file_that_is_not_ours_is_never_changed(own_site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    file = corrections_file(own_site.results[0].folder)
+    file.write_bytes(b"notes of mine, long enough not to be taken for an empty database")
+    answer = post(own_site, "corrections", of_region(own_site, 0, 2))
+    assert (answer.status, answer.body) == (
+        507, b"The corrections cannot be read or written; see the terminal for the reason."
+    )  # fmt: skip
+    assert file.read_bytes().startswith(b"notes of mine")
+    assert "a.corrections.sqlite: cannot be opened as a file of corrections" in caplog.text
+
+
+def test_the_uncertainty_is_one_minus_the_mean_probability_inside_each_region(own_site: Site) -> None:
+    found = np.frombuffer(own_site.get("uncertainty").body, "<f4")
+    assert found.shape == (len(regions(own_site)),)
+    assert found.max() < 0.1, "the network's probabilities are close to 0 or 1"
+
+
+def test_holes_and_regions_below_a_pixel_have_their_own_uncertainty() -> None:
+    one, other = TissueClass("a", (1, 2, 3)), TissueClass("b", (4, 5, 6))
+    hole = shapely.box(20, 20, 60, 60)
+    features = [
+        Feature("x", 1, one, 0, shapely.box(0, 0, 80, 80).difference(hole)),
+        Feature("y", 2, other, 0, hole),
+        Feature("z", 2, other, 0, shapely.box(91, 91, 92, 92)),
+    ]
+    probs_CHW = np.zeros((2, 10, 10), np.uint8)
+    probs_CHW[0] = 204
+    probs_CHW[:, 3:5, 3:5] = [[[0]], [[255]]]
+    probs_CHW[1, 9, 9] = 51
+    found = uncertainties(features, probs_CHW, 10.0)
+    assert found[0] == pytest.approx(0.2)
+    assert 0 < found[1] < 0.9, "its inner pixels are certain, its border is not"
+    assert found[2] == pytest.approx(0.8)
+    assert uncertainties([], probs_CHW, 1.0).shape == (0,)

@@ -1,0 +1,125 @@
+"""Corrections in a real browser: regions are selected and relabeled with the mouse and the keys."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from pipeline.labeling.corrections import read_corrections
+from tests.browser import axe_findings, screenshot, until, watch
+from tests.pipeline.viewing.viewer.conftest import Site
+from tests.pipeline.viewing.viewer.screen import color_at, place_on_screen, settle, show
+
+if TYPE_CHECKING:  # most test runs need no browser
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.full
+
+PURPLE_AT = (560, 400)
+
+
+def saved(site: Site) -> list[tuple[str, str]]:
+    return [(one.event.before, one.event.after) for one in read_corrections(site.results[0].folder)]
+
+
+def said(page: Page, text: str) -> None:
+    until(page, f"document.getElementById('announcement').textContent.startsWith('{text}')")
+
+
+def test_a_region_is_selected_relabeled_undone_and_exported(page: Page, own_site: Site, tmp_path: Path) -> None:
+    show(page, own_site, "#x=640&y=416&zoom=0.7&map=0&outlines=0")
+    page.keyboard.press("2")
+    assert page.get_by_role("checkbox", name="class-1").is_checked() is False, "without correcting, 2 turns a class off"
+    page.keyboard.press("2")
+    page.keyboard.press("c")
+    page.keyboard.press("1")
+    said(page, "First select a region")
+    assert saved(own_site) == []
+    page.mouse.click(*place_on_screen(page, *PURPLE_AT))
+    said(page, "Selected: class-1, 0.08")
+    page.keyboard.press("1")
+    said(page, "Saved: class-0 (before: class-1), 0.08")
+    assert saved(own_site) == [("class-1", "class-0")]
+    assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
+    pink = own_site.results[0].run.classes[0].color
+    page.wait_for_timeout(200)
+    assert np.abs(color_at(page, *PURPLE_AT) - pink).max() < 60, "filled with its new class"
+    screenshot(page, "viewer-correction", tmp_path, whole=False)
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Export").click()
+    assert download.value.suggested_filename == "a.corrections.geojson"
+    assert '"name":"class-0"' in Path(download.value.path()).read_text(encoding="utf-8")
+
+    page.reload()
+    settle(page)
+    until(page, "wsiView.corrections.shapes.length === 1")
+    page.keyboard.press("c")
+    assert page.locator("#correction-count").inner_text() == "Corrected regions: 1"
+    page.keyboard.press("z")
+    said(page, "Undone")
+    assert saved(own_site) == []
+    page.keyboard.press("Escape")
+    assert page.locator("#correction-tools").is_hidden()
+
+
+def test_the_next_region_by_area_and_by_uncertainty_comes_into_view(page: Page, own_site: Site) -> None:
+    show(page, own_site, "#x=100&y=100&zoom=3")
+    page.keyboard.press("c")
+    page.keyboard.press("n")
+    said(page, "Selected: class-0, 0.5")
+    settle(page)
+    view = page.evaluate("() => wsiView.view()")
+    assert (view["x"], view["y"]) == (pytest.approx(640, abs=30), pytest.approx(416, abs=30))
+    page.keyboard.press("n")
+    said(page, "Selected: class-1, 0.08")
+    page.keyboard.press("1")
+    said(page, "Saved")
+    page.keyboard.press("n")
+    said(page, "Selected: class-0, 0.5")
+    page.keyboard.press("n")
+    said(page, "No other region")
+    page.keyboard.press("z")
+    said(page, "Undone")
+    page.keyboard.press("Shift+N")
+    said(page, "Selected: class-1, 0.08")
+
+
+def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
+    browser: Browser, own_site: Site, tmp_path: Path
+) -> None:
+    with browser.new_context() as context:
+        opened = context.new_page()
+        show(opened, own_site, "#x=640&y=416&zoom=0.7")
+        opened.keyboard.press("c")
+        opened.mouse.click(*place_on_screen(opened, *PURPLE_AT))
+        said(opened, "Selected: class-1")
+        opened.route("**/corrections", lambda route: route.abort())
+        opened.keyboard.press("1")
+        until(opened, "document.getElementById('notes').textContent.includes('NOT saved: wsi-view has ended')")
+        assert opened.locator("#corrections-saved").inner_text() == ""
+        assert saved(own_site) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_tools_are_accessible_in_both_schemes_and_on_a_phone(
+    browser: Browser, own_site: Site, tmp_path: Path, scheme: str
+) -> None:
+    # Axe is injected as a script, which the page's content policy forbids.
+    with browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme, bypass_csp=True) as context:  # type: ignore[arg-type]  # a scheme
+        opened = context.new_page()
+        faults = watch(opened)
+        show(opened, own_site)
+        opened.get_by_role("checkbox", name=re.compile("Correct regions")).check()
+        assert axe_findings(opened) == []
+        opened.keyboard.press("n")
+        said(opened, "Selected")
+        assert axe_findings(opened) == []
+        screenshot(opened, f"viewer-correct-{scheme}", tmp_path, whole=False)
+        opened.set_viewport_size({"width": 390, "height": 800})
+        assert opened.evaluate("() => document.documentElement.scrollWidth") <= 390
+        screenshot(opened, f"viewer-correct-{scheme}-phone", tmp_path, whole=False)
+    assert not faults, "\n".join(faults)
