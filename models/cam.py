@@ -41,8 +41,8 @@ class CamMethod:
     maps: MapsOfLayers
     deep_only: bool = False
     """The method is defined at the deep layer alone."""
-    head: str | None = None
-    """The key in `HEADS` of the only head that the method works with; None if the head does not matter."""
+    heads: tuple[str, ...] = ()
+    """The keys in `HEADS` of the heads that the method works with; empty if the head does not matter."""
     linear: bool = False
     """The method needs a head with `linear_map`."""
 
@@ -92,9 +92,10 @@ def check_available(method: str, classifier: Classifier, layer: str) -> None:
     head: Any = type(classifier.head)
     if layer != "deep" and chosen.deep_only:
         raise CamUnavailableError(f"{method} is defined at the deep layer, not at the {layer} one; use grad-cam there")
-    if chosen.head is not None and head is not HEADS[chosen.head]:
+    if chosen.heads and head not in [HEADS[name] for name in chosen.heads]:
+        wanted = " or ".join(map(repr, chosen.heads))
         raise CamUnavailableError(
-            f"{method} needs a classifier that was trained with head {chosen.head!r}, but this one has a "
+            f"{method} needs a classifier that was trained with head {wanted}, but this one has a "
             f"{head.__name__}; train one with that head, or use grad-cam"
         )
     if chosen.linear and not classifier.head.linear_map:
@@ -182,9 +183,9 @@ CAMS: dict[str, CamMethod] = {
     "grad-cam": CamMethod("Grad-CAM", grad_cam),
     "grad-cam++": CamMethod("Grad-CAM++", grad_cam_plus_plus),
     "score-cam": CamMethod("Score-CAM", score_cams),
-    "lfi-cam": CamMethod("LFI-CAM", attended_grad_cam, deep_only=True, head="lfi"),
-    "pcam": CamMethod("PCAM", head_map, deep_only=True, head="pcam"),
-    "abn": CamMethod("ABN", attended_grad_cam, deep_only=True, head="abn"),
+    "lfi-cam": CamMethod("LFI-CAM", attended_grad_cam, deep_only=True, heads=("lfi", "lfi-release")),
+    "pcam": CamMethod("PCAM", head_map, deep_only=True, heads=("pcam",)),
+    "abn": CamMethod("ABN", attended_grad_cam, deep_only=True, heads=("abn",)),
 }
 """All methods by name."""
 

@@ -218,19 +218,24 @@ class LfiHead(nn.Module):
     The authors' code at commit 4ba02df does all of that, and differs in two points. Its FIN has the full width of the
     backbone in every convolution (512 × the expansion of the block); here the inner convolutions have at most 256
     channels. It applies a ReLU to the output of FIN before the pooling; here the last batch norm is pooled.
+    `ReleasedLfiHead` has their form.
     """
 
     linear_map: ClassVar[bool] = False
     averaged: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
+    widest: ClassVar[float] = 256
+    """Most channels of the inner convolutions of FIN."""
+    final_relu: ClassVar[bool] = False
+    """Whether FIN ends with a ReLU."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        inner = min(channels, 256)
+        inner = int(min(channels, self.widest))
         layers: list[nn.Module] = []
         for inputs, outputs in ((channels, inner), (inner, inner), (inner, inner), (inner, channels)):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        self.importance = nn.Sequential(*layers[:-1])
+        self.importance = nn.Sequential(*(layers if self.final_relu else layers[:-1]))
         self.fc = nn.Linear(channels, classes)
 
     def forward(self, deep_NChw: Tensor, x_NCHW: Tensor) -> HeadOutput:
@@ -243,6 +248,13 @@ class LfiHead(nn.Module):
         attention_N1hw = _minmax(weighted_Nhw[:, None].relu())
         pooled_NC = ((attention_N1hw + 1) * feature_NChw).mean(dim=(2, 3))
         return HeadOutput(self.fc(pooled_NC), attention_N1hw)
+
+
+class ReleasedLfiHead(LfiHead):
+    """`LfiHead` in the form of its authors' code at commit 4ba02df: FIN of full width, with a ReLU at its end."""
+
+    widest: ClassVar[float] = math.inf
+    final_relu: ClassVar[bool] = True
 
 
 class _Bottleneck(nn.Module):
@@ -317,6 +329,7 @@ HEADS: dict[str, Head] = {
     "gap": GapHead,
     "pcam": PcamHead,
     "lfi": LfiHead,
+    "lfi-release": ReleasedLfiHead,
     "abn": AbnHead,
     "area": AreaHead,
 }

@@ -26,7 +26,7 @@ def test_the_classifier_returns_the_logits_of_its_head_on_the_deep_stage(head: s
     assert logits_NK.shape == (2, 3)
     assert torch.equal(logits_NK, expected.logits_NK)
     assert torch.equal(output.map_NKhw, expected.map_NKhw)
-    assert tuple(output.map_NKhw.shape) == (2, 1 if head in ("lfi", "abn") else 3, 8, 12)
+    assert tuple(output.map_NKhw.shape) == (2, 1 if head in ("lfi", "lfi-release", "abn") else 3, 8, 12)
     assert len(output.auxiliary_NK) == (1 if head == "abn" else 0)
 
 
@@ -58,7 +58,7 @@ def test_the_classifier_with_resnet38d_has_the_head_of_the_paper() -> None:
 
 @pytest.mark.parametrize(
     ("backbone", "head", "named"),
-    [("resnet9000", "gap", "resnet9000"), ("resnet18", "magic", "abn, area, gap, lfi, pcam")],
+    [("resnet9000", "gap", "resnet9000"), ("resnet18", "magic", "abn, area, gap, lfi, lfi-release, pcam")],
 )
 def test_an_unknown_architecture_is_named(backbone: str, head: str, named: str) -> None:
     with pytest.raises(ArchitectureError, match=named):

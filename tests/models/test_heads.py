@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ from models.heads import (
 )
 
 Floats = NDArray[np.float64]
-NAMES = ("gap", "pcam", "lfi", "abn", "area")
+NAMES = ("gap", "pcam", "lfi", "lfi-release", "abn", "area")
+ATTENTION_MAPS = ("lfi", "lfi-release", "abn")
 LINEAR = ("gap", "pcam", "area")
 
 
@@ -162,14 +164,16 @@ def slow_resize(gray_HW: Floats, height: int, width: int) -> Floats:
     return result
 
 
-def slow_lfi(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple[Floats, Floats]:
+def slow_lfi(
+    deep_Chw: Floats, image: Floats, state: dict[str, Floats], *, final_relu: bool = False
+) -> tuple[Floats, Floats]:
     channels, height, width = deep_Chw.shape
     gray_hw = slow_resize(image.mean(axis=0), height, width)
     x_Chw = np.stack([slow_minmax(deep_hw) * gray_hw for deep_hw in deep_Chw])
     for conv, norm in ((0, 1), (3, 4), (6, 7), (9, 10)):
         x_Chw = slow_conv(x_Chw, state[f"importance.{conv}.weight"])
         x_Chw = slow_batch_norm(x_Chw, state, f"importance.{norm}")
-        if conv < 9:
+        if conv < 9 or final_relu:
             x_Chw = np.maximum(x_Chw, 0)
     weight_C = softmax(np.array([x_hw.mean() for x_hw in x_Chw]))
     weighted_hw = np.zeros((height, width))
@@ -202,6 +206,7 @@ SLOW: dict[str, Any] = {
     "gap": slow_gap,
     "pcam": slow_pcam,
     "lfi": slow_lfi,
+    "lfi-release": partial(slow_lfi, final_relu=True),
     "abn": slow_abn,
     "area": slow_area,
 }
@@ -253,7 +258,7 @@ def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
     head, deep_NChw, x_NCHW = make_head(name), features(), pictures()
     with torch.no_grad():
         together, alone = head(deep_NChw, x_NCHW), head(deep_NChw[1:2], x_NCHW[1:2])
-    maps = 1 if name in ("lfi", "abn") else 3
+    maps = 1 if name in ATTENTION_MAPS else 3
     assert alone.logits_NK.shape == (1, 3)
     assert alone.map_NKhw.shape == (1, maps, 4, 6)
     assert torch.allclose(alone.logits_NK[0], together.logits_NK[1], atol=1e-5)
@@ -314,7 +319,7 @@ def test_flat_features_give_finite_maps(name: str, value: float) -> None:
         output = make_head(name)(torch.full((1, 5, 4, 6), value), torch.zeros(1, 3, 32, 48))
     assert bool(output.logits_NK.isfinite().all())
     assert bool(output.map_NKhw.isfinite().all())
-    if name == "lfi":
+    if name.startswith("lfi"):
         assert bool((output.map_NKhw == 0).all())
 
 
@@ -451,6 +456,15 @@ def test_area_averages_at_least_one_cell() -> None:
 def test_the_inner_convolutions_of_the_importance_network_have_at_most_256_channels() -> None:
     shapes = [module.weight.shape[:2] for module in LfiHead(300, 2).importance if isinstance(module, nn.Conv2d)]
     assert [tuple(shape) for shape in shapes] == [(256, 300), (256, 256), (256, 256), (300, 256)]
+
+
+def test_the_importance_network_of_the_authors_has_full_width_and_ends_with_a_relu() -> None:
+    importance = HEADS["lfi-release"](300, 2).importance
+    assert isinstance(importance, nn.Sequential)
+    shapes = [module.weight.shape[:2] for module in importance if isinstance(module, nn.Conv2d)]
+    assert [tuple(shape) for shape in shapes] == [(300, 300)] * 4
+    assert isinstance(importance[-1], nn.ReLU)
+    assert isinstance(LfiHead(300, 2).importance[-1], nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize("strength", [1.0, 1e-3])
