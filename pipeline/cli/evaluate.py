@@ -59,8 +59,9 @@ def evaluate(
     """Measure a model against the pixel masks of a data set: IoU per class, mean IoU, frequency-weighted IoU, accuracy.
 
     Each score is computed with and without the classification gate, and in two protocols. Protocol exclude ignores
-    the pixels that the mask labels as white or as no class; include counts them as one more class. The files
-    evaluation.json, confusion.png and worst.png in the output folder replace those of an earlier evaluation.
+    the pixels that the mask labels as white or as no class. Protocol include counts them as one more class; it needs a
+    background rule in the dataset.toml, which predicts white. The files evaluation.json, confusion.png and worst.png in
+    the output folder replace those of an earlier evaluation.
 
     Exit status: 0 done, 1 failed, 2 usage error, 130 interrupted.
     """
@@ -143,7 +144,7 @@ def _evaluate(
 def _document(predictor: Predictor, dataset: Dataset, split: Split, result: Evaluation, *, tta: bool) -> dict[str, Any]:
     """Return the result in plain values. A missing number is null."""
     from pipeline.results.record import versions
-    from pipeline.training.evaluate import OVERLAP, PROTOCOLS
+    from pipeline.training.evaluate import OVERLAP
 
     matrix = result.matrices["exclude", True]
     return {
@@ -155,12 +156,12 @@ def _document(predictor: Predictor, dataset: Dataset, split: Split, result: Eval
         "pixels": {"counted": int(matrix[:-1].sum()), "white": int(matrix[-1].sum())},
         "scores": {
             protocol: {name: _plain(result.scores(protocol, gate=gate)) for name, gate in GATES.items()}
-            for protocol in PROTOCOLS
+            for protocol in result.protocols
         },
         "miou_spread": _number(result.miou_spread()),
         "confusion": {
             protocol: {name: result.matrices[protocol, gate].tolist() for name, gate in GATES.items()}
-            for protocol in PROTOCOLS
+            for protocol in result.protocols
         },
         "image_miou": {name: _number(value) for name, value in result.image_miou.items()},
         "versions": versions(),
@@ -216,11 +217,11 @@ def _print_table(document: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    columns = [document["scores"][protocol][gate] for protocol in ("exclude", "include") for gate in GATES]
+    columns = [document["scores"][protocol][gate] for protocol in document["scores"] for gate in GATES]
     model, dataset = document["model"]["name"], document["dataset"]
     table = Table(title=Text(f"{model} on {dataset['name']}, {dataset['split']}: {document['images']} images, %"))
     table.add_column("")
-    for protocol in ("exclude", "include"):
+    for protocol in document["scores"]:
         for gate in ("gate on", "gate off"):
             table.add_column(f"{protocol}\n{gate}", justify="right", no_wrap=True)
     names = list(columns[-1]["iou"])

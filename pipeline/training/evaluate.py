@@ -60,11 +60,19 @@ class Evaluation:
     names: tuple[str, ...]
     """Class names, in the order of the matrices."""
     matrices: dict[tuple[Protocol, bool], NDArray[np.int64]]
-    """Pixel counts by protocol and gate (on or off), as in `confusion_matrix`, pooled over all images."""
+    """Pixel counts by protocol and gate (on or off), as in `confusion_matrix`, pooled over all images.
+
+    There is no protocol `include` if the data set has no background rule: nothing would predict white.
+    """
     image_miou: dict[str, float]
     """Mean IoU of each image by sample name, protocol `exclude`, gate on; NaN if no pixel counts."""
     group_matrices: dict[str, NDArray[np.int64]]
     """Matrix of each case, or of each sample if the data set has no cases; protocol `exclude`, gate on."""
+
+    @property
+    def protocols(self) -> tuple[Protocol, ...]:
+        """Return the protocols that were counted."""
+        return tuple(dict.fromkeys(protocol for protocol, _ in self.matrices))
 
     def miou_spread(self, draws: int = 1000) -> float:
         """Return the bootstrap standard deviation of the mIoU over cases (Efron 1979), protocol `exclude`, gate on.
@@ -93,7 +101,8 @@ def evaluate(
 
     Protocol `exclude` drops pixels whose truth is white, that is, without a class. A prediction without a class, which
     only the gate produces, counts as wrong. Protocol `include` counts white as an additional class. A pixel is
-    predicted white if it has no class, or if the data set's background rule matches it.
+    predicted white if it has no class, or if the data set's background rule matches it. A data set without such a rule
+    has no protocol `include`.
 
     Raises ClassMismatchError if the model has other classes than the data set. Raises DatasetError if the split has no
     images, an image has no mask, or a file cannot be read, because scores of a part of a test set are not comparable.
@@ -115,22 +124,21 @@ def evaluate_samples(
     Raises MaskError and UnreadableImageError for a file that cannot be read.
     """
     classes = len(dataset.class_names)
-    size = classes + 1
-    matrices = {(p, gate): np.zeros((size, size), np.int64) for p in PROTOCOLS for gate in (True, False)}
+    size, rule = classes + 1, dataset.card.background
+    protocols = PROTOCOLS if rule is not None else PROTOCOLS[:1]
+    matrices = {(p, gate): np.zeros((size, size), np.int64) for p in protocols for gate in (True, False)}
     image_miou: dict[str, float] = {}
     group_matrices: dict[str, NDArray[np.int64]] = defaultdict(lambda: np.zeros((size, size), np.int64))
     for done, sample in enumerate(chosen):
         progress(done, len(chosen))
         rgb_HWC, truth_HW = read_rgb(sample), read_mask(dataset, sample)
-        white_HW = None if dataset.card.background is None else background_HW(rgb_HWC, dataset.card.background)
+        white_HW = None if rule is None else background_HW(rgb_HWC, rule)
         for gate, labels_HW in zip((True, False), _labels(predictor, sample, rgb_HWC, dataset.mpp, flips), strict=True):
             plain = confusion_matrix(truth_HW, labels_HW, classes)
             matrices["exclude", gate] += plain
-            matrices["include", gate] += (
-                plain
-                if white_HW is None
-                else confusion_matrix(truth_HW, np.where(white_HW, np.uint8(classes), labels_HW), classes)
-            )
+            if white_HW is not None:
+                with_white_HW = np.where(white_HW, np.uint8(classes), labels_HW)
+                matrices["include", gate] += confusion_matrix(truth_HW, with_white_HW, classes)
             if gate:
                 image_miou[sample.name] = scores(plain, dataset.class_names).miou
                 group_matrices[sample.group or sample.name] += plain

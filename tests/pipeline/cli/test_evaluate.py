@@ -86,7 +86,8 @@ def test_scores_of_a_perfect_model_are_one_and_the_table_says_a_hundred(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold(monkeypatch, predictor())
-    file = write_dataset(tmp_path / "data", {"a": stripes(64, 96), "b": np.full((64, 64), 255, np.uint8)})
+    masks = {"a": stripes(64, 96), "b": np.full((64, 64), 255, np.uint8)}
+    file = write_dataset(tmp_path / "data", masks, background=True)
     result = invoke(bundle, file, "-o", tmp_path / "out" / "deep")
     assert result.exit_code == 0, result.output
     document = document_of(tmp_path / "out" / "deep")
@@ -104,8 +105,19 @@ def test_scores_of_a_perfect_model_are_one_and_the_table_says_a_hundred(
     }
     assert rows["IoU class-1"][:2] == rows["mIoU"][:2] == rows["ACC"][:2] == ["100.00", "100.00"]
     assert rows["IoU white"][:2] == ["–", "–"]
-    # White truth that no rule finds is of the class that the network says.
-    assert rows["ACC"][2:] == ["60.00", "60.00"]
+    assert rows["IoU white"][2:] == rows["ACC"][2:] == ["100.00", "100.00"]
+
+
+def test_the_table_has_no_column_include_if_nothing_predicts_white(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(monkeypatch, predictor())
+    file = write_dataset(tmp_path / "data", {"a": stripes(64, 96)})
+    result = invoke(bundle, file, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "include" not in result.stdout
+    document = document_of(tmp_path / "out")
+    assert set(document["scores"]) == set(document["confusion"]) == {"exclude"}
 
 
 def test_pictures_show_the_matrix_and_the_worst_images_first(
