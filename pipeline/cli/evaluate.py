@@ -152,7 +152,7 @@ def _document(predictor: Predictor, dataset: Dataset, split: Split, result: Eval
         "dataset": {"name": dataset.card.name, "mpp": dataset.mpp, "split": split},
         "options": {"tta": tta, "overlap": OVERLAP, "device": predictor.device.type},
         "classes": list(result.names),
-        "images": len(result.image_miou),
+        "images": len(result.image_matrices),
         "pixels": {"counted": int(matrix[:-1].sum()), "white": int(matrix[-1].sum())},
         "scores": {
             protocol: {name: _plain(result.scores(protocol, gate=gate)) for name, gate in GATES.items()}
@@ -163,6 +163,8 @@ def _document(predictor: Predictor, dataset: Dataset, split: Split, result: Eval
             protocol: {name: result.matrices[protocol, gate].tolist() for name, gate in GATES.items()}
             for protocol in result.protocols
         },
+        "image_confusion": {name: matrix.tolist() for name, matrix in result.image_matrices.items()},
+        "image_case": result.groups,
         "image_miou": {name: _number(value) for name, value in result.image_miou.items()},
         "versions": versions(),
     }

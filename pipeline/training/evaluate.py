@@ -8,7 +8,6 @@ Shape suffixes: N tiles, K classes, H and W an image, h and w the map at the out
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -64,10 +63,24 @@ class Evaluation:
 
     There is no protocol `include` if the data set has no background rule: nothing would predict white.
     """
-    image_miou: dict[str, float]
-    """Mean IoU of each image by sample name, protocol `exclude`, gate on; NaN if no pixel counts."""
-    group_matrices: dict[str, NDArray[np.int64]]
-    """Matrix of each case, or of each sample if the data set has no cases; protocol `exclude`, gate on."""
+    image_matrices: dict[str, NDArray[np.int64]]
+    """Matrix of each image by sample name; protocol `exclude`, gate on."""
+    groups: dict[str, str]
+    """Case of each image, or its own name if the data set has no cases."""
+
+    @property
+    def image_miou(self) -> dict[str, float]:
+        """Return the mean IoU of each image; NaN if no pixel counts."""
+        return {name: scores(matrix, self.names).miou for name, matrix in self.image_matrices.items()}
+
+    @property
+    def group_matrices(self) -> dict[str, NDArray[np.int64]]:
+        """Return the matrix of each case."""
+        size = len(self.names) + 1
+        found = {group: np.zeros((size, size), np.int64) for group in self.groups.values()}
+        for name, matrix in self.image_matrices.items():
+            found[self.groups[name]] += matrix
+        return found
 
     @property
     def protocols(self) -> tuple[Protocol, ...]:
@@ -127,8 +140,7 @@ def evaluate_samples(
     size, rule = classes + 1, dataset.card.background
     protocols = PROTOCOLS if rule is not None else PROTOCOLS[:1]
     matrices = {(p, gate): np.zeros((size, size), np.int64) for p in protocols for gate in (True, False)}
-    image_miou: dict[str, float] = {}
-    group_matrices: dict[str, NDArray[np.int64]] = defaultdict(lambda: np.zeros((size, size), np.int64))
+    image_matrices: dict[str, NDArray[np.int64]] = {}
     for done, sample in enumerate(chosen):
         progress(done, len(chosen))
         rgb_HWC, truth_HW = read_rgb(sample), read_mask(dataset, sample)
@@ -140,10 +152,10 @@ def evaluate_samples(
                 with_white_HW = np.where(white_HW, np.uint8(classes), labels_HW)
                 matrices["include", gate] += confusion_matrix(truth_HW, with_white_HW, classes)
             if gate:
-                image_miou[sample.name] = scores(plain, dataset.class_names).miou
-                group_matrices[sample.group or sample.name] += plain
+                image_matrices[sample.name] = plain
     progress(len(chosen), len(chosen))
-    return Evaluation(dataset.class_names, matrices, image_miou, dict(group_matrices))
+    groups = {sample.name: sample.group or sample.name for sample in chosen}
+    return Evaluation(dataset.class_names, matrices, image_matrices, groups)
 
 
 def check_same_classes(model: ModelCard, dataset: Dataset) -> None:

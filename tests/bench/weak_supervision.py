@@ -5,6 +5,9 @@
 Each run is `wsi-train` with the settings of its row; a row that differs from another only in later stages starts from
 that one's classifier. Runs that are finished are not repeated, so that rows can be added one by one. `full` is the
 ceiling: the same segmenter trained on the masks of the training split, which no other row sees.
+
+`result.json` of a run has the confusion matrix of each test image, and the table a 95 % interval over patients for each
+row. `--compare ROW` tests every other row against ROW, paired by patient and seed (tests/bench/patients.py).
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from models.bundle import load_bundle
@@ -30,6 +35,7 @@ from pipeline.training.evaluate import evaluate
 from pipeline.training.patches import PatchImages
 from pipeline.training.pseudo_masks import mask_files
 from pipeline.training.train import UNREADABLE_SHARE, train
+from tests.bench.patients import compare, interval, patient_counts
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,16 @@ ROWS = {
     "ours-patches": Row("… each patch alone, without regions", "default", ("region=none",)),
     "ours-labels": Row("… without the labels of overlapping patches", "default", ("overlap_labels=false",), "ours"),
     "ours-ema": Row("… without averaged weights", "default", ("ema=0.0",)),
+    "ours-pda": Row("… with PDA", "default", ("attention=pda",)),
+    "ours-pcam": Row("… with PCAM instead of the area head", "default", ("head=pcam", "cam=pcam")),
+    "ours-lfi": Row("… with LFI-CAM", "default", ("head=lfi-release", "cam=lfi-cam")),
+    "ours-abn": Row("… with ABN", "default", ("head=abn", "cam=abn")),
+    "ours-score-cam": Row("… with Score-CAM of average pooling", "default", ("head=gap", "cam=score-cam"), "ours-gap"),
     "ours-balance": Row("… without balanced losses", "default", ("balance=false",)),
     "paper": Row("Han et al. 2022: PDA, three layers, gate", "paper"),
     "paper-pda": Row("… without PDA", "paper", ("attention=none",)),
+    "paper-raw": Row("… with PDA's attention not normalized", "paper", ("normalize_attention=false",)),
+    "paper-224": Row("… with segmenter inputs of 224 px", "paper", ("view=288", "margin=32")),
     "paper-layers": Row("… deep layer only", "paper", ("layer_weights=[0.0, 0.0, 1.0]",), "paper"),
     "paper+ema": Row("… with averaged weights", "paper", ("ema=0.96",)),
     "full": Row("full supervision, the same segmenter", "default", (), "ours"),
@@ -67,6 +80,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], help="settings of all rows, name=value")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compare", choices=list(ROWS), help="test all other rows against this one")
     parser.add_argument("--tta", action="store_true", help="measure with the mean over the symmetries of a square too")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -76,6 +90,8 @@ def main() -> None:
         for name in options.rows:
             run_row(dataset, name, seed, options.output, options.set, tta=options.tta)
     print(table(options.output))
+    if options.compare is not None:
+        print("\n" + comparisons(options.output, options.compare))
 
 
 def run_row(dataset: Dataset, name: str, seed: int, output: Path, common: Sequence[str], *, tta: bool) -> None:
@@ -102,7 +118,12 @@ def run_row(dataset: Dataset, name: str, seed: int, output: Path, common: Sequen
         for gate in (True, False):
             scores = evaluation.scores("exclude", gate=gate)
             key = ("gate" if gate else "no gate") + (", flips" if flips else "")
-            result[key] = {"miou": scores.miou, **scores.iou, "accuracy": scores.accuracy}
+            result[key] = {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy, **scores.iou}
+        if not flips:
+            result["images"] = {
+                image: {"case": evaluation.groups[image], "counts": counts.tolist()}
+                for image, counts in evaluation.image_matrices.items()
+            }
     (run / "result.json").write_text(json.dumps(result, indent=2))
     print(json.dumps(result), flush=True)
 
@@ -119,23 +140,57 @@ def write_true_masks(dataset: Dataset, folder: Path, config: TrainConfig) -> Non
         mask.save(file)
 
 
+def results_of(output: Path) -> list[dict[str, Any]]:
+    """Return the results of all finished runs in a folder."""
+    return [json.loads(file.read_text()) for file in sorted(output.glob("*/result.json"))]
+
+
 def table(output: Path) -> str:
-    """Return the Markdown table of all results in a folder: mean and spread over seeds."""
-    results = [json.loads(file.read_text()) for file in sorted(output.glob("*/result.json"))]
+    """Return the Markdown table of all results in a folder: mean and spread over seeds, and interval over patients."""
+    results = results_of(output)
     keys = list(dict.fromkeys(key for result in results for key in result if key.startswith(("gate", "no gate"))))
     lines = [
-        f"| recipe | seeds | {' | '.join(f'mIoU, {key}' for key in keys)} | IoU per class | minutes |",
-        "|" + "---|" * (len(keys) + 4),
+        f"| recipe | seeds | {' | '.join(f'mIoU, {key}' for key in keys)} | 95 % over patients | IoU per class "
+        "| FwIoU | accuracy | minutes |",
+        "|" + "---|" * (len(keys) + 7),
     ]
     for name, row in ROWS.items():
         own = [result for result in results if result["row"] == name]
         if not own:
             continue
         cells = [mean_and_spread([result[key]["miou"] for result in own if key in result]) for key in keys]
-        classes = [key for key in own[0]["gate"] if key not in {"miou", "accuracy"}]
+        classes = [key for key in own[0]["gate"] if key not in {"miou", "fwiou", "accuracy"}]
         each = ", ".join(f"{k} {100 * np.mean([result['gate'][k] for result in own]):.1f}" for k in classes)
         minutes = np.mean([result["seconds"] for result in own]) / 60
-        lines.append(f"| {row.title} | {len(own)} | {' | '.join(cells)} | {each} | {minutes:.1f} |")
+        others = [mean_and_spread([result["gate"][key] for result in own]) for key in ("fwiou", "accuracy")]
+        low, high = interval(counts_of(own))
+        cells += [f"{100 * low:.1f}–{100 * high:.1f}", each, *others]
+        lines.append(f"| {row.title} | {len(own)} | {' | '.join(cells)} | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def counts_of(results: Sequence[dict[str, Any]]) -> NDArray[np.int64]:
+    """Return the confusion matrices (S, P, X, X) of the seeds of a row by patient, gate on."""
+    by_seed = sorted(results, key=lambda result: int(result["seed"]))
+    return np.stack([np.stack(list(patient_counts(result["images"]).values())) for result in by_seed])
+
+
+def comparisons(output: Path, reference: str) -> str:
+    """Return the Markdown table of every row against `reference`, on the seeds that both have."""
+    results = results_of(output)
+    lines = ["| recipe | seeds | difference | 95 % over patients | p, paired |", "|---|---|---|---|---|"]
+    for name, row in ROWS.items():
+        seeds = {r["seed"] for r in results if r["row"] == name} & {r["seed"] for r in results if r["row"] == reference}
+        if name == reference or not seeds:
+            continue
+        first, second = (
+            counts_of([r for r in results if r["row"] == one and r["seed"] in seeds]) for one in (name, reference)
+        )
+        found = compare(first, second)
+        lines.append(
+            f"| {row.title} | {len(seeds)} | {100 * found.difference:+.1f} | {100 * found.low:+.1f} to "
+            f"{100 * found.high:+.1f} | {found.p:.3f} |"
+        )
     return "\n".join(lines)
 
 

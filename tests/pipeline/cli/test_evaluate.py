@@ -78,6 +78,9 @@ def test_a_saved_bundle_gives_the_numbers_of_the_library_and_its_digest(tmp_path
             assert document["confusion"][protocol][name] == matrix.tolist()
     assert document["scores"]["exclude"]["gate_off"]["accuracy"] == expected.scores(gate=False).accuracy
     assert document["image_miou"] == pytest.approx(expected.image_miou, nan_ok=True)
+    assert document["image_case"] == {"ä": "ä", "b": "b"}
+    counted = np.sum(list(document["image_confusion"].values()), axis=0)
+    assert counted.tolist() == document["confusion"]["exclude"]["gate_on"]
     assert document["model"] == {"name": "test", "digest": saved.digest, "mpp": 1.0}
     assert {"python", "wsi-segment", "torch"} <= set(document["versions"])
 

@@ -364,7 +364,7 @@ def test_the_spread_is_the_bootstrap_deviation_over_cases() -> None:
     rng = np.random.default_rng(5)
     matrices = {f"case {n}": rng.integers(0, 100, (3, 3)) for n in range(6)}
     pooled = np.sum(list(matrices.values()), axis=0)
-    found = Evaluation(("a", "b"), {("exclude", True): pooled}, {}, matrices)
+    found = Evaluation(("a", "b"), {("exclude", True): pooled}, matrices, {case: case for case in matrices})
     draws, cases = [], list(matrices.values())
     for _ in range(4000):
         matrix = np.sum([cases[rng.integers(6)] for _ in range(6)], axis=0)
@@ -373,7 +373,7 @@ def test_the_spread_is_the_bootstrap_deviation_over_cases() -> None:
         draws.append(sum(h / u for h, u in zip(hit, union, strict=True)) / 2)
     assert found.miou_spread() == pytest.approx(np.std(draws), rel=0.1)
     assert found.miou_spread() == found.miou_spread()
-    alone = Evaluation(("a", "b"), found.matrices, {}, {"case": pooled})
+    alone = Evaluation(("a", "b"), found.matrices, matrices, dict.fromkeys(matrices, "one case"))
     assert alone.miou_spread() == pytest.approx(0, abs=1e-12)
 
 
