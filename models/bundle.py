@@ -132,6 +132,8 @@ class ModelCard(_Strict):
     """Uses that the model is not for."""
     familiarity: FamiliarityCard | None = None
     """None if the model has no statistics of its training data."""
+    made_with: dict[str, str] = {}
+    """Versions of Python, wsi-segment and libraries, commit of the source, and digest of the training data."""
     weights: WeightsCard
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -43,6 +43,9 @@ def train_command(
     test: Annotated[
         bool, typer.Option("--test", help="Measure the finished bundle on the test split, and store the scores in it.")
     ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log every step for TensorBoard too, in the folder tensorboard.")
+    ] = False,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
@@ -63,7 +66,8 @@ def train_command(
         images = load_dataset(dataset, data)
         chosen = train_config(preset, config, settings or (), images.card.settings)
         with training_bar(hidden=quiet or os.environ.get("RANK", "0") != "0") as progress:
-            bundle = train(images, output, chosen, device=device, progress=progress, test=test)
+            options: dict[str, Any] = {"device": device, "progress": progress, "test": test, "tensorboard": tensorboard}
+            bundle = train(images, output, chosen, **options)
     except WsiSegmentError as error:
         fail(PROGRAM, str(error))
     except KeyboardInterrupt:

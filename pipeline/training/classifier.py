@@ -82,6 +82,7 @@ def classifier_task(
         bias_factor=config.bias_factor,
         decay_biases=config.decay_biases,
         momentum=config.momentum,
+        step_values=lambda: {} if classifier.mu is None else {"mu": classifier.mu},
     )
 
 

@@ -34,6 +34,7 @@ from models.predictor import choose_device
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from pipeline.training.config import TrainConfig
+from pipeline.training.step_log import Step, StepLog
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ class Task:
     """Whether the weight decay applies to biases."""
     momentum: float = 0.9
     """Momentum of `sgd`."""
+    step_values: Callable[[], dict[str, float]] = dict
+    """Return more values of a step for its log."""
 
 
 @dataclass
@@ -118,8 +121,9 @@ def fit(
     device: torch.device,
     processes: Processes = Processes(0, 1),  # noqa: B008 - an immutable tuple
     progress: Progress | None = None,
+    log: StepLog | None = None,
 ) -> None:
-    """Train the network and leave the best weights in it.
+    """Train the network and leave the best weights in it. `log` is called after every step.
 
     Training stops after the last epoch, or if the score has not risen for `patience` epochs. Writes
     <name>.checkpoint.safetensors, and the curves as <name>.csv and <name>.png, into `folder`. Raises TrainError if the
@@ -147,13 +151,18 @@ def fit(
         asked = time.perf_counter()
         batch = next(batches)
         started = time.perf_counter()
-        _set_rates(optimizer, rate_factor(config, state.step, total))
+        factor = rate_factor(config, state.step, total)
+        _set_rates(optimizer, factor)
         torch.manual_seed(_seed(config.seed, task.name, state.step, processes.rank))  # dropout
-        state.losses.append(_step(task, batch, optimizer, config, device, processes, state))
+        loss, norm = _step(task, batch, optimizer, config, device, processes, state)
+        state.losses.append(loss)
         _average_into(averaged, network, min(config.ema, (1 + state.step) / (10 + state.step)))
         state.step += 1
         state.data_seconds += started - asked
         state.step_seconds += time.perf_counter() - started
+        if log is not None and processes.rank == 0:
+            values = {"loss": loss, "rate": config.new_rate * factor, "gradient_norm": norm, **task.step_values()}
+            log(Step(task.name, state.step, epoch + 1, values))
         if progress is not None:
             progress(task.name, state.step, total)
         if within == task.steps - 1:
@@ -211,7 +220,8 @@ def _step(
     device: torch.device,
     processes: Processes,
     state: _State,
-) -> float:
+) -> tuple[float, float]:
+    """Train one step and return the loss and the norm of the gradient before clipping. Raises TrainError."""
     optimizer.zero_grad(set_to_none=True)
     # bfloat16 needs no loss scaling. On a CPU it made the default recipe slower.
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
@@ -221,16 +231,16 @@ def _step(
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if processes.world > 1:
         loss = _mean_over_processes(loss, parameters, processes.world)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
     value = loss.item()
-    if not (math.isfinite(value) and math.isfinite(norm.item())):
+    if not (math.isfinite(value) and math.isfinite(norm)):
         raise TrainError(
-            f"{task.name}: step {state.step + 1} has loss {value} and gradient norm {norm.item()}; the last losses "
+            f"{task.name}: step {state.step + 1} has loss {value} and gradient norm {norm}; the last losses "
             f"were {[round(v, 4) for v in state.losses[-5:]]}. Lower backbone_rate and new_rate, set clip, or look for "
             "blank images; the same command resumes from the last checkpoint"
         )
     optimizer.step()
-    return value
+    return value, norm
 
 
 def _mean_over_processes(loss: Tensor, parameters: list[nn.Parameter], world: int) -> Tensor:

@@ -14,7 +14,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -58,11 +58,16 @@ from pipeline.training.fit import Processes, Task, fit, join_processes, remove_c
 from pipeline.training.inputs import MULTIPLE
 from pipeline.training.patches import PatchImages, Place, boxes_inside, view_side
 from pipeline.training.position import edge_profile, position_deviation
+from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import write_pseudo_masks
 from pipeline.training.segmenter import segmenter_task, start_encoder, start_from_classifier
+from pipeline.training.step_log import StepLog, open_step_log
 from wsi.windows import window_starts
 
 logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+"""File of a run folder that records how the run was started."""
 
 UNREADABLE_SHARE = 0.01
 """The run fails if a larger share of the images of a split cannot be read."""
@@ -79,10 +84,12 @@ def train(
     device: str = "auto",
     progress: Progress | None = None,
     test: bool = False,
+    tensorboard: bool = False,
 ) -> Bundle:
     """Run all stages that have no product yet and return the bundle in `run`/bundle.
 
-    With `test`, the bundle also gets the scores of the test split, see `add_test_scores`. Raises TrainError if `run`
+    With `test`, the bundle also gets the scores of the test split, see `add_test_scores`. Every step is logged as in
+    `open_step_log`, with `tensorboard` also for TensorBoard. Raises TrainError if `run`
     was started with another configuration or data set, DatasetError for bad data, and ModelError if a network cannot be
     built.
     """
@@ -114,12 +121,13 @@ def train(
     # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.
     held = ExitStack()
     if processes.rank == 0:
-        held.enter_context(claim(run, dataset, config))
+        held.enter_context(claim(run, dataset, config, provenance(training, validation)))
     _wait(processes)
     with held:
+        log = held.enter_context(open_step_log(run, tensorboard=tensorboard)) if processes.rank == 0 else None
         classifier.to(place)
         task = classifier_task(classifier, training, validation, config, place, processes)
-        _stage(run, task, config, place, processes, progress)
+        _stage(run, task, config, place, processes, progress, log)
 
         masks = run / "pseudo-masks"
         write_pseudo_masks(masks, classifier, training, config, place, processes, progress)
@@ -129,7 +137,7 @@ def train(
         if config.encoder_starts:
             start_from_classifier(segmenter, classifier)
         task = segmenter_task(segmenter, training, validation, masks, config, place, processes)
-        _stage(run, task, config, place, processes, progress)
+        _stage(run, task, config, place, processes, progress, log)
 
         if processes.rank == 0:
             export(run, classifier.eval(), segmenter.eval(), training, validation, config, device)
@@ -151,11 +159,12 @@ def training_images(dataset: Dataset, mpp: float) -> tuple[PatchImages, PatchIma
 
 
 @contextmanager
-def claim(run: Path, dataset: Dataset, config: TrainConfig) -> Iterator[None]:
+def claim(run: Path, dataset: Dataset, config: TrainConfig, made_with: Mapping[str, str]) -> Iterator[None]:
     """Lock a run folder and record its configuration and data set, or check that they match the recorded ones.
 
-    Raises OutputError if the folder cannot be created, LockedError if another process trains in it, and TrainError if
-    the run was started with another configuration or data set.
+    `made_with` is the `provenance`; the one of the first start stays recorded. Raises OutputError if the folder cannot
+    be created, LockedError if another process trains in it, and TrainError if the run was started with another
+    configuration, data set or content of the images.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -167,15 +176,19 @@ def claim(run: Path, dataset: Dataset, config: TrainConfig) -> Iterator[None]:
     except Timeout as error:
         raise LockedError(f"{run}: another wsi-train is using this folder; wait for it, or pass another -o") from error
     try:
-        _write_or_compare(run, dataset, config)
+        _write_or_compare(run, dataset, config, made_with)
         yield
     finally:
         lock.release()
 
 
-def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig) -> None:
-    file = run / "run.json"
-    wanted = {"config": dataclasses.asdict(config), "dataset": dataset.card.model_dump(mode="json")}
+def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig, made_with: Mapping[str, str]) -> None:
+    file = run / RUN_FILE
+    wanted = {
+        "config": dataclasses.asdict(config),
+        "dataset": dataset.card.model_dump(mode="json"),
+        "made_with": dict(made_with),
+    }
     text = json.dumps(wanted, indent=2) + "\n"
     if not file.exists():
         temporary = file.with_suffix(".tmp")
@@ -183,6 +196,7 @@ def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig) -> None:
         temporary.replace(file)
         return
     recorded, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+    before, after = recorded.pop("made_with", {}), wanted.pop("made_with")
     if recorded != wanted:
         now, then = wanted["config"], recorded["config"]
         differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
@@ -190,6 +204,14 @@ def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig) -> None:
             f"{run}: the run was started with other settings (different: {', '.join(differing) or 'the data set'}); "
             f"pass a new folder, or use the settings in {file}"
         )
+    changed = sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
+    if "data" in changed:
+        raise TrainError(
+            f"{run}: the images, masks or labels have changed since the run was started; restore them, or pass a new "
+            "folder"
+        )
+    if changed:
+        logger.warning("%s: the run was started with another %s, see %s", run, ", ".join(changed), file)
 
 
 def _check(training: PatchImages, validation: PatchImages, config: TrainConfig) -> None:
@@ -219,7 +241,13 @@ def _check(training: PatchImages, validation: PatchImages, config: TrainConfig) 
 
 
 def _stage(
-    run: Path, task: Task, config: TrainConfig, device: torch.device, processes: Processes, progress: Progress | None
+    run: Path,
+    task: Task,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes,
+    progress: Progress | None,
+    log: StepLog | None,
 ) -> None:
     """Load the network's weights from the stage's product, or train the network and write the product."""
     file = run / f"{task.name}.safetensors"
@@ -228,7 +256,7 @@ def _stage(
         logger.info("%s exists: stage skipped", file.name)
     else:
         started = time.monotonic()
-        fit(task, run, config, device, processes, progress)
+        fit(task, run, config, device, processes, progress, log)
         if processes.rank == 0:
             temporary = file.with_suffix(".tmp")
             tensors = {name: tensor.cpu().contiguous() for name, tensor in task.network.state_dict().items()}
@@ -284,7 +312,8 @@ def export(
     metrics["val_position_deviation"] = round(position_deviation(profile_KD, config.margin), 4)
     logger.info("gate thresholds %s, temperature %s, %s", thresholds, calibration.temperature, metrics)
     statistics, familiarity = fit_familiarity(rounded[0], training, validation, config, device)
-    card = card.model_copy(update={"metrics": metrics, "familiarity": familiarity})
+    made_with = json.loads((run / RUN_FILE).read_text(encoding="utf-8")).get("made_with", {})
+    card = card.model_copy(update={"metrics": metrics, "familiarity": familiarity, "made_with": made_with})
     save_bundle(folder, card, classifier, segmenter, statistics)
 
 

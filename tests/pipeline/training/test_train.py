@@ -25,6 +25,7 @@ from pipeline.training.dataset import Dataset, load_dataset, samples
 from pipeline.training.evaluate import evaluate
 from pipeline.training.patches import PatchImages
 from pipeline.training.position import edge_profile, position_deviation
+from pipeline.training.provenance import data_digest
 from pipeline.training.train import (
     UNCALIBRATED,
     calibrate_gate,
@@ -74,7 +75,7 @@ def unbroken(textures: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def products(run: Path) -> dict[str, bytes]:
     """Return the content of the files that depend on the weights, by path below the run folder."""
     files = [run / f"{stage}.safetensors" for stage in STAGES]
-    files += [*(run / "pseudo-masks").rglob("*.png"), *(run / "bundle").iterdir()]
+    files += [*(run / "pseudo-masks").rglob("*.png"), *(run / "bundle").iterdir(), *run.glob("*.steps.csv")]
     return {str(file.relative_to(run)): file.read_bytes() for file in files}
 
 
@@ -89,7 +90,7 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
         "pseudo-masks",
         "bundle",
         "calibration.png",
-        *(f"{stage}.{end}" for stage in STAGES for end in ("safetensors", "csv", "png")),
+        *(f"{stage}.{end}" for stage in STAGES for end in ("safetensors", "csv", "png", "steps.csv")),
     }
     assert len(list((unbroken / "pseudo-masks" / "deep").iterdir())) == 5
     bundle = load_bundle(unbroken / "bundle")
@@ -226,28 +227,57 @@ def test_the_published_recipe_trains_on_patches_of_an_unaligned_side(tmp_path: P
 
 def test_a_run_folder_belongs_to_one_configuration_and_data_set(textures: Dataset, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with claim(run, textures, CONFIG):
+    with claim(run, textures, CONFIG, {}):
         written = (run / "run.json").read_bytes()
-    with claim(run, textures, CONFIG):
+    with claim(run, textures, CONFIG, {}):
         pass
     changed = dataclasses.replace(CONFIG, seed=3, region=96)
     with (
         pytest.raises(TrainError, match=r"started with other settings \(different: region, seed\).*run\.json"),
-        claim(run, textures, changed),
+        claim(run, textures, changed, {}),
     ):
         pass
     other = Dataset(textures.card.model_copy(update={"mpp": 0.5}), textures.root)
-    with pytest.raises(TrainError, match=r"\(different: the data set\)"), claim(run, other, CONFIG):
+    with pytest.raises(TrainError, match=r"\(different: the data set\)"), claim(run, other, CONFIG, {}):
         pass
     assert (run / "run.json").read_bytes() == written
     assert json.loads(written)["config"] == json.loads(json.dumps(dataclasses.asdict(CONFIG)))
 
 
+def test_the_run_and_its_bundle_record_versions_commit_and_data(unbroken: Path, textures: Dataset) -> None:
+    recorded = json.loads((unbroken / "run.json").read_text(encoding="utf-8"))["made_with"]
+    assert {"python", "wsi-segment", "torch", "data"} <= set(recorded)
+    assert load_bundle(unbroken / "bundle").card.made_with == recorded
+    training, validation = (PatchImages(textures, samples(textures, split), 1.0) for split in ("train", "val"))
+    assert recorded["data"] == data_digest(training, validation)
+
+
+def test_a_run_is_not_resumed_with_other_images(textures: Dataset, tmp_path: Path) -> None:
+    with claim(tmp_path / "run", textures, CONFIG, {"data": "1", "torch": "2.0"}):
+        pass
+    with (
+        pytest.raises(TrainError, match="the images, masks or labels have changed since the run was started"),
+        claim(tmp_path / "run", textures, CONFIG, {"data": "2", "torch": "2.0"}),
+    ):
+        pass
+
+
+def test_a_run_resumed_with_another_version_warns(
+    textures: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with claim(tmp_path / "run", textures, CONFIG, {"data": "1", "torch": "2.0", "commit": "a"}):
+        pass
+    with claim(tmp_path / "run", textures, CONFIG, {"data": "1", "torch": "2.1", "commit": "a"}):
+        pass
+    assert "the run was started with another torch, see" in caplog.text
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["made_with"]["torch"] == "2.0"
+
+
 def test_two_runs_cannot_share_a_folder(textures: Dataset, tmp_path: Path) -> None:
     with (
-        claim(tmp_path / "run", textures, CONFIG),
+        claim(tmp_path / "run", textures, CONFIG, {}),
         pytest.raises(LockedError, match="another wsi-train is using this folder"),
-        claim(tmp_path / "run", textures, CONFIG),
+        claim(tmp_path / "run", textures, CONFIG, {}),
     ):
         pass
 
@@ -256,7 +286,7 @@ def test_the_error_names_a_run_folder_that_cannot_be_created(textures: Dataset, 
     (tmp_path / "file").write_text("in the way")
     with (
         pytest.raises(OutputError, match="run folder cannot be created"),
-        claim(tmp_path / "file", textures, CONFIG),
+        claim(tmp_path / "file", textures, CONFIG, {}),
     ):
         pass
 

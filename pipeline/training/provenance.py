@@ -1,0 +1,54 @@
+"""What a training run was made with: versions, the commit of the source, and a digest of the data."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+from pipeline.results.digests import file_facts
+from pipeline.results.record import versions
+from pipeline.training.patches import PatchImages
+
+
+def provenance(training: PatchImages, validation: PatchImages) -> dict[str, str]:
+    """Return the versions that training depends on, "commit" if the source is a git checkout, and "data"."""
+    return versions() | source_commit(Path(__file__).resolve().parent) | {"data": data_digest(training, validation)}
+
+
+def source_commit(folder: Path) -> dict[str, str]:
+    """Return {"commit": SHA-1} of the checkout that contains this file in `folder`, with "+" if it was changed.
+
+    Return nothing for an installed package, or if git is missing.
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            command = ["git", "-C", str(folder), *arguments]
+            done = subprocess.run(  # noqa: S603 - git of the user's path, with constant arguments
+                command, capture_output=True, text=True, check=False, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package may lie in a checkout of something else, which does not track it.
+    if not git("ls-files", Path(__file__).name):
+        return {}
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": f"{git('rev-parse', 'HEAD')}{'+' if changed else ''}"}
+
+
+def data_digest(training: PatchImages, validation: PatchImages) -> str:
+    """Return a SHA-256 over the files of all images and masks, their names and splits, and their labeled patches.
+
+    The folder of the data does not matter, nor the order in which files are found.
+    """
+    whole = hashlib.sha256()
+    for split, images in (("train", training), ("val", validation)):
+        for sample, boxes_B4, present_BK in zip(images.samples, images.boxes, images.present, strict=True):
+            files = [sample.image, *([sample.mask] if sample.mask is not None else [])]
+            parts = [split, sample.name, sample.group, *(file_facts(file).sha256 for file in files)]
+            parts += [boxes_B4.tolist(), present_BK.astype(int).tolist()]
+            whole.update(f"{parts}\n".encode())
+    return whole.hexdigest()
