@@ -78,7 +78,7 @@ def backbone_tensors(tensors: Mapping[str, Tensor], network: str) -> dict[str, T
 
 
 def network_shapes(network: str) -> dict[str, torch.Size]:
-    """Return the names and shapes of a backbone's tensors. Raises ArchitectureError if there is no such network."""
+    """Return the names and shapes of a backbone's tensors. Raises ArchitectureError for an unknown network."""
     with torch.device("meta"):
         if network == "resnet38d":
             built: Any = Backbone(network).net

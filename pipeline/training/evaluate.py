@@ -61,7 +61,7 @@ class Evaluation:
     matrices: dict[tuple[Protocol, bool], NDArray[np.int64]]
     """Pixel counts by protocol and gate (on or off), as in `confusion_matrix`, pooled over all images.
 
-    There is no protocol `include` if the data set has no background rule: nothing would predict white.
+    Protocol `include` is missing if the data set has no background rule, because nothing would predict white.
     """
     image_matrices: dict[str, NDArray[np.int64]]
     """Matrix of each image by sample name; protocol `exclude`, gate on."""
