@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
+from scipy.spatial import KDTree
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -53,6 +54,20 @@ class Specimen:
         """Add a density inside a mask."""
         self.od_HWC += here_HW[..., None] * np.asarray(od_HWC)
         self.truth_HW |= here_HW & tissue
+
+    def ink(self, here_HW: Mask, color: tuple[int, int, int], grain: float = 0.0) -> None:
+        """Add the ink of a pen with noise of this deviation in each pixel, relative to its density."""
+        noise_HW1 = 1 + grain * self.rng.normal(0, 1, (*here_HW.shape, 1))
+        self.add(here_HW, np.asarray(od_of(color)) * noise_HW1)
+
+    def fat(self, here_HW: Mask, strength: float = 1.0, cell_px: float = 10.0) -> None:
+        """Add fat: bright cells of about this width between thin strands. Some are stained, most are gray."""
+        centers = self.rng.uniform(0, max(here_HW.shape), (2, int(2 * (max(here_HW.shape) / cell_px) ** 2)))
+        cells_HW = _nearest(centers, here_HW.shape)
+        strands_HW = (cells_HW != np.roll(cells_HW, 1, 0)) | (cells_HW != np.roll(cells_HW, 1, 1))
+        color_HWC = np.where(self.rng.random((cells_HW.max() + 1, 1)) < 0.3, EOSIN, (0.3, 0.3, 0.3))[cells_HW]
+        od_HWC = ndimage.gaussian_filter(0.5 * strength * strands_HW[..., None] * color_HWC, (0.6, 0.6, 0))
+        self.add(here_HW, od_HWC, tissue=True)
 
     def image(
         self, glass: Color = (244, 243, 244), *, noise: float = 1.0, jpeg: int | None = None
@@ -110,6 +125,26 @@ def od_of(color: tuple[int, int, int], glass: Color = (255, 255, 255)) -> Color:
     """Return the density of a color."""
     red, green, blue = (float(np.log((g + 1) / (value + 1))) for value, g in zip(color, glass, strict=True))
     return red, green, blue
+
+
+def one_piece(stain: str, strength: float = 1.0, size: tuple[int, int] = (300, 220), radius: float = 60) -> Specimen:
+    """Return a specimen with one piece of tissue on its left side."""
+    specimen = Specimen(size, seed=1)
+    here_HW = specimen.blob(radius + 20, size[1] / 2, radius)
+    specimen.add(here_HW, stained(size[::-1], specimen.rng, STAINS[stain], strength), tissue=True)
+    return specimen
+
+
+def scores(mask_HW: Mask, specimen: Specimen) -> tuple[float, float]:
+    """Return recall and precision of a mask."""
+    both = float((mask_HW & specimen.truth_HW).sum())
+    return both / float(specimen.truth_HW.sum()), both / float(max(1, mask_HW.sum()))
+
+
+def _nearest(centers: Floats, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return for each pixel the number of the nearest center; `centers` are (y, x)."""
+    places = np.moveaxis(np.indices(shape), 0, -1)
+    return np.asarray(KDTree(centers.T).query(places)[1])
 
 
 def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> Floats:

@@ -88,6 +88,11 @@ def grow(mask_HW: Mask, px: int) -> Mask:
     return grown_HW
 
 
+def shrink(mask_HW: Mask, px: int) -> Mask:
+    """Return a mask shrunk by a diamond of this radius."""
+    return ~grow(~mask_HW, px)
+
+
 def thick(mask_HW: Mask, px: int) -> Mask:
     """Return the parts of a mask into which a diamond of this radius fits (morphological opening)."""
     opened_HW = np.empty_like(mask_HW)

@@ -33,6 +33,7 @@ _BIN = 4
 _PALE_COLOR, _PALE_TEXTURE, _PALE_LEAST = 0.03, 0.01, 0.04
 _PINK = 0.025
 _YELLOW_TEXTURE = 0.02
+_GLASS_TEXTURE = 0.012
 _BLUR = 0.25
 _PALE_LIGHT, _STAINED_LIGHT = 0.35, 0.15
 _STAINED_MOST, _STAINED_COLOR = 0.2, 0.06
@@ -66,6 +67,13 @@ class Look:
     """In a color of pens, which some stains have too."""
     SMOOTH = np.uint8(32)
     """With less texture than tissue has."""
+    TEXTURED = np.uint8(64)
+    """With more texture than glass has."""
+
+
+def has_look(looks_HW: NDArray[np.uint8], look: np.uint8) -> NDArray[np.bool_]:
+    """Return the pixels that have one of these looks."""
+    return np.asarray((looks_HW & look) > 0)
 
 
 class Densities(NamedTuple):
@@ -199,6 +207,7 @@ def _looks(rgb_HWC: NDArray[np.uint8], rows: slice, glass: tuple[float, float, f
         (Look.GRAY, ~has_color_HW & (most_HW > _GRAY_MOST)),
         (Look.TINTED, has_color_HW & (most_HW > _TINT_MOST) & (most_HW <= _STAINED_MOST) & ~pale_HW),
         (Look.INK, has_color_HW & _is_ink(part.od_HWC)),
+        (Look.TEXTURED, texture_HW > _GLASS_TEXTURE),
         (Look.SMOOTH, fine_HW < 0.05 * part.mean_HW),
     ):
         looks_HW[here_HW] |= look

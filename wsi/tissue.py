@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from wsi.box import Box
 from wsi.errors import SlideReadError
+from wsi.fat import find_fat
 from wsi.folds import find_folds
 from wsi.left_out import Extent, LeftOut, extents
 from wsi.masks import Mask, close, grow, pieces, thick, without_small
+from wsi.pens import find_pens
 from wsi.slide import Slide
-from wsi.stain import Look, glass_color, looks
+from wsi.stain import Look, glass_color, has_look, looks
 from wsi.thumbnail import read_thumbnail
 
 MASK_MPP = 8.0
@@ -29,9 +31,6 @@ MIN_PALE_UM2 = 20_000.0
 
 MAX_HOLE_UM2 = 10_000.0
 """Smaller holes (lumina, fat, tears) belong to the tissue around them."""
-
-MIN_PEN_UM2 = 5_000.0
-"""Smaller spots in a color of pens belong to what is around them."""
 
 MIN_DUST_UM2 = 500.0
 """Smaller gray spots are noise."""
@@ -57,12 +56,10 @@ MAX_STRUCTURE_SHARE = 0.25
 MAX_UNREADABLE_SHARE = 0.01
 """A slide is refused if a larger share of its thumbnail is unreadable, because the missing part could be the tissue."""
 
-_PEN_SHARE = 0.4
-"""Least share of smooth pixels in a piece of pen ink. Stains of the same color have texture."""
 _BORDER_SHARE = 0.5
 """Least share of smooth pixels in a gray piece at the edge of the image that the scanner left."""
 _RIM_PX = 2
-"""Width of the blur around pens and borders, in which they have the colors of stains."""
+"""Width of the blur around borders, in which they have the colors of stains."""
 _PALE_PX = 6
 """Pale pieces without a part this thick are the borders of mountant and tinted glass."""
 _STAINED_PX = 5
@@ -162,17 +159,25 @@ def detect_tissue(rgb_HWC: NDArray[np.uint8], mpp: float) -> Found:
     """Find tissue, folds included, in a thumbnail with pixels of `mpp` micrometers.
 
     Densities are relative to the glass of this slide (`wsi.stain`). Colored pixels are tissue; faintly colored ones
-    need texture. Pieces in a color of pens are pen if they are smooth, because some stains have the same colors.
+    need texture, and fat needs colored strands (`wsi.fat`). Pen ink has a color of pens and is smooth or even
+    (`wsi.pens`).
     """
     glass = glass_color(rgb_HWC)
     looks_HW = looks(rgb_HWC, glass)
     left_out_HW = np.zeros(looks_HW.shape, np.uint8)
-    left_out_HW[_pens(looks_HW, MIN_PEN_UM2 / mpp**2)] = LeftOut.PEN
+    left_out_HW[find_pens(rgb_HWC, looks_HW, glass, mpp)] = LeftOut.PEN
     _mark_gray(left_out_HW, looks_HW, MIN_DUST_UM2 / mpp**2)
-    mask_HW, fragment_HW = _tissue(looks_HW, (left_out_HW == LeftOut.PEN) | (left_out_HW == LeftOut.BORDER), mpp)
+    other_HW = (left_out_HW == LeftOut.PEN) | (left_out_HW == LeftOut.BORDER)
+    mask_HW, fragment_HW = _tissue(looks_HW, other_HW, mpp)
+    fat_HW = find_fat(
+        has_look(looks_HW, Look.TEXTURED), has_look(looks_HW, Look.STAINED | Look.PALE), mask_HW, other_HW, mpp
+    )
+    if fat_HW.any():
+        mask_HW = _without_holes(mask_HW | fat_HW, mpp) & ~other_HW
+    del other_HW, fat_HW
     left_out_HW[mask_HW] = 0
-    left_out_HW[fragment_HW & (left_out_HW == 0)] = LeftOut.FRAGMENT
-    tinted_HW = ((looks_HW & Look.TINTED) > 0) & ~mask_HW & (left_out_HW == 0)
+    left_out_HW[fragment_HW & ~mask_HW & (left_out_HW == 0)] = LeftOut.FRAGMENT
+    tinted_HW = has_look(looks_HW, Look.TINTED) & ~mask_HW & (left_out_HW == 0)
     left_out_HW[without_small(tinted_HW, MIN_TINT_UM2 / mpp**2)] = LeftOut.TINT
     left_out_HW[find_folds(rgb_HWC, mask_HW, glass, mpp)] = LeftOut.FOLD
     return Found(mask_HW, left_out_HW)
@@ -183,30 +188,22 @@ def structure_um2(left_out: Mapping[LeftOut, Extent]) -> float:
     return sum(extent.area_um2 for kind, extent in left_out.items() if kind.is_structure)
 
 
-def _pens(looks_HW: NDArray[np.uint8], min_px: float) -> Mask:
-    """Return the pieces in a color of pens that are smooth, with the blur around them."""
-    found = pieces((looks_HW & Look.INK) > 0)
-    smooth, sizes = found.counts((looks_HW & Look.SMOOTH) > 0), found.sizes()
-    pen_HW = found.chosen((smooth >= _PEN_SHARE * sizes) & (sizes >= min_px))
-    return pen_HW | (grow(pen_HW, _RIM_PX) & ((looks_HW & (Look.STAINED | Look.PALE)) > 0))
-
-
 def _mark_gray(left_out_HW: NDArray[np.uint8], looks_HW: NDArray[np.uint8], min_px: float) -> None:
     """Mark the gray pieces: smooth ones at the edge of the image as the scanner's border, the others as dust."""
-    found = pieces(((looks_HW & Look.GRAY) > 0) & (left_out_HW == 0))
+    found = pieces(has_look(looks_HW, Look.GRAY) & (left_out_HW == 0))
     sizes = found.sizes()
     large = sizes >= min_px
-    smooth = found.counts((looks_HW & Look.SMOOTH) > 0) >= _BORDER_SHARE * sizes
+    smooth = found.counts(has_look(looks_HW, Look.SMOOTH)) >= _BORDER_SHARE * sizes
     border_HW = found.chosen(large & smooth & found.at_the_edge())
     left_out_HW[found.chosen(large)] = LeftOut.DUST
     if border_HW.any():
-        left_out_HW[grow(border_HW, _RIM_PX) & (looks_HW != 0)] = LeftOut.BORDER
+        left_out_HW[grow(border_HW, _RIM_PX) & ((looks_HW & ~Look.TEXTURED) != 0)] = LeftOut.BORDER
 
 
 def _tissue(looks_HW: NDArray[np.uint8], other_HW: Mask, mpp: float) -> tuple[Mask, Mask]:
     """Return the tissue, and the stained pieces that are too small. `other_HW` is never tissue."""
-    stained_HW = ((looks_HW & Look.STAINED) > 0) & ~other_HW
-    pale_HW = ((looks_HW & Look.PALE) > 0) & ~other_HW
+    stained_HW = has_look(looks_HW, Look.STAINED) & ~other_HW
+    pale_HW = has_look(looks_HW, Look.PALE) & ~other_HW
     core_HW = thick(close(pale_HW), _PALE_PX)
     found = pieces(close(stained_HW | pale_HW) & ~other_HW)
     del pale_HW
@@ -215,7 +212,11 @@ def _tissue(looks_HW: NDArray[np.uint8], other_HW: Mask, mpp: float) -> tuple[Ma
     keep = is_stained & (sizes >= MIN_TISSUE_UM2 / mpp**2) | has_pale_core & (sizes >= MIN_PALE_UM2 / mpp**2)
     mask_HW, fragment_HW = found.chosen(keep), found.chosen(~keep & (stained > 0))
     del found, core_HW, stained_HW
-    return ~without_small(~mask_HW, MAX_HOLE_UM2 / mpp**2) & ~other_HW, fragment_HW
+    return _without_holes(mask_HW, mpp) & ~other_HW, fragment_HW
+
+
+def _without_holes(mask_HW: Mask, mpp: float) -> Mask:
+    return ~without_small(~mask_HW, MAX_HOLE_UM2 / mpp**2)
 
 
 def _warnings(mask_HW: Mask, left_out_HW: NDArray[np.uint8], mpp: float, *, exclude_folds: bool) -> tuple[str, ...]:

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from tests.slides import GLASS, PINK, PURPLE, painted, write_slide
-from tests.specimens import EOSIN, HEMATOXYLIN, MPP, PENS, STAINS, Specimen, od_of, stained
+from tests.specimens import MPP, PENS, Specimen, od_of, one_piece, scores
 from wsi import masks
 from wsi.box import Box
 from wsi.left_out import LeftOut
 from wsi.slide import open_slide
-from wsi.tissue import Found, Tissue, detect_tissue, find_tissue
+from wsi.tissue import Tissue, detect_tissue, find_tissue
 
 SIZE = (1600, 1200)
 """At 2 µm per pixel: a slide of 3.2 mm × 2.4 mm."""
@@ -143,77 +143,32 @@ def test_the_mask_found_in_strips_equals_that_of_the_whole_thumbnail(
     assert kinds == {0, LeftOut.FOLD, LeftOut.PEN, LeftOut.DUST, LeftOut.BORDER}
 
 
-def one_piece(stain: str, strength: float = 1.0, size: tuple[int, int] = (300, 220), radius: float = 60) -> Specimen:
-    """Return a specimen with one piece of tissue on its left side."""
-    specimen = Specimen(size, seed=1)
-    here_HW = specimen.blob(radius + 20, size[1] / 2, radius)
-    specimen.add(here_HW, stained(size[::-1], specimen.rng, STAINS[stain], strength), tissue=True)
-    return specimen
-
-
-def scores(found: Found, specimen: Specimen) -> tuple[float, float]:
-    """Return recall and precision of a mask."""
-    both = float((found.mask_HW & specimen.truth_HW).sum())
-    return both / float(specimen.truth_HW.sum()), both / float(max(1, found.mask_HW.sum()))
-
-
-@pytest.mark.parametrize("strength", [0.3, 1.0, 2.0])
-@pytest.mark.parametrize("stain", ["H&E", "blue counterstain", "trichrome blue", "methyl green", "DAB", "blood"])
-def test_tissue_is_found_in_any_stain_pale_or_dark(stain: str, strength: float) -> None:
+@pytest.mark.parametrize(("stain", "strength"), [("methyl green", 0.3), ("blue counterstain", 1.0), ("H&E", 2.0)])
+def test_tissue_is_found_in_stains_that_pens_resemble(stain: str, strength: float) -> None:
     specimen = one_piece(stain, strength)
     found = detect_tissue(specimen.image(), MPP)
-    recall, precision = scores(found, specimen)
+    recall, precision = scores(found.mask_HW, specimen)
     assert recall > 0.9
     assert precision > 0.95
-    assert not (found.left_out_HW[specimen.truth_HW] == LeftOut.FOLD).any()
 
 
-@pytest.mark.parametrize("name", PENS)
-def test_a_pen_is_not_tissue(name: str) -> None:
+@pytest.mark.parametrize(("name", "grain"), [("green", 0.0), ("violet", 0.1)])
+def test_a_pen_is_not_tissue(name: str, grain: float) -> None:
     specimen = one_piece("H&E")
-    pen_HW = specimen.stroke((190, 20), (260, 200), 25)
-    specimen.add(pen_HW, od_of(PENS[name]))
+    pen_HW = specimen.stroke((190, 20), (260, 200), 14)
+    specimen.ink(pen_HW, PENS[name], grain)
     found = detect_tissue(specimen.image(), MPP)
-    recall, precision = scores(found, specimen)
-    assert recall > 0.97
-    assert precision > 0.95
+    assert scores(found.mask_HW, specimen)[1] > 0.95
     assert (found.left_out_HW[pen_HW] == LeftOut.PEN).mean() > 0.97
 
 
-def test_fragments_of_112_um_are_tissue() -> None:
-    specimen = Specimen((400, 300), seed=4)
-    od_HWC = stained((300, 400), specimen.rng, (HEMATOXYLIN, EOSIN))
-    for place in range(60):
-        specimen.add(specimen.box(20 + place % 10 * 36, 20 + place // 10 * 40, 14, 14), od_HWC, tissue=True)
-    found = detect_tissue(specimen.image(), MPP)
-    assert scores(found, specimen)[0] > 0.97
-    assert masks.pieces(found.mask_HW).number == 60
-
-
-def test_tinted_glass_and_mountant_are_not_tissue() -> None:
-    specimen = one_piece("H&E")
-    recall, precision = scores(detect_tissue(specimen.image((243, 236, 219)), MPP), specimen)
-    assert recall > 0.97
+def test_fat_is_tissue_and_a_hair_is_not() -> None:
+    specimen = Specimen((300, 220), seed=1)
+    specimen.fat(specimen.blob(90, 110, 60))
+    specimen.add(specimen.stroke((180, 20), (290, 200), 3), (0.5, 0.5, 0.48))
+    recall, precision = scores(detect_tissue(specimen.image(), MPP).mask_HW, specimen)
+    assert recall > 0.7
     assert precision > 0.95
-    specimen = one_piece("H&E")
-    mountant_HW = specimen.box(230, 0, 70, 220)
-    specimen.add(mountant_HW, (0.004, 0.03, 0.105))
-    found = detect_tissue(specimen.image(), MPP)
-    recall, precision = scores(found, specimen)
-    assert recall > 0.97
-    assert precision > 0.95
-    assert (found.left_out_HW[mountant_HW] == LeftOut.TINT).mean() > 0.85
-
-
-def test_the_black_border_of_a_scanner_is_not_tissue() -> None:
-    specimen = one_piece("H&E")
-    border_HW = specimen.box(0, 0, 300, 15) | specimen.box(0, 0, 10, 220)
-    specimen.add(border_HW, (3.0, 3.0, 3.0))
-    found = detect_tissue(specimen.image(), MPP)
-    recall, precision = scores(found, specimen)
-    assert recall > 0.97
-    assert precision > 0.94
-    assert (found.left_out_HW[border_HW] == LeftOut.BORDER).mean() > 0.97
 
 
 def test_gray_structure_is_counted_and_makes_a_slide_unrecognized(tmp_path: Path) -> None:
