@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from models.bundle import load_bundle
 from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run
 from pipeline.files import local_path
 from pipeline.training.config import PRESETS, train_config
@@ -40,6 +41,14 @@ def train_command(
         list[str] | None,
         typer.Option("-s", "--set", help="One setting, as name=value. Can be repeated.", show_default="none"),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="Start from the weights of this model: a shipped model or a bundle folder. Classes are matched by "
+            "name.",
+            show_default="none",
+        ),
+    ] = None,
     test: Annotated[
         bool, typer.Option("--test", help="Measure the finished bundle on the test split, and store the scores in it.")
     ] = False,
@@ -60,14 +69,17 @@ def train_command(
     try:
         local_path(output, "--output")
         train_config(preset, config, settings or ())  # before the libraries load, so that a typo is reported at once
+        start = None if init is None else load_bundle(init)
         from pipeline.training.dataset import load_dataset
+        from pipeline.training.start import start_settings
         from pipeline.training.train import train
 
         images = load_dataset(dataset, data)
-        chosen = train_config(preset, config, settings or (), images.card.settings)
+        base = {} if start is None else start_settings(start.card)
+        chosen = train_config(preset, config, settings or (), base | images.card.settings)
         with training_bar(hidden=quiet or os.environ.get("RANK", "0") != "0") as progress:
             options: dict[str, Any] = {"device": device, "progress": progress, "test": test, "tensorboard": tensorboard}
-            bundle = train(images, output, chosen, **options)
+            bundle = train(images, output, chosen, **options, init=start)
     except WsiSegmentError as error:
         fail(PROGRAM, str(error))
     except KeyboardInterrupt:

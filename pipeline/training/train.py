@@ -61,6 +61,7 @@ from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import write_pseudo_masks
 from pipeline.training.segmenter import segmenter_task, start_encoder, start_from_classifier
+from pipeline.training.start import check_start, start_from_bundle, with_start
 from pipeline.training.step_log import StepLog, open_step_log
 from wsi.windows import window_starts
 
@@ -85,18 +86,21 @@ def train(
     progress: Progress | None = None,
     test: bool = False,
     tensorboard: bool = False,
+    init: Bundle | None = None,
 ) -> Bundle:
     """Run all stages that have no product yet and return the bundle in `run`/bundle.
 
-    With `test`, the bundle also gets the scores of the test split, see `add_test_scores`. Every step is logged as in
-    `open_step_log`, with `tensorboard` also for TensorBoard. Raises TrainError if `run`
-    was started with another configuration or data set, DatasetError for bad data, and ModelError if a network cannot be
-    built.
+    With `init`, both networks start from those of a bundle, see `pipeline.training.start`. With `test`, the bundle also
+    gets the scores of the test split, see `add_test_scores`. Every step is logged as in `open_step_log`, with
+    `tensorboard` also for TensorBoard. Raises TrainError if `run` was started with another configuration or data set,
+    DatasetError for bad data, and ModelError if a network cannot be built.
     """
     place = training_device(device)
     processes = join_processes(place)
     dataset = composed(dataset, run)
-    config = dataclasses.replace(config, mpp=config.mpp or dataset.mpp)
+    config = with_start(dataclasses.replace(config, mpp=config.mpp or dataset.mpp), init)
+    if init is not None:
+        check_start(init, config, dataset.class_names)
     assert config.mpp is not None
     training, validation = training_images(dataset, config.mpp)
     _check(training, validation, config)
@@ -117,6 +121,8 @@ def train(
     # Built before the first stage, so that its random weights do not depend on whether that stage ran or was skipped.
     segmenter = build_segmenter(config.encoder_name, classes, config.encoder_depth, config.rates)
     start_encoder(segmenter, config)
+    if init is not None:
+        start_from_bundle(init, classifier, segmenter, dataset.class_names)
     make_card(dataset, config, tile_side(training, config), (UNCALIBRATED,) * classes)
     # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.
     held = ExitStack()
@@ -134,7 +140,7 @@ def train(
         _wait(processes)
 
         segmenter.to(place)
-        if config.encoder_starts:
+        if config.encoder_starts and init is None:
             start_from_classifier(segmenter, classifier)
         task = segmenter_task(segmenter, training, validation, masks, config, place, processes)
         _stage(run, task, config, place, processes, progress, log)
@@ -398,6 +404,7 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
         f"{layer} {weight:g}" for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0
     )
     own_encoder = f", the encoder from {config.encoder_weights}" if config.encoder_weights else ""
+    start = f"the model {config.init}" if config.init else f"{config.weights} weights{own_encoder}"
     assert config.mpp is not None
     try:
         return ModelCard(
@@ -417,8 +424,9 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
             training_data=(
                 f"{card.attribution} Supervision: presence labels of patches only; {views} at {config.mpp} um/px, "
                 f"classifier head {config.head}{with_attention}, pseudo masks by {config.cam} at the layers {layers}, "
-                f"seed {config.seed}, started from {config.weights} weights{own_encoder}."
+                f"seed {config.seed}, started from {start}."
             ),
+            started_from=config.init or None,
             metrics={},
             scope=card.scope,
             limits=card.limits,
