@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,31 @@ def _result(folder: Path, *, quick: bool) -> Findings:
         for name in outputs:
             if (folder / name).exists():
                 found[folder / name] = _broken_format(folder / name, polygons, areas_mm2) + found.get(folder / name, [])
+        left_out = folder / "left-out.geojson"
+        if not found.get(left_out, ["is not an output"]):
+            found[left_out] = _other_left_out(left_out, run.get("left_out"))
     return found
+
+
+def _other_left_out(path: Path, left_out: Any) -> list[str]:
+    """Compare the number of areas of each kind with run.json.
+
+    A polygon ends at the edge of the slide, which can split or erase a few.
+    """
+    names = [
+        feature["properties"]["classification"]["name"]
+        for feature in json.loads(path.read_text(encoding="utf-8"))["features"]
+    ]
+    counts = Counter(name.removesuffix("*") for name in names)
+    try:
+        stated = {str(one["name"]): int(one["pieces"]) for one in left_out}
+    except (LookupError, TypeError, ValueError) as error:
+        return [f"cannot be compared with run.json, whose left_out is damaged ({error!r})"]
+    return [
+        f"has {counts[name]} areas of {name}, but run.json has {stated.get(name, 0)}"
+        for name in sorted(counts.keys() | stated.keys())
+        if abs(counts[name] - stated.get(name, 0)) > (1 + 0.05 * stated[name] if stated.get(name) else 0)
+    ]
 
 
 def _broken_format(path: Path, polygons: Any, areas_mm2: Any) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -18,6 +19,7 @@ from models.predictor import Predictor
 from pipeline.cli import commands
 from pipeline.cli import segment as cli
 from pipeline.cli.export import app
+from pipeline.results.record import record_digest
 from pipeline.results.slide_result import SlideResult
 from pipeline.results.summary import write_summary
 from pipeline.slide.recipe import segment_slide
@@ -135,6 +137,19 @@ def swap(a: Path, b: Path) -> None:
 def drop_label_level(labels: Path) -> None:
     shutil.rmtree(labels / "4")
     change(labels / ".zattrs", lambda d: d["multiscales"][0]["datasets"].pop())
+
+
+def add_pen(result: Path) -> None:
+    """Add an area of pen that the run did not find."""
+    document = json.loads((result / f"{result.name}.geojson").read_text(encoding="utf-8"))
+    del document["features"][1:]
+    document["features"][0]["properties"]["classification"]["name"] = "pen*"
+    content = json.dumps(document).encode()
+    (result / "left-out.geojson").write_bytes(content)
+    facts = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    change(result / "run.json", lambda d: d["digests"].update({"left-out.geojson": facts}))
+    values = json.loads((result / "run.json").read_text(encoding="utf-8"))
+    change(result / "run.json", lambda d: d.update(sha256=record_digest(values)))
 
 
 GEOJSON, STORE, XML = "a/a.geojson", "a/a.ome.zarr", "a/a.ome.zarr/OME/METADATA.ome.xml"
@@ -273,6 +288,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda r: (r / STORE / "0/0/0/0.5.partial").write_bytes(b""),
         STORE,
         "0/0/0/0.5.partial: is a partly written file",
+    ),
+    "an area that the run did not find": (
+        lambda r: add_pen(r / "a"),
+        "a/left-out.geojson",
+        "has 1 areas of pen, but run.json has 0",
     ),
     "other areas": (
         lambda r: change(r / "a/run.json", lambda d: d.update(tissue_mm2=9.0)),
