@@ -13,12 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from models.predictor import Predictor
 from models.segmenter import NATIVE_STRIDE
-from pipeline.training.dataset import IGNORED, read_mask
+from pipeline.training.dataset import IGNORED
 from pipeline.training.inputs import padded
 from pipeline.training.patches import PatchImages
 
@@ -108,12 +107,10 @@ def labeled_logits(predictor: Predictor, images: PatchImages) -> tuple[Tensor, T
     """Return the segmenter's logits (N, K) and the true classes (N,) of map pixels drawn from every image."""
     rng = np.random.default_rng(0)
     logits, truths = [], []
-    for index, sample in enumerate(images.samples):
+    for index in range(len(images)):
         rgb_HWC = images.rgb(index)
-        height, width = rgb_HWC.shape[:2]
-        mask = Image.fromarray(read_mask(images.dataset, sample)).resize((width, height), Image.Resampling.NEAREST)
         # The truth at the center of each map pixel, in the part of the map that covers the image.
-        truth_hw = np.asarray(mask)[NATIVE_STRIDE // 2 :: NATIVE_STRIDE, NATIVE_STRIDE // 2 :: NATIVE_STRIDE]
+        truth_hw = images.truth(index)[NATIVE_STRIDE // 2 :: NATIVE_STRIDE, NATIVE_STRIDE // 2 :: NATIVE_STRIDE]
         with predictor.lock:
             logits_Khw = predictor.logits(padded(rgb_HWC[None]))[0].cpu()
         logits_Khw = logits_Khw[:, : truth_hw.shape[0], : truth_hw.shape[1]]

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipeline.training.augment import Augmentation, Move
-from pipeline.training.dataset import Dataset, Sample, image_size, labeled_boxes, read_rgb
+from pipeline.training.dataset import Dataset, Sample, image_size, labeled_boxes, read_mask, read_rgb
 from pipeline.training.resample import resampled
 from wsi.levels import MPP_TOLERANCE
 
@@ -92,6 +93,15 @@ class PatchImages:
                 self._room -= rgb_HWC.nbytes
                 self._cache[index] = rgb_HWC
         return rgb_HWC
+
+    def truth(self, index: int) -> NDArray[np.uint8]:
+        """Return the mask of one image at the model's mpp, (H, W): class indices, or `IGNORED`.
+
+        Raises what `read_mask` raises.
+        """
+        width, height = self.sizes_N2[index].tolist()
+        mask = Image.fromarray(read_mask(self.dataset, self.samples[index]))
+        return np.asarray(mask.resize((width, height), Image.Resampling.NEAREST))
 
     def pixels(self) -> int:
         """Return the number of pixels of all images at the model's mpp."""

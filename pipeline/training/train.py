@@ -60,6 +60,7 @@ from pipeline.training.patches import PatchImages, Place, boxes_inside, view_sid
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import write_pseudo_masks
+from pipeline.training.pseudo_scores import write_pseudo_scores
 from pipeline.training.segmenter import segmenter_task, start_encoder, start_from_classifier
 from pipeline.training.start import check_start, start_from_bundle, with_start
 from pipeline.training.step_log import StepLog, open_step_log
@@ -69,6 +70,9 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 """File of a run folder that records how the run was started."""
+
+PSEUDO_SCORES = "pseudo-masks.csv"
+"""File of a run folder with the scores of the pseudo masks of validation images."""
 
 UNREADABLE_SHARE = 0.01
 """The run fails if a larger share of the images of a split cannot be read."""
@@ -137,6 +141,8 @@ def train(
 
         masks = run / "pseudo-masks"
         write_pseudo_masks(masks, classifier, training, config, place, processes, progress)
+        if processes.rank == 0:
+            write_pseudo_scores(run / PSEUDO_SCORES, classifier, validation, config, place)
         _wait(processes)
 
         segmenter.to(place)

@@ -19,6 +19,7 @@ def write_result(folder: Path, row: str, seed: int, hits: int) -> None:
     gate = {"miou": 0.6 + hits / 1000, "fwiou": 0.5, "accuracy": 0.7, "gland": 0.6, "other": 0.5}
     (folder / f"{row}-{seed}").mkdir(parents=True)
     result = {"row": row, "seed": seed, "seconds": 60, "gate": gate, "no gate": gate, "images": images}
+    result["pseudo"] = {"deep": {"miou": 0.5, "fwiou": 0.6, "accuracy": 0.7}}
     (folder / f"{row}-{seed}" / "result.json").write_text(json.dumps(result))
 
 
@@ -40,6 +41,7 @@ def test_the_table_has_the_spread_over_seeds_and_the_interval_over_patients(tmp_
     # All patients have the same shares, so the interval has no width.
     iou = [((h / (100 + 20)) + (80 / (100 + 100 - h))) / 2 for h in (70, 80)]
     assert f"| {100 * np.mean(iou):.1f}–{100 * np.mean(iou):.1f} |" in line
+    assert "| 50.0 ± 0.0, 60.0 ± 0.0, 70.0 ± 0.0 |" in line
     assert "| our recipe | 2 | 67.5 ± 0.7 | 67.5 ± 0.7 |" in line
 
 

@@ -13,6 +13,7 @@ row. `--compare ROW` tests every other row against ROW, paired by patient and se
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import logging
 import shutil
@@ -30,11 +31,11 @@ from PIL import Image
 from models.bundle import load_bundle
 from models.predictor import Predictor
 from pipeline.training.config import TrainConfig, train_config
-from pipeline.training.dataset import Dataset, check_images, load_dataset, read_mask, samples
+from pipeline.training.dataset import Dataset, check_images, load_dataset, samples
 from pipeline.training.evaluate import evaluate
 from pipeline.training.patches import PatchImages
 from pipeline.training.pseudo_masks import mask_files
-from pipeline.training.train import UNREADABLE_SHARE, train
+from pipeline.training.train import PSEUDO_SCORES, UNREADABLE_SHARE, train
 from tests.bench.patients import compare, interval, patient_counts
 
 
@@ -112,6 +113,12 @@ def run_row(dataset: Dataset, name: str, seed: int, output: Path, common: Sequen
     bundle = train(dataset, run, config, device="cpu")
     seconds = time.monotonic() - started
     result: dict[str, object] = {"row": name, "seed": seed, "seconds": round(seconds), "common": list(common)}
+    if (run / PSEUDO_SCORES).is_file():
+        with (run / PSEUDO_SCORES).open(newline="", encoding="utf-8") as stream:
+            result["pseudo"] = {
+                row["layer"]: {key: float(row[key]) for key in ("miou", "fwiou", "accuracy")}
+                for row in csv.DictReader(stream)
+            }
     predictor = Predictor.from_bundle(load_bundle(bundle.path), device="cpu", output_stride=1)
     for flips in (False, True) if tta else (False,):
         evaluation = evaluate(predictor, dataset, "test", flips=flips)
@@ -132,12 +139,10 @@ def write_true_masks(dataset: Dataset, folder: Path, config: TrainConfig) -> Non
     """Write the masks of the training split, at the model's pixel size, into the folder of the pseudo masks."""
     mpp = config.mpp or dataset.mpp
     images = PatchImages(dataset, check_images(samples(dataset, "train"), UNREADABLE_SHARE), mpp)
-    for index, sample in enumerate(images.samples):
-        height, width = images.rgb(index).shape[:2]
-        mask = Image.fromarray(read_mask(dataset, sample)).resize((width, height), Image.Resampling.NEAREST)
+    for index in range(len(images)):
         (file,) = mask_files(folder, images, index, config)
         file.parent.mkdir(parents=True, exist_ok=True)
-        mask.save(file)
+        Image.fromarray(images.truth(index)).save(file)
 
 
 def results_of(output: Path) -> list[dict[str, Any]]:
@@ -151,8 +156,8 @@ def table(output: Path) -> str:
     keys = list(dict.fromkeys(key for result in results for key in result if key.startswith(("gate", "no gate"))))
     lines = [
         f"| recipe | seeds | {' | '.join(f'mIoU, {key}' for key in keys)} | 95 % over patients | IoU per class "
-        "| FwIoU | accuracy | minutes |",
-        "|" + "---|" * (len(keys) + 7),
+        "| FwIoU | accuracy | pseudo masks (validation): mIoU, FwIoU, accuracy | minutes |",
+        "|" + "---|" * (len(keys) + 8),
     ]
     for name, row in ROWS.items():
         own = [result for result in results if result["row"] == name]
@@ -164,7 +169,9 @@ def table(output: Path) -> str:
         minutes = np.mean([result["seconds"] for result in own]) / 60
         others = [mean_and_spread([result["gate"][key] for result in own]) for key in ("fwiou", "accuracy")]
         low, high = interval(counts_of(own))
-        cells += [f"{100 * low:.1f}–{100 * high:.1f}", each, *others]
+        pseudo = [result["pseudo"]["deep"] for result in own if "pseudo" in result]
+        of_masks = ", ".join(mean_and_spread([one[key] for one in pseudo]) for key in ("miou", "fwiou", "accuracy"))
+        cells += [f"{100 * low:.1f}–{100 * high:.1f}", each, *others, of_masks]
         lines.append(f"| {row.title} | {len(own)} | {' | '.join(cells)} | {minutes:.1f} |")
     return "\n".join(lines)
 

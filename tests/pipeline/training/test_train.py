@@ -88,6 +88,7 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
     assert names == {
         "run.json",
         "pseudo-masks",
+        "pseudo-masks.csv",
         "bundle",
         "calibration.png",
         *(f"{stage}.{end}" for stage in STAGES for end in ("safetensors", "csv", "png", "steps.csv")),
