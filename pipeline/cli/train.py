@@ -49,6 +49,9 @@ def train_command(
             show_default="none",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print settings, class counts, steps, time and memory; train nothing.")
+    ] = False,
     test: Annotated[
         bool, typer.Option("--test", help="Measure the finished bundle on the test split, and store the scores in it.")
     ] = False,
@@ -77,6 +80,11 @@ def train_command(
         images = load_dataset(dataset, data)
         base = {} if start is None else start_settings(start.card)
         chosen = train_config(preset, config, settings or (), base | images.card.settings)
+        if dry_run:
+            from pipeline.training.dry_run import dry_run as plan
+
+            typer.echo(json.dumps(plan(images, chosen, device, start), indent=2))
+            return
         with training_bar(hidden=quiet or os.environ.get("RANK", "0") != "0") as progress:
             options: dict[str, Any] = {"device": device, "progress": progress, "test": test, "tensorboard": tensorboard}
             bundle = train(images, output, chosen, **options, init=start)

@@ -177,6 +177,26 @@ def fit(
     network.load_state_dict(best.state_dict())
 
 
+def time_steps(task: Task, config: TrainConfig, device: torch.device, steps: int = 3) -> float:
+    """Return the seconds of a training step: the median of a few, after one that is not counted.
+
+    The next batches are made in two threads beside a step, so a step takes as long as the slower of the two. The
+    weights of the network change.
+    """
+    if device.type == "cpu":
+        speed_up_depthwise(task.network)
+    optimizer = make_optimizer(task, config)
+    task.begin_epoch(0)
+    seconds = []
+    for step in range(steps + 1):
+        asked = time.perf_counter()
+        batch = task.make_batch(np.random.default_rng(_seed(config.seed, f"{task.name} batch", step)))
+        started = time.perf_counter()
+        _step(task, batch, optimizer, config, device, Processes(0, 1), _State(step))
+        seconds.append(max(time.perf_counter() - started, (started - asked) / 2))
+    return float(np.median(seconds[1:]))
+
+
 def remove_checkpoint(folder: Path, name: str) -> None:
     """Remove the checkpoint of a stage whose product has been written."""
     (folder / f"{name}.checkpoint.safetensors").unlink(missing_ok=True)

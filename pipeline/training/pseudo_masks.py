@@ -58,6 +58,7 @@ def mask_files(folder: Path, images: PatchImages, index: int, config: TrainConfi
 
 def read_pseudo_masks(folder: Path, images: PatchImages, index: int, config: TrainConfig) -> NDArray[np.uint8]:
     """Return the pseudo masks (L, H, W) of an image: class indices, or `IGNORED` for pixels without a label."""
+    # Not cached: all masks of a large data set take gigabytes, and reading a PNG takes a millisecond.
     layers = []
     for file in mask_files(folder, images, index, config):
         try:

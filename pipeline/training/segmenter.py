@@ -6,8 +6,7 @@ Shape suffixes: N views, K classes, L layers, H and W the image, h and w a map a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +26,6 @@ from pipeline.training.dataset import IGNORED
 from pipeline.training.fit import Processes, Task
 from pipeline.training.inputs import as_input, load_start, padded
 from pipeline.training.patches import PatchImages, draw_squares, make_labeled_view
-from pipeline.training.pseudo_masks import read_pseudo_masks
 
 logger = logging.getLogger(__name__)
 
@@ -52,25 +50,21 @@ def segmenter_task(
     segmenter: nn.Module,
     training: PatchImages,
     validation: PatchImages,
-    masks: Path,
+    pseudo: Callable[[int], NDArray[np.uint8]],
     config: TrainConfig,
     device: torch.device,
     processes: Processes,
 ) -> Task:
-    """Return the training task of the segmenter on the pseudo masks in the folder `masks`.
+    """Return the training task of the segmenter on `pseudo`, the pseudo masks (L, H, W) of a training image by index.
 
     Raises TrainError if the pseudo masks teach nothing, or nothing about some class; see `check_taught`.
     """
     share = range(processes.rank, config.segmenter_batch, processes.world)
     augmentation = Augmentation(config.stain, config.imaging, config.blur, config.segmenter_moves)
 
-    def labels_of(index: int) -> NDArray[np.uint8]:
-        # Not cached: all masks of a large data set take gigabytes, and reading a PNG takes a millisecond.
-        return read_pseudo_masks(masks, training, index, config)
-
     names = training.dataset.class_names
-    counts_LX = pixel_counts(map(labels_of, range(len(training))), len(names))
-    check_taught(counts_LX, names, masks, config)
+    counts_LX = pixel_counts(map(pseudo, range(len(training))), len(names))
+    check_taught(counts_LX, names, config)
     weight_K = pixel_weights(counts_LX[:, :-1].sum(axis=0), balance=config.balance).to(device)
     weights = tuple(weight for weight in config.layer_weights if weight > 0)
 
@@ -80,7 +74,7 @@ def segmenter_task(
         seeds = rng.integers(2**32, size=count)
         views = [
             make_labeled_view(
-                training, labels_of(places[n].image), places[n], augmentation, np.random.default_rng(seeds[n])
+                training, pseudo(places[n].image), places[n], augmentation, np.random.default_rng(seeds[n])
             )
             for n in share
         ]
@@ -149,17 +143,16 @@ def pixel_counts(pseudo: Iterable[NDArray[np.uint8]], classes: int) -> NDArray[n
     return counts_LX
 
 
-def check_taught(counts_LX: NDArray[np.int64], names: Sequence[str], masks: Path, config: TrainConfig) -> None:
+def check_taught(counts_LX: NDArray[np.int64], names: Sequence[str], config: TrainConfig) -> None:
     """Log the share of the pixels that teach each class in each layer, and raise TrainError if it is almost zero.
 
-    `counts_LX` are `pixel_counts`, and `masks` is the folder of the pseudo masks. Without this check, a segmenter that
-    is taught nothing would train with a loss of 0.
+    `counts_LX` are `pixel_counts`. Without this check, a segmenter that is taught nothing would train with a loss of 0.
     """
     shares_LX = counts_LX / counts_LX.sum(axis=1, keepdims=True)
     layers = [layer for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0]
     advice = (
-        f"look at the pictures in {masks}; set a lower confidence, more classifier_epochs or other labels, or change "
-        "[background] in the dataset.toml, and start in a new folder"
+        "look at the pictures in the run's folder pseudo-masks; set a lower confidence, more classifier_epochs or "
+        "other labels, or change [background] in the dataset.toml, and start in a new folder"
     )
     for layer, shares_X in zip(layers, shares_LX, strict=True):
         text = ", ".join(f"{name} {share:.2%}" for name, share in zip((*names, "ignored"), shares_X, strict=True))

@@ -16,7 +16,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -59,7 +61,7 @@ from pipeline.training.inputs import MULTIPLE
 from pipeline.training.patches import PatchImages, Place, boxes_inside, view_side
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import provenance
-from pipeline.training.pseudo_masks import write_pseudo_masks
+from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
 from pipeline.training.pseudo_scores import write_pseudo_scores
 from pipeline.training.segmenter import segmenter_task, start_encoder, start_from_classifier
 from pipeline.training.start import check_start, start_from_bundle, with_start
@@ -101,33 +103,16 @@ def train(
     """
     place = training_device(device)
     processes = join_processes(place)
-    dataset = composed(dataset, run)
-    config = with_start(dataclasses.replace(config, mpp=config.mpp or dataset.mpp), init)
-    if init is not None:
-        check_start(init, config, dataset.class_names)
-    assert config.mpp is not None
-    training, validation = training_images(dataset, config.mpp)
-    _check(training, validation, config)
-    if test:
-        masked_samples(dataset, "test")
     for name, size in (("classifier_batch", config.classifier_batch), ("segmenter_batch", config.segmenter_batch)):
         if size % processes.world:
             raise TrainError(
                 f"{name} is {size}, which is not a multiple of the {processes.world} processes; set it to a multiple"
             )
+    dataset = composed(dataset, run)
+    if test:
+        masked_samples(dataset, "test")
+    config, training, validation, classifier, segmenter = prepare(dataset, config, init)
     logger.info("%d training and %d validation images", len(training), len(validation))
-    torch.manual_seed(config.seed)
-    classes = len(dataset.class_names)
-
-    classifier = build_classifier(config, classes)
-    if config.cam != "head":
-        check_available(config.cam, classifier.eval(), "deep")
-    # Built before the first stage, so that its random weights do not depend on whether that stage ran or was skipped.
-    segmenter = build_segmenter(config.encoder_name, classes, config.encoder_depth, config.rates)
-    start_encoder(segmenter, config)
-    if init is not None:
-        start_from_bundle(init, classifier, segmenter, dataset.class_names)
-    make_card(dataset, config, tile_side(training, config), (UNCALIBRATED,) * classes)
     # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.
     held = ExitStack()
     if processes.rank == 0:
@@ -148,7 +133,8 @@ def train(
         segmenter.to(place)
         if config.encoder_starts and init is None:
             start_from_classifier(segmenter, classifier)
-        task = segmenter_task(segmenter, training, validation, masks, config, place, processes)
+        pseudo = partial(read_pseudo_masks, masks, training, config=config)
+        task = segmenter_task(segmenter, training, validation, pseudo, config, place, processes)
         _stage(run, task, config, place, processes, progress, log)
 
         if processes.rank == 0:
@@ -157,6 +143,43 @@ def train(
                 add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)
         _wait(processes)
         return load_bundle((run / "bundle").absolute())
+
+
+class Parts(NamedTuple):
+    """What a run trains, and on which images. The networks have their initial weights."""
+
+    config: TrainConfig
+    """With the pixel size of the data set if the settings have none."""
+    training: PatchImages
+    validation: PatchImages
+    classifier: Classifier
+    segmenter: nn.Module
+
+
+def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -> Parts:
+    """Read the labels and build the networks, and check everything that can be checked before training.
+
+    With `init`, both networks start from those of a bundle, see `pipeline.training.start`. Raises TrainError for settings that do not fit the data, DatasetError for bad data, and ModelError if a network
+    cannot be built.
+    """
+    config = with_start(dataclasses.replace(config, mpp=config.mpp or dataset.mpp), init)
+    if init is not None:
+        check_start(init, config, dataset.class_names)
+    assert config.mpp is not None
+    training, validation = training_images(dataset, config.mpp)
+    _check(training, validation, config)
+    torch.manual_seed(config.seed)
+    classes = len(dataset.class_names)
+    classifier = build_classifier(config, classes)
+    if config.cam != "head":
+        check_available(config.cam, classifier.eval(), "deep")
+    # Built before the first stage, so that its random weights do not depend on whether that stage ran or was skipped.
+    segmenter = build_segmenter(config.encoder_name, classes, config.encoder_depth, config.rates)
+    start_encoder(segmenter, config)
+    if init is not None:
+        start_from_bundle(init, classifier, segmenter, dataset.class_names)
+    make_card(dataset, config, tile_side(training, config), (UNCALIBRATED,) * classes)
+    return Parts(config, training, validation, classifier, segmenter)
 
 
 def training_images(dataset: Dataset, mpp: float) -> tuple[PatchImages, PatchImages]:

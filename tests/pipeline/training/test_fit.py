@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.errors import TrainError
 from pipeline.training import fit as loop
 from pipeline.training.config import TrainConfig
-from pipeline.training.fit import Processes, fit, make_optimizer, rate_factor
+from pipeline.training.fit import Processes, fit, make_optimizer, rate_factor, time_steps
 from tests.cases import full
 from tests.pipeline.training.line import CONFIG, CPU, line_task, weights
 from tests.repository import REPOSITORY
@@ -172,6 +172,13 @@ def test_the_weight_decay_spares_biases_if_the_task_asks_for_it(optimizer: str, 
         is_bias = group["params"][0].ndim == 1
         assert group["weight_decay"] == (0.0 if is_bias and not decay_biases else 0.02)
         assert optimizer == "adamw" or group["momentum"] == 0.25
+
+
+def test_timing_trains_a_few_steps(tmp_path: Path) -> None:
+    task = line_task()
+    before = weights(task)
+    assert 0 < time_steps(task, CONFIG, CPU) < 10
+    assert not torch.equal(weights(task), before)
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:

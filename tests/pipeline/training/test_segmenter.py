@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,7 +20,7 @@ from pipeline.training.dataset import IGNORED
 from pipeline.training.fit import Processes, fit
 from pipeline.training.inputs import as_input
 from pipeline.training.patches import PatchImages
-from pipeline.training.pseudo_masks import write_pseudo_masks
+from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
 from pipeline.training.segmenter import (
     check_taught,
     layered_loss,
@@ -31,6 +34,10 @@ from tests.pipeline.training.cells import CellClassifier, crop_images
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1)
+
+
+def read_from(folder: Path, images: PatchImages, config: TrainConfig) -> Callable[[int], NDArray[np.uint8]]:
+    return partial(read_pseudo_masks, folder, images, config=config)
 
 
 def slow_loss(logits: list, labels: list, weights: tuple[float, ...], weight_K: list[float]) -> float:  # type: ignore[type-arg]
@@ -99,7 +106,7 @@ def test_no_pixel_weighs_more_than_ten_even_of_a_class_without_pixels() -> None:
 def test_the_share_that_teaches_each_class_is_logged_for_each_layer(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     config = TrainConfig(layer_weights=(0.5, 0.0, 0.5))
-    check_taught(np.array([[25, 50, 25], [75, 25, 0]]), ("gland", "other"), Path("masks"), config)
+    check_taught(np.array([[25, 50, 25], [75, 25, 0]]), ("gland", "other"), config)
     assert caplog.messages == [
         "pixels of the shallow pseudo masks: gland 25.00%, other 50.00%, ignored 25.00%",
         "pixels of the deep pseudo masks: gland 75.00%, other 25.00%, ignored 0.00%",
@@ -108,14 +115,15 @@ def test_the_share_that_teaches_each_class_is_logged_for_each_layer(caplog: pyte
 
 def test_masks_that_teach_almost_nothing_are_refused_and_the_error_states_what_to_do() -> None:
     with pytest.raises(
-        TrainError, match=r"the deep pseudo masks have a class in 0\.04% of the pixels.*1%.*in masks; set a lower conf"
+        TrainError,
+        match=r"the deep pseudo masks have a class in 0\.04% of the pixels.*1%.*folder pseudo-masks; set a lower conf",
     ):
-        check_taught(np.array([[3, 1, 9996]]), ("gland", "other"), Path("masks"), TrainConfig())
+        check_taught(np.array([[3, 1, 9996]]), ("gland", "other"), TrainConfig())
 
 
 def test_the_error_names_a_class_that_no_pixel_teaches() -> None:
     with pytest.raises(TrainError, match="in class other, so the map would never show it"):
-        check_taught(np.array([[9000, 0, 1000]]), ("gland", "other"), Path("masks"), TrainConfig())
+        check_taught(np.array([[9000, 0, 1000]]), ("gland", "other"), TrainConfig())
 
 
 def test_a_segmenter_that_is_taught_nothing_does_not_start(tmp_path: Path) -> None:
@@ -123,7 +131,7 @@ def test_a_segmenter_that_is_taught_nothing_does_not_start(tmp_path: Path) -> No
     config = TrainConfig(region=64, view=96, margin=32, confidence=1.0)
     write_pseudo_masks(tmp_path / "masks", CellClassifier("gap"), images, config, CPU, ALONE)
     with pytest.raises(TrainError, match=r"the deep pseudo masks have a class in 0\.00% of the pixels"):
-        segmenter_task(nn.Identity(), images, images, tmp_path / "masks", config, CPU, ALONE)
+        segmenter_task(nn.Identity(), images, images, read_from(tmp_path / "masks", images, config), config, CPU, ALONE)
 
 
 class Reddest(nn.Module):
@@ -190,7 +198,7 @@ def test_a_step_trains_all_weights_and_keeps_the_statistics_of_the_encoder(tmp_p
     write_pseudo_masks(tmp_path / "masks", CellClassifier("gap", seed=5), images, config, CPU, ALONE)
     torch.manual_seed(0)
     segmenter = build_segmenter("tu-tf_efficientnet_lite0", 3)
-    task = segmenter_task(segmenter, images, images, tmp_path / "masks", config, CPU, ALONE)
+    task = segmenter_task(segmenter, images, images, read_from(tmp_path / "masks", images, config), config, CPU, ALONE)
     new = {id(parameter) for parameter in task.new_parameters}
     named = dict(segmenter.named_parameters())
     assert {name for name, parameter in named.items() if id(parameter) in new} == {
@@ -211,7 +219,7 @@ def test_the_loss_reads_only_pixels_with_a_margin_of_context(tmp_path: Path) -> 
     write_pseudo_masks(tmp_path / "masks", CellClassifier("gap", seed=5), images, config, CPU, ALONE)
     torch.manual_seed(0)
     segmenter = build_segmenter("tu-tf_efficientnet_lite0", 3)
-    task = segmenter_task(segmenter, images, images, tmp_path / "masks", config, CPU, ALONE)
+    task = segmenter_task(segmenter, images, images, read_from(tmp_path / "masks", images, config), config, CPU, ALONE)
     batch = task.make_batch(np.random.default_rng(0))
     assert batch.rgb_NHWC.shape == (4, 128, 128, 3)
     assert batch.labels_NLHW.shape == (4, 1, 128, 128)
@@ -242,9 +250,9 @@ def test_the_shares_of_a_batch_are_the_views_of_the_whole_batch(tmp_path: Path) 
     write_pseudo_masks(tmp_path / "masks", CellClassifier("gap"), images, config, CPU, ALONE)
     segmenter = build_segmenter("resnet18", 3)
     whole, first, second = (
-        segmenter_task(segmenter, images, images, tmp_path / "masks", config, CPU, processes).make_batch(
-            np.random.default_rng(7)
-        )
+        segmenter_task(
+            segmenter, images, images, read_from(tmp_path / "masks", images, config), config, CPU, processes
+        ).make_batch(np.random.default_rng(7))
         for processes in (ALONE, Processes(0, 2), Processes(1, 2))
     )
     np.testing.assert_array_equal(whole.rgb_NHWC[::2], first.rgb_NHWC)

@@ -1,0 +1,136 @@
+"""What a training run would do: resolved settings, class counts, steps, time and memory, without training.
+
+Shape suffixes: H and W an image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from pipeline.training.classifier import classifier_task
+from pipeline.training.compose import composed
+from pipeline.training.config import TrainConfig
+from pipeline.training.dataset import Dataset
+from pipeline.training.fit import Processes, Task, time_steps, training_device
+from pipeline.training.patches import PatchImages
+from pipeline.training.pseudo_masks import pseudo_masks_of_image
+from pipeline.training.segmenter import segmenter_task
+from pipeline.training.train import Parts, prepare
+
+ALONE = Processes(0, 1)
+
+COMPOSED = 12
+"""Images of a split that are composed for a dry run, if the data set asks for composed images."""
+
+
+def dry_run(dataset: Dataset, config: TrainConfig, device: str = "auto", init: Bundle | None = None) -> dict[str, Any]:
+    """Return the plan of a run in plain values. Nothing is written but temporary files.
+
+    All images are decoded and all labels are read, as for a run. Times come from a few steps of each network and one
+    pseudo mask, and count every epoch, so a run that stops early is shorter. Of a data set with composed images, a few
+    are composed, and the counts of patches are theirs. Raises the errors of `prepare`.
+    """
+    place = training_device(device)
+    with tempfile.TemporaryDirectory(prefix="wsi-train-") as work:
+        sample, share = _few(dataset)
+        parts = prepare(composed(sample, Path(work), ("train", "val") if share < 1 else None), config, init)
+        stages = _stages(parts, place, share)
+    return {
+        "settings": dataclasses.asdict(parts.config),
+        "device": place.type,
+        "images": {
+            name: round(len(images) / share) for name, images in (("train", parts.training), ("val", parts.validation))
+        },
+        "patches": {"train": class_counts(parts.training), "val": class_counts(parts.validation)},
+        "stages": stages,
+        "minutes": round(sum(stage["minutes"] for stage in stages.values()), 1),
+        "memory_gb": round(_peak_bytes(place) / 1e9, 2),
+    }
+
+
+def class_counts(images: PatchImages) -> dict[str, int]:
+    """Return the number of labeled patches, and of those that contain each class."""
+    present_BK = np.concatenate(images.present)
+    names = images.dataset.class_names
+    return {"patches": len(present_BK)} | dict(zip(names, present_BK.sum(axis=0).tolist(), strict=True))
+
+
+def _few(dataset: Dataset) -> tuple[Dataset, float]:
+    """Return the data set with few composed images, and their share of the training images."""
+    rule = dataset.card.compose
+    if rule is None:
+        return dataset, 1.0
+    few = rule.model_copy(update={name: min(COMPOSED, getattr(rule, name)) for name in ("train", "val", "test")})
+    return Dataset(dataset.card.model_copy(update={"compose": few}), dataset.root), few.train / rule.train
+
+
+def _stages(parts: Parts, device: torch.device, share: float) -> dict[str, dict[str, Any]]:
+    """Return the stages with their steps and minutes; `share` is that of the images that `parts` has."""
+    config, training, validation, classifier, segmenter = parts
+    one = PatchImages(validation.dataset, validation.samples[:1], training.dataset.mpp / validation.scale)
+    held = len(validation) / share
+    classifier.to(device)
+    task = classifier_task(classifier, training, one, config, device, ALONE)
+    stages = {"classifier": _stage(task, config, device, config.classifier_steps, held, share)}
+
+    classifier.eval()
+    started = time.perf_counter()
+    pseudo_masks_of_image(classifier, training, 0, config, device)
+    seconds, images = time.perf_counter() - started, round(len(training) / share)
+    stages["pseudo masks"] = {"images": images, "minutes": round(seconds * images / 60, 2)}
+
+    segmenter.to(device)
+    task = segmenter_task(segmenter, training, one, _Stripes(training, config), config, device, ALONE)
+    stages["segmenter"] = _stage(task, config, device, config.segmenter_steps, held, share)
+    return stages
+
+
+def _stage(
+    task: Task, config: TrainConfig, device: torch.device, asked_steps: int, held: float, share: float
+) -> dict[str, Any]:
+    step_seconds = time_steps(task, config, device)
+    task.network.eval()
+    started = time.perf_counter()
+    task.validate(task.network)
+    validation_seconds = (time.perf_counter() - started) * held
+    steps = asked_steps or round(task.steps / share)
+    return {
+        "epochs": task.epochs,
+        "steps_per_epoch": steps,
+        "seconds_per_step": round(step_seconds, 3),
+        "validation_seconds": round(validation_seconds, 1),
+        "minutes": round(task.epochs * (steps * step_seconds + validation_seconds) / 60, 2),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stripes:
+    """Pseudo masks of narrow stripes of all classes, because those of a run do not exist yet."""
+
+    images: PatchImages
+    config: TrainConfig
+
+    def __call__(self, index: int) -> NDArray[np.uint8]:
+        width, height = self.images.sizes_N2[index].tolist()
+        layers = sum(weight > 0 for weight in self.config.layer_weights)
+        columns_W = (np.arange(width) % len(self.images.dataset.class_names)).astype(np.uint8)
+        return np.broadcast_to(columns_W, (layers, height, width))
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Return the largest memory so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.training import dry_run as module
+from pipeline.training.config import TrainConfig
+from pipeline.training.dataset import load_dataset
+from pipeline.training.dry_run import class_counts, dry_run
+from pipeline.training.fit import Task
+from tests.pipeline.training.cells import crop_images
+from tests.textures import write_textures
+
+CONFIG = TrainConfig(
+    weights="none",
+    region=64,
+    view=96,
+    margin=32,
+    classifier_epochs=3,
+    classifier_batch=2,
+    segmenter_epochs=2,
+    segmenter_steps=7,
+    segmenter_batch=2,
+)
+
+
+def test_a_plan_has_counts_steps_and_times_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load_dataset(write_textures(tmp_path / "data", train=6, val=2, test=1, size=64))
+    before = sorted(tmp_path.rglob("*"))
+    timed: list[Task] = []
+
+    def two_seconds(task: Task, *_: object) -> float:
+        timed.append(task)
+        return 2.0
+
+    monkeypatch.setattr(module, "time_steps", two_seconds)
+    plan = dry_run(dataset, CONFIG, "cpu")
+    assert [task.name for task in timed] == ["classifier", "segmenter"]
+    assert plan["images"] == {"train": 6, "val": 2}
+    assert plan["settings"] == dataclasses.asdict(dataclasses.replace(CONFIG, mpp=1.0))
+    classifier, segmenter = plan["stages"]["classifier"], plan["stages"]["segmenter"]
+    # Six images of 64 px in batches of two regions of 64 px.
+    assert (classifier["epochs"], classifier["steps_per_epoch"]) == (3, 3)
+    assert (segmenter["epochs"], segmenter["steps_per_epoch"]) == (2, 7)
+    for stage in (classifier, segmenter):
+        seconds = stage["epochs"] * (stage["steps_per_epoch"] * 2.0 + stage["validation_seconds"])
+        assert stage["minutes"] == pytest.approx(seconds / 60, abs=0.01)
+    assert plan["minutes"] == pytest.approx(sum(stage["minutes"] for stage in plan["stages"].values()), abs=0.1)
+    assert 0.05 < plan["memory_gb"] < 100
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_counts_are_those_of_labeled_patches(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (64, 32)}, side=32, stride=32)
+    images.present = [np.array([[True, True, False], [False, True, False]])]
+    assert class_counts(images) == {"patches": 2, "red": 1, "blue": 2, "orange": 0}
