@@ -17,6 +17,7 @@ from rich.progress import Progress as RichProgress
 
 from models.bundle import load_bundle
 from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run
+from pipeline.errors import TrainConfigError
 from pipeline.files import local_path
 from pipeline.training.config import PRESETS, train_config
 from wsi.errors import WsiSegmentError
@@ -49,6 +50,14 @@ def train_command(
             show_default="none",
         ),
     ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="Train once with each of these seeds, such as 0,1,2, in folders seed-N of the run folder, and print "
+            "the mean and the spread of every score.",
+            show_default="the setting seed alone",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print settings, class counts, steps, time and memory; train nothing.")
     ] = False,
@@ -72,8 +81,10 @@ def train_command(
     try:
         local_path(output, "--output")
         train_config(preset, config, settings or ())  # before the libraries load, so that a typo is reported at once
+        several = () if seeds is None else parse_seeds(seeds)
         start = None if init is None else load_bundle(init)
         from pipeline.training.dataset import load_dataset
+        from pipeline.training.seeds import train_seeds
         from pipeline.training.start import start_settings
         from pipeline.training.train import train
 
@@ -87,7 +98,11 @@ def train_command(
             return
         with training_bar(hidden=quiet or os.environ.get("RANK", "0") != "0") as progress:
             options: dict[str, Any] = {"device": device, "progress": progress, "test": test, "tensorboard": tensorboard}
-            bundle = train(images, output, chosen, **options, init=start)
+            if several:
+                result = train_seeds(images, output, chosen, several, **options, init=start)
+            else:
+                bundle = train(images, output, chosen, **options, init=start)
+                result = {"bundle": str(bundle.path), "metrics": bundle.card.metrics}
     except WsiSegmentError as error:
         fail(PROGRAM, str(error))
     except KeyboardInterrupt:
@@ -98,7 +113,18 @@ def train_command(
             EXIT_INTERRUPTED,
         )
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
-        typer.echo(json.dumps({"bundle": str(bundle.path), "metrics": bundle.card.metrics}, indent=2))
+        typer.echo(json.dumps(result, indent=2))
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Return the seeds of a list such as "0,1,2" or "0 1 2".
+
+    Raises TrainConfigError unless there are at least two different numbers.
+    """
+    parts = text.replace(",", " ").split()
+    if not all(part.isdigit() for part in parts) or len(set(parts)) < max(2, len(parts)):
+        raise TrainConfigError(f"--seeds is {text!r}; give at least two different numbers, such as 0,1,2")
+    return tuple(map(int, parts))
 
 
 @contextmanager

@@ -85,6 +85,7 @@ def _stages(parts: Parts, device: torch.device, share: float) -> dict[str, dict[
     stages = {"classifier": _stage(task, config, device, config.classifier_steps, held, share)}
 
     classifier.eval()
+    pseudo_masks_of_image(classifier, training, 0, config, device)  # the first call of a network takes longer
     started = time.perf_counter()
     pseudo_masks_of_image(classifier, training, 0, config, device)
     seconds, images = time.perf_counter() - started, round(len(training) / share)

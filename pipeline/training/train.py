@@ -159,8 +159,8 @@ class Parts(NamedTuple):
 def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -> Parts:
     """Read the labels and build the networks, and check everything that can be checked before training.
 
-    With `init`, both networks start from those of a bundle, see `pipeline.training.start`. Raises TrainError for settings that do not fit the data, DatasetError for bad data, and ModelError if a network
-    cannot be built.
+    With `init`, both networks start from those of a bundle, see `pipeline.training.start`. Raises TrainError for
+    settings that do not fit the data, DatasetError for bad data, and ModelError if a network cannot be built.
     """
     config = with_start(dataclasses.replace(config, mpp=config.mpp or dataset.mpp), init)
     if init is not None:

@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import train as train_cli
-from pipeline.cli.train import app
+from pipeline.cli.train import app, parse_seeds
+from pipeline.errors import TrainConfigError
 from pipeline.training.dataset import load_dataset, samples
 from tests.repository import REPOSITORY
 from tests.textures import write_textures
@@ -138,6 +139,45 @@ def test_an_interrupted_run_says_how_it_goes_on(data: Path, tmp_path: Path, monk
     result = invoke(data, "-o", tmp_path / "run")
     assert result.exit_code == 130
     assert f"run the same command again to resume from the last checkpoint in {tmp_path / 'run'}" in result.stderr
+
+
+@pytest.mark.parametrize(("text", "expected"), [("0,1,2", (0, 1, 2)), ("0 1 2", (0, 1, 2)), ("4, 7", (4, 7))])
+def test_seeds_are_separated_by_commas_or_spaces(text: str, expected: tuple[int, ...]) -> None:
+    assert parse_seeds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "1", "1,1", "0,x", "-1,2", "0,1,1"])
+def test_fewer_than_two_different_seeds_are_refused(text: str) -> None:
+    with pytest.raises(TrainConfigError, match="give at least two different numbers"):
+        parse_seeds(text)
+
+
+def test_the_plan_of_a_run_is_printed_and_nothing_is_trained(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.training.dry_run.time_steps", lambda *_: 1.0)
+    result = invoke(data, "-o", tmp_path / "run", "--dry-run", "--device", "cpu", *settings(*SMALL))
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["images"] == {"train": 4, "val": 2}
+    assert plan["stages"]["segmenter"]["steps_per_epoch"] == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_seeds_print_the_mean_and_the_spread(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = {"bundles": {}, "metrics": {"val_miou": {"mean": 0.5, "spread": 0.1, "values": [0.4, 0.6]}}}
+    seen: list[object] = []
+
+    def trained(_dataset: object, folder: Path, _config: object, seeds: object, **_: object) -> dict[str, object]:
+        seen.extend([folder, seeds])
+        return summary
+
+    monkeypatch.setattr("pipeline.training.seeds.train_seeds", trained)
+    result = invoke(data, "-o", tmp_path / "run", "--seeds", "3,5")
+    assert json.loads(result.stdout) == summary
+    assert seen == [tmp_path / "run", (3, 5)]
 
 
 def test_help_answers_without_importing_torch() -> None:
