@@ -52,18 +52,18 @@ def pseudo_scores(
     "ignored".
     """
     names = validation.dataset.class_names
-    # The last column counts ignored pixels.
-    pooled_LXX = sum(
-        np.stack([confusion_matrix(validation.truth(index), mask_HW, len(names)) for mask_HW in masks_LHW])
-        for index in range(len(validation))
-        for masks_LHW in [pseudo_masks_of_image(classifier, validation, index, config, device)]
-    )
+    matrices = []
+    for index in range(len(validation)):
+        truth_HW = validation.truth(index)
+        masks_LHW = pseudo_masks_of_image(classifier, validation, index, config, device)
+        matrices.append([confusion_matrix(truth_HW, mask_HW, len(names)) for mask_HW in masks_LHW])
+    pooled_LXX = np.sum(matrices, axis=0)
     layers = [layer for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0]
     rows: list[dict[str, str | float]] = []
     for layer, matrix_XX in zip(layers, pooled_LXX, strict=True):
         ignored = matrix_XX[:-1, -1].sum() / max(1, matrix_XX[:-1].sum())
         taught_XX = matrix_XX.copy()
-        taught_XX[:, -1] = 0
+        taught_XX[:, -1] = 0  # the ignored pixels
         found = scores(taught_XX, names)
         values = {"miou": found.miou, "fwiou": found.fwiou, "accuracy": found.accuracy, "ignored": float(ignored)}
         values |= {f"iou_{name}": value for name, value in found.iou.items()}

@@ -167,7 +167,10 @@ def test_the_plan_of_a_run_is_printed_and_nothing_is_trained(
 def test_several_seeds_print_the_mean_and_the_spread(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    summary = {"bundles": {}, "metrics": {"val_miou": {"mean": 0.5, "spread": 0.1, "values": [0.4, 0.6]}}}
+    summary: dict[str, object] = {
+        "bundles": {},
+        "metrics": {"val_miou": {"mean": 0.5, "spread": 0.1, "values": [0.4, 0.6]}},
+    }
     seen: list[object] = []
 
     def trained(_dataset: object, folder: Path, _config: object, seeds: object, **_: object) -> dict[str, object]:
