@@ -8,13 +8,14 @@ dense areas without sharp borders are compact, and on a dark slide everything is
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from wsi.masks import Mask, close, pieces, strips
-from wsi.stain import densities
+from wsi.stain import Densities, densities, densities_in
 
 MIN_FOLD_UM2 = 10_000.0
 """Smaller dark spots are dense tissue."""
@@ -45,13 +46,13 @@ def find_folds(rgb_HWC: NDArray[np.uint8], tissue_HW: Mask, glass: _Glass, mpp: 
     """Return the folds in the tissue of a thumbnail with pixels of `mpp` micrometers."""
     cell = max(1, round(_CELL_UM / mpp))
     around_hwC = _surroundings(rgb_HWC, tissue_HW, glass, cell)
-    dark_HW = np.empty_like(tissue_HW)
-    for rows in strips(dark_HW.shape):
-        part = densities(rgb_HWC, rows, glass)
-        here_HWC = around_hwC[np.arange(rows.start, rows.stop) // cell][:, np.arange(dark_HW.shape[1]) // cell]
+    dark_HW = np.zeros_like(tissue_HW)
+    for rows, columns, part in _tissue_densities(rgb_HWC, tissue_HW, glass):
+        rows_h, columns_w = (np.arange(one.start, one.stop) // cell for one in (rows, columns))
+        here_HWC = around_hwC[rows_h][:, columns_w]
         mean_HW = part.mean_HW
-        dark_HW[rows] = (
-            tissue_HW[rows]
+        dark_HW[rows, columns] = (
+            tissue_HW[rows, columns]
             & (mean_HW > _MIN_DENSITY)
             & (mean_HW > _RATIO * here_HWC.mean(axis=2))
             & _is_between(_red_share(part.od_HWC, here_HWC), _RED_SHARE_OF_PIXEL)
@@ -64,6 +65,17 @@ def find_folds(rgb_HWC: NDArray[np.uint8], tissue_HW: Mask, glass: _Glass, mpp: 
                 rgb_HWC, tissue_HW, glass, around_hwC[_middle(place, cell)], found.labels_HW, label, place
             )
     return found.chosen(keep)
+
+
+def _tissue_densities(
+    rgb_HWC: NDArray[np.uint8], tissue_HW: Mask, glass: _Glass
+) -> Iterator[tuple[slice, slice, Densities]]:
+    """Yield the rows and columns that surround the tissue of each strip, and the densities in them."""
+    for rows in strips(tissue_HW.shape):
+        (found,) = np.nonzero(tissue_HW[rows].any(axis=0))
+        if found.size:
+            columns = slice(int(found[0]), int(found[-1]) + 1)
+            yield rows, columns, densities_in(rgb_HWC, rows, columns, glass)
 
 
 def _middle(place: tuple[slice, slice], cell: int) -> tuple[int, int]:
@@ -80,13 +92,12 @@ def _surroundings(rgb_HWC: NDArray[np.uint8], tissue_HW: Mask, glass: _Glass, ce
     height, width = tissue_HW.shape
     counts_hw = np.zeros((-(-height // cell), -(-width // cell)))
     sums_hwC = np.zeros((*counts_hw.shape, 3))
-    columns = np.arange(width) // cell
-    for rows in strips(tissue_HW.shape):
-        place_HW = (np.arange(rows.start, rows.stop) // cell)[:, None] * counts_hw.shape[1] + columns
-        inside_HW = tissue_HW[rows]
+    for rows, columns, part in _tissue_densities(rgb_HWC, tissue_HW, glass):
+        place_W = np.arange(columns.start, columns.stop) // cell
+        place_HW = (np.arange(rows.start, rows.stop) // cell)[:, None] * counts_hw.shape[1] + place_W
+        inside_HW = tissue_HW[rows, columns]
         place_N = place_HW[inside_HW]
         # Whole numbers, so that the sums do not depend on the strips.
-        part = densities(rgb_HWC, rows, glass)
         weight_N = np.round(part.mean_HW[inside_HW].astype(np.float64) * 1e3)
         od_NC = np.round(part.od_HWC[inside_HW].astype(np.float64) * 1e4) * weight_N[:, None]
         counts_hw += np.bincount(place_N, weight_N, counts_hw.size).reshape(counts_hw.shape)

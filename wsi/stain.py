@@ -164,6 +164,16 @@ def densities(rgb_HWC: NDArray[np.uint8], rows: slice, glass: tuple[float, float
     return Densities(od_HWC, _table(glass_light)[light_HW])
 
 
+def densities_in(
+    rgb_HWC: NDArray[np.uint8], rows: slice, columns: slice, glass: tuple[float, float, float]
+) -> Densities:
+    """Return the densities of some rows and columns of the smoothed image."""
+    left = max(0, columns.start - _SMOOTH_REACH)
+    part = densities(rgb_HWC[:, left : columns.stop + _SMOOTH_REACH], rows, glass)
+    inner = slice(columns.start - left, columns.stop - left)
+    return Densities(part.od_HWC[:, inner], part.light_HW[:, inner])
+
+
 def _table(glass: float) -> Floats:
     """Return the density of every step of a channel in which the glass has this value."""
     values = np.arange(255 * _STEPS + 1) / _STEPS

@@ -335,7 +335,7 @@ def _line(result: SlideResult) -> str:
     areas = ", ".join(f"{name} {area:.2f} mm²" for name, area in result.areas_mm2.items())
     notes = [f"{result.seconds:.1f} s"] if result.status != "skipped" else ["same inputs, result kept"]
     if result.resumed_blocks:
-        notes.append(f"resumed after {result.resumed_blocks} blocks")
+        notes.append(f"resumed after {result.resumed_blocks} block{'s' if result.resumed_blocks > 1 else ''}")
     notes += [f"warning: {text}" for text in result.warnings]
     return f"{result.status:<10} {result.slide}: {areas} ({'; '.join(notes)})"
 
