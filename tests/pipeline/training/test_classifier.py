@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from models.classifier import Classifier
 from models.heads import HEADS, HeadOutput
 from pipeline.training.classifier import (
     ClassifierBatch,
+    build_classifier,
     class_weights,
     classifier_task,
     held_out_batches,
@@ -330,3 +333,22 @@ def test_heads_of_layers_read_the_same_boxes_as_the_deep_head(tmp_path: Path) ->
     for logits_K, (x, y, w, h) in zip(auxiliary_BK, (boxes_B4 // 8).tolist(), strict=True):
         crop_1Chw = shallow_1Chw[:, :, y : y + h, x : x + w]
         torch.testing.assert_close(logits_K[None], classifier.layer_heads["shallow"](crop_1Chw, None).logits_NK)
+
+
+def test_the_head_of_the_release_is_drawn_from_glorots_uniform_distribution() -> None:
+    torch.manual_seed(0)
+    config = TrainConfig(backbone="resnet18", depth=None, head="gap", weights="none")
+    weights = {
+        xavier: build_classifier(dataclasses.replace(config, xavier_head=xavier), 3).head.weight_KC.detach().abs()
+        for xavier in (False, True)
+    }
+    # sqrt(6 / (inputs + outputs)), and the default of a convolution: 1 / sqrt(inputs).
+    assert 0.9 < weights[True].max().item() / math.sqrt(6 / (512 + 3)) <= 1
+    assert 0.9 < weights[False].max().item() / math.sqrt(1 / 512) <= 1
+
+
+def test_the_rules_for_biases_and_momentum_are_those_of_the_classifier(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (32, 32)})
+    config = TrainConfig(bias_factor=2.0, decay_biases=False, momentum=5e-4)
+    task = classifier_task(CellClassifier("gap"), images, images, config, CPU, Processes(0, 1))
+    assert (task.bias_factor, task.decay_biases, task.momentum) == (2.0, False, 5e-4)

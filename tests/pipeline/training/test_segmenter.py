@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from models.segmenter import build_segmenter
+from models.segmenter import build_segmenter, encoder_network
 from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
@@ -28,6 +29,7 @@ from pipeline.training.segmenter import (
     pixel_counts,
     pixel_weights,
     segmenter_task,
+    start_encoder,
     trusted_logits,
 )
 from tests.pipeline.training.cells import CellClassifier, crop_images
@@ -258,3 +260,24 @@ def test_the_shares_of_a_batch_are_the_views_of_the_whole_batch(tmp_path: Path) 
     np.testing.assert_array_equal(whole.rgb_NHWC[::2], first.rgb_NHWC)
     np.testing.assert_array_equal(whole.rgb_NHWC[1::2], second.rgb_NHWC)
     np.testing.assert_array_equal(whole.labels_NLHW[::2], first.labels_NLHW)
+
+
+def test_an_encoder_with_weights_of_its_own_starts_from_them_at_the_rate_of_pretrained_weights(tmp_path: Path) -> None:
+    images = crop_images(tmp_path / "data", {"a": (64, 64)})
+    source = encoder_network(build_segmenter("resnet18", 3)).state_dict()
+    file = tmp_path / "encoder.safetensors"
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in source.items()}, file)
+    config = TrainConfig(
+        weights="none", encoder="resnet18", encoder_weights=str(file), bias_factor=2.0, decay_biases=False
+    )
+    segmenter = build_segmenter("resnet18", 3)
+    start_encoder(segmenter, config)
+    state = encoder_network(segmenter).state_dict()
+    assert all(torch.equal(tensor, source[name]) for name, tensor in state.items())
+    thirds_1HW = np.repeat(np.arange(3, dtype=np.uint8), 22)[None, None, :64].repeat(64, axis=1)
+    task = segmenter_task(segmenter, images, images, lambda _: thirds_1HW, config, CPU, ALONE)
+    new = {id(parameter) for parameter in task.new_parameters}
+    named = dict(segmenter.named_parameters())
+    assert {name for name in named if id(named[name]) not in new} == {n for n in named if n.startswith("encoder.")}
+    # The release treats only the classifier's biases differently.
+    assert (task.bias_factor, task.decay_biases, task.momentum) == (1.0, True, 0.9)
