@@ -12,6 +12,7 @@ import json
 import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,19 +113,35 @@ def measure_features(parquet_path: Path, classes: Sequence[TissueClass]) -> tupl
     return len(table), {one.name: sums_mm2[label] for label, one in enumerate(classes, start=1)}
 
 
+def feature_ids(parquet_path: Path) -> list[str]:
+    """Return the ids of the features in a file that `write_features` has written, in their order.
+
+    Raises OSError if the file cannot be read.
+    """
+    with _opened(parquet_path) as file:
+        ids: list[str] = file.read(columns=["id"])["id"].to_pylist()
+    return ids
+
+
 def read_features(parquet_path: Path, classes: Sequence[TissueClass]) -> Iterator[Feature]:
     """Yield the features of a file that `write_features` has written, in their order. `classes` are those of the run.
 
     Raises OSError if the file cannot be read.
     """
+    with _opened(parquet_path) as file:
+        for batch in file.iter_batches(_BATCH, columns=["id", "label", "area_mm2", "geometry"]):
+            columns = batch.to_pydict()
+            geometries = shapely.from_wkb(columns["geometry"])
+            rows = zip(columns["id"], columns["label"], columns["area_mm2"], geometries, strict=True)
+            for id_, label, area_mm2, geometry in rows:
+                yield Feature(id_, label, classes[label - 1], area_mm2, geometry)
+
+
+@contextmanager
+def _opened(parquet_path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with parquet_path.open("rb") as binary, pq.ParquetFile(binary) as file:
-            for batch in file.iter_batches(_BATCH, columns=["id", "label", "area_mm2", "geometry"]):
-                columns = batch.to_pydict()
-                geometries = shapely.from_wkb(columns["geometry"])
-                rows = zip(columns["id"], columns["label"], columns["area_mm2"], geometries, strict=True)
-                for id_, label, area_mm2, geometry in rows:
-                    yield Feature(id_, label, classes[label - 1], area_mm2, geometry)
+            yield file
     except (pa.ArrowException, shapely.errors.ShapelyError, LookupError, TypeError, ValueError) as error:
         raise OSError(f"{parquet_path.name}: cannot be read: {error}") from error
 

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pipeline.errors import LabelingError
-from pipeline.formats.features import geojson_text, read_features
+from pipeline.formats.features import feature_ids, geojson_text, read_features
 from pipeline.labeling.corrections import (
     CORRECTION_EVENTS,
     CorrectionEvent,
@@ -139,8 +139,7 @@ class CorrectionPages:
         labels = {one.name: label for label, one in enumerate(result.run.classes, start=1)}
         numbers: dict[str, int] = {}
         if corrections:
-            features = read_features(result.outlines, result.run.classes)
-            numbers = {one.id: index for index, one in enumerate(features)}
+            numbers = {region: index for index, region in enumerate(feature_ids(result.outlines))}
         shown = [
             {"index": numbers[one.event.region], "after": labels[one.event.after], "author": one.annotator}
             for one in corrections
