@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models import resnet38d
 from models.errors import ArchitectureError
 from models.light_imports import import_light
-from models.padding import replicate_padding
+from models.padding import extend_edges
 
 timm = import_light("timm")
 
@@ -36,7 +36,7 @@ class Backbone(nn.Module):
     With `depth` the network ends after that many of timm's feature stages, and the last three of these are the
     `Stages`. Late stages see hundreds of pixels, so their maps smear across thin structures.
 
-    Convolutions repeat edge pixels instead of adding zeros.
+    Convolutions repeat edge pixels instead of adding zeros. Mirrored ones give worse pseudo masks (decision 11).
 
     Weights are random; nothing is downloaded. Raises ArchitectureError if no network has this name, or if the network
     does not have these stages at this stride.
@@ -60,7 +60,7 @@ class Backbone(nn.Module):
                 self.channels, self._taps = _cut(self.net, name, depth), [depth - 3, depth - 2, depth - 1]
             shallow, middle = (int(self.net.feature_info[tap]["num_chs"]) for tap in self._taps[:2])
             self.stage_channels = (shallow, middle, self.channels)
-        replicate_padding(self.net)
+        extend_edges(self.net, "replicate")
 
     def forward(self, x_NCHW: Tensor) -> Stages:
         if self._taps is None:

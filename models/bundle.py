@@ -30,6 +30,7 @@ from models.tissue_class import TissueClass
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from models.classifier import Classifier
     from models.familiarity import Statistics
 
 DEFAULT_BUNDLE = "colon-gland"
@@ -40,7 +41,7 @@ CARD_FILE = "model.json"
 CLASSIFIER_FILE = "classifier.safetensors"
 SEGMENTER_FILE = "segmenter.safetensors"
 FAMILIARITY_FILE = "familiarity.safetensors"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Triple = tuple[float, float, float]
@@ -73,9 +74,9 @@ class SegmenterCard(_Strict):
     """Architecture of the segmenter, see `models.segmenter.build_segmenter`."""
 
     encoder: NetworkName
-    depth: Annotated[int, Field(ge=3, le=5)] = 4
+    depth: Annotated[int, Field(ge=3, le=5)]
     """Number of stages of the encoder."""
-    rates: tuple[Rate, Rate, Rate] = (1, 2, 4)
+    rates: tuple[Rate, Rate, Rate]
     """Dilation rates of the ASPP, in cells of the encoder's stride."""
 
 
@@ -100,17 +101,15 @@ class FamiliarityCard(_Strict):
 class ModelCard(_Strict):
     """The content of model.json: everything needed to use a model and to decide whether it is suitable."""
 
-    schema_version: Literal[1, 2]
+    schema_version: Literal[3]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: Annotated[str, Field(min_length=1)]
     classes: Annotated[tuple[TissueClass, ...], Field(min_length=2, max_length=254)]
     mpp: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
     """Micrometers per pixel of the images that the networks expect."""
-    tile_size: Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
-    """Side of a tile in pixels, at `mpp`."""
-    gate_window: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] = 64
-    """Side in pixels of the windows in which the classifier decides which classes are present."""
-    margin: Annotated[int, Field(ge=32, le=1024, multiple_of=32)] = 64
+    gate_window: Annotated[int, Field(ge=16, le=4096, multiple_of=16)]
+    """Side in pixels, at `mpp`, of the windows in which the classifier decides which classes are present."""
+    margin: Annotated[int, Field(ge=16, le=1024, multiple_of=16)]
     """Pixels of context around a prediction: a map keeps only predictions that have this margin on all sides."""
     mean: Triple
     """Subtracted from RGB scaled to 0–1, per channel."""
@@ -226,34 +225,33 @@ def _parse_card(content: bytes, file: Path) -> ModelCard:
         key = ".".join(str(part) for part in first["loc"])
         if key == "schema_version":
             found = first["input"] if first["type"] != "missing" else "none"
+            remedy = (
+                "update wsi-segment"
+                if isinstance(found, int) and found > SCHEMA_VERSION
+                else "the networks of earlier bundles ran on tiles; train the model again with wsi-train"
+            )
             raise InvalidCardError(
-                f"{file}: schema_version is {found}, but this version reads {SCHEMA_VERSION}; "
-                "update wsi-segment, or export the bundle again"
+                f"{file}: schema_version is {found}, but this version reads {SCHEMA_VERSION}; {remedy}"
             ) from error
         raise InvalidCardError(
             f"{file}: {key or 'not valid JSON'}: {first['msg']} ({error.error_count()} error(s) in total)"
         ) from error
 
 
-def load_networks(bundle: Bundle) -> tuple[nn.Module, nn.Module]:
+def load_networks(bundle: Bundle) -> tuple[Classifier, nn.Module]:
     """Return (classifier, segmenter) of the bundle in float32 and eval mode, on the CPU.
 
     Raises DigestMismatchError if a weights file is not the one that the card names, WeightsMismatchError if the weights
     do not fit the architecture, and ArchitectureError if the architecture does not exist.
     """
     from models.classifier import Classifier
-    from models.segmenter import build_first_segmenter, build_segmenter
+    from models.segmenter import build_segmenter
 
     card = bundle.card
     parts = card.classifier
     classifier = Classifier(parts.backbone, parts.head, len(card.classes), parts.depth)
     _load_weights(classifier, bundle.path / CLASSIFIER_FILE, card.weights.classifier)
-    if card.schema_version == 1:
-        segmenter = build_first_segmenter(card.segmenter.encoder, len(card.classes))
-    else:
-        segmenter = build_segmenter(
-            card.segmenter.encoder, len(card.classes), card.segmenter.depth, card.segmenter.rates
-        )
+    segmenter = build_segmenter(card.segmenter.encoder, len(card.classes), card.segmenter.depth, card.segmenter.rates)
     _load_weights(segmenter, bundle.path / SEGMENTER_FILE, card.weights.segmenter)
     return classifier.eval(), segmenter.eval()
 

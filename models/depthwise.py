@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.padding import ReplicatedConv2d
+from models.padding import ExtendedConv2d
 
 
 def speed_up_depthwise(network: nn.Module) -> None:
@@ -47,11 +47,11 @@ class DilatedDepthwise(nn.Conv2d):
         return result
 
 
-class ReplicatedDepthwise(ReplicatedConv2d, DilatedDepthwise):
-    """The same convolution with repeated edge pixels."""
+class ExtendedDepthwise(ExtendedConv2d, DilatedDepthwise):
+    """The same convolution of an input that continues beyond its edges."""
 
 
-_FASTER: dict[type[nn.Module], type[nn.Conv2d]] = {nn.Conv2d: DilatedDepthwise, ReplicatedConv2d: ReplicatedDepthwise}
+_FASTER: dict[type[nn.Module], type[nn.Conv2d]] = {nn.Conv2d: DilatedDepthwise, ExtendedConv2d: ExtendedDepthwise}
 
 
 class _Convolution(torch.autograd.Function):

@@ -18,9 +18,8 @@ import safetensors
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.classifier import Classifier
 from models.errors import WeightsMismatchError
 
 WINDOW = 224
@@ -51,24 +50,6 @@ def window_features(deep_NChw: Tensor, stride: int) -> Tensor:
     mean_NCrw = torch.stack([x_NChw[:, :, row : row + side].mean(dim=2) for row in rows], dim=2)
     mean_NCrc = torch.stack([mean_NCrw[..., column : column + side].mean(dim=3) for column in columns], dim=3)
     return mean_NCrc.permute(0, 2, 3, 1)
-
-
-class DescribingClassifier(nn.Module):
-    """Normalized images (N, 3, H, W) -> logits and flat `window_features` side by side, (N, K + r c C).
-
-    One tensor, so that every runtime can compute it.
-    """
-
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        assert isinstance(classifier, Classifier)
-        self.classifier = classifier
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        stages = self.classifier.stages(x_NCHW)
-        logits_NK = self.classifier.head_output(stages, x_NCHW).logits_NK
-        features_NrcC = window_features(stages.deep, int(x_NCHW.shape[2]) // int(stages.deep.shape[2]))
-        return torch.cat([logits_NK.float(), features_NrcC.flatten(1)], dim=1)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
-"""The networks of a bundle, applied to batches of tiles: classifier, gate, and segmenter.
+"""The networks of a bundle, applied to canvases: classifier, gate, and segmenter.
 
-The segmenter runs only on tiles in which more than one class passes the gate.
+A canvas is a large part of a slide. Its core is what remains without the model's margin on all sides. Only the core is
+predicted, so that every predicted pixel has real context around it. The segmenter runs only on canvases with a gate
+window in which more than one class passes.
 
-Shape suffixes: N tiles, K classes, H and W the tile, h and w the map at the output stride.
+Shape suffixes: N canvases, K classes, R rows and C columns of gate windows, M windows, H and W the canvas, h and w the
+core at the output stride.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ import logging
 import platform
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,10 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.backbone import Stages
 from models.bundle import Bundle, ModelCard, load_networks, load_statistics
 from models.errors import DeviceUnavailableError, NonFiniteOutputError, RuntimeUnavailableError
-from models.familiarity import DescribingClassifier, Statistics, window_starts
-from models.gate import masked_softmax, passing_classes
+from models.familiarity import Statistics, window_features
+from models.gate import passing_classes
+from models.gate_windows import WindowAxis, cut_windows, gated_mean, window_axis
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
 from models.runtimes import (
@@ -46,23 +52,31 @@ log = logging.getLogger(__name__)
 Network = Callable[[Tensor], Tensor]
 """Normalized images (N, 3, H, W) -> logits."""
 
-Tiles = NDArray[np.uint8] | Tensor
-"""RGB tiles (N, H, W, 3) uint8. A tensor must be on the predictor's device."""
+Canvases = NDArray[np.uint8] | Tensor
+"""RGB canvases (N, H, W, 3) uint8; H and W are multiples of 32. A tensor must be on the predictor's device."""
+
+Corner = tuple[int, int]
+"""The (x, y) of a core in model pixels of the slide, multiples of 16. Windows are counted from the origin."""
+
+SMALLEST_CORE = 32
+"""Smallest side of a core in model pixels. Larger sides are multiples of it."""
+
+_WINDOWS = 256
+"""Gate windows that the head of the classifier takes at a time, which bounds its memory."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Prediction(NamedTuple):
-    """The prediction for N tiles."""
+    """The prediction for the cores of N canvases."""
 
     probs_NKhw: Tensor
-    """float32 on the predictor's device: the classes that pass the gate sum to 1; all are 0 if none passes."""
-    passed_NK: NDArray[np.bool_]
-    """Which classes pass the gate."""
+    """float32 on the predictor's device. The sum over the classes is 1; it is less near windows in which no class
+    passes, and 0 inside them."""
     segmented_N: NDArray[np.bool_]
-    """Which tiles the segmentation network ran on."""
+    """Which canvases the segmentation network ran on."""
     distances_Nrc: NDArray[np.float32] | None = None
-    """Distance of each window of a tile (rows, columns; see `models.familiarity`) from the training data, in units of
+    """Distance of each window of a canvas (rows, columns; see `models.familiarity`) from the training data, in units of
     the model's limit; None without statistics."""
 
 
@@ -143,8 +157,8 @@ def _cpu_model() -> str:
 class Predictor:
     """A classifier and a segmenter on one device.
 
-    `lock` guards the device: the caller holds `lock` around `predict`. A tile's result does not depend on the other
-    tiles of its batch, and there is no random state.
+    `lock` guards the device: the caller holds `lock` around `predict`. A canvas's result does not depend on the other
+    canvases of its batch, and there is no random state.
     """
 
     def __init__(
@@ -166,9 +180,9 @@ class Predictor:
         """Move both networks to `device` in eval mode.
 
         `ungated_fallback`: use the ungated softmax if no class passes the gate, instead of 0 for every class.
-        `skip_by_gate`: run the segmenter only on tiles whose result it can change; False runs it on all tiles and gives
-        the same probabilities. `statistics`: the training windows of the model, whose card has `familiarity`; the
-        classifier must be a `Classifier`. `from_networks` accepts "auto". Raises DeviceUnavailableError,
+        `skip_by_gate`: run the segmenter only on canvases whose result it can change; False runs it on all canvases and
+        gives the same probabilities. `statistics`: the training windows of the model, whose card has `familiarity`.
+        `from_networks` accepts "auto". Raises DeviceUnavailableError,
         RuntimeUnavailableError if OpenVINO cannot take a network, and ValueError for an unknown precision, output
         stride or batch size.
         """
@@ -188,11 +202,10 @@ class Predictor:
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._statistics = None
-        if statistics is not None:
-            classifier = DescribingClassifier(classifier)
-            self._statistics = statistics.to(self.device)
-        self._classifier, self._segmenter = (self._prepared(network) for network in (classifier, segmenter))
+        self._features = self._prepared(DeepFeatures(classifier))
+        self._segmenter = self._prepared(segmenter)
+        self._classifier: Any = classifier
+        self._statistics = None if statistics is None else statistics.to(self.device)
         self._mean_C = torch.tensor(card.mean, device=self.device)
         self._std_C = torch.tensor(card.std, device=self.device)
         self._thresholds_K = torch.tensor(card.gate_thresholds, device=self.device)
@@ -266,96 +279,134 @@ class Predictor:
         self._copies.synchronize()
         return there
 
-    def presence(self, rgb_NHWC: Tiles) -> NDArray[np.float32]:
-        """Return the classifier's probabilities (N, K) for RGB tiles. Raises NonFiniteOutputError."""
-        return self._classified(self._checked(rgb_NHWC))[0]
+    def presence(self, rgb_NHWC: Canvases, corners: Sequence[Corner]) -> list[Tensor]:
+        """Return the classifier's probabilities (R, C, K) in the gate windows that overlap the core of each canvas.
 
-    def logits(self, rgb_NHWC: Tiles) -> Tensor:
-        """Return the segmenter's logits without the gate, (N, K, h, w) float32 on the predictor's device.
-
-        Needs at least one RGB tile; H and W are multiples of 32. Raises NonFiniteOutputError.
+        Raises NonFiniteOutputError with the indices of the canvases.
         """
-        tiles_NHWC = self._checked(rgb_NHWC)
+        return self._classified(self._checked(rgb_NHWC), corners)[0]
+
+    def logits(self, rgb_NHWC: Canvases) -> Tensor:
+        """Return the segmenter's logits in the cores without the gate, (N, K, h, w) float32 on the predictor's device.
+
+        Needs at least one canvas. Raises NonFiniteOutputError.
+        """
+        canvases_NHWC = self._checked(rgb_NHWC)
         with torch.inference_mode():
-            logits_NKhw = torch.cat([self._segmented(batch_NHWC) for batch_NHWC in tiles_NHWC.split(self.batch_size)])
-            _check_finite("segmenter", _finite(logits_NKhw), np.arange(len(tiles_NHWC)))
+            logits_NKhw = torch.cat([self._segmented(batch) for batch in canvases_NHWC.split(self.batch_size)])
+            _check_finite("segmenter", list(_finite(logits_NKhw)))
         return logits_NKhw
 
-    def gated(self, logits_NKhw: Tensor, presence_NK: NDArray[np.float32]) -> Tensor:
-        """Return the gated probabilities of a segmenter's logits, probs_NKhw float32, as `predict` does."""
-        return masked_softmax(logits_NKhw, self._gate(presence_NK)[1])
+    def gated(self, logits_Khw: Tensor, presence_RCK: Tensor, corner: Corner) -> Tensor:
+        """Return the gated probabilities (K, h, w) of the segmenter's logits in one core, as `predict` does."""
+        height, width = (length * self.output_stride for length in logits_Khw.shape[1:])
+        return self._gated(logits_Khw, self._allowed(presence_RCK), (height, width), corner)
 
-    def predict(self, rgb_NHWC: Tiles) -> Prediction:
-        """Return gated probabilities for any number of RGB tiles; H and W are multiples of 32.
+    def predict(self, rgb_NHWC: Canvases, corners: Sequence[Corner]) -> Prediction:
+        """Return gated probabilities for the cores of canvases, each with the corner of its core.
 
-        Raises NonFiniteOutputError with the indices of the tiles whose output contains NaN or infinity.
+        Raises NonFiniteOutputError with the indices of the canvases whose output contains NaN or infinity.
         """
-        tiles_NHWC = self._checked(rgb_NHWC)
-        presence_NK, distances_Nrc = self._classified(tiles_NHWC)
-        count, height, width = tiles_NHWC.shape[:3]
-        classes = len(self.card.classes)
-        stride = self.output_stride
+        canvases_NHWC = self._checked(rgb_NHWC)
+        margin, stride = self.card.margin, self.output_stride
+        height, width = (length - 2 * margin for length in canvases_NHWC.shape[1:3])
         with torch.inference_mode():
-            passed_NK, allowed_NK = self._gate(presence_NK)
-            contested_N = (allowed_NK.sum(dim=1) > 1).cpu().numpy()
-            segmented_N = contested_N if self.skip_by_gate else np.ones(count, dtype=bool)
-            # The softmax over one class is 1 and over no class is 0, so the mask is the result without the segmenter.
-            probs_NKhw = allowed_NK.float()[:, :, None, None].repeat(1, 1, height // stride, width // stride)
+            presence, distances_Nrc = self._classified(canvases_NHWC, corners)
+            allowed = [self._allowed(presence_RCK) for presence_RCK in presence]
+            contested_N = torch.stack([(allowed_RCK.sum(dim=2) > 1).any() for allowed_RCK in allowed]).cpu().numpy()
+            segmented_N = contested_N if self.skip_by_gate else np.ones(len(allowed), dtype=bool)
             chosen = np.flatnonzero(segmented_N)
-            finite: list[Tensor] = []
-            for index in torch.from_numpy(chosen).to(self.device).split(self.batch_size) if len(chosen) else ():
-                logits_NKhw = self._segmented(tiles_NHWC[index])
-                finite.append(_finite(logits_NKhw))
-                probs_NKhw[index] = masked_softmax(logits_NKhw, allowed_NK[index])
-            if finite:  # once, because the check waits for the GPU
-                _check_finite("segmenter", torch.cat(finite), chosen)
-        assert probs_NKhw.shape == (count, classes, height // stride, width // stride)
-        return Prediction(probs_NKhw, passed_NK.cpu().numpy(), segmented_N, distances_Nrc)
+            # Where the segmenter does not run, no window has a choice, and any logits give the same probabilities.
+            logits: list[Tensor] = [torch.zeros((len(self.card.classes), 1, 1), device=self.device)] * len(allowed)
+            for index in torch.from_numpy(chosen).split(self.batch_size) if len(chosen) else ():
+                for n, logits_Khw in zip(index.tolist(), self._segmented(canvases_NHWC[index]), strict=True):
+                    logits[n] = logits_Khw
+            _check_finite("segmenter", [torch.isfinite(logits_Khw).all() for logits_Khw in logits])
+            parts = zip(logits, allowed, corners, strict=True)
+            probs_NKhw = torch.stack([self._gated(*part[:2], (height, width), part[2]) for part in parts])
+        assert probs_NKhw.shape[1:] == (len(self.card.classes), height // stride, width // stride)
+        return Prediction(probs_NKhw, segmented_N, distances_Nrc)
 
-    def _classified(self, tiles_NHWC: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Return the classifier's probabilities (N, K), and the distances (N, r, c) if there are statistics."""
-        classes = len(self.card.classes)
-        if not len(tiles_NHWC):
-            return np.zeros((0, classes), dtype=np.float32), None
+    def _classified(
+        self, canvases_NHWC: Tensor, corners: Sequence[Corner]
+    ) -> tuple[list[Tensor], NDArray[np.float32] | None]:
+        """Return `presence`, and the distances (N, r, c) if there are statistics."""
+        found: list[Tensor] = []
+        distances: list[Tensor] = []
         with torch.inference_mode():
-            found: list[Tensor] = []
-            for batch_NHWC in tiles_NHWC.split(self.batch_size):
+            for batch_NHWC in canvases_NHWC.split(self.batch_size):
+                x_NCHW = normalized(batch_NHWC, self._mean_C, self._std_C)
                 with self._autocast():
-                    found.append(self._classifier(normalized(batch_NHWC, self._mean_C, self._std_C)).float())
-            output_NX = torch.cat(found)
-            _check_finite("classifier", _finite(output_NX), np.arange(len(tiles_NHWC)))
-            presence_NK: NDArray[np.float32] = output_NX[:, :classes].sigmoid().cpu().numpy()
-            if self._statistics is None or self.card.familiarity is None:
-                return presence_NK, None
-            rows, columns = (len(window_starts(length)) for length in tiles_NHWC.shape[1:3])
-            features_MF = output_NX[:, classes:].reshape(len(tiles_NHWC) * rows * columns, -1)
-            distances_M = self._statistics.distances(features_MF) / self.card.familiarity.window_limit
-            return presence_NK, distances_M.reshape(-1, rows, columns).cpu().numpy()
+                    deep_NDhw = self._features(x_NCHW)
+                    for deep_Dhw, x_CHW in zip(deep_NDhw, x_NCHW, strict=True):
+                        axes = self._window_axes(x_CHW.shape[1:], corners[len(found)])
+                        found.append(self._window_logits(deep_Dhw, x_CHW, *axes))
+                if self._statistics is not None:
+                    features_NrcD = window_features(deep_NDhw, x_NCHW.shape[2] // deep_NDhw.shape[2])
+                    distances_M = self._statistics.distances(features_NrcD.flatten(0, 2))
+                    distances.append(distances_M.view(features_NrcD.shape[:3]))
+            _check_finite("classifier", [torch.isfinite(logits_RCK).all() for logits_RCK in found])
+            presence = [logits_RCK.sigmoid() for logits_RCK in found]
+            if not distances or self.card.familiarity is None:
+                return presence, None
+            return presence, (torch.cat(distances) / self.card.familiarity.window_limit).cpu().numpy()
 
     def _prepared(self, network: nn.Module) -> Network:
         placed = _placed(network, self.device)
         if self.runtime == "openvino":
-            return OpenVinoNetwork(placed, self.card.tile_size, self.precision)
+            return OpenVinoNetwork(placed, 2 * self.card.margin + SMALLEST_CORE, self.precision)
         return placed
 
-    def _gate(self, presence_NK: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-        """Return which classes pass and which may have pixels: with `ungated_fallback`, all classes if none passes."""
-        passed_NK = passing_classes(torch.from_numpy(presence_NK).to(self.device), self._thresholds_K)
-        if self.ungated_fallback:
-            return passed_NK, passed_NK | ~passed_NK.any(dim=1, keepdim=True)
-        return passed_NK, passed_NK
+    def _allowed(self, presence_RCK: Tensor) -> Tensor:
+        """Return which classes may have pixels in each window; with `ungated_fallback`, all classes if none passes."""
+        passed_RCK = passing_classes(presence_RCK, self._thresholds_K)
+        return passed_RCK | ~passed_RCK.any(dim=2, keepdim=True) if self.ungated_fallback else passed_RCK
 
-    def _checked(self, rgb_NHWC: Tiles) -> Tensor:
-        """Return tiles on the device. Raises ValueError if the array does not contain RGB tiles."""
+    def _gated(self, logits_Khw: Tensor, allowed_RCK: Tensor, size: tuple[int, int], corner: Corner) -> Tensor:
+        margin = self.card.margin
+        axes = self._window_axes((size[0] + 2 * margin, size[1] + 2 * margin), corner)
+        return gated_mean(logits_Khw, allowed_RCK, *axes)
+
+    def _window_axes(self, size: Sequence[int], corner: Corner) -> tuple[WindowAxis, WindowAxis]:
+        """Return the rows and columns of the gate windows of a canvas of this height and width."""
+        card, (x, y) = self.card, corner
+        lengths = [length - 2 * card.margin for length in size]
+        rows = window_axis(y, lengths[0], card.margin, card.gate_window, self.output_stride)
+        return rows, window_axis(x, lengths[1], card.margin, card.gate_window, self.output_stride)
+
+    def _window_logits(self, deep_Dhw: Tensor, x_CHW: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
+        """Return the logits (R, C, K) of the classifier's head in the windows of one canvas."""
+        stride = x_CHW.shape[1] // deep_Dhw.shape[1]
+        together = max(1, _WINDOWS // len(columns.starts))
+        found = []
+        for first in range(0, len(rows.starts), together):
+            some = replace(rows, starts=rows.starts[first : first + together])
+            deep_MDhw = cut_windows(deep_Dhw, some, columns, stride)
+            head_output = self._classifier.head_output(
+                Stages(deep_MDhw, deep_MDhw, deep_MDhw), cut_windows(x_CHW, some, columns)
+            )
+            found.append(head_output.logits_NK.float().unflatten(0, (-1, len(columns.starts))))
+        return torch.cat(found)
+
+    def _checked(self, rgb_NHWC: Canvases) -> Tensor:
+        """Return canvases on the device. Raises ValueError if the array does not contain RGB canvases with a core."""
         if rgb_NHWC.ndim != 4 or rgb_NHWC.shape[3] != 3 or rgb_NHWC.dtype not in (np.uint8, torch.uint8):
-            raise ValueError(f"expected uint8 RGB tiles (N, H, W, 3), got {rgb_NHWC.dtype} {tuple(rgb_NHWC.shape)}")
+            raise ValueError(f"expected uint8 RGB canvases (N, H, W, 3), got {rgb_NHWC.dtype} {tuple(rgb_NHWC.shape)}")
+        sides = rgb_NHWC.shape[1:3]
+        if any(side % 32 or side <= 2 * self.card.margin for side in sides):
+            raise ValueError(
+                f"canvases have {sides[0]}x{sides[1]} px; sides are multiples of 32 above {2 * self.card.margin}"
+            )
         return rgb_NHWC if isinstance(rgb_NHWC, Tensor) else self.on_device(rgb_NHWC)
 
-    def _segmented(self, tiles_NHWC: Tensor) -> Tensor:
-        """Return the segmenter's logits for one batch, divided by the model's temperature."""
+    def _segmented(self, canvases_NHWC: Tensor) -> Tensor:
+        """Return the segmenter's logits in the cores of one batch, divided by the model's temperature."""
         with self._autocast():
-            logits_NKhw = self._segmenter(normalized(tiles_NHWC, self._mean_C, self._std_C))
-        return logits_at_stride(logits_NKhw.float() / self.card.temperature, self.output_stride)
+            logits_NKhw = self._segmenter(normalized(canvases_NHWC, self._mean_C, self._std_C))
+        # Upsampled before the margin is cut off, so that a core's edge is interpolated like its inside.
+        logits_NKhw = logits_at_stride(logits_NKhw.float() / self.card.temperature, self.output_stride)
+        edge = self.card.margin // self.output_stride
+        return logits_NKhw[:, :, edge:-edge, edge:-edge]
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "float32" or self.runtime == "openvino":
@@ -371,12 +422,25 @@ def _placed(network: nn.Module, device: torch.device) -> nn.Module:
     return placed
 
 
+class DeepFeatures(nn.Module):
+    """The deep features of a classifier, as a network."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        stages: Any = self.classifier
+        deep_NDhw: Tensor = stages.stages(x_NCHW).deep
+        return deep_NDhw
+
+
 def _finite(output: Tensor) -> Tensor:
-    """Return which tiles contain neither NaN nor infinity, (N,) on the device."""
+    """Return which canvases contain neither NaN nor infinity, (N,) on the device."""
     return torch.isfinite(output).flatten(1).all(dim=1)
 
 
-def _check_finite(network: str, finite_N: Tensor, indices: NDArray[np.int64]) -> None:
-    good_N = finite_N.cpu().numpy()
+def _check_finite(network: str, finite: Sequence[Tensor]) -> None:
+    good_N = torch.stack(list(finite)).cpu().numpy()
     if not good_N.all():
-        raise NonFiniteOutputError(network, [int(index) for index in indices[~good_N]])
+        raise NonFiniteOutputError(network, np.flatnonzero(~good_N).tolist())

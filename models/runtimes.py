@@ -26,9 +26,9 @@ RuntimeName = Literal["auto", "torch", "openvino"]
 OUTPUT_STRIDES = (4, 2, 1)
 """Model pixels per pixel of a predictor's output. The first is the networks' own, the others are interpolated."""
 
-BATCH_SIZE = 8
-"""Default number of tiles per call of a network."""
-CUDA_BATCH_SIZE = 32
+BATCH_SIZE = 1
+"""Default number of canvases per call of a network."""
+CUDA_BATCH_SIZE = 4
 """The same on CUDA."""
 
 
@@ -39,7 +39,7 @@ class RuntimeFacts:
     process_bytes: int
     """Resident memory without pixels: Python, the libraries, the networks, and what the allocator keeps."""
     activation_bytes_per_px: int
-    """Activations of one tile in a batch, per pixel of the tile."""
+    """Activations of both networks, per pixel of a canvas."""
     mapped_bytes: int
     """Arrays of at least this size return to the kernel when they are freed."""
     kept_bytes: int
@@ -52,9 +52,9 @@ RUNTIME_FACTS: dict[Runtime, RuntimeFacts] = {
     "torch": RuntimeFacts(
         process_bytes=1500 << 20, activation_bytes_per_px=550, mapped_bytes=48 << 20, kept_bytes=256 << 20
     ),
-    # OpenVINO keeps its activations. Every other array of a batch is smaller than 9 MiB.
+    # OpenVINO keeps its activations. The arrays of a canvas have a size of their own, so kept ones leave holes.
     "openvino": RuntimeFacts(
-        process_bytes=1860 << 20, activation_bytes_per_px=550, mapped_bytes=9 << 20, kept_bytes=64 << 20
+        process_bytes=1400 << 20, activation_bytes_per_px=710, mapped_bytes=4 << 20, kept_bytes=64 << 20
     ),
 }
 
@@ -68,7 +68,7 @@ class Compute:
     precision: Precision
     runtime: Runtime
     batch_size: int
-    """Tiles per call of a network."""
+    """Canvases per call of a network."""
     threads: int
     """CPU threads of a network."""
     processor: str
@@ -76,7 +76,7 @@ class Compute:
 
 
 def default_batch_size(device: str) -> int:
-    """Return the number of tiles per call of a network on a device, such as "cpu" or "cuda:1"."""
+    """Return the number of canvases per call of a network on a device, such as "cpu" or "cuda:1"."""
     return CUDA_BATCH_SIZE if device.startswith("cuda") else BATCH_SIZE
 
 

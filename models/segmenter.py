@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.errors import ArchitectureError
 from models.light_imports import WithoutUnseenWeights, import_light
-from models.padding import replicate_padding
+from models.padding import extend_edges
 
 smp = import_light("segmentation_models_pytorch")
 
@@ -31,8 +31,8 @@ def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple
     channels (Chen et al., ECCV 2018). `encoder` is a name of segmentation-models-pytorch, or "tu-" and the name of a
     timm network. The head does not upsample, because finer pixels would only be interpolated.
 
-    A logit depends on the pixels around it, not on its place in the image: there is no image pooling, padding repeats
-    the edge, and cells are upsampled around their centers. Raises ArchitectureError if the encoder is unknown.
+    A logit depends on the pixels around it, not on its place in the image: there is no image pooling, padding
+    mirrors the edge, and cells are upsampled around their centers. Raises ArchitectureError if the encoder is unknown.
     """
     options: dict[str, Any] = {
         "encoder_depth": depth,
@@ -49,7 +49,7 @@ def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple
     _remove_unused_stages(network.encoder)
     _remove_image_pooling(network.decoder.aspp[0])
     network.decoder.up = nn.Upsample(scale_factor=network.decoder.up.scale_factor, mode="bilinear", align_corners=False)
-    replicate_padding(network)
+    extend_edges(network, "reflect")
     return cast(nn.Module, network)
 
 
@@ -57,13 +57,6 @@ def encoder_network(segmenter: nn.Module) -> nn.Module:
     """Return the network of the encoder that published weights are for. The encoders "tu-…" contain that of timm."""
     encoder = cast(nn.Module, segmenter.encoder)
     return cast(nn.Module, getattr(encoder, "model", encoder))
-
-
-def build_first_segmenter(encoder: str, classes: int) -> nn.Module:
-    """Return the segmenter of bundles with schema_version 1: zero padding, image pooling, ASPP rates 6, 12 and 18."""
-    options: dict[str, Any] = {"encoder_output_stride": 16, "decoder_atrous_rates": (6, 12, 18), "upsampling": 1}
-    with WithoutUnseenWeights():
-        return cast(nn.Module, smp.DeepLabV3Plus(encoder, encoder_weights=None, classes=classes, **options))
 
 
 def _remove_unused_stages(encoder: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SHIPPED_DIGESTS = {
-    "colon-gland": "9f719ed8bcabb2ab8a9198bf10068a1b4719c489e125990c61cc7539ff44dcb7",
-    "colorectal-tissue": "3ea5ed7d7e0a4a82b618e84f93eb6fdfa01a08e704aff61225f2036472fa1f82",
+    "colon-gland": "13caa55df49f0eecb06d60d7e89a31907a82bbaa0ab154faca1dc2584a8a7ea9",
+    "colorectal-tissue": "a862675e56f989f96157ceeaafc30328942c54b03cc9e8251be0ab6553104d6a",
 }
 """Name of a shipped bundle -> SHA-256 of its model.json, which contains the digests of the weights."""

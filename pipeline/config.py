@@ -28,8 +28,9 @@ class MapSettings:
     """Micrometers per level-0 pixel. None: the slide's own value; `SlideInfo.mpp` holds the result."""
     backend: str = "auto"
     """Reader, a key of `wsi.readers.READERS`. "auto": chosen for each slide; `SlideInfo.backend` holds the result."""
-    overlap: float = 0.25
-    """Share of a tile's side that overlaps the next tile."""
+    canvas_m: int = 896
+    """Largest side of a canvas in model pixels, with its margin. Larger canvases compute fewer pixels twice, smaller
+    canvases need less memory and skip more."""
     output_stride: int = OUTPUT_STRIDES[0]
     """Model pixels per pixel of the stored map."""
     min_area_um2: float = 2000.0
@@ -45,7 +46,7 @@ class MapSettings:
     max_bad_share: float = 0.01
     """A slide fails if a larger share of its tiles cannot be read."""
     block_out: int = 1024
-    """Side of a block in map pixels. Larger blocks compute fewer tiles twice, smaller blocks need less memory."""
+    """Side of a block in map pixels. Larger blocks compute fewer pixels twice, smaller blocks need less memory."""
     force: bool = False
     """Replace an existing result, even if it was made with other settings."""
     repair: bool = False
@@ -53,14 +54,17 @@ class MapSettings:
 
     def __post_init__(self) -> None:
         _check(self.mpp is None or (math.isfinite(self.mpp) and self.mpp > 0), "--mpp", self.mpp, "a positive number")
-        _check(0 <= self.overlap <= 0.75, "--overlap", self.overlap, "from 0 to 0.75")
+        _check(self.canvas_m >= 128 and self.canvas_m % 32 == 0, "canvas_m", self.canvas_m, "a multiple of 32 from 128")
         if self.force and self.repair:
             raise ConfigError("--force computes whole slides again and --repair only damaged blocks; pass only one")
         _check_backend(self.backend)
         _check(self.output_stride in OUTPUT_STRIDES, "--output-stride", self.output_stride, "1, 2 or 4")
         _check(self.min_area_um2 >= 0, "--min-area", self.min_area_um2, "0 or more")
         _check(self.simplify_px >= 0, "--simplify", self.simplify_px, "0 or more")
-        _check(self.block_out >= 16 and self.block_out % 16 == 0, "block_out", self.block_out, "a multiple of 16")
+        step = max(16, 32 // self.output_stride)  # blocks consist of whole cells of 32 model pixels
+        _check(
+            self.block_out >= step and self.block_out % step == 0, "block_out", self.block_out, f"a multiple of {step}"
+        )
 
     def parameters(self, runtime: Runtime) -> dict[str, object]:
         """Return the settings that decide a result computed by `runtime`: equal parameters give equal results.
@@ -70,7 +74,7 @@ class MapSettings:
         parameters: dict[str, object] = {
             "mpp": self.mpp,
             "backend": self.backend,
-            "overlap": self.overlap,
+            "canvas_m": self.canvas_m,
             "output_stride": self.output_stride,
             "min_area_um2": self.min_area_um2,
             "simplify_px": self.simplify_px,
@@ -93,7 +97,7 @@ class SegmentConfig(MapSettings):
     runtime: RuntimeName = "auto"
     """Library that runs the networks. "auto": OpenVINO on a CPU if it is installed and fits the model, else PyTorch."""
     batch_size: int | None = None
-    """Tiles per call of a network. None: `models.runtimes.default_batch_size`."""
+    """Canvases of one size per call of a network. None: `models.runtimes.default_batch_size`."""
     num_workers: int | None = None
     """Blocks that are read and written at the same time. None: one per core, at most `MOST_WORKERS`."""
 
@@ -122,7 +126,7 @@ class ResolvedSettings(MapSettings):
     processor: str
     """See `Compute.processor`."""
     batch_size: int
-    """Tiles per call of a network."""
+    """Canvases of one size per call of a network."""
     num_workers: int
     """Blocks that are read and written at the same time."""
     runtime_requested: bool

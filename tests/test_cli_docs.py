@@ -47,7 +47,7 @@ def test_the_defaults_of_the_command_are_those_of_the_settings() -> None:
             # A flag that is not given has the default None or False.
             assert (parameter.default or None) == (getattr(defaults, setting) or None), setting
             shared += 1
-    assert shared == 16
+    assert shared == 15
     assert DEFAULT_MODEL == DEFAULT_BUNDLE
 
 

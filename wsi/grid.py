@@ -26,6 +26,10 @@ COARSEST_FACTOR = 4.0
 """A slide that is more than this many times coarser than the model is refused. Up to there it is upsampled."""
 
 
+TILE_M = 256
+"""Side of a tile in model pixels. A run counts tissue, unreadable places and skipped work in tiles."""
+
+
 @dataclass(frozen=True)
 class Block:
     """One unit of work: a square of whole output chunks."""
@@ -39,7 +43,7 @@ class Block:
 class Grid:
     """The tiles and blocks of one slide, and the conversions between its frames. Immutable and picklable.
 
-    Tile i starts at model pixel i * stride_m. The last tile and the last block of a row may reach beyond the slide.
+    Tile i starts at model pixel i * tile_m. The last tile and the last block of a row may reach beyond the slide.
     """
 
     level: int
@@ -52,7 +56,6 @@ class Grid:
     """Micrometers per model pixel as read. It differs from the model's own by up to `MPP_TOLERANCE`."""
     size_m: tuple[int, int]
     tile_m: int
-    stride_m: int
     m_per_out: int
     block_out: int
 
@@ -120,17 +123,14 @@ class Grid:
         return origin + math.floor(start_m * self.lv_per_m), origin + math.ceil(stop_m * self.lv_per_m)
 
     def _starts(self, start_m: int, stop_m: int, size_m: int) -> list[int]:
-        every = window_starts(size_m, self.tile_m, self.stride_m, flush=False)
+        every = window_starts(size_m, self.tile_m, self.tile_m, flush=False)
         return [start for start in every if start_m - self.tile_m < start < stop_m]
 
 
-def make_grid(
-    info: SlideInfo, *, model_mpp: float, tile_m: int, overlap: float, output_stride: int, block_out: int
-) -> Grid:
+def make_grid(info: SlideInfo, *, model_mpp: float, output_stride: int, block_out: int, tile_m: int = TILE_M) -> Grid:
     """Choose the level to read, and lay tiles and blocks over the slide's bounds.
 
-    The level is that of `pick_level` for `model_mpp` micrometers per pixel. `overlap` is the share of a tile's side
-    that overlaps the next tile. The stride is a whole number of output pixels.
+    The level is that of `pick_level` for `model_mpp` micrometers per pixel.
 
     Raises ResolutionError if the slide is more than `COARSEST_FACTOR` times coarser than the model.
     """
@@ -146,7 +146,6 @@ def make_grid(
     if abs(lv_per_m / max(1, round(lv_per_m)) - 1) <= MPP_TOLERANCE:
         lv_per_m = float(max(1, round(lv_per_m)))
     l0_per_m = lv_per_m * downsamples[level]
-    stride_m = max(output_stride, round(tile_m * (1 - overlap) / output_stride) * output_stride)
     return Grid(
         level=level,
         # Rounding moves the map by at most half a level pixel; a fraction would blur every pixel.
@@ -156,7 +155,6 @@ def make_grid(
         mpp_m=info.mpp * l0_per_m,
         size_m=(math.ceil(info.bounds_l0.width / l0_per_m), math.ceil(info.bounds_l0.height / l0_per_m)),
         tile_m=tile_m,
-        stride_m=stride_m,
         m_per_out=output_stride,
         block_out=block_out,
     )

@@ -25,7 +25,7 @@ BatchSizeOption = Annotated[
     typer.Option(
         "--batch-size",
         "-b",
-        help="Tiles per call of a network.",
+        help="Canvases per call of a network.",
         min=1,
         show_default=f"{BATCH_SIZE}, on CUDA {CUDA_BATCH_SIZE}",
     ),

@@ -144,13 +144,12 @@ def _evaluate(
 def _document(predictor: Predictor, dataset: Dataset, split: Split, result: Evaluation, *, tta: bool) -> dict[str, Any]:
     """Return the result in plain values. A missing number is null."""
     from pipeline.results.record import versions
-    from pipeline.training.evaluate import OVERLAP
 
     matrix = result.matrices["exclude", True]
     return {
         "model": {"name": predictor.card.name, "digest": predictor.digest, "mpp": predictor.card.mpp},
         "dataset": {"name": dataset.card.name, "mpp": dataset.mpp, "split": split},
-        "options": {"tta": tta, "overlap": OVERLAP, "device": predictor.device.type},
+        "options": {"tta": tta, "device": predictor.device.type},
         "classes": list(result.names),
         "images": len(result.image_matrices),
         "pixels": {"counted": int(matrix[:-1].sum()), "white": int(matrix[-1].sum())},

@@ -91,9 +91,6 @@ def segment(
             show_default=f"one per core, at most {MOST_WORKERS}",
         ),
     ] = DEFAULTS.num_workers,
-    overlap: Annotated[
-        float, typer.Option(help="Share of a tile that overlaps the next tile.", min=0, max=0.75)
-    ] = DEFAULTS.overlap,
     output_stride: Annotated[
         int,
         typer.Option(help=f"Model pixels per map pixel: {', '.join(map(str, sorted(OUTPUT_STRIDES)))}."),
@@ -177,7 +174,6 @@ def segment(
             mpp=mpp,
             model_digest=model_digest,
             backend=backend,
-            overlap=overlap,
             output_stride=output_stride,
             min_area_um2=min_area,
             simplify_px=simplify,

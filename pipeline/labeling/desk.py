@@ -77,9 +77,9 @@ def open_desk(
 def check_model(model: Bundle, settings: FolderStarted) -> None:
     """Raise LabelingError if a model expects other patches than those of the folder."""
     card = model.card
-    if (card.mpp, card.tile_size) != (settings.mpp, settings.side):
+    if (card.mpp, card.gate_window) != (settings.mpp, settings.side):
         raise LabelingError(
-            f"model {card.name} expects patches of {card.tile_size} px of {card.mpp:g} µm, but those of this folder "
+            f"model {card.name} expects patches of {card.gate_window} px of {card.mpp:g} µm, but those of this folder "
             f"have {settings.side} px of {settings.mpp:g} µm; omit --model, or pass another folder with --output"
         )
 

@@ -62,7 +62,7 @@ def prepare_folder(
     would have fewer than two classes, or if a setting or a class cannot be used.
     """
     check_classes([*(one.name for one in Labels(store.read()).classes.values()), *names])
-    defaults = Wishes(card.mpp, card.tile_size, DEFAULT_SEED, DEFAULT_BLIND_SHARE)
+    defaults = Wishes(card.mpp, card.gate_window, DEFAULT_SEED, DEFAULT_BLIND_SHARE)
     settings = start_folder(store, annotator, wishes, defaults)
     add_classes(store, annotator, names, colors)
     return settings

@@ -43,7 +43,7 @@ class SlidePatches:
         """Raises ResolutionError if the slide is much coarser than `mpp` micrometers per pixel."""
         self._slide = slide
         self._digest = digest
-        self._grid = make_grid(slide.info, model_mpp=mpp, tile_m=side, overlap=0.0, output_stride=1, block_out=side)
+        self._grid = make_grid(slide.info, model_mpp=mpp, tile_m=side, output_stride=1, block_out=side)
         self._mpp, self._side = mpp, side
         self._l0_per_m = self._grid.l0_per_out
 

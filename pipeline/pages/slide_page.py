@@ -35,7 +35,7 @@ SCALE_BAR_SHARE = 0.25
 PARAMETERS = {
     "mpp": ("Requested pixel size", "µm/px"),
     "backend": ("Requested reader", ""),
-    "overlap": ("Overlap of tiles", "of a tile's side"),
+    "canvas_m": ("Largest canvas", "model pixels"),
     "output_stride": ("Model pixels per pixel of the map", ""),
     "min_area_um2": ("Smallest polygon", "µm²"),
     "simplify_px": ("Simplification of borders", "px of the map"),

@@ -118,7 +118,7 @@ class TileCounts(_Record):
     """How many tiles of the slide took which way."""
 
     run: int
-    """Tiles that the classifier saw."""
+    """Tiles with tissue, squares of `Grid.tile_m` model pixels."""
     segmented: int
     without_class: int = Field(
         validation_alias=AliasChoices("without class", "without_class"), serialization_alias="without class"
@@ -141,6 +141,9 @@ class PlanFacts(_Record):
     grid: Grid
     blocks: int
     tiles: int
+    canvases: int = 0
+    computed_px: int = 0
+    """Model pixels of all canvases, with their margins; 0 in older results."""
     tissue_mm2: float
     memory_bytes: int
     disk_bytes: int
@@ -168,6 +171,8 @@ class PlanFacts(_Record):
         return dataclasses.asdict(self.grid) | {
             "blocks": self.blocks,
             "tiles": self.tiles,
+            "canvases": self.canvases,
+            "computed_px": self.computed_px,
             "map_size": list(self.grid.size_out),
             "map_mpp": self.grid.mpp_out,
             "tissue_mm2": self.tissue_mm2,

@@ -1,4 +1,4 @@
-"""Segment one block: read its pixels, predict and blend its tiles, write and record the result.
+"""Segment one block: read its pixels, predict its canvases, write and record the result.
 
 A block does not depend on other blocks. Its result depends only on the slide, the model and the parameters. So it has
 the same bytes in any order and any process, in a first run or after a crash.
@@ -7,14 +7,15 @@ the same bytes in any order and any process, in a first run or after a crash.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from models.errors import NonFiniteOutputError
 from models.predictor import Predictor
@@ -22,9 +23,10 @@ from pipeline.config import ResolvedSettings
 from pipeline.errors import InferenceError
 from pipeline.formats.ome_zarr import MapStore, UInt8Array
 from pipeline.formats.polygons import block_regions, save_regions
-from pipeline.slide.blend import Blend, blend_tiles
+from pipeline.slide.canvases import canvas_cores, with_margin
 from pipeline.slide.familiarity import CellDistances, save_values, values_file
-from pipeline.slide.plan import block_tissue, needed_tiles
+from pipeline.slide.labels import stored_map
+from pipeline.slide.plan import block_tissue, needed_tiles, part_of_block
 from wsi.box import Box
 from wsi.grid import Block, Grid
 from wsi.resample import read_tiles
@@ -44,9 +46,9 @@ class BlockRecord:
     tiles: int
     """Tiles with tissue."""
     segmented: int
-    """Tiles that needed the segmenter."""
+    """Tiles on which the segmenter ran."""
     unclassified: int
-    """Tiles in which the gate rejected every class."""
+    """Tiles in whose tissue the gate rejected every class."""
     bad_tiles_l0: list[list[int]]
     """x, y, width and height, in level-0 pixels, of the tiles with unreadable parts."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -90,33 +92,36 @@ def segment_block(
 ) -> tuple[BlockRecord, list[Path]]:
     """Segment one block and write its chunks and polygons. Return its record, without digests, and the written files.
 
-    `stopped` is called between groups of tiles. Raises Stopped if it returns True. Raises InferenceError with the
-    tile's place if a network returns NaN or infinity, and with the block's place if the device fails or runs out of
-    memory.
+    `stopped` is called between canvases. Raises Stopped if it returns True. Raises InferenceError with the canvas's
+    place if a network returns NaN or infinity, and with the block's place if the device fails or runs out of memory.
     """
     timer, grid = _Timer(), work.grid
     tissue_HW = block_tissue(grid, work.tissue, block)
     tiles_m = needed_tiles(grid, tissue_HW, block)
+    cores_m = canvas_cores(grid, tissue_HW, block, predictor.card.margin, work.settings.canvas_m)
     with timer("read"):
-        pixels = read_tiles(slide, grid, tiles_m)
+        pixels = read_tiles(slide, grid, [with_margin(core_m, predictor.card.margin) for core_m in cores_m])
     if stopped():
         raise Stopped
     bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
     try:
         with timer("copy"):  # before this block takes the lock, so that a GPU can compute another block meanwhile
-            canvas_HWC = predictor.on_device(pixels.canvas_HWC)
+            rgb_HWC = predictor.on_device(pixels.canvas_HWC)
         with timer("wait"):
             predictor.lock.acquire()
         try:
             with timer("network"):
                 cells = CellDistances(block.box_out)
-                blend, counts = _predict(work, predictor, block, tiles_m, canvas_HWC, pixels.canvas_m, cells, stopped)
-                probs_KHW, labels_HW = blend.result(tissue_HW)
+                found_KHW, segmented_m = _predict(
+                    work, predictor, block, cores_m, rgb_HWC, pixels.canvas_m, cells, stopped
+                )
+                unclassified = _without_class(grid, block, tiles_m, tissue_HW, found_KHW)
+                probs_KHW, labels_HW = stored_map(found_KHW, tissue_HW)
         finally:
             predictor.lock.release()
     except (RuntimeError, MemoryError) as error:
         raise _device_error(work.info, predictor.device, grid.box_l0(pixels.canvas_m), error) from error
-    del pixels, canvas_HWC, blend
+    del pixels, rgb_HWC, found_KHW
     with timer("polygons"):
         regions_path = save_block_regions(work, block, labels_HW)
     with timer("write"):
@@ -128,8 +133,8 @@ def segment_block(
         files={},
         class_px=np.bincount(labels_HW.ravel(), minlength=len(probs_KHW) + 1).tolist(),
         tiles=len(tiles_m),
-        segmented=counts["segmented"],
-        unclassified=counts["unclassified"],
+        segmented=sum(any(_overlap(t, core_m) for core_m in segmented_m) for t in tiles_m),
+        unclassified=unclassified,
         bad_tiles_l0=[list(grid.box_l0(t)) for t in bad_tiles],
         seconds=timer.seconds,
         tissue_px=tissue_px,
@@ -169,35 +174,55 @@ def _predict(
     work: BlockWork,
     predictor: Predictor,
     block: Block,
-    tiles_m: list[Box],
-    canvas_HWC: torch.Tensor,
-    canvas_m: Box,
+    cores_m: list[Box],
+    rgb_HWC: torch.Tensor,
+    rgb_m: Box,
     cells: CellDistances,
     stopped: Callable[[], bool],
-) -> tuple[Blend, Counter[str]]:
-    grid, counts = work.grid, Counter[str]()
-    blend = Blend(block.box_out, len(predictor.card.classes), grid.tile_m // grid.m_per_out, predictor.device)
+) -> tuple[torch.Tensor, list[Box]]:
+    """Return the probabilities of the block as found_KHW, and the cores on which the segmenter ran.
 
-    def predict(rgb_NHWC: torch.Tensor, group_m: Sequence[Box]) -> tuple[torch.Tensor]:
+    `rgb_HWC` holds the pixels of `rgb_m`, in which all canvases lie.
+    """
+    grid, margin, box_out = work.grid, predictor.card.margin, block.box_out
+    shape = (len(predictor.card.classes), box_out.height, box_out.width)
+    found_KHW = torch.zeros(shape, device=predictor.device)
+    segmented: list[Box] = []
+    for batch_m in _batches(cores_m, predictor.batch_size):
         if stopped():
             raise Stopped
+        canvases_NHWC = torch.stack([rgb_HWC[with_margin(core_m, margin).slices(rgb_m)] for core_m in batch_m])
         try:
-            prediction = predictor.predict(rgb_NHWC)
+            prediction = predictor.predict(canvases_NHWC, [(core_m.x, core_m.y) for core_m in batch_m])
         except NonFiniteOutputError as error:
-            places = ", ".join(str(tuple(grid.box_l0(group_m[i]))) for i in error.indices[:3])
+            places = ", ".join(str(tuple(grid.box_l0(batch_m[i]))) for i in error.indices[:3])
             raise InferenceError(
                 f"{work.info.path.name}: {error}, at level-0 (x, y, width, height) {places}; "
                 f"try --precision float32, or another model"
             ) from error
-        counts["segmented"] += int(prediction.segmented_N.sum())
-        counts["unclassified"] += int((~prediction.passed_NK.any(axis=1)).sum())
+        for core_m, probs_Khw in zip(batch_m, prediction.probs_NKhw, strict=True):
+            rows, columns = grid.box_out(core_m).slices(box_out)
+            found_KHW[:, rows, columns] = probs_Khw
+        segmented += [core_m for core_m, ran in zip(batch_m, prediction.segmented_N, strict=True) if ran]
         if prediction.distances_Nrc is not None:
-            for tile_m, distances_rc in zip(group_m, prediction.distances_Nrc, strict=True):
-                cells.add_windows(tile_m, distances_rc, grid.m_per_out)
-        return (prediction.probs_NKhw,)
+            for core_m, distances_rc in zip(batch_m, prediction.distances_Nrc, strict=True):
+                cells.add_windows(with_margin(core_m, margin), distances_rc, grid.m_per_out)
+    return found_KHW, segmented
 
-    blend_tiles((blend,), canvas_HWC, canvas_m, tiles_m, predict)
-    return blend, counts
+
+def _batches(cores_m: Sequence[Box], size: int) -> Iterator[list[Box]]:
+    """Yield lists of at most `size` cores of one shape."""
+    for _, alike in groupby(sorted(cores_m, key=lambda box: box[2:]), key=lambda box: box[2:]):
+        group = list(alike)
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def _without_class(
+    grid: Grid, block: Block, tiles_m: Sequence[Box], tissue_HW: NDArray[np.bool_], found_KHW: torch.Tensor
+) -> int:
+    """Return the number of tiles in whose tissue no class has a probability above 0."""
+    has_class_HW = (found_KHW > 0).any(dim=0).cpu().numpy() & tissue_HW
+    return sum(not has_class_HW[part_of_block(grid, tile_m, block)].any() for tile_m in tiles_m)
 
 
 def _device_error(info: SlideInfo, device: torch.device, block_l0: Box, error: Exception) -> InferenceError:

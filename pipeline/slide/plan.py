@@ -1,7 +1,8 @@
-"""The plan of a run: which tiles it computes, and the memory and disk space it needs."""
+"""The plan of a run: which canvases it computes, and the memory and disk space it needs."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError
 from pipeline.limits import available_memory
 from pipeline.results.record import PlanFacts
-from pipeline.slide.blend import TILE_GROUP
+from pipeline.slide.canvases import CELL_M, canvas_cores, with_margin
 from wsi.box import Box
 from wsi.grid import Block, Grid, make_grid
 from wsi.resample import STRIP_LV
@@ -28,13 +29,18 @@ _COMPRESSED_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Plan:
-    """Which blocks and tiles a run computes, and what it needs. Immutable and picklable."""
+    """Which blocks and canvases a run computes, and what it needs. Immutable and picklable."""
 
     grid: Grid
     blocks: tuple[Block, ...]
     """The blocks with tissue."""
     tiles: int
-    """Tiles to run; a tile on a block border counts once for each block."""
+    """Tiles with tissue; a tile on a block border counts once for each block."""
+    canvases: int
+    computed_px: int
+    """Model pixels of all canvases, with their margins."""
+    margin: int
+    """Model pixels around the core of a canvas."""
     tissue_um2: float
     classes: int
     disk_bytes: int
@@ -45,15 +51,17 @@ class Plan:
         The bound depends on the block, the batch, the runtime and the workers. It does not grow with the slide.
         """
         grid, facts = self.grid, RUNTIME_FACTS[settings.runtime]
-        side_m = grid.block_out * grid.m_per_out + 2 * grid.tile_m
-        canvas = 3 * side_m**2
+        side_m = grid.block_out * grid.m_per_out + 2 * self.margin
+        pixels = 3 * side_m**2
         strip = 4 * 3 * int(side_m * grid.lv_per_m) * int(STRIP_LV + 2 * grid.lv_per_m)
-        group = TILE_GROUP * (3 * grid.tile_m**2 + 4 * self.classes * (grid.tile_m // grid.m_per_out) ** 2)
-        # Sums and weights in float32, their quotient, and the labels' polygons while they are traced.
-        blend = 4 * (2 * self.classes + 4) * grid.block_out**2
-        in_flight = min(settings.in_flight, max(len(self.blocks), 1)) * (canvas + strip + blend)
-        activations = settings.batch_size * grid.tile_m**2 * facts.activation_bytes_per_px
-        return facts.process_bytes + in_flight + group + activations
+        # Probabilities in float32, their bytes, and the labels' polygons while they are traced.
+        maps = 4 * (2 * self.classes + 4) * grid.block_out**2
+        in_flight = min(settings.in_flight, max(len(self.blocks), 1)) * (pixels + strip + maps)
+        canvas_m = min(settings.canvas_m, -(-side_m // CELL_M) * CELL_M)
+        # The softmax of a canvas under one gate needs three maps at a time, beside the logits and the sum.
+        gates = 4 * 5 * self.classes * (canvas_m // grid.m_per_out) ** 2
+        activations = canvas_m**2 * facts.activation_bytes_per_px
+        return facts.process_bytes + in_flight + settings.batch_size * (activations + gates)
 
     def facts(self, settings: ResolvedSettings) -> PlanFacts:
         """Return what run.json and `--plan` state about the plan."""
@@ -61,6 +69,8 @@ class Plan:
             grid=self.grid,
             blocks=len(self.blocks),
             tiles=self.tiles,
+            canvases=self.canvases,
+            computed_px=self.computed_px,
             tissue_mm2=self.tissue_um2 / 1e6,
             memory_bytes=self.memory_bytes(settings),
             disk_bytes=self.disk_bytes,
@@ -68,24 +78,24 @@ class Plan:
 
 
 def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSettings) -> Plan:
-    """Return the plan of a run: its grid, and the blocks and tiles with tissue.
+    """Return the plan of a run: its grid, and the blocks with tissue and their canvases.
 
     Raises ResolutionError if the slide is too coarse for the model.
     """
-    grid = make_grid(
-        info,
-        model_mpp=card.mpp,
-        tile_m=card.tile_size,
-        overlap=settings.overlap,
-        output_stride=settings.output_stride,
-        block_out=settings.block_out,
-    )
-    counts = {block: len(needed_tiles(grid, block_tissue(grid, tissue, block), block)) for block in grid.blocks()}
-    blocks = tuple(block for block, count in counts.items() if count)
+    grid = make_grid(info, model_mpp=card.mpp, output_stride=settings.output_stride, block_out=settings.block_out)
+    tiles, cores = {}, []
+    for block in grid.blocks():
+        tissue_HW = block_tissue(grid, tissue, block)
+        tiles[block] = len(needed_tiles(grid, tissue_HW, block))
+        cores += canvas_cores(grid, tissue_HW, block, card.margin, settings.canvas_m)
+    blocks = tuple(block for block, count in tiles.items() if count)
     return Plan(
         grid=grid,
         blocks=blocks,
-        tiles=sum(counts.values()),
+        tiles=sum(tiles.values()),
+        canvases=len(cores),
+        computed_px=sum(math.prod(with_margin(core_m, card.margin)[2:]) for core_m in cores),
+        margin=card.margin,
         tissue_um2=tissue.area_um2,
         classes=len(card.classes),
         disk_bytes=int(len(blocks) * settings.block_out**2 * (len(card.classes) + 1) * 4 / 3 * _COMPRESSED_SHARE),
@@ -94,12 +104,12 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSet
 
 def needed_tiles(grid: Grid, tissue_HW: NDArray[np.bool_], block: Block) -> list[Box]:
     """Return the tiles, in model pixels, with tissue inside the block. `tissue_HW` is the block's `block_tissue`."""
-    tiles = []
-    for tile_m in grid.tiles(block.box_out):
-        part = grid.box_out(tile_m).intersect(block.box_out).shift(-block.box_out.x, -block.box_out.y)
-        if tissue_HW[part.y : part.bottom, part.x : part.right].any():
-            tiles.append(tile_m)
-    return tiles
+    return [tile_m for tile_m in grid.tiles(block.box_out) if tissue_HW[part_of_block(grid, tile_m, block)].any()]
+
+
+def part_of_block(grid: Grid, tile_m: Box, block: Block) -> tuple[slice, slice]:
+    """Return the rows and columns of a block's map that a tile covers."""
+    return grid.box_out(tile_m).intersect(block.box_out).slices(block.box_out)
 
 
 def block_tissue(grid: Grid, tissue: Tissue, block: Block) -> NDArray[np.bool_]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from models.predictor import Predictor
 from models.segmenter import NATIVE_STRIDE
 from pipeline.training.dataset import IGNORED
-from pipeline.training.inputs import padded
+from pipeline.training.inputs import surrounded
 from pipeline.training.patches import PatchImages
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def labeled_logits(predictor: Predictor, images: PatchImages) -> tuple[Tensor, T
         # The truth at the center of each map pixel, in the part of the map that covers the image.
         truth_hw = images.truth(index)[NATIVE_STRIDE // 2 :: NATIVE_STRIDE, NATIVE_STRIDE // 2 :: NATIVE_STRIDE]
         with predictor.lock:
-            logits_Khw = predictor.logits(padded(rgb_HWC[None]))[0].cpu()
+            logits_Khw = predictor.logits(surrounded(rgb_HWC[None], predictor.card.margin))[0].cpu()
         logits_Khw = logits_Khw[:, : truth_hw.shape[0], : truth_hw.shape[1]]
         known = np.flatnonzero(truth_hw.ravel() != IGNORED)
         drawn = torch.from_numpy(rng.permutation(known)[:PIXELS_PER_IMAGE])

@@ -88,7 +88,9 @@ class TrainConfig:
     classifier_batch: int = 6
     """Views per step."""
     frozen: tuple[str, ...] = ("conv_stem", "bn1", "blocks.0", "blocks.1")
-    """Name prefixes of backbone parameters that the classifier does not train (ResNet-38d freezes its own)."""
+    """Name prefixes of backbone parameters that training leaves as they are (ResNet-38d freezes its own). In the
+    segmenter, they apply if its encoder starts from the classifier's backbone.
+    """
     pda_schedule: Literal["paper", "release"] = "paper"
     """Schedule of the dropout threshold of `pda`, a key of models.heads.PDA_SCHEDULES."""
 
@@ -108,7 +110,7 @@ class TrainConfig:
     """With cam `head`: ignore pixels whose best class has a lower probability than this."""
 
     # Segmenter
-    view: int = 320
+    view: int = 288
     """Side in pixels of the views that train the segmenter. Smaller images are mirrored beyond their edges."""
     margin: int = 64
     """Pixels of context: the loss skips pixels closer to the edge of their view, and maps use none of these."""
@@ -149,7 +151,7 @@ class TrainConfig:
 
     # Gate
     gate_recall: float = 0.99
-    """Share of the validation tiles containing a class that the gate must accept for that class."""
+    """Share of the validation patches with a class that the gate must accept for that class."""
 
     seed: int = 0
     """Seed of all random choices."""
@@ -196,8 +198,8 @@ class TrainConfig:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
 
     def _check_segmenter(self) -> None:
-        if self.margin < 32 or self.margin % 32:
-            raise TrainConfigError(f"margin is {self.margin}; it must be a multiple of 32, at least 32")
+        if self.margin < 16 or self.margin % 16:
+            raise TrainConfigError(f"margin is {self.margin}; it must be a multiple of 16, at least 16")
         if self.view % 32 or self.view <= 2 * self.margin:
             raise TrainConfigError(
                 f"view is {self.view}; it must be a multiple of 32 and larger than twice the margin of {self.margin}"

@@ -1,15 +1,18 @@
 """Measure a predictor against the pixel masks of a data set: pooled confusion matrices and their scores.
 
-Images become maps like whole slides in pipeline/slide/blocks.py: tiles at the model's resolution, a gate per tile, and
-a weighted mean of overlapping tiles. Predictions never depend on the truth.
+Images become maps like whole slides in pipeline/slide/blocks.py: canvases at the model's resolution, with gate windows.
+Beyond their edges, images are mirrored. Predictions never depend on the truth.
 
-Shape suffixes: N tiles, K classes, H and W an image, h and w the map at the output stride, m at the model's resolution.
+Shape suffixes: R rows and C columns of gate windows, K classes, H and W an image, h and w the map at the output stride,
+m at the model's resolution.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -21,15 +24,14 @@ from models.bundle import ModelCard
 from models.errors import NonFiniteOutputError
 from models.predictor import Predictor
 from pipeline.errors import ClassMismatchError, InferenceError, MaskError
-from pipeline.slide.blend import Blend, blend_tiles, winners
+from pipeline.slide.labels import winners
 from pipeline.training.dataset import Dataset, Sample, background_HW, read_mask, read_rgb, samples
 from pipeline.training.dataset_card import Split
 from pipeline.training.resample import resampled
 from wsi.box import Box
-from wsi.windows import window_starts
 
-OVERLAP = 0.5
-"""Share of a tile that overlaps the next tile."""
+CORE_PX = 768
+"""Largest side of a canvas's core, about that of a slide's canvases."""
 
 WHITE = "white"
 """Name of the additional class of protocol `include`."""
@@ -214,10 +216,9 @@ def predict_image(
 ) -> NDArray[np.uint8]:
     """Return the class of each pixel of an image of `mpp` micrometers per pixel, (H, W) uint8; K means "no class".
 
-    The image is resampled to the model's resolution (see `resampled`) and cut into tiles that overlap by `OVERLAP`. The
-    last tiles end at the image edge, and images smaller than a tile are mirrored. Tiles are gated unless `gate` is
-    False, and blended by the window of `Blend`. `flips` averages every tile over its eight flips and turns. Raises
-    NonFiniteOutputError.
+    The image is resampled to the model's resolution (see `resampled`) and cut into canvases, whose margins are mirrored
+    at the edges of the image. The gate is not used if `gate` is False. `flips` averages every canvas over its eight
+    flips and turns. Raises NonFiniteOutputError.
     """
     return _both_labels(predictor, rgb_HWC, mpp, flips)[0 if gate else 1]
 
@@ -238,45 +239,58 @@ def _both_labels(
     rgb_m_HWC = resampled(rgb_HWC, mpp / predictor.card.mpp)
     sizes = predictor.output_stride, rgb_m_HWC.shape[:2], rgb_HWC.shape[:2]
     with predictor.lock, torch.inference_mode():
-        gated, ungated = _blended(predictor, rgb_m_HWC, flips)
+        gated, ungated = _probabilities(predictor, rgb_m_HWC, flips)
         return _own_labels(gated, *sizes), _own_labels(ungated, *sizes)
 
 
-def _blended(predictor: Predictor, rgb_HWC: NDArray[np.uint8], flips: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _probabilities(predictor: Predictor, rgb_HWC: NDArray[np.uint8], flips: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the probabilities (K, h, w) of an image at the model's resolution, with the gate and without it.
 
-    The map covers the image and its padding to whole tiles and whole map pixels.
+    The map covers the image and its padding to whole cores.
     """
-    tile, stride, classes = predictor.card.tile_size, predictor.output_stride, len(predictor.card.classes)
-    lengths = [max(tile, -(-length // stride) * stride) for length in rgb_HWC.shape[:2]]
-    missing = [(0, length - had) for length, had in zip(lengths, rgb_HWC.shape[:2], strict=True)]
+    card, stride = predictor.card, predictor.output_stride
+    # Cores of whole half-windows: then a turned canvas has the turned windows.
+    step = math.lcm(32, card.gate_window // 2)
+    height, width = (-(-length // step) * step for length in rgb_HWC.shape[:2])
+    core = max(step, CORE_PX // step * step)
+    beyond = [
+        (card.margin, length - had + card.margin) for length, had in zip((height, width), rgb_HWC.shape, strict=False)
+    ]
     # Always copy, because torch rejects read-only arrays such as those from Pillow.
-    padded_HWC = np.pad(rgb_HWC, [*missing, (0, 0)], mode="symmetric")
-    columns, rows = (window_starts(length, tile, round(tile * (1 - OVERLAP))) for length in lengths[::-1])
-    tiles = [Box(x, y, tile, tile) for y in rows for x in columns]
-    canvas = Box(0, 0, lengths[1], lengths[0])
-    gated, ungated = (Blend(canvas.reduce(stride), classes, tile // stride, predictor.device) for _ in range(2))
-
-    def predict(rgb_NHWC: torch.Tensor, _tiles: Sequence[Box]) -> tuple[torch.Tensor, torch.Tensor]:
-        return _tile_probabilities(predictor, rgb_NHWC, flips)
-
-    blend_tiles((gated, ungated), predictor.on_device(padded_HWC), canvas, tiles, predict)
-    return gated.mean(), ungated.mean()
+    around = predictor.on_device(np.pad(rgb_HWC, [*beyond, (0, 0)], mode="symmetric"))
+    maps = [torch.zeros((len(card.classes), height // stride, width // stride), device=predictor.device) for _ in "ab"]
+    for y, x in product(range(0, height, core), range(0, width, core)):
+        part = Box(x, y, min(core, width - x), min(core, height - y))
+        rows, columns = slice(y, part.bottom + 2 * card.margin), slice(x, part.right + 2 * card.margin)
+        found = _canvas_probabilities(predictor, around[None, rows, columns], flips)
+        for map_Khw, probs_Khw in zip(maps, found, strict=True):
+            map_Khw[:, y // stride : part.bottom // stride, x // stride : part.right // stride] = probs_Khw
+    return maps[0], maps[1]
 
 
-def _tile_probabilities(predictor: Predictor, rgb_NHWC: torch.Tensor, flips: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the probabilities (N, K, h, w) with and without the gate, which uses the mean presence over flips."""
+def _canvas_probabilities(
+    predictor: Predictor, rgb_1HWC: torch.Tensor, flips: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the probabilities (K, h, w) of a core with and without the gate, which uses the mean over the flips."""
     views = list(_views(flips))
     # Quarter turns and one flip generate all eight symmetries of a square.
-    turned = [(rgb_NHWC.flip(2) if flip else rgb_NHWC).rot90(turns, dims=(1, 2)).contiguous() for turns, flip in views]
-    presence_NK = np.stack([predictor.presence(one) for one in turned]).mean(axis=0)
+    turned = [(rgb_1HWC.flip(2) if flip else rgb_1HWC).rot90(turns, dims=(1, 2)).contiguous() for turns, flip in views]
+    # Cores start at multiples of half a window, so their windows are those of a core at the origin.
+    presences = [predictor.presence(one, [(0, 0)])[0] for one in turned]
+    presence_RCK = torch.stack([_back(one, *view) for one, view in zip(presences, views, strict=True)]).mean(dim=0)
     gated = ungated = torch.zeros(())
-    for (turns, flip), one in zip(views, turned, strict=True):
-        logits_NKhw = predictor.logits(one).rot90(-turns, dims=(2, 3))
-        logits_NKhw = logits_NKhw.flip(3) if flip else logits_NKhw
-        gated = gated + predictor.gated(logits_NKhw, presence_NK) / len(views)
-        ungated = ungated + logits_NKhw.softmax(dim=1) / len(views)
+    for view, one in zip(views, turned, strict=True):
+        logits_hwK = _back(predictor.logits(one)[0].permute(1, 2, 0), *view)
+        logits_Khw = logits_hwK.permute(2, 0, 1)
+        gated = gated + predictor.gated(logits_Khw, presence_RCK, (0, 0)) / len(views)
+        ungated = ungated + logits_Khw.softmax(dim=0) / len(views)
     return gated, ungated
+
+
+def _back(turned: torch.Tensor, turns: int, flip: bool) -> torch.Tensor:
+    """Undo the flip and the quarter turns of a map with rows and columns as first axes."""
+    upright = turned.rot90(-turns, dims=(0, 1))
+    return upright.flip(1) if flip else upright
 
 
 def _views(flips: bool) -> Iterator[tuple[int, bool]]:

@@ -48,6 +48,11 @@ def padded(rgb_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.pad(rgb_NHWC, [(0, 0), (0, bottom), (0, right), (0, 0)], mode="symmetric")
 
 
+def surrounded(rgb_NHWC: NDArray[np.uint8], margin: int) -> NDArray[np.uint8]:
+    """Return `padded` images with `margin` more pixels on all sides, mirrored at the edges of the images."""
+    return padded(np.pad(rgb_NHWC, [(0, 0), (margin, margin), (margin, margin), (0, 0)], mode="symmetric"))
+
+
 def load_start(backbone: nn.Module, weights: str) -> None:
     """Load the weights that `TrainConfig.weights` names into a backbone or encoder; "none" loads nothing.
 

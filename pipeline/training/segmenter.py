@@ -24,7 +24,7 @@ from pipeline.training.classifier import held_out_batches, keep_statistics
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
 from pipeline.training.fit import Processes, Task
-from pipeline.training.inputs import as_input, load_start, padded
+from pipeline.training.inputs import as_input, load_start, surrounded
 from pipeline.training.patches import PatchImages, draw_squares, make_labeled_view
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,9 @@ def segmenter_task(
             keep_statistics(encoder)
 
     encoder: Any = segmenter.encoder
+    if config.encoder_starts:
+        for name, parameter in encoder_network(segmenter).named_parameters():
+            parameter.requires_grad_(not name.startswith(config.frozen))
     started = {id(parameter) for parameter in encoder.parameters()} if config.encoder_pretrained else set()
     return Task(
         name="segmenter",
@@ -238,8 +241,7 @@ def trusted_logits(
 ) -> Tensor:
     """Return the logits (N, K, h, w) of images that are mirrored by `margin` pixels beyond their edges."""
     (height, width), margin = rgb_NHWC.shape[1:3], config.margin
-    around_NHWC = np.pad(rgb_NHWC, [(0, 0), (margin, margin), (margin, margin), (0, 0)], mode="symmetric")
-    logits_NKhw: Tensor = network(as_input(padded(around_NHWC), device, config)).float()
+    logits_NKhw: Tensor = network(as_input(surrounded(rgb_NHWC, margin), device, config)).float()
     rows, columns = (slice(margin // NATIVE_STRIDE, -(-(margin + side) // NATIVE_STRIDE)) for side in (height, width))
     return logits_NKhw[:, :, rows, columns]
 

@@ -44,8 +44,6 @@ def _of_networks(card: ModelCard) -> dict[str, Any]:
 
 def check_start(bundle: Bundle, config: TrainConfig, classes: Sequence[str]) -> None:
     """Raise TrainError if a run with these settings and classes cannot start from a bundle."""
-    if bundle.card.schema_version != 2:
-        raise TrainError(f"{bundle.path}: has the networks of an earlier version; train without --init")
     for name, value in _of_networks(bundle.card).items():
         own = config.encoder_name if name == "encoder" else getattr(config, name)
         if own != value:

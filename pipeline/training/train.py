@@ -3,7 +3,7 @@
 Each stage writes its product to the run folder and is skipped if the product already exists. A stage that was killed
 resumes from its checkpoint.
 
-Shape suffixes: N tiles, K classes, H and W space.
+Shape suffixes: N views, M labeled patches, K classes, H and W space.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from models.segmenter import build_segmenter
 from pipeline.errors import LockedError, OutputError, TrainError
 from pipeline.progress import Progress
 from pipeline.training.calibration import calibrate_temperature, write_reliability
-from pipeline.training.classifier import build_classifier, classifier_task
+from pipeline.training.classifier import build_classifier, classifier_task, held_out_batches, patch_outputs
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, training_samples
@@ -57,8 +57,8 @@ from pipeline.training.dataset_card import Split
 from pipeline.training.evaluate import Evaluation, evaluate, evaluate_samples, masked_samples
 from pipeline.training.familiarity import fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
-from pipeline.training.inputs import MULTIPLE
-from pipeline.training.patches import PatchImages, Place, boxes_inside, view_side
+from pipeline.training.inputs import MULTIPLE, as_input
+from pipeline.training.patches import PatchImages
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
@@ -66,7 +66,6 @@ from pipeline.training.pseudo_scores import write_pseudo_scores
 from pipeline.training.segmenter import segmenter_task, start_encoder, start_from_classifier
 from pipeline.training.start import check_start, start_from_bundle, with_start
 from pipeline.training.step_log import StepLog, open_step_log
-from wsi.windows import window_starts
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ UNREADABLE_SHARE = 0.01
 """The run fails if a larger share of the images of a split cannot be read."""
 
 UNCALIBRATED = 0.1
-"""Gate threshold of a class without a validation tile (epsilon of Han et al. 2022)."""
+"""Gate threshold of a class without a validation patch (epsilon of Han et al. 2022)."""
 
 
 def train(
@@ -178,7 +177,7 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
     start_encoder(segmenter, config)
     if init is not None:
         start_from_bundle(init, classifier, segmenter, dataset.class_names)
-    make_card(dataset, config, tile_side(training, config), (UNCALIBRATED,) * classes)
+    make_card(dataset, config, gate_window(training), (UNCALIBRATED,) * classes)
     return Parts(config, training, validation, classifier, segmenter)
 
 
@@ -319,23 +318,23 @@ def export(
 ) -> None:
     """Calibrate gate, temperature and familiarity, measure the validation split if it has masks, and write the bundle.
 
-    The gate is calibrated on the presence labels of validation tiles, and the temperature on the validation images
-    with masks. The validation images show whether the map depends on the position in a view. The heads of single layers
-    do not become part of the bundle.
+    The gate is calibrated on the labeled patches of the validation images, and the temperature on those images with
+    masks. The validation images show whether the map depends on the position in a view. The heads of single layers do
+    not become part of the bundle.
     """
     folder, torch_device = run / "bundle", choose_device(device)
     if folder.exists():
         logger.info("%s exists: nothing to do", folder)
         return
-    dataset, side = validation.dataset, tile_side(validation, config)
+    dataset, window = validation.dataset, gate_window(validation)
     classifier.layer_heads.clear()
-    draft = make_card(dataset, config, side, (UNCALIBRATED,) * len(dataset.class_names))
+    draft = make_card(dataset, config, window, (UNCALIBRATED,) * len(dataset.class_names))
     # A bundle stores rounded weights. Calibrate and measure the rounded ones.
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
         rounded = load_networks(save_bundle(Path(work) / "bundle", draft, classifier, segmenter))
     uncalibrated = Predictor.from_networks(draft, NO_DIGEST, *rounded, device=device)
-    presence_NK, held_NK = tile_presence(uncalibrated, validation)
-    thresholds = calibrate_gate(presence_NK, held_NK, config.gate_recall)
+    presence_MK, held_MK = patch_presence(rounded[0].to(torch_device), validation, config, torch_device)
+    thresholds = calibrate_gate(presence_MK, held_MK, config.gate_recall)
     calibration = calibrate_temperature(uncalibrated, validation)
     write_reliability(run / "calibration.png", calibration)
     card = draft.model_copy(update={"gate_thresholds": thresholds, "temperature": calibration.temperature})
@@ -377,51 +376,40 @@ def add_test_scores(bundle: Bundle, dataset: Dataset, device: str) -> Bundle:
     return replace_card(bundle, card, load_statistics(bundle))
 
 
-def tile_side(images: PatchImages, config: TrainConfig) -> int:
-    """Return the tile side of the bundle: the side of the training views, rounded up to a multiple of 32."""
-    return -(-view_side(images, config.region) // MULTIPLE) * MULTIPLE
+def gate_window(images: PatchImages) -> int:
+    """Return the side of the gate's windows: the side of the labeled patches, rounded to a multiple of 16."""
+    return max(16, round(int(images.boxes[0][0, 2]) / 16) * 16)
 
 
-def tile_presence(predictor: Predictor, images: PatchImages) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the presence probabilities (N, K) of half-overlapping tiles of all images, and the known classes (N, K).
-
-    The known classes of a tile are those of the labeled patches inside the tile.
-    """
+def patch_presence(
+    classifier: Classifier, images: PatchImages, config: TrainConfig, device: torch.device
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the presence probabilities (M, K) of all labeled patches, and the classes that they contain (M, K)."""
     presence, held = [], []
-    for rgb_NHWC, held_NK in _tiles(images, predictor.card.tile_size):
-        presence.append(predictor.presence(rgb_NHWC))
-        held.append(held_NK)
+    with torch.inference_mode():
+        for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=config.region is not None):
+            logits_MK = patch_outputs(classifier, as_input(rgb_NHWC, device, config), boxes).logits_NK
+            presence.append(logits_MK.float().sigmoid().cpu().numpy())
+            held.append(present_MK)
     return np.concatenate(presence), np.concatenate(held)
 
 
-def _tiles(images: PatchImages, side: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
-    for index in range(len(images)):
-        rgb_HWC = images.rgb(index)
-        bottom, right = (max(0, side - length) for length in rgb_HWC.shape[:2])
-        rgb_HWC = np.pad(rgb_HWC, [(0, bottom), (0, right), (0, 0)], mode="symmetric")
-        height, width = rgb_HWC.shape[:2]
-        columns, rows = (window_starts(length, side, max(1, side // 2)) for length in (width, height))
-        places = [Place(index, x, y, side) for y in rows for x in columns]
-        held = [images.present[index][boxes_inside(images.boxes[index], place)[1]].any(axis=0) for place in places]
-        yield np.stack([rgb_HWC[p.y : p.y + side, p.x : p.x + side] for p in places]), np.stack(held)
+def calibrate_gate(presence_MK: NDArray[np.float32], held_MK: NDArray[np.bool_], recall: float) -> tuple[float, ...]:
+    """Return per class the largest threshold that accepts `recall` of the patches with the class.
 
-
-def calibrate_gate(presence_NK: NDArray[np.float32], held_NK: NDArray[np.bool_], recall: float) -> tuple[float, ...]:
-    """Return per class the largest threshold that accepts `recall` of the tiles containing the class.
-
-    The threshold of a class that no tile contains is `UNCALIBRATED`.
+    The threshold of a class that no patch contains is `UNCALIBRATED`.
     """
     thresholds = []
-    for k in range(held_NK.shape[1]):
-        held = presence_NK[held_NK[:, k], k]
-        # The number of tiles to accept. 1e-9, because 0.9 * 10 can round to slightly more than 9.
+    for k in range(held_MK.shape[1]):
+        held = presence_MK[held_MK[:, k], k]
+        # The number of patches to accept. 1e-9, because 0.9 * 10 can round to slightly more than 9.
         passing = max(1, math.ceil(recall * len(held) - 1e-9))
         value = float(np.sort(held)[len(held) - passing]) - 1e-4 if len(held) else UNCALIBRATED
         thresholds.append(round(max(0.0, value), 4))
     return tuple(thresholds)
 
 
-def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tuple[float, ...]) -> ModelCard:
+def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tuple[float, ...]) -> ModelCard:
     """Return the model card without metrics and digests.
 
     Raises TrainError if the data set's description or a name is not valid in a card.
@@ -437,12 +425,12 @@ def make_card(dataset: Dataset, config: TrainConfig, side: int, thresholds: tupl
     assert config.mpp is not None
     try:
         return ModelCard(
-            schema_version=2,
+            schema_version=3,
             name=config.name or card.name,
             description=card.description,
             classes=tuple(spec.tissue_class for spec in card.classes),
             mpp=config.mpp,
-            tile_size=side,
+            gate_window=window,
             mean=config.mean,
             std=config.std,
             classifier=ClassifierCard(backbone=config.backbone, head=config.head, depth=config.depth),

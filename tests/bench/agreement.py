@@ -2,8 +2,8 @@
 
     python -m tests.bench.agreement SLIDE [-m MODEL] [--precision bf16] [--json FILE]
 
-The plain path: OpenSlide, a tile at a time read by itself, both networks on every tile in float32, one block after the
-other, nothing skipped. The run: `segment_slide` with the settings given.
+The plain path: OpenSlide, a canvas at a time read by itself, both networks on every canvas in float32, one block after
+the other, nothing skipped. The run: `segment_slide` with the settings given.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 from numpy.typing import NDArray
 
 from models.bundle import load_bundle
 from models.predictor import Predictor
 from pipeline.config import SegmentConfig
-from pipeline.slide.blend import Blend
-from pipeline.slide.plan import block_tissue, needed_tiles
+from pipeline.slide.canvases import canvas_cores, with_margin
+from pipeline.slide.labels import stored_map
+from pipeline.slide.plan import block_tissue
 from pipeline.slide.recipe import plan_slide, segment_slide
 from pipeline.workers.in_process import load_predictor
 from tests.bench.slide import slide_parser
@@ -49,13 +51,14 @@ def plain_labels(path: Path, model: str, config: SegmentConfig) -> NDArray[np.ui
         for number, block in enumerate(plan.blocks):
             print(f"\rplain path: block {number + 1} of {len(plan.blocks)}", end="", file=sys.stderr)
             tissue_HW = block_tissue(grid, tissue, block)
-            blend = Blend(block.box_out, len(bundle.card.classes), grid.tile_m // grid.m_per_out, predictor.device)
-            for tile_m in needed_tiles(grid, tissue_HW, block):
-                rgb_HWC = read_model_pixels(slide, grid, tile_m).rgb_HWC
-                blend.add(grid.box_out(tile_m), predictor.predict(rgb_HWC[None]).probs_NKhw[0])
-            box = block.box_out
+            box, margin = block.box_out, bundle.card.margin
+            probs_KHW = torch.zeros((len(bundle.card.classes), box.height, box.width))
+            for core_m in canvas_cores(grid, tissue_HW, block, margin, config.canvas_m):
+                rgb_HWC = read_model_pixels(slide, grid, with_margin(core_m, margin)).rgb_HWC
+                rows, columns = grid.box_out(core_m).slices(box)
+                probs_KHW[:, rows, columns] = predictor.predict(rgb_HWC[None], [(core_m.x, core_m.y)]).probs_NKhw[0]
             part_HW = labels_HW[box.y : box.bottom, box.x : box.right]
-            part_HW[:] = blend.result(tissue_HW)[1][: part_HW.shape[0], : part_HW.shape[1]]
+            part_HW[:] = stored_map(probs_KHW, tissue_HW)[1][: part_HW.shape[0], : part_HW.shape[1]]
     print(file=sys.stderr)
     return labels_HW
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.predictor import Predictor
+from pipeline.slide.canvases import canvas_cores, with_margin
 from pipeline.slide.plan import Plan, block_tissue, needed_tiles
 from wsi.box import Box
 from wsi.readers import READERS, BackendName, Reader
@@ -65,7 +66,7 @@ class Reads:
 
 
 class NetworkFloor(NamedTuple):
-    """Seconds per tile of each network at its best batch size."""
+    """Seconds per tile of `Grid.tile_m` model pixels of each network at its best batch size."""
 
     classifier: Took
     segmenter: Took
@@ -83,12 +84,13 @@ class _Listener(Slide):
         return Pixels(np.full((box_lv.height, box_lv.width, 3), BACKGROUND, np.uint8), ())
 
 
-def planned_reads(info: SlideInfo, tissue: Tissue, plan: Plan) -> Reads:
+def planned_reads(info: SlideInfo, tissue: Tissue, plan: Plan, canvas_m: int) -> Reads:
     """The boxes that the run's blocks read: the engine's own code is asked, nothing is decoded."""
     strips = []
     for block in plan.blocks:
         listener = _Listener(info)
-        read_tiles(listener, plan.grid, needed_tiles(plan.grid, block_tissue(plan.grid, tissue, block), block))
+        cores_m = canvas_cores(plan.grid, block_tissue(plan.grid, tissue, block), block, plan.margin, canvas_m)
+        read_tiles(listener, plan.grid, [with_margin(core_m, plan.margin) for core_m in cores_m])
         strips.append(tuple(box for box in listener.boxes_lv if box.width and box.height))
     width, height = info.level_sizes[plan.grid.level]
     times_HW = np.zeros((-(-height // CELL_LV), -(-width // CELL_LV)), np.int64)

@@ -28,8 +28,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.backbone import Stages
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
 from models.openvino_network import OpenVinoNetwork
+from models.predictor import DeepFeatures
 from pipeline.config import SegmentConfig
 from pipeline.slide.recipe import plan_slide
 from pipeline.workers.malloc import keep_freed_memory
@@ -215,7 +217,14 @@ def rows_of(
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (bundle.card.mean, bundle.card.std))
     x_NCHW = (torch.from_numpy(rgb_NHWC).permute(0, 3, 1, 2).float() / 255 - mean) / std
     rows = []
-    for name, network in zip(("classifier", "segmenter"), load_networks(bundle), strict=True):
+    classifier, segmenter = load_networks(bundle)
+
+    def logits_of(name: str, output: Tensor) -> Tensor:
+        # As in a run, the head of the classifier reads the features with torch.
+        whole = Stages(output, output, output)
+        return output if name == "segmenter" else classifier.head_output(whole, x_NCHW).logits_NK
+
+    for name, network in {"classifier": DeepFeatures(classifier), "segmenter": segmenter}.items():
         truth = torch.cat([network(x_NCHW[i : i + 8]) for i in range(0, len(x_NCHW), 8)])
         for runtime in runtimes:
             for count in threads:
@@ -230,8 +239,10 @@ def rows_of(
                         print(f"{name}, {runtime}, batch {batch}: {type(error).__name__}: {error}"[:300], flush=True)
                         break
                     ready_s = time.perf_counter() - begun
-                    cpu_s, wall_s, logits = measure(run, x_NCHW.to(device), batch, passes)
-                    other, most = compared(name, logits, truth, bundle.card.gate_thresholds)
+                    cpu_s, wall_s, output = measure(run, x_NCHW.to(device), batch, passes)
+                    other, most = compared(
+                        name, logits_of(name, output), logits_of(name, truth), bundle.card.gate_thresholds
+                    )
                     rows.append(Row(name, runtime, count, batch, 1000 * cpu_s, 1000 * wall_s, other, most, ready_s))
                     print(line(rows[-1]), flush=True)
     return rows

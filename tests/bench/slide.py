@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ class Floors:
     """Per reader."""
     network: NetworkFloor
 
-    def network_took(self, tiles: int, segmented: int) -> Took:
-        """For as many tiles as a run had."""
+    def network_took(self, tiles: float, segmented: float) -> Took:
+        """For as many tiles' pixels as a run computed."""
         a, b = self.network
         return Took(a.wall_s * tiles + b.wall_s * segmented, a.cpu_s * tiles + b.cpu_s * segmented)
 
@@ -145,12 +146,12 @@ def _subject(path: Path, model: str, config: SegmentConfig) -> Subject:
         return Subject(
             info=slide.info,
             plan=plan,
-            reads=planned_reads(slide.info, tissue, plan),
+            reads=planned_reads(slide.info, tissue, plan, config.canvas_m),
             backends=readable_backends(slide.info, plan.grid.level),
             predictor=predictor,
             rgb_NHWC=rgb_NHWC,
             batches=(
-                best_batch(predictor, rgb_NHWC, predictor.presence),
+                best_batch(predictor, rgb_NHWC, partial(_presence, predictor)),
                 best_batch(predictor, rgb_NHWC, predictor.logits),
             ),
             settings=resolve(config, predictor.compute),
@@ -158,18 +159,28 @@ def _subject(path: Path, model: str, config: SegmentConfig) -> Subject:
 
 
 def _floors(subject: Subject) -> Floors:
-    predictor, rgb_NHWC, tiles = subject.predictor, subject.rgb_NHWC, subject.plan.tiles
+    predictor, rgb_NHWC = subject.predictor, subject.rgb_NHWC
+    tiles = round(_computed_tiles(subject.plan))
     return Floors(
         {name: decode(subject.info, subject.reads, name, subject.settings.num_workers) for name in subject.backends},
         NetworkFloor(
-            per_tile(predictor, rgb_NHWC, predictor.presence, subject.batches[0], tiles),
+            per_tile(predictor, rgb_NHWC, partial(_presence, predictor), subject.batches[0], tiles),
             per_tile(predictor, rgb_NHWC, predictor.logits, subject.batches[1], tiles),
         ),
     )
 
 
+def _presence(predictor: Predictor, rgb_NHWC: Any) -> object:
+    return predictor.presence(rgb_NHWC, [(0, 0)] * len(rgb_NHWC))
+
+
+def _computed_tiles(plan: Plan) -> float:
+    """The pixels that a run computes, margins included, in tiles."""
+    return plan.computed_px / plan.grid.tile_m**2
+
+
 def _settings(config: SegmentConfig) -> dict[str, Any]:
-    names = ("mpp", "backend", "device", "precision", "batch_size", "num_workers", "overlap", "output_stride")
+    names = ("mpp", "backend", "device", "precision", "batch_size", "num_workers", "canvas_m", "output_stride")
     return {name: getattr(config, name) for name in names}
 
 
@@ -193,7 +204,8 @@ def _run(path: Path, model: str, config: SegmentConfig) -> dict[str, Any]:
 
 
 def _judged(run: dict[str, Any], subject: Subject, floors: list[Floors], beside: list[Floors]) -> dict[str, Any]:
-    tiles, segmented = run["tiles"]["run"], run["tiles"]["segmented"]
+    tiles = _computed_tiles(subject.plan)
+    segmented = tiles * run["tiles"]["segmented"] / run["tiles"]["run"]
     own = subject.info.backend
     decode_s = min(found.decode[own].wall_s for found in floors)
     network_s = min(found.network_took(tiles, segmented).wall_s for found in floors)
@@ -213,6 +225,7 @@ def _judged(run: dict[str, Any], subject: Subject, floors: list[Floors], beside:
         "efficiency_without_start": max(decode_s, network_s) / run["segment_s"],
         # Of the CPU time that the run took, what both floors need.
         "cpu_efficiency": (network_cpu_s + decode_cpu_s) / run["cpu_s"],
+        "computed_per_tissue": subject.plan.computed_px * subject.plan.grid.mpp_m**2 / subject.plan.tissue_um2,
         "tiles_per_s": tiles / run["wall_s"],
         "mm2_per_s": run["tissue_mm2"] / run["wall_s"],
         # What is in no stage: writing run.json, syncing and renaming the result, the end of the process.
@@ -249,6 +262,7 @@ def table(found: dict[str, Any]) -> str:
     plan, machine, runs = found["plan"], found["machine"], found["runs"]
     rows: list[tuple[str, list[str]]] = [
         ("tiles, of which segmented", [f"{r['tiles']['run']}, {r['tiles']['segmented']}" for r in runs]),
+        ("pixels computed per pixel of tissue", [f"{r['computed_per_tissue']:.2f}" for r in runs]),
         ("decode floor, s", [f"{r['floor_s']['decode']:.2f}" for r in runs]),
         ("network floor, s", [f"{r['floor_s']['network']:.2f}" for r in runs]),
         ("whole process, s", [f"{r['wall_s']:.2f}" for r in runs]),

@@ -11,7 +11,8 @@ import tifffile
 
 from models.bundle import load_bundle
 from pipeline.config import SegmentConfig
-from pipeline.slide.plan import block_tissue, needed_tiles
+from pipeline.slide.canvases import canvas_cores
+from pipeline.slide.plan import block_tissue
 from pipeline.slide.recipe import plan_slide
 from tests.bench import agreement, floors, slide, synthetic_slide
 from tests.pipeline.fakes import color_predictor, region_slide
@@ -101,15 +102,15 @@ def test_the_decode_floor_reads_what_the_blocks_read(tmp_path: Path) -> None:
     config = SegmentConfig(block_out=32, num_workers=2, device="cpu")
     _, opened, tissue, plan = plan_slide(path, color_predictor().card, config)
     with opened:
-        reads = floors.planned_reads(opened.info, tissue, plan)
-        # At 1 µm/px and one level, a block's strips cover its tiles, cut at the slide's edge.
+        reads = floors.planned_reads(opened.info, tissue, plan, config.canvas_m)
+        # At 1 µm/px and one level, a block's strips cover its canvases, cut at the slide's edge.
         block = plan.blocks[0]
-        tiles_m = needed_tiles(plan.grid, block_tissue(plan.grid, tissue, block), block)
-        height = min(max(t.bottom for t in tiles_m), 832) - min(t.y for t in tiles_m)
+        cores_m = canvas_cores(plan.grid, block_tissue(plan.grid, tissue, block), block, plan.margin, config.canvas_m)
+        height = min(max(c.bottom for c in cores_m) + 32, 832) - max(0, min(c.y for c in cores_m) - 32)
         assert len(reads.strips_lv) == len(plan.blocks)
         assert sum(box.height for box in reads.strips_lv[0]) == height
-        # Blocks of 128 pixels with a halo of up to 64: much is read by two or more.
-        assert reads.distinct_share < 0.6
+        # Blocks of 128 pixels with a margin of 32: much is read by two or more.
+        assert reads.distinct_share < 0.8
         assert sum(b.width * b.height for strips in reads.strips_lv for b in strips) == reads.pixels
         assert set(floors.readable_backends(opened.info, 0)) == {"openslide", "tiffslide"}
         for backend in READERS:
@@ -125,13 +126,13 @@ def test_the_network_floor_is_per_tile_and_leaves_the_predictor_as_it_was(tmp_pa
     def call(rgb_NHWC: np.ndarray) -> None:
         calls.append((len(rgb_NHWC), predictor.batch_size))
 
-    tiles_NHWC = np.zeros((5, 64, 64, 3), np.uint8)
+    tiles_NHWC = np.zeros((5, 96, 96, 3), np.uint8)
     took = floors.per_tile(predictor, tiles_NHWC, call, batch=4, count=10)
     # One to warm up, then ten tiles in batches of four.
     assert calls == [(4, 4), (4, 4), (4, 4), (2, 4)]
     assert predictor.batch_size == 3
     assert took.wall_s >= 0
-    assert floors.best_batch(predictor, tiles_NHWC, predictor.presence) in {3, *floors.BATCHES["cpu"]}
+    assert floors.best_batch(predictor, tiles_NHWC, predictor.logits) in {3, *floors.BATCHES["cpu"]}
     assert predictor.batch_size == 3
 
 
@@ -141,7 +142,7 @@ def test_tiles_from_memory_are_the_slides_own(tmp_path: Path) -> None:
     )
     with opened:
         rgb_NHWC = floors.sample_tiles(opened, tissue, plan, 12)
-    assert rgb_NHWC.shape == (12, 64, 64, 3)
+    assert rgb_NHWC.shape == (12, 256, 256, 3)
     assert {tuple(color) for color in rgb_NHWC.reshape(-1, 3)} > {PINK}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
+from models.predictor import DeepFeatures
 from pipeline.config import SegmentConfig
 from pipeline.slide.recipe import plan_slide
 from tests.bench.floors import sample_tiles
@@ -88,14 +89,15 @@ def main() -> None:
         tiles_NHWC = torch.from_numpy(sample_tiles(slide, tissue, plan, TILES))
     x_NCHW = normalized(tiles_NHWC, torch.tensor(card.mean), torch.tensor(card.std))
     x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
-    networks = dict(zip(("classifier", "segmenter"), load_networks(bundle), strict=True))
+    classifier, segmenter = load_networks(bundle)
+    networks = {"classifier": DeepFeatures(classifier), "segmenter": segmenter}
     for name, network in networks.items():
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing in torch's stubs
         for runtime in ("torch", "openvino"):
             expected: Tensor | None = None
             for threads in options.threads:
                 torch.set_num_threads(threads)
-                made: Network = network if runtime == "torch" else OpenVinoNetwork(network, card.tile_size)
+                made: Network = network if runtime == "torch" else OpenVinoNetwork(network, 192)
                 for batch in sorted(options.batches, key=lambda size: size != 8):
                     found = outputs(made, x_NCHW, batch)
                     expected = found if expected is None else expected

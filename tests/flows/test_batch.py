@@ -342,9 +342,12 @@ def test_with_paths_hidden_no_folder_reaches_the_server(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"settings": {"overlp": 0.5}}, r"settings: 'overlp' is not a setting; the settings are mpp, backend, overlap"),
-        ({"settings": {"overlap": "half"}}, r"settings: overlap: Input should be a valid number.*not 'half'"),
-        ({"settings": {"overlap": 0.9}}, r"--overlap is 0.9; it must be from 0 to 0.75"),
+        (
+            {"settings": {"canvasm": 512}},
+            r"settings: 'canvasm' is not a setting; the settings are mpp, backend, canvas_m",
+        ),
+        ({"settings": {"canvas_m": "half"}}, r"settings: canvas_m: Input should be a valid integer.*not 'half'"),
+        ({"settings": {"canvas_m": 100}}, r"canvas_m is 100; it must be a multiple of 32 from 128"),
         ({"model": "no-model"}, "no-model"),
         ({"slides_at_once": 0}, "slides_at_once is 0; it must be 1 or more"),
         ({"source": "*.nothing"}, "no file matches; check the pattern"),

@@ -41,8 +41,8 @@ from tests.pipeline.small_bundle import small_bundle
 from tests.repository import REPOSITORY
 from tests.slides import PINK, PURPLE, painted, write_slide
 
-FORMER_OVERLAP = 0.25
-"""The overlap of the earlier run, whose result `--force` replaces."""
+FORMER_CANVAS = 256
+"""`canvas_m` of the earlier run, whose result `--force` replaces."""
 
 NOTES = "notes.txt"
 """A user's file in a result's folder."""
@@ -169,7 +169,7 @@ def open_bench(work: Path, slide: Path | None = None) -> Iterator[Bench]:
         (work / "slide.svs").symlink_to(slide.absolute())
     with Starter(bundle) as starter:
         former = work / "former"
-        order = Order(str(work / "slide.svs"), str(former), str(work / "former.trace"), overlap=FORMER_OVERLAP)
+        order = Order(str(work / "slide.svs"), str(former), str(work / "former.trace"), canvas_m=FORMER_CANVAS)
         assert starter.run(order) == 0
         (former / "slide" / NOTES).write_text("mine", encoding="utf-8")
         order = Order(str(work / "slide.svs"), str(work / "undisturbed"), str(work / "undisturbed.trace"))
@@ -188,9 +188,9 @@ def open_bench(work: Path, slide: Path | None = None) -> Iterator[Bench]:
 
 
 def crash_bundle(folder: Path) -> Path:
-    """`small_bundle` for tiles of 32 px, which take a quarter of the time."""
-    bundle = small_bundle(folder.with_name("large-tiles"))
-    card = bundle.card.model_copy(update={"tile_size": 32})
+    """`small_bundle` with a margin of 16 px, which takes less time."""
+    bundle = small_bundle(folder.with_name("large-margin"))
+    card = bundle.card.model_copy(update={"margin": 16})
     return save_bundle(folder, card, *load_networks(load_bundle(str(bundle.path)))).path
 
 
@@ -282,7 +282,7 @@ def _facts(result: Path) -> dict[str, Any]:
 
 def _is_new(output: Path) -> bool:
     run = read_run(output / "slide")
-    return run is not None and run.identity.parameters["overlap"] != FORMER_OVERLAP
+    return run is not None and run.identity.parameters["canvas_m"] != FORMER_CANVAS
 
 
 def main() -> None:

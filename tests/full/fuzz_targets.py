@@ -85,7 +85,7 @@ def read_slide(path: Path, backend: str) -> None:
 
     config = SegmentConfig(block_out=32, runtime="torch", device="cpu", num_workers=1)
     with open_slide(path, None, backend) as slide:
-        plan = make_plan(slide.info, find_tissue(slide), make_card(tile_size=64), config)
+        plan = make_plan(slide.info, find_tissue(slide), make_card(), config)
         for block in plan.blocks[:: max(1, len(plan.blocks) // 3)]:
             slide.read(plan.grid.level, plan.grid.box_lv(plan.grid.box_m(block.box_out)))
 

@@ -268,7 +268,7 @@ def test_more_unreadable_tiles_than_one_percent_end_the_slide_by_name_and_fewer_
     given_up = Box(512, 256, 256, 256)
     assert all((common := box.intersect(given_up)).width > 0 and common.height > 0 for box in places)
     assert any((common := box.intersect(BAD_L0)).width > 0 and common.height > 0 for box in places)
-    assert run["tiles"]["unreadable"] >= len(places) == len(set(places)) > 10
+    assert run["tiles"]["unreadable"] >= len(places) == len(set(places)) >= 1
     slides.check_recovery(tmp_path / "out")
 
 
@@ -329,11 +329,11 @@ def failing_predictor(error: BaseException, method: str = "predict") -> Predicto
     predictor, calls = color_predictor(), [0]
     call = getattr(predictor, method)
 
-    def failing(pixels: object) -> object:
+    def failing(*arguments: object) -> object:
         calls[0] += 1
         if calls[0] == 6:
             raise error
-        return call(pixels)
+        return call(*arguments)
 
     setattr(predictor, method, failing)
     return predictor

@@ -29,17 +29,14 @@ from pipeline.config import SegmentConfig, resolve
 from pipeline.errors import PipelineError
 from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store
 from pipeline.formats.polygons import Region, join_regions, load_regions
-from pipeline.slide.blend import Blend
 from pipeline.slide.blocks import BlockRecord, BlockWork, regions_file, segment_block
 from pipeline.slide.recipe import plan_slide, segment_slide
-from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
+from tests.models.networks import ColorClassifier, ColorSegmenter, PixelClassifier, make_card
 from tests.pipeline.fakes import COLORS, SMALL, color_predictor, labels_of, run_of
 from tests.pipeline.features import checked_features
 from tests.slides import PINK, PURPLE, painted, write_slide
 from wsi.box import Box
-from wsi.grid import make_grid
 from wsi.readers import BackendName
-from wsi.slide import SlideInfo
 from wsi.tissue import Tissue
 
 RGB = NDArray[np.uint8]
@@ -137,7 +134,7 @@ def mapped(
 
 
 class _Surroundings(nn.Module):
-    """Convolutions with arbitrary weights: a pixel's answer depends on all around it, and on the tile's edge."""
+    """Convolutions with arbitrary weights: a pixel's answer depends on all around it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +150,7 @@ class _Surroundings(nn.Module):
         return logits_NKhw
 
 
-class _SeesBoth(nn.Module):
+class _SeesBoth(PixelClassifier):
     """Lets both classes pass, with probabilities that come from the pixels."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -172,34 +169,6 @@ def is_varied(found: Mapped) -> bool:
     return len(np.unique(found.probs_KHW)) > 100 and set(np.unique(found.labels_HW)) == {0, 1, 2}
 
 
-@given(
-    st.integers(1, 700),
-    st.integers(1, 700),
-    st.sampled_from([32, 64, 96]),
-    st.floats(0, 0.75),
-    st.sampled_from([1, 2, 4]),
-    st.sampled_from([16, 32, 48]),
-)
-@settings(max_examples=40)
-def test_weights_of_the_blending_sum_to_one_at_every_pixel_of_the_map(
-    width: int, height: int, tile: int, overlap: float, stride: int, block_out: int
-) -> None:
-    info = SlideInfo(Path("a.svs"), "openslide", "aperio", ((width, height),), 1.0, "slide", Box(0, 0, width, height))
-    grid = make_grid(info, model_mpp=1.0, tile_m=tile, overlap=overlap, output_stride=stride, block_out=block_out)
-    covered = 0
-    # The first block, the last one, and one between them.
-    blocks = grid.blocks()
-    for block in {blocks[0], blocks[len(blocks) // 2], blocks[-1]}:
-        blend = Blend(block.box_out, 1, tile // stride, torch.device("cpu"))
-        for tile_m in grid.tiles(block.box_out):
-            blend.add(grid.box_out(tile_m), torch.ones(1, tile // stride, tile // stride))
-        inside = block.box_out.intersect(Box(0, 0, *grid.size_out))
-        weight_HW = blend.mean()[0, : inside.height, : inside.width]
-        torch.testing.assert_close(weight_HW, torch.ones_like(weight_HW), rtol=0, atol=1e-6)
-        covered += inside.width * inside.height
-    assert covered > 0
-
-
 @few
 @given(slides(), st.integers(1, 3))
 def test_a_turned_slide_gives_turned_labels(tmp_path: Path, shapes: tuple[Shape, ...], quarters: int) -> None:
@@ -212,22 +181,21 @@ def test_a_turned_slide_gives_turned_labels(tmp_path: Path, shapes: tuple[Shape,
 
 
 @few
-@given(slides(), st.sampled_from(NETWORKS), st.tuples(st.integers(0, 1), st.integers(0, 1)))
-def test_tissue_shifted_by_a_block_changes_its_place_alone(
+@given(slides(), st.sampled_from(NETWORKS), st.tuples(st.integers(0, 5), st.integers(0, 5)))
+def test_tissue_shifted_by_half_gate_windows_changes_its_place_alone(
     tmp_path: Path,
     convolving: dict[Runtime, Predictor],
     shapes: tuple[Shape, ...],
     runtime: Runtime,
-    blocks: tuple[int, int],
+    windows: tuple[int, int],
 ) -> None:
-    # Tiles lie on every 32nd pixel: a block's 128 are a whole number of them.
-    config = replace(SMALL, overlap=0.5)
-    shift = 128 * np.array(blocks)
+    # Gate windows of 64 px start at every 32nd pixel. Blocks have 128 px, so most shifts move the tissue in its block.
+    shift = 32 * np.array(windows)
     rgb_HWC = grained(painted((SIDE, SIDE), *shapes), 5)
     wider_HWC = grained(painted((SIDE + int(shift[0]), SIDE + int(shift[1]))), 6)
     wider_HWC[shift[1] :, shift[0] :] = rgb_HWC
-    before = mapped(tmp_path, rgb_HWC, convolving[runtime], config)
-    after = mapped(tmp_path, wider_HWC, convolving[runtime], config)
+    before = mapped(tmp_path, rgb_HWC, convolving[runtime])
+    after = mapped(tmp_path, wider_HWC, convolving[runtime])
     x, y = shift // 4
     assert not after.labels_HW[:y].any()
     assert not after.labels_HW[:, :x].any()
@@ -249,6 +217,21 @@ def test_other_blocks_give_the_same_map(
     assert is_varied(small)
     pixels = [np.sum([record.class_px for record in one.records], axis=0)[1:] for one in (small, other)]
     np.testing.assert_array_equal(*pixels)
+
+
+@few
+@given(slides(), st.sampled_from(NETWORKS), st.sampled_from([128, 160, 256]))
+def test_other_canvases_give_the_same_map(
+    tmp_path: Path, convolving: dict[Runtime, Predictor], shapes: tuple[Shape, ...], runtime: Runtime, canvas_m: int
+) -> None:
+    # The network sees 16 px around a pixel, which is less than the margin of 32 px.
+    rgb_HWC = grained(painted((SIDE, SIDE), *shapes), 7)
+    config = replace(SMALL, block_out=128)
+    large = mapped(tmp_path, rgb_HWC, convolving[runtime], config)
+    other = mapped(tmp_path, rgb_HWC, convolving[runtime], replace(config, canvas_m=canvas_m))
+    np.testing.assert_array_equal(other.labels_HW, large.labels_HW)
+    assert np.abs(other.probs_KHW.astype(int) - large.probs_KHW).max() <= 1
+    assert is_varied(large)
 
 
 @few
@@ -360,8 +343,8 @@ def test_published_polygons_and_areas_are_those_of_the_label_map(
     assert sum(counted_mm2.values()) == pytest.approx(run["tissue_mm2"], rel=0.01)
 
 
-class _Poisoned(nn.Module):
-    """Adds NaN or infinity to the output for tiles that hold a white pixel, by arithmetic that any runtime has."""
+class _Poisoned(PixelClassifier):
+    """Adds NaN or infinity to the output for images that hold a white pixel, by arithmetic that any runtime has."""
 
     def __init__(self, network: nn.Module, value: str) -> None:
         super().__init__()
@@ -382,23 +365,23 @@ class _Poisoned(nn.Module):
 @pytest.mark.parametrize("runtime", NETWORKS)
 @pytest.mark.parametrize("value", ["NaN", "infinity", "minus infinity"])
 @pytest.mark.parametrize("network", ["classifier", "segmenter"])
-def test_one_tile_for_which_a_network_gives_no_number_is_named(
+def test_a_canvas_for_which_a_network_gives_no_number_is_named(
     tmp_path: Path, network: str, value: str, runtime: Runtime
 ) -> None:
     shapes = (((64, 64, 384, 384), PINK), ((128, 128, 200, 220), PURPLE))
     rgb_HWC = painted((SIDE, SIDE), *shapes)
-    rgb_HWC[300, 200] = 255
+    rgb_HWC[330, 200] = 255
     networks: dict[str, nn.Module] = {"classifier": ColorClassifier(COLORS), "segmenter": ColorSegmenter(COLORS)}
     networks[network] = _Poisoned(networks[network], value)
     options = {"device": "cpu", "runtime": runtime, "batch_size": 3, "skip_by_gate": False}
     poisoned = Predictor(make_card(COLORS), NO_DIGEST, **networks, **options)  # type: ignore[arg-type]
     assert poisoned.runtime == runtime
-    # Without overlap the white pixel lies in one tile.
+    # The canvases have margins of 32 px, so the white pixel lies in the canvas of one block of 128 px.
     message = (
         rf"^0\.svs: the {network}'s output is NaN or infinite for 1 image\(s\).*"
-        rf"at level-0 \(x, y, width, height\) \(192, 256, 64, 64\)"
+        rf"at level-0 \(x, y, width, height\) \(128, 256, 128, 128\)"
     )
     with pytest.raises(PipelineError, match=message):
-        mapped(tmp_path, rgb_HWC, poisoned, replace(SMALL, overlap=0.0))
-    rgb_HWC[300, 200] = PINK
-    assert mapped(tmp_path, rgb_HWC, poisoned, replace(SMALL, overlap=0.0)).labels_HW.any()
+        mapped(tmp_path, rgb_HWC, poisoned, SMALL)
+    rgb_HWC[330, 200] = PINK
+    assert mapped(tmp_path, rgb_HWC, poisoned, SMALL).labels_HW.any()

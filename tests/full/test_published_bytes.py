@@ -120,7 +120,7 @@ def test_chunks_that_were_swapped_are_found(made: Made) -> None:
 
 
 def test_files_of_another_result_are_found_in_the_place_of_its_own(made: Made, tmp_path: Path) -> None:
-    segment_slide(made.slide, tmp_path / "other", color_predictor(), replace(COARSE, simplify_px=3.0, overlap=0.5))
+    segment_slide(made.slide, tmp_path / "other", color_predictor(), replace(COARSE, simplify_px=3.0, canvas_m=512))
     other = tmp_path / "other" / "slide"
     for name in ("slide.geojson", "slide.parquet", "index.html", "chunks.tsv", "blocks.jsonl"):
         content = (made.folder / name).read_bytes()

@@ -43,7 +43,7 @@ class Order:
     output: str
     trace: str
     """The file for its steps, one JSON list per line: the kind of step, then paths relative to the output."""
-    overlap: float = 0.0
+    canvas_m: int = 896
     force: bool = False
     die_at: int | None = None
     """The number of the step, from 0, at which the run kills itself; None: it runs to its end."""
@@ -131,9 +131,9 @@ class _Watched(Predictor):
 
     steps: Steps
 
-    def predict(self, rgb_NHWC: Any) -> Any:
+    def predict(self, rgb_NHWC: Any, corners: Any) -> Any:
         self.steps.step("predict")
-        return super().predict(rgb_NHWC)
+        return super().predict(rgb_NHWC, corners)
 
 
 def _run(predictor: Predictor, order: Order) -> int:
@@ -141,7 +141,7 @@ def _run(predictor: Predictor, order: Order) -> int:
     steps = Steps(order)
     predictor.__class__ = _Watched
     cast(_Watched, predictor).steps = steps
-    config = replace(CONFIG, overlap=order.overlap, force=order.force)
+    config = replace(CONFIG, canvas_m=order.canvas_m, force=order.force)
     workers = InProcess(lambda _: predictor, "any", config)
     tell: Callable[[str, int, int], None] = lambda stage, done, _: steps.step("stage", stage, str(done))  # noqa: E731
     steps.watch()

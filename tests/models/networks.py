@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.backbone import Stages
 from models.bundle import NO_DIGEST, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
+from models.heads import HeadOutput
 from models.tissue_class import TissueClass
 
 RGB = tuple[int, int, int]
@@ -22,21 +24,23 @@ def make_card(
     colors: Sequence[RGB] = ((230, 159, 0), (0, 158, 115)),
     *,
     mpp: float = 1.0,
-    tile_size: int = 64,
+    gate_window: int = 64,
+    margin: int = 32,
     thresholds: Sequence[float] | None = None,
 ) -> ModelCard:
     """Return a card with classes class-0, class-1, … of those colors, thresholds of 0.5 and normalization to 0–1."""
     return ModelCard(
-        schema_version=2,
+        schema_version=3,
         name="test",
         description="A network with known outputs.",
         classes=tuple(TissueClass(f"class-{k}", color) for k, color in enumerate(colors)),
         mpp=mpp,
-        tile_size=tile_size,
+        gate_window=gate_window,
+        margin=margin,
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
         classifier=ClassifierCard(backbone="none", head="gap"),
-        segmenter=SegmenterCard(encoder="none"),
+        segmenter=SegmenterCard(encoder="none", depth=4, rates=(1, 2, 4)),
         output_stride=4,
         gate_thresholds=tuple(thresholds or [0.5] * len(colors)),
         licence="CC0",
@@ -47,8 +51,21 @@ def make_card(
     )
 
 
-class ConstantClassifier(nn.Module):
-    """Return the same presence probabilities for every tile."""
+class PixelClassifier(nn.Module):
+    """A classifier whose features are the pixels, so that its `forward` sees one gate window at a time."""
+
+    def stages(self, x_NCHW: Tensor) -> Stages:
+        """Return the images as all three stages."""
+        return Stages(x_NCHW, x_NCHW, x_NCHW)
+
+    def head_output(self, stages: Stages, x_NCHW: Tensor) -> HeadOutput:
+        """Return the logits of the windows."""
+        assert stages.deep.shape == x_NCHW.shape
+        return HeadOutput(self(x_NCHW), x_NCHW)
+
+
+class ConstantClassifier(PixelClassifier):
+    """Return the same presence probabilities for every window."""
 
     def __init__(self, presence_K: Sequence[float]) -> None:
         super().__init__()
@@ -88,8 +105,8 @@ class ColorSegmenter(nn.Module):
         return -self.sharpness * difference.square().sum(dim=2).sqrt()
 
 
-class ColorClassifier(nn.Module):
-    """Return a probability near 1 for each class whose color is nearest in some 4×4 cell of the tile, else near 0."""
+class ColorClassifier(PixelClassifier):
+    """Return a probability near 1 for each class whose color is nearest in some 4×4 cell of the window, else near 0."""
 
     def __init__(self, colors: Sequence[RGB]) -> None:
         super().__init__()

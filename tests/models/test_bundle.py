@@ -49,7 +49,7 @@ from tests.models.networks import make_card
 def _real_card() -> ModelCard:
     networks = {
         "classifier": ClassifierCard(backbone="tf_efficientnet_lite0", head="gap"),
-        "segmenter": SegmenterCard(encoder="resnet18"),
+        "segmenter": SegmenterCard(encoder="resnet18", depth=4, rates=(1, 2, 4)),
     }
     return make_card().model_copy(update=networks)
 
@@ -111,9 +111,14 @@ def test_the_error_names_a_missing_file(folder: Path, file: str) -> None:
         load_bundle(folder)
 
 
-def test_the_error_for_an_unknown_schema_version_names_the_supported_one(folder: Path) -> None:
-    _rewrite(folder, {"schema_version": 3})
-    with pytest.raises(InvalidCardError, match="schema_version is 3, but this version reads 2"):
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(1, "train the model again"), (2, "train the model again"), (4, "update wsi-segment$")]
+)
+def test_the_error_for_another_schema_version_names_the_supported_one_and_the_remedy(
+    folder: Path, version: int, remedy: str
+) -> None:
+    _rewrite(folder, {"schema_version": version})
+    with pytest.raises(InvalidCardError, match=f"schema_version is {version}, but this version reads 3; .*{remedy}"):
         load_bundle(folder)
 
 
@@ -133,7 +138,8 @@ def test_a_card_that_is_not_json_is_refused(folder: Path) -> None:
         ({"classes": [{"name": "a", "color": [0, 0, 0]}]}, "classes"),
         ({"classes": [{"name": "a", "color": [0, 0, 0]}] * 2}, "not distinct"),
         ({"classes": [{"name": "a", "color": [0, 0, 256]}, {"name": "c", "color": [0, 0, 0]}]}, "classes.0.color.2"),
-        ({"tile_size": 100}, "tile_size"),
+        ({"gate_window": 100}, "gate_window"),
+        ({"margin": 40}, "margin"),
         ({"mpp": 0}, "mpp"),
         ({"surprise": 1}, "surprise"),
     ],
@@ -155,7 +161,7 @@ def test_the_error_for_changed_weights_contains_both_digests(folder: Path) -> No
 
 
 def test_weights_of_another_architecture_are_refused(folder: Path) -> None:
-    _rewrite(folder, {"segmenter": {"encoder": "resnet34"}})
+    _rewrite(folder, {"segmenter": {"encoder": "resnet34", "depth": 4, "rates": [1, 2, 4]}})
     with pytest.raises(WeightsMismatchError, match=r"segmenter\.safetensors.*do not fit"):
         load_networks(load_bundle(folder))
 

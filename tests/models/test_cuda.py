@@ -19,9 +19,10 @@ def predictor(device: str) -> Predictor:
 
 
 def test_labels_are_those_of_the_cpu() -> None:
-    rgb_NHWC = np.random.default_rng(0).integers(0, 256, (40, 224, 224, 3), dtype=np.uint8)
-    rgb_NHWC = rgb_NHWC // 2 + np.linspace(0, 127, 224, dtype=np.uint8)[:, None, None]
-    ours, cpus = (predictor(device).predict(rgb_NHWC).probs_NKhw.cpu() for device in ("cuda", "cpu"))
+    rgb_NHWC = np.random.default_rng(0).integers(0, 256, (6, 512, 512, 3), dtype=np.uint8)
+    rgb_NHWC = rgb_NHWC // 2 + np.linspace(0, 127, 512, dtype=np.uint8)[:, None, None]
+    corners = [(0, 0)] * 6
+    ours, cpus = (predictor(device).predict(rgb_NHWC, corners).probs_NKhw.cpu() for device in ("cuda", "cpu"))
     assert float((ours.argmax(1) == cpus.argmax(1)).float().mean()) >= 0.999
 
 
@@ -32,7 +33,7 @@ def test_copies_are_complete_while_other_copies_and_networks_run() -> None:
     def there_and_back(canvas_HWC: np.ndarray) -> bool:
         copied_HWC = model.on_device(canvas_HWC)
         with model.lock:
-            model.predict(copied_HWC[None, :224, :224])
+            model.predict(copied_HWC[None, :512, :512], [(0, 0)])
         return np.array_equal(copied_HWC.cpu().numpy(), canvas_HWC)
 
     with ThreadPoolExecutor(4) as pool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.depthwise import DilatedDepthwise, speed_up_depthwise
-from models.padding import replicate_padding
+from models.padding import Mode, extend_edges
 
 
 def gradients(network: nn.Module, x_NCHW: Tensor) -> list[Tensor]:
@@ -44,10 +46,11 @@ def test_gradients_equal_those_of_torch(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_equal_those_of_torch_with_repeated_edges() -> None:
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_gradients_equal_those_of_torch_with_extended_edges(mode: Mode) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, bias=False)).double()
-    replicate_padding(network)
+    extend_edges(network, mode)
     x_NCHW = torch.randn(2, 4, 9, 7, dtype=torch.float64)
     expected = gradients(network, x_NCHW)
     speed_up_depthwise(network)

@@ -27,6 +27,8 @@ from tests.models.networks import ConstantSegmenter, make_card
 
 STRIDE = 8
 
+CORNERS = [(0, 0)] * 5
+
 
 def windows(count: int, features: int, seed: int = 0) -> NDArray[np.float32]:
     """Return correlated features of windows."""
@@ -134,8 +136,8 @@ def predictor(classifier: Classifier, statistics: tuple[Statistics, ModelCard], 
 def test_a_predictor_measures_the_distance_of_every_window_in_units_of_the_limit(
     classifier: Classifier, statistics: tuple[Statistics, ModelCard]
 ) -> None:
-    familiar_Nrc = predictor(classifier, statistics).predict(striped_tiles(3, 8, seed=1)).distances_Nrc
-    unfamiliar_Nrc = predictor(classifier, statistics).predict(striped_tiles(3, 64, seed=1)).distances_Nrc
+    familiar_Nrc = predictor(classifier, statistics).predict(striped_tiles(3, 8, seed=1), CORNERS[:3]).distances_Nrc
+    unfamiliar_Nrc = predictor(classifier, statistics).predict(striped_tiles(3, 64, seed=1), CORNERS[:3]).distances_Nrc
     assert familiar_Nrc is not None
     assert unfamiliar_Nrc is not None
     assert familiar_Nrc.shape == unfamiliar_Nrc.shape == (3, 2, 2)
@@ -148,12 +150,12 @@ def test_a_predictor_measures_the_distance_of_every_window_in_units_of_the_limit
     assert unfamiliar_Nrc.ravel() == pytest.approx(expected_N.numpy() / card.familiarity.window_limit, rel=1e-4)
 
 
-def test_the_distance_of_a_tile_does_not_depend_on_its_batch(
+def test_the_distance_of_a_canvas_does_not_depend_on_its_batch(
     classifier: Classifier, statistics: tuple[Statistics, ModelCard]
 ) -> None:
     tiles_NHWC = np.concatenate([striped_tiles(2, 8, seed=3), striped_tiles(3, 32, seed=3)])
-    together_Nrc = predictor(classifier, statistics, batch_size=5).predict(tiles_NHWC).distances_Nrc
-    alone_Nrc = predictor(classifier, statistics, batch_size=1).predict(tiles_NHWC).distances_Nrc
+    together_Nrc = predictor(classifier, statistics, batch_size=5).predict(tiles_NHWC, CORNERS).distances_Nrc
+    alone_Nrc = predictor(classifier, statistics, batch_size=1).predict(tiles_NHWC, CORNERS).distances_Nrc
     assert together_Nrc == pytest.approx(alone_Nrc, rel=1e-4)
 
 
@@ -162,16 +164,20 @@ def test_statistics_do_not_change_the_prediction(
 ) -> None:
     tiles_NHWC = striped_tiles(2, 16, seed=4)
     plain = Predictor(statistics[1], NO_DIGEST, classifier, ConstantSegmenter([0.0, 1.0]))
-    assert plain.predict(tiles_NHWC).distances_Nrc is None
-    presence_NK = predictor(classifier, statistics).presence(tiles_NHWC)
-    assert presence_NK == pytest.approx(plain.presence(tiles_NHWC), abs=1e-6)
+    assert plain.predict(tiles_NHWC, CORNERS[:2]).distances_Nrc is None
+    ours, plains = (one.presence(tiles_NHWC, CORNERS[:2]) for one in (predictor(classifier, statistics), plain))
+    torch.testing.assert_close(torch.stack(ours), torch.stack(plains), rtol=0, atol=1e-6)
 
 
 def test_openvino_measures_the_same_distances(classifier: Classifier, statistics: tuple[Statistics, ModelCard]) -> None:
     tiles_NHWC = striped_tiles(2, 16, seed=5)
     tiles_NHWC = np.concatenate([tiles_NHWC, tiles_NHWC], axis=2)
-    torch_Nrc = predictor(classifier, statistics).predict(tiles_NHWC).distances_Nrc
-    openvino_Nrc = predictor(classifier, statistics, runtime="openvino").predict(tiles_NHWC).distances_Nrc
+    torch_Nrc = predictor(classifier, statistics).predict(tiles_NHWC, CORNERS[: len(tiles_NHWC)]).distances_Nrc
+    openvino_Nrc = (
+        predictor(classifier, statistics, runtime="openvino")
+        .predict(tiles_NHWC, CORNERS[: len(tiles_NHWC)])
+        .distances_Nrc
+    )
     assert torch_Nrc is not None
     assert torch_Nrc.shape == (2, 2, 4)
     assert openvino_Nrc == pytest.approx(torch_Nrc, rel=1e-3)

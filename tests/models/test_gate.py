@@ -11,7 +11,7 @@ from models.gate import masked_softmax, passing_classes
 
 
 def gated_probabilities(logits_NKhw: Tensor, presence_NK: Tensor, thresholds_K: Tensor) -> Tensor:
-    return masked_softmax(logits_NKhw, passing_classes(presence_NK, thresholds_K))
+    return masked_softmax(logits_NKhw, passing_classes(presence_NK, thresholds_K)[:, :, None, None])
 
 
 class Drawn(NamedTuple):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.padding import replicate_padding, timm_layers
+from models.padding import Mode, extend_edges, timm_layers
 from models.segmenter import build_segmenter
 
 
@@ -22,13 +23,15 @@ from models.segmenter import build_segmenter
         (timm_layers.Conv2dSame(2, 3, 5, stride=2), (1, 2, 1, 2)),
     ],
 )
-def test_edge_pixels_are_repeated_as_far_as_zeros_were(conv: nn.Conv2d, edges: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_an_image_continues_as_far_as_zeros_were_added(conv: nn.Conv2d, edges: tuple[int, ...], mode: Mode) -> None:
+    conv = copy.deepcopy(conv)
     x_NCHW = torch.randn(2, 2, 8, 12, generator=torch.Generator().manual_seed(0))
     shape = conv(x_NCHW).shape
-    around_NCHW = F.pad(x_NCHW, edges, mode="replicate")
+    around_NCHW = F.pad(x_NCHW, edges, mode=mode)
     expected = F.conv2d(around_NCHW, conv.weight, conv.bias, conv.stride, 0, conv.dilation)
     names = list(conv.state_dict())
-    replicate_padding(nn.Sequential(conv))
+    extend_edges(nn.Sequential(conv), mode)
     assert torch.equal(conv(x_NCHW), expected)
     assert expected.shape == shape
     assert list(conv.state_dict()) == names
@@ -36,13 +39,21 @@ def test_edge_pixels_are_repeated_as_far_as_zeros_were(conv: nn.Conv2d, edges: t
 
 def test_same_padding_keeps_the_output_size_of_odd_images() -> None:
     conv = timm_layers.Conv2dSame(1, 1, 3, stride=2)
-    replicate_padding(nn.Sequential(conv))
+    extend_edges(nn.Sequential(conv), "reflect")
     assert conv(torch.zeros(1, 1, 75, 9)).shape == (1, 1, 38, 5)
+
+
+def test_an_image_smaller_than_the_padding_repeats_its_edge() -> None:
+    conv = nn.Conv2d(1, 1, 3, padding=4, dilation=4, bias=False)
+    extend_edges(nn.Sequential(conv), "reflect")
+    x_NCHW = torch.rand(1, 1, 4, 9)
+    around_NCHW = F.pad(x_NCHW, (4, 4, 4, 4), mode="replicate")
+    assert torch.equal(conv(x_NCHW), F.conv2d(around_NCHW, conv.weight, dilation=4))
 
 
 def test_convolutions_without_padding_do_not_change() -> None:
     convs = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3, padding="valid"))
-    replicate_padding(convs)
+    extend_edges(convs, "reflect")
     assert all(type(conv) is nn.Conv2d for conv in convs)
 
 

@@ -17,6 +17,7 @@ from tests.models.networks import (
     ColorSegmenter,
     ConstantClassifier,
     ConstantSegmenter,
+    PixelClassifier,
     make_card,
 )
 
@@ -34,23 +35,23 @@ def constant_predictor(presence_K: list[float], logits_K: list[float], **options
     return Predictor(make_card(COLORS[: len(logits_K)]), NO_DIGEST, *networks, device="cpu", **options)
 
 
-def painted_tiles() -> np.ndarray:
-    """Return a tile of one color, one of two colors side by side, one of three, and one of a single color again."""
-    rgb_NHWC = np.zeros((4, 64, 64, 3), dtype=np.uint8)
-    rgb_NHWC[0], rgb_NHWC[3] = COLORS[1], COLORS[2]
-    rgb_NHWC[1, :, :32], rgb_NHWC[1, :, 32:] = COLORS[0], COLORS[2]
-    rgb_NHWC[2, :16], rgb_NHWC[2, 16:40], rgb_NHWC[2, 40:] = COLORS
-    return rgb_NHWC
+CORNERS = [(0, 0)] * 4
+
+
+def painted_cores() -> np.ndarray:
+    """Return canvases whose cores are: one color, two side by side, three in rows, and a single color again.
+
+    Beyond the core, a canvas has the nearest colors of its core.
+    """
+    cores_NHWC = np.zeros((4, 64, 64, 3), dtype=np.uint8)
+    cores_NHWC[0], cores_NHWC[3] = COLORS[1], COLORS[2]
+    cores_NHWC[1, :, :32], cores_NHWC[1, :, 32:] = COLORS[0], COLORS[2]
+    cores_NHWC[2, :16], cores_NHWC[2, 16:40], cores_NHWC[2, 40:] = COLORS
+    return np.pad(cores_NHWC, [(0, 0), (32, 32), (32, 32), (0, 0)], mode="edge")
 
 
 def test_colors_come_back_as_classes() -> None:
-    prediction = color_predictor().predict(painted_tiles())
-    assert prediction.passed_NK.tolist() == [
-        [False, True, False],
-        [True, False, True],
-        [True] * 3,
-        [False, False, True],
-    ]
+    prediction = color_predictor().predict(painted_cores(), CORNERS)
     assert prediction.segmented_N.tolist() == [False, True, True, False]
     labels_Nhw = prediction.probs_NKhw.argmax(dim=1)
     assert (labels_Nhw[0] == 1).all()
@@ -60,10 +61,20 @@ def test_colors_come_back_as_classes() -> None:
     assert labels_Nhw[2, :, 0].tolist() == [0] * 4 + [1] * 6 + [2] * 6
 
 
+def test_presence_is_read_in_windows_on_the_lattice_of_the_slide() -> None:
+    first, shifted = color_predictor().presence(painted_cores()[1:3], [(0, 0), (0, 32)])
+    # Windows of 64 px start at -32, 0 and 32; the third ends with the canvas.
+    passed_RCK = first > 0.5
+    assert passed_RCK.shape == (3, 3, 3)
+    assert passed_RCK[1].tolist() == [[True, False, False], [True, False, True], [False, False, True]]
+    # With a core at y = 32, rows of windows start at 0, 32 and 64, which are -32, 0 and 32 in the core.
+    assert [row[0].tolist() for row in shifted > 0.5] == [[True, True, False], [True] * 3, [False, True, True]]
+
+
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_skipping_by_gate_changes_no_probability(stride: int) -> None:
-    skipping = color_predictor(output_stride=stride).predict(painted_tiles())
-    running = color_predictor(output_stride=stride, skip_by_gate=False).predict(painted_tiles())
+    skipping = color_predictor(output_stride=stride).predict(painted_cores(), CORNERS)
+    running = color_predictor(output_stride=stride, skip_by_gate=False).predict(painted_cores(), CORNERS)
     assert torch.equal(skipping.probs_NKhw, running.probs_NKhw)
     assert running.segmented_N.all()
     assert skipping.probs_NKhw.shape == (4, 3, 64 // stride, 64 // stride)
@@ -71,43 +82,39 @@ def test_skipping_by_gate_changes_no_probability(stride: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_result_does_not_depend_on_the_batch_size(batch_size: int) -> None:
-    rgb_NHWC = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
-    expected = color_predictor().predict(rgb_NHWC)
-    actual = color_predictor(batch_size=batch_size).predict(rgb_NHWC)
+    rgb_NHWC = np.random.default_rng(0).integers(0, 256, (7, 96, 128, 3), dtype=np.uint8)
+    corners = [(32 * n, 0) for n in range(7)]
+    expected = color_predictor().predict(rgb_NHWC, corners)
+    actual = color_predictor(batch_size=batch_size).predict(rgb_NHWC, corners)
     assert torch.allclose(actual.probs_NKhw, expected.probs_NKhw, atol=1e-6)
-    assert np.array_equal(actual.passed_NK, expected.passed_NK)
+    assert np.array_equal(actual.segmented_N, expected.segmented_N)
 
 
 def test_constant_networks_give_the_renormalized_softmax() -> None:
     predictor = constant_predictor([0.9, 0.2, 0.8], [1.0, 9.0, 2.0])
-    prediction, presence_NK = predictor.predict(painted_tiles()), predictor.presence(painted_tiles())
+    prediction = predictor.predict(painted_cores(), CORNERS)
+    presence_RCK = predictor.presence(painted_cores(), CORNERS)[0]
     expected_K = torch.tensor([1.0, 0.0, math.e]) / (1 + math.e)
     assert torch.allclose(prediction.probs_NKhw, expected_K.view(1, 3, 1, 1).expand(4, 3, 16, 16))
-    assert presence_NK[0] == pytest.approx([0.9, 0.2, 0.8])
-    assert presence_NK.dtype == np.float32
+    assert presence_RCK[0, 0].tolist() == pytest.approx([0.9, 0.2, 0.8])
+    assert presence_RCK.dtype == torch.float32
 
 
-def test_a_tile_without_a_passing_class_is_not_segmented() -> None:
-    prediction = constant_predictor([0.1, 0.2], [1.0, 2.0]).predict(painted_tiles())
+def test_a_canvas_without_a_passing_class_is_not_segmented() -> None:
+    prediction = constant_predictor([0.1, 0.2], [1.0, 2.0]).predict(painted_cores(), CORNERS)
     assert (prediction.probs_NKhw == 0).all()
     assert not prediction.segmented_N.any()
 
 
 def test_ungated_fallback_gives_the_plain_softmax_if_no_class_passes() -> None:
-    prediction = constant_predictor([0.1, 0.2], [0.0, 1.0], ungated_fallback=True).predict(painted_tiles())
+    predictor = constant_predictor([0.1, 0.2], [0.0, 1.0], ungated_fallback=True)
+    prediction = predictor.predict(painted_cores(), CORNERS)
     assert torch.allclose(prediction.probs_NKhw[:, 1], torch.tensor(1.0).sigmoid())
     assert prediction.segmented_N.all()
-    assert not prediction.passed_NK.any()
 
 
-def test_no_tiles_give_empty_results() -> None:
-    none_NHWC = np.zeros((0, 64, 64, 3), dtype=np.uint8)
-    assert color_predictor().predict(none_NHWC).probs_NKhw.shape == (0, 3, 16, 16)
-    assert color_predictor().presence(none_NHWC).shape == (0, 3)
-
-
-class _Poisoned(nn.Module):
-    """Returns NaN for tiles that contain a white pixel."""
+class _Poisoned(PixelClassifier):
+    """Returns NaN for images that contain a white pixel."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -120,25 +127,24 @@ class _Poisoned(nn.Module):
 
 
 @pytest.mark.parametrize("network", ["classifier", "segmenter"])
-def test_non_finite_output_names_the_tiles(network: str) -> None:
+def test_non_finite_output_names_the_canvases(network: str) -> None:
     networks: dict[str, Any] = {
         "classifier": ConstantClassifier([0.9] * 3),
         "segmenter": ConstantSegmenter([0.0] * 3),
     }
     networks[network] = _Poisoned(networks[network])
-    rgb_NHWC = np.repeat(painted_tiles(), 2, axis=0)
-    rgb_NHWC[[2, 7], 0, 0] = 255
+    rgb_NHWC = np.repeat(painted_cores(), 2, axis=0)
+    rgb_NHWC[[2, 7], 40, 40] = 255
     predictor = Predictor(make_card(COLORS), NO_DIGEST, **networks, device="cpu", batch_size=3)
     with pytest.raises(NonFiniteOutputError, match=network) as caught:
-        predictor.predict(rgb_NHWC)
-    assert set(caught.value.indices) <= {2, 7}
-    assert 2 in caught.value.indices
+        predictor.predict(rgb_NHWC, CORNERS * 2)
+    assert caught.value.indices == (2, 7)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_reduced_precision_stays_near_float32(precision: Any) -> None:
-    expected = color_predictor().predict(painted_tiles()).probs_NKhw
-    actual = color_predictor(precision=precision).predict(painted_tiles()).probs_NKhw
+    expected = color_predictor().predict(painted_cores(), CORNERS).probs_NKhw
+    actual = color_predictor(precision=precision).predict(painted_cores(), CORNERS).probs_NKhw
     assert actual.dtype == torch.float32
     assert torch.allclose(actual, expected, atol=0.05)
 
@@ -155,18 +161,24 @@ def test_invalid_arguments_are_refused_with_the_allowed_values() -> None:
         choose_device("quantum")
     with pytest.raises(ValueError, match="float32, bf16 or fp16"):
         color_predictor(precision="int3")
-    with pytest.raises(ValueError, match=re.escape("expected uint8 RGB tiles (N, H, W, 3), got float64 (1, 8, 8, 3)")):
-        color_predictor().predict(np.zeros((1, 8, 8, 3)))  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=re.escape("expected uint8 RGB canvases (N, H, W, 3), got float64 (1, 8, 8, 3)")
+    ):
+        color_predictor().predict(np.zeros((1, 8, 8, 3)), [(0, 0)])  # type: ignore[arg-type]
+    for height, width in ((64, 96), (96, 100)):
+        with pytest.raises(ValueError, match=f"canvases have {height}x{width} px; sides are multiples of 32 above 64"):
+            color_predictor().predict(np.zeros((1, height, width, 3), np.uint8), [(0, 0)])
 
 
 def test_default_bundle_predicts_the_same_twice() -> None:
     bundle = load_bundle(DEFAULT_BUNDLE)
     predictor = Predictor.from_bundle(bundle, device="cpu", batch_size=2, skip_by_gate=False)
     assert predictor.digest == bundle.digest
-    rgb_NHWC = np.random.default_rng(1).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    rgb_NHWC = np.random.default_rng(1).integers(0, 256, (2, 160, 192, 3), dtype=np.uint8)
+    corners = [(0, 0), (32, 64)]
     with predictor.lock:
-        first, second = predictor.predict(rgb_NHWC), predictor.predict(rgb_NHWC)
+        first, second = predictor.predict(rgb_NHWC, corners), predictor.predict(rgb_NHWC, corners)
     assert torch.equal(first.probs_NKhw, second.probs_NKhw)
     total_Nhw = first.probs_NKhw.sum(dim=1)
-    passed_N11 = torch.from_numpy(first.passed_NK.any(axis=1)).float()[:, None, None]
-    assert torch.allclose(total_Nhw, passed_N11.expand_as(total_Nhw))
+    assert ((total_Nhw >= 0) & (total_Nhw <= 1 + 1e-6)).all()
+    assert total_Nhw.max() > 0.99

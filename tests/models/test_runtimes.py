@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models import runtimes
+from models.backbone import Stages
 from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle
 from models.classifier import Classifier
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.heads import HEADS
 from models.openvino_network import OpenVinoNetwork
-from models.predictor import Predictor
+from models.predictor import DeepFeatures, Predictor
 from models.runtimes import choose_runtime
 from models.segmenter import build_segmenter
 from tests.cases import full
-from tests.models.networks import ConstantClassifier, ConstantSegmenter, make_card
+from tests.models.networks import ConstantClassifier, ConstantSegmenter, PixelClassifier, make_card
 from tests.repository import REPOSITORY
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
@@ -39,27 +40,32 @@ needs_fp16 = pytest.mark.skipif(not computes("fp16"), reason="no openvino, or no
 needs_bf16 = pytest.mark.skipif(not computes("bf16"), reason="no openvino, or no bfloat16 in this processor")
 
 
-def stained_tiles(count: int) -> NDArray[np.uint8]:
-    """Return different tiles of 224 pixels with purple gland walls, pink stroma and glass, as rgb_NHWC."""
+def corners_of(rgb_NHWC: NDArray[np.uint8]) -> list[tuple[int, int]]:
+    """Return a corner for each canvas, all at the origin."""
+    return [(0, 0)] * len(rgb_NHWC)
+
+
+def stained_canvases(count: int) -> NDArray[np.uint8]:
+    """Return different canvases of 224 pixels with purple gland walls, pink stroma and glass, as rgb_NHWC."""
     random = np.random.default_rng(0)
     y_HW, x_HW = np.mgrid[:224, :224]
-    tiles = []
+    canvases = []
     for number in range(count):
         rgb_HWC = np.full((224, 224, 3), (225, 165, 200), np.float64)
         for x, y, radius in random.uniform((0, 0, 15), (224, 224, 60), (2 + number % 4, 3)):
             distance_HW = np.hypot(x_HW - x, y_HW - y) / radius
             rgb_HWC[distance_HW < 1] = (110, 60, 140)
             rgb_HWC[distance_HW < 0.5] = (240, 235, 240)
-        tiles.append(rgb_HWC + random.normal(0, 12, (224, 224, 3)))
-    return np.clip(tiles, 0, 255).astype(np.uint8)
+        canvases.append(rgb_HWC + random.normal(0, 12, (224, 224, 3)))
+    return np.clip(canvases, 0, 255).astype(np.uint8)
 
 
 def default_predictor(runtime: Any, **options: Any) -> Predictor:
     return Predictor.from_bundle(load_bundle(DEFAULT_BUNDLE), device="cpu", runtime=runtime, **options)
 
 
-def real_tiles(slide: Path) -> NDArray[np.uint8]:
-    """Return every other tile of the sample slide at about 1 µm per pixel, as rgb_NHWC."""
+def real_canvases(slide: Path) -> NDArray[np.uint8]:
+    """Return every other square of 224 px of the sample slide at about 1 µm per pixel, as rgb_NHWC."""
     rgb_HWC = tifffile.imread(slide, key=0)
     rows, columns = (side // 448 for side in rgb_HWC.shape[:2])
     cut = rgb_HWC[: rows * 448, : columns * 448].reshape(rows, 224, 2, columns, 224, 2, 3).mean(axis=(2, 5))
@@ -69,31 +75,30 @@ def real_tiles(slide: Path) -> NDArray[np.uint8]:
 
 @needs_openvino
 def test_openvino_gives_the_probabilities_and_labels_of_torch(sample_slide: Path) -> None:
-    rgb_NHWC = real_tiles(sample_slide)
+    rgb_NHWC = real_canvases(sample_slide)
     assert len(rgb_NHWC) > 10
     predictors = [default_predictor(name, skip_by_gate=False) for name in ("openvino", "torch")]
-    presences = [predictor.presence(rgb_NHWC) for predictor in predictors]
-    assert np.abs(presences[0] - presences[1]).max() < 1e-5
-    ours, torchs = (predictor.predict(rgb_NHWC) for predictor in predictors)
-    assert np.array_equal(ours.passed_NK, torchs.passed_NK)
+    corners = corners_of(rgb_NHWC)
+    presences = [torch.stack(predictor.presence(rgb_NHWC, corners)) for predictor in predictors]
+    assert (presences[0] - presences[1]).abs().max() < 1e-5
+    ours, torchs = (predictor.predict(rgb_NHWC, corners) for predictor in predictors)
+    assert np.array_equal(ours.segmented_N, torchs.segmented_N)
     assert (ours.probs_NKhw - torchs.probs_NKhw).abs().max() < 1e-5
     assert torch.equal(ours.probs_NKhw.argmax(dim=1), torchs.probs_NKhw.argmax(dim=1))
-    # The comparison is meaningful: both classes pass and both have pixels.
-    assert ours.passed_NK.any(axis=0).all()
+    # The comparison is meaningful: both classes have pixels.
     assert len(ours.probs_NKhw.argmax(dim=1).unique()) == 2
 
 
 @needs_fp16
 def test_float16_on_the_cpu_gives_nearly_the_same(sample_slide: Path) -> None:
-    rgb_NHWC = real_tiles(sample_slide)
+    rgb_NHWC = real_canvases(sample_slide)
     halved, torchs = (
-        default_predictor(runtime, precision=precision, skip_by_gate=False).predict(rgb_NHWC)
+        default_predictor(runtime, precision=precision, skip_by_gate=False).predict(rgb_NHWC, corners_of(rgb_NHWC))
         for runtime, precision in (("auto", "fp16"), ("torch", "float32"))
     )
-    assert np.array_equal(halved.passed_NK, torchs.passed_NK)
     # The arithmetic differs, the result hardly.
     assert 1e-5 < (halved.probs_NKhw - torchs.probs_NKhw).abs().max() < 0.03
-    # On whole slides at least 99.9 % (docs/benchmarks/speed.md). These tiles contain only glands and are not blended.
+    # On whole slides at least 99.9 % (docs/benchmarks/speed.md). These canvases contain hardly any border.
     same = halved.probs_NKhw.argmax(dim=1) == torchs.probs_NKhw.argmax(dim=1)
     assert float(same.float().mean()) >= 0.998
 
@@ -107,7 +112,7 @@ def test_an_overflow_of_float16_is_an_error() -> None:
         make_card(), NO_DIGEST, *networks, device="cpu", runtime="auto", precision="fp16"
     )
     with pytest.raises(NonFiniteOutputError, match="segmenter"):
-        predictor.predict(np.full((1, 64, 64, 3), 255, np.uint8))
+        predictor.predict(np.full((1, 96, 96, 3), 255, np.uint8), [(0, 0)])
 
 
 @pytest.mark.parametrize(
@@ -118,29 +123,35 @@ def test_an_overflow_of_float16_is_an_error() -> None:
         pytest.param("bf16", marks=[needs_bf16, pytest.mark.full]),
     ],
 )
-def test_openvino_gives_a_tile_the_same_bytes_in_any_batch_and_any_run(precision: Any) -> None:
-    rgb_NHWC = stained_tiles(7)
+def test_openvino_gives_a_canvas_the_same_bytes_in_any_batch_and_any_run(precision: Any) -> None:
+    rgb_NHWC = stained_canvases(7)
     predictor = default_predictor("openvino", batch_size=4, precision=precision)
-    presence_NK, logits_NKhw = predictor.presence(rgb_NHWC), predictor.logits(rgb_NHWC)
+    corners = corners_of(rgb_NHWC)
+    presence_NRCK = torch.stack(predictor.presence(rgb_NHWC, corners))
+    logits_NKhw = predictor.logits(rgb_NHWC)
     order = np.random.default_rng(1).permutation(7)
     again = default_predictor("openvino", batch_size=4, precision=precision)
     for batch_size in (4, 1, 3, 16):
         again.batch_size = batch_size
-        assert np.array_equal(again.presence(rgb_NHWC[order]), presence_NK[order])
+        assert torch.equal(torch.stack(again.presence(rgb_NHWC[order], corners)), presence_NRCK[order])
         assert torch.equal(again.logits(rgb_NHWC[order]), logits_NKhw[order])
 
 
 @pytest.mark.full
 @needs_openvino
-def test_openvino_takes_tiles_of_other_sizes() -> None:
-    rgb_NHWC = stained_tiles(2)[:, :96, :128]
-    ours, torchs = (default_predictor(name, output_stride=2).predict(rgb_NHWC) for name in ("openvino", "torch"))
-    assert ours.probs_NKhw.shape == (2, 2, 48, 64)
+def test_openvino_takes_canvases_of_other_sizes() -> None:
+    rgb_NHWC = stained_canvases(2)[:, :160, :192]
+    margin = load_bundle(DEFAULT_BUNDLE).card.margin
+    ours, torchs = (
+        default_predictor(name, output_stride=2).predict(rgb_NHWC, corners_of(rgb_NHWC))
+        for name in ("openvino", "torch")
+    )
+    assert ours.probs_NKhw.shape == (2, 2, 80 - margin, 96 - margin)
     assert (ours.probs_NKhw - torchs.probs_NKhw).abs().max() < 1e-5
 
 
 @needs_openvino
-def test_a_call_leaves_the_tiles_of_earlier_calls_alone() -> None:
+def test_a_call_leaves_the_images_of_earlier_calls_alone() -> None:
     network = OpenVinoNetwork(nn.Conv2d(3, 1, 1).eval(), 32)
     first_NCHW, second_NCHW = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
     kept_NCHW = first_NCHW.clone()
@@ -152,16 +163,28 @@ def test_a_call_leaves_the_tiles_of_earlier_calls_alone() -> None:
 
 
 @needs_openvino
-@pytest.mark.parametrize(
-    ("backbone", "head"), [*(("resnet18", head) for head in HEADS), full("resnet38d", "gap"), ("convnext_atto", "area")]
-)
-def test_openvino_takes_every_head_and_backbones_of_other_families(backbone: str, head: str) -> None:
+def test_openvino_takes_every_size_from_the_smallest_one() -> None:
     torch.manual_seed(0)
-    network = Classifier(backbone, head, 3).eval()
+    segmenter = build_segmenter("tu-tf_efficientnet_lite0", 2).eval()
+    network = OpenVinoNetwork(segmenter, 96)
+    for size in ((96, 96), (96, 256), (224, 96)):
+        x_NCHW = torch.randn(1, 3, *size)
+        with torch.inference_mode():
+            torch.testing.assert_close(network(x_NCHW), segmenter(x_NCHW), rtol=1e-3, atol=1e-3)
+    # Padding of 4 cells mirrors no image of 4 cells, and OpenVINO would return the last output.
+    with pytest.raises(ValueError, match=r"images have \(64, 704\) px; the smallest side is 96"):
+        network(torch.zeros(1, 3, 64, 704))
+
+
+@needs_openvino
+@pytest.mark.parametrize("backbone", ["resnet18", full("resnet38d"), "convnext_atto"])
+def test_openvino_takes_backbones_of_other_families(backbone: str) -> None:
+    torch.manual_seed(0)
+    network = DeepFeatures(Classifier(backbone, "gap", 3)).eval()
     x_NCHW = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        expected_NK = network(x_NCHW)
-        assert torch.allclose(OpenVinoNetwork(network, 64)(x_NCHW), expected_NK, rtol=1e-4, atol=1e-4)
+        expected_NChw = network(x_NCHW)
+        assert torch.allclose(OpenVinoNetwork(network, 64)(x_NCHW), expected_NChw, rtol=1e-4, atol=1e-4)
 
 
 @needs_openvino
@@ -175,20 +198,28 @@ def test_openvino_takes_segmenters_with_other_encoders(encoder: str) -> None:
         assert torch.allclose(OpenVinoNetwork(network, 64)(x_NCHW), expected_NKhw, rtol=1e-4, atol=1e-4)
 
 
-class _Unknown(nn.Module):
+class _Unknown(PixelClassifier):
     """Contains an operator that OpenVINO cannot convert."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         unusual_NC: Tensor = torch.special.i1e(x_NCHW.mean(dim=(2, 3)))
         return unusual_NC[:, :2]
 
+    def stages(self, x_NCHW: Tensor) -> Stages:
+        unusual_NCHW: Tensor = torch.special.i1e(x_NCHW)
+        return Stages(unusual_NCHW, unusual_NCHW, unusual_NCHW)
 
-class _Branching(nn.Module):
+
+class _Branching(PixelClassifier):
     """Branches on the image, which a trace of one image does not record."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         sign = 1.0 if float(x_NCHW.std()) > 0.5 else -1.0
         return sign * (1 + x_NCHW.mean(dim=(2, 3)))[:, :2]
+
+    def stages(self, x_NCHW: Tensor) -> Stages:
+        signed_NCHW = x_NCHW * (1.0 if float(x_NCHW.std()) > 0.5 else -1.0)
+        return Stages(signed_NCHW, signed_NCHW, signed_NCHW)
 
 
 @needs_openvino
@@ -206,7 +237,7 @@ def test_a_network_that_openvino_cannot_take_runs_in_torch_with_a_warning(
         predictor = Predictor.from_networks(make_card(), NO_DIGEST, *networks, device="cpu", runtime="auto")
     assert predictor.runtime == "torch"
     assert reason in caplog.text
-    assert predictor.presence(np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, 2)
+    assert predictor.presence(np.zeros((1, 96, 96, 3), np.uint8), [(0, 0)])[0].shape == (2, 2, 2)
 
 
 @needs_openvino

@@ -28,7 +28,7 @@ from wsi.readers import Reader
 SMALL = SegmentConfig(block_out=32, min_area_um2=0.0, simplify_px=0.0, num_workers=2, device="cpu")
 """Blocks of 32 map pixels, so that a slide of a few thousand pixels has dozens of blocks."""
 
-CPU = Compute(device="cpu", precision="float32", runtime="torch", batch_size=8, threads=1, processor="any")
+CPU = Compute(device="cpu", precision="float32", runtime="torch", batch_size=1, threads=1, processor="any")
 """Settings of the predictors of this module."""
 
 COLORS = (PINK, PURPLE)
@@ -43,7 +43,7 @@ def region_slide(path: Path, mpp: float = 1.0, levels: Sequence[int] = (1,)) -> 
 
 
 def predictor(classifier: nn.Module, segmenter: nn.Module, mpp: float = 1.0, **options: Any) -> Predictor:
-    """Return a predictor for classes in the slide's colors, with 64-px tiles."""
+    """Return a predictor for classes in the slide's colors, with gate windows of 64 px."""
     digest = f"{type(classifier).__name__}-{type(segmenter).__name__}".ljust(64, "0")
     return Predictor(make_card(COLORS, mpp=mpp), digest, classifier, segmenter, device="cpu", **options)
 

@@ -28,12 +28,12 @@ from tests.slides import painted, write_slide
 
 
 def small_bundle(folder: Path, seed: int = 3) -> Bundle:
-    """A bundle for classes in the slides' colors, with 64-px tiles; what it says depends on every pixel."""
+    """A bundle for classes in the slides' colors, with gate windows of 64 px; what it says depends on every pixel."""
     torch.manual_seed(seed)
     card = make_card(COLORS).model_copy(
         update={
             "classifier": ClassifierCard(backbone="tf_efficientnet_lite0", head="gap", depth=3),
-            "segmenter": SegmenterCard(encoder="resnet18"),
+            "segmenter": SegmenterCard(encoder="resnet18", depth=4, rates=(1, 2, 4)),
             "gate_thresholds": (0.0, 0.0),
         }
     )
@@ -49,7 +49,7 @@ def speckled_slide(path: Path) -> Path:
 
 
 def familiar_bundle(folder: Path, rgb_HWC: NDArray[np.uint8], scope: str = "paint, on glass") -> Bundle:
-    """Return `small_bundle` with 128-px tiles and the statistics of an image, whose windows are all familiar."""
+    """Return `small_bundle` with the statistics of an image, whose windows are all familiar."""
     bundle = small_bundle(folder)
     classifier = load_networks(bundle)[0]
     assert isinstance(classifier, Classifier)
@@ -63,5 +63,5 @@ def familiar_bundle(folder: Path, rgb_HWC: NDArray[np.uint8], scope: str = "pain
         statistics = fit_statistics(torch.cat([features_NF(shift) for shift in range(0, 128, 8)]).numpy())
         limit = 1.5 * float(max(statistics.distances(features_NF(shift)).max() for shift in (4, 44, 100)))
     familiarity = FamiliarityCard(statistics=NO_DIGEST, window_limit=limit, share_limit=0.5)
-    card = bundle.card.model_copy(update={"familiarity": familiarity, "scope": scope, "tile_size": 128})
+    card = bundle.card.model_copy(update={"familiarity": familiarity, "scope": scope})
     return replace_card(bundle, card, statistics)

@@ -112,7 +112,7 @@ def test_the_parameters_of_earlier_results_stay_the_same() -> None:
     assert MapSettings().parameters("torch") == {
         "mpp": None,
         "backend": "auto",
-        "overlap": 0.25,
+        "canvas_m": 896,
         "output_stride": 4,
         "min_area_um2": 2000.0,
         "simplify_px": 1.0,
@@ -129,7 +129,7 @@ def test_the_parameters_of_earlier_results_stay_the_same() -> None:
     [
         ({"runtime": "openvino"}, "the predictor was made with runtime torch, the settings request openvino"),
         ({"device": "cuda"}, "the predictor was made with device cpu, the settings request cuda"),
-        ({"batch_size": 9}, "the predictor was made with batch_size 8, the settings request 9"),
+        ({"batch_size": 9}, "the predictor was made with batch_size 1, the settings request 9"),
         ({"precision": "bf16"}, "the predictor was made with precision float32, the settings request bf16"),
     ],
 )

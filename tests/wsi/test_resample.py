@@ -73,7 +73,7 @@ def test_whole_means_are_rounded_half_up(factor: int) -> None:
 def test_a_pixel_does_not_depend_on_the_box_it_is_read_in(tmp_path: Path, factor: float) -> None:
     rgb_HWC = np.random.default_rng(1).integers(0, 256, (240, 250, 3), dtype=np.uint8)
     size_m = (int(200 / factor), int(180 / factor))
-    grid = Grid(0, (7, 13), 1.0, factor, 1.0, size_m, 32, 32, 4, 64)
+    grid = Grid(0, (7, 13), 1.0, factor, 1.0, size_m, 32, 4, 64)
     with open_slide(write_slide(tmp_path / "slide.svs", rgb_HWC)) as slide:
         whole = read_model_pixels(slide, grid, Box(0, 0, *size_m)).rgb_HWC
         part = Box(size_m[0] // 3, size_m[1] // 4, size_m[0] // 2, size_m[1] // 2)
@@ -84,7 +84,7 @@ def test_a_pixel_does_not_depend_on_the_box_it_is_read_in(tmp_path: Path, factor
 
 def test_tiles_read_together_equal_tiles_read_alone(tmp_path: Path) -> None:
     rgb_HWC = np.random.default_rng(2).integers(0, 256, (3000, 900, 3), dtype=np.uint8)
-    grid = Grid(0, (0, 0), 1.0, 2.0, 1.0, (450, 1500), 64, 48, 4, 64)
+    grid = Grid(0, (0, 0), 1.0, 2.0, 1.0, (450, 1500), 64, 4, 64)
     tiles = [Box(0, 0, 64, 64), Box(48, 0, 64, 64), Box(384, 720, 64, 64), Box(0, 1440, 64, 64)]
     with open_slide(write_slide(tmp_path / "slide.svs", rgb_HWC)) as slide:
         together = read_tiles(slide, grid, tiles)

@@ -6,7 +6,7 @@
     tia/bin/python -m tests.bench.peers.tiatoolbox CMU-1.svs [-m MODEL] [-b 8] [-j 0] [--json FILE]
 
 `--no-deps`, because it asks for a torch before 2.13. Tiles of the bundle's size at its resolution, at a stride of
-three quarters of a tile as in our default, on the tissue that TIAToolbox finds; probabilities at the tiles' own
+three quarters of a patch, on the tissue that TIAToolbox finds; probabilities at the tiles' own
 resolution are merged and saved as Zarr. Our command runs the classifier and writes polygons as well.
 """
 
@@ -65,6 +65,10 @@ class BundleSegmenter(nn.Module):
         return probs_HWK.argmax(axis=-1)
 
 
+TILE = 224
+"""Side of TIAToolbox's patches in model pixels. They overlap by a quarter."""
+
+
 class Counted(BundleSegmenter):
     """Tells how many tiles it was given."""
 
@@ -88,8 +92,8 @@ def measure(path: Path, model: str, device: str, batch_size: int, num_workers: i
     bundle = load_bundle(model)
     card = bundle.card
     resolution = {"units": "mpp", "resolution": card.mpp}
-    tile = (card.tile_size, card.tile_size)
-    stride = card.tile_size * 3 // 4
+    tile = (TILE, TILE)
+    stride = TILE * 3 // 4
     io = IOSegmentorConfig(
         input_resolutions=[resolution],
         output_resolutions=[resolution],

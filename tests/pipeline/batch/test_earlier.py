@@ -93,7 +93,7 @@ def test_the_file_of_a_remembered_failure_contains_what_the_failure_depends_on(n
     facts = json.loads((night.out / ".b.failed.json").read_text(encoding="utf-8"))
     assert facts["stamp"] == slide_stamp(night.jobs[1].path)
     assert facts["model"] == load_bundle(DEFAULT_BUNDLE).digest
-    assert facts["parameters"]["overlap"] == CONFIG.overlap
+    assert facts["parameters"]["canvas_m"] == CONFIG.canvas_m
     assert facts["error"] == "no mpp"
     assert set(facts) == {"slide", "stamp", "model", "parameters", "wsi-segment", "readers", "error"}
 
@@ -120,9 +120,9 @@ def test_a_changed_setting_or_mpp_or_model_is_tried_again(night: Night) -> None:
     night.fail("b")
     night.run()
     night.fail("b")
-    assert night.run(replace(CONFIG, overlap=0.5))[1].failed_before is False
+    assert night.run(replace(CONFIG, canvas_m=512))[1].failed_before is False
     night.jobs[1] = replace(night.jobs[1], mpp=0.5)
-    assert night.run(replace(CONFIG, overlap=0.5))[1].status == "done"
+    assert night.run(replace(CONFIG, canvas_m=512))[1].status == "done"
 
 
 def test_a_changed_model_is_tried_again(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +288,7 @@ def test_a_result_of_another_slide_setting_or_missing_file_is_attempted(night: N
     os.utime(night.jobs[0].path, ns=(1, 1))
     night.run()
     assert night.workers.tried == ["a"]
-    night.run(replace(CONFIG, overlap=0.5))
+    night.run(replace(CONFIG, canvas_m=512))
     assert sorted(night.workers.tried) == ["a", "b", "c"]
     night.run(replace(CONFIG, force=True))
     assert sorted(night.workers.tried) == ["a", "b", "c"]

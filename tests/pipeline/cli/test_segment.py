@@ -38,7 +38,7 @@ sys.addaudithook(forbid)
 from pipeline.cli.segment import main
 """
 COMMAND = [sys.executable, "-c", OFFLINE + "main()"]
-OPTIONS = """-o --output -m --model --mpp --device --precision --batch-size -j --num-workers --overlap --recursive
+OPTIONS = """-o --output -m --model --mpp --device --precision --batch-size -j --num-workers --recursive
 --force --retry-failed --scheduler --spread --slide-timeout --dry-run --json -v --verbose -q --quiet"""
 
 
@@ -235,13 +235,13 @@ def test_json_names_the_failures_of_earlier_runs(fake: Path) -> None:
 def test_a_result_of_another_run_is_refused_and_force_replaces_it(fake: Path) -> None:
     small_slide(fake / "a.svs")
     assert invoke("a.svs").exit_code == 0
-    refused = invoke("a.svs", "--overlap", "0.5")
+    refused = invoke("a.svs", "--simplify", "2")
     assert refused.exit_code == 1
     assert "results/a: holds the result of another run (other parameters); pass --force" in refused.stderr
-    assert invoke("a.svs", "--overlap", "0.5", "--force").exit_code == 0
+    assert invoke("a.svs", "--simplify", "2", "--force").exit_code == 0
     run = read_run(fake / "results" / "a")
     assert run is not None
-    assert run.identity.parameters["overlap"] == 0.5
+    assert run.identity.parameters["simplify_px"] == 2
 
 
 def test_recursive_and_manifests_find_their_slides(fake: Path) -> None:
@@ -303,15 +303,15 @@ def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:
     [
         ([], "no slides to segment; pass a slide, a folder, a manifest, or --sample"),
         (["."], "no slides in this folder"),
-        (["a.svs", "--overlap", "0.9"], "0.75"),
-        (["a.svs", "--overlap", "nan"], "--overlap"),
+        (["a.svs", "--simplify", "-1"], "0"),
+        (["a.svs", "--simplify", "nan"], "--simplify"),
         (["a.svs", "--mpp", "0"], "--mpp is 0.0; it must be a positive number"),
         (["a.svs", "--mpp", "half"], "--mpp"),
         (["a.svs", "--output-stride", "3"], "--output-stride is 3; it must be 1, 2 or 4"),
         (["a.svs", "--precision", "int8"], "int8"),
         (["a.svs", "--batch-size", "0"], "--batch-size"),
         (["a.svs", "-j", "0"], "--num-workers"),
-        (["a.svs", "--overlapp", "0.5"], "--overlapp"),
+        (["a.svs", "--simplifyy", "0.5"], "--simplifyy"),
         (["a.svs", "--scheduler", "nowhere"], "--scheduler is 'nowhere'; it must be local, local:N, the address of a"),
         (["a.svs", "--spread", "blocks"], "--spread blocks needs several processes; add --scheduler"),
         (["a.svs", "--slide-timeout", "60"], "--slide-timeout needs processes that can be killed; add --scheduler"),
@@ -343,7 +343,7 @@ def test_a_model_that_cannot_be_used_is_one_line_and_exit_1(tmp_path: Path, monk
         "colon-glans": "colon-glans: neither a shipped model (colon-gland",
         "no/such/bundle": "no/such/bundle: neither a shipped model",
         "empty": "empty: model.json is missing",
-        "newer": "model.json: schema_version is 9, but this version reads 2",
+        "newer": "model.json: schema_version is 9, but this version reads 3",
         "flipped": "segmenter.safetensors: the SHA-256 is ",
     }.items():
         result = invoke("a.svs", "-m", model, "--device", "cpu")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import shapely
 
-from pipeline.formats.left_out import write_left_out
+from pipeline.formats.left_out import BLOCK_PX, write_left_out
 from tests.pipeline.features import checked_features
 from wsi.left_out import LeftOut, extents
 from wsi.tissue import Tissue
@@ -40,6 +40,20 @@ def test_each_piece_is_a_locked_annotation_of_a_class_that_qupath_ignores(tmp_pa
     ]
     assert tissue.left_out[LeftOut.FOLD] == (140 * 64.0, 2)
     assert tissue.left_out[LeftOut.PEN] == (200 * 64.0, 1)
+
+
+def test_pieces_across_blocks_are_one(tmp_path: Path) -> None:
+    left_out_HW = np.zeros((BLOCK_PX + 40, 2 * BLOCK_PX + 30), np.uint8)
+    left_out_HW[BLOCK_PX - 20 : BLOCK_PX + 20, BLOCK_PX - 10 : 2 * BLOCK_PX + 10] = LeftOut.DUST
+    left_out_HW[10:20, BLOCK_PX : BLOCK_PX + 5] = LeftOut.PEN
+    _, features = layer(tmp_path, left_out_HW)
+    found = {
+        f["properties"]["classification"]["name"]: shapely.Polygon(f["geometry"]["coordinates"][0]) for f in features
+    }
+    corners = [(16.0 * x, 16.0 * y) for x, y in ((BLOCK_PX - 10, BLOCK_PX - 20), (2 * BLOCK_PX + 10, BLOCK_PX + 20))]
+    assert len(features) == 2
+    assert found["dust*"].equals(shapely.box(*corners[0], *corners[1]))
+    assert found["pen*"].equals(shapely.box(16.0 * BLOCK_PX, 160.0, 16.0 * (BLOCK_PX + 5), 320.0))
 
 
 def test_a_slide_with_nothing_left_out_gives_an_empty_file(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def test_memory_grows_with_workers_and_batches_and_not_with_the_slide(tmp_path: 
     [
         ({"mpp": 0.0}, "--mpp is 0.0; it must be a positive number"),
         ({"mpp": float("nan")}, "--mpp is nan"),
-        ({"overlap": 0.8}, "--overlap is 0.8; it must be from 0 to 0.75"),
+        ({"canvas_m": 100}, "canvas_m is 100; it must be a multiple of 32 from 128"),
+        ({"block_out": 16, "output_stride": 1}, "block_out is 16; it must be a multiple of 32"),
         ({"output_stride": 3}, "--output-stride is 3; it must be 1, 2 or 4"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"num_workers": 0}, "--num-workers is 0"),
@@ -82,7 +83,7 @@ def test_settings_out_of_range_are_refused_with_the_name_of_their_flag(change: d
 def test_only_what_changes_the_result_belongs_to_its_identity() -> None:
     same = [replace(SMALL, batch_size=3), replace(SMALL, num_workers=7), replace(SMALL, force=True)]
     assert all(config.parameters("torch") == SMALL.parameters("torch") for config in same)
-    other = [replace(SMALL, overlap=0.5), replace(SMALL, mpp=0.3), replace(SMALL, block_out=64)]
+    other = [replace(SMALL, canvas_m=512), replace(SMALL, mpp=0.3), replace(SMALL, block_out=64)]
     assert all(config.parameters("torch") != SMALL.parameters("torch") for config in other)
 
 

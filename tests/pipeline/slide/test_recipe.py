@@ -279,7 +279,7 @@ def test_a_finished_result_is_kept_another_runs_is_refused_and_force_replaces_it
     with pytest.raises(OutputError, match=r"another run \(other model\); pass --force"):
         segment_slide(path, out, constant_predictor([1.0, 0.0]), SMALL)
     with pytest.raises(OutputError, match="other parameters"):
-        segment_slide(path, out, color_predictor(), replace(SMALL, overlap=0.5))
+        segment_slide(path, out, color_predictor(), replace(SMALL, canvas_m=512))
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
     (folder / "notes.txt").write_text("mine")
     forced = segment_slide(path, out, constant_predictor([1.0, 0.0]), replace(SMALL, force=True))
@@ -433,10 +433,10 @@ def test_unreadable_tiles_are_counted_and_named_and_too_many_fail(
     assert segment_slide(path, tmp_path / "good", color_predictor(), config).warnings == ()
 
 
-def test_a_network_that_gives_nan_names_the_tile(tmp_path: Path) -> None:
+def test_a_network_that_gives_nan_names_the_place(tmp_path: Path) -> None:
     broken = predictor(ConstantClassifier([0.9, 0.9]), ConstantSegmenter([float("nan"), 0.0]))
     with pytest.raises(
-        InferenceError, match=r"^slide\.svs: .*NaN.*level-0 \(x, y, width, height\) \(\d+, \d+, 64, 64\)"
+        InferenceError, match=r"^slide\.svs: .*NaN.*level-0 \(x, y, width, height\) \(\d+, \d+, \d+, \d+\)"
     ):
         segment_slide(region_slide(tmp_path / "slide.svs"), tmp_path / "out", broken, SMALL)
 
@@ -486,10 +486,10 @@ def test_a_full_disk_is_said_so_and_the_run_goes_on_later(tmp_path: Path, monkey
         monkeypatch.setattr("pipeline.slide.recipe.check_resources", lambda *_: None)
         path = region_slide(tmp_path / "slide.svs")
         with pytest.raises(OutputError, match=r"^slide\.svs: the disk of .* is full .*free some space"):
-            segment_slide(path, small / "out", color_predictor(), replace(SMALL, overlap=0.5))
+            segment_slide(path, small / "out", color_predictor(), replace(SMALL, canvas_m=512))
         assert not (small / "out" / "slide").exists()
         (small / "ballast").unlink()
-        result = segment_slide(path, small / "out", color_predictor(), replace(SMALL, overlap=0.5))
+        result = segment_slide(path, small / "out", color_predictor(), replace(SMALL, canvas_m=512))
         assert result.status == "done"
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -16,6 +16,7 @@ from models.predictor import Predictor
 from tests.models.networks import (
     ColorClassifier,
     ColorSegmenter,
+    PixelClassifier,
     make_card,
 )
 
@@ -28,7 +29,7 @@ SHARP = 400.0
 def predictor(
     classifier: nn.Module | None = None, segmenter: nn.Module | None = None, *, mpp: float = 1.0, **options: Any
 ) -> Predictor:
-    """Return a predictor with 64 px tiles. By default it predicts which of `COLORS` each pixel has."""
+    """Return a predictor with gate windows of 64 px. By default it predicts which of `COLORS` each pixel has."""
     networks = classifier or ColorClassifier(COLORS), segmenter or ColorSegmenter(COLORS, SHARP)
     return Predictor(make_card(COLORS, mpp=mpp), NO_DIGEST, *networks, device="cpu", **options)
 
@@ -44,8 +45,8 @@ def stripes(height: int, width: int) -> NDArray[np.uint8]:
     return np.broadcast_to((np.arange(width) % 64 < 24).astype(np.uint8), (height, width)).copy()
 
 
-class CornerClassifier(nn.Module):
-    """Predicts class 0 in every tile, and class 1 in tiles with a bright upper left corner."""
+class CornerClassifier(PixelClassifier):
+    """Predicts class 0 in every window, and class 1 in windows with a bright upper left corner."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return torch.stack([torch.full((len(x_NCHW),), 8.0), x_NCHW[:, 0, 0, 0] * 16 - 8], dim=1)

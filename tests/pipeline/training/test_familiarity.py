@@ -110,7 +110,7 @@ def bundle(tmp_path: Path, textures: Dataset, classifier: Classifier) -> Path:
         update={
             "classes": classes,
             "classifier": ClassifierCard(backbone="tf_efficientnet_lite0", head="gap", depth=3),
-            "segmenter": SegmenterCard(encoder="resnet18"),
+            "segmenter": SegmenterCard(encoder="resnet18", depth=4, rates=(1, 2, 4)),
         }
     )
     return save_bundle(tmp_path / "b", card, classifier, build_segmenter("resnet18", 3)).path

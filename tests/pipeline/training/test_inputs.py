@@ -40,16 +40,16 @@ def test_bytes_become_minus_one_to_one_channels_first_in_torch_and_last_in_memor
 def test_training_and_bundle_normalize_alike(config: TrainConfig) -> None:
     card = make_card().model_copy(update={"mean": config.mean, "std": config.std})
     predictor = Predictor(card, NO_DIGEST, ConstantClassifier([0.5, 0.5]), ConstantSegmenter([0, 0]), device="cpu")
-    rgb_NHWC = noise(2, 32, 32)
+    rgb_NHWC = noise(2, 96, 96)
     seen: list[torch.Tensor] = []
 
     def network(x_NCHW: torch.Tensor) -> torch.Tensor:
         seen.append(x_NCHW)
-        return torch.zeros(2, 2, 8, 8)
+        return torch.zeros(len(x_NCHW), 2, 24, 24)
 
     predictor._segmenter = network
     predictor.logits(rgb_NHWC)
-    assert torch.equal(as_input(rgb_NHWC, predictor.device, config), seen[0])
+    assert torch.equal(as_input(rgb_NHWC, predictor.device, config), torch.cat(seen))
 
 
 @given(st.integers(1, 70), st.integers(1, 70))

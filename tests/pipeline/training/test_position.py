@@ -57,7 +57,7 @@ def test_a_bias_inside_the_trusted_part_is_found_and_one_in_the_margin_is_not(tm
     assert position_deviation(biased, 48) < 0.1
 
 
-@pytest.mark.parametrize(("view", "margin"), [(128, 64), (100, 32), (160, 40)])
+@pytest.mark.parametrize(("view", "margin"), [(128, 64), (100, 32), (160, 8)])
 def test_views_without_a_trusted_part_are_refused(view: int, margin: int) -> None:
     with pytest.raises(TrainConfigError, match=r"view is|margin is"):
         TrainConfig(view=view, margin=margin)

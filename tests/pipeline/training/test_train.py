@@ -23,6 +23,7 @@ from pipeline.training.calibration import calibrate_temperature
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, samples
 from pipeline.training.evaluate import evaluate
+from pipeline.training.inputs import as_input
 from pipeline.training.patches import PatchImages
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import data_digest
@@ -30,16 +31,14 @@ from pipeline.training.train import (
     UNCALIBRATED,
     calibrate_gate,
     claim,
+    gate_window,
     make_card,
+    patch_presence,
     score_metrics,
-    tile_presence,
-    tile_side,
     train,
 )
 from tests.cases import full
-from tests.models.networks import ConstantSegmenter
-from tests.models.networks import make_card as made_card
-from tests.pipeline.training.cells import crop_images
+from tests.pipeline.training.cells import CellClassifier, crop_images
 from tests.textures import write_crops, write_textures
 
 CONFIG = TrainConfig(
@@ -96,7 +95,7 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
     assert len(list((unbroken / "pseudo-masks" / "deep").iterdir())) == 5
     bundle = load_bundle(unbroken / "bundle")
     assert [spec.name for spec in bundle.card.classes] == ["dots", "stripes", "plain"]
-    assert (bundle.card.mpp, bundle.card.tile_size, bundle.card.licence) == (1.0, 64, "CC0")
+    assert (bundle.card.mpp, bundle.card.gate_window, bundle.card.margin) == (1.0, 64, 32)
     assert bundle.card.familiarity is not None
     evaluation = evaluate(Predictor.from_bundle(bundle, device="cpu", output_stride=1), textures, "val")
     found = evaluation.scores()
@@ -148,7 +147,7 @@ def test_the_temperature_is_fitted_to_the_masks_of_the_validation_images(unbroke
 def test_the_thresholds_are_calibrated_on_the_validation_images(unbroken: Path, textures: Dataset) -> None:
     bundle = load_bundle(unbroken / "bundle")
     images = PatchImages(textures, samples(textures, "val"), 1.0)
-    presence_NK, held_NK = tile_presence(Predictor.from_bundle(bundle, device="cpu"), images)
+    presence_NK, held_NK = patch_presence(load_networks(bundle)[0], images, CONFIG, torch.device("cpu"))
     expected = calibrate_gate(presence_NK, held_NK, CONFIG.gate_recall)
     assert bundle.card.gate_thresholds == expected
 
@@ -220,7 +219,7 @@ def test_the_published_recipe_trains_on_patches_of_an_unaligned_side(tmp_path: P
         segmenter_epochs=1,
     )
     bundle = train(dataset, tmp_path / "run", config, device="cpu")
-    assert bundle.card.tile_size == 64
+    assert bundle.card.gate_window == 32
     assert set(bundle.card.metrics) >= {"val_miou", "val_ece", "val_ece_uncalibrated", "val_position_deviation"}
     with Image.open(tmp_path / "run" / "pseudo-masks" / "shallow" / "b.png") as picture:
         assert picture.size == (80, 40)
@@ -376,38 +375,23 @@ def test_a_class_without_tiles_gets_the_threshold_of_the_paper() -> None:
     assert calibrate_gate(presence_NK, held_NK, 0.5) == (0.8999, 0.1)
 
 
-class Brightness(torch.nn.Module):
-    """Predicts the mean red as presence of class 0, the mean green for class 1, and one half for class 2."""
-
-    def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
-        mean_NK = x_NCHW.mean(dim=(2, 3))
-        mean_NK[:, 2] = 0.5
-        return torch.logit(mean_NK, eps=1e-4)
-
-
-def test_tiles_overlap_by_half_and_have_the_classes_of_the_patches_inside(tmp_path: Path) -> None:
-    images = crop_images(tmp_path, {"a": (112, 70), "b": (40, 40)}, side=24, stride=8)
-    predictor = Predictor(made_card([(1, 1, 1), (2, 2, 2), (3, 3, 3)]), NO_DIGEST, Brightness(), ConstantSegmenter([0]))
-    presence_NK, held_NK = tile_presence(predictor, images)
-    places = [(0, x, y) for y in (0, 6) for x in (0, 32, 48)] + [(1, 0, 0)]
-    assert len(presence_NK) == len(held_NK) == len(places)
-    for row, (index, x, y) in enumerate(places):
-        rgb_HWC = images.rgb(index)
-        missing = [(0, max(0, 64 - length)) for length in rgb_HWC.shape[:2]]
-        tile_HWC = np.pad(rgb_HWC, [*missing, (0, 0)], mode="symmetric")[y : y + 64, x : x + 64]
-        np.testing.assert_allclose(presence_NK[row, :2], tile_HWC[..., :2].mean(axis=(0, 1)) / 255, atol=1e-5)
-        inside = [
-            present_K
-            for (left, top, w, h), present_K in zip(images.boxes[index].tolist(), images.present[index], strict=True)
-            if x <= left and left + w <= x + 64 and y <= top and top + h <= y + 64
-        ]
-        assert held_NK[row].tolist() == np.any(inside, axis=0).tolist()
+def test_the_gate_is_calibrated_on_all_labeled_patches(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (112, 64), "b": (32, 32)}, side=32, stride=16)
+    classifier = CellClassifier("gap")
+    presence_MK, held_MK = patch_presence(classifier, images, CONFIG, torch.device("cpu"))
+    np.testing.assert_array_equal(held_MK, np.concatenate(images.present))
+    for index, (x, y, w, h) in ((3, images.boxes[0][3].tolist()), (len(images.boxes[0]), images.boxes[1][0].tolist())):
+        image = int(index >= len(images.boxes[0]))
+        x_NCHW = as_input(images.rgb(image)[None, y : y + h, x : x + w].copy(), torch.device("cpu"), CONFIG)
+        # The features of these cells do not depend on their surroundings.
+        with torch.inference_mode():
+            alone_K = classifier(x_NCHW)[0].sigmoid().numpy()
+        np.testing.assert_allclose(presence_MK[index], alone_K, atol=1e-5)
 
 
-def test_tiles_have_the_size_of_the_training_views(tmp_path: Path) -> None:
-    images = crop_images(tmp_path, {"a": (120, 120)}, side=100, stride=10)
-    assert tile_side(images, TrainConfig(region=160)) == 160
-    assert tile_side(images, TrainConfig(region=None)) == 128
+@pytest.mark.parametrize(("side", "window"), [(32, 32), (40, 32), (75, 80), (224, 224), (8, 16)])
+def test_the_gate_reads_windows_of_the_size_of_the_labeled_patches(tmp_path: Path, side: int, window: int) -> None:
+    assert gate_window(crop_images(tmp_path, {"a": (224, 224)}, side=side, stride=side)) == window
 
 
 def test_the_card_documents_data_and_training(textures: Dataset) -> None:

@@ -1,0 +1,252 @@
+"""Measure whether the lattice of a run shows in its map, for docs/benchmarks/lattice.md.
+
+    python -m tests.bench.lattice shift SLIDE [-m MODEL] [--by 2048 37] [--box X Y WIDTH HEIGHT]
+    python -m tests.bench.lattice phase RESULT [--label 1] [--slide SLIDE]
+    python -m tests.bench.lattice edge SLIDE [-m MODEL] [--places 1000]
+
+`shift` moves the origin of the grid by some model pixels in x and y and compares the labels inside the tissue at every
+model pixel. A shift by 2048, half a block, moves all borders of canvases and blocks. A shift by 37 also moves the cells
+of the networks' strides and the gate windows.
+
+`phase` folds the share of a label inside the tissue by every period from 20 to 400 map pixels. A lattice makes the
+share depend on the phase at its own period and not at the neighboring ones. With `--slide`, the slide's own gray values
+are folded too, because a slide has a lattice of its own: the tiles in which its pixels are compressed.
+
+`edge` averages the segmenter's probabilities over random canvases inside the tissue, by the distance from the edge.
+
+Shape suffixes: K classes, P phases, D distances from the edge, H and W a map.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
+from models.predictor import Predictor
+from pipeline.config import MapSettings
+from pipeline.results.record import read_run
+from pipeline.slide.canvases import canvas_cores, with_margin
+from pipeline.slide.labels import winners
+from pipeline.slide.plan import block_tissue
+from pipeline.training.position import RING, ring_means
+from wsi.box import Box
+from wsi.grid import Grid, make_grid
+from wsi.resample import read_model_pixels
+from wsi.slide import Slide, open_slide
+from wsi.tissue import Tissue, find_tissue
+
+INSIDE_OUT = 8
+"""Map pixels from the border of the tissue that do not count: the mask itself depends on the grid there."""
+
+PERIODS = range(20, 401)
+"""Periods in map pixels."""
+
+NEIGHBORS = 6
+"""Periods on either side with which a period is compared. The nearest ones do not count: they share its pattern."""
+
+SIDE = 448
+"""Side of the random canvases in model pixels."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print one of the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shift = commands.add_parser("shift")
+    edge = commands.add_parser("edge")
+    for command in (shift, edge):
+        command.add_argument("slide", type=Path)
+        command.add_argument("-m", "--model", default=DEFAULT_BUNDLE)
+        command.add_argument("--margin", type=int, help="model pixels around a core, instead of the model's")
+    shift.add_argument("--by", type=int, nargs="+", default=[2048, 37], help="model pixels")
+    shift.add_argument("--canvas", type=int, default=MapSettings().canvas_m)
+    shift.add_argument("--box", type=int, nargs=4, help="part of the slide in level-0 pixels, instead of all of it")
+    edge.add_argument("--places", type=int, default=1000)
+    phase = commands.add_parser("phase")
+    phase.add_argument("result", type=Path, help="folder of a result, as results/CMU-1")
+    phase.add_argument("--label", type=int, default=1)
+    phase.add_argument("--slide", type=Path)
+    options = vars(parser.parse_args(arguments))
+    tables: dict[str, Callable[..., None]] = {"shift": print_shift, "phase": print_phase, "edge": print_edge}
+    tables[options.pop("command")](**options)
+
+
+def print_shift(
+    slide: Path, model: str, margin: int | None, by: Sequence[int], canvas: int, box: Sequence[int] | None
+) -> None:
+    """Print the share of labels that change with each shift."""
+    predictor = make_predictor(model, margin, output_stride=1)
+    part_l0 = None if box is None else Box(*box)
+    expected_HW, inside_HW, computed = shifted_labels(slide, predictor, canvas, 0, part_l0)
+    print(f"{slide.name}, {model}: margin {predictor.card.margin}, canvas {canvas}, {computed:.2f} pixels per pixel")
+    for pixels in by:
+        labels_HW, also_HW, _ = shifted_labels(slide, predictor, canvas, pixels, part_l0)
+        counted_HW = inside_HW[pixels:, pixels:] & also_HW
+        changed = (expected_HW[pixels:, pixels:] != labels_HW) & counted_HW
+        share = changed.sum() / max(1, counted_HW.sum())
+        print(f"shifted by {pixels} model px: {share:.3%} of {counted_HW.sum()} labels inside the tissue change")
+
+
+def shifted_labels(
+    path: Path, predictor: Predictor, canvas_m: int, pixels: int, part_l0: Box | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], float]:
+    """Return the label of each model pixel right of and below `pixels`, (H, W), and which are inside the tissue.
+
+    Label K is "no class". The last value is the number of computed pixels per pixel of tissue. `predictor` has output
+    stride 1. Every block is computed as in a run, but nothing is skipped outside its canvases.
+    """
+    block_m = 4 * MapSettings().block_out
+    with open_slide(path) as opened, _moved(opened, predictor.card.mpp, pixels, part_l0) as slide:
+        tissue = find_tissue(slide)
+        grid = make_grid(slide.info, model_mpp=predictor.card.mpp, output_stride=1, block_out=block_m)
+        labels_HW = np.zeros(grid.size_m[::-1], np.uint8)
+        tissue_HW = np.zeros(grid.size_m[::-1], np.bool_)
+        computed = 0
+        for block in grid.blocks():
+            mask_HW, box = block_tissue(grid, tissue, block), block.box_out
+            part_HW = tissue_HW[box.y : box.bottom, box.x : box.right]
+            part_HW[:] = mask_HW[: part_HW.shape[0], : part_HW.shape[1]]
+            for core_m in canvas_cores(grid, mask_HW, block, predictor.card.margin, canvas_m):
+                around_m = with_margin(core_m, predictor.card.margin)
+                rgb_HWC = read_model_pixels(slide, grid, around_m).rgb_HWC
+                probs_KHW = predictor.predict(rgb_HWC[None], [(core_m.x, core_m.y)]).probs_NKhw[0]
+                core_HW = labels_HW[core_m.y : core_m.bottom, core_m.x : core_m.right]
+                core_HW[:] = winners(probs_KHW).numpy()[: core_HW.shape[0], : core_HW.shape[1]]
+                computed += around_m.width * around_m.height
+    return labels_HW, _inside(tissue_HW, 4 * INSIDE_OUT), computed / max(1, int(tissue_HW.sum()))
+
+
+def _moved(slide: Slide, mpp: float, pixels: int, part_l0: Box | None) -> Slide:
+    """Return a slide or a part of it whose origin, in all frames, lies `pixels` model pixels further inside."""
+    grid = make_grid(slide.info, model_mpp=mpp, output_stride=4, block_out=MapSettings().block_out)
+    step_l0 = pixels * grid.lv_per_m * grid.l0_per_lv
+    if step_l0 != int(step_l0):
+        raise SystemExit(f"{slide.info.path.name}: {pixels} model px are {step_l0} level-0 px; choose a whole number")
+    by, bounds = int(step_l0), part_l0 or slide.info.bounds_l0
+    inner = Box(bounds.x + by, bounds.y + by, bounds.width - by, bounds.height - by)
+    return Slide(replace(slide.info, bounds_l0=inner))
+
+
+def print_phase(result: Path, label: int, slide: Path | None) -> None:
+    """Print the periods at which the share of a label depends on the phase more than at the neighboring periods."""
+    stored = zarr.open_array(result / f"{result.name}.ome.zarr" / "labels" / "classes" / "0", mode="r")
+    labels_HW = np.asarray(stored[:])
+    tissue_HW = _inside(labels_HW > 0, INSIDE_OUT)
+    chosen_HW = (labels_HW == label) & tissue_HW
+    print(f"{result.name}: label {label} has {chosen_HW.sum() / tissue_HW.sum():.2%} of the tissue")
+    _print_periods("labels", phase_ratios(chosen_HW.astype(np.float64), tissue_HW))
+    if slide is not None:
+        run = read_run(result)
+        if run is None:
+            raise SystemExit(f"{result}: not a result of wsi-segment")
+        gray_HW = _gray(slide, run.plan.grid, labels_HW.shape)
+        _print_periods("gray values of the slide", phase_ratios(gray_HW * tissue_HW, tissue_HW))
+
+
+def phase_ratios(values_HW: NDArray[np.float64], counted_HW: NDArray[np.bool_]) -> dict[int, tuple[float, float]]:
+    """Return for each period its amplitude and the ratio to the median amplitude of its neighbors.
+
+    The amplitude is the largest difference between the means of two phases, over both axes. Means are taken over an
+    eighth of the period, so that amplitudes of different periods are comparable. `values_HW` is 0 where not counted.
+    """
+    sums = [(values_HW.sum(axis=1 - axis), counted_HW.sum(axis=1 - axis).astype(np.float64)) for axis in (0, 1)]
+    amplitude = {period: max(_amplitude(total, count, period) for total, count in sums) for period in PERIODS}
+    found = {}
+    for period, own in amplitude.items():
+        near = [amplitude[p] for p in PERIODS if 1 < abs(p - period) <= NEIGHBORS]
+        found[period] = own, own / max(float(np.median(near)), 1e-12)
+    return found
+
+
+def _amplitude(total: NDArray[np.float64], count: NDArray[np.float64], period: int) -> float:
+    phase = np.arange(len(total)) % period
+    width = max(1, period // 8)
+    total_P, count_P = (
+        _smoothed(np.bincount(phase, line, period).astype(np.float64), width) for line in (total, count)
+    )
+    means_P = total_P / np.maximum(count_P, 1)
+    return float(means_P.max() - means_P.min())
+
+
+def _smoothed(sums_P: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Return the sums over `width` neighboring phases; the last phase is a neighbor of the first one."""
+    return np.convolve(np.concatenate([sums_P, sums_P[: width - 1]]), np.ones(width), "valid")
+
+
+def _print_periods(name: str, ratios: dict[int, tuple[float, float]]) -> None:
+    worst = sorted(ratios.items(), key=lambda item: -item[1][1])[:6]
+    found = (f"period {period}: {ratio:.2f} times its neighbors ({own:.4f})" for period, (own, ratio) in worst)
+    print(f"{name}: {'; '.join(found)}")
+
+
+def _gray(path: Path, grid: Grid, shape_HW: tuple[int, ...]) -> NDArray[np.float64]:
+    """Return the mean of the colors of each map pixel, in an array of the shape of the stored map."""
+    (height, width), scale = shape_HW, grid.m_per_out
+    gray_HW = np.zeros(shape_HW)
+    with open_slide(path) as slide:
+        for block in grid.blocks():
+            rgb_HWC = read_model_pixels(slide, grid, grid.box_m(block.box_out)).rgb_HWC
+            mean_HW = rgb_HWC.mean(axis=2).reshape(block.box_out.height, scale, -1, scale).mean(axis=(1, 3))
+            box = block.box_out.intersect(Box(0, 0, width, height))
+            gray_HW[box.slices(Box(0, 0, 0, 0))] = mean_HW[: box.height, : box.width]
+    return gray_HW
+
+
+def print_edge(slide: Path, model: str, margin: int | None, places: int) -> None:
+    """Print the mean probability of each class by the distance from the edge of a canvas."""
+    trusted = load_bundle(model).card.margin if margin is None else margin
+    predictor = make_predictor(model, RING, output_stride=4)
+    total_KHW: NDArray[np.float64] | float = 0.0
+    with open_slide(slide) as opened:
+        grid = make_grid(opened.info, model_mpp=predictor.card.mpp, output_stride=4, block_out=1024)
+        for box_m in random_places(grid, find_tissue(opened), places):
+            rgb_HWC = read_model_pixels(opened, grid, box_m).rgb_HWC
+            total_KHW = total_KHW + predictor.logits(rgb_HWC[None])[0].softmax(dim=0).double().numpy()
+    profile_KD = ring_means(np.asarray(total_KHW) / places, RING // grid.m_per_out)
+    print(f"{slide.name}, {model}: {places} canvases of {SIDE} px; trusted from {trusted} px on")
+    for entry, profile_D in zip(predictor.card.classes, profile_KD, strict=True):
+        inside_D = profile_D[(trusted - RING) // RING :]
+        deviation = np.abs(inside_D / inside_D.mean() - 1).max()
+        rings = ", ".join(f"{RING * (i + 1)}: {value:.4f}" for i, value in enumerate(profile_D))
+        print(f"{entry.name}: {rings}; beyond the margin within {deviation:.1%} of its mean {inside_D.mean():.4f}")
+
+
+def random_places(grid: Grid, tissue: Tissue, count: int) -> Iterator[Box]:
+    """Yield boxes of `SIDE` model pixels, all of tissue, at random places of the slide."""
+    rng = np.random.default_rng(0)
+    width, height = grid.size_m
+    if not tissue.mask_HW.any():
+        raise SystemExit("the slide has no tissue")
+    while count:
+        box_m = Box(int(rng.integers(width - SIDE)), int(rng.integers(height - SIDE)), SIDE, SIDE)
+        outer_out = Box(box_m.x // 4, box_m.y // 4, SIDE // 4 + 1, SIDE // 4 + 1)
+        if tissue.sample(outer_out, grid.l0_per_out).all():
+            count -= 1
+            yield box_m
+
+
+def _inside(tissue_HW: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
+    """Return the pixels that are farther than `pixels` (along the axes) from the border of the tissue."""
+    return np.asarray(ndimage.minimum_filter(tissue_HW, 2 * pixels + 1, mode="constant", cval=False), np.bool_)
+
+
+def make_predictor(model: str, margin: int | None, output_stride: int) -> Predictor:
+    """Return the predictor of a bundle, with another margin than the model's if one is given."""
+    bundle = load_bundle(model)
+    card = bundle.card if margin is None else bundle.card.model_copy(update={"margin": margin})
+    networks = load_networks(bundle)
+    return Predictor.from_networks(
+        card, bundle.digest, *networks, device="cpu", runtime="auto", output_stride=output_stride
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.predictor import Predictor
+from pipeline.slide.recipe import segment_slide
+from tests.bench.lattice import phase_ratios, print_phase, random_places, shifted_labels
+from tests.models.networks import ColorSegmenter, ConstantClassifier
+from tests.pipeline.fakes import COLORS, SMALL, color_predictor, predictor, region_slide
+from wsi.grid import make_grid
+from wsi.slide import open_slide
+from wsi.tissue import find_tissue
+
+
+class PlaceSegmenter(nn.Module):
+    """Knows colors, and prefers the first class in the left part of every image, like a network with zero padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.colors = ColorSegmenter(COLORS, sharpness=1.0)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        logits_NKhw: Tensor = self.colors(x_NCHW)
+        ramp_w = torch.linspace(5, -5, logits_NKhw.shape[3])
+        return logits_NKhw + torch.stack([ramp_w, -ramp_w])[:, None]
+
+
+def changed(path: Path, of: Predictor, pixels: int) -> float:
+    """Return the share of the labels inside the tissue that a shift changes."""
+    before_HW, inside_HW, computed = shifted_labels(path, of, 256, 0)
+    after_HW, also_HW, _ = shifted_labels(path, of, 256, pixels)
+    counted_HW = inside_HW[pixels:, pixels:] & also_HW
+    assert counted_HW.sum() > 0.5 * 960 * 640
+    assert 1.2 < computed < 3
+    return float((before_HW[pixels:, pixels:] != after_HW)[counted_HW].mean())
+
+
+def test_a_shift_changes_the_labels_of_a_network_that_knows_its_place(tmp_path: Path) -> None:
+    path = region_slide(tmp_path / "slide.svs")
+    # Cores start on cells of 32 pixels, so a shift by half a cell moves the canvases over the tissue.
+    assert changed(path, color_predictor(output_stride=1), 16) == 0
+    assert changed(path, predictor(ConstantClassifier((0.9, 0.9)), PlaceSegmenter(), output_stride=1), 16) > 0.05
+
+
+@pytest.mark.parametrize(("period", "axis"), [(42, 0), (61, 1)])
+def test_the_period_of_a_lattice_stands_out_from_its_neighbors(period: int, axis: int) -> None:
+    counted_HW = np.ones((1500, 1200), np.bool_)
+    counted_HW[:, :100] = False
+    values_HW = np.random.default_rng(0).normal(0, 1, counted_HW.shape)
+    before = phase_ratios(values_HW * counted_HW, counted_HW)
+    values_HW += 0.3 * np.expand_dims(np.arange(counted_HW.shape[axis]) % period < period // 4, 1 - axis)
+    after = phase_ratios(values_HW * counted_HW, counted_HW)
+    assert after[period][1] > 2 * before[period][1]
+    assert after[period][1] == max(ratio for p, (_, ratio) in after.items() if abs(p - period) < 10)
+    # Means of an eighth of the period: they differ by what was added to a quarter of the phases.
+    assert after[period][0] == pytest.approx(0.3, abs=0.03)
+
+
+def test_the_phases_of_a_result_are_read_from_its_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = region_slide(tmp_path / "slide.svs")
+    folder = segment_slide(path, tmp_path / "out", color_predictor(), SMALL).folder
+    assert folder is not None
+    print_phase(folder, 2, path)
+    # The purple box without its surroundings: 80×64 of 224×144 pixels that lie 8 pixels inside.
+    printed = capsys.readouterr().out
+    assert f"slide: label 2 has {80 * 64 / (224 * 144):.2%} of the tissue" in printed
+    assert "gray values of the slide: period" in printed
+
+
+def test_random_places_lie_in_the_tissue(tmp_path: Path) -> None:
+    with open_slide(region_slide(tmp_path / "slide.svs")) as slide:
+        tissue = find_tissue(slide)
+        grid = make_grid(slide.info, model_mpp=1.0, output_stride=4, block_out=64)
+        places = list(random_places(grid, tissue, 20))
+    assert len(set(places)) == 20
+    for box_m in places:
+        assert (box_m.width, box_m.height) == (448, 448)
+        assert box_m.x >= 160 - 8
+        assert box_m.y >= 96 - 8
+        assert box_m.right <= 1120 + 8
+        assert box_m.bottom <= 736 + 8

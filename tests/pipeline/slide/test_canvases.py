@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pipeline.slide.canvases import canvas_cores, with_margin
+from wsi.box import Box
+from wsi.grid import Block, Grid, make_grid
+from wsi.slide import SlideInfo
+
+
+def grid_of(stride: int = 4, block_out: int = 64) -> Grid:
+    size = (4096, 4096)
+    info = SlideInfo(Path("a.svs"), "openslide", "aperio", (size,), 1.0, "slide", Box(0, 0, *size))
+    return make_grid(info, model_mpp=1.0, output_stride=stride, block_out=block_out)
+
+
+def blobs(seed: int, side: int, share: float) -> NDArray[np.bool_]:
+    """Return a mask of square blobs and single pixels."""
+    rng = np.random.default_rng(seed)
+    coarse = np.kron(rng.random((8, 8)) < share, np.ones((side // 8, side // 8), bool)).astype(bool)
+    return coarse | (rng.random((side, side)) < 0.001)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, 0.2, 0.7, 1.0]),
+    st.sampled_from([128, 256, 896]),
+    st.integers(0, 3),
+)
+def test_cores_cover_the_tissue_once_and_canvases_keep_their_size(
+    seed: int, share: float, canvas_m: int, column: int
+) -> None:
+    grid, margin = grid_of(), 32
+    block = Block(5, Box(64 * column, 128, 64, 64))
+    tissue_HW = blobs(seed, 64, share)
+    cores = canvas_cores(grid, tissue_HW, block, margin, canvas_m)
+    covered_HW = np.zeros_like(tissue_HW, dtype=int)
+    for core in cores:
+        assert all(value % 32 == 0 for value in core)
+        assert max(with_margin(core, margin)[2:]) <= canvas_m
+        covered_HW[grid.box_out(core).slices(block.box_out)] += 1
+    assert covered_HW.max(initial=0) <= 1
+    assert covered_HW[tissue_HW].all()
+    assert not cores or tissue_HW.any()
+
+
+def test_no_tissue_has_no_canvas() -> None:
+    assert canvas_cores(grid_of(), np.zeros((64, 64), bool), Block(0, Box(0, 0, 64, 64)), 32, 896) == []
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_a_full_block_is_cut_into_few_even_canvases(stride: int) -> None:
+    side = 2048 // stride
+    block = Block(0, Box(0, 0, side, side))
+    cores = canvas_cores(grid_of(stride, side), np.ones((side, side), bool), block, 32, 896)
+    assert len(cores) == 9
+    assert {core.width for core in cores} | {core.height for core in cores} == {672, 704}
+
+
+def test_two_distant_pieces_are_not_in_one_canvas() -> None:
+    tissue_HW = np.zeros((256, 256), bool)
+    tissue_HW[:16, :16] = True
+    tissue_HW[200:, 240:] = True
+    cores = canvas_cores(grid_of(4, 256), tissue_HW, Block(0, Box(0, 0, 256, 256)), 32, 2048)
+    assert cores == [Box(0, 0, 64, 64), Box(960, 800, 64, 224)]
+
+
+def test_a_thin_border_is_worth_a_canvas_of_its_own_only_if_it_saves_pixels() -> None:
+    tissue_HW = np.zeros((256, 256), bool)
+    tissue_HW[:128, :128] = True
+    tissue_HW[:8, 128:] = True  # a strip of 32 model pixels, 512 long
+    strip = canvas_cores(grid_of(4, 256), tissue_HW, Block(0, Box(0, 0, 256, 256)), 32, 2048)
+    assert sorted(strip) == [Box(0, 0, 512, 512), Box(512, 0, 512, 32)]
+    tissue_HW[:, 128:] = False
+    tissue_HW[:120, 128:140] = True  # 48 wide and 480 long: a canvas of its own would have more margin
+    assert canvas_cores(grid_of(4, 256), tissue_HW, Block(0, Box(0, 0, 256, 256)), 32, 2048) == [Box(0, 0, 576, 512)]
