@@ -55,6 +55,10 @@ NEIGHBORS = 6
 SIDE = 448
 """Side of the random canvases in model pixels."""
 
+NEAREST = 2 * RING
+"""Distance from the edge of a canvas, in model pixels, from which `edge` measures. OpenVINO is traced with the smallest
+canvas, and a smaller margin would change the padding."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print one of the tables."""
@@ -203,7 +207,7 @@ def _gray(path: Path, grid: Grid, shape_HW: tuple[int, ...]) -> NDArray[np.float
 def print_edge(slide: Path, model: str, margin: int | None, places: int) -> None:
     """Print the mean probability of each class by the distance from the edge of a canvas."""
     trusted = load_bundle(model).card.margin if margin is None else margin
-    predictor = make_predictor(model, RING, output_stride=4)
+    predictor = make_predictor(model, NEAREST, output_stride=4)
     total_KHW: NDArray[np.float64] | float = 0.0
     with open_slide(slide) as opened:
         grid = make_grid(opened.info, model_mpp=predictor.card.mpp, output_stride=4, block_out=1024)
@@ -213,9 +217,9 @@ def print_edge(slide: Path, model: str, margin: int | None, places: int) -> None
     profile_KD = ring_means(np.asarray(total_KHW) / places, RING // grid.m_per_out)
     print(f"{slide.name}, {model}: {places} canvases of {SIDE} px; trusted from {trusted} px on")
     for entry, profile_D in zip(predictor.card.classes, profile_KD, strict=True):
-        inside_D = profile_D[(trusted - RING) // RING :]
+        inside_D = profile_D[(trusted - NEAREST) // RING :]
         deviation = np.abs(inside_D / inside_D.mean() - 1).max()
-        rings = ", ".join(f"{RING * (i + 1)}: {value:.4f}" for i, value in enumerate(profile_D))
+        rings = ", ".join(f"{NEAREST + RING * i}: {value:.4f}" for i, value in enumerate(profile_D))
         print(f"{entry.name}: {rings}; beyond the margin within {deviation:.1%} of its mean {inside_D.mean():.4f}")
 
 
