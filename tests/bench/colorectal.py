@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from models.bundle import load_bundle, load_networks
 from models.classifier import Classifier
 from pipeline.training.calibration import reliability
-from pipeline.training.classifier import classifier_task
+from pipeline.training.classifier import build_classifier, classifier_task
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig, train_config
 from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
 from pipeline.training.dataset_card import Split, TableSplit
 from pipeline.training.fit import Processes, fit, remove_checkpoint
-from pipeline.training.inputs import as_input, load_start, padded
+from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages
 from pipeline.training.resample import resampled
 
@@ -88,8 +88,7 @@ def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig) ->
     mosaics = composed(dataset, run, ("train", "val"))
     training, validation = (PatchImages(mosaics, samples(mosaics, split), mosaics.mpp) for split in ("train", "val"))
     torch.manual_seed(config.seed)
-    classifier = Classifier(config.backbone, config.head, len(dataset.class_names), config.depth, config.layer_heads)
-    load_start(classifier.backbone.net, config.weights)
+    classifier = build_classifier(config, len(dataset.class_names))
     task = classifier_task(classifier, training, validation, config, CPU, ALONE)
     fit(task, run, config, CPU, ALONE)
     safetensors.torch.save_file(

@@ -14,13 +14,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from models.classifier import Classifier
 from models.heads import HEADS
-from pipeline.training.classifier import classifier_task
+from pipeline.training.classifier import build_classifier, classifier_task
 from pipeline.training.config import train_config
 from pipeline.training.dataset import check_images, load_dataset, samples
 from pipeline.training.fit import Processes, fit, remove_checkpoint
-from pipeline.training.inputs import load_start
 from pipeline.training.patches import PatchImages
 from pipeline.training.train import UNREADABLE_SHARE
 
@@ -45,8 +43,7 @@ def main() -> None:
                 for split in ("train", "val")
             )
             torch.manual_seed(config.seed)
-            classifier = Classifier(config.backbone, head, len(dataset.class_names), config.depth)
-            load_start(classifier.backbone.net, config.weights)
+            classifier = build_classifier(config, len(dataset.class_names))
             device, alone = torch.device("cpu"), Processes(0, 1)
             folder = options.output / head
             folder.mkdir(exist_ok=True)
