@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from wsi.tissue import Tissue
 
 def layer(tmp_path: Path, left_out_HW: np.ndarray) -> tuple[Tissue, list[dict]]:  # type: ignore[type-arg] # JSON
     tissue = Tissue(np.zeros(left_out_HW.shape, bool), left_out_HW, 16.0, 8.0, ())
-    write_left_out(tmp_path / "a.left-out.geojson", tissue, (4000, 4000), 0.5, "d" * 64)
+    height, width = left_out_HW.shape
+    write_left_out(tmp_path / "a.left-out.geojson", tissue, (16 * width, 16 * height), 0.5, "d" * 64)
     return tissue, checked_features((tmp_path / "a.left-out.geojson").read_text(encoding="utf-8"))
 
 
@@ -64,3 +66,15 @@ def test_every_kind_has_a_name_and_a_color_of_its_own() -> None:
     assert len({kind.title for kind in LeftOut}) == len({kind.color for kind in LeftOut}) == len(LeftOut)
     empty = extents(np.zeros((3, 3), np.uint8), 8.0)
     assert {kind: tuple(extent) for kind, extent in empty.items()} == dict.fromkeys(LeftOut, (0.0, 0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_piece_of_a_layer_is_one_feature_and_no_area_is_covered_twice(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    left_out_HW = (rng.random((40, 50)) < 0.6) * rng.integers(0, len(LeftOut) + 1, (40, 50)).astype(np.uint8)
+    left_out_HW[10:20, 5:30] = LeftOut.PEN
+    tissue, features = layer(tmp_path, left_out_HW)
+    found = Counter(feature["properties"]["classification"]["name"] for feature in features)
+    assert found == {f"{kind.title}*": extent.pieces for kind, extent in tissue.left_out.items() if extent.pieces}
+    polygons = [shapely.Polygon(shell, holes) for shell, *holes in (one["geometry"]["coordinates"] for one in features)]
+    assert sum(polygon.area for polygon in polygons) == pytest.approx(shapely.union_all(polygons).area)
