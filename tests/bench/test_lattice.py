@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,8 @@ def test_the_period_of_a_lattice_stands_out_from_its_neighbors(period: int, axis
 
 def test_the_phases_of_a_result_are_read_from_its_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = region_slide(tmp_path / "slide.svs")
-    folder = segment_slide(path, tmp_path / "out", color_predictor(), SMALL).folder
+    config = replace(SMALL, block_out=512, num_workers=1)
+    folder = segment_slide(path, tmp_path / "out", color_predictor(), config).folder
     assert folder is not None
     print_phase(folder, 2, path)
     # The purple box without its surroundings: 80×64 of 224×144 pixels that lie 8 pixels inside.
