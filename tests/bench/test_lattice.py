@@ -41,6 +41,7 @@ def changed(path: Path, of: Predictor, pixels: int) -> float:
     return float((before_HW[pixels:, pixels:] != after_HW)[counted_HW].mean())
 
 
+@pytest.mark.full
 def test_a_shift_changes_the_labels_of_a_network_that_knows_its_place(tmp_path: Path) -> None:
     path = region_slide(tmp_path / "slide.svs")
     # Cores start on cells of 32 pixels, so a shift by half a cell moves the canvases over the tissue.

