@@ -187,10 +187,14 @@ def load_bundle(name_or_path: str | Path, digest: str | None = None) -> Bundle:
     """
     names = shipped_bundles()
     path = SHIPPED_FOLDER / str(name_or_path) if str(name_or_path) in names else Path(name_or_path)
-    if not path.is_dir():
-        raise UnknownBundleError(
-            f"{name_or_path}: neither a shipped model ({', '.join(names) or 'none'}) nor a bundle folder"
-        )
+    unknown = UnknownBundleError(
+        f"{name_or_path}: neither a shipped model ({', '.join(names) or 'none'}) nor a bundle folder"
+    )
+    try:
+        if not path.is_dir():
+            raise unknown
+    except OSError as error:  # the name is too long for a file
+        raise unknown from error
     for file in (CARD_FILE, CLASSIFIER_FILE, SEGMENTER_FILE):
         if not (path / file).is_file():
             raise MissingBundleFileError(

@@ -355,7 +355,7 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
             files = sorted(
                 file for file in dataset.root.glob(place.image) if file.is_file() and not file.name.startswith(".")
             )
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, OSError) as error:  # OSError: the pattern is too long for a file name
             raise DatasetFileError(
                 f"{card.name}: {place.image!r} is not a valid pattern for images: {error}"
             ) from error

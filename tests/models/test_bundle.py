@@ -102,6 +102,8 @@ def test_saving_again_replaces_the_bundle_and_leaves_no_other_file(folder: Path)
 def test_the_error_for_an_unknown_name_lists_the_shipped_bundles(tmp_path: Path) -> None:
     with pytest.raises(UnknownBundleError, match=f"lung.*{DEFAULT_BUNDLE}"):
         load_bundle("lung")
+    with pytest.raises(UnknownBundleError, match="neither a shipped model"):
+        load_bundle("9" * 300)  # no file can have this name
 
 
 @pytest.mark.parametrize("file", ["model.json", CLASSIFIER_FILE, SEGMENTER_FILE])

@@ -230,6 +230,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "a/a.parquet",
         "has 9 mm² of class-",
     ),
+    "areas as text": (
+        lambda r: rewrite_parquet(r / "a/a.parquet", lambda t: t.set_column(3, "area_mm2", [["9", "9"]])),
+        "a/a.parquet",
+        "areas that are not numbers",
+    ),
     "no geometry": (
         lambda r: rewrite_parquet(r / "a/a.parquet", lambda t: t.drop_columns(["geometry"])),
         "a/a.parquet",
@@ -329,6 +334,13 @@ def test_the_check_finds(results: Path, fault: str) -> None:
     assert path == f"wrong {results / file}"
     assert any(words in line for line in findings), findings
     assert str(results) not in "\n".join(findings)
+
+
+def test_a_number_that_no_float_can_hold_is_another_area(results: Path) -> None:
+    change(results / "a/run.json", lambda d: d["class_areas_mm2"].update({"class-0": 10**400}))
+    code, stdout, _ = run("check", "--quiet", results)
+    assert code == 1
+    assert f"mm² of class-0, but run.json has {10**400}" in stdout
 
 
 def test_the_quick_check_compares_sizes_and_reads_no_file_but_the_records(results: Path) -> None:
