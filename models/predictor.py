@@ -158,7 +158,7 @@ class Predictor:
     """A classifier and a segmenter on one device.
 
     `lock` guards the device: the caller holds `lock` around `predict`. A canvas's result does not depend on the other
-    canvases of its batch, and there is no random state.
+    canvases of its batch, and nothing is random.
     """
 
     def __init__(
@@ -284,7 +284,8 @@ class Predictor:
 
         Raises NonFiniteOutputError with the indices of the canvases.
         """
-        return self._classified(self._checked(rgb_NHWC), corners)[0]
+        canvases_NHWC = self._checked(rgb_NHWC)
+        return self._classified(canvases_NHWC, self._window_axes(canvases_NHWC.shape[1:3], corners))[0]
 
     def logits(self, rgb_NHWC: Canvases) -> Tensor:
         """Return the segmenter's logits in the cores without the gate, (N, K, h, w) float32 on the predictor's device.
@@ -299,8 +300,9 @@ class Predictor:
 
     def gated(self, logits_Khw: Tensor, presence_RCK: Tensor, corner: Corner) -> Tensor:
         """Return the gated probabilities (K, h, w) of the segmenter's logits in one core, as `predict` does."""
-        height, width = (length * self.output_stride for length in logits_Khw.shape[1:])
-        return self._gated(logits_Khw, self._allowed(presence_RCK), (height, width), corner)
+        size = [length * self.output_stride + 2 * self.card.margin for length in logits_Khw.shape[1:]]
+        (axes,) = self._window_axes(size, [corner])
+        return gated_mean(logits_Khw, self._allowed(presence_RCK), *axes)
 
     def predict(self, rgb_NHWC: Canvases, corners: Sequence[Corner]) -> Prediction:
         """Return gated probabilities for the cores of canvases, each with the corner of its core.
@@ -311,7 +313,8 @@ class Predictor:
         margin, stride = self.card.margin, self.output_stride
         height, width = (length - 2 * margin for length in canvases_NHWC.shape[1:3])
         with torch.inference_mode():
-            presence, distances_Nrc = self._classified(canvases_NHWC, corners)
+            axes = self._window_axes(canvases_NHWC.shape[1:3], corners)
+            presence, distances_Nrc = self._classified(canvases_NHWC, axes)
             allowed = [self._allowed(presence_RCK) for presence_RCK in presence]
             contested_N = torch.stack([(allowed_RCK.sum(dim=2) > 1).any() for allowed_RCK in allowed]).cpu().numpy()
             segmented_N = contested_N if self.skip_by_gate else np.ones(len(allowed), dtype=bool)
@@ -322,15 +325,17 @@ class Predictor:
                 for n, logits_Khw in zip(index.tolist(), self._segmented(canvases_NHWC[index]), strict=True):
                     logits[n] = logits_Khw
             _check_finite("segmenter", [torch.isfinite(logits_Khw).all() for logits_Khw in logits])
-            parts = zip(logits, allowed, corners, strict=True)
-            probs_NKhw = torch.stack([self._gated(*part[:2], (height, width), part[2]) for part in parts])
+            parts = zip(logits, allowed, axes, strict=True)
+            probs_NKhw = torch.stack(
+                [gated_mean(logits_Khw, allowed_RCK, *both) for logits_Khw, allowed_RCK, both in parts]
+            )
         assert probs_NKhw.shape[1:] == (len(self.card.classes), height // stride, width // stride)
         return Prediction(probs_NKhw, segmented_N, distances_Nrc)
 
     def _classified(
-        self, canvases_NHWC: Tensor, corners: Sequence[Corner]
+        self, canvases_NHWC: Tensor, axes: Sequence[tuple[WindowAxis, WindowAxis]]
     ) -> tuple[list[Tensor], NDArray[np.float32] | None]:
-        """Return `presence`, and the distances (N, r, c) if there are statistics."""
+        """Return `presence`, and the distances (N, r, c) if there are statistics. `axes` are those of each canvas."""
         found: list[Tensor] = []
         distances: list[Tensor] = []
         with torch.inference_mode():
@@ -339,8 +344,7 @@ class Predictor:
                 with self._autocast():
                     deep_NDhw = self._features(x_NCHW)
                     for deep_Dhw, x_CHW in zip(deep_NDhw, x_NCHW, strict=True):
-                        axes = self._window_axes(x_CHW.shape[1:], corners[len(found)])
-                        found.append(self._window_logits(deep_Dhw, x_CHW, *axes))
+                        found.append(self._window_logits(deep_Dhw, x_CHW, *axes[len(found)]))
                 if self._statistics is not None:
                     features_NrcD = window_features(deep_NDhw, x_NCHW.shape[2] // deep_NDhw.shape[2])
                     distances_M = self._statistics.distances(features_NrcD.flatten(0, 2))
@@ -362,17 +366,17 @@ class Predictor:
         passed_RCK = passing_classes(presence_RCK, self._thresholds_K)
         return passed_RCK | ~passed_RCK.any(dim=2, keepdim=True) if self.ungated_fallback else passed_RCK
 
-    def _gated(self, logits_Khw: Tensor, allowed_RCK: Tensor, size: tuple[int, int], corner: Corner) -> Tensor:
-        margin = self.card.margin
-        axes = self._window_axes((size[0] + 2 * margin, size[1] + 2 * margin), corner)
-        return gated_mean(logits_Khw, allowed_RCK, *axes)
-
-    def _window_axes(self, size: Sequence[int], corner: Corner) -> tuple[WindowAxis, WindowAxis]:
-        """Return the rows and columns of the gate windows of a canvas of this height and width."""
-        card, (x, y) = self.card, corner
-        lengths = [length - 2 * card.margin for length in size]
-        rows = window_axis(y, lengths[0], card.margin, card.gate_window, self.output_stride)
-        return rows, window_axis(x, lengths[1], card.margin, card.gate_window, self.output_stride)
+    def _window_axes(self, size: Sequence[int], corners: Sequence[Corner]) -> list[tuple[WindowAxis, WindowAxis]]:
+        """Return the rows and columns of the gate windows of canvases of this height and width."""
+        card = self.card
+        height, width = (length - 2 * card.margin for length in size)
+        return [
+            (
+                window_axis(y, height, card.margin, card.gate_window, self.output_stride),
+                window_axis(x, width, card.margin, card.gate_window, self.output_stride),
+            )
+            for x, y in corners
+        ]
 
     def _window_logits(self, deep_Dhw: Tensor, x_CHW: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
         """Return the logits (R, C, K) of the classifier's head in the windows of one canvas."""
