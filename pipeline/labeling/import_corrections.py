@@ -22,7 +22,7 @@ from pipeline.results.record import read_run
 def corrected_sources(path: Path, moved: Path | None, annotator: str) -> list[ImportSource]:
     """Return what people changed about the results at `path`: a result, or a folder of results.
 
-    `moved` is the slide, or the folder with the slides, if they are not where they were segmented. Corrections of
+    `moved` is the slide, or the folder with the slides, if they have moved since. Corrections of
     wsi-view keep their authors. Those of QuPath get the `annotator`. Raises LabelingError if there are none, and the
     errors of a damaged file.
     """

@@ -93,7 +93,7 @@ def familiarity_map_of(
 
 
 def familiarity_of(card: ModelCard, familiarity_map: FamiliarityMap | None, plan: Plan) -> Familiarity | None:
-    """Return what the record states about the familiarity, or None if there is no map of it."""
+    """Return what the record states about the familiarity, or None without a map of it."""
     if card.familiarity is None or familiarity_map is None:
         return None
     return Familiarity(
