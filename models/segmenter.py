@@ -31,7 +31,7 @@ def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple
     channels (Chen et al., ECCV 2018). `encoder` is a name of segmentation-models-pytorch, or "tu-" and the name of a
     timm network. The head does not upsample, because finer pixels would only be interpolated.
 
-    A logit depends on the pixels around it, not on its place in the image: it has no image pooling, padding
+    A logit depends on the pixels around it, not on its place in the image: the network has no image pooling, padding
     mirrors the edge, and cells are upsampled around their centers. Raises ArchitectureError if the encoder is unknown.
     """
     options: dict[str, Any] = {
