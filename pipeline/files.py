@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from pipeline.errors import ConfigError
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 
 
 def local_path(path: Path | str, what: str) -> Path:
@@ -24,8 +24,9 @@ def local_path(path: Path | str, what: str) -> Path:
     # A Path has one slash of the two; a single letter is a drive of Windows.
     found = _SCHEME.match(str(path))
     if found:
+        address = f"{found[1]}://{str(path)[found.end() :]}"
         raise ConfigError(
-            f"{what}: {path} is an address ({found[1]}://), which is not supported; copy the data to a local or "
+            f"{what}: {address} is an address ({found[1]}://), which is not supported; copy the data to a local or "
             f"mounted folder and pass its path"
         )
     return Path(path)

@@ -38,7 +38,10 @@ from wsi.grid import Grid
 RUN_FORMAT = 3
 """Raise this number if a result of an older version must not count as finished."""
 
-_VERSIONS = ("wsi-segment", "torch", "openslide-python", "tiffslide", "zarr", "shapely", "segmentation-models-pytorch")
+PACKAGE = "wsi-segment"
+"""Name of this package, whose version a result contains."""
+
+_VERSIONS = (PACKAGE, "torch", "openslide-python", "tiffslide", "zarr", "shapely", "segmentation-models-pytorch")
 
 
 def _file_name(name: str) -> str:

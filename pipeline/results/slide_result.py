@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
 
-from pipeline.results.record import Run
+from pipeline.results.record import PACKAGE, Run
 
 Status = Literal["done", "no tissue", "unrecognized", "skipped", "failed"]
 
@@ -80,9 +81,12 @@ def finished_result(name: str, folder: Path, run: Run, seconds: float) -> SlideR
 
 
 def skipped_result(name: str, folder: Path, run: Run, seconds: float) -> SlideResult:
-    """Return the result of a slide that an earlier run has finished."""
+    """Return the result of a slide that an earlier run has finished. A result of another version gets a warning."""
+    made_by, current = run.versions.get(PACKAGE), version(PACKAGE)
+    note = f"made by {PACKAGE} {made_by} and kept by {current}; --force computes it again"
+    warnings = run.warnings if made_by == current else (*run.warnings, note)
     areas_mm2, columns = run.class_areas_mm2, _columns(run)
-    return SlideResult(name, "skipped", seconds, areas_mm2, columns, folder, warnings=run.warnings)
+    return SlideResult(name, "skipped", seconds, areas_mm2, columns, folder, warnings=warnings)
 
 
 def _columns(run: Run) -> dict[str, object]:

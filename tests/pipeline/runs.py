@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def make_run(name: str = "slide", **facts: Any) -> Run:
         "resumed_blocks": 0,
         "device": "cpu",
         "seconds": {"plan": 0.5, "blocks": 60.0, "total": 75.0},
-        "versions": {"torch": "2", "openvino": "3"},
+        "versions": {"torch": "2", "openvino": "3", "wsi-segment": version("wsi-segment")},
         "outputs": (f"{name}.geojson", "index.html", "run.json", "thumbnail.jpg"),
     }  # fmt: skip
     return Run.model_validate(values | facts)

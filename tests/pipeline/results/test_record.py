@@ -217,6 +217,12 @@ def test_a_skipped_slide_has_the_warnings_of_its_result(tmp_path: Path) -> None:
     assert rows_of(tmp_path)["a"]["warnings"] == "folds cover 3 % of the tissue; b"
 
 
+def test_a_skipped_slide_that_another_version_made_has_a_warning(tmp_path: Path) -> None:
+    assert skipped_result("a", tmp_path / "a", make_run(versions=versions()), 0.1).warnings == ()
+    (warning,) = skipped_result("a", tmp_path / "a", make_run(versions={"wsi-segment": "0.0.9"}), 0.1).warnings
+    assert warning == f"made by wsi-segment 0.0.9 and kept by {version('wsi-segment')}; --force computes it again"
+
+
 def test_the_warning_about_unfamiliar_tissue_stands_apart_from_the_others() -> None:
     for share, expected in ((0.6, ("first", ("second",))), (0.4, ("", ("first", "second")))):
         familiarity = Familiarity(unfamiliar_share=share, share_limit=0.5, l0_per_px=32.0)
@@ -226,9 +232,9 @@ def test_the_warning_about_unfamiliar_tissue_stands_apart_from_the_others() -> N
 
 
 def test_the_versions_of_a_result_are_read_from_older_records_too(tmp_path: Path) -> None:
-    computed_with = {"device": "cpu", "processor": "x"}
-    for values in (computed_with, computed_with | {"versions": {"torch": "2", "openvino": "3"}}):
+    computed_with, made_by = {"device": "cpu", "processor": "x"}, {"versions": make_run().versions}
+    for values in (computed_with, computed_with | made_by):
         write_run(tmp_path, make_run(computed_with=values))
         header = read_header(tmp_path)
         assert header is not None
-        assert header.blocks_computed_with == computed_with | {"versions": {"torch": "2", "openvino": "3"}}
+        assert header.blocks_computed_with == computed_with | made_by
