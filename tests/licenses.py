@@ -18,7 +18,7 @@ from tests.repository import REPOSITORY
 
 DOCUMENT = REPOSITORY / "docs" / "licenses.md"
 
-PURPOSES = ("run", "openvino", "train", "test")
+PURPOSES = ("run", "train", "test")
 """What needs a dependency: every run, or an extra of pyproject.toml. The first one counts."""
 
 COPYLEFT = re.compile(r"GPL|MPL|Mozilla|EUPL|CDDL|Eclipse", re.IGNORECASE)
@@ -33,7 +33,7 @@ Versions are in `constraints.txt`.
 
 **Copyleft** marks licenses that put conditions on passing on changes to the package itself (GPL, LGPL, MPL). None of
 these packages is part of our wheel, which contains only our own files. **For** names what needs the package: every run,
-an extra (`openvino`, `train`), or the tests. torch's CUDA packages (nvidia-*, triton) come with torch on Linux under
+the extra `train`, or the tests. torch's CUDA packages (nvidia-*, triton) come with torch on Linux under
 their own licenses and are not listed.
 
 | package | license | copyleft | for |

@@ -76,8 +76,8 @@ def segment(
     runtime: Annotated[
         RuntimeName,
         typer.Option(
-            help="Library that runs the networks. auto: OpenVINO on a CPU if the extra openvino is installed and "
-            "supports the model, else PyTorch."
+            help="Library that runs the networks. auto: OpenVINO on a CPU if it is installed and supports the "
+            "model, else PyTorch."
         ),
     ] = DEFAULTS.runtime,
     batch_size: BatchSizeOption = DEFAULTS.batch_size,
