@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import logging
+import shutil
 import threading
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from pipeline.errors import LabelingError
 from pipeline.files import replacing, write_atomically
 from pipeline.labeling.events import Place
 from pipeline.labeling.labels import Labels
+from pipeline.labeling.masks import UNKNOWN, classes_in, mask_HW, write_masks
 from pipeline.labeling.session import count
 from pipeline.labeling.store import EventStore
 from pipeline.training.dataset_card import Split
@@ -33,7 +35,7 @@ from wsi.errors import WsiSegmentError
 
 log = logging.getLogger(__name__)
 
-PATCHES, LEFT_OUT, TABLE, CARD = "patches", "left-out", "labels.csv", "dataset.toml"
+PATCHES, MASKS, LEFT_OUT, TABLE, CARD = "patches", "masks", "left-out", "labels.csv", "dataset.toml"
 
 VAL_SHARE = 0.2
 FEW_LABELS = 50
@@ -87,9 +89,23 @@ def _write(folder: Path, labels: Labels, read: Read) -> int:
     rows = [row for row in rows_of(labels) if row.place not in missing]
     _sort_patches(folder, {row.place.id for row in rows})
     write_atomically(folder / TABLE, table_text(rows, labels))
+    masks = masks_of(rows, labels)
+    if masks:
+        write_masks(folder / MASKS, masks)
     if len(labels.classes) >= 2:
-        write_atomically(folder / CARD, card_text(folder / CARD, labels))
+        write_atomically(folder / CARD, card_text(folder / CARD, labels, masks=bool(masks)))
+    if not masks and (folder / MASKS).is_dir():
+        shutil.rmtree(folder / MASKS)
     return len(missing)
+
+
+def masks_of(rows: Sequence[Row], labels: Labels) -> list[tuple[str, NDArray[np.uint8]]]:
+    """Return the name and the mask of each patch. Empty unless the masks of the validation split show every class."""
+    masks = [mask_HW(labels.areas(row.place), row.place.side) for row in rows]
+    shown = classes_in(mask for row, mask in zip(rows, masks, strict=True) if row.split == "val")
+    if len(shown) < len(labels.classes):
+        return []
+    return [(row.place.id, mask) for row, mask in zip(rows, masks, strict=True)]
 
 
 def _has_pixels(folder: Path, place: Place, read: Read) -> bool:
@@ -185,8 +201,11 @@ def class_columns(labels: Labels) -> list[str]:
     return [f"class {one.name}" for one in labels.classes.values()]
 
 
-def card_text(file: Path, labels: Labels) -> str:
-    """Return dataset.toml. The user's own keys (`OWN_KEYS`) are kept. Raises LabelingError for a damaged file."""
+def card_text(file: Path, labels: Labels, *, masks: bool) -> str:
+    """Return dataset.toml. The user's own keys (`OWN_KEYS`) are kept. `masks`: whether patches have pixel masks.
+
+    Raises LabelingError for a damaged file.
+    """
     assert labels.settings is not None
     own = OWN_KEYS | _kept_keys(file)
     lines = [
@@ -194,8 +213,12 @@ def card_text(file: Path, labels: Labels) -> str:
     ]
     lines += [f"{key} = {_toml(own[key])}" for key in OWN_KEYS]
     lines += [f"mpp = {labels.settings.mpp!r}", "classes = ["]
-    lines += [f"    {{ name = {_toml(c.name)}, color = {list(c.color)} }}," for c in labels.classes.values()]
-    lines += ["]", "", "[images]", f'all = [{{ image = "{PATCHES}/*.png" }}]', ""]
+    for k, one in enumerate(labels.classes.values()):
+        values = f", mask_values = [{k}]" if masks else ""
+        lines.append(f"    {{ name = {_toml(one.name)}, color = {list(one.color)}{values} }},")
+    mask = f', mask = "{MASKS}/{{name}}.png"' if masks else ""
+    lines += ["]", *([f"mask_excluded = [{UNKNOWN}]"] if masks else []), ""]
+    lines += ["[images]", f'all = [{{ image = "{PATCHES}/*.png"{mask} }}]', ""]
     lines += ["[table]", f'files = ["{TABLE}"]', 'name_column = "file"', "", "[group]", 'column = "patient"', ""]
     lines += ["[split]", 'by = "table"', "test = []", "", "[labels]", 'source = "csv"']
     lines += [f"columns = [{', '.join(map(_toml, class_columns(labels)))}]", ""]

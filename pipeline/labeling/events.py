@@ -9,10 +9,11 @@ import hashlib
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from models.tissue_class import ClassName, Color
 from pipeline.labeling.event_file import Entry, EventModel
+from pipeline.labeling.masks import checked_area
 
 Answer = Literal["present", "absent", "unknown"]
 """What is known of a class in a patch."""
@@ -117,6 +118,8 @@ class Labeled(EventModel):
     """Digest of the model that made the suggestion, picked the patch, or made the map that was corrected."""
     seconds: Seconds | None = None
     """Time from showing the patch to saving the label, per patch; None for imported labels."""
+    areas: dict[int, Annotated[str, AfterValidator(checked_area)]] | None = None
+    """Area of each class in the patch as WKT, in the patch's pixels, if outlines cover the patch completely."""
 
 
 class Undone(EventModel):

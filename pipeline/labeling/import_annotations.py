@@ -24,6 +24,7 @@ from pipeline.errors import LabelingError
 from pipeline.labeling.annotations import ENDINGS, Annotation, read_annotations
 from pipeline.labeling.events import Answer, Event, Labeled, Place, SlideAdded
 from pipeline.labeling.labels import Labels
+from pipeline.labeling.masks import cut_to_patch
 from pipeline.labeling.patches import SlidePatches
 
 PRESENT = 0.05
@@ -126,6 +127,9 @@ def labels_from(
         if present and not ignored_N[n]:
             rest: Answer = "absent" if complete_N[n] else "unknown"
             answers: dict[int, Answer] = {id_: "present" if id_ in present else rest for id_ in ids.values()}
+            corner = (place.x_l0, place.y_l0, patches.side_l0, place.side)
+            # A class that covers less than `PRESENT` counts as absent, but its pixels are its own.
+            areas = {id_: cut_to_patch(area, *corner) for id_, area in shapes.shapes.items() if cover[id_][n] > 0}
             found.append(
                 Labeled(
                     place=place,
@@ -134,6 +138,7 @@ def labels_from(
                     view="import",
                     reason=drawing.reason,
                     model=drawing.model,
+                    areas=areas if complete_N[n] else None,
                 )
             )
     return found, int(ignored_N.sum())
@@ -182,7 +187,7 @@ def import_events(
         own = labels.label(label.place, annotator)
         if own is not None and own.source == "person":
             kept += 1
-        elif own is None or own.answers != label.answers:
+        elif own is None or (own.answers, own.areas) != (label.answers, label.areas):
             events.append(label)
     return events, kept
 

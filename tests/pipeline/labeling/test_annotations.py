@@ -29,6 +29,7 @@ from pipeline.labeling.import_annotations import (
     slide_of,
     target_name,
 )
+from pipeline.labeling.masks import mask_HW
 from pipeline.labeling.patches import SlidePatches
 from tests.pipeline.labeling.desks import SIDE
 from tests.pipeline.labeling.events import SLIDE, fold
@@ -179,6 +180,13 @@ def test_presence_is_that_of_counted_pixels(slides: list[Path], boxes: list[tupl
             if present:
                 expected[(x, y)] = {i: "present" if i in present else rest for i in (1, 2)}
     assert {(int(one.place.x_l0), int(one.place.y_l0)): one.answers for one in found} == expected
+    for one in found:
+        cell = canvas[:, int(one.place.y_l0) :, int(one.place.x_l0) :][:, :SIDE, :SIDE]
+        assert (one.areas is None) == ((cell[1] | cell[2]).mean() < COMPLETE)
+        if one.areas is None:
+            continue
+        only = np.where(cell[1] == cell[2], 255, np.where(cell[1], 0, 1))
+        np.testing.assert_array_equal(mask_HW(tuple(one.areas.get(i, "") for i in (1, 2)), SIDE), only)
     assert ignored == 0
     assert all((one.source, one.view, one.reason, one.seconds) == ("qupath", "import", "import", None) for one in found)
 

@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from models.bundle import Bundle
-from pipeline.errors import LabelingError
+from pipeline.errors import LabelingError, MaskError
 from pipeline.labeling.dataset_files import rows_of, warnings_of, write_dataset
 from pipeline.labeling.events import Answer, ClassAdded, Event, Labeled, Place, Recorded, SlideAdded, Undone
 from pipeline.labeling.folder import merge_classes
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.session import NewLabel
 from pipeline.labeling.store import EventStore
-from pipeline.training.dataset import labeled_boxes, load_dataset, read_rgb, samples
+from pipeline.training.dataset import labeled_boxes, load_dataset, read_mask, read_rgb, samples
+from pipeline.training.dataset_card import Split
+from pipeline.training.evaluate import masked_samples
 from tests.pipeline.labeling.desks import desk
 from tests.pipeline.labeling.events import STARTED, STROMA, TUMOR, fold, label, place
 
@@ -159,3 +162,45 @@ def test_few_labels_few_of_a_class_and_left_out_patches_are_warned_about() -> No
     patients = [f"p{n}" for n in range(30)]
     enough = on_slides(*((who, *answers) for who in patients for answers in (PRESENT, ABSENT)))  # type: ignore[arg-type]  # the same
     assert warnings_of(enough) == []
+
+
+def outlined(*areas: dict[int, str]) -> Labels:
+    """Return one patch per patient with the areas that were outlined in it."""
+    slides = [SlideAdded(digest=f"p{n}", stamp="", name=f"p{n}.svs", patient=f"p{n}") for n in range(len(areas))]
+    labels = [
+        Labeled(
+            place=Place(f"p{n}", 0.0, 0.0, 64, 1.0), answers={1: "present", 2: "present"}, source="qupath",
+            view="import", reason="import", areas=one or None,
+        )
+        for n, one in enumerate(areas)
+    ]  # fmt: skip
+    events: list[Event] = [STARTED, TUMOR, STROMA, *slides, *labels]
+    return Labels(Recorded(n, "", "ann", event) for n, event in enumerate(events, start=1))
+
+
+SPLITS: tuple[Split, ...] = ("train", "val")
+LEFT, REST = "POLYGON ((0 0, 24 0, 24 64, 0 64, 0 0))", "POLYGON ((16 0, 64 0, 64 60, 16 60, 16 0))"
+
+
+def test_outlines_that_cover_patches_completely_become_masks_for_evaluation(tmp_path: Path) -> None:
+    labels = outlined(*[{1: LEFT, 2: REST}] * 11, {})
+    write_dataset(tmp_path, labels, read)
+    dataset = load_dataset(tmp_path)
+    expected = np.full((64, 64), 255, np.uint8)
+    # The overlap and the rest have no known class.
+    expected[:, :16], expected[60:, :24], expected[:60, 24:] = 0, 0, 1
+    masks = {one.group: read_mask(dataset, one) for split in SPLITS for one in masked_samples(dataset, split)}
+    assert len(masks) == 12
+    for patient, mask in masks.items():
+        np.testing.assert_array_equal(mask, np.full_like(mask, 255) if patient == "p11" else expected)
+    # A class that no mask of the validation split shows: its score would be missing.
+    write_dataset(tmp_path, outlined(*[{1: LEFT}] * 12), read)
+    assert not (tmp_path / "masks").exists()
+    with pytest.raises(MaskError, match="have no mask"):
+        masked_samples(load_dataset(tmp_path), "val")
+
+
+def test_a_label_with_an_area_that_is_none_is_refused() -> None:
+    for text, problem in (("POLYGON ((0 0", "is not WKT"), ("POINT (1 2)", "is a Point, which has no area")):
+        with pytest.raises(ValidationError, match=problem):
+            outlined({1: text})
