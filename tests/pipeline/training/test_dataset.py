@@ -1,21 +1,15 @@
-"""Data sets of every form, written into a folder, and the errors for broken ones."""
+"""Data sets of every form, and the errors for broken ones."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import logging
-import os
 import re
-import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel
 
 from models.tissue_class import TissueClass
 from pipeline.errors import (
@@ -27,7 +21,6 @@ from pipeline.errors import (
     MissingImagesError,
     UnreadableImageError,
 )
-from pipeline.training import dataset_card
 from pipeline.training.dataset import (
     IGNORED,
     Dataset,
@@ -41,93 +34,22 @@ from pipeline.training.dataset import (
     read_mask,
     read_rgb,
     samples,
-    shipped_names,
     training_samples,
 )
-from pipeline.training.dataset_card import SPLITS, BackgroundRule, DatasetCard, Split
+from pipeline.training.dataset_card import SPLITS, BackgroundRule
 from pipeline.training.splits import hash_split
-from tests.repository import REPOSITORY
-
-HEAD = """
-name = "tiny"
-description = "Made by a test."
-licence = "CC0"
-mpp = 0.5
-mask_excluded = [4]
-classes = [
-    { name = "red", color = [200, 0, 0], mask_values = [0] },
-    { name = "blue", color = [0, 0, 200], mask_values = [1, 2] },
-]
-"""
-FILE_NAME_LABELS = """
-[images]
-train = [{ image = "train/*.png" }, { image = "training/*.png" }]
-val = [{ image = "val/img/*.png", mask = "val/mask/{name}.png" }]
-[labels]
-source = "file-name"
-splits = ["train"]
-"""
-CROP_LABELS = """
-[images]
-train = [{ image = "img/*.png", mask = "mask/{name}.png" }]
-[labels]
-source = "mask-crops"
-side = 8
-stride = 4
-minimum = 0.05
-"""
-TABLE_LABELS = """
-[images]
-all = [{ image = "img/*.png" }]
-[table]
-files = ["meta.csv"]
-[group]
-column = "patient"
-[split]
-by = "table"
-val = []
-test = ["testA", "testB"]
-val_groups = ["p2"]
-[labels]
-source = "csv"
-"""
-
-
-def put(folder: Path, toml: str) -> Path:
-    file = folder / "dataset.toml"
-    file.write_text(toml, encoding="utf-8")
-    return file
-
-
-def image(file: Path, width: int = 12, height: int = 10, value: int = 90) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), (value, 20, 30)).save(file)
-    return file
-
-
-def mask(file: Path, values_HW: NDArray[np.uint8], mode: str = "P") -> Path:
-    """Write a mask whose palette colors and gray values differ from its indices."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    made = Image.fromarray(values_HW)
-    if mode == "P":
-        made.putpalette([(37 * i + 90) % 256 for i in range(3 * 256)])
-    made.save(file)
-    return file
-
-
-def plain(value: int = 0, width: int = 12, height: int = 10) -> NDArray[np.uint8]:
-    return np.full((height, width), value, dtype=np.uint8)
-
-
-def table(folder: Path, rows: list[str], header: str = "name,patient,split,red,blue") -> None:
-    (folder / "meta.csv").write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
-
-
-def names(chosen: tuple[Sample, ...]) -> list[str]:
-    return [sample.name for sample in chosen]
-
-
-# Forms of data sets
+from tests.pipeline.training.tiny_datasets import (
+    CROP_LABELS,
+    FILE_NAME_LABELS,
+    HEAD,
+    TABLE_LABELS,
+    image,
+    mask,
+    names,
+    plain,
+    put,
+    table,
+)
 
 
 def test_the_published_layout_has_labels_in_training_names_and_masks_elsewhere(tmp_path: Path) -> None:
@@ -235,22 +157,6 @@ source = "folders"
     assert all(groups)
 
 
-@pytest.mark.parametrize(
-    ("case", "split"),
-    [
-        ("GT2016770", "train"),
-        ("GTxc2012962", "train"),
-        ("GT2013923", "val"),
-        ("GTXC2015426", "val"),
-        ("GT2014665", "test"),
-        ("GT2013123", "test"),
-    ],
-)
-def test_the_hash_split_still_equals_the_split_of_the_shipped_bundle(case: str, split: Split) -> None:
-    """These are the cases nearest to the limits when the shipped bundle was first trained."""
-    assert hash_split(case, 0.70, 0.15) == split
-
-
 def test_the_first_matching_pattern_is_used_and_hidden_files_are_skipped(tmp_path: Path) -> None:
     image(tmp_path / "train" / "a[10].png")
     image(tmp_path / "training" / "b[10].png")
@@ -268,9 +174,6 @@ def test_the_root_is_the_argument_the_key_or_the_folder_of_the_file(tmp_path: Pa
     assert load_dataset(named).root == tmp_path / "data"
     assert load_dataset(str(named), tmp_path / "other").root == tmp_path / "other"
     assert load_dataset(put(tmp_path, HEAD + CROP_LABELS)).root == tmp_path
-
-
-# Pixels
 
 
 @pytest.fixture
@@ -385,9 +288,6 @@ def test_background_is_bright_pieces_of_at_least_the_smallest_size() -> None:
     everything = background_HW(rgb_HWC, BackgroundRule(gray_above=100, smallest_px=0))
     assert everything.all()
     assert not background_HW(rgb_HWC, BackgroundRule(gray_above=255)).any()
-
-
-# Broken data sets
 
 
 @pytest.fixture
@@ -537,77 +437,6 @@ def test_the_error_names_the_file_that_the_group_pattern_does_not_match(tmp_path
         samples(load_dataset(put(tmp_path, HEAD + rest)), "train")
 
 
-# The file itself
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("mpp = 0.5", "mpp = 0.5\nmagnification = 20", "unknown key magnification"),
-        ("side = 8", "side = 8\nsidee = 8", r"unknown key labels\.sidee"),
-        ("mpp = 0.5", "", "key mpp is missing"),
-        ("mpp = 0.5", "mpp = 0", "mpp: Input should be greater than 0"),
-        ("mpp = 0.5", "mpp = ", "is not valid TOML"),
-        ("[200, 0, 0]", "[300, 0, 0]", r"classes\.0\.color\.0: .* less than or equal to 255"),
-        ('"blue"', '"red"', "class name red is given twice"),
-        ('"blue"', '"Tumor: blue"', r"classes\.1\.name: .*class name 'Tumor: blue' must be printable, without ':'"),
-        ('"blue"', '"blue\\n"', r"classes\.1\.name: .* without space around it"),
-        ("[1, 2]", "[1, 4]", "mask value 4 is given twice"),
-        (", mask_values = [1, 2]", "", r"images\.train has masks, but mask_values is missing for blue"),
-        (', mask = "mask/{name}.png"', "", r"images\.train needs a mask"),
-        ("{name}", "a", r"images\.train\.0\.mask: 'mask/a\.png' must contain {name}"),
-        ("img/*.png", "/img/*.png", r"images\.train\.0\.image: '/img/\*\.png' must be a path below root"),
-        ("stride = 4", "stride = 9", "labels: stride 9 is larger than side 8"),
-        ("minimum = 0.05", "minimum = 1.5", r"labels\.minimum: .* less than 1"),
-        ('"mask-crops"', '"masks"', "labels: .*'masks'.*'mask-crops'"),
-        ("train =", "all =", r"\[split\] and images\.all belong together"),
-        ("[labels]", '[split]\nby = "hash"\n[labels]', r"\[split\] and images\.all belong together"),
-        ("[labels]", '[group]\ncolumn = "case"\n[labels]', r"a column needs a table; add \[table\]"),
-        ("[labels]", '[group]\npattern = "a"\n[labels]', r"group\.pattern: 'a' has 0 groups; it must have one"),
-        ("[labels]", '[group]\npattern = "("\n[labels]', r"group\.pattern: '\(' is not a valid regular expression"),
-        ("[labels]", "[group]\n[labels]", "group: set either column or pattern"),
-    ],
-)
-def test_the_error_names_a_wrong_key_and_the_file(tmp_path: Path, old: str, new: str, message: str) -> None:
-    assert old in HEAD + CROP_LABELS
-    file = put(tmp_path, (HEAD + CROP_LABELS).replace(old, new))
-
-    with pytest.raises(DatasetFileError, match=message) as raised:
-        load_dataset(file)
-    assert str(raised.value).startswith(f"{file}: ")
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ('test = ["testA", "testB"]', 'test = ["train"]', "split: split value train is given twice"),
-        ('[group]\ncolumn = "patient"', "", r"this split needs groups; describe in \[group\]"),
-        ('source = "csv"', 'source = "csv"\ncolumns = ["red"]', r"labels\.columns has 1 names for 2 classes"),
-        (
-            'source = "csv"',
-            'source = "csv"\ncolumns = ["r", "b"]\nlist_column = "t"',
-            "labels: set columns or list_column",
-        ),
-        (
-            'source = "csv"',
-            'source = "folders"\nfolders = { a = "green" }',
-            r"labels\.folders names green; .* red, blue",
-        ),
-        ('source = "csv"', 'source = "csv"\nsplits = ["train"]', r"images\.all needs a mask"),
-        ('by = "table"', 'by = "hash"', r"unknown key split\.test; unknown key split\.val_groups"),
-        ("[images]\nall", "[images]\ntrain = []\nall", "images must name at least one pattern"),
-    ],
-)
-def test_the_error_names_contradicting_sections(tmp_path: Path, old: str, new: str, message: str) -> None:
-    assert old in TABLE_LABELS
-    toml = HEAD + TABLE_LABELS.replace(old, new)
-    if 'by = "hash"' in new:
-        toml = toml.replace("val = []\n", "")
-
-    with pytest.raises(DatasetFileError, match=message):
-        load_dataset(put(tmp_path, toml))
-
-
 def test_the_error_names_an_unknown_data_set_or_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(
         DatasetFileError, match=r"nowhere: there is no .* bcss-wsss, ebhi-seg, glas, kather-2016, luad-histoseg"
@@ -618,137 +447,6 @@ def test_the_error_names_an_unknown_data_set_or_missing_folder(tmp_path: Path) -
     with pytest.raises(DatasetFileError, match=f"glas: the folder {re.escape(str(tmp_path / 'gone'))} does not exist"):
         load_dataset("glas", tmp_path / "gone")
     assert issubclass(DatasetFileError, DatasetError)
-
-
-# What is shipped and documented
-
-
-@pytest.mark.parametrize(
-    ("name", "train", "val", "suffix"),
-    [
-        ("luad-histoseg", "train", "val", "-[1 0 0 1]"),
-        ("luad-histoseg", "training", "valid", "-[1 0 0 1]"),
-        ("bcss-wsss", "train/img", "val", "_MPP-0.2500+0[1001]"),
-        ("bcss-wsss", "training", "valid", "_MPP-0.2500+0[1001]"),
-    ],
-)
-def test_published_layouts_are_read_unchanged(tmp_path: Path, name: str, train: str, val: str, suffix: str) -> None:
-    image(tmp_path / train / f"x{suffix}.png")
-    for folder in (val, "test"):
-        image(tmp_path / folder / "img" / "y.png")
-        values_HW = plain(4)
-        values_HW[2] = 3
-        mask(tmp_path / folder / "mask" / "y.png", values_HW)
-    dataset = load_dataset(name, tmp_path)
-
-    assert samples(dataset, "train")[0].labels_K == (True, False, False, True)
-    for split in SPLITS[1:]:
-        (sample,) = samples(dataset, split)
-        labels_HW = read_mask(dataset, sample)
-        assert (labels_HW[2, 0], labels_HW[0, 0]) == (3, IGNORED)
-        assert labeled_boxes(dataset, sample).present_BK.tolist() == [[False, False, False, True]]
-    assert (dataset.card.background is None) == (name == "bcss-wsss")
-
-
-def test_shipped_palettes_equal_the_published_ones() -> None:
-    cards = {
-        name: dataset_card.read_card(REPOSITORY / "pipeline" / "training" / "datasets" / f"{name}.toml")
-        for name in shipped_names()
-    }
-
-    assert set(cards) == {"luad-histoseg", "bcss-wsss", "glas", "ebhi-seg", "kather-2016"}
-    luad, bcss = cards["luad-histoseg"], cards["bcss-wsss"]
-    assert [spec.color for spec in luad.classes] == [(205, 51, 51), (0, 255, 0), (65, 105, 225), (255, 165, 0)]
-    assert [spec.color for spec in bcss.classes] == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (153, 0, 255)]
-    assert luad.background == BackgroundRule(gray_above=200, smallest_px=50)
-    for card in (luad, bcss):
-        assert [spec.mask_values for spec in card.classes] == [(0,), (1,), (2,), (3,)]
-        assert card.mask_excluded == (4,)
-
-
-def documented() -> str:
-    return (REPOSITORY / "docs" / "datasets.md").read_text(encoding="utf-8")
-
-
-def test_documented_examples_are_valid_and_cover_every_label_source() -> None:
-    cards = [
-        DatasetCard.model_validate(tomllib.loads(block))
-        for block in re.findall(r"```toml\n(.*?)```", documented(), re.DOTALL)
-    ]
-
-    assert [card.labels.source for card in cards] == ["file-name", "csv", "folders", "mask-crops"]
-
-
-def test_every_key_is_documented() -> None:
-    def sections() -> Iterator[type[BaseModel]]:
-        for thing in vars(dataset_card).values():
-            if isinstance(thing, type) and issubclass(thing, BaseModel) and thing.__module__ == dataset_card.__name__:
-                yield thing
-
-    text = documented()
-    keys = {key for section in sections() for key in section.model_fields}
-    assert len(keys) > 30
-    assert {key for key in keys if f"`{key}`" not in text and f"[{key}]" not in text} == set()
-
-
-# Real data
-
-
-def shared_data(name: str) -> Path:
-    shared = Path(os.environ.get("WSI_SEGMENT_SHARED", REPOSITORY.parent / "shared"))
-    folder = shared / "data" / name
-    if not folder.is_dir():
-        pytest.skip(f"no shared data set {name}: put it beside the checkout in shared/data, or set WSI_SEGMENT_SHARED")
-    return folder
-
-
-@pytest.mark.shared
-def test_glas_is_split_as_published_with_whole_training_patients_held_out() -> None:
-    root = shared_data("glas")
-    dataset = load_dataset("glas", root)
-    train, val, test = (samples(dataset, split) for split in SPLITS)
-
-    assert (len(train) + len(val), len(test)) == (85, 80)
-    assert all(sample.name.startswith("train_") for sample in (*train, *val))
-    assert all(sample.name.startswith("test") for sample in test)
-    assert not {sample.group for sample in train} & {sample.group for sample in val}
-    with (root / "meta.csv").open(newline="") as stream:
-        grade = {row["name"]: row["grade"] for row in csv.DictReader(stream)}
-    grades = [grade[sample.name] for sample in val]
-    assert 0.15 <= len(val) / 85 <= 0.20
-    assert (grades.count("benign"), grades.count("malignant")) == (6, 8)
-
-
-@pytest.mark.shared
-def test_glas_crops_have_the_presence_of_their_masks() -> None:
-    dataset = load_dataset("glas", shared_data("glas"))
-    counts_K = np.zeros(2, dtype=int)
-    expected_K = np.zeros(2, dtype=int)
-    for sample in samples(dataset, "val"):
-        labeled = labeled_boxes(dataset, sample)
-        counts_K += labeled.present_BK.sum(axis=0)
-        assert sample.mask is not None
-        with Image.open(sample.mask) as stored:
-            gland_HW = np.asarray(stored) > 0
-        for x, y, w, h in labeled.boxes_B4:
-            share = gland_HW[y : y + h, x : x + w].mean()
-            expected_K += [1 - share > 0.05, share > 0.05]
-    assert counts_K.tolist() == expected_K.tolist()
-    check_classes(dataset, [labeled_boxes(dataset, sample) for sample in samples(dataset, "val")])
-
-
-@pytest.mark.shared
-def test_ebhi_seg_is_split_by_case_as_the_model_card_says() -> None:
-    dataset = load_dataset("ebhi-seg", shared_data("ebhi-seg"))
-    train, val, test = (samples(dataset, split) for split in SPLITS)
-
-    assert (len(train), len(val), len(test)) == (1245, 254, 277)
-    cases = [{sample.group for sample in chosen} for chosen in (train, val, test)]
-    assert len(set.union(*cases)) == sum(map(len, cases)) == 288
-    labeled = [labeled_boxes(dataset, sample) for sample in test[:20]]
-    assert all(one.boxes_B4.shape == (36, 4) for one in labeled)
-    assert all(one.boxes_B4[:, 2:].tolist() == [[64, 64]] * 36 for one in labeled)
-    assert all(one.present_BK.any(axis=1).all() for one in labeled)
 
 
 def test_a_folder_stands_for_the_description_in_it(tmp_path: Path) -> None:
