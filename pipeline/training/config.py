@@ -150,7 +150,7 @@ class TrainConfig:
     """Number of epochs without a better validation score after which a stage stops."""
 
     # Gate
-    gate_recall: float = 0.95
+    gate_recall: float = 0.99
     """Share of the validation patches with a class that the gate must accept for that class."""
 
     seed: int = 0

@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dataset = composed(load_dataset(options.dataset, options.data), Path(work), ("val",))
         config = train_config("default", None, (), load_dataset(options.dataset, options.data).card.settings)
         if options.write:
-            print(calibrate(bundle, dataset, config, ("val", "test") if options.test else ("val",)))
+            card = calibrate(bundle, dataset, config, ("val", "test") if options.test else ("val",)).card
+            print(f"thresholds {card.gate_thresholds}, {card.metrics}")
         else:
             print(table(*halves(bundle, dataset, config)))
 
