@@ -29,7 +29,7 @@ def cut_to_patch(area: BaseGeometry, x_l0: float, y_l0: float, side_l0: float, s
     """Return the part of an area (in level-0 pixels) that lies in a patch, as WKT in the patch's pixels."""
     inside = shapely.intersection(area, shapely.box(x_l0, y_l0, x_l0 + side_l0, y_l0 + side_l0))
     moved = shapely.transform(inside, lambda points: (points - (x_l0, y_l0)) * (side / side_l0))
-    return shapely.to_wkt(moved, rounding_precision=3)
+    return str(shapely.to_wkt(moved, rounding_precision=3))
 
 
 def checked_area(text: str) -> str:

@@ -112,13 +112,13 @@ def write_presence(dataset: Dataset, slide: str, output: Path, config: TrainConf
         return
     classifier = build_classifier(config, len(dataset.class_names))
     classifier.load_state_dict(safetensors.torch.load_file(output / slide / "classifier.safetensors"))
-    found = {}
+    found: dict[str, NDArray[Any]] = {}
     splits: tuple[Split, ...] = ("val", "test")
     mosaics = composed(dataset, output / slide, splits)
     for split in splits:
         images = PatchImages(mosaics, samples(mosaics, split), mosaics.mpp)
         found[f"{split}_presence"], found[f"{split}_held"] = patch_presence(classifier.eval(), images, config, CPU)
-    np.savez(file, **found)
+    np.savez(file, allow_pickle=False, **found)
 
 
 def gate_table(output: Path) -> str:
