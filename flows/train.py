@@ -37,7 +37,7 @@ def train_flow(
         data: Folder of the images, instead of the folder in the TOML.
         preset: Recipe, a key of `pipeline.training.config.PRESETS`.
         settings: Settings of `pipeline.training.config.TrainConfig` by name, instead of those of the recipe.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, or a name in torch, such as cpu, cuda or cuda:1.
         test: Measure the finished bundle on the test split.
 
     The run ends in `Completed`, or in `Failed` with the next step.

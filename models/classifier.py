@@ -33,6 +33,8 @@ class Classifier(nn.Module):
         self.head: Any = HEADS[head](self.backbone.channels, classes)
         channels = dict(zip(Stages._fields, self.backbone.stage_channels, strict=True))
         self.layer_heads = nn.ModuleDict({layer: HEADS[head](channels[layer], classes) for layer in layers})
+        self.reads_images: bool = self.head.reads_images
+        """Whether `head_output` in evaluation mode reads the images, which may otherwise be None."""
         self.mu: float | None = None
         """Threshold of progressive dropout attention in training mode; None for no attention."""
         self.normalize_attention = True
@@ -43,7 +45,7 @@ class Classifier(nn.Module):
         stages: Stages = self.backbone(x_NCHW)
         return stages
 
-    def head_output(self, stages: Stages, x_NCHW: Tensor) -> HeadOutput:
+    def head_output(self, stages: Stages, x_NCHW: Tensor | None) -> HeadOutput:
         """Return logits, map and auxiliary logits for the stages of these images.
 
         In training mode, the head reads features weighted by progressive dropout attention if `mu` is set, and the
@@ -57,7 +59,7 @@ class Classifier(nn.Module):
         more = tuple(self.layer_output(layer, stages, x_NCHW).logits_NK for layer in self.layer_heads)
         return output._replace(auxiliary_NK=output.auxiliary_NK + more)
 
-    def layer_output(self, layer: str, stages: Stages, x_NCHW: Tensor) -> HeadOutput:
+    def layer_output(self, layer: str, stages: Stages, x_NCHW: Tensor | None) -> HeadOutput:
         """Return the output of the head of one stage: "deep", or one of the constructor's `layers`."""
         head: Any = self.head if layer == "deep" else self.layer_heads[layer]
         output: HeadOutput = head(getattr(stages, layer), x_NCHW)

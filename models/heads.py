@@ -4,6 +4,7 @@ A new head is one class and its entry in `HEADS`. The class is a module with the
 
 - a constructor that takes the numbers of channels and classes;
 - a forward that takes the deep features (N, C, h, w) and the images (N, 3, H, W) and returns a `HeadOutput`;
+- `reads_images`: whether the forward reads the images, which may otherwise be None;
 - `linear_map`: whether the class map is linear in the features, with weights `weight_KC`, as CAM needs it;
 - `averaged`: whether the logits are those weights times the averaged features, so that Grad-CAM needs no backward pass;
 - `class_scores`: whether the map holds one score per class, so that a softmax over the classes gives probabilities.
@@ -110,6 +111,7 @@ class GapHead(nn.Module):
     the pooling would average out the loss of single values.
     """
 
+    reads_images: ClassVar[bool] = False
     linear_map: ClassVar[bool] = True
     averaged: ClassVar[bool] = True
     class_scores: ClassVar[bool] = True
@@ -123,7 +125,7 @@ class GapHead(nn.Module):
     def weight_KC(self) -> Tensor:
         return self.conv.weight[:, :, 0, 0]
 
-    def forward(self, deep_NChw: Tensor, x_NCHW: Tensor) -> HeadOutput:  # noqa: ARG002  # every head takes both
+    def forward(self, deep_NChw: Tensor, x_NCHW: Tensor | None) -> HeadOutput:  # noqa: ARG002  # every head takes both
         pooled_NC11 = self.dropout(deep_NChw).mean(dim=(2, 3), keepdim=True)
         return HeadOutput(self.conv(pooled_NC11).flatten(1), self.conv(deep_NChw))
 
@@ -137,6 +139,7 @@ class AreaHead(nn.Module):
     This head is our own: top-k pooling (Durand et al., CVPR 2017) of probabilities that sum to one over the classes.
     """
 
+    reads_images: ClassVar[bool] = False
     linear_map: ClassVar[bool] = True
     averaged: ClassVar[bool] = False
     class_scores: ClassVar[bool] = True
@@ -158,7 +161,7 @@ class AreaHead(nn.Module):
     def weight_KC(self) -> Tensor:
         return self.conv.weight[:, :, 0, 0]
 
-    def forward(self, deep_NChw: Tensor, x_NCHW: Tensor) -> HeadOutput:  # noqa: ARG002  # every head takes both
+    def forward(self, deep_NChw: Tensor, x_NCHW: Tensor | None) -> HeadOutput:  # noqa: ARG002  # every head takes both
         scores_NKhw = self.conv(self.dropout(deep_NChw)).float() + self.bias_K.float()[:, None, None]
         probs_NKs = scores_NKhw.softmax(dim=1).flatten(2)
         count = math.ceil(self.share * probs_NKs.shape[2])
@@ -176,6 +179,7 @@ class PcamHead(nn.Module):
     probabilistic-CAM pooling", 2020. All is computed in float32, with an epsilon on the sum.
     """
 
+    reads_images: ClassVar[bool] = False
     linear_map: ClassVar[bool] = True
     averaged: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
@@ -188,7 +192,7 @@ class PcamHead(nn.Module):
     def weight_KC(self) -> Tensor:
         return self.conv.weight[:, :, 0, 0]
 
-    def forward(self, deep_NChw: Tensor, x_NCHW: Tensor) -> HeadOutput:  # noqa: ARG002  # every head takes both
+    def forward(self, deep_NChw: Tensor, x_NCHW: Tensor | None) -> HeadOutput:  # noqa: ARG002  # every head takes both
         with torch.autocast(deep_NChw.device.type, enabled=False):
             feature_NChw = deep_NChw.float()
             heat_NKhw = self.conv(feature_NChw).sigmoid()
@@ -221,6 +225,7 @@ class LfiHead(nn.Module):
     `ReleasedLfiHead` has their form.
     """
 
+    reads_images: ClassVar[bool] = True
     linear_map: ClassVar[bool] = False
     averaged: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
@@ -289,6 +294,7 @@ class AbnHead(nn.Module):
     block each in the head. The authors' code has another batch norm, `bn_att`, after stage'; this head has none.
     """
 
+    reads_images: ClassVar[bool] = False
     linear_map: ClassVar[bool] = False
     averaged: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
@@ -302,7 +308,7 @@ class AbnHead(nn.Module):
         self.perception_stage = _Bottleneck(channels)
         self.fc = nn.Linear(channels, classes)
 
-    def forward(self, deep_NChw: Tensor, x_NCHW: Tensor) -> HeadOutput:  # noqa: ARG002  # every head takes both
+    def forward(self, deep_NChw: Tensor, x_NCHW: Tensor | None) -> HeadOutput:  # noqa: ARG002  # every head takes both
         maps_NKhw = self.class_maps(self.attention_stage(deep_NChw))
         attention_N1hw = self.attention(maps_NKhw)
         perceived_NChw = self.perception_stage(deep_NChw * attention_N1hw + deep_NChw)
@@ -312,6 +318,9 @@ class AbnHead(nn.Module):
 
 class Head(Protocol):
     """A class of heads: see the top of this file."""
+
+    @property
+    def reads_images(self) -> bool: ...
 
     @property
     def linear_map(self) -> bool: ...

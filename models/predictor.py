@@ -11,13 +11,10 @@ core at the output stride.
 from __future__ import annotations
 
 import logging
-import platform
-import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from pathlib import Path
+from itertools import groupby
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -27,10 +24,11 @@ from torch import Tensor, nn
 
 from models.backbone import Stages
 from models.bundle import Bundle, ModelCard, load_networks, load_statistics
-from models.errors import DeviceUnavailableError, NonFiniteOutputError, RuntimeUnavailableError
+from models.devices import Uploads, choose_device, processor_name, to_host
+from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.familiarity import Statistics, window_features
 from models.gate import passing_classes
-from models.gate_windows import WindowAxis, cut_windows, gated_mean, window_axis
+from models.gate_windows import WindowAxis, cut_windows, gated_mean, placed, window_axis
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
 from models.runtimes import (
@@ -55,6 +53,9 @@ Network = Callable[[Tensor], Tensor]
 Canvases = NDArray[np.uint8] | Tensor
 """RGB canvases (N, H, W, 3) uint8; H and W are multiples of 32. A tensor must be on the predictor's device."""
 
+Axes = tuple[WindowAxis, WindowAxis]
+"""The rows and the columns of the gate windows of one canvas."""
+
 Corner = tuple[int, int]
 """The (x, y) of a core in model pixels of the slide, multiples of 16. Windows are counted from the origin."""
 
@@ -67,43 +68,30 @@ _WINDOWS = 256
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _nothing() -> None:
+    """Do nothing before a batch."""
+
+
+class Decisions(NamedTuple):
+    """What the classifier found in N canvases, on the host."""
+
+    segmented_N: NDArray[np.bool_]
+    """Which canvases the segmentation network runs on."""
+    distances: list[NDArray[np.float32]] | None = None
+    """For each canvas, the distance of its windows (r, c; see `models.familiarity`) from the training data, in units of
+    the model's limit; None without statistics."""
+
+
 class Prediction(NamedTuple):
-    """The prediction for the cores of N canvases."""
+    """The prediction for the cores of N canvases of one size."""
 
     probs_NKhw: Tensor
     """float32 on the predictor's device. The sum over the classes is 1; it is less near windows in which no class
     passes, and 0 inside them."""
     segmented_N: NDArray[np.bool_]
-    """Which canvases the segmentation network ran on."""
+    """See `Decisions`."""
     distances_Nrc: NDArray[np.float32] | None = None
-    """Distance of each window of a canvas (rows, columns; see `models.familiarity`) from the training data, in units of
-    the model's limit; None without statistics."""
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device with this name; "auto" returns CUDA, MPS or the CPU, whichever is available first.
-
-    Raises DeviceUnavailableError if the machine does not have the device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DeviceUnavailableError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:0 or mps") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise DeviceUnavailableError(
-                f"device {name}: torch {torch.__version__} finds {count} CUDA device(s) on this machine; use cpu"
-            )
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceUnavailableError(
-            f"device {name}: torch {torch.__version__} does not find MPS on this machine; use cpu"
-        )
-    elif device.type not in ("cpu", "cuda", "mps"):
-        raise DeviceUnavailableError(f"device {name!r} is not supported; use auto, cpu, cuda, cuda:0 or mps")
-    return device
+    """See `Decisions`."""
 
 
 def choose_compute(
@@ -132,26 +120,6 @@ def choose_compute(
         threads=torch.get_num_threads(),
         processor=processor_name(chosen),
     )
-
-
-def processor_name(device: torch.device) -> str:
-    """Return the model of the processor that computes networks on a device, with the instruction set of a CPU.
-
-    The kernels, and with them the last bits of an output, depend on it.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _cpu_model() -> str:
-    """Return the model of the CPU. On systems without /proc, Python has a shorter name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
 
 
 class Predictor:
@@ -201,14 +169,14 @@ class Predictor:
         self.ungated_fallback = ungated_fallback
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
-        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.on_device = Uploads(self.device)
         self._features = self._prepared(DeepFeatures(classifier))
         self._segmenter = self._prepared(segmenter)
         self._classifier: Any = classifier
         self._statistics = None if statistics is None else statistics.to(self.device)
-        self._mean_C = torch.tensor(card.mean, device=self.device)
-        self._std_C = torch.tensor(card.std, device=self.device)
-        self._thresholds_K = torch.tensor(card.gate_thresholds, device=self.device)
+        self._mean_C = torch.tensor(card.mean).to(self.device)
+        self._std_C = torch.tensor(card.std).to(self.device)
+        self._thresholds_K = torch.tensor(card.gate_thresholds).to(self.device)
 
     @classmethod
     def from_networks(
@@ -263,29 +231,16 @@ class Predictor:
         """Return how the networks are computed."""
         return Compute(str(self.device), self.precision, self.runtime, self.batch_size, self.threads, self.processor)
 
-    def on_device(self, rgb: NDArray[np.uint8]) -> Tensor:
-        """Return an array of any shape as a tensor on the device. The caller need not hold the lock.
-
-        On a CPU, the tensor shares the array's memory. On CUDA, the bytes are copied from page-locked memory on a
-        separate stream while the device computes, and the copy is complete when this returns.
-        """
-        host = torch.from_numpy(np.ascontiguousarray(rgb))
-        if self._copies is None:
-            return host.to(self.device)
-        with torch.cuda.stream(self._copies):
-            there = host.pin_memory().to(self.device, non_blocking=True)
-        # The memory belongs to the stream of the copies. Do not reuse it for the next copy while a network reads it.
-        there.record_stream(torch.cuda.current_stream(self.device))
-        self._copies.synchronize()
-        return there
-
     def presence(self, rgb_NHWC: Canvases, corners: Sequence[Corner]) -> list[Tensor]:
         """Return the classifier's probabilities (R, C, K) in the gate windows that overlap the core of each canvas.
 
         Raises NonFiniteOutputError with the indices of the canvases.
         """
-        canvases_NHWC = self._checked(rgb_NHWC)
-        return self._classified(canvases_NHWC, self._window_axes(canvases_NHWC.shape[1:3], corners))[0]
+        canvases = list(self._checked(rgb_NHWC))
+        with torch.inference_mode():
+            logits, _ = self._classified(canvases, self._window_axes(canvases, corners), _nothing)
+            _check_finite("classifier", *to_host([torch.stack([_finite(logits_RCK) for logits_RCK in logits])]))
+            return [logits_RCK.sigmoid() for logits_RCK in logits]
 
     def logits(self, rgb_NHWC: Canvases) -> Tensor:
         """Return the segmenter's logits in the cores without the gate, (N, K, h, w) float32 on the predictor's device.
@@ -295,65 +250,85 @@ class Predictor:
         canvases_NHWC = self._checked(rgb_NHWC)
         with torch.inference_mode():
             logits_NKhw = torch.cat([self._segmented(batch) for batch in canvases_NHWC.split(self.batch_size)])
-            _check_finite("segmenter", list(_finite(logits_NKhw)))
+            _check_finite("segmenter", *to_host([torch.stack([_finite(logits_Khw) for logits_Khw in logits_NKhw])]))
         return logits_NKhw
 
     def gated(self, logits_Khw: Tensor, presence_RCK: Tensor, corner: Corner) -> Tensor:
         """Return the gated probabilities (K, h, w) of the segmenter's logits in one core, as `predict` does."""
-        size = [length * self.output_stride + 2 * self.card.margin for length in logits_Khw.shape[1:]]
-        (axes,) = self._window_axes(size, [corner])
+        (axes,) = self._core_axes([logits_Khw.shape[1:]], [corner])
         return gated_mean(logits_Khw, self._allowed(presence_RCK), *axes)
 
     def predict(self, rgb_NHWC: Canvases, corners: Sequence[Corner]) -> Prediction:
-        """Return gated probabilities for the cores of canvases, each with the corner of its core.
+        """Return gated probabilities for the cores of canvases of one size, each with the corner of its core.
 
         Raises NonFiniteOutputError with the indices of the canvases whose output contains NaN or infinity.
         """
         canvases_NHWC = self._checked(rgb_NHWC)
-        margin, stride = self.card.margin, self.output_stride
-        height, width = (length - 2 * margin for length in canvases_NHWC.shape[1:3])
+        sides = ((side - 2 * self.card.margin) // self.output_stride for side in canvases_NHWC.shape[1:3])
+        probs_NKhw = torch.empty((len(canvases_NHWC), len(self.card.classes), *sides), device=self.device)
+        segmented_N, distances = self.predict_into(list(probs_NKhw), list(canvases_NHWC), corners)
+        return Prediction(probs_NKhw, segmented_N, None if distances is None else np.stack(distances))
+
+    def predict_into(
+        self,
+        probs: Sequence[Tensor],
+        canvases: Sequence[Tensor],
+        corners: Sequence[Corner],
+        before_batch: Callable[[], None] = _nothing,
+    ) -> Decisions:
+        """Write the gated probabilities for the cores of canvases (H, W, 3), which may have different sizes.
+
+        `probs` are (K, h, w) float32 and, like the canvases, on the predictor's device. `before_batch` is called before
+        each batch; an error that it raises ends the prediction. The host waits for the device twice: for the decisions
+        about all canvases, and at the end.
+
+        Raises NonFiniteOutputError with the indices of the canvases whose output contains NaN or infinity.
+        """
         with torch.inference_mode():
-            axes = self._window_axes(canvases_NHWC.shape[1:3], corners)
-            presence, distances_Nrc = self._classified(canvases_NHWC, axes)
-            allowed = [self._allowed(presence_RCK) for presence_RCK in presence]
-            contested_N = torch.stack([(allowed_RCK.sum(dim=2) > 1).any() for allowed_RCK in allowed]).cpu().numpy()
-            segmented_N = contested_N if self.skip_by_gate else np.ones(len(allowed), dtype=bool)
-            chosen = np.flatnonzero(segmented_N)
+            axes = self._window_axes(canvases, corners)
+            allowed, decisions = self._decided(*self._classified(canvases, axes, before_batch))
+            finite_N = torch.ones(len(canvases), dtype=torch.bool, device=self.device)
             # Where the segmenter does not run, no window has a choice, and any logits give the same probabilities.
-            logits: list[Tensor] = [torch.zeros((len(self.card.classes), 1, 1), device=self.device)] * len(allowed)
-            for index in torch.from_numpy(chosen).split(self.batch_size) if len(chosen) else ():
-                for n, logits_Khw in zip(index.tolist(), self._segmented(canvases_NHWC[index]), strict=True):
-                    logits[n] = logits_Khw
-            _check_finite("segmenter", [torch.isfinite(logits_Khw).all() for logits_Khw in logits])
-            parts = zip(logits, allowed, axes, strict=True)
-            probs_NKhw = torch.stack(
-                [gated_mean(logits_Khw, allowed_RCK, *both) for logits_Khw, allowed_RCK, both in parts]
-            )
-        assert probs_NKhw.shape[1:] == (len(self.card.classes), height // stride, width // stride)
-        return Prediction(probs_NKhw, segmented_N, distances_Nrc)
+            no_logits = torch.zeros((len(self.card.classes), 1, 1), device=self.device)
+            for batch in _batches(canvases, self.batch_size):
+                before_batch()
+                chosen = [n for n in batch if decisions.segmented_N[n]]
+                found = self._segmented(torch.stack([canvases[n] for n in chosen])) if chosen else ()
+                logits = dict(zip(chosen, found, strict=True))
+                for n in batch:
+                    probs[n].copy_(gated_mean(logits.get(n, no_logits), allowed[n], *axes[n]))
+                for n, logits_Khw in logits.items():
+                    finite_N[n] = _finite(logits_Khw)
+            _check_finite("segmenter", *to_host([finite_N]))
+        return decisions
 
     def _classified(
-        self, canvases_NHWC: Tensor, axes: Sequence[tuple[WindowAxis, WindowAxis]]
-    ) -> tuple[list[Tensor], NDArray[np.float32] | None]:
-        """Return `presence`, and the distances (N, r, c) if there are statistics. `axes` are those of each canvas."""
-        found: list[Tensor] = []
-        distances: list[Tensor] = []
-        with torch.inference_mode():
-            for batch_NHWC in canvases_NHWC.split(self.batch_size):
-                x_NCHW = normalized(batch_NHWC, self._mean_C, self._std_C)
-                with self._autocast():
-                    deep_NDhw = self._features(x_NCHW)
-                    for deep_Dhw, x_CHW in zip(deep_NDhw, x_NCHW, strict=True):
-                        found.append(self._window_logits(deep_Dhw, x_CHW, *axes[len(found)]))
-                if self._statistics is not None:
-                    features_NrcD = window_features(deep_NDhw, x_NCHW.shape[2] // deep_NDhw.shape[2])
-                    distances_M = self._statistics.distances(features_NrcD.flatten(0, 2))
-                    distances.append(distances_M.view(features_NrcD.shape[:3]))
-            _check_finite("classifier", [torch.isfinite(logits_RCK).all() for logits_RCK in found])
-            presence = [logits_RCK.sigmoid() for logits_RCK in found]
-            if not distances or self.card.familiarity is None:
-                return presence, None
-            return presence, (torch.cat(distances) / self.card.familiarity.window_limit).cpu().numpy()
+        self, canvases: Sequence[Tensor], axes: Sequence[Axes], before_batch: Callable[[], None]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the classifier's logits (R, C, K) in the windows of each canvas, and the distances (r, c) if known."""
+        logits: dict[int, Tensor] = {}
+        distances: dict[int, Tensor] = {}
+        for batch in _batches(canvases, self.batch_size):
+            before_batch()
+            x_NCHW = normalized(torch.stack([canvases[n] for n in batch]), self._mean_C, self._std_C)
+            with self._autocast():
+                deep_NDhw = self._features(x_NCHW)
+                for n, deep_Dhw, x_CHW in zip(batch, deep_NDhw, x_NCHW, strict=True):
+                    logits[n] = self._window_logits(deep_Dhw, x_CHW, *axes[n])
+            if self._statistics is not None and self.card.familiarity is not None:
+                features_NrcD = window_features(deep_NDhw, x_NCHW.shape[2] // deep_NDhw.shape[2])
+                distances_Nrc = self._statistics.distances(features_NrcD.flatten(0, 2)).view(features_NrcD.shape[:3])
+                distances |= zip(batch, distances_Nrc / self.card.familiarity.window_limit, strict=True)
+        return [logits[n] for n in sorted(logits)], [distances[n] for n in sorted(distances)]
+
+    def _decided(self, logits: Sequence[Tensor], distances: Sequence[Tensor]) -> tuple[list[Tensor], Decisions]:
+        """Return `_allowed` for each canvas and, on the host, what follows from it. This waits for the device."""
+        allowed = [self._allowed(logits_RCK.sigmoid()) for logits_RCK in logits]
+        contested_N = torch.stack([(allowed_RCK.sum(dim=2) > 1).any() for allowed_RCK in allowed])
+        finite_N = torch.stack([_finite(logits_RCK) for logits_RCK in logits])
+        contested, finite, *found = to_host([contested_N, finite_N, *distances])
+        _check_finite("classifier", finite)
+        return allowed, Decisions(contested if self.skip_by_gate else np.ones_like(contested), found or None)
 
     def _prepared(self, network: nn.Module) -> Network:
         placed = _placed(network, self.device)
@@ -366,30 +341,38 @@ class Predictor:
         passed_RCK = passing_classes(presence_RCK, self._thresholds_K)
         return passed_RCK | ~passed_RCK.any(dim=2, keepdim=True) if self.ungated_fallback else passed_RCK
 
-    def _window_axes(self, size: Sequence[int], corners: Sequence[Corner]) -> list[tuple[WindowAxis, WindowAxis]]:
-        """Return the rows and columns of the gate windows of canvases of this height and width."""
-        card = self.card
-        height, width = (length - 2 * card.margin for length in size)
-        return [
-            (
-                window_axis(y, height, card.margin, card.gate_window, self.output_stride),
-                window_axis(x, width, card.margin, card.gate_window, self.output_stride),
-            )
-            for x, y in corners
-        ]
+    def _window_axes(self, canvases: Sequence[Tensor], corners: Sequence[Corner]) -> list[Axes]:
+        """Return the rows and columns of the gate windows of canvases (H, W, 3), by a single copy to the device."""
+        margin, stride = self.card.margin, self.output_stride
+        return self._core_axes(
+            [[(side - 2 * margin) // stride for side in canvas_HWC.shape[:2]] for canvas_HWC in canvases], corners
+        )
+
+    def _core_axes(self, sizes_out: Sequence[Sequence[int]], corners: Sequence[Corner]) -> list[Axes]:
+        """Return the same for cores of these heights and widths at the output stride."""
+        margin, window, stride = self.card.margin, self.card.gate_window, self.output_stride
+        axes = placed(
+            [
+                window_axis(start, stride * length, margin, window, stride)
+                for (height, width), (x, y) in zip(sizes_out, corners, strict=True)
+                for start, length in ((y, height), (x, width))
+            ],
+            self.device,
+        )
+        return list(zip(axes[::2], axes[1::2], strict=True))
 
     def _window_logits(self, deep_Dhw: Tensor, x_CHW: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
         """Return the logits (R, C, K) of the classifier's head in the windows of one canvas."""
         stride = x_CHW.shape[1] // deep_Dhw.shape[1]
-        together = max(1, _WINDOWS // len(columns.starts))
+        together = max(1, _WINDOWS // len(columns.starts_R))
         found = []
-        for first in range(0, len(rows.starts), together):
-            some = replace(rows, starts=rows.starts[first : first + together])
+        for starts_R in rows.starts_R.split(together):
+            some = rows._replace(starts_R=starts_R)
             deep_MDhw = cut_windows(deep_Dhw, some, columns, stride)
-            head_output = self._classifier.head_output(
-                Stages(deep_MDhw, deep_MDhw, deep_MDhw), cut_windows(x_CHW, some, columns)
-            )
-            found.append(head_output.logits_NK.float().unflatten(0, (-1, len(columns.starts))))
+            # Windows of an image are many times as large as those of the features.
+            x_MCHW = cut_windows(x_CHW, some, columns) if self._classifier.reads_images else None
+            head_output = self._classifier.head_output(Stages(deep_MDhw, deep_MDhw, deep_MDhw), x_MCHW)
+            found.append(head_output.logits_NK.float().unflatten(0, (-1, len(columns.starts_R))))
         return torch.cat(found)
 
     def _checked(self, rgb_NHWC: Canvases) -> Tensor:
@@ -439,12 +422,19 @@ class DeepFeatures(nn.Module):
         return deep_NDhw
 
 
+def _batches(canvases: Sequence[Tensor], size: int) -> Iterator[list[int]]:
+    """Yield the indices of at most `size` canvases (H, W, 3) of one height and width."""
+    shapes = [canvas_HWC.shape[1::-1] for canvas_HWC in canvases]
+    for _, alike in groupby(sorted(range(len(canvases)), key=shapes.__getitem__), key=shapes.__getitem__):
+        group = list(alike)
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
 def _finite(output: Tensor) -> Tensor:
-    """Return which canvases contain neither NaN nor infinity, (N,) on the device."""
-    return torch.isfinite(output).flatten(1).all(dim=1)
+    """Return whether a canvas's output contains neither NaN nor infinity, on the device."""
+    return torch.isfinite(output).all()
 
 
-def _check_finite(network: str, finite: Sequence[Tensor]) -> None:
-    good_N = torch.stack(list(finite)).cpu().numpy()
-    if not good_N.all():
-        raise NonFiniteOutputError(network, np.flatnonzero(~good_N).tolist())
+def _check_finite(network: str, finite_N: NDArray[np.bool_]) -> None:
+    if not finite_N.all():
+        raise NonFiniteOutputError(network, np.flatnonzero(~finite_N).tolist())

@@ -28,8 +28,8 @@ OUTPUT_STRIDES = (4, 2, 1)
 
 BATCH_SIZE = 1
 """Default number of canvases per call of a network."""
-CUDA_BATCH_SIZE = 4
-"""The same on CUDA."""
+ACCELERATOR_BATCH_SIZE = 4
+"""The same on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Compute:
     threads: int
     """CPU threads of a network."""
     processor: str
-    """Model and instruction set of the CPU, or model of the GPU: `models.predictor.processor_name`."""
+    """Model and instruction set of the CPU, or model of the GPU: `models.devices.processor_name`."""
 
 
 def default_batch_size(device: str) -> int:
     """Return the number of canvases per call of a network on a device, such as "cpu" or "cuda:1"."""
-    return CUDA_BATCH_SIZE if device.startswith("cuda") else BATCH_SIZE
+    return BATCH_SIZE if device == "cpu" else ACCELERATOR_BATCH_SIZE
 
 
 def choose_runtime(name: RuntimeName, device: str, precision: str) -> Runtime:
@@ -115,7 +115,7 @@ def check_precision(device: str, precision: str) -> None:
     PyTorch emulates fp16 and bf16 on processors without instructions for them: on CMU-1, fp16 took more than 20 times
     as long as float32. Graphics cards compute in both, or emulate bf16 at about the speed of float32.
     """
-    if not device.startswith("cpu") or has_instructions_for(precision):
+    if device != "cpu" or has_instructions_for(precision):
         return
     others = [name for name in ("bf16", "fp16") if name != precision and has_instructions_for(name)]
     raise RuntimeUnavailableError(

@@ -91,7 +91,7 @@ class SegmentConfig(MapSettings):
     """The settings as requested. `resolve` makes the choices that are left open."""
 
     device: str = "auto"
-    """"auto", "cpu", "cuda", "cuda:1" or "mps"."""
+    """"auto", or a name of `models.devices.available_devices`."""
     model_digest: str | None = None
     """SHA-256 that the card of every model of the run must have. None: any."""
     runtime: RuntimeName = "auto"

@@ -60,6 +60,7 @@ def test_a_cam_method_is_added_by_one_entry(tmp_path: Path, monkeypatch: pytest.
 class MaxHead(nn.Module):
     """The maximum of each class map."""
 
+    reads_images: ClassVar[bool] = False
     linear_map: ClassVar[bool] = True
     averaged: ClassVar[bool] = False
     class_scores: ClassVar[bool] = True

@@ -12,14 +12,16 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from models.runtimes import BATCH_SIZE, CUDA_BATCH_SIZE
+from models.runtimes import ACCELERATOR_BATCH_SIZE, BATCH_SIZE
 from pipeline.console import log_to_stderr, printable
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-DeviceOption = Annotated[str, typer.Option(help="Device of the networks: auto, cpu, cuda, cuda:N or mps.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="Device of the networks: auto, or a name in torch: cpu, cuda, cuda:N, xpu or mps.")
+]
 BatchSizeOption = Annotated[
     int | None,
     typer.Option(
@@ -27,7 +29,7 @@ BatchSizeOption = Annotated[
         "-b",
         help="Canvases per call of a network.",
         min=1,
-        show_default=f"{BATCH_SIZE}, on CUDA {CUDA_BATCH_SIZE}",
+        show_default=f"{BATCH_SIZE}, on a GPU {ACCELERATOR_BATCH_SIZE}",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]

@@ -138,12 +138,13 @@ def _processor() -> Section:
 def _devices() -> Section:
     import torch
 
+    from models.devices import available_devices, memory_bytes, processor_name
+
     facts: Section = {"torch": torch.__version__, "openvino": _version("openvino")}
-    for number in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(number)
-        facts[f"cuda:{number}"] = f"{properties.name} {properties.total_memory / 2**30:.0f} GiB"
-    if torch.backends.mps.is_available():
-        facts["mps"] = "yes"
+    for name in available_devices()[1:]:
+        memory = memory_bytes(torch.device(name))
+        shown = "" if memory is None else f" {memory / 2**30:.0f} GiB"
+        facts[name] = processor_name(torch.device(name)) + shown
     return facts
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from models.bundle import load_bundle
+from models.devices import choose_device
 from models.errors import ModelError
-from models.predictor import Predictor, choose_device
+from models.predictor import Predictor
 from models.runtimes import Compute, check_precision, choose_runtime, default_batch_size
 from pipeline.batch.attempt import failure
 from pipeline.batch.names import name_clashes, named_jobs

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +114,7 @@ def segment_block(
                 found_KHW, segmented_m = _predict(
                     work, predictor, block, cores_m, rgb_HWC, pixels.canvas_m, cells, stopped
                 )
-                unclassified = _without_class(grid, block, tiles_m, tissue_HW, found_KHW)
-                probs_KHW, labels_HW = stored_map(found_KHW, tissue_HW)
+                probs_KHW, labels_HW, has_class_HW = stored_map(found_KHW, tissue_HW)
         finally:
             predictor.lock.release()
     except (RuntimeError, MemoryError) as error:
@@ -134,7 +132,7 @@ def segment_block(
         class_px=np.bincount(labels_HW.ravel(), minlength=len(probs_KHW) + 1).tolist(),
         tiles=len(tiles_m),
         segmented=sum(any(_overlap(t, core_m) for core_m in segmented_m) for t in tiles_m),
-        unclassified=unclassified,
+        unclassified=_without_class(grid, block, tiles_m, has_class_HW),
         bad_tiles_l0=[list(grid.box_l0(t)) for t in bad_tiles],
         seconds=timer.seconds,
         tissue_px=tissue_px,
@@ -187,41 +185,33 @@ def _predict(
     grid, margin, box_out = work.grid, predictor.card.margin, block.box_out
     shape = (len(predictor.card.classes), box_out.height, box_out.width)
     found_KHW = torch.zeros(shape, device=predictor.device)
-    segmented: list[Box] = []
-    for batch_m in _batches(cores_m, predictor.batch_size):
+    canvases_m = [with_margin(core_m, margin) for core_m in cores_m]
+
+    def end_if_stopped() -> None:
         if stopped():
             raise Stopped
-        canvases_NHWC = torch.stack([rgb_HWC[with_margin(core_m, margin).slices(rgb_m)] for core_m in batch_m])
-        try:
-            prediction = predictor.predict(canvases_NHWC, [(core_m.x, core_m.y) for core_m in batch_m])
-        except NonFiniteOutputError as error:
-            places = ", ".join(str(tuple(grid.box_l0(batch_m[i]))) for i in error.indices[:3])
-            raise InferenceError(
-                f"{work.info.path.name}: {error}, at level-0 (x, y, width, height) {places}; "
-                f"try --precision float32, or another model"
-            ) from error
-        for core_m, probs_Khw in zip(batch_m, prediction.probs_NKhw, strict=True):
-            rows, columns = grid.box_out(core_m).slices(box_out)
-            found_KHW[:, rows, columns] = probs_Khw
-        segmented += [core_m for core_m, ran in zip(batch_m, prediction.segmented_N, strict=True) if ran]
-        if prediction.distances_Nrc is not None:
-            for core_m, distances_rc in zip(batch_m, prediction.distances_Nrc, strict=True):
-                cells.add_windows(with_margin(core_m, margin), distances_rc, grid.m_per_out)
-    return found_KHW, segmented
+
+    try:
+        segmented_N, distances = predictor.predict_into(
+            [found_KHW[:, *grid.box_out(core_m).slices(box_out)] for core_m in cores_m],
+            [rgb_HWC[canvas_m.slices(rgb_m)] for canvas_m in canvases_m],
+            [(core_m.x, core_m.y) for core_m in cores_m],
+            end_if_stopped,
+        )
+    except NonFiniteOutputError as error:
+        places = ", ".join(str(tuple(grid.box_l0(cores_m[i]))) for i in error.indices[:3])
+        raise InferenceError(
+            f"{work.info.path.name}: {error}, at level-0 (x, y, width, height) {places}; "
+            f"try --precision float32, or another model"
+        ) from error
+    if distances is not None:
+        for canvas_m, distances_rc in zip(canvases_m, distances, strict=True):
+            cells.add_windows(canvas_m, distances_rc, grid.m_per_out)
+    return found_KHW, [core_m for core_m, ran in zip(cores_m, segmented_N, strict=True) if ran]
 
 
-def _batches(cores_m: Sequence[Box], size: int) -> Iterator[list[Box]]:
-    """Yield lists of at most `size` cores of one shape."""
-    for _, alike in groupby(sorted(cores_m, key=lambda box: box[2:]), key=lambda box: box[2:]):
-        group = list(alike)
-        yield from (group[start : start + size] for start in range(0, len(group), size))
-
-
-def _without_class(
-    grid: Grid, block: Block, tiles_m: Sequence[Box], tissue_HW: NDArray[np.bool_], found_KHW: torch.Tensor
-) -> int:
+def _without_class(grid: Grid, block: Block, tiles_m: Sequence[Box], has_class_HW: NDArray[np.bool_]) -> int:
     """Return the number of tiles in whose tissue no class has a probability above 0."""
-    has_class_HW = (found_KHW > 0).any(dim=0).cpu().numpy() & tissue_HW
     return sum(not has_class_HW[part_of_block(grid, tile_m, block)].any() for tile_m in tiles_m)
 
 

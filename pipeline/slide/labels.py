@@ -5,24 +5,38 @@ Shape suffixes: K classes, H and W the map.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.devices import to_host
+
 BACKGROUND_LABEL = 0
 """Label of glass and of "no class"; class k of the model has the label k + 1."""
 
 
-def stored_map(probs_KHW: Tensor, tissue_HW: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return the probabilities times 255 as probs_KHW, and labels_HW; both are 0 outside the tissue."""
-    tissue = torch.from_numpy(tissue_HW).to(probs_KHW.device)
+class StoredMap(NamedTuple):
+    """A map as it is stored. Outside the tissue everything is 0."""
+
+    probs_KHW: NDArray[np.uint8]
+    """The probabilities times 255."""
+    labels_HW: NDArray[np.uint8]
+    has_class_HW: NDArray[np.bool_]
+    """Whether the probability of some class is above 0."""
+
+
+def stored_map(probs_KHW: Tensor, tissue_HW: NDArray[np.bool_]) -> StoredMap:
+    """Return what is stored of these probabilities, by a single copy to the host."""
     winner_HW = winners(probs_KHW)
-    labels_HW = torch.where(tissue & (winner_HW < len(probs_KHW)), winner_HW + 1, BACKGROUND_LABEL)
+    labels_HW = torch.where(winner_HW < len(probs_KHW), winner_HW + 1, BACKGROUND_LABEL)
     # Slightly more than one half: equal probabilities such as 0.5 lie on a rounding edge, and the last bit of the
     # sums would decide.
-    scaled_KHW = torch.where(tissue, probs_KHW * 255 + (0.5 + 2**-10), 0)
-    return scaled_KHW.to(torch.uint8).cpu().numpy(), labels_HW.to(torch.uint8).cpu().numpy()
+    scaled_KHW = probs_KHW * 255 + (0.5 + 2**-10)
+    found = to_host([scaled_KHW.to(torch.uint8), labels_HW.to(torch.uint8), (probs_KHW > 0).any(dim=0)])
+    return StoredMap(*(array * tissue_HW for array in found))
 
 
 def winners(probs_KHW: Tensor) -> Tensor:

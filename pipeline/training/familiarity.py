@@ -15,8 +15,8 @@ from torch import nn
 
 from models.bundle import NO_DIGEST, Bundle, FamiliarityCard, load_networks, replace_card
 from models.classifier import Classifier
+from models.devices import choose_device
 from models.familiarity import Statistics, fit_statistics, window_features
-from models.predictor import choose_device
 from pipeline.errors import TrainError
 from pipeline.training.augment import restain
 from pipeline.training.inputs import Scale, as_input, padded

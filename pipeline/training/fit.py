@@ -30,7 +30,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from models.depthwise import speed_up_depthwise
-from models.predictor import choose_device
+from models.devices import choose_device
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from pipeline.training.config import TrainConfig
@@ -53,20 +53,21 @@ def join_processes(device: torch.device) -> Processes:
     """Join the process group that torchrun created, and return (0, 1) if there is none."""
     if "RANK" not in os.environ:
         return Processes(0, 1)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)
     if not torch.distributed.is_initialized():
         # The other processes wait while one process measures a large test split.
         patience = timedelta(hours=12)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        torch.distributed.init_process_group(torch.distributed.get_default_backend_for_device(device), timeout=patience)
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
 def training_device(name: str) -> torch.device:
     """Return the device of this name (see `choose_device`); "auto" under torchrun is the GPU of the local rank."""
-    if name == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    return choose_device(name)
+    chosen = choose_device(name)
+    if name == "auto" and "LOCAL_RANK" in os.environ and chosen.type != "cpu":
+        return choose_device(f"{chosen.type}:{os.environ['LOCAL_RANK']}")
+    return chosen
 
 
 @dataclass(frozen=True)

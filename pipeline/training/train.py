@@ -44,7 +44,8 @@ from models.bundle import (
 )
 from models.cam import LAYERS, check_available
 from models.classifier import Classifier
-from models.predictor import Predictor, choose_device
+from models.devices import choose_device
+from models.predictor import Predictor
 from models.segmenter import build_segmenter
 from pipeline.errors import LockedError, OutputError, TrainError
 from pipeline.progress import Progress

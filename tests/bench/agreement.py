@@ -2,8 +2,8 @@
 
     python -m tests.bench.agreement SLIDE [-m MODEL] [--precision bf16] [--json FILE]
 
-The plain path: OpenSlide, a canvas at a time read by itself, both networks on every canvas in float32, one block after
-the other, nothing skipped. The run: `segment_slide` with the settings given.
+The plain path: OpenSlide, a canvas at a time read by itself, both networks on every canvas in float32 on the CPU, one
+block after the other, nothing skipped. The run: `segment_slide` with the settings given.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def plain_labels(path: Path, model: str, config: SegmentConfig) -> NDArray[np.ui
                 rows, columns = grid.box_out(core_m).slices(box)
                 probs_KHW[:, rows, columns] = predictor.predict(rgb_HWC[None], [(core_m.x, core_m.y)]).probs_NKhw[0]
             part_HW = labels_HW[box.y : box.bottom, box.x : box.right]
-            part_HW[:] = stored_map(probs_KHW, tissue_HW)[1][: part_HW.shape[0], : part_HW.shape[1]]
+            part_HW[:] = stored_map(probs_KHW, tissue_HW).labels_HW[: part_HW.shape[0], : part_HW.shape[1]]
     print(file=sys.stderr)
     return labels_HW
 
@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path, model, file = (options.pop(name) for name in ("slide", "model", "json"))
     config = SegmentConfig(**options)
     found = {"slide": path.name, "model": model, **options}
-    found |= compare(plain_labels(path, model, replace(config, precision="float32")), run_labels(path, model, config))
+    plain = replace(config, precision="float32", device="cpu")
+    found |= compare(plain_labels(path, model, plain), run_labels(path, model, config))
     text = json.dumps(found, indent=2)
     print(text)
     if file is not None:

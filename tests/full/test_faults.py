@@ -324,7 +324,7 @@ def test_a_slide_that_vanishes_while_it_runs_is_named_and_gone_on_with_when_it_i
 # --- the device
 
 
-def failing_predictor(error: BaseException, method: str = "predict") -> Predictor:
+def failing_predictor(error: BaseException, method: str = "predict_into") -> Predictor:
     """Fails at the sixth call of a method, and at no other."""
     predictor, calls = color_predictor(), [0]
     call = getattr(predictor, method)
@@ -339,7 +339,7 @@ def failing_predictor(error: BaseException, method: str = "predict") -> Predicto
     return predictor
 
 
-@pytest.mark.parametrize("method", ["predict", "on_device"])
+@pytest.mark.parametrize("method", ["predict_into", "on_device"])
 @pytest.mark.parametrize(
     ("error", "message", "hint"),
     [

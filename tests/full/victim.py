@@ -131,9 +131,12 @@ class _Watched(Predictor):
 
     steps: Steps
 
-    def predict(self, rgb_NHWC: Any, corners: Any) -> Any:
-        self.steps.step("predict")
-        return super().predict(rgb_NHWC, corners)
+    def predict_into(self, probs: Any, canvases: Any, corners: Any, before_batch: Any) -> Any:
+        def step() -> None:
+            before_batch()
+            self.steps.step("predict")
+
+        return super().predict_into(probs, canvases, corners, step)
 
 
 def _run(predictor: Predictor, order: Order) -> int:

@@ -54,6 +54,8 @@ def make_card(
 class PixelClassifier(nn.Module):
     """A classifier whose features are the pixels, so that its `forward` sees one gate window at a time."""
 
+    reads_images = True
+
     def stages(self, x_NCHW: Tensor) -> Stages:
         """Return the images as all three stages."""
         return Stages(x_NCHW, x_NCHW, x_NCHW)

@@ -10,20 +10,22 @@ from pipeline.slide.labels import stored_map
 def test_no_class_competes_for_the_label() -> None:
     # One row of five pixels: the rest to one is the probability of "no class".
     probs_KHW = torch.tensor([[0.3, 0.45, 0.15, 0.0, 0.5], [0.15, 0.5, 0.5, 0.0, 0.5]])[:, None]
-    bytes_KHW, labels_HW = stored_map(probs_KHW, np.ones((1, 5), bool))
+    bytes_KHW, labels_HW, has_class_HW = stored_map(probs_KHW, np.ones((1, 5), bool))
     assert labels_HW.tolist() == [[0, 2, 2, 0, 1]]
     assert bytes_KHW[:, 0, 0].tolist() == pytest.approx([77, 38], abs=1)
     assert bytes_KHW[:, 0, 3].tolist() == [0, 0]
+    assert has_class_HW.tolist() == [[True, True, True, False, True]]
 
 
 def test_outside_the_tissue_there_is_nothing() -> None:
     tissue_HW = np.array([[True, False]])
-    bytes_KHW, labels_HW = stored_map(torch.full((2, 1, 2), 0.5), tissue_HW)
+    bytes_KHW, labels_HW, has_class_HW = stored_map(torch.full((2, 1, 2), 0.5), tissue_HW)
     assert bytes_KHW.tolist() == [[[128, 0]], [[128, 0]]]
     assert labels_HW.tolist() == [[1, 0]]
+    assert has_class_HW.tolist() == [[True, False]]
 
 
 def test_the_last_bit_of_a_probability_does_not_change_a_byte() -> None:
     one_half = torch.tensor([0.5]).nextafter(torch.tensor([0.0]))
-    bytes_KHW, _ = stored_map(torch.stack([one_half, torch.tensor([0.5])])[:, None], np.ones((1, 1), bool))
+    bytes_KHW = stored_map(torch.stack([one_half, torch.tensor([0.5])])[:, None], np.ones((1, 1), bool)).probs_KHW
     assert bytes_KHW.ravel().tolist() == [128, 128]

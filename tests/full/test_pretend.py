@@ -1,0 +1,29 @@
+"""`wsi-segment` on a pretend accelerator (`tests.pretend`), in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.pipeline.fakes import REGIONS, data_of
+from tests.pipeline.small_bundle import familiar_bundle, speckled_slide
+from tests.pretend_runs import in_own_process
+from tests.slides import painted
+
+
+def test_the_command_writes_the_bytes_of_the_cpu_with_one_upload_and_no_wait_within_a_network(tmp_path: Path) -> None:
+    bundle = familiar_bundle(tmp_path / "bundle", painted((1280, 832), *REGIONS))
+    slide = speckled_slide(tmp_path / "slide.svs")
+    found = in_own_process("command", bundle.path, slide, tmp_path)
+    assert [found["status"][device][0] for device in ("cpu", "auto")] == [0, 0], found["status"]
+    ours, cpus = (tmp_path / device / "slide" for device in ("auto", "cpu"))
+    assert data_of(ours) == data_of(cpus)
+    record = json.loads((ours / "run.json").read_text(encoding="utf-8"))
+    assert record["identity"]["parameters"]["runtime"] == "torch"
+    assert "pretend" in (ours / "run.json").read_text(encoding="utf-8")
+    # In: the pixels, and the windows of all canvases. Out: what the gate decides, whether the segmenter's output is
+    # finite, and the map. The number of canvases does not matter.
+    assert len(found["blocks"]["auto"]) == record["plan"]["blocks"] == 2
+    assert record["plan"]["canvases"] > 2
+    assert found["blocks"]["auto"] == 2 * [["in", "in", "out", "out", "out"]]
+    assert found["blocks"]["cpu"] == [[], []]

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from models.devices import Uploads, available_devices, choose_device, memory_bytes, processor_name, to_host
+from models.errors import DeviceUnavailableError
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_device_is_named_as_in_torch() -> None:
+    assert available_devices() == ["cpu", "cuda:0", "cuda:1"]
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_auto_is_the_cpu_if_there_is_no_accelerator() -> None:
+    assert available_devices() == ["cpu"]
+    assert choose_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("name", ["cuda:2", "mps", "xpu:0", "meta", "cpu:0", "quantum", "", "cuda:"])
+def test_a_device_that_the_machine_lacks_is_refused_with_those_that_it_has(name: str) -> None:
+    message = f"device {name!r} is not available: torch {torch.__version__} finds cpu, cuda:0, cuda:1 on this machine"
+    with pytest.raises(DeviceUnavailableError, match=re.escape(message)):
+        choose_device(name)
+
+
+def test_the_processor_of_the_cpu_has_its_instruction_set() -> None:
+    assert processor_name(torch.device("cpu")).endswith(f" {torch.backends.cpu.get_cpu_capability()}")
+    assert memory_bytes(torch.device("cpu")) is None
+
+
+def test_nothing_is_copied_on_the_cpu() -> None:
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    there = Uploads(torch.device("cpu"))(array)
+    (back,) = to_host([there])
+    back[1, 2] = 99
+    assert array[1, 2] == 99

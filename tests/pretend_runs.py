@@ -1,0 +1,123 @@
+"""Run the device code on the pretend accelerator, in this process, and print what happened as JSON.
+
+python -m tests.pretend_runs predictor
+python -m tests.pretend_runs command BUNDLE SLIDE OUTPUT
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLORS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))
+
+
+def in_own_process(*arguments: object) -> dict[str, Any]:
+    """Return what a run in another process printed."""
+    command = [sys.executable, "-m", "tests.pretend_runs", *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def run_predictor() -> dict[str, Any]:
+    """Predict canvases of two sizes on both devices."""
+    import torch
+
+    from models.bundle import NO_DIGEST
+    from models.devices import available_devices, choose_device
+    from models.predictor import Predictor
+    from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
+    from tests.pretend import recorded
+
+    rng = np.random.default_rng(0)
+    canvases = [np.full((96, 96, 3), COLORS[n % 3], np.uint8) for n in range(6)]
+    canvases += [np.repeat(rng.choice(COLORS, (1, 128)), 96, axis=0).astype(np.uint8) for _ in range(6)]
+    corners = [(32 * n, 64) for n in range(len(canvases))]
+
+    def predictor(device: str, batch_size: int) -> Predictor:
+        networks = ColorClassifier(COLORS), ColorSegmenter(COLORS)
+        return Predictor(make_card(COLORS), NO_DIGEST, *networks, device=device, batch_size=batch_size)
+
+    def predicted(model: Predictor, chosen: Sequence[int]) -> tuple[list[torch.Tensor], list[bool], list[str]]:
+        there = [model.on_device(canvases[n]) for n in chosen]
+        probs = [torch.empty((3, 8, (canvases[n].shape[1] - 64) // 4), device=model.device) for n in chosen]
+        with recorded() as moves:
+            segmented_N, _ = model.predict_into(probs, there, [corners[n] for n in chosen])
+        return [one.cpu() for one in probs], segmented_N.tolist(), moves
+
+    found: dict[str, Any] = {"devices": available_devices(), "auto": str(choose_device("auto")), "predictions": []}
+    for batch_size in (1, 4):
+        for chosen in ([7], range(12)):
+            ours, theirs = (predicted(predictor(name, batch_size), chosen) for name in ("auto", "cpu"))
+            equal = all(torch.equal(one, other) for one, other in zip(ours[0], theirs[0], strict=True))
+            found["predictions"].append({"moves": ours[2], "equal": equal, "segmented": [ours[1], theirs[1]]})
+    return found | {"operations": {name: _moves_or_error(run) for name, run in _operations().items()}}
+
+
+def _operations() -> dict[str, Callable[[], object]]:
+    """Return operations that a GPU refuses, or that let the host wait."""
+    import torch
+
+    there, here = torch.arange(4.0).to("pretend"), torch.arange(4)
+    return {
+        "sum of two devices": lambda: there + here,
+        "index on another device": lambda: there[here],
+        "copy to the device": lambda: here.to("pretend"),
+        "copy to the host": there.cpu,
+        "number": lambda: there.sum().item(),
+        "condition": lambda: bool((there > 1).all()),
+        "mask": lambda: there[there > 1],
+        "product": lambda: there * 2,
+    }
+
+
+def _moves_or_error(run: Callable[[], object]) -> list[str]:
+    from tests.pretend import recorded
+
+    with recorded() as moves:
+        try:
+            run()
+        except RuntimeError as error:
+            return [str(error)]
+    return moves
+
+
+def run_command(bundle: str, slide: str, output: str) -> dict[str, Any]:
+    """Run `wsi-segment` on both devices and record the moves of each block on the pretend one."""
+    from typer.testing import CliRunner
+
+    from pipeline.cli.segment import app
+    from pipeline.slide import engine
+    from tests.pretend import recorded
+
+    blocks: list[list[str]] = []
+    segment_block = engine.segment_block
+
+    def recording(*arguments: Any) -> Any:
+        with recorded() as moves:
+            record = segment_block(*arguments)
+        blocks.append(moves)
+        return record
+
+    engine.segment_block = recording
+    options = ["-m", bundle, "--output-stride", "1", "--runtime", "torch", "-b", "2", "-j", "2"]
+    status, counts = {}, {}
+    for device in ("cpu", "auto"):
+        blocks.clear()
+        result = CliRunner().invoke(app, [slide, "-o", str(Path(output) / device), "--device", device, *options])
+        status[device] = [result.exit_code, result.output]
+        counts[device] = list(blocks)
+    return {"status": status, "blocks": counts}
+
+
+if __name__ == "__main__":
+    runs: dict[str, Callable[..., dict[str, Any]]] = {"predictor": run_predictor, "command": run_command}
+    print(json.dumps(runs[sys.argv[1]](*sys.argv[2:])))
