@@ -33,7 +33,7 @@ class Classifier(nn.Module):
         self.head: Any = HEADS[head](self.backbone.channels, classes)
         channels = dict(zip(Stages._fields, self.backbone.stage_channels, strict=True))
         self.layer_heads = nn.ModuleDict({layer: HEADS[head](channels[layer], classes) for layer in layers})
-        self.reads_images: bool = self.head.reads_images
+        self.reads_images = HEADS[head].reads_images
         """Whether `head_output` in evaluation mode reads the images, which may otherwise be None."""
         self.mu: float | None = None
         """Threshold of progressive dropout attention in training mode; None for no attention."""

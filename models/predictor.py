@@ -4,15 +4,15 @@ A canvas is a large part of a slide. Its core is what remains without the model'
 predicted, so that every predicted pixel has real context around it. The segmenter runs only on canvases with a gate
 window in which more than one class passes.
 
-Shape suffixes: N canvases, K classes, R rows and C columns of gate windows, M windows, H and W the canvas, h and w the
-core at the output stride.
+Shape suffixes: N canvases, K classes, R rows and C columns of the gate windows of a canvas, M windows of several
+canvases, H and W the canvas, h and w the core at the output stride, r and c the windows of `models.familiarity`.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import Any, NamedTuple, Self
@@ -28,7 +28,7 @@ from models.devices import Uploads, choose_device, processor_name, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.familiarity import Statistics, window_features
 from models.gate import passing_classes
-from models.gate_windows import WindowAxis, cut_windows, gated_mean, placed, window_axis
+from models.gate_windows import GateWindows, cut_windows, gate_windows, gated_mean, placed
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
 from models.runtimes import (
@@ -53,9 +53,6 @@ Network = Callable[[Tensor], Tensor]
 Canvases = NDArray[np.uint8] | Tensor
 """RGB canvases (N, H, W, 3) uint8; H and W are multiples of 32. A tensor must be on the predictor's device."""
 
-Axes = tuple[WindowAxis, WindowAxis]
-"""The rows and the columns of the gate windows of one canvas."""
-
 Corner = tuple[int, int]
 """The (x, y) of a core in model pixels of the slide, multiples of 16. Windows are counted from the origin."""
 
@@ -68,18 +65,14 @@ _WINDOWS = 256
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _nothing() -> None:
-    """Do nothing before a batch."""
-
-
 class Decisions(NamedTuple):
-    """What the classifier found in N canvases, on the host."""
+    """What follows from the classifier's output for N canvases, on the host."""
 
     segmented_N: NDArray[np.bool_]
     """Which canvases the segmentation network runs on."""
-    distances: list[NDArray[np.float32]] | None = None
-    """For each canvas, the distance of its windows (r, c; see `models.familiarity`) from the training data, in units of
-    the model's limit; None without statistics."""
+    distances: list[NDArray[np.float32]] | None
+    """For each canvas, the distance of its windows (r, c) from the training data, in units of the model's limit; None
+    without statistics."""
 
 
 class Prediction(NamedTuple):
@@ -92,6 +85,15 @@ class Prediction(NamedTuple):
     """See `Decisions`."""
     distances_Nrc: NDArray[np.float32] | None = None
     """See `Decisions`."""
+
+
+class _Batch(NamedTuple):
+    """Canvases of one size that pass the networks together."""
+
+    canvases: list[int]
+    """Their indices."""
+    windows: GateWindows
+    """Their gate windows, on the device."""
 
 
 def choose_compute(
@@ -238,9 +240,12 @@ class Predictor:
         """
         canvases = list(self._checked(rgb_NHWC))
         with torch.inference_mode():
-            logits, _ = self._classified(canvases, self._window_axes(canvases, corners), _nothing)
-            _check_finite("classifier", *to_host([torch.stack([_finite(logits_RCK) for logits_RCK in logits])]))
-            return [logits_RCK.sigmoid() for logits_RCK in logits]
+            batches = self._batches(canvases, corners)
+            logits = [self._classified(canvases, batch)[0] for batch in batches]
+            self._decided(batches, logits, [])
+            counts = [count for batch in batches for count in batch.windows.counts]
+            parts = torch.cat(logits).sigmoid().split([rows * columns for rows, columns in counts])
+            return [part_MK.unflatten(0, count) for part_MK, count in zip(parts, counts, strict=True)]
 
     def logits(self, rgb_NHWC: Canvases) -> Tensor:
         """Return the segmenter's logits in the cores without the gate, (N, K, h, w) float32 on the predictor's device.
@@ -250,13 +255,13 @@ class Predictor:
         canvases_NHWC = self._checked(rgb_NHWC)
         with torch.inference_mode():
             logits_NKhw = torch.cat([self._segmented(batch) for batch in canvases_NHWC.split(self.batch_size)])
-            _check_finite("segmenter", *to_host([torch.stack([_finite(logits_Khw) for logits_Khw in logits_NKhw])]))
+            _check_finite("segmenter", range(len(logits_NKhw)), *to_host([_finite(logits_NKhw)]))
         return logits_NKhw
 
     def gated(self, logits_Khw: Tensor, presence_RCK: Tensor, corner: Corner) -> Tensor:
         """Return the gated probabilities (K, h, w) of the segmenter's logits in one core, as `predict` does."""
-        (axes,) = self._core_axes([logits_Khw.shape[1:]], [corner])
-        return gated_mean(logits_Khw, self._allowed(presence_RCK), *axes)
+        (windows,) = placed([self._windows([corner], logits_Khw.shape[1:])], self.device)
+        return gated_mean(logits_Khw[None], self._allowed(presence_RCK.flatten(0, 1)), windows)[0]
 
     def predict(self, rgb_NHWC: Canvases, corners: Sequence[Corner]) -> Prediction:
         """Return gated probabilities for the cores of canvases of one size, each with the corner of its core.
@@ -274,7 +279,7 @@ class Predictor:
         probs: Sequence[Tensor],
         canvases: Sequence[Tensor],
         corners: Sequence[Corner],
-        before_batch: Callable[[], None] = _nothing,
+        before_batch: Callable[[], object] = lambda: None,
     ) -> Decisions:
         """Write the gated probabilities for the cores of canvases (H, W, 3), which may have different sizes.
 
@@ -285,50 +290,98 @@ class Predictor:
         Raises NonFiniteOutputError with the indices of the canvases whose output contains NaN or infinity.
         """
         with torch.inference_mode():
-            axes = self._window_axes(canvases, corners)
-            allowed, decisions = self._decided(*self._classified(canvases, axes, before_batch))
-            finite_N = torch.ones(len(canvases), dtype=torch.bool, device=self.device)
-            # Where the segmenter does not run, no window has a choice, and any logits give the same probabilities.
-            no_logits = torch.zeros((len(self.card.classes), 1, 1), device=self.device)
-            for batch in _batches(canvases, self.batch_size):
+            batches = self._batches(canvases, corners)
+            logits, distances = [], []
+            for batch in batches:
                 before_batch()
-                chosen = [n for n in batch if decisions.segmented_N[n]]
-                found = self._segmented(torch.stack([canvases[n] for n in chosen])) if chosen else ()
-                logits = dict(zip(chosen, found, strict=True))
-                for n in batch:
-                    probs[n].copy_(gated_mean(logits.get(n, no_logits), allowed[n], *axes[n]))
-                for n, logits_Khw in logits.items():
-                    finite_N[n] = _finite(logits_Khw)
-            _check_finite("segmenter", *to_host([finite_N]))
+                logits_MK, distances_Nrc = self._classified(canvases, batch)
+                logits.append(logits_MK)
+                distances += [distances_Nrc] if distances_Nrc is not None else []
+            allowed, decisions = self._decided(batches, logits, distances)
+            finite: list[Tensor] = []
+            for batch, allowed_MK in zip(batches, allowed, strict=True):
+                before_batch()
+                logits_NKhw = self._chosen_logits(canvases, batch, decisions.segmented_N)
+                finite.append(_finite(logits_NKhw).expand(len(batch.canvases)))
+                probs_NKhw = gated_mean(logits_NKhw, allowed_MK, batch.windows)
+                for n, probs_Khw in zip(batch.canvases, probs_NKhw, strict=True):
+                    probs[n].copy_(probs_Khw)
+            _check_finite("segmenter", _order(batches), *to_host([torch.cat(finite)]))
         return decisions
 
-    def _classified(
-        self, canvases: Sequence[Tensor], axes: Sequence[Axes], before_batch: Callable[[], None]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the classifier's logits (R, C, K) in the windows of each canvas, and the distances (r, c) if known."""
-        logits: dict[int, Tensor] = {}
-        distances: dict[int, Tensor] = {}
-        for batch in _batches(canvases, self.batch_size):
-            before_batch()
-            x_NCHW = normalized(torch.stack([canvases[n] for n in batch]), self._mean_C, self._std_C)
-            with self._autocast():
-                deep_NDhw = self._features(x_NCHW)
-                for n, deep_Dhw, x_CHW in zip(batch, deep_NDhw, x_NCHW, strict=True):
-                    logits[n] = self._window_logits(deep_Dhw, x_CHW, *axes[n])
-            if self._statistics is not None and self.card.familiarity is not None:
-                features_NrcD = window_features(deep_NDhw, x_NCHW.shape[2] // deep_NDhw.shape[2])
-                distances_Nrc = self._statistics.distances(features_NrcD.flatten(0, 2)).view(features_NrcD.shape[:3])
-                distances |= zip(batch, distances_Nrc / self.card.familiarity.window_limit, strict=True)
-        return [logits[n] for n in sorted(logits)], [distances[n] for n in sorted(distances)]
+    def _batches(self, canvases: Sequence[Tensor], corners: Sequence[Corner]) -> list[_Batch]:
+        """Return batches of canvases (H, W, 3) of one size, with their windows by a single copy to the device."""
+        shapes = [canvas_HWC.shape[1::-1] for canvas_HWC in canvases]
+        in_order = sorted(range(len(canvases)), key=shapes.__getitem__)
+        groups = [list(alike) for _, alike in groupby(in_order, key=shapes.__getitem__)]
+        batches = [group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)]
+        windows = []
+        for batch in batches:
+            size = [(side - 2 * self.card.margin) // self.output_stride for side in canvases[batch[0]].shape[:2]]
+            windows.append(self._windows([corners[n] for n in batch], size))
+        return [_Batch(*one) for one in zip(batches, placed(windows, self.device), strict=True)]
 
-    def _decided(self, logits: Sequence[Tensor], distances: Sequence[Tensor]) -> tuple[list[Tensor], Decisions]:
-        """Return `_allowed` for each canvas and, on the host, what follows from it. This waits for the device."""
-        allowed = [self._allowed(logits_RCK.sigmoid()) for logits_RCK in logits]
-        contested_N = torch.stack([(allowed_RCK.sum(dim=2) > 1).any() for allowed_RCK in allowed])
-        finite_N = torch.stack([_finite(logits_RCK) for logits_RCK in logits])
-        contested, finite, *found = to_host([contested_N, finite_N, *distances])
-        _check_finite("classifier", finite)
-        return allowed, Decisions(contested if self.skip_by_gate else np.ones_like(contested), found or None)
+    def _windows(self, corners: Sequence[Corner], size_out: Sequence[int]) -> GateWindows:
+        """Return the gate windows of canvases whose cores have this height and width at the output stride."""
+        return gate_windows(corners, size_out, self.card.margin, self.card.gate_window, self.output_stride)
+
+    def _classified(self, canvases: Sequence[Tensor], batch: _Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the classifier's logits (M, K) in the windows of a batch, and `Decisions.distances` as (N, r, c)."""
+        x_NCHW = normalized(torch.stack([canvases[n] for n in batch.canvases]), self._mean_C, self._std_C)
+        with self._autocast():
+            deep_NDhw = self._features(x_NCHW)
+            logits_MK = self._window_logits(deep_NDhw, x_NCHW, batch.windows)
+        if self._statistics is None or self.card.familiarity is None:
+            return logits_MK, None
+        features_NrcD = window_features(deep_NDhw, x_NCHW.shape[2] // deep_NDhw.shape[2])
+        distances_Nrc = self._statistics.distances(features_NrcD.flatten(0, 2)).view(features_NrcD.shape[:3])
+        return logits_MK, distances_Nrc / self.card.familiarity.window_limit
+
+    def _window_logits(self, deep_NDhw: Tensor, x_NCHW: Tensor, windows: GateWindows) -> Tensor:
+        """Return the logits (M, K) of the classifier's head in the windows of a batch."""
+        stride = x_NCHW.shape[2] // deep_NDhw.shape[2]
+        found = []
+        for first in range(0, len(windows.canvas_M), _WINDOWS):
+            some = slice(first, first + _WINDOWS)
+            deep_MDhw = cut_windows(deep_NDhw, windows, some, stride)
+            # Windows of an image are many times as large as those of the features.
+            x_MCHW = cut_windows(x_NCHW, windows, some) if self._classifier.reads_images else None
+            head_output = self._classifier.head_output(Stages(deep_MDhw, deep_MDhw, deep_MDhw), x_MCHW)
+            found.append(head_output.logits_NK.float())
+        return torch.cat(found)
+
+    def _decided(
+        self, batches: Sequence[_Batch], logits: Sequence[Tensor], distances: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Decisions]:
+        """Return `_allowed` for the windows of each batch, and the decisions, for which the host waits."""
+        logits_MK = torch.cat(list(logits))
+        allowed_MK = self._allowed(logits_MK.sigmoid())
+        finite_M, contested_M, *found = to_host([_finite(logits_MK), allowed_MK.sum(dim=1) > 1, *distances])
+        sizes = [rows * columns for batch in batches for rows, columns in batch.windows.counts]
+        order, firsts = _order(batches), np.cumsum([0, *sizes[:-1]])
+        _check_finite("classifier", order, np.logical_and.reduceat(finite_M, firsts))
+        segmented_N = np.ones(len(order), dtype=bool)
+        if self.skip_by_gate:
+            segmented_N[order] = np.logical_or.reduceat(contested_M, firsts)
+        by_batch = [distances_rc for distances_Nrc in found for distances_rc in distances_Nrc]
+        known = [by_batch[place] for place in np.argsort(order)] if by_batch else None
+        return allowed_MK.split([len(one_MK) for one_MK in logits]), Decisions(segmented_N, known)
+
+    def _chosen_logits(self, canvases: Sequence[Tensor], batch: _Batch, segmented_N: NDArray[np.bool_]) -> Tensor:
+        """Return the segmenter's logits (N, K, h, w) for a batch; (1, K, 1, 1) if it runs on no canvas of it.
+
+        A canvas on which it does not run has no window with a choice: any logits give the same probabilities.
+        """
+        chosen = [position for position, n in enumerate(batch.canvases) if segmented_N[n]]
+        if not chosen:
+            return torch.zeros((1, len(self.card.classes), 1, 1), device=self.device)
+        found_NKhw = self._segmented(torch.stack([canvases[batch.canvases[position]] for position in chosen]))
+        if len(chosen) == len(batch.canvases):
+            return found_NKhw
+        logits_NKhw = found_NKhw.new_zeros((len(batch.canvases), *found_NKhw.shape[1:]))
+        for position, found_Khw in zip(chosen, found_NKhw, strict=True):
+            logits_NKhw[position].copy_(found_Khw)
+        return logits_NKhw
 
     def _prepared(self, network: nn.Module) -> Network:
         placed = _placed(network, self.device)
@@ -336,44 +389,10 @@ class Predictor:
             return OpenVinoNetwork(placed, 2 * self.card.margin + SMALLEST_CORE, self.precision)
         return placed
 
-    def _allowed(self, presence_RCK: Tensor) -> Tensor:
+    def _allowed(self, presence_MK: Tensor) -> Tensor:
         """Return which classes may have pixels in each window; with `ungated_fallback`, all classes if none passes."""
-        passed_RCK = passing_classes(presence_RCK, self._thresholds_K)
-        return passed_RCK | ~passed_RCK.any(dim=2, keepdim=True) if self.ungated_fallback else passed_RCK
-
-    def _window_axes(self, canvases: Sequence[Tensor], corners: Sequence[Corner]) -> list[Axes]:
-        """Return the rows and columns of the gate windows of canvases (H, W, 3), by a single copy to the device."""
-        margin, stride = self.card.margin, self.output_stride
-        return self._core_axes(
-            [[(side - 2 * margin) // stride for side in canvas_HWC.shape[:2]] for canvas_HWC in canvases], corners
-        )
-
-    def _core_axes(self, sizes_out: Sequence[Sequence[int]], corners: Sequence[Corner]) -> list[Axes]:
-        """Return the same for cores of these heights and widths at the output stride."""
-        margin, window, stride = self.card.margin, self.card.gate_window, self.output_stride
-        axes = placed(
-            [
-                window_axis(start, stride * length, margin, window, stride)
-                for (height, width), (x, y) in zip(sizes_out, corners, strict=True)
-                for start, length in ((y, height), (x, width))
-            ],
-            self.device,
-        )
-        return list(zip(axes[::2], axes[1::2], strict=True))
-
-    def _window_logits(self, deep_Dhw: Tensor, x_CHW: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
-        """Return the logits (R, C, K) of the classifier's head in the windows of one canvas."""
-        stride = x_CHW.shape[1] // deep_Dhw.shape[1]
-        together = max(1, _WINDOWS // len(columns.starts_R))
-        found = []
-        for starts_R in rows.starts_R.split(together):
-            some = rows._replace(starts_R=starts_R)
-            deep_MDhw = cut_windows(deep_Dhw, some, columns, stride)
-            # Windows of an image are many times as large as those of the features.
-            x_MCHW = cut_windows(x_CHW, some, columns) if self._classifier.reads_images else None
-            head_output = self._classifier.head_output(Stages(deep_MDhw, deep_MDhw, deep_MDhw), x_MCHW)
-            found.append(head_output.logits_NK.float().unflatten(0, (-1, len(columns.starts_R))))
-        return torch.cat(found)
+        passed_MK = passing_classes(presence_MK, self._thresholds_K)
+        return passed_MK | ~passed_MK.any(dim=1, keepdim=True) if self.ungated_fallback else passed_MK
 
     def _checked(self, rgb_NHWC: Canvases) -> Tensor:
         """Return canvases on the device. Raises ValueError if the array does not contain RGB canvases with a core."""
@@ -422,19 +441,16 @@ class DeepFeatures(nn.Module):
         return deep_NDhw
 
 
-def _batches(canvases: Sequence[Tensor], size: int) -> Iterator[list[int]]:
-    """Yield the indices of at most `size` canvases (H, W, 3) of one height and width."""
-    shapes = [canvas_HWC.shape[1::-1] for canvas_HWC in canvases]
-    for _, alike in groupby(sorted(range(len(canvases)), key=shapes.__getitem__), key=shapes.__getitem__):
-        group = list(alike)
-        yield from (group[start : start + size] for start in range(0, len(group), size))
+def _order(batches: Sequence[_Batch]) -> list[int]:
+    """Return the indices of the canvases, batch by batch."""
+    return [n for batch in batches for n in batch.canvases]
 
 
 def _finite(output: Tensor) -> Tensor:
-    """Return whether a canvas's output contains neither NaN nor infinity, on the device."""
-    return torch.isfinite(output).all()
+    """Return which entries of the first axis contain neither NaN nor infinity, on the device."""
+    return torch.isfinite(output).flatten(1).all(dim=1)
 
 
-def _check_finite(network: str, finite_N: NDArray[np.bool_]) -> None:
-    if not finite_N.all():
-        raise NonFiniteOutputError(network, np.flatnonzero(~finite_N).tolist())
+def _check_finite(network: str, canvases: Sequence[int], finite: NDArray[np.bool_]) -> None:
+    if not finite.all():
+        raise NonFiniteOutputError(network, sorted(n for n, good in zip(canvases, finite, strict=True) if not good))

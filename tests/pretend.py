@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -32,27 +33,33 @@ WAITS = {
 
 _INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 
-Moves = list[str]
-"""In order: "in" for a copy to the device, "out" for a copy to the host, and the texts of `WAITS`."""
 
-_records: list[tuple[int, Moves]] = []
+@dataclass
+class Record:
+    """What a thread did with the device."""
+
+    moves: list[str] = field(default_factory=list)
+    """In order: "in" for a copy to the device, "out" for a copy to the host, and the texts of `WAITS`."""
+    kernels: int = 0
+    """Operations on the device that compute or copy."""
+
+
+_of_thread = threading.local()
 
 
 @contextmanager
-def recorded() -> Iterator[Moves]:
-    """Record the copies and waits of this thread."""
-    moves: Moves = []
-    _records.append((threading.get_ident(), moves))
+def recorded() -> Iterator[Record]:
+    """Record what this thread does."""
+    _of_thread.record = Record()
     try:
-        yield moves
+        yield _of_thread.record
     finally:
-        _records.remove((threading.get_ident(), moves))
+        _of_thread.record = Record()
 
 
-def _record(move: str) -> None:
-    for thread, moves in _records:
-        if thread == threading.get_ident():
-            moves.append(move)
+def _record() -> Record:
+    record: Record = getattr(_of_thread, "record", Record())
+    return record
 
 
 class PretendTensor(Tensor):
@@ -62,19 +69,22 @@ class PretendTensor(Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> Self:
-        made: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # torch's stubs lack it
+        made: Self = torch.Tensor._make_wrapper_subclass(
             cls,
             raw.shape,
             strides=raw.stride(),
             storage_offset=raw.storage_offset(),
             dtype=raw.dtype,
-            device=f"{NAME}:0",
+            device=torch.device(NAME, 0),
         )
         made.raw = raw
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    # torch documents this signature, and its stubs have another.
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         # In inference mode, torch passes composite operations as they are, such as `to` and `item`. Their own kernel
         # calls simple ones. (`decompose` prefers kernels in Python, which round differently.)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
@@ -115,17 +125,18 @@ def _check_and_record(func: Any, tensors: list[Tensor], target: str | None) -> N
     on_device = [isinstance(one, PretendTensor) for one in tensors]
     if func is aten.copy_.default:
         if on_device[0] != on_device[1]:
-            _record("in" if on_device[0] else "out")
+            _record().moves.append("in" if on_device[0] else "out")
     elif func is aten._to_copy.default:
         if target is not None and (target == NAME) != on_device[0]:
-            _record("out" if on_device[0] else "in")
+            _record().moves.append("out" if on_device[0] else "in")
     elif any(on_device) and any(not here and one.ndim for one, here in zip(tensors, on_device, strict=True)):
         # torch lets a number on the CPU take part.
         raise RuntimeError(f"{func} expects its tensors on one device, but found {NAME} and cpu")
     if func in _INDEXED and any(one.dtype is torch.bool for one in tensors[1:]):
-        _record(WAITS[aten.nonzero.default])
+        _record().moves.append(WAITS[aten.nonzero.default])
     if func in WAITS:
-        _record(WAITS[func])
+        _record().moves.append(WAITS[func])
+    _record().kernels += not func.is_view
 
 
 class _Backend:

@@ -10,8 +10,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -35,7 +38,7 @@ def run_predictor() -> dict[str, Any]:
     from models.devices import available_devices, choose_device
     from models.predictor import Predictor
     from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
-    from tests.pretend import recorded
+    from tests.pretend import Record, recorded
 
     rng = np.random.default_rng(0)
     canvases = [np.full((96, 96, 3), COLORS[n % 3], np.uint8) for n in range(6)]
@@ -46,19 +49,19 @@ def run_predictor() -> dict[str, Any]:
         networks = ColorClassifier(COLORS), ColorSegmenter(COLORS)
         return Predictor(make_card(COLORS), NO_DIGEST, *networks, device=device, batch_size=batch_size)
 
-    def predicted(model: Predictor, chosen: Sequence[int]) -> tuple[list[torch.Tensor], list[bool], list[str]]:
+    def predicted(model: Predictor, chosen: Sequence[int]) -> tuple[list[torch.Tensor], list[bool], Record]:
         there = [model.on_device(canvases[n]) for n in chosen]
         probs = [torch.empty((3, 8, (canvases[n].shape[1] - 64) // 4), device=model.device) for n in chosen]
-        with recorded() as moves:
+        with recorded() as record:
             segmented_N, _ = model.predict_into(probs, there, [corners[n] for n in chosen])
-        return [one.cpu() for one in probs], segmented_N.tolist(), moves
+        return [one.cpu() for one in probs], segmented_N.tolist(), record
 
     found: dict[str, Any] = {"devices": available_devices(), "auto": str(choose_device("auto")), "predictions": []}
-    for batch_size in (1, 4):
-        for chosen in ([7], range(12)):
-            ours, theirs = (predicted(predictor(name, batch_size), chosen) for name in ("auto", "cpu"))
-            equal = all(torch.equal(one, other) for one, other in zip(ours[0], theirs[0], strict=True))
-            found["predictions"].append({"moves": ours[2], "equal": equal, "segmented": [ours[1], theirs[1]]})
+    for chosen, batch_size in product(([7], range(6, 10), range(12)), (1, 4)):
+        ours, theirs = (predicted(predictor(name, batch_size), chosen) for name in ("auto", "cpu"))
+        equal = all(torch.equal(one, other) for one, other in zip(ours[0], theirs[0], strict=True))
+        prediction = {"canvases": len(chosen), "batch": batch_size, "equal": equal, "segmented": [ours[1], theirs[1]]}
+        found["predictions"].append(prediction | asdict(ours[2]))
     return found | {"operations": {name: _moves_or_error(run) for name, run in _operations().items()}}
 
 
@@ -82,12 +85,12 @@ def _operations() -> dict[str, Callable[[], object]]:
 def _moves_or_error(run: Callable[[], object]) -> list[str]:
     from tests.pretend import recorded
 
-    with recorded() as moves:
+    with recorded() as record:
         try:
             run()
         except RuntimeError as error:
             return [str(error)]
-    return moves
+    return record.moves
 
 
 def run_command(bundle: str, slide: str, output: str) -> dict[str, Any]:
@@ -95,24 +98,23 @@ def run_command(bundle: str, slide: str, output: str) -> dict[str, Any]:
     from typer.testing import CliRunner
 
     from pipeline.cli.segment import app
-    from pipeline.slide import engine
+    from pipeline.slide.blocks import segment_block
     from tests.pretend import recorded
 
     blocks: list[list[str]] = []
-    segment_block = engine.segment_block
 
     def recording(*arguments: Any) -> Any:
-        with recorded() as moves:
-            record = segment_block(*arguments)
-        blocks.append(moves)
-        return record
+        with recorded() as record:
+            finished = segment_block(*arguments)
+        blocks.append(record.moves)
+        return finished
 
-    engine.segment_block = recording
     options = ["-m", bundle, "--output-stride", "1", "--runtime", "torch", "-b", "2", "-j", "2"]
     status, counts = {}, {}
     for device in ("cpu", "auto"):
         blocks.clear()
-        result = CliRunner().invoke(app, [slide, "-o", str(Path(output) / device), "--device", device, *options])
+        with patch("pipeline.slide.engine.segment_block", recording):
+            result = CliRunner().invoke(app, [slide, "-o", str(Path(output) / device), "--device", device, *options])
         status[device] = [result.exit_code, result.output]
         counts[device] = list(blocks)
     return {"status": status, "blocks": counts}

@@ -38,7 +38,7 @@ MOST_TILES = 1024
 SEARCH_TILES = 32
 """Tiles that each batch size is tried with on a CPU; elsewhere three batches."""
 
-BATCHES = {"cpu": (4, 8, 16, 32), "cuda": (16, 32, 64, 128, 256), "mps": (4, 8, 16, 32)}
+BATCHES = {"cpu": (4, 8, 16, 32), "cuda": (16, 32, 64, 128, 256), "xpu": (16, 32, 64, 128, 256), "mps": (4, 8, 16, 32)}
 """Batch sizes that are tried, by the device's type; the run's own is tried as well."""
 
 

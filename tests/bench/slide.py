@@ -237,12 +237,11 @@ def _judged(run: dict[str, Any], subject: Subject, floors: list[Floors], beside:
 
 
 def _machine(predictor: Predictor, load_before: float) -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name(predictor.device) if predictor.device.type == "cuda" else None
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": gpu or str(predictor.device),
+        "device": "cpu" if predictor.device.type == "cpu" else predictor.processor,
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions(),
         "load": [load_before, os.getloadavg()[0]],

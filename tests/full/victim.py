@@ -131,7 +131,7 @@ class _Watched(Predictor):
 
     steps: Steps
 
-    def predict_into(self, probs: Any, canvases: Any, corners: Any, before_batch: Any) -> Any:
+    def predict_into(self, probs: Any, canvases: Any, corners: Any, before_batch: Any = None) -> Any:
         def step() -> None:
             before_batch()
             self.steps.step("predict")
