@@ -188,6 +188,24 @@ def looks(rgb_HWC: NDArray[np.uint8], glass: tuple[float, float, float]) -> NDAr
     return looks_HW
 
 
+def bare_and_stained(
+    rgb_HWC: NDArray[np.uint8], glass: tuple[float, float, float]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which pixels are as bright as glass, and which are clearly colored, each by its own value alone.
+
+    A bare pixel is paler than any `Look.PALE` pixel. A stained one has the densities of `Look.STAINED`.
+    """
+    bare_HW, stained_HW = np.empty(rgb_HWC.shape[:2], bool), np.empty(rgb_HWC.shape[:2], bool)
+    tables = [_table(value)[::_STEPS] for value in glass]
+    for rows in strips(bare_HW.shape):
+        red, green, blue = (table[rgb_HWC[rows, :, c]] for c, table in enumerate(tables))
+        most_HW = np.maximum(np.maximum(red, green), blue)
+        color_HW = most_HW - np.minimum(np.minimum(red, green), blue)
+        bare_HW[rows] = most_HW < _PALE_LEAST
+        stained_HW[rows] = (most_HW > _STAINED_MOST) & (color_HW > _STAINED_COLOR)
+    return bare_HW, stained_HW
+
+
 def _looks(rgb_HWC: NDArray[np.uint8], rows: slice, glass: tuple[float, float, float]) -> NDArray[np.uint8]:
     wide = densities(rgb_HWC, rows, glass, _TEXTURE_REACH)
     start = min(_TEXTURE_REACH, rows.start)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi.box import Box
 from wsi.errors import SlideReadError
-from wsi.fat import find_fat
+from wsi.fat import fat_inside, find_fat
 from wsi.folds import find_folds
 from wsi.left_out import Extent, LeftOut, extents
 from wsi.masks import Mask, close, grow, pieces, thick, without_small
@@ -76,6 +76,10 @@ class Tissue:
     l0_per_px: float
     mpp: float
     warnings: tuple[str, ...]
+    glass: tuple[float, float, float]
+    """Color of the slide's glass."""
+    fat_HW: NDArray[np.bool_]
+    """The fat in the mask, whose bright cells are not holes."""
 
     @property
     def area_um2(self) -> float:
@@ -114,6 +118,15 @@ class Tissue:
         value = left * (1 - column_weights) + right * column_weights
         return np.asarray(value >= 0.5) & inside_HW
 
+    def nearest(self, layer_HW: NDArray[Any], box_out: Box, l0_per_out: float) -> NDArray[Any]:
+        """Return a layer of the mask's shape over a box of a map, from the pixel of the layer at each center."""
+        starts, counts = (box_out.y, box_out.x), (box_out.height, box_out.width)
+        rows, columns = (
+            np.clip(((np.arange(start, start + count) + 0.5) * l0_per_out / self.l0_per_px).astype(int), 0, size - 1)
+            for start, count, size in zip(starts, counts, layer_HW.shape, strict=True)
+        )
+        return np.asarray(layer_HW[np.ix_(rows, columns)])
+
     def _around(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return the mask from the first to one past the last of these rows and columns; outside it is False."""
         top, bottom, left, right = rows[0], rows[-1] + 2, columns[0], columns[-1] + 2
@@ -129,6 +142,8 @@ class Found(NamedTuple):
 
     mask_HW: Mask
     left_out_HW: NDArray[np.uint8]
+    fat_HW: Mask
+    glass: tuple[float, float, float]
 
 
 def find_tissue(slide: Slide, *, exclude_folds: bool = False) -> Tissue:
@@ -144,7 +159,7 @@ def find_tissue(slide: Slide, *, exclude_folds: bool = False) -> Tissue:
             f"{MAX_UNREADABLE_SHARE:.0%}); copy or scan the slide again"
         )
     mpp = slide.info.mpp * thumbnail.l0_per_px
-    mask_HW, left_out_HW = detect_tissue(thumbnail.rgb_HWC, mpp)
+    mask_HW, left_out_HW, fat_HW, glass = detect_tissue(thumbnail.rgb_HWC, mpp)
     whole = Box(0, 0, *mask_HW.shape[::-1])
     for box in thumbnail.unreadable_px:
         part = box.intersect(whole).slices(whole)
@@ -152,7 +167,7 @@ def find_tissue(slide: Slide, *, exclude_folds: bool = False) -> Tissue:
     warnings = _warnings(mask_HW, left_out_HW, mpp, exclude_folds=exclude_folds)
     if exclude_folds:
         mask_HW &= left_out_HW != LeftOut.FOLD
-    return Tissue(mask_HW, left_out_HW, thumbnail.l0_per_px, mpp, warnings)
+    return Tissue(mask_HW, left_out_HW, thumbnail.l0_per_px, mpp, warnings, glass, fat_HW)
 
 
 def detect_tissue(rgb_HWC: NDArray[np.uint8], mpp: float) -> Found:
@@ -169,18 +184,18 @@ def detect_tissue(rgb_HWC: NDArray[np.uint8], mpp: float) -> Found:
     _mark_gray(left_out_HW, looks_HW, MIN_DUST_UM2 / mpp**2)
     other_HW = (left_out_HW == LeftOut.PEN) | (left_out_HW == LeftOut.BORDER)
     mask_HW, fragment_HW = _tissue(looks_HW, other_HW, mpp)
-    fat_HW = find_fat(
-        has_look(looks_HW, Look.TEXTURED), has_look(looks_HW, Look.STAINED | Look.PALE), mask_HW, other_HW, mpp
-    )
+    colored_HW = has_look(looks_HW, Look.STAINED | Look.PALE)
+    fat_HW = find_fat(has_look(looks_HW, Look.TEXTURED), colored_HW, mask_HW, other_HW, mpp)
     if fat_HW.any():
         mask_HW = _without_holes(mask_HW | fat_HW, mpp) & ~other_HW
-    del other_HW, fat_HW
+    fat_HW = fat_inside(colored_HW, mask_HW, mpp)
+    del other_HW, colored_HW
     left_out_HW[mask_HW] = 0
     left_out_HW[fragment_HW & ~mask_HW & (left_out_HW == 0)] = LeftOut.FRAGMENT
     tinted_HW = has_look(looks_HW, Look.TINTED) & ~mask_HW & (left_out_HW == 0)
     left_out_HW[without_small(tinted_HW, MIN_TINT_UM2 / mpp**2)] = LeftOut.TINT
     left_out_HW[find_folds(rgb_HWC, mask_HW, glass, mpp)] = LeftOut.FOLD
-    return Found(mask_HW, left_out_HW)
+    return Found(mask_HW, left_out_HW, fat_HW, glass)
 
 
 def structure_um2(left_out: Mapping[LeftOut, Extent]) -> float:

@@ -99,7 +99,7 @@ def segment(
         float, typer.Option(help="Merge polygons below this many µm² into a neighbor.", min=0)
     ] = DEFAULTS.min_area_um2,
     simplify: Annotated[
-        float, typer.Option(help="Tolerance of polygon borders, in map pixels.", min=0)
+        float, typer.Option(help="Tolerance of smooth polygon borders, in map pixels; 0 keeps pixel edges.", min=0)
     ] = DEFAULTS.simplify_px,
     keep_ungated: Annotated[
         bool, typer.Option("--keep-ungated", help="Use the segmenter's prediction if the gate rejects every class.")

@@ -40,7 +40,11 @@ def _regions(tissue: Tissue) -> Iterator[Region]:
         piece
         for y, x in product(range(0, height, BLOCK_PX), range(0, width, BLOCK_PX))
         for piece in block_regions(
-            tissue.left_out_HW[y : y + BLOCK_PX, x : x + BLOCK_PX], origin_out=(x, y), min_area_px=0, tolerance_px=1.0
+            tissue.left_out_HW[y : y + BLOCK_PX, x : x + BLOCK_PX],
+            origin_out=(x, y),
+            min_area_px=0,
+            tolerance_px=1.0,
+            smooth=False,  # so that the areas stay those of `LeftOutArea`
         )
     )
     return join_regions(pieces, 0)

@@ -1,8 +1,9 @@
-"""Turn label maps into polygons: exact borders per block, simplified as one coverage, united across blocks.
+"""Turn label maps into polygons: borders per block, smoothed and simplified as one coverage, united across blocks.
 
 Suffixes: H rows, W columns, N regions, E pairs of neighbors; `out` pixels of the stored map, of which pixel (x, y)
-covers [x, x + 1] x [y, y + 1]. All coordinates are whole numbers, because simplification only removes vertices.
-The union across blocks is therefore exact: nothing is snapped, and there are no slivers.
+covers [x, x + 1] x [y, y + 1]. All coordinates are whole multiples of 1 / `STEPS_PER_PX`, because simplification only
+removes vertices, and whole numbers on the edge of a block. The union across blocks is therefore exact: nothing is
+snapped, and there are no slivers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, depth_first_order
 
 from pipeline.errors import RegionsFileError
+from pipeline.formats.smooth_borders import STEPS_PER_PX, smooth_corners
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -45,21 +47,27 @@ class Region:
     label: int
     """0 is background, 1..K are the classes."""
     geometry_out: shapely.Polygon
-    """Absolute out pixels, y down; valid, normalized, corners on whole numbers."""
+    """Absolute out pixels, y down; valid, normalized, on multiples of 1 / `STEPS_PER_PX`."""
     open: bool
     """Whether the region touches its block's edge and may continue in the next block."""
 
 
 def block_regions(
-    labels_HW: npt.NDArray[np.uint8], origin_out: tuple[int, int], min_area_px: float, tolerance_px: float
+    labels_HW: npt.NDArray[np.uint8],
+    origin_out: tuple[int, int],
+    min_area_px: float,
+    tolerance_px: float,
+    *,
+    smooth: bool = True,
 ) -> list[Region]:
     """Return the regions of one block: every class region, and the background regions that touch the block's edge.
 
     labels_HW: 0 is background. origin_out: (x, y) of the block's first pixel. Regions (background too) smaller than
     min_area_px that do not touch the block's edge first become part of the neighbor with the longest shared border.
-    Then all borders between regions are simplified together (Visvalingam-Whyatt; tolerance_px is the square root of the
-    largest triangle removed), so that neighbors stay neighbors. The block's own edge is never simplified. The order
-    and the bytes of the result depend only on the arguments.
+    Then all borders between regions are smoothed if `smooth` and simplified together (Visvalingam-Whyatt; tolerance_px
+    is the square root of the largest triangle removed), so that neighbors stay neighbors. A tolerance of 0 keeps the
+    edges of the pixels. The block's own edge is never changed. The order and the bytes of the result depend only on the
+    arguments.
     Raises ValueError for labels that are not a non-empty 2-D uint8 array.
     """
     if labels_HW.ndim != 2 or labels_HW.size == 0 or labels_HW.dtype != np.uint8:
@@ -72,7 +80,7 @@ def block_regions(
             group_N, labels_N = _merge_small(labels_N, areas_N, open_N, *_neighbors(ids_HW), min_area_px)
             ids_HW = group_N[ids_HW]
             open_N = _touching_edge(ids_HW, labels_N.size)
-    polygons_N = _trace(ids_HW)
+    polygons_N = _trace(ids_HW, smooth_corners(ids_HW) if smooth and tolerance_px > 0 else None)
     if tolerance_px > 0:
         polygons_N = shapely.coverage_simplify(polygons_N, tolerance_px, simplify_boundary=False)
     wanted_N = (labels_N > 0) | open_N
@@ -235,12 +243,15 @@ def _first_of_each(keys: Ints, order: Ints) -> Ints:
     return order[first]
 
 
-def _trace(ids_HW: Ints) -> Polygons:
+def _trace(ids_HW: Ints, corners_YX2: Floats | None) -> Polygons:
     """Return the polygon of each 4-connected region 0..N-1 with its holes, from the corner (0, 0).
 
+    `corners_YX2` has the place of each corner of a pixel; None: the corners form a grid.
+
     Directed pixel edges run with their region on the right. If a region touches itself in a corner, its border takes
-    the turn that separates the shell from the hole, so every ring is simple and every polygon valid. Vertices are the
-    corners and all points at which three or more borders meet, so the polygons are an edge-matched coverage.
+    the turn that separates the shell from the hole, so every ring is simple and every polygon valid. Vertices are all
+    corners of pixels; of a grid, those at which a border turns or three or more borders meet. So the polygons are an
+    edge-matched coverage.
     """
     height, width = ids_HW.shape
     padded = np.pad(ids_HW, 1, constant_values=-1).ravel()
@@ -267,7 +278,7 @@ def _trace(ids_HW: Ints) -> Polygons:
         heads.append(head)
         owners.append(owner)
         nexts.append((heading + turn) % 4 * vertices + head)
-        corners.append((turn != 0) | (degree[head] > 2))
+        corners.append((turn != 0) | (degree[head] > 2) | (corners_YX2 is not None))
     head_M, owner_M, corner_M = np.concatenate(heads), np.concatenate(owners), np.concatenate(corners)
     ring_M, walk_M = _walk_cycles(number.ravel()[np.concatenate(nexts)])
 
@@ -275,7 +286,10 @@ def _trace(ids_HW: Ints) -> Polygons:
     ring = ring_M[walk]
     begins = np.flatnonzero(np.append(True, ring[1:] != ring[:-1]))
     sizes = np.diff(np.append(begins, ring.size))
-    xy = np.stack([vertex_x[head_M[walk]], vertex_y[head_M[walk]]], axis=1).astype(np.float64)
+    if corners_YX2 is None:
+        xy = np.stack([vertex_x[head_M[walk]], vertex_y[head_M[walk]]], axis=1).astype(np.float64)
+    else:
+        xy = corners_YX2.reshape(-1, 2)[head_M[walk]]
     following = np.arange(1, ring.size + 1)
     following[begins + sizes - 1] = begins
     doubled_area = np.add.reduceat(xy[:, 0] * xy[following, 1] - xy[following, 0] * xy[:, 1], begins)
@@ -317,7 +331,7 @@ def _polygons(coords: Floats, ring_offsets: Ints, polygon_offsets: Ints) -> Poly
 
 
 def _without_straight_vertices(polygons_N: Polygons, shift: tuple[int, int]) -> Polygons:
-    """Return the polygons shifted and normalized, without vertices inside a horizontal or vertical line.
+    """Return the polygons shifted and normalized, without whole-numbered vertices inside an axis-parallel line.
 
     Such a vertex marks a meeting point of other regions, or a block's edge. Removing it is exact, even after scaling.
     """
@@ -331,7 +345,8 @@ def _without_straight_vertices(polygons_N: Polygons, shift: tuple[int, int]) -> 
     begins = np.append(0, np.cumsum(sizes))[:-1]
     before, after = np.arange(-1, len(xy) - 1), np.arange(1, len(xy) + 1)
     before[begins], after[begins + sizes - 1] = begins + sizes - 1, begins
-    straight = ((xy == xy[before]) & (xy == xy[after])).any(axis=1)
+    # Other vertices stay, so that `_shared_borders` finds them on both sides.
+    straight = ((xy == xy[before]) & (xy == xy[after])).any(axis=1) & (xy == np.rint(xy)).all(axis=1)
     kept_sizes = np.add.reduceat(~straight, begins, dtype=np.int64)
     coords, offsets = _closed_rings(
         xy[~straight] + np.array(shift, np.float64), np.append(0, np.cumsum(kept_sizes))[:-1], kept_sizes
@@ -342,27 +357,23 @@ def _without_straight_vertices(polygons_N: Polygons, shift: tuple[int, int]) -> 
 def _shared_borders(polygons_N: Polygons) -> tuple[Ints, Floats]:
     """Return pairs of polygons that share a border, and its length in pixels. Number N stands for unshared borders.
 
-    Borders are compared edge by edge. Horizontal and vertical edges are compared in pixel steps, because the two sides
-    may be divided differently. All other edges have the same two ends on both sides.
+    Borders are compared edge by edge. Horizontal and vertical edges are cut at whole pixels, because the two sides may
+    be divided there differently. All other edges have the same two ends on both sides.
     """
     _, xy, (ring_offsets, polygon_offsets) = shapely.to_ragged_array(polygons_N)
-    corners = np.rint(xy).astype(np.int64)
-    if not np.array_equal(corners, xy):
-        raise ValueError("regions to join must have whole pixel coordinates, as block_regions returns them")
+    corners = np.rint(xy * STEPS_PER_PX).astype(np.int64)
+    if not np.array_equal(corners, xy * STEPS_PER_PX):
+        raise ValueError(f"regions to join must lie on 1/{STEPS_PER_PX} pixel, as block_regions returns them")
     is_edge = np.ones(len(corners), np.bool_)
     is_edge[ring_offsets[1:] - 1] = False
     first = np.flatnonzero(is_edge)
     piece = np.repeat(np.arange(polygons_N.size), np.diff(ring_offsets[polygon_offsets]))[first]
-    start, delta = corners[first], corners[first + 1] - corners[first]
-    steps = np.where((delta == 0).any(axis=1), np.abs(delta).sum(axis=1), 1)
-    piece, unit = np.repeat(piece, steps), np.repeat(delta // steps[:, None], steps, axis=0)
-    rank = np.arange(len(unit)) - np.repeat(np.cumsum(steps) - steps, steps)
-    begin = np.repeat(start, steps, axis=0) + unit * rank[:, None]
-    low, high = _vertex_keys(begin - corners.min(axis=0)), _vertex_keys(begin + unit - corners.min(axis=0))
+    piece, begin, end = _cut_at_pixels(piece, corners[first], corners[first + 1])
+    low, high = _vertex_keys(begin - corners.min(axis=0)), _vertex_keys(end - corners.min(axis=0))
     low, high = np.minimum(low, high), np.maximum(low, high)
     order = np.lexsort((piece, high, low))
     twin = (low[order][1:] == low[order][:-1]) & (high[order][1:] == high[order][:-1])
-    lengths = np.hypot(unit[:, 0], unit[:, 1])[order]
+    lengths = np.hypot(*((end - begin) / STEPS_PER_PX).T)[order]
     piece = piece[order]
     alone = ~(np.append(False, twin) | np.append(twin, False))
     outside = np.full(np.count_nonzero(alone), polygons_N.size)
@@ -370,6 +381,24 @@ def _shared_borders(polygons_N: Polygons) -> tuple[Ints, Floats]:
         [np.stack([piece[:-1][twin], piece[1:][twin]], axis=1), np.stack([piece[alone], outside], axis=1)]
     )
     return _summed_pairs(pairs_E2, np.concatenate([lengths[:-1][twin], lengths[alone]]))
+
+
+def _cut_at_pixels(piece: Ints, start: Ints, stop: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return the pieces of edges and their ends, with horizontal and vertical edges cut at whole pixels."""
+    low, high = np.minimum(start, stop), np.maximum(start, stop)
+    straight = (low == high).any(axis=1)
+    start, stop = np.where(straight[:, None], low, start), np.where(straight[:, None], high, stop)
+    along = (stop - start).argmax(axis=1)
+    at, until = np.take_along_axis(start, along[:, None], 1)[:, 0], np.take_along_axis(stop, along[:, None], 1)[:, 0]
+    cut = at // STEPS_PER_PX + 1  # the first whole pixel after the start
+    steps = np.where(straight, np.maximum((until - 1) // STEPS_PER_PX - cut + 1, 0) + 1, 1)
+    edge = np.repeat(np.arange(len(start)), steps)
+    rank = np.arange(len(edge)) - np.repeat(np.cumsum(steps) - steps, steps)
+    begin, end, places = start[edge], stop[edge], (cut[edge] + rank) * STEPS_PER_PX
+    later, earlier = rank > 0, rank < steps[edge] - 1
+    begin[later, along[edge][later]] = places[later] - STEPS_PER_PX
+    end[earlier, along[edge][earlier]] = places[earlier]
+    return piece[edge], begin, end
 
 
 def _united(pieces_N: Polygons) -> shapely.Polygon:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.bundle import ModelCard
 from models.errors import NonFiniteOutputError
 from models.predictor import Predictor
 from pipeline.config import ResolvedSettings
@@ -23,6 +24,7 @@ from pipeline.errors import InferenceError
 from pipeline.formats.ome_zarr import MapStore, UInt8Array
 from pipeline.formats.polygons import block_regions, save_regions
 from pipeline.slide.canvases import canvas_cores, with_margin
+from pipeline.slide.drawn_tissue import area_px, drawn_tissue, edge_margin
 from pipeline.slide.familiarity import CellDistances, save_values, values_file
 from pipeline.slide.labels import stored_map
 from pipeline.slide.plan import block_tissue, needed_tiles, part_of_block
@@ -42,6 +44,8 @@ class BlockRecord:
     """Path in the working folder -> digest, for every file that the block wrote."""
     class_px: list[int]
     """Map pixels per label, background first."""
+    tissue_area_px: float
+    """Area of the tissue inside the slide in map pixels, without classes with the role "background"."""
     tiles: int
     """Tiles with tissue."""
     segmented: int
@@ -95,13 +99,16 @@ def segment_block(
     place if a network returns NaN or infinity, and with the block's place if the device fails or runs out of memory.
     """
     timer, grid = _Timer(), work.grid
-    tissue_HW = block_tissue(grid, work.tissue, block)
-    tiles_m = needed_tiles(grid, tissue_HW, block)
-    cores_m = canvas_cores(grid, tissue_HW, block, predictor.card.margin, work.settings.canvas_m)
+    possible_HW = block_tissue(grid, work.tissue, block)
+    tiles_m = needed_tiles(grid, possible_HW, block)
+    cores_m = canvas_cores(grid, possible_HW, block, predictor.card.margin, work.settings.canvas_m)
+    margin = max(predictor.card.margin, edge_margin(grid))
     with timer("read"):
-        pixels = read_tiles(slide, grid, [with_margin(core_m, predictor.card.margin) for core_m in cores_m])
+        pixels = read_tiles(slide, grid, [with_margin(core_m, margin) for core_m in cores_m])
     if stopped():
         raise Stopped
+    with timer("tissue"):
+        tissue_HW = drawn_tissue(grid, work.tissue, block, pixels)
     bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
     try:
         with timer("copy"):  # before this block takes the lock, so that a GPU can compute another block meanwhile
@@ -130,9 +137,10 @@ def segment_block(
         index=block.index,
         files={},
         class_px=np.bincount(labels_HW.ravel(), minlength=len(probs_KHW) + 1).tolist(),
+        tissue_area_px=_tissue_area_px(work, block, predictor.card, labels_HW, tissue_HW),
         tiles=len(tiles_m),
         segmented=sum(any(_overlap(t, core_m) for core_m in segmented_m) for t in tiles_m),
-        unclassified=_without_class(grid, block, tiles_m, has_class_HW),
+        unclassified=_without_class(grid, block, tiles_m, tissue_HW, has_class_HW),
         bad_tiles_l0=[list(grid.box_l0(t)) for t in bad_tiles],
         seconds=timer.seconds,
         tissue_px=tissue_px,
@@ -210,9 +218,21 @@ def _predict(
     return found_KHW, [core_m for core_m, ran in zip(cores_m, segmented_N, strict=True) if ran]
 
 
-def _without_class(grid: Grid, block: Block, tiles_m: Sequence[Box], has_class_HW: NDArray[np.bool_]) -> int:
-    """Return the number of tiles in whose tissue no class has a probability above 0."""
-    return sum(not has_class_HW[part_of_block(grid, tile_m, block)].any() for tile_m in tiles_m)
+def _tissue_area_px(
+    work: BlockWork, block: Block, card: ModelCard, labels_HW: UInt8Array, tissue_HW: NDArray[np.bool_]
+) -> float:
+    background = [label for label, one in enumerate(card.classes, start=1) if one.role == "background"]
+    bounds_l0, l0_per_out = work.info.bounds_l0, work.grid.l0_per_out
+    size_out = (bounds_l0.width / l0_per_out, bounds_l0.height / l0_per_out)
+    return area_px(tissue_HW & ~np.isin(labels_HW, background), block.box_out, size_out)
+
+
+def _without_class(
+    grid: Grid, block: Block, tiles_m: Sequence[Box], tissue_HW: NDArray[np.bool_], has_class_HW: NDArray[np.bool_]
+) -> int:
+    """Return the number of tiles with tissue in which no class has a probability above 0."""
+    parts = [part_of_block(grid, tile_m, block) for tile_m in tiles_m]
+    return sum(bool(tissue_HW[part].any() and not has_class_HW[part].any()) for part in parts)
 
 
 def _device_error(info: SlideInfo, device: torch.device, block_l0: Box, error: Exception) -> InferenceError:

@@ -49,6 +49,11 @@ def left_out_areas(tissue: Tissue) -> tuple[LeftOutArea, ...]:
     )
 
 
+def tissue_mm2(records: Sequence[BlockRecord], spec: MapSpec) -> float:
+    """Return the area of the tissue."""
+    return sum(r.tissue_area_px for r in records) * spec.mpp_out**2 / 1e6
+
+
 def label_areas_mm2(records: Sequence[BlockRecord], spec: MapSpec) -> dict[str, float]:
     """Return the area of each class, counted in pixels of the label image."""
     counts = np.sum([r.class_px for r in records] or [[0] * (len(spec.classes) + 1)], axis=0)

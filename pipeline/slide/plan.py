@@ -22,6 +22,7 @@ from wsi.grid import Block, Grid, make_grid
 from wsi.resample import STRIP_LV
 from wsi.slide import SlideInfo
 from wsi.tissue import Tissue
+from wsi.tissue_edge import possible_tissue
 
 # Noisy maps compress to a quarter of a byte per pixel; others to less.
 _COMPRESSED_SHARE = 0.25
@@ -42,6 +43,7 @@ class Plan:
     margin: int
     """Model pixels around the core of a canvas."""
     tissue_um2: float
+    """By the tissue mask, before the blocks draw its border."""
     classes: int
     disk_bytes: int
 
@@ -96,7 +98,8 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSet
         canvases=len(cores),
         computed_px=sum(math.prod(with_margin(core_m, card.margin)[2:]) for core_m in cores),
         margin=card.margin,
-        tissue_um2=tissue.area_um2,
+        # The mask's last pixels reach beyond the slide.
+        tissue_um2=min(tissue.area_um2, info.bounds_l0.width * info.bounds_l0.height * info.mpp**2),
         classes=len(card.classes),
         disk_bytes=int(len(blocks) * settings.block_out**2 * (len(card.classes) + 1) * 4 / 3 * _COMPRESSED_SHARE),
     )
@@ -113,8 +116,11 @@ def part_of_block(grid: Grid, tile_m: Box, block: Block) -> tuple[slice, slice]:
 
 
 def block_tissue(grid: Grid, tissue: Tissue, block: Block) -> NDArray[np.bool_]:
-    """Return the tissue mask of a block's box, as mask_HW. Pixels beyond the map are False."""
-    tissue_HW = tissue.sample(block.box_out, grid.l0_per_out)
+    """Return the possible tissue of a block's box, as mask_HW. Pixels beyond the map are False.
+
+    It contains the tissue that `fine_tissue` finds when the block's pixels are read.
+    """
+    tissue_HW = possible_tissue(tissue, block.box_out, grid.l0_per_out, grid.mpp_out)
     # The last pixels of the tissue mask reach beyond the slide.
     inside = block.box_out.intersect(Box(0, 0, *grid.size_out))
     tissue_HW[inside.height :] = False

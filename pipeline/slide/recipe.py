@@ -45,6 +45,7 @@ from pipeline.slide.facts import (
     stage_seconds,
     status_of,
     tile_counts,
+    tissue_mm2,
     unfamiliar_warning,
     warnings_of,
 )
@@ -209,7 +210,7 @@ def _segment_slide(
                 scope=runner.card.scope,
                 limits=runner.card.limits,
                 familiarity=familiarity,
-                tissue_mm2=tissue.area_um2 / 1e6,
+                tissue_mm2=tissue_mm2(records, spec),
                 fold_mm2=tissue.left_out[LeftOut.FOLD].area_um2 / 1e6,
                 left_out=left_out_areas(tissue),
                 classes=spec.classes,

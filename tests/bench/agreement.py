@@ -25,12 +25,13 @@ from models.bundle import load_bundle
 from models.predictor import Predictor
 from pipeline.config import SegmentConfig
 from pipeline.slide.canvases import canvas_cores, with_margin
+from pipeline.slide.drawn_tissue import drawn_tissue, edge_margin
 from pipeline.slide.labels import stored_map
 from pipeline.slide.plan import block_tissue
 from pipeline.slide.recipe import plan_slide, segment_slide
 from pipeline.workers.in_process import load_predictor
 from tests.bench.slide import slide_parser
-from wsi.resample import read_model_pixels
+from wsi.resample import read_model_pixels, read_tiles
 
 
 def plain_labels(path: Path, model: str, config: SegmentConfig) -> NDArray[np.uint8]:
@@ -50,10 +51,13 @@ def plain_labels(path: Path, model: str, config: SegmentConfig) -> NDArray[np.ui
     with slide:
         for number, block in enumerate(plan.blocks):
             print(f"\rplain path: block {number + 1} of {len(plan.blocks)}", end="", file=sys.stderr)
-            tissue_HW = block_tissue(grid, tissue, block)
             box, margin = block.box_out, bundle.card.margin
+            cores_m = canvas_cores(grid, block_tissue(grid, tissue, block), block, margin, config.canvas_m)
+            around = max(margin, edge_margin(grid))
+            pixels = read_tiles(slide, grid, [with_margin(core_m, around) for core_m in cores_m])
+            tissue_HW = drawn_tissue(grid, tissue, block, pixels)
             probs_KHW = torch.zeros((len(bundle.card.classes), box.height, box.width))
-            for core_m in canvas_cores(grid, tissue_HW, block, margin, config.canvas_m):
+            for core_m in cores_m:
                 rgb_HWC = read_model_pixels(slide, grid, with_margin(core_m, margin)).rgb_HWC
                 rows, columns = grid.box_out(core_m).slices(box)
                 probs_KHW[:, rows, columns] = predictor.predict(rgb_HWC[None], [(core_m.x, core_m.y)]).probs_NKhw[0]

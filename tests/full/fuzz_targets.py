@@ -140,7 +140,7 @@ def good_journals(folder: Path) -> None:
     journal = Journal(work, identity)
     for index in range(4):
         (work / f"{index}.bin").write_bytes(bytes(index))
-        journal.append(make_durable(work, BlockRecord(index, {}, [1, 2, 3], 4, 1, 0, []), [work / f"{index}.bin"]))
+        journal.append(make_durable(work, BlockRecord(index, {}, [1, 2, 3], 6.0, 4, 1, 0, []), [work / f"{index}.bin"]))
 
 
 def attack_journal(good: Path, work: Path, chance: random.Random) -> None:

@@ -15,6 +15,7 @@ from wsi import masks
 from wsi.box import Box
 from wsi.left_out import LeftOut
 from wsi.slide import open_slide
+from wsi.stain import DEFAULT_GLASS
 from wsi.tissue import Tissue, detect_tissue, find_tissue
 
 SIZE = (1600, 1200)
@@ -226,7 +227,7 @@ def test_a_sampled_box_equals_that_part_of_the_sampled_whole(
     shape: tuple[int, int], box: tuple[int, int, int, int], l0_per_out: float, share: float
 ) -> None:
     mask_HW = np.random.default_rng(0).random(shape) < share
-    tissue = Tissue(mask_HW, np.zeros(shape, np.uint8), 1.0, 8.0, ())
+    tissue = Tissue(mask_HW, np.zeros(shape, np.uint8), 1.0, 8.0, (), DEFAULT_GLASS, mask_HW)
     padded_HW = np.pad(mask_HW, 1).astype(float)
     x, y, width, height = box
     found_HW = tissue.sample(Box(x, y, width, height), l0_per_out)

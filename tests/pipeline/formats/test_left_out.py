@@ -10,11 +10,14 @@ import shapely
 from pipeline.formats.left_out import BLOCK_PX, write_left_out
 from tests.pipeline.features import checked_features
 from wsi.left_out import LeftOut, extents
+from wsi.stain import DEFAULT_GLASS
 from wsi.tissue import Tissue
 
 
 def layer(tmp_path: Path, left_out_HW: np.ndarray) -> tuple[Tissue, list[dict]]:  # type: ignore[type-arg] # JSON
-    tissue = Tissue(np.zeros(left_out_HW.shape, bool), left_out_HW, 16.0, 8.0, ())
+    tissue = Tissue(
+        np.zeros(left_out_HW.shape, bool), left_out_HW, 16.0, 8.0, (), DEFAULT_GLASS, np.zeros(left_out_HW.shape, bool)
+    )
     height, width = left_out_HW.shape
     write_left_out(tmp_path / "a.left-out.geojson", tissue, (16 * width, 16 * height), 0.5, "d" * 64)
     return tissue, checked_features((tmp_path / "a.left-out.geojson").read_text(encoding="utf-8"))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import shapely
 from hypothesis import given, settings
@@ -18,15 +17,7 @@ from scipy import ndimage
 
 from pipeline.errors import RegionsFileError
 from pipeline.formats.polygons import Region, block_regions, join_regions, load_regions, save_regions
-
-Labels = npt.NDArray[np.uint8]
-
-
-@st.composite
-def label_maps(draw: st.DrawFn, max_side: int = 14, classes: int = 3) -> Labels:
-    height, width = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
-    values = draw(st.lists(st.integers(0, classes), min_size=height * width, max_size=height * width))
-    return np.array(values, np.uint8).reshape(height, width)
+from tests.pipeline.formats.label_maps import Labels, geometries, label_maps, rasterized
 
 
 @st.composite
@@ -55,27 +46,6 @@ def joined(regions: Sequence[Region], min_area_px: float = 0) -> list[tuple[int,
 
 def as_rows(regions: Sequence[Region]) -> list[tuple[int, str]]:
     return sorted((region.label, region.geometry_out.wkt) for region in regions)
-
-
-def rasterized(regions: Sequence[Region], shape: tuple[int, int], origin_out: tuple[int, int] = (0, 0)) -> Labels:
-    """Return labels: each pixel has the label of the polygon that contains its center, by the even-odd rule."""
-    labels_HW = np.zeros(shape, np.uint8)
-    for region in regions:
-        inside_HW = np.zeros(shape, np.bool_)
-        for ring in (region.geometry_out.exterior, *region.geometry_out.interiors):
-            for (x0, y0), (x1, y1) in zip(ring.coords[:-1], ring.coords[1:], strict=True):
-                for row in range(shape[0]):
-                    y = origin_out[1] + row + 0.5
-                    if min(y0, y1) < y < max(y0, y1):
-                        x = x0 + (y - y0) * (x1 - x0) / (y1 - y0)
-                        inside_HW[row] ^= origin_out[0] + np.arange(shape[1]) + 0.5 > x
-        assert not labels_HW[inside_HW & (labels_HW > 0)].any(), "two classes on one pixel"
-        labels_HW[inside_HW] = region.label
-    return labels_HW
-
-
-def geometries(regions: Sequence[Region]) -> npt.NDArray[np.object_]:
-    return np.array([region.geometry_out for region in regions], dtype=object)
 
 
 def smooth_map(side: int, sigma: float, classes: int = 4, seed: int = 0) -> Labels:
@@ -279,9 +249,9 @@ def test_other_arrays_are_refused(labels_HW: Labels) -> None:
         block_regions(labels_HW, (0, 0), 0, 0)
 
 
-def test_fractional_coordinates_are_refused_by_the_join() -> None:
-    with pytest.raises(ValueError, match="whole pixel"):
-        list(join_regions([Region(1, shapely.box(0, 0, 1.5, 2), True)], 0))
+def test_coordinates_off_the_grid_are_refused_by_the_join() -> None:
+    with pytest.raises(ValueError, match="1/64 pixel"):
+        list(join_regions([Region(1, shapely.box(0, 0, 1.51, 2), True)], 0))
 
 
 def test_closed_regions_stream_through_before_the_input_ends() -> None:

@@ -9,7 +9,7 @@ from pipeline.slide.journal import Journal, make_durable
 
 
 def record(index: int, bad: bool = False) -> BlockRecord:
-    return BlockRecord(index, {}, [10, 20, 30], 5, 3, 1, [[1, 2, 3, 4]] if bad else [], {"read": 0.5})
+    return BlockRecord(index, {}, [10, 20, 30], 60.0, 5, 3, 1, [[1, 2, 3, 4]] if bad else [], {"read": 0.5})
 
 
 @pytest.fixture

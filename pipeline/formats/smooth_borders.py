@@ -1,0 +1,78 @@
+"""Smooth the borders between regions, which follow the edges of pixels in steps.
+
+Each corner of a pixel on a border moves to the mean of the corners around it along the border, step by step (surface
+nets, Gibson 1998). A mean also shrinks what is round, so the part of the borders that the mean lost is smoothed as
+well and added (twicing, Tukey 1977): a disk of 500 µm² loses 1 % of its area.
+
+A corner moves by less than half a pixel in x and y, so it stays inside a square around its old place that no other
+corner can enter. Each border edge therefore lies in the two squares of its ends, and cannot cross another edge. Regions
+keep their neighbors and holes, and share their corners as before.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array
+
+STEPS_PER_PX = 64
+"""Smoothed corners lie on this fraction of a pixel, so that sums and unions of regions are exact."""
+
+_ROUNDS = 20
+"""Rounds of a mean. Steps of up to nine pixels lose five sixths of their height."""
+
+_FURTHEST = 0.45
+"""Largest distance in x and in y, in pixels, that a corner moves. It must be below 0.5."""
+
+_SMALLEST_PX = 64
+"""Regions of fewer pixels keep their corners: they would lose more than 4 % of their area."""
+
+
+def smooth_corners(ids_HW: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return the (x, y) of each corner of a pixel of a region map, (H + 1, W + 1, 2), after smoothing.
+
+    Corners on the map's edge, inside regions and on small regions stay in their places.
+    """
+    height, width = ids_HW.shape
+    number_YX = np.arange((height + 1) * (width + 1)).reshape(height + 1, width + 1)
+    xy_V2 = np.stack(np.divmod(number_YX.ravel(), width + 1)[::-1], axis=1).astype(np.float64)
+    across, along = ids_HW[:-1] != ids_HW[1:], ids_HW[:, :-1] != ids_HW[:, 1:]
+    starts = np.concatenate([number_YX[1:-1, :-1][across], number_YX[:-1, 1:-1][along]])
+    ends = np.concatenate([number_YX[1:-1, 1:][across], number_YX[1:, 1:-1][along]])
+    vertices, place = np.unique(np.concatenate([starts, ends]), return_inverse=True)
+    start_E, end_E = np.split(place, 2)
+    y, x = np.divmod(vertices, width + 1)
+    is_free = ((y > 0) & (y < height) & (x > 0) & (x < width)) & ~_on_small_region(ids_HW).ravel()[vertices]
+    mean = _half_way_to_the_mean(start_E, end_E, is_free)
+    before = xy_V2[vertices]
+    once = _rounds(mean, before)
+    after = once + _rounds(mean, before - once)
+    moved = np.clip(after - before, -_FURTHEST, _FURTHEST)
+    xy_V2[vertices] = before + np.round(moved * STEPS_PER_PX) / STEPS_PER_PX
+    return xy_V2.reshape(height + 1, width + 1, 2)
+
+
+def _on_small_region(ids_HW: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return which corners belong to a pixel of a small region, (H + 1, W + 1)."""
+    small_HW = np.pad((np.bincount(ids_HW.ravel()) < _SMALLEST_PX)[ids_HW], 1)
+    return np.asarray(small_HW[:-1, :-1] | small_HW[:-1, 1:] | small_HW[1:, :-1] | small_HW[1:, 1:])
+
+
+def _half_way_to_the_mean(
+    start_E: npt.NDArray[np.int64], end_E: npt.NDArray[np.int64], is_free: npt.NDArray[np.bool_]
+) -> csr_array:
+    """Return the matrix that moves each free vertex half the way to the mean of its neighbors."""
+    count = is_free.size
+    own, other = np.concatenate([start_E, end_E]), np.concatenate([end_E, start_E])
+    own, other = own[is_free[own]], other[is_free[own]]
+    degree = np.bincount(own, minlength=count)
+    every = np.arange(count)
+    weights = np.concatenate([0.5 / degree[own], np.where(is_free, 0.5, 1.0)])
+    places = np.concatenate([own, every]), np.concatenate([other, every])
+    return csr_array((weights, places), shape=(count, count))
+
+
+def _rounds(mean: csr_array, xy_V2: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    for _ in range(_ROUNDS):
+        xy_V2 = mean @ xy_V2
+    return xy_V2

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+
+from models.tissue_class import TissueClass
+from pipeline.formats.features import Feature
+from pipeline.formats.polygons import block_regions
+from tests.bench.edges import axis_parallel_share, bare_pixels, drawn_labels
+from tests.slides import PINK, painted, write_slide
+
+
+def test_the_share_of_axis_parallel_length() -> None:
+    triangle = shapely.Polygon([(0, 0), (4, 0), (4, 3)])
+    assert axis_parallel_share([triangle]) == pytest.approx(7 / 12)
+    assert axis_parallel_share([shapely.LineString([(0, 0), (1, 1)]), shapely.box(0, 0, 1, 1)]) == pytest.approx(
+        4 / (4 + 2**0.5)
+    )
+
+
+def test_drawn_labels_are_those_of_the_map() -> None:
+    labels_HW = np.zeros((20, 30), np.uint8)
+    labels_HW[2:15, 3:28] = 1
+    labels_HW[5:9, 6:12] = 2
+    labels_HW[10:13, 20:24] = 0
+
+    def scaled(xy: np.ndarray) -> np.ndarray:
+        return 8 * xy
+
+    classes = TissueClass("a", (1, 1, 1)), TissueClass("b", (2, 2, 2))
+    features = [
+        Feature(
+            "", region.label, classes[region.label - 1], 0.0, shapely.transform(region.geometry_out, lambda xy: 8 * xy)
+        )
+        for region in block_regions(labels_HW, (0, 0), 0, 0)
+        if region.label
+    ]
+    np.testing.assert_array_equal(drawn_labels(features, (30, 20), 8.0), labels_HW)
+
+
+def test_bare_pixels_are_as_bright_as_glass(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "a.svs", painted((400, 300), ((80, 80, 200, 160), PINK)), mpp=2.0)
+    expected_HW = np.ones((150, 200), bool)
+    expected_HW[40:120, 40:140] = False
+    np.testing.assert_array_equal(bare_pixels(path, 4.0), expected_HW)
