@@ -148,6 +148,7 @@ class PlanFacts(_Record):
     computed_px: int = 0
     """Model pixels of all canvases, with their margins; 0 in older results."""
     tissue_mm2: float
+    """Area of the tissue mask, whose border the blocks have not drawn yet."""
     memory_bytes: int
     disk_bytes: int
 
@@ -211,6 +212,7 @@ class Run(_Record):
     familiarity: Familiarity | None = None
     """None if the model has no statistics of its training data, or if the slide has no tissue."""
     tissue_mm2: float
+    """Area of the tissue inside the slide, as the blocks drew it, without classes with the role "background"."""
     fold_mm2: float
     left_out: tuple[LeftOutArea, ...] = ()
     """Everything that is not plain tissue, in the order of `wsi.left_out.LeftOut`; empty in older results."""
