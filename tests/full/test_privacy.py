@@ -140,6 +140,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         addresses = ["/", page, f"{page}facts.json", f"{page}identity.json", f"{page}outlines/0"]
         addresses += [f"{page}slide/{level}/0_0.jpg" for level in range(facts["slide"]["levels"])]
         addresses += [f"{page}class/0/0/0_0.png", f"{page}labels/3/0/0_0.png"]
+        addresses += [f"{page}thumbnail.jpg", f"{page}values/0_0.json", f"{page}regions.geojson?numbers=0"]
         for address in addresses:
             answer = client.get(address)
             assert answer.status_code == 200, address
@@ -234,6 +235,7 @@ def test_no_picture_shows_the_label_or_the_macro_image(ran: Ran) -> None:
             assert not has_color(picture, LABEL), f"{kind} of {name}"
             assert not has_color(picture, MACRO), f"{kind} of {name}"
     assert {"good/preview.png", "good/thumbnail.jpg", "good/index.html"} <= set(looked_at)
+    assert any(name.startswith("body of") and name.endswith("/thumbnail.jpg") for name in looked_at)
     assert sum("/slide/" in name for name in looked_at) >= 2
 
 

@@ -11,9 +11,10 @@ import contextlib
 import json
 import logging
 import os
-import threading
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from importlib import resources
+from pathlib import Path
 
 import jinja2
 from starlette.applications import Starlette
@@ -23,32 +24,20 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from models.tissue_class import Color
-from pipeline.viewing.viewer import map_tiles
 from pipeline.viewing.viewer.corrections import CorrectionPages
+from pipeline.viewing.viewer.identity import in_daemon, is_segmented_slide
 from pipeline.viewing.viewer.open_results import OpenResult, OpenResults
-from pipeline.viewing.viewer.outlines import TOLERANCES_L0
+from pipeline.viewing.viewer.page_facts import page_facts
 from pipeline.viewing.viewer.results import Result
 from pipeline.web.application import local_application
 from pipeline.web.cache import ByteCache
 from pipeline.web.request_threads import RequestThreads
-from wsi.errors import SlideError, WsiSegmentError
-from wsi.left_out import LeftOut
-from wsi.slide import slide_digest, slide_stamp
+from wsi.errors import WsiSegmentError
 
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 192 << 20
-ASSETS = {
-    "viewer.css": "text/css",
-    "viewer.js": "text/javascript",
-    "controls.js": "text/javascript",
-    "corrections.js": "text/javascript",
-    "outlines.js": "text/javascript",
-    "outline_worker.js": "text/javascript",
-    "readout.js": "text/javascript",
-    "openseadragon.min.js": "text/javascript",
-}
+ASSET_TYPES = {".css": "text/css", ".js": "text/javascript"}
 
 Make = Callable[[OpenResult], bytes | None]
 
@@ -87,8 +76,11 @@ def make_app(results: Sequence[Result], author: str) -> Starlette:
         ),
         Route(f"{here}/outlines/{{detail:number}}", viewer.outlines),
         Route(f"{here}/left-out/outlines/{{detail:number}}", viewer.left_out),
+        Route(f"{here}/values/{{x:number}}_{{y:number}}.json", viewer.values),
         Route(f"{here}/uncertainty", viewer.uncertainty),
+        Route(f"{here}/regions.geojson", viewer.regions),
         Route(f"{here}/familiarity.png", viewer.familiarity),
+        Route(f"{here}/thumbnail.jpg", viewer.thumbnail),
         *viewer.corrections.routes(here),
     ]
     return local_application(routes, viewer.lifespan)
@@ -135,7 +127,7 @@ class Viewer:
         name = request.path_params["name"]
         if name not in self._assets:
             raise HTTPException(404)
-        return Response(self._assets[name], media_type=ASSETS[name])
+        return Response(self._assets[name], media_type=ASSET_TYPES[Path(name).suffix])
 
     async def facts(self, request: Request) -> Response:
         return await self._answer(request, "application/json", _facts, keep=False)
@@ -144,7 +136,7 @@ class Viewer:
         """Respond whether the slide's file has the bytes that were segmented; null if it cannot be read."""
         result = self._result(request)
         if result.id not in self._identities:
-            self._identities[result.id] = asyncio.create_task(_in_daemon(lambda: _is_same(result)))
+            self._identities[result.id] = asyncio.create_task(in_daemon(lambda: is_segmented_slide(result)))
         return JSONResponse({"same": await asyncio.shield(self._identities[result.id])})
 
     async def slide_tile(self, request: Request) -> Response:
@@ -181,8 +173,32 @@ class Viewer:
         made = await self._made(request, request.url.path, OpenResult.uncertainty, self._outline_thread)
         return Response(made, media_type="application/octet-stream")
 
+    async def values(self, request: Request) -> Response:
+        """Respond with the label and the probabilities that a pixel of the map stores."""
+        x, y = request.path_params["x"], request.path_params["y"]
+        return await self._answer(request, "application/json", lambda o: _values(o, x, y), keep=False)
+
+    async def regions(self, request: Request) -> Response:
+        """Respond with the regions of these `numbers` as GeoJSON for QuPath."""
+        asked = request.query_params.get("numbers", "")
+        if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", asked, re.ASCII):
+            raise HTTPException(404)
+        numbers = frozenset(map(int, asked.split(",")))
+        made = await self._made(request, None, lambda o: o.regions(numbers), self._outline_thread)
+        return Response(made, media_type="application/geo+json")
+
     async def familiarity(self, request: Request) -> Response:
-        return await self._answer(request, "image/png", _familiarity, keep=False)
+        return await self._file(request, "image/png", self._result(request).familiarity)
+
+    async def thumbnail(self, request: Request) -> Response:
+        return await self._file(request, "image/jpeg", self._result(request).thumbnail)
+
+    async def _file(self, request: Request, media_type: str, file: Path | None) -> Response:
+        """Respond with a file of a result. The slide stays closed."""
+        if file is None:
+            raise HTTPException(404)
+        content = await self._run(request, file.read_bytes, self._tile_threads)
+        return Response(content, media_type=media_type)
 
     def _result(self, request: Request) -> Result:
         result = self._opened.by_id.get(request.path_params["id"])
@@ -205,65 +221,35 @@ class Viewer:
         kept = None if key is None else self._cache.peek(key)
         if kept is not None:
             return kept
-        try:
-            made = await threads.run(request, lambda: self._work(result, make))
-        except (WsiSegmentError, OSError) as error:
-            log.error("%s: %s", result.name, error)
-            raise HTTPException(
-                503, "The slide or its result cannot be read; see the terminal for the reason."
-            ) from error
+        made = await self._run(request, lambda: self._work(result, make), threads)
         if made is None:
             raise HTTPException(404)
         if key is not None:
             self._cache.put(key, made)
         return made
 
+    async def _run(self, request: Request, work: Callable[[], bytes | None], threads: RequestThreads) -> bytes | None:
+        """Return the value of `work`. Raises HTTPException 503 if a file cannot be read."""
+        try:
+            return await threads.run(request, work)
+        except (WsiSegmentError, OSError) as error:
+            log.error("%s: %s", self._result(request).name, error)
+            raise HTTPException(
+                503, "The slide or its result cannot be read; see the terminal for the reason."
+            ) from error
+
     def _work(self, result: Result, make: Make) -> bytes | None:
         with self._opened.using(result) as opened:
             return make(opened)
-
-
-def page_facts(opened: OpenResult) -> dict[str, object]:
-    """Return the facts that the page shows. Lengths without a unit are in level-0 pixels."""
-    result, tiles, map_ = opened.result, opened.slide_tiles, opened.map_tiles
-    width_out, height_out = map_.size_out
-    return {
-        "name": result.name,
-        "mpp": result.run.slide.mpp,
-        "width": tiles.size_l0[0],
-        "height": tiles.size_l0[1],
-        "slide": {"tile": tiles.tile, "levels": tiles.levels, "overview": tiles.overview_level},
-        "map": {
-            "tile": map_tiles.TILE,
-            "levels": map_.levels,
-            "width": width_out,
-            "height": height_out,
-            "l0_per_px": result.run.plan.grid.l0_per_out,
-        },
-        "classes": [{"name": c.name, "color": _css(c.color), "area_mm2": c.area_mm2} for c in result.classes],
-        # The kinds in the order of their labels.
-        "left_out": None
-        if result.left_out is None
-        else [{"name": kind.title, "color": _css(kind.color)} for kind in LeftOut],
-        "familiarity": None
-        if result.familiarity is None or result.run.familiarity is None
-        else {"l0_per_px": result.run.familiarity.l0_per_px},
-        "polygons": result.run.polygons,
-        "tolerances": list(TOLERANCES_L0),
-    }
-
-
-def _css(color: Color) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def _facts(opened: OpenResult) -> bytes:
     return json.dumps(page_facts(opened)).encode()
 
 
-def _familiarity(opened: OpenResult) -> bytes | None:
-    file = opened.result.familiarity
-    return None if file is None else file.read_bytes()
+def _values(opened: OpenResult, x: int, y: int) -> bytes | None:
+    values = opened.map_tiles.values(x, y)
+    return None if values is None else json.dumps({"label": values[0], "probabilities": values[1]}).encode()
 
 
 def _progress(opened: OpenResult) -> bytes | None:
@@ -273,42 +259,7 @@ def _progress(opened: OpenResult) -> bytes | None:
     return json.dumps({"share": opened.overview.share, "failed": opened.overview.failed}).encode()
 
 
-async def _in_daemon(work: Callable[[], bool | None]) -> bool | None:
-    """Return the value of `work`, run on a daemon thread: reading a slide can take minutes, and exit must not wait."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[bool | None] = loop.create_future()
-
-    def deliver(value: bool | None) -> None:
-        if not answer.done():
-            answer.set_result(value)
-
-    def run() -> None:
-        value = work()
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(deliver, value)
-
-    threading.Thread(target=run, name="digest", daemon=True).start()
-    return await answer
-
-
-def _is_same(result: Result) -> bool | None:
-    try:
-        stamp = result.run.slide.stamp
-        if stamp and slide_stamp(result.slide) == stamp:
-            return True
-        same = slide_digest(result.slide) == result.run.identity.slide
-    except SlideError as error:
-        log.error("%s: %s", result.name, error)
-        return None
-    if not same:
-        log.warning(
-            "%s: is not the file that was segmented: its bytes differ; pass --slide with the right one, or segment "
-            "this one", result.slide.name
-        )  # fmt: skip
-    return same
-
-
 def _read_assets() -> dict[str, bytes]:
     package = resources.files("pipeline.viewing.viewer")
-    folders = {"openseadragon.min.js": "openseadragon"}
-    return {name: (package / folders.get(name, "assets") / name).read_bytes() for name in ASSETS}
+    files = (file for folder in ("assets", "openseadragon") for file in (package / folder).iterdir())
+    return {file.name: file.read_bytes() for file in files if Path(file.name).suffix in ASSET_TYPES}

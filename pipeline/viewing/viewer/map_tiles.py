@@ -57,6 +57,17 @@ class MapTiles:
         alphas = bytes([0, *(255 * (shown >> k & 1) for k in range(len(self._colors)))])
         return None if labels_HW is None else _png(labels_HW, [(0, 0, 0), *self._colors], alphas)
 
+    def values(self, x_out: int, y_out: int) -> tuple[int, list[int]] | None:
+        """Return the label of a pixel of the finest level, or 0, and the probabilities of the classes times 255.
+
+        None if there is no such pixel.
+        """
+        width, height = self.size_out
+        if not (0 <= x_out < width and 0 <= y_out < height):
+            return None
+        label = np.asarray(self._open(f"{LABELS}/0")[y_out, x_out])
+        return int(label), np.asarray(self._open("0")[:, y_out, x_out]).tolist()
+
     def whole(self, most_pixels: int) -> tuple[NDArray[np.uint8], int]:
         """Return the probabilities times 255 of all classes, (C, H, W), at the finest level with at most this many
         pixels, or at the coarsest level, and how many map pixels wide a pixel is.

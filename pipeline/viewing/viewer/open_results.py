@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import ViewError
-from pipeline.formats.features import read_features
+from pipeline.formats.features import geojson_feature, geojson_text, read_features
 from pipeline.viewing.viewer.map_tiles import MapTiles
 from pipeline.viewing.viewer.outlines import left_out_bytes, outline_bytes
 from pipeline.viewing.viewer.overview import Overview
@@ -48,6 +48,15 @@ class OpenResult:
         probs_CHW, scale = self.map_tiles.whole(MOST_PIXELS)
         l0_per_px = self.result.run.plan.grid.l0_per_out * scale
         return uncertainties(features, probs_CHW, l0_per_px).astype("<f4").tobytes()
+
+    def regions(self, numbers: frozenset[int]) -> bytes | None:
+        """Return the regions with these numbers, in the order of `outlines`, as the result's GeoJSON has them.
+
+        None if there is no region with one of the numbers.
+        """
+        features = read_features(self.result.outlines, self.result.run.classes)
+        chosen = [feature for number, feature in enumerate(features) if number in numbers]
+        return "".join(geojson_text(map(geojson_feature, chosen))).encode() if len(chosen) == len(numbers) else None
 
     def close(self) -> None:
         if self.overview is not None:

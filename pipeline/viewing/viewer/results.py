@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.errors import RunRecordError, ViewError
 from pipeline.results.areas import ClassArea, class_areas
 from pipeline.results.find import result_folders, result_name
-from pipeline.results.names import FAMILIARITY, GEOPARQUET_END, LEFT_OUT, MAP_END, RUN
+from pipeline.results.names import FAMILIARITY, GEOPARQUET_END, LEFT_OUT, MAP_END, RUN, THUMBNAIL
 from pipeline.results.record import Run, read_header, read_run
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,12 @@ class Result:
         """Return the picture of the tissue unlike the training data, or None if there is none."""
         file = self.folder / FAMILIARITY
         return file if self.run.familiarity is not None and file.is_file() else None
+
+    @property
+    def thumbnail(self) -> Path | None:
+        """Return the picture of the slide with its classes, or None if there is none."""
+        file = self.folder / THUMBNAIL
+        return file if file.is_file() else None
 
     @property
     def left_out(self) -> Path | None:

@@ -20,20 +20,21 @@ export class Controls {
     }
     for (const k of facts.classes.keys()) {
       const of = (kind) => document.querySelector(`.${kind}[data-class="${k}"]`);
-      of("swatch").style.background = facts.classes[k].color;
+      of("swatch").style.setProperty("--class", facts.classes[k].color);
       this.join(of("class-on"), "checked", () => this.state.classes[k], "on");
       this.join(of("class-opacity"), "valueAsNumber", () => this.state.classes[k], "opacity");
     }
     for (const swatch of document.querySelectorAll(".swatch[data-kind]")) {
-      swatch.style.background = facts.left_out.find(({ name }) => name === swatch.dataset.kind)?.color ?? "none";
+      swatch.style.setProperty("--class", facts.left_out.find(({ name }) => name === swatch.dataset.kind)?.color ?? "transparent");
     }
+    byId("unfamiliar-swatch")?.style.setProperty("--class", facts.familiarity.color);
     if (window.matchMedia("(max-width: 700px)").matches) byId("panel-details").open = false;
     this.render();
   }
 
   defaults() {
     return {
-      map: { on: true, opacity: 0.35 }, outlines: { on: true, opacity: 1 }, probability: { on: false, opacity: 1 },
+      map: { on: true, opacity: 0.45 }, outlines: { on: true, opacity: 1 }, probability: { on: false, opacity: 1 },
       unfamiliar: { on: false, opacity: 0.8 }, "left-out": { on: false, opacity: 1 },
       classes: this.facts.classes.map(() => ({ on: true, opacity: 0.7 })),
     };
@@ -53,6 +54,8 @@ export class Controls {
   }
 
   render() {
+    const { on, opacity } = this.state.map;
+    document.documentElement.style.setProperty("--map-opacity", on ? opacity : 1); // swatches look like the fills
     for (const layer of this.layers) {
       byId(`${layer}-on`).checked = this.state[layer].on;
       const slider = byId(`${layer}-opacity`);
@@ -64,6 +67,18 @@ export class Controls {
       slider.valueAsNumber = c.opacity;
       slider.hidden = !this.state.probability.on;
     }
+  }
+
+  // Returns {name, color, fill} of everything that is shown with a color of its own.
+  legend() {
+    const of = (name, swatch, color) => ({ name, color, fill: getComputedStyle(swatch).backgroundColor });
+    const entries = this.facts.classes.flatMap(({ name, color }, k) => (
+      this.state.classes[k].on ? [of(name, document.querySelector(`.swatch[data-class="${k}"]`), color)] : []));
+    if (this.state.unfamiliar.on) entries.push(of("unlike the training data", byId("unfamiliar-swatch"), this.facts.familiarity.color));
+    if (!this.state["left-out"].on) return entries;
+    const kinds = [...document.querySelectorAll(".swatch[data-kind]")].map((swatch) => (
+      of(swatch.dataset.kind, swatch, swatch.style.getPropertyValue("--class"))));
+    return [...entries, ...kinds];
   }
 
   toggle(layer) {
@@ -132,4 +147,12 @@ export class Controls {
     this.hidden = null;
     this.render();
   }
+}
+
+// Returns a swatch: with the outline of a color, filled as the map shows it over tissue, or with the color itself.
+export function swatchOf(color, filled = true) {
+  const swatch = document.createElement("span");
+  swatch.className = filled ? "swatch" : "swatch line";
+  swatch.style.setProperty("--class", color);
+  return swatch;
 }

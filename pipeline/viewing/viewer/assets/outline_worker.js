@@ -2,9 +2,12 @@
 //
 // Messages in: {kind: "begin", base, facts}, {kind: "draw", id, view, ratio, on} (only the latest is drawn), {kind: "find",
 // id, x, y, on}, {kind: "request", id, what, ...} (see Outlines.request). Out: {kind: "drawn", id, bitmap, ms, final},
-// {kind: "found", id, found}, {kind: "answered", id, answer}, {kind: "loaded"}, {kind: "failed"}.
+// {kind: "found", id, found}, {kind: "answered", id, answer}; {kind: "begun"}, then {kind: "loaded"} or {kind: "unloaded"}
+// for a level of detail; {kind: "measured"} or {kind: "unmeasured"} for the uncertainty of the regions.
 
-const CELLS = 64;
+import { describe, readPolygons, smallestAt } from "./polygons.js";
+import { nextRegion, regionRows } from "./region_orders.js";
+
 const MOST_POINTS = 3000; // in one path; messages are processed between paths
 const MOST_ERROR_PX = 0.6;
 const DOT_PX = 2; // smaller polygons become dots
@@ -13,6 +16,7 @@ const CROWD = 30000; // with more polygons than this in view, CROWDED_BLOB_PX re
 const CROWDED_BLOB_PX = 16; // drawing outlines takes most of the time
 const BUSY_MS = 15;
 const CASING = "rgba(255, 255, 255, 0.75)";
+const THIN_UM_PER_PX = 5; // coarser than 2×: a single thin line, because wide ones would hide the tissue
 
 let facts = null;
 let base = "";
@@ -86,12 +90,13 @@ function nearestDetail(wanted) {
 }
 
 async function load(detail) {
+  postMessage({ kind: "begun" });
   const response = await fetch(`${base}outlines/${detail}`).catch(() => null);
   if (!response?.ok) {
-    postMessage({ kind: "failed" });
+    postMessage({ kind: "unloaded" });
     return;
   }
-  details[detail] = readPolygons(await response.arrayBuffer());
+  details[detail] = readPolygons(await response.arrayBuffer(), Math.max(facts.width, facts.height));
   for (const done of waiting.splice(0)) done();
   postMessage({ kind: "loaded" });
 }
@@ -105,139 +110,35 @@ async function answer(question) {
   const answers = {
     at: () => find(question),
     regions: () => question.indices.map((index) => describe(polygons, index)),
-    next: () => next(polygons, question),
+    next: async () => nextRegion(polygons, question.by === "uncertainty" ? await measured() : null, question),
+    rows: async () => {
+      const pending = measured();
+      return regionRows(polygons, question.by === "probability" ? await pending : uncertainty, question);
+    },
   };
   postMessage({ kind: "answered", id, answer: await answers[what]() });
 }
 
-const orders = {}; // numbers of the polygons by "area" and by "uncertainty", the largest first
+let uncertainty = null; // of each region, once it is known
+let measuring = null;
 
-async function next(polygons, { by, after, on, skip }) {
-  if (!orders[by]) {
-    const values = by === "area" ? polygons.area : new Float32Array(await (await fetch(`${base}uncertainty`)).arrayBuffer());
-    orders[by] = Uint32Array.from(values, (_, index) => index).sort((a, b) => values[b] - values[a] || a - b);
-  }
-  const order = orders[by];
-  const skipped = new Set(skip);
-  const start = after === null ? 0 : order.indexOf(after) + 1;
-  for (let step = 0; step < order.length; step++) {
-    const index = order[(start + step) % order.length];
-    if (index !== after && on[polygons.label[index] - 1] && !skipped.has(index)) return index;
-  }
-  return null;
+// Returns the uncertainty of each region, or null if it cannot be read.
+function measured() {
+  measuring ??= (async () => {
+    const response = await fetch(`${base}uncertainty`).catch(() => null);
+    if (response?.ok) uncertainty = new Float32Array(await response.arrayBuffer());
+    postMessage({ kind: uncertainty ? "measured" : "unmeasured" });
+    return uncertainty;
+  })();
+  return measuring;
 }
 
 // Returns the smallest polygon that contains a place; null if there is none.
 function find({ x, y, on, zoom }) {
   const detail = nearestDetail(wantedDetail(zoom));
   if (detail === null) return null;
-  const polygons = details[detail];
-  let best = null;
-  for (const index of polygons.grid.at(x, y)) {
-    if (!on[polygons.label[index] - 1] || !contains(polygons, index, x, y)) continue;
-    if (best === null || polygons.area[index] < polygons.area[best]) best = index;
-  }
-  return best === null ? null : { ...describe(polygons, best), detail };
-}
-
-function describe(polygons, index) {
-  const rings = [];
-  for (let ring = polygons.firstRing[index]; ring < polygons.firstRing[index + 1]; ring++) {
-    rings.push(polygons.xy.slice(2 * polygons.firstPoint[ring], 2 * polygons.firstPoint[ring + 1]));
-  }
-  const box = [...polygons.box.subarray(4 * index, 4 * index + 4)];
-  return { index, label: polygons.label[index], area_mm2: polygons.area[index], box, rings };
-}
-
-// pipeline/viewing/viewer/outlines.py describes the byte layout.
-function readPolygons(buffer) {
-  const [count, rings, points] = new Uint32Array(buffer, 0, 4);
-  let offset = 16;
-  const take = (Kind, length) => {
-    const array = new Kind(buffer, offset, length);
-    offset += array.byteLength;
-    return array;
-  };
-  const polygons = {
-    count,
-    area: take(Float64Array, count), label: take(Uint32Array, count),
-    firstRing: take(Uint32Array, count + 1), firstPoint: take(Uint32Array, rings + 1),
-    xy: take(Float32Array, 2 * points), box: new Float32Array(4 * count),
-  };
-  for (let index = 0; index < count; index++) {
-    const shell = polygons.firstRing[index];
-    const box = [Infinity, Infinity, -Infinity, -Infinity];
-    for (let p = polygons.firstPoint[shell]; p < polygons.firstPoint[shell + 1]; p++) {
-      const [x, y] = [polygons.xy[2 * p], polygons.xy[2 * p + 1]];
-      if (x < box[0]) box[0] = x;
-      if (y < box[1]) box[1] = y;
-      if (x > box[2]) box[2] = x;
-      if (y > box[3]) box[3] = y;
-    }
-    polygons.box.set(box, 4 * index);
-  }
-  polygons.size = Int8Array.from(polygons.area, (mm2) => Math.floor(Math.log10(mm2)));
-  // Draw large polygons first. An island and the hole around it share a border, which must have the island's color.
-  // Polygons of similar size are grouped by class.
-  const { size, label } = polygons;
-  polygons.order = new Uint32Array(count).map((_, index) => index).sort((a, b) => size[b] - size[a] || label[a] - label[b] || a - b);
-  polygons.rank = new Uint32Array(count);
-  polygons.order.forEach((index, rank) => { polygons.rank[index] = rank; });
-  polygons.grid = new CellGrid(polygons, Math.max(facts.width, facts.height) / CELLS);
-  return polygons;
-}
-
-class CellGrid {
-  constructor(polygons, side) {
-    this.polygons = polygons;
-    this.side = side;
-    this.cells = new Map();
-    for (let index = 0; index < polygons.count; index++) {
-      const [left, top, right, bottom] = this.range(...polygons.box.subarray(4 * index, 4 * index + 4));
-      for (let row = top; row <= bottom; row++) {
-        for (let column = left; column <= right; column++) {
-          const cell = this.cells.get(row * 4096 + column);
-          if (cell) cell.push(index);
-          else this.cells.set(row * 4096 + column, [index]);
-        }
-      }
-    }
-  }
-
-  range(...box) { return box.map((value) => Math.min(4095, Math.max(0, Math.floor(value / this.side)))); }
-
-  at(x, y) {
-    const [column, row] = this.range(x, y);
-    return this.cells.get(row * 4096 + column) ?? [];
-  }
-
-  // Returns the polygons whose bounding box meets a box, each once, in drawing order.
-  within(left, top, right, bottom) {
-    const { box, order, rank } = this.polygons;
-    const meets = (i) => box[4 * i] <= right && box[4 * i + 2] >= left && box[4 * i + 1] <= bottom && box[4 * i + 3] >= top;
-    const [c0, r0, c1, r1] = this.range(left, top, right, bottom);
-    if ((c1 - c0 + 1) * (r1 - r0 + 1) > (CELLS * CELLS) / 8) return order.filter(meets);
-    const found = new Set();
-    for (let row = r0; row <= r1; row++) {
-      for (let column = c0; column <= c1; column++) {
-        for (const index of this.cells.get(row * 4096 + column) ?? []) if (meets(index)) found.add(index);
-      }
-    }
-    return Uint32Array.from(found).sort((a, b) => rank[a] - rank[b]);
-  }
-}
-
-function contains(polygons, index, x, y) {
-  const { box, xy, firstPoint, firstRing } = polygons;
-  if (x < box[4 * index] || y < box[4 * index + 1] || x > box[4 * index + 2] || y > box[4 * index + 3]) return false;
-  let inside = false;
-  for (let ring = firstRing[index]; ring < firstRing[index + 1]; ring++) {
-    for (let p = firstPoint[ring] + 1; p < firstPoint[ring + 1]; p++) {
-      const [ax, ay, bx, by] = xy.subarray(2 * p - 2, 2 * p + 2);
-      if (ay > y !== by > y && x < ((bx - ax) * (y - ay)) / (by - ay) + ax) inside = !inside;
-    }
-  }
-  return inside;
+  const index = smallestAt(details[detail], x, y, on);
+  return index === null ? null : { ...describe(details[detail], index), detail };
 }
 
 function addRing(path, { xy, firstPoint }, ring, { k, x, y }) {
@@ -255,11 +156,12 @@ function* drawSteps(context, view, ratio, polygons, on) {
   const [halfWidth, halfHeight] = [view.width / 2 / view.zoom, view.height / 2 / view.zoom];
   const seen = polygons.grid.within(view.x - halfWidth, view.y - halfHeight, view.x + halfWidth, view.y + halfHeight);
   const blobPx = seen.length > CROWD ? CROWDED_BLOB_PX : BLOB_PX;
+  const strokes = (color) => (facts.mpp / view.zoom > THIN_UM_PER_PX ? [[color, 1]] : [[CASING, 3.6], [color, 2]]);
   let [lines, blobs, points, label] = [new Path2D(), new Path2D(), 0, 0];
   const finish = () => {
     if (!points) return;
     const { color } = facts.classes[label - 1];
-    for (const [style, width] of [[CASING, 3.6], [color, 2]]) {
+    for (const [style, width] of strokes(color)) {
       context.strokeStyle = style;
       context.lineWidth = width * ratio;
       context.stroke(lines);

@@ -1,21 +1,26 @@
 // Draws the polygons of a class or a left-out kind as outlines over the slide.
 //
 // A worker draws them into a picture that is larger than the view. The page moves and scales this picture with the slide
-// until the next one arrives, so no frame waits for the polygons, whatever their number.
+// until the next one arrives, so no frame waits for the polygons, whatever their number. Pictures are drawn upright and
+// turned with the slide.
+
+import { upright } from "./views.js";
 
 const MARGIN = 0.25; // extra width and height of a picture on each side, as a share of the view
 const OTHER_ZOOM = 1.3; // a pending picture whose zoom differs by more than this factor is replaced
 
 export class Outlines {
-  // Calls `changed` when there is something new to draw, `pointed` with the result of `find`, and `failed` if the
-  // polygons cannot be loaded. `folder` has the polygons, relative to the page. `facts.classes` has the name and color of
+  // Calls `changed` when there is something new to draw, `pointed` with the result of `find`, `measured` when the
+  // probabilities of the regions have arrived, and `failed` with the name of what cannot be loaded. `folder` has the polygons, relative to the page. `facts.classes` has the name and color of
   // each label.
   constructor(canvas, facts, folder = ".") {
     this.canvas = canvas;
     this.facts = facts;
     this.changed = () => {};
     this.pointed = () => {};
+    this.measured = () => {};
     this.failed = () => {};
+    this.loading = 0; // levels of detail that are being loaded
     this.answers = new Map();
     this.opacity = 0;
     this.on = [];
@@ -26,7 +31,7 @@ export class Outlines {
     this.drawings = 0;
     this.seen = null; // the polygon under the pointer
     this.drawnMs = 0; // duration of the last drawing, for measurements
-    this.worker = new Worker("/assets/outline_worker.js");
+    this.worker = new Worker("/assets/outline_worker.js", { type: "module" });
     this.worker.onmessage = ({ data }) => this[data.kind](data);
     this.worker.postMessage({ kind: "begin", facts, base: new URL(folder, location.href).pathname });
   }
@@ -48,8 +53,9 @@ export class Outlines {
     else this.found({ id: this.asked, found: null });
   }
 
-  // Returns what the worker answers: {what: "at", x, y, zoom, on} a polygon or null, {what: "regions", indices, zoom} the
-  // polygons with these numbers, {what: "next", by, after, on, skip} the next number by "area" or "uncertainty", or null.
+  // Returns what the worker answers: {what: "at", x, y, zoom, on} a polygon or null; {what: "regions", indices, zoom} the
+  // polygons with these numbers; {what: "next", by, after, on, skip} the next number by "area" or "uncertainty", or null;
+  // {what: "rows", by, upward, on, first, count, holding} rows of the table of regions (see region_orders.js).
   request(question) {
     const id = this.answers.size ? Math.max(...this.answers.keys()) + 1 : 1;
     this.worker.postMessage({ kind: "request", id, ...question });
@@ -63,17 +69,18 @@ export class Outlines {
     if (this.front) {
       const { bitmap, view: drawn } = this.front;
       const scale = (view.zoom / drawn.zoom) * (ratio / this.front.ratio);
-      const still = Math.abs(scale - 1) < 1e-6;
+      const still = Math.abs(scale - 1) < 1e-6 && !view.degrees;
       const x = ((drawn.x - drawn.width / 2 / drawn.zoom - view.x) * view.zoom + view.width / 2) * ratio;
       const y = ((drawn.y - drawn.height / 2 / drawn.zoom - view.y) * view.zoom + view.height / 2) * ratio;
       if (still) context.drawImage(bitmap, Math.round(x), Math.round(y)); // whole pixels: copied without interpolation
       else context.drawImage(bitmap, x, y, bitmap.width * scale, bitmap.height * scale);
     }
     if (this.seen) drawFound(context, view, ratio, this.seen, this.facts.classes);
-    if (!this.covers(this.front, view, 1 + 1e-6) && !this.covers(this.wish, view, OTHER_ZOOM)) this.ask(view, ratio);
+    if (!this.covers(this.front, view, 1 + 1e-6) && !this.covers(this.wish, view, OTHER_ZOOM)) this.ask(upright(view), ratio);
   }
 
-  covers(picture, view, zoom) {
+  covers(picture, turnedView, zoom) {
+    const view = upright(turnedView);
     if (!picture || picture.version !== this.version) return false;
     if (picture.ratio !== (window.devicePixelRatio || 1)) return false; // the window has moved to another screen
     const drawn = picture.view;
@@ -99,7 +106,21 @@ export class Outlines {
     return this.changed();
   }
 
+  begun() {
+    this.loading += 1;
+    this.changed();
+  }
+
+  unloaded() {
+    this.loading -= 1;
+    this.failed("outlines");
+    this.changed();
+  }
+
+  unmeasured() { this.failed("probabilities of the regions"); }
+
   loaded() {
+    this.loading -= 1;
     if (this.front && !this.front.final) this.front.version = -1; // a better level of detail may have arrived
     this.wish = null;
     this.changed();
@@ -119,17 +140,21 @@ export class Outlines {
   }
 }
 
-// Returns the empty canvas's context for a view, and the canvas pixels per CSS pixel.
+// Returns the empty canvas's context, turned with the view, and the canvas pixels per CSS pixel.
 export function cleared(canvas, view) {
   const ratio = window.devicePixelRatio || 1;
   const [width, height] = [Math.round(view.width * ratio), Math.round(view.height * ratio)];
   if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
   const context = canvas.getContext("2d");
+  context.resetTransform();
   context.clearRect(0, 0, width, height);
+  context.translate(width / 2, height / 2);
+  context.rotate((view.degrees * Math.PI) / 180);
+  context.translate(-width / 2, -height / 2);
   return [context, ratio];
 }
 
-// Returns the path of a polygon on the canvas.
+// Returns the path of a polygon on the canvas of an upright view.
 export function pathOf(found, view, ratio) {
   const k = view.zoom * ratio;
   const [x, y] = [(view.width / 2) * ratio - view.x * k, (view.height / 2) * ratio - view.y * k];

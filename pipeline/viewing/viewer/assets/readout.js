@@ -1,6 +1,7 @@
 // Formats lengths, areas and places as text.
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const threeDigits = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 
 // Returns the largest number of the form 1, 2 or 5 times a power of ten that is at most `length`.
 export function nice(length) {
@@ -20,8 +21,15 @@ export function area(mm2) {
   return `${Number(mm2.toPrecision(2)).toFixed(6).replace(/0+$/, "")} mm²`;
 }
 
-// Formats a place in level-0 pixels and micrometers, and the magnification; 10× stands for 1 µm per pixel.
+// Formats an area in square micrometers with the unit that needs the fewest digits.
+export function surface(um2) {
+  return um2 >= 1e4 ? area(um2 / 1e6) : `${threeDigits.format(um2)} µm²`;
+}
+
+// Formats the magnification of a zoom; 10× stands for 1 µm per pixel.
+export function magnification(zoom, mpp) { return `${Number((10 / (mpp / zoom)).toPrecision(2))}×`; }
+
+// Formats a place in level-0 pixels and micrometers, and the magnification.
 export function place([x, y], zoom, mpp) {
-  const magnification = Number((10 / (mpp / zoom)).toPrecision(2));
-  return `x ${whole.format(x)}, y ${whole.format(y)} px  (${whole.format(x * mpp)}, ${whole.format(y * mpp)} µm)  ${magnification}×`;
+  return `x ${whole.format(x)}, y ${whole.format(y)} px  (${whole.format(x * mpp)}, ${whole.format(y * mpp)} µm)  ${magnification(zoom, mpp)}`;
 }

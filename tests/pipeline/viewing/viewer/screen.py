@@ -39,10 +39,8 @@ def place_on_screen(page: Page, x: float, y: float) -> tuple[float, float]:
     """Return the position of a level-0 place, in pixels of the window."""
     view = page.evaluate("() => { const b = document.getElementById('stage').getBoundingClientRect();"
                          " return {...wsiView.view(), left: b.left, top: b.top}; }")  # fmt: skip
-    return (
-        view["left"] + view["width"] / 2 + (x - view["x"]) * view["zoom"],
-        view["top"] + view["height"] / 2 + (y - view["y"]) * view["zoom"],
-    )
+    turned = np.exp(1j * np.deg2rad(view["degrees"])) * complex(x - view["x"], y - view["y"]) * view["zoom"]
+    return view["left"] + view["width"] / 2 + turned.real, view["top"] + view["height"] / 2 + turned.imag
 
 
 def color_at(page: Page, x: float, y: float) -> NDArray[np.float64]:

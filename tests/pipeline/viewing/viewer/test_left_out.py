@@ -78,9 +78,9 @@ def test_the_layer_is_off_at_first_and_a_key_draws_it_in_the_colors_of_the_legen
     before = color_at(page, *edge)
     assert not page.get_by_label("Areas beside the tissue", exact=False).first.is_checked()
     legend = page.locator(".facts .swatch")
-    assert legend.evaluate_all("found => found.map(one => [one.dataset.kind, one.style.background])") == [
-        ["pen", "rgb({}, {}, {})".format(*pen)]
-    ]
+    assert legend.evaluate_all(
+        "found => found.map(one => [one.dataset.kind, getComputedStyle(one).backgroundColor])"
+    ) == [["pen", "rgb({}, {}, {})".format(*pen)]]
     page.keyboard.press("x")
     until(page, "window.wsiView && wsiView.leftOut.front?.final")
     settle(page)

@@ -1,0 +1,65 @@
+// Shows the class map, the probabilities and the other layers as the controls state.
+
+import { pyramid } from "./stage.js";
+
+export class Layers {
+  constructor(stage, facts, outlines, leftOut) {
+    Object.assign(this, { stage, facts, outlines, leftOut });
+    this.labels = null; // the layers, or the promises of them
+    this.labelsShown = 0;
+    this.classes = [];
+    this.unfamiliar = null;
+  }
+
+  async apply(state) {
+    const shown = state.classes.reduce((bits, c, k) => (c.on ? bits | (1n << BigInt(k)) : bits), 0n);
+    await this.showLabels(shown, state.map.on && shown ? state.map.opacity : 0);
+    for (const [k, c] of state.classes.entries()) {
+      const opacity = state.probability.on && c.on ? c.opacity : 0;
+      if (opacity && !this.classes[k]) {
+        this.classes[k] = this.overlay((z, x, y) => `class/${k}/${z}/${x}_${y}.png`, opacity);
+      }
+      (await this.classes[k])?.setOpacity(opacity);
+    }
+    const unfamiliar = state.unfamiliar.on ? state.unfamiliar.opacity : 0;
+    if (unfamiliar) this.unfamiliar ??= this.picture("familiarity.png", this.facts.familiarity.l0_per_px, unfamiliar);
+    (await this.unfamiliar)?.setOpacity(unfamiliar);
+    this.outlines.show(state.outlines.on ? state.outlines.opacity : 0, state.classes.map((c) => c.on));
+    this.leftOut?.show(state["left-out"].on ? state["left-out"].opacity : 0, this.facts.left_out.map(() => true));
+  }
+
+  async showLabels(shown, opacity) {
+    if (opacity && (!this.labels || shown !== this.labelsShown)) {
+      const old = this.labels;
+      this.labelsShown = shown;
+      this.labels = this.overlay((z, x, y) => `labels/${shown}/${z}/${x}_${y}.png`, opacity);
+      const gone = await old;
+      if (gone) this.stage.osd.world.removeItem(gone);
+    }
+    (await this.labels)?.setOpacity(opacity);
+  }
+
+  overlay(url, opacity) {
+    const { width, height, l0_per_px } = this.facts.map;
+    return this.added({
+      tileSource: pyramid(width, height, this.facts.map, url),
+      width: (width * l0_per_px) / this.facts.width,
+      opacity,
+      // Tiles of a hidden layer are not requested.
+      preload: false,
+    });
+  }
+
+  // Lays a picture over the slide, from its origin.
+  async picture(url, l0PerPx, opacity) {
+    const item = await this.added({ tileSource: { type: "image", url, buildPyramid: false }, opacity });
+    item?.setWidth((item.source.dimensions.x * l0PerPx) / this.facts.width, true);
+    return item;
+  }
+
+  added(options) {
+    return new Promise((done) => this.stage.osd.addTiledImage({
+      x: 0, y: 0, ...options, success: ({ item }) => done(item), error: () => done(null),
+    }));
+  }
+}
