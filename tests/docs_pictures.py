@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DOCS = REPOSITORY / "docs"
 VIEW = {"width": 1180, "height": 780}
-REPORT = {"width": 920, "height": 680}
+REPORT = {"width": 1180, "height": 780}
 
 
 def take(result: Path) -> None:
@@ -79,17 +79,18 @@ def correct(page: Page) -> None:
     page.keyboard.press("0")
     page.locator("#regions").evaluate("one => one.scrollIntoView()")
     settle(page)
+    until(page, "document.getElementById('values').getAttribute('aria-busy') === 'false'")
 
 
 def save(page: Page, file: Path) -> None:
-    """Save the page as a JPEG, or as a PNG of 256 colors, which has a quarter of the bytes."""
+    """Save the page as a JPEG or a PNG."""
     with tempfile.NamedTemporaryFile(suffix=".png") as shot:
         page.screenshot(path=shot.name)
         picture = Image.open(shot.name).convert("RGB")
         if file.suffix == ".jpg":
             picture.save(file, quality=80)
         else:
-            picture.quantize(256).save(file, optimize=True)
+            picture.save(file, optimize=True)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def patch(rgb_HWC: NDArray[np.float64], x: float, y: float, half: int) -> NDArra
 
 def delta(rgb_N3: NDArray[np.float64], other_3: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return CIEDE2000 of each color to another one."""
-    return np.asarray(deltaE_ciede2000(rgb2lab(rgb_N3[None] / 255)[0], rgb2lab(other_3[None, None] / 255)[0, 0]))
+    return np.asarray(deltaE_ciede2000(rgb2lab(rgb_N3[None] / 255)[0], rgb2lab(other_3[None, None] / 255)[0]))
 
 
 def table() -> Iterator[str]:

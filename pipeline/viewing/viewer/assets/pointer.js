@@ -67,7 +67,7 @@ export class Pointer {
   }
 
   viewMoved() {
-    this.probe.at(null); // until the view rests
+    this.probe.wait(); // until the view rests
     if (this.position) return;
     this.tapped = null;
     if (!byId("tip").hidden) this.find(null); // the polygon has moved away

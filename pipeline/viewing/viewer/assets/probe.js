@@ -10,9 +10,15 @@ export class Probe {
     this.asking = false;
   }
 
-  // Asks about a level-0 place; null: about none. While an answer is pending, only the latest place is kept.
+  // Marks the text as pending until the next place is known.
+  wait() {
+    this.pixel = undefined;
+    this.answered(null);
+  }
+
+  // Asks about a level-0 place. While an answer is pending, only the latest place is kept.
   async at(place) {
-    const pixel = place && this.pixelAt(place);
+    const pixel = this.pixelAt(place);
     if (String(pixel) === String(this.pixel)) return;
     this.pixel = pixel;
     this.answered(pixel ? null : "");
