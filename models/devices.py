@@ -80,8 +80,8 @@ class Uploads:
         the tensor is gone. Keep the tensor until a result that was computed from it is on the host.
         """
         host = torch.from_numpy(np.ascontiguousarray(array))
-        # A blocking copy from ordinary memory. Page-locked memory and copies that do not block are wrong on MPS
-        # (PyTorch issues 86060 and 139550).
+        # A blocking copy from ordinary memory: page-locked memory fails on MPS, and copies that do not block return
+        # wrong values there (PyTorch issues 86060 and 139550).
         with self._entered, self._stream:
             return host.to(self._device)
 

@@ -30,7 +30,7 @@ def test_a_device_is_named_as_in_torch() -> None:
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_auto_is_the_cpu_if_there_is_no_accelerator() -> None:
+def test_auto_is_the_cpu_without_an_accelerator() -> None:
     assert available_devices() == ["cpu"]
     assert choose_device("auto") == torch.device("cpu")
 
