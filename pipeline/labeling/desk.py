@@ -17,6 +17,7 @@ from pipeline.labeling.events import FolderStarted, Place
 from pipeline.labeling.folder import EVENTS_FILE, Wishes, prepare_folder
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.patch_model import PatchModel
+from pipeline.labeling.picks import Picks
 from pipeline.labeling.session import Session
 from pipeline.labeling.similar import SimilarPatches
 from pipeline.labeling.slides import SlideFile, Slides
@@ -64,13 +65,21 @@ def open_desk(
         stack.callback(slides.close)
         seeing = PatchModel(model or shipped)
         similar = SimilarPatches(lambda places: seeing.see(slides.pixels(places)).features_NF)
-        stack.callback(similar.close)
-        session = Session(store, slides, annotator, seeing.digest if model else None)
+        session = Session(store, slides, annotator, seeing.digest)
         writer = DatasetWriter(folder, store, lambda place: _pixels(slides, place))
         stack.callback(writer.close)
-        session.saved = writer.changed
-        # A session that was killed may have left labels without pictures.
-        slides.when_opened(writer.changed)
+        picks = Picks(session, similar)
+        stack.callback(picks.close)
+        # Before the picks, which may wait for features.
+        stack.callback(similar.close)
+
+        def changed() -> None:
+            writer.changed()
+            picks.changed()
+
+        session.saved, session.picks = changed, picks.best
+        # A session that was killed may have left labels without pictures, and labels to pick by.
+        slides.when_opened(changed)
         yield Desk(session, slides, similar, seeing if model else None, folder.absolute().name)
 
 

@@ -24,9 +24,10 @@ Mark = Literal["none", "unsure", "artifact"]
 View = Literal["single", "grid", "import"]
 """Where a label was made. In the grid, one answer covers many patches."""
 
-Reason = Literal["random", "blind", "similar", "excluded", "again", "import", "correction"]
-"""Why a patch was picked: the random order, the blind share, similarity to labeled patches, excluded from a grid,
-labeled before a class was added, drawn in QuPath, or the map of a model was corrected there."""
+Reason = Literal["random", "blind", "uncertain", "similar", "excluded", "again", "import", "correction"]
+"""Why a patch was picked: the random order, the blind share, an uncertain answer of the light model, similarity to
+labeled patches, excluded from a grid, labeled before a class was added, drawn in QuPath, or the map of a model was
+corrected there."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]

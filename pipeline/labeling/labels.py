@@ -169,6 +169,11 @@ class Labels:
         assert self.settings is not None
         return _fraction(f"blind {self.settings.seed} {place.id}") < self.settings.blind_share
 
+    def is_blind_turn(self, turn: int) -> bool:
+        """Return whether an annotator's patch of this number is a blind one, if a model picks the others."""
+        assert self.settings is not None
+        return _fraction(f"turn {self.settings.seed} {turn}") < self.settings.blind_share
+
 
 def label_of(record: Recorded) -> Labeled:
     """Return the label that an event is."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import statistics
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from pipeline.errors import LabelingError
 from pipeline.labeling.events import Answer, Event, Labeled, Mark, Place, Reason, SlideAdded, Undone, View
-from pipeline.labeling.labels import LabelClass, Labels, label_of
+from pipeline.labeling.labels import LabelClass, Labels, Verdict, label_of
 from pipeline.labeling.slides import Slides
 from pipeline.labeling.store import EventStore
 
@@ -68,19 +68,23 @@ class Session:
     """What one annotator does with a labels folder."""
 
     def __init__(self, store: EventStore, slides: Slides, annotator: str, model: str | None = None) -> None:
-        """`model` is the digest of the model that makes suggestions."""
+        """`model` is the digest of the model that makes suggestions, and by whose features patches are picked."""
         self._store = store
         self._slides = slides
         self._model = model
         self._lock = threading.RLock()
         self._labels = Labels(store.read())
         self._excluded: list[Place] = []
+        # These patches stay next, whatever is picked meanwhile: the page may already show one of them.
+        self._queue: dict[Place, Reason] = {}
         self._actions: list[tuple[int, ...]] = []
         self._handed: dict[str, Place] = {}
         self._registered: set[SlideAdded] = set(self._labels.slides.values())
         self.annotator = annotator
         self.saved: Callable[[], None] = lambda: None
         """Called after events were saved."""
+        self.picks: Callable[[], Sequence[Place]] = lambda: ()
+        """Returns patches that come before those of the random order."""
 
     def classes(self) -> list[LabelClass]:
         """Return the current classes."""
@@ -103,32 +107,59 @@ class Session:
         """Return the next patches to label. Waits for a slide only if the open ones have no patch left."""
         with self._lock:
             self._follow()
-            excluded = [place for place in self._excluded if self._is_open(place)]
-            again = [label_of(one).place for one in self._labels.labels_of(self.annotator)]
+            next_: dict[Place, Reason] = dict.fromkeys(filter(self._is_open, self._excluded), "excluded")
+            next_ |= dict.fromkeys(self._incomplete(), "again")
+            queue = self._queue.items()
+            self._queue = {place: reason for place, reason in queue if self._is_open(place) and place not in next_}
+            next_ |= self._queue
         # Waiting for a slide must not block other requests.
-        picked: dict[Place, Reason] = dict.fromkeys(excluded, "excluded")
-        for found in self._candidates(again):
-            if len(picked) >= count or (found is None and picked):
+        for found in self._candidates():
+            if len(next_) >= count or (found is None and next_):
                 break
-            if found is not None:
-                picked.setdefault(*found)
-        return [self.patch(place, reason) for place, reason in islice(picked.items(), count)]
+            if found is not None and found[0] not in next_:
+                place, reason = found
+                with self._lock:
+                    self._queue[place] = next_[place] = reason
+        return [self.patch(place, reason) for place, reason in islice(next_.items(), count)]
 
-    def _candidates(self, again: Sequence[Place]) -> Iterator[tuple[Place, Reason] | None]:
-        for place in again:
-            with self._lock:
-                own = self._labels.label(place, self.annotator)
-                incomplete = own is not None and not self._labels.is_complete(own)
-            if incomplete and self._slides.of(place) is not None:
-                yield place, "again"
-        for next_ in self._slides.places():
-            if next_ is None:
+    def _incomplete(self) -> list[Place]:
+        """Return the patches whose label by this annotator lacks an answer."""
+        places = (label_of(one).place for one in self._labels.labels_of(self.annotator))
+        current = {place: self._labels.label(place, self.annotator) for place in places}
+        return [
+            place
+            for place, own in current.items()
+            if own is not None and not self._labels.is_complete(own) and self._slides.of(place) is not None
+        ]
+
+    def _candidates(self) -> Iterator[tuple[Place, Reason] | None]:
+        """Yield the picks, with blind patches at random turns among them, and then all patches in the random order.
+
+        Yields None before it waits for a slide. Patches can come twice.
+        """
+        with self._lock:
+            turn = len(self._queue) + len(self._labels.labels_of(self.annotator))
+            picks = [place for place in self.picks() if self._is_open(place) and place not in self._queue]
+            queued = set(self._queue)
+        ordered = self._open(self._slides.open_places())
+        blind = (found for found in ordered if found and found[1] == "blind" and found[0] not in queued)
+        while picks:
+            # At a blind turn, the pick waits for the next turn.
+            next_blind = next(blind, None) if self._labels.is_blind_turn(turn) else None
+            yield next_blind or (picks.pop(0), "uncertain")
+            turn += 1
+        yield from self._open(self._slides.places())
+
+    def _open(self, places: Iterable[Place | None]) -> Iterator[tuple[Place, Reason] | None]:
+        """Yield the patches among these that this annotator should label, and None for None."""
+        for place in places:
+            if place is None:
                 yield None
                 continue
             with self._lock:
-                open_, blind = self._is_open(next_), self._labels.is_blind(next_)
+                open_, blind = self._is_open(place), self._labels.is_blind(place)
             if open_:
-                yield next_, "blind" if blind else "random"
+                yield place, "blind" if blind else "random"
 
     def _is_open(self, place: Place) -> bool:
         """Return whether this annotator should label a patch. Everybody labels the blind share."""
@@ -144,14 +175,18 @@ class Session:
             if fit:
                 yield place
 
+    def verdicts(self) -> dict[Place, Verdict]:
+        """Return what all annotators say about the labeled patches of open slides."""
+        with self._lock:
+            self._follow()
+            places = [place for place in self._labels.places() if self._slides.of(place) is not None]
+            return {place: self._labels.verdict(place) for place in places}
+
     def answered(self, class_id: int) -> dict[Answer, list[Place]]:
         """Return the labeled patches of open slides by their answer for a class."""
         found: dict[Answer, list[Place]] = {"present": [], "absent": [], "unknown": []}
-        with self._lock:
-            self._follow()
-            for place in self._labels.places():
-                if self._slides.of(place) is not None:
-                    found[self._labels.verdict(place).answers[class_id]].append(place)
+        for place, verdict in self.verdicts().items():
+            found[verdict.answers[class_id]].append(place)
         return found
 
     def history(self) -> list[Patch]:
@@ -192,7 +227,7 @@ class Session:
             view=new.view,
             reason=reason,
             suggested=new.suggested,
-            model=self._model if new.suggested is not None or reason == "similar" else None,
+            model=self._model if new.suggested is not None or reason in ("similar", "uncertain") else None,
             seconds=None if new.seconds is None else round(min(new.seconds, 86_400.0), 2),
         )
 

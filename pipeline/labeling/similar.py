@@ -1,4 +1,4 @@
-"""Patches that look like those in which a class is present, for the grid.
+"""The features of patches, and the patches that look like those in which a class is present, for the grid.
 
 Shape suffixes: N patches, P patches with the class, A patches without it, F features.
 """
@@ -35,6 +35,7 @@ class SimilarPatches:
         self._features = features
         self._known: dict[Place, NDArray[np.float32]] = {}
         self._wanted: list[Place] = []
+        self._later: list[Place] = []
         self._condition = threading.Condition()
         self._ended = False
         self._thread: threading.Thread | None = None
@@ -44,12 +45,29 @@ class SimilarPatches:
     def prepare(self, places: Iterable[Place]) -> int:
         """Compute the features of these patches next. Return how many of them are still missing."""
         with self._condition:
-            self._wanted = [place for place in dict.fromkeys(places) if place not in self._known]
-            if self._wanted and self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="features", daemon=True)
-                self._thread.start()
-            self._condition.notify_all()
+            self._wanted = self._missing(places)
+            self._start()
             return len(self._wanted)
+
+    def fetch(self, places: Sequence[Place]) -> NDArray[np.float32] | None:
+        """Return the features (N, F) of patches. They are computed after those of `prepare`, which is waited for.
+
+        None if they cannot be computed, or if this object is closed meanwhile. Call it from one thread only.
+        """
+        with self._condition:
+            self._later = self._missing(places)
+            self._start()
+            self._condition.wait_for(lambda: not self._later or self._ended or self.error is not None)
+            return None if self._later else np.array([self._known[place] for place in places], np.float32)
+
+    def _missing(self, places: Iterable[Place]) -> list[Place]:
+        return [place for place in dict.fromkeys(places) if place not in self._known]
+
+    def _start(self) -> None:
+        if (self._wanted or self._later) and self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="features", daemon=True)
+            self._thread.start()
+        self._condition.notify_all()
 
     def ranked(self, candidates: Sequence[Place], present: Sequence[Place], absent: Sequence[Place]) -> list[Place]:
         """Return the candidates whose features are known, the most similar to `present` first.
@@ -67,20 +85,22 @@ class SimilarPatches:
     def _work(self) -> None:
         while True:
             with self._condition:
-                while not self._wanted and not self._ended:
-                    self._condition.wait()
+                self._condition.wait_for(lambda: self._wanted or self._later or self._ended)
                 if self._ended:
                     return
-                batch = self._wanted[:_AT_ONCE]
+                batch = (self._wanted or self._later)[:_AT_ONCE]
             try:
                 found = self._features(batch)
             except (WsiSegmentError, OSError, MemoryError) as error:
                 log.error("patches cannot be compared: %s", str(error) or type(error).__name__)
-                self.error = "Patches cannot be compared; see the terminal for the reason."
+                with self._condition:
+                    self.error = "Patches cannot be compared; see the terminal for the reason."
+                    self._condition.notify_all()
                 return
             with self._condition:
                 self._known.update(zip(batch, found, strict=True))
-                self._wanted = [place for place in self._wanted if place not in self._known]
+                self._wanted, self._later = self._missing(self._wanted), self._missing(self._later)
+                self._condition.notify_all()
 
     def close(self) -> None:
         """Stop after the batch that is being computed."""

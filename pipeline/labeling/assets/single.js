@@ -75,6 +75,7 @@ export class Single {
     const words = [`${micrometers} µm`];
     if (blind) words.push("blind: labeled by every annotator, without suggestions");
     if (reason === "again") words.push("a class was added after your label");
+    if (reason === "uncertain") words.push("picked because its classes are uncertain");
     if (reason === "excluded") words.push("excluded from the grid");
     if (label) words.push(label.mark === "none" ? "labeled before" : `marked as ${label.mark} before`);
     byId("about").textContent = words.join(" · ");
