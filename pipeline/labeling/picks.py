@@ -27,7 +27,7 @@ from wsi.errors import WsiSegmentError
 log = logging.getLogger(__name__)
 
 START = 50
-"""Labels before patches are picked: a model of fewer labels is no better than chance."""
+"""Labels before patches are picked."""
 
 STEP = 10
 """Labels between two rounds of picks, and picks of a round."""

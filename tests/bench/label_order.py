@@ -45,7 +45,7 @@ ALL = "all"
 
 MEASURES = {"f1": "presence F1", "miou": "mIoU"}
 
-COLORS = ("#0072b2", "#e69f00", "#009e73")
+COLORS = ("#0072b2", "#d55e00", "#009e73")
 """Of the strategies, from the palette of Okabe and Ito."""
 
 Result = dict[str, Any]
@@ -118,8 +118,8 @@ def after(first: Order, then: Order) -> Order:
 
 STRATEGIES: dict[str, Order] = {
     "random": random_order,
-    "typical, then uncertain": after(typical_order, picked_order),
     "random, then uncertain": after(random_order, picked_order),
+    "typical, then uncertain": after(typical_order, picked_order),
 }
 
 
@@ -157,7 +157,7 @@ def run(pool: Pool, name: str, strategy: str, seed: int, output: Path, budgets: 
         at[len(training_N)] = measured(pool, fit_head(person.features_NF, person.present_NK.astype(float)), tested_I)
     else:
         order = STRATEGIES[strategy](person)
-        for budget in budgets:
+        for budget in (one for one in budgets if one <= len(training_N)):
             # One at a time, because an order looks at the labels before it.
             for patch in islice(order, budget - len(person.labeled)):
                 person.labeled.append(patch)
@@ -232,7 +232,7 @@ def table(results: Sequence[Result]) -> str:
             (ceiling,) = values(results, name, ALL, measure).values()
             for strategy in STRATEGIES:
                 found = values(results, name, strategy, measure)
-                cells = [mean_and_spread(found[budget]) for budget in budgets]
+                cells = [mean_and_spread(found.get(budget, [])) for budget in budgets]
                 lines.append(f"| {name} | {strategy} | {' | '.join(cells)} | {mean_and_spread(ceiling)} |")
         lines.append("")
     return "\n".join(lines)
@@ -253,9 +253,10 @@ def draw(results: Sequence[Result], path: Path) -> None:
             axis = axes[row, column]
             for color, strategy in zip(COLORS, STRATEGIES, strict=True):
                 found = values(results, name, strategy, measure)
-                mean_B, spread_B = (np.array([f(found[b]) for b in budgets]) for f in (np.mean, np.std))
-                axis.plot(budgets, mean_B, color=color, marker="o", markersize=3, label=strategy)
-                axis.fill_between(budgets, mean_B - spread_B, mean_B + spread_B, color=color, alpha=0.15, linewidth=0)
+                own = [budget for budget in budgets if budget in found]
+                mean_B, spread_B = (np.array([f(found[budget]) for budget in own]) for f in (np.mean, np.std))
+                axis.plot(own, mean_B, color=color, marker="o", markersize=3, label=strategy)
+                axis.fill_between(own, mean_B - spread_B, mean_B + spread_B, color=color, alpha=0.15, linewidth=0)
             (ceiling,) = values(results, name, ALL, measure).values()
             axis.axhline(np.mean(ceiling), color="black", linestyle="dashed", label="all labels")
             axis.set_xscale("log", base=2)

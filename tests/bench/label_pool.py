@@ -49,7 +49,7 @@ SOURCES = {
     "kather-2016": PoolSource("kather2016", "colon-gland"),
 }
 
-COMPOSED = 12
+COMPOSED = 6
 """Images that are composed of each slide of kather-2016."""
 
 
