@@ -1,6 +1,6 @@
 """Which patches to label next once there are labels: those that a light model is least certain of.
 
-A thread does all the work. The page never waits for it: as long as there are no picks, patches come in random order.
+A thread does all the work. The page never waits for it: until it has picked, patches come in random order.
 docs/benchmarks/label-order.md compares this with other orders.
 
 Shape suffixes: L labeled patches, N candidates, M both, F features, X classes and "artifact".

@@ -59,7 +59,7 @@ def _regression(x_LF: NDArray[np.float64], present_L: NDArray[np.bool_]) -> NDAr
         value = np.logaddexp(0, -margin_L).mean() + PENALTY * np.square(weights[:-1]).sum()
         return float(value), np.append(slope_L @ x_LF + 2 * PENALTY * weights[:-1], slope_L.sum())
 
-    # If all answers are the same, the loss has no minimum; the solver stops when it hardly falls.
+    # If all answers are the same, the loss does not have a minimum; the solver stops when it hardly falls.
     found = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 200})
     weights: NDArray[np.float64] = found.x
     return weights
