@@ -105,13 +105,13 @@ class Session:
 
     def upcoming(self, count: int = AHEAD) -> list[Patch]:
         """Return the next patches to label. Waits for a slide only if the open ones have no patch left."""
+        # Before any slide is open, an incomplete patch would not come first.
+        self._slides.wait()
         with self._lock:
             self._follow()
             next_: dict[Place, Reason] = dict.fromkeys(filter(self._is_open, self._excluded), "excluded")
             next_ |= dict.fromkeys(self._incomplete(), "again")
-            queue = self._queue.items()
-            self._queue = {place: reason for place, reason in queue if self._is_open(place) and place not in next_}
-            next_ |= self._queue
+            next_ |= {place: reason for place, reason in self._open_queue().items() if place not in next_}
         # Waiting for a slide must not block other requests.
         for found in self._candidates():
             if len(next_) >= count or (found is None and next_):
@@ -121,6 +121,10 @@ class Session:
                 with self._lock:
                     self._queue[place] = next_[place] = reason
         return [self.patch(place, reason) for place, reason in islice(next_.items(), count)]
+
+    def _open_queue(self) -> dict[Place, Reason]:
+        """Return the patches of the queue to label. A label that is undone brings its patch back to its old place."""
+        return {place: reason for place, reason in self._queue.items() if self._is_open(place)}
 
     def _incomplete(self) -> list[Place]:
         """Return the patches whose label by this annotator lacks an answer."""
@@ -138,7 +142,7 @@ class Session:
         Yields None before it waits for a slide. Patches can come twice.
         """
         with self._lock:
-            turn = len(self._queue) + len(self._labels.labels_of(self.annotator))
+            turn = len(self._open_queue()) + len(self._labels.labels_of(self.annotator))
             picks = [place for place in self.picks() if self._is_open(place) and place not in self._queue]
             queued = set(self._queue)
         ordered = self._open(self._slides.open_places())

@@ -68,6 +68,10 @@ class Slides:
         found = [future.result() for future in self._ready if future.done() and not future.cancelled()]
         return [one for one in found if one is not None]
 
+    def wait(self) -> None:
+        """Wait until a slide is open, or until none is left to open."""
+        next(filter(None, self.places()), None)
+
     def opened(self) -> int:
         """Return how many slides have been opened, or could not be."""
         return sum(future.done() for future in self._ready)

@@ -8,9 +8,11 @@ import pytest
 
 from models.bundle import Bundle
 from pipeline.errors import LabelingError
+from pipeline.labeling.desk import open_desk
 from pipeline.labeling.events import Labeled
 from pipeline.labeling.folder import Wishes, add_classes
 from pipeline.labeling.session import NewLabel, Session
+from pipeline.labeling.slides import SlideFile
 from pipeline.labeling.store import EventStore
 from tests.pipeline.labeling.desks import desk, save
 
@@ -86,6 +88,19 @@ def test_two_people_share_the_blind_patches_and_divide_the_others(
         offered = bob.session.upcoming(40)
         assert [patch.place for patch in offered if patch.place in {p.place for p in done}] == blind
         assert all(patch.label is None for patch in offered), "the other person's labels are not shown"
+
+
+def test_a_patch_that_lacks_an_answer_comes_first_although_no_slide_is_open_yet(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides[:1], shipped) as at:
+        save(at, at.session.upcoming(1)[0], 2)
+        place = at.session.history()[0].place
+    with EventStore(tmp_path / "l" / "labels.sqlite") as other:
+        add_classes(other, "ann", ["necrosis"], {})
+    files = [SlideFile(slides[0], slides[0].stem)]
+    with open_desk(tmp_path / "l", files, "ann", wishes=Wishes(), classes=(), model=None, shipped=shipped) as at:
+        assert at.session.upcoming(2)[0].place == place
 
 
 def test_a_patch_that_lacks_an_answer_for_a_new_class_comes_first_and_keeps_its_label(
