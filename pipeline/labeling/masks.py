@@ -33,7 +33,7 @@ def cut_to_patch(area: BaseGeometry, x_l0: float, y_l0: float, side_l0: float, s
 
 
 def checked_area(text: str) -> str:
-    """Return the WKT of an area. Raises ValueError if it is none."""
+    """Return the WKT of an area. Raises ValueError if the text is not WKT or has no area."""
     try:
         kind = shapely.from_wkt(text).geom_type
     except shapely.errors.ShapelyError as error:

@@ -27,16 +27,16 @@ from wsi.errors import WsiSegmentError
 log = logging.getLogger(__name__)
 
 START = 50
-"""Labels before patches are picked."""
+"""Number of labels before the first round of picks."""
 
 STEP = 10
-"""Labels between two rounds of picks, and picks of a round."""
+"""Number of labels between two rounds, and of picks per round."""
 
 CANDIDATES = 500
 """Unlabeled patches among which a round picks, taken from all open slides in turn."""
 
 MIN_ARTIFACTS = 5
-"""Artifacts among the labels from which patches that look like artifacts are left out."""
+"""If at least this many labels are artifacts, patches that look like artifacts are not picked."""
 
 _ANSWERS = {"present": 1.0, "absent": 0.0, "unknown": np.nan}
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans, vq
 
 BEST = 10
-"""Times as many of the most uncertain patches as are asked for are clustered."""
+"""The most uncertain patches are clustered: this many for each patch that is requested."""
 
 
 def entropy(logits_NK: NDArray[np.float64], answers_LK: NDArray[np.float64]) -> NDArray[np.float64]:
