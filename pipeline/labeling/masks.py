@@ -1,4 +1,4 @@
-"""Pixel masks of patches whose classes were outlined completely, for `wsi-evaluate`. Training does not read them.
+"""Pixel masks of patches whose classes were outlined completely, for `wsi-evaluate`. Networks are not trained on them.
 
 Shape suffixes: H and W are the patch.
 """
