@@ -26,7 +26,7 @@ from pipeline.errors import LabelingError
 from pipeline.files import replacing, write_atomically
 from pipeline.labeling.events import Place
 from pipeline.labeling.labels import Labels
-from pipeline.labeling.masks import UNKNOWN, classes_in, mask_HW, write_masks
+from pipeline.labeling.masks import UNKNOWN, Outlined, classes_in, write_masks
 from pipeline.labeling.session import count
 from pipeline.labeling.store import EventStore
 from pipeline.training.dataset_card import Split
@@ -99,13 +99,11 @@ def _write(folder: Path, labels: Labels, read: Read) -> int:
     return len(missing)
 
 
-def masks_of(rows: Sequence[Row], labels: Labels) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Return the name and the mask of each patch. Empty unless the masks of the validation split show every class."""
-    masks = [mask_HW(labels.areas(row.place), row.place.side) for row in rows]
-    shown = classes_in(mask for row, mask in zip(rows, masks, strict=True) if row.split == "val")
-    if len(shown) < len(labels.classes):
-        return []
-    return [(row.place.id, mask) for row, mask in zip(rows, masks, strict=True)]
+def masks_of(rows: Sequence[Row], labels: Labels) -> list[Outlined]:
+    """Return what was outlined in each patch. Empty unless the masks of the validation split show every class."""
+    patches = [Outlined(row.place.id, labels.areas(row.place), row.place.side) for row in rows]
+    shown = {k for row, one in zip(rows, patches, strict=True) if row.split == "val" for k in classes_in(*one[1:])}
+    return patches if len(shown) == len(labels.classes) else []
 
 
 def _has_pixels(folder: Path, place: Place, read: Read) -> bool:

@@ -24,7 +24,7 @@ from pipeline.errors import LabelingError
 from pipeline.labeling.annotations import ENDINGS, Annotation, read_annotations
 from pipeline.labeling.events import Answer, Event, Labeled, Place, SlideAdded
 from pipeline.labeling.labels import Labels
-from pipeline.labeling.masks import cut_to_patch
+from pipeline.labeling.masks import Cutter
 from pipeline.labeling.patches import SlidePatches
 
 PRESENT = 0.05
@@ -121,15 +121,19 @@ def labels_from(
     cover = {id_: share(boxes_N, area) for id_, area in shapes.shapes.items()}
     ignored_N = share(boxes_N, shapes.ignored) >= PRESENT
     complete_N = share(boxes_N, shapely.union_all(list(shapes.shapes.values()))) >= COMPLETE
+    cutters = {id_: Cutter(area) for id_, area in shapes.shapes.items()}
+
+    def areas_in(place: Place, n: int) -> dict[int, str]:
+        # A class that covers less than `PRESENT` counts as absent, but its pixels are its own.
+        square = (place.x_l0, place.y_l0, patches.side_l0, place.side)
+        return {id_: cutter.cut(*square) for id_, cutter in cutters.items() if cover[id_][n] > 0}
+
     found = []
     for n, place in enumerate(places):
         present = {id_ for id_, share_N in cover.items() if share_N[n] >= PRESENT}
         if present and not ignored_N[n]:
             rest: Answer = "absent" if complete_N[n] else "unknown"
             answers: dict[int, Answer] = {id_: "present" if id_ in present else rest for id_ in ids.values()}
-            corner = (place.x_l0, place.y_l0, patches.side_l0, place.side)
-            # A class that covers less than `PRESENT` counts as absent, but its pixels are its own.
-            areas = {id_: cut_to_patch(area, *corner) for id_, area in shapes.shapes.items() if cover[id_][n] > 0}
             found.append(
                 Labeled(
                     place=place,
@@ -138,7 +142,7 @@ def labels_from(
                     view="import",
                     reason=drawing.reason,
                     model=drawing.model,
-                    areas=areas if complete_N[n] else None,
+                    areas=areas_in(place, n) if complete_N[n] else None,
                 )
             )
     return found, int(ignored_N.sum())

@@ -7,9 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import shapely
-from shapely.geometry.base import BaseGeometry
-
 from models.tissue_class import Color
 from pipeline.labeling.events import (
     Answer,
@@ -24,7 +21,7 @@ from pipeline.labeling.events import (
     SlideAdded,
     Undone,
 )
-from pipeline.labeling.masks import Areas
+from pipeline.labeling.masks import Areas, joined
 
 
 @dataclass(frozen=True)
@@ -154,11 +151,11 @@ class Labels:
 
     def areas(self, place: Place) -> Areas:
         """Return the area of each current class in a patch, as its annotators outlined it together."""
-        parts: dict[int, list[BaseGeometry]] = {id_: [] for id_ in self.classes}
+        parts: dict[int, list[str]] = {id_: [] for id_ in self.classes}
         for kept in self._labels.get(place, {}).values():
             for id_, text in ((label_of(kept[-1]).areas or {}) if kept else {}).items():
-                parts[self._current(id_)].append(shapely.from_wkt(text))
-        return tuple(shapely.to_wkt(shapely.union_all(found)) if found else "" for found in parts.values())
+                parts[self._current(id_)].append(text)
+        return tuple(joined(found) for found in parts.values())
 
     def is_complete(self, label: Labeled) -> bool:
         """Return whether a label needs no second look: it has a mark, or an answer for every current class."""

@@ -193,6 +193,9 @@ def test_outlines_that_cover_patches_completely_become_masks_for_evaluation(tmp_
     assert len(masks) == 12
     for patient, mask in masks.items():
         np.testing.assert_array_equal(mask, np.full_like(mask, 255) if patient == "p11" else expected)
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "masks").iterdir()}
+    write_dataset(tmp_path, labels, read)
+    assert {file: file.stat().st_mtime_ns for file in times} == times, "masks that are up to date are left"
     # A class that no mask of the validation split shows: its score would be missing.
     write_dataset(tmp_path, outlined(*[{1: LEFT}] * 12), read)
     assert not (tmp_path / "masks").exists()
@@ -200,7 +203,14 @@ def test_outlines_that_cover_patches_completely_become_masks_for_evaluation(tmp_
         masked_samples(load_dataset(tmp_path), "val")
 
 
-def test_a_label_with_an_area_that_is_none_is_refused() -> None:
-    for text, problem in (("POLYGON ((0 0", "is not WKT"), ("POINT (1 2)", "is a Point, which has no area")):
-        with pytest.raises(ValidationError, match=problem):
-            outlined({1: text})
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("POLYGON ((0 0", "is not WKT"),
+        ("POINT (1 2)", "is a Point, which has no area"),
+        ("POLYGON ((0 0, 2 2, 2 0, 0 2, 0 0))", "is not a valid area"),
+    ],
+)
+def test_a_label_with_an_area_that_is_none_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        outlined({1: text})
