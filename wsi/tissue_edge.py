@@ -18,7 +18,8 @@ from wsi.stain import bare_and_stained
 from wsi.tissue import Tissue
 
 RIM_UM = 4.0
-"""Largest distance of tissue from the mask: half a pixel of the mask, within which its border is not known."""
+"""Largest distance of tissue from the mask, or one map pixel if that is more: half a pixel of the mask, within which
+its border is not known."""
 
 GAP_UM = 8.0
 """A gap contains a diamond of this radius. Smaller ones belong to the tissue around them."""

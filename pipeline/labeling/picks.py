@@ -74,8 +74,15 @@ class Picks:
                     return
             try:
                 self._pick()
-            except WsiSegmentError as error:
+            except (
+                WsiSegmentError,
+                OSError,
+                MemoryError,
+                ValueError,
+            ) as error:
                 log.error("patches come in random order from now on: %s", error)
+                with self._condition:
+                    self._best = ()
                 return
 
     def _pick(self) -> None:

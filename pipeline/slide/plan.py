@@ -17,6 +17,7 @@ from pipeline.errors import PlanError
 from pipeline.limits import available_memory
 from pipeline.results.record import PlanFacts
 from pipeline.slide.canvases import CELL_M, canvas_cores, with_margin
+from pipeline.slide.drawn_tissue import edge_margin
 from wsi.box import Box
 from wsi.grid import Block, Grid, make_grid
 from wsi.resample import STRIP_LV
@@ -53,7 +54,7 @@ class Plan:
         The bound depends on the block, the batch, the runtime and the workers. It does not grow with the slide.
         """
         grid, facts = self.grid, RUNTIME_FACTS[settings.runtime]
-        side_m = grid.block_out * grid.m_per_out + 2 * self.margin
+        side_m = grid.block_out * grid.m_per_out + 2 * max(self.margin, edge_margin(grid))
         pixels = 3 * side_m**2
         strip = 4 * 3 * int(side_m * grid.lv_per_m) * int(STRIP_LV + 2 * grid.lv_per_m)
         # Probabilities in float32, their bytes, and the labels' polygons while they are traced.

@@ -72,8 +72,9 @@ export class Controls {
   // Returns {name, color, fill} of everything that is shown with a color of its own.
   legend() {
     const of = (name, swatch, color) => ({ name, color, fill: getComputedStyle(swatch).backgroundColor });
+    const shown = ["map", "outlines", "probability"].some((layer) => this.state[layer].on);
     const entries = this.facts.classes.flatMap(({ name, color }, k) => (
-      this.state.classes[k].on ? [of(name, document.querySelector(`.swatch[data-class="${k}"]`), color)] : []));
+      shown && this.state.classes[k].on ? [of(name, document.querySelector(`.swatch[data-class="${k}"]`), color)] : []));
     if (this.state.unfamiliar.on) entries.push(of("unlike the training data", byId("unfamiliar-swatch"), this.facts.familiarity.color));
     if (!this.state["left-out"].on) return entries;
     const kinds = [...document.querySelectorAll(".swatch[data-kind]")].map((swatch) => (

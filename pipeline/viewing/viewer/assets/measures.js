@@ -38,6 +38,7 @@ export class Measures {
     this.pointer.find(null);
     for (const device of ["Mouse", "Touch", "Pen"]) this.stage.osd[`gestureSettings${device}`].dblClickToZoom = !this.kind;
     const ends = { distance: "click or press Space at both ends", area: "click or press Space at each corner, then press Enter" };
+    for (const key of document.querySelectorAll("#measure-ends kbd")) key.hidden = !this.kind; // then the keys do other things
     announce(this.kind ? `Measure ${KINDS[kind].title.toLowerCase()}: ${ends[kind]}` : "Measuring ended");
     this.update();
   }

@@ -100,7 +100,7 @@ osd.addHandler("canvas-click", (event) => {
 osd.addOnceHandler("tile-load-failed", () => {
   note("Parts of the slide or of its classes cannot be shown. Check in the terminal that wsi-view is still running, then reload the page.");
 });
-window.addEventListener("hashchange", () => { address.read(); layers.apply(controls.state); });
+window.addEventListener("hashchange", () => { address.read(); layers.apply(controls.state); table.show(0); });
 
 // Drawing over the slide
 
@@ -173,9 +173,9 @@ function showTurn(degrees) {
 
 // Waits until the whole view is drawn, then downloads it.
 async function savePicture() {
-  const world = Array.from({ length: osd.world.getItemCount() }, (_, i) => osd.world.getItemAt(i));
-  const missing = () => world.some((item) => item.getOpacity() && !item.getFullyLoaded())
-    || drawn.some((polygons) => polygons.opacity && !polygons.front?.final);
+  const items = () => Array.from({ length: osd.world.getItemCount() }, (_, i) => osd.world.getItemAt(i));
+  const missing = () => osd.isAnimating() || items().some((item) => item.getOpacity() && !item.getFullyLoaded())
+    || drawn.some((polygons) => polygons.opacity && !(polygons.front?.final && polygons.covers(polygons.front, stage.view(), 1.001)));
   const end = performance.now() + 10000;
   while (missing() && performance.now() < end) await new Promise((done) => setTimeout(done, 100));
   const view = stage.view();
