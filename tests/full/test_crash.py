@@ -53,7 +53,7 @@ def test_every_line_of_the_journal_stands_for_files_that_a_power_cut_leaves(benc
             assert len(event) > 2
             assert [name for name in event[1:] if not disk.is_safe(name)] == []
         disk.step(*event)
-    assert lines == 12
+    assert lines == 16
 
 
 def test_all_of_a_result_is_on_the_disk_before_it_becomes_visible_and_its_name_before_anything_is_cleared(
