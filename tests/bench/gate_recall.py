@@ -1,11 +1,9 @@
 """What the gate costs and gains at several recalls, for docs/benchmarks/colorectal-tissue.md.
 
-    python -m tests.bench.gate_recall BUNDLE --dataset kather-2016 --data FOLDER
-    python -m tests.bench.gate_recall BUNDLE --dataset kather-2016 --data FOLDER --write [--test]
+    python -m tests.bench.gate_recall BUNDLE --dataset kather-2016 --data FOLDER [--all]
 
-The first command calibrates the thresholds on one half of the validation images and measures on the other half. Both
-halves are of the same slides or patients. The second one calibrates a bundle on all validation images at the recall of
-the data set's settings, measures these images (with --test also the test split), and writes the bundle's card.
+The thresholds are calibrated on one half of the validation images and measured on the other half; with --all, both on
+all of them. Both halves are of the same slides or patients.
 """
 
 from __future__ import annotations
@@ -19,17 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.bundle import NO_DIGEST, Bundle, load_bundle, load_networks, load_statistics, replace_card
+from models.bundle import NO_DIGEST, Bundle, load_bundle, load_networks
 from models.classifier import Classifier
 from models.predictor import Predictor
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig, train_config
-from pipeline.training.dataset import Dataset, load_dataset, samples
-from pipeline.training.dataset_card import Split
-from pipeline.training.evaluate import confusion_matrix, evaluate, scores
+from pipeline.training.dataset import Dataset, Sample, load_dataset, samples
+from pipeline.training.evaluate import confusion_matrix, scores
 from pipeline.training.inputs import surrounded
 from pipeline.training.patches import PatchImages
-from pipeline.training.train import calibrate_gate, patch_presence, score_metrics
+from pipeline.training.train import calibrate_gate, patch_presence
 
 CPU = torch.device("cpu")
 RECALLS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0)
@@ -41,40 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("bundle")
     parser.add_argument("--dataset", default="kather-2016")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--test", action="store_true")
+    parser.add_argument("--all", action="store_true")
     options = parser.parse_args(arguments)
-    bundle = load_bundle(options.bundle)
+    source = load_dataset(options.dataset, options.data)
     with tempfile.TemporaryDirectory() as work:
-        dataset = composed(load_dataset(options.dataset, options.data), Path(work), ("val",))
-        config = train_config("default", None, (), load_dataset(options.dataset, options.data).card.settings)
-        if options.write:
-            card = calibrate(bundle, dataset, config, ("val", "test") if options.test else ("val",)).card
-            print(f"thresholds {card.gate_thresholds}, {card.metrics}")
-        else:
-            print(table(*halves(bundle, dataset, config)))
+        dataset = composed(source, Path(work), ("val",))
+        config = train_config("default", None, (), source.card.settings)
+        chosen = samples(dataset, "val")
+        parts = (chosen, chosen) if options.all else (chosen[::2], chosen[1::2])
+        print(table(*calibrated(load_bundle(options.bundle), dataset, config, parts)))
 
 
-def calibrate(bundle: Bundle, dataset: Dataset, config: TrainConfig, splits: Sequence[Split]) -> Bundle:
-    """Write thresholds for the recall of `config` and the scores of splits into a bundle."""
+def calibrated(
+    bundle: Bundle, dataset: Dataset, config: TrainConfig, parts: tuple[Sequence[Sample], Sequence[Sample]]
+) -> tuple[dict[str, Predictor], PatchImages]:
+    """Return predictors with gates calibrated on the first part of the images, and the second part."""
     networks = load_networks(bundle)
     assert isinstance(networks[0], Classifier)
-    images = PatchImages(dataset, samples(dataset, "val"), bundle.card.mpp)
-    thresholds = calibrate_gate(*patch_presence(networks[0], images, config, CPU), config.gate_recall)
-    card = bundle.card.model_copy(update={"gate_thresholds": thresholds})
-    predictor = Predictor.from_networks(card, NO_DIGEST, *networks, device="cpu", output_stride=1)
-    metrics = dict(card.metrics)
-    for split in splits:
-        metrics |= score_metrics(split, evaluate(predictor, dataset, split))
-    return replace_card(bundle, card.model_copy(update={"metrics": metrics}), load_statistics(bundle))
-
-
-def halves(bundle: Bundle, dataset: Dataset, config: TrainConfig) -> tuple[dict[str, Predictor], PatchImages]:
-    """Return predictors with gates calibrated on one half of the validation images, and the other half."""
-    networks = load_networks(bundle)
-    assert isinstance(networks[0], Classifier)
-    chosen = samples(dataset, "val")
-    first, second = (PatchImages(dataset, chosen[start::2], bundle.card.mpp) for start in (0, 1))
+    first, second = (PatchImages(dataset, part, bundle.card.mpp) for part in parts)
     presence_MK, held_MK = patch_presence(networks[0], first, config, CPU)
     thresholds = {"off": (0.0,) * len(dataset.class_names), "as shipped": bundle.card.gate_thresholds}
     thresholds |= {f"{recall:g}": calibrate_gate(presence_MK, held_MK, recall) for recall in RECALLS}
