@@ -35,6 +35,7 @@ from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ClusterError, LockedError
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
+from tests.cases import full
 from tests.flows.servers import until
 from tests.pipeline.batch.scripted import ScriptedWorkers, StaleError, touched
 from tests.pipeline.fakes import region_slide
@@ -346,10 +347,10 @@ def test_with_paths_hidden_no_folder_reaches_the_server(
             {"settings": {"canvasm": 512}},
             r"settings: 'canvasm' is not a setting; the settings are mpp, backend, canvas_m",
         ),
-        ({"settings": {"canvas_m": "half"}}, r"settings: canvas_m: Input should be a valid integer.*not 'half'"),
-        ({"settings": {"canvas_m": 100}}, r"canvas_m is 100; it must be a multiple of 32 from 128"),
-        ({"model": "no-model"}, "no-model"),
-        ({"slides_at_once": 0}, "slides_at_once is 0; it must be 1 or more"),
+        full({"settings": {"canvas_m": "half"}}, r"settings: canvas_m: Input should be a valid integer.*not 'half'"),
+        full({"settings": {"canvas_m": 100}}, r"canvas_m is 100; it must be a multiple of 32 from 128"),
+        full({"model": "no-model"}, "no-model"),
+        full({"slides_at_once": 0}, "slides_at_once is 0; it must be 1 or more"),
         ({"source": "*.nothing"}, "no file matches; check the pattern"),
     ],
 )

@@ -44,7 +44,7 @@ def test_durations_are_written_in_two_units(seconds: float | None, text: str) ->
 
 
 @pytest.mark.parametrize("scheme", ["light", full("dark")])
-@pytest.mark.parametrize("width", [1280, 320])
+@pytest.mark.parametrize("width", [full(1280), 320])
 @pytest.mark.parametrize("name", ["index.html", f"{NASTY}/index.html"])
 def test_pages_are_accessible_and_fit_their_screen(
     browser: Browser, report: Path, tmp_path: Path, name: str, width: int, scheme: Any

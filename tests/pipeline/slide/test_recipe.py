@@ -86,7 +86,7 @@ def test_a_constant_model_gives_a_constant_map_over_the_whole_tissue(tmp_path: P
         assert np.unique(labels_of(result.folder)[tissue_HW]).tolist() == [1]
 
 
-@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("bounded", [False, full(True)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_color_model_finds_the_regions_of_a_slide_to_one_output_pixel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: BackendName, bounded: bool

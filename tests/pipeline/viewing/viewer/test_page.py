@@ -188,7 +188,7 @@ def test_outlines_run_below_the_navigator(shared_page: Page, site: Site) -> None
     assert np.abs(pictures[0] - pictures[1]).max() < 12
 
 
-@pytest.mark.parametrize("zoom", [0.3, 0.7, 1.7, 6.0])
+@pytest.mark.parametrize("zoom", [0.3, full(0.7), full(1.7), 6.0])
 def test_the_scale_bar_has_the_stated_length(shared_page: Page, site: Site, zoom: float) -> None:
     show(shared_page, site, f"#x=640&y=416&zoom={zoom}")
     shown = shared_page.evaluate("() => wsiView.view().zoom")

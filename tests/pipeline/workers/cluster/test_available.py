@@ -169,7 +169,7 @@ def test_a_process_that_hangs_in_a_stale_mount_is_named(
     tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hangs(*_: object) -> str:
-        time.sleep(3)
+        time.sleep(1)
         return ""
 
     monkeypatch.setattr("pipeline.workers.cluster.tasks.ANSWER_S", 0.2)

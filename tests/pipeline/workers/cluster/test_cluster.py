@@ -28,7 +28,6 @@ from pipeline.workers.cluster.local_processes import process_count
 from pipeline.workers.cluster.tasks import ModelRef, check_folder, check_worker
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.open import open_workers
-from tests.cases import full
 from tests.pipeline.fakes import data_of
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
 from tests.pipeline.summaries import rows_of
@@ -106,7 +105,8 @@ def kill_a_worker(scheduler: str) -> int:
     return int(busiest.pid)
 
 
-@pytest.mark.parametrize("spread", [full("slides"), "blocks"])
+@pytest.mark.full
+@pytest.mark.parametrize("spread", SPREADS)
 def test_a_cluster_gives_the_same_bytes_as_this_process(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path, expected: dict[str, bytes], spread: Spread
 ) -> None:
