@@ -3,7 +3,7 @@
 Each stage writes its product to the run folder and is skipped if the product already exists. A stage that was killed
 resumes from its checkpoint.
 
-Shape suffixes: N views, M labeled patches, K classes, H and W space.
+Shape suffixes: B patches of an image, M labeled patches, K classes, D distances from the edge.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import nn
 
@@ -50,7 +48,7 @@ from models.segmenter import build_segmenter
 from pipeline.errors import LockedError, OutputError, TrainError
 from pipeline.progress import Progress
 from pipeline.training.calibration import calibrate_temperature, write_reliability
-from pipeline.training.classifier import build_classifier, classifier_task, held_out_batches, patch_outputs
+from pipeline.training.classifier import build_classifier, classifier_task
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, training_samples
@@ -58,7 +56,8 @@ from pipeline.training.dataset_card import Split
 from pipeline.training.evaluate import Evaluation, evaluate, evaluate_samples, masked_samples
 from pipeline.training.familiarity import fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
-from pipeline.training.inputs import MULTIPLE, as_input
+from pipeline.training.gate_calibration import UNCALIBRATED, calibrate_gate, gate_window, patch_presence
+from pipeline.training.inputs import MULTIPLE
 from pipeline.training.patches import PatchImages
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import provenance
@@ -78,9 +77,6 @@ PSEUDO_SCORES = "pseudo-masks.csv"
 
 UNREADABLE_SHARE = 0.01
 """The run fails if a larger share of the images of a split cannot be read."""
-
-UNCALIBRATED = 0.1
-"""Gate threshold of a class without a validation patch (epsilon of Han et al. 2022)."""
 
 
 def train(
@@ -375,39 +371,6 @@ def add_test_scores(bundle: Bundle, dataset: Dataset, device: str) -> Bundle:
     logger.info("test split: %s", found)
     card = bundle.card.model_copy(update={"metrics": bundle.card.metrics | found})
     return replace_card(bundle, card, load_statistics(bundle))
-
-
-def gate_window(images: PatchImages) -> int:
-    """Return the side of the gate's windows: the side of the labeled patches, rounded to a multiple of 16."""
-    return max(16, round(int(images.boxes[0][0, 2]) / 16) * 16)
-
-
-def patch_presence(
-    classifier: Classifier, images: PatchImages, config: TrainConfig, device: torch.device
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the presence probabilities (M, K) of all labeled patches, and the classes that they contain (M, K)."""
-    presence, held = [], []
-    with torch.inference_mode():
-        for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=config.region is not None):
-            logits_MK = patch_outputs(classifier, as_input(rgb_NHWC, device, config), boxes).logits_NK
-            presence.append(logits_MK.float().sigmoid().cpu().numpy())
-            held.append(present_MK)
-    return np.concatenate(presence), np.concatenate(held)
-
-
-def calibrate_gate(presence_MK: NDArray[np.float32], held_MK: NDArray[np.bool_], recall: float) -> tuple[float, ...]:
-    """Return per class the largest threshold that accepts `recall` of the patches with the class.
-
-    The threshold of a class that no patch contains is `UNCALIBRATED`.
-    """
-    thresholds = []
-    for k in range(held_MK.shape[1]):
-        held = presence_MK[held_MK[:, k], k]
-        # The number of patches to accept. 1e-9, because 0.9 * 10 can round to slightly more than 9.
-        passing = max(1, math.ceil(recall * len(held) - 1e-9))
-        value = float(np.sort(held)[len(held) - passing]) - 1e-4 if len(held) else UNCALIBRATED
-        thresholds.append(round(max(0.0, value), 4))
-    return tuple(thresholds)
 
 
 def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tuple[float, ...]) -> ModelCard:

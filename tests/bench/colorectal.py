@@ -32,10 +32,10 @@ from pipeline.training.config import TrainConfig, train_config
 from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
 from pipeline.training.dataset_card import Split, TableSplit
 from pipeline.training.fit import Processes, fit, remove_checkpoint
+from pipeline.training.gate_calibration import calibrate_gate, patch_presence
 from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages
 from pipeline.training.resample import resampled
-from pipeline.training.train import calibrate_gate, patch_presence
 
 RECALLS = (0.8, 0.85, 0.9, 0.95, 0.99)
 ALONE = Processes(0, 1)

@@ -24,9 +24,9 @@ from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig, train_config
 from pipeline.training.dataset import Dataset, Sample, load_dataset, samples
 from pipeline.training.evaluate import confusion_matrix, scores
+from pipeline.training.gate_calibration import calibrate_gate, patch_presence
 from pipeline.training.inputs import surrounded
 from pipeline.training.patches import PatchImages
-from pipeline.training.train import calibrate_gate, patch_presence
 
 CPU = torch.device("cpu")
 RECALLS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0)

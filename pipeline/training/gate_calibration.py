@@ -1,0 +1,54 @@
+"""Calibration of the gate: the side of its windows and the threshold of each class, both from labeled patches.
+
+Shape suffixes: N views, M labeled patches, K classes, H and W a view, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.classifier import Classifier
+from pipeline.training.classifier import held_out_batches, patch_outputs
+from pipeline.training.config import TrainConfig
+from pipeline.training.inputs import as_input
+from pipeline.training.patches import PatchImages
+
+UNCALIBRATED = 0.1
+"""Gate threshold of a class without a validation patch (epsilon of Han et al. 2022)."""
+
+
+def gate_window(images: PatchImages) -> int:
+    """Return the side of the gate's windows: the side of the labeled patches, rounded to a multiple of 16."""
+    return max(16, round(int(images.boxes[0][0, 2]) / 16) * 16)
+
+
+def patch_presence(
+    classifier: Classifier, images: PatchImages, config: TrainConfig, device: torch.device
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the presence probabilities (M, K) of all labeled patches, and the classes that they contain (M, K)."""
+    presence, held = [], []
+    with torch.inference_mode():
+        for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=config.region is not None):
+            logits_MK = patch_outputs(classifier, as_input(rgb_NHWC, device, config), boxes).logits_NK
+            presence.append(logits_MK.float().sigmoid().cpu().numpy())
+            held.append(present_MK)
+    return np.concatenate(presence), np.concatenate(held)
+
+
+def calibrate_gate(presence_MK: NDArray[np.float32], held_MK: NDArray[np.bool_], recall: float) -> tuple[float, ...]:
+    """Return per class the largest threshold that accepts `recall` of the patches with the class.
+
+    The threshold of a class that no patch contains is `UNCALIBRATED`.
+    """
+    thresholds = []
+    for k in range(held_MK.shape[1]):
+        held = presence_MK[held_MK[:, k], k]
+        # The number of patches to accept. 1e-9, because 0.9 * 10 can round to slightly more than 9.
+        passing = max(1, math.ceil(recall * len(held) - 1e-9))
+        value = float(np.sort(held)[len(held) - passing]) - 1e-4 if len(held) else UNCALIBRATED
+        thresholds.append(round(max(0.0, value), 4))
+    return tuple(thresholds)
