@@ -2,8 +2,8 @@
 
 Suffixes: H rows, W columns, N regions, E pairs of neighbors; `out` pixels of the stored map, of which pixel (x, y)
 covers [x, x + 1] x [y, y + 1]. All coordinates are whole multiples of 1 / `STEPS_PER_PX`, because simplification only
-removes vertices, and whole numbers on the edge of a block. The union across blocks is therefore exact: nothing is
-snapped, and there are no slivers.
+removes vertices, and whole numbers on the edge of a block. The union across blocks is therefore exact. It snaps no
+vertex and leaves no sliver between neighbors.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _first_of_each(keys: Ints, order: Ints) -> Ints:
 def _trace(ids_HW: Ints, corners_YX2: Floats | None) -> Polygons:
     """Return the polygon of each 4-connected region 0..N-1 with its holes, from the corner (0, 0).
 
-    `corners_YX2` has the place of each corner of a pixel; None: the corners form a grid.
+    `corners_YX2` has the place of each corner of a pixel. If it is None, the corners form a grid.
 
     Directed pixel edges run with their region on the right. If a region touches itself in a corner, its border takes
     the turn that separates the shell from the hole, so every ring is simple and every polygon valid. Vertices are all

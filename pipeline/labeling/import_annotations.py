@@ -88,7 +88,7 @@ class Drawn:
 def target_name(annotation: Annotation, mapping: Mapping[str, str]) -> str | None:
     """Return the class for an annotation: as mapped by its whole name or its first part, or else its first part.
 
-    None if QuPath ignores the class and no mapping names it.
+    Return None if QuPath ignores the class and no mapping names it.
     """
     whole = ": ".join(annotation.name)
     for name in (whole, annotation.name[0]):

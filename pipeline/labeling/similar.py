@@ -52,7 +52,7 @@ class SimilarPatches:
     def fetch(self, places: Sequence[Place]) -> NDArray[np.float32] | None:
         """Return the features (N, F) of patches. They are computed after those of `prepare`, which is waited for.
 
-        None if they cannot be computed, or if this object is closed meanwhile. Call it from one thread only.
+        Return None if they cannot be computed, or if this object is closed meanwhile. Call it from one thread only.
         """
         with self._condition:
             self._later = self._missing(places)

@@ -289,7 +289,7 @@ def run_identity(slide_digest: str, model_digest: str, parameters: Mapping[str, 
 def stored_runtime(folder: Path, settings: ResolvedSettings | SegmentConfig) -> Runtime | None:
     """Return the runtime of the finished result in `folder`, if that result may be kept whichever runtime made it.
 
-    None if a runtime was requested, if the result is to be replaced, or if there is no result.
+    Return None if a runtime was requested, if the result is to be replaced, or if there is no result.
     """
     if settings.force or settings.runtime_requested:
         return None

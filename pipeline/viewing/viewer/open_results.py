@@ -52,7 +52,7 @@ class OpenResult:
     def regions(self, numbers: frozenset[int]) -> bytes | None:
         """Return the regions with these numbers, in the order of `outlines`, as the result's GeoJSON has them.
 
-        None if there is no region with one of the numbers.
+        Return None if any of the numbers belongs to no region.
         """
         features = read_features(self.result.outlines, self.result.run.classes)
         chosen = [feature for number, feature in enumerate(features) if number in numbers]

@@ -133,7 +133,7 @@ function measured() {
   return measuring;
 }
 
-// Returns the smallest polygon that contains a place; null if there is none.
+// Returns the smallest polygon that contains a place, or null if there is none.
 function find({ x, y, on, zoom }) {
   const detail = nearestDetail(wantedDetail(zoom));
   if (detail === null) return null;

@@ -81,7 +81,7 @@ class CellGrid {
   }
 }
 
-// Returns the number of the smallest polygon of these classes that contains a place; null if there is none.
+// Returns the number of the smallest polygon of these classes that contains a place, or null if there is none.
 export function smallestAt(polygons, x, y, on) {
   let best = null;
   for (const index of polygons.grid.at(x, y)) {

@@ -18,8 +18,9 @@ function ordered(by, polygons, uncertainty) {
   return orders[by];
 }
 
-// Returns the number of the region after `after` among the classes that are `on`; null if there is no other, or if the
-// uncertainty is unknown and needed.
+// Returns the number of the region that follows the region `after` in the order `by`, or of the first one if `after` is
+// null. Only regions of classes that are `on` and that are not in `skip` count. Returns null if no other region counts,
+// or if the order needs the uncertainty and it is not known.
 export function nextRegion(polygons, uncertainty, { by, after, on, skip }) {
   if (by === "uncertainty" && !uncertainty) return null;
   const order = ordered(by, polygons, uncertainty);
