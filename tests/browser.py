@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -51,13 +52,29 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """Yield an empty page of 1280×900. The test fails if the page logs an error or contacts another machine."""
-    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+    """Yield a `watched_page`."""
+    with watched_page(browser) as opened:
+        yield opened
+
+
+@contextmanager
+def watched_page(browser: Browser, *, width: int = 1280, height: int = 900, **options: Any) -> Iterator[Page]:
+    """Yield an empty page in a context of its own, with Playwright's `options` of a context.
+
+    Raises AssertionError at the end if the page logged an error or contacted another machine.
+    """
+    with browser.new_context(viewport={"width": width, "height": height}, **options) as context:
         opened = context.new_page()
         opened.set_default_timeout(TIMEOUT_MS)
         faults = watch(opened)
         yield opened
     assert not faults, "\n".join(faults)
+
+
+def audited_page(browser: Browser, scheme: str, **options: Any) -> AbstractContextManager[Page]:
+    """Return a `watched_page` in a color scheme, "light" or "dark", on which `axe_findings` works."""
+    # Axe is injected as a script, which the content policy of our pages forbids.
+    return watched_page(browser, color_scheme=scheme, bypass_csp=True, **options)
 
 
 def watch(page: Page) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.labeling.corrections import read_corrections
-from tests.browser import axe_findings, screenshot, until, watch
+from tests.browser import audited_page, axe_findings, screenshot, until
 from tests.pipeline.viewing.viewer.conftest import Site
 from tests.pipeline.viewing.viewer.screen import color_at, place_on_screen, settle, show
 
@@ -108,10 +108,7 @@ def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
 def test_the_tools_are_accessible_in_both_schemes_and_on_a_phone(
     browser: Browser, own_site: Site, tmp_path: Path, scheme: str
 ) -> None:
-    # Axe is injected as a script, which the page's content policy forbids.
-    with browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme, bypass_csp=True) as context:  # type: ignore[arg-type]  # a scheme
-        opened = context.new_page()
-        faults = watch(opened)
+    with audited_page(browser, scheme) as opened:
         show(opened, own_site)
         opened.get_by_role("checkbox", name=re.compile("Correct regions")).check()
         assert axe_findings(opened) == []
@@ -122,4 +119,3 @@ def test_the_tools_are_accessible_in_both_schemes_and_on_a_phone(
         opened.set_viewport_size({"width": 390, "height": 800})
         assert opened.evaluate("() => document.documentElement.scrollWidth") <= 390
         screenshot(opened, f"viewer-correct-{scheme}-phone", tmp_path, whole=False)
-    assert not faults, "\n".join(faults)

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.browser import axe_findings, screenshot, until, watch
+from tests.browser import audited_page, axe_findings, screenshot, until, watched_page
 from tests.cases import full
 from tests.pipeline.fakes import COLORS
 from tests.pipeline.viewing.viewer.conftest import Site, textured
@@ -36,14 +36,8 @@ def slide_color(x: int, y: int, zoom: float) -> NDArray[np.float64]:
 @pytest.fixture(scope="module")
 def shared_page(browser: Browser) -> Iterator[Page]:
     """Yield one page for tests that do not change the server. Errors on the page fail after the last test."""
-    with browser.new_context(
-        viewport={"width": 1280, "height": 900}, permissions=["clipboard-read", "clipboard-write"]
-    ) as context:
-        page = context.new_page()
-        page.set_default_timeout(15_000)
-        faults = watch(page)
+    with watched_page(browser, permissions=["clipboard-read", "clipboard-write"]) as page:
         yield page
-    assert not faults, "\n".join(faults)
 
 
 def test_the_slide_has_its_position_and_colors(shared_page: Page, site: Site) -> None:
@@ -136,17 +130,13 @@ def test_hovering_shows_the_class_and_highlights_the_polygon(shared_page: Page, 
 
 @pytest.mark.full
 def test_a_tap_shows_class_and_area_until_the_slide_moves(browser: Browser, site: Site) -> None:
-    context = browser.new_context(has_touch=True, viewport={"width": 1000, "height": 700})
-    try:
-        page = context.new_page()
+    with watched_page(browser, width=1000, height=700, has_touch=True) as page:
         show(page, site)
         page.touchscreen.tap(*place_on_screen(page, *PURPLE_AT))
         until(page, "!document.getElementById('tip').hidden")
         assert "mm²" in page.locator("#tip").inner_text()
         page.evaluate("() => wsiView.osd.viewport.panBy(new OpenSeadragon.Point(0.2, 0))")
         until(page, "document.getElementById('tip').hidden")
-    finally:
-        context.close()
 
 
 @pytest.mark.full
@@ -294,12 +284,9 @@ def test_arrow_keys_move_a_focused_slider_and_not_the_slide(shared_page: Page, s
 @pytest.mark.parametrize("scheme", ["light", full("dark")])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_is_accessible_in_both_schemes_and_on_a_phone(
-    browser: Browser, site: Site, tmp_path: Path, scheme: Any, width: int
+    browser: Browser, site: Site, tmp_path: Path, scheme: str, width: int
 ) -> None:
-    # Axe is injected as a script, which the page's content policy forbids.
-    with browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True) as context:
-        page = context.new_page()
-        faults = watch(page)
+    with audited_page(browser, scheme, width=width, height=800) as page:
         show(page, site)
         if width == 390:
             page.locator("summary").click()
@@ -313,4 +300,3 @@ def test_it_is_accessible_in_both_schemes_and_on_a_phone(
         stage = page.locator("#stage").bounding_box()
         assert stage is not None
         assert stage["height"] > 300
-    assert not faults, "\n".join(faults)

@@ -18,7 +18,7 @@ from pipeline.formats.features import read_features
 from pipeline.results.record import read_run, write_run
 from pipeline.viewing.viewer.results import find_results
 from tests.bench.viewer import with_polygons
-from tests.browser import axe_findings, screenshot, until, watch
+from tests.browser import audited_page, axe_findings, screenshot, until, watched_page
 from tests.pipeline.fakes import COLORS, labels_of, probs_of
 from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.pipeline.viewing.viewer.screen import color_at, mixed, place_on_screen, settle, show
@@ -120,9 +120,7 @@ def test_lengths_areas_and_crossings_are_those_of_an_independent_library(page: P
 
 
 def test_a_tap_puts_points_and_shows_the_values_and_coordinates_on_a_phone(browser: Browser, site: Site) -> None:
-    with browser.new_context(has_touch=True, viewport=PHONE) as context:  # type: ignore[arg-type]  # a size
-        page = context.new_page()
-        faults = watch(page)
+    with watched_page(browser, **PHONE, has_touch=True) as page:
         show(page, site)
         assert page.locator("#place").inner_text().startswith("center: x ")
         page.touchscreen.tap(*place_on_screen(page, *PURPLE_AT))
@@ -137,7 +135,6 @@ def test_a_tap_puts_points_and_shows_the_values_and_coordinates_on_a_phone(brows
         expected = float(np.hypot(PURPLE_AT[0] - PINK_AT[0], PURPLE_AT[1] - PINK_AT[1]))
         assert float(announced(page).split()[1]) == pytest.approx(expected, rel=0.02)
         assert page.evaluate("() => document.documentElement.scrollWidth") <= PHONE["width"]
-    assert not faults, "\n".join(faults)
 
 
 def test_the_values_under_the_pointer_are_those_that_the_map_stores(page: Page, site: Site) -> None:
@@ -404,12 +401,9 @@ def test_loading_outlines_are_announced_until_they_are_there(browser: Browser, s
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_tools_are_accessible_in_both_schemes_and_on_a_phone(
-    browser: Browser, site: Site, tmp_path: Path, scheme: Any, width: int
+    browser: Browser, site: Site, tmp_path: Path, scheme: str, width: int
 ) -> None:
-    # Axe is injected as a script, which the page's content policy forbids.
-    with browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True) as context:
-        page = context.new_page()
-        faults = watch(page)
+    with audited_page(browser, scheme, width=width, height=800) as page:
         show(page, site)
         if width == 390:
             page.locator("summary").click()
@@ -423,4 +417,3 @@ def test_the_tools_are_accessible_in_both_schemes_and_on_a_phone(
         page.keyboard.press("?")
         assert axe_findings(page) == []
         screenshot(page, f"viewer-keys-{scheme}-{width}", tmp_path, whole=False)
-    assert not faults, "\n".join(faults)
