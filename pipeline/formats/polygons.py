@@ -8,36 +8,17 @@ vertex and leaves no sliver between neighbors.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import shapely
-from scipy import ndimage
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components, depth_first_order
+from scipy.sparse.csgraph import connected_components
 
-from pipeline.errors import RegionsFileError
 from pipeline.formats.smooth_borders import STEPS_PER_PX, smooth_corners
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
-Polygons = npt.NDArray[np.object_]
-
-_MAGIC = b"WSIREG01"
-_SCHEMA = pa.schema(
-    [
-        pa.field("label", pa.uint8(), nullable=False),
-        pa.field("open", pa.bool_(), nullable=False),
-        pa.field("geometry", pa.large_binary(), nullable=False),
-    ]
-)
+from pipeline.formats.tracing import Bools, Floats, Ints, Polygons, components, polygons_of_rings, trace
 
 
 @dataclass(frozen=True)
@@ -72,7 +53,7 @@ def block_regions(
     """
     if labels_HW.ndim != 2 or labels_HW.size == 0 or labels_HW.dtype != np.uint8:
         raise ValueError(f"labels must be non-empty 2-D uint8, not {labels_HW.dtype} of shape {labels_HW.shape}")
-    ids_HW, labels_N = _components(labels_HW)
+    ids_HW, labels_N = components(labels_HW)
     open_N = _touching_edge(ids_HW, labels_N.size)
     if min_area_px > 1:
         areas_N = np.bincount(ids_HW.ravel(), minlength=labels_N.size).astype(np.float64)
@@ -80,7 +61,7 @@ def block_regions(
             group_N, labels_N = _merge_small(labels_N, areas_N, open_N, *_neighbors(ids_HW), min_area_px)
             ids_HW = group_N[ids_HW]
             open_N = _touching_edge(ids_HW, labels_N.size)
-    polygons_N = _trace(ids_HW, smooth_corners(ids_HW) if smooth and tolerance_px > 0 else None)
+    polygons_N = trace(ids_HW, smooth_corners(ids_HW) if smooth and tolerance_px > 0 else None)
     if tolerance_px > 0:
         polygons_N = shapely.coverage_simplify(polygons_N, tolerance_px, simplify_boundary=False)
     wanted_N = (labels_N > 0) | open_N
@@ -127,52 +108,6 @@ def join_regions(regions: Iterable[Region], min_area_px: float) -> Iterator[Regi
         (Region(int(labels_G[g]), polygon, False) for g, polygon in zip(wanted, united_G, strict=True)),
         key=lambda region: (shapely.bounds(region.geometry_out).tolist(), region.label, region.geometry_out.wkb),
     )
-
-
-def save_regions(path: Path, regions: Sequence[Region]) -> None:
-    """Write regions to one compact file with a checksum. The same regions give the same bytes. The caller fsyncs."""
-    columns = {
-        "label": [region.label for region in regions],
-        "open": [region.open for region in regions],
-        "geometry": [shapely.to_wkb(region.geometry_out, byte_order=1) for region in regions],
-    }
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, _SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        writer.write_table(pa.table(columns, schema=_SCHEMA))
-    payload = sink.getvalue().to_pybytes()
-    path.write_bytes(_MAGIC + hashlib.sha256(payload).digest() + payload)
-
-
-def load_regions(path: Path) -> list[Region]:
-    """Return the regions of a file that `save_regions` wrote. Raises RegionsFileError for any other or damaged file."""
-    content = path.read_bytes()
-    head, digest, payload = content[:8], content[8:40], content[40:]
-    if head != _MAGIC:
-        raise RegionsFileError(
-            f"{path}: is not a file of regions: it begins with {head!r}, not {_MAGIC!r}; delete it and run the same "
-            f"command again"
-        )
-    if hashlib.sha256(payload).digest() != digest:
-        raise RegionsFileError(
-            f"{path}: is damaged: the checksum of its {len(payload)} bytes differs; delete it and run the same command "
-            f"again"
-        )
-    table = pa.ipc.open_stream(payload).read_all()
-    geometries = shapely.from_wkb(np.array(table["geometry"].to_pylist(), dtype=object))
-    columns = zip(table["label"].to_pylist(), geometries, table["open"].to_pylist(), strict=True)
-    return [Region(label, geometry, is_open) for label, geometry, is_open in columns]
-
-
-def _components(labels_HW: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
-    """Return ids_HW of the 4-connected regions, 0..N-1, and the label of each region."""
-    ids_HW = np.zeros(labels_HW.shape, np.int64)
-    labels: list[int] = []
-    for label in np.unique(labels_HW).tolist():
-        mask_HW = labels_HW == label
-        part_HW, count = ndimage.label(mask_HW)
-        ids_HW[mask_HW] = part_HW[mask_HW] + (len(labels) - 1)
-        labels += [label] * count
-    return ids_HW, np.array(labels, np.int64)
 
 
 def _touching_edge(ids_HW: Ints, count: int) -> Bools:
@@ -243,93 +178,6 @@ def _first_of_each(keys: Ints, order: Ints) -> Ints:
     return order[first]
 
 
-def _trace(ids_HW: Ints, corners_YX2: Floats | None) -> Polygons:
-    """Return the polygon of each 4-connected region 0..N-1 with its holes, from the corner (0, 0).
-
-    `corners_YX2` has the place of each corner of a pixel. If it is None, the corners form a grid.
-
-    Directed pixel edges run with their region on the right. If a region touches itself in a corner, its border takes
-    the turn that separates the shell from the hole, so every ring is simple and every polygon valid. Vertices are all
-    corners of pixels; of a grid, those at which a border turns or three or more borders meet. So the polygons are an
-    edge-matched coverage.
-    """
-    height, width = ids_HW.shape
-    padded = np.pad(ids_HW, 1, constant_values=-1).ravel()
-    stride, vertices = width + 2, (height + 1) * (width + 1)
-    vertex_y, vertex_x = np.divmod(np.arange(vertices), width + 1)
-    nw = vertex_y * stride + vertex_x  # the pixel north-west of each vertex, in the padded map
-    ne, sw, se = nw + 1, nw + stride, nw + stride + 1
-    # heading east, south, west, north: pixel on the right and on the left of the way ahead of a vertex
-    ahead = ((se, ne), (sw, se), (nw, sw), (ne, nw))
-    step = (1, width + 1, -1, -(width + 1))
-    degree = sum((padded[a] != padded[b]).astype(np.int8) for a, b in ((nw, ne), (ne, se), (se, sw), (sw, nw)))
-
-    number = np.full((4, vertices), -1, np.int64)  # of each existing directed edge
-    heads: list[Ints] = []
-    owners: list[Ints] = []
-    nexts: list[Ints] = []
-    corners: list[Bools] = []
-    for heading, (right, left) in enumerate(ahead):
-        start = np.flatnonzero((padded[right] != padded[left]) & (padded[right] >= 0))
-        number[heading, start] = np.arange(start.size) + sum(head.size for head in heads)
-        owner, head = padded[right[start]], start + step[heading]
-        goes_left, goes_on = padded[left[head]] == owner, padded[right[head]] == owner
-        turn = np.where(goes_left, 3, np.where(goes_on, 0, 1))
-        heads.append(head)
-        owners.append(owner)
-        nexts.append((heading + turn) % 4 * vertices + head)
-        corners.append((turn != 0) | (degree[head] > 2) | (corners_YX2 is not None))
-    head_M, owner_M, corner_M = np.concatenate(heads), np.concatenate(owners), np.concatenate(corners)
-    ring_M, walk_M = _walk_cycles(number.ravel()[np.concatenate(nexts)])
-
-    walk = walk_M[corner_M[walk_M]]
-    ring = ring_M[walk]
-    begins = np.flatnonzero(np.append(True, ring[1:] != ring[:-1]))
-    sizes = np.diff(np.append(begins, ring.size))
-    if corners_YX2 is None:
-        xy = np.stack([vertex_x[head_M[walk]], vertex_y[head_M[walk]]], axis=1).astype(np.float64)
-    else:
-        xy = corners_YX2.reshape(-1, 2)[head_M[walk]]
-    following = np.arange(1, ring.size + 1)
-    following[begins + sizes - 1] = begins
-    doubled_area = np.add.reduceat(xy[:, 0] * xy[following, 1] - xy[following, 0] * xy[:, 1], begins)
-    owner_R = owner_M[walk[begins]]
-    order = np.lexsort((begins, doubled_area < 0, owner_R))  # by region, its shell first
-    coords, ring_offsets = _closed_rings(xy, begins[order], sizes[order])
-    polygon_offsets = np.append(0, np.cumsum(np.bincount(owner_R)))
-    return _polygons(coords, ring_offsets, polygon_offsets)
-
-
-def _walk_cycles(next_M: Ints) -> tuple[Ints, Ints]:
-    """Return the cycle of each element of a permutation, and all elements cycle by cycle, each in its order."""
-    size = next_M.size
-    graph = csr_array((np.ones(size, np.int8), next_M, np.arange(size + 1)), shape=(size, size))
-    count, cycle_M = connected_components(graph, directed=True, connection="weak")
-    starts = np.empty(count, np.int64)
-    starts[cycle_M[::-1]] = np.arange(size)[::-1]
-    # Each cycle's end leads to the start of the next cycle instead of its own: one path, along which a depth-first
-    # search is a walk in compiled code (over one root with a child per cycle it would be quadratic).
-    path_M = next_M.copy()
-    ends = np.flatnonzero(next_M == starts[cycle_M])
-    path_M[ends] = np.append(starts, starts[-1])[cycle_M[ends] + 1]
-    path = csr_array((np.ones(size, np.int8), path_M, np.arange(size + 1)), shape=(size, size))
-    walk = depth_first_order(path, starts[0], directed=True, return_predecessors=False)
-    return cycle_M.astype(np.int64), walk.astype(np.int64)
-
-
-def _closed_rings(xy: Floats, begins: Ints, sizes: Ints) -> tuple[Floats, Ints]:
-    """Return the coordinates of the given unclosed rings in sequence, each closed, and their offsets."""
-    offsets = np.append(0, np.cumsum(sizes + 1))
-    index = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], sizes + 1)
-    index[offsets[1:] - 1] = begins
-    return xy[index], offsets
-
-
-def _polygons(coords: Floats, ring_offsets: Ints, polygon_offsets: Ints) -> Polygons:
-    polygons: Any = shapely.from_ragged_array(shapely.GeometryType.POLYGON, coords, (ring_offsets, polygon_offsets))
-    return np.asarray(polygons, dtype=object)
-
-
 def _without_straight_vertices(polygons_N: Polygons, shift: tuple[int, int]) -> Polygons:
     """Return the polygons shifted and normalized, without whole-numbered vertices inside an axis-parallel line.
 
@@ -348,10 +196,10 @@ def _without_straight_vertices(polygons_N: Polygons, shift: tuple[int, int]) -> 
     # Other vertices stay, so that `_shared_borders` finds them on both sides.
     straight = ((xy == xy[before]) & (xy == xy[after])).any(axis=1) & (xy == np.rint(xy)).all(axis=1)
     kept_sizes = np.add.reduceat(~straight, begins, dtype=np.int64)
-    coords, offsets = _closed_rings(
-        xy[~straight] + np.array(shift, np.float64), np.append(0, np.cumsum(kept_sizes))[:-1], kept_sizes
-    )
-    return np.asarray(shapely.normalize(_polygons(coords, offsets, polygon_offsets)), dtype=object)
+    kept_begins = np.append(0, np.cumsum(kept_sizes))[:-1]
+    shifted = xy[~straight] + np.array(shift, np.float64)
+    kept_N = polygons_of_rings(shifted, kept_begins, kept_sizes, polygon_offsets)
+    return np.asarray(shapely.normalize(kept_N), dtype=object)
 
 
 def _shared_borders(polygons_N: Polygons) -> tuple[Ints, Floats]:

@@ -22,7 +22,8 @@ from models.predictor import Predictor
 from pipeline.config import ResolvedSettings
 from pipeline.errors import InferenceError
 from pipeline.formats.ome_zarr import MapStore, UInt8Array
-from pipeline.formats.polygons import block_regions, save_regions
+from pipeline.formats.polygons import block_regions
+from pipeline.formats.region_files import save_regions
 from pipeline.slide.canvases import canvas_cores, with_margin
 from pipeline.slide.drawn_tissue import area_px, drawn_tissue, edge_margin
 from pipeline.slide.familiarity import CellDistances, save_values, values_file

@@ -20,7 +20,8 @@ from pipeline.errors import Cancelled, ConfigError, OutputError
 from pipeline.files import sync, sync_tree
 from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store, sweep_partial_files
 from pipeline.formats.outputs import OUTPUTS, SegmentedSlide
-from pipeline.formats.polygons import Region, join_regions, load_regions
+from pipeline.formats.polygons import Region, join_regions
+from pipeline.formats.region_files import load_regions
 from pipeline.pages.slide_page import write_slide_page
 from pipeline.progress import Progress, no_progress
 from pipeline.results.digests import Listing, list_files, write_result

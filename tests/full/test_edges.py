@@ -10,12 +10,12 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import ndimage
 
 from pipeline.formats.polygons import block_regions, join_regions
 from pipeline.slide.recipe import segment_slide
 from tests.bench.edges import drawn, drawn_borders, wavy
 from tests.pipeline.fakes import SMALL, color_predictor, labels_of, run_of
+from tests.pipeline.formats.label_maps import smooth_map
 from tests.slides import write_slide
 
 
@@ -50,9 +50,7 @@ def test_the_border_does_not_depend_on_the_blocks(tmp_path: Path) -> None:
 def test_smooth_borders_across_blocks_leave_neither_gap_nor_overlap(
     seed: int, sigma: float, min_area_px: float
 ) -> None:
-    rng = np.random.default_rng(seed)
-    fields = [ndimage.gaussian_filter(rng.standard_normal((160, 160)), sigma) for _ in range(3)]
-    labels_HW = (np.argmax(fields, axis=0) + 1).astype(np.uint8)
+    labels_HW = smooth_map(160, sigma, classes=3, seed=seed) + np.uint8(1)
     regions = [
         region
         for y in (0, 64, 128)

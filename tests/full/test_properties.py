@@ -28,7 +28,8 @@ from models.runtimes import Runtime
 from pipeline.config import SegmentConfig, resolve
 from pipeline.errors import PipelineError
 from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store
-from pipeline.formats.polygons import Region, join_regions, load_regions
+from pipeline.formats.polygons import Region, join_regions
+from pipeline.formats.region_files import load_regions
 from pipeline.slide.blocks import BlockRecord, BlockWork, regions_file, segment_block
 from pipeline.slide.recipe import plan_slide, segment_slide
 from tests.models.networks import ColorClassifier, ColorSegmenter, PixelClassifier, make_card

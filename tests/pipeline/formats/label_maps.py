@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from pipeline.formats.polygons import Region
 
@@ -18,6 +19,14 @@ def label_maps(draw: st.DrawFn, max_side: int = 14, classes: int = 3) -> Labels:
     height, width = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
     values = draw(st.lists(st.integers(0, classes), min_size=height * width, max_size=height * width))
     return np.array(values, np.uint8).reshape(height, width)
+
+
+def smooth_map(side: int, sigma: float, classes: int = 4, seed: int = 0) -> Labels:
+    """Return the number of the largest of several smooth random fields, 0..classes-1: regions with round borders."""
+    rng = np.random.default_rng(seed)
+    fields = [ndimage.gaussian_filter(rng.standard_normal((side, side)), sigma) for _ in range(classes)]
+    labels_HW: Labels = np.argmax(fields, axis=0).astype(np.uint8)
+    return labels_HW
 
 
 def rasterized(regions: Sequence[Region], shape: tuple[int, int], origin_out: tuple[int, int] = (0, 0)) -> Labels:

@@ -6,7 +6,6 @@ import itertools
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from pipeline.errors import RegionsFileError
-from pipeline.formats.polygons import Region, block_regions, join_regions, load_regions, save_regions
-from tests.pipeline.formats.label_maps import Labels, geometries, label_maps, rasterized
+from pipeline.formats.polygons import Region, block_regions, join_regions
+from tests.pipeline.formats.label_maps import Labels, geometries, label_maps, rasterized, smooth_map
 
 
 @st.composite
@@ -46,13 +44,6 @@ def joined(regions: Sequence[Region], min_area_px: float = 0) -> list[tuple[int,
 
 def as_rows(regions: Sequence[Region]) -> list[tuple[int, str]]:
     return sorted((region.label, region.geometry_out.wkt) for region in regions)
-
-
-def smooth_map(side: int, sigma: float, classes: int = 4, seed: int = 0) -> Labels:
-    rng = np.random.default_rng(seed)
-    fields = [ndimage.gaussian_filter(rng.standard_normal((side, side)), sigma) for _ in range(classes)]
-    labels_HW: Labels = np.argmax(fields, axis=0).astype(np.uint8)
-    return labels_HW
 
 
 @given(label_maps())
@@ -212,35 +203,6 @@ def test_background_sliver_at_the_edge_of_the_map_is_not_filled() -> None:
     labels_HW = np.ones((4, 4), np.uint8)
     labels_HW[:, 0] = 0
     assert [r.geometry_out.area for r in join_regions(block_regions(labels_HW, (0, 0), 9, 0), 9)] == [12]
-
-
-def test_the_same_labels_give_the_same_bytes_and_the_file_is_read_back_unchanged(tmp_path: Path) -> None:
-    labels_HW = smooth_map(128, 3)
-    regions = block_regions(labels_HW, (1024, 2048), 8, 1)
-    save_regions(tmp_path / "a", regions)
-    save_regions(tmp_path / "b", block_regions(labels_HW.copy(order="F"), (1024, 2048), 8, 1))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    again = load_regions(tmp_path / "a")
-    assert again == regions
-    assert as_rows(again) == as_rows(regions)
-    save_regions(tmp_path / "empty", [])
-    assert load_regions(tmp_path / "empty") == []
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])
-def test_a_damaged_file_is_named_in_the_error(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "block-3.regions"
-    save_regions(path, block_regions(smooth_map(32, 3), (0, 0), 0, 0))
-    content = bytearray(path.read_bytes())
-    if damage == "cut":
-        del content[-5:]
-    elif damage == "flipped":
-        content[len(content) // 2] ^= 1
-    else:
-        content = bytearray(b"PAR1 and so on" if damage == "foreign" else b"")
-    path.write_bytes(content)
-    with pytest.raises(RegionsFileError, match=r"block-3\.regions.*run the same command again"):
-        load_regions(path)
 
 
 @pytest.mark.parametrize("labels_HW", [np.zeros((0, 4), np.uint8), np.zeros((4, 4), np.int64), np.zeros(4, np.uint8)])
