@@ -9,13 +9,10 @@ Shape suffixes: B patches of an image, M labeled patches, K classes, D distances
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,54 +20,38 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 import torch.distributed
-from filelock import FileLock, Timeout
-from pydantic import ValidationError
 from torch import nn
 
-from models.bundle import (
-    NO_DIGEST,
-    Bundle,
-    ClassifierCard,
-    ModelCard,
-    SegmenterCard,
-    WeightsCard,
-    load_bundle,
-    load_networks,
-    load_statistics,
-    replace_card,
-    save_bundle,
-)
-from models.cam import LAYERS, check_available
+from models.bundle import NO_DIGEST, Bundle, load_bundle, load_networks, load_statistics, replace_card, save_bundle
+from models.cam import check_available
 from models.classifier import Classifier
 from models.devices import choose_device
 from models.predictor import Predictor
 from models.segmenter import build_segmenter
-from pipeline.errors import LockedError, OutputError, TrainError
+from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from pipeline.training.calibration import calibrate_temperature, write_reliability
 from pipeline.training.classifier import build_classifier, classifier_task
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, training_samples
-from pipeline.training.dataset_card import Split
-from pipeline.training.evaluate import Evaluation, evaluate, evaluate_samples, masked_samples
+from pipeline.training.evaluate import evaluate, evaluate_samples, masked_samples
 from pipeline.training.familiarity import fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
 from pipeline.training.gate_calibration import UNCALIBRATED, calibrate_gate, gate_window, patch_presence
 from pipeline.training.inputs import MULTIPLE
+from pipeline.training.model_card import make_card, score_metrics
 from pipeline.training.patches import PatchImages
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
 from pipeline.training.pseudo_scores import write_pseudo_scores
+from pipeline.training.run_folder import claim, recorded_provenance
 from pipeline.training.segmenter import segmenter_task, start_encoder, start_from_classifier
 from pipeline.training.start import check_start, start_from_bundle, with_start
 from pipeline.training.step_log import StepLog, open_step_log
 
 logger = logging.getLogger(__name__)
-
-RUN_FILE = "run.json"
-"""File of a run folder that records how the run was started."""
 
 PSEUDO_SCORES = "pseudo-masks.csv"
 """File of a run folder with the scores of the pseudo masks of validation images."""
@@ -189,62 +170,6 @@ def training_images(dataset: Dataset, mpp: float) -> tuple[PatchImages, PatchIma
     return training, validation
 
 
-@contextmanager
-def claim(run: Path, dataset: Dataset, config: TrainConfig, made_with: Mapping[str, str]) -> Iterator[None]:
-    """Lock a run folder and record its configuration and data set, or check that they match the recorded ones.
-
-    `made_with` is the `provenance`; the one of the first start stays recorded. Raises OutputError if the folder cannot
-    be created, LockedError if another process trains in it, and TrainError if the run was started with another
-    configuration, data set or content of the images.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{run}: the run folder cannot be created: {error.strerror}; pass another -o") from error
-    lock = FileLock(run.absolute().parent / f".{run.name}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise LockedError(f"{run}: another wsi-train is using this folder; wait for it, or pass another -o") from error
-    try:
-        _write_or_compare(run, dataset, config, made_with)
-        yield
-    finally:
-        lock.release()
-
-
-def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig, made_with: Mapping[str, str]) -> None:
-    file = run / RUN_FILE
-    wanted = {
-        "config": dataclasses.asdict(config),
-        "dataset": dataset.card.model_dump(mode="json"),
-        "made_with": dict(made_with),
-    }
-    text = json.dumps(wanted, indent=2) + "\n"
-    if not file.exists():
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
-        return
-    recorded, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
-    before, after = recorded.pop("made_with", {}), wanted.pop("made_with")
-    if recorded != wanted:
-        now, then = wanted["config"], recorded["config"]
-        differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-        raise TrainError(
-            f"{run}: the run was started with other settings (different: {', '.join(differing) or 'the data set'}); "
-            f"pass a new folder, or use the settings in {file}"
-        )
-    changed = sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
-    if "data" in changed:
-        raise TrainError(
-            f"{run}: the images, masks or labels have changed since the run was started; restore them, or pass a new "
-            "folder"
-        )
-    if changed:
-        logger.warning("%s: the run was started with another %s, see %s", run, ", ".join(changed), file)
-
-
 def _check(training: PatchImages, validation: PatchImages, config: TrainConfig) -> None:
     for images in (training, validation):
         if not len(images):
@@ -343,19 +268,9 @@ def export(
     metrics["val_position_deviation"] = round(position_deviation(profile_KD, config.margin), 4)
     logger.info("gate thresholds %s, temperature %s, %s", thresholds, calibration.temperature, metrics)
     statistics, familiarity = fit_familiarity(rounded[0], training, validation, config, device)
-    made_with = json.loads((run / RUN_FILE).read_text(encoding="utf-8")).get("made_with", {})
+    made_with = recorded_provenance(run)
     card = card.model_copy(update={"metrics": metrics, "familiarity": familiarity, "made_with": made_with})
     save_bundle(folder, card, classifier, segmenter, statistics)
-
-
-def score_metrics(split: Split, evaluation: Evaluation) -> dict[str, float]:
-    """Return the scores of a split for a model card (protocol `exclude`, with the gate), and the spread of the mIoU."""
-    scores = evaluation.scores()
-    values = {f"iou_{name}": value for name, value in scores.iou.items()}
-    values |= {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy}
-    values["miou_spread"] = evaluation.miou_spread()
-    # JSON has no number for the IoU of a class that neither truth nor prediction contains.
-    return {f"{split}_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}
 
 
 def add_test_scores(bundle: Bundle, dataset: Dataset, device: str) -> Bundle:
@@ -371,52 +286,3 @@ def add_test_scores(bundle: Bundle, dataset: Dataset, device: str) -> Bundle:
     logger.info("test split: %s", found)
     card = bundle.card.model_copy(update={"metrics": bundle.card.metrics | found})
     return replace_card(bundle, card, load_statistics(bundle))
-
-
-def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tuple[float, ...]) -> ModelCard:
-    """Return the model card without metrics and digests.
-
-    Raises TrainError if the data set's description or a name is not valid in a card.
-    """
-    card = dataset.card
-    views = f"regions of {config.region} px" if config.region else "single patches"
-    with_attention = "" if config.attention == "none" else f" with {config.attention} attention"
-    layers = ", ".join(
-        f"{layer} {weight:g}" for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0
-    )
-    own_encoder = f", the encoder from {config.encoder_weights}" if config.encoder_weights else ""
-    start = f"the model {config.init}" if config.init else f"{config.weights} weights{own_encoder}"
-    assert config.mpp is not None
-    try:
-        return ModelCard(
-            schema_version=3,
-            name=config.name or card.name,
-            description=card.description,
-            classes=tuple(spec.tissue_class for spec in card.classes),
-            mpp=config.mpp,
-            gate_window=window,
-            mean=config.mean,
-            std=config.std,
-            classifier=ClassifierCard(backbone=config.backbone, head=config.head, depth=config.depth),
-            segmenter=SegmenterCard(encoder=config.encoder_name, depth=config.encoder_depth, rates=config.rates),
-            margin=config.margin,
-            gate_thresholds=thresholds,
-            licence=card.licence,
-            training_data=(
-                f"{card.attribution} Supervision: presence labels of patches only; {views} at {config.mpp} um/px, "
-                f"classifier head {config.head}{with_attention}, pseudo masks by {config.cam} at the layers {layers}, "
-                f"seed {config.seed}, started from {start}."
-            ),
-            started_from=config.init or None,
-            metrics={},
-            scope=card.scope,
-            limits=card.limits,
-            weights=WeightsCard(classifier=NO_DIGEST, segmenter=NO_DIGEST),
-        )
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "card"
-        raise TrainError(
-            f"{card.name}: {key} is not valid in a model card: {first['msg']}; "
-            "change it in the dataset.toml or the settings"
-        ) from error

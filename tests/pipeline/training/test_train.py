@@ -14,17 +14,18 @@ from PIL import Image
 from models.bundle import NO_DIGEST, load_bundle, load_networks
 from models.errors import ArchitectureError
 from models.predictor import Predictor
-from pipeline.errors import EmptyClassError, LockedError, MissingImagesError, OutputError, TrainError
+from pipeline.errors import EmptyClassError, MissingImagesError, TrainError
 from pipeline.training import fit as loop
 from pipeline.training.calibration import calibrate_temperature
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, samples
 from pipeline.training.evaluate import evaluate
 from pipeline.training.gate_calibration import calibrate_gate, patch_presence
+from pipeline.training.model_card import score_metrics
 from pipeline.training.patches import PatchImages
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import data_digest
-from pipeline.training.train import claim, make_card, score_metrics, train
+from pipeline.training.train import train
 from tests.cases import full
 from tests.textures import write_crops, write_textures
 
@@ -212,70 +213,12 @@ def test_the_published_recipe_trains_on_patches_of_an_unaligned_side(tmp_path: P
         assert picture.size == (80, 40)
 
 
-def test_a_run_folder_belongs_to_one_configuration_and_data_set(textures: Dataset, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with claim(run, textures, CONFIG, {}):
-        written = (run / "run.json").read_bytes()
-    with claim(run, textures, CONFIG, {}):
-        pass
-    changed = dataclasses.replace(CONFIG, seed=3, region=96)
-    with (
-        pytest.raises(TrainError, match=r"started with other settings \(different: region, seed\).*run\.json"),
-        claim(run, textures, changed, {}),
-    ):
-        pass
-    other = Dataset(textures.card.model_copy(update={"mpp": 0.5}), textures.root)
-    with pytest.raises(TrainError, match=r"\(different: the data set\)"), claim(run, other, CONFIG, {}):
-        pass
-    assert (run / "run.json").read_bytes() == written
-    assert json.loads(written)["config"] == json.loads(json.dumps(dataclasses.asdict(CONFIG)))
-
-
 def test_the_run_and_its_bundle_record_versions_commit_and_data(unbroken: Path, textures: Dataset) -> None:
     recorded = json.loads((unbroken / "run.json").read_text(encoding="utf-8"))["made_with"]
     assert {"python", "wsi-segment", "torch", "data"} <= set(recorded)
     assert load_bundle(unbroken / "bundle").card.made_with == recorded
     training, validation = (PatchImages(textures, samples(textures, split), 1.0) for split in ("train", "val"))
     assert recorded["data"] == data_digest(training, validation)
-
-
-def test_a_run_is_not_resumed_with_other_images(textures: Dataset, tmp_path: Path) -> None:
-    with claim(tmp_path / "run", textures, CONFIG, {"data": "1", "torch": "2.0"}):
-        pass
-    with (
-        pytest.raises(TrainError, match="the images, masks or labels have changed since the run was started"),
-        claim(tmp_path / "run", textures, CONFIG, {"data": "2", "torch": "2.0"}),
-    ):
-        pass
-
-
-def test_a_run_resumed_with_another_version_warns(
-    textures: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with claim(tmp_path / "run", textures, CONFIG, {"data": "1", "torch": "2.0", "commit": "a"}):
-        pass
-    with claim(tmp_path / "run", textures, CONFIG, {"data": "1", "torch": "2.1", "commit": "a"}):
-        pass
-    assert "the run was started with another torch, see" in caplog.text
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["made_with"]["torch"] == "2.0"
-
-
-def test_two_runs_cannot_share_a_folder(textures: Dataset, tmp_path: Path) -> None:
-    with (
-        claim(tmp_path / "run", textures, CONFIG, {}),
-        pytest.raises(LockedError, match="another wsi-train is using this folder"),
-        claim(tmp_path / "run", textures, CONFIG, {}),
-    ):
-        pass
-
-
-def test_the_error_names_a_run_folder_that_cannot_be_created(textures: Dataset, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with (
-        pytest.raises(OutputError, match="run folder cannot be created"),
-        claim(tmp_path / "file", textures, CONFIG, {}),
-    ):
-        pass
 
 
 def test_a_name_that_is_not_valid_in_a_card_is_refused_before_training(textures: Dataset, tmp_path: Path) -> None:
@@ -337,18 +280,3 @@ def test_the_error_names_a_class_without_training_patches(tmp_path: Path) -> Non
         sample.image.rename(sample.image.with_name(f"{sample.name.split('-')[0]}-[1 1 0].png"))
     with pytest.raises(EmptyClassError, match="plain"):
         train(dataset, tmp_path / "run", CONFIG, device="cpu")
-
-
-def test_the_card_documents_data_and_training(textures: Dataset) -> None:
-    config = dataclasses.replace(CONFIG, mpp=0.5, seed=12, encoder="resnet18")
-    card = make_card(textures, config, 64, (0.1, 0.2, 0.05))
-    assert card.gate_thresholds == (0.1, 0.2, 0.05)
-    assert (card.classifier.backbone, card.classifier.head) == (config.backbone, config.head)
-    assert card.segmenter.encoder == "resnet18"
-    assert card.mpp == 0.5
-    assert card.classes == textures.classes
-    for said in ("Made by a program.", "regions of 64 px", "0.5 um/px", "seed 12", "none weights"):
-        assert said in card.training_data
-    assert make_card(textures, dataclasses.replace(CONFIG, mpp=1.0), 64, (0.1,) * 3).segmenter.encoder == (
-        f"tu-{CONFIG.backbone}"
-    )

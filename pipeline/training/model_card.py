@@ -1,0 +1,74 @@
+"""The model card of a trained model: the facts from its data set and its settings, and its scores."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import ValidationError
+
+from models.bundle import NO_DIGEST, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
+from models.cam import LAYERS
+from pipeline.errors import TrainError
+from pipeline.training.config import TrainConfig
+from pipeline.training.dataset import Dataset
+from pipeline.training.dataset_card import Split
+from pipeline.training.evaluate import Evaluation
+
+
+def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tuple[float, ...]) -> ModelCard:
+    """Return the model card without metrics and digests.
+
+    Raises TrainError if the data set's description or a name is not valid in a card.
+    """
+    card = dataset.card
+    views = f"regions of {config.region} px" if config.region else "single patches"
+    with_attention = "" if config.attention == "none" else f" with {config.attention} attention"
+    layers = ", ".join(
+        f"{layer} {weight:g}" for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0
+    )
+    own_encoder = f", the encoder from {config.encoder_weights}" if config.encoder_weights else ""
+    start = f"the model {config.init}" if config.init else f"{config.weights} weights{own_encoder}"
+    assert config.mpp is not None
+    try:
+        return ModelCard(
+            schema_version=3,
+            name=config.name or card.name,
+            description=card.description,
+            classes=tuple(spec.tissue_class for spec in card.classes),
+            mpp=config.mpp,
+            gate_window=window,
+            mean=config.mean,
+            std=config.std,
+            classifier=ClassifierCard(backbone=config.backbone, head=config.head, depth=config.depth),
+            segmenter=SegmenterCard(encoder=config.encoder_name, depth=config.encoder_depth, rates=config.rates),
+            margin=config.margin,
+            gate_thresholds=thresholds,
+            licence=card.licence,
+            training_data=(
+                f"{card.attribution} Supervision: presence labels of patches only; {views} at {config.mpp} um/px, "
+                f"classifier head {config.head}{with_attention}, pseudo masks by {config.cam} at the layers {layers}, "
+                f"seed {config.seed}, started from {start}."
+            ),
+            started_from=config.init or None,
+            metrics={},
+            scope=card.scope,
+            limits=card.limits,
+            weights=WeightsCard(classifier=NO_DIGEST, segmenter=NO_DIGEST),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "card"
+        raise TrainError(
+            f"{card.name}: {key} is not valid in a model card: {first['msg']}; "
+            "change it in the dataset.toml or the settings"
+        ) from error
+
+
+def score_metrics(split: Split, evaluation: Evaluation) -> dict[str, float]:
+    """Return the scores of a split for a model card (protocol `exclude`, with the gate), and the spread of the mIoU."""
+    scores = evaluation.scores()
+    values = {f"iou_{name}": value for name, value in scores.iou.items()}
+    values |= {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy}
+    values["miou_spread"] = evaluation.miou_spread()
+    # JSON has no number for the IoU of a class that neither truth nor prediction contains.
+    return {f"{split}_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import LockedError, OutputError, TrainError
+from pipeline.training.config import TrainConfig
+from pipeline.training.dataset import Dataset, load_dataset
+from pipeline.training.run_folder import claim, recorded_provenance
+from tests.textures import write_textures
+
+CONFIG = TrainConfig(region=64)
+
+
+@pytest.fixture(scope="module")
+def textures(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return load_dataset(write_textures(tmp_path_factory.mktemp("textures"), train=1, val=1, test=0, size=16))
+
+
+def test_a_run_folder_belongs_to_one_configuration_and_data_set(textures: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with claim(run, textures, CONFIG, {}):
+        written = (run / "run.json").read_bytes()
+    with claim(run, textures, CONFIG, {}):
+        pass
+    changed = dataclasses.replace(CONFIG, seed=3, region=96)
+    with (
+        pytest.raises(TrainError, match=r"started with other settings \(different: region, seed\).*run\.json"),
+        claim(run, textures, changed, {}),
+    ):
+        pass
+    other = Dataset(textures.card.model_copy(update={"mpp": 0.5}), textures.root)
+    with pytest.raises(TrainError, match=r"\(different: the data set\)"), claim(run, other, CONFIG, {}):
+        pass
+    assert (run / "run.json").read_bytes() == written
+    assert json.loads(written)["config"] == json.loads(json.dumps(dataclasses.asdict(CONFIG)))
+
+
+def test_a_run_is_not_resumed_with_other_images(textures: Dataset, tmp_path: Path) -> None:
+    with claim(tmp_path / "run", textures, CONFIG, {"data": "1", "torch": "2.0"}):
+        pass
+    with (
+        pytest.raises(TrainError, match="the images, masks or labels have changed since the run was started"),
+        claim(tmp_path / "run", textures, CONFIG, {"data": "2", "torch": "2.0"}),
+    ):
+        pass
+
+
+def test_a_run_resumed_with_another_version_warns(
+    textures: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with claim(tmp_path / "run", textures, CONFIG, {"data": "1", "torch": "2.0", "commit": "a"}):
+        pass
+    with claim(tmp_path / "run", textures, CONFIG, {"data": "1", "torch": "2.1", "commit": "a"}):
+        pass
+    assert "the run was started with another torch, see" in caplog.text
+    assert recorded_provenance(tmp_path / "run") == {"data": "1", "torch": "2.0", "commit": "a"}
+
+
+def test_two_runs_cannot_share_a_folder(textures: Dataset, tmp_path: Path) -> None:
+    with (
+        claim(tmp_path / "run", textures, CONFIG, {}),
+        pytest.raises(LockedError, match="another wsi-train is using this folder"),
+        claim(tmp_path / "run", textures, CONFIG, {}),
+    ):
+        pass
+
+
+def test_the_error_names_a_run_folder_that_cannot_be_created(textures: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with (
+        pytest.raises(OutputError, match="run folder cannot be created"),
+        claim(tmp_path / "file", textures, CONFIG, {}),
+    ):
+        pass
