@@ -10,13 +10,14 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from pipeline.formats.polygons import block_regions, join_regions
 from pipeline.slide.recipe import segment_slide
 from tests.bench.edges import drawn, drawn_borders, wavy
 from tests.pipeline.fakes import SMALL, color_predictor, labels_of, run_of
 from tests.pipeline.formats.label_maps import smooth_map
-from tests.slides import write_slide
+from tests.slides import GLASS, write_slide
 
 
 def test_borders_follow_the_drawn_ones_without_steps(tmp_path: Path) -> None:
@@ -27,16 +28,20 @@ def test_borders_follow_the_drawn_ones_without_steps(tmp_path: Path) -> None:
         assert border.axis_parallel < 0.2
 
 
-def test_the_border_does_not_depend_on_the_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mpp", "margin"), [(1.0, 16), (1.0, 32), (0.25, 32)])
+def test_the_border_does_not_depend_on_the_blocks(tmp_path: Path, mpp: float, margin: int) -> None:
+    """Only the margin of 32 px of 1 µm is as wide as `edge_margin`. The others are narrower."""
     shapes = {"tissue": wavy(500, 480, 400, 5), "class": wavy(600, 500, 120, 4), "lumen": wavy(380, 380, 60, 3)}
-    rgb_HWC = drawn((1000, 960), shapes)
-    grain_HW1 = np.random.default_rng(1).integers(-6, 7, (*rgb_HWC.shape[:2], 1))
-    path = write_slide(tmp_path / "a.svs", np.clip(rgb_HWC + grain_HW1, 0, 255).astype(np.uint8), mpp=1.0)
+    rgb_HWC, rng = drawn((1000, 960), shapes).copy(), np.random.default_rng(1)
+    grain_HW1 = rng.integers(-6, 7, (*rgb_HWC.shape[:2], 1))
+    # Gaps of the size of `GAP_UM` with narrow ends, which are decided by pixels as far away as `reach_px`.
+    field_HW = ndimage.gaussian_filter(rng.standard_normal(rgb_HWC.shape[:2]), 6 / mpp)
+    rgb_HWC[field_HW > np.quantile(field_HW, 0.8)] = GLASS
+    path = write_slide(tmp_path / "a.svs", np.clip(rgb_HWC + grain_HW1, 0, 255).astype(np.uint8), mpp=mpp)
+    model = color_predictor(mpp=mpp, margin=margin)
     found = []
     for block_out in (32, 48, 256):
-        folder = segment_slide(
-            path, tmp_path / str(block_out), color_predictor(), replace(SMALL, block_out=block_out)
-        ).folder
+        folder = segment_slide(path, tmp_path / str(block_out), model, replace(SMALL, block_out=block_out)).folder
         assert folder is not None
         found.append((labels_of(folder)[:240, :250], run_of(folder)["tissue_mm2"]))
     assert not found[0][0][90:100, 90:100].any(), "the lumen has no class"

@@ -42,10 +42,13 @@ def region_slide(path: Path, mpp: float = 1.0, levels: Sequence[int] = (1,)) -> 
     return write_slide(path, painted((1280, 832), *REGIONS), mpp=mpp, levels=levels)
 
 
-def predictor(classifier: nn.Module, segmenter: nn.Module, mpp: float = 1.0, **options: Any) -> Predictor:
+def predictor(
+    classifier: nn.Module, segmenter: nn.Module, mpp: float = 1.0, margin: int = 32, **options: Any
+) -> Predictor:
     """Return a predictor for classes in the slide's colors, with gate windows of 64 px."""
     digest = f"{type(classifier).__name__}-{type(segmenter).__name__}".ljust(64, "0")
-    return Predictor(make_card(COLORS, mpp=mpp), digest, classifier, segmenter, device="cpu", **options)
+    card = make_card(COLORS, mpp=mpp, margin=margin)
+    return Predictor(card, digest, classifier, segmenter, device="cpu", **options)
 
 
 def color_predictor(**options: Any) -> Predictor:
