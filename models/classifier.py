@@ -35,6 +35,8 @@ class Classifier(nn.Module):
         self.layer_heads = nn.ModuleDict({layer: HEADS[head](channels[layer], classes) for layer in layers})
         self.reads_images = HEADS[head].reads_images
         """Whether `head_output` in evaluation mode reads the images, which may otherwise be None."""
+        self.class_scores = HEADS[head].class_scores
+        """Whether the map has class scores, from which `pooled` makes the logits."""
         self.mu: float | None = None
         """Threshold of progressive dropout attention in training mode; None for no attention."""
         self.normalize_attention = True
@@ -58,6 +60,11 @@ class Classifier(nn.Module):
         output: HeadOutput = self.head(self._attended(stages.deep), x_NCHW)
         more = tuple(self.layer_output(layer, stages, x_NCHW).logits_NK for layer in self.layer_heads)
         return output._replace(auxiliary_NK=output.auxiliary_NK + more)
+
+    def pooled(self, map_NKhw: Tensor) -> Tensor:
+        """Return the logits (N, K) of parts of the map of `head_output`, in evaluation mode, if it has class scores."""
+        logits_NK: Tensor = self.head.pooled(map_NKhw)
+        return logits_NK
 
     def layer_output(self, layer: str, stages: Stages, x_NCHW: Tensor | None) -> HeadOutput:
         """Return the output of the head of one stage: "deep", or one of the constructor's `layers`."""

@@ -1,4 +1,4 @@
-"""The classification gate: a class that the classifier rejects in a patch gets no pixel of that patch.
+"""The classification gate: a class that the classifier rejects gets no pixel.
 
 Shape suffixes: N batch, K classes, h and w the map.
 """
@@ -14,14 +14,14 @@ def passing_classes(presence_NK: Tensor, thresholds_K: Tensor) -> Tensor:
     return presence_NK.float() > thresholds_K.float()
 
 
-def masked_softmax(logits_Khw: Tensor, allowed_Khw: Tensor) -> Tensor:
-    """Return class probabilities (..., K, h, w) float32: rejected classes are 0, and the others sum to 1.
+def gated_softmax(logits_Khw: Tensor, gate_Khw: Tensor) -> Tensor:
+    """Return class probabilities (..., K, h, w) float32: the softmax, times the gates from 0 to 1, renormalized.
 
-    `allowed_Khw` may have sides of 1 instead of h and w. ``o_k <- 0 if y_k <= epsilon_k`` on probabilities,
-    renormalized (Han et al. 2022, section 3.3). It is computed as a softmax in which rejected classes have the logit
-    -inf. If one class passes, its probability is exactly 1, whatever its logits are. If no class passes, all
-    probabilities are 0: "no class".
+    ``p_k = g_k exp(o_k) / sum_j g_j exp(o_j)``. With gates of 0 and 1 only, this is ``o_k <- 0 if y_k <= epsilon_k`` on
+    probabilities, renormalized (Han et al. 2022, section 3.3). If the gate of one class only is above 0, its
+    probability is exactly 1, whatever the logits are. If no gate is above 0, all probabilities are 0: "no class".
+    Logits and gates may have sides of 1 instead of h and w.
     """
-    probs_Khw = logits_Khw.float().masked_fill(~allowed_Khw, -torch.inf).softmax(dim=-3)
-    # If every logit is -inf the softmax is NaN; rejected classes are 0 by definition.
-    return torch.where(allowed_Khw, probs_Khw, torch.zeros_like(probs_Khw))
+    probs_Khw = (logits_Khw.float() + gate_Khw.float().log()).softmax(dim=-3)
+    # If every gate is 0 the softmax is NaN; rejected classes are 0 by definition.
+    return torch.where(gate_Khw > 0, probs_Khw, 0.0)

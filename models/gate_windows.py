@@ -1,11 +1,12 @@
-"""The windows in which the gate decides which classes are present, and how they share the pixels of a map.
+"""The windows in which the gate decides which classes are present, and the gate that follows for each pixel of a map.
 
-Windows have the side of the patches that the classifier was trained on. They start at every multiple of half a side, in
-the pixels of the whole slide, so they do not depend on canvases. Four windows cover each pixel. Their weights fall
-toward the edges of a window and sum to one, so the gate fades in and out, and no outline of a window shows.
+Windows have the side of the patches that the classifier was trained on. They start at every multiple of a quarter of a
+side, in the pixels of the whole slide, so they do not depend on canvases. About 16 windows cover each pixel. The gate
+of a class is the share of these windows in which the class passes. Windows weigh less toward their edges, so the gate
+fades in and out, and no outline of a window shows.
 
-Shape suffixes: N canvases, R rows and C columns of windows, M windows, K classes, D channels, H and W a canvas, h and w
-a map.
+Shape suffixes: N canvases, R rows and C columns of windows, M windows of all canvases, K classes, D channels, H and W a
+canvas, h and w a map.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.gate import masked_softmax
+from models.gate import gated_softmax
+
+CELL = 16
+"""Windows start at multiples of this many model pixels: the stride of the classifier's features."""
+
+WHOLE = 1024
+"""What the weights of the windows over a pixel sum to, along one axis. Weights are integers, so sums of products of
+them are exact in float32, in any order and on any device."""
 
 
 class WindowAxis(NamedTuple):
@@ -27,58 +35,60 @@ class WindowAxis(NamedTuple):
     """First pixel of each window in the canvas, int32. A window that would reach beyond the canvas is moved inside."""
     side: int
     """Side of a window; less than the model's if the canvas is smaller."""
-    upper_h: Tensor
-    """For each map pixel of the core, the index of the later of the two windows over it, int32; the other is one
-    less."""
-    weight_h: Tensor
-    """Weight of that later window, float32."""
+    weight_hR: Tensor
+    """Weight of each window for each map pixel of the core: integers from 0 to `WHOLE`, as float32."""
 
 
 def window_axis(core: int, length: int, margin: int, window: int, stride: int) -> WindowAxis:
     """Return the windows along an axis of a canvas whose core starts at model pixel `core` and has `length` pixels.
 
     The canvas has `margin` more pixels at both ends. `window` is the side of a window, a multiple of 16, and `stride`
-    the number of model pixels per map pixel. The tensors are on the CPU.
+    the number of model pixels per map pixel. The number of windows depends on `length` and `window` alone: the last
+    one can be there twice, then once without weight. The tensors are on the CPU.
     """
-    half, whole = window // 2, length + 2 * margin
+    step, whole = window_step(window), length + 2 * margin
     side = min(window, whole)
-    first, last = core // half - 1, (core + length - 1) // half
-    starts_R = torch.arange(first, last + 1) * half - (core - margin)
+    first, last = (core - window) // step + 1, (core + length - 1) // step
+    places_R = (first + torch.arange(-(-(length + window - CELL) // step))).clamp(max=last)
+    starts_R = places_R * step - (core - margin)
     centers_h = core + stride * torch.arange(length // stride, dtype=torch.float64) + stride / 2
-    upper_h = centers_h // half
-    # Raised cosine. The weight of the earlier window is the rest to one, so both sum to one in any arithmetic.
-    phases_h = (centers_h - half * upper_h).float() / window
-    return WindowAxis(
-        starts_R.clamp(0, whole - side).int(),
-        side,
-        (upper_h - first).int(),
-        (torch.sin(torch.pi * phases_h.double()) ** 2).float(),
-    )
+    phases_hR = (centers_h[:, None] - step * places_R) / window
+    # Raised cosine.
+    weight_hR = torch.where((phases_hR > 0) & (phases_hR < 1), torch.sin(torch.pi * phases_hR) ** 2, 0.0)
+    weight_hR[:, places_R.diff(prepend=places_R[:1] - 1) == 0] = 0.0
+    return WindowAxis(starts_R.clamp(0, whole - side).int(), side, _in_whole_parts(weight_hR))
+
+
+def window_step(window: int) -> int:
+    """Return the distance between windows of this side: a quarter of it, in whole cells."""
+    return max(CELL, window // 4 // CELL * CELL)
+
+
+def _in_whole_parts(weight_hR: Tensor) -> Tensor:
+    """Return weights as integers that sum to `WHOLE` in each row; the largest one takes what rounding leaves."""
+    parts_hR = (weight_hR / weight_hR.sum(dim=1, keepdim=True) * WHOLE).round()
+    left_h1 = WHOLE - parts_hR.sum(dim=1, keepdim=True)
+    return parts_hR.scatter_add(1, weight_hR.argmax(dim=1, keepdim=True), left_h1).float()
 
 
 class GateWindows(NamedTuple):
-    """The gate windows of N canvases of one size, M in all, with every tensor on one device."""
+    """The gate windows of N canvases of one size, with every tensor on one device. M counts them canvas by canvas."""
 
-    counts: tuple[tuple[int, int], ...]
-    """Rows and columns of windows of each canvas. M counts them canvas by canvas and row by row."""
     sides: tuple[int, int]
     """Height and width of a window."""
-    canvas_M: Tensor
-    """Index of the canvas of each window, int32."""
-    y_M: Tensor
-    """First row of each window in its canvas, int32."""
-    x_M: Tensor
+    y_NR: Tensor
+    """First row of each row of windows in its canvas, int32."""
+    x_NC: Tensor
     """First column, int32."""
-    step_N1: Tensor
-    """From a window to the one below it, int32."""
-    below_Nh: Tensor
-    """For each row of the map, the first window of the later of the two rows of windows over it, int32."""
-    right_Nw: Tensor
-    """For each column of the map, the later of the two columns of windows over it, int32."""
-    weight_Nh: Tensor
-    """Weight of that row of windows, float32. The row before has the rest to one."""
-    weight_Nw: Tensor
-    """Weight of that column of windows, float32."""
+    weight_NhR: Tensor
+    """See `WindowAxis.weight_hR`."""
+    weight_NwC: Tensor
+    """The same along the width."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return N, R and C."""
+        return (*self.y_NR.shape, self.x_NC.shape[1])
 
 
 def gate_windows(
@@ -89,65 +99,66 @@ def gate_windows(
     `corners` are the (x, y) of the cores in model pixels, and `size_out` is their height and width in map pixels.
     """
     height, width = (stride * length for length in size_out)
-    axes = [
-        (window_axis(y, height, margin, window, stride), window_axis(x, width, margin, window, stride))
-        for x, y in corners
-    ]
-    counts = tuple((len(rows.starts_R), len(columns.starts_R)) for rows, columns in axes)
-    size_N1 = torch.tensor([[count_R * count_C] for count_R, count_C in counts], dtype=torch.int32)
-    step_N1 = torch.tensor([[count_C] for _, count_C in counts], dtype=torch.int32)
-    first_N1 = (size_N1.cumsum(0) - size_N1).int()
+    rows = [window_axis(y, height, margin, window, stride) for _, y in corners]
+    columns = [window_axis(x, width, margin, window, stride) for x, _ in corners]
     return GateWindows(
-        counts=counts,
-        sides=(axes[0][0].side, axes[0][1].side),
-        canvas_M=torch.arange(len(counts), dtype=torch.int32).repeat_interleave(size_N1[:, 0]),
-        y_M=torch.cat([rows.starts_R.repeat_interleave(len(columns.starts_R)) for rows, columns in axes]),
-        x_M=torch.cat([columns.starts_R.repeat(len(rows.starts_R)) for rows, columns in axes]),
-        step_N1=step_N1,
-        below_Nh=first_N1 + step_N1 * torch.stack([rows.upper_h for rows, _ in axes]),
-        right_Nw=torch.stack([columns.upper_h for _, columns in axes]),
-        weight_Nh=torch.stack([rows.weight_h for rows, _ in axes]),
-        weight_Nw=torch.stack([columns.weight_h for _, columns in axes]),
+        sides=(rows[0].side, columns[0].side),
+        y_NR=torch.stack([axis.starts_R for axis in rows]),
+        x_NC=torch.stack([axis.starts_R for axis in columns]),
+        weight_NhR=torch.stack([axis.weight_hR for axis in rows]),
+        weight_NwC=torch.stack([axis.weight_hR for axis in columns]),
     )
 
 
 def placed(windows: Sequence[GateWindows], device: torch.device) -> list[GateWindows]:
     """Return windows with their tensors on a device, by a single copy."""
     # Numbers of four bytes each.
-    tensors = [part for one in windows for part in one[2:]]
+    tensors = [part for one in windows for part in one[1:]]
     flat = torch.cat([part.flatten().view(torch.int32) for part in tensors]).to(device)
     parts = flat.split([part.numel() for part in tensors])
     there = iter(part.view(of.dtype).view(of.shape) for part, of in zip(parts, tensors, strict=True))
-    return [GateWindows(one.counts, one.sides, *islice(there, len(one) - 2)) for one in windows]
+    return [GateWindows(one.sides, *islice(there, len(one) - 1)) for one in windows]
 
 
-def cut_windows(map_NDHW: Tensor, windows: GateWindows, chosen: slice, stride: int = 1) -> Tensor:
+def cut_windows(map_NDHW: Tensor, windows: GateWindows, chosen: range, stride: int = 1) -> Tensor:
     """Return the chosen windows as (M, D, side, side), from maps of the canvases with `stride` pixels per cell."""
+    _, count_R, count_C = windows.shape
+    number_M = torch.arange(chosen.start, chosen.stop, device=map_NDHW.device)
+    canvas_M = number_M // (count_R * count_C)
+    start_M = windows.y_NR[canvas_M, number_M // count_C % count_R], windows.x_NC[canvas_M, number_M % count_C]
     rows_Mh, columns_Mw = (
-        start_M[chosen, None] // stride + torch.arange(max(1, side // stride), device=map_NDHW.device)
-        for start_M, side in ((windows.y_M, windows.sides[0]), (windows.x_M, windows.sides[1]))
+        of_axis_M[:, None] // stride + torch.arange(max(1, side // stride), device=map_NDHW.device)
+        for of_axis_M, side in zip(start_M, windows.sides, strict=True)
     )
-    canvas_M11 = windows.canvas_M[chosen, None, None]
-    cut_MhwD = map_NDHW.permute(0, 2, 3, 1)[canvas_M11, rows_Mh[:, :, None], columns_Mw[:, None, :]]
+    cut_MhwD = map_NDHW.permute(0, 2, 3, 1)[canvas_M[:, None, None], rows_Mh[:, :, None], columns_Mw[:, None, :]]
     return cut_MhwD.permute(0, 3, 1, 2).contiguous()
 
 
-def gated_mean(logits_NKhw: Tensor, allowed_MK: Tensor, windows: GateWindows) -> Tensor:
-    """Return the mean (N, K, h, w) of the cores' probabilities under the gates of their windows, by their weights.
+class PixelGates(NamedTuple):
+    """The gate of each class in each pixel of the cores of N canvases."""
 
-    Where all windows allow one class only, its probability is 1 whatever the logits are. `logits_NKhw` may have sides
-    of 1.
-    """
-    allowed_KM = allowed_MK.T.contiguous()
-    total: Tensor | float = 0.0
-    for above in (0, 1):
-        window_Nh = windows.below_Nh - above * windows.step_N1
-        of_rows_Nh = 1 - windows.weight_Nh if above else windows.weight_Nh
-        for left in (0, 1):
-            of_columns_Nw = 1 - windows.weight_Nw if left else windows.weight_Nw
-            window_Nhw = window_Nh[:, :, None] + (windows.right_Nw - left)[:, None, :]
-            allowed_KNhw = allowed_KM.index_select(1, window_Nhw.flatten()).view(-1, *window_Nhw.shape)
-            weight_Nhw = of_rows_Nh[:, :, None] * of_columns_Nw[:, None, :]
-            total = total + masked_softmax(logits_NKhw, allowed_KNhw.transpose(0, 1)) * weight_Nhw[:, None]
-    assert isinstance(total, Tensor)
-    return total
+    gate_NKhw: Tensor
+    """Share of the windows over a pixel that allow the class, by their weights, float32."""
+    covered_N1hw: Tensor
+    """Share of the windows that allow any class."""
+
+    def contested_N(self) -> Tensor:
+        """Return in which canvases the probabilities depend on logits: those with a pixel for several classes."""
+        return ((self.gate_NKhw > 0).sum(dim=1) > 1).flatten(1).any(dim=1)
+
+    def probabilities(self, logits_NKhw: Tensor) -> Tensor:
+        """Return the probabilities (N, K, h, w) under these gates; logits may have sides of 1 instead of N, h and w.
+
+        They sum to the share of the windows that allow any class.
+        """
+        return gated_softmax(logits_NKhw, self.gate_NKhw) * self.covered_N1hw
+
+
+def pixel_gates(allowed_MK: Tensor, windows: GateWindows) -> PixelGates:
+    """Return the gates that follow from the classes that are allowed in each window, (M, K) bool."""
+    allowed_NKRC = allowed_MK.unflatten(0, windows.shape).permute(0, 3, 1, 2)
+    # "No class" is the last one.
+    shares_NKRC = torch.cat([allowed_NKRC, ~allowed_NKRC.any(dim=1, keepdim=True)], dim=1).float()
+    parts_NKhw = torch.einsum("nhr,nkrc,nwc->nkhw", windows.weight_NhR, shares_NKRC, windows.weight_NwC)
+    gate_NKhw, without_N1hw = (parts_NKhw / WHOLE**2).tensor_split([-1], dim=1)
+    return PixelGates(gate_NKhw, 1 - without_N1hw)

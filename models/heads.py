@@ -8,6 +8,7 @@ A new head is one class and its entry in `HEADS`. The class is a module with the
 - `linear_map`: whether the class map is linear in the features, with weights `weight_KC`, as CAM needs it;
 - `averaged`: whether the logits are those weights times the averaged features, so that Grad-CAM needs no backward pass;
 - `class_scores`: whether the map holds one score per class, so that a softmax over the classes gives probabilities.
+  In evaluation mode, `pooled` of such a head returns the logits (N, K) of a part of an image from its part of the map.
 
 Shape suffixes: N batch, C channels, K classes, H and W the image, h and w the space of the feature map.
 """
@@ -129,6 +130,10 @@ class GapHead(nn.Module):
         pooled_NC11 = self.dropout(deep_NChw).mean(dim=(2, 3), keepdim=True)
         return HeadOutput(self.conv(pooled_NC11).flatten(1), self.conv(deep_NChw))
 
+    def pooled(self, map_NKhw: Tensor) -> Tensor:
+        """Return the logits (N, K) of these maps."""
+        return map_NKhw.float().mean(dim=(2, 3))
+
 
 class AreaHead(nn.Module):
     """Compute the logit of a class from its mean probability over the part of the patch that it covers best.
@@ -163,12 +168,16 @@ class AreaHead(nn.Module):
 
     def forward(self, deep_NChw: Tensor, x_NCHW: Tensor | None) -> HeadOutput:  # noqa: ARG002  # every head takes both
         scores_NKhw = self.conv(self.dropout(deep_NChw)).float() + self.bias_K.float()[:, None, None]
-        probs_NKs = scores_NKhw.softmax(dim=1).flatten(2)
+        return HeadOutput(self.pooled(scores_NKhw), scores_NKhw)
+
+    def pooled(self, map_NKhw: Tensor) -> Tensor:
+        """Return the logits (N, K) of these maps."""
+        probs_NKs = map_NKhw.softmax(dim=1).flatten(2)
         count = math.ceil(self.share * probs_NKs.shape[2])
         covered_NK = probs_NKs.topk(count, dim=2).values.mean(dim=2)
         # The same bits as torch.logit, which OpenVINO does not support.
         bounded_NK = covered_NK.clamp(_TINY, 1 - _TINY)
-        return HeadOutput((bounded_NK / (1 - bounded_NK)).log(), scores_NKhw)
+        return (bounded_NK / (1 - bounded_NK)).log()
 
 
 class PcamHead(nn.Module):

@@ -1,8 +1,8 @@
 """The networks of a bundle, applied to canvases: classifier, gate, and segmenter.
 
 A canvas is a large part of a slide. Its core is what remains without the model's margin on all sides. Only the core is
-predicted, so that every predicted pixel has real context around it. The segmenter runs only on canvases with a gate
-window in which more than one class passes.
+predicted, so that every predicted pixel has real context around it. The segmenter runs only on canvases in which the
+gate leaves several classes for a pixel.
 
 Shape suffixes: N canvases, K classes, R rows and C columns of the gate windows of a canvas, M windows of several
 canvases, H and W the canvas, h and w the core at the output stride, r and c the windows of `models.familiarity`.
@@ -11,6 +11,7 @@ canvases, H and W the canvas, h and w the core at the output stride, r and c the
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +29,7 @@ from models.devices import Uploads, choose_device, processor_name, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.familiarity import Statistics, window_features
 from models.gate import passing_classes
-from models.gate_windows import GateWindows, cut_windows, gate_windows, gated_mean, placed
+from models.gate_windows import GateWindows, PixelGates, cut_windows, gate_windows, pixel_gates, placed
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
 from models.runtimes import (
@@ -59,8 +60,8 @@ Corner = tuple[int, int]
 SMALLEST_CORE = 32
 """Smallest side of a core in model pixels. Larger sides are multiples of it."""
 
-_WINDOWS = 256
-"""Gate windows that the head of the classifier takes at a time, which bounds its memory."""
+_WINDOW_PX = 1 << 22
+"""Model pixels of the gate windows that the head of the classifier takes at a time, which bounds its memory."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -242,10 +243,12 @@ class Predictor:
         with torch.inference_mode():
             batches = self._batches(canvases, corners)
             logits = [self._classified(canvases, batch)[0] for batch in batches]
-            self._decided(batches, logits, [])
-            counts = [count for batch in batches for count in batch.windows.counts]
-            parts = torch.cat(logits).sigmoid().split([rows * columns for rows, columns in counts])
-            return [part_MK.unflatten(0, count) for part_MK, count in zip(parts, counts, strict=True)]
+            _check_finite("classifier", _order(batches), *to_host([_finite_canvases(batches, logits)]))
+            return [
+                presence_RCK
+                for batch, logits_MK in zip(batches, logits, strict=True)
+                for presence_RCK in logits_MK.sigmoid().unflatten(0, batch.windows.shape)
+            ]
 
     def logits(self, rgb_NHWC: Canvases) -> Tensor:
         """Return the segmenter's logits in the cores without the gate, (N, K, h, w) float32 on the predictor's device.
@@ -261,7 +264,7 @@ class Predictor:
     def gated(self, logits_Khw: Tensor, presence_RCK: Tensor, corner: Corner) -> Tensor:
         """Return the gated probabilities (K, h, w) of the segmenter's logits in one core, as `predict` does."""
         (windows,) = placed([self._windows([corner], logits_Khw.shape[1:])], self.device)
-        return gated_mean(logits_Khw[None], self._allowed(presence_RCK.flatten(0, 1)), windows)[0]
+        return pixel_gates(self._allowed(presence_RCK.flatten(0, 1)), windows).probabilities(logits_Khw[None])[0]
 
     def predict(self, rgb_NHWC: Canvases, corners: Sequence[Corner]) -> Prediction:
         """Return gated probabilities for the cores of canvases of one size, each with the corner of its core.
@@ -297,14 +300,13 @@ class Predictor:
                 logits_MK, distances_Nrc = self._classified(canvases, batch)
                 logits.append(logits_MK)
                 distances += [distances_Nrc] if distances_Nrc is not None else []
-            allowed, decisions = self._decided(batches, logits, distances)
+            gates, decisions = self._decided(batches, logits, distances)
             finite: list[Tensor] = []
-            for batch, allowed_MK in zip(batches, allowed, strict=True):
+            for batch, gate in zip(batches, gates, strict=True):
                 before_batch()
                 logits_NKhw = self._chosen_logits(canvases, batch, decisions.segmented_N)
                 finite.append(_finite(logits_NKhw).expand(len(batch.canvases)))
-                probs_NKhw = gated_mean(logits_NKhw, allowed_MK, batch.windows)
-                for n, probs_Khw in zip(batch.canvases, probs_NKhw, strict=True):
+                for n, probs_Khw in zip(batch.canvases, gate.probabilities(logits_NKhw), strict=True):
                     probs[n].copy_(probs_Khw)
             _check_finite("segmenter", _order(batches), *to_host([torch.cat(finite)]))
         return decisions
@@ -340,37 +342,44 @@ class Predictor:
     def _window_logits(self, deep_NDhw: Tensor, x_NCHW: Tensor, windows: GateWindows) -> Tensor:
         """Return the logits (M, K) of the classifier's head in the windows of a batch."""
         stride = x_NCHW.shape[2] // deep_NDhw.shape[2]
-        found = []
-        for first in range(0, len(windows.canvas_M), _WINDOWS):
-            some = slice(first, first + _WINDOWS)
+        classifier, found = self._classifier, []
+        if classifier.class_scores:
+            # Windows overlap, and a map has fewer channels than the features.
+            map_NKhw = classifier.head_output(Stages(deep_NDhw, deep_NDhw, deep_NDhw), None).map_NKhw
+        whole, at_once = range(math.prod(windows.shape)), max(1, _WINDOW_PX // math.prod(windows.sides))
+        for first in whole[::at_once]:
+            some = whole[first : first + at_once]
+            if classifier.class_scores:
+                found.append(classifier.pooled(cut_windows(map_NKhw, windows, some, stride)).float())
+                continue
             deep_MDhw = cut_windows(deep_NDhw, windows, some, stride)
             # Windows of an image are many times as large as those of the features.
-            x_MCHW = cut_windows(x_NCHW, windows, some) if self._classifier.reads_images else None
-            head_output = self._classifier.head_output(Stages(deep_MDhw, deep_MDhw, deep_MDhw), x_MCHW)
+            x_MCHW = cut_windows(x_NCHW, windows, some) if classifier.reads_images else None
+            head_output = classifier.head_output(Stages(deep_MDhw, deep_MDhw, deep_MDhw), x_MCHW)
             found.append(head_output.logits_NK.float())
         return torch.cat(found)
 
     def _decided(
         self, batches: Sequence[_Batch], logits: Sequence[Tensor], distances: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], Decisions]:
-        """Return `_allowed` for the windows of each batch, and the decisions, for which the host waits."""
-        logits_MK = torch.cat(list(logits))
-        allowed_MK = self._allowed(logits_MK.sigmoid())
-        finite_M, contested_M, *found = to_host([_finite(logits_MK), allowed_MK.sum(dim=1) > 1, *distances])
-        sizes = [rows * columns for batch in batches for rows, columns in batch.windows.counts]
-        order, firsts = _order(batches), np.cumsum([0, *sizes[:-1]])
-        _check_finite("classifier", order, np.logical_and.reduceat(finite_M, firsts))
+    ) -> tuple[list[PixelGates], Decisions]:
+        """Return the gates of each batch, and the decisions, for which the host waits."""
+        allowed = [self._allowed(logits_MK.sigmoid()) for logits_MK in logits]
+        gates = [pixel_gates(one_MK, batch.windows) for one_MK, batch in zip(allowed, batches, strict=True)]
+        contested = [gate.contested_N() for gate in gates]
+        finite_N, contested_N, *found = to_host([_finite_canvases(batches, logits), torch.cat(contested), *distances])
+        order = _order(batches)
+        _check_finite("classifier", order, finite_N)
         segmented_N = np.ones(len(order), dtype=bool)
         if self.skip_by_gate:
-            segmented_N[order] = np.logical_or.reduceat(contested_M, firsts)
+            segmented_N[order] = contested_N
         by_batch = [distances_rc for distances_Nrc in found for distances_rc in distances_Nrc]
         known = [by_batch[place] for place in np.argsort(order)] if by_batch else None
-        return allowed_MK.split([len(one_MK) for one_MK in logits]), Decisions(segmented_N, known)
+        return gates, Decisions(segmented_N, known)
 
     def _chosen_logits(self, canvases: Sequence[Tensor], batch: _Batch, segmented_N: NDArray[np.bool_]) -> Tensor:
         """Return the segmenter's logits (N, K, h, w) for a batch; (1, K, 1, 1) if it runs on no canvas of it.
 
-        A canvas on which it does not run has no window with a choice: any logits give the same probabilities.
+        A canvas on which it does not run has no contested pixel: any logits give the same probabilities.
         """
         chosen = [position for position, n in enumerate(batch.canvases) if segmented_N[n]]
         if not chosen:
@@ -449,6 +458,12 @@ def _order(batches: Sequence[_Batch]) -> list[int]:
 def _finite(output: Tensor) -> Tensor:
     """Return which entries of the first axis contain neither NaN nor infinity, on the device."""
     return torch.isfinite(output).flatten(1).all(dim=1)
+
+
+def _finite_canvases(batches: Sequence[_Batch], logits: Sequence[Tensor]) -> Tensor:
+    """Return in which canvases, batch by batch, the logits (M, K) of the windows are finite, on the device."""
+    by_canvas = (one_MK.unflatten(0, (len(batch.canvases), -1)) for batch, one_MK in zip(batches, logits, strict=True))
+    return torch.cat([_finite(one_NMK) for one_NMK in by_canvas])
 
 
 def _check_finite(network: str, canvases: Sequence[int], finite: NDArray[np.bool_]) -> None:

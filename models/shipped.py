@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SHIPPED_DIGESTS = {
-    "colon-gland": "13caa55df49f0eecb06d60d7e89a31907a82bbaa0ab154faca1dc2584a8a7ea9",
-    "colorectal-tissue": "a862675e56f989f96157ceeaafc30328942c54b03cc9e8251be0ab6553104d6a",
+    "colon-gland": "dc515f517d427b5aa550d6d15f74ca062d189409956d56f018196e8017856345",
+    "colorectal-tissue": "02acb73d521e3a8928a94e65c8cf619900b995941a4bbc2826d13b7ab9716a27",
 }
 """Name of a shipped bundle -> SHA-256 of its model.json, which contains the digests of the weights."""

@@ -71,7 +71,10 @@ class MaxHead(nn.Module):
 
     def forward(self, deep_NChw: Tensor, x_NCHW: Tensor) -> HeadOutput:  # every head takes both
         map_NKhw = torch.einsum("nchw,kc->nkhw", deep_NChw, self.weight_KC)
-        return HeadOutput(map_NKhw.amax(dim=(2, 3)), map_NKhw)
+        return HeadOutput(self.pooled(map_NKhw), map_NKhw)
+
+    def pooled(self, map_NKhw: Tensor) -> Tensor:
+        return map_NKhw.amax(dim=(2, 3))
 
 
 def test_a_head_is_added_by_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

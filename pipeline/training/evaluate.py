@@ -275,7 +275,7 @@ def _canvas_probabilities(
     views = list(_views(flips))
     # Quarter turns and one flip generate all eight symmetries of a square.
     turned = [(rgb_1HWC.flip(2) if flip else rgb_1HWC).rot90(turns, dims=(1, 2)).contiguous() for turns, flip in views]
-    # Cores start at multiples of half a window, so their windows are those of a core at the origin.
+    # Each core has windows of its own, counted from its corner.
     presences = [predictor.presence(one, [(0, 0)])[0] for one in turned]
     presence_RCK = torch.stack([_back(one, *view) for one, view in zip(presences, views, strict=True)]).mean(dim=0)
     gated = ungated = torch.zeros(())

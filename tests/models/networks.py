@@ -55,6 +55,7 @@ class PixelClassifier(nn.Module):
     """A classifier whose features are the pixels, so that its `forward` sees one gate window at a time."""
 
     reads_images = True
+    class_scores = False
 
     def stages(self, x_NCHW: Tensor) -> Stages:
         """Return the images as all three stages."""

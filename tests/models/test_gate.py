@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.gate import masked_softmax, passing_classes
+from models.gate import gated_softmax, passing_classes
 
 
 def gated_probabilities(logits_NKhw: Tensor, presence_NK: Tensor, thresholds_K: Tensor) -> Tensor:
-    return masked_softmax(logits_NKhw, passing_classes(presence_NK, thresholds_K)[:, :, None, None])
+    return gated_softmax(logits_NKhw, passing_classes(presence_NK, thresholds_K)[:, :, None, None])
 
 
 class Drawn(NamedTuple):
@@ -62,6 +62,14 @@ def test_the_gate_renormalizes_the_probabilities(case: Drawn) -> None:
     total_N1hw = kept_NKhw.sum(dim=1, keepdim=True)
     expected_NKhw = torch.where(total_N1hw > 0, kept_NKhw / total_N1hw.clamp_min(1e-300), 0.0)
     check_close(gated_probabilities(logits_NKhw, presence_NK, thresholds_K), expected_NKhw)
+
+
+@given(cases)
+def test_a_gate_between_0_and_1_weighs_the_probabilities(case: Drawn) -> None:
+    logits_NKhw, gate_NK, _ = case.tensors()
+    logits_NKhw = logits_NKhw.clamp(-20, 20)
+    kept_NKhw = logits_NKhw.double().softmax(dim=1) * gate_NK.double()[:, :, None, None]
+    check_close(gated_softmax(logits_NKhw, gate_NK[:, :, None, None]), kept_NKhw / kept_NKhw.sum(dim=1, keepdim=True))
 
 
 @given(cases, st.integers(0, 1))

@@ -4,12 +4,12 @@ import math
 from itertools import product
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from models.gate_windows import cut_windows, gate_windows, gated_mean, placed, window_axis
+from models.gate_windows import WHOLE, GateWindows, cut_windows, gate_windows, pixel_gates, placed, window_axis
 
 axes = st.tuples(
     st.integers(-20, 40).map(lambda n: 32 * n),  # start of the core
@@ -21,22 +21,35 @@ axes = st.tuples(
 
 
 @given(axes)
-def test_two_windows_cover_each_pixel_with_weights_that_sum_to_one(axis: tuple[int, int, int, int, int]) -> None:
+def test_the_weights_of_the_windows_over_a_pixel_are_raised_cosines_that_sum_to_a_whole(
+    axis: tuple[int, int, int, int, int],
+) -> None:
     core, length, margin, window, stride = axis
     found = window_axis(*axis)
-    half = window // 2
-    starts = found.starts_R.tolist()
-    assert len(found.upper_h) == len(found.weight_h) == length // stride
-    for pixel, (upper, weight) in enumerate(zip(found.upper_h.tolist(), found.weight_h.tolist(), strict=True)):
+    step = {16: 16, 48: 16, 64: 16, 96: 16, 224: 48}[window]
+    assert found.weight_hR.shape == (length // stride, len(found.starts_R))
+    for pixel, weight_R in enumerate(found.weight_hR.tolist()):
         center = core + stride * pixel + stride / 2
-        later = math.floor(center / half) * half  # the last window of the slide that starts before the pixel
-        assert 1 <= upper < len(starts)
-        assert weight == pytest.approx(math.sin(math.pi * (center - later) / window) ** 2, abs=1e-6)
-        # The earlier window has the rest, which is its own raised cosine.
-        assert 1 - weight == pytest.approx(math.sin(math.pi * (center - later + half) / window) ** 2, abs=1e-6)
-        for index, start in ((upper, later), (upper - 1, later - half)):
-            inside = start - (core - margin)
-            assert starts[index] == min(max(inside, 0), length + 2 * margin - found.side)
+        last = math.floor(center / step) * step
+        over = [start for start in range(last - 240, last + step, step) if start < center < start + window]
+        cosines = [math.sin(math.pi * (center - start) / window) ** 2 for start in over]
+        weights = [(place, weight) for place, weight in enumerate(weight_R) if weight]
+        # A weight below half a part is 0. The largest weight takes what rounding leaves.
+        expected = [WHOLE * cosine / sum(cosines) for cosine in cosines]
+        kept = [k for k, weight in enumerate(expected) if weight > 0.5]
+        assert len(kept) == len(weights)
+        assert sum(weight for _, weight in weights) == WHOLE
+        for k, (place, weight) in zip(kept, weights, strict=True):
+            assert weight == int(weight)
+            assert abs(weight - expected[k]) <= (len(over) if expected[k] > max(expected) - 1 else 0.5 + 1e-9)
+            inside = over[k] - (core - margin)
+            assert found.starts_R[place] == min(max(inside, 0), length + 2 * margin - found.side)
+
+
+@given(axes, st.integers(-3, 3))
+def test_the_number_of_windows_does_not_depend_on_the_place(axis: tuple[int, int, int, int, int], cells: int) -> None:
+    core, *rest = axis
+    assert window_axis(*axis).weight_hR.shape == window_axis(core + 16 * cells, *rest).weight_hR.shape
 
 
 @given(axes)
@@ -45,20 +58,26 @@ def test_windows_lie_in_the_canvas_on_whole_cells_of_the_features(axis: tuple[in
     found = window_axis(*axis)
     assert found.side == min(window, length + 2 * margin)
     for start in found.starts_R.tolist():
-        assert start % 8 == 0
+        assert start % 16 == 0
         assert 0 <= start <= length + 2 * margin - found.side
 
 
 def test_a_window_of_the_slide_has_the_same_weight_in_every_canvas() -> None:
-    whole, left, right = (window_axis(start, length, 48, 96, 4) for start, length in ((0, 192), (0, 96), (96, 96)))
-    assert torch.equal(whole.weight_h, torch.cat([left.weight_h, right.weight_h]))
+    def by_place(core: int, length: int) -> list[dict[int, float]]:
+        found = window_axis(core, length, 96, 96, 4)
+        places = [core - 96 + start for start in found.starts_R.tolist()]
+        rows = [zip(places, weight_R, strict=True) for weight_R in found.weight_hR.tolist()]
+        return [{place: weight for place, weight in row if weight} for row in rows]
+
+    assert by_place(0, 192) == by_place(0, 64) + by_place(64, 128)
+    assert by_place(16, 96) == by_place(0, 192)[4:28]
 
 
 def test_windows_are_placed_on_a_device_as_they_are() -> None:
     windows = [gate_windows([(0, 64), (96, 32)], (16, 24), 32, 64, 4), gate_windows([(-32, 0)], (8, 8), 48, 96, 2)]
     for before, after in zip(windows, placed(windows, torch.device("cpu")), strict=True):
-        assert before[:2] == after[:2]
-        for one, other in zip(before[2:], after[2:], strict=True):
+        assert before.sides == after.sides
+        for one, other in zip(before[1:], after[1:], strict=True):
             assert isinstance(one, torch.Tensor)
             assert isinstance(other, torch.Tensor)
             assert torch.equal(one, other)
@@ -74,50 +93,69 @@ def test_windows_are_cut_canvas_by_canvas_and_row_by_row_from_features_and_pixel
         for n, (rows, columns) in enumerate(axes)
         for y, x in product(rows.starts_R.tolist(), columns.starts_R.tolist())
     ]
-    assert windows.counts == tuple((len(rows.starts_R), len(columns.starts_R)) for rows, columns in axes)
+    assert windows.shape == (2, len(axes[0][0].starts_R), len(axes[0][1].starts_R))
     map_NDHW = torch.arange(2 * 2 * 128 * 160.0).view(2, 2, 128, 160)
-    windows_MDhw = cut_windows(map_NDHW, windows, slice(None))
+    windows_MDhw = cut_windows(map_NDHW, windows, range(len(places)))
     assert len(windows_MDhw) == len(places)
     for (n, y, x), window_Dhw in zip(places, windows_MDhw, strict=True):
         assert torch.equal(window_Dhw, map_NDHW[n, :, y : y + 64, x : x + 64])
-    cells_MDhw = cut_windows(map_NDHW[:, :, ::8, ::8], windows, slice(3, 9), stride=8)
+    cells_MDhw = cut_windows(map_NDHW[:, :, ::8, ::8], windows, range(3, 9), stride=8)
     assert torch.equal(cells_MDhw, windows_MDhw[3:9, :, ::8, ::8])
 
 
 @settings(max_examples=30)
-@given(st.integers(2, 4), st.integers(0, 2**32 - 1), st.sampled_from([2, 4]))
-def test_the_gated_mean_is_that_of_four_windows_pixel_by_pixel(classes: int, seed: int, stride: int) -> None:
+@given(st.integers(2, 4), st.integers(0, 2**32 - 1), st.sampled_from([2, 4]), st.sampled_from([16, 64, 224]))
+def test_the_gate_is_the_exact_share_of_the_windows_that_allow_a_class(
+    classes: int, seed: int, stride: int, window: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     corners, size = [(-64, 32), (96, 0)], (32 // stride, 64 // stride)
-    windows = gate_windows(corners, size, 32, 64, stride)
-    logits_NKhw = 3 * torch.randn(2, classes, *size, generator=generator)
-    allowed_MK = torch.rand(len(windows.canvas_M), classes, generator=generator) < 0.6
-    found_NKhw = gated_mean(logits_NKhw, allowed_MK, windows)
-    exponents = logits_NKhw.double().exp().numpy()
-    of_canvas = allowed_MK.split([rows * columns for rows, columns in windows.counts])
+    windows = gate_windows(corners, size, 32, window, stride)
+    allowed_NRCK = torch.rand(*windows.shape, classes, generator=generator) < 0.4
+    found = pixel_gates(allowed_NRCK.flatten(0, 2), windows)
     for n, (corner_x, corner_y) in enumerate(corners):
-        allowed_RCK = of_canvas[n].numpy().reshape(*windows.counts[n], classes)
-        rows, columns = window_axis(corner_y, 32, 32, 64, stride), window_axis(corner_x, 64, 32, 64, stride)
-        (upper_h, weight_h), (upper_w, weight_w) = (
-            (axis.upper_h.tolist(), axis.weight_h.tolist()) for axis in (rows, columns)
-        )
+        weight_hR = window_axis(corner_y, 32, 32, window, stride).weight_hR.numpy().astype(int)
+        weight_wC = window_axis(corner_x, 64, 32, window, stride).weight_hR.numpy().astype(int)
+        allowed_RCK = allowed_NRCK[n].numpy()
         for y, x in np.ndindex(size):
-            expected_K = np.zeros(classes)
-            for row, of_row in ((upper_h[y], weight_h[y]), (upper_h[y] - 1, 1 - weight_h[y])):
-                for column, of_column in ((upper_w[x], weight_w[x]), (upper_w[x] - 1, 1 - weight_w[x])):
-                    kept_K = exponents[n, :, y, x] * allowed_RCK[row, column]
-                    expected_K += of_row * of_column * kept_K / max(kept_K.sum(), 1e-300)
-            np.testing.assert_allclose(found_NKhw[n, :, y, x].numpy(), expected_K, atol=1e-5)
+            weight_RC = weight_hR[y][:, None] * weight_wC[x][None]
+            # Integers below 2^24 and their share of 2^20 have no rounding, so this is equality of bits.
+            expected_K = (weight_RC[:, :, None] * allowed_RCK).sum(axis=(0, 1)) / WHOLE**2
+            assert found.gate_NKhw[n, :, y, x].tolist() == expected_K.tolist()
+            assert found.covered_N1hw[n, 0, y, x] == (weight_RC * allowed_RCK.any(axis=2)).sum() / WHOLE**2
 
 
-def test_windows_with_one_class_need_no_logits() -> None:
+def rows_of_classes(*classes: int | None) -> tuple[Tensor, GateWindows]:
+    """Return what each window allows, (M, 3), and the windows: each row of windows allows its class, or none."""
     windows = gate_windows([(0, 0)], (16, 8), 32, 64, 4)
-    allowed_RCK = torch.zeros(*windows.counts[0], 3, dtype=torch.bool)
-    allowed_RCK[:2, :, 0], allowed_RCK[2:, :, 2] = True, True
-    arbitrary = torch.randn(1, 3, 16, 8, generator=torch.Generator().manual_seed(0))
-    with_logits, without = (
-        gated_mean(logits, allowed_RCK.flatten(0, 1), windows) for logits in (arbitrary, torch.zeros(1, 3, 1, 1))
-    )
-    assert torch.equal(with_logits, without)
-    torch.testing.assert_close(without.sum(dim=1), torch.ones(1, 16, 8))
-    assert not without[:, 1].any()
+    allowed_RCK = torch.zeros(*windows.shape[1:], 3, dtype=torch.bool)
+    for row in range(len(allowed_RCK)):
+        k = classes[min(row, len(classes) - 1)]
+        if k is not None:
+            allowed_RCK[row, :, k] = True
+    return allowed_RCK.flatten(0, 1), windows
+
+
+def test_windows_with_the_same_single_class_need_no_logits() -> None:
+    gates = pixel_gates(*rows_of_classes(None, None, 1))
+    assert gates.contested_N().tolist() == [False]
+    logits_1Khw = torch.randn(1, 3, 16, 8, generator=torch.Generator().manual_seed(0))
+    probs_1Khw = gates.probabilities(logits_1Khw)
+    assert torch.equal(probs_1Khw, gates.probabilities(torch.zeros(1, 3, 1, 1)))
+    assert torch.equal(probs_1Khw[:, 1], gates.covered_N1hw[:, 0])
+    assert probs_1Khw[0, 1, 0, 0] < 0.75
+    assert (probs_1Khw[0, 1, 8:] == 1).all()
+
+
+def test_neighboring_windows_with_different_single_classes_are_contested() -> None:
+    gates = pixel_gates(*rows_of_classes(0, 0, 0, 2))
+    assert gates.contested_N().tolist() == [True]
+    logits_1Khw = torch.tensor([5.0, 9.0, 0.0]).view(1, 3, 1, 1)
+    probs_1Khw = gates.probabilities(logits_1Khw)
+    torch.testing.assert_close(probs_1Khw.sum(dim=1), torch.ones(1, 16, 8))
+    assert (probs_1Khw[:, 1] == 0).all()
+    # The segmenter decides between both: class 0 has the larger logit, so class 2 has less than its windows' share.
+    share_h = gates.gate_NKhw[0, 2, :, 0]
+    between_h = (share_h > 0) & (share_h < 1)
+    assert between_h.sum() > 4
+    assert (probs_1Khw[0, 2, between_h, 0] < share_h[between_h]).all()

@@ -235,6 +235,17 @@ def test_the_registry_holds_these_heads_and_their_properties() -> None:
     assert {name for name in NAMES if make_head(name).class_scores} == {"gap", "area"}
 
 
+@pytest.mark.parametrize("name", ["gap", "area"])
+def test_the_logits_of_a_part_follow_from_its_part_of_the_class_scores(name: str) -> None:
+    head: Any = make_head(name)
+    deep_NChw = features()
+    with torch.no_grad():
+        map_NKhw = head(deep_NChw, None).map_NKhw
+        for part in (slice(None), slice(1, 3)):
+            expected_NK = head(deep_NChw[:, :, part, part], None).logits_NK
+            torch.testing.assert_close(head.pooled(map_NKhw[:, :, part, part]), expected_NK, rtol=1e-4, atol=1e-4)
+
+
 def test_logits_of_an_averaged_head_are_the_class_weights_times_the_mean_features() -> None:
     head, deep_NChw = make_head("gap"), features()
     with torch.no_grad():

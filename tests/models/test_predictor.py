@@ -61,14 +61,16 @@ def test_colors_come_back_as_classes() -> None:
     assert labels_Nhw[2, :, 0].tolist() == [0] * 4 + [1] * 6 + [2] * 6
 
 
-def test_presence_is_read_in_windows_on_the_lattice_of_the_slide() -> None:
-    first, shifted = color_predictor().presence(painted_cores()[1:3], [(0, 0), (0, 32)])
-    # Windows of 64 px start at -32, 0 and 32; the third ends with the canvas.
-    passed_RCK = first > 0.5
-    assert passed_RCK.shape == (3, 3, 3)
-    assert passed_RCK[1].tolist() == [[True, False, False], [True, False, True], [False, False, True]]
-    # With a core at y = 32, rows of windows start at 0, 32 and 64, which are -32, 0 and 32 in the core.
-    assert [row[0].tolist() for row in shifted > 0.5] == [[True, True, False], [True] * 3, [False, True, True]]
+def test_presence_is_read_in_windows_at_every_16th_pixel() -> None:
+    columns_RCK, rows_RCK = (one > 0.5 for one in color_predictor().presence(painted_cores()[1:3], CORNERS[:2]))
+    assert columns_RCK.shape == rows_RCK.shape == (7, 7, 3)
+    # Windows of 64 px start at -48 to 48. The canvas has pixels from -32 to 96, so the first and last are moved inside.
+    starts = [-32, -32, -16, 0, 16, 32, 32]
+    for place, start in enumerate(starts):
+        assert columns_RCK[3, place].tolist() == [start < 32, False, start + 64 > 32]
+        assert rows_RCK[place, 3].tolist() == [start < 16, start + 64 > 16 and start < 40, start + 64 > 40]
+    assert torch.equal(columns_RCK, columns_RCK[3].expand(7, 7, 3))
+    assert torch.equal(rows_RCK, rows_RCK[:, 3:4].expand(7, 7, 3))
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])

@@ -254,7 +254,7 @@ def test_a_network_that_openvino_cannot_take_runs_in_torch_with_a_warning(
         predictor = Predictor.from_networks(make_card(), NO_DIGEST, *networks, device="cpu", runtime="auto")
     assert predictor.runtime == "torch"
     assert reason in caplog.text
-    assert predictor.presence(np.zeros((1, 96, 96, 3), np.uint8), [(0, 0)])[0].shape == (2, 2, 2)
+    assert predictor.presence(np.zeros((1, 96, 96, 3), np.uint8), [(0, 0)])[0].shape == (5, 5, 2)
 
 
 @needs_openvino

@@ -192,26 +192,28 @@ def test_a_finer_image_is_averaged_by_area() -> None:
 def gated_by_hand() -> tuple[Predictor, NDArray[np.uint8]]:
     """Return a predictor and an image of class 0 on the left and class 1 from column 64 on.
 
-    Windows start at columns -32, 0, 32 and 64 of the mirrored image. The first two contain class 0 only, the third both
-    classes, the last class 1 only. The segmenter always predicts class 1, with sigmoid(1).
+    Windows of 64 px start at every 16th column of the mirrored image, and those beyond the canvas are moved inside. Up
+    to column 0 they contain class 0 only, from column 64 on class 1 only. The segmenter always predicts class 1, with
+    sigmoid(1).
     """
     truth_HW = np.zeros((64, 96), np.uint8)
     truth_HW[:, 64:] = 1
     return predictor(segmenter=ConstantSegmenter([0.0, 1.0])), image_of(truth_HW)
 
 
-def test_windows_are_gated_before_they_are_blended() -> None:
+def test_the_gate_fades_by_the_windows_over_a_pixel() -> None:
     model, rgb_HWC = gated_by_hand()
     assert (predict_image(model, rgb_HWC, mpp=1.0, gate=False) == 1).all()
-    # Probability of class 0 in the windows that start at -32, 0, 32 and 64, and their weights in map cells of 4 px.
-    of_windows = [1.0, 1.0, 1 - 1 / (1 + np.exp(-1)), 0.0]
-    centers = 4 * np.arange(24) + 2
-    first = np.zeros(24)
-    for start, probability in zip((-32, 0, 32, 64), of_windows, strict=True):
-        inside = (centers >= start) & (centers < start + 64)
-        first += np.where(inside, np.sin(np.pi * (centers - start) / 64) ** 2, 0) * probability
+    centers = 4 * np.arange(24) + 2  # of the map's cells of 4 px
+    gates = np.zeros((2, 24))
+    for start in range(-48, 96, 16):
+        inside = min(max(start, -32), 64)
+        weight_W = np.where((centers > start) & (centers < start + 64), np.sin(np.pi * (centers - start) / 64) ** 2, 0)
+        gates += weight_W / 2 * np.array([[inside < 64], [inside > 0]])
+    np.testing.assert_allclose(gates.max(axis=0), 1, atol=1e-9)
+    first = gates[0] / (gates[0] + np.e * gates[1])
     expected_W = np.interp(np.arange(96) + 0.5, centers, first) < 0.5
-    assert 40 < np.flatnonzero(expected_W)[0] < 64
+    assert 16 < np.flatnonzero(expected_W)[0] < 64
     np.testing.assert_array_equal(predict_image(model, rgb_HWC, mpp=1.0), np.tile(expected_W, (64, 1)))
 
 
