@@ -256,7 +256,8 @@ def test_official_score_cam_equals_the_released_loop(
         assert_close(up[n : n + 1], official_score_cam(classifier, x_1CHW, classifier.stages(x_1CHW).shallow))
 
 
-@pytest.mark.parametrize("variant", ["official", full("torch-cam"), full("pytorch-grad-cam")])
+@pytest.mark.full
+@pytest.mark.parametrize("variant", ["official", "torch-cam", "pytorch-grad-cam"])
 def test_score_cam_depends_neither_on_the_chunk_nor_on_the_batch(
     classifier: Classifier, small_NCHW: Tensor, variant: ScoreCamVariant
 ) -> None:

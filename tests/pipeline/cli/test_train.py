@@ -53,20 +53,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_textures(tmp_path_factory.mktemp("data"), train=4, val=2, test=1, size=64)
 
 
-def test_a_run_prints_the_bundle_and_its_metrics_on_stdout_and_a_second_one_says_the_same(
-    data: Path, tmp_path: Path
-) -> None:
-    outputs = [
-        run("pipeline.cli.train", data, "-o", tmp_path / "run", "--device", "cpu", *settings(*SMALL)) for _ in range(2)
-    ]
-    assert [one.returncode for one in outputs] == [0, 0], outputs[0].stderr + outputs[1].stderr
+def trained(data: Path, folder: Path) -> tuple[dict[str, object], str]:
+    """Run wsi-train on small data, and return what it printed on stdout and on stderr."""
+    output = run("pipeline.cli.train", data, "-o", folder, "--device", "cpu", *settings(*SMALL))
+    assert output.returncode == 0, output.stderr
+    printed: dict[str, object] = json.loads(output.stdout)
+    return printed, output.stderr
+
+
+def test_a_run_prints_the_bundle_and_its_metrics_on_stdout(data: Path, tmp_path: Path) -> None:
+    printed, said = trained(data, tmp_path / "run")
     card = json.loads((tmp_path / "run" / "bundle" / "model.json").read_text(encoding="utf-8"))
-    for one in outputs:
-        assert json.loads(one.stdout) == {"bundle": str(tmp_path / "run" / "bundle"), "metrics": card["metrics"]}
-    assert "classifier done in" in outputs[0].stderr
-    assert "stage skipped" not in outputs[0].stderr
-    assert "classifier.safetensors exists: stage skipped" in outputs[1].stderr
-    assert "segmenter.safetensors exists: stage skipped" in outputs[1].stderr
+    assert printed == {"bundle": str(tmp_path / "run" / "bundle"), "metrics": card["metrics"]}
+    assert "classifier done in" in said
+    assert "stage skipped" not in said
+
+
+@pytest.mark.full
+def test_a_second_run_says_the_same_and_trains_nothing(data: Path, tmp_path: Path) -> None:
+    (first, _), (second, said) = (trained(data, tmp_path / "run") for _ in range(2))
+    assert first == second
+    assert "classifier.safetensors exists: stage skipped" in said
+    assert "segmenter.safetensors exists: stage skipped" in said
 
 
 def test_data_may_lie_elsewhere_and_settings_come_from_a_file_then_from_options(data: Path, tmp_path: Path) -> None:

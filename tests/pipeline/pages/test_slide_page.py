@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.slide.recipe import segment_slide
 from tests.browser import axe_findings
+from tests.cases import full
 from tests.pipeline.fakes import SMALL, color_predictor, region_slide, run_of
 from tests.pipeline.pages.results import BLUE, BOXES, PEN, RED, SIZE, near, opened, stage, write_result
 from tests.slides import painted, write_slide
@@ -105,7 +106,7 @@ def test_a_toggle_hides_its_class_and_no_other(page: Page, report: Path) -> None
     np.testing.assert_array_equal(before_HWC[rest_HW], after_HWC[rest_HW])
 
 
-@pytest.mark.parametrize(("keys", "percent"), [((), 45), (("ArrowLeft",), 40), (("End",), 100), (("Home",), 0)])
+@pytest.mark.parametrize(("keys", "percent"), [full((), 45), (("ArrowLeft",), 40), (("End",), 100), full(("Home",), 0)])
 def test_the_slider_sets_the_opacity_of_the_classes(page: Page, report: Path, keys: tuple[str], percent: int) -> None:
     opened(page, report.parent / "b10" / "index.html")
     page.get_by_label("Opacity of the classes").focus()
@@ -116,7 +117,7 @@ def test_the_slider_sets_the_opacity_of_the_classes(page: Page, report: Path, ke
     x, y, width, height = BOXES["stroma"]
     scale = seen_HWC.shape[1] / SIZE[0]
     middle = seen_HWC[round(scale * (y + height / 2)), round(scale * (x + width / 2))]
-    expected = [(1 - percent / 100) * 20 + percent / 100 * full for full in BLUE]
+    expected = [(1 - percent / 100) * 20 + percent / 100 * blue for blue in BLUE]
     np.testing.assert_allclose(middle, expected, atol=4)
 
 

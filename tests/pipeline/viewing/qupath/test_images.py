@@ -13,6 +13,7 @@ from tests.pipeline.fakes import run_of
 from tests.pipeline.viewing.qupath.projects import NAMES, file_of, project_of, slides_of
 
 
+@pytest.mark.full
 def test_slides_that_moved_with_the_project_are_found_and_keep_their_ids(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -159,6 +159,7 @@ def test_a_result_without_its_map_is_skipped_with_a_warning(root: Path, caplog: 
     assert not (root / "results" / "qupath" / "maps" / "b").exists()
 
 
+@pytest.mark.full
 def test_pictures_and_tiles_of_an_earlier_result_are_replaced(root: Path) -> None:
     path = write_project(root / "results", tiles=True)
     maps = path.parent / "maps" / "b"

@@ -178,6 +178,7 @@ def center_color(page: Page) -> list[int]:
     return [int(value) for value in np.asarray(shot.convert("RGB"))[0, 0]]
 
 
+@pytest.mark.full
 def test_the_page_shows_the_overview_while_it_is_read(gate: Gate, result: Result, page: Page) -> None:
     with serving((result,)) as site:
         page.goto(f"{site.page}#x=1280&y=832&zoom=0.2&map=0&outlines=0")

@@ -116,6 +116,7 @@ def test_coarsest_level_is_one_tile(size: tuple[int, int], levels: int) -> None:
     assert zoom_levels(size) == levels
 
 
+@pytest.mark.full
 def test_levels_with_a_fractional_downsample_are_not_shifted(shared_slides: Path) -> None:
     path = shared_slides / "TCGA-CR-7395-01A-01-TS1.svs"  # its second level is 2.0005 times smaller
     with open_slide(path, 0.25) as fast, open_slide(path, 0.25, "openslide") as slow:
@@ -246,6 +247,7 @@ def test_the_server_returns_the_same_values(site: Site, results_folder: Path) ->
         assert site.get(path).status == 404
 
 
+@pytest.mark.full
 def test_the_map_of_a_slide_with_bounds_starts_at_their_corner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("openslide", "tiffslide"):
         monkeypatch.setitem(readers.READERS, name, stating_bounds(readers.READERS[name]))

@@ -66,6 +66,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.name == "pipeline.workers.cluster.available"]
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("hurried")
 def test_a_cluster_without_a_process_logs_one_warning_and_resumes(
     tmp_path: Path, bundle: str, caplog: pytest.LogCaptureFixture
@@ -137,6 +138,7 @@ def test_a_process_with_a_gpu_that_starts_later_gets_all_later_slides(caplog: py
         assert found.resources == {"GPU": 1}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("spread", [full("slides"), "blocks"])
 def test_the_runtime_is_chosen_by_the_processes_and_not_by_the_client(
     tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch, spread: Spread
