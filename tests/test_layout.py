@@ -240,10 +240,12 @@ def prose() -> Figures:
     return figures(project_prose())
 
 
+@pytest.mark.full
 def test_where_does_not_replace_if_and_when_more_often_than_before(prose: Figures) -> None:
     assert prose.where_share <= MOST_WHERE_SHARE, listing(prose.where)
 
 
+@pytest.mark.full
 def test_is_no_does_not_replace_is_not_more_often_than_before(prose: Figures) -> None:
     assert len(prose.is_no) <= MOST_IS_NO, listing(prose.is_no)
 

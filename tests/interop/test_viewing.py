@@ -23,6 +23,7 @@ EXAMPLES = [code for code in re.findall(r"```python\n(.*?)```", SECTION, re.DOTA
 """The examples that do not need a server."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("code", EXAMPLES, ids=[str(number) for number in range(len(EXAMPLES))])
 def test_each_python_example_runs_in_the_folder_above_the_results(
     three_classes: Shown, tmp_path: Path, code: str

@@ -184,6 +184,7 @@ def test_cancelled_workers_stop_the_running_slide(tmp_path: Path) -> None:
     assert (again.status, again.resumed_blocks >= 3) == ("done", True)
 
 
+@pytest.mark.full
 def test_a_slide_locked_by_another_process_comes_last_and_is_skipped_when_finished(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

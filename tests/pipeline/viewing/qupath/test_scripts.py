@@ -97,6 +97,7 @@ def add_pen(folder: Path) -> str:
     return str(feature["id"])
 
 
+@pytest.mark.full
 def test_every_image_gets_its_regions_locked_and_with_their_class(play: Play, segmented: Path) -> None:
     state = play(segmented / "results" / "qupath" / "project.qpproj", "run=import_results")
     for name in NAMES:

@@ -282,7 +282,7 @@ def test_arrow_keys_move_a_focused_slider_and_not_the_slide(shared_page: Page, s
 
 
 @pytest.mark.parametrize("scheme", ["light", full("dark")])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [full(1280), 390])
 def test_it_is_accessible_in_both_schemes_and_on_a_phone(
     browser: Browser, site: Site, tmp_path: Path, scheme: str, width: int
 ) -> None:
