@@ -19,8 +19,8 @@ def gated_softmax(logits_Khw: Tensor, gate_Khw: Tensor) -> Tensor:
 
     ``p_k = g_k exp(o_k) / sum_j g_j exp(o_j)``. With gates of 0 and 1 only, this is ``o_k <- 0 if y_k <= epsilon_k`` on
     probabilities, renormalized (Han et al. 2022, section 3.3). If the gate of one class only is above 0, its
-    probability is exactly 1, whatever the logits are. If no gate is above 0, all probabilities are 0: "no class".
-    Logits and gates may have sides of 1 instead of h and w.
+    probability is exactly 1 for any finite logits. If no gate is above 0, all probabilities are 0: "no class". Logits
+    and gates may have sides of 1 instead of h and w.
     """
     probs_Khw = (logits_Khw.float() + gate_Khw.float().log()).softmax(dim=-3)
     # If every gate is 0 the softmax is NaN; rejected classes are 0 by definition.

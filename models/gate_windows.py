@@ -1,9 +1,9 @@
 """The windows in which the gate decides which classes are present, and the gate that follows for each pixel of a map.
 
 Windows have the side of the patches that the classifier was trained on. They start at every multiple of a quarter of a
-side, in the pixels of the whole slide, so they do not depend on canvases. About 16 windows cover each pixel. The gate
-of a class is the share of these windows in which the class passes. Windows weigh less toward their edges, so the gate
-fades in and out, and no outline of a window shows.
+side, rounded down to a multiple of 16 px, in the pixels of the whole slide. So they do not depend on canvases. With a
+side of 64 px, 16 windows cover each pixel. The gate of a class is the share of these windows in which the class passes.
+Windows weigh less toward their edges, so the gate fades in and out, and no outline of a window shows.
 
 Shape suffixes: N canvases, R rows and C columns of windows, M windows of all canvases, K classes, D channels, H and W a
 canvas, h and w a map.
@@ -21,11 +21,11 @@ from torch import Tensor
 from models.gate import gated_softmax
 
 CELL = 16
-"""Windows start at multiples of this many model pixels: the stride of the classifier's features."""
+"""Windows start at multiples of this many model pixels. The strides of both networks, 8 and 16, divide it."""
 
 WHOLE = 1024
 """What the weights of the windows over a pixel sum to, along one axis. Weights are integers, so sums of products of
-them are exact in float32, in any order and on any device."""
+them are exact in float32, in any order and on any device. TF32 also has integers up to 2,048."""
 
 
 class WindowAxis(NamedTuple):

@@ -80,8 +80,8 @@ class Prediction(NamedTuple):
     """The prediction for the cores of N canvases of one size."""
 
     probs_NKhw: Tensor
-    """float32 on the predictor's device. The sum over the classes is 1; it is less near windows in which no class
-    passes, and 0 inside them."""
+    """float32 on the predictor's device. The sum over the classes is the share of the gate windows over the pixel that
+    allow any class."""
     segmented_N: NDArray[np.bool_]
     """See `Decisions`."""
     distances_Nrc: NDArray[np.float32] | None = None
@@ -150,7 +150,7 @@ class Predictor:
     ) -> None:
         """Move both networks to `device` in eval mode.
 
-        `ungated_fallback`: use the ungated softmax if no class passes the gate, instead of 0 for every class.
+        `ungated_fallback`: if no class passes in a window, all classes pass, instead of none.
         `skip_by_gate`: run the segmenter only on canvases whose result it can change; False runs it on all canvases and
         gives the same probabilities. `statistics`: the training windows of the model, whose card has `familiarity`.
         `from_networks` accepts "auto". Raises DeviceUnavailableError,
@@ -345,7 +345,7 @@ class Predictor:
         classifier, found = self._classifier, []
         if classifier.class_scores:
             # Windows overlap, and a map has fewer channels than the features.
-            map_NKhw = classifier.head_output(Stages(deep_NDhw, deep_NDhw, deep_NDhw), None).map_NKhw
+            map_NKhw = classifier.head_output(Stages(deep_NDhw, deep_NDhw, deep_NDhw), x_NCHW).map_NKhw
         whole, at_once = range(math.prod(windows.shape)), max(1, _WINDOW_PX // math.prod(windows.sides))
         for first in whole[::at_once]:
             some = whole[first : first + at_once]

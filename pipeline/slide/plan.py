@@ -61,10 +61,12 @@ class Plan:
         maps = 4 * (2 * self.classes + 4) * grid.block_out**2
         in_flight = min(settings.in_flight, max(len(self.blocks), 1)) * (pixels + strip + maps)
         canvas_m = min(settings.canvas_m, -(-side_m // CELL_M) * CELL_M)
-        # The softmax of a canvas under one gate needs three maps at a time, beside the logits and the sum.
-        gates = 4 * 5 * self.classes * (canvas_m // grid.m_per_out) ** 2
+        # The softmax under the gates needs three maps at a time, beside the logits of canvases and of their cores.
+        softmax = 4 * 5 * self.classes * (canvas_m // grid.m_per_out) ** 2
+        # The gates of all canvases of a block: of the classes, of "no class", and of any class.
+        gates = 4 * (self.classes + 2) * grid.block_out**2
         activations = canvas_m**2 * facts.activation_bytes_per_px
-        return facts.process_bytes + in_flight + settings.batch_size * (activations + gates)
+        return facts.process_bytes + in_flight + gates + settings.batch_size * (activations + softmax)
 
     def facts(self, settings: ResolvedSettings) -> PlanFacts:
         """Return what run.json and `--plan` state about the plan."""

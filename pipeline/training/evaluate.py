@@ -9,7 +9,6 @@ m at the model's resolution.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -22,7 +21,8 @@ from numpy.typing import NDArray
 
 from models.bundle import ModelCard
 from models.errors import NonFiniteOutputError
-from models.predictor import Predictor
+from models.gate_windows import CELL, window_step
+from models.predictor import SMALLEST_CORE, Corner, Predictor
 from pipeline.errors import ClassMismatchError, InferenceError, MaskError
 from pipeline.slide.labels import winners
 from pipeline.training.dataset import Dataset, Sample, background_HW, read_mask, read_rgb, samples
@@ -249,18 +249,15 @@ def _probabilities(predictor: Predictor, rgb_HWC: NDArray[np.uint8], flips: bool
     The map covers the image and its padding to whole cores.
     """
     card, stride = predictor.card, predictor.output_stride
-    # Cores of whole half-windows: then a turned canvas has the turned windows.
-    step = math.lcm(32, card.gate_window // 2)
-    height, width = (-(-length // step) * step for length in rgb_HWC.shape[:2])
-    core = max(step, CORE_PX // step * step)
+    height, width = (-(-length // SMALLEST_CORE) * SMALLEST_CORE for length in rgb_HWC.shape[:2])
     beyond = [
         (card.margin, length - had + card.margin) for length, had in zip((height, width), rgb_HWC.shape, strict=False)
     ]
     # Always copy, because torch rejects read-only arrays such as those from Pillow.
     around = predictor.on_device(np.pad(rgb_HWC, [*beyond, (0, 0)], mode="symmetric"))
     maps = [torch.zeros((len(card.classes), height // stride, width // stride), device=predictor.device) for _ in "ab"]
-    for y, x in product(range(0, height, core), range(0, width, core)):
-        part = Box(x, y, min(core, width - x), min(core, height - y))
+    for y, x in product(range(0, height, CORE_PX), range(0, width, CORE_PX)):
+        part = Box(x, y, min(CORE_PX, width - x), min(CORE_PX, height - y))
         rows, columns = slice(y, part.bottom + 2 * card.margin), slice(x, part.right + 2 * card.margin)
         found = _canvas_probabilities(predictor, around[None, rows, columns], flips)
         for map_Khw, probs_Khw in zip(maps, found, strict=True):
@@ -274,17 +271,37 @@ def _canvas_probabilities(
     """Return the probabilities (K, h, w) of a core with and without the gate, which uses the mean over the flips."""
     views = list(_views(flips))
     # Quarter turns and one flip generate all eight symmetries of a square.
-    turned = [(rgb_1HWC.flip(2) if flip else rgb_1HWC).rot90(turns, dims=(1, 2)).contiguous() for turns, flip in views]
-    # Each core has windows of its own, counted from its corner.
-    presences = [predictor.presence(one, [(0, 0)])[0] for one in turned]
+    turned = [_turned(rgb_1HWC[0], *view)[None].contiguous() for view in views]
+    size = [side - 2 * predictor.card.margin for side in rgb_1HWC.shape[1:3]]
+    corners = [_corner(predictor.card.gate_window, size, *view) for view in views]
+    presences = [predictor.presence(one, [corner])[0] for one, corner in zip(turned, corners, strict=True)]
     presence_RCK = torch.stack([_back(one, *view) for one, view in zip(presences, views, strict=True)]).mean(dim=0)
     gated = ungated = torch.zeros(())
     for view, one in zip(views, turned, strict=True):
         logits_hwK = _back(predictor.logits(one)[0].permute(1, 2, 0), *view)
         logits_Khw = logits_hwK.permute(2, 0, 1)
-        gated = gated + predictor.gated(logits_Khw, presence_RCK, (0, 0)) / len(views)
+        gated = gated + predictor.gated(logits_Khw, presence_RCK, corners[0]) / len(views)
         ungated = ungated + logits_Khw.softmax(dim=0) / len(views)
     return gated, ungated
+
+
+def _turned(upright: torch.Tensor, turns: int, flip: bool) -> torch.Tensor:
+    """Flip and turn a map with rows and columns as first axes."""
+    return (upright.flip(1) if flip else upright).rot90(turns, dims=(0, 1))
+
+
+def _corner(window: int, size: Sequence[int], turns: int, flip: bool) -> Corner:
+    """Return a place for a turned core at which its gate windows are the turned windows of the upright core.
+
+    `size` is the (height, width) of the upright core. At these places, `window_axis` repeats no window.
+    """
+    # The upper left quarter of the turned core has the number of its place in the upright one.
+    mirrored = divmod(int(_turned(torch.arange(4).view(2, 2), turns, flip)[0, 0]), 2)
+    y, x = (
+        (CELL - length if back else window - CELL) % window_step(window)
+        for length, back in zip(size, mirrored, strict=True)
+    )
+    return (y, x) if turns % 2 else (x, y)
 
 
 def _back(turned: torch.Tensor, turns: int, flip: bool) -> torch.Tensor:

@@ -154,7 +154,7 @@ def test_openvino_takes_canvases_of_other_sizes() -> None:
 @pytest.mark.full
 @needs_openvino
 def test_canvases_of_many_sizes_do_not_add_memory() -> None:
-    """OpenVINO can keep kernels for each size. With 200 sizes of canvases, a slide then needed 400 MB more."""
+    """OpenVINO can keep kernels for each size. With 115 sizes of canvases, a slide then needed 400 MB more."""
     network = OpenVinoNetwork(load_networks(load_bundle(DEFAULT_BUNDLE))[1], 128)
     process = psutil.Process()
     sizes = [(height, width) for height in range(128, 512, 32) for width in range(128, 512, 32)]
@@ -162,7 +162,6 @@ def test_canvases_of_many_sizes_do_not_add_memory() -> None:
     before = process.memory_info().rss
     for height, width in sizes[:-1]:
         network(torch.zeros(1, 3, height, width))
-    assert len(sizes) == 144
     # 459 MB with kernels for each size, 74 without; the rest are holes in the heap.
     assert process.memory_info().rss - before < 150 << 20
 

@@ -244,6 +244,18 @@ def test_flips_do_not_change_the_map_of_a_symmetric_model() -> None:
     assert (plain_HW != flipped_HW).mean() < 0.001
 
 
+@pytest.mark.parametrize("window", [64, 128, 144])
+def test_turned_canvases_have_the_turned_gate_windows(window: int) -> None:
+    truth_HW = np.ones((192, 256), np.uint8)
+    truth_HW[:150, :200] = 0
+    # The segmenter slightly prefers class 1, so a pixel gets class 0 if enough of its windows reject class 1.
+    model = predictor(segmenter=ConstantSegmenter([0.0, 0.2]))
+    model.card = model.card.model_copy(update={"gate_window": window})
+    plain_HW, flipped_HW = (predict_image(model, image_of(truth_HW), mpp=1.0, flips=f) for f in (False, True))
+    assert 0.1 < (plain_HW == 0).mean() < 0.6
+    assert (plain_HW != flipped_HW).mean() < 0.001
+
+
 def test_flips_average_all_eight_symmetries_of_a_canvas() -> None:
     torch.manual_seed(0)
     segmenter = nn.Sequential(nn.Conv2d(3, 4, 7, padding=3), nn.AvgPool2d(4), nn.Conv2d(4, 2, 5, padding=2))
@@ -317,7 +329,7 @@ def test_scores_with_and_without_the_gate_equal_single_predictions(tmp_path: Pat
     for gate in (True, False):
         labels_HW = predict_image(model, rgb_HWC, mpp=1.0, gate=gate)
         assert result.matrices["exclude", gate].tolist() == slow_matrix(truth_HW, labels_HW, 2)
-    # As in test_windows_are_gated_before_they_are_blended, the gate makes the last columns of class 0 wrong.
+    # As in test_the_gate_fades_by_the_windows_over_a_pixel, the gate makes the last columns of class 0 wrong.
     assert 64 / 96 < result.scores(gate=True).accuracy < 1
     assert result.scores(gate=False).accuracy == pytest.approx(32 / 96)
     assert result.image_miou == {"a": result.scores().miou}
