@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -157,10 +158,15 @@ def test_pictures_show_the_matrix_and_the_worst_images_first(
 def test_results_replace_those_of_an_earlier_run_and_leave_nothing_else(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold(monkeypatch, predictor(CornerClassifier(), ConstantSegmenter([0.0, 9.0])))
+    hold(monkeypatch, predictor(CornerClassifier(), ConstantSegmenter([0.0, 2.0])))
     file = write_dataset(tmp_path / "data", {"a": bright_corner()})
     # Class 1 is all but one pixel. Without flips it passes in one window; with flips the gate rejects it everywhere.
-    for tta, right in ((False, 825 / 4096), (True, 1 / 4096)):
+    of_axis = np.sin(np.pi * (4 * np.arange(16) + 2) / 64) ** 2 / 2
+    odds_hw = torch.from_numpy(np.exp(2.0) * np.outer(of_axis, of_axis))
+    probs_HW = F.interpolate((odds_hw / (1 + odds_hw))[None, None], (64, 64), mode="bilinear")[0, 0]
+    found = int((probs_HW > 0.5).sum())
+    assert 400 < found < 1200
+    for tta, right in ((False, (found + 1) / 4096), (True, 1 / 4096)):
         assert invoke(bundle, file, "-o", tmp_path / "out", "--tta" if tta else "--no-tta").exit_code == 0
         assert {path.name for path in (tmp_path / "out").iterdir()} == OUTPUTS
         document = document_of(tmp_path / "out")
