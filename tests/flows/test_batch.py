@@ -218,6 +218,7 @@ def test_a_slide_that_stays_locked_for_longer_than_the_slide_timeout_fails(
     assert rows_of(tmp_path / "out")["a"]["error"] == "a is locked"
 
 
+@pytest.mark.full
 def test_a_run_in_which_only_slides_failed_that_failed_before_is_completed(
     tmp_path: Path, scripted: ScriptedWorkers
 ) -> None:
@@ -277,6 +278,7 @@ def test_a_batch_that_is_interrupted_ends_its_parts(
     assert {one.state.name for one in part_runs(harness, newest_parent(harness)) if one.state} == {"Cancelled"}
 
 
+@pytest.mark.full
 def test_ctrl_c_ends_the_program_and_not_only_the_flow_run(
     tmp_path: Path, harness: SyncPrefectClient, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +316,7 @@ def test_slides_at_once_limits_the_slides_in_flight(tmp_path: Path, scripted: Sc
     assert scripted.most == 1
 
 
+@pytest.mark.full
 def test_with_paths_hidden_no_folder_reaches_the_server(
     tmp_path: Path, harness: SyncPrefectClient, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +368,7 @@ def test_a_request_that_is_not_valid_fails_with_the_reason_and_writes_nothing(
     assert scripted.tried == []
 
 
+@pytest.mark.full
 def test_a_glob_and_a_manifest_are_sources_too(tmp_path: Path, scripted: ScriptedWorkers) -> None:
     for day in ("2026-01", "2026-02"):
         touched(tmp_path / day, f"slide {day}")

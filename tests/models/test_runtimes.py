@@ -256,6 +256,7 @@ def test_a_network_that_openvino_cannot_take_runs_in_torch_with_a_warning(
     assert predictor.presence(np.zeros((1, 96, 96, 3), np.uint8), [(0, 0)])[0].shape == (5, 5, 2)
 
 
+@pytest.mark.full
 @needs_openvino
 def test_openvino_opens_no_connection_and_writes_no_file(tmp_path: Path) -> None:
     program = (

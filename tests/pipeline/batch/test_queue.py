@@ -139,6 +139,7 @@ def test_slides_of_one_folder_with_the_same_name_fail_and_the_others_are_segment
     assert "in the column 'id' of a manifest" in results[1].error
 
 
+@pytest.mark.full
 def test_the_mpp_of_a_job_wins_over_the_settings(tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "a.svs", painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=None)
     other = small_slide(tmp_path / "b.svs")

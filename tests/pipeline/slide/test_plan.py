@@ -47,6 +47,7 @@ def test_nothing_beyond_the_slide_is_tissue(tmp_path: Path) -> None:
     assert mask_HW.sum() == 51 * 51
 
 
+@pytest.mark.full
 def test_memory_grows_with_workers_and_batches_and_not_with_the_slide(tmp_path: Path) -> None:
     def memory(size: tuple[int, int], **changes: int) -> int:
         path = write_slide(tmp_path / "slide.svs", painted(size, ((0, 0, *size), PINK)), mpp=4.0)

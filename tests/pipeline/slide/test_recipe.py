@@ -137,6 +137,7 @@ def test_every_output_shows_the_area_of_the_polygons_and_none_passes_the_slide(t
     assert (right, bottom) == size
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mpp", [0.5, 0.4, 0.27])
 def test_other_pixel_sizes_give_the_same_map(tmp_path: Path, mpp: float) -> None:
     """A whole factor reads level pixels unchanged, other factors average by area. Neither shifts the regions."""
@@ -224,6 +225,7 @@ def test_tiles_in_which_no_class_passes_are_background_and_counted(tmp_path: Pat
     assert tiles["without class"] == tiles["run"] > 0
 
 
+@pytest.mark.full
 def test_workers_and_batches_do_not_change_a_byte(tmp_path: Path) -> None:
     path = region_slide(tmp_path / "slide.svs")
     config = replace(SMALL, simplify_px=1.0, min_area_um2=2000.0)
@@ -300,6 +302,7 @@ def test_a_folder_that_no_run_made_is_never_touched(tmp_path: Path) -> None:
     assert [p.name for p in out.iterdir()] == ["slide"]
 
 
+@pytest.mark.full
 def test_two_runs_do_not_work_on_one_slide(tmp_path: Path) -> None:
     from filelock import FileLock
 
@@ -470,6 +473,7 @@ def test_a_plan_that_does_not_fit_ends_before_the_work(tmp_path: Path, monkeypat
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.full
 def test_a_full_disk_is_said_so_and_the_run_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a real file system of 4 MiB, so that the error comes from the kernel."""
     if os.geteuid() != 0:

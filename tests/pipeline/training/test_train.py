@@ -193,6 +193,7 @@ def test_another_seed_gives_other_weights(unbroken: Path, textures: Dataset, tmp
     assert not torch.equal(ours["head.conv.weight"], others["head.conv.weight"])
 
 
+@pytest.mark.full
 def test_the_published_recipe_trains_on_patches_of_an_unaligned_side(tmp_path: Path) -> None:
     dataset = load_dataset(write_crops(tmp_path / "data", {"a": (40, 40), "b": (80, 40)}, side=40, stride=40))
     config = dataclasses.replace(

@@ -95,6 +95,7 @@ def test_an_interrupt_stops_all_slides_that_run_at_once(tmp_path: Path) -> None:
     assert workers.cancelled
 
 
+@pytest.mark.full
 def test_a_model_is_loaded_once_and_a_manifest_can_name_another_for_a_slide(tmp_path: Path) -> None:
     small(tmp_path, "a", "b", "c")
     small_bundle(tmp_path / "other" / "model")

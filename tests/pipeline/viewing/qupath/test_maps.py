@@ -43,6 +43,7 @@ def wide_map(path: Path, size_out: tuple[int, int]) -> ProbabilityMap:
     return ProbabilityMap(path, spec.classes, size_out, 4.0, "digest")
 
 
+@pytest.mark.full
 def test_tiles_have_the_mean_of_the_map(root: Path, tmp_path: Path) -> None:
     folder = root / "results" / "b"
     path = tmp_path / "t.geojson"

@@ -17,6 +17,7 @@ from tests.pipeline.unfamiliar import WARNING, make_unfamiliar
 from tests.pipeline.viewing.qupath.projects import project_of, rows_of
 
 
+@pytest.mark.full
 def test_the_project_states_the_warning_and_has_the_overlay(root: Path) -> None:
     folder = root / "results" / "b"
     make_unfamiliar(folder)

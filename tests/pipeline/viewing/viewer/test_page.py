@@ -261,6 +261,7 @@ def test_keys_do_what_the_help_states(shared_page: Page, site: Site) -> None:
     assert not page.locator("#help").is_visible()
 
 
+@pytest.mark.full
 def test_the_page_reports_missing_tiles_once(browser: Browser, site: Site) -> None:
     with browser.new_context() as context:
         page = context.new_page()
@@ -271,6 +272,7 @@ def test_the_page_reports_missing_tiles_once(browser: Browser, site: Site) -> No
         assert page.locator("#notes p").count() == 1
 
 
+@pytest.mark.full
 def test_arrow_keys_move_a_focused_slider_and_not_the_slide(shared_page: Page, site: Site) -> None:
     show(shared_page, site)
     before = shared_page.evaluate("() => wsiView.view().x")

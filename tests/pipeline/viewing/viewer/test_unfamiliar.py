@@ -53,6 +53,7 @@ def test_scope_limits_and_warning_stand_beside_the_slide(page: Page, unfamiliar:
     screenshot(page, "viewer-unfamiliar", tmp_path)
 
 
+@pytest.mark.full
 def test_the_layer_lies_over_the_unfamiliar_part(page: Page, unfamiliar: Site) -> None:
     bare = "#x=640&y=416&zoom=0.7&map=0&outlines=0"
     show(page, unfamiliar, bare)

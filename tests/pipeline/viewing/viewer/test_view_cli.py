@@ -69,6 +69,7 @@ def test_another_slide_is_refused_before_the_server_starts(results_folder: Path,
     assert errors.startswith("wsi-view: block <1>.svs: is not the slide that")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("arguments", "message"), [(["none"], "no such folder"), ([str(REPOSITORY / "docs")], "contains no results")]
 )

@@ -204,6 +204,7 @@ def test_a_slide_that_kills_its_workers_fails_and_the_others_are_done(
     }
 
 
+@pytest.mark.full
 def test_a_worker_that_cannot_run_tasks_is_named_before_any_slide(
     tmp_path: Path, scheduler: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +218,7 @@ def test_a_worker_that_cannot_run_tasks_is_named_before_any_slide(
             cluster.check(ModelRef("colon-gland", "0" * 64))
 
 
+@pytest.mark.full
 def test_a_different_model_with_the_same_name_fails_the_slide(
     tmp_path: Path, scheduler: str, bundle: Path, slide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +303,7 @@ def test_a_cuda_build_and_a_cpu_build_of_torch_are_the_same_version(bundle: Path
     assert check_worker(versions() | {"torch": f"{plain}+cu999"}, ModelRef(str(bundle), digest)) == ""
 
 
+@pytest.mark.full
 def test_local_is_one_process_per_gpu_or_a_single_one() -> None:
     assert process_count("local", ["0", "3"]) == 2
     assert process_count("local", []) == 1
