@@ -60,8 +60,8 @@ Corner = tuple[int, int]
 SMALLEST_CORE = 32
 """Smallest side of a core in model pixels. Larger sides are multiples of it."""
 
-_WINDOW_PX = 1 << 22
-"""Model pixels of the gate windows that the head of the classifier takes at a time, which bounds its memory."""
+_WINDOW_VALUES = 1 << 22
+"""Numbers in the gate windows that the head of the classifier takes at a time, which bounds its memory."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -346,7 +346,11 @@ class Predictor:
         if classifier.class_scores:
             # Windows overlap, and a map has fewer channels than the features.
             map_NKhw = classifier.head_output(Stages(deep_NDhw, deep_NDhw, deep_NDhw), x_NCHW).map_NKhw
-        whole, at_once = range(math.prod(windows.shape)), max(1, _WINDOW_PX // math.prod(windows.sides))
+        # Of a window: class scores or features, and the image if the head reads it.
+        channels = map_NKhw.shape[1] if classifier.class_scores else deep_NDhw.shape[1]
+        channels += x_NCHW.shape[1] * stride**2 * classifier.reads_images
+        of_window = channels * math.prod(windows.sides) // stride**2
+        whole, at_once = range(math.prod(windows.shape)), max(1, _WINDOW_VALUES // of_window)
         for first in whole[::at_once]:
             some = whole[first : first + at_once]
             if classifier.class_scores:
