@@ -151,6 +151,7 @@ def test_other_pixel_sizes_give_the_same_map(tmp_path: Path, mpp: float) -> None
     assert shapely.hausdorff_distance(purple, shapely.box(x, y, x + w, y + h)) <= l0_per_out * 2**0.5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stride", [1, 2])
 def test_finer_maps_keep_the_regions_in_their_place(tmp_path: Path, stride: int) -> None:
     path = region_slide(tmp_path / "slide.svs")

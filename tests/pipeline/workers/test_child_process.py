@@ -65,6 +65,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_process, "multiprocessing", SimpleNamespace(get_context=lambda _method: context))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("start", ["forked", full("spawned")])
 def test_a_child_process_writes_the_same_bytes_and_reports_progress(
     tmp_path: Path, bundle: str, job: SlideJob, start: str, request: pytest.FixtureRequest

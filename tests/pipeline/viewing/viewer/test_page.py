@@ -71,6 +71,7 @@ def test_class_map_covers_the_slide_with_the_classes_colors(shared_page: Page, s
     assert np.abs(color_at(shared_page, 1132, 600) - slide_color(1132, 600, 0.7)).max() < 8
 
 
+@pytest.mark.full
 def test_class_toggle_and_opacity_change_the_pixels(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=640&y=416&zoom=0.7&outlines=0&map=1")
     assert np.abs(color_at(shared_page, *PURPLE_AT) - COLORS[1]).max() < 4
