@@ -66,7 +66,7 @@ def _text(area: BaseGeometry) -> str:
 
 
 def checked_area(text: str) -> str:
-    """Return the WKT of an area. Raises ValueError if it is none."""
+    """Return the WKT of an area. Raises ValueError if it is not an area."""
     try:
         area = shapely.from_wkt(text)
     except shapely.errors.ShapelyError as error:
@@ -117,9 +117,10 @@ def write_masks(folder: Path, patches: Iterable[Outlined]) -> None:
 
 
 def _digest_of(file: Path) -> str | None:
-    """Return the digest of the areas that a mask was made from; None for another file."""
+    """Return the digest of the areas that a mask was made from, or None if the file does not state it."""
     try:
         with Image.open(file) as image:
-            return str(image.info.get("areas"))
+            found: str | None = image.info.get("areas")
+            return found
     except OSError:
         return None

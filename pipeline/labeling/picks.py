@@ -74,12 +74,7 @@ class Picks:
                     return
             try:
                 self._pick()
-            except (
-                WsiSegmentError,
-                OSError,
-                MemoryError,
-                ValueError,
-            ) as error:
+            except (WsiSegmentError, OSError, MemoryError, ValueError) as error:
                 log.error("patches come in random order from now on: %s", error)
                 with self._condition:
                     self._best = ()
