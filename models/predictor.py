@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from models.backbone import Stages
 from models.bundle import Bundle, ModelCard, load_networks, load_statistics
-from models.devices import Uploads, choose_device, processor_name, to_host
+from models.compute import choose_compute
+from models.devices import Uploads, choose_device, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.familiarity import Statistics, window_features
 from models.gate import passing_classes
@@ -40,8 +41,6 @@ from models.runtimes import (
     Runtime,
     RuntimeName,
     check_precision,
-    choose_runtime,
-    default_batch_size,
 )
 from models.segmenter import logits_at_stride
 
@@ -61,7 +60,7 @@ SMALLEST_CORE = 32
 """Smallest side of a core in model pixels. Larger sides are multiples of it."""
 
 _WINDOW_VALUES = 1 << 22
-"""Numbers in the gate windows that the head of the classifier takes at a time, which bounds its memory."""
+"""Numbers in the gate windows whose features the head of the classifier takes at a time, which bounds its memory."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,34 +94,6 @@ class _Batch(NamedTuple):
     """Their indices."""
     windows: GateWindows
     """Their gate windows, on the device."""
-
-
-def choose_compute(
-    *,
-    device: str = "auto",
-    precision: Precision = "float32",
-    runtime: RuntimeName = "torch",
-    batch_size: int | None = None,
-) -> Compute:
-    """Return how this machine computes networks if these settings are requested.
-
-    `device` is resolved by `choose_device` and `runtime` by `choose_runtime`. `batch_size` None stands for
-    `default_batch_size`. Raises DeviceUnavailableError, RuntimeUnavailableError, and ValueError for an unknown
-    precision or a batch size below 1.
-    """
-    if precision != "float32" and precision not in _AUTOCAST:
-        raise ValueError(f"unknown precision {precision!r}; use float32, bf16 or fp16")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    chosen = choose_device(device)
-    return Compute(
-        device=str(chosen),
-        precision=precision,
-        runtime=choose_runtime(runtime, chosen.type, precision),
-        batch_size=batch_size or default_batch_size(str(chosen)),
-        threads=torch.get_num_threads(),
-        processor=processor_name(chosen),
-    )
 
 
 class Predictor:
@@ -341,21 +312,18 @@ class Predictor:
 
     def _window_logits(self, deep_NDhw: Tensor, x_NCHW: Tensor, windows: GateWindows) -> Tensor:
         """Return the logits (M, K) of the classifier's head in the windows of a batch."""
-        stride = x_NCHW.shape[2] // deep_NDhw.shape[2]
-        classifier, found = self._classifier, []
+        classifier, stride = self._classifier, x_NCHW.shape[2] // deep_NDhw.shape[2]
+        whole = range(math.prod(windows.shape))
         if classifier.class_scores:
             # Windows overlap, and a map has fewer channels than the features.
             map_NKhw = classifier.head_output(Stages(deep_NDhw, deep_NDhw, deep_NDhw), x_NCHW).map_NKhw
-        # Of a window: class scores or features, and the image if the head reads it.
-        channels = map_NKhw.shape[1] if classifier.class_scores else deep_NDhw.shape[1]
-        channels += x_NCHW.shape[1] * stride**2 * classifier.reads_images
-        of_window = channels * math.prod(windows.sides) // stride**2
-        whole, at_once = range(math.prod(windows.shape)), max(1, _WINDOW_VALUES // of_window)
+            scores_MK: Tensor = classifier.pooled(cut_windows(map_NKhw, windows, whole, stride))
+            return scores_MK.float()
+        values_px = deep_NDhw.shape[1] / stride**2 + (x_NCHW.shape[1] if classifier.reads_images else 0)
+        at_once = max(1, int(_WINDOW_VALUES / (values_px * math.prod(windows.sides))))
+        found = []
         for first in whole[::at_once]:
             some = whole[first : first + at_once]
-            if classifier.class_scores:
-                found.append(classifier.pooled(cut_windows(map_NKhw, windows, some, stride)).float())
-                continue
             deep_MDhw = cut_windows(deep_NDhw, windows, some, stride)
             # Windows of an image are many times as large as those of the features.
             x_MCHW = cut_windows(x_NCHW, windows, some) if classifier.reads_images else None

@@ -11,8 +11,8 @@ import pytest
 
 from models import runtimes
 from models.bundle import DEFAULT_BUNDLE
+from models.compute import choose_compute
 from models.errors import DeviceUnavailableError, RuntimeUnavailableError
-from models.predictor import choose_compute
 from models.runtimes import ACCELERATOR_BATCH_SIZE, BATCH_SIZE, RUNTIME_FACTS, Runtime, default_batch_size
 from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolve
 from pipeline.errors import ConfigError

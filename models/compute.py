@@ -1,0 +1,38 @@
+"""Choose how a machine computes networks. `models.runtimes` has what can be known without importing torch."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+
+from models.devices import choose_device, processor_name
+from models.runtimes import Compute, Precision, RuntimeName, choose_runtime, default_batch_size
+
+
+def choose_compute(
+    *,
+    device: str = "auto",
+    precision: Precision = "float32",
+    runtime: RuntimeName = "torch",
+    batch_size: int | None = None,
+) -> Compute:
+    """Return how this machine computes networks if these settings are requested.
+
+    `device` is resolved by `choose_device` and `runtime` by `choose_runtime`. `batch_size` None stands for
+    `default_batch_size`. Raises DeviceUnavailableError, RuntimeUnavailableError, and ValueError for an unknown
+    precision or a batch size below 1.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"unknown precision {precision!r}; use float32, bf16 or fp16")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    chosen = choose_device(device)
+    return Compute(
+        device=str(chosen),
+        precision=precision,
+        runtime=choose_runtime(runtime, chosen.type, precision),
+        batch_size=batch_size or default_batch_size(str(chosen)),
+        threads=torch.get_num_threads(),
+        processor=processor_name(chosen),
+    )
