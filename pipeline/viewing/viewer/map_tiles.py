@@ -49,7 +49,7 @@ class MapTiles:
     def labels(self, shown: int, level: int, column: int, row: int) -> bytes | None:
         """Return the color of each pixel's class; a class k whose bit k is not set in `shown` is transparent.
 
-        Return None if there is no such tile.
+        The result is None for a tile outside the map.
         """
         if not 0 <= level < self.levels:
             return None
@@ -60,7 +60,7 @@ class MapTiles:
     def values(self, x_out: int, y_out: int) -> tuple[int, list[int]] | None:
         """Return the label of a pixel of the finest level, or 0, and the probabilities of the classes times 255.
 
-        Return None if there is no such pixel.
+        The result is None for a pixel outside the map.
         """
         width, height = self.size_out
         if not (0 <= x_out < width and 0 <= y_out < height):
