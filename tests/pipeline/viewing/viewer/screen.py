@@ -15,6 +15,9 @@ from tests.pipeline.viewing.viewer.conftest import Site
 if TYPE_CHECKING:  # most test runs need no browser
     from playwright.sync_api import Page
 
+PINK_AT, PURPLE_AT = (250, 600), (600, 400)
+"""Places in level-0 pixels: in the pink region, and in the purple region inside it."""
+
 
 def settle(page: Page) -> None:
     """Wait until every tile and outline of the view is drawn."""
@@ -35,6 +38,10 @@ def show(page: Page, site: Site, address: str = "") -> None:
     settle(page)
 
 
+def said(page: Page, text: str) -> None:
+    until(page, f"document.getElementById('announcement').textContent.startsWith('{text}')")
+
+
 def place_on_screen(page: Page, x: float, y: float) -> tuple[float, float]:
     """Return the position of a level-0 place, in pixels of the window."""
     view = page.evaluate("() => { const b = document.getElementById('stage').getBoundingClientRect();"
@@ -43,9 +50,13 @@ def place_on_screen(page: Page, x: float, y: float) -> tuple[float, float]:
     return view["left"] + view["width"] / 2 + turned.real, view["top"] + view["height"] / 2 + turned.imag
 
 
+def picture(data: bytes) -> NDArray[np.float64]:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(float)
+
+
 def color_at(page: Page, x: float, y: float) -> NDArray[np.float64]:
     """Return the mean color of the 9×9 screen pixels around a level-0 place."""
-    shot = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(float)
+    shot = picture(page.screenshot())
     left, top = (round(v) for v in place_on_screen(page, x, y))
     mean_C: NDArray[np.float64] = shot[top - 4 : top + 5, left - 4 : left + 5].mean(axis=(0, 1))
     return mean_C

@@ -12,7 +12,7 @@ import pytest
 from pipeline.labeling.corrections import read_corrections
 from tests.browser import audited_page, axe_findings, screenshot, until
 from tests.pipeline.viewing.viewer.conftest import Site
-from tests.pipeline.viewing.viewer.screen import color_at, place_on_screen, settle, show
+from tests.pipeline.viewing.viewer.screen import color_at, place_on_screen, said, settle, show
 
 if TYPE_CHECKING:  # most test runs need no browser
     from playwright.sync_api import Browser, Page
@@ -24,10 +24,6 @@ PURPLE_AT = (560, 400)
 
 def saved(site: Site) -> list[tuple[str, str]]:
     return [(one.event.before, one.event.after) for one in read_corrections(site.results[0].folder)]
-
-
-def said(page: Page, text: str) -> None:
-    until(page, f"document.getElementById('announcement').textContent.startsWith('{text}')")
 
 
 def test_a_region_is_selected_relabeled_undone_and_exported(page: Page, own_site: Site, tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from tests.browser import audited_page, axe_findings, screenshot, until, watched
 from tests.cases import full
 from tests.pipeline.fakes import COLORS
 from tests.pipeline.viewing.viewer.conftest import Site, textured
-from tests.pipeline.viewing.viewer.screen import color_at, mixed, place_on_screen, settle, show
+from tests.pipeline.viewing.viewer.screen import PINK_AT, PURPLE_AT, color_at, mixed, place_on_screen, settle, show
 
 if TYPE_CHECKING:  # most test runs need no browser
     from playwright.sync_api import Browser, Page
 
-GLASS_AT, PINK_AT, PURPLE_AT = (100, 50), (250, 600), (600, 400)
-"""Places in level-0 pixels: on the glass, in the pink region, and in the purple region inside it."""
+GLASS_AT = (100, 50)
+"""A place on the glass, in level-0 pixels."""
 
 
 def slide_color(x: int, y: int, zoom: float) -> NDArray[np.float64]:

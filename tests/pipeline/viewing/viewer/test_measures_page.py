@@ -1,0 +1,215 @@
+"""What the page measures in a real browser: lengths, areas, the table of regions and the saved picture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import shapely
+
+from pipeline.formats.features import read_features
+from pipeline.viewing.viewer.results import find_results
+from tests.bench.viewer import with_polygons
+from tests.browser import screenshot, until, watched_page
+from tests.pipeline.fakes import COLORS
+from tests.pipeline.viewing.viewer.conftest import Site, serving
+from tests.pipeline.viewing.viewer.screen import (
+    PINK_AT,
+    PURPLE_AT,
+    color_at,
+    picture,
+    place_on_screen,
+    said,
+    settle,
+    show,
+)
+
+if TYPE_CHECKING:  # most test runs need no browser
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.full
+
+PHONE = {"width": 390, "height": 800}
+
+
+def announced(page: Page) -> str:
+    return page.locator("#announcement").inner_text()
+
+
+def test_a_distance_and_an_area_are_measured_with_the_mouse(page: Page, site: Site, tmp_path: Path) -> None:
+    show(page, site, "#x=640&y=416&zoom=0.7")
+    page.keyboard.press("d")
+    for place in ((200, 200), (500, 600)):
+        page.mouse.click(*place_on_screen(page, *place))
+    found = re.fullmatch(r"Distance ([\d.]+) µm", announced(page))
+    assert found is not None
+    assert float(found[1]) == pytest.approx(500, abs=3)  # one pixel of the slide is 1 µm
+    page.keyboard.press("a")
+    for place in ((600, 200), (900, 200), (900, 500), (600, 500), (600, 200)):
+        page.mouse.click(*place_on_screen(page, *place))
+    said(page, "Area 0.09")
+    lines = page.locator("#measurements li").all_inner_texts()
+    assert [line.split()[0] for line in lines] == ["Distance", "Area"]
+    assert float(lines[1].split()[1]) == pytest.approx(0.09, rel=0.01)
+    assert page.locator("#tip").is_hidden()
+    screenshot(page, "viewer-measure", tmp_path, whole=False)
+    page.keyboard.press("z")
+    assert page.locator("#measurements li").count() == 1
+    page.keyboard.press("Delete")
+    assert page.locator("#measurements li").count() == 0
+    page.keyboard.press("Escape")
+    page.mouse.click(*place_on_screen(page, *PURPLE_AT))
+    said(page, "Selected: class-1")
+
+
+def test_keys_alone_measure_at_the_crosshair(page: Page, site: Site) -> None:
+    show(page, site, "#x=400&y=400&zoom=1")
+    page.keyboard.press("d")
+    said(page, "Measure distance")
+    assert page.locator("#crosshair").is_visible()
+    page.keyboard.press("Space")
+    assert announced(page) == "Point 1"
+    start = page.evaluate("() => wsiView.view().x")
+    page.keyboard.press("ArrowRight")
+    settle(page)
+    moved = page.evaluate("() => wsiView.view().x") - start
+    page.keyboard.press("Space")
+    said(page, "Distance ")
+    assert float(announced(page).split()[1]) == pytest.approx(moved, rel=0.01)
+    page.keyboard.press("a")
+    page.keyboard.press("Space")
+    page.keyboard.press("Enter")
+    assert announced(page) == "This needs 3 points"
+    page.keyboard.press("Escape")
+    assert page.locator("#crosshair").is_hidden()
+
+
+def test_a_line_that_crosses_itself_has_no_area(page: Page, site: Site) -> None:
+    show(page, site, "#x=640&y=416&zoom=0.7")
+    page.keyboard.press("a")
+    for place in ((600, 200), (900, 500), (900, 200), (600, 500)):
+        page.mouse.click(*place_on_screen(page, *place))
+    page.keyboard.press("Enter")
+    assert announced(page) == "Area not defined: the line crosses itself"
+
+
+def test_lengths_areas_and_crossings_are_those_of_an_independent_library(page: Page, site: Site) -> None:
+    show(page, site)
+    rng = np.random.default_rng(3)
+    shapes = [rng.uniform(0, 100, (count, 2)).tolist() for count in (3, 4, 5, 6, 9) for _ in range(20)]
+    script = """async (shapes) => {
+      const s = await import("/assets/shapes.js");
+      return shapes.map((p) => [s.lineLength(p), s.enclosedArea(p), s.crossesItself(p)]); }"""
+    simple = 0
+    for points, (length, area, crosses) in zip(shapes, page.evaluate(script, shapes), strict=True):
+        polygon = shapely.Polygon(points)
+        assert length == pytest.approx(shapely.LineString(points).length)
+        assert crosses is not polygon.is_valid
+        if polygon.is_valid:
+            simple += 1
+            assert area == pytest.approx(polygon.area)
+    assert 20 < simple < 90
+
+
+def test_a_tap_puts_points_and_shows_the_values_and_coordinates_on_a_phone(browser: Browser, site: Site) -> None:
+    with watched_page(browser, **PHONE, has_touch=True) as page:
+        show(page, site)
+        assert page.locator("#place").inner_text().startswith("center: x ")
+        page.touchscreen.tap(*place_on_screen(page, *PURPLE_AT))
+        until(page, "document.getElementById('values').textContent.startsWith('class-1')")
+        x, y = (int(v) for v in re.findall(r"[xy] (\d+)", page.locator("#place").inner_text()))
+        assert [x, y] == pytest.approx(PURPLE_AT, abs=5)
+        page.locator("summary").click()
+        page.get_by_role("button", name="Distance").tap()
+        for place in (PINK_AT, PURPLE_AT):
+            page.touchscreen.tap(*place_on_screen(page, *place))
+        said(page, "Distance ")
+        expected = float(np.hypot(PURPLE_AT[0] - PINK_AT[0], PURPLE_AT[1] - PINK_AT[1]))
+        assert float(announced(page).split()[1]) == pytest.approx(expected, rel=0.02)
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+@pytest.fixture
+def many(site: Site, tmp_path: Path) -> Any:
+    """Serve a copy of the result with 3,000 regions."""
+    with serving(find_results(with_polygons(site.results[0].folder, tmp_path, 3000))) as running:
+        yield running
+
+
+def rows(page: Page) -> list[tuple[str, float, str]]:
+    texts = [row.locator("th, td").all_inner_texts() for row in page.locator("#rows tr").all()]
+    return [(name.strip(), float(area.split()[0]), probability) for name, area, probability in texts]
+
+
+def test_the_table_sorts_thousands_of_regions_and_is_linked_with_the_view_both_ways(
+    page: Page, many: Site, tmp_path: Path
+) -> None:
+    features = list(read_features(many.results[0].outlines, many.results[0].run.classes))
+    areas = sorted((one.area_mm2 for one in features), reverse=True)
+    show(page, many, "#x=640&y=416&zoom=1")
+    page.keyboard.press("g")
+    until(page, "document.querySelectorAll('#rows tr').length === 12")
+    until(page, "!document.getElementById('rows').textContent.includes('…')")
+    assert [area for _, area, _ in rows(page)] == pytest.approx(areas[:12], rel=0.02)
+    assert page.locator("#rows-shown").inner_text() == f"1–12 of {len(features):,}"
+    page.get_by_role("button", name="More regions").click()
+    until(page, "document.getElementById('rows-shown').textContent.startsWith('13–')")
+    assert [area for _, area, _ in rows(page)] == pytest.approx(areas[12:24], rel=0.02)
+    head = page.locator("#region-table thead")
+    head.get_by_role("button", name="Prob.").click()
+    head.get_by_role("button", name="Prob.").click()
+    until(page, "document.querySelector('[aria-sort=ascending]')?.textContent.startsWith('Prob')")
+    shown = [float(probability.split()[0]) for _, _, probability in rows(page)]
+    served = 100 - 100 * np.sort(np.frombuffer(many.get("uncertainty").body, "<f4"))[::-1][:12]
+    assert shown == pytest.approx(served.tolist(), abs=0.06)
+    head.get_by_role("button", name="Class").click()
+    until(page, "document.querySelector('[aria-sort=descending]')?.textContent.startsWith('Class')")
+    assert {name for name, _, _ in rows(page)} == {"class-0"}
+
+    page.locator("#rows tr").nth(3).get_by_role("button").click()
+    said(page, "Selected: class-0")
+    settle(page)
+    number = int(page.locator("#rows tr").nth(3).get_attribute("data-index") or -1)
+    center, view = features[number].geometry_l0.envelope.centroid, page.evaluate("() => wsiView.view()")
+    assert (view["x"], view["y"]) == (pytest.approx(center.x, abs=2), pytest.approx(center.y, abs=2))
+    pressed = page.locator("#rows tr:has([aria-pressed=true])")
+    assert pressed.get_attribute("data-index") == str(number)
+    screenshot(page, "viewer-table", tmp_path, whole=False)
+
+    # From the view to the table: the page with the region's row is shown.
+    head.get_by_role("button", name="Area").click()
+    largest = max(range(len(features)), key=lambda n: features[n].area_mm2)
+    other = next(n for n in range(len(features)) if features[n].area_mm2 < areas[1500])
+    for one in (other, largest):
+        page.evaluate("(number) => wsiView.selection.go(number)", one)
+        until(page, f"document.querySelector('#rows [aria-pressed=true]')?.closest('tr').dataset.index === '{one}'")
+    page.keyboard.press("1")
+    until(page, "![...document.querySelectorAll('#rows th')].some((one) => one.textContent.includes('class-0'))")
+
+
+def test_the_picture_of_the_view_has_layers_scale_bar_and_legend(page: Page, site: Site, tmp_path: Path) -> None:
+    show(page, site, "#x=640&y=416&zoom=0.7&map=1&outlines=1")
+    expected = {place: color_at(page, *place) for place in (PINK_AT, PURPLE_AT)}
+    with page.expect_download() as download:
+        page.keyboard.press("v")
+    assert re.fullmatch(r"block .1. x640 y416 7×\.png", download.value.suggested_filename)
+    data = Path(download.value.path()).read_bytes()
+    (tmp_path / "saved.png").write_bytes(data)
+    saved = picture(data)
+    view = page.evaluate("() => wsiView.view()")
+    assert saved.shape == (view["height"], view["width"], 3)
+    stage = page.locator("#stage").bounding_box()
+    assert stage is not None
+    for place, color in expected.items():
+        left, top = place_on_screen(page, *place)
+        x, y = round(left - stage["x"]), round(top - stage["y"])
+        assert np.abs(saved[y - 4 : y + 5, x - 4 : x + 5].mean(axis=(0, 1)) - color).max() < 3
+    # The bar of 200 µm at the lower left corner.
+    bar = (saved[-22, :300] < 60).all(axis=1)
+    assert bar.sum() == pytest.approx(140, abs=1)
+    corner = saved[-60:, -120:].reshape(-1, 3)
+    for swatch in COLORS:
+        assert (np.abs(corner - swatch).max(axis=1) < 6).sum() > 50, "a swatch of the legend"
