@@ -145,8 +145,9 @@ def rows(page: Page) -> list[tuple[str, float, str]]:
 
 
 def test_the_table_sorts_thousands_of_regions_and_is_linked_with_the_view_both_ways(
-    page: Page, many: Site, tmp_path: Path
+    many: Site, page: Page, tmp_path: Path
 ) -> None:
+    # `many` comes before `page`, so that the page closes before its server does.
     features = list(read_features(many.results[0].outlines, many.results[0].run.classes))
     areas = sorted((one.area_mm2 for one in features), reverse=True)
     show(page, many, "#x=640&y=416&zoom=1")
