@@ -28,25 +28,28 @@ _FORMATS: dict[Precision, str] = {"float32": "f32", "fp16": "f16", "bf16": "bf16
 
 
 class OpenVinoNetwork:
-    """A network compiled for the CPU. Calls are like those of the network: images (N, 3, H, W) -> output, float32.
+    """A network compiled for the CPU. Calls are like those of the network: images (N, C, H, W) -> output, float32.
 
-    N can be any number, and H and W any multiples of 32 from the side that the network was traced at. The result of an
-    image does not depend on the other images.
+    N can be any number, and H and W any multiples of `step` from the side that the network was traced at. The result of
+    an image does not depend on the other images.
     Calls must not overlap. The number of threads is torch's at the time of the constructor. Nothing is written to the
     disk.
     """
 
-    def __init__(self, network: nn.Module, size: int, precision: Precision = "float32") -> None:
+    def __init__(
+        self, network: nn.Module, size: int, precision: Precision = "float32", *, channels: int = 3, step: int = 32
+    ) -> None:
         """Compile the network, in eval mode, and compare its outputs for images of this side with those of torch.
 
         `size` is the smallest side of an image: at a smaller side than the trace, padding may not have enough pixels.
+        An image may also be a feature map, with `channels` and with sides that are multiples of `step`.
         Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
         self._smallest = size
-        self._compiled = _compile(network, size, torch.get_num_threads(), _FORMATS[precision])
+        self._compiled = _compile(network, channels, size, torch.get_num_threads(), _FORMATS[precision])
         # The conversion of an arbitrary timm network can go wrong, and a trace can hold the size of its example.
-        for width in (size, size + 32):
-            example_NCHW = torch.randn((1, 3, size, width), generator=torch.Generator().manual_seed(0))
+        for width in (size, size + step):
+            example_NCHW = torch.randn((1, channels, size, width), generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
                 expected = network(example_NCHW)
             found = self(example_NCHW)
@@ -67,7 +70,7 @@ class OpenVinoNetwork:
         return torch.from_numpy(outputs[0])
 
 
-def _compile(network: nn.Module, size: int, threads: int, number_format: str) -> Any:
+def _compile(network: nn.Module, channels: int, size: int, threads: int, number_format: str) -> Any:
     """Return the network compiled for images of any size, traced at this side. Raises RuntimeUnavailableError."""
     hints = {
         # The default is bfloat16 if the processor has it, which changes 0.7 % of the labels.
@@ -89,8 +92,8 @@ def _compile(network: nn.Module, size: int, threads: int, number_format: str) ->
             # for methods, which takes half of the time. Constants must not require gradients.
             network.requires_grad_(False)
             function = lambda x_NCHW: network(x_NCHW)  # noqa: E731, PLW0108 - torch checks for a module
-            traced = torch.jit.trace(function, torch.zeros(1, 3, size, size), check_trace=False)
-            model = openvino.convert_model(traced, input=[-1, 3, -1, -1])
+            traced = torch.jit.trace(function, torch.zeros(1, channels, size, size), check_trace=False)
+            model = openvino.convert_model(traced, input=[-1, channels, -1, -1])
         return openvino.Core().compile_model(model, "CPU", hints)
     except Exception as error:
         # Tracing, conversion and compilation raise different errors.

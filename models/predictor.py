@@ -29,6 +29,7 @@ from models.compute import choose_compute
 from models.devices import Uploads, choose_device, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.familiarity import Statistics, window_features
+from models.first_stages import split_networks
 from models.gate import passing_classes
 from models.gate_windows import GateWindows, PixelGates, cut_windows, gate_windows, pixel_gates, placed
 from models.normalize import normalized
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 Network = Callable[[Tensor], Tensor]
-"""Normalized images (N, 3, H, W) -> logits."""
+"""Images or features (N, C, H, W) -> features or logits."""
 
 Canvases = NDArray[np.uint8] | Tensor
 """RGB canvases (N, H, W, 3) uint8; H and W are multiples of 32. A tensor must be on the predictor's device."""
@@ -94,6 +95,17 @@ class _Batch(NamedTuple):
     """Their indices."""
     windows: GateWindows
     """Their gate windows, on the device."""
+
+
+class _Classified(NamedTuple):
+    """What the classifier computes for a batch, on the device."""
+
+    logits_MK: Tensor
+    """In the gate windows."""
+    distances_Nrc: Tensor | None
+    """See `Decisions`."""
+    features_NChw: Tensor | None
+    """What the segmenter starts from; None if it shares no stage with the classifier."""
 
 
 class Predictor:
@@ -144,8 +156,10 @@ class Predictor:
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
         self.on_device = Uploads(self.device)
-        self._features = self._prepared(DeepFeatures(classifier))
-        self._segmenter = self._prepared(segmenter)
+        networks = split_networks(classifier, segmenter)
+        self._first = None if networks.first is None else self._prepared(networks.first)
+        self._deep = self._prepared(networks.deep, networks.channels, networks.stride)
+        self._segmenter = self._prepared(networks.segmenter, networks.channels, networks.stride)
         self._classifier: Any = classifier
         self._statistics = None if statistics is None else statistics.to(self.device)
         self._mean_C = torch.tensor(card.mean).to(self.device)
@@ -213,7 +227,7 @@ class Predictor:
         canvases = list(self._checked(rgb_NHWC))
         with torch.inference_mode():
             batches = self._batches(canvases, corners)
-            logits = [self._classified(canvases, batch)[0] for batch in batches]
+            logits = [self._classified(canvases, batch).logits_MK for batch in batches]
             _check_finite("classifier", _order(batches), *to_host([_finite_canvases(batches, logits)]))
             return [
                 presence_RCK
@@ -228,7 +242,12 @@ class Predictor:
         """
         canvases_NHWC = self._checked(rgb_NHWC)
         with torch.inference_mode():
-            logits_NKhw = torch.cat([self._segmented(batch) for batch in canvases_NHWC.split(self.batch_size)])
+            logits_NKhw = torch.cat(
+                [
+                    self._segmented(self._started(self._normalized(batch)))
+                    for batch in canvases_NHWC.split(self.batch_size)
+                ]
+            )
             _check_finite("segmenter", range(len(logits_NKhw)), *to_host([_finite(logits_NKhw)]))
         return logits_NKhw
 
@@ -265,17 +284,15 @@ class Predictor:
         """
         with torch.inference_mode():
             batches = self._batches(canvases, corners)
-            logits, distances = [], []
+            classified = []
             for batch in batches:
                 before_batch()
-                logits_MK, distances_Nrc = self._classified(canvases, batch)
-                logits.append(logits_MK)
-                distances += [distances_Nrc] if distances_Nrc is not None else []
-            gates, decisions = self._decided(batches, logits, distances)
+                classified.append(self._classified(canvases, batch))
+            gates, decisions = self._decided(batches, classified)
             finite: list[Tensor] = []
-            for batch, gate in zip(batches, gates, strict=True):
+            for batch, gate, one in zip(batches, gates, classified, strict=True):
                 before_batch()
-                logits_NKhw = self._chosen_logits(canvases, batch, decisions.segmented_N)
+                logits_NKhw = self._chosen_logits(canvases, batch, one.features_NChw, decisions.segmented_N)
                 finite.append(_finite(logits_NKhw).expand(len(batch.canvases)))
                 for n, probs_Khw in zip(batch.canvases, gate.probabilities(logits_NKhw), strict=True):
                     probs[n].copy_(probs_Khw)
@@ -298,17 +315,30 @@ class Predictor:
         """Return the gate windows of canvases whose cores have this height and width at the output stride."""
         return gate_windows(corners, size_out, self.card.margin, self.card.gate_window, self.output_stride)
 
-    def _classified(self, canvases: Sequence[Tensor], batch: _Batch) -> tuple[Tensor, Tensor | None]:
-        """Return the classifier's logits (M, K) in the windows of a batch, and `Decisions.distances` as (N, r, c)."""
-        x_NCHW = normalized(torch.stack([canvases[n] for n in batch.canvases]), self._mean_C, self._std_C)
+    def _normalized(self, canvases_NHWC: Tensor) -> Tensor:
+        return normalized(canvases_NHWC, self._mean_C, self._std_C)
+
+    def _started(self, x_NCHW: Tensor) -> Tensor:
+        """Return the features of the stages that both networks share; the images if they share none."""
+        if self._first is None:
+            return x_NCHW
         with self._autocast():
-            deep_NDhw = self._features(x_NCHW)
+            return self._first(x_NCHW)
+
+    def _classified(self, canvases: Sequence[Tensor], batch: _Batch) -> _Classified:
+        """Return what the classifier computes for a batch."""
+        x_NCHW = self._normalized(torch.stack([canvases[n] for n in batch.canvases]))
+        features_NChw = self._started(x_NCHW)
+        with self._autocast():
+            deep_NDhw = self._deep(features_NChw)
             logits_MK = self._window_logits(deep_NDhw, x_NCHW, batch.windows)
+        # Normalized images have twice the bytes of features, and cost little to compute again.
+        kept_NChw = None if self._first is None else features_NChw
         if self._statistics is None or self.card.familiarity is None:
-            return logits_MK, None
+            return _Classified(logits_MK, None, kept_NChw)
         features_NrcD = window_features(deep_NDhw, x_NCHW.shape[2] // deep_NDhw.shape[2])
         distances_Nrc = self._statistics.distances(features_NrcD.flatten(0, 2)).view(features_NrcD.shape[:3])
-        return logits_MK, distances_Nrc / self.card.familiarity.window_limit
+        return _Classified(logits_MK, distances_Nrc / self.card.familiarity.window_limit, kept_NChw)
 
     def _window_logits(self, deep_NDhw: Tensor, x_NCHW: Tensor, windows: GateWindows) -> Tensor:
         """Return the logits (M, K) of the classifier's head in the windows of a batch."""
@@ -332,9 +362,11 @@ class Predictor:
         return torch.cat(found)
 
     def _decided(
-        self, batches: Sequence[_Batch], logits: Sequence[Tensor], distances: Sequence[Tensor]
+        self, batches: Sequence[_Batch], classified: Sequence[_Classified]
     ) -> tuple[list[PixelGates], Decisions]:
         """Return the gates of each batch, and the decisions, for which the host waits."""
+        logits = [one.logits_MK for one in classified]
+        distances = [one.distances_Nrc for one in classified if one.distances_Nrc is not None]
         allowed = [self._allowed(logits_MK.sigmoid()) for logits_MK in logits]
         gates = [pixel_gates(one_MK, batch.windows) for one_MK, batch in zip(allowed, batches, strict=True)]
         contested = [gate.contested_N() for gate in gates]
@@ -348,7 +380,9 @@ class Predictor:
         known = [by_batch[place] for place in np.argsort(order)] if by_batch else None
         return gates, Decisions(segmented_N, known)
 
-    def _chosen_logits(self, canvases: Sequence[Tensor], batch: _Batch, segmented_N: NDArray[np.bool_]) -> Tensor:
+    def _chosen_logits(
+        self, canvases: Sequence[Tensor], batch: _Batch, features_NChw: Tensor | None, segmented_N: NDArray[np.bool_]
+    ) -> Tensor:
         """Return the segmenter's logits (N, K, h, w) for a batch; (1, K, 1, 1) if it runs on no canvas of it.
 
         A canvas on which it does not run has no contested pixel: any logits give the same probabilities.
@@ -356,7 +390,11 @@ class Predictor:
         chosen = [position for position, n in enumerate(batch.canvases) if segmented_N[n]]
         if not chosen:
             return torch.zeros((1, len(self.card.classes), 1, 1), device=self.device)
-        found_NKhw = self._segmented(torch.stack([canvases[batch.canvases[position]] for position in chosen]))
+        if features_NChw is None:
+            x_NCHW = self._normalized(torch.stack([canvases[batch.canvases[position]] for position in chosen]))
+        else:
+            x_NCHW = features_NChw if len(chosen) == len(batch.canvases) else features_NChw[chosen]
+        found_NKhw = self._segmented(x_NCHW)
         if len(chosen) == len(batch.canvases):
             return found_NKhw
         logits_NKhw = found_NKhw.new_zeros((len(batch.canvases), *found_NKhw.shape[1:]))
@@ -364,10 +402,12 @@ class Predictor:
             logits_NKhw[position].copy_(found_Khw)
         return logits_NKhw
 
-    def _prepared(self, network: nn.Module) -> Network:
+    def _prepared(self, network: nn.Module, channels: int = 3, stride: int = 1) -> Network:
+        """Return a network on the device, for images or for features of this many channels at this stride."""
         placed = _placed(network, self.device)
         if self.runtime == "openvino":
-            return OpenVinoNetwork(placed, 2 * self.card.margin + SMALLEST_CORE, self.precision)
+            smallest, step = (2 * self.card.margin + SMALLEST_CORE) // stride, 32 // stride
+            return OpenVinoNetwork(placed, smallest, self.precision, channels=channels, step=step)
         return placed
 
     def _allowed(self, presence_MK: Tensor) -> Tensor:
@@ -386,10 +426,10 @@ class Predictor:
             )
         return rgb_NHWC if isinstance(rgb_NHWC, Tensor) else self.on_device(rgb_NHWC)
 
-    def _segmented(self, canvases_NHWC: Tensor) -> Tensor:
-        """Return the segmenter's logits in the cores of one batch, divided by the model's temperature."""
+    def _segmented(self, x_NCHW: Tensor) -> Tensor:
+        """Return the segmenter's logits in the cores of one batch of `_started`, divided by the model's temperature."""
         with self._autocast():
-            logits_NKhw = self._segmenter(normalized(canvases_NHWC, self._mean_C, self._std_C))
+            logits_NKhw = self._segmenter(x_NCHW)
         # Upsampled before the margin is cut off, so that a core's edge is interpolated like its inside.
         logits_NKhw = logits_at_stride(logits_NKhw.float() / self.card.temperature, self.output_stride)
         edge = self.card.margin // self.output_stride
@@ -407,19 +447,6 @@ def _placed(network: nn.Module, device: torch.device) -> nn.Module:
     anywhere: Any = network.eval().to(device)
     placed: nn.Module = anywhere.to(memory_format=torch.channels_last)
     return placed
-
-
-class DeepFeatures(nn.Module):
-    """The deep features of a classifier, as a network."""
-
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        stages: Any = self.classifier
-        deep_NDhw: Tensor = stages.stages(x_NCHW).deep
-        return deep_NDhw
 
 
 def _order(batches: Sequence[_Batch]) -> list[int]:

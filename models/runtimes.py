@@ -32,6 +32,11 @@ ACCELERATOR_BATCH_SIZE = 4
 """The same on a GPU."""
 
 
+FEATURE_BYTES_PER_PX = 8
+"""Features that a classifier and a segmenter share (`models.first_stages`): at most 32 channels for 16 pixels in most
+EfficientNets, and 24 in the shipped models."""
+
+
 @dataclass(frozen=True)
 class RuntimeFacts:
     """The memory that a process needs for a runtime, and how its allocator should treat freed memory."""
@@ -54,7 +59,7 @@ RUNTIME_FACTS: dict[Runtime, RuntimeFacts] = {
     ),
     # OpenVINO keeps its activations. The arrays of a canvas have a size of their own, so kept ones leave holes.
     "openvino": RuntimeFacts(
-        process_bytes=1400 << 20, activation_bytes_per_px=710, mapped_bytes=4 << 20, kept_bytes=64 << 20
+        process_bytes=900 << 20, activation_bytes_per_px=710, mapped_bytes=4 << 20, kept_bytes=64 << 20
     ),
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import ModelCard
-from models.runtimes import RUNTIME_FACTS
+from models.runtimes import FEATURE_BYTES_PER_PX, RUNTIME_FACTS
 from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError
 from pipeline.limits import available_memory
@@ -65,8 +65,10 @@ class Plan:
         softmax = 4 * 5 * self.classes * (canvas_m // grid.m_per_out) ** 2
         # The gates of all canvases of a block: of the classes, of "no class", and of any class.
         gates = 4 * (self.classes + 2) * grid.block_out**2
+        # The features of all canvases of a block, which overlap by their margins.
+        features = FEATURE_BYTES_PER_PX * (side_m * canvas_m // (canvas_m - 2 * self.margin)) ** 2
         activations = canvas_m**2 * facts.activation_bytes_per_px
-        return facts.process_bytes + in_flight + gates + settings.batch_size * (activations + softmax)
+        return facts.process_bytes + in_flight + gates + features + settings.batch_size * (activations + softmax)
 
     def facts(self, settings: ResolvedSettings) -> PlanFacts:
         """Return what run.json and `--plan` state about the plan."""

@@ -1,8 +1,9 @@
-"""How the process keeps freed memory."""
+"""How the process keeps memory that it could return."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 from models.runtimes import RUNTIME_FACTS, Runtime
@@ -15,11 +16,16 @@ _ARENAS = 2
 def keep_freed_memory(runtime: Runtime = "torch") -> bool:
     """Let glibc reuse freed arrays instead of returning them to the kernel. Return whether that was possible.
 
+    PyTorch's kernels are not kept: by default, oneDNN keeps up to 1,024 of them, each for one size of canvas, and
+    memory grew by 2.7 GB during CMU-1 (docs/benchmarks/lattice.md).
+
     A network frees and allocates its activations with every batch. By default, glibc maps each of them anew and the
     kernel zeroes its pages: 29 % of the CPU time of a run on two cores (docs/benchmarks/slides.md). With few arenas,
     the threads do not each keep freed memory of their own. Call this from programs, not from libraries, because it
     changes the whole process: at the start, and again when the runtime is known.
     """
+    # oneDNN reads it at the first convolution, so this is too late once a network has run.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,7 +1,7 @@
 """Times both networks of a bundle under different runtimes, on the same tiles.
 
     python -m venv --system-site-packages runtimes
-    runtimes/bin/pip install onnx onnxruntime openvino
+    runtimes/bin/pip install onnx onnxruntime openvino nncf
     runtimes/bin/python -m tests.bench.runtimes SLIDE [-m MODEL] [--batches 1 8 32] [--threads 1 2] [--only eager jit]
     python -m tests.bench.runtimes SLIDE --device cuda --batches 8 32 64 --threads 1
 
@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from models.backbone import Stages
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
+from models.first_stages import DeepFeatures
 from models.openvino_network import OpenVinoNetwork
-from models.predictor import DeepFeatures
+from models.runtimes import load_openvino
 from pipeline.config import SegmentConfig
 from pipeline.slide.recipe import plan_slide
 from pipeline.workers.malloc import keep_freed_memory
@@ -136,6 +137,24 @@ def openvino_fp16(network: nn.Module, example: Tensor, _: int) -> Run:
     return OpenVinoNetwork(network, example.shape[-1], "fp16")
 
 
+def openvino_int8(network: nn.Module, example: Tensor, threads: int) -> Run:
+    """OpenVINO after NNCF has quantized the network; the tiles of the example calibrate it."""
+    import nncf  # type: ignore[import-not-found]
+
+    openvino = load_openvino()
+    network.requires_grad_(requires_grad=False)
+    model = openvino.convert_model(
+        torch.jit.trace(network, example[:1], check_trace=False), input=[-1, *example.shape[1:]]
+    )
+    tiles = [tile_CHW[None].contiguous().numpy() for tile_CHW in example]
+    # The slower and more precise of NNCF's settings: asymmetric activations, and biases corrected layer by layer.
+    quantized = nncf.quantize(
+        model, nncf.Dataset(tiles), preset=nncf.QuantizationPreset.MIXED, fast_bias_correction=False
+    )
+    run = openvino.Core().compile_model(quantized, "CPU", {"INFERENCE_NUM_THREADS": threads})
+    return lambda x_NCHW: torch.from_numpy(run(x_NCHW.contiguous().numpy())[0])
+
+
 RUNTIMES: dict[str, Make] = {
     "eager": eager,
     "eager bf16": eager_bf16,
@@ -149,6 +168,7 @@ RUNTIMES: dict[str, Make] = {
     "openvino": openvino_f32,
     "openvino bf16": openvino_bf16,
     "openvino fp16": openvino_fp16,
+    "openvino int8": openvino_int8,
 }
 
 

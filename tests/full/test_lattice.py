@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from torch import nn
 
-from models.bundle import shipped_bundles
+from models import predictor
+from models.bundle import DEFAULT_BUNDLE, shipped_bundles
+from models.first_stages import DeepFeatures, Networks
 from tests.bench.lattice import make_predictor, shifted_labels
 
 
@@ -29,3 +34,18 @@ def test_a_shifted_grid_changes_few_labels(sample_slide: Path, model: str) -> No
     assert share < 0.005
     # Without real context, the borders of the canvases show: the attack can fail.
     assert changed_share(sample_slide, model, 16) > 2 * share
+
+
+def test_sharing_the_first_stages_changes_few_labels(sample_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the edge of a canvas, shared stages pad as the classifier does."""
+
+    def labels(margin: int | None) -> NDArray[np.uint8]:
+        return shifted_labels(sample_slide, make_predictor(DEFAULT_BUNDLE, margin, output_stride=1), 896, 0)[0]
+
+    def whole(classifier: nn.Module, segmenter: nn.Module) -> Networks:
+        return Networks(None, 3, 1, DeepFeatures(classifier), segmenter)
+
+    shared_HW, without_context_HW = labels(None), labels(16)
+    monkeypatch.setattr(predictor, "split_networks", whole)
+    assert (shared_HW != labels(None)).mean() < 0.0005
+    assert (without_context_HW != labels(16)).any()  # the networks do differ

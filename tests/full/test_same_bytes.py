@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
+from models.first_stages import split_networks
 from models.openvino_network import OpenVinoNetwork
-from models.predictor import DeepFeatures
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +31,22 @@ def test_openvino_returns_the_same_bits_with_any_number_of_threads_and_any_batch
     bundle = load_bundle(DEFAULT_BUNDLE)
     side = 224
     x_NCHW = torch.rand((8, 3, side, side), generator=torch.Generator().manual_seed(1)) * 4 - 2
-    classifier, segmenter = load_networks(bundle)
-    for network in (DeepFeatures(classifier), segmenter):
+    split = split_networks(*load_networks(bundle))
+    assert split.first is not None
+    with torch.inference_mode():
+        features_NChw = split.first.eval()(x_NCHW)
+    for network, inputs_NCHW in (
+        (split.first, x_NCHW),
+        (split.deep.eval(), features_NChw),
+        (split.segmenter.eval(), features_NChw),
+    ):
+        channels, height = inputs_NCHW.shape[1:3]
         expected: Tensor | None = None
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            made = OpenVinoNetwork(network, side)
+            made = OpenVinoNetwork(network, height, channels=channels, step=32 * height // side)
             for batch in (8, 3, 1):
                 with torch.inference_mode():
-                    found = bits(torch.cat([made(part).clone() for part in x_NCHW.split(batch)]))
+                    found = bits(torch.cat([made(part).clone() for part in inputs_NCHW.split(batch)]))
                 expected = found if expected is None else expected
                 assert torch.equal(found, expected), (threads, batch)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +23,10 @@ from models.backbone import Stages
 from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle, load_networks
 from models.classifier import Classifier
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
+from models.first_stages import DeepFeatures
 from models.heads import HEADS
 from models.openvino_network import OpenVinoNetwork
-from models.predictor import DeepFeatures, Predictor
+from models.predictor import Predictor
 from models.runtimes import choose_runtime
 from models.segmenter import build_segmenter
 from tests.cases import full
@@ -164,6 +167,41 @@ def test_canvases_of_many_sizes_do_not_add_memory() -> None:
         network(torch.zeros(1, 3, height, width))
     # 459 MB with kernels for each size, 74 without; the rest are holes in the heap.
     assert process.memory_info().rss - before < 150 << 20
+
+
+@pytest.mark.full
+def test_canvases_of_many_sizes_do_not_add_memory_with_torch_either() -> None:
+    """oneDNN keeps kernels for each size. On CMU-1, a run with torch needed 4.9 GB."""
+    script = textwrap.dedent("""
+        import psutil, torch
+        from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
+        from pipeline.workers.malloc import keep_freed_memory
+
+        keep_freed_memory("torch")
+        network = load_networks(load_bundle(DEFAULT_BUNDLE))[1].eval().to(memory_format=torch.channels_last)
+        process = psutil.Process()
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, 480, 480))
+            before = process.memory_info().rss
+            for height in range(128, 512, 32):
+                for width in range(128, 512, 32):
+                    network(torch.zeros(1, 3, height, width))
+        print((process.memory_info().rss - before) >> 20)
+    """)
+    grown = {
+        capacity: int(
+            subprocess.run(
+                [sys.executable, "-c", script],
+                env=os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": capacity} if capacity else None,
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
+        for capacity in ("", "1024")
+    }
+    assert grown[""] < 400
+    assert grown["1024"] > 400  # otherwise the test could not fail
 
 
 @needs_openvino

@@ -1,0 +1,123 @@
+"""The first stages that the two networks of a bundle share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle, load_networks
+from models.classifier import Classifier
+from models.first_stages import DeepFeatures, split_networks
+from models.padding import ExtendedConv2d
+from models.predictor import Predictor
+from models.segmenter import build_segmenter
+from tests.models.networks import ConstantClassifier, ConstantSegmenter
+
+LITE = "tf_efficientnet_lite0"
+
+
+def networks(*, frozen: bool = True, backbone: str = LITE, depth: int | None = 4) -> tuple[Any, Any]:
+    """Return a classifier and a segmenter in eval mode; `frozen` ones start with equal weights."""
+    torch.manual_seed(0)
+    classifier: Any = Classifier(backbone, "gap", 2, depth=depth)
+    segmenter: Any = build_segmenter(f"tu-{LITE}", 2)
+    for module in (*classifier.modules(), *segmenter.modules()):
+        if isinstance(module, nn.BatchNorm2d):  # as after training
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type] # a buffer is a tensor here
+    if frozen:
+        for part in ("conv_stem", "bn1"):
+            getattr(segmenter.encoder.model, part).load_state_dict(getattr(classifier.backbone.net, part).state_dict())
+        segmenter.encoder.model.blocks[:2].load_state_dict(classifier.backbone.net.blocks[:2].state_dict())
+    return classifier.eval(), segmenter.eval()
+
+
+def images(seed: int, side: int = 160) -> Tensor:
+    return torch.randn((2, 3, side, side + 32), generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_parts_compute_what_the_whole_networks_compute() -> None:
+    classifier, segmenter = networks()
+    for module in segmenter.encoder.modules():  # the padding of the classifier, so that nothing differs
+        if isinstance(module, ExtendedConv2d):
+            module.mode = "replicate"
+    x_NCHW = images(1)
+    split = split_networks(classifier, segmenter)
+    assert split.first is not None
+    with torch.inference_mode():
+        features_NChw = split.first(x_NCHW)
+        assert features_NChw.shape == (2, split.channels, 160 // split.stride, 192 // split.stride)
+        assert torch.equal(split.deep(features_NChw), DeepFeatures(classifier)(x_NCHW))
+        assert torch.equal(split.segmenter(features_NChw), segmenter(x_NCHW))
+
+
+def test_another_padding_of_the_shared_stages_reaches_ten_pixels() -> None:
+    classifier, segmenter = networks()
+    x_NCHW = images(2)
+    encoder: Any = segmenter.encoder.model
+    with torch.inference_mode():
+        first = split_networks(classifier, segmenter).first
+        assert first is not None
+        own_NChw = nn.Sequential(encoder.conv_stem, encoder.bn1, *encoder.blocks[:2])(x_NCHW)
+        differs_hw = (first(x_NCHW) != own_NChw).any(dim=1).any(dim=0)
+    assert differs_hw.any()
+    cells = -(-10 // 4)
+    assert not differs_hw[cells:-cells, cells:-cells].any()
+
+
+def test_splitting_leaves_the_networks_alone() -> None:
+    classifier, segmenter = networks()
+    before = copy.deepcopy((classifier, segmenter))
+    split_networks(classifier, segmenter)
+    with torch.inference_mode():
+        for network, kept in zip((classifier, segmenter), before, strict=True):
+            assert torch.equal(network(images(3)), kept(images(3)))
+
+
+def test_networks_that_start_differently_share_nothing() -> None:
+    other = networks()
+    with torch.no_grad():
+        other[1].encoder.model.blocks[1][0].conv_dw.weight[0, 0, 0, 0] += 1e-7
+    for classifier, segmenter in (
+        networks(frozen=False),
+        networks(backbone="resnet18", depth=None, frozen=False),
+        networks(backbone="tf_efficientnet_lite1", frozen=False),
+        (networks()[0], build_segmenter("resnet18", 2).eval()),
+        (ConstantClassifier([0.5, 0.5]), ConstantSegmenter([0, 0])),
+        other,
+    ):
+        split = split_networks(classifier, segmenter)
+        assert (split.first, split.channels, split.stride, split.segmenter) == (None, 3, 1, segmenter)
+
+
+def test_the_default_model_shares_its_first_stages() -> None:
+    assert split_networks(*load_networks(load_bundle(DEFAULT_BUNDLE))).first is not None
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_segmenter_starts_from_the_features_of_its_own_canvas(batch_size: int) -> None:
+    """One canvas of three has a single class left, and the segmenter skips it."""
+    classifier, segmenter = networks()
+    rgb_NHWC = np.random.default_rng(0).integers(0, 256, (3, 192, 192, 3), dtype=np.uint8)
+    rgb_NHWC[0], rgb_NHWC[2] = 255, 235
+    corners = [(256 * n, 0) for n in range(3)]
+
+    def predictor(**options: Any) -> Predictor:
+        return Predictor(card, NO_DIGEST, classifier, segmenter, device="cpu", **options)
+
+    card = load_bundle(DEFAULT_BUNDLE).card
+    presences = [one.flatten(0, 1) for one in predictor().presence(rgb_NHWC, corners)]
+    # A threshold that only the canvas of noise fails.
+    lowest, noise = min(float(presences[n][:, 1].min()) for n in (0, 2)), float(presences[1][:, 1].max())
+    assert noise < lowest
+    card = card.model_copy(update={"gate_thresholds": (0.0, (noise + lowest) / 2)})
+    found = predictor(batch_size=batch_size).predict(rgb_NHWC, corners)
+    assert found.segmented_N.tolist() == [True, False, True]
+    logits_NKhw = predictor().logits(rgb_NHWC)
+    for n in (0, 2):
+        assert torch.allclose(found.probs_NKhw[n], logits_NKhw[n].softmax(dim=0), atol=1e-6)
