@@ -180,6 +180,18 @@ def test_blank_glass_is_bright_and_nearly_gray() -> None:
         assert np.ptp(rgb_HWC.mean(axis=(0, 1))) <= 12.5
 
 
+def test_blank_glass_has_up_to_25_specks_of_dust() -> None:
+    specks = []
+    for seed in range(20):
+        rgb_HWC = blank_image(100, 100, np.random.default_rng(seed)).astype(int)
+        # Noise and gradient stay within 15 of the median.
+        dark_HW = (np.median(rgb_HWC, axis=(0, 1)) - rgb_HWC).min(axis=2) > 15
+        assert dark_HW.mean() < 0.1
+        specks.append(scipy.ndimage.label(dark_HW)[1])
+    assert min(specks) <= 3
+    assert 8 <= max(specks) <= 35  # a Poisson number with a mean of at most 25; weak specks do not show
+
+
 def test_composed_images_are_a_data_set_of_labeled_windows(tiles: Dataset, tmp_path: Path) -> None:
     made = composed(tiles, tmp_path)
     assert made.class_names == tiles.class_names
