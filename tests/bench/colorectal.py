@@ -1,11 +1,11 @@
-"""The tables of docs/benchmarks/colorectal-tissue.md: classifiers measured on slides that they were not trained on.
+"""The tables of docs/benchmarks/colorectal-tissue.md: models measured on slides that they were not trained on.
 
     python -m tests.bench.colorectal --data FOLDER -o folds --slides 01 02 03 04 05 06 08
     python -m tests.bench.colorectal --data FOLDER --bundle colorectal-tissue      # tiles of the validation slide
 
-Each fold leaves one slide out, validates on another and trains on the rest. A classifier predicts the class of a tile
-from the mean of its class map over the tile, so that its figures compare with those of a linear probe. Finished folds
-are not repeated.
+Each fold leaves one slide out, validates on another and trains both networks on the rest. A classifier predicts the
+class of a tile from the mean of its class map over the tile, so that its figures compare with those of a linear probe.
+The map of both networks is measured on images composed of the left-out slide. Finished folds are not repeated.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ import argparse
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from models.bundle import load_bundle, load_networks
 from models.classifier import Classifier
+from models.predictor import Predictor
 from pipeline.training.calibration import reliability
-from pipeline.training.classifier import build_classifier, classifier_task
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig, train_config
 from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
 from pipeline.training.dataset_card import Split, TableSplit
-from pipeline.training.fit import Processes, fit, remove_checkpoint
+from pipeline.training.evaluate import Scores, evaluate, scores
 from pipeline.training.gate_calibration import calibrate_gate, patch_presence
 from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages
 from pipeline.training.resample import resampled
+from pipeline.training.train import train
 
 RECALLS = (0.8, 0.85, 0.9, 0.95, 0.99)
-ALONE = Processes(0, 1)
 CPU = torch.device("cpu")
 SLIDES = ("01", "02", "03", "04", "05", "06", "08")
 VALIDATION = {"05": "06"}
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("folds"))
     parser.add_argument("--bundle", help="measure this bundle on the tiles of the validation split instead")
     parser.add_argument("--slides", nargs="+", choices=SLIDES, default=SLIDES)
-    parser.add_argument("--images", type=int, default=400, help="composed training images of a fold")
+    parser.add_argument("--images", type=int, default=500, help="composed training images of a fold")
     parser.add_argument("--set", nargs="*", default=[], help="settings, name=value")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -68,9 +68,8 @@ def main() -> None:
     config = train_config("default", None, options.set, dataset.card.settings)
     for slide in options.slides:
         run_fold(fold(dataset, slide, options.images), slide, options.output, config)
-        write_presence(fold(dataset, slide, options.images), slide, options.output, config)
-    print(table(options.output, dataset.class_names))
-    print(gate_table(options.output))
+    print(table(options.output, dataset.class_names), gate_table(options.output), sep="\n\n")
+    print(map_table(options.output, dataset.class_names))
 
 
 def fold(dataset: Dataset, slide: str, images: int) -> Dataset:
@@ -84,41 +83,58 @@ def fold(dataset: Dataset, slide: str, images: int) -> Dataset:
 
 
 def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig) -> None:
-    """Train the classifier of a fold and write its predictions of the left-out tiles, unless they are there."""
+    """Train a fold and write its figures of the left-out slide, unless they are there.
+
+    tiles.npz has the scores and labels of the tiles, presence.npz the presence in the gate windows of composed images
+    of the validation and of the left-out slide, and maps.npz the confusion of the pixels, with and without the gate.
+    """
     run = output / slide
-    if (run / "tiles.npz").is_file():
+    if (run / "maps.npz").is_file():
         return
-    run.mkdir(parents=True, exist_ok=True)
-    mosaics = composed(dataset, run, ("train", "val"))
-    training, validation = (PatchImages(mosaics, samples(mosaics, split), mosaics.mpp) for split in ("train", "val"))
-    torch.manual_seed(config.seed)
-    classifier = build_classifier(config, len(dataset.class_names))
-    task = classifier_task(classifier, training, validation, config, CPU, ALONE)
-    fit(task, run, config, CPU, ALONE)
-    safetensors.torch.save_file(
-        {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}, run / "classifier.safetensors"
-    )
-    remove_checkpoint(run, task.name)
-    scores_NK, labels_NK = tile_scores(classifier.eval(), dataset, mosaics.mpp)
-    np.savez(run / "tiles.npz", scores=scores_NK, labels=labels_NK)
-    (run / "config.json").write_text(json.dumps(vars(config), default=str))
+    bundle = train(dataset, run, config, device="cpu")
+    mosaics = composed(dataset, run)
+    classifier = load_networks(bundle)[0]
+    assert isinstance(classifier, Classifier)
+    scores_NK, labels_NK = tile_scores(classifier, dataset, mosaics.mpp)
+    np.savez(run / "tiles.npz", allow_pickle=False, scores=scores_NK, labels=labels_NK)
+    found: dict[str, NDArray[Any]] = {}
+    splits: tuple[Split, ...] = ("val", "test")
+    for split in splits:
+        images = PatchImages(mosaics, samples(mosaics, split), mosaics.mpp)
+        found[f"{split}_presence"], found[f"{split}_held"] = patch_presence(classifier, images, config, CPU)
+    np.savez(run / "presence.npz", allow_pickle=False, **found)
+    evaluation = evaluate(Predictor.from_bundle(bundle, device="cpu", output_stride=1), mosaics)
+    matrices = {name: evaluation.matrices["exclude", gate] for name, gate in (("gated", True), ("ungated", False))}
+    np.savez(run / "maps.npz", allow_pickle=False, **matrices)
     print(slide, json.dumps(tile_figures(scores_NK, labels_NK)), flush=True)
 
 
-def write_presence(dataset: Dataset, slide: str, output: Path, config: TrainConfig) -> None:
-    """Write the presence in the gate windows of composed images of the validation and of the left-out slide."""
-    file = output / slide / "presence.npz"
-    if file.is_file():
-        return
-    classifier = build_classifier(config, len(dataset.class_names))
-    classifier.load_state_dict(safetensors.torch.load_file(output / slide / "classifier.safetensors"))
-    found: dict[str, NDArray[Any]] = {}
-    splits: tuple[Split, ...] = ("val", "test")
-    mosaics = composed(dataset, output / slide, splits)
-    for split in splits:
-        images = PatchImages(mosaics, samples(mosaics, split), mosaics.mpp)
-        found[f"{split}_presence"], found[f"{split}_held"] = patch_presence(classifier.eval(), images, config, CPU)
-    np.savez(file, allow_pickle=False, **found)
+def map_table(output: Path, names: Sequence[str]) -> str:
+    """Return the scores of the maps of composed images: of each left-out slide, and of all their pixels.
+
+    The mean of a slide is over the classes that it has.
+    """
+    folds = {file.parent.name: dict(np.load(file)) for file in sorted(output.glob("*/maps.npz"))}
+    pooled = {name: np.sum([found[name] for found in folds.values()], axis=0) for name in ("gated", "ungated")}
+    lines = [
+        f"| slide | mean IoU | accuracy | mean IoU without the gate | {' | '.join(f'IoU {name}' for name in names)} |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    means = []
+    for slide, found in {**folds, "pooled": pooled}.items():
+        gated, ungated = (_map_scores(found[name], names) for name in ("gated", "ungated"))
+        iou = ["" if np.isnan(gated.iou[name]) else f"{gated.iou[name]:.3f}" for name in names]
+        lines.append(f"| {slide} | {gated.miou:.3f} | {gated.accuracy:.3f} | {ungated.miou:.3f} | {' | '.join(iou)} |")
+        means += [gated.miou] if slide in folds else []
+    lines.append(f"\nmean over the slides {np.mean(means):.3f}, standard deviation {np.std(means, ddof=1):.3f}")
+    return "\n".join(lines)
+
+
+def _map_scores(matrix: NDArray[np.int64], names: Sequence[str]) -> Scores:
+    """Return the scores of a confusion of pixels; the IoU of a class that no pixel has is NaN."""
+    found = scores(matrix, names)
+    iou = {name: found.iou[name] if matrix[k].any() else np.nan for k, name in enumerate(names)}
+    return replace(found, iou=iou, miou=float(np.nanmean(list(iou.values()))))
 
 
 def gate_table(output: Path) -> str:

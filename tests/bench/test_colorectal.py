@@ -9,7 +9,7 @@ import torch
 from models.bundle import NO_DIGEST
 from models.predictor import Predictor
 from pipeline.training.dataset import load_dataset
-from tests.bench.colorectal import f1_score, table_of, tile_figures
+from tests.bench.colorectal import f1_score, map_table, table_of, tile_figures
 from tests.bench.epithelium import measure
 from tests.bench.linear_probe import left_out_scores
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
@@ -41,6 +41,21 @@ def test_the_table_has_a_row_per_slide_and_the_pooled_confusion() -> None:
     text = table_of({"01": (SCORES_NK[:3], LABELS_NK[:3]), "02": (SCORES_NK[3:], LABELS_NK[3:])}, ("a", "b", "c"))
     assert "| pooled | 4 | 0.75 | 0.778 | 0.325 | 0.5 |" in text
     assert "| a | 1 | 1 | 0 | 0.67 |" in text
+
+
+def test_the_map_of_a_slide_is_measured_for_the_classes_that_it_has(tmp_path: Path) -> None:
+    # Rows are truth. Slide 01 has no pixel of class b, and its only pixel predicted as b belongs to a.
+    first = np.array([[7, 1, 0], [0, 0, 0], [0, 0, 0]])
+    second = np.array([[2, 0, 0], [2, 4, 2], [0, 0, 0]])  # two pixels of b have no class
+    for slide, matrix in (("01", first), ("02", second)):
+        (tmp_path / slide).mkdir()
+        np.savez(tmp_path / slide / "maps.npz", gated=matrix, ungated=np.eye(3, dtype=int))
+    text = map_table(tmp_path, ("a", "b"))
+    assert "| 01 | 0.875 | 0.875 | 1.000 | 0.875 |  |" in text
+    assert "| 02 | 0.500 | 0.600 | 1.000 | 0.500 | 0.500 |" in text
+    # a: 9 of 12 in the union; b: 4 of 9.
+    assert f"| pooled | {(9 / 12 + 4 / 9) / 2:.3f} | {13 / 18:.3f} | 1.000 | 0.750 | 0.444 |" in text
+    assert "mean over the slides 0.688, standard deviation 0.265" in text
 
 
 def test_the_probe_predicts_a_slide_from_the_others() -> None:
