@@ -156,11 +156,11 @@ class Predictor:
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
         self.on_device = Uploads(self.device)
-        networks = split_networks(classifier, segmenter)
+        networks = split_networks(classifier, segmenter, card.margin)
         self._first = None if networks.first is None else self._prepared(networks.first)
         self._deep = self._prepared(networks.deep, networks.channels, networks.stride)
         self._segmenter = self._prepared(networks.segmenter, networks.channels, networks.stride)
-        self._classifier: Any = classifier
+        self._classifier: Any = networks.deep.classifier
         self._statistics = None if statistics is None else statistics.to(self.device)
         self._mean_C = torch.tensor(card.mean).to(self.device)
         self._std_C = torch.tensor(card.std).to(self.device)
@@ -290,9 +290,10 @@ class Predictor:
                 classified.append(self._classified(canvases, batch))
             gates, decisions = self._decided(batches, classified)
             finite: list[Tensor] = []
-            for batch, gate, one in zip(batches, gates, classified, strict=True):
+            for batch, gate in zip(batches, gates, strict=True):
                 before_batch()
-                logits_NKhw = self._chosen_logits(canvases, batch, one.features_NChw, decisions.segmented_N)
+                features_NChw = classified.pop(0).features_NChw  # removed, so that the memory of its features is free
+                logits_NKhw = self._chosen_logits(canvases, batch, features_NChw, decisions.segmented_N)
                 finite.append(_finite(logits_NKhw).expand(len(batch.canvases)))
                 for n, probs_Khw in zip(batch.canvases, gate.probabilities(logits_NKhw), strict=True):
                     probs[n].copy_(probs_Khw)

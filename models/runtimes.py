@@ -32,9 +32,9 @@ ACCELERATOR_BATCH_SIZE = 4
 """The same on a GPU."""
 
 
-FEATURE_BYTES_PER_PX = 8
-"""Features that a classifier and a segmenter share (`models.first_stages`): at most 32 channels for 16 pixels in most
-EfficientNets, and 24 in the shipped models."""
+FEATURE_BYTES_PER_PX = 16
+"""Features that a classifier and a segmenter share (`models.first_stages`): 64 channels for 16 pixels in the largest
+EfficientNet, and 24 in the shipped models."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RuntimeFacts:
     """Freed memory that the allocator keeps for the next array."""
 
 
-# The process sizes were measured on CMU-1 (docs/benchmarks/slides.md).
+# Peaks of whole slides stay below the bound of `pipeline.slide.plan` with these sizes (docs/benchmarks/lattice.md).
 RUNTIME_FACTS: dict[Runtime, RuntimeFacts] = {
     # PyTorch frees and allocates its activations with every batch. They are smaller than 48 MiB.
     "torch": RuntimeFacts(

@@ -60,7 +60,8 @@ class Plan:
         # Probabilities in float32, their bytes, and the labels' polygons while they are traced.
         maps = 4 * (2 * self.classes + 4) * grid.block_out**2
         in_flight = min(settings.in_flight, max(len(self.blocks), 1)) * (pixels + strip + maps)
-        canvas_m = min(settings.canvas_m, -(-side_m // CELL_M) * CELL_M)
+        # A canvas has a core, also if `canvas_m` leaves no room for one.
+        canvas_m = max(min(settings.canvas_m, -(-side_m // CELL_M) * CELL_M), 2 * self.margin + CELL_M)
         # The softmax under the gates needs three maps at a time, beside the logits of canvases and of their cores.
         softmax = 4 * 5 * self.classes * (canvas_m // grid.m_per_out) ** 2
         # The gates of all canvases of a block: of the classes, of "no class", and of any class.

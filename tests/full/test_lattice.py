@@ -42,7 +42,7 @@ def test_sharing_the_first_stages_changes_few_labels(sample_slide: Path, monkeyp
     def labels(margin: int | None) -> NDArray[np.uint8]:
         return shifted_labels(sample_slide, make_predictor(DEFAULT_BUNDLE, margin, output_stride=1), 896, 0)[0]
 
-    def whole(classifier: nn.Module, segmenter: nn.Module) -> Networks:
+    def whole(classifier: nn.Module, segmenter: nn.Module, _margin: int) -> Networks:
         return Networks(None, 3, 1, DeepFeatures(classifier), segmenter)
 
     shared_HW, without_context_HW = labels(None), labels(16)

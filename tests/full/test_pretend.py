@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from models.bundle import DEFAULT_BUNDLE
 from tests.pipeline.fakes import REGIONS, data_of
 from tests.pipeline.small_bundle import familiar_bundle, speckled_slide
 from tests.pretend_runs import in_own_process
 from tests.slides import painted
 
 
-def test_the_command_writes_the_bytes_of_the_cpu_with_one_upload_and_no_wait_within_a_network(tmp_path: Path) -> None:
-    bundle = familiar_bundle(tmp_path / "bundle", painted((1280, 832), *REGIONS))
+@pytest.mark.parametrize("shared", [False, True], ids=["two networks", "shared first stages"])
+def test_the_command_writes_the_bytes_of_the_cpu_with_one_upload_and_no_wait_within_a_network(
+    tmp_path: Path, shared: bool
+) -> None:
+    bundle = familiar_bundle(tmp_path / "bundle", painted((1280, 832), *REGIONS)).path
     slide = speckled_slide(tmp_path / "slide.svs")
-    found = in_own_process("command", bundle.path, slide, tmp_path)
+    found = in_own_process("command", DEFAULT_BUNDLE if shared else bundle, slide, tmp_path)
     assert [found["status"][device][0] for device in ("cpu", "auto")] == [0, 0], found["status"]
     ours, cpus = (tmp_path / device / "slide" for device in ("auto", "cpu"))
     assert data_of(ours) == data_of(cpus)

@@ -31,7 +31,7 @@ def test_openvino_returns_the_same_bits_with_any_number_of_threads_and_any_batch
     bundle = load_bundle(DEFAULT_BUNDLE)
     side = 224
     x_NCHW = torch.rand((8, 3, side, side), generator=torch.Generator().manual_seed(1)) * 4 - 2
-    split = split_networks(*load_networks(bundle))
+    split = split_networks(*load_networks(bundle), bundle.card.margin)
     assert split.first is not None
     with torch.inference_mode():
         features_NChw = split.first.eval()(x_NCHW)

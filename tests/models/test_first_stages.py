@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle, load_networks
+from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle, load_networks, shipped_bundles
 from models.classifier import Classifier
 from models.first_stages import DeepFeatures, split_networks
 from models.padding import ExtendedConv2d
@@ -25,7 +25,7 @@ def networks(*, frozen: bool = True, backbone: str = LITE, depth: int | None = 4
     """Return a classifier and a segmenter in eval mode; `frozen` ones start with equal weights."""
     torch.manual_seed(0)
     classifier: Any = Classifier(backbone, "gap", 2, depth=depth)
-    segmenter: Any = build_segmenter(f"tu-{LITE}", 2)
+    segmenter: Any = build_segmenter(f"tu-{backbone if frozen else LITE}", 2)
     for module in (*classifier.modules(), *segmenter.modules()):
         if isinstance(module, nn.BatchNorm2d):  # as after training
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -47,7 +47,7 @@ def test_the_parts_compute_what_the_whole_networks_compute() -> None:
         if isinstance(module, ExtendedConv2d):
             module.mode = "replicate"
     x_NCHW = images(1)
-    split = split_networks(classifier, segmenter)
+    split = split_networks(classifier, segmenter, 64)
     assert split.first is not None
     with torch.inference_mode():
         features_NChw = split.first(x_NCHW)
@@ -56,24 +56,50 @@ def test_the_parts_compute_what_the_whole_networks_compute() -> None:
         assert torch.equal(split.segmenter(features_NChw), segmenter(x_NCHW))
 
 
-def test_another_padding_of_the_shared_stages_reaches_ten_pixels() -> None:
+def test_another_padding_of_the_shared_stages_reaches_nine_pixels() -> None:
     classifier, segmenter = networks()
     x_NCHW = images(2)
     encoder: Any = segmenter.encoder.model
     with torch.inference_mode():
-        first = split_networks(classifier, segmenter).first
+        first = split_networks(classifier, segmenter, 64).first
         assert first is not None
         own_NChw = nn.Sequential(encoder.conv_stem, encoder.bn1, *encoder.blocks[:2])(x_NCHW)
         differs_hw = (first(x_NCHW) != own_NChw).any(dim=1).any(dim=0)
+    assert split_networks(classifier, segmenter, 9).first is not None
+    assert split_networks(classifier, segmenter, 8).first is None
     assert differs_hw.any()
-    cells = -(-10 // 4)
+    cells = -(-9 // 4)
     assert not differs_hw[cells:-cells, cells:-cells].any()
+
+
+def test_stages_that_average_the_whole_canvas_are_not_shared() -> None:
+    """Squeeze-and-excitation carries the padding to every pixel."""
+    classifier, segmenter = networks(backbone="tf_efficientnet_b0")
+    assert split_networks(classifier, segmenter, 64).first is None
+
+
+def test_stages_that_pad_on_other_sides_are_not_shared() -> None:
+    classifier, segmenter = networks()
+    stem = classifier.backbone.net.conv_stem
+    stem.edges = stem.edges[::-1]
+    assert split_networks(classifier, segmenter, 64).first is None
+
+
+def test_the_predictor_computes_with_parts_in_eval_mode_on_its_device() -> None:
+    classifier, segmenter = (network.train() for network in networks())
+    predictor = Predictor(load_bundle(DEFAULT_BUNDLE).card, NO_DIGEST, classifier, segmenter, device="cpu")
+    used: tuple[Any, ...] = (predictor._first, predictor._deep, predictor._classifier, predictor._segmenter)
+    assert not any(module.training for part in used for module in part.modules())
+    # The head moves to the device with the stages before it.
+    assert used[1].classifier is predictor._classifier
+    assert classifier.training
+    assert segmenter.training
 
 
 def test_splitting_leaves_the_networks_alone() -> None:
     classifier, segmenter = networks()
     before = copy.deepcopy((classifier, segmenter))
-    split_networks(classifier, segmenter)
+    split_networks(classifier, segmenter, 64)
     with torch.inference_mode():
         for network, kept in zip((classifier, segmenter), before, strict=True):
             assert torch.equal(network(images(3)), kept(images(3)))
@@ -91,12 +117,13 @@ def test_networks_that_start_differently_share_nothing() -> None:
         (ConstantClassifier([0.5, 0.5]), ConstantSegmenter([0, 0])),
         other,
     ):
-        split = split_networks(classifier, segmenter)
+        split = split_networks(classifier, segmenter, 64)
         assert (split.first, split.channels, split.stride, split.segmenter) == (None, 3, 1, segmenter)
 
 
-def test_the_default_model_shares_its_first_stages() -> None:
-    assert split_networks(*load_networks(load_bundle(DEFAULT_BUNDLE))).first is not None
+@pytest.mark.parametrize("name", shipped_bundles())
+def test_the_shipped_models_share_their_first_stages(name: str) -> None:
+    assert split_networks(*load_networks(load_bundle(name)), 64).first is not None
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
