@@ -274,9 +274,10 @@ def blank_image(height: int, width: int, rng: np.random.Generator) -> NDArray[np
 
 
 def _dust(height: int, width: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Return how much darker (H, W, 3) dust makes glass: up to 25 specks in 100 x 100 px, most below 2 px.
+    """Return how much darker (H, W, 3) dust makes glass.
 
-    Fat has the same specks in its empty cells, so a network that knows only clean glass takes dusty glass for fat.
+    The mean is up to 25 specks per 100 x 100 px, and most have a radius below 2 px. The empty cells of fat have the
+    same specks, so a network trained on clean glass predicts dusty glass as fat.
     """
     count = rng.poisson(rng.uniform(0, 25) * height * width / 100**2)
     radii_px = 0.4 + rng.exponential(0.6, count)

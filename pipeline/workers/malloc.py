@@ -1,4 +1,4 @@
-"""How the process keeps memory that it could return."""
+"""What the process keeps of its freed memory and of its kernels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _ARENAS = 2
 def keep_freed_memory(runtime: Runtime = "torch") -> bool:
     """Let glibc reuse freed arrays instead of returning them to the kernel. Return whether that was possible.
 
-    PyTorch's kernels are not kept: by default, oneDNN keeps up to 1,024 of them, each for one size of canvas, and
-    memory grew by 2.7 GB during CMU-1 (docs/benchmarks/lattice.md).
-
     A network frees and allocates its activations with every batch. By default, glibc maps each of them anew and the
     kernel zeroes its pages: 29 % of the CPU time of a run on two cores (docs/benchmarks/slides.md). With few arenas,
     the threads do not each keep freed memory of their own. Call this from programs, not from libraries, because it
     changes the whole process: at the start, and again when the runtime is known.
+
+    Also stop oneDNN from keeping PyTorch's kernels. By default it keeps up to 1,024, each for one canvas size: 2.7 GB
+    on CMU-1 (docs/benchmarks/lattice.md).
     """
-    # oneDNN reads it at the first convolution, so this is too late once a network has run.
+    # oneDNN reads this variable at the first convolution, so call this function before any network runs.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     if not sys.platform.startswith("linux"):
         return False

@@ -126,7 +126,8 @@ def map_table(output: Path, names: Sequence[str]) -> str:
         iou = ["" if np.isnan(gated.iou[name]) else f"{gated.iou[name]:.3f}" for name in names]
         lines.append(f"| {slide} | {gated.miou:.3f} | {gated.accuracy:.3f} | {ungated.miou:.3f} | {' | '.join(iou)} |")
         means += [gated.miou] if slide in folds else []
-    lines.append(f"\nmean over the slides {np.mean(means):.3f}, standard deviation {np.std(means, ddof=1):.3f}")
+    if len(means) > 1:
+        lines.append(f"\nmean over the slides {np.mean(means):.3f}, standard deviation {np.std(means, ddof=1):.3f}")
     return "\n".join(lines)
 
 

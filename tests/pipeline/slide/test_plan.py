@@ -49,10 +49,10 @@ def test_nothing_beyond_the_slide_is_tissue(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_memory_grows_with_workers_and_batches_and_not_with_the_slide(tmp_path: Path) -> None:
-    def memory(size: tuple[int, int], **changes: int) -> int:
+    def memory(size: tuple[int, int], margin: int = 32, **changes: int) -> int:
         path = write_slide(tmp_path / "slide.svs", painted(size, ((0, 0, *size), PINK)), mpp=4.0)
         config = replace(SMALL, block_out=64, **changes)  # type: ignore[arg-type] # whole-number fields only
-        _, slide, _, plan = plan_slide(path, make_card(COLORS, mpp=4.0), config)
+        _, slide, _, plan = plan_slide(path, make_card(COLORS, mpp=4.0, margin=margin), config)
         slide.close()
         return plan.memory_bytes(resolve(config, replace(CPU, batch_size=config.batch_size or CPU.batch_size)))
 
@@ -60,6 +60,8 @@ def test_memory_grows_with_workers_and_batches_and_not_with_the_slide(tmp_path: 
     assert small == large
     assert memory((1200, 800), num_workers=6) > small
     assert memory((1200, 800), batch_size=64) > small
+    # A margin that takes the whole canvas leaves a core of 32 px.
+    assert memory((1200, 800), margin=64, canvas_m=128) == memory((1200, 800), margin=64, canvas_m=160)
 
 
 @pytest.mark.parametrize(
