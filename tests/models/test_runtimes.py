@@ -178,6 +178,7 @@ def test_canvases_of_many_sizes_do_not_add_memory_with_torch_either() -> None:
         from pipeline.workers.malloc import keep_freed_memory
 
         keep_freed_memory("torch")
+        torch.set_num_threads(2)
         network = load_networks(load_bundle(DEFAULT_BUNDLE))[1].eval().to(memory_format=torch.channels_last)
         process = psutil.Process()
         with torch.inference_mode():

@@ -145,7 +145,7 @@ def test_the_runtime_is_chosen_by_the_processes_and_not_by_the_client(
 ) -> None:
     slide, out, config = small_slide(tmp_path / "a.svs"), tmp_path / "out", replace(CONFIG, runtime="auto")
     monkeypatch.setattr("pipeline.workers.cluster.tasks._predictors", {})
-    monkeypatch.setattr("models.predictor.choose_runtime", lambda *_: "torch")
+    monkeypatch.setattr("models.compute.choose_runtime", lambda *_: "torch")
     with cluster_of(2) as cluster, open_workers(cluster.scheduler_address, bundle, config, spread=spread) as workers:
         assert workers.segment(SlideJob(slide), out, no_progress).status == "done"
         assert run_of(out / "a")["identity"]["parameters"]["runtime"] == "torch"
