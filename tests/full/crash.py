@@ -234,7 +234,9 @@ def survive(bench: Bench, output: Path, kills: Sequence[Kill], rng: random.Rando
         code = bench.starter.run(order, kill.after_s)
         assert code == -signal.SIGKILL or (code == 0 and not kill.name), (kill, code)
         tried += code != 0
-        disk.replay(read_trace(Path(order.trace)))
+        trace = Path(order.trace)
+        # A process that is killed before it opens its trace has taken no step.
+        disk.replay(read_trace(trace) if trace.exists() or code == 0 else [])
         if kill.power and code != 0:
             disk.cut_power(rng)
         check_visible(bench, output, replacing=replacing)
