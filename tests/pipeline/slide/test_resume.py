@@ -1,4 +1,4 @@
-"""A finished result is kept, a stopped run goes on where it ended, and what another run holds is refused."""
+"""Runs that meet an earlier result: finished ones are kept, stopped ones are resumed, and locked ones are refused."""
 
 from __future__ import annotations
 
