@@ -40,6 +40,8 @@ from pipeline.training.train import train
 
 RECALLS = (0.8, 0.85, 0.9, 0.95, 0.99)
 CPU = torch.device("cpu")
+IMAGES = 500
+"""Composed training images of a fold."""
 SLIDES = ("01", "02", "03", "04", "05", "06", "08")
 VALIDATION = {"05": "06"}
 """Validation slide by left-out slide; 05 otherwise, because it has every tissue."""
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("folds"))
     parser.add_argument("--bundle", help="measure this bundle on the tiles of the validation split instead")
     parser.add_argument("--slides", nargs="+", choices=SLIDES, default=SLIDES)
-    parser.add_argument("--images", type=int, default=500, help="composed training images of a fold")
+    parser.add_argument("--images", type=int, default=IMAGES, help="composed training images of a fold")
     parser.add_argument("--set", nargs="*", default=[], help="settings, name=value")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()

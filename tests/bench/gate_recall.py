@@ -30,13 +30,11 @@ from pipeline.training.evaluate import confusion_matrix, scores
 from pipeline.training.gate_calibration import calibrate_gate, patch_presence
 from pipeline.training.inputs import surrounded
 from pipeline.training.patches import PatchImages
-from tests.bench.colorectal import fold
+from tests.bench.colorectal import IMAGES, fold
 
 CPU = torch.device("cpu")
 RECALLS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0)
 CORNER = (0, 0)
-IMAGES = 500
-"""Composed training images of a fold."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
