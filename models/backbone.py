@@ -17,6 +17,10 @@ from models.padding import extend_edges
 timm = import_light("timm")
 
 
+STRIDE = resnet38d.OUTPUT_STRIDE
+"""Pixels per cell of the feature maps in training, and in maps of classes."""
+
+
 class Stages(NamedTuple):
     """Feature maps (N, C, h, w) at the output stride: b4_5, b5_2 and bn7 of ResNet-38d, or their counterparts."""
 
@@ -27,6 +31,10 @@ class Stages(NamedTuple):
 
 class Backbone(nn.Module):
     """A network without its classifier: images (N, 3, H, W) -> `Stages`, all three at output stride 8 by dilation.
+
+    With a `stride` of 16, the network has the same weights and is dilated less. Its deep stage then has every second
+    cell of the rows and columns, with the same features except near the edges. A stage that has stride 8 without
+    dilation keeps it.
 
     `channels` are those of the deep stage and `stage_channels` those of all three.
 
@@ -42,7 +50,7 @@ class Backbone(nn.Module):
     does not have these stages at this stride.
     """
 
-    def __init__(self, name: str, depth: int | None = None) -> None:
+    def __init__(self, name: str, depth: int | None = None, stride: int = STRIDE) -> None:
         super().__init__()
         self.net: Any
         self.channels: int
@@ -50,10 +58,12 @@ class Backbone(nn.Module):
         if name == "resnet38d":
             if depth is not None:
                 raise ArchitectureError("backbone 'resnet38d' cannot be cut; remove the depth")
+            if stride != STRIDE:
+                raise ArchitectureError(f"backbone 'resnet38d' has stride {STRIDE}, not {stride}; set {STRIDE}")
             self.net, self.channels, self._taps = resnet38d.ResNet38d(), resnet38d.CHANNELS, None
             self.stage_channels = (512, 1024, resnet38d.CHANNELS)
         else:
-            self.net = _timm_network(name)
+            self.net = _timm_network(name, stride)
             self.channels = self.net.num_features
             self._taps = [len(self.net.feature_info) - 3, len(self.net.feature_info) - 2]
             if depth is not None:
@@ -81,17 +91,17 @@ def _cut(net: Any, name: str, depth: int) -> int:
     return channels
 
 
-def _timm_network(name: str) -> Any:
+def _timm_network(name: str, stride: int) -> Any:
     if name not in timm.list_models(name):
         raise ArchitectureError(
             f"unknown backbone {name!r}; use 'resnet38d' or a name from timm.list_models() of timm {timm.__version__}"
         )
     try:
-        net: Any = timm.create_model(name, pretrained=False, num_classes=0, output_stride=resnet38d.OUTPUT_STRIDE)
+        net: Any = timm.create_model(name, pretrained=False, num_classes=0, output_stride=stride)
     except (TypeError, AssertionError, NotImplementedError) as error:
         # The families of timm refuse the argument, or its value, with different errors.
         raise ArchitectureError(
-            f"backbone {name!r} cannot be built with output stride {resnet38d.OUTPUT_STRIDE} in timm "
+            f"backbone {name!r} cannot be built with output stride {stride} in timm "
             f"{timm.__version__}; use one that can be dilated, such as a ResNet, ConvNeXt, RegNet or EfficientNet"
         ) from error
     if not hasattr(net, "forward_intermediates") or len(net.feature_info) < 3:

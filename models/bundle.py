@@ -68,6 +68,9 @@ class ClassifierCard(_Strict):
     head: Annotated[str, Field(min_length=1)]
     depth: Annotated[int, Field(ge=3)] | None = None
     """Number of feature stages of the backbone to use; None for the whole backbone."""
+    stride: Literal[8, 16] = 8
+    """Pixels per cell of the features from which the classifier decides. It was trained with 8. At 16, it has the same
+    weights and a quarter of the cells, and takes a third of the time."""
 
 
 class SegmenterCard(_Strict):
@@ -253,7 +256,7 @@ def load_networks(bundle: Bundle) -> tuple[Classifier, nn.Module]:
 
     card = bundle.card
     parts = card.classifier
-    classifier = Classifier(parts.backbone, parts.head, len(card.classes), parts.depth)
+    classifier = Classifier(parts.backbone, parts.head, len(card.classes), parts.depth, stride=parts.stride)
     _load_weights(classifier, bundle.path / CLASSIFIER_FILE, card.weights.classifier)
     segmenter = build_segmenter(card.segmenter.encoder, len(card.classes), card.segmenter.depth, card.segmenter.rates)
     _load_weights(segmenter, bundle.path / SEGMENTER_FILE, card.weights.segmenter)

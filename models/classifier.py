@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.backbone import Backbone, Stages
+from models.backbone import STRIDE, Backbone, Stages
 from models.errors import ArchitectureError
 from models.heads import HEADS, HeadOutput, progressive_dropout_attention
 
@@ -19,17 +19,24 @@ class Classifier(nn.Module):
     """Normalized images (N, 3, H, W) -> logits (N, K), one sigmoid per class.
 
     `stages` and `head_output` return the features and maps that class activation maps are computed from. `depth` cuts
-    the backbone, see `Backbone`. `layers` are stages ("shallow", "middle") that get a head of their own, for training
-    and pseudo masks only. Raises ArchitectureError if the backbone or the head is unknown.
+    the backbone, and `stride` is that of its deep stage, see `Backbone`. `layers` are stages ("shallow", "middle") that
+    get a head of their own, for training and pseudo masks only. Raises ArchitectureError if the backbone or the head is
+    unknown, or if the backbone does not have this stride.
     """
 
     def __init__(
-        self, backbone: str, head: str, classes: int, depth: int | None = None, layers: Sequence[str] = ()
+        self,
+        backbone: str,
+        head: str,
+        classes: int,
+        depth: int | None = None,
+        layers: Sequence[str] = (),
+        stride: int = STRIDE,
     ) -> None:
         super().__init__()
         if head not in HEADS:
             raise ArchitectureError(f"unknown classifier head {head!r}; use one of {', '.join(sorted(HEADS))}")
-        self.backbone = Backbone(backbone, depth=depth)
+        self.backbone = Backbone(backbone, depth, stride)
         self.head: Any = HEADS[head](self.backbone.channels, classes)
         channels = dict(zip(Stages._fields, self.backbone.stage_channels, strict=True))
         self.layer_heads = nn.ModuleDict({layer: HEADS[head](channels[layer], classes) for layer in layers})

@@ -43,7 +43,7 @@ from models.runtimes import (
     RuntimeName,
     check_precision,
 )
-from models.segmenter import logits_at_stride
+from models.segmenter import NATIVE_STRIDE, RIM, CoreSegmenter, logits_at_stride
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,9 @@ class Predictor:
         networks = split_networks(classifier, segmenter, card.margin)
         self._first = None if networks.first is None else self._prepared(networks.first)
         self._deep = self._prepared(networks.deep, networks.channels, networks.stride)
-        self._segmenter = self._prepared(networks.segmenter, networks.channels, networks.stride)
+        self._segmenter = self._prepared(
+            CoreSegmenter(networks.segmenter, card.margin), networks.channels, networks.stride
+        )
         self._classifier: Any = networks.deep.classifier
         self._statistics = None if statistics is None else statistics.to(self.device)
         self._mean_C = torch.tensor(card.mean).to(self.device)
@@ -431,9 +433,9 @@ class Predictor:
         """Return the segmenter's logits in the cores of one batch of `_started`, divided by the model's temperature."""
         with self._autocast():
             logits_NKhw = self._segmenter(x_NCHW)
-        # Upsampled before the margin is cut off, so that a core's edge is interpolated like its inside.
+        # Upsampled before the rim is cut off, so that a core's edge is interpolated like its inside.
         logits_NKhw = logits_at_stride(logits_NKhw.float() / self.card.temperature, self.output_stride)
-        edge = self.card.margin // self.output_stride
+        edge = RIM * NATIVE_STRIDE // self.output_stride
         return logits_NKhw[:, :, edge:-edge, edge:-edge]
 
     def _autocast(self) -> AbstractContextManager[object]:

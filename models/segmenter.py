@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +23,11 @@ DEPTH = 4
 """Default number of encoder stages: up to stride 16, without the late stages that see hundreds of pixels."""
 RATES = (1, 2, 4)
 """Default dilation rates of the ASPP, in cells of 16 pixels."""
+
+RIM = 1
+"""Cells of stride 4 around a core from which its edge is interpolated."""
+_CONTEXT = 16
+"""Pixels around a core that the decoder reads: a cell at stride 16, or two at stride 8."""
 
 
 def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple[int, int, int] = RATES) -> nn.Module:
@@ -51,6 +57,44 @@ def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple
     network.decoder.up = nn.Upsample(scale_factor=network.decoder.up.scale_factor, mode="bilinear", align_corners=False)
     extend_edges(network, "reflect")
     return cast(nn.Module, network)
+
+
+class CoreSegmenter(nn.Module):
+    """A segmenter that returns the logits of the core of a canvas, and of `RIM` cells around it.
+
+    The margin is only needed for the features at stride 16. The decoder at stride 4, which has half of a segmenter's
+    multiplications, leaves it out: the logits are those of the whole canvas. A network that is not of `build_segmenter`
+    computes the whole canvas.
+    """
+
+    def __init__(self, segmenter: nn.Module, margin: int) -> None:
+        """`margin` is a multiple of 16, at least 16."""
+        super().__init__()
+        # Any: the parts of a segmenter have no types.
+        self.segmenter: Any = segmenter
+        self._margin = margin
+        self._leaves_out = isinstance(
+            getattr(segmenter, "decoder", None), smp.decoders.deeplabv3.decoder.DeepLabV3PlusDecoder
+        )
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        margin = self._margin // NATIVE_STRIDE
+        if not self._leaves_out:
+            return _without_edge(self.segmenter(x_NCHW), margin - RIM)
+        features: Any = self.segmenter.encoder(x_NCHW)
+        decoder = self.segmenter.decoder
+        # Of the last `_CONTEXT` px, upsampling gets half a cell wrong, and the convolution after it one cell more.
+        scale = int(decoder.up.scale_factor)
+        deep_NChw = _without_edge(decoder.aspp(features[-1]), (self._margin - _CONTEXT) // (NATIVE_STRIDE * scale))
+        wider = _CONTEXT // NATIVE_STRIDE - 2 * RIM
+        deep_NChw = _without_edge(decoder.up(deep_NChw), wider)
+        fine_NChw = decoder.block1(_without_edge(features[2], margin - 2 * RIM))
+        logits_NKhw = self.segmenter.segmentation_head(decoder.block2(torch.cat([deep_NChw, fine_NChw], dim=1)))
+        return _without_edge(logits_NKhw, RIM)
+
+
+def _without_edge(map_NChw: Tensor, cells: int) -> Tensor:
+    return map_NChw[:, :, cells:-cells, cells:-cells] if cells else map_NChw
 
 
 def encoder_network(segmenter: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SHIPPED_DIGESTS = {
-    "colon-gland": "dc515f517d427b5aa550d6d15f74ca062d189409956d56f018196e8017856345",
-    "colorectal-tissue": "067217db541bc2407a4e9d864ae13c8953da9f1a8fe4c74c9fb40b580cf80969",
+    "colon-gland": "13701490c4f54801ce0604bc0e1da79f5b3d74a77807b8caa9a4748523f98f3d",
+    "colorectal-tissue": "828aa7c300b1a9742b9b92c56bcb5fca02df715251226d3173f1cc211e1dcf83",
 }
 """Name of a shipped bundle -> SHA-256 of its model.json, which contains the digests of the weights."""

@@ -39,7 +39,9 @@ def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tu
             gate_window=window,
             mean=config.mean,
             std=config.std,
-            classifier=ClassifierCard(backbone=config.backbone, head=config.head, depth=config.depth),
+            classifier=ClassifierCard(
+                backbone=config.backbone, head=config.head, depth=config.depth, stride=config.gate_stride
+            ),
             segmenter=SegmenterCard(encoder=config.encoder_name, depth=config.encoder_depth, rates=config.rates),
             margin=config.margin,
             gate_thresholds=thresholds,

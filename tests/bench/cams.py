@@ -182,9 +182,11 @@ def bundled(name: str, dataset: Dataset, device: torch.device) -> Subject:
     inside = Path(name) / "bundle"
     bundle = load_bundle(inside if inside.is_dir() else name)
     check_same_classes(bundle.card, dataset)
-    classifier = load_networks(bundle)[0]
-    assert isinstance(classifier, Classifier)
-    card = bundle.card
+    card, parts = bundle.card, bundle.card.classifier
+    # A run may use a coarser stride than training, whose maps these are.
+    classifier = Classifier(parts.backbone, parts.head, len(card.classes), parts.depth)
+    classifier.load_state_dict(load_networks(bundle)[0].state_dict())
+    classifier.eval()
     return Subject(card.name, card.classifier.head, classifier.to(device), card.mean, card.std, card.mpp)
 
 

@@ -48,6 +48,27 @@ def test_all_three_stages_have_output_stride_8(x_NCHW: torch.Tensor) -> None:
     assert classifier.head.conv.bias is None
 
 
+@pytest.mark.parametrize(
+    # TensorFlow's padding puts the centers of strided convolutions on the odd cells.
+    ("backbone", "depth", "first"),
+    [("tf_efficientnet_lite0", 4, 1), ("resnet18", 4, 0)],
+)
+def test_stride_16_has_every_second_cell_of_stride_8(backbone: str, depth: int | None, first: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        fine = Classifier(backbone, "gap", 2, depth).eval()
+    coarse = Classifier(backbone, "gap", 2, depth, stride=16).eval()
+    coarse.load_state_dict(fine.state_dict())
+    x_NCHW = torch.rand(1, 3, 512, 544, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        fine_NChw, coarse_NChw = fine.stages(x_NCHW).deep, coarse.stages(x_NCHW).deep
+    assert coarse_NChw.shape[2:] == (32, 34)
+    second_NChw = fine_NChw[:, :, first::2, first::2]
+    inside = (..., slice(13, -13), slice(13, -13))  # padding reaches farther than a margin
+    torch.testing.assert_close(coarse_NChw[inside], second_NChw[inside], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(coarse_NChw[inside], fine_NChw[:, :, 1 - first :: 2, 1 - first :: 2][inside], atol=1e-2)
+
+
 def test_the_classifier_with_resnet38d_has_the_head_of_the_paper() -> None:
     with torch.device("meta"):
         classifier = Classifier("resnet38d", "gap", 4)
@@ -63,6 +84,11 @@ def test_the_classifier_with_resnet38d_has_the_head_of_the_paper() -> None:
 def test_an_unknown_architecture_is_named(backbone: str, head: str, named: str) -> None:
     with pytest.raises(ArchitectureError, match=named):
         Classifier(backbone, head, 2)
+
+
+def test_resnet38d_has_stride_8_only() -> None:
+    with pytest.raises(ArchitectureError, match="stride 8, not 16"), torch.device("meta"):
+        Classifier("resnet38d", "gap", 2, stride=16)
 
 
 @pytest.mark.parametrize("head", ["gap", "area", "pcam"])

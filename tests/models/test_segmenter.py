@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models.errors import ArchitectureError
-from models.segmenter import build_segmenter, logits_at_stride
+from models.segmenter import NATIVE_STRIDE, RIM, CoreSegmenter, build_segmenter, logits_at_stride
+from tests.models.networks import ColorSegmenter
 
 
 def test_logits_have_stride_4() -> None:
@@ -23,6 +24,28 @@ def test_a_logit_depends_on_the_pixels_within_288_px_only() -> None:
     assert touched.min() >= 320 - 288
     assert touched.max() <= 324 + 288
     assert touched.max() - touched.min() > 320
+
+
+@pytest.mark.parametrize("margin", [16, 48, 64])
+@pytest.mark.parametrize("depth", [3, 4, 5])
+def test_the_core_has_the_logits_of_the_whole_canvas(depth: int, margin: int) -> None:
+    """Encoders of three stages have stride 8 before the decoder, all others 16."""
+    torch.manual_seed(0)
+    network = build_segmenter("resnet18", 3, depth, (2, 4, 6)).eval()
+    x_NCHW = torch.rand(2, 3, 224, 256, generator=torch.Generator().manual_seed(1))
+    cells = margin // NATIVE_STRIDE - RIM
+    with torch.inference_mode():
+        whole_NKhw = network(x_NCHW)
+        core_NKhw = CoreSegmenter(network, margin)(x_NCHW)
+    torch.testing.assert_close(core_NKhw, whole_NKhw[:, :, cells:-cells, cells:-cells], atol=1e-6, rtol=1e-5)
+    assert whole_NKhw.std() > 0.005
+
+
+def test_a_network_of_another_kind_computes_the_whole_canvas() -> None:
+    network = ColorSegmenter(((255, 0, 0), (0, 255, 0)), 40.0).eval()
+    x_NCHW = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(CoreSegmenter(network, 32)(x_NCHW), network(x_NCHW)[:, :, 7:-7, 7:-7])
 
 
 def test_stages_that_the_decoder_does_not_read_are_not_built() -> None:

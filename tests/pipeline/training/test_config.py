@@ -106,6 +106,7 @@ def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None
         ("segmenter_moves=turns", "setting segmenter_moves"),
         ("head=lfi", "cannot make class probabilities from head lfi; set cam too"),
         ("head=gup", "head is 'gup'; use one of gap, pcam"),
+        ("gate_stride=32", "setting gate_stride"),
         ("cam=kam", "cam is 'kam'; use head, cam, grad-cam"),
     ],
 )
@@ -118,6 +119,11 @@ def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:
 def test_resnet38d_is_refused_without_a_weights_file(weights: str) -> None:
     with pytest.raises(TrainConfigError, match=rf"weights is {weights}, but resnet38d needs a file.*checkpoints"):
         train_config("default", None, ["backbone=resnet38d", "encoder=resnet101", f"weights={weights}"])
+
+
+def test_resnet38d_is_refused_at_stride_16() -> None:
+    with pytest.raises(TrainConfigError, match="gate_stride is 16, but resnet38d has stride 8; set gate_stride=8"):
+        train_config("release", None, ["weights=w.safetensors", "gate_stride=16"])
 
 
 def test_the_error_names_an_unknown_preset_or_missing_file(tmp_path: Path) -> None:
