@@ -84,7 +84,8 @@ class Task:
     loss: Callable[[Any], Tensor]
     """Return the loss of a batch, with the network in training mode."""
     validate: Callable[[nn.Module], dict[str, float]]
-    """Return measures on held-out presence labels. The epoch with the highest "score" is kept."""
+    """Return measures on held-out presence labels. The epoch with the highest "score" is kept. If the measures have its
+    standard error as "score_error", a later epoch is kept if its score is lower by at most this error."""
     begin_epoch: Callable[[int], None]
     """Put the network into training mode for a 0-based epoch."""
     epochs: int
@@ -106,6 +107,8 @@ class _State:
 
     step: int = 0
     best: float = -math.inf
+    enough: float = -math.inf
+    """Score from which a later epoch is kept."""
     stale: int = 0
     """Epochs since the best epoch."""
     losses: list[float] = field(default_factory=list)
@@ -294,14 +297,16 @@ def _end_epoch(
     config: TrainConfig,
     folder: Path | None,
 ) -> None:
-    """Validate the network, keep its weights if they are the best, and write the curves."""
+    """Validate the network, keep its weights if they are the best or about as good, and write the curves."""
     validated = averaged if config.ema else task.network
     measures = task.validate(validated.eval())
-    if measures["score"] > state.best:
+    score, error = measures["score"], measures.get("score_error")
+    state.stale += 1
+    if score > state.best:
+        state.best, state.stale = score, 0
+        state.enough = math.inf if error is None else score - error
+    if state.stale == 0 or score >= state.enough:
         best.load_state_dict(validated.state_dict())
-        state.best, state.stale = measures["score"], 0
-    else:
-        state.stale += 1
     state.history.append(
         {"epoch": epoch + 1, "loss": float(np.mean(state.losses))}
         | {f"val_{name}": value for name, value in measures.items()}

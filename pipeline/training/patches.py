@@ -126,25 +126,34 @@ def draw_places(images: PatchImages, region: int | None, count: int, rng: np.ran
 
 
 def draw_regions(images: PatchImages, count: int, side: int, rng: np.random.Generator) -> list[Place]:
-    """Return `count` places of `draw_squares`, each moved to the nearest place that contains a whole labeled patch.
+    """Return `count` random squares inside random images, each moved to the nearest place that contains a whole patch.
 
-    `side` must be at least the side of a patch.
+    Along a side that is shorter than the square, only the center of the square lies inside the image. `side` must be at
+    least the side of a patch.
     """
-    places = draw_squares(images, count, side, rng)
+    places = draw_squares(images, count, side, rng, inside=True)
     return [_holding_a_patch(images.boxes[place.image], place) for place in places]
 
 
-def draw_squares(images: PatchImages, count: int, side: int, rng: np.random.Generator) -> list[Place]:
-    """Return `count` random squares whose centers lie in random images.
+def draw_squares(
+    images: PatchImages, count: int, side: int, rng: np.random.Generator, *, inside: bool = False
+) -> list[Place]:
+    """Return `count` random squares whose centers lie in random images; `inside`: the whole square, if the image is
+    long enough.
 
-    With random flips, a pixel is equally likely at every place of a square. Images are drawn in proportion to their
-    area, so that every pixel is drawn about equally often.
+    Without `inside`, and with random flips, a pixel is equally likely at every place of a square. Images are drawn in
+    proportion to their area, so that every pixel is drawn about equally often.
     """
     area = np.maximum(images.sizes_N2, side).prod(axis=1).astype(float)
     places = []
     for index in rng.choice(len(images), size=count, p=area / area.sum()):
         # A center lies on a pixel or on its far edge: on pixels alone, flipped squares would repeat one position.
-        x, y = (int(rng.integers(length) + rng.integers(2)) - side // 2 for length in images.sizes_N2[index])
+        x, y = (
+            int(rng.integers(length - side + 1))
+            if inside and length >= side
+            else int(rng.integers(length) + rng.integers(2)) - side // 2
+            for length in images.sizes_N2[index]
+        )
         places.append(Place(int(index), x, y, side))
     return places
 

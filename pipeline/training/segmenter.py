@@ -216,6 +216,7 @@ def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, dev
     patch. "balanced" is the mean balanced accuracy over the classes that are present in some patches and absent from
     others. "exact" is the share of patches with every class right. "score" is their mean: few patches lack a class, so
     "balanced" alone jumps from epoch to epoch with a handful of patches, and "exact" alone ignores those patches.
+    "score_error" is its standard error, from a bootstrap over the images.
     """
     labels = images.dataset.card.labels
     minimum = getattr(labels, "minimum", None) or SMALLEST_SHARE
@@ -226,14 +227,35 @@ def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, dev
             found += [_covered(labels_hw, box, images.present[0].shape[1]) > minimum for box in boxes_B4.tolist()]
         present.append(present_MK)
     found_MK, present_MK = np.stack(found), np.concatenate(present)
+    balanced, exact = _agreement(found_MK, present_MK)
+    error = _bootstrap_error(found_MK, present_MK, [len(boxes_B4) for boxes_B4 in images.boxes])
+    return {"score": (balanced + exact) / 2, "score_error": error, "balanced": balanced, "exact": exact}
+
+
+def _agreement(found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return "balanced" and "exact" of `map_scores`."""
     accuracies = []
     for k in range(present_MK.shape[1]):
         truth_M = present_MK[:, k]
         if truth_M.any() and not truth_M.all():
             accuracies.append((found_MK[truth_M, k].mean() + (~found_MK[~truth_M, k]).mean()) / 2)
     balanced = float(np.mean(accuracies)) if accuracies else float((found_MK == present_MK).mean())
-    exact = float((found_MK == present_MK).all(axis=1).mean())
-    return {"score": (balanced + exact) / 2, "balanced": balanced, "exact": exact}
+    return balanced, float((found_MK == present_MK).all(axis=1).mean())
+
+
+def _bootstrap_error(
+    found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_], patches: Sequence[int], draws: int = 200
+) -> float:
+    """Return the bootstrap standard error of the score over images with these numbers of patches (Efron 1979).
+
+    Deterministic.
+    """
+    rng, of_image = np.random.default_rng(0), np.split(np.arange(len(found_MK)), np.cumsum(patches)[:-1])
+    scores = []
+    for _ in range(draws):
+        drawn_M = np.concatenate([of_image[n] for n in rng.integers(len(of_image), size=len(of_image))])
+        scores.append(sum(_agreement(found_MK[drawn_M], present_MK[drawn_M])) / 2)
+    return float(np.std(scores))
 
 
 def trusted_logits(

@@ -111,6 +111,22 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path: Path) -> Non
     assert torch.equal(weights(task), seen[1])
 
 
+def test_a_later_epoch_within_the_error_of_the_best_is_kept(tmp_path: Path) -> None:
+    scores = iter([(0.1, 0.0), (0.9, 0.2), (0.6, 0.5), (0.75, 0.0), (0.5, 0.9)])
+    task = line_task(epochs=5)
+    seen: list[Tensor] = []
+
+    def validate(judged: nn.Module) -> dict[str, float]:
+        seen.append(torch.cat([parameter.detach().ravel().clone() for parameter in judged.parameters()]))
+        return dict(zip(("score", "score_error"), next(scores), strict=True))
+
+    object.__setattr__(task, "validate", validate)
+    fit(task, tmp_path, CONFIG, CPU)
+    assert len(seen) == 5
+    # 0.75 is within 0.2 of 0.9, the best score; the errors of other epochs do not count.
+    assert torch.equal(weights(task), seen[3])
+
+
 def test_averaged_weights_are_the_running_mean_of_the_steps(tmp_path: Path) -> None:
     task, plain = line_task(epochs=1), line_task(epochs=1)
     config = TrainConfig(**{**vars(CONFIG), "ema": 0.5})

@@ -206,6 +206,18 @@ def test_a_pixel_is_equally_likely_at_every_place_of_a_square() -> None:
     np.testing.assert_allclose(share_HW, 1 / 16**2, atol=0.0012)
 
 
+def test_regions_lie_inside_images_that_are_large_enough() -> None:
+    """Mirrored parts would show the classifier fewer different pixels in a step."""
+    images = Sized([(37, 29), (20, 50)], 8, 4)
+    corners: dict[int, set[tuple[int, int]]] = {0: set(), 1: set()}
+    for index, x, y, _ in draw_regions(images, 4000, 24, np.random.default_rng(0)):
+        corners[index].add((x, y))
+    # Regions are moved to contain a patch, but all of these do.
+    assert corners[0] == {(x, y) for x in range(37 - 24 + 1) for y in range(29 - 24 + 1)}
+    assert {y for _, y in corners[1]} == set(range(50 - 24 + 1))
+    assert min(x for x, _ in corners[1]) < 0  # 20 px are fewer than 24
+
+
 def test_regions_reach_every_pixel() -> None:
     images = Sized([(37, 29), (20, 50)], 8, 4)
     seen = [np.zeros((29, 37), int), np.zeros((50, 20), int)]

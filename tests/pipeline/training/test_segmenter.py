@@ -159,6 +159,7 @@ def test_a_map_that_agrees_with_all_presence_labels_scores_one(tmp_path: Path, r
     images = painted(tmp_path, {"a": [(0, 32), (1, 32), (2, 32)], "b": [(0, 16), (1, 16), (2, 16)]}, side=32)
     assert map_scores(Reddest(), images, TrainConfig(region=region), CPU) == {
         "score": 1.0,
+        "score_error": 0.0,
         "balanced": 1.0,
         "exact": 1.0,
     }
@@ -175,9 +176,20 @@ def test_the_score_is_the_mean_over_classes_of_the_balanced_accuracy(tmp_path: P
     balanced = [(1.0 + 3 / 4) / 2, (1.0 + 3 / 4) / 2, (0.0 + 1.0) / 2]
     assert found == {
         "score": pytest.approx((np.mean(balanced) + 4 / 6) / 2),
+        "score_error": pytest.approx(0.0),  # of one image
         "balanced": pytest.approx(np.mean(balanced)),
         "exact": pytest.approx(4 / 6),
     }
+
+
+def test_the_error_of_the_score_is_the_spread_over_images(tmp_path: Path) -> None:
+    """Two images, one wholly right and one wholly wrong: a bootstrap over them draws a score of 0, 1/2 or 1."""
+    images = painted(tmp_path, {"a": [(0, 32)], "b": [(0, 32)]}, side=32)
+    images.boxes = [np.array([(x, 0, 16, 16) for x in (0, 16)])] * 2
+    images.present = [np.array([[True, False, False]] * 2), np.array([[False, True, True]] * 2)]
+    found = map_scores(Reddest(), images, TrainConfig(region=None), CPU)
+    assert found["score"] == pytest.approx((0.5 + 0.5) / 2)
+    assert found["score_error"] == pytest.approx(np.sqrt(1 / 8), rel=0.1)
 
 
 @pytest.mark.parametrize(("minimum", "found"), [("0.05", True), ("0.5", False)])
