@@ -33,8 +33,8 @@ class Backbone(nn.Module):
     """A network without its classifier: images (N, 3, H, W) -> `Stages`, all three at output stride 8 by dilation.
 
     With a `stride` of 16, the network has the same weights and is dilated less. Its deep stage then has every second
-    cell of the rows and columns, with the same features except near the edges. A stage that has stride 8 without
-    dilation keeps it.
+    cell of the rows and columns, with the same features except near the edges. ResNet-D differs, because its average
+    pooling is not dilated. A stage that has stride 8 without dilation keeps it.
 
     `channels` are those of the deep stage and `stage_channels` those of all three.
 

@@ -63,8 +63,8 @@ class CoreSegmenter(nn.Module):
     """A segmenter that returns the logits of the core of a canvas, and of `RIM` cells around it.
 
     The margin is only needed for the features at stride 16. The decoder at stride 4, which has half of a segmenter's
-    multiplications, leaves it out: the logits are those of the whole canvas. A network that is not of `build_segmenter`
-    computes the whole canvas.
+    multiplications, leaves it out: the logits are those of the whole canvas. Another network computes the whole
+    canvas.
     """
 
     def __init__(self, segmenter: nn.Module, margin: int) -> None:
@@ -83,7 +83,7 @@ class CoreSegmenter(nn.Module):
             return _without_edge(self.segmenter(x_NCHW), margin - RIM)
         features: Any = self.segmenter.encoder(x_NCHW)
         decoder = self.segmenter.decoder
-        # Of the last `_CONTEXT` px, upsampling gets half a cell wrong, and the convolution after it one cell more.
+        # Upsampling is wrong in the outer half cell of the deep map, the next convolution in one more cell of stride 4.
         scale = int(decoder.up.scale_factor)
         deep_NChw = _without_edge(decoder.aspp(features[-1]), (self._margin - _CONTEXT) // (NATIVE_STRIDE * scale))
         wider = _CONTEXT // NATIVE_STRIDE - 2 * RIM

@@ -107,8 +107,8 @@ class _State:
 
     step: int = 0
     best: float = -math.inf
-    enough: float = -math.inf
-    """Score from which a later epoch is kept."""
+    enough: float = math.inf
+    """Lowest score at which a later epoch is kept."""
     stale: int = 0
     """Epochs since the best epoch."""
     losses: list[float] = field(default_factory=list)

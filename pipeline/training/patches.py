@@ -138,11 +138,11 @@ def draw_regions(images: PatchImages, count: int, side: int, rng: np.random.Gene
 def draw_squares(
     images: PatchImages, count: int, side: int, rng: np.random.Generator, *, inside: bool = False
 ) -> list[Place]:
-    """Return `count` random squares whose centers lie in random images; `inside`: the whole square, if the image is
-    long enough.
+    """Return `count` random squares whose centers lie in random images, drawn in proportion to their area.
 
-    Without `inside`, and with random flips, a pixel is equally likely at every place of a square. Images are drawn in
-    proportion to their area, so that every pixel is drawn about equally often.
+    With random flips, a pixel is equally likely at every place of a square, and every pixel is drawn about equally
+    often. Neither holds with `inside`: then whole squares lie inside images that are long enough, and pixels near the
+    edges are drawn less often.
     """
     area = np.maximum(images.sizes_N2, side).prod(axis=1).astype(float)
     places = []

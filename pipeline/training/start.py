@@ -25,7 +25,7 @@ FINE_TUNING: dict[str, Any] = {"classifier_epochs": 6, "segmenter_epochs": 4, "n
 
 def start_settings(card: ModelCard) -> dict[str, Any]:
     """Return the settings with which a run can start from a model: those of its networks, and `FINE_TUNING`."""
-    return {**_of_networks(card), **FINE_TUNING}
+    return {**_of_networks(card), "gate_stride": card.classifier.stride, **FINE_TUNING}
 
 
 def _of_networks(card: ModelCard) -> dict[str, Any]:

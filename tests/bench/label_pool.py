@@ -96,8 +96,11 @@ def load_pool(name: str, data: Path, output: Path) -> Pool:
 def _computed(name: str, data: Path, output: Path) -> dict[str, NDArray[np.generic]]:
     source = SOURCES[name]
     bundle = load_bundle(source.model)
-    classifier = load_networks(bundle)[0]
-    assert isinstance(classifier, Classifier)
+    parts = bundle.card.classifier
+    # A run may use a coarser stride than training.
+    classifier = Classifier(parts.backbone, parts.head, len(bundle.card.classes), parts.depth, stride=STRIDE)
+    classifier.load_state_dict(load_networks(bundle)[0].state_dict())
+    classifier.eval()
     features: list[NDArray[np.float32]] = []
     present: list[NDArray[np.bool_]] = []
     image: list[int] = []

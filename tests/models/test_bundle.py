@@ -189,6 +189,29 @@ def test_the_default_bundle_is_shipped_and_small() -> None:
     assert bundle.path == SHIPPED_FOLDER / DEFAULT_BUNDLE
 
 
+@pytest.mark.parametrize("name", shipped_bundles())
+def test_a_shipped_bundle_has_the_name_of_its_folder(name: str) -> None:
+    assert load_bundle(name).card.name == name
+
+
+def test_the_classifier_of_a_bundle_has_the_stride_of_its_card(tmp_path: Path) -> None:
+    card, sides = _real_card(), {}
+    for stride in (8, 16):
+        parts = card.classifier.model_copy(update={"stride": stride})
+        networks = Classifier("tf_efficientnet_lite0", "gap", 2), build_segmenter("resnet18", 2)
+        bundle = save_bundle(tmp_path / str(stride), card.model_copy(update={"classifier": parts}), *networks)
+        with torch.inference_mode():
+            sides[stride] = load_networks(bundle)[0].stages(torch.zeros(1, 3, 64, 64)).deep.shape[2]
+    assert sides == {8: 8, 16: 4}
+
+
+def test_a_card_without_a_stride_has_the_stride_of_training(folder: Path) -> None:
+    card = json.loads((folder / "model.json").read_text())
+    del card["classifier"]["stride"]
+    (folder / "model.json").write_text(json.dumps(card))
+    assert load_bundle(folder).card.classifier.stride == 8
+
+
 def test_the_digests_of_the_shipped_bundles_are_those_of_their_cards() -> None:
     assert shipped_models.FILE.read_text(encoding="utf-8") == shipped_models.text(), (
         "run python -m tests.shipped_models"

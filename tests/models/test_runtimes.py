@@ -247,10 +247,21 @@ def test_openvino_takes_backbones_of_other_families(backbone: str) -> None:
 def test_openvino_takes_segmenters_with_other_encoders(encoder: str) -> None:
     torch.manual_seed(0)
     network = build_segmenter(encoder, 3).eval()
-    x_NCHW = torch.randn(2, 3, 64, 64)
+    x_NCHW = torch.randn(2, 3, 96, 96)
     with torch.inference_mode():
         expected_NKhw = network(x_NCHW)
-        assert torch.allclose(OpenVinoNetwork(network, 64)(x_NCHW), expected_NKhw, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(OpenVinoNetwork(network, 96)(x_NCHW), expected_NKhw, rtol=1e-4, atol=1e-4)
+
+
+@needs_openvino
+def test_openvino_refuses_a_network_that_pads_small_and_large_canvases_differently() -> None:
+    """Of 4 cells, padding by 4 cells mirrors none, so it repeats the edge. The trace holds that for every size."""
+    torch.manual_seed(0)
+    network = build_segmenter("resnet18", 3).eval()
+    head: Any = network.get_submodule("segmentation_head.0")
+    torch.nn.init.normal_(head.weight)  # differences as large as after training
+    with pytest.raises(RuntimeUnavailableError, match="differ from those of torch; use runtime torch"):
+        OpenVinoNetwork(network, 64)
 
 
 class _Unknown(PixelClassifier):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.errors import TrainError
 from pipeline.training import fit as loop
 from pipeline.training.config import TrainConfig
-from pipeline.training.fit import Processes, fit, make_optimizer, rate_factor, time_steps
+from pipeline.training.fit import Processes, Task, fit, make_optimizer, rate_factor, time_steps
 from tests.cases import full
 from tests.pipeline.training.line import CONFIG, CPU, line_task, weights
 from tests.repository import REPOSITORY
@@ -53,6 +53,34 @@ def test_a_run_killed_after_any_step_ends_with_the_same_weights(
     curves = [(tmp_path / name / "line.csv").read_text().splitlines() for name in ("whole", "broken")]
     values = [[line.split(",")[:3] for line in lines] for lines in curves]
     assert values[0] == values[1]
+
+
+def test_a_resumed_run_keeps_the_same_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is killed between the best epoch and a later one that is within its error."""
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+    scores = [(0.9, 0.2), (0.5, 0.2), (0.75, 0.2), (0.6, 0.2)]
+
+    def scored(first: int) -> Task:
+        task, given = line_task(epochs=4), iter(scores[first:])
+        object.__setattr__(
+            task, "validate", lambda _judged: dict(zip(("score", "score_error"), next(given), strict=True))
+        )
+        return task
+
+    whole = scored(0)
+    (tmp_path / "whole").mkdir()
+    fit(whole, tmp_path / "whole", CONFIG, CPU)
+
+    def kill(_what: str, done: int, _total: int) -> None:
+        if done == 6:  # in the second epoch of four steps
+            raise Killed
+
+    (tmp_path / "broken").mkdir()
+    with pytest.raises(Killed):
+        fit(scored(0), tmp_path / "broken", CONFIG, CPU, progress=kill)
+    resumed = scored(1)
+    fit(resumed, tmp_path / "broken", CONFIG, CPU)
+    assert torch.equal(weights(resumed), weights(whole))
 
 
 @pytest.mark.full

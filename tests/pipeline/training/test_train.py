@@ -84,6 +84,7 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
     bundle = load_bundle(unbroken / "bundle")
     assert [spec.name for spec in bundle.card.classes] == ["dots", "stripes", "plain"]
     assert (bundle.card.mpp, bundle.card.gate_window, bundle.card.margin) == (1.0, 64, 32)
+    assert bundle.card.classifier.stride == CONFIG.gate_stride == 16
     assert bundle.card.familiarity is not None
     evaluation = evaluate(Predictor.from_bundle(bundle, device="cpu", output_stride=1), textures, "val")
     found = evaluation.scores()
