@@ -18,7 +18,7 @@ timm = import_light("timm")
 
 
 STRIDE = resnet38d.OUTPUT_STRIDE
-"""Pixels per cell of the feature maps in training, and in maps of classes."""
+"""Pixels per cell of the feature maps in training, and of class activation maps."""
 
 
 class Stages(NamedTuple):
@@ -32,9 +32,9 @@ class Stages(NamedTuple):
 class Backbone(nn.Module):
     """A network without its classifier: images (N, 3, H, W) -> `Stages`, all three at output stride 8 by dilation.
 
-    With a `stride` of 16, the network has the same weights and is dilated less. Its deep stage then has every second
-    cell of the rows and columns, with the same features except near the edges. ResNet-D differs, because its average
-    pooling is not dilated. A stage that has stride 8 without dilation keeps it.
+    With a `stride` of 16, the network has the same weights but less dilation. Its deep stage then has only every second
+    cell of each row and column, with the same features except near the edges. The features of ResNet-D networks differ,
+    because their average pooling is not dilated. A stage that has stride 8 without dilation keeps this stride.
 
     `channels` are those of the deep stage and `stage_channels` those of all three.
 
@@ -59,7 +59,7 @@ class Backbone(nn.Module):
             if depth is not None:
                 raise ArchitectureError("backbone 'resnet38d' cannot be cut; remove the depth")
             if stride != STRIDE:
-                raise ArchitectureError(f"backbone 'resnet38d' has stride {STRIDE}, not {stride}; set {STRIDE}")
+                raise ArchitectureError(f"backbone 'resnet38d' has stride {STRIDE}, not {stride}; use stride {STRIDE}")
             self.net, self.channels, self._taps = resnet38d.ResNet38d(), resnet38d.CHANNELS, None
             self.stage_channels = (512, 1024, resnet38d.CHANNELS)
         else:

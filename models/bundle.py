@@ -69,8 +69,8 @@ class ClassifierCard(_Strict):
     depth: Annotated[int, Field(ge=3)] | None = None
     """Number of feature stages of the backbone to use; None for the whole backbone."""
     stride: Literal[8, 16] = 8
-    """Pixels per cell of the features from which the classifier decides. It was trained with 8. At 16, it has the same
-    weights and a quarter of the cells, and takes a third of the time."""
+    """Pixels per cell of the features that the classifier's head reads. The classifier was trained at stride 8. At
+    stride 16, it has the same weights and a quarter of the cells, and takes a third of the time."""
 
 
 class SegmenterCard(_Strict):

@@ -19,9 +19,9 @@ class Classifier(nn.Module):
     """Normalized images (N, 3, H, W) -> logits (N, K), one sigmoid per class.
 
     `stages` and `head_output` return the features and maps that class activation maps are computed from. `depth` cuts
-    the backbone, and `stride` is that of its deep stage, see `Backbone`. `layers` are stages ("shallow", "middle") that
-    get a head of their own, for training and pseudo masks only. Raises ArchitectureError if the backbone or the head is
-    unknown, or if the backbone does not have this stride.
+    the backbone, and `stride` is the stride of its deep stage; see `Backbone`. `layers` are stages ("shallow",
+    "middle") that get a head of their own, for training and pseudo masks only. Raises ArchitectureError if the backbone
+    or the head is unknown, or if the backbone cannot have this stride.
     """
 
     def __init__(

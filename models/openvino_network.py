@@ -48,7 +48,8 @@ class OpenVinoNetwork:
         self._smallest = size
         self._compiled = _compile(network, channels, size, torch.get_num_threads(), _FORMATS[precision])
         # The conversion of an arbitrary timm network can go wrong, and a trace can hold the size of its example.
-        # At the smallest side, padding may not find enough pixels to mirror, and the trace holds what it does then.
+        # At the smallest side, padding may not have enough pixels to mirror. The trace would then pad larger images in
+        # the same way, so a larger image is compared too.
         for height, width in ((size, size), (size, size + step), (4 * size, 4 * size)):
             example_NCHW = torch.randn((1, channels, height, width), generator=torch.Generator().manual_seed(0))
             with torch.no_grad():

@@ -433,7 +433,7 @@ class Predictor:
         """Return the segmenter's logits in the cores of one batch of `_started`, divided by the model's temperature."""
         with self._autocast():
             logits_NKhw = self._segmenter(x_NCHW)
-        # Upsampled before the rim is cut off, so that a core's edge is interpolated like its inside.
+        # Upsample before the rim is cut off, so that the edge of a core is interpolated like its inside.
         logits_NKhw = logits_at_stride(logits_NKhw.float() / self.card.temperature, self.output_stride)
         edge = RIM * NATIVE_STRIDE // self.output_stride
         return logits_NKhw[:, :, edge:-edge, edge:-edge]

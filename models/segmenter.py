@@ -25,7 +25,7 @@ RATES = (1, 2, 4)
 """Default dilation rates of the ASPP, in cells of 16 pixels."""
 
 RIM = 1
-"""Cells of stride 4 around a core from which its edge is interpolated."""
+"""Cells of stride 4 around a core that are needed to interpolate the edge of the core."""
 _CONTEXT = 16
 """Pixels around a core that the decoder reads: a cell at stride 16, or two at stride 8."""
 
@@ -62,9 +62,9 @@ def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple
 class CoreSegmenter(nn.Module):
     """A segmenter that returns the logits of the core of a canvas, and of `RIM` cells around it.
 
-    The margin is only needed for the features at stride 16. The decoder at stride 4, which has half of a segmenter's
-    multiplications, leaves it out: the logits are those of the whole canvas. Another network computes the whole
-    canvas.
+    Only the features at stride 16 need the margin. The decoder works at stride 4 and accounts for half of a segmenter's
+    multiplications, so it leaves the margin out. The logits are the same as those of the whole canvas. A network
+    without this decoder computes the whole canvas.
     """
 
     def __init__(self, segmenter: nn.Module, margin: int) -> None:
@@ -83,7 +83,8 @@ class CoreSegmenter(nn.Module):
             return _without_edge(self.segmenter(x_NCHW), margin - RIM)
         features: Any = self.segmenter.encoder(x_NCHW)
         decoder = self.segmenter.decoder
-        # Upsampling is wrong in the outer half cell of the deep map, the next convolution in one more cell of stride 4.
+        # Upsampling is wrong in the outer half cell of the deep map, and the next convolution is wrong in one more cell
+        # of stride 4.
         scale = int(decoder.up.scale_factor)
         deep_NChw = _without_edge(decoder.aspp(features[-1]), (self._margin - _CONTEXT) // (NATIVE_STRIDE * scale))
         wider = _CONTEXT // NATIVE_STRIDE - 2 * RIM

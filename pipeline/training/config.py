@@ -153,8 +153,9 @@ class TrainConfig:
     gate_recall: float = 0.99
     """Share of the validation patches with a class that the gate must accept for that class."""
     gate_stride: Literal[8, 16] = 16
-    """Stride of the classifier in the finished model, for the gate and the familiarity. Training and pseudo masks use
-    8. At 16, the networks take a third less processor time, at the same mIoU (docs/decisions/0007-runtimes.md).
+    """Stride of the classifier in the finished model, for the gate and the familiarity statistics. Training and pseudo
+    masks use 8. At 16, the networks take a third less processor time with the same mIoU
+    (docs/decisions/0007-runtimes.md).
     """
 
     seed: int = 0

@@ -84,8 +84,8 @@ class Task:
     loss: Callable[[Any], Tensor]
     """Return the loss of a batch, with the network in training mode."""
     validate: Callable[[nn.Module], dict[str, float]]
-    """Return measures on held-out presence labels. The epoch with the highest "score" is kept. If the measures have its
-    standard error as "score_error", a later epoch is kept if its score is lower by at most this error."""
+    """Return measures on held-out presence labels. The epoch with the highest "score" is kept. If the measures also
+    contain "score_error", the standard error of the score, the last epoch within the error of the best one is kept."""
     begin_epoch: Callable[[int], None]
     """Put the network into training mode for a 0-based epoch."""
     epochs: int

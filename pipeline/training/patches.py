@@ -128,8 +128,8 @@ def draw_places(images: PatchImages, region: int | None, count: int, rng: np.ran
 def draw_regions(images: PatchImages, count: int, side: int, rng: np.random.Generator) -> list[Place]:
     """Return `count` random squares inside random images, each moved to the nearest place that contains a whole patch.
 
-    Along a side that is shorter than the square, only the center of the square lies inside the image. `side` must be at
-    least the side of a patch.
+    Along an image side that is shorter than the square, only the center of the square lies inside the image. `side`
+    must be at least the side of a patch.
     """
     places = draw_squares(images, count, side, rng, inside=True)
     return [_holding_a_patch(images.boxes[place.image], place) for place in places]
@@ -138,11 +138,11 @@ def draw_regions(images: PatchImages, count: int, side: int, rng: np.random.Gene
 def draw_squares(
     images: PatchImages, count: int, side: int, rng: np.random.Generator, *, inside: bool = False
 ) -> list[Place]:
-    """Return `count` random squares whose centers lie in random images, drawn in proportion to their area.
+    """Return `count` random squares whose centers lie in random images.
 
-    With random flips, a pixel is equally likely at every place of a square, and every pixel is drawn about equally
-    often. Neither holds with `inside`: then whole squares lie inside images that are long enough, and pixels near the
-    edges are drawn less often.
+    Images are drawn in proportion to their area. With random flips, a pixel is equally likely at every place of a
+    square, and every pixel is drawn about equally often. Neither is true with `inside`: whole squares then lie inside
+    images that are large enough, and pixels near the edges are drawn less often.
     """
     area = np.maximum(images.sizes_N2, side).prod(axis=1).astype(float)
     places = []

@@ -216,7 +216,7 @@ def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, dev
     patch. "balanced" is the mean balanced accuracy over the classes that are present in some patches and absent from
     others. "exact" is the share of patches with every class right. "score" is their mean: few patches lack a class, so
     "balanced" alone jumps from epoch to epoch with a handful of patches, and "exact" alone ignores those patches.
-    "score_error" is its standard error, from a bootstrap over the images.
+    "score_error" is the standard error of "score", from a bootstrap over the images.
     """
     labels = images.dataset.card.labels
     minimum = getattr(labels, "minimum", None) or SMALLEST_SHARE
@@ -246,9 +246,9 @@ def _agreement(found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_]) -> tu
 def _bootstrap_error(
     found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_], patches: Sequence[int], draws: int = 200
 ) -> float:
-    """Return the bootstrap standard error of the score over images with these numbers of patches (Efron 1979).
+    """Return the standard error of the score, from a bootstrap over the images (Efron 1979).
 
-    Deterministic.
+    `patches` has the number of patches of each image. The result is deterministic.
     """
     rng, of_image = np.random.default_rng(0), np.split(np.arange(len(found_MK)), np.cumsum(patches)[:-1])
     scores = []

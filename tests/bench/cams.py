@@ -183,7 +183,7 @@ def bundled(name: str, dataset: Dataset, device: torch.device) -> Subject:
     bundle = load_bundle(inside if inside.is_dir() else name)
     check_same_classes(bundle.card, dataset)
     card, parts = bundle.card, bundle.card.classifier
-    # A run may use a coarser stride than training, whose maps these are.
+    # These are maps of training. A run may use a coarser stride.
     classifier = Classifier(parts.backbone, parts.head, len(card.classes), parts.depth)
     classifier.load_state_dict(load_networks(bundle)[0].state_dict())
     classifier.eval()

@@ -255,7 +255,7 @@ def test_openvino_takes_segmenters_with_other_encoders(encoder: str) -> None:
 
 @needs_openvino
 def test_openvino_refuses_a_network_that_pads_small_and_large_canvases_differently() -> None:
-    """Of 4 cells, padding by 4 cells mirrors none, so it repeats the edge. The trace holds that for every size."""
+    """A map of 4 cells is too small to mirror 4 cells, so its edge is repeated. The trace does so at every size."""
     torch.manual_seed(0)
     network = build_segmenter("resnet18", 3).eval()
     head: Any = network.get_submodule("segmentation_head.0")

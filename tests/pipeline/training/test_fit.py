@@ -56,7 +56,7 @@ def test_a_run_killed_after_any_step_ends_with_the_same_weights(
 
 
 def test_a_resumed_run_keeps_the_same_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run is killed between the best epoch and a later one that is within its error."""
+    """The run is killed between the best epoch and a later one that is within the error of the best."""
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
     scores = [(0.9, 0.2), (0.5, 0.2), (0.75, 0.2), (0.6, 0.2)]
 

@@ -207,7 +207,7 @@ def test_a_pixel_is_equally_likely_at_every_place_of_a_square() -> None:
 
 
 def test_regions_lie_inside_images_that_are_large_enough() -> None:
-    """Mirrored parts would show the classifier fewer different pixels in a step."""
+    """With mirrored parts, a training step of the classifier would contain fewer different pixels."""
     images = Sized([(37, 29), (20, 50)], 8, 4)
     corners: dict[int, set[tuple[int, int]]] = {0: set(), 1: set()}
     for index, x, y, _ in draw_regions(images, 4000, 24, np.random.default_rng(0)):
@@ -215,7 +215,7 @@ def test_regions_lie_inside_images_that_are_large_enough() -> None:
     # Regions are moved to contain a patch, but all of these do.
     assert corners[0] == {(x, y) for x in range(37 - 24 + 1) for y in range(29 - 24 + 1)}
     assert {y for _, y in corners[1]} == set(range(50 - 24 + 1))
-    assert min(x for x, _ in corners[1]) < 0  # 20 px are fewer than 24
+    assert min(x for x, _ in corners[1]) < 0  # an image of 20 px is narrower than a region of 24 px
 
 
 def test_regions_reach_every_pixel() -> None:

@@ -176,14 +176,14 @@ def test_the_score_is_the_mean_over_classes_of_the_balanced_accuracy(tmp_path: P
     balanced = [(1.0 + 3 / 4) / 2, (1.0 + 3 / 4) / 2, (0.0 + 1.0) / 2]
     assert found == {
         "score": pytest.approx((np.mean(balanced) + 4 / 6) / 2),
-        "score_error": pytest.approx(0.0),  # of one image
+        "score_error": pytest.approx(0.0),  # there is only one image
         "balanced": pytest.approx(np.mean(balanced)),
         "exact": pytest.approx(4 / 6),
     }
 
 
 def test_the_error_of_the_score_is_the_spread_over_images(tmp_path: Path) -> None:
-    """Two images, one wholly right and one wholly wrong: a bootstrap over them draws a score of 0, 1/2 or 1."""
+    """One image is entirely right and one entirely wrong, so a bootstrap over them draws scores of 0, 1/2 and 1."""
     images = painted(tmp_path, {"a": [(0, 32)], "b": [(0, 32)]}, side=32)
     images.boxes = [np.array([(x, 0, 16, 16) for x in (0, 16)])] * 2
     images.present = [np.array([[True, False, False]] * 2), np.array([[False, True, True]] * 2)]
