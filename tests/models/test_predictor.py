@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle
 from models.errors import NonFiniteOutputError
-from models.predictor import Predictor
+from models.predictor import Predictor, _presence
 from tests.models.networks import (
     ColorClassifier,
     ColorSegmenter,
@@ -175,3 +175,12 @@ def test_default_bundle_predicts_the_same_twice() -> None:
     total_Nhw = first.probs_NKhw.sum(dim=1)
     assert ((total_Nhw >= 0) & (total_Nhw <= 1 + 1e-6)).all()
     assert total_Nhw.max() > 0.99
+
+
+def test_probabilities_have_the_same_bits_in_any_number_of_windows() -> None:
+    """torch computes the last values of a sigmoid on a CPU with other instructions than the others."""
+    logits_MK = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)) * 5
+    whole_MK = _presence(logits_MK)
+    for count in range(1, 100):
+        assert torch.equal(_presence(logits_MK[:count]), whole_MK[:count])
+    torch.testing.assert_close(whole_MK, logits_MK.sigmoid())
