@@ -9,6 +9,16 @@ import torch
 from torch import Tensor
 
 
+def presence(logits_MK: Tensor) -> Tensor:
+    """Return the probabilities of a classifier's logits, with bits that do not depend on the number of windows.
+
+    On a CPU, torch computes the last few values of a sigmoid with other instructions, which can change the last bit. In
+    float64, this bit is lost in the rounding. Apple's GPUs have no float64.
+    """
+    exact_MK = logits_MK if logits_MK.device.type == "mps" else logits_MK.double()
+    return exact_MK.sigmoid().float()
+
+
 def passing_classes(presence_NK: Tensor, thresholds_K: Tensor) -> Tensor:
     """Return which classes pass, (N, K) bool: those with a probability above the threshold of the class."""
     return presence_NK.float() > thresholds_K.float()

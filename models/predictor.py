@@ -30,7 +30,7 @@ from models.devices import Uploads, choose_device, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.familiarity import Statistics, window_features
 from models.first_stages import split_networks
-from models.gate import passing_classes
+from models.gate import passing_classes, presence
 from models.gate_windows import GateWindows, PixelGates, cut_windows, gate_windows, pixel_gates, placed
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
@@ -234,7 +234,7 @@ class Predictor:
             return [
                 presence_RCK
                 for batch, logits_MK in zip(batches, logits, strict=True)
-                for presence_RCK in _presence(logits_MK).unflatten(0, batch.windows.shape)
+                for presence_RCK in presence(logits_MK).unflatten(0, batch.windows.shape)
             ]
 
     def logits(self, rgb_NHWC: Canvases) -> Tensor:
@@ -370,7 +370,7 @@ class Predictor:
         """Return the gates of each batch, and the decisions, for which the host waits."""
         logits = [one.logits_MK for one in classified]
         distances = [one.distances_Nrc for one in classified if one.distances_Nrc is not None]
-        allowed = [self._allowed(_presence(logits_MK)) for logits_MK in logits]
+        allowed = [self._allowed(presence(logits_MK)) for logits_MK in logits]
         gates = [pixel_gates(one_MK, batch.windows) for one_MK, batch in zip(allowed, batches, strict=True)]
         contested = [gate.contested_N() for gate in gates]
         finite_N, contested_N, *found = to_host([_finite_canvases(batches, logits), torch.cat(contested), *distances])
@@ -450,16 +450,6 @@ def _placed(network: nn.Module, device: torch.device) -> nn.Module:
     anywhere: Any = network.eval().to(device)
     placed: nn.Module = anywhere.to(memory_format=torch.channels_last)
     return placed
-
-
-def _presence(logits_MK: Tensor) -> Tensor:
-    """Return the probabilities of logits, with bits that do not depend on the number of windows.
-
-    On a CPU, torch computes the last few values of a sigmoid with other instructions, which can change the last bit. In
-    float64, this bit is lost in the rounding. Apple's GPUs have no float64.
-    """
-    exact_MK = logits_MK if logits_MK.device.type == "mps" else logits_MK.double()
-    return exact_MK.sigmoid().float()
 
 
 def _order(batches: Sequence[_Batch]) -> list[int]:

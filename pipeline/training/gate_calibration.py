@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.classifier import Classifier
+from models.gate import presence
 from pipeline.training.classifier import held_out_batches, patch_outputs
 from pipeline.training.config import TrainConfig
 from pipeline.training.inputs import as_input
@@ -30,13 +31,13 @@ def patch_presence(
     classifier: Classifier, images: PatchImages, config: TrainConfig, device: torch.device
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return the presence probabilities (M, K) of all labeled patches, and the classes that they contain (M, K)."""
-    presence, held = [], []
+    found, held = [], []
     with torch.inference_mode():
         for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=config.region is not None):
             logits_MK = patch_outputs(classifier, as_input(rgb_NHWC, device, config), boxes).logits_NK
-            presence.append(logits_MK.float().sigmoid().cpu().numpy())
+            found.append(presence(logits_MK).cpu().numpy())
             held.append(present_MK)
-    return np.concatenate(presence), np.concatenate(held)
+    return np.concatenate(found), np.concatenate(held)
 
 
 def calibrate_gate(presence_MK: NDArray[np.float32], held_MK: NDArray[np.bool_], recall: float) -> tuple[float, ...]:

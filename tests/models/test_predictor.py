@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle
 from models.errors import NonFiniteOutputError
-from models.predictor import Predictor, _presence
+from models.gate import presence
+from models.predictor import Predictor
 from tests.models.networks import (
     ColorClassifier,
     ColorSegmenter,
@@ -180,7 +181,7 @@ def test_default_bundle_predicts_the_same_twice() -> None:
 def test_probabilities_have_the_same_bits_in_any_number_of_windows() -> None:
     """torch computes the last values of a sigmoid on a CPU with other instructions than the others."""
     logits_MK = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)) * 5
-    whole_MK = _presence(logits_MK)
+    whole_MK = presence(logits_MK)
     for count in range(1, 100):
-        assert torch.equal(_presence(logits_MK[:count]), whole_MK[:count])
+        assert torch.equal(presence(logits_MK[:count]), whole_MK[:count])
     torch.testing.assert_close(whole_MK, logits_MK.sigmoid())
