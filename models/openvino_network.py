@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import RuntimeUnavailableError
+from models.padding import ExtendedConv2d
 from models.runtimes import Precision, load_openvino
 
 _TOLERANCES: dict[Precision, float] = {"float32": 1e-3, "fp16": 0.05, "bf16": 0.25}
@@ -48,9 +49,12 @@ class OpenVinoNetwork:
         self._smallest = size
         self._compiled = _compile(network, channels, size, torch.get_num_threads(), _FORMATS[precision])
         # The conversion of an arbitrary timm network can go wrong, and a trace can hold the size of its example.
+        sizes = [(size, size), (size, size + step)]
         # At the smallest side, padding may not have enough pixels to mirror. The trace would then pad larger images in
         # the same way, so a larger image is compared too.
-        for height, width in ((size, size), (size, size + step), (4 * size, 4 * size)):
+        if any(isinstance(module, ExtendedConv2d) and module.mode == "reflect" for module in network.modules()):
+            sizes.append((4 * size, 4 * size))
+        for height, width in sizes:
             example_NCHW = torch.randn((1, channels, height, width), generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
                 expected = network(example_NCHW)
