@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from models.bundle import load_bundle, load_networks
+from models.bundle import load_bundle
 from models.cam import CAMS, cam_maps
 from models.classifier import Classifier
 from models.errors import CamUnavailableError
@@ -53,6 +53,7 @@ from tests.bench.cam_scores import (
     pointing_energy,
     unit_maps,
 )
+from tests.bench.training_stride import training_classifier
 
 logger = logging.getLogger(__name__)
 
@@ -182,11 +183,7 @@ def bundled(name: str, dataset: Dataset, device: torch.device) -> Subject:
     inside = Path(name) / "bundle"
     bundle = load_bundle(inside if inside.is_dir() else name)
     check_same_classes(bundle.card, dataset)
-    card, parts = bundle.card, bundle.card.classifier
-    # These are maps of training. A run may use a coarser stride.
-    classifier = Classifier(parts.backbone, parts.head, len(card.classes), parts.depth)
-    classifier.load_state_dict(load_networks(bundle)[0].state_dict())
-    classifier.eval()
+    card, classifier = bundle.card, training_classifier(bundle)
     return Subject(card.name, card.classifier.head, classifier.to(device), card.mean, card.std, card.mpp)
 
 

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import load_bundle, load_networks
-from models.classifier import Classifier
+from models.bundle import load_bundle
 from pipeline.training.compose import composed
 from pipeline.training.dataset import Dataset, Sample, load_dataset, samples
 from pipeline.training.dataset_card import CropLabels
 from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages
 from tests.bench.colorectal import SLIDES, fold
+from tests.bench.training_stride import training_classifier
 
 SIDE = 64
 """Side of a patch in model pixels, as in both shipped models."""
@@ -96,11 +96,7 @@ def load_pool(name: str, data: Path, output: Path) -> Pool:
 def _computed(name: str, data: Path, output: Path) -> dict[str, NDArray[np.generic]]:
     source = SOURCES[name]
     bundle = load_bundle(source.model)
-    parts = bundle.card.classifier
-    # A run may use a coarser stride than training.
-    classifier = Classifier(parts.backbone, parts.head, len(bundle.card.classes), parts.depth, stride=STRIDE)
-    classifier.load_state_dict(load_networks(bundle)[0].state_dict())
-    classifier.eval()
+    classifier = training_classifier(bundle)
     features: list[NDArray[np.float32]] = []
     present: list[NDArray[np.bool_]] = []
     image: list[int] = []

@@ -150,6 +150,7 @@ def test_a_new_user_gets_a_model_corrects_its_map_and_trains_again(
             page.keyboard.press("n")
             until(page, f"wsiView.selection.last && wsiView.selection.last.index !== {seen}")
             label, seen = page.evaluate("() => [wsiView.selection.last.label, wsiView.selection.last.index]")
+        assert label == rare, "the map has no region of the smaller class"
         page.keyboard.press("2" if label == 1 else "1")
         until(page, "document.getElementById('corrections-saved').textContent.startsWith('Saved')")
         page.goto("about:blank")
