@@ -90,9 +90,9 @@ def _alike(first: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def _edges(network: nn.Module) -> list[tuple[tuple[int, int, int, int], bool]]:
+def _edges(network: nn.Module) -> list[tuple[tuple[int, int, int, int], tuple[int, int]]]:
     """Return by how many pixels the convolutions extend their input."""
-    return [(module.edges, module.whole) for module in network.modules() if isinstance(module, ExtendedConv2d)]
+    return [(module.edges, module.multiple) for module in network.modules() if isinstance(module, ExtendedConv2d)]
 
 
 def _reach_px(first: nn.Module) -> float:

@@ -8,6 +8,7 @@ Shape suffixes: N batch, C channels, H and W space.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from models.light_imports import import_light
 
 timm_layers = import_light("timm.layers")
+timm_blocks = import_light("timm.models._efficientnet_blocks")
 
 Mode = Literal["replicate", "reflect"]
 """`replicate` repeats the pixel at the edge, `reflect` mirrors the pixels beside it."""
@@ -25,16 +27,15 @@ class ExtendedConv2d(nn.Conv2d):
     """A convolution that continues its input beyond the edges instead of adding zeros."""
 
     edges: tuple[int, int, int, int]
-    """Pixels to add at the left, right, top and bottom of an input whose sides are multiples of the stride."""
-    whole: bool
-    """Whether to extend other inputs to whole strides, as "same" padding does."""
+    """Pixels to add at the left, right, top and bottom of an input whose sides are multiples of `multiple`."""
+    multiple: tuple[int, int]
+    """Height and width of other inputs are extended to multiples of these, as "same" padding does for strides."""
     mode: Mode
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         left, right, top, bottom = self.edges
-        if self.whole:
-            right += -int(x_NCHW.shape[3]) % self.stride[1]
-            bottom += -int(x_NCHW.shape[2]) % self.stride[0]
+        right += -int(x_NCHW.shape[3]) % self.multiple[1]
+        bottom += -int(x_NCHW.shape[2]) % self.multiple[0]
         fits = max(left, right) < int(x_NCHW.shape[3]) and max(top, bottom) < int(x_NCHW.shape[2])
         # An image smaller than the padding has too few pixels to mirror.
         mode = self.mode if fits else "replicate"
@@ -48,9 +49,43 @@ def extend_edges(network: nn.Module, mode: Mode) -> None:
             whole = isinstance(module, timm_layers.Conv2dSame)
             edges = _same_edges(module) if whole or module.padding == "same" else _edges(module)
             if any(edges):
-                extended: Any = module
-                extended.__class__ = ExtendedConv2d
-                extended.edges, extended.whole, extended.mode, extended.padding = edges, whole, mode, (0, 0)
+                vertical, horizontal = module.stride
+                _extend(module, edges, (vertical, horizontal) if whole else (1, 1), mode)
+
+
+def pad_before_expansion(network: nn.Module) -> nn.Module:
+    """Return a copy in eval mode that gives the same output, and whose inverted residuals extend smaller maps.
+
+    An inverted residual first expands its input to six times the channels by a 1×1 convolution. The depthwise
+    convolution after it extends the edges of all of them, which copies the largest map of the block. A 1×1 convolution,
+    a batch norm in eval mode and an activation treat each pixel alone, so the copy extends the edges of the input
+    instead. A network without such blocks is returned as it is.
+    """
+    if not any(_expands(block) for block in network.modules()):
+        return network
+    moved = copy.deepcopy(network).eval()
+    for block in filter(_expands, moved.modules()):
+        parts: Any = block
+        depthwise = parts.conv_dw
+        _extend(parts.conv_pw, depthwise.edges, depthwise.multiple, depthwise.mode)
+        depthwise.__class__ = nn.Conv2d
+    return moved
+
+
+def _expands(block: nn.Module) -> bool:
+    expansion, depthwise = getattr(block, "conv_pw", None), getattr(block, "conv_dw", None)
+    return (
+        isinstance(block, timm_blocks.InvertedResidual)
+        and type(expansion) is nn.Conv2d
+        and expansion.kernel_size == expansion.stride == (1, 1)
+        and isinstance(depthwise, ExtendedConv2d)
+    )
+
+
+def _extend(conv: nn.Module, edges: tuple[int, int, int, int], multiple: tuple[int, int], mode: Mode) -> None:
+    extended: Any = conv
+    extended.__class__ = ExtendedConv2d
+    extended.edges, extended.multiple, extended.mode, extended.padding = edges, multiple, mode, (0, 0)
 
 
 def _edges(conv: nn.Conv2d) -> tuple[int, int, int, int]:

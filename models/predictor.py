@@ -34,6 +34,7 @@ from models.gate import passing_classes, presence
 from models.gate_windows import GateWindows, PixelGates, cut_windows, gate_windows, pixel_gates, placed
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
+from models.padding import pad_before_expansion
 from models.runtimes import (
     BATCH_SIZE,
     OUTPUT_STRIDES,
@@ -156,7 +157,7 @@ class Predictor:
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
         self.on_device = Uploads(self.device)
-        networks = split_networks(classifier, segmenter, card.margin)
+        networks = split_networks(pad_before_expansion(classifier), pad_before_expansion(segmenter), card.margin)
         self._first = None if networks.first is None else self._prepared(networks.first)
         self._deep = self._prepared(networks.deep, networks.channels, networks.stride)
         self._segmenter = self._prepared(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -87,11 +86,25 @@ class CoreSegmenter(nn.Module):
         # of stride 4.
         scale = int(decoder.up.scale_factor)
         deep_NChw = _without_edge(decoder.aspp(features[-1]), (self._margin - _CONTEXT) // (NATIVE_STRIDE * scale))
-        wider = _CONTEXT // NATIVE_STRIDE - 2 * RIM
-        deep_NChw = _without_edge(decoder.up(deep_NChw), wider)
-        fine_NChw = decoder.block1(_without_edge(features[2], margin - 2 * RIM))
-        logits_NKhw = self.segmenter.segmentation_head(decoder.block2(torch.cat([deep_NChw, fine_NChw], dim=1)))
-        return _without_edge(logits_NKhw, RIM)
+        deep_NChw = decoder.up(deep_NChw)
+        around = _CONTEXT // NATIVE_STRIDE
+        fine_NChw = decoder.block1(_without_edge(features[2], margin - around))
+        # A separable convolution, a batch norm and a ReLU.
+        (depthwise, pointwise), *after = decoder.block2
+        mixed_NChw = nn.Sequential(*after)(_separable_of_two(depthwise, pointwise, deep_NChw, fine_NChw))
+        return _without_edge(self.segmenter.segmentation_head(mixed_NChw), around - 1 - RIM)
+
+
+def _separable_of_two(depthwise: nn.Conv2d, pointwise: nn.Conv2d, a_NChw: Tensor, b_NChw: Tensor) -> Tensor:
+    """Return the separable convolution of two maps, one cell less on each side, without joining them.
+
+    Joining and padding would copy the largest maps of the network.
+    """
+    channels = int(a_NChw.shape[1])
+    weight, mix = depthwise.weight, pointwise.weight
+    a_NChw = F.conv2d(a_NChw, weight[:channels], groups=channels)
+    b_NChw = F.conv2d(b_NChw, weight[channels:], groups=int(b_NChw.shape[1]))
+    return F.conv2d(a_NChw, mix[:, :channels]) + F.conv2d(b_NChw, mix[:, channels:])
 
 
 def _without_edge(map_NChw: Tensor, cells: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.padding import Mode, extend_edges, timm_layers
+from models.padding import ExtendedConv2d, Mode, extend_edges, pad_before_expansion, timm_layers
 from models.segmenter import build_segmenter
 
 
@@ -80,3 +80,51 @@ def test_an_even_image_gives_an_even_map_up_to_its_edges(build: Any) -> None:
     map_NChw: Tensor = output if isinstance(output, Tensor) else output.deep
     assert map_NChw.abs().max() > 1e-3
     torch.testing.assert_close(map_NChw, map_NChw[:, :, :1, :1].expand_as(map_NChw), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "size"),
+    [
+        (lambda: Backbone("tf_efficientnet_lite0", 4), (96, 64)),
+        (lambda: Backbone("tf_efficientnet_lite0", 4), (75, 64)),
+        (lambda: Backbone("efficientnet_b0", 4), (96, 64)),  # with squeeze-and-excitation
+        (lambda: build_segmenter("tu-tf_efficientnet_lite0", 3), (96, 64)),
+    ],
+    ids=["same padding", "odd image", "squeeze and excitation", "segmenter"],
+)
+def test_edges_before_the_expansion_give_the_same_map(build: Any, size: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    network = build()
+    moved = pad_before_expansion(network)
+    assert network.training
+    assert not any(module.training for module in moved.modules())
+    x_NCHW = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, output = network.eval()(x_NCHW), moved(x_NCHW)
+    for expected_NChw, map_NChw in zip(_maps(expected), _maps(output), strict=True):
+        torch.testing.assert_close(map_NChw, expected_NChw, rtol=1e-6, atol=1e-7)
+        assert expected_NChw.std() > 1e-4
+    assert list(moved.state_dict()) == list(network.state_dict())
+
+
+def test_the_wide_maps_are_not_extended() -> None:
+    """Every depthwise convolution after an expansion is a plain one, and its expansion extends the narrow map."""
+    moved = pad_before_expansion(Backbone("tf_efficientnet_lite0", 4))
+    blocks = [block for block in moved.modules() if hasattr(block, "conv_pwl")]
+    assert len(blocks) == 10
+    for block in blocks:
+        assert type(block.conv_dw) is nn.Conv2d
+        assert isinstance(block.conv_pw, ExtendedConv2d)
+        (side, _), (dilation, _), (stride, _) = (
+            block.conv_dw.kernel_size,
+            block.conv_dw.dilation,
+            block.conv_dw.stride,
+        )
+        left, right, _, _ = block.conv_pw.edges
+        assert left + right == dilation * (side - 1) + 1 - stride
+    plain = Backbone("resnet18")
+    assert pad_before_expansion(plain) is plain
+
+
+def _maps(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)]
