@@ -35,18 +35,34 @@ def changed_files(folder: Path, run: Mapping[str, Any], *, quick: bool = False) 
     `run.json` does not have digests, because an older version wrote it.
     """
     outputs = [name for name in run["outputs"] if name != "run.json"]
-    recorded = {name: (facts["sha256"], int(facts["bytes"])) for name, facts in run["digests"].items()}
+    recorded = {name: (facts["sha256"], _size(facts["bytes"])) for name, facts in run["digests"].items()}
     found: dict[Path, list[str]] = {}
     for name in outputs:
         path = folder / name
         if name in recorded:
             found[path] = _changes(path, *recorded[name], quick=quick and name != LISTING)
-        elif not path.is_dir():
-            found[path] = ["is missing" if not path.exists() else "does not have a digest in run.json"]
+        elif wrong := _without_digest(path):
+            found[path] = wrong
     for name in outputs:
-        if (folder / name).is_dir() and not found.get(folder / LISTING, ["is missing"]):
+        if folder / name not in found and not found.get(folder / LISTING, ["is missing"]):
             found[folder / name] = _changes_of_map(folder / name, _listed(folder / LISTING), quick=quick)
     return found
+
+
+def _size(recorded: object) -> int:
+    if not isinstance(recorded, int):
+        raise TypeError(f"{recorded!r} is not a number of bytes")
+    return recorded
+
+
+def _without_digest(path: Path) -> list[str]:
+    """Return what is wrong with an output that has no digest of its own, which only a folder may lack."""
+    try:
+        if path.is_dir():
+            return []
+        return ["does not have a digest in run.json" if path.exists() else "is missing"]
+    except OSError as error:  # such as a name that is too long
+        return [f"cannot be read: {error.strerror or error}"]
 
 
 def _changes_of_map(root: Path, listed: Recorded, *, quick: bool) -> list[str]:

@@ -78,12 +78,19 @@ def _result(folder: Path, *, quick: bool) -> Findings:
         found[folder / "run.json"].append(f"does not have the digests of the files ({error!r})")
     if not quick:
         for name in outputs:
-            if (folder / name).exists():
+            if _exists(folder / name):
                 found[folder / name] = _broken_format(folder / name, polygons, areas_mm2) + found.get(folder / name, [])
         left_out = folder / "left-out.geojson"
         if not found.get(left_out, ["is not an output"]):
             found[left_out] = _other_left_out(left_out, run.get("left_out"))
     return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _other_left_out(path: Path, left_out: Any) -> list[str]:
