@@ -2,6 +2,11 @@
 
     python -m tests.bench.weak_supervision --data FOLDER -o runs --rows ours paper --seeds 0 1 2
 
+and the ablations of docs/benchmarks/colorectal-tissue.md, on composed images of the validation slide.
+
+    python -m tests.bench.weak_supervision --dataset kather-2016 --split val --data FOLDER -o runs \
+        --rows card card-plain card-deep --seeds 0 1 2
+
 Each run is `wsi-train` with the settings of its row; a row that differs from another only in later stages starts from
 that one's classifier. Runs that are finished are not repeated, so that rows can be added one by one. `full` is the
 ceiling: the same segmenter trained on the masks of the training split, which no other row sees.
@@ -30,8 +35,10 @@ from PIL import Image
 
 from models.bundle import load_bundle
 from models.predictor import Predictor
+from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig, train_config
 from pipeline.training.dataset import Dataset, check_images, load_dataset, samples
+from pipeline.training.dataset_card import Split
 from pipeline.training.evaluate import evaluate
 from pipeline.training.patches import PatchImages
 from pipeline.training.pseudo_masks import mask_files
@@ -47,6 +54,8 @@ class Row:
     preset: str
     settings: tuple[str, ...] = ()
     classifier_of: str | None = None
+    of_card: bool = False
+    """Whether to start from the settings in the data set's card, which the command `wsi-train` does."""
 
 
 ROWS = {
@@ -69,6 +78,11 @@ ROWS = {
     "paper-layers": Row("… deep layer only", "paper", ("layer_weights=[0.0, 0.0, 1.0]",), "paper"),
     "paper+ema": Row("… with averaged weights", "paper", ("ema=0.96",)),
     "full": Row("full supervision, the same segmenter", "default", (), "ours"),
+    "card": Row("the recipe of the data set's card", "default", of_card=True),
+    "card-plain": Row("… without PDA", "default", ("attention=none",), of_card=True),
+    "card-deep": Row(
+        "… pseudo masks of the deep layer only", "default", ("layer_weights=[0.0, 0.0, 1.0]",), of_card=True
+    ),
 }
 
 
@@ -78,6 +92,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="split that is measured")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], help="settings of all rows, name=value")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -89,18 +104,21 @@ def main() -> None:
     dataset = load_dataset(options.dataset, options.data)
     for seed in options.seeds:
         for name in options.rows:
-            run_row(dataset, name, seed, options.output, options.set, tta=options.tta)
+            run_row(dataset, name, seed, options.output, options.set, options.split, tta=options.tta)
     print(table(options.output))
     if options.compare is not None:
         print("\n" + comparisons(options.output, options.compare))
 
 
-def run_row(dataset: Dataset, name: str, seed: int, output: Path, common: Sequence[str], *, tta: bool) -> None:
+def run_row(
+    dataset: Dataset, name: str, seed: int, output: Path, common: Sequence[str], split: Split, *, tta: bool
+) -> None:
     """Train and measure one row with one seed, unless its result is there."""
     row, run = ROWS[name], output / f"{name}-{seed}"
     if (run / "result.json").is_file():
         return
-    config = train_config(row.preset, None, [*common, *row.settings, f"seed={seed}"])
+    own = dataset.card.settings if row.of_card else {}
+    config = train_config(row.preset, None, [*common, *row.settings, f"seed={seed}"], own)
     run.mkdir(parents=True, exist_ok=True)
     if row.classifier_of is not None:
         source = output / f"{row.classifier_of}-{seed}" / "classifier.safetensors"
@@ -121,7 +139,7 @@ def run_row(dataset: Dataset, name: str, seed: int, output: Path, common: Sequen
             }
     predictor = Predictor.from_bundle(load_bundle(bundle.path), device="cpu", output_stride=1)
     for flips in (False, True) if tta else (False,):
-        evaluation = evaluate(predictor, dataset, "test", flips=flips)
+        evaluation = evaluate(predictor, composed(dataset, run), split, flips=flips)
         for gate in (True, False):
             scores = evaluation.scores("exclude", gate=gate)
             key = ("gate" if gate else "no gate") + (", flips" if flips else "")
