@@ -119,10 +119,8 @@ def _touching_edge(ids_HW: Ints, count: int) -> Bools:
 
 def _neighbors(ids_HW: Ints) -> tuple[Ints, Floats]:
     """Return the pairs of regions that share pixel edges, and the number of edges."""
-    left = np.concatenate([ids_HW[:, :-1].ravel(), ids_HW[:-1].ravel()])
-    right = np.concatenate([ids_HW[:, 1:].ravel(), ids_HW[1:].ravel()])
-    differ = left != right
-    pairs_E2 = np.stack([left[differ], right[differ]], axis=1)
+    beside = ((ids_HW[:, :-1], ids_HW[:, 1:]), (ids_HW[:-1], ids_HW[1:]))
+    pairs_E2 = np.concatenate([np.stack([a[a != b], b[a != b]], axis=1) for a, b in beside])
     return _summed_pairs(pairs_E2, np.ones(len(pairs_E2), np.float64))
 
 
