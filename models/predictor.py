@@ -11,10 +11,8 @@ canvases, H and W the canvas, h and w the core at the output stride, r and c the
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import Any, NamedTuple, Self
 
@@ -23,18 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.backbone import Stages
 from models.bundle import Bundle, ModelCard, load_networks, load_statistics
 from models.compute import choose_compute
+from models.device_networks import DeviceNetworks
 from models.devices import Uploads, choose_device, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.familiarity import Statistics, window_features
-from models.first_stages import split_networks
 from models.gate import passing_classes, presence
-from models.gate_windows import GateWindows, PixelGates, cut_windows, gate_windows, pixel_gates, placed
-from models.normalize import normalized
-from models.openvino_network import OpenVinoNetwork
-from models.padding import pad_before_expansion
+from models.gate_windows import GateWindows, PixelGates, gate_windows, pixel_gates, placed
 from models.runtimes import (
     BATCH_SIZE,
     OUTPUT_STRIDES,
@@ -44,27 +38,15 @@ from models.runtimes import (
     RuntimeName,
     check_precision,
 )
-from models.segmenter import NATIVE_STRIDE, RIM, CoreSegmenter, logits_at_stride
 
 log = logging.getLogger(__name__)
 
-
-Network = Callable[[Tensor], Tensor]
-"""Images or features (N, C, H, W) -> features or logits."""
 
 Canvases = NDArray[np.uint8] | Tensor
 """RGB canvases (N, H, W, 3) uint8; H and W are multiples of 32. A tensor must be on the predictor's device."""
 
 Corner = tuple[int, int]
 """The (x, y) of a core in model pixels of the slide, multiples of 16. Windows are counted from the origin."""
-
-SMALLEST_CORE = 32
-"""Smallest side of a core in model pixels. Larger sides are multiples of it."""
-
-_WINDOW_VALUES = 1 << 22
-"""Numbers in the gate windows whose features the head of the classifier takes at a time, which bounds its memory."""
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Decisions(NamedTuple):
@@ -157,16 +139,8 @@ class Predictor:
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
         self.on_device = Uploads(self.device)
-        networks = split_networks(pad_before_expansion(classifier), pad_before_expansion(segmenter), card.margin)
-        self._first = None if networks.first is None else self._prepared(networks.first)
-        self._deep = self._prepared(networks.deep, networks.channels, networks.stride)
-        self._segmenter = self._prepared(
-            CoreSegmenter(networks.segmenter, card.margin), networks.channels, networks.stride
-        )
-        self._classifier: Any = networks.deep.classifier
+        self._networks = DeviceNetworks(card, classifier, segmenter, compute)
         self._statistics = None if statistics is None else statistics.to(self.device)
-        self._mean_C = torch.tensor(card.mean).to(self.device)
-        self._std_C = torch.tensor(card.std).to(self.device)
         self._thresholds_K = torch.tensor(card.gate_thresholds).to(self.device)
 
     @classmethod
@@ -243,11 +217,11 @@ class Predictor:
 
         Needs at least one canvas. Raises NonFiniteOutputError.
         """
-        canvases_NHWC = self._checked(rgb_NHWC)
+        canvases_NHWC, networks = self._checked(rgb_NHWC), self._networks
         with torch.inference_mode():
             logits_NKhw = torch.cat(
                 [
-                    self._segmented(self._started(self._normalized(batch)))
+                    networks.segmented(networks.started(networks.normalized(batch)), self.output_stride)
                     for batch in canvases_NHWC.split(self.batch_size)
                 ]
             )
@@ -319,51 +293,19 @@ class Predictor:
         """Return the gate windows of canvases whose cores have this height and width at the output stride."""
         return gate_windows(corners, size_out, self.card.margin, self.card.gate_window, self.output_stride)
 
-    def _normalized(self, canvases_NHWC: Tensor) -> Tensor:
-        return normalized(canvases_NHWC, self._mean_C, self._std_C)
-
-    def _started(self, x_NCHW: Tensor) -> Tensor:
-        """Return the features of the stages that both networks share; the images if they share none."""
-        if self._first is None:
-            return x_NCHW
-        with self._autocast():
-            return self._first(x_NCHW)
-
     def _classified(self, canvases: Sequence[Tensor], batch: _Batch) -> _Classified:
         """Return what the classifier computes for a batch."""
-        x_NCHW = self._normalized(torch.stack([canvases[n] for n in batch.canvases]))
-        features_NChw = self._started(x_NCHW)
-        with self._autocast():
-            deep_NDhw = self._deep(features_NChw)
-            logits_MK = self._window_logits(deep_NDhw, x_NCHW, batch.windows)
+        x_NCHW = self._networks.normalized(torch.stack([canvases[n] for n in batch.canvases]))
+        features_NChw = self._networks.started(x_NCHW)
+        deep_NDhw = self._networks.deep(features_NChw)
+        logits_MK = self._networks.window_logits(deep_NDhw, x_NCHW, batch.windows)
         # Normalized images have twice the bytes of features, and cost little to compute again.
-        kept_NChw = None if self._first is None else features_NChw
+        kept_NChw = features_NChw if self._networks.share_stages else None
         if self._statistics is None or self.card.familiarity is None:
             return _Classified(logits_MK, None, kept_NChw)
         features_NrcD = window_features(deep_NDhw, x_NCHW.shape[2] // deep_NDhw.shape[2])
         distances_Nrc = self._statistics.distances(features_NrcD.flatten(0, 2)).view(features_NrcD.shape[:3])
         return _Classified(logits_MK, distances_Nrc / self.card.familiarity.window_limit, kept_NChw)
-
-    def _window_logits(self, deep_NDhw: Tensor, x_NCHW: Tensor, windows: GateWindows) -> Tensor:
-        """Return the logits (M, K) of the classifier's head in the windows of a batch."""
-        classifier, stride = self._classifier, x_NCHW.shape[2] // deep_NDhw.shape[2]
-        whole = range(math.prod(windows.shape))
-        if classifier.class_scores:
-            # Windows overlap, and a map has fewer channels than the features.
-            map_NKhw = classifier.head_output(Stages(deep_NDhw, deep_NDhw, deep_NDhw), x_NCHW).map_NKhw
-            scores_MK: Tensor = classifier.pooled(cut_windows(map_NKhw, windows, whole, stride))
-            return scores_MK.float()
-        values_px = deep_NDhw.shape[1] / stride**2 + (x_NCHW.shape[1] if classifier.reads_images else 0)
-        at_once = max(1, int(_WINDOW_VALUES / (values_px * math.prod(windows.sides))))
-        found = []
-        for first in whole[::at_once]:
-            some = whole[first : first + at_once]
-            deep_MDhw = cut_windows(deep_NDhw, windows, some, stride)
-            # Windows of an image are many times as large as those of the features.
-            x_MCHW = cut_windows(x_NCHW, windows, some) if classifier.reads_images else None
-            head_output = classifier.head_output(Stages(deep_MDhw, deep_MDhw, deep_MDhw), x_MCHW)
-            found.append(head_output.logits_NK.float())
-        return torch.cat(found)
 
     def _decided(
         self, batches: Sequence[_Batch], classified: Sequence[_Classified]
@@ -395,24 +337,16 @@ class Predictor:
         if not chosen:
             return torch.zeros((1, len(self.card.classes), 1, 1), device=self.device)
         if features_NChw is None:
-            x_NCHW = self._normalized(torch.stack([canvases[batch.canvases[position]] for position in chosen]))
+            x_NCHW = self._networks.normalized(torch.stack([canvases[batch.canvases[position]] for position in chosen]))
         else:
             x_NCHW = features_NChw if len(chosen) == len(batch.canvases) else features_NChw[chosen]
-        found_NKhw = self._segmented(x_NCHW)
+        found_NKhw = self._networks.segmented(x_NCHW, self.output_stride)
         if len(chosen) == len(batch.canvases):
             return found_NKhw
         logits_NKhw = found_NKhw.new_zeros((len(batch.canvases), *found_NKhw.shape[1:]))
         for position, found_Khw in zip(chosen, found_NKhw, strict=True):
             logits_NKhw[position].copy_(found_Khw)
         return logits_NKhw
-
-    def _prepared(self, network: nn.Module, channels: int = 3, stride: int = 1) -> Network:
-        """Return a network on the device, for images or for features of this many channels at this stride."""
-        placed = _placed(network, self.device)
-        if self.runtime == "openvino":
-            smallest, step = (2 * self.card.margin + SMALLEST_CORE) // stride, 32 // stride
-            return OpenVinoNetwork(placed, smallest, self.precision, channels=channels, step=step)
-        return placed
 
     def _allowed(self, presence_MK: Tensor) -> Tensor:
         """Return which classes may have pixels in each window; with `ungated_fallback`, all classes if none passes."""
@@ -429,28 +363,6 @@ class Predictor:
                 f"canvases have {sides[0]}x{sides[1]} px; sides are multiples of 32 above {2 * self.card.margin}"
             )
         return rgb_NHWC if isinstance(rgb_NHWC, Tensor) else self.on_device(rgb_NHWC)
-
-    def _segmented(self, x_NCHW: Tensor) -> Tensor:
-        """Return the segmenter's logits in the cores of one batch of `_started`, divided by the model's temperature."""
-        with self._autocast():
-            logits_NKhw = self._segmenter(x_NCHW)
-        # Upsample before the rim is cut off, so that the edge of a core is interpolated like its inside.
-        logits_NKhw = logits_at_stride(logits_NKhw.float() / self.card.temperature, self.output_stride)
-        edge = RIM * NATIVE_STRIDE // self.output_stride
-        return logits_NKhw[:, :, edge:-edge, edge:-edge]
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.precision == "float32" or self.runtime == "openvino":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
-
-
-def _placed(network: nn.Module, device: torch.device) -> nn.Module:
-    # On the CPU, channels_last takes a third less time for both networks.
-    # Any: torch's stubs leave `memory_format` out of Module.to.
-    anywhere: Any = network.eval().to(device)
-    placed: nn.Module = anywhere.to(memory_format=torch.channels_last)
-    return placed
 
 
 def _order(batches: Sequence[_Batch]) -> list[int]:

@@ -88,10 +88,11 @@ def test_stages_that_pad_on_other_sides_are_not_shared() -> None:
 def test_the_predictor_computes_with_parts_in_eval_mode_on_its_device() -> None:
     classifier, segmenter = (network.train() for network in networks())
     predictor = Predictor(load_bundle(DEFAULT_BUNDLE).card, NO_DIGEST, classifier, segmenter, device="cpu")
-    used: tuple[Any, ...] = (predictor._first, predictor._deep, predictor._classifier, predictor._segmenter)
+    parts: Any = predictor._networks
+    used: tuple[Any, ...] = (parts._first, parts._deep, parts._classifier, parts._segmenter)
     assert not any(module.training for part in used for module in part.modules())
     # The head moves to the device with the stages before it.
-    assert used[1].classifier is predictor._classifier
+    assert used[1].classifier is parts._classifier
     assert classifier.training
     assert segmenter.training
 

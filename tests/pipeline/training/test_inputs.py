@@ -47,7 +47,7 @@ def test_training_and_bundle_normalize_alike(config: TrainConfig) -> None:
         seen.append(x_NCHW)
         return torch.zeros(len(x_NCHW), 2, 10, 10)
 
-    predictor._segmenter = network
+    predictor._networks._segmenter = network
     predictor.logits(rgb_NHWC)
     assert torch.equal(as_input(rgb_NHWC, predictor.device, config), torch.cat(seen))
 

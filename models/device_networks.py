@@ -1,0 +1,133 @@
+"""The networks of a bundle on one device: what they compute for batches of canvases.
+
+Shape suffixes: N canvases, K classes, C channels, D channels of the deep features, M gate windows, H and W the canvas,
+h and w a map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Stages
+from models.bundle import ModelCard
+from models.first_stages import split_networks
+from models.gate_windows import GateWindows, cut_windows
+from models.normalize import normalized
+from models.openvino_network import OpenVinoNetwork
+from models.padding import pad_before_expansion
+from models.runtimes import Compute
+from models.segmenter import NATIVE_STRIDE, RIM, CoreSegmenter, logits_at_stride
+
+Network = Callable[[Tensor], Tensor]
+"""Images or features (N, C, H, W) -> features or logits."""
+
+SMALLEST_CORE = 32
+"""Smallest side of a core in model pixels. Larger sides are multiples of it."""
+
+_WINDOW_VALUES = 1 << 22
+"""Numbers in the gate windows whose features the head of the classifier takes at a time, which bounds its memory."""
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DeviceNetworks:
+    """A classifier and a segmenter in eval mode on a device, compiled if the runtime is OpenVINO.
+
+    The stages that both share are computed once: `started` is what `deep` and `segmented` take.
+    """
+
+    def __init__(self, card: ModelCard, classifier: nn.Module, segmenter: nn.Module, compute: Compute) -> None:
+        """Raises RuntimeUnavailableError if OpenVINO cannot take a network."""
+        self._card, self._compute, self._device = card, compute, torch.device(compute.device)
+        networks = split_networks(pad_before_expansion(classifier), pad_before_expansion(segmenter), card.margin)
+        self._first = None if networks.first is None else self._prepared(networks.first)
+        self._deep = self._prepared(networks.deep, networks.channels, networks.stride)
+        self._segmenter = self._prepared(
+            CoreSegmenter(networks.segmenter, card.margin), networks.channels, networks.stride
+        )
+        self._classifier: Any = networks.deep.classifier
+        self._mean_C = torch.tensor(card.mean).to(self._device)
+        self._std_C = torch.tensor(card.std).to(self._device)
+
+    @property
+    def share_stages(self) -> bool:
+        """Return whether both networks start with the same stages. If not, `started` returns its argument."""
+        return self._first is not None
+
+    def normalized(self, canvases_NHWC: Tensor) -> Tensor:
+        """Return canvases as the networks take them: see `models.normalize.normalized`."""
+        return normalized(canvases_NHWC, self._mean_C, self._std_C)
+
+    def started(self, x_NCHW: Tensor) -> Tensor:
+        """Return the features of the stages that both networks share; the images if they share none."""
+        if self._first is None:
+            return x_NCHW
+        with self._autocast():
+            return self._first(x_NCHW)
+
+    def deep(self, started_NChw: Tensor) -> Tensor:
+        """Return the classifier's deep features (N, D, h, w)."""
+        with self._autocast():
+            return self._deep(started_NChw)
+
+    def segmented(self, started_NChw: Tensor, output_stride: int) -> Tensor:
+        """Return the segmenter's logits (N, K, h, w) in the cores, divided by the model's temperature."""
+        with self._autocast():
+            logits_NKhw = self._segmenter(started_NChw)
+        # Upsample before the rim is cut off, so that the edge of a core is interpolated like its inside.
+        logits_NKhw = logits_at_stride(logits_NKhw.float() / self._card.temperature, output_stride)
+        edge = RIM * NATIVE_STRIDE // output_stride
+        return logits_NKhw[:, :, edge:-edge, edge:-edge]
+
+    def window_logits(self, deep_NDhw: Tensor, x_NCHW: Tensor, windows: GateWindows) -> Tensor:
+        """Return the logits (M, K) of the classifier's head in the gate windows of normalized canvases."""
+        with self._autocast():
+            return self._window_logits(deep_NDhw, x_NCHW, windows)
+
+    def _window_logits(self, deep_NDhw: Tensor, x_NCHW: Tensor, windows: GateWindows) -> Tensor:
+        classifier, stride = self._classifier, x_NCHW.shape[2] // deep_NDhw.shape[2]
+        whole = range(math.prod(windows.shape))
+        if classifier.class_scores:
+            # Windows overlap, and a map has fewer channels than the features.
+            map_NKhw = classifier.head_output(Stages(deep_NDhw, deep_NDhw, deep_NDhw), x_NCHW).map_NKhw
+            scores_MK: Tensor = classifier.pooled(cut_windows(map_NKhw, windows, whole, stride))
+            return scores_MK.float()
+        values_px = deep_NDhw.shape[1] / stride**2 + (x_NCHW.shape[1] if classifier.reads_images else 0)
+        at_once = max(1, int(_WINDOW_VALUES / (values_px * math.prod(windows.sides))))
+        found = []
+        for first in whole[::at_once]:
+            some = whole[first : first + at_once]
+            deep_MDhw = cut_windows(deep_NDhw, windows, some, stride)
+            # Windows of an image are many times as large as those of the features.
+            x_MCHW = cut_windows(x_NCHW, windows, some) if classifier.reads_images else None
+            head_output = classifier.head_output(Stages(deep_MDhw, deep_MDhw, deep_MDhw), x_MCHW)
+            found.append(head_output.logits_NK.float())
+        return torch.cat(found)
+
+    def _prepared(self, network: nn.Module, channels: int = 3, stride: int = 1) -> Network:
+        """Return a network on the device, for images or for features of this many channels at this stride."""
+        placed = _placed(network, self._device)
+        if self._compute.runtime == "openvino":
+            smallest, step = (2 * self._card.margin + SMALLEST_CORE) // stride, 32 // stride
+            return OpenVinoNetwork(placed, smallest, self._compute.precision, channels=channels, step=step)
+        return placed
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        precision = self._compute.precision
+        if precision == "float32" or self._compute.runtime == "openvino":
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=_AUTOCAST[precision])
+
+
+def _placed(network: nn.Module, device: torch.device) -> nn.Module:
+    # On the CPU, channels_last takes a third less time for both networks.
+    # Any: torch's stubs leave `memory_format` out of Module.to.
+    anywhere: Any = network.eval().to(device)
+    placed: nn.Module = anywhere.to(memory_format=torch.channels_last)
+    return placed
