@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from torch import nn
 
-from models import predictor
+from models import device_networks
 from models.bundle import DEFAULT_BUNDLE, shipped_bundles
 from models.first_stages import DeepFeatures, Networks
 from tests.bench.lattice import make_predictor, shifted_labels
@@ -46,6 +46,6 @@ def test_sharing_the_first_stages_changes_few_labels(sample_slide: Path, monkeyp
         return Networks(None, 3, 1, DeepFeatures(classifier), segmenter)
 
     shared_HW, without_context_HW = labels(None), labels(16)
-    monkeypatch.setattr(predictor, "split_networks", whole)
+    monkeypatch.setattr(device_networks, "split_networks", whole)
     assert (shared_HW != labels(None)).mean() < 0.0005
     assert (without_context_HW != labels(16)).any()  # the networks do differ

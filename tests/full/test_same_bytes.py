@@ -11,6 +11,8 @@ from torch import Tensor
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
 from models.first_stages import split_networks
 from models.openvino_network import OpenVinoNetwork
+from models.padding import pad_before_expansion
+from models.segmenter import CoreSegmenter
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +33,15 @@ def test_openvino_returns_the_same_bits_with_any_number_of_threads_and_any_batch
     bundle = load_bundle(DEFAULT_BUNDLE)
     side = 224
     x_NCHW = torch.rand((8, 3, side, side), generator=torch.Generator().manual_seed(1)) * 4 - 2
-    split = split_networks(*load_networks(bundle), bundle.card.margin)
+    classifier, segmenter = (pad_before_expansion(network) for network in load_networks(bundle))
+    split = split_networks(classifier, segmenter, bundle.card.margin)
     assert split.first is not None
     with torch.inference_mode():
         features_NChw = split.first.eval()(x_NCHW)
     for network, inputs_NCHW in (
         (split.first, x_NCHW),
         (split.deep.eval(), features_NChw),
-        (split.segmenter.eval(), features_NChw),
+        (CoreSegmenter(split.segmenter, bundle.card.margin).eval(), features_NChw),
     ):
         channels, height = inputs_NCHW.shape[1:3]
         expected: Tensor | None = None
