@@ -1,6 +1,6 @@
 """A network computed by OpenVINO.
 
-On a CPU, OpenVINO takes about half the time of PyTorch for the same labels, and a quarter with float16.
+On a CPU, OpenVINO takes about half the time of PyTorch for the same labels, and less with float16 on some processors.
 
 Shape suffixes: N batch, H and W the image.
 """

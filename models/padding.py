@@ -54,12 +54,12 @@ def extend_edges(network: nn.Module, mode: Mode) -> None:
 
 
 def pad_before_expansion(network: nn.Module) -> nn.Module:
-    """Return a copy in eval mode that gives the same output, and whose inverted residuals extend smaller maps.
+    """Return a network that gives the same output in eval mode, and whose inverted residuals extend smaller maps.
 
     An inverted residual first expands its input to six times the channels by a 1×1 convolution. The depthwise
     convolution after it extends the edges of all of them, which copies the largest map of the block. A 1×1 convolution,
-    a batch norm in eval mode and an activation treat each pixel alone, so the copy extends the edges of the input
-    instead. A network without such blocks is returned as it is.
+    a batch norm in eval mode and an activation treat each pixel alone, so the edges of the input can be extended
+    instead. The network returned is a copy in eval mode, or the argument itself if it has no such blocks.
     """
     if not any(_expands(block) for block in network.modules()):
         return network
@@ -78,6 +78,8 @@ def _expands(block: nn.Module) -> bool:
         isinstance(block, timm_blocks.InvertedResidual)
         and type(expansion) is nn.Conv2d
         and expansion.kernel_size == expansion.stride == (1, 1)
+        and expansion.padding == (0, 0)
+        and isinstance(block.bn1, nn.BatchNorm2d)  # other norms average the map, with the added pixels
         and isinstance(depthwise, ExtendedConv2d)
     )
 

@@ -62,7 +62,7 @@ class CoreSegmenter(nn.Module):
     """A segmenter that returns the logits of the core of a canvas, and of `RIM` cells around it.
 
     Only the features at stride 16 need the margin. The decoder works at stride 4 and accounts for half of a segmenter's
-    multiplications, so it leaves the margin out. The logits are the same as those of the whole canvas. A network
+    multiplications, so it leaves the margin out. Up to rounding, the logits are those of the whole canvas. A network
     without this decoder computes the whole canvas.
     """
 
@@ -72,9 +72,7 @@ class CoreSegmenter(nn.Module):
         # Any: the parts of a segmenter have no types.
         self.segmenter: Any = segmenter
         self._margin = margin
-        self._leaves_out = isinstance(
-            getattr(segmenter, "decoder", None), smp.decoders.deeplabv3.decoder.DeepLabV3PlusDecoder
-        )
+        self._leaves_out = _joins_two_maps(getattr(segmenter, "decoder", None))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         margin = self._margin // NATIVE_STRIDE
@@ -82,8 +80,6 @@ class CoreSegmenter(nn.Module):
             return _without_edge(self.segmenter(x_NCHW), margin - RIM)
         features: Any = self.segmenter.encoder(x_NCHW)
         decoder = self.segmenter.decoder
-        # Upsampling is wrong in the outer half cell of the deep map, and the next convolution is wrong in one more cell
-        # of stride 4.
         scale = int(decoder.up.scale_factor)
         deep_NChw = _without_edge(decoder.aspp(features[-1]), (self._margin - _CONTEXT) // (NATIVE_STRIDE * scale))
         deep_NChw = decoder.up(deep_NChw)
@@ -92,13 +88,26 @@ class CoreSegmenter(nn.Module):
         # A separable convolution, a batch norm and a ReLU.
         (depthwise, pointwise), *after = decoder.block2
         mixed_NChw = nn.Sequential(*after)(_separable_of_two(depthwise, pointwise, deep_NChw, fine_NChw))
+        # Upsampling is wrong in the outer half cell of the deep map.
         return _without_edge(self.segmenter.segmentation_head(mixed_NChw), around - 1 - RIM)
 
 
-def _separable_of_two(depthwise: nn.Conv2d, pointwise: nn.Conv2d, a_NChw: Tensor, b_NChw: Tensor) -> Tensor:
-    """Return the separable convolution of two maps, one cell less on each side, without joining them.
+def _joins_two_maps(decoder: Any) -> bool:
+    """Return whether this is the decoder whose last block `_separable_of_two` can begin."""
+    if not isinstance(decoder, smp.decoders.deeplabv3.decoder.DeepLabV3PlusDecoder):
+        return False
+    depthwise, pointwise = decoder.block2[0]
+    return (
+        depthwise.kernel_size == (3, 3)
+        and depthwise.stride == depthwise.dilation == pointwise.kernel_size == pointwise.stride == (1, 1)
+        and depthwise.bias is pointwise.bias is None
+    )
 
-    Joining and padding would copy the largest maps of the network.
+
+def _separable_of_two(depthwise: nn.Conv2d, pointwise: nn.Conv2d, a_NChw: Tensor, b_NChw: Tensor) -> Tensor:
+    """Return the separable convolution of two maps as if they were joined along their channels.
+
+    The result has one cell less on each side. Joining and extending would copy the largest maps of the network.
     """
     channels = int(a_NChw.shape[1])
     weight, mix = depthwise.weight, pointwise.weight

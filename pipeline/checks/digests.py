@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def changed_files(folder: Path, run: Mapping[str, Any], *, quick: bool = False) 
 
 
 def _size(recorded: object) -> int:
-    if not isinstance(recorded, int):
+    if not isinstance(recorded, int) or isinstance(recorded, bool):
         raise TypeError(f"{recorded!r} is not a number of bytes")
     return recorded
 
@@ -58,9 +59,9 @@ def _size(recorded: object) -> int:
 def _without_digest(path: Path) -> list[str]:
     """Return what is wrong with an output that has no digest of its own, which only a folder may lack."""
     try:
-        if path.is_dir():
-            return []
-        return ["does not have a digest in run.json" if path.exists() else "is missing"]
+        return [] if stat.S_ISDIR(path.stat().st_mode) else ["does not have a digest in run.json"]
+    except FileNotFoundError:
+        return ["is missing"]
     except OSError as error:  # such as a name that is too long
         return [f"cannot be read: {error.strerror or error}"]
 

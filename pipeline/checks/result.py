@@ -89,7 +89,7 @@ def _result(folder: Path, *, quick: bool) -> Findings:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that no file can have
+    except OSError:  # such as a name that is too long
         return False
 
 

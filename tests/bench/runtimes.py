@@ -7,7 +7,8 @@
 
 Prints CPU and wall time per tile and what becomes of the results against eager float32: of the segmenter the share of
 other labels, of the classifier the share of other gate decisions, and the largest difference of a probability of both.
-A runtime that is not installed or does not support a network is reported and skipped.
+A runtime that is not installed or does not support a network is reported and skipped. Both networks are whole; a run
+computes less (docs/decisions/0007-runtimes.md), which `tests.bench.one_run` times.
 
 Shape suffixes: N tiles, K classes, H and W the tile, h and w the map.
 """

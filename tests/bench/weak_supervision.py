@@ -2,7 +2,7 @@
 
     python -m tests.bench.weak_supervision --data FOLDER -o runs --rows ours paper --seeds 0 1 2
 
-and the ablations of docs/benchmarks/colorectal-tissue.md, on composed images of the validation slide.
+and the ablations of docs/benchmarks/colorectal-tissue.md, measured on composed images of the validation slide.
 
     python -m tests.bench.weak_supervision --dataset kather-2016 --split val --data FOLDER -o runs \
         --rows card card-plain card-deep --seeds 0 1 2
@@ -55,7 +55,7 @@ class Row:
     settings: tuple[str, ...] = ()
     classifier_of: str | None = None
     of_card: bool = False
-    """Whether to start from the settings in the data set's card, which the command `wsi-train` does."""
+    """Whether to start from the settings in the data set's card, as `wsi-train` does."""
 
 
 ROWS = {
@@ -116,6 +116,9 @@ def run_row(
     """Train and measure one row with one seed, unless its result is there."""
     row, run = ROWS[name], output / f"{name}-{seed}"
     if (run / "result.json").is_file():
+        measured = json.loads((run / "result.json").read_text()).get("split", "test")
+        if measured != split:
+            raise SystemExit(f"{run} was measured on the split {measured}; choose another folder for {split}")
         return
     own = dataset.card.settings if row.of_card else {}
     config = train_config(row.preset, None, [*common, *row.settings, f"seed={seed}"], own)
@@ -130,7 +133,13 @@ def run_row(
     started = time.monotonic()
     bundle = train(dataset, run, config, device="cpu")
     seconds = time.monotonic() - started
-    result: dict[str, object] = {"row": name, "seed": seed, "seconds": round(seconds), "common": list(common)}
+    result: dict[str, object] = {
+        "row": name,
+        "seed": seed,
+        "split": split,
+        "seconds": round(seconds),
+        "common": list(common),
+    }
     if (run / PSEUDO_SCORES).is_file():
         with (run / PSEUDO_SCORES).open(newline="", encoding="utf-8") as stream:
             result["pseudo"] = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle, load_networks, shipped_bundles
 from models.classifier import Classifier
 from models.first_stages import DeepFeatures, split_networks
-from models.padding import ExtendedConv2d
+from models.padding import ExtendedConv2d, pad_before_expansion
 from models.predictor import Predictor
 from models.segmenter import build_segmenter
 from tests.models.networks import ConstantClassifier, ConstantSegmenter
@@ -124,7 +124,10 @@ def test_networks_that_start_differently_share_nothing() -> None:
 
 @pytest.mark.parametrize("name", shipped_bundles())
 def test_the_shipped_models_share_their_first_stages(name: str) -> None:
-    assert split_networks(*load_networks(load_bundle(name)), 64).first is not None
+    classifier, segmenter = load_networks(load_bundle(name))
+    assert split_networks(classifier, segmenter, 64).first is not None
+    # As a run does.
+    assert split_networks(pad_before_expansion(classifier), pad_before_expansion(segmenter), 64).first is not None
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -88,19 +88,19 @@ def test_an_even_image_gives_an_even_map_up_to_its_edges(build: Any) -> None:
         (lambda: Backbone("tf_efficientnet_lite0", 4), (96, 64)),
         (lambda: Backbone("tf_efficientnet_lite0", 4), (75, 64)),
         (lambda: Backbone("efficientnet_b0", 4), (96, 64)),  # with squeeze-and-excitation
+        (lambda: Backbone("test_efficientnet_gn"), (96, 64)),  # its norms average the whole map
         (lambda: build_segmenter("tu-tf_efficientnet_lite0", 3), (96, 64)),
     ],
-    ids=["same padding", "odd image", "squeeze and excitation", "segmenter"],
+    ids=["same padding", "odd image", "squeeze and excitation", "group norm", "segmenter"],
 )
 def test_edges_before_the_expansion_give_the_same_map(build: Any, size: tuple[int, int]) -> None:
     torch.manual_seed(1)
     network = build()
     moved = pad_before_expansion(network)
     assert network.training
-    assert not any(module.training for module in moved.modules())
     x_NCHW = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected, output = network.eval()(x_NCHW), moved(x_NCHW)
+        expected, output = network.eval()(x_NCHW), moved.eval()(x_NCHW)
     for expected_NChw, map_NChw in zip(_maps(expected), _maps(output), strict=True):
         torch.testing.assert_close(map_NChw, expected_NChw, rtol=1e-6, atol=1e-7)
         assert expected_NChw.std() > 1e-4
@@ -110,6 +110,7 @@ def test_edges_before_the_expansion_give_the_same_map(build: Any, size: tuple[in
 def test_the_wide_maps_are_not_extended() -> None:
     """Every depthwise convolution after an expansion is a plain one, and its expansion extends the narrow map."""
     moved = pad_before_expansion(Backbone("tf_efficientnet_lite0", 4))
+    assert not any(module.training for module in moved.modules())
     blocks = [block for block in moved.modules() if hasattr(block, "conv_pwl")]
     assert len(blocks) == 10
     for block in blocks:

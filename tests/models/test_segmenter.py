@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from models.errors import ArchitectureError
+from models.padding import pad_before_expansion
 from models.segmenter import NATIVE_STRIDE, RIM, CoreSegmenter, build_segmenter, logits_at_stride
 from tests.models.networks import ColorSegmenter
 
@@ -39,6 +42,27 @@ def test_the_core_has_the_logits_of_the_whole_canvas(depth: int, margin: int) ->
         core_NKhw = CoreSegmenter(network, margin)(x_NCHW)
     torch.testing.assert_close(core_NKhw, whole_NKhw[:, :, cells:-cells, cells:-cells], atol=1e-6, rtol=1e-5)
     assert whole_NKhw.std() > 0.005
+
+
+def test_the_core_of_a_network_as_a_run_computes_it_has_the_logits_of_the_whole_canvas() -> None:
+    torch.manual_seed(0)
+    network = build_segmenter("tu-tf_efficientnet_lite0", 3).eval()
+    x_NCHW = torch.rand(1, 3, 192, 224, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        whole_NKhw = network(x_NCHW)
+        core_NKhw = CoreSegmenter(pad_before_expansion(network), 32)(x_NCHW)
+    torch.testing.assert_close(core_NKhw, whole_NKhw[:, :, 7:-7, 7:-7], atol=1e-6, rtol=1e-5)
+    assert whole_NKhw.std() > 0.005
+
+
+def test_a_decoder_with_a_bias_computes_the_whole_canvas() -> None:
+    torch.manual_seed(0)
+    network: Any = build_segmenter("resnet18", 3, 4, (2, 4, 6)).eval()
+    pointwise = network.decoder.block2[0][1]
+    pointwise.bias = torch.nn.Parameter(torch.ones(pointwise.out_channels))
+    x_NCHW = torch.rand(1, 3, 160, 192, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(CoreSegmenter(network, 32)(x_NCHW), network(x_NCHW)[:, :, 7:-7, 7:-7])
 
 
 def test_a_network_of_another_kind_computes_the_whole_canvas() -> None:

@@ -20,7 +20,7 @@ def test_an_output_whose_name_no_file_can_have_is_named(tmp_path: Path) -> None:
     assert found[tmp_path / "preview.png"] == ["is missing"]
 
 
-@pytest.mark.parametrize("size", [float("inf"), "5", None])
+@pytest.mark.parametrize("size", [float("inf"), "5", True, None])
 def test_a_size_that_is_not_a_number_of_bytes_is_an_error(tmp_path: Path, size: Any) -> None:
     digests = {"preview.png": {"sha256": "0" * 64, "bytes": size}}
     with pytest.raises(TypeError, match="is not a number of bytes"):
