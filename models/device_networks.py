@@ -39,11 +39,11 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class DeviceNetworks:
     """A classifier and a segmenter in eval mode on a device, compiled if the runtime is OpenVINO.
 
-    The stages that both share are computed once: `started` is what `deep` and `segmented` take.
+    The stages that both share are computed once: `deep` and `segmented` take the output of `started`.
     """
 
     def __init__(self, card: ModelCard, classifier: nn.Module, segmenter: nn.Module, compute: Compute) -> None:
-        """Raises RuntimeUnavailableError if OpenVINO cannot take a network."""
+        """Prepare both networks. Raises RuntimeUnavailableError if OpenVINO does not support one."""
         self._card, self._compute, self._device = card, compute, torch.device(compute.device)
         networks = split_networks(pad_before_expansion(classifier), pad_before_expansion(segmenter), card.margin)
         self._first = None if networks.first is None else self._prepared(networks.first)

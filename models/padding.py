@@ -29,7 +29,7 @@ class ExtendedConv2d(nn.Conv2d):
     edges: tuple[int, int, int, int]
     """Pixels to add at the left, right, top and bottom of an input whose sides are multiples of `multiple`."""
     multiple: tuple[int, int]
-    """Height and width of other inputs are extended to multiples of these, as "same" padding does for strides."""
+    """Other inputs are also extended to multiples of this height and width, as "same" padding does for strides."""
     mode: Mode
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def _expands(block: nn.Module) -> bool:
         and type(expansion) is nn.Conv2d
         and expansion.kernel_size == expansion.stride == (1, 1)
         and expansion.padding == (0, 0)
-        and isinstance(block.bn1, nn.BatchNorm2d)  # other norms average the map, with the added pixels
+        and isinstance(block.bn1, nn.BatchNorm2d)  # other norms would average over the added pixels too
         and isinstance(depthwise, ExtendedConv2d)
     )
 

@@ -114,7 +114,7 @@ class Predictor:
         skip_by_gate: bool = True,
         statistics: Statistics | None = None,
     ) -> None:
-        """Compute with both networks on `device` in eval mode. The arguments may change.
+        """Run both networks on `device` in eval mode. This may modify the networks passed in.
 
         `ungated_fallback`: if no class passes in a window, all classes pass, instead of none.
         `skip_by_gate`: run the segmenter only on canvases whose result it can change; False runs it on all canvases and

@@ -82,18 +82,17 @@ class CoreSegmenter(nn.Module):
         decoder = self.segmenter.decoder
         scale = int(decoder.up.scale_factor)
         deep_NChw = _without_edge(decoder.aspp(features[-1]), (self._margin - _CONTEXT) // (NATIVE_STRIDE * scale))
-        deep_NChw = decoder.up(deep_NChw)
         around = _CONTEXT // NATIVE_STRIDE
         fine_NChw = decoder.block1(_without_edge(features[2], margin - around))
         # A separable convolution, a batch norm and a ReLU.
         (depthwise, pointwise), *after = decoder.block2
-        mixed_NChw = nn.Sequential(*after)(_separable_of_two(depthwise, pointwise, deep_NChw, fine_NChw))
+        mixed_NChw = nn.Sequential(*after)(_separable_of_two(depthwise, pointwise, decoder.up(deep_NChw), fine_NChw))
         # Upsampling is wrong in the outer half cell of the deep map.
         return _without_edge(self.segmenter.segmentation_head(mixed_NChw), around - 1 - RIM)
 
 
 def _joins_two_maps(decoder: Any) -> bool:
-    """Return whether this is the decoder whose last block `_separable_of_two` can begin."""
+    """Return whether `_separable_of_two` can compute the first convolution of this decoder's last block."""
     if not isinstance(decoder, smp.decoders.deeplabv3.decoder.DeepLabV3PlusDecoder):
         return False
     depthwise, pointwise = decoder.block2[0]
@@ -113,7 +112,9 @@ def _separable_of_two(depthwise: nn.Conv2d, pointwise: nn.Conv2d, a_NChw: Tensor
     weight, mix = depthwise.weight, pointwise.weight
     a_NChw = F.conv2d(a_NChw, weight[:channels], groups=channels)
     b_NChw = F.conv2d(b_NChw, weight[channels:], groups=int(b_NChw.shape[1]))
-    return F.conv2d(a_NChw, mix[:, :channels]) + F.conv2d(b_NChw, mix[:, channels:])
+    mixed_NChw = F.conv2d(a_NChw, mix[:, :channels])
+    del a_NChw  # in PyTorch, its memory becomes the next map
+    return mixed_NChw.add_(F.conv2d(b_NChw, mix[:, channels:]))
 
 
 def _without_edge(map_NChw: Tensor, cells: int) -> Tensor:

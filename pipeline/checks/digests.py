@@ -33,7 +33,7 @@ def changed_files(folder: Path, run: Mapping[str, Any], *, quick: bool = False) 
     """Return what is wrong with each file of a result: missing, of another size, of other content, or not listed.
 
     `quick`: compare sizes only. `chunks.tsv` is read in any case. Raises LookupError, ValueError or TypeError if
-    `run.json` does not have digests, because an older version wrote it.
+    `run.json` does not have digests, because an older version wrote it or it is damaged.
     """
     outputs = [name for name in run["outputs"] if name != "run.json"]
     recorded = {name: (facts["sha256"], _size(facts["bytes"])) for name, facts in run["digests"].items()}
@@ -57,7 +57,7 @@ def _size(recorded: object) -> int:
 
 
 def _without_digest(path: Path) -> list[str]:
-    """Return what is wrong with an output that has no digest of its own, which only a folder may lack."""
+    """Return what is wrong with an output that has no digest of its own. Only a folder may lack one."""
     try:
         return [] if stat.S_ISDIR(path.stat().st_mode) else ["does not have a digest in run.json"]
     except FileNotFoundError:

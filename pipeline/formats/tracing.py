@@ -46,8 +46,8 @@ def trace(ids_HW: Ints, corners_YX2: Floats | None) -> Polygons:
     stride, columns, vertices = width + 2, width + 1, (height + 1) * (width + 1)
     around = np.pad(ids_HW.astype(np.int32), 1, constant_values=-1)
     padded = around.ravel()
-    # The pixels around each vertex: what is added to the index of the north-west one in the padded map, and all of them
-    # as a view, which takes a fraction of the time of an index for each.
+    # For each of the four pixels around a vertex: its offset from the north-west pixel in the padded map, and a view of
+    # this pixel for all vertices. A view takes a fraction of the time of indexing.
     nw, ne, sw, se = (
         (down * stride + right, around[down : down + height + 1, right : right + columns])
         for down in (0, 1)

@@ -4,7 +4,7 @@
 
 Prints, for each runtime, how many float32 outputs have other bits than with one thread and batches of 8, how many
 probabilities differ after rounding to bytes, and the layers of PyTorch in which a difference begins. Both networks are
-whole. A run computes shared stages once and leaves out margins; tests/full/test_same_bytes.py attacks those parts.
+whole. A run computes shared stages once and leaves out margins; tests/full/test_same_bytes.py tests those parts.
 
 Shape suffixes: N tiles, K classes, H and W the tile, h and w the map.
 """
