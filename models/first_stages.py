@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.padding import ExtendedConv2d
+from models.padding import ExtendedConv2d, averages_map
 from models.segmenter import NATIVE_STRIDE
 
 
@@ -101,6 +101,8 @@ def _reach_px(first: nn.Module) -> float:
     for module in first.modules():
         if not isinstance(getattr(module, "se", nn.Identity()), nn.Identity):
             return math.inf  # squeeze-and-excitation averages the whole image
+        if averages_map(getattr(module, "bn1", nn.Identity())):
+            return math.inf
         if isinstance(module, ExtendedConv2d):
             reach_px += stride * max(module.edges)
         if isinstance(module, nn.Conv2d):

@@ -79,9 +79,14 @@ def _expands(block: nn.Module) -> bool:
         and type(expansion) is nn.Conv2d
         and expansion.kernel_size == expansion.stride == (1, 1)
         and expansion.padding == (0, 0)
-        and isinstance(block.bn1, nn.BatchNorm2d)  # other norms would average over the added pixels too
+        and not averages_map(block.bn1)  # the added pixels would count
         and isinstance(depthwise, ExtendedConv2d)
     )
+
+
+def averages_map(norm: nn.Module) -> bool:
+    """Return whether a normalization in eval mode averages its input, as a group norm does, so that pixels mix."""
+    return not isinstance(norm, (nn.BatchNorm2d, nn.Identity))
 
 
 def _extend(conv: nn.Module, edges: tuple[int, int, int, int], multiple: tuple[int, int], mode: Mode) -> None:

@@ -72,9 +72,10 @@ def test_another_padding_of_the_shared_stages_reaches_nine_pixels() -> None:
     assert not differs_hw[cells:-cells, cells:-cells].any()
 
 
-def test_stages_that_average_the_whole_canvas_are_not_shared() -> None:
-    """Squeeze-and-excitation carries the padding to every pixel."""
-    classifier, segmenter = networks(backbone="tf_efficientnet_b0")
+@pytest.mark.parametrize("backbone", ["tf_efficientnet_b0", "test_efficientnet_gn"])
+def test_stages_that_average_the_whole_canvas_are_not_shared(backbone: str) -> None:
+    """Squeeze-and-excitation carries the padding to every pixel, and so does a group norm."""
+    classifier, segmenter = networks(backbone=backbone)
     assert split_networks(classifier, segmenter, 64).first is None
 
 
