@@ -21,7 +21,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -39,10 +38,11 @@ from models.cam import CAMS, cam_maps
 from models.classifier import Classifier
 from models.errors import CamUnavailableError
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset, labeled_boxes, load_dataset, read_mask, read_rgb, samples
-from pipeline.training.dataset_card import Split
+from pipeline.training.dataset import Dataset, load_dataset
 from pipeline.training.evaluate import check_same_classes, confusion_matrix, scores
 from pipeline.training.pseudo_masks import jointly_scaled
+from tests.bench.cam_crops import Crop, batches, choose_examples, draw_crops
+from tests.bench.cam_picture import write_picture
 from tests.bench.cam_scores import (
     average_drop,
     deletion,
@@ -67,14 +67,6 @@ class Subject(NamedTuple):
     mean: Sequence[float]
     std: Sequence[float]
     mpp: float
-
-
-class Crop(NamedTuple):
-    """A labeled part of an image of the split."""
-
-    rgb_HWC: NDArray[np.uint8]
-    truth_HW: NDArray[np.uint8]
-    present_K: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -216,35 +208,6 @@ def subject_for(method: str, subjects: Sequence[Subject]) -> Subject | None:
     return None
 
 
-def draw_crops(dataset: Dataset, split: Split, count: int, seed: int) -> list[Crop]:
-    """Draw labeled crops that hold a class, from all of a split's images that have masks."""
-    found = []
-    for sample in samples(dataset, split):
-        if sample.mask is not None:
-            labeled = labeled_boxes(dataset, sample)
-            found += [
-                (sample, box_4, present_K)
-                for box_4, present_K in zip(labeled.boxes_B4.tolist(), labeled.present_BK, strict=True)
-                if present_K.any()
-            ]
-    chosen = np.random.default_rng(seed).permutation(len(found))[:count]
-    crops = []
-    for sample, group in itertools.groupby((found[index] for index in sorted(chosen)), key=lambda entry: entry[0]):
-        rgb_HWC, mask_HW = read_rgb(sample), read_mask(dataset, sample)
-        for _, (x, y, width, height), present_K in group:
-            box = slice(y, y + height), slice(x, x + width)
-            crops.append(Crop(rgb_HWC[box], mask_HW[box], present_K))
-    return crops
-
-
-def batches(crops: Sequence[Crop], size: int) -> Iterator[list[Crop]]:
-    """Split into batches of crops of one size."""
-    for _, group in itertools.groupby(crops, key=lambda crop: crop.rgb_HWC.shape):
-        same = list(group)
-        for start in range(0, len(same), size):
-            yield same[start : start + size]
-
-
 def as_input(subject: Subject, crops: Sequence[Crop], mpp: float, device: torch.device) -> Tensor:
     """Return crops as the classifier's input (N, 3, H, W), at its µm per pixel, sides multiples of 8."""
     rgb_NHWC = torch.from_numpy(np.stack([crop.rgb_HWC for crop in crops])).to(device)
@@ -369,19 +332,6 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def choose_examples(crops: Sequence[Crop], count: int) -> list[tuple[int, int]]:
-    """Return crops with a class each, the classes in turn: the crop that the class covers nearest to half of, so that
-    there is something to find in it. A crop comes once.
-    """
-    chosen: dict[int, int] = {}
-    for row in range(count):
-        k = row % len(crops[0].present_K)
-        left = [index for index, crop in enumerate(crops) if crop.present_K[k] and index not in chosen]
-        if left:
-            chosen[min(left, key=lambda index: abs(float((crops[index].truth_HW == k).mean()) - 0.5))] = k
-    return list(chosen.items())
-
-
 def example_map(
     method: str, subject: Subject, crop: Crop, k: int, mpp: float, settings: Settings
 ) -> NDArray[np.float32]:
@@ -415,45 +365,6 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         for row in rows
     ]
     return "\n".join(lines) + "\n"
-
-
-def write_picture(
-    path_png: Path,
-    examples: Sequence[tuple[Crop, int]],
-    columns: dict[str, list[NDArray[np.float32]]],
-    dataset: Dataset,
-) -> None:
-    """Draw a row per example crop: the image, the truth, and each method's map of the class that the row names."""
-    titles = ["image", "truth", *columns]
-    figure = Figure(figsize=(1.7 * len(titles), 1.8 * len(examples) + 0.3), layout="constrained", dpi=110)
-    axes = figure.subplots(len(examples), len(titles), squeeze=False)
-    for row, (crop, k) in enumerate(examples):
-        panels: list[NDArray[Any]] = [
-            crop.rgb_HWC,
-            truth_rgb(crop.truth_HW, dataset),
-            *(maps[row] for maps in columns.values()),
-        ]
-        for column, panel in enumerate(panels):
-            axis = axes[row, column]
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if panel.ndim == 3:
-                axis.imshow(panel)
-            else:
-                axis.imshow(crop.rgb_HWC)
-                axis.imshow(panel, cmap="inferno", vmin=0, vmax=1, alpha=0.6)
-            if row == 0:
-                axis.set_title(titles[column], fontsize=8)
-        axes[row, 0].set_ylabel(dataset.class_names[k], fontsize=8)
-    figure.savefig(path_png)
-
-
-def truth_rgb(truth_HW: NDArray[np.uint8], dataset: Dataset) -> NDArray[np.uint8]:
-    """Return a mask in the classes' colors, with white for pixels without a class."""
-    palette = np.full((256, 3), 255, dtype=np.uint8)
-    palette[: len(dataset.classes)] = [one.color for one in dataset.classes]
-    colored_HWC: NDArray[np.uint8] = palette[truth_HW]
-    return colored_HWC
 
 
 if __name__ == "__main__":

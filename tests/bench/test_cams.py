@@ -14,6 +14,7 @@ from torch import Tensor
 from models.classifier import Classifier
 from pipeline.training.dataset import Dataset, load_dataset
 from tests.bench import cams
+from tests.bench.cam_crops import Crop, choose_examples, draw_crops
 
 BACKBONE = "test_resnet"
 
@@ -103,11 +104,11 @@ def test_nothing_to_measure_is_refused(dataset: Dataset, tmp_path: Path) -> None
 
 def test_maps_that_are_the_truth_score_fully(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     # In the others what covers less than the labels' minimum is absent, and the map of the rest is flat.
-    crops = [crop for crop in cams.draw_crops(dataset, "test", 100, seed=0) if crop.present_K.all()]
+    crops = [crop for crop in draw_crops(dataset, "test", 100, seed=0) if crop.present_K.all()]
     assert len(crops) >= 4
     by_input: dict[bytes, NDArray[np.uint8]] = {}
 
-    def as_input(_: cams.Subject, batch: list[cams.Crop], *__: object) -> Tensor:
+    def as_input(_: cams.Subject, batch: list[Crop], *__: object) -> Tensor:
         rgb_NHWC = np.stack([crop.rgb_HWC for crop in batch])
         by_input.update({crop.rgb_HWC.tobytes(): crop.truth_HW for crop in batch})
         return torch.from_numpy(rgb_NHWC).permute(0, 3, 1, 2).float()
@@ -132,21 +133,21 @@ def test_absent_class_has_no_pixel_however_high_its_map() -> None:
 
 
 def test_crops_are_the_labeled_boxes_of_the_images_and_the_same_for_a_seed(dataset: Dataset) -> None:
-    everything = cams.draw_crops(dataset, "test", 100, seed=0)
+    everything = draw_crops(dataset, "test", 100, seed=0)
     assert len(everything) == 3 * 6
     for crop in everything:
         counted = crop.truth_HW[crop.truth_HW < 2]
         assert [bool((counted == k).sum() > 0.05 * 32 * 32) for k in range(2)] == crop.present_K.tolist()
         # Blue pixels are of class 1.
         assert ((crop.rgb_HWC[:, :, 2] > 128) == (crop.truth_HW == 1))[crop.truth_HW < 2].all()
-    some, again, other = (cams.draw_crops(dataset, "test", 5, seed=seed) for seed in (1, 1, 2))
+    some, again, other = (draw_crops(dataset, "test", 5, seed=seed) for seed in (1, 1, 2))
     assert len(some) == 5
     assert all((a.rgb_HWC == b.rgb_HWC).all() for a, b in zip(some, again, strict=True))
     assert any((a.rgb_HWC != b.rgb_HWC).any() for a, b in zip(some, other, strict=True))
 
 
 def test_crops_are_scaled_to_the_pixel_size_of_the_classifier(dataset: Dataset) -> None:
-    crops = cams.draw_crops(dataset, "test", 2, seed=0)
+    crops = draw_crops(dataset, "test", 2, seed=0)
     same = cams.as_input(subject(), crops, 0.5, SETTINGS.device)
     expected = (crops[1].rgb_HWC.transpose(2, 0, 1) / 255 - 0.5) / 0.5
     np.testing.assert_allclose(same[1].numpy(), expected, atol=1e-6)
@@ -156,8 +157,8 @@ def test_crops_are_scaled_to_the_pixel_size_of_the_classifier(dataset: Dataset) 
 
 
 def test_examples_are_crops_of_which_a_class_covers_about_half_the_classes_in_turn(dataset: Dataset) -> None:
-    crops = cams.draw_crops(dataset, "test", 100, seed=0)
-    chosen = cams.choose_examples(crops, 4)
+    crops = draw_crops(dataset, "test", 100, seed=0)
+    chosen = choose_examples(crops, 4)
     assert [k for _, k in chosen] == [0, 1, 0, 1]
     assert len({index for index, _ in chosen}) == 4
     index, k = chosen[0]
