@@ -123,13 +123,14 @@ def run_row(
     own = dataset.card.settings if row.of_card else {}
     config = train_config(row.preset, None, [*common, *row.settings, f"seed={seed}"], own)
     run.mkdir(parents=True, exist_ok=True)
+    images = composed(dataset, run)
     if row.classifier_of is not None:
         source = output / f"{row.classifier_of}-{seed}" / "classifier.safetensors"
         if not source.is_file():
             raise SystemExit(f"{name} starts from the classifier of {row.classifier_of}: run that row first")
         shutil.copy(source, run)
     if name == "full":
-        write_true_masks(dataset, run / "pseudo-masks", config)
+        write_true_masks(images, run / "pseudo-masks", config)
     started = time.monotonic()
     bundle = train(dataset, run, config, device="cpu")
     seconds = time.monotonic() - started
@@ -148,7 +149,7 @@ def run_row(
             }
     predictor = Predictor.from_bundle(load_bundle(bundle.path), device="cpu", output_stride=1)
     for flips in (False, True) if tta else (False,):
-        evaluation = evaluate(predictor, composed(dataset, run), split, flips=flips)
+        evaluation = evaluate(predictor, images, split, flips=flips)
         for gate in (True, False):
             scores = evaluation.scores("exclude", gate=gate)
             key = ("gate" if gate else "no gate") + (", flips" if flips else "")
