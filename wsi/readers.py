@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 import openslide
+import tifffile
 import tiffslide
 from numpy.typing import NDArray
 
@@ -84,6 +85,10 @@ class OpenSlideReader:
         self._slide.close()
 
 
+MOST_CHANNELS = 16
+"""Channels per pixel that are decoded, although only three are used. A damaged file can claim tens of thousands."""
+
+
 class _LevelAddressed(tiffslide.TiffSlide):
     """A slide whose regions are addressed in pixels of their own level, so that no corner is rounded."""
 
@@ -100,7 +105,9 @@ class TiffSlideReader:
         self._path = path
         self._slide = _LevelAddressed(path)
         try:
-            _check_tiles(_tiffslide_tiles(self._slide))
+            pages = list(_level_pages(self._slide))
+            _check_tiles(map(_tile_size, pages))
+            _check_channels(page.samplesperpixel for page in pages)
         except BaseException:
             self._slide.close()
             raise
@@ -153,20 +160,30 @@ def _openslide_tiles(slide: openslide.OpenSlide) -> Iterator[tuple[int, int]]:
             yield int(width), int(height)
 
 
-def _tiffslide_tiles(slide: tiffslide.TiffSlide) -> Iterator[tuple[int, int]]:
-    """Yield (width, height) of the tiles or strips of every image that may be a level."""
+def _level_pages(slide: tiffslide.TiffSlide) -> Iterator[tifffile.TiffPage]:
+    """Yield the first page of every image that may be a level."""
     index = None if slide.properties.get("tiffslide.series-composition") else slide.properties["tiffslide.series-index"]
     for number, series in enumerate(slide.ts_tifffile.series):
         if index in (None, number):
             for level in series.levels:
-                page = level.keyframe
-                yield (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+                yield level.keyframe
+
+
+def _tile_size(page: tifffile.TiffPage) -> tuple[int, int]:
+    """Return the width and height of the tiles or strips of a page."""
+    return (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
 
 
 def _check_tiles(sizes: Iterable[tuple[int, int]]) -> None:
     for width, height in sizes:
         if width * height > LARGEST_TILE_PX:
             raise ValueError(f"its tiles have {width}×{height} pixels; at most {LARGEST_TILE_PX} can be decoded")
+
+
+def _check_channels(channels: Iterable[int]) -> None:
+    for count in channels:
+        if count > MOST_CHANNELS:
+            raise ValueError(f"its pixels have {count} channels; at most {MOST_CHANNELS} can be read")
 
 
 READERS: dict[BackendName, Callable[[Path], Reader]] = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader}

@@ -206,3 +206,19 @@ def test_no_tile_of_a_good_slide_looks_damaged(sample_slide: Path) -> None:
 def test_a_requested_backend_is_used(sample_slide: Path, backend: BackendName) -> None:
     with open_slide(sample_slide, backend=backend) as slide:
         assert slide.info.backend == backend
+
+
+@pytest.mark.parametrize(("channels", "readable"), [(16, True), (17, False)])
+def test_a_file_that_claims_too_many_channels_is_refused_before_it_is_decoded(
+    tmp_path: Path, channels: int, readable: bool
+) -> None:
+    """The fuzzer found a file with 51,712 channels, for which a read needed 12.8 GiB."""
+    file = tmp_path / "many.tif"
+    pixels_HWC = np.full((64, 64, channels), 200, np.uint8)
+    tifffile.imwrite(file, pixels_HWC, tile=(64, 64), photometric="minisblack", planarconfig="contig")
+    if readable:
+        with closing(TiffSlideReader(file)) as reader:
+            assert reader.read(0, Box(0, 0, 8, 8)).tolist() == [[[200] * 3] * 8] * 8
+    else:
+        with pytest.raises(ValueError, match="its pixels have 17 channels; at most 16 can be read"):
+            TiffSlideReader(file)
