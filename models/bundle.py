@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import (
+    ArchitectureError,
     DigestMismatchError,
     InvalidCardError,
     MissingBundleFileError,
@@ -81,6 +82,10 @@ class SegmenterCard(_Strict):
     """Number of stages of the encoder."""
     rates: tuple[Rate, Rate, Rate]
     """Dilation rates of the ASPP, in cells of the encoder's stride."""
+    decoder_channels: Annotated[int, Field(ge=1, le=1024)] = 256
+    """Channels of the ASPP and the decoder."""
+    shared_backbone: bool = False
+    """Whether the encoder is the classifier's backbone. The weights of the segmenter then have no encoder."""
 
 
 class WeightsCard(_Strict):
@@ -252,15 +257,35 @@ def load_networks(bundle: Bundle) -> tuple[Classifier, nn.Module]:
     do not fit the architecture, and ArchitectureError if the architecture does not exist.
     """
     from models.classifier import Classifier
-    from models.segmenter import build_segmenter
+    from models.segmenter import share_backbone
 
     card = bundle.card
     parts = card.classifier
     classifier = Classifier(parts.backbone, parts.head, len(card.classes), parts.depth, stride=parts.stride)
     _load_weights(classifier, bundle.path / CLASSIFIER_FILE, card.weights.classifier)
-    segmenter = build_segmenter(card.segmenter.encoder, len(card.classes), card.segmenter.depth, card.segmenter.rates)
-    _load_weights(segmenter, bundle.path / SEGMENTER_FILE, card.weights.segmenter)
+    segmenter = segmenter_of(card.segmenter, len(card.classes))
+    if card.segmenter.shared_backbone:
+        try:
+            share_backbone(segmenter, classifier)
+        except ArchitectureError as error:
+            place = bundle.path / CARD_FILE
+            raise ArchitectureError(f"{place}: segmenter.shared_backbone is true, but {error}") from error
+    _load_weights(segmenter, bundle.path / SEGMENTER_FILE, card.weights.segmenter, _not_stored(card))
     return classifier.eval(), segmenter.eval()
+
+
+def segmenter_of(card: SegmenterCard, classes: int) -> nn.Module:
+    """Return a card's segmenter with random weights. Raises ArchitectureError if the architecture does not exist."""
+    from models.segmenter import build_segmenter
+
+    return build_segmenter(
+        card.encoder, classes, card.depth, card.rates, card.decoder_channels, shared_backbone=card.shared_backbone
+    )
+
+
+def _not_stored(card: ModelCard) -> str:
+    """Return the prefix of the segmenter's tensors that its file does not have; empty for none."""
+    return "encoder." if card.segmenter.shared_backbone else ""
 
 
 def load_statistics(bundle: Bundle) -> Statistics | None:
@@ -293,19 +318,30 @@ def _checked_content(file: Path, expected: str) -> bytes:
     return content
 
 
-def _load_weights(network: nn.Module, file: Path, expected: str) -> None:
+def _load_weights(network: nn.Module, file: Path, expected: str, not_stored: str = "") -> None:
+    """Load the tensors of a network. If `not_stored` is not empty, skip those whose names start with it."""
     import safetensors
     import safetensors.torch
 
     content = _checked_content(file, expected)
-    wanted = network.state_dict()
+    present = {name: tensor for name, tensor in network.state_dict().items() if _has_prefix(name, not_stored)}
+    wanted = network.state_dict().keys() - present
     try:
         tensors = safetensors.torch.load(content)
-        network.load_state_dict({name: _as_loaded(tensor) for name, tensor in tensors.items()})
+        if extra := sorted(tensors.keys() & present.keys()):
+            raise RuntimeError(
+                f"segmenter.shared_backbone is true, but the file has weights of an encoder, such as {extra[0]}; set "
+                "shared_backbone to false, or export the model again"
+            )
+        network.load_state_dict(present | {name: _as_loaded(tensor) for name, tensor in tensors.items()})
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise WeightsMismatchError(
             f"{file}: the weights do not fit the architecture in {CARD_FILE} ({len(wanted)} tensors): {error}"
         ) from error
+
+
+def _has_prefix(name: str, prefix: str) -> bool:
+    return bool(prefix) and name.startswith(prefix)
 
 
 def _as_loaded(tensor: Tensor) -> Tensor:
@@ -319,10 +355,14 @@ def _as_stored(tensor: Tensor) -> Tensor:
     return stored.half() if stored.is_floating_point() and stored.ndim > 1 else stored
 
 
-def _serialize(network: nn.Module) -> bytes:
+def _serialize(network: nn.Module, not_stored: str = "") -> bytes:
+    """Return the tensors of a network. If `not_stored` is not empty, skip those whose names start with it."""
     import safetensors.torch
 
-    return safetensors.torch.save({name: _as_stored(tensor) for name, tensor in network.state_dict().items()})
+    tensors = network.state_dict().items()
+    return safetensors.torch.save(
+        {name: _as_stored(tensor) for name, tensor in tensors if not _has_prefix(name, not_stored)}
+    )
 
 
 def save_bundle(
@@ -330,10 +370,11 @@ def save_bundle(
 ) -> Bundle:
     """Write the bundle folder, replace an existing one, and return the loaded bundle.
 
-    Kernels are stored in float16 and vectors in float32. `weights` of the card is set to the digests of the files. The
+    Kernels are stored in float16 and vectors in float32. An encoder that is the classifier's backbone is not stored: a
+    loaded segmenter has the classifier's weights there. `weights` of the card is set to the digests of the files. The
     card has `familiarity` if there are `statistics`.
     """
-    contents = {CLASSIFIER_FILE: _serialize(classifier), SEGMENTER_FILE: _serialize(segmenter)}
+    contents = {CLASSIFIER_FILE: _serialize(classifier), SEGMENTER_FILE: _serialize(segmenter, _not_stored(card))}
     digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
     weights = WeightsCard(classifier=digests[CLASSIFIER_FILE], segmenter=digests[SEGMENTER_FILE])
     return _write_bundle(folder, card.model_copy(update={"weights": weights}), contents, statistics)

@@ -7,7 +7,7 @@ h and w a map.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,16 +16,19 @@ from torch import Tensor, nn
 
 from models.backbone import Stages
 from models.bundle import ModelCard
-from models.first_stages import split_networks
 from models.gate_windows import GateWindows, cut_windows
 from models.normalize import normalized
-from models.openvino_network import OpenVinoNetwork
+from models.openvino_network import OpenVinoNetwork, as_tuple
 from models.padding import pad_before_expansion
 from models.runtimes import Compute
-from models.segmenter import NATIVE_STRIDE, RIM, CoreSegmenter, logits_at_stride
+from models.segmenter import NATIVE_STRIDE, RIM, logits_at_stride
+from models.shared_stages import split_networks
 
-Network = Callable[[Tensor], Tensor]
-"""Images or features (N, C, H, W) -> features or logits."""
+Network = Callable[..., Any]
+"""Images or maps (N, C, h, w) -> maps or logits."""
+
+Maps = tuple[Tensor, ...]
+"""What both networks start from: images, or the maps of the stages that they share. See `Networks.maps`."""
 
 SMALLEST_CORE = 32
 """Smallest side of a core in model pixels. Larger sides are multiples of it."""
@@ -39,47 +42,51 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class DeviceNetworks:
     """A classifier and a segmenter in eval mode on a device, compiled if the runtime is OpenVINO.
 
-    The stages that both share are computed once: `deep` and `segmented` take the output of `started`.
+    What both share is computed once: `deep` and `segmented` take the output of `started`.
     """
 
     def __init__(self, card: ModelCard, classifier: nn.Module, segmenter: nn.Module, compute: Compute) -> None:
         """Prepare both networks. Raises RuntimeUnavailableError if OpenVINO does not support one."""
         self._card, self._compute, self._device = card, compute, torch.device(compute.device)
+        # On one device, because their weights are compared.
+        classifier, segmenter = (network.to(self._device) for network in (classifier, segmenter))
         networks = split_networks(pad_before_expansion(classifier), pad_before_expansion(segmenter), card.margin)
         self._first = None if networks.first is None else self._prepared(networks.first)
-        self._deep = self._prepared(networks.deep, networks.channels, networks.stride)
-        self._segmenter = self._prepared(
-            CoreSegmenter(networks.segmenter, card.margin), networks.channels, networks.stride
-        )
-        self._classifier: Any = networks.deep.classifier
+        self._deep = None if networks.deep is None else self._prepared(networks.deep, networks.maps)
+        self._segmenter = self._prepared(networks.segmenter, networks.maps)
+        # If the whole backbone is shared, no other network holds the head.
+        self._classifier: Any = _placed(networks.classifier, self._device)
         self._mean_C = torch.tensor(card.mean).to(self._device)
         self._std_C = torch.tensor(card.std).to(self._device)
 
     @property
     def share_stages(self) -> bool:
-        """Return whether both networks start with the same stages. If not, `started` returns its argument."""
+        """Return whether both networks start with the same stages. If not, `started` returns the images."""
         return self._first is not None
 
     def normalized(self, canvases_NHWC: Tensor) -> Tensor:
         """Return canvases as the networks take them: see `models.normalize.normalized`."""
         return normalized(canvases_NHWC, self._mean_C, self._std_C)
 
-    def started(self, x_NCHW: Tensor) -> Tensor:
-        """Return the features of the stages that both networks share; the images if they share none."""
+    def started(self, x_NCHW: Tensor) -> Maps:
+        """Return the maps of the stages that both networks share; the images if they share none."""
         if self._first is None:
-            return x_NCHW
+            return (x_NCHW,)
         with self._autocast():
-            return self._first(x_NCHW)
+            return as_tuple(self._first(x_NCHW))
 
-    def deep(self, started_NChw: Tensor) -> Tensor:
+    def deep(self, maps: Maps) -> Tensor:
         """Return the classifier's deep features (N, D, h, w)."""
+        if self._deep is None:
+            return maps[-1]
         with self._autocast():
-            return self._deep(started_NChw)
+            deep_NDhw: Tensor = self._deep(*maps)
+        return deep_NDhw
 
-    def segmented(self, started_NChw: Tensor, output_stride: int) -> Tensor:
+    def segmented(self, maps: Maps, output_stride: int) -> Tensor:
         """Return the segmenter's logits (N, K, h, w) in the cores, divided by the model's temperature."""
         with self._autocast():
-            logits_NKhw = self._segmenter(started_NChw)
+            logits_NKhw: Tensor = self._segmenter(*maps)
         # Upsample before the rim is cut off, so that the edge of a core is interpolated like its inside.
         logits_NKhw = logits_at_stride(logits_NKhw.float() / self._card.temperature, output_stride)
         edge = RIM * NATIVE_STRIDE // output_stride
@@ -110,12 +117,12 @@ class DeviceNetworks:
             found.append(head_output.logits_NK.float())
         return torch.cat(found)
 
-    def _prepared(self, network: nn.Module, channels: int = 3, stride: int = 1) -> Network:
-        """Return a network on the device, for images or for features of this many channels at this stride."""
+    def _prepared(self, network: nn.Module, maps: Sequence[tuple[int, int]] = ((3, 1),)) -> Network:
+        """Return a network on the device, for maps with these channels and strides."""
         placed = _placed(network, self._device)
         if self._compute.runtime == "openvino":
-            smallest, step = (2 * self._card.margin + SMALLEST_CORE) // stride, 32 // stride
-            return OpenVinoNetwork(placed, smallest, self._compute.precision, channels=channels, step=step)
+            smallest = 2 * self._card.margin + SMALLEST_CORE
+            return OpenVinoNetwork(placed, smallest, self._compute.precision, maps=maps)
         return placed
 
     def _autocast(self) -> AbstractContextManager[object]:

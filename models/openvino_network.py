@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,55 +30,78 @@ _FORMATS: dict[Precision, str] = {"float32": "f32", "fp16": "f16", "bf16": "bf16
 
 
 class OpenVinoNetwork:
-    """A network compiled for the CPU. Calls are like those of the network: images (N, C, H, W) -> output, float32.
+    """A network compiled for the CPU. Called like the network: images (N, C, H, W) float32 -> its output, float32.
 
-    N can be any number, and H and W any multiples of `step` from the side that the network was traced at. The result of
-    an image does not depend on the other images.
+    N can be any number, and H and W any multiples of 32 from the side that the network was traced at. The result of an
+    image does not depend on the other images. A network may also take feature maps, whose sides are the image's divided
+    by their stride, and return a tuple.
     Calls must not overlap. The number of threads is torch's at the time of the constructor. Nothing is written to the
     disk.
     """
 
     def __init__(
-        self, network: nn.Module, size: int, precision: Precision = "float32", *, channels: int = 3, step: int = 32
+        self,
+        network: nn.Module,
+        size: int,
+        precision: Precision = "float32",
+        *,
+        maps: Sequence[tuple[int, int]] = ((3, 1),),
     ) -> None:
         """Compile the network, in eval mode, and compare its outputs for images of this side with those of torch.
 
         `size` is the smallest side of an image: at a smaller side than the trace, padding may not have enough pixels.
-        An image may also be a feature map, with `channels` and with sides that are multiples of `step`.
+        `maps` has a pair of channels and stride for each argument of the network.
         Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
-        self._smallest = size
-        self._compiled = _compile(network, channels, size, torch.get_num_threads(), _FORMATS[precision])
+        self._smallest = size // maps[0][1]
+        self._compiled = _compile(network, _examples(maps, size, size), torch.get_num_threads(), _FORMATS[precision])
         # The conversion of an arbitrary timm network can go wrong, and a trace can hold the size of its example.
-        sizes = [(size, size), (size, size + step)]
+        sizes = [(size, size), (size, size + 32)]
         # At the smallest side, padding may not have enough pixels to mirror. The trace would then pad larger images in
         # the same way, so a larger image is compared too.
         if any(isinstance(module, ExtendedConv2d) and module.mode == "reflect" for module in network.modules()):
             sizes.append((4 * size, 4 * size))
         for height, width in sizes:
-            example_NCHW = torch.randn((1, channels, height, width), generator=torch.Generator().manual_seed(0))
+            examples = _examples(maps, height, width)
             with torch.no_grad():
-                expected = network(example_NCHW)
-            found = self(example_NCHW)
-            tolerance = _TOLERANCES[precision] * float(expected.nan_to_num().abs().max().clamp_min(1))
-            if found.shape != expected.shape or not torch.allclose(
-                found, expected, rtol=0, atol=tolerance, equal_nan=True
-            ):
+                expected = as_tuple(network(*examples))
+            found = as_tuple(self(*examples))
+            if len(found) != len(expected) or not all(map(partial(_close, precision), found, expected)):
                 raise RuntimeUnavailableError(
                     "runtime openvino: its outputs for this model differ from those of torch; use runtime torch"
                 )
 
-    def __call__(self, x_NCHW: Tensor) -> Tensor:
-        if min(x_NCHW.shape[2:]) < self._smallest:
+    def __call__(self, *maps: Tensor) -> Any:
+        if min(maps[0].shape[2:]) < self._smallest:
             # OpenVINO would return the output of the last call.
-            raise ValueError(f"images have {tuple(x_NCHW.shape[2:])} px; the smallest side is {self._smallest}")
+            raise ValueError(f"images have {tuple(maps[0].shape[2:])} px; the smallest side is {self._smallest}")
         # Share inputs in every call: a call without sharing would overwrite the array that the last call shared.
-        outputs = self._compiled(x_NCHW.contiguous().numpy(), share_inputs=True, share_outputs=False)
-        return torch.from_numpy(outputs[0])
+        arrays = [map_NCHW.contiguous().numpy() for map_NCHW in maps]
+        outputs = self._compiled(arrays, share_inputs=True, share_outputs=False)
+        found = tuple(torch.from_numpy(outputs[index]) for index in range(len(outputs)))
+        return found if len(found) > 1 else found[0]
 
 
-def _compile(network: nn.Module, channels: int, size: int, threads: int, number_format: str) -> Any:
-    """Return the network compiled for images of any size, traced at this side. Raises RuntimeUnavailableError."""
+def _examples(maps: Sequence[tuple[int, int]], height: int, width: int) -> list[Tensor]:
+    """Return random arguments of a network for an image of this size in pixels."""
+    return [
+        torch.randn((1, channels, height // stride, width // stride), generator=torch.Generator().manual_seed(0))
+        for channels, stride in maps
+    ]
+
+
+def as_tuple(output: Any) -> tuple[Tensor, ...]:
+    """Return the outputs of a network that returns a tensor or a tuple."""
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _close(precision: Precision, found: Tensor, expected: Tensor) -> bool:
+    tolerance = _TOLERANCES[precision] * float(expected.nan_to_num().abs().max().clamp_min(1))
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _compile(network: nn.Module, examples: Sequence[Tensor], threads: int, number_format: str) -> Any:
+    """Return the network compiled for maps of any size, traced at these sizes. Raises RuntimeUnavailableError."""
     hints = {
         # The default is bfloat16 if the processor has it, which changes 0.7 % of the labels.
         "INFERENCE_PRECISION_HINT": number_format,
@@ -97,9 +121,9 @@ def _compile(network: nn.Module, channels: int, size: int, threads: int, number_
             # Trace a function, not the module: then the weights are constants and torch does not search the modules
             # for methods, which takes half of the time. Constants must not require gradients.
             network.requires_grad_(False)
-            function = lambda x_NCHW: network(x_NCHW)  # noqa: E731, PLW0108 - torch checks for a module
-            traced = torch.jit.trace(function, torch.zeros(1, channels, size, size), check_trace=False)
-            model = openvino.convert_model(traced, input=[-1, channels, -1, -1])
+            function = lambda *maps: network(*maps)  # noqa: E731, PLW0108 - torch checks for a module
+            traced = torch.jit.trace(function, tuple(map(torch.zeros_like, examples)), check_trace=False)
+            model = openvino.convert_model(traced, input=[[-1, example.shape[1], -1, -1] for example in examples])
         return openvino.Core().compile_model(model, "CPU", hints)
     except Exception as error:
         # Tracing, conversion and compilation raise different errors.

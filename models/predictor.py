@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.bundle import Bundle, ModelCard, load_networks, load_statistics
 from models.compute import choose_compute
-from models.device_networks import DeviceNetworks
+from models.device_networks import DeviceNetworks, Maps
 from models.devices import Uploads, choose_device, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.familiarity import Statistics, window_features
@@ -87,7 +87,7 @@ class _Classified(NamedTuple):
     """In the gate windows."""
     distances_Nrc: Tensor | None
     """See `Decisions`."""
-    features_NChw: Tensor | None
+    maps: Maps | None
     """What the segmenter starts from; None if it shares no stage with the classifier."""
 
 
@@ -269,8 +269,8 @@ class Predictor:
             finite: list[Tensor] = []
             for batch, gate in zip(batches, gates, strict=True):
                 before_batch()
-                features_NChw = classified.pop(0).features_NChw  # removed, so that the memory of its features is free
-                logits_NKhw = self._chosen_logits(canvases, batch, features_NChw, decisions.segmented_N)
+                maps = classified.pop(0).maps  # removed, so that its memory is free
+                logits_NKhw = self._chosen_logits(canvases, batch, maps, decisions.segmented_N)
                 finite.append(_finite(logits_NKhw).expand(len(batch.canvases)))
                 for n, probs_Khw in zip(batch.canvases, gate.probabilities(logits_NKhw), strict=True):
                     probs[n].copy_(probs_Khw)
@@ -296,16 +296,16 @@ class Predictor:
     def _classified(self, canvases: Sequence[Tensor], batch: _Batch) -> _Classified:
         """Return what the classifier computes for a batch."""
         x_NCHW = self._networks.normalized(torch.stack([canvases[n] for n in batch.canvases]))
-        features_NChw = self._networks.started(x_NCHW)
-        deep_NDhw = self._networks.deep(features_NChw)
+        maps = self._networks.started(x_NCHW)
+        deep_NDhw = self._networks.deep(maps)
         logits_MK = self._networks.window_logits(deep_NDhw, x_NCHW, batch.windows)
-        # Normalized images have twice the bytes of features, and cost little to compute again.
-        kept_NChw = features_NChw if self._networks.share_stages else None
+        # Normalized images are not kept: they are larger than the maps of small networks, and cheap to compute again.
+        kept = maps if self._networks.share_stages else None
         if self._statistics is None or self.card.familiarity is None:
-            return _Classified(logits_MK, None, kept_NChw)
+            return _Classified(logits_MK, None, kept)
         features_NrcD = window_features(deep_NDhw, x_NCHW.shape[2] // deep_NDhw.shape[2])
         distances_Nrc = self._statistics.distances(features_NrcD.flatten(0, 2)).view(features_NrcD.shape[:3])
-        return _Classified(logits_MK, distances_Nrc / self.card.familiarity.window_limit, kept_NChw)
+        return _Classified(logits_MK, distances_Nrc / self.card.familiarity.window_limit, kept)
 
     def _decided(
         self, batches: Sequence[_Batch], classified: Sequence[_Classified]
@@ -327,7 +327,7 @@ class Predictor:
         return gates, Decisions(segmented_N, known)
 
     def _chosen_logits(
-        self, canvases: Sequence[Tensor], batch: _Batch, features_NChw: Tensor | None, segmented_N: NDArray[np.bool_]
+        self, canvases: Sequence[Tensor], batch: _Batch, maps: Maps | None, segmented_N: NDArray[np.bool_]
     ) -> Tensor:
         """Return the segmenter's logits (N, K, h, w) for a batch; (1, K, 1, 1) if it runs on no canvas of it.
 
@@ -336,11 +336,13 @@ class Predictor:
         chosen = [position for position, n in enumerate(batch.canvases) if segmented_N[n]]
         if not chosen:
             return torch.zeros((1, len(self.card.classes), 1, 1), device=self.device)
-        if features_NChw is None:
+        if maps is None:
             x_NCHW = self._networks.normalized(torch.stack([canvases[batch.canvases[position]] for position in chosen]))
-        else:
-            x_NCHW = features_NChw if len(chosen) == len(batch.canvases) else features_NChw[chosen]
-        found_NKhw = self._networks.segmented(x_NCHW, self.output_stride)
+            maps = self._networks.started(x_NCHW)
+        elif len(chosen) < len(batch.canvases):
+            # An index of Python's integers would be copied to the device.
+            maps = tuple(torch.stack([map_NChw[position] for position in chosen]) for map_NChw in maps)
+        found_NKhw = self._networks.segmented(maps, self.output_stride)
         if len(chosen) == len(batch.canvases):
             return found_NKhw
         logits_NKhw = found_NKhw.new_zeros((len(batch.canvases), *found_NKhw.shape[1:]))

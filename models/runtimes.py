@@ -32,9 +32,9 @@ ACCELERATOR_BATCH_SIZE = 4
 """The same on a GPU."""
 
 
-FEATURE_BYTES_PER_PX = 16
-"""Features that a classifier and a segmenter share (`models.first_stages`): 64 channels for 16 pixels in the largest
-EfficientNet, and 24 in the shipped models."""
+FEATURE_BYTES_PER_PX = 20
+"""Bytes per pixel of the maps that a classifier and a segmenter share (`models.shared_stages`): at most 64 channels for
+16 pixels and 256 for 256 pixels in EfficientNets with four stages, except L2 (34 bytes). `colorectal-tissue` has 8."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ DEPTH = 4
 """Default number of encoder stages: up to stride 16, without the late stages that see hundreds of pixels."""
 RATES = (1, 2, 4)
 """Default dilation rates of the ASPP, in cells of 16 pixels."""
+DECODER_CHANNELS = 256
+"""Default channels of the ASPP and the decoder (Chen et al., ECCV 2018)."""
 
 RIM = 1
 """Cells of stride 4 around a core that are needed to interpolate the edge of the core."""
@@ -29,7 +31,15 @@ _CONTEXT = 16
 """Pixels around a core that the decoder reads: a cell at stride 16, or two at stride 8."""
 
 
-def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple[int, int, int] = RATES) -> nn.Module:
+def build_segmenter(
+    encoder: str,
+    classes: int,
+    depth: int = DEPTH,
+    rates: tuple[int, int, int] = RATES,
+    decoder_channels: int = DECODER_CHANNELS,
+    *,
+    shared_backbone: bool = False,
+) -> nn.Module:
     """Return DeepLabV3+ with random weights: normalized images (N, 3, H, W) -> logits (N, K, H/4, W/4).
 
     H and W are multiples of 32. The encoder has `depth` stages (3 to 5) and a stride of at most 16; 48 low-level
@@ -37,12 +47,15 @@ def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple
     timm network. The head does not upsample, because finer pixels would only be interpolated.
 
     A logit depends on the pixels around it, not on its place in the image: the network has no image pooling, padding
-    mirrors the edge, and cells are upsampled around their centers. Raises ArchitectureError if the encoder is unknown.
+    mirrors the edge, and cells are upsampled around their centers. With `shared_backbone`, the encoder repeats edge
+    pixels as a classifier's backbone does, and `share_backbone` loads its weights. Raises ArchitectureError if the
+    encoder is unknown.
     """
     options: dict[str, Any] = {
         "encoder_depth": depth,
         "encoder_output_stride": 16,
         "decoder_atrous_rates": rates,
+        "decoder_channels": decoder_channels,
         "upsampling": 1,
     }
     try:
@@ -54,6 +67,8 @@ def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple
     _remove_unused_stages(network.encoder)
     _remove_image_pooling(network.decoder.aspp[0])
     network.decoder.up = nn.Upsample(scale_factor=network.decoder.up.scale_factor, mode="bilinear", align_corners=False)
+    if shared_backbone:
+        extend_edges(network.encoder, "replicate")
     extend_edges(network, "reflect")
     return cast(nn.Module, network)
 
@@ -61,9 +76,8 @@ def build_segmenter(encoder: str, classes: int, depth: int = DEPTH, rates: tuple
 class CoreSegmenter(nn.Module):
     """A segmenter that returns the logits of the core of a canvas, and of `RIM` cells around it.
 
-    Only the features at stride 16 need the margin. The decoder works at stride 4 and accounts for half of a segmenter's
-    multiplications, so it leaves the margin out. Up to rounding, the logits are those of the whole canvas. A network
-    without this decoder computes the whole canvas.
+    Only the features at stride 16 need the margin, see `CoreDecoder`. Up to rounding, the logits are those of the whole
+    canvas. A network without this decoder computes the whole canvas.
     """
 
     def __init__(self, segmenter: nn.Module, margin: int) -> None:
@@ -72,27 +86,49 @@ class CoreSegmenter(nn.Module):
         # Any: the parts of a segmenter have no types.
         self.segmenter: Any = segmenter
         self._margin = margin
-        self._leaves_out = _joins_two_maps(getattr(segmenter, "decoder", None))
+        self.decoder = CoreDecoder(segmenter, margin) if leaves_margin_out(segmenter) else None
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        margin = self._margin // NATIVE_STRIDE
-        if not self._leaves_out:
-            return _without_edge(self.segmenter(x_NCHW), margin - RIM)
+        if self.decoder is None:
+            return _without_edge(self.segmenter(x_NCHW), self._margin // NATIVE_STRIDE - RIM)
         features: Any = self.segmenter.encoder(x_NCHW)
-        decoder = self.segmenter.decoder
+        logits_NKhw: Tensor = self.decoder(features[2], features[-1])
+        return logits_NKhw
+
+
+class CoreDecoder(nn.Module):
+    """The decoder of a segmenter: features of the encoder at stride 4 and of its last stage -> logits.
+
+    The logits are those that `CoreSegmenter` returns.
+
+    The decoder works at stride 4, which takes much time, so it leaves the margin out.
+    The segmenter is one for which `leaves_margin_out` is true.
+    """
+
+    def __init__(self, segmenter: nn.Module, margin: int) -> None:
+        """`margin` is a multiple of 16, at least 16."""
+        super().__init__()
+        # Any: the parts of a segmenter have no types.
+        self.decoder: Any = segmenter.decoder
+        self.head: Any = segmenter.segmentation_head
+        self._margin = margin
+
+    def forward(self, fine_NChw: Tensor, deep_NChw: Tensor) -> Tensor:
+        margin, decoder = self._margin // NATIVE_STRIDE, self.decoder
         scale = int(decoder.up.scale_factor)
-        deep_NChw = _without_edge(decoder.aspp(features[-1]), (self._margin - _CONTEXT) // (NATIVE_STRIDE * scale))
+        deep_NChw = _without_edge(decoder.aspp(deep_NChw), (self._margin - _CONTEXT) // (NATIVE_STRIDE * scale))
         around = _CONTEXT // NATIVE_STRIDE
-        fine_NChw = decoder.block1(_without_edge(features[2], margin - around))
+        fine_NChw = decoder.block1(_without_edge(fine_NChw, margin - around))
         # A separable convolution, a batch norm and a ReLU.
         (depthwise, pointwise), *after = decoder.block2
         mixed_NChw = nn.Sequential(*after)(_separable_of_two(depthwise, pointwise, decoder.up(deep_NChw), fine_NChw))
         # Upsampling is wrong in the outer half cell of the deep map.
-        return _without_edge(self.segmenter.segmentation_head(mixed_NChw), around - 1 - RIM)
+        return _without_edge(self.head(mixed_NChw), around - 1 - RIM)
 
 
-def _joins_two_maps(decoder: Any) -> bool:
-    """Return whether `_separable_of_two` can compute the first convolution of this decoder's last block."""
+def leaves_margin_out(segmenter: nn.Module) -> bool:
+    """Return whether `CoreDecoder` can compute the decoder of a segmenter."""
+    decoder: Any = getattr(segmenter, "decoder", None)
     if not isinstance(decoder, smp.decoders.deeplabv3.decoder.DeepLabV3PlusDecoder):
         return False
     depthwise, pointwise = decoder.block2[0]
@@ -125,6 +161,22 @@ def encoder_network(segmenter: nn.Module) -> nn.Module:
     """Return the network of the encoder that published weights are for. The encoders "tu-…" contain that of timm."""
     encoder = cast(nn.Module, segmenter.encoder)
     return cast(nn.Module, getattr(encoder, "model", encoder))
+
+
+def share_backbone(segmenter: nn.Module, classifier: nn.Module) -> None:
+    """Copy the classifier's backbone into the encoder of a segmenter built with `shared_backbone`.
+
+    Raises ArchitectureError if they are different networks.
+    """
+    backbone: Any = classifier.backbone
+    try:
+        encoder_network(segmenter).load_state_dict(backbone.net.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1:2]
+        raise ArchitectureError(
+            "the segmenter cannot share the classifier's backbone, because its encoder is another network "
+            f"({' '.join(reason).strip()[:120]}…); use the same network with the same number of stages"
+        ) from error
 
 
 def _remove_unused_stages(encoder: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SHIPPED_DIGESTS = {
-    "colon-gland": "c4e0ac7ab68187c1e4f0600ebae222998d87e3fe0fd7ed0558c9a27b0c32a767",
-    "colorectal-tissue": "a87a6f9cc0c2a15265cc996e437127e368dc10fa60eedaa34f167a85361d8075",
+    "colon-gland": "86bc0b651640c517fdc9963b4b59ae3ccb44ac0bf2d0b2557fb5b38811e7720f",
+    "colorectal-tissue": "7555d97e4c8a2a92ee731f92b45a0f868307ca22d3a29ea263f5cb4d00e3b455",
 }
 """Name of a shipped bundle -> SHA-256 of its model.json, which contains the digests of the weights."""

@@ -62,7 +62,18 @@ def run_predictor() -> dict[str, Any]:
         equal = all(torch.equal(one, other) for one, other in zip(ours[0], theirs[0], strict=True))
         prediction = {"canvases": len(chosen), "batch": batch_size, "equal": equal, "segmented": [ours[1], theirs[1]]}
         found["predictions"].append(prediction | asdict(ours[2]))
+    found["one network moved"] = str(_predictor_of_a_moved_classifier().device)
     return found | {"operations": {name: _moves_or_error(run) for name, run in _operations().items()}}
+
+
+def _predictor_of_a_moved_classifier() -> Any:
+    """Return a predictor of networks that start alike, made after only one of them was moved to the device."""
+    from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
+    from models.predictor import Predictor
+
+    bundle = load_bundle(DEFAULT_BUNDLE)
+    classifier, segmenter = load_networks(bundle)
+    return Predictor(bundle.card, bundle.digest, classifier.to("pretend"), segmenter, device="pretend")
 
 
 def _operations() -> dict[str, Callable[[], object]]:

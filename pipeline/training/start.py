@@ -7,15 +7,15 @@ starts new, and a class that only the model has is dropped. Everything else must
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.bundle import Bundle, ModelCard, load_networks
+from models.bundle import Bundle, ModelCard, load_networks, segmenter_of
 from models.classifier import Classifier
-from models.segmenter import build_segmenter
 from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig
 
@@ -23,9 +23,13 @@ FINE_TUNING: dict[str, Any] = {"classifier_epochs": 6, "segmenter_epochs": 4, "n
 """Trained networks need fewer epochs, and a high rate would undo what their last layers have learned."""
 
 
-def start_settings(card: ModelCard) -> dict[str, Any]:
-    """Return the settings with which a run can start from a model: those of its networks, and `FINE_TUNING`."""
-    return {**_of_networks(card), "gate_stride": card.classifier.stride, **FINE_TUNING}
+def start_settings(card: ModelCard, of_dataset: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return the settings with which a run can start from a model.
+
+    Settings of the data set override `FINE_TUNING`, and those of the model's networks, which must not change, override
+    both.
+    """
+    return {**FINE_TUNING, **of_dataset, **_of_networks(card), "gate_stride": card.classifier.stride}
 
 
 def _of_networks(card: ModelCard) -> dict[str, Any]:
@@ -36,6 +40,8 @@ def _of_networks(card: ModelCard) -> dict[str, Any]:
         "encoder": card.segmenter.encoder,
         "encoder_depth": card.segmenter.depth,
         "rates": card.segmenter.rates,
+        "decoder_channels": card.segmenter.decoder_channels,
+        "shared_backbone": card.segmenter.shared_backbone,
         "mean": card.mean,
         "std": card.std,
         "mpp": card.mpp,
@@ -72,7 +78,7 @@ def start_from_bundle(bundle: Bundle, classifier: Classifier, segmenter: nn.Modu
     with torch.device("meta"):
         twins = (
             Classifier(card.classifier.backbone, card.classifier.head, more, card.classifier.depth),
-            build_segmenter(card.segmenter.encoder, more, card.segmenter.depth, card.segmenter.rates),
+            segmenter_of(card.segmenter, more),
         )
     for own, stored, twin in zip((classifier, segmenter), load_networks(bundle), twins, strict=True):
         target, larger = own.state_dict(), twin.state_dict()

@@ -27,7 +27,7 @@ from models.cam import check_available
 from models.classifier import Classifier
 from models.devices import choose_device
 from models.predictor import Predictor
-from models.segmenter import build_segmenter
+from models.segmenter import build_segmenter, share_backbone
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from pipeline.training.calibration import calibrate_temperature, write_reliability
@@ -108,7 +108,9 @@ def train(
         _wait(processes)
 
         segmenter.to(place)
-        if config.encoder_starts and init is None:
+        if config.shared_backbone:
+            share_backbone(segmenter, classifier)
+        elif config.encoder_starts and init is None:
             start_from_classifier(segmenter, classifier)
         pseudo = partial(read_pseudo_masks, masks, training, config=config)
         task = segmenter_task(segmenter, training, validation, pseudo, config, place, processes)
@@ -151,8 +153,18 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
     if config.cam != "head":
         check_available(config.cam, classifier.eval(), "deep")
     # Built before the first stage, so that its random weights do not depend on whether that stage ran or was skipped.
-    segmenter = build_segmenter(config.encoder_name, classes, config.encoder_depth, config.rates)
-    start_encoder(segmenter, config)
+    segmenter = build_segmenter(
+        config.encoder_name,
+        classes,
+        config.encoder_depth,
+        config.rates,
+        config.decoder_channels,
+        shared_backbone=config.shared_backbone,
+    )
+    if config.shared_backbone:
+        share_backbone(segmenter, classifier)  # checks before training that they are the same network
+    else:
+        start_encoder(segmenter, config)
     if init is not None:
         start_from_bundle(init, classifier, segmenter, dataset.class_names)
     make_card(dataset, config, gate_window(training), (UNCALIBRATED,) * classes)

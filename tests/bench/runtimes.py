@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from models.backbone import Stages
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
-from models.first_stages import DeepFeatures
 from models.openvino_network import OpenVinoNetwork
 from models.runtimes import load_openvino
+from models.shared_stages import DeepFeatures
 from pipeline.config import SegmentConfig
 from pipeline.slide.recipe import plan_slide
 from pipeline.workers.malloc import keep_freed_memory

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
-from models.first_stages import DeepFeatures
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
+from models.shared_stages import DeepFeatures
 from pipeline.config import SegmentConfig
 from pipeline.slide.recipe import plan_slide
 from tests.bench.floors import sample_tiles

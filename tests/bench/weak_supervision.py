@@ -80,6 +80,13 @@ ROWS = {
     "full": Row("full supervision, the same segmenter", "default", (), "ours"),
     "card": Row("the recipe of the data set's card", "default", of_card=True),
     "card-plain": Row("… without PDA", "default", ("attention=none",), of_card=True),
+    "card-own": Row(
+        "… the segmenter's own backbone, 256 channels in the decoder",
+        "default",
+        ("shared_backbone=false", "decoder_channels=256"),
+        "card",
+        of_card=True,
+    ),
     "card-deep": Row(
         "… pseudo masks of the deep layer only", "default", ("layer_weights=[0.0, 0.0, 1.0]",), of_card=True
     ),

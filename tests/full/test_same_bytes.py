@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
-from models.first_stages import split_networks
-from models.openvino_network import OpenVinoNetwork
+from models.bundle import load_bundle, load_networks, shipped_bundles
+from models.openvino_network import OpenVinoNetwork, as_tuple
 from models.padding import pad_before_expansion
-from models.segmenter import CoreSegmenter
+from models.shared_stages import split_networks
 
 
 @pytest.fixture(autouse=True)
@@ -28,28 +27,32 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32)
 
 
-def test_openvino_returns_the_same_bits_with_any_number_of_threads_and_any_batch() -> None:
+@pytest.mark.parametrize("model", shipped_bundles())
+def test_openvino_returns_the_same_bits_with_any_number_of_threads_and_any_batch(model: str) -> None:
     pytest.importorskip("openvino")
-    bundle = load_bundle(DEFAULT_BUNDLE)
+    bundle = load_bundle(model)
     side = 224
     x_NCHW = torch.rand((8, 3, side, side), generator=torch.Generator().manual_seed(1)) * 4 - 2
     classifier, segmenter = (pad_before_expansion(network) for network in load_networks(bundle))
     split = split_networks(classifier, segmenter, bundle.card.margin)
     assert split.first is not None
     with torch.inference_mode():
-        features_NChw = split.first.eval()(x_NCHW)
-    for network, inputs_NCHW in (
-        (split.first, x_NCHW),
-        (split.deep.eval(), features_NChw),
-        (CoreSegmenter(split.segmenter, bundle.card.margin).eval(), features_NChw),
-    ):
-        channels, height = inputs_NCHW.shape[1:3]
+        started = split.first.eval()(x_NCHW)
+    prepared: list[tuple[nn.Module, tuple[Tensor, ...], Sequence[tuple[int, int]]]] = [
+        (split.first, (x_NCHW,), ((3, 1),)),
+        (split.segmenter.eval(), started, split.maps),
+    ]
+    if split.deep is not None:
+        prepared.append((split.deep.eval(), started, split.maps))
+    for network, inputs, maps in prepared:
         expected: Tensor | None = None
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            made = OpenVinoNetwork(network, height, channels=channels, step=32 * height // side)
+            made = OpenVinoNetwork(network, side, maps=maps)
             for batch in (8, 3, 1):
+                parts = zip(*(one.split(batch) for one in inputs), strict=True)
                 with torch.inference_mode():
-                    found = bits(torch.cat([made(part).clone() for part in inputs_NCHW.split(batch)]))
+                    outputs = [torch.cat([one.flatten(1) for one in as_tuple(made(*part))], dim=1) for part in parts]
+                found = bits(torch.cat(outputs))
                 expected = found if expected is None else expected
                 assert torch.equal(found, expected), (threads, batch)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import models.bundle
@@ -40,7 +41,7 @@ from models.errors import (
     WeightsMismatchError,
 )
 from models.familiarity import fit_statistics
-from models.segmenter import build_segmenter
+from models.segmenter import build_segmenter, encoder_network, share_backbone
 from models.tissue_class import TissueClass
 from tests import shipped_models
 from tests.models.networks import make_card
@@ -83,6 +84,32 @@ def test_networks_load_in_float32_within_half_precision(tmp_path: Path) -> None:
             assert state[name].dtype == tensor.dtype
             stored = tensor.half().float() if tensor.is_floating_point() and tensor.ndim > 1 else tensor
             assert torch.equal(state[name], stored), name
+
+
+def test_a_shared_backbone_is_stored_once(tmp_path: Path) -> None:
+    classifier = Classifier("tf_efficientnet_lite0", "gap", 2, depth=4)
+    segmenter = build_segmenter("tu-tf_efficientnet_lite0", 2, decoder_channels=16, shared_backbone=True)
+    share_backbone(segmenter, classifier)
+    parts = SegmenterCard(
+        encoder="tu-tf_efficientnet_lite0", depth=4, rates=(1, 2, 4), decoder_channels=16, shared_backbone=True
+    )
+    own = ClassifierCard(backbone="tf_efficientnet_lite0", head="gap", depth=4, stride=16)
+    card = _real_card().model_copy(update={"classifier": own, "segmenter": parts})
+    bundle = save_bundle(tmp_path / "b", card, classifier, segmenter)
+    stored = safetensors.torch.load_file(bundle.path / SEGMENTER_FILE)
+    assert not any(name.startswith("encoder.") for name in stored)
+    loaded, other = load_networks(bundle)
+    encoder = encoder_network(other).state_dict()
+    for name, tensor in loaded.backbone.net.state_dict().items():
+        assert torch.equal(encoder[name], tensor), name
+    for name, tensor in stored.items():
+        assert torch.equal(other.state_dict()[name], tensor.float() if tensor.is_floating_point() else tensor), name
+
+    apart = parts.model_copy(update={"shared_backbone": False})
+    save_bundle(tmp_path / "b", card.model_copy(update={"segmenter": apart}), classifier, segmenter)
+    _rewrite(bundle.path, {"segmenter": parts.model_dump()})
+    with pytest.raises(WeightsMismatchError, match="the file has weights of an encoder, such as encoder"):
+        load_networks(load_bundle(bundle.path))
 
 
 def test_the_digest_covers_the_card_and_the_card_contains_the_weights_digests(folder: Path) -> None:

@@ -20,6 +20,7 @@ def test_predictions_on_an_accelerator_are_those_of_the_cpu_and_wait_twice_howev
     # Four canvases in one batch need as many operations as one, and write three results more.
     kernels = {(one["canvases"], one["batch"]): one["kernels"] for one in found["predictions"]}
     assert kernels[4, 4] == kernels[1, 4] + 3 < kernels[4, 1]
+    assert found["one network moved"] == "pretend"
     # The device would notice what a GPU refuses or waits for.
     operations = found["operations"]
     assert "expects its tensors on one device, but found pretend and cpu" in operations["sum of two devices"][0]

@@ -23,12 +23,12 @@ from models.backbone import Stages
 from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle, load_networks
 from models.classifier import Classifier
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
-from models.first_stages import DeepFeatures
 from models.heads import HEADS
 from models.openvino_network import OpenVinoNetwork
 from models.predictor import Predictor
 from models.runtimes import choose_runtime
 from models.segmenter import build_segmenter
+from models.shared_stages import DeepFeatures
 from tests.cases import full
 from tests.models.networks import ConstantClassifier, ConstantSegmenter, PixelClassifier, make_card
 from tests.repository import REPOSITORY

@@ -107,12 +107,34 @@ def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None
         ("head=lfi", "cannot make class probabilities from head lfi; set cam too"),
         ("head=gup", "head is 'gup'; use one of gap, pcam"),
         ("gate_stride=32", "setting gate_stride"),
+        ("decoder_channels=0", "decoder_channels is 0"),
         ("cam=kam", "cam is 'kam'; use head, cam, grad-cam"),
     ],
 )
 def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:
     with pytest.raises(TrainConfigError, match=message):
         train_config("default", None, [setting])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("gate_stride=8", "gate_stride is 8, but it must be 16"),
+        ("encoder_depth=5", "depth is 4, but it must be 5"),
+        ("depth=none", "depth is None, but it must be 4"),
+        ("encoder=resnet50", "encoder is resnet50, but it must be tu-tf_efficientnet_lite0"),
+        ("encoder_weights=w.safetensors", r"encoder_weights is w\.safetensors, but it must be empty"),
+    ],
+)
+def test_a_backbone_is_shared_only_by_equal_networks(setting: str, message: str) -> None:
+    assert train_config("default", None, ["shared_backbone=true"]).shared_backbone
+    with pytest.raises(TrainConfigError, match=f"{message} with shared_backbone.*set shared_backbone=false"):
+        train_config("default", None, ["shared_backbone=true", setting])
+
+
+def test_resnet38d_cannot_be_shared() -> None:
+    with pytest.raises(TrainConfigError, match="resnet38d is not an encoder of the segmenter; set shared_backbone"):
+        train_config("release", None, ["weights=w.safetensors", "shared_backbone=true"])
 
 
 @pytest.mark.parametrize("weights", ["imagenet", "none"])

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from models.segmenter import build_segmenter, encoder_network
+from models.classifier import Classifier
+from models.segmenter import build_segmenter, encoder_network, share_backbone
 from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
@@ -227,6 +228,33 @@ def test_a_step_trains_all_weights_and_keeps_the_statistics_of_the_encoder(tmp_p
     frozen = tuple(f"encoder.model.{prefix}" for prefix in config.frozen)
     for name in named:
         assert torch.equal(before[name], after[name]) == name.startswith(frozen), name
+
+
+@pytest.mark.parametrize("weights", ["imagenet", "none"])
+def test_a_shared_backbone_stays_that_of_the_classifier(tmp_path: Path, weights: str) -> None:
+    images = crop_images(tmp_path / "data", {"a": (64, 64)})
+    config = TrainConfig(
+        weights=weights,
+        shared_backbone=True,
+        region=64,
+        view=96,
+        margin=32,
+        segmenter_batch=2,
+        segmenter_steps=2,
+        segmenter_epochs=1,
+        confidence=0.0,
+    )
+    write_pseudo_masks(tmp_path / "masks", CellClassifier("gap", seed=5), images, config, CPU, ALONE)
+    torch.manual_seed(0)
+    segmenter = build_segmenter("tu-tf_efficientnet_lite0", 3, decoder_channels=16, shared_backbone=True)
+    share_backbone(segmenter, Classifier("tf_efficientnet_lite0", "gap", 3, depth=4))
+    task = segmenter_task(segmenter, images, images, read_from(tmp_path / "masks", images, config), config, CPU, ALONE)
+    before = {name: tensor.clone() for name, tensor in segmenter.state_dict().items()}
+    fit(task, tmp_path, config, CPU)
+    changed = {name for name, tensor in segmenter.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert changed
+    assert not any(name.startswith("encoder.") for name in changed)
+    assert {name for name, _ in segmenter.named_parameters() if not name.startswith("encoder.")} <= changed
 
 
 def test_the_loss_reads_only_pixels_with_a_margin_of_context(tmp_path: Path) -> None:

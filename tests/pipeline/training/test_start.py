@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.bundle import load_networks
+from models.bundle import load_bundle, load_networks, segmenter_of
 from models.classifier import Classifier
 from models.segmenter import build_segmenter
 from pipeline.errors import TrainError
@@ -67,6 +67,23 @@ def test_the_networks_are_those_of_the_model_and_another_setting_is_refused(tmp_
         check_start(bundle, config, ["a", "b"])
     with pytest.raises(TrainError, match="the setting init is abc; omit it, and pass the model itself with --init"):
         with_start(dataclasses.replace(config, init="abc"), bundle)
+
+
+def test_a_run_from_a_model_with_a_shared_backbone_shares_it_too() -> None:
+    bundle = load_bundle("colorectal-tissue")
+    card = bundle.card
+    config = train_config(of_dataset=start_settings(card, {"stain": 0.5, "shared_backbone": False, "new_rate": 0.1}))
+    assert card.segmenter.shared_backbone
+    assert (config.decoder_channels, config.shared_backbone) == (card.segmenter.decoder_channels, True)
+    assert (config.stain, config.new_rate) == (0.5, 0.1)
+    names = [one.name for one in card.classes]
+    check_start(bundle, config, names)
+    classifier = Classifier(card.classifier.backbone, card.classifier.head, len(names), card.classifier.depth)
+    segmenter = segmenter_of(card.segmenter, len(names))
+    start_from_bundle(bundle, classifier, segmenter, names)
+    for own, stored in zip((classifier, segmenter), load_networks(bundle), strict=True):
+        for name, tensor in stored.state_dict().items():
+            assert torch.equal(own.state_dict()[name], tensor), name
 
 
 @pytest.mark.full

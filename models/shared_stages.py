@@ -1,9 +1,12 @@
-"""The first stages of a bundle's two networks, computed once if both networks have equal ones there.
+"""What both networks of a bundle have in common, which is computed once: the first stages, or the whole backbone.
 
 By default, training freezes the first stages of both backbones, so a classifier and a segmenter of the same
 EfficientNet start with the same layers and weights. Only their padding differs: at the edge of a canvas, the classifier
 repeats a pixel and the segmenter mirrors its neighbors. Shared stages repeat it. With EfficientNet-Lite0, this reaches
 9 px into a canvas, and the margin that is cut off is wider.
+
+If the segmenter was trained on the classifier's backbone (`shared_backbone` in its card), its encoder pads as the
+classifier does, and everything up to the decoder is shared.
 
 Shape suffixes: N batch, C channels, D channels of the deep features, K classes, H and W the image, h and w a map.
 """
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from models.padding import ExtendedConv2d, averages_map
-from models.segmenter import NATIVE_STRIDE
+from models.segmenter import NATIVE_STRIDE, CoreDecoder, CoreSegmenter, leaves_margin_out
 
 
 class DeepFeatures(nn.Module):
@@ -35,36 +38,46 @@ class DeepFeatures(nn.Module):
 
 
 class Networks(NamedTuple):
-    """The two networks of a bundle without the first stages that they share, and these stages."""
+    """The two networks of a bundle, and what they share."""
 
     first: nn.Module | None
-    """Normalized images (N, 3, H, W) -> features (N, C, H/4, W/4); None if the networks share nothing."""
-    channels: int
-    """C; 3 if the networks share nothing."""
-    stride: int
-    """4; 1 if the networks share nothing."""
-    deep: DeepFeatures
-    """The features, or the images if nothing is shared -> the classifier's deep features (N, D, h, w)."""
+    """Normalized images (N, 3, H, W) -> a tuple of maps (N, C, h, w); None if the networks share nothing."""
+    maps: tuple[tuple[int, int], ...]
+    """Channels C and stride of each map: the image itself if nothing is shared, one map at stride 4, or one at stride 4
+    and the deep features."""
+    classifier: nn.Module
+    """The classifier whose head reads the deep features."""
+    deep: nn.Module | None
+    """The only map -> the classifier's deep features (N, D, h, w). None if the whole backbone is shared: the last map
+    then has these features."""
     segmenter: nn.Module
-    """The features, or the images if nothing is shared -> the segmenter's logits (N, K, H/4, W/4)."""
+    """The maps -> the logits of `CoreSegmenter`."""
 
 
 def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> Networks:
-    """Return the networks, cut after the stages up to stride 4 if both have the same layers and weights there.
+    """Return the networks, cut after the last part of the backbones that has the same layers and weights in both.
 
-    The arguments do not change. Only networks of timm with a stem and blocks, such as EfficientNet, are compared. They
-    share nothing if padding could reach farther into a canvas than the `margin`, in pixels, that is cut off.
+    The cut is either after all stages or after those up to stride 4. The arguments do not change. Only networks of timm
+    with a stem and blocks, such as EfficientNet, are compared. They share no stage whose different padding could reach
+    farther into a canvas than the `margin`, in pixels, that is cut off.
     """
     ours: Any = getattr(getattr(classifier, "backbone", None), "net", None)
     theirs: Any = getattr(getattr(segmenter, "encoder", None), "model", None)
+    nothing = Networks(None, ((3, 1),), classifier, DeepFeatures(classifier), CoreSegmenter(segmenter, margin))
     if not all(hasattr(net, part) for net in (ours, theirs) for part in ("conv_stem", "bn1", "blocks", "feature_info")):
-        return Networks(None, 3, 1, DeepFeatures(classifier), segmenter)
+        return nothing
     # The decoder reads the features at this stride, so every segmenter has exactly one such stage.
     cut = next(stage for stage in theirs.feature_info.get_dicts() if stage["reduction"] == NATIVE_STRIDE)
+    if _share_all(ours, theirs) and leaves_margin_out(segmenter):
+        # Any: networks have their parts by name.
+        whole: Any = copy.deepcopy(classifier)
+        last = theirs.feature_info.get_dicts()[-1]
+        maps = tuple((int(stage["num_chs"]), int(stage["reduction"])) for stage in (cut, last))
+        decoder = CoreDecoder(copy.deepcopy(segmenter), margin)
+        return Networks(_FineAndDeep(whole.backbone.net, cut["stage"]), maps, whole, None, decoder)
     first, other = _first(ours, cut["stage"]), _first(theirs, cut["stage"])
     if not _alike(first, other) or _reach_px(first) > margin:
-        return Networks(None, 3, 1, DeepFeatures(classifier), segmenter)
-    # Any: networks have their parts by name.
+        return nothing
     later_classifier: Any = copy.deepcopy(classifier)
     later_segmenter: Any = copy.deepcopy(segmenter)
     first = _first(later_classifier.backbone.net, cut["stage"])
@@ -72,7 +85,44 @@ def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> 
         _remove(net, cut["stage"])
     # The features have a quarter of the image's sides, which need not be multiples of the encoder's stride.
     later_segmenter.requires_divisible_input_shape = False
-    return Networks(first, int(cut["num_chs"]), NATIVE_STRIDE, DeepFeatures(later_classifier), later_segmenter)
+    return Networks(
+        _OneMap(first),
+        ((int(cut["num_chs"]), NATIVE_STRIDE),),
+        later_classifier,
+        DeepFeatures(later_classifier),
+        CoreSegmenter(later_segmenter, margin),
+    )
+
+
+class _OneMap(nn.Module):
+    """The first stages: images -> a tuple of their features."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor]:
+        return (self.first(x_NCHW),)
+
+
+class _FineAndDeep(nn.Module):
+    """A whole backbone: images -> the features after its first `stages`, and the last ones."""
+
+    def __init__(self, net: Any, stages: int) -> None:
+        super().__init__()
+        self.first = _first(net, stages)
+        self.later = nn.Sequential(*net.blocks[stages:])
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        fine_NChw = self.first(x_NCHW)
+        return fine_NChw, self.later(fine_NChw)
+
+
+def _share_all(ours: Any, theirs: Any) -> bool:
+    """Return whether two networks are the same, and the classifier's has no layer after the stages."""
+    whole, other = (_first(net, len(net.blocks)) for net in (ours, theirs))
+    ends = (getattr(ours, part, nn.Identity()) for part in ("conv_head", "bn2"))
+    return all(isinstance(end, nn.Identity) for end in ends) and _modes(whole) == _modes(other) and _alike(whole, other)
 
 
 def _first(net: Any, stages: int) -> nn.Module:
@@ -93,6 +143,11 @@ def _alike(first: nn.Module, other: nn.Module) -> bool:
 def _edges(network: nn.Module) -> list[tuple[tuple[int, int, int, int], tuple[int, int]]]:
     """Return by how many pixels the convolutions extend their input."""
     return [(module.edges, module.multiple) for module in network.modules() if isinstance(module, ExtendedConv2d)]
+
+
+def _modes(network: nn.Module) -> list[str]:
+    """Return how the convolutions extend their input."""
+    return [module.mode for module in network.modules() if isinstance(module, ExtendedConv2d)]
 
 
 def _reach_px(first: nn.Module) -> float:

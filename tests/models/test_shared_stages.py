@@ -1,0 +1,253 @@
+"""What the two networks of a bundle share: the first stages, or the whole backbone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import device_networks
+from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle, load_networks, shipped_bundles
+from models.classifier import Classifier
+from models.errors import ArchitectureError
+from models.padding import ExtendedConv2d, pad_before_expansion
+from models.predictor import Predictor
+from models.runtimes import Runtime
+from models.segmenter import CoreSegmenter, build_segmenter, share_backbone
+from models.shared_stages import DeepFeatures, Networks, split_networks
+from tests.models.networks import ConstantClassifier, ConstantSegmenter
+
+LITE = "tf_efficientnet_lite0"
+
+
+def networks(*, frozen: bool = True, backbone: str = LITE, depth: int | None = 4) -> tuple[Any, Any]:
+    """Return a classifier and a segmenter in eval mode; `frozen` ones start with equal weights."""
+    torch.manual_seed(0)
+    classifier: Any = Classifier(backbone, "gap", 2, depth=depth)
+    segmenter: Any = build_segmenter(f"tu-{backbone if frozen else LITE}", 2)
+    for module in (*classifier.modules(), *segmenter.modules()):
+        if isinstance(module, nn.BatchNorm2d):  # as after training
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type] # a buffer is a tensor here
+    if frozen:
+        for part in ("conv_stem", "bn1"):
+            getattr(segmenter.encoder.model, part).load_state_dict(getattr(classifier.backbone.net, part).state_dict())
+        segmenter.encoder.model.blocks[:2].load_state_dict(classifier.backbone.net.blocks[:2].state_dict())
+    return classifier.eval(), segmenter.eval()
+
+
+def sharing_networks(*, stride: int = 16, edges_too: bool = True) -> tuple[Any, Any]:
+    """Return a classifier and a segmenter with its backbone, in eval mode."""
+    torch.manual_seed(0)
+    classifier: Any = Classifier(LITE, "gap", 2, depth=4, stride=stride)
+    segmenter = build_segmenter(f"tu-{LITE}", 2, decoder_channels=32, shared_backbone=edges_too)
+    share_backbone(segmenter, classifier)
+    return classifier.eval(), segmenter.eval()
+
+
+def images(seed: int, side: int = 160) -> Tensor:
+    return torch.randn((2, 3, side, side + 32), generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_parts_compute_what_the_whole_networks_compute() -> None:
+    classifier, segmenter = networks()
+    for module in segmenter.encoder.modules():  # the padding of the classifier, so that nothing differs
+        if isinstance(module, ExtendedConv2d):
+            module.mode = "replicate"
+    x_NCHW = images(1)
+    split = split_networks(classifier, segmenter, 64)
+    assert split.first is not None
+    assert split.deep is not None
+    ((channels, stride),) = split.maps
+    with torch.inference_mode():
+        (features_NChw,) = split.first(x_NCHW)
+        assert features_NChw.shape == (2, channels, 160 // stride, 192 // stride)
+        assert torch.equal(split.deep(features_NChw), DeepFeatures(classifier)(x_NCHW))
+        assert torch.equal(split.segmenter(features_NChw), CoreSegmenter(segmenter, 64)(x_NCHW))
+
+
+def test_a_backbone_that_both_networks_have_is_computed_once() -> None:
+    classifier, segmenter = sharing_networks()
+    x_NCHW = images(4)
+    split = split_networks(classifier, segmenter, 64)
+    assert split.first is not None
+    assert split.deep is None
+    with torch.inference_mode():
+        maps = split.first(x_NCHW)
+        assert [(one.shape[1], 160 // one.shape[2]) for one in maps] == list(split.maps) == [(24, 4), (112, 16)]
+        assert torch.equal(maps[-1], DeepFeatures(classifier)(x_NCHW))
+        assert torch.equal(split.segmenter(*maps), CoreSegmenter(segmenter, 64)(x_NCHW))
+
+
+@pytest.mark.parametrize("options", [{"stride": 8}, {"edges_too": False}])
+def test_backbones_that_dilate_or_pad_differently_share_the_first_stages_only(options: dict[str, Any]) -> None:
+    split = split_networks(*sharing_networks(**options), 64)
+    assert split.first is not None
+    assert split.deep is not None
+    assert split.maps == ((24, 4),)
+
+
+def test_a_classifier_with_layers_after_its_stages_shares_the_first_stages_only() -> None:
+    classifier, segmenter = sharing_networks()
+    classifier.backbone.net.conv_head = nn.Conv2d(112, 112, 1)
+    assert split_networks(classifier, segmenter, 64).deep is not None
+
+
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+def test_a_shared_backbone_gives_the_probabilities_of_two_networks(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(runtime)
+    card = load_bundle(DEFAULT_BUNDLE).card
+    card = card.model_copy(update={"classes": card.classes[:2], "gate_thresholds": (0.0, 0.0), "familiarity": None})
+    rgb_NHWC = np.random.default_rng(0).integers(0, 256, (2, 192, 224, 3), dtype=np.uint8)
+
+    def found() -> tuple[Tensor, list[Tensor]]:
+        predictor = Predictor(card, NO_DIGEST, *sharing_networks(), device="cpu", runtime=runtime)
+        return predictor.logits(rgb_NHWC), predictor.presence(rgb_NHWC, [(0, 0), (256, 0)])
+
+    shared_NKhw, shared = found()
+
+    def whole(classifier: nn.Module, segmenter: nn.Module, margin: int) -> Networks:
+        return Networks(None, ((3, 1),), classifier, DeepFeatures(classifier), CoreSegmenter(segmenter, margin))
+
+    monkeypatch.setattr(device_networks, "split_networks", whole)
+    apart_NKhw, apart = found()
+    torch.testing.assert_close(shared_NKhw, apart_NKhw, atol=1e-5, rtol=1e-4)
+    for ours, other in zip(shared, apart, strict=True):
+        torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["tf_efficientnet_b0", "test_efficientnet_gn", "mixnet_s"])
+@pytest.mark.parametrize("depth", [4, 5])
+def test_other_whole_backbones_are_shared_too(backbone: str, depth: int) -> None:
+    """Squeeze-and-excitation, group norms and mixed convolutions: equal padding gives equal features everywhere."""
+    torch.manual_seed(0)
+    classifier: Any = Classifier(backbone, "gap", 2, depth=depth, stride=16).eval()
+    segmenter = build_segmenter(f"tu-{backbone}", 2, depth, decoder_channels=16, shared_backbone=True).eval()
+    share_backbone(segmenter, classifier)
+    x_NCHW = images(5)
+    split = split_networks(classifier, segmenter, 64)
+    assert split.first is not None
+    assert split.deep is None
+    with torch.inference_mode():
+        maps = split.first(x_NCHW)
+        assert torch.equal(maps[-1], DeepFeatures(classifier)(x_NCHW))
+        torch.testing.assert_close(split.segmenter(*maps), CoreSegmenter(segmenter, 64)(x_NCHW), atol=1e-6, rtol=1e-5)
+
+
+def test_a_segmenter_with_another_encoder_cannot_take_the_backbone() -> None:
+    classifier, _ = sharing_networks()
+    with pytest.raises(ArchitectureError, match="cannot share"):
+        share_backbone(build_segmenter("tu-tf_efficientnet_lite1", 2, shared_backbone=True), classifier)
+
+
+def test_another_padding_of_the_shared_stages_reaches_nine_pixels() -> None:
+    classifier, segmenter = networks()
+    x_NCHW = images(2)
+    encoder: Any = segmenter.encoder.model
+    with torch.inference_mode():
+        first = split_networks(classifier, segmenter, 64).first
+        assert first is not None
+        own_NChw = nn.Sequential(encoder.conv_stem, encoder.bn1, *encoder.blocks[:2])(x_NCHW)
+        differs_hw = (first(x_NCHW)[0] != own_NChw).any(dim=1).any(dim=0)
+    assert split_networks(classifier, segmenter, 9).first is not None
+    assert split_networks(classifier, segmenter, 8).first is None
+    assert differs_hw.any()
+    cells = -(-9 // 4)
+    assert not differs_hw[cells:-cells, cells:-cells].any()
+
+
+@pytest.mark.parametrize("backbone", ["tf_efficientnet_b0", "test_efficientnet_gn"])
+def test_stages_that_average_the_whole_canvas_are_not_shared(backbone: str) -> None:
+    """Squeeze-and-excitation carries the padding to every pixel, and so does a group norm."""
+    classifier, segmenter = networks(backbone=backbone)
+    assert split_networks(classifier, segmenter, 64).first is None
+
+
+def test_stages_that_pad_on_other_sides_are_not_shared() -> None:
+    classifier, segmenter = networks()
+    stem = classifier.backbone.net.conv_stem
+    stem.edges = stem.edges[::-1]
+    assert split_networks(classifier, segmenter, 64).first is None
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_predictor_computes_with_parts_in_eval_mode_on_its_device(whole: bool) -> None:
+    classifier, segmenter = (network.train() for network in (sharing_networks() if whole else networks()))
+    predictor = Predictor(load_bundle(DEFAULT_BUNDLE).card, NO_DIGEST, classifier, segmenter, device="cpu")
+    parts: Any = predictor._networks
+    used: list[Any] = [parts._first, parts._classifier, parts._segmenter]
+    used += [] if whole else [parts._deep]
+    assert (parts._deep is None) == whole
+    assert not any(module.training for part in used for module in part.modules())
+    # The head moves to the device with the stages before it.
+    assert whole or parts._deep.classifier is parts._classifier
+    assert classifier.training
+    assert segmenter.training
+
+
+def test_splitting_leaves_the_networks_alone() -> None:
+    classifier, segmenter = networks()
+    before = copy.deepcopy((classifier, segmenter))
+    split_networks(classifier, segmenter, 64)
+    with torch.inference_mode():
+        for network, kept in zip((classifier, segmenter), before, strict=True):
+            assert torch.equal(network(images(3)), kept(images(3)))
+
+
+def test_networks_that_start_differently_share_nothing() -> None:
+    other = networks()
+    with torch.no_grad():
+        other[1].encoder.model.blocks[1][0].conv_dw.weight[0, 0, 0, 0] += 1e-7
+    for classifier, segmenter in (
+        networks(frozen=False),
+        networks(backbone="resnet18", depth=None, frozen=False),
+        networks(backbone="tf_efficientnet_lite1", frozen=False),
+        (networks()[0], build_segmenter("resnet18", 2).eval()),
+        (ConstantClassifier([0.5, 0.5]), ConstantSegmenter([0, 0])),
+        other,
+    ):
+        split = split_networks(classifier, segmenter, 64)
+        assert (split.first, split.maps, split.classifier) == (None, ((3, 1),), classifier)
+        assert isinstance(split.segmenter, CoreSegmenter)
+        assert split.segmenter.segmenter is segmenter
+
+
+@pytest.mark.parametrize("name", shipped_bundles())
+def test_the_shipped_models_share_what_their_cards_state(name: str) -> None:
+    bundle = load_bundle(name)
+    classifier, segmenter = load_networks(bundle)
+    # As loaded, and with the padding moved before the expansion, as in a run.
+    for networks in ((classifier, segmenter), (pad_before_expansion(classifier), pad_before_expansion(segmenter))):
+        split = split_networks(*networks, bundle.card.margin)
+        assert split.first is not None
+        assert (split.deep is None) == bundle.card.segmenter.shared_backbone
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_segmenter_starts_from_the_features_of_its_own_canvas(batch_size: int) -> None:
+    """One canvas of three has a single class left, and the segmenter skips it."""
+    classifier, segmenter = networks()
+    rgb_NHWC = np.random.default_rng(0).integers(0, 256, (3, 192, 192, 3), dtype=np.uint8)
+    rgb_NHWC[0], rgb_NHWC[2] = 255, 235
+    corners = [(256 * n, 0) for n in range(3)]
+
+    def predictor(**options: Any) -> Predictor:
+        return Predictor(card, NO_DIGEST, classifier, segmenter, device="cpu", **options)
+
+    card = load_bundle(DEFAULT_BUNDLE).card
+    presences = [one.flatten(0, 1) for one in predictor().presence(rgb_NHWC, corners)]
+    # A threshold that only the canvas of noise fails.
+    lowest, noise = min(float(presences[n][:, 1].min()) for n in (0, 2)), float(presences[1][:, 1].max())
+    assert noise < lowest
+    card = card.model_copy(update={"gate_thresholds": (0.0, (noise + lowest) / 2)})
+    found = predictor(batch_size=batch_size).predict(rgb_NHWC, corners)
+    assert found.segmented_N.tolist() == [True, False, True]
+    logits_NKhw = predictor().logits(rgb_NHWC)
+    for n in (0, 2):
+        assert torch.allclose(found.probs_NKhw[n], logits_NKhw[n].softmax(dim=0), atol=1e-6)
