@@ -270,7 +270,7 @@ def load_networks(bundle: Bundle) -> tuple[Classifier, nn.Module]:
         except ArchitectureError as error:
             place = bundle.path / CARD_FILE
             raise ArchitectureError(f"{place}: segmenter.shared_backbone is true, but {error}") from error
-    _load_weights(segmenter, bundle.path / SEGMENTER_FILE, card.weights.segmenter, _not_stored(card))
+    _load_weights(_stored_part(segmenter, card), bundle.path / SEGMENTER_FILE, card.weights.segmenter)
     return classifier.eval(), segmenter.eval()
 
 
@@ -283,9 +283,13 @@ def segmenter_of(card: SegmenterCard, classes: int) -> nn.Module:
     )
 
 
-def _not_stored(card: ModelCard) -> str:
-    """Return the prefix of the segmenter's tensors that its file does not have; empty for none."""
-    return "encoder." if card.segmenter.shared_backbone else ""
+def _stored_part(segmenter: nn.Module, card: ModelCard) -> nn.Module:
+    """Return the part of a segmenter that its file has: without an encoder that is the classifier's backbone."""
+    from torch import nn
+
+    if not card.segmenter.shared_backbone:
+        return segmenter
+    return nn.ModuleDict({name: part for name, part in segmenter.named_children() if name != "encoder"})
 
 
 def load_statistics(bundle: Bundle) -> Statistics | None:
@@ -318,30 +322,19 @@ def _checked_content(file: Path, expected: str) -> bytes:
     return content
 
 
-def _load_weights(network: nn.Module, file: Path, expected: str, not_stored: str = "") -> None:
-    """Load the tensors of a network. If `not_stored` is not empty, skip those whose names start with it."""
+def _load_weights(network: nn.Module, file: Path, expected: str) -> None:
     import safetensors
     import safetensors.torch
 
     content = _checked_content(file, expected)
-    present = {name: tensor for name, tensor in network.state_dict().items() if _has_prefix(name, not_stored)}
-    wanted = network.state_dict().keys() - present
+    wanted = network.state_dict()
     try:
         tensors = safetensors.torch.load(content)
-        if extra := sorted(tensors.keys() & present.keys()):
-            raise RuntimeError(
-                f"segmenter.shared_backbone is true, but the file has weights of an encoder, such as {extra[0]}; set "
-                "shared_backbone to false, or export the model again"
-            )
-        network.load_state_dict(present | {name: _as_loaded(tensor) for name, tensor in tensors.items()})
+        network.load_state_dict({name: _as_loaded(tensor) for name, tensor in tensors.items()})
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise WeightsMismatchError(
             f"{file}: the weights do not fit the architecture in {CARD_FILE} ({len(wanted)} tensors): {error}"
         ) from error
-
-
-def _has_prefix(name: str, prefix: str) -> bool:
-    return bool(prefix) and name.startswith(prefix)
 
 
 def _as_loaded(tensor: Tensor) -> Tensor:
@@ -355,14 +348,10 @@ def _as_stored(tensor: Tensor) -> Tensor:
     return stored.half() if stored.is_floating_point() and stored.ndim > 1 else stored
 
 
-def _serialize(network: nn.Module, not_stored: str = "") -> bytes:
-    """Return the tensors of a network. If `not_stored` is not empty, skip those whose names start with it."""
+def _serialize(network: nn.Module) -> bytes:
     import safetensors.torch
 
-    tensors = network.state_dict().items()
-    return safetensors.torch.save(
-        {name: _as_stored(tensor) for name, tensor in tensors if not _has_prefix(name, not_stored)}
-    )
+    return safetensors.torch.save({name: _as_stored(tensor) for name, tensor in network.state_dict().items()})
 
 
 def save_bundle(
@@ -374,7 +363,7 @@ def save_bundle(
     loaded segmenter has the classifier's weights there. `weights` of the card is set to the digests of the files. The
     card has `familiarity` if there are `statistics`.
     """
-    contents = {CLASSIFIER_FILE: _serialize(classifier), SEGMENTER_FILE: _serialize(segmenter, _not_stored(card))}
+    contents = {CLASSIFIER_FILE: _serialize(classifier), SEGMENTER_FILE: _serialize(_stored_part(segmenter, card))}
     digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
     weights = WeightsCard(classifier=digests[CLASSIFIER_FILE], segmenter=digests[SEGMENTER_FILE])
     return _write_bundle(folder, card.model_copy(update={"weights": weights}), contents, statistics)
