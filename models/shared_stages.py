@@ -54,6 +54,11 @@ class Networks(NamedTuple):
     """The maps -> the logits of `CoreSegmenter`."""
 
 
+def unshared(classifier: nn.Module, segmenter: nn.Module, margin: int) -> Networks:
+    """Return the networks as they are: each computes everything from the images."""
+    return Networks(None, ((3, 1),), classifier, DeepFeatures(classifier), CoreSegmenter(segmenter, margin))
+
+
 def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> Networks:
     """Return the networks, cut after the last part of the backbones that has the same layers and weights in both.
 
@@ -63,9 +68,8 @@ def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> 
     """
     ours: Any = getattr(getattr(classifier, "backbone", None), "net", None)
     theirs: Any = getattr(getattr(segmenter, "encoder", None), "model", None)
-    nothing = Networks(None, ((3, 1),), classifier, DeepFeatures(classifier), CoreSegmenter(segmenter, margin))
     if not all(hasattr(net, part) for net in (ours, theirs) for part in ("conv_stem", "bn1", "blocks", "feature_info")):
-        return nothing
+        return unshared(classifier, segmenter, margin)
     # The decoder reads the features at this stride, so every segmenter has exactly one such stage.
     cut = next(stage for stage in theirs.feature_info.get_dicts() if stage["reduction"] == NATIVE_STRIDE)
     if _share_all(ours, theirs) and leaves_margin_out(segmenter):
@@ -77,7 +81,7 @@ def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> 
         return Networks(_FineAndDeep(whole.backbone.net, cut["stage"]), maps, whole, None, decoder)
     first, other = _first(ours, cut["stage"]), _first(theirs, cut["stage"])
     if not _alike(first, other) or _reach_px(first) > margin:
-        return nothing
+        return unshared(classifier, segmenter, margin)
     later_classifier: Any = copy.deepcopy(classifier)
     later_segmenter: Any = copy.deepcopy(segmenter)
     first = _first(later_classifier.backbone.net, cut["stage"])

@@ -7,13 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from torch import nn
 
 from models import device_networks
-from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle, load_networks, segmenter_of, shipped_bundles
-from models.predictor import Predictor
-from models.segmenter import CoreSegmenter
-from models.shared_stages import DeepFeatures, Networks
+from models.bundle import DEFAULT_BUNDLE, shipped_bundles
+from models.shared_stages import unshared
 from tests.bench.lattice import make_predictor, shifted_labels
 
 
@@ -40,22 +37,11 @@ def test_a_shifted_grid_changes_few_labels(sample_slide: Path, model: str) -> No
 
 def test_sharing_the_first_stages_changes_few_labels(sample_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the edge of a canvas, shared stages pad as the classifier does."""
-    bundle = load_bundle(DEFAULT_BUNDLE)
 
     def labels(margin: int | None) -> NDArray[np.uint8]:
-        card = bundle.card if margin is None else bundle.card.model_copy(update={"margin": margin})
-        classifier, trained = load_networks(bundle)
-        apart = card.segmenter.model_copy(update={"shared_backbone": False})
-        segmenter = segmenter_of(apart, len(card.classes)).eval()  # its encoder mirrors the edge
-        segmenter.load_state_dict(trained.state_dict())
-        networks = (classifier, segmenter)
-        predictor = Predictor.from_networks(card, NO_DIGEST, *networks, device="cpu", runtime="auto", output_stride=1)
-        return shifted_labels(sample_slide, predictor, 896, 0)[0]
-
-    def whole(classifier: nn.Module, segmenter: nn.Module, margin: int) -> Networks:
-        return Networks(None, ((3, 1),), classifier, DeepFeatures(classifier), CoreSegmenter(segmenter, margin))
+        return shifted_labels(sample_slide, make_predictor(DEFAULT_BUNDLE, margin, output_stride=1), 896, 0)[0]
 
     shared_HW, without_context_HW = labels(None), labels(16)
-    monkeypatch.setattr(device_networks, "split_networks", whole)
+    monkeypatch.setattr(device_networks, "split_networks", unshared)
     assert (shared_HW != labels(None)).mean() < 0.0005
     assert (without_context_HW != labels(16)).any()  # the networks do differ
