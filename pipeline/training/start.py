@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ FINE_TUNING: dict[str, Any] = {"classifier_epochs": 6, "segmenter_epochs": 4, "n
 """Trained networks need fewer epochs, and a high rate would undo what their last layers have learned."""
 
 
-def start_settings(card: ModelCard, of_dataset: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def start_settings(card: ModelCard, of_dataset: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with which a run can start from a model.
 
     Settings of the data set override `FINE_TUNING`, and those of the model's networks, which must not change, override

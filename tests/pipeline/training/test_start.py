@@ -56,7 +56,7 @@ def test_known_classes_keep_their_weights_and_a_new_one_starts_new(tmp_path: Pat
 def test_the_networks_are_those_of_the_model_and_another_setting_is_refused(tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path / "small")
     names = [one.name for one in bundle.card.classes]
-    config = train_config(of_dataset=start_settings(bundle.card))
+    config = train_config(of_dataset=start_settings(bundle.card, {}))
     assert config.gate_stride == bundle.card.classifier.stride == 8
     check_start(bundle, config, names)
     assert (config.backbone, config.mpp) == (bundle.card.classifier.backbone, bundle.card.mpp)
