@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from models import device_networks
 from models.bundle import DEFAULT_BUNDLE, shipped_bundles
 from models.shared_stages import unshared
+from pipeline.config import MapSettings
 from tests.bench.lattice import make_predictor, shifted_labels
+
+CANVAS_M = MapSettings().canvas_m
 
 
 def changed_share(slide: Path, model: str, margin: int | None) -> float:
@@ -20,8 +23,8 @@ def changed_share(slide: Path, model: str, margin: int | None) -> float:
     The networks' strides divide 16 pixels, so only canvases and gate windows move over the tissue.
     """
     predictor = make_predictor(model, margin, output_stride=1)
-    before_HW, inside_HW, _ = shifted_labels(slide, predictor, 896, 0)
-    after_HW, also_HW, _ = shifted_labels(slide, predictor, 896, 16)
+    before_HW, inside_HW, _ = shifted_labels(slide, predictor, CANVAS_M, 0)
+    after_HW, also_HW, _ = shifted_labels(slide, predictor, CANVAS_M, 16)
     counted_HW = inside_HW[16:, 16:] & also_HW
     assert counted_HW.sum() > 200_000
     return float((before_HW[16:, 16:] != after_HW)[counted_HW].mean())
@@ -39,7 +42,7 @@ def test_sharing_the_first_stages_changes_few_labels(sample_slide: Path, monkeyp
     """At the edge of a canvas, shared stages pad as the classifier does."""
 
     def labels(margin: int | None) -> NDArray[np.uint8]:
-        return shifted_labels(sample_slide, make_predictor(DEFAULT_BUNDLE, margin, output_stride=1), 896, 0)[0]
+        return shifted_labels(sample_slide, make_predictor(DEFAULT_BUNDLE, margin, output_stride=1), CANVAS_M, 0)[0]
 
     shared_HW, without_context_HW = labels(None), labels(16)
     monkeypatch.setattr(device_networks, "split_networks", unshared)

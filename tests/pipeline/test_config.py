@@ -107,7 +107,7 @@ def test_the_parameters_of_earlier_results_stay_the_same() -> None:
     assert MapSettings().parameters("torch") == {
         "mpp": None,
         "backend": "auto",
-        "canvas_m": 896,
+        "canvas_m": 1024,
         "output_stride": 4,
         "min_area_um2": 2000.0,
         "simplify_px": 1.0,
