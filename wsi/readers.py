@@ -6,6 +6,7 @@ table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
@@ -105,9 +106,9 @@ class TiffSlideReader:
         self._path = path
         self._slide = _LevelAddressed(path)
         try:
-            pages = list(_level_pages(self._slide))
-            _check_tiles(map(_tile_size, pages))
-            _check_channels(page.samplesperpixel for page in pages)
+            levels = list(_possible_levels(self._slide))
+            _check_tiles(map(_tile_size, levels))
+            _check_channels(map(_channels, levels))
         except BaseException:
             self._slide.close()
             raise
@@ -160,18 +161,23 @@ def _openslide_tiles(slide: openslide.OpenSlide) -> Iterator[tuple[int, int]]:
             yield int(width), int(height)
 
 
-def _level_pages(slide: tiffslide.TiffSlide) -> Iterator[tifffile.TiffPage]:
-    """Yield the first page of every image that may be a level."""
+def _possible_levels(slide: tiffslide.TiffSlide) -> Iterator[tifffile.TiffPageSeries]:
+    """Yield every image that may be a level."""
     index = None if slide.properties.get("tiffslide.series-composition") else slide.properties["tiffslide.series-index"]
     for number, series in enumerate(slide.ts_tifffile.series):
         if index in (None, number):
-            for level in series.levels:
-                yield level.keyframe
+            yield from series.levels
 
 
-def _tile_size(page: tifffile.TiffPage) -> tuple[int, int]:
-    """Return the width and height of the tiles or strips of a page."""
+def _tile_size(level: tifffile.TiffPageSeries) -> tuple[int, int]:
+    """Return the width and height of the tiles or strips of an image."""
+    page = level.keyframe
     return (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+
+
+def _channels(level: tifffile.TiffPageSeries) -> int:
+    """Return the values per pixel of an image: samples of a page, or pages that its metadata join."""
+    return math.prod(size for size, axis in zip(level.shape, level.axes, strict=True) if axis not in "YX")
 
 
 def _check_tiles(sizes: Iterable[tuple[int, int]]) -> None:

@@ -222,3 +222,13 @@ def test_a_file_that_claims_too_many_channels_is_refused_before_it_is_decoded(
     else:
         with pytest.raises(ValueError, match="its pixels have 17 channels; at most 16 can be read"):
             TiffSlideReader(file)
+
+
+def test_channels_in_pages_of_their_own_count_too(tmp_path: Path) -> None:
+    """The pages of missing channels of an OME-TIFF are read as zeros, so a small file can claim thousands."""
+    file = tmp_path / "many.ome.tif"
+    tifffile.imwrite(file, np.full((17, 64, 64), 200, np.uint8), tile=(64, 64), metadata={"axes": "CYX"}, ome=True)
+    with tifffile.TiffFile(file) as written:
+        assert written.series[0].keyframe.samplesperpixel == 1
+    with pytest.raises(ValueError, match="its pixels have 17 channels; at most 16 can be read"):
+        TiffSlideReader(file)
