@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.bundle import DEFAULT_BUNDLE, Bundle, load_bundle, load_networks, save_bundle
+from models.bundle import DEFAULT_BUNDLE, Bundle, load_bundle, load_networks, load_statistics, save_bundle, segmenter_of
 from models.classifier import Classifier
-from models.segmenter import build_segmenter
 from models.tissue_class import TissueClass
 from pipeline.training.palettes import CLASS_COLORS
 
@@ -32,7 +31,8 @@ def with_more_classes(bundle: Bundle, count: int, folder: Path) -> Bundle:
         folder,
         card.model_copy(update={"name": folder.name, "classes": classes, "gate_thresholds": thresholds}),
         _widened(classifier, Classifier(card.classifier.backbone, card.classifier.head, count, card.classifier.depth)),
-        _widened(segmenter, build_segmenter(card.segmenter.encoder, count)),
+        _widened(segmenter, segmenter_of(card.segmenter, count)),
+        load_statistics(bundle),
     )
 
 
