@@ -254,7 +254,8 @@ def load_networks(bundle: Bundle) -> tuple[Classifier, nn.Module]:
     """Return (classifier, segmenter) of the bundle in float32 and eval mode, on the CPU.
 
     Raises DigestMismatchError if a weights file is not the one that the card names, WeightsMismatchError if the weights
-    do not fit the architecture, and ArchitectureError if the architecture does not exist.
+    do not fit the architecture, and ArchitectureError if the architecture does not exist or shares a backbone that it
+    does not have.
     """
     from models.classifier import Classifier
     from models.segmenter import share_backbone

@@ -236,8 +236,9 @@ class TrainConfig:
             ("gate_stride", self.gate_stride, 16),
         ):
             if value != wanted:
+                found = "none" if value is None else value
                 raise TrainConfigError(
-                    f"{name} is {value}, but it must be {wanted or 'empty'} with shared_backbone, which makes the "
+                    f"{name} is {found}, but it must be {wanted or 'empty'} with shared_backbone, which makes the "
                     "classifier's backbone the segmenter's encoder; change it, or set shared_backbone=false"
                 )
 

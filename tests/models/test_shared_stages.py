@@ -112,14 +112,15 @@ def test_a_shared_backbone_gives_the_probabilities_of_two_networks(
     card = card.model_copy(update={"classes": card.classes[:2], "gate_thresholds": (0.0, 0.0), "familiarity": None})
     rgb_NHWC = np.random.default_rng(0).integers(0, 256, (2, 192, 224, 3), dtype=np.uint8)
 
-    def found() -> tuple[Tensor, list[Tensor]]:
+    def found(*, share: bool) -> tuple[Tensor, list[Tensor]]:
         predictor = Predictor(card, NO_DIGEST, *sharing_networks(), device="cpu", runtime=runtime)
+        assert predictor._networks.share_stages == share
         return predictor.logits(rgb_NHWC), predictor.presence(rgb_NHWC, [(0, 0), (256, 0)])
 
-    shared_NKhw, shared = found()
+    shared_NKhw, shared = found(share=True)
 
     monkeypatch.setattr(device_networks, "split_networks", unshared)
-    apart_NKhw, apart = found()
+    apart_NKhw, apart = found(share=False)
     torch.testing.assert_close(shared_NKhw, apart_NKhw, atol=1e-5, rtol=1e-4)
     for ours, other in zip(shared, apart, strict=True):
         torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-4)

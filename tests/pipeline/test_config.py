@@ -102,8 +102,8 @@ def test_every_runtime_has_memory_figures() -> None:
     assert all(value > 0 for facts in RUNTIME_FACTS.values() for value in astuple(facts))
 
 
-def test_the_parameters_of_earlier_results_stay_the_same() -> None:
-    # As version 0.1.0 wrote them: finished results must still be skipped.
+def test_the_default_parameters_stay_the_same() -> None:
+    # With another default, a run is refused where earlier results lie: that needs a line in the changelog.
     assert MapSettings().parameters("torch") == {
         "mpp": None,
         "backend": "auto",

@@ -121,7 +121,7 @@ def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:
     [
         ("gate_stride=8", "gate_stride is 8, but it must be 16"),
         ("encoder_depth=5", "depth is 4, but it must be 5"),
-        ("depth=none", "depth is None, but it must be 4"),
+        ("depth=none", "depth is none, but it must be 4"),
         ("encoder=resnet50", "encoder is resnet50, but it must be tu-tf_efficientnet_lite0"),
         ("encoder_weights=w.safetensors", r"encoder_weights is w\.safetensors, but it must be empty"),
     ],
@@ -161,3 +161,11 @@ def test_the_docs_list_every_head_and_every_cam_method() -> None:
     listed = {name: set(re.findall(r"`([^`]+)`", row[0])) for name, row in rows.items() if row}
     assert listed["head"] == {"head", *HEADS}
     assert listed["cam"] == {"cam", "head", *CAMS}
+
+
+def test_a_preset_with_networks_of_its_own_says_which_setting_of_the_data_set_it_cannot_have() -> None:
+    of_dataset = {"shared_backbone": True, "decoder_channels": 128}
+    with pytest.raises(TrainConfigError, match=r"depth is none, but it must be 4 .* or set shared_backbone=false"):
+        train_config("paper", of_dataset=of_dataset)
+    config = train_config("paper", None, ["shared_backbone=false"], of_dataset)
+    assert (config.depth, config.decoder_channels) == (None, 128)
