@@ -254,8 +254,8 @@ def load_networks(bundle: Bundle) -> tuple[Classifier, nn.Module]:
     """Return (classifier, segmenter) of the bundle in float32 and eval mode, on the CPU.
 
     Raises DigestMismatchError if a weights file is not the one that the card names, WeightsMismatchError if the weights
-    do not fit the architecture, and ArchitectureError if the architecture does not exist or shares a backbone that it
-    does not have.
+    do not fit the architecture, and ArchitectureError if the architecture does not exist or if the segmenter cannot
+    share the classifier's backbone.
     """
     from models.classifier import Classifier
     from models.segmenter import share_backbone
@@ -285,7 +285,7 @@ def segmenter_of(card: SegmenterCard, classes: int) -> nn.Module:
 
 
 def _stored_part(segmenter: nn.Module, card: ModelCard) -> nn.Module:
-    """Return the part of a segmenter that its file has: without an encoder that is the classifier's backbone."""
+    """Return the part of a segmenter that its file contains: all but an encoder that is the classifier's backbone."""
     from torch import nn
 
     if not card.segmenter.shared_backbone:

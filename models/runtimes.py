@@ -53,7 +53,7 @@ class RuntimeFacts:
 
 # Peaks of whole slides stay below the bound of `pipeline.slide.plan` with these sizes (docs/benchmarks/lattice.md).
 RUNTIME_FACTS: dict[Runtime, RuntimeFacts] = {
-    # PyTorch frees and allocates its activations with every batch. Most are smaller than 48 MiB.
+    # PyTorch allocates and frees its activations for every batch. Most are smaller than 48 MiB.
     "torch": RuntimeFacts(
         process_bytes=1500 << 20, activation_bytes_per_px=550, mapped_bytes=48 << 20, kept_bytes=256 << 20
     ),

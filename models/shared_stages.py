@@ -55,7 +55,7 @@ class Networks(NamedTuple):
 
 
 def unshared(classifier: nn.Module, segmenter: nn.Module, margin: int) -> Networks:
-    """Return the networks as they are: each computes everything from the images."""
+    """Return the networks without shared stages: each computes all of its features from the images."""
     return Networks(None, ((3, 1),), classifier, DeepFeatures(classifier), CoreSegmenter(segmenter, margin))
 
 

@@ -176,7 +176,7 @@ def _tile_size(level: tifffile.TiffPageSeries) -> tuple[int, int]:
 
 
 def _channels(level: tifffile.TiffPageSeries) -> int:
-    """Return the values per pixel of an image: samples of a page, or pages that its metadata join."""
+    """Return the number of values per pixel of an image: samples of a page, or pages that the metadata joins."""
     return math.prod(size for size, axis in zip(level.shape, level.axes, strict=True) if axis not in "YX")
 
 

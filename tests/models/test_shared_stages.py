@@ -75,7 +75,7 @@ def test_the_parts_compute_what_the_whole_networks_compute() -> None:
 @pytest.mark.parametrize("backbone", [LITE, "tf_efficientnet_b0", "test_efficientnet_gn", "mixnet_s"])
 @pytest.mark.parametrize("depth", [4, 5])
 def test_a_backbone_that_both_networks_have_is_computed_once(backbone: str, depth: int) -> None:
-    """Squeeze-and-excitation, group norms and mixed convolutions too: equal padding gives equal features everywhere."""
+    """This includes squeeze-and-excitation, group norms and mixed convolutions: equal padding gives equal features."""
     classifier, segmenter = sharing_networks(backbone=backbone, depth=depth)
     x_NCHW = images(4)
     split = split_networks(classifier, segmenter, 64)

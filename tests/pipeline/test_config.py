@@ -103,7 +103,7 @@ def test_every_runtime_has_memory_figures() -> None:
 
 
 def test_the_default_parameters_stay_the_same() -> None:
-    # With another default, a run is refused where earlier results lie: that needs a line in the changelog.
+    # If a default changes, a run into a folder with earlier results is refused. The changelog must mention this.
     assert MapSettings().parameters("torch") == {
         "mpp": None,
         "backend": "auto",

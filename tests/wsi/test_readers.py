@@ -224,8 +224,8 @@ def test_a_file_that_claims_too_many_channels_is_refused_before_it_is_decoded(
             TiffSlideReader(file)
 
 
-def test_channels_in_pages_of_their_own_count_too(tmp_path: Path) -> None:
-    """The pages of missing channels of an OME-TIFF are read as zeros, so a small file can claim thousands."""
+def test_channels_in_separate_pages_are_counted(tmp_path: Path) -> None:
+    """Missing pages of an OME-TIFF are read as zeros, so a small file can claim thousands of channels."""
     file = tmp_path / "many.ome.tif"
     tifffile.imwrite(file, np.full((17, 64, 64), 200, np.uint8), tile=(64, 64), metadata={"axes": "CYX"}, ome=True)
     with tifffile.TiffFile(file) as written:

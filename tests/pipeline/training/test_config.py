@@ -163,7 +163,7 @@ def test_the_docs_list_every_head_and_every_cam_method() -> None:
     assert listed["cam"] == {"cam", "head", *CAMS}
 
 
-def test_a_preset_with_networks_of_its_own_says_which_setting_of_the_data_set_it_cannot_have() -> None:
+def test_the_error_names_the_setting_of_a_preset_that_does_not_fit_the_data_set() -> None:
     of_dataset = {"shared_backbone": True, "decoder_channels": 128}
     with pytest.raises(TrainConfigError, match=r"depth is none, but it must be 4 .* or set shared_backbone=false"):
         train_config("paper", of_dataset=of_dataset)
