@@ -28,7 +28,7 @@ class MapSettings:
     """Micrometers per level-0 pixel. None: the slide's own value; `SlideInfo.mpp` holds the result."""
     backend: str = "auto"
     """Reader, a key of `wsi.readers.READERS`. "auto": chosen for each slide; `SlideInfo.backend` holds the result."""
-    canvas_m: int = 1024
+    canvas_m: int = 896
     """Largest side of a canvas in model pixels, with its margin. Larger canvases compute fewer pixels twice, smaller
     canvases need less memory and skip more."""
     output_stride: int = OUTPUT_STRIDES[0]

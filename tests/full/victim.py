@@ -43,7 +43,7 @@ class Order:
     output: str
     trace: str
     """The file for its steps, one JSON list per line: the kind of step, then paths relative to the output."""
-    canvas_m: int = 1024
+    canvas_m: int = 896
     force: bool = False
     die_at: int | None = None
     """The number of the step, from 0, at which the run kills itself; None: it runs to its end."""

@@ -107,7 +107,7 @@ def test_the_default_parameters_stay_the_same() -> None:
     assert MapSettings().parameters("torch") == {
         "mpp": None,
         "backend": "auto",
-        "canvas_m": 1024,
+        "canvas_m": 896,
         "output_stride": 4,
         "min_area_um2": 2000.0,
         "simplify_px": 1.0,

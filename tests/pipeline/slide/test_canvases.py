@@ -31,7 +31,7 @@ def blobs(seed: int, side: int, share: float) -> NDArray[np.bool_]:
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from([0.0, 0.2, 0.7, 1.0]),
-    st.sampled_from([128, 256, 1024]),
+    st.sampled_from([128, 256, 896]),
     st.integers(0, 3),
 )
 def test_cores_cover_the_tissue_once_and_canvases_keep_their_size(
@@ -52,7 +52,7 @@ def test_cores_cover_the_tissue_once_and_canvases_keep_their_size(
 
 
 def test_no_tissue_has_no_canvas() -> None:
-    assert canvas_cores(grid_of(), np.zeros((64, 64), bool), Block(0, Box(0, 0, 64, 64)), 32, 1024) == []
+    assert canvas_cores(grid_of(), np.zeros((64, 64), bool), Block(0, Box(0, 0, 64, 64)), 32, 896) == []
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
