@@ -29,13 +29,11 @@ import scipy.ndimage
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.errors import LabelError
 from pipeline.training.augment import Move, restain
-from pipeline.training.dataset import IGNORED, Dataset, Sample, image_size, read_rgb, samples
+from pipeline.training.dataset import IGNORED, Dataset
 from pipeline.training.dataset_card import Compose, DatasetCard, Location, Split
 from pipeline.training.patches import mirrored
-from pipeline.training.resample import resampled
-from pipeline.training.splits import rows_of
+from pipeline.training.pieces import Kind, Piece, Pieces, kinds_of, pieces_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +45,6 @@ JPEG_QUALITY = 95
 
 SMALLEST_WEIGHT = 0.01
 """Cells with a smaller weight than this, before weights are scaled to a sum of 1, do not show in a pixel."""
-
-
-class Piece(NamedTuple):
-    """An image of one tissue, joined from neighbors: its slide and its pixels at the composed images' pixel size."""
-
-    slide: str
-    rgb_HWC: NDArray[np.uint8]
-
-
-Kind = tuple[str, ...]
-"""The names of the classes that a tissue contains."""
-
-Pieces = dict[Kind, list[Piece]]
 
 
 class Cells(NamedTuple):
@@ -91,18 +76,6 @@ def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = No
     return Dataset(_composed_card(dataset.card, rule, kinds), root)
 
 
-def kinds_of(dataset: Dataset) -> tuple[Kind, ...]:
-    """Return the tissues of all splits: every class alone, and then each group of classes that an image has."""
-    single = tuple((name,) for name in dataset.class_names)
-    listed = {_kind(dataset, sample) for split in dataset.card.splits for sample in samples(dataset, split)}
-    return (*single, *sorted(kind for kind in listed if len(kind) > 1))
-
-
-def _kind(dataset: Dataset, sample: Sample) -> Kind:
-    assert sample.labels_K is not None
-    return tuple(name for name, there in zip(dataset.class_names, sample.labels_K, strict=True) if there)
-
-
 def _composed_card(card: DatasetCard, rule: Compose, kinds: Sequence[Kind]) -> DatasetCard:
     several = {value: names for value, names in enumerate(kinds) if len(names) > 1}
     values = card.model_dump(mode="json") | {
@@ -122,7 +95,7 @@ def _composed_card(card: DatasetCard, rule: Compose, kinds: Sequence[Kind]) -> D
 
 def _write_split(dataset: Dataset, rule: Compose, kinds: Sequence[Kind], split: Split, root: Path) -> None:
     """Write the images and masks of a split under another name, and then rename the folder."""
-    pieces = joined_pieces(dataset, split)
+    pieces = pieces_of(dataset, split)
     count: int = getattr(rule, split)
     logger.info("composing %d images of split %s", count, split)
     root.mkdir(parents=True, exist_ok=True)
@@ -145,61 +118,6 @@ def _write_split(dataset: Dataset, rule: Compose, kinds: Sequence[Kind], split: 
         except OSError:  # another process of this run was faster and wrote the same images
             if not (root / split).is_dir():
                 raise
-
-
-def joined_pieces(dataset: Dataset, split: Split) -> Pieces:
-    """Return the images of a split by tissue, neighbors of one larger image and tissue joined to rectangles."""
-    card = dataset.card
-    rule = card.compose
-    assert rule is not None
-    assert card.table is not None
-    chosen = samples(dataset, split)
-    rows = rows_of({sample.name: sample.image for sample in chosen}, dataset.root, card.table)
-    grids: dict[tuple[str, str, Kind], dict[tuple[int, int], Sample]] = defaultdict(dict)
-    for sample in chosen:
-        row, kind = rows[sample.name], _kind(dataset, sample)
-        place = (_position(sample, row.get(rule.x)), _position(sample, row.get(rule.y)))
-        grids[sample.group, row.get(rule.source) or sample.name, kind][place] = sample
-    pieces: Pieces = defaultdict(list)
-    for (slide, _, kind), grid in sorted(grids.items()):
-        width, height = image_size(next(iter(grid.values())))
-        for rectangle in rectangles(grid, width, height):
-            rgb_HWC = np.concatenate(
-                [np.concatenate([read_rgb(grid[place]) for place in line], axis=1) for line in rectangle]
-            )
-            pieces[kind].append(Piece(slide, resampled(rgb_HWC, card.mpp / rule.mpp)))
-    return dict(pieces)
-
-
-def _position(sample: Sample, value: str | None) -> int:
-    try:
-        return int(value or "")
-    except ValueError as error:
-        raise LabelError(
-            f"{sample.image}: its position in the table is {value!r}; it must be a whole number"
-        ) from error
-
-
-def rectangles(places: Iterable[tuple[int, int]], width: int, height: int) -> list[list[list[tuple[int, int]]]]:
-    """Return places (x, y) of tiles grouped into rectangles of neighbors, each a list of rows of places.
-
-    A rectangle starts at the first place that is left, in the order of y and x, grows to the right while there are
-    neighbors, and then down by whole rows. Each place is in one rectangle.
-    """
-    left = set(places)
-    found = []
-    for x, y in sorted(left, key=lambda place: place[::-1]):
-        if (x, y) not in left:
-            continue
-        columns = [x]
-        while (columns[-1] + width, y) in left:
-            columns.append(columns[-1] + width)
-        rectangle = [[(column, y) for column in columns]]
-        while all((column, rectangle[-1][0][1] + height) in left for column in columns):
-            rectangle.append([(column, rectangle[-1][0][1] + height) for column in columns])
-        left -= {place for line in rectangle for place in line}
-        found.append(rectangle)
-    return found
 
 
 def compose_image(

@@ -205,6 +205,46 @@ class BackgroundRule(_Section):
     """Smaller pieces are not background."""
 
 
+class CutTissue(_Section):
+    """Which windows of another data set's images show one tissue."""
+
+    classes: tuple[str, ...] = Field(min_length=1)
+    """The classes of this data set that the tissue contains."""
+    values: tuple[str, ...] = ()
+    """Values of the column in `Cut`; other images do not have the tissue. Empty: every image can have it."""
+    mask: str
+    """A class of the other data set."""
+    share: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]]
+    """Least and greatest share of a window that this class covers."""
+    bright: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Greatest share of bright pixels, such as those of glass, in a window."""
+    sides: tuple[Annotated[int, Field(ge=16)], ...] = Field(min_length=1)
+    """Sides of the windows in pixels of the other data set."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> CutTissue:
+        if self.share[0] > self.share[1]:
+            raise ValueError(f"share {list(self.share)} must be in ascending order")
+        return self
+
+
+class Cut(_Section):
+    """Windows of another data set's images that show one tissue each, see pipeline/training/pieces.py."""
+
+    dataset: str
+    """Name of a shipped data set with masks and a table."""
+    folder: str
+    """Its folder, relative to the folder of this data set. Each of its splits belongs to the split of the same name."""
+    column: str
+    """Column of its table that tells what an image shows."""
+    slides: int = Field(default=1, ge=1)
+    """Its patients or cases are distributed over so many groups, each of which counts as one slide."""
+    step: int = Field(default=10, ge=1)
+    """Distance between possible windows in pixels."""
+    tissues: tuple[CutTissue, ...] = Field(min_length=1)
+    """Windows of a later tissue do not overlap those of an earlier one."""
+
+
 class Compose(_Section):
     """How to compose training images from images that show one tissue each, see pipeline/training/compose.py."""
 
@@ -225,6 +265,8 @@ class Compose(_Section):
     """A class whose areas are also filled with plain bright colors, because glass looks the same on every slide."""
     labels: CropLabels
     """Labeled windows of the composed images, in their pixels."""
+    cut: tuple[Cut, ...] = ()
+    """Other data sets whose images are also used."""
 
 
 class DatasetCard(_Section):

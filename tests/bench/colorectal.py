@@ -53,13 +53,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("folds"))
     parser.add_argument("--bundle", help="measure this bundle on the tiles of the validation split instead")
     parser.add_argument("--slides", nargs="+", choices=SLIDES, default=SLIDES)
+    parser.add_argument("--dataset", choices=("kather-2016", "colorectal"), default="kather-2016")
     parser.add_argument("--images", type=int, default=IMAGES, help="composed training images of a fold")
     parser.add_argument("--set", nargs="*", default=[], help="settings, name=value")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    dataset = load_dataset("kather-2016", options.data)
+    dataset = load_dataset(options.dataset, options.data)
     if options.bundle is not None:
         bundle = load_bundle(options.bundle)
         classifier = load_networks(bundle)[0]
@@ -94,7 +95,7 @@ def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig) ->
     if (run / "maps.npz").is_file():
         return
     bundle = train(dataset, run, config, device="cpu")
-    mosaics = composed(dataset, run)
+    mosaics = composed(_without_cuts(dataset), run)
     classifier = load_networks(bundle)[0]
     assert isinstance(classifier, Classifier)
     scores_NK, labels_NK = tile_scores(classifier, dataset, mosaics.mpp)
@@ -109,6 +110,13 @@ def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig) ->
     matrices = {name: evaluation.matrices["exclude", gate] for name, gate in (("gated", True), ("ungated", False))}
     np.savez(run / "maps.npz", allow_pickle=False, **matrices)
     print(slide, json.dumps(tile_figures(scores_NK, labels_NK)), flush=True)
+
+
+def _without_cuts(dataset: Dataset) -> Dataset:
+    """Return the data set without the images of other laboratories, so that figures are of the left-out slide alone."""
+    assert dataset.card.compose is not None
+    compose = dataset.card.compose.model_copy(update={"cut": ()})
+    return Dataset(dataset.card.model_copy(update={"compose": compose}), dataset.root)
 
 
 def map_table(output: Path, names: Sequence[str]) -> str:

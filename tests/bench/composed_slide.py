@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.training.compose import compose_image, joined_pieces, kinds_of
+from pipeline.training.compose import compose_image
 from pipeline.training.dataset import Dataset, load_dataset
 from pipeline.training.dataset_card import TableSplit
+from pipeline.training.pieces import kinds_of, pieces_of
 from tests.slides import write_slide
 
 MPP = 1.0
@@ -59,7 +60,7 @@ def composed_tissue(dataset: Dataset, seed: int) -> tuple[NDArray[np.uint8], NDA
     rule, kinds = dataset.card.compose, kinds_of(dataset)
     assert rule is not None
     rng = np.random.default_rng(seed)
-    rgb_HWC, values_HW = compose_image(joined_pieces(dataset, "val"), kinds, rule, rng)
+    rgb_HWC, values_HW = compose_image(pieces_of(dataset, "val"), kinds, rule, rng)
     edge = round(rule.side * MARGIN)
     outside_HW = np.ones(values_HW.shape, dtype=bool)
     outside_HW[edge:-edge, edge:-edge] = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -12,126 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.errors import DatasetFileError, LabelError
+from pipeline.errors import DatasetFileError
 from pipeline.training.compose import (
     blank_image,
     compose_image,
     composed,
     cover,
     draw_cells,
-    joined_pieces,
-    kinds_of,
-    rectangles,
 )
 from pipeline.training.dataset import IGNORED, Dataset, labeled_boxes, load_dataset, read_mask, read_rgb, samples
-
-COLORS = {"A": (200, 0, 0), "B": (0, 200, 0), "AB": (0, 0, 200)}
-TILE = 16
-TOML = """
-name = "tiles"
-description = "Tiles of one color."
-licence = "CC0"
-mpp = 0.5
-classes = [{ name = "a" }, { name = "b" }, { name = "glass", role = "background" }]
-
-[images]
-all = [{ image = "*/*.png" }]
-
-[table]
-files = ["meta.csv"]
-
-[group]
-column = "slide"
-
-[split]
-by = "table"
-column = "slide"
-train = ["1", "2"]
-val = ["3"]
-test = []
-
-[labels]
-source = "folders"
-folders = { A = "a", B = "b", AB = ["a", "b"] }
-
-[compose]
-source = "source"
-mpp = 0.5
-side = 64
-train = 3
-val = 2
-test = 1
-blank = "glass"
-
-[compose.labels]
-source = "mask-crops"
-side = 16
-stride = 16
-minimum = 0.05
-"""
-
-
-def write_tiles(folder: Path, *, position: str = "{}") -> Dataset:
-    """Write 2x3 neighboring tiles of each tissue and slide; return the data set."""
-    rows = []
-    for kind, color in COLORS.items():
-        (folder / kind).mkdir(parents=True)
-        for slide in ("1", "2", "3"):
-            for n in range(6):
-                name = f"{kind}/{kind}-{slide}-{n}.png"
-                Image.new("RGB", (TILE, TILE), color).save(folder / name)
-                x, y = position.format(1 + TILE * (n % 3)), 1 + TILE * (n // 3)
-                rows.append({"name": name, "slide": slide, "source": f"s{slide}", "x": x, "y": y})
-    with (folder / "meta.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "dataset.toml").write_text(TOML)
-    return load_dataset(folder / "dataset.toml")
+from pipeline.training.pieces import kinds_of, pieces_of
+from tests.pipeline.training.single_tissue import TOML, write_tiles
 
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_tiles(tmp_path_factory.mktemp("tiles"))
-
-
-@given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1))
-def test_rectangles_partition_the_places_and_their_rows_are_neighbors(cells: set[tuple[int, int]]) -> None:
-    places = {(5 + 20 * x, 3 + 10 * y) for x, y in cells}
-    found = rectangles(places, 20, 10)
-    listed = [place for rectangle in found for line in rectangle for place in line]
-    assert sorted(listed) == sorted(places)
-    for rectangle in found:
-        x, y = rectangle[0][0]
-        assert rectangle == [
-            [(x + 20 * column, y + 10 * row) for column in range(len(rectangle[0]))] for row in range(len(rectangle))
-        ]
-
-
-def test_neighbors_of_one_source_and_tissue_are_joined(tiles: Dataset) -> None:
-    pieces = joined_pieces(tiles, "train")
-    assert {kind: [(piece.slide, piece.rgb_HWC.shape) for piece in own] for kind, own in pieces.items()} == {
-        kind: [("1", (32, 48, 3)), ("2", (32, 48, 3))] for kind in (("a",), ("b",), ("a", "b"))
-    }
-    assert pieces["a", "b"][0].rgb_HWC.reshape(-1, 3).max(axis=0).tolist() == list(COLORS["AB"])
-
-
-def test_pieces_have_the_pixel_size_of_the_composed_images(tiles: Dataset) -> None:
-    rule = tiles.card.compose
-    assert rule is not None
-    coarse = tiles.card.model_copy(update={"compose": rule.model_copy(update={"mpp": 1.0})})
-    pieces = joined_pieces(Dataset(coarse, tiles.root), "val")
-    assert [piece.rgb_HWC.shape for piece in pieces["a",]] == [(16, 24, 3)]
-
-
-def test_the_tissues_are_every_class_and_every_group_of_classes(tiles: Dataset) -> None:
-    assert kinds_of(tiles) == (("a",), ("b",), ("glass",), ("a", "b"))
-
-
-def test_a_position_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
-    dataset = write_tiles(tmp_path, position="column {}")
-    with pytest.raises(LabelError, match=r"A-1-0\.png: its position in the table is 'column 1'"):
-        joined_pieces(dataset, "train")
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -154,7 +49,7 @@ def test_a_cover_contains_only_neighbors_of_its_image(height: int, width: int, s
 
 
 def test_an_image_shows_each_tissue_where_its_map_says(tiles: Dataset) -> None:
-    kinds, pieces = kinds_of(tiles), joined_pieces(tiles, "train")
+    kinds, pieces = kinds_of(tiles), pieces_of(tiles, "train")
     rule = tiles.card.compose
     assert rule is not None
     seen: set[int] = set()

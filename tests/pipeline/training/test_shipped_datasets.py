@@ -21,6 +21,7 @@ from pipeline.training.dataset import (
     shipped_names,
 )
 from pipeline.training.dataset_card import SPLITS, BackgroundRule, Split
+from pipeline.training.pieces import pieces_of
 from pipeline.training.splits import hash_split
 from tests.pipeline.training.tiny_datasets import image, mask, plain
 from tests.repository import REPOSITORY
@@ -75,7 +76,7 @@ def test_shipped_palettes_equal_the_published_ones() -> None:
         for name in shipped_names()
     }
 
-    assert set(cards) == {"luad-histoseg", "bcss-wsss", "glas", "ebhi-seg", "kather-2016"}
+    assert set(cards) == {"luad-histoseg", "bcss-wsss", "glas", "ebhi-seg", "kather-2016", "colorectal"}
     luad, bcss = cards["luad-histoseg"], cards["bcss-wsss"]
     assert [spec.color for spec in luad.classes] == [(205, 51, 51), (0, 255, 0), (65, 105, 225), (255, 165, 0)]
     assert [spec.color for spec in bcss.classes] == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (153, 0, 255)]
@@ -140,3 +141,17 @@ def test_ebhi_seg_is_split_by_case_as_the_model_card_says() -> None:
     assert all(one.boxes_B4.shape == (36, 4) for one in labeled)
     assert all(one.boxes_B4[:, 2:].tolist() == [[64, 64]] * 36 for one in labeled)
     assert all(one.present_BK.any(axis=1).all() for one in labeled)
+
+
+@pytest.mark.shared
+def test_colorectal_adds_windows_of_validation_cases_to_the_validation_slide() -> None:
+    shared_data("ebhi-seg")
+    dataset = load_dataset("colorectal", shared_data("kather2016"))
+    found = pieces_of(dataset, "val")
+    cut = {kind: sum(piece.slide.startswith("ebhi-seg ") for piece in own) for kind, own in found.items()}
+    assert {kind: count for kind, count in cut.items() if count} == {
+        ("tumor",): 411,
+        ("mucosa",): 57,
+        ("stroma", "immune"): 164,
+    }
+    assert {piece.slide for own in found.values() for piece in own} == {"05", *(f"ebhi-seg {n}" for n in range(3))}

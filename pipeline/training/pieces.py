@@ -1,0 +1,190 @@
+"""Images of one tissue, of which training images are composed: joined from tiles, or cut out of images with masks.
+
+Shape suffixes: H and W an image, C color channels, Y and X the places of windows on a grid.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import DatasetFileError, LabelError
+from pipeline.training.dataset import Dataset, Sample, image_size, load_dataset, read_mask, read_rgb, samples
+from pipeline.training.dataset_card import Cut, CutTissue, Split
+from pipeline.training.resample import resampled
+from pipeline.training.splits import rows_of
+
+BRIGHT = 205
+"""A pixel is bright if its darkest channel is above this value, as glass and the lumen of a gland are."""
+
+
+class Piece(NamedTuple):
+    """An image of one tissue: its slide and its pixels at the composed images' pixel size."""
+
+    slide: str
+    rgb_HWC: NDArray[np.uint8]
+
+
+Kind = tuple[str, ...]
+"""The names of the classes that a tissue contains."""
+
+Pieces = dict[Kind, list[Piece]]
+
+
+def kinds_of(dataset: Dataset) -> tuple[Kind, ...]:
+    """Return the tissues of all splits: every class alone, and then each group of classes that an image has.
+
+    Raises DatasetFileError for a class of `compose.cut` that the data set does not have.
+    """
+    single = tuple((name,) for name in dataset.class_names)
+    listed = {_kind(dataset, sample) for split in dataset.card.splits for sample in samples(dataset, split)}
+    assert dataset.card.compose is not None
+    listed |= {_kind_of_cut(dataset, tissue) for rule in dataset.card.compose.cut for tissue in rule.tissues}
+    return (*single, *sorted(kind for kind in listed if len(kind) > 1))
+
+
+def _kind(dataset: Dataset, sample: Sample) -> Kind:
+    assert sample.labels_K is not None
+    return tuple(name for name, there in zip(dataset.class_names, sample.labels_K, strict=True) if there)
+
+
+def _kind_of_cut(dataset: Dataset, tissue: CutTissue) -> Kind:
+    if unknown := set(tissue.classes) - set(dataset.class_names):
+        raise DatasetFileError(
+            f"{dataset.card.name}: compose.cut names {', '.join(sorted(unknown))}; the classes are "
+            f"{', '.join(dataset.class_names)}"
+        )
+    return tuple(name for name in dataset.class_names if name in tissue.classes)
+
+
+def pieces_of(dataset: Dataset, split: Split) -> Pieces:
+    """Return all images of one tissue of a split: joined from the data set's tiles, and cut as its card says.
+
+    Raises what `samples` and `read_rgb` raise, LabelError for a position in the table that is not a number, and
+    DatasetFileError for a data set in `compose.cut` that is missing or does not fit.
+    """
+    pieces = defaultdict(list, joined_pieces(dataset, split))
+    assert dataset.card.compose is not None
+    for rule in dataset.card.compose.cut:
+        for kind, piece in _cut_pieces(dataset, rule, split):
+            pieces[kind].append(piece)
+    return dict(pieces)
+
+
+def joined_pieces(dataset: Dataset, split: Split) -> Pieces:
+    """Return the images of a split by tissue, neighbors of one larger image and tissue joined to rectangles."""
+    card = dataset.card
+    rule = card.compose
+    assert rule is not None
+    assert card.table is not None
+    chosen = samples(dataset, split)
+    rows = rows_of({sample.name: sample.image for sample in chosen}, dataset.root, card.table)
+    grids: dict[tuple[str, str, Kind], dict[tuple[int, int], Sample]] = defaultdict(dict)
+    for sample in chosen:
+        row, kind = rows[sample.name], _kind(dataset, sample)
+        place = (_position(sample, row.get(rule.x)), _position(sample, row.get(rule.y)))
+        grids[sample.group, row.get(rule.source) or sample.name, kind][place] = sample
+    pieces: Pieces = defaultdict(list)
+    for (slide, _, kind), grid in sorted(grids.items()):
+        width, height = image_size(next(iter(grid.values())))
+        for rectangle in rectangles(grid, width, height):
+            rgb_HWC = np.concatenate(
+                [np.concatenate([read_rgb(grid[place]) for place in line], axis=1) for line in rectangle]
+            )
+            pieces[kind].append(Piece(slide, resampled(rgb_HWC, card.mpp / rule.mpp)))
+    return dict(pieces)
+
+
+def _position(sample: Sample, value: str | None) -> int:
+    try:
+        return int(value or "")
+    except ValueError as error:
+        raise LabelError(
+            f"{sample.image}: its position in the table is {value!r}; it must be a whole number"
+        ) from error
+
+
+def rectangles(places: Iterable[tuple[int, int]], width: int, height: int) -> list[list[list[tuple[int, int]]]]:
+    """Return places (x, y) of tiles grouped into rectangles of neighbors, each a list of rows of places.
+
+    A rectangle starts at the first place that is left, in the order of y and x, grows to the right while there are
+    neighbors, and then down by whole rows. Each place is in one rectangle.
+    """
+    left = set(places)
+    found = []
+    for x, y in sorted(left, key=lambda place: place[::-1]):
+        if (x, y) not in left:
+            continue
+        columns = [x]
+        while (columns[-1] + width, y) in left:
+            columns.append(columns[-1] + width)
+        rectangle = [[(column, y) for column in columns]]
+        while all((column, rectangle[-1][0][1] + height) in left for column in columns):
+            rectangle.append([(column, rectangle[-1][0][1] + height) for column in columns])
+        left -= {place for line in rectangle for place in line}
+        found.append(rectangle)
+    return found
+
+
+def _cut_pieces(dataset: Dataset, rule: Cut, split: Split) -> Iterator[tuple[Kind, Piece]]:
+    """Yield the windows of the rule's data set that show one tissue, at the pixel size of the composed images."""
+    source = load_dataset(rule.dataset, dataset.root / rule.folder)
+    compose, table = dataset.card.compose, source.card.table
+    assert compose is not None
+    if table is None:
+        raise DatasetFileError(f"{source.card.name}: compose.cut needs a data set with a [table]")
+    if unknown := {tissue.mask for tissue in rule.tissues} - set(source.class_names):
+        raise DatasetFileError(
+            f"{dataset.card.name}: compose.cut names the masks {', '.join(sorted(unknown))}; the classes of "
+            f"{source.card.name} are {', '.join(source.class_names)}"
+        )
+    if split not in source.card.splits:
+        return
+    chosen = samples(source, split)
+    rows = rows_of({sample.name: sample.image for sample in chosen}, source.root, table)
+    for sample in chosen:
+        value = rows[sample.name].get(rule.column)
+        if not value:
+            raise LabelError(f"{sample.image}: the table has no {rule.column} for this image; add it")
+        rgb_HWC, mask_HW = read_rgb(sample), read_mask(source, sample)
+        slide = f"{source.card.name} {zlib.crc32(sample.group.encode()) % rule.slides}"
+        used_HW = np.zeros(mask_HW.shape, bool)
+        for tissue in rule.tissues:
+            if tissue.values and value not in tissue.values:
+                continue
+            inside_HW = mask_HW == source.class_names.index(tissue.mask)
+            for rows_px, columns_px in cut_windows(inside_HW, rgb_HWC.min(axis=2) > BRIGHT, used_HW, tissue, rule):
+                window_HWC = resampled(rgb_HWC[rows_px, columns_px], source.mpp / compose.mpp)
+                yield _kind_of_cut(dataset, tissue), Piece(slide, window_HWC)
+
+
+def cut_windows(
+    inside_HW: NDArray[np.bool_], bright_HW: NDArray[np.bool_], used_HW: NDArray[np.bool_], tissue: CutTissue, rule: Cut
+) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows and columns of windows that show a tissue, and mark them in `used_HW`. None touches a used pixel.
+
+    The largest windows come first, and those of one size in the order of y and x.
+    """
+    for side in sorted(tissue.sides, reverse=True):
+        if side > min(inside_HW.shape):
+            continue
+        share_YX, bright_YX = (_share_of_windows(of_HW, side, rule.step) for of_HW in (inside_HW, bright_HW))
+        fits_YX = (tissue.share[0] <= share_YX) & (share_YX <= tissue.share[1]) & (bright_YX <= tissue.bright)
+        for y, x in np.argwhere(fits_YX) * rule.step:
+            window = slice(int(y), int(y) + side), slice(int(x), int(x) + side)
+            if not used_HW[window].any():
+                used_HW[window] = True
+                yield window
+
+
+def _share_of_windows(of_HW: NDArray[np.bool_], side: int, step: int) -> NDArray[np.float64]:
+    """Return the share of true pixels in each square window, every `step` pixels."""
+    sums_HW = np.pad(of_HW.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    counts_HW = sums_HW[side:, side:] - sums_HW[:-side, side:] - sums_HW[side:, :-side] + sums_HW[:-side, :-side]
+    shares_YX: NDArray[np.float64] = counts_HW[::step, ::step] / side**2
+    return shares_YX

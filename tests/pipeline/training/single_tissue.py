@@ -1,0 +1,74 @@
+"""A data set of images that show one tissue each: tiles of one color per tissue, with the positions of neighbors."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from PIL import Image
+
+from pipeline.training.dataset import Dataset, load_dataset
+
+COLORS = {"A": (200, 0, 0), "B": (0, 200, 0), "AB": (0, 0, 200)}
+TILE = 16
+TOML = """
+name = "tiles"
+description = "Tiles of one color."
+licence = "CC0"
+mpp = 0.5
+classes = [{ name = "a" }, { name = "b" }, { name = "glass", role = "background" }]
+
+[images]
+all = [{ image = "*/*.png" }]
+
+[table]
+files = ["meta.csv"]
+
+[group]
+column = "slide"
+
+[split]
+by = "table"
+column = "slide"
+train = ["1", "2"]
+val = ["3"]
+test = []
+
+[labels]
+source = "folders"
+folders = { A = "a", B = "b", AB = ["a", "b"] }
+
+[compose]
+source = "source"
+mpp = 0.5
+side = 64
+train = 3
+val = 2
+test = 1
+blank = "glass"
+
+[compose.labels]
+source = "mask-crops"
+side = 16
+stride = 16
+minimum = 0.05
+"""
+
+
+def write_tiles(folder: Path, *, position: str = "{}") -> Dataset:
+    """Write 2x3 neighboring tiles of each tissue and slide; return the data set."""
+    rows = []
+    for kind, color in COLORS.items():
+        (folder / kind).mkdir(parents=True)
+        for slide in ("1", "2", "3"):
+            for n in range(6):
+                name = f"{kind}/{kind}-{slide}-{n}.png"
+                Image.new("RGB", (TILE, TILE), color).save(folder / name)
+                x, y = position.format(1 + TILE * (n % 3)), 1 + TILE * (n // 3)
+                rows.append({"name": name, "slide": slide, "source": f"s{slide}", "x": x, "y": y})
+    with (folder / "meta.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "dataset.toml").write_text(TOML)
+    return load_dataset(folder / "dataset.toml")

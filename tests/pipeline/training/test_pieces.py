@@ -1,0 +1,175 @@
+"""Images of one tissue: tiles of one color are joined, and windows are cut out of images with drawn masks."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.errors import DatasetFileError, LabelError
+from pipeline.training.dataset import Dataset
+from pipeline.training.dataset_card import Cut, CutTissue
+from pipeline.training.pieces import BRIGHT, cut_windows, joined_pieces, kinds_of, pieces_of, rectangles
+from tests.pipeline.training.single_tissue import COLORS, write_tiles
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_tiles(tmp_path_factory.mktemp("tiles"))
+
+
+@given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1))
+def test_rectangles_partition_the_places_and_their_rows_are_neighbors(cells: set[tuple[int, int]]) -> None:
+    places = {(5 + 20 * x, 3 + 10 * y) for x, y in cells}
+    found = rectangles(places, 20, 10)
+    listed = [place for rectangle in found for line in rectangle for place in line]
+    assert sorted(listed) == sorted(places)
+    for rectangle in found:
+        x, y = rectangle[0][0]
+        assert rectangle == [
+            [(x + 20 * column, y + 10 * row) for column in range(len(rectangle[0]))] for row in range(len(rectangle))
+        ]
+
+
+def test_neighbors_of_one_source_and_tissue_are_joined(tiles: Dataset) -> None:
+    pieces = joined_pieces(tiles, "train")
+    assert {kind: [(piece.slide, piece.rgb_HWC.shape) for piece in own] for kind, own in pieces.items()} == {
+        kind: [("1", (32, 48, 3)), ("2", (32, 48, 3))] for kind in (("a",), ("b",), ("a", "b"))
+    }
+    assert pieces["a", "b"][0].rgb_HWC.reshape(-1, 3).max(axis=0).tolist() == list(COLORS["AB"])
+
+
+def test_pieces_have_the_pixel_size_of_the_composed_images(tiles: Dataset) -> None:
+    rule = tiles.card.compose
+    assert rule is not None
+    coarse = tiles.card.model_copy(update={"compose": rule.model_copy(update={"mpp": 1.0})})
+    pieces = joined_pieces(Dataset(coarse, tiles.root), "val")
+    assert [piece.rgb_HWC.shape for piece in pieces["a",]] == [(16, 24, 3)]
+
+
+def test_the_tissues_are_every_class_and_every_group_of_classes(tiles: Dataset) -> None:
+    assert kinds_of(tiles) == (("a",), ("b",), ("glass",), ("a", "b"))
+
+
+def test_a_position_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
+    dataset = write_tiles(tmp_path, position="column {}")
+    with pytest.raises(LabelError, match=r"A-1-0\.png: its position in the table is 'column 1'"):
+        joined_pieces(dataset, "train")
+
+
+TISSUE = CutTissue(classes=("a",), mask="gland", share=(0.9, 1.0), bright=0.25, sides=(64, 32))
+
+
+def cut_rule(*tissues: CutTissue, folder: str = "other", **changes: Any) -> Cut:
+    return Cut(dataset="ebhi-seg", folder=folder, column="gland_class", tissues=tissues, step=8, **changes)
+
+
+def windows(
+    inside_HW: NDArray[np.bool_], bright_HW: NDArray[np.bool_] | None = None, tissue: CutTissue = TISSUE
+) -> list[tuple[int, int, int]]:
+    """Return x, y and side of the windows."""
+    bright_HW = np.zeros_like(inside_HW) if bright_HW is None else bright_HW
+    used_HW = np.zeros_like(inside_HW)
+    found = list(cut_windows(inside_HW, bright_HW, used_HW, tissue, cut_rule(tissue)))
+    return [(columns.start, rows.start, rows.stop - rows.start) for rows, columns in found]
+
+
+def test_the_largest_windows_come_first_and_smaller_ones_fill_what_is_left() -> None:
+    inside_HW = np.zeros((96, 128), bool)
+    inside_HW[:64, :104] = True
+    assert windows(inside_HW) == [(0, 0, 64), (64, 0, 32), (64, 32, 32)]
+
+
+def test_a_window_with_too_many_bright_pixels_is_not_cut() -> None:
+    inside_HW = np.ones((64, 64), bool)
+    bright_HW = np.zeros_like(inside_HW)
+    bright_HW[:, 32:48] = True  # a quarter of the large window, half of each right one
+    assert windows(inside_HW, bright_HW) == [(0, 0, 64)]
+    bright_HW[:, 48] = True
+    assert windows(inside_HW, bright_HW) == [(0, 0, 32), (0, 32, 32)]
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.9))
+def test_windows_keep_to_their_shares_and_never_overlap(seed: int, least: float) -> None:
+    rng = np.random.default_rng(seed)
+    inside_HW, bright_HW = (np.kron(rng.random((5, 6)) < share, np.ones((16, 16), bool)) for share in (0.7, 0.2))
+    tissue = TISSUE.model_copy(update={"share": (least, 0.95)})
+    covered_HW = np.zeros(inside_HW.shape, int)
+    for x, y, side in windows(inside_HW, bright_HW, tissue):
+        window = np.s_[y : y + side, x : x + side]
+        covered_HW[window] += 1
+        assert least <= inside_HW[window].mean() <= 0.95
+        assert bright_HW[window].mean() <= 0.25
+    assert covered_HW.max() <= 1
+
+
+def write_other(folder: Path, values: dict[str, str]) -> None:
+    """Write images as EBHI-Seg has them: the left half is a red gland, the right half other tissue; glass below."""
+    (folder / "img").mkdir(parents=True)
+    (folder / "mask").mkdir()
+    rgb_HWC = np.zeros((96, 128, 3), np.uint8)
+    rgb_HWC[:, :64], rgb_HWC[:, 64:], rgb_HWC[64:] = (200, 0, 0), (0, 0, 200), BRIGHT + 1
+    mask_HW = np.zeros((96, 128), np.uint8)
+    mask_HW[:, :64] = 1
+    for name in values:
+        Image.fromarray(rgb_HWC).save(folder / "img" / f"{name}.png")
+        Image.fromarray(mask_HW).save(folder / "mask" / f"{name}.png")
+    with (folder / "meta.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["name", "case", "gland_class"])
+        writer.writerows([name, name, value] for name, value in values.items())
+
+
+def with_cuts(tiles: Dataset, *rules: Cut) -> Dataset:
+    compose = tiles.card.compose
+    assert compose is not None
+    card = tiles.card.model_copy(update={"compose": compose.model_copy(update={"cut": rules})})
+    return Dataset(card, tiles.root)
+
+
+TUMOR = TISSUE.model_copy(update={"values": ("adenocarcinoma",)})
+OTHER = CutTissue(classes=("b", "a"), mask="gland", share=(0.0, 0.0), bright=0.0, sides=(64,))
+
+
+def test_windows_of_another_data_set_join_the_tiles_of_the_same_split(tiles: Dataset, tmp_path: Path) -> None:
+    values = {f"case-{n}": "adenocarcinoma" if n % 2 else "normal" for n in range(40)}
+    write_other(tmp_path, values)
+    dataset = with_cuts(tiles, cut_rule(TUMOR, OTHER, folder=str(tmp_path), slides=3))
+    own, train, val = pieces_of(tiles, "train"), pieces_of(dataset, "train"), pieces_of(dataset, "val")
+    for kind, color, most in ((("a",), (200, 0, 0), 20), (("a", "b"), (0, 0, 200), 40)):
+        cut = {
+            split: [piece for piece in pieces[kind] if piece.slide.startswith("ebhi-seg ")]
+            for split, pieces in (("train", train), ("val", val))
+        }
+        assert len(train[kind]) == len(own[kind]) + len(cut["train"])
+        assert 0 < len(cut["val"]) < len(cut["train"]) <= most - len(cut["val"])  # the rest is in the test split
+        for piece in cut["train"] + cut["val"]:
+            assert piece.rgb_HWC.shape == (128, 128, 3)  # 64 px of 1.0 um in composed images of 0.5 um
+            assert (piece.rgb_HWC == color).all()
+    assert len(train["b",]) == len(own["b",])
+    slides = {piece.slide for pieces in train.values() for piece in pieces}
+    assert slides == {"1", "2", "ebhi-seg 0", "ebhi-seg 1", "ebhi-seg 2"}
+
+
+def test_a_data_set_that_does_not_fit_is_refused(tiles: Dataset, tmp_path: Path) -> None:
+    write_other(tmp_path, {"one": ""})
+    unknown = cut_rule(TISSUE.model_copy(update={"classes": ("c",)}), folder=str(tmp_path))
+    with pytest.raises(DatasetFileError, match=r"tiles: compose\.cut names c; the classes are a, b, glass"):
+        kinds_of(with_cuts(tiles, unknown))
+    strange = cut_rule(TISSUE.model_copy(update={"mask": "tumor"}), folder=str(tmp_path))
+    with pytest.raises(DatasetFileError, match=r"names the masks tumor; the classes of ebhi-seg are other, gland"):
+        pieces_of(with_cuts(tiles, strange), "train")
+    with pytest.raises(DatasetFileError, match=r"ebhi-seg: the folder .*absent does not exist"):
+        pieces_of(with_cuts(tiles, cut_rule(TISSUE, folder="absent")), "train")
+    luad = cut_rule(TISSUE.model_copy(update={"mask": "TE"}), folder=str(tmp_path)).model_copy(
+        update={"dataset": "luad-histoseg"}
+    )
+    with pytest.raises(DatasetFileError, match=r"luad-histoseg: compose\.cut needs a data set with a \[table\]"):
+        pieces_of(with_cuts(tiles, luad), "train")
