@@ -2,13 +2,14 @@
 
     python -m tests.bench.epithelium BUNDLE --dataset ebhi-seg --data FOLDER
 
-The classes in `--epithelium` count as gland and all others as other, with and without the gate.
+The classes in `--epithelium` count as gland and all others as other, with and without the gate. A table has the
+predicted classes of the pixels of each diagnosis, with the gate.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,40 +17,71 @@ from numpy.typing import NDArray
 
 from models.bundle import load_bundle
 from models.predictor import Predictor
-from pipeline.training.dataset import Dataset, load_dataset, read_mask, read_rgb
-from pipeline.training.evaluate import confusion_matrix, masked_samples, predict_image, scores
+from pipeline.training.dataset import Dataset, Sample, load_dataset, read_mask, read_rgb
+from pipeline.training.evaluate import masked_samples, predict_image, scores
+from pipeline.training.splits import rows_of
 
 OTHER, GLAND = 0, 1
+
+
+DIAGNOSIS = {"ebhi-seg": "gland_class", "glas": "grade"}
+"""Column of the diagnosis of an image in the table of each data set."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
-    parser.add_argument("--dataset", choices=("ebhi-seg", "glas"), default="ebhi-seg")
+    parser.add_argument("--dataset", choices=sorted(DIAGNOSIS), default="ebhi-seg")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epithelium", nargs="+", default=["tumor", "mucosa"])
     parser.add_argument("--every", type=int, default=1, help="measure every n-th image")
     options = parser.parse_args(arguments)
     predictor = Predictor.from_bundle(load_bundle(options.bundle), device="cpu", output_stride=1)
     dataset = load_dataset(options.dataset, options.data)
-    for gate in (True, False):
-        matrix = measure(predictor, dataset, options.epithelium, options.every, gate=gate)
-        found = scores(matrix, dataset.class_names)
+    names = [entry.name for entry in predictor.card.classes]
+    chosen = masked_samples(dataset, "test")[:: options.every]
+    assert dataset.card.table is not None
+    rows = rows_of({sample.name: sample.image for sample in chosen}, dataset.root, dataset.card.table)
+    for gate in (False, True):
+        pixels: dict[str, NDArray[np.int64]] = {}
+        for sample, counts_2P in zip(chosen, measure(predictor, dataset, chosen, gate=gate), strict=True):
+            diagnosis = rows[sample.name][DIAGNOSIS[options.dataset]]
+            pixels[diagnosis] = pixels.get(diagnosis, np.zeros_like(counts_2P)) + counts_2P
+        all_2P = np.sum(list(pixels.values()), axis=0)
+        found = scores(gland_confusion(all_2P, names, options.epithelium), dataset.class_names)
         iou = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.iou.items())
         print(f"gate {'on' if gate else 'off'}: mIoU {100 * found.miou:.1f} ({iou}), accuracy {found.accuracy:.3f}")
+    print(table(pixels, dataset.class_names, names))
 
 
 def measure(
-    predictor: Predictor, dataset: Dataset, epithelium: Sequence[str], every: int, *, gate: bool
-) -> NDArray[np.int64]:
-    """Return the pooled confusion matrix of every n-th test image. No class counts as other."""
-    names = [entry.name for entry in predictor.card.classes]
-    as_gland = np.array([GLAND if name in epithelium else OTHER for name in names] + [OTHER], np.uint8)
-    matrix = np.zeros((3, 3), np.int64)
-    for sample in masked_samples(dataset, "test")[::every]:
+    predictor: Predictor, dataset: Dataset, chosen: Sequence[Sample], *, gate: bool
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the pixels (2, P) of each image by class of the mask and predicted class; the last P is no class."""
+    classes = len(predictor.card.classes)
+    for sample in chosen:
         labels_HW = predict_image(predictor, read_rgb(sample), mpp=dataset.mpp, gate=gate)
-        matrix += confusion_matrix(read_mask(dataset, sample), as_gland[labels_HW], 2)
+        pairs_HW = read_mask(dataset, sample).astype(int) * (classes + 1) + np.minimum(labels_HW, classes)
+        yield np.bincount(pairs_HW.ravel(), minlength=2 * (classes + 1)).reshape(2, classes + 1)
+
+
+def gland_confusion(counts_2P: NDArray[np.int64], names: Sequence[str], epithelium: Sequence[str]) -> NDArray[np.int64]:
+    """Return the confusion matrix (3, 3) of other, gland and no class. No class counts as other."""
+    matrix = np.zeros((3, 3), np.int64)
+    for predicted, counts_2 in zip([*names, None], counts_2P.T, strict=True):
+        matrix[:2, GLAND if predicted in epithelium else OTHER] += counts_2
     return matrix
+
+
+def table(found: Mapping[str, NDArray[np.int64]], truths: Sequence[str], names: Sequence[str]) -> str:
+    """Return the predicted classes of the pixels of each diagnosis and class of the mask, in percent, as Markdown."""
+    columns = [*names, "no class"]
+    lines = [f"| diagnosis | mask | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for diagnosis, counts_2P in sorted(found.items()):
+        for truth, counts_P in zip(truths, counts_2P, strict=True):
+            shares = " | ".join(f"{100 * share:.0f}" for share in counts_P / max(1, counts_P.sum()))
+            lines.append(f"| {diagnosis} | {truth} | {shares} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

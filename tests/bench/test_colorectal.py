@@ -8,9 +8,9 @@ import torch
 
 from models.bundle import NO_DIGEST
 from models.predictor import Predictor
-from pipeline.training.dataset import load_dataset
+from pipeline.training.dataset import load_dataset, samples
 from tests.bench.colorectal import f1_score, map_table, table_of, tile_figures
-from tests.bench.epithelium import measure
+from tests.bench.epithelium import gland_confusion, measure, table
 from tests.bench.linear_probe import left_out_scores
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
 from tests.pipeline.training.stripes import COLORS, stripes, write_dataset
@@ -77,7 +77,17 @@ def test_classes_of_epithelium_are_measured_together(tmp_path: Path) -> None:
     predictor = Predictor(
         make_card(COLORS), NO_DIGEST, ColorClassifier(COLORS), ColorSegmenter(COLORS, 400.0), output_stride=1
     )
-    matrix = measure(predictor, dataset, ["class-1"], 1, gate=True)
+    (counts_2P,) = measure(predictor, dataset, samples(dataset, "test"), gate=True)
+    assert counts_2P.sum() == 64 * 64
+    names = ["class-0", "class-1"]
+    matrix = gland_confusion(counts_2P, names, ["class-1"])
     assert matrix[0, 0] + matrix[1, 1] > 0.95 * 64 * 64
-    swapped = measure(predictor, dataset, ["class-0"], 1, gate=True)
+    swapped = gland_confusion(counts_2P, names, ["class-0"])
     assert swapped[0, 1] == matrix[0, 0]
+
+
+def test_the_table_has_the_share_of_each_predicted_class_and_of_no_class() -> None:
+    counts_2P = np.array([[1, 1, 0, 2], [0, 9, 1, 0]])
+    lines = table({"benign": counts_2P}, ["other", "gland"], ["a", "b", "c"]).splitlines()
+    assert lines[0] == "| diagnosis | mask | a | b | c | no class |"
+    assert lines[2:] == ["| benign | other | 25 | 25 | 0 | 50 |", "| benign | gland | 0 | 90 | 10 | 0 |"]
