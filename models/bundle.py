@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from models.classifier import Classifier
     from models.familiarity import Statistics
 
-DEFAULT_BUNDLE = "colon-gland"
+DEFAULT_BUNDLE = "colorectal-tissue"
 """Name of the default shipped bundle."""
 
 SHIPPED_FOLDER = Path(__file__).parent / "weights"

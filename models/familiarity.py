@@ -4,12 +4,13 @@ Windows of `WINDOW` pixels slide over the classifier's deep feature map. The fea
 channels. `Statistics` holds mean and covariance of the features of training windows, and `Statistics.distances` returns
 the Mahalanobis distance of other windows from them. docs/benchmarks/familiarity.md compares this with other choices.
 
-Shape suffixes: N images or windows, C channels of the feature map, h and w the feature map, r and c the rows and
-columns of windows.
+Shape suffixes: N images or windows, G sources of training images, C channels of the feature map, h and w the feature
+map, r and c the rows and columns of windows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -54,24 +55,28 @@ def window_features(deep_NChw: Tensor, stride: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the training windows of a model look like. Both tensors are float32."""
+    """What the training windows of a model look like, for each source of images. Both tensors are float32."""
 
-    mean_C: Tensor
-    whitening_CC: Tensor
-    """Maps features minus `mean_C` into a space in which the training windows have about unit covariance."""
+    mean_GC: Tensor
+    whitening_GCC: Tensor
+    """Maps features minus the mean into a space in which the windows of the source have about unit covariance. If there
+    are several sources, it is divided by the source's limit, so that their distances compare."""
 
     def distances(self, features_NC: Tensor) -> Tensor:
-        """Return the Mahalanobis distance (N,) of windows with these features from the training windows."""
-        distance_N: Tensor = ((features_NC.float() - self.mean_C) @ self.whitening_CC).norm(dim=1)
-        return distance_N
+        """Return the Mahalanobis distance (N,) of windows with these features from the nearest source."""
+        distance_GN = [
+            ((features_NC.float() - mean_C) @ whitening_CC).norm(dim=1)
+            for mean_C, whitening_CC in zip(self.mean_GC, self.whitening_GCC, strict=True)
+        ]
+        return torch.stack(distance_GN).amin(dim=0)
 
     def to(self, device: torch.device) -> Self:
         """Return the statistics on a device."""
-        return type(self)(self.mean_C.to(device), self.whitening_CC.to(device))
+        return type(self)(self.mean_GC.to(device), self.whitening_GCC.to(device))
 
     def as_bytes(self) -> bytes:
         """Return the content of the statistics file."""
-        tensors = {"mean": self.mean_C.cpu().contiguous(), "whitening": self.whitening_CC.cpu().contiguous()}
+        tensors = {"mean": self.mean_GC.cpu().contiguous(), "whitening": self.whitening_GCC.cpu().contiguous()}
         return safetensors.torch.save(tensors)
 
     @classmethod
@@ -79,26 +84,38 @@ class Statistics:
         """Return the statistics in a file's content. Raises WeightsMismatchError if the tensors are not those."""
         try:
             tensors = safetensors.torch.load(content)
-            read = cls(tensors["mean"].float(), tensors["whitening"].float())
+            mean, whitening = tensors["mean"].float(), tensors["whitening"].float()
         except (KeyError, safetensors.SafetensorError) as error:
             raise WeightsMismatchError(f"the statistics of the training windows cannot be read: {error}") from error
-        if read.mean_C.ndim != 1 or read.whitening_CC.shape != (len(read.mean_C), len(read.mean_C)):
+        # Earlier files have one source and no axis for it.
+        read = cls(mean[None], whitening[None]) if mean.ndim == 1 else cls(mean, whitening)
+        if read.mean_GC.ndim != 2 or read.whitening_GCC.shape != (*read.mean_GC.shape, read.mean_GC.shape[-1]):
             raise WeightsMismatchError(
                 f"the statistics of the training windows do not fit together: means of shape "
-                f"{tuple(read.mean_C.shape)} and a whitening matrix of {tuple(read.whitening_CC.shape)}"
+                f"{tuple(mean.shape)} and a whitening matrix of {tuple(whitening.shape)}"
             )
         return read
 
 
+def of_sources(parts: Sequence[tuple[Statistics, float]]) -> Statistics:
+    """Return the statistics of several sources of images, each given with its limit.
+
+    A distance counts in units of the source's limit, and the nearest source counts.
+    """
+    return Statistics(
+        torch.cat([one.mean_GC for one, _ in parts]), torch.cat([one.whitening_GCC / limit for one, limit in parts])
+    )
+
+
 def fit_statistics(features_NC: NDArray[np.float32]) -> Statistics:
-    """Return the statistics of training windows, at least two, with `shrunk_covariance`."""
+    """Return the statistics of training windows of one source, at least two, with `shrunk_covariance`."""
     x_NC = features_NC.astype(np.float64)
     values_C, vectors_CC = np.linalg.eigh(shrunk_covariance(x_NC))
     # A channel that is constant in training would get an infinite weight.
     floor = max(float(values_C[-1]) * 1e-9, float(np.finfo(np.float32).tiny))
     whitening_CC = vectors_CC / np.sqrt(np.maximum(values_C, floor))
     mean_C = x_NC.mean(axis=0)
-    return Statistics(*(torch.from_numpy(array.astype(np.float32)) for array in (mean_C, whitening_CC)))
+    return Statistics(*(torch.from_numpy(array.astype(np.float32))[None] for array in (mean_C, whitening_CC)))
 
 
 def shrunk_covariance(x_NC: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -68,10 +68,10 @@ def run_predictor() -> dict[str, Any]:
 
 def _predictor_of_a_moved_classifier() -> Any:
     """Return a predictor of networks that start alike, made after only one of them was moved to the device."""
-    from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
+    from models.bundle import load_bundle, load_networks
     from models.predictor import Predictor
 
-    bundle = load_bundle(DEFAULT_BUNDLE)
+    bundle = load_bundle("colon-gland")
     classifier, segmenter = load_networks(bundle)
     return Predictor(bundle.card, bundle.digest, classifier.to("pretend"), segmenter, device="pretend")
 

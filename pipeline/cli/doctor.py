@@ -18,7 +18,7 @@ from pipeline.config import RESULTS_FOLDER
 from pipeline.console import printable, printable_json
 
 PROGRAM = "wsi-segment doctor"
-DEFAULT_MODEL = "colon-gland"  # as in pipeline/cli/segment.py
+DEFAULT_MODEL = "colorectal-tissue"  # as in pipeline/cli/segment.py
 
 OLDEST_OPENSLIDE = (4, 0, 1)
 """OpenSlide 4.0.0 writes outside its memory if a BIF file is crafted (CVE-2026-48977)."""

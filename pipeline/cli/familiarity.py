@@ -74,6 +74,7 @@ def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, de
     from pipeline.training.dataset import load_dataset
     from pipeline.training.evaluate import check_same_classes
     from pipeline.training.familiarity import add_familiarity
+    from pipeline.training.pieces import cut_datasets
     from pipeline.training.train import training_images
 
     if bundle in shipped_bundles():
@@ -83,8 +84,9 @@ def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, de
     wording = scope if scope is not None else model.card.scope or chosen.card.scope
     try:
         with tempfile.TemporaryDirectory(prefix="wsi-familiarity-") as work:
-            images = training_images(composed(chosen, Path(work), ("train", "val")), model.card.mpp)
-            return add_familiarity(model, *images, wording, device)
+            used = [composed(chosen, Path(work), ("train", "val")), *cut_datasets(chosen)]
+            sources = [training_images(one, model.card.mpp) for one in used]
+            return add_familiarity(model, sources, wording, device)
     except OSError as error:
         raise OutputError(f"{model.path}: cannot be written ({error.strerror}); check its permissions") from error
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "wsi-label"
 
-DEFAULT_MODEL = "colon-gland"
+DEFAULT_MODEL = "colorectal-tissue"
 """Gives a new folder its pixel size and the features by which patches are compared."""
 
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "wsi-segment"
 DEFAULTS = SegmentConfig()
-DEFAULT_MODEL = "colon-gland"  # models.bundle.DEFAULT_BUNDLE, whose import would slow --help down; a test compares them
+DEFAULT_MODEL = "colorectal-tissue"
+"""`models.bundle.DEFAULT_BUNDLE`, whose import would slow --help down. A test compares them."""
 SCHEDULER_OF_SEVERAL = "process"
 """Several slides run in a child process, so a reader crash cannot end the batch."""
 

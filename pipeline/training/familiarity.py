@@ -5,7 +5,7 @@ Shape suffixes: N windows, C channels, H and W an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from models.bundle import NO_DIGEST, Bundle, FamiliarityCard, load_networks, replace_card
 from models.classifier import Classifier
 from models.devices import choose_device
-from models.familiarity import Statistics, fit_statistics, window_features
+from models.familiarity import Statistics, fit_statistics, of_sources, window_features
 from pipeline.errors import TrainError
 from pipeline.training.augment import restain
 from pipeline.training.inputs import Scale, as_input, padded
@@ -32,40 +32,53 @@ SHARE_LIMIT = 0.5
 """Share of a slide's tissue above which the slide gets a warning; docs/benchmarks/familiarity.md measures it."""
 
 
-def add_familiarity(
-    bundle: Bundle, training: PatchImages, validation: PatchImages, scope: str, device: str = "auto"
-) -> Bundle:
+Source = tuple[PatchImages, PatchImages]
+"""Training and validation images of one kind: composed images, or whole images of a laboratory."""
+
+
+def add_familiarity(bundle: Bundle, sources: Sequence[Source], scope: str, device: str = "auto") -> Bundle:
     """Fit the familiarity of an existing bundle on the images that it was trained with, and store it in the bundle.
 
     `scope` is that of the card. Raises TrainError if a split is empty, and what `load_networks` raises.
     """
-    statistics, familiarity = fit_familiarity(load_networks(bundle)[0], training, validation, bundle.card, device)
+    statistics, familiarity = fit_familiarity(load_networks(bundle)[0], sources, bundle.card, device)
     card = bundle.card.model_copy(update={"familiarity": familiarity, "scope": scope})
     return replace_card(bundle, card, statistics)
 
 
 def fit_familiarity(
-    classifier: nn.Module, training: PatchImages, validation: PatchImages, scale: Scale, device: str
+    classifier: nn.Module, sources: Sequence[Source], scale: Scale, device: str
 ) -> tuple[Statistics, FamiliarityCard]:
     """Return the statistics of the training images and their part of the model card.
 
     `classifier` is a `Classifier` in eval mode. Every training image counts as it is and recolored, so that the stain
-    of another laboratory does not make a slide unfamiliar. The limit comes from the validation images as they are. The
-    result is deterministic. Raises TrainError if a split is empty.
+    of another laboratory does not make a slide unfamiliar. The limit comes from the validation images as they are. Each
+    source has a mean and a covariance of its own: one Gaussian around mosaics and whole images would include everything
+    between them. The result is deterministic. Raises TrainError if a split is empty.
     """
-    if not (len(training) and len(validation)):
-        raise TrainError(f"{training.dataset.card.name}: the training or validation split has no readable image")
     assert isinstance(classifier, Classifier)
     place = choose_device(device)
     classifier.to(place)
-    seen = list(_features(classifier, training, scale, place))
-    seen += _features(classifier, training, scale, place, np.random.default_rng(0))
-    statistics = fit_statistics(np.concatenate(seen))
-    held_NC = np.concatenate(list(_features(classifier, validation, scale, place)))
+    parts, held = [], []
+    for training, validation in sources:
+        if not (len(training) and len(validation)):
+            raise TrainError(f"{training.dataset.card.name}: the training or validation split has no readable image")
+        seen = list(_features(classifier, training, scale, place))
+        seen += _features(classifier, training, scale, place, np.random.default_rng(0))
+        statistics = fit_statistics(np.concatenate(seen))
+        held.append(np.concatenate(list(_features(classifier, validation, scale, place))))
+        parts.append((statistics, _limit(statistics, held[-1])))
+    if len(parts) > 1:
+        statistics = of_sources(parts)
+    limit = _limit(statistics, np.concatenate(held))
+    return statistics, FamiliarityCard(statistics=NO_DIGEST, window_limit=limit, share_limit=SHARE_LIMIT)
+
+
+def _limit(statistics: Statistics, held_NC: NDArray[np.float32]) -> float:
+    """Return the distance that nearly all of these windows stay below."""
     distance_N = statistics.distances(torch.from_numpy(held_NC)).numpy()
     # An untrained network can have equal features everywhere, and the limit must be positive.
-    limit = max(round(float(np.quantile(distance_N, FAMILIAR_SHARE)), 4), 1e-4)
-    return statistics, FamiliarityCard(statistics=NO_DIGEST, window_limit=limit, share_limit=SHARE_LIMIT)
+    return max(round(float(np.quantile(distance_N, FAMILIAR_SHARE)), 4), 1e-4)
 
 
 @torch.inference_mode()

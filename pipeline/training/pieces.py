@@ -131,9 +131,22 @@ def rectangles(places: Iterable[tuple[int, int]], width: int, height: int) -> li
     return found
 
 
+def cut_datasets(dataset: Dataset) -> list[Dataset]:
+    """Return the data sets that a data set of composed images also uses, see `compose.cut`.
+
+    Raises DatasetFileError if one is missing.
+    """
+    compose = dataset.card.compose
+    return [] if compose is None else [_cut_dataset(dataset, rule) for rule in compose.cut]
+
+
+def _cut_dataset(dataset: Dataset, rule: Cut) -> Dataset:
+    return load_dataset(rule.dataset, dataset.root / rule.folder)
+
+
 def _cut_pieces(dataset: Dataset, rule: Cut, split: Split) -> Iterator[tuple[Kind, Piece]]:
     """Yield the windows of the rule's data set that show one tissue, at the pixel size of the composed images."""
-    source = load_dataset(rule.dataset, dataset.root / rule.folder)
+    source = _cut_dataset(dataset, rule)
     compose, table = dataset.card.compose, source.card.table
     assert compose is not None
     if table is None:

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,12 +37,13 @@ from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, training_samples
 from pipeline.training.evaluate import evaluate, evaluate_samples, masked_samples
-from pipeline.training.familiarity import fit_familiarity
+from pipeline.training.familiarity import Source, fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
 from pipeline.training.gate_calibration import UNCALIBRATED, calibrate_gate, gate_window, patch_presence
 from pipeline.training.inputs import MULTIPLE
 from pipeline.training.model_card import make_card, score_metrics
 from pipeline.training.patches import PatchImages
+from pipeline.training.pieces import cut_datasets
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
@@ -85,6 +87,7 @@ def train(
             raise TrainError(
                 f"{name} is {size}, which is not a multiple of the {processes.world} processes; set it to a multiple"
             )
+    others = cut_datasets(dataset)
     dataset = composed(dataset, run)
     if test:
         masked_samples(dataset, "test")
@@ -117,7 +120,9 @@ def train(
         _stage(run, task, config, place, processes, progress, log)
 
         if processes.rank == 0:
-            export(run, classifier.eval(), segmenter.eval(), training, validation, config, device)
+            assert config.mpp is not None
+            sources = [(training, validation), *(training_images(other, config.mpp) for other in others)]
+            export(run, classifier.eval(), segmenter.eval(), sources, config, device)
             if test:
                 add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)
         _wait(processes)
@@ -245,8 +250,7 @@ def export(
     run: Path,
     classifier: Classifier,
     segmenter: nn.Module,
-    training: PatchImages,
-    validation: PatchImages,
+    sources: Sequence[Source],
     config: TrainConfig,
     device: str,
 ) -> None:
@@ -254,12 +258,13 @@ def export(
 
     The gate is calibrated on the labeled patches of the validation images, and the temperature on those images with
     masks. The validation images show whether the map depends on the position in a view. The heads of single layers do
-    not become part of the bundle.
+    not become part of the bundle. `sources` are those of `fit_familiarity`; the networks were trained on the first one.
     """
     folder, torch_device = run / "bundle", choose_device(device)
     if folder.exists():
         logger.info("%s exists: nothing to do", folder)
         return
+    validation = sources[0][1]
     dataset, window = validation.dataset, gate_window(validation)
     classifier.layer_heads.clear()
     draft = make_card(dataset, config, window, (UNCALIBRATED,) * len(dataset.class_names))
@@ -279,7 +284,7 @@ def export(
     profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
     metrics["val_position_deviation"] = round(position_deviation(profile_KD, config.margin), 4)
     logger.info("gate thresholds %s, temperature %s, %s", thresholds, calibration.temperature, metrics)
-    statistics, familiarity = fit_familiarity(rounded[0], training, validation, config, device)
+    statistics, familiarity = fit_familiarity(rounded[0], sources, config, device)
     made_with = recorded_provenance(run)
     card = card.model_copy(update={"metrics": metrics, "familiarity": familiarity, "made_with": made_with})
     save_bundle(folder, card, classifier, segmenter, statistics)

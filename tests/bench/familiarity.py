@@ -39,8 +39,8 @@ from wsi.tissue import find_tissue
 
 RGB = NDArray[np.uint8]
 
-FOLDERS = {"ebhi-seg": "ebhi-seg", "glas": "glas", "kather-2016": "kather2016"}
-"""The folder of each data set of colon."""
+FOLDERS = {"ebhi-seg": "ebhi-seg", "glas": "glas", "kather-2016": "kather2016", "colorectal": "kather2016"}
+"""The folder of each data set of colon. One folder is measured once."""
 
 SLIDES = {
     "CMU-1 (skin)": ("CMU-1.svs", None),
@@ -201,7 +201,9 @@ def measure(model: str, own: str, data: Path, work: Path) -> tuple[Meter, list[M
     meter = Meter(load_bundle(model))
     mpp = meter.card.mpp
     sets = {own: load_dataset(own, data / FOLDERS[own])}
-    sets |= {name: load_dataset(name, data / folder) for name, folder in FOLDERS.items() if name != own}
+    for name, folder in FOLDERS.items():
+        if folder not in {FOLDERS[other] for other in sets}:
+            sets[name] = load_dataset(name, data / folder)
     sets = {name: composed(dataset, work, (left_out(dataset),)) for name, dataset in sets.items()}
     familiar = [
         meter.measured(f"{name}, {left_out(dataset)} split", images_of(dataset, mpp)) for name, dataset in sets.items()

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from models import device_networks
-from models.bundle import DEFAULT_BUNDLE, shipped_bundles
+from models.bundle import shipped_bundles
 from models.shared_stages import unshared
 from pipeline.config import MapSettings
 from tests.bench.lattice import make_predictor, shifted_labels
@@ -42,7 +42,7 @@ def test_sharing_the_first_stages_changes_few_labels(sample_slide: Path, monkeyp
     """At the edge of a canvas, shared stages pad as the classifier does."""
 
     def labels(margin: int | None) -> NDArray[np.uint8]:
-        return shifted_labels(sample_slide, make_predictor(DEFAULT_BUNDLE, margin, output_stride=1), CANVAS_M, 0)[0]
+        return shifted_labels(sample_slide, make_predictor("colon-gland", margin, output_stride=1), CANVAS_M, 0)[0]
 
     shared_HW, without_context_HW = labels(None), labels(16)
     monkeypatch.setattr(device_networks, "split_networks", unshared)

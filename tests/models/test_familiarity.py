@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from models.familiarity import (
     WINDOW,
     Statistics,
     fit_statistics,
+    of_sources,
     shrunk_covariance,
     window_features,
     window_starts,
@@ -85,16 +87,31 @@ def test_a_channel_that_is_constant_in_training_keeps_distances_finite() -> None
 def test_statistics_survive_their_file() -> None:
     statistics = fit_statistics(windows(50, 4))
     read = Statistics.from_bytes(statistics.as_bytes())
-    assert torch.equal(read.mean_C, statistics.mean_C)
-    assert torch.equal(read.whitening_CC, statistics.whitening_CC)
+    assert torch.equal(read.mean_GC, statistics.mean_GC)
+    assert torch.equal(read.whitening_GCC, statistics.whitening_GCC)
+
+
+def test_files_without_an_axis_for_sources_are_read() -> None:
+    statistics = fit_statistics(windows(50, 4))
+    earlier = safetensors.torch.save({"mean": statistics.mean_GC[0], "whitening": statistics.whitening_GCC[0]})
+    assert Statistics.from_bytes(earlier).as_bytes() == statistics.as_bytes()
+
+
+def test_the_nearest_source_counts_in_units_of_its_limit() -> None:
+    near, far = fit_statistics(windows(50, 4)), fit_statistics(windows(60, 4, seed=5) + 40)
+    new_NC = torch.from_numpy(np.concatenate([windows(5, 4, seed=2), windows(5, 4, seed=3) + 40]))
+    both = Statistics.from_bytes(of_sources([(near, 2.0), (far, 5.0)]).as_bytes())
+    expected_N = torch.minimum(near.distances(new_NC) / 2, far.distances(new_NC) / 5)
+    assert both.distances(new_NC).numpy() == pytest.approx(expected_N.numpy(), rel=1e-5)
+    assert (near.distances(new_NC) / 2 < far.distances(new_NC) / 5).tolist() == [True] * 5 + [False] * 5
 
 
 def test_bytes_other_than_statistics_are_refused() -> None:
     with pytest.raises(WeightsMismatchError, match="cannot be read"):
         Statistics.from_bytes(b"not a file of tensors")
     good = fit_statistics(windows(50, 4))
-    with pytest.raises(WeightsMismatchError, match=r"means of shape \(4,\) and a whitening matrix of \(4, 3\)"):
-        Statistics.from_bytes(Statistics(good.mean_C, good.whitening_CC[:, :3]).as_bytes())
+    with pytest.raises(WeightsMismatchError, match=r"means of shape \(1, 4\) and a whitening matrix of \(1, 4, 3\)"):
+        Statistics.from_bytes(Statistics(good.mean_GC, good.whitening_GCC[..., :3]).as_bytes())
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import device_networks
-from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle, load_networks, shipped_bundles
+from models.bundle import NO_DIGEST, load_bundle, load_networks, shipped_bundles
 from models.classifier import Classifier
 from models.errors import ArchitectureError
 from models.padding import ExtendedConv2d, pad_before_expansion
@@ -108,7 +108,7 @@ def test_a_shared_backbone_gives_the_probabilities_of_two_networks(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(runtime)
-    card = load_bundle(DEFAULT_BUNDLE).card
+    card = load_bundle("colon-gland").card
     card = card.model_copy(update={"classes": card.classes[:2], "gate_thresholds": (0.0, 0.0), "familiarity": None})
     rgb_NHWC = np.random.default_rng(0).integers(0, 256, (2, 192, 224, 3), dtype=np.uint8)
 
@@ -165,7 +165,7 @@ def test_stages_that_pad_on_other_sides_are_not_shared() -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_predictor_computes_with_parts_in_eval_mode_on_its_device(whole: bool) -> None:
     classifier, segmenter = (network.train() for network in (sharing_networks() if whole else networks()))
-    predictor = Predictor(load_bundle(DEFAULT_BUNDLE).card, NO_DIGEST, classifier, segmenter, device="cpu")
+    predictor = Predictor(load_bundle("colon-gland").card, NO_DIGEST, classifier, segmenter, device="cpu")
     parts: Any = predictor._networks
     used: list[Any] = [parts._first, parts._classifier, parts._segmenter]
     used += [] if whole else [parts._deep]
@@ -226,7 +226,7 @@ def test_the_segmenter_starts_from_the_features_of_its_own_canvas(batch_size: in
     def predictor(**options: Any) -> Predictor:
         return Predictor(card, NO_DIGEST, classifier, segmenter, device="cpu", **options)
 
-    card = load_bundle(DEFAULT_BUNDLE).card
+    card = load_bundle("colon-gland").card
     presences = [one.flatten(0, 1) for one in predictor().presence(rgb_NHWC, corners)]
     # A threshold that only the canvas of noise fails.
     lowest, noise = min(float(presences[n][:, 1].min()) for n in (0, 2)), float(presences[1][:, 1].max())

@@ -69,23 +69,37 @@ def test_the_limit_is_the_distance_that_nearly_all_validation_windows_stay_below
     textures: Dataset, classifier: Classifier
 ) -> None:
     training, validation = images_of(textures, "train"), images_of(textures, "val")
-    statistics, card = fit_familiarity(classifier, training, validation, TrainConfig(), "cpu")
+    statistics, card = fit_familiarity(classifier, [(training, validation)], TrainConfig(), "cpu")
     rng = np.random.default_rng(0)
     seen = [features_of(classifier, training.rgb(i)) for i in range(len(training))]
     seen += [features_of(classifier, recolored(training.rgb(i), rng)) for i in range(len(training))]
     expected = fit_statistics(np.concatenate(seen))
-    assert torch.equal(statistics.mean_C, expected.mean_C)
-    assert torch.equal(statistics.whitening_CC, expected.whitening_CC)
+    assert torch.equal(statistics.mean_GC, expected.mean_GC)
+    assert torch.equal(statistics.whitening_GCC, expected.whitening_GCC)
     held_NC = np.concatenate([features_of(classifier, validation.rgb(i)) for i in range(len(validation))])
     distance_N = expected.distances(torch.from_numpy(held_NC)).numpy()
     assert card.window_limit == pytest.approx(float(np.quantile(distance_N, 0.99)), abs=1e-4)
     assert card.share_limit == SHARE_LIMIT
 
 
+def test_a_window_that_is_near_one_of_several_sources_is_familiar(textures: Dataset, classifier: Classifier) -> None:
+    sources = [
+        (images_of(textures, "train"), images_of(textures, "val")),
+        (images_of(textures, "val"), images_of(textures, "train", most=4)),
+    ]
+    alone = [fit_familiarity(classifier, [source], TrainConfig(), "cpu") for source in sources]
+    statistics, card = fit_familiarity(classifier, sources, TrainConfig(), "cpu")
+    held = [images for _, validation in sources for images in map(validation.rgb, range(len(validation)))]
+    held_NC = torch.from_numpy(np.concatenate([features_of(classifier, rgb_HWC) for rgb_HWC in held]))
+    expected_N = torch.stack([one.distances(held_NC) / card.window_limit for one, card in alone]).amin(dim=0)
+    assert statistics.distances(held_NC).numpy() == pytest.approx(expected_N.numpy(), rel=1e-4)
+    assert card.window_limit == pytest.approx(float(np.quantile(expected_N.numpy(), 0.99)), abs=1e-4)
+
+
 def test_a_split_without_images_is_refused(textures: Dataset, classifier: Classifier) -> None:
     with pytest.raises(TrainError, match="no readable image"):
         fit_familiarity(
-            classifier, images_of(textures, "train"), images_of(textures, "val", most=0), TrainConfig(), "cpu"
+            classifier, [(images_of(textures, "train"), images_of(textures, "val", most=0))], TrainConfig(), "cpu"
         )
 
 
