@@ -90,7 +90,8 @@ def test_hidden_folders_are_replaced_whether_or_not_a_file_name_follows() -> Non
 
 
 def run(source: Path | str, output: Path, **options: Any) -> State[Any]:
-    return segment_batch(str(source), str(output), return_state=True, **options)
+    # Not the default model, to which plain colors are glass: a painted slide would have no tissue.
+    return segment_batch(str(source), str(output), return_state=True, **{"model": "colon-gland", **options})
 
 
 def newest_run(client: SyncPrefectClient) -> FlowRun:

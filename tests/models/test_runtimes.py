@@ -89,8 +89,8 @@ def test_openvino_gives_the_probabilities_and_labels_of_torch(sample_slide: Path
     assert np.array_equal(ours.segmented_N, torchs.segmented_N)
     assert (ours.probs_NKhw - torchs.probs_NKhw).abs().max() < 1e-5
     assert torch.equal(ours.probs_NKhw.argmax(dim=1), torchs.probs_NKhw.argmax(dim=1))
-    # The comparison is meaningful: both classes have pixels.
-    assert len(ours.probs_NKhw.argmax(dim=1).unique()) == 2
+    # The comparison is meaningful: several classes have pixels.
+    assert len(ours.probs_NKhw.argmax(dim=1).unique()) > 2
 
 
 @needs_fp16
