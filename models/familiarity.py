@@ -55,7 +55,7 @@ def window_features(deep_NChw: Tensor, stride: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the training windows of a model look like, for each source of images. Both tensors are float32."""
+    """What familiar windows look like, for each source of images. Both tensors are float32."""
 
     mean_GC: Tensor
     whitening_GCC: Tensor
@@ -89,7 +89,11 @@ class Statistics:
             raise WeightsMismatchError(f"the statistics of the training windows cannot be read: {error}") from error
         # Earlier files have one source and no axis for it.
         read = cls(mean[None], whitening[None]) if mean.ndim == 1 else cls(mean, whitening)
-        if read.mean_GC.ndim != 2 or read.whitening_GCC.shape != (*read.mean_GC.shape, read.mean_GC.shape[-1]):
+        if (
+            read.mean_GC.ndim != 2
+            or not len(read.mean_GC)
+            or read.whitening_GCC.shape != (*read.mean_GC.shape, read.mean_GC.shape[-1])
+        ):
             raise WeightsMismatchError(
                 f"the statistics of the training windows do not fit together: means of shape "
                 f"{tuple(mean.shape)} and a whitening matrix of {tuple(whitening.shape)}"

@@ -33,7 +33,7 @@ from pipeline.training.augment import Move, restain
 from pipeline.training.dataset import IGNORED, Dataset
 from pipeline.training.dataset_card import Compose, DatasetCard, Location, Split
 from pipeline.training.patches import mirrored
-from pipeline.training.pieces import Kind, Piece, Pieces, kinds_of, pieces_of
+from pipeline.training.pieces import Kind, Piece, Pieces, cut_datasets, kinds_of, pieces_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = No
     rule = dataset.card.compose
     if rule is None:
         return dataset
-    facts = dataset.card.model_dump_json(exclude={"settings"})
+    facts = "".join(one.card.model_dump_json(exclude={"settings"}) for one in (dataset, *cut_datasets(dataset)))
     digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
     root = folder / f"composed-{digest}"
     kinds = kinds_of(dataset)

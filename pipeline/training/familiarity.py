@@ -33,11 +33,12 @@ SHARE_LIMIT = 0.5
 
 
 Source = tuple[PatchImages, PatchImages]
-"""Training and validation images of one kind: composed images, or whole images of a laboratory."""
+"""Training and validation images of one kind: composed images, or all whole images of a data set that composed images
+were cut from. Some of the latter can show tissue that no network was trained with."""
 
 
 def add_familiarity(bundle: Bundle, sources: Sequence[Source], scope: str, device: str = "auto") -> Bundle:
-    """Fit the familiarity of an existing bundle on the images that it was trained with, and store it in the bundle.
+    """Fit the familiarity of an existing bundle on the images of its training, and store it in the bundle.
 
     `scope` is that of the card. Raises TrainError if a split is empty, and what `load_networks` raises.
     """

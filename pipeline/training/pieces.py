@@ -5,6 +5,7 @@ Shape suffixes: H and W an image, C color channels, Y and X the places of window
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,10 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DatasetFileError, LabelError
-from pipeline.training.dataset import Dataset, Sample, image_size, load_dataset, read_mask, read_rgb, samples
+from pipeline.training.dataset import (
+    Dataset,
+    Sample,
+    image_size,
+    load_dataset,
+    read_mask,
+    read_rgb,
+    samples,
+    shipped_names,
+)
 from pipeline.training.dataset_card import Cut, CutTissue, Split
 from pipeline.training.resample import resampled
 from pipeline.training.splits import rows_of
+
+logger = logging.getLogger(__name__)
 
 BRIGHT = 205
 """A pixel is bright if its darkest channel is above this value, as glass and the lumen of a gland are."""
@@ -65,14 +77,23 @@ def _kind_of_cut(dataset: Dataset, tissue: CutTissue) -> Kind:
 def pieces_of(dataset: Dataset, split: Split) -> Pieces:
     """Return all images of one tissue of a split: joined from the data set's tiles, and cut as its card says.
 
-    Raises what `samples` and `read_rgb` raise, LabelError for a position in the table that is not a number, and
-    DatasetFileError for a data set in `compose.cut` that is missing or does not fit.
+    Raises what `samples`, `read_rgb` and `read_mask` raise, LabelError for a position in the table that is not a
+    number, and DatasetFileError for a data set in `compose.cut` that is missing or does not fit.
     """
     pieces = defaultdict(list, joined_pieces(dataset, split))
     assert dataset.card.compose is not None
     for rule in dataset.card.compose.cut:
+        counts = dict.fromkeys((_kind_of_cut(dataset, tissue) for tissue in rule.tissues), 0)
         for kind, piece in _cut_pieces(dataset, rule, split):
             pieces[kind].append(piece)
+            counts[kind] += 1
+        told = ", ".join(f"{count} of {' and '.join(kind)}" for kind, count in counts.items())
+        logger.info("windows of %s in split %s: %s", rule.dataset, split, told)
+        if split == "train" and not all(counts.values()):
+            raise DatasetFileError(
+                f"{dataset.card.name}: compose.cut finds no training window for each tissue in {rule.dataset} "
+                f"({told}); check values, share, bright and sides"
+            )
     return dict(pieces)
 
 
@@ -141,7 +162,13 @@ def cut_datasets(dataset: Dataset) -> list[Dataset]:
 
 
 def _cut_dataset(dataset: Dataset, rule: Cut) -> Dataset:
-    return load_dataset(rule.dataset, dataset.root / rule.folder)
+    folder = dataset.root / rule.folder
+    if rule.dataset not in shipped_names() or not folder.is_dir():
+        raise DatasetFileError(
+            f"{dataset.card.name}: compose.cut needs the data set {rule.dataset} in {folder}; the folder must exist, "
+            f"and the shipped data sets are {', '.join(shipped_names())}"
+        )
+    return load_dataset(rule.dataset, folder)
 
 
 def _cut_pieces(dataset: Dataset, rule: Cut, split: Split) -> Iterator[tuple[Kind, Piece]]:

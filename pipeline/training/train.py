@@ -93,6 +93,10 @@ def train(
         masked_samples(dataset, "test")
     config, training, validation, classifier, segmenter = prepare(dataset, config, init)
     logger.info("%d training and %d validation images", len(training), len(validation))
+    sources = [(training, validation)]
+    if processes.rank == 0 and not (run / "bundle").exists():
+        assert config.mpp is not None
+        sources += [training_images(other, config.mpp) for other in others]
     # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.
     held = ExitStack()
     if processes.rank == 0:
@@ -120,8 +124,6 @@ def train(
         _stage(run, task, config, place, processes, progress, log)
 
         if processes.rank == 0:
-            assert config.mpp is not None
-            sources = [(training, validation), *(training_images(other, config.mpp) for other in others)]
             export(run, classifier.eval(), segmenter.eval(), sources, config, device)
             if test:
                 add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from models.bundle import load_bundle
 from models.predictor import Predictor
-from pipeline.training.dataset import Dataset, Sample, load_dataset, read_mask, read_rgb
+from pipeline.training.dataset import IGNORED, Dataset, Sample, load_dataset, read_mask, read_rgb
 from pipeline.training.evaluate import masked_samples, predict_image, scores
 from pipeline.training.splits import rows_of
 
@@ -61,8 +61,9 @@ def measure(
     classes = len(predictor.card.classes)
     for sample in chosen:
         labels_HW = predict_image(predictor, read_rgb(sample), mpp=dataset.mpp, gate=gate)
-        pairs_HW = read_mask(dataset, sample).astype(int) * (classes + 1) + np.minimum(labels_HW, classes)
-        yield np.bincount(pairs_HW.ravel(), minlength=2 * (classes + 1)).reshape(2, classes + 1)
+        truth_HW = read_mask(dataset, sample)
+        pairs_HW = truth_HW.astype(int) * (classes + 1) + np.minimum(labels_HW, classes)
+        yield np.bincount(pairs_HW[truth_HW != IGNORED], minlength=2 * (classes + 1)).reshape(2, classes + 1)
 
 
 def gland_confusion(counts_2P: NDArray[np.int64], names: Sequence[str], epithelium: Sequence[str]) -> NDArray[np.int64]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from pipeline.training.dataset import Dataset, load_dataset
+from pipeline.training.pieces import BRIGHT
 
 COLORS = {"A": (200, 0, 0), "B": (0, 200, 0), "AB": (0, 0, 200)}
 TILE = 16
@@ -72,3 +74,20 @@ def write_tiles(folder: Path, *, position: str = "{}") -> Dataset:
         writer.writerows(rows)
     (folder / "dataset.toml").write_text(TOML)
     return load_dataset(folder / "dataset.toml")
+
+
+def write_other(folder: Path, values: dict[str, str]) -> None:
+    """Write images as EBHI-Seg has them: the left half is a red gland, the right half other tissue; glass below."""
+    (folder / "img").mkdir(parents=True)
+    (folder / "mask").mkdir()
+    rgb_HWC = np.zeros((96, 128, 3), np.uint8)
+    rgb_HWC[:, :64], rgb_HWC[:, 64:], rgb_HWC[64:] = (200, 0, 0), (0, 0, 200), BRIGHT + 1
+    mask_HW = np.zeros((96, 128), np.uint8)
+    mask_HW[:, :64] = 1
+    for name in values:
+        Image.fromarray(rgb_HWC).save(folder / "img" / f"{name}.png")
+        Image.fromarray(mask_HW).save(folder / "mask" / f"{name}.png")
+    with (folder / "meta.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["name", "case", "gland_class"])
+        writer.writerows([name, name, value] for name, value in values.items())

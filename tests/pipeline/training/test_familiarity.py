@@ -14,6 +14,7 @@ from models.bundle import (
     CLASSIFIER_FILE,
     SEGMENTER_FILE,
     ClassifierCard,
+    ModelCard,
     SegmenterCard,
     load_bundle,
     load_statistics,
@@ -22,7 +23,6 @@ from models.bundle import (
 from models.classifier import Classifier
 from models.familiarity import fit_statistics, window_features
 from models.segmenter import build_segmenter
-from models.tissue_class import TissueClass
 from pipeline.cli.familiarity import app
 from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig
@@ -31,9 +31,23 @@ from pipeline.training.familiarity import SHARE_LIMIT, fit_familiarity, recolore
 from pipeline.training.inputs import as_input
 from pipeline.training.patches import PatchImages
 from tests.models.networks import make_card
+from tests.pipeline.training.single_tissue import write_other, write_tiles
 from tests.textures import write_textures
 
 CPU = torch.device("cpu")
+
+CUT = """
+[[compose.cut]]
+dataset = "ebhi-seg"
+folder = "../other"
+column = "gland_class"
+
+[[compose.cut.tissues]]
+classes = ["a"]
+mask = "gland"
+share = [0.9, 1.0]
+sides = [64]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -119,15 +133,17 @@ def invoke(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def bundle(tmp_path: Path, textures: Dataset, classifier: Classifier) -> Path:
-    classes = tuple(TissueClass(one.name, one.color) for one in textures.card.classes)
-    card = make_card(((1, 2, 3),) * 3).model_copy(
+    return save_bundle(tmp_path / "b", _card(textures), classifier, build_segmenter("resnet18", 3)).path
+
+
+def _card(dataset: Dataset) -> ModelCard:
+    return make_card(((1, 2, 3),) * 3).model_copy(
         update={
-            "classes": classes,
+            "classes": dataset.classes,
             "classifier": ClassifierCard(backbone="tf_efficientnet_lite0", head="gap", depth=3),
             "segmenter": SegmenterCard(encoder="resnet18", depth=4, rates=(1, 2, 4)),
         }
     )
-    return save_bundle(tmp_path / "b", card, classifier, build_segmenter("resnet18", 3)).path
 
 
 def test_the_command_adds_statistics_and_scope_to_a_bundle(bundle: Path, data: Path) -> None:
@@ -143,6 +159,25 @@ def test_the_command_adds_statistics_and_scope_to_a_bundle(bundle: Path, data: P
     }
     assert load_statistics(changed) is not None
     assert {file: (bundle / file).read_bytes() for file in weights} == weights
+
+
+def test_whole_images_of_a_data_set_that_images_are_cut_from_are_a_source(
+    tmp_path: Path, classifier: Classifier
+) -> None:
+    tiles = tmp_path / "tiles"
+    write_tiles(tiles)
+    write_other(tmp_path / "other", {f"case-{n}": "adenocarcinoma" for n in range(20)})
+    with (tiles / "dataset.toml").open("a", encoding="utf-8") as file:
+        file.write(CUT)
+    dataset = load_dataset(tiles)
+    card = _card(dataset)
+    path = save_bundle(tmp_path / "b", card, classifier, build_segmenter("resnet18", 3)).path
+    result = invoke(path, tiles, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    statistics = load_statistics(load_bundle(path))
+    assert statistics is not None
+    assert len(statistics.mean_GC) == 2
+    assert not torch.equal(statistics.mean_GC[0], statistics.mean_GC[1])
 
 
 def test_the_command_refuses_shipped_models_and_other_classes(bundle: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline.errors import DatasetFileError, LabelError
 from pipeline.training.dataset import Dataset
 from pipeline.training.dataset_card import Cut, CutTissue
-from pipeline.training.pieces import BRIGHT, cut_windows, joined_pieces, kinds_of, pieces_of, rectangles
-from tests.pipeline.training.single_tissue import COLORS, write_tiles
+from pipeline.training.pieces import cut_windows, joined_pieces, kinds_of, pieces_of, rectangles
+from pipeline.training.splits import hash_split
+from tests.pipeline.training.single_tissue import COLORS, write_other, write_tiles
 
 
 @pytest.fixture(scope="module")
@@ -110,23 +109,6 @@ def test_windows_keep_to_their_shares_and_never_overlap(seed: int, least: float)
     assert covered_HW.max() <= 1
 
 
-def write_other(folder: Path, values: dict[str, str]) -> None:
-    """Write images as EBHI-Seg has them: the left half is a red gland, the right half other tissue; glass below."""
-    (folder / "img").mkdir(parents=True)
-    (folder / "mask").mkdir()
-    rgb_HWC = np.zeros((96, 128, 3), np.uint8)
-    rgb_HWC[:, :64], rgb_HWC[:, 64:], rgb_HWC[64:] = (200, 0, 0), (0, 0, 200), BRIGHT + 1
-    mask_HW = np.zeros((96, 128), np.uint8)
-    mask_HW[:, :64] = 1
-    for name in values:
-        Image.fromarray(rgb_HWC).save(folder / "img" / f"{name}.png")
-        Image.fromarray(mask_HW).save(folder / "mask" / f"{name}.png")
-    with (folder / "meta.csv").open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["name", "case", "gland_class"])
-        writer.writerows([name, name, value] for name, value in values.items())
-
-
 def with_cuts(tiles: Dataset, *rules: Cut) -> Dataset:
     compose = tiles.card.compose
     assert compose is not None
@@ -143,19 +125,38 @@ def test_windows_of_another_data_set_join_the_tiles_of_the_same_split(tiles: Dat
     write_other(tmp_path, values)
     dataset = with_cuts(tiles, cut_rule(TUMOR, OTHER, folder=str(tmp_path), slides=3))
     own, train, val = pieces_of(tiles, "train"), pieces_of(dataset, "train"), pieces_of(dataset, "val")
-    for kind, color, most in ((("a",), (200, 0, 0), 20), (("a", "b"), (0, 0, 200), 40)):
+    splits = {name: hash_split(name, 0.70, 0.15) for name in values}
+    for kind, color, allowed in (
+        (("a",), (200, 0, 0), {"adenocarcinoma"}),
+        (("a", "b"), (0, 0, 200), {*values.values()}),
+    ):
         cut = {
             split: [piece for piece in pieces[kind] if piece.slide.startswith("ebhi-seg ")]
             for split, pieces in (("train", train), ("val", val))
         }
         assert len(train[kind]) == len(own[kind]) + len(cut["train"])
-        assert 0 < len(cut["val"]) < len(cut["train"]) <= most - len(cut["val"])  # the rest is in the test split
+        for split, found in cut.items():
+            assert len(found) == sum(splits[name] == split for name, value in values.items() if value in allowed) > 0
         for piece in cut["train"] + cut["val"]:
             assert piece.rgb_HWC.shape == (128, 128, 3)  # 64 px of 1.0 um in composed images of 0.5 um
             assert (piece.rgb_HWC == color).all()
     assert len(train["b",]) == len(own["b",])
     slides = {piece.slide for pieces in train.values() for piece in pieces}
     assert slides == {"1", "2", "ebhi-seg 0", "ebhi-seg 1", "ebhi-seg 2"}
+
+
+def test_a_tissue_without_a_training_window_is_an_error(tiles: Dataset, tmp_path: Path) -> None:
+    write_other(tmp_path, {f"case-{n}": "adenocarcinoma" for n in range(9)})
+    misspelled = TISSUE.model_copy(update={"values": ("adenocarcinom",), "classes": ("b",)})
+    dataset = with_cuts(tiles, cut_rule(TUMOR, misspelled, folder=str(tmp_path)))
+    with pytest.raises(DatasetFileError, match=r"no training window for each tissue in ebhi-seg \(\d of a, 0 of b\)"):
+        pieces_of(dataset, "train")
+
+
+def test_an_image_without_a_value_is_an_error(tiles: Dataset, tmp_path: Path) -> None:
+    write_other(tmp_path, {f"case-{n}": "" for n in range(9)})
+    with pytest.raises(LabelError, match=r"case-\d\.png: the table has no gland_class for this image"):
+        pieces_of(with_cuts(tiles, cut_rule(TUMOR, folder=str(tmp_path))), "train")
 
 
 def test_a_data_set_that_does_not_fit_is_refused(tiles: Dataset, tmp_path: Path) -> None:
@@ -166,7 +167,9 @@ def test_a_data_set_that_does_not_fit_is_refused(tiles: Dataset, tmp_path: Path)
     strange = cut_rule(TISSUE.model_copy(update={"mask": "tumor"}), folder=str(tmp_path))
     with pytest.raises(DatasetFileError, match=r"names the masks tumor; the classes of ebhi-seg are other, gland"):
         pieces_of(with_cuts(tiles, strange), "train")
-    with pytest.raises(DatasetFileError, match=r"ebhi-seg: the folder .*absent does not exist"):
+    with pytest.raises(
+        DatasetFileError, match=r"compose\.cut needs the data set ebhi-seg in .*absent; the folder must"
+    ):
         pieces_of(with_cuts(tiles, cut_rule(TISSUE, folder="absent")), "train")
     luad = cut_rule(TISSUE.model_copy(update={"mask": "TE"}), folder=str(tmp_path)).model_copy(
         update={"dataset": "luad-histoseg"}
