@@ -192,13 +192,14 @@ def _cut_pieces(dataset: Dataset, rule: Cut, split: Split) -> Iterator[tuple[Kin
         if not value:
             raise LabelError(f"{sample.image}: the table has no {rule.column} for this image; add it")
         rgb_HWC, mask_HW = read_rgb(sample), read_mask(source, sample)
+        bright_HW = rgb_HWC.min(axis=2) > BRIGHT
         slide = f"{source.card.name} {zlib.crc32(sample.group.encode()) % rule.slides}"
         used_HW = np.zeros(mask_HW.shape, bool)
         for tissue in rule.tissues:
             if tissue.values and value not in tissue.values:
                 continue
             inside_HW = mask_HW == source.class_names.index(tissue.mask)
-            for rows_px, columns_px in cut_windows(inside_HW, rgb_HWC.min(axis=2) > BRIGHT, used_HW, tissue, rule):
+            for rows_px, columns_px in cut_windows(inside_HW, bright_HW, used_HW, tissue, rule):
                 window_HWC = resampled(rgb_HWC[rows_px, columns_px], source.mpp / compose.mpp)
                 yield _kind_of_cut(dataset, tissue), Piece(slide, window_HWC)
 
@@ -206,14 +207,15 @@ def _cut_pieces(dataset: Dataset, rule: Cut, split: Split) -> Iterator[tuple[Kin
 def cut_windows(
     inside_HW: NDArray[np.bool_], bright_HW: NDArray[np.bool_], used_HW: NDArray[np.bool_], tissue: CutTissue, rule: Cut
 ) -> Iterator[tuple[slice, slice]]:
-    """Yield the rows and columns of windows that show a tissue, and mark them in `used_HW`. None touches a used pixel.
+    """Yield the rows and columns of windows that show a tissue, and mark them in `used_HW`.
 
-    The largest windows come first, and those of one size in the order of y and x.
+    No window contains a used pixel. The largest windows come first, and those of one size in the order of y and x.
     """
+    inside_sums, bright_sums = _sums(inside_HW), _sums(bright_HW)
     for side in sorted(tissue.sides, reverse=True):
         if side > min(inside_HW.shape):
             continue
-        share_YX, bright_YX = (_share_of_windows(of_HW, side, rule.step) for of_HW in (inside_HW, bright_HW))
+        share_YX, bright_YX = (_share_of_windows(sums, side, rule.step) for sums in (inside_sums, bright_sums))
         fits_YX = (tissue.share[0] <= share_YX) & (share_YX <= tissue.share[1]) & (bright_YX <= tissue.bright)
         for y, x in np.argwhere(fits_YX) * rule.step:
             window = slice(int(y), int(y) + side), slice(int(x), int(x) + side)
@@ -222,9 +224,14 @@ def cut_windows(
                 yield window
 
 
-def _share_of_windows(of_HW: NDArray[np.bool_], side: int, step: int) -> NDArray[np.float64]:
-    """Return the share of true pixels in each square window, every `step` pixels."""
-    sums_HW = np.pad(of_HW.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
-    counts_HW = sums_HW[side:, side:] - sums_HW[:-side, side:] - sums_HW[side:, :-side] + sums_HW[:-side, :-side]
-    shares_YX: NDArray[np.float64] = counts_HW[::step, ::step] / side**2
+def _sums(of_HW: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the number of true pixels above and left of each corner of a pixel, (H + 1, W + 1)."""
+    sums: NDArray[np.int64] = np.pad(of_HW.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    return sums
+
+
+def _share_of_windows(sums: NDArray[np.int64], side: int, step: int) -> NDArray[np.float64]:
+    """Return the share of true pixels in each square window, every `step` pixels, from their `_sums`."""
+    counts = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    shares_YX: NDArray[np.float64] = counts[::step, ::step] / side**2
     return shares_YX
