@@ -375,6 +375,10 @@ class DatasetCard(_Section):
             raise ValueError("compose needs a [table] and one label per image; labels cannot be crops of masks")
         if self.compose.blank not in (None, *(spec.name for spec in self.classes)):
             raise ValueError(f"compose.blank is {self.compose.blank!r}, which is not a class")
+        names = [spec.name for spec in self.classes]
+        used = {name for rule in self.compose.cut for tissue in rule.tissues for name in tissue.classes}
+        if unknown := sorted(used - set(names)):
+            raise ValueError(f"compose.cut names {', '.join(unknown)}; the classes are {', '.join(names)}")
         return self
 
     @model_validator(mode="after")

@@ -49,10 +49,7 @@ Pieces = dict[Kind, list[Piece]]
 
 
 def kinds_of(dataset: Dataset) -> tuple[Kind, ...]:
-    """Return the tissues of all splits: every class alone, and then each group of classes that an image has.
-
-    Raises DatasetFileError for a class of `compose.cut` that the data set does not have.
-    """
+    """Return the tissues of all splits: every class alone, and then each group of classes that an image has."""
     single = tuple((name,) for name in dataset.class_names)
     listed = {_kind(dataset, sample) for split in dataset.card.splits for sample in samples(dataset, split)}
     assert dataset.card.compose is not None
@@ -66,11 +63,6 @@ def _kind(dataset: Dataset, sample: Sample) -> Kind:
 
 
 def _kind_of_cut(dataset: Dataset, tissue: CutTissue) -> Kind:
-    if unknown := set(tissue.classes) - set(dataset.class_names):
-        raise DatasetFileError(
-            f"{dataset.card.name}: compose.cut names {', '.join(sorted(unknown))}; the classes are "
-            f"{', '.join(dataset.class_names)}"
-        )
     return tuple(name for name in dataset.class_names if name in tissue.classes)
 
 

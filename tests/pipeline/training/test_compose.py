@@ -23,6 +23,15 @@ from pipeline.training.dataset import IGNORED, Dataset, labeled_boxes, load_data
 from pipeline.training.pieces import kinds_of, pieces_of
 from tests.pipeline.training.single_tissue import TOML, write_tiles
 
+CUT_OF_ANOTHER_CLASS = """minimum = 0.05
+
+[[compose.cut]]
+dataset = "ebhi-seg"
+folder = "other"
+column = "gland_class"
+tissues = [{ classes = ["a", "c"], mask = "gland", share = [0.9, 1.0], sides = [64] }]
+"""
+
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
@@ -125,6 +134,7 @@ def test_a_data_set_without_composition_stays_itself(tiles: Dataset, tmp_path: P
     [
         ('blank = "glass"', 'blank = "air"', "compose.blank is 'air', which is not a class"),
         ("side = 64", "side = 8", "compose.side"),
+        ("minimum = 0.05", CUT_OF_ANOTHER_CLASS, "compose.cut names c; the classes are a, b, glass"),
         ('AB = ["a", "b"]', 'AB = ["a", "c"]', "labels.folders names c"),
     ],
 )
