@@ -60,7 +60,8 @@ class Statistics:
     mean_GC: Tensor
     whitening_GCC: Tensor
     """Maps features minus the mean into a space in which the windows of the source have about unit covariance. If there
-    are several sources, it is divided by the source's limit, so that their distances compare."""
+    are several sources, each matrix is divided by its source's limit, so that distances from different sources are
+    comparable."""
 
     def distances(self, features_NC: Tensor) -> Tensor:
         """Return the Mahalanobis distance (N,) of windows with these features from the nearest source."""

@@ -236,9 +236,9 @@ class Cut(_Section):
     folder: str
     """Its folder, relative to the folder of this data set. Each of its splits belongs to the split of the same name."""
     column: str
-    """Column of its table that tells what an image shows."""
+    """Column of its table with what an image shows."""
     slides: int = Field(default=1, ge=1)
-    """Its patients or cases are distributed over so many groups, each of which counts as one slide."""
+    """Its patients or cases are distributed over this many groups, each of which counts as one slide."""
     step: int = Field(default=10, ge=1)
     """Distance between possible windows in pixels."""
     tissues: tuple[CutTissue, ...] = Field(min_length=1)

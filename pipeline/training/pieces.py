@@ -67,7 +67,7 @@ def _kind_of_cut(dataset: Dataset, tissue: CutTissue) -> Kind:
 
 
 def pieces_of(dataset: Dataset, split: Split) -> Pieces:
-    """Return all images of one tissue of a split: joined from the data set's tiles, and cut as its card says.
+    """Return all images of one tissue of a split: joined from the data set's tiles, and cut by the rules of its card.
 
     Raises what `samples`, `read_rgb` and `read_mask` raise, LabelError for a position in the table that is not a
     number, and DatasetFileError for a data set in `compose.cut` that is missing or does not fit.
@@ -79,12 +79,12 @@ def pieces_of(dataset: Dataset, split: Split) -> Pieces:
         for kind, piece in _cut_pieces(dataset, rule, split):
             pieces[kind].append(piece)
             counts[kind] += 1
-        told = ", ".join(f"{count} of {' and '.join(kind)}" for kind, count in counts.items())
-        logger.info("windows of %s in split %s: %s", rule.dataset, split, told)
+        summary = ", ".join(f"{count} of {' and '.join(kind)}" for kind, count in counts.items())
+        logger.info("windows of %s in split %s: %s", rule.dataset, split, summary)
         if split == "train" and not all(counts.values()):
             raise DatasetFileError(
                 f"{dataset.card.name}: compose.cut finds no training window for each tissue in {rule.dataset} "
-                f"({told}); check values, share, bright and sides"
+                f"({summary}); check values, share, bright and sides"
             )
     return dict(pieces)
 

@@ -23,7 +23,6 @@ from pipeline.training.splits import rows_of
 
 OTHER, GLAND = 0, 1
 
-
 DIAGNOSIS = {"ebhi-seg": "gland_class", "glas": "grade"}
 """Column of the diagnosis of an image in the table of each data set."""
 
@@ -57,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     predictor: Predictor, dataset: Dataset, chosen: Sequence[Sample], *, gate: bool
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield the pixels (2, P) of each image by class of the mask and predicted class; the last P is no class."""
+    """Yield an array (2, P) for each image: the number of pixels of each class of the mask and each predicted class.
+
+    The last column counts the pixels that are predicted to have no class.
+    """
     classes = len(predictor.card.classes)
     for sample in chosen:
         labels_HW = predict_image(predictor, read_rgb(sample), mpp=dataset.mpp, gate=gate)
