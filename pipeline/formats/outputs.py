@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.formats.familiarity import FamiliarityMap, write_familiarity
-from pipeline.formats.features import measure_features, write_features
+from pipeline.formats.features import measure_features, read_features, write_features
 from pipeline.formats.left_out import write_left_out
 from pipeline.formats.ome_zarr import MapStore, build_pyramid
 from pipeline.formats.polygons import Region
@@ -68,12 +68,18 @@ class SegmentedSlide:
     @functools.cached_property
     def measured(self) -> tuple[int, dict[str, float]]:
         """Return the number of regions, and the area of every class in mm². Needs the polygons."""
-        return measure_features(self.store.path.with_name(f"{self.name}{GEOPARQUET_END}"), self.store.spec.classes)
+        return measure_features(self._polygons, self.store.spec.classes)
 
     @functools.cached_property
     def picture(self) -> SlidePicture:
-        """Return the slide and its classes at the size of a page. Needs the pyramid."""
-        return picture_slide(self.slide, self.tissue, self.grid, self.store, self.familiarity)
+        """Return the slide and its classes at the size of a page. Needs the polygons."""
+        spec = self.store.spec
+        features = read_features(self._polygons, spec.classes)
+        return picture_slide(self.slide, self.tissue, self.grid, spec, features, self.familiarity)
+
+    @property
+    def _polygons(self) -> Path:
+        return self.store.path.with_name(f"{self.name}{GEOPARQUET_END}")
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from PIL import Image
 
 from models.tissue_class import TissueClass
 from pipeline.formats.familiarity import FamiliarityMap
-from pipeline.formats.ome_zarr import LABELS, MapStore, UInt8Array
+from pipeline.formats.features import Feature
+from pipeline.formats.ome_zarr import MapSpec, UInt8Array
+from pipeline.formats.raster import rasterize
 from wsi.grid import Grid
-from wsi.levels import pick_level
 from wsi.slide import Slide
 from wsi.thumbnail import read_thumbnail
 from wsi.tissue import Tissue
@@ -28,7 +29,7 @@ class SlidePicture:
 
     rgb_HWC: UInt8Array
     labels_HW: UInt8Array
-    """0 background, 1.. in the order of `classes`."""
+    """The class of the polygon at each pixel's center: 0 for none, 1.. in the order of `classes`."""
     left_out_HW: UInt8Array
     """The `LeftOut` of each pixel, or 0."""
     classes: tuple[TissueClass, ...]
@@ -38,9 +39,17 @@ class SlidePicture:
 
 
 def picture_slide(
-    slide: Slide, tissue: Tissue, grid: Grid, store: MapStore, familiarity: FamiliarityMap | None = None
+    slide: Slide,
+    tissue: Tissue,
+    grid: Grid,
+    spec: MapSpec,
+    features: Iterable[Feature],
+    familiarity: FamiliarityMap | None = None,
 ) -> SlidePicture:
-    """Return the slide and its stored classes, at most LONGEST_PX long. The map must have its pyramid."""
+    """Return the slide and the classes of its published polygons, at most LONGEST_PX long.
+
+    The label image would also show regions that are too small for a polygon, which no area counts.
+    """
     info = slide.info
     longest_um = max(info.bounds_l0.width, info.bounds_l0.height) * info.mpp
     rgb_HWC, l0_per_thumb, *_ = read_thumbnail(slide, max(info.mpp, longest_um / LONGEST_PX))
@@ -51,31 +60,21 @@ def picture_slide(
         image.thumbnail((LONGEST_PX, LONGEST_PX), Image.Resampling.LANCZOS)
         rgb_HWC = np.asarray(image)
     height, width = rgb_HWC.shape[:2]
-    out_per_px = [
-        thumb * l0_per_thumb / pixels / grid.l0_per_out
-        for thumb, pixels in ((thumb_width, width), (thumb_height, height))
-    ]
+    l0_per_px = thumb_width * l0_per_thumb / width, thumb_height * l0_per_thumb / height
     columns_out, rows_out = (
-        np.minimum(((np.arange(pixels) + 0.5) * per_px).astype(int), length - 1)
-        for pixels, per_px, length in zip((width, height), out_per_px, store.spec.size_out, strict=True)
+        np.minimum(((np.arange(pixels) + 0.5) * per_px / grid.l0_per_out).astype(int), length - 1)
+        for pixels, per_px, length in zip((width, height), l0_per_px, spec.size_out, strict=True)
     )
+    polygons_l0 = ((feature.label, feature.geometry_l0) for feature in features)
+    labels_HW = rasterize(polygons_l0, (height, width), l0_per_px)
     return SlidePicture(
         rgb_HWC,
-        _labels(store, columns_out, rows_out, min(out_per_px)),
+        labels_HW.astype(np.uint8),
         _left_out(tissue, columns_out, rows_out, grid.l0_per_out),
-        store.spec.classes,
-        out_per_px[0] * grid.l0_per_out * info.mpp,
+        spec.classes,
+        l0_per_px[0] * info.mpp,
         None if familiarity is None else familiarity.at(columns_out, rows_out),
     )
-
-
-def _labels(
-    store: MapStore, columns_out: NDArray[np.int64], rows_out: NDArray[np.int64], out_per_px: float
-) -> UInt8Array:
-    """Return the class at these columns and rows of the map, from the coarsest level that is fine enough."""
-    level = pick_level([2**level for level in range(store.spec.levels)], out_per_px)
-    labels = zarr.open_array(store.path / LABELS / str(level), mode="r")
-    return np.asarray(labels[:], dtype=np.uint8)[np.ix_(rows_out // 2**level, columns_out // 2**level)]
 
 
 def _left_out(

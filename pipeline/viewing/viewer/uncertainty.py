@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
 from pipeline.formats.features import Feature
+from pipeline.formats.raster import rasterize
 
 MOST_PIXELS = 4_000_000
 """Pixels of the level of the map in which regions are measured."""
@@ -27,7 +26,9 @@ def uncertainties(features: Sequence[Feature], probs_CHW: NDArray[np.uint8], l0_
     if not features:
         return np.zeros(0, np.float32)
     label_N = np.array([one.label for one in features])
-    owner_HW = _owners(features, probs_CHW.shape[1:], l0_per_px)
+    polygons_l0 = ((number, one.geometry_l0) for number, one in enumerate(features, start=1))
+    height, width = probs_CHW.shape[1:]
+    owner_HW = rasterize(polygons_l0, (height, width), (l0_per_px, l0_per_px))
     inside_HW = owner_HW > 0
     owner = owner_HW[inside_HW] - 1
     own = probs_CHW[:, inside_HW][label_N[owner] - 1, np.arange(owner.size)]
@@ -39,16 +40,3 @@ def uncertainties(features: Sequence[Feature], probs_CHW: NDArray[np.uint8], l0_
         y, x = (min(int(value / l0_per_px), last) for value, last in zip((point.y, point.x), last_yx, strict=True))
         sum_N[n], count_N[n] = probs_CHW[label_N[n] - 1, y, x], 1
     return np.asarray(1 - sum_N / count_N / 255, np.float32)
-
-
-def _owners(features: Sequence[Feature], size_HW: tuple[int, ...], l0_per_px: float) -> NDArray[np.int32]:
-    """Return the number of the region of each pixel, from 1; 0 for none."""
-    picture = Image.new("I", (size_HW[1], size_HW[0]))
-    drawing = ImageDraw.Draw(picture)
-    # Large regions first: a region in the hole of another one is smaller.
-    for n in sorted(range(len(features)), key=lambda n: -features[n].geometry_l0.area):
-        polygon = features[n].geometry_l0
-        for ring, fill in [(polygon.exterior, n + 1), *((hole, 0) for hole in polygon.interiors)]:
-            xy = shapely.get_coordinates(ring) / l0_per_px
-            drawing.polygon([tuple(point) for point in xy.tolist()], fill=fill)
-    return np.asarray(picture, np.int32)

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from models.tissue_class import TissueClass
 from pipeline.formats import slide_picture
-from pipeline.formats.ome_zarr import MapSpec, MapStore
+from pipeline.formats.features import read_features
+from pipeline.formats.ome_zarr import MapSpec
 from pipeline.formats.slide_picture import SlidePicture, picture_slide
 from pipeline.slide.recipe import plan_slide, segment_slide
-from tests.pipeline.fakes import COLORS, CORNER, REGIONS, SMALL, color_predictor, stating_bounds
+from tests.pipeline.fakes import COLORS, CORNER, REGIONS, SMALL, color_predictor, labels_of, run_of, stating_bounds
 from tests.slides import GLASS, painted, write_slide
 from wsi.readers import READERS
 
@@ -35,8 +38,8 @@ def picture_of(path: Path, monkeypatch: pytest.MonkeyPatch, longest_px: int) -> 
     _, slide, tissue, plan = plan_slide(path, color_predictor().card, SMALL)
     with slide:
         spec = MapSpec("slide", plan.grid.size_out, CLASSES, plan.grid.mpp_out, chunk=32)
-        assert spec.levels == 5
-        return picture_slide(slide, tissue, plan.grid, MapStore(path.parent / "slide" / "slide.ome.zarr", spec))
+        features = read_features(path.parent / "slide" / "slide.parquet", CLASSES)
+        return picture_slide(slide, tissue, plan.grid, spec, features)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +72,25 @@ def test_a_picture_has_the_classes_of_its_map(slide_path: Path, monkeypatch: pyt
     assert picture.classes == CLASSES
     assert np.unique(picture.labels_HW).tolist() == [0, 1, 2]
     assert (picture.labels_HW == 2).sum() == 320 * 256
+
+
+def test_a_picture_shows_no_region_that_is_too_small_for_a_polygon(tmp_path: Path) -> None:
+    """The label image has the specks, and the polygons, areas and legend do not."""
+    specks = [((200 + 40 * i, 480, 12, 12), COLORS[1]) for i in range(20)]
+    path = write_slide(tmp_path / "slide.svs", painted((1280, 832), REGIONS[0], *specks), mpp=1.0)
+    config = replace(SMALL, min_area_um2=2000.0)
+    result = segment_slide(path, tmp_path / "out", color_predictor(), config)
+    assert result.folder is not None
+    assert np.unique(labels_of(result.folder)).tolist() == [0, 1, 2]
+    assert run_of(result.folder)["class_areas_mm2"]["class-1"] == 0
+    _, slide, tissue, plan = plan_slide(path, color_predictor().card, config)
+    with slide:
+        spec = MapSpec("slide", plan.grid.size_out, CLASSES, plan.grid.mpp_out, chunk=32)
+        features = read_features(result.folder / "slide.parquet", CLASSES)
+        picture = picture_slide(slide, tissue, plan.grid, spec, features)
+    assert np.unique(picture.labels_HW).tolist() == [0, 1]
+    with Image.open(result.folder / "preview.png") as preview:
+        purple_HW = (np.asarray(preview.convert("RGB")) == COLORS[1]).all(axis=2)
+    panel_HW = purple_HW[:, purple_HW.shape[1] // 2 :]
+    assert purple_HW.any(), "the slide on the left has the specks"
+    assert not panel_HW.any(), "its classes on the right do not"

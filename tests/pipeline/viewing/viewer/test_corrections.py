@@ -121,10 +121,18 @@ def test_holes_and_regions_below_a_pixel_have_their_own_uncertainty() -> None:
     ]
     probs_CHW = np.zeros((2, 10, 10), np.uint8)
     probs_CHW[0] = 204
-    probs_CHW[:, 3:5, 3:5] = [[[0]], [[255]]]
+    probs_CHW[:, 2:6, 2:6] = [[[0]], [[255]]]
     probs_CHW[1, 9, 9] = 51
-    found = uncertainties(features, probs_CHW, 10.0)
-    assert found[0] == pytest.approx(0.2)
-    assert 0 < found[1] < 0.9, "its inner pixels are certain, its border is not"
-    assert found[2] == pytest.approx(0.8)
+    assert uncertainties(features, probs_CHW, 10.0).tolist() == pytest.approx([0.2, 0, 0.8])
     assert uncertainties([], probs_CHW, 1.0).shape == (0,)
+
+
+def test_a_region_inside_a_thin_ring_keeps_its_pixels() -> None:
+    """The ring has the smaller area, though it surrounds the region."""
+    one, other = TissueClass("a", (1, 2, 3)), TissueClass("b", (4, 5, 6))
+    inner = shapely.box(10, 10, 90, 90)
+    ring = shapely.box(0, 0, 100, 100).difference(inner)
+    probs_CHW = np.zeros((2, 10, 10), np.uint8)
+    probs_CHW[0], probs_CHW[1, 1:9, 1:9] = 204, 51
+    features = [Feature("x", 1, one, 0, ring), Feature("y", 2, other, 0, inner)]
+    assert uncertainties(features, probs_CHW, 10.0).tolist() == pytest.approx([0.2, 0.8])
