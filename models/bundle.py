@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -363,11 +363,29 @@ def save_bundle(
     Kernels are stored in float16 and vectors in float32. An encoder that is the classifier's backbone is not stored: a
     loaded segmenter has the classifier's weights there. `weights` of the card is set to the digests of the files. The
     card has `familiarity` if there are `statistics`.
+    Raises ArchitectureError if the card's segmenter shares the classifier's backbone, but these networks do not.
     """
+    if card.segmenter.shared_backbone:
+        _check_shared(segmenter, classifier)
     contents = {CLASSIFIER_FILE: _serialize(classifier), SEGMENTER_FILE: _serialize(_stored_part(segmenter, card))}
     digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
     weights = WeightsCard(classifier=digests[CLASSIFIER_FILE], segmenter=digests[SEGMENTER_FILE])
     return _write_bundle(folder, card.model_copy(update={"weights": weights}), contents, statistics)
+
+
+def _check_shared(segmenter: nn.Module, classifier: nn.Module) -> None:
+    """Raise ArchitectureError unless the segmenter's encoder has the weights of the classifier's backbone."""
+    import torch
+
+    from models.segmenter import encoder_network
+
+    backbone: Any = classifier.backbone
+    ours, theirs = encoder_network(segmenter).state_dict(), backbone.net.state_dict()
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+        raise ArchitectureError(
+            "segmenter.shared_backbone is true, but the segmenter's encoder is not the classifier's backbone; "
+            "its weights would be lost"
+        )
 
 
 def replace_card(bundle: Bundle, card: ModelCard, statistics: Statistics | None) -> Bundle:

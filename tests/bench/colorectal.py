@@ -5,7 +5,8 @@
 
 Each fold leaves one slide out, validates on another and trains both networks on the rest. A classifier predicts the
 class of a tile from the mean of its class map over the tile, so that its figures compare with those of a linear probe.
-The map of both networks is measured on images composed of the left-out slide. Finished folds are not repeated.
+The map of both networks is measured on images composed of the left-out slide. Finished folds are not repeated, and a
+folder holds the folds of one recipe.
 """
 
 from __future__ import annotations
@@ -69,10 +70,21 @@ def main() -> None:
         print(table_of({"validation": (scores_NK, labels_NK)}, dataset.class_names))
         return
     config = train_config("default", None, options.set, dataset.card.settings)
+    _check_recipe(options.output, {"dataset": options.dataset, "images": options.images, "set": options.set})
     for slide in options.slides:
         run_fold(fold(dataset, slide, options.images), slide, options.output, config)
     print(table(options.output, dataset.class_names), gate_table(options.output), sep="\n\n")
     print(map_table(options.output, dataset.class_names))
+
+
+def _check_recipe(output: Path, recipe: Mapping[str, Any]) -> None:
+    """Write the recipe into the folder, or raise SystemExit if its folds have another one: tables would mix the two."""
+    file = output / "recipe.json"
+    if not file.is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(recipe))
+    elif (earlier := json.loads(file.read_text())) != recipe:
+        raise SystemExit(f"{output} has folds of {earlier}, not of {dict(recipe)}; choose another folder")
 
 
 def fold(dataset: Dataset, slide: str, images: int) -> Dataset:

@@ -112,6 +112,20 @@ def test_a_shared_backbone_is_stored_once(tmp_path: Path) -> None:
         load_networks(load_bundle(bundle.path))
 
 
+@pytest.mark.parametrize("stages", [4, 5])
+def test_a_trained_encoder_is_not_dropped_as_a_shared_one(tmp_path: Path, stages: int) -> None:
+    classifier = Classifier("tf_efficientnet_lite0", "gap", 2, depth=stages)
+    segmenter = build_segmenter("tu-tf_efficientnet_lite0", 2, decoder_channels=16, shared_backbone=True)
+    parts = SegmenterCard(
+        encoder="tu-tf_efficientnet_lite0", depth=4, rates=(1, 2, 4), decoder_channels=16, shared_backbone=True
+    )
+    own = ClassifierCard(backbone="tf_efficientnet_lite0", head="gap", depth=stages, stride=16)
+    card = _real_card().model_copy(update={"classifier": own, "segmenter": parts})
+    with pytest.raises(ArchitectureError, match=r"encoder is not the classifier's backbone; its weights would be lost"):
+        save_bundle(tmp_path / "b", card, classifier, segmenter)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_digest_covers_the_card_and_the_card_contains_the_weights_digests(folder: Path) -> None:
     bundle = load_bundle(folder)
     assert bundle.digest == hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
