@@ -66,6 +66,7 @@ ROWS = {
     "ours-labels": Row("… without the labels of overlapping patches", "default", ("overlap_labels=false",), "ours"),
     "ours-ema": Row("… without averaged weights", "default", ("ema=0.0",)),
     "ours-pda": Row("… with PDA", "default", ("attention=pda",)),
+    "ours-layers": Row("… with pseudo masks of two layers", "default", ("layer_weights=[0.0, 0.3, 0.7]",)),
     "ours-pcam": Row("… with PCAM instead of the area head", "default", ("head=pcam", "cam=pcam")),
     "ours-lfi": Row("… with LFI-CAM", "default", ("head=lfi-release", "cam=lfi-cam")),
     "ours-abn": Row("… with ABN", "default", ("head=abn", "cam=abn")),

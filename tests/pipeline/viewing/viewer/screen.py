@@ -20,10 +20,16 @@ PINK_AT, PURPLE_AT = (250, 600), (600, 400)
 
 
 def settle(page: Page) -> None:
-    """Wait until every tile and outline of the view is drawn."""
+    """Wait until the view stands still, and every tile and outline of it is drawn.
+
+    OpenSeadragon starts a movement with the next frame, so `isAnimating` alone can be false just after a key press.
+    """
     until(
         page,
         """window.wsiView && wsiView.osd.world.getItemCount() && !wsiView.osd.isAnimating()
+        && ((v, now, then) => ['x', 'y', 'width'].every((k) => Math.abs(now[k] - then[k]) < 1e-9)
+          && v.getRotation(true) === v.getRotation(false))(
+            wsiView.osd.viewport, wsiView.osd.viewport.getBounds(true), wsiView.osd.viewport.getBounds(false))
         && [...Array(wsiView.osd.world.getItemCount()).keys()].every((i) => {
           const item = wsiView.osd.world.getItemAt(i); return !item.getOpacity() || item.getFullyLoaded(); })
         && (!wsiView.outlines.opacity || (wsiView.outlines.front?.final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from pipeline.labeling.corrections import read_corrections
+from pipeline.viewing.viewer.results import find_results
 from tests.browser import audited_page, axe_findings, screenshot, until
-from tests.pipeline.viewing.viewer.conftest import Site
+from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.pipeline.viewing.viewer.screen import color_at, place_on_screen, said, settle, show
 
 if TYPE_CHECKING:  # most test runs need no browser
@@ -85,19 +87,20 @@ def test_the_next_region_by_area_and_by_uncertainty_comes_into_view(page: Page, 
 
 
 def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
-    browser: Browser, own_site: Site, tmp_path: Path
+    browser: Browser, results_folder: Path, tmp_path: Path
 ) -> None:
+    shutil.copytree(next(results_folder.glob("block*")), tmp_path / "results" / "a")
     with browser.new_context() as context:
         opened = context.new_page()
-        show(opened, own_site, "#x=640&y=416&zoom=0.7")
-        opened.keyboard.press("c")
-        opened.mouse.click(*place_on_screen(opened, *PURPLE_AT))
-        said(opened, "Selected: class-1")
-        opened.route("**/corrections", lambda route: route.abort())
+        with serving(find_results(tmp_path / "results")) as gone:
+            show(opened, gone, "#x=640&y=416&zoom=0.7")
+            opened.keyboard.press("c")
+            opened.mouse.click(*place_on_screen(opened, *PURPLE_AT))
+            said(opened, "Selected: class-1")
         opened.keyboard.press("1")
         until(opened, "document.getElementById('notes').textContent.includes('NOT saved: wsi-view has ended')")
         assert opened.locator("#corrections-saved").inner_text() == ""
-        assert saved(own_site) == []
+        assert saved(gone) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
