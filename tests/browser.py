@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 if TYPE_CHECKING:  # most test runs do not need a browser
-    from playwright.sync_api import Browser, Page, Route
+    from playwright.sync_api import Browser, Locator, Page, Route
 
 FLAGS = (
     "--no-sandbox",
@@ -115,8 +115,24 @@ def screenshot(page: Page, name: str, folder: Path, *, whole: bool = True) -> Pa
     """Save the page as `name`.png in the folder WSI_SEGMENT_SCREENSHOTS, or in `folder` if that is not set."""
     path = Path(os.environ.get("WSI_SEGMENT_SCREENSHOTS") or folder) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=path, full_page=whole)
+    path.write_bytes(capture(page, full_page=whole))
     return path
+
+
+def capture(target: Page | Locator, **options: Any) -> bytes:
+    """Return the PNG of a page or an element, with Playwright's `options` of a screenshot.
+
+    Chromium sometimes refuses the first capture after its start, and takes the next one
+    (github.com/MarketSquare/robotframework-browser/issues/5237). Only this refusal is tried a second time.
+    """
+    from playwright.sync_api import Error
+
+    try:
+        return target.screenshot(**options)
+    except Error as refusal:
+        if "Unable to capture screenshot" not in str(refusal):
+            raise
+    return target.screenshot(**options)
 
 
 def axe_findings(page: Page) -> list[str]:

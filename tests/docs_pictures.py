@@ -9,6 +9,7 @@ Run it after a change of the pages or of the default model, and look at the pict
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from pipeline.viewing.viewer.app import make_app
 from pipeline.viewing.viewer.results import find_results
-from tests.browser import FLAGS, chromium, until
+from tests.browser import FLAGS, capture, chromium, until
 from tests.local_server import serving_app
 from tests.pipeline.viewing.viewer.screen import place_on_screen, settle
 from tests.repository import REPOSITORY
@@ -84,13 +85,11 @@ def correct(page: Page) -> None:
 
 def save(page: Page, file: Path) -> None:
     """Save the page as a JPEG or a PNG."""
-    with tempfile.NamedTemporaryFile(suffix=".png") as shot:
-        page.screenshot(path=shot.name)
-        picture = Image.open(shot.name).convert("RGB")
-        if file.suffix == ".jpg":
-            picture.save(file, quality=80)
-        else:
-            picture.save(file, optimize=True)
+    picture = Image.open(io.BytesIO(capture(page))).convert("RGB")
+    if file.suffix == ".jpg":
+        picture.save(file, quality=80)
+    else:
+        picture.save(file, optimize=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Error, Page
 
-from tests.browser import axe_findings, is_local, screenshot, watched_page
+from tests.browser import axe_findings, capture, is_local, screenshot, watched_page
 
 GOOD = '<!doctype html><html lang="en"><title>good</title><main><h1>Good</h1></main></html>'
 
@@ -19,6 +19,33 @@ def test_page_runs_scripts_and_is_pictured(page: Page, tmp_path: Path, monkeypat
     assert page.title() == "42"
     assert screenshot(page, "good", tmp_path).read_bytes().startswith(b"\x89PNG")
     assert axe_findings(page) == []
+
+
+@pytest.mark.parametrize(
+    ("refusals", "pictured"),
+    [
+        (["Page.captureScreenshot: Unable to capture screenshot"], True),
+        (["Unable to capture screenshot", "Unable to capture screenshot"], False),
+        (["Target crashed"], False),
+    ],
+)
+def test_a_refused_capture_is_tried_once_more(
+    page: Page, monkeypatch: pytest.MonkeyPatch, refusals: list[str], pictured: bool
+) -> None:
+    left = list(refusals)
+
+    def screenshot_or_refusal(*, full_page: bool) -> bytes:
+        if left:
+            raise Error(left.pop(0))
+        return b"picture" if full_page else b""
+
+    monkeypatch.setattr(page, "screenshot", screenshot_or_refusal)
+    if pictured:
+        assert capture(page, full_page=True) == b"picture"
+    else:
+        with pytest.raises(Error, match=refusals[-1]):
+            capture(page, full_page=True)
+    assert left == []
 
 
 @pytest.mark.parametrize(

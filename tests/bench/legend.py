@@ -30,7 +30,7 @@ from pipeline.training.palettes import CLASS_COLORS
 from pipeline.viewing.viewer.app import make_app
 from pipeline.viewing.viewer.results import find_results
 from tests.bench.palettes import TISSUES
-from tests.browser import FLAGS, chromium, until
+from tests.browser import FLAGS, capture, chromium, until
 from tests.local_server import serving_app
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
 from tests.pipeline.fakes import SMALL
@@ -70,7 +70,7 @@ def shot(page: Page, url: str) -> NDArray[np.float64]:
     page.goto(url)
     until(page, "window.wsiView?.osd.world.getItemCount() > 1 && wsiView.osd.world.getItemAt(1).getFullyLoaded()")
     page.wait_for_timeout(300)
-    return np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(float)
+    return np.asarray(Image.open(io.BytesIO(capture(page))).convert("RGB")).astype(float)
 
 
 def distances(page: Page, url: str, color: Color) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.browser import FLAGS, chromium, screenshot, watch
+from tests.browser import FLAGS, capture, chromium, screenshot, watch
 from tests.interop.conftest import Shown
 from tests.interop.vitessce import CONFIGURATION
 
@@ -71,7 +71,7 @@ def webgl_page(webgl_browser: Browser) -> Iterator[Page]:
 
 def picture(page: Page) -> NDArray[np.uint8]:
     """Return Vitessce's view of the image, as rgb_HWC."""
-    return np.asarray(Image.open(io.BytesIO(page.locator("canvas").first.screenshot())).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(capture(page.locator("canvas").first))).convert("RGB"))
 
 
 def box_of(rgb_HWC: NDArray[np.uint8], color: tuple[int, int, int]) -> tuple[int, int, int, int]:

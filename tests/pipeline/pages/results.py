@@ -15,6 +15,7 @@ from pipeline.formats.slide_picture import SlidePicture
 from pipeline.pages.slide_page import write_slide_page
 from pipeline.results.record import write_run
 from pipeline.results.slide_result import SlideResult
+from tests.browser import capture
 from tests.pipeline.fakes import run_of
 from tests.pipeline.runs import IDENTITY, make_run
 from wsi.left_out import LeftOut
@@ -78,7 +79,7 @@ def row(page: Page, name: str) -> str:
 
 def stage(page: Page) -> NDArray[np.int16]:
     """Return a screenshot of the slide and its classes, as rgb_HWC."""
-    return np.asarray(Image.open(io.BytesIO(page.locator("#stage").screenshot())).convert("RGB")).astype(np.int16)
+    return np.asarray(Image.open(io.BytesIO(capture(page.locator("#stage")))).convert("RGB")).astype(np.int16)
 
 
 def near(rgb_HWC: NDArray[np.int16], color: tuple[int, int, int], within: int = 40) -> NDArray[np.bool_]:

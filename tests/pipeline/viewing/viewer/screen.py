@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.browser import until
+from tests.browser import capture, until
 from tests.pipeline.viewing.viewer.conftest import Site
 
 if TYPE_CHECKING:  # most test runs need no browser
@@ -62,7 +62,7 @@ def picture(data: bytes) -> NDArray[np.float64]:
 
 def color_at(page: Page, x: float, y: float) -> NDArray[np.float64]:
     """Return the mean color of the 9×9 screen pixels around a level-0 place."""
-    shot = picture(page.screenshot())
+    shot = picture(capture(page))
     left, top = (round(v) for v in place_on_screen(page, x, y))
     mean_C: NDArray[np.float64] = shot[top - 4 : top + 5, left - 4 : left + 5].mean(axis=(0, 1))
     return mean_C

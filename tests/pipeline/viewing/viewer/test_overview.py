@@ -20,7 +20,7 @@ from pipeline.viewing.viewer import slide_tiles
 from pipeline.viewing.viewer.overview import UNREAD, Overview
 from pipeline.viewing.viewer.results import Result, find_results
 from pipeline.viewing.viewer.slide_tiles import SlideTiles
-from tests.browser import until
+from tests.browser import capture, until
 from tests.pipeline.fakes import SMALL, color_predictor
 from tests.pipeline.viewing.viewer.conftest import Site, serving, textured
 from tests.slides import reduce, write_slide
@@ -174,7 +174,7 @@ def center_color(page: Page) -> list[int]:
     box = page.locator("#stage").bounding_box()
     assert box is not None
     clip = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "width": 1, "height": 1}
-    shot = Image.open(io.BytesIO(page.screenshot(clip=clip)))  # type: ignore[arg-type]
+    shot = Image.open(io.BytesIO(capture(page, clip=clip)))
     return [int(value) for value in np.asarray(shot.convert("RGB"))[0, 0]]
 
 

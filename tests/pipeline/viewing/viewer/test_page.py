@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.browser import audited_page, axe_findings, screenshot, until, watched_page
+from tests.browser import audited_page, axe_findings, capture, screenshot, until, watched_page
 from tests.cases import full
 from tests.pipeline.fakes import COLORS
 from tests.pipeline.viewing.viewer.conftest import Site, textured
@@ -47,7 +47,7 @@ def test_the_slide_has_its_position_and_colors(shared_page: Page, site: Site) ->
     # The border between glass and pink is at x = 160. A few screen pixels away, each side has its own color.
     for x, expected in ((160 - 9, GLASS_AT), (160 + 9, PINK_AT)):
         left, top = (round(v) for v in place_on_screen(shared_page, x, 416))
-        shot = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(float)
+        shot = np.asarray(Image.open(io.BytesIO(capture(shared_page))).convert("RGB")).astype(float)
         strip = shot[top - 60 : top + 60, left - 1 : left + 2].mean(axis=(0, 1))
         assert np.abs(strip - slide_color(*expected, 0.1)).max() < 14
 
@@ -150,9 +150,9 @@ def test_the_class_at_the_center_is_announced_without_outlines(shared_page: Page
 
 def test_outlines_are_drawn_on_the_borders_in_the_classes_colors(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=420&y=400&zoom=2&map=0&outlines=0")
-    without = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(int)
+    without = np.asarray(Image.open(io.BytesIO(capture(shared_page))).convert("RGB")).astype(int)
     show(shared_page, site, "#x=420&y=400&zoom=2&map=0&outlines=1")
-    with_ = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(int)
+    with_ = np.asarray(Image.open(io.BytesIO(capture(shared_page))).convert("RGB")).astype(int)
     left, top = (round(v) for v in place_on_screen(shared_page, 416, 400))
     changed = np.flatnonzero(
         np.abs(with_[top, left - 60 : left + 60] - without[top, left - 60 : left + 60]).max(axis=1) > 12
@@ -174,7 +174,7 @@ def test_outlines_run_below_the_navigator(shared_page: Page, site: Site) -> None
         assert box is not None
         assert box["x"] < left < box["x"] + box["width"]
         assert box["y"] < top < box["y"] + box["height"]
-        shot = np.asarray(Image.open(io.BytesIO(shared_page.screenshot())).convert("RGB")).astype(int)
+        shot = np.asarray(Image.open(io.BytesIO(capture(shared_page))).convert("RGB")).astype(int)
         pictures.append(shot[round(top) - 4 : round(top) + 4, round(left) - 9 : round(left) + 9])
     assert np.abs(pictures[0] - pictures[1]).max() < 12
 
@@ -208,7 +208,7 @@ def test_the_address_restores_the_place_and_the_layers(shared_page: Page, site: 
     url, view = shared_page.url, shared_page.evaluate("() => wsiView.view()")
     assert view["x"] > 600
     assert view["zoom"] == pytest.approx(1.25 * 1.5, rel=0.01)
-    picture = shared_page.screenshot()
+    picture = capture(shared_page)
     shared_page.goto("about:blank")
     shared_page.goto(url)
     settle(shared_page)
@@ -218,7 +218,7 @@ def test_the_address_restores_the_place_and_the_layers(shared_page: Page, site: 
     assert shared_page.get_by_role("checkbox", name=re.compile("Outlines")).is_checked() is False
     assert shared_page.get_by_role("checkbox", name=re.compile("Probabilities")).is_checked()
     one, two = (
-        np.asarray(Image.open(io.BytesIO(p)).convert("RGB")).astype(int) for p in (picture, shared_page.screenshot())
+        np.asarray(Image.open(io.BytesIO(p)).convert("RGB")).astype(int) for p in (picture, capture(shared_page))
     )
     assert np.abs(one - two)[60:840, 60:900].mean() < 1.5
 

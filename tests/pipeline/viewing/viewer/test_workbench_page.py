@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.results.record import read_run, write_run
 from pipeline.viewing.viewer.results import find_results
-from tests.browser import audited_page, axe_findings, screenshot, until
+from tests.browser import audited_page, axe_findings, capture, screenshot, until
 from tests.pipeline.fakes import COLORS, labels_of, probs_of
 from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.pipeline.viewing.viewer.screen import (
@@ -107,9 +107,9 @@ def test_a_turned_slide_keeps_its_layers_outlines_and_places_together(page: Page
     assert "turn=90" in page.url
     show(page, site, "#x=420&y=400&zoom=2&map=0&outlines=0&turn=30")
     edge = place_on_screen(page, 416, 400)
-    without = picture(page.screenshot())
+    without = picture(capture(page))
     show(page, site, "#x=420&y=400&zoom=2&map=0&outlines=1&turn=30")
-    changed = np.abs(picture(page.screenshot()) - without).max(axis=2) > 12
+    changed = np.abs(picture(capture(page)) - without).max(axis=2) > 12
     left, top = (round(v) for v in edge)
     assert changed[top - 10 : top + 11, left - 10 : left + 11].any(), "the outline lies on the turned border"
     assert not changed[top - 100 : top - 60, left - 10 : left + 11].all()
@@ -142,7 +142,7 @@ def test_the_slide_without_layers_moves_together_with_the_first_view(page: Page,
     box = page.locator("#bare").bounding_box()
     assert box is not None
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    shot = picture(page.screenshot())
+    shot = picture(capture(page))
     bare = shot[round(middle[1]) - 4 : round(middle[1]) + 5, round(middle[0]) - 4 : round(middle[0]) + 5].mean((0, 1))
     assert np.abs(color_at(page, start["x"], start["y"]) - COLORS[1]).max() < 4
     assert np.abs(bare - COLORS[1]).max() > 8, "the slide's own texture"
@@ -186,7 +186,7 @@ def test_outlines_are_single_and_thin_below_2x(page: Page, site: Site) -> None:
         pictures = []
         for outlines in (0, 1):
             show(page, site, f"#x=640&y=416&zoom={zoom}&map=0&outlines={outlines}")
-            pictures.append(picture(page.screenshot()))
+            pictures.append(picture(capture(page)))
         left, top = (round(v) for v in place_on_screen(page, 416, 400))
         changed = np.abs(pictures[1] - pictures[0])[top, left - 12 : left + 12].max(axis=1) > 12
         widths.append(int(changed.sum()))
