@@ -92,7 +92,7 @@ def build_classifier(config: TrainConfig, classes: int) -> Classifier:
     Raises ArchitectureError for unknown parts, and TrainError if the weights are missing or do not fit.
     """
     classifier = Classifier(config.backbone, config.head, classes, config.depth, config.layer_heads)
-    load_start(classifier.backbone.net, config.weights)
+    load_start(classifier.backbone.net, config.weights, config.backbone)
     if config.xavier_head:
         for module in classifier.head.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

