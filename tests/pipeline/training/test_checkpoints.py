@@ -86,7 +86,7 @@ def test_resnet38d_starts_from_a_converted_checkpoint_of_the_release(tmp_path: P
     torch.save(state | {"module.fc8.weight": torch.zeros(4, 4096, 1, 1)}, tmp_path / "release.pth")
     main([str(tmp_path / "release.pth"), "resnet38d", "-o", str(tmp_path / "start.safetensors")])
     target = Backbone("resnet38d").net
-    load_start(target, str(tmp_path / "start.safetensors"))
+    load_start(target, str(tmp_path / "start.safetensors"), "network")
     assert sum(parameter.numel() for parameter in target.parameters()) == 105_070_912
     x_NCHW = torch.rand(1, 3, 32, 32)
     with torch.inference_mode():
@@ -104,7 +104,7 @@ def test_the_encoder_starts_from_the_backbone_of_a_published_deeplab(
     main([str(tmp_path / "deeplab.pth.tar"), "resnet18", "-o", str(tmp_path / "start.safetensors")])
     assert f"{len(source)} tensors of resnet18" in capsys.readouterr().out
     target = from_zero(encoder)
-    load_start(target, str(tmp_path / "start.safetensors"))
+    load_start(target, str(tmp_path / "start.safetensors"), "network")
     assert all(torch.equal(tensor, source[name]) for name, tensor in target.state_dict().items())
 
 
@@ -160,8 +160,8 @@ def test_training_refuses_a_pickle_and_names_the_converter(tmp_path: Path) -> No
     file = tmp_path / "start.pth"
     torch.save({"weight": torch.zeros(1)}, file)
     with pytest.raises(TrainError, match=r"start\.pth: not a safetensors file; convert it with python -m pipeline"):
-        load_start(nn.Linear(1, 1), str(file))
+        load_start(nn.Linear(1, 1), str(file), "network")
     safetensors.torch.save_file({"weight": torch.ones(1, 1), "bias": torch.ones(1)}, tmp_path / "start.safetensors")
     linear = nn.Linear(1, 1)
-    load_start(linear, str(tmp_path / "start.safetensors"))
+    load_start(linear, str(tmp_path / "start.safetensors"), "network")
     assert linear.weight.item() == 1

