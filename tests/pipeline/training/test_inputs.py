@@ -86,7 +86,7 @@ def test_the_encoder_and_a_truncated_backbone_start_from_the_same_file(tmp_path:
     encoder = build_segmenter(f"tu-{backbone}", 2).encoder
     assert isinstance(encoder, nn.Module)
     for network in (encoder.get_submodule("model"), Classifier(backbone, "gap", 2, depth=4).backbone.net):
-        load_start(network, str(tmp_path / "start.safetensors"), "linear")
+        load_start(network, str(tmp_path / "start.safetensors"), backbone)
         state = network.state_dict()
         assert len(state) > 50
         assert all(torch.equal(tensor, source[name]) for name, tensor in state.items())
