@@ -8,14 +8,13 @@ dense areas without sharp borders are compact, and on a dark slide everything is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from wsi.masks import Mask, close, pieces, strips
-from wsi.stain import Densities, densities, densities_in
+from wsi.masks import Mask, close, grow, patches, pieces, wider
+from wsi.stain import densities
 
 MIN_FOLD_UM2 = 10_000.0
 """Smaller dark spots are dense tissue."""
@@ -46,17 +45,17 @@ def find_folds(rgb_HWC: NDArray[np.uint8], tissue_HW: Mask, glass: _Glass, mpp: 
     """Return the folds in the tissue of a thumbnail with pixels of `mpp` micrometers."""
     cell = max(1, round(_CELL_UM / mpp))
     around_hwC = _surroundings(rgb_HWC, tissue_HW, glass, cell)
+    least_hw = _RATIO * around_hwC.mean(axis=2)
     dark_HW = np.zeros_like(tissue_HW)
-    for rows, columns, part in _tissue_densities(rgb_HWC, tissue_HW, glass):
+    for rows, columns in patches(tissue_HW):
+        part = densities(rgb_HWC, rows, columns, glass)
         rows_h, columns_w = (np.arange(one.start, one.stop) // cell for one in (rows, columns))
-        here_HWC = around_hwC[rows_h][:, columns_w]
         mean_HW = part.mean_HW
-        dark_HW[rows, columns] = (
-            tissue_HW[rows, columns]
-            & (mean_HW > _MIN_DENSITY)
-            & (mean_HW > _RATIO * here_HWC.mean(axis=2))
-            & _is_between(_red_share(part.od_HWC, here_HWC), _RED_SHARE_OF_PIXEL)
-        )
+        here_HW = tissue_HW[rows, columns] & (mean_HW > _MIN_DENSITY) & (mean_HW > least_hw[rows_h][:, columns_w])
+        y_N, x_N = np.nonzero(here_HW)
+        share_N = _red_share(part.od_CHW[:, y_N, x_N], around_hwC[rows_h[y_N], columns_w[x_N]].T)
+        here_HW[y_N, x_N] = _is_between(share_N, _RED_SHARE_OF_PIXEL)
+        dark_HW[rows, columns] = here_HW
     found = pieces(close(dark_HW) & tissue_HW)
     keep = found.sizes() >= MIN_FOLD_UM2 / mpp**2
     for label, place in enumerate(ndimage.find_objects(found.labels_HW), start=1):
@@ -65,17 +64,6 @@ def find_folds(rgb_HWC: NDArray[np.uint8], tissue_HW: Mask, glass: _Glass, mpp: 
                 rgb_HWC, tissue_HW, glass, around_hwC[_middle(place, cell)], found.labels_HW, label, place
             )
     return found.chosen(keep)
-
-
-def _tissue_densities(
-    rgb_HWC: NDArray[np.uint8], tissue_HW: Mask, glass: _Glass
-) -> Iterator[tuple[slice, slice, Densities]]:
-    """Yield the rows and columns that surround the tissue of each strip, and the densities in them."""
-    for rows in strips(tissue_HW.shape):
-        (found,) = np.nonzero(tissue_HW[rows].any(axis=0))
-        if found.size:
-            columns = slice(int(found[0]), int(found[-1]) + 1)
-            yield rows, columns, densities_in(rgb_HWC, rows, columns, glass)
 
 
 def _middle(place: tuple[slice, slice], cell: int) -> tuple[int, int]:
@@ -92,17 +80,14 @@ def _surroundings(rgb_HWC: NDArray[np.uint8], tissue_HW: Mask, glass: _Glass, ce
     height, width = tissue_HW.shape
     counts_hw = np.zeros((-(-height // cell), -(-width // cell)))
     sums_hwC = np.zeros((*counts_hw.shape, 3))
-    for rows, columns, part in _tissue_densities(rgb_HWC, tissue_HW, glass):
-        place_W = np.arange(columns.start, columns.stop) // cell
-        place_HW = (np.arange(rows.start, rows.stop) // cell)[:, None] * counts_hw.shape[1] + place_W
-        inside_HW = tissue_HW[rows, columns]
-        place_N = place_HW[inside_HW]
-        # Whole numbers, so that the sums do not depend on the strips.
-        weight_N = np.round(part.mean_HW[inside_HW].astype(np.float64) * 1e3)
-        od_NC = np.round(part.od_HWC[inside_HW].astype(np.float64) * 1e4) * weight_N[:, None]
-        counts_hw += np.bincount(place_N, weight_N, counts_hw.size).reshape(counts_hw.shape)
+    for rows, columns in patches(tissue_HW):
+        part = densities(rgb_HWC, rows, columns, glass)
+        # Whole numbers, so that the sums do not depend on the patches.
+        weight_HW = np.round(part.mean_HW.astype(np.float64) * 1e3) * tissue_HW[rows, columns]
+        _add_cells(counts_hw, weight_HW, rows, columns, cell)
         for c in range(3):
-            sums_hwC[..., c] += np.bincount(place_N, od_NC[:, c], counts_hw.size).reshape(counts_hw.shape)
+            od_HW = np.round(part.od_CHW[c].astype(np.float64) * 1e4)
+            _add_cells(sums_hwC[..., c], od_HW * weight_HW, rows, columns, cell)
     window = np.ones((_CELLS_AROUND, _CELLS_AROUND))
     counts_hw = ndimage.correlate(counts_hw, window, mode="constant")
     for c in range(3):
@@ -110,10 +95,20 @@ def _surroundings(rgb_HWC: NDArray[np.uint8], tissue_HW: Mask, glass: _Glass, ce
     return np.asarray(sums_hwC / np.maximum(counts_hw, 1)[..., None] / 1e4)
 
 
-def _red_share(od_HWC: NDArray[np.floating], around_HWC: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the red density relative to the green one, divided by that of the surroundings."""
-    above_HW = od_HWC[..., 0] * around_HWC[..., 1].astype(np.float64)
-    return np.asarray(above_HW / np.maximum(od_HWC[..., 1] * around_HWC[..., 0].astype(np.float64), 1e-6))
+def _add_cells(
+    sums_hw: NDArray[np.float64], values_HW: NDArray[np.float64], rows: slice, columns: slice, cell: int
+) -> None:
+    """Add the values of some rows and columns to the sums of their cells."""
+    for axis, part in enumerate((rows, columns)):
+        starts = [max(0, start - part.start) for start in range(part.start // cell * cell, part.stop, cell)]
+        values_HW = np.add.reduceat(values_HW, starts, axis=axis)
+    y, x = rows.start // cell, columns.start // cell
+    sums_hw[y : y + values_HW.shape[0], x : x + values_HW.shape[1]] += values_HW
+
+
+def _red_share(od_C: NDArray[np.floating], around_C: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the red density relative to the green one, divided by that of the surroundings, from channels first."""
+    return np.asarray(od_C[0] * around_C[1] / np.maximum(od_C[1] * around_C[0], 1e-6))
 
 
 def _is_between(values: NDArray[np.float64], bounds: tuple[float, float]) -> NDArray[np.bool_]:
@@ -130,21 +125,18 @@ def _is_fold(
     place: tuple[slice, slice],
 ) -> bool:
     """Return whether a dark piece is long, has sharp borders, and has the color of its surroundings `around_C`."""
-    rows, columns = (
-        slice(max(0, part.start - _RIM_PX), min(length, part.stop + _RIM_PX))
-        for part, length in zip(place, labels_HW.shape, strict=True)
-    )
+    rows, columns = (wider(part, _RIM_PX, length) for part, length in zip(place, labels_HW.shape, strict=True))
     inside_HW = labels_HW[rows, columns] == label
     extent_px = math.hypot(*(part.stop - part.start for part in place))
     if inside_HW.sum() > _MAX_FILL * extent_px**2:
         return False
-    part = densities(rgb_HWC[:, columns], rows, glass)
-    od_C = part.od_HWC[inside_HW].mean(axis=0, dtype=np.float64)
+    part = densities(rgb_HWC[:, columns], rows, slice(0, inside_HW.shape[1]), glass)
+    od_NC = np.ascontiguousarray(part.od_CHW[:, inside_HW].T)
+    od_C = od_NC.mean(axis=0, dtype=np.float64)
     if not _is_between(_red_share(od_C, around_C), _RED_SHARE):
         return False
     mean_HW = part.mean_HW
-    near_HW = ndimage.binary_dilation(inside_HW, iterations=_RIM_PX)
-    touching_HW = ndimage.binary_dilation(inside_HW, iterations=2)
+    near_HW, touching_HW = grow(inside_HW, _RIM_PX), grow(inside_HW, 2)
     outside_HW = near_HW & ~touching_HW & tissue_HW[rows, columns]
     if not outside_HW.any():
         return False

@@ -76,8 +76,9 @@ class Extent(NamedTuple):
 
 def extents(left_out_HW: NDArray[np.uint8], mpp: float) -> Mapping[LeftOut, Extent]:
     """Return area and number of pieces of every kind in a layer with pixels of `mpp` micrometers."""
-    present = np.bincount(left_out_HW.ravel(), minlength=len(LeftOut) + 1)
-    return {
-        kind: Extent(float(present[kind]) * mpp**2, pieces(left_out_HW == kind).number if present[kind] else 0)
-        for kind in LeftOut
-    }
+    return {kind: _extent(left_out_HW == kind, mpp) for kind in LeftOut}
+
+
+def _extent(mask_HW: NDArray[np.bool_], mpp: float) -> Extent:
+    present = np.count_nonzero(mask_HW)
+    return Extent(float(present) * mpp**2, pieces(mask_HW).number if present else 0)

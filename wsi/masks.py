@@ -14,6 +14,12 @@ Mask = NDArray[np.bool_]
 WORK_PX = 1 << 19
 """Pixels of the thumbnail that are processed at a time in steps that need more than a few bytes per pixel."""
 
+PATCH_ROWS = 64
+"""Rows of a patch: few, so that patches leave out much of an image that is empty in most places."""
+
+_PATCH_GAP = 64
+"""Patches with fewer columns between them are joined: a patch of its own would take longer than these columns."""
+
 _CLOSE_PX = 2
 """Steps out, and then in, of `close`."""
 
@@ -33,8 +39,12 @@ class Pieces(NamedTuple):
         counts = np.zeros(self.number + 1, np.int64)
         # In strips, because counting makes copies of eight bytes per pixel.
         for rows in strips(self.labels_HW.shape):
-            labels = self.labels_HW[rows] if mask_HW is None else self.labels_HW[rows][mask_HW[rows]]
-            counts += np.bincount(labels.ravel(), minlength=self.number + 1)
+            labels_HW = self.labels_HW[rows]
+            # Label 0, which most pixels have, is subtracted instead of counted.
+            labels_N = labels_HW[labels_HW > 0 if mask_HW is None else mask_HW[rows]]
+            counts += np.bincount(labels_N, minlength=self.number + 1)
+        if mask_HW is None:
+            counts[0] = self.labels_HW.size - counts.sum()
         return counts
 
     def chosen(self, keep: NDArray[np.bool_]) -> Mask:
@@ -43,7 +53,8 @@ class Pieces(NamedTuple):
         keep[0] = False
         chosen_HW = np.empty(self.labels_HW.shape, bool)
         for rows in strips(chosen_HW.shape):
-            chosen_HW[rows] = keep[self.labels_HW[rows]]
+            # Labels are valid indices. With mode="clip", take does not check them, which halves the time.
+            keep.take(self.labels_HW[rows], out=chosen_HW[rows], mode="clip")
         return chosen_HW
 
     def at_the_edge(self) -> NDArray[np.bool_]:
@@ -72,11 +83,30 @@ def strips(shape: tuple[int, ...]) -> list[slice]:
     return [slice(top, min(top + rows, shape[0])) for top in range(0, shape[0], rows)]
 
 
+def patches(mask_HW: Mask, reach: int = 0) -> Iterator[tuple[slice, slice]]:
+    """Yield boxes, as rows and columns, that contain all pixels within `reach` rows and columns of the mask's pixels.
+
+    They do not overlap, and have at most `PATCH_ROWS` rows.
+    """
+    height, width = mask_HW.shape
+    for top in range(0, height, PATCH_ROWS):
+        bottom = min(top + PATCH_ROWS, height)
+        (found,) = np.nonzero(mask_HW[max(0, top - reach) : bottom + reach].any(axis=0))
+        for run in np.split(found, np.flatnonzero(np.diff(found) > 2 * reach + _PATCH_GAP) + 1):
+            if run.size:
+                yield slice(top, bottom), wider(slice(int(run[0]), int(run[-1]) + 1), reach, width)
+
+
+def wider(part: slice, reach: int, length: int) -> slice:
+    """Return a part of an axis with `reach` pixels on both sides, as far as the axis of this length has them."""
+    return slice(max(0, part.start - reach), min(length, part.stop + reach))
+
+
 def close(mask_HW: Mask) -> Mask:
     """Return a mask with gaps of up to four pixels closed. The mask continues beyond the edges of the image."""
     closed_HW = np.empty_like(mask_HW)
     for part_HW, rows, inner in _padded(mask_HW, 2 * _CLOSE_PX):
-        closed_HW[rows] = ndimage.binary_closing(part_HW, iterations=_CLOSE_PX)[inner]
+        closed_HW[rows] = _smaller(_larger(part_HW, _CLOSE_PX), _CLOSE_PX)[inner]
     return closed_HW
 
 
@@ -84,7 +114,7 @@ def grow(mask_HW: Mask, px: int) -> Mask:
     """Return a mask grown by a diamond of this radius."""
     grown_HW = np.empty_like(mask_HW)
     for part_HW, rows, inner in _padded(mask_HW, px):
-        grown_HW[rows] = ndimage.binary_dilation(part_HW, iterations=px)[inner]
+        grown_HW[rows] = _larger(part_HW, px)[inner]
     return grown_HW
 
 
@@ -97,8 +127,29 @@ def thick(mask_HW: Mask, px: int) -> Mask:
     """Return the parts of a mask into which a diamond of this radius fits (morphological opening)."""
     opened_HW = np.empty_like(mask_HW)
     for part_HW, rows, inner in _padded(mask_HW, 2 * px):
-        opened_HW[rows] = ndimage.binary_opening(part_HW, iterations=px)[inner]
+        opened_HW[rows] = _larger(_smaller(part_HW, px), px)[inner]
     return opened_HW
+
+
+def one_px_larger(mask_HW: Mask) -> Mask:
+    """Return a mask with the four neighbors of its pixels."""
+    larger_HW = mask_HW.copy()
+    larger_HW[1:] |= mask_HW[:-1]
+    larger_HW[:-1] |= mask_HW[1:]
+    larger_HW[:, 1:] |= mask_HW[:, :-1]
+    larger_HW[:, :-1] |= mask_HW[:, 1:]
+    return larger_HW
+
+
+def _larger(mask_HW: Mask, px: int) -> Mask:
+    # Shifted masks take a tenth of the time of ndimage.binary_dilation.
+    for _ in range(px):
+        mask_HW = one_px_larger(mask_HW)
+    return mask_HW
+
+
+def _smaller(mask_HW: Mask, px: int) -> Mask:
+    return ~_larger(~mask_HW, px)
 
 
 def _padded(mask_HW: Mask, reach: int) -> Iterator[tuple[Mask, slice, tuple[slice, slice]]]:

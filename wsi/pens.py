@@ -39,6 +39,8 @@ def find_pens(rgb_HWC: NDArray[np.uint8], looks_HW: NDArray[np.uint8], glass: _G
     found = pieces(ink_HW)
     sizes = found.sizes()
     large = sizes >= MIN_PEN_UM2 / mpp**2
+    if not large[1:].any():
+        return np.zeros_like(ink_HW)
     is_pen = large & (found.counts(has_look(looks_HW, Look.SMOOTH)) >= _SMOOTH_SHARE * sizes)
     if (large & ~is_pen)[1:].any():
         inner_HW = shrink(close(ink_HW), _EDGE_PX) & ink_HW
@@ -52,10 +54,11 @@ def _is_even(
 ) -> NDArray[np.bool_]:
     """Return for each label whether the density is the same everywhere in the inner part of the piece."""
     counts, sums, squares = np.zeros((3, found.number + 1))
+    columns = slice(0, inner_HW.shape[1])
     for rows in strips(inner_HW.shape):
         top = max(0, rows.start - _GRAIN_REACH)
         weight_HW = inner_HW[top : rows.stop + _GRAIN_REACH].astype(np.float32)
-        density_HW = _blurred(densities(rgb_HWC, rows, glass, _GRAIN_REACH).mean_HW * weight_HW)
+        density_HW = _blurred(densities(rgb_HWC, rows, columns, glass, _GRAIN_REACH).mean_HW * weight_HW)
         density_HW /= np.maximum(_blurred(weight_HW), 1e-6)
         here_HW = inner_HW[rows]
         labels_N = found.labels_HW[rows][here_HW]

@@ -7,13 +7,14 @@ All quantities are optical densities relative to the slide's own glass: od = ln(
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from wsi.masks import strips
+from wsi.masks import Mask, patches, strips, wider
 
 Floats = NDArray[np.float32]
 
@@ -39,11 +40,14 @@ _PALE_LIGHT, _STAINED_LIGHT = 0.35, 0.15
 _STAINED_MOST, _STAINED_COLOR = 0.2, 0.06
 _GRAY_MOST = 0.12
 _TINT_MOST = 0.05
+_PLAIN_MOST = 0.02
+"""A pixel has no look if no density around it is larger. Such densities have a deviation of at most half of it, which
+is less than `_GLASS_TEXTURE`."""
 
 _SMOOTH_REACH = 2
-"""Rows around a pixel on which its smoothed color depends."""
+"""Rows and columns around a pixel on which its smoothed color depends."""
 _TEXTURE_REACH = 5
-"""Rows around a pixel of the smoothed image on which its texture depends."""
+"""Rows and columns around a pixel of the smoothed image on which its texture depends."""
 
 _LIGHT = (0.299, 0.587, 0.114)
 """Shares of the channels in the brightness (ITU-R BT.601)."""
@@ -66,7 +70,7 @@ class Look:
     INK = np.uint8(16)
     """In a color of pens, which some stains have too."""
     SMOOTH = np.uint8(32)
-    """With less texture than tissue has."""
+    """Gray or in a color of pens, with less texture than tissue has."""
     TEXTURED = np.uint8(64)
     """With more texture than glass has."""
 
@@ -77,30 +81,30 @@ def has_look(looks_HW: NDArray[np.uint8], look: np.uint8) -> NDArray[np.bool_]:
 
 
 class Densities(NamedTuple):
-    """The optical densities of some rows of a thumbnail."""
+    """The optical densities of a part of a thumbnail."""
 
-    od_HWC: Floats
+    od_CHW: Floats
     light_HW: Floats
     """Density of the brightness (ITU-R BT.601). JPEG keeps it exactly, unlike the colors."""
 
     @property
     def mean_HW(self) -> Floats:
         """Return the mean over the channels."""
-        return np.asarray((self.od_HWC[..., 0] + self.od_HWC[..., 1] + self.od_HWC[..., 2]) / 3)
+        return np.asarray((self.od_CHW[0] + self.od_CHW[1] + self.od_CHW[2]) / 3)
 
     @property
     def most_HW(self) -> Floats:
         """Return the largest density of the channels."""
-        return self._over_channels(np.maximum)
+        return np.asarray(np.maximum(np.maximum(self.od_CHW[0], self.od_CHW[1]), self.od_CHW[2]))
 
     @property
     def least_HW(self) -> Floats:
         """Return the smallest density of the channels."""
-        return self._over_channels(np.minimum)
+        return np.asarray(np.minimum(np.minimum(self.od_CHW[0], self.od_CHW[1]), self.od_CHW[2]))
 
-    def _over_channels(self, choose: np.ufunc) -> Floats:
-        # Channel by channel: a tenth of the time of max(axis=2) and min(axis=2).
-        return np.asarray(choose(choose(self.od_HWC[..., 0], self.od_HWC[..., 1]), self.od_HWC[..., 2]))
+    def part(self, rows: slice, columns: slice) -> Densities:
+        """Return the densities of some of the rows and columns."""
+        return Densities(self.od_CHW[:, rows, columns], self.light_HW[rows, columns])
 
 
 def glass_color(rgb_HWC: NDArray[np.uint8]) -> tuple[float, float, float]:
@@ -109,82 +113,110 @@ def glass_color(rgb_HWC: NDArray[np.uint8]) -> tuple[float, float, float]:
     Returns `DEFAULT_GLASS` if less than `_GLASS_SHARE` of the image looks like glass.
     """
     bins = 256 // _BIN
-    counts, sums_C = np.zeros(bins**3), np.zeros((3, bins**3))
-    for rows in strips(rgb_HWC.shape[:2]):
-        glass_NC = rgb_HWC[rows][_is_glass_like(rgb_HWC, rows)]
-        red, green, blue = (glass_NC // _BIN).T.astype(np.int64)
-        place_N = (red * bins + green) * bins + blue
-        counts += np.bincount(place_N, minlength=bins**3)
-        for c in range(3):
-            sums_C[c] += np.bincount(place_N, weights=glass_NC[:, c], minlength=bins**3)
+    counts, glass_HW = np.zeros(bins**3), np.empty(rgb_HWC.shape[:2], bool)
+    for rows in strips(glass_HW.shape):
+        red_HW, green_HW, blue_HW = _channels(rgb_HWC, rows)
+        glass_HW[rows] = _is_glass_like(red_HW, green_HW, blue_HW) & _is_flat(rgb_HWC, rows)
+        red_N, green_N, blue_N = (
+            (channel_HW[glass_HW[rows]] // _BIN).astype(np.int32) for channel_HW in (red_HW, green_HW, blue_HW)
+        )
+        counts += np.bincount((red_N * bins + green_N) * bins + blue_N, minlength=bins**3)
     around = ndimage.correlate(counts.reshape(bins, bins, bins), np.ones((3, 3, 3)), mode="constant")
     best = np.unravel_index(int(around.argmax()), around.shape)
-    if around[best] < max(1.0, _GLASS_SHARE * rgb_HWC.shape[0] * rgb_HWC.shape[1]):
+    if around[best] < max(1.0, _GLASS_SHARE * glass_HW.size):
         return DEFAULT_GLASS
-    window = tuple(slice(max(0, int(i) - 1), int(i) + 2) for i in best)
-    red, green, blue = (sums_C[c].reshape(bins, bins, bins)[window].sum() / around[best] for c in range(3))
+    sums = [0, 0, 0]
+    for rows in strips(glass_HW.shape):
+        channels = _channels(rgb_HWC, rows)
+        here_HW = glass_HW[rows]
+        for channel_HW, place in zip(channels, best, strict=True):
+            here_HW &= (channel_HW >= (int(place) - 1) * _BIN) & (channel_HW < (int(place) + 2) * _BIN)
+        sums = [total + int(channel_HW[here_HW].sum()) for total, channel_HW in zip(sums, channels, strict=True)]
+    red, green, blue = (total / around[best] for total in sums)
     return float(red), float(green), float(blue)
 
 
-def _is_glass_like(rgb_HWC: NDArray[np.uint8], rows: slice) -> NDArray[np.bool_]:
-    top = max(0, rows.start - 1)
-    near_HW = rgb_HWC[top : rows.stop + 1, :, 1]
-    inner = slice(rows.start - top, rows.start - top + rows.stop - rows.start)
-    range_HW = ndimage.maximum_filter(near_HW, 3)[inner] - ndimage.minimum_filter(near_HW, 3)[inner]
-    red_HW, green_HW, blue_HW = (rgb_HWC[rows, :, c].astype(np.int16) for c in range(3))
+def _channels(rgb_HWC: NDArray[np.uint8], rows: slice) -> list[NDArray[np.uint8]]:
+    # Operations on every third number take several times as long.
+    return [np.ascontiguousarray(rgb_HWC[rows, :, c]) for c in range(3)]
+
+
+def _is_flat(rgb_HWC: NDArray[np.uint8], rows: slice) -> Mask:
+    near = wider(rows, 1, rgb_HWC.shape[0])
+    green_HW = np.ascontiguousarray(rgb_HWC[near, :, 1])
+    range_HW = _around(green_HW, 1, np.maximum) - _around(green_HW, 1, np.minimum)
+    return np.asarray(range_HW[_inside(rows, near)] <= _FLAT_RANGE)
+
+
+def _is_glass_like(red_HW: NDArray[np.uint8], green_HW: NDArray[np.uint8], blue_HW: NDArray[np.uint8]) -> Mask:
     largest_HW = np.maximum(np.maximum(red_HW, green_HW), blue_HW)
-    smallest_HW = np.minimum(np.minimum(red_HW, green_HW), blue_HW)
-    pink_HW = np.minimum(red_HW, blue_HW) - green_HW
+    smaller_HW = np.minimum(red_HW, blue_HW)
+    smallest_HW = np.minimum(smaller_HW, green_HW)
     return np.asarray(
-        (range_HW <= _FLAT_RANGE)
-        & (largest_HW >= _GLASS_VALUE)
+        (largest_HW >= _GLASS_VALUE)
         & (largest_HW - smallest_HW <= _GLASS_CHROMA)
-        & (pink_HW <= _GLASS_PINK)
+        & (smaller_HW - smallest_HW <= _GLASS_PINK)
     )
 
 
-def densities(rgb_HWC: NDArray[np.uint8], rows: slice, glass: tuple[float, float, float], reach: int = 0) -> Densities:
-    """Return the densities of some rows of the smoothed image, and of `reach` rows around them.
+def _around(values_HW: NDArray[Any], reach: int, choose: np.ufunc) -> NDArray[Any]:
+    """Return the largest or the smallest value in the square around each pixel: `choose` is a ufunc of two values.
 
-    They are equal to those rows of the whole image.
+    Shifted arrays take a fifth of the time of ndimage.maximum_filter.
     """
-    top, bottom = max(0, rows.start - reach), min(rgb_HWC.shape[0], rows.stop + reach)
-    first = max(0, top - _SMOOTH_REACH)
-    part_HWC = rgb_HWC[first : bottom + _SMOOTH_REACH].astype(np.float32)
-    smooth_HWC = ndimage.gaussian_filter(
-        part_HWC, sigma=(0.5, 0.5, 0), radius=(_SMOOTH_REACH, _SMOOTH_REACH, 0), mode="nearest"
-    )[top - first :][: bottom - top]
-    step_HWC = np.round(smooth_HWC * _STEPS).astype(np.uint16)
-    od_HWC = np.empty(step_HWC.shape, np.float32)
-    for c in range(3):
-        od_HWC[..., c] = _table(glass[c])[step_HWC[..., c]]
-    red_HW, green_HW, blue_HW = (step_HWC[..., c].astype(np.int32) for c in range(3))
-    light_HW = (299 * red_HW + 587 * green_HW + 114 * blue_HW) // 1000
-    glass_light = float(np.dot(_LIGHT, glass))
-    return Densities(od_HWC, _table(glass_light)[light_HW])
+    for axis in range(2):
+        values_HW = values_HW.swapaxes(0, axis)
+        result_HW = values_HW.copy(order="K")
+        for step in range(1, reach + 1):
+            choose(result_HW[step:], values_HW[:-step], out=result_HW[step:])
+            choose(result_HW[:-step], values_HW[step:], out=result_HW[:-step])
+        values_HW = result_HW.swapaxes(0, axis)
+    return values_HW
 
 
-def densities_in(
-    rgb_HWC: NDArray[np.uint8], rows: slice, columns: slice, glass: tuple[float, float, float]
+def densities(
+    rgb_HWC: NDArray[np.uint8], rows: slice, columns: slice, glass: tuple[float, float, float], reach: int = 0
 ) -> Densities:
-    """Return the densities of some rows and columns of the smoothed image."""
-    left = max(0, columns.start - _SMOOTH_REACH)
-    part = densities(rgb_HWC[:, left : columns.stop + _SMOOTH_REACH], rows, glass)
-    inner = slice(columns.start - left, columns.stop - left)
-    return Densities(part.od_HWC[:, inner], part.light_HW[:, inner])
+    """Return the densities of some rows and columns of the smoothed image, and of `reach` pixels around them.
+
+    They are equal to those of the whole image.
+    """
+    height, width = rgb_HWC.shape[:2]
+    rows, columns = wider(rows, reach, height), wider(columns, reach, width)
+    outer_rows, outer_columns = wider(rows, _SMOOTH_REACH, height), wider(columns, _SMOOTH_REACH, width)
+    part_CHW = rgb_HWC[outer_rows, outer_columns].transpose(2, 0, 1).astype(np.float32, order="C")
+    smooth_CHW = ndimage.gaussian_filter(
+        part_CHW, sigma=(0, 0.5, 0.5), radius=(0, _SMOOTH_REACH, _SMOOTH_REACH), mode="nearest"
+    )[:, _inside(rows, outer_rows), _inside(columns, outer_columns)]
+    step_CHW = np.round(smooth_CHW * _STEPS).astype(np.uint16)
+    od_CHW = np.stack([_table(glass[c]).take(step_CHW[c]) for c in range(3)])
+    red_HW, green_HW, blue_HW = step_CHW.astype(np.uint32)
+    light_HW = (299 * red_HW + 587 * green_HW + 114 * blue_HW) // 1000
+    return Densities(od_CHW, _table(float(np.dot(_LIGHT, glass))).take(light_HW))
 
 
+def _inside(part: slice, outer: slice) -> slice:
+    """Return the place of a part of an axis in a part around it."""
+    return slice(part.start - outer.start, part.stop - outer.start)
+
+
+@lru_cache(maxsize=8)
 def _table(glass: float) -> Floats:
-    """Return the density of every step of a channel in which the glass has this value."""
+    """Return the density of every step of a channel in which the glass has this value, as a read-only array."""
     values = np.arange(255 * _STEPS + 1) / _STEPS
-    return np.asarray(np.round(np.maximum(0, np.log((glass + 1) / (values + 1))), 4).astype(np.float32))
+    table = np.round(np.maximum(0, np.log((glass + 1) / (values + 1))), 4).astype(np.float32)
+    table.flags.writeable = False
+    return table
 
 
 def looks(rgb_HWC: NDArray[np.uint8], glass: tuple[float, float, float]) -> NDArray[np.uint8]:
     """Return the `Look` of every pixel of a thumbnail."""
-    looks_HW = np.empty(rgb_HWC.shape[:2], np.uint8)
-    for rows in strips(looks_HW.shape):
-        looks_HW[rows] = _looks(rgb_HWC, rows, glass)
+    # The smallest value of each channel whose density is plain.
+    darkest = [int((_table(value)[::_STEPS] > _PLAIN_MOST).sum()) for value in glass]
+    plain_HW = np.logical_and.reduce([rgb_HWC[..., c] >= darkest[c] for c in range(3)])
+    looks_HW = np.zeros(plain_HW.shape, np.uint8)
+    for rows, columns in patches(~plain_HW, _SMOOTH_REACH + _TEXTURE_REACH):
+        looks_HW[rows, columns] = _looks(rgb_HWC, rows, columns, glass)
     return looks_HW
 
 
@@ -206,22 +238,29 @@ def bare_and_stained(
     return bare_HW, stained_HW
 
 
-def _looks(rgb_HWC: NDArray[np.uint8], rows: slice, glass: tuple[float, float, float]) -> NDArray[np.uint8]:
-    wide = densities(rgb_HWC, rows, glass, _TEXTURE_REACH)
-    start = min(_TEXTURE_REACH, rows.start)
-    inner = slice(start, start + rows.stop - rows.start)
+def _looks(
+    rgb_HWC: NDArray[np.uint8], rows: slice, columns: slice, glass: tuple[float, float, float]
+) -> NDArray[np.uint8]:
+    height, width = rgb_HWC.shape[:2]
+    wide = densities(rgb_HWC, rows, columns, glass, _TEXTURE_REACH)
+    inner = (
+        _inside(rows, wider(rows, _TEXTURE_REACH, height)),
+        _inside(columns, wider(columns, _TEXTURE_REACH, width)),
+    )
     texture_HW = _spread(wide.light_HW, sigma=2.0)[inner]
-    fine_HW = _spread(wide.light_HW, sigma=1.0)[inner]
-    part = Densities(wide.od_HWC[inner], wide.light_HW[inner])
-    most_HW = part.most_HW
-    near_HW = ndimage.maximum_filter(wide.most_HW, 5)[inner]
-    color_HW = most_HW - part.least_HW
+    part = wide.part(*inner)
+    most_HW, least_HW = part.most_HW, part.least_HW
+    near_HW = _around(wide.most_HW, 2, np.maximum)[inner]
+    color_HW = most_HW - least_HW
     # Gray objects are not exactly gray: the tolerance grows with their density.
-    has_color_HW = (color_HW > 0.08 * most_HW + 0.02) & ~_is_black(most_HW, part.least_HW)
+    has_color_HW = (color_HW > 0.08 * most_HW + 0.02) & ~_is_black(most_HW, least_HW)
+    gray_HW = ~has_color_HW & (most_HW > _GRAY_MOST)
+    ink_HW = has_color_HW & _is_ink(part.od_CHW)
     # Mountant and tinted glass are yellow or blue; the faintest eosin absorbs green most.
-    red_HW, green_HW, blue_HW = (part.od_HWC[..., c] for c in range(3))
+    red_HW, green_HW, blue_HW = part.od_CHW
     pink_HW = green_HW - np.maximum(red_HW, blue_HW) > _PINK
-    yellow_HW = blue_HW > 1.15 * np.maximum(red_HW, green_HW)
+    yellow_HW = (blue_HW > 1.15 * np.maximum(red_HW, green_HW)) & has_color_HW & (most_HW > _PALE_LEAST)
+    fine_HW = _fine_texture(wide.light_HW, inner, gray_HW | ink_HW | yellow_HW)
     textured_HW = np.where(yellow_HW, fine_HW > _YELLOW_TEXTURE, texture_HW > _PALE_TEXTURE)
     pale_HW = textured_HW | pink_HW
     # Not the blur around a stained pixel, which would enlarge the tissue by a pixel on every side. Nor the colors
@@ -232,19 +271,40 @@ def _looks(rgb_HWC: NDArray[np.uint8], rows: slice, glass: tuple[float, float, f
     for look, here_HW in (
         (Look.STAINED, has_color_HW & (most_HW > _STAINED_MOST) & (color_HW > _STAINED_COLOR) & sharp_HW),
         (Look.PALE, has_color_HW & (most_HW > _PALE_LEAST) & (color_HW > _PALE_COLOR) & pale_HW & sharp_HW),
-        (Look.GRAY, ~has_color_HW & (most_HW > _GRAY_MOST)),
+        (Look.GRAY, gray_HW),
         (Look.TINTED, has_color_HW & (most_HW > _TINT_MOST) & (most_HW <= _STAINED_MOST) & ~pale_HW),
-        (Look.INK, has_color_HW & _is_ink(part.od_HWC)),
+        (Look.INK, ink_HW),
         (Look.TEXTURED, texture_HW > _GLASS_TEXTURE),
-        (Look.SMOOTH, fine_HW < 0.05 * part.mean_HW),
+        (Look.SMOOTH, (gray_HW | ink_HW) & (fine_HW < 0.05 * part.mean_HW)),
     ):
-        looks_HW[here_HW] |= look
+        looks_HW |= here_HW * look
     return looks_HW
+
+
+def _fine_texture(light_HW: Floats, inner: tuple[slice, slice], needed_HW: Mask) -> Floats:
+    """Return the texture on the finest scale over the `inner` rows and columns of densities.
+
+    It is computed in the boxes around the needed pixels. Few pixels need it.
+    """
+    fine_HW = np.zeros(needed_HW.shape, np.float32)
+    for here in patches(needed_HW):
+        rows, columns = (
+            slice(one.start + part.start, one.stop + part.start) for one, part in zip(here, inner, strict=True)
+        )
+        outer_rows, outer_columns = (
+            wider(one, _TEXTURE_REACH, length) for one, length in zip((rows, columns), light_HW.shape, strict=True)
+        )
+        spread_HW = _spread(light_HW[outer_rows, outer_columns], sigma=1.0)
+        fine_HW[here] = spread_HW[_inside(rows, outer_rows), _inside(columns, outer_columns)]
+    return fine_HW
 
 
 def _is_black(most_HW: Floats, least_HW: Floats) -> NDArray[np.bool_]:
     """Return the pixels so dark that the difference between their channels is noise."""
-    return np.asarray((most_HW > 1.8) & (np.exp(-least_HW) - np.exp(-most_HW) < 0.06))
+    dark_HW = most_HW > 1.8
+    if dark_HW.any():
+        dark_HW &= np.exp(-least_HW) - np.exp(-most_HW) < 0.06
+    return dark_HW
 
 
 def _spread(light_HW: Floats, sigma: float) -> Floats:
@@ -256,9 +316,9 @@ def _spread(light_HW: Floats, sigma: float) -> Floats:
     return np.asarray(np.sqrt(np.maximum(0, blurred(light_HW**2) - blurred(light_HW) ** 2)))
 
 
-def _is_ink(od_HWC: Floats) -> NDArray[np.bool_]:
+def _is_ink(od_CHW: Floats) -> NDArray[np.bool_]:
     """Return the pixels in a color of pens. Some stains have these colors too, but not as smoothly."""
-    red, green, blue = od_HWC[..., 0], od_HWC[..., 1], od_HWC[..., 2]
+    red, green, blue = od_CHW
     # Hematoxylin and eosin both absorb more green than red. Blue, green, cyan and turquoise inks do not.
     blue_or_green = (red > 1.1 * green + 0.02) & (red > 0.2)
     # Eosin and blood absorb some red. Red and pink inks do not.

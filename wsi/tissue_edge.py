@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi.box import Box
-from wsi.masks import Mask, grow, thick
+from wsi.masks import Mask, grow, one_px_larger, thick
 from wsi.stain import bare_and_stained
 from wsi.tissue import Tissue
 
@@ -42,7 +42,7 @@ def possible_tissue(tissue: Tissue, box_out: Box, l0_per_out: float, mpp: float)
     possible_HW = tissue.sample(outer, l0_per_out)
     if possible_HW.any() and not possible_HW.all():
         for _ in range(rim):
-            possible_HW = _one_px_larger(possible_HW)
+            possible_HW = one_px_larger(possible_HW)
     return np.asarray(possible_HW[box_out.slices(outer)])
 
 
@@ -62,19 +62,9 @@ def fine_tissue(tissue: Tissue, rgb_HWC: NDArray[np.uint8], box_out: Box, l0_per
     fine_HW = mask_HW & (~gap_HW | tissue.nearest(tissue.fat_HW, box_out, l0_per_out))
     addable_HW = stained_HW & (tissue.nearest(tissue.left_out_HW, box_out, l0_per_out) == 0) & ~mask_HW
     for _ in range(rim_px(mpp)):
-        fine_HW |= _one_px_larger(fine_HW) & addable_HW
+        fine_HW |= one_px_larger(fine_HW) & addable_HW
     return np.asarray(fine_HW)
 
 
 def _gap_px(mpp: float) -> int:
     return max(1, round(GAP_UM / mpp))
-
-
-def _one_px_larger(mask_HW: Mask) -> Mask:
-    """Return a mask with the four neighbors of its pixels. This takes a tenth of the time of `grow`."""
-    larger_HW = mask_HW.copy()
-    larger_HW[1:] |= mask_HW[:-1]
-    larger_HW[:-1] |= mask_HW[1:]
-    larger_HW[:, 1:] |= mask_HW[:, :-1]
-    larger_HW[:, :-1] |= mask_HW[:, 1:]
-    return larger_HW

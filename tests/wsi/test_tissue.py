@@ -125,9 +125,9 @@ def test_the_real_sample_has_tissue_and_glass(sample_slide: Path) -> None:
     assert tissue.area_um2 == pytest.approx(0.65e6, rel=0.05)
 
 
-@pytest.mark.parametrize("work_px", [1, 5000])
+@pytest.mark.parametrize(("work_px", "patch_rows"), [(1, 1), (5000, 7), (1 << 19, 1000)])
 def test_the_mask_found_in_strips_equals_that_of_the_whole_thumbnail(
-    monkeypatch: pytest.MonkeyPatch, work_px: int
+    monkeypatch: pytest.MonkeyPatch, work_px: int, patch_rows: int
 ) -> None:
     specimen = one_piece("H&E", size=(240, 180), radius=70)
     specimen.od_HWC[specimen.box(50, 80, 70, 8) & specimen.truth_HW] *= 3
@@ -137,6 +137,7 @@ def test_the_mask_found_in_strips_equals_that_of_the_whole_thumbnail(
     rgb_HWC = specimen.image()
     whole = detect_tissue(rgb_HWC, MPP)
     monkeypatch.setattr(masks, "WORK_PX", work_px)
+    monkeypatch.setattr(masks, "PATCH_ROWS", patch_rows)
     in_strips = detect_tissue(rgb_HWC, MPP)
     np.testing.assert_array_equal(in_strips.mask_HW, whole.mask_HW)
     np.testing.assert_array_equal(in_strips.left_out_HW, whole.left_out_HW)
