@@ -12,10 +12,11 @@ QuPath's reader does not open: other codecs, floats, Zarr 3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -34,6 +35,8 @@ _OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 _XSI = "http://www.w3.org/2001/XMLSchema-instance"
 MAX_CLASSES = 255
 
+# QuPath can open neither plain zstd nor blosc's automatic shuffle.
+_CODEC = Blosc(cname="zstd", clevel=3, shuffle=Blosc.SHUFFLE)
 
 CHUNK_OUT = 512
 """Side of a chunk of the stored map, in map pixels. A block is a whole number of chunks."""
@@ -209,21 +212,21 @@ def build_pyramid(path: Path, spec: MapSpec) -> None:
     after a crash. Probabilities are 2 x 2 means, labels 2 x 2 majorities (`halve_probs`, `halve_labels`).
     """
     for level in range(1, spec.levels):
-        for plane, halve in (("", halve_probs), (f"{LABELS}/", halve_labels)):
-            source, target = (_open_array(path, f"{plane}{i}") for i in (level - 1, level))
-            filled = {(row // 2, column // 2) for row, column in _chunk_positions(path / f"{plane}{level - 1}")}
+        for source, target in zip(_planes(path, spec, level - 1), _planes(path, spec, level), strict=True):
+            halve = halve_labels if target.parent == path / LABELS else halve_probs
+            filled = {(row // 2, column // 2) for row, column in _chunk_positions(source)}
             # A chunk of an earlier run is computed again too: if level 0 is empty now, the chunk is removed.
-            for row, column in sorted(filled.union(_chunk_positions(path / f"{plane}{level}"))):
-                y, x = row * spec.chunk, column * spec.chunk
-                y_stop, x_stop = min(y + spec.chunk, target.shape[-2]), min(x + spec.chunk, target.shape[-1])
-                block = cast(UInt8Array, source[..., 2 * y : 2 * y_stop, 2 * x : 2 * x_stop])
-                target[..., y:y_stop, x:x_stop] = halve(block)
+            for row, column in sorted(filled.union(_chunk_positions(target))):
+                quads_HW = np.block(
+                    [[_read_chunk(source, spec.chunk, 2 * row + y, 2 * column + x) for x in (0, 1)] for y in (0, 1)]
+                )
+                _write_chunk(target, halve(quads_HW), row, column)
 
 
 def halve_probs(probs_KHW: UInt8Array) -> UInt8Array:
     """Return the mean of each 2 x 2 square, halves rounded up. Height and width must be even."""
-    a, b, c, d = (quarter.astype(np.uint16) for quarter in _quarters(probs_KHW))
-    return ((a + b + c + d + 2) >> 2).astype(np.uint8)
+    pairs_KhW = np.add(probs_KHW[..., ::2, :], probs_KHW[..., 1::2, :], dtype=np.uint16)
+    return ((pairs_KhW[..., ::2] + pairs_KhW[..., 1::2] + 2) >> 2).astype(np.uint8)
 
 
 def halve_labels(labels_HW: UInt8Array) -> UInt8Array:
@@ -233,12 +236,20 @@ def halve_labels(labels_HW: UInt8Array) -> UInt8Array:
     structures fade as slowly as possible.
     """
     quarters = _quarters(labels_HW)
-    best = np.zeros(quarters[0].shape, np.uint16)
-    for label in quarters:
-        count = sum((label == other).astype(np.uint16) for other in quarters)
+    half_hw = quarters[0].copy()
+    # Few squares have several labels, and only these need a vote.
+    mixed_hw = np.logical_or.reduce([half_hw != other for other in quarters[1:]])
+    half_hw[mixed_hw] = _most_frequent([quarter[mixed_hw] for quarter in quarters])
+    return half_hw
+
+
+def _most_frequent(labels_4N: Sequence[UInt8Array]) -> UInt8Array:
+    best_N = np.zeros(labels_4N[0].shape, np.uint16)
+    for label_N in labels_4N:
+        count_N = sum((label_N == other_N).astype(np.uint16) for other_N in labels_4N)
         # As uint8, -label puts class 1 highest and background lowest. Negating it again restores the label.
-        np.maximum(best, (count << 8) | np.negative(label), out=best)
-    return np.negative((best & 0xFF).astype(np.uint8))
+        np.maximum(best_N, (count_N << 8) | np.negative(label_N), out=best_N)
+    return np.negative((best_N & 0xFF).astype(np.uint8))
 
 
 def sweep_partial_files(path: Path) -> None:
@@ -262,17 +273,41 @@ def _keep(array: UInt8Array, inside: Box, stored: Box) -> UInt8Array:
     return cut
 
 
-def _chunk_positions(array_path: Path) -> Iterator[tuple[int, int]]:
-    """Yield (row, column) of the chunk files of one level, for all classes."""
-    for root in _folders(array_path) if _is_probs(array_path) else [array_path]:
-        for row in _folders(root):
-            for file in row.iterdir():
-                if file.name.isdecimal():
-                    yield int(row.name), int(file.name)
+def _planes(path: Path, spec: MapSpec, level: int) -> list[Path]:
+    """Return the folders with the chunks of one level: one for each class, and one for the labels."""
+    return [*(path / f"{level}" / f"{k}" for k in range(len(spec.classes))), path / LABELS / f"{level}"]
 
 
-def _is_probs(array_path: Path) -> bool:
-    return array_path.parent.name != Path(LABELS).name
+# Zarr reads and writes each chunk in other threads, which takes several times the processor time of the chunk itself.
+# `build_pyramid` therefore opens the files of the chunks.
+
+
+def _read_chunk(plane: Path, side: int, row: int, column: int) -> UInt8Array:
+    try:
+        content = (plane / f"{row}" / f"{column}").read_bytes()
+    except FileNotFoundError:
+        return np.zeros((side, side), np.uint8)
+    return np.frombuffer(_CODEC.decode(content), np.uint8).reshape(side, side)
+
+
+def _write_chunk(plane: Path, chunk_HW: UInt8Array, row: int, column: int) -> None:
+    """Replace the file of a chunk. A chunk of zeros has no file."""
+    file = plane / f"{row}" / f"{column}"
+    if not chunk_HW.any():
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{column}.{os.getpid()}.partial")
+    partial.write_bytes(_CODEC.encode(np.ascontiguousarray(chunk_HW)))
+    partial.replace(file)
+
+
+def _chunk_positions(plane: Path) -> Iterator[tuple[int, int]]:
+    """Yield (row, column) of the chunk files of a plane."""
+    for row in _folders(plane):
+        for file in row.iterdir():
+            if file.name.isdecimal():
+                yield int(row.name), int(file.name)
 
 
 def _folders(path: Path) -> Iterable[Path]:
@@ -288,8 +323,7 @@ def _create_array(store: LocalStore, path: str, shape: tuple[int, ...], chunks: 
         dtype="uint8",
         fill_value=0,
         zarr_format=2,
-        # QuPath can open neither plain zstd nor blosc's automatic shuffle.
-        compressors=Blosc(cname="zstd", clevel=3, shuffle=Blosc.SHUFFLE),
+        compressors=_CODEC,
         filters=None,
         chunk_key_encoding={"name": "v2", "separator": "/"},
     )

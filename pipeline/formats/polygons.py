@@ -18,7 +18,17 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline.formats.smooth_borders import STEPS_PER_PX, smooth_corners
-from pipeline.formats.tracing import Bools, Floats, Ints, Polygons, components, polygons_of_rings, trace
+from pipeline.formats.tracing import (
+    Bools,
+    Floats,
+    Ids,
+    Ints,
+    Polygons,
+    border_pixels,
+    components,
+    polygons_of_rings,
+    trace,
+)
 
 
 @dataclass(frozen=True)
@@ -53,15 +63,13 @@ def block_regions(
     """
     if labels_HW.ndim != 2 or labels_HW.size == 0 or labels_HW.dtype != np.uint8:
         raise ValueError(f"labels must be non-empty 2-D uint8, not {labels_HW.dtype} of shape {labels_HW.shape}")
-    ids_HW, labels_N = components(labels_HW)
+    ids_HW, labels_N, areas_N = components(labels_HW)
     open_N = _touching_edge(ids_HW, labels_N.size)
-    if min_area_px > 1:
-        areas_N = np.bincount(ids_HW.ravel(), minlength=labels_N.size).astype(np.float64)
-        if np.any((areas_N < min_area_px) & ~open_N):
-            group_N, labels_N = _merge_small(labels_N, areas_N, open_N, *_neighbors(ids_HW), min_area_px)
-            ids_HW = group_N[ids_HW]
-            open_N = _touching_edge(ids_HW, labels_N.size)
-    polygons_N = trace(ids_HW, smooth_corners(ids_HW) if smooth and tolerance_px > 0 else None)
+    if min_area_px > 1 and np.any((areas_N < min_area_px) & ~open_N):
+        group_N, labels_N = _merge_small(labels_N, areas_N.astype(np.float64), open_N, *_neighbors(ids_HW), min_area_px)
+        ids_HW, areas_N = group_N.astype(np.int32)[ids_HW], np.bincount(group_N, areas_N).astype(np.int64)
+        open_N = _touching_edge(ids_HW, labels_N.size)
+    polygons_N = trace(ids_HW, smooth_corners(ids_HW, areas_N) if smooth and tolerance_px > 0 else None)
     if tolerance_px > 0:
         polygons_N = shapely.coverage_simplify(polygons_N, tolerance_px, simplify_boundary=False)
     wanted_N = (labels_N > 0) | open_N
@@ -110,17 +118,18 @@ def join_regions(regions: Iterable[Region], min_area_px: float) -> Iterator[Regi
     )
 
 
-def _touching_edge(ids_HW: Ints, count: int) -> Bools:
+def _touching_edge(ids_HW: Ids, count: int) -> Bools:
     touching_N = np.zeros(count, np.bool_)
     for line in (ids_HW[0], ids_HW[-1], ids_HW[:, 0], ids_HW[:, -1]):
         touching_N[line] = True
     return touching_N
 
 
-def _neighbors(ids_HW: Ints) -> tuple[Ints, Floats]:
+def _neighbors(ids_HW: Ids) -> tuple[Ints, Floats]:
     """Return the pairs of regions that share pixel edges, and the number of edges."""
-    beside = ((ids_HW[:, :-1], ids_HW[:, 1:]), (ids_HW[:-1], ids_HW[1:]))
-    pairs_E2 = np.concatenate([np.stack([a[a != b], b[a != b]], axis=1) for a, b in beside])
+    below, beside = border_pixels(ids_HW)
+    first, second = np.concatenate([below, beside]), np.concatenate([below + ids_HW.shape[1], beside + 1])
+    pairs_E2 = np.stack([ids_HW.ravel()[first], ids_HW.ravel()[second]], axis=1).astype(np.int64)
     return _summed_pairs(pairs_E2, np.ones(len(pairs_E2), np.float64))
 
 

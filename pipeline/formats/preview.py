@@ -73,7 +73,8 @@ def write_preview(
         classes = hatched(classes, unfamiliar_HW)
         legend.append(("hatched: unlike the training data", "", UNFAMILIAR))
     sheet = _compose([_mount(slide), _mount(classes)], legend, title, warning, um_per_px * width / size[0])
-    sheet.save(path_png, format="PNG", optimize=False)
+    # Level 6, the default, takes half as long again and saves a twelfth of the size.
+    sheet.save(path_png, format="PNG", compress_level=3)
 
 
 def overlay(slide: Image.Image, labels_HW: npt.NDArray[np.integer], colors: Sequence[Color]) -> Image.Image:

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 
+from pipeline.formats.tracing import Ids, border_pixels
+
 STEPS_PER_PX = 64
 """Smoothed corners lie on this fraction of a pixel, so that sums and unions of regions are exact."""
 
@@ -28,34 +30,47 @@ _SMALLEST_PX = 64
 """Regions of fewer pixels keep their corners: they would lose more than 4 % of their area."""
 
 
-def smooth_corners(ids_HW: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def smooth_corners(ids_HW: Ids, areas_N: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Return the (x, y) of each corner of a pixel of a region map, (H + 1, W + 1, 2), after smoothing.
 
+    `areas_N` has the number of pixels of each region.
     Corners on the map's edge, inside regions and on small regions stay in their places.
     """
     height, width = ids_HW.shape
-    number_YX = np.arange((height + 1) * (width + 1)).reshape(height + 1, width + 1)
-    xy_V2 = np.stack(np.divmod(number_YX.ravel(), width + 1)[::-1], axis=1).astype(np.float64)
-    across, along = ids_HW[:-1] != ids_HW[1:], ids_HW[:, :-1] != ids_HW[:, 1:]
-    starts = np.concatenate([number_YX[1:-1, :-1][across], number_YX[:-1, 1:-1][along]])
-    ends = np.concatenate([number_YX[1:-1, 1:][across], number_YX[1:, 1:-1][along]])
-    vertices, place = np.unique(np.concatenate([starts, ends]), return_inverse=True)
-    start_E, end_E = np.split(place, 2)
-    y, x = np.divmod(vertices, width + 1)
-    is_free = ((y > 0) & (y < height) & (x > 0) & (x < width)) & ~_on_small_region(ids_HW).ravel()[vertices]
+    columns = width + 1
+    below, beside = border_pixels(ids_HW)
+    # The west or north end of each border edge, and the other end.
+    across, along = below + below // width + columns, beside + beside // width + 1
+    starts, ends = np.concatenate([across, along]), np.concatenate([across + 1, along + columns])
+    on_border = np.zeros((height + 1) * columns, np.bool_)
+    on_border[starts] = on_border[ends] = True
+    vertices = np.flatnonzero(on_border)
+    place = np.empty(on_border.size, np.int32)  # of each border corner in `vertices`; the others are never read
+    place[vertices] = np.arange(vertices.size)
+    start_E, end_E = place[starts], place[ends]
+    y, x = np.divmod(vertices, columns)
+    is_free = ((y > 0) & (y < height) & (x > 0) & (x < width)) & ~_on_region(areas_N < _SMALLEST_PX, ids_HW, y, x)
     mean = _half_way_to_the_mean(start_E, end_E, is_free)
-    before = xy_V2[vertices]
+    before = np.stack([x, y], axis=1).astype(np.float64)
     once = _rounds(mean, before)
     after = once + _rounds(mean, before - once)
     moved = np.clip(after - before, -_FURTHEST, _FURTHEST)
-    xy_V2[vertices] = before + np.round(moved * STEPS_PER_PX) / STEPS_PER_PX
-    return xy_V2.reshape(height + 1, width + 1, 2)
+    xy_YX2 = np.empty((height + 1, columns, 2))
+    xy_YX2[..., 0], xy_YX2[..., 1] = np.arange(columns), np.arange(height + 1)[:, None]
+    xy_YX2[y, x] = before + np.round(moved * STEPS_PER_PX) / STEPS_PER_PX
+    return xy_YX2
 
 
-def _on_small_region(ids_HW: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Return which corners belong to a pixel of a small region, (H + 1, W + 1)."""
-    small_HW = np.pad((np.bincount(ids_HW.ravel()) < _SMALLEST_PX)[ids_HW], 1)
-    return np.asarray(small_HW[:-1, :-1] | small_HW[:-1, 1:] | small_HW[1:, :-1] | small_HW[1:, 1:])
+def _on_region(
+    chosen_N: npt.NDArray[np.bool_],
+    ids_HW: Ids,
+    y_V: npt.NDArray[np.int64],
+    x_V: npt.NDArray[np.int64],
+) -> npt.NDArray[np.bool_]:
+    """Return which corners belong to a pixel of a chosen region. For corners on the map's edge it has no meaning."""
+    y_V, x_V = np.minimum(y_V, ids_HW.shape[0] - 1), np.minimum(x_V, ids_HW.shape[1] - 1)
+    around = [chosen_N[ids_HW[y_V - dy, x_V - dx]] for dy in (0, 1) for dx in (0, 1)]
+    return np.asarray(np.logical_or.reduce(around))
 
 
 def _half_way_to_the_mean(

@@ -5,34 +5,65 @@ Suffixes: H rows, W columns, N regions, M directed edges, R rings, Y and X corne
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import shapely
-from scipy import ndimage
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, depth_first_order
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Ids = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+"""Numbers of regions. As int32, a map of them takes half the memory and less time."""
 Polygons = npt.NDArray[np.object_]
 
 
-def components(labels_HW: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
-    """Return ids_HW of the 4-connected regions, 0..N-1, and the label of each region."""
-    ids_HW = np.zeros(labels_HW.shape, np.int64)
-    labels: list[int] = []
-    for label in np.unique(labels_HW).tolist():
-        mask_HW = labels_HW == label
-        part_HW, count = ndimage.label(mask_HW)
-        ids_HW[mask_HW] = part_HW[mask_HW] + (len(labels) - 1)
-        labels += [label] * count
-    return ids_HW, np.array(labels, np.int64)
+def components(labels_HW: npt.NDArray[np.uint8]) -> tuple[Ids, Ints, Ints]:
+    """Return ids_HW of the 4-connected regions, 0..N-1, and the label and the number of pixels of each region.
+
+    Regions are numbered by their label, then by their first pixel, row by row.
+    """
+    height, width = labels_HW.shape
+    begins_HW = np.ones((height, width), np.bool_)
+    np.not_equal(labels_HW[:, 1:], labels_HW[:, :-1], out=begins_HW[:, 1:])
+    # Runs: the longest pieces of rows with one label. There are far fewer of them than pixels.
+    first_R = np.flatnonzero(begins_HW)
+    label_R = labels_HW.ravel()[first_R].astype(np.int64)
+    # Two runs in neighboring rows overlap if and only if they overlap in the first column of one of them.
+    upper_R, lower_R = first_R >= width, first_R < labels_HW.size - width
+    run_R = np.arange(first_R.size)
+    above = np.concatenate([np.searchsorted(first_R, first_R[upper_R] - width, side="right") - 1, run_R[lower_R]])
+    below = np.concatenate([run_R[upper_R], np.searchsorted(first_R, first_R[lower_R] + width, side="right") - 1])
+    same = label_R[above] == label_R[below]
+    links = (np.ones(np.count_nonzero(same), np.int8), (above[same], below[same]))
+    count, region_R = connected_components(csr_array(links, shape=(run_R.size, run_R.size)), directed=False)
+    labels_N = np.empty(count, np.int64)
+    labels_N[region_R] = label_R
+    lengths_R = np.diff(first_R, append=labels_HW.size)
+    areas_N = np.bincount(region_R, lengths_R).astype(np.int64)
+    # `connected_components` numbers them by their first run.
+    order = np.argsort(labels_N, kind="stable")
+    number_N = np.empty(count, np.int32)
+    number_N[order] = np.arange(count)
+    ids_HW = np.repeat(number_N[region_R], lengths_R).reshape(height, width)
+    return ids_HW, labels_N[order], areas_N[order]
 
 
-def trace(ids_HW: Ints, corners_YX2: Floats | None) -> Polygons:
+def border_pixels(ids_HW: Ids) -> tuple[Ints, Ints]:
+    """Return the pixels that differ from the pixel below, and those that differ from the pixel to the right.
+
+    Pixels are numbered row by row.
+    """
+    below = np.flatnonzero(ids_HW[:-1] != ids_HW[1:])
+    beside = np.flatnonzero(ids_HW[:, :-1] != ids_HW[:, 1:])
+    return below, beside + beside // max(1, ids_HW.shape[1] - 1)
+
+
+def trace(ids_HW: Ids, corners_YX2: Floats | None) -> Polygons:
     """Return the polygon of each 4-connected region 0..N-1 with its holes, from the corner (0, 0).
 
     `corners_YX2` has the place of each corner of a pixel. If it is None, the corners form a grid.
@@ -44,19 +75,18 @@ def trace(ids_HW: Ints, corners_YX2: Floats | None) -> Polygons:
     """
     height, width = ids_HW.shape
     stride, columns, vertices = width + 2, width + 1, (height + 1) * (width + 1)
-    around = np.pad(ids_HW.astype(np.int32), 1, constant_values=-1)
+    around = np.full((height + 2, stride), -1, np.int32)
+    around[1:-1, 1:-1] = ids_HW
     padded = around.ravel()
-    # For each of the four pixels around a vertex: its offset from the north-west pixel in the padded map, and a view of
-    # this pixel for all vertices. A view takes a fraction of the time of indexing.
-    nw, ne, sw, se = (
-        (down * stride + right, around[down : down + height + 1, right : right + columns])
-        for down in (0, 1)
-        for right in (0, 1)
-    )
+    # The four pixels around a vertex, as offsets from the north-west one in the padded map.
+    nw, ne, sw, se = 0, 1, stride, stride + 1
     # heading east, south, west, north: pixel on the right and on the left of the way ahead of a vertex
     ahead = ((se, ne), (sw, se), (nw, sw), (ne, nw))
     step = (1, columns, -1, -columns)
-    degree = sum((a != b).view(np.int8) for (_, a), (_, b) in ((nw, ne), (ne, se), (se, sw), (sw, nw))).ravel()
+    # The vertices with an edge to the east and to the south. From its other end, the same edge leads west or north.
+    to_east = np.flatnonzero(around[:-1, 1:] != around[1:, 1:])
+    to_south = np.flatnonzero(around[1:, :-1] != around[1:, 1:])
+    starts = (to_east, to_south, to_east + 1, to_south + columns)
 
     number = np.empty((4, vertices), np.int32)  # of each existing directed edge; the others are never read
     heads: list[Ints] = []
@@ -64,18 +94,24 @@ def trace(ids_HW: Ints, corners_YX2: Floats | None) -> Polygons:
     nexts: list[Ints] = []
     corners: list[Bools] = []
     edges = 0
-    for heading, ((to_right, right), (to_left, left)) in enumerate(ahead):
-        start = np.flatnonzero((right != left) & (right >= 0))
+    for heading, (to_right, to_left) in enumerate(ahead):
+        owner = padded[_north_west(starts[heading], columns) + to_right]
+        start, owner = starts[heading][owner >= 0], owner[owner >= 0]
         number[heading, start] = np.arange(edges, edges + start.size)
         edges += start.size
-        owner, head = padded[_north_west(start, columns) + to_right], start + step[heading]
+        head = start + step[heading]
         at_head = _north_west(head, columns)
         goes_left, goes_on = padded[at_head + to_left] == owner, padded[at_head + to_right] == owner
         turn = np.where(goes_left, 3, np.where(goes_on, 0, 1))
         heads.append(head)
         owners.append(owner)
         nexts.append((heading + turn) % 4 * vertices + head)
-        corners.append((turn != 0) | (degree[head] > 2) | (corners_YX2 is not None))
+        if corners_YX2 is None:
+            pixels = [padded[at_head + offset] for offset in (nw, ne, se, sw)]
+            degree = sum((a != b).view(np.int8) for a, b in pairwise([*pixels, pixels[0]]))
+            corners.append((turn != 0) | (degree > 2))
+        else:
+            corners.append(np.ones(head.size, np.bool_))
     head_M, owner_M, corner_M = np.concatenate(heads), np.concatenate(owners), np.concatenate(corners)
     ring_M, walk_M = _walk_cycles(number.ravel()[np.concatenate(nexts)].astype(np.int64))
 

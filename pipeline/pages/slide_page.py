@@ -143,7 +143,8 @@ def _mask_uri(mask_HW: npt.NDArray[np.bool_], color: Color) -> str:
     """Return the pixels of a mask in one color and the others transparent, with one bit per pixel."""
     image = Image.fromarray(mask_HW.astype(np.uint8))
     image.putpalette([255, 255, 255, *color])
-    return data_uri(image, "png", bits=1, transparency=b"\x00\xff", optimize=True)
+    # Not `optimize`: it takes seven times as long, for a tenth of the size.
+    return data_uri(image, "png", bits=1, transparency=b"\x00\xff")
 
 
 def _parameters(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:

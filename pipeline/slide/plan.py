@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,10 @@ from wsi.tissue_edge import possible_tissue
 
 # Noisy maps compress to a quarter of a byte per pixel; others to less.
 _COMPRESSED_SHARE = 0.25
+
+# Side of the parts in which `block_tissue` interpolates the mask. Most of them are inside or outside the tissue, where
+# there is nothing to interpolate: this takes a third of the time of a whole block.
+_PART_OUT = 256
 
 
 @dataclass(frozen=True)
@@ -126,9 +131,13 @@ def block_tissue(grid: Grid, tissue: Tissue, block: Block) -> NDArray[np.bool_]:
 
     It contains the tissue that `fine_tissue` finds when the block's pixels are read.
     """
-    tissue_HW = possible_tissue(tissue, block.box_out, grid.l0_per_out, grid.mpp_out)
+    box_out, side = block.box_out, _PART_OUT
+    tissue_HW = np.empty((box_out.height, box_out.width), np.bool_)
+    for y, x in product(range(box_out.y, box_out.bottom, side), range(box_out.x, box_out.right, side)):
+        part_out = Box(x, y, side, side).intersect(box_out)
+        tissue_HW[part_out.slices(box_out)] = possible_tissue(tissue, part_out, grid.l0_per_out, grid.mpp_out)
     # The last pixels of the tissue mask reach beyond the slide.
-    inside = block.box_out.intersect(Box(0, 0, *grid.size_out))
+    inside = box_out.intersect(Box(0, 0, *grid.size_out))
     tissue_HW[inside.height :] = False
     tissue_HW[:, inside.width :] = False
     return tissue_HW

@@ -151,6 +151,20 @@ def test_pyramid_equals_a_slow_reference(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read(path, f"labels/classes/{level}"), labels_HW)
 
 
+def test_the_chunks_of_the_pyramid_are_those_that_zarr_writes(tmp_path: Path) -> None:
+    spec = make_spec((75, 45))
+    probs_KHW, labels_HW = random_map(spec)
+    probs_KHW[1, :, :40] = labels_HW[:, :40] = 0  # so that some chunks have no file
+    ours = write_map(tmp_path / "ours.ome.zarr", spec, probs_KHW, labels_HW).path
+    by_zarr = write_map(tmp_path / "zarr.ome.zarr", spec, probs_KHW, labels_HW).path
+    build_pyramid(ours, spec)
+    for level in range(1, spec.levels):
+        for name in (f"{level}", f"labels/classes/{level}"):
+            zarr.open_array(by_zarr, path=name, mode="r+")[...] = read(ours, name)
+    assert contents(ours) == contents(by_zarr)
+    assert not (ours / "1" / "1" / "0" / "0").exists()
+
+
 def test_means_round_half_up_and_do_not_overflow() -> None:
     quads = np.array([[255, 255, 0, 1, 0, 0], [255, 255, 1, 0, 1, 0]], np.uint8)
     assert halve_probs(quads).tolist() == [[255, 1, 0]]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pipeline.slide import canvases
 from pipeline.slide.canvases import canvas_cores, with_margin
 from wsi.box import Box
 from wsi.grid import Block, Grid, make_grid
@@ -81,3 +83,24 @@ def test_a_thin_border_is_worth_a_canvas_of_its_own_only_if_it_saves_pixels() ->
     tissue_HW[:, 128:] = False
     tissue_HW[:120, 128:140] = True  # 48 wide and 480 long: a canvas of its own would have more margin
     assert canvas_cores(grid_of(4, 256), tissue_HW, Block(0, Box(0, 0, 256, 256)), 32, 2048) == [Box(0, 0, 576, 512)]
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.sampled_from([(0.0, 3), (1.0, 4), (2.0, 9)])
+)
+def test_the_best_cut_is_the_cheapest_of_all_and_then_the_most_even(
+    seed: int, height: int, width: int, canvas: tuple[float, int]
+) -> None:
+    has_RC = np.random.default_rng(seed).random((height, width)) < 0.3
+    has_RC[[0, -1], 0] = has_RC[0, [0, -1]] = True  # its bounding box is the whole array
+    margin, side = canvas
+    cuts = [(math.inf, 0.0, 0, 0)]
+    for axis, length in enumerate(has_RC.shape):
+        parts = max(2, math.ceil(length / side))
+        for position in range(1, length):
+            boxes = [canvases._bounds(part) for part in np.split(has_RC, [position], axis=axis)]
+            cost = sum(float(canvases._cost(box.height, box.width, margin, side)) for box in boxes if box)
+            cuts.append((cost, abs(position - length * (parts // 2) / parts), axis, position))
+    cost, _, axis, position = min(cuts)
+    assert canvases._best_cut(has_RC, margin, side) == (cost, axis, position)

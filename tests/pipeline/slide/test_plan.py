@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.config import SegmentConfig, resolve
@@ -15,6 +16,7 @@ from pipeline.workers.malloc import keep_freed_memory
 from tests.models.networks import make_card
 from tests.pipeline.fakes import COLORS, CPU, SMALL, region_slide
 from tests.slides import PINK, painted, write_slide
+from wsi.tissue_edge import possible_tissue
 
 
 def test_only_tiles_with_tissue_are_planned(tmp_path: Path) -> None:
@@ -45,6 +47,21 @@ def test_nothing_beyond_the_slide_is_tissue(tmp_path: Path) -> None:
     assert plan.grid.size_out == (51, 51)
     assert mask_HW[:51, :51].all()
     assert mask_HW.sum() == 51 * 51
+
+
+def test_the_tissue_of_a_block_is_that_of_its_parts(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "slide.svs", painted((1400, 1300), ((170, 90, 900, 1100), PINK)), mpp=4.0)
+    _, slide, tissue, plan = plan_slide(
+        path, make_card(COLORS, mpp=4.0), replace(SMALL, block_out=320, output_stride=4)
+    )
+    slide.close()
+    grid = replace(plan.grid, m_per_out=1, block_out=1400)
+    (block,) = grid.blocks()
+    mask_HW = block_tissue(grid, tissue, block)
+    width, height = grid.size_out
+    whole_HW = possible_tissue(tissue, block.box_out, grid.l0_per_out, grid.mpp_out)
+    np.testing.assert_array_equal(mask_HW[:height, :width], whole_HW[:height, :width])
+    assert 0 < mask_HW.mean() < 1
 
 
 @pytest.mark.full
