@@ -8,6 +8,7 @@ Shape suffixes: N batch, H and W the image.
 from __future__ import annotations
 
 import logging
+import queue
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,8 @@ class OpenVinoNetwork:
     N can be any number, and H and W any multiples of 32 from the side that the network was traced at. The result of an
     image does not depend on the other images. A network may also take feature maps, whose sides are the image's divided
     by their stride, and return a tuple.
-    Calls must not overlap. The number of threads is torch's at the time of the constructor. Nothing is written to the
-    disk.
+    As many calls as there are streams may overlap; others wait. The streams share torch's number of threads at the time
+    of the constructor. Nothing is written to the disk.
     """
 
     def __init__(
@@ -46,15 +47,20 @@ class OpenVinoNetwork:
         precision: Precision = "float32",
         *,
         maps: Sequence[tuple[int, int]] = ((3, 1),),
+        streams: int = 1,
     ) -> None:
         """Compile the network, in eval mode, and compare its outputs for images of this side with those of torch.
 
         `size` is the smallest side of an image: at a smaller side than the trace, padding may not have enough pixels.
-        `maps` has a pair of channels and stride for each argument of the network.
+        `maps` has a pair of channels and stride for each argument of the network. Each of the `streams` keeps
+        activations of its own.
         Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
         self._smallest = size // maps[0][1]
-        self._compiled = _compile(network, _examples(maps, size, size), torch.get_num_threads(), _FORMATS[precision])
+        compiled = _compile(network, _examples(maps, size, size), _FORMATS[precision], streams)
+        self._requests: queue.Queue[Any] = queue.Queue()
+        for _ in range(streams):
+            self._requests.put(compiled.create_infer_request())
         # The conversion of an arbitrary timm network can go wrong, and a trace can hold the size of its example.
         sizes = [(size, size), (size, size + 32)]
         # At the smallest side, padding may not have enough pixels to mirror. The trace would then pad larger images in
@@ -77,7 +83,11 @@ class OpenVinoNetwork:
             raise ValueError(f"images have {tuple(maps[0].shape[2:])} px; the smallest side is {self._smallest}")
         # Share inputs in every call: a call without sharing would overwrite the array that the last call shared.
         arrays = [map_NCHW.contiguous().numpy() for map_NCHW in maps]
-        outputs = self._compiled(arrays, share_inputs=True, share_outputs=False)
+        request = self._requests.get()
+        try:
+            outputs = request.infer(arrays, share_inputs=True, share_outputs=False)
+        finally:
+            self._requests.put(request)
         found = tuple(torch.from_numpy(outputs[index]) for index in range(len(outputs)))
         return found if len(found) > 1 else found[0]
 
@@ -100,12 +110,13 @@ def _close(precision: Precision, found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
-def _compile(network: nn.Module, examples: Sequence[Tensor], threads: int, number_format: str) -> Any:
+def _compile(network: nn.Module, examples: Sequence[Tensor], number_format: str, streams: int) -> Any:
     """Return the network compiled for maps of any size, traced at these sizes. Raises RuntimeUnavailableError."""
     hints = {
         # The default is bfloat16 if the processor has it, which changes 0.7 % of the labels.
         "INFERENCE_PRECISION_HINT": number_format,
-        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": streams,
         "PERFORMANCE_HINT": "LATENCY",
         # With pinning, all processes on a machine would use the same cores.
         "ENABLE_CPU_PINNING": False,

@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, Self
 
@@ -23,10 +25,11 @@ from torch import Tensor, nn
 
 from models.bundle import Bundle, ModelCard, load_networks, load_statistics
 from models.compute import choose_compute
-from models.device_networks import DeviceNetworks, Maps
+from models.device_networks import DeviceNetworks
 from models.devices import Uploads, choose_device, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.familiarity import Statistics, window_features
+from models.fine_map import Place
 from models.gate import passing_classes, presence
 from models.gate_windows import GateWindows, PixelGates, gate_windows, pixel_gates, placed
 from models.runtimes import (
@@ -71,6 +74,14 @@ class Prediction(NamedTuple):
     """See `Decisions`."""
 
 
+class _Canvas(NamedTuple):
+    """A canvas on the device."""
+
+    rgb_HWC: Tensor
+    start: Tensor
+    """What the networks start from: see `DeviceNetworks.starts`."""
+
+
 class _Batch(NamedTuple):
     """Canvases of one size that pass the networks together."""
 
@@ -87,15 +98,16 @@ class _Classified(NamedTuple):
     """In the gate windows."""
     distances_Nrc: Tensor | None
     """See `Decisions`."""
-    maps: Maps | None
-    """What the segmenter starts from; None if it shares no stage with the classifier."""
+    deep: list[Tensor]
+    """The deep features (D, h, w) of each canvas if the segmenter takes them; else empty."""
 
 
 class Predictor:
     """A classifier and a segmenter on one device.
 
-    `lock` guards the device: the caller holds `lock` around `predict`. A canvas's result does not depend on the other
-    canvases of its batch, and nothing is random.
+    `lock` guards the device: the caller holds `lock` around `predict`. A canvas's result depends on its own pixels and,
+    if it is a place of a larger image, on the `models.fine_map.CONTEXT` pixels around it. It does not depend on the
+    other canvases of its batch, and nothing is random.
     """
 
     def __init__(
@@ -191,6 +203,10 @@ class Predictor:
         networks = load_networks(bundle)
         return cls.from_networks(bundle.card, bundle.digest, *networks, device=device, statistics=statistics, **options)
 
+    def own_threads(self) -> AbstractContextManager[None]:
+        """Return a context for the work between `lock` and its release: see `DeviceNetworks.own_threads`."""
+        return self._networks.own_threads()
+
     @property
     def compute(self) -> Compute:
         """Return how the networks are computed."""
@@ -201,8 +217,8 @@ class Predictor:
 
         Raises NonFiniteOutputError with the indices of the canvases.
         """
-        canvases = list(self._checked(rgb_NHWC))
         with torch.inference_mode():
+            canvases = self._alone(rgb_NHWC)
             batches = self._batches(canvases, corners)
             logits = [self._classified(canvases, batch).logits_MK for batch in batches]
             _check_finite("classifier", _order(batches), *to_host([_finite_canvases(batches, logits)]))
@@ -217,14 +233,14 @@ class Predictor:
 
         Needs at least one canvas. Raises NonFiniteOutputError.
         """
-        canvases_NHWC, networks = self._checked(rgb_NHWC), self._networks
         with torch.inference_mode():
-            logits_NKhw = torch.cat(
-                [
-                    networks.segmented(networks.started(networks.normalized(batch)), self.output_stride)
-                    for batch in canvases_NHWC.split(self.batch_size)
-                ]
-            )
+            canvases, networks = self._alone(rgb_NHWC), self._networks
+            found = []
+            for first in range(0, len(canvases), self.batch_size):
+                starts = [canvas.start for canvas in canvases[first : first + self.batch_size]]
+                deep = list(networks.deep(starts)) if networks.shares_deep else []
+                found.append(networks.segmented(starts, deep, self.output_stride))
+            logits_NKhw = torch.cat(found)
             _check_finite("segmenter", range(len(logits_NKhw)), *to_host([_finite(logits_NKhw)]))
         return logits_NKhw
 
@@ -241,51 +257,73 @@ class Predictor:
         canvases_NHWC = self._checked(rgb_NHWC)
         sides = ((side - 2 * self.card.margin) // self.output_stride for side in canvases_NHWC.shape[1:3])
         probs_NKhw = torch.empty((len(canvases_NHWC), len(self.card.classes), *sides), device=self.device)
-        segmented_N, distances = self.predict_into(list(probs_NKhw), list(canvases_NHWC), corners)
+        with torch.inference_mode():
+            segmented_N, distances = self._predict_into(list(probs_NKhw), self._alone(canvases_NHWC), corners)
         return Prediction(probs_NKhw, segmented_N, None if distances is None else np.stack(distances))
 
     def predict_into(
         self,
         probs: Sequence[Tensor],
-        canvases: Sequence[Tensor],
+        rgb_HWC: Tensor,
+        places: Sequence[Place],
         corners: Sequence[Corner],
         before_batch: Callable[[], object] = lambda: None,
     ) -> Decisions:
-        """Write the gated probabilities for the cores of canvases (H, W, 3), which may have different sizes.
+        """Write the gated probabilities for the cores of canvases, which are places of an image (H, W, 3).
 
-        `probs` are (K, h, w) float32 and, like the canvases, on the predictor's device. `before_batch` is called before
-        each batch; an error that it raises ends the prediction. The host waits for the device twice: for the decisions
-        about all canvases, and at the end.
+        Canvases may have different sizes and may overlap. The sides of the image and the limits of the places are
+        multiples of 16. `probs` are (K, h, w) float32 and, like the image, on the predictor's device. `before_batch` is
+        called before each batch, and between the parts of a longer computation; an error that it raises ends the
+        prediction. The host waits for the device twice: for the decisions about all canvases, and at the end.
 
         Raises NonFiniteOutputError with the indices of the canvases whose output contains NaN or infinity.
         """
         with torch.inference_mode():
-            batches = self._batches(canvases, corners)
-            classified = []
-            for batch in batches:
-                before_batch()
-                classified.append(self._classified(canvases, batch))
-            gates, decisions = self._decided(batches, classified)
-            finite: list[Tensor] = []
-            for batch, gate in zip(batches, gates, strict=True):
-                before_batch()
-                maps = classified.pop(0).maps  # removed, so that its memory is free
-                logits_NKhw = self._chosen_logits(canvases, batch, maps, decisions.segmented_N)
-                finite.append(_finite(logits_NKhw).expand(len(batch.canvases)))
-                for n, probs_Khw in zip(batch.canvases, gate.probabilities(logits_NKhw), strict=True):
-                    probs[n].copy_(probs_Khw)
-            _check_finite("segmenter", _order(batches), *to_host([torch.cat(finite)]))
+            starts = self._networks.starts(rgb_HWC, places, before_batch)
+            canvases = [_Canvas(rgb_HWC[place], start) for place, start in zip(places, starts, strict=True)]
+            return self._predict_into(probs, canvases, corners, before_batch)
+
+    def _predict_into(
+        self,
+        probs: Sequence[Tensor],
+        canvases: Sequence[_Canvas],
+        corners: Sequence[Corner],
+        before_batch: Callable[[], object] = lambda: None,
+    ) -> Decisions:
+        batches = self._batches(canvases, corners)
+        classified = self._networks.each(partial(self._classified, canvases), batches, before_batch)
+        gates, decisions = self._decided(batches, classified)
+
+        def segment(index: int) -> Tensor:
+            batch = batches[index]
+            logits_NKhw = self._chosen_logits(canvases, batch, classified[index].deep, decisions.segmented_N)
+            for n, probs_Khw in zip(batch.canvases, gates[index].probabilities(logits_NKhw), strict=True):
+                probs[n].copy_(probs_Khw)
+            return _finite(logits_NKhw).expand(len(batch.canvases))
+
+        finite = self._networks.each(segment, range(len(batches)), before_batch)
+        _check_finite("segmenter", _order(batches), *to_host([torch.cat(finite)]))
         return decisions
 
-    def _batches(self, canvases: Sequence[Tensor], corners: Sequence[Corner]) -> list[_Batch]:
-        """Return batches of canvases (H, W, 3) of one size, with their windows by a single copy to the device."""
-        shapes = [canvas_HWC.shape[1::-1] for canvas_HWC in canvases]
+    def _alone(self, rgb_NHWC: Canvases) -> list[_Canvas]:
+        """Return canvases of one size, each an image of its own. Raises what `_checked` raises."""
+        canvases = []
+        for canvas_HWC in self._checked(rgb_NHWC):
+            whole = slice(0, canvas_HWC.shape[0]), slice(0, canvas_HWC.shape[1])
+            canvases.append(_Canvas(canvas_HWC, *self._networks.starts(canvas_HWC, [whole])))
+        return canvases
+
+    def _batches(self, canvases: Sequence[_Canvas], corners: Sequence[Corner]) -> list[_Batch]:
+        """Return batches of canvases of one size, with their windows by a single copy to the device."""
+        shapes = [canvas.rgb_HWC.shape[1::-1] for canvas in canvases]
         in_order = sorted(range(len(canvases)), key=shapes.__getitem__)
         groups = [list(alike) for _, alike in groupby(in_order, key=shapes.__getitem__)]
         batches = [group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)]
         windows = []
         for batch in batches:
-            size = [(side - 2 * self.card.margin) // self.output_stride for side in canvases[batch[0]].shape[:2]]
+            size = [
+                (side - 2 * self.card.margin) // self.output_stride for side in canvases[batch[0]].rgb_HWC.shape[:2]
+            ]
             windows.append(self._windows([corners[n] for n in batch], size))
         return [_Batch(*one) for one in zip(batches, placed(windows, self.device), strict=True)]
 
@@ -293,17 +331,15 @@ class Predictor:
         """Return the gate windows of canvases whose cores have this height and width at the output stride."""
         return gate_windows(corners, size_out, self.card.margin, self.card.gate_window, self.output_stride)
 
-    def _classified(self, canvases: Sequence[Tensor], batch: _Batch) -> _Classified:
+    def _classified(self, canvases: Sequence[_Canvas], batch: _Batch) -> _Classified:
         """Return what the classifier computes for a batch."""
-        x_NCHW = self._networks.normalized(torch.stack([canvases[n] for n in batch.canvases]))
-        maps = self._networks.started(x_NCHW)
-        deep_NDhw = self._networks.deep(maps)
-        logits_MK = self._networks.window_logits(deep_NDhw, x_NCHW, batch.windows)
-        # Normalized images are not kept: they are larger than the maps of small networks, and cheap to compute again.
-        kept = maps if self._networks.share_stages else None
+        images = [canvases[n].rgb_HWC for n in batch.canvases]
+        deep_NDhw = self._networks.deep([canvases[n].start for n in batch.canvases])
+        logits_MK = self._networks.window_logits(deep_NDhw, images, batch.windows)
+        kept = list(deep_NDhw) if self._networks.shares_deep else []
         if self._statistics is None or self.card.familiarity is None:
             return _Classified(logits_MK, None, kept)
-        features_NrcD = window_features(deep_NDhw, x_NCHW.shape[2] // deep_NDhw.shape[2])
+        features_NrcD = window_features(deep_NDhw, images[0].shape[0] // deep_NDhw.shape[2])
         distances_Nrc = self._statistics.distances(features_NrcD.flatten(0, 2)).view(features_NrcD.shape[:3])
         return _Classified(logits_MK, distances_Nrc / self.card.familiarity.window_limit, kept)
 
@@ -327,22 +363,19 @@ class Predictor:
         return gates, Decisions(segmented_N, known)
 
     def _chosen_logits(
-        self, canvases: Sequence[Tensor], batch: _Batch, maps: Maps | None, segmented_N: NDArray[np.bool_]
+        self, canvases: Sequence[_Canvas], batch: _Batch, deep: list[Tensor], segmented_N: NDArray[np.bool_]
     ) -> Tensor:
         """Return the segmenter's logits (N, K, h, w) for a batch; (1, K, 1, 1) if it runs on no canvas of it.
 
-        A canvas on which it does not run has no contested pixel: any logits give the same probabilities.
+        `deep` is that of `_Classified`. A canvas on which the segmenter does not run has no contested pixel: any logits
+        give the same probabilities.
         """
         chosen = [position for position, n in enumerate(batch.canvases) if segmented_N[n]]
         if not chosen:
             return torch.zeros((1, len(self.card.classes), 1, 1), device=self.device)
-        if maps is None:
-            x_NCHW = self._networks.normalized(torch.stack([canvases[batch.canvases[position]] for position in chosen]))
-            maps = self._networks.started(x_NCHW)
-        elif len(chosen) < len(batch.canvases):
-            # An index of Python's integers would be copied to the device.
-            maps = tuple(torch.stack([map_NChw[position] for position in chosen]) for map_NChw in maps)
-        found_NKhw = self._networks.segmented(maps, self.output_stride)
+        starts = [canvases[batch.canvases[position]].start for position in chosen]
+        chosen_deep = [deep[position] for position in chosen] if deep else []
+        found_NKhw = self._networks.segmented(starts, chosen_deep, self.output_stride)
         if len(chosen) == len(batch.canvases):
             return found_NKhw
         logits_NKhw = found_NKhw.new_zeros((len(batch.canvases), *found_NKhw.shape[1:]))

@@ -3,7 +3,8 @@
 By default, training freezes the first stages of both backbones, so a classifier and a segmenter of the same
 EfficientNet start with the same layers and weights. Only their padding differs: at the edge of a canvas, the classifier
 repeats a pixel and the segmenter mirrors its neighbors. Shared stages repeat it. With EfficientNet-Lite0, this reaches
-9 px into a canvas, and the margin that is cut off is wider.
+9 px into a canvas, and the margin that is cut off is wider. `models.fine_map` computes these stages, the largest maps
+of both networks, once for each pixel of a block.
 
 If the segmenter was trained on the classifier's backbone (`shared_backbone` in its card), its encoder pads as the
 classifier does, and everything up to the decoder is shared.
@@ -41,22 +42,24 @@ class Networks(NamedTuple):
     """The two networks of a bundle, and what they share."""
 
     first: nn.Module | None
-    """Normalized images (N, 3, H, W) -> a tuple of maps (N, C, h, w); None if the networks share nothing."""
-    maps: tuple[tuple[int, int], ...]
-    """Channels C and stride of each map: the image itself if nothing is shared, one map at stride 4, or one at stride 4
-    and the deep features."""
+    """Normalized images (N, 3, H, W) -> the shared map at stride 4 (N, C, h, w); None if the networks share nothing."""
+    reach_px: float
+    """How many pixels from the edge of an image its padding can change this map; infinity for everywhere."""
+    start: tuple[int, int]
+    """Channels C and stride of what both networks start from: the shared map, or the image if nothing is shared."""
     classifier: nn.Module
     """The classifier whose head reads the deep features."""
-    deep: nn.Module | None
-    """The only map -> the classifier's deep features (N, D, h, w). None if the whole backbone is shared: the last map
-    then has these features."""
+    deep: nn.Module
+    """The start -> the classifier's deep features (N, D, h, w)."""
     segmenter: nn.Module
-    """The maps -> the logits of `CoreSegmenter`."""
+    """The start -> the logits of `CoreSegmenter`. If the whole backbone is shared, it takes the deep features too."""
+    shared_deep: tuple[int, int] | None
+    """Channels D and stride of the deep features if the segmenter takes them, else None."""
 
 
 def unshared(classifier: nn.Module, segmenter: nn.Module, margin: int) -> Networks:
     """Return the networks without shared stages: each computes all of its features from the images."""
-    return Networks(None, ((3, 1),), classifier, DeepFeatures(classifier), CoreSegmenter(segmenter, margin))
+    return Networks(None, 0, (3, 1), classifier, DeepFeatures(classifier), CoreSegmenter(segmenter, margin), None)
 
 
 def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> Networks:
@@ -72,15 +75,18 @@ def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> 
         return unshared(classifier, segmenter, margin)
     # The decoder reads the features at this stride, so every segmenter has exactly one such stage.
     cut = next(stage for stage in theirs.feature_info.get_dicts() if stage["reduction"] == NATIVE_STRIDE)
+    start = int(cut["num_chs"]), NATIVE_STRIDE
+    first, other = _first(ours, cut["stage"]), _first(theirs, cut["stage"])
+    reach_px = _reach_px(first)
     if _share_all(ours, theirs) and leaves_margin_out(segmenter):
         # Any: networks have their parts by name.
         whole: Any = copy.deepcopy(classifier)
-        last = theirs.feature_info.get_dicts()[-1]
-        maps = tuple((int(stage["num_chs"]), int(stage["reduction"])) for stage in (cut, last))
+        net, last = whole.backbone.net, theirs.feature_info.get_dicts()[-1]
+        deep = nn.Sequential(*net.blocks[cut["stage"] :])
         decoder = CoreDecoder(copy.deepcopy(segmenter), margin)
-        return Networks(_FineAndDeep(whole.backbone.net, cut["stage"]), maps, whole, None, decoder)
-    first, other = _first(ours, cut["stage"]), _first(theirs, cut["stage"])
-    if not _alike(first, other) or _reach_px(first) > margin:
+        shared_deep = int(last["num_chs"]), int(last["reduction"])
+        return Networks(_first(net, cut["stage"]), reach_px, start, whole, deep, decoder, shared_deep)
+    if not _alike(first, other) or reach_px > margin:
         return unshared(classifier, segmenter, margin)
     later_classifier: Any = copy.deepcopy(classifier)
     later_segmenter: Any = copy.deepcopy(segmenter)
@@ -89,37 +95,8 @@ def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> 
         _remove(net, cut["stage"])
     # The features have a quarter of the image's sides, which need not be multiples of the encoder's stride.
     later_segmenter.requires_divisible_input_shape = False
-    return Networks(
-        _OneMap(first),
-        ((int(cut["num_chs"]), NATIVE_STRIDE),),
-        later_classifier,
-        DeepFeatures(later_classifier),
-        CoreSegmenter(later_segmenter, margin),
-    )
-
-
-class _OneMap(nn.Module):
-    """The first stages: images -> a tuple of their features."""
-
-    def __init__(self, first: nn.Module) -> None:
-        super().__init__()
-        self.first = first
-
-    def forward(self, x_NCHW: Tensor) -> tuple[Tensor]:
-        return (self.first(x_NCHW),)
-
-
-class _FineAndDeep(nn.Module):
-    """A whole backbone: images -> the features after its first `stages`, and the last ones."""
-
-    def __init__(self, net: Any, stages: int) -> None:
-        super().__init__()
-        self.first = _first(net, stages)
-        self.later = nn.Sequential(*net.blocks[stages:])
-
-    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        fine_NChw = self.first(x_NCHW)
-        return fine_NChw, self.later(fine_NChw)
+    later = DeepFeatures(later_classifier), CoreSegmenter(later_segmenter, margin)
+    return Networks(first, reach_px, start, later_classifier, *later, None)
 
 
 def _share_all(ours: Any, theirs: Any) -> bool:

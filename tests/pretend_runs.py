@@ -50,10 +50,14 @@ def run_predictor() -> dict[str, Any]:
         return Predictor(make_card(COLORS), NO_DIGEST, *networks, device=device, batch_size=batch_size)
 
     def predicted(model: Predictor, chosen: Sequence[int]) -> tuple[list[torch.Tensor], list[bool], Record]:
-        there = [model.on_device(canvases[n]) for n in chosen]
+        there = model.on_device(np.concatenate([canvases[n] for n in chosen], axis=1))
+        stops = np.cumsum([canvases[n].shape[1] for n in chosen])
+        places = [
+            (slice(0, 96), slice(stop - canvases[n].shape[1], stop)) for n, stop in zip(chosen, stops, strict=True)
+        ]
         probs = [torch.empty((3, 8, (canvases[n].shape[1] - 64) // 4), device=model.device) for n in chosen]
         with recorded() as record:
-            segmented_N, _ = model.predict_into(probs, there, [corners[n] for n in chosen])
+            segmented_N, _ = model.predict_into(probs, there, places, [corners[n] for n in chosen])
         return [one.cpu() for one in probs], segmented_N.tolist(), record
 
     found: dict[str, Any] = {"devices": available_devices(), "auto": str(choose_device("auto")), "predictions": []}

@@ -117,7 +117,7 @@ def segment_block(
         with timer("wait"):
             predictor.lock.acquire()
         try:
-            with timer("network"):
+            with timer("network"), predictor.own_threads():
                 cells = CellDistances(block.box_out)
                 found_KHW, segmented_m = _predict(
                     work, predictor, block, cores_m, rgb_HWC, pixels.canvas_m, cells, stopped
@@ -203,7 +203,8 @@ def _predict(
     try:
         segmented_N, distances = predictor.predict_into(
             [found_KHW[:, *grid.box_out(core_m).slices(box_out)] for core_m in cores_m],
-            [rgb_HWC[canvas_m.slices(rgb_m)] for canvas_m in canvases_m],
+            rgb_HWC,
+            [canvas_m.slices(rgb_m) for canvas_m in canvases_m],
             [(core_m.x, core_m.y) for core_m in cores_m],
             end_if_stopped,
         )

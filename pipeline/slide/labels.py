@@ -30,20 +30,29 @@ class StoredMap(NamedTuple):
 
 def stored_map(probs_KHW: Tensor, tissue_HW: NDArray[np.bool_]) -> StoredMap:
     """Return what is stored of these probabilities, by a single copy to the host."""
-    winner_HW = winners(probs_KHW)
-    labels_HW = torch.where(winner_HW < len(probs_KHW), winner_HW + 1, BACKGROUND_LABEL)
-    # Slightly more than one half: equal probabilities such as 0.5 lie on a rounding edge, and the last bit of the
-    # sums would decide.
-    scaled_KHW = probs_KHW * 255 + (0.5 + 2**-10)
-    found = to_host([scaled_KHW.to(torch.uint8), labels_HW.to(torch.uint8), (probs_KHW > 0).any(dim=0)])
+    labels_HW = winners(probs_KHW) + 1
+    labels_HW *= labels_HW <= len(probs_KHW)
+    bytes_KHW = torch.empty(probs_KHW.shape, dtype=torch.uint8, device=probs_KHW.device)
+    for bytes_HW, probs_HW in zip(bytes_KHW, probs_KHW, strict=True):
+        # Slightly more than one half: equal probabilities such as 0.5 lie on a rounding edge, and the last bit of the
+        # sums would decide.
+        bytes_HW.copy_((probs_HW * 255).add_(0.5 + 2**-10))
+    found = to_host([bytes_KHW, labels_HW, probs_KHW.amax(dim=0) > 0])
     return StoredMap(*(array * tissue_HW for array in found))
 
 
 def winners(probs_KHW: Tensor) -> Tensor:
-    """Return the index of the most probable class of each pixel, (H, W) int64; K if "no class" is more probable.
+    """Return the index of the most probable class of each pixel, (H, W) uint8; K if "no class" is more probable.
 
-    The probability of "no class" is what the class probabilities lack to a sum of one.
+    Of equally probable classes, the first one wins. The probability of "no class" is what the class probabilities lack
+    to a sum of one.
     """
-    best_HW, winner_HW = probs_KHW.max(dim=0)
+    best_HW = probs_KHW.amax(dim=0)
+    # Count the classes before the first of the best ones. `max(dim=0)` returns the same but takes twice as long.
+    is_before_HW = torch.ones_like(best_HW, dtype=torch.uint8)
+    winner_HW = torch.zeros_like(is_before_HW)
+    for probs_HW in probs_KHW:
+        is_before_HW *= probs_HW < best_HW
+        winner_HW += is_before_HW
     is_class_HW = (best_HW > 0) & (best_HW >= 1 - probs_KHW.sum(dim=0))
     return torch.where(is_class_HW, winner_HW, len(probs_KHW))

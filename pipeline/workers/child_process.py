@@ -30,7 +30,7 @@ from pipeline.errors import (
 from pipeline.progress import Progress
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob, Workers
-from pipeline.workers.malloc import keep_freed_memory
+from pipeline.workers.malloc import imported_for_good, keep_freed_memory
 from pipeline.workers.outcome import Outcome
 from pipeline.workers.semaphores import start_silent_tracker
 from wsi.errors import WsiSegmentError
@@ -185,7 +185,8 @@ def _ctrl_c_blocked() -> Iterator[None]:
 
 def _serve(connection: Connection, model: str, config: SegmentConfig, first: SlideJob | None, level: int) -> None:
     """Segment the requested slides until the connection closes."""
-    from pipeline.workers.in_process import open_in_process  # loads torch, which the waiting process does not need
+    with imported_for_good():
+        from pipeline.workers.in_process import open_in_process  # loads torch, which the waiting process does not need
 
     log_to_stderr(level)
     keep_freed_memory()

@@ -10,6 +10,7 @@ from pipeline.errors import ConfigError
 
 # Nothing here imports torch, because a process that waits for others does not need it.
 from pipeline.workers.base import SlideJob, Spread, Workers
+from pipeline.workers.malloc import imported_for_good
 
 
 @contextmanager
@@ -41,7 +42,8 @@ def open_workers(
         raise ConfigError(f"--slide-timeout is {slide_timeout_s}; it must be a positive number of seconds")
     if scheduler is None:
         _check_in_process(spread, slide_timeout_s)
-        from pipeline.workers.in_process import open_in_process
+        with imported_for_good():
+            from pipeline.workers.in_process import open_in_process
 
         with open_in_process(model, config, first=first) as here:
             yield here

@@ -37,22 +37,25 @@ def test_openvino_returns_the_same_bits_with_any_number_of_threads_and_any_batch
     split = split_networks(classifier, segmenter, bundle.card.margin)
     assert split.first is not None
     with torch.inference_mode():
-        started = split.first.eval()(x_NCHW)
+        fine_NChw = split.first.eval()(x_NCHW)
+        deep_NDhw = split.deep.eval()(fine_NChw)
     prepared: list[tuple[nn.Module, tuple[Tensor, ...], Sequence[tuple[int, int]]]] = [
         (split.first, (x_NCHW,), ((3, 1),)),
-        (split.segmenter.eval(), started, split.maps),
+        (split.deep, (fine_NChw,), (split.start,)),
     ]
-    if split.deep is not None:
-        prepared.append((split.deep.eval(), started, split.maps))
+    if split.shared_deep is None:
+        prepared.append((split.segmenter.eval(), (fine_NChw,), (split.start,)))
+    else:
+        prepared.append((split.segmenter.eval(), (fine_NChw, deep_NDhw), (split.start, split.shared_deep)))
     for network, inputs, maps in prepared:
         expected: Tensor | None = None
-        for threads in (1, 2, 3, 4):
+        for threads, streams in ((1, 1), (2, 1), (2, 2), (3, 2), (4, 1)):
             torch.set_num_threads(threads)
-            made = OpenVinoNetwork(network, side, maps=maps)
+            made = OpenVinoNetwork(network, side, maps=maps, streams=streams)
             for batch in (8, 3, 1):
                 parts = zip(*(one.split(batch) for one in inputs), strict=True)
                 with torch.inference_mode():
                     outputs = [torch.cat([one.flatten(1) for one in as_tuple(made(*part))], dim=1) for part in parts]
                 found = bits(torch.cat(outputs))
                 expected = found if expected is None else expected
-                assert torch.equal(found, expected), (threads, batch)
+                assert torch.equal(found, expected), (threads, streams, batch)

@@ -131,12 +131,12 @@ class _Watched(Predictor):
 
     steps: Steps
 
-    def predict_into(self, probs: Any, canvases: Any, corners: Any, before_batch: Any = None) -> Any:
+    def predict_into(self, probs: Any, rgb_HWC: Any, places: Any, corners: Any, before_batch: Any = None) -> Any:
         def step() -> None:
             before_batch()
             self.steps.step("predict")
 
-        return super().predict_into(probs, canvases, corners, step)
+        return super().predict_into(probs, rgb_HWC, places, corners, step)
 
 
 def _run(predictor: Predictor, order: Order) -> int:

@@ -246,6 +246,17 @@ def test_the_logits_of_a_part_follow_from_its_part_of_the_class_scores(name: str
             torch.testing.assert_close(head.pooled(map_NKhw[:, :, part, part]), expected_NK, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("side", [1, 4, 8])
+def test_a_run_pools_to_the_same_bits_as_training(side: int) -> None:
+    """A run reads thousands of windows and sorts their cells in another way."""
+    head = AreaHead(8, 7).eval()
+    map_NKhw = 3 * torch.randn((50, 7, side, side), generator=torch.Generator().manual_seed(side))
+    map_NKhw[:10] = map_NKhw[:10].round()  # equal values
+    with torch.inference_mode():
+        found_NK = head.pooled(map_NKhw)
+    assert torch.equal(found_NK, head.pooled(map_NKhw))
+
+
 def test_logits_of_an_averaged_head_are_the_class_weights_times_the_mean_features() -> None:
     head, deep_NChw = make_head("gap"), features()
     with torch.no_grad():

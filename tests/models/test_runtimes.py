@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,6 +219,18 @@ def test_a_call_leaves_the_images_of_earlier_calls_alone() -> None:
 
 
 @needs_openvino
+def test_calls_that_overlap_share_the_streams_and_return_their_own_outputs() -> None:
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1)).eval()
+    streams = OpenVinoNetwork(network, 32, streams=2)
+    images = [torch.randn(1, 3, 32 * (1 + n % 3), 64) for n in range(40)]
+    with ThreadPoolExecutor(4) as pool:  # more callers than streams
+        found = list(pool.map(streams, images))
+    alone = OpenVinoNetwork(network, 32)
+    assert all(torch.equal(one, alone(image)) for one, image in zip(found, images, strict=True))
+
+
 def test_openvino_takes_every_size_from_the_smallest_one() -> None:
     torch.manual_seed(0)
     segmenter = build_segmenter("tu-tf_efficientnet_lite0", 2).eval()

@@ -63,10 +63,10 @@ def test_the_parts_compute_what_the_whole_networks_compute() -> None:
     x_NCHW = images(1)
     split = split_networks(classifier, segmenter, 64)
     assert split.first is not None
-    assert split.deep is not None
-    ((channels, stride),) = split.maps
+    assert split.shared_deep is None
+    channels, stride = split.start
     with torch.inference_mode():
-        (features_NChw,) = split.first(x_NCHW)
+        features_NChw = split.first(x_NCHW)
         assert features_NChw.shape == (2, channels, 160 // stride, 192 // stride)
         assert torch.equal(split.deep(features_NChw), DeepFeatures(classifier)(x_NCHW))
         assert torch.equal(split.segmenter(features_NChw), CoreSegmenter(segmenter, 64)(x_NCHW))
@@ -80,11 +80,11 @@ def test_a_backbone_that_both_networks_have_is_computed_once(backbone: str, dept
     x_NCHW = images(4)
     split = split_networks(classifier, segmenter, 64)
     assert split.first is not None
-    assert split.deep is None
     with torch.inference_mode():
-        maps = split.first(x_NCHW)
-        assert [(one.shape[1], 160 // one.shape[2]) for one in maps] == list(split.maps)
-        assert [stride for _, stride in split.maps] == [4, 16]
+        fine_NChw = split.first(x_NCHW)
+        maps = fine_NChw, split.deep(fine_NChw)
+        assert [(one.shape[1], 160 // one.shape[2]) for one in maps] == [split.start, split.shared_deep]
+        assert [one.shape[2] for one in maps] == [160 // 4, 160 // 16]
         assert torch.equal(maps[-1], DeepFeatures(classifier)(x_NCHW))
         torch.testing.assert_close(split.segmenter(*maps), CoreSegmenter(segmenter, 64)(x_NCHW), atol=1e-6, rtol=1e-5)
 
@@ -93,14 +93,14 @@ def test_a_backbone_that_both_networks_have_is_computed_once(backbone: str, dept
 def test_backbones_that_dilate_or_pad_differently_share_the_first_stages_only(options: dict[str, Any]) -> None:
     split = split_networks(*sharing_networks(**options), 64)
     assert split.first is not None
-    assert split.deep is not None
-    assert split.maps == ((24, 4),)
+    assert split.start == (24, 4)
+    assert split.shared_deep is None
 
 
 def test_a_classifier_with_layers_after_its_stages_shares_the_first_stages_only() -> None:
     classifier, segmenter = sharing_networks()
     classifier.backbone.net.conv_head = nn.Conv2d(112, 112, 1)
-    assert split_networks(classifier, segmenter, 64).deep is not None
+    assert split_networks(classifier, segmenter, 64).shared_deep is None
 
 
 @pytest.mark.parametrize("runtime", ["torch", "openvino"])
@@ -114,7 +114,7 @@ def test_a_shared_backbone_gives_the_probabilities_of_two_networks(
 
     def found(*, share: bool) -> tuple[Tensor, list[Tensor]]:
         predictor = Predictor(card, NO_DIGEST, *sharing_networks(), device="cpu", runtime=runtime)
-        assert predictor._networks.share_stages == share
+        assert predictor._networks.shares_stages == share
         return predictor.logits(rgb_NHWC), predictor.presence(rgb_NHWC, [(0, 0), (256, 0)])
 
     shared_NKhw, shared = found(share=True)
@@ -140,7 +140,7 @@ def test_another_padding_of_the_shared_stages_reaches_nine_pixels() -> None:
         first = split_networks(classifier, segmenter, 64).first
         assert first is not None
         own_NChw = nn.Sequential(encoder.conv_stem, encoder.bn1, *encoder.blocks[:2])(x_NCHW)
-        differs_hw = (first(x_NCHW)[0] != own_NChw).any(dim=1).any(dim=0)
+        differs_hw = (first(x_NCHW) != own_NChw).any(dim=1).any(dim=0)
     assert split_networks(classifier, segmenter, 9).first is not None
     assert split_networks(classifier, segmenter, 8).first is None
     assert differs_hw.any()
@@ -167,9 +167,8 @@ def test_the_predictor_computes_with_parts_in_eval_mode_on_its_device(whole: boo
     classifier, segmenter = (network.train() for network in (sharing_networks() if whole else networks()))
     predictor = Predictor(load_bundle("colon-gland").card, NO_DIGEST, classifier, segmenter, device="cpu")
     parts: Any = predictor._networks
-    used: list[Any] = [parts._first, parts._classifier, parts._segmenter]
-    used += [] if whole else [parts._deep]
-    assert (parts._deep is None) == whole
+    used: list[Any] = [parts._first, parts._classifier, parts._deep, parts._segmenter]
+    assert parts.shares_deep == whole
     assert not any(module.training for part in used for module in part.modules())
     # The head moves to the device with the stages before it.
     assert whole or parts._deep.classifier is parts._classifier
@@ -199,7 +198,7 @@ def test_networks_that_start_differently_share_nothing() -> None:
         other,
     ):
         split = split_networks(classifier, segmenter, 64)
-        assert (split.first, split.maps, split.classifier) == (None, ((3, 1),), classifier)
+        assert (split.first, split.start, split.classifier) == (None, (3, 1), classifier)
         assert isinstance(split.segmenter, CoreSegmenter)
         assert split.segmenter.segmenter is segmenter
 
@@ -212,7 +211,7 @@ def test_the_shipped_models_share_what_their_cards_state(name: str) -> None:
     for networks in ((classifier, segmenter), (pad_before_expansion(classifier), pad_before_expansion(segmenter))):
         split = split_networks(*networks, bundle.card.margin)
         assert split.first is not None
-        assert (split.deep is None) == bundle.card.segmenter.shared_backbone
+        assert (split.shared_deep is not None) == bundle.card.segmenter.shared_backbone
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

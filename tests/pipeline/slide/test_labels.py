@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.slide.labels import stored_map
+from pipeline.slide.labels import stored_map, winners
 
 
 def test_no_class_competes_for_the_label() -> None:
@@ -29,3 +29,18 @@ def test_the_last_bit_of_a_probability_does_not_change_a_byte() -> None:
     one_half = torch.tensor([0.5]).nextafter(torch.tensor([0.0]))
     bytes_KHW = stored_map(torch.stack([one_half, torch.tensor([0.5])])[:, None], np.ones((1, 1), bool)).probs_KHW
     assert bytes_KHW.ravel().tolist() == [128, 128]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7])
+def test_the_winner_is_the_first_of_the_most_probable_classes_unless_no_class_is_more_probable(classes: int) -> None:
+    # Sixths, so that many classes are equally probable.
+    shares = np.random.default_rng(classes).multinomial(6, [1 / (classes + 1)] * (classes + 1), size=(9, 11)) / 6
+    probs_KHW = torch.from_numpy(shares[..., :classes].transpose(2, 0, 1).astype(np.float32))
+    expected_HW = np.empty((9, 11), int)
+    for y, x in np.ndindex(9, 11):
+        column_K = probs_KHW[:, y, x].tolist()
+        best = column_K.index(max(column_K))
+        rest = 1 - float(probs_KHW[:, y, x].sum())
+        expected_HW[y, x] = best if column_K[best] > 0 and column_K[best] >= rest else classes
+    assert winners(probs_KHW).tolist() == expected_HW.tolist()
+    assert {classes, 0} <= set(expected_HW.ravel().tolist())

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from pipeline.config import SegmentConfig, resolve
 from pipeline.errors import ConfigError
 from pipeline.slide.plan import block_tissue, needed_tiles
 from pipeline.slide.recipe import plan_slide
-from pipeline.workers.malloc import keep_freed_memory
 from tests.models.networks import make_card
 from tests.pipeline.fakes import COLORS, CPU, SMALL, region_slide
 from tests.slides import PINK, painted, write_slide
@@ -105,7 +103,3 @@ def test_only_what_changes_the_result_belongs_to_its_identity() -> None:
     assert all(config.parameters("torch") == SMALL.parameters("torch") for config in same)
     other = [replace(SMALL, canvas_m=512), replace(SMALL, mpp=0.3), replace(SMALL, block_out=64)]
     assert all(config.parameters("torch") != SMALL.parameters("torch") for config in other)
-
-
-def test_freed_memory_can_be_kept_on_linux() -> None:
-    assert keep_freed_memory() is sys.platform.startswith("linux")

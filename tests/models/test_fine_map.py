@@ -1,0 +1,86 @@
+"""The map that both networks start from, computed in windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models import fine_map as module
+from models.bundle import NO_DIGEST, load_bundle
+from models.fine_map import CONTEXT, Place, fine_map, part_of, spans
+from models.predictor import Predictor
+from models.shared_stages import split_networks
+from tests.models.test_shared_stages import networks, sharing_networks
+
+
+@given(length=st.integers(1, 60), side=st.integers(3, 20))
+def test_windows_cover_an_axis_without_gap_or_overlap_and_with_context(length: int, side: int) -> None:
+    length, side = 16 * length, 16 * side
+    found = list(spans(length, side))
+    used = [px for span in found for px in range(span.first, span.last)]
+    assert used == list(range(length))
+    for span in found:
+        assert span.stop - span.start == min(side, length)
+        assert 0 <= span.start <= span.first < span.last <= span.stop <= length
+        assert span.start % 16 == 0
+        assert span.first - span.start >= CONTEXT or span.start == 0
+        assert span.stop - span.last >= CONTEXT or span.stop == length
+
+
+def first_stages() -> Callable[[Tensor], Tensor]:
+    """Return the first stages of EfficientNet-Lite0: (N, H, W, 3) bytes -> maps at stride 4."""
+    first = split_networks(*networks(), 64).first
+    assert first is not None
+    return lambda rgb_NHWC: first(rgb_NHWC.permute(0, 3, 1, 2) / 127.5 - 1)
+
+
+IMAGE_HWC = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (208, 320, 3), dtype=np.uint8))
+PLACES: list[Place] = [(slice(0, 96), slice(0, 96)), (slice(112, 208), slice(144, 304))]
+
+
+@pytest.mark.parametrize("side", [96, 112, 288])
+def test_a_map_in_windows_has_the_values_of_the_whole_image_in_every_place(side: int) -> None:
+    first, ran = first_stages(), 0
+
+    def backwards(run: Callable[[Any], None], windows: Sequence[Any]) -> None:
+        nonlocal ran
+        ran = len(windows)
+        list(map(run, reversed(windows)))
+
+    with torch.inference_mode():
+        whole_Chw = first(IMAGE_HWC[None])[0]
+        found_Chw = fine_map(first, IMAGE_HWC, PLACES, side, backwards)
+    for place in PLACES:
+        torch.testing.assert_close(part_of(found_Chw, place), part_of(whole_Chw, place), atol=1e-5, rtol=1e-5)
+    windows = len(list(spans(208, side))) * len(list(spans(320, side)))
+    assert ran + 1 < windows or side == 288  # windows without a place are left out
+
+
+def test_less_context_than_the_stages_reach_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONTEXT", 0)
+    first = first_stages()
+    with torch.inference_mode():
+        whole_Chw = first(IMAGE_HWC[None])[0]
+        found_Chw = fine_map(first, IMAGE_HWC, PLACES, 96)
+    assert (part_of(found_Chw, PLACES[1]) - part_of(whole_Chw, PLACES[1])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("backbone", "in_windows"), [("tf_efficientnet_lite0", True), ("tf_efficientnet_b0", False)])
+def test_stages_that_average_the_whole_canvas_run_on_whole_canvases(backbone: str, in_windows: bool) -> None:
+    """Squeeze-and-excitation carries every pixel everywhere, so a part of an image gives other features."""
+    card = load_bundle("colon-gland").card
+    predictor = Predictor(card, NO_DIGEST, *sharing_networks(backbone=backbone), device="cpu")
+    parts: Any = predictor._networks
+    with torch.inference_mode():
+        starts = parts.starts(IMAGE_HWC, PLACES)
+        alone = [parts._fine(IMAGE_HWC[place][None])[0] for place in PLACES]
+    near = [torch.allclose(start, own, atol=1e-5) for start, own in zip(starts, alone, strict=True)]
+    # In windows, the edges of a canvas have the real pixels around it.
+    assert near == [not in_windows] * 2
