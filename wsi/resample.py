@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from wsi.box import Box
 from wsi.grid import Grid
@@ -95,6 +96,12 @@ def _whole_mean(rgb_HWC: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
         return rgb_HWC
     height, width = rgb_HWC.shape[0] // n, rgb_HWC.shape[1] // n
     result_HWC = np.empty((height, width, 3), np.uint8)
+    if n & (n - 1) == 0:
+        # Pillow takes half of the time, but rounds halves up exactly only for powers of two.
+        for first in range(0, height, _STRIP_ROWS):
+            last = min(first + _STRIP_ROWS, height)
+            result_HWC[first:last] = Image.fromarray(rgb_HWC[first * n : last * n, : width * n]).reduce(n)
+        return result_HWC
     # uint16 holds the sum of up to 257 pixels.
     total = np.uint16 if n * n <= 256 else np.uint32
     for first in range(0, height, _STRIP_ROWS):
@@ -108,10 +115,7 @@ def _whole_mean(rgb_HWC: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
         for x in range(2, n):
             sums_HWC += rows_HWC[:, x::n]
         sums_HWC += n * n // 2
-        if n & (n - 1) == 0:
-            sums_HWC >>= 2 * (n.bit_length() - 1)
-        else:
-            sums_HWC //= n * n
+        sums_HWC //= n * n
         result_HWC[first : first + count] = sums_HWC
     return result_HWC
 

@@ -69,6 +69,18 @@ def test_whole_means_are_rounded_half_up(factor: int) -> None:
     np.testing.assert_array_equal(area_mean(rgb_HWC, (0, 0), Box(0, 0, 19, 21), float(factor)), reduce(rgb_HWC, factor))
 
 
+@pytest.mark.parametrize("factor", [2, 4, 8, 16])
+def test_every_sum_of_a_square_has_its_mean(factor: int) -> None:
+    """Pillow computes these means. It does not round all sums half up for other factors."""
+    square = factor**2
+    sums = np.arange(255 * square + 1)
+    squares = sums[:, None] // square + (np.arange(square) < sums[:, None] % square)
+    gray_HW = squares.reshape(-1, factor, factor).transpose(1, 0, 2).reshape(factor, -1)
+    rgb_HWC = np.repeat(gray_HW[:, :, None], 3, axis=2).astype(np.uint8)
+    found_HWC = area_mean(rgb_HWC, (0, 0), Box(0, 0, len(sums), 1), float(factor))
+    np.testing.assert_array_equal(found_HWC[0, :, 1], (sums + square // 2) // square)
+
+
 @pytest.mark.parametrize("factor", [1.0, 2.0, 3.0, 17.0, 1.37, 2.5, 0.6])
 def test_a_pixel_does_not_depend_on_the_box_it_is_read_in(tmp_path: Path, factor: float) -> None:
     rgb_HWC = np.random.default_rng(1).integers(0, 256, (240, 250, 3), dtype=np.uint8)
