@@ -23,7 +23,7 @@ from models.gate_windows import GateWindows, cut_windows
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
 from models.padding import pad_before_expansion
-from models.runtimes import Compute
+from models.runtimes import STREAMS, Compute
 from models.segmenter import NATIVE_STRIDE, RIM, logits_at_stride
 from models.shared_stages import split_networks
 
@@ -44,9 +44,6 @@ _FINE_SIDE = {"cpu": 288}
 into the cache: the first stages of EfficientNet-Lite0 take 0.045 s per megapixel instead of 0.074 s with 896 px."""
 _FINE_SIDE_ELSEWHERE = 1056
 
-_STREAMS = 2
-"""Canvases that OpenVINO computes at once. Each stream keeps activations of its own, so more of them need more memory.
-Two threads that compute one canvas each need less processor time than two threads that share one."""
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,9 +59,11 @@ class DeviceNetworks:
         self._card, self._compute, self._device = card, compute, torch.device(compute.device)
         # On one device, because their weights are compared.
         classifier, segmenter = (network.to(self._device) for network in (classifier, segmenter))
-        self._streams = min(_STREAMS, compute.threads) if compute.runtime == "openvino" else 1
         networks = split_networks(pad_before_expansion(classifier), pad_before_expansion(segmenter), card.margin)
-        self._in_windows = networks.reach_px <= CONTEXT
+        self._in_windows = networks.first is not None and networks.reach_px <= CONTEXT
+        # Each stream keeps activations of its own. Whole networks on whole canvases need too much memory for two.
+        several = compute.runtime == "openvino" and self._in_windows
+        self._streams = min(STREAMS, compute.threads) if several else 1
         self._first = None if networks.first is None else self._prepared(networks.first)
         self._deep = self._prepared(networks.deep, [networks.start])
         self.shares_deep = networks.shared_deep is not None

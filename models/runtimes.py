@@ -32,6 +32,10 @@ ACCELERATOR_BATCH_SIZE = 4
 """The same on a GPU."""
 
 
+STREAMS = 2
+"""Canvases that OpenVINO computes at a time if the first stages of the networks run in windows. Two threads that compute
+one canvas each need less processor time than two threads that share one."""
+
 FEATURE_BYTES_PER_PX = 20
 """Bytes per pixel of the maps that a classifier and a segmenter share (`models.shared_stages`): at most 64 channels for
 16 pixels and 256 for 256 pixels in EfficientNets with four stages, except L2 (34 bytes). `colorectal-tissue` has 8."""
@@ -44,7 +48,7 @@ class RuntimeFacts:
     process_bytes: int
     """Resident memory without pixels: Python, the libraries, the networks, and what the allocator keeps."""
     activation_bytes_per_px: int
-    """Activations of both networks, per pixel of a canvas."""
+    """Activations of both networks in all streams, per pixel of a canvas."""
     mapped_bytes: int
     """Arrays of at least this size return to the kernel when they are freed."""
     kept_bytes: int

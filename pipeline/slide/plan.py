@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import ModelCard
-from models.runtimes import FEATURE_BYTES_PER_PX, RUNTIME_FACTS
+from models.runtimes import FEATURE_BYTES_PER_PX, RUNTIME_FACTS, STREAMS
 from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError
 from pipeline.limits import available_memory
@@ -69,6 +69,7 @@ class Plan:
         canvas_m = max(min(settings.canvas_m, -(-side_m // CELL_M) * CELL_M), 2 * self.margin + CELL_M)
         # The softmax under the gates needs three maps at a time, beside the logits of canvases and of their cores.
         softmax = 4 * 5 * self.classes * (canvas_m // grid.m_per_out) ** 2
+        softmax *= STREAMS if settings.runtime == "openvino" else 1
         # The gates of all canvases of a block: of the classes, of "no class", and of any class.
         gates = 4 * (self.classes + 2) * grid.block_out**2
         # The features of all canvases of a block, which overlap by their margins.
