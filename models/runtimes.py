@@ -33,8 +33,8 @@ ACCELERATOR_BATCH_SIZE = 4
 
 
 STREAMS = 2
-"""Canvases that OpenVINO computes at a time if the first stages of the networks run in windows. Two threads that compute
-one canvas each need less processor time than two threads that share one."""
+"""Canvases that OpenVINO computes at a time, if the first stages of the networks run in windows. Two threads that
+compute one canvas each need less processor time than two threads that share one."""
 
 FEATURE_BYTES_PER_PX = 20
 """Bytes per pixel of the maps that a classifier and a segmenter share (`models.shared_stages`): at most 64 channels for
