@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 import zarr
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -39,7 +40,7 @@ from pipeline.slide.plan import block_tissue
 from pipeline.training.position import RING, ring_means
 from wsi.box import Box
 from wsi.grid import Grid, make_grid
-from wsi.resample import read_model_pixels
+from wsi.resample import read_model_pixels, read_tiles
 from wsi.slide import Slide, open_slide
 from wsi.tissue import Tissue, find_tissue
 
@@ -118,10 +119,17 @@ def shifted_labels(
             mask_HW, box = block_tissue(grid, tissue, block), block.box_out
             part_HW = tissue_HW[box.y : box.bottom, box.x : box.right]
             part_HW[:] = mask_HW[: part_HW.shape[0], : part_HW.shape[1]]
-            for core_m in canvas_cores(grid, mask_HW, block, predictor.card.margin, canvas_m):
-                around_m = with_margin(core_m, predictor.card.margin)
-                rgb_HWC = read_model_pixels(slide, grid, around_m).rgb_HWC
-                probs_KHW = predictor.predict(rgb_HWC[None], [(core_m.x, core_m.y)]).probs_NKhw[0]
+            cores_m = list(canvas_cores(grid, mask_HW, block, predictor.card.margin, canvas_m))
+            if not cores_m:
+                continue
+            canvases_m = [with_margin(core_m, predictor.card.margin) for core_m in cores_m]
+            pixels_m = read_tiles(slide, grid, canvases_m)
+            classes = len(predictor.card.classes)
+            probs = [torch.empty((classes, core_m.height, core_m.width)) for core_m in cores_m]
+            places = [canvas_m.slices(pixels_m.canvas_m) for canvas_m in canvases_m]
+            corners = [(core_m.x, core_m.y) for core_m in cores_m]
+            predictor.predict_into(probs, predictor.on_device(pixels_m.canvas_HWC), places, corners)
+            for core_m, around_m, probs_KHW in zip(cores_m, canvases_m, probs, strict=True):
                 core_HW = labels_HW[core_m.y : core_m.bottom, core_m.x : core_m.right]
                 core_HW[:] = winners(probs_KHW).numpy()[: core_HW.shape[0], : core_HW.shape[1]]
                 computed += around_m.width * around_m.height
