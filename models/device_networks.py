@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from models.backbone import Stages
 from models.bundle import ModelCard
-from models.fine_map import CONTEXT, Place, fine_map, part_of
+from models.fine_map import Place, fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
 from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
 from models.padding import pad_before_expansion
-from models.runtimes import STREAMS, Compute
+from models.runtimes import CONTEXT, Compute
 from models.segmenter import NATIVE_STRIDE, RIM, logits_at_stride
 from models.shared_stages import split_networks
 
@@ -41,9 +41,8 @@ _WINDOW_VALUES = 1 << 22
 
 _FINE_SIDE = {"cpu": 288}
 """Side of the windows in which the shared map is computed, by the type of the device. On a CPU, maps of this size fit
-into the cache: the first stages of EfficientNet-Lite0 take 0.045 s per megapixel instead of 0.074 s with 896 px."""
+in the cache: the first stages of EfficientNet-Lite0 take 0.045 s per megapixel instead of 0.074 s with 896 px."""
 _FINE_SIDE_ELSEWHERE = 1056
-
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,17 +53,25 @@ class DeviceNetworks:
     Both start from what `starts` returns: their shared map, which is computed once, or the image if they share nothing.
     """
 
-    def __init__(self, card: ModelCard, classifier: nn.Module, segmenter: nn.Module, compute: Compute) -> None:
-        """Prepare both networks. Raises RuntimeUnavailableError if OpenVINO does not support one."""
+    def __init__(
+        self, card: ModelCard, classifier: nn.Module, segmenter: nn.Module, compute: Compute, streams: int = 1
+    ) -> None:
+        """Prepare both networks, for at most this many calls at a time: see `STREAMS` in `models.runtimes`.
+
+        Raises RuntimeUnavailableError if OpenVINO does not support a network.
+        """
         self._card, self._compute, self._device = card, compute, torch.device(compute.device)
         # On one device, because their weights are compared.
         classifier, segmenter = (network.to(self._device) for network in (classifier, segmenter))
         networks = split_networks(pad_before_expansion(classifier), pad_before_expansion(segmenter), card.margin)
         self._in_windows = networks.first is not None and networks.reach_px <= CONTEXT
-        # Each stream keeps activations of its own. Whole networks on whole canvases need too much memory for two.
+        # Each stream keeps its own activations. Whole networks on whole canvases need too much memory for two streams.
         several = compute.runtime == "openvino" and self._in_windows
-        self._streams = min(STREAMS, compute.threads) if several else 1
-        self._first = None if networks.first is None else self._prepared(networks.first)
+        self._streams = min(streams, compute.threads) if several else 1
+        # Windows are smaller than canvases.
+        self._first = (
+            None if networks.first is None else self._prepared(networks.first, size=2 * CONTEXT + SMALLEST_CORE)
+        )
         self._deep = self._prepared(networks.deep, [networks.start])
         self.shares_deep = networks.shared_deep is not None
         """Whether the segmenter takes the classifier's deep features."""
@@ -85,17 +92,22 @@ class DeviceNetworks:
     ) -> list[Tensor]:
         """Return what the networks start from on canvases at these places of an image (H, W, 3).
 
-        Each is the canvas's part (C, h, w) of the shared map, or (H, W, 3) of the image itself. `before_each` is that
-        of `each`.
+        Each is the canvas's part of the shared map (C, h, w), or of the image itself (H, W, 3). See `each` for
+        `before_each`.
         """
         canvases = [rgb_HWC[place] for place in places]
         if self._first is None:
             return canvases
         if not self._in_windows:
-            return self.each(lambda canvas_HWC: self._fine(canvas_HWC[None])[0], canvases, before_each)
+            return self.each(self.start_alone, canvases, before_each)
+        before_each()
         side = _FINE_SIDE.get(self._device.type, _FINE_SIDE_ELSEWHERE)
         map_Chw = fine_map(self._fine, rgb_HWC, places, side, partial(self.each, before_each=before_each))
         return [part_of(map_Chw, place) for place in places]
+
+    def start_alone(self, rgb_HWC: Tensor) -> Tensor:
+        """Return what the networks start from on a canvas that is an image of its own, as `starts` does."""
+        return rgb_HWC if self._first is None else self._fine(rgb_HWC[None])[0]
 
     def deep(self, starts: Sequence[Tensor]) -> Tensor:
         """Return the classifier's deep features (N, D, h, w) for starts of one size."""
@@ -145,7 +157,7 @@ class DeviceNetworks:
     def each(
         self, run: Callable[[Item], Result], items: Sequence[Item], before_each: Callable[[], object] = lambda: None
     ) -> list[Result]:
-        """Return `run` of each item, in order, and compute as many at once as there are streams.
+        """Return `run(item)` for each item, in order, and compute as many items at once as there are streams.
 
         `before_each` is called before each item; an error that it or `run` raises ends the call.
         """
@@ -158,11 +170,11 @@ class DeviceNetworks:
             return list(map(one, items))
 
         def inferred(item: Item) -> Result:
-            # The mode belongs to a thread.
+            # Inference mode is set per thread.
             with torch.inference_mode():
                 return one(item)
 
-        # A result that raises an error cancels the items that have not begun.
+        # An error cancels the items that have not started.
         with ThreadPoolExecutor(self._streams) as pool:
             return list(pool.map(inferred, items))
 
@@ -170,34 +182,42 @@ class DeviceNetworks:
     def own_threads(self) -> Iterator[None]:
         """Compute torch's operations in the calling thread while OpenVINO computes the networks.
 
-        They are short, and the threads that torch would wake for each of them wait for more work in a loop: a tenth of
-        the processor time of a run. The number of threads is a setting of the process.
+        These operations are short. For each of them, torch would wake threads that then wait for more work in a loop,
+        which takes a tenth of the processor time of a run. The number of threads is a process-wide setting.
         """
-        before = torch.get_num_threads()
-        torch.set_num_threads(1 if self._compute.runtime == "openvino" else before)
+        if self._compute.runtime != "openvino":
+            yield
+            return
+        torch.set_num_threads(1)
         try:
             yield
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(self._compute.threads)
 
     def _fine(self, rgb_NHWC: Tensor) -> Tensor:
         """Return the shared map of images."""
         with self._autocast():
-            return torch.as_tensor(cast(Network, self._first)(self._normalized(rgb_NHWC)))
+            map_NChw: Tensor = cast(Network, self._first)(self._normalized(rgb_NHWC))
+        return map_NChw
 
     def _batch(self, starts: Sequence[Tensor]) -> Tensor:
-        """Return starts of one size as the networks take them."""
+        """Return starts of one size as a batch for the networks."""
         batch = torch.stack(list(starts))
         return batch if self.shares_stages else self._normalized(batch)
 
     def _normalized(self, rgb_NHWC: Tensor) -> Tensor:
         return normalized(rgb_NHWC, self._mean_C, self._std_C)
 
-    def _prepared(self, network: nn.Module, maps: Sequence[tuple[int, int]] = ((3, 1),)) -> Network:
-        """Return a network on the device, for maps with these channels and strides."""
+    def _prepared(
+        self, network: nn.Module, maps: Sequence[tuple[int, int]] = ((3, 1),), size: int | None = None
+    ) -> Network:
+        """Return a network on the device, for maps with these channels and strides.
+
+        `size` is the smallest side of an image, if it is not that of a canvas.
+        """
         placed = _placed(network, self._device)
         if self._compute.runtime == "openvino":
-            smallest = 2 * self._card.margin + SMALLEST_CORE
+            smallest = size or 2 * self._card.margin + SMALLEST_CORE
             return OpenVinoNetwork(placed, smallest, self._compute.precision, maps=maps, streams=self._streams)
         return placed
 

@@ -1,8 +1,8 @@
 """The map that both networks start from, computed once for each pixel of an image.
 
-The first stages of a network have its largest maps but look only a few pixels far. So they run on small windows of an
-image instead of on canvases: windows share little context, while the margins of canvases overlap, and their maps fit
-into a processor's cache. A canvas then takes its part of the map.
+The first stages of a network produce its largest maps but depend only on pixels nearby. So they run on small windows of
+an image instead of on canvases. Windows overlap less than canvases with their margins do, and the maps of windows fit
+in a processor's cache. A canvas then takes its part of the map.
 
 Shape suffixes: H and W an image, C channels, h and w its map at stride 4.
 """
@@ -15,13 +15,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from models.runtimes import CONTEXT
 from models.segmenter import NATIVE_STRIDE
 
 Place = tuple[slice, slice]
 """Rows and columns of an image that a canvas takes. Starts and stops are multiples of 16."""
-
-CONTEXT = 16
-"""Pixels around the part of a window that is used. The padding of the first stages must not reach farther."""
 
 
 class Span(NamedTuple):
@@ -32,7 +30,7 @@ class Span(NamedTuple):
     first: int
     """First pixel whose features are taken from this window."""
     last: int
-    """The pixel after the last one."""
+    """The pixel after the last of these pixels."""
 
 
 Window = tuple[Span, Span]
@@ -42,8 +40,8 @@ Window = tuple[Span, Span]
 def spans(length: int, side: int) -> Iterator[Span]:
     """Yield windows of `side` pixels that cover an axis of `length` pixels, both multiples of 16.
 
-    Between the used parts of two windows there is no gap and no overlap. They are `CONTEXT` pixels or more from the
-    windows' ends, except at the ends of the axis. A shorter axis is one window.
+    The used parts of the windows cover the axis without gaps or overlaps. They lie at least `CONTEXT` pixels from the
+    ends of their windows, except at the ends of the axis. An axis shorter than `side` has one window.
     """
     step, used = side - 2 * CONTEXT, 0
     for nominal in range(0, max(1, length - 2 * CONTEXT), step):
@@ -64,7 +62,7 @@ def fine_map(
 ) -> Tensor:
     """Return the map (C, h, w) of an image (H, W, 3) from `first`: (1, H, W, 3) uint8 -> (1, C, h, w).
 
-    Needs at least one place. Values outside `places` are undefined. Inside, they are those of the whole image if the
+    Needs at least one place. Values outside `places` are undefined. Inside, they equal those of the whole image if the
     padding of `first` reaches at most `CONTEXT` pixels. `each` calls a function for each window, in any order.
     """
     rows, columns = (list(spans(length, side)) for length in rgb_HWC.shape[:2])
@@ -81,7 +79,7 @@ def fine_map(
         part = window_Chw[:, *(_cells(span, span.start) for span in window)]
         found_Chw[:, *map(_cells, window)] = part
 
-    # The first window has the number of channels.
+    # The map of the first window gives the number of channels.
     start_Chw = computed(start)
     sides = (length // NATIVE_STRIDE for length in rgb_HWC.shape[:2])
     found_Chw = start_Chw.new_empty((len(start_Chw), *sides))

@@ -12,7 +12,6 @@ import queue
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +35,8 @@ class OpenVinoNetwork:
     N can be any number, and H and W any multiples of 32 from the side that the network was traced at. The result of an
     image does not depend on the other images. A network may also take feature maps, whose sides are the image's divided
     by their stride, and return a tuple.
-    As many calls as there are streams may overlap; others wait. The streams share torch's number of threads at the time
-    of the constructor. Nothing is written to the disk.
+    As many calls as there are streams may overlap; others wait. The streams share as many threads as torch has when
+    the network is constructed. Nothing is written to disk.
     """
 
     def __init__(
@@ -52,8 +51,8 @@ class OpenVinoNetwork:
         """Compile the network, in eval mode, and compare its outputs for images of this side with those of torch.
 
         `size` is the smallest side of an image: at a smaller side than the trace, padding may not have enough pixels.
-        `maps` has a pair of channels and stride for each argument of the network. Each of the `streams` keeps
-        activations of its own.
+        `maps` has a pair (channels, stride) for each argument of the network. Each of the `streams` keeps its own
+        activations.
         Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
         self._smallest = size // maps[0][1]
@@ -70,14 +69,13 @@ class OpenVinoNetwork:
         for height, width in sizes:
             examples = _examples(maps, height, width)
             with torch.no_grad():
-                expected = as_tuple(network(*examples))
-            found = as_tuple(self(*examples))
-            if len(found) != len(expected) or not all(map(partial(_close, precision), found, expected)):
+                expected = network(*examples)
+            if not _close(precision, self(*examples), expected):
                 raise RuntimeUnavailableError(
                     "runtime openvino: its outputs for this model differ from those of torch; use runtime torch"
                 )
 
-    def __call__(self, *maps: Tensor) -> Any:
+    def __call__(self, *maps: Tensor) -> Tensor:
         if min(maps[0].shape[2:]) < self._smallest:
             # OpenVINO would return the output of the last call.
             raise ValueError(f"images have {tuple(maps[0].shape[2:])} px; the smallest side is {self._smallest}")
@@ -88,8 +86,7 @@ class OpenVinoNetwork:
             outputs = request.infer(arrays, share_inputs=True, share_outputs=False)
         finally:
             self._requests.put(request)
-        found = tuple(torch.from_numpy(outputs[index]) for index in range(len(outputs)))
-        return found if len(found) > 1 else found[0]
+        return torch.from_numpy(outputs[0])
 
 
 def _examples(maps: Sequence[tuple[int, int]], height: int, width: int) -> list[Tensor]:
@@ -98,11 +95,6 @@ def _examples(maps: Sequence[tuple[int, int]], height: int, width: int) -> list[
         torch.randn((1, channels, height // stride, width // stride), generator=torch.Generator().manual_seed(0))
         for channels, stride in maps
     ]
-
-
-def as_tuple(output: Any) -> tuple[Tensor, ...]:
-    """Return the outputs of a network that returns a tensor or a tuple."""
-    return output if isinstance(output, tuple) else (output,)
 
 
 def _close(precision: Precision, found: Tensor, expected: Tensor) -> bool:

@@ -106,7 +106,7 @@ class Predictor:
     """A classifier and a segmenter on one device.
 
     `lock` guards the device: the caller holds `lock` around `predict`. A canvas's result depends on its own pixels and,
-    if it is a place of a larger image, on the `models.fine_map.CONTEXT` pixels around it. It does not depend on the
+    if it is a place of a larger image, on the `models.runtimes.CONTEXT` pixels around it. It does not depend on the
     other canvases of its batch, and nothing is random.
     """
 
@@ -121,6 +121,7 @@ class Predictor:
         precision: Precision = "float32",
         runtime: Runtime = "torch",
         batch_size: int = BATCH_SIZE,
+        streams: int = 1,
         output_stride: int = OUTPUT_STRIDES[0],
         ungated_fallback: bool = False,
         skip_by_gate: bool = True,
@@ -128,6 +129,7 @@ class Predictor:
     ) -> None:
         """Run both networks on `device` in eval mode. This may modify the networks passed in.
 
+        `streams`: canvases that OpenVINO may compute at a time in `predict_into`, each with activations of its own.
         `ungated_fallback`: if no class passes in a window, all classes pass, instead of none.
         `skip_by_gate`: run the segmenter only on canvases whose result it can change; False runs it on all canvases and
         gives the same probabilities. `statistics`: the training windows of the model, whose card has `familiarity`.
@@ -151,7 +153,7 @@ class Predictor:
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
         self.on_device = Uploads(self.device)
-        self._networks = DeviceNetworks(card, classifier, segmenter, compute)
+        self._networks = DeviceNetworks(card, classifier, segmenter, compute, streams)
         self._statistics = None if statistics is None else statistics.to(self.device)
         self._thresholds_K = torch.tensor(card.gate_thresholds).to(self.device)
 
@@ -204,7 +206,7 @@ class Predictor:
         return cls.from_networks(bundle.card, bundle.digest, *networks, device=device, statistics=statistics, **options)
 
     def own_threads(self) -> AbstractContextManager[None]:
-        """Return a context for the work between `lock` and its release: see `DeviceNetworks.own_threads`."""
+        """Return a context for the work done while `lock` is held: see `DeviceNetworks.own_threads`."""
         return self._networks.own_threads()
 
     @property
@@ -307,11 +309,7 @@ class Predictor:
 
     def _alone(self, rgb_NHWC: Canvases) -> list[_Canvas]:
         """Return canvases of one size, each an image of its own. Raises what `_checked` raises."""
-        canvases = []
-        for canvas_HWC in self._checked(rgb_NHWC):
-            whole = slice(0, canvas_HWC.shape[0]), slice(0, canvas_HWC.shape[1])
-            canvases.append(_Canvas(canvas_HWC, *self._networks.starts(canvas_HWC, [whole])))
-        return canvases
+        return [_Canvas(canvas, self._networks.start_alone(canvas)) for canvas in self._checked(rgb_NHWC)]
 
     def _batches(self, canvases: Sequence[_Canvas], corners: Sequence[Corner]) -> list[_Batch]:
         """Return batches of canvases of one size, with their windows by a single copy to the device."""
@@ -367,7 +365,7 @@ class Predictor:
     ) -> Tensor:
         """Return the segmenter's logits (N, K, h, w) for a batch; (1, K, 1, 1) if it runs on no canvas of it.
 
-        `deep` is that of `_Classified`. A canvas on which the segmenter does not run has no contested pixel: any logits
+        `deep` is `_Classified.deep`. A canvas on which the segmenter does not run has no contested pixel: any logits
         give the same probabilities.
         """
         chosen = [position for position, n in enumerate(batch.canvases) if segmented_N[n]]

@@ -33,8 +33,12 @@ ACCELERATOR_BATCH_SIZE = 4
 
 
 STREAMS = 2
-"""Canvases that OpenVINO computes at a time, if the first stages of the networks run in windows. Two threads that
+"""Canvases that OpenVINO computes at a time if the first stages of the networks run in windows. Two threads that
 compute one canvas each need less processor time than two threads that share one."""
+
+CONTEXT = 16
+"""Pixels around a canvas, or around the used part of a window, that the first stages see. Their padding must not reach
+farther. A multiple of 16."""
 
 FEATURE_BYTES_PER_PX = 20
 """Bytes per pixel of the maps that a classifier and a segmenter share (`models.shared_stages`): at most 64 channels for

@@ -44,7 +44,7 @@ class Networks(NamedTuple):
     first: nn.Module | None
     """Normalized images (N, 3, H, W) -> the shared map at stride 4 (N, C, h, w); None if the networks share nothing."""
     reach_px: float
-    """How many pixels from the edge of an image its padding can change this map; infinity for everywhere."""
+    """Pixels from the edge of an image up to which padding can change this map; infinity for everywhere."""
     start: tuple[int, int]
     """Channels C and stride of what both networks start from: the shared map, or the image if nothing is shared."""
     classifier: nn.Module

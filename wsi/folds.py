@@ -107,7 +107,7 @@ def _add_cells(
 
 
 def _red_share(od_C: NDArray[np.floating], around_C: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the red density relative to the green one, divided by that of the surroundings, from channels first."""
+    """Return the red density relative to the green one, divided by that of the surroundings; channels come first."""
     return np.asarray(od_C[0] * around_C[1] / np.maximum(od_C[1] * around_C[0], 1e-6))
 
 

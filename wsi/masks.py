@@ -15,10 +15,10 @@ WORK_PX = 1 << 19
 """Pixels of the thumbnail that are processed at a time in steps that need more than a few bytes per pixel."""
 
 PATCH_ROWS = 64
-"""Rows of a patch: few, so that patches leave out much of an image that is empty in most places."""
+"""Rows of a patch. With few rows, patches skip much of an image that is mostly empty."""
 
 _PATCH_GAP = 64
-"""Patches with fewer columns between them are joined: a patch of its own would take longer than these columns."""
+"""Patches with fewer columns between them are joined: a separate patch would take longer than these columns."""
 
 _CLOSE_PX = 2
 """Steps out, and then in, of `close`."""
@@ -40,7 +40,7 @@ class Pieces(NamedTuple):
         # In strips, because counting makes copies of eight bytes per pixel.
         for rows in strips(self.labels_HW.shape):
             labels_HW = self.labels_HW[rows]
-            # Label 0, which most pixels have, is subtracted instead of counted.
+            # The count of label 0, which most pixels have, is found by subtraction.
             labels_N = labels_HW[labels_HW > 0 if mask_HW is None else mask_HW[rows]]
             counts += np.bincount(labels_N, minlength=self.number + 1)
         if mask_HW is None:
@@ -98,7 +98,7 @@ def patches(mask_HW: Mask, reach: int = 0) -> Iterator[tuple[slice, slice]]:
 
 
 def wider(part: slice, reach: int, length: int) -> slice:
-    """Return a part of an axis with `reach` pixels on both sides, as far as the axis of this length has them."""
+    """Return a part of an axis of this length, extended by up to `reach` pixels on both sides."""
     return slice(max(0, part.start - reach), min(length, part.stop + reach))
 
 
@@ -132,7 +132,7 @@ def thick(mask_HW: Mask, px: int) -> Mask:
 
 
 def one_px_larger(mask_HW: Mask) -> Mask:
-    """Return a mask with the four neighbors of its pixels."""
+    """Return a mask extended by the four neighbors of each of its pixels."""
     larger_HW = mask_HW.copy()
     larger_HW[1:] |= mask_HW[:-1]
     larger_HW[:-1] |= mask_HW[1:]

@@ -97,7 +97,7 @@ def _whole_mean(rgb_HWC: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
     height, width = rgb_HWC.shape[0] // n, rgb_HWC.shape[1] // n
     result_HWC = np.empty((height, width, 3), np.uint8)
     if n & (n - 1) == 0:
-        # Pillow takes half of the time, but rounds halves up exactly only for powers of two.
+        # Pillow takes half the time, but rounds halves up exactly only for powers of two.
         for first in range(0, height, _STRIP_ROWS):
             last = min(first + _STRIP_ROWS, height)
             result_HWC[first:last] = Image.fromarray(rgb_HWC[first * n : last * n, : width * n]).reduce(n)

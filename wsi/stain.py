@@ -41,8 +41,8 @@ _STAINED_MOST, _STAINED_COLOR = 0.2, 0.06
 _GRAY_MOST = 0.12
 _TINT_MOST = 0.05
 _PLAIN_MOST = 0.02
-"""A pixel has no look if no density around it is larger. Such densities have a deviation of at most half of it, which
-is less than `_GLASS_TEXTURE`."""
+"""A pixel has no look if no density around it is larger. The deviation of such densities is at most half of this value,
+which is less than `_GLASS_TEXTURE`."""
 
 _SMOOTH_REACH = 2
 """Rows and columns around a pixel on which its smoothed color depends."""
@@ -160,7 +160,7 @@ def _is_glass_like(red_HW: NDArray[np.uint8], green_HW: NDArray[np.uint8], blue_
 
 
 def _around(values_HW: NDArray[Any], reach: int, choose: np.ufunc) -> NDArray[Any]:
-    """Return the largest or the smallest value in the square around each pixel: `choose` is a ufunc of two values.
+    """Return the largest or the smallest value in the square around each pixel. `choose` is np.maximum or np.minimum.
 
     Shifted arrays take a fifth of the time of ndimage.maximum_filter.
     """
@@ -196,7 +196,7 @@ def densities(
 
 
 def _inside(part: slice, outer: slice) -> slice:
-    """Return the place of a part of an axis in a part around it."""
+    """Return the position of a part of an axis within a larger part."""
     return slice(part.start - outer.start, part.stop - outer.start)
 
 
@@ -284,7 +284,7 @@ def _looks(
 def _fine_texture(light_HW: Floats, inner: tuple[slice, slice], needed_HW: Mask) -> Floats:
     """Return the texture on the finest scale over the `inner` rows and columns of densities.
 
-    It is computed in the boxes around the needed pixels. Few pixels need it.
+    It is computed only in boxes around the needed pixels, because few pixels need it.
     """
     fine_HW = np.zeros(needed_HW.shape, np.float32)
     for here in patches(needed_HW):

@@ -212,7 +212,7 @@ def _mark_gray(left_out_HW: NDArray[np.uint8], looks_HW: NDArray[np.uint8], min_
     border_HW = found.chosen(large & smooth & found.at_the_edge())
     left_out_HW[found.chosen(large)] = LeftOut.DUST
     if border_HW.any():
-        left_out_HW[grow(border_HW, _RIM_PX) & ((looks_HW & ~Look.TEXTURED) != 0)] = LeftOut.BORDER
+        left_out_HW[grow(border_HW, _RIM_PX) & ((looks_HW & ~(Look.TEXTURED | Look.SMOOTH)) != 0)] = LeftOut.BORDER
 
 
 def _tissue(looks_HW: NDArray[np.uint8], other_HW: Mask, mpp: float) -> tuple[Mask, Mask]:

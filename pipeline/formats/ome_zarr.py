@@ -279,7 +279,7 @@ def _planes(path: Path, spec: MapSpec, level: int) -> list[Path]:
 
 
 # Zarr reads and writes each chunk in other threads, which takes several times the processor time of the chunk itself.
-# `build_pyramid` therefore opens the files of the chunks.
+# `build_pyramid` therefore reads and writes the chunk files itself.
 
 
 def _read_chunk(plane: Path, side: int, row: int, column: int) -> UInt8Array:

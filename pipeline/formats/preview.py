@@ -73,7 +73,7 @@ def write_preview(
         classes = hatched(classes, unfamiliar_HW)
         legend.append(("hatched: unlike the training data", "", UNFAMILIAR))
     sheet = _compose([_mount(slide), _mount(classes)], legend, title, warning, um_per_px * width / size[0])
-    # Level 6, the default, takes half as long again and saves a twelfth of the size.
+    # Level 6, the default, takes half again as long and saves a twelfth of the size.
     sheet.save(path_png, format="PNG", compress_level=3)
 
 

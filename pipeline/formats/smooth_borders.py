@@ -67,7 +67,7 @@ def _on_region(
     y_V: npt.NDArray[np.int64],
     x_V: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.bool_]:
-    """Return which corners belong to a pixel of a chosen region. For corners on the map's edge it has no meaning."""
+    """Return which corners belong to a pixel of a chosen region. Meaningless for corners on the map's edge."""
     y_V, x_V = np.minimum(y_V, ids_HW.shape[0] - 1), np.minimum(x_V, ids_HW.shape[1] - 1)
     around = [chosen_N[ids_HW[y_V - dy, x_V - dx]] for dy in (0, 1) for dx in (0, 1)]
     return np.asarray(np.logical_or.reduce(around))

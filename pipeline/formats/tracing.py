@@ -18,7 +18,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int32] | npt.NDArray[np.int64]
-"""Numbers of regions. As int32, a map of them takes half the memory and less time."""
+"""Region numbers. As int32, a map of them takes half the memory and less time."""
 Polygons = npt.NDArray[np.object_]
 
 
@@ -45,7 +45,7 @@ def components(labels_HW: npt.NDArray[np.uint8]) -> tuple[Ids, Ints, Ints]:
     labels_N[region_R] = label_R
     lengths_R = np.diff(first_R, append=labels_HW.size)
     areas_N = np.bincount(region_R, lengths_R).astype(np.int64)
-    # `connected_components` numbers them by their first run.
+    # `connected_components` numbers regions by their first run.
     order = np.argsort(labels_N, kind="stable")
     number_N = np.empty(count, np.int32)
     number_N[order] = np.arange(count)

@@ -46,7 +46,7 @@ def with_margin(core_m: Box, margin: int) -> Box:
 def _cells(tissue_HW: NDArray[np.bool_], side: int) -> NDArray[np.bool_]:
     """Return which cells of `side` map pixels contain tissue, (R, C)."""
     height, width = tissue_HW.shape
-    # First the rows, then the columns: over both axes at once it takes seven times as long.
+    # First the rows, then the columns: reducing both axes at once takes seven times as long.
     has_RW = tissue_HW.reshape(height // side, side, width).any(axis=1)
     return np.asarray(has_RW.reshape(height // side, width // side, side).any(axis=2))
 
@@ -77,7 +77,7 @@ def _cost(height: Any, width: Any, margin: float, side: float) -> Any:
 def _best_cut(has_RC: NDArray[np.bool_], margin: float, side: float) -> tuple[float, int, int]:
     """Return the cost, axis and position of the cut whose halves need the fewest pixels; (inf, 0, 0) for none.
 
-    Among cuts of equal cost, the one nearest to even parts is chosen. `has_RC` is as small as its bounding box.
+    Among cuts of equal cost, the one nearest to even parts is chosen. `has_RC` equals its own bounding box.
     """
     best = (math.inf, 0.0, 0, 0)
     for axis in (0, 1):

@@ -34,8 +34,8 @@ def stored_map(probs_KHW: Tensor, tissue_HW: NDArray[np.bool_]) -> StoredMap:
     labels_HW *= labels_HW <= len(probs_KHW)
     bytes_KHW = torch.empty(probs_KHW.shape, dtype=torch.uint8, device=probs_KHW.device)
     for bytes_HW, probs_HW in zip(bytes_KHW, probs_KHW, strict=True):
-        # Slightly more than one half: equal probabilities such as 0.5 lie on a rounding edge, and the last bit of the
-        # sums would decide.
+        # Add slightly more than one half: equal probabilities such as 0.5 lie on a rounding boundary, where the last
+        # bit of the sums would decide.
         bytes_HW.copy_((probs_HW * 255).add_(0.5 + 2**-10))
     found = to_host([bytes_KHW, labels_HW, probs_KHW.amax(dim=0) > 0])
     return StoredMap(*(array * tissue_HW for array in found))
@@ -44,8 +44,8 @@ def stored_map(probs_KHW: Tensor, tissue_HW: NDArray[np.bool_]) -> StoredMap:
 def winners(probs_KHW: Tensor) -> Tensor:
     """Return the index of the most probable class of each pixel, (H, W) uint8; K if "no class" is more probable.
 
-    Of equally probable classes, the first one wins. The probability of "no class" is what the class probabilities lack
-    to a sum of one.
+    Of equally probable classes, the first one wins. The probability of "no class" is one minus the sum of the class
+    probabilities.
     """
     best_HW = probs_KHW.amax(dim=0)
     # Count the classes before the first of the best ones. `max(dim=0)` returns the same but takes twice as long.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import ModelCard
-from models.runtimes import FEATURE_BYTES_PER_PX, RUNTIME_FACTS, STREAMS
+from models.runtimes import CONTEXT, FEATURE_BYTES_PER_PX, RUNTIME_FACTS, STREAMS
 from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError
 from pipeline.limits import available_memory
@@ -29,8 +29,8 @@ from wsi.tissue_edge import possible_tissue
 # Noisy maps compress to a quarter of a byte per pixel; others to less.
 _COMPRESSED_SHARE = 0.25
 
-# Side of the parts in which `block_tissue` interpolates the mask. Most of them are inside or outside the tissue, where
-# there is nothing to interpolate: this takes a third of the time of a whole block.
+# Side of the parts in which `block_tissue` interpolates the mask. Most parts lie inside or outside the tissue, where
+# there is nothing to interpolate. Working in parts takes a third of the time of a whole block.
 _PART_OUT = 256
 
 
@@ -59,7 +59,7 @@ class Plan:
         The bound depends on the block, the batch, the runtime and the workers. It does not grow with the slide.
         """
         grid, facts = self.grid, RUNTIME_FACTS[settings.runtime]
-        side_m = grid.block_out * grid.m_per_out + 2 * max(self.margin, edge_margin(grid))
+        side_m = grid.block_out * grid.m_per_out + 2 * max(self.margin + CONTEXT, edge_margin(grid))
         pixels = 3 * side_m**2
         strip = 4 * 3 * int(side_m * grid.lv_per_m) * int(STRIP_LV + 2 * grid.lv_per_m)
         # Probabilities in float32, their bytes, and the labels' polygons while they are traced.

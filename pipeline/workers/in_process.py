@@ -11,6 +11,7 @@ from typing import Any
 
 from models.bundle import load_bundle
 from models.predictor import Predictor
+from models.runtimes import STREAMS
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled
 from pipeline.progress import Progress
@@ -32,6 +33,7 @@ def predictor_settings(config: SegmentConfig) -> dict[str, Any]:
         "precision": config.precision,
         "runtime": config.runtime,
         "batch_size": config.batch_size,
+        "streams": STREAMS,
         "output_stride": config.output_stride,
         "ungated_fallback": config.keep_ungated,
     }

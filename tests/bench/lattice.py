@@ -32,6 +32,7 @@ from scipy import ndimage
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
 from models.predictor import Predictor
+from models.runtimes import CONTEXT
 from pipeline.config import MapSettings
 from pipeline.results.record import read_run
 from pipeline.slide.canvases import canvas_cores, with_margin
@@ -123,7 +124,8 @@ def shifted_labels(
             if not cores_m:
                 continue
             canvases_m = [with_margin(core_m, predictor.card.margin) for core_m in cores_m]
-            pixels_m = read_tiles(slide, grid, canvases_m)
+            around = predictor.card.margin + CONTEXT
+            pixels_m = read_tiles(slide, grid, [with_margin(core_m, around) for core_m in cores_m])
             classes = len(predictor.card.classes)
             probs = [torch.empty((classes, core_m.height, core_m.width)) for core_m in cores_m]
             places = [canvas_m.slices(pixels_m.canvas_m) for canvas_m in canvases_m]

@@ -7,6 +7,7 @@ std 1).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 
 from models.backbone import Stages
 from models.bundle import NO_DIGEST, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
+from models.classifier import Classifier
 from models.heads import HeadOutput
+from models.segmenter import build_segmenter, share_backbone
 from models.tissue_class import TissueClass
 
 RGB = tuple[int, int, int]
+
+LITE = "tf_efficientnet_lite0"
 
 
 def make_card(
@@ -120,3 +125,30 @@ class ColorClassifier(PixelClassifier):
         classes = len(self.segmenter.get_buffer("colors_K3"))
         present_NK = torch.stack([(winner_Nhw == k).flatten(1).any(dim=1) for k in range(classes)], dim=1)
         return present_NK.float() * 16 - 8
+
+
+def timm_networks(*, frozen: bool = True, backbone: str = LITE, depth: int | None = 4) -> tuple[Any, Any]:
+    """Return a classifier and a segmenter in eval mode; `frozen` ones start with equal weights."""
+    torch.manual_seed(0)
+    classifier: Any = Classifier(backbone, "gap", 2, depth=depth)
+    segmenter: Any = build_segmenter(f"tu-{backbone if frozen else LITE}", 2)
+    for module in (*classifier.modules(), *segmenter.modules()):
+        if isinstance(module, nn.BatchNorm2d):  # as after training
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type] # a buffer is a tensor here
+    if frozen:
+        for part in ("conv_stem", "bn1"):
+            getattr(segmenter.encoder.model, part).load_state_dict(getattr(classifier.backbone.net, part).state_dict())
+        segmenter.encoder.model.blocks[:2].load_state_dict(classifier.backbone.net.blocks[:2].state_dict())
+    return classifier.eval(), segmenter.eval()
+
+
+def sharing_networks(
+    *, backbone: str = LITE, depth: int = 4, stride: int = 16, edges_too: bool = True
+) -> tuple[Any, Any]:
+    """Return a classifier and a segmenter with its backbone, in eval mode."""
+    torch.manual_seed(0)
+    classifier: Any = Classifier(backbone, "gap", 2, depth=depth, stride=stride)
+    segmenter = build_segmenter(f"tu-{backbone}", 2, depth, decoder_channels=32, shared_backbone=edges_too)
+    share_backbone(segmenter, classifier)
+    return classifier.eval(), segmenter.eval()

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from models import fine_map as module
 from models.bundle import NO_DIGEST, load_bundle
-from models.fine_map import CONTEXT, Place, fine_map, part_of, spans
+from models.fine_map import Place, fine_map, part_of, spans
 from models.predictor import Predictor
+from models.runtimes import CONTEXT
 from models.shared_stages import split_networks
-from tests.models.test_shared_stages import networks, sharing_networks
+from tests.models.networks import sharing_networks, timm_networks
 
 
 @given(length=st.integers(1, 60), side=st.integers(3, 20))
@@ -36,7 +37,7 @@ def test_windows_cover_an_axis_without_gap_or_overlap_and_with_context(length: i
 
 def first_stages() -> Callable[[Tensor], Tensor]:
     """Return the first stages of EfficientNet-Lite0: (N, H, W, 3) bytes -> maps at stride 4."""
-    first = split_networks(*networks(), 64).first
+    first = split_networks(*timm_networks(), 64).first
     assert first is not None
     return lambda rgb_NHWC: first(rgb_NHWC.permute(0, 3, 1, 2) / 127.5 - 1)
 
@@ -84,3 +85,63 @@ def test_stages_that_average_the_whole_canvas_run_on_whole_canvases(backbone: st
     near = [torch.allclose(start, own, atol=1e-5) for start, own in zip(starts, alone, strict=True)]
     # In windows, the edges of a canvas have the real pixels around it.
     assert near == [not in_windows] * 2
+
+
+@pytest.mark.parametrize("margin", [64, 160])
+def test_openvino_computes_windows_that_are_smaller_than_the_smallest_canvas(margin: int) -> None:
+    """The smallest canvas has twice the margin and 32 px."""
+    pytest.importorskip("openvino")
+    card = load_bundle("colon-gland").card
+    card = card.model_copy(update={"margin": margin, "familiarity": None})
+    rgb_HWC = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (416, 448, 3), dtype=np.uint8))
+    core = 416 - 2 * margin
+    places = [(slice(0, 416), slice(0, 416)), (slice(0, 416), slice(32, 448))]
+
+    def found(**options: Any) -> Tensor:
+        predictor = Predictor(card, NO_DIGEST, *sharing_networks(), device="cpu", **options)
+        probs = torch.empty((2, len(card.classes), core // 4, core // 4))
+        with predictor.own_threads():
+            predictor.predict_into(list(probs), rgb_HWC, places, [(0, 0), (32, 0)])
+        return probs
+
+    one_stream = found(runtime="openvino")
+    torch.testing.assert_close(one_stream, found(runtime="torch"), atol=1e-4, rtol=1e-3)
+    assert torch.equal(found(runtime="openvino", streams=2), one_stream)
+
+
+def two_streams() -> Any:
+    """Return the networks of a predictor that computes two canvases at a time."""
+    pytest.importorskip("openvino")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        card = load_bundle("colon-gland").card
+        return Predictor(card, NO_DIGEST, *sharing_networks(), device="cpu", runtime="openvino", streams=2)._networks
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_in_a_stream_ends_the_call_and_cancels_what_has_not_begun() -> None:
+    networks, begun = two_streams(), []
+
+    def run(item: int) -> int:
+        begun.append(item)
+        if item == 3:
+            raise MemoryError("item 3")
+        return 10 * item
+
+    assert networks.each(run, [0, 1, 2]) == [0, 10, 20]
+    with pytest.raises(MemoryError, match="item 3"):
+        networks.each(run, range(3, 500))
+    assert len(begun) < 400
+
+
+def test_torch_has_one_thread_beside_openvino_and_its_threads_again_afterwards() -> None:
+    networks, before = two_streams(), torch.get_num_threads()
+    try:
+        with networks.own_threads():
+            inside = [torch.get_num_threads(), *networks.each(lambda _: torch.get_num_threads(), range(4))]
+        assert inside == [1] * 5
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

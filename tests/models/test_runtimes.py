@@ -220,7 +220,6 @@ def test_a_call_leaves_the_images_of_earlier_calls_alone() -> None:
 
 @needs_openvino
 def test_calls_that_overlap_share_the_streams_and_return_their_own_outputs() -> None:
-    pytest.importorskip("openvino")
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1)).eval()
     streams = OpenVinoNetwork(network, 32, streams=2)
@@ -231,6 +230,7 @@ def test_calls_that_overlap_share_the_streams_and_return_their_own_outputs() -> 
     assert all(torch.equal(one, alone(image)) for one, image in zip(found, images, strict=True))
 
 
+@needs_openvino
 def test_openvino_takes_every_size_from_the_smallest_one() -> None:
     torch.manual_seed(0)
     segmenter = build_segmenter("tu-tf_efficientnet_lite0", 2).eval()

@@ -12,43 +12,13 @@ from torch import Tensor, nn
 
 from models import device_networks
 from models.bundle import NO_DIGEST, load_bundle, load_networks, shipped_bundles
-from models.classifier import Classifier
 from models.errors import ArchitectureError
 from models.padding import ExtendedConv2d, pad_before_expansion
 from models.predictor import Predictor
 from models.runtimes import Runtime
 from models.segmenter import CoreSegmenter, build_segmenter, share_backbone
 from models.shared_stages import DeepFeatures, split_networks, unshared
-from tests.models.networks import ConstantClassifier, ConstantSegmenter
-
-LITE = "tf_efficientnet_lite0"
-
-
-def networks(*, frozen: bool = True, backbone: str = LITE, depth: int | None = 4) -> tuple[Any, Any]:
-    """Return a classifier and a segmenter in eval mode; `frozen` ones start with equal weights."""
-    torch.manual_seed(0)
-    classifier: Any = Classifier(backbone, "gap", 2, depth=depth)
-    segmenter: Any = build_segmenter(f"tu-{backbone if frozen else LITE}", 2)
-    for module in (*classifier.modules(), *segmenter.modules()):
-        if isinstance(module, nn.BatchNorm2d):  # as after training
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type] # a buffer is a tensor here
-    if frozen:
-        for part in ("conv_stem", "bn1"):
-            getattr(segmenter.encoder.model, part).load_state_dict(getattr(classifier.backbone.net, part).state_dict())
-        segmenter.encoder.model.blocks[:2].load_state_dict(classifier.backbone.net.blocks[:2].state_dict())
-    return classifier.eval(), segmenter.eval()
-
-
-def sharing_networks(
-    *, backbone: str = LITE, depth: int = 4, stride: int = 16, edges_too: bool = True
-) -> tuple[Any, Any]:
-    """Return a classifier and a segmenter with its backbone, in eval mode."""
-    torch.manual_seed(0)
-    classifier: Any = Classifier(backbone, "gap", 2, depth=depth, stride=stride)
-    segmenter = build_segmenter(f"tu-{backbone}", 2, depth, decoder_channels=32, shared_backbone=edges_too)
-    share_backbone(segmenter, classifier)
-    return classifier.eval(), segmenter.eval()
+from tests.models.networks import LITE, ConstantClassifier, ConstantSegmenter, sharing_networks, timm_networks
 
 
 def images(seed: int, side: int = 160) -> Tensor:
@@ -56,7 +26,7 @@ def images(seed: int, side: int = 160) -> Tensor:
 
 
 def test_the_parts_compute_what_the_whole_networks_compute() -> None:
-    classifier, segmenter = networks()
+    classifier, segmenter = timm_networks()
     for module in segmenter.encoder.modules():  # the padding of the classifier, so that nothing differs
         if isinstance(module, ExtendedConv2d):
             module.mode = "replicate"
@@ -133,7 +103,7 @@ def test_a_segmenter_with_another_encoder_cannot_take_the_backbone() -> None:
 
 
 def test_another_padding_of_the_shared_stages_reaches_nine_pixels() -> None:
-    classifier, segmenter = networks()
+    classifier, segmenter = timm_networks()
     x_NCHW = images(2)
     encoder: Any = segmenter.encoder.model
     with torch.inference_mode():
@@ -151,12 +121,12 @@ def test_another_padding_of_the_shared_stages_reaches_nine_pixels() -> None:
 @pytest.mark.parametrize("backbone", ["tf_efficientnet_b0", "test_efficientnet_gn"])
 def test_stages_that_average_the_whole_canvas_are_not_shared(backbone: str) -> None:
     """Squeeze-and-excitation carries the padding to every pixel, and so does a group norm."""
-    classifier, segmenter = networks(backbone=backbone)
+    classifier, segmenter = timm_networks(backbone=backbone)
     assert split_networks(classifier, segmenter, 64).first is None
 
 
 def test_stages_that_pad_on_other_sides_are_not_shared() -> None:
-    classifier, segmenter = networks()
+    classifier, segmenter = timm_networks()
     stem = classifier.backbone.net.conv_stem
     stem.edges = stem.edges[::-1]
     assert split_networks(classifier, segmenter, 64).first is None
@@ -164,7 +134,7 @@ def test_stages_that_pad_on_other_sides_are_not_shared() -> None:
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_predictor_computes_with_parts_in_eval_mode_on_its_device(whole: bool) -> None:
-    classifier, segmenter = (network.train() for network in (sharing_networks() if whole else networks()))
+    classifier, segmenter = (network.train() for network in (sharing_networks() if whole else timm_networks()))
     predictor = Predictor(load_bundle("colon-gland").card, NO_DIGEST, classifier, segmenter, device="cpu")
     parts: Any = predictor._networks
     used: list[Any] = [parts._first, parts._classifier, parts._deep, parts._segmenter]
@@ -177,7 +147,7 @@ def test_the_predictor_computes_with_parts_in_eval_mode_on_its_device(whole: boo
 
 
 def test_splitting_leaves_the_networks_alone() -> None:
-    classifier, segmenter = networks()
+    classifier, segmenter = timm_networks()
     before = copy.deepcopy((classifier, segmenter))
     split_networks(classifier, segmenter, 64)
     with torch.inference_mode():
@@ -186,14 +156,14 @@ def test_splitting_leaves_the_networks_alone() -> None:
 
 
 def test_networks_that_start_differently_share_nothing() -> None:
-    other = networks()
+    other = timm_networks()
     with torch.no_grad():
         other[1].encoder.model.blocks[1][0].conv_dw.weight[0, 0, 0, 0] += 1e-7
     for classifier, segmenter in (
-        networks(frozen=False),
-        networks(backbone="resnet18", depth=None, frozen=False),
-        networks(backbone="tf_efficientnet_lite1", frozen=False),
-        (networks()[0], build_segmenter("resnet18", 2).eval()),
+        timm_networks(frozen=False),
+        timm_networks(backbone="resnet18", depth=None, frozen=False),
+        timm_networks(backbone="tf_efficientnet_lite1", frozen=False),
+        (timm_networks()[0], build_segmenter("resnet18", 2).eval()),
         (ConstantClassifier([0.5, 0.5]), ConstantSegmenter([0, 0])),
         other,
     ):
@@ -217,7 +187,7 @@ def test_the_shipped_models_share_what_their_cards_state(name: str) -> None:
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_segmenter_starts_from_the_features_of_its_own_canvas(batch_size: int) -> None:
     """One canvas of three has a single class left, and the segmenter skips it."""
-    classifier, segmenter = networks()
+    classifier, segmenter = timm_networks()
     rgb_NHWC = np.random.default_rng(0).integers(0, 256, (3, 192, 192, 3), dtype=np.uint8)
     rgb_NHWC[0], rgb_NHWC[2] = 255, 235
     corners = [(256 * n, 0) for n in range(3)]

@@ -16,7 +16,7 @@ def test_the_collector_rests_during_imports_and_skips_their_objects_later() -> N
     kept: list[list[int]] = []
     before = gc.get_freeze_count()
     try:
-        with imported_for_good():
+        with imported_for_good("a_library_that_is_not_imported"):
             assert not gc.isenabled()
             kept.append([1])
         assert gc.isenabled()
@@ -25,3 +25,10 @@ def test_the_collector_rests_during_imports_and_skips_their_objects_later() -> N
     finally:
         gc.unfreeze()
     assert any(found is kept for found in gc.get_objects())
+
+
+def test_a_library_that_is_there_already_keeps_no_garbage() -> None:
+    before = gc.get_freeze_count()
+    with imported_for_good("gc"):
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
