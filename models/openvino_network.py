@@ -34,7 +34,7 @@ class OpenVinoNetwork:
 
     N can be any number, and H and W any multiples of 32 from the side that the network was traced at. The result of an
     image does not depend on the other images. A network may also take feature maps, whose sides are the image's divided
-    by their stride, and return a tuple.
+    by their stride.
     As many calls as there are streams may overlap; others wait. The streams share as many threads as torch has when
     the network is constructed. Nothing is written to disk.
     """
