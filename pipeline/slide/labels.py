@@ -14,9 +14,6 @@ from torch import Tensor
 
 from models.devices import to_host
 
-BACKGROUND_LABEL = 0
-"""Label of glass and of "no class"; class k of the model has the label k + 1."""
-
 
 class StoredMap(NamedTuple):
     """A map as it is stored. Outside the tissue everything is 0."""
@@ -24,6 +21,7 @@ class StoredMap(NamedTuple):
     probs_KHW: NDArray[np.uint8]
     """The probabilities times 255."""
     labels_HW: NDArray[np.uint8]
+    """0 for glass and for "no class"; class k of the model has the label k + 1."""
     has_class_HW: NDArray[np.bool_]
     """Whether the probability of some class is above 0."""
 
