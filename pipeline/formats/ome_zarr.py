@@ -12,31 +12,24 @@ QuPath's reader does not open: other codecs, floats, Zarr 3.
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import numpy as np
-import numpy.typing as npt
 import zarr
-from numcodecs import Blosc
 from zarr.storage import LocalStore
 
 from models.tissue_class import TissueClass
+from pipeline.formats.chunk_files import CODEC, UInt8Array, chunk_positions, read_chunk, write_chunk
 from wsi.box import Box
-
-UInt8Array = npt.NDArray[np.uint8]
 
 LABELS = "labels/classes"
 _OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 _XSI = "http://www.w3.org/2001/XMLSchema-instance"
 MAX_CLASSES = 255
-
-# QuPath can open neither plain zstd nor blosc's automatic shuffle.
-_CODEC = Blosc(cname="zstd", clevel=3, shuffle=Blosc.SHUFFLE)
 
 CHUNK_OUT = 512
 """Side of a chunk of the stored map, in map pixels. A block is a whole number of chunks."""
@@ -146,11 +139,15 @@ class MapStore:
         self._check_box(box_out)
         self._check_array("probs_KHW", probs_KHW, (len(self.spec.classes), box_out.height, box_out.width))
         self._check_array("labels_HW", labels_HW, (box_out.height, box_out.width))
-        stored = self._stored(box_out)
+        stored, side = self._stored(box_out), self.spec.chunk
         inside = stored.intersect(Box(0, 0, *self.spec.size_out))
-        y, x = slice(stored.y, stored.bottom), slice(stored.x, stored.right)
-        self.probs[:, y, x] = _keep(probs_KHW, inside, stored)
-        self.labels[y, x] = _keep(labels_HW, inside, stored)
+        for plane, plane_HW in zip(self._level_0, (*probs_KHW, labels_HW), strict=True):
+            for y in range(0, stored.height, side):
+                for x in range(0, stored.width, side):
+                    chunk_HW = np.zeros((side, side), np.uint8)
+                    part_HW = plane_HW[y : min(y + side, inside.height), x : min(x + side, inside.width)]
+                    chunk_HW[: part_HW.shape[0], : part_HW.shape[1]] = part_HW
+                    write_chunk(plane, chunk_HW, (stored.y + y) // side, (stored.x + x) // side)
         return tuple(file for file in self.block_files(box_out) if (self.path / file).exists())
 
     def block_files(self, box_out: Box) -> tuple[Path, ...]:
@@ -170,6 +167,13 @@ class MapStore:
         for file in self.block_files(box_out):
             if file not in kept:
                 (self.path / file).unlink(missing_ok=True)
+
+    @functools.cached_property
+    def _level_0(self) -> list[Path]:
+        """Return `_planes` of level 0. Raises ValueError if the stored arrays do not have the spec's shapes."""
+        self._open("0", self.spec.probs_shape(0))
+        self._open(f"{LABELS}/0", self.spec.labels_shape(0))
+        return _planes(self.path, self.spec, 0)
 
     def _open(self, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
         array = _open_array(self.path, name)
@@ -214,13 +218,13 @@ def build_pyramid(path: Path, spec: MapSpec) -> None:
     for level in range(1, spec.levels):
         for source, target in zip(_planes(path, spec, level - 1), _planes(path, spec, level), strict=True):
             halve = halve_labels if target.parent == path / LABELS else halve_probs
-            filled = {(row // 2, column // 2) for row, column in _chunk_positions(source)}
+            filled = {(row // 2, column // 2) for row, column in chunk_positions(source)}
             # A chunk of an earlier run is computed again too: if level 0 is empty now, the chunk is removed.
-            for row, column in sorted(filled.union(_chunk_positions(target))):
+            for row, column in sorted(filled.union(chunk_positions(target))):
                 quads_HW = np.block(
-                    [[_read_chunk(source, spec.chunk, 2 * row + y, 2 * column + x) for x in (0, 1)] for y in (0, 1)]
+                    [[read_chunk(source, spec.chunk, 2 * row + y, 2 * column + x) for x in (0, 1)] for y in (0, 1)]
                 )
-                _write_chunk(target, halve(quads_HW), row, column)
+                write_chunk(target, halve(quads_HW), row, column)
 
 
 def halve_probs(probs_KHW: UInt8Array) -> UInt8Array:
@@ -252,66 +256,13 @@ def _most_frequent(labels_4N: Sequence[UInt8Array]) -> UInt8Array:
     return np.negative((best_N & 0xFF).astype(np.uint8))
 
 
-def sweep_partial_files(path: Path) -> None:
-    """Remove the files of killed writes from a store. No other write may be in progress."""
-    for file in sorted(path.rglob("*.partial")):
-        file.unlink()
-
-
 def _quarters(array: UInt8Array) -> list[UInt8Array]:
     return [array[..., y::2, x::2] for y in (0, 1) for x in (0, 1)]
-
-
-def _keep(array: UInt8Array, inside: Box, stored: Box) -> UInt8Array:
-    """Return the stored part of a block, with 0 outside the slide."""
-    cut = array[..., : stored.height, : stored.width]
-    if inside == stored:
-        return cut
-    cut = cut.copy()
-    cut[..., inside.height :, :] = 0
-    cut[..., :, inside.width :] = 0
-    return cut
 
 
 def _planes(path: Path, spec: MapSpec, level: int) -> list[Path]:
     """Return the folders with the chunks of one level: one for each class, and one for the labels."""
     return [*(path / f"{level}" / f"{k}" for k in range(len(spec.classes))), path / LABELS / f"{level}"]
-
-
-# Zarr reads and writes each chunk in other threads, which takes several times the processor time of the chunk itself.
-# `build_pyramid` therefore reads and writes the chunk files itself.
-
-
-def _read_chunk(plane: Path, side: int, row: int, column: int) -> UInt8Array:
-    try:
-        content = (plane / f"{row}" / f"{column}").read_bytes()
-    except FileNotFoundError:
-        return np.zeros((side, side), np.uint8)
-    return np.frombuffer(_CODEC.decode(content), np.uint8).reshape(side, side)
-
-
-def _write_chunk(plane: Path, chunk_HW: UInt8Array, row: int, column: int) -> None:
-    """Replace the file of a chunk. A chunk of zeros has no file."""
-    file = plane / f"{row}" / f"{column}"
-    if not chunk_HW.any():
-        file.unlink(missing_ok=True)
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{column}.{os.getpid()}.partial")
-    partial.write_bytes(_CODEC.encode(np.ascontiguousarray(chunk_HW)))
-    partial.replace(file)
-
-
-def _chunk_positions(plane: Path) -> Iterator[tuple[int, int]]:
-    """Yield (row, column) of the chunk files of a plane."""
-    for row in _folders(plane):
-        for file in row.iterdir():
-            if file.name.isdecimal():
-                yield int(row.name), int(file.name)
-
-
-def _folders(path: Path) -> Iterable[Path]:
-    return (child for child in path.iterdir() if child.is_dir()) if path.exists() else ()
 
 
 def _create_array(store: LocalStore, path: str, shape: tuple[int, ...], chunks: tuple[int, ...]) -> None:
@@ -323,7 +274,7 @@ def _create_array(store: LocalStore, path: str, shape: tuple[int, ...], chunks: 
         dtype="uint8",
         fill_value=0,
         zarr_format=2,
-        compressors=_CODEC,
+        compressors=CODEC,
         filters=None,
         chunk_key_encoding={"name": "v2", "separator": "/"},
     )

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.tissue_class import TissueClass
+from pipeline.formats.chunk_files import UInt8Array
 from pipeline.formats.familiarity import FamiliarityMap
 from pipeline.formats.features import Feature
-from pipeline.formats.ome_zarr import MapSpec, UInt8Array
+from pipeline.formats.ome_zarr import MapSpec
 from pipeline.formats.raster import rasterize
 from wsi.grid import Grid
 from wsi.slide import Slide

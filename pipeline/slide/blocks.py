@@ -22,7 +22,8 @@ from models.predictor import Predictor
 from models.runtimes import CONTEXT
 from pipeline.config import ResolvedSettings
 from pipeline.errors import InferenceError
-from pipeline.formats.ome_zarr import MapStore, UInt8Array
+from pipeline.formats.chunk_files import UInt8Array
+from pipeline.formats.ome_zarr import MapStore
 from pipeline.formats.polygons import block_regions
 from pipeline.formats.region_files import save_regions
 from pipeline.slide.canvases import canvas_cores, with_margin

@@ -18,7 +18,8 @@ from models.predictor import Predictor
 from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolve
 from pipeline.errors import Cancelled, ConfigError, OutputError
 from pipeline.files import sync, sync_tree
-from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store, sweep_partial_files
+from pipeline.formats.chunk_files import sweep_partial_files
+from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store
 from pipeline.formats.outputs import OUTPUTS, SegmentedSlide
 from pipeline.formats.polygons import Region, join_regions
 from pipeline.formats.region_files import load_regions

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.formats.chunk_files import UInt8Array
 from pipeline.formats.familiarity import CELL_OUT, read_familiarity
-from pipeline.formats.ome_zarr import UInt8Array
 from pipeline.results.folder import ResultFolder
 from pipeline.results.names import BLOCKS, FAMILIARITY
 from pipeline.results.record import read_header

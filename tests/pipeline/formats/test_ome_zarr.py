@@ -24,15 +24,14 @@ from napari_ome_zarr import napari_get_reader
 
 from models.tissue_class import TissueClass
 from pipeline.checks.ome_zarr import broken_ome_zarr_rules
+from pipeline.formats.chunk_files import UInt8Array, sweep_partial_files
 from pipeline.formats.ome_zarr import (
     MapSpec,
     MapStore,
-    UInt8Array,
     build_pyramid,
     create_store,
     halve_labels,
     halve_probs,
-    sweep_partial_files,
 )
 from wsi.box import Box
 
@@ -254,6 +253,18 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         store.write_block(box, probs_KHW, labels_HW + 4)
     with pytest.raises(ValueError, match="remove the working folder"):
         MapStore(store.path, make_spec((128, 32))).write_block(box, probs_KHW, labels_HW)
+
+
+def test_the_files_are_those_that_zarr_writes(tmp_path: Path) -> None:
+    spec = make_spec((75, 45))
+    probs_KHW, labels_HW = random_map(spec)
+    probs_KHW[1, :32, :48] = 0
+    labels_HW[16:] = 0
+    store = write_map(tmp_path / "a.ome.zarr", spec, probs_KHW, labels_HW)
+    create_store(tmp_path / "b.ome.zarr", spec)
+    zarr.open_array(tmp_path / "b.ome.zarr", path="0", mode="r+")[...] = probs_KHW
+    zarr.open_array(tmp_path / "b.ome.zarr", path="labels/classes/0", mode="r+")[...] = labels_HW
+    assert contents(store.path) == contents(tmp_path / "b.ome.zarr")
 
 
 def test_an_existing_store_is_not_overwritten(tmp_path: Path) -> None:

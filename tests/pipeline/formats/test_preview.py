@@ -12,7 +12,7 @@ from PIL import Image
 
 from models.tissue_class import TissueClass
 from pipeline.formats import preview
-from pipeline.formats.ome_zarr import UInt8Array
+from pipeline.formats.chunk_files import UInt8Array
 from pipeline.formats.preview import length_text, overlay, round_length_um, write_preview
 from pipeline.results.areas import ClassArea, class_areas
 

@@ -1,0 +1,56 @@
+"""The chunk files of a stored map, read and written without Zarr.
+
+Zarr reads and writes each chunk in other threads, which takes several times the processor time of the chunk itself.
+The files are those that Zarr would write.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from numcodecs import Blosc
+
+UInt8Array = npt.NDArray[np.uint8]
+
+# QuPath can open neither plain zstd nor blosc's automatic shuffle.
+CODEC = Blosc(cname="zstd", clevel=3, shuffle=Blosc.SHUFFLE)
+
+
+def read_chunk(plane: Path, side: int, row: int, column: int) -> UInt8Array:
+    """Return a square chunk of the plane in a folder. A chunk without a file is 0."""
+    try:
+        content = (plane / f"{row}" / f"{column}").read_bytes()
+    except FileNotFoundError:
+        return np.zeros((side, side), np.uint8)
+    return np.frombuffer(CODEC.decode(content), np.uint8).reshape(side, side)
+
+
+def write_chunk(plane: Path, chunk_HW: UInt8Array, row: int, column: int) -> None:
+    """Write the file of a chunk under another name, and then replace the old one. A chunk of zeros has no file."""
+    file = plane / f"{row}" / f"{column}"
+    if not chunk_HW.any():
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{column}.{os.getpid()}.partial")
+    partial.write_bytes(CODEC.encode(np.ascontiguousarray(chunk_HW)))
+    partial.replace(file)
+
+
+def sweep_partial_files(path: Path) -> None:
+    """Remove the files of killed writes from a store. No other write may be in progress."""
+    for file in sorted(path.rglob("*.partial")):
+        file.unlink()
+
+
+def chunk_positions(plane: Path) -> Iterator[tuple[int, int]]:
+    """Yield (row, column) of the chunk files of a plane."""
+    rows = (child for child in plane.iterdir() if child.is_dir()) if plane.exists() else ()
+    for row in rows:
+        for file in row.iterdir():
+            if file.name.isdecimal():
+                yield int(row.name), int(file.name)
