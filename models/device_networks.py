@@ -20,7 +20,7 @@ from models.backbone import Stages
 from models.bundle import ModelCard
 from models.fine_map import Place, fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
-from models.normalize import normalized
+from models.normalize import byte_table, looked_up, normalized
 from models.openvino_network import OpenVinoNetwork
 from models.padding import pad_before_expansion
 from models.runtimes import CONTEXT, Compute
@@ -81,6 +81,7 @@ class DeviceNetworks:
         self._classifier: Any = _placed(networks.classifier, self._device)
         self._mean_C = torch.tensor(card.mean).to(self._device)
         self._std_C = torch.tensor(card.std).to(self._device)
+        self._table_C256 = byte_table(self._mean_C, self._std_C)
 
     @property
     def shares_stages(self) -> bool:
@@ -206,6 +207,8 @@ class DeviceNetworks:
         return batch if self.shares_stages else self._normalized(batch)
 
     def _normalized(self, rgb_NHWC: Tensor) -> Tensor:
+        if self._compute.runtime == "openvino":
+            return looked_up(rgb_NHWC, self._table_C256)
         return normalized(rgb_NHWC, self._mean_C, self._std_C)
 
     def _prepared(

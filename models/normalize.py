@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -16,3 +18,23 @@ def normalized(rgb_NHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
     # In place: three more arrays for each batch fragment the heap.
     rows_NHR.div_(255.0).sub_(mean_C.repeat(width)).div_(std_C.repeat(width))
     return rows_NHR.view(rgb_NHWC.shape).permute(0, 3, 1, 2)
+
+
+def byte_table(mean_C: Tensor, std_C: Tensor) -> Tensor:
+    """Return what `normalized` makes of each byte in each channel, (3, 256) on the CPU."""
+    every_NHWC = torch.arange(256, dtype=torch.uint8)[None, None, :, None].expand(1, 1, 256, 3)
+    return normalized(every_NHWC, mean_C.cpu(), std_C.cpu())[0, :, 0].contiguous()
+
+
+def looked_up(rgb_NHWC: Tensor, table_C256: Tensor) -> Tensor:
+    """Return the same values as `normalized` from the model's `byte_table`, (N, 3, H, W) and contiguous. CPU only.
+
+    This takes half the time of `normalized` and a copy to this layout, which OpenVINO needs.
+    """
+    rgb, count, (height, width) = rgb_NHWC.numpy(), len(rgb_NHWC), rgb_NHWC.shape[1:3]
+    x_NCHW = np.empty((count, 3, height, width), np.float32)
+    for n in range(count):
+        for c in range(3):
+            # A byte is never out of range. Without "clip", NumPy would check, and copy the result.
+            np.take(table_C256[c].numpy(), rgb[n, :, :, c], out=x_NCHW[n, c], mode="clip")
+    return torch.from_numpy(x_NCHW)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.normalize import normalized
+from models.normalize import byte_table, looked_up, normalized
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -44,3 +44,12 @@ def test_the_bytes_stay_as_they_are() -> None:
     rgb_NHWC = every_byte()
     normalized(rgb_NHWC, torch.tensor(MEAN), torch.tensor(STD))
     assert torch.equal(rgb_NHWC, every_byte())
+
+
+def test_the_table_gives_the_bits_of_the_formula_for_every_byte_and_layout() -> None:
+    mean_C, std_C = torch.tensor(MEAN), torch.tensor(STD)
+    images_NHWC = torch.cat([every_byte(), every_byte().flip(1)])
+    for rgb_NHWC in (images_NHWC, images_NHWC[:, 3:, :10], images_NHWC.transpose(1, 2), images_NHWC[:0]):
+        x_NCHW = looked_up(rgb_NHWC, byte_table(mean_C, std_C))
+        assert torch.equal(x_NCHW, normalized(rgb_NHWC, mean_C, std_C))
+        assert x_NCHW.is_contiguous()
