@@ -13,20 +13,17 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
+from models.card import ModelCard, SegmenterCard, WeightsCard, parse_card
 from models.errors import (
     ArchitectureError,
     DigestMismatchError,
-    InvalidCardError,
     MissingBundleFileError,
     UnknownBundleError,
     WeightsMismatchError,
 )
 from models.shipped import SHIPPED_DIGESTS
-from models.tissue_class import TissueClass
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,119 +39,6 @@ CARD_FILE = "model.json"
 CLASSIFIER_FILE = "classifier.safetensors"
 SEGMENTER_FILE = "segmenter.safetensors"
 FAMILIARITY_FILE = "familiarity.safetensors"
-SCHEMA_VERSION = 3
-
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Triple = tuple[float, float, float]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-NetworkName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")]
-"""Without colon and slash, because timm downloads "hf-hub:…" and reads the folder of "local-dir:…"."""
-
-NO_DIGEST = "0" * 64
-"""Digest in the draft of a card whose weights are not written yet."""
-
-
-Rate = Annotated[int, Field(ge=1)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
-
-
-class ClassifierCard(_Strict):
-    """Architecture of the classifier."""
-
-    backbone: NetworkName
-    head: Annotated[str, Field(min_length=1)]
-    depth: Annotated[int, Field(ge=3)] | None = None
-    """Number of feature stages of the backbone to use; None for the whole backbone."""
-    stride: Literal[8, 16] = 8
-    """Pixels per cell of the features that the classifier's head reads. The classifier was trained at stride 8. At
-    stride 16, it has the same weights and a quarter of the cells, and takes a third of the time."""
-
-
-class SegmenterCard(_Strict):
-    """Architecture of the segmenter, see `models.segmenter.build_segmenter`."""
-
-    encoder: NetworkName
-    depth: Annotated[int, Field(ge=3, le=5)]
-    """Number of stages of the encoder."""
-    rates: tuple[Rate, Rate, Rate]
-    """Dilation rates of the ASPP, in cells of the encoder's stride."""
-    decoder_channels: Annotated[int, Field(ge=1, le=1024)] = 256
-    """Channels of the ASPP and the decoder."""
-    shared_backbone: bool = False
-    """Whether the encoder is the classifier's backbone. The weights of the segmenter then have no encoder."""
-
-
-class WeightsCard(_Strict):
-    """SHA-256 digests of the weights files."""
-
-    classifier: Digest
-    segmenter: Digest
-
-
-class FamiliarityCard(_Strict):
-    """What counts as unlike the training data of the model."""
-
-    statistics: Digest
-    """SHA-256 digest of familiarity.safetensors."""
-    window_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Distance that 99 % of the validation windows stay below. Windows beyond it are unfamiliar."""
-    share_limit: Fraction
-    """A slide gets a warning if a larger share of its tissue is unfamiliar."""
-
-
-class ModelCard(_Strict):
-    """The content of model.json: everything needed to use a model and to decide whether it is suitable."""
-
-    schema_version: Literal[3]
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    description: Annotated[str, Field(min_length=1)]
-    classes: Annotated[tuple[TissueClass, ...], Field(min_length=2, max_length=254)]
-    mpp: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
-    """Micrometers per pixel of the images that the networks expect."""
-    gate_window: Annotated[int, Field(ge=16, le=4096, multiple_of=16)]
-    """Side in pixels, at `mpp`, of the windows in which the classifier decides which classes are present."""
-    margin: Annotated[int, Field(ge=16, le=1024, multiple_of=16)]
-    """Pixels of context around a prediction: a map keeps only predictions that have this margin on all sides."""
-    mean: Triple
-    """Subtracted from RGB scaled to 0–1, per channel."""
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
-    classifier: ClassifierCard
-    segmenter: SegmenterCard
-    output_stride: Literal[4] = 4
-    gate_thresholds: tuple[Fraction, ...]
-    """Threshold per class. The gate accepts a class if its presence probability exceeds the threshold."""
-    temperature: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
-    """The segmenter's logits are divided by this before the softmax."""
-    licence: Annotated[str, Field(min_length=1)]
-    training_data: Annotated[str, Field(min_length=1)]
-    """Data set, attribution, split and supervision."""
-    started_from: Digest | None = None
-    """SHA-256 of the card of the model that both networks started from; None for a backbone's weights or none."""
-    metrics: dict[str, float]
-    scope: str = ""
-    """What the training data show, in a few words, such as "colon, H&E"."""
-    limits: Annotated[str, Field(min_length=1)]
-    """Uses that the model is not for."""
-    familiarity: FamiliarityCard | None = None
-    """None if the model has no statistics of its training data."""
-    made_with: dict[str, str] = {}
-    """Versions of Python, wsi-segment and libraries, commit of the source, and digest of the training data."""
-    weights: WeightsCard
-
-    @model_validator(mode="after")
-    def _one_threshold_per_class_and_distinct_names(self) -> Self:
-        if len(self.gate_thresholds) != len(self.classes):
-            raise ValueError(
-                f"{len(self.gate_thresholds)} gate_thresholds for {len(self.classes)} classes; give one per class"
-            )
-        names = [entry.name for entry in self.classes]
-        if len(set(names)) != len(names):
-            raise ValueError(f"class names are not distinct: {names}")
-        return self
 
 
 @dataclass(frozen=True)
@@ -209,7 +93,7 @@ def load_bundle(name_or_path: str | Path, digest: str | None = None) -> Bundle:
                 f"{path}: {file} is missing; a bundle contains {CARD_FILE}, {CLASSIFIER_FILE} and {SEGMENTER_FILE}"
             )
     content = (path / CARD_FILE).read_bytes()
-    bundle = Bundle(_parse_card(content, path / CARD_FILE), path, hashlib.sha256(content).hexdigest())
+    bundle = Bundle(parse_card(content, path / CARD_FILE), path, hashlib.sha256(content).hexdigest())
     if path.parent == SHIPPED_FOLDER and str(name_or_path) in names:
         _check_shipped(bundle)
     if digest is not None and digest.lower() != bundle.digest:
@@ -227,27 +111,6 @@ def _check_shipped(bundle: Bundle) -> None:
             f"{bundle.path / CARD_FILE}: the SHA-256 is {bundle.digest}, but wsi-segment was shipped with {expected}; "
             f"install wsi-segment again, or copy the folder and pass its path to use it as a model of your own"
         )
-
-
-def _parse_card(content: bytes, file: Path) -> ModelCard:
-    try:
-        return ModelCard.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if key == "schema_version":
-            found = first["input"] if first["type"] != "missing" else "none"
-            remedy = (
-                "update wsi-segment"
-                if isinstance(found, int) and found > SCHEMA_VERSION
-                else "the networks of earlier bundles ran on tiles; train the model again with wsi-train"
-            )
-            raise InvalidCardError(
-                f"{file}: schema_version is {found}, but this version reads {SCHEMA_VERSION}; {remedy}"
-            ) from error
-        raise InvalidCardError(
-            f"{file}: {key or 'not valid JSON'}: {first['msg']} ({error.error_count()} error(s) in total)"
-        ) from error
 
 
 def load_networks(bundle: Bundle) -> tuple[Classifier, nn.Module]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Stages
-from models.bundle import ModelCard
+from models.card import ModelCard
 from models.fine_map import Place, fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
 from models.normalize import byte_table, looked_up, normalized

@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.bundle import Bundle, ModelCard, load_networks, load_statistics
+from models.bundle import Bundle, load_networks, load_statistics
+from models.card import ModelCard
 from models.compute import choose_compute
 from models.device_networks import DeviceNetworks
 from models.devices import Uploads, choose_device, to_host

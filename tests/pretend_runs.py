@@ -34,7 +34,7 @@ def run_predictor() -> dict[str, Any]:
     """Predict canvases of two sizes on both devices."""
     import torch
 
-    from models.bundle import NO_DIGEST
+    from models.card import NO_DIGEST
     from models.devices import available_devices, choose_device
     from models.predictor import Predictor
     from tests.models.networks import ColorClassifier, ColorSegmenter, make_card

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from models.bundle import ModelCard
+from models.card import ModelCard
 from models.tissue_class import Color
 from pipeline.errors import LabelingError
 from pipeline.labeling.events import ClassAdded, ClassesMerged, ClassRenamed, FolderStarted

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import ModelCard
+from models.card import ModelCard
 from models.errors import NonFiniteOutputError
 from models.predictor import Predictor
 from models.runtimes import CONTEXT

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import dask
 import dask.threaded
 
-from models.bundle import ModelCard
+from models.card import ModelCard
 from models.predictor import Predictor
 from pipeline.slide.blocks import BlockRecord, BlockWork, segment_block
 from pipeline.slide.journal import make_durable

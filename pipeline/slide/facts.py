@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from models.bundle import ModelCard
+from models.card import ModelCard
 from pipeline.formats.familiarity import CELL_OUT, FamiliarityMap
 from pipeline.formats.ome_zarr import MapSpec
 from pipeline.results.record import Familiarity, LeftOutArea, SlideFacts, TileCounts

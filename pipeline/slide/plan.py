@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import ModelCard
+from models.card import ModelCard
 from models.runtimes import CONTEXT, FEATURE_BYTES_PER_PX, RUNTIME_FACTS, STREAMS
 from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from models.bundle import ModelCard
+from models.card import ModelCard
 from models.predictor import Predictor
 from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolve
 from pipeline.errors import Cancelled, ConfigError, OutputError

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from models.bundle import ModelCard
+from models.card import ModelCard
 from models.device_networks import SMALLEST_CORE
 from models.errors import NonFiniteOutputError
 from models.gate_windows import CELL, window_step

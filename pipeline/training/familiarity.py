@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch import nn
 
-from models.bundle import NO_DIGEST, Bundle, FamiliarityCard, load_networks, replace_card
+from models.bundle import Bundle, load_networks, replace_card
+from models.card import NO_DIGEST, FamiliarityCard
 from models.classifier import Classifier
 from models.devices import choose_device
 from models.familiarity import Statistics, fit_statistics, of_sources, window_features

@@ -6,8 +6,8 @@ import math
 
 from pydantic import ValidationError
 
-from models.bundle import NO_DIGEST, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
 from models.cam import LAYERS
+from models.card import NO_DIGEST, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
 from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.bundle import Bundle, ModelCard, load_networks, segmenter_of
+from models.bundle import Bundle, load_networks, segmenter_of
+from models.card import ModelCard
 from models.classifier import Classifier
 from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig

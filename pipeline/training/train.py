@@ -23,8 +23,9 @@ import torch
 import torch.distributed
 from torch import nn
 
-from models.bundle import NO_DIGEST, Bundle, load_bundle, load_networks, load_statistics, replace_card, save_bundle
+from models.bundle import Bundle, load_bundle, load_networks, load_statistics, replace_card, save_bundle
 from models.cam import check_available
+from models.card import NO_DIGEST
 from models.classifier import Classifier
 from models.devices import choose_device
 from models.predictor import Predictor

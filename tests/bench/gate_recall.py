@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.bundle import NO_DIGEST, Bundle, load_bundle, load_networks
+from models.bundle import Bundle, load_bundle, load_networks
+from models.card import NO_DIGEST
 from models.classifier import Classifier
 from models.predictor import Predictor
 from pipeline.training.compose import composed

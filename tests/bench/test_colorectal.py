@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.bundle import NO_DIGEST
+from models.card import NO_DIGEST
 from models.predictor import Predictor
 from pipeline.training.dataset import load_dataset, samples
 from tests.bench.colorectal import f1_score, map_table, table_of, tile_figures

@@ -12,7 +12,8 @@ from pathlib import Path
 import dask
 import pytest
 
-from models.bundle import ClassifierCard, ModelCard, SegmenterCard, load_bundle
+from models.bundle import load_bundle
+from models.card import ClassifierCard, ModelCard, SegmenterCard
 from models.errors import InvalidCardError
 from models.tissue_class import TissueClass
 from pipeline.batch.collect import collect_jobs

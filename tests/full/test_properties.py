@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.bundle import NO_DIGEST
+from models.card import NO_DIGEST
 from models.predictor import Predictor
 from models.runtimes import Runtime
 from pipeline.config import SegmentConfig, resolve

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Stages
-from models.bundle import NO_DIGEST, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
+from models.card import NO_DIGEST, ClassifierCard, ModelCard, SegmenterCard, WeightsCard
 from models.classifier import Classifier
 from models.heads import HeadOutput
 from models.segmenter import build_segmenter, share_backbone

@@ -17,13 +17,8 @@ from models.bundle import (
     CLASSIFIER_FILE,
     DEFAULT_BUNDLE,
     FAMILIARITY_FILE,
-    NO_DIGEST,
     SEGMENTER_FILE,
     SHIPPED_FOLDER,
-    ClassifierCard,
-    FamiliarityCard,
-    ModelCard,
-    SegmenterCard,
     load_bundle,
     load_networks,
     load_statistics,
@@ -31,6 +26,7 @@ from models.bundle import (
     save_bundle,
     shipped_bundles,
 )
+from models.card import NO_DIGEST, ClassifierCard, FamiliarityCard, ModelCard, SegmenterCard
 from models.classifier import Classifier
 from models.errors import (
     ArchitectureError,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.covariance import LedoitWolf  # type: ignore[import-untyped]  # ships no types
 
-from models.bundle import NO_DIGEST, ClassifierCard, FamiliarityCard, ModelCard
+from models.card import NO_DIGEST, ClassifierCard, FamiliarityCard, ModelCard
 from models.classifier import Classifier
 from models.errors import WeightsMismatchError
 from models.familiarity import (

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models import fine_map as module
-from models.bundle import NO_DIGEST, load_bundle
+from models.bundle import load_bundle
+from models.card import NO_DIGEST
 from models.fine_map import Place, fine_map, part_of, spans
 from models.predictor import Predictor
 from models.runtimes import CONTEXT

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle
+from models.bundle import DEFAULT_BUNDLE, load_bundle
+from models.card import NO_DIGEST
 from models.errors import NonFiniteOutputError
 from models.gate import presence
 from models.predictor import Predictor

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from models import runtimes
 from models.backbone import Stages
-from models.bundle import DEFAULT_BUNDLE, NO_DIGEST, load_bundle, load_networks
+from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
+from models.card import NO_DIGEST
 from models.classifier import Classifier
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.heads import HEADS

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from models import device_networks
-from models.bundle import NO_DIGEST, load_bundle, load_networks, shipped_bundles
+from models.bundle import load_bundle, load_networks, shipped_bundles
+from models.card import NO_DIGEST
 from models.errors import ArchitectureError
 from models.padding import ExtendedConv2d, pad_before_expansion
 from models.predictor import Predictor

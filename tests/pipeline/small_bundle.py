@@ -9,16 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.bundle import (
-    NO_DIGEST,
-    Bundle,
-    ClassifierCard,
-    FamiliarityCard,
-    SegmenterCard,
-    load_networks,
-    replace_card,
-    save_bundle,
-)
+from models.bundle import Bundle, load_networks, replace_card, save_bundle
+from models.card import NO_DIGEST, ClassifierCard, FamiliarityCard, SegmenterCard
 from models.classifier import Classifier
 from models.familiarity import fit_statistics, window_features
 from models.segmenter import build_segmenter

@@ -16,7 +16,8 @@ from typing import Any
 from distributed import Client
 from distributed.client import ClosedClientError
 
-from models.bundle import ModelCard, load_bundle, shipped_bundles
+from models.bundle import load_bundle, shipped_bundles
+from models.card import ModelCard
 from pipeline.config import ResolvedSettings, SegmentConfig
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.progress import Progress

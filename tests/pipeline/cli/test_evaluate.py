@@ -18,7 +18,8 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from models.bundle import ClassifierCard, SegmenterCard, load_bundle, save_bundle
+from models.bundle import load_bundle, save_bundle
+from models.card import ClassifierCard, SegmenterCard
 from models.classifier import Classifier
 from models.predictor import Predictor
 from models.segmenter import build_segmenter

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.bundle import NO_DIGEST
+from models.card import NO_DIGEST
 from models.predictor import Predictor
 from models.tissue_class import TissueClass
 from pipeline.slide.drawn_tissue import area_px

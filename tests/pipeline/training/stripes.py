@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from models.bundle import NO_DIGEST
+from models.card import NO_DIGEST
 from models.predictor import Predictor
 from tests.models.networks import (
     ColorClassifier,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.bundle import NO_DIGEST
+from models.card import NO_DIGEST
 from models.predictor import Predictor
 from pipeline.training.calibration import (
     calibrate_temperature,

@@ -10,16 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from models.bundle import (
-    CLASSIFIER_FILE,
-    SEGMENTER_FILE,
-    ClassifierCard,
-    ModelCard,
-    SegmenterCard,
-    load_bundle,
-    load_statistics,
-    save_bundle,
-)
+from models.bundle import CLASSIFIER_FILE, SEGMENTER_FILE, load_bundle, load_statistics, save_bundle
+from models.card import ClassifierCard, ModelCard, SegmenterCard
 from models.classifier import Classifier
 from models.familiarity import fit_statistics, window_features
 from models.segmenter import build_segmenter

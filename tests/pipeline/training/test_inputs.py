@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from models.bundle import NO_DIGEST
+from models.card import NO_DIGEST
 from models.classifier import Classifier
 from models.predictor import Predictor
 from models.segmenter import build_segmenter

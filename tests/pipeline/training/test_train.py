@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from models.bundle import NO_DIGEST, load_bundle, load_networks
+from models.bundle import load_bundle, load_networks
+from models.card import NO_DIGEST
 from models.errors import ArchitectureError
 from models.predictor import Predictor
 from pipeline.errors import EmptyClassError, MissingImagesError, TrainError

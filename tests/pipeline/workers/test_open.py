@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from models.bundle import ModelCard
+from models.card import ModelCard
 from models.errors import UnknownBundleError
 from pipeline.batch.collect import collect_jobs
 from pipeline.batch.queue import run_batch
