@@ -2,7 +2,7 @@
 
 A fourth file, familiarity.safetensors, is optional. It describes the training windows, see models/familiarity.py.
 
-Reading a card does not import torch, so that a command can check its model at once. `load_networks` does.
+Loading a bundle reads its card, which does not import torch. Reading and writing weights does.
 """
 
 from __future__ import annotations

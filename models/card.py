@@ -103,7 +103,7 @@ class ModelCard(_Strict):
     training_data: Annotated[str, Field(min_length=1)]
     """Data set, attribution, split and supervision."""
     started_from: Digest | None = None
-    """SHA-256 of the card of the model that both networks started from; None for a backbone's weights or none."""
+    """SHA-256 of the card of the model that both networks started from; None if they did not start from a model."""
     metrics: dict[str, float]
     scope: str = ""
     """What the training data show, in a few words, such as "colon, H&E"."""

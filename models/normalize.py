@@ -21,7 +21,7 @@ def normalized(rgb_NHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
 
 
 def byte_table(mean_C: Tensor, std_C: Tensor) -> Tensor:
-    """Return what `normalized` makes of each byte in each channel, (3, 256) on the CPU."""
+    """Return the result of `normalized` for each byte in each channel, (3, 256), on the CPU."""
     every_NHWC = torch.arange(256, dtype=torch.uint8)[None, None, :, None].expand(1, 1, 256, 3)
     return normalized(every_NHWC, mean_C.cpu(), std_C.cpu())[0, :, 0].contiguous()
 
@@ -29,12 +29,12 @@ def byte_table(mean_C: Tensor, std_C: Tensor) -> Tensor:
 def looked_up(rgb_NHWC: Tensor, table_C256: Tensor) -> Tensor:
     """Return the same values as `normalized` from the model's `byte_table`, (N, 3, H, W) and contiguous. CPU only.
 
-    This takes half the time of `normalized` and a copy to this layout, which OpenVINO needs.
+    OpenVINO needs this layout. The lookup takes half the time of `normalized` followed by a copy to this layout.
     """
     rgb, count, (height, width) = rgb_NHWC.numpy(), len(rgb_NHWC), rgb_NHWC.shape[1:3]
     x_NCHW = np.empty((count, 3, height, width), np.float32)
     for n in range(count):
         for c in range(3):
-            # A byte is never out of range. Without "clip", NumPy would check, and copy the result.
+            # A byte is never out of range. The default mode, "raise", would check each index and buffer `out`.
             np.take(table_C256[c].numpy(), rgb[n, :, :, c], out=x_NCHW[n, c], mode="clip")
     return torch.from_numpy(x_NCHW)

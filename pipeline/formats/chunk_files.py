@@ -1,6 +1,6 @@
 """The chunk files of a stored map, read and written without Zarr.
 
-Zarr reads and writes each chunk in other threads, which takes several times the processor time of the chunk itself.
+Zarr hands each chunk to other threads. These threads take several times the processor time of the chunk itself.
 The files are those that Zarr would write.
 """
 
@@ -30,7 +30,7 @@ def read_chunk(plane: Path, side: int, row: int, column: int) -> UInt8Array:
 
 
 def write_chunk(plane: Path, chunk_HW: UInt8Array, row: int, column: int) -> None:
-    """Write the file of a chunk under another name, and then replace the old one. A chunk of zeros has no file."""
+    """Write a chunk to a temporary file, then rename it. A chunk of zeros has no file; an old file is removed."""
     file = plane / f"{row}" / f"{column}"
     if not chunk_HW.any():
         file.unlink(missing_ok=True)
