@@ -81,7 +81,7 @@ class DeviceNetworks:
         self._classifier: Any = _placed(networks.classifier, self._device)
         self._mean_C = torch.tensor(card.mean).to(self._device)
         self._std_C = torch.tensor(card.std).to(self._device)
-        self._table_C256 = byte_table(self._mean_C, self._std_C)
+        self._table_C256 = byte_table(torch.tensor(card.mean), torch.tensor(card.std))
 
     @property
     def shares_stages(self) -> bool:

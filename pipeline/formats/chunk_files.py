@@ -6,17 +6,19 @@ The files are those that Zarr would write.
 
 from __future__ import annotations
 
-import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from numcodecs import Blosc
+from numcodecs import Blosc, blosc
 
 UInt8Array = npt.NDArray[np.uint8]
 
 # QuPath can open neither plain zstd nor blosc's automatic shuffle.
+# With threads of its own, Blosc stores the parts of a chunk in the order in which they are compressed.
+blosc.use_threads = False
 CODEC = Blosc(cname="zstd", clevel=3, shuffle=Blosc.SHUFFLE)
 
 
@@ -36,9 +38,14 @@ def write_chunk(plane: Path, chunk_HW: UInt8Array, row: int, column: int) -> Non
         file.unlink(missing_ok=True)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{column}.{os.getpid()}.partial")
-    partial.write_bytes(CODEC.encode(np.ascontiguousarray(chunk_HW)))
-    partial.replace(file)
+    # Not the process id, which workers on several machines can share.
+    partial = file.with_name(f"{column}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(CODEC.encode(np.ascontiguousarray(chunk_HW)))
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def sweep_partial_files(path: Path) -> None:

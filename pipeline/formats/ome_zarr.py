@@ -119,11 +119,6 @@ class MapStore:
     spec: MapSpec
 
     @functools.cached_property
-    def probs(self) -> zarr.Array[Any]:
-        """Return the probabilities of level 0, uint8 (class, y, x)."""
-        return self._open("0", self.spec.probs_shape(0))
-
-    @functools.cached_property
     def labels(self) -> zarr.Array[Any]:
         """Return the labels of level 0, uint8 (y, x)."""
         return self._open(f"{LABELS}/0", self.spec.labels_shape(0))
@@ -170,7 +165,10 @@ class MapStore:
 
     @functools.cached_property
     def _level_0(self) -> list[Path]:
-        """Return `_planes` of level 0. Raises ValueError if the stored arrays do not have the spec's shapes."""
+        """Return the folders with the chunks of level 0: one for each class, and one for the labels.
+
+        Raises ValueError if the stored arrays do not have the shapes of the spec.
+        """
         self._open("0", self.spec.probs_shape(0))
         self._open(f"{LABELS}/0", self.spec.labels_shape(0))
         return _planes(self.path, self.spec, 0)

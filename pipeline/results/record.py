@@ -41,7 +41,16 @@ RUN_FORMAT = 3
 PACKAGE = "wsi-segment"
 """Name of this package, whose version a result contains."""
 
-_VERSIONS = (PACKAGE, "torch", "openslide-python", "tiffslide", "zarr", "shapely", "segmentation-models-pytorch")
+_VERSIONS = (
+    PACKAGE,
+    "torch",
+    "openslide-python",
+    "tiffslide",
+    "zarr",
+    "numcodecs",
+    "shapely",
+    "segmentation-models-pytorch",
+)
 
 
 def _file_name(name: str) -> str:

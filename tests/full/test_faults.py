@@ -183,6 +183,7 @@ def test_a_disk_that_is_full_at_any_stage_ends_the_slide_by_name_and_the_run_goe
             assert "run the same command again, which resumes from the finished blocks" in a.error
             assert b.status == "done", (stage, b.error)
             assert not (output / "a").exists()
+            assert not list(output.rglob("*.partial"))
             slides.check_recovery(output, least=0 if stage == "create_store" else 4 if stage == "blocks" else 12)
             for result in ("a", "b"):
                 shutil.rmtree(output / result)

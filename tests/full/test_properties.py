@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import shapely
 import torch
+import zarr
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -132,7 +133,7 @@ def mapped(
     width, height = plan.grid.size_out
     return Mapped(
         labels_HW=np.asarray(work.store.labels[:height, :width]),
-        probs_KHW=np.asarray(work.store.probs[:, :height, :width]),
+        probs_KHW=np.asarray(zarr.open_array(work.store.path, path="0", mode="r")[:, :height, :width]),
         files={p.relative_to(work_folder).as_posix(): p.read_bytes() for p in work_folder.rglob("*") if p.is_file()},
         regions=list(join_regions((r for b in plan.blocks for r in load_regions(regions_file(work_folder, b))), 0.0)),
         records=sorted(done, key=lambda record: record.index),

@@ -83,6 +83,24 @@ def test_a_constant_model_gives_a_constant_map_over_the_whole_tissue(tmp_path: P
         assert np.unique(labels_of(result.folder)[tissue_HW]).tolist() == [1]
 
 
+def test_the_half_written_file_of_a_killed_worker_is_not_published(tmp_path: Path) -> None:
+    left: list[Path] = []
+
+    def leave_a_part(stage: str, done: int, _total: int) -> None:
+        if stage == "segmenting" and done == 1:
+            row = next(path for path in tmp_path.rglob("labels/classes/0/*") if path.is_dir())
+            left.append(row / "0.5eed.partial")
+            left[0].write_bytes(b"half")
+
+    result = segment_slide(
+        region_slide(tmp_path / "slide.svs"), tmp_path / "out", color_predictor(), SMALL, leave_a_part
+    )
+    assert left
+    assert result.folder is not None
+    assert not list(tmp_path.rglob("*.partial"))
+    assert not any(broken_rules(result.folder).values())
+
+
 @pytest.mark.parametrize("bounded", [False, full(True)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_color_model_finds_the_regions_of_a_slide_to_one_output_pixel(
