@@ -21,7 +21,7 @@ def normalized(rgb_NHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
 
 
 def byte_table(mean_C: Tensor, std_C: Tensor) -> Tensor:
-    """Return the result of `normalized` for each byte in each channel, (3, 256). All on the CPU."""
+    """Return the result of `normalized` for each byte in each channel, (3, 256). Both arguments are on the CPU."""
     every_NHWC = torch.arange(256, dtype=torch.uint8)[None, None, :, None].expand(1, 1, 256, 3)
     return normalized(every_NHWC, mean_C, std_C)[0, :, 0].contiguous()
 

@@ -16,9 +16,9 @@ from numcodecs import Blosc, blosc
 
 UInt8Array = npt.NDArray[np.uint8]
 
-# QuPath can open neither plain zstd nor blosc's automatic shuffle.
-# With threads of its own, Blosc stores the parts of a chunk in the order in which they are compressed.
+# With its own threads, Blosc stores the parts of a chunk in the order in which they finish, so the bytes vary.
 blosc.use_threads = False
+# QuPath can open neither plain zstd nor blosc's automatic shuffle.
 CODEC = Blosc(cname="zstd", clevel=3, shuffle=Blosc.SHUFFLE)
 
 
@@ -38,7 +38,7 @@ def write_chunk(plane: Path, chunk_HW: UInt8Array, row: int, column: int) -> Non
         file.unlink(missing_ok=True)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process id, which workers on several machines can share.
+    # A process id is not unique: workers on several machines can have the same one.
     partial = file.with_name(f"{column}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_bytes(CODEC.encode(np.ascontiguousarray(chunk_HW)))

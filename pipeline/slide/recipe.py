@@ -184,7 +184,7 @@ def _segment_slide(
                 if folder.damaged:
                     take_over_blocks(folder, work, plan.blocks, journal)
                 records, resumed = _run_blocks(runner, work, slide, plan, journal, check_unchanged, progress)
-            sweep_partial_files(store.path)  # of workers that were killed while others went on
+            sweep_partial_files(store.path)  # left by workers that were killed while others continued
 
             familiarity_map = familiarity_map_of(runner.card, work, plan, records)
             familiarity = familiarity_of(runner.card, familiarity_map, plan)
