@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,16 +68,20 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """Yield a temporary path for a file that replaces `path` at the end. A reader sees the old or the new file.
 
-    After an error the old one stays, after a power cut the old or the new one.
+    After an error the old one stays, after a power cut the old or the new one. Without `synced`, the caller has to
+    sync: many files together take less time.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # A process id is not unique: workers on several machines can have the same one.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
-        sync(partial)
+        if synced:
+            sync(partial)
         partial.replace(path)
-        sync(path.parent)
+        if synced:
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)

@@ -6,13 +6,14 @@ The files are those that Zarr would write.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from numcodecs import Blosc, blosc
+
+from pipeline.files import replacing
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -32,26 +33,21 @@ def read_chunk(plane: Path, side: int, row: int, column: int) -> UInt8Array:
 
 
 def write_chunk(plane: Path, chunk_HW: UInt8Array, row: int, column: int) -> None:
-    """Write a chunk to a temporary file, then rename it. A chunk of zeros has no file; an old file is removed."""
+    """Replace the file of a chunk, without syncing. A chunk of zeros has no file; an old file is removed."""
     file = plane / f"{row}" / f"{column}"
     if not chunk_HW.any():
         file.unlink(missing_ok=True)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    # A process id is not unique: workers on several machines can have the same one.
-    partial = file.with_name(f"{column}.{uuid.uuid4().hex}.partial")
-    try:
+    with replacing(file, synced=False) as partial:
         partial.write_bytes(CODEC.encode(np.ascontiguousarray(chunk_HW)))
-        partial.replace(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def sweep_partial_files(path: Path) -> None:
-    """Remove the files of killed writes from a store. No other write may be in progress."""
+    """Remove the files of killed writes from a store. A write that is still in progress fails."""
     for file in sorted(path.rglob("*.partial")):
-        file.unlink()
+        # A worker that was given up as lost can finish its write meanwhile.
+        file.unlink(missing_ok=True)
 
 
 def chunk_positions(plane: Path) -> Iterator[tuple[int, int]]:
