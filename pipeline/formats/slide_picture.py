@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.tissue_class import TissueClass
-from pipeline.formats.chunk_files import UInt8Array
 from pipeline.formats.familiarity import FamiliarityMap
 from pipeline.formats.features import Feature
 from pipeline.formats.ome_zarr import MapSpec
@@ -28,10 +27,10 @@ LONGEST_PX = 1600
 class SlidePicture:
     """The slide inside its bounds and the class of each pixel. Never the slide's label or macro image."""
 
-    rgb_HWC: UInt8Array
-    labels_HW: UInt8Array
+    rgb_HWC: NDArray[np.uint8]
+    labels_HW: NDArray[np.uint8]
     """The class of the polygon at each pixel's center: 0 for none, 1.. in the order of `classes`."""
-    left_out_HW: UInt8Array
+    left_out_HW: NDArray[np.uint8]
     """The `LeftOut` of each pixel, or 0."""
     classes: tuple[TissueClass, ...]
     um_per_px: float
@@ -80,7 +79,7 @@ def picture_slide(
 
 def _left_out(
     tissue: Tissue, columns_out: NDArray[np.int64], rows_out: NDArray[np.int64], l0_per_out: float
-) -> UInt8Array:
+) -> NDArray[np.uint8]:
     """Return the kind of left-out area at these columns and rows of the map."""
     columns, rows = (
         np.minimum(((places + 0.5) * l0_per_out / tissue.l0_per_px).astype(int), length - 1)

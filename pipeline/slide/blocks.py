@@ -22,7 +22,6 @@ from models.predictor import Predictor
 from models.runtimes import CONTEXT
 from pipeline.config import ResolvedSettings
 from pipeline.errors import InferenceError
-from pipeline.formats.chunk_files import UInt8Array
 from pipeline.formats.ome_zarr import MapStore
 from pipeline.formats.polygons import block_regions
 from pipeline.formats.region_files import save_regions
@@ -153,7 +152,7 @@ def segment_block(
     return record, files
 
 
-def save_block_regions(work: BlockWork, block: Block, labels_HW: UInt8Array) -> Path:
+def save_block_regions(work: BlockWork, block: Block, labels_HW: NDArray[np.uint8]) -> Path:
     """Write the polygons of a block's labels. Return their file."""
     regions = block_regions(
         labels_HW,
@@ -223,7 +222,7 @@ def _predict(
 
 
 def _tissue_area_px(
-    work: BlockWork, block: Block, card: ModelCard, labels_HW: UInt8Array, tissue_HW: NDArray[np.bool_]
+    work: BlockWork, block: Block, card: ModelCard, labels_HW: NDArray[np.uint8], tissue_HW: NDArray[np.bool_]
 ) -> float:
     background = [label for label, one in enumerate(card.classes, start=1) if one.role == "background"]
     bounds_l0, l0_per_out = work.info.bounds_l0, work.grid.l0_per_out

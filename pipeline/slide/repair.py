@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipeline.formats.chunk_files import UInt8Array
 from pipeline.formats.familiarity import CELL_OUT, read_familiarity
 from pipeline.results.folder import ResultFolder
 from pipeline.results.names import BLOCKS, FAMILIARITY
@@ -51,7 +51,7 @@ def take_over_blocks(folder: ResultFolder, work: BlockWork, blocks: Sequence[Blo
 
 def _take_over(
     store: Path,
-    familiarity_hw: UInt8Array | None,
+    familiarity_hw: NDArray[np.uint8] | None,
     work: BlockWork,
     block: Block,
     record: BlockRecord,
@@ -74,7 +74,7 @@ def _take_over(
         log.info("block %d: the files made of its result differ from those of the run; computing it again", block.index)
 
 
-def _labels(work: BlockWork, box_out: Box) -> UInt8Array:
+def _labels(work: BlockWork, box_out: Box) -> NDArray[np.uint8]:
     """Return the stored labels of a block, with 0 outside the stored map."""
     labels_HW = np.zeros((box_out.height, box_out.width), np.uint8)
     inside = box_out.intersect(Box(0, 0, *work.store.spec.padded_size_out))
@@ -83,7 +83,7 @@ def _labels(work: BlockWork, box_out: Box) -> UInt8Array:
     return labels_HW
 
 
-def _values(familiarity_hw: UInt8Array | None, box: Box) -> UInt8Array:
+def _values(familiarity_hw: NDArray[np.uint8] | None, box: Box) -> NDArray[np.uint8]:
     """Return the values of a block's cells, with 0 outside the picture."""
     values_hw = np.zeros((box.height, box.width), np.uint8)
     if familiarity_hw is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.formats.chunk_files import UInt8Array, chunk_positions, read_chunk, sweep_partial_files, write_chunk
+from pipeline.formats.chunk_files import UInt8Array, chunk_positions, read_chunk, write_chunk
 
 
 def random_chunk(side: int, seed: int = 0) -> UInt8Array:
@@ -21,6 +21,8 @@ def test_a_chunk_is_read_as_it_was_written_and_a_chunk_of_zeros_has_no_file(tmp_
     chunk_HW = random_chunk(64)
     write_chunk(tmp_path, chunk_HW.T, 3, 12)  # not contiguous
     np.testing.assert_array_equal(read_chunk(tmp_path, 64, 3, 12), chunk_HW.T)
+    assert list(chunk_positions(tmp_path)) == [(3, 12)]
+    (tmp_path / "3" / ".13.0a1b.partial").write_bytes(b"half")
     assert list(chunk_positions(tmp_path)) == [(3, 12)]
     write_chunk(tmp_path, np.zeros_like(chunk_HW), 3, 12)
     assert not read_chunk(tmp_path, 64, 3, 12).any()
@@ -78,13 +80,3 @@ def test_writers_of_one_chunk_do_not_disturb_each_other_and_readers_see_whole_ch
         for write in writes:
             write.result()
     assert [file.name for file in (tmp_path / "0").iterdir()] == ["0"]
-
-
-def test_partial_files_are_swept(tmp_path: Path) -> None:
-    write_chunk(tmp_path / "0" / "1", random_chunk(16), 2, 5)
-    partial = tmp_path / "0" / "1" / "2" / "5.0a1b.partial"
-    partial.write_bytes(b"half")
-    assert list(chunk_positions(tmp_path / "0" / "1")) == [(2, 5)]
-    sweep_partial_files(tmp_path)
-    assert not partial.exists()
-    np.testing.assert_array_equal(read_chunk(tmp_path / "0" / "1", 16, 2, 5), random_chunk(16))

@@ -294,8 +294,8 @@ def test_leftover_partial_files_are_removed(tmp_path: Path) -> None:
     spec = make_spec((64, 32))
     store = write_map(tmp_path / "a.ome.zarr", spec, *random_map(spec))
     before = contents(store.path)
-    (store.path / "0" / "1" / "0" / "2.0a1b.partial").write_bytes(b"half")
-    (store.path / "labels" / "classes" / "0" / "1" / "0.77.partial").write_bytes(b"half")
+    (store.path / "0" / "1" / "0" / ".2.0a1b.partial").write_bytes(b"half")
+    (store.path / "labels" / "classes" / "0" / "1" / ".0.77.partial").write_bytes(b"half")
     assert len(broken_ome_zarr_rules(store.path)) > 0
     sweep_partial_files(store.path)
     assert contents(store.path) == before

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from models.tissue_class import TissueClass
 from pipeline.formats import preview
-from pipeline.formats.chunk_files import UInt8Array
 from pipeline.formats.preview import length_text, overlay, round_length_um, write_preview
 from pipeline.results.areas import ClassArea, class_areas
 
@@ -22,7 +22,7 @@ CLASSES = [TissueClass("Tumor", (200, 0, 0)), TissueClass("Stroma", (0, 160, 20)
 AREAS = class_areas({"Tumor": 1.0, "Stroma": 1.0}, CLASSES)
 
 
-def halves(height: int, width: int) -> UInt8Array:
+def halves(height: int, width: int) -> NDArray[np.uint8]:
     """Return labels: 1 on the left half, 2 on the right half, background in the top quarter."""
     labels_HW = np.ones((height, width), np.uint8)
     labels_HW[:, width // 2 :] = 2

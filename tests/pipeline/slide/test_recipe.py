@@ -89,7 +89,7 @@ def test_the_half_written_file_of_a_killed_worker_is_not_published(tmp_path: Pat
     def leave_a_part(stage: str, done: int, _total: int) -> None:
         if stage == "segmenting" and done == 1:
             row = next(path for path in tmp_path.rglob("labels/classes/0/*") if path.is_dir())
-            left.append(row / "0.5eed.partial")
+            left.append(row / ".0.5eed.partial")
             left[0].write_bytes(b"half")
 
     result = segment_slide(
