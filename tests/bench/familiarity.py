@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from skimage.color import hed2rgb, rgb2hed
+from torch import Tensor
 
 from models.bundle import Bundle, load_bundle, load_networks, load_statistics
 from models.classifier import Classifier
@@ -128,11 +129,19 @@ CHANGES: dict[str, Callable[[RGB], RGB]] = {
 }
 
 
-def auroc(familiar: NDArray[np.float32], unfamiliar: NDArray[np.float32]) -> float:
+def auroc(familiar: NDArray[np.floating], unfamiliar: NDArray[np.floating]) -> float:
     """Return the probability that an unfamiliar window is farther away than a familiar one; ties count one half."""
     ranked = np.sort(familiar)
     below = np.searchsorted(ranked, unfamiliar, side="left") + np.searchsorted(ranked, unfamiliar, side="right")
     return float(below.mean() / (2 * len(familiar)))
+
+
+@torch.inference_mode()
+def features(classifier: Classifier, rgb_HWC: RGB) -> Tensor:
+    """Return the features (N, C) of the windows of an image at the model's pixel size."""
+    x_NCHW = as_input(padded(rgb_HWC[None]), torch.device("cpu"), TrainConfig())
+    deep_NChw = classifier.stages(x_NCHW).deep
+    return window_features(deep_NChw, x_NCHW.shape[2] // deep_NChw.shape[2]).flatten(0, 2)
 
 
 class Meter:
@@ -147,13 +156,9 @@ class Meter:
         self._limit = bundle.card.familiarity.window_limit
         self._classifier, self._statistics = classifier, statistics
 
-    @torch.inference_mode()
     def distances(self, rgb_HWC: RGB) -> NDArray[np.float32]:
         """Return the distances of the windows of an image at the model's pixel size, in units of the limit."""
-        x_NCHW = as_input(padded(rgb_HWC[None]), torch.device("cpu"), TrainConfig())
-        deep_NChw = self._classifier.stages(x_NCHW).deep
-        features_NrcC = window_features(deep_NChw, x_NCHW.shape[2] // deep_NChw.shape[2])
-        distance_N = self._statistics.distances(features_NrcC.flatten(0, 2)) / self._limit
+        distance_N = self._statistics.distances(features(self._classifier, rgb_HWC)) / self._limit
         distances: NDArray[np.float32] = distance_N.numpy()
         return distances
 
