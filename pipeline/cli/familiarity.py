@@ -85,7 +85,7 @@ def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, de
     try:
         with tempfile.TemporaryDirectory(prefix="wsi-familiarity-") as work:
             used = [composed(chosen, Path(work), ("train", "val")), *cut_datasets(chosen)]
-            sources = [training_images(one, model.card.mpp) for one in used]
+            sources = [training_images(one, model.card.mpp, cache_bytes=0) for one in used]
             return add_familiarity(model, sources, wording, device)
     except OSError as error:
         raise OutputError(f"{model.path}: cannot be written ({error.strerror}); check its permissions") from error

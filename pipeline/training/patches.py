@@ -21,6 +21,9 @@ from pipeline.training.dataset import Dataset, Sample, image_size, labeled_boxes
 from pipeline.training.resample import resampled
 from wsi.levels import MPP_TOLERANCE
 
+CACHE_BYTES = 2 * 1024**3
+"""Decoded images that `PatchImages` keeps by default."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -47,7 +50,7 @@ class PatchImages:
     """The images of one split at `mpp`, with labeled boxes. Decoded images are cached up to `cache_bytes`."""
 
     def __init__(
-        self, dataset: Dataset, chosen: Sequence[Sample], mpp: float, *, cache_bytes: int = 2 * 1024**3
+        self, dataset: Dataset, chosen: Sequence[Sample], mpp: float, *, cache_bytes: int = CACHE_BYTES
     ) -> None:
         """Read the labels of all samples. Images are read on first use.
 

@@ -43,7 +43,7 @@ from pipeline.training.fit import Processes, Task, fit, join_processes, remove_c
 from pipeline.training.gate_calibration import UNCALIBRATED, calibrate_gate, gate_window, patch_presence
 from pipeline.training.inputs import MULTIPLE
 from pipeline.training.model_card import make_card, score_metrics
-from pipeline.training.patches import PatchImages
+from pipeline.training.patches import CACHE_BYTES, PatchImages
 from pipeline.training.pieces import cut_datasets
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import provenance
@@ -97,7 +97,8 @@ def train(
     sources = [(training, validation)]
     if processes.rank == 0 and not (run / "bundle").exists():
         assert config.mpp is not None
-        sources += [training_images(other, config.mpp) for other in others]
+        # Their images are read one after another, so caches would only hold memory.
+        sources += [training_images(other, config.mpp, cache_bytes=0) for other in others]
     # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.
     held = ExitStack()
     if processes.rank == 0:
@@ -179,13 +180,14 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
     return Parts(config, training, validation, classifier, segmenter)
 
 
-def training_images(dataset: Dataset, mpp: float) -> tuple[PatchImages, PatchImages]:
-    """Return the images of the training and of the validation split.
+def training_images(dataset: Dataset, mpp: float, *, cache_bytes: int = CACHE_BYTES) -> tuple[PatchImages, PatchImages]:
+    """Return the images of the training and of the validation split, each with a cache of up to `cache_bytes`.
 
     Raises DatasetError for bad data.
     """
     training, validation = (
-        PatchImages(dataset, check_images(chosen, UNREADABLE_SHARE), mpp) for chosen in training_samples(dataset)
+        PatchImages(dataset, check_images(chosen, UNREADABLE_SHARE), mpp, cache_bytes=cache_bytes)
+        for chosen in training_samples(dataset)
     )
     return training, validation
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner, Result
 
 from models.bundle import CLASSIFIER_FILE, SEGMENTER_FILE, load_bundle, load_statistics, save_bundle
@@ -19,8 +22,8 @@ from pipeline.cli.familiarity import app
 from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, samples
-from pipeline.training.familiarity import SHARE_LIMIT, fit_familiarity, recolored
-from pipeline.training.inputs import as_input
+from pipeline.training.familiarity import SHARE_LIMIT, Source, fit_familiarity, recolored
+from pipeline.training.inputs import Scale, as_input
 from pipeline.training.patches import PatchImages
 from tests.models.networks import make_card
 from tests.pipeline.training.single_tissue import write_other, write_tiles
@@ -154,8 +157,15 @@ def test_the_command_adds_statistics_and_scope_to_a_bundle(bundle: Path, data: P
 
 
 def test_whole_images_of_a_data_set_that_images_are_cut_from_are_a_source(
-    tmp_path: Path, classifier: Classifier
+    tmp_path: Path, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen: list[Source] = []
+
+    def spy(network: nn.Module, sources: Sequence[Source], scale: Scale, device: str) -> Any:
+        seen.extend(sources)
+        return fit_familiarity(network, sources, scale, device)
+
+    monkeypatch.setattr("pipeline.training.familiarity.fit_familiarity", spy)
     tiles = tmp_path / "tiles"
     write_tiles(tiles)
     write_other(tmp_path / "other", {f"case-{n}": "adenocarcinoma" for n in range(20)})
@@ -170,6 +180,9 @@ def test_whole_images_of_a_data_set_that_images_are_cut_from_are_a_source(
     assert statistics is not None
     assert len(statistics.mean_GC) == 2
     assert not torch.equal(statistics.mean_GC[0], statistics.mean_GC[1])
+    # Several sources with caches of their own could need gigabytes.
+    assert [len(source) for source in seen] == [2, 2]
+    assert all(images.rgb(0) is not images.rgb(0) for images in seen[1])
 
 
 def test_the_command_refuses_shipped_models_and_other_classes(bundle: Path) -> None:
