@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from typer.core import TyperCommand
 
 from models.bundle import load_bundle
 from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run
@@ -27,7 +28,14 @@ PROGRAM = "wsi-train"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command()
+class _SeedsAsWords(TyperCommand):
+    """The command, which also takes `--seeds 0 1 2`: options of typer take one word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: typer has its own copy of click's Context
+        return super().parse_args(ctx, with_seeds_joined(args))
+
+
+@app.command(cls=_SeedsAsWords)
 def train_command(
     dataset: Annotated[str, typer.Argument(help="Name of a shipped data set, a dataset.toml, or a folder with one.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder. An unfinished run in it is resumed.")],
@@ -53,8 +61,8 @@ def train_command(
     seeds: Annotated[
         str | None,
         typer.Option(
-            help="Train once with each of these seeds, such as 0,1,2, in folders seed-N of the run folder, and print "
-            "the mean and the spread of every score.",
+            help="Train once with each of these seeds, such as 0 1 2 or 0,1,2, in folders seed-N of the run folder, "
+            "and print the mean and the spread of every score.",
             show_default="the setting seed alone",
         ),
     ] = None,
@@ -94,7 +102,7 @@ def train_command(
         if dry_run:
             from pipeline.training.dry_run import dry_run as plan
 
-            typer.echo(json.dumps(plan(images, chosen, device, start), indent=2))
+            typer.echo(json.dumps(plan(images, chosen, device, start, max(1, len(several))), indent=2))
             return
         with training_bar(hidden=quiet or os.environ.get("RANK", "0") != "0") as progress:
             options: dict[str, Any] = {"device": device, "progress": progress, "test": test, "tensorboard": tensorboard}
@@ -114,6 +122,18 @@ def train_command(
         )
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
         typer.echo(json.dumps(result, indent=2))
+
+
+def with_seeds_joined(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command line with all numbers that follow --seeds in one word."""
+    found: list[str] = []
+    for word in arguments:
+        joins = word.isdigit() and len(found) > 1 and found[-2] == "--seeds" and not found[-1].startswith("-")
+        if joins:
+            found[-1] += f" {word}"
+        else:
+            found.append(word)
+    return found
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

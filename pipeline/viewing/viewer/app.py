@@ -115,7 +115,8 @@ class Viewer:
         results = tuple(self._opened.by_id.values())
         if len(results) == 1:
             return RedirectResponse(f"/slides/{results[0].id}/")
-        return HTMLResponse(self._pages.get_template("slides.html").render(results=results))
+        models = sorted({(one.run.model, one.run.scope, one.run.limits) for one in results if one.run.limits})
+        return HTMLResponse(self._pages.get_template("slides.html").render(results=results, models=models))
 
     async def page(self, request: Request) -> Response:
         results = tuple(self._opened.by_id.values())

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import train as train_cli
-from pipeline.cli.train import app, parse_seeds
+from pipeline.cli.train import app, parse_seeds, with_seeds_joined
 from pipeline.errors import TrainConfigError
 from pipeline.training.dataset import load_dataset, samples
 from tests.repository import REPOSITORY
@@ -154,6 +154,19 @@ def test_seeds_are_separated_by_commas_or_spaces(text: str, expected: tuple[int,
     assert parse_seeds(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("d --seeds 0 1 2 -o r", ["d", "--seeds", "0 1 2", "-o", "r"]),
+        ("--seeds 0,1 d", ["--seeds", "0,1", "d"]),
+        ("3 --seeds -o r", ["3", "--seeds", "-o", "r"]),
+        ("d -o 1 2", ["d", "-o", "1", "2"]),
+    ],
+)
+def test_only_numbers_after_the_option_are_seeds(line: str, expected: list[str]) -> None:
+    assert with_seeds_joined(line.split()) == expected
+
+
 @pytest.mark.parametrize("text", ["", "1", "1,1", "0,x", "-1,2", "0,1,1"])
 def test_fewer_than_two_different_seeds_are_refused(text: str) -> None:
     with pytest.raises(TrainConfigError, match="give at least two different numbers"):
@@ -172,8 +185,17 @@ def test_the_plan_of_a_run_is_printed_and_nothing_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_plan_counts_the_time_of_all_seeds(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.training.dry_run.time_steps", lambda *_: 600.0)
+    planned: list[str | Path] = [data, "-o", tmp_path / "run", "--dry-run", "--device", "cpu", *settings(*SMALL)]
+    one, three = (json.loads(invoke(*planned, *seeds).stdout) for seeds in ((), ("--seeds", "0", "1", "2")))
+    assert (one["runs"], three["runs"]) == (1, 3)
+    assert three["minutes"] == pytest.approx(3 * one["minutes"], abs=0.5)
+
+
+@pytest.mark.parametrize("seeds", [["3,5"], ["3", "5"]])
 def test_several_seeds_print_the_mean_and_the_spread(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: list[str]
 ) -> None:
     summary: dict[str, object] = {
         "bundles": {},
@@ -186,7 +208,7 @@ def test_several_seeds_print_the_mean_and_the_spread(
         return summary
 
     monkeypatch.setattr("pipeline.training.seeds.train_seeds", trained)
-    result = invoke(data, "-o", tmp_path / "run", "--seeds", "3,5")
+    result = invoke(data, "-o", tmp_path / "run", "--seeds", *seeds)
     assert json.loads(result.stdout) == summary
     assert seen == [tmp_path / "run", (3, 5)]
 

