@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.training.config import train_config
-from tests.bench.weak_supervision import ROWS, comparisons, counts_of, results_of, table
+from pipeline.training.dataset import Dataset, load_dataset
+from tests.bench.weak_supervision import ROWS, comparisons, counts_of, results_of, rows_for, steps_of, table
+from tests.textures import write_textures
 
 
 def write_result(folder: Path, row: str, seed: int, hits: int) -> None:
@@ -20,6 +22,7 @@ def write_result(folder: Path, row: str, seed: int, hits: int) -> None:
     (folder / f"{row}-{seed}").mkdir(parents=True)
     result = {"row": row, "seed": seed, "seconds": 60, "gate": gate, "no gate": gate, "images": images}
     result["pseudo"] = {"deep": {"miou": 0.5, "fwiou": 0.6, "accuracy": 0.7}}
+    result["steps"] = {"classifier": 496, "segmenter": 540}
     (folder / f"{row}-{seed}" / "result.json").write_text(json.dumps(result))
 
 
@@ -43,6 +46,7 @@ def test_the_table_has_the_spread_over_seeds_and_the_interval_over_patients(tmp_
     assert f"| {100 * np.mean(iou):.1f}–{100 * np.mean(iou):.1f} |" in line
     assert "| 50.0 ± 0.0, 60.0 ± 0.0, 70.0 ± 0.0 |" in line
     assert "| our recipe | 2 | 67.5 ± 0.7 | 67.5 ± 0.7 |" in line
+    assert line.endswith("| 496 classifier, 540 segmenter | 1.0 |")
 
 
 def test_rows_are_compared_on_common_seeds_by_patient(tmp_path: Path) -> None:
@@ -77,3 +81,16 @@ def test_the_rows_of_pda_differ_in_nothing_else(row: str) -> None:
     assert (config.attention, config.normalize_attention) == wanted[row]
     changed = {name for name, value in vars(config).items() if value != paper[name]}
     assert changed <= {"attention", "normalize_attention"}
+
+
+def test_steps_are_those_of_the_networks_that_were_trained(tmp_path: Path) -> None:
+    (tmp_path / "segmenter.steps.csv").write_text("step,loss\n1,0.5\n2,0.4\n")
+    assert steps_of(tmp_path) == {"segmenter": 2}
+
+
+def test_rows_of_a_card_are_for_data_sets_with_settings(tmp_path: Path) -> None:
+    dataset = load_dataset(write_textures(tmp_path, train=1, val=1, test=1, size=64))
+    with_settings = Dataset(dataset.card.model_copy(update={"settings": {"stain": 0.5}}), dataset.root)
+    assert rows_for(with_settings) == ["card", "card-plain", "card-own", "card-deep"]
+    assert {"ours", "paper", "full"} <= set(rows_for(dataset))
+    assert not set(rows_for(dataset)) & set(rows_for(with_settings))

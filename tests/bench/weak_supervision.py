@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.bundle import load_bundle
+from models.devices import processor_name
 from models.predictor import Predictor
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig, train_config
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="glas")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="all rows for this kind of data set if omitted")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="split that is measured")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], help="settings of all rows, name=value")
@@ -111,11 +112,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     dataset = load_dataset(options.dataset, options.data)
     for seed in options.seeds:
-        for name in options.rows:
+        for name in options.rows or rows_for(dataset):
             run_row(dataset, name, seed, options.output, options.set, options.split, tta=options.tta)
     print(table(options.output))
     if options.compare is not None:
         print("\n" + comparisons(options.output, options.compare))
+
+
+def rows_for(dataset: Dataset) -> list[str]:
+    """Return the rows that start from the settings in the data set's card if it has any, else the others."""
+    return [name for name, row in ROWS.items() if row.of_card == bool(dataset.card.settings)]
 
 
 def run_row(
@@ -148,8 +154,11 @@ def run_row(
         "split": split,
         "seconds": round(seconds),
         "common": list(common),
+        "machine": processor_name(torch.device("cpu")),
+        "steps": steps_of(run),
     }
-    if (run / PSEUDO_SCORES).is_file():
+    # Full supervision has no pseudo masks: those that are scored come from the classifier of its gate.
+    if name != "full" and (run / PSEUDO_SCORES).is_file():
         with (run / PSEUDO_SCORES).open(newline="", encoding="utf-8") as stream:
             result["pseudo"] = {
                 row["layer"]: {key: float(row[key]) for key in ("miou", "fwiou", "accuracy")}
@@ -169,6 +178,14 @@ def run_row(
             }
     (run / "result.json").write_text(json.dumps(result, indent=2))
     print(json.dumps(result), flush=True)
+
+
+def steps_of(run: Path) -> dict[str, int]:
+    """Return the number of training steps of each network that was trained in a run."""
+    files = {stage: run / f"{stage}.steps.csv" for stage in ("classifier", "segmenter")}
+    return {
+        stage: len(file.read_text(encoding="utf-8").splitlines()) - 1 for stage, file in files.items() if file.is_file()
+    }
 
 
 def write_true_masks(dataset: Dataset, folder: Path, config: TrainConfig) -> None:
@@ -192,8 +209,8 @@ def table(output: Path) -> str:
     keys = list(dict.fromkeys(key for result in results for key in result if key.startswith(("gate", "no gate"))))
     lines = [
         f"| recipe | seeds | {' | '.join(f'mIoU, {key}' for key in keys)} | 95 % over patients | IoU per class "
-        "| FwIoU | accuracy | pseudo masks (validation): mIoU, FwIoU, accuracy | minutes |",
-        "|" + "---|" * (len(keys) + 8),
+        "| FwIoU | accuracy | pseudo masks (validation): mIoU, FwIoU, accuracy | steps | minutes |",
+        "|" + "---|" * (len(keys) + 9),
     ]
     for name, row in ROWS.items():
         own = [result for result in results if result["row"] == name]
@@ -207,7 +224,8 @@ def table(output: Path) -> str:
         low, high = interval(counts_of(own))
         pseudo = [result["pseudo"]["deep"] for result in own if "pseudo" in result]
         of_masks = ", ".join(mean_and_spread([one[key] for one in pseudo]) for key in ("miou", "fwiou", "accuracy"))
-        cells += [f"{100 * low:.1f}–{100 * high:.1f}", each, *others, of_masks]
+        steps = ", ".join(f"{count} {stage}" for stage, count in own[0].get("steps", {}).items())
+        cells += [f"{100 * low:.1f}–{100 * high:.1f}", each, *others, of_masks, steps]
         lines.append(f"| {row.title} | {len(own)} | {' | '.join(cells)} | {minutes:.1f} |")
     return "\n".join(lines)
 
