@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +13,16 @@ import numpy as np
 import pytest
 
 from pipeline.formats.familiarity import OPACITY, UNFAMILIAR
+from pipeline.results.record import read_run, write_run
 from pipeline.viewing.viewer.results import find_results
-from tests.browser import axe_findings, screenshot
+from tests.browser import audited_page, axe_findings, screenshot
+from tests.cases import full
 from tests.pipeline.unfamiliar import WARNING, make_unfamiliar
 from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.pipeline.viewing.viewer.screen import color_at, mixed, show
 
 if TYPE_CHECKING:  # most test runs need no browser
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 LEFT, RIGHT = (100, 50), (1100, 50)
 """Places on the glass, in level-0 pixels. Only the right one is unfamiliar."""
@@ -32,6 +36,91 @@ def unfamiliar(results_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         make_unfamiliar(result.folder)
     with serving(find_results(folder)) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def listed(results_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Serve two unfamiliar slides and a familiar one of the same model, and one of a model with markup in its texts."""
+    folder = tmp_path_factory.mktemp("listed")
+    for name in ("far", "far 2", "near", "other"):
+        shutil.copytree(next(results_folder.glob("block*")), folder / name)
+    for name in ("far", "far 2", "other"):
+        make_unfamiliar(folder / name)
+    _change(folder / "near", scope="paint", limits="For tests.", warnings=("another warning",))
+    texts = {"model": "<i>other</i>", "scope": "<i>ink & oil</i>", "limits": "<i>Not for you.</i>"}
+    _change(folder / "other", **texts, warnings=("<i>unlike</i>",))
+    with serving(find_results(folder)) as running:
+        yield running
+
+
+def _change(folder: Path, **facts: object) -> None:
+    run = read_run(folder)
+    assert run is not None
+    write_run(folder, run.model_copy(update=facts))
+
+
+def _list_page(site: Site) -> str:
+    answer = site.ask("/")
+    assert answer.status == 200
+    return answer.body.decode()
+
+
+def _rows(page: str) -> dict[str, str]:
+    """Return the text of each slide's row in the list, by the slide's name."""
+    rows = [_text(row) for row in re.findall(r"<tr>(.*?)</tr>", page.partition("<tbody>")[2], re.DOTALL)]
+    return {row.partition(" model ")[0]: row for row in rows}
+
+
+def _text(markup: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", markup)).split())
+
+
+def test_the_list_has_the_warning_at_each_unfamiliar_slide_and_only_there(listed: Site) -> None:
+    rows = _rows(_list_page(listed))
+    assert list(rows) == ["far", "far 2", "near", "other"]
+    for name in ("far", "far 2"):
+        assert rows[name].endswith(f" mm² Warning: {WARNING}")
+    assert "arning" not in rows["near"]
+
+
+def test_the_list_has_the_scope_and_the_limits_of_each_model_once(listed: Site) -> None:
+    page = _list_page(listed)
+    model = listed.results[0].run.model
+    assert _text(page.partition("</table>")[2]) == (
+        f"What the models are for <i>other</i>: <i>ink & oil</i> <i>Not for you.</i> {model}: paint For tests."
+    )
+    rows = _rows(page)
+    assert all(rows[result.name].startswith(f"{result.name} model {result.run.model} ") for result in listed.results)
+
+
+def test_the_list_escapes_the_texts_of_the_models(listed: Site) -> None:
+    page = _list_page(listed)
+    assert "<i>" not in page
+    assert "&lt;i&gt;ink &amp; oil&lt;/i&gt;" in page
+    assert "Warning: &lt;i&gt;unlike&lt;/i&gt;" in page
+
+
+def test_the_list_of_older_results_without_limits_has_no_block_of_models(results_folder: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        shutil.copytree(next(results_folder.glob("block*")), tmp_path / name)
+        _change(tmp_path / name, scope="", limits="")
+    with serving(find_results(tmp_path)) as site:
+        page = _list_page(site)
+    assert "2 slides" in page
+    assert "What the models are for" not in page
+    assert "Warning" not in page
+
+
+@pytest.mark.parametrize("scheme", ["light", full("dark")])
+@pytest.mark.parametrize("width", [full(1280), 390])
+def test_the_list_is_accessible(browser: Browser, listed: Site, tmp_path: Path, scheme: str, width: int) -> None:
+    with audited_page(browser, scheme, width=width, height=800) as page:
+        page.goto(listed.url)
+        assert page.get_by_role("row", name="far 2").get_by_text(f"Warning: {WARNING}").is_visible()
+        assert page.get_by_role("region", name="What the models are for").get_by_text("For tests.").is_visible()
+        assert axe_findings(page) == []
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+        screenshot(page, f"viewer-list-{scheme}-{width}", tmp_path)
 
 
 def test_the_picture_is_served_only_if_the_result_has_one(site: Site, unfamiliar: Site) -> None:
