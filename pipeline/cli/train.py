@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 class _SeedsAsWords(TyperCommand):
-    """The command, which also takes `--seeds 0 1 2`: options of typer take one word."""
+    """Parse `--seeds 0 1 2` as one option: options of typer accept one word."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: typer has its own copy of click's Context
         return super().parse_args(ctx, with_seeds_joined(args))
@@ -125,14 +125,21 @@ def train_command(
 
 
 def with_seeds_joined(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of a command line with all numbers that follow --seeds in one word."""
+    """Return the arguments of a command line with all numbers that follow --seeds in one word.
+
+    A data set whose name is a number must therefore stand before --seeds.
+    """
     found: list[str] = []
-    for word in arguments:
-        joins = word.isdigit() and len(found) > 1 and found[-2] == "--seeds" and not found[-1].startswith("-")
-        if joins:
-            found[-1] += f" {word}"
-        else:
-            found.append(word)
+    seeds: int | None = None  # the place of the word with the seeds in `found`
+    for position, word in enumerate(arguments):
+        if word == "--":
+            return [*found, *arguments[position:]]
+        if seeds is not None and word.replace(",", "").isdecimal():
+            found[seeds : seeds + 1] = [f"{found[seeds]} {word}" if seeds < len(found) else word]
+            continue
+        found.append(word)
+        starts = word.startswith("--seeds=")
+        seeds = len(found) - starts if starts or word == "--seeds" else None
     return found
 
 
@@ -142,7 +149,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     Raises TrainConfigError unless there are at least two different numbers.
     """
     parts = text.replace(",", " ").split()
-    if not all(part.isdigit() for part in parts) or len(set(parts)) < max(2, len(parts)):
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < max(2, len(parts)):
         raise TrainConfigError(f"--seeds is {text!r}; give at least two different numbers, such as 0,1,2")
     return tuple(map(int, parts))
 

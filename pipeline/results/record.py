@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
@@ -310,7 +310,11 @@ def stored_runtime(folder: Path, settings: ResolvedSettings | SegmentConfig) -> 
 
 def versions(runtime: str = "torch") -> dict[str, str]:
     """Return the versions that a result of this runtime depends on."""
-    names = (*_VERSIONS, runtime) if runtime == "openvino" else _VERSIONS
+    return package_versions((*_VERSIONS, runtime) if runtime == "openvino" else _VERSIONS)
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the version of Python, and of each installed package by its name."""
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 

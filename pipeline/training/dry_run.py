@@ -37,9 +37,10 @@ COMPOSED = 12
 def dry_run(
     dataset: Dataset, config: TrainConfig, device: str = "auto", init: Bundle | None = None, runs: int = 1
 ) -> dict[str, Any]:
-    """Return the plan of a run in plain values. Nothing is written but temporary files.
+    """Return the plan of one or several runs in plain values. Nothing is written but temporary files.
 
-    "minutes" is the time of all `runs`, one for each seed. "stages" and the memory are those of one run.
+    "minutes" is the time of all `runs`, one for each seed, also of those that are finished. "stages" and the memory are
+    those of one run.
 
     All images are decoded and all labels are read, as for a run. Times come from a few steps of each network and one
     pseudo mask, and count every epoch, so a run that stops early is shorter. Of a data set with composed images, a few

@@ -64,7 +64,7 @@ def weights_file(weights: str, name: str) -> Path | None:
     """Return the file of the weights that `TrainConfig.weights` names for a network; None for "none".
 
     `name` is that of the network, as in `TrainConfig.backbone` or `TrainConfig.encoder_name`; "imagenet" depends on it.
-    Raises TrainError if the file is missing.
+    Raises TrainError if the file is missing, or if there are no ImageNet weights for the network.
     """
     if weights == "none":
         return None

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.results.digests import file_facts
-from pipeline.results.record import PACKAGE
+from pipeline.results.record import PACKAGE, package_versions
 from pipeline.training.config import TrainConfig
 from pipeline.training.inputs import weights_file
 from pipeline.training.patches import PatchImages
 
 _VERSIONS = (PACKAGE, "torch", "timm", "segmentation-models-pytorch", "numpy", "pillow", "scipy")
-"""What computes the networks and their input."""
+"""Packages whose version can change the trained weights."""
 
 
 def provenance(training: PatchImages, validation: PatchImages, config: TrainConfig) -> dict[str, str]:
     """Return what the result of a training run depends on, besides its settings.
 
-    These are the versions of Python and of libraries, "commit" if the source is a git checkout, "data", which is the
-    `data_digest`, and "weights" and "encoder_weights", the SHA-256 of the files of initial weights that the settings of
-    these names choose. Raises TrainError if such a file is missing.
+    The versions have the names of their packages. "commit" is there if the source is a git checkout. "data" is the
+    `data_digest`. "weights" and "encoder_weights" are the SHA-256 of the files that these settings choose. A run that
+    starts from a model does not use these files: its setting `init` has the digest of that model. Raises TrainError if
+    a file is missing.
     """
-    libraries = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
     return (
-        libraries
+        package_versions(_VERSIONS)
         | source_commit(Path(__file__).resolve().parent)
         | {"data": data_digest(training, validation)}
         | _weights_digests(config)
@@ -35,6 +33,8 @@ def provenance(training: PatchImages, validation: PatchImages, config: TrainConf
 
 
 def _weights_digests(config: TrainConfig) -> dict[str, str]:
+    if config.init:
+        return {}
     files = {
         "weights": weights_file(config.weights, config.backbone),
         "encoder_weights": weights_file(config.encoder_weights or "none", config.encoder_name),

@@ -27,7 +27,7 @@ def claim(run: Path, dataset: Dataset, config: TrainConfig, made_with: Mapping[s
 
     `made_with` is the `provenance`; the one of the first start stays recorded. Raises OutputError if the folder cannot
     be created, LockedError if another process trains in it, and TrainError if the run was started with another
-    configuration, data set or content of the images.
+    configuration, data set, content of the images or file of initial weights.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -78,6 +78,11 @@ def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig, made_wit
         raise TrainError(
             f"{run}: the images, masks or labels have changed since the run was started; restore them, or pass a new "
             "folder"
+        )
+    if files := {"weights", "encoder_weights"} & set(changed):
+        raise TrainError(
+            f"{run}: the file of initial weights (setting {', '.join(sorted(files))}) has changed since the run was "
+            "started; restore it, or pass a new folder"
         )
     if changed:
         logger.warning("%s: the run was started with another %s, see %s", run, ", ".join(changed), file)

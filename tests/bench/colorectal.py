@@ -107,7 +107,7 @@ def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig) ->
     if (run / "maps.npz").is_file():
         return
     bundle = train(dataset, run, config, device="cpu")
-    mosaics = composed(_without_cuts(dataset), run)
+    mosaics = composed(without_cuts(dataset), run)
     classifier = load_networks(bundle)[0]
     assert isinstance(classifier, Classifier)
     scores_NK, labels_NK = tile_scores(classifier, dataset, mosaics.mpp)
@@ -124,7 +124,7 @@ def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig) ->
     print(slide, json.dumps(tile_figures(scores_NK, labels_NK)), flush=True)
 
 
-def _without_cuts(dataset: Dataset) -> Dataset:
+def without_cuts(dataset: Dataset) -> Dataset:
     """Return the data set without the images of other laboratories, so that figures are of the left-out slide alone."""
     assert dataset.card.compose is not None
     compose = dataset.card.compose.model_copy(update={"cut": ()})

@@ -1,17 +1,22 @@
 """Measures how well a model tells colon from other images: windows beyond its limit, AUROC, and false alarms.
 
     python -m tests.bench.familiarity MODEL OWN --data FOLDER       # OWN: the data set that the model was trained with
+    python -m tests.bench.familiarity --folds FOLDS --data FOLDER   # FOLDS: the folder of tests.bench.colorectal
 
 FOLDER holds ebhi-seg, glas, kather2016 and slides. Familiar are the left-out images of OWN (the test split or, if
 there is none, the validation split) and colon of other laboratories. Unfamiliar are slides of other organs, and the
 left-out images of OWN after a change: other colors, blur, other pixel sizes. An
 image or slide is flagged if a larger share of its windows than the model's `share_limit` lies beyond the limit. The
 segmenter does not run.
+
+With --folds, the bundle of each finished fold is measured on the composed images of the slide that the fold left out,
+and on CMU-1. FOLDER then needs kather2016 and slides.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,8 +36,10 @@ from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
 from pipeline.training.dataset_card import Split
+from pipeline.training.familiarity import SHARE_LIMIT
 from pipeline.training.inputs import as_input, padded
 from pipeline.training.resample import resampled
+from tests.bench.colorectal import fold, without_cuts
 from wsi.box import Box
 from wsi.levels import pick_level
 from wsi.slide import Slide, open_slide
@@ -43,8 +50,11 @@ RGB = NDArray[np.uint8]
 FOLDERS = {"ebhi-seg": "ebhi-seg", "glas": "glas", "kather-2016": "kather2016", "colorectal": "kather2016"}
 """The folder of each data set of colon. One folder is measured once."""
 
+SKIN = "CMU-1 (skin)"
+"""The slide that folds are measured on."""
+
 SLIDES = {
-    "CMU-1 (skin)": ("CMU-1.svs", None),
+    SKIN: ("CMU-1.svs", None),
     "CMU-1-Small-Region (skin)": ("CMU-1-Small-Region.svs", None),
     "TCGA-CR-7395 (head and neck)": ("TCGA-CR-7395-01A-01-TS1.svs", 0.25),
     "camelyon-multiframe.dcm, read as 1 µm/px": ("camelyon-multiframe.dcm", 1.0),
@@ -201,6 +211,13 @@ def slide_windows(slide: Slide, mpp: float) -> list[RGB]:
     return windows
 
 
+def windows_of(name: str, data: Path, mpp: float) -> list[RGB]:
+    """Return the windows of one of the slides."""
+    file, slide_mpp = SLIDES[name]
+    with open_slide(data / "slides" / file, slide_mpp) as slide:
+        return slide_windows(slide, mpp)
+
+
 def measure(model: str, own: str, data: Path, work: Path) -> tuple[Meter, list[Measured], list[Measured]]:
     """Return the familiar sets, of which the first is that of `own`, and the unfamiliar ones."""
     meter = Meter(load_bundle(model))
@@ -214,9 +231,8 @@ def measure(model: str, own: str, data: Path, work: Path) -> tuple[Meter, list[M
         meter.measured(f"{name}, {left_out(dataset)} split", images_of(dataset, mpp)) for name, dataset in sets.items()
     ]
     unfamiliar = []
-    for name, (file, slide_mpp) in SLIDES.items():
-        with open_slide(data / "slides" / file, slide_mpp) as slide:
-            windows = slide_windows(slide, mpp)
+    for name in SLIDES:
+        windows = windows_of(name, data, mpp)
         found = Measured(name, (np.concatenate([meter.distances(rgb_HWC) for rgb_HWC in windows]),))
         print(f"{name}: {len(found.all)} windows", flush=True)
         unfamiliar.append(found)
@@ -239,13 +255,59 @@ def table(meter: Meter, familiar: Sequence[Measured], unfamiliar: Sequence[Measu
     return "\n".join([*rows, f"| mean of the unfamiliar sets | | | | {means[0]:.3f} | {means[1]:.3f} |"])
 
 
+def measure_folds(folds: Path, data: Path) -> list[tuple[Measured, Measured]]:
+    """Return the left-out slide and skin, as the bundle of each finished fold measures them.
+
+    Raises SystemExit if no fold is finished.
+    """
+    recipe = json.loads((folds / "recipe.json").read_text(encoding="utf-8"))
+    dataset = load_dataset(recipe["dataset"], data / FOLDERS[recipe["dataset"]])
+    found: list[tuple[Measured, Measured]] = []
+    for run in sorted(file.parent for file in folds.glob("*/maps.npz")):
+        meter = Meter(load_bundle(run / "bundle"))
+        mosaics = composed(without_cuts(fold(dataset, run.name, recipe["images"])), run, ("test",))
+        own = meter.measured(run.name, images_of(mosaics, meter.card.mpp))
+        found.append((own, meter.measured(SKIN, windows_of(SKIN, data, meter.card.mpp))))
+    if not found:
+        raise SystemExit(f"{folds}: no finished fold of tests.bench.colorectal")
+    return found
+
+
+def folds_table(found: Sequence[tuple[Measured, Measured]]) -> str:
+    """Return the rows of a Markdown table: each left-out slide beside skin, and all images of left-out slides."""
+    rows = ["| slide | images | flagged | windows beyond the limit | skin beyond the limit | AUROC: skin |"]
+    rows.append("|---|---|---|---|---|---|")
+    for own, skin in found:
+        rows.append(f"| {_familiar(own)} | {100 * (skin.all > 1).mean():.0f} % | {auroc(own.all, skin.all):.3f} |")
+    every = Measured("all", tuple(one for own, _ in found for one in own.distances))
+    mean = np.mean([auroc(own.all, skin.all) for own, skin in found])
+    return "\n".join([*rows, f"| {_familiar(every)} | | mean {mean:.3f} |"])
+
+
+def _familiar(own: Measured) -> str:
+    """Return the name, the number of images, and the shares of flagged images and of windows beyond the limit.
+
+    Bundles of training runs have `SHARE_LIMIT` as their limit.
+    """
+    flagged, beyond = own.flagged(SHARE_LIMIT), (own.all > 1).mean()
+    return f"{own.name} | {len(own.distances)} | {100 * flagged:.0f} % | {100 * beyond:.0f} %"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure a model and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("own", choices=sorted(FOLDERS))
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("own", nargs="?", choices=sorted(FOLDERS))
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--folds", type=Path, help="measure the finished folds in this folder instead")
     options = parser.parse_args(arguments)
+    if options.folds is not None:
+        if options.model is not None:
+            parser.error("with --folds, the models are those of the folds; omit MODEL and OWN")
+        print(folds_table(measure_folds(options.folds, options.data)))
+        return
+    if options.own is None:
+        parser.error("MODEL and OWN are required without --folds")
     with tempfile.TemporaryDirectory() as work:
         print(table(*measure(options.model, options.own, options.data, Path(work))))
 

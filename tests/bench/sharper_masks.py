@@ -163,8 +163,11 @@ def maps_of(dataset: Dataset, run: Run, sample: Sample, *, steps: bool) -> Itera
     if steps:
         for name, step in STEPS.items():
             yield f"step: {name}", step(rgb_HWC, segmenter_HW)
-            sharper_HW = allowed(dataset, sample, step(rgb_HWC, classifier_HW))
-            yield f"pseudo masks, step: {name}", sharper_HW
+            if name != "none":
+                yield (
+                    f"masks of the classifier, with labels, step: {name}",
+                    allowed(dataset, sample, step(rgb_HWC, classifier_HW)),
+                )
     yield "masks of the classifier, with labels", allowed(dataset, sample, classifier_HW)
     yield "masks of the segmenter, with labels", allowed(dataset, sample, segmenter_HW)
     yield "masks of both, with labels", allowed(dataset, sample, (segmenter_HW + classifier_HW) / 2)

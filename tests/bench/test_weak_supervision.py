@@ -86,6 +86,8 @@ def test_the_rows_of_pda_differ_in_nothing_else(row: str) -> None:
 def test_steps_are_those_of_the_networks_that_were_trained(tmp_path: Path) -> None:
     (tmp_path / "segmenter.steps.csv").write_text("step,loss\n1,0.5\n2,0.4\n")
     assert steps_of(tmp_path) == {"segmenter": 2}
+    (tmp_path / "classifier.steps.csv").write_text("step,loss\n1,0.5\n")
+    assert steps_of(tmp_path) == {"classifier": 1, "segmenter": 2}
 
 
 def test_rows_of_a_card_are_for_data_sets_with_settings(tmp_path: Path) -> None:

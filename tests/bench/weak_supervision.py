@@ -100,7 +100,12 @@ def main() -> None:
     parser.add_argument("--dataset", default="glas")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="all rows for this kind of data set if omitted")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=list(ROWS),
+        help="default: the rows of the card if it has settings, else the others",
+    )
     parser.add_argument("--split", choices=("val", "test"), default="test", help="split that is measured")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], help="settings of all rows, name=value")
@@ -154,11 +159,10 @@ def run_row(
         "split": split,
         "seconds": round(seconds),
         "common": list(common),
-        "machine": processor_name(torch.device("cpu")),
+        "processor": processor_name(torch.device("cpu")),
         "steps": steps_of(run),
     }
-    # Full supervision has no pseudo masks: those that are scored come from the classifier of its gate.
-    if name != "full" and (run / PSEUDO_SCORES).is_file():
+    if (run / PSEUDO_SCORES).is_file():
         with (run / PSEUDO_SCORES).open(newline="", encoding="utf-8") as stream:
             result["pseudo"] = {
                 row["layer"]: {key: float(row[key]) for key in ("miou", "fwiou", "accuracy")}
@@ -222,9 +226,11 @@ def table(output: Path) -> str:
         minutes = np.mean([result["seconds"] for result in own]) / 60
         others = [mean_and_spread([result["gate"][key] for result in own]) for key in ("fwiou", "accuracy")]
         low, high = interval(counts_of(own))
-        pseudo = [result["pseudo"]["deep"] for result in own if "pseudo" in result]
+        # Full supervision has no pseudo masks: those that were scored come from the classifier of its gate.
+        pseudo = [result["pseudo"]["deep"] for result in own if "pseudo" in result and name != "full"]
         of_masks = ", ".join(mean_and_spread([one[key] for one in pseudo]) for key in ("miou", "fwiou", "accuracy"))
-        steps = ", ".join(f"{count} {stage}" for stage, count in own[0].get("steps", {}).items())
+        trained = [", ".join(f"{n} {stage}" for stage, n in result.get("steps", {}).items()) for result in own]
+        steps = "; ".join(dict.fromkeys(filter(None, trained)))
         cells += [f"{100 * low:.1f}–{100 * high:.1f}", each, *others, of_masks, steps]
         lines.append(f"| {row.title} | {len(own)} | {' | '.join(cells)} | {minutes:.1f} |")
     return "\n".join(lines)

@@ -159,7 +159,11 @@ def test_seeds_are_separated_by_commas_or_spaces(text: str, expected: tuple[int,
     [
         ("d --seeds 0 1 2 -o r", ["d", "--seeds", "0 1 2", "-o", "r"]),
         ("--seeds 0,1 d", ["--seeds", "0,1", "d"]),
-        ("3 --seeds -o r", ["3", "--seeds", "-o", "r"]),
+        ("d --seeds 0, 1,2 -q", ["d", "--seeds", "0, 1,2", "-q"]),
+        ("d --seeds=0 1 -q 2", ["d", "--seeds=0 1", "-q", "2"]),
+        ("3 --seeds -o 1", ["3", "--seeds", "-o", "1"]),
+        ("--seeds 0 1 -- 5", ["--seeds", "0 1", "--", "5"]),
+        ("-- --seeds 0 1", ["--", "--seeds", "0", "1"]),
         ("d -o 1 2", ["d", "-o", "1", "2"]),
     ],
 )
@@ -167,7 +171,7 @@ def test_only_numbers_after_the_option_are_seeds(line: str, expected: list[str])
     assert with_seeds_joined(line.split()) == expected
 
 
-@pytest.mark.parametrize("text", ["", "1", "1,1", "0,x", "-1,2", "0,1,1"])
+@pytest.mark.parametrize("text", ["", "1", "1,1", "0,x", "-1,2", "0,1,1", "01,1", "²,3"])
 def test_fewer_than_two_different_seeds_are_refused(text: str) -> None:
     with pytest.raises(TrainConfigError, match="give at least two different numbers"):
         parse_seeds(text)

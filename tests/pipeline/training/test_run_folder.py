@@ -49,6 +49,19 @@ def test_a_run_is_not_resumed_with_other_images(textures: Dataset, tmp_path: Pat
         pass
 
 
+def test_a_run_is_not_resumed_with_other_initial_weights(textures: Dataset, tmp_path: Path) -> None:
+    with claim(tmp_path / "run", textures, CONFIG, {"data": "1", "encoder_weights": "2"}):
+        pass
+    with (
+        pytest.raises(TrainError, match=r"initial weights \(setting encoder_weights\) has changed since the run was"),
+        claim(tmp_path / "run", textures, CONFIG, {"data": "1", "encoder_weights": "3"}),
+    ):
+        pass
+    # Runs of older versions recorded no digest.
+    with claim(tmp_path / "run", textures, CONFIG, {"data": "1"}):
+        pass
+
+
 def test_a_run_resumed_with_another_version_warns(
     textures: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
