@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 class _SeedsAsWords(TyperCommand):
-    """Parse `--seeds 0 1 2` as one option: options of typer accept one word."""
+    """Parse `--seeds 0 1 2` as one option, because a typer option accepts only one word."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: typer has its own copy of click's Context
         return super().parse_args(ctx, with_seeds_joined(args))
@@ -125,12 +125,12 @@ def train_command(
 
 
 def with_seeds_joined(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of a command line with all numbers that follow --seeds in one word.
+    """Return the arguments of a command line with all numbers that follow --seeds joined into one word.
 
-    A data set whose name is a number must therefore stand before --seeds.
+    A data set whose name is a number must therefore come before --seeds.
     """
     found: list[str] = []
-    seeds: int | None = None  # the place of the word with the seeds in `found`
+    seeds: int | None = None  # the index in `found` of the word with the seeds
     for position, word in enumerate(arguments):
         if word == "--":
             return [*found, *arguments[position:]]

@@ -314,7 +314,7 @@ def versions(runtime: str = "torch") -> dict[str, str]:
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Return the version of Python, and of each installed package by its name."""
+    """Return the version of Python and of each named package, by name."""
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 

@@ -37,9 +37,9 @@ COMPOSED = 12
 def dry_run(
     dataset: Dataset, config: TrainConfig, device: str = "auto", init: Bundle | None = None, runs: int = 1
 ) -> dict[str, Any]:
-    """Return the plan of one or several runs in plain values. Nothing is written but temporary files.
+    """Return the plan of one or several runs in plain values. Only temporary files are written.
 
-    "minutes" is the time of all `runs`, one for each seed, also of those that are finished. "stages" and the memory are
+    "minutes" is the time of all `runs`, one for each seed, including finished ones. "stages" and "memory_gb" are
     those of one run.
 
     All images are decoded and all labels are read, as for a run. Times come from a few steps of each network and one

@@ -63,7 +63,7 @@ def surrounded(rgb_NHWC: NDArray[np.uint8], margin: int) -> NDArray[np.uint8]:
 def weights_file(weights: str, name: str) -> Path | None:
     """Return the file of the weights that `TrainConfig.weights` names for a network; None for "none".
 
-    `name` is that of the network, as in `TrainConfig.backbone` or `TrainConfig.encoder_name`; "imagenet" depends on it.
+    `name` is the network's name, as in `TrainConfig.backbone` or `TrainConfig.encoder_name`; "imagenet" depends on it.
     Raises TrainError if the file is missing, or if there are no ImageNet weights for the network.
     """
     if weights == "none":

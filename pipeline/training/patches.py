@@ -22,7 +22,7 @@ from pipeline.training.resample import resampled
 from wsi.levels import MPP_TOLERANCE
 
 CACHE_BYTES = 2 * 1024**3
-"""Decoded images that `PatchImages` keeps by default."""
+"""Bytes of decoded images that `PatchImages` keeps in memory by default."""
 
 
 @dataclass(frozen=True)

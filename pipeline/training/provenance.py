@@ -19,10 +19,10 @@ _VERSIONS = (PACKAGE, "torch", "timm", "segmentation-models-pytorch", "numpy", "
 def provenance(training: PatchImages, validation: PatchImages, config: TrainConfig) -> dict[str, str]:
     """Return what the result of a training run depends on, besides its settings.
 
-    The versions have the names of their packages. "commit" is there if the source is a git checkout. "data" is the
-    `data_digest`. "weights" and "encoder_weights" are the SHA-256 of the files that these settings choose. A run that
-    starts from a model does not use these files: its setting `init` has the digest of that model. Raises TrainError if
-    a file is missing.
+    Each version has the name of its package as its key. "commit" is present if the source is a git checkout. "data" is
+    the `data_digest`. "weights" and "encoder_weights" are the SHA-256 of the files that these settings choose. A run
+    that starts from a model does not use these files: its setting `init` has the digest of that model. Raises
+    TrainError if a file is missing.
     """
     return (
         package_versions(_VERSIONS)

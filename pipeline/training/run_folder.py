@@ -27,7 +27,7 @@ def claim(run: Path, dataset: Dataset, config: TrainConfig, made_with: Mapping[s
 
     `made_with` is the `provenance`; the one of the first start stays recorded. Raises OutputError if the folder cannot
     be created, LockedError if another process trains in it, and TrainError if the run was started with another
-    configuration, data set, content of the images or file of initial weights.
+    configuration, data set, content of the images, or file of initial weights.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)

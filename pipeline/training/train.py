@@ -97,7 +97,7 @@ def train(
     sources = [(training, validation)]
     if processes.rank == 0 and not (run / "bundle").exists():
         assert config.mpp is not None
-        # Their images are read twice, which takes less than the networks do. Caches of all sources need gigabytes.
+        # Not cached: reading images twice takes less time than the networks. Caches of all sources need gigabytes.
         sources += [training_images(other, config.mpp, cache_bytes=0) for other in others]
     # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.
     held = ExitStack()

@@ -32,19 +32,19 @@ class Areas(NamedTuple):
 
     @property
     def difference(self) -> float | None:
-        """Return by which share the label image exceeds the report; None if the report has no area."""
+        """Return the relative difference of the label image from the report; None if the report has no area."""
         return self.labels / self.report - 1 if self.report else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the areas of a result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="folder of a result, as results/CMU-1")
+    parser.add_argument("result", type=Path, help="folder of a result, such as results/CMU-1")
     print_areas(parser.parse_args(arguments).result.resolve())
 
 
 def print_areas(result: Path) -> None:
-    """Print the table of a result. Raises SystemExit if the folder does not have one."""
+    """Print the table of a result. Raises SystemExit if the folder has no result with these areas."""
     run = read_run(result)
     if run is None or not run.label_areas_mm2:
         raise SystemExit(f"{result}: not a result of wsi-segment with the areas of the label image")

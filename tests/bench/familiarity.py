@@ -51,7 +51,7 @@ FOLDERS = {"ebhi-seg": "ebhi-seg", "glas": "glas", "kather-2016": "kather2016", 
 """The folder of each data set of colon. One folder is measured once."""
 
 SKIN = "CMU-1 (skin)"
-"""The slide that folds are measured on."""
+"""The slide of skin on which each fold is measured."""
 
 SLIDES = {
     SKIN: ("CMU-1.svs", None),
@@ -256,7 +256,7 @@ def table(meter: Meter, familiar: Sequence[Measured], unfamiliar: Sequence[Measu
 
 
 def measure_folds(folds: Path, data: Path) -> list[tuple[Measured, Measured]]:
-    """Return the left-out slide and skin, as the bundle of each finished fold measures them.
+    """Measure the left-out slide and skin with the bundle of each finished fold.
 
     Raises SystemExit if no fold is finished.
     """

@@ -3,8 +3,8 @@
     python -m tests.bench.sharper_masks rows/ours-0 --data FOLDER      # a run of tests.bench.weak_supervision
 
 All figures are mean IoUs against the true masks, with the pixels of all images of a split pooled. A step changes the
-probabilities of the segmenter, or those of the classifier from which pseudo masks are made. A second round would teach
-a segmenter the masks of the first one. No pixel is ignored.
+probabilities of the segmenter, or those of the classifier from which pseudo masks are made. A second round would train
+a segmenter on the masks of the first one. No pixel is ignored.
 """
 
 from __future__ import annotations
