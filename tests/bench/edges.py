@@ -90,10 +90,9 @@ def print_glass(result: Path, slide: Path) -> None:
     drawn_HW = drawn_labels(_features(result), run.plan.grid.size_out, run.plan.grid.l0_per_out)
     height, width = (min(lengths) for lengths in zip(bare_HW.shape, labels_HW.shape, drawn_HW.shape, strict=True))
     for label, one in enumerate(run.classes, start=1):
-        shares = [
-            bare_HW[:height, :width][values_HW[:height, :width] == label].mean() for values_HW in (drawn_HW, labels_HW)
-        ]
-        print(f"{result.name}: {one.name}: {shares[0]:.1%} of the polygons and {shares[1]:.1%} of the labels is glass")
+        parts = [bare_HW[:height, :width][map_HW[:height, :width] == label] for map_HW in (drawn_HW, labels_HW)]
+        polygons, labels = (f"{part.mean():.1%}" if part.size else "no pixels" for part in parts)
+        print(f"{result.name}: {one.name}: {polygons} of the polygons and {labels} of the labels is glass")
 
 
 def bare_pixels(path: Path, mpp: float) -> NDArray[np.bool_]:

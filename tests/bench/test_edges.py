@@ -9,7 +9,9 @@ import shapely
 from models.tissue_class import TissueClass
 from pipeline.formats.features import Feature
 from pipeline.formats.polygons import block_regions
-from tests.bench.edges import axis_parallel_share, bare_pixels, drawn_labels
+from pipeline.slide.recipe import segment_slide
+from tests.bench.edges import axis_parallel_share, bare_pixels, drawn_labels, print_glass
+from tests.pipeline.fakes import SMALL, color_predictor
 from tests.slides import PINK, painted, write_slide
 
 
@@ -46,3 +48,16 @@ def test_bare_pixels_are_as_bright_as_glass(tmp_path: Path) -> None:
     expected_HW = np.ones((150, 200), bool)
     expected_HW[40:120, 40:140] = False
     np.testing.assert_array_equal(bare_pixels(path, 4.0), expected_HW)
+
+
+def test_a_class_without_polygons_is_printed_without_a_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_slide(tmp_path / "slide.svs", painted((1280, 832), ((160, 96, 960, 640), PINK)), mpp=1.0)
+    folder = segment_slide(path, tmp_path / "out", color_predictor(), SMALL).folder
+    assert folder is not None
+    print_glass(folder, path)
+    assert capsys.readouterr().out.splitlines() == [
+        "slide: class-0: 0.0% of the polygons and 0.0% of the labels is glass",
+        "slide: class-1: no pixels of the polygons and no pixels of the labels is glass",
+    ]
