@@ -82,11 +82,11 @@ def load_start(backbone: nn.Module, weights: str, name: str) -> None:
     Weights of layers that the network does not have (its classifier, or removed stages) are skipped. Raises TrainError
     if the weights are missing or do not fit.
     """
+    if weights == "imagenet":
+        _load_imagenet(backbone, name)
+        return
     file = weights_file(weights, name)
     if file is None:
-        return
-    if weights == "imagenet":
-        _load_imagenet(backbone, file, name)
         return
     if file.suffix in PICKLES:
         raise TrainError(
@@ -119,12 +119,12 @@ def _imagenet_file(name: str) -> Path:
     return Path(getattr(module, file_class).get_model_file_path())
 
 
-def _load_imagenet(backbone: nn.Module, file: Path, name: str) -> None:
-    """Load the ImageNet weights in `file` into the timm network `name`.
+def _load_imagenet(backbone: nn.Module, name: str) -> None:
+    """Load the ImageNet weights for the timm network `name` from their package.
 
     The package's network has the same tensors before the final layer, in the same order. Every shape is checked.
     """
-    source: dict[str, Any] = torch.load(file, weights_only=True)
+    source: dict[str, Any] = torch.load(_imagenet_file(name), weights_only=True)
     target = backbone.state_dict()
     # Truncated networks and encoders do not have the last tensors.
     values = [tensor for key, tensor in source.items() if not key.startswith("_fc.")][: len(target)]
