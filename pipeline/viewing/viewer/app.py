@@ -100,7 +100,14 @@ class Viewer:
         self._identities: dict[str, asyncio.Task[bool | None]] = {}
         self._assets = _read_assets()
         self._pages = jinja2.Environment(
-            loader=jinja2.PackageLoader("pipeline.viewing.viewer", "assets"), autoescape=True
+            # The second folder has the parts that these pages share with the report.
+            loader=jinja2.ChoiceLoader(
+                [
+                    jinja2.PackageLoader("pipeline.viewing.viewer", "assets"),
+                    jinja2.PackageLoader("pipeline.pages", "templates"),
+                ]
+            ),
+            autoescape=True,
         )
 
     @contextlib.asynccontextmanager
