@@ -129,18 +129,18 @@ def with_seeds_joined(arguments: Sequence[str]) -> list[str]:
 
     A data set whose name is a number must therefore come before --seeds.
     """
-    found: list[str] = []
-    seeds: int | None = None  # the index in `found` of the word with the seeds
+    joined: list[str] = []
+    after_seeds = False
     for position, word in enumerate(arguments):
         if word == "--":
-            return [*found, *arguments[position:]]
-        if seeds is not None and word.replace(",", "").isdecimal():
-            found[seeds : seeds + 1] = [f"{found[seeds]} {word}" if seeds < len(found) else word]
-            continue
-        found.append(word)
-        starts = word.startswith("--seeds=")
-        seeds = len(found) - starts if starts or word == "--seeds" else None
-    return found
+            return [*joined, *arguments[position:]]
+        is_seed = after_seeds and word.replace(",", "").isdecimal()
+        if is_seed and joined[-1] != "--seeds":
+            joined[-1] += f" {word}"
+        else:
+            joined.append(word)
+        after_seeds = is_seed or word == "--seeds" or word.startswith("--seeds=")
+    return joined
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
