@@ -20,6 +20,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -262,12 +263,13 @@ def measure_folds(folds: Path, data: Path) -> list[tuple[Measured, Measured]]:
     """
     recipe = json.loads((folds / "recipe.json").read_text(encoding="utf-8"))
     dataset = load_dataset(recipe["dataset"], data / FOLDERS[recipe["dataset"]])
+    skin = cache(partial(windows_of, SKIN, data))
     found: list[tuple[Measured, Measured]] = []
     for run in sorted(file.parent for file in folds.glob("*/maps.npz")):
         meter = Meter(load_bundle(run / "bundle"))
         mosaics = composed(without_cuts(fold(dataset, run.name, recipe["images"])), run, ("test",))
         own = meter.measured(run.name, images_of(mosaics, meter.card.mpp))
-        found.append((own, meter.measured(SKIN, windows_of(SKIN, data, meter.card.mpp))))
+        found.append((own, meter.measured(SKIN, skin(meter.card.mpp))))
     if not found:
         raise SystemExit(f"{folds}: no finished fold of tests.bench.colorectal")
     return found
