@@ -2,6 +2,7 @@
 
 python -m tests.pretend_runs predictor
 python -m tests.pretend_runs command BUNDLE SLIDE OUTPUT
+python -m tests.pretend_runs operations BUNDLE SLIDE
 """
 
 from __future__ import annotations
@@ -135,6 +136,60 @@ def run_command(bundle: str, slide: str, output: str) -> dict[str, Any]:
     return {"status": status, "blocks": counts}
 
 
+def run_operations(bundle: str, slide: str) -> dict[str, int]:
+    """Count the operations on the device for one batch of four neighboring canvases of 256 px in the middle of a slide.
+
+    They are divided into those of the networks' modules and all others: input, gate windows, gate and output.
+    """
+    import torch
+    from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+    from models.bundle import load_bundle
+    from models.predictor import Predictor
+    from tests.pretend import recorded
+    from wsi.box import Box
+    from wsi.grid import make_grid
+    from wsi.resample import read_model_pixels
+    from wsi.slide import open_slide
+
+    side = 256
+    predictor = Predictor.from_bundle(load_bundle(bundle), device="pretend", runtime="torch", batch_size=4)
+    margin = predictor.card.margin
+    core = side - 2 * margin
+    with open_slide(Path(slide)) as opened:
+        grid = make_grid(opened.info, model_mpp=predictor.card.mpp, output_stride=4, block_out=256)
+        x0, y0 = (length // 2 // 16 * 16 for length in grid.size_m)
+        rgb_HWC = read_model_pixels(opened, grid, Box(x0, y0, core + side, core + side)).rgb_HWC
+    corners = [(x, y) for y in (0, core) for x in (0, core)]
+    places = [(slice(y, y + side), slice(x, x + side)) for x, y in corners]
+    there = predictor.on_device(rgb_HWC)
+    probs = list(torch.empty((4, len(predictor.card.classes), core // 4, core // 4), device=predictor.device))
+    outermost: list[int] = []
+    in_networks = 0
+    with recorded() as record:
+
+        def enter(*_: Any) -> None:
+            outermost.append(record.kernels)
+
+        def leave(*_: Any) -> None:
+            nonlocal in_networks
+            started = outermost.pop()
+            if not outermost:
+                in_networks += record.kernels - started
+
+        hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+        cores = [(x0 + x + margin, y0 + y + margin) for x, y in corners]
+        segmented_N, _ = predictor.predict_into(probs, there, places, cores)
+        for hook in hooks:
+            hook.remove()
+    outside = record.kernels - in_networks
+    return {"segmented canvases": int(segmented_N.sum()), "in the networks": in_networks, "outside": outside}
+
+
 if __name__ == "__main__":
-    runs: dict[str, Callable[..., dict[str, Any]]] = {"predictor": run_predictor, "command": run_command}
+    runs: dict[str, Callable[..., dict[str, Any]]] = {
+        "predictor": run_predictor,
+        "command": run_command,
+        "operations": run_operations,
+    }
     print(json.dumps(runs[sys.argv[1]](*sys.argv[2:])))

@@ -3,6 +3,7 @@
     python -m tests.bench.lattice shift SLIDE [-m MODEL] [--by 2048 37] [--box X Y WIDTH HEIGHT]
     python -m tests.bench.lattice phase RESULT [--label 1] [--slide SLIDE]
     python -m tests.bench.lattice edge SLIDE [-m MODEL] [--places 1000]
+    python -m tests.bench.lattice contested SLIDE [-m MODEL]
 
 `shift` moves the origin of the grid by some model pixels in x and y and compares the labels inside the tissue at every
 model pixel. A shift by 2048, half a block, moves all borders of canvases and blocks. A shift by 37 also moves the cells
@@ -14,13 +15,16 @@ are folded too, because a slide has a lattice of its own: the tiles in which its
 
 `edge` averages the segmenter's probabilities over random canvases inside the tissue, by the distance from the edge.
 
+`contested` measures what skipping parts of a canvas could save: the share of the cores in which the gate leaves several
+classes, by pixels and by square cells that contain such a pixel.
+
 Shape suffixes: K classes, P phases, D distances from the edge, H and W a map.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +33,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 from scipy import ndimage
+from torch import Tensor
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
 from models.predictor import Predictor
@@ -57,6 +62,9 @@ NEIGHBORS = 6
 SIDE = 448
 """Side of the random canvases in model pixels."""
 
+CELLS = (32, 64, 128, 256)
+"""Sides in model pixels of the cells of `contested`."""
+
 NEAREST = 2 * RING
 """Distance from the edge of a canvas, in model pixels, from which `edge` measures. OpenVINO is traced with the smallest
 canvas, and a smaller margin would change the padding."""
@@ -68,12 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     shift = commands.add_parser("shift")
     edge = commands.add_parser("edge")
-    for command in (shift, edge):
+    contested = commands.add_parser("contested")
+    for command in (shift, edge, contested):
         command.add_argument("slide", type=Path)
         command.add_argument("-m", "--model", default=DEFAULT_BUNDLE)
         command.add_argument("--margin", type=int, help="model pixels around a core, instead of the model's")
+    for command in (shift, contested):
+        command.add_argument("--canvas", type=int, default=MapSettings().canvas_m)
     shift.add_argument("--by", type=int, nargs="+", default=[2048, 37], help="model pixels")
-    shift.add_argument("--canvas", type=int, default=MapSettings().canvas_m)
     shift.add_argument("--box", type=int, nargs=4, help="part of the slide in level-0 pixels, instead of all of it")
     edge.add_argument("--places", type=int, default=1000)
     phase = commands.add_parser("phase")
@@ -81,7 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     phase.add_argument("--label", type=int, default=1)
     phase.add_argument("--slide", type=Path)
     options = vars(parser.parse_args(arguments))
-    tables: dict[str, Callable[..., None]] = {"shift": print_shift, "phase": print_phase, "edge": print_edge}
+    tables: dict[str, Callable[..., None]] = {
+        "shift": print_shift,
+        "phase": print_phase,
+        "edge": print_edge,
+        "contested": print_contested,
+    }
     tables[options.pop("command")](**options)
 
 
@@ -109,33 +124,50 @@ def shifted_labels(
     Label K is "no class". The last value is the number of computed pixels per pixel of tissue. `predictor` has output
     stride 1. Every block is computed as in a run, but nothing is skipped outside its canvases.
     """
-    block_m = 4 * MapSettings().block_out
     with open_slide(path) as opened, _moved(opened, predictor.card.mpp, pixels, part_l0) as slide:
+        grid = _grid(slide, predictor)
         tissue = find_tissue(slide)
-        grid = make_grid(slide.info, model_mpp=predictor.card.mpp, output_stride=1, block_out=block_m)
-        labels_HW = np.zeros(grid.size_m[::-1], np.uint8)
         tissue_HW = np.zeros(grid.size_m[::-1], np.bool_)
-        computed = 0
         for block in grid.blocks():
             mask_HW, box = block_tissue(grid, tissue, block), block.box_out
             part_HW = tissue_HW[box.y : box.bottom, box.x : box.right]
             part_HW[:] = mask_HW[: part_HW.shape[0], : part_HW.shape[1]]
-            cores_m = list(canvas_cores(grid, mask_HW, block, predictor.card.margin, canvas_m))
-            if not cores_m:
-                continue
-            canvases_m = [with_margin(core_m, predictor.card.margin) for core_m in cores_m]
-            around = predictor.card.margin + CONTEXT
-            pixels_m = read_tiles(slide, grid, [with_margin(core_m, around) for core_m in cores_m])
-            classes = len(predictor.card.classes)
-            probs = [torch.empty((classes, core_m.height, core_m.width)) for core_m in cores_m]
-            places = [canvas_m.slices(pixels_m.canvas_m) for canvas_m in canvases_m]
-            corners = [(core_m.x, core_m.y) for core_m in cores_m]
-            predictor.predict_into(probs, predictor.on_device(pixels_m.canvas_HWC), places, corners)
-            for core_m, around_m, probs_KHW in zip(cores_m, canvases_m, probs, strict=True):
-                core_HW = labels_HW[core_m.y : core_m.bottom, core_m.x : core_m.right]
-                core_HW[:] = winners(probs_KHW).numpy()[: core_HW.shape[0], : core_HW.shape[1]]
-                computed += around_m.width * around_m.height
+        labels_HW = np.zeros(grid.size_m[::-1], np.uint8)
+        computed = 0
+        for core_m, around_m, probs_KHW in predicted_cores(slide, grid, tissue, predictor, canvas_m):
+            core_HW = labels_HW[core_m.y : core_m.bottom, core_m.x : core_m.right]
+            core_HW[:] = winners(probs_KHW).numpy()[: core_HW.shape[0], : core_HW.shape[1]]
+            computed += around_m.width * around_m.height
     return labels_HW, _inside(tissue_HW, 4 * INSIDE_OUT), computed / max(1, int(tissue_HW.sum()))
+
+
+def _grid(slide: Slide, predictor: Predictor) -> Grid:
+    """Return a grid with the predictor's output stride, whose blocks have the same model pixels as those of a run."""
+    stride = predictor.output_stride
+    block_out = 4 // stride * MapSettings().block_out
+    return make_grid(slide.info, model_mpp=predictor.card.mpp, output_stride=stride, block_out=block_out)
+
+
+def predicted_cores(
+    slide: Slide, grid: Grid, tissue: Tissue, predictor: Predictor, canvas_m: int
+) -> Iterator[tuple[Box, Box, Tensor]]:
+    """Yield each core and its canvas, as in a run, in model pixels, and the probabilities (K, h, w) of the core.
+
+    Nothing is skipped outside the canvases.
+    """
+    classes, margin = len(predictor.card.classes), predictor.card.margin
+    for block in grid.blocks():
+        cores_m = list(canvas_cores(grid, block_tissue(grid, tissue, block), block, margin, canvas_m))
+        if not cores_m:
+            continue
+        canvases_m = [with_margin(core_m, margin) for core_m in cores_m]
+        pixels_m = read_tiles(slide, grid, [with_margin(core_m, margin + CONTEXT) for core_m in cores_m])
+        stride = grid.m_per_out
+        probs = [torch.empty((classes, core_m.height // stride, core_m.width // stride)) for core_m in cores_m]
+        places = [canvas_m.slices(pixels_m.canvas_m) for canvas_m in canvases_m]
+        corners = [(core_m.x, core_m.y) for core_m in cores_m]
+        predictor.predict_into(probs, predictor.on_device(pixels_m.canvas_HWC), places, corners)
+        yield from zip(cores_m, canvases_m, probs, strict=True)
 
 
 def _moved(slide: Slide, mpp: float, pixels: int, part_l0: Box | None) -> Slide:
@@ -231,6 +263,39 @@ def print_edge(slide: Path, model: str, margin: int | None, places: int) -> None
         deviation = np.abs(inside_D / inside_D.mean() - 1).max()
         rings = ", ".join(f"{NEAREST + RING * i}: {value:.4f}" for i, value in enumerate(profile_D))
         print(f"{entry.name}: {rings}; beyond the margin within {deviation:.1%} of its mean {inside_D.mean():.4f}")
+
+
+def print_contested(slide: Path, model: str, margin: int | None, canvas: int) -> None:
+    """Print the shares of the cores in which the gate leaves several classes."""
+    predictor = make_predictor(model, margin, output_stride=4)
+    with open_slide(slide) as opened:
+        grid = _grid(opened, predictor)
+        found = predicted_cores(opened, grid, find_tissue(opened), predictor, canvas)
+        shares = contested_shares((probs_KHW for _, _, probs_KHW in found), [1, *(side // 4 for side in CELLS)])
+    pixels, *cells = (f"{share:.2%}" for share in shares)
+    by_cell = ", ".join(f"{share} in cells of {side} px" for side, share in zip(CELLS, cells, strict=True))
+    print(f"{slide.name}, {model}: several classes are left in {pixels} of the cores' pixels; {by_cell}")
+
+
+def contested_shares(maps: Iterable[Tensor], sides: Sequence[int]) -> list[float]:
+    """Return for each side the share of the maps' area in square cells with a contested pixel.
+
+    `maps` are gated probabilities (K, H, W). The gate makes the probability of a removed class exactly 0, so a pixel is
+    contested if several probabilities are above 0. Cells start at the top left corner of each map.
+    """
+    reached, area = dict.fromkeys(sides, 0), 0
+    for probs_KHW in maps:
+        contested_HW = ((probs_KHW > 0).sum(dim=0) > 1).numpy()
+        area += contested_HW.size
+        for side in sides:
+            rows_R, columns_C = (np.arange(0, length, side) for length in contested_HW.shape)
+            cells_RC = np.logical_or.reduceat(np.logical_or.reduceat(contested_HW, rows_R), columns_C, axis=1)
+            heights_R, widths_C = (
+                np.diff(starts, append=length)
+                for starts, length in zip((rows_R, columns_C), contested_HW.shape, strict=True)
+            )
+            reached[side] += int((np.outer(heights_R, widths_C) * cells_RC).sum())
+    return [reached[side] / max(1, area) for side in sides]
 
 
 def random_places(grid: Grid, tissue: Tissue, count: int) -> Iterator[Box]:

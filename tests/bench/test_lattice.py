@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from models.predictor import Predictor
 from pipeline.slide.recipe import segment_slide
-from tests.bench.lattice import phase_ratios, print_phase, random_places, shifted_labels
+from tests.bench.lattice import (
+    contested_shares,
+    phase_ratios,
+    print_contested,
+    print_phase,
+    random_places,
+    shifted_labels,
+)
 from tests.models.networks import ColorSegmenter, ConstantClassifier
 from tests.pipeline.fakes import COLORS, SMALL, color_predictor, predictor, region_slide
 from wsi.grid import make_grid
@@ -87,3 +94,22 @@ def test_random_places_lie_in_the_tissue(tmp_path: Path) -> None:
         assert box_m.y >= 96 - 8
         assert box_m.right <= 1120 + 8
         assert box_m.bottom <= 736 + 8
+
+
+def test_the_contested_shares_are_those_of_pixels_and_of_the_cells_that_they_reach() -> None:
+    first_KHW = torch.zeros((3, 6, 5))
+    first_KHW[0] = 1
+    # Two contested pixels in one cell of 4 px, and one in the cell at the corner, of which 2×1 px are in the map.
+    first_KHW[1, 0, 0] = first_KHW[2, 3, 3] = first_KHW[2, 5, 4] = 1e-30
+    second_KHW = torch.zeros((3, 2, 2))
+    assert contested_shares([first_KHW, second_KHW], [1, 4, 8]) == [3 / 34, (16 + 2) / 34, 30 / 34]
+
+
+def test_contested_pixels_of_a_slide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = region_slide(tmp_path / "slide.svs")
+    print_contested(path, "colorectal-tissue", None, 256)
+    printed = capsys.readouterr().out
+    assert printed.startswith("slide.svs, colorectal-tissue: several classes are left in ")
+    shares = [float(word.rstrip("%")) for word in printed.split() if word.endswith("%")]
+    assert shares == sorted(shares)
+    assert len(shares) == 5
