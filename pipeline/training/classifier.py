@@ -20,7 +20,7 @@ from pipeline.training.augment import Augmentation
 from pipeline.training.config import TrainConfig
 from pipeline.training.fit import Processes, Task
 from pipeline.training.inputs import as_input, load_start, padded
-from pipeline.training.patches import PatchImages, View, draw_places, make_view, view_side
+from pipeline.training.patches import PatchImages, View, at_pixel_sizes, draw_places, make_view, view_side
 
 
 class ClassifierBatch(NamedTuple):
@@ -46,12 +46,14 @@ def classifier_task(
     weight_2K = class_weights(training.class_frequency(), balance=config.balance).to(device)
     share = range(processes.rank, config.classifier_batch, processes.world)
     augmentation = Augmentation(config.stain, config.imaging, moves=config.classifier_moves)
+    by_size = at_pixel_sizes(training, config.classifier_mpp)
 
     def make_batch(rng: np.random.Generator) -> ClassifierBatch:
         count = config.classifier_batch
-        places = draw_places(training, config.region, count, rng)
+        images = by_size[rng.integers(len(by_size))] if len(by_size) > 1 else by_size[0]
+        places = draw_places(images, config.region, count, rng)
         seeds = rng.integers(2**32, size=count)
-        views = [make_view(training, places[n], augmentation, np.random.default_rng(seeds[n])) for n in share]
+        views = [make_view(images, places[n], augmentation, np.random.default_rng(seeds[n])) for n in share]
         return ClassifierBatch(views, weight_2K)
 
     def loss(batch: ClassifierBatch) -> Tensor:
@@ -78,7 +80,7 @@ def classifier_task(
         validate=lambda network: presence_scores(network, validation, config, device),
         begin_epoch=begin_epoch,
         epochs=config.classifier_epochs,
-        steps=config.classifier_steps or steps_per_epoch(training, config.region, config.classifier_batch),
+        steps=config.classifier_steps or steps_per_epoch(by_size, config.region, config.classifier_batch),
         bias_factor=config.bias_factor,
         decay_biases=config.decay_biases,
         momentum=config.momentum,
@@ -107,10 +109,10 @@ def keep_statistics(network: nn.Module) -> None:
             module.eval()
 
 
-def steps_per_epoch(training: PatchImages, region: int | None, batch: int) -> int:
-    """Return the number of steps that draw as many pixels as the training images have."""
-    side = view_side(training, region)
-    return max(1, round(training.pixels() / (side * side * batch)))
+def steps_per_epoch(by_size: Sequence[PatchImages], region: int | None, batch: int) -> int:
+    """Return the number of steps that draw as many pixels as the images have, as the mean over their pixel sizes."""
+    shares = [images.pixels() / (view_side(images, region) ** 2 * batch) for images in by_size]
+    return max(1, round(sum(shares) / len(shares)))
 
 
 def class_weights(frequency_K: NDArray[np.float64], *, balance: bool) -> Tensor:

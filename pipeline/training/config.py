@@ -65,6 +65,10 @@ class TrainConfig:
     """Draw the weights of the classifier's head from Glorot's uniform distribution, as the release does."""
     mpp: float | None = None
     """Pixel size in µm that the networks work at; None for the pixel size of the data set."""
+    classifier_mpp: tuple[float, ...] = ()
+    """Pixel sizes in µm at which the classifier is trained; each step draws one of them. Empty for `mpp` alone. The
+    classifier is validated, and pseudo masks are made, at `mpp`.
+    """
 
     # Input of a training step
     region: int | None = 224
@@ -205,6 +209,8 @@ class TrainConfig:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.mpp is not None and self.mpp <= 0:
             raise TrainConfigError(f"mpp is {self.mpp}; it must be above 0, or none for the pixel size of the data set")
+        if min(self.classifier_mpp, default=1.0) <= 0:
+            raise TrainConfigError(f"classifier_mpp is {self.classifier_mpp}; each pixel size must be above 0")
         if min(self.clip, self.weight_decay) < 0:
             raise TrainConfigError(f"clip is {self.clip} and weight_decay {self.weight_decay}; neither may be negative")
         for name in ("ema", "confidence", "gate_recall", "stain", "imaging", "blur", "momentum"):

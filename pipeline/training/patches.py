@@ -116,6 +116,16 @@ class PatchImages:
         return share_K
 
 
+def at_pixel_sizes(images: PatchImages, sizes: Sequence[float]) -> list[PatchImages]:
+    """Return the same images at each of these pixel sizes in µm, or `images` alone if there are none.
+
+    They share a cache of the default size.
+    """
+    return [
+        PatchImages(images.dataset, images.samples, mpp, cache_bytes=CACHE_BYTES // len(sizes)) for mpp in sizes
+    ] or [images]
+
+
 def view_side(images: PatchImages, region: int | None) -> int:
     """Return the side of the training views: `region`, or the side of the labeled patches if it is None."""
     return region or int(images.boxes[0][0, 2])

@@ -210,11 +210,13 @@ def _check(training: PatchImages, validation: PatchImages, config: TrainConfig) 
             "squares; crop the images, or label crops of them"
         )
     check_classes(training.dataset, map(Labeled, training.boxes, training.present))
-    largest = max(int(boxes_B4[:, 2:].max()) for boxes_B4 in training.boxes)
+    assert config.mpp is not None
+    finest = min((config.mpp, *config.classifier_mpp))
+    largest = round(max(int(boxes_B4[:, 2:].max()) for boxes_B4 in training.boxes) * config.mpp / finest)
     if config.region is not None and largest > config.region:
         raise TrainError(
-            f"region is {config.region} px, but the labeled patches are up to {largest} px at {config.mpp} µm/px; "
-            f"set region to {-(-largest // MULTIPLE) * MULTIPLE} or more, or set a coarser mpp"
+            f"region is {config.region} px, but the labeled patches are up to {largest} px at {finest} µm/px; set "
+            f"region to {-(-largest // MULTIPLE) * MULTIPLE} or more, or set a coarser mpp or classifier_mpp"
         )
 
 

@@ -30,7 +30,7 @@ from pipeline.training.classifier import (
 from pipeline.training.config import TrainConfig
 from pipeline.training.fit import Processes, fit
 from pipeline.training.inputs import as_input
-from pipeline.training.patches import View
+from pipeline.training.patches import View, at_pixel_sizes
 from tests.pipeline.training.cells import CellClassifier, crop_images, noise_images
 
 CPU = torch.device("cpu")
@@ -291,8 +291,29 @@ def test_without_regions_a_view_is_one_labeled_patch(tmp_path: Path) -> None:
 
 def test_an_epoch_draws_as_many_pixels_as_the_images_have(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (96, 64), "b": (64, 64)})
-    assert steps_per_epoch(images, 32, 2) == round((96 * 64 + 64 * 64) / (32 * 32 * 2)) == 5
-    assert steps_per_epoch(images, 224, 20) == 1
+    assert steps_per_epoch([images], 32, 2) == round((96 * 64 + 64 * 64) / (32 * 32 * 2)) == 5
+    assert steps_per_epoch([images], 224, 20) == 1
+    # At half the pixel size, the images have four times the pixels.
+    both = at_pixel_sizes(images, [images.dataset.mpp / 2, images.dataset.mpp])
+    assert steps_per_epoch(both, 32, 2) == round((96 * 64 + 64 * 64) * (4 + 1) / 2 / (32 * 32 * 2)) == 12
+    # A labeled patch alone has the same share of the pixels at every size.
+    assert steps_per_epoch(both, None, 2) == 5
+
+
+def test_each_step_draws_one_of_the_pixel_sizes(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (192, 160), "b": (128, 128)})
+    mpp = images.dataset.mpp
+    config = TrainConfig(region=64, classifier_mpp=(mpp, 2 * mpp), classifier_batch=3)
+    task = classifier_task(CellClassifier("gap"), images, images, config, CPU, ALONE)
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(20):
+        views = task.make_batch(rng).views
+        assert {view.rgb_HWC.shape for view in views} == {(64, 64, 3)}
+        (side,) = {side for view in views for side in view.boxes_B4[:, 2:].flatten().tolist()}
+        drawn.append(side)
+    # The labeled patches have 32 px, and half as many at twice the pixel size.
+    assert set(drawn) == {32, 16}
+    assert 5 <= drawn.count(16) <= 15
 
 
 def test_attention_dropout_follows_its_schedule(tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None
         ("gate_stride=32", "setting gate_stride"),
         ("decoder_channels=0", "decoder_channels is 0"),
         ("cam=kam", "cam is 'kam'; use head, cam, grad-cam"),
+        ("classifier_mpp=[1.0, 0.0]", r"classifier_mpp is \(1\.0, 0\.0\)"),
     ],
 )
 def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:

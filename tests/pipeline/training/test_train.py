@@ -241,6 +241,9 @@ def test_the_error_for_a_small_region_suggests_a_value_and_leaves_the_folder_unu
     dataset = load_dataset(write_textures(tmp_path / "data", train=4, val=1, test=1, size=100))
     with pytest.raises(TrainError, match=r"is 64 px, but the labeled patches are up to 100 px at 1\.0.*to 128 or"):
         train(dataset, tmp_path / "run", CONFIG, device="cpu")
+    finer = dataclasses.replace(CONFIG, region=128, classifier_mpp=(1.0, 0.5))
+    with pytest.raises(TrainError, match=r"is 128 px, but the labeled patches are up to 200 px at 0\.5.*to 224 or"):
+        train(dataset, tmp_path / "run", finer, device="cpu")
 
     def kill(*_: object) -> None:
         raise Killed
