@@ -139,7 +139,8 @@ def run_command(bundle: str, slide: str, output: str) -> dict[str, Any]:
 def run_operations(bundle: str, slide: str) -> dict[str, int]:
     """Count the operations on the device for one batch of four neighboring canvases of 256 px in the middle of a slide.
 
-    They are divided into those of the networks' modules and all others: input, gate windows, gate and output.
+    They are divided into those of the networks' modules and all others: input, pooling in the gate windows, gate,
+    familiarity and output.
     """
     import torch
     from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook

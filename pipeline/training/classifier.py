@@ -20,7 +20,7 @@ from pipeline.training.augment import Augmentation
 from pipeline.training.config import TrainConfig
 from pipeline.training.fit import Processes, Task
 from pipeline.training.inputs import as_input, load_start, padded
-from pipeline.training.patches import PatchImages, View, at_pixel_sizes, draw_places, make_view, view_side
+from pipeline.training.patches import PatchImages, View, draw_places, make_view, view_side
 
 
 class ClassifierBatch(NamedTuple):
@@ -33,24 +33,26 @@ class ClassifierBatch(NamedTuple):
 
 def classifier_task(
     classifier: Classifier,
-    training: PatchImages,
+    training: Sequence[PatchImages],
     validation: PatchImages,
     config: TrainConfig,
     device: torch.device,
     processes: Processes,
 ) -> Task:
-    """Return the training task: binary cross-entropy of every class on the logits of every labeled patch."""
+    """Return the training task: binary cross-entropy of every class on the logits of every labeled patch.
+
+    `training` has the same images at each pixel size at which the classifier is trained. Each step draws one of them.
+    """
     for name, parameter in classifier.backbone.named_parameters():
         if config.pretrained and name.removeprefix("net.").startswith(config.frozen):
             parameter.requires_grad_(False)
-    weight_2K = class_weights(training.class_frequency(), balance=config.balance).to(device)
+    weight_2K = class_weights(training[0].class_frequency(), balance=config.balance).to(device)
     share = range(processes.rank, config.classifier_batch, processes.world)
     augmentation = Augmentation(config.stain, config.imaging, moves=config.classifier_moves)
-    by_size = at_pixel_sizes(training, config.classifier_mpp)
 
     def make_batch(rng: np.random.Generator) -> ClassifierBatch:
         count = config.classifier_batch
-        images = by_size[rng.integers(len(by_size))] if len(by_size) > 1 else by_size[0]
+        images = training[int(rng.integers(len(training)))] if len(training) > 1 else training[0]
         places = draw_places(images, config.region, count, rng)
         seeds = rng.integers(2**32, size=count)
         views = [make_view(images, places[n], augmentation, np.random.default_rng(seeds[n])) for n in share]
@@ -80,7 +82,7 @@ def classifier_task(
         validate=lambda network: presence_scores(network, validation, config, device),
         begin_epoch=begin_epoch,
         epochs=config.classifier_epochs,
-        steps=config.classifier_steps or steps_per_epoch(by_size, config.region, config.classifier_batch),
+        steps=config.classifier_steps or steps_per_epoch(training, config.region, config.classifier_batch),
         bias_factor=config.bias_factor,
         decay_biases=config.decay_biases,
         momentum=config.momentum,
@@ -110,7 +112,7 @@ def keep_statistics(network: nn.Module) -> None:
 
 
 def steps_per_epoch(by_size: Sequence[PatchImages], region: int | None, batch: int) -> int:
-    """Return the number of steps that draw as many pixels as the images have, as the mean over their pixel sizes."""
+    """Return the number of steps that draw as many pixels as the images have: the mean over their pixel sizes."""
     shares = [images.pixels() / (view_side(images, region) ** 2 * batch) for images in by_size]
     return max(1, round(sum(shares) / len(shares)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -207,9 +208,9 @@ class TrainConfig:
         for name in ("backbone_rate", "new_rate", "bias_factor"):
             if getattr(self, name) <= 0:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.mpp is not None and self.mpp <= 0:
+        if self.mpp is not None and not 0 < self.mpp < math.inf:
             raise TrainConfigError(f"mpp is {self.mpp}; it must be above 0, or none for the pixel size of the data set")
-        if min(self.classifier_mpp, default=1.0) <= 0:
+        if not all(0 < mpp < math.inf for mpp in self.classifier_mpp):
             raise TrainConfigError(f"classifier_mpp is {self.classifier_mpp}; each pixel size must be above 0")
         if min(self.clip, self.weight_decay) < 0:
             raise TrainConfigError(f"clip is {self.clip} and weight_decay {self.weight_decay}; neither may be negative")

@@ -83,11 +83,11 @@ def _few(dataset: Dataset) -> tuple[Dataset, float]:
 
 def _stages(parts: Parts, device: torch.device, share: float) -> dict[str, dict[str, Any]]:
     """Return the stages with their steps and minutes; `share` is that of the images that `parts` has."""
-    config, training, validation, classifier, segmenter = parts
+    config, training, by_size, validation, classifier, segmenter = parts
     one = PatchImages(validation.dataset, validation.samples[:1], training.dataset.mpp / validation.scale)
     held = len(validation) / share
     classifier.to(device)
-    task = classifier_task(classifier, training, one, config, device, ALONE)
+    task = classifier_task(classifier, by_size, one, config, device, ALONE)
     stages = {"classifier": _stage(task, config, device, config.classifier_steps, held, share)}
 
     classifier.eval()

@@ -119,10 +119,11 @@ class PatchImages:
 def at_pixel_sizes(images: PatchImages, sizes: Sequence[float]) -> list[PatchImages]:
     """Return the same images at each of these pixel sizes in µm, or `images` alone if there are none.
 
-    They share a cache of the default size.
+    Each has a part of the default cache, in proportion to its pixels.
     """
+    whole = sum(1 / mpp**2 for mpp in sizes)
     return [
-        PatchImages(images.dataset, images.samples, mpp, cache_bytes=CACHE_BYTES // len(sizes)) for mpp in sizes
+        PatchImages(images.dataset, images.samples, mpp, cache_bytes=int(CACHE_BYTES / mpp**2 / whole)) for mpp in sizes
     ] or [images]
 
 

@@ -43,7 +43,7 @@ from pipeline.training.fit import Processes, Task, fit, join_processes, remove_c
 from pipeline.training.gate_calibration import UNCALIBRATED, calibrate_gate, gate_window, patch_presence
 from pipeline.training.inputs import MULTIPLE
 from pipeline.training.model_card import make_card, score_metrics
-from pipeline.training.patches import CACHE_BYTES, PatchImages
+from pipeline.training.patches import CACHE_BYTES, PatchImages, at_pixel_sizes
 from pipeline.training.pieces import cut_datasets
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import provenance
@@ -58,6 +58,9 @@ logger = logging.getLogger(__name__)
 
 PSEUDO_SCORES = "pseudo-masks.csv"
 """File of a run folder with the scores of the pseudo masks of validation images."""
+
+SMALLEST_PATCH = 8
+"""Smallest side of a labeled patch in pixels: a cell of the classifier's map in training."""
 
 UNREADABLE_SHARE = 0.01
 """The run fails if a larger share of the images of a split cannot be read."""
@@ -92,7 +95,7 @@ def train(
     dataset = composed(dataset, run)
     if test:
         masked_samples(dataset, "test")
-    config, training, validation, classifier, segmenter = prepare(dataset, config, init)
+    config, training, by_size, validation, classifier, segmenter = prepare(dataset, config, init)
     logger.info("%d training and %d validation images", len(training), len(validation))
     sources = [(training, validation)]
     if processes.rank == 0 and not (run / "bundle").exists():
@@ -107,8 +110,9 @@ def train(
     with held:
         log = held.enter_context(open_step_log(run, tensorboard=tensorboard)) if processes.rank == 0 else None
         classifier.to(place)
-        task = classifier_task(classifier, training, validation, config, place, processes)
+        task = classifier_task(classifier, by_size, validation, config, place, processes)
         _stage(run, task, config, place, processes, progress, log)
+        del task, by_size  # their caches of images
 
         masks = run / "pseudo-masks"
         write_pseudo_masks(masks, classifier, training, config, place, processes, progress)
@@ -139,6 +143,8 @@ class Parts(NamedTuple):
     config: TrainConfig
     """With the pixel size of the data set if the settings have none."""
     training: PatchImages
+    by_size: list[PatchImages]
+    """The training images at each pixel size at which the classifier is trained."""
     validation: PatchImages
     classifier: Classifier
     segmenter: nn.Module
@@ -155,7 +161,8 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
         check_start(init, config, dataset.class_names)
     assert config.mpp is not None
     training, validation = training_images(dataset, config.mpp)
-    _check(training, validation, config)
+    by_size = at_pixel_sizes(training, config.classifier_mpp)
+    _check(by_size, validation, config)
     torch.manual_seed(config.seed)
     classes = len(dataset.class_names)
     classifier = build_classifier(config, classes)
@@ -177,7 +184,7 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
     if init is not None:
         start_from_bundle(init, classifier, segmenter, dataset.class_names)
     make_card(dataset, config, gate_window(training), (UNCALIBRATED,) * classes)
-    return Parts(config, training, validation, classifier, segmenter)
+    return Parts(config, training, by_size, validation, classifier, segmenter)
 
 
 def training_images(dataset: Dataset, mpp: float, *, cache_bytes: int = CACHE_BYTES) -> tuple[PatchImages, PatchImages]:
@@ -192,31 +199,47 @@ def training_images(dataset: Dataset, mpp: float, *, cache_bytes: int = CACHE_BY
     return training, validation
 
 
-def _check(training: PatchImages, validation: PatchImages, config: TrainConfig) -> None:
-    for images in (training, validation):
+def _check(by_size: Sequence[PatchImages], validation: PatchImages, config: TrainConfig) -> None:
+    """Raise TrainError if the classifier cannot be trained and validated on these images."""
+    for images in (by_size[0], validation):
         if not len(images):
             raise TrainError(f"{images.dataset.card.name}: the training or validation split has no readable image")
-        sides = {tuple(side) for boxes_B4 in images.boxes for side in boxes_B4[:, 2:].tolist()}
-        # Validation patches may differ in size if each one passes the network alone.
-        if len(sides) > 1 and (images is training or config.region is not None):
-            raise TrainError(
-                f"{images.dataset.card.name}: the labeled patches have {len(sides)} sizes, such as {min(sides)} and "
-                f"{max(sides)} px; resize the images to one size"
-            )
-    if any(width != height for width, height in training.boxes[0][:, 2:].tolist()):
-        width, height = training.boxes[0][0, 2:].tolist()
+    for images in by_size:
+        _check_patches(images, config)
+    # Validation patches may differ in size if each one passes the network alone.
+    if config.region is not None:
+        _check_one_size(validation)
+    check_classes(by_size[0].dataset, map(Labeled, by_size[0].boxes, by_size[0].present))
+
+
+def _check_patches(training: PatchImages, config: TrainConfig) -> None:
+    """Raise TrainError if the labeled patches are not squares of one size, or do not fit the network."""
+    _check_one_size(training)
+    width, height = training.boxes[0][0, 2:].tolist()
+    if width != height:
         raise TrainError(
             f"{training.dataset.card.name}: the labeled patches are {width}x{height} px, but quarter turns need "
             "squares; crop the images, or label crops of them"
         )
-    check_classes(training.dataset, map(Labeled, training.boxes, training.present))
-    assert config.mpp is not None
-    finest = min((config.mpp, *config.classifier_mpp))
-    largest = round(max(int(boxes_B4[:, 2:].max()) for boxes_B4 in training.boxes) * config.mpp / finest)
-    if config.region is not None and largest > config.region:
+    at = f"at {training.dataset.mpp / training.scale:.4g} µm/px"
+    if width < SMALLEST_PATCH:
         raise TrainError(
-            f"region is {config.region} px, but the labeled patches are up to {largest} px at {finest} µm/px; set "
-            f"region to {-(-largest // MULTIPLE) * MULTIPLE} or more, or set a coarser mpp or classifier_mpp"
+            f"{training.dataset.card.name}: the labeled patches are {width} px {at}; the classifier needs at least "
+            f"{SMALLEST_PATCH} px, so set a finer mpp or classifier_mpp"
+        )
+    if config.region is not None and width > config.region:
+        raise TrainError(
+            f"region is {config.region} px, but the labeled patches are {width} px {at}; set region to "
+            f"{-(-width // MULTIPLE) * MULTIPLE} or more, or set a coarser mpp or classifier_mpp"
+        )
+
+
+def _check_one_size(images: PatchImages) -> None:
+    sides = {tuple(side) for boxes_B4 in images.boxes for side in boxes_B4[:, 2:].tolist()}
+    if len(sides) > 1:
+        raise TrainError(
+            f"{images.dataset.card.name}: the labeled patches have {len(sides)} sizes, such as {min(sides)} and "
+            f"{max(sides)} px; resize the images to one size"
         )
 
 

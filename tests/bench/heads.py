@@ -47,7 +47,7 @@ def main() -> None:
             device, alone = torch.device("cpu"), Processes(0, 1)
             folder = options.output / head
             folder.mkdir(exist_ok=True)
-            task = classifier_task(classifier, training, validation, config, device, alone)
+            task = classifier_task(classifier, [training], validation, config, device, alone)
             fit(task, folder, config, device, alone)
             safetensors.torch.save_file({k: v.contiguous() for k, v in classifier.state_dict().items()}, file)
             remove_checkpoint(folder, task.name)

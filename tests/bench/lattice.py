@@ -142,9 +142,9 @@ def shifted_labels(
 
 
 def _grid(slide: Slide, predictor: Predictor) -> Grid:
-    """Return a grid with the predictor's output stride, whose blocks have the same model pixels as those of a run."""
+    """Return a grid with the predictor's output stride, whose blocks are those of a run with the default stride."""
     stride = predictor.output_stride
-    block_out = 4 // stride * MapSettings().block_out
+    block_out = MapSettings().output_stride // stride * MapSettings().block_out
     return make_grid(slide.info, model_mpp=predictor.card.mpp, output_stride=stride, block_out=block_out)
 
 

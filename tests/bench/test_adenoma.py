@@ -19,7 +19,7 @@ def test_a_row_compares_adenoma_with_the_other_kinds() -> None:
 
     tested = {kind: [image(1.0, 3.0)] for kind in OTHERS}
     tested |= {ADENOMA[0]: [image(5.0, 5.0), image(1.5, 1.5)], ADENOMA[1]: [image(2.0, 5.0)], "GlaS": [image(0.5)]}
-    # The limit is a distance of 2. Adenoma is at 5, 5, 1.5, 1.5, 2 and 5, the others at 1 and 3: of the twelve
-    # different pairs, those of 1.5, 1.5 and 2 with 3 are in the wrong order.
+    # The limit is a distance of 2. Adenoma is at 5, 5, 1.5, 1.5, 2 and 5, the others at 1 and 3: of the 6 × 2
+    # pairs, those of 1.5, 1.5 and 2 with 3 are in the wrong order.
     expected = "| two sources | 50.0 % of 2 | 0.0 % of 1 | 0.0 % of 4 | 0.0 % of 1 | 0.75 |"
     assert row("two sources", statistics, 2.0, tested) == expected

@@ -113,3 +113,4 @@ def test_contested_pixels_of_a_slide(tmp_path: Path, capsys: pytest.CaptureFixtu
     shares = [float(word.rstrip("%")) for word in printed.split() if word.endswith("%")]
     assert shares == sorted(shares)
     assert len(shares) == 5
+    assert 0 < shares[0] < shares[1] < 100

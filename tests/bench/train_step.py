@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network = Classifier(config.backbone, config.head, len(dataset.class_names), config.depth)
         if name == "ours":
             speed_up_depthwise(network)
-        tasks[name] = classifier_task(network, images, images, config, torch.device("cpu"), Processes(0, 1))
+        tasks[name] = classifier_task(network, [images], images, config, torch.device("cpu"), Processes(0, 1))
         tasks[name].begin_epoch(1)
     optimizers = {name: make_optimizer(task, config) for name, task in tasks.items()}
     took: dict[str, list[float]] = {name: [] for name in tasks}

@@ -37,8 +37,8 @@ def test_the_command_writes_the_bytes_of_the_cpu_with_one_upload_and_no_wait_wit
 
 @pytest.mark.parametrize("model", ["colon-gland", "colorectal-tissue"])
 def test_few_operations_of_a_batch_are_outside_of_the_networks(sample_slide: Path, model: str) -> None:
-    """Each operation is a launch on a GPU. Four canvases need as many as one."""
+    """Each operation is a launch on a GPU."""
     found = in_own_process("operations", model, sample_slide)
     assert found["segmented canvases"] == 4
     assert found["in the networks"] > 150
-    assert found["outside"] <= 110
+    assert 60 < found["outside"] <= 110

@@ -235,7 +235,7 @@ def test_a_step_changes_everything_except_statistics_and_frozen_parameters(tmp_p
     torch.manual_seed(0)
     config = TrainConfig(region=64, classifier_batch=2, classifier_steps=1, classifier_epochs=1, ema=0.0, warm_up=0)
     classifier = Classifier(config.backbone, "area", 3)
-    task = classifier_task(classifier, images, images, config, CPU, ALONE)
+    task = classifier_task(classifier, [images], images, config, CPU, ALONE)
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     fit(task, tmp_path, config, CPU)
     after = classifier.state_dict()
@@ -258,7 +258,7 @@ def test_only_batch_norms_stay_in_eval_mode() -> None:
 def test_the_head_uses_the_learning_rate_of_new_parameters(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 64)})
     classifier = CellClassifier("area")
-    task = classifier_task(classifier, images, images, TrainConfig(region=64), CPU, ALONE)
+    task = classifier_task(classifier, [images], images, TrainConfig(region=64), CPU, ALONE)
     assert {id(p) for p in task.new_parameters} == {id(p) for p in classifier.head.parameters()}
 
 
@@ -266,7 +266,7 @@ def test_a_batch_has_the_same_views_for_any_number_of_processes(tmp_path: Path) 
     images = crop_images(tmp_path, {"a": (96, 80), "b": (70, 70)})
     config = TrainConfig(region=64, classifier_batch=5)
     whole, *shares = (
-        classifier_task(CellClassifier("gap"), images, images, config, CPU, processes).make_batch(
+        classifier_task(CellClassifier("gap"), [images], images, config, CPU, processes).make_batch(
             np.random.default_rng(7)
         )
         for processes in (ALONE, Processes(0, 2), Processes(1, 2))
@@ -279,7 +279,7 @@ def test_a_batch_has_the_same_views_for_any_number_of_processes(tmp_path: Path) 
 
 def test_without_regions_a_view_is_one_labeled_patch(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (96, 80)})
-    task = classifier_task(CellClassifier("gap"), images, images, TrainConfig(region=None, stain=0.0), CPU, ALONE)
+    task = classifier_task(CellClassifier("gap"), [images], images, TrainConfig(region=None, stain=0.0), CPU, ALONE)
     patches = {
         np.sort(images.rgb(0)[y : y + h, x : x + w].reshape(-1, 3), axis=0).tobytes(): present.tolist()
         for (x, y, w, h), present in zip(images.boxes[0].tolist(), images.present[0], strict=True)
@@ -303,8 +303,10 @@ def test_an_epoch_draws_as_many_pixels_as_the_images_have(tmp_path: Path) -> Non
 def test_each_step_draws_one_of_the_pixel_sizes(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (192, 160), "b": (128, 128)})
     mpp = images.dataset.mpp
-    config = TrainConfig(region=64, classifier_mpp=(mpp, 2 * mpp), classifier_batch=3)
-    task = classifier_task(CellClassifier("gap"), images, images, config, CPU, ALONE)
+    both = at_pixel_sizes(images, (mpp, 2 * mpp))
+    config = TrainConfig(region=64, classifier_batch=3)
+    task = classifier_task(CellClassifier("gap"), both, images, config, CPU, ALONE)
+    assert task.steps == steps_per_epoch(both, 64, 3)
     rng, drawn = np.random.default_rng(0), []
     for _ in range(20):
         views = task.make_batch(rng).views
@@ -325,7 +327,7 @@ def test_attention_dropout_follows_its_schedule(tmp_path: Path) -> None:
         (replace(with_attention, attention="none"), [None] * 5),
     ):
         classifier = CellClassifier("gap")
-        task = classifier_task(classifier, images, images, config, CPU, ALONE)
+        task = classifier_task(classifier, [images], images, config, CPU, ALONE)
         seen = []
         for epoch in range(5):
             task.begin_epoch(epoch)
@@ -371,5 +373,5 @@ def test_the_head_of_the_release_is_drawn_from_glorots_uniform_distribution() ->
 def test_the_rules_for_biases_and_momentum_are_those_of_the_classifier(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (32, 32)})
     config = TrainConfig(bias_factor=2.0, decay_biases=False, momentum=5e-4)
-    task = classifier_task(CellClassifier("gap"), images, images, config, CPU, Processes(0, 1))
+    task = classifier_task(CellClassifier("gap"), [images], images, config, CPU, Processes(0, 1))
     assert (task.bias_factor, task.decay_biases, task.momentum) == (2.0, False, 5e-4)

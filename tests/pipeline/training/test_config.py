@@ -110,6 +110,8 @@ def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None
         ("decoder_channels=0", "decoder_channels is 0"),
         ("cam=kam", "cam is 'kam'; use head, cam, grad-cam"),
         ("classifier_mpp=[1.0, 0.0]", r"classifier_mpp is \(1\.0, 0\.0\)"),
+        ("classifier_mpp=[nan]", r"classifier_mpp is \(nan,\)"),
+        ("mpp=inf", "mpp is inf"),
     ],
 )
 def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:

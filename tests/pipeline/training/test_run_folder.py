@@ -39,6 +39,20 @@ def test_a_run_folder_belongs_to_one_configuration_and_data_set(textures: Datase
     assert json.loads(written)["config"] == json.loads(json.dumps(dataclasses.asdict(CONFIG)))
 
 
+def test_a_run_that_started_before_a_setting_existed_has_its_default(textures: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with claim(run, textures, CONFIG, {}):
+        pass
+    recorded = json.loads((run / "run.json").read_text())
+    del recorded["config"]["classifier_mpp"]
+    (run / "run.json").write_text(json.dumps(recorded))
+    with claim(run, textures, CONFIG, {}):
+        pass
+    changed = dataclasses.replace(CONFIG, classifier_mpp=(1.0, 2.0))
+    with pytest.raises(TrainError, match=r"\(different: classifier_mpp\)"), claim(run, textures, changed, {}):
+        pass
+
+
 def test_a_run_is_not_resumed_with_other_images(textures: Dataset, tmp_path: Path) -> None:
     with claim(tmp_path / "run", textures, CONFIG, {"data": "1", "torch": "2.0"}):
         pass

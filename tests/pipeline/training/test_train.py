@@ -239,10 +239,13 @@ def test_a_run_with_other_settings_changes_nothing(unbroken: Path, textures: Dat
 
 def test_the_error_for_a_small_region_suggests_a_value_and_leaves_the_folder_unused(tmp_path: Path) -> None:
     dataset = load_dataset(write_textures(tmp_path / "data", train=4, val=1, test=1, size=100))
-    with pytest.raises(TrainError, match=r"is 64 px, but the labeled patches are up to 100 px at 1\.0.*to 128 or"):
+    with pytest.raises(TrainError, match=r"is 64 px, but the labeled patches are 100 px at 1 .*to 128 or"):
         train(dataset, tmp_path / "run", CONFIG, device="cpu")
+    tiny = dataclasses.replace(CONFIG, classifier_mpp=(1.7, 20.0))
+    with pytest.raises(TrainError, match=r"are 5 px at 20 µm/px; the classifier needs at least 8 px, so set a finer"):
+        train(dataset, tmp_path / "run", tiny, device="cpu")
     finer = dataclasses.replace(CONFIG, region=128, classifier_mpp=(1.0, 0.5))
-    with pytest.raises(TrainError, match=r"is 128 px, but the labeled patches are up to 200 px at 0\.5.*to 224 or"):
+    with pytest.raises(TrainError, match=r"is 128 px, but the labeled patches are 200 px at 0\.5 .*to 224 or"):
         train(dataset, tmp_path / "run", finer, device="cpu")
 
     def kill(*_: object) -> None:
