@@ -115,19 +115,23 @@ STEPS: dict[str, Step] = {
 }
 
 
+def trained_classifier(run: Path, classes: int) -> tuple[Classifier, TrainConfig]:
+    """Return the classifier of a training run as it makes pseudo masks, at stride 8, and the settings of the run."""
+    stored = json.loads((run / "run.json").read_text())["config"]
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+    config = TrainConfig(**values)
+    classifier = build_classifier(config, classes)
+    classifier.load_state_dict(safetensors.torch.load_file(run / "classifier.safetensors"))
+    return classifier.eval(), config
+
+
 class Run:
     """The networks of a finished training run, applied to whole images."""
 
     def __init__(self, folder: Path, dataset: Dataset) -> None:
-        stored = json.loads((folder / "run.json").read_text())["config"]
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
-        self._config = TrainConfig(**values)
         bundle = load_bundle(folder / "bundle")
         self._temperature, self._segmenter = bundle.card.temperature, load_networks(bundle)[1]
-        # The bundle's classifier runs at stride 16; pseudo masks need stride 8.
-        self._classifier: Classifier = build_classifier(self._config, len(dataset.class_names))
-        self._classifier.load_state_dict(safetensors.torch.load_file(folder / "classifier.safetensors"))
-        self._classifier.eval()
+        self._classifier, self._config = trained_classifier(folder, len(dataset.class_names))
         self._scale = dataset.mpp / bundle.card.mpp
 
     @torch.inference_mode()
