@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ FLAGS = (
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LOCAL_SCHEMES = ("file", "data", "blob", "about")
 TIMEOUT_MS = 15_000
+CAPTURES = 5
 
 
 def chromium() -> str | None:
@@ -122,16 +124,19 @@ def screenshot(page: Page, name: str, folder: Path, *, whole: bool = True) -> Pa
 def capture(target: Page | Locator, **options: Any) -> bytes:
     """Return the PNG of a page or an element, with Playwright's `options` of a screenshot.
 
-    Chromium sometimes refuses the first capture after its start, and takes the next one
-    (github.com/MarketSquare/robotframework-browser/issues/5237). Only this refusal is tried a second time.
+    Chromium sometimes refuses the first capture after its start, and takes a later one
+    (github.com/MarketSquare/robotframework-browser/issues/5237); on a busy machine, it can refuse twice. Only this
+    refusal is tried again, up to `CAPTURES` times with a pause.
     """
     from playwright.sync_api import Error
 
-    try:
-        return target.screenshot(**options)
-    except Error as refusal:
-        if "Unable to capture screenshot" not in str(refusal):
-            raise
+    for _ in range(CAPTURES - 1):
+        try:
+            return target.screenshot(**options)
+        except Error as refusal:
+            if "Unable to capture screenshot" not in str(refusal):
+                raise
+        time.sleep(0.5)
     return target.screenshot(**options)
 
 
