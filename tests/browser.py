@@ -126,7 +126,7 @@ def capture(target: Page | Locator, **options: Any) -> bytes:
 
     Chromium sometimes refuses the first capture after its start, and takes a later one
     (github.com/MarketSquare/robotframework-browser/issues/5237); on a busy machine, it can refuse twice. Only this
-    refusal is tried again, up to `CAPTURES` times with a pause.
+    error is retried, after a pause, for at most `CAPTURES` attempts.
     """
     from playwright.sync_api import Error
 

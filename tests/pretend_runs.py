@@ -140,7 +140,7 @@ def run_operations(bundle: str, slide: str) -> dict[str, int]:
     """Count the operations on the device for one batch of four neighboring canvases of 256 px in the middle of a slide.
 
     They are divided into those of the networks' modules and all others: input, pooling in the gate windows, gate,
-    familiarity and output.
+    upsampling of the logits, familiarity and output.
     """
     import torch
     from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook

@@ -41,7 +41,8 @@ def classifier_task(
 ) -> Task:
     """Return the training task: binary cross-entropy of every class on the logits of every labeled patch.
 
-    `training` has the same images at each pixel size at which the classifier is trained. Each step draws one of them.
+    `training` has the same images at each pixel size at which the classifier is trained. Each step draws one
+    pixel size.
     """
     for name, parameter in classifier.backbone.named_parameters():
         if config.pretrained and name.removeprefix("net.").startswith(config.frozen):
@@ -112,7 +113,7 @@ def keep_statistics(network: nn.Module) -> None:
 
 
 def steps_per_epoch(by_size: Sequence[PatchImages], region: int | None, batch: int) -> int:
-    """Return the number of steps that draw as many pixels as the images have: the mean over their pixel sizes."""
+    """Return the number of steps that draw as many pixels as the images have, averaged over the pixel sizes."""
     shares = [images.pixels() / (view_side(images, region) ** 2 * batch) for images in by_size]
     return max(1, round(sum(shares) / len(shares)))
 

@@ -209,9 +209,13 @@ class TrainConfig:
             if getattr(self, name) <= 0:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.mpp is not None and not 0 < self.mpp < math.inf:
-            raise TrainConfigError(f"mpp is {self.mpp}; it must be above 0, or none for the pixel size of the data set")
+            raise TrainConfigError(
+                f"mpp is {self.mpp}; it must be a finite number above 0, or none for the pixel size of the data set"
+            )
         if not all(0 < mpp < math.inf for mpp in self.classifier_mpp):
-            raise TrainConfigError(f"classifier_mpp is {self.classifier_mpp}; each pixel size must be above 0")
+            raise TrainConfigError(
+                f"classifier_mpp is {self.classifier_mpp}; each pixel size must be a finite number above 0"
+            )
         if min(self.clip, self.weight_decay) < 0:
             raise TrainConfigError(f"clip is {self.clip} and weight_decay {self.weight_decay}; neither may be negative")
         for name in ("ema", "confidence", "gate_recall", "stain", "imaging", "blur", "momentum"):

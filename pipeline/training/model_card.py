@@ -22,8 +22,7 @@ def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tu
     """
     card = dataset.card
     views = f"regions of {config.region} px" if config.region else "single patches"
-    sizes = ", ".join(f"{mpp:g}" for mpp in config.classifier_mpp)
-    of_classifier = f" (the classifier at {sizes} um/px)" if sizes else ""
+    sizes = ", ".join(f"{mpp:g}" for mpp in config.classifier_mpp) or config.mpp
     with_attention = "" if config.attention == "none" else f" with {config.attention} attention"
     layers = ", ".join(
         f"{layer} {weight:g}" for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0
@@ -55,9 +54,9 @@ def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tu
             gate_thresholds=thresholds,
             licence=card.licence,
             training_data=(
-                f"{card.attribution} Supervision: presence labels of patches only; {views} at {config.mpp} um/px"
-                f"{of_classifier}, classifier head {config.head}{with_attention}, "
-                f"pseudo masks by {config.cam} at the layers {layers}, "
+                f"{card.attribution} Supervision: presence labels of patches only; {views} at {sizes} um/px, "
+                f"classifier head {config.head}{with_attention}, "
+                f"pseudo masks by {config.cam} at {config.mpp} um/px at the layers {layers}, "
                 f"seed {config.seed}, started from {start}."
             ),
             started_from=config.init or None,

@@ -117,9 +117,9 @@ class PatchImages:
 
 
 def at_pixel_sizes(images: PatchImages, sizes: Sequence[float]) -> list[PatchImages]:
-    """Return the same images at each of these pixel sizes in µm, or `images` alone if there are none.
+    """Return the same images at each of these pixel sizes in µm, or `[images]` if `sizes` is empty.
 
-    Each has a part of the default cache, in proportion to its pixels.
+    The default cache is divided in proportion to their pixels.
     """
     whole = sum(1 / mpp**2 for mpp in sizes)
     return [

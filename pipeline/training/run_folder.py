@@ -66,7 +66,7 @@ def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig, made_wit
         return
     recorded, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
     before, after = recorded.pop("made_with", {}), wanted.pop("made_with")
-    # A setting that came after the run was started has its default value there.
+    # Settings added after a run started take their default values.
     recorded["config"] = json.loads(json.dumps(dataclasses.asdict(TrainConfig()))) | recorded["config"]
     if recorded != wanted:
         now, then = wanted["config"], recorded["config"]

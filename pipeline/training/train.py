@@ -221,16 +221,17 @@ def _check_patches(training: PatchImages, config: TrainConfig) -> None:
             f"{training.dataset.card.name}: the labeled patches are {width}x{height} px, but quarter turns need "
             "squares; crop the images, or label crops of them"
         )
+    setting = "classifier_mpp" if config.classifier_mpp else "mpp"
     at = f"at {training.dataset.mpp / training.scale:.4g} µm/px"
     if width < SMALLEST_PATCH:
         raise TrainError(
             f"{training.dataset.card.name}: the labeled patches are {width} px {at}; the classifier needs at least "
-            f"{SMALLEST_PATCH} px, so set a finer mpp or classifier_mpp"
+            f"{SMALLEST_PATCH} px, so set a finer {setting}"
         )
     if config.region is not None and width > config.region:
         raise TrainError(
             f"region is {config.region} px, but the labeled patches are {width} px {at}; set region to "
-            f"{-(-width // MULTIPLE) * MULTIPLE} or more, or set a coarser mpp or classifier_mpp"
+            f"{-(-width // MULTIPLE) * MULTIPLE} or more, or set a coarser {setting}"
         )
 
 

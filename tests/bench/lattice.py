@@ -273,8 +273,8 @@ def print_contested(slide: Path, model: str, margin: int | None, canvas: int) ->
         found = predicted_cores(opened, grid, find_tissue(opened), predictor, canvas)
         shares = contested_shares((probs_KHW for _, _, probs_KHW in found), [1, *(side // 4 for side in CELLS)])
     pixels, *cells = (f"{share:.2%}" for share in shares)
-    by_cell = ", ".join(f"{share} in cells of {side} px" for side, share in zip(CELLS, cells, strict=True))
-    print(f"{slide.name}, {model}: several classes are left in {pixels} of the cores' pixels; {by_cell}")
+    by_cell = ", ".join(f"{share} ({side} px)" for side, share in zip(CELLS, cells, strict=True))
+    print(f"{slide.name}, {model}: {pixels} of the cores' pixels are contested; cells with one cover {by_cell}")
 
 
 def contested_shares(maps: Iterable[Tensor], sides: Sequence[int]) -> list[float]:

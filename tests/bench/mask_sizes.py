@@ -1,4 +1,4 @@
-"""How good the pseudo masks of a classifier are by the pixel size, for docs/benchmarks/weak-supervision.md.
+"""Measure the pseudo masks of a classifier at several pixel sizes, for docs/benchmarks/weak-supervision.md.
 
     python -m tests.bench.mask_sizes rows/ours-0 --data FOLDER --mpp 0.62 0.81 1.085      # a run with a classifier
 

@@ -21,6 +21,6 @@ def test_the_card_documents_data_and_training(tmp_path: Path) -> None:
     for said in ("Made by a program.", "regions of 64 px", "0.5 um/px", "seed 12", "none weights"):
         assert said in card.training_data
     several = make_card(textures, dataclasses.replace(config, classifier_mpp=(0.5, 0.75)), 64, (0.1,) * 3)
-    assert "regions of 64 px at 0.5 um/px (the classifier at 0.5, 0.75 um/px), classifier" in several.training_data
+    assert "regions of 64 px at 0.5, 0.75 um/px, classifier" in several.training_data
     by_default = dataclasses.replace(config, encoder=TrainConfig().encoder)
     assert make_card(textures, by_default, 64, (0.1,) * 3).segmenter.encoder == f"tu-{config.backbone}"
