@@ -162,7 +162,7 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
     assert config.mpp is not None
     training, validation = training_images(dataset, config.mpp)
     by_size = at_pixel_sizes(training, config.classifier_mpp)
-    _check(by_size, validation, config)
+    _check(training, by_size, validation, config)
     torch.manual_seed(config.seed)
     classes = len(dataset.class_names)
     classifier = build_classifier(config, classes)
@@ -199,21 +199,26 @@ def training_images(dataset: Dataset, mpp: float, *, cache_bytes: int = CACHE_BY
     return training, validation
 
 
-def _check(by_size: Sequence[PatchImages], validation: PatchImages, config: TrainConfig) -> None:
+def _check(training: PatchImages, by_size: Sequence[PatchImages], validation: PatchImages, config: TrainConfig) -> None:
     """Raise TrainError if the classifier cannot be trained and validated on these images."""
-    for images in (by_size[0], validation):
+    for images in (training, validation):
         if not len(images):
             raise TrainError(f"{images.dataset.card.name}: the training or validation split has no readable image")
+    if training not in by_size:  # its patches are gate windows, and no regions of it are drawn
+        _check_patches(training, None, "mpp")
     for images in by_size:
-        _check_patches(images, config)
+        _check_patches(images, config.region, "classifier_mpp" if config.classifier_mpp else "mpp")
     # Validation patches may differ in size if each one passes the network alone.
     if config.region is not None:
         _check_one_size(validation)
-    check_classes(by_size[0].dataset, map(Labeled, by_size[0].boxes, by_size[0].present))
+    check_classes(training.dataset, map(Labeled, training.boxes, training.present))
 
 
-def _check_patches(training: PatchImages, config: TrainConfig) -> None:
-    """Raise TrainError if the labeled patches are not squares of one size, or do not fit the network."""
+def _check_patches(training: PatchImages, region: int | None, setting: str) -> None:
+    """Raise TrainError if the labeled patches are not squares of one size, or do not fit the network or the region.
+
+    `setting` is the one that determines the pixel size.
+    """
     _check_one_size(training)
     width, height = training.boxes[0][0, 2:].tolist()
     if width != height:
@@ -221,16 +226,15 @@ def _check_patches(training: PatchImages, config: TrainConfig) -> None:
             f"{training.dataset.card.name}: the labeled patches are {width}x{height} px, but quarter turns need "
             "squares; crop the images, or label crops of them"
         )
-    setting = "classifier_mpp" if config.classifier_mpp else "mpp"
     at = f"at {training.dataset.mpp / training.scale:.4g} µm/px"
     if width < SMALLEST_PATCH:
         raise TrainError(
             f"{training.dataset.card.name}: the labeled patches are {width} px {at}; the classifier needs at least "
             f"{SMALLEST_PATCH} px, so set a finer {setting}"
         )
-    if config.region is not None and width > config.region:
+    if region is not None and width > region:
         raise TrainError(
-            f"region is {config.region} px, but the labeled patches are {width} px {at}; set region to "
+            f"region is {region} px, but the labeled patches are {width} px {at}; set region to "
             f"{-(-width // MULTIPLE) * MULTIPLE} or more, or set a coarser {setting}"
         )
 

@@ -255,6 +255,22 @@ def test_the_error_for_a_small_region_suggests_a_value_and_leaves_the_folder_unu
         train(dataset, tmp_path / "run", dataclasses.replace(CONFIG, region=128), device="cpu", progress=kill)
 
 
+@pytest.mark.parametrize(("mpp", "classifier_mpp"), [(1.0, (2.0,)), (2.0, (1.0,)), (2.0, (2.0, 1.0))])
+def test_the_patches_must_have_one_size_at_every_pixel_size(
+    tmp_path: Path, mpp: float, classifier_mpp: tuple[float, ...]
+) -> None:
+    file = write_textures(tmp_path / "data", train=4, val=1, test=1, size=60)
+    image = min((tmp_path / "data" / "train").iterdir())
+    # 60 and 61 px are both 30 px at twice the pixel size.
+    with Image.open(image) as picture:
+        larger = picture.resize((61, 61))
+    larger.save(image)
+    config = dataclasses.replace(CONFIG, mpp=mpp, classifier_mpp=classifier_mpp)
+    with pytest.raises(TrainError, match="the labeled patches have 2 sizes"):
+        train(load_dataset(file), tmp_path / "run", config, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("wrong", [{"backbone": "resnet19"}, {"encoder": "resnet19"}])
 def test_an_unknown_network_is_refused_before_anything_is_written(
     textures: Dataset, tmp_path: Path, wrong: dict[str, str]
