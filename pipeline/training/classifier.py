@@ -53,6 +53,7 @@ def classifier_task(
 
     def make_batch(rng: np.random.Generator) -> ClassifierBatch:
         count = config.classifier_batch
+        # With a single size, no number is drawn: the batches of a seed stay those of earlier versions.
         images = training[int(rng.integers(len(training)))] if len(training) > 1 else training[0]
         places = draw_places(images, config.region, count, rng)
         seeds = rng.integers(2**32, size=count)

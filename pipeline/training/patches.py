@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.training.augment import Augmentation, Move
-from pipeline.training.dataset import Dataset, Sample, image_size, labeled_boxes, read_mask, read_rgb
+from pipeline.training.dataset import Dataset, Labeled, Sample, image_size, labeled_boxes, read_mask, read_rgb
 from pipeline.training.resample import resampled
 from wsi.levels import MPP_TOLERANCE
 
@@ -50,22 +50,29 @@ class PatchImages:
     """The images of one split at `mpp`, with labeled boxes. Decoded images are cached up to `cache_bytes`."""
 
     def __init__(
-        self, dataset: Dataset, chosen: Sequence[Sample], mpp: float, *, cache_bytes: int = CACHE_BYTES
+        self,
+        dataset: Dataset,
+        chosen: Sequence[Sample],
+        mpp: float,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        labels: Sequence[Labeled] | None = None,
     ) -> None:
-        """Read the labels of all samples. Images are read on first use.
+        """Read the labels of all samples, unless they are given. Images are read on first use.
 
         Raises what `labeled_boxes` raises.
         """
         self.dataset = dataset
         self.samples = tuple(chosen)
+        self.labels = [labeled_boxes(dataset, sample) for sample in self.samples] if labels is None else labels
+        """The labels of each sample, with boxes in pixels of the data set."""
         scale = dataset.mpp / mpp
         # `resampled` leaves such images unchanged.
         self.scale = 1.0 if abs(scale - 1) <= MPP_TOLERANCE else scale
         self.boxes: list[NDArray[np.int64]] = []
         self.present: list[NDArray[np.bool_]] = []
         sizes: list[NDArray[np.int64]] = []
-        for sample in self.samples:
-            labeled = labeled_boxes(dataset, sample)
+        for sample, labeled in zip(self.samples, self.labels, strict=True):
             # Corner and side are rounded, not both corners, so that boxes of one size stay equal in size.
             boxes_B4 = np.rint(labeled.boxes_B4 * self.scale).astype(np.int64)
             # If both are rounded up, the box ends a pixel beyond the image.
@@ -123,7 +130,14 @@ def at_pixel_sizes(images: PatchImages, sizes: Sequence[float]) -> list[PatchIma
     """
     whole = sum(1 / mpp**2 for mpp in sizes)
     return [
-        PatchImages(images.dataset, images.samples, mpp, cache_bytes=int(CACHE_BYTES / mpp**2 / whole)) for mpp in sizes
+        PatchImages(
+            images.dataset,
+            images.samples,
+            mpp,
+            cache_bytes=int(CACHE_BYTES / mpp**2 / whole),
+            labels=images.labels,
+        )
+        for mpp in sizes
     ] or [images]
 
 

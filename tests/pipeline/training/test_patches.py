@@ -14,6 +14,7 @@ from pipeline.training.dataset import load_dataset, read_rgb, samples
 from pipeline.training.patches import (
     PatchImages,
     Place,
+    at_pixel_sizes,
     boxes_inside,
     boxes_of_view,
     cut,
@@ -67,6 +68,22 @@ def moved_as(view_HWC: NDArray[np.uint8], still_HWC: NDArray[np.uint8]) -> Move:
         if np.array_equal(move.image(still_HWC), view_HWC)
     ]
     return found
+
+
+def test_images_at_other_pixel_sizes_are_those_that_are_read_at_these_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = crops(tmp_path, {"a": (40, 48), "b": (31, 37)})
+    fresh = [PatchImages(images.dataset, images.samples, mpp) for mpp in (0.7, 2.0)]
+    # The labels are not read again.
+    monkeypatch.delattr("pipeline.training.patches.labeled_boxes")
+    assert at_pixel_sizes(images, ()) == [images]
+    for found, expected in zip(at_pixel_sizes(images, (0.7, 2.0)), fresh, strict=True):
+        np.testing.assert_array_equal(found.sizes_N2, expected.sizes_N2)
+        for n in range(2):
+            np.testing.assert_array_equal(found.boxes[n], expected.boxes[n])
+            np.testing.assert_array_equal(found.present[n], expected.present[n])
+            np.testing.assert_array_equal(found.rgb(n), expected.rgb(n))
 
 
 def test_a_view_is_a_square_of_the_image_and_its_patches_move_along(tmp_path: Path) -> None:
