@@ -179,6 +179,12 @@ def share_backbone(segmenter: nn.Module, classifier: nn.Module) -> None:
         ) from error
 
 
+def take_backbone(classifier: nn.Module, segmenter: nn.Module) -> None:
+    """Copy the encoder of a segmenter built with `shared_backbone` into the classifier's backbone, the same network."""
+    backbone: Any = classifier.backbone
+    backbone.net.load_state_dict(encoder_network(segmenter).state_dict())
+
+
 def _remove_unused_stages(encoder: Any) -> None:
     """Remove the stages after the last one that the decoder reads, which timm keeps in its EfficientNets."""
     model: Any = getattr(encoder, "model", None)

@@ -5,6 +5,7 @@ Shape suffixes: N views, M labeled patches, B boxes, K classes, C channels, H an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -90,6 +91,26 @@ def classifier_task(
         momentum=config.momentum,
         step_values=lambda: {} if classifier.mu is None else {"mu": classifier.mu},
     )
+
+
+def head_task(
+    classifier: Classifier,
+    training: PatchImages,
+    validation: PatchImages,
+    config: TrainConfig,
+    device: torch.device,
+    processes: Processes,
+) -> Task:
+    """Return the training task of the head alone, on the backbone that the segmenter trained, without attention."""
+    task = classifier_task(classifier, [training], validation, config, device, processes)
+    classifier.backbone.requires_grad_(False)
+
+    def begin_epoch(_epoch: int) -> None:
+        classifier.train()
+        classifier.backbone.eval()
+        classifier.mu = None
+
+    return dataclasses.replace(task, name="head", begin_epoch=begin_epoch, epochs=config.head_epochs)
 
 
 def build_classifier(config: TrainConfig, classes: int) -> Classifier:

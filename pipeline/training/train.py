@@ -29,11 +29,11 @@ from models.card import NO_DIGEST
 from models.classifier import Classifier
 from models.devices import choose_device
 from models.predictor import Predictor
-from models.segmenter import build_segmenter, share_backbone
+from models.segmenter import build_segmenter, share_backbone, take_backbone
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from pipeline.training.calibration import calibrate_temperature, write_reliability
-from pipeline.training.classifier import build_classifier, classifier_task
+from pipeline.training.classifier import build_classifier, classifier_task, head_task
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, training_samples
@@ -128,6 +128,12 @@ def train(
         pseudo = partial(read_pseudo_masks, masks, training, config=config)
         task = segmenter_task(segmenter, training, validation, pseudo, config, place, processes)
         _stage(run, task, config, place, processes, progress, log)
+
+        if config.head_epochs:
+            classifier.layer_heads.clear()  # pseudo masks only
+            take_backbone(classifier, segmenter)
+            task = head_task(classifier, training, validation, config, place, processes)
+            _stage(run, task, config, place, processes, progress, log)
 
         if processes.rank == 0:
             export(run, classifier.eval(), segmenter.eval(), sources, config, device)

@@ -186,7 +186,7 @@ def run_row(
 
 def steps_of(run: Path) -> dict[str, int]:
     """Return the number of training steps of each network that was trained in a run."""
-    files = {stage: run / f"{stage}.steps.csv" for stage in ("classifier", "segmenter")}
+    files = {stage: run / f"{stage}.steps.csv" for stage in ("classifier", "segmenter", "head")}
     return {
         stage: len(file.read_text(encoding="utf-8").splitlines()) - 1 for stage, file in files.items() if file.is_file()
     }

@@ -19,6 +19,7 @@ from pipeline.training.classifier import (
     build_classifier,
     class_weights,
     classifier_task,
+    head_task,
     held_out_batches,
     keep_statistics,
     mean_average_precision,
@@ -334,6 +335,31 @@ def test_attention_dropout_follows_its_schedule(tmp_path: Path) -> None:
             assert classifier.head.training
             seen.append(classifier.mu)
         assert seen == pytest.approx(expected)
+
+
+def test_the_last_stage_trains_the_head_alone_without_attention(tmp_path: Path) -> None:
+    images = crop_images(tmp_path, {"a": (64, 64)})
+    torch.manual_seed(0)
+    config = TrainConfig(
+        attention="pda",
+        shared_backbone=True,
+        head_epochs=1,
+        region=64,
+        classifier_batch=2,
+        classifier_steps=2,
+        ema=0.0,
+        warm_up=0,
+    )
+    classifier = Classifier(config.backbone, "area", 3, depth=4)
+    classifier.mu = 0.7
+    task = head_task(classifier, images, images, config, CPU, ALONE)
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    fit(task, tmp_path, config, CPU)
+    assert (task.name, task.epochs, task.steps) == ("head", 1, 2)
+    mu: float | None = classifier.mu
+    assert mu is None
+    changed = {name for name, tensor in classifier.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert changed == {f"head.{name}" for name, _ in classifier.head.named_parameters()}
 
 
 def test_the_score_skips_a_measure_without_patches(tmp_path: Path) -> None:

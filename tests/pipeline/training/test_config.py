@@ -135,6 +135,16 @@ def test_a_backbone_is_shared_only_by_equal_networks(setting: str, message: str)
         train_config("default", None, ["shared_backbone=true", setting])
 
 
+def test_head_epochs_need_a_shared_backbone() -> None:
+    assert train_config("default", None, ["shared_backbone=true"]).keeps_backbone
+    assert not train_config("default", None, ["shared_backbone=true", "head_epochs=2"]).keeps_backbone
+    assert not train_config().keeps_backbone
+    with pytest.raises(TrainConfigError, match="head_epochs is 2, which has no effect without shared_backbone"):
+        train_config("default", None, ["head_epochs=2"])
+    with pytest.raises(TrainConfigError, match="head_epochs is -1; it must be at least 0"):
+        train_config("default", None, ["shared_backbone=true", "head_epochs=-1"])
+
+
 def test_resnet38d_cannot_be_shared() -> None:
     with pytest.raises(TrainConfigError, match="resnet38d is not an encoder of the segmenter; set shared_backbone"):
         train_config("release", None, ["weights=w.safetensors", "shared_backbone=true"])

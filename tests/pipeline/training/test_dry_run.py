@@ -53,6 +53,15 @@ def test_a_plan_has_counts_steps_and_times_and_writes_nothing(tmp_path: Path, mo
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_plan_has_the_stage_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load_dataset(write_textures(tmp_path / "data", train=6, val=2, test=1, size=64))
+    monkeypatch.setattr(module, "time_steps", lambda *_: 2.0)
+    config = dataclasses.replace(CONFIG, shared_backbone=True, head_epochs=5)
+    plan = dry_run(dataset, config, "cpu")
+    assert list(plan["stages"]) == ["classifier", "pseudo masks", "segmenter", "head"]
+    assert (plan["stages"]["head"]["epochs"], plan["stages"]["head"]["steps_per_epoch"]) == (5, 3)
+
+
 def test_the_counts_are_those_of_labeled_patches(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 32)}, side=32, stride=32)
     images.present = [np.array([[True, True, False], [False, True, False]])]

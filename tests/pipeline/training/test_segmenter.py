@@ -231,11 +231,15 @@ def test_a_step_trains_all_weights_and_keeps_the_statistics_of_the_encoder(tmp_p
 
 
 @pytest.mark.parametrize("weights", ["imagenet", "none"])
-def test_a_shared_backbone_stays_that_of_the_classifier(tmp_path: Path, weights: str) -> None:
+@pytest.mark.parametrize("head_epochs", [0, 1])
+def test_a_shared_backbone_is_trained_only_if_the_head_follows_it(
+    tmp_path: Path, weights: str, head_epochs: int
+) -> None:
     images = crop_images(tmp_path / "data", {"a": (64, 64)})
     config = TrainConfig(
         weights=weights,
         shared_backbone=True,
+        head_epochs=head_epochs,
         region=64,
         view=96,
         margin=32,
@@ -252,9 +256,12 @@ def test_a_shared_backbone_stays_that_of_the_classifier(tmp_path: Path, weights:
     before = {name: tensor.clone() for name, tensor in segmenter.state_dict().items()}
     fit(task, tmp_path, config, CPU)
     changed = {name for name, tensor in segmenter.state_dict().items() if not torch.equal(before[name], tensor)}
-    assert changed
-    assert not any(name.startswith("encoder.") for name in changed)
-    assert {name for name, _ in segmenter.named_parameters() if not name.startswith("encoder.")} <= changed
+    parameters = {name for name, _ in segmenter.named_parameters()}
+    kept: tuple[str, ...] = ("encoder.",)
+    if head_epochs:
+        kept = tuple(f"encoder.model.{part}" for part in config.frozen) if weights == "imagenet" else ()
+    assert {name for name in parameters if not name.startswith(kept)} <= changed
+    assert not any(name.startswith(kept) for name in changed)
 
 
 def test_the_loss_reads_only_pixels_with_a_margin_of_context(tmp_path: Path) -> None:

@@ -182,6 +182,40 @@ def test_a_run_killed_in_any_stage_and_restarted_ends_with_the_same_bytes(
     assert not list(run.glob("*.checkpoint.*"))
 
 
+@pytest.mark.parametrize("done", [1, full(3)])
+def test_a_run_whose_segmenter_trains_the_shared_backbone_resumes_its_last_stage(
+    textures: Dataset, tmp_path: Path, done: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # after every step
+    config = dataclasses.replace(CONFIG, shared_backbone=True, head_epochs=2, layer_weights=(0.0, 0.3, 0.7))
+    train(textures, tmp_path / "whole", config, device="cpu")
+    run = tmp_path / "broken"
+
+    def kill(what: str, step: int, _total: int) -> None:
+        if (what, step) == ("head", done):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(textures, run, config, device="cpu", progress=kill)
+    assert not (run / "bundle").exists()
+    bundle = train(textures, run, config, device="cpu")
+    assert products(run) == products(tmp_path / "whole")
+    assert not list(run.glob("*.checkpoint.*"))
+    # The finished classifier has the backbone of the segmenter and the head of the last stage.
+    assert bundle.card.segmenter.shared_backbone
+    first, last, segmenter = (
+        safetensors.torch.load_file(run / f"{stage}.safetensors") for stage in ("classifier", "head", "segmenter")
+    )
+    for name, tensor in last.items():
+        if name.startswith("backbone.net."):
+            assert torch.equal(tensor, segmenter[name.replace("backbone.net.", "encoder.model.")])
+    name = "backbone.net.blocks.3.0.conv_pw.weight"
+    assert not torch.equal(last[name], first[name])
+    assert not torch.equal(last["head.conv.weight"], first["head.conv.weight"])
+    classifier, _ = load_networks(bundle)
+    assert torch.equal(classifier.state_dict()[name], last[name].half().float())
+
+
 def test_another_seed_gives_other_weights(unbroken: Path, textures: Dataset, tmp_path: Path) -> None:
     stop = dataclasses.replace(CONFIG, seed=1, classifier_epochs=1)
 
