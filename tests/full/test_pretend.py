@@ -7,20 +7,29 @@ from pathlib import Path
 
 import pytest
 
+from models.bundle import load_networks
+from models.shared_stages import split_networks
 from tests.pipeline.fakes import REGIONS, data_of
-from tests.pipeline.small_bundle import familiar_bundle, speckled_slide
+from tests.pipeline.small_bundle import familiar_bundle, speckled_slide, stages_bundle
 from tests.pretend_runs import in_own_process
 from tests.slides import painted
 
 
-@pytest.mark.parametrize("model", ["", "colon-gland", "colorectal-tissue"], ids=["two networks", "stages", "backbone"])
+@pytest.mark.parametrize("shared", ["nothing", "stages", "backbone"])
 def test_the_command_writes_the_bytes_of_the_cpu_with_one_upload_and_no_wait_within_a_network(
-    tmp_path: Path, model: str
+    tmp_path: Path, shared: str
 ) -> None:
-    """The small bundle's networks share nothing, colon-gland's the first stages, colorectal-tissue's a backbone."""
-    bundle = familiar_bundle(tmp_path / "bundle", painted((1280, 832), *REGIONS)).path
+    model: str | Path = "colorectal-tissue"
+    if shared == "nothing":
+        model = familiar_bundle(tmp_path / "bundle", painted((1280, 832), *REGIONS)).path
+    elif shared == "stages":
+        bundle = stages_bundle(tmp_path / "bundle")
+        parts = split_networks(*load_networks(bundle), bundle.card.margin)
+        assert parts.first is not None
+        assert parts.shared_deep is None
+        model = bundle.path
     slide = speckled_slide(tmp_path / "slide.svs")
-    found = in_own_process("command", model or bundle, slide, tmp_path)
+    found = in_own_process("command", model, slide, tmp_path)
     assert [found["status"][device][0] for device in ("cpu", "auto")] == [0, 0], found["status"]
     ours, cpus = (tmp_path / device / "slide" for device in ("auto", "cpu"))
     assert data_of(ours) == data_of(cpus)

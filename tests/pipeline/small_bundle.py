@@ -14,7 +14,7 @@ from models.card import NO_DIGEST, ClassifierCard, FamiliarityCard, SegmenterCar
 from models.classifier import Classifier
 from models.familiarity import fit_statistics, window_features
 from models.segmenter import build_segmenter
-from tests.models.networks import make_card
+from tests.models.networks import LITE, make_card, timm_networks
 from tests.pipeline.fakes import COLORS, REGIONS
 from tests.slides import painted, write_slide
 
@@ -31,6 +31,18 @@ def small_bundle(folder: Path, seed: int = 3) -> Bundle:
     )
     networks = Classifier("tf_efficientnet_lite0", "gap", 2, 3), build_segmenter("resnet18", 2)
     return save_bundle(folder, card, *networks)
+
+
+def stages_bundle(folder: Path) -> Bundle:
+    """A bundle whose networks start with the same stages, like those that the default settings train."""
+    card = make_card(COLORS).model_copy(
+        update={
+            "classifier": ClassifierCard(backbone=LITE, head="gap", depth=4),
+            "segmenter": SegmenterCard(encoder=f"tu-{LITE}", depth=4, rates=(1, 2, 4)),
+            "gate_thresholds": (0.0, 0.0),
+        }
+    )
+    return save_bundle(folder, card, *timm_networks())
 
 
 def speckled_slide(path: Path) -> Path:
