@@ -29,7 +29,7 @@ def train_flow(
     device: str = "auto",
     test: bool = False,
 ) -> State[None]:
-    """Run those stages of a training whose product is missing: classifier, pseudo masks, segmenter, bundle.
+    """Run those stages of a training whose product is missing: classifier, pseudo masks, segmenter, head, bundle.
 
     Args:
         dataset: A dataset.toml, or the name of a shipped one.

@@ -46,12 +46,13 @@ class TrainConfig:
     decoder_channels: int = 256
     """Channels of the segmenter's ASPP and decoder."""
     shared_backbone: bool = False
-    """Whether the segmenter keeps the classifier's trained backbone as its encoder, so that a run computes it once for
-    both networks, if it is an EfficientNet of timm. Otherwise, an encoder that is the same network starts from it.
+    """Whether the segmenter's encoder is the classifier's trained backbone, so that a run computes it once for both
+    networks, if it is an EfficientNet of timm. Otherwise, an encoder that is the same network starts from it.
     """
     head_epochs: int = 0
     """With `shared_backbone`: if not 0, the segmenter trains the shared backbone further, and a last stage with this
-    many epochs trains the classifier's head on it. 0 keeps the backbone that the classifier trained.
+    many epochs trains the classifier's head on it. That stage has the classifier's settings, but no attention, and
+    works at `mpp` alone. 0 keeps the backbone that the classifier trained.
     """
     weights: str = "imagenet"
     """Initial weights of the backbone: `imagenet` (of `tf_efficientnet_lite0` or `tf_efficientnet_lite2`,
@@ -72,7 +73,7 @@ class TrainConfig:
     """Pixel size in µm that the networks work at; None for the pixel size of the data set."""
     classifier_mpp: tuple[float, ...] = ()
     """Pixel sizes in µm at which the classifier is trained; each step draws one of them. Empty for `mpp` alone. The
-    classifier is validated, and pseudo masks are made, at `mpp`.
+    classifier is validated, pseudo masks are made, and the stage of `head_epochs` works at `mpp`.
     """
 
     # Input of a training step
@@ -242,11 +243,6 @@ class TrainConfig:
             raise TrainConfigError(f"decoder_channels is {self.decoder_channels}; it must be between 1 and 1,024")
         if self.shared_backbone:
             self._check_shared()
-        elif self.head_epochs:
-            raise TrainConfigError(
-                f"head_epochs is {self.head_epochs}, which has no effect without shared_backbone; set "
-                "shared_backbone=true, or head_epochs=0"
-            )
 
     def _check_shared(self) -> None:
         if self.backbone == "resnet38d":

@@ -101,6 +101,7 @@ def _stages(parts: Parts, device: torch.device, share: float) -> dict[str, dict[
     task = segmenter_task(segmenter, training, one, _Stripes(training, config), config, device, ALONE)
     stages["segmenter"] = _stage(task, config, device, config.segmenter_steps, held, share)
     if config.head_epochs:
+        classifier.layer_heads.clear()
         task = head_task(classifier, training, one, config, device, ALONE)
         stages["head"] = _stage(task, config, device, config.classifier_steps, held, share)
     return stages

@@ -27,6 +27,7 @@ def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tu
     layers = ", ".join(
         f"{layer} {weight:g}" for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0
     )
+    head = f", the head trained again at {config.mpp} um/px on the segmenter's backbone" if config.head_epochs else ""
     own_encoder = f", the encoder from {config.encoder_weights}" if config.encoder_weights else ""
     start = f"the model {config.init}" if config.init else f"{config.weights} weights{own_encoder}"
     assert config.mpp is not None
@@ -56,7 +57,7 @@ def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tu
             training_data=(
                 f"{card.attribution} Supervision: presence labels of patches only; {views} at {sizes} um/px, "
                 f"classifier head {config.head}{with_attention}, "
-                f"pseudo masks by {config.cam} at {config.mpp} um/px at the layers {layers}, "
+                f"pseudo masks by {config.cam} at {config.mpp} um/px at the layers {layers}{head}, "
                 f"seed {config.seed}, started from {start}."
             ),
             started_from=config.init or None,

@@ -101,7 +101,8 @@ def segmenter_task(
     elif config.encoder_starts:
         for name, parameter in encoder_network(segmenter).named_parameters():
             parameter.requires_grad_(not name.startswith(config.frozen))
-    started = {id(parameter) for parameter in encoder.parameters()} if config.encoder_pretrained else set()
+    trained = config.encoder_pretrained or config.shared_backbone
+    started = {id(parameter) for parameter in encoder.parameters()} if trained else set()
     return Task(
         name="segmenter",
         network=segmenter,

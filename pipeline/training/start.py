@@ -29,7 +29,9 @@ def start_settings(card: ModelCard, of_dataset: Mapping[str, Any]) -> dict[str, 
     Settings of the data set override `FINE_TUNING`, and those of the model's networks, which must not change, override
     both.
     """
-    return {**FINE_TUNING, **of_dataset, **_of_networks(card), "gate_stride": card.classifier.stride}
+    settings = {**FINE_TUNING, **of_dataset, **_of_networks(card), "gate_stride": card.classifier.stride}
+    # The setting of a data set has no effect if the networks of the model do not share their backbone.
+    return settings if card.segmenter.shared_backbone else settings | {"head_epochs": 0}
 
 
 def _of_networks(card: ModelCard) -> dict[str, Any]:

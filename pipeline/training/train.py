@@ -1,5 +1,7 @@
 """The training recipe: classifier, pseudo masks, segmenter, gate and bundle, from presence labels of patches only.
 
+With `head_epochs`, the classifier's head is trained once more, on the backbone that the segmenter trained.
+
 Each stage writes its product to the run folder and is skipped if the product already exists. A stage that was killed
 resumes from its checkpoint.
 
@@ -162,6 +164,12 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
     With `init`, both networks start from those of a bundle, see `pipeline.training.start`. Raises TrainError for
     settings that do not fit the data, DatasetError for bad data, and ModelError if a network cannot be built.
     """
+    if config.head_epochs and not config.shared_backbone:
+        # Not a check of the settings alone: those of the data set or of the model to start from can share the backbone.
+        raise TrainError(
+            f"head_epochs is {config.head_epochs}, which has no effect without shared_backbone; set "
+            "shared_backbone=true, or head_epochs=0"
+        )
     config = with_start(dataclasses.replace(config, mpp=config.mpp or dataset.mpp), init)
     if init is not None:
         check_start(init, config, dataset.class_names)
@@ -210,8 +218,8 @@ def _check(training: PatchImages, by_size: Sequence[PatchImages], validation: Pa
     for images in (training, validation):
         if not len(images):
             raise TrainError(f"{images.dataset.card.name}: the training or validation split has no readable image")
-    if training not in by_size:  # its patches are gate windows, and no regions of it are drawn
-        _check_patches(training, None, "mpp")
+    if training not in by_size:  # its patches are gate windows; only the last stage draws regions of it
+        _check_patches(training, config.region if config.head_epochs else None, "mpp")
     for images in by_size:
         _check_patches(images, config.region, "classifier_mpp" if config.classifier_mpp else "mpp")
     # Validation patches may differ in size if each one passes the network alone.

@@ -189,6 +189,23 @@ def test_the_plan_of_a_run_is_printed_and_nothing_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_setting_that_needs_one_of_the_data_set_is_checked_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.training.dry_run.time_steps", lambda *_: 1.0)
+    data = write_textures(tmp_path / "data", train=4, val=2, test=1, size=64)
+    planned: list[str | Path] = [data, "-o", tmp_path / "run", "--dry-run", "--device", "cpu"]
+    planned += settings(*SMALL, "head_epochs=2")
+    refused = invoke(*planned)
+    assert refused.exit_code == 1
+    assert "head_epochs is 2, which has no effect without shared_backbone" in refused.stderr
+    with data.open("a", encoding="utf-8") as stream:
+        stream.write("\n[settings]\nshared_backbone = true\n")
+    accepted = invoke(*planned)
+    assert accepted.exit_code == 0, accepted.output
+    assert json.loads(accepted.stdout)["stages"]["head"]["epochs"] == 2
+
+
 def test_the_plan_counts_the_time_of_all_seeds(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.training.dry_run.time_steps", lambda *_: 600.0)
     planned: list[str | Path] = [data, "-o", tmp_path / "run", "--dry-run", "--device", "cpu", *settings(*SMALL)]

@@ -22,5 +22,9 @@ def test_the_card_documents_data_and_training(tmp_path: Path) -> None:
         assert said in card.training_data
     several = make_card(textures, dataclasses.replace(config, classifier_mpp=(0.5, 0.75)), 64, (0.1,) * 3)
     assert "regions of 64 px at 0.5, 0.75 um/px, classifier" in several.training_data
+    assert "head trained again" not in card.training_data
+    shared = dataclasses.replace(config, encoder="", shared_backbone=True, head_epochs=1)
+    said = "layers deep 1, the head trained again at 0.5 um/px on the segmenter's backbone, seed 12"
+    assert said in make_card(textures, shared, 64, (0.1,) * 3).training_data
     by_default = dataclasses.replace(config, encoder=TrainConfig().encoder)
     assert make_card(textures, by_default, 64, (0.1,) * 3).segmenter.encoder == f"tu-{config.backbone}"

@@ -86,6 +86,13 @@ def test_a_run_from_a_model_with_a_shared_backbone_shares_it_too() -> None:
             assert torch.equal(own.state_dict()[name], tensor), name
 
 
+def test_head_epochs_of_a_data_set_have_no_effect_on_a_model_that_shares_no_backbone() -> None:
+    card = load_bundle("colorectal-tissue").card
+    apart = card.model_copy(update={"segmenter": card.segmenter.model_copy(update={"shared_backbone": False})})
+    of_dataset = {"shared_backbone": True, "head_epochs": 2}
+    assert [start_settings(one, of_dataset)["head_epochs"] for one in (card, apart)] == [2, 0]
+
+
 @pytest.mark.full
 def test_a_run_that_starts_from_a_model_names_its_digest_and_resumes_only_from_it(tmp_path: Path) -> None:
     dataset = load_dataset(write_textures(tmp_path / "textures", train=5, val=2, test=2, size=64))

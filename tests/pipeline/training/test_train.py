@@ -26,7 +26,7 @@ from pipeline.training.model_card import score_metrics
 from pipeline.training.patches import PatchImages
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import data_digest
-from pipeline.training.train import train
+from pipeline.training.train import prepare, train
 from tests.cases import full
 from tests.textures import write_crops, write_textures
 
@@ -182,7 +182,7 @@ def test_a_run_killed_in_any_stage_and_restarted_ends_with_the_same_bytes(
     assert not list(run.glob("*.checkpoint.*"))
 
 
-@pytest.mark.parametrize("done", [1, full(3)])
+@pytest.mark.parametrize("done", [full(1), 3])
 def test_a_run_whose_segmenter_trains_the_shared_backbone_resumes_its_last_stage(
     textures: Dataset, tmp_path: Path, done: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +206,9 @@ def test_a_run_whose_segmenter_trains_the_shared_backbone_resumes_its_last_stage
     first, last, segmenter = (
         safetensors.torch.load_file(run / f"{stage}.safetensors") for stage in ("classifier", "head", "segmenter")
     )
+    assert any(name.startswith("layer_heads.") for name in first)
     for name, tensor in last.items():
+        assert not name.startswith("layer_heads.")
         if name.startswith("backbone.net."):
             assert torch.equal(tensor, segmenter[name.replace("backbone.net.", "encoder.model.")])
     name = "backbone.net.blocks.3.0.conv_pw.weight"
@@ -214,6 +216,21 @@ def test_a_run_whose_segmenter_trains_the_shared_backbone_resumes_its_last_stage
     assert not torch.equal(last["head.conv.weight"], first["head.conv.weight"])
     classifier, _ = load_networks(bundle)
     assert torch.equal(classifier.state_dict()[name], last[name].half().float())
+
+
+def test_head_epochs_need_a_shared_backbone(textures: Dataset, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, head_epochs=2)
+    with pytest.raises(TrainError, match="head_epochs is 2, which has no effect without shared_backbone"):
+        train(textures, tmp_path / "run", config, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_regions_of_the_last_stage_must_hold_a_patch_too(tmp_path: Path) -> None:
+    dataset = load_dataset(write_textures(tmp_path / "data", train=2, val=1, test=1, size=128))
+    config = dataclasses.replace(CONFIG, classifier_mpp=(2.0,), shared_backbone=True)
+    prepare(dataset, config)
+    with pytest.raises(TrainError, match=r"region is 64 px, but the labeled patches are 128 px at 1 .*coarser mpp"):
+        prepare(dataset, dataclasses.replace(config, head_epochs=1))
 
 
 def test_another_seed_gives_other_weights(unbroken: Path, textures: Dataset, tmp_path: Path) -> None:
