@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models import resnet38d
 from models.errors import ArchitectureError
 from models.light_imports import import_light
-from models.padding import extend_edges
+from models.padding import Mode, extend_edges
 
 timm = import_light("timm")
 
@@ -44,13 +44,14 @@ class Backbone(nn.Module):
     With `depth` the network ends after that many of timm's feature stages, and the last three of these are the
     `Stages`. Late stages see hundreds of pixels, so their maps smear across thin structures.
 
-    Convolutions repeat edge pixels instead of adding zeros. Mirrored ones give worse pseudo masks (decision 11).
+    Convolutions repeat edge pixels instead of adding zeros. Mirrored ones (`edges` "reflect") give worse pseudo masks
+    (decision 11); a backbone that the segmenter trained has them (decision 7).
 
     Weights are random; nothing is downloaded. Raises ArchitectureError if no network has this name, or if the network
     does not have these stages at this stride.
     """
 
-    def __init__(self, name: str, depth: int | None = None, stride: int = STRIDE) -> None:
+    def __init__(self, name: str, depth: int | None = None, stride: int = STRIDE, edges: Mode = "replicate") -> None:
         super().__init__()
         self.net: Any
         self.channels: int
@@ -70,7 +71,7 @@ class Backbone(nn.Module):
                 self.channels, self._taps = _cut(self.net, name, depth), [depth - 3, depth - 2, depth - 1]
             shallow, middle = (int(self.net.feature_info[tap]["num_chs"]) for tap in self._taps[:2])
             self.stage_channels = (shallow, middle, self.channels)
-        extend_edges(self.net, "replicate")
+        extend_edges(self.net, edges)
 
     def forward(self, x_NCHW: Tensor) -> Stages:
         if self._taps is None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from models.classifier import Classifier
     from models.familiarity import Statistics
+    from models.padding import Mode
 
 DEFAULT_BUNDLE = "colorectal-tissue"
 """Name of the default shipped bundle."""
@@ -125,7 +126,10 @@ def load_networks(bundle: Bundle) -> tuple[Classifier, nn.Module]:
 
     card = bundle.card
     parts = card.classifier
-    classifier = Classifier(parts.backbone, parts.head, len(card.classes), parts.depth, stride=parts.stride)
+    edges: Mode = "reflect" if card.segmenter.trains_backbone else "replicate"
+    classifier = Classifier(
+        parts.backbone, parts.head, len(card.classes), parts.depth, stride=parts.stride, edges=edges
+    )
     _load_weights(classifier, bundle.path / CLASSIFIER_FILE, card.weights.classifier)
     segmenter = segmenter_of(card.segmenter, len(card.classes))
     if card.segmenter.shared_backbone:
@@ -142,8 +146,9 @@ def segmenter_of(card: SegmenterCard, classes: int) -> nn.Module:
     """Return a card's segmenter with random weights. Raises ArchitectureError if the architecture does not exist."""
     from models.segmenter import build_segmenter
 
+    keeps_backbone = card.shared_backbone and not card.trains_backbone
     return build_segmenter(
-        card.encoder, classes, card.depth, card.rates, card.decoder_channels, shared_backbone=card.shared_backbone
+        card.encoder, classes, card.depth, card.rates, card.decoder_channels, keeps_backbone=keeps_backbone
     )
 
 

@@ -56,6 +56,9 @@ class SegmenterCard(_Strict):
     """Channels of the ASPP and the decoder."""
     shared_backbone: bool = False
     """Whether the encoder is the classifier's backbone. The weights of the segmenter then have no encoder."""
+    trains_backbone: bool = False
+    """Whether the segmenter trained the shared backbone, and the classifier's head was trained on it. The convolutions
+    of both networks then mirror the edges of their input, as those of the segmenter do."""
 
 
 class WeightsCard(_Strict):

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from models.backbone import STRIDE, Backbone, Stages
 from models.errors import ArchitectureError
 from models.heads import HEADS, HeadOutput, progressive_dropout_attention
+from models.padding import Mode
 
 
 class Classifier(nn.Module):
     """Normalized images (N, 3, H, W) -> logits (N, K), one sigmoid per class.
 
     `stages` and `head_output` return the features and maps that class activation maps are computed from. `depth` cuts
-    the backbone, and `stride` is the stride of its deep stage; see `Backbone`. `layers` are stages ("shallow",
-    "middle") that get a head of their own, for training and pseudo masks only. Raises ArchitectureError if the backbone
-    or the head is unknown, or if the backbone cannot have this stride.
+    the backbone, `stride` is the stride of its deep stage, and `edges` is how it continues its input; see `Backbone`.
+    `layers` are stages ("shallow", "middle") that get a head of their own, for training and pseudo masks only. Raises
+    ArchitectureError if the backbone or the head is unknown, or if the backbone cannot have this stride.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class Classifier(nn.Module):
         depth: int | None = None,
         layers: Sequence[str] = (),
         stride: int = STRIDE,
+        edges: Mode = "replicate",
     ) -> None:
         super().__init__()
         if head not in HEADS:
             raise ArchitectureError(f"unknown classifier head {head!r}; use one of {', '.join(sorted(HEADS))}")
-        self.backbone = Backbone(backbone, depth, stride)
+        self.backbone = Backbone(backbone, depth, stride, edges)
         self.head: Any = HEADS[head](self.backbone.channels, classes)
         channels = dict(zip(Stages._fields, self.backbone.stage_channels, strict=True))
         self.layer_heads = nn.ModuleDict({layer: HEADS[head](channels[layer], classes) for layer in layers})

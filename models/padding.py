@@ -53,6 +53,13 @@ def extend_edges(network: nn.Module, mode: Mode) -> None:
                 _extend(module, edges, (vertical, horizontal) if whole else (1, 1), mode)
 
 
+def mirror_edges(network: nn.Module) -> None:
+    """Let the convolutions that continue their input mirror it, in place."""
+    for module in network.modules():
+        if isinstance(module, ExtendedConv2d):
+            module.mode = "reflect"
+
+
 def pad_before_expansion(network: nn.Module) -> nn.Module:
     """Return a network that gives the same output in eval mode, and whose inverted residuals extend smaller maps.
 

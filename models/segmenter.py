@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.errors import ArchitectureError
 from models.light_imports import WithoutUnseenWeights, import_light
-from models.padding import extend_edges
+from models.padding import extend_edges, mirror_edges
 
 smp = import_light("segmentation_models_pytorch")
 
@@ -38,7 +38,7 @@ def build_segmenter(
     rates: tuple[int, int, int] = RATES,
     decoder_channels: int = DECODER_CHANNELS,
     *,
-    shared_backbone: bool = False,
+    keeps_backbone: bool = False,
 ) -> nn.Module:
     """Return DeepLabV3+ with random weights: normalized images (N, 3, H, W) -> logits (N, K, H/4, W/4).
 
@@ -47,9 +47,9 @@ def build_segmenter(
     timm network. The head does not upsample, because finer pixels would only be interpolated.
 
     A logit depends on the pixels around it, not on its place in the image: the network has no image pooling, padding
-    mirrors the edge, and cells are upsampled around their centers. With `shared_backbone`, the encoder repeats edge
-    pixels as a classifier's backbone does, and `share_backbone` loads its weights. Raises ArchitectureError if the
-    encoder is unknown.
+    mirrors the edge, and cells are upsampled around their centers. With `keeps_backbone`, the encoder is a classifier's
+    backbone that stays as it is: it repeats edge pixels, and `share_backbone` loads its weights. Raises
+    ArchitectureError if the encoder is unknown.
     """
     options: dict[str, Any] = {
         "encoder_depth": depth,
@@ -67,7 +67,7 @@ def build_segmenter(
     _remove_unused_stages(network.encoder)
     _remove_image_pooling(network.decoder.aspp[0])
     network.decoder.up = nn.Upsample(scale_factor=network.decoder.up.scale_factor, mode="bilinear", align_corners=False)
-    if shared_backbone:
+    if keeps_backbone:
         extend_edges(network.encoder, "replicate")
     extend_edges(network, "reflect")
     return cast(nn.Module, network)
@@ -164,7 +164,7 @@ def encoder_network(segmenter: nn.Module) -> nn.Module:
 
 
 def share_backbone(segmenter: nn.Module, classifier: nn.Module) -> None:
-    """Copy the classifier's backbone into the encoder of a segmenter built with `shared_backbone`.
+    """Copy the weights of the classifier's backbone into the segmenter's encoder, the same network.
 
     Raises ArchitectureError if they are different networks.
     """
@@ -180,9 +180,10 @@ def share_backbone(segmenter: nn.Module, classifier: nn.Module) -> None:
 
 
 def take_backbone(classifier: nn.Module, segmenter: nn.Module) -> None:
-    """Copy the encoder of a segmenter built with `shared_backbone` into the classifier's backbone, the same network."""
+    """Make the segmenter's encoder the classifier's backbone, which is the same network, with its mirrored edges."""
     backbone: Any = classifier.backbone
     backbone.net.load_state_dict(encoder_network(segmenter).state_dict())
+    mirror_edges(backbone.net)
 
 
 def _remove_unused_stages(encoder: Any) -> None:

@@ -50,6 +50,7 @@ def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tu
                 rates=config.rates,
                 decoder_channels=config.decoder_channels,
                 shared_backbone=config.shared_backbone,
+                trains_backbone=config.head_epochs > 0,
             ),
             margin=config.margin,
             gate_thresholds=thresholds,

@@ -22,6 +22,9 @@ from pipeline.training.config import TrainConfig
 FINE_TUNING: dict[str, Any] = {"classifier_epochs": 6, "segmenter_epochs": 4, "new_rate": TrainConfig.backbone_rate}
 """Trained networks need fewer epochs, and a high rate would undo what their last layers have learned."""
 
+HEAD_EPOCHS = 2
+"""Default of `head_epochs` if the segmenter trained the backbone of the model."""
+
 
 def start_settings(card: ModelCard, of_dataset: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with which a run can start from a model.
@@ -31,7 +34,9 @@ def start_settings(card: ModelCard, of_dataset: Mapping[str, Any]) -> dict[str, 
     """
     settings = {**FINE_TUNING, **of_dataset, **_of_networks(card), "gate_stride": card.classifier.stride}
     # The setting of a data set has no effect if the networks of the model do not share their backbone.
-    return settings if card.segmenter.shared_backbone else settings | {"head_epochs": 0}
+    if not card.segmenter.shared_backbone:
+        return settings | {"head_epochs": 0}
+    return {"head_epochs": HEAD_EPOCHS, **settings} if card.segmenter.trains_backbone else settings
 
 
 def _of_networks(card: ModelCard) -> dict[str, Any]:

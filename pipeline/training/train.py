@@ -189,7 +189,7 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
         config.encoder_depth,
         config.rates,
         config.decoder_channels,
-        shared_backbone=config.shared_backbone,
+        keeps_backbone=config.keeps_backbone,
     )
     if config.shared_backbone:
         share_backbone(segmenter, classifier)  # checks before training that they are the same network

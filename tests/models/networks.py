@@ -149,6 +149,6 @@ def sharing_networks(
     """Return a classifier and a segmenter with its backbone, in eval mode."""
     torch.manual_seed(0)
     classifier: Any = Classifier(backbone, "gap", 2, depth=depth, stride=stride)
-    segmenter = build_segmenter(f"tu-{backbone}", 2, depth, decoder_channels=32, shared_backbone=edges_too)
+    segmenter = build_segmenter(f"tu-{backbone}", 2, depth, decoder_channels=32, keeps_backbone=edges_too)
     share_backbone(segmenter, classifier)
     return classifier.eval(), segmenter.eval()

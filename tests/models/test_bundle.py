@@ -84,7 +84,7 @@ def test_networks_load_in_float32_within_half_precision(tmp_path: Path) -> None:
 
 def test_a_shared_backbone_is_stored_once(tmp_path: Path) -> None:
     classifier = Classifier("tf_efficientnet_lite0", "gap", 2, depth=4)
-    segmenter = build_segmenter("tu-tf_efficientnet_lite0", 2, decoder_channels=16, shared_backbone=True)
+    segmenter = build_segmenter("tu-tf_efficientnet_lite0", 2, decoder_channels=16, keeps_backbone=True)
     share_backbone(segmenter, classifier)
     parts = SegmenterCard(
         encoder="tu-tf_efficientnet_lite0", depth=4, rates=(1, 2, 4), decoder_channels=16, shared_backbone=True
@@ -111,7 +111,7 @@ def test_a_shared_backbone_is_stored_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stages", [4, 5])
 def test_a_trained_encoder_is_not_dropped_as_a_shared_one(tmp_path: Path, stages: int) -> None:
     classifier = Classifier("tf_efficientnet_lite0", "gap", 2, depth=stages)
-    segmenter = build_segmenter("tu-tf_efficientnet_lite0", 2, decoder_channels=16, shared_backbone=True)
+    segmenter = build_segmenter("tu-tf_efficientnet_lite0", 2, decoder_channels=16, keeps_backbone=True)
     parts = SegmenterCard(
         encoder="tu-tf_efficientnet_lite0", depth=4, rates=(1, 2, 4), decoder_channels=16, shared_backbone=True
     )

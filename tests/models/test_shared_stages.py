@@ -100,7 +100,7 @@ def test_a_shared_backbone_gives_the_probabilities_of_two_networks(
 def test_a_segmenter_with_another_encoder_cannot_take_the_backbone() -> None:
     classifier, _ = sharing_networks()
     with pytest.raises(ArchitectureError, match="cannot share"):
-        share_backbone(build_segmenter("tu-tf_efficientnet_lite1", 2, shared_backbone=True), classifier)
+        share_backbone(build_segmenter("tu-tf_efficientnet_lite1", 2, keeps_backbone=True), classifier)
 
 
 def test_another_padding_of_the_shared_stages_reaches_nine_pixels() -> None:

@@ -250,7 +250,9 @@ def test_a_shared_backbone_is_trained_only_if_the_head_follows_it(
     )
     write_pseudo_masks(tmp_path / "masks", CellClassifier("gap", seed=5), images, config, CPU, ALONE)
     torch.manual_seed(0)
-    segmenter = build_segmenter("tu-tf_efficientnet_lite0", 3, decoder_channels=16, shared_backbone=True)
+    segmenter = build_segmenter(
+        "tu-tf_efficientnet_lite0", 3, decoder_channels=16, keeps_backbone=config.keeps_backbone
+    )
     share_backbone(segmenter, Classifier("tf_efficientnet_lite0", "gap", 3, depth=4))
     task = segmenter_task(segmenter, images, images, read_from(tmp_path / "masks", images, config), config, CPU, ALONE)
     before = {name: tensor.clone() for name, tensor in segmenter.state_dict().items()}

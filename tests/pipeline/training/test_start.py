@@ -14,7 +14,14 @@ from models.segmenter import build_segmenter
 from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig, train_config
 from pipeline.training.dataset import load_dataset
-from pipeline.training.start import check_start, copy_classes, start_from_bundle, start_settings, with_start
+from pipeline.training.start import (
+    HEAD_EPOCHS,
+    check_start,
+    copy_classes,
+    start_from_bundle,
+    start_settings,
+    with_start,
+)
 from pipeline.training.train import train
 from tests.pipeline.small_bundle import small_bundle
 from tests.textures import write_textures
@@ -89,8 +96,16 @@ def test_a_run_from_a_model_with_a_shared_backbone_shares_it_too() -> None:
 def test_head_epochs_of_a_data_set_have_no_effect_on_a_model_that_shares_no_backbone() -> None:
     card = load_bundle("colorectal-tissue").card
     apart = card.model_copy(update={"segmenter": card.segmenter.model_copy(update={"shared_backbone": False})})
-    of_dataset = {"shared_backbone": True, "head_epochs": 2}
-    assert [start_settings(one, of_dataset)["head_epochs"] for one in (card, apart)] == [2, 0]
+    of_dataset = {"shared_backbone": True, "head_epochs": 7}
+    assert [start_settings(one, of_dataset)["head_epochs"] for one in (card, apart)] == [7, 0]
+
+
+def test_the_segmenter_trains_the_backbone_of_a_model_if_it_did_so_before() -> None:
+    card = load_bundle("colorectal-tissue").card
+    trained = card.model_copy(update={"segmenter": card.segmenter.model_copy(update={"trains_backbone": True})})
+    assert start_settings(trained, {})["head_epochs"] == HEAD_EPOCHS
+    assert start_settings(trained, {"head_epochs": 7})["head_epochs"] == 7
+    assert "head_epochs" not in start_settings(card, {})
 
 
 @pytest.mark.full

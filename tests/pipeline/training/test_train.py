@@ -14,7 +14,9 @@ from PIL import Image
 from models.bundle import load_bundle, load_networks
 from models.card import NO_DIGEST
 from models.errors import ArchitectureError
+from models.padding import ExtendedConv2d
 from models.predictor import Predictor
+from models.shared_stages import split_networks
 from pipeline.errors import EmptyClassError, MissingImagesError, TrainError
 from pipeline.training import fit as loop
 from pipeline.training.calibration import calibrate_temperature
@@ -214,8 +216,13 @@ def test_a_run_whose_segmenter_trains_the_shared_backbone_resumes_its_last_stage
     name = "backbone.net.blocks.3.0.conv_pw.weight"
     assert not torch.equal(last[name], first[name])
     assert not torch.equal(last["head.conv.weight"], first["head.conv.weight"])
-    classifier, _ = load_networks(bundle)
+    classifier, trained = load_networks(bundle)
     assert torch.equal(classifier.state_dict()[name], last[name].half().float())
+    # Both continue their input as the segmenter did in training, so a run computes the backbone once.
+    assert bundle.card.segmenter.trains_backbone
+    modes = [m.mode for network in (classifier, trained) for m in network.modules() if isinstance(m, ExtendedConv2d)]
+    assert set(modes) == {"reflect"}
+    assert split_networks(classifier, trained, bundle.card.margin).shared_deep is not None
 
 
 def test_head_epochs_need_a_shared_backbone(textures: Dataset, tmp_path: Path) -> None:
