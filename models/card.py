@@ -58,7 +58,7 @@ class SegmenterCard(_Strict):
     """Whether the encoder is the classifier's backbone. The weights of the segmenter then have no encoder."""
     trains_backbone: bool = False
     """Whether the segmenter trained the shared backbone, and the classifier's head was trained on it. The convolutions
-    of both networks then mirror the edges of their input, as those of the segmenter do."""
+    of both networks then mirror the edges of their input, as those of a segmenter with its own backbone do."""
 
 
 class WeightsCard(_Strict):

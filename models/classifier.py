@@ -20,7 +20,7 @@ class Classifier(nn.Module):
     """Normalized images (N, 3, H, W) -> logits (N, K), one sigmoid per class.
 
     `stages` and `head_output` return the features and maps that class activation maps are computed from. `depth` cuts
-    the backbone, `stride` is the stride of its deep stage, and `edges` is how it continues its input; see `Backbone`.
+    the backbone, `stride` is the stride of its deep stage, and `edges` is how it extends its input; see `Backbone`.
     `layers` are stages ("shallow", "middle") that get a head of their own, for training and pseudo masks only. Raises
     ArchitectureError if the backbone or the head is unknown, or if the backbone cannot have this stride.
     """

@@ -54,7 +54,7 @@ def extend_edges(network: nn.Module, mode: Mode) -> None:
 
 
 def mirror_edges(network: nn.Module) -> None:
-    """Let the convolutions that continue their input mirror it, in place."""
+    """Let every `ExtendedConv2d` of a network mirror the edges, in place."""
     for module in network.modules():
         if isinstance(module, ExtendedConv2d):
             module.mode = "reflect"

@@ -164,7 +164,7 @@ def encoder_network(segmenter: nn.Module) -> nn.Module:
 
 
 def share_backbone(segmenter: nn.Module, classifier: nn.Module) -> None:
-    """Copy the weights of the classifier's backbone into the segmenter's encoder, the same network.
+    """Copy the weights of the classifier's backbone into the segmenter's encoder, which must be the same network.
 
     Raises ArchitectureError if they are different networks.
     """
@@ -180,7 +180,10 @@ def share_backbone(segmenter: nn.Module, classifier: nn.Module) -> None:
 
 
 def take_backbone(classifier: nn.Module, segmenter: nn.Module) -> None:
-    """Make the segmenter's encoder the classifier's backbone, which is the same network, with its mirrored edges."""
+    """Copy the weights of the segmenter's encoder into the classifier's backbone, and let it mirror the edges too.
+
+    Both must be the same network.
+    """
     backbone: Any = classifier.backbone
     backbone.net.load_state_dict(encoder_network(segmenter).state_dict())
     mirror_edges(backbone.net)

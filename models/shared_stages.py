@@ -6,8 +6,8 @@ repeats a pixel and the segmenter mirrors its neighbors. Shared stages repeat it
 9 px into a canvas, and the margin that is cut off is wider. `models.fine_map` computes these stages, the largest maps
 of both networks, once for each pixel of a block.
 
-If the segmenter was trained on the classifier's backbone (`shared_backbone` in its card), its encoder pads as the
-classifier does, and everything up to the decoder is shared.
+If the networks share a backbone (`shared_backbone` in the card), both pad in the same way: they repeat edges, or mirror
+them if the segmenter trained the backbone (`trains_backbone`). Everything up to the decoder is then shared.
 
 Shape suffixes: N batch, C channels, D channels of the deep features, K classes, H and W the image, h and w a map.
 """

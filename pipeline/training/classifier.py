@@ -1,4 +1,4 @@
-"""First stage: train the classifier from presence labels. Last stage, with `head_epochs`: its head once more.
+"""First stage: train the classifier from presence labels. Last stage, with `head_epochs`: train its head again.
 
 Shape suffixes: N views, M labeled patches, B boxes, K classes, C channels, H and W the image, h and w a feature map.
 """

@@ -46,11 +46,11 @@ class TrainConfig:
     decoder_channels: int = 256
     """Channels of the segmenter's ASPP and decoder."""
     shared_backbone: bool = False
-    """Whether the segmenter's encoder is the classifier's trained backbone, so that a run computes it once for both
-    networks, if it is an EfficientNet of timm. Otherwise, an encoder that is the same network starts from it.
+    """Whether the segmenter's encoder is the classifier's backbone, so that `wsi-segment` computes it once for both
+    networks, if it is an EfficientNet of timm. If false, an encoder that is the same network starts from it.
     """
     head_epochs: int = 0
-    """With `shared_backbone`: if not 0, the segmenter trains the shared backbone further, and a last stage with this
+    """With `shared_backbone`: if above 0, the segmenter trains the shared backbone further, and a last stage with this
     many epochs trains the classifier's head on it. That stage has the classifier's settings, but no attention, and
     works at `mpp` alone. 0 keeps the backbone that the classifier trained.
     """
@@ -73,7 +73,7 @@ class TrainConfig:
     """Pixel size in µm that the networks work at; None for the pixel size of the data set."""
     classifier_mpp: tuple[float, ...] = ()
     """Pixel sizes in µm at which the classifier is trained; each step draws one of them. Empty for `mpp` alone. The
-    classifier is validated, pseudo masks are made, and the stage of `head_epochs` works at `mpp`.
+    validation, the pseudo masks and the stage of `head_epochs` use `mpp`.
     """
 
     # Input of a training step
@@ -283,7 +283,7 @@ class TrainConfig:
 
     @property
     def keeps_backbone(self) -> bool:
-        """Return whether the segmenter leaves the classifier's backbone as it is."""
+        """Return whether the segmenter uses the classifier's backbone without training it."""
         return self.shared_backbone and not self.head_epochs
 
     @property

@@ -30,10 +30,10 @@ def start_settings(card: ModelCard, of_dataset: Mapping[str, Any]) -> dict[str, 
     """Return the settings with which a run can start from a model.
 
     Settings of the data set override `FINE_TUNING`, and those of the model's networks, which must not change, override
-    both.
+    both. `head_epochs` is 0 if the networks share no backbone, and by default `HEAD_EPOCHS` if the segmenter trained it.
     """
     settings = {**FINE_TUNING, **of_dataset, **_of_networks(card), "gate_stride": card.classifier.stride}
-    # The setting of a data set has no effect if the networks of the model do not share their backbone.
+    # Without a shared backbone, a run would refuse the head_epochs of the data set.
     if not card.segmenter.shared_backbone:
         return settings | {"head_epochs": 0}
     return {"head_epochs": HEAD_EPOCHS, **settings} if card.segmenter.trains_backbone else settings

@@ -165,11 +165,9 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
     settings that do not fit the data, DatasetError for bad data, and ModelError if a network cannot be built.
     """
     if config.head_epochs and not config.shared_backbone:
-        # Not a check of the settings alone: those of the data set or of the model to start from can share the backbone.
-        raise TrainError(
-            f"head_epochs is {config.head_epochs}, which has no effect without shared_backbone; set "
-            "shared_backbone=true, or head_epochs=0"
-        )
+        # Not checked in TrainConfig, because the data set or the model to start from may set shared_backbone.
+        advice = "set head_epochs=0" if init is not None else "set shared_backbone=true, or head_epochs=0"
+        raise TrainError(f"head_epochs is {config.head_epochs}, which has no effect without shared_backbone; {advice}")
     config = with_start(dataclasses.replace(config, mpp=config.mpp or dataset.mpp), init)
     if init is not None:
         check_start(init, config, dataset.class_names)
