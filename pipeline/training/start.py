@@ -30,7 +30,8 @@ def start_settings(card: ModelCard, of_dataset: Mapping[str, Any]) -> dict[str, 
     """Return the settings with which a run can start from a model.
 
     Settings of the data set override `FINE_TUNING`, and those of the model's networks, which must not change, override
-    both. `head_epochs` is 0 if the networks share no backbone, and by default `HEAD_EPOCHS` if the segmenter trained it.
+    both. `head_epochs` is 0 if the networks share no backbone. Its default is `HEAD_EPOCHS` if the segmenter trained
+    the backbone.
     """
     settings = {**FINE_TUNING, **of_dataset, **_of_networks(card), "gate_stride": card.classifier.stride}
     # Without a shared backbone, a run would refuse the head_epochs of the data set.
