@@ -60,6 +60,14 @@ class SegmenterCard(_Strict):
     """Whether the segmenter trained the shared backbone, and the classifier's head was trained on it. The convolutions
     of both networks then mirror the edges of their input, as those of a segmenter with its own backbone do."""
 
+    @model_validator(mode="after")
+    def _trains_a_shared_backbone(self) -> Self:
+        if self.trains_backbone and not self.shared_backbone:
+            raise ValueError(
+                "trains_backbone is true, but shared_backbone is false; set both to true, or both to false"
+            )
+        return self
+
 
 class WeightsCard(_Strict):
     """SHA-256 digests of the weights files."""

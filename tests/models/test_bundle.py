@@ -181,6 +181,10 @@ def test_a_card_that_is_not_json_is_refused(folder: Path) -> None:
         ({"margin": 40}, "margin"),
         ({"mpp": 0}, "mpp"),
         ({"surprise": 1}, "surprise"),
+        (
+            {"segmenter": {"encoder": "resnet18", "depth": 4, "rates": [1, 2, 4], "trains_backbone": True}},
+            "segmenter: .*shared_backbone is false",
+        ),
     ],
 )
 def test_the_error_names_the_invalid_field_of_a_card(folder: Path, change: dict[str, Any], named: str) -> None:
