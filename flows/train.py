@@ -13,8 +13,8 @@ from flows.artifacts import StageProgress, show_metrics
 from flows.order import output_folder
 from flows.privacy import as_it_is, pipeline_log
 from models.bundle import Bundle
-from pipeline.training.config import train_config
 from pipeline.training.dataset import load_dataset
+from pipeline.training.presets import train_config
 from pipeline.training.train import train
 from wsi.errors import WsiSegmentError
 
@@ -35,7 +35,7 @@ def train_flow(
         dataset: A dataset.toml, or the name of a shipped one.
         output: Run folder. An unfinished run in it resumes from its last checkpoint.
         data: Folder of the images, instead of the folder in the TOML.
-        preset: Recipe, a key of `pipeline.training.config.PRESETS`.
+        preset: Recipe, a key of `pipeline.training.presets.PRESETS`.
         settings: Settings of `pipeline.training.config.TrainConfig` by name, instead of those of the recipe.
         device: auto, or a name in torch, such as cpu, cuda or cuda:1.
         test: Measure the finished bundle on the test split.

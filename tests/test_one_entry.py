@@ -23,7 +23,7 @@ from pipeline.batch.collect import collect_jobs
 from pipeline.cli.segment import app
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError
-from pipeline.training.config import train_config
+from pipeline.training.presets import train_config
 from pipeline.training.pseudo_masks import pseudo_masks_of_image
 from tests.pipeline.training.cells import CellClassifier, crop_images
 from wsi.box import Box

@@ -20,7 +20,7 @@ from models.bundle import load_bundle
 from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run
 from pipeline.errors import TrainConfigError
 from pipeline.files import local_path
-from pipeline.training.config import PRESETS, train_config
+from pipeline.training.presets import PRESETS, train_config
 from wsi.errors import WsiSegmentError
 
 PROGRAM = "wsi-train"

@@ -29,13 +29,14 @@ from models.classifier import Classifier
 from models.predictor import Predictor
 from pipeline.training.calibration import reliability
 from pipeline.training.compose import composed
-from pipeline.training.config import TrainConfig, train_config
+from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
 from pipeline.training.dataset_card import Split, TableSplit
 from pipeline.training.evaluate import Scores, evaluate, scores
 from pipeline.training.gate_calibration import calibrate_gate, patch_presence
 from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages
+from pipeline.training.presets import train_config
 from pipeline.training.resample import resampled
 from pipeline.training.train import train
 

@@ -25,12 +25,13 @@ from models.card import NO_DIGEST
 from models.classifier import Classifier
 from models.predictor import Predictor
 from pipeline.training.compose import composed
-from pipeline.training.config import TrainConfig, train_config
+from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Sample, load_dataset, samples
 from pipeline.training.evaluate import confusion_matrix, scores
 from pipeline.training.gate_calibration import calibrate_gate, patch_presence
 from pipeline.training.inputs import surrounded
 from pipeline.training.patches import PatchImages
+from pipeline.training.presets import train_config
 from tests.bench.colorectal import IMAGES, fold
 
 CPU = torch.device("cpu")

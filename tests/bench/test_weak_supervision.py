@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.training.config import train_config
 from pipeline.training.dataset import Dataset, load_dataset
+from pipeline.training.presets import train_config
 from tests.bench.weak_supervision import ROWS, comparisons, counts_of, results_of, rows_for, steps_of, table
 from tests.textures import write_textures
 

@@ -17,10 +17,10 @@ import torch
 from models.classifier import Classifier
 from models.depthwise import speed_up_depthwise
 from pipeline.training.classifier import classifier_task
-from pipeline.training.config import train_config
 from pipeline.training.dataset import load_dataset, samples
 from pipeline.training.fit import Processes, Task, make_optimizer
 from pipeline.training.patches import PatchImages
+from pipeline.training.presets import train_config
 
 IMAGES = 20
 """Images that batches are drawn from."""

@@ -37,11 +37,12 @@ from models.bundle import load_bundle
 from models.devices import processor_name
 from models.predictor import Predictor
 from pipeline.training.compose import composed
-from pipeline.training.config import TrainConfig, train_config
+from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, check_images, load_dataset, samples
 from pipeline.training.dataset_card import Split
 from pipeline.training.evaluate import evaluate
 from pipeline.training.patches import PatchImages
+from pipeline.training.presets import train_config
 from pipeline.training.pseudo_masks import mask_files
 from pipeline.training.train import PSEUDO_SCORES, UNREADABLE_SHARE, train
 from tests.bench.patients import compare, interval, patient_counts

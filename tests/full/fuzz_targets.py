@@ -218,8 +218,8 @@ def good_toml(folder: Path) -> None:
 
 
 def attack_toml(good: Path, work: Path, chance: random.Random) -> None:
-    from pipeline.training.config import train_config
     from pipeline.training.dataset import load_dataset, samples
+    from pipeline.training.presets import train_config
 
     path = _spoilt(_pick(good, chance), work, mutated, chance)
     if chance.random() < 0.02:

@@ -8,7 +8,8 @@ import pytest
 from models.cam import CAMS
 from models.heads import HEADS
 from pipeline.errors import TrainConfigError
-from pipeline.training.config import PRESETS, TrainConfig, train_config
+from pipeline.training.config import TrainConfig
+from pipeline.training.presets import PRESETS, train_config
 from tests.repository import REPOSITORY
 
 

@@ -12,8 +12,9 @@ from models.bundle import load_bundle, load_networks, segmenter_of
 from models.classifier import Classifier
 from models.segmenter import build_segmenter
 from pipeline.errors import TrainError
-from pipeline.training.config import TrainConfig, train_config
+from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import load_dataset
+from pipeline.training.presets import train_config
 from pipeline.training.start import (
     HEAD_EPOCHS,
     check_start,
