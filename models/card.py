@@ -82,7 +82,7 @@ class FamiliarityCard(_Strict):
     statistics: Digest
     """SHA-256 digest of familiarity.safetensors."""
     window_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Distance that 99 % of the validation windows stay below. Windows beyond it are unfamiliar."""
+    """Distance that nearly all validation windows stay below. Windows beyond it are unfamiliar."""
     share_limit: Fraction
     """A slide gets a warning if a larger share of its tissue is unfamiliar."""
 

@@ -1,15 +1,18 @@
 """How far an image lies from the images that a model was trained on.
 
 Windows of `WINDOW` pixels slide over the classifier's deep feature map. The features of a window are the means of the
-channels. `Statistics` holds mean and covariance of the features of training windows, and `Statistics.distances` returns
-the Mahalanobis distance of other windows from them. docs/benchmarks/familiarity.md compares this with other choices.
+channels. `Statistics` holds mean and covariance of the features of training windows, and what tells training windows
+from changed ones: other colors, blur, other pixel sizes. `Statistics.distances` returns the Mahalanobis distance of
+other windows, plus the evidence of a change. docs/benchmarks/familiarity.md compares this with other choices.
 
-Shape suffixes: N images or windows, G sources of training images, C channels of the feature map, h and w the feature
-map, r and c the rows and columns of windows.
+Shape suffixes: N images or windows, G sources of training images, C channels of the feature map, F terms of a
+regression, h and w the feature map, r and c the rows and columns of windows.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -28,6 +31,15 @@ WINDOW = 224
 
 STEP = 112
 """Distance between windows in model pixels."""
+
+FARTHEST = 8.0
+"""`Changes` counts a feature that is more standard deviations from its mean as this many, because it uses squares."""
+
+MOST_EVIDENCE = 6.0
+"""Largest evidence of a change."""
+
+PENALTY = 0.01
+"""Weight of the squared norm of the regression's coefficients in `fit_changes`."""
 
 
 def window_starts(length: int) -> list[int]:
@@ -54,6 +66,42 @@ def window_features(deep_NChw: Tensor, stride: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Changes:
+    """A logistic regression that tells changed windows from training windows. All tensors are float32."""
+
+    mean_C: Tensor
+    whitening_CC: Tensor
+    """Maps features minus the mean into a space in which training windows have about unit covariance."""
+    weight_F: Tensor
+    """Coefficients of the whitened features and of ``(z² - 1) / √2``, their squares with mean 0 and variance 1."""
+    bias: Tensor
+    """A number, shape ()."""
+
+    def evidence(self, features_NC: Tensor) -> Tensor:
+        """Return the evidence (N,) that windows with these features were changed, from 0 to `MOST_EVIDENCE`.
+
+        It is the logit of the regression, scaled and shifted by `between` so that familiar windows have about 1.
+        """
+        return self.logits(features_NC).clamp(0, MOST_EVIDENCE)
+
+    def logits(self, features_NC: Tensor) -> Tensor:
+        """Return the logits (N,) of the regression as it is scaled now."""
+        return _terms((features_NC.float() - self.mean_C) @ self.whitening_CC) @ self.weight_F + self.bias
+
+    def between(self, one: float, two: float) -> Self:
+        """Return the regression whose logits are 1 where they are now `one`, and 2 where they are now `two`."""
+        return type(self)(
+            self.mean_C, self.whitening_CC, self.weight_F / (two - one), (self.bias - one) / (two - one) + 1
+        )
+
+
+def _terms(z_NC: Tensor) -> Tensor:
+    """Return the terms (N, F) of the regression, F = 2 C."""
+    z_NC = z_NC.clamp(-FARTHEST, FARTHEST)
+    return torch.cat([z_NC, (z_NC.square() - 1) / math.sqrt(2)], dim=1)
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What familiar windows look like, for each source of images. Both tensors are float32."""
 
@@ -62,30 +110,41 @@ class Statistics:
     """Maps features minus the mean into a space in which the windows of the source have about unit covariance. If there
     are several sources, each matrix is divided by its source's limit, so that distances from different sources are
     comparable."""
+    changes: Changes | None = None
+    """None in files of earlier versions."""
 
     def distances(self, features_NC: Tensor) -> Tensor:
-        """Return the Mahalanobis distance (N,) of windows with these features from the nearest source."""
+        """Return the distance (N,) of windows with these features: from the nearest source, plus `Changes.evidence`."""
         distance_GN = [
             ((features_NC.float() - mean_C) @ whitening_CC).norm(dim=1)
             for mean_C, whitening_CC in zip(self.mean_GC, self.whitening_GCC, strict=True)
         ]
-        return torch.stack(distance_GN).amin(dim=0)
+        nearest_N = torch.stack(distance_GN).amin(dim=0)
+        return nearest_N if self.changes is None else nearest_N + self.changes.evidence(features_NC)
+
+    def scaled(self, factor: float) -> Self:
+        """Return the statistics whose distances from the sources are multiplied by `factor`."""
+        return dataclasses.replace(self, whitening_GCC=self.whitening_GCC * factor)
 
     def to(self, device: torch.device) -> Self:
         """Return the statistics on a device."""
-        return type(self)(self.mean_GC.to(device), self.whitening_GCC.to(device))
+        changes = None if self.changes is None else Changes(*(tensor.to(device) for tensor in _tensors(self.changes)))
+        return type(self)(self.mean_GC.to(device), self.whitening_GCC.to(device), changes)
 
     def as_bytes(self) -> bytes:
         """Return the content of the statistics file."""
-        tensors = {"mean": self.mean_GC.cpu().contiguous(), "whitening": self.whitening_GCC.cpu().contiguous()}
-        return safetensors.torch.save(tensors)
+        tensors = {"mean": self.mean_GC, "whitening": self.whitening_GCC}
+        if self.changes is not None:
+            tensors |= dict(zip(_CHANGES, _tensors(self.changes), strict=True))
+        return safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
         """Return the statistics in a file's content. Raises WeightsMismatchError if the tensors are not those."""
         try:
-            tensors = safetensors.torch.load(content)
-            mean, whitening = tensors["mean"].float(), tensors["whitening"].float()
+            tensors = {name: tensor.float() for name, tensor in safetensors.torch.load(content).items()}
+            mean, whitening = tensors["mean"], tensors["whitening"]
+            changes = Changes(*(tensors[name] for name in _CHANGES)) if _CHANGES[0] in tensors else None
         except (KeyError, safetensors.SafetensorError) as error:
             raise WeightsMismatchError(f"the statistics of the training windows cannot be read: {error}") from error
         # Earlier files have one source and no axis for it.
@@ -99,7 +158,22 @@ class Statistics:
                 f"the statistics of the training windows do not fit together: means of shape "
                 f"{tuple(mean.shape)} and a whitening matrix of {tuple(whitening.shape)}"
             )
-        return read
+        channels = read.mean_GC.shape[1]
+        expected = ((channels,), (channels, channels), (2 * channels,), ())
+        if changes is not None and tuple(tensor.shape for tensor in _tensors(changes)) != expected:
+            shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in _CHANGES)
+            raise WeightsMismatchError(
+                f"the statistics of changed windows do not fit to {channels} channels: shapes are {shapes}"
+            )
+        return dataclasses.replace(read, changes=changes)
+
+
+_CHANGES = ("change_mean", "change_whitening", "change_weight", "change_bias")
+"""Names of the tensors of `Changes` in a file, in the order of its fields."""
+
+
+def _tensors(changes: Changes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return changes.mean_C, changes.whitening_CC, changes.weight_F, changes.bias
 
 
 def of_sources(parts: Sequence[tuple[Statistics, float]]) -> Statistics:
@@ -114,13 +188,49 @@ def of_sources(parts: Sequence[tuple[Statistics, float]]) -> Statistics:
 
 def fit_statistics(features_NC: NDArray[np.float32]) -> Statistics:
     """Return the statistics of training windows of one source, at least two, with `shrunk_covariance`."""
+    mean_C, whitening_CC = _gaussian(features_NC)
+    return Statistics(mean_C[None], whitening_CC[None])
+
+
+def fit_changes(familiar_NC: NDArray[np.float32], changed: Sequence[NDArray[np.float32]]) -> Changes:
+    """Return the regression that tells training windows from changed ones, given for each kind of change.
+
+    Training windows have half of the total weight, and all kinds of changes together the other half, in equal parts.
+    The loss is the weighted mean of the binary cross-entropy plus half of `PENALTY` times the squared norm of the
+    coefficients without the bias. Source of the idea: outlier exposure (Hendrycks et al., ICLR 2019).
+    """
+    # Imported here because segmenting does not need it.
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
+    mean_C, whitening_CC = _gaussian(familiar_NC)
+    all_NC = torch.from_numpy(np.concatenate([familiar_NC, *changed]))
+    x_NF = _terms((all_NC - mean_C) @ whitening_CC).double().numpy()
+    sign_N = np.where(np.arange(len(x_NF)) < len(familiar_NC), -1.0, 1.0)
+    of_kinds = [np.full(len(part_NC), 0.5 / len(changed) / len(part_NC)) for part_NC in changed]
+    weight_N = np.concatenate([np.full(len(familiar_NC), 0.5 / len(familiar_NC)), *of_kinds])
+
+    def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        weight_F, bias = values[:-1], values[-1]
+        margin_N = sign_N * (x_NF @ weight_F + bias)
+        slope_N = -sign_N * weight_N * expit(-margin_N)
+        total = weight_N @ np.logaddexp(0, -margin_N) + PENALTY / 2 * weight_F @ weight_F
+        return float(total), np.append(x_NF.T @ slope_N + PENALTY * weight_F, slope_N.sum())
+
+    start = np.zeros(x_NF.shape[1] + 1)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000}).x.astype(np.float32)
+    return Changes(mean_C, whitening_CC, torch.from_numpy(found[:-1]), torch.from_numpy(found[-1:])[0])
+
+
+def _gaussian(features_NC: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+    """Return the mean (C,) of windows and the matrix (C, C) that whitens them, with `shrunk_covariance`."""
     x_NC = features_NC.astype(np.float64)
     values_C, vectors_CC = np.linalg.eigh(shrunk_covariance(x_NC))
     # A channel that is constant in training would get an infinite weight.
     floor = max(float(values_C[-1]) * 1e-9, float(np.finfo(np.float32).tiny))
     whitening_CC = vectors_CC / np.sqrt(np.maximum(values_C, floor))
     mean_C = x_NC.mean(axis=0)
-    return Statistics(*(torch.from_numpy(array.astype(np.float32))[None] for array in (mean_C, whitening_CC)))
+    return torch.from_numpy(mean_C.astype(np.float32)), torch.from_numpy(whitening_CC.astype(np.float32))
 
 
 def shrunk_covariance(x_NC: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -19,6 +19,9 @@ _STAINS_33 = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78
 _STAINS_33 /= np.linalg.norm(_STAINS_33, axis=1, keepdims=True)
 """Red, green and blue density of hematoxylin, eosin and a residual, one per row (Ruifrok and Johnston 2001)."""
 
+EOSIN = _STAINS_33[1]
+"""Optical density of eosin in red, green and blue, a vector of length 1."""
+
 
 class Augmentation(NamedTuple):
     """How training views are changed."""
@@ -81,9 +84,23 @@ def restain(rgb_HWC: NDArray[np.uint8], strength: float, rng: np.random.Generato
     shift_3 = rng.uniform(-strength, strength, 3).astype(np.float32) / 5
     # Unmixing, scaling and mixing are one matrix product: c = od S^-1, od' = (c * scale + shift) S.
     matrix_33 = np.linalg.inv(_STAINS_33) @ (scale_3[:, None] * _STAINS_33)
-    density_HWC = _DENSITY[rgb_HWC] @ matrix_33 + shift_3 @ _STAINS_33
-    changed_HWC: NDArray[np.float32] = np.exp(-density_HWC) * 256 - 1
-    return np.clip(np.rint(changed_HWC), 0, 255).astype(np.uint8)
+    return _image(_DENSITY[rgb_HWC] @ matrix_33 + shift_3 @ _STAINS_33)
+
+
+def replace_eosin(rgb_HWC: NDArray[np.uint8], color_3: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the image with a stain of another color in place of eosin.
+
+    `color_3` is the optical density of the stain in red, green and blue, a vector of length 1.
+    """
+    others_33 = _STAINS_33.copy()
+    others_33[1] = color_3
+    return _image(_DENSITY[rgb_HWC] @ (np.linalg.inv(_STAINS_33) @ others_33))
+
+
+def _image(density_HWC: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Return the image with these optical densities."""
+    rgb_HWC: NDArray[np.uint8] = np.clip(np.rint(np.exp(-density_HWC) * 256 - 1), 0, 255).astype(np.uint8)
+    return rgb_HWC
 
 
 def rescanned(rgb_HWC: NDArray[np.uint8], strength: float, rng: np.random.Generator) -> NDArray[np.uint8]:

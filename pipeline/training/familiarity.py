@@ -5,29 +5,32 @@ Shape suffixes: N windows, C channels, H and W an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
-from torch import nn
+from torch import Tensor, nn
 
 from models.bundle import Bundle, load_networks, replace_card
 from models.card import NO_DIGEST, FamiliarityCard
 from models.classifier import Classifier
 from models.devices import choose_device
-from models.familiarity import Statistics, fit_statistics, of_sources, window_features
+from models.familiarity import Statistics, fit_changes, fit_statistics, of_sources, window_features
 from pipeline.errors import TrainError
 from pipeline.training.augment import restain
+from pipeline.training.changes import CHANGES
 from pipeline.training.inputs import Scale, as_input, padded
 from pipeline.training.patches import PatchImages
 
 MOST_IMAGES = 1500
 """Images of a split that are read. If there are more, every n-th is."""
 
-FAMILIAR_SHARE = 0.99
-"""Share of the validation windows that is familiar."""
+FAMILIAR_SHARE = 0.995
+"""Share of the validation windows that is familiar. docs/benchmarks/familiarity.md compares it with 0.99."""
 
 SHARE_LIMIT = 0.5
 """Share of a slide's tissue above which the slide gets a warning; docs/benchmarks/familiarity.md measures it."""
@@ -54,50 +57,69 @@ def fit_familiarity(
     """Return the statistics of the training images and their part of the model card.
 
     `classifier` is a `Classifier` in eval mode. Every training image counts as it is and recolored, so that the stain
-    of another laboratory does not make a slide unfamiliar. The limit comes from the validation images as they are. Each
-    source has a mean and a covariance of its own: one Gaussian around mosaics and whole images would include everything
-    between them. The result is deterministic. Raises TrainError if a split is empty.
+    of another laboratory does not make a slide unfamiliar. Recolored images that were changed by one of `CHANGES` teach
+    what wrong colors, blur and wrong pixel sizes look like. All limits come from the validation images as they are.
+
+    Each source has a mean and a covariance of its own: one Gaussian around mosaics and whole images would include
+    everything between them. The distance from the nearest source and the evidence of a change are added, both in units
+    of the difference between the median and the `FAMILIAR_SHARE` of the validation windows. The result is
+    deterministic. Raises TrainError if a split is empty.
     """
     assert isinstance(classifier, Classifier)
     place = choose_device(device)
     classifier.to(place)
-    parts, held = [], []
+
+    def features(images: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        return np.concatenate([_features(classifier, rgb_HWC, scale, place) for rgb_HWC in images])
+
+    familiar, held, parts = [], [], []
+    changed: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
     for training, validation in sources:
         if not (len(training) and len(validation)):
             raise TrainError(f"{training.dataset.card.name}: the training or validation split has no readable image")
-        seen = list(_features(classifier, training, scale, place))
-        seen += _features(classifier, training, scale, place, np.random.default_rng(0))
-        statistics = fit_statistics(np.concatenate(seen))
-        held.append(np.concatenate(list(_features(classifier, validation, scale, place))))
-        parts.append((statistics, _limit(statistics, held[-1])))
-    if len(parts) > 1:
-        statistics = of_sources(parts)
-    limit = _limit(statistics, np.concatenate(held))
+        rng = np.random.default_rng(0)
+        both = [features(_images(training)), features(recolored(rgb_HWC, rng) for rgb_HWC in _images(training))]
+        familiar.append(np.concatenate(both))
+        for name, change in CHANGES.items():
+            images = _images(training, MOST_IMAGES // len(CHANGES))
+            changed[name].append(features(change(recolored(rgb_HWC, rng), rng) for rgb_HWC in images))
+        held.append(features(_images(validation)))
+        statistics = fit_statistics(familiar[-1])
+        parts.append((statistics, _median_and_limit(statistics.distances(torch.from_numpy(held[-1])))[1]))
+    held_NC = torch.from_numpy(np.concatenate(held))
+    statistics = of_sources(parts)
+    median, limit = _median_and_limit(statistics.distances(held_NC))
+    changes = fit_changes(np.concatenate(familiar), [np.concatenate(parts) for parts in changed.values()])
+    changes = changes.between(*_median_and_limit(changes.logits(held_NC)))
+    statistics = dataclasses.replace(statistics.scaled(1 / (limit - median)), changes=changes)
+    limit = round(_median_and_limit(statistics.distances(held_NC))[1], 4)
     return statistics, FamiliarityCard(statistics=NO_DIGEST, window_limit=limit, share_limit=SHARE_LIMIT)
 
 
-def _limit(statistics: Statistics, held_NC: NDArray[np.float32]) -> float:
-    """Return the distance that nearly all of these windows stay below."""
-    distance_N = statistics.distances(torch.from_numpy(held_NC)).numpy()
-    # An untrained network can have equal features everywhere, and the limit must be positive.
-    return max(round(float(np.quantile(distance_N, FAMILIAR_SHARE)), 4), 1e-4)
+def _median_and_limit(values_N: Tensor) -> tuple[float, float]:
+    """Return the median of the validation windows, and the value that `FAMILIAR_SHARE` of them stay below."""
+    median, limit = np.quantile(values_N.numpy(), [0.5, FAMILIAR_SHARE]).tolist()
+    # An untrained network can have equal features everywhere. The limit and its difference must be positive.
+    return median, max(limit, median + 1e-4)
+
+
+def _images(images: PatchImages, most: int = MOST_IMAGES) -> Iterator[NDArray[np.uint8]]:
+    """Yield about this many images at most, evenly spread."""
+    for index in range(0, len(images), -(-len(images) // most)):
+        yield images.rgb(index)
 
 
 @torch.inference_mode()
 def _features(
-    classifier: Classifier,
-    images: PatchImages,
-    scale: Scale,
-    device: torch.device,
-    rng: np.random.Generator | None = None,
-) -> Iterator[NDArray[np.float32]]:
-    """Yield the features (N, C) of the windows of each image, recolored if there is an `rng`."""
-    every = -(-len(images) // MOST_IMAGES)
-    for index in range(0, len(images), every):
-        rgb_HWC = images.rgb(index) if rng is None else recolored(images.rgb(index), rng)
-        x_NCHW = as_input(padded(rgb_HWC[None]), device, scale)
-        deep_NChw = classifier.stages(x_NCHW).deep
-        yield window_features(deep_NChw, x_NCHW.shape[2] // deep_NChw.shape[2]).flatten(0, 2).cpu().numpy()
+    classifier: Classifier, rgb_HWC: NDArray[np.uint8], scale: Scale, device: torch.device
+) -> NDArray[np.float32]:
+    """Return the features (N, C) of the windows of an image."""
+    x_NCHW = as_input(padded(rgb_HWC[None]), device, scale)
+    deep_NChw = classifier.stages(x_NCHW).deep
+    features_NC: NDArray[np.float32] = (
+        window_features(deep_NChw, x_NCHW.shape[2] // deep_NChw.shape[2]).flatten(0, 2).cpu().numpy()
+    )
+    return features_NC
 
 
 def recolored(rgb_HWC: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:

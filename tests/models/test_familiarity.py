@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,14 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.covariance import LedoitWolf  # type: ignore[import-untyped]  # ships no types
+from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]  # ships no types
 
 from models.card import NO_DIGEST, ClassifierCard, FamiliarityCard, ModelCard
 from models.classifier import Classifier
 from models.errors import WeightsMismatchError
 from models.familiarity import (
+    MOST_EVIDENCE,
+    PENALTY,
     STEP,
     WINDOW,
+    Changes,
     Statistics,
+    fit_changes,
     fit_statistics,
     of_sources,
     shrunk_covariance,
@@ -114,6 +120,69 @@ def test_bytes_other_than_statistics_are_refused() -> None:
         Statistics.from_bytes(Statistics(good.mean_GC, good.whitening_GCC[..., :3]).as_bytes())
 
 
+def regression(channels: int = 3) -> Changes:
+    """Return the regression that tells windows of a Gaussian from two kinds of other windows."""
+    kinds = [windows(30, channels, seed=1) + 4, windows(90, channels, seed=2) * 3]
+    return fit_changes(windows(60, channels), kinds)
+
+
+def test_the_regression_is_that_of_scikit_learn() -> None:
+    familiar_NC, kinds = windows(60, 3), [windows(30, 3, seed=1) + 4, windows(90, 3, seed=2) * 3]
+    changes = fit_changes(familiar_NC, kinds)
+    x_NC = np.concatenate([familiar_NC, *kinds]).astype(np.float64)
+    covariance_CC = shrunk_covariance(familiar_NC.astype(np.float64))
+    values_C, vectors_CC = np.linalg.eigh(covariance_CC)
+    z_NC = np.clip((x_NC - familiar_NC.mean(axis=0)) @ vectors_CC / np.sqrt(values_C), -8, 8)
+    assert np.abs(z_NC).max() == 8
+    terms_NF = np.concatenate([z_NC, (z_NC**2 - 1) / np.sqrt(2)], axis=1)
+    # Half of the weight for training windows, a quarter for each kind of change, whatever their numbers.
+    weight_N = np.repeat([0.5 / 60, 0.25 / 30, 0.25 / 90], [60, 30, 90])
+    reference = LogisticRegression(C=1 / PENALTY, tol=1e-10, max_iter=10_000)
+    reference.fit(terms_NF, np.arange(180) >= 60, sample_weight=weight_N)
+    expected_N = reference.decision_function(terms_NF)
+    assert changes.logits(torch.from_numpy(x_NC.astype(np.float32))).numpy() == pytest.approx(expected_N, abs=0.02)
+    assert np.ptp(expected_N) > 4
+
+
+def test_evidence_is_the_scaled_logit_within_bounds() -> None:
+    changes = regression()
+    x_NC = torch.from_numpy(np.concatenate([windows(60, 3), windows(90, 3, seed=2) * 3]))
+    logit_N = changes.logits(x_NC)
+    scaled = changes.between(-1.5, 0.5)
+    assert scaled.logits(x_NC).numpy() == pytest.approx(((logit_N + 1.5) / 2 + 1).numpy(), abs=1e-4)
+    evidence_N = changes.between(-0.2, 0.2).evidence(x_NC)
+    assert evidence_N.numpy() == pytest.approx(((logit_N + 0.2) / 0.4 + 1).clamp(0, 6).numpy(), abs=1e-3)
+    assert evidence_N.min() == 0
+    assert evidence_N.max() == MOST_EVIDENCE
+
+
+def test_a_distance_is_the_sum_of_both_parts_and_survives_the_file() -> None:
+    plain, changes = fit_statistics(windows(50, 3)), regression().between(-1, 1)
+    statistics = Statistics.from_bytes(dataclasses.replace(plain, changes=changes).as_bytes())
+    x_NC = torch.from_numpy(windows(20, 3, seed=4))
+    assert torch.equal(statistics.distances(x_NC), plain.distances(x_NC) + changes.evidence(x_NC))
+    assert torch.equal(statistics.to(torch.device("cpu")).distances(x_NC), statistics.distances(x_NC))
+    assert torch.equal(plain.scaled(2).distances(x_NC), 2 * plain.distances(x_NC))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("change_weight", torch.zeros(3), r"3 channels: .*change_weight \(3,\)"),
+        ("change_bias", torch.zeros(1), r"3 channels: .*change_bias \(1,\)"),
+        ("change_bias", None, "cannot be read: 'change_bias'"),
+    ],
+)
+def test_a_regression_that_does_not_fit_is_refused(name: str, tensor: torch.Tensor | None, message: str) -> None:
+    statistics = dataclasses.replace(fit_statistics(windows(50, 3)), changes=regression())
+    tensors = safetensors.torch.load(statistics.as_bytes())
+    del tensors[name]
+    if tensor is not None:
+        tensors[name] = tensor
+    with pytest.raises(WeightsMismatchError, match=message):
+        Statistics.from_bytes(safetensors.torch.save(tensors))
+
+
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
     torch.manual_seed(0)
@@ -133,7 +202,10 @@ def statistics(classifier: Classifier) -> tuple[Statistics, ModelCard]:
     x_NCHW = torch.from_numpy(striped_tiles(24, 8, seed=0)).permute(0, 3, 1, 2) / 255
     with torch.inference_mode():
         features_NC = window_features(classifier.stages(x_NCHW).deep, STRIDE).flatten(0, 2)
-    found = fit_statistics(features_NC.numpy())
+    with torch.inference_mode():
+        changed_NC = window_features(classifier.stages(1 - x_NCHW).deep, STRIDE).flatten(0, 2)
+    changes = fit_changes(features_NC.numpy(), [changed_NC.numpy()])
+    found = dataclasses.replace(fit_statistics(features_NC.numpy()), changes=changes)
     limit = float(found.distances(features_NC).max()) + 1.0
     card = make_card().model_copy(
         update={

@@ -16,14 +16,15 @@ from typer.testing import CliRunner, Result
 from models.bundle import CLASSIFIER_FILE, SEGMENTER_FILE, load_bundle, load_statistics, save_bundle
 from models.card import ClassifierCard, ModelCard, SegmenterCard
 from models.classifier import Classifier
-from models.familiarity import fit_statistics, window_features
+from models.familiarity import MOST_EVIDENCE, fit_changes, shrunk_covariance, window_features
 from models.segmenter import build_segmenter
 from pipeline.cli.familiarity import app
 from pipeline.errors import TrainError
+from pipeline.training.changes import CHANGES
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, samples
 from pipeline.training.familiarity import SHARE_LIMIT, Source, fit_familiarity, recolored
-from pipeline.training.inputs import Scale, as_input
+from pipeline.training.inputs import Scale, as_input, padded
 from pipeline.training.patches import PatchImages
 from tests.models.networks import make_card
 from tests.pipeline.training.single_tissue import write_other, write_tiles
@@ -68,41 +69,58 @@ def images_of(textures: Dataset, split: str, most: int = 99) -> PatchImages:
 def features_of(classifier: Classifier, rgb_HWC: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         return (
-            window_features(classifier.stages(as_input(rgb_HWC[None].copy(), CPU, TrainConfig())).deep, 8)
+            window_features(classifier.stages(as_input(padded(rgb_HWC[None]), CPU, TrainConfig())).deep, 8)
             .flatten(0, 2)
             .numpy()
         )
 
 
-def test_the_limit_is_the_distance_that_nearly_all_validation_windows_stay_below(
-    textures: Dataset, classifier: Classifier
-) -> None:
-    training, validation = images_of(textures, "train"), images_of(textures, "val")
-    statistics, card = fit_familiarity(classifier, [(training, validation)], TrainConfig(), "cpu")
-    rng = np.random.default_rng(0)
-    seen = [features_of(classifier, training.rgb(i)) for i in range(len(training))]
-    seen += [features_of(classifier, recolored(training.rgb(i), rng)) for i in range(len(training))]
-    expected = fit_statistics(np.concatenate(seen))
-    assert torch.equal(statistics.mean_GC, expected.mean_GC)
-    assert torch.equal(statistics.whitening_GCC, expected.whitening_GCC)
-    held_NC = np.concatenate([features_of(classifier, validation.rgb(i)) for i in range(len(validation))])
-    distance_N = expected.distances(torch.from_numpy(held_NC)).numpy()
-    assert card.window_limit == pytest.approx(float(np.quantile(distance_N, 0.99)), abs=1e-4)
+def whitened(features_NC: np.ndarray, *sources: np.ndarray) -> np.ndarray:
+    """Return the distances of windows from the nearest source, in float64."""
+    distances = []
+    for source_NC in sources:
+        centered_NC = features_NC.astype(np.float64) - source_NC.mean(axis=0)
+        precision_CC = np.linalg.inv(shrunk_covariance(source_NC.astype(np.float64)))
+        distances.append(np.sqrt(np.einsum("nc,cd,nd->n", centered_NC, precision_CC, centered_NC)))
+    return np.array(distances)
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_a_distance_is_the_sum_of_two_scaled_parts(textures: Dataset, classifier: Classifier, sources: int) -> None:
+    train, val = images_of(textures, "train"), images_of(textures, "val")
+    chosen = [(train, val), (val, images_of(textures, "train", most=4))][:sources]
+    statistics, card = fit_familiarity(classifier, chosen, TrainConfig(), "cpu")
+    familiar, held = [], []
+    changed: dict[str, list[np.ndarray]] = {name: [] for name in CHANGES}
+    for training, validation in chosen:
+        rng = np.random.default_rng(0)
+        images = [training.rgb(i) for i in range(len(training))]
+        seen = [*images, *(recolored(rgb_HWC, rng) for rgb_HWC in images)]
+        familiar.append(np.concatenate([features_of(classifier, rgb_HWC) for rgb_HWC in seen]))
+        for name, change in CHANGES.items():
+            changed[name] += [features_of(classifier, change(recolored(image, rng), rng)) for image in images]
+        held.append(np.concatenate([features_of(classifier, validation.rgb(i)) for i in range(len(validation))]))
+    limit_G = [np.quantile(whitened(mine, source)[0], 0.995) for mine, source in zip(held, familiar, strict=True)]
+    held_NC = np.concatenate(held)
+    nearest_N = (whitened(held_NC, *familiar) / np.array(limit_G)[:, None]).min(axis=0)
+    nearest_N /= np.subtract(*np.quantile(nearest_N, [0.995, 0.5]))
+    changes = fit_changes(np.concatenate(familiar), [np.concatenate(parts) for parts in changed.values()])
+    logit_N = changes.logits(torch.from_numpy(held_NC)).numpy()
+    low, high = np.quantile(logit_N, [0.5, 0.995])
+    expected_N = nearest_N + np.clip((logit_N - low) / (high - low) + 1, 0, MOST_EVIDENCE)
+    assert statistics.distances(torch.from_numpy(held_NC)).numpy() == pytest.approx(expected_N, rel=1e-2)
+    assert card.window_limit == pytest.approx(np.quantile(expected_N, 0.995), rel=1e-2)
     assert card.share_limit == SHARE_LIMIT
 
 
-def test_a_window_that_is_near_one_of_several_sources_is_familiar(textures: Dataset, classifier: Classifier) -> None:
-    sources = [
-        (images_of(textures, "train"), images_of(textures, "val")),
-        (images_of(textures, "val"), images_of(textures, "train", most=4)),
-    ]
-    alone = [fit_familiarity(classifier, [source], TrainConfig(), "cpu") for source in sources]
-    statistics, card = fit_familiarity(classifier, sources, TrainConfig(), "cpu")
-    held = [images for _, validation in sources for images in map(validation.rgb, range(len(validation)))]
-    held_NC = torch.from_numpy(np.concatenate([features_of(classifier, rgb_HWC) for rgb_HWC in held]))
-    expected_N = torch.stack([one.distances(held_NC) / card.window_limit for one, card in alone]).amin(dim=0)
-    assert statistics.distances(held_NC).numpy() == pytest.approx(expected_N.numpy(), rel=1e-4)
-    assert card.window_limit == pytest.approx(float(np.quantile(expected_N.numpy(), 0.99)), abs=1e-4)
+def test_changed_images_are_unfamiliar(textures: Dataset, classifier: Classifier) -> None:
+    training, validation = images_of(textures, "train"), images_of(textures, "val")
+    statistics, card = fit_familiarity(classifier, [(training, validation)], TrainConfig(), "cpu")
+    rng = np.random.default_rng(5)
+    new = images_of(textures, "test").rgb(0)
+    for name in ("inverted", "blurred", "enlarged"):
+        changed_NC = torch.from_numpy(features_of(classifier, np.ascontiguousarray(CHANGES[name](new, rng))))
+        assert (statistics.distances(changed_NC) > card.window_limit).all(), name
 
 
 def test_a_split_without_images_is_refused(textures: Dataset, classifier: Classifier) -> None:

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from skimage.color import hed2rgb, rgb2hed
+
+from pipeline.training.augment import EOSIN, replace_eosin
+from pipeline.training.changes import CHANGES
+
+
+def stained(height: int = 60, width: int = 90) -> NDArray[np.uint8]:
+    """Return an image with stripes of hematoxylin on a gradient of eosin."""
+    hed_HWC = np.zeros((height, width, 3))
+    hed_HWC[..., 0] = np.where(np.arange(width) // 6 % 2, 0.12, 0.01)
+    hed_HWC[..., 1] = np.linspace(0.01, 0.15, height)[:, None]
+    rgb_HWC: NDArray[np.uint8] = np.rint(255 * hed2rgb(hed_HWC)).astype(np.uint8)
+    return rgb_HWC
+
+
+def changed(name: str, seed: int = 0, rgb_HWC: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    return CHANGES[name](stained() if rgb_HWC is None else rgb_HWC, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_a_change_depends_on_its_generator_alone_and_leaves_its_input(name: str) -> None:
+    rgb_HWC = stained()
+    first, again = changed(name, 3, rgb_HWC), changed(name, 3, rgb_HWC)
+    assert np.array_equal(first, again)
+    assert np.array_equal(rgb_HWC, stained())
+    assert first.dtype == np.uint8
+    assert first.shape[2] == 3
+    assert first.shape != rgb_HWC.shape or np.abs(first.astype(int) - rgb_HWC).mean() > 1
+
+
+def test_gray_and_negative() -> None:
+    gray_HWC = changed("gray")
+    assert (gray_HWC == gray_HWC[..., :1]).all()
+    assert np.array_equal(255 - changed("inverted"), stained())
+
+
+def test_every_other_order_of_the_colors_is_drawn_and_never_the_usual_one() -> None:
+    orders = {changed("reordered", seed).tobytes() for seed in range(60)}
+    expected = {np.ascontiguousarray(stained()[..., order]).tobytes() for order in ORDERS}
+    assert orders == expected
+
+
+ORDERS = ([0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0])
+
+
+def test_the_hue_turns_by_at_least_an_eighth_of_the_circle() -> None:
+    pink_HWC = np.full((4, 4, 3), (220, 60, 140), dtype=np.uint8)
+    turned = {tuple(changed("turned_hue", seed, pink_HWC)[0, 0].tolist()) for seed in range(40)}
+    assert len(turned) > 20
+    # The hue of (220, 60, 140) is 330°.
+    for red, green, blue in turned:
+        hue = np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue))
+        assert abs((hue - 330 + 180) % 360 - 180) > 40
+
+
+def test_the_other_stain_replaces_eosin_only() -> None:
+    dab_3 = np.array([0.27, 0.57, 0.78]) / np.linalg.norm([0.27, 0.57, 0.78])
+    brown_HWC = replace_eosin(stained(), dab_3.astype(np.float32))
+    # By scikit-image's unmixing, what was eosin is DAB now, and hematoxylin has stayed.
+    before_HWC, after_HWC = rgb2hed(stained()), rgb2hed(brown_HWC)
+    assert after_HWC[..., 0] == pytest.approx(before_HWC[..., 0], abs=0.01)
+    assert after_HWC[..., 1] == pytest.approx(0, abs=0.01)
+    assert after_HWC[..., 2] == pytest.approx(before_HWC[..., 1] + before_HWC[..., 2], abs=0.01)
+    assert np.abs(replace_eosin(stained(), EOSIN).astype(int) - stained()).max() <= 1
+
+
+def test_the_strengths_of_blur_and_size_are_within_their_ranges() -> None:
+    edge_HWC = np.zeros((64, 64, 3), dtype=np.uint8)
+    edge_HWC[:, 32:] = 255
+    for seed in range(10):
+        rows, columns = changed("shrunk", seed).shape[:2]
+        assert 0.4 * 60 - 1 <= rows <= 0.65 * 60 + 1
+        assert rows * 90 == pytest.approx(columns * 60, abs=90)
+        rows, columns = changed("enlarged", seed).shape[:2]
+        assert 1.6 * 60 - 1 <= rows <= 2.5 * 60 + 1
+        # The slope of a blurred edge is that of a Gaussian with this deviation.
+        profile_W = changed("blurred", seed, edge_HWC)[32, :, 0].astype(float)
+        deviation = 255 / (np.diff(profile_W).max() * np.sqrt(2 * np.pi))
+        assert 1.3 <= deviation <= 5.5
+    assert changed("shrunk", 0, np.zeros((1, 1, 3), dtype=np.uint8)).shape == (1, 1, 3)
