@@ -35,7 +35,7 @@ STEP = 112
 FARTHEST = 8.0
 """`Changes` counts a feature that is more standard deviations from its mean as this many, because it uses squares."""
 
-MOST_EVIDENCE = 6.0
+MOST_EVIDENCE = 3.0
 """Largest evidence of a change."""
 
 PENALTY = 0.01
@@ -80,7 +80,7 @@ class Changes:
     def evidence(self, features_NC: Tensor) -> Tensor:
         """Return the evidence (N,) that windows with these features were changed, from 0 to `MOST_EVIDENCE`.
 
-        It is the logit of the regression, scaled and shifted by `between` so that familiar windows have about 1.
+        It is the logit of the regression as it is scaled now (`scaled`), within these bounds.
         """
         return self.logits(features_NC).clamp(0, MOST_EVIDENCE)
 
@@ -88,11 +88,10 @@ class Changes:
         """Return the logits (N,) of the regression as it is scaled now."""
         return _terms((features_NC.float() - self.mean_C) @ self.whitening_CC) @ self.weight_F + self.bias
 
-    def between(self, one: float, two: float) -> Self:
-        """Return the regression whose logits are 1 where they are now `one`, and 2 where they are now `two`."""
-        return type(self)(
-            self.mean_C, self.whitening_CC, self.weight_F / (two - one), (self.bias - one) / (two - one) + 1
-        )
+    def scaled(self, median: float, limit: float) -> Self:
+        """Return the regression whose logits are 0.5 where they are now `median`, and 1 where they are now `limit`."""
+        factor = 0.5 / (limit - median)
+        return dataclasses.replace(self, weight_F=self.weight_F * factor, bias=(self.bias - median) * factor + 0.5)
 
 
 def _terms(z_NC: Tensor) -> Tensor:

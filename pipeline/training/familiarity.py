@@ -61,9 +61,9 @@ def fit_familiarity(
     what wrong colors, blur and wrong pixel sizes look like. All limits come from the validation images as they are.
 
     Each source has a mean and a covariance of its own: one Gaussian around mosaics and whole images would include
-    everything between them. The distance from the nearest source and the evidence of a change are added, both in units
-    of the difference between the median and the `FAMILIAR_SHARE` of the validation windows. The result is
-    deterministic. Raises TrainError if a split is empty.
+    everything between them. The distance from the nearest source and the evidence of a change are added. Between the
+    median of the validation windows and the value that `FAMILIAR_SHARE` of them stay below, the first part grows by 1
+    and the second by 0.5. The result is deterministic. Raises TrainError if a split is empty.
     """
     assert isinstance(classifier, Classifier)
     place = choose_device(device)
@@ -90,7 +90,7 @@ def fit_familiarity(
     statistics = of_sources(parts)
     median, limit = _median_and_limit(statistics.distances(held_NC))
     changes = fit_changes(np.concatenate(familiar), [np.concatenate(parts) for parts in changed.values()])
-    changes = changes.between(*_median_and_limit(changes.logits(held_NC)))
+    changes = changes.scaled(*_median_and_limit(changes.logits(held_NC)))
     statistics = dataclasses.replace(statistics.scaled(1 / (limit - median)), changes=changes)
     limit = round(_median_and_limit(statistics.distances(held_NC))[1], 4)
     return statistics, FamiliarityCard(statistics=NO_DIGEST, window_limit=limit, share_limit=SHARE_LIMIT)

@@ -1,14 +1,15 @@
 """Whether adenoma becomes unfamiliar if the statistics leave it out, for docs/benchmarks/familiarity.md.
 
-    python -m tests.bench.adenoma colorectal-tissue --data FOLDER      # FOLDER holds ebhi-seg and glas
+    python -m tests.bench.adenoma colorectal-tissue --data FOLDER      # FOLDER: ebhi-seg, glas, kather2016
 
-The statistics of the model have two sources, and the second one is fitted again, on other images of EBHI-Seg. The
-segmenter does not run.
+The statistics of the model have two sources: composed images, and whole images of EBHI-Seg. They are fitted again with
+other images of EBHI-Seg. The segmenter does not run.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,15 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.bundle import load_bundle, load_networks, load_statistics
+from models.bundle import load_bundle, load_networks
 from models.classifier import Classifier
-from models.familiarity import Statistics, of_sources
+from models.familiarity import Statistics
+from pipeline.training.compose import composed
 from pipeline.training.dataset import Dataset, Sample, load_dataset, read_rgb, samples
 from pipeline.training.dataset_card import Split
 from pipeline.training.familiarity import SHARE_LIMIT, fit_familiarity
 from pipeline.training.patches import PatchImages
 from pipeline.training.resample import resampled
 from pipeline.training.splits import rows_of
+from pipeline.training.train import training_images
 from tests.bench.familiarity import auroc, features
 
 ADENOMA = ("low-grade-in", "serrated-adenoma")
@@ -47,12 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True)
     options = parser.parse_args(arguments)
     bundle = load_bundle(options.model)
-    classifier, shipped, mpp = load_networks(bundle)[0], load_statistics(bundle), bundle.card.mpp
+    classifier, mpp = load_networks(bundle)[0], bundle.card.mpp
     assert isinstance(classifier, Classifier)
-    if shipped is None or bundle.card.familiarity is None or len(shipped.mean_GC) != 2:
-        raise SystemExit(f"{options.model}: needs statistics of two sources, of which EBHI-Seg is the second")
-    # The whitening of a source contains the source's limit.
-    composed = Statistics(shipped.mean_GC[:1], shipped.whitening_GCC[:1]), 1.0
     ebhi, glas = (load_dataset(name, options.data / name) for name in ("ebhi-seg", "glas"))
     kind_of = kinds(ebhi)
 
@@ -66,13 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tested["GlaS"] = features_of(glas, [*samples(glas, "train"), *samples(glas, "val"), *samples(glas, "test")])
     print("| second source | low-grade neoplasia | serrated adenoma | other kinds | GlaS | AUROC of adenoma |")
     print("|---|---|---|---|---|---|")
-    for name, gaussians in SOURCES.items():
-        parts = [composed]
-        for wanted in gaussians:
-            training, validation = (PatchImages(ebhi, of(split, wanted), mpp) for split in ("train", "val"))
-            statistics, card = fit_familiarity(classifier, [(training, validation)], bundle.card, "cpu")
-            parts.append((statistics, card.window_limit))
-        print(row(name, of_sources(parts), bundle.card.familiarity.window_limit, tested), flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        mosaics = composed(load_dataset("colorectal", options.data / "kather2016"), Path(work), ("train", "val"))
+        first = training_images(mosaics, mpp, cache_bytes=0)
+        for name, gaussians in SOURCES.items():
+            sources = [first]
+            for wanted in gaussians:
+                training, validation = (PatchImages(ebhi, of(split, wanted), mpp) for split in ("train", "val"))
+                sources.append((training, validation))
+            statistics, card = fit_familiarity(classifier, sources, bundle.card, "cpu")
+            print(row(name, statistics, card.window_limit, tested), flush=True)
 
 
 def kinds(dataset: Dataset) -> dict[str, str]:
@@ -84,10 +86,7 @@ def kinds(dataset: Dataset) -> dict[str, str]:
 
 
 def row(name: str, statistics: Statistics, limit: float, tested: Mapping[str, Sequence[Tensor]]) -> str:
-    """Return the share of the images that are flagged, and the AUROC of adenoma against the other kinds.
-
-    `limit` is that of the model, for every choice of sources: each source is already scaled to its own limit.
-    """
+    """Return the share of the images that are flagged, and the AUROC of adenoma against the other kinds."""
 
     def distances(*kinds: str) -> list[NDArray[np.floating]]:
         return [statistics.distances(one).numpy() / limit for kind in kinds for one in tested[kind]]

@@ -148,16 +148,16 @@ def test_evidence_is_the_scaled_logit_within_bounds() -> None:
     changes = regression()
     x_NC = torch.from_numpy(np.concatenate([windows(60, 3), windows(90, 3, seed=2) * 3]))
     logit_N = changes.logits(x_NC)
-    scaled = changes.between(-1.5, 0.5)
-    assert scaled.logits(x_NC).numpy() == pytest.approx(((logit_N + 1.5) / 2 + 1).numpy(), abs=1e-4)
-    evidence_N = changes.between(-0.2, 0.2).evidence(x_NC)
-    assert evidence_N.numpy() == pytest.approx(((logit_N + 0.2) / 0.4 + 1).clamp(0, 6).numpy(), abs=1e-3)
+    scaled = changes.scaled(-1.5, 0.5)
+    assert scaled.logits(x_NC).numpy() == pytest.approx(((logit_N + 1.5) / 4 + 0.5).numpy(), abs=1e-4)
+    evidence_N = changes.scaled(-0.2, 0.2).evidence(x_NC)
+    assert evidence_N.numpy() == pytest.approx(((logit_N + 0.2) / 0.8 + 0.5).clamp(0, 3).numpy(), abs=1e-3)
     assert evidence_N.min() == 0
     assert evidence_N.max() == MOST_EVIDENCE
 
 
 def test_a_distance_is_the_sum_of_both_parts_and_survives_the_file() -> None:
-    plain, changes = fit_statistics(windows(50, 3)), regression().between(-1, 1)
+    plain, changes = fit_statistics(windows(50, 3)), regression().scaled(-1, 1)
     statistics = Statistics.from_bytes(dataclasses.replace(plain, changes=changes).as_bytes())
     x_NC = torch.from_numpy(windows(20, 3, seed=4))
     assert torch.equal(statistics.distances(x_NC), plain.distances(x_NC) + changes.evidence(x_NC))

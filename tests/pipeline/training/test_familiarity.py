@@ -107,7 +107,7 @@ def test_a_distance_is_the_sum_of_two_scaled_parts(textures: Dataset, classifier
     changes = fit_changes(np.concatenate(familiar), [np.concatenate(parts) for parts in changed.values()])
     logit_N = changes.logits(torch.from_numpy(held_NC)).numpy()
     low, high = np.quantile(logit_N, [0.5, 0.995])
-    expected_N = nearest_N + np.clip((logit_N - low) / (high - low) + 1, 0, MOST_EVIDENCE)
+    expected_N = nearest_N + np.clip((logit_N - low) / (high - low) / 2 + 0.5, 0, MOST_EVIDENCE)
     assert statistics.distances(torch.from_numpy(held_NC)).numpy() == pytest.approx(expected_N, rel=1e-2)
     assert card.window_limit == pytest.approx(np.quantile(expected_N, 0.995), rel=1e-2)
     assert card.share_limit == SHARE_LIMIT
