@@ -73,19 +73,20 @@ class Changes:
     whitening_CC: Tensor
     """Maps features minus the mean into a space in which training windows have about unit covariance."""
     weight_F: Tensor
-    """Coefficients of the whitened features and of ``(z² - 1) / √2``, their squares with mean 0 and variance 1."""
+    """Coefficients of the whitened features z and of ``(z² - 1) / √2``, which has mean 0 and variance 1 if z is
+    Gaussian."""
     bias: Tensor
     """A number, shape ()."""
 
     def evidence(self, features_NC: Tensor) -> Tensor:
         """Return the evidence (N,) that windows with these features were changed, from 0 to `MOST_EVIDENCE`.
 
-        It is the logit of the regression as it is scaled now (`scaled`), within these bounds.
+        It is the logit with the current scale (`scaled`), within these bounds.
         """
         return self.logits(features_NC).clamp(0, MOST_EVIDENCE)
 
     def logits(self, features_NC: Tensor) -> Tensor:
-        """Return the logits (N,) of the regression as it is scaled now."""
+        """Return the logits (N,) with the current scale."""
         return _terms((features_NC.float() - self.mean_C) @ self.whitening_CC) @ self.weight_F + self.bias
 
     def scaled(self, median: float, limit: float) -> Self:
@@ -102,13 +103,12 @@ def _terms(z_NC: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What familiar windows look like, for each source of images. Both tensors are float32."""
+    """What familiar windows look like, for each source of images. All tensors are float32."""
 
     mean_GC: Tensor
     whitening_GCC: Tensor
-    """Maps features minus the mean into a space in which the windows of the source have about unit covariance. If there
-    are several sources, each matrix is divided by its source's limit, so that distances from different sources are
-    comparable."""
+    """Maps features minus the mean into a space in which their norm is the distance from the source, with the scale of
+    `of_sources` and `scaled`."""
     changes: Changes | None = None
     """None in files of earlier versions."""
 
@@ -143,7 +143,7 @@ class Statistics:
         try:
             tensors = {name: tensor.float() for name, tensor in safetensors.torch.load(content).items()}
             mean, whitening = tensors["mean"], tensors["whitening"]
-            changes = Changes(*(tensors[name] for name in _CHANGES)) if _CHANGES[0] in tensors else None
+            changes = Changes(*(tensors[name] for name in _CHANGES)) if tensors.keys() & _CHANGES else None
         except (KeyError, safetensors.SafetensorError) as error:
             raise WeightsMismatchError(f"the statistics of the training windows cannot be read: {error}") from error
         # Earlier files have one source and no axis for it.
@@ -162,7 +162,7 @@ class Statistics:
         if changes is not None and tuple(tensor.shape for tensor in _tensors(changes)) != expected:
             shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in _CHANGES)
             raise WeightsMismatchError(
-                f"the statistics of changed windows do not fit to {channels} channels: shapes are {shapes}"
+                f"the statistics of changed windows do not fit {channels} channels: the shapes are {shapes}"
             )
         return dataclasses.replace(read, changes=changes)
 
@@ -178,8 +178,9 @@ def _tensors(changes: Changes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def of_sources(parts: Sequence[tuple[Statistics, float]]) -> Statistics:
     """Return the statistics of several sources of images, each given with its limit.
 
-    A distance counts in units of the source's limit, and the nearest source counts.
+    A distance counts in units of the source's limit, and the nearest source counts. `changes` must be None.
     """
+    assert all(one.changes is None for one, _ in parts)
     return Statistics(
         torch.cat([one.mean_GC for one, _ in parts]), torch.cat([one.whitening_GCC / limit for one, limit in parts])
     )
@@ -191,23 +192,25 @@ def fit_statistics(features_NC: NDArray[np.float32]) -> Statistics:
     return Statistics(mean_C[None], whitening_CC[None])
 
 
-def fit_changes(familiar_NC: NDArray[np.float32], changed: Sequence[NDArray[np.float32]]) -> Changes:
-    """Return the regression that tells training windows from changed ones, given for each kind of change.
+def fit_changes(familiar: Sequence[NDArray[np.float32]], changed: Sequence[Sequence[NDArray[np.float32]]]) -> Changes:
+    """Return the regression that tells training windows (N, C) of several sources from changed ones.
 
-    Training windows have half of the total weight, and all kinds of changes together the other half, in equal parts.
-    The loss is the weighted mean of the binary cross-entropy plus half of `PENALTY` times the squared norm of the
-    coefficients without the bias. Source of the idea: outlier exposure (Hendrycks et al., ICLR 2019).
+    `changed` has, for each kind of change, the windows of each source. Training windows have half of the total weight,
+    and all kinds of changes together the other half, in equal parts. Within the training windows and within each kind,
+    all sources have the same weight: otherwise the source of a window would tell whether it was changed. The loss is
+    the weighted mean of the binary cross-entropy plus half of `PENALTY` times the squared norm of the coefficients
+    without the bias. Source of the idea: outlier exposure (Hendrycks et al., ICLR 2019).
     """
     # Imported here because segmenting does not need it.
     from scipy.optimize import minimize
     from scipy.special import expit
 
-    mean_C, whitening_CC = _gaussian(familiar_NC)
-    all_NC = torch.from_numpy(np.concatenate([familiar_NC, *changed]))
+    groups = [(0.5, familiar), *((0.5 / len(changed), kind) for kind in changed)]
+    weight_N = np.concatenate([np.full(len(part), share / len(of) / len(part)) for share, of in groups for part in of])
+    sign_N = np.where(np.arange(len(weight_N)) < sum(map(len, familiar)), -1.0, 1.0)
+    mean_C, whitening_CC = _gaussian(np.concatenate(familiar))
+    all_NC = torch.from_numpy(np.concatenate([part for _, of in groups for part in of]))
     x_NF = _terms((all_NC - mean_C) @ whitening_CC).double().numpy()
-    sign_N = np.where(np.arange(len(x_NF)) < len(familiar_NC), -1.0, 1.0)
-    of_kinds = [np.full(len(part_NC), 0.5 / len(changed) / len(part_NC)) for part_NC in changed]
-    weight_N = np.concatenate([np.full(len(familiar_NC), 0.5 / len(familiar_NC)), *of_kinds])
 
     def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         weight_F, bias = values[:-1], values[-1]
@@ -216,8 +219,10 @@ def fit_changes(familiar_NC: NDArray[np.float32], changed: Sequence[NDArray[np.f
         total = weight_N @ np.logaddexp(0, -margin_N) + PENALTY / 2 * weight_F @ weight_F
         return float(total), np.append(x_NF.T @ slope_N + PENALTY * weight_F, slope_N.sum())
 
+    # The loss is strictly convex in the coefficients, so these tolerances only bound the rounding of the result.
+    options = {"maxiter": 10_000, "ftol": 1e-14, "gtol": 1e-8}
     start = np.zeros(x_NF.shape[1] + 1)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 1000}).x.astype(np.float32)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x.astype(np.float32)
     return Changes(mean_C, whitening_CC, torch.from_numpy(found[:-1]), torch.from_numpy(found[-1:])[0])
 
 

@@ -1,6 +1,7 @@
 """Changes that make an image unlike the images that a model was trained on: other colors, blur, other pixel sizes.
 
-The check for unfamiliar tissue learns from training images that were changed so (`pipeline.training.familiarity`).
+The check for unfamiliar tissue learns from training images that were changed so (`pipeline.training.familiarity`). The
+size of an image stays, so that a change does not alter the number of windows.
 
 Shape suffixes: H and W an image.
 """
@@ -43,9 +44,10 @@ def reordered(rgb_HWC: RGB, rng: np.random.Generator) -> RGB:
 
 def turned_hue(rgb_HWC: RGB, rng: np.random.Generator) -> RGB:
     """Return the image with its hue turned by at least an eighth of the circle."""
-    hsv_HWC = np.array(Image.fromarray(rgb_HWC).convert("HSV"))
+    image = Image.fromarray(rgb_HWC).convert("HSV")
+    hsv_HWC = np.array(image)
     hsv_HWC[..., 0] += np.uint8(rng.integers(32, 225))  # of 256, wraps around
-    return np.asarray(Image.fromarray(hsv_HWC, "HSV").convert("RGB"))
+    return np.asarray(Image.frombytes("HSV", image.size, hsv_HWC.tobytes()).convert("RGB"))
 
 
 def restained(rgb_HWC: RGB, rng: np.random.Generator) -> RGB:
@@ -63,17 +65,24 @@ def blurred(rgb_HWC: RGB, rng: np.random.Generator) -> RGB:
 
 
 def shrunk(rgb_HWC: RGB, rng: np.random.Generator) -> RGB:
-    """Return the image at 0.4 to 0.65 times its size."""
-    return _resized(rgb_HWC, rng.uniform(0.4, 0.65))
+    """Return the image at 0.4 to 0.65 times its size, mirrored at its right and lower edges to fill the same area."""
+    height, width = rgb_HWC.shape[:2]
+    factor = rng.uniform(0.4, 0.65)
+    small_HWC = _resized(rgb_HWC, max(1, round(height * factor)), max(1, round(width * factor)))
+    missing = ((0, height - small_HWC.shape[0]), (0, width - small_HWC.shape[1]), (0, 0))
+    return np.pad(small_HWC, missing, mode="symmetric")
 
 
 def enlarged(rgb_HWC: RGB, rng: np.random.Generator) -> RGB:
-    """Return the image at 1.6 to 2.5 times its size."""
-    return _resized(rgb_HWC, rng.uniform(1.6, 2.5))
+    """Return a random part of the image, enlarged 1.6 to 2.5 times to the size of the image."""
+    height, width = rgb_HWC.shape[:2]
+    factor = rng.uniform(1.6, 2.5)
+    rows, columns = max(1, round(height / factor)), max(1, round(width / factor))
+    y, x = int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1))
+    return _resized(rgb_HWC[y : y + rows, x : x + columns], height, width)
 
 
-def _resized(rgb_HWC: RGB, factor: float) -> RGB:
-    height, width = (max(1, round(side * factor)) for side in rgb_HWC.shape[:2])
+def _resized(rgb_HWC: RGB, height: int, width: int) -> RGB:
     return np.asarray(Image.fromarray(rgb_HWC).resize((width, height), Image.Resampling.LANCZOS))
 
 

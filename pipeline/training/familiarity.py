@@ -6,7 +6,6 @@ Shape suffixes: N windows, C channels, H and W an image.
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -63,7 +62,7 @@ def fit_familiarity(
     Each source has a mean and a covariance of its own: one Gaussian around mosaics and whole images would include
     everything between them. The distance from the nearest source and the evidence of a change are added. Between the
     median of the validation windows and the value that `FAMILIAR_SHARE` of them stay below, the first part grows by 1
-    and the second by 0.5. The result is deterministic. Raises TrainError if a split is empty.
+    and the second by 0.5. The result does not depend on chance. Raises TrainError if a split is empty.
     """
     assert isinstance(classifier, Classifier)
     place = choose_device(device)
@@ -73,34 +72,34 @@ def fit_familiarity(
         return np.concatenate([_features(classifier, rgb_HWC, scale, place) for rgb_HWC in images])
 
     familiar, held, parts = [], [], []
-    changed: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+    changed: list[list[NDArray[np.float32]]] = [[] for _ in CHANGES]
     for training, validation in sources:
         if not (len(training) and len(validation)):
             raise TrainError(f"{training.dataset.card.name}: the training or validation split has no readable image")
         rng = np.random.default_rng(0)
         both = [features(_images(training)), features(recolored(rgb_HWC, rng) for rgb_HWC in _images(training))]
         familiar.append(np.concatenate(both))
-        for name, change in CHANGES.items():
+        for of_kind, change in zip(changed, CHANGES.values(), strict=True):
             images = _images(training, MOST_IMAGES // len(CHANGES))
-            changed[name].append(features(change(recolored(rgb_HWC, rng), rng) for rgb_HWC in images))
+            of_kind.append(features(change(recolored(rgb_HWC, rng), rng) for rgb_HWC in images))
         held.append(features(_images(validation)))
         statistics = fit_statistics(familiar[-1])
         parts.append((statistics, _median_and_limit(statistics.distances(torch.from_numpy(held[-1])))[1]))
     held_NC = torch.from_numpy(np.concatenate(held))
-    statistics = of_sources(parts)
-    median, limit = _median_and_limit(statistics.distances(held_NC))
-    changes = fit_changes(np.concatenate(familiar), [np.concatenate(parts) for parts in changed.values()])
+    plain = of_sources(parts)
+    median, limit = _median_and_limit(plain.distances(held_NC))
+    changes = fit_changes(familiar, changed)
     changes = changes.scaled(*_median_and_limit(changes.logits(held_NC)))
-    statistics = dataclasses.replace(statistics.scaled(1 / (limit - median)), changes=changes)
-    limit = round(_median_and_limit(statistics.distances(held_NC))[1], 4)
-    return statistics, FamiliarityCard(statistics=NO_DIGEST, window_limit=limit, share_limit=SHARE_LIMIT)
+    statistics = dataclasses.replace(plain.scaled(1 / (limit - median)), changes=changes)
+    window_limit = round(_median_and_limit(statistics.distances(held_NC))[1], 4)
+    return statistics, FamiliarityCard(statistics=NO_DIGEST, window_limit=window_limit, share_limit=SHARE_LIMIT)
 
 
 def _median_and_limit(values_N: Tensor) -> tuple[float, float]:
     """Return the median of the validation windows, and the value that `FAMILIAR_SHARE` of them stay below."""
     median, limit = np.quantile(values_N.numpy(), [0.5, FAMILIAR_SHARE]).tolist()
-    # An untrained network can have equal features everywhere. The limit and its difference must be positive.
-    return median, max(limit, median + 1e-4)
+    # Few windows, or an untrained network, can have equal values, but distances are divided by this difference.
+    return median, max(limit, median + max(1e-4, 0.01 * abs(median)))
 
 
 def _images(images: PatchImages, most: int = MOST_IMAGES) -> Iterator[NDArray[np.uint8]]:

@@ -119,12 +119,19 @@ def blurred(radius: float) -> Callable[[RGB], RGB]:
 
 
 def scaled(factor: float) -> Callable[[RGB], RGB]:
-    """Return a function that enlarges by this factor, as a wrong pixel size does."""
-    return lambda rgb_HWC: np.asarray(
-        Image.fromarray(rgb_HWC).resize(
-            (round(rgb_HWC.shape[1] * factor), round(rgb_HWC.shape[0] * factor)), Image.Resampling.LANCZOS
-        )
-    )
+    """Return a function that enlarges by this factor, as a wrong pixel size does.
+
+    A smaller image is mirrored at its edges to the size of a window at least: the means over a part of a window vary
+    more, and a slide has whole windows.
+    """
+
+    def change(rgb_HWC: RGB) -> RGB:
+        width, height = (round(side * factor) for side in rgb_HWC.shape[1::-1])
+        sized_HWC = np.asarray(Image.fromarray(rgb_HWC).resize((width, height), Image.Resampling.LANCZOS))
+        missing = ((0, max(0, WINDOW - height)), (0, max(0, WINDOW - width)), (0, 0))
+        return np.pad(sized_HWC, missing, mode="symmetric")
+
+    return change
 
 
 CHANGES: dict[str, Callable[[RGB], RGB]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from models.bundle import Bundle, load_networks, replace_card, save_bundle
 from models.card import NO_DIGEST, ClassifierCard, FamiliarityCard, SegmenterCard
 from models.classifier import Classifier
-from models.familiarity import fit_statistics, window_features
+from models.familiarity import fit_changes, fit_statistics, window_features
 from models.segmenter import build_segmenter
 from tests.models.networks import LITE, make_card, timm_networks
 from tests.pipeline.fakes import COLORS, REGIONS
@@ -64,7 +65,10 @@ def familiar_bundle(folder: Path, rgb_HWC: NDArray[np.uint8], scope: str = "pain
         return window_features(classifier.stages(x_NCHW).deep, 8).flatten(0, 2)
 
     with torch.inference_mode():
-        statistics = fit_statistics(torch.cat([features_NF(shift) for shift in range(0, 128, 8)]).numpy())
+        familiar_NF = torch.cat([features_NF(shift) for shift in range(0, 128, 8)]).numpy()
+        changed_NF = familiar_NF * np.random.default_rng(0).uniform(0.2, 3, familiar_NF.shape).astype(np.float32)
+        changes = fit_changes([familiar_NF], [[changed_NF]]).scaled(-5, 5)
+        statistics = dataclasses.replace(fit_statistics(familiar_NF), changes=changes)
         limit = 1.5 * float(max(statistics.distances(features_NF(shift)).max() for shift in (4, 44, 100)))
     familiarity = FamiliarityCard(statistics=NO_DIGEST, window_limit=limit, share_limit=0.5)
     card = bundle.card.model_copy(update={"familiarity": familiarity, "scope": scope})

@@ -91,20 +91,21 @@ def test_a_distance_is_the_sum_of_two_scaled_parts(textures: Dataset, classifier
     chosen = [(train, val), (val, images_of(textures, "train", most=4))][:sources]
     statistics, card = fit_familiarity(classifier, chosen, TrainConfig(), "cpu")
     familiar, held = [], []
-    changed: dict[str, list[np.ndarray]] = {name: [] for name in CHANGES}
+    changed: list[list[np.ndarray]] = [[] for _ in CHANGES]
     for training, validation in chosen:
         rng = np.random.default_rng(0)
         images = [training.rgb(i) for i in range(len(training))]
         seen = [*images, *(recolored(rgb_HWC, rng) for rgb_HWC in images)]
         familiar.append(np.concatenate([features_of(classifier, rgb_HWC) for rgb_HWC in seen]))
-        for name, change in CHANGES.items():
-            changed[name] += [features_of(classifier, change(recolored(image, rng), rng)) for image in images]
+        for of_kind, change in zip(changed, CHANGES.values(), strict=True):
+            windows = [features_of(classifier, change(recolored(image, rng), rng)) for image in images]
+            of_kind.append(np.concatenate(windows))
         held.append(np.concatenate([features_of(classifier, validation.rgb(i)) for i in range(len(validation))]))
     limit_G = [np.quantile(whitened(mine, source)[0], 0.995) for mine, source in zip(held, familiar, strict=True)]
     held_NC = np.concatenate(held)
     nearest_N = (whitened(held_NC, *familiar) / np.array(limit_G)[:, None]).min(axis=0)
     nearest_N /= np.subtract(*np.quantile(nearest_N, [0.995, 0.5]))
-    changes = fit_changes(np.concatenate(familiar), [np.concatenate(parts) for parts in changed.values()])
+    changes = fit_changes(familiar, changed)
     logit_N = changes.logits(torch.from_numpy(held_NC)).numpy()
     low, high = np.quantile(logit_N, [0.5, 0.995])
     expected_N = nearest_N + np.clip((logit_N - low) / (high - low) / 2 + 0.5, 0, MOST_EVIDENCE)
@@ -113,14 +114,28 @@ def test_a_distance_is_the_sum_of_two_scaled_parts(textures: Dataset, classifier
     assert card.share_limit == SHARE_LIMIT
 
 
-def test_changed_images_are_unfamiliar(textures: Dataset, classifier: Classifier) -> None:
+def test_changed_images_have_evidence_of_a_change(textures: Dataset, classifier: Classifier) -> None:
     training, validation = images_of(textures, "train"), images_of(textures, "val")
+    statistics, _ = fit_familiarity(classifier, [(training, validation)], TrainConfig(), "cpu")
+    assert statistics.changes is not None
+    new, rng = images_of(textures, "test").rgb(0), np.random.default_rng(5)
+    evidence = {
+        name: statistics.changes.evidence(torch.from_numpy(features_of(classifier, change(new, rng)))).min().item()
+        for name, change in {"none": lambda rgb_HWC, _: rgb_HWC, **CHANGES}.items()
+    }
+    # Validation windows have 0.5 in the middle, and nearly all have at most 1.
+    assert evidence.pop("none") < 1.1
+    # Random weights and small images of three textures recognize changes of color alone.
+    assert min(evidence[name] for name in ("gray", "inverted", "reordered", "turned_hue")) > 1.3, evidence
+
+
+def test_a_single_validation_window_still_gives_a_usable_scale(textures: Dataset, classifier: Classifier) -> None:
+    training, validation = images_of(textures, "train"), images_of(textures, "val", most=1)
     statistics, card = fit_familiarity(classifier, [(training, validation)], TrainConfig(), "cpu")
-    rng = np.random.default_rng(5)
-    new = images_of(textures, "test").rgb(0)
-    for name in ("inverted", "blurred", "enlarged"):
-        changed_NC = torch.from_numpy(features_of(classifier, np.ascontiguousarray(CHANGES[name](new, rng))))
-        assert (statistics.distances(changed_NC) > card.window_limit).all(), name
+    held_NC = torch.from_numpy(features_of(classifier, validation.rgb(0)))
+    # Its distance is 1 of the 1.01 parts of the limit, and its evidence is 0.5.
+    assert statistics.distances(held_NC).item() == pytest.approx(100.5, rel=1e-3)
+    assert card.window_limit == pytest.approx(100.5 * 1.01, rel=1e-3)
 
 
 def test_a_split_without_images_is_refused(textures: Dataset, classifier: Classifier) -> None:
