@@ -31,7 +31,7 @@ MOST_IMAGES = 1500
 FAMILIAR_SHARE = 0.995
 """Share of the validation windows that is familiar. docs/benchmarks/familiarity.md compares it with 0.99."""
 
-SHARE_LIMIT = 0.5
+SHARE_LIMIT = 0.45
 """Share of a slide's tissue above which the slide gets a warning; docs/benchmarks/familiarity.md measures it."""
 
 
