@@ -33,7 +33,7 @@ STEP = 112
 """Distance between windows in model pixels."""
 
 FARTHEST = 8.0
-"""`Changes` counts a feature that is more standard deviations from its mean as this many, because it uses squares."""
+"""Whitened features are clipped to this many standard deviations, because the regression also uses their squares."""
 
 MOST_EVIDENCE = 3.0
 """Largest evidence of a change."""
@@ -81,7 +81,7 @@ class Changes:
     def evidence(self, features_NC: Tensor) -> Tensor:
         """Return the evidence (N,) that windows with these features were changed, from 0 to `MOST_EVIDENCE`.
 
-        It is the logit with the current scale (`scaled`), within these bounds.
+        It is the scaled logit (see `scaled`), clipped to these bounds.
         """
         return self.logits(features_NC).clamp(0, MOST_EVIDENCE)
 

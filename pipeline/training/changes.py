@@ -1,7 +1,7 @@
 """Changes that make an image unlike the images that a model was trained on: other colors, blur, other pixel sizes.
 
-The check for unfamiliar tissue learns from training images that were changed so (`pipeline.training.familiarity`). The
-size of an image stays, so that a change does not alter the number of windows.
+The check for unfamiliar tissue is fitted with such images (`pipeline.training.familiarity`). A change keeps the size of an
+image in pixels, and so its number of windows.
 
 Shape suffixes: H and W an image.
 """
@@ -89,4 +89,4 @@ def _resized(rgb_HWC: RGB, height: int, width: int) -> RGB:
 CHANGES: Mapping[str, Callable[[RGB, np.random.Generator], RGB]] = {
     change.__name__: change for change in (gray, inverted, reordered, turned_hue, restained, blurred, shrunk, enlarged)
 }
-"""All kinds of changes by name. Each draws its strength from a generator."""
+"""All kinds of changes by name. Those with random parameters draw them from the generator."""

@@ -57,12 +57,12 @@ def fit_familiarity(
 
     `classifier` is a `Classifier` in eval mode. Every training image counts as it is and recolored, so that the stain
     of another laboratory does not make a slide unfamiliar. Recolored images that were changed by one of `CHANGES` teach
-    what wrong colors, blur and wrong pixel sizes look like. All limits come from the validation images as they are.
+    what wrong colors, blur and wrong pixel sizes look like. All limits come from the unchanged validation images.
 
     Each source has a mean and a covariance of its own: one Gaussian around mosaics and whole images would include
     everything between them. The distance from the nearest source and the evidence of a change are added. Between the
     median of the validation windows and the value that `FAMILIAR_SHARE` of them stay below, the first part grows by 1
-    and the second by 0.5. The result does not depend on chance. Raises TrainError if a split is empty.
+    and the second by 0.5. The result is deterministic. Raises TrainError if a split is empty.
     """
     assert isinstance(classifier, Classifier)
     place = choose_device(device)
@@ -103,7 +103,7 @@ def _median_and_limit(values_N: Tensor) -> tuple[float, float]:
 
 
 def _images(images: PatchImages, most: int = MOST_IMAGES) -> Iterator[NDArray[np.uint8]]:
-    """Yield about this many images at most, evenly spread."""
+    """Yield at most `most` images, evenly spaced."""
     for index in range(0, len(images), -(-len(images) // most)):
         yield images.rgb(index)
 

@@ -121,8 +121,8 @@ def blurred(radius: float) -> Callable[[RGB], RGB]:
 def scaled(factor: float) -> Callable[[RGB], RGB]:
     """Return a function that enlarges by this factor, as a wrong pixel size does.
 
-    A smaller image is mirrored at its edges to the size of a window at least: the means over a part of a window vary
-    more, and a slide has whole windows.
+    An image smaller than a window is padded to the size of a window with mirrored tissue. Means over a partial window
+    vary more, and a slide has only whole windows.
     """
 
     def change(rgb_HWC: RGB) -> RGB:
