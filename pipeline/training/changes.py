@@ -1,7 +1,7 @@
 """Changes that make an image unlike the images that a model was trained on: other colors, blur, other pixel sizes.
 
-The check for unfamiliar tissue is fitted with such images (`pipeline.training.familiarity`). A change keeps the size of an
-image in pixels, and so its number of windows.
+The check for unfamiliar tissue is fitted with such images (`pipeline.training.familiarity`). A change keeps the size of
+an image in pixels, and so its number of windows.
 
 Shape suffixes: H and W an image.
 """
