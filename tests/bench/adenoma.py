@@ -97,7 +97,7 @@ def row(name: str, statistics: Statistics, limit: float, tested: Mapping[str, Se
 
 
 def flagged(distances: Sequence[NDArray[np.floating]]) -> str:
-    """Return the share of images of whose windows most lie beyond the limit, and the number of images."""
+    """Return the share of images that are flagged by `SHARE_LIMIT`, and the number of images."""
     share = np.mean([(one > 1).mean() > SHARE_LIMIT for one in distances])
     return f"{100 * share:.1f} % of {len(distances)}"
 

@@ -22,13 +22,14 @@ def test_an_image_is_flagged_if_more_than_half_of_its_windows_are_beyond_the_lim
 
 
 def test_the_table_of_folds_has_a_row_for_each_slide_and_one_for_all_images() -> None:
-    first = _measured("01", (0.5, 0.6), (0.7, 1.5)), _measured("skin", (2.0,), (0.9,))
-    second = _measured("02", (1.2, 1.3), (0.5, 0.5)), _measured("skin", (3.0,), (3.0,))
+    first = _measured("01", (0.5, 0.6), (0.7, 0.8, 1.5)), _measured("skin", (2.0,), (0.9,))
+    second = _measured("02", (0.9, 1.2, 1.3), (0.5, 0.5)), _measured("skin", (3.0,), (3.0,))
     assert folds_table([first, second]).splitlines()[2:] == [
-        # Skin: 2.0 is farther than all four windows, 0.9 than three.
-        "| 01 | 2 | 0 % | 25 % | 50 % | 0.875 |",
-        "| 02 | 2 | 50 % | 50 % | 100 % | 1.000 |",
-        "| all | 4 | 25 % | 38 % | | mean 0.938 |",
+        # A third of an image's windows is below the limit of a slide, two thirds are above it. Skin: 2.0 is farther
+        # than all five windows, 0.9 than four.
+        "| 01 | 2 | 0 % | 20 % | 50 % | 0.900 |",
+        "| 02 | 2 | 50 % | 40 % | 100 % | 1.000 |",
+        "| all | 4 | 25 % | 30 % | | mean 0.950 |",
     ]
 
 
