@@ -8,6 +8,8 @@ from tests.bench.adenoma import ADENOMA, OTHERS, flagged, row
 
 
 def test_an_image_is_flagged_if_too_many_of_its_windows_are_beyond_the_limit() -> None:
+    beyond_45 = np.repeat([0.5, 1.5], [11, 10])  # 10 of 21 windows, less than half
+    assert flagged([beyond_45]) == "100.0 % of 1"
     assert flagged([np.array([0.5, 0.7, 1.5]), np.array([1.5, 2.0]), np.array([1.0, 1.0])]) == "33.3 % of 3"
 
 

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from skimage.color import hed2rgb, rgb2hed
 
 from pipeline.training.augment import EOSIN, replace_eosin
-from pipeline.training.changes import CHANGES
+from pipeline.training.changes import CHANGES, SIMILAR
 
 
 def stained(height: int = 60, width: int = 90) -> NDArray[np.uint8]:
@@ -67,6 +67,13 @@ def test_the_other_stain_replaces_eosin_only() -> None:
     assert after_HWC[..., 1] == pytest.approx(0, abs=0.01)
     assert after_HWC[..., 2] == pytest.approx(before_HWC[..., 1] + before_HWC[..., 2], abs=0.01)
     assert np.abs(replace_eosin(stained(), EOSIN).astype(int) - stained()).max() <= 1
+
+
+def test_another_stain_is_never_like_eosin() -> None:
+    eosin_HWC = np.rint(256 * np.exp(-0.8 * EOSIN) - 1).astype(np.uint8)[None, None]
+    for seed in range(30):
+        density_3 = -np.log((changed("restained", seed, eosin_HWC)[0, 0] + 1.0) / 256)
+        assert density_3 @ EOSIN / np.linalg.norm(density_3) < SIMILAR + 0.02
 
 
 def test_the_strengths_of_blur_and_size_are_within_their_ranges() -> None:
