@@ -161,6 +161,9 @@ class _Backend:
         return False
 
 
+# Otherwise `Module.to` with another memory format replaces what torch knows of a parameter, but not `raw`. Convolutions
+# would then compute in another layout than on the CPU, whose bits are the same on some processors only.
+torch.__future__.set_overwrite_module_params_on_conversion(True)
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 _library = torch.library.Library("_", "IMPL")
 _library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
