@@ -61,8 +61,9 @@ def window_features(deep_NChw: Tensor, stride: int) -> Tensor:
     rows, columns = ([x // stride for x in window_starts(int(length) * stride)] for length in deep_NChw.shape[2:])
     x_NChw = deep_NChw.float()
     mean_NCrw = torch.stack([x_NChw[:, :, row : row + side].mean(dim=2) for row in rows], dim=2)
-    mean_NCrc = torch.stack([mean_NCrw[..., column : column + side].mean(dim=3) for column in columns], dim=3)
-    return mean_NCrc.permute(0, 2, 3, 1)
+    # In the order of the result: flattening a permuted map would copy it.
+    mean_NrwC = mean_NCrw.permute(0, 2, 3, 1)
+    return torch.stack([mean_NrwC[:, :, column : column + side].mean(dim=2) for column in columns], dim=2)
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ class Changes:
 
     def logits(self, features_NC: Tensor) -> Tensor:
         """Return the logits (N,) with the current scale."""
-        return _terms((features_NC.float() - self.mean_C) @ self.whitening_CC) @ self.weight_F + self.bias
+        terms_NF = _terms((features_NC.float() - self.mean_C) @ self.whitening_CC)
+        return torch.addmv(self.bias, terms_NF, self.weight_F)
 
     def scaled(self, median: float, limit: float) -> Self:
-        """Return the regression whose logits are 0.5 where they are now `median`, and 1 where they are now `limit`."""
+        """Return the regression with another scale: a logit of `median` becomes 0.5, and one of `limit` becomes 1."""
         factor = 0.5 / (limit - median)
         return dataclasses.replace(self, weight_F=self.weight_F * factor, bias=(self.bias - median) * factor + 0.5)
 
@@ -114,11 +116,8 @@ class Statistics:
 
     def distances(self, features_NC: Tensor) -> Tensor:
         """Return the distance (N,) of windows with these features: from the nearest source, plus `Changes.evidence`."""
-        distance_GN = [
-            ((features_NC.float() - mean_C) @ whitening_CC).norm(dim=1)
-            for mean_C, whitening_CC in zip(self.mean_GC, self.whitening_GCC, strict=True)
-        ]
-        nearest_N = torch.stack(distance_GN).amin(dim=0)
+        whitened_GNC = (features_NC.float() - self.mean_GC[:, None]) @ self.whitening_GCC
+        nearest_N = whitened_GNC.norm(dim=2).amin(dim=0)
         return nearest_N if self.changes is None else nearest_N + self.changes.evidence(features_NC)
 
     def scaled(self, factor: float) -> Self:
