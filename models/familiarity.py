@@ -117,7 +117,7 @@ class Statistics:
     def distances(self, features_NC: Tensor) -> Tensor:
         """Return the distance (N,) of windows with these features: from the nearest source, plus `Changes.evidence`."""
         whitened_GNC = (features_NC.float() - self.mean_GC[:, None]) @ self.whitening_GCC
-        nearest_N = whitened_GNC.norm(dim=2).amin(dim=0)
+        nearest_N: Tensor = whitened_GNC.norm(dim=2).amin(dim=0)
         return nearest_N if self.changes is None else nearest_N + self.changes.evidence(features_NC)
 
     def scaled(self, factor: float) -> Self:
