@@ -70,11 +70,11 @@ def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, de
     """Return the bundle with statistics of the data set's training and validation split."""
     from models.bundle import load_bundle, shipped_bundles
     from pipeline.errors import ConfigError, OutputError
-    from pipeline.training.compose import composed
+    from pipeline.training.compose import composed, without_whole
     from pipeline.training.dataset import load_dataset
     from pipeline.training.evaluate import check_same_classes
     from pipeline.training.familiarity import add_familiarity
-    from pipeline.training.pieces import cut_datasets
+    from pipeline.training.pieces import other_datasets
     from pipeline.training.train import training_images
 
     if bundle in shipped_bundles():
@@ -84,7 +84,8 @@ def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, de
     wording = scope if scope is not None else model.card.scope or chosen.card.scope
     try:
         with tempfile.TemporaryDirectory(prefix="wsi-familiarity-") as work:
-            used = [composed(chosen, Path(work), ("train", "val")), *cut_datasets(chosen)]
+            made = composed(chosen, Path(work), ("train", "val"))
+            used = [without_whole(chosen, made), *other_datasets(chosen)]
             sources = [training_images(one, model.card.mpp, cache_bytes=0) for one in used]
             return add_familiarity(model, sources, wording, device)
     except OSError as error:

@@ -3,7 +3,7 @@
 A data set of single-tissue images teaches no border and no neighborhood. This module joins neighboring images, fills
 irregular cells with them, and blends the cells along soft or hard borders. The idea is that of HisynSeg (2024). As for
 any data set, presence labels of windows are the supervision; the known map of tissues serves to label these windows and
-to measure.
+to measure. Images of other data sets can stand beside the composed ones as they are, see `compose.whole`.
 
 Composed images depend only on the data set and their number, so every run and every machine has the same ones (but for
 the bytes of JPEG compression).
@@ -29,11 +29,13 @@ import scipy.ndimage
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.errors import DatasetFileError
 from pipeline.training.augment import Move, restain
-from pipeline.training.dataset import IGNORED, Dataset
-from pipeline.training.dataset_card import Compose, DatasetCard, Location, Split
+from pipeline.training.dataset import IGNORED, Dataset, Sample, read_mask, read_rgb, samples
+from pipeline.training.dataset_card import Compose, DatasetCard, Location, Split, Whole
 from pipeline.training.patches import mirrored
-from pipeline.training.pieces import Kind, Piece, Pieces, cut_datasets, kinds_of, pieces_of
+from pipeline.training.pieces import Kind, Piece, Pieces, kinds_of, other_dataset, other_datasets, pieces_of
+from pipeline.training.resample import resampled
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +62,14 @@ def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = No
     """Return the data set of composed images, or `dataset` itself if its card does not ask for them.
 
     The images and masks are written below `folder`, into a folder named after a digest of the card, unless they are
-    already there. `splits` None stands for all. Raises what `samples` and `read_rgb` raise, and LabelError for a
-    position in the table that is not a number.
+    already there. `splits` None stands for all. Raises what `samples`, `read_rgb` and `read_mask` raise, LabelError for
+    a position in the table that is not a number, and DatasetFileError for another data set that is missing or does not
+    fit.
     """
     rule = dataset.card.compose
     if rule is None:
         return dataset
-    facts = "".join(one.card.model_dump_json(exclude={"settings"}) for one in (dataset, *cut_datasets(dataset)))
+    facts = "".join(one.card.model_dump_json(exclude={"settings"}) for one in (dataset, *other_datasets(dataset)))
     digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
     root = folder / f"composed-{digest}"
     kinds = kinds_of(dataset)
@@ -74,6 +77,18 @@ def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = No
         if not (root / split).is_dir():
             _write_split(dataset, rule, kinds, split, root)
     return Dataset(_composed_card(dataset.card, rule, kinds), root)
+
+
+def without_whole(dataset: Dataset, made: Dataset) -> Dataset:
+    """Return the data set `made` that `composed` returned for `dataset`, without the images of `compose.whole`."""
+    rule = dataset.card.compose
+    if rule is None or not rule.whole:
+        return made
+    images = {
+        split: tuple(place.model_copy(update={"image": f"{split}/img/{split}-*"}) for place in places)
+        for split, places in made.card.images.items()
+    }
+    return Dataset(made.card.model_copy(update={"images": images}), made.root)
 
 
 def _composed_card(card: DatasetCard, rule: Compose, kinds: Sequence[Kind]) -> DatasetCard:
@@ -84,7 +99,7 @@ def _composed_card(card: DatasetCard, rule: Compose, kinds: Sequence[Kind]) -> D
         "classes": [spec.model_dump() | {"mask_values": [k]} for k, spec in enumerate(card.classes)],
         "mask_excluded": [IGNORED],
         "images": {
-            split: [Location(image=f"{split}/img/*.jpg", mask=f"{split}/mask/{{name}}.png").model_dump()]
+            split: [Location(image=f"{split}/img/*", mask=f"{split}/mask/{{name}}.png").model_dump()]
             for split in card.splits
         },
         "labels": rule.labels.model_dump() | {"several": several},
@@ -113,11 +128,41 @@ def _write_split(dataset: Dataset, rule: Compose, kinds: Sequence[Kind], split: 
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(write, range(count)))
+        for whole in rule.whole:
+            _write_whole(dataset, whole, split, work)
         try:
             work.rename(root / split)
         except OSError:  # another process of this run was faster and wrote the same images
             if not (root / split).is_dir():
                 raise
+
+
+def _write_whole(dataset: Dataset, rule: Whole, split: Split, work: Path) -> None:
+    """Write the images of a split of another data set at the pixel size of the composed images, with their masks."""
+    source = other_dataset(dataset, rule)
+    compose = dataset.card.compose
+    assert compose is not None
+    if unknown := sorted(set(source.class_names) - set(dataset.class_names)):
+        raise DatasetFileError(
+            f"{dataset.card.name}: compose.whole names {rule.dataset}, which has classes that this data set lacks: "
+            f"{', '.join(unknown)}; the classes of this data set are {', '.join(dataset.class_names)}"
+        )
+    if split not in source.card.splits:
+        return
+    values = np.full(256, IGNORED, dtype=np.uint8)
+    values[: len(source.class_names)] = [dataset.class_names.index(name) for name in source.class_names]
+    chosen = samples(source, split)
+    logger.info("adding %d images of %s to split %s", len(chosen), rule.dataset, split)
+
+    def write(sample: Sample) -> None:
+        rgb_HWC = resampled(read_rgb(sample), source.mpp / compose.mpp)
+        mask = Image.fromarray(values[read_mask(source, sample)])
+        name = f"{rule.dataset}-{sample.name}"
+        Image.fromarray(rgb_HWC).save(work / "img" / f"{name}.png")
+        mask.resize(rgb_HWC.shape[1::-1], Image.Resampling.NEAREST).save(work / "mask" / f"{name}.png")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, chosen))
 
 
 def compose_image(

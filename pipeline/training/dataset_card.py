@@ -245,6 +245,15 @@ class Cut(_Section):
     """Windows of a later tissue do not overlap those of an earlier one."""
 
 
+class Whole(_Section):
+    """A data set whose images are used as they are, beside the composed ones, with its own masks."""
+
+    dataset: str
+    """Name of a shipped data set with masks, whose classes are among those of this data set."""
+    folder: str
+    """As in `Cut`."""
+
+
 class Compose(_Section):
     """How to compose training images from images that show one tissue each, see pipeline/training/compose.py."""
 
@@ -266,7 +275,9 @@ class Compose(_Section):
     labels: CropLabels
     """Labeled windows of the composed images, in their pixels."""
     cut: tuple[Cut, ...] = ()
-    """Other data sets whose images are also used."""
+    """Data sets of whose images parts are also used to compose."""
+    whole: tuple[Whole, ...] = ()
+    """Data sets whose images are used as they are."""
 
 
 class DatasetCard(_Section):

@@ -36,8 +36,8 @@ SHARE_LIMIT = 0.45
 
 
 Source = tuple[PatchImages, PatchImages]
-"""Training and validation images of one kind: composed images, or all whole images of a data set that composed images
-were cut from. Some of the latter can show tissue that no network was trained with."""
+"""Training and validation images of one kind: composed images, or all whole images of another data set that `compose`
+names. If composed images were cut from these, some can show tissue that no network was trained with."""
 
 
 def add_familiarity(bundle: Bundle, sources: Sequence[Source], scope: str, device: str = "auto") -> Bundle:

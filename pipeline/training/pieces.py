@@ -25,7 +25,7 @@ from pipeline.training.dataset import (
     samples,
     shipped_names,
 )
-from pipeline.training.dataset_card import Cut, CutTissue, Split
+from pipeline.training.dataset_card import Cut, CutTissue, Split, Whole
 from pipeline.training.resample import resampled
 from pipeline.training.splits import rows_of
 
@@ -144,28 +144,32 @@ def rectangles(places: Iterable[tuple[int, int]], width: int, height: int) -> li
     return found
 
 
-def cut_datasets(dataset: Dataset) -> list[Dataset]:
-    """Return the data sets that a data set of composed images also uses, see `compose.cut`.
+def other_datasets(dataset: Dataset) -> list[Dataset]:
+    """Return the data sets that a data set of composed images also uses: those of `compose.cut` and `compose.whole`.
 
     Raises DatasetFileError if one is missing.
     """
     compose = dataset.card.compose
-    return [] if compose is None else [_cut_dataset(dataset, rule) for rule in compose.cut]
+    if compose is None:
+        return []
+    rules: list[Cut | Whole] = [*compose.cut, *compose.whole]
+    return [other_dataset(dataset, rule) for rule in rules]
 
 
-def _cut_dataset(dataset: Dataset, rule: Cut) -> Dataset:
+def other_dataset(dataset: Dataset, rule: Cut | Whole) -> Dataset:
+    """Return the data set of a rule of `compose`. Raises DatasetFileError if it is missing."""
     folder = dataset.root / rule.folder
     if rule.dataset not in shipped_names() or not folder.is_dir():
         raise DatasetFileError(
-            f"{dataset.card.name}: compose.cut needs the data set {rule.dataset} in {folder}; the folder must exist, "
-            f"and the shipped data sets are {', '.join(shipped_names())}"
+            f"{dataset.card.name}: compose.{type(rule).__name__.lower()} needs the data set {rule.dataset} in "
+            f"{folder}; the folder must exist, and the shipped data sets are {', '.join(shipped_names())}"
         )
     return load_dataset(rule.dataset, folder)
 
 
 def _cut_pieces(dataset: Dataset, rule: Cut, split: Split) -> Iterator[tuple[Kind, Piece]]:
     """Yield the windows of the rule's data set that show one tissue, at the pixel size of the composed images."""
-    source = _cut_dataset(dataset, rule)
+    source = other_dataset(dataset, rule)
     compose, table = dataset.card.compose, source.card.table
     assert compose is not None
     if table is None:

@@ -36,7 +36,7 @@ from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from pipeline.training.calibration import calibrate_temperature, write_reliability
 from pipeline.training.classifier import build_classifier, classifier_task, head_task
-from pipeline.training.compose import composed
+from pipeline.training.compose import composed, without_whole
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, training_samples
 from pipeline.training.evaluate import evaluate, evaluate_samples, masked_samples
@@ -46,7 +46,7 @@ from pipeline.training.gate_calibration import UNCALIBRATED, calibrate_gate, gat
 from pipeline.training.inputs import MULTIPLE
 from pipeline.training.model_card import make_card, score_metrics
 from pipeline.training.patches import CACHE_BYTES, PatchImages, at_pixel_sizes
-from pipeline.training.pieces import cut_datasets
+from pipeline.training.pieces import other_datasets
 from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
@@ -93,16 +93,18 @@ def train(
             raise TrainError(
                 f"{name} is {size}, which is not a multiple of the {processes.world} processes; set it to a multiple"
             )
-    others = cut_datasets(dataset)
-    dataset = composed(dataset, run)
+    described, others = dataset, other_datasets(dataset)
+    dataset = composed(described, run)
     if test:
         masked_samples(dataset, "test")
     config, training, by_size, validation, classifier, segmenter = prepare(dataset, config, init)
     logger.info("%d training and %d validation images", len(training), len(validation))
-    sources = [(training, validation)]
+    sources: list[Source] = []
     if processes.rank == 0 and not (run / "bundle").exists():
         assert config.mpp is not None
         # Not cached: reading images twice takes less time than the networks. Caches of all sources need gigabytes.
+        own = without_whole(described, dataset)
+        sources = [(training, validation)] if own is dataset else [training_images(own, config.mpp, cache_bytes=0)]
         sources += [training_images(other, config.mpp, cache_bytes=0) for other in others]
     # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.
     held = ExitStack()
@@ -138,7 +140,7 @@ def train(
             _stage(run, task, config, place, processes, progress, log)
 
         if processes.rank == 0:
-            export(run, classifier.eval(), segmenter.eval(), sources, config, device)
+            export(run, classifier.eval(), segmenter.eval(), validation, sources, config, device)
             if test:
                 add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)
         _wait(processes)
@@ -297,6 +299,7 @@ def export(
     run: Path,
     classifier: Classifier,
     segmenter: nn.Module,
+    validation: PatchImages,
     sources: Sequence[Source],
     config: TrainConfig,
     device: str,
@@ -305,13 +308,12 @@ def export(
 
     The gate is calibrated on the labeled patches of the validation images, and the temperature on those images with
     masks. The validation images show whether the map depends on the position in a view. The heads of single layers do
-    not become part of the bundle. `sources` are those of `fit_familiarity`; the networks were trained on the first one.
+    not become part of the bundle. `sources` are those of `fit_familiarity`.
     """
     folder, torch_device = run / "bundle", choose_device(device)
     if folder.exists():
         logger.info("%s exists: nothing to do", folder)
         return
-    validation = sources[0][1]
     dataset, window = validation.dataset, gate_window(validation)
     classifier.layer_heads.clear()
     draft = make_card(dataset, config, window, (UNCALIBRATED,) * len(dataset.class_names))

@@ -18,10 +18,13 @@ from pipeline.training.compose import (
     composed,
     cover,
     draw_cells,
+    without_whole,
 )
 from pipeline.training.dataset import IGNORED, Dataset, labeled_boxes, load_dataset, read_mask, read_rgb, samples
+from pipeline.training.dataset_card import Split
 from pipeline.training.pieces import kinds_of, pieces_of
-from tests.pipeline.training.single_tissue import TOML, write_tiles
+from pipeline.training.resample import resampled
+from tests.pipeline.training.single_tissue import TOML, write_other, write_tiles
 
 CUT_OF_ANOTHER_CLASS = """minimum = 0.05
 
@@ -36,6 +39,19 @@ tissues = [{ classes = ["a", "c"], mask = "gland", share = [0.9, 1.0], sides = [
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_tiles(tmp_path_factory.mktemp("tiles"))
+
+
+def with_whole_images(folder: Path, first: str = "gland", second: str = "other") -> Dataset:
+    """Write tiles of these classes and images of EBHI-Seg; return the data set of tiles with the whole images."""
+    write_tiles(folder / "tiles")
+    write_other(folder / "other", {f"case-{n}": "normal" for n in range(20)})
+    text = TOML.replace('{ name = "a" }, { name = "b" }', f'{{ name = "{first}" }}, {{ name = "{second}" }}')
+    text = text.replace(
+        'A = "a", B = "b", AB = ["a", "b"]', f'A = "{first}", B = "{second}", AB = ["{first}", "{second}"]'
+    )
+    text += '\n[[compose.whole]]\ndataset = "ebhi-seg"\nfolder = "../other"\n'
+    (folder / "tiles" / "dataset.toml").write_text(text)
+    return load_dataset(folder / "tiles")
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -127,6 +143,52 @@ def test_composing_again_gives_the_same_images_and_keeps_existing_ones(tiles: Da
 def test_a_data_set_without_composition_stays_itself(tiles: Dataset, tmp_path: Path) -> None:
     plain = Dataset(tiles.card.model_copy(update={"compose": None}), tiles.root)
     assert composed(plain, tmp_path) is plain
+
+
+def test_whole_images_stand_beside_the_composed_ones_at_their_pixel_size(tmp_path: Path) -> None:
+    dataset = with_whole_images(tmp_path)
+    made = composed(dataset, tmp_path / "made")
+    source = load_dataset("ebhi-seg", tmp_path / "other")
+    counts: dict[Split, int] = {"train": 3, "val": 2}
+    for split, count in counts.items():
+        own = {f"ebhi-seg-{sample.name}": sample for sample in samples(source, split)}
+        assert own
+        found = {sample.name: sample for sample in samples(made, split)}
+        assert sorted(found.keys() - own.keys()) == [f"{split}-{n:04d}" for n in range(count)]
+        for name, sample in own.items():
+            # 1.0 um/px in the other data set, 0.5 in the composed images.
+            np.testing.assert_array_equal(read_rgb(found[name]), resampled(read_rgb(sample), 2.0))
+            # "other" is class 0 there and class 1 here.
+            labels_HW = 1 - read_mask(source, sample)
+            np.testing.assert_array_equal(read_mask(made, found[name]), labels_HW.repeat(2, axis=0).repeat(2, axis=1))
+            present_BK = labeled_boxes(made, found[name]).present_BK
+            assert {tuple(present_K) for present_K in present_BK.tolist()} == {
+                (True, False, False),
+                (False, True, False),
+            }
+        alone = samples(without_whole(dataset, made), split)
+        assert [sample.name for sample in alone] == [f"{split}-{n:04d}" for n in range(count)]
+
+
+def test_without_whole_images_nothing_is_left_out(tiles: Dataset, tmp_path: Path) -> None:
+    made = composed(tiles, tmp_path)
+    assert without_whole(tiles, made) is made
+    assert without_whole(made, made) is made
+
+
+def test_whole_images_of_classes_that_the_data_set_lacks_are_refused(tmp_path: Path) -> None:
+    dataset = with_whole_images(tmp_path, "gland", "stroma")
+    with pytest.raises(DatasetFileError, match="lacks: other; the classes of this data set are gland, stroma, glass"):
+        composed(dataset, tmp_path / "made")
+
+
+def test_a_missing_folder_of_whole_images_is_an_error(tmp_path: Path) -> None:
+    dataset = with_whole_images(tmp_path)
+    (tmp_path / "other").rename(tmp_path / "gone")
+    with pytest.raises(
+        DatasetFileError, match=r"compose\.whole needs the data set ebhi-seg in .*other; the folder must"
+    ):
+        composed(dataset, tmp_path / "made")
 
 
 @pytest.mark.parametrize(

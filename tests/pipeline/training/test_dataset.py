@@ -438,7 +438,7 @@ def test_the_error_names_the_file_that_the_group_pattern_does_not_match(tmp_path
 
 
 def test_the_error_names_an_unknown_data_set_or_missing_folder(tmp_path: Path) -> None:
-    names = "bcss-wsss, colorectal, ebhi-seg, glas, kather-2016, luad-histoseg"
+    names = "bcss-wsss, colon-gland, colorectal, ebhi-seg, glas, kather-2016, luad-histoseg"
     with pytest.raises(DatasetFileError, match=f"nowhere: there is no .* {names}"):
         load_dataset("nowhere")
     with pytest.raises(DatasetFileError, match="glas: pass the folder of this data set"):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.training import dataset_card
+from pipeline.training.compose import composed
 from pipeline.training.dataset import (
     IGNORED,
     check_classes,
@@ -76,7 +77,7 @@ def test_shipped_palettes_equal_the_published_ones() -> None:
         for name in shipped_names()
     }
 
-    assert set(cards) == {"luad-histoseg", "bcss-wsss", "glas", "ebhi-seg", "kather-2016", "colorectal"}
+    assert set(cards) == {"luad-histoseg", "bcss-wsss", "glas", "ebhi-seg", "kather-2016", "colorectal", "colon-gland"}
     luad, bcss = cards["luad-histoseg"], cards["bcss-wsss"]
     assert [spec.color for spec in luad.classes] == [(205, 51, 51), (0, 255, 0), (65, 105, 225), (255, 165, 0)]
     assert [spec.color for spec in bcss.classes] == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (153, 0, 255)]
@@ -155,3 +156,17 @@ def test_colorectal_adds_windows_of_validation_cases_to_the_validation_slide() -
         ("stroma", "immune"): 164,
     }
     assert {piece.slide for own in found.values() for piece in own} == {"05", *(f"ebhi-seg {n}" for n in range(3))}
+
+
+@pytest.mark.shared
+def test_colon_gland_has_all_images_of_ebhi_seg_beside_the_composed_ones(tmp_path: Path) -> None:
+    root = shared_data("ebhi-seg")
+    made = composed(load_dataset("colon-gland", shared_data("kather2016")), tmp_path, ("val",))
+    names = {sample.name for sample in samples(made, "val")}
+    whole = {f"ebhi-seg-{sample.name}": sample for sample in samples(load_dataset("ebhi-seg", root), "val")}
+    assert len(names) == 294
+    assert names - whole.keys() == {f"val-{n:04d}" for n in range(40)}
+    composed_pixels = np.concatenate(
+        [read_mask(made, sample).ravel() for sample in samples(made, "val") if sample.name not in whole]
+    )
+    assert 0.4 < (composed_pixels == 1).mean() < 0.6
