@@ -9,7 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from models import device_networks
-from models.bundle import shipped_bundles
+from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks, shipped_bundles
+from models.predictor import Predictor
+from models.segmenter import build_segmenter
 from models.shared_stages import unshared
 from pipeline.config import MapSettings
 from tests.bench.lattice import make_predictor, shifted_labels
@@ -42,9 +44,22 @@ def test_sharing_the_first_stages_changes_few_labels(sample_slide: Path, monkeyp
     """At the edge of a canvas, shared stages pad as the classifier does."""
 
     def labels(margin: int | None) -> NDArray[np.uint8]:
-        return shifted_labels(sample_slide, make_predictor("colon-gland", margin, output_stride=1), CANVAS_M, 0)[0]
+        return shifted_labels(sample_slide, predictor_of_two_backbones(margin), CANVAS_M, 0)[0]
 
     shared_HW, without_context_HW = labels(None), labels(16)
     monkeypatch.setattr(device_networks, "split_networks", unshared)
     assert (shared_HW != labels(None)).mean() < 0.0005
     assert (without_context_HW != labels(16)).any()  # the networks do differ
+
+
+def predictor_of_two_backbones(margin: int | None) -> Predictor:
+    """Return a predictor of the default model, whose segmenter gets the backbone as its own and mirrors the edges."""
+    bundle = load_bundle(DEFAULT_BUNDLE)
+    classifier, shared = load_networks(bundle)
+    parts = bundle.card.segmenter
+    own = build_segmenter(parts.encoder, len(bundle.card.classes), parts.depth, parts.rates, parts.decoder_channels)
+    own.load_state_dict(shared.state_dict())
+    card = bundle.card if margin is None else bundle.card.model_copy(update={"margin": margin})
+    return Predictor.from_networks(
+        card, bundle.digest, classifier, own.eval(), device="cpu", runtime="auto", output_stride=1
+    )
