@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import re
 import tempfile
 import zlib
 from collections import defaultdict
@@ -45,6 +46,9 @@ a slide would tell its most frequent class."""
 
 JPEG_QUALITY = 95
 
+GROUP = r"^([^+]+)"
+"""The group of an image in its name. The name of a whole image is its group, a plus sign, and its own name."""
+
 SMALLEST_WEIGHT = 0.01
 """Cells with a smaller weight than this, before weights are scaled to a sum of 1, do not show in a pixel."""
 
@@ -69,7 +73,8 @@ def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = No
     rule = dataset.card.compose
     if rule is None:
         return dataset
-    facts = "".join(one.card.model_dump_json(exclude={"settings"}) for one in (dataset, *other_datasets(dataset)))
+    check_whole(dataset)
+    facts = "".join(_facts(one.card) for one in (dataset, *other_datasets(dataset)))
     digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
     root = folder / f"composed-{digest}"
     kinds = kinds_of(dataset)
@@ -80,7 +85,10 @@ def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = No
 
 
 def without_whole(dataset: Dataset, made: Dataset) -> Dataset:
-    """Return the data set `made` that `composed` returned for `dataset`, without the images of `compose.whole`."""
+    """Return the data set `made` that `composed` returned for `dataset`, without the images of `compose.whole`.
+
+    Only the names of composed images begin with that of the split.
+    """
     rule = dataset.card.compose
     if rule is None or not rule.whole:
         return made
@@ -91,19 +99,44 @@ def without_whole(dataset: Dataset, made: Dataset) -> Dataset:
     return Dataset(made.card.model_copy(update={"images": images}), made.root)
 
 
+def check_whole(dataset: Dataset) -> None:
+    """Raise DatasetFileError if a data set of `compose.whole` is missing or does not fit."""
+    assert dataset.card.compose is not None
+    for whole in dataset.card.compose.whole:
+        card = other_dataset(dataset, whole).card
+        names = f"{dataset.card.name}: compose.whole names {whole.dataset}, "
+        if not all(place.mask for places in card.images.values() for place in places):
+            raise DatasetFileError(f"{names}which has images without masks; name a data set with masks")
+        if "val" not in card.splits:
+            raise DatasetFileError(f"{names}which has no validation split; name a data set with one")
+        if unknown := sorted({spec.name for spec in card.classes} - set(dataset.class_names)):
+            raise DatasetFileError(
+                f"{names}which has classes that this data set lacks: {', '.join(unknown)}; the classes of this data "
+                f"set are {', '.join(dataset.class_names)}"
+            )
+
+
+def _facts(card: DatasetCard) -> str:
+    """Return what determines the composed images, the same as before the key `whole` existed if it is empty."""
+    without = {"whole"} if card.compose is not None and not card.compose.whole else set()
+    return card.model_dump_json(exclude={"settings": True, "compose": without})
+
+
 def _composed_card(card: DatasetCard, rule: Compose, kinds: Sequence[Kind]) -> DatasetCard:
     several = {value: names for value, names in enumerate(kinds) if len(names) > 1}
+    files, used = ("*", "these images and on ") if rule.whole else ("*.jpg", "")
     values = card.model_dump(mode="json") | {
-        "attribution": f"{card.attribution} Networks were trained on images composed of these.".strip(),
+        "attribution": f"{card.attribution} Networks were trained on {used}images composed of these.".strip(),
         "mpp": rule.mpp,
         "classes": [spec.model_dump() | {"mask_values": [k]} for k, spec in enumerate(card.classes)],
         "mask_excluded": [IGNORED],
         "images": {
-            split: [Location(image=f"{split}/img/*", mask=f"{split}/mask/{{name}}.png").model_dump()]
+            split: [Location(image=f"{split}/img/{files}", mask=f"{split}/mask/{{name}}.png").model_dump()]
             for split in card.splits
         },
         "labels": rule.labels.model_dump() | {"several": several},
-        **dict.fromkeys(("root", "table", "group", "split", "background", "compose")),
+        **dict.fromkeys(("root", "table", "split", "background", "compose")),
+        "group": {"pattern": GROUP} if rule.whole else None,
     }
     return DatasetCard.model_validate(values)
 
@@ -142,11 +175,6 @@ def _write_whole(dataset: Dataset, rule: Whole, split: Split, work: Path) -> Non
     source = other_dataset(dataset, rule)
     compose = dataset.card.compose
     assert compose is not None
-    if unknown := sorted(set(source.class_names) - set(dataset.class_names)):
-        raise DatasetFileError(
-            f"{dataset.card.name}: compose.whole names {rule.dataset}, which has classes that this data set lacks: "
-            f"{', '.join(unknown)}; the classes of this data set are {', '.join(dataset.class_names)}"
-        )
     if split not in source.card.splits:
         return
     values = np.full(256, IGNORED, dtype=np.uint8)
@@ -157,7 +185,8 @@ def _write_whole(dataset: Dataset, rule: Whole, split: Split, work: Path) -> Non
     def write(sample: Sample) -> None:
         rgb_HWC = resampled(read_rgb(sample), source.mpp / compose.mpp)
         mask = Image.fromarray(values[read_mask(source, sample)])
-        name = f"{rule.dataset}-{sample.name}"
+        group = re.sub(r"[^\w.-]", "_", sample.group or sample.name)
+        name = f"{rule.dataset}-{group}+{sample.name}"
         Image.fromarray(rgb_HWC).save(work / "img" / f"{name}.png")
         mask.resize(rgb_HWC.shape[1::-1], Image.Resampling.NEAREST).save(work / "mask" / f"{name}.png")
 

@@ -246,12 +246,15 @@ class Cut(_Section):
 
 
 class Whole(_Section):
-    """A data set whose images are used as they are, beside the composed ones, with its own masks."""
+    """A data set whose images are used as they are, beside the composed ones, with their masks.
+
+    Each of its splits belongs to the split of the same name.
+    """
 
     dataset: str
     """Name of a shipped data set with masks, whose classes are among those of this data set."""
     folder: str
-    """As in `Cut`."""
+    """Its folder, relative to the folder of this data set."""
 
 
 class Compose(_Section):
@@ -275,7 +278,7 @@ class Compose(_Section):
     labels: CropLabels
     """Labeled windows of the composed images, in their pixels."""
     cut: tuple[Cut, ...] = ()
-    """Data sets of whose images parts are also used to compose."""
+    """Data sets out of whose images windows are cut, of which images are composed too."""
     whole: tuple[Whole, ...] = ()
     """Data sets whose images are used as they are."""
 
@@ -388,6 +391,10 @@ class DatasetCard(_Section):
             raise ValueError(f"compose.blank is {self.compose.blank!r}, which is not a class")
         names = [spec.name for spec in self.classes]
         used = {name for rule in self.compose.cut for tissue in rule.tissues for name in tissue.classes}
+        whole = [rule.dataset for rule in self.compose.whole]
+        _unique("data set in compose.whole", whole)
+        if whole and "val" not in self.splits:
+            raise ValueError("compose.whole needs a validation split; set val in [split]")
         if unknown := sorted(used - set(names)):
             raise ValueError(f"compose.cut names {', '.join(unknown)}; the classes are {', '.join(names)}")
         return self

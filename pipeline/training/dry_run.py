@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from pipeline.training.classifier import classifier_task, head_task
-from pipeline.training.compose import composed
+from pipeline.training.compose import check_whole, composed
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset
+from pipeline.training.dataset import HELD_OUT, Dataset, samples
 from pipeline.training.fit import Processes, Task, time_steps, training_device
 from pipeline.training.patches import PatchImages
+from pipeline.training.pieces import other_dataset
 from pipeline.training.pseudo_masks import pseudo_masks_of_image
 from pipeline.training.segmenter import segmenter_task
 from pipeline.training.train import Parts, prepare
@@ -48,15 +49,14 @@ def dry_run(
     """
     place = training_device(device)
     with tempfile.TemporaryDirectory(prefix="wsi-train-") as work:
-        sample, share = _few(dataset)
-        parts = prepare(composed(sample, Path(work), ("train", "val") if share < 1 else None), config, init)
-        stages = _stages(parts, place, share)
+        sample, counts = _few(dataset)
+        parts = prepare(composed(sample, Path(work), None if counts is None else ("train", "val")), config, init)
+        counts = counts or Counts(len(parts.training), len(parts.validation))
+        stages = _stages(parts, place, counts)
     return {
         "settings": dataclasses.asdict(parts.config),
         "device": place.type,
-        "images": {
-            name: round(len(images) / share) for name, images in (("train", parts.training), ("val", parts.validation))
-        },
+        "images": counts._asdict(),
         "patches": {"train": class_counts(parts.training), "val": class_counts(parts.validation)},
         "stages": stages,
         "runs": runs,
@@ -72,20 +72,39 @@ def class_counts(images: PatchImages) -> dict[str, int]:
     return {"patches": len(present_BK)} | dict(zip(names, present_BK.sum(axis=0).tolist(), strict=True))
 
 
-def _few(dataset: Dataset) -> tuple[Dataset, float]:
-    """Return the data set with few composed images, and their share of the training images."""
+class Counts(NamedTuple):
+    """The number of images of a run."""
+
+    train: int
+    val: int
+
+
+def _few(dataset: Dataset) -> tuple[Dataset, Counts | None]:
+    """Return the data set with few composed images and no others, and the counts of all; None if it does not compose.
+
+    The counts are known if the data set describes a validation split.
+    """
     rule = dataset.card.compose
     if rule is None:
-        return dataset, 1.0
-    few = rule.model_copy(update={name: min(COMPOSED, getattr(rule, name)) for name in ("train", "val", "test")})
-    return Dataset(dataset.card.model_copy(update={"compose": few}), dataset.root), few.train / rule.train
+        return dataset, None
+    few = {name: min(COMPOSED, getattr(rule, name)) for name in ("train", "val", "test")} | {"whole": ()}
+    small = Dataset(dataset.card.model_copy(update={"compose": rule.model_copy(update=few)}), dataset.root)
+    if "val" not in dataset.card.splits:
+        held = round(HELD_OUT * rule.train)
+        return small, Counts(rule.train - held, held)
+    check_whole(dataset)
+    others = [other_dataset(dataset, whole) for whole in rule.whole]
+    return small, Counts(
+        rule.train + sum(len(samples(other, "train")) for other in others),
+        rule.val + sum(len(samples(other, "val")) for other in others),
+    )
 
 
-def _stages(parts: Parts, device: torch.device, share: float) -> dict[str, dict[str, Any]]:
-    """Return the stages with their steps and minutes; `share` is that of the images that `parts` has."""
+def _stages(parts: Parts, device: torch.device, counts: Counts) -> dict[str, dict[str, Any]]:
+    """Return the stages with their steps and minutes; `parts` may have fewer images than the run."""
     config, training, by_size, validation, classifier, segmenter = parts
     one = PatchImages(validation.dataset, validation.samples[:1], training.dataset.mpp / validation.scale)
-    held = len(validation) / share
+    held, share = counts.val, len(training) / counts.train
     classifier.to(device)
     task = classifier_task(classifier, by_size, one, config, device, ALONE)
     stages = {"classifier": _stage(task, config, device, config.classifier_steps, held, share)}
@@ -94,8 +113,8 @@ def _stages(parts: Parts, device: torch.device, share: float) -> dict[str, dict[
     pseudo_masks_of_image(classifier, training, 0, config, device)  # the first call of a network takes longer
     started = time.perf_counter()
     pseudo_masks_of_image(classifier, training, 0, config, device)
-    seconds, images = time.perf_counter() - started, round(len(training) / share)
-    stages["pseudo masks"] = {"images": images, "minutes": round(seconds * images / 60, 2)}
+    seconds = time.perf_counter() - started
+    stages["pseudo masks"] = {"images": counts.train, "minutes": round(seconds * counts.train / 60, 2)}
 
     segmenter.to(device)
     task = segmenter_task(segmenter, training, one, _Stripes(training, config), config, device, ALONE)

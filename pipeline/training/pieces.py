@@ -153,7 +153,9 @@ def other_datasets(dataset: Dataset) -> list[Dataset]:
     if compose is None:
         return []
     rules: list[Cut | Whole] = [*compose.cut, *compose.whole]
-    return [other_dataset(dataset, rule) for rule in rules]
+    # A data set may be in both.
+    by_place = {(rule.dataset, rule.folder): rule for rule in rules}
+    return [other_dataset(dataset, rule) for rule in by_place.values()]
 
 
 def other_dataset(dataset: Dataset, rule: Cut | Whole) -> Dataset:

@@ -93,8 +93,8 @@ def train(
             raise TrainError(
                 f"{name} is {size}, which is not a multiple of the {processes.world} processes; set it to a multiple"
             )
-    described, others = dataset, other_datasets(dataset)
-    dataset = composed(described, run)
+    source, others = dataset, other_datasets(dataset)
+    dataset = composed(source, run)
     if test:
         masked_samples(dataset, "test")
     config, training, by_size, validation, classifier, segmenter = prepare(dataset, config, init)
@@ -103,7 +103,7 @@ def train(
     if processes.rank == 0 and not (run / "bundle").exists():
         assert config.mpp is not None
         # Not cached: reading images twice takes less time than the networks. Caches of all sources need gigabytes.
-        own = without_whole(described, dataset)
+        own = without_whole(source, dataset)
         sources = [(training, validation)] if own is dataset else [training_images(own, config.mpp, cache_bytes=0)]
         sources += [training_images(other, config.mpp, cache_bytes=0) for other in others]
     # Claimed after every check of the settings, so that the same folder can be used again after a wrong setting.

@@ -108,7 +108,7 @@ def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig) ->
     if (run / "maps.npz").is_file():
         return
     bundle = train(dataset, run, config, device="cpu")
-    mosaics = composed(without_cuts(dataset), run)
+    mosaics = composed(of_tiles_alone(dataset), run)
     classifier = load_networks(bundle)[0]
     assert isinstance(classifier, Classifier)
     scores_NK, labels_NK = tile_scores(classifier, dataset, mosaics.mpp)
@@ -125,10 +125,10 @@ def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig) ->
     print(slide, json.dumps(tile_figures(scores_NK, labels_NK)), flush=True)
 
 
-def without_cuts(dataset: Dataset) -> Dataset:
+def of_tiles_alone(dataset: Dataset) -> Dataset:
     """Return the data set without the images of other laboratories, so that figures are of the left-out slide alone."""
     assert dataset.card.compose is not None
-    compose = dataset.card.compose.model_copy(update={"cut": ()})
+    compose = dataset.card.compose.model_copy(update={"cut": (), "whole": ()})
     return Dataset(dataset.card.model_copy(update={"compose": compose}), dataset.root)
 
 

@@ -40,7 +40,7 @@ from pipeline.training.dataset_card import Split
 from pipeline.training.familiarity import SHARE_LIMIT
 from pipeline.training.inputs import as_input, padded
 from pipeline.training.resample import resampled
-from tests.bench.colorectal import fold, without_cuts
+from tests.bench.colorectal import fold, of_tiles_alone
 from wsi.box import Box
 from wsi.levels import pick_level
 from wsi.slide import Slide, open_slide
@@ -274,7 +274,7 @@ def measure_folds(folds: Path, data: Path) -> list[tuple[Measured, Measured]]:
     found: list[tuple[Measured, Measured]] = []
     for run in sorted(file.parent for file in folds.glob("*/maps.npz")):
         meter = Meter(load_bundle(run / "bundle"))
-        mosaics = composed(without_cuts(fold(dataset, run.name, recipe["images"])), run, ("test",))
+        mosaics = composed(of_tiles_alone(fold(dataset, run.name, recipe["images"])), run, ("test",))
         own = meter.measured(run.name, images_of(mosaics, meter.card.mpp))
         found.append((own, meter.measured(SKIN, skin(meter.card.mpp))))
     if not found:

@@ -91,3 +91,16 @@ def write_other(folder: Path, values: dict[str, str]) -> None:
         writer = csv.writer(stream)
         writer.writerow(["name", "case", "gland_class"])
         writer.writerows([name, name, value] for name, value in values.items())
+
+
+def with_whole_images(folder: Path, first: str = "gland", second: str = "other", *, other: str = "ebhi-seg") -> Dataset:
+    """Write tiles of these classes and images of EBHI-Seg; return the data set of tiles with the whole images."""
+    write_tiles(folder / "tiles")
+    write_other(folder / "other", {f"case-{n}": "normal" for n in range(20)})
+    text = TOML.replace('{ name = "a" }, { name = "b" }', f'{{ name = "{first}" }}, {{ name = "{second}" }}')
+    text = text.replace(
+        'A = "a", B = "b", AB = ["a", "b"]', f'A = "{first}", B = "{second}", AB = ["{first}", "{second}"]'
+    )
+    text += f'\n[[compose.whole]]\ndataset = "{other}"\nfolder = "../other"\n'
+    (folder / "tiles" / "dataset.toml").write_text(text)
+    return load_dataset(folder / "tiles")

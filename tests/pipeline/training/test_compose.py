@@ -24,7 +24,7 @@ from pipeline.training.dataset import IGNORED, Dataset, labeled_boxes, load_data
 from pipeline.training.dataset_card import Split
 from pipeline.training.pieces import kinds_of, pieces_of
 from pipeline.training.resample import resampled
-from tests.pipeline.training.single_tissue import TOML, write_other, write_tiles
+from tests.pipeline.training.single_tissue import TOML, with_whole_images, write_tiles
 
 CUT_OF_ANOTHER_CLASS = """minimum = 0.05
 
@@ -39,19 +39,6 @@ tissues = [{ classes = ["a", "c"], mask = "gland", share = [0.9, 1.0], sides = [
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_tiles(tmp_path_factory.mktemp("tiles"))
-
-
-def with_whole_images(folder: Path, first: str = "gland", second: str = "other") -> Dataset:
-    """Write tiles of these classes and images of EBHI-Seg; return the data set of tiles with the whole images."""
-    write_tiles(folder / "tiles")
-    write_other(folder / "other", {f"case-{n}": "normal" for n in range(20)})
-    text = TOML.replace('{ name = "a" }, { name = "b" }', f'{{ name = "{first}" }}, {{ name = "{second}" }}')
-    text = text.replace(
-        'A = "a", B = "b", AB = ["a", "b"]', f'A = "{first}", B = "{second}", AB = ["{first}", "{second}"]'
-    )
-    text += '\n[[compose.whole]]\ndataset = "ebhi-seg"\nfolder = "../other"\n'
-    (folder / "tiles" / "dataset.toml").write_text(text)
-    return load_dataset(folder / "tiles")
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -151,7 +138,7 @@ def test_whole_images_stand_beside_the_composed_ones_at_their_pixel_size(tmp_pat
     source = load_dataset("ebhi-seg", tmp_path / "other")
     counts: dict[Split, int] = {"train": 3, "val": 2}
     for split, count in counts.items():
-        own = {f"ebhi-seg-{sample.name}": sample for sample in samples(source, split)}
+        own = {f"ebhi-seg-{sample.group}+{sample.name}": sample for sample in samples(source, split)}
         assert own
         found = {sample.name: sample for sample in samples(made, split)}
         assert sorted(found.keys() - own.keys()) == [f"{split}-{n:04d}" for n in range(count)]
@@ -161,11 +148,10 @@ def test_whole_images_stand_beside_the_composed_ones_at_their_pixel_size(tmp_pat
             # "other" is class 0 there and class 1 here.
             labels_HW = 1 - read_mask(source, sample)
             np.testing.assert_array_equal(read_mask(made, found[name]), labels_HW.repeat(2, axis=0).repeat(2, axis=1))
+            assert found[name].group == f"ebhi-seg-{sample.group}"
             present_BK = labeled_boxes(made, found[name]).present_BK
-            assert {tuple(present_K) for present_K in present_BK.tolist()} == {
-                (True, False, False),
-                (False, True, False),
-            }
+            # The border between both classes lies between two crops.
+            assert sorted(set(map(tuple, present_BK.tolist()))) == [(False, True, False), (True, False, False)]
         alone = samples(without_whole(dataset, made), split)
         assert [sample.name for sample in alone] == [f"{split}-{n:04d}" for n in range(count)]
 
@@ -176,10 +162,36 @@ def test_without_whole_images_nothing_is_left_out(tiles: Dataset, tmp_path: Path
     assert without_whole(made, made) is made
 
 
-def test_whole_images_of_classes_that_the_data_set_lacks_are_refused(tmp_path: Path) -> None:
-    dataset = with_whole_images(tmp_path, "gland", "stroma")
-    with pytest.raises(DatasetFileError, match="lacks: other; the classes of this data set are gland, stroma, glass"):
+@pytest.mark.parametrize(
+    ("other", "classes", "message"),
+    [
+        (
+            "ebhi-seg",
+            ("gland", "stroma"),
+            "lacks: other; the classes of this data set are gland, stroma, glass",
+        ),
+        (
+            "kather-2016",
+            ("gland", "other"),
+            "compose.whole names kather-2016, which has images without masks",
+        ),
+    ],
+)
+def test_whole_images_that_do_not_fit_are_refused_before_composing(
+    tmp_path: Path, other: str, classes: tuple[str, str], message: str
+) -> None:
+    dataset = with_whole_images(tmp_path, *classes, other=other)
+    with pytest.raises(DatasetFileError, match=message):
         composed(dataset, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_data_set_without_whole_images_keeps_its_folder_and_card(tiles: Dataset, tmp_path: Path) -> None:
+    """Otherwise, training that began before `compose.whole` existed would not go on."""
+    made = composed(tiles, tmp_path, ("val",))
+    assert made.root.name == "composed-e90b1d1ff9e7"
+    assert made.card.images["train"][0].image == "train/img/*.jpg"
+    assert made.card.group is None
 
 
 def test_a_missing_folder_of_whole_images_is_an_error(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import pytest
 
 from pipeline.training import dry_run as module
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import load_dataset
+from pipeline.training.dataset import load_dataset, samples
 from pipeline.training.dry_run import class_counts, dry_run
 from pipeline.training.fit import Task
 from tests.pipeline.training.cells import crop_images
+from tests.pipeline.training.single_tissue import with_whole_images
 from tests.textures import write_textures
 
 CONFIG = TrainConfig(
@@ -51,6 +52,19 @@ def test_a_plan_has_counts_steps_and_times_and_writes_nothing(tmp_path: Path, mo
     assert plan["minutes"] == pytest.approx(sum(stage["minutes"] for stage in plan["stages"].values()), abs=0.1)
     assert 0.05 < plan["memory_gb"] < 100
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_plan_counts_composed_and_whole_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = with_whole_images(tmp_path)
+    monkeypatch.setattr(module, "time_steps", lambda *_: 2.0)
+    monkeypatch.setattr(module, "COMPOSED", 2)
+    plan = dry_run(dataset, dataclasses.replace(CONFIG, segmenter_steps=0), "cpu")
+    whole = load_dataset("ebhi-seg", tmp_path / "other")
+    train, val = 3 + len(samples(whole, "train")), 2 + len(samples(whole, "val"))
+    assert plan["images"] == {"train": train, "val": val}
+    assert plan["stages"]["pseudo masks"]["images"] == train
+    # The few composed images of 64 px have one region of 64 px each; two of them stand for all images.
+    assert plan["stages"]["classifier"]["steps_per_epoch"] == round(train / 2)
 
 
 def test_a_plan_has_the_stage_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

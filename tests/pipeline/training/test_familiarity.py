@@ -27,7 +27,7 @@ from pipeline.training.familiarity import SHARE_LIMIT, Source, fit_familiarity, 
 from pipeline.training.inputs import Scale, as_input, padded
 from pipeline.training.patches import PatchImages
 from tests.models.networks import make_card
-from tests.pipeline.training.single_tissue import write_other, write_tiles
+from tests.pipeline.training.single_tissue import with_whole_images, write_other, write_tiles
 from tests.textures import write_textures
 
 CPU = torch.device("cpu")
@@ -216,6 +216,24 @@ def test_whole_images_of_a_data_set_that_images_are_cut_from_are_a_source(
     # Several sources with caches of their own could need gigabytes.
     assert len(seen) == 2
     assert all(images.rgb(0) is not images.rgb(0) for images in seen[1])
+
+
+def test_whole_images_beside_composed_ones_are_a_source_of_their_own(
+    tmp_path: Path, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Source] = []
+
+    def spy(network: nn.Module, sources: Sequence[Source], scale: Scale, device: str) -> Any:
+        seen.extend(sources)
+        return fit_familiarity(network, sources, scale, device)
+
+    monkeypatch.setattr("pipeline.training.familiarity.fit_familiarity", spy)
+    dataset = with_whole_images(tmp_path)
+    path = save_bundle(tmp_path / "b", _card(dataset), classifier, build_segmenter("resnet18", 3)).path
+    result = invoke(path, tmp_path / "tiles", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    names = [[{sample.name.split("-")[0] for sample in images.samples} for images in source] for source in seen]
+    assert names == [[{"train"}, {"val"}], [{"case"}, {"case"}]]
 
 
 def test_the_command_refuses_shipped_models_and_other_classes(bundle: Path) -> None:

@@ -5,13 +5,14 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 from PIL import Image
 
-from models.bundle import load_bundle, load_networks
+from models.bundle import load_bundle, load_networks, load_statistics
 from models.card import NO_DIGEST
 from models.errors import ArchitectureError
 from models.padding import ExtendedConv2d
@@ -30,6 +31,7 @@ from pipeline.training.position import edge_profile, position_deviation
 from pipeline.training.provenance import data_digest
 from pipeline.training.train import prepare, train
 from tests.cases import full
+from tests.pipeline.training.single_tissue import with_whole_images
 from tests.textures import write_crops, write_textures
 
 CONFIG = TrainConfig(
@@ -100,6 +102,23 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
     assert bundle.card.metrics == {f"val_{name}": round(value, 4) for name, value in values.items()} | {
         "val_position_deviation": round(position_deviation(profile_KD, CONFIG.margin), 4)
     } | {name: value for name, value in bundle.card.metrics.items() if "ece" in name}
+
+
+def test_a_model_of_composed_and_whole_images_knows_both_as_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Networks cannot be trained on tiles of one color.
+    monkeypatch.setattr("pipeline.training.train._stage", lambda _, task, *__: task.network.eval())
+    monkeypatch.setattr("pipeline.training.train.segmenter_task", lambda network, *_: SimpleNamespace(network=network))
+    dataset = with_whole_images(tmp_path)
+    bundle = train(dataset, tmp_path / "run", CONFIG, device="cpu")
+    statistics = load_statistics(bundle)
+    assert statistics is not None
+    assert len(statistics.mean_GC) == 2
+    (made,) = (tmp_path / "run").glob("composed-*")
+    whole = len(list((made / "train" / "img").glob("ebhi-seg-*.png")))
+    assert whole > 0
+    assert len(list((tmp_path / "run" / "pseudo-masks" / "deep").iterdir())) == 3 + whole
 
 
 def test_only_the_option_test_measures_the_test_split_also_of_a_finished_run(
