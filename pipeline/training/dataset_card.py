@@ -278,9 +278,9 @@ class Compose(_Section):
     labels: CropLabels
     """Labeled windows of the composed images, in their pixels."""
     cut: tuple[Cut, ...] = ()
-    """Data sets out of whose images windows are cut, of which images are composed too."""
+    """Other data sets. Windows that are cut from their images are used in composed images."""
     whole: tuple[Whole, ...] = ()
-    """Data sets whose images are used as they are."""
+    """Other data sets, whose whole images are added to the composed ones."""
 
 
 class DatasetCard(_Section):

@@ -131,10 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", default="colon-gland", help="bundle of the features, not trained on the data set")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     for name in options.sets:
-        pool = load_pool(name, options.data, options.output)
+        pool = load_pool(name, options.data, options.output, options.model)
         for seed in options.seeds:
             for strategy in (*STRATEGIES, ALL):
                 run(pool, name, strategy, seed, options.output)

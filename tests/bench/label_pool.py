@@ -1,8 +1,8 @@
 """Patches whose labels are known from masks, for the simulation of labeling (tests/bench/label_order.py).
 
 Patches are those of wsi-label: squares of 64 px of about 1 µm on a grid, without overlap. A class is present in a patch
-if it covers more than 5 % of it. The features of a patch are the means of a shipped classifier's deep feature map over
-the patch.
+if it covers more than 5 % of it. The features of a patch are the means of a classifier's deep feature map over the
+patch.
 
 Shape suffixes: N patches, I images, F features, K classes, H and W an image, h and w its feature map.
 """
@@ -35,18 +35,17 @@ STRIDE = 8
 
 @dataclass(frozen=True)
 class PoolSource:
-    """A data set, and the model whose features are used: one that was not trained on this data set."""
+    """A data set."""
 
     folder: str
-    model: str
     every: int = 1
     """Take every n-th image."""
 
 
 SOURCES = {
-    "glas": PoolSource("glas", "colon-gland"),
-    "ebhi-seg": PoolSource("ebhi-seg", "colorectal-tissue", every=8),
-    "kather-2016": PoolSource("kather2016", "colon-gland"),
+    "glas": PoolSource("glas"),
+    "ebhi-seg": PoolSource("ebhi-seg", every=8),
+    "kather-2016": PoolSource("kather2016"),
 }
 
 COMPOSED = 6
@@ -71,14 +70,14 @@ class Pool:
     """Class of each pixel (H, W) of each image, or `IGNORED`."""
 
 
-def load_pool(name: str, data: Path, output: Path) -> Pool:
-    """Return the patches of a data set. They are computed once and kept in `output`."""
+def load_pool(name: str, data: Path, output: Path, model: str) -> Pool:
+    """Return the patches of a data set with features of a bundle. They are computed once and kept in `output`."""
     file = output / f"{name}.npz"
     if not file.is_file():
         output.mkdir(parents=True, exist_ok=True)
         temporary = output / f".{name}.npz"
         # The stub of savez has `allow_pickle` as its only keyword.
-        np.savez(temporary, **_computed(name, data, output))  # type: ignore[arg-type]
+        np.savez(temporary, **_computed(name, data, output, model))  # type: ignore[arg-type]
         temporary.rename(file)
     with np.load(file) as found:
         count = len(found["group_I"])
@@ -93,16 +92,18 @@ def load_pool(name: str, data: Path, output: Path) -> Pool:
         )
 
 
-def _computed(name: str, data: Path, output: Path) -> dict[str, NDArray[np.generic]]:
+def _computed(name: str, data: Path, output: Path, model: str) -> dict[str, NDArray[np.generic]]:
     source = SOURCES[name]
-    bundle = load_bundle(source.model)
+    bundle, dataset = load_bundle(model), load_dataset(name, data / source.folder)
+    if dataset.card.attribution.split(",")[0] in bundle.card.training_data:
+        raise SystemExit(f"{model} was trained on {name}; pass a bundle that was not (--model)")
     classifier = training_classifier(bundle)
     features: list[NDArray[np.float32]] = []
     present: list[NDArray[np.bool_]] = []
     image: list[int] = []
     groups: list[str] = []
     arrays: dict[str, NDArray[np.generic]] = {}
-    for images in _images(load_dataset(name, data / source.folder), source.every, output):
+    for images in _images(dataset, source.every, output):
         for n, sample in enumerate(images.samples):
             rgb_HWC = images.rgb(n)
             with torch.inference_mode():
