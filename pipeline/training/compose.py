@@ -155,7 +155,7 @@ def _write_split(dataset: Dataset, rule: Compose, kinds: Sequence[Kind], split: 
         def write(index: int) -> None:
             rng = np.random.default_rng([zlib.crc32(split.encode()), index])
             rgb_HWC, values_HW = compose_image(pieces, kinds, rule, rng)
-            name = f"{split}-{index:04d}"
+            name = composed_name(split, index)
             Image.fromarray(rgb_HWC).save(work / "img" / f"{name}.jpg", quality=JPEG_QUALITY, subsampling=0)
             Image.fromarray(values_HW).save(work / "mask" / f"{name}.png")
 
@@ -192,6 +192,11 @@ def _write_whole(dataset: Dataset, rule: Whole, split: Split, work: Path) -> Non
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(write, chosen))
+
+
+def composed_name(split: Split, index: int) -> str:
+    """Return the name of a composed image of a split, without extension."""
+    return f"{split}-{index:04d}"
 
 
 def compose_image(

@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from pipeline.training.classifier import classifier_task, head_task
-from pipeline.training.compose import check_whole, composed
+from pipeline.training.compose import composed, composed_name
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import HELD_OUT, Dataset, samples
+from pipeline.training.dataset import HELD_OUT, Dataset
+from pipeline.training.dataset_card import Split
 from pipeline.training.fit import Processes, Task, time_steps, training_device
 from pipeline.training.patches import PatchImages
-from pipeline.training.pieces import other_dataset
 from pipeline.training.pseudo_masks import pseudo_masks_of_image
 from pipeline.training.segmenter import segmenter_task
+from pipeline.training.splits import hash_split
 from pipeline.training.train import Parts, prepare
 
 ALONE = Processes(0, 1)
@@ -45,14 +46,17 @@ def dry_run(
 
     All images are decoded and all labels are read, as for a run. Times come from a few steps of each network and one
     pseudo mask, and count every epoch, so a run that stops early is shorter. Of a data set with composed images, a few
-    are composed, and the counts of patches are theirs. Raises the errors of `prepare`.
+    are composed, and the counts of patches do not contain the others. Raises the errors of `composed` and `prepare`.
     """
     place = training_device(device)
     with tempfile.TemporaryDirectory(prefix="wsi-train-") as work:
-        sample, counts = _few(dataset)
-        parts = prepare(composed(sample, Path(work), None if counts is None else ("train", "val")), config, init)
-        counts = counts or Counts(len(parts.training), len(parts.validation))
-        stages = _stages(parts, place, counts)
+        splits: tuple[Split, ...] = tuple(split for split in dataset.card.splits if split != "test")
+        parts = prepare(composed(_few(dataset), Path(work), splits), config, init)
+        left_out = _left_out(dataset)
+        counts = Counts(len(parts.training) + left_out.train, len(parts.validation) + left_out.val)
+        pixels = parts.training.pixels()
+        side = 0 if dataset.card.compose is None else round(dataset.card.compose.side * parts.training.scale)
+        stages = _stages(parts, place, counts, pixels / (pixels + left_out.train * side**2))
     return {
         "settings": dataclasses.asdict(parts.config),
         "device": place.type,
@@ -79,32 +83,33 @@ class Counts(NamedTuple):
     val: int
 
 
-def _few(dataset: Dataset) -> tuple[Dataset, Counts | None]:
-    """Return the data set with few composed images and no others, and the counts of all; None if it does not compose.
-
-    The counts are known if the data set describes a validation split.
-    """
+def _few(dataset: Dataset) -> Dataset:
+    """Return the data set with few composed images."""
     rule = dataset.card.compose
     if rule is None:
-        return dataset, None
-    few = {name: min(COMPOSED, getattr(rule, name)) for name in ("train", "val", "test")} | {"whole": ()}
-    small = Dataset(dataset.card.model_copy(update={"compose": rule.model_copy(update=few)}), dataset.root)
-    if "val" not in dataset.card.splits:
-        held = round(HELD_OUT * rule.train)
-        return small, Counts(rule.train - held, held)
-    check_whole(dataset)
-    others = [other_dataset(dataset, whole) for whole in rule.whole]
-    return small, Counts(
-        rule.train + sum(len(samples(other, "train")) for other in others),
-        rule.val + sum(len(samples(other, "val")) for other in others),
-    )
+        return dataset
+    few = rule.model_copy(update={name: min(COMPOSED, getattr(rule, name)) for name in ("train", "val", "test")})
+    return Dataset(dataset.card.model_copy(update={"compose": few}), dataset.root)
 
 
-def _stages(parts: Parts, device: torch.device, counts: Counts) -> dict[str, dict[str, Any]]:
-    """Return the stages with their steps and minutes; `parts` may have fewer images than the run."""
+def _left_out(dataset: Dataset) -> Counts:
+    """Return how many of the composed images `_few` leaves out of what a run trains and validates on."""
+    rule = dataset.card.compose
+    if rule is None:
+        return Counts(0, 0)
+    if "val" in dataset.card.splits:
+        return Counts(max(0, rule.train - COMPOSED), max(0, rule.val - COMPOSED))
+    # As `training_samples` holds images out, by their names.
+    names = [composed_name("train", n) for n in range(COMPOSED, rule.train)]
+    held = sum(hash_split(name, 1 - HELD_OUT, HELD_OUT) == "val" for name in names)
+    return Counts(len(names) - held, held)
+
+
+def _stages(parts: Parts, device: torch.device, counts: Counts, share: float) -> dict[str, dict[str, Any]]:
+    """Return the stages with their steps and minutes; `parts` has this share of the training pixels of the run."""
     config, training, by_size, validation, classifier, segmenter = parts
     one = PatchImages(validation.dataset, validation.samples[:1], training.dataset.mpp / validation.scale)
-    held, share = counts.val, len(training) / counts.train
+    held = counts.val
     classifier.to(device)
     task = classifier_task(classifier, by_size, one, config, device, ALONE)
     stages = {"classifier": _stage(task, config, device, config.classifier_steps, held, share)}

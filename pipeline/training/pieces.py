@@ -152,10 +152,10 @@ def other_datasets(dataset: Dataset) -> list[Dataset]:
     compose = dataset.card.compose
     if compose is None:
         return []
-    rules: list[Cut | Whole] = [*compose.cut, *compose.whole]
-    # A data set may be in both.
-    by_place = {(rule.dataset, rule.folder): rule for rule in rules}
-    return [other_dataset(dataset, rule) for rule in by_place.values()]
+    cut = {(rule.dataset, rule.folder) for rule in compose.cut}
+    rules: list[Cut | Whole] = [*compose.cut]
+    rules += [rule for rule in compose.whole if (rule.dataset, rule.folder) not in cut]
+    return [other_dataset(dataset, rule) for rule in rules]
 
 
 def other_dataset(dataset: Dataset, rule: Cut | Whole) -> Dataset:

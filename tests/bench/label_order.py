@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from models.bundle import load_bundle
 from pipeline.labeling.patches import round_robin
 from pipeline.labeling.picks import CANDIDATES, START, picked
 from pipeline.labeling.presence_head import PresenceHead, fit_head
@@ -134,14 +135,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="colon-gland", help="bundle of the features, not trained on the data set")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    # Features and scores of two models must not be mixed.
+    output = options.output / load_bundle(options.model).digest[:12]
     for name in options.sets:
-        pool = load_pool(name, options.data, options.output, options.model)
+        pool = load_pool(name, options.data, output, options.model)
         for seed in options.seeds:
             for strategy in (*STRATEGIES, ALL):
-                run(pool, name, strategy, seed, options.output)
-    results = [json.loads(file.read_text()) for file in sorted(options.output.glob("*.json"))]
+                run(pool, name, strategy, seed, output)
+    results = [json.loads(file.read_text()) for file in sorted(output.glob("*.json"))]
     print(table(results))
-    draw(results, options.output / "label-order.svg")
+    draw(results, output / "label-order.svg")
 
 
 def run(pool: Pool, name: str, strategy: str, seed: int, output: Path, budgets: Sequence[int] = BUDGETS) -> None:

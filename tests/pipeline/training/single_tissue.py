@@ -76,8 +76,11 @@ def write_tiles(folder: Path, *, position: str = "{}") -> Dataset:
     return load_dataset(folder / "dataset.toml")
 
 
-def write_other(folder: Path, values: dict[str, str]) -> None:
-    """Write images as EBHI-Seg has them: the left half is a red gland, the right half other tissue; glass below."""
+def write_other(folder: Path, values: dict[str, str], cases: dict[str, str] | None = None) -> None:
+    """Write images as EBHI-Seg has them: the left half is a red gland, the right half other tissue; glass below.
+
+    Each image is of a case of its own, unless `cases` are given.
+    """
     (folder / "img").mkdir(parents=True)
     (folder / "mask").mkdir()
     rgb_HWC = np.zeros((96, 128, 3), np.uint8)
@@ -90,13 +93,19 @@ def write_other(folder: Path, values: dict[str, str]) -> None:
     with (folder / "meta.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["name", "case", "gland_class"])
-        writer.writerows([name, name, value] for name, value in values.items())
+        writer.writerows([name, (cases or {}).get(name, name), value] for name, value in values.items())
 
 
 def with_whole_images(folder: Path, first: str = "gland", second: str = "other", *, other: str = "ebhi-seg") -> Dataset:
-    """Write tiles of these classes and images of EBHI-Seg; return the data set of tiles with the whole images."""
+    """Write tiles of these classes and images of EBHI-Seg; return the data set of tiles with the whole images.
+
+    Two images at a time are of one case, whose name cannot be part of a file name.
+    """
     write_tiles(folder / "tiles")
-    write_other(folder / "other", {f"case-{n}": "normal" for n in range(20)})
+    names = [f"case-{n}" for n in range(20)]
+    write_other(
+        folder / "other", dict.fromkeys(names, "normal"), {name: f"p+{n // 2}/a" for n, name in enumerate(names)}
+    )
     text = TOML.replace('{ name = "a" }, { name = "b" }', f'{{ name = "{first}" }}, {{ name = "{second}" }}')
     text = text.replace(
         'A = "a", B = "b", AB = ["a", "b"]', f'A = "{first}", B = "{second}", AB = ["{first}", "{second}"]'

@@ -26,6 +26,12 @@ from pipeline.training.pieces import kinds_of, pieces_of
 from pipeline.training.resample import resampled
 from tests.pipeline.training.single_tissue import TOML, with_whole_images, write_tiles
 
+WHOLE = """
+[[compose.whole]]
+dataset = "ebhi-seg"
+folder = "other"
+"""
+
 CUT_OF_ANOTHER_CLASS = """minimum = 0.05
 
 [[compose.cut]]
@@ -136,9 +142,13 @@ def test_whole_images_stand_beside_the_composed_ones_at_their_pixel_size(tmp_pat
     dataset = with_whole_images(tmp_path)
     made = composed(dataset, tmp_path / "made")
     source = load_dataset("ebhi-seg", tmp_path / "other")
+
+    def plain(group: str) -> str:
+        return group.replace("+", "_").replace("/", "_")
+
     counts: dict[Split, int] = {"train": 3, "val": 2}
     for split, count in counts.items():
-        own = {f"ebhi-seg-{sample.group}+{sample.name}": sample for sample in samples(source, split)}
+        own = {f"ebhi-seg-{plain(sample.group)}+{sample.name}": sample for sample in samples(source, split)}
         assert own
         found = {sample.name: sample for sample in samples(made, split)}
         assert sorted(found.keys() - own.keys()) == [f"{split}-{n:04d}" for n in range(count)]
@@ -148,7 +158,7 @@ def test_whole_images_stand_beside_the_composed_ones_at_their_pixel_size(tmp_pat
             # "other" is class 0 there and class 1 here.
             labels_HW = 1 - read_mask(source, sample)
             np.testing.assert_array_equal(read_mask(made, found[name]), labels_HW.repeat(2, axis=0).repeat(2, axis=1))
-            assert found[name].group == f"ebhi-seg-{sample.group}"
+            assert found[name].group == f"ebhi-seg-{plain(sample.group)}"
             present_BK = labeled_boxes(made, found[name]).present_BK
             # The border between both classes lies between two crops.
             assert sorted(set(map(tuple, present_BK.tolist()))) == [(False, True, False), (True, False, False)]
@@ -210,12 +220,20 @@ def test_a_missing_folder_of_whole_images_is_an_error(tmp_path: Path) -> None:
         ("side = 64", "side = 8", "compose.side"),
         ("minimum = 0.05", CUT_OF_ANOTHER_CLASS, "compose.cut names c; the classes are a, b, glass"),
         ('AB = ["a", "b"]', 'AB = ["a", "c"]', "labels.folders names c"),
+        ("minimum = 0.05", f"minimum = 0.05\n{WHOLE}{WHOLE}", "data set in compose.whole ebhi-seg is given twice"),
     ],
 )
 def test_the_error_names_a_wrong_key(tmp_path: Path, old: str, new: str, message: str) -> None:
     file = tmp_path / "dataset.toml"
     file.write_text(TOML.replace(old, new))
     with pytest.raises(DatasetFileError, match=message):
+        load_dataset(file)
+
+
+def test_whole_images_need_a_validation_split(tmp_path: Path) -> None:
+    file = tmp_path / "dataset.toml"
+    file.write_text(TOML.replace('val = ["3"]', "val = []") + WHOLE)
+    with pytest.raises(DatasetFileError, match=r"compose\.whole needs a validation split; set val in \[split\]"):
         load_dataset(file)
 
 

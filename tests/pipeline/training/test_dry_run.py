@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 from pipeline.training import dry_run as module
+from pipeline.training.classifier import steps_per_epoch
+from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import load_dataset, samples
+from pipeline.training.dataset import load_dataset, training_samples
 from pipeline.training.dry_run import class_counts, dry_run
 from pipeline.training.fit import Task
+from pipeline.training.train import prepare
 from tests.pipeline.training.cells import crop_images
-from tests.pipeline.training.single_tissue import with_whole_images
+from tests.pipeline.training.single_tissue import TOML, with_whole_images, write_tiles
 from tests.textures import write_textures
 
 CONFIG = TrainConfig(
@@ -54,17 +57,31 @@ def test_a_plan_has_counts_steps_and_times_and_writes_nothing(tmp_path: Path, mo
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_plan_counts_composed_and_whole_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = with_whole_images(tmp_path)
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_plan_counts_the_images_and_steps_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, validates: bool
+) -> None:
+    dataset = with_whole_images(tmp_path) if validates else load_dataset(without_validation(tmp_path))
+    made = composed(dataset, tmp_path / "made", ("train", "val") if validates else ("train",))
+    training, validation = training_samples(made)
+    parts = prepare(made, CONFIG)
     monkeypatch.setattr(module, "time_steps", lambda *_: 2.0)
-    monkeypatch.setattr(module, "COMPOSED", 2)
-    plan = dry_run(dataset, dataclasses.replace(CONFIG, segmenter_steps=0), "cpu")
-    whole = load_dataset("ebhi-seg", tmp_path / "other")
-    train, val = 3 + len(samples(whole, "train")), 2 + len(samples(whole, "val"))
-    assert plan["images"] == {"train": train, "val": val}
-    assert plan["stages"]["pseudo masks"]["images"] == train
-    # The few composed images of 64 px have one region of 64 px each; two of them stand for all images.
-    assert plan["stages"]["classifier"]["steps_per_epoch"] == round(train / 2)
+    monkeypatch.setattr(module, "COMPOSED", 2 if validates else 12)
+    plan = dry_run(dataset, CONFIG, "cpu")
+    assert plan["images"] == {"train": len(training), "val": len(validation)}
+    assert plan["stages"]["pseudo masks"]["images"] == len(training)
+    expected = steps_per_epoch(parts.by_size, CONFIG.region, CONFIG.classifier_batch)
+    assert plan["stages"]["classifier"]["steps_per_epoch"] == expected
+
+
+def without_validation(folder: Path) -> Path:
+    """Write tiles of a data set without a validation split, of which 40 images are composed; return its folder."""
+    write_tiles(folder)
+    text = TOML.replace('train = ["1", "2"]\nval = ["3"]', 'train = ["1", "2", "3"]\nval = []').replace(
+        "train = 3", "train = 40"
+    )
+    (folder / "dataset.toml").write_text(text)
+    return folder
 
 
 def test_a_plan_has_the_stage_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
