@@ -189,16 +189,22 @@ def test_the_command_adds_statistics_and_scope_to_a_bundle(bundle: Path, data: P
     assert {file: (bundle / file).read_bytes() for file in weights} == weights
 
 
-def test_whole_images_of_a_data_set_that_images_are_cut_from_are_a_source(
-    tmp_path: Path, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Source] = []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Source]:
+    """Return a list to which each call of `fit_familiarity` adds its sources."""
+    found: list[Source] = []
 
     def spy(network: nn.Module, sources: Sequence[Source], scale: Scale, device: str) -> Any:
-        seen.extend(sources)
+        found.extend(sources)
         return fit_familiarity(network, sources, scale, device)
 
     monkeypatch.setattr("pipeline.training.familiarity.fit_familiarity", spy)
+    return found
+
+
+def test_whole_images_of_a_data_set_that_images_are_cut_from_are_a_source(
+    tmp_path: Path, classifier: Classifier, seen: list[Source]
+) -> None:
     tiles = tmp_path / "tiles"
     write_tiles(tiles)
     write_other(tmp_path / "other", {f"case-{n}": "adenocarcinoma" for n in range(20)})
@@ -219,15 +225,8 @@ def test_whole_images_of_a_data_set_that_images_are_cut_from_are_a_source(
 
 
 def test_whole_images_beside_composed_ones_are_a_source_of_their_own(
-    tmp_path: Path, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, classifier: Classifier, seen: list[Source]
 ) -> None:
-    seen: list[Source] = []
-
-    def spy(network: nn.Module, sources: Sequence[Source], scale: Scale, device: str) -> Any:
-        seen.extend(sources)
-        return fit_familiarity(network, sources, scale, device)
-
-    monkeypatch.setattr("pipeline.training.familiarity.fit_familiarity", spy)
     dataset = with_whole_images(tmp_path)
     path = save_bundle(tmp_path / "b", _card(dataset), classifier, build_segmenter("resnet18", 3)).path
     result = invoke(path, tmp_path / "tiles", "--device", "cpu")
