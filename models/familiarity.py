@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -78,6 +78,15 @@ class Changes:
     Gaussian."""
     bias: Tensor
     """A number, shape ()."""
+    _of_powers_F: Tensor = field(init=False, repr=False)
+    """Coefficients of z and of z², so that a batch needs fewer operations."""
+    _constant: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        linear_C, square_C = self.weight_F.chunk(2)
+        square_C = square_C / math.sqrt(2)
+        object.__setattr__(self, "_of_powers_F", torch.cat([linear_C, square_C]))
+        object.__setattr__(self, "_constant", self.bias - square_C.sum())
 
     def evidence(self, features_NC: Tensor) -> Tensor:
         """Return the evidence (N,) that windows with these features were changed, from 0 to `MOST_EVIDENCE`.
@@ -88,8 +97,8 @@ class Changes:
 
     def logits(self, features_NC: Tensor) -> Tensor:
         """Return the logits (N,) with the current scale."""
-        terms_NF = _terms((features_NC.float() - self.mean_C) @ self.whitening_CC)
-        return torch.addmv(self.bias, terms_NF, self.weight_F)
+        z_NC = _clamped((features_NC.float() - self.mean_C) @ self.whitening_CC)
+        return torch.addmv(self._constant, torch.cat([z_NC, z_NC.square()], dim=1), self._of_powers_F)
 
     def scaled(self, median: float, limit: float) -> Self:
         """Return the regression with another scale: a logit of `median` becomes 0.5, and one of `limit` becomes 1."""
@@ -97,9 +106,13 @@ class Changes:
         return dataclasses.replace(self, weight_F=self.weight_F * factor, bias=(self.bias - median) * factor + 0.5)
 
 
+def _clamped(z_NC: Tensor) -> Tensor:
+    return z_NC.clamp(-FARTHEST, FARTHEST)
+
+
 def _terms(z_NC: Tensor) -> Tensor:
-    """Return the terms (N, F) of the regression, F = 2 C."""
-    z_NC = z_NC.clamp(-FARTHEST, FARTHEST)
+    """Return the terms (N, F) of the regression, F = 2 C, as `Changes.weight_F` describes them."""
+    z_NC = _clamped(z_NC)
     return torch.cat([z_NC, (z_NC.square() - 1) / math.sqrt(2)], dim=1)
 
 
@@ -142,7 +155,7 @@ class Statistics:
         try:
             tensors = {name: tensor.float() for name, tensor in safetensors.torch.load(content).items()}
             mean, whitening = tensors["mean"], tensors["whitening"]
-            changes = Changes(*(tensors[name] for name in _CHANGES)) if tensors.keys() & _CHANGES else None
+            changes = [tensors[name] for name in _CHANGES] if tensors.keys() & _CHANGES else None
         except (KeyError, safetensors.SafetensorError) as error:
             raise WeightsMismatchError(f"the statistics of the training windows cannot be read: {error}") from error
         # Earlier files have one source and no axis for it.
@@ -158,12 +171,12 @@ class Statistics:
             )
         channels = read.mean_GC.shape[1]
         expected = ((channels,), (channels, channels), (2 * channels,), ())
-        if changes is not None and tuple(tensor.shape for tensor in _tensors(changes)) != expected:
+        if changes is not None and tuple(tensor.shape for tensor in changes) != expected:
             shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in _CHANGES)
             raise WeightsMismatchError(
                 f"the statistics of changed windows do not fit {channels} channels: the shapes are {shapes}"
             )
-        return dataclasses.replace(read, changes=changes)
+        return read if changes is None else dataclasses.replace(read, changes=Changes(*changes))
 
 
 _CHANGES = ("change_mean", "change_whitening", "change_weight", "change_bias")
