@@ -136,9 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     # Features and scores of two models must not be mixed.
-    output = options.output / load_bundle(options.model).digest[:12]
+    bundle = load_bundle(options.model)
+    output = options.output / bundle.digest[:12]
     for name in options.sets:
-        pool = load_pool(name, options.data, output, options.model)
+        pool = load_pool(name, options.data, output, bundle)
         for seed in options.seeds:
             for strategy in (*STRATEGIES, ALL):
                 run(pool, name, strategy, seed, output)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import load_bundle
+from models.bundle import Bundle
 from pipeline.training.compose import composed
 from pipeline.training.dataset import Dataset, Sample, load_dataset, samples
 from pipeline.training.dataset_card import CropLabels
@@ -70,14 +70,14 @@ class Pool:
     """Class of each pixel (H, W) of each image, or `IGNORED`."""
 
 
-def load_pool(name: str, data: Path, output: Path, model: str) -> Pool:
+def load_pool(name: str, data: Path, output: Path, bundle: Bundle) -> Pool:
     """Return the patches of a data set with features of a bundle. They are computed once and kept in `output`."""
     file = output / f"{name}.npz"
     if not file.is_file():
         output.mkdir(parents=True, exist_ok=True)
         temporary = output / f".{name}.npz"
         # The stub of savez has `allow_pickle` as its only keyword.
-        np.savez(temporary, **_computed(name, data, output, model))  # type: ignore[arg-type]
+        np.savez(temporary, **_computed(name, data, output, bundle))  # type: ignore[arg-type]
         temporary.rename(file)
     with np.load(file) as found:
         count = len(found["group_I"])
@@ -92,11 +92,11 @@ def load_pool(name: str, data: Path, output: Path, model: str) -> Pool:
         )
 
 
-def _computed(name: str, data: Path, output: Path, model: str) -> dict[str, NDArray[np.generic]]:
+def _computed(name: str, data: Path, output: Path, bundle: Bundle) -> dict[str, NDArray[np.generic]]:
     source = SOURCES[name]
-    bundle, dataset = load_bundle(model), load_dataset(name, data / source.folder)
+    dataset = load_dataset(name, data / source.folder)
     if dataset.card.attribution.split(",")[0] in bundle.card.training_data:
-        raise SystemExit(f"{model} was trained on {name}; pass a bundle that was not (--model)")
+        raise SystemExit(f"{bundle.card.name} was trained on {name}; pass a bundle that was not (--model)")
     classifier = training_classifier(bundle)
     features: list[NDArray[np.float32]] = []
     present: list[NDArray[np.bool_]] = []
