@@ -28,7 +28,7 @@ from pipeline.cli.commands import (
 if TYPE_CHECKING:
     from models.predictor import Predictor
     from pipeline.training.dataset import Dataset
-    from pipeline.training.dataset_card import Split
+    from pipeline.training.dataset_sections import Split
     from pipeline.training.evaluate import Evaluation, Scores
 
 PROGRAM = "wsi-evaluate"

@@ -29,7 +29,7 @@ from pipeline.labeling.labels import Labels
 from pipeline.labeling.masks import UNKNOWN, Outlined, classes_in, write_masks
 from pipeline.labeling.session import count
 from pipeline.labeling.store import EventStore
-from pipeline.training.dataset_card import Split
+from pipeline.training.dataset_sections import Split
 from pipeline.training.splits import hash_split
 from wsi.errors import WsiSegmentError
 

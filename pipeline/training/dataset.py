@@ -25,17 +25,16 @@ from pipeline.errors import (
     MissingImagesError,
     UnreadableImageError,
 )
-from pipeline.training.dataset_card import (
+from pipeline.training.dataset_card import DatasetCard, read_card
+from pipeline.training.dataset_sections import (
     BackgroundRule,
     CropLabels,
     CsvLabels,
-    DatasetCard,
     FileNameLabels,
     HashSplit,
     Location,
     Split,
     TableSplit,
-    read_card,
 )
 from pipeline.training.labels import crop_boxes, labels_of_folder, labels_of_name, labels_of_row, presence
 from pipeline.training.splits import Row, group_of, hash_split, rows_of, table_splits

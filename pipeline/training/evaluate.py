@@ -27,7 +27,7 @@ from models.predictor import Corner, Predictor
 from pipeline.errors import ClassMismatchError, InferenceError, MaskError
 from pipeline.slide.labels import winners
 from pipeline.training.dataset import Dataset, Sample, background_HW, read_mask, read_rgb, samples
-from pipeline.training.dataset_card import Split
+from pipeline.training.dataset_sections import Split
 from pipeline.training.resample import resampled
 from wsi.box import Box
 

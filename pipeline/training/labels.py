@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import LabelError
-from pipeline.training.dataset_card import CsvLabels, FileNameLabels, FolderLabels
+from pipeline.training.dataset_sections import CsvLabels, FileNameLabels, FolderLabels
 from wsi.windows import window_starts
 
 

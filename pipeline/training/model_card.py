@@ -11,7 +11,7 @@ from models.card import NO_DIGEST, ClassifierCard, ModelCard, SegmenterCard, Wei
 from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset
-from pipeline.training.dataset_card import Split
+from pipeline.training.dataset_sections import Split
 from pipeline.training.evaluate import Evaluation
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import LabelError
-from pipeline.training.dataset_card import Group, Split, Table, TableSplit
+from pipeline.training.dataset_sections import Group, Split, Table, TableSplit
 
 Row = Mapping[str, str]
 

@@ -23,7 +23,7 @@ from models.classifier import Classifier
 from models.familiarity import Statistics
 from pipeline.training.compose import composed
 from pipeline.training.dataset import Dataset, Sample, load_dataset, read_rgb, samples
-from pipeline.training.dataset_card import Split
+from pipeline.training.dataset_sections import Split
 from pipeline.training.familiarity import SHARE_LIMIT, fit_familiarity
 from pipeline.training.patches import PatchImages
 from pipeline.training.resample import resampled

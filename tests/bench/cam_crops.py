@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.training.dataset import Dataset, labeled_boxes, read_mask, read_rgb, samples
-from pipeline.training.dataset_card import Split
+from pipeline.training.dataset_sections import Split
 
 
 class Crop(NamedTuple):

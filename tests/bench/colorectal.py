@@ -31,7 +31,7 @@ from pipeline.training.calibration import reliability
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
-from pipeline.training.dataset_card import Split, TableSplit
+from pipeline.training.dataset_sections import Split, TableSplit
 from pipeline.training.evaluate import Scores, evaluate, scores
 from pipeline.training.gate_calibration import calibrate_gate, patch_presence
 from pipeline.training.inputs import as_input, padded

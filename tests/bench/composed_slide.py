@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.training.compose import compose_image
 from pipeline.training.dataset import Dataset, load_dataset
-from pipeline.training.dataset_card import TableSplit
+from pipeline.training.dataset_sections import TableSplit
 from pipeline.training.pieces import kinds_of, pieces_of
 from tests.slides import write_slide
 

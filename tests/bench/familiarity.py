@@ -36,7 +36,7 @@ from models.familiarity import WINDOW, window_features
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
-from pipeline.training.dataset_card import Split
+from pipeline.training.dataset_sections import Split
 from pipeline.training.familiarity import SHARE_LIMIT
 from pipeline.training.inputs import as_input, padded
 from pipeline.training.resample import resampled

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from pipeline.training.compose import composed
 from pipeline.training.dataset import Dataset, Sample, load_dataset, samples
-from pipeline.training.dataset_card import CropLabels
+from pipeline.training.dataset_sections import CropLabels
 from pipeline.training.inputs import as_input, padded
 from pipeline.training.patches import PatchImages
 from tests.bench.colorectal import SLIDES, fold

@@ -30,7 +30,7 @@ from models.classifier import Classifier
 from pipeline.training.classifier import build_classifier
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Sample, labeled_boxes, load_dataset, read_mask, read_rgb, samples
-from pipeline.training.dataset_card import Split
+from pipeline.training.dataset_sections import Split
 from pipeline.training.evaluate import confusion_matrix, scores
 from pipeline.training.pseudo_masks import allowed_classes, class_probabilities
 from pipeline.training.resample import resampled

@@ -39,7 +39,7 @@ from models.predictor import Predictor
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, check_images, load_dataset, samples
-from pipeline.training.dataset_card import Split
+from pipeline.training.dataset_sections import Split
 from pipeline.training.evaluate import evaluate
 from pipeline.training.patches import PatchImages
 from pipeline.training.presets import train_config

@@ -190,7 +190,7 @@ def attack_table(good: Path, work: Path, chance: random.Random) -> None:
     from pipeline.pages.report_page import write_report
     from pipeline.results.slide_result import SlideResult
     from pipeline.results.summary import write_summary
-    from pipeline.training.dataset_card import CsvLabels, Table
+    from pipeline.training.dataset_sections import CsvLabels, Table
     from pipeline.training.labels import labels_of_row
     from pipeline.training.splits import rows_of
 

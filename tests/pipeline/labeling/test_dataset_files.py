@@ -19,7 +19,7 @@ from pipeline.labeling.labels import Labels
 from pipeline.labeling.session import NewLabel
 from pipeline.labeling.store import EventStore
 from pipeline.training.dataset import labeled_boxes, load_dataset, read_mask, read_rgb, samples
-from pipeline.training.dataset_card import Split
+from pipeline.training.dataset_sections import Split
 from pipeline.training.evaluate import masked_samples
 from tests.pipeline.labeling.desks import desk
 from tests.pipeline.labeling.events import STARTED, STROMA, TUMOR, fold, label, place

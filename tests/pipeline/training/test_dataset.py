@@ -36,7 +36,7 @@ from pipeline.training.dataset import (
     samples,
     training_samples,
 )
-from pipeline.training.dataset_card import SPLITS, BackgroundRule
+from pipeline.training.dataset_sections import SPLITS, BackgroundRule
 from pipeline.training.splits import hash_split
 from tests.pipeline.training.tiny_datasets import (
     CROP_LABELS,

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from pipeline.errors import DatasetFileError
-from pipeline.training import dataset_card
+from pipeline.training import dataset_card, dataset_sections
 from pipeline.training.dataset import load_dataset
 from pipeline.training.dataset_card import DatasetCard
 from tests.pipeline.training.tiny_datasets import CROP_LABELS, HEAD, TABLE_LABELS, put
@@ -101,9 +101,10 @@ def test_documented_examples_are_valid_and_cover_every_label_source() -> None:
 
 def test_every_key_is_documented() -> None:
     def sections() -> Iterator[type[BaseModel]]:
-        for thing in vars(dataset_card).values():
-            if isinstance(thing, type) and issubclass(thing, BaseModel) and thing.__module__ == dataset_card.__name__:
-                yield thing
+        for module in (dataset_card, dataset_sections):
+            for thing in vars(module).values():
+                if isinstance(thing, type) and issubclass(thing, BaseModel) and thing.__module__ == module.__name__:
+                    yield thing
 
     text = documented()
     keys = {key for section in sections() for key in section.model_fields}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import LabelError
-from pipeline.training.dataset_card import CsvLabels, FileNameLabels, FolderLabels
+from pipeline.training.dataset_sections import CsvLabels, FileNameLabels, FolderLabels
 from pipeline.training.labels import crop_boxes, labels_of_folder, labels_of_name, labels_of_row, presence
 
 FILE_NAME = FileNameLabels(source="file-name")

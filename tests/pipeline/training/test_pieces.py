@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DatasetFileError, LabelError
 from pipeline.training.dataset import Dataset
-from pipeline.training.dataset_card import Cut, CutTissue
+from pipeline.training.dataset_sections import Cut, CutTissue
 from pipeline.training.pieces import cut_windows, joined_pieces, kinds_of, pieces_of, rectangles
 from pipeline.training.splits import hash_split
 from tests.pipeline.training.single_tissue import COLORS, write_other, write_tiles

@@ -21,7 +21,7 @@ from pipeline.training.dataset import (
     samples,
     shipped_names,
 )
-from pipeline.training.dataset_card import SPLITS, BackgroundRule, Split
+from pipeline.training.dataset_sections import SPLITS, BackgroundRule, Split
 from pipeline.training.pieces import pieces_of
 from pipeline.training.splits import hash_split
 from tests.pipeline.training.tiny_datasets import image, mask, plain
