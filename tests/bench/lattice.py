@@ -4,6 +4,7 @@
     python -m tests.bench.lattice phase RESULT [--label 1] [--slide SLIDE]
     python -m tests.bench.lattice edge SLIDE [-m MODEL] [--places 1000]
     python -m tests.bench.lattice contested SLIDE [-m MODEL]
+    python -m tests.bench.lattice steps SLIDE [-m MODEL] [--margin PIXELS]
 
 `shift` moves the origin of the grid by some model pixels in x and y and compares the labels inside the tissue at every
 model pixel. A shift by 2048, half a block, moves all borders of canvases and blocks. A shift by 37 also moves the cells
@@ -18,7 +19,10 @@ are folded too, because a slide has a lattice of its own: the tiles in which its
 `contested` measures what skipping parts of a canvas could save: the share of the cores in which the gate leaves several
 classes, by pixels and by square cells that contain such a pixel.
 
-Shape suffixes: K classes, P phases, D distances from the edge, H and W a map.
+`steps` looks for borders of cores in the probabilities: segments of a border across which a class changes by more than
+it does one map pixel before and after. Segments `BESIDE` pixels beside the borders show what the tissue itself does.
+
+Shape suffixes: K classes, P phases, D distances from the edge, H and W a map, S segments.
 """
 
 from __future__ import annotations
@@ -65,6 +69,15 @@ SIDE = 448
 CELLS = (32, 64, 128, 256)
 """Sides in model pixels of the cells of `contested`."""
 
+SEGMENT = 32
+"""Length of a segment of a border of cores in map pixels."""
+
+BESIDE = 12
+"""Map pixels between a border and the segments with which it is compared."""
+
+STEPS = (0.02, 0.04, 0.08, 0.16)
+"""`steps` counts the segments that exceed each of these."""
+
 NEAREST = 2 * RING
 """Distance from the edge of a canvas, in model pixels, from which `edge` measures. OpenVINO is traced with the smallest
 canvas, and a smaller margin would change the padding."""
@@ -77,11 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shift = commands.add_parser("shift")
     edge = commands.add_parser("edge")
     contested = commands.add_parser("contested")
-    for command in (shift, edge, contested):
+    steps = commands.add_parser("steps")
+    for command in (shift, edge, contested, steps):
         command.add_argument("slide", type=Path)
         command.add_argument("-m", "--model", default=DEFAULT_BUNDLE)
         command.add_argument("--margin", type=int, help="model pixels around a core, instead of the model's")
-    for command in (shift, contested):
+    for command in (shift, contested, steps):
         command.add_argument("--canvas", type=int, default=MapSettings().canvas_m)
     shift.add_argument("--by", type=int, nargs="+", default=[2048, 37], help="model pixels")
     shift.add_argument("--box", type=int, nargs=4, help="part of the slide in level-0 pixels, instead of all of it")
@@ -96,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "phase": print_phase,
         "edge": print_edge,
         "contested": print_contested,
+        "steps": print_steps,
     }
     tables[options.pop("command")](**options)
 
@@ -296,6 +311,63 @@ def contested_shares(maps: Iterable[Tensor], sides: Sequence[int]) -> list[float
             )
             reached[side] += int((np.outer(heights_R, widths_C) * cells_RC).sum())
     return [reached[side] / max(1, area) for side in sides]
+
+
+def print_steps(slide: Path, model: str, margin: int | None, canvas: int) -> None:
+    """Print how many segments of the borders between cores show in the probabilities."""
+    predictor = make_predictor(model, margin, output_stride=4)
+    with open_slide(slide) as opened:
+        grid = _grid(opened, predictor)
+        probs_KHW, core_HW = joined_cores(grid, predicted_cores(opened, grid, find_tissue(opened), predictor, canvas))
+    print(f"{slide.name}, {model}: margin {predictor.card.margin}, canvas {canvas}")
+    for name, beside in (("borders of cores", 0), (f"{BESIDE} map px beside", BESIDE)):
+        vertical_S = excess_steps(probs_KHW, core_HW, beside)
+        excess_S = np.concatenate([vertical_S, excess_steps(probs_KHW.swapaxes(1, 2), core_HW.T, beside)])
+        shares = ", ".join(f"{int((excess_S > step).sum())} above {step}" for step in STEPS)
+        print(f"{name}: {len(excess_S)} segments of {SEGMENT} map px, {shares}, largest {excess_S.max(initial=0):.3f}")
+
+
+def joined_cores(grid: Grid, found: Iterable[tuple[Box, Box, Tensor]]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Return the probabilities (K, H, W) of the whole map, and the number of each pixel's core (H, W), -1 for none."""
+    stride, (width, height) = grid.m_per_out, grid.size_m
+    core_HW = np.full((-(-height // stride), -(-width // stride)), -1, np.int32)
+    probs_KHW = np.zeros((0, *core_HW.shape), np.float32)
+    for number, (core_m, _, core_KHW) in enumerate(found):
+        if not len(probs_KHW):
+            probs_KHW = np.zeros((len(core_KHW), *core_HW.shape), np.float32)
+        rows, columns = (
+            slice(core_m.y // stride, core_m.bottom // stride),
+            slice(core_m.x // stride, core_m.right // stride),
+        )
+        part_HW = core_HW[rows, columns]
+        part_HW[:] = number
+        probs_KHW[:, rows, columns] = core_KHW[:, : part_HW.shape[0], : part_HW.shape[1]].numpy()
+    return probs_KHW, core_HW
+
+
+def excess_steps(probs_KHW: NDArray[np.float32], core_HW: NDArray[np.int32], beside: int = 0) -> NDArray[np.float32]:
+    """Return by how much the step across each segment exceeds the larger one of the steps before and after it, (S,).
+
+    Segments are pieces of `SEGMENT` rows of the vertical borders between two cores, or of the lines that lie `beside`
+    pixels right of them and inside a core. The step of a class is its mean difference between both sides, so noise of
+    single pixels cancels. The largest excess of all classes counts.
+    """
+    rows = core_HW.shape[0] // SEGMENT * SEGMENT
+    core_HW = core_HW[:rows]
+    left_HW, right_HW = core_HW[:, :-1], core_HW[:, 1:]
+    border_HW = (left_HW != right_HW) & (left_HW >= 0) & (right_HW >= 0)
+    if beside:
+        border_HW = np.pad(border_HW, ((0, 0), (beside, 0)))[:, : border_HW.shape[1]]
+    steps_KHW = np.diff(probs_KHW[:, :rows], axis=2)
+    # Before, at and after the border: four pixels in two cores, or in one.
+    known_HW = (core_HW[:, :-3] >= 0) & (core_HW[:, 3:] >= 0) & border_HW[:, 1:-1]
+    known_HW &= core_HW[:, :-3] == core_HW[:, 1:-2]
+    known_HW &= core_HW[:, 2:-1] == core_HW[:, 3:]
+    known_HW &= (core_HW[:, 1:-2] == core_HW[:, 2:-1]) == bool(beside)
+    whole_SW = known_HW.reshape(-1, SEGMENT, known_HW.shape[1]).all(axis=1)
+    mean_KSW = np.abs(steps_KHW.reshape(len(steps_KHW), -1, SEGMENT, steps_KHW.shape[2]).mean(axis=2))
+    excess_KSW = mean_KSW[:, :, 1:-1] - np.maximum(mean_KSW[:, :, :-2], mean_KSW[:, :, 2:])
+    return np.asarray(excess_KSW.max(axis=0)[whole_SW], np.float32)
 
 
 def random_places(grid: Grid, tissue: Tissue, count: int) -> Iterator[Box]:

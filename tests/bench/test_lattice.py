@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from models.predictor import Predictor
 from pipeline.slide.recipe import segment_slide
 from tests.bench.lattice import (
+    BESIDE,
+    SEGMENT,
     contested_shares,
+    excess_steps,
     phase_ratios,
     print_contested,
     print_phase,
+    print_steps,
     random_places,
     shifted_labels,
 )
@@ -114,3 +118,45 @@ def test_contested_pixels_of_a_slide(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert shares == sorted(shares)
     assert len(shares) == 5
     assert 0 < shares[0] < shares[1] < 100
+
+
+def test_a_border_of_cores_that_shows_exceeds_the_steps_beside_it() -> None:
+    # Four cores of 32 rows and 40 columns. The tissue itself changes by 0.01 per pixel, and by 0.3 inside a core.
+    core_HW = np.repeat(np.repeat(np.array([[0, 1], [2, 3]], np.int32), SEGMENT, axis=0), 40, axis=1)
+    probs_HW = np.tile(0.01 * np.arange(80, dtype=np.float32), (2 * SEGMENT, 1))
+    probs_HW[:, 60:] += 0.3
+    noisy_HW = probs_HW.copy()
+    noisy_HW += np.random.default_rng(0).normal(0, 0.01, probs_HW.shape)
+    assert np.abs(excess_steps(np.stack([noisy_HW, 1 - noisy_HW]), core_HW)).max() < 0.01
+    probs_HW[SEGMENT:, 40:] += 0.1  # the border of the lower cores shows
+    excess_S = excess_steps(np.stack([probs_HW, 1 - probs_HW]), core_HW)
+    assert excess_S.tolist() == pytest.approx([0, 0.1], abs=1e-5)
+    # In the transposed map, only half of the border between upper and lower cores shows.
+    across_S = excess_steps(probs_HW.T[None], core_HW.T)
+    assert across_S.tolist() == pytest.approx([0, 0.1 * 24 / 32], abs=1e-5)
+    assert np.abs(excess_steps(probs_HW[None], core_HW, BESIDE)).max() < 1e-5
+    assert len(excess_steps(probs_HW[None], core_HW, BESIDE)) == 2
+    core_HW[: SEGMENT // 2, :40] = -1  # without a core, there is no border
+    assert len(excess_steps(probs_HW[None], core_HW)) == 1
+
+
+def test_the_steps_of_a_slide_are_those_between_its_cores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = region_slide(tmp_path / "slide.svs")
+    of = {
+        "colors": color_predictor(),
+        "place": predictor(ConstantClassifier((0.9, 0.9)), PlaceSegmenter()),
+    }
+    monkeypatch.setattr("tests.bench.lattice.make_predictor", lambda model, margin, output_stride: of[model])
+    found = {}
+    for model in of:
+        print_steps(path, model, None, 256)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"slide.svs, {model}: margin ")
+        found[model] = [(int(line.split(": ")[1].split()[0]), float(line.split()[-1])) for line in lines[1:]]
+    (count, largest), (_, beside) = found["place"]
+    assert count > 10
+    assert largest > 0.3 > beside
+    assert found["colors"][0][0] == count
+    assert found["colors"][0][1] < 0.01
