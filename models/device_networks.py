@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from models.backbone import Stages
 from models.card import ModelCard
+from models.deep_map import OVERLAP, RING
 from models.fine_map import Place, fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
 from models.normalize import byte_table, looked_up, normalized
-from models.openvino_network import OpenVinoNetwork
+from models.openvino_network import MapSize, OpenVinoNetwork
 from models.padding import pad_before_expansion
 from models.runtimes import CONTEXT, Compute
-from models.segmenter import NATIVE_STRIDE, RIM, logits_at_stride
+from models.segmenter import AROUND, NATIVE_STRIDE, RIM, logits_at_stride
 from models.shared_stages import split_networks
 
 Item = TypeVar("Item")
@@ -72,10 +73,15 @@ class DeviceNetworks:
         self._first = (
             None if networks.first is None else self._prepared(networks.first, size=2 * CONTEXT + SMALLEST_CORE)
         )
-        self._deep = self._prepared(networks.deep, [networks.start])
-        self.shares_deep = networks.shared_deep is not None
-        """Whether the segmenter takes the classifier's deep features."""
-        maps = [networks.start] if networks.shared_deep is None else [networks.start, networks.shared_deep]
+        self.shared_stride = None if networks.shared_deep is None else networks.shared_deep[1]
+        """The stride of the deep features if the segmenter takes the classifier's, else None."""
+        start = MapSize(*networks.start)
+        # The windows of a shared backbone can have less context than canvases.
+        context = card.margin if networks.shared_deep is None else min(OVERLAP, card.margin)
+        self._deep = self._prepared(networks.deep, [start], size=2 * context + SMALLEST_CORE)
+        maps = [start]
+        if networks.shared_deep is not None:
+            maps = [start._replace(beyond=AROUND - card.margin), MapSize(*networks.shared_deep, RING)]
         self._segmenter = self._prepared(networks.segmenter, maps)
         # If the whole backbone is shared, no other network holds the head.
         self._classifier: Any = _placed(networks.classifier, self._device)
@@ -89,12 +95,16 @@ class DeviceNetworks:
         return self._first is not None
 
     def starts(
-        self, rgb_HWC: Tensor, places: Sequence[Place], before_each: Callable[[], object] = lambda: None
+        self,
+        rgb_HWC: Tensor,
+        places: Sequence[Place],
+        needed: Sequence[Place],
+        before_each: Callable[[], object] = lambda: None,
     ) -> list[Tensor]:
         """Return what the networks start from on canvases at these places of an image (H, W, 3).
 
-        Each is the canvas's part of the shared map (C, h, w), or of the image itself (H, W, 3). See `each` for
-        `before_each`.
+        Each is the canvas's part of the shared map (C, h, w), or of the image itself (H, W, 3). Outside of the places
+        `needed`, values of the shared map can be undefined. See `each` for `before_each`.
         """
         canvases = [rgb_HWC[place] for place in places]
         if self._first is None:
@@ -103,7 +113,7 @@ class DeviceNetworks:
             return self.each(self.start_alone, canvases, before_each)
         before_each()
         side = _FINE_SIDE.get(self._device.type, _FINE_SIDE_ELSEWHERE)
-        map_Chw = fine_map(self._fine, rgb_HWC, places, side, partial(self.each, before_each=before_each))
+        map_Chw = fine_map(self._fine, rgb_HWC, needed, side, partial(self.each, before_each=before_each))
         return [part_of(map_Chw, place) for place in places]
 
     def start_alone(self, rgb_HWC: Tensor) -> Tensor:
@@ -116,12 +126,17 @@ class DeviceNetworks:
             deep_NDhw: Tensor = self._deep(self._batch(starts))
         return deep_NDhw
 
-    def segmented(self, starts: Sequence[Tensor], deep: Sequence[Tensor], output_stride: int) -> Tensor:
+    def segmented(self, starts: Sequence[Tensor], deep_NDhw: Tensor | None, output_stride: int) -> Tensor:
         """Return the segmenter's logits (N, K, h, w) in the cores, divided by the model's temperature.
 
-        `deep` has the deep features (D, h, w) of each start; it is empty unless `shares_deep`.
+        `deep_NDhw` has the deep features of the starts and their `deep_map.RING`; None without a `shared_stride`.
         """
-        maps = [self._batch(starts)] + ([torch.stack(list(deep))] if self.shares_deep else [])
+        if deep_NDhw is None:
+            maps = [self._batch(starts)]
+        else:
+            edge = (self._card.margin - AROUND) // NATIVE_STRIDE
+            inner = slice(edge, -edge or None)
+            maps = [self._batch([start[:, inner, inner] for start in starts]), deep_NDhw]
         with self._autocast():
             logits_NKhw: Tensor = self._segmenter(*maps)
         # Upsample before the rim is cut off, so that the edge of a core is interpolated like its inside.
@@ -212,9 +227,9 @@ class DeviceNetworks:
         return normalized(rgb_NHWC, self._mean_C, self._std_C)
 
     def _prepared(
-        self, network: nn.Module, maps: Sequence[tuple[int, int]] = ((3, 1),), size: int | None = None
+        self, network: nn.Module, maps: Sequence[MapSize] = (MapSize(3, 1),), size: int | None = None
     ) -> Network:
-        """Return a network on the device, for maps with these channels and strides.
+        """Return a network on the device, for maps of these sizes.
 
         `size` is the smallest side of an image, if it is not that of a canvas.
         """

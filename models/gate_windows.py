@@ -110,14 +110,16 @@ def gate_windows(
     )
 
 
-def placed(windows: Sequence[GateWindows], device: torch.device) -> list[GateWindows]:
-    """Return windows with their tensors on a device, by a single copy."""
+def placed(
+    windows: Sequence[GateWindows], others: Sequence[Tensor], device: torch.device
+) -> tuple[list[GateWindows], list[Tensor]]:
+    """Return windows with their tensors on a device, and other int32 tensors, by a single copy."""
     # Numbers of four bytes each.
-    tensors = [part for one in windows for part in one[1:]]
+    tensors = [part for one in windows for part in one[1:]] + list(others)
     flat = torch.cat([part.flatten().view(torch.int32) for part in tensors]).to(device)
     parts = flat.split([part.numel() for part in tensors])
     there = iter(part.view(of.dtype).view(of.shape) for part, of in zip(parts, tensors, strict=True))
-    return [GateWindows(one.sides, *islice(there, len(one) - 1)) for one in windows]
+    return [GateWindows(one.sides, *islice(there, len(one) - 1)) for one in windows], list(there)
 
 
 def cut_windows(map_NDHW: Tensor, windows: GateWindows, chosen: range, stride: int = 1) -> Tensor:

@@ -12,7 +12,7 @@ import queue
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,20 @@ bf16 0.05. A wrong conversion causes far larger differences."""
 
 _FORMATS: dict[Precision, str] = {"float32": "f32", "fp16": "f16", "bf16": "bf16"}
 """Names of the formats in OpenVINO."""
+
+
+class MapSize(NamedTuple):
+    """The size of an argument of a network: a feature map of an image, or the image itself."""
+
+    channels: int
+    stride: int
+    """Pixels of the image per cell."""
+    beyond: int = 0
+    """Pixels by which the map reaches beyond the image on all sides; below 0 if it is smaller."""
+
+    def side(self, pixels: int) -> int:
+        """Return the side of the map for a side of the image."""
+        return (pixels + 2 * self.beyond) // self.stride
 
 
 class OpenVinoNetwork:
@@ -45,17 +59,16 @@ class OpenVinoNetwork:
         size: int,
         precision: Precision = "float32",
         *,
-        maps: Sequence[tuple[int, int]] = ((3, 1),),
+        maps: Sequence[MapSize] = (MapSize(3, 1),),
         streams: int = 1,
     ) -> None:
         """Compile the network, in eval mode, and compare its outputs for images of this side with those of torch.
 
         `size` is the smallest side of an image: at a smaller side than the trace, padding may not have enough pixels.
-        `maps` has a pair (channels, stride) for each argument of the network. Each of the `streams` keeps its own
-        activations.
+        `maps` describes each argument of the network. Each of the `streams` keeps its own activations.
         Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
-        self._smallest = size // maps[0][1]
+        self._smallest = maps[0].side(size)
         compiled = _compile(network, _examples(maps, size, size), _FORMATS[precision], streams)
         self._requests: queue.Queue[Any] = queue.Queue()
         for _ in range(streams):
@@ -89,11 +102,11 @@ class OpenVinoNetwork:
         return torch.from_numpy(outputs[0])
 
 
-def _examples(maps: Sequence[tuple[int, int]], height: int, width: int) -> list[Tensor]:
+def _examples(maps: Sequence[MapSize], height: int, width: int) -> list[Tensor]:
     """Return random arguments of a network for an image of this size in pixels."""
     return [
-        torch.randn((1, channels, height // stride, width // stride), generator=torch.Generator().manual_seed(0))
-        for channels, stride in maps
+        torch.randn((1, one.channels, one.side(height), one.side(width)), generator=torch.Generator().manual_seed(0))
+        for one in maps
     ]
 
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from models.bundle import Bundle, load_networks, load_statistics
 from models.card import ModelCard
 from models.compute import choose_compute
+from models.deep_map import RING, DeepWindows, features_at, joined_windows, lone_windows, rows_of
 from models.device_networks import DeviceNetworks
 from models.devices import Uploads, choose_device, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.familiarity import Statistics, window_features
-from models.fine_map import Place
+from models.fine_map import Place, part_of
 from models.gate import passing_classes, presence
 from models.gate_windows import GateWindows, PixelGates, gate_windows, pixel_gates, placed
 from models.runtimes import (
@@ -78,6 +79,8 @@ class Prediction(NamedTuple):
 class _Canvas(NamedTuple):
     """A canvas on the device."""
 
+    place: Place
+    """In its image."""
     rgb_HWC: Tensor
     start: Tensor
     """What the networks start from: see `DeviceNetworks.starts`."""
@@ -90,6 +93,8 @@ class _Batch(NamedTuple):
     """Their indices."""
     windows: GateWindows
     """Their gate windows, on the device."""
+    cells_Nhw: Tensor | None
+    """`DeepWindows.cells` of the canvases, on the device; None unless the networks share their backbone."""
 
 
 class _Classified(NamedTuple):
@@ -99,16 +104,17 @@ class _Classified(NamedTuple):
     """In the gate windows."""
     distances_Nrc: Tensor | None
     """See `Decisions`."""
-    deep: list[Tensor]
-    """The deep features (D, h, w) of each canvas if the segmenter takes them; else empty."""
+    around_NDhw: Tensor | None
+    """The deep features of the canvases and their `RING` if the segmenter takes them, else None."""
 
 
 class Predictor:
     """A classifier and a segmenter on one device.
 
     `lock` guards the device: the caller holds `lock` around `predict`. A canvas's result depends on its own pixels and,
-    if it is a place of a larger image, on the `models.runtimes.CONTEXT` pixels around it. It does not depend on the
-    other canvases of its batch, and nothing is random.
+    if it is a place of a larger image, on the `models.runtimes.CONTEXT` pixels around it. If the networks share their
+    backbone, it also depends on the other canvases of this image, see `models.deep_map`. Batches do not change it, and
+    nothing is random.
     """
 
     def __init__(
@@ -221,9 +227,10 @@ class Predictor:
         Raises NonFiniteOutputError with the indices of the canvases.
         """
         with torch.inference_mode():
-            canvases = self._alone(rgb_NHWC)
-            batches = self._batches(canvases, corners)
-            logits = [self._classified(canvases, batch).logits_MK for batch in batches]
+            canvases, deep = self._alone(rgb_NHWC)
+            batches = self._batches(canvases, corners, deep)
+            rows_TD = self._deep_rows(canvases, deep)
+            logits = [self._classified(canvases, rows_TD, batch).logits_MK for batch in batches]
             _check_finite("classifier", _order(batches), *to_host([_finite_canvases(batches, logits)]))
             return [
                 presence_RCK
@@ -237,19 +244,20 @@ class Predictor:
         Needs at least one canvas. Raises NonFiniteOutputError.
         """
         with torch.inference_mode():
-            canvases, networks = self._alone(rgb_NHWC), self._networks
-            found = []
+            canvases, deep = self._alone(rgb_NHWC)
+            rows_TD, found = self._deep_rows(canvases, deep), []
             for first in range(0, len(canvases), self.batch_size):
-                starts = [canvas.start for canvas in canvases[first : first + self.batch_size]]
-                deep = list(networks.deep(starts)) if networks.shares_deep else []
-                found.append(networks.segmented(starts, deep, self.output_stride))
+                some = slice(first, first + self.batch_size)
+                starts = [canvas.start for canvas in canvases[some]]
+                cells_Nhw = None if deep is None else torch.from_numpy(np.stack(deep.cells[some])).to(self.device)
+                found.append(self._networks.segmented(starts, _features(rows_TD, cells_Nhw), self.output_stride))
             logits_NKhw = torch.cat(found)
             _check_finite("segmenter", range(len(logits_NKhw)), *to_host([_finite(logits_NKhw)]))
         return logits_NKhw
 
     def gated(self, logits_Khw: Tensor, presence_RCK: Tensor, corner: Corner) -> Tensor:
         """Return the gated probabilities (K, h, w) of the segmenter's logits in one core, as `predict` does."""
-        (windows,) = placed([self._windows([corner], logits_Khw.shape[1:])], self.device)
+        (windows,), _ = placed([self._windows([corner], logits_Khw.shape[1:])], [], self.device)
         return pixel_gates(self._allowed(presence_RCK.flatten(0, 1)), windows).probabilities(logits_Khw[None])[0]
 
     def predict(self, rgb_NHWC: Canvases, corners: Sequence[Corner]) -> Prediction:
@@ -261,7 +269,7 @@ class Predictor:
         sides = ((side - 2 * self.card.margin) // self.output_stride for side in canvases_NHWC.shape[1:3])
         probs_NKhw = torch.empty((len(canvases_NHWC), len(self.card.classes), *sides), device=self.device)
         with torch.inference_mode():
-            segmented_N, distances = self._predict_into(list(probs_NKhw), self._alone(canvases_NHWC), corners)
+            segmented_N, distances = self._predict_into(list(probs_NKhw), *self._alone(canvases_NHWC), corners)
         return Prediction(probs_NKhw, segmented_N, None if distances is None else np.stack(distances))
 
     def predict_into(
@@ -282,24 +290,30 @@ class Predictor:
         Raises NonFiniteOutputError with the indices of the canvases whose output contains NaN or infinity.
         """
         with torch.inference_mode():
-            starts = self._networks.starts(rgb_HWC, places, before_batch)
-            canvases = [_Canvas(rgb_HWC[place], start) for place, start in zip(places, starts, strict=True)]
-            return self._predict_into(probs, canvases, corners, before_batch)
+            stride = self._networks.shared_stride
+            deep = None if stride is None else joined_windows(places, self.card.margin, stride, self.batch_size)
+            needed = places if deep is None else deep.places
+            starts = self._networks.starts(rgb_HWC, places, needed, before_batch)
+            canvases = [_Canvas(place, rgb_HWC[place], start) for place, start in zip(places, starts, strict=True)]
+            return self._predict_into(probs, canvases, deep, corners, before_batch)
 
     def _predict_into(
         self,
         probs: Sequence[Tensor],
         canvases: Sequence[_Canvas],
+        deep: DeepWindows | None,
         corners: Sequence[Corner],
         before_batch: Callable[[], object] = lambda: None,
     ) -> Decisions:
-        batches = self._batches(canvases, corners)
-        classified = self._networks.each(partial(self._classified, canvases), batches, before_batch)
+        batches = self._batches(canvases, corners, deep)
+        rows_TD = self._deep_rows(canvases, deep, before_batch)
+        classified = self._networks.each(partial(self._classified, canvases, rows_TD), batches, before_batch)
+        del rows_TD
         gates, decisions = self._decided(batches, classified)
 
         def segment(index: int) -> Tensor:
             batch = batches[index]
-            logits_NKhw = self._chosen_logits(canvases, batch, classified[index].deep, decisions.segmented_N)
+            logits_NKhw = self._chosen_logits(canvases, batch, classified[index].around_NDhw, decisions.segmented_N)
             for n, probs_Khw in zip(batch.canvases, gates[index].probabilities(logits_NKhw), strict=True):
                 probs[n].copy_(probs_Khw)
             return _finite(logits_NKhw).expand(len(batch.canvases))
@@ -308,12 +322,37 @@ class Predictor:
         _check_finite("segmenter", _order(batches), *to_host([torch.cat(finite)]))
         return decisions
 
-    def _alone(self, rgb_NHWC: Canvases) -> list[_Canvas]:
-        """Return canvases of one size, each an image of its own. Raises what `_checked` raises."""
-        return [_Canvas(canvas, self._networks.start_alone(canvas)) for canvas in self._checked(rgb_NHWC)]
+    def _alone(self, rgb_NHWC: Canvases) -> tuple[list[_Canvas], DeepWindows | None]:
+        """Return canvases of one size, each an image of its own, and the windows of a shared backbone.
 
-    def _batches(self, canvases: Sequence[_Canvas], corners: Sequence[Corner]) -> list[_Batch]:
-        """Return batches of canvases of one size, with their windows by a single copy to the device."""
+        Raises what `_checked` raises.
+        """
+        checked_NHWC, stride = self._checked(rgb_NHWC), self._networks.shared_stride
+        count, *size = checked_NHWC.shape[:3]
+        place = slice(0, size[0]), slice(0, size[1])
+        canvases = [_Canvas(place, canvas, self._networks.start_alone(canvas)) for canvas in checked_NHWC]
+        return canvases, None if stride is None else lone_windows(size, count, stride, self.batch_size)
+
+    def _deep_rows(
+        self,
+        canvases: Sequence[_Canvas],
+        deep: DeepWindows | None,
+        before_batch: Callable[[], object] = lambda: None,
+    ) -> Tensor | None:
+        """Return the features (T, D) of the cells of all windows; None unless the networks share their backbone."""
+        if deep is None:
+            return None
+
+        def rows(batch: Sequence[int]) -> Tensor:
+            return rows_of(self._networks.deep([_start_of_window(canvases[n], deep.places[n]) for n in batch]))
+
+        found = self._networks.each(rows, deep.batches, before_batch)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _batches(
+        self, canvases: Sequence[_Canvas], corners: Sequence[Corner], deep: DeepWindows | None
+    ) -> list[_Batch]:
+        """Return batches of canvases of one size, with what belongs to them by a single copy to the device."""
         shapes = [canvas.rgb_HWC.shape[1::-1] for canvas in canvases]
         in_order = sorted(range(len(canvases)), key=shapes.__getitem__)
         groups = [list(alike) for _, alike in groupby(in_order, key=shapes.__getitem__)]
@@ -324,23 +363,29 @@ class Predictor:
                 (side - 2 * self.card.margin) // self.output_stride for side in canvases[batch[0]].rgb_HWC.shape[:2]
             ]
             windows.append(self._windows([corners[n] for n in batch], size))
-        return [_Batch(*one) for one in zip(batches, placed(windows, self.device), strict=True)]
+        cells = [] if deep is None else [torch.from_numpy(np.stack([deep.cells[n] for n in one])) for one in batches]
+        windows, there = placed(windows, cells, self.device)
+        return [_Batch(*one) for one in zip_longest(batches, windows, there)]  # without cells, they are None
 
     def _windows(self, corners: Sequence[Corner], size_out: Sequence[int]) -> GateWindows:
         """Return the gate windows of canvases whose cores have this height and width at the output stride."""
         return gate_windows(corners, size_out, self.card.margin, self.card.gate_window, self.output_stride)
 
-    def _classified(self, canvases: Sequence[_Canvas], batch: _Batch) -> _Classified:
-        """Return what the classifier computes for a batch."""
+    def _classified(self, canvases: Sequence[_Canvas], rows_TD: Tensor | None, batch: _Batch) -> _Classified:
+        """Return what the classifier computes for a batch. `rows_TD` are `_deep_rows`."""
         images = [canvases[n].rgb_HWC for n in batch.canvases]
-        deep_NDhw = self._networks.deep([canvases[n].start for n in batch.canvases])
+        around_NDhw = _features(rows_TD, batch.cells_Nhw)
+        if around_NDhw is None:
+            deep_NDhw = self._networks.deep([canvases[n].start for n in batch.canvases])
+        else:
+            ring = RING // (self._networks.shared_stride or 1)
+            deep_NDhw = around_NDhw[:, :, ring:-ring, ring:-ring]
         logits_MK = self._networks.window_logits(deep_NDhw, images, batch.windows)
-        kept = list(deep_NDhw) if self._networks.shares_deep else []
         if self._statistics is None or self.card.familiarity is None:
-            return _Classified(logits_MK, None, kept)
+            return _Classified(logits_MK, None, around_NDhw)
         features_NrcD = window_features(deep_NDhw, images[0].shape[0] // deep_NDhw.shape[2])
         distances_Nrc = self._statistics.distances(features_NrcD.flatten(0, 2)).view(features_NrcD.shape[:3])
-        return _Classified(logits_MK, distances_Nrc / self.card.familiarity.window_limit, kept)
+        return _Classified(logits_MK, distances_Nrc / self.card.familiarity.window_limit, around_NDhw)
 
     def _decided(
         self, batches: Sequence[_Batch], classified: Sequence[_Classified]
@@ -362,19 +407,20 @@ class Predictor:
         return gates, Decisions(segmented_N, known)
 
     def _chosen_logits(
-        self, canvases: Sequence[_Canvas], batch: _Batch, deep: list[Tensor], segmented_N: NDArray[np.bool_]
+        self, canvases: Sequence[_Canvas], batch: _Batch, around_NDhw: Tensor | None, segmented_N: NDArray[np.bool_]
     ) -> Tensor:
         """Return the segmenter's logits (N, K, h, w) for a batch; (1, K, 1, 1) if it runs on no canvas of it.
 
-        `deep` is `_Classified.deep`. A canvas on which the segmenter does not run has no contested pixel: any logits
-        give the same probabilities.
+        For `around_NDhw`, see `_Classified`. A canvas on which the segmenter does not run has no contested pixel: any
+        logits give the same probabilities.
         """
         chosen = [position for position, n in enumerate(batch.canvases) if segmented_N[n]]
         if not chosen:
             return torch.zeros((1, len(self.card.classes), 1, 1), device=self.device)
         starts = [canvases[batch.canvases[position]].start for position in chosen]
-        chosen_deep = [deep[position] for position in chosen] if deep else []
-        found_NKhw = self._networks.segmented(starts, chosen_deep, self.output_stride)
+        if around_NDhw is not None and len(chosen) < len(batch.canvases):
+            around_NDhw = torch.stack([around_NDhw[position] for position in chosen])
+        found_NKhw = self._networks.segmented(starts, around_NDhw, self.output_stride)
         if len(chosen) == len(batch.canvases):
             return found_NKhw
         logits_NKhw = found_NKhw.new_zeros((len(batch.canvases), *found_NKhw.shape[1:]))
@@ -397,6 +443,22 @@ class Predictor:
                 f"canvases have {sides[0]}x{sides[1]} px; sides are multiples of 32 above {2 * self.card.margin}"
             )
         return rgb_NHWC if isinstance(rgb_NHWC, Tensor) else self.on_device(rgb_NHWC)
+
+
+def _start_of_window(canvas: _Canvas, window: Place) -> Tensor:
+    """Return what a shared backbone starts from in a window of a canvas."""
+    return part_of(
+        canvas.start,
+        (
+            slice(window[0].start - canvas.place[0].start, window[0].stop - canvas.place[0].start),
+            slice(window[1].start - canvas.place[1].start, window[1].stop - canvas.place[1].start),
+        ),
+    )
+
+
+def _features(rows_TD: Tensor | None, cells_Nhw: Tensor | None) -> Tensor | None:
+    """Return the deep features (N, D, h, w) of canvases and their `RING` if the networks share their backbone."""
+    return None if rows_TD is None or cells_Nhw is None else features_at(rows_TD, cells_Nhw)
 
 
 def _order(batches: Sequence[_Batch]) -> list[int]:

@@ -27,7 +27,7 @@ DECODER_CHANNELS = 256
 
 RIM = 1
 """Cells of stride 4 around a core that are needed to interpolate the edge of the core."""
-_CONTEXT = 16
+AROUND = 16
 """Pixels around a core that the decoder reads: a cell at stride 16, or two at stride 8."""
 
 
@@ -92,17 +92,17 @@ class CoreSegmenter(nn.Module):
         if self.decoder is None:
             return _without_edge(self.segmenter(x_NCHW), self._margin // NATIVE_STRIDE - RIM)
         features: Any = self.segmenter.encoder(x_NCHW)
-        logits_NKhw: Tensor = self.decoder(features[2], features[-1])
+        fine_NChw = _without_edge(features[2], (self._margin - AROUND) // NATIVE_STRIDE)
+        logits_NKhw: Tensor = self.decoder(fine_NChw, features[-1])
         return logits_NKhw
 
 
 class CoreDecoder(nn.Module):
     """The decoder of a segmenter: features of the encoder at stride 4 and of its last stage -> logits.
 
-    The logits are those that `CoreSegmenter` returns.
-
-    The decoder works at stride 4, which takes much time, so it leaves the margin out.
-    The segmenter is one for which `leaves_margin_out` is true.
+    The first map has `AROUND` pixels around the core, the second one `margin`. The logits are those that
+    `CoreSegmenter` returns. The decoder works at stride 4, which takes much time, so it leaves the margin out. The
+    segmenter is one for which `leaves_margin_out` is true.
     """
 
     def __init__(self, segmenter: nn.Module, margin: int) -> None:
@@ -114,16 +114,15 @@ class CoreDecoder(nn.Module):
         self._margin = margin
 
     def forward(self, fine_NChw: Tensor, deep_NChw: Tensor) -> Tensor:
-        margin, decoder = self._margin // NATIVE_STRIDE, self.decoder
+        decoder = self.decoder
         scale = int(decoder.up.scale_factor)
-        deep_NChw = _without_edge(decoder.aspp(deep_NChw), (self._margin - _CONTEXT) // (NATIVE_STRIDE * scale))
-        around = _CONTEXT // NATIVE_STRIDE
-        fine_NChw = decoder.block1(_without_edge(fine_NChw, margin - around))
+        deep_NChw = _without_edge(decoder.aspp(deep_NChw), (self._margin - AROUND) // (NATIVE_STRIDE * scale))
+        fine_NChw = decoder.block1(fine_NChw)
         # A separable convolution, a batch norm and a ReLU.
         (depthwise, pointwise), *after = decoder.block2
         mixed_NChw = nn.Sequential(*after)(_separable_of_two(depthwise, pointwise, decoder.up(deep_NChw), fine_NChw))
         # Upsampling is wrong in the outer half cell of the deep map.
-        return _without_edge(self.head(mixed_NChw), around - 1 - RIM)
+        return _without_edge(self.head(mixed_NChw), AROUND // NATIVE_STRIDE - 1 - RIM)
 
 
 def leaves_margin_out(segmenter: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.deep_map import RING
 from models.padding import ExtendedConv2d, averages_map
 from models.segmenter import NATIVE_STRIDE, CoreDecoder, CoreSegmenter, leaves_margin_out
 
@@ -52,7 +53,8 @@ class Networks(NamedTuple):
     deep: nn.Module
     """The start -> the classifier's deep features (N, D, h, w)."""
     segmenter: nn.Module
-    """The start -> the logits of `CoreSegmenter`. If the whole backbone is shared, it takes the deep features too."""
+    """The start -> the logits of `CoreSegmenter`. If the whole backbone is shared, a `CoreDecoder` instead, whose deep
+    features have the margin and `RING` more pixels."""
     shared_deep: tuple[int, int] | None
     """Channels D and stride of the deep features if the segmenter takes them, else None."""
 
@@ -83,7 +85,7 @@ def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> 
         whole: Any = copy.deepcopy(classifier)
         net, last = whole.backbone.net, theirs.feature_info.get_dicts()[-1]
         deep = nn.Sequential(*net.blocks[cut["stage"] :])
-        decoder = CoreDecoder(copy.deepcopy(segmenter), margin)
+        decoder = CoreDecoder(copy.deepcopy(segmenter), margin + RING)
         shared_deep = int(last["num_chs"]), int(last["reduction"])
         return Networks(_first(net, cut["stage"]), reach_px, start, whole, deep, decoder, shared_deep)
     if not _alike(first, other) or reach_px > margin:

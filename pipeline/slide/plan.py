@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.card import ModelCard
+from models.deep_map import window_places
 from models.runtimes import CONTEXT, FEATURE_BYTES_PER_PX, RUNTIME_FACTS, STREAMS
 from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError
@@ -45,7 +46,8 @@ class Plan:
     """Tiles with tissue; a tile on a block border counts once for each block."""
     canvases: int
     computed_px: int
-    """Model pixels of all canvases, with their margins."""
+    """Model pixels of all windows in which the backbone runs: canvases with their margins, or less if the networks
+    share it."""
     margin: int
     """Model pixels around the core of a canvas."""
     tissue_um2: float
@@ -97,24 +99,36 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSet
     Raises ResolutionError if the slide is too coarse for the model.
     """
     grid = make_grid(info, model_mpp=card.mpp, output_stride=settings.output_stride, block_out=settings.block_out)
-    tiles, cores = {}, []
+    tiles, canvases, computed_px = {}, 0, 0
     for block in grid.blocks():
         tissue_HW = block_tissue(grid, tissue, block)
         tiles[block] = len(needed_tiles(grid, tissue_HW, block))
-        cores += canvas_cores(grid, tissue_HW, block, card.margin, settings.canvas_m)
+        cores_m = canvas_cores(grid, tissue_HW, block, card.margin, settings.canvas_m)
+        canvases += len(cores_m)
+        computed_px += _computed_px([with_margin(core_m, card.margin) for core_m in cores_m], card)
     blocks = tuple(block for block, count in tiles.items() if count)
     return Plan(
         grid=grid,
         blocks=blocks,
         tiles=sum(tiles.values()),
-        canvases=len(cores),
-        computed_px=sum(math.prod(with_margin(core_m, card.margin)[2:]) for core_m in cores),
+        canvases=canvases,
+        computed_px=computed_px,
         margin=card.margin,
         # The mask's last pixels reach beyond the slide.
         tissue_um2=min(tissue.area_um2, info.bounds_l0.width * info.bounds_l0.height * info.mpp**2),
         classes=len(card.classes),
         disk_bytes=int(len(blocks) * settings.block_out**2 * (len(card.classes) + 1) * 4 / 3 * _COMPRESSED_SHARE),
     )
+
+
+def _computed_px(canvases_m: list[Box], card: ModelCard) -> int:
+    """Return the model pixels of the windows in which the backbone runs for the canvases of a block."""
+    if not (canvases_m and card.segmenter.shared_backbone):
+        return sum(math.prod(canvas_m[2:]) for canvas_m in canvases_m)
+    # Places of an image whose origin is that of the slide.
+    places = [canvas_m.slices(Box(0, 0, 0, 0)) for canvas_m in canvases_m]
+    windows = window_places(places, card.margin)
+    return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in windows)
 
 
 def needed_tiles(grid: Grid, tissue_HW: NDArray[np.bool_], block: Block) -> list[Box]:

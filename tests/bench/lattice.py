@@ -320,11 +320,17 @@ def print_steps(slide: Path, model: str, margin: int | None, canvas: int) -> Non
         grid = _grid(opened, predictor)
         probs_KHW, core_HW = joined_cores(grid, predicted_cores(opened, grid, find_tissue(opened), predictor, canvas))
     print(f"{slide.name}, {model}: margin {predictor.card.margin}, canvas {canvas}")
-    for name, beside in (("borders of cores", 0), (f"{BESIDE} map px beside", BESIDE)):
-        vertical_S = excess_steps(probs_KHW, core_HW, beside)
-        excess_S = np.concatenate([vertical_S, excess_steps(probs_KHW.swapaxes(1, 2), core_HW.T, beside)])
-        shares = ", ".join(f"{int((excess_S > step).sum())} above {step}" for step in STEPS)
-        print(f"{name}: {len(excess_S)} segments of {SEGMENT} map px, {shares}, largest {excess_S.max(initial=0):.3f}")
+    maps = ((probs_KHW, core_HW), (probs_KHW.swapaxes(1, 2), core_HW.T))
+    found = [np.concatenate(parts) for parts in zip(*(excess_steps(*one) for one in maps), strict=True)]
+    (excess_S, column_S), block_out = found, grid.block_out
+    beside_S = np.concatenate([excess_steps(*one, BESIDE)[0] for one in maps])
+    for name, part_S in (
+        ("inside blocks", excess_S[column_S % block_out != 0]),
+        ("between blocks", excess_S[column_S % block_out == 0]),
+        (f"{BESIDE} map px beside borders", beside_S),
+    ):
+        shares = ", ".join(f"{int((part_S > step).sum())} above {step}" for step in STEPS)
+        print(f"{name}: {len(part_S)} segments of {SEGMENT} map px, {shares}, largest {part_S.max(initial=0):.3f}")
 
 
 def joined_cores(grid: Grid, found: Iterable[tuple[Box, Box, Tensor]]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
@@ -345,12 +351,15 @@ def joined_cores(grid: Grid, found: Iterable[tuple[Box, Box, Tensor]]) -> tuple[
     return probs_KHW, core_HW
 
 
-def excess_steps(probs_KHW: NDArray[np.float32], core_HW: NDArray[np.int32], beside: int = 0) -> NDArray[np.float32]:
+def excess_steps(
+    probs_KHW: NDArray[np.float32], core_HW: NDArray[np.int32], beside: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return by how much the step across each segment exceeds the larger one of the steps before and after it, (S,).
 
     Segments are pieces of `SEGMENT` rows of the vertical borders between two cores, or of the lines that lie `beside`
     pixels right of them and inside a core. The step of a class is its mean difference between both sides, so noise of
     single pixels cancels. The largest excess of all classes counts.
+    The second array has the column after each segment, (S,).
     """
     rows = core_HW.shape[0] // SEGMENT * SEGMENT
     core_HW = core_HW[:rows]
@@ -367,7 +376,7 @@ def excess_steps(probs_KHW: NDArray[np.float32], core_HW: NDArray[np.int32], bes
     whole_SW = known_HW.reshape(-1, SEGMENT, known_HW.shape[1]).all(axis=1)
     mean_KSW = np.abs(steps_KHW.reshape(len(steps_KHW), -1, SEGMENT, steps_KHW.shape[2]).mean(axis=2))
     excess_KSW = mean_KSW[:, :, 1:-1] - np.maximum(mean_KSW[:, :, :-2], mean_KSW[:, :, 2:])
-    return np.asarray(excess_KSW.max(axis=0)[whole_SW], np.float32)
+    return np.asarray(excess_KSW.max(axis=0)[whole_SW], np.float32), np.nonzero(whole_SW)[1] + 2
 
 
 def random_places(grid: Grid, tissue: Tissue, count: int) -> Iterator[Box]:

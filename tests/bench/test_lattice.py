@@ -127,17 +127,19 @@ def test_a_border_of_cores_that_shows_exceeds_the_steps_beside_it() -> None:
     probs_HW[:, 60:] += 0.3
     noisy_HW = probs_HW.copy()
     noisy_HW += np.random.default_rng(0).normal(0, 0.01, probs_HW.shape)
-    assert np.abs(excess_steps(np.stack([noisy_HW, 1 - noisy_HW]), core_HW)).max() < 0.01
+    assert np.abs(excess_steps(np.stack([noisy_HW, 1 - noisy_HW]), core_HW)[0]).max() < 0.01
     probs_HW[SEGMENT:, 40:] += 0.1  # the border of the lower cores shows
-    excess_S = excess_steps(np.stack([probs_HW, 1 - probs_HW]), core_HW)
+    excess_S, column_S = excess_steps(np.stack([probs_HW, 1 - probs_HW]), core_HW)
+    assert column_S.tolist() == [40, 40]
     assert excess_S.tolist() == pytest.approx([0, 0.1], abs=1e-5)
     # In the transposed map, only half of the border between upper and lower cores shows.
-    across_S = excess_steps(probs_HW.T[None], core_HW.T)
+    across_S, column_S = excess_steps(probs_HW.T[None], core_HW.T)
+    assert column_S.tolist() == [32, 32]
     assert across_S.tolist() == pytest.approx([0, 0.1 * 24 / 32], abs=1e-5)
-    assert np.abs(excess_steps(probs_HW[None], core_HW, BESIDE)).max() < 1e-5
-    assert len(excess_steps(probs_HW[None], core_HW, BESIDE)) == 2
+    assert np.abs(excess_steps(probs_HW[None], core_HW, BESIDE)[0]).max() < 1e-5
+    assert len(excess_steps(probs_HW[None], core_HW, BESIDE)[0]) == 2
     core_HW[: SEGMENT // 2, :40] = -1  # without a core, there is no border
-    assert len(excess_steps(probs_HW[None], core_HW)) == 1
+    assert len(excess_steps(probs_HW[None], core_HW)[0]) == 1
 
 
 def test_the_steps_of_a_slide_are_those_between_its_cores(
@@ -155,8 +157,8 @@ def test_the_steps_of_a_slide_are_those_between_its_cores(
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith(f"slide.svs, {model}: margin ")
         found[model] = [(int(line.split(": ")[1].split()[0]), float(line.split()[-1])) for line in lines[1:]]
-    (count, largest), (_, beside) = found["place"]
-    assert count > 10
-    assert largest > 0.3 > beside
-    assert found["colors"][0][0] == count
-    assert found["colors"][0][1] < 0.01
+    (inside, largest), (between, between_largest), (_, beside) = found["place"]
+    assert inside > 10
+    assert min(largest, between_largest if between else 1) > 0.3 > beside
+    assert [count for count, _ in found["colors"][:2]] == [inside, between]
+    assert max(step for _, step in found["colors"]) < 0.01

@@ -75,7 +75,10 @@ def test_a_window_of_the_slide_has_the_same_weight_in_every_canvas() -> None:
 
 def test_windows_are_placed_on_a_device_as_they_are() -> None:
     windows = [gate_windows([(0, 64), (96, 32)], (16, 24), 32, 64, 4), gate_windows([(-32, 0)], (8, 8), 48, 96, 2)]
-    for before, after in zip(windows, placed(windows, torch.device("cpu")), strict=True):
+    others = [torch.tensor([[3, 4, 5]], dtype=torch.int32), torch.tensor([7], dtype=torch.int32)]
+    there, others_there = placed(windows, others, torch.device("cpu"))
+    assert [one.tolist() for one in others_there] == [[[3, 4, 5]], [7]]
+    for before, after in zip(windows, there, strict=True):
         assert before.sides == after.sides
         for one, other in zip(before[1:], after[1:], strict=True):
             assert isinstance(one, torch.Tensor)

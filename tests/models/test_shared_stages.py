@@ -48,16 +48,18 @@ def test_the_parts_compute_what_the_whole_networks_compute() -> None:
 def test_a_backbone_that_both_networks_have_is_computed_once(backbone: str, depth: int) -> None:
     """This includes squeeze-and-excitation, group norms and mixed convolutions: equal padding gives equal features."""
     classifier, segmenter = sharing_networks(backbone=backbone, depth=depth)
-    x_NCHW = images(4)
+    x_NCHW = images(4, side=256)
     split = split_networks(classifier, segmenter, 64)
     assert split.first is not None
     with torch.inference_mode():
         fine_NChw = split.first(x_NCHW)
         maps = fine_NChw, split.deep(fine_NChw)
-        assert [(one.shape[1], 160 // one.shape[2]) for one in maps] == [split.start, split.shared_deep]
-        assert [one.shape[2] for one in maps] == [160 // 4, 160 // 16]
+        assert [(one.shape[1], 256 // one.shape[2]) for one in maps] == [split.start, split.shared_deep]
+        assert [one.shape[2] for one in maps] == [256 // 4, 256 // 16]
         assert torch.equal(maps[-1], DeepFeatures(classifier)(x_NCHW))
-        torch.testing.assert_close(split.segmenter(*maps), CoreSegmenter(segmenter, 64)(x_NCHW), atol=1e-6, rtol=1e-5)
+        # The decoder reads the deep features of the ring around the margin of 64, and 16 px of fine features.
+        found_NKhw = split.segmenter(fine_NChw[:, :, 20:-20, 20:-20], maps[1])
+        torch.testing.assert_close(found_NKhw, CoreSegmenter(segmenter, 96)(x_NCHW), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"stride": 8}, {"edges_too": False}])
@@ -139,7 +141,7 @@ def test_the_predictor_computes_with_parts_in_eval_mode_on_its_device(whole: boo
     predictor = Predictor(load_bundle("colon-gland").card, NO_DIGEST, classifier, segmenter, device="cpu")
     parts: Any = predictor._networks
     used: list[Any] = [parts._first, parts._classifier, parts._deep, parts._segmenter]
-    assert parts.shares_deep == whole
+    assert (parts.shared_stride is not None) == whole
     assert not any(module.training for part in used for module in part.modules())
     # The head moves to the device with the stages before it.
     assert whole or parts._deep.classifier is parts._classifier

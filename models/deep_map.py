@@ -1,0 +1,132 @@
+"""The deep features of all canvases of an image, for networks that share their whole backbone.
+
+Near the edge of a canvas, a backbone knows little of the surroundings, and its features differ from those of the
+neighboring canvas. The segmenter reads features from the whole margin around a core. If these were the canvas's own,
+borders of canvases would show in the probabilities (docs/decisions/0016-deep-features-of-a-block.md). So the features
+of all canvases are joined to one map, in which each core has its own features, and each canvas reads this map. The
+backbone then needs less context around a core than the segmenter.
+
+Shape suffixes: N canvases, D channels, T cells of all windows, H and W the joined map, h and w a canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, groupby
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from models.fine_map import Place
+
+OVERLAP = 48
+"""Pixels that the backbone computes around a core, instead of the model's margin, except at the border of all cores,
+where cores of other images can follow. docs/benchmarks/lattice.md compares it with other values."""
+
+RING = 32
+"""Pixels around a canvas whose features the segmenter reads too: see `models.segmenter.CoreDecoder`."""
+
+
+class DeepWindows(NamedTuple):
+    """The windows in which the backbone runs, and where each canvas finds its features."""
+
+    places: list[Place]
+    """The window of each canvas, in pixels of the image."""
+    batches: list[list[int]]
+    """Windows of one size that pass the backbone together. Their cells are numbered in this order, row by row."""
+    cells: list[NDArray[np.int32]]
+    """For each canvas and its `RING`, the number of the cell whose features it takes at each place, (h, w)."""
+
+
+def joined_windows(places: Sequence[Place], margin: int, stride: int, batch_size: int) -> DeepWindows:
+    """Return the windows for canvases that are places of one image, in pixels; a cell has `stride` pixels.
+
+    A cell's features come from the canvas in whose core it lies, or else from the canvas whose window has the most
+    context there, or else from the nearest cell that has some.
+    """
+    windows = window_places(places, margin)
+    batches = _batches([(_length(rows), _length(columns)) for rows, columns in windows], batch_size)
+    numbers = _numbers(windows, batches, stride)
+    origin = [min(place[axis].start for place in places) - RING for axis in (0, 1)]
+    sides = [max(place[axis].stop for place in places) + RING for axis in (0, 1)]
+    cells_HW = np.full([(side - first) // stride for side, first in zip(sides, origin, strict=True)], -1, np.int32)
+
+    def part_of(place: Place, more: int = 0) -> Place:
+        rows, columns = (
+            slice((axis.start - more - first) // stride, (axis.stop + more - first) // stride)
+            for axis, first in zip(place, origin, strict=True)
+        )
+        return rows, columns
+
+    context_HW = np.zeros(cells_HW.shape, np.int32)
+    for window, numbers_hw in zip(windows, numbers, strict=True):
+        part = part_of(window)
+        own_hw = np.outer(*(np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) for n in numbers_hw.shape))
+        most_hw = own_hw > context_HW[part]
+        cells_HW[part][most_hw], context_HW[part][most_hw] = numbers_hw[most_hw], own_hw[most_hw]
+    for place, window, numbers_hw in zip(places, windows, numbers, strict=True):
+        rows, columns = (
+            slice((one.start + margin - own.start) // stride, (one.stop - margin - own.start) // stride)
+            for one, own in zip(place, window, strict=True)
+        )
+        cells_HW[part_of(place, -margin)] = numbers_hw[rows, columns]
+    nearest = ndimage.distance_transform_edt(cells_HW < 0, return_distances=False, return_indices=True)
+    cells_HW = cells_HW[tuple(nearest)]
+    return DeepWindows(windows, batches, [cells_HW[part_of(place, RING)] for place in places])
+
+
+def lone_windows(size: Sequence[int], count: int, stride: int, batch_size: int) -> DeepWindows:
+    """Return the windows for canvases of this height and width in pixels, each of which is an image of its own."""
+    whole = slice(0, size[0]), slice(0, size[1])
+    batches = _batches([tuple(size)] * count, batch_size)
+    numbers = _numbers([whole] * count, batches, stride)
+    return DeepWindows([whole] * count, batches, [np.pad(one_hw, RING // stride, mode="reflect") for one_hw in numbers])
+
+
+def window_places(places: Sequence[Place], margin: int) -> list[Place]:
+    """Return the windows in which the backbone runs for canvases with this margin, which are places of one image."""
+    border = [
+        (min(place[axis].start for place in places), max(place[axis].stop for place in places)) for axis in (0, 1)
+    ]
+    less = margin - min(OVERLAP, margin)
+
+    def window(side: slice, first: int, last: int) -> slice:
+        return slice(side.start + (less if side.start > first else 0), side.stop - (less if side.stop < last else 0))
+
+    return [(window(place[0], *border[0]), window(place[1], *border[1])) for place in places]
+
+
+def rows_of(deep_NDhw: Tensor) -> Tensor:
+    """Return the features of a batch of windows by cell, (T, D)."""
+    return deep_NDhw.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def features_at(rows_TD: Tensor, cells_Nhw: Tensor) -> Tensor:
+    """Return the features (N, D, h, w) of cells, from those of all cells in the order of `DeepWindows.batches`."""
+    features = rows_TD.index_select(0, cells_Nhw.flatten())
+    return features.view(*cells_Nhw.shape, rows_TD.shape[1]).permute(0, 3, 1, 2)
+
+
+def _batches(sizes: Sequence[tuple[int, ...]], batch_size: int) -> list[list[int]]:
+    in_order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    groups = [list(alike) for _, alike in groupby(in_order, key=sizes.__getitem__)]
+    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+
+
+def _numbers(windows: Sequence[Place], batches: Sequence[Sequence[int]], stride: int) -> list[NDArray[np.int32]]:
+    """Return the numbers (h, w) of the cells of each window."""
+    found: dict[int, NDArray[np.int32]] = {}
+    count = 0
+    for n in chain(*batches):
+        height, width = (_length(side) // stride for side in windows[n])
+        found[n] = np.arange(count, count + height * width, dtype=np.int32).reshape(height, width)
+        count += height * width
+    return [found[n] for n in range(len(windows))]
+
+
+def _length(side: slice) -> int:
+    length: int = side.stop - side.start
+    return length
