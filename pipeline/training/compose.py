@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.ndimage
@@ -36,18 +36,7 @@ from pipeline.training.dataset import IGNORED, Dataset, Sample, read_mask, read_
 from pipeline.training.dataset_card import DatasetCard
 from pipeline.training.dataset_sections import Compose, Location, Split, Whole
 from pipeline.training.patches import mirrored
-from pipeline.training.pieces import (
-    Kind,
-    Piece,
-    Pieces,
-    check_rule,
-    kind_of_tissue,
-    kinds_of,
-    other_dataset,
-    other_datasets,
-    pieces_of,
-    values_of_column,
-)
+from pipeline.training.pieces import Kind, Piece, Pieces, kinds_of, other_dataset, other_datasets, pieces_of
 from pipeline.training.resample import resampled
 
 logger = logging.getLogger(__name__)
@@ -60,9 +49,6 @@ JPEG_QUALITY = 95
 
 GROUP = r"^([^+]+)"
 """The group of an image in its name. The name of a whole image is its group, a plus sign, and its own name."""
-
-NO_TISSUE = 254
-"""Mark of pixels of a whole image for which the card names no tissue. A data set has at most 254 classes."""
 
 SMALLEST_WEIGHT = 0.01
 """Cells with a smaller weight than this, before weights are scaled to a sum of 1, do not show in a pixel."""
@@ -118,15 +104,13 @@ def check_whole(dataset: Dataset) -> None:
     """Raise DatasetFileError if a data set of `compose.whole` is missing or does not fit."""
     assert dataset.card.compose is not None
     for whole in dataset.card.compose.whole:
-        source = other_dataset(dataset, whole)
-        card = source.card
+        card = other_dataset(dataset, whole).card
         names = f"{dataset.card.name}: compose.whole names {whole.dataset}, "
         if not all(place.mask for places in card.images.values() for place in places):
             raise DatasetFileError(f"{names}which has images without masks; name a data set with masks")
         if "val" not in card.splits:
             raise DatasetFileError(f"{names}which has no validation split; name a data set with one")
-        check_rule(dataset, whole, source)
-        if not whole.tissues and (unknown := sorted({spec.name for spec in card.classes} - set(dataset.class_names))):
+        if unknown := sorted({spec.name for spec in card.classes} - set(dataset.class_names)):
             raise DatasetFileError(
                 f"{names}which has classes that this data set lacks: {', '.join(unknown)}; the classes of this data "
                 f"set are {', '.join(dataset.class_names)}"
@@ -134,11 +118,9 @@ def check_whole(dataset: Dataset) -> None:
 
 
 def _facts(card: DatasetCard) -> str:
-    """Return what determines the composed images. Keys that are newer than run folders are absent if they are empty."""
-    rules = card.compose.whole if card.compose is not None else ()
-    names = {"column", "tissues"} if not any(rule.tissues for rule in rules) else set()
-    whole: Any = {"__all__": names} if rules else True
-    return card.model_dump_json(exclude={"settings": True, "compose": {"whole": whole}})
+    """Return what determines the composed images, the same as before the key `whole` existed if it is empty."""
+    without = {"whole"} if card.compose is not None and not card.compose.whole else set()
+    return card.model_dump_json(exclude={"settings": True, "compose": without})
 
 
 def _composed_card(card: DatasetCard, rule: Compose, kinds: Sequence[Kind]) -> DatasetCard:
@@ -181,7 +163,7 @@ def _write_split(dataset: Dataset, rule: Compose, kinds: Sequence[Kind], split: 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(write, range(count)))
         for whole in rule.whole:
-            _write_whole(dataset, whole, kinds, split, work)
+            _write_whole(dataset, whole, split, work)
         try:
             work.rename(root / split)
         except OSError:  # another process of this run was faster and wrote the same images
@@ -189,52 +171,28 @@ def _write_split(dataset: Dataset, rule: Compose, kinds: Sequence[Kind], split: 
                 raise
 
 
-def _write_whole(dataset: Dataset, rule: Whole, kinds: Sequence[Kind], split: Split, work: Path) -> None:
+def _write_whole(dataset: Dataset, rule: Whole, split: Split, work: Path) -> None:
     """Write the images of a split of another data set at the pixel size of the composed images, with their masks."""
     source = other_dataset(dataset, rule)
     compose = dataset.card.compose
     assert compose is not None
     if split not in source.card.splits:
         return
-    listed = samples(source, split)
-    values = values_of_column(source, rule.column, listed) if rule.column else {}
+    values = np.full(256, IGNORED, dtype=np.uint8)
+    values[: len(source.class_names)] = [dataset.class_names.index(name) for name in source.class_names]
+    chosen = samples(source, split)
+    logger.info("adding %d images of %s to split %s", len(chosen), rule.dataset, split)
 
-    def write(sample: Sample) -> bool:
-        of_class = _values_of_classes(dataset, rule, source, kinds, values.get(sample.name))
-        mask_HW = of_class[read_mask(source, sample)]
-        if (mask_HW == NO_TISSUE).any():
-            return False
+    def write(sample: Sample) -> None:
         rgb_HWC = resampled(read_rgb(sample), source.mpp / compose.mpp)
-        mask = Image.fromarray(mask_HW)
+        mask = Image.fromarray(values[read_mask(source, sample)])
         group = re.sub(r"[^\w.-]", "_", sample.group or sample.name)
         name = f"{rule.dataset}-{group}+{sample.name}"
         Image.fromarray(rgb_HWC).save(work / "img" / f"{name}.png")
         mask.resize(rgb_HWC.shape[1::-1], Image.Resampling.NEAREST).save(work / "mask" / f"{name}.png")
-        return True
 
     with ThreadPoolExecutor(2) as pool:
-        count = sum(pool.map(write, listed))
-    logger.info("added %d of %d images of %s to split %s", count, len(listed), rule.dataset, split)
-    if split == "train" and not count:
-        raise DatasetFileError(
-            f"{dataset.card.name}: compose.whole can use no training image of {rule.dataset}, because each shows a "
-            "class that no tissue names; check mask and values"
-        )
-
-
-def _values_of_classes(
-    dataset: Dataset, rule: Whole, source: Dataset, kinds: Sequence[Kind], shown: str | None
-) -> NDArray[np.uint8]:
-    """Return the mask value (256,) of each class of `source` in an image that shows `shown`, or `NO_TISSUE`."""
-    values = np.full(256, NO_TISSUE, dtype=np.uint8)
-    values[IGNORED] = IGNORED
-    for k, name in enumerate(source.class_names):
-        fits = [one for one in rule.tissues if one.mask == name and (not one.values or shown in one.values)]
-        if fits:
-            values[k] = kinds.index(kind_of_tissue(dataset, fits[0]))
-        elif not rule.tissues:
-            values[k] = kinds.index((name,))
-    return values
+        list(pool.map(write, chosen))
 
 
 def composed_name(split: Split, index: int) -> str:

@@ -17,7 +17,6 @@ from pipeline.training.dataset_sections import (
     Compose,
     CropLabels,
     CsvLabels,
-    Cut,
     FileNameLabels,
     FolderLabels,
     Group,
@@ -27,7 +26,6 @@ from pipeline.training.dataset_sections import (
     Split,
     Table,
     TableSplit,
-    Whole,
     check_unique,
 )
 from pipeline.training.palettes import class_colors
@@ -144,11 +142,9 @@ class DatasetCard(Section):
         check_unique("data set in compose.whole", whole)
         if whole and "val" not in self.splits:
             raise ValueError("compose.whole needs a validation split; set val in [split]")
-        rules: list[Cut | Whole] = [*self.compose.cut, *self.compose.whole]
-        for rule in rules:
-            if unknown := sorted({name for tissue in rule.tissues for name in tissue.classes} - set(names)):
-                key = type(rule).__name__.lower()
-                raise ValueError(f"compose.{key} names {', '.join(unknown)}; the classes are {', '.join(names)}")
+        used = {name for rule in self.compose.cut for tissue in rule.tissues for name in tissue.classes}
+        if unknown := sorted(used - set(names)):
+            raise ValueError(f"compose.cut names {', '.join(unknown)}; the classes are {', '.join(names)}")
         return self
 
     @model_validator(mode="after")

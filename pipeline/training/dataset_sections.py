@@ -204,20 +204,15 @@ class BackgroundRule(Section):
     """Smaller pieces are not background."""
 
 
-class Tissue(Section):
-    """What a class in the masks of another data set means in this one."""
+class CutTissue(Section):
+    """Which windows of another data set's images show one tissue."""
 
     classes: tuple[str, ...] = Field(min_length=1)
     """The classes of this data set that the tissue contains."""
     values: tuple[str, ...] = ()
-    """Values of the column in `Cut` or `Whole`; other images do not have the tissue. Empty: every image can have it."""
+    """Values of the column in `Cut`; other images do not have the tissue. Empty: every image can have it."""
     mask: str
     """A class of the other data set."""
-
-
-class CutTissue(Tissue):
-    """Which windows of another data set's images show one tissue."""
-
     share: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]]
     """Least and greatest share of a window that this class covers."""
     bright: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -256,21 +251,9 @@ class Whole(Section):
     """
 
     dataset: str
-    """Name of a shipped data set with masks. Without `tissues`, its classes must be among those of this data set."""
+    """Name of a shipped data set with masks, whose classes are among those of this data set."""
     folder: str
     """Its folder, relative to the folder of this data set."""
-    column: str | None = None
-    """Column of its table with what an image shows; needed if `tissues` has values."""
-    tissues: tuple[Tissue, ...] = ()
-    """What its classes mean. The first tissue that fits an image and a class of its mask counts. Images that show a
-    class without such a tissue are left out. Empty: classes of the same name are the same.
-    """
-
-    @model_validator(mode="after")
-    def _values_have_a_column(self) -> Whole:
-        if self.column is None and any(tissue.values for tissue in self.tissues):
-            raise ValueError("tissues has values, which need a column; set column")
-        return self
 
 
 class Compose(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from pipeline.training.dataset import (
     samples,
     shipped_names,
 )
-from pipeline.training.dataset_sections import Cut, CutTissue, Split, Tissue, Whole
+from pipeline.training.dataset_sections import Cut, CutTissue, Split, Whole
 from pipeline.training.resample import resampled
 from pipeline.training.splits import rows_of
 
@@ -52,10 +52,8 @@ def kinds_of(dataset: Dataset) -> tuple[Kind, ...]:
     """Return the tissues of all splits: every class alone, and then each group of classes that an image has."""
     single = tuple((name,) for name in dataset.class_names)
     listed = {_kind(dataset, sample) for split in dataset.card.splits for sample in samples(dataset, split)}
-    compose = dataset.card.compose
-    assert compose is not None
-    rules: list[Cut | Whole] = [*compose.cut, *compose.whole]
-    listed |= {kind_of_tissue(dataset, tissue) for rule in rules for tissue in rule.tissues}
+    assert dataset.card.compose is not None
+    listed |= {_kind_of_cut(dataset, tissue) for rule in dataset.card.compose.cut for tissue in rule.tissues}
     return (*single, *sorted(kind for kind in listed if len(kind) > 1))
 
 
@@ -64,8 +62,7 @@ def _kind(dataset: Dataset, sample: Sample) -> Kind:
     return tuple(name for name, there in zip(dataset.class_names, sample.labels_K, strict=True) if there)
 
 
-def kind_of_tissue(dataset: Dataset, tissue: Tissue) -> Kind:
-    """Return the classes of a tissue in the order of the data set."""
+def _kind_of_cut(dataset: Dataset, tissue: CutTissue) -> Kind:
     return tuple(name for name in dataset.class_names if name in tissue.classes)
 
 
@@ -78,7 +75,7 @@ def pieces_of(dataset: Dataset, split: Split) -> Pieces:
     pieces = defaultdict(list, joined_pieces(dataset, split))
     assert dataset.card.compose is not None
     for rule in dataset.card.compose.cut:
-        counts = dict.fromkeys((kind_of_tissue(dataset, tissue) for tissue in rule.tissues), 0)
+        counts = dict.fromkeys((_kind_of_cut(dataset, tissue) for tissue in rule.tissues), 0)
         for kind, piece in _cut_pieces(dataset, rule, split):
             pieces[kind].append(piece)
             counts[kind] += 1
@@ -172,50 +169,37 @@ def other_dataset(dataset: Dataset, rule: Cut | Whole) -> Dataset:
     return load_dataset(rule.dataset, folder)
 
 
-def check_rule(dataset: Dataset, rule: Cut | Whole, source: Dataset) -> None:
-    """Raise DatasetFileError if the tissues of a rule do not fit the data set `source` that it names."""
-    key = f"compose.{type(rule).__name__.lower()}"
-    if rule.column is not None and source.card.table is None:
-        raise DatasetFileError(f"{source.card.name}: {key} needs a data set with a [table]")
-    if unknown := {tissue.mask for tissue in rule.tissues} - set(source.class_names):
-        raise DatasetFileError(
-            f"{dataset.card.name}: {key} names the masks {', '.join(sorted(unknown))}; the classes of "
-            f"{source.card.name} are {', '.join(source.class_names)}"
-        )
-
-
-def values_of_column(source: Dataset, column: str, chosen: Sequence[Sample]) -> dict[str, str]:
-    """Return what a column of the data set's table says about each image. Raises LabelError if a value is missing."""
-    assert source.card.table is not None
-    rows = rows_of({sample.name: sample.image for sample in chosen}, source.root, source.card.table)
-    for sample in chosen:
-        if not rows[sample.name].get(column):
-            raise LabelError(f"{sample.image}: the table has no {column} for this image; add it")
-    return {name: row[column] for name, row in rows.items()}
-
-
 def _cut_pieces(dataset: Dataset, rule: Cut, split: Split) -> Iterator[tuple[Kind, Piece]]:
     """Yield the windows of the rule's data set that show one tissue, at the pixel size of the composed images."""
     source = other_dataset(dataset, rule)
-    compose = dataset.card.compose
+    compose, table = dataset.card.compose, source.card.table
     assert compose is not None
-    check_rule(dataset, rule, source)
+    if table is None:
+        raise DatasetFileError(f"{source.card.name}: compose.cut needs a data set with a [table]")
+    if unknown := {tissue.mask for tissue in rule.tissues} - set(source.class_names):
+        raise DatasetFileError(
+            f"{dataset.card.name}: compose.cut names the masks {', '.join(sorted(unknown))}; the classes of "
+            f"{source.card.name} are {', '.join(source.class_names)}"
+        )
     if split not in source.card.splits:
         return
     chosen = samples(source, split)
-    values = values_of_column(source, rule.column, chosen)
+    rows = rows_of({sample.name: sample.image for sample in chosen}, source.root, table)
     for sample in chosen:
+        value = rows[sample.name].get(rule.column)
+        if not value:
+            raise LabelError(f"{sample.image}: the table has no {rule.column} for this image; add it")
         rgb_HWC, mask_HW = read_rgb(sample), read_mask(source, sample)
         bright_HW = rgb_HWC.min(axis=2) > BRIGHT
         slide = f"{source.card.name} {zlib.crc32(sample.group.encode()) % rule.slides}"
         used_HW = np.zeros(mask_HW.shape, bool)
         for tissue in rule.tissues:
-            if tissue.values and values[sample.name] not in tissue.values:
+            if tissue.values and value not in tissue.values:
                 continue
             inside_HW = mask_HW == source.class_names.index(tissue.mask)
             for rows_px, columns_px in cut_windows(inside_HW, bright_HW, used_HW, tissue, rule):
                 window_HWC = resampled(rgb_HWC[rows_px, columns_px], source.mpp / compose.mpp)
-                yield kind_of_tissue(dataset, tissue), Piece(slide, window_HWC)
+                yield _kind_of_cut(dataset, tissue), Piece(slide, window_HWC)
 
 
 def cut_windows(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.errors import DatasetFileError, LabelError
+from pipeline.errors import DatasetFileError
 from pipeline.training.compose import (
     blank_image,
     compose_image,
@@ -24,22 +24,13 @@ from pipeline.training.dataset import IGNORED, Dataset, labeled_boxes, load_data
 from pipeline.training.dataset_sections import Split
 from pipeline.training.pieces import kinds_of, pieces_of
 from pipeline.training.resample import resampled
-from tests.pipeline.training.single_tissue import TOML, with_whole_images, write_other, write_tiles
+from tests.pipeline.training.single_tissue import TOML, with_whole_images, write_tiles
 
 WHOLE = """
 [[compose.whole]]
 dataset = "ebhi-seg"
 folder = "other"
 """
-
-TISSUES = """column = "gland_class"
-tissues = [
-    { classes = ["a"], values = ["adenocarcinoma"], mask = "gland" },
-    { classes = ["b"], values = ["normal"], mask = "gland" },
-    { classes = ["b", "a"], mask = "other" },
-]
-"""
-"""What the classes of EBHI-Seg mean; the glands of adenomas mean nothing."""
 
 CUT_OF_ANOTHER_CLASS = """minimum = 0.05
 
@@ -175,69 +166,6 @@ def test_whole_images_stand_beside_the_composed_ones_at_their_pixel_size(tmp_pat
         assert [sample.name for sample in alone] == [f"{split}-{n:04d}" for n in range(count)]
 
 
-def with_tissues(folder: Path, shown: tuple[str, ...], tissues: str = TISSUES) -> Dataset:
-    """Return tiles with whole images that show `shown` in turn, and the tissues of `TISSUES`."""
-    write_tiles(folder / "tiles")
-    write_other(folder / "other", {f"case-{n}": shown[n % len(shown)] for n in range(30)})
-    (folder / "tiles" / "dataset.toml").write_text(TOML + WHOLE.replace('"other"', '"../other"') + tissues)
-    return load_dataset(folder / "tiles")
-
-
-def test_the_classes_of_whole_images_depend_on_what_they_show(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shown = ("adenocarcinoma", "normal", "low-grade-in")
-    dataset = with_tissues(tmp_path, shown)
-    with caplog.at_level("INFO"):
-        made = composed(dataset, tmp_path / "made")
-    source = load_dataset("ebhi-seg", tmp_path / "other")
-    splits: tuple[Split, ...] = ("train", "val")
-    for split in splits:
-        whole = {one.name.split("+")[1]: one for one in samples(made, split) if "+" in one.name}
-        listed = [sample.name for sample in samples(source, split)]
-        kept = [name for name in listed if int(name.removeprefix("case-")) % 3 != 2]
-        assert sorted(whole) == sorted(kept) != sorted(listed)
-        assert f"added {len(kept)} of {len(listed)} images of ebhi-seg to split {split}" in caplog.text
-        for name, sample in whole.items():
-            labels_HW = read_mask(made, sample)
-            # The left half is gland. Each pixel of the right half can be of either class.
-            assert set(np.unique(labels_HW[:, :128]).tolist()) == {int(name.removeprefix("case-")) % 3}
-            assert (labels_HW[:, 128:] == IGNORED).all()
-            labeled = labeled_boxes(made, sample)
-            right_B = labeled.boxes_B4[:, 0] >= 128
-            assert labeled.present_BK[right_B].tolist() == [[True, True, False]] * int(right_B.sum())
-            assert (labeled.present_BK[~right_B].sum(axis=1) == 1).all()
-
-
-def test_the_first_tissue_that_fits_a_whole_image_counts(tmp_path: Path) -> None:
-    first = '{ classes = ["b"], mask = "gland" },\n    { classes = ["a"], values = ["adenocarcinoma"]'
-    tissues = TISSUES.replace('{ classes = ["a"], values = ["adenocarcinoma"]', first)
-    made = composed(with_tissues(tmp_path, ("adenocarcinoma",), tissues), tmp_path / "made", ("train",))
-    for sample in samples(made, "train"):
-        if "+" in sample.name:
-            assert (read_mask(made, sample)[:, :128] == 1).all()
-
-
-@pytest.mark.parametrize(
-    ("shown", "tissues", "message"),
-    [
-        ("normal", TISSUES.replace('"gland" }', '"tumor" }'), "compose.whole names the masks tumor; the classes of"),
-        ("normal", TISSUES.replace('["a"]', '["c"]'), "compose.whole names c; the classes are a, b, glass"),
-        ("normal", TISSUES.replace('column = "gland_class"\n', ""), "tissues has values, which need a column"),
-        ("polyp", TISSUES, "compose.whole can use no training image of ebhi-seg, because each shows a class that no"),
-    ],
-)
-def test_tissues_of_whole_images_that_do_not_fit_are_refused(
-    tmp_path: Path, shown: str, tissues: str, message: str
-) -> None:
-    with pytest.raises(DatasetFileError, match=message):
-        composed(with_tissues(tmp_path, (shown,), tissues), tmp_path / "made")
-    assert not list(tmp_path.rglob("made/composed-*/train"))
-
-
-def test_a_whole_image_without_a_value_in_the_table_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(LabelError, match=r"case-\d+\.png: the table has no gland_class for this image; add it"):
-        composed(with_tissues(tmp_path, ("normal", "")), tmp_path / "made")
-
-
 def test_without_whole_images_nothing_is_left_out(tiles: Dataset, tmp_path: Path) -> None:
     made = composed(tiles, tmp_path)
     assert without_whole(tiles, made) is made
@@ -274,11 +202,6 @@ def test_a_data_set_without_whole_images_keeps_its_folder_and_card(tiles: Datase
     assert made.root.name == "composed-e90b1d1ff9e7"
     assert made.card.images["train"][0].image == "train/img/*.jpg"
     assert made.card.group is None
-
-
-def test_whole_images_without_tissues_keep_the_folder_of_their_data_set(tmp_path: Path) -> None:
-    """Otherwise, training that began before `compose.whole.tissues` existed would not go on."""
-    assert composed(with_whole_images(tmp_path), tmp_path / "made", ("val",)).root.name == "composed-7528752c67c2"
 
 
 def test_a_missing_folder_of_whole_images_is_an_error(tmp_path: Path) -> None:
