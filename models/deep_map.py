@@ -20,11 +20,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from models.fine_map import Place
-
-OVERLAP = 48
-"""Pixels that the backbone computes around a core, instead of the model's margin, except at the border of all cores,
-where cores of other images can follow. docs/benchmarks/lattice.md compares it with other values."""
+from models.backbone_windows import Place, window_places
 
 RING = 32
 """Pixels around a canvas whose features the segmenter reads too: see `models.segmenter.CoreDecoder`."""
@@ -84,19 +80,6 @@ def lone_windows(size: Sequence[int], count: int, stride: int, batch_size: int) 
     batches = _batches([tuple(size)] * count, batch_size)
     numbers = _numbers([whole] * count, batches, stride)
     return DeepWindows([whole] * count, batches, [np.pad(one_hw, RING // stride, mode="reflect") for one_hw in numbers])
-
-
-def window_places(places: Sequence[Place], margin: int) -> list[Place]:
-    """Return the windows in which the backbone runs for canvases with this margin, which are places of one image."""
-    border = [
-        (min(place[axis].start for place in places), max(place[axis].stop for place in places)) for axis in (0, 1)
-    ]
-    less = margin - min(OVERLAP, margin)
-
-    def window(side: slice, first: int, last: int) -> slice:
-        return slice(side.start + (less if side.start > first else 0), side.stop - (less if side.stop < last else 0))
-
-    return [(window(place[0], *border[0]), window(place[1], *border[1])) for place in places]
 
 
 def rows_of(deep_NDhw: Tensor) -> Tensor:

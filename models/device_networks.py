@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Stages
+from models.backbone_windows import OVERLAP, Place
 from models.card import ModelCard
-from models.deep_map import OVERLAP, RING
-from models.fine_map import Place, fine_map, part_of
+from models.deep_map import RING
+from models.fine_map import fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
 from models.normalize import byte_table, looked_up, normalized
 from models.openvino_network import MapSize, OpenVinoNetwork

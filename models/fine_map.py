@@ -15,11 +15,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from models.backbone_windows import Place
 from models.runtimes import CONTEXT
 from models.segmenter import NATIVE_STRIDE
-
-Place = tuple[slice, slice]
-"""Rows and columns of an image that a canvas takes. Starts and stops are multiples of 16."""
 
 
 class Span(NamedTuple):

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.backbone_windows import Place
 from models.bundle import Bundle, load_networks, load_statistics
 from models.card import ModelCard
 from models.compute import choose_compute
@@ -31,7 +32,7 @@ from models.device_networks import DeviceNetworks
 from models.devices import Uploads, choose_device, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
 from models.familiarity import Statistics, window_features
-from models.fine_map import Place, part_of
+from models.fine_map import part_of
 from models.gate import passing_classes, presence
 from models.gate_windows import GateWindows, PixelGates, gate_windows, pixel_gates, placed
 from models.runtimes import (

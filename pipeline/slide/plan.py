@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from models.backbone_windows import Place, window_places
 from models.card import ModelCard
-from models.deep_map import window_places
 from models.runtimes import CONTEXT, FEATURE_BYTES_PER_PX, RUNTIME_FACTS, STREAMS
 from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError
@@ -105,7 +105,9 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSet
         tiles[block] = len(needed_tiles(grid, tissue_HW, block))
         cores_m = canvas_cores(grid, tissue_HW, block, card.margin, settings.canvas_m)
         canvases += len(cores_m)
-        computed_px += _computed_px([with_margin(core_m, card.margin) for core_m in cores_m], card)
+        places = [with_margin(core_m, card.margin).slices(Box(0, 0, 0, 0)) for core_m in cores_m]
+        for rows, columns in backbone_windows(places, card):
+            computed_px += (rows.stop - rows.start) * (columns.stop - columns.start)
     blocks = tuple(block for block, count in tiles.items() if count)
     return Plan(
         grid=grid,
@@ -121,14 +123,9 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSet
     )
 
 
-def _computed_px(canvases_m: list[Box], card: ModelCard) -> int:
-    """Return the model pixels of the windows in which the backbone runs for the canvases of a block."""
-    if not (canvases_m and card.segmenter.shared_backbone):
-        return sum(math.prod(canvas_m[2:]) for canvas_m in canvases_m)
-    # Places of an image whose origin is that of the slide.
-    places = [canvas_m.slices(Box(0, 0, 0, 0)) for canvas_m in canvases_m]
-    windows = window_places(places, card.margin)
-    return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in windows)
+def backbone_windows(places: Sequence[Place], card: ModelCard) -> list[Place]:
+    """Return the windows in which the backbone runs for the canvases of a block, given as places of one image."""
+    return window_places(places, card.margin) if places and card.segmenter.shared_backbone else list(places)
 
 
 def needed_tiles(grid: Grid, tissue_HW: NDArray[np.bool_], block: Block) -> list[Box]:

@@ -46,7 +46,7 @@ from pipeline.config import MapSettings
 from pipeline.results.record import read_run
 from pipeline.slide.canvases import canvas_cores, with_margin
 from pipeline.slide.labels import winners
-from pipeline.slide.plan import block_tissue
+from pipeline.slide.plan import backbone_windows, block_tissue
 from pipeline.training.position import RING, ring_means
 from wsi.box import Box
 from wsi.grid import Grid, make_grid
@@ -149,10 +149,10 @@ def shifted_labels(
             part_HW[:] = mask_HW[: part_HW.shape[0], : part_HW.shape[1]]
         labels_HW = np.zeros(grid.size_m[::-1], np.uint8)
         computed = 0
-        for core_m, around_m, probs_KHW in predicted_cores(slide, grid, tissue, predictor, canvas_m):
+        for core_m, pixels, probs_KHW in predicted_cores(slide, grid, tissue, predictor, canvas_m):
             core_HW = labels_HW[core_m.y : core_m.bottom, core_m.x : core_m.right]
             core_HW[:] = winners(probs_KHW).numpy()[: core_HW.shape[0], : core_HW.shape[1]]
-            computed += around_m.width * around_m.height
+            computed += pixels
     return labels_HW, _inside(tissue_HW, 4 * INSIDE_OUT), computed / max(1, int(tissue_HW.sum()))
 
 
@@ -165,10 +165,10 @@ def _grid(slide: Slide, predictor: Predictor) -> Grid:
 
 def predicted_cores(
     slide: Slide, grid: Grid, tissue: Tissue, predictor: Predictor, canvas_m: int
-) -> Iterator[tuple[Box, Box, Tensor]]:
-    """Yield each core and its canvas, as in a run, in model pixels, and the probabilities (K, h, w) of the core.
+) -> Iterator[tuple[Box, int, Tensor]]:
+    """Yield each core, as in a run, in model pixels, the number of pixels computed for it, and its probabilities.
 
-    Nothing is skipped outside the canvases.
+    Probabilities are (K, h, w). Nothing is skipped outside the canvases.
     """
     classes, margin = len(predictor.card.classes), predictor.card.margin
     for block in grid.blocks():
@@ -182,7 +182,9 @@ def predicted_cores(
         places = [canvas_m.slices(pixels_m.canvas_m) for canvas_m in canvases_m]
         corners = [(core_m.x, core_m.y) for core_m in cores_m]
         predictor.predict_into(probs, predictor.on_device(pixels_m.canvas_HWC), places, corners)
-        yield from zip(cores_m, canvases_m, probs, strict=True)
+        windows = backbone_windows(places, predictor.card)
+        pixels = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in windows]
+        yield from zip(cores_m, pixels, probs, strict=True)
 
 
 def _moved(slide: Slide, mpp: float, pixels: int, part_l0: Box | None) -> Slide:
@@ -333,7 +335,7 @@ def print_steps(slide: Path, model: str, margin: int | None, canvas: int) -> Non
         print(f"{name}: {len(part_S)} segments of {SEGMENT} map px, {shares}, largest {part_S.max(initial=0):.3f}")
 
 
-def joined_cores(grid: Grid, found: Iterable[tuple[Box, Box, Tensor]]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+def joined_cores(grid: Grid, found: Iterable[tuple[Box, int, Tensor]]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """Return the probabilities (K, H, W) of the whole map, and the number of each pixel's core (H, W), -1 for none."""
     stride, (width, height) = grid.m_per_out, grid.size_m
     core_HW = np.full((-(-height // stride), -(-width // stride)), -1, np.int32)

@@ -13,19 +13,17 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
 
+from models.backbone_windows import OVERLAP, Place, window_places
 from models.bundle import load_bundle, load_networks
 from models.card import NO_DIGEST
 from models.deep_map import (
-    OVERLAP,
     RING,
     DeepWindows,
     features_at,
     joined_windows,
     lone_windows,
     rows_of,
-    window_places,
 )
-from models.fine_map import Place
 from models.predictor import Predictor
 
 MARGIN = 64

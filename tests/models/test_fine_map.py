@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models import fine_map as module
+from models.backbone_windows import Place
 from models.bundle import load_bundle
 from models.card import NO_DIGEST
-from models.fine_map import Place, fine_map, part_of, spans
+from models.fine_map import fine_map, part_of, spans
 from models.predictor import Predictor
 from models.runtimes import CONTEXT
 from models.shared_stages import split_networks
