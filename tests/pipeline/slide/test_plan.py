@@ -36,6 +36,20 @@ def test_only_tiles_with_tissue_are_planned(tmp_path: Path) -> None:
     assert summary["tissue_mm2"] == pytest.approx(0.96 * 0.64, rel=0.01)
 
 
+def test_a_shared_backbone_computes_less_around_cores_that_lie_side_by_side(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "slide.svs", painted((640, 320), ((0, 0, 640, 320), PINK)), mpp=1.0)
+    computed = []
+    for shared in (False, True):
+        card = make_card(COLORS).model_copy(update={"margin": 64})
+        card = card.model_copy(update={"segmenter": card.segmenter.model_copy(update={"shared_backbone": shared})})
+        _, slide, _, plan = plan_slide(path, card, replace(SMALL, block_out=160, canvas_m=448))
+        slide.close()
+        assert (len(plan.blocks), plan.canvases) == (1, 2)
+        computed.append(plan.computed_px)
+    # Two cores of 320x320 px, with 64 px around them, and with 48 px between them.
+    assert computed == [2 * (320 + 128) ** 2, 2 * (320 + 64 + 48) * (320 + 128)]
+
+
 def test_nothing_beyond_the_slide_is_tissue(tmp_path: Path) -> None:
     # With 203 pixels, the last pixels of the mask and of the map reach beyond the slide.
     path = write_slide(tmp_path / "slide.svs", painted((203, 203), ((0, 0, 203, 203), PINK)), mpp=1.0)
