@@ -11,19 +11,28 @@ Place = tuple[slice, slice]
 """Rows and columns of an image that a canvas takes. Starts and stops are multiples of 16."""
 
 OVERLAP = 48
-"""Pixels that the backbone computes around a core, instead of the model's margin, except at the border of all cores,
-where cores of other images can follow. docs/decisions/0016-deep-features-of-a-block.md compares it with other values.
-"""
+"""Pixels that the backbone computes around a core where other cores can follow in the same image.
+docs/decisions/0016-deep-features-of-a-block.md compares it with other values."""
+
+RING = 32
+"""Pixels around a canvas whose features the segmenter reads too: see `models.segmenter.CoreDecoder`."""
 
 
 def window_places(places: Sequence[Place], margin: int) -> list[Place]:
-    """Return the windows in which the backbone runs for canvases with this margin, which are places of one image."""
-    border = [
-        (min(place[axis].start for place in places), max(place[axis].stop for place in places)) for axis in (0, 1)
-    ]
-    less = margin - min(OVERLAP, margin)
+    """Return the windows in which the backbone runs for canvases with this margin, which are places of one image.
 
-    def window(side: slice, first: int, last: int) -> slice:
-        return slice(side.start + (less if side.start > first else 0), side.stop - (less if side.stop < last else 0))
+    At the border of all cores, where cores of other images can follow, a window contains all that the segmenter reads.
+    """
+    first, last = (
+        [pick(getattr(place[axis], bound) for place in places) for axis in (0, 1)]
+        for bound, pick in (("start", min), ("stop", max))
+    )
+    less = margin - OVERLAP
 
-    return [(window(place[0], *border[0]), window(place[1], *border[1])) for place in places]
+    def window(side: slice, axis: int) -> slice:
+        return slice(
+            side.start + (less if side.start > first[axis] else -RING),
+            side.stop - (less if side.stop < last[axis] else -RING),
+        )
+
+    return [(window(place[0], 0), window(place[1], 1)) for place in places]

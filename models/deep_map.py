@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from models.backbone_windows import Place, window_places
-
-RING = 32
-"""Pixels around a canvas whose features the segmenter reads too: see `models.segmenter.CoreDecoder`."""
+from models.backbone_windows import RING, Place, window_places
+from models.segmenter import AROUND
 
 
 class DeepWindows(NamedTuple):
@@ -31,19 +29,27 @@ class DeepWindows(NamedTuple):
 
     places: list[Place]
     """The window of each canvas, in pixels of the image."""
+    cores: list[Place]
+    """The core of each canvas and the pixels around it that the decoder reads, in pixels of the window."""
     batches: list[list[int]]
     """Windows of one size that pass the backbone together. Their cells are numbered in this order, row by row."""
     cells: list[NDArray[np.int32]]
     """For each canvas and its `RING`, the number of the cell whose features it takes at each place, (h, w)."""
 
 
-def joined_windows(places: Sequence[Place], margin: int, stride: int, batch_size: int) -> DeepWindows:
-    """Return the windows for canvases that are places of one image, in pixels; a cell has `stride` pixels.
+def joined_windows(
+    places: Sequence[Place], size: Sequence[int], margin: int, stride: int, batch_size: int
+) -> DeepWindows:
+    """Return the windows for canvases that are places of one image of this height and width, in pixels.
+
+    A cell has `stride` pixels. Windows end at the edges of the image.
 
     A cell's features come from the canvas in whose core it lies, or else from the canvas whose window has the most
     context there, or else from the nearest cell that has some.
     """
-    windows = window_places(places, margin)
+    windows: list[Place] = [
+        (_clipped(rows, size[0]), _clipped(columns, size[1])) for rows, columns in window_places(places, margin)
+    ]
     batches = _batches([(_length(rows), _length(columns)) for rows, columns in windows], batch_size)
     numbers = _numbers(windows, batches, stride)
     origin = [min(place[axis].start for place in places) - RING for axis in (0, 1)]
@@ -71,15 +77,18 @@ def joined_windows(places: Sequence[Place], margin: int, stride: int, batch_size
         cells_HW[part_of(place, -margin)] = numbers_hw[rows, columns]
     nearest = ndimage.distance_transform_edt(cells_HW < 0, return_distances=False, return_indices=True)
     cells_HW = cells_HW[tuple(nearest)]
-    return DeepWindows(windows, batches, [cells_HW[part_of(place, RING)] for place in places])
+    cores = [_core_within(place, window, margin) for place, window in zip(places, windows, strict=True)]
+    return DeepWindows(windows, cores, batches, [cells_HW[part_of(place, RING)] for place in places])
 
 
-def lone_windows(size: Sequence[int], count: int, stride: int, batch_size: int) -> DeepWindows:
+def lone_windows(size: Sequence[int], count: int, margin: int, stride: int, batch_size: int) -> DeepWindows:
     """Return the windows for canvases of this height and width in pixels, each of which is an image of its own."""
     whole = slice(0, size[0]), slice(0, size[1])
     batches = _batches([tuple(size)] * count, batch_size)
     numbers = _numbers([whole] * count, batches, stride)
-    return DeepWindows([whole] * count, batches, [np.pad(one_hw, RING // stride, mode="reflect") for one_hw in numbers])
+    core = _core_within(whole, whole, margin)
+    cells = [np.pad(one_hw, RING // stride, mode="reflect") for one_hw in numbers]
+    return DeepWindows([whole] * count, [core] * count, batches, cells)
 
 
 def rows_of(deep_NDhw: Tensor) -> Tensor:
@@ -108,6 +117,19 @@ def _numbers(windows: Sequence[Place], batches: Sequence[Sequence[int]], stride:
         found[n] = np.arange(count, count + height * width, dtype=np.int32).reshape(height, width)
         count += height * width
     return [found[n] for n in range(len(windows))]
+
+
+def _core_within(place: Place, window: Place, margin: int) -> Place:
+    less = margin - AROUND
+    rows, columns = (
+        slice(side.start + less - own.start, side.stop - less - own.start)
+        for side, own in zip(place, window, strict=True)
+    )
+    return rows, columns
+
+
+def _clipped(side: slice, length: int) -> slice:
+    return slice(max(0, side.start), min(length, side.stop))
 
 
 def _length(side: slice) -> int:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Stages
-from models.backbone_windows import OVERLAP, Place
+from models.backbone_windows import OVERLAP, RING, Place
 from models.card import ModelCard
-from models.deep_map import RING
 from models.fine_map import fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
 from models.normalize import byte_table, looked_up, normalized
@@ -96,16 +95,11 @@ class DeviceNetworks:
         return self._first is not None
 
     def starts(
-        self,
-        rgb_HWC: Tensor,
-        places: Sequence[Place],
-        needed: Sequence[Place],
-        before_each: Callable[[], object] = lambda: None,
+        self, rgb_HWC: Tensor, places: Sequence[Place], before_each: Callable[[], object] = lambda: None
     ) -> list[Tensor]:
-        """Return what the networks start from on canvases at these places of an image (H, W, 3).
+        """Return what the networks start from at these places of an image (H, W, 3): canvases, or their windows.
 
-        Each is the canvas's part of the shared map (C, h, w), or of the image itself (H, W, 3). Outside of the places
-        `needed`, values of the shared map can be undefined. See `each` for `before_each`.
+        Each is the part of the shared map (C, h, w), or of the image itself (H, W, 3). See `each` for `before_each`.
         """
         canvases = [rgb_HWC[place] for place in places]
         if self._first is None:
@@ -114,7 +108,7 @@ class DeviceNetworks:
             return self.each(self.start_alone, canvases, before_each)
         before_each()
         side = _FINE_SIDE.get(self._device.type, _FINE_SIDE_ELSEWHERE)
-        map_Chw = fine_map(self._fine, rgb_HWC, needed, side, partial(self.each, before_each=before_each))
+        map_Chw = fine_map(self._fine, rgb_HWC, places, side, partial(self.each, before_each=before_each))
         return [part_of(map_Chw, place) for place in places]
 
     def start_alone(self, rgb_HWC: Tensor) -> Tensor:
@@ -130,14 +124,10 @@ class DeviceNetworks:
     def segmented(self, starts: Sequence[Tensor], deep_NDhw: Tensor | None, output_stride: int) -> Tensor:
         """Return the segmenter's logits (N, K, h, w) in the cores, divided by the model's temperature.
 
-        `deep_NDhw` has the deep features of the starts and their `deep_map.RING`; None without a `shared_stride`.
+        With a `shared_stride`, `starts` are `DeepWindows.cores`, and `deep_NDhw` has the features of the canvases and
+        their `RING`. Without it, `starts` are canvases, and `deep_NDhw` is None.
         """
-        if deep_NDhw is None:
-            maps = [self._batch(starts)]
-        else:
-            edge = (self._card.margin - AROUND) // NATIVE_STRIDE
-            inner = slice(edge, -edge or None)
-            maps = [self._batch([start[:, inner, inner] for start in starts]), deep_NDhw]
+        maps = [self._batch(starts)] + ([] if deep_NDhw is None else [deep_NDhw])
         with self._autocast():
             logits_NKhw: Tensor = self._segmenter(*maps)
         # Upsample before the rim is cut off, so that the edge of a core is interpolated like its inside.

@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.backbone_windows import Place
+from models.backbone_windows import RING, Place
 from models.bundle import Bundle, load_networks, load_statistics
 from models.card import ModelCard
 from models.compute import choose_compute
-from models.deep_map import RING, DeepWindows, features_at, joined_windows, lone_windows, rows_of
+from models.deep_map import DeepWindows, features_at, joined_windows, lone_windows, rows_of
 from models.device_networks import DeviceNetworks
 from models.devices import Uploads, choose_device, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
@@ -80,11 +80,9 @@ class Prediction(NamedTuple):
 class _Canvas(NamedTuple):
     """A canvas on the device."""
 
-    place: Place
-    """In its image."""
     rgb_HWC: Tensor
     start: Tensor
-    """What the networks start from: see `DeviceNetworks.starts`."""
+    """What the networks start from in the canvas, or in its window of a shared backbone."""
 
 
 class _Batch(NamedTuple):
@@ -249,7 +247,7 @@ class Predictor:
             rows_TD, found = self._deep_rows(canvases, deep), []
             for first in range(0, len(canvases), self.batch_size):
                 some = slice(first, first + self.batch_size)
-                starts = [canvas.start for canvas in canvases[some]]
+                starts = _decoded(canvases, deep, range(len(canvases))[some])
                 cells_Nhw = None if deep is None else torch.from_numpy(np.stack(deep.cells[some])).to(self.device)
                 found.append(self._networks.segmented(starts, _features(rows_TD, cells_Nhw), self.output_stride))
             logits_NKhw = torch.cat(found)
@@ -292,10 +290,11 @@ class Predictor:
         """
         with torch.inference_mode():
             stride = self._networks.shared_stride
-            deep = None if stride is None else joined_windows(places, self.card.margin, stride, self.batch_size)
-            needed = places if deep is None else deep.places
-            starts = self._networks.starts(rgb_HWC, places, needed, before_batch)
-            canvases = [_Canvas(place, rgb_HWC[place], start) for place, start in zip(places, starts, strict=True)]
+            deep = None
+            if stride is not None:
+                deep = joined_windows(places, rgb_HWC.shape, self.card.margin, stride, self.batch_size)
+            starts = self._networks.starts(rgb_HWC, places if deep is None else deep.places, before_batch)
+            canvases = [_Canvas(rgb_HWC[place], start) for place, start in zip(places, starts, strict=True)]
             return self._predict_into(probs, canvases, deep, corners, before_batch)
 
     def _predict_into(
@@ -314,7 +313,9 @@ class Predictor:
 
         def segment(index: int) -> Tensor:
             batch = batches[index]
-            logits_NKhw = self._chosen_logits(canvases, batch, classified[index].around_NDhw, decisions.segmented_N)
+            logits_NKhw = self._chosen_logits(
+                canvases, deep, batch, classified[index].around_NDhw, decisions.segmented_N
+            )
             for n, probs_Khw in zip(batch.canvases, gates[index].probabilities(logits_NKhw), strict=True):
                 probs[n].copy_(probs_Khw)
             return _finite(logits_NKhw).expand(len(batch.canvases))
@@ -330,9 +331,10 @@ class Predictor:
         """
         checked_NHWC, stride = self._checked(rgb_NHWC), self._networks.shared_stride
         count, *size = checked_NHWC.shape[:3]
-        place = slice(0, size[0]), slice(0, size[1])
-        canvases = [_Canvas(place, canvas, self._networks.start_alone(canvas)) for canvas in checked_NHWC]
-        return canvases, None if stride is None else lone_windows(size, count, stride, self.batch_size)
+        canvases = [_Canvas(canvas, self._networks.start_alone(canvas)) for canvas in checked_NHWC]
+        if stride is None:
+            return canvases, None
+        return canvases, lone_windows(size, count, self.card.margin, stride, self.batch_size)
 
     def _deep_rows(
         self,
@@ -345,7 +347,7 @@ class Predictor:
             return None
 
         def rows(batch: Sequence[int]) -> Tensor:
-            return rows_of(self._networks.deep([_start_of_window(canvases[n], deep.places[n]) for n in batch]))
+            return rows_of(self._networks.deep([canvases[n].start for n in batch]))
 
         found = self._networks.each(rows, deep.batches, before_batch)
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -408,7 +410,12 @@ class Predictor:
         return gates, Decisions(segmented_N, known)
 
     def _chosen_logits(
-        self, canvases: Sequence[_Canvas], batch: _Batch, around_NDhw: Tensor | None, segmented_N: NDArray[np.bool_]
+        self,
+        canvases: Sequence[_Canvas],
+        deep: DeepWindows | None,
+        batch: _Batch,
+        around_NDhw: Tensor | None,
+        segmented_N: NDArray[np.bool_],
     ) -> Tensor:
         """Return the segmenter's logits (N, K, h, w) for a batch; (1, K, 1, 1) if it runs on no canvas of it.
 
@@ -418,7 +425,7 @@ class Predictor:
         chosen = [position for position, n in enumerate(batch.canvases) if segmented_N[n]]
         if not chosen:
             return torch.zeros((1, len(self.card.classes), 1, 1), device=self.device)
-        starts = [canvases[batch.canvases[position]].start for position in chosen]
+        starts = _decoded(canvases, deep, [batch.canvases[position] for position in chosen])
         if around_NDhw is not None and len(chosen) < len(batch.canvases):
             around_NDhw = torch.stack([around_NDhw[position] for position in chosen])
         found_NKhw = self._networks.segmented(starts, around_NDhw, self.output_stride)
@@ -446,15 +453,11 @@ class Predictor:
         return rgb_NHWC if isinstance(rgb_NHWC, Tensor) else self.on_device(rgb_NHWC)
 
 
-def _start_of_window(canvas: _Canvas, window: Place) -> Tensor:
-    """Return what a shared backbone starts from in a window of a canvas."""
-    return part_of(
-        canvas.start,
-        (
-            slice(window[0].start - canvas.place[0].start, window[0].stop - canvas.place[0].start),
-            slice(window[1].start - canvas.place[1].start, window[1].stop - canvas.place[1].start),
-        ),
-    )
+def _decoded(canvases: Sequence[_Canvas], deep: DeepWindows | None, chosen: Sequence[int]) -> list[Tensor]:
+    """Return what the segmenter starts from on some of the canvases."""
+    if deep is None:
+        return [canvases[n].start for n in chosen]
+    return [part_of(canvases[n].start, deep.cores[n]) for n in chosen]
 
 
 def _features(rows_TD: Tensor | None, cells_Nhw: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.deep_map import RING
+from models.backbone_windows import RING
 from models.padding import ExtendedConv2d, averages_map
 from models.segmenter import NATIVE_STRIDE, CoreDecoder, CoreSegmenter, leaves_margin_out
 

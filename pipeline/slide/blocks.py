@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.backbone_windows import RING
 from models.card import ModelCard
 from models.errors import NonFiniteOutputError
 from models.predictor import Predictor
@@ -104,7 +105,7 @@ def segment_block(
     possible_HW = block_tissue(grid, work.tissue, block)
     tiles_m = needed_tiles(grid, possible_HW, block)
     cores_m = canvas_cores(grid, possible_HW, block, predictor.card.margin, work.settings.canvas_m)
-    margin = max(predictor.card.margin + CONTEXT, edge_margin(grid))
+    margin = max(predictor.card.margin + RING + CONTEXT, edge_margin(grid))
     with timer("read"):
         pixels = read_tiles(slide, grid, [with_margin(core_m, margin) for core_m in cores_m])
     if stopped():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.backbone_windows import Place, window_places
+from models.backbone_windows import RING, Place, window_places
 from models.card import ModelCard
 from models.runtimes import CONTEXT, FEATURE_BYTES_PER_PX, RUNTIME_FACTS, STREAMS
 from pipeline.config import MapSettings, ResolvedSettings
@@ -61,7 +61,7 @@ class Plan:
         The bound depends on the block, the batch, the runtime and the workers. It does not grow with the slide.
         """
         grid, facts = self.grid, RUNTIME_FACTS[settings.runtime]
-        side_m = grid.block_out * grid.m_per_out + 2 * max(self.margin + CONTEXT, edge_margin(grid))
+        side_m = grid.block_out * grid.m_per_out + 2 * max(self.margin + RING + CONTEXT, edge_margin(grid))
         pixels = 3 * side_m**2
         strip = 4 * 3 * int(side_m * grid.lv_per_m) * int(STRIP_LV + 2 * grid.lv_per_m)
         # Probabilities in float32, their bytes, and the labels' polygons while they are traced.

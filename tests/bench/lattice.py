@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from models.backbone_windows import RING as FEATURES_AROUND
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
 from models.predictor import Predictor
 from models.runtimes import CONTEXT
@@ -176,7 +177,9 @@ def predicted_cores(
         if not cores_m:
             continue
         canvases_m = [with_margin(core_m, margin) for core_m in cores_m]
-        pixels_m = read_tiles(slide, grid, [with_margin(core_m, margin + CONTEXT) for core_m in cores_m])
+        pixels_m = read_tiles(
+            slide, grid, [with_margin(core_m, margin + FEATURES_AROUND + CONTEXT) for core_m in cores_m]
+        )
         stride = grid.m_per_out
         probs = [torch.empty((classes, core_m.height // stride, core_m.width // stride)) for core_m in cores_m]
         places = [canvas_m.slices(pixels_m.canvas_m) for canvas_m in canvases_m]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.backbone_windows import RING
 from models.bundle import load_bundle, load_networks, shipped_bundles
-from models.deep_map import RING
 from models.openvino_network import MapSize, OpenVinoNetwork
 from models.padding import pad_before_expansion
 from models.segmenter import AROUND, NATIVE_STRIDE

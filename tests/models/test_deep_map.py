@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
 
-from models.backbone_windows import OVERLAP, Place, window_places
+from models.backbone_windows import OVERLAP, RING, Place, window_places
 from models.bundle import load_bundle, load_networks
 from models.card import NO_DIGEST
 from models.deep_map import (
-    RING,
     DeepWindows,
     features_at,
     joined_windows,
@@ -37,16 +36,23 @@ def place(top: int, left: int, height: int, width: int, margin: int = MARGIN) ->
 SQUARE = [place(y, x, 96, 64) for y in (0, 96) for x in (0, 64)]
 
 
-def test_a_window_has_the_whole_margin_only_at_the_border_of_all_cores() -> None:
+def test_a_window_has_all_that_the_segmenter_reads_only_at_the_border_of_all_cores() -> None:
+    most = MARGIN + RING
     assert window_places(SQUARE, MARGIN) == [
-        (slice(-64, 96 + OVERLAP), slice(-64, 64 + OVERLAP)),
-        (slice(-64, 96 + OVERLAP), slice(64 - OVERLAP, 192)),
-        (slice(96 - OVERLAP, 256), slice(-64, 64 + OVERLAP)),
-        (slice(96 - OVERLAP, 256), slice(64 - OVERLAP, 192)),
+        (slice(-most, 96 + OVERLAP), slice(-most, 64 + OVERLAP)),
+        (slice(-most, 96 + OVERLAP), slice(64 - OVERLAP, 128 + most)),
+        (slice(96 - OVERLAP, 192 + most), slice(-most, 64 + OVERLAP)),
+        (slice(96 - OVERLAP, 192 + most), slice(64 - OVERLAP, 128 + most)),
     ]
-    assert window_places(SQUARE[:1], MARGIN) == SQUARE[:1]
-    less = [place(0, x, 32, 32, 16) for x in (0, 32)]
-    assert window_places(less, 16) == less  # the margin is smaller than the overlap
+    assert window_places(SQUARE[:1], MARGIN) == [(slice(-most, 96 + most), slice(-most, 64 + most))]
+
+
+def test_windows_end_at_the_edges_of_the_image() -> None:
+    places = [place(64, 64, 32, 32), place(64, 96, 32, 64)]
+    found = joined_windows(places, (160, 224), MARGIN, 16, 1)
+    assert found.places == [(slice(0, 160), slice(0, 96 + OVERLAP)), (slice(0, 160), slice(96 - OVERLAP, 224))]
+    # The decoder reads 16 px around a core.
+    assert found.cores == [(slice(48, 112), slice(48, 112)), (slice(48, 112), slice(OVERLAP - 16, OVERLAP + 80))]
 
 
 def cells_of_numbers(found: DeepWindows, stride: int) -> dict[int, tuple[int, int, int]]:
@@ -78,14 +84,14 @@ def canvases(draw: st.DrawFn) -> list[Place]:
     rows, columns = (np.cumsum([32 * n for n in draw(sides)]).tolist() for _ in "yx")
     corners = [(y, x, below - y, right - x) for y, below in pairwise(rows) for x, right in pairwise(columns)]
     chosen = draw(st.lists(st.sampled_from(corners), min_size=1, unique=True))
-    return [place(*corner) for corner in chosen]
+    return [place(y + 96, x + 96, height, width) for y, x, height, width in chosen]
 
 
 @given(canvases(), st.sampled_from([8, 16]), st.integers(1, 4))
 def test_each_canvas_reads_one_common_map_in_which_a_core_has_its_own_features(
     places: list[Place], stride: int, batch_size: int
 ) -> None:
-    found = joined_windows(places, MARGIN, stride, batch_size)
+    found = joined_windows(places, (2000, 2000), MARGIN, stride, batch_size)
     sizes = [{tuple(side.stop - side.start for side in found.places[n]) for n in batch} for batch in found.batches]
     assert all(len(one) == 1 for one in sizes)
     assert max(map(len, found.batches)) <= batch_size
@@ -118,9 +124,10 @@ def test_each_canvas_reads_one_common_map_in_which_a_core_has_its_own_features(
 
 
 def test_lone_canvases_mirror_their_own_features() -> None:
-    found = lone_windows((96, 128), 3, 16, 2)
+    found = lone_windows((96, 128), 3, 32, 16, 2)
     assert found.batches == [[0, 1], [2]]
     assert found.places == [(slice(0, 96), slice(0, 128))] * 3
+    assert found.cores == [(slice(16, 80), slice(16, 112))] * 3
     own = np.arange(48, 96, dtype=np.int32).reshape(6, 8)
     np.testing.assert_array_equal(found.cells[1], np.pad(own, 2, mode="reflect"))
 
@@ -151,7 +158,10 @@ def test_a_border_between_canvases_shows_less_than_that_of_canvases_alone(batch_
     assert card.margin == MARGIN
     (whole,) = probs([place(80, 80, 192, 192)])
     halves = [place(80, 80, 192, 96), place(80, 176, 192, 96)]
-    joined, alone = torch.cat(probs(halves), dim=2), torch.cat([probs([half])[0] for half in halves], dim=2)
+    joined = torch.cat(probs(halves), dim=2)
+    corners = [(one[1].start, one[0].start) for one in halves]
+    canvases = torch.stack([rgb_HWC[half] for half in halves])
+    alone = torch.cat(list(predictor.predict(canvases, corners).probs_NKhw), dim=2)
     near = slice(20, 28)  # eight map pixels around the border
     error, other = (float((found - whole)[:, :, near].abs().mean()) for found in (joined, alone))
     assert error < other / 2

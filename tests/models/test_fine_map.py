@@ -83,7 +83,7 @@ def test_stages_that_average_the_whole_canvas_run_on_whole_canvases(backbone: st
     predictor = Predictor(card, NO_DIGEST, *sharing_networks(backbone=backbone), device="cpu")
     parts: Any = predictor._networks
     with torch.inference_mode():
-        starts = parts.starts(IMAGE_HWC, PLACES, PLACES)
+        starts = parts.starts(IMAGE_HWC, PLACES)
         alone = [parts._fine(IMAGE_HWC[place][None])[0] for place in PLACES]
     near = [torch.allclose(start, own, atol=1e-5) for start, own in zip(starts, alone, strict=True)]
     # In windows, the edges of a canvas have the real pixels around it.
