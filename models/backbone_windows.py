@@ -22,6 +22,7 @@ def window_places(places: Sequence[Place], margin: int) -> list[Place]:
     """Return the windows in which the backbone runs for canvases with this margin, which are places of one image.
 
     At the border of all cores, where cores of other images can follow, a window contains all that the segmenter reads.
+    The border is that of the cores' bounding box. Sides inside it have `OVERLAP` pixels, also where no core follows.
     """
     first, last = (
         [pick(getattr(place[axis], bound) for place in places) for axis in (0, 1)]

@@ -44,19 +44,19 @@ def joined_windows(
 
     A cell has `stride` pixels. Windows end at the edges of the image.
 
-    A cell's features come from the canvas in whose core it lies, or else from the canvas whose window has the most
-    context there, or else from the nearest cell that has some.
+    A cell's features come from the canvas in whose core it lies, or else from the window whose edge is farthest from
+    the cell, or else from the nearest cell that has some. The order of the canvases does not matter.
     """
     windows: list[Place] = [
         (_clipped(rows, size[0]), _clipped(columns, size[1])) for rows, columns in window_places(places, margin)
     ]
-    batches = _batches([(_length(rows), _length(columns)) for rows, columns in windows], batch_size)
+    batches = batches_of([(_length(rows), _length(columns)) for rows, columns in windows], batch_size)
     numbers = _numbers(windows, batches, stride)
     origin = [min(place[axis].start for place in places) - RING for axis in (0, 1)]
     sides = [max(place[axis].stop for place in places) + RING for axis in (0, 1)]
     cells_HW = np.full([(side - first) // stride for side, first in zip(sides, origin, strict=True)], -1, np.int32)
 
-    def part_of(place: Place, more: int = 0) -> Place:
+    def cells_of(place: Place, more: int = 0) -> Place:
         rows, columns = (
             slice((axis.start - more - first) // stride, (axis.stop + more - first) // stride)
             for axis, first in zip(place, origin, strict=True)
@@ -64,9 +64,9 @@ def joined_windows(
         return rows, columns
 
     context_HW = np.zeros(cells_HW.shape, np.int32)
-    for window, numbers_hw in zip(windows, numbers, strict=True):
-        part = part_of(window)
-        own_hw = np.outer(*(np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) for n in numbers_hw.shape))
+    for n in sorted(range(len(windows)), key=lambda n: (windows[n][0].start, windows[n][1].start)):
+        part, numbers_hw = cells_of(windows[n]), numbers[n]
+        own_hw = np.minimum.outer(*(np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) for n in numbers_hw.shape))
         most_hw = own_hw > context_HW[part]
         cells_HW[part][most_hw], context_HW[part][most_hw] = numbers_hw[most_hw], own_hw[most_hw]
     for place, window, numbers_hw in zip(places, windows, numbers, strict=True):
@@ -74,17 +74,17 @@ def joined_windows(
             slice((one.start + margin - own.start) // stride, (one.stop - margin - own.start) // stride)
             for one, own in zip(place, window, strict=True)
         )
-        cells_HW[part_of(place, -margin)] = numbers_hw[rows, columns]
+        cells_HW[cells_of(place, -margin)] = numbers_hw[rows, columns]
     nearest = ndimage.distance_transform_edt(cells_HW < 0, return_distances=False, return_indices=True)
     cells_HW = cells_HW[tuple(nearest)]
     cores = [_core_within(place, window, margin) for place, window in zip(places, windows, strict=True)]
-    return DeepWindows(windows, cores, batches, [cells_HW[part_of(place, RING)] for place in places])
+    return DeepWindows(windows, cores, batches, [cells_HW[cells_of(place, RING)] for place in places])
 
 
 def lone_windows(size: Sequence[int], count: int, margin: int, stride: int, batch_size: int) -> DeepWindows:
     """Return the windows for canvases of this height and width in pixels, each of which is an image of its own."""
     whole = slice(0, size[0]), slice(0, size[1])
-    batches = _batches([tuple(size)] * count, batch_size)
+    batches = batches_of([tuple(size)] * count, batch_size)
     numbers = _numbers([whole] * count, batches, stride)
     core = _core_within(whole, whole, margin)
     cells = [np.pad(one_hw, RING // stride, mode="reflect") for one_hw in numbers]
@@ -102,7 +102,8 @@ def features_at(rows_TD: Tensor, cells_Nhw: Tensor) -> Tensor:
     return features.view(*cells_Nhw.shape, rows_TD.shape[1]).permute(0, 3, 1, 2)
 
 
-def _batches(sizes: Sequence[tuple[int, ...]], batch_size: int) -> list[list[int]]:
+def batches_of(sizes: Sequence[tuple[int, ...]], batch_size: int) -> list[list[int]]:
+    """Return the indices of items in batches of one size."""
     in_order = sorted(range(len(sizes)), key=sizes.__getitem__)
     groups = [list(alike) for _, alike in groupby(in_order, key=sizes.__getitem__)]
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]

@@ -111,11 +111,11 @@ def gate_windows(
 
 
 def placed(
-    windows: Sequence[GateWindows], others: Sequence[Tensor], device: torch.device
+    windows: Sequence[GateWindows], cells: Sequence[Tensor], device: torch.device
 ) -> tuple[list[GateWindows], list[Tensor]]:
-    """Return windows with their tensors on a device, and other int32 tensors, by a single copy."""
+    """Return windows with their tensors on a device, and those of `DeepWindows.cells`, by a single copy."""
     # Numbers of four bytes each.
-    tensors = [part for one in windows for part in one[1:]] + list(others)
+    tensors = [part for one in windows for part in one[1:]] + list(cells)
     flat = torch.cat([part.flatten().view(torch.int32) for part in tensors]).to(device)
     parts = flat.split([part.numel() for part in tensors])
     there = iter(part.view(of.dtype).view(of.shape) for part, of in zip(parts, tensors, strict=True))

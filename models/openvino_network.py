@@ -46,9 +46,9 @@ class MapSize(NamedTuple):
 class OpenVinoNetwork:
     """A network compiled for the CPU. Called like the network: images (N, C, H, W) float32 -> its output, float32.
 
-    N can be any number, and H and W any multiples of 32 from the side that the network was traced at. The result of an
-    image does not depend on the other images. A network may also take feature maps, whose sides are the image's divided
-    by their stride.
+    N can be any number, and H and W any multiples of 32 from the side that the network was traced at, or of 16 if its
+    strides allow that. The result of an image does not depend on the other images. A network may also take feature
+    maps, see `MapSize`.
     As many calls as there are streams may overlap; others wait. The streams share as many threads as torch has when
     the network is constructed. Nothing is written to disk.
     """

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import groupby, zip_longest
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -27,7 +26,7 @@ from models.backbone_windows import RING, Place
 from models.bundle import Bundle, load_networks, load_statistics
 from models.card import ModelCard
 from models.compute import choose_compute
-from models.deep_map import DeepWindows, features_at, joined_windows, lone_windows, rows_of
+from models.deep_map import DeepWindows, batches_of, features_at, joined_windows, lone_windows, rows_of
 from models.device_networks import DeviceNetworks
 from models.devices import Uploads, choose_device, to_host
 from models.errors import NonFiniteOutputError, RuntimeUnavailableError
@@ -245,11 +244,16 @@ class Predictor:
         with torch.inference_mode():
             canvases, deep = self._alone(rgb_NHWC)
             rows_TD, found = self._deep_rows(canvases, deep), []
+            around_NDhw = (
+                None
+                if rows_TD is None or deep is None
+                else features_at(rows_TD, torch.from_numpy(np.stack(deep.cells)).to(self.device))
+            )
             for first in range(0, len(canvases), self.batch_size):
                 some = slice(first, first + self.batch_size)
                 starts = _decoded(canvases, deep, range(len(canvases))[some])
-                cells_Nhw = None if deep is None else torch.from_numpy(np.stack(deep.cells[some])).to(self.device)
-                found.append(self._networks.segmented(starts, _features(rows_TD, cells_Nhw), self.output_stride))
+                features_NDhw = None if around_NDhw is None else around_NDhw[some]
+                found.append(self._networks.segmented(starts, features_NDhw, self.output_stride))
             logits_NKhw = torch.cat(found)
             _check_finite("segmenter", range(len(logits_NKhw)), *to_host([_finite(logits_NKhw)]))
         return logits_NKhw
@@ -281,12 +285,14 @@ class Predictor:
     ) -> Decisions:
         """Write the gated probabilities for the cores of canvases, which are places of an image (H, W, 3).
 
-        Canvases may have different sizes and may overlap. The sides of the image and the limits of the places are
+        Canvases may have different sizes, and their margins may overlap. If the networks share their backbone, canvases
+        that lie side by side belong in one call. The sides of the image and the limits of the places are
         multiples of 16. `probs` are (K, h, w) float32 and, like the image, on the predictor's device. `before_batch` is
         called before each batch, and between the parts of a longer computation; an error that it raises ends the
         prediction. The host waits for the device twice: for the decisions about all canvases, and at the end.
 
-        Raises NonFiniteOutputError with the indices of the canvases whose output contains NaN or infinity.
+        Raises NonFiniteOutputError with the indices of the canvases whose output contains NaN or infinity. They include
+        canvases beside one with such features of a shared backbone.
         """
         with torch.inference_mode():
             stride = self._networks.shared_stride
@@ -356,10 +362,7 @@ class Predictor:
         self, canvases: Sequence[_Canvas], corners: Sequence[Corner], deep: DeepWindows | None
     ) -> list[_Batch]:
         """Return batches of canvases of one size, with what belongs to them by a single copy to the device."""
-        shapes = [canvas.rgb_HWC.shape[1::-1] for canvas in canvases]
-        in_order = sorted(range(len(canvases)), key=shapes.__getitem__)
-        groups = [list(alike) for _, alike in groupby(in_order, key=shapes.__getitem__)]
-        batches = [group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)]
+        batches = batches_of([canvas.rgb_HWC.shape[1::-1] for canvas in canvases], self.batch_size)
         windows = []
         for batch in batches:
             size = [
@@ -367,8 +370,9 @@ class Predictor:
             ]
             windows.append(self._windows([corners[n] for n in batch], size))
         cells = [] if deep is None else [torch.from_numpy(np.stack([deep.cells[n] for n in one])) for one in batches]
-        windows, there = placed(windows, cells, self.device)
-        return [_Batch(*one) for one in zip_longest(batches, windows, there)]  # without cells, they are None
+        there, cells = placed(windows, cells, self.device)
+        of_batch: Sequence[Tensor | None] = cells or [None] * len(batches)
+        return [_Batch(*one) for one in zip(batches, there, of_batch, strict=True)]
 
     def _windows(self, corners: Sequence[Corner], size_out: Sequence[int]) -> GateWindows:
         """Return the gate windows of canvases whose cores have this height and width at the output stride."""
@@ -381,7 +385,7 @@ class Predictor:
         if around_NDhw is None:
             deep_NDhw = self._networks.deep([canvases[n].start for n in batch.canvases])
         else:
-            ring = RING // (self._networks.shared_stride or 1)
+            ring = RING * around_NDhw.shape[2] // (images[0].shape[0] + 2 * RING)
             deep_NDhw = around_NDhw[:, :, ring:-ring, ring:-ring]
         logits_MK = self._networks.window_logits(deep_NDhw, images, batch.windows)
         if self._statistics is None or self.card.familiarity is None:

@@ -40,9 +40,10 @@ CONTEXT = 16
 """Pixels around a canvas, or around the used part of a window, that the first stages see. Their padding must not reach
 farther. A multiple of 16."""
 
-FEATURE_BYTES_PER_PX = 20
+FEATURE_BYTES_PER_PX = 28
 """Bytes per pixel of the maps that a classifier and a segmenter share (`models.shared_stages`): at most 64 channels for
-16 pixels and 256 for 256 pixels in EfficientNets with four stages, except L2 (34 bytes). `colorectal-tissue` has 8."""
+16 pixels and 256 for 256 pixels in EfficientNets with four stages, except L2. The latter are there up to three times:
+by window, by canvas, and while windows are joined. `colorectal-tissue` has 11."""
 
 
 @dataclass(frozen=True)

@@ -100,23 +100,23 @@ class CoreSegmenter(nn.Module):
 class CoreDecoder(nn.Module):
     """The decoder of a segmenter: features of the encoder at stride 4 and of its last stage -> logits.
 
-    The first map has `AROUND` pixels around the core, the second one `margin`. The logits are those that
+    The first map has `AROUND` pixels around the core, the second one `deep_margin`. The logits are those that
     `CoreSegmenter` returns. The decoder works at stride 4, which takes much time, so it leaves the margin out. The
     segmenter is one for which `leaves_margin_out` is true.
     """
 
-    def __init__(self, segmenter: nn.Module, margin: int) -> None:
-        """`margin` is a multiple of 16, at least 16."""
+    def __init__(self, segmenter: nn.Module, deep_margin: int) -> None:
+        """`deep_margin` is a multiple of 16, at least 16."""
         super().__init__()
         # Any: the parts of a segmenter have no types.
         self.decoder: Any = segmenter.decoder
         self.head: Any = segmenter.segmentation_head
-        self._margin = margin
+        self._deep_margin = deep_margin
 
     def forward(self, fine_NChw: Tensor, deep_NChw: Tensor) -> Tensor:
         decoder = self.decoder
         scale = int(decoder.up.scale_factor)
-        deep_NChw = _without_edge(decoder.aspp(deep_NChw), (self._margin - AROUND) // (NATIVE_STRIDE * scale))
+        deep_NChw = _without_edge(decoder.aspp(deep_NChw), (self._deep_margin - AROUND) // (NATIVE_STRIDE * scale))
         fine_NChw = decoder.block1(fine_NChw)
         # A separable convolution, a batch norm and a ReLU.
         (depthwise, pointwise), *after = decoder.block2

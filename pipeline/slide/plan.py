@@ -46,8 +46,8 @@ class Plan:
     """Tiles with tissue; a tile on a block border counts once for each block."""
     canvases: int
     computed_px: int
-    """Model pixels of all windows in which the backbone runs: canvases with their margins, or less if the networks
-    share it."""
+    """Model pixels of all windows in which the backbone runs: canvases with their margins, or the windows of
+    `backbone_windows` if the card says that the networks share it."""
     margin: int
     """Model pixels around the core of a canvas."""
     tissue_um2: float

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from itertools import chain, pairwise
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from models.backbone_windows import OVERLAP, RING, Place, window_places
 from models.bundle import load_bundle, load_networks
-from models.card import NO_DIGEST
+from models.card import NO_DIGEST, ModelCard
 from models.deep_map import (
     DeepWindows,
     features_at,
@@ -24,6 +25,7 @@ from models.deep_map import (
     rows_of,
 )
 from models.predictor import Predictor
+from tests.models.networks import sharing_networks
 
 MARGIN = 64
 
@@ -71,10 +73,10 @@ def inside(core: list[tuple[int, int]], y: int, x: int) -> bool:
 
 
 def context_of(window: Place, y: int, x: int, stride: int) -> int:
-    """Return the product of the distances of a cell from the nearest edges of a window; 0 outside."""
+    """Return the number of cells to the nearest edge of a window; 0 outside."""
     sides = zip((y, x), window, strict=True)
-    distances = [min(at - side.start // stride + 1, side.stop // stride - at) for at, side in sides]
-    return math.prod(max(0, distance) for distance in distances)
+    distances: list[int] = [min(at - side.start // stride + 1, side.stop // stride - at) for at, side in sides]
+    return max(0, min(distances))
 
 
 @st.composite
@@ -85,6 +87,18 @@ def canvases(draw: st.DrawFn) -> list[Place]:
     corners = [(y, x, below - y, right - x) for y, below in pairwise(rows) for x, right in pairwise(columns)]
     chosen = draw(st.lists(st.sampled_from(corners), min_size=1, unique=True))
     return [place(y + 96, x + 96, height, width) for y, x, height, width in chosen]
+
+
+@given(canvases(), st.sampled_from([8, 16]), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_the_order_of_canvases_does_not_matter(places: list[Place], stride: int, batch_size: int, rng: Random) -> None:
+    order = rng.sample(range(len(places)), len(places))
+    first = joined_windows(places, (2000, 2000), MARGIN, stride, batch_size)
+    second = joined_windows([places[n] for n in order], (2000, 2000), MARGIN, stride, 1)
+    where, also = cells_of_numbers(first, stride), cells_of_numbers(second, stride)
+    for n, other in zip(order, second.cells, strict=True):
+        ours = [where[number] for number in first.cells[n].ravel().tolist()]
+        theirs = [also[number] for number in other.ravel().tolist()]
+        assert ours == [(order[window], y, x) for window, y, x in theirs]
 
 
 @given(canvases(), st.sampled_from([8, 16]), st.integers(1, 4))
@@ -166,3 +180,39 @@ def test_a_border_between_canvases_shows_less_than_that_of_canvases_alone(batch_
     error, other = (float((found - whole)[:, :, near].abs().mean()) for found in (joined, alone))
     assert error < other / 2
     assert torch.equal(joined, torch.cat(probs(halves[::-1])[::-1], dim=2))
+
+
+@pytest.mark.parametrize("margin", [16, 48, 80])
+@pytest.mark.parametrize("depth", [3, 4])
+def test_neither_batches_nor_skipping_change_canvases_of_several_sizes(margin: int, depth: int) -> None:
+    cores = [(0, 0, 64, 96), (64, 32, 32, 64), (0, 96, 96, 32), (96, 64, 64, 64), (160, 128, 32, 32)]
+    places = [place(y + 128, x + 128, height, width, margin) for y, x, height, width in cores]
+    rng = np.random.default_rng(0)
+    rgb_HWC = torch.from_numpy(rng.integers(0, 256, (448, 448, 3), dtype=np.uint8))
+    rgb_HWC[200:] = 255
+    card = load_bundle("colon-gland").card.model_copy(update={"margin": margin, "familiarity": None})
+    networks = sharing_networks(depth=depth)
+    corners = [(128 + x, 128 + y) for y, x, _, _ in cores]
+
+    def found(thresholds: tuple[float, float], **options: Any) -> tuple[list[Tensor], list[bool]]:
+        own = card.model_copy(update={"gate_thresholds": thresholds})
+        predictor = Predictor(own, NO_DIGEST, *networks, device="cpu", **options)
+        probs = [torch.empty((2, height // 4, width // 4)) for _, _, height, width in cores]
+        segmented_N, _ = predictor.predict_into(probs, rgb_HWC, places, corners)
+        return probs, segmented_N.tolist()
+
+    presences = [one.flatten(0, 1) for one in _presences(card, networks, rgb_HWC, places, corners)]
+    between = float(torch.cat(presences)[:, 1].median())
+    for thresholds in ((0.0, 0.0), (0.0, between)):
+        expected, segmented = found(thresholds, skip_by_gate=False)
+        assert all(segmented)
+        for batch_size in (1, 2, 8):
+            probs, _ = found(thresholds, batch_size=batch_size)
+            assert all(torch.equal(one, other) for one, other in zip(probs, expected, strict=True))
+
+
+def _presences(
+    card: ModelCard, networks: tuple[Any, Any], rgb_HWC: Tensor, places: list[Place], corners: list[tuple[int, int]]
+) -> list[Tensor]:
+    predictor = Predictor(card, NO_DIGEST, *networks, device="cpu")
+    return [predictor.presence(rgb_HWC[one][None], [corner])[0] for one, corner in zip(places, corners, strict=True)]
