@@ -1,6 +1,6 @@
-"""The windows in which a backbone runs that both networks share: canvases with less context where other cores lie.
+"""The windows in which a shared backbone runs: canvases with less context on sides toward other cores.
 
-`models.deep_map` joins their features. This module is apart from it because a plan needs no PyTorch.
+`models.deep_map` joins their features. This module is separate so that a plan does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def window_places(places: Sequence[Place], margin: int) -> list[Place]:
     """Return the windows in which the backbone runs for canvases with this margin, which are places of one image.
 
     At the border of all cores, where cores of other images can follow, a window contains all that the segmenter reads.
-    The border is that of the cores' bounding box. Sides inside it have `OVERLAP` pixels, also where no core follows.
+    The border is that of the cores' bounding box. All other sides have `OVERLAP` pixels, even without a neighboring
+    core.
     """
     first, last = (
         [pick(getattr(place[axis], bound) for place in places) for axis in (0, 1)]

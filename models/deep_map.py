@@ -1,10 +1,10 @@
 """The deep features of all canvases of an image, for networks that share their whole backbone.
 
-Near the edge of a canvas, a backbone knows little of the surroundings, and its features differ from those of the
-neighboring canvas. The segmenter reads features from the whole margin around a core. If these were the canvas's own,
-borders of canvases would show in the probabilities (docs/decisions/0016-deep-features-of-a-block.md). So the features
-of all canvases are joined to one map, in which each core has its own features, and each canvas reads this map. The
-backbone then needs less context around a core than the segmenter.
+Near the edge of a canvas, features are computed with little context, so they differ from those of the neighboring
+canvas. The segmenter reads features from the whole margin around a core. If each canvas used only its own features,
+borders of canvases would show in the probabilities (docs/decisions/0016-deep-features-of-a-block.md). Therefore, the
+features of all canvases are joined into one map, which each canvas reads. Inside a core, the map has the features
+computed for that core. The backbone then needs less context around a core than the segmenter reads.
 
 Shape suffixes: N canvases, D channels, T cells of all windows, H and W the joined map, h and w a canvas.
 """
@@ -103,7 +103,7 @@ def features_at(rows_TD: Tensor, cells_Nhw: Tensor) -> Tensor:
 
 
 def batches_of(sizes: Sequence[tuple[int, ...]], batch_size: int) -> list[list[int]]:
-    """Return the indices of items in batches of one size."""
+    """Return the indices of the items in batches, each with items of the same size only."""
     in_order = sorted(range(len(sizes)), key=sizes.__getitem__)
     groups = [list(alike) for _, alike in groupby(in_order, key=sizes.__getitem__)]
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]

@@ -20,7 +20,7 @@ are folded too, because a slide has a lattice of its own: the tiles in which its
 classes, by pixels and by square cells that contain such a pixel.
 
 `steps` looks for borders of cores in the probabilities: segments of a border across which a class changes by more than
-it does one map pixel before and after. Segments `BESIDE` pixels beside the borders show what the tissue itself does.
+it does one map pixel before and after. Lines `BESIDE` pixels beside the borders are measured for comparison.
 
 Shape suffixes: K classes, P phases, D distances from the edge, H and W a map, S segments.
 """
@@ -359,12 +359,12 @@ def joined_cores(grid: Grid, found: Iterable[tuple[Box, int, Tensor]]) -> tuple[
 def excess_steps(
     probs_KHW: NDArray[np.float32], core_HW: NDArray[np.int32], beside: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return by how much the step across each segment exceeds the larger one of the steps before and after it, (S,).
+    """Return by how much the step across each segment exceeds the larger of the steps before and after it, (S,).
 
-    Segments are pieces of `SEGMENT` rows of the vertical borders between two cores, or of the lines that lie `beside`
-    pixels right of them and inside a core. The step of a class is its mean difference between both sides, so noise of
-    single pixels cancels. The largest excess of all classes counts.
-    The second array has the column after each segment, (S,).
+    Segments are pieces of `SEGMENT` rows of the vertical borders between two cores, or of the lines that lie
+    `beside` pixels right of them and inside a core. The step of a class is its mean difference between the two
+    sides, so noise of single pixels cancels. The largest excess of all classes counts. The second array has the
+    column after each segment, (S,).
     """
     rows = core_HW.shape[0] // SEGMENT * SEGMENT
     core_HW = core_HW[:rows]

@@ -1,9 +1,9 @@
-"""Lay the images of a data set side by side, as a slide on which borders of canvases can be looked for.
+"""Write a slide with the images of a data set side by side, to look for borders of canvases.
 
     python -m tests.bench.mosaic_slide glas --data FOLDER -o mosaic.tiff
     python -m tests.bench.lattice steps mosaic.tiff
 
-No open whole slide of the colon could be had. The borders between the images are part of the slide, so `steps` compares
+We found no open whole slide of the colon. The borders between the images are part of the slide, so `steps` compares
 borders of canvases with lines beside them.
 """
 
