@@ -11,7 +11,7 @@ Place = tuple[slice, slice]
 """Rows and columns of an image that a canvas takes. Starts and stops are multiples of 16."""
 
 OVERLAP = 48
-"""Pixels that the backbone computes around a core where other cores can follow in the same image.
+"""Pixels that the backbone computes around a core on sides on which other cores of the image can follow.
 docs/decisions/0016-deep-features-of-a-block.md compares it with other values."""
 
 RING = 32

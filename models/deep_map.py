@@ -25,7 +25,7 @@ from models.segmenter import AROUND
 
 
 class DeepWindows(NamedTuple):
-    """The windows in which the backbone runs, and where each canvas finds its features."""
+    """The windows in which the backbone runs, and the features that each canvas takes from them."""
 
     places: list[Place]
     """The window of each canvas, in pixels of the image."""

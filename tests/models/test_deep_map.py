@@ -1,4 +1,4 @@
-"""The joined deep features of canvases: where each canvas finds them, and that borders between canvases do not show."""
+"""The joined deep features of canvases: which ones each canvas reads, and that borders between canvases do not show."""
 
 from __future__ import annotations
 
