@@ -76,7 +76,8 @@ class Plan:
         gates = 4 * (self.classes + 2) * grid.block_out**2
         # The features of all canvases of a block, which overlap by their margins.
         features = FEATURE_BYTES_PER_PX * (side_m * canvas_m // (canvas_m - 2 * self.margin)) ** 2
-        activations = canvas_m**2 * facts.activation_bytes_per_px
+        # The windows of a shared backbone can be larger than canvases.
+        activations = (canvas_m + 2 * RING) ** 2 * facts.activation_bytes_per_px
         return facts.process_bytes + in_flight + gates + features + settings.batch_size * (activations + softmax)
 
     def facts(self, settings: ResolvedSettings) -> PlanFacts:
