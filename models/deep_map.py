@@ -64,9 +64,14 @@ def joined_windows(
         return rows, columns
 
     context_HW = np.zeros(cells_HW.shape, np.int32)
-    for n in sorted(range(len(windows)), key=lambda n: (windows[n][0].start, windows[n][1].start)):
-        part, numbers_hw = cells_of(windows[n]), numbers[n]
-        own_hw = np.minimum.outer(*(np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) for n in numbers_hw.shape))
+    # By their places, because the first one of equal context wins.
+    for window, numbers_hw in sorted(
+        zip(windows, numbers, strict=True), key=lambda one: (one[0][0].start, one[0][1].start)
+    ):
+        part = cells_of(window)
+        own_hw = np.minimum.outer(
+            *(np.minimum(np.arange(1, side + 1), np.arange(side, 0, -1)) for side in numbers_hw.shape)
+        )
         most_hw = own_hw > context_HW[part]
         cells_HW[part][most_hw], context_HW[part][most_hw] = numbers_hw[most_hw], own_hw[most_hw]
     for place, window, numbers_hw in zip(places, windows, numbers, strict=True):

@@ -243,12 +243,8 @@ class Predictor:
         """
         with torch.inference_mode():
             canvases, deep = self._alone(rgb_NHWC)
-            rows_TD, found = self._deep_rows(canvases, deep), []
-            around_NDhw = (
-                None
-                if rows_TD is None or deep is None
-                else features_at(rows_TD, torch.from_numpy(np.stack(deep.cells)).to(self.device))
-            )
+            cells_Nhw = None if deep is None else torch.from_numpy(np.stack(deep.cells)).to(self.device)
+            around_NDhw, found = _features(self._deep_rows(canvases, deep), cells_Nhw), []
             for first in range(0, len(canvases), self.batch_size):
                 some = slice(first, first + self.batch_size)
                 starts = _decoded(canvases, deep, range(len(canvases))[some])

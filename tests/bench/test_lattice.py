@@ -138,7 +138,7 @@ def test_a_border_of_cores_that_shows_exceeds_the_steps_beside_it() -> None:
     assert across_S.tolist() == pytest.approx([0, 0.1 * 24 / 32], abs=1e-5)
     assert np.abs(excess_steps(probs_HW[None], core_HW, BESIDE)[0]).max() < 1e-5
     assert len(excess_steps(probs_HW[None], core_HW, BESIDE)[0]) == 2
-    core_HW[: SEGMENT // 2, :40] = -1  # without a core, there is no border
+    core_HW[: SEGMENT // 2, :40] = -1  # a border needs two cores
     assert len(excess_steps(probs_HW[None], core_HW)[0]) == 1
 
 
