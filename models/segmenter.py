@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -116,7 +117,7 @@ class CoreDecoder(nn.Module):
     def forward(self, fine_NChw: Tensor, deep_NChw: Tensor) -> Tensor:
         decoder = self.decoder
         scale = int(decoder.up.scale_factor)
-        deep_NChw = _without_edge(decoder.aspp(deep_NChw), (self._deep_margin - AROUND) // (NATIVE_STRIDE * scale))
+        deep_NChw = _aspp_inside(decoder.aspp, deep_NChw, (self._deep_margin - AROUND) // (NATIVE_STRIDE * scale))
         fine_NChw = decoder.block1(fine_NChw)
         # A separable convolution, a batch norm and a ReLU.
         (depthwise, pointwise), *after = decoder.block2
@@ -136,6 +137,33 @@ def leaves_margin_out(segmenter: nn.Module) -> bool:
         and depthwise.stride == depthwise.dilation == pointwise.kernel_size == pointwise.stride == (1, 1)
         and depthwise.bias is pointwise.bias is None
     )
+
+
+def _aspp_inside(aspp: Any, deep_NChw: Tensor, cells: int) -> Tensor:
+    """Return what the ASPP and the separable convolution after it give, without the outer `cells` on each side.
+
+    Each convolution is computed only where the next one reads it, which takes up to a third less time for small cores.
+    """
+    if not cells:
+        return cast(Tensor, aspp(deep_NChw))
+    pyramid, (depthwise, pointwise), *after = aspp
+    branches = []
+    for convolution, *rest in pyramid.convs:
+        parts: Any = convolution if isinstance(convolution, nn.Sequential) else [convolution]
+        first, *more = parts
+        branches.append(nn.Sequential(*more, *rest)(_convolved_inside(first, deep_NChw, cells - 1)))
+    joined_NChw: Tensor = pyramid.project(torch.cat(branches, dim=1))
+    inside_NChw: Tensor = nn.Sequential(*after)(pointwise(_convolved_inside(depthwise, joined_NChw, 1)))
+    return inside_NChw
+
+
+def _convolved_inside(convolution: nn.Conv2d, map_NChw: Tensor, cells: int) -> Tensor:
+    """Return a convolution of a map, without the outer `cells` on each side, and if possible without computing them."""
+    reach = convolution.dilation[0] * (convolution.kernel_size[0] // 2)
+    if cells < reach:
+        return _without_edge(convolution(map_NChw), cells)
+    inside_NChw = _without_edge(map_NChw, cells - reach)
+    return F.conv2d(inside_NChw, convolution.weight, dilation=convolution.dilation, groups=convolution.groups)
 
 
 def _separable_of_two(depthwise: nn.Conv2d, pointwise: nn.Conv2d, a_NChw: Tensor, b_NChw: Tensor) -> Tensor:
