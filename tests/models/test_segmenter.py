@@ -29,7 +29,7 @@ def test_a_logit_depends_on_the_pixels_within_288_px_only() -> None:
     assert touched.max() - touched.min() > 320
 
 
-@pytest.mark.parametrize("margin", [16, 48, 64])
+@pytest.mark.parametrize("margin", [16, 48, 64, 96])
 @pytest.mark.parametrize("depth", [3, 4, 5])
 def test_the_core_has_the_logits_of_the_whole_canvas(depth: int, margin: int) -> None:
     """Encoders of three stages have stride 8 before the decoder, all others 16."""
