@@ -140,30 +140,35 @@ def leaves_margin_out(segmenter: nn.Module) -> bool:
 
 
 def _aspp_inside(aspp: Any, deep_NChw: Tensor, cells: int) -> Tensor:
-    """Return what the ASPP and the separable convolution after it give, without the outer `cells` on each side.
+    """Return the output of the ASPP and the separable convolution after it, cropped by `cells` cells on each side.
 
-    Each convolution is computed only where the next one reads it, which takes up to a third less time for small cores.
+    A convolution is computed only at the cells that the next one reads, unless it reaches beyond the map. For small
+    cores, this reduces the decoder's processor time by up to a third.
     """
     if not cells:
         return cast(Tensor, aspp(deep_NChw))
     pyramid, (depthwise, pointwise), *after = aspp
     branches = []
-    for convolution, *rest in pyramid.convs:
-        parts: Any = convolution if isinstance(convolution, nn.Sequential) else [convolution]
-        first, *more = parts
-        branches.append(nn.Sequential(*more, *rest)(_convolved_inside(first, deep_NChw, cells - 1)))
+    for branch in pyramid.convs:
+        first, *rest = (layer for layer in branch.modules() if not isinstance(layer, nn.Sequential))
+        branches.append(nn.Sequential(*rest)(_convolved_inside(first, deep_NChw, cells - 1)))
     joined_NChw: Tensor = pyramid.project(torch.cat(branches, dim=1))
     inside_NChw: Tensor = nn.Sequential(*after)(pointwise(_convolved_inside(depthwise, joined_NChw, 1)))
     return inside_NChw
 
 
 def _convolved_inside(convolution: nn.Conv2d, map_NChw: Tensor, cells: int) -> Tensor:
-    """Return a convolution of a map, without the outer `cells` on each side, and if possible without computing them."""
+    """Return a convolution of a map, cropped by `cells` cells on each side.
+
+    The convolution has stride 1, and its output has the size of its input. If `cells` is at least its reach, the
+    cropped cells are not computed.
+    """
     reach = convolution.dilation[0] * (convolution.kernel_size[0] // 2)
     if cells < reach:
         return _without_edge(convolution(map_NChw), cells)
     inside_NChw = _without_edge(map_NChw, cells - reach)
-    return F.conv2d(inside_NChw, convolution.weight, dilation=convolution.dilation, groups=convolution.groups)
+    dilation, groups = convolution.dilation, convolution.groups
+    return F.conv2d(inside_NChw, convolution.weight, convolution.bias, dilation=dilation, groups=groups)
 
 
 def _separable_of_two(depthwise: nn.Conv2d, pointwise: nn.Conv2d, a_NChw: Tensor, b_NChw: Tensor) -> Tensor:
