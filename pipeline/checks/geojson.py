@@ -64,7 +64,9 @@ def _features(text: str) -> Iterator[Any]:
     def value(at: int) -> tuple[Any, int]:
         try:
             return decoder.raw_decode(text, _skip(text, at))
-        except json.JSONDecodeError as error:
+        except RuleBrokenError:
+            raise
+        except ValueError as error:  # also for a number with more digits than Python converts
             raise RuleBrokenError(f"not one JSON document: {error}") from error
 
     keys: list[str] = []

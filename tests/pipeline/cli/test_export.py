@@ -206,6 +206,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "occurs twice",
     ),
     "NaN": (lambda r: edit(r / GEOJSON, '"Area mm^2":', '"x":NaN,"Area mm^2":'), GEOJSON, "NaN is not valid JSON"),
+    "a number of 5,000 digits": (
+        lambda r: edit(r / GEOJSON, '"Area mm^2":', f'"x":{"9" * 5000},"Area mm^2":'),
+        GEOJSON,
+        "not one JSON document",
+    ),
     "tile without measurements": (
         lambda r: change(r / TILES, lambda d: d["features"][3]["properties"].pop("measurements")),
         TILES,
