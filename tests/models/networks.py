@@ -143,6 +143,20 @@ def timm_networks(*, frozen: bool = True, backbone: str = LITE, depth: int | Non
     return classifier.eval(), segmenter.eval()
 
 
+def vary_decoder(segmenter: Any) -> None:
+    """Give the batch norms of a decoder random statistics, and its convolutions random biases.
+
+    In eval mode, fresh batch norms change nothing. The last separable convolution has no bias, because `CoreDecoder`
+    requires that.
+    """
+    for module in segmenter.decoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = 0.1 * torch.randn(module.num_features)
+            module.running_var = 0.5 + torch.rand(module.num_features)
+        elif isinstance(module, nn.Conv2d) and module not in segmenter.decoder.block2[0]:
+            module.bias = nn.Parameter(0.1 * torch.randn(module.out_channels))
+
+
 def sharing_networks(
     *, backbone: str = LITE, depth: int = 4, stride: int = 16, edges_too: bool = True
 ) -> tuple[Any, Any]:

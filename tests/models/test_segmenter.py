@@ -8,7 +8,7 @@ import torch
 from models.errors import ArchitectureError
 from models.padding import pad_before_expansion
 from models.segmenter import NATIVE_STRIDE, RIM, CoreSegmenter, build_segmenter, logits_at_stride
-from tests.models.networks import ColorSegmenter
+from tests.models.networks import ColorSegmenter, vary_decoder
 
 
 def test_logits_have_stride_4() -> None:
@@ -35,13 +35,7 @@ def test_the_core_has_the_logits_of_the_whole_canvas(depth: int, margin: int) ->
     """Encoders of three stages have stride 8 before the decoder, all others 16."""
     torch.manual_seed(0)
     network: Any = build_segmenter("resnet18", 3, depth, (2, 4, 6)).eval()
-    # In eval mode, fresh batch norms change nothing.
-    for module in network.decoder.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean = 0.1 * torch.randn(module.num_features)
-            module.running_var = 0.5 + torch.rand(module.num_features)
-        elif isinstance(module, torch.nn.Conv2d) and module not in network.decoder.block2[0]:
-            module.bias = torch.nn.Parameter(0.1 * torch.randn(module.out_channels))
+    vary_decoder(network)
     x_NCHW = torch.rand(2, 3, 224, 256, generator=torch.Generator().manual_seed(1))
     cells = margin // NATIVE_STRIDE - RIM
     with torch.inference_mode():
