@@ -17,7 +17,7 @@ from models.errors import ArchitectureError
 from models.padding import ExtendedConv2d, pad_before_expansion
 from models.predictor import Predictor
 from models.runtimes import Runtime
-from models.segmenter import CoreSegmenter, build_segmenter, share_backbone
+from models.segmenter import NATIVE_STRIDE, RIM, CoreSegmenter, build_segmenter, share_backbone
 from models.shared_stages import DeepFeatures, split_networks, unshared
 from tests.models.networks import (
     LITE,
@@ -67,7 +67,9 @@ def test_a_backbone_that_both_networks_have_is_computed_once(backbone: str, dept
         assert torch.equal(maps[-1], DeepFeatures(classifier)(x_NCHW))
         # The decoder reads the deep features of the ring around the margin of 64, and 16 px of fine features.
         found_NKhw = split.segmenter(fine_NChw[:, :, 20:-20, 20:-20], maps[1])
-        torch.testing.assert_close(found_NKhw, segmenter(x_NCHW)[:, :, 23:-23, 23:-23], atol=1e-6, rtol=1e-5)
+        edge = 96 // NATIVE_STRIDE - RIM
+        whole_NKhw = segmenter(x_NCHW)
+        torch.testing.assert_close(found_NKhw, whole_NKhw[:, :, edge:-edge, edge:-edge], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"stride": 8}, {"edges_too": False}])
