@@ -1,7 +1,7 @@
 """The networks of a bundle on one device: what they compute for batches of canvases.
 
-Shape suffixes: N canvases, K classes, C channels, D channels of the deep features, M gate windows, H and W the canvas,
-h and w a map.
+Shape suffixes: N canvases, K classes, C channels, D channels of the deep features, E channels of the textures, M gate
+windows, H and W the canvas, h and w a map.
 """
 
 from __future__ import annotations
@@ -55,16 +55,25 @@ class DeviceNetworks:
     """
 
     def __init__(
-        self, card: ModelCard, classifier: nn.Module, segmenter: nn.Module, compute: Compute, streams: int = 1
+        self,
+        card: ModelCard,
+        classifier: nn.Module,
+        segmenter: nn.Module,
+        compute: Compute,
+        streams: int = 1,
+        *,
+        textured: bool = False,
     ) -> None:
         """Prepare both networks, for at most this many calls at a time: see `STREAMS` in `models.runtimes`.
 
-        Raises RuntimeUnavailableError if OpenVINO does not support a network.
+        `textured`: `deep` also returns the textures. Raises RuntimeUnavailableError if OpenVINO does not support a
+        network.
         """
         self._card, self._compute, self._device = card, compute, torch.device(compute.device)
         # On one device, because their weights are compared.
         classifier, segmenter = (network.to(self._device) for network in (classifier, segmenter))
-        networks = split_networks(pad_before_expansion(classifier), pad_before_expansion(segmenter), card.margin)
+        padded = pad_before_expansion(classifier), pad_before_expansion(segmenter)
+        networks = split_networks(*padded, card.margin, textured=textured)
         self._in_windows = networks.first is not None and networks.reach_px <= CONTEXT
         # Each stream keeps its own activations. Whole networks on whole canvases need too much memory for two streams.
         several = compute.runtime == "openvino" and self._in_windows
@@ -115,11 +124,14 @@ class DeviceNetworks:
         """Return what the networks start from on a canvas that is an image of its own, as `starts` does."""
         return rgb_HWC if self._first is None else self._fine(rgb_HWC[None])[0]
 
-    def deep(self, starts: Sequence[Tensor]) -> Tensor:
-        """Return the classifier's deep features (N, D, h, w) for starts of one size."""
+    def deep(self, starts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return the classifier's deep features (N, D, h, w) for starts of one size, and their textures (N, E, h, w).
+
+        The second is None if the networks are not `textured`. See `models.familiarity.textures`.
+        """
         with self._autocast():
-            deep_NDhw: Tensor = self._deep(self._batch(starts))
-        return deep_NDhw
+            found = self._deep(self._batch(starts))
+        return found if isinstance(found, tuple) else (found, None)
 
     def segmented(self, starts: Sequence[Tensor], deep_NDhw: Tensor | None, output_stride: int) -> Tensor:
         """Return the segmenter's logits (N, K, h, w) in the cores, divided by the model's temperature.

@@ -1,12 +1,13 @@
 """How far an image lies from the images that a model was trained on.
 
-Windows of `WINDOW` pixels slide over the classifier's deep feature map. The features of a window are the means of the
-channels. `Statistics` holds mean and covariance of the features of training windows, and what tells training windows
-from changed ones: other colors, blur, other pixel sizes. `Statistics.distances` returns the Mahalanobis distance of
-other windows, plus the evidence of a change. docs/benchmarks/familiarity.md compares this with other choices.
+Windows of `WINDOW` pixels slide over the classifier's shallow and middle feature maps. The features of a window are the
+mean and the standard deviation of each channel. `Statistics` holds mean and covariance of the features of training
+windows, and what tells training windows from changed ones: other colors, blur, other pixel sizes.
+`Statistics.distances` returns the Mahalanobis distance of other windows, plus the evidence of a change.
+docs/benchmarks/familiarity.md compares this with other choices.
 
-Shape suffixes: N images or windows, G sources of training images, C channels of the feature map, F terms of a
-regression, h and w the feature map, r and c the rows and columns of windows.
+Shape suffixes: N images or windows, G sources of training images, C features of a window, E channels of `textures`,
+which are as many, F terms of a regression, h and w the deep feature map, r and c the rows and columns of windows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import safetensors
@@ -23,8 +24,13 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from models.errors import WeightsMismatchError
+
+if TYPE_CHECKING:
+    # Imports timm, which the statistics do not need.
+    from models.backbone import Stages
 
 WINDOW = 224
 """Side of a window in model pixels."""
@@ -34,9 +40,6 @@ STEP = 112
 
 FARTHEST = 8.0
 """Whitened features are clipped to this many standard deviations, because the regression also uses their squares."""
-
-MOST_EVIDENCE = 3.0
-"""Largest evidence of a change."""
 
 PENALTY = 0.01
 """Weight of the squared norm of the regression's coefficients in `fit_changes`."""
@@ -51,19 +54,47 @@ def window_starts(length: int) -> list[int]:
     return [*range(0, last, STEP), last]
 
 
-def window_features(deep_NChw: Tensor, stride: int) -> Tensor:
-    """Return the features (N, r, c, C) of the windows of a feature map, float32.
+def textures(stages: Stages) -> Tensor:
+    """Return what `window_features` needs of feature maps, (N, E, h, w): one value per cell of the deep map.
 
-    `stride` is the number of model pixels per cell of the map.
+    The first half of the channels has the means of all shallow and middle channels over each cell of the deep map, and
+    the second half their mean squares. So E is twice the number of these channels.
     """
-    side = WINDOW // stride
-    # While torch traces a network, sizes are tensors. OpenVINO needs constant ones.
-    rows, columns = ([x // stride for x in window_starts(int(length) * stride)] for length in deep_NChw.shape[2:])
-    x_NChw = deep_NChw.float()
-    mean_NCrw = torch.stack([x_NChw[:, :, row : row + side].mean(dim=2) for row in rows], dim=2)
+    side = int(stages.deep.shape[2])
+
+    def over_cells(map_NChw: Tensor) -> Tensor:
+        # While torch traces a network, sizes are tensors. OpenVINO needs constant ones.
+        return functional.avg_pool2d(map_NChw, int(map_NChw.shape[2]) // side)
+
+    # Squares need more digits than half precision has.
+    maps = stages.shallow.float(), stages.middle.float()
+    found = torch.cat([over_cells(one) for one in (*maps, *(map_NChw.square() for map_NChw in maps))], dim=1)
+    # The channels of a cell side by side, as `models.deep_map.rows_of` and `window_features` read them.
+    return found.contiguous(memory_format=torch.channels_last)
+
+
+def window_features(textures_NEhw: Tensor, stride: int) -> Tensor:
+    """Return the features (N, r, c, C) of the windows of `textures`, float32: means, then standard deviations.
+
+    `stride` is the number of model pixels per cell.
+    """
+    means_NErw = _window_means(textures_NEhw.float(), 2, stride)
     # In the order of the result: flattening a permuted map would copy it.
-    mean_NrwC = mean_NCrw.permute(0, 2, 3, 1)
-    return torch.stack([mean_NrwC[:, :, column : column + side].mean(dim=2) for column in columns], dim=2)
+    features_NrcC = _window_means(means_NErw.permute(0, 2, 3, 1), 2, stride)
+    mean, square = features_NrcC.chunk(2, dim=3)
+    square.addcmul_(mean, mean, value=-1).clamp_min_(0).sqrt_()
+    return features_NrcC
+
+
+def _window_means(x: Tensor, axis: int, stride: int) -> Tensor:
+    """Return the means over the windows along an axis with cells of this stride."""
+    length = x.shape[axis]
+    side = min(WINDOW // stride, length)
+    means = x.unfold(axis, side, STEP // stride).mean(dim=-1)
+    if (length - side) % (STEP // stride) == 0:
+        return means
+    last = x.narrow(axis, length - side, side).mean(dim=axis, keepdim=True)
+    return torch.cat([means, last], dim=axis)
 
 
 @dataclass(frozen=True)
@@ -89,21 +120,22 @@ class Changes:
         object.__setattr__(self, "_constant", self.bias - square_C.sum())
 
     def evidence(self, features_NC: Tensor) -> Tensor:
-        """Return the evidence (N,) that windows with these features were changed, from 0 to `MOST_EVIDENCE`.
-
-        It is the scaled logit (see `scaled`), clipped to these bounds.
-        """
-        return self.logits(features_NC).clamp(0, MOST_EVIDENCE)
+        """Return the evidence (N,) that windows with these features were changed: the scaled logit, at least 0."""
+        return self.logits(features_NC).clamp_min(0)
 
     def logits(self, features_NC: Tensor) -> Tensor:
         """Return the logits (N,) with the current scale."""
-        z_NC = _clamped((features_NC.float() - self.mean_C) @ self.whitening_CC)
+        return self.logits_of_whitened((features_NC.float() - self.mean_C) @ self.whitening_CC)
+
+    def logits_of_whitened(self, z_NC: Tensor) -> Tensor:
+        """Return the logits (N,) for whitened features."""
+        z_NC = _clamped(z_NC)
         return torch.addmv(self._constant, torch.cat([z_NC, z_NC.square()], dim=1), self._of_powers_F)
 
     def scaled(self, median: float, limit: float) -> Self:
-        """Return the regression with another scale: a logit of `median` becomes 0.5, and one of `limit` becomes 1."""
-        factor = 0.5 / (limit - median)
-        return dataclasses.replace(self, weight_F=self.weight_F * factor, bias=(self.bias - median) * factor + 0.5)
+        """Return the regression with another scale: a logit of `median` becomes 1, and one of `limit` becomes 2."""
+        factor = 1 / (limit - median)
+        return dataclasses.replace(self, weight_F=self.weight_F * factor, bias=(self.bias - median) * factor + 1)
 
 
 def _clamped(z_NC: Tensor) -> Tensor:
@@ -125,17 +157,31 @@ class Statistics:
     """Maps features minus the mean into a space in which their norm is the distance from the source, with the scale of
     `of_sources` and `scaled`."""
     changes: Changes | None = None
-    """None in files of earlier versions."""
+    """None until they are fitted."""
+    _means_GC: Tensor = field(init=False, repr=False)
+    """Those of the sources and of `changes`, so that a batch needs fewer operations."""
+    _whitenings_GCC: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        more = [] if self.changes is None else [self.changes]
+        object.__setattr__(self, "_means_GC", torch.cat([self.mean_GC, *(one.mean_C[None] for one in more)]))
+        whitenings_GCC = torch.cat([self.whitening_GCC, *(one.whitening_CC[None] for one in more)])
+        object.__setattr__(self, "_whitenings_GCC", whitenings_GCC)
 
     def distances(self, features_NC: Tensor) -> Tensor:
         """Return the distance (N,) of windows with these features: from the nearest source, plus `Changes.evidence`."""
-        whitened_GNC = (features_NC.float() - self.mean_GC[:, None]) @ self.whitening_GCC
-        nearest_N: Tensor = whitened_GNC.norm(dim=2).amin(dim=0)
-        return nearest_N if self.changes is None else nearest_N + self.changes.evidence(features_NC)
+        z_GNC = torch.bmm(features_NC.float() - self._means_GC[:, None], self._whitenings_GCC)
+        nearest_N: Tensor = z_GNC[: len(self.mean_GC)].norm(dim=2).amin(dim=0)
+        if self.changes is None:
+            return nearest_N
+        return nearest_N + self.changes.logits_of_whitened(z_GNC[-1]).clamp_min(0)
 
     def scaled(self, factor: float) -> Self:
-        """Return the statistics whose distances from the sources are multiplied by `factor`."""
-        return dataclasses.replace(self, whitening_GCC=self.whitening_GCC * factor)
+        """Return the statistics whose distances are multiplied by `factor`, above 0."""
+        changes = self.changes
+        if changes is not None:
+            changes = dataclasses.replace(changes, weight_F=changes.weight_F * factor, bias=changes.bias * factor)
+        return dataclasses.replace(self, whitening_GCC=self.whitening_GCC * factor, changes=changes)
 
     def to(self, device: torch.device) -> Self:
         """Return the statistics on a device."""
@@ -144,7 +190,7 @@ class Statistics:
 
     def as_bytes(self) -> bytes:
         """Return the content of the statistics file."""
-        tensors = {"mean": self.mean_GC, "whitening": self.whitening_GCC}
+        tensors = dict(zip(_SOURCES, (self.mean_GC, self.whitening_GCC), strict=True))
         if self.changes is not None:
             tensors |= dict(zip(_CHANGES, _tensors(self.changes), strict=True))
         return safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
@@ -154,12 +200,16 @@ class Statistics:
         """Return the statistics in a file's content. Raises WeightsMismatchError if the tensors are not those."""
         try:
             tensors = {name: tensor.float() for name, tensor in safetensors.torch.load(content).items()}
-            mean, whitening = tensors["mean"], tensors["whitening"]
+            if "mean" in tensors:
+                raise WeightsMismatchError(
+                    "the statistics of the training windows are those of an earlier version, which measured other "
+                    "features; make them again with wsi-familiarity"
+                )
+            mean, whitening = (tensors[name] for name in _SOURCES)
             changes = [tensors[name] for name in _CHANGES] if tensors.keys() & _CHANGES else None
         except (KeyError, safetensors.SafetensorError) as error:
             raise WeightsMismatchError(f"the statistics of the training windows cannot be read: {error}") from error
-        # Earlier files have one source and no axis for it.
-        read = cls(mean[None], whitening[None]) if mean.ndim == 1 else cls(mean, whitening)
+        read = cls(mean, whitening)
         if (
             read.mean_GC.ndim != 2
             or not len(read.mean_GC)
@@ -178,6 +228,9 @@ class Statistics:
             )
         return read if changes is None else dataclasses.replace(read, changes=Changes(*changes))
 
+
+_SOURCES = ("source_mean", "source_whitening")
+"""Names of the tensors of the sources in a file."""
 
 _CHANGES = ("change_mean", "change_whitening", "change_weight", "change_bias")
 """Names of the tensors of `Changes` in a file, in the order of its fields."""

@@ -44,7 +44,8 @@ class MapSize(NamedTuple):
 
 
 class OpenVinoNetwork:
-    """A network compiled for the CPU. Called like the network: images (N, C, H, W) float32 -> its output, float32.
+    """A network compiled for the CPU. Called like the network: images (N, C, H, W) float32 -> its output, float32, or
+    several.
 
     N can be any number, and H and W any multiples of 32 from the side that the network was traced at, or of 16 if its
     strides allow that. The result of an image does not depend on the other images. A network may also take feature
@@ -83,12 +84,14 @@ class OpenVinoNetwork:
             examples = _examples(maps, height, width)
             with torch.no_grad():
                 expected = network(*examples)
-            if not _close(precision, self(*examples), expected):
+            found = self(*examples)
+            pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
+            if not all(_close(precision, *pair) for pair in pairs):
                 raise RuntimeUnavailableError(
                     "runtime openvino: its outputs for this model differ from those of torch; use runtime torch"
                 )
 
-    def __call__(self, *maps: Tensor) -> Tensor:
+    def __call__(self, *maps: Tensor) -> Any:
         if min(maps[0].shape[2:]) < self._smallest:
             # OpenVINO would return the output of the last call.
             raise ValueError(f"images have {tuple(maps[0].shape[2:])} px; the smallest side is {self._smallest}")
@@ -99,7 +102,8 @@ class OpenVinoNetwork:
             outputs = request.infer(arrays, share_inputs=True, share_outputs=False)
         finally:
             self._requests.put(request)
-        return torch.from_numpy(outputs[0])
+        found = tuple(torch.from_numpy(outputs[n]) for n in range(len(outputs)))
+        return found if len(found) > 1 else found[0]
 
 
 def _examples(maps: Sequence[MapSize], height: int, width: int) -> list[Tensor]:

@@ -95,6 +95,14 @@ class _Batch(NamedTuple):
     """`DeepWindows.cells` of the canvases, on the device; None unless the networks share their backbone."""
 
 
+class _Rows(NamedTuple):
+    """What the backbone that the networks share computes, by cell of all windows."""
+
+    deep_TD: Tensor
+    textures_TE: Tensor | None
+    """See `models.familiarity.textures`; None without statistics."""
+
+
 class _Classified(NamedTuple):
     """What the classifier computes for a batch, on the device."""
 
@@ -158,8 +166,11 @@ class Predictor:
         self.skip_by_gate = skip_by_gate
         self.lock = threading.Lock()
         self.on_device = Uploads(self.device)
-        self._networks = DeviceNetworks(card, classifier, segmenter, compute, streams)
-        self._statistics = None if statistics is None else statistics.to(self.device)
+        self._statistics = None
+        if statistics is not None and card.familiarity is not None:
+            self._statistics = statistics.scaled(1 / card.familiarity.window_limit).to(self.device)
+        textured = self._statistics is not None
+        self._networks = DeviceNetworks(card, classifier, segmenter, compute, streams, textured=textured)
         self._thresholds_K = torch.tensor(card.gate_thresholds).to(self.device)
 
     @classmethod
@@ -227,8 +238,8 @@ class Predictor:
         with torch.inference_mode():
             canvases, deep = self._alone(rgb_NHWC)
             batches = self._batches(canvases, corners, deep)
-            rows_TD = self._deep_rows(canvases, deep)
-            logits = [self._classified(canvases, rows_TD, batch).logits_MK for batch in batches]
+            rows = self._rows(canvases, deep)
+            logits = [self._classified(canvases, rows, batch).logits_MK for batch in batches]
             _check_finite("classifier", _order(batches), *to_host([_finite_canvases(batches, logits)]))
             return [
                 presence_RCK
@@ -243,8 +254,11 @@ class Predictor:
         """
         with torch.inference_mode():
             canvases, deep = self._alone(rgb_NHWC)
-            cells_Nhw = None if deep is None else torch.from_numpy(np.stack(deep.cells)).to(self.device)
-            around_NDhw, found = _features(self._deep_rows(canvases, deep), cells_Nhw), []
+            around_NDhw, rows = None, self._rows(canvases, deep)
+            if rows is not None and deep is not None:
+                cells_Nhw = torch.from_numpy(np.stack(deep.cells)).to(self.device)
+                around_NDhw = features_at(rows.deep_TD, cells_Nhw)
+            found = []
             for first in range(0, len(canvases), self.batch_size):
                 some = slice(first, first + self.batch_size)
                 starts = _decoded(canvases, deep, range(len(canvases))[some])
@@ -308,9 +322,9 @@ class Predictor:
         before_batch: Callable[[], object] = lambda: None,
     ) -> Decisions:
         batches = self._batches(canvases, corners, deep)
-        rows_TD = self._deep_rows(canvases, deep, before_batch)
-        classified = self._networks.each(partial(self._classified, canvases, rows_TD), batches, before_batch)
-        del rows_TD
+        rows = self._rows(canvases, deep, before_batch)
+        classified = self._networks.each(partial(self._classified, canvases, rows), batches, before_batch)
+        del rows
         gates, decisions = self._decided(batches, classified)
 
         def segment(index: int) -> Tensor:
@@ -338,21 +352,23 @@ class Predictor:
             return canvases, None
         return canvases, lone_windows(size, count, self.card.margin, stride, self.batch_size)
 
-    def _deep_rows(
+    def _rows(
         self,
         canvases: Sequence[_Canvas],
         deep: DeepWindows | None,
         before_batch: Callable[[], object] = lambda: None,
-    ) -> Tensor | None:
-        """Return the features (T, D) of the cells of all windows; None unless the networks share their backbone."""
+    ) -> _Rows | None:
+        """Return what the backbone computes in all windows; None unless the networks share it."""
         if deep is None:
             return None
 
-        def rows(batch: Sequence[int]) -> Tensor:
-            return rows_of(self._networks.deep([canvases[n].start for n in batch]))
+        def rows(batch: Sequence[int]) -> list[Tensor]:
+            maps = self._networks.deep([canvases[n].start for n in batch])
+            return [rows_of(map_NChw) for map_NChw in maps if map_NChw is not None]
 
         found = self._networks.each(rows, deep.batches, before_batch)
-        return found[0] if len(found) == 1 else torch.cat(found)
+        joined = found[0] if len(found) == 1 else [torch.cat(parts) for parts in zip(*found, strict=True)]
+        return _Rows(joined[0], joined[1] if len(joined) > 1 else None)
 
     def _batches(
         self, canvases: Sequence[_Canvas], corners: Sequence[Corner], deep: DeepWindows | None
@@ -374,21 +390,25 @@ class Predictor:
         """Return the gate windows of canvases whose cores have this height and width at the output stride."""
         return gate_windows(corners, size_out, self.card.margin, self.card.gate_window, self.output_stride)
 
-    def _classified(self, canvases: Sequence[_Canvas], rows_TD: Tensor | None, batch: _Batch) -> _Classified:
-        """Return what the classifier computes for a batch. `rows_TD` are `_deep_rows`."""
+    def _classified(self, canvases: Sequence[_Canvas], rows: _Rows | None, batch: _Batch) -> _Classified:
+        """Return what the classifier computes for a batch. `rows` are `_rows`."""
         images = [canvases[n].rgb_HWC for n in batch.canvases]
-        around_NDhw = _features(rows_TD, batch.cells_Nhw)
-        if around_NDhw is None:
-            deep_NDhw = self._networks.deep([canvases[n].start for n in batch.canvases])
+        around_NDhw = None
+        if rows is None or batch.cells_Nhw is None:
+            deep_NDhw, textures_NEhw = self._networks.deep([canvases[n].start for n in batch.canvases])
         else:
+            around_NDhw = features_at(rows.deep_TD, batch.cells_Nhw)
             ring = RING * around_NDhw.shape[2] // (images[0].shape[0] + 2 * RING)
-            deep_NDhw = around_NDhw[:, :, ring:-ring, ring:-ring]
+            inside = ..., slice(ring, -ring), slice(ring, -ring)
+            deep_NDhw, textures_NEhw = around_NDhw[inside], None
+            if rows.textures_TE is not None:
+                textures_NEhw = features_at(rows.textures_TE, batch.cells_Nhw)[inside]
         logits_MK = self._networks.window_logits(deep_NDhw, images, batch.windows)
-        if self._statistics is None or self.card.familiarity is None:
+        if self._statistics is None or textures_NEhw is None:
             return _Classified(logits_MK, None, around_NDhw)
-        features_NrcD = window_features(deep_NDhw, images[0].shape[0] // deep_NDhw.shape[2])
-        distances_Nrc = self._statistics.distances(features_NrcD.flatten(0, 2)).view(features_NrcD.shape[:3])
-        return _Classified(logits_MK, distances_Nrc / self.card.familiarity.window_limit, around_NDhw)
+        features_NrcC = window_features(textures_NEhw, images[0].shape[0] // textures_NEhw.shape[2])
+        distances_Nrc = self._statistics.distances(features_NrcC.flatten(0, 2)).view(features_NrcC.shape[:3])
+        return _Classified(logits_MK, distances_Nrc, around_NDhw)
 
     def _decided(
         self, batches: Sequence[_Batch], classified: Sequence[_Classified]
@@ -458,11 +478,6 @@ def _decoded(canvases: Sequence[_Canvas], deep: DeepWindows | None, chosen: Sequ
     if deep is None:
         return [canvases[n].start for n in chosen]
     return [part_of(canvases[n].start, deep.cores[n]) for n in chosen]
-
-
-def _features(rows_TD: Tensor | None, cells_Nhw: Tensor | None) -> Tensor | None:
-    """Return the deep features (N, D, h, w) of canvases and their `RING` if the networks share their backbone."""
-    return None if rows_TD is None or cells_Nhw is None else features_at(rows_TD, cells_Nhw)
 
 
 def _order(batches: Sequence[_Batch]) -> list[int]:

@@ -21,22 +21,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.backbone import Stages
 from models.backbone_windows import RING
+from models.familiarity import textures
 from models.padding import ExtendedConv2d, averages_map
 from models.segmenter import NATIVE_STRIDE, CoreDecoder, CoreSegmenter, leaves_margin_out
 
 
 class DeepFeatures(nn.Module):
-    """The deep features of a classifier, as a network."""
+    """The deep features of a classifier, as a network. If it is `textured`, it returns them and their `textures`."""
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, classifier: nn.Module, *, textured: bool = False) -> None:
         super().__init__()
         self.classifier = classifier
+        self.textured = textured
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        stages: Any = self.classifier
-        deep_NDhw: Tensor = stages.stages(x_NCHW).deep
-        return deep_NDhw
+    def forward(self, x_NCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        classifier: Any = self.classifier
+        stages: Stages = classifier.stages(x_NCHW)
+        return (stages.deep, textures(stages)) if self.textured else stages.deep
 
 
 class Networks(NamedTuple):
@@ -51,7 +54,7 @@ class Networks(NamedTuple):
     classifier: nn.Module
     """The classifier whose head reads the deep features."""
     deep: nn.Module
-    """The start -> the classifier's deep features (N, D, h, w)."""
+    """The start -> the output of `DeepFeatures`."""
     segmenter: nn.Module
     """The start -> the logits of `CoreSegmenter`. If the whole backbone is shared, a `CoreDecoder` instead, whose deep
     features have the margin and `RING` more pixels."""
@@ -59,22 +62,24 @@ class Networks(NamedTuple):
     """Channels D and stride of the deep features if the segmenter takes them, else None."""
 
 
-def unshared(classifier: nn.Module, segmenter: nn.Module, margin: int) -> Networks:
+def unshared(classifier: nn.Module, segmenter: nn.Module, margin: int, *, textured: bool = False) -> Networks:
     """Return the networks without shared stages: each computes all of its features from the images."""
-    return Networks(None, 0, (3, 1), classifier, DeepFeatures(classifier), CoreSegmenter(segmenter, margin), None)
+    deep = DeepFeatures(classifier, textured=textured)
+    return Networks(None, 0, (3, 1), classifier, deep, CoreSegmenter(segmenter, margin), None)
 
 
-def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> Networks:
+def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int, *, textured: bool = False) -> Networks:
     """Return the networks, cut after the last part of the backbones that has the same layers and weights in both.
 
-    The cut is either after all stages or after those up to stride 4. The arguments do not change. Only networks of timm
+    The cut is either after all stages or after those up to stride 4. The arguments do not change. `textured` is that of
+    `DeepFeatures`. Only networks of timm
     with a stem and blocks, such as EfficientNet, are compared. They share no stage whose different padding could reach
     farther into a canvas than the `margin`, in pixels, that is cut off.
     """
     ours: Any = getattr(getattr(classifier, "backbone", None), "net", None)
     theirs: Any = getattr(getattr(segmenter, "encoder", None), "model", None)
     if not all(hasattr(net, part) for net in (ours, theirs) for part in ("conv_stem", "bn1", "blocks", "feature_info")):
-        return unshared(classifier, segmenter, margin)
+        return unshared(classifier, segmenter, margin, textured=textured)
     # The decoder reads the features at this stride, so every segmenter has exactly one such stage.
     cut = next(stage for stage in theirs.feature_info.get_dicts() if stage["reduction"] == NATIVE_STRIDE)
     start = int(cut["num_chs"]), NATIVE_STRIDE
@@ -84,12 +89,14 @@ def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> 
         # Any: networks have their parts by name.
         whole: Any = copy.deepcopy(classifier)
         net, last = whole.backbone.net, theirs.feature_info.get_dicts()[-1]
-        deep = nn.Sequential(*net.blocks[cut["stage"] :])
+        first = _first(net, cut["stage"])
+        _remove(net, cut["stage"])
+        deep = DeepFeatures(whole, textured=textured)
         decoder = CoreDecoder(copy.deepcopy(segmenter), margin + RING)
         shared_deep = int(last["num_chs"]), int(last["reduction"])
-        return Networks(_first(net, cut["stage"]), reach_px, start, whole, deep, decoder, shared_deep)
+        return Networks(first, reach_px, start, whole, deep, decoder, shared_deep)
     if not _alike(first, other) or reach_px > margin:
-        return unshared(classifier, segmenter, margin)
+        return unshared(classifier, segmenter, margin, textured=textured)
     later_classifier: Any = copy.deepcopy(classifier)
     later_segmenter: Any = copy.deepcopy(segmenter)
     first = _first(later_classifier.backbone.net, cut["stage"])
@@ -97,7 +104,7 @@ def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int) -> 
         _remove(net, cut["stage"])
     # The features have a quarter of the image's sides, which need not be multiples of the encoder's stride.
     later_segmenter.requires_divisible_input_shape = False
-    later = DeepFeatures(later_classifier), CoreSegmenter(later_segmenter, margin)
+    later = DeepFeatures(later_classifier, textured=textured), CoreSegmenter(later_segmenter, margin)
     return Networks(first, reach_px, start, later_classifier, *later, None)
 
 

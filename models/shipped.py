@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SHIPPED_DIGESTS = {
-    "colon-gland": "98429e9f9ac2dda66edaaf49fd199ae4ff39aab29dd5b15a6c349e8468e0f775",
-    "colorectal-tissue": "ac7d7bd8d0332a3acb2e2624e3b3ff50a42afd6bec24233a043752c62403cca5",
+    "colon-gland": "65d886b8b0265ed10933fb99918ffffed49e36106ffb965b0848f91a490bcc61",
+    "colorectal-tissue": "1c0dfbc86eee1f1dbb69fefcf6308cd4357796db87cc6adb59ac036dbbf1a946",
 }
 """Name of a shipped bundle -> SHA-256 of its model.json, which contains the digests of the weights."""

@@ -18,7 +18,7 @@ from models.bundle import Bundle, load_networks, replace_card
 from models.card import NO_DIGEST, FamiliarityCard
 from models.classifier import Classifier
 from models.devices import choose_device
-from models.familiarity import Statistics, fit_changes, fit_statistics, of_sources, window_features
+from models.familiarity import Statistics, fit_changes, fit_statistics, of_sources, textures, window_features
 from pipeline.errors import TrainError
 from pipeline.training.augment import restain
 from pipeline.training.changes import CHANGES
@@ -27,6 +27,12 @@ from pipeline.training.patches import PatchImages
 
 MOST_IMAGES = 1500
 """Images of a split that are read. If there are more, every n-th is."""
+
+MOST_CHANGED = 375
+"""Images of a split that are changed in each way of `CHANGES`."""
+
+COPIES = 3
+"""Recolored copies of each training image."""
 
 FAMILIAR_SHARE = 0.995
 """Share of the validation windows that is familiar. docs/benchmarks/familiarity.md compares it with 0.99."""
@@ -55,14 +61,15 @@ def fit_familiarity(
 ) -> tuple[Statistics, FamiliarityCard]:
     """Return the statistics of the training images and their part of the model card.
 
-    `classifier` is a `Classifier` in eval mode. Every training image counts as it is and recolored, so that the stain
-    of another laboratory does not make a slide unfamiliar. Recolored images that were changed by one of `CHANGES` teach
-    what wrong colors, blur and wrong pixel sizes look like. All limits come from the unchanged validation images.
+    `classifier` is a `Classifier` in eval mode. Every training image counts as it is and in `COPIES` other colors, so
+    that the stain of another laboratory does not make a slide unfamiliar. Recolored images that were changed by one of
+    `CHANGES` teach what wrong colors, blur and wrong pixel sizes look like. All limits come from the unchanged
+    validation images.
 
     Each source has a mean and a covariance of its own: one Gaussian around mosaics and whole images would include
     everything between them. The distance from the nearest source and the evidence of a change are added. Between the
-    median of the validation windows and the value that `FAMILIAR_SHARE` of them stay below, the first part grows by 1
-    and the second by 0.5. The result is deterministic. Raises TrainError if a split is empty.
+    median of the validation windows and the value that `FAMILIAR_SHARE` of them stay below, each of them grows by 1.
+    The result is deterministic. Raises TrainError if a split is empty.
     """
     assert isinstance(classifier, Classifier)
     place = choose_device(device)
@@ -77,10 +84,10 @@ def fit_familiarity(
         if not (len(training) and len(validation)):
             raise TrainError(f"{training.dataset.card.name}: the training or validation split has no readable image")
         rng = np.random.default_rng(0)
-        both = [features(_images(training)), features(recolored(rgb_HWC, rng) for rgb_HWC in _images(training))]
-        familiar.append(np.concatenate(both))
+        copies = [features(recolored(rgb_HWC, rng) for rgb_HWC in _images(training)) for _ in range(COPIES)]
+        familiar.append(np.concatenate([features(_images(training)), *copies]))
         for of_kind, change in zip(changed, CHANGES.values(), strict=True):
-            images = _images(training, MOST_IMAGES // len(CHANGES))
+            images = _images(training, MOST_CHANGED)
             of_kind.append(features(change(recolored(rgb_HWC, rng), rng) for rgb_HWC in images))
         held.append(features(_images(validation)))
         statistics = fit_statistics(familiar[-1])
@@ -114,10 +121,9 @@ def _features(
 ) -> NDArray[np.float32]:
     """Return the features (N, C) of the windows of an image."""
     x_NCHW = as_input(padded(rgb_HWC[None]), device, scale)
-    deep_NChw = classifier.stages(x_NCHW).deep
-    features_NC: NDArray[np.float32] = (
-        window_features(deep_NChw, x_NCHW.shape[2] // deep_NChw.shape[2]).flatten(0, 2).cpu().numpy()
-    )
+    textures_NEhw = textures(classifier.stages(x_NCHW))
+    features_NrcC = window_features(textures_NEhw, x_NCHW.shape[2] // textures_NEhw.shape[2])
+    features_NC: NDArray[np.float32] = features_NrcC.flatten(0, 2).cpu().numpy()
     return features_NC
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from models.bundle import Bundle, load_bundle, load_networks, load_statistics
 from models.classifier import Classifier
-from models.familiarity import WINDOW, window_features
+from models.familiarity import WINDOW, textures, window_features
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
@@ -158,8 +158,8 @@ def auroc(familiar: NDArray[np.floating], unfamiliar: NDArray[np.floating]) -> f
 def features(classifier: Classifier, rgb_HWC: RGB) -> Tensor:
     """Return the features (N, C) of the windows of an image at the model's pixel size."""
     x_NCHW = as_input(padded(rgb_HWC[None]), torch.device("cpu"), TrainConfig())
-    deep_NChw = classifier.stages(x_NCHW).deep
-    return window_features(deep_NChw, x_NCHW.shape[2] // deep_NChw.shape[2]).flatten(0, 2)
+    textures_NEhw = textures(classifier.stages(x_NCHW))
+    return window_features(textures_NEhw, x_NCHW.shape[2] // textures_NEhw.shape[2]).flatten(0, 2)
 
 
 class Meter:

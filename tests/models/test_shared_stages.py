@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from models import device_networks
 from models.bundle import load_bundle, load_networks, shipped_bundles
-from models.card import NO_DIGEST
+from models.card import NO_DIGEST, FamiliarityCard
 from models.errors import ArchitectureError
+from models.familiarity import fit_statistics, textures
 from models.padding import ExtendedConv2d, pad_before_expansion
 from models.predictor import Predictor
 from models.runtimes import Runtime
@@ -65,6 +66,10 @@ def test_a_backbone_that_both_networks_have_is_computed_once(backbone: str, dept
         assert [(one.shape[1], 256 // one.shape[2]) for one in maps] == [split.start, split.shared_deep]
         assert [one.shape[2] for one in maps] == [256 // 4, 256 // 16]
         assert torch.equal(maps[-1], DeepFeatures(classifier)(x_NCHW))
+        textured = split_networks(classifier, segmenter, 64, textured=True).deep(fine_NChw)
+        stages = classifier.stages(x_NCHW)
+        assert torch.equal(textured[0], stages.deep)
+        assert torch.equal(textured[1], textures(stages))
         # The decoder reads the deep features of the ring around the margin of 64, and 16 px of fine features.
         found_NKhw = split.segmenter(fine_NChw[:, :, 20:-20, 20:-20], maps[1])
         edge = 96 // NATIVE_STRIDE - RIM
@@ -87,25 +92,34 @@ def test_a_classifier_with_layers_after_its_stages_shares_the_first_stages_only(
 
 
 @pytest.mark.parametrize("runtime", ["torch", "openvino"])
-def test_a_shared_backbone_gives_the_probabilities_of_two_networks(
+def test_a_shared_backbone_gives_the_probabilities_and_distances_of_two_networks(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(runtime)
     card = load_bundle("colon-gland").card
-    card = card.model_copy(update={"classes": card.classes[:2], "gate_thresholds": (0.0, 0.0), "familiarity": None})
-    rgb_NHWC = np.random.default_rng(0).integers(0, 256, (2, 192, 224, 3), dtype=np.uint8)
+    familiarity = FamiliarityCard(statistics=NO_DIGEST, window_limit=2, share_limit=0.5)
+    card = card.model_copy(
+        update={"classes": card.classes[:2], "gate_thresholds": (0.0, 0.0), "familiarity": familiarity}
+    )
+    rgb_NHWC = np.random.default_rng(0).integers(0, 256, (2, 256, 352, 3), dtype=np.uint8)
+    rgb_NHWC[1, :, 100:] //= 2
+    corners = [(0, 0), (256, 0)]
 
-    def found(*, share: bool) -> tuple[Tensor, list[Tensor]]:
-        predictor = Predictor(card, NO_DIGEST, *sharing_networks(), device="cpu", runtime=runtime)
+    def found(*, share: bool) -> list[Tensor]:
+        networks = sharing_networks()
+        features = 2 * sum(networks[0].backbone.stage_channels[:2])
+        statistics = fit_statistics(np.random.default_rng(1).normal(size=(500, features)).astype(np.float32))
+        predictor = Predictor(card, NO_DIGEST, *networks, device="cpu", runtime=runtime, statistics=statistics)
         assert predictor._networks.shares_stages == share
-        return predictor.logits(rgb_NHWC), predictor.presence(rgb_NHWC, [(0, 0), (256, 0)])
+        distances_Nrc = predictor.predict(rgb_NHWC, corners).distances_Nrc
+        assert distances_Nrc is not None
+        assert distances_Nrc.shape == (2, 2, 3)
+        assert np.ptp(distances_Nrc) > 0.1
+        return [predictor.logits(rgb_NHWC), *predictor.presence(rgb_NHWC, corners), torch.from_numpy(distances_Nrc)]
 
-    shared_NKhw, shared = found(share=True)
-
+    shared = found(share=True)
     monkeypatch.setattr(device_networks, "split_networks", unshared)
-    apart_NKhw, apart = found(share=False)
-    torch.testing.assert_close(shared_NKhw, apart_NKhw, atol=1e-5, rtol=1e-4)
-    for ours, other in zip(shared, apart, strict=True):
+    for ours, other in zip(shared, found(share=False), strict=True):
         torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-4)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.bundle import Bundle, load_networks, replace_card, save_bundle
 from models.card import NO_DIGEST, ClassifierCard, FamiliarityCard, SegmenterCard
 from models.classifier import Classifier
-from models.familiarity import fit_changes, fit_statistics, window_features
+from models.familiarity import fit_changes, fit_statistics, textures, window_features
 from models.segmenter import build_segmenter
 from tests.models.networks import LITE, make_card, timm_networks
 from tests.pipeline.fakes import COLORS, REGIONS
@@ -62,7 +62,7 @@ def familiar_bundle(folder: Path, rgb_HWC: NDArray[np.uint8], scope: str = "pain
     def features_NF(shift: int) -> Tensor:
         moved_HWC = np.roll(rgb_HWC, (shift, 3 * shift), axis=(0, 1))
         x_NCHW = torch.from_numpy(moved_HWC).permute(2, 0, 1)[None] / 255
-        return window_features(classifier.stages(x_NCHW).deep, 8).flatten(0, 2)
+        return window_features(textures(classifier.stages(x_NCHW)), 8).flatten(0, 2)
 
     with torch.inference_mode():
         familiar_NF = torch.cat([features_NF(shift) for shift in range(0, 128, 8)]).numpy()
