@@ -36,7 +36,8 @@ class Backbone(nn.Module):
     cell of each row and column, with the same features except near the edges. The features of ResNet-D networks differ,
     because their average pooling is not dilated. A stage that has stride 8 without dilation keeps this stride.
 
-    `channels` are those of the deep stage and `stage_channels` those of all three.
+    `channels` are those of the deep stage and `stage_channels` those of all three. `shallow_stride` is that of the
+    shallow stage.
 
     `name` is "resnet38d" or a model of timm. In a timm network, shallow and middle are the outputs of the third-last
     and second-last feature stages, and deep is the final feature map, after the last convolution.
@@ -56,6 +57,7 @@ class Backbone(nn.Module):
         self.net: Any
         self.channels: int
         self.stage_channels: tuple[int, int, int]
+        self.shallow_stride: int
         if name == "resnet38d":
             if depth is not None:
                 raise ArchitectureError("backbone 'resnet38d' cannot be cut; remove the depth")
@@ -63,6 +65,7 @@ class Backbone(nn.Module):
                 raise ArchitectureError(f"backbone 'resnet38d' has stride {STRIDE}, not {stride}; use stride {STRIDE}")
             self.net, self.channels, self._taps = resnet38d.ResNet38d(), resnet38d.CHANNELS, None
             self.stage_channels = (512, 1024, resnet38d.CHANNELS)
+            self.shallow_stride = STRIDE
         else:
             self.net = _timm_network(name, stride)
             self.channels = self.net.num_features
@@ -71,6 +74,7 @@ class Backbone(nn.Module):
                 self.channels, self._taps = _cut(self.net, name, depth), [depth - 3, depth - 2, depth - 1]
             shallow, middle = (int(self.net.feature_info[tap]["num_chs"]) for tap in self._taps[:2])
             self.stage_channels = (shallow, middle, self.channels)
+            self.shallow_stride = int(self.net.feature_info[self._taps[0]]["reduction"])
         extend_edges(self.net, edges)
 
     def forward(self, x_NCHW: Tensor) -> Stages:

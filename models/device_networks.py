@@ -125,9 +125,9 @@ class DeviceNetworks:
         return rgb_HWC if self._first is None else self._fine(rgb_HWC[None])[0]
 
     def deep(self, starts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return the classifier's deep features (N, D, h, w) for starts of one size, and their textures (N, E, h, w).
+        """Return the classifier's deep features (N, D, h, w) and the textures (N, E, h, w) for starts of one size.
 
-        The second is None if the networks are not `textured`. See `models.familiarity.textures`.
+        The textures are None unless the networks are `textured`. See `models.familiarity.textures`.
         """
         with self._autocast():
             found = self._deep(self._batch(starts))

@@ -2,12 +2,12 @@
 
 Windows of `WINDOW` pixels slide over the classifier's shallow and middle feature maps. The features of a window are the
 mean and the standard deviation of each channel. `Statistics` holds mean and covariance of the features of training
-windows, and what tells training windows from changed ones: other colors, blur, other pixel sizes.
+windows, and a regression that separates training windows from changed ones (other colors, blur, other pixel sizes).
 `Statistics.distances` returns the Mahalanobis distance of other windows, plus the evidence of a change.
 docs/benchmarks/familiarity.md compares this with other choices.
 
-Shape suffixes: N images or windows, G sources of training images, C features of a window, E channels of `textures`,
-which are as many, F terms of a regression, h and w the deep feature map, r and c the rows and columns of windows.
+Shape suffixes: N images or windows, G sources of training images, C features of a window, E channels of `textures`
+(E = C), F terms of a regression, h and w the deep feature map, r and c the rows and columns of windows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def window_starts(length: int) -> list[int]:
 
 
 def textures(stages: Stages) -> Tensor:
-    """Return what `window_features` needs of feature maps, (N, E, h, w): one value per cell of the deep map.
+    """Return the input (N, E, h, w) of `window_features`, with one value of each channel per cell of the deep map.
 
     The first half of the channels has the means of all shallow and middle channels over each cell of the deep map, and
     the second half their mean squares. So E is twice the number of these channels.
@@ -121,14 +121,17 @@ class Changes:
 
     def evidence(self, features_NC: Tensor) -> Tensor:
         """Return the evidence (N,) that windows with these features were changed: the scaled logit, at least 0."""
-        return self.logits(features_NC).clamp_min(0)
+        return self.evidence_of_whitened((features_NC.float() - self.mean_C) @ self.whitening_CC)
+
+    def evidence_of_whitened(self, z_NC: Tensor) -> Tensor:
+        """Return the evidence (N,) for whitened features."""
+        return self._logits(z_NC).clamp_min(0)
 
     def logits(self, features_NC: Tensor) -> Tensor:
         """Return the logits (N,) with the current scale."""
-        return self.logits_of_whitened((features_NC.float() - self.mean_C) @ self.whitening_CC)
+        return self._logits((features_NC.float() - self.mean_C) @ self.whitening_CC)
 
-    def logits_of_whitened(self, z_NC: Tensor) -> Tensor:
-        """Return the logits (N,) for whitened features."""
+    def _logits(self, z_NC: Tensor) -> Tensor:
         z_NC = _clamped(z_NC)
         return torch.addmv(self._constant, torch.cat([z_NC, z_NC.square()], dim=1), self._of_powers_F)
 
@@ -159,7 +162,7 @@ class Statistics:
     changes: Changes | None = None
     """None until they are fitted."""
     _means_GC: Tensor = field(init=False, repr=False)
-    """Those of the sources and of `changes`, so that a batch needs fewer operations."""
+    """Those of the sources, then that of `changes`: one product whitens for all of them."""
     _whitenings_GCC: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -174,7 +177,7 @@ class Statistics:
         nearest_N: Tensor = z_GNC[: len(self.mean_GC)].norm(dim=2).amin(dim=0)
         if self.changes is None:
             return nearest_N
-        return nearest_N + self.changes.logits_of_whitened(z_GNC[-1]).clamp_min(0)
+        return nearest_N + self.changes.evidence_of_whitened(z_GNC[-1])
 
     def scaled(self, factor: float) -> Self:
         """Return the statistics whose distances are multiplied by `factor`, above 0."""
@@ -203,23 +206,20 @@ class Statistics:
             if "mean" in tensors:
                 raise WeightsMismatchError(
                     "the statistics of the training windows are those of an earlier version, which measured other "
-                    "features; make them again with wsi-familiarity"
+                    "features; make them again with `wsi-familiarity BUNDLE DATASET --data FOLDER`, or remove "
+                    '"familiarity" from model.json to run without warnings about unfamiliar slides'
                 )
             mean, whitening = (tensors[name] for name in _SOURCES)
             changes = [tensors[name] for name in _CHANGES] if tensors.keys() & _CHANGES else None
         except (KeyError, safetensors.SafetensorError) as error:
             raise WeightsMismatchError(f"the statistics of the training windows cannot be read: {error}") from error
-        read = cls(mean, whitening)
-        if (
-            read.mean_GC.ndim != 2
-            or not len(read.mean_GC)
-            or read.whitening_GCC.shape != (*read.mean_GC.shape, read.mean_GC.shape[-1])
-        ):
+        if mean.ndim != 2 or not len(mean) or whitening.shape != (*mean.shape, mean.shape[-1]):
             raise WeightsMismatchError(
                 f"the statistics of the training windows do not fit together: means of shape "
                 f"{tuple(mean.shape)} and a whitening matrix of {tuple(whitening.shape)}"
             )
-        channels = read.mean_GC.shape[1]
+        read = cls(mean, whitening)
+        channels = mean.shape[1]
         expected = ((channels,), (channels, channels), (2 * channels,), ())
         if changes is not None and tuple(tensor.shape for tensor in changes) != expected:
             shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in _CHANGES)

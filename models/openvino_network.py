@@ -44,8 +44,8 @@ class MapSize(NamedTuple):
 
 
 class OpenVinoNetwork:
-    """A network compiled for the CPU. Called like the network: images (N, C, H, W) float32 -> its output, float32, or
-    several.
+    """A network compiled for the CPU. Called like the network: images (N, C, H, W) float32 -> its output, or a tuple of
+    its outputs, float32.
 
     N can be any number, and H and W any multiples of 32 from the side that the network was traced at, or of 16 if its
     strides allow that. The result of an image does not depend on the other images. A network may also take feature

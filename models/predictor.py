@@ -29,7 +29,7 @@ from models.compute import choose_compute
 from models.deep_map import DeepWindows, batches_of, features_at, joined_windows, lone_windows, rows_of
 from models.device_networks import DeviceNetworks
 from models.devices import Uploads, choose_device, to_host
-from models.errors import NonFiniteOutputError, RuntimeUnavailableError
+from models.errors import NonFiniteOutputError, RuntimeUnavailableError, WeightsMismatchError
 from models.familiarity import Statistics, window_features
 from models.fine_map import part_of
 from models.gate import passing_classes, presence
@@ -96,7 +96,7 @@ class _Batch(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What the backbone that the networks share computes, by cell of all windows."""
+    """The outputs of the shared backbone: one row for each cell of all windows."""
 
     deep_TD: Tensor
     textures_TE: Tensor | None
@@ -219,6 +219,8 @@ class Predictor:
                 bundle.card.name,
             )
         networks = load_networks(bundle)
+        if statistics is not None:
+            _check_fit(bundle, statistics, networks[0])
         return cls.from_networks(bundle.card, bundle.digest, *networks, device=device, statistics=statistics, **options)
 
     def own_threads(self) -> AbstractContextManager[None]:
@@ -391,7 +393,7 @@ class Predictor:
         return gate_windows(corners, size_out, self.card.margin, self.card.gate_window, self.output_stride)
 
     def _classified(self, canvases: Sequence[_Canvas], rows: _Rows | None, batch: _Batch) -> _Classified:
-        """Return what the classifier computes for a batch. `rows` are `_rows`."""
+        """Return what the classifier computes for a batch. `rows` is the result of `_rows`."""
         images = [canvases[n].rgb_HWC for n in batch.canvases]
         around_NDhw = None
         if rows is None or batch.cells_Nhw is None:
@@ -471,6 +473,15 @@ class Predictor:
                 f"canvases have {sides[0]}x{sides[1]} px; sides are multiples of 32 above {2 * self.card.margin}"
             )
         return rgb_NHWC if isinstance(rgb_NHWC, Tensor) else self.on_device(rgb_NHWC)
+
+
+def _check_fit(bundle: Bundle, statistics: Statistics, classifier: Any) -> None:
+    expected, actual = 2 * sum(classifier.backbone.stage_channels[:2]), statistics.mean_GC.shape[1]
+    if actual != expected:
+        raise WeightsMismatchError(
+            f"{bundle.path}: the statistics of the training windows have {actual} features, but the classifier "
+            f"needs {expected}; make them again with `wsi-familiarity BUNDLE DATASET --data FOLDER`"
+        )
 
 
 def _decoded(canvases: Sequence[_Canvas], deep: DeepWindows | None, chosen: Sequence[int]) -> list[Tensor]:

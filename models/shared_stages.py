@@ -71,14 +71,17 @@ def unshared(classifier: nn.Module, segmenter: nn.Module, margin: int, *, textur
 def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int, *, textured: bool = False) -> Networks:
     """Return the networks, cut after the last part of the backbones that has the same layers and weights in both.
 
-    The cut is either after all stages or after those up to stride 4. The arguments do not change. `textured` is that of
-    `DeepFeatures`. Only networks of timm
+    The cut is either after all stages or after those up to stride 4. The arguments do not change. `textured` is passed
+    to `DeepFeatures`. If the shallow stage that it reads lies before the cut, nothing is shared. Only networks of timm
     with a stem and blocks, such as EfficientNet, are compared. They share no stage whose different padding could reach
     farther into a canvas than the `margin`, in pixels, that is cut off.
     """
     ours: Any = getattr(getattr(classifier, "backbone", None), "net", None)
     theirs: Any = getattr(getattr(segmenter, "encoder", None), "model", None)
     if not all(hasattr(net, part) for net in (ours, theirs) for part in ("conv_stem", "bn1", "blocks", "feature_info")):
+        return unshared(classifier, segmenter, margin, textured=textured)
+    whole_classifier: Any = classifier
+    if textured and whole_classifier.backbone.shallow_stride < NATIVE_STRIDE:
         return unshared(classifier, segmenter, margin, textured=textured)
     # The decoder reads the features at this stride, so every segmenter has exactly one such stage.
     cut = next(stage for stage in theirs.feature_info.get_dicts() if stage["reduction"] == NATIVE_STRIDE)

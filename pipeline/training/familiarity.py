@@ -68,8 +68,8 @@ def fit_familiarity(
 
     Each source has a mean and a covariance of its own: one Gaussian around mosaics and whole images would include
     everything between them. The distance from the nearest source and the evidence of a change are added. Between the
-    median of the validation windows and the value that `FAMILIAR_SHARE` of them stay below, each of them grows by 1.
-    The result is deterministic. Raises TrainError if a split is empty.
+    median of the validation windows and the value that `FAMILIAR_SHARE` of these windows stay below, each part grows by
+    1. The result is deterministic. Raises TrainError if a split is empty.
     """
     assert isinstance(classifier, Classifier)
     place = choose_device(device)

@@ -37,6 +37,7 @@ from models.errors import (
     WeightsMismatchError,
 )
 from models.familiarity import fit_statistics
+from models.predictor import Predictor
 from models.segmenter import build_segmenter, encoder_network, share_backbone
 from models.tissue_class import TissueClass
 from tests import shipped_models
@@ -302,6 +303,12 @@ def _with_statistics(folder: Path) -> None:
     bundle = load_bundle(folder)
     familiarity = FamiliarityCard(statistics=NO_DIGEST, window_limit=3.5, share_limit=0.5)
     replace_card(bundle, bundle.card.model_copy(update={"familiarity": familiarity, "scope": "colon"}), statistics)
+
+
+def test_statistics_of_another_number_of_features_are_refused(folder: Path) -> None:
+    _with_statistics(folder)
+    with pytest.raises(WeightsMismatchError, match=r"have 8 features, .* needs \d+; make them again with `wsi-famil"):
+        Predictor.from_bundle(load_bundle(folder), device="cpu")
 
 
 def test_statistics_are_added_to_a_bundle_whose_weights_stay(folder: Path) -> None:

@@ -70,10 +70,12 @@ def test_features_are_means_and_deviations_of_the_channels_over_each_window(
         assert features_NrcC[image, row, column] == pytest.approx(np.concatenate(expected), abs=1e-4)
 
 
-def test_a_map_without_any_variation_has_deviations_of_zero() -> None:
-    map_NChw = torch.full((1, 2, 14, 14), 3.3)
+@pytest.mark.parametrize("value", [0.1, 0.2, 1.1, 3.4, 3.9])
+def test_a_map_without_any_variation_has_deviations_of_zero(value: float) -> None:
+    """Rounding makes the variance of some of these maps negative."""
+    map_NChw = torch.full((1, 2, 14, 14), value)
     features_C = window_features(textures(Stages(map_NChw, map_NChw, map_NChw)), 16).flatten()
-    assert features_C.tolist() == pytest.approx(4 * [3.3] + 4 * [0.0], abs=2e-3)
+    assert features_C.tolist() == pytest.approx(4 * [value] + 4 * [0.0], abs=2e-3)
 
 
 def test_textures_keep_the_digits_of_single_precision() -> None:
@@ -126,7 +128,7 @@ def test_statistics_survive_their_file() -> None:
 def test_statistics_of_the_features_of_an_earlier_version_are_refused() -> None:
     statistics = fit_statistics(windows(50, 4))
     earlier = safetensors.torch.save({"mean": statistics.mean_GC, "whitening": statistics.whitening_GCC})
-    with pytest.raises(WeightsMismatchError, match=r"earlier version.* again with wsi-familiarity"):
+    with pytest.raises(WeightsMismatchError, match=r"earlier version.* again with `wsi-familiarity.* remove"):
         Statistics.from_bytes(earlier)
 
 

@@ -14,7 +14,7 @@ from models import device_networks
 from models.bundle import load_bundle, load_networks, shipped_bundles
 from models.card import NO_DIGEST, FamiliarityCard
 from models.errors import ArchitectureError
-from models.familiarity import fit_statistics, textures
+from models.familiarity import fit_statistics, textures, window_features
 from models.padding import ExtendedConv2d, pad_before_expansion
 from models.predictor import Predictor
 from models.runtimes import Runtime
@@ -75,6 +75,56 @@ def test_a_backbone_that_both_networks_have_is_computed_once(backbone: str, dept
         edge = 96 // NATIVE_STRIDE - RIM
         whole_NKhw = segmenter(x_NCHW)
         torch.testing.assert_close(found_NKhw, whole_NKhw[:, :, edge:-edge, edge:-edge], atol=1e-6, rtol=1e-5)
+
+
+def test_networks_whose_textures_lie_before_the_shared_stages_share_nothing() -> None:
+    """With three stages, the shallow one has stride 2."""
+    classifier, segmenter = sharing_networks(depth=3)
+    x_NCHW = images(5)
+    assert split_networks(classifier, segmenter, 64).first is not None
+    split = split_networks(classifier, segmenter, 64, textured=True)
+    assert split.first is None
+    with torch.inference_mode():
+        assert torch.equal(split.deep(x_NCHW)[1], textures(classifier.stages(x_NCHW)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_canvases_of_one_image_have_the_textures_of_their_own_places(batch_size: int) -> None:
+    """Distances are those of the windows of the whole image, which shares no canvas."""
+    card = load_bundle("colon-gland").card
+    familiarity = FamiliarityCard(statistics=NO_DIGEST, window_limit=1, share_limit=0.5)
+    card = card.model_copy(update={"gate_thresholds": (0.0, 0.0), "familiarity": familiarity})
+    networks = sharing_networks()
+    rgb_HWC = np.random.default_rng(0).integers(0, 256, (320, 896, 3), dtype=np.uint8)
+    rgb_HWC[:, 448:] = 255
+    mean_C, std_C = (torch.tensor(values)[:, None, None] for values in (card.mean, card.std))
+    x_NCHW = torch.from_numpy(rgb_HWC).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        maps_NEhw = textures(networks[0].stages((x_NCHW - mean_C) / std_C))
+
+    def features_of(rows: slice, columns: slice) -> Tensor:
+        part_NEhw = maps_NEhw[..., rows.start // 16 : rows.stop // 16, columns.start // 16 : columns.stop // 16]
+        return window_features(part_NEhw, 16).flatten(0, 2)
+
+    places = [(slice(0, 320), slice(first, last)) for first, last in ((0, 320), (192, 576), (448, 896))]
+    near_C = features_of(*places[0])[0].numpy()
+    spread_NC = 0.05 * np.random.default_rng(1).normal(size=(500, len(near_C)))
+    statistics = fit_statistics((near_C + spread_NC).astype(np.float32))
+    options: dict[str, Any] = {"device": "cpu", "statistics": statistics, "batch_size": batch_size}
+    predictor = Predictor(card, NO_DIGEST, *networks, **options)
+    cores = [(64, 64), (256, 64), (512, 64)]
+    probs = [torch.empty((2, 192 // 4, (columns.stop - columns.start - 128) // 4)) for _, columns in places]
+    found = predictor.predict_into(probs, torch.from_numpy(rgb_HWC), places, cores).distances
+    assert found is not None
+    largest = max(float(distances_rc.max()) for distances_rc in found)
+    for place, distances_rc in zip(places, found, strict=True):
+        expected_rc = statistics.distances(features_of(*place)).numpy().reshape(distances_rc.shape)
+        # The windows in which the backbone runs have less context than the image.
+        assert distances_rc == pytest.approx(expected_rc, abs=0.03 * largest)
+    # Noise, both, and glass.
+    assert found[0].max() < 0.1 * largest
+    assert np.ptp(found[1]) > 0.3 * largest
+    assert found[2].min() > 0.9 * largest
 
 
 @pytest.mark.parametrize("options", [{"stride": 8}, {"edges_too": False}])
