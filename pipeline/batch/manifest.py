@@ -95,6 +95,8 @@ def _job(where: str, manifest: Path, row: dict[str, str]) -> SlideJob:
         raise ConfigError(f"{where}: the column 'slide' is empty")
     if "\0" in name:
         raise ConfigError(f"{where}: the column 'slide' contains a zero byte; file names cannot contain one")
+    if not PurePath(name).name:
+        raise ConfigError(f"{where}: the column 'slide' is {name!r}, which is a folder; it must name a slide")
     slide = manifest.parent / local_path(name, f"{where}: the slide")
     return SlideJob(
         slide,
