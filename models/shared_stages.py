@@ -76,39 +76,37 @@ def split_networks(classifier: nn.Module, segmenter: nn.Module, margin: int, *, 
     with a stem and blocks, such as EfficientNet, are compared. They share no stage whose different padding could reach
     farther into a canvas than the `margin`, in pixels, that is cut off.
     """
-    ours: Any = getattr(getattr(classifier, "backbone", None), "net", None)
+    backbone: Any = getattr(classifier, "backbone", None)
+    ours: Any = getattr(backbone, "net", None)
     theirs: Any = getattr(getattr(segmenter, "encoder", None), "model", None)
+    alone = unshared(classifier, segmenter, margin, textured=textured)
     if not all(hasattr(net, part) for net in (ours, theirs) for part in ("conv_stem", "bn1", "blocks", "feature_info")):
-        return unshared(classifier, segmenter, margin, textured=textured)
-    whole_classifier: Any = classifier
-    if textured and whole_classifier.backbone.shallow_stride < NATIVE_STRIDE:
-        return unshared(classifier, segmenter, margin, textured=textured)
+        return alone
+    if textured and backbone.shallow_stride < NATIVE_STRIDE:
+        return alone
     # The decoder reads the features at this stride, so every segmenter has exactly one such stage.
     cut = next(stage for stage in theirs.feature_info.get_dicts() if stage["reduction"] == NATIVE_STRIDE)
     start = int(cut["num_chs"]), NATIVE_STRIDE
     first, other = _first(ours, cut["stage"]), _first(theirs, cut["stage"])
     reach_px = _reach_px(first)
-    if _share_all(ours, theirs) and leaves_margin_out(segmenter):
-        # Any: networks have their parts by name.
-        whole: Any = copy.deepcopy(classifier)
-        net, last = whole.backbone.net, theirs.feature_info.get_dicts()[-1]
-        first = _first(net, cut["stage"])
-        _remove(net, cut["stage"])
-        deep = DeepFeatures(whole, textured=textured)
-        decoder = CoreDecoder(copy.deepcopy(segmenter), margin + RING)
-        shared_deep = int(last["num_chs"]), int(last["reduction"])
-        return Networks(first, reach_px, start, whole, deep, decoder, shared_deep)
-    if not _alike(first, other) or reach_px > margin:
-        return unshared(classifier, segmenter, margin, textured=textured)
+    shares_all = _share_all(ours, theirs) and leaves_margin_out(segmenter)
+    if not shares_all and (not _alike(first, other) or reach_px > margin):
+        return alone
+    # Any: networks have their parts by name.
     later_classifier: Any = copy.deepcopy(classifier)
     later_segmenter: Any = copy.deepcopy(segmenter)
     first = _first(later_classifier.backbone.net, cut["stage"])
-    for net in (later_classifier.backbone.net, later_segmenter.encoder.model):
-        _remove(net, cut["stage"])
+    _remove(later_classifier.backbone.net, cut["stage"])
+    deep = DeepFeatures(later_classifier, textured=textured)
+    if shares_all:
+        last = theirs.feature_info.get_dicts()[-1]
+        shared_deep = int(last["num_chs"]), int(last["reduction"])
+        decoder = CoreDecoder(later_segmenter, margin + RING)
+        return Networks(first, reach_px, start, later_classifier, deep, decoder, shared_deep)
+    _remove(later_segmenter.encoder.model, cut["stage"])
     # The features have a quarter of the image's sides, which need not be multiples of the encoder's stride.
     later_segmenter.requires_divisible_input_shape = False
-    later = DeepFeatures(later_classifier, textured=textured), CoreSegmenter(later_segmenter, margin)
-    return Networks(first, reach_px, start, later_classifier, *later, None)
+    return Networks(first, reach_px, start, later_classifier, deep, CoreSegmenter(later_segmenter, margin), None)
 
 
 def _share_all(ours: Any, theirs: Any) -> bool:
