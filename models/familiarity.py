@@ -119,12 +119,8 @@ class Changes:
         object.__setattr__(self, "_of_powers_F", torch.cat([linear_C, square_C]))
         object.__setattr__(self, "_constant", self.bias - square_C.sum())
 
-    def evidence(self, features_NC: Tensor) -> Tensor:
-        """Return the evidence (N,) that windows with these features were changed: the scaled logit, at least 0."""
-        return self.evidence_of_whitened((features_NC.float() - self.mean_C) @ self.whitening_CC)
-
-    def evidence_of_whitened(self, z_NC: Tensor) -> Tensor:
-        """Return the evidence (N,) for whitened features."""
+    def evidence(self, z_NC: Tensor) -> Tensor:
+        """Return the evidence (N,) that windows with these whitened features were changed: the logit, at least 0."""
         return self._logits(z_NC).clamp_min(0)
 
     def logits(self, features_NC: Tensor) -> Tensor:
@@ -177,7 +173,7 @@ class Statistics:
         nearest_N: Tensor = z_GNC[: len(self.mean_GC)].norm(dim=2).amin(dim=0)
         if self.changes is None:
             return nearest_N
-        return nearest_N + self.changes.evidence_of_whitened(z_GNC[-1])
+        return nearest_N + self.changes.evidence(z_GNC[-1])
 
     def scaled(self, factor: float) -> Self:
         """Return the statistics whose distances are multiplied by `factor`, above 0."""

@@ -178,13 +178,17 @@ def test_the_regression_is_that_of_scikit_learn() -> None:
     assert np.ptp(expected_N) > 4
 
 
+def evidence_of(changes: Changes, features_NC: torch.Tensor) -> torch.Tensor:
+    return changes.evidence((features_NC - changes.mean_C) @ changes.whitening_CC)
+
+
 def test_evidence_is_the_scaled_logit_and_never_negative() -> None:
     changes = regression()
     x_NC = torch.from_numpy(np.concatenate([windows(60, 3), windows(90, 3, seed=2) * 3]))
     logit_N = changes.logits(x_NC)
     scaled = changes.scaled(-1.5, 0.5)
     assert scaled.logits(x_NC).numpy() == pytest.approx(((logit_N + 1.5) / 2 + 1).numpy(), abs=1e-4)
-    evidence_N = changes.scaled(-0.2, 0.2).evidence(x_NC)
+    evidence_N = evidence_of(changes.scaled(-0.2, 0.2), x_NC)
     assert evidence_N.numpy() == pytest.approx(((logit_N + 0.2) / 0.4 + 1).clamp_min(0).numpy(), abs=1e-3)
     assert evidence_N.min() == 0
 
@@ -193,7 +197,7 @@ def test_a_distance_is_the_sum_of_both_parts_and_survives_the_file() -> None:
     plain, changes = fit_statistics(windows(50, 3)), regression().scaled(-1, 1)
     statistics = Statistics.from_bytes(dataclasses.replace(plain, changes=changes).as_bytes())
     x_NC = torch.from_numpy(windows(20, 3, seed=4))
-    assert torch.equal(statistics.distances(x_NC), plain.distances(x_NC) + changes.evidence(x_NC))
+    assert torch.equal(statistics.distances(x_NC), plain.distances(x_NC) + evidence_of(changes, x_NC))
     assert torch.equal(statistics.to(torch.device("cpu")).distances(x_NC), statistics.distances(x_NC))
     assert torch.equal(plain.scaled(2).distances(x_NC), 2 * plain.distances(x_NC))
     assert torch.equal(statistics.scaled(2).distances(x_NC), 2 * statistics.distances(x_NC))
@@ -275,7 +279,7 @@ def test_a_predictor_measures_the_distance_of_every_window_in_units_of_the_limit
     assert card.familiarity is not None
     assert found.changes is not None
     # Without the evidence, the distances would differ by more than the tolerance below.
-    evidence_N = found.changes.evidence(features_NC)
+    evidence_N = evidence_of(found.changes, features_NC)
     assert (evidence_N > 1e-3 * expected_N).all()
     assert unfamiliar_Nrc.ravel() == pytest.approx(expected_N.numpy() / card.familiarity.window_limit, rel=1e-4)
 

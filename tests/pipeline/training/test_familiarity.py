@@ -126,7 +126,7 @@ def test_changed_images_have_evidence_of_a_change(tmp_path: Path, classifier: Cl
     evidence = {
         name: np.median(
             [
-                statistics.changes.evidence(torch.from_numpy(features_of(classifier, change(new.rgb(n), rng)))).numpy()
+                statistics.changes.logits(torch.from_numpy(features_of(classifier, change(new.rgb(n), rng)))).numpy()
                 for n in range(len(new))
             ]
         )
