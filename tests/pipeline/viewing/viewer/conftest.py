@@ -97,7 +97,11 @@ def site(results_folder: Path) -> Iterator[Site]:
 
 @pytest.fixture
 def own_site(results_folder: Path, tmp_path: Path) -> Iterator[Site]:
-    """Serve a copy of the results, to correct them."""
+    """Serve a copy of the results, to correct them.
+
+    A test names it before its page: pytest ends fixtures in reverse order, and a page without its server is refused
+    the tiles that it still asks for.
+    """
     shutil.copytree(next(results_folder.glob("block*")), tmp_path / "results" / "a")
     with serving(find_results(tmp_path / "results")) as running:
         yield running

@@ -28,7 +28,7 @@ def saved(site: Site) -> list[tuple[str, str]]:
     return [(one.event.before, one.event.after) for one in read_corrections(site.results[0].folder)]
 
 
-def test_a_region_is_selected_relabeled_undone_and_exported(page: Page, own_site: Site, tmp_path: Path) -> None:
+def test_a_region_is_selected_relabeled_undone_and_exported(own_site: Site, page: Page, tmp_path: Path) -> None:
     show(page, own_site, "#x=640&y=416&zoom=0.7&map=0&outlines=0")
     page.keyboard.press("2")
     assert page.get_by_role("checkbox", name="class-1").is_checked() is False, "without correcting, 2 turns a class off"
@@ -64,7 +64,7 @@ def test_a_region_is_selected_relabeled_undone_and_exported(page: Page, own_site
     assert page.locator("#correction-tools").is_hidden()
 
 
-def test_the_next_region_by_area_and_by_uncertainty_comes_into_view(page: Page, own_site: Site) -> None:
+def test_the_next_region_by_area_and_by_uncertainty_comes_into_view(own_site: Site, page: Page) -> None:
     show(page, own_site, "#x=100&y=100&zoom=3")
     page.keyboard.press("c")
     page.keyboard.press("n")

@@ -94,6 +94,7 @@ def test_keys_set_the_magnification_and_a_coarse_slide_says_why_it_cannot(
         page.keyboard.press("r")
         said(page, "This slide is too coarse for 40×")
         assert page.get_by_role("button", name="20×").is_enabled()
+        page.goto("about:blank")
 
 
 def test_a_turned_slide_keeps_its_layers_outlines_and_places_together(page: Page, site: Site, tmp_path: Path) -> None:
