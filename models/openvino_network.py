@@ -70,10 +70,21 @@ class OpenVinoNetwork:
         Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
         self._smallest = maps[0].side(size)
-        compiled = _compile(network, _examples(maps, size, size), _FORMATS[precision], streams)
-        self._requests: queue.Queue[Any] = queue.Queue()
-        for _ in range(streams):
-            self._requests.put(compiled.create_infer_request())
+        threads = torch.get_num_threads()
+        # After each operation of the trace and the comparison, torch's other threads would wait for more work in a
+        # loop. OpenVINO, which shares the processor with them, would start later.
+        torch.set_num_threads(1)
+        try:
+            compiled = _compile(network, _examples(maps, size, size), _FORMATS[precision], streams, threads)
+            self._requests: queue.Queue[Any] = queue.Queue()
+            for _ in range(streams):
+                self._requests.put(compiled.create_infer_request())
+            self._compare(network, size, precision, maps)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _compare(self, network: nn.Module, size: int, precision: Precision, maps: Sequence[MapSize]) -> None:
+        """Raise RuntimeUnavailableError if the outputs differ from those of the network in torch."""
         # The conversion of an arbitrary timm network can go wrong, and a trace can hold the size of its example.
         sizes = [(size, size), (size, size + 32)]
         # At the smallest side, padding may not have enough pixels to mirror. The trace would then pad larger images in
@@ -119,12 +130,12 @@ def _close(precision: Precision, found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
-def _compile(network: nn.Module, examples: Sequence[Tensor], number_format: str, streams: int) -> Any:
+def _compile(network: nn.Module, examples: Sequence[Tensor], number_format: str, streams: int, threads: int) -> Any:
     """Return the network compiled for maps of any size, traced at these sizes. Raises RuntimeUnavailableError."""
     hints = {
         # The default is bfloat16 if the processor has it, which changes 0.7 % of the labels.
         "INFERENCE_PRECISION_HINT": number_format,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": streams,
         "PERFORMANCE_HINT": "LATENCY",
         # With pinning, all processes on a machine would use the same cores.

@@ -57,7 +57,6 @@ def write_preview(
 
     A `warning` stands below the title, and hatching covers the tissue that `unfamiliar_HW` marks.
 
-
     `labels_HW` (0 background, 1.. in the order of `areas`) covers the same field as the thumbnail at any resolution.
     `um_per_px` is the size of a thumbnail pixel in micrometers. The legend shows each class's share.
     """

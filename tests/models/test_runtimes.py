@@ -378,6 +378,31 @@ def test_a_failed_conversion_does_not_change_the_logging() -> None:
     assert (root.level, list(root.handlers), list(root.filters)) == before
 
 
+@needs_openvino
+def test_openvino_has_torchs_threads_which_stay_as_they_are() -> None:
+    """One thread is enough to trace and to compare, and the network then has all of them."""
+    before, during = torch.get_num_threads(), []
+
+    class Counted(nn.Conv2d):
+        def forward(self, x_NCHW: Tensor) -> Tensor:
+            during.append(torch.get_num_threads())
+            return super().forward(x_NCHW)
+
+    torch.set_num_threads(2)
+    try:
+        network = OpenVinoNetwork(Counted(3, 1, 1).eval(), 32)
+        with pytest.raises(RuntimeUnavailableError):
+            OpenVinoNetwork(_Unknown().eval(), 32)
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert after == 2
+    request = network._requests.get()
+    # OpenVINO takes at most one thread per core.
+    assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == min(2, os.cpu_count() or 1)
+    assert set(during) == {1}
+
+
 def test_the_logit_of_the_area_head_has_the_same_bits_as_with_torch() -> None:
     head: Any = HEADS["area"](4, 3).eval()
     deep_NChw = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 300
