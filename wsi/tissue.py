@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -80,6 +81,14 @@ class Tissue:
     """Color of the slide's glass."""
     fat_HW: NDArray[np.bool_]
     """The fat in the mask, whose bright cells are not holes."""
+
+    @property
+    def digest(self) -> str:
+        """Return a digest of everything that the map of a slide depends on."""
+        values = hashlib.sha256(repr((self.mask_HW.shape, self.l0_per_px, self.mpp, self.glass)).encode())
+        for layer_HW in (self.mask_HW, self.left_out_HW, self.fat_HW):
+            values.update(layer_HW.tobytes())
+        return values.hexdigest()
 
     @property
     def area_um2(self) -> float:
@@ -245,6 +254,11 @@ def _warnings(mask_HW: Mask, left_out_HW: NDArray[np.uint8], mpp: float, *, excl
         if kind.is_structure and extent.pieces
     )
     warnings = []
+    if left_out[LeftOut.UNREADABLE].pieces:
+        unread_mm2 = left_out[LeftOut.UNREADABLE].area_um2 / 1e6
+        warnings.append(
+            f"{unread_mm2:.2f} mm² could not be read when the tissue was searched for; tissue there is missing"
+        )
     if not tissue_um2 and structure > MIN_STRUCTURE_UM2:
         warnings.append(f"no tissue was recognized, but the slide has structure ({parts}); look at the slide")
     elif tissue_um2 and structure > MAX_STRUCTURE_SHARE * tissue_um2:

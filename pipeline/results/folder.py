@@ -53,6 +53,28 @@ class ResultFolder:
         """Return the folder of the former result while it is replaced."""
         return self.target.with_name(f".{self.target.name}.old")
 
+    def resume_only(self, tissue: str) -> None:
+        """Remove the finished blocks from the working folder if their tissue mask had another digest than `tissue`.
+
+        The mask of a slide changes if a place that could not be read can be read later.
+        """
+        path = self.work / "tissue.txt"
+        former = path.read_text(encoding="utf-8") if path.exists() else None
+        if former == tissue:
+            return
+        if former is not None or (self.work / "journal.jsonl").exists():
+            log.warning(
+                "%s: the unfinished run in this folder found other tissue, because other parts of the slide could be "
+                "read; starting from the beginning",
+                self.target,
+            )
+            # The journal first: without it, the blocks do not count as finished.
+            (self.work / "journal.jsonl").unlink(missing_ok=True)
+            for part in filter(Path.is_dir, list(self.work.iterdir())):
+                shutil.rmtree(part)
+            self.result.mkdir()
+        write_atomically(path, tissue)
+
     def publish(self) -> None:
         """Make the result visible under its name, replacing a former one, and remove the working folder."""
         sync_tree(self.result)

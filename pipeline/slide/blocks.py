@@ -63,6 +63,8 @@ class BlockRecord:
     """Map pixels of tissue whose familiarity is known."""
     unfamiliar_px: int = 0
     """Those of them that are unlike the model's training data."""
+    unreadable: bool = False
+    """Whether a part of what the block read could not be read, margins around its tiles included."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def segment_block(
         raise Stopped
     with timer("tissue"):
         tissue_HW = drawn_tissue(grid, work.tissue, block, pixels)
+    unreadable = bool(pixels.unreadable_m)
     bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
     try:
         with timer("copy"):  # before this block takes the lock, so that a GPU can compute another block meanwhile
@@ -148,6 +151,7 @@ def segment_block(
         seconds=timer.seconds,
         tissue_px=tissue_px,
         unfamiliar_px=unfamiliar_px,
+        unreadable=unreadable,
     )
     files = [regions_path, values_file(work.folder, block), *(work.store.path / chunk for chunk in chunks)]
     return record, files

@@ -174,6 +174,7 @@ def _segment_slide(
         with _timed(seconds, "plan"):
             _, slide, tissue, plan = planned or plan_slide(path, runner.card, settings)
         with slide:
+            folder.resume_only(tissue.digest)
             check_resources(plan, settings, path.name, output)
             spec = _map_spec(folder.target.name, runner.card, plan)
             store = _open_store(folder.result / f"{spec.name}{MAP_END}", folder.work, spec)
@@ -199,7 +200,7 @@ def _segment_slide(
                     output_format.write(segmented, folder.result)
 
             if records:
-                write_records(folder.result / BLOCKS, identity.as_json(), records)
+                write_records(folder.result / BLOCKS, identity.as_json() | {"tissue": tissue.digest}, records)
             listing = list_files(store.path)
             _check_chunks(path.name, work, records, listing)
             polygons, areas_mm2 = segmented.measured

@@ -41,6 +41,7 @@ def take_over_blocks(folder: ResultFolder, work: BlockWork, blocks: Sequence[Blo
         return
     done = journal.finished()
     identity = {key: value for key, value in folder.work_identity.items() if key != "computed_with"}
+    identity |= {"tissue": work.tissue.digest}
     published = {record.index: record for record in read_records(folder.target / BLOCKS, identity)}
     familiarity_hw = read_familiarity(folder.target / FAMILIARITY)
     for block in blocks:

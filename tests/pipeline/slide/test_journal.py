@@ -9,7 +9,7 @@ from pipeline.slide.journal import Journal, make_durable
 
 
 def record(index: int, bad: bool = False) -> BlockRecord:
-    return BlockRecord(index, {}, [10, 20, 30], 60.0, 5, 3, 1, [[1, 2, 3, 4]] if bad else [], {"read": 0.5})
+    return BlockRecord(index, {}, [10, 20, 30], 60.0, 5, 3, 1, [], {"read": 0.5}, unreadable=bad)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_appending_after_a_cut_line_keeps_all_blocks(written: tuple[Journal, lis
     assert sorted(journal.finished()) == [0, 1, 2]
 
 
-def test_other_inputs_and_blocks_with_unreadable_tiles_are_computed_again(
+def test_other_inputs_and_blocks_that_could_not_read_everything_are_computed_again(
     written: tuple[Journal, list[Path]], tmp_path: Path
 ) -> None:
     journal, files = written
