@@ -19,11 +19,12 @@ def element(tag: tuple[int, int], representation: str, value: bytes, *, explicit
     return head + representation.encode() + struct.pack("<H", len(value)) + value
 
 
-def open_sequence(tag: tuple[int, int], content: bytes) -> bytes:
+def open_sequence(tag: tuple[int, int], content: bytes, representation: str = "SQ") -> bytes:
     """Return a sequence of one item, both without a length, as scanners write them."""
     undefined = struct.pack("<I", 0xFFFFFFFF)
     item = struct.pack("<HH", 0xFFFE, 0xE000) + undefined + content + struct.pack("<HHI", 0xFFFE, 0xE00D, 0)
-    return struct.pack("<HH", *tag) + b"SQ" + b"\0\0" + undefined + item + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    head = struct.pack("<HH", *tag) + representation.encode() + b"\0\0"
+    return head + undefined + item + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
 
 
 def write_instance(
@@ -44,6 +45,9 @@ def write_instance(
         # A nested series of another slide must not count.
         nested = open_sequence((0x0008, 0x1115), element((0x0020, 0x000E), "UI", b"9.9.9"))
         content += open_sequence((0x0008, 0x1110), nested)
+        # Archives that do not know a private sequence write it as "UN", whose items stay implicit.
+        private = element((0x0009, 0x1001), "LO", b"PRIVATE TEXT", explicit=False)
+        content += open_sequence((0x0009, 0x1005), private, "UN")
     if padding:
         content += element((0x0009, 0x1010), "OB", bytes(padding), explicit=explicit)
     content += element((0x0010, 0x0010), "PN", b"DOE^JANE", explicit=explicit)

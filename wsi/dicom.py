@@ -188,7 +188,7 @@ def _elements(content: bytes) -> Iterator[tuple[_Tag, bytes]]:
         if tag > _COLUMNS:
             return  # tags ascend
         if representation == "SQ" or length == _UNDEFINED:
-            _skip_sequence(file, length, explicit=explicit, depth=0)
+            _skip_sequence(file, length, explicit=explicit and representation != "UN", depth=0)
         else:
             yield tag, _value(file, length)
 
@@ -212,6 +212,7 @@ def _value(file: BinaryIO, length: int) -> bytes:
 
 
 def _skip_sequence(file: BinaryIO, length: int, *, explicit: bool, depth: int) -> None:
+    """Skip a sequence. The items of an "UN" without a length are implicit in every file (DICOM part 5, 6.2.2, note)."""
     if length != _UNDEFINED:
         file.seek(length, 1)
         return
@@ -235,6 +236,6 @@ def _skip_item(file: BinaryIO, *, explicit: bool, depth: int) -> None:
         if tag == _ITEM_END:
             return
         if representation == "SQ" or length == _UNDEFINED:
-            _skip_sequence(file, length, explicit=explicit, depth=depth + 1)
+            _skip_sequence(file, length, explicit=explicit and representation != "UN", depth=depth + 1)
         else:
             file.seek(length, 1)

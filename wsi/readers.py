@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import openslide
@@ -20,7 +20,7 @@ import tiffslide
 from numpy.typing import NDArray
 
 from wsi.box import Box
-from wsi.tiff_tiles import TiledImage, tiled_image
+from wsi.tiff_tiles import JPEG, JPEG_2000, TiledImage, tiled_image
 
 BackendName = str
 """A key of `READERS`."""
@@ -109,6 +109,7 @@ class TiffSlideReader:
             levels = list(_possible_levels(self._slide))
             _check_tiles(map(_tile_size, levels))
             _check_channels(map(_channels, levels))
+            _check_colors(levels)
         except BaseException:
             self._slide.close()
             raise
@@ -119,6 +120,7 @@ class TiffSlideReader:
             if value is not None
         }
         self._images = self._tiled_images()
+        self._has_alpha = all(map(_has_alpha, levels))
 
     @property
     def images(self) -> Sequence[TiledImage]:
@@ -132,9 +134,11 @@ class TiffSlideReader:
         pixels_HWC = self._slide.read_region(box_lv[:2], level, box_lv[2:], as_array=True)
         if pixels_HWC.dtype != np.uint8:
             raise ValueError(f"pixels are {pixels_HWC.dtype}; only 8 bits per channel are supported")
-        if pixels_HWC.shape[2] == 1:
-            pixels_HWC = np.repeat(pixels_HWC, 3, axis=2)
-        return np.ascontiguousarray(pixels_HWC[..., :3], dtype=np.uint8)
+        colors = 3 if pixels_HWC.shape[2] >= 3 else 1
+        rgb_HWC: NDArray[np.uint8] = np.repeat(pixels_HWC[..., :colors], 3 // colors, axis=2)
+        if self._has_alpha:
+            rgb_HWC[pixels_HWC[..., colors] == 0] = 255
+        return rgb_HWC
 
     def close(self) -> None:
         self._slide.close()
@@ -190,6 +194,29 @@ def _check_channels(channels: Iterable[int]) -> None:
     for count in channels:
         if count > MOST_CHANNELS:
             raise ValueError(f"its pixels have {count} channels; at most {MOST_CHANNELS} can be read")
+
+
+def _has_alpha(level: tifffile.TiffPageSeries) -> bool:
+    """Return whether the value after the colors of an image states how opaque a pixel is."""
+    page: Any = level.keyframe  # the stubs also allow a frame, which has no tags of its own
+    return page.extrasamples[:1] in [(tifffile.EXTRASAMPLE.ASSOCALPHA,), (tifffile.EXTRASAMPLE.UNASSALPHA,)]
+
+
+def _check_colors(levels: Iterable[tifffile.TiffPageSeries]) -> None:
+    """Raise ValueError unless the values of all images are red, green and blue, or gray with a bright maximum.
+
+    tiffslide returns all other values as they are, such as inverted gray or the indices of a palette.
+    """
+    for level in levels:
+        page: Any = level.keyframe
+        colors = tifffile.PHOTOMETRIC(page.photometric).name
+        # Only these decoders convert YCbCr to RGB.
+        if colors not in _COLORS or (colors == "YCBCR" and page.compression not in JPEG + JPEG_2000):
+            raise ValueError(f"its colors are stored as {colors}; RGB, MINISBLACK, and YCBCR in JPEG can be read")
+
+
+_COLORS = ("RGB", "MINISBLACK", "YCBCR")
+"""The last one in JPEG and JPEG 2000."""
 
 
 READERS: dict[BackendName, Callable[[Path], Reader]] = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader}

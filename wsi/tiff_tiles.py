@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from wsi.box import Box
 
-_JPEG = (7, 33007)
-_JPEG_2000 = (33003, 33004, 33005, 34712)
+JPEG = (7, 33007)
+JPEG_2000 = (33003, 33004, 33005, 34712)
 _ZEROS = bytes(512)
 """An unwritten sector of a disk. Tiles of white glass contain up to 384 zeros in a row."""
 _MOST_BEHIND_END = 64
@@ -66,7 +66,7 @@ class TiledImage:
         file.seek(page.dataoffsets[index])
         data = file.read(count)
         self._check_size(index, data)
-        if page.compression in _JPEG and looks_damaged(data):
+        if page.compression in JPEG and looks_damaged(data):
             confirm()
         pixels = page.decode(data, index, jpegtables=page.jpegtables)[0]
         if pixels is None:
@@ -78,9 +78,9 @@ class TiledImage:
 
         For other compressions tifffile decodes at most one tile.
         """
-        if self.page.compression in _JPEG:
+        if self.page.compression in JPEG:
             size = jpeg_size(data)
-        elif self.page.compression in _JPEG_2000:
+        elif self.page.compression in JPEG_2000:
             size = jpeg_2000_size(data)
         else:
             return

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from tests.slides import TILE, write_slide
 from wsi.box import Box
+from wsi.errors import SlideFormatError
 from wsi.readers import READERS, BackendName, OpenSlideReader, TiffSlideReader
 from wsi.slide import Backend, open_slide
 from wsi.tiff_tiles import looks_damaged
@@ -222,6 +224,42 @@ def test_a_file_that_claims_too_many_channels_is_refused_before_it_is_decoded(
     else:
         with pytest.raises(ValueError, match="its pixels have 17 channels; at most 16 can be read"):
             TiffSlideReader(file)
+
+
+@pytest.mark.parametrize("rowsperstrip", [None, 16])
+@pytest.mark.parametrize("opaque", [1, 2])
+def test_gray_and_transparent_pixels_are_read(tmp_path: Path, opaque: int, rowsperstrip: int | None) -> None:
+    """`opaque` is the kind of alpha: colors multiplied by it, or not. In both, a pixel with an alpha of 0 is white."""
+    layout: dict[str, Any] = {"tile": (64, 64)} if rowsperstrip is None else {"rowsperstrip": rowsperstrip}
+    for colors in (1, 3):
+        pixels_HWC = np.full((64, 64, colors + 1), 200, np.uint8)
+        pixels_HWC[:8] = 0
+        photometric = "rgb" if colors == 3 else "minisblack"
+        file = tmp_path / f"{colors}.tif"
+        tifffile.imwrite(
+            file, pixels_HWC, photometric=photometric, planarconfig="contig", extrasamples=[opaque], **layout
+        )
+        with closing(TiffSlideReader(file)) as reader:
+            found_HWC = reader.read(0, Box(3, 4, 8, 8))
+        assert found_HWC.dtype == np.uint8
+        assert (found_HWC[:4] == 255).all()
+        assert (found_HWC[4:] == 200).all()
+        assert found_HWC.shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("photometric", "channels"), [("palette", 1), ("miniswhite", 1), ("separated", 4), ("cielab", 3), ("ycbcr", 3)]
+)
+def test_colors_that_tiffslide_does_not_convert_are_refused(tmp_path: Path, photometric: str, channels: int) -> None:
+    """An inverted gray slide would have no tissue, and the indices of a palette would be dark."""
+    file = tmp_path / "slide.tif"
+    pixels_HWC = np.full((64, 64, channels), 20, np.uint8).squeeze()
+    more: dict[str, Any] = {"colormap": np.zeros((3, 256), np.uint16)} if photometric == "palette" else {}
+    tifffile.imwrite(file, pixels_HWC, photometric=photometric, rowsperstrip=16, **more)
+    with pytest.raises(
+        SlideFormatError, match=rf"slide\.tif: .*tiffslide: its colors are stored as {photometric.upper()}"
+    ):
+        open_slide(file, mpp=1.0)
 
 
 def test_channels_in_separate_pages_are_counted(tmp_path: Path) -> None:
