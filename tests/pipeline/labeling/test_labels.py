@@ -71,6 +71,28 @@ def test_classes_that_are_merged_one_after_the_other_end_in_the_last() -> None:
     assert labels.answers(one) == {1: "present"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "classes", "answers"),
+    [
+        ([ClassesMerged(id=2, into=1)] * 2, {1: "tumor", 3: "necrosis"}, {1: "present", 3: "absent"}),
+        ([ClassesMerged(id=1, into=2), ClassesMerged(id=2, into=1)], {2: "stroma", 3: "necrosis"},
+         {2: "present", 3: "absent"}),
+        ([ClassesMerged(id=2, into=1), ClassesMerged(id=2, into=3)], {1: "tumor", 3: "necrosis"},
+         {1: "present", 3: "absent"}),
+        ([ClassesMerged(id=2, into=1), ClassRenamed(id=2, name="x")], {1: "tumor", 3: "necrosis"},
+         {1: "present", 3: "absent"}),
+        ([ClassesMerged(id=2, into=1), ClassesMerged(id=3, into=2)], {1: "tumor"}, {1: "present"}),
+    ],
+)  # fmt: skip
+def test_a_change_of_a_class_that_was_merged_before_is_ignored(
+    changes: list[ClassesMerged | ClassRenamed], classes: dict[int, str], answers: dict[int, str]
+) -> None:
+    one = label(0, "present", "absent", "absent")
+    labels = fold(("ann", NECROSIS), ("ann", one), *(("bob", change) for change in changes))
+    assert {id_: found.name for id_, found in labels.classes.items()} == classes
+    assert labels.answers(one) == answers
+
+
 def test_annotators_are_joined_by_majority_and_a_tie_is_unknown() -> None:
     votes = [("ann", label(0, "present", "absent")), ("bob", label(0, "absent", "absent"))]
     verdict = fold(*votes).verdict(place(0))
