@@ -9,9 +9,9 @@ Shape suffix: N patches.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +105,43 @@ def drawn(annotations: Iterable[Annotation], mapping: Mapping[str, str], ids: Ma
         name = target_name(one, mapping)
         (ignored if name is None else by_class[ids[name]]).append(one.shape)
     return Drawn({id_: shapely.union_all(shapes) for id_, shapes in by_class.items()}, shapely.union_all(ignored))
+
+
+def joined_drawings(drawings: Iterable[Drawing]) -> list[Drawing]:
+    """Return one drawing per annotator, because a patch has one label of an annotator.
+
+    A joined drawing has the source and reason of its first part, and a model if all its parts have the same one.
+    """
+    by_annotator: dict[str, list[Drawing]] = defaultdict(list)
+    for one in drawings:
+        by_annotator[one.annotator].append(one)
+    found = []
+    for parts in by_annotator.values():
+        models = {one.model for one in parts}
+        annotations = [annotation for one in parts for annotation in one.annotations]
+        found.append(replace(parts[0], annotations=annotations, model=models.pop() if len(models) == 1 else None))
+    return found
+
+
+def joined_sources(sources: Iterable[ImportSource]) -> list[ImportSource]:
+    """Join the sources of each slide. Sources with another pixel size or digest stay apart."""
+    by_slide: dict[tuple[Path, float | None, str | None], list[ImportSource]] = defaultdict(list)
+    for one in sources:
+        by_slide[one.slide, one.mpp, one.digest].append(one)
+    return [_joined(parts) for parts in by_slide.values()]
+
+
+def _joined(parts: Sequence[ImportSource]) -> ImportSource:
+    skipped: Counter[str] = Counter()
+    for one in parts:
+        skipped.update(one.skipped)
+    return replace(
+        parts[0],
+        name=", ".join(dict.fromkeys(one.name for one in parts)),
+        drawings=[drawing for one in parts for drawing in one.drawings],
+        skipped=skipped,
+        classes=tuple(dict.fromkeys(name for one in parts for name in one.classes)),
+    )
 
 
 def labels_from(
