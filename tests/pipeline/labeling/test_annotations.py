@@ -33,7 +33,7 @@ from pipeline.labeling.import_annotations import (
     target_name,
 )
 from pipeline.labeling.importer import import_drawings, open_import
-from pipeline.labeling.masks import mask_HW
+from pipeline.labeling.masks import UNKNOWN, Cutter, checked_area, joined, mask_HW
 from pipeline.labeling.patches import SlidePatches
 from pipeline.labeling.slides import SlideFile
 from tests.pipeline.labeling.desks import SIDE
@@ -272,6 +272,15 @@ def test_a_file_belongs_to_the_slide_of_its_name(tmp_path: Path) -> None:
             slide_of(Path(name), tmp_path)
     with pytest.raises(LabelingError, match="contains no annotations"):
         annotation_files([tmp_path])
+
+
+def test_slivers_that_collapse_on_the_grid_are_an_empty_area() -> None:
+    tips = [shapely.Polygon([(255.99, y), (300, y - 1), (300, y + 1)]) for y in (100, 150)]
+    text = Cutter(shapely.union_all(tips)).cut(0, 0, 256, SIDE)
+    assert checked_area(text) == "MULTIPOLYGON EMPTY"
+    assert joined([text, text]) == "MULTIPOLYGON EMPTY"
+    assert shapely.from_wkt(joined([text, "POLYGON ((0 0, 9 0, 9 9, 0 9, 0 0))"])).area == 81
+    assert (mask_HW((text, ""), SIDE) == UNKNOWN).all()
 
 
 def test_the_share_of_nothing_is_zero() -> None:
