@@ -263,13 +263,15 @@ def annotation_sources(files: Iterable[Path], slide: Path, annotator: str, mpp: 
 def slide_of(file: Path, slide: Path) -> Path:
     """Return the slide of a file of annotations: `slide`, or the file of this name in the folder `slide`.
 
-    "a.svs.geojson" and "a.geojson" belong to "a.svs". Raises LabelingError if there is not exactly one such slide.
+    "a.svs.geojson" and "a.geojson" belong to "a.svs". They may lie in the same folder. Raises
+    LabelingError if there is not exactly one such slide.
     """
     if not slide.is_dir():
         return slide
     name = next((file.name[: -len(end)] for end in sorted(ENDINGS, key=len, reverse=True)
                  if file.name.lower().endswith(end)), file.name)  # fmt: skip
-    found = [path for path in sorted(slide.iterdir()) if path.is_file() and name in (path.name, path.stem)]
+    files = [path for path in sorted(slide.iterdir()) if path.is_file() and not path.name.lower().endswith(ENDINGS)]
+    found = [path for path in files if name in (path.name, path.stem)]
     if len(found) != 1:
         raise LabelingError(
             f"{file.name}: {len(found)} slides in {slide} have the name {name}; name the file after its slide, or pass "

@@ -274,6 +274,16 @@ def test_a_file_belongs_to_the_slide_of_its_name(tmp_path: Path) -> None:
         annotation_files([tmp_path])
 
 
+def test_annotations_may_lie_beside_their_slide(tmp_path: Path) -> None:
+    for name in ("a.svs", "a.geojson", "a.svs.geojson", "a.GEOJSON.gz", "a.zip"):
+        (tmp_path / name).touch()
+    for name in ("a.geojson", "a.svs.geojson", "a.GEOJSON.gz", "a.zip"):
+        assert slide_of(tmp_path / name, tmp_path) == tmp_path / "a.svs"
+    (tmp_path / "b.geojson").touch()
+    with pytest.raises(LabelingError, match=r"b\.geojson: 0 slides"):
+        slide_of(tmp_path / "b.geojson", tmp_path)
+
+
 def test_slivers_that_collapse_on_the_grid_are_an_empty_area() -> None:
     tips = [shapely.Polygon([(255.99, y), (300, y - 1), (300, y + 1)]) for y in (100, 150)]
     text = Cutter(shapely.union_all(tips)).cut(0, 0, 256, SIDE)
