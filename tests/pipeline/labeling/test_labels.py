@@ -164,3 +164,12 @@ def test_two_annotators_are_compared_per_class_on_blind_patches_only() -> None:
     assert (tumor.annotators, tumor.class_name, tumor.patches, tumor.same) == (("ann", "bob"), "tumor", 4, 3)
     assert tumor.kappa == pytest.approx(0.5)
     assert (stroma.class_name, stroma.patches, stroma.same, stroma.kappa) == ("stroma", 4, 4, None)
+
+
+def test_imported_labels_of_blind_patches_are_not_compared() -> None:
+    first, second = [x for x in range(40) if fold().is_blind(place(x))][:2]
+    imported = label(first, "present", "absent").model_copy(update={"view": "import", "reason": "correction"})
+    both = [(who, label(second, "present", "absent")) for who in ("ann", "bob")]
+    for other in (imported, label(first, "present", "absent")):
+        tumor, _ = agreements(fold(("ann", imported), ("bob", other), *both))
+        assert (tumor.patches, tumor.same) == (1, 1)
