@@ -246,16 +246,16 @@ def import_(
 def _sources(
     files: list[Path], corrections: Path | None, slide: Path | None, annotator: str, mpp: float | None
 ) -> list[ImportSource]:
-    from pipeline.labeling.import_annotations import annotation_sources
+    from pipeline.labeling.import_annotations import annotation_sources, joined_sources
     from pipeline.labeling.import_corrections import corrected_sources
 
     if (corrections is None) == (not files):
         fail(PROGRAM, "pass either files of annotations or --corrections with a folder of results", EXIT_USAGE)
     if corrections is not None:
-        return corrected_sources(corrections, slide, annotator)
+        return joined_sources(corrected_sources(corrections, slide, annotator))
     if slide is None:
         fail(PROGRAM, "pass the slide of the annotations, or the folder of the slides, with --slide", EXIT_USAGE)
-    return annotation_sources(files, slide, annotator, mpp)
+    return joined_sources(annotation_sources(files, slide, annotator, mpp))
 
 
 @app.command()

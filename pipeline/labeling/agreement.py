@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from pipeline.labeling.events import Answer, Place
+from pipeline.labeling.events import Answer, Labeled, Place
 from pipeline.labeling.labels import Labels
 
 
@@ -17,7 +17,7 @@ class Agreement:
     annotators: tuple[str, str]
     class_name: str
     patches: int
-    """Blind patches that both answered for this class."""
+    """Blind patches for which both answered about this class on the page."""
     same: int
     """Patches with the same answer."""
     kappa: float | None
@@ -42,8 +42,13 @@ def _shared(
 ) -> Iterator[tuple[dict[int, Answer], dict[int, Answer]]]:
     for place in places:
         first, second = labels.label(place, one), labels.label(place, other)
-        if first is not None and second is not None and first.mark == second.mark == "none":
+        if first is not None and second is not None and _counts(first) and _counts(second):
             yield labels.answers(first), labels.answers(second)
+
+
+def _counts(label: Labeled) -> bool:
+    # Who draws annotations or corrects a map may have seen predictions.
+    return label.mark == "none" and label.view != "import"
 
 
 def cohen_kappa(pairs: Sequence[tuple[bool, bool]]) -> float | None:

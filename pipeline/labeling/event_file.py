@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -128,16 +129,30 @@ class EventFile(Generic[E]):
 
         Raises LabelingError if they cannot be saved.
         """
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        rows = [(time, annotator, event.model_dump_json()) for event in events]
+        with self._writing():
+            return self._insert(annotator, events)
+
+    def append_decided(self, annotator: str, decide: Callable[[Sequence[Entry[E]]], Sequence[E]]) -> tuple[int, ...]:
+        """Save the events that `decide` returns for those of the file. No other process writes in between.
+
+        `decide` must not use this object. Whatever it raises passes through, and nothing is saved. Raises LabelingError
+        if the file is damaged or the events cannot be saved.
+        """
+        with self._writing():
+            return self._insert(annotator, decide(self._entries(after=0)))
+
+    def read(self, after: int = 0) -> list[Entry[E]]:
+        """Return the events with a number above `after`, in their order. Raises LabelingError for a damaged file."""
+        with self._lock:
+            return self._entries(after)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold a transaction in which only this process writes. Roll it back on any error."""
         with self._lock:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
-                numbers = tuple(
-                    int(self._connection.execute("INSERT INTO events (time, annotator, event) VALUES (?, ?, ?)", row)
-                        .lastrowid or 0)
-                    for row in rows
-                )  # fmt: skip
+                yield
                 self._connection.execute("COMMIT")
             except sqlite3.Error as error:
                 self._connection.rollback()
@@ -145,16 +160,22 @@ class EventFile(Generic[E]):
                     f"{self._path}: the {self._format.what} are NOT saved ({error}); check the space on the disk and "
                     "the permissions"
                 ) from error
-        return numbers
+            except BaseException:
+                self._connection.rollback()
+                raise
 
-    def read(self, after: int = 0) -> list[Entry[E]]:
-        """Return the events with a number above `after`, in their order. Raises LabelingError for a damaged file."""
+    def _insert(self, annotator: str, events: Sequence[E]) -> tuple[int, ...]:
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        insert = "INSERT INTO events (time, annotator, event) VALUES (?, ?, ?)"
+        rows = [(time, annotator, event.model_dump_json()) for event in events]
+        return tuple(int(self._connection.execute(insert, row).lastrowid or 0) for row in rows)
+
+    def _entries(self, after: int) -> list[Entry[E]]:
         validate = self._format.adapter.validate_json
         try:
-            with self._lock:
-                rows = self._connection.execute(
-                    "SELECT number, time, annotator, event FROM events WHERE number > ? ORDER BY number", (after,)
-                ).fetchall()
+            rows = self._connection.execute(
+                "SELECT number, time, annotator, event FROM events WHERE number > ? ORDER BY number", (after,)
+            ).fetchall()
             return [Entry(number, time, who, validate(event)) for number, time, who, event in rows]
         except (sqlite3.Error, ValidationError) as error:
             raise LabelingError(f"{self._path}: is damaged ({error}); restore a copy of the file") from error

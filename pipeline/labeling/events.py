@@ -33,6 +33,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 
 
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+Name = Annotated[str, AfterValidator(_escaped)]
+"""Part of a file name. Bytes that are not UTF-8 are escaped, as in the names of results, because JSON has none."""
+
+
 @pydantic.dataclasses.dataclass(frozen=True)
 class Place:
     """A square patch of a slide."""
@@ -70,8 +78,8 @@ class SlideAdded(EventModel):
     digest: str
     stamp: str
     """`wsi.slide.slide_stamp`: as long as the file has it, the digest need not be computed again."""
-    name: str
-    patient: str
+    name: Name
+    patient: Name
     """Patches of a patient stay in one split."""
 
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from models.card import ModelCard
 from models.tissue_class import Color
 from pipeline.errors import LabelingError
-from pipeline.labeling.events import ClassAdded, ClassesMerged, ClassRenamed, FolderStarted
+from pipeline.labeling.events import ClassAdded, ClassesMerged, ClassRenamed, Event, FolderStarted, Recorded
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
 from pipeline.training.palettes import CLASS_COLORS
@@ -74,15 +74,20 @@ def start_folder(store: EventStore, annotator: str, wishes: Wishes, defaults: Wi
     Raises LabelingError if a wish differs from the settings of an existing folder, because all patches share them, or
     if a value is out of range.
     """
-    settings = Labels(store.read()).settings
-    if settings is None:
+
+    def started(before: Sequence[Recorded]) -> list[Event]:
+        if Labels(before).settings is not None:
+            return []
         values = {name: _first(value, getattr(defaults, name)) for name, value in vars(wishes).items()}
         try:
-            settings = FolderStarted.model_validate(values)
+            return [FolderStarted.model_validate(values)]
         except ValidationError as error:
             first = error.errors()[0]
             raise LabelingError(f"{first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
-        store.append(annotator, [settings])
+
+    store.append_decided(annotator, started)
+    settings = Labels(store.read()).settings
+    assert settings is not None  # saved now or before
     for name, wish in vars(wishes).items():
         if wish is not None and wish != getattr(settings, name):
             raise LabelingError(
@@ -101,18 +106,20 @@ def add_classes(store: EventStore, annotator: str, names: Sequence[str], colors:
 
     Raises LabelingError for a name that is not valid.
     """
-    labels = Labels(store.read())
-    known = {one.name for one in labels.classes.values()}
-    new = [name for name in dict.fromkeys(names) if name not in known]
-    first = labels.next_class_id
-    try:
-        events = [
-            ClassAdded(id=id_, name=name, color=colors.get(name) or class_color(id_ - 1))
-            for id_, name in enumerate(new, start=first)
-        ]
-    except ValidationError as error:
-        raise LabelingError(f"--classes: {error.errors()[0]['msg']}; separate the names by commas") from error
-    store.append(annotator, events)
+
+    def added(before: Sequence[Recorded]) -> list[Event]:
+        labels = Labels(before)
+        known = set(_names(labels))
+        new = [name for name in dict.fromkeys(names) if name not in known]
+        try:
+            return [
+                ClassAdded(id=id_, name=name, color=colors.get(name) or class_color(id_ - 1))
+                for id_, name in enumerate(new, start=labels.next_class_id)
+            ]
+        except ValidationError as error:
+            raise LabelingError(f"--classes: {error.errors()[0]['msg']}; separate the names by commas") from error
+
+    store.append_decided(annotator, added)
 
 
 def check_classes(names: Sequence[str]) -> None:
@@ -126,23 +133,30 @@ def check_classes(names: Sequence[str]) -> None:
 
 def rename_class(store: EventStore, annotator: str, old: str, new: str) -> None:
     """Give a class another name. Raises LabelingError if `old` does not exist, or `new` does or is not valid."""
-    labels = Labels(store.read())
-    if new in {one.name for one in labels.classes.values()}:
-        raise LabelingError(f"class {new} already exists; to join the two, merge {old} into {new}")
-    try:
-        event = ClassRenamed(id=class_id(labels, old), name=new)
-    except ValidationError as error:
-        raise LabelingError(error.errors()[0]["msg"]) from error
-    store.append(annotator, [event])
+
+    def renamed(before: Sequence[Recorded]) -> list[Event]:
+        labels = Labels(before)
+        if new in _names(labels):
+            raise LabelingError(f"class {new} already exists; to join the two, merge {old} into {new}")
+        try:
+            return [ClassRenamed(id=class_id(labels, old), name=new)]
+        except ValidationError as error:
+            raise LabelingError(error.errors()[0]["msg"]) from error
+
+    store.append_decided(annotator, renamed)
 
 
 def merge_classes(store: EventStore, annotator: str, old: str, into: str) -> None:
     """Make a class a part of another one. Raises LabelingError if one does not exist, or if they are the same."""
-    labels = Labels(store.read())
-    event = ClassesMerged(id=class_id(labels, old), into=class_id(labels, into))
-    if event.id == event.into:
-        raise LabelingError(f"class {old} cannot be merged into itself")
-    store.append(annotator, [event])
+
+    def merged(before: Sequence[Recorded]) -> list[Event]:
+        labels = Labels(before)
+        event = ClassesMerged(id=class_id(labels, old), into=class_id(labels, into))
+        if event.id == event.into:
+            raise LabelingError(f"class {old} cannot be merged into itself")
+        return [event]
+
+    store.append_decided(annotator, merged)
 
 
 def class_id(labels: Labels, name: str) -> int:

@@ -9,9 +9,9 @@ Shape suffix: N patches.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +105,43 @@ def drawn(annotations: Iterable[Annotation], mapping: Mapping[str, str], ids: Ma
         name = target_name(one, mapping)
         (ignored if name is None else by_class[ids[name]]).append(one.shape)
     return Drawn({id_: shapely.union_all(shapes) for id_, shapes in by_class.items()}, shapely.union_all(ignored))
+
+
+def joined_drawings(drawings: Iterable[Drawing]) -> list[Drawing]:
+    """Return one drawing per annotator, because a patch has one label of an annotator.
+
+    A joined drawing has the source and reason of its first part, and a model if all its parts have the same one.
+    """
+    by_annotator: dict[str, list[Drawing]] = defaultdict(list)
+    for one in drawings:
+        by_annotator[one.annotator].append(one)
+    found = []
+    for parts in by_annotator.values():
+        models = {one.model for one in parts}
+        annotations = [annotation for one in parts for annotation in one.annotations]
+        found.append(replace(parts[0], annotations=annotations, model=models.pop() if len(models) == 1 else None))
+    return found
+
+
+def joined_sources(sources: Iterable[ImportSource]) -> list[ImportSource]:
+    """Join the sources of each slide. Sources with another pixel size or digest stay apart."""
+    by_slide: dict[tuple[Path, float | None, str | None], list[ImportSource]] = defaultdict(list)
+    for one in sources:
+        by_slide[one.slide, one.mpp, one.digest].append(one)
+    return [_joined(parts) for parts in by_slide.values()]
+
+
+def _joined(parts: Sequence[ImportSource]) -> ImportSource:
+    skipped: Counter[str] = Counter()
+    for one in parts:
+        skipped.update(one.skipped)
+    return replace(
+        parts[0],
+        name=", ".join(dict.fromkeys(one.name for one in parts)),
+        drawings=[drawing for one in parts for drawing in one.drawings],
+        skipped=skipped,
+        classes=tuple(dict.fromkeys(name for one in parts for name in one.classes)),
+    )
 
 
 def labels_from(
@@ -226,13 +263,15 @@ def annotation_sources(files: Iterable[Path], slide: Path, annotator: str, mpp: 
 def slide_of(file: Path, slide: Path) -> Path:
     """Return the slide of a file of annotations: `slide`, or the file of this name in the folder `slide`.
 
-    "a.svs.geojson" and "a.geojson" belong to "a.svs". Raises LabelingError if there is not exactly one such slide.
+    "a.svs.geojson" and "a.geojson" belong to "a.svs". They may lie in the same folder. Raises
+    LabelingError if there is not exactly one such slide.
     """
     if not slide.is_dir():
         return slide
     name = next((file.name[: -len(end)] for end in sorted(ENDINGS, key=len, reverse=True)
                  if file.name.lower().endswith(end)), file.name)  # fmt: skip
-    found = [path for path in sorted(slide.iterdir()) if path.is_file() and name in (path.name, path.stem)]
+    files = [path for path in sorted(slide.iterdir()) if path.is_file() and not path.name.lower().endswith(ENDINGS)]
+    found = [path for path in files if name in (path.name, path.stem)]
     if len(found) != 1:
         raise LabelingError(
             f"{file.name}: {len(found)} slides in {slide} have the name {name}; name the file after its slide, or pass "

@@ -12,7 +12,14 @@ from pipeline.errors import LabelingError
 from pipeline.labeling.dataset_files import write_dataset
 from pipeline.labeling.events import FolderStarted, SlideAdded
 from pipeline.labeling.folder import EVENTS_FILE, Wishes, prepare_folder
-from pipeline.labeling.import_annotations import Drawing, Imported, import_events, labels_from, used_names
+from pipeline.labeling.import_annotations import (
+    Drawing,
+    Imported,
+    import_events,
+    joined_drawings,
+    labels_from,
+    used_names,
+)
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.patches import SlidePatches
 from pipeline.labeling.slides import SlideFile
@@ -57,6 +64,8 @@ def import_drawings(
 ) -> Imported:
     """Add the labels of one slide's annotations, and write the data set. `digest` is that of the right slide, if known.
 
+    All drawings of an annotator become one label per patch, so pass them together.
+
     Raises SlideError if the slide cannot be used, and LabelingError if it is another slide or the labels cannot be
     saved.
     """
@@ -68,7 +77,9 @@ def import_drawings(
     added = SlideAdded(digest=found_digest, stamp=slide_stamp(file.path), name=file.path.name, patient=file.patient)
     with open_slide(file.path, file.mpp) as slide:
         patches = SlidePatches(slide, found_digest, folder.settings.mpp, folder.settings.side)
-        done = [_import(folder, patches, added, drawing, mapping, partial=partial) for drawing in drawings]
+        done = [
+            _import(folder, patches, added, drawing, mapping, partial=partial) for drawing in joined_drawings(drawings)
+        ]
         write_dataset(
             folder.path,
             Labels(folder.store.read()),

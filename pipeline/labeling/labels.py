@@ -62,7 +62,11 @@ class Labels:
             self.apply(record)
 
     def apply(self, record: Recorded) -> None:
-        """Add the next event."""
+        """Add the next event.
+
+        A change of a class that no longer exists is ignored, and so is a merge of a class into itself: earlier versions
+        saved such events when two processes changed classes at the same time.
+        """
         self.number = record.number
         match record.event:
             case FolderStarted() as event:
@@ -72,10 +76,13 @@ class Labels:
             case ClassAdded() as event:
                 self.classes[event.id] = LabelClass(event.id, event.name, event.color)
             case ClassRenamed() as event:
-                self.classes[event.id] = replace(self.classes[event.id], name=event.name)
+                if event.id in self.classes:
+                    self.classes[event.id] = replace(self.classes[event.id], name=event.name)
             case ClassesMerged() as event:
-                self._target[event.id] = event.into
-                del self.classes[event.id]
+                into = self._current(event.into)
+                if event.id in self.classes and into in self.classes and into != event.id:
+                    self._target[event.id] = into
+                    del self.classes[event.id]
             case Labeled() as event:
                 self._labels[event.place][record.annotator].append(record)
                 self._order[record.number] = (record.annotator, event.place)

@@ -62,6 +62,8 @@ def joined(texts: Sequence[str]) -> str:
 def _text(area: BaseGeometry) -> str:
     # Lines and points, in which areas touch a border, are left out.
     polygons = [part for part in shapely.get_parts(area).tolist() if isinstance(part, shapely.Polygon)]
+    if not polygons:  # slivers that collapse on the grid
+        return "MULTIPOLYGON EMPTY"
     return str(shapely.to_wkt(shapely.multipolygons(polygons), rounding_precision=3))
 
 

@@ -243,11 +243,13 @@ class Session:
     def undo(self) -> list[Patch]:
         """Undo the annotator's latest label, or grid of labels, and return its patches; empty if there is none.
 
-        The first undo of a session can reach the last label of the session before.
+        The first undo of a session can reach the last label of the session before. Labels of slides that are not open
+        are kept, because the page could not show what was undone.
         """
         with self._lock:
             self._follow()
-            own = self._labels.labels_of(self.annotator)
+            open_ = {ready.added.digest for ready in self._slides.ready()}
+            own = [one for one in self._labels.labels_of(self.annotator) if label_of(one).place.slide in open_]
             alive = {one.number: one for one in own}
             while self._actions and not set(self._actions[-1]) & set(alive):
                 self._actions.pop()

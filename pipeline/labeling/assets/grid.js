@@ -113,11 +113,11 @@ export class Grid {
     const labels = rest.map(({ id, reason }) => ({
       patch: id, present: [this.chosen], mark: "none", view: "grid", reason, suggested: null, seconds,
     }));
-    await this.ask("/labels", { labels, excluded: [...this.excluded] }, `Saved: ${rest.length} patches`);
+    await this.ask("/labels", { labels, excluded: [...this.excluded] }, () => `Saved: ${rest.length} patches`);
   }
 
   async undo() {
-    await this.ask("/undo", {}, "Undone");
+    await this.ask("/undo", {}, (state) => (state.undone.length ? "Undone" : "Nothing to undo"));
   }
 
   async ask(path, body, said) {
@@ -126,7 +126,7 @@ export class Grid {
     try {
       const state = await post(path, body);
       this.done(state);
-      this.announce(said);
+      this.announce(said(state));
       await this.load();
     } catch (error) {
       this.failed(error);

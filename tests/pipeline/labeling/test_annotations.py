@@ -17,20 +17,25 @@ from hypothesis import strategies as st
 
 from pipeline.errors import LabelingError
 from pipeline.labeling.annotations import Annotation, read_annotations
-from pipeline.labeling.events import SlideAdded
+from pipeline.labeling.events import Labeled, SlideAdded
+from pipeline.labeling.folder import Wishes
 from pipeline.labeling.import_annotations import (
     COMPLETE,
     PRESENT,
     Drawing,
+    ImportSource,
     annotation_files,
     import_events,
+    joined_sources,
     labels_from,
     share,
     slide_of,
     target_name,
 )
-from pipeline.labeling.masks import mask_HW
+from pipeline.labeling.importer import import_drawings, open_import
+from pipeline.labeling.masks import UNKNOWN, Cutter, checked_area, joined, mask_HW
 from pipeline.labeling.patches import SlidePatches
+from pipeline.labeling.slides import SlideFile
 from tests.pipeline.labeling.desks import SIDE
 from tests.pipeline.labeling.events import SLIDE, fold
 from wsi.slide import open_slide
@@ -220,6 +225,41 @@ def test_a_second_import_adds_nothing_and_a_label_of_a_person_is_kept(slides: li
     assert import_events(imported, "ann", moved, found, partial=True) == ([moved], 0)
 
 
+def test_all_drawings_of_an_annotator_become_one_label_of_a_patch_however_often_they_are_imported(
+    tmp_path: Path, slides: list[Path]
+) -> None:
+    left, right = shapely.box(0, 0, 1.5 * SIDE, SIDE), shapely.box(1.5 * SIDE, 0, 3 * SIDE, SIDE)
+    drawings = [
+        Drawing("ann", [Annotation(("tumor",), left)], "viewer", "correction", "m1"),
+        Drawing("ann", [Annotation(("other",), right)], "qupath", "correction", "m2"),
+        Drawing("bob", [Annotation(("tumor",), right)], "qupath", "correction", "m2"),
+    ]
+    with open_import(tmp_path / "l", "ann", Wishes(1.0, SIDE), ["tumor", "other"]) as folder:
+        for _ in range(3):
+            done = import_drawings(folder, SlideFile(slides[0], "a"), drawings, {}, partial=True)
+            assert (done.complete, done.partial) == (3 + 1, 1)
+            assert len(folder.store.read()) == 3 + 1 + 3 + 2, "settings, classes, the slide, and labels"
+        events = [one.event for one in folder.store.read() if one.annotator == "ann"]
+    made = {one.place.x_l0: one for one in events if isinstance(one, Labeled)}
+    assert {x: one.answers for x, one in made.items()} == {
+        0: {1: "present", 2: "absent"}, SIDE: {1: "present", 2: "present"}, 2 * SIDE: {1: "absent", 2: "present"}
+    }  # fmt: skip
+    assert {(one.source, one.reason, one.model) for one in made.values()} == {("viewer", "correction", None)}
+
+
+def test_sources_of_one_slide_are_imported_together() -> None:
+    one, other, third = (Drawing("ann", [Annotation(("a",), shapely.box(0, 0, x, 1))]) for x in (1, 2, 3))
+    a, b = Path("a.svs"), Path("b.svs")
+    first, second = joined_sources([
+        ImportSource("a.geojson", a, [one], {"locked": 1}, classes=["x", "y"]),
+        ImportSource("b.geojson", b, [other], {}),
+        ImportSource("a.svs.geojson", a, [third], {"locked": 2}, classes=["y", "z"]),
+    ])  # fmt: skip
+    joined = ImportSource("a.geojson, a.svs.geojson", a, [one, third], {"locked": 3}, classes=("x", "y", "z"))
+    assert (first, second) == (joined, ImportSource("b.geojson", b, [other], {}))
+    assert len(joined_sources([ImportSource("a", a, [one], {}, digest=digest) for digest in "cd"])) == 2
+
+
 def test_a_file_belongs_to_the_slide_of_its_name(tmp_path: Path) -> None:
     for name in ("a.svs", "b.svs", "b.tiff"):
         (tmp_path / name).touch()
@@ -232,6 +272,25 @@ def test_a_file_belongs_to_the_slide_of_its_name(tmp_path: Path) -> None:
             slide_of(Path(name), tmp_path)
     with pytest.raises(LabelingError, match="contains no annotations"):
         annotation_files([tmp_path])
+
+
+def test_annotations_may_lie_beside_their_slide(tmp_path: Path) -> None:
+    for name in ("a.svs", "a.geojson", "a.svs.geojson", "a.GEOJSON.gz", "a.zip"):
+        (tmp_path / name).touch()
+    for name in ("a.geojson", "a.svs.geojson", "a.GEOJSON.gz", "a.zip"):
+        assert slide_of(tmp_path / name, tmp_path) == tmp_path / "a.svs"
+    (tmp_path / "b.geojson").touch()
+    with pytest.raises(LabelingError, match=r"b\.geojson: 0 slides"):
+        slide_of(tmp_path / "b.geojson", tmp_path)
+
+
+def test_slivers_that_collapse_on_the_grid_are_an_empty_area() -> None:
+    tips = [shapely.Polygon([(255.99, y), (300, y - 1), (300, y + 1)]) for y in (100, 150)]
+    text = Cutter(shapely.union_all(tips)).cut(0, 0, 256, SIDE)
+    assert checked_area(text) == "MULTIPOLYGON EMPTY"
+    assert joined([text, text]) == "MULTIPOLYGON EMPTY"
+    assert shapely.from_wkt(joined([text, "POLYGON ((0 0, 9 0, 9 9, 0 9, 0 0))"])).area == 81
+    assert (mask_HW((text, ""), SIDE) == UNKNOWN).all()
 
 
 def test_the_share_of_nothing_is_zero() -> None:

@@ -20,7 +20,7 @@ from pipeline.labeling.desk import Desk
 from pipeline.labeling.session import NewLabel
 from pipeline.labeling.store import EventStore
 from pipeline.web.application import MAX_POSTED, SECURITY_HEADERS
-from tests.pipeline.labeling.desks import desk
+from tests.pipeline.labeling.desks import desk, save
 
 URL = "http://127.0.0.1:8000"
 
@@ -58,6 +58,20 @@ def test_a_label_is_in_the_file_before_the_answer_and_the_next_patch_comes_with_
         undone = page.post("/undo", json={}).json()
         assert [one["id"] for one in undone["undone"]] == [first["id"]]
         assert undone["counts"]["labeled"] == 0
+
+
+def test_undo_leaves_a_label_of_a_slide_that_is_not_open(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
+    with desk(tmp_path / "l", slides[1:], shipped) as at:
+        save(at, at.session.upcoming(1)[0], 1)
+    with desk(tmp_path / "l", slides[:1], shipped) as at, client(at) as page:
+        before = events(tmp_path / "l")
+        answer = page.post("/undo", json={})
+        assert (answer.status_code, answer.json()["undone"], answer.json()["counts"]["labeled"]) == (200, [], 1)
+        assert events(tmp_path / "l") == before
+        own = at.session.upcoming(1)[0]
+        save(at, own, 2)
+        assert [one["id"] for one in page.post("/undo", json={}).json()["undone"]] == [own.place.id]
+        assert page.post("/undo", json={}).json()["undone"] == []
 
 
 def test_the_pictures_are_those_of_the_patch(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:

@@ -71,6 +71,28 @@ def test_classes_that_are_merged_one_after_the_other_end_in_the_last() -> None:
     assert labels.answers(one) == {1: "present"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "classes", "answers"),
+    [
+        ([ClassesMerged(id=2, into=1)] * 2, {1: "tumor", 3: "necrosis"}, {1: "present", 3: "absent"}),
+        ([ClassesMerged(id=1, into=2), ClassesMerged(id=2, into=1)], {2: "stroma", 3: "necrosis"},
+         {2: "present", 3: "absent"}),
+        ([ClassesMerged(id=2, into=1), ClassesMerged(id=2, into=3)], {1: "tumor", 3: "necrosis"},
+         {1: "present", 3: "absent"}),
+        ([ClassesMerged(id=2, into=1), ClassRenamed(id=2, name="x")], {1: "tumor", 3: "necrosis"},
+         {1: "present", 3: "absent"}),
+        ([ClassesMerged(id=2, into=1), ClassesMerged(id=3, into=2)], {1: "tumor"}, {1: "present"}),
+    ],
+)  # fmt: skip
+def test_a_change_of_a_class_that_was_merged_before_is_ignored(
+    changes: list[ClassesMerged | ClassRenamed], classes: dict[int, str], answers: dict[int, str]
+) -> None:
+    one = label(0, "present", "absent", "absent")
+    labels = fold(("ann", NECROSIS), ("ann", one), *(("bob", change) for change in changes))
+    assert {id_: found.name for id_, found in labels.classes.items()} == classes
+    assert labels.answers(one) == answers
+
+
 def test_annotators_are_joined_by_majority_and_a_tie_is_unknown() -> None:
     votes = [("ann", label(0, "present", "absent")), ("bob", label(0, "absent", "absent"))]
     verdict = fold(*votes).verdict(place(0))
@@ -142,3 +164,12 @@ def test_two_annotators_are_compared_per_class_on_blind_patches_only() -> None:
     assert (tumor.annotators, tumor.class_name, tumor.patches, tumor.same) == (("ann", "bob"), "tumor", 4, 3)
     assert tumor.kappa == pytest.approx(0.5)
     assert (stroma.class_name, stroma.patches, stroma.same, stroma.kappa) == ("stroma", 4, 4, None)
+
+
+def test_imported_labels_of_blind_patches_are_not_compared() -> None:
+    first, second = [x for x in range(40) if fold().is_blind(place(x))][:2]
+    imported = label(first, "present", "absent").model_copy(update={"view": "import", "reason": "correction"})
+    both = [(who, label(second, "present", "absent")) for who in ("ann", "bob")]
+    for other in (imported, label(first, "present", "absent")):
+        tumor, _ = agreements(fold(("ann", imported), ("bob", other), *both))
+        assert (tumor.patches, tumor.same) == (1, 1)

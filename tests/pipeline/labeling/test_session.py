@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+import shapely
 
 from models.bundle import Bundle
 from pipeline.errors import LabelingError
+from pipeline.labeling.annotations import Annotation
 from pipeline.labeling.desk import open_desk
-from pipeline.labeling.events import Labeled
+from pipeline.labeling.events import Labeled, SlideAdded
 from pipeline.labeling.folder import Wishes, add_classes
+from pipeline.labeling.import_annotations import Drawing
+from pipeline.labeling.importer import import_drawings, open_import
 from pipeline.labeling.session import NewLabel, Session
 from pipeline.labeling.slides import SlideFile
 from pipeline.labeling.store import EventStore
-from tests.pipeline.labeling.desks import desk, save
+from tests.pipeline.labeling.desks import SIDE, desk, save
 
 
 def ids(session: Session, count: int = 6) -> list[str]:
@@ -179,6 +186,30 @@ def test_a_model_for_other_patches_is_refused(tmp_path: Path, slides: list[Path]
         desk(tmp_path, slides, shipped, model=shipped, wishes=Wishes(side=96)),
     ):
         pass
+
+
+def test_a_slide_whose_name_is_not_utf_8_is_labeled_under_its_escaped_name(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    slide = tmp_path / os.fsdecode(b"caf\xe9.svs")
+    shutil.copy(slides[0], slide)
+    for labeled in (1, 2):  # the second session finds the slide and its labels again
+        with desk(tmp_path / "l", [slide], shipped) as at:
+            assert [one.added.name for one in at.slides.ready()] == ["caf\\udce9.svs"]
+            save(at, at.session.upcoming(1)[0], 1)
+            assert at.session.counts().labeled == len(at.session.history()) == labeled
+    with EventStore(tmp_path / "l" / "labels.sqlite") as store:
+        added = [one.event for one in store.read() if isinstance(one.event, SlideAdded)]
+    assert [(one.name, one.patient) for one in added] == [("caf\\udce9.svs", "caf\\udce9")]
+    with (tmp_path / "l" / "labels.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["slide"], row["patient"]) for row in rows] == [("caf\\udce9.svs", "caf\\udce9")] * 2
+    drawing = Drawing("bob", [Annotation(("class-0",), shapely.box(0, 0, SIDE, SIDE))])
+    with open_import(tmp_path / "l", "bob", Wishes(), []) as folder:
+        for _ in range(2):
+            import_drawings(folder, SlideFile(slide, slide.stem), [drawing], {}, partial=False)
+        events = [one.event.kind for one in folder.store.read()]
+    assert (events.count("slide"), events.count("label")) == (1, 3)
 
 
 def test_a_slide_that_cannot_be_opened_is_left_out(

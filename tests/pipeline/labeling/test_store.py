@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import LabelingError
+from pipeline.labeling.events import Event, Recorded
+from pipeline.labeling.folder import Wishes, add_classes, merge_classes, start_folder
+from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
 from tests.pipeline.labeling.events import SLIDE, STARTED, TUMOR, label
 
@@ -62,6 +69,80 @@ def test_two_people_write_at_the_same_time_and_every_label_is_kept(tmp_path: Pat
         assert [one.event for one in found if one.annotator == which] == [label(x, "present") for x in range(15)]
     for store in stores:
         store.close()
+
+
+class SlowReader(EventStore):
+    """Others have time to write between a read and the write that follows it."""
+
+    def read(self, after: int = 0) -> list[Recorded]:
+        found = super().read(after)
+        time.sleep(0.05)
+        return found
+
+
+def at_the_same_time(file: Path, *works: Callable[[EventStore], None]) -> Labels:
+    """Do each work on a thread with a store of its own. Return the labels of the file afterwards."""
+    barrier = threading.Barrier(len(works))
+
+    def work(one: Callable[[EventStore], None]) -> None:
+        with SlowReader(file) as store:
+            barrier.wait()
+            one(store)
+
+    with ThreadPoolExecutor(len(works)) as threads:
+        list(threads.map(work, works))
+    with EventStore(file) as store:
+        return Labels(store.read())
+
+
+def test_classes_that_are_added_at_the_same_time_have_different_numbers(tmp_path: Path) -> None:
+    def adding(who: str, store: EventStore) -> None:
+        for n in range(3):
+            add_classes(store, who, [f"{who} {n}"], {})
+
+    labels = at_the_same_time(tmp_path / "a.sqlite", partial(adding, "ann"), partial(adding, "bob"))
+    assert sorted(labels.classes) == list(range(1, 7))
+    assert {one.name for one in labels.classes.values()} == {f"{who} {n}" for who in ("ann", "bob") for n in range(3)}
+
+
+def test_of_two_merges_of_a_class_at_the_same_time_one_is_refused(tmp_path: Path) -> None:
+    refused = []
+
+    def merging(into: str, store: EventStore) -> None:
+        for n in range(3):
+            try:
+                merge_classes(store, into, str(n), into)
+            except LabelingError as error:
+                refused.append(str(error))
+
+    names = [*map(str, range(3)), "x", "y"]
+    with EventStore(tmp_path / "a.sqlite") as store:
+        add_classes(store, "ann", names, {})
+    labels = at_the_same_time(tmp_path / "a.sqlite", partial(merging, "x"), partial(merging, "y"))
+    assert [one.name for one in labels.classes.values()] == ["x", "y"]
+    assert len(refused) == 3
+    assert all("does not exist; the classes are" in text for text in refused)
+
+
+def test_of_two_processes_that_start_a_folder_the_second_uses_the_settings_of_the_first(tmp_path: Path) -> None:
+    found = []
+
+    def starting(seed: int, store: EventStore) -> None:
+        found.append(start_folder(store, "ann", Wishes(), Wishes(1.0, 64, seed, 0.1)))
+
+    labels = at_the_same_time(tmp_path / "a.sqlite", *(partial(starting, seed) for seed in range(3)))
+    assert labels.number == 1
+    assert found == [labels.settings] * 3
+
+
+def test_nothing_is_saved_if_the_decision_fails(tmp_path: Path) -> None:
+    def fail(before: object) -> list[Event]:
+        raise LabelingError("no")
+
+    with EventStore(tmp_path / "a.sqlite") as store:
+        with pytest.raises(LabelingError, match="no"):
+            store.append_decided("ann", fail)
+        assert store.append("ann", [STARTED]) == (1,), "the file is free again"
 
 
 def test_a_label_that_cannot_be_saved_is_an_error_and_leaves_no_part(tmp_path: Path) -> None:
