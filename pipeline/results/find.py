@@ -36,8 +36,10 @@ def _search(folder: Path) -> Iterator[Path]:
 
 
 def result_name(output: Path, folder: Path) -> str:
-    """Return the name of a result below `output`, with slashes, as `summary.csv` has it.
+    """Return the name of a result below `output`, with slashes, as `summary.csv` has it."""
+    return printable_name(folder.relative_to(output).as_posix())
 
-    Bytes of file names that are not UTF-8 are escaped.
-    """
-    return folder.relative_to(output).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+
+def printable_name(name: str) -> str:
+    """Return a name with the bytes escaped that are not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
