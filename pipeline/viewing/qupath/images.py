@@ -63,8 +63,9 @@ def load_project(path: Path) -> dict[str, Any]:
 def enter_slides(
     project: dict[str, Any], path: Path, slides: Sequence[SlideFile], search: Path | None
 ) -> list[dict[str, Any]]:
-    """Find or add the entry of each slide in the project of `path`, and return the entries.
+    """Find or add the entry of each slide in the project of `path`, and return the entries, each a different one.
 
+    Two results of one file have two entries: each gets the entry with its title, or else the first one that is left.
     Entries keep their ids and everything that QuPath wrote. A URI changes only if its file moved, together with the
     project or into the folder `search`. A slide that is not found keeps its former path, with a warning.
     """
@@ -74,18 +75,22 @@ def enter_slides(
         beside = Path(os.path.normpath(path.parent / os.path.relpath(file, former.parent)))
         return beside if not file.exists() and former.parent != path.parent and beside.exists() else file
 
-    by_file: dict[Path, dict[str, Any]] = {}
+    by_file: dict[Path, list[dict[str, Any]]] = {}
     for entry in project["images"]:
         files = _files(entry.get("serverBuilder"))
         entry["serverBuilder"] = _with_files(entry.get("serverBuilder"), {file: moved(file) for file in files})
         for file in _files(entry["serverBuilder"]):
-            by_file.setdefault(file, entry)
+            by_file.setdefault(file, []).append(entry)
 
-    entries = []
+    places = []
     for slide in slides:
         recorded = moved(slide.path) if slide.path.is_absolute() else slide.path
-        file = _find(slide, recorded, search)
-        entry = by_file.get(file) or by_file.get(recorded) or by_file.get(slide.path)
+        places.append((_find(slide, recorded, search), recorded, slide.path))
+    found = [[entry for file in dict.fromkeys(files) for entry in by_file.get(file, [])] for files in places]
+    taken = _assigned(slides, found)
+
+    entries = []
+    for slide, (file, recorded, _), entry in zip(slides, places, taken, strict=True):
         if entry is None:
             project["lastID"] = 1 + max([project.get("lastID", 0), *(e["entryID"] for e in project["images"])])
             entry = _new_entry(file, slide.title, project["lastID"])
@@ -97,6 +102,20 @@ def enter_slides(
         # Otherwise the former place is still needed to find lost slides relative to it.
         project["uri"] = _uri(path)
     return entries
+
+
+def _assigned(slides: Sequence[SlideFile], found: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any] | None]:
+    """Return one of the entries that were found for each slide, or None if none is left."""
+    assigned: list[dict[str, Any] | None] = [None] * len(slides)
+    used = set[int]()
+    for by_title in (True, False):
+        for n, slide in enumerate(slides):
+            free = [one for one in found[n] if one["entryID"] not in used]
+            fitting = [one for one in free if one.get("imageName") == slide.title] if by_title else free
+            if assigned[n] is None and fitting:
+                assigned[n] = fitting[0]
+                used.add(fitting[0]["entryID"])
+    return assigned
 
 
 def _find(slide: SlideFile, recorded: Path, search: Path | None) -> Path:
