@@ -159,6 +159,24 @@ def test_a_result_without_its_map_is_skipped_with_a_warning(root: Path, caplog: 
     assert not (root / "results" / "qupath" / "maps" / "b").exists()
 
 
+@pytest.mark.parametrize(("files", "content"), [("0/0/*/*", b"damaged"), ("*/.zarray", b"{")])
+def test_a_result_whose_map_is_damaged_is_left_out_with_a_warning(
+    root: Path, caplog: pytest.LogCaptureFixture, files: str, content: bytes
+) -> None:
+    damaged = [file for file in (root / "results" / "b" / "b.ome.zarr").glob(files) if file.is_file()]
+    assert damaged
+    for file in damaged:
+        file.write_bytes(content)
+    write_project(root / "results", tiles=True)
+    assert slides_of(root) == {1: root / "slides" / NAMES[0]}
+    assert [row["entryID"] for row in rows_of(root)] == ["1"]
+    assert "b.ome.zarr: cannot be read: " in caplog.text
+    assert not (root / "results" / "qupath" / "maps" / "b").exists()
+    shutil.rmtree(root / "results" / Path(NAMES[0]).stem)
+    with pytest.raises(OutputError, match="none of the maps can be read; segment the slides again with --force"):
+        write_project(root / "results")
+
+
 @pytest.mark.full
 def test_pictures_and_tiles_of_an_earlier_result_are_replaced(root: Path) -> None:
     path = write_project(root / "results", tiles=True)
