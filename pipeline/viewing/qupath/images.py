@@ -47,17 +47,29 @@ def load_project(path: Path) -> dict[str, Any]:
     now = time.time_ns() // 1_000_000
     try:
         project = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(entry["entryID"], int) for entry in project["images"]):
-            raise ValueError("an image's entryID is not a number")
+        _check(project)
     except FileNotFoundError:
         stamps = {"createTimestamp": now, "modifyTimestamp": now}
         return {"version": _VERSION, **stamps, "uri": _uri(path), "lastID": 0, "images": []}
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise OutputError(
             f"{path}: is not a project that QuPath can read ({error}); move the folder {path.parent} away and run the "
             f"same command again"
         ) from error
     return cast("dict[str, Any]", project)
+
+
+def _check(project: Any) -> None:
+    """Raise ValueError, LookupError, TypeError or AttributeError if a value that this package reads cannot be used."""
+    if not isinstance(project.get("lastID", 0), int):
+        raise ValueError("lastID is not a number")
+    for entry in project["images"]:
+        if not isinstance(entry["entryID"], int):
+            raise ValueError("an image's entryID is not a number")
+        if not isinstance(entry.get("metadata") or {}, dict):
+            raise ValueError("an image's metadata is not an object")
+        _files(entry.get("serverBuilder"))
+    _path(str(project.get("uri", "")))
 
 
 def enter_slides(
@@ -184,6 +196,6 @@ def _uri(file: Path) -> str:
 
 
 def _path(uri: str) -> Path | None:
-    """Return the file of a URI; None if it is not a file URI."""
+    """Return the file of a URI; None if it is not a file URI. Raises ValueError if it is not a URI."""
     parts = urlsplit(uri)
     return Path(os.path.normpath(os.fsdecode(unquote_to_bytes(parts.path)))) if parts.scheme == "file" else None

@@ -185,6 +185,8 @@ def _load_classes(path: Path) -> dict[str, Any]:
     """Return the existing classes. Raises OutputError if they cannot be read."""
     try:
         classes = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(classes["pathClasses"], list):
+            raise ValueError("pathClasses is not a list")
         _names(classes)
     except FileNotFoundError:
         return {"pathClasses": []}

@@ -131,7 +131,20 @@ def test_an_update_keeps_what_the_user_saved_and_adds_new_slides(root: Path) -> 
     assert own_script.read_text() == "print 1"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"images":[{"entryID":"1"}]}', '{"images":[7]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"images":[{"entryID":"1"}]}',
+        '{"images":[7]}',
+        '{"images":[],"lastID":null}',
+        '{"images":[{"entryID":1,"metadata":[1]}]}',
+        '{"images":[{"entryID":1,"serverBuilder":{"uri":"https://[bad/x"}}]}',
+        '{"images":[],"uri":"https://[bad/x"}',
+    ],
+)
 def test_a_project_that_cannot_be_read_stays_unchanged(root: Path, text: str) -> None:
     path = root / "results" / "qupath" / "project.qpproj"
     path.parent.mkdir()
@@ -139,6 +152,17 @@ def test_a_project_that_cannot_be_read_stays_unchanged(root: Path, text: str) ->
     with pytest.raises(OutputError, match=r"project\.qpproj: is not a project that QuPath can read"):
         write_project(root / "results")
     assert [p.name for p in path.parent.iterdir()] == ["project.qpproj"]
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"pathClasses":{}}', '{"pathClasses":[7]}'])
+def test_classes_that_cannot_be_read_stay_unchanged(root: Path, text: str) -> None:
+    path = root / "results" / "qupath" / "classifiers" / "classes.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(OutputError, match=r"classes\.json: is not a list of classes that QuPath can read"):
+        write_project(root / "results")
+    assert [p.name for p in path.parent.parent.iterdir()] == ["classifiers"]
     assert path.read_text() == text
 
 
