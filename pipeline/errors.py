@@ -14,6 +14,7 @@ WsiSegmentError                   see wsi/errors.py
     ├── UnpicklableError          a worker raised an error that cannot be sent to this process
     ├── InferenceError            a network failed on its device, or returned NaN or infinity for an image
     ├── RegionsFileError          the saved polygons of a block cannot be read
+    ├── MapFileError              the map of a result cannot be read
     ├── TrainConfigError          a training setting cannot be used
     ├── TrainError                a training run cannot continue
     ├── DatasetError              a patch data set cannot be used
@@ -98,6 +99,10 @@ class InferenceError(PipelineError):
 
 class RegionsFileError(PipelineError):
     """The saved polygons of a block cannot be read."""
+
+
+class MapFileError(PipelineError):
+    """The map of a result cannot be read."""
 
 
 class TrainConfigError(PipelineError):

@@ -23,10 +23,11 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
     as a broken link, and a folder that cannot be searched get a job with a `problem`, so nothing that was listed
     disappears.
 
-    Raises ConfigError if a folder contains no slide, a manifest cannot be used, or a slide is listed twice with
-    different settings.
+    Raises ConfigError if a folder contains no slide, a manifest cannot be used, a slide is listed twice with different
+    settings, or two slides have the same id.
     """
     jobs: dict[str, SlideJob] = {}
+    ids: dict[str, SlideJob] = {}
     found = DicomFolders()
     for path in inputs:
         for job in _expand(local_path(path, "slides"), found, recursive=recursive):
@@ -37,6 +38,14 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
                     f"{job.path}: is listed twice, {_settings(former)} and {_settings(job)}; list it once, or "
                     f"twice with the same settings"
                 )
+            # Only a manifest gives a name that cannot change. A DICOM series has a place, too.
+            if job.name is not None and job.place is None:
+                other = ids.setdefault(job.name.casefold(), former)
+                if other is not former:
+                    raise ConfigError(
+                        f"{job.path}: its id {job.name!r} is also that of {other.path}; ids name the results, so each "
+                        f"slide needs its own"
+                    )
     return list(jobs.values())
 
 

@@ -98,12 +98,18 @@ def _job(where: str, manifest: Path, row: dict[str, str]) -> SlideJob:
     if not PurePath(name).name:
         raise ConfigError(f"{where}: the column 'slide' is {name!r}, which is a folder; it must name a slide")
     slide = manifest.parent / local_path(name, f"{where}: the slide")
+    id_ = _id(where, row.get("id", ""))
+    if id_ is None and slide.stem == ".":
+        raise ConfigError(
+            f"{where}: the column 'slide' is {name!r}; results are named after slides, and '.' cannot be the name of a "
+            f"result; rename the slide, or name its result in the column 'id'"
+        )
     return SlideJob(
         slide,
         _mpp(where, row.get("mpp", "")),
         _model(where, manifest, row.get("model", "")),
-        _id(where, row.get("id", "")),
-        place=_place(name),
+        id_,
+        place=_place(name) if id_ is None else None,
     )
 
 

@@ -12,7 +12,8 @@ QuPath's reader does not open: other codecs, floats, Zarr 3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from models.tissue_class import TissueClass
+from pipeline.errors import MapFileError
 from pipeline.formats.chunk_files import CODEC, UInt8Array, chunk_positions, read_chunk, write_chunk
 from wsi.box import Box
 
@@ -276,6 +278,15 @@ def _create_array(store: LocalStore, path: str, shape: tuple[int, ...], chunks: 
         filters=None,
         chunk_key_encoding={"name": "v2", "separator": "/"},
     )
+
+
+@contextmanager
+def reading_map(path: Path) -> Iterator[None]:
+    """Raise MapFileError for each error that zarr and its codecs raise if files of the map are damaged or missing."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
+        raise MapFileError(f"{path}: cannot be read: {error}; segment the slide again with --force") from error
 
 
 def _open_array(path: Path, name: str) -> zarr.Array[Any]:

@@ -177,7 +177,11 @@ def _areas_of_summary(summary: Mapping[str, Any]) -> tuple[dict[str, float], flo
 
 
 def _link(output: Path, folder: Path, name: str) -> str | None:
-    if not (folder / name).is_file():
+    try:
+        is_file = (folder / name).is_file()
+    except OSError:
+        is_file = False  # such as the name of a failed slide that is too long for a folder
+    if not is_file:
         return None
     # A colon, too, is quoted: a browser would read what stands before it as a scheme.
     place = quote(folder.relative_to(output).as_posix(), safe="/", errors="surrogateescape")

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from models.tissue_class import ClassName
 from pipeline.errors import OutputError
 from pipeline.files import only_writer, write_atomically
+from pipeline.results.find import printable_name
 from pipeline.results.names import SUMMARY
 from pipeline.results.slide_result import AREA_COLUMN, COLUMNS, SlideResult
 
@@ -39,8 +40,9 @@ def write_summary(output: Path, results: Iterable[SlideResult]) -> None:
     with only_writer(path, output / ".summary.lock"):
         rows = {name: row for name, row in read_summary(path).items() if not is_folder(name)}
         for result in results:
-            if not _is_row_kept(rows.get(result.slide, {}).get("status"), result):
-                rows[result.slide] = result.row()
+            name = printable_name(result.slide)
+            if not _is_row_kept(rows.get(name, {}), result):
+                rows[name] = result.row() | {"slide": name}
         text = io.StringIO()
         writer = csv.DictWriter(text, _columns(rows.values()), restval="")
         writer.writeheader()
@@ -55,15 +57,27 @@ def is_folder(name: str) -> bool:
     return name.endswith("/")
 
 
-def _is_row_kept(status: object, result: SlideResult) -> bool:
+def _is_row_kept(row: Mapping[str, object], result: SlideResult) -> bool:
     """Return whether the row of an earlier run contains more than the result of a slide that was not attempted."""
+    status = row.get("status")
     if result.failed_before:
         return status == "failed"
-    return result.status == "skipped" and status not in (None, "failed")
+    if result.status != "skipped" or status in (None, "failed"):
+        return False
+    # A run that ended between publishing its result and writing this table leaves the row of the result before.
+    return _facts(row) == _facts(result.row())
+
+
+def _facts(row: Mapping[str, object]) -> dict[str, str]:
+    """Return the cells that state what is in a result, as text and without empty ones."""
+    names = [name for name in row if name in COLUMNS or name.startswith(AREA_COLUMN)]
+    return {name: str(row[name]) for name in names if row[name] not in (None, "")}
 
 
 def read_summary(path: Path) -> dict[str, dict[str, object]]:
     """Return the rows of a `summary.csv` by slide, all values as text. Return no rows if the file does not exist.
+
+    Rows without the name of a slide, which spreadsheets leave behind, are left out.
 
     Raises OutputError if the file is not a summary.
     """
@@ -78,7 +92,7 @@ def read_summary(path: Path) -> dict[str, dict[str, object]]:
     if any("slide" not in row or None in row or not _has_valid_classes(row) for row in rows):
         raise OutputError(f"{path}: was not written by wsi-segment; move it away, and the next run writes a new one")
     texts = [row | {name: _unquoted(row[name]) for name in TEXT_COLUMNS if row.get(name)} for row in rows]
-    return {str(row["slide"]): {**row} for row in texts}
+    return {str(row["slide"]): {**row} for row in texts if row["slide"]}
 
 
 def _columns(rows: Iterable[Mapping[str, object]]) -> list[str]:

@@ -47,12 +47,11 @@ def load_project(path: Path) -> dict[str, Any]:
     now = time.time_ns() // 1_000_000
     try:
         project = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(entry["entryID"], int) for entry in project["images"]):
-            raise ValueError("an image's entryID is not a number")
+        _check(project)
     except FileNotFoundError:
         stamps = {"createTimestamp": now, "modifyTimestamp": now}
         return {"version": _VERSION, **stamps, "uri": _uri(path), "lastID": 0, "images": []}
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise OutputError(
             f"{path}: is not a project that QuPath can read ({error}); move the folder {path.parent} away and run the "
             f"same command again"
@@ -60,11 +59,25 @@ def load_project(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", project)
 
 
+def _check(project: Any) -> None:
+    """Raise ValueError, LookupError, TypeError or AttributeError if a value that this package reads cannot be used."""
+    if not isinstance(project.get("lastID", 0), int):
+        raise ValueError("lastID is not a number")
+    for entry in project["images"]:
+        if not isinstance(entry["entryID"], int):
+            raise ValueError("an image's entryID is not a number")
+        if not isinstance(entry.get("metadata") or {}, dict):
+            raise ValueError("an image's metadata is not an object")
+        _files(entry.get("serverBuilder"))
+    _path(str(project.get("uri", "")))
+
+
 def enter_slides(
     project: dict[str, Any], path: Path, slides: Sequence[SlideFile], search: Path | None
 ) -> list[dict[str, Any]]:
-    """Find or add the entry of each slide in the project of `path`, and return the entries.
+    """Find or add the entry of each slide in the project of `path`, and return the entries, each a different one.
 
+    Two results of one file have two entries: each gets the entry with its title, or else the first one that is left.
     Entries keep their ids and everything that QuPath wrote. A URI changes only if its file moved, together with the
     project or into the folder `search`. A slide that is not found keeps its former path, with a warning.
     """
@@ -74,18 +87,22 @@ def enter_slides(
         beside = Path(os.path.normpath(path.parent / os.path.relpath(file, former.parent)))
         return beside if not file.exists() and former.parent != path.parent and beside.exists() else file
 
-    by_file: dict[Path, dict[str, Any]] = {}
+    by_file: dict[Path, list[dict[str, Any]]] = {}
     for entry in project["images"]:
         files = _files(entry.get("serverBuilder"))
         entry["serverBuilder"] = _with_files(entry.get("serverBuilder"), {file: moved(file) for file in files})
         for file in _files(entry["serverBuilder"]):
-            by_file.setdefault(file, entry)
+            by_file.setdefault(file, []).append(entry)
 
-    entries = []
+    places = []
     for slide in slides:
         recorded = moved(slide.path) if slide.path.is_absolute() else slide.path
-        file = _find(slide, recorded, search)
-        entry = by_file.get(file) or by_file.get(recorded) or by_file.get(slide.path)
+        places.append((_find(slide, recorded, search), recorded, slide.path))
+    found = [[entry for file in dict.fromkeys(files) for entry in by_file.get(file, [])] for files in places]
+    taken = _assigned(slides, found)
+
+    entries = []
+    for slide, (file, recorded, _), entry in zip(slides, places, taken, strict=True):
         if entry is None:
             project["lastID"] = 1 + max([project.get("lastID", 0), *(e["entryID"] for e in project["images"])])
             entry = _new_entry(file, slide.title, project["lastID"])
@@ -97,6 +114,20 @@ def enter_slides(
         # Otherwise the former place is still needed to find lost slides relative to it.
         project["uri"] = _uri(path)
     return entries
+
+
+def _assigned(slides: Sequence[SlideFile], found: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any] | None]:
+    """Return one of the entries that were found for each slide, or None if none is left."""
+    assigned: list[dict[str, Any] | None] = [None] * len(slides)
+    used = set[int]()
+    for by_title in (True, False):
+        for n, slide in enumerate(slides):
+            free = [one for one in found[n] if one["entryID"] not in used]
+            fitting = [one for one in free if one.get("imageName") == slide.title] if by_title else free
+            if assigned[n] is None and fitting:
+                assigned[n] = fitting[0]
+                used.add(fitting[0]["entryID"])
+    return assigned
 
 
 def _find(slide: SlideFile, recorded: Path, search: Path | None) -> Path:
@@ -165,6 +196,6 @@ def _uri(file: Path) -> str:
 
 
 def _path(uri: str) -> Path | None:
-    """Return the file of a URI; None if it is not a file URI."""
+    """Return the file of a URI; None if it is not a file URI. Raises ValueError if it is not a URI."""
     parts = urlsplit(uri)
     return Path(os.path.normpath(os.fsdecode(unquote_to_bytes(parts.path)))) if parts.scheme == "file" else None

@@ -21,7 +21,7 @@ from PIL import Image
 from models.tissue_class import TissueClass
 from pipeline.files import replacing
 from pipeline.formats.familiarity import CELL_OUT
-from pipeline.formats.ome_zarr import CHUNK_OUT
+from pipeline.formats.ome_zarr import CHUNK_OUT, reading_map
 from wsi.box import Box
 
 OVERLAY_PX = 2048
@@ -39,7 +39,7 @@ _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "wsi-segment/tile")
 
 @dataclass(frozen=True)
 class ProbabilityMap:
-    """The map of one result, and its position on the slide."""
+    """The map of one result, and its position on the slide. What reads it raises MapFileError if it is damaged."""
 
     store: Path
     classes: tuple[TissueClass, ...]
@@ -57,7 +57,8 @@ class ProbabilityMap:
 
     def probs(self, level: int) -> zarr.Array[Any]:
         """Return the probabilities of one level, uint8 (class, y, x)."""
-        return zarr.open_array(self.store / str(level), mode="r")
+        with reading_map(self.store):
+            return zarr.open_array(self.store / str(level), mode="r")
 
 
 def write_overlays(folder: Path, probability: ProbabilityMap) -> tuple[int, int]:
@@ -72,7 +73,8 @@ def write_overlays(folder: Path, probability: ProbabilityMap) -> tuple[int, int]
     probs_KHW = probability.probs(level)
     folder.mkdir(parents=True, exist_ok=True)
     for k, one in enumerate(probability.classes):
-        picture = Image.fromarray(np.asarray(probs_KHW[k], np.uint8))
+        with reading_map(probability.store):
+            picture = Image.fromarray(np.asarray(probs_KHW[k], np.uint8))
         # A palette of one color whose opacity is the value: QuPath draws it without a copy in four channels.
         picture.putpalette(one.color * 256)
         with replacing(folder / f"{k}.png") as partial:
@@ -116,7 +118,8 @@ def _tiles(probability: ProbabilityMap, tile_out: int) -> Iterator[tuple[Box, np
     window = tile_out * max(1, _WINDOW_OUT // tile_out)
     for y in range(0, height, window):
         for x in range(0, width, window):
-            part_KHW = np.asarray(probs_KHW[:, y : min(y + window, height), x : min(x + window, width)])
+            with reading_map(probability.store):
+                part_KHW = np.asarray(probs_KHW[:, y : min(y + window, height), x : min(x + window, width)])
             if not part_KHW.any():
                 continue
             for top in range(0, part_KHW.shape[1], tile_out):

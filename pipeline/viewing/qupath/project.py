@@ -28,7 +28,7 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from models.tissue_class import Color, TissueClass
-from pipeline.errors import OutputError, RunRecordError
+from pipeline.errors import MapFileError, OutputError, RunRecordError
 from pipeline.files import write_atomically
 from pipeline.formats.left_out import CLASSES as LEFT_OUT_CLASSES
 from pipeline.results.find import result_folders
@@ -95,7 +95,8 @@ def write_project(output: Path, *, tiles: bool = False, slides: Path | None = No
     found without it. Any other lost slide keeps its former path, and a warning is logged. A result that cannot be read
     is left out with a warning.
 
-    Raises OutputError if there are no results, or if the project cannot be read or written; nothing is changed then.
+    Raises OutputError if there are no results, or if the project cannot be read or written; the project is not changed
+    then.
     """
     folder = output.absolute() / FOLDER
     results = list(_results(output.absolute()))
@@ -118,14 +119,18 @@ def _write(folder: Path, results: Sequence[_Result], *, tiles: bool, slides: Pat
     path = folder / "project.qpproj"
     project = load_project(path)
     before = json.dumps(project)
-    classes = _merged_classes(folder / "classifiers" / "classes.json", results)
-    entries = enter_slides(project, path, [result.slide for result in results], slides)
+    classes = _load_classes(folder / "classifiers" / "classes.json")
+    drawn = list(_drawn(folder, results, tiles=tiles))
+    if not drawn:
+        raise OutputError(f"{folder.parent}: none of the maps can be read; segment the slides again with --force")
+    _add_classes(classes, [result for result, _ in drawn])
+    entries = enter_slides(project, path, [result.slide for result, _ in drawn], slides)
 
-    for entry, result in zip(entries, results, strict=True):
+    for entry, (result, _) in zip(entries, drawn, strict=True):
         _set_warning(entry, result.warning)
-    for name in ("classifiers", "scripts", "maps"):
+    for name in ("classifiers", "scripts"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    rows = [_row(folder, entry, result, tiles=tiles) for entry, result in zip(entries, results, strict=True)]
+    rows = [_row(folder, entry, *one) for entry, one in zip(entries, drawn, strict=True)]
     write_atomically(folder / "results.tsv", "".join("\t".join(row) + "\n" for row in [_COLUMNS, *rows]))
     for script in SCRIPTS.glob("*.groovy"):
         write_atomically(folder / "scripts" / script.name, script.read_text(encoding="utf-8"))
@@ -176,21 +181,32 @@ def _result(output: Path, folder: Path, store: Path, run: Run) -> _Result:
     return _Result(folder, name, place, made_of, probability, left_out, run.unfamiliar_warning)
 
 
-def _merged_classes(path: Path, results: Sequence[_Result]) -> dict[str, Any]:
-    """Return the existing classes unchanged, and the missing classes of the results."""
+def _load_classes(path: Path) -> dict[str, Any]:
+    """Return the existing classes. Raises OutputError if they cannot be read."""
     try:
         classes = json.loads(path.read_text(encoding="utf-8"))
-        known = {entry.get("name") for entry in classes["pathClasses"]}
+        if not isinstance(classes["pathClasses"], list):
+            raise ValueError("pathClasses is not a list")
+        _names(classes)
     except FileNotFoundError:
-        classes, known = {"pathClasses": []}, set()
+        return {"pathClasses": []}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise OutputError(f"{path}: is not a list of classes that QuPath can read; move it away") from error
+    return cast("dict[str, Any]", classes)
+
+
+def _names(classes: Mapping[str, Any]) -> set[str]:
+    return {entry.get("name") for entry in classes["pathClasses"]}
+
+
+def _add_classes(classes: dict[str, Any], results: Sequence[_Result]) -> None:
+    """Add the missing classes of the results. Existing classes stay unchanged."""
+    known = _names(classes)
     for result in results:
         for one in (*result.map.classes, *result.left_out):
             if one.name not in known:
                 known.add(one.name)
                 classes["pathClasses"].append({"name": one.name, "color": packed_argb(one.color)})
-    return cast("dict[str, Any]", classes)
 
 
 def packed_argb(color: Color) -> int:
@@ -204,10 +220,20 @@ def _set_warning(entry: dict[str, Any], warning: str) -> None:
     entry["metadata"] = metadata | ({_WARNING: warning} if warning else {})
 
 
-def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool) -> tuple[str, ...]:
-    """Write the pictures and tiles of a result, and return its row of results.tsv."""
-    maps = folder / "maps" / result.name
-    tiles_path = maps / f"{result.folder.name}.tiles.geojson"
+def _drawn(folder: Path, results: Sequence[_Result], *, tiles: bool) -> Iterator[tuple[_Result, tuple[int, int]]]:
+    """Write the pictures and tiles of the results. Yield each with (width, height) of its pictures in level-0 pixels.
+
+    A result whose map cannot be read is left out with a warning.
+    """
+    for result in results:
+        try:
+            yield result, _draw(_maps(folder, result), result, tiles=tiles)
+        except MapFileError as error:
+            log.warning("%s: left out: %s", result.folder, error)
+            shutil.rmtree(_maps(folder, result), ignore_errors=True)
+
+
+def _draw(maps: Path, result: _Result, *, tiles: bool) -> tuple[int, int]:
     made = maps / "made_of.json"
     try:
         digest, width, height = json.loads(made.read_text(encoding="utf-8"))
@@ -218,8 +244,23 @@ def _row(folder: Path, entry: Mapping[str, Any], result: _Result, *, tiles: bool
         shutil.rmtree(maps, ignore_errors=True)
         width, height = write_overlays(maps, result.map)
         write_atomically(made, json.dumps([result.digest, width, height]))
-    if tiles and not tiles_path.exists():
-        write_tiles(tiles_path, result.map)
+    if tiles and not _tiles_path(maps, result).exists():
+        write_tiles(_tiles_path(maps, result), result.map)
+    return width, height
+
+
+def _maps(folder: Path, result: _Result) -> Path:
+    return folder / "maps" / result.name
+
+
+def _tiles_path(maps: Path, result: _Result) -> Path:
+    return maps / f"{result.folder.name}.tiles.geojson"
+
+
+def _row(folder: Path, entry: Mapping[str, Any], result: _Result, size_l0: tuple[int, int]) -> tuple[str, ...]:
+    """Return the row of results.tsv of a result whose pictures have this (width, height)."""
+    maps, (width, height) = _maps(folder, result), size_l0
+    tiles_path = _tiles_path(maps, result)
     return (
         str(entry["entryID"]),
         _quoted(result.slide.title),

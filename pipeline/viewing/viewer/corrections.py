@@ -1,7 +1,7 @@
 """Corrections of results in the viewer: what the page reads and saves. Only the page itself can save.
 
-The page names a region by its number, its class and its area. If these do not fit together, the result has changed
-since the page read it, and nothing is saved.
+The page names a region by its number, its class and its area. If these do not fit together, or if the record of the
+result is that of another run, the result has changed since the page read it, and nothing is saved.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pipeline.labeling.corrections import (
     undo_event,
 )
 from pipeline.labeling.event_file import EventFile
+from pipeline.results.record import read_header
 from pipeline.viewing.viewer.results import Result
 from pipeline.web.application import posted_json
 from pipeline.web.request_threads import RequestThreads
@@ -89,10 +90,13 @@ class CorrectionPages:
         def save(result: Result) -> None:
             classes = result.run.classes
             region = next(islice(read_features(result.outlines, classes), asked.index, None), None)
+            identity, header = result.run.identity, read_header(result.folder)
+            # Only now: the regions may already be those of a result that has replaced the loaded one.
+            if header is None or header.identity != identity.as_json():
+                raise HTTPException(409, "The result has changed; stop wsi-view and start it again.")
             known = region is not None and (region.label, region.area_mm2) == (asked.label, asked.area_mm2)
             if region is None or not known or asked.after > len(classes):
                 raise HTTPException(409, "The result has changed; reload the page.")
-            identity = result.run.identity
             self._append(result, relabeled(region, identity.slide, identity.model, classes[asked.after - 1].name))
 
         return await self._answer(request, save)

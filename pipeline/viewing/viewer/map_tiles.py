@@ -16,22 +16,22 @@ import zarr
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.formats.ome_zarr import CHUNK_OUT, LABELS
+from pipeline.formats.ome_zarr import CHUNK_OUT, LABELS, reading_map
 
 TILE = CHUNK_OUT
 """Side of a tile in map pixels: one chunk per tile."""
 
 
 class MapTiles:
-    """The tiles of one store. Threads may share it."""
+    """The tiles of one store. Threads may share it. All methods raise MapFileError if the store cannot be read."""
 
     def __init__(self, store: Path, colors: Sequence[tuple[int, int, int]]) -> None:
         self._store = store
         self._colors = tuple(colors)
         self._open = functools.cache(self._open_array)
-        datasets = zarr.open_group(store, mode="r").attrs["multiscales"]
-        assert isinstance(datasets, list)
-        self.levels = len(datasets[0]["datasets"])
+        with reading_map(store):
+            multiscales: Any = zarr.open_group(store, mode="r").attrs["multiscales"]
+            self.levels = len(multiscales[0]["datasets"])
 
     @property
     def size_out(self) -> tuple[int, int]:
@@ -43,7 +43,7 @@ class MapTiles:
         """Return a class's color with its probability as alpha; None if there is no such class or tile."""
         if not (0 <= channel < len(self._colors) and 0 <= level < self.levels):
             return None
-        values_HW = _tile(self._open(f"{level}"), (channel,), column, row)
+        values_HW = self._tile(f"{level}", (channel,), column, row)
         return None if values_HW is None else _png(values_HW, [self._colors[channel]] * 256, bytes(range(256)))
 
     def labels(self, shown: int, level: int, column: int, row: int) -> bytes | None:
@@ -53,7 +53,7 @@ class MapTiles:
         """
         if not 0 <= level < self.levels:
             return None
-        labels_HW = _tile(self._open(f"{LABELS}/{level}"), (), column, row)
+        labels_HW = self._tile(f"{LABELS}/{level}", (), column, row)
         alphas = bytes([0, *(255 * (shown >> k & 1) for k in range(len(self._colors)))])
         return None if labels_HW is None else _png(labels_HW, [(0, 0, 0), *self._colors], alphas)
 
@@ -65,8 +65,8 @@ class MapTiles:
         width, height = self.size_out
         if not (0 <= x_out < width and 0 <= y_out < height):
             return None
-        label = np.asarray(self._open(f"{LABELS}/0")[y_out, x_out])
-        return int(label), np.asarray(self._open("0")[:, y_out, x_out]).tolist()
+        label = self._read(f"{LABELS}/0", (y_out, x_out))
+        return int(label), self._read("0", (slice(None), y_out, x_out)).tolist()
 
     def whole(self, most_pixels: int) -> tuple[NDArray[np.uint8], int]:
         """Return the probabilities times 255 of all classes, (C, H, W), at the finest level with at most this many
@@ -75,19 +75,22 @@ class MapTiles:
         sizes = [self._open(f"{level}").shape for level in range(self.levels)]
         fitting = (level for level, (_, height, width) in enumerate(sizes) if height * width <= most_pixels)
         level = next(fitting, self.levels - 1)
-        return np.asarray(self._open(f"{level}")[:], np.uint8), 1 << level
+        return self._read(f"{level}", (slice(None),)), 1 << level
 
     def _open_array(self, name: str) -> zarr.Array[Any]:
-        return zarr.open_array(self._store / name, mode="r", zarr_format=2)
+        with reading_map(self._store):
+            return zarr.open_array(self._store / name, mode="r", zarr_format=2)
 
+    def _tile(self, name: str, leading: tuple[int, ...], column: int, row: int) -> NDArray[np.uint8] | None:
+        height, width = self._open(name).shape[-2:]
+        x, y = column * TILE, row * TILE
+        if not (0 <= x < width and 0 <= y < height):
+            return None
+        return self._read(name, (*leading, slice(y, y + TILE), slice(x, x + TILE)))
 
-def _tile(array: zarr.Array[Any], leading: tuple[int, ...], column: int, row: int) -> NDArray[np.uint8] | None:
-    height, width = array.shape[-2:]
-    x, y = column * TILE, row * TILE
-    if not (0 <= x < width and 0 <= y < height):
-        return None
-    place: tuple[int | slice, ...] = (*leading, slice(y, y + TILE), slice(x, x + TILE))
-    return np.asarray(array[place], np.uint8)
+    def _read(self, name: str, place: tuple[int | slice, ...]) -> NDArray[np.uint8]:
+        with reading_map(self._store):
+            return np.asarray(self._open(name)[place], np.uint8)
 
 
 def _png(values_HW: NDArray[np.uint8], colors: Sequence[tuple[int, int, int]], alphas: bytes) -> bytes:

@@ -28,9 +28,10 @@ class OpenResult:
 
     def __init__(self, result: Result) -> None:
         self.result = result
+        # First: it holds nothing open if the slide cannot be opened.
+        self.map_tiles = MapTiles(result.store, [one.color for one in result.run.classes])
         self._slide = open_checked(result)
         self.slide_tiles = SlideTiles(self._slide)
-        self.map_tiles = MapTiles(result.store, [one.color for one in result.run.classes])
         level = self.slide_tiles.overview_level
         self.overview = None if level is None else Overview(self.slide_tiles, level, result.name)
         self.users = 0
@@ -74,7 +75,7 @@ class OpenResults:
 
     @contextmanager
     def using(self, result: Result) -> Iterator[OpenResult]:
-        """Yield the open result. Raises ViewError or SlideError if it cannot be opened."""
+        """Yield the open result. Raises ViewError, MapFileError or SlideError if it cannot be opened."""
         with self._lock:
             opened = self._open.get(result.id)
             if opened is None:

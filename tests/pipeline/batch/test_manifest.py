@@ -31,6 +31,7 @@ from pipeline.workers.base import SlideJob
         ("slide,id\na.svs,x\nb.svs,X\n", "line 3: the id 'X' is also in line 2"),
         ("slide\na.svs\n./.\n", "line 3: the column 'slide' is './.', which is a folder; it must name a slide"),
         ("slide\n/\n", "line 2: the column 'slide' is '/', which is a folder; it must name a slide"),
+        ("slide\na.svs\ncase/..svs\n", "line 3: the column 'slide' is 'case/..svs'; results are named after slides"),
         ("slide\ns3://bucket/a.svs\n", "line 2: the slide: s3://bucket/a.svs is an address (s3://)"),
     ],
 )

@@ -70,6 +70,28 @@ def test_an_id_is_never_changed_and_another_slide_with_that_name_moves(tmp_path:
     assert names(moved, tmp_path / "out") == ["x/a", "a"]
 
 
+def test_the_same_id_in_two_manifests_is_refused(tmp_path: Path) -> None:
+    touched(tmp_path, "1/a.svs", "2/a.svs")
+    for name in ("x", "case/x"):
+        lists = [tmp_path / "1" / "list.csv", tmp_path / "2" / "list.csv"]
+        for path, id_ in zip(lists, (name, name.upper()), strict=True):
+            path.write_text(f"slide,id\na.svs,{id_}\n")
+        with pytest.raises(ConfigError) as caught:
+            collect_jobs(lists)
+        assert str(caught.value) == (
+            f"{tmp_path / '2' / 'a.svs'}: its id {name.upper()!r} is also that of {tmp_path / '1' / 'a.svs'}; ids name "
+            f"the results, so each slide needs its own"
+        )
+        assert [job.result_name for job in collect_jobs([lists[0], lists[0]])] == [name]
+
+
+def test_an_id_is_not_replaced_by_the_name_of_an_earlier_result(tmp_path: Path) -> None:
+    (slide,) = touched(tmp_path, "case/a.svs")
+    finished(tmp_path / "out", "case/a", slide)
+    (tmp_path / "list.csv").write_text("slide,id\ncase/a.svs,x\n")
+    assert names(collect_jobs([tmp_path / "list.csv"]), tmp_path / "out") == ["x"]
+
+
 def test_a_result_inside_another_result_is_refused(tmp_path: Path) -> None:
     jobs = [SlideJob(Path("case1.svs")), SlideJob(Path("case1/a.svs"), name="case1/a")]
     clashes = name_clashes(named_jobs(jobs, tmp_path))

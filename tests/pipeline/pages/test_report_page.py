@@ -185,6 +185,11 @@ def test_a_slide_whose_name_is_not_valid_utf8_is_linked(page: Page, tmp_path: Pa
     page.wait_for_selector("#stage")
 
 
+def test_a_slide_whose_name_is_too_long_for_a_folder_is_in_the_report(tmp_path: Path) -> None:
+    write_summary(tmp_path, [SlideResult("x" * 300, "failed", 0.0, error="x.svs: File name too long")])
+    assert "x.svs: File name too long" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
 def test_a_foreign_summary_is_refused_and_the_report_stays_unchanged(tmp_path: Path) -> None:
     (tmp_path / "summary.csv").write_text("my,own\n1,2\n")
     (tmp_path / "index.html").write_text("former")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,39 @@ def test_a_folder_that_may_not_be_read_is_left_out_with_a_warning(
     monkeypatch.setattr(Path, "is_file", refused)
     assert result_folders(tmp_path) == [tmp_path / "slide"]
     assert caplog.messages == [f"{foreign}: cannot be searched for results: Permission denied"]
+
+
+def test_a_group_that_cannot_be_listed_is_left_out_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(tmp_path, "a.txt")
+    group = tmp_path / "case"
+    group.mkdir()
+    (group / ".wsi-segment").touch()
+    iterdir = Path.iterdir
+
+    def refused(path: Path) -> Iterator[Path]:  # root may list everything
+        if path == group:
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert result_folders(tmp_path) == [tmp_path / "slide"]
+    assert caplog.messages == [f"{group}: cannot be searched for results: Permission denied"]
+    with pytest.raises(PermissionError):
+        result_folders(group)
+
+
+def test_results_of_linked_groups_are_found_once_by_their_own_names(tmp_path: Path) -> None:
+    output, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
+    for root, name in ((output, "case/slide"), (elsewhere, "other/slide")):
+        with open_folder(root, name, IDENTITY, {}) as folder:
+            build(folder, "slide.geojson")
+            folder.publish()
+    (output / "case" / "again").symlink_to("../case")
+    (output / "a").symlink_to("case")
+    (output / "b").symlink_to(elsewhere / "other")
+    assert result_folders(output) == [output / "b" / "slide", output / "case" / "slide"]
 
 
 def test_a_setting_that_only_one_of_two_runs_has_is_named(tmp_path: Path) -> None:

@@ -83,6 +83,31 @@ def test_a_row_with_a_very_long_error_is_read_back(tmp_path: Path) -> None:
     assert [len(str(row["error"])) for row in read_summary(tmp_path / "summary.csv").values()] == [200_000, 0]
 
 
+def test_the_row_of_a_result_that_was_replaced_is_replaced_when_its_slide_is_skipped(tmp_path: Path) -> None:
+    skipped = SlideResult("a", "skipped", 0.1, {"gland": 0.25}, {"tissue_mm2": 2.0})
+    for areas_mm2, tissue_mm2 in (({"gland": 0.5}, 2.0), ({"gland": 0.25}, 3.0), ({"gland": 0.25, "fat": 1.0}, 2.0)):
+        write_summary(tmp_path, [SlideResult("a", "done", 60.0, areas_mm2, {"tissue_mm2": tissue_mm2})])
+        write_summary(tmp_path, [skipped])
+        row = rows_of(tmp_path)["a"]
+        assert (row["status"], row["seconds"], row["area_mm2 gland"], row["tissue_mm2"]) == (
+            "skipped", "0.1", "0.25", "2.0"
+        )  # fmt: skip
+        assert not row.get("area_mm2 fat")
+
+
+def test_a_slide_whose_name_is_not_valid_utf8_has_one_row(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    for seconds in (1.0, 2.0):
+        write_summary(tmp_path, [SlideResult(name, "done", seconds)])
+    _, *rows = (tmp_path / "summary.csv").read_text(encoding="utf-8").splitlines()
+    assert [row.split(",")[:3] for row in rows] == [["caf\\udce9", "done", "2.0"]]
+
+
+def test_a_row_that_was_emptied_in_a_spreadsheet_is_not_a_slide(tmp_path: Path) -> None:
+    (tmp_path / "summary.csv").write_text("slide,status,seconds\na,done,1.0\n,,\n")
+    assert list(read_summary(tmp_path / "summary.csv")) == ["a"]
+
+
 def test_cells_that_a_row_of_a_summary_lacks_stay_empty(tmp_path: Path) -> None:
     (tmp_path / "summary.csv").write_text("slide,status,warnings,error\na,done\n")
     write_summary(tmp_path, [SlideResult("b", "done", 1.0)])

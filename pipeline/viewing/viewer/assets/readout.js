@@ -16,9 +16,11 @@ export function distance(um) {
   return um >= 1 ? `${Number(um.toPrecision(3))} µm` : `${Number((um * 1000).toPrecision(3))} nm`;
 }
 
+// Formats an area in square millimeters; below 0.000001 mm², which would be 0 in six decimals, in square micrometers.
 export function area(mm2) {
   if (mm2 >= 0.01) return `${mm2.toFixed(mm2 >= 1 ? 2 : 3)} mm²`;
-  return `${Number(mm2.toPrecision(2)).toFixed(6).replace(/0+$/, "")} mm²`;
+  if (mm2 > 0 && mm2 < 1e-6) return `${threeDigits.format(mm2 * 1e6)} µm²`;
+  return `${Number(mm2.toPrecision(2)).toFixed(6).replace(/\.?0+$/, "")} mm²`;
 }
 
 // Formats an area in square micrometers with the unit that needs the fewest digits.

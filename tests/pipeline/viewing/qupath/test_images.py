@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pipeline.viewing.qupath.project import write_project
 from tests.pipeline.fakes import run_of
-from tests.pipeline.viewing.qupath.projects import NAMES, file_of, project_of, slides_of
+from tests.pipeline.viewing.qupath.projects import NAMES, file_of, project_of, rows_of, slides_of
 
 
 @pytest.mark.full
@@ -57,6 +58,21 @@ def test_a_slide_that_moved_is_found_by_its_content_and_not_by_its_name_alone(
     with caplog.at_level(logging.WARNING):
         write_project(root / "results", slides=archive)
     assert "1 files of that name have other contents" in caplog.text
+
+
+def test_two_results_of_one_slide_keep_an_image_each(root: Path) -> None:
+    shutil.copytree(root / "results" / "b", root / "results" / "c")
+    for old in (root / "results" / "c").glob("b.*"):
+        old.rename(old.with_name(f"c{old.name[1:]}"))
+    for _ in range(2):
+        path = write_project(root / "results")
+        assert [(row["entryID"], row["name"]) for row in rows_of(root)[1:]] == [("2", "b.svs"), ("3", "c.svs")]
+        assert slides_of(root)[2] == slides_of(root)[3] == root / "slides" / "b.svs"
+    project = project_of(root)
+    project["images"][1]["imageName"] = "renamed"
+    path.write_text(json.dumps(project), encoding="utf-8")
+    write_project(root / "results")
+    assert [row["entryID"] for row in rows_of(root)] == ["1", "2", "3"]
 
 
 def test_results_without_the_path_of_their_slide_need_the_folder_of_slides(

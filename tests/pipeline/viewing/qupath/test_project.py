@@ -131,7 +131,20 @@ def test_an_update_keeps_what_the_user_saved_and_adds_new_slides(root: Path) -> 
     assert own_script.read_text() == "print 1"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"images":[{"entryID":"1"}]}', '{"images":[7]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"images":[{"entryID":"1"}]}',
+        '{"images":[7]}',
+        '{"images":[],"lastID":null}',
+        '{"images":[{"entryID":1,"metadata":[1]}]}',
+        '{"images":[{"entryID":1,"serverBuilder":{"uri":"https://[bad/x"}}]}',
+        '{"images":[],"uri":"https://[bad/x"}',
+    ],
+)
 def test_a_project_that_cannot_be_read_stays_unchanged(root: Path, text: str) -> None:
     path = root / "results" / "qupath" / "project.qpproj"
     path.parent.mkdir()
@@ -139,6 +152,17 @@ def test_a_project_that_cannot_be_read_stays_unchanged(root: Path, text: str) ->
     with pytest.raises(OutputError, match=r"project\.qpproj: is not a project that QuPath can read"):
         write_project(root / "results")
     assert [p.name for p in path.parent.iterdir()] == ["project.qpproj"]
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"pathClasses":{}}', '{"pathClasses":[7]}'])
+def test_classes_that_cannot_be_read_stay_unchanged(root: Path, text: str) -> None:
+    path = root / "results" / "qupath" / "classifiers" / "classes.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(OutputError, match=r"classes\.json: is not a list of classes that QuPath can read"):
+        write_project(root / "results")
+    assert [p.name for p in path.parent.parent.iterdir()] == ["classifiers"]
     assert path.read_text() == text
 
 
@@ -157,6 +181,24 @@ def test_a_result_without_its_map_is_skipped_with_a_warning(root: Path, caplog: 
     assert slides_of(root) == {1: root / "slides" / NAMES[0]}
     assert f"{root / 'results' / 'b'}: left out" in caplog.text
     assert not (root / "results" / "qupath" / "maps" / "b").exists()
+
+
+@pytest.mark.parametrize(("files", "content"), [("0/0/*/*", b"damaged"), ("*/.zarray", b"{")])
+def test_a_result_whose_map_is_damaged_is_left_out_with_a_warning(
+    root: Path, caplog: pytest.LogCaptureFixture, files: str, content: bytes
+) -> None:
+    damaged = [file for file in (root / "results" / "b" / "b.ome.zarr").glob(files) if file.is_file()]
+    assert damaged
+    for file in damaged:
+        file.write_bytes(content)
+    write_project(root / "results", tiles=True)
+    assert slides_of(root) == {1: root / "slides" / NAMES[0]}
+    assert [row["entryID"] for row in rows_of(root)] == ["1"]
+    assert "b.ome.zarr: cannot be read: " in caplog.text
+    assert not (root / "results" / "qupath" / "maps" / "b").exists()
+    shutil.rmtree(root / "results" / Path(NAMES[0]).stem)
+    with pytest.raises(OutputError, match="none of the maps can be read; segment the slides again with --force"):
+        write_project(root / "results")
 
 
 @pytest.mark.full

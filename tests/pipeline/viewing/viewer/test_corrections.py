@@ -94,6 +94,17 @@ def test_what_the_page_cannot_have_sent_is_refused_and_not_saved(own_site: Site)
     assert not corrections_file(own_site.results[0].folder).exists()
 
 
+def test_a_result_that_was_replaced_while_the_viewer_runs_gets_no_corrections(own_site: Site) -> None:
+    folder = own_site.results[0].folder
+    good = of_region(own_site, 0, 2)
+    stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    stored["identity"]["model"] = "0" * 64
+    (folder / "run.json").write_text(json.dumps(stored), encoding="utf-8")
+    answer = post(own_site, "corrections", good)
+    assert (answer.status, answer.body) == (409, b"The result has changed; stop wsi-view and start it again.")
+    assert not corrections_file(folder).exists()
+
+
 def test_a_file_that_is_not_ours_is_never_changed(own_site: Site, caplog: pytest.LogCaptureFixture) -> None:
     file = corrections_file(own_site.results[0].folder)
     file.write_bytes(b"notes of mine, long enough not to be taken for an empty database")

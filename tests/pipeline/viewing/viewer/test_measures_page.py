@@ -114,6 +114,21 @@ def test_lengths_areas_and_crossings_are_those_of_an_independent_library(page: P
     assert 20 < simple < 90
 
 
+def test_areas_of_every_size_are_readable(page: Page, site: Site) -> None:
+    show(page, site)
+    shown = {
+        12.345: "12.35 mm²",
+        0.012: "0.012 mm²",
+        0.00012345: "0.00012 mm²",
+        1e-6: "0.000001 mm²",
+        2.5e-7: "0.25 µm²",
+        1e-9: "0.001 µm²",
+        0.0: "0 mm²",
+    }
+    script = """async (areas) => { const r = await import("/assets/readout.js"); return areas.map(r.area); }"""
+    assert page.evaluate(script, list(shown)) == list(shown.values())
+
+
 def test_a_tap_puts_points_and_shows_the_values_and_coordinates_on_a_phone(browser: Browser, site: Site) -> None:
     with watched_page(browser, **PHONE, has_touch=True) as page:
         show(page, site)

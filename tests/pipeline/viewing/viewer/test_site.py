@@ -212,6 +212,34 @@ def test_a_slide_that_disappears_is_an_error_without_its_path(
     assert "gone.svs: no such file" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("files", "content", "path"),
+    [
+        ("0/0/*/*", b"damaged", "class/0/0/0_0.png"),
+        ("0/0/*/*", b"damaged", "values/200_100.json"),
+        ("0/.zarray", b"{", "class/0/0/0_0.png"),
+        (".zattrs", b"{", "facts.json"),
+        (".zattrs", b"{}", "facts.json"),
+    ],
+)
+def test_a_damaged_map_is_an_error_that_the_terminal_explains(
+    results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, files: str, content: bytes, path: str
+) -> None:
+    folder = copied(results_folder, tmp_path, "a")
+    result = find_results(folder)[0]
+    damaged = [file for file in result.store.glob(files) if file.is_file()]
+    assert damaged
+    for file in damaged:
+        file.write_bytes(content)
+    with serving((result,)) as site:
+        answer = site.get(path)
+        assert (answer.status, answer.body) == (
+            503,
+            b"The slide or its result cannot be read; see the terminal for the reason.",
+        )
+    assert ".ome.zarr: cannot be read: " in caplog.text
+
+
 @pytest.mark.parametrize("broken", ["run.json", "store", "outputs", "elsewhere"])
 def test_incomplete_results_are_refused(results_folder: Path, tmp_path: Path, broken: str) -> None:
     folder = copied(results_folder, tmp_path, "a") / "a"
