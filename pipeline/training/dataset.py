@@ -177,7 +177,10 @@ def training_samples(dataset: Dataset) -> tuple[tuple[Sample, ...], tuple[Sample
 
 
 def read_rgb(sample: Sample) -> NDArray[np.uint8]:
-    """Return the pixels of an image, (H, W, 3). Raises UnreadableImageError."""
+    """Return the pixels of an image, (H, W, 3). Transparent pixels are white, as in slides.
+
+    Raises UnreadableImageError.
+    """
     return _decoded(sample.image, "RGB")
 
 
@@ -327,9 +330,21 @@ def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
                 )
             if image.mode.startswith(("I", "F")):
                 raise UnreadableImageError(f"{file}: has mode {image.mode}; an image must have 8 bits per channel")
-            return np.asarray(image.convert(mode) if mode else image, dtype=np.uint8)
+            if mode is None:
+                return np.asarray(image, dtype=np.uint8)
+            if image.has_transparency_data:
+                return _on_white(image)
+            return np.asarray(image.convert(mode), dtype=np.uint8)
     except _DECODER_ERRORS as error:
         raise failed(f"{file}: cannot be read: {error}") from error
+
+
+def _on_white(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the RGB pixels of an image with transparency. Pixels of alpha 0 are white, whatever color they have."""
+    rgba_HWC = np.asarray(image.convert("RGBA"), dtype=np.uint8)
+    rgb_HWC = np.ascontiguousarray(rgba_HWC[..., :3])
+    rgb_HWC[rgba_HWC[..., 3] == 0] = 255
+    return rgb_HWC
 
 
 def _problem(sample: Sample) -> str | None:

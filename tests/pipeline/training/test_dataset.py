@@ -216,8 +216,23 @@ def test_an_image_of_any_mode_is_read_as_rgb(masked: tuple[Dataset, Sample]) -> 
     assert rgb_HWC.dtype == np.uint8
     assert rgb_HWC[4, 7].tolist() == [90, 20, 30]
 
-    Image.new("RGBA", (12, 10), (1, 2, 3, 0)).save(sample.image)
+    Image.new("RGBA", (12, 10), (1, 2, 3, 1)).save(sample.image)
     assert read_rgb(sample)[0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparent_pixels_of_an_image_are_white(tmp_path: Path, mode: str) -> None:
+    file = tmp_path / ("a.tif" if mode == "PA" else "a.png")  # PNG has no palette with alpha
+    if mode == "P":
+        made = Image.new("P", (4, 1), 0)
+        made.putpalette([7, 7, 7, 9, 9, 9])
+        made.putpixel((3, 0), 1)
+        made.save(file, transparency=1)
+    else:
+        made = Image.new("RGBA", (4, 1), (7, 7, 7, 255))
+        made.putpixel((3, 0), (9, 9, 9, 0))
+        made.convert(mode).save(file)
+    assert read_rgb(Sample("a", file, None, "", None)).tolist() == [[[7] * 3] * 3 + [[255] * 3]]
 
 
 def test_the_error_names_both_files_if_mask_and_image_sizes_differ(masked: tuple[Dataset, Sample]) -> None:
