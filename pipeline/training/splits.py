@@ -98,7 +98,7 @@ def _read_table(file: Path, name_column: str) -> list[Row]:
 
 
 def _value(image: Path, row: Row, column: str) -> str:
-    value = row.get(column)
+    value = (row.get(column) or "").strip()  # a stray space would make two groups of one patient
     if not value:
         raise LabelError(f"{image}: the table has no {column} for this image; the columns are {', '.join(row)}")
     return value

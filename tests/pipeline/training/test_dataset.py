@@ -121,6 +121,16 @@ def test_a_table_provides_labels_groups_and_splits(tmp_path: Path) -> None:
     assert dataset.card.splits == ("train", "val", "test")
 
 
+def test_spaces_around_a_group_or_split_of_a_table_do_not_count(tmp_path: Path) -> None:
+    for name in "abc":
+        image(tmp_path / "img" / f"{name}.png")
+    table(tmp_path, ["a,p1 ,train ,1,0", "b, p2,train,0,1", "c,p2 , train,0,1"])
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+
+    assert [(one.name, one.group) for one in samples(dataset, "train")] == [("a", "p1")]
+    assert [(one.name, one.group) for one in samples(dataset, "val")] == [("b", "p2"), ("c", "p2")]
+
+
 def test_class_folders_are_split_by_a_hash_of_the_group_in_the_name(tmp_path: Path) -> None:
     for patient in range(40):
         image(tmp_path / ("red" if patient % 2 else "blue") / f"P{patient}-0.png")
@@ -418,6 +428,7 @@ def test_two_images_of_the_same_name_are_an_error(tmp_path: Path) -> None:
             r"b\.png: column split contains learn, but \[split\] lists only train, testA",
         ),
         (["a,p1,train,1,0", "b,,train,1,0"], r"b\.png: the table has no patient for this image"),
+        (["a,p1,train,1,0", "b, ,train,1,0"], r"b\.png: the table has no patient for this image"),
         (["a,p1,train,1,0", "b,p1,train,1,0"], r"val_groups lists p2, but no training image belongs to it"),
         (["a,p1,train,1,0", "b,p2,train,1,0,1"], r"meta\.csv: the row of b has more cells than the header"),
     ],
