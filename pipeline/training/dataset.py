@@ -37,7 +37,7 @@ from pipeline.training.dataset_sections import (
     TableSplit,
 )
 from pipeline.training.labels import crop_boxes, labels_of_folder, labels_of_name, labels_of_row, presence
-from pipeline.training.splits import Row, group_of, hash_split, rows_of, table_splits
+from pipeline.training.splits import Row, group_of, hash_split, rows_of, shared_groups, table_splits
 
 logger = logging.getLogger(__name__)
 
@@ -406,6 +406,17 @@ def _names(
             split_of = {name: hash_split(groups[name], rule.train, rule.val) for name in images}
         case TableSplit() as rule:
             split_of = table_splits(images, rows, groups, rule)
+            if shared := shared_groups(split_of, groups, split):
+                # Not an error: the published test split of GlaS does it, and wsi-label with a single patient.
+                logger.warning(
+                    "%s: %d group(s) of split %s also have images in another split (%s), so scores of split %s may be "
+                    "too high for new groups; if you can, move all images of a group to one split",
+                    card.name,
+                    len(shared),
+                    split,
+                    ", ".join(shared[:5]) + (", …" if len(shared) > 5 else ""),
+                    split,
+                )
     names = [name for name in images if split_of[name] == split]
     if not names:
         sizes = ", ".join(f"{count} in {key}" for key, count in sorted(Counter(split_of.values()).items()))

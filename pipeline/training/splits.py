@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import LabelError
-from pipeline.training.dataset_sections import Group, Split, Table, TableSplit
+from pipeline.training.dataset_sections import SPLITS, Group, Split, Table, TableSplit
 
 Row = Mapping[str, str]
 
@@ -45,6 +45,16 @@ def table_splits(
         raise LabelError(f"[split] val_groups lists {', '.join(strange)}, but no training image belongs to it")
     held_out = {name for name, split in found.items() if split == "train" and groups[name] in rule.val_groups}
     return found | dict.fromkeys(held_out, "val")
+
+
+def shared_groups(split_of: Mapping[str, Split], groups: Mapping[str, str], split: Split) -> list[str]:
+    """Return the groups, sorted, with images in this split and in one before it in the order train, val, test.
+
+    The keys of `split_of` and `groups` are the names of the images.
+    """
+    before = SPLITS[: SPLITS.index(split)]
+    known = {groups[name] for name, own in split_of.items() if own in before}
+    return sorted({groups[name] for name, own in split_of.items() if own == split and groups[name] in known} - {""})
 
 
 def group_of(image: Path, row: Row, rule: Group) -> str:

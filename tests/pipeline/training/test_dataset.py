@@ -443,6 +443,29 @@ def test_a_table_that_does_not_fit_the_images_is_an_error(tmp_path: Path, rows: 
         samples(dataset, "val")
 
 
+def test_a_group_in_several_splits_of_a_table_causes_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "abcd":
+        image(tmp_path / "img" / f"{name}.png")
+    table(tmp_path, ["a,p1,train,1,0", "b,p1,valid,0,1", "c,p2,train,1,0", "d,p2,testA,1,0"])
+    toml = TABLE_LABELS.replace("val = []", 'val = ["valid"]')
+    dataset = load_dataset(put(tmp_path, HEAD + toml.replace('val_groups = ["p2"]', "")))
+
+    assert names(samples(dataset, "train")) == ["a", "c"]
+    assert not caplog.messages
+    assert names(samples(dataset, "val")) == ["b"]
+    assert names(samples(dataset, "test")) == ["d"]
+    val, test = caplog.messages
+    assert "tiny: 1 group(s) of split val also have images in another split (p1)" in val
+    assert "tiny: 1 group(s) of split test also have images in another split (p2)" in test
+
+    caplog.clear()
+    dataset = load_dataset(put(tmp_path, HEAD + toml.replace('["p2"]', '["p1"]')))
+    assert names(samples(dataset, "val")) == ["a", "b"]
+    assert not caplog.messages
+
+
 def test_a_table_that_is_unreadable_or_lacks_the_name_column_is_an_error(tmp_path: Path) -> None:
     image(tmp_path / "img" / "a.png")
     dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
