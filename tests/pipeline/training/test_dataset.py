@@ -422,6 +422,14 @@ def test_two_images_of_the_same_name_are_an_error(tmp_path: Path) -> None:
     [
         (["a,p1,train,1,0"], r"b\.png: has no row in meta\.csv \(column name\)"),
         (["a,p1,train,1,0", "b,p2,train,1,0", "a,p2,train,1,0"], r"meta\.csv: a has two rows"),
+        (
+            ["a,p1,train,1,0", "b,p2,train,1,0", "a.png,p2,train,1,0"],
+            r"a\.png: has several rows in meta\.csv, a and a\.png \(column name\); keep one",
+        ),
+        (
+            ["a,p1,train,1,0", "img/b.png,p2,train,1,0", "b,p2,train,1,0"],
+            r"b\.png: has several rows .*b and img/b\.png",
+        ),
         (["a,p1,train,1,0", "b,p2,train,1,"], r"b\.png: column blue of the table contains ''"),
         (
             ["a,p1,train,1,0", "b,p2,learn,1,0"],
@@ -466,7 +474,7 @@ def test_a_group_in_several_splits_of_a_table_causes_a_warning(
     assert not caplog.messages
 
 
-def test_a_table_that_is_unreadable_or_lacks_the_name_column_is_an_error(tmp_path: Path) -> None:
+def test_a_table_that_is_unreadable_or_has_wrong_columns_is_an_error(tmp_path: Path) -> None:
     image(tmp_path / "img" / "a.png")
     dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
 
@@ -474,6 +482,9 @@ def test_a_table_that_is_unreadable_or_lacks_the_name_column_is_an_error(tmp_pat
         samples(dataset, "train")
     table(tmp_path, [], header="file,split")
     with pytest.raises(LabelError, match=r"meta\.csv: has no column name; the columns are file, split"):
+        samples(dataset, "train")
+    table(tmp_path, ["a,p1,train,1,0,0"], header="name,patient,split,red,blue,red")
+    with pytest.raises(LabelError, match=r"meta\.csv: has several columns red; rename or delete all but one of each"):
         samples(dataset, "train")
 
 
