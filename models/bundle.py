@@ -231,7 +231,8 @@ def save_bundle(
     Kernels are stored in float16 and vectors in float32. An encoder that is the classifier's backbone is not stored: a
     loaded segmenter has the classifier's weights there. `weights` of the card is set to the digests of the files. The
     card has `familiarity` if there are `statistics`.
-    Raises ArchitectureError if the card's segmenter shares the classifier's backbone, but these networks do not.
+    Raises ArchitectureError if the card's segmenter shares the classifier's backbone, but these networks do not, and
+    InvalidCardError for a card with an invalid value.
     """
     if card.segmenter.shared_backbone:
         _check_shared(segmenter, classifier)
@@ -257,13 +258,19 @@ def _check_shared(segmenter: nn.Module, classifier: nn.Module) -> None:
 
 
 def replace_card(bundle: Bundle, card: ModelCard, statistics: Statistics | None) -> Bundle:
-    """Write another card, and the statistics of its `familiarity`, into a bundle whose weights stay the same bytes."""
+    """Write another card, and the statistics of its `familiarity`, into a bundle whose weights stay the same bytes.
+
+    Raises InvalidCardError for a card with an invalid value; the bundle then stays as it is.
+    """
     contents = {file: (bundle.path / file).read_bytes() for file in (CLASSIFIER_FILE, SEGMENTER_FILE)}
     return _write_bundle(bundle.path, card, contents, statistics)
 
 
 def _write_bundle(folder: Path, card: ModelCard, weights: Mapping[str, bytes], statistics: Statistics | None) -> Bundle:
-    """Write the folder under another name and rename it, so that a killed run leaves no incomplete bundle."""
+    """Write the folder under another name and rename it, so that a killed run leaves no incomplete bundle.
+
+    Raises InvalidCardError for a card that could not be read again, before anything is written.
+    """
     assert (card.familiarity is None) == (statistics is None)
     contents = dict(weights)
     if card.familiarity is not None and statistics is not None:
@@ -271,6 +278,7 @@ def _write_bundle(folder: Path, card: ModelCard, weights: Mapping[str, bytes], s
         digest = hashlib.sha256(contents[FAMILIARITY_FILE]).hexdigest()
         card = card.model_copy(update={"familiarity": card.familiarity.model_copy(update={"statistics": digest})})
     contents[CARD_FILE] = (card.model_dump_json(indent=2) + "\n").encode()
+    parse_card(contents[CARD_FILE], folder / CARD_FILE)  # `model_copy` checks nothing, and JSON has no NaN
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     work.chmod(0o755)

@@ -16,7 +16,8 @@ from models.tissue_class import TissueClass
 SCHEMA_VERSION = 3
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Triple = tuple[float, float, float]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 NetworkName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")]
@@ -81,7 +82,7 @@ class FamiliarityCard(_Strict):
 
     statistics: Digest
     """SHA-256 digest of familiarity.safetensors."""
-    window_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    window_limit: Positive
     """Distance that nearly all validation windows stay below. Windows beyond it are unfamiliar."""
     share_limit: Fraction
     """A slide gets a warning if a larger share of its tissue is unfamiliar."""
@@ -100,9 +101,9 @@ class ModelCard(_Strict):
     """Side in pixels, at `mpp`, of the windows in which the classifier decides which classes are present."""
     margin: Annotated[int, Field(ge=16, le=1024, multiple_of=16)]
     """Pixels of context around a prediction: a map keeps only predictions that have this margin on all sides."""
-    mean: Triple
+    mean: tuple[Finite, Finite, Finite]
     """Subtracted from RGB scaled to 0–1, per channel."""
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    std: tuple[Positive, Positive, Positive]
     classifier: ClassifierCard
     segmenter: SegmenterCard
     output_stride: Literal[4] = 4
@@ -115,7 +116,7 @@ class ModelCard(_Strict):
     """Data set, attribution, split and supervision."""
     started_from: Digest | None = None
     """SHA-256 of the card of the model that both networks started from; None if they did not start from a model."""
-    metrics: dict[str, float]
+    metrics: dict[str, Finite]
     scope: str = ""
     """What the training data show, in a few words, such as "colon, H&E"."""
     limits: Annotated[str, Field(min_length=1)]

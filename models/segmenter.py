@@ -50,7 +50,7 @@ def build_segmenter(
     A logit depends on the pixels around it, not on its place in the image: the network has no image pooling, padding
     mirrors the edge, and cells are upsampled around their centers. With `keeps_backbone`, the encoder is a classifier's
     backbone that stays as it is: it repeats edge pixels, and `share_backbone` loads its weights. Raises
-    ArchitectureError if the encoder is unknown.
+    ArchitectureError if the encoder is unknown or cannot have this stride.
     """
     options: dict[str, Any] = {
         "encoder_depth": depth,
@@ -65,6 +65,11 @@ def build_segmenter(
             network: Any = smp.DeepLabV3Plus(encoder, encoder_weights=None, classes=classes, **options)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ArchitectureError(f"segmenter encoder {encoder!r} is unknown or unsuitable: {error}") from error
+    except (AssertionError, TypeError) as error:  # of timm networks that cannot be dilated, often without a text
+        raise ArchitectureError(
+            f"segmenter encoder {encoder!r} cannot be built with an output stride of 16; use another encoder, such as "
+            "tu-tf_efficientnet_lite0"
+        ) from error
     _remove_unused_stages(network.encoder)
     _remove_image_pooling(network.decoder.aspp[0])
     network.decoder.up = nn.Upsample(scale_factor=network.decoder.up.scale_factor, mode="bilinear", align_corners=False)

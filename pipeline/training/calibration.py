@@ -57,18 +57,18 @@ class Calibration:
 
     temperature: float
     before: Reliability | None
-    """With temperature 1; None if there are no validation masks."""
+    """With temperature 1; None if no validation pixel has a class in a mask."""
     after: Reliability | None
 
     def metrics(self) -> dict[str, float]:
-        """Return the calibration errors for a model card; nothing without validation masks."""
+        """Return the calibration errors for a model card; nothing if the temperature was not fitted."""
         if self.before is None or self.after is None:
             return {}
         return {"val_ece_uncalibrated": round(self.before.error, 4), "val_ece": round(self.after.error, 4)}
 
 
 def write_reliability(file: Path, calibration: Calibration) -> None:
-    """Draw the accuracy of each bin against its confidence, before and after calibration. Nothing without masks."""
+    """Draw the accuracy of each bin against its confidence, before and after calibration, if it was fitted."""
     if calibration.before is None or calibration.after is None:
         return
     # Not pyplot, which opens a backend and keeps global state.
@@ -91,13 +91,16 @@ def write_reliability(file: Path, calibration: Calibration) -> None:
 def calibrate_temperature(predictor: Predictor, validation: PatchImages) -> Calibration:
     """Return the temperature that fits a segmenter's probabilities to the masks of the validation images.
 
-    The masks decide this one number and nothing else. Without masks the temperature is 1. `predictor` must have the
-    temperature 1.
+    The masks decide this one number and nothing else. Without masks, or if no pixel has a class in them, the
+    temperature is 1. `predictor` must have the temperature 1.
     """
     if any(sample.mask is None for sample in validation.samples):
         logger.warning("the temperature stays 1 because the validation images have no masks")
         return Calibration(1.0, None, None)
     logits_NK, truth_N = labeled_logits(predictor, validation)
+    if not len(truth_N):
+        logger.warning("the temperature stays 1 because no pixel of the validation masks has a class")
+        return Calibration(1.0, None, None)
     temperature = fitted_temperature(logits_NK, truth_N)
     before, after = (reliability((logits_NK / t).softmax(dim=1), truth_N) for t in (1.0, temperature))
     return Calibration(temperature, before, after)

@@ -67,9 +67,8 @@ def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = No
     """Return the data set of composed images, or `dataset` itself if its card does not ask for them.
 
     The images and masks are written below `folder`, into a folder named after a digest of the card, unless they are
-    already there. `splits` None stands for all. Raises what `samples`, `read_rgb` and `read_mask` raise, LabelError for
-    a position in the table that is not a number, and DatasetFileError for another data set that is missing or does not
-    fit.
+    already there. `splits` None stands for all. Raises what `samples`, `read_rgb`, `read_mask` and `pieces_of` raise,
+    and DatasetFileError for another data set that is missing or does not fit.
     """
     rule = dataset.card.compose
     if rule is None:

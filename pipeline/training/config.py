@@ -170,10 +170,11 @@ class TrainConfig:
     """
 
     seed: int = 0
-    """Seed of all random choices."""
+    """Seed of all random choices, from 0 to 2**63 - 1."""
 
     def __post_init__(self) -> None:
         """Raise TrainConfigError for an invalid value."""
+        _check_numbers(self)
         if min(self.layer_weights) < 0 or abs(sum(self.layer_weights) - 1) > 1e-6:
             raise TrainConfigError(f"layer_weights are {self.layer_weights}; they must sum to 1, none below 0")
         if self.backbone == "resnet38d" and not self.encoder:
@@ -284,6 +285,17 @@ class TrainConfig:
     def encoder_pretrained(self) -> bool:
         """Return whether the encoder starts from pretrained weights, the classifier's or its own."""
         return self.encoder_starts or self.encoder_weights not in ("", "none")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    if not 0 <= config.seed < 2**63:
+        raise TrainConfigError(f"seed is {config.seed}; it must be between 0 and 2**63 - 1")
+    for name in ("mean", "std", "layer_weights"):
+        if not all(math.isfinite(value) for value in getattr(config, name)):
+            raise TrainConfigError(f"{name} is {getattr(config, name)}; all three must be finite numbers")
+    for name in ("backbone_rate", "new_rate", "bias_factor", "weight_decay", "clip"):
+        if not math.isfinite(getattr(config, name)):
+            raise TrainConfigError(f"{name} is {getattr(config, name)}; it must be a finite number")
 
 
 def _check_maps(head: str, cam: str, attention: str) -> None:

@@ -37,7 +37,7 @@ from pipeline.training.dataset_sections import (
     TableSplit,
 )
 from pipeline.training.labels import crop_boxes, labels_of_folder, labels_of_name, labels_of_row, presence
-from pipeline.training.splits import Row, group_of, hash_split, rows_of, table_splits
+from pipeline.training.splits import Row, group_of, hash_split, rows_of, shared_groups, table_splits
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,10 @@ def training_samples(dataset: Dataset) -> tuple[tuple[Sample, ...], tuple[Sample
 
 
 def read_rgb(sample: Sample) -> NDArray[np.uint8]:
-    """Return the pixels of an image, (H, W, 3). Raises UnreadableImageError."""
+    """Return the pixels of an image, (H, W, 3). Transparent pixels are white, as in slides.
+
+    Raises UnreadableImageError.
+    """
     return _decoded(sample.image, "RGB")
 
 
@@ -327,9 +330,21 @@ def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
                 )
             if image.mode.startswith(("I", "F")):
                 raise UnreadableImageError(f"{file}: has mode {image.mode}; an image must have 8 bits per channel")
-            return np.asarray(image.convert(mode) if mode else image, dtype=np.uint8)
+            if mode is None:
+                return np.asarray(image, dtype=np.uint8)
+            if image.has_transparency_data:
+                return _on_white(image)
+            return np.asarray(image.convert(mode), dtype=np.uint8)
     except _DECODER_ERRORS as error:
         raise failed(f"{file}: cannot be read: {error}") from error
+
+
+def _on_white(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the RGB pixels of an image with transparency. Pixels of alpha 0 are white, whatever color they have."""
+    rgba_HWC = np.asarray(image.convert("RGBA"), dtype=np.uint8)
+    rgb_HWC = np.ascontiguousarray(rgba_HWC[..., :3])
+    rgb_HWC[rgba_HWC[..., 3] == 0] = 255
+    return rgb_HWC
 
 
 def _problem(sample: Sample) -> str | None:
@@ -391,6 +406,17 @@ def _names(
             split_of = {name: hash_split(groups[name], rule.train, rule.val) for name in images}
         case TableSplit() as rule:
             split_of = table_splits(images, rows, groups, rule)
+            if shared := shared_groups(split_of, groups, split):
+                # Not an error: the published test split of GlaS does it, and wsi-label with a single patient.
+                logger.warning(
+                    "%s: %d group(s) of split %s also have images in another split (%s), so scores of split %s may be "
+                    "too high for new groups; if you can, move all images of a group to one split",
+                    card.name,
+                    len(shared),
+                    split,
+                    ", ".join(shared[:5]) + (", …" if len(shared) > 5 else ""),
+                    split,
+                )
     names = [name for name in images if split_of[name] == split]
     if not names:
         sizes = ", ".join(f"{count} in {key}" for key, count in sorted(Counter(split_of.values()).items()))

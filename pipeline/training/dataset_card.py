@@ -22,6 +22,7 @@ from pipeline.training.dataset_sections import (
     Group,
     HashSplit,
     Location,
+    PixelSize,
     Section,
     Split,
     Table,
@@ -42,7 +43,7 @@ class DatasetCard(Section):
     """Uses that a trained model is not for. Copied into the model card, like the three keys above."""
     scope: str = ""
     """What the images show, in a few words, such as "colon, H&E". Warnings about other slides name it."""
-    mpp: float = Field(gt=0)
+    mpp: PixelSize
     """Pixel size of the images in µm."""
     root: str | None = None
     """Folder of the data, relative to the dataset.toml. The default is the folder of the dataset.toml."""

@@ -16,6 +16,9 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
+PixelSize = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+"""In µm, with the limits of a model card."""
+
 
 class Section(BaseModel):
     """A table of a dataset.toml: no unknown keys, and no changes after reading."""
@@ -264,7 +267,7 @@ class Compose(Section):
     x: str = "x"
     y: str = "y"
     """Columns of the image's position in that larger image, in pixels."""
-    mpp: float = Field(gt=0)
+    mpp: PixelSize
     """Pixel size of the composed images in µm."""
     side: int = Field(ge=64)
     """Side of a composed image in its pixels."""

@@ -69,8 +69,8 @@ def _kind_of_cut(dataset: Dataset, tissue: CutTissue) -> Kind:
 def pieces_of(dataset: Dataset, split: Split) -> Pieces:
     """Return all images of one tissue of a split: joined from the data set's tiles, and cut by the rules of its card.
 
-    Raises what `samples`, `read_rgb` and `read_mask` raise, LabelError for a position in the table that is not a
-    number, and DatasetFileError for a data set in `compose.cut` that is missing or does not fit.
+    Raises what `samples`, `read_rgb`, `read_mask` and `joined_pieces` raise, and DatasetFileError for a data set in
+    `compose.cut` that is missing or does not fit.
     """
     pieces = defaultdict(list, joined_pieces(dataset, split))
     assert dataset.card.compose is not None
@@ -90,7 +90,12 @@ def pieces_of(dataset: Dataset, split: Split) -> Pieces:
 
 
 def joined_pieces(dataset: Dataset, split: Split) -> Pieces:
-    """Return the images of a split by tissue, neighbors of one larger image and tissue joined to rectangles."""
+    """Return the images of a split by tissue, neighbors of one larger image and tissue joined to rectangles.
+
+    Of two images at one position, the first is left out, with a warning. Raises LabelError for an image without a class
+    or a position that is not a number, and DatasetFileError for tiles of one larger image and tissue that differ in
+    size.
+    """
     card = dataset.card
     rule = card.compose
     assert rule is not None
@@ -98,19 +103,46 @@ def joined_pieces(dataset: Dataset, split: Split) -> Pieces:
     chosen = samples(dataset, split)
     rows = rows_of({sample.name: sample.image for sample in chosen}, dataset.root, card.table)
     grids: dict[tuple[str, str, Kind], dict[tuple[int, int], Sample]] = defaultdict(dict)
+    replaced: list[str] = []
     for sample in chosen:
         row, kind = rows[sample.name], _kind(dataset, sample)
+        if not kind:
+            raise LabelError(f"{sample.image}: has no class, so compose cannot use it; label it, or remove it")
         place = (_position(sample, row.get(rule.x)), _position(sample, row.get(rule.y)))
-        grids[sample.group, row.get(rule.source) or sample.name, kind][place] = sample
+        grid = grids[sample.group, row.get(rule.source) or sample.name, kind]
+        if place in grid:
+            replaced.append(f"{grid[place].image} by {sample.image}")
+        grid[place] = sample
+    if replaced:  # the collection of textures has a few, so they are not an error
+        logger.warning(
+            "%s: %d images are not used, because another one has their position in the table, such as %s; correct "
+            "the positions",
+            card.name,
+            len(replaced),
+            replaced[0],
+        )
     pieces: Pieces = defaultdict(list)
     for (slide, _, kind), grid in sorted(grids.items()):
-        width, height = image_size(next(iter(grid.values())))
+        width, height = _tile_size(grid.values())
         for rectangle in rectangles(grid, width, height):
             rgb_HWC = np.concatenate(
                 [np.concatenate([read_rgb(grid[place]) for place in line], axis=1) for line in rectangle]
             )
             pieces[kind].append(Piece(slide, resampled(rgb_HWC, card.mpp / rule.mpp)))
     return dict(pieces)
+
+
+def _tile_size(tiles: Iterable[Sample]) -> tuple[int, int]:
+    """Return the width and height of all these tiles. Raises DatasetFileError if they differ."""
+    first, *others = tiles
+    size = image_size(first)
+    for other in others:
+        if (found := image_size(other)) != size:
+            raise DatasetFileError(
+                f"{other.image}: is {found[0]}x{found[1]} px, but {first.image}, its neighbor, is "
+                f"{size[0]}x{size[1]} px; give both one size, or remove this one"
+            )
+    return size
 
 
 def _position(sample: Sample, value: str | None) -> int:

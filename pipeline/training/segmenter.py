@@ -23,6 +23,7 @@ from pipeline.training.augment import Augmentation
 from pipeline.training.classifier import held_out_batches, keep_statistics
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
+from pipeline.training.dataset_sections import CropLabels
 from pipeline.training.fit import Processes, Task
 from pipeline.training.inputs import as_input, load_start, surrounded
 from pipeline.training.patches import PatchImages, draw_squares, make_labeled_view
@@ -30,7 +31,7 @@ from pipeline.training.patches import PatchImages, draw_squares, make_labeled_vi
 logger = logging.getLogger(__name__)
 
 SMALLEST_SHARE = 0.05
-"""Default minimum share of a patch for a class to be present, if the data set does not define one."""
+"""Minimum share of a patch for a class to be found in a map, if no rule of the data set made the labels from masks."""
 
 SMALLEST_TAUGHT = 0.01
 """The stage fails if a smaller share of the pixels of a layer's pseudo masks has a class."""
@@ -218,14 +219,13 @@ def layered_loss(
 def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """Return how well the predicted map agrees with the presence labels of all labeled patches.
 
-    Pixels of masks are never used. A class counts as found if it covers more than the data set's minimum share of a
-    patch. "balanced" is the mean balanced accuracy over the classes that are present in some patches and absent from
+    Pixels of masks are never used. A class counts as found if it covers more than `_smallest_share` of a patch.
+    "balanced" is the mean balanced accuracy over the classes that are present in some patches and absent from
     others. "exact" is the share of patches with every class right. "score" is their mean: few patches lack a class, so
     "balanced" alone jumps from epoch to epoch with a handful of patches, and "exact" alone ignores those patches.
     "score_error" is the standard error of "score", from a bootstrap over the images.
     """
-    labels = images.dataset.card.labels
-    minimum = getattr(labels, "minimum", None) or SMALLEST_SHARE
+    minimum = _smallest_share(images)
     found, present = [], []
     for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=config.region is not None):
         labels_Nhw = trusted_logits(network, rgb_NHWC, config, device).argmax(dim=1).cpu().numpy()
@@ -236,6 +236,19 @@ def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, dev
     balanced, exact = _agreement(found_MK, present_MK)
     error = _bootstrap_error(found_MK, present_MK, [len(boxes_B4) for boxes_B4 in images.boxes])
     return {"score": (balanced + exact) / 2, "score_error": error, "balanced": balanced, "exact": exact}
+
+
+def _smallest_share(images: PatchImages) -> float:
+    """Return the share of a patch above which the presence labels of these images count a class as present.
+
+    It is `SMALLEST_SHARE` if the labels were not read from masks, or if the data set does not set `mask_minimum`: the
+    default of that key labels a single pixel, but a map always has a few wrong ones.
+    """
+    rule = images.dataset.card.labels
+    if isinstance(rule, CropLabels):
+        return rule.minimum
+    from_masks = all(sample.labels_K is None for sample in images.samples)
+    return rule.mask_minimum if from_masks and "mask_minimum" in rule.model_fields_set else SMALLEST_SHARE
 
 
 def _agreement(found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_]) -> tuple[float, float]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import LabelError
-from pipeline.training.dataset_sections import Group, Split, Table, TableSplit
+from pipeline.training.dataset_sections import SPLITS, Group, Split, Table, TableSplit
 
 Row = Mapping[str, str]
 
@@ -47,6 +48,16 @@ def table_splits(
     return found | dict.fromkeys(held_out, "val")
 
 
+def shared_groups(split_of: Mapping[str, Split], groups: Mapping[str, str], split: Split) -> list[str]:
+    """Return the groups, sorted, with images in this split and in one before it in the order train, val, test.
+
+    The keys of `split_of` and `groups` are the names of the images.
+    """
+    before = SPLITS[: SPLITS.index(split)]
+    known = {groups[name] for name, own in split_of.items() if own in before}
+    return sorted({groups[name] for name, own in split_of.items() if own == split and groups[name] in known} - {""})
+
+
 def group_of(image: Path, row: Row, rule: Group) -> str:
     """Return the group of an image. Raises LabelError if its row or its name does not contain the group."""
     if rule.column is not None:
@@ -61,7 +72,7 @@ def group_of(image: Path, row: Row, rule: Group) -> str:
 def rows_of(images: Mapping[str, Path], root: Path, table: Table) -> dict[str, Row]:
     """Return the table row of each image by image name.
 
-    Raises LabelError for an unreadable table, an image without a row, or a name with two rows.
+    Raises LabelError for an unreadable table, a column name that is there twice, or an image without a row or with two.
     """
     by_name: dict[str, Row] = {}
     for file in table.files:
@@ -73,10 +84,15 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table) -> dict[str, R
     rows = {}
     for name, image in images.items():
         below_root = image.relative_to(root).as_posix() if image.is_relative_to(root) else ""
-        row = by_name.get(name) or by_name.get(image.name) or by_name.get(below_root, {})
-        if not row:
+        found = [key for key in dict.fromkeys((name, image.name, below_root)) if key in by_name]
+        if not found:
             raise LabelError(f"{image}: has no row in {', '.join(table.files)} (column {table.name_column}); add one")
-        rows[name] = row
+        if len(found) > 1:
+            raise LabelError(
+                f"{image}: has several rows in {', '.join(table.files)}, {' and '.join(found)} (column "
+                f"{table.name_column}); keep one"
+            )
+        rows[name] = by_name[found[0]]
     return rows
 
 
@@ -90,6 +106,9 @@ def _read_table(file: Path, name_column: str) -> list[Row]:
         raise LabelError(f"{file}: the table cannot be read: {error}") from error
     if name_column not in columns:
         raise LabelError(f"{file}: has no column {name_column}; the columns are {', '.join(columns)}")
+    # Spreadsheets write several columns without a name, which nothing reads.
+    if twice := [column for column, count in Counter(columns).items() if column and count > 1]:
+        raise LabelError(f"{file}: has several columns {', '.join(twice)}; rename or delete all but one of each")
     if wide := [row[name_column] for row in rows if _TOO_MANY in row]:
         raise LabelError(
             f"{file}: the row of {wide[0]} has more cells than the header; quote cells that contain a comma"
@@ -98,7 +117,7 @@ def _read_table(file: Path, name_column: str) -> list[Row]:
 
 
 def _value(image: Path, row: Row, column: str) -> str:
-    value = row.get(column)
+    value = (row.get(column) or "").strip()  # a stray space would make two groups of one patient
     if not value:
         raise LabelError(f"{image}: the table has no {column} for this image; the columns are {', '.join(row)}")
     return value

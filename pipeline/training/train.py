@@ -140,7 +140,8 @@ def train(
             _stage(run, task, config, place, processes, progress, log)
 
         if processes.rank == 0:
-            export(run, classifier.eval(), segmenter.eval(), validation, sources, config, device)
+            window = gate_window(training)
+            export(run, classifier.eval(), segmenter.eval(), validation, window, sources, config, device)
             if test:
                 add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)
         _wait(processes)
@@ -300,6 +301,7 @@ def export(
     classifier: Classifier,
     segmenter: nn.Module,
     validation: PatchImages,
+    window: int,
     sources: Sequence[Source],
     config: TrainConfig,
     device: str,
@@ -308,13 +310,14 @@ def export(
 
     The gate is calibrated on the labeled patches of the validation images, and the temperature on those images with
     masks. The validation images show whether the map depends on the position in a view. The heads of single layers do
-    not become part of the bundle. `sources` are those of `fit_familiarity`.
+    not become part of the bundle. `window` is the `gate_window` of the training images, whose patches all have one
+    size. `sources` are those of `fit_familiarity`.
     """
     folder, torch_device = run / "bundle", choose_device(device)
     if folder.exists():
         logger.info("%s exists: nothing to do", folder)
         return
-    dataset, window = validation.dataset, gate_window(validation)
+    dataset = validation.dataset
     classifier.layer_heads.clear()
     draft = make_card(dataset, config, window, (UNCALIBRATED,) * len(dataset.class_names))
     # A bundle stores rounded weights. Calibrate and measure the rounded ones.

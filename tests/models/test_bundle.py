@@ -181,6 +181,9 @@ def test_a_card_that_is_not_json_is_refused(folder: Path) -> None:
         ({"gate_window": 100}, "gate_window"),
         ({"margin": 40}, "margin"),
         ({"mpp": 0}, "mpp"),
+        ({"metrics": {"val_miou": float("nan")}}, "metrics.val_miou"),
+        ({"mean": [float("inf"), 0.5, 0.5]}, "mean.0"),
+        ({"std": [0.5, float("inf"), 0.5]}, "std.1"),
         ({"surprise": 1}, "surprise"),
         (
             {"segmenter": {"encoder": "resnet18", "depth": 4, "rates": [1, 2, 4], "trains_backbone": True}},
@@ -326,6 +329,15 @@ def test_statistics_are_added_to_a_bundle_whose_weights_stay(folder: Path) -> No
     read = load_statistics(after)
     assert read is not None
     assert read.as_bytes() == content
+
+
+def test_a_card_that_could_not_be_read_again_does_not_replace_the_old_one(folder: Path) -> None:
+    bundle = load_bundle(folder)
+    beside = sorted(folder.parent.iterdir())
+    with pytest.raises(InvalidCardError, match=r"metrics\.val_miou"):
+        replace_card(bundle, bundle.card.model_copy(update={"metrics": {"val_miou": float("nan")}}), None)
+    assert load_bundle(folder) == bundle
+    assert sorted(folder.parent.iterdir()) == beside
 
 
 def test_a_bundle_without_the_statistics_that_its_card_names_is_refused(folder: Path) -> None:

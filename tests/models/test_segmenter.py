@@ -85,6 +85,13 @@ def test_an_unknown_encoder_is_named() -> None:
         build_segmenter("no-such-net", 2)
 
 
+@pytest.mark.parametrize("encoder", ["tu-hrnet_w18", "tu-swinv2_cr_base_224"])
+def test_an_encoder_that_cannot_be_dilated_is_refused(encoder: str) -> None:
+    message = f"'{encoder}' cannot be built with an output stride of 16; use another encoder"
+    with torch.device("meta"), pytest.raises(ArchitectureError, match=message):
+        build_segmenter(encoder, 2)
+
+
 def test_upsampling_interpolates_linearly_between_cell_centers() -> None:
     row = torch.tensor([0.0, 4.0]).view(1, 1, 1, 2)
     assert logits_at_stride(row, 4) is row

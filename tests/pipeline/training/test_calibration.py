@@ -19,7 +19,7 @@ from pipeline.training.calibration import (
     reliability,
     write_reliability,
 )
-from pipeline.training.dataset import load_dataset, read_mask, samples
+from pipeline.training.dataset import IGNORED, load_dataset, read_mask, samples
 from pipeline.training.patches import PatchImages
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
 from tests.pipeline.training.stripes import COLORS, stripes, write_dataset
@@ -117,3 +117,14 @@ def test_without_masks_the_temperature_stays_one(tmp_path: Path, caplog: pytest.
     assert "the temperature stays 1" in caplog.text
     write_reliability(tmp_path / "calibration.png", found)
     assert not (tmp_path / "calibration.png").exists()
+
+
+def test_without_a_pixel_with_a_class_the_temperature_stays_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = load_dataset(write_dataset(tmp_path, {"one": np.full((64, 64), IGNORED, np.uint8)}))
+    images = PatchImages(dataset, samples(dataset, "test"), 1.0)
+    predictor = Predictor(make_card(COLORS), NO_DIGEST, ColorClassifier(COLORS), ColorSegmenter(COLORS, 400.0))
+    found = calibrate_temperature(predictor, images)
+    assert (found.temperature, found.metrics()) == (1.0, {})
+    assert "the temperature stays 1 because no pixel of the validation masks has a class" in caplog.text

@@ -218,6 +218,7 @@ def test_a_missing_folder_of_whole_images_is_an_error(tmp_path: Path) -> None:
     [
         ('blank = "glass"', 'blank = "air"', "compose.blank is 'air', which is not a class"),
         ("side = 64", "side = 8", "compose.side"),
+        ('"source"\nmpp = 0.5', '"source"\nmpp = inf', r"compose\.mpp: Input should be"),
         ("minimum = 0.05", CUT_OF_ANOTHER_CLASS, "compose.cut names c; the classes are a, b, glass"),
         ('AB = ["a", "b"]', 'AB = ["a", "c"]', "labels.folders names c"),
         ("minimum = 0.05", f"minimum = 0.05\n{WHOLE}{WHOLE}", "data set in compose.whole ebhi-seg is given twice"),

@@ -113,6 +113,14 @@ def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None
         ("classifier_mpp=[1.0, 0.0]", r"classifier_mpp is \(1\.0, 0\.0\)"),
         ("classifier_mpp=[nan]", r"classifier_mpp is \(nan,\)"),
         ("mpp=inf", "mpp is inf"),
+        ("seed=-1", r"seed is -1; it must be between 0 and 2\*\*63 - 1"),
+        (f"seed={2**63}", f"seed is {2**63}"),
+        ("mean=[inf, 0.0, 0.0]", r"mean is \(inf, 0\.0, 0\.0\); all three must be finite"),
+        ("std=[nan, 1.0, 1.0]", r"std is \(nan, 1\.0, 1\.0\); all three must be finite"),
+        ("layer_weights=[nan, nan, 1.0]", "layer_weights is .*must be finite"),
+        ("backbone_rate=inf", "backbone_rate is inf; it must be a finite number"),
+        ("weight_decay=nan", "weight_decay is nan; it must be a finite number"),
+        ("clip=nan", "clip is nan; it must be a finite number"),
     ],
 )
 def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:

@@ -121,6 +121,16 @@ def test_a_table_provides_labels_groups_and_splits(tmp_path: Path) -> None:
     assert dataset.card.splits == ("train", "val", "test")
 
 
+def test_spaces_around_a_group_or_split_of_a_table_do_not_count(tmp_path: Path) -> None:
+    for name in "abc":
+        image(tmp_path / "img" / f"{name}.png")
+    table(tmp_path, ["a,p1 ,train ,1,0", "b, p2,train,0,1", "c,p2 , train,0,1"])
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+
+    assert [(one.name, one.group) for one in samples(dataset, "train")] == [("a", "p1")]
+    assert [(one.name, one.group) for one in samples(dataset, "val")] == [("b", "p2"), ("c", "p2")]
+
+
 def test_class_folders_are_split_by_a_hash_of_the_group_in_the_name(tmp_path: Path) -> None:
     for patient in range(40):
         image(tmp_path / ("red" if patient % 2 else "blue") / f"P{patient}-0.png")
@@ -216,8 +226,23 @@ def test_an_image_of_any_mode_is_read_as_rgb(masked: tuple[Dataset, Sample]) -> 
     assert rgb_HWC.dtype == np.uint8
     assert rgb_HWC[4, 7].tolist() == [90, 20, 30]
 
-    Image.new("RGBA", (12, 10), (1, 2, 3, 0)).save(sample.image)
+    Image.new("RGBA", (12, 10), (1, 2, 3, 1)).save(sample.image)
     assert read_rgb(sample)[0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparent_pixels_of_an_image_are_white(tmp_path: Path, mode: str) -> None:
+    file = tmp_path / ("a.tif" if mode == "PA" else "a.png")  # PNG has no palette with alpha
+    if mode == "P":
+        made = Image.new("P", (4, 1), 0)
+        made.putpalette([7, 7, 7, 9, 9, 9])
+        made.putpixel((3, 0), 1)
+        made.save(file, transparency=1)
+    else:
+        made = Image.new("RGBA", (4, 1), (7, 7, 7, 255))
+        made.putpixel((3, 0), (9, 9, 9, 0))
+        made.convert(mode).save(file)
+    assert read_rgb(Sample("a", file, None, "", None)).tolist() == [[[7] * 3] * 3 + [[255] * 3]]
 
 
 def test_the_error_names_both_files_if_mask_and_image_sizes_differ(masked: tuple[Dataset, Sample]) -> None:
@@ -397,12 +422,21 @@ def test_two_images_of_the_same_name_are_an_error(tmp_path: Path) -> None:
     [
         (["a,p1,train,1,0"], r"b\.png: has no row in meta\.csv \(column name\)"),
         (["a,p1,train,1,0", "b,p2,train,1,0", "a,p2,train,1,0"], r"meta\.csv: a has two rows"),
+        (
+            ["a,p1,train,1,0", "b,p2,train,1,0", "a.png,p2,train,1,0"],
+            r"a\.png: has several rows in meta\.csv, a and a\.png \(column name\); keep one",
+        ),
+        (
+            ["a,p1,train,1,0", "img/b.png,p2,train,1,0", "b,p2,train,1,0"],
+            r"b\.png: has several rows .*b and img/b\.png",
+        ),
         (["a,p1,train,1,0", "b,p2,train,1,"], r"b\.png: column blue of the table contains ''"),
         (
             ["a,p1,train,1,0", "b,p2,learn,1,0"],
             r"b\.png: column split contains learn, but \[split\] lists only train, testA",
         ),
         (["a,p1,train,1,0", "b,,train,1,0"], r"b\.png: the table has no patient for this image"),
+        (["a,p1,train,1,0", "b, ,train,1,0"], r"b\.png: the table has no patient for this image"),
         (["a,p1,train,1,0", "b,p1,train,1,0"], r"val_groups lists p2, but no training image belongs to it"),
         (["a,p1,train,1,0", "b,p2,train,1,0,1"], r"meta\.csv: the row of b has more cells than the header"),
     ],
@@ -417,7 +451,30 @@ def test_a_table_that_does_not_fit_the_images_is_an_error(tmp_path: Path, rows: 
         samples(dataset, "val")
 
 
-def test_a_table_that_is_unreadable_or_lacks_the_name_column_is_an_error(tmp_path: Path) -> None:
+def test_a_group_in_several_splits_of_a_table_causes_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "abcd":
+        image(tmp_path / "img" / f"{name}.png")
+    table(tmp_path, ["a,p1,train,1,0", "b,p1,valid,0,1", "c,p2,train,1,0", "d,p2,testA,1,0"])
+    toml = TABLE_LABELS.replace("val = []", 'val = ["valid"]')
+    dataset = load_dataset(put(tmp_path, HEAD + toml.replace('val_groups = ["p2"]', "")))
+
+    assert names(samples(dataset, "train")) == ["a", "c"]
+    assert not caplog.messages
+    assert names(samples(dataset, "val")) == ["b"]
+    assert names(samples(dataset, "test")) == ["d"]
+    val, test = caplog.messages
+    assert "tiny: 1 group(s) of split val also have images in another split (p1)" in val
+    assert "tiny: 1 group(s) of split test also have images in another split (p2)" in test
+
+    caplog.clear()
+    dataset = load_dataset(put(tmp_path, HEAD + toml.replace('["p2"]', '["p1"]')))
+    assert names(samples(dataset, "val")) == ["a", "b"]
+    assert not caplog.messages
+
+
+def test_a_table_that_is_unreadable_or_has_wrong_columns_is_an_error(tmp_path: Path) -> None:
     image(tmp_path / "img" / "a.png")
     dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
 
@@ -425,6 +482,9 @@ def test_a_table_that_is_unreadable_or_lacks_the_name_column_is_an_error(tmp_pat
         samples(dataset, "train")
     table(tmp_path, [], header="file,split")
     with pytest.raises(LabelError, match=r"meta\.csv: has no column name; the columns are file, split"):
+        samples(dataset, "train")
+    table(tmp_path, ["a,p1,train,1,0,0"], header="name,patient,split,red,blue,red")
+    with pytest.raises(LabelError, match=r"meta\.csv: has several columns red; rename or delete all but one of each"):
         samples(dataset, "train")
 
 

@@ -25,6 +25,8 @@ from tests.repository import REPOSITORY
         ("side = 8", "side = 8\nsidee = 8", r"unknown key labels\.sidee"),
         ("mpp = 0.5", "", "key mpp is missing"),
         ("mpp = 0.5", "mpp = 0", "mpp: Input should be greater than 0"),
+        ("mpp = 0.5", "mpp = inf", "mpp: Input should be"),
+        ("mpp = 0.5", "mpp = 500", "mpp: Input should be less than or equal to 100"),
         ("mpp = 0.5", "mpp = ", "is not valid TOML"),
         ("[200, 0, 0]", "[300, 0, 0]", r"classes\.0\.color\.0: .* less than or equal to 255"),
         ('"blue"', '"red"', "class name red is given twice"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipeline.errors import DatasetFileError, LabelError
-from pipeline.training.dataset import Dataset
+from pipeline.training.dataset import Dataset, load_dataset
 from pipeline.training.dataset_sections import Cut, CutTissue
 from pipeline.training.pieces import cut_windows, joined_pieces, kinds_of, pieces_of, rectangles
 from pipeline.training.splits import hash_split
-from tests.pipeline.training.single_tissue import COLORS, write_other, write_tiles
+from tests.pipeline.training.single_tissue import COLORS, TILE, TOML, write_other, write_tiles
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,41 @@ def test_a_position_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
     dataset = write_tiles(tmp_path, position="column {}")
     with pytest.raises(LabelError, match=r"A-1-0\.png: its position in the table is 'column 1'"):
         joined_pieces(dataset, "train")
+
+
+def add_tile(folder: Path, name: str, x: int, y: int, size: tuple[int, int] = (TILE, TILE)) -> None:
+    Image.new("RGB", size, (9, 9, 9)).save(folder / name)
+    with (folder / "meta.csv").open("a", newline="") as stream:
+        csv.writer(stream).writerow([name, "1", "s1", x, y])
+
+
+def test_the_error_names_a_tile_of_another_size(tmp_path: Path) -> None:
+    dataset = write_tiles(tmp_path)
+    add_tile(tmp_path, "A/A-edge.png", 1 + 3 * TILE, 1, (TILE, TILE // 2))
+    with pytest.raises(DatasetFileError, match=r"A-edge\.png: is 16x8 px, but .*A-1-0\.png, .* is 16x16 px"):
+        joined_pieces(dataset, "train")
+
+
+def test_two_tiles_at_one_position_cause_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = write_tiles(tmp_path)
+    joined_pieces(dataset, "train")
+    assert not caplog.messages
+    add_tile(tmp_path, "A/A-twice.png", 1, 1)
+    joined_pieces(dataset, "train")
+    (message,) = caplog.messages
+    assert "tiles: 1 images are not used" in message
+    assert "A-1-0.png by " in message
+
+
+def test_the_error_names_a_tile_without_a_class(tmp_path: Path) -> None:
+    write_tiles(tmp_path)
+    toml = TOML.replace('"folders"\nfolders = { A = "a", B = "b", AB = ["a", "b"] }', '"csv"\nlist_column = "tissue"')
+    (tmp_path / "dataset.toml").write_text(toml)
+    rows = (tmp_path / "meta.csv").read_text().splitlines()
+    labels = ["tissue", *("" if "B-2-3" in row else "a" for row in rows[1:])]
+    (tmp_path / "meta.csv").write_text("\n".join(f"{row},{label}" for row, label in zip(rows, labels, strict=True)))
+    with pytest.raises(LabelError, match=r"B-2-3\.png: has no class, so compose cannot use it"):
+        joined_pieces(load_dataset(tmp_path), "train")
 
 
 TISSUE = CutTissue(classes=("a",), mask="gland", share=(0.9, 1.0), bright=0.25, sides=(64, 32))

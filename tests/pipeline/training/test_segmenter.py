@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from models.segmenter import build_segmenter, encoder_network, share_backbone
 from pipeline.errors import TrainError
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
+from pipeline.training.dataset_sections import FolderLabels
 from pipeline.training.fit import Processes, fit
 from pipeline.training.inputs import as_input
 from pipeline.training.patches import PatchImages
@@ -201,6 +203,30 @@ def test_a_class_is_found_if_it_covers_more_than_the_minimum_of_the_data_set(
     labels = images.dataset.card.labels.model_copy(update={"minimum": float(minimum)})
     card = images.dataset.card.model_copy(update={"labels": labels})
     object.__setattr__(images.dataset, "card", card)
+    images.present = [np.array([[True, found, False]])]
+    assert map_scores(Reddest(), images, TrainConfig(region=None), CPU)["exact"] == 1.0
+
+
+def test_a_minimum_of_zero_finds_a_class_that_covers_a_single_cell(tmp_path: Path) -> None:
+    images = painted(tmp_path, {"a": [(0, 92), (1, 4)]}, side=32)
+    labels = images.dataset.card.labels.model_copy(update={"minimum": 0.0})
+    object.__setattr__(images.dataset, "card", images.dataset.card.model_copy(update={"labels": labels}))
+    images.boxes = [np.array([(0, 0, 96, 32)])]
+    images.present = [np.array([[True, True, False]])]
+    assert map_scores(Reddest(), images, TrainConfig(region=None), CPU)["exact"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("labels_K", "keys", "found"),
+    [(None, {"mask_minimum": 0.3}, False), (None, {}, True), ((True,) * 3, {"mask_minimum": 0.3}, True)],
+)
+def test_the_minimum_of_whole_masks_decides_if_labels_come_from_masks(
+    tmp_path: Path, labels_K: tuple[bool, ...] | None, keys: dict[str, float], found: bool
+) -> None:
+    images = painted(tmp_path, {"a": [(0, 24), (1, 8)]}, side=32)
+    labels = FolderLabels(source="folders", splits=("train",), **keys)  # type: ignore[arg-type]
+    object.__setattr__(images.dataset, "card", images.dataset.card.model_copy(update={"labels": labels}))
+    images.samples = tuple(dataclasses.replace(sample, labels_K=labels_K) for sample in images.samples)
     images.present = [np.array([[True, found, False]])]
     assert map_scores(Reddest(), images, TrainConfig(region=None), CPU)["exact"] == 1.0
 

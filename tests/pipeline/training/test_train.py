@@ -293,6 +293,18 @@ def test_the_published_recipe_trains_on_patches_of_an_unaligned_side(tmp_path: P
         assert picture.size == (80, 40)
 
 
+def test_the_gate_has_windows_of_the_training_patches_also_if_validation_images_are_larger(tmp_path: Path) -> None:
+    toml = write_textures(tmp_path / "data", train=5, val=2, test=1, size=64)
+    write_textures(tmp_path / "larger", train=1, val=2, test=1, size=96)
+    shutil.rmtree(tmp_path / "data" / "val")
+    shutil.copytree(tmp_path / "larger" / "val", tmp_path / "data" / "val")
+    config = dataclasses.replace(
+        CONFIG, region=None, classifier_epochs=1, classifier_steps=1, segmenter_epochs=1, segmenter_steps=1
+    )
+    bundle = train(load_dataset(toml), tmp_path / "run", config, device="cpu")
+    assert bundle.card.gate_window == 64
+
+
 def test_the_run_and_its_bundle_record_versions_commit_and_data(unbroken: Path, textures: Dataset) -> None:
     recorded = json.loads((unbroken / "run.json").read_text(encoding="utf-8"))["made_with"]
     assert {"python", "wsi-segment", "torch", "data"} <= set(recorded)
