@@ -89,6 +89,23 @@ def test_hidden_folders_are_replaced_whether_or_not_a_file_name_follows() -> Non
     assert shortened("/data/Doe, Jane/a.svs: no mpp") == "a.svs: no mpp"
 
 
+def test_a_hidden_folder_is_replaced_only_as_a_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shortened = without_folders([Path("/data/slides"), Path("/data")])
+    assert shortened("/data/slides_old/a.svs and /data/slides-2, /data/slides.") == (
+        "slides_old/a.svs and slides-2, (folder)."
+    )
+    assert shortened("/mnt/data/a.svs, '/data/slides'; file:///data/slides/a.svs") == (
+        "/mnt/data/a.svs, '(folder)'; file://a.svs"
+    )
+    monkeypatch.chdir(tmp_path)
+    shortened = without_folders([Path("a"), Path("out/Doe, Jane"), Path(), Path("/")])
+    assert shortened(f"a/bad.svs: has a border without tissue; {tmp_path}/a/bad.svs") == (
+        "bad.svs: has a border without tissue; bad.svs"
+    )
+    assert shortened("a: no slides in out/Doe, Jane") == "(folder): no slides in (folder)"
+    assert without_folders([])("/data/a.svs") == "/data/a.svs"
+
+
 def run(source: Path | str, output: Path, **options: Any) -> State[Any]:
     # Not the default model, to which plain colors are glass: a painted slide would have no tissue.
     return segment_batch(str(source), str(output), return_state=True, **{"model": "colon-gland", **options})
