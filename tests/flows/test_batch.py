@@ -31,6 +31,7 @@ from flows.order import BatchRequest
 from flows.privacy import without_folders
 from flows.slide import segment_slide_flow
 from pipeline.batch import window
+from pipeline.batch.collect import collect_jobs
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ClusterError, LockedError
 from pipeline.results.slide_result import SlideResult
@@ -417,3 +418,13 @@ def test_with_paths_hidden_the_folders_in_the_names_of_results_are_hidden_too(
     monkeypatch.setattr("flows.artifacts.create_table_artifact", lambda table, **_: tables.append(table))
     show_table(tmp_path, [SlideResult("Doe, Jane/a", "failed", 0.0)], request.redact, links=False)
     assert [row["slide"] for table in tables for row in table] == ["a"]
+
+
+def test_with_paths_hidden_the_folders_of_models_and_of_the_targets_of_links_are_hidden_too(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/x.svs").symlink_to("/patients/Doe, Jane/gone.svs")
+    jobs = [*collect_jobs([tmp_path / "in"]), SlideJob(tmp_path / "in/y.svs", model="/models/of/Doe/b")]
+    request = BatchRequest(jobs, tmp_path / "out", "/models/of/Jane/a", SegmentConfig(), hide_paths=True)
+    assert request.redact(jobs[0].problem).startswith("x.svs: is a link to gone.svs, which does not exist")
+    assert request.redact("/models/of/Jane/a: model.json is missing") == "a: model.json is missing"
+    assert request.redact("/models/of/Doe/b: model.json is missing") == "b: model.json is missing"
