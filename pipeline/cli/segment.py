@@ -296,10 +296,9 @@ def _print_foreign_digests(models: list[str]) -> None:
         with suppress(ModelError):
             bundle = load_bundle(model)
             if not bundle.shipped:
-                print(
-                    f"model {bundle.card.name} is not shipped; to pin it: --model-digest {bundle.digest}",
-                    file=sys.stderr,
-                )
+                line = f"model {bundle.card.name} is not shipped; to pin it: --model-digest {bundle.digest}"
+                with suppress(OSError):  # a closed or full stderr stops no slide
+                    print(line, file=sys.stderr)
 
 
 def _write_project(output: Path, *, hidden: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from models.predictor import Predictor
 from pipeline.cli.segment import app
 from pipeline.results.record import read_run
 from tests.pipeline.fakes import color_predictor, region_slide
+from tests.pipeline.small_bundle import small_bundle
 from tests.pipeline.summaries import rows_of
 from tests.repository import REPOSITORY
 from tests.slides import PINK, painted, small_slide, write_slide
@@ -203,6 +205,18 @@ def test_results_go_to_stdout_and_progress_to_stderr(fake: Path) -> None:
     second = invoke("a.svs", "-o", "out")
     assert (second.exit_code, second.stdout) == (0, "out/a\n")
     assert "(same inputs, result kept)" in second.stderr
+
+
+def test_a_full_stderr_does_not_stop_the_run(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, file: object = None) -> None:
+        if file is not None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.cli.segment.print", full, raising=False)
+    small_slide(fake / "a.svs")
+    model = small_bundle(fake / "model").path  # not shipped, so its digest is printed
+    assert invoke("a.svs", "-m", str(model), "-o", "out").exit_code == 0
+    assert (fake / "out/a/run.json").is_file()
 
 
 def test_quiet_prints_only_errors(fake: Path) -> None:
