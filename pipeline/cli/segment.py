@@ -275,14 +275,14 @@ def _run(
         )
         if len(results) > 1:
             bars.line(tally(results))
-    if as_json:
-        print(printable_json([_plain(r) for r in results]))
-    elif not quiet:
-        for result in results:
-            if result.folder is not None:
-                print(printable(str(result.folder)))
-    if qupath and any(r.status != "failed" for r in results):
-        _write_project(output, hidden=as_json or quiet)
+    project = None
+    try:
+        if qupath and any(r.status != "failed" for r in results):
+            from pipeline.viewing.qupath.project import write_project
+
+            project = write_project(output)  # before the results are printed, because stdout can be closed or full
+    finally:
+        _print_results(results, project, as_json=as_json, quiet=quiet)
     if new_failures(results) or (alone and results[0].status == "failed"):
         sys.exit(EXIT_FAILED)
 
@@ -301,12 +301,13 @@ def _print_foreign_digests(models: list[str]) -> None:
                     print(line, file=sys.stderr)
 
 
-def _write_project(output: Path, *, hidden: bool) -> None:
-    from pipeline.viewing.qupath.project import write_project
-
-    project = write_project(output)
-    if not hidden:
-        print(printable(str(project)))
+def _print_results(results: list[SlideResult], project: Path | None, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(printable_json([_plain(r) for r in results]))
+    elif not quiet:
+        for path in (*(result.folder for result in results), project):
+            if path is not None:
+                print(printable(str(path)))
 
 
 def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: SegmentConfig, *, as_json: bool) -> None:

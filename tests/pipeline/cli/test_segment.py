@@ -219,6 +219,20 @@ def test_a_full_stderr_does_not_stop_the_run(fake: Path, monkeypatch: pytest.Mon
     assert (fake / "out/a/run.json").is_file()
 
 
+def test_the_qupath_project_is_written_although_stdout_is_closed(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    small_slide(fake / "a.svs")
+    printed = invoke("a.svs", "-o", "out", "--qupath")
+    assert printed.stdout.splitlines()[0] == "out/a"
+    (project,) = map(Path, printed.stdout.splitlines()[1:])
+    shutil.rmtree(fake / "out/qupath")
+    monkeypatch.setattr("pipeline.cli.segment.print", closed, raising=False)
+    invoke("a.svs", "-o", "out", "--qupath")
+    assert project.is_file()
+
+
 def test_quiet_prints_only_errors(fake: Path) -> None:
     small_slide(fake / "a.svs")
     (fake / "b.svs").write_bytes(b"nothing")
