@@ -199,7 +199,7 @@ def segment(
                 output,
                 model,
                 config,
-                alone=len(jobs) == 1 and [job.path for job in jobs] == slides,
+                alone=_is_alone(jobs, slides or []),
                 retry_failed=retry_failed,
                 scheduler=scheduler,
                 spread=spread,
@@ -229,6 +229,13 @@ def _jobs(inputs: list[Path], *, sample: bool, recursive: bool) -> list[SlideJob
     if not jobs:
         raise ConfigError("no slides to segment; pass a slide, a folder, a manifest, or --sample")
     return jobs
+
+
+def _is_alone(jobs: list[SlideJob], inputs: list[Path]) -> bool:
+    """Return whether one slide was named by itself, and not by a folder or a manifest."""
+    if len(jobs) != 1:
+        return False
+    return all(path == jobs[0].path or not (path.is_dir() or path.suffix.lower() == ".csv") for path in inputs)
 
 
 def _run(

@@ -23,6 +23,7 @@ from models.bundle import SHIPPED_FOLDER
 from models.predictor import Predictor
 from pipeline.cli.segment import app
 from pipeline.results.record import read_run
+from tests.dicom import write_instance
 from tests.pipeline.fakes import color_predictor, region_slide
 from tests.pipeline.small_bundle import small_bundle
 from tests.pipeline.summaries import rows_of
@@ -251,6 +252,19 @@ def test_json_of_a_batch_has_an_entry_for_each_slide(fake: Path) -> None:
     assert (done["status"], done["folder"], done["error"]) == ("done", "out/a", "")
     assert (failed["status"], failed["folder"]) == ("failed", None)
     assert failed["error"].startswith("missing.svs: no such file")
+
+
+def test_the_only_slide_is_alone_however_it_is_named(fake: Path) -> None:
+    (fake / "series").mkdir()
+    for name, columns in (("1.dcm", 512), ("2.dcm", 1024)):
+        write_instance(fake / "series" / name, "1.2.3", columns=columns)  # headers only: the slide fails
+    (fake / "in").mkdir()
+    (fake / "in/bad.svs").write_bytes(b"not a slide")
+    for status, slides in (
+        (1, ["series/1.dcm"]), (1, ["series/1.dcm"]), (1, ["series/2.dcm"]), (0, ["series"]),
+        (1, ["in/bad.svs"]), (1, ["in/bad.svs", "in/bad.svs"]), (0, ["in"]), (0, ["in", "in/bad.svs"]),
+    ):  # fmt: skip
+        assert invoke(*slides, "-o", "out").exit_code == status, slides
 
 
 def test_json_names_the_failures_of_earlier_runs(fake: Path) -> None:
