@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # Heavy libraries are imported inside the commands, so that `--help` answers at once.
-import getpass
 import logging
 import re
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.cli.commands import EXIT_USAGE, fail, run
+from pipeline.cli.commands import EXIT_USAGE, annotator_name, fail, run
 from pipeline.console import log_to_stderr
 from pipeline.files import local_path
 
@@ -156,7 +155,7 @@ def page(
         with open_desk(
             output,
             _files(slides, patient, mpp, recursive=recursive),
-            annotator or getpass.getuser(),
+            annotator_name(PROGRAM, annotator),
             wishes=Wishes(patch_mpp, patch_side, seed, blind_share),
             classes=names,
             model=bundle,
@@ -222,7 +221,7 @@ def import_(
     from pipeline.labeling.importer import import_drawings, names_of, open_import
 
     pairs = dict(_pair("--map", text) for text in mapping or [])
-    who = annotator or getpass.getuser()
+    who = annotator_name(PROGRAM, annotator)
     with failing():
         local_path(output, "--output")
         sources = _sources(files or [], corrections, slide, who, mpp)
@@ -277,7 +276,7 @@ def classes(
     """
     from pipeline.labeling.folder import add_classes, merge_classes, open_events, rename_class
 
-    who = annotator or getpass.getuser()
+    who = annotator_name(PROGRAM, annotator)
     with failing(), open_events(folder) as store:
         add_classes(store, who, add or [], {})
         for pair in rename or []:

@@ -153,6 +153,27 @@ def test_what_cannot_work_is_an_error_of_one_line(
     assert (done.exit_code, message in done.output) == (status, True), done.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["a.svs", "-o", "new", "--classes", "a,b"], ["import", "a.geojson", "--slide", "a.svs", "-o", "new"],
+     ["classes", "l"]],
+)  # fmt: skip
+def test_a_user_without_a_name_is_asked_for_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.chdir(folder.parent)
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert done.stderr == "wsi-label: this user has no user name; pass your name with --annotator\n"
+    assert not (folder.parent / "new").exists()
+    assert invoke("classes", "l", "--annotator", "Ann").exit_code == 0
+
+
+def nobody() -> str:
+    raise KeyError("getpwuid(): uid not found: 12345")
+
+
 def test_the_patient_is_the_slide_s_name_unless_a_pattern_is_given() -> None:
     names = ("a.svs", "a.b.svs", "no-ending")
     assert [match[1] for name in names if (match := re.search(ANY_PATIENT, name))] == ["a", "a.b", "no-ending"]
