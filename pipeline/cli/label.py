@@ -220,7 +220,7 @@ def import_(
     from pipeline.labeling.folder import Wishes
     from pipeline.labeling.importer import import_drawings, names_of, open_import
 
-    pairs = dict(_pair("--map", text) for text in mapping or [])
+    pairs = _mapping(mapping or [])
     who = annotator_name(PROGRAM, annotator)
     with failing():
         local_path(output, "--output")
@@ -228,9 +228,9 @@ def import_(
         names = names_of([drawing for one in sources for drawing in one.drawings], pairs)
         if corrections is not None and not output.exists():
             names = [*(pairs.get(name, name) for one in sources for name in one.classes), *names]
+        slides = [_only_file(one.slide, patient, one.mpp) for one in sources]
         with open_import(output, who, Wishes(patch_mpp, patch_side), names) as folder:
-            for one in sources:
-                (file,) = _files([one.slide], patient, one.mpp, recursive=False)
+            for one, file in zip(sources, slides, strict=True):
                 done = import_drawings(folder, file, one.drawings, pairs, partial=partial, digest=one.digest)
                 rest = "imported" if partial else "not imported; pass --partial to complete them on the page"
                 typer.echo(
@@ -341,6 +341,22 @@ def _files(inputs: list[Path], patient: str, mpp: float | None, *, recursive: bo
             fail(PROGRAM, f"--patient: {patient!r} does not match the name {job.path.name}", EXIT_USAGE)
         files.append(SlideFile(job.path, found[1], job.mpp or mpp))
     return files
+
+
+def _only_file(slide: Path, patient: str, mpp: float | None) -> SlideFile:
+    files = _files([slide], patient, mpp, recursive=False)
+    if len(files) != 1:
+        fail(PROGRAM, f"{slide}: lists {len(files)} slides; pass one slide, or a folder of slides, with --slide")
+    return files[0]
+
+
+def _mapping(texts: list[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        old, new = _pair("--map", text)
+        if pairs.setdefault(old, new) != new:
+            fail(PROGRAM, f"--map: {old!r} has two classes, {pairs[old]!r} and {new!r}; pass one of them", EXIT_USAGE)
+    return pairs
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:
