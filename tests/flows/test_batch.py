@@ -107,6 +107,12 @@ def test_a_hidden_folder_is_replaced_only_as_a_whole_path(tmp_path: Path, monkey
     assert without_folders([])("/data/a.svs") == "/data/a.svs"
 
 
+def test_a_pattern_that_is_too_long_for_a_path_matches_no_file(tmp_path: Path) -> None:
+    state = run(tmp_path / ("n" * 300 + "*.svs"), tmp_path / "out")
+    assert state.is_failed()
+    assert "n*.svs: no file matches; check the pattern" in str(state.message)
+
+
 def run(source: Path | str, output: Path, **options: Any) -> State[Any]:
     # Not the default model, to which plain colors are glass: a painted slide would have no tissue.
     return segment_batch(str(source), str(output), return_state=True, **{"model": "colon-gland", **options})

@@ -156,6 +156,7 @@ def test_the_report_counts_labels_and_compares_annotators(folder: Path) -> None:
     ("arguments", "status", "message"),
     [
         (["report", "none"], 1, "none: has no labels.sqlite"),
+        (["report", "n" * 300], 1, "n: has no labels.sqlite"),
         (["none.svs", "-o", "l"], 1, "a model needs at least two classes"),
         (["page", "none.svs", "-o", "l", "--classes", "a,b", "--patient", "("], 2, "not a valid regular expression"),
         (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "(x)(y)"], 2, "has 2 groups; it must have one"),

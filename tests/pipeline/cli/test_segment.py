@@ -355,6 +355,7 @@ def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:
         (["a.svs", "-j", "0"], "--num-workers"),
         (["a.svs", "--simplifyy", "0.5"], "--simplifyy"),
         (["a.svs", "--scheduler", "nowhere"], "--scheduler is 'nowhere'; it must be local, local:N, the address of a"),
+        (["a.svs", "--scheduler", "n" * 300], "n'; it must be local, local:N, the address of a"),
         (["a.svs", "--spread", "blocks"], "--spread blocks needs several processes; add --scheduler"),
         (["a.svs", "--slide-timeout", "60"], "--slide-timeout needs processes that can be killed; add --scheduler"),
         (["bad.csv"], "bad.csv, line 3: mpp is 'x'"),

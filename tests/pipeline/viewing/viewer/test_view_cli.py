@@ -71,6 +71,12 @@ def test_another_slide_is_refused_before_the_server_starts(results_folder: Path,
     assert errors.startswith("wsi-view: block <1>.svs: is not the slide that")
 
 
+def test_a_folder_that_cannot_be_examined_is_refused() -> None:
+    done = CliRunner().invoke(app, ["n" * 300, "--annotator", "Ann", "--no-browser"])
+    assert done.exit_code == 1
+    assert done.stderr.endswith("n: cannot be read (File name too long); check the path and its permissions\n")
+
+
 def test_a_user_without_a_name_is_asked_for_one(results_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody() -> str:
         raise KeyError("getpwuid(): uid not found: 12345")
