@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def segment_batch(
 
 
 def _jobs(source: str, *, recursive: bool) -> list[SlideJob]:
-    if not glob.has_magic(source) or Path(source).exists():
+    # os.path.exists is false for a path that is too long, where Path.exists raises.
+    if not glob.has_magic(source) or os.path.exists(source):  # noqa: PTH110
         return collect_jobs([Path(source)], recursive=recursive)
     found = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 - Path.glob does not take absolute patterns
     if not found:

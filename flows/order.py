@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -46,6 +47,11 @@ class BatchRequest:
         # Results may lie in folders with the names of the slides' folders.
         names = {name for job in self.jobs for name in (job.name, job.place) if name is not None}
         folders |= {self.output / name.parent for name in map(PurePosixPath, names) if len(name.parts) > 1}
+        folders |= {Path(model).parent for model in (self.model, *(job.model for job in self.jobs)) if model}
+        for job in self.jobs:
+            if job.problem:  # that of a broken link names its target
+                with suppress(OSError):
+                    folders.add(job.path.readlink().parent)
         return without_folders(folders) if self.hide_paths else as_it_is
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,17 +26,33 @@ def as_it_is(text: str) -> str:
 
 
 def without_folders(folders: Iterable[Path]) -> Redact:
-    """Return a function that removes these folders and their parents from a text, and keeps the names of files."""
+    """Return a function that removes these folders and their parents from a text, and keeps the names of files.
+
+    A relative folder of one part, such as `a`, is removed only before a slash or a colon: it can also be a word.
+    """
     spellings = {text for folder in folders for text in (str(folder), str(folder.absolute()), os.path.realpath(folder))}
+    spellings -= {".", "/"}
+    absolute = {text for text in spellings if text.startswith("/")}
+    words = {text for text in spellings if "/" not in text}
+    end = r"(?:/|(?![\w-]|\.\w))"
+    hidden = re.compile(
+        "|".join(
+            f"{before}(?:{_any_of(texts)}){after}"
+            for before, texts, after in (
+                (r"(?<![\w.-])", absolute, end),
+                (r"(?<![\w./-])", spellings - absolute - words, end),
+                (r"(?<![\w./-])", words, "(?:/|(?=:))"),
+            )
+            if texts
+        )
+        or "(?!)"  # matches nothing
+    )
+    return lambda text: hidden.sub(lambda found: "" if found[0].endswith("/") else "(folder)", text)
+
+
+def _any_of(texts: Iterable[str]) -> str:
     # The longest first, because a parent's path is the start of its folder's path.
-    hidden = sorted(spellings - {".", "/"}, key=len, reverse=True)
-
-    def redact(text: str) -> str:
-        for folder in hidden:
-            text = text.replace(f"{folder}/", "").replace(folder, "(folder)")
-        return text
-
-    return redact
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
 
 
 @contextmanager

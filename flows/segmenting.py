@@ -17,6 +17,7 @@ from flows.privacy import as_it_is, pipeline_log, without_folders
 from pipeline.batch.earlier import EarlierRuns
 from pipeline.batch.queue import run_batch
 from pipeline.errors import ConfigError
+from pipeline.files import is_file
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob, Workers
 from pipeline.workers.open import open_workers
@@ -42,7 +43,7 @@ def segment_order(order: BatchRequest) -> State[None]:
 def refused(error: ConfigError, source: str, *, hide_paths: bool) -> State[None]:
     """Return the state of a run that cannot start: no retry and no traceback would help."""
     path = Path(source).absolute()
-    hidden = [path.parent, Path(source).parent, *([] if path.is_file() else [path])]
+    hidden = [path.parent, Path(source).parent, *([] if is_file(path) else [path])]
     redact = without_folders(hidden) if hide_paths else as_it_is
     return Failed(message=redact(str(error)))
 

@@ -59,14 +59,5 @@ def train_bundle(
 ) -> Bundle:
     """Train as `wsi-train` does, with the same exceptions. None of them is transient."""
     images = load_dataset(dataset, None if data is None else Path(data))
-    chosen = [f"{name}={_toml(value)}" for name, value in settings.items()]
-    config = train_config(preset, None, chosen, images.card.settings)
+    config = train_config(preset, None, settings, images.card.settings)
     return train(images, output, config, device=device, progress=StageProgress(), test=test)
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    return str(value)

@@ -33,6 +33,11 @@ def local_path(path: Path | str, what: str) -> Path:
     return Path(path)
 
 
+def is_file(path: Path) -> bool:
+    """Return whether a path is a file; False too if the path cannot be examined, as in a folder without permission."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises OSError then
+
+
 def sync(path: Path) -> None:
     """Bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

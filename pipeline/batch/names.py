@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import RunRecordError
+from pipeline.files import is_file
 from pipeline.results.names import RUN
 from pipeline.results.record import read_run
 from pipeline.workers.base import SlideJob
@@ -50,7 +51,7 @@ def _takes_its_place(job: SlideJob, place: str, output: Path, *, alone: bool) ->
 
 
 def _is_result_of(folder: Path, job: SlideJob) -> bool:
-    if not (folder / RUN).is_file():
+    if not is_file(folder / RUN):
         return False
     try:
         run = read_run(folder)

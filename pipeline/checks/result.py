@@ -34,6 +34,12 @@ def broken_rules(path: Path, *, quick: bool = False) -> Findings:
 
     `quick`: of results, check only the presence and the sizes of the files. Raises ConfigError for any other path.
     """
+    try:
+        (path / "run.json" if path.is_dir() else path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     if path.suffix in {".geojson", ".json"} and path.is_file():
         return {path: _geojson(path)[1]}
     if path.suffix == ".zarr" and path.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import getpass
 import io
 import logging
 import os
@@ -44,6 +45,16 @@ def fail(program: str, message: str, status: int = EXIT_FAILED) -> NoReturn:
     """Print why `program` ends to stderr and exit with this status."""
     typer.echo(f"{program}: {printable(message)}", err=True)
     sys.exit(status)
+
+
+def annotator_name(program: str, given: str | None) -> str:
+    """Return the name that was given, or else the user name. Exit if this user has no name."""
+    if given:
+        return given
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):  # as in a container that runs as a number; the kind depends on Python
+        fail(program, "this user has no user name; pass your name with --annotator", EXIT_USAGE)
 
 
 def configure_logging(verbose: int, *, quiet: bool) -> None:

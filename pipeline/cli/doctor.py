@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -162,14 +163,29 @@ def _model(name: str) -> Section:
 
 
 def _disk(output: Path) -> Section:
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    facts: Section = {"folder": str(output), "free": f"{free / 2**30:.1f} GiB"}
-    if not os.access(existing, os.W_OK):
+    facts: Section = {"folder": str(output)}
+    try:
+        existing = _existing(output)
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        return facts | {"problem": f"{output}: {error.strerror or error}; choose another --output"}
+    facts["free"] = f"{free / 2**30:.1f} GiB"
+    if not existing.is_dir():
+        facts["problem"] = f"{existing}: is not a folder; choose another --output"
+    elif not os.access(existing, os.W_OK | os.X_OK):
         facts["problem"] = f"{existing}: is not writable; choose another --output"
     elif free < LITTLE_DISK:
         facts["problem"] = f"only {free / 2**30:.1f} GiB is free on the disk of {output}; free some space"
     return facts
+
+
+def _existing(path: Path) -> Path:
+    """Return the path or the nearest of its parents that exists. Raises OSError if one of them cannot be examined."""
+    for one in (path, *path.absolute().parents):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            one.stat()
+            return one
+    raise FileNotFoundError(f"{path}: no parent exists")
 
 
 def _version(package: str) -> str:

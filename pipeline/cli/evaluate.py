@@ -133,7 +133,8 @@ def _evaluate(
         with tempfile.TemporaryDirectory(prefix=".evaluation-", dir=output) as work:
             _draw(Path(work), predictor, dataset, split, result, tta=tta, worst=worst)
             text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-            (Path(work) / "evaluation.json").write_text(text, encoding="utf-8")
+            # Bytes of file names that are not text become JSON's own escapes.
+            (Path(work) / "evaluation.json").write_text(text, encoding="utf-8", errors="backslashreplace")
             for name in OUTPUTS:
                 (Path(work) / name).replace(output / name)
     except OSError as error:

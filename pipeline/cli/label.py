@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # Heavy libraries are imported inside the commands, so that `--help` answers at once.
-import getpass
 import logging
 import re
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.cli.commands import EXIT_USAGE, fail, run
+from pipeline.cli.commands import EXIT_USAGE, annotator_name, fail, run
 from pipeline.console import log_to_stderr
 from pipeline.files import local_path
 
@@ -156,7 +155,7 @@ def page(
         with open_desk(
             output,
             _files(slides, patient, mpp, recursive=recursive),
-            annotator or getpass.getuser(),
+            annotator_name(PROGRAM, annotator),
             wishes=Wishes(patch_mpp, patch_side, seed, blind_share),
             classes=names,
             model=bundle,
@@ -221,17 +220,17 @@ def import_(
     from pipeline.labeling.folder import Wishes
     from pipeline.labeling.importer import import_drawings, names_of, open_import
 
-    pairs = dict(_pair("--map", text) for text in mapping or [])
-    who = annotator or getpass.getuser()
+    pairs = _mapping(mapping or [])
+    who = annotator_name(PROGRAM, annotator)
     with failing():
         local_path(output, "--output")
         sources = _sources(files or [], corrections, slide, who, mpp)
         names = names_of([drawing for one in sources for drawing in one.drawings], pairs)
         if corrections is not None and not output.exists():
             names = [*(pairs.get(name, name) for one in sources for name in one.classes), *names]
+        slides = [_only_file(one.slide, patient, one.mpp) for one in sources]
         with open_import(output, who, Wishes(patch_mpp, patch_side), names) as folder:
-            for one in sources:
-                (file,) = _files([one.slide], patient, one.mpp, recursive=False)
+            for one, file in zip(sources, slides, strict=True):
                 done = import_drawings(folder, file, one.drawings, pairs, partial=partial, digest=one.digest)
                 rest = "imported" if partial else "not imported; pass --partial to complete them on the page"
                 typer.echo(
@@ -277,7 +276,7 @@ def classes(
     """
     from pipeline.labeling.folder import add_classes, merge_classes, open_events, rename_class
 
-    who = annotator or getpass.getuser()
+    who = annotator_name(PROGRAM, annotator)
     with failing(), open_events(folder) as store:
         add_classes(store, who, add or [], {})
         for pair in rename or []:
@@ -342,6 +341,22 @@ def _files(inputs: list[Path], patient: str, mpp: float | None, *, recursive: bo
             fail(PROGRAM, f"--patient: {patient!r} does not match the name {job.path.name}", EXIT_USAGE)
         files.append(SlideFile(job.path, found[1], job.mpp or mpp))
     return files
+
+
+def _only_file(slide: Path, patient: str, mpp: float | None) -> SlideFile:
+    files = _files([slide], patient, mpp, recursive=False)
+    if len(files) != 1:
+        fail(PROGRAM, f"{slide}: lists {len(files)} slides; pass one slide, or a folder of slides, with --slide")
+    return files[0]
+
+
+def _mapping(texts: list[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        old, new = _pair("--map", text)
+        if pairs.setdefault(old, new) != new:
+            fail(PROGRAM, f"--map: {old!r} has two classes, {pairs[old]!r} and {new!r}; pass one of them", EXIT_USAGE)
+    return pairs
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

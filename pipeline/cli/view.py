@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 # Heavy libraries are imported inside the command, so that `--help` answers at once.
-import getpass
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.commands import EXIT_USAGE, fail, run
+from pipeline.cli.commands import EXIT_USAGE, annotator_name, fail, run
 from pipeline.console import log_to_stderr
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def view(
             open_browser(url)
 
     try:
-        serve(make_app(_found(results, slide), annotator or getpass.getuser()), port, ready)
+        serve(make_app(_found(results, slide), annotator_name(PROGRAM, annotator)), port, ready)
     except ViewError as error:
         fail(PROGRAM, str(error))
     typer.echo(f"{PROGRAM}: ended", err=True)

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from models.card import ModelCard
 from models.tissue_class import Color
 from pipeline.errors import LabelingError
+from pipeline.files import is_file
 from pipeline.labeling.events import ClassAdded, ClassesMerged, ClassRenamed, Event, FolderStarted, Recorded
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
@@ -43,7 +44,7 @@ class Wishes:
 
 def open_events(folder: Path) -> EventStore:
     """Return the events of an existing labels folder. Raises LabelingError if there are none."""
-    if not (folder / EVENTS_FILE).is_file():
+    if not is_file(folder / EVENTS_FILE):
         raise LabelingError(f"{folder}: has no {EVENTS_FILE}; pass the folder that wsi-label wrote with --output")
     return EventStore(folder / EVENTS_FILE)
 

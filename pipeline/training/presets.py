@@ -78,12 +78,13 @@ PRESETS["release"] = PRESETS["paper-sgd"] | {
 def train_config(
     preset: str = "default",
     file: Path | None = None,
-    settings: Sequence[str] = (),
+    settings: Sequence[str] | Mapping[str, Any] = (),
     of_dataset: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """Return a preset changed by the settings of a data set, then by a TOML file, then by `settings` (``name=value``).
+    """Return a preset changed by the settings of a data set, then by a TOML file, then by `settings`.
 
-    Values are TOML (``ema=0``, ``head="gap"``; a bare word is a string). Raises TrainConfigError naming the setting.
+    `settings` are values by name, or texts ``name=value`` whose values are TOML (``ema=0``, ``head="gap"``; a bare word
+    is a string). Raises TrainConfigError naming the setting.
     """
     if preset not in PRESETS:
         raise TrainConfigError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
@@ -93,11 +94,7 @@ def train_config(
             values |= tomllib.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:  # file, encoding or TOML syntax
             raise TrainConfigError(f"{file}: cannot be read as TOML: {error}") from error
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise TrainConfigError(f"setting {setting!r} must have the form name=value")
-        values[name.strip()] = _value(text.strip())
+    values |= settings if isinstance(settings, Mapping) else dict(map(_setting, settings))
     for name in ("region", "mpp", "depth"):
         if values.get(name) == "none":  # TOML has no null
             values[name] = None
@@ -111,6 +108,13 @@ def train_config(
         first = error.errors(include_url=False)[0]
         raise TrainConfigError(f"setting {first['loc'][0]}: {first['msg']}, not {first['input']!r}") from error
     return config
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise TrainConfigError(f"setting {text!r} must have the form name=value")
+    return name.strip(), _value(value.strip())
 
 
 def _value(text: str) -> Any:

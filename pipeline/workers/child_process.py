@@ -6,6 +6,7 @@ The processes communicate through an unnamed pipe. No port is opened.
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import signal
 import threading
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 
 END_S = 10.0
 """Seconds to wait for an exited process."""
+
+_POLL_S = 3600.0
+"""Seconds of one wait for a message: the system call takes a 32-bit number of milliseconds, and no inf."""
 
 _ENDED_FROM_OUTSIDE = {-getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)}
 """Exit codes of a process that a person, a batch system or the shutdown of the machine ended: no library sends these
@@ -134,16 +138,20 @@ class ChildProcess:
 
     def _wait(self, job: SlideJob, progress: Progress) -> Outcome[SlideResult]:
         """Report progress until the slide is finished."""
-        deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
-        while self._connection.poll(None if deadline is None else max(0.0, deadline - time.monotonic())):
+        deadline = time.monotonic() + (math.inf if self._timeout_s is None else self._timeout_s)
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            if not self._connection.poll(min(left_s, _POLL_S)):
+                if left_s > _POLL_S:
+                    continue
+                assert self._timeout_s is not None
+                raise SlideTimeoutError.after(job.path.name, self._timeout_s)
             message = self._answer()
             if message is None:
                 raise self._lost(job)
             if isinstance(message, Outcome):
                 return message
             progress(*message)
-        assert self._timeout_s is not None
-        raise SlideTimeoutError.after(job.path.name, self._timeout_s)
 
     def _lost(self, job: SlideJob) -> PipelineError:
         """Return the error for a process that exited while it segmented the slide."""

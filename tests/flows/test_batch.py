@@ -31,6 +31,7 @@ from flows.order import BatchRequest
 from flows.privacy import without_folders
 from flows.slide import segment_slide_flow
 from pipeline.batch import window
+from pipeline.batch.collect import collect_jobs
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ClusterError, LockedError
 from pipeline.results.slide_result import SlideResult
@@ -87,6 +88,29 @@ def test_hidden_folders_are_replaced_whether_or_not_a_file_name_follows() -> Non
     shortened = without_folders([Path("/data/Doe, Jane")])
     assert shortened("no slide in /data/Doe, Jane") == "no slide in (folder)"
     assert shortened("/data/Doe, Jane/a.svs: no mpp") == "a.svs: no mpp"
+
+
+def test_a_hidden_folder_is_replaced_only_as_a_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shortened = without_folders([Path("/data/slides"), Path("/data")])
+    assert shortened("/data/slides_old/a.svs and /data/slides-2, /data/slides.") == (
+        "slides_old/a.svs and slides-2, (folder)."
+    )
+    assert shortened("/mnt/data/a.svs, '/data/slides'; file:///data/slides/a.svs") == (
+        "/mnt/data/a.svs, '(folder)'; file://a.svs"
+    )
+    monkeypatch.chdir(tmp_path)
+    shortened = without_folders([Path("a"), Path("out/Doe, Jane"), Path(), Path("/")])
+    assert shortened(f"a/bad.svs: has a border without tissue; {tmp_path}/a/bad.svs") == (
+        "bad.svs: has a border without tissue; bad.svs"
+    )
+    assert shortened("a: no slides in out/Doe, Jane") == "(folder): no slides in (folder)"
+    assert without_folders([])("/data/a.svs") == "/data/a.svs"
+
+
+def test_a_pattern_that_is_too_long_for_a_path_matches_no_file(tmp_path: Path) -> None:
+    state = run(tmp_path / ("n" * 300 + "*.svs"), tmp_path / "out")
+    assert state.is_failed()
+    assert "n*.svs: no file matches; check the pattern" in str(state.message)
 
 
 def run(source: Path | str, output: Path, **options: Any) -> State[Any]:
@@ -400,3 +424,13 @@ def test_with_paths_hidden_the_folders_in_the_names_of_results_are_hidden_too(
     monkeypatch.setattr("flows.artifacts.create_table_artifact", lambda table, **_: tables.append(table))
     show_table(tmp_path, [SlideResult("Doe, Jane/a", "failed", 0.0)], request.redact, links=False)
     assert [row["slide"] for table in tables for row in table] == ["a"]
+
+
+def test_with_paths_hidden_the_folders_of_models_and_of_the_targets_of_links_are_hidden_too(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/x.svs").symlink_to("/patients/Doe, Jane/gone.svs")
+    jobs = [*collect_jobs([tmp_path / "in"]), SlideJob(tmp_path / "in/y.svs", model="/models/of/Doe/b")]
+    request = BatchRequest(jobs, tmp_path / "out", "/models/of/Jane/a", SegmentConfig(), hide_paths=True)
+    assert request.redact(jobs[0].problem).startswith("x.svs: is a link to gone.svs, which does not exist")
+    assert request.redact("/models/of/Jane/a: model.json is missing") == "a: model.json is missing"
+    assert request.redact("/models/of/Doe/b: model.json is missing") == "b: model.json is missing"

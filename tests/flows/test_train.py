@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prefect import State
 from prefect.client.orchestration import SyncPrefectClient
 
-from flows.train import train_flow
+from flows.train import train_bundle, train_flow
 from models.bundle import load_bundle
+from pipeline.training.config import TrainConfig
 from tests.textures import write_textures
 
 SETTINGS: dict[str, Any] = {
@@ -49,3 +51,16 @@ def test_a_training_with_an_unknown_setting_fails_with_the_reason(tmp_path: Path
     state: State[Any] = train_flow("glas", str(tmp_path), str(tmp_path), settings={"epochs": 1}, return_state=True)
     assert state.is_failed()
     assert (state.message or "").startswith("unknown setting 'epochs'; choose one of name, backbone")
+
+
+def test_settings_of_a_flow_keep_their_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[TrainConfig] = []
+    monkeypatch.setattr("flows.train.load_dataset", lambda *_: SimpleNamespace(card=SimpleNamespace(settings={})))
+    monkeypatch.setattr("flows.train.StageProgress", lambda: None)
+    monkeypatch.setattr("flows.train.train", lambda _images, _output, config, **_: given.append(config))
+    settings = {"frozen": ["conv_stem", "bn1"], "name": "2026", "region": None, "mpp": "none", "balance": False}
+    train_bundle.fn("data", tmp_path, None, "default", settings, "cpu", test=False)
+    (config,) = given
+    assert (config.frozen, config.name, config.region, config.mpp, config.balance) == (
+        ("conv_stem", "bn1"), "2026", None, None, False
+    )  # fmt: skip

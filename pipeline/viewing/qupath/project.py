@@ -99,7 +99,11 @@ def write_project(output: Path, *, tiles: bool = False, slides: Path | None = No
     then.
     """
     folder = output.absolute() / FOLDER
-    results = list(_results(output.absolute()))
+    try:
+        results = list(_results(output.absolute()))
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"{output}: cannot be read ({reason}); check the path and its permissions") from error
     if not results:
         raise OutputError(f"{output}: no results of wsi-segment in this folder; pass the folder of the results")
     try:

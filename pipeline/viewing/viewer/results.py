@@ -60,11 +60,15 @@ class Result:
 
 def find_results(path: Path) -> tuple[Result, ...]:
     """Return the result at `path`, or the complete ones in that folder, by name. Raises ViewError if there is none."""
-    if not path.is_dir():
-        raise ViewError(f"{path}: no such folder; pass the folder of a result, or a folder of results")
-    if (path / RUN).is_file():
-        return (load_result(path),)
-    results = tuple(_loadable(path))
+    try:
+        if not path.is_dir():
+            raise ViewError(f"{path}: no such folder; pass the folder of a result, or a folder of results")
+        if (path / RUN).is_file():
+            return (load_result(path),)
+        results = tuple(_loadable(path))
+    except OSError as error:
+        reason = error.strerror or error
+        raise ViewError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
     if not results:
         raise ViewError(f"{path}: contains no results; make one with wsi-segment -o {path}")
     return results

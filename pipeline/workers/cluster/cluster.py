@@ -20,6 +20,7 @@ from models.bundle import load_bundle, shipped_bundles
 from models.card import ModelCard
 from pipeline.config import ResolvedSettings, SegmentConfig
 from pipeline.errors import ClusterError, ConfigError
+from pipeline.files import is_file
 from pipeline.progress import Progress
 from pipeline.results.record import read_header, versions
 from pipeline.results.slide_result import SlideResult
@@ -293,7 +294,7 @@ def _model_ref(model: str) -> ModelRef:
 def _client(scheduler: str) -> Iterator[Client]:
     if "://" in scheduler:
         where = {"address": scheduler}
-    elif Path(scheduler).is_file():
+    elif is_file(Path(scheduler)):
         where = {"scheduler_file": scheduler}
     else:
         raise ConfigError(

@@ -46,6 +46,11 @@ def test_slides_of_several_folders_are_told_apart_by_the_folders(tmp_path: Path)
     assert names(by_folder, tmp_path / "out") == names(collect_jobs(paths), tmp_path / "out") == ["1/a", "2/a"]
 
 
+def test_an_output_that_cannot_be_examined_contains_no_results(tmp_path: Path) -> None:
+    paths = touched(tmp_path, "x/1/a.svs", "x/2/a.svs")
+    assert names(collect_jobs(paths), tmp_path / ("n" * 300)) == ["1/a", "2/a"]
+
+
 def test_a_new_slide_does_not_move_the_result_of_another(tmp_path: Path) -> None:
     slides, output = tmp_path / "slides", tmp_path / "out"
     first, _ = touched(slides, "case1/a.svs", "case2/a.svs")

@@ -44,6 +44,20 @@ def test_problems_are_named_and_status_1(tmp_path: Path, monkeypatch: pytest.Mon
     assert report["codecs"]["JPEG8"] == "yes"
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("file", "file: is not a folder"), ("file/below/out", "file: is not a folder"), ("n" * 300, "File name too long")],
+)
+def test_an_output_that_cannot_be_a_folder_is_a_problem(
+    tmp_path: Path, bundle: Path, output: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(doctor.app, ["-m", str(bundle), "-o", str(tmp_path / output)])
+    assert result.exit_code == 1, result.output
+    (problem,) = (line for line in result.stdout.splitlines() if line.startswith("problem"))
+    assert problem.endswith(f"{message}; choose another --output")
+
+
 def test_doctor_is_a_word_of_wsi_segment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["wsi-segment", "doctor", "--help"])
     with pytest.raises(SystemExit, match="0"):

@@ -125,6 +125,18 @@ def test_the_table_has_no_column_include_if_nothing_predicts_white(
     assert set(document["scores"]) == set(document["confusion"]) == {"exclude"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are not UTF-8")
+def test_an_image_whose_name_is_not_utf8_is_evaluated(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(monkeypatch, predictor())
+    name = os.fsdecode(b"caf\xe9")
+    file = write_dataset(tmp_path / "data", {name: stripes(64, 96)})
+    result = invoke(bundle, file, "-o", tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert list(document_of(tmp_path / "out")["image_miou"]) == [name]
+
+
 def test_pictures_show_the_matrix_and_the_worst_images_first(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

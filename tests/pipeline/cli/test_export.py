@@ -59,6 +59,8 @@ def test_a_project_that_cannot_be_written_is_one_line_and_exit_1(tmp_path: Path)
     assert (code, stdout) == (1, "")
     assert stderr.startswith(f"wsi-export: {tmp_path}: no results of wsi-segment")
     assert stderr.count("\n") == 1
+    code, _, stderr = run("qupath", tmp_path / ("n" * 300))
+    assert (code, "cannot be read (File name too long); check the path" in stderr) == (1, True)
 
 
 def test_valid_results_pass_in_every_file(results: Path) -> None:
@@ -88,6 +90,8 @@ def test_a_path_that_cannot_be_checked_is_a_usage_error(tmp_path: Path) -> None:
     assert run("check", tmp_path)[0] == 2
     (tmp_path / "slide.svs").write_bytes(b"")
     assert "cannot be checked" in run("check", tmp_path / "slide.svs")[2]
+    status, _, stderr = run("check", tmp_path / ("n" * 300))
+    assert (status, "cannot be read (File name too long); check the path" in stderr) == (2, True)
     assert run("check")[0] == 2
 
 

@@ -97,6 +97,25 @@ def test_annotations_of_qupath_become_a_data_set(slide: Path, tmp_path: Path) ->
         assert next(one.event for one in store.read() if isinstance(one.event, SlideAdded)).patient == "P07-a"
 
 
+def test_annotations_of_a_manifest_with_two_slides_are_refused(slide: Path, tmp_path: Path) -> None:
+    ring = [[0, 0], [128, 0], [128, 128], [0, 128], [0, 0]]
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]},
+               "properties": {"objectType": "annotation", "classification": {"name": "Tumor"}}}  # fmt: skip
+    (tmp_path / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    other = label_slide(tmp_path / "b.svs")
+    for number, rows in enumerate((f"{slide}\n", f"{slide}\n{other}\n"), 1):
+        (tmp_path / f"{number}.csv").write_text(f"slide\n{rows}")
+    arguments = ("import", tmp_path / "a.geojson", "--annotator", "Ann", "--patch-side", "64", "-o", tmp_path / "l")
+    refused = invoke(*arguments, "--slide", tmp_path / "2.csv")
+    assert (refused.exit_code, (tmp_path / "l").exists()) == (1, False)
+    assert f"{tmp_path}/2.csv: lists 2 slides; pass one slide, or a folder of slides, with --slide" in refused.stderr
+    refused = invoke(*arguments, "--slide", slide, "--map", "Tumor=a", "--map", "Tumor=b")
+    assert (refused.exit_code, (tmp_path / "l").exists()) == (2, False)
+    assert "--map: 'Tumor' has two classes, 'a' and 'b'; pass one of them" in refused.stderr
+    repeated = invoke(*arguments, "--slide", tmp_path / "1.csv", "--map", "Tumor=a", "--map", "Tumor=a")
+    assert "a model needs at least two classes" in repeated.stderr
+
+
 def test_classes_are_listed_added_renamed_and_merged(folder: Path) -> None:
     done = invoke("classes", folder, "--add", "fat", "--rename", "tumor=carcinoma", "--merge", "fat=stroma")
     assert (done.exit_code, done.output.splitlines()[-2:]) == (0, ["carcinoma", "stroma"])
@@ -137,6 +156,7 @@ def test_the_report_counts_labels_and_compares_annotators(folder: Path) -> None:
     ("arguments", "status", "message"),
     [
         (["report", "none"], 1, "none: has no labels.sqlite"),
+        (["report", "n" * 300], 1, "n: has no labels.sqlite"),
         (["none.svs", "-o", "l"], 1, "a model needs at least two classes"),
         (["page", "none.svs", "-o", "l", "--classes", "a,b", "--patient", "("], 2, "not a valid regular expression"),
         (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "(x)(y)"], 2, "has 2 groups; it must have one"),
@@ -151,6 +171,27 @@ def test_what_cannot_work_is_an_error_of_one_line(
     monkeypatch.chdir(tmp_path)
     done = invoke(*arguments)
     assert (done.exit_code, message in done.output) == (status, True), done.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["a.svs", "-o", "new", "--classes", "a,b"], ["import", "a.geojson", "--slide", "a.svs", "-o", "new"],
+     ["classes", "l"]],
+)  # fmt: skip
+def test_a_user_without_a_name_is_asked_for_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.chdir(folder.parent)
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert done.stderr == "wsi-label: this user has no user name; pass your name with --annotator\n"
+    assert not (folder.parent / "new").exists()
+    assert invoke("classes", "l", "--annotator", "Ann").exit_code == 0
+
+
+def nobody() -> str:
+    raise KeyError("getpwuid(): uid not found: 12345")
 
 
 def test_the_patient_is_the_slide_s_name_unless_a_pattern_is_given() -> None:

@@ -135,6 +135,18 @@ def test_a_read_only_cache_is_an_error_that_names_the_variable_to_set(cached: Pa
         sample.sample_slide()
 
 
+def test_a_cache_that_cannot_be_examined_is_an_error_that_names_the_variable_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless(_: str) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for cache in (lambda _: tmp_path / ("n" * 300), homeless):
+        monkeypatch.setattr(sample, "user_cache_path", cache)
+        with pytest.raises(SampleError, match=r"the cache folder of the sample slide cannot be used .*XDG_CACHE_HOME"):
+            sample.sample_slide()
+
+
 def test_the_sample_slide_is_an_aperio_file(sample_slide: Path) -> None:
     assert sample_slide.stat().st_size == 1_938_955
     assert b"Aperio Image Library" in sample_slide.read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -22,7 +23,9 @@ from models.bundle import SHIPPED_FOLDER
 from models.predictor import Predictor
 from pipeline.cli.segment import app
 from pipeline.results.record import read_run
+from tests.dicom import write_instance
 from tests.pipeline.fakes import color_predictor, region_slide
+from tests.pipeline.small_bundle import small_bundle
 from tests.pipeline.summaries import rows_of
 from tests.repository import REPOSITORY
 from tests.slides import PINK, painted, small_slide, write_slide
@@ -205,6 +208,32 @@ def test_results_go_to_stdout_and_progress_to_stderr(fake: Path) -> None:
     assert "(same inputs, result kept)" in second.stderr
 
 
+def test_a_full_stderr_does_not_stop_the_run(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, file: object = None) -> None:
+        if file is not None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.cli.segment.print", full, raising=False)
+    small_slide(fake / "a.svs")
+    model = small_bundle(fake / "model").path  # not shipped, so its digest is printed
+    assert invoke("a.svs", "-m", str(model), "-o", "out").exit_code == 0
+    assert (fake / "out/a/run.json").is_file()
+
+
+def test_the_qupath_project_is_written_although_stdout_is_closed(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    small_slide(fake / "a.svs")
+    printed = invoke("a.svs", "-o", "out", "--qupath")
+    assert printed.stdout.splitlines()[0] == "out/a"
+    (project,) = map(Path, printed.stdout.splitlines()[1:])
+    shutil.rmtree(fake / "out/qupath")
+    monkeypatch.setattr("pipeline.cli.segment.print", closed, raising=False)
+    invoke("a.svs", "-o", "out", "--qupath")
+    assert project.is_file()
+
+
 def test_quiet_prints_only_errors(fake: Path) -> None:
     small_slide(fake / "a.svs")
     (fake / "b.svs").write_bytes(b"nothing")
@@ -223,6 +252,19 @@ def test_json_of_a_batch_has_an_entry_for_each_slide(fake: Path) -> None:
     assert (done["status"], done["folder"], done["error"]) == ("done", "out/a", "")
     assert (failed["status"], failed["folder"]) == ("failed", None)
     assert failed["error"].startswith("missing.svs: no such file")
+
+
+def test_the_only_slide_is_alone_however_it_is_named(fake: Path) -> None:
+    (fake / "series").mkdir()
+    for name, columns in (("1.dcm", 512), ("2.dcm", 1024)):
+        write_instance(fake / "series" / name, "1.2.3", columns=columns)  # headers only: the slide fails
+    (fake / "in").mkdir()
+    (fake / "in/bad.svs").write_bytes(b"not a slide")
+    for status, slides in (
+        (1, ["series/1.dcm"]), (1, ["series/1.dcm"]), (1, ["series/2.dcm"]), (0, ["series"]),
+        (1, ["in/bad.svs"]), (1, ["in/bad.svs", "in/bad.svs"]), (0, ["in"]), (0, ["in", "in/bad.svs"]),
+    ):  # fmt: skip
+        assert invoke(*slides, "-o", "out").exit_code == status, slides
 
 
 def test_json_names_the_failures_of_earlier_runs(fake: Path) -> None:
@@ -313,6 +355,7 @@ def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:
         (["a.svs", "-j", "0"], "--num-workers"),
         (["a.svs", "--simplifyy", "0.5"], "--simplifyy"),
         (["a.svs", "--scheduler", "nowhere"], "--scheduler is 'nowhere'; it must be local, local:N, the address of a"),
+        (["a.svs", "--scheduler", "n" * 300], "n'; it must be local, local:N, the address of a"),
         (["a.svs", "--spread", "blocks"], "--spread blocks needs several processes; add --scheduler"),
         (["a.svs", "--slide-timeout", "60"], "--slide-timeout needs processes that can be killed; add --scheduler"),
         (["bad.csv"], "bad.csv, line 3: mpp is 'x'"),

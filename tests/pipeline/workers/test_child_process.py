@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -193,6 +194,17 @@ def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(tmp_path: Pa
         missing = SlideJob(job.path.with_name("gone.svs"))
         with pytest.raises(SlideNotFoundError):
             workers.segment(missing, tmp_path, no_progress)
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize(("timeout_s", "poll_s"), [(3_000_000.0, None), (math.inf, 0.01)])
+def test_any_long_timeout_can_be_used_and_inf_is_no_limit(
+    tmp_path: Path, bundle: str, job: SlideJob, monkeypatch: pytest.MonkeyPatch, timeout_s: float, poll_s: float | None
+) -> None:
+    if poll_s is not None:
+        monkeypatch.setattr(child_process, "_POLL_S", poll_s)
+    with open_workers("process", bundle, CONFIG, slide_timeout_s=timeout_s) as workers:
+        assert workers.segment(job, tmp_path, no_progress).status == "done"
 
 
 @pytest.mark.usefixtures("forked")

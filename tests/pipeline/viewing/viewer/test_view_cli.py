@@ -14,7 +14,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipeline.cli.view import app
 from pipeline.web.server import is_news
 from tests.repository import REPOSITORY
 from tests.slides import painted, write_slide
@@ -67,6 +69,22 @@ def test_another_slide_is_refused_before_the_server_starts(results_folder: Path,
     status, errors = ended(results_folder, "--slide", other, "--no-browser")
     assert status == 1
     assert errors.startswith("wsi-view: block <1>.svs: is not the slide that")
+
+
+def test_a_folder_that_cannot_be_examined_is_refused() -> None:
+    done = CliRunner().invoke(app, ["n" * 300, "--annotator", "Ann", "--no-browser"])
+    assert done.exit_code == 1
+    assert done.stderr.endswith("n: cannot be read (File name too long); check the path and its permissions\n")
+
+
+def test_a_user_without_a_name_is_asked_for_one(results_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    done = CliRunner().invoke(app, [str(results_folder), "--no-browser"])
+    assert done.exit_code == 2
+    assert done.stderr == "wsi-view: this user has no user name; pass your name with --annotator\n"
 
 
 @pytest.mark.full
