@@ -49,7 +49,7 @@ class BatchRequest:
         folders |= {self.output / name.parent for name in map(PurePosixPath, names) if len(name.parts) > 1}
         folders |= {Path(model).parent for model in (self.model, *(job.model for job in self.jobs)) if model}
         for job in self.jobs:
-            if job.problem:  # that of a broken link names its target
+            if job.problem:  # the problem of a broken link names the link's target
                 with suppress(OSError):
                     folders.add(job.path.readlink().parent)
         return without_folders(folders) if self.hide_paths else as_it_is

@@ -71,8 +71,8 @@ class OpenVinoNetwork:
         """
         self._smallest = maps[0].side(size)
         threads = torch.get_num_threads()
-        # After each operation of the trace and the comparison, torch's other threads would wait for more work in a
-        # loop. OpenVINO, which shares the processor with them, would start later.
+        # After each operation of the trace and the comparison, torch's other threads would busy-wait for more work
+        # and delay OpenVINO, which shares the processor with them.
         torch.set_num_threads(1)
         try:
             compiled = _compile(network, _examples(maps, size, size), _FORMATS[precision], streams, threads)

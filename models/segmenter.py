@@ -65,7 +65,7 @@ def build_segmenter(
             network: Any = smp.DeepLabV3Plus(encoder, encoder_weights=None, classes=classes, **options)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ArchitectureError(f"segmenter encoder {encoder!r} is unknown or unsuitable: {error}") from error
-    except (AssertionError, TypeError) as error:  # of timm networks that cannot be dilated, often without a text
+    except (AssertionError, TypeError) as error:  # from timm, often without a message, if it cannot be dilated
         raise ArchitectureError(
             f"segmenter encoder {encoder!r} cannot be built with an output stride of 16; use another encoder, such as "
             "tu-tf_efficientnet_lite0"

@@ -212,7 +212,7 @@ def _value(file: BinaryIO, length: int) -> bytes:
 
 
 def _skip_sequence(file: BinaryIO, length: int, *, explicit: bool, depth: int) -> None:
-    """Skip a sequence. The items of an "UN" without a length are implicit in every file (DICOM part 5, 6.2.2, note)."""
+    """Skip a sequence. In a "UN" element of undefined length, items have implicit VR (DICOM part 5, 6.2.2, note)."""
     if length != _UNDEFINED:
         file.seek(length, 1)
         return

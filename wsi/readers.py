@@ -203,7 +203,7 @@ def _has_alpha(level: tifffile.TiffPageSeries) -> bool:
 
 
 def _check_colors(levels: Iterable[tifffile.TiffPageSeries]) -> None:
-    """Raise ValueError unless the values of all images are red, green and blue, or gray with a bright maximum.
+    """Raise ValueError unless tiffslide returns all levels as RGB, or as gray whose maximum is white.
 
     tiffslide returns all other values as they are, such as inverted gray or the indices of a palette.
     """
@@ -212,7 +212,7 @@ def _check_colors(levels: Iterable[tifffile.TiffPageSeries]) -> None:
         colors = tifffile.PHOTOMETRIC(page.photometric).name
         # Only these decoders convert YCbCr to RGB.
         if colors not in _COLORS or (colors == "YCBCR" and page.compression not in JPEG + JPEG_2000):
-            raise ValueError(f"its colors are stored as {colors}; RGB, MINISBLACK, and YCBCR in JPEG can be read")
+            raise ValueError(f"its colors are stored as {colors}; use RGB, MINISBLACK, or YCBCR in JPEG or JPEG 2000")
 
 
 _COLORS = ("RGB", "MINISBLACK", "YCBCR")

@@ -84,7 +84,7 @@ class Tissue:
 
     @property
     def digest(self) -> str:
-        """Return a digest of everything that the map of a slide depends on."""
+        """Return a digest of everything in this object that the map of a slide depends on."""
         values = hashlib.sha256(repr((self.mask_HW.shape, self.l0_per_px, self.mpp, self.glass)).encode())
         for layer_HW in (self.mask_HW, self.left_out_HW, self.fat_HW):
             values.update(layer_HW.tobytes())

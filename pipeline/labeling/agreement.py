@@ -47,7 +47,7 @@ def _shared(
 
 
 def _counts(label: Labeled) -> bool:
-    # Who draws annotations or corrects a map may have seen predictions.
+    # Annotators who draw regions or correct a map may have seen predictions.
     return label.mark == "none" and label.view != "import"
 
 

@@ -133,9 +133,9 @@ class EventFile(Generic[E]):
             return self._insert(annotator, events)
 
     def append_decided(self, annotator: str, decide: Callable[[Sequence[Entry[E]]], Sequence[E]]) -> tuple[int, ...]:
-        """Save the events that `decide` returns for those of the file. No other process writes in between.
+        """Call `decide` with the events of the file, and save those it returns. No other process writes in between.
 
-        `decide` must not use this object. Whatever it raises passes through, and nothing is saved. Raises LabelingError
+        `decide` must not use this object. If it raises an exception, nothing is saved. Raises LabelingError
         if the file is damaged or the events cannot be saved.
         """
         with self._writing():

@@ -38,7 +38,7 @@ def _escaped(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_escaped)]
-"""Part of a file name. Bytes that are not UTF-8 are escaped, as in the names of results, because JSON has none."""
+"""Part of a file name. Bytes that are not UTF-8 are escaped, as in the names of results: JSON cannot store them."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True)

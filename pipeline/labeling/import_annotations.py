@@ -108,7 +108,7 @@ def drawn(annotations: Iterable[Annotation], mapping: Mapping[str, str], ids: Ma
 
 
 def joined_drawings(drawings: Iterable[Drawing]) -> list[Drawing]:
-    """Return one drawing per annotator, because a patch has one label of an annotator.
+    """Return one drawing per annotator, because a patch has only one label per annotator.
 
     A joined drawing has the source and reason of its first part, and a model if all its parts have the same one.
     """
@@ -124,7 +124,7 @@ def joined_drawings(drawings: Iterable[Drawing]) -> list[Drawing]:
 
 
 def joined_sources(sources: Iterable[ImportSource]) -> list[ImportSource]:
-    """Join the sources of each slide. Sources with another pixel size or digest stay apart."""
+    """Join the sources of each slide. Sources that differ in pixel size or digest are kept apart."""
     by_slide: dict[tuple[Path, float | None, str | None], list[ImportSource]] = defaultdict(list)
     for one in sources:
         by_slide[one.slide, one.mpp, one.digest].append(one)
@@ -263,7 +263,7 @@ def annotation_sources(files: Iterable[Path], slide: Path, annotator: str, mpp: 
 def slide_of(file: Path, slide: Path) -> Path:
     """Return the slide of a file of annotations: `slide`, or the file of this name in the folder `slide`.
 
-    "a.svs.geojson" and "a.geojson" belong to "a.svs". They may lie in the same folder. Raises
+    "a.svs.geojson" and "a.geojson" belong to "a.svs". Annotations may lie beside their slides. Raises
     LabelingError if there is not exactly one such slide.
     """
     if not slide.is_dir():

@@ -63,5 +63,5 @@ def result_name(output: Path, folder: Path) -> str:
 
 
 def printable_name(name: str) -> str:
-    """Return a name with the bytes escaped that are not UTF-8."""
+    """Return a name in which bytes that are not UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")

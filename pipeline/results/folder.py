@@ -63,11 +63,12 @@ class ResultFolder:
         if former == tissue:
             return
         if former is not None or (self.work / "journal.jsonl").exists():
-            log.warning(
-                "%s: the unfinished run in this folder found other tissue, because other parts of the slide could be "
-                "read; starting from the beginning",
-                self.target,
+            reason = (
+                "found other tissue, because other parts of the slide could be read"
+                if former is not None
+                else "does not record its tissue"
             )
+            log.warning("%s: the unfinished run in this folder %s; starting from the beginning", self.target, reason)
             # The journal first: without it, the blocks do not count as finished.
             (self.work / "journal.jsonl").unlink(missing_ok=True)
             for part in filter(Path.is_dir, list(self.work.iterdir())):

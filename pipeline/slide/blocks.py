@@ -64,7 +64,7 @@ class BlockRecord:
     unfamiliar_px: int = 0
     """Those of them that are unlike the model's training data."""
     unreadable: bool = False
-    """Whether a part of what the block read could not be read, margins around its tiles included."""
+    """Whether some pixels of the block's tiles, or of the margins around them, could not be read."""
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ class Journal:
     def finished(self) -> dict[int, BlockRecord]:
         """Return the records of the blocks that need not be computed again, by index.
 
-        Damaged lines, lines of other inputs, and blocks with missing or changed files are skipped. So are blocks that
-        could not read everything, because another attempt may succeed.
+        Damaged lines, lines of other inputs, and blocks with missing or changed files are skipped. So are blocks
+        with unreadable pixels, margins included, because another attempt may succeed.
         """
         found = read_records(self._path, self._identity)
         return {record.index: record for record in found if self._files_match(record)}
@@ -65,7 +65,7 @@ def write_records(path: Path, identity: Mapping[str, object], records: Iterable[
 def read_records(path: Path, identity: Mapping[str, object]) -> list[BlockRecord]:
     """Return the records of a journal or of a result, except damaged lines and lines of other inputs.
 
-    Blocks that could not read everything are left out, because another attempt may succeed.
+    Blocks with unreadable pixels, margins included, are left out, because another attempt may succeed.
     """
     if not path.exists():
         return []

@@ -409,7 +409,7 @@ def _names(
             if shared := shared_groups(split_of, groups, split):
                 # Not an error: the published test split of GlaS does it, and wsi-label with a single patient.
                 logger.warning(
-                    "%s: %d group(s) of split %s also have images in another split (%s), so scores of split %s may be "
+                    "%s: %d group(s) of split %s (%s) also have images in another split, so scores of split %s may be "
                     "too high for new groups; if you can, move all images of a group to one split",
                     card.name,
                     len(shared),

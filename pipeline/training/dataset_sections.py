@@ -17,7 +17,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 PixelSize = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
-"""In µm, with the limits of a model card."""
+"""Pixel size in µm/px, with the same limits as in a model card."""
 
 
 class Section(BaseModel):

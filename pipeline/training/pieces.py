@@ -115,8 +115,8 @@ def joined_pieces(dataset: Dataset, split: Split) -> Pieces:
         grid[place] = sample
     if replaced:  # the collection of textures has a few, so they are not an error
         logger.warning(
-            "%s: %d images are not used, because another one has their position in the table, such as %s; correct "
-            "the positions",
+            "%s: %d images are not used, because a later image has the same position (replaced: %s); correct "
+            "the positions in the table",
             card.name,
             len(replaced),
             replaced[0],
@@ -139,8 +139,8 @@ def _tile_size(tiles: Iterable[Sample]) -> tuple[int, int]:
     for other in others:
         if (found := image_size(other)) != size:
             raise DatasetFileError(
-                f"{other.image}: is {found[0]}x{found[1]} px, but {first.image}, its neighbor, is "
-                f"{size[0]}x{size[1]} px; give both one size, or remove this one"
+                f"{other.image}: is {found[0]}x{found[1]} px, but {first.image}, of the same image, is "
+                f"{size[0]}x{size[1]} px; make all tiles the same size, or remove this one"
             )
     return size
 

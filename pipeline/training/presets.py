@@ -83,8 +83,8 @@ def train_config(
 ) -> TrainConfig:
     """Return a preset changed by the settings of a data set, then by a TOML file, then by `settings`.
 
-    `settings` are values by name, or texts ``name=value`` whose values are TOML (``ema=0``, ``head="gap"``; a bare word
-    is a string). Raises TrainConfigError naming the setting.
+    `settings` maps names to values, or lists strings ``name=value`` whose values are TOML (``ema=0``, ``head="gap"``; a
+    bare word is a string). Raises TrainConfigError naming the setting.
     """
     if preset not in PRESETS:
         raise TrainConfigError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")

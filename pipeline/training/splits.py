@@ -72,7 +72,7 @@ def group_of(image: Path, row: Row, rule: Group) -> str:
 def rows_of(images: Mapping[str, Path], root: Path, table: Table) -> dict[str, Row]:
     """Return the table row of each image by image name.
 
-    Raises LabelError for an unreadable table, a column name that is there twice, or an image without a row or with two.
+    Raises LabelError for an unreadable table, a column name that occurs twice, or an image with no row or two rows.
     """
     by_name: dict[str, Row] = {}
     for file in table.files:

@@ -42,7 +42,7 @@ END_S = 10.0
 """Seconds to wait for an exited process."""
 
 _POLL_S = 3600.0
-"""Seconds of one wait for a message: the system call takes a 32-bit number of milliseconds, and no inf."""
+"""Longest single wait for a message, in seconds: the system call takes 32-bit milliseconds, and cannot take inf."""
 
 _ENDED_FROM_OUTSIDE = {-getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)}
 """Exit codes of a process that a person, a batch system or the shutdown of the machine ended: no library sends these

@@ -39,7 +39,7 @@ _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "wsi-segment/tile")
 
 @dataclass(frozen=True)
 class ProbabilityMap:
-    """The map of one result, and its position on the slide. What reads it raises MapFileError if it is damaged."""
+    """The map of one result, and its position on the slide. Reading a damaged map raises MapFileError."""
 
     store: Path
     classes: tuple[TissueClass, ...]

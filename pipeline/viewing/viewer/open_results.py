@@ -28,7 +28,7 @@ class OpenResult:
 
     def __init__(self, result: Result) -> None:
         self.result = result
-        # First: it holds nothing open if the slide cannot be opened.
+        # Before the slide: MapTiles keeps no file open, so nothing leaks if the slide cannot be opened.
         self.map_tiles = MapTiles(result.store, [one.color for one in result.run.classes])
         self._slide = open_checked(result)
         self.slide_tiles = SlideTiles(self._slide)

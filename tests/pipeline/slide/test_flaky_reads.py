@@ -123,3 +123,16 @@ def test_a_block_that_could_not_read_its_margin_is_computed_again(place: Place, 
     segment_slide(path, tmp_path / "clean", network, config)
     assert published(tmp_path / "out" / "slide") == published(tmp_path / "clean" / "slide")
     assert run_of(tmp_path / "out" / "slide")["resumed_blocks"] > 0
+
+
+def test_a_run_that_does_not_record_its_tissue_starts_from_the_beginning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one of an earlier version."""
+    path, network = two_levels(tmp_path), color_predictor()
+    stopped(path, tmp_path / "out", network)
+    (tmp_path / "out" / ".slide.work" / "tissue.txt").unlink()
+    result = segment_slide(path, tmp_path / "out", network, CONFIG)
+    assert "does not record its tissue; starting from the beginning" in caplog.text
+    assert result.folder is not None
+    assert run_of(result.folder)["resumed_blocks"] == 0

@@ -465,8 +465,8 @@ def test_a_group_in_several_splits_of_a_table_causes_a_warning(
     assert names(samples(dataset, "val")) == ["b"]
     assert names(samples(dataset, "test")) == ["d"]
     val, test = caplog.messages
-    assert "tiny: 1 group(s) of split val also have images in another split (p1)" in val
-    assert "tiny: 1 group(s) of split test also have images in another split (p2)" in test
+    assert "tiny: 1 group(s) of split val (p1) also have images in another split" in val
+    assert "tiny: 1 group(s) of split test (p2) also have images in another split" in test
 
     caplog.clear()
     dataset = load_dataset(put(tmp_path, HEAD + toml.replace('["p2"]', '["p1"]')))
