@@ -121,6 +121,7 @@ class TiffSlideReader:
         }
         self._images = self._tiled_images()
         self._has_alpha = all(map(_has_alpha, levels))
+        self._is_gray = self._has_alpha and _colors(levels[0]) == "MINISBLACK"
 
     @property
     def images(self) -> Sequence[TiledImage]:
@@ -134,7 +135,7 @@ class TiffSlideReader:
         pixels_HWC = self._slide.read_region(box_lv[:2], level, box_lv[2:], as_array=True)
         if pixels_HWC.dtype != np.uint8:
             raise ValueError(f"pixels are {pixels_HWC.dtype}; only 8 bits per channel are supported")
-        colors = 3 if pixels_HWC.shape[2] >= 3 else 1
+        colors = 1 if self._is_gray or pixels_HWC.shape[2] < 3 else 3
         rgb_HWC: NDArray[np.uint8] = np.repeat(pixels_HWC[..., :colors], 3 // colors, axis=2)
         if self._has_alpha:
             rgb_HWC[pixels_HWC[..., colors] == 0] = 255
@@ -202,6 +203,12 @@ def _has_alpha(level: tifffile.TiffPageSeries) -> bool:
     return page.extrasamples[:1] in [(tifffile.EXTRASAMPLE.ASSOCALPHA,), (tifffile.EXTRASAMPLE.UNASSALPHA,)]
 
 
+def _colors(level: tifffile.TiffPageSeries) -> str:
+    """Return what the values of an image stand for, as tifffile names it."""
+    page: Any = level.keyframe
+    return tifffile.PHOTOMETRIC(page.photometric).name
+
+
 def _check_colors(levels: Iterable[tifffile.TiffPageSeries]) -> None:
     """Raise ValueError unless tiffslide returns all levels as RGB, or as gray whose maximum is white.
 
@@ -209,7 +216,7 @@ def _check_colors(levels: Iterable[tifffile.TiffPageSeries]) -> None:
     """
     for level in levels:
         page: Any = level.keyframe
-        colors = tifffile.PHOTOMETRIC(page.photometric).name
+        colors = _colors(level)
         # Only these decoders convert YCbCr to RGB.
         if colors not in _COLORS or (colors == "YCBCR" and page.compression not in JPEG + JPEG_2000):
             raise ValueError(f"its colors are stored as {colors}; use RGB, MINISBLACK, or YCBCR in JPEG or JPEG 2000")

@@ -94,6 +94,7 @@ def tiled_image(series: tifffile.TiffPageSeries) -> TiledImage | None:
     if len(series.pages) != 1 or not isinstance(page, tifffile.TiffPage) or series.axes != "YXS":
         return None
     plain = page.is_tiled and page.planarconfig == 1 and page.dtype == np.uint8 and page.samplesperpixel == 3
+    plain = plain and not page.extrasamples
     return TiledImage(page) if plain else None
 
 

@@ -46,7 +46,7 @@ def broken_rules(path: Path, *, quick: bool = False) -> Findings:
         return {path: broken_ome_zarr_rules(path)}
     if (path / "run.json").is_file():
         return _result(path, quick=quick)
-    slides = sorted(_results(path))
+    slides = sorted(_results(path)) if path.exists() else []
     if not slides:
         what = "cannot be checked" if path.exists() else "does not exist"
         raise ConfigError(
@@ -62,13 +62,20 @@ def broken_rules(path: Path, *, quick: bool = False) -> Findings:
     return found | _summary(path / "summary.csv", names)
 
 
-def _results(folder: Path) -> Iterator[Path]:
-    """Yield the results in a folder and in the folders of results below it, which hold an empty `.wsi-segment`."""
+def _results(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Yield the results in a folder and in the folders of results below it, which hold an empty `.wsi-segment`.
+
+    A link to one of the folders `above`, given by device and inode, is not followed.
+    """
+    facts = folder.stat()
+    if (facts.st_dev, facts.st_ino) in above:
+        return
+    above |= {(facts.st_dev, facts.st_ino)}
     for run in folder.glob("*/run.json"):
         if not run.parent.name.startswith("."):
             yield run.parent
     for mark in folder.glob("*/.wsi-segment"):
-        yield from _results(mark.parent)
+        yield from _results(mark.parent, above)
 
 
 def _result(folder: Path, *, quick: bool) -> Findings:

@@ -286,7 +286,9 @@ def reading_map(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
-        raise MapFileError(f"{path}: cannot be read: {error}; segment the slide again with --force") from error
+        lost = not isinstance(error, OSError) or isinstance(error, FileNotFoundError)
+        step = "segment the slide again with --force" if lost else "check the disk and the permissions"
+        raise MapFileError(f"{path}: cannot be read: {error}; {step}") from error
 
 
 def _open_array(path: Path, name: str) -> zarr.Array[Any]:

@@ -9,6 +9,7 @@ Shape suffix: N patches.
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -124,10 +125,11 @@ def joined_drawings(drawings: Iterable[Drawing]) -> list[Drawing]:
 
 
 def joined_sources(sources: Iterable[ImportSource]) -> list[ImportSource]:
-    """Join the sources of each slide. Sources that differ in pixel size or digest are kept apart."""
-    by_slide: dict[tuple[Path, float | None, str | None], list[ImportSource]] = defaultdict(list)
+    """Join the sources of each slide. Sources that differ in pixel size are kept apart."""
+    by_slide: dict[tuple[str, float | None], list[ImportSource]] = defaultdict(list)
     for one in sources:
-        by_slide[one.slide, one.mpp, one.digest].append(one)
+        # A slide can have several paths, as on another mount.
+        by_slide[one.digest or os.path.realpath(one.slide), one.mpp].append(one)
     return [_joined(parts) for parts in by_slide.values()]
 
 

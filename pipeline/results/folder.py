@@ -69,6 +69,8 @@ class ResultFolder:
                 else "does not record its tissue"
             )
             log.warning("%s: the unfinished run in this folder %s; starting from the beginning", self.target, reason)
+            # No digest equals this one: a run that is killed here continues to remove the blocks later.
+            write_atomically(path, "")
             # The journal first: without it, the blocks do not count as finished.
             (self.work / "journal.jsonl").unlink(missing_ok=True)
             for part in filter(Path.is_dir, list(self.work.iterdir())):

@@ -43,6 +43,10 @@ def take_over_blocks(folder: ResultFolder, work: BlockWork, blocks: Sequence[Blo
     identity = {key: value for key, value in folder.work_identity.items() if key != "computed_with"}
     identity |= {"tissue": work.tissue.digest}
     published = {record.index: record for record in read_records(folder.target / BLOCKS, identity)}
+    if not published:
+        log.warning(
+            "%s: its blocks are of an earlier version or other tissue; computing all of them again", folder.target
+        )
     familiarity_hw = read_familiarity(folder.target / FAMILIARITY)
     for block in blocks:
         if block.index in published and block.index not in done:

@@ -85,6 +85,9 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table) -> dict[str, R
     for name, image in images.items():
         below_root = image.relative_to(root).as_posix() if image.is_relative_to(root) else ""
         found = [key for key in dict.fromkeys((name, image.name, below_root)) if key in by_name]
+        if "/" in below_root and below_root in found and image.name != name:
+            # The bare name can be that of an image in another folder.
+            found = [key for key in found if key != image.name]
         if not found:
             raise LabelError(f"{image}: has no row in {', '.join(table.files)} (column {table.name_column}); add one")
         if len(found) > 1:

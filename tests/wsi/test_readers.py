@@ -247,6 +247,18 @@ def test_gray_and_transparent_pixels_are_read(tmp_path: Path, opaque: int, rowsp
         assert found_HWC.shape == (8, 8, 3)
 
 
+@pytest.mark.parametrize("layout", [{"tile": (64, 64)}, {"rowsperstrip": 16}])
+def test_gray_with_alpha_and_another_value_is_gray(tmp_path: Path, layout: dict[str, Any]) -> None:
+    pixels_HWC = np.tile(np.array([90, 255, 7], np.uint8), (64, 64, 1))
+    pixels_HWC[:8, :, 1] = 0
+    kinds = ["unassalpha", "unspecified"]
+    file = tmp_path / "slide.tif"
+    tifffile.imwrite(file, pixels_HWC, photometric="minisblack", planarconfig="contig", extrasamples=kinds, **layout)
+    with closing(TiffSlideReader(file)) as reader:
+        assert not reader.images
+        assert reader.read(0, Box(0, 7, 1, 2)).tolist() == [[[255] * 3], [[90] * 3]]
+
+
 @pytest.mark.parametrize(
     ("photometric", "channels"), [("palette", 1), ("miniswhite", 1), ("separated", 4), ("cielab", 3), ("ycbcr", 3)]
 )

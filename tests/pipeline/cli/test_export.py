@@ -14,6 +14,7 @@ from models.predictor import Predictor
 from pipeline.cli import commands
 from pipeline.cli import segment as cli
 from pipeline.cli.export import app
+from pipeline.results.names import GROUP
 from pipeline.results.slide_result import SlideResult
 from pipeline.results.summary import write_summary
 from pipeline.slide.recipe import segment_slide
@@ -61,6 +62,15 @@ def test_a_project_that_cannot_be_written_is_one_line_and_exit_1(tmp_path: Path)
     assert stderr.count("\n") == 1
     code, _, stderr = run("qupath", tmp_path / ("n" * 300))
     assert (code, "cannot be read (File name too long); check the path" in stderr) == (1, True)
+
+
+def test_results_of_a_linked_folder_are_checked_once(results: Path) -> None:
+    (results / "group").mkdir()
+    (results / "group" / GROUP).touch()
+    (results / "a").rename(results / "group" / "a")
+    (results / "group" / "again").symlink_to(".")
+    stdout = run("check", "--quick", results)[1]
+    assert stdout.count("run.json") == 2
 
 
 def test_valid_results_pass_in_every_file(results: Path) -> None:

@@ -258,6 +258,7 @@ def test_sources_of_one_slide_are_imported_together() -> None:
     joined = ImportSource("a.geojson, a.svs.geojson", a, [one, third], {"locked": 3}, classes=("x", "y", "z"))
     assert (first, second) == (joined, ImportSource("b.geojson", b, [other], {}))
     assert len(joined_sources([ImportSource("a", a, [one], {}, digest=digest) for digest in "cd"])) == 2
+    assert len(joined_sources([ImportSource("a", path, [one], {}, digest="c") for path in (a, b)])) == 1
 
 
 def test_a_file_belongs_to_the_slide_of_its_name(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from models.predictor import Predictor
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled
+from pipeline.results.folder import ResultFolder
 from pipeline.slide.recipe import segment_slide
 from tests.models.networks import ColorClassifier, ColorSegmenter
 from tests.pipeline.fakes import COLORS, SMALL, color_predictor, predictor, published, run_of
@@ -136,3 +137,27 @@ def test_a_run_that_does_not_record_its_tissue_starts_from_the_beginning(
     assert "does not record its tissue; starting from the beginning" in caplog.text
     assert result.folder is not None
     assert run_of(result.folder)["resumed_blocks"] == 0
+
+
+def test_a_run_that_is_killed_while_it_removes_blocks_continues_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, network = two_levels(tmp_path), color_predictor()
+    stopped(path, tmp_path / "out", network)
+
+    class KilledError(Exception):
+        pass
+
+    def rmtree(folder: Path) -> None:
+        raise KilledError(folder)
+
+    folder = ResultFolder(tmp_path / "out" / "slide", tmp_path / "out" / ".slide.work", {})
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("pipeline.results.folder.shutil.rmtree", rmtree)
+        folder.resume_only("the digest of other tissue")
+    assert not (folder.work / "journal.jsonl").exists()
+    (folder.result / "slide.ome.zarr" / ".zattrs").unlink()
+    # The tissue is that of the first run again.
+    segment_slide(path, tmp_path / "out", network, CONFIG)
+    segment_slide(path, tmp_path / "clean", network, CONFIG)
+    assert published(tmp_path / "out" / "slide") == published(tmp_path / "clean" / "slide")
