@@ -83,6 +83,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no polygons": (lambda r: (r / GEOJSON).unlink(), GEOJSON, "is missing"),
     "run.json cut": (lambda r: (r / "a/run.json").write_text("{"), "a/run.json", "does not list the outputs"),
     "run.json of others": (lambda r: (r / "a/run.json").write_text("{}"), "a/run.json", "does not list the outputs"),
+    "areas of pen that no float holds": (
+        lambda r: change(r / "a/run.json", lambda d: d.update(left_out=[{"name": "pen", "pieces": 10**400}])),
+        "a/left-out.geojson",
+        "has 0 areas of pen, but run.json has 1000",
+    ),
+    "infinitely many areas of pen": (
+        lambda r: change(r / "a/run.json", lambda d: d.update(left_out=[{"name": "pen", "pieces": float("inf")}])),
+        "a/left-out.geojson",
+        "whose left_out is damaged (OverflowError",
+    ),
     "no result of a slide": (lambda r: shutil.rmtree(r / "b"), "summary.csv", "b is done but has no result"),
     "other summary": (lambda r: (r / "summary.csv").write_text("x\n1\n"), "summary.csv", "is not a summary of results"),
     "a feature less": (
