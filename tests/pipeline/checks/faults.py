@@ -67,7 +67,12 @@ def add_pen(result: Path) -> None:
     content = json.dumps(document).encode()
     (result / "left-out.geojson").write_bytes(content)
     facts = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    change(result / "run.json", lambda d: d["digests"].update({"left-out.geojson": facts}))
+    edit_record(result, lambda d: d["digests"].update({"left-out.geojson": facts}))
+
+
+def edit_record(result: Path, edit: Callable[[Any], object]) -> None:
+    """Change the record, and its digest too."""
+    change(result / "run.json", edit)
     values = json.loads((result / "run.json").read_text(encoding="utf-8"))
     change(result / "run.json", lambda d: d.update(sha256=record_digest(values)))
 
@@ -84,12 +89,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "run.json cut": (lambda r: (r / "a/run.json").write_text("{"), "a/run.json", "does not list the outputs"),
     "run.json of others": (lambda r: (r / "a/run.json").write_text("{}"), "a/run.json", "does not list the outputs"),
     "areas of pen that no float holds": (
-        lambda r: change(r / "a/run.json", lambda d: d.update(left_out=[{"name": "pen", "pieces": 10**400}])),
+        lambda r: edit_record(r / "a", lambda d: d.update(left_out=[{"name": "pen", "pieces": 10**400}])),
         "a/left-out.geojson",
         "has 0 areas of pen, but run.json has 1000",
     ),
     "infinitely many areas of pen": (
-        lambda r: change(r / "a/run.json", lambda d: d.update(left_out=[{"name": "pen", "pieces": float("inf")}])),
+        lambda r: edit_record(r / "a", lambda d: d.update(left_out=[{"name": "pen", "pieces": float("inf")}])),
         "a/left-out.geojson",
         "whose left_out is damaged (OverflowError",
     ),
