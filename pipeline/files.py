@@ -33,6 +33,11 @@ def local_path(path: Path | str, what: str) -> Path:
     return Path(path)
 
 
+def printable_name(name: str) -> str:
+    """Return the name of a file in which bytes that are not UTF-8 are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def is_file(path: Path) -> bool:
     """Return whether a path is a file; False too if the path cannot be examined, as in a folder without permission."""
     return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises OSError then

@@ -12,6 +12,7 @@ import pydantic
 from pydantic import AfterValidator, Field, TypeAdapter
 
 from models.tissue_class import ClassName, Color
+from pipeline.files import printable_name
 from pipeline.labeling.event_file import Entry, EventModel
 from pipeline.labeling.masks import checked_area
 
@@ -32,12 +33,7 @@ corrected there."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 
-
-def _escaped(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-Name = Annotated[str, AfterValidator(_escaped)]
+Name = Annotated[str, AfterValidator(printable_name)]
 """Part of a file name. Bytes that are not UTF-8 are escaped, as in the names of results: JSON cannot store them."""
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.files import printable_name
 from pipeline.results.names import GROUP, RUN
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,3 @@ def _warn(folder: Path, error: OSError) -> None:
 def result_name(output: Path, folder: Path) -> str:
     """Return the name of a result below `output`, with slashes, as `summary.csv` has it."""
     return printable_name(folder.relative_to(output).as_posix())
-
-
-def printable_name(name: str) -> str:
-    """Return a name in which bytes that are not UTF-8 are escaped."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")

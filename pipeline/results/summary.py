@@ -12,8 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from models.tissue_class import ClassName
 from pipeline.errors import OutputError
-from pipeline.files import only_writer, write_atomically
-from pipeline.results.find import printable_name
+from pipeline.files import only_writer, printable_name, write_atomically
 from pipeline.results.names import SUMMARY
 from pipeline.results.slide_result import AREA_COLUMN, COLUMNS, SlideResult
 
