@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from models.tissue_class import TissueClass
 from pipeline.errors import OutputError, RunRecordError
-from pipeline.files import only_writer, write_atomically
+from pipeline.files import is_file, only_writer, write_atomically
 from pipeline.pages.page import render_page
 from pipeline.results.areas import ClassArea, class_areas
 from pipeline.results.find import result_folders, result_name
@@ -177,11 +177,7 @@ def _areas_of_summary(summary: Mapping[str, Any]) -> tuple[dict[str, float], flo
 
 
 def _link(output: Path, folder: Path, name: str) -> str | None:
-    try:
-        is_file = (folder / name).is_file()
-    except OSError:
-        is_file = False  # such as the name of a failed slide that is too long for a folder
-    if not is_file:
+    if not is_file(folder / name):  # the name of a failed slide can be too long for a folder
         return None
     # A colon, too, is quoted: a browser would read what stands before it as a scheme.
     place = quote(folder.relative_to(output).as_posix(), safe="/", errors="surrogateescape")
