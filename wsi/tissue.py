@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +83,7 @@ class Tissue:
     fat_HW: NDArray[np.bool_]
     """The fat in the mask, whose bright cells are not holes."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Return a digest of everything in this object that the map of a slide depends on."""
         values = hashlib.sha256(repr((self.mask_HW.shape, self.l0_per_px, self.mpp, self.glass)).encode())
