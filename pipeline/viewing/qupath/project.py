@@ -95,8 +95,8 @@ def write_project(output: Path, *, tiles: bool = False, slides: Path | None = No
     found without it. Any other lost slide keeps its former path, and a warning is logged. A result that cannot be read
     is left out with a warning.
 
-    Raises OutputError if there are no results, or if the project cannot be read or written; the project is not changed
-    then.
+    Raises OutputError if there are no results, or if the project cannot be read or written. After an error, the
+    project is as before.
     """
     folder = output.absolute() / FOLDER
     try:
