@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import get_args
 
 import torch
@@ -36,3 +38,17 @@ def choose_compute(
         threads=torch.get_num_threads(),
         processor=processor_name(chosen),
     )
+
+
+@contextmanager
+def one_torch_thread(threads: int) -> Iterator[None]:
+    """Compute torch's operations in the calling thread within this context; afterwards, torch has `threads` threads.
+
+    For each short operation, torch would wake threads that then wait for more work in a loop, which takes up to a tenth
+    of the processor time of a run. The number of threads is a process-wide setting.
+    """
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -7,9 +7,9 @@ windows, H and W the canvas, h and w a map.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.backbone import Stages
 from models.backbone_windows import OVERLAP, RING, Place
 from models.card import ModelCard
+from models.compute import one_torch_thread
 from models.fine_map import fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
 from models.normalize import byte_table, looked_up, normalized
@@ -197,21 +198,10 @@ class DeviceNetworks:
         with ThreadPoolExecutor(self._streams) as pool:
             return list(pool.map(inferred, items))
 
-    @contextmanager
-    def own_threads(self) -> Iterator[None]:
-        """Compute torch's operations in the calling thread while OpenVINO computes the networks.
-
-        These operations are short. For each of them, torch would wake threads that then wait for more work in a loop,
-        which takes a tenth of the processor time of a run. The number of threads is a process-wide setting.
-        """
-        if self._compute.runtime != "openvino":
-            yield
-            return
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(self._compute.threads)
+    def own_threads(self) -> AbstractContextManager[None]:
+        """Compute torch's operations in the calling thread while OpenVINO computes the networks."""
+        openvino = self._compute.runtime == "openvino"
+        return one_torch_thread(self._compute.threads) if openvino else nullcontext()
 
     def _fine(self, rgb_NHWC: Tensor) -> Tensor:
         """Return the shared map of images."""
@@ -239,7 +229,14 @@ class DeviceNetworks:
         placed = _placed(network, self._device)
         if self._compute.runtime == "openvino":
             smallest = size or 2 * self._card.margin + SMALLEST_CORE
-            return OpenVinoNetwork(placed, smallest, self._compute.precision, maps=maps, streams=self._streams)
+            return OpenVinoNetwork(
+                placed,
+                smallest,
+                self._compute.precision,
+                maps=maps,
+                streams=self._streams,
+                threads=self._compute.threads,
+            )
         return placed
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -50,8 +50,7 @@ class OpenVinoNetwork:
     N can be any number, and H and W any multiples of 32 from the side that the network was traced at, or of 16 if its
     strides allow that. The result of an image does not depend on the other images. A network may also take feature
     maps, see `MapSize`.
-    As many calls as there are streams may overlap; others wait. The streams share as many threads as torch has when
-    the network is constructed. Nothing is written to disk.
+    As many calls as there are streams may overlap; others wait. Nothing is written to disk.
     """
 
     def __init__(
@@ -62,26 +61,22 @@ class OpenVinoNetwork:
         *,
         maps: Sequence[MapSize] = (MapSize(3, 1),),
         streams: int = 1,
+        threads: int | None = None,
     ) -> None:
         """Compile the network, in eval mode, and compare its outputs for images of this side with those of torch.
 
         `size` is the smallest side of an image: at a smaller side than the trace, padding may not have enough pixels.
-        `maps` describes each argument of the network. Each of the `streams` keeps its own activations.
+        `maps` describes each argument of the network. Each of the `streams` keeps its own activations. They share the
+        `threads`; None stands for as many as torch has.
         Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
         self._smallest = maps[0].side(size)
-        threads = torch.get_num_threads()
-        # After each operation of the trace and the comparison, torch's other threads would busy-wait for more work
-        # and delay OpenVINO, which shares the processor with them.
-        torch.set_num_threads(1)
-        try:
-            compiled = _compile(network, _examples(maps, size, size), _FORMATS[precision], streams, threads)
-            self._requests: queue.Queue[Any] = queue.Queue()
-            for _ in range(streams):
-                self._requests.put(compiled.create_infer_request())
-            self._compare(network, size, precision, maps)
-        finally:
-            torch.set_num_threads(threads)
+        threads = threads or torch.get_num_threads()
+        compiled = _compile(network, _examples(maps, size, size), _FORMATS[precision], streams, threads)
+        self._requests: queue.Queue[Any] = queue.Queue()
+        for _ in range(streams):
+            self._requests.put(compiled.create_infer_request())
+        self._compare(network, size, precision, maps)
 
     def _compare(self, network: nn.Module, size: int, precision: Precision, maps: Sequence[MapSize]) -> None:
         """Raise RuntimeUnavailableError if the outputs differ from those of the network in torch."""

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models import runtimes
+from models import device_networks, openvino_network, predictor, runtimes
 from models.backbone import Stages
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
 from models.card import NO_DIGEST
@@ -379,28 +380,50 @@ def test_a_failed_conversion_does_not_change_the_logging() -> None:
 
 
 @needs_openvino
-def test_openvino_has_torchs_threads_which_stay_as_they_are() -> None:
-    """One thread is enough to trace and to compare, and the network then has all of them."""
+def test_a_model_loads_in_one_thread_and_openvino_then_has_all_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     before, during = torch.get_num_threads(), []
 
-    class Counted(nn.Conv2d):
-        def forward(self, x_NCHW: Tensor) -> Tensor:
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
             during.append(torch.get_num_threads())
-            return super().forward(x_NCHW)
+            return function(*args, **kwargs)
 
+        return count
+
+    for module, name in (
+        (predictor, "load_networks"),
+        (device_networks, "split_networks"),
+        (openvino_network, "_compile"),
+    ):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     torch.set_num_threads(2)
     try:
-        network = OpenVinoNetwork(Counted(3, 1, 1).eval(), 32)
-        with pytest.raises(RuntimeUnavailableError):
-            OpenVinoNetwork(_Unknown().eval(), 32)
+        made = Predictor.from_bundle(load_bundle(DEFAULT_BUNDLE), device="cpu", runtime="openvino")
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    network: Any = made._networks._deep
+    request = network._requests.get()
+    # OpenVINO takes at most one thread per core.
+    assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == min(2, os.cpu_count() or 1)
+    assert (set(during), len(during), made.threads, after) == ({1}, 5, 2, 2)
+
+
+@needs_openvino
+def test_torch_has_its_threads_again_after_a_model_that_openvino_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeUnavailableError("no")
+
+    monkeypatch.setattr(openvino_network, "_compile", refuse)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeUnavailableError, match="no"):
+            Predictor.from_bundle(load_bundle(DEFAULT_BUNDLE), device="cpu", runtime="openvino")
         after = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
     assert after == 2
-    request = network._requests.get()
-    # OpenVINO takes at most one thread per core.
-    assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == min(2, os.cpu_count() or 1)
-    assert set(during) == {1}
 
 
 def test_the_logit_of_the_area_head_has_the_same_bits_as_with_torch() -> None:
