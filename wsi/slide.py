@@ -60,9 +60,14 @@ class SlideInfo:
 
     @property
     def level_downsamples(self) -> tuple[float, ...]:
-        """Return the level-0 pixels per pixel of each level: the mean over both axes, as in OpenSlide."""
-        width, height = self.size_l0
-        return tuple((width / w + height / h) / 2 for w, h in self.level_sizes)
+        """Return the level-0 pixels per pixel of each level.
+
+        Sides of levels are rounded to whole pixels, so this is the ratio of the longer sides: with it, both ends of a
+        level lie within one of its pixels from the slide's. With the mean over both axes, which OpenSlide uses, the far
+        end of a strip would be off by many pixels.
+        """
+        longer = int(np.argmax(self.size_l0))
+        return tuple(self.size_l0[longer] / size[longer] for size in self.level_sizes)
 
 
 class Pixels(NamedTuple):

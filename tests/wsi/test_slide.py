@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.slides import GLASS, PINK, PURPLE, TILE, painted, write_slide
 from wsi.box import Box
 from wsi.errors import ResolutionError, SlideFormatError, SlideNotFoundError, SlideReadError
 from wsi.readers import BackendName, OpenSlideReader
-from wsi.slide import Slide, open_slide, slide_digest, slide_stamp
+from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp
 
 BACKENDS: list[BackendName] = ["openslide", "tiffslide"]
 
@@ -209,3 +211,16 @@ def test_threads_share_a_slide(tmp_path: Path, noise: np.ndarray) -> None:
 
     with open_slide(path) as slide, ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda x: check(slide, x % 450), range(200)))
+
+
+@given(st.tuples(st.integers(1, 200_000), st.integers(1, 200_000)), st.sampled_from([2, 4, 16, 32]), st.booleans())
+def test_both_ends_of_a_level_lie_within_one_pixel_of_the_slides(
+    size_l0: tuple[int, int], factor: int, up: bool
+) -> None:
+    width, height = (max(1, (side + up * (factor - 1)) // factor) for side in size_l0)
+    info = SlideInfo(
+        Path("s.svs"), "openslide", "aperio", (size_l0, (width, height)), 0.25, "slide", Box(0, 0, *size_l0)
+    )
+    downsample = info.level_downsamples[1]
+    assert abs(size_l0[0] - width * downsample) <= max(downsample, factor)
+    assert abs(size_l0[1] - height * downsample) <= max(downsample, factor)

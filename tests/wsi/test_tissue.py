@@ -42,6 +42,16 @@ def test_tissue_is_found_to_a_pixel_of_the_mask(tmp_path: Path) -> None:
     assert covered(tissue, (0, 0, 184, 1200)) == 0.0
 
 
+def test_tissue_at_the_far_end_of_a_strip_is_in_its_place(tmp_path: Path) -> None:
+    # 403 px are 25 px of the coarsest level, whose sides are rounded down, and 16,000 px are 1,000.
+    strip_HWC = painted((16000, 403), ((12800, 0, 2560, 403), PINK))
+    with open_slide(write_slide(tmp_path / "strip.svs", strip_HWC, mpp=0.25, levels=(1, 4, 16))) as slide:
+        tissue = find_tissue(slide)
+    columns = np.flatnonzero(tissue.mask_HW[4:8].all(axis=0)) * tissue.l0_per_px
+    assert tissue.l0_per_px == 32
+    assert (columns[0], columns[-1] + 32) == (12800, 15360)
+
+
 def test_an_empty_slide_has_no_tissue(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     noisy = np.clip(painted(SIZE).astype(int) + rng.integers(-4, 5, (1200, 1600, 3)), 0, 255).astype(np.uint8)
