@@ -1,0 +1,43 @@
+"""The files of a training stage that contain tensors: its checkpoint and its product, the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from pipeline.errors import OutputError, TrainError
+from pipeline.files import sync
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Replace a file and bring it to the disk, so that a power cut leaves the old or the new one.
+
+    Raises OutputError if the file cannot be written, as on a full disk.
+    """
+    temporary = file.with_suffix(".tmp")
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        safetensors.torch.save_file(on_cpu, temporary, None if metadata is None else dict(metadata))
+        sync(temporary)
+        temporary.replace(file)
+        sync(file.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{file}: cannot be written ({error}); repair this, then run the same command again to resume"
+        ) from error
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn every error of a damaged file, or of one with other tensors, into a TrainError."""
+    try:
+        yield
+    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TrainError(f"{file}: cannot be read ({reason}); delete it to repeat the stage") from error
