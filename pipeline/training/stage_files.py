@@ -29,7 +29,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     except (OSError, safetensors.SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise OutputError(
-            f"{file}: cannot be written ({error}); repair this, then run the same command again to resume"
+            f"{file}: cannot be written ({error}); check that there is space and that you may write there, then run "
+            "the same command again to resume"
         ) from error
 
 
