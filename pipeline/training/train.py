@@ -47,7 +47,7 @@ from pipeline.training.inputs import MULTIPLE
 from pipeline.training.model_card import make_card, score_metrics
 from pipeline.training.patches import CACHE_BYTES, PatchImages, at_pixel_sizes
 from pipeline.training.pieces import other_datasets
-from pipeline.training.position import edge_profile, position_deviation
+from pipeline.training.position import edge_profile, position_metrics
 from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
 from pipeline.training.pseudo_scores import write_pseudo_scores
@@ -334,7 +334,7 @@ def export(
         calibrated = Predictor.from_networks(card, NO_DIGEST, *rounded, device=device, output_stride=1)
         metrics |= score_metrics("val", evaluate_samples(calibrated, dataset, validation.samples))
     profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
-    metrics["val_position_deviation"] = round(position_deviation(profile_KD, config.margin), 4)
+    metrics |= position_metrics(profile_KD, config.margin)
     logger.info("gate thresholds %s, temperature %s, %s", thresholds, calibration.temperature, metrics)
     statistics, familiarity = fit_familiarity(rounded[0], sources, config, device)
     made_with = recorded_provenance(run)
