@@ -33,8 +33,8 @@ from models.devices import choose_device
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from pipeline.training.config import TrainConfig
-from pipeline.training.stage_files import reading, write_tensors
 from pipeline.training.step_log import Step, StepLog
+from pipeline.training.tensor_files import reading, write_tensors
 
 logger = logging.getLogger(__name__)
 

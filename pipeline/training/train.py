@@ -53,9 +53,9 @@ from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
 from pipeline.training.pseudo_scores import write_pseudo_scores
 from pipeline.training.run_folder import claim, recorded_provenance
 from pipeline.training.segmenter import segmenter_task, start_encoder, start_from_classifier
-from pipeline.training.stage_files import reading, write_tensors
 from pipeline.training.start import check_start, start_from_bundle, with_start
 from pipeline.training.step_log import StepLog, open_step_log
+from pipeline.training.tensor_files import reading, write_tensors
 
 logger = logging.getLogger(__name__)
 

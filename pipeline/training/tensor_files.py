@@ -1,9 +1,9 @@
-"""The files of a training stage that contain tensors: its checkpoint and its product, the trained weights."""
+"""Files of tensors: the checkpoint and the product of a training stage, and converted weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
@@ -27,16 +27,17 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         temporary.replace(file)
         sync(file.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is no such folder
+            temporary.unlink()
         raise OutputError(
-            f"{file}: cannot be written ({error}); check that there is space and that you may write there, then run "
-            "the same command again to resume"
+            f"{file}: cannot be written ({error}); check that the folder exists, is writable and has space, then run "
+            "the same command again"
         ) from error
 
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn every error of a damaged file, or of one with other tensors, into a TrainError."""
+    """Turn every error of a stage's file that is damaged, or has other tensors, into a TrainError."""
     try:
         yield
     except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError) as error:

@@ -26,7 +26,7 @@ def test_the_product_is_on_the_disk_before_the_checkpoint_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    monkeypatch.setattr("pipeline.training.stage_files.sync", lambda path: events.append(path.name))
+    monkeypatch.setattr("pipeline.training.tensor_files.sync", lambda path: events.append(path.name))
     monkeypatch.setattr("pipeline.training.train.remove_checkpoint", lambda *_: events.append("removed"))
     trained = run_stage(tmp_path)
     assert events[-3:] == ["line.tmp", tmp_path.name, "removed"]
