@@ -281,14 +281,17 @@ def _write_bundle(folder: Path, card: ModelCard, weights: Mapping[str, bytes], s
     parse_card(contents[CARD_FILE], folder / CARD_FILE)  # `model_copy` checks nothing, and JSON has no NaN
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    work.chmod(0o755)
-    for file, content in contents.items():
-        (work / file).write_bytes(content)
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        folder.replace(old)
-        work.replace(folder)
-        shutil.rmtree(old)
-    else:
-        work.replace(folder)
+    try:
+        work.chmod(0o755)
+        for file, content in contents.items():
+            (work / file).write_bytes(content)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            folder.replace(old)
+            work.replace(folder)
+            shutil.rmtree(old)
+        else:
+            work.replace(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # exists only after an error, such as a full disk
     return load_bundle(folder.absolute())

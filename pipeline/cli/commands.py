@@ -66,7 +66,7 @@ def configure_logging(verbose: int, *, quiet: bool) -> None:
 def run(app: Callable[[], object]) -> None:
     """Run a console command's app. Bytes of file names that are not text are printed escaped.
 
-    If the output is closed, as by `| head`, or full, the command ends with status 1 and without a traceback.
+    If the output is closed, as by `| head`, or a disk is full, the command ends with status 1 and without a traceback.
     """
     _open_standard_files()
     for stream in (sys.stdout, sys.stderr):
@@ -79,12 +79,16 @@ def run(app: Callable[[], object]) -> None:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         _discard_output()
         if error.errno == errno.EPIPE:
             sys.exit(EXIT_FAILED)
-        fail("output", f"cannot be written: {error.strerror}; the results are complete")
+        # An error of a write names no file, so the results may be incomplete.
+        fail(
+            str(error.filename or "output"),
+            f"cannot be written: {error.strerror}; free space or choose another place, then run the same command again",
+        )
 
 
 def _open_standard_files() -> None:

@@ -82,14 +82,17 @@ def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, de
     model, chosen = load_bundle(bundle), load_dataset(dataset, data)
     check_same_classes(model.card, chosen)
     wording = scope if scope is not None else model.card.scope or chosen.card.scope
-    try:
-        with tempfile.TemporaryDirectory(prefix="wsi-familiarity-") as work:
-            made = composed(chosen, Path(work), ("train", "val"))
-            used = [without_whole(chosen, made), *other_datasets(chosen)]
-            sources = [training_images(one, model.card.mpp, cache_bytes=0) for one in used]
+    with tempfile.TemporaryDirectory(prefix="wsi-familiarity-") as work:
+        made = composed(chosen, Path(work), ("train", "val"))
+        used = [without_whole(chosen, made), *other_datasets(chosen)]
+        sources = [training_images(one, model.card.mpp, cache_bytes=0) for one in used]
+        try:
             return add_familiarity(model, sources, wording, device)
-    except OSError as error:
-        raise OutputError(f"{model.path}: cannot be written ({error.strerror}); check its permissions") from error
+        except OSError as error:
+            raise OutputError(
+                f"{model.path}: cannot be written ({error.strerror or error}); check that there is space and that you "
+                "may write there"
+            ) from error
 
 
 def main() -> None:

@@ -11,19 +11,18 @@ ResNet-38d's tensors are ours, and their DeepLab has the tensors of its ResNet-1
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from models.backbone import Backbone
 from models.segmenter import build_segmenter, encoder_network
 from pipeline.errors import TrainError
+from pipeline.training.tensor_files import write_tensors
 from wsi.errors import WsiSegmentError
 
 PREFIXES = ("module.", "backbone.")
@@ -46,10 +45,10 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise TrainError(f"{file}: cannot be read: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    # Files of other kinds raise almost any error. PyTorch's text is left out: it advises to run code from the file.
+    except Exception as error:
         raise TrainError(
-            f"{file}: not a checkpoint of tensors and plain values ({str(error).partition(chr(10))[0]}); pass a file "
-            "that contains only a state dict"
+            f"{file}: not a checkpoint of tensors and plain values; pass a file that contains only a state dict"
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -102,9 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         tensors = backbone_tensors(read_checkpoint(options.checkpoint), options.network)
+        write_tensors(options.output, tensors)
     except WsiSegmentError as error:
-        sys.exit(f"{options.checkpoint}: {error}")
-    safetensors.torch.save_file(tensors, options.output)
+        sys.exit(str(error))
     sys.stdout.write(f"{options.output}: {len(tensors)} tensors of {options.network}\n")
 
 

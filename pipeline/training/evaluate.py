@@ -9,6 +9,7 @@ m at the model's resolution.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -93,9 +94,11 @@ class Evaluation:
     def miou_spread(self, draws: int = 1000) -> float:
         """Return the bootstrap standard deviation of the mIoU over cases (Efron 1979), protocol `exclude`, gate on.
 
-        Each draw takes as many cases with replacement. The result is deterministic.
+        Each draw takes as many cases with replacement. The result is deterministic; NaN if no pixel counts.
         """
         matrices = np.stack(list(self.group_matrices.values()))
+        if not matrices[:, :-1].any():
+            return math.nan
         rng = np.random.default_rng(0)
         drawn = (matrices[rng.integers(len(matrices), size=len(matrices))].sum(axis=0) for _ in range(draws))
         return float(np.nanstd([scores(matrix, self.names).miou for matrix in drawn]))
@@ -122,9 +125,16 @@ def evaluate(
 
     Raises ClassMismatchError if the model has other classes than the data set. Raises DatasetError if the split has no
     images, an image has no mask, or a file cannot be read, because scores of a part of a test set are not comparable.
+    Raises MaskError if no pixel of the masks has a class.
     """
     check_same_classes(predictor.card, dataset)
-    return evaluate_samples(predictor, dataset, masked_samples(dataset, split), flips=flips, progress=progress)
+    found = evaluate_samples(predictor, dataset, masked_samples(dataset, split), flips=flips, progress=progress)
+    if not found.matrices["exclude", True][:-1].any():
+        raise MaskError(
+            f"{dataset.card.name}: no pixel of the masks of split {split} has a class; check mask_values and "
+            "mask_excluded in the dataset.toml"
+        )
+    return found
 
 
 def evaluate_samples(

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from pipeline.training.config import TrainConfig
 from pipeline.training.step_log import Step, StepLog
+from pipeline.training.tensor_files import reading, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def fit(
 
     Training stops after the last epoch, or if the score has not risen for `patience` epochs. Writes
     <name>.checkpoint.safetensors, and the curves as <name>.csv and <name>.png, into `folder`. Raises TrainError if the
-    loss or a gradient is NaN or infinite.
+    loss or a gradient is NaN or infinite, or if the checkpoint cannot be read, and OutputError if it cannot be written.
     """
     network = task.network
     if device.type == "cpu":
@@ -380,36 +380,28 @@ def _prefetched(task: Task, seed: int, first: int, total: int) -> Generator[Any]
 
 def _save(file: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, state: _State) -> None:
     tensors = {
-        f"{name}/{key}": tensor.detach().cpu().contiguous()
-        for name, network in networks.items()
-        for key, tensor in network.state_dict().items()
+        f"{name}/{key}": tensor for name, network in networks.items() for key, tensor in network.state_dict().items()
     }
     for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{key}": tensor.cpu().contiguous() for key, tensor in values.items()}
-    temporary = file.with_suffix(".tmp")
-    safetensors.torch.save_file(tensors, temporary, {"state": json.dumps(vars(state))})
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+        tensors |= {f"optimizer/{index}/{key}": tensor for key, tensor in values.items()}
+    write_tensors(file, tensors, {"state": json.dumps(vars(state))})
 
 
 def _load(file: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> _State | None:
     if not file.is_file():
         return None
     tensors: dict[str, dict[str, Tensor]] = {}
-    try:
+    with reading(file):
         with safetensors.safe_open(file, "pt") as opened:
             state = _State(**json.loads(opened.metadata()["state"]))
             for key in opened.keys():  # noqa: SIM118 - not a mapping
                 part, _, name = key.partition("/")
                 tensors.setdefault(part, {})[name] = opened.get_tensor(key)
-    except safetensors.SafetensorError as error:
-        raise TrainError(f"{file}: the checkpoint cannot be read ({error}); delete it to restart the stage") from error
-    for name, network in networks.items():
-        network.load_state_dict(tensors[name])
-    whole = optimizer.state_dict()
-    for key, tensor in tensors.get("optimizer", {}).items():
-        index, _, name = key.partition("/")
-        whole["state"].setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict(whole)
+        for name, network in networks.items():
+            network.load_state_dict(tensors[name])
+        whole = optimizer.state_dict()
+        for key, tensor in tensors.get("optimizer", {}).items():
+            index, _, name = key.partition("/")
+            whole["state"].setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict(whole)
     return state

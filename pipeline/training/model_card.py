@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -28,8 +29,9 @@ def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tu
         f"{layer} {weight:g}" for layer, weight in zip(LAYERS, config.layer_weights, strict=True) if weight > 0
     )
     head = f", the head trained again at {config.mpp} um/px on the segmenter's backbone" if config.head_epochs else ""
-    own_encoder = f", the encoder from {config.encoder_weights}" if config.encoder_weights else ""
-    start = f"the model {config.init}" if config.init else f"{config.weights} weights{own_encoder}"
+    # Names only: a path would show the user and the folders of this machine to everyone who gets the model.
+    own_encoder = f", the encoder from {Path(config.encoder_weights).name}" if config.encoder_weights else ""
+    start = f"the model {config.init}" if config.init else f"{Path(config.weights).name} weights{own_encoder}"
     assert config.mpp is not None
     try:
         return ModelCard(

@@ -50,7 +50,13 @@ def ring_means(map_Khw: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     return means_KD
 
 
-def position_deviation(profile_KD: NDArray[np.float64], margin: int) -> float:
-    """Return the largest difference of a mean probability from the class's mean over the rings beyond the margin."""
+def position_metrics(profile_KD: NDArray[np.float64], margin: int) -> dict[str, float]:
+    """Return the largest difference of a mean probability from the class's mean over the rings beyond the margin.
+
+    A single ring beyond the margin has nothing to differ from, so the result is then empty.
+    """
     trusted_KD = profile_KD[:, margin // RING :]
-    return float(np.abs(trusted_KD - trusted_KD.mean(axis=1, keepdims=True)).max())
+    if trusted_KD.shape[1] < 2:
+        return {}
+    deviation = np.abs(trusted_KD - trusted_KD.mean(axis=1, keepdims=True)).max()
+    return {"val_position_deviation": round(float(deviation), 4)}

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -27,7 +28,7 @@ def claim(run: Path, dataset: Dataset, config: TrainConfig, made_with: Mapping[s
 
     `made_with` is the `provenance`; the one of the first start stays recorded. Raises OutputError if the folder cannot
     be created, LockedError if another process trains in it, and TrainError if the run was started with another
-    configuration, data set, content of the images, or file of initial weights.
+    configuration, data set, content of the images, or file of initial weights, or if its record cannot be read.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,19 @@ def claim(run: Path, dataset: Dataset, config: TrainConfig, made_with: Mapping[s
 
 def recorded_provenance(run: Path) -> dict[str, str]:
     """Return the `provenance` of the first start of a run. It is empty if the start did not record one."""
-    recorded: dict[str, str] = json.loads((run / RUN_FILE).read_text(encoding="utf-8")).get("made_with", {})
+    made_with: dict[str, str] = _recorded(run / RUN_FILE)["made_with"]
+    return made_with
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    """Return how a run was started. Raises TrainError for a file that `claim` did not write."""
+    try:
+        recorded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        # Settings added after a run started take their default values.
+        recorded["config"] = json.loads(json.dumps(dataclasses.asdict(TrainConfig()))) | recorded["config"]
+        recorded["made_with"] = dict(recorded.get("made_with", {}))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise TrainError(f"{file}: not written by wsi-train, or damaged; pass a new folder") from error
     return recorded
 
 
@@ -64,10 +77,8 @@ def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig, made_wit
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
         return
-    recorded, wanted = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
-    before, after = recorded.pop("made_with", {}), wanted.pop("made_with")
-    # Settings added after a run started take their default values.
-    recorded["config"] = json.loads(json.dumps(dataclasses.asdict(TrainConfig()))) | recorded["config"]
+    recorded, wanted = _recorded(file), json.loads(text)
+    before, after = recorded.pop("made_with"), wanted.pop("made_with")
     if recorded != wanted:
         now, then = wanted["config"], recorded["config"]
         differing = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))

@@ -47,7 +47,7 @@ from pipeline.training.inputs import MULTIPLE
 from pipeline.training.model_card import make_card, score_metrics
 from pipeline.training.patches import CACHE_BYTES, PatchImages, at_pixel_sizes
 from pipeline.training.pieces import other_datasets
-from pipeline.training.position import edge_profile, position_deviation
+from pipeline.training.position import edge_profile, position_metrics
 from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
 from pipeline.training.pseudo_scores import write_pseudo_scores
@@ -55,6 +55,7 @@ from pipeline.training.run_folder import claim, recorded_provenance
 from pipeline.training.segmenter import segmenter_task, start_encoder, start_from_classifier
 from pipeline.training.start import check_start, start_from_bundle, with_start
 from pipeline.training.step_log import StepLog, open_step_log
+from pipeline.training.tensor_files import reading, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def train(
     With `init`, both networks start from those of a bundle, see `pipeline.training.start`. With `test`, the bundle also
     gets the scores of the test split, see `add_test_scores`. Every step is logged as in `open_step_log`, with
     `tensorboard` also for TensorBoard. Raises TrainError if `run` was started with another configuration or data set,
-    DatasetError for bad data, and ModelError if a network cannot be built.
+    or has a damaged file, OutputError if weights cannot be written, DatasetError for bad data, and ModelError if a
+    network cannot be built.
     """
     place = training_device(device)
     processes = join_processes(place)
@@ -275,16 +277,14 @@ def _stage(
     """Load the network's weights from the stage's product, or train the network and write the product."""
     file = run / f"{task.name}.safetensors"
     if file.exists():
-        task.network.load_state_dict(safetensors.torch.load_file(file))
+        with reading(file):
+            task.network.load_state_dict(safetensors.torch.load_file(file))
         logger.info("%s exists: stage skipped", file.name)
     else:
         started = time.monotonic()
         fit(task, run, config, device, processes, progress, log)
         if processes.rank == 0:
-            temporary = file.with_suffix(".tmp")
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in task.network.state_dict().items()}
-            safetensors.torch.save_file(tensors, temporary)
-            temporary.replace(file)
+            write_tensors(file, task.network.state_dict())
             remove_checkpoint(run, task.name)
         logger.info("%s done in %.0f s", task.name, time.monotonic() - started)
     _wait(processes)
@@ -334,7 +334,7 @@ def export(
         calibrated = Predictor.from_networks(card, NO_DIGEST, *rounded, device=device, output_stride=1)
         metrics |= score_metrics("val", evaluate_samples(calibrated, dataset, validation.samples))
     profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
-    metrics["val_position_deviation"] = round(position_deviation(profile_KD, config.margin), 4)
+    metrics |= position_metrics(profile_KD, config.margin)
     logger.info("gate thresholds %s, temperature %s, %s", thresholds, calibration.temperature, metrics)
     statistics, familiarity = fit_familiarity(rounded[0], sources, config, device)
     made_with = recorded_provenance(run)

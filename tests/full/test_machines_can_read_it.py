@@ -91,7 +91,10 @@ def test_a_closed_or_full_output_ends_quietly(tmp_path: Path) -> None:
         with Path("/dev/full").open("wb") as full:
             done = program(".", "--dry-run", folder=tmp_path, stdout=full, stderr=subprocess.PIPE)
         assert done.returncode == 1
-        assert done.stderr == b"output: cannot be written: No space left on device; the results are complete\n"
+        assert done.stderr == (
+            b"output: cannot be written: No space left on device; free space or choose another place, then run the "
+            b"same command again\n"
+        )
 
 
 def test_closed_standard_files_never_lend_their_numbers_to_results(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -338,6 +340,24 @@ def test_a_card_that_could_not_be_read_again_does_not_replace_the_old_one(folder
         replace_card(bundle, bundle.card.model_copy(update={"metrics": {"val_miou": float("nan")}}), None)
     assert load_bundle(folder) == bundle
     assert sorted(folder.parent.iterdir()) == beside
+
+
+def test_a_full_disk_leaves_the_old_bundle_and_no_part_of_the_new_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(folder)
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name == "model.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        replace_card(bundle, bundle.card.model_copy(update={"scope": "new"}), None)
+    assert load_bundle(folder) == bundle
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
 def test_a_bundle_without_the_statistics_that_its_card_names_is_refused(folder: Path) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -146,14 +148,37 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
+# PyTorch's reader raises KeyError or IndexError for the last three.
+@pytest.mark.parametrize(
+    "content", [b"", b"no checkpoint", pickle.dumps(np.zeros(3), 2), b"hello world\n", b"hq\0.", b"....."]
+)
 def test_the_error_names_a_damaged_checkpoint(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "broken.pth").write_bytes(content)
-    with pytest.raises(TrainError, match=r"broken\.pth: not a checkpoint"):
+    with pytest.raises(
+        TrainError, match=r"broken\.pth: not a checkpoint of tensors and plain values; pass a file that contains only a"
+    ):
         read_checkpoint(tmp_path / "broken.pth")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(TrainError, match=r"list\.pth: does not contain a state dict"):
         read_checkpoint(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize("folder", ["absent", "file"])
+def test_the_converter_names_an_output_that_cannot_be_written(encoder: nn.Module, tmp_path: Path, folder: str) -> None:
+    torch.save(encoder.state_dict(), tmp_path / "resnet18.pth")
+    (tmp_path / "file").write_text("in the way")
+    output = tmp_path / folder / "start.safetensors"
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "resnet18.pth"), "resnet18", "-o", str(output)])
+    assert str(ended.value).startswith(f"{output}: cannot be written (")
+    assert "check that the folder exists, is writable and has space" in str(ended.value)
+
+
+def test_the_converter_names_a_damaged_checkpoint_once(tmp_path: Path) -> None:
+    (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "broken.pth"), "resnet18", "-o", str(tmp_path / "start.safetensors")])
+    assert str(ended.value).count("broken.pth") == 1
 
 
 def test_training_refuses_a_pickle_and_names_the_converter(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 
 from models.predictor import Predictor
 from pipeline.errors import ClassMismatchError, InferenceError, MaskError
-from pipeline.training.dataset import load_dataset
+from pipeline.training.dataset import load_dataset, samples
 from pipeline.training.evaluate import (
     PROTOCOLS,
     Evaluation,
     Scores,
     confusion_matrix,
     evaluate,
+    evaluate_samples,
     predict_image,
     scores,
 )
@@ -405,6 +407,21 @@ def test_the_spread_is_the_bootstrap_deviation_over_cases() -> None:
     assert found.miou_spread() == found.miou_spread()
     alone = Evaluation(("a", "b"), found.matrices, matrices, dict.fromkeys(matrices, "one case"))
     assert alone.miou_spread() == pytest.approx(0, abs=1e-12)
+
+
+def test_scores_of_masks_without_a_class_are_nan_without_a_warning(tmp_path: Path) -> None:
+    dataset = load_dataset(write_dataset(tmp_path, {"a": np.full((64, 64), 255, np.uint8)}))
+    found = evaluate_samples(predictor(), dataset, samples(dataset, "test"))
+    assert math.isnan(found.miou_spread())
+    assert math.isnan(found.scores().miou)
+
+
+def test_an_evaluation_without_a_counted_pixel_is_refused(tmp_path: Path) -> None:
+    dataset = load_dataset(write_dataset(tmp_path, {"a": np.full((64, 64), 255, np.uint8)}))
+    with pytest.raises(
+        MaskError, match=r"tiny: no pixel of the masks of split test has a class; check mask_values and mask_excluded"
+    ):
+        evaluate(predictor(), dataset)
 
 
 def test_images_of_a_case_are_pooled(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,22 @@ def test_the_command_adds_statistics_and_scope_to_a_bundle(bundle: Path, data: P
     }
     assert load_statistics(changed) is not None
     assert {file: (bundle / file).read_bytes() for file in weights} == weights
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_the_command_names_the_bundle_that_cannot_be_written_and_the_cause(
+    bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("pipeline.training.familiarity.add_familiarity", fail)
+    result = invoke(bundle, data, "--device", "cpu")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"wsi-familiarity: {bundle}: cannot be written ({os.strerror(number)}); check that there is space and that you "
+        "may write there\n"
+    )
 
 
 @pytest.fixture

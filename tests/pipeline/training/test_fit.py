@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -233,9 +234,19 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     assert float((weights(task) - before).norm()) == pytest.approx(0.05 * 2.0, rel=1e-3)
 
 
-def test_the_error_names_a_damaged_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "line.checkpoint.safetensors").write_bytes(b"no checkpoint")
-    with pytest.raises(TrainError, match=r"line.checkpoint.safetensors: the checkpoint cannot be read"):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no checkpoint",
+        safetensors.torch.save({"now/0.weight": torch.zeros(8, 1)}),
+        safetensors.torch.save({"now/0.weight": torch.zeros(8, 1)}, {"state": "{}"}),
+        safetensors.torch.save({"now/0.weight": torch.zeros(8, 1)}, {"state": '{"steps": 3}'}),
+        safetensors.torch.save({"now/other": torch.zeros(1)}, {"state": "{}"}),
+    ],
+)
+def test_the_error_names_a_damaged_checkpoint(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "line.checkpoint.safetensors").write_bytes(content)
+    with pytest.raises(TrainError, match=r"line.checkpoint.safetensors: cannot be read .*delete it to repeat"):
         fit(line_task(), tmp_path, CONFIG, CPU)
 
 

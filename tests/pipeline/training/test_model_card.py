@@ -28,3 +28,13 @@ def test_the_card_documents_data_and_training(tmp_path: Path) -> None:
     assert said in make_card(textures, shared, 64, (0.1,) * 3).training_data
     by_default = dataclasses.replace(config, encoder=TrainConfig().encoder)
     assert make_card(textures, by_default, 64, (0.1,) * 3).segmenter.encoder == f"tu-{config.backbone}"
+
+
+def test_the_card_names_a_file_of_initial_weights_without_its_folder(tmp_path: Path) -> None:
+    textures = load_dataset(write_textures(tmp_path, train=1, val=1, test=0, size=16))
+    config = TrainConfig(
+        weights="/home/ada/first.safetensors", encoder_weights="/home/ada/second.safetensors", region=64, mpp=1.0
+    )
+    text = make_card(textures, config, 64, (0.1,) * 3).training_data
+    assert text.endswith("started from first.safetensors weights, the encoder from second.safetensors.")
+    assert "/home" not in text

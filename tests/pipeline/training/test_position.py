@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import TrainConfigError
 from pipeline.training.config import TrainConfig
-from pipeline.training.position import edge_profile, position_deviation, ring_means
+from pipeline.training.position import edge_profile, position_metrics, ring_means
 from tests.pipeline.training.cells import crop_images
 
 CPU = torch.device("cpu")
@@ -46,15 +46,21 @@ def test_a_network_that_sees_only_colors_has_a_flat_profile(tmp_path: Path) -> N
     flat = edge_profile(Local(0.0), images, config, CPU)
     assert flat.shape == (3, 5)
     np.testing.assert_allclose(flat.sum(axis=0), 1, rtol=1e-5)
-    assert position_deviation(flat, config.margin) < 0.03
+    assert position_metrics(flat, config.margin)["val_position_deviation"] < 0.03
     assert np.ptp(flat.mean(axis=1)) > 0.01 or flat.std() > 0
 
 
 def test_a_bias_inside_the_trusted_part_is_found_and_one_in_the_margin_is_not(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (96, 64)})
     biased = edge_profile(Local(3.0), images, TrainConfig(view=160, margin=32, position_views=60), CPU)
-    assert position_deviation(biased, 32) > 0.2
-    assert position_deviation(biased, 48) < 0.1
+    assert position_metrics(biased, 32)["val_position_deviation"] > 0.2
+    assert position_metrics(biased, 48)["val_position_deviation"] < 0.1
+
+
+def test_a_single_ring_beyond_the_margin_has_no_deviation() -> None:
+    profile_KD = np.array([[0.9, 0.5, 0.25, 0.5], [0.1, 0.5, 0.75, 0.5]])
+    assert position_metrics(profile_KD, 48) == {}
+    assert position_metrics(profile_KD, 32) == {"val_position_deviation": 0.125}
 
 
 @pytest.mark.parametrize(("view", "margin"), [(128, 64), (100, 32), (160, 8)])

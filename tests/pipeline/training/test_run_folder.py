@@ -87,6 +87,30 @@ def test_a_run_resumed_with_another_version_warns(
     assert recorded_provenance(tmp_path / "run") == {"data": "1", "torch": "2.0", "commit": "a"}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"config": {"seed": 0',
+        "[]",
+        "null",
+        '{"slide": "a.svs"}',
+        '{"config": []}',
+        '{"config": {}, "made_with": 1}',
+    ],
+)
+def test_a_run_file_of_another_command_or_a_damaged_one_is_refused(
+    textures: Dataset, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "run.json").write_text(text, encoding="utf-8")
+    with (
+        pytest.raises(TrainError, match=r"run\.json: not written by wsi-train, or damaged; pass a new folder"),
+        claim(tmp_path, textures, CONFIG, {}),
+    ):
+        pass
+    assert (tmp_path / "run.json").read_text(encoding="utf-8") == text
+
+
 def test_two_runs_cannot_share_a_folder(textures: Dataset, tmp_path: Path) -> None:
     with (
         claim(tmp_path / "run", textures, CONFIG, {}),

@@ -1,0 +1,37 @@
+"""What all console commands share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.repository import REPOSITORY
+
+
+@pytest.mark.parametrize(
+    ("number", "file", "said"),
+    [
+        ("ENOSPC", None, "output: cannot be written: No space left on device; free space or"),
+        ("ENOSPC", "run/a.csv", "run/a.csv: cannot be written: No space left on device; free space or"),
+        ("EDQUOT", None, "output: cannot be written: Disk quota exceeded; free space or"),
+    ],
+)
+def test_a_command_that_a_full_disk_ends_does_not_call_its_results_complete(
+    number: str, file: str | None, said: str
+) -> None:
+    code = (
+        "import errno, os\n"
+        "from pipeline.cli.commands import run\n"
+        "def app():\n"
+        f"    raise OSError(errno.{number}, os.strerror(errno.{number}), {file!r})\n"
+        "run(app)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60, cwd=REPOSITORY
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(said)
+    assert done.stderr.endswith("then run the same command again\n")
+    assert "complete" not in done.stderr
