@@ -5,8 +5,9 @@ import { picture, post } from "/assets/server.js";
 const byId = (id) => document.getElementById(id);
 
 export class Grid {
-  constructor({ done, failed, announce }) {
-    Object.assign(this, { done, failed, announce });
+  // `answered()` is called when the server has sent patches; `single.js` explains the others.
+  constructor({ done, answered, failed, announce }) {
+    Object.assign(this, { done, answered, failed, announce });
     this.chosen = null;
     this.patches = [];
     this.excluded = new Set();
@@ -54,6 +55,7 @@ export class Grid {
       for (;;) {
         const { missing, of, patches, why } = await post("/grid", { class_id: this.chosen });
         if (turn !== this.turn) return;
+        this.answered();
         if (!missing) {
           this.show(patches);
           byId("grid-about").textContent = patches.length

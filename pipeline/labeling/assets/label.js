@@ -62,15 +62,19 @@ function place(patch) {
   Object.assign(marker.style, { left, top, width, height });
 }
 
-function done(state) {
+function answered() {
   byId("fault").hidden = true;
+}
+
+function done(state) {
+  answered();
   single.update(state);
   grid.update(state);
   progress(state);
 }
 
 const single = new Single({ done, failed, announce });
-const grid = new Grid({ done, failed, announce });
+const grid = new Grid({ done, answered, failed, announce });
 const show = single.show.bind(single);
 single.show = (patch) => {
   show(patch);

@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from models.bundle import Bundle
-from pipeline.labeling.app import make_app
-from pipeline.labeling.desk import Desk
-from pipeline.labeling.events import Labeled, Undone
-from pipeline.labeling.store import EventStore
 from tests.browser import audited_page, axe_findings, screenshot, until
 from tests.cases import full
-from tests.local_server import serving_app
 from tests.pipeline.labeling.desks import desk
+from tests.pipeline.labeling.pages import press, ready, saved, serving, shown
 
 if TYPE_CHECKING:  # most test runs do not need a browser
     from playwright.sync_api import Browser, Page
-
-
-@contextmanager
-def serving(at: Desk) -> Iterator[str]:
-    """Serve a desk; yield the address."""
-    with serving_app(make_app(at)) as port:
-        yield f"http://127.0.0.1:{port}/"
-
-
-def ready(page: Page) -> None:
-    saved = "!wsiLabel.single.pending.length && !wsiLabel.single.undoing"
-    until(page, f"{saved} && document.querySelector('#stage .patch')?.complete")
-
-
-def shown(page: Page) -> str:
-    """Return the id of the patch that is shown."""
-    return str(page.evaluate("() => wsiLabel.single.patch?.id"))
-
-
-def press(page: Page, *keys: str) -> None:
-    for key in keys:
-        page.keyboard.press(key)
-        ready(page)
-
-
-def saved(folder: Path) -> list[Any]:
-    """Return the labels and undos in the file."""
-    with EventStore(folder / "labels.sqlite") as store:
-        return [one.event for one in store.read() if isinstance(one.event, (Labeled, Undone))]
 
 
 def test_patches_are_labeled_with_the_keyboard_and_a_reload_goes_on_where_it_was(
@@ -155,25 +120,6 @@ def test_the_grid_saves_what_is_not_excluded_and_both_views_are_accessible(
         assert axe_findings(page) == []
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
         screenshot(page, f"label-phone-{scheme}", tmp_path)
-
-
-def test_the_page_says_that_the_server_is_gone_and_does_not_go_on(
-    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
-) -> None:
-    with browser.new_context() as context:
-        page = context.new_page()
-        with desk(tmp_path / "l", slides[:1], shipped) as at:
-            with serving(at) as url:
-                page.goto(url)
-                ready(page)
-                first = shown(page)
-            page.keyboard.press("1")
-            page.keyboard.press("Enter")
-            until(page, "!document.getElementById('fault').hidden")
-            assert "Start wsi-label again" in page.locator("#fault").inner_text()
-            assert shown(page) == first
-            assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
-            assert saved(tmp_path / "l") == []
 
 
 def test_the_next_patch_does_not_wait_for_the_disk_but_the_word_saved_does(
