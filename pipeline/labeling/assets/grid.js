@@ -1,6 +1,6 @@
 // The grid: patches that may show one class and no other. Those that do not fit are excluded before the rest is saved.
 
-import { picture, post } from "/assets/server.js";
+import { answersFor, picture, post } from "/assets/server.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -112,8 +112,9 @@ export class Grid {
     if (!this.patches.length || this.busy) return;
     const rest = this.patches.filter(({ id }) => !this.excluded.has(id));
     const seconds = Math.min(86400, (performance.now() - this.shownAt) / 1000 / Math.max(1, rest.length));
+    const answers = answersFor(this.state.classes, new Set([this.chosen]));
     const labels = rest.map(({ id, reason }) => ({
-      patch: id, present: [this.chosen], mark: "none", view: "grid", reason, suggested: null, seconds,
+      patch: id, answers, mark: "none", view: "grid", reason, suggested: null, seconds,
     }));
     await this.ask("/labels", { labels, excluded: [...this.excluded] }, () => `Saved: ${rest.length} patches`);
   }

@@ -18,6 +18,10 @@ export const state = () => answered(fetch("/state.json"));
 export const post = (path, body) =>
   answered(fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) }));
 
+// Returns the answers for the classes that the page shows.
+export const answersFor = (classes, present) =>
+  Object.fromEntries(classes.map(({ id }) => [id, present.has(id) ? "present" : "absent"]));
+
 // The pictures of a patch are elements that stay alive, because the browser may not keep them in its cache.
 export class Pictures {
   constructor() {

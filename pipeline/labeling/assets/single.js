@@ -1,6 +1,6 @@
 // The view of one patch: which classes are marked, and saving.
 
-import { Pictures, post } from "/assets/server.js";
+import { answersFor, Pictures, post } from "/assets/server.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -123,10 +123,10 @@ export class Single {
     if (!this.patch || this.undoing) return;
     const { patch, suggested } = this;
     const marked = [...this.present];
-    const present = mark === "none" ? marked : [];
+    const answers = mark === "none" ? answersFor(this.state.classes, this.present) : {};
     const seconds = Math.min(86400, (performance.now() - this.shownAt) / 1000);
-    const label = { patch: patch.id, present, mark, view: "single", reason: patch.reason, suggested, seconds };
-    const names = this.state.classes.filter(({ id }) => present.includes(id)).map(({ name }) => name);
+    const label = { patch: patch.id, answers, mark, view: "single", reason: patch.reason, suggested, seconds };
+    const names = this.state.classes.filter(({ id }) => answers[id] === "present").map(({ name }) => name);
     this.pending.push({ patch, marked, label, said: `Saved: ${mark === "none" ? names.join(", ") || "no class" : mark}` });
     this.steps = 0;
     this.show(this.next());

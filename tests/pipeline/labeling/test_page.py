@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from models.bundle import Bundle
+from pipeline.labeling.folder import add_classes
+from pipeline.labeling.store import EventStore
 from tests.browser import audited_page, axe_findings, screenshot, until
 from tests.cases import full
 from tests.pipeline.labeling.desks import desk
@@ -51,6 +53,24 @@ def test_patches_are_labeled_with_the_keyboard_and_a_reload_goes_on_where_it_was
         assert saved(folder)[-1].answers == {1: "present", 2: "absent"}
         assert saved(folder)[-1].place.id == order[1]
         assert shown(page) == order[4]
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_a_class_that_was_added_while_the_page_was_open_gets_no_answer_before_it_is_shown(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with desk(folder, slides, shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        first = shown(page)
+        with EventStore(folder / "labels.sqlite") as other:
+            add_classes(other, "ann", ["necrosis"], {})
+        press(page, "1", "Enter")
+        assert saved(folder)[-1].answers == {1: "present", 2: "absent"}
+        assert shown(page) == first, "it comes back, because it lacks an answer"
+        press(page, "3", "Enter")
+        assert saved(folder)[-1].answers == {1: "present", 2: "absent", 3: "present"}
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 
