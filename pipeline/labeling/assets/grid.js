@@ -1,6 +1,6 @@
 // The grid: patches that may show one class and no other. Those that do not fit are excluded before the rest is saved.
 
-import { answersFor, picture, post } from "/assets/server.js";
+import { answersFor, isLoaded, picture, post } from "/assets/server.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -81,6 +81,10 @@ export class Grid {
       button.setAttribute("aria-label", `Exclude patch ${i + 1} of ${patch.slide}`);
       const image = picture(patch, "patch");
       image.alt = "";
+      image.onerror = () => {
+        image.alt = "not loaded";
+        this.failed(new Error("Some pictures cannot be loaded. Their patches are not saved."));
+      };
       button.append(image);
       button.addEventListener("click", () => this.toggle(patch.id, button));
       return button;
@@ -110,7 +114,12 @@ export class Grid {
 
   async save() {
     if (!this.patches.length || this.busy) return;
-    const rest = this.patches.filter(({ id }) => !this.excluded.has(id));
+    const images = byId("patches").querySelectorAll("img");
+    const rest = this.patches.filter(({ id }, i) => !this.excluded.has(id) && isLoaded(images[i]));
+    if (!rest.length && !this.excluded.size) {
+      this.failed(new Error("NOT saved: no picture is loaded."));
+      return;
+    }
     const seconds = Math.min(86400, (performance.now() - this.shownAt) / 1000 / Math.max(1, rest.length));
     const answers = answersFor(this.state.classes, new Set([this.chosen]));
     const labels = rest.map(({ id, reason }) => ({

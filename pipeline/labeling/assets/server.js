@@ -28,8 +28,10 @@ export class Pictures {
     this.kept = new Map();
   }
 
+  // A picture that could not be loaded is requested again.
   of(patch) {
-    if (!this.kept.has(patch.id)) {
+    const kept = this.kept.get(patch.id);
+    if (!kept || (kept.patch.complete && !isLoaded(kept.patch))) {
       this.kept.set(patch.id, { around: picture(patch, "context"), patch: picture(patch, "patch") });
     }
     return this.kept.get(patch.id);
@@ -41,6 +43,9 @@ export class Pictures {
     for (const id of this.kept.keys()) if (!wanted.has(id)) this.kept.delete(id);
   }
 }
+
+// An image that failed is complete, too, but has no size.
+export const isLoaded = (image) => Boolean(image?.complete && image.naturalWidth);
 
 export function picture(patch, kind) {
   const image = new Image();

@@ -1,6 +1,6 @@
 // The view of one patch: which classes are marked, and saving.
 
-import { answersFor, Pictures, post } from "/assets/server.js";
+import { answersFor, isLoaded, Pictures, post } from "/assets/server.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -54,20 +54,31 @@ export class Single {
     this.renderAnswer();
   }
 
+  // Shows a text in the place of the picture.
+  renderText(text) {
+    const paragraph = document.createElement("p");
+    paragraph.id = "wait";
+    paragraph.textContent = text;
+    byId("stage").replaceChildren(paragraph);
+  }
+
   renderPicture() {
     const stage = byId("stage");
     if (!this.patch) {
-      const text = document.createElement("p");
-      text.id = "wait";
-      if (this.pending.length) text.textContent = "Saving…";
-      else if (this.state.opening) text.textContent = "Opening the next slide…";
-      else if (!this.state.slides.length) text.textContent = "No slide could be opened. The terminal shows the reason.";
-      else text.textContent = "Nothing left: every patch of these slides has a label.";
-      stage.replaceChildren(text);
+      if (this.pending.length) this.renderText("Saving…");
+      else if (this.state.opening) this.renderText("Opening the next slide…");
+      else if (!this.state.slides.length) this.renderText("No slide could be opened. The terminal shows the reason.");
+      else this.renderText("Nothing left: every patch of these slides has a label.");
       byId("about").textContent = "";
       return;
     }
     const { around, patch } = this.pictures.of(this.patch);
+    patch.onerror = () => {
+      if (!patch.isConnected) return;
+      const text = "The picture of this patch cannot be loaded. Enter tries again, U skips the patch.";
+      this.renderText(text);
+      this.announce(text);
+    };
     const share = 100 / Number(stage.dataset.context);
     Object.assign(patch.style, { left: `${(100 - share) / 2}%`, top: `${(100 - share) / 2}%`, width: `${share}%`, height: `${share}%` });
     stage.replaceChildren(around, patch);
@@ -121,6 +132,12 @@ export class Single {
   // Shows the next patch at once. "Saved" appears when the server has answered; if it cannot save, the patch comes back.
   async save(mark) {
     if (!this.patch || this.undoing) return;
+    // A patch that cannot be read can still be marked: otherwise, it would come again and again.
+    if (mark === "none" && !isLoaded(byId("stage").querySelector(".patch"))) {
+      this.renderPicture();
+      this.failed(new Error("NOT saved: the picture of this patch is not loaded."));
+      return;
+    }
     const { patch, suggested } = this;
     const marked = [...this.present];
     const answers = mark === "none" ? answersFor(this.state.classes, this.present) : {};

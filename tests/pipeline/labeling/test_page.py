@@ -153,6 +153,7 @@ def test_the_next_patch_does_not_wait_for_the_disk_but_the_word_saved_does(
         ready(page)
         order = [patch.place.id for patch in at.session.upcoming(4)]
         for keys in ("1", "Enter", "2", "Enter", "1"):
+            until(page, "document.querySelector('#stage .patch').complete")
             page.keyboard.press(keys)
         assert shown(page) == order[2]
         assert page.locator("#saved").inner_text() == ""

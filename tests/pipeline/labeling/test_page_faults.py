@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from models.bundle import Bundle
 from tests.browser import until
-from tests.pipeline.labeling.desks import desk
-from tests.pipeline.labeling.pages import ready, saved, serving, shown
+from tests.pipeline.labeling.desks import desk, save
+from tests.pipeline.labeling.pages import press, ready, saved, serving, shown
 
 if TYPE_CHECKING:  # most test runs do not need a browser
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Route
 
 
 def test_the_page_says_that_the_server_is_gone_and_does_not_go_on(
@@ -51,3 +53,65 @@ def test_an_error_of_the_grid_disappears_when_another_class_can_be_compared(
         page.keyboard.press("2")
         until(page, "document.getElementById('grid-about').textContent.startsWith('First label a patch')")
         assert page.locator("#fault").is_hidden()
+
+
+def test_a_patch_whose_picture_is_not_loaded_gets_no_answer_and_can_be_loaded_again_or_skipped(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with browser.new_context() as context, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        page = context.new_page()
+        page.route("**/patch.jpg", lambda route: route.fulfill(status=503))
+        page.goto(url)
+        cannot = "document.getElementById('wait')?.textContent.includes('cannot be loaded')"
+        until(page, cannot)
+        first, second = (patch.place.id for patch in at.session.upcoming(2))
+        page.keyboard.press("u")
+        until(page, f"wsiLabel.single.patch?.id === '{second}' && {cannot}")
+        page.keyboard.press("1")
+        page.keyboard.press("Enter")
+        assert page.locator("#fault").inner_text() == "NOT saved: the picture of this patch is not loaded."
+        until(page, cannot)
+        page.unroute("**/patch.jpg")
+        page.keyboard.press("Enter")
+        until(page, "document.querySelector('#stage .patch')?.naturalWidth")
+        assert [(one.place.id, one.mark) for one in saved(folder)] == [(first, "unsure")]
+        press(page, "Enter")
+        assert [(one.place.id, one.answers) for one in saved(folder)[1:]] == [(second, {1: "present", 2: "absent"})]
+        assert page.locator("#fault").is_hidden()
+
+
+def test_the_grid_does_not_save_patches_whose_pictures_are_not_loaded(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_half(route: Route) -> None:
+        if route.request.url.split("/")[-2] < "8":
+            route.fulfill(status=503)
+        else:
+            route.continue_()
+
+    folder = tmp_path / "l"
+    monkeypatch.setattr("pipeline.labeling.app.POOL", 60)  # the network takes a second for these
+    with browser.new_context() as context, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        save(at, at.session.upcoming(1)[0], 1)
+        page = context.new_page()
+        page.route("**/patch.jpg", lambda route: route.fulfill(status=503))
+        page.goto(url)
+        until(page, "window.wsiLabel?.single.patch")
+        page.keyboard.press("g")
+        page.keyboard.press("1")
+        images = "[...document.querySelectorAll('#patches img')]"
+        until(page, f"{images}.length && {images}.every((image) => image.complete)", seconds=40)
+        page.keyboard.press("Enter")
+        assert page.locator("#fault").inner_text() == "NOT saved: no picture is loaded."
+        page.route("**/patch.jpg", lose_half)
+        page.keyboard.press("1")
+        until(page, f"{images}.some((image) => image.naturalWidth) && {images}.every((image) => image.complete)")
+        loaded = page.evaluate(
+            f"() => wsiLabel.grid.patches.filter((_, i) => {images}[i].naturalWidth).map(({{ id }}) => id)"
+        )
+        assert 0 < len(loaded) < 24
+        assert page.locator("#fault").inner_text() == "Some pictures cannot be loaded. Their patches are not saved."
+        page.keyboard.press("Enter")
+        until(page, f"document.getElementById('saved').textContent === 'Saved: {len(loaded)} patches'")
+        assert [one.place.id for one in saved(folder) if one.view == "grid"] == loaded
