@@ -55,8 +55,8 @@ export class Grid {
       for (;;) {
         const { missing, of, patches, why } = await post("/grid", { class_id: this.chosen });
         if (turn !== this.turn) return;
-        this.answered();
         if (!missing) {
+          this.answered();
           this.show(patches);
           byId("grid-about").textContent = patches.length
             ? `Do these patches show ${name} and no other class? Click those that do not, then save the rest.` : why;
@@ -135,6 +135,7 @@ export class Grid {
   async ask(path, body, said) {
     if (this.busy) return;
     this.busy = true;
+    byId("saved").textContent = "";
     try {
       const state = await post(path, body);
       this.done(state);

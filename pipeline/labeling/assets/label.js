@@ -62,8 +62,10 @@ function place(patch) {
   Object.assign(marker.style, { left, top, width, height });
 }
 
+// The server answers: labels that could not be saved are sent again.
 function answered() {
   byId("fault").hidden = true;
+  single.send();
 }
 
 function done(state) {

@@ -14,7 +14,8 @@ export class Single {
     this.present = new Set();
     this.suggested = null;
     this.steps = 0; // back in the history
-    this.pending = []; // labels that are on their way to the server
+    this.pending = []; // labels that are not saved yet, in the order of the keys
+    this.sending = null; // a promise while they are on their way
     this.undoing = false;
     for (const [id, act] of Object.entries({
       back: () => this.back(), save: () => this.save("none"), unsure: () => this.save("unsure"),
@@ -25,8 +26,9 @@ export class Single {
   // Shows the next patch of a state, or the one that was undone.
   update(state) {
     this.state = state;
-    this.pictures.keep([...state.undone.slice(0, 1), ...state.upcoming, ...state.history.slice(0, 3)]);
-    const place = this.steps ? state.history.findIndex(({ id }) => id === this.patch.id) : -1;
+    const history = this.history();
+    this.pictures.keep([...state.undone.slice(0, 1), ...state.upcoming, ...history.slice(0, 3)]);
+    const place = this.steps ? history.findIndex(({ id }) => id === this.patch.id) : -1;
     const wanted = state.undone[0] ?? this.next();
     if (!state.undone.length && (place >= 0 || (wanted && wanted.id === this.patch?.id))) {
       // The user already works on this patch: keep what is marked.
@@ -36,6 +38,12 @@ export class Single {
       this.steps = 0;
       this.show(wanted);
     }
+  }
+
+  // Returns the labeled patches, the latest first. Those whose label is not saved yet come before the others.
+  history() {
+    const all = [...this.pending.map(({ patch }) => patch).reverse(), ...this.state.history];
+    return all.filter(({ id }, i) => all.findIndex((one) => one.id === id) === i);
   }
 
   // Returns the next patch whose label is not on its way.
@@ -116,7 +124,7 @@ export class Single {
     byId("suggest").hidden = !this.state.model;
     for (const id of ["save", "unsure", "artifact"]) byId(id).disabled = !this.patch;
     byId("suggest").disabled = !this.patch || this.patch.blind;
-    byId("back").disabled = this.steps >= this.state.history.length;
+    byId("back").disabled = this.steps >= this.history().length;
   }
 
   toggle(k) {
@@ -144,35 +152,51 @@ export class Single {
     const seconds = Math.min(86400, (performance.now() - this.shownAt) / 1000);
     const label = { patch: patch.id, answers, mark, view: "single", reason: patch.reason, suggested, seconds };
     const names = this.state.classes.filter(({ id }) => answers[id] === "present").map(({ name }) => name);
-    this.pending.push({ patch, marked, label, said: `Saved: ${mark === "none" ? names.join(", ") || "no class" : mark}` });
+    const said = `Saved: ${mark === "none" ? names.join(", ") || "no class" : mark}`;
+    const waiting = { patch: { ...patch, label: { present: marked, mark } }, label, said };
+    // A label that could not be saved keeps its place in the queue.
+    if (!this.sending && this.pending[0]?.patch.id === patch.id) this.pending[0] = waiting;
+    else this.pending.push(waiting);
+    byId("saved").textContent = "";
     this.steps = 0;
     this.show(this.next());
-    if (this.pending.length === 1) await this.send();
+    await this.send();
   }
 
-  // Sends one label after the other, so that they are saved in the order of the keys.
-  async send() {
+  send() {
+    this.sending ??= this.sendAll().finally(() => {
+      this.sending = null;
+    });
+    return this.sending;
+  }
+
+  // Sends one label after the other, so that they are saved in the order of the keys. If one cannot be saved, it and
+  // those behind it wait for the next call.
+  async sendAll() {
     while (this.pending.length) {
-      const [{ patch, marked, label, said }] = this.pending;
+      const [{ patch, label, said }] = this.pending;
       try {
         const state = await post("/labels", { labels: [label] });
         this.pending.shift();
         this.done(state);
-        this.announce(said);
+        if (!this.pending.length) this.announce(said);
       } catch (error) {
-        this.pending = [];
+        this.steps = this.history().findIndex(({ id }) => id === patch.id) + 1;
         this.show(patch);
-        this.present = new Set(marked);
-        this.renderAnswer();
-        this.failed(error);
+        this.suggested = label.suggested;
+        this.failed(new Error(`${error.message} Labels not saved: ${this.pending.length}.`));
+        return;
       }
     }
   }
 
+  // Undoes the last label, which may still be on its way.
   async undo() {
-    if (this.pending.length || this.undoing) return;
+    if (this.undoing) return;
     this.undoing = true;
     try {
+      await this.send();
+      if (this.pending.length) return;
       const state = await post("/undo", {});
       this.done(state);
       this.announce(state.undone.length ? "Undone" : "Nothing to undo");
@@ -184,8 +208,9 @@ export class Single {
   }
 
   back() {
-    if (this.steps >= this.state.history.length) return;
-    this.show(this.state.history[this.steps]);
+    const history = this.history();
+    if (this.steps >= history.length) return;
+    this.show(history[this.steps]);
     this.steps += 1;
     this.renderAnswer();
     this.announce("Previous patch");

@@ -15,7 +15,7 @@ from tests.browser import until
 from tests.local_server import serving_app
 
 if TYPE_CHECKING:  # most test runs do not need a browser
-    from playwright.sync_api import Page
+    from playwright.sync_api import Page, Route
 
 
 @contextmanager
@@ -45,3 +45,10 @@ def saved(folder: Path) -> list[Any]:
     """Return the labels and undos in the file."""
     with EventStore(folder / "labels.sqlite") as store:
         return [one.event for one in store.read() if isinstance(one.event, (Labeled, Undone))]
+
+
+def held(page: Page) -> list[Route]:
+    """Hold the labels that the page sends from now on. Return the list to which their requests are added."""
+    requests: list[Route] = []
+    page.route("**/labels", lambda route: requests.append(route))  # noqa: PLW0108 - Playwright needs a function of Python
+    return requests

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,7 +13,7 @@ from pipeline.labeling.store import EventStore
 from tests.browser import audited_page, axe_findings, screenshot, until
 from tests.cases import full
 from tests.pipeline.labeling.desks import desk
-from tests.pipeline.labeling.pages import press, ready, saved, serving, shown
+from tests.pipeline.labeling.pages import held, press, ready, saved, serving, shown
 
 if TYPE_CHECKING:  # most test runs do not need a browser
     from playwright.sync_api import Browser, Page
@@ -147,8 +147,7 @@ def test_the_next_patch_does_not_wait_for_the_disk_but_the_word_saved_does(
 ) -> None:
     folder = tmp_path / "l"
     with desk(folder, slides, shipped) as at, serving(at) as url:
-        held: list[Any] = []
-        page.route("**/labels", lambda route: held.append(route))  # noqa: PLW0108 - Playwright needs a function of Python
+        requests = held(page)
         page.goto(url)
         ready(page)
         order = [patch.place.id for patch in at.session.upcoming(4)]
@@ -159,13 +158,44 @@ def test_the_next_patch_does_not_wait_for_the_disk_but_the_word_saved_does(
         assert page.locator("#saved").inner_text() == ""
         assert saved(folder) == []
         for count in (1, 2):
-            while len(held) < count:
+            while len(requests) < count:
                 page.wait_for_timeout(20)
-            held[count - 1].continue_()
+            assert page.locator("#saved").inner_text() == ""
+            requests[count - 1].continue_()
         until(page, "document.getElementById('saved').textContent === 'Saved: class-1'")
         assert [(one.place.id, one.answers[1]) for one in saved(folder)] == [
             (order[0], "present"), (order[1], "absent")
         ]  # fmt: skip
         assert shown(page) == order[2]
         assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_a_label_that_is_not_saved_yet_is_the_last_one_for_back_and_undo(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with desk(folder, slides, shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        first, second, third = (patch.place.id for patch in at.session.upcoming(3))
+        press(page, "1", "Enter")
+        assert page.locator("#saved").inner_text() == "Saved: class-0"
+        requests = held(page)
+        for key in ("2", "Enter"):
+            page.keyboard.press(key)
+        assert page.locator("#saved").inner_text() == "", "the word was about the label before"
+        assert shown(page) == third
+        page.keyboard.press("Backspace")
+        assert shown(page) == second
+        assert page.get_by_role("button", name="class-1").get_attribute("aria-pressed") == "true"
+        page.keyboard.press("Backspace")
+        assert shown(page) == first
+        page.keyboard.press("z")
+        assert len(saved(folder)) == 1
+        requests[0].continue_()
+        ready(page)
+        assert page.locator("#announcement").inner_text() == "Undone"
+        assert [one.kind for one in saved(folder)] == ["label", "label", "undo"]
+        assert shown(page) == second
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server

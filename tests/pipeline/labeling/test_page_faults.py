@@ -10,7 +10,7 @@ import pytest
 from models.bundle import Bundle
 from tests.browser import until
 from tests.pipeline.labeling.desks import desk, save
-from tests.pipeline.labeling.pages import press, ready, saved, serving, shown
+from tests.pipeline.labeling.pages import held, press, ready, saved, serving, shown
 
 if TYPE_CHECKING:  # most test runs do not need a browser
     from playwright.sync_api import Browser, Route
@@ -101,7 +101,7 @@ def test_the_grid_does_not_save_patches_whose_pictures_are_not_loaded(
         page.keyboard.press("g")
         page.keyboard.press("1")
         images = "[...document.querySelectorAll('#patches img')]"
-        until(page, f"{images}.length && {images}.every((image) => image.complete)", seconds=40)
+        until(page, f"{images}.length && {images}.every((image) => image.alt)", seconds=40)
         page.keyboard.press("Enter")
         assert page.locator("#fault").inner_text() == "NOT saved: no picture is loaded."
         page.route("**/patch.jpg", lose_half)
@@ -115,3 +115,34 @@ def test_the_grid_does_not_save_patches_whose_pictures_are_not_loaded(
         page.keyboard.press("Enter")
         until(page, f"document.getElementById('saved').textContent === 'Saved: {len(loaded)} patches'")
         assert [one.place.id for one in saved(folder) if one.view == "grid"] == loaded
+
+
+def test_labels_that_could_not_be_saved_are_sent_again_in_their_order(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with browser.new_context() as context, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        page = context.new_page()
+        page.goto(url)
+        ready(page)
+        old, first, second = (patch.place.id for patch in at.session.upcoming(3))
+        press(page, "1", "Enter")
+        requests = held(page)
+        for key in ("1", "Enter", "Backspace", "Backspace", "2", "Enter", "u"):
+            until(page, "document.querySelector('#stage .patch').complete")
+            page.keyboard.press(key)
+        requests[0].fulfill(status=507, body="NOT saved; see the terminal for the reason.")
+        page.unroute("**/labels")
+        until(page, "!document.getElementById('fault').hidden")
+        reason = "NOT saved; see the terminal for the reason. Labels not saved: 3."
+        assert page.locator("#fault").inner_text() == reason
+        assert page.locator("#saved").inner_text() == ""
+        assert shown(page) == first
+        page.keyboard.press("2")
+        press(page, "Enter")
+        both = {1: "present", 2: "present"}
+        assert [(one.place.id, one.answers, one.mark) for one in saved(folder)[1:]] == [
+            (first, both, "none"), (old, both, "none"), (second, {}, "unsure"),
+        ]  # fmt: skip
+        assert page.locator("#fault").is_hidden()
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
