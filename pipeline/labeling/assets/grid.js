@@ -1,6 +1,6 @@
 // The grid: patches that may show one class and no other. Those that do not fit are excluded before the rest is saved.
 
-import { answersFor, isLoaded, picture, post } from "/assets/server.js";
+import { answersFor, isLoaded, onFirstClick, picture, post } from "/assets/server.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -12,7 +12,7 @@ export class Grid {
     this.patches = [];
     this.excluded = new Set();
     this.turn = 0;
-    byId("grid-save").addEventListener("click", () => this.save());
+    onFirstClick(byId("grid-save"), () => this.save());
     byId("grid-undo").addEventListener("click", () => this.undo());
   }
 

@@ -1,4 +1,4 @@
-// Asks the server, and keeps the pictures of the next patches.
+// What both views need: requests to the server, the pictures of the next patches, and buttons that save.
 
 export class ServerError extends Error {}
 
@@ -21,6 +21,10 @@ export const post = (path, body) =>
 // Returns the answers for the classes that the page shows.
 export const answersFor = (classes, present) =>
   Object.fromEntries(classes.map(({ id }) => [id, present.has(id) ? "present" : "absent"]));
+
+// The second click of a double click would save patches that nobody has looked at.
+export const onFirstClick = (button, act) =>
+  button.addEventListener("click", ({ detail }) => detail > 1 || act());
 
 // The pictures of a patch are elements that stay alive, because the browser may not keep them in its cache.
 export class Pictures {

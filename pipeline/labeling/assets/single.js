@@ -1,6 +1,6 @@
 // The view of one patch: which classes are marked, and saving.
 
-import { answersFor, isLoaded, Pictures, post } from "/assets/server.js";
+import { answersFor, isLoaded, onFirstClick, Pictures, post } from "/assets/server.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -18,9 +18,11 @@ export class Single {
     this.sending = null; // a promise while they are on their way
     this.undoing = false;
     for (const [id, act] of Object.entries({
-      back: () => this.back(), save: () => this.save("none"), unsure: () => this.save("unsure"),
-      artifact: () => this.save("artifact"), undo: () => this.undo(), suggest: () => this.suggest(),
+      back: () => this.back(), undo: () => this.undo(), suggest: () => this.suggest(),
     })) byId(id).addEventListener("click", act);
+    for (const [id, mark] of Object.entries({ save: "none", unsure: "unsure", artifact: "artifact" })) {
+      onFirstClick(byId(id), () => this.save(mark));
+    }
   }
 
   // Shows the next patch of a state, or the one that was undone.

@@ -199,3 +199,16 @@ def test_a_label_that_is_not_saved_yet_is_the_last_one_for_back_and_undo(
         assert [one.kind for one in saved(folder)] == ["label", "label", "undo"]
         assert shown(page) == second
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_a_double_click_saves_one_patch(page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
+    folder = tmp_path / "l"
+    with desk(folder, slides, shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        for name, mark in (("Save, next", "none"), ("Unsure", "unsure"), ("Artifact", "artifact")):
+            page.get_by_role("button", name=name).dblclick()
+            ready(page)
+            assert [one.mark for one in saved(folder)][-1:] == [mark]
+        assert len(saved(folder)) == 3
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
