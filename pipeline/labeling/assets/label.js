@@ -54,9 +54,9 @@ function place(patch) {
   image.hidden = marker.hidden = !patch;
   byId("slide-name").textContent = patch?.slide ?? "";
   if (!patch) return;
-  if (image.dataset.slide !== patch.slide) {
+  if (image.dataset.slide !== patch.digest) {
     image.src = `/patches/${patch.id}/slide.jpg`;
-    image.dataset.slide = patch.slide;
+    image.dataset.slide = patch.digest;
   }
   const [left, top, width, height] = patch.at.map((share) => `${share * 100}%`);
   Object.assign(marker.style, { left, top, width, height });

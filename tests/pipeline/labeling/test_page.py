@@ -12,7 +12,7 @@ from pipeline.labeling.folder import add_classes
 from pipeline.labeling.store import EventStore
 from tests.browser import audited_page, axe_findings, screenshot, until
 from tests.cases import full
-from tests.pipeline.labeling.desks import desk
+from tests.pipeline.labeling.desks import desk, label_slide
 from tests.pipeline.labeling.pages import held, press, ready, saved, serving, shown
 
 if TYPE_CHECKING:  # most test runs do not need a browser
@@ -94,6 +94,29 @@ def test_the_patch_lies_in_the_middle_of_its_dimmed_surroundings_and_is_marked_o
         assert marker is not None
         assert (marker["x"] - slide["x"]) / slide["width"] == pytest.approx(place.x_l0 / 1280, abs=0.02)
         assert (marker["y"] - slide["y"]) / slide["height"] == pytest.approx(place.y_l0 / 832, abs=0.02)
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_two_slides_with_the_same_file_name_have_their_own_pictures_and_are_named_with_their_folders(
+    page: Page, tmp_path: Path, shipped: Bundle
+) -> None:
+    three = [tmp_path / name for name in ("c.svs", "a/scan.svs", "b/scan.svs")]
+    for slide in three[1:]:
+        slide.parent.mkdir()
+    for seed, slide in enumerate(three):
+        label_slide(slide, seed)
+    with desk(tmp_path / "l", three, shipped) as at, serving(at) as url:
+        page.goto(url)
+        for title in ("c.svs", "a/scan.svs", "b/scan.svs"):
+            ready(page)
+            pictured = page.evaluate("() => document.getElementById('thumbnail').src.split('/').at(-2)")
+            of_picture, of_patch = at.session.place(pictured), at.session.place(shown(page))
+            assert of_picture is not None
+            assert of_patch is not None
+            assert of_picture.slide == of_patch.slide
+            assert page.locator("#slide-name").inner_text() == title
+            press(page, "Enter")
+        assert page.locator("#by-slide dt").all_inner_texts() == ["c.svs", "a/scan.svs", "b/scan.svs"]
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 
