@@ -10,7 +10,7 @@ export class Grid {
     Object.assign(this, { done, answered, failed, announce });
     this.chosen = null;
     this.patches = [];
-    this.excluded = new Set();
+    this.excluded = new Set(); // ids for the chosen class, also of patches that are not shown now
     this.turn = 0;
     onFirstClick(byId("grid-save"), () => this.save());
     byId("grid-undo").addEventListener("click", () => this.undo());
@@ -40,6 +40,7 @@ export class Grid {
   choose(k) {
     const one = this.state.classes[k];
     if (!one) return;
+    if (one.id !== this.chosen) this.excluded.clear();
     this.chosen = one.id;
     this.update(this.state);
     this.load();
@@ -72,12 +73,11 @@ export class Grid {
 
   show(patches) {
     this.patches = patches;
-    this.excluded = new Set();
     this.shownAt = performance.now();
     const buttons = patches.map((patch, i) => {
       const button = document.createElement("button");
       button.type = "button";
-      button.setAttribute("aria-pressed", "false");
+      button.setAttribute("aria-pressed", String(this.excluded.has(patch.id)));
       button.setAttribute("aria-label", `Exclude patch ${i + 1} of ${patch.slide}`);
       const image = picture(patch, "patch");
       image.alt = "";
@@ -116,7 +116,8 @@ export class Grid {
     if (!this.patches.length || this.busy) return;
     const images = byId("patches").querySelectorAll("img");
     const rest = this.patches.filter(({ id }, i) => !this.excluded.has(id) && isLoaded(images[i]));
-    if (!rest.length && !this.excluded.size) {
+    const excluded = this.patches.map(({ id }) => id).filter((id) => this.excluded.has(id));
+    if (!rest.length && !excluded.length) {
       this.failed(new Error("NOT saved: no picture is loaded."));
       return;
     }
@@ -125,7 +126,7 @@ export class Grid {
     const labels = rest.map(({ id, reason }) => ({
       patch: id, answers, mark: "none", view: "grid", reason, suggested: null, seconds,
     }));
-    await this.ask("/labels", { labels, excluded: [...this.excluded] }, () => `Saved: ${rest.length} patches`);
+    await this.ask("/labels", { labels, excluded }, () => `Saved: ${rest.length} patches`);
   }
 
   async undo() {

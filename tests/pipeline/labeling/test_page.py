@@ -12,7 +12,7 @@ from pipeline.labeling.folder import add_classes
 from pipeline.labeling.store import EventStore
 from tests.browser import audited_page, axe_findings, screenshot, until
 from tests.cases import full
-from tests.pipeline.labeling.desks import desk, label_slide
+from tests.pipeline.labeling.desks import desk, label_slide, save
 from tests.pipeline.labeling.pages import held, press, ready, saved, serving, shown
 
 if TYPE_CHECKING:  # most test runs do not need a browser
@@ -234,4 +234,35 @@ def test_a_double_click_saves_one_patch(page: Page, tmp_path: Path, slides: list
             ready(page)
             assert [one.mark for one in saved(folder)][-1:] == [mark]
         assert len(saved(folder)) == 3
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_the_grid_keeps_exclusions_until_another_class_is_chosen(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "l"
+    monkeypatch.setattr("pipeline.labeling.app.POOL", 60)  # the network takes a second for these
+    with desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        for number, patch in enumerate(at.session.upcoming(2), start=1):
+            save(at, patch, number)
+        page.goto(url)
+        ready(page)
+        images = "[...document.querySelectorAll('#patches img')]"
+        loaded = f"{images}.length === 24 && {images}.every((image) => image.complete)"
+        excluded = page.locator("#patches [aria-pressed=true]")
+        page.keyboard.press("g")
+        page.keyboard.press("1")
+        until(page, loaded, seconds=40)
+        for number in (1, 3):
+            page.locator("#patches button").nth(number).click()
+        marked = excluded.evaluate_all("(buttons) => buttons.map((button) => button.ariaLabel)")
+        page.keyboard.press("g")
+        page.keyboard.press("g")
+        until(page, loaded)
+        assert excluded.evaluate_all("(buttons) => buttons.map((button) => button.ariaLabel)") == marked
+        page.keyboard.press("Enter")
+        until(page, "document.getElementById('saved').textContent === 'Saved: 22 patches'")
+        page.keyboard.press("2")
+        until(page, loaded)
+        assert excluded.count() == 0
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
