@@ -183,7 +183,7 @@ class LabelPage:
             "counts": {"labeled": counts.labeled, "incomplete": counts.incomplete, "unsure": counts.unsure,
                        "artifact": counts.artifact},
             "slides": [
-                {"name": one.added.name, "labeled": counts.by_slide.get(one.added.digest, 0), "patches": len(one.order)}
+                {"name": one.title, "labeled": counts.by_slide.get(one.added.digest, 0), "patches": len(one.order)}
                 for one in slides.ready()
             ],
             "opening": slides.count - slides.opened(),
@@ -200,7 +200,8 @@ class LabelPage:
         place = patch.place
         return {
             "id": place.id,
-            "slide": ready.added.name,
+            "slide": ready.title,
+            "digest": place.slide,
             "reason": patch.reason,
             "blind": patch.blind,
             "micrometers": round(place.side * place.mpp),

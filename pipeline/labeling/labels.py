@@ -98,9 +98,14 @@ class Labels:
             self._labels[place][annotator] = kept
 
     @property
+    def class_ids(self) -> set[int]:
+        """Return the numbers of all classes, also of those that were merged into others."""
+        return {*self.classes, *self._target}
+
+    @property
     def next_class_id(self) -> int:
         """Return the number of the next class that is added."""
-        return max([*self.classes, *self._target], default=0) + 1
+        return max(self.class_ids, default=0) + 1
 
     def places(self) -> list[Place]:
         """Return the patches with a label, in the order of their first label."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,7 +20,7 @@ class LabelRequest(_Request):
     """A label of one patch."""
 
     patch: PatchId
-    present: Annotated[frozenset[int], Field(max_length=254)]
+    answers: Annotated[dict[int, Literal["present", "absent"]], Field(max_length=254)]
     mark: Mark
     view: View
     reason: Reason
@@ -29,7 +29,7 @@ class LabelRequest(_Request):
 
     def as_label(self, place: Place) -> NewLabel:
         """Return the label of this patch."""
-        return NewLabel(place, self.present, self.mark, self.view, self.seconds, self.suggested)
+        return NewLabel(place, self.answers, self.mark, self.view, self.seconds, self.suggested)
 
 
 class LabelsRequest(_Request):

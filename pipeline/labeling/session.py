@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -32,7 +32,7 @@ class Patch:
     reason: Reason
     blind: bool
     label: Labeled | None = None
-    """The annotator's own label, if there is one."""
+    """The annotator's own label with an answer for each current class, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class NewLabel:
     """A label that a person made."""
 
     place: Place
-    present: frozenset[int]
-    """Numbers of the classes that are present. All others are absent."""
+    answers: Mapping[int, Answer]
+    """Answer for the number of each class that the page showed."""
     mark: Mark
     view: View
     seconds: float | None
@@ -101,7 +101,10 @@ class Session:
         """Return a patch to show, and remember its id."""
         with self._lock:
             self._handed[place.id] = place
-            return Patch(place, reason, self._labels.is_blind(place), self._labels.label(place, self.annotator))
+            label = self._labels.label(place, self.annotator)
+            if label is not None:
+                label = label.model_copy(update={"answers": self._labels.answers(label)})
+            return Patch(place, reason, self._labels.is_blind(place), label)
 
     def upcoming(self, count: int = AHEAD) -> list[Patch]:
         """Return the next patches to label. Waits for a slide only if the open ones have no patch left."""
@@ -206,9 +209,8 @@ class Session:
         """Save labels together. Raises LabelingError if they cannot be saved, or name a class that does not exist."""
         with self._lock:
             self._follow()
-            known = set(self._labels.classes)
             for one in labels:
-                if strange := one.present - known:
+                if strange := one.answers.keys() - self._labels.class_ids:
                     raise LabelingError(f"class {min(strange)} does not exist; reload the page")
             added = [ready.added for ready in self._slides.ready() if ready.added not in self._registered]
             events: list[Event] = [*added, *(self._event(one, reasons.get(one.place, "random")) for one in labels)]
@@ -221,12 +223,9 @@ class Session:
         self.saved()
 
     def _event(self, new: NewLabel, reason: Reason) -> Labeled:
-        answers: dict[int, Answer] = {}
-        if new.mark == "none":
-            answers = {id_: "present" if id_ in new.present else "absent" for id_ in self._labels.classes}
         return Labeled(
             place=new.place,
-            answers=answers,
+            answers=dict(new.answers) if new.mark == "none" else {},
             mark=new.mark,
             view=new.view,
             reason=reason,

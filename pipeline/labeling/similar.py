@@ -79,7 +79,8 @@ class SimilarPatches:
             groups = [[self._known[p] for p in group if p in self._known] for group in (known, present, absent)]
         if not known:
             return []
-        score_N = similarity(*(np.array(group, np.float32).reshape(len(group), -1) for group in groups))
+        length = len(groups[0][0])  # an empty group does not show it
+        score_N = similarity(*(np.array(group, np.float32).reshape(len(group), length) for group in groups))
         return [known[i] for i in np.argsort(-score_N, kind="stable")]
 
     def _work(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.files import printable_name
 from pipeline.labeling.events import FolderStarted, Place, SlideAdded
 from pipeline.labeling.patches import SlidePatches, round_robin, shuffled
 from wsi.errors import WsiSegmentError
@@ -35,6 +38,8 @@ class ReadySlide:
     """An opened slide."""
 
     added: SlideAdded
+    title: str
+    """Its file name, with folders if another slide of the session has the same file name."""
     patches: SlidePatches
     order: Sequence[Place]
     """Its patches on tissue, in the random order."""
@@ -49,6 +54,7 @@ class Slides:
         self._settings = settings
         self._digests = {one.stamp: one.digest for one in known}
         self._files = sorted(files, key=lambda file: (file.path.name, str(file.path)))
+        self._titles = _titles([file.path for file in self._files])
         # One thread: opening slides is bound by the disk, and the page needs the processor.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="slides")
         self._ready: list[Future[ReadySlide | None]] = [self._thread.submit(self._open, file) for file in self._files]
@@ -116,7 +122,7 @@ class Slides:
             patches = SlidePatches(slide, digest, self._settings.mpp, self._settings.side)
             order = shuffled(patches.on_tissue(find_tissue(slide)), self._settings.seed)
             added = SlideAdded(digest=digest, stamp=stamp, name=file.path.name, patient=file.patient)
-            return ReadySlide(added, patches, order, patches.thumbnail())
+            return ReadySlide(added, self._titles[file.path], patches, order, patches.thumbnail())
         except BaseException:
             slide.close()
             raise
@@ -131,6 +137,16 @@ class Slides:
         self._thread.shutdown(wait=True, cancel_futures=True)
         for one in self.ready():
             one.patches.close()
+
+
+def _titles(paths: Sequence[Path]) -> dict[Path, str]:
+    counts = Counter(path.name for path in paths)
+    titles = {path: path.name for path in paths}
+    repeated = [path for path in paths if counts[path.name] > 1]
+    if repeated:
+        common = os.path.commonpath([path.absolute().parent for path in repeated])
+        titles |= {path: path.absolute().relative_to(common).as_posix() for path in repeated}
+    return {path: printable_name(title) for path, title in titles.items()}
 
 
 def _later(future: Future[ReadySlide | None]) -> Iterator[Place | None]:

@@ -105,8 +105,9 @@ def test_a_killed_server_has_every_label_that_the_page_showed_as_saved(tmp_path:
             for _ in range(rng.randint(1, 3)):
                 patch = state["upcoming"][0]
                 assert patch["id"] not in answered, "a labeled patch came again"
-                new = {"patch": patch["id"], "present": [2], "mark": "none", "view": "single", "seconds": 1.0}
-                state = ask(url, "labels", {"labels": [{**new, "reason": patch["reason"], "suggested": None}]})
+                new = {"patch": patch["id"], "answers": {1: "absent", 2: "present"}, "reason": patch["reason"],
+                       "mark": "none", "view": "single", "seconds": 1.0, "suggested": None}  # fmt: skip
+                state = ask(url, "labels", {"labels": [new]})
                 answered.append(patch["id"])
             process.kill()
             process.communicate()

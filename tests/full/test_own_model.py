@@ -83,14 +83,16 @@ def label_with_keys(page: Page, url: str, count: int) -> None:
 
 def label_in_grid(page: Page, url: str, count: int) -> int:
     """Save the dense patches of a grid, at most `count`. Return their number."""
-    until(page, "wsiLabel.grid.patches.length && document.querySelectorAll('#patches img').length", seconds=120)
+    images = "[...document.querySelectorAll('#patches img')]"
+    until(page, f"{images}.length && {images}.every((image) => image.complete)", seconds=120)
     patches = page.evaluate(
         "() => { wsiLabel.grid.patches.shown = true; return wsiLabel.grid.patches.map((p) => p.id); }"
     )
     fitting = [n for n, patch in enumerate(patches) if is_dense(url, patch)][:count]
     for n in range(len(patches)):
-        if n not in fitting:
-            page.locator("#patches button").nth(n).click()
+        button = page.locator("#patches button").nth(n)
+        if button.get_attribute("aria-pressed") != str(n not in fitting).lower():
+            button.click()
     page.keyboard.press("Enter")
     until(page, "!wsiLabel.grid.patches.shown", seconds=120)
     return len(fitting)

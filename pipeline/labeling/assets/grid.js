@@ -1,17 +1,18 @@
 // The grid: patches that may show one class and no other. Those that do not fit are excluded before the rest is saved.
 
-import { picture, post } from "/assets/server.js";
+import { answersFor, isLoaded, onFirstClick, picture, post } from "/assets/server.js";
 
 const byId = (id) => document.getElementById(id);
 
 export class Grid {
-  constructor({ done, failed, announce }) {
-    Object.assign(this, { done, failed, announce });
+  // `answered()` is called when the server has sent patches; `single.js` explains the others.
+  constructor({ done, answered, failed, announce }) {
+    Object.assign(this, { done, answered, failed, announce });
     this.chosen = null;
     this.patches = [];
-    this.excluded = new Set();
+    this.excluded = new Set(); // ids for the chosen class, also of patches that are not shown now
     this.turn = 0;
-    byId("grid-save").addEventListener("click", () => this.save());
+    onFirstClick(byId("grid-save"), () => this.save());
     byId("grid-undo").addEventListener("click", () => this.undo());
   }
 
@@ -39,6 +40,7 @@ export class Grid {
   choose(k) {
     const one = this.state.classes[k];
     if (!one) return;
+    if (one.id !== this.chosen) this.excluded.clear();
     this.chosen = one.id;
     this.update(this.state);
     this.load();
@@ -55,6 +57,7 @@ export class Grid {
         const { missing, of, patches, why } = await post("/grid", { class_id: this.chosen });
         if (turn !== this.turn) return;
         if (!missing) {
+          this.answered();
           this.show(patches);
           byId("grid-about").textContent = patches.length
             ? `Do these patches show ${name} and no other class? Click those that do not, then save the rest.` : why;
@@ -70,15 +73,18 @@ export class Grid {
 
   show(patches) {
     this.patches = patches;
-    this.excluded = new Set();
     this.shownAt = performance.now();
     const buttons = patches.map((patch, i) => {
       const button = document.createElement("button");
       button.type = "button";
-      button.setAttribute("aria-pressed", "false");
+      button.setAttribute("aria-pressed", String(this.excluded.has(patch.id)));
       button.setAttribute("aria-label", `Exclude patch ${i + 1} of ${patch.slide}`);
       const image = picture(patch, "patch");
       image.alt = "";
+      image.onerror = () => {
+        image.alt = "not loaded";
+        this.failed(new Error("Some pictures cannot be loaded. Their patches are not saved."));
+      };
       button.append(image);
       button.addEventListener("click", () => this.toggle(patch.id, button));
       return button;
@@ -108,12 +114,19 @@ export class Grid {
 
   async save() {
     if (!this.patches.length || this.busy) return;
-    const rest = this.patches.filter(({ id }) => !this.excluded.has(id));
+    const images = byId("patches").querySelectorAll("img");
+    const rest = this.patches.filter(({ id }, i) => !this.excluded.has(id) && isLoaded(images[i]));
+    const excluded = this.patches.map(({ id }) => id).filter((id) => this.excluded.has(id));
+    if (!rest.length && !excluded.length) {
+      this.failed(new Error("NOT saved: no picture is loaded."));
+      return;
+    }
     const seconds = Math.min(86400, (performance.now() - this.shownAt) / 1000 / Math.max(1, rest.length));
+    const answers = answersFor(this.state.classes, new Set([this.chosen]));
     const labels = rest.map(({ id, reason }) => ({
-      patch: id, present: [this.chosen], mark: "none", view: "grid", reason, suggested: null, seconds,
+      patch: id, answers, mark: "none", view: "grid", reason, suggested: null, seconds,
     }));
-    await this.ask("/labels", { labels, excluded: [...this.excluded] }, () => `Saved: ${rest.length} patches`);
+    await this.ask("/labels", { labels, excluded }, () => `Saved: ${rest.length} patches`);
   }
 
   async undo() {
@@ -123,6 +136,7 @@ export class Grid {
   async ask(path, body, said) {
     if (this.busy) return;
     this.busy = true;
+    byId("saved").textContent = "";
     try {
       const state = await post(path, body);
       this.done(state);

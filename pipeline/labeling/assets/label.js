@@ -54,23 +54,29 @@ function place(patch) {
   image.hidden = marker.hidden = !patch;
   byId("slide-name").textContent = patch?.slide ?? "";
   if (!patch) return;
-  if (image.dataset.slide !== patch.slide) {
+  if (image.dataset.slide !== patch.digest) {
     image.src = `/patches/${patch.id}/slide.jpg`;
-    image.dataset.slide = patch.slide;
+    image.dataset.slide = patch.digest;
   }
   const [left, top, width, height] = patch.at.map((share) => `${share * 100}%`);
   Object.assign(marker.style, { left, top, width, height });
 }
 
-function done(state) {
+// The server answers: labels that could not be saved are sent again.
+function answered() {
   byId("fault").hidden = true;
+  single.send();
+}
+
+function done(state) {
+  answered();
   single.update(state);
   grid.update(state);
   progress(state);
 }
 
 const single = new Single({ done, failed, announce });
-const grid = new Grid({ done, failed, announce });
+const grid = new Grid({ done, answered, failed, announce });
 const show = single.show.bind(single);
 single.show = (patch) => {
   show(patch);

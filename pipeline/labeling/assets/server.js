@@ -1,4 +1,4 @@
-// Asks the server, and keeps the pictures of the next patches.
+// What both views need: requests to the server, the pictures of the next patches, and buttons that save.
 
 export class ServerError extends Error {}
 
@@ -18,14 +18,24 @@ export const state = () => answered(fetch("/state.json"));
 export const post = (path, body) =>
   answered(fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) }));
 
+// Returns the answers for the classes that the page shows.
+export const answersFor = (classes, present) =>
+  Object.fromEntries(classes.map(({ id }) => [id, present.has(id) ? "present" : "absent"]));
+
+// The second click of a double click would save patches that nobody has looked at.
+export const onFirstClick = (button, act) =>
+  button.addEventListener("click", ({ detail }) => detail > 1 || act());
+
 // The pictures of a patch are elements that stay alive, because the browser may not keep them in its cache.
 export class Pictures {
   constructor() {
     this.kept = new Map();
   }
 
+  // A picture that could not be loaded is requested again.
   of(patch) {
-    if (!this.kept.has(patch.id)) {
+    const kept = this.kept.get(patch.id);
+    if (!kept || (kept.patch.complete && !isLoaded(kept.patch))) {
       this.kept.set(patch.id, { around: picture(patch, "context"), patch: picture(patch, "patch") });
     }
     return this.kept.get(patch.id);
@@ -37,6 +47,9 @@ export class Pictures {
     for (const id of this.kept.keys()) if (!wanted.has(id)) this.kept.delete(id);
   }
 }
+
+// An image that failed is complete, too, but has no size.
+export const isLoaded = (image) => Boolean(image?.complete && image.naturalWidth);
 
 export function picture(patch, kind) {
   const image = new Image();

@@ -1,6 +1,6 @@
 // The view of one patch: which classes are marked, and saving.
 
-import { Pictures, post } from "/assets/server.js";
+import { answersFor, isLoaded, onFirstClick, Pictures, post } from "/assets/server.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -14,19 +14,23 @@ export class Single {
     this.present = new Set();
     this.suggested = null;
     this.steps = 0; // back in the history
-    this.pending = []; // labels that are on their way to the server
+    this.pending = []; // labels that are not saved yet, in the order of the keys
+    this.sending = null; // a promise while they are on their way
     this.undoing = false;
     for (const [id, act] of Object.entries({
-      back: () => this.back(), save: () => this.save("none"), unsure: () => this.save("unsure"),
-      artifact: () => this.save("artifact"), undo: () => this.undo(), suggest: () => this.suggest(),
+      back: () => this.back(), undo: () => this.undo(), suggest: () => this.suggest(),
     })) byId(id).addEventListener("click", act);
+    for (const [id, mark] of Object.entries({ save: "none", unsure: "unsure", artifact: "artifact" })) {
+      onFirstClick(byId(id), () => this.save(mark));
+    }
   }
 
   // Shows the next patch of a state, or the one that was undone.
   update(state) {
     this.state = state;
-    this.pictures.keep([...state.undone.slice(0, 1), ...state.upcoming, ...state.history.slice(0, 3)]);
-    const place = this.steps ? state.history.findIndex(({ id }) => id === this.patch.id) : -1;
+    const history = this.history();
+    this.pictures.keep([...state.undone.slice(0, 1), ...state.upcoming, ...history.slice(0, 3)]);
+    const place = this.steps ? history.findIndex(({ id }) => id === this.patch.id) : -1;
     const wanted = state.undone[0] ?? this.next();
     if (!state.undone.length && (place >= 0 || (wanted && wanted.id === this.patch?.id))) {
       // The user already works on this patch: keep what is marked.
@@ -36,6 +40,12 @@ export class Single {
       this.steps = 0;
       this.show(wanted);
     }
+  }
+
+  // Returns the labeled patches, the latest first. Those whose label is not saved yet come before the others.
+  history() {
+    const all = [...this.pending.map(({ patch }) => patch).reverse(), ...this.state.history];
+    return all.filter(({ id }, i) => all.findIndex((one) => one.id === id) === i);
   }
 
   // Returns the next patch whose label is not on its way.
@@ -54,20 +64,31 @@ export class Single {
     this.renderAnswer();
   }
 
+  // Shows a text in the place of the picture.
+  renderText(text) {
+    const paragraph = document.createElement("p");
+    paragraph.id = "wait";
+    paragraph.textContent = text;
+    byId("stage").replaceChildren(paragraph);
+  }
+
   renderPicture() {
     const stage = byId("stage");
     if (!this.patch) {
-      const text = document.createElement("p");
-      text.id = "wait";
-      if (this.pending.length) text.textContent = "Saving…";
-      else if (this.state.opening) text.textContent = "Opening the next slide…";
-      else if (!this.state.slides.length) text.textContent = "No slide could be opened. The terminal shows the reason.";
-      else text.textContent = "Nothing left: every patch of these slides has a label.";
-      stage.replaceChildren(text);
+      if (this.pending.length) this.renderText("Saving…");
+      else if (this.state.opening) this.renderText("Opening the next slide…");
+      else if (!this.state.slides.length) this.renderText("No slide could be opened. The terminal shows the reason.");
+      else this.renderText("Nothing left: every patch of these slides has a label.");
       byId("about").textContent = "";
       return;
     }
     const { around, patch } = this.pictures.of(this.patch);
+    patch.onerror = () => {
+      if (!patch.isConnected) return;
+      const text = "The picture of this patch cannot be loaded. Enter tries again, U skips the patch.";
+      this.renderText(text);
+      this.announce(text);
+    };
     const share = 100 / Number(stage.dataset.context);
     Object.assign(patch.style, { left: `${(100 - share) / 2}%`, top: `${(100 - share) / 2}%`, width: `${share}%`, height: `${share}%` });
     stage.replaceChildren(around, patch);
@@ -105,7 +126,7 @@ export class Single {
     byId("suggest").hidden = !this.state.model;
     for (const id of ["save", "unsure", "artifact"]) byId(id).disabled = !this.patch;
     byId("suggest").disabled = !this.patch || this.patch.blind;
-    byId("back").disabled = this.steps >= this.state.history.length;
+    byId("back").disabled = this.steps >= this.history().length;
   }
 
   toggle(k) {
@@ -121,41 +142,63 @@ export class Single {
   // Shows the next patch at once. "Saved" appears when the server has answered; if it cannot save, the patch comes back.
   async save(mark) {
     if (!this.patch || this.undoing) return;
+    // A patch that cannot be read can still be marked: otherwise, it would come again and again.
+    if (mark === "none" && !isLoaded(byId("stage").querySelector(".patch"))) {
+      this.renderPicture();
+      this.failed(new Error("NOT saved: the picture of this patch is not loaded."));
+      return;
+    }
     const { patch, suggested } = this;
     const marked = [...this.present];
-    const present = mark === "none" ? marked : [];
+    const answers = mark === "none" ? answersFor(this.state.classes, this.present) : {};
     const seconds = Math.min(86400, (performance.now() - this.shownAt) / 1000);
-    const label = { patch: patch.id, present, mark, view: "single", reason: patch.reason, suggested, seconds };
-    const names = this.state.classes.filter(({ id }) => present.includes(id)).map(({ name }) => name);
-    this.pending.push({ patch, marked, label, said: `Saved: ${mark === "none" ? names.join(", ") || "no class" : mark}` });
+    const label = { patch: patch.id, answers, mark, view: "single", reason: patch.reason, suggested, seconds };
+    const names = this.state.classes.filter(({ id }) => answers[id] === "present").map(({ name }) => name);
+    const said = `Saved: ${mark === "none" ? names.join(", ") || "no class" : mark}`;
+    const waiting = { patch: { ...patch, label: { present: marked, mark } }, label, said };
+    // A label that could not be saved keeps its place in the queue.
+    if (!this.sending && this.pending[0]?.patch.id === patch.id) this.pending[0] = waiting;
+    else this.pending.push(waiting);
+    byId("saved").textContent = "";
     this.steps = 0;
     this.show(this.next());
-    if (this.pending.length === 1) await this.send();
+    await this.send();
   }
 
-  // Sends one label after the other, so that they are saved in the order of the keys.
-  async send() {
+  send() {
+    this.sending ??= this.sendAll().finally(() => {
+      this.sending = null;
+    });
+    return this.sending;
+  }
+
+  // Sends one label after the other, so that they are saved in the order of the keys. If one cannot be saved, it and
+  // those behind it wait for the next call.
+  async sendAll() {
     while (this.pending.length) {
-      const [{ patch, marked, label, said }] = this.pending;
+      const [{ patch, label, said }] = this.pending;
       try {
         const state = await post("/labels", { labels: [label] });
         this.pending.shift();
         this.done(state);
-        this.announce(said);
+        if (!this.pending.length) this.announce(said);
       } catch (error) {
-        this.pending = [];
+        this.steps = this.history().findIndex(({ id }) => id === patch.id) + 1;
         this.show(patch);
-        this.present = new Set(marked);
-        this.renderAnswer();
-        this.failed(error);
+        this.suggested = label.suggested;
+        this.failed(new Error(`${error.message} Labels not saved: ${this.pending.length}.`));
+        return;
       }
     }
   }
 
+  // Undoes the last label, which may still be on its way.
   async undo() {
-    if (this.pending.length || this.undoing) return;
+    if (this.undoing) return;
     this.undoing = true;
     try {
+      await this.send();
+      if (this.pending.length) return;
       const state = await post("/undo", {});
       this.done(state);
       this.announce(state.undone.length ? "Undone" : "Nothing to undo");
@@ -167,8 +210,9 @@ export class Single {
   }
 
   back() {
-    if (this.steps >= this.state.history.length) return;
-    this.show(this.state.history[this.steps]);
+    const history = this.history();
+    if (this.steps >= history.length) return;
+    this.show(history[this.steps]);
     this.steps += 1;
     this.renderAnswer();
     this.announce("Previous patch");

@@ -57,8 +57,8 @@ def test_a_session_without_the_name_of_the_command_ends_with_a_data_set(slide: P
         state = ask(found[1], "state.json")
         assert (state["annotator"], [one["name"] for one in state["classes"]]) == ("Ann", ["tumor", "stroma"])
         patch = state["upcoming"][0]
-        new = {"patch": patch["id"], "present": [1], "mark": "none", "view": "single", "reason": patch["reason"],
-               "seconds": 3.0, "suggested": None}  # fmt: skip
+        new = {"patch": patch["id"], "answers": {1: "present", 2: "absent"}, "reason": patch["reason"],
+               "mark": "none", "view": "single", "seconds": 3.0, "suggested": None}  # fmt: skip
         assert ask(found[1], "labels", {"labels": [new]})["counts"]["labeled"] == 1
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)

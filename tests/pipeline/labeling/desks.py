@@ -11,6 +11,7 @@ import numpy as np
 
 from models.bundle import Bundle
 from pipeline.labeling.desk import Desk, open_desk
+from pipeline.labeling.events import Answer
 from pipeline.labeling.folder import Wishes
 from pipeline.labeling.session import NewLabel, Patch
 from pipeline.labeling.slides import SlideFile
@@ -48,5 +49,10 @@ def desk(
 
 def save(at: Desk, patch: Patch, *present: int, view: str = "single") -> None:
     """Save a label with these classes present."""
-    new = NewLabel(patch.place, frozenset(present), "none", view, 1.5)  # type: ignore[arg-type]  # a view
+    new = NewLabel(patch.place, answers(at, *present), "none", view, 1.5)  # type: ignore[arg-type]  # a view
     at.session.save([new], {patch.place: patch.reason})
+
+
+def answers(at: Desk, *present: int) -> dict[int, Answer]:
+    """Return what the page sends if it shows all classes and these are marked."""
+    return {one.id: "present" if one.id in present else "absent" for one in at.session.classes()}

@@ -20,7 +20,7 @@ from pipeline.labeling.desk import Desk
 from pipeline.labeling.session import NewLabel
 from pipeline.labeling.store import EventStore
 from pipeline.web.application import MAX_POSTED, SECURITY_HEADERS
-from tests.pipeline.labeling.desks import desk, save
+from tests.pipeline.labeling.desks import answers, desk, save
 
 URL = "http://127.0.0.1:8000"
 
@@ -32,8 +32,9 @@ def client(at: Desk) -> Iterator[TestClient]:
 
 
 def label(patch: dict[str, Any], *present: int, **changed: Any) -> dict[str, Any]:
-    """Return what the page sends for a patch."""
-    words = {"present": list(present), "mark": "none", "view": "single", "seconds": 2.0, "suggested": None}
+    """Return what the page sends for a patch if it shows classes 1 and 2."""
+    answers = {id_: "present" if id_ in present else "absent" for id_ in (1, 2, *present)}
+    words = {"answers": answers, "mark": "none", "view": "single", "seconds": 2.0, "suggested": None}
     return {"patch": patch["id"], "reason": patch["reason"], **words, **changed}
 
 
@@ -180,7 +181,7 @@ def test_a_grid_shows_patches_that_look_like_the_labeled_ones(
         assert page.post("/grid", json={"class_id": 9}).status_code == 409
         purple = {p.place.id for p in at.session.upcoming(400) if is_purple(at, p.place)}
         known = [
-            NewLabel(p.place, frozenset({2 if p.place.id in purple else 1}), "none", "single", 1.0)
+            NewLabel(p.place, answers(at, 2 if p.place.id in purple else 1), "none", "single", 1.0)
             for p in at.session.upcoming(60)
         ]
         at.session.save(known, {})

@@ -21,7 +21,7 @@ from pipeline.labeling.store import EventStore
 from pipeline.training.dataset import labeled_boxes, load_dataset, read_mask, read_rgb, samples
 from pipeline.training.dataset_sections import Split
 from pipeline.training.evaluate import masked_samples
-from tests.pipeline.labeling.desks import desk
+from tests.pipeline.labeling.desks import answers, desk
 from tests.pipeline.labeling.events import STARTED, STROMA, TUMOR, fold, label, place
 
 PRESENT: tuple[Answer, ...] = ("present", "absent")
@@ -54,7 +54,7 @@ def test_the_folder_of_a_session_is_a_data_set_with_both_splits(
 ) -> None:
     with desk(tmp_path / "l", slides, shipped) as at:
         new = [
-            NewLabel(patch.place, frozenset({n // 2 % 2 + 1}), "none", "single", 1.0)
+            NewLabel(patch.place, answers(at, n // 2 % 2 + 1), "none", "single", 1.0)
             for n, patch in enumerate(at.session.upcoming(40))
         ]
         at.session.save(new, {})

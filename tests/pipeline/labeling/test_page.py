@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from models.bundle import Bundle
-from pipeline.labeling.app import make_app
-from pipeline.labeling.desk import Desk
-from pipeline.labeling.events import Labeled, Undone
+from pipeline.labeling.folder import add_classes
 from pipeline.labeling.store import EventStore
 from tests.browser import audited_page, axe_findings, screenshot, until
 from tests.cases import full
-from tests.local_server import serving_app
-from tests.pipeline.labeling.desks import desk
+from tests.pipeline.labeling.desks import desk, label_slide, save
+from tests.pipeline.labeling.pages import held, press, ready, saved, serving, shown
 
 if TYPE_CHECKING:  # most test runs do not need a browser
     from playwright.sync_api import Browser, Page
-
-
-@contextmanager
-def serving(at: Desk) -> Iterator[str]:
-    """Serve a desk; yield the address."""
-    with serving_app(make_app(at)) as port:
-        yield f"http://127.0.0.1:{port}/"
-
-
-def ready(page: Page) -> None:
-    saved = "!wsiLabel.single.pending.length && !wsiLabel.single.undoing"
-    until(page, f"{saved} && document.querySelector('#stage .patch')?.complete")
-
-
-def shown(page: Page) -> str:
-    """Return the id of the patch that is shown."""
-    return str(page.evaluate("() => wsiLabel.single.patch?.id"))
-
-
-def press(page: Page, *keys: str) -> None:
-    for key in keys:
-        page.keyboard.press(key)
-        ready(page)
-
-
-def saved(folder: Path) -> list[Any]:
-    """Return the labels and undos in the file."""
-    with EventStore(folder / "labels.sqlite") as store:
-        return [one.event for one in store.read() if isinstance(one.event, (Labeled, Undone))]
 
 
 def test_patches_are_labeled_with_the_keyboard_and_a_reload_goes_on_where_it_was(
@@ -89,6 +56,24 @@ def test_patches_are_labeled_with_the_keyboard_and_a_reload_goes_on_where_it_was
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 
+def test_a_class_that_was_added_while_the_page_was_open_gets_no_answer_before_it_is_shown(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with desk(folder, slides, shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        first = shown(page)
+        with EventStore(folder / "labels.sqlite") as other:
+            add_classes(other, "ann", ["necrosis"], {})
+        press(page, "1", "Enter")
+        assert saved(folder)[-1].answers == {1: "present", 2: "absent"}
+        assert shown(page) == first, "it comes back, because it lacks an answer"
+        press(page, "3", "Enter")
+        assert saved(folder)[-1].answers == {1: "present", 2: "absent", 3: "present"}
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
 def test_the_patch_lies_in_the_middle_of_its_dimmed_surroundings_and_is_marked_on_the_slide(
     page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
@@ -109,6 +94,29 @@ def test_the_patch_lies_in_the_middle_of_its_dimmed_surroundings_and_is_marked_o
         assert marker is not None
         assert (marker["x"] - slide["x"]) / slide["width"] == pytest.approx(place.x_l0 / 1280, abs=0.02)
         assert (marker["y"] - slide["y"]) / slide["height"] == pytest.approx(place.y_l0 / 832, abs=0.02)
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_two_slides_with_the_same_file_name_have_their_own_pictures_and_are_named_with_their_folders(
+    page: Page, tmp_path: Path, shipped: Bundle
+) -> None:
+    three = [tmp_path / name for name in ("c.svs", "a/scan.svs", "b/scan.svs")]
+    for slide in three[1:]:
+        slide.parent.mkdir()
+    for seed, slide in enumerate(three):
+        label_slide(slide, seed)
+    with desk(tmp_path / "l", three, shipped) as at, serving(at) as url:
+        page.goto(url)
+        for title in ("c.svs", "a/scan.svs", "b/scan.svs"):
+            ready(page)
+            pictured = page.evaluate("() => document.getElementById('thumbnail').src.split('/').at(-2)")
+            of_picture, of_patch = at.session.place(pictured), at.session.place(shown(page))
+            assert of_picture is not None
+            assert of_patch is not None
+            assert of_picture.slide == of_patch.slide
+            assert page.locator("#slide-name").inner_text() == title
+            press(page, "Enter")
+        assert page.locator("#by-slide dt").all_inner_texts() == ["c.svs", "a/scan.svs", "b/scan.svs"]
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 
@@ -157,48 +165,104 @@ def test_the_grid_saves_what_is_not_excluded_and_both_views_are_accessible(
         screenshot(page, f"label-phone-{scheme}", tmp_path)
 
 
-def test_the_page_says_that_the_server_is_gone_and_does_not_go_on(
-    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
-) -> None:
-    with browser.new_context() as context:
-        page = context.new_page()
-        with desk(tmp_path / "l", slides[:1], shipped) as at:
-            with serving(at) as url:
-                page.goto(url)
-                ready(page)
-                first = shown(page)
-            page.keyboard.press("1")
-            page.keyboard.press("Enter")
-            until(page, "!document.getElementById('fault').hidden")
-            assert "Start wsi-label again" in page.locator("#fault").inner_text()
-            assert shown(page) == first
-            assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
-            assert saved(tmp_path / "l") == []
-
-
 def test_the_next_patch_does_not_wait_for_the_disk_but_the_word_saved_does(
     page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
     folder = tmp_path / "l"
     with desk(folder, slides, shipped) as at, serving(at) as url:
-        held: list[Any] = []
-        page.route("**/labels", lambda route: held.append(route))  # noqa: PLW0108 - Playwright needs a function of Python
+        requests = held(page)
         page.goto(url)
         ready(page)
         order = [patch.place.id for patch in at.session.upcoming(4)]
         for keys in ("1", "Enter", "2", "Enter", "1"):
+            until(page, "document.querySelector('#stage .patch').complete")
             page.keyboard.press(keys)
         assert shown(page) == order[2]
         assert page.locator("#saved").inner_text() == ""
         assert saved(folder) == []
         for count in (1, 2):
-            while len(held) < count:
+            while len(requests) < count:
                 page.wait_for_timeout(20)
-            held[count - 1].continue_()
+            assert page.locator("#saved").inner_text() == ""
+            requests[count - 1].continue_()
         until(page, "document.getElementById('saved').textContent === 'Saved: class-1'")
         assert [(one.place.id, one.answers[1]) for one in saved(folder)] == [
             (order[0], "present"), (order[1], "absent")
         ]  # fmt: skip
         assert shown(page) == order[2]
         assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_a_label_that_is_not_saved_yet_is_the_last_one_for_back_and_undo(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with desk(folder, slides, shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        first, second, third = (patch.place.id for patch in at.session.upcoming(3))
+        press(page, "1", "Enter")
+        assert page.locator("#saved").inner_text() == "Saved: class-0"
+        requests = held(page)
+        for key in ("2", "Enter"):
+            page.keyboard.press(key)
+        assert page.locator("#saved").inner_text() == "", "the word was about the label before"
+        assert shown(page) == third
+        page.keyboard.press("Backspace")
+        assert shown(page) == second
+        assert page.get_by_role("button", name="class-1").get_attribute("aria-pressed") == "true"
+        page.keyboard.press("Backspace")
+        assert shown(page) == first
+        page.keyboard.press("z")
+        assert len(saved(folder)) == 1
+        requests[0].continue_()
+        ready(page)
+        assert page.locator("#announcement").inner_text() == "Undone"
+        assert [one.kind for one in saved(folder)] == ["label", "label", "undo"]
+        assert shown(page) == second
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_a_double_click_saves_one_patch(page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
+    folder = tmp_path / "l"
+    with desk(folder, slides, shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        for name, mark in (("Save, next", "none"), ("Unsure", "unsure"), ("Artifact", "artifact")):
+            page.get_by_role("button", name=name).dblclick()
+            ready(page)
+            assert [one.mark for one in saved(folder)][-1:] == [mark]
+        assert len(saved(folder)) == 3
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_the_grid_keeps_exclusions_until_another_class_is_chosen(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "l"
+    monkeypatch.setattr("pipeline.labeling.app.POOL", 60)  # the network takes a second for these
+    with desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        for number, patch in enumerate(at.session.upcoming(2), start=1):
+            save(at, patch, number)
+        page.goto(url)
+        ready(page)
+        images = "[...document.querySelectorAll('#patches img')]"
+        loaded = f"{images}.length === 24 && {images}.every((image) => image.complete)"
+        excluded = page.locator("#patches [aria-pressed=true]")
+        page.keyboard.press("g")
+        page.keyboard.press("1")
+        until(page, loaded, seconds=40)
+        for number in (1, 3):
+            page.locator("#patches button").nth(number).click()
+        marked = excluded.evaluate_all("(buttons) => buttons.map((button) => button.ariaLabel)")
+        page.keyboard.press("g")
+        page.keyboard.press("g")
+        until(page, loaded)
+        assert excluded.evaluate_all("(buttons) => buttons.map((button) => button.ariaLabel)") == marked
+        page.keyboard.press("Enter")
+        until(page, "document.getElementById('saved').textContent === 'Saved: 22 patches'")
+        page.keyboard.press("2")
+        until(page, loaded)
+        assert excluded.count() == 0
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server

@@ -15,13 +15,13 @@ from pipeline.errors import LabelingError
 from pipeline.labeling.annotations import Annotation
 from pipeline.labeling.desk import open_desk
 from pipeline.labeling.events import Labeled, SlideAdded
-from pipeline.labeling.folder import Wishes, add_classes
+from pipeline.labeling.folder import Wishes, add_classes, merge_classes
 from pipeline.labeling.import_annotations import Drawing
 from pipeline.labeling.importer import import_drawings, open_import
 from pipeline.labeling.session import NewLabel, Session
 from pipeline.labeling.slides import SlideFile
 from pipeline.labeling.store import EventStore
-from tests.pipeline.labeling.desks import SIDE, desk, save
+from tests.pipeline.labeling.desks import SIDE, answers, desk, save
 
 
 def ids(session: Session, count: int = 6) -> list[str]:
@@ -61,7 +61,7 @@ def test_undo_takes_back_one_label_or_a_whole_grid(tmp_path: Path, slides: list[
     with desk(tmp_path / "l", slides, shipped) as at:
         one, *rest = at.session.upcoming(5)
         save(at, one, 2)
-        at.session.save([NewLabel(p.place, frozenset({1}), "none", "grid", 0.2) for p in rest], {})
+        at.session.save([NewLabel(p.place, answers(at, 1), "none", "grid", 0.2) for p in rest], {})
         assert at.session.counts().present == {1: 4, 2: 1}
         assert [patch.place for patch in at.session.undo()] == [patch.place for patch in rest]
         assert at.session.counts().present == {1: 0, 2: 1}
@@ -79,7 +79,7 @@ def test_a_label_that_is_corrected_counts_once(tmp_path: Path, slides: list[Path
         assert again.label.answers == {1: "present", 2: "absent"}
         save(at, again, 2)
         assert at.session.counts().present == {1: 0, 2: 1}
-        at.session.save([NewLabel(patch.place, frozenset(), "artifact", "single", 1.0)], {})
+        at.session.save([NewLabel(patch.place, {}, "artifact", "single", 1.0)], {})
         assert (at.session.counts().labeled, at.session.counts().artifact) == (0, 1)
 
 
@@ -126,6 +126,35 @@ def test_a_patch_that_lacks_an_answer_for_a_new_class_comes_first_and_keeps_its_
         assert at.session.counts().present == {1: 0, 2: 1, 3: 1}
 
 
+def test_a_label_has_no_answer_for_a_class_that_the_page_did_not_show(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at:
+        (patch,) = at.session.upcoming(1)
+        shown = answers(at, 2)
+        with EventStore(tmp_path / "l" / "labels.sqlite") as other:
+            add_classes(other, "ann", ["necrosis"], {})
+        at.session.save([NewLabel(patch.place, shown, "none", "single", 1.0)], {})
+        (again,) = at.session.history()
+        assert again.label is not None
+        assert again.label.answers == {1: "absent", 2: "present", 3: "unknown"}
+        assert at.session.upcoming(1)[0].place == patch.place
+
+
+def test_a_label_for_a_class_that_was_merged_meanwhile_counts_for_the_class_that_contains_it(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped, classes=("class-0", "class-1", "fat")) as at:
+        (patch,) = at.session.upcoming(1)
+        shown = answers(at, 3)
+        with EventStore(tmp_path / "l" / "labels.sqlite") as other:
+            merge_classes(other, "ann", "fat", "class-1")
+        at.session.save([NewLabel(patch.place, shown, "none", "single", 1.0)], {})
+        (again,) = at.session.history()
+        assert again.label is not None
+        assert again.label.answers == {1: "absent", 2: "present"}, "the page can show it"
+
+
 def test_excluded_patches_come_next_and_blind_ones_are_never_in_a_grid(
     tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
@@ -143,7 +172,7 @@ def test_excluded_patches_come_next_and_blind_ones_are_never_in_a_grid(
 def test_an_event_contains_everything_about_a_label(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
     with desk(tmp_path / "l", slides, shipped, model=shipped) as at:
         (patch,) = at.session.upcoming(1)
-        new = NewLabel(patch.place, frozenset({2}), "none", "single", 2.345, {1: 0.25})
+        new = NewLabel(patch.place, answers(at, 2), "none", "single", 2.345, {1: 0.25})
         at.session.save([new], {patch.place: patch.reason})
     with EventStore(tmp_path / "l" / "labels.sqlite") as store:
         event = store.read()[-1].event

@@ -55,6 +55,13 @@ def test_features_are_computed_once_and_in_the_background() -> None:
     similar.close()
 
 
+def test_patches_are_ranked_if_none_lacks_the_class() -> None:
+    similar = SimilarPatches(lambda places: np.array([[one.x_l0, 10 - one.x_l0] for one in places], np.float32))
+    wait(similar, range(10))
+    assert similar.ranked([place(3), place(8)], [place(9)], []) == [place(8), place(3)]
+    similar.close()
+
+
 def test_a_slide_that_cannot_be_read_ends_the_wait_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
     def features(places: object) -> np.ndarray:
         raise LabelingError("gone")

@@ -1,0 +1,148 @@
+"""The page of wsi-label when requests fail, pictures are missing, or answers are late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from models.bundle import Bundle
+from tests.browser import until
+from tests.pipeline.labeling.desks import desk, save
+from tests.pipeline.labeling.pages import held, press, ready, saved, serving, shown
+
+if TYPE_CHECKING:  # most test runs do not need a browser
+    from playwright.sync_api import Browser, Route
+
+
+def test_the_page_says_that_the_server_is_gone_and_does_not_go_on(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        with desk(tmp_path / "l", slides[:1], shipped) as at:
+            with serving(at) as url:
+                page.goto(url)
+                ready(page)
+                first = shown(page)
+            page.keyboard.press("1")
+            page.keyboard.press("Enter")
+            until(page, "!document.getElementById('fault').hidden")
+            assert "Start wsi-label again" in page.locator("#fault").inner_text()
+            assert shown(page) == first
+            assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
+            assert saved(tmp_path / "l") == []
+
+
+def test_an_error_of_the_grid_disappears_when_another_class_can_be_compared(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with (
+        browser.new_context() as context,
+        desk(tmp_path / "l", slides[:1], shipped) as at,
+        serving(at) as url,
+    ):
+        page = context.new_page()
+        page.goto(url)
+        ready(page)
+        page.route("**/grid", lambda route: route.fulfill(status=500, body="Internal error"), times=1)
+        page.keyboard.press("g")
+        page.keyboard.press("1")
+        until(page, "!document.getElementById('fault').hidden")
+        page.keyboard.press("2")
+        until(page, "document.getElementById('grid-about').textContent.startsWith('First label a patch')")
+        assert page.locator("#fault").is_hidden()
+
+
+def test_a_patch_whose_picture_is_not_loaded_gets_no_answer_and_can_be_loaded_again_or_skipped(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with browser.new_context() as context, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        page = context.new_page()
+        page.route("**/patch.jpg", lambda route: route.fulfill(status=503))
+        page.goto(url)
+        cannot = "document.getElementById('wait')?.textContent.includes('cannot be loaded')"
+        until(page, cannot)
+        first, second = (patch.place.id for patch in at.session.upcoming(2))
+        page.keyboard.press("u")
+        until(page, f"wsiLabel.single.patch?.id === '{second}' && {cannot}")
+        page.keyboard.press("1")
+        page.keyboard.press("Enter")
+        assert page.locator("#fault").inner_text() == "NOT saved: the picture of this patch is not loaded."
+        until(page, cannot)
+        page.unroute("**/patch.jpg")
+        page.keyboard.press("Enter")
+        until(page, "document.querySelector('#stage .patch')?.naturalWidth")
+        assert [(one.place.id, one.mark) for one in saved(folder)] == [(first, "unsure")]
+        press(page, "Enter")
+        assert [(one.place.id, one.answers) for one in saved(folder)[1:]] == [(second, {1: "present", 2: "absent"})]
+        assert page.locator("#fault").is_hidden()
+
+
+def test_the_grid_does_not_save_patches_whose_pictures_are_not_loaded(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_half(route: Route) -> None:
+        if route.request.url.split("/")[-2] < "8":
+            route.fulfill(status=503)
+        else:
+            route.continue_()
+
+    folder = tmp_path / "l"
+    monkeypatch.setattr("pipeline.labeling.app.POOL", 60)  # the network takes a second for these
+    with browser.new_context() as context, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        save(at, at.session.upcoming(1)[0], 1)
+        page = context.new_page()
+        page.route("**/patch.jpg", lambda route: route.fulfill(status=503))
+        page.goto(url)
+        until(page, "window.wsiLabel?.single.patch")
+        page.keyboard.press("g")
+        page.keyboard.press("1")
+        images = "[...document.querySelectorAll('#patches img')]"
+        until(page, f"{images}.length && {images}.every((image) => image.alt)", seconds=40)
+        page.keyboard.press("Enter")
+        assert page.locator("#fault").inner_text() == "NOT saved: no picture is loaded."
+        page.route("**/patch.jpg", lose_half)
+        page.keyboard.press("1")
+        until(page, f"{images}.some((image) => image.naturalWidth) && {images}.every((image) => image.complete)")
+        loaded = page.evaluate(
+            f"() => wsiLabel.grid.patches.filter((_, i) => {images}[i].naturalWidth).map(({{ id }}) => id)"
+        )
+        assert 0 < len(loaded) < 24
+        assert page.locator("#fault").inner_text() == "Some pictures cannot be loaded. Their patches are not saved."
+        page.keyboard.press("Enter")
+        until(page, f"document.getElementById('saved').textContent === 'Saved: {len(loaded)} patches'")
+        assert [one.place.id for one in saved(folder) if one.view == "grid"] == loaded
+
+
+def test_labels_that_could_not_be_saved_are_sent_again_in_their_order(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with browser.new_context() as context, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        page = context.new_page()
+        page.goto(url)
+        ready(page)
+        old, first, second = (patch.place.id for patch in at.session.upcoming(3))
+        press(page, "1", "Enter")
+        requests = held(page)
+        for key in ("1", "Enter", "Backspace", "Backspace", "2", "Enter", "u"):
+            until(page, "document.querySelector('#stage .patch').complete")
+            page.keyboard.press(key)
+        requests[0].fulfill(status=507, body="NOT saved; see the terminal for the reason.")
+        page.unroute("**/labels")
+        until(page, "!document.getElementById('fault').hidden")
+        reason = "NOT saved; see the terminal for the reason. Labels not saved: 3."
+        assert page.locator("#fault").inner_text() == reason
+        assert page.locator("#saved").inner_text() == ""
+        assert shown(page) == first
+        page.keyboard.press("2")
+        press(page, "Enter")
+        both = {1: "present", 2: "present"}
+        assert [(one.place.id, one.answers, one.mark) for one in saved(folder)[1:]] == [
+            (first, both, "none"), (old, both, "none"), (second, {}, "unsure"),
+        ]  # fmt: skip
+        assert page.locator("#fault").is_hidden()
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
