@@ -32,7 +32,7 @@ export class Corrections {
     byId("correcting").checked = on;
     byId("correction-tools").hidden = !on;
     if (on) announce("Correct regions: click a region, or press n for the next one");
-    else this.selection.select(null);
+    else this.selection.clear();
   }
 
   // Returns what a key does, or undefined if it has another meaning.
@@ -45,25 +45,29 @@ export class Corrections {
 
   relabel(label) {
     if (!this.facts.classes[label - 1]) return;
-    if (!this.selection.last) announce("First select a region");
-    for (const region of this.selection.regions) {
-      const body = { index: region.index, label: region.label, area_mm2: region.area_mm2, after: label };
-      this.save("corrections", body, () => `Saved: ${this.selection.describe(region)}`);
-    }
-  }
-
-  undo() { this.save("corrections/undo", {}, () => "Undone"); }
-
-  // Saves one after the other, in the order of the keys.
-  save(path, body, said) {
-    byId("corrections-saved").textContent = "";
-    this.saving = this.saving.then(async () => {
-      const headers = { "Content-Type": "application/json" };
-      if (await this.read(fetch(path, { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ")) {
-        byId("corrections-saved").textContent = said();
-        announce(said());
+    const chosen = this.selection.chosen();
+    this.inTurn(async () => {
+      const regions = await chosen;
+      if (!regions.length) announce("First select a region");
+      for (const region of regions) {
+        const body = { index: region.index, label: region.label, area_mm2: region.area_mm2, after: label };
+        await this.save("corrections", body, () => `Saved: ${this.selection.describe(region)}`);
       }
     });
+  }
+
+  undo() { this.inTurn(() => this.save("corrections/undo", {}, () => "Undone")); }
+
+  // Does one thing after the other, in the order of the keys.
+  inTurn(work) { this.saving = this.saving.then(work); }
+
+  async save(path, body, said) {
+    byId("corrections-saved").textContent = "";
+    const headers = { "Content-Type": "application/json" };
+    if (await this.read(fetch(path, { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ")) {
+      byId("corrections-saved").textContent = said();
+      announce(said());
+    }
   }
 
   // Takes over the server's state. Returns whether there was one.

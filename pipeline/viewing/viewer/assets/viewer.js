@@ -206,7 +206,7 @@ const keys = {
   u: () => controls.toggle("unfamiliar"), x: () => controls.toggle("left-out"),
   h: () => controls.hideAll(),
   n: () => selection.next("area"), N: () => selection.next("uncertainty"), g: () => table.turn(!table.on),
-  Escape: () => selection.select(null),
+  Escape: () => selection.clear(),
   "[": () => controls.stronger(-0.1), "]": () => controls.stronger(0.1),
   "?": () => byId("help").showModal(),
 };

@@ -17,7 +17,7 @@ from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.pipeline.viewing.viewer.screen import color_at, place_on_screen, said, settle, show
 
 if TYPE_CHECKING:  # most test runs need no browser
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 pytestmark = pytest.mark.full
 
@@ -84,6 +84,47 @@ def test_the_next_region_by_area_and_by_uncertainty_comes_into_view(own_site: Si
     said(page, "Undone")
     page.keyboard.press("Shift+N")
     said(page, "Selected: class-1, 0.08")
+
+
+def test_a_class_goes_to_the_region_that_was_chosen_before_it_also_if_the_region_is_not_shown_yet(
+    own_site: Site, page: Page
+) -> None:
+    show(page, own_site, "#x=640&y=416&zoom=0.7")
+    page.keyboard.press("c")
+    page.mouse.click(*place_on_screen(page, *PURPLE_AT))
+    said(page, "Selected: class-1")
+    page.evaluate(
+        """() => { const { outlines } = wsiView; const request = outlines.request.bind(outlines);
+        outlines.request = async (question) => {
+          await new Promise((done) => setTimeout(done, 400)); return request(question); }; }"""
+    )
+    page.keyboard.press("n")
+    page.keyboard.press("2")
+    page.keyboard.press("n")
+    until(page, "wsiView.selection.corrected.size && !wsiView.selection.choice")
+    assert saved(own_site) == [("class-0", "class-1")]
+    assert page.evaluate("() => wsiView.selection.regions.map(({ label }) => label)") == [2]
+
+
+def test_a_late_answer_does_not_replace_a_newer_selection(own_site: Site, page: Page) -> None:
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/uncertainty", hold)
+    show(page, own_site, "#x=640&y=416&zoom=0.7")
+    page.keyboard.press("Shift+N")
+    page.wait_for_timeout(200)
+    page.mouse.click(*place_on_screen(page, *PURPLE_AT))
+    said(page, "Selected: class-1")
+    view = page.evaluate("() => wsiView.view()")
+    for route in held:
+        route.continue_()
+    question = "{ what: 'next', by: 'uncertainty', after: null, on: [true, true], skip: [] }"
+    page.evaluate(f"() => wsiView.outlines.request({question})")
+    assert page.locator("#selected-region").inner_text().startswith("class-1")
+    assert page.evaluate("() => wsiView.view()") == view
 
 
 def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
