@@ -56,7 +56,7 @@ export class Corrections {
     });
   }
 
-  undo() { this.inTurn(() => this.save("corrections/undo", {}, () => "Undone")); }
+  undo() { this.inTurn(() => this.save("corrections/undo", {}, ({ undone }) => (undone === null ? "Nothing to undo" : "Undone"))); }
 
   // Does one thing after the other, in the order of the keys.
   inTurn(work) { this.saving = this.saving.then(work); }
@@ -64,18 +64,18 @@ export class Corrections {
   async save(path, body, said) {
     byId("corrections-saved").textContent = "";
     const headers = { "Content-Type": "application/json" };
-    if (await this.read(fetch(path, { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ")) {
-      byId("corrections-saved").textContent = said();
-      announce(said());
-    }
+    const state = await this.read(fetch(path, { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ");
+    if (!state) return;
+    byId("corrections-saved").textContent = said(state);
+    announce(said(state));
   }
 
-  // Takes over the server's state. Returns whether there was one.
+  // Takes over the server's state and returns it, or null if there was none.
   async read(request, failure = "") {
     const answer = await request.catch(() => null);
     if (!answer?.ok) {
       note(failure + (answer ? await answer.text() : "wsi-view has ended. Start it again, then reload the page."));
-      return false;
+      return null;
     }
     const state = await answer.json();
     const corrected = new Map(state.corrections.map(({ index, after }) => [index, after]));
@@ -85,7 +85,7 @@ export class Corrections {
     byId("export-corrections").hidden = !corrected.size;
     this.selection.render();
     await this.refresh();
-    return true;
+    return state;
   }
 
   // Reads the shapes again in the level of detail of this zoom.

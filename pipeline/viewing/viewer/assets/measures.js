@@ -90,9 +90,8 @@ export class Measures {
 
   // Takes back the last point, or the last measurement if no shape is being drawn.
   undo() {
-    if (this.points.length) this.points.pop();
-    else this.done.pop();
-    announce("Undone");
+    const undone = this.points.pop() ?? this.done.pop();
+    announce(undone ? "Undone" : "Nothing to undo");
     this.update();
   }
 

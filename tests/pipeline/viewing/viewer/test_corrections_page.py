@@ -60,6 +60,8 @@ def test_a_region_is_selected_relabeled_undone_and_exported(own_site: Site, page
     page.keyboard.press("z")
     said(page, "Undone")
     assert saved(own_site) == []
+    page.keyboard.press("z")
+    said(page, "Nothing to undo")
     page.keyboard.press("Escape")
     assert page.locator("#correction-tools").is_hidden()
 

@@ -60,6 +60,8 @@ def test_a_distance_and_an_area_are_measured_with_the_mouse(page: Page, site: Si
     assert page.locator("#measurements li").count() == 1
     page.keyboard.press("Delete")
     assert page.locator("#measurements li").count() == 0
+    page.keyboard.press("z")
+    assert announced(page) == "Nothing to undo"
     page.keyboard.press("Escape")
     page.mouse.click(*place_on_screen(page, *PURPLE_AT))
     said(page, "Selected: class-1")
