@@ -13,6 +13,7 @@ export class Corrections {
     this.on = false;
     this.shapes = []; // the corrected polygons
     this.saving = Promise.resolve();
+    this.failure = null; // the note about what could not be read or saved last
     byId("correcting").addEventListener("change", (event) => this.turn(event.target.checked));
     for (const button of this.buttons()) {
       button.querySelector(".swatch").style.setProperty("--class", facts.classes[Number(button.dataset.class)].color);
@@ -22,8 +23,13 @@ export class Corrections {
     this.render();
   }
 
-  // Reads what was saved before. Needs the view.
-  start() { this.read(fetch("corrections.json")); }
+  // Reads what was saved before, and again when a person returns to the page: another tab may have saved. Needs the view.
+  start() {
+    const read = () => this.inTurn(() => this.read(fetch("corrections.json")));
+    read();
+    window.addEventListener("focus", read);
+    document.addEventListener("visibilitychange", () => { if (!document.hidden) read(); });
+  }
 
   buttons() { return [...document.querySelectorAll(".relabel")]; }
 
@@ -43,6 +49,8 @@ export class Corrections {
     return { z: () => this.undo(), Escape: this.selection.last ? undefined : () => this.turn(false) }[key];
   }
 
+  labelOf(region) { return this.selection.corrected.get(region.index) ?? region.label; }
+
   relabel(label) {
     if (!this.facts.classes[label - 1]) return;
     const chosen = this.selection.chosen();
@@ -50,6 +58,10 @@ export class Corrections {
       const regions = await chosen;
       if (!regions.length) announce("First select a region");
       for (const region of regions) {
+        if (this.labelOf(region) === label) {
+          announce(`Unchanged: ${this.selection.describe(region)}`);
+          continue;
+        }
         const body = { index: region.index, label: region.label, area_mm2: region.area_mm2, after: label };
         await this.save("corrections", body, () => `Saved: ${this.selection.describe(region)}`);
       }
@@ -66,6 +78,7 @@ export class Corrections {
     const headers = { "Content-Type": "application/json" };
     const state = await this.read(fetch(path, { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ");
     if (!state) return;
+    this.failure?.remove();
     byId("corrections-saved").textContent = said(state);
     announce(said(state));
   }
@@ -74,7 +87,8 @@ export class Corrections {
   async read(request, failure = "") {
     const answer = await request.catch(() => null);
     if (!answer?.ok) {
-      note(failure + (answer ? await answer.text() : "wsi-view has ended. Start it again, then reload the page."));
+      this.failure?.remove();
+      this.failure = note(failure + (answer ? await answer.text() : "wsi-view has ended. Start it again, then reload the page."));
       return null;
     }
     const state = await answer.json();
@@ -98,7 +112,7 @@ export class Corrections {
 
   render() {
     const region = this.selection.last;
-    const now = region && (this.selection.corrected.get(region.index) ?? region.label);
+    const now = region && this.labelOf(region);
     for (const button of this.buttons()) {
       button.disabled = !region;
       button.setAttribute("aria-pressed", String(now === Number(button.dataset.class) + 1));

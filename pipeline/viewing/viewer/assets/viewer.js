@@ -211,6 +211,7 @@ const keys = {
   "?": () => byId("help").showModal(),
 };
 for (const [key, times] of Object.entries(MAGNIFICATIONS)) keys[key] = () => magnify(times);
+const REPEATED = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "+", "=", "-", "−", "[", "]"]; // while they are held
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey || byId("help").open) return;
@@ -221,7 +222,7 @@ document.addEventListener("keydown", (event) => {
   const action = measures.key(event.key) ?? corrections.key(event.key) ?? keyAction(event.key);
   if (!action) return;
   event.preventDefault();
-  action(event);
+  if (!event.repeat || REPEATED.includes(event.key)) action(event);
 });
 
 function keyAction(key) {

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pipeline.labeling.corrections import read_corrections
+from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections
+from pipeline.labeling.event_file import EventFile
 from pipeline.viewing.viewer.results import find_results
 from tests.browser import audited_page, axe_findings, screenshot, until
 from tests.pipeline.viewing.viewer.conftest import Site, serving
@@ -108,6 +109,35 @@ def test_a_class_goes_to_the_region_that_was_chosen_before_it_also_if_the_region
     assert page.evaluate("() => wsiView.selection.regions.map(({ label }) => label)") == [2]
 
 
+def test_a_held_key_acts_once_and_the_class_that_a_region_has_is_not_saved_again(own_site: Site, page: Page) -> None:
+    show(page, own_site, "#x=640&y=416&zoom=0.7")
+    page.keyboard.press("c")
+    page.keyboard.press("n")
+    said(page, "Selected: class-0")
+    page.keyboard.press("2")
+    said(page, "Saved: class-1")
+    page.keyboard.press("2")
+    said(page, "Unchanged: class-1 (before: class-0)")
+    page.mouse.click(*place_on_screen(page, *PURPLE_AT))
+    said(page, "Selected: class-1")
+    page.keyboard.press("1")
+    said(page, "Saved: class-0")
+    with EventFile(corrections_file(own_site.results[0].folder), CORRECTION_EVENTS) as events:
+        assert len(events.read()) == 2
+    for _ in range(5):
+        page.keyboard.down("z")
+    page.keyboard.up("z")
+    said(page, "Undone")
+    page.evaluate("() => wsiView.corrections.saving")
+    assert saved(own_site) == [("class-0", "class-1")]
+    x = page.evaluate("() => wsiView.osd.viewport.getBounds().x")
+    for _ in range(3):
+        page.keyboard.down("ArrowRight")
+    page.keyboard.up("ArrowRight")
+    moved = page.evaluate("() => { const { x, width } = wsiView.osd.viewport.getBounds(); return [x, width]; }")
+    assert moved[0] - x > 0.5 * moved[1], "arrow keys repeat"
+
+
 def test_a_late_answer_does_not_replace_a_newer_selection(own_site: Site, page: Page) -> None:
     held: list[Route] = []
 
@@ -144,6 +174,47 @@ def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
         until(opened, "document.getElementById('notes').textContent.includes('NOT saved: wsi-view has ended')")
         assert opened.locator("#corrections-saved").inner_text() == ""
         assert saved(gone) == []
+
+
+def test_only_the_last_failure_is_shown_until_something_is_saved(own_site: Site, browser: Browser) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        show(page, own_site)
+        page.keyboard.press("c")
+        page.keyboard.press("n")
+        said(page, "Selected: class-0")
+        page.route("**/corrections", lambda route: route.fulfill(status=507, body="The disk is full."))
+        for _ in range(2):
+            page.keyboard.press("2")
+            page.wait_for_timeout(200)
+            page.evaluate("() => wsiView.corrections.saving")
+        assert page.locator("#notes p").all_inner_texts() == ["NOT saved: The disk is full."]
+        page.unroute("**/corrections")
+        page.keyboard.press("2")
+        said(page, "Saved: class-1")
+        assert page.locator("#notes p").count() == 0
+        page.goto("about:blank")
+
+
+def test_a_page_shows_what_another_one_has_corrected_when_a_person_returns_to_it(own_site: Site, page: Page) -> None:
+    other = page.context.new_page()
+    for one in (page, other):
+        show(one, own_site)
+        one.keyboard.press("c")
+        one.keyboard.press("n")
+        said(one, "Selected: class-0")
+    other.keyboard.press("2")
+    said(other, "Saved: class-1")
+    assert page.locator("#correction-count").inner_text() == "Corrected regions: 0"
+    page.evaluate("() => window.dispatchEvent(new Event('focus'))")
+    until(page, "document.getElementById('correction-count').textContent === 'Corrected regions: 1'")
+    until(page, "wsiView.corrections.shapes.length === 1")
+    assert page.locator("#selected-region").inner_text().startswith("class-1 (before: class-0)")
+    page.keyboard.press("z")
+    said(page, "Undone")
+    other.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
+    until(other, "document.getElementById('correction-count').textContent === 'Corrected regions: 0'")
+    other.goto("about:blank")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
