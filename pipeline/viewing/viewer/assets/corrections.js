@@ -13,6 +13,7 @@ export class Corrections {
     this.on = false;
     this.shapes = []; // the corrected polygons
     this.saving = Promise.resolve();
+    this.changed = () => {}; // called when other regions are corrected than before
     this.failure = null; // the note about what could not be read or saved last
     byId("correcting").addEventListener("change", (event) => this.turn(event.target.checked));
     for (const button of this.buttons()) {
@@ -49,8 +50,6 @@ export class Corrections {
     return { z: () => this.undo(), Escape: this.selection.last ? undefined : () => this.turn(false) }[key];
   }
 
-  labelOf(region) { return this.selection.corrected.get(region.index) ?? region.label; }
-
   relabel(label) {
     if (!this.facts.classes[label - 1]) return;
     const chosen = this.selection.chosen();
@@ -58,7 +57,7 @@ export class Corrections {
       const regions = await chosen;
       if (!regions.length) announce("First select a region");
       for (const region of regions) {
-        if (this.labelOf(region) === label) {
+        if (this.selection.labelOf(region) === label) {
           announce(`Unchanged: ${this.selection.describe(region)}`);
           continue;
         }
@@ -98,6 +97,7 @@ export class Corrections {
       + (state.others ? `; ${state.others} more belong to an earlier result` : "");
     byId("export-corrections").hidden = !corrected.size;
     this.selection.render();
+    this.changed();
     await this.refresh();
     return state;
   }
@@ -112,7 +112,7 @@ export class Corrections {
 
   render() {
     const region = this.selection.last;
-    const now = region && this.labelOf(region);
+    const now = region && this.selection.labelOf(region);
     for (const button of this.buttons()) {
       button.disabled = !region;
       button.setAttribute("aria-pressed", String(now === Number(button.dataset.class) + 1));

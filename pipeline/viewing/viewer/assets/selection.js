@@ -80,12 +80,16 @@ export class Selection {
     this.stage.goTo({ x: (left + right) / 2, y: (top + bottom) / 2, zoom });
   }
 
-  describe(region) {
+  describe(region) { return `${this.className(region)}, ${area(region.area_mm2)}`; }
+
+  className(region) {
     const { classes } = this.facts;
-    const after = this.corrected.get(region.index);
-    const before = after === undefined ? "" : ` (before: ${classes[region.label - 1].name})`;
-    return `${classes[(after ?? region.label) - 1].name}${before}, ${area(region.area_mm2)}`;
+    const before = this.corrected.has(region.index) ? ` (before: ${classes[region.label - 1].name})` : "";
+    return `${classes[this.labelOf(region) - 1].name}${before}`;
   }
+
+  // Returns the label of a region's class, corrected or not.
+  labelOf({ index, label }) { return this.corrected.get(index) ?? label; }
 
   // Reads the shapes again in the level of detail of this zoom.
   async refresh() {

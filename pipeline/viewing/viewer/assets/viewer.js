@@ -61,9 +61,10 @@ selection.changed = () => {
   corrections.render();
   table.follow();
 };
+corrections.changed = () => table.render();
 controls.changed = () => {
   layers.apply(controls.state);
-  table.show(0);
+  table.update();
   address.write();
 };
 
@@ -100,7 +101,7 @@ osd.addHandler("canvas-click", (event) => {
 osd.addOnceHandler("tile-load-failed", () => {
   note("Parts of the slide or of its classes cannot be shown. Check in the terminal that wsi-view is still running, then reload the page.");
 });
-window.addEventListener("hashchange", () => { address.read(); layers.apply(controls.state); table.show(0); });
+window.addEventListener("hashchange", () => { address.read(); layers.apply(controls.state); table.update(); });
 
 // Drawing over the slide
 

@@ -176,6 +176,20 @@ def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
         assert saved(gone) == []
 
 
+def test_the_table_shows_the_new_class_of_a_corrected_region(own_site: Site, page: Page) -> None:
+    show(page, own_site)
+    for key in ("c", "g", "n"):
+        page.keyboard.press(key)
+    said(page, "Selected: class-0")
+    page.keyboard.press("2")
+    until(page, "document.getElementById('rows').textContent.includes('class-1 (before: class-0)')")
+    swatch = page.locator("#rows tr").first.locator(".swatch")
+    color = "#{:02x}{:02x}{:02x}".format(*own_site.results[0].run.classes[1].color)
+    assert swatch.evaluate("(one) => one.style.getPropertyValue('--class')") == color
+    page.keyboard.press("z")
+    until(page, "!document.getElementById('rows').textContent.includes('before')")
+
+
 def test_only_the_last_failure_is_shown_until_something_is_saved(own_site: Site, browser: Browser) -> None:
     with browser.new_context() as context:
         page = context.new_page()

@@ -91,6 +91,27 @@ def test_keys_alone_measure_at_the_crosshair(page: Page, site: Site) -> None:
 
 def test_a_line_that_crosses_itself_has_no_area(page: Page, site: Site) -> None:
     show(page, site, "#x=640&y=416&zoom=0.7")
+def test_a_point_is_put_once_at_one_place(page: Page, site: Site) -> None:
+    show(page, site, "#x=400&y=400&zoom=1")
+    page.keyboard.press("a")
+    for key in ("", "ArrowRight", "ArrowDown"):
+        if key:
+            page.keyboard.press(key)
+            settle(page)
+        page.keyboard.press("Space")
+        page.keyboard.press("Space")
+    assert page.evaluate("() => wsiView.measures.points.length") == 3
+    page.keyboard.press("Enter")
+    assert announced(page).startswith("Area 0.0")
+    for key in ("ArrowLeft", "ArrowUp", "ArrowRight"):
+        page.keyboard.press(key)
+        settle(page)
+        page.get_by_role("button", name="Point").click()
+    page.keyboard.press("Enter")
+    until(page, "wsiView.measures.done.length === 2")
+    assert page.evaluate("() => wsiView.measures.done[1].points.length") == 3
+
+
     page.keyboard.press("a")
     for place in ((600, 200), (900, 500), (900, 200), (600, 500)):
         page.mouse.click(*place_on_screen(page, *place))
@@ -199,6 +220,13 @@ def test_the_table_sorts_thousands_of_regions_and_is_linked_with_the_view_both_w
 
     # From the view to the table: the page with the region's row is shown.
     head.get_by_role("button", name="Area").click()
+    # Other opacities change no row, so the page stays.
+    page.get_by_role("button", name="More regions").click()
+    until(page, "document.getElementById('rows-shown').textContent.startsWith('13–')")
+    page.keyboard.press("]")
+    page.wait_for_timeout(300)
+    assert page.locator("#rows-shown").inner_text().startswith("13–")
+
     largest = max(range(len(features)), key=lambda n: features[n].area_mm2)
     other = next(n for n in range(len(features)) if features[n].area_mm2 < areas[1500])
     for one in (other, largest):
