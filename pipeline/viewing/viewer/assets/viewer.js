@@ -231,4 +231,4 @@ function keyAction(key) {
 }
 
 // For tests and the console.
-window.wsiView = { osd, outlines, leftOut, pointer, corrections, selection, table, measures, compare, controls, view: () => stage.view() };
+window.wsiView = { stage, osd, outlines, leftOut, pointer, corrections, selection, table, measures, compare, controls, view: () => stage.view() };
