@@ -215,16 +215,25 @@ for (const [key, times] of Object.entries(MAGNIFICATIONS)) keys[key] = () => mag
 const REPEATED = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "+", "=", "-", "−", "[", "]"]; // while they are held
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.altKey || event.metaKey || byId("help").open) return;
+  // Windows reports AltGr as Ctrl and Alt. Some keyboards need it for [ and ].
+  const commands = (event.ctrlKey || event.altKey) && !event.getModifierState("AltGraph");
+  if (commands || event.metaKey || byId("help").open) return;
   // Sliders and lists use the arrow keys themselves, and buttons and links Enter and Space.
   if (event.target.matches("select, input[type=range]") && /^(Arrow|Home|End|Page)/.test(event.key)) return;
   if (event.target.matches("button, a, summary, input") && /^( |Enter)$/.test(event.key)) return;
   if (event.target.matches("select")) return;
-  const action = measures.key(event.key) ?? corrections.key(event.key) ?? keyAction(event.key);
+  const key = keyOf(event);
+  const action = measures.key(key) ?? corrections.key(key) ?? keyAction(key);
   if (!action) return;
   event.preventDefault();
-  if (!event.repeat || REPEATED.includes(event.key)) action(event);
+  if (!event.repeat || REPEATED.includes(key)) action(event);
 });
+
+// Returns the key without Caps Lock.
+function keyOf({ key, shiftKey }) {
+  if (key.length > 1) return key;
+  return shiftKey ? key.toUpperCase() : key.toLowerCase();
+}
 
 function keyAction(key) {
   return /^[1-9]$/.test(key) ? () => controls.toggleClass(Number(key) - 1) : keys[key];
