@@ -11,7 +11,7 @@ results/
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -131,10 +131,12 @@ def current(entries: Iterable[Entry[CorrectionEvent]]) -> list[Correction]:
     return [one for one in latest.values() if one.event.after != one.event.before]
 
 
-def undo_event(entries: Iterable[Entry[CorrectionEvent]], author: str) -> Undone | None:
-    """Return the event that undoes an author's latest correction, or None if there is none."""
-    own = [one.number for one in alive(entries) if one.annotator == author]
-    return Undone(numbers=(own[-1],)) if own else None
+def latest_own(
+    entries: Iterable[Entry[CorrectionEvent]], author: str, shown: Callable[[Relabeled], bool]
+) -> Correction | None:
+    """Return an author's latest correction that is not undone, among those that are `shown`; None if there is none."""
+    own = [one for one in alive(entries) if one.annotator == author and shown(one.event)]
+    return own[-1] if own else None
 
 
 def correction_features(corrections: Sequence[Correction], classes: Sequence[TissueClass]) -> Iterator[dict[str, Any]]:

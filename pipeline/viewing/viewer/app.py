@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from pipeline.pages.page import area_text
 from pipeline.viewing.viewer.corrections import CorrectionPages
 from pipeline.viewing.viewer.identity import in_daemon, is_segmented_slide
 from pipeline.viewing.viewer.open_results import OpenResult, OpenResults
@@ -109,6 +110,7 @@ class Viewer:
             ),
             autoescape=True,
         )
+        self._pages.filters["area"] = area_text
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:

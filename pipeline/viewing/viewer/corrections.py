@@ -25,11 +25,12 @@ from pipeline.labeling.corrections import (
     CorrectionEvent,
     correction_features,
     corrections_file,
+    latest_own,
     read_corrections,
     relabeled,
-    undo_event,
 )
 from pipeline.labeling.event_file import EventFile
+from pipeline.labeling.events import Undone
 from pipeline.results.record import read_header
 from pipeline.viewing.viewer.results import Result
 from pipeline.web.application import posted_json
@@ -81,13 +82,13 @@ class CorrectionPages:
 
     async def state(self, request: Request) -> Response:
         """Respond with the number and the new label of each corrected region."""
-        return await self._answer(request, lambda _: None)
+        return await self._answer(request, lambda _: {})
 
     async def relabel(self, request: Request) -> Response:
         """Save the class of a region, then respond as `state` does."""
         asked = await posted_json(request, RelabelRequest)
 
-        def save(result: Result) -> None:
+        def save(result: Result) -> dict[str, object]:
             classes = result.run.classes
             region = next(islice(read_features(result.outlines, classes), asked.index, None), None)
             identity, header = result.run.identity, read_header(result.folder)
@@ -98,20 +99,29 @@ class CorrectionPages:
             if region is None or not known or asked.after > len(classes):
                 raise HTTPException(409, "The result has changed; reload the page.")
             self._append(result, relabeled(region, identity.slide, identity.model, classes[asked.after - 1].name))
+            return {}
 
         return await self._answer(request, save)
 
     async def undo(self, request: Request) -> Response:
-        """Undo the author's latest correction of this result, then respond as `state` does."""
+        """Undo the author's latest correction that the page shows, then respond as `state` does.
+
+        `undone` is the number of its region, or null if there was none.
+        """
         await posted_json(request, UndoRequest)
 
-        def save(result: Result) -> None:
+        def save(result: Result) -> dict[str, object]:
             if not corrections_file(result.folder).exists():
-                return
+                return {"undone": None}
+            numbers, labels = _numbers(result), _labels(result)
             with EventFile(corrections_file(result.folder), CORRECTION_EVENTS) as events:
-                event = undo_event(events.read(), self._author)
-            if event is not None:
-                self._append(result, event)
+                latest = latest_own(
+                    events.read(), self._author, lambda event: event.region in numbers and event.after in labels
+                )
+            if latest is None:
+                return {"undone": None}
+            self._append(result, Undone(numbers=(latest.number,)))
+            return {"undone": numbers[latest.event.region]}
 
         return await self._answer(request, save)
 
@@ -129,28 +139,25 @@ class CorrectionPages:
         with EventFile(corrections_file(result.folder), CORRECTION_EVENTS) as events:
             events.append(self._author, [event])
 
-    async def _answer(self, request: Request, work: Callable[[Result], None]) -> Response:
+    async def _answer(self, request: Request, work: Callable[[Result], dict[str, object]]) -> Response:
         result = self._result(request)
 
         def worked() -> bytes:
-            work(result)
-            return self._state(result)
+            extra = work(result)
+            return json.dumps(self._state(result) | extra).encode()
 
         return Response(await self._run(request, result, worked), media_type="application/json")
 
-    def _state(self, result: Result) -> bytes:
+    def _state(self, result: Result) -> dict[str, object]:
         corrections = read_corrections(result.folder)
-        labels = {one.name: label for label, one in enumerate(result.run.classes, start=1)}
-        numbers: dict[str, int] = {}
-        if corrections:
-            numbers = {region: index for index, region in enumerate(feature_ids(result.outlines))}
+        labels = _labels(result)
+        numbers = _numbers(result) if corrections else {}
         shown = [
             {"index": numbers[one.event.region], "after": labels[one.event.after], "author": one.annotator}
             for one in corrections
             if one.event.region in numbers and one.event.after in labels
         ]
-        state = {"author": self._author, "corrections": shown, "others": len(corrections) - len(shown)}
-        return json.dumps(state).encode()
+        return {"author": self._author, "corrections": shown, "others": len(corrections) - len(shown)}
 
     def _result(self, request: Request) -> Result:
         result = self._results.get(request.path_params["id"])
@@ -168,3 +175,13 @@ class CorrectionPages:
             ) from error
         assert made is not None
         return made
+
+
+def _numbers(result: Result) -> dict[str, int]:
+    """Return the number of each region by its id."""
+    return {region: index for index, region in enumerate(feature_ids(result.outlines))}
+
+
+def _labels(result: Result) -> dict[str, int]:
+    """Return the label of each class by its name."""
+    return {one.name: label for label, one in enumerate(result.run.classes, start=1)}

@@ -24,9 +24,9 @@ from pipeline.labeling.corrections import (
     correction_features,
     corrections_file,
     current,
+    latest_own,
     read_corrections,
     relabeled,
-    undo_event,
 )
 from pipeline.labeling.event_file import Entry, EventFile
 from pipeline.labeling.events import Undone
@@ -63,11 +63,16 @@ def test_the_latest_correction_of_a_region_counts_until_it_is_undone() -> None:
     assert [one.number for one in alive(entries)] == [1]
 
 
-def test_a_person_undoes_only_their_own_corrections() -> None:
-    entries = events(("ann", to("stroma")), ("bob", to("other")))
-    assert undo_event(entries, "ann") == Undone(numbers=(1,))
-    assert undo_event(entries, "eve") is None
-    assert undo_event(events(("ann", to("stroma")), ("ann", Undone(numbers=(1,)))), "ann") is None
+def test_a_person_undoes_only_their_own_corrections_that_are_shown() -> None:
+    entries = events(("ann", to("stroma")), ("ann", to("tumor", region("b"))), ("bob", to("other")))
+
+    def number(author: str, shown: tuple[str, ...], entries: list[Entry[CorrectionEvent]] = entries) -> int | None:
+        one = latest_own(entries, author, lambda event: event.region in shown)
+        return None if one is None else one.number
+
+    assert (number("ann", (ID, "b")), number("ann", (ID,)), number("ann", ())) == (2, 1, None)
+    assert number("eve", (ID,)) is None
+    assert number("ann", (ID,), events(("ann", to("stroma")), ("ann", Undone(numbers=(1,))))) is None
 
 
 def test_a_region_keeps_its_holes_through_the_file(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 // Keeps the page's address a link to this view and its layers.
 
 import { announce } from "./notices.js";
+import { MOST_ZOOM } from "./stage.js";
 
 const byId = (id) => document.getElementById(id);
 const SMALLEST_DELAY_MS = 200;
@@ -12,15 +13,18 @@ export class Address {
     byId("link").addEventListener("click", () => this.copy());
   }
 
+  // Writes soon: browsers limit how often the address can change.
   write() {
     clearTimeout(this.writing);
-    this.writing = setTimeout(() => {
-      const v = this.stage.view();
-      const digits = Math.max(0, Math.ceil(Math.log10(v.zoom)) + 1);
-      const words = [`x=${v.x.toFixed(digits)}`, `y=${v.y.toFixed(digits)}`, `zoom=${v.zoom.toPrecision(4)}`];
-      if (v.degrees) words.push(`turn=${Number(v.degrees.toFixed(1))}`);
-      history.replaceState(null, "", `#${[...words, ...this.controls.words()].join("&")}`);
-    }, SMALLEST_DELAY_MS);
+    this.writing = setTimeout(() => this.writeNow(), SMALLEST_DELAY_MS);
+  }
+
+  writeNow() {
+    const v = this.stage.view(false);
+    const digits = Math.max(0, Math.ceil(Math.log10(v.zoom)) + 1);
+    const words = [`x=${v.x.toFixed(digits)}`, `y=${v.y.toFixed(digits)}`, `zoom=${v.zoom.toPrecision(4)}`];
+    if (v.degrees) words.push(`turn=${Number(v.degrees.toFixed(1))}`);
+    history.replaceState(null, "", `#${[...words, ...this.controls.words()].join("&")}`);
   }
 
   read() {
@@ -28,10 +32,14 @@ export class Address {
     this.controls.read(words);
     const number = (name) => Number(words.get(name) ?? 0);
     const wanted = { x: number("x"), y: number("y"), zoom: number("zoom"), degrees: number("turn") };
-    if (words.has("x") && Object.values(wanted).every(Number.isFinite) && wanted.zoom > 0) this.stage.goTo(wanted, true);
+    if (!words.has("x") || !Object.values(wanted).every(Number.isFinite) || wanted.zoom <= 0) return;
+    // People edit addresses.
+    this.stage.goTo({ ...wanted, zoom: Math.min(wanted.zoom, MOST_ZOOM) }, true);
+    this.stage.bringBack();
   }
 
   async copy() {
+    this.writeNow();
     await navigator.clipboard.writeText(location.href);
     announce("Link copied");
     byId("link").textContent = "Copied";

@@ -13,6 +13,8 @@ export class Corrections {
     this.on = false;
     this.shapes = []; // the corrected polygons
     this.saving = Promise.resolve();
+    this.changed = () => {}; // called when other regions are corrected than before
+    this.failure = null; // the note about what could not be read or saved last
     byId("correcting").addEventListener("change", (event) => this.turn(event.target.checked));
     for (const button of this.buttons()) {
       button.querySelector(".swatch").style.setProperty("--class", facts.classes[Number(button.dataset.class)].color);
@@ -22,8 +24,13 @@ export class Corrections {
     this.render();
   }
 
-  // Reads what was saved before. Needs the view.
-  start() { this.read(fetch("corrections.json")); }
+  // Reads what was saved before, and again when a person returns to the page: another tab may have saved. Needs the view.
+  start() {
+    const read = () => this.inTurn(() => this.read(fetch("corrections.json")));
+    read();
+    window.addEventListener("focus", read);
+    document.addEventListener("visibilitychange", () => { if (!document.hidden) read(); });
+  }
 
   buttons() { return [...document.querySelectorAll(".relabel")]; }
 
@@ -32,7 +39,7 @@ export class Corrections {
     byId("correcting").checked = on;
     byId("correction-tools").hidden = !on;
     if (on) announce("Correct regions: click a region, or press n for the next one");
-    else this.selection.select(null);
+    else this.selection.clear();
   }
 
   // Returns what a key does, or undefined if it has another meaning.
@@ -45,33 +52,43 @@ export class Corrections {
 
   relabel(label) {
     if (!this.facts.classes[label - 1]) return;
-    if (!this.selection.last) announce("First select a region");
-    for (const region of this.selection.regions) {
-      const body = { index: region.index, label: region.label, area_mm2: region.area_mm2, after: label };
-      this.save("corrections", body, () => `Saved: ${this.selection.describe(region)}`);
-    }
-  }
-
-  undo() { this.save("corrections/undo", {}, () => "Undone"); }
-
-  // Saves one after the other, in the order of the keys.
-  save(path, body, said) {
-    byId("corrections-saved").textContent = "";
-    this.saving = this.saving.then(async () => {
-      const headers = { "Content-Type": "application/json" };
-      if (await this.read(fetch(path, { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ")) {
-        byId("corrections-saved").textContent = said();
-        announce(said());
+    const chosen = this.selection.chosen();
+    this.inTurn(async () => {
+      const regions = await chosen;
+      if (!regions.length) announce("First select a region");
+      for (const region of regions) {
+        if (this.selection.labelOf(region) === label) {
+          announce(`Unchanged: ${this.selection.describe(region)}`);
+          continue;
+        }
+        const body = { index: region.index, label: region.label, area_mm2: region.area_mm2, after: label };
+        await this.save("corrections", body, () => `Saved: ${this.selection.describe(region)}`);
       }
     });
   }
 
-  // Takes over the server's state. Returns whether there was one.
+  undo() { this.inTurn(() => this.save("corrections/undo", {}, ({ undone }) => (undone === null ? "Nothing to undo" : "Undone"))); }
+
+  // Does one thing after the other, in the order of the keys.
+  inTurn(work) { this.saving = this.saving.then(work); }
+
+  async save(path, body, said) {
+    byId("corrections-saved").textContent = "";
+    const headers = { "Content-Type": "application/json" };
+    const state = await this.read(fetch(path, { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ");
+    if (!state) return;
+    this.failure?.remove();
+    byId("corrections-saved").textContent = said(state);
+    announce(said(state));
+  }
+
+  // Takes over the server's state and returns it, or null if there was none.
   async read(request, failure = "") {
     const answer = await request.catch(() => null);
     if (!answer?.ok) {
-      note(failure + (answer ? await answer.text() : "wsi-view has ended. Start it again, then reload the page."));
-      return false;
+      this.failure?.remove();
+      this.failure = note(failure + (answer ? await answer.text() : "wsi-view has ended. Start it again, then reload the page."));
+      return null;
     }
     const state = await answer.json();
     const corrected = new Map(state.corrections.map(({ index, after }) => [index, after]));
@@ -80,8 +97,9 @@ export class Corrections {
       + (state.others ? `; ${state.others} more belong to an earlier result` : "");
     byId("export-corrections").hidden = !corrected.size;
     this.selection.render();
+    this.changed();
     await this.refresh();
-    return true;
+    return state;
   }
 
   // Reads the shapes again in the level of detail of this zoom.
@@ -94,7 +112,7 @@ export class Corrections {
 
   render() {
     const region = this.selection.last;
-    const now = region && (this.selection.corrected.get(region.index) ?? region.label);
+    const now = region && this.selection.labelOf(region);
     for (const button of this.buttons()) {
       button.disabled = !region;
       button.setAttribute("aria-pressed", String(now === Number(button.dataset.class) + 1));

@@ -1,4 +1,5 @@
-// Shows the class map, the probabilities and the other layers as the controls state.
+// Shows the class map, the probabilities and the other layers as the controls state. They lie over the slide in this order,
+// whichever is turned on first.
 
 import { pyramid } from "./stage.js";
 
@@ -9,6 +10,7 @@ export class Layers {
     this.labelsShown = 0;
     this.classes = [];
     this.unfamiliar = null;
+    this.ranks = new WeakMap(); // layer -> its place in the order
   }
 
   async apply(state) {
@@ -17,7 +19,7 @@ export class Layers {
     for (const [k, c] of state.classes.entries()) {
       const opacity = state.probability.on && c.on ? c.opacity : 0;
       if (opacity && !this.classes[k]) {
-        this.classes[k] = this.overlay((z, x, y) => `class/${k}/${z}/${x}_${y}.png`, opacity);
+        this.classes[k] = this.overlay(1 + k, (z, x, y) => `class/${k}/${z}/${x}_${y}.png`, opacity);
       }
       (await this.classes[k])?.setOpacity(opacity);
     }
@@ -32,16 +34,16 @@ export class Layers {
     if (opacity && (!this.labels || shown !== this.labelsShown)) {
       const old = this.labels;
       this.labelsShown = shown;
-      this.labels = this.overlay((z, x, y) => `labels/${shown}/${z}/${x}_${y}.png`, opacity);
+      this.labels = this.overlay(0, (z, x, y) => `labels/${shown}/${z}/${x}_${y}.png`, opacity);
       const gone = await old;
       if (gone) this.stage.osd.world.removeItem(gone);
     }
     (await this.labels)?.setOpacity(opacity);
   }
 
-  overlay(url, opacity) {
+  overlay(rank, url, opacity) {
     const { width, height, l0_per_px } = this.facts.map;
-    return this.added({
+    return this.added(rank, {
       tileSource: pyramid(width, height, this.facts.map, url),
       width: (width * l0_per_px) / this.facts.width,
       opacity,
@@ -52,14 +54,20 @@ export class Layers {
 
   // Lays a picture over the slide, from its origin.
   async picture(url, l0PerPx, opacity) {
-    const item = await this.added({ tileSource: { type: "image", url, buildPyramid: false }, opacity });
+    const item = await this.added(1 + this.facts.classes.length, { tileSource: { type: "image", url, buildPyramid: false }, opacity });
     item?.setWidth((item.source.dimensions.x * l0PerPx) / this.facts.width, true);
     return item;
   }
 
-  added(options) {
-    return new Promise((done) => this.stage.osd.addTiledImage({
-      x: 0, y: 0, ...options, success: ({ item }) => done(item), error: () => done(null),
+  async added(rank, options) {
+    const { osd } = this.stage;
+    const item = await new Promise((done) => osd.addTiledImage({
+      x: 0, y: 0, ...options, success: (event) => done(event.item), error: () => done(null),
     }));
+    if (!item) return null;
+    this.ranks.set(item, rank);
+    const items = Array.from({ length: osd.world.getItemCount() }, (_, i) => osd.world.getItemAt(i));
+    osd.world.setItemIndex(item, items.filter((other) => (this.ranks.get(other) ?? -1) < rank).length);
+    return item;
   }
 }

@@ -17,14 +17,13 @@ export class Measures {
     this.points = []; // level-0 places of the shape that is being drawn
     this.done = []; // {kind, points} of the finished ones
     this.changed = () => {};
-    for (const kind of Object.keys(KINDS)) {
-      byId(`measure-${kind}`).addEventListener("click", () => {
-        this.turn(kind);
-        if (this.kind) stage.osd.canvas.focus(); // Space is to put a point, not to press the button again
-      });
-    }
-    byId("measure-point").addEventListener("click", () => this.addCenter());
-    byId("measure-finish").addEventListener("click", () => this.finish());
+    const tool = (id, action) => byId(id).addEventListener("click", () => {
+      action();
+      if (this.kind) stage.osd.canvas.focus(); // the next Space or Enter is for the shape, not for the button
+    });
+    for (const kind of Object.keys(KINDS)) tool(`measure-${kind}`, () => this.turn(kind));
+    tool("measure-point", () => this.addCenter());
+    tool("measure-finish", () => this.finish());
     byId("measure-undo").addEventListener("click", () => this.undo());
     byId("measure-clear").addEventListener("click", () => this.clear());
     this.render();
@@ -63,8 +62,8 @@ export class Measures {
   }
 
   addCenter() {
-    const { x, y } = this.stage.view();
-    this.add([x, y]);
+    const { width, height } = this.stage.view();
+    this.click([width / 2, height / 2]);
   }
 
   add(point) {
@@ -90,9 +89,8 @@ export class Measures {
 
   // Takes back the last point, or the last measurement if no shape is being drawn.
   undo() {
-    if (this.points.length) this.points.pop();
-    else this.done.pop();
-    announce("Undone");
+    const undone = this.points.pop() ?? this.done.pop();
+    announce(undone ? "Undone" : "Nothing to undo");
     this.update();
   }
 

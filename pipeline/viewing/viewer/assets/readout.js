@@ -1,6 +1,6 @@
 // Formats lengths, areas and places as text.
 
-const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0, signDisplay: "negative" }); // 0 instead of -0
 const threeDigits = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 
 // Returns the largest number of the form 1, 2 or 5 times a power of ten that is at most `length`.

@@ -14,12 +14,12 @@ export class RegionTable {
     this.on = false;
     this.by = "area";
     this.upward = false; // the smallest value first
-    this.first = 0; // the number of the first row that is shown
+    this.page = { rows: [], first: 0, total: 0 }; // the rows that are shown, and the number of the first one
     byId("table-on").addEventListener("change", (event) => this.turn(event.target.checked));
     for (const button of this.heads()) button.addEventListener("click", () => this.sort(button.dataset.by));
-    byId("rows-before").addEventListener("click", () => this.show(this.first - ROWS));
-    byId("rows-after").addEventListener("click", () => this.show(this.first + ROWS));
-    outlines.measured = () => this.show(this.first);
+    byId("rows-before").addEventListener("click", () => this.show(this.page.first - ROWS));
+    byId("rows-after").addEventListener("click", () => this.show(this.page.first + ROWS));
+    outlines.measured = () => this.show(this.page.first);
   }
 
   heads() { return [...document.querySelectorAll("#region-table thead button")]; }
@@ -41,7 +41,10 @@ export class RegionTable {
   }
 
   // Shows the page that holds the region that was selected last.
-  follow() { this.show(this.first, this.selection.last?.index ?? null); }
+  follow() { this.show(this.page.first, this.selection.last?.index ?? null); }
+
+  // Shows the first page if other classes are shown than before.
+  update() { if (String(this.classesOn()) !== String(this.asked?.on)) this.show(0); }
 
   async show(first, holding = null) {
     if (!this.on) return;
@@ -49,33 +52,36 @@ export class RegionTable {
     this.asked = question;
     const page = await this.outlines.request(question);
     if (this.asked !== question) return;
-    this.first = page.first;
-    this.render(page);
+    this.page = page;
+    this.render();
   }
 
-  render({ rows, first, total }) {
+  render() {
+    const { rows, first, total } = this.page;
     const selected = new Set(this.selection.numbers());
     const focused = document.activeElement?.closest("#rows tr")?.dataset.index;
     byId("rows").replaceChildren(...rows.map((row) => this.row(row, selected.has(row.index))));
     byId("rows").querySelector(`tr[data-index="${focused}"] button`)?.focus();
     byId("rows-shown").textContent = total ? `${whole.format(first + 1)}–${whole.format(first + rows.length)} of ${whole.format(total)}` : "no regions";
-    byId("rows-before").disabled = first === 0;
-    byId("rows-after").disabled = first + rows.length >= total;
+    // A disabled button would lose the focus.
+    byId("rows-before").setAttribute("aria-disabled", String(first === 0));
+    byId("rows-after").setAttribute("aria-disabled", String(first + rows.length >= total));
     for (const button of this.heads()) {
       const sorted = this.upward ? "ascending" : "descending";
       button.closest("th").setAttribute("aria-sort", button.dataset.by === this.by ? sorted : "none");
     }
   }
 
-  row({ index, label, area_mm2, probability }, selected) {
-    const { name, color } = this.facts.classes[label - 1];
+  row(region, selected) {
+    const { index, area_mm2, probability } = region;
     const row = document.createElement("tr");
     row.dataset.index = index;
     row.addEventListener("click", (event) => this.selection.go(index, event.shiftKey));
     const button = document.createElement("button");
     button.type = "button";
     button.setAttribute("aria-pressed", String(selected));
-    button.append(swatchOf(color), ` ${name}`);
+    const { color } = this.facts.classes[this.selection.labelOf(region) - 1];
+    button.append(swatchOf(color), ` ${this.selection.className(region)}`);
     const head = document.createElement("th");
     head.scope = "row";
     head.append(button);

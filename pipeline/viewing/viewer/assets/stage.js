@@ -4,7 +4,7 @@ import { normal, placeOf, turned } from "./views.js";
 
 const OpenSeadragon = window.OpenSeadragon;
 const UM_PER_PX_AT_1X = 10; // on the screen, so 40× is 0.25 µm per pixel
-const MOST_ZOOM = 8; // screen pixels per slide pixel
+export const MOST_ZOOM = 8; // screen pixels per slide pixel
 
 export class Stage {
   // Fills `element` with the slide. Only the main stage has a navigator and can be reached with the Tab key.
@@ -56,13 +56,14 @@ export class Stage {
     this.osd.addTiledImage({ tileSource: this.source(), index: 0, replace: true });
   }
 
-  view() {
+  // Returns the view that is shown, or else the one at which a movement will end.
+  view(shown = true) {
     const { viewport } = this.osd;
-    const [bounds, size] = [viewport.getBoundsNoRotate(true), viewport.getContainerSize()];
+    const [bounds, size] = [viewport.getBoundsNoRotate(shown), viewport.getContainerSize()];
     const { width } = this.facts;
     return {
       x: (bounds.x + bounds.width / 2) * width, y: (bounds.y + bounds.height / 2) * width,
-      zoom: size.x / (bounds.width * width), degrees: normal(viewport.getRotation(true)), width: size.x, height: size.y,
+      zoom: size.x / (bounds.width * width), degrees: normal(viewport.getRotation(shown)), width: size.x, height: size.y,
     };
   }
 
@@ -78,6 +79,12 @@ export class Stage {
     if (degrees !== undefined) this.turn(degrees, immediately);
     this.zoomTo(zoom, immediately);
     this.osd.viewport.panTo(new OpenSeadragon.Point(x / this.facts.width, y / this.facts.width), immediately);
+  }
+
+  // Moves at once so that a part of the slide is in view, as it is after every movement with the mouse.
+  bringBack() {
+    const { viewport } = this.osd;
+    viewport.panTo(viewport.getConstrainedBounds().getCenter(), true);
   }
 
   zoomTo(zoom, immediately = false) {

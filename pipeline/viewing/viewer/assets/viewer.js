@@ -61,9 +61,10 @@ selection.changed = () => {
   corrections.render();
   table.follow();
 };
+corrections.changed = () => table.render();
 controls.changed = () => {
   layers.apply(controls.state);
-  table.show(0);
+  table.update();
   address.write();
 };
 
@@ -100,7 +101,7 @@ osd.addHandler("canvas-click", (event) => {
 osd.addOnceHandler("tile-load-failed", () => {
   note("Parts of the slide or of its classes cannot be shown. Check in the terminal that wsi-view is still running, then reload the page.");
 });
-window.addEventListener("hashchange", () => { address.read(); layers.apply(controls.state); table.show(0); });
+window.addEventListener("hashchange", () => { address.read(); layers.apply(controls.state); table.update(); });
 
 // Drawing over the slide
 
@@ -206,27 +207,37 @@ const keys = {
   u: () => controls.toggle("unfamiliar"), x: () => controls.toggle("left-out"),
   h: () => controls.hideAll(),
   n: () => selection.next("area"), N: () => selection.next("uncertainty"), g: () => table.turn(!table.on),
-  Escape: () => selection.select(null),
+  Escape: () => selection.clear(),
   "[": () => controls.stronger(-0.1), "]": () => controls.stronger(0.1),
   "?": () => byId("help").showModal(),
 };
 for (const [key, times] of Object.entries(MAGNIFICATIONS)) keys[key] = () => magnify(times);
+const REPEATED = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "+", "=", "-", "−", "[", "]"]; // while they are held
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.altKey || event.metaKey || byId("help").open) return;
+  // Windows reports AltGr as Ctrl and Alt. Some keyboards need it for [ and ].
+  const commands = (event.ctrlKey || event.altKey) && !event.getModifierState("AltGraph");
+  if (commands || event.metaKey || byId("help").open) return;
   // Sliders and lists use the arrow keys themselves, and buttons and links Enter and Space.
   if (event.target.matches("select, input[type=range]") && /^(Arrow|Home|End|Page)/.test(event.key)) return;
   if (event.target.matches("button, a, summary, input") && /^( |Enter)$/.test(event.key)) return;
   if (event.target.matches("select")) return;
-  const action = measures.key(event.key) ?? corrections.key(event.key) ?? keyAction(event.key);
+  const key = keyOf(event);
+  const action = measures.key(key) ?? corrections.key(key) ?? keyAction(key);
   if (!action) return;
   event.preventDefault();
-  action(event);
+  if (!event.repeat || REPEATED.includes(key)) action(event);
 });
+
+// Returns the key without Caps Lock.
+function keyOf({ key, shiftKey }) {
+  if (key.length > 1) return key;
+  return shiftKey ? key.toUpperCase() : key.toLowerCase();
+}
 
 function keyAction(key) {
   return /^[1-9]$/.test(key) ? () => controls.toggleClass(Number(key) - 1) : keys[key];
 }
 
 // For tests and the console.
-window.wsiView = { osd, outlines, leftOut, pointer, corrections, selection, table, measures, compare, controls, view: () => stage.view() };
+window.wsiView = { stage, osd, outlines, leftOut, pointer, corrections, selection, table, measures, compare, controls, view: () => stage.view() };

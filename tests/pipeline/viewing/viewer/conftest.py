@@ -105,3 +105,12 @@ def own_site(results_folder: Path, tmp_path: Path) -> Iterator[Site]:
     shutil.copytree(next(results_folder.glob("block*")), tmp_path / "results" / "a")
     with serving(find_results(tmp_path / "results")) as running:
         yield running
+
+
+@pytest.fixture
+def pair(results_folder: Path, tmp_path: Path) -> Iterator[Site]:
+    """Serve two copies of the results, "a" and "b". See `own_site` for the order of fixtures."""
+    for name in ("a", "b"):
+        shutil.copytree(next(results_folder.glob("block*")), tmp_path / "results" / name)
+    with serving(find_results(tmp_path / "results")) as running:
+        yield running

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from models.tissue_class import TissueClass
 from pipeline.cli.label import app as label_app
 from pipeline.formats.features import Feature, read_features
-from pipeline.labeling.corrections import corrections_file, read_corrections
+from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections, relabeled
+from pipeline.labeling.event_file import EventFile
 from pipeline.labeling.events import Labeled
 from pipeline.labeling.store import EventStore
 from pipeline.viewing.viewer.uncertainty import uncertainties
@@ -55,8 +56,9 @@ def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_s
     (saved,) = read_corrections(folder)
     assert (saved.annotator, saved.event.before, saved.event.after) == ("ann", "class-1", "class-0")
     assert saved.event.polygon_l0.equals(regions(own_site)[index].geometry_l0)
-    assert post(own_site, "corrections/undo", {}).status == 200
+    assert json.loads(post(own_site, "corrections/undo", {}).body)["undone"] == index
     assert read_corrections(folder) == []
+    assert json.loads(post(own_site, "corrections/undo", {}).body)["undone"] is None
     post(own_site, "corrections", of_region(own_site, index, 1))
     exported = json.loads(own_site.get("corrections.geojson").body)["features"]
     assert [one["properties"]["classification"]["name"] for one in exported] == ["class-0"]
@@ -103,6 +105,19 @@ def test_a_result_that_was_replaced_while_the_viewer_runs_gets_no_corrections(ow
     answer = post(own_site, "corrections", good)
     assert (answer.status, answer.body) == (409, b"The result has changed; stop wsi-view and start it again.")
     assert not corrections_file(folder).exists()
+
+
+def test_undo_leaves_the_corrections_of_an_earlier_result(own_site: Site) -> None:
+    folder = own_site.results[0].folder
+    first = regions(own_site)[0]
+    other = TissueClass("class-1", (1, 2, 3))
+    earlier = relabeled(Feature("00", 2, other, 0.1, shapely.box(0, 0, 9, 9)), "ab", "cd", "class-0")
+    lost = relabeled(first, "ab", "cd", "a class of another model")
+    with EventFile(corrections_file(folder), CORRECTION_EVENTS) as events:
+        events.append("ann", [earlier, lost])
+    answer = json.loads(post(own_site, "corrections/undo", {}).body)
+    assert answer == {"author": "ann", "corrections": [], "others": 2, "undone": None}
+    assert len(read_corrections(folder)) == 2
 
 
 def test_a_file_that_is_not_ours_is_never_changed(own_site: Site, caplog: pytest.LogCaptureFixture) -> None:

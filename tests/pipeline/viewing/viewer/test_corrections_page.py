@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pipeline.labeling.corrections import read_corrections
+from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections
+from pipeline.labeling.event_file import EventFile
 from pipeline.viewing.viewer.results import find_results
 from tests.browser import audited_page, axe_findings, screenshot, until
 from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.pipeline.viewing.viewer.screen import color_at, place_on_screen, said, settle, show
 
 if TYPE_CHECKING:  # most test runs need no browser
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 pytestmark = pytest.mark.full
 
@@ -60,6 +61,8 @@ def test_a_region_is_selected_relabeled_undone_and_exported(own_site: Site, page
     page.keyboard.press("z")
     said(page, "Undone")
     assert saved(own_site) == []
+    page.keyboard.press("z")
+    said(page, "Nothing to undo")
     page.keyboard.press("Escape")
     assert page.locator("#correction-tools").is_hidden()
 
@@ -86,6 +89,76 @@ def test_the_next_region_by_area_and_by_uncertainty_comes_into_view(own_site: Si
     said(page, "Selected: class-1, 0.08")
 
 
+def test_a_class_goes_to_the_region_that_was_chosen_before_it_also_if_the_region_is_not_shown_yet(
+    own_site: Site, page: Page
+) -> None:
+    show(page, own_site, "#x=640&y=416&zoom=0.7")
+    page.keyboard.press("c")
+    page.mouse.click(*place_on_screen(page, *PURPLE_AT))
+    said(page, "Selected: class-1")
+    page.evaluate(
+        """() => { const { outlines } = wsiView; const request = outlines.request.bind(outlines);
+        outlines.request = async (question) => {
+          await new Promise((done) => setTimeout(done, 400)); return request(question); }; }"""
+    )
+    page.keyboard.press("n")
+    page.keyboard.press("2")
+    page.keyboard.press("n")
+    until(page, "wsiView.selection.corrected.size && !wsiView.selection.choice")
+    assert saved(own_site) == [("class-0", "class-1")]
+    assert page.evaluate("() => wsiView.selection.regions.map(({ label }) => label)") == [2]
+
+
+def test_a_held_key_acts_once_and_the_class_that_a_region_has_is_not_saved_again(own_site: Site, page: Page) -> None:
+    show(page, own_site, "#x=640&y=416&zoom=0.7")
+    page.keyboard.press("c")
+    page.keyboard.press("n")
+    said(page, "Selected: class-0")
+    page.keyboard.press("2")
+    said(page, "Saved: class-1")
+    page.keyboard.press("2")
+    said(page, "Unchanged: class-1 (before: class-0)")
+    page.mouse.click(*place_on_screen(page, *PURPLE_AT))
+    said(page, "Selected: class-1")
+    page.keyboard.press("1")
+    said(page, "Saved: class-0")
+    with EventFile(corrections_file(own_site.results[0].folder), CORRECTION_EVENTS) as events:
+        assert len(events.read()) == 2
+    for _ in range(5):
+        page.keyboard.down("z")
+    page.keyboard.up("z")
+    said(page, "Undone")
+    page.evaluate("() => wsiView.corrections.saving")
+    assert saved(own_site) == [("class-0", "class-1")]
+    x = page.evaluate("() => wsiView.osd.viewport.getBounds().x")
+    for _ in range(3):
+        page.keyboard.down("ArrowRight")
+    page.keyboard.up("ArrowRight")
+    moved = page.evaluate("() => { const { x, width } = wsiView.osd.viewport.getBounds(); return [x, width]; }")
+    assert moved[0] - x > 0.5 * moved[1], "arrow keys repeat"
+
+
+def test_a_late_answer_does_not_replace_a_newer_selection(own_site: Site, page: Page) -> None:
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/uncertainty", hold)
+    show(page, own_site, "#x=640&y=416&zoom=0.7")
+    page.keyboard.press("Shift+N")
+    page.wait_for_timeout(200)
+    page.mouse.click(*place_on_screen(page, *PURPLE_AT))
+    said(page, "Selected: class-1")
+    view = page.evaluate("() => wsiView.view()")
+    for route in held:
+        route.continue_()
+    question = "{ what: 'next', by: 'uncertainty', after: null, on: [true, true], skip: [] }"
+    page.evaluate(f"() => wsiView.outlines.request({question})")
+    assert page.locator("#selected-region").inner_text().startswith("class-1")
+    assert page.evaluate("() => wsiView.view()") == view
+
+
 def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
     browser: Browser, results_folder: Path, tmp_path: Path
 ) -> None:
@@ -101,6 +174,61 @@ def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
         until(opened, "document.getElementById('notes').textContent.includes('NOT saved: wsi-view has ended')")
         assert opened.locator("#corrections-saved").inner_text() == ""
         assert saved(gone) == []
+
+
+def test_the_table_shows_the_new_class_of_a_corrected_region(own_site: Site, page: Page) -> None:
+    show(page, own_site)
+    for key in ("c", "g", "n"):
+        page.keyboard.press(key)
+    said(page, "Selected: class-0")
+    page.keyboard.press("2")
+    until(page, "document.getElementById('rows').textContent.includes('class-1 (before: class-0)')")
+    swatch = page.locator("#rows tr").first.locator(".swatch")
+    color = "#{:02x}{:02x}{:02x}".format(*own_site.results[0].run.classes[1].color)
+    assert swatch.evaluate("(one) => one.style.getPropertyValue('--class')") == color
+    page.keyboard.press("z")
+    until(page, "!document.getElementById('rows').textContent.includes('before')")
+
+
+def test_only_the_last_failure_is_shown_until_something_is_saved(own_site: Site, browser: Browser) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        show(page, own_site)
+        page.keyboard.press("c")
+        page.keyboard.press("n")
+        said(page, "Selected: class-0")
+        page.route("**/corrections", lambda route: route.fulfill(status=507, body="The disk is full."))
+        for _ in range(2):
+            page.keyboard.press("2")
+            page.wait_for_timeout(200)
+            page.evaluate("() => wsiView.corrections.saving")
+        assert page.locator("#notes p").all_inner_texts() == ["NOT saved: The disk is full."]
+        page.unroute("**/corrections")
+        page.keyboard.press("2")
+        said(page, "Saved: class-1")
+        assert page.locator("#notes p").count() == 0
+        page.goto("about:blank")
+
+
+def test_a_page_shows_what_another_one_has_corrected_when_a_person_returns_to_it(own_site: Site, page: Page) -> None:
+    other = page.context.new_page()
+    for one in (page, other):
+        show(one, own_site)
+        one.keyboard.press("c")
+        one.keyboard.press("n")
+        said(one, "Selected: class-0")
+    other.keyboard.press("2")
+    said(other, "Saved: class-1")
+    assert page.locator("#correction-count").inner_text() == "Corrected regions: 0"
+    page.evaluate("() => window.dispatchEvent(new Event('focus'))")
+    until(page, "document.getElementById('correction-count').textContent === 'Corrected regions: 1'")
+    until(page, "wsiView.corrections.shapes.length === 1")
+    assert page.locator("#selected-region").inner_text().startswith("class-1 (before: class-0)")
+    page.keyboard.press("z")
+    said(page, "Undone")
+    other.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
+    until(other, "document.getElementById('correction-count').textContent === 'Corrected regions: 0'")
+    other.goto("about:blank")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import pytest
 import shapely
 
 from pipeline.formats.features import read_features
+from pipeline.results.record import read_run, write_run
 from pipeline.viewing.viewer.results import find_results
 from tests.bench.viewer import with_polygons
 from tests.browser import screenshot, until, watched_page
@@ -60,6 +62,8 @@ def test_a_distance_and_an_area_are_measured_with_the_mouse(page: Page, site: Si
     assert page.locator("#measurements li").count() == 1
     page.keyboard.press("Delete")
     assert page.locator("#measurements li").count() == 0
+    page.keyboard.press("z")
+    assert announced(page) == "Nothing to undo"
     page.keyboard.press("Escape")
     page.mouse.click(*place_on_screen(page, *PURPLE_AT))
     said(page, "Selected: class-1")
@@ -85,6 +89,27 @@ def test_keys_alone_measure_at_the_crosshair(page: Page, site: Site) -> None:
     assert announced(page) == "This needs 3 points"
     page.keyboard.press("Escape")
     assert page.locator("#crosshair").is_hidden()
+
+
+def test_a_point_is_put_once_at_one_place(page: Page, site: Site) -> None:
+    show(page, site, "#x=400&y=400&zoom=1")
+    page.keyboard.press("a")
+    for key in ("", "ArrowRight", "ArrowDown"):
+        if key:
+            page.keyboard.press(key)
+            settle(page)
+        page.keyboard.press("Space")
+        page.keyboard.press("Space")
+    assert page.evaluate("() => wsiView.measures.points.length") == 3
+    page.keyboard.press("Enter")
+    assert announced(page).startswith("Area 0.0")
+    for key in ("ArrowLeft", "ArrowUp", "ArrowRight"):
+        page.keyboard.press(key)
+        settle(page)
+        page.get_by_role("button", name="Point").click()
+    page.keyboard.press("Enter")
+    until(page, "wsiView.measures.done.length === 2")
+    assert page.evaluate("() => wsiView.measures.done[1].points.length") == 3
 
 
 def test_a_line_that_crosses_itself_has_no_area(page: Page, site: Site) -> None:
@@ -195,6 +220,13 @@ def test_the_table_sorts_thousands_of_regions_and_is_linked_with_the_view_both_w
     assert pressed.get_attribute("data-index") == str(number)
     screenshot(page, "viewer-table", tmp_path, whole=False)
 
+    # Other opacities change no row, so the page stays.
+    page.get_by_role("button", name="More regions").click()
+    until(page, "document.getElementById('rows-shown').textContent.startsWith('13–')")
+    page.keyboard.press("]")
+    page.wait_for_timeout(300)
+    assert page.locator("#rows-shown").inner_text().startswith("13–")
+
     # From the view to the table: the page with the region's row is shown.
     head.get_by_role("button", name="Area").click()
     largest = max(range(len(features)), key=lambda n: features[n].area_mm2)
@@ -204,6 +236,81 @@ def test_the_table_sorts_thousands_of_regions_and_is_linked_with_the_view_both_w
         until(page, f"document.querySelector('#rows [aria-pressed=true]')?.closest('tr').dataset.index === '{one}'")
     page.keyboard.press("1")
     until(page, "![...document.querySelectorAll('#rows th')].some((one) => one.textContent.includes('class-0'))")
+
+
+def test_a_button_of_the_table_keeps_the_focus_on_the_first_page(many: Site, page: Page) -> None:
+    show(page, many)
+    page.keyboard.press("g")
+    until(page, "document.querySelectorAll('#rows tr').length === 12")
+    before = page.get_by_role("button", name="Previous regions")
+    assert before.get_attribute("aria-disabled") == "true"
+    page.get_by_role("button", name="More regions").click()
+    until(page, "document.getElementById('rows-shown').textContent.startsWith('13–')")
+    assert before.get_attribute("aria-disabled") == "false"
+    before.focus()
+    for _ in range(2):
+        page.keyboard.press("Enter")
+        until(page, "document.getElementById('rows-shown').textContent.startsWith('1–')")
+        assert page.evaluate("() => document.activeElement.id") == "rows-before"
+
+
+def test_long_names_stay_inside_the_panel_the_tip_and_the_saved_picture(
+    own_site: Site, page: Page, tmp_path: Path
+) -> None:
+    folder = own_site.results[0].folder
+    run = read_run(folder)
+    assert run is not None
+    names = ("Invasive micropapillary carcinoma with lymphovascular invasion 1", "W" * 64)
+    classes = tuple(dataclasses.replace(one, name=name) for one, name in zip(run.classes, names, strict=True))
+    areas = dict(zip(names, run.class_areas_mm2.values(), strict=True))
+    write_run(folder, run.model_copy(update={"classes": classes, "class_areas_mm2": areas}))
+    with serving(find_results(folder)) as long:
+        show(page, long)
+        for key in ("c", "g"):
+            page.keyboard.press(key)
+        until(page, "document.querySelectorAll('#rows tr').length === 2")
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 800})
+            settle(page)
+            sizes = page.evaluate("() => ((e) => [e.scrollWidth, e.clientWidth])(document.getElementById('panel'))")
+            assert sizes[0] <= sizes[1]
+            page.mouse.move(*place_on_screen(page, *PURPLE_AT))
+            until(page, "document.getElementById('tip').textContent.includes('WWW')")
+            tip, stage = page.locator("#tip").bounding_box(), page.locator("#stage").bounding_box()
+            assert tip is not None
+            assert stage is not None
+            assert tip["x"] >= stage["x"]
+            assert tip["x"] + tip["width"] <= stage["x"] + stage["width"]
+        with page.expect_download() as download:
+            page.keyboard.press("v")
+        saved = picture(Path(download.value.path()).read_bytes())
+        view = page.evaluate("() => wsiView.view()")
+        assert saved.shape == (view["height"] + 2 * 22 + 12, view["width"], 3)
+        screenshot(page, "viewer-long-names", tmp_path, whole=False)
+        legend = saved[round(view["height"]) :]
+        assert (legend[:, -9:] > 250).all(), "the names end before the edge"
+        assert (legend[:, 200:-9] < 60).any()
+        page.goto("about:blank")
+
+
+def test_a_legend_of_many_entries_is_complete_in_the_saved_picture(page: Page, site: Site) -> None:
+    page.set_viewport_size({"width": 1000, "height": 600})
+    show(page, site)
+    script = """async () => {
+      const { pictureOf } = await import("/assets/picture.js");
+      const names = [...Array(30).keys()].map((k) => `class number ${k + 1}`);
+      const entries = names.map((name) => ({ name, color: "#f00", fill: "#f00" }));
+      const texts = [];
+      const { fillText } = CanvasRenderingContext2D.prototype;
+      CanvasRenderingContext2D.prototype.fillText = (...text) => texts.push(text);
+      const canvas = pictureOf(wsiView.stage, [], entries);
+      CanvasRenderingContext2D.prototype.fillText = fillText;
+      return [canvas.width, canvas.height, texts]; }"""
+    width, height, texts = page.evaluate(script)
+    view = page.evaluate("() => wsiView.view()")
+    places = {text: (x, y) for text, x, y in texts if text.startswith("class number")}
+    assert len(set(places.values())) == 30
+    assert all(0 < x < width - 80 and view["height"] < y < height for x, y in places.values())
 
 
 def test_the_picture_of_the_view_has_layers_scale_bar_and_legend(page: Page, site: Site, tmp_path: Path) -> None:
@@ -216,7 +323,8 @@ def test_the_picture_of_the_view_has_layers_scale_bar_and_legend(page: Page, sit
     (tmp_path / "saved.png").write_bytes(data)
     saved = picture(data)
     view = page.evaluate("() => wsiView.view()")
-    assert saved.shape == (view["height"], view["width"], 3)
+    assert saved.shape == (view["height"] + 22 + 12, view["width"], 3)
+    saved, legend = saved[: round(view["height"])], saved[round(view["height"]) :]
     stage = page.locator("#stage").bounding_box()
     assert stage is not None
     for place, color in expected.items():
@@ -226,6 +334,5 @@ def test_the_picture_of_the_view_has_layers_scale_bar_and_legend(page: Page, sit
     # The bar of 200 µm at the lower left corner.
     bar = (saved[-22, :300] < 60).all(axis=1)
     assert bar.sum() == pytest.approx(140, abs=1)
-    corner = saved[-60:, -120:].reshape(-1, 3)
     for swatch in COLORS:
-        assert (np.abs(corner - swatch).max(axis=1) < 6).sum() > 50, "a swatch of the legend"
+        assert (np.abs(legend.reshape(-1, 3) - swatch).max(axis=1) < 6).sum() > 50, "a swatch of the legend"

@@ -224,6 +224,94 @@ def test_the_address_restores_the_place_and_the_layers(shared_page: Page, site: 
 
 
 @pytest.mark.full
+def test_a_link_has_the_view_at_which_a_movement_ends_and_the_layers_that_are_shown_now(
+    shared_page: Page, site: Site
+) -> None:
+    show(shared_page, site, "#x=500&y=300&zoom=1&map=0.5")
+    for key in ("m", "ArrowRight", "l"):
+        shared_page.keyboard.press(key)
+    until(shared_page, "document.getElementById('link').textContent === 'Copied'")
+    link = shared_page.evaluate("() => navigator.clipboard.readText()")
+    settle(shared_page)
+    found = re.search(r"#x=([\d.]+)&.*&map=0&", link)
+    assert found is not None, link
+    x = shared_page.evaluate("() => wsiView.view().x")
+    assert x > 600
+    assert float(found[1]) == pytest.approx(x, abs=0.2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("address", ["#x=100&y=100&zoom=1e200", "#x=1e12&y=5&zoom=1"])
+def test_an_address_beyond_the_slide_shows_the_slide(shared_page: Page, site: Site, address: str) -> None:
+    shared_page.goto("about:blank")
+    shared_page.goto(f"{site.page}{address}")
+    settle(shared_page)
+    view = shared_page.evaluate("() => wsiView.view()")
+    half = view["width"] / view["zoom"] / 2
+    assert view["x"] - half < 1280
+    assert view["x"] + half > 0
+    assert 1 <= view["zoom"] <= 8
+    shared_page.keyboard.press("m")
+    until(shared_page, "location.hash.includes('map=0&')")
+
+
+@pytest.mark.full
+def test_the_readout_has_no_negative_zero(shared_page: Page, site: Site) -> None:
+    show(shared_page, site, "#x=-0.3&y=10&zoom=2")
+    assert shared_page.locator("#place").inner_text().startswith("center: x 0, y 10 px")
+
+
+@pytest.mark.full
+def test_layers_have_one_order_whichever_is_turned_on_first(shared_page: Page, site: Site) -> None:
+    show(shared_page, site, "#x=640&y=416&zoom=0.7&map=0&outlines=0&off=0")
+    order = """() => [...Array(wsiView.osd.world.getItemCount()).keys()].map((i) =>
+      wsiView.osd.world.getItemAt(i).source.getTileUrl(0, 0, 0).split("/").slice(0, 2).join(" "))"""
+    for key in ("p", "1", "m"):
+        shared_page.keyboard.press(key)
+        settle(shared_page)
+    assert [one.split()[0] for one in shared_page.evaluate(order)] == ["slide", "labels", "class", "class"]
+    assert shared_page.evaluate(order)[2:] == ["class 0", "class 1"]
+    for on in ("labels 2", "labels 3"):
+        shared_page.keyboard.press("1")
+        settle(shared_page)
+        assert shared_page.evaluate(order)[1:] == [on, "class 0", "class 1"]
+
+
+@pytest.mark.full
+def test_after_going_back_the_controls_show_the_state_of_the_page(pair: Site, page: Page) -> None:
+    page.goto(f"{pair.url}/slides/{pair.results[0].id}/")
+    settle(page)
+    tools = ("correcting", "table-on", "compare-on")
+    for tool in tools:
+        page.locator(f"#{tool}").check()
+    page.locator("#slides").select_option(label="b")
+    page.wait_for_url(f"**/{pair.results[1].id}/**")
+    settle(page)
+    page.go_back()
+    page.wait_for_url(f"**/{pair.results[0].id}/**")
+    settle(page)
+    assert page.evaluate("() => document.getElementById('slides').selectedOptions[0].textContent") == "a"
+    assert [page.locator(f"#{tool}").is_checked() for tool in tools] == [False] * 3
+
+
+@pytest.mark.full
+def test_keys_work_with_caps_lock_and_on_keyboards_that_need_alt_gr(shared_page: Page, site: Site) -> None:
+    show(shared_page, site)
+
+    def press(**event: Any) -> Any:
+        script = "(e) => document.body.dispatchEvent(new KeyboardEvent('keydown', { bubbles: true, ...e }))"
+        shared_page.evaluate(script, event)
+        return shared_page.evaluate("() => JSON.parse(JSON.stringify(wsiView.controls.state.map))")
+
+    assert press(key="M")["on"] is False  # Caps Lock
+    assert press(key="M", shiftKey=True)["on"] is False
+    assert press(key="]", ctrlKey=True, altKey=True, modifierAltGraph=True)["opacity"] == pytest.approx(0.55)
+    assert press(key="]", ctrlKey=True)["opacity"] == pytest.approx(0.55)
+    press(key="t", shiftKey=True)  # with Caps Lock, Shift makes a small letter
+    assert shared_page.evaluate("() => wsiView.osd.viewport.getRotation()") == 270
+
+
+@pytest.mark.full
 def test_keys_do_what_the_help_states(shared_page: Page, site: Site) -> None:
     page = shared_page
     show(page, site)

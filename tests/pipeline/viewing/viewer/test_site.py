@@ -75,6 +75,25 @@ def test_only_reading_is_allowed(site: Site, method: str, path: str) -> None:
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
+def test_small_areas_are_not_zero_in_the_list_and_on_the_page(pair: Site) -> None:
+    folder = pair.results[0].folder
+    run = read_run(folder)
+    assert run is not None
+    kind = run.left_out[0].model_copy(update={"pieces": 1, "area_mm2": 0.0004})
+    areas = dict.fromkeys(run.class_areas_mm2, 0.0036)
+    write_run(
+        folder,
+        run.model_copy(update={"tissue_mm2": 0.0005, "class_areas_mm2": areas, "left_out": (kind,)}),
+    )
+    with serving(find_results(folder.parent)) as small:
+        for page in (small.ask("/"), small.get("")):
+            text = page.body.decode()
+            assert "&lt; 0.001 mm²" in text
+            assert "0.004 mm²" in text
+            assert "0.00 mm²" not in text
+            assert "0.000 mm²" not in text
+
+
 def test_head_answers_as_get_without_the_body(site: Site) -> None:
     path = f"/slides/{site.results[0].id}/slide/0/0_0.jpg"
     head, get = site.ask(path, "HEAD"), site.ask(path)
