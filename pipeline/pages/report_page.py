@@ -25,8 +25,14 @@ from pipeline.results.summary import read_summary
 
 log = logging.getLogger(__name__)
 
-_FOLDERS = re.compile(r"""(?<![\w.])(?:[A-Za-z]:)?[\\/](?:[^\\/:;,()'"\n]*[^\\/:;,()'"\s][\\/])+""")
-"""The folders of an absolute path."""
+_FOLDERS = re.compile(
+    r"""(?<![\w.])(?:[A-Za-z]:|~|\.\.?)?[\\/](?:(?:\([^\\/()\n]*\)|[^\\/:;)'"\n]|[:;](?!\s)|(?<=\w)'(?=\w))++(?<!\s)[\\/])+"""
+)
+"""The folders of a path that begins at a root, a drive, `~`, `.` or `..`.
+
+Names of folders can contain punctuation. Punctuation that ends the path in an English sentence is not part of it: `: `,
+`; `, a quotation mark, and a closing parenthesis that was opened before the path.
+"""
 
 
 @dataclass(frozen=True)
