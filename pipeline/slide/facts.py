@@ -14,6 +14,7 @@ from pipeline.results.record import Familiarity, LeftOutArea, SlideFacts, TileCo
 from pipeline.slide.blocks import BlockRecord, BlockWork
 from pipeline.slide.familiarity import join_values
 from pipeline.slide.plan import Plan
+from wsi.box import Box
 from wsi.slide import SlideInfo
 from wsi.tissue import Tissue
 
@@ -68,6 +69,12 @@ def tile_counts(records: Sequence[BlockRecord]) -> TileCounts:
         without_class=sum(r.unclassified for r in records),
         unreadable=sum(len(r.bad_tiles_l0) for r in records),
     )
+
+
+def bad_tiles_l0(records: Sequence[BlockRecord], info: SlideInfo) -> tuple[Box, ...]:
+    """Return the tiles with unreadable parts, measured from the corner of the bounds, as polygons and maps are."""
+    x, y = info.bounds_l0.x, info.bounds_l0.y
+    return tuple(sorted({Box(*box).shift(-x, -y) for record in records for box in record.bad_tiles_l0}))
 
 
 def stage_seconds(records: Sequence[BlockRecord]) -> dict[str, float]:
