@@ -83,14 +83,17 @@ def stage_seconds(records: Sequence[BlockRecord]) -> dict[str, float]:
     return {f"blocks: {stage}": sum(r.seconds.get(stage, 0.0) for r in records) for stage in sorted(stages)}
 
 
-def warnings_of(work: BlockWork, model_mpp: float, records: Sequence[BlockRecord]) -> tuple[str, ...]:
-    """Return the warnings about the slide, its tissue, its pixel size and tiles that could not be read."""
+def warnings_of(work: BlockWork, model_mpp: float, records: Sequence[BlockRecord], polygons: int) -> tuple[str, ...]:
+    """Return the warnings about the slide, its tissue, its pixel size, unreadable tiles and missing polygons."""
     warnings = (*work.info.warnings, *work.tissue.warnings)
     if work.grid.lv_per_m < 1:
         warnings += (f"the slide is coarser than the model's {model_mpp:g} µm/px; the pixels were enlarged",)
     if bad := sum(len(r.bad_tiles_l0) for r in records):
         tiles = sum(r.tiles for r in records)
         warnings += (f"{bad} of {tiles} tiles could not be read; their missing parts count as glass",)
+    if records and not polygons:
+        largest = f"{work.settings.min_area_um2:g} µm² (--min-area)"
+        warnings += (f"the tissue has no polygons: its regions have no class, or are smaller than {largest}",)
     return warnings
 
 

@@ -223,7 +223,7 @@ def _segment_slide(
                 polygons=polygons,
                 tiles=tile_counts(records),
                 bad_tiles_l0=bad_tiles_l0(records, slide.info),
-                warnings=((unfamiliar,) if unfamiliar else ()) + warnings_of(work, runner.card.mpp, records),
+                warnings=((unfamiliar,) if unfamiliar else ()) + warnings_of(work, runner.card.mpp, records, polygons),
                 plan=plan.facts(settings),
                 resumed_blocks=resumed,
                 device=runner.device,

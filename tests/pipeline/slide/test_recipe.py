@@ -332,6 +332,15 @@ def test_places_of_unreadable_tiles_are_measured_from_the_corner_of_the_bounds(
     assert run["bad_tiles_l0"] == [[x, y, 256, 256] for x in (256, 512) for y in (0, 256)]
 
 
+def test_a_result_without_polygons_has_a_warning(tmp_path: Path) -> None:
+    path = region_slide(tmp_path / "slide.svs")
+    result = segment_slide(path, tmp_path / "out", color_predictor(), replace(SMALL, min_area_um2=1e12))
+    assert result.areas_mm2 == {"class-0": 0.0, "class-1": 0.0}
+    assert result.warnings[-1] == (
+        "the tissue has no polygons: its regions have no class, or are smaller than 1e+12 µm² (--min-area)"
+    )
+
+
 def test_a_network_that_gives_nan_names_the_place(tmp_path: Path) -> None:
     broken = predictor(ConstantClassifier([0.9, 0.9]), ConstantSegmenter([float("nan"), 0.0]))
     with pytest.raises(
