@@ -59,8 +59,8 @@ class MapSettings:
             raise ConfigError("--force computes whole slides again and --repair only damaged blocks; pass only one")
         _check_backend(self.backend)
         _check(self.output_stride in OUTPUT_STRIDES, "--output-stride", self.output_stride, "1, 2 or 4")
-        _check(self.min_area_um2 >= 0, "--min-area", self.min_area_um2, "0 or more")
-        _check(self.simplify_px >= 0, "--simplify", self.simplify_px, "0 or more")
+        _check(0 <= self.min_area_um2 < math.inf, "--min-area", self.min_area_um2, "a number, 0 or more")
+        _check(0 <= self.simplify_px < math.inf, "--simplify", self.simplify_px, "a number, 0 or more")
         step = max(16, 32 // self.output_stride)  # blocks consist of whole cells of 32 model pixels
         _check(
             self.block_out >= step and self.block_out % step == 0, "block_out", self.block_out, f"a multiple of {step}"

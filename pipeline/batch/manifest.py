@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 
 from models.bundle import load_bundle, shipped_bundles
 from models.errors import ModelError
-from pipeline.batch.names import OWN_NAMES, reserved_part
+from pipeline.batch.names import UNUSABLE, reserved_part
 from pipeline.errors import ConfigError
 from pipeline.files import local_path
 from pipeline.workers.base import SlideJob
@@ -140,11 +140,10 @@ def _model(where: str, manifest: Path, text: str) -> str | None:
 def _id(where: str, text: str) -> str | None:
     if not text:
         return None
-    part = reserved_part(text)
-    if part is not None or "\\" in text or any(unicodedata.category(one) == "Cc" for one in text):
+    if reserved_part(text) is not None or any(unicodedata.category(one) == "Cc" for one in text):
         raise ConfigError(
-            f"{where}: id is {text!r}; it must be a name or a path with slashes, without control characters, without "
-            f"parts that start with a dot, and other than {', '.join(sorted(OWN_NAMES))}"
+            f"{where}: id is {text!r}; it must be a name or a path with slashes, without control characters "
+            f"({UNUSABLE} are reserved)"
         )
     return text
 

@@ -15,12 +15,15 @@ from pathlib import Path, PurePosixPath
 
 from pipeline.errors import RunRecordError
 from pipeline.files import is_file
-from pipeline.results.names import RUN
+from pipeline.results.names import GEOJSON_END, LEFT_OUT, RUN
 from pipeline.results.record import read_run
 from pipeline.workers.base import SlideJob
 
 OWN_NAMES = frozenset({"index.html", "qupath", "summary.csv"})
 """Names that runs write beside the slides' folders."""
+
+UNUSABLE = f"{', '.join(sorted(OWN_NAMES))}, left-out, and names that start with a dot or contain a backslash"
+"""What `reserved_part` refuses, for messages."""
 
 
 def named_jobs(jobs: Sequence[SlideJob], output: Path) -> list[SlideJob]:
@@ -92,8 +95,7 @@ def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
         if (part := reserved_part(name)) is not None:
             errors[job.path] = (
                 f"{job.path}: results are named after slides, and {part!r} cannot be the name of a result "
-                f"({', '.join(sorted(OWN_NAMES))} and names that start with a dot are reserved); rename the slide, or "
-                f"name its result in the column 'id' of a manifest"
+                f"({UNUSABLE} are reserved); rename the slide, or name its result in the column 'id' of a manifest"
             )
         elif len(same) > 1:
             errors[job.path] = (
@@ -111,11 +113,13 @@ def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
 def reserved_part(name: str) -> str | None:
     """Return the part of a result's name that cannot be a name, or None. An empty name is such a part."""
     parts = name.split("/")
-    # Working folders and locks start with a dot; "." and ".." are existing folders.
-    bad = [part for part in parts if not part or part.startswith(".")]
-    if bad or parts[0].casefold() in OWN_NAMES:
-        return [*bad, parts[0]][0]
-    return None
+    # Working folders and locks start with a dot; "." and ".." are existing folders. A backslash separates folders on
+    # Windows, so the record refuses it in the names of files.
+    bad = [part for part in parts if not part or part.startswith(".") or "\\" in part]
+    bad += [part for part in parts[:1] if part.casefold() in OWN_NAMES]
+    # Its polygons would have the name of the file with the left-out areas.
+    bad += [part for part in parts[-1:] if part.casefold() + GEOJSON_END == LEFT_OUT]
+    return bad[0] if bad else None
 
 
 def _others(path: Path, paths: Sequence[Path]) -> str:

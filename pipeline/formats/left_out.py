@@ -43,8 +43,7 @@ def _regions(tissue: Tissue) -> Iterator[Region]:
             tissue.left_out_HW[y : y + BLOCK_PX, x : x + BLOCK_PX],
             origin_out=(x, y),
             min_area_px=0,
-            tolerance_px=1.0,
-            smooth=False,  # so that the areas stay those of `LeftOutArea`
+            tolerance_px=0,  # so that the areas stay those of `LeftOutArea`
         )
     )
     return join_regions(pieces, 0)

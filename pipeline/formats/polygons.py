@@ -48,16 +48,14 @@ def block_regions(
     origin_out: tuple[int, int],
     min_area_px: float,
     tolerance_px: float,
-    *,
-    smooth: bool = True,
 ) -> list[Region]:
     """Return the regions of one block: every class region, and the background regions that touch the block's edge.
 
     labels_HW: 0 is background. origin_out: (x, y) of the block's first pixel. Regions (background too) smaller than
     min_area_px that do not touch the block's edge first become part of the neighbor with the longest shared border.
-    Then all borders between regions are smoothed if `smooth` and simplified together (Visvalingam-Whyatt; tolerance_px
-    is the square root of the largest triangle removed), so that neighbors stay neighbors. A tolerance of 0 keeps the
-    edges of the pixels. The block's own edge is never changed. The order and the bytes of the result depend only on the
+    Then all borders between regions are smoothed and simplified together (Visvalingam-Whyatt; tolerance_px is the
+    square root of the largest triangle removed), so that neighbors stay neighbors. A tolerance of 0 keeps the edges of
+    the pixels. The block's own edge is never changed. The order and the bytes of the result depend only on the
     arguments.
     Raises ValueError for labels that are not a non-empty 2-D uint8 array.
     """
@@ -69,7 +67,7 @@ def block_regions(
         group_N, labels_N = _merge_small(labels_N, areas_N.astype(np.float64), open_N, *_neighbors(ids_HW), min_area_px)
         ids_HW, areas_N = group_N.astype(np.int32)[ids_HW], np.bincount(group_N, areas_N).astype(np.int64)
         open_N = _touching_edge(ids_HW, labels_N.size)
-    polygons_N = trace(ids_HW, smooth_corners(ids_HW, areas_N) if smooth and tolerance_px > 0 else None)
+    polygons_N = trace(ids_HW, smooth_corners(ids_HW, areas_N) if tolerance_px > 0 else None)
     if tolerance_px > 0:
         polygons_N = shapely.coverage_simplify(polygons_N, tolerance_px, simplify_boundary=False)
     wanted_N = (labels_N > 0) | open_N

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from models.tissue_class import Color
 from pipeline.formats.familiarity import UNFAMILIAR
 from pipeline.results.areas import ClassArea, share_text
+from wsi.box import Box
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -35,8 +36,8 @@ PAPER: Color = (255, 255, 255)
 BACKDROP: Color = (244, 244, 245)
 WARNING_INK: Color = (127, 29, 29)
 WARNING_PAPER: Color = (254, 226, 226)
-WARNING_HEIGHT = 58
-"""Height of the warning and of the space below it."""
+WARNING_LINE = 26
+"""Distance between the lines of the warning."""
 HATCH_PX = 14
 """Distance between the lines over unfamiliar tissue."""
 ASCII = {"ß": "ss", "µ": "u", "–": "-", "—": "-", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L"}
@@ -67,11 +68,14 @@ def write_preview(
         size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     )
     classes = overlay(slide, labels_HW, [one.color for one in areas])
-    legend = [(one.name, share_text(one.share) if one.share else "none", one.color) for one in areas]
+    legend = [
+        (_legend_name(number, one.name), share_text(one.share) if one.share else "none", one.color)
+        for number, one in enumerate(areas, start=1)
+    ]
     if unfamiliar_HW is not None and unfamiliar_HW.any():
         classes = hatched(classes, unfamiliar_HW)
         legend.append(("hatched: unlike the training data", "", UNFAMILIAR))
-    sheet = _compose([_mount(slide), _mount(classes)], legend, title, warning, um_per_px * width / size[0])
+    sheet = _compose([_mount(slide), _mount(classes)], legend, title, warning, um_per_px / scale)
     # Level 6, the default, takes half again as long and saves a twelfth of the size.
     sheet.save(path_png, format="PNG", compress_level=3)
 
@@ -144,14 +148,17 @@ def _compose(
     text, title_font = font_of_size(TEXT), font_of_size(TITLE)
     rows = _legend_rows(legend, sheet_width - 2 * MARGIN, text)
     body_height = 2 * height + MARGIN if stacked else height
-    banner = WARNING_HEIGHT if warning else 0
+    lines = _wrapped(f"Warning: {warning}", sheet_width - 2 * MARGIN - 28, text) if warning else []
+    # The padding of the box, the lines, and the space below.
+    banner = 18 + WARNING_LINE * len(lines) + MARGIN // 2 if lines else 0
     bar_y = MARGIN + TITLE + MARGIN + banner + body_height + 20
     legend_y = bar_y + 64
     sheet = Image.new("RGB", (sheet_width, legend_y + len(rows) * 40 + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN - 4), fitting(title, sheet_width - 2 * MARGIN, title_font), INK, title_font)
-    if warning:
-        _draw_warning(draw, (MARGIN, MARGIN + TITLE + MARGIN // 2), sheet_width - 2 * MARGIN, warning, text)
+    if lines:
+        place = Box(MARGIN, MARGIN + TITLE + MARGIN // 2, sheet_width - 2 * MARGIN, banner - MARGIN // 2)
+        _draw_warning(draw, place, lines, text)
     x, y = MARGIN + (sheet_width - 2 * MARGIN - body_width) // 2, MARGIN + TITLE + MARGIN + banner
     for i, panel in enumerate(panels):
         sheet.paste(panel, (x, y + i * (height + MARGIN)) if stacked else (x + i * (width + MARGIN), y))
@@ -163,11 +170,11 @@ def _compose(
     return sheet
 
 
-def _draw_warning(draw: ImageDraw.ImageDraw, xy: tuple[int, int], width: int, warning: str, font: Font) -> None:
-    x, y = xy
-    box = (x, y, x + width - 1, y + WARNING_HEIGHT - MARGIN // 2)
+def _draw_warning(draw: ImageDraw.ImageDraw, place: Box, lines: Sequence[str], font: Font) -> None:
+    box = (place.x, place.y, place.right - 1, place.bottom)
     draw.rounded_rectangle(box, radius=6, fill=WARNING_PAPER, outline=WARNING_INK, width=2)
-    draw.text((x + 14, y + 10), fitting(f"Warning: {warning}", width - 28, font), WARNING_INK, font)
+    for i, line in enumerate(lines):
+        draw.text((place.x + 14, place.y + 10 + i * WARNING_LINE), line, WARNING_INK, font)
 
 
 def _draw_scale_bar(
@@ -200,6 +207,24 @@ def _legend_rows(
     columns = max(1, min(len(legend), int((width + 36) // widest)))
     rows = [legend[i : i + columns] for i in range(0, len(legend), columns)]
     return [[(round(i * widest), entry) for i, entry in enumerate(row)] for row in rows]
+
+
+def _legend_name(number: int, name: str) -> str:
+    """Return the name of a class, with its number if the font lacks some of its letters: names could look the same."""
+    drawable = _drawable(name)
+    return f"class {number}: {drawable}" if drawable.count("?") > name.count("?") else name
+
+
+def _wrapped(text: str, width: float, font: Font) -> list[str]:
+    """Return the text on as many lines as it needs."""
+    lines: list[str] = []
+    for word in _drawable(text).split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [fitting(line, width, font) for line in lines]
 
 
 def fitting(text: str, width: float, font: Font) -> str:

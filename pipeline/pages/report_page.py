@@ -16,7 +16,7 @@ from models.tissue_class import TissueClass
 from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import is_file, only_writer, write_atomically
 from pipeline.pages.page import render_page
-from pipeline.results.areas import ClassArea, class_areas
+from pipeline.results.areas import UNKNOWN, ClassArea, class_areas
 from pipeline.results.find import result_folders, result_name
 from pipeline.results.names import PAGE, PREVIEW, RUN, SUMMARY, THUMBNAIL
 from pipeline.results.record import LeftOutArea, Run, read_header, read_run
@@ -25,8 +25,14 @@ from pipeline.results.summary import read_summary
 
 log = logging.getLogger(__name__)
 
-_FOLDERS = re.compile(r"""(?<![\w.])(?:[A-Za-z]:)?[\\/](?:[^\\/:;,()'"\n]*[^\\/:;,()'"\s][\\/])+""")
-"""The folders of an absolute path."""
+_FOLDERS = re.compile(
+    r"""(?<![\w.])(?:[A-Za-z]:|~|\.\.?)?[\\/](?:(?:\([^\\/()\n]*\)|[^\\/:;)'"\n]|[:;](?!\s)|(?<=\w)'(?=\w))++(?<!\s)[\\/])+"""
+)
+"""The folders of a path that begins at a root, a drive, `~`, `.` or `..`.
+
+Names of folders can contain punctuation. Punctuation that ends the path in an English sentence is not part of it: `: `,
+`; `, a quotation mark, and a closing parenthesis that was opened before the path.
+"""
 
 
 @dataclass(frozen=True)
@@ -99,13 +105,14 @@ def _in_order(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def _total(rows: Iterable[SlideRow]) -> list[ClassArea]:
-    """Return the classes of all slides, each in the color of the first slide that has it."""
+    """Return the classes of all slides, each in the color of the first slide that knows it."""
     areas: dict[str, float] = {}
     classes: dict[str, TissueClass] = {}
     for row in rows:
         for one in row.areas:
             areas[one.name] = areas.get(one.name, 0.0) + one.area_mm2
-            classes.setdefault(one.name, TissueClass(one.name, one.color))
+            if one.color != UNKNOWN:
+                classes.setdefault(one.name, TissueClass(one.name, one.color))
     return class_areas(areas, classes.values())
 
 
@@ -166,8 +173,10 @@ def _warnings(name: str, summary: Mapping[str, Any], run: Run | None, *, failed:
         return ["the result of an earlier run is still there"] if run else []
     if run:
         return list(run.warnings)
-    warnings = [warning for warning in str(summary.get("warnings", "")).split("; ") if warning]
-    return [*warnings, f"{name}/{RUN} is missing or cannot be read; the numbers are those of {SUMMARY}"]
+    # Not split: a warning can contain "; ".
+    warnings = str(summary.get("warnings", ""))
+    lost = f"{name}/{RUN} is missing or cannot be read; the numbers are those of {SUMMARY}"
+    return [warnings, lost] if warnings else [lost]
 
 
 def _areas_of_summary(summary: Mapping[str, Any]) -> tuple[dict[str, float], float | None]:

@@ -234,7 +234,7 @@ class Run(_Record):
     polygons: int
     tiles: TileCounts
     bad_tiles_l0: tuple[Box, ...]
-    """Tiles that could not be read completely."""
+    """Tiles that could not be read completely, measured from `SlideFacts.qupath_offset`."""
     warnings: tuple[str, ...]
     """The warning about tissue unlike the training data is the first one."""
     plan: PlanFacts

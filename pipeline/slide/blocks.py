@@ -56,7 +56,7 @@ class BlockRecord:
     unclassified: int
     """Tiles in whose tissue the gate rejected every class."""
     bad_tiles_l0: list[list[int]]
-    """x, y, width and height, in level-0 pixels, of the tiles with unreadable parts."""
+    """x, y, width and height of the tiles with unreadable parts, in level-0 pixels of the slide's file."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds per stage."""
     tissue_px: int = 0

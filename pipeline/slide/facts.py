@@ -14,6 +14,7 @@ from pipeline.results.record import Familiarity, LeftOutArea, SlideFacts, TileCo
 from pipeline.slide.blocks import BlockRecord, BlockWork
 from pipeline.slide.familiarity import join_values
 from pipeline.slide.plan import Plan
+from wsi.box import Box
 from wsi.slide import SlideInfo
 from wsi.tissue import Tissue
 
@@ -70,20 +71,29 @@ def tile_counts(records: Sequence[BlockRecord]) -> TileCounts:
     )
 
 
+def bad_tiles_l0(records: Sequence[BlockRecord], info: SlideInfo) -> tuple[Box, ...]:
+    """Return the tiles with unreadable parts, measured from the corner of the bounds, as polygons and maps are."""
+    x, y = info.bounds_l0.x, info.bounds_l0.y
+    return tuple(sorted({Box(*box).shift(-x, -y) for record in records for box in record.bad_tiles_l0}))
+
+
 def stage_seconds(records: Sequence[BlockRecord]) -> dict[str, float]:
     """Return the time per stage, summed over the blocks. Stages of different blocks overlap."""
     stages = {stage for r in records for stage in r.seconds}
     return {f"blocks: {stage}": sum(r.seconds.get(stage, 0.0) for r in records) for stage in sorted(stages)}
 
 
-def warnings_of(work: BlockWork, model_mpp: float, records: Sequence[BlockRecord]) -> tuple[str, ...]:
-    """Return the warnings about the slide, its tissue, its pixel size and tiles that could not be read."""
+def warnings_of(work: BlockWork, model_mpp: float, records: Sequence[BlockRecord], polygons: int) -> tuple[str, ...]:
+    """Return the warnings about the slide, its tissue, its pixel size, unreadable tiles and missing polygons."""
     warnings = (*work.info.warnings, *work.tissue.warnings)
     if work.grid.lv_per_m < 1:
         warnings += (f"the slide is coarser than the model's {model_mpp:g} µm/px; the pixels were enlarged",)
     if bad := sum(len(r.bad_tiles_l0) for r in records):
         tiles = sum(r.tiles for r in records)
         warnings += (f"{bad} of {tiles} tiles could not be read; their missing parts count as glass",)
+    if records and not polygons:
+        largest = f"{work.settings.min_area_um2:g} µm² (--min-area)"
+        warnings += (f"the tissue has no polygons: its regions have no class, or are smaller than {largest}",)
     return warnings
 
 

@@ -39,6 +39,7 @@ from pipeline.results.slide_result import SlideResult, finished_result, skipped_
 from pipeline.slide.blocks import BlockRecord, BlockWork, chunks_of, regions_file
 from pipeline.slide.engine import BlockRunner, ThreadRunner
 from pipeline.slide.facts import (
+    bad_tiles_l0,
     familiarity_map_of,
     familiarity_of,
     label_areas_mm2,
@@ -54,7 +55,6 @@ from pipeline.slide.facts import (
 from pipeline.slide.journal import Journal, write_records
 from pipeline.slide.plan import Plan, check_resources, make_plan
 from pipeline.slide.repair import take_over_blocks
-from wsi.box import Box
 from wsi.errors import SlideReadError
 from wsi.left_out import LeftOut
 from wsi.slide import Slide, open_slide, slide_digest, slide_stamp
@@ -222,8 +222,8 @@ def _segment_slide(
                 label_areas_mm2=label_areas_mm2(records, spec),
                 polygons=polygons,
                 tiles=tile_counts(records),
-                bad_tiles_l0=tuple(sorted({Box(*box) for r in records for box in r.bad_tiles_l0})),
-                warnings=((unfamiliar,) if unfamiliar else ()) + warnings_of(work, runner.card.mpp, records),
+                bad_tiles_l0=bad_tiles_l0(records, slide.info),
+                warnings=((unfamiliar,) if unfamiliar else ()) + warnings_of(work, runner.card.mpp, records, polygons),
                 plan=plan.facts(settings),
                 resumed_blocks=resumed,
                 device=runner.device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import html
 import io
 import json
 import os
@@ -275,6 +276,12 @@ def test_folders_of_this_machine_are_in_run_json_for_the_viewer_and_not_on_the_p
         ("/mnt/x/a.svs: has the same name as /mnt/y/a.svs, and", "a.svs: has the same name as a.svs, and"),
         ("/out/a: holds the result of another run (other slide)", "a: holds the result of another run (other slide)"),
         (r"a.svs: cannot write C:\Users\Jane\out\a: full", "a.svs: cannot write a: full"),
+        ("no such file at /pt/DOE, JOHN (MRN 12)/gone.svs; check", "no such file at gone.svs; check"),
+        ("two files: /a, b/case (2)/x.svs, /a;b/c:d/y.svs and z", "two files: x.svs, y.svs and z"),
+        ("(it is '/data/x/a.svs'), in 3 µm/px", "(it is 'a.svs'), in 3 µm/px"),
+        ("cannot read (/data/it's (here/a.svs), 3 µm/px", "cannot read (a.svs), 3 µm/px"),
+        (r"C:\Users\O'Brien\x.svs: is damaged", "x.svs: is damaged"),
+        ("../Doe/x.svs: is not ~/Doe/y.svs; see ./Doe/z.svs", "x.svs: is not y.svs; see z.svs"),
         ("a.svs: 1000 µm/px is too coarse, and/or 3 / 4", "a.svs: 1000 µm/px is too coarse, and/or 3 / 4"),
     ],
 )
@@ -283,7 +290,7 @@ def test_the_report_leaves_folders_out_of_errors_and_the_summary_keeps_them(
 ) -> None:
     write_summary(tmp_path, [SlideResult("a", "failed", 1.0, error=error)])
     text = write_report(tmp_path).read_text(encoding="utf-8")
-    assert f"<b>Error:</b> {shown}</li>" in text
+    assert f"<b>Error:</b> {shown}</li>" in html.unescape(text)
     assert error in (tmp_path / "summary.csv").read_text(encoding="utf-8")
 
 

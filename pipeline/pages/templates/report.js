@@ -46,6 +46,8 @@ function filter() {
     shown += fits;
   }
   const slides = rows.length === 1 ? "slide" : "slides";
+  // A printed report without a filter shows all slides.
+  count.classList.toggle("screen", shown === rows.length);
   count.textContent = shown === rows.length ? `${shown} ${slides}` : `${shown} of ${rows.length} ${slides}`;
 }
 for (const input of [text, status, noted]) input.addEventListener("input", filter);

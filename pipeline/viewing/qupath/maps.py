@@ -46,6 +46,8 @@ class ProbabilityMap:
     size_out: tuple[int, int]
     """(width, height) without the padding of the store."""
     l0_per_out: float
+    size_l0: tuple[int, int]
+    """(width, height) of the slide's bounds."""
     slide_digest: str
     familiarity: Path | None = None
     """The picture of the tissue unlike the model's training data, if there is one."""
@@ -132,7 +134,11 @@ def _tiles(probability: ProbabilityMap, tile_out: int) -> Iterator[tuple[Box, np
 
 def _feature(probability: ProbabilityMap, box_out: Box, means_K: npt.NDArray[np.float64]) -> str:
     corners_out = (box_out.x, box_out.y, box_out.right, box_out.bottom)
-    left, top, right, bottom = (round(value * probability.l0_per_out, 2) for value in corners_out)
+    # The last pixels of the map can pass the edge of the slide.
+    left, top, right, bottom = (
+        min(round(value * probability.l0_per_out, 2), size)
+        for value, size in zip(corners_out, probability.size_l0 * 2, strict=True)
+    )
     ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
     feature = {
         "type": "Feature",

@@ -177,6 +177,7 @@ def _result(output: Path, folder: Path, store: Path, run: Run) -> _Result:
         run.classes,
         grid.size_out,
         grid.l0_per_out,
+        (run.slide.bounds.width, run.slide.bounds.height),
         digest,
         familiarity if familiarity is not None and familiarity.is_file() else None,
     )

@@ -104,11 +104,28 @@ def test_a_result_inside_another_result_is_refused(tmp_path: Path) -> None:
     assert "its result case1/a would lie inside the result of case1.svs" in clashes[Path("case1/a.svs")]
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a//b", "a/.b", "qupath/x", "Summary.csv", ".", "a\\b", "a\tb"])
+@pytest.mark.parametrize(
+    "name", ["../x", "/x", "a//b", "a/.b", "qupath/x", "Summary.csv", ".", "a\\b", "a\tb", "x/left-out"]
+)
 def test_an_id_that_cannot_be_a_result_is_refused_with_its_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "list.csv").write_text(f"slide,id\na.svs,{name}\n")
     with pytest.raises(ConfigError, match=r"list\.csv, line 2: id is .*; it must be a name or a path with slashes"):
         collect_jobs([tmp_path / "list.csv"])
+
+
+@pytest.mark.parametrize("name", ["case\\a.svs", "Left-Out.svs"])
+def test_a_slide_whose_result_could_not_have_its_name_is_refused(tmp_path: Path, name: str) -> None:
+    (slide,) = touched(tmp_path, name)
+    said = name_clashes(collect_jobs([slide]))[slide]
+    assert said == (
+        f"{slide}: results are named after slides, and {slide.stem!r} cannot be the name of a result (index.html, "
+        f"qupath, summary.csv, left-out, and names that start with a dot or contain a backslash are reserved); rename "
+        f"the slide, or name its result in the column 'id' of a manifest"
+    )
+
+
+def test_a_folder_of_results_can_be_named_like_the_left_out_areas(tmp_path: Path) -> None:
+    assert not name_clashes([SlideJob(tmp_path / "a.svs", name="left-out/a")])
 
 
 def test_names_do_not_depend_on_the_order_of_the_slides(tmp_path: Path) -> None:

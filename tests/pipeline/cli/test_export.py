@@ -93,6 +93,20 @@ def test_single_files_stores_and_slides_are_checked_too(results: Path) -> None:
     assert sorted(checked) == sorted([*run_of(folder)["outputs"], "a.geojson", "a.ome.zarr"])
 
 
+def test_polygons_that_the_left_out_areas_have_overwritten_are_found(tmp_path: Path) -> None:
+    segment_slide(region_slide(tmp_path / "left-out.svs"), tmp_path / "results", color_predictor(), SMALL)
+    polygons = run_of(tmp_path / "results/left-out")["polygons"]
+    code, stdout, _ = run("check", "--quiet", tmp_path / "results")
+    assert code == 1
+    assert f"has 0 features, but run.json has {polygons} polygons" in stdout
+
+
+def test_the_folder_of_a_slide_can_be_named_like_a_geojson_file(tmp_path: Path) -> None:
+    segment_slide(region_slide(tmp_path / "a.geojson.svs"), tmp_path / "results", color_predictor(), SMALL)
+    write_project(tmp_path / "results", tiles=True)
+    assert run("check", "--quiet", tmp_path / "results") == (0, "", "")
+
+
 def test_a_path_that_cannot_be_checked_is_a_usage_error(tmp_path: Path) -> None:
     code, stdout, stderr = run("check", tmp_path / "nowhere")
     assert (code, stdout) == (2, "")

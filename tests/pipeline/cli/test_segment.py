@@ -347,6 +347,8 @@ def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:
         (["."], "no slides in this folder"),
         (["a.svs", "--simplify", "-1"], "0"),
         (["a.svs", "--simplify", "nan"], "--simplify"),
+        (["a.svs", "--simplify", "inf"], "--simplify is inf; it must be a number, 0 or more"),
+        (["a.svs", "--min-area", "inf"], "--min-area is inf; it must be a number, 0 or more"),
         (["a.svs", "--mpp", "0"], "--mpp is 0.0; it must be a positive number"),
         (["a.svs", "--mpp", "half"], "--mpp"),
         (["a.svs", "--output-stride", "3"], "--output-stride is 3; it must be 1, 2 or 4"),

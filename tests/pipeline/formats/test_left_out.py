@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,22 @@ def test_pieces_across_blocks_are_one(tmp_path: Path) -> None:
     assert len(features) == 2
     assert found["dust*"].equals(shapely.box(*corners[0], *corners[1]))
     assert found["pen*"].equals(shapely.box(16.0 * BLOCK_PX, 160.0, 16.0 * (BLOCK_PX + 5), 320.0))
+
+
+def test_areas_of_any_shape_are_those_of_the_record(tmp_path: Path) -> None:
+    left_out_HW = np.zeros((60, 80), np.uint8)
+    left_out_HW[5:40:3, 5:40:4] = LeftOut.DUST  # single pixels
+    y, x = np.mgrid[:60, :80]
+    left_out_HW[np.hypot(y - 45, x - 60) < 9.5] = LeftOut.PEN
+    left_out_HW[np.abs(y - x + 40) < 2] = LeftOut.FOLD
+    tissue, features = layer(tmp_path, left_out_HW)
+    found: dict[str, float] = defaultdict(float)
+    for feature in features:
+        found[feature["properties"]["classification"]["name"]] += feature["properties"]["measurements"]["Area mm^2"]
+    assert found == {
+        f"{kind.title}*": pytest.approx(tissue.left_out[kind].area_um2 / 1e6)
+        for kind in (LeftOut.DUST, LeftOut.PEN, LeftOut.FOLD)
+    }
 
 
 def test_a_slide_with_nothing_left_out_gives_an_empty_file(tmp_path: Path) -> None:

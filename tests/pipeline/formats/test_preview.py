@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from models.tissue_class import TissueClass
+from models.tissue_class import Color, TissueClass
 from pipeline.formats import preview
 from pipeline.formats.preview import length_text, overlay, round_length_um, write_preview
 from pipeline.results.areas import ClassArea, class_areas
@@ -82,6 +83,41 @@ def test_the_scale_bar_has_the_stated_length(tmp_path: Path) -> None:
     assert longest == pytest.approx(200, abs=2)
 
 
+def test_the_scale_bar_of_a_tall_slide_has_the_stated_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scales: list[float] = []
+    monkeypatch.setattr(preview, "_draw_scale_bar", lambda _, __, um_per_px, *___: scales.append(um_per_px))
+    write_preview(tmp_path / "p.png", np.full((1600, 11, 3), 255, np.uint8), halves(10, 5), AREAS, "t", 10.0)
+    assert scales == [pytest.approx(1600 * 10.0 / preview.PANEL_PX)]
+
+
+@pytest.mark.parametrize(("size", "count"), [((600, 400), 1), ((200, 600), 2)])
+def test_a_warning_is_drawn_completely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], count: int
+) -> None:
+    warning = "81 % of the tissue of this slide does not look like the model's training data (colon cancer, H&E)"
+    lines: list[str] = []
+    draw_text = ImageDraw.ImageDraw.text
+
+    def text(draw: ImageDraw.ImageDraw, xy: tuple[int, int], words: str, ink: Color, *more: Any, **to: Any) -> None:
+        if ink == preview.WARNING_INK:
+            lines.append(words)
+        draw_text(draw, xy, words, ink, *more, **to)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    pictures = []
+    for name, said in (("a", ""), ("b", warning)):
+        write_preview(tmp_path / name, np.full((*size[::-1], 3), 0, np.uint8), halves(4, 6), [], "t", 9.0, warning=said)
+        pictures.append(np.asarray(Image.open(tmp_path / name)))
+    assert len(lines) == count
+    assert " ".join(lines) == f"Warning: {warning}"
+    plain_HWC, warned_HWC = pictures
+    banner = len(warned_HWC) - len(plain_HWC)
+    is_ink_HW = (warned_HWC == preview.WARNING_INK).all(axis=2)
+    assert np.flatnonzero(is_ink_HW.any(axis=1))[-1] < banner + preview.MARGIN + preview.TITLE + preview.MARGIN
+    # The banner moves everything below it.
+    np.testing.assert_array_equal(warned_HWC[200 + banner :], plain_HWC[200:])
+
+
 @given(st.floats(0.01, 1e6))
 def test_round_lengths_are_one_two_or_five_times_a_power_of_ten(longest_um: float) -> None:
     length_um = round_length_um(longest_um)
@@ -106,3 +142,11 @@ def test_the_legend_has_the_shares_of_the_areas(tmp_path: Path, monkeypatch: pyt
     areas = class_areas({"Tumor": 3.0, "Stroma": 1.0, "Fat": 0.0}, CLASSES)
     write_preview(tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8), halves(8, 8), areas, "t", 1.0)
     assert legend == [("Tumor", "75.0 %"), ("Stroma", "25.0 %"), ("Fat", "none")]
+
+
+def test_classes_whose_names_the_font_lacks_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    legend: list[str] = []
+    monkeypatch.setattr(preview, "_draw_entry", lambda _, __, name, *___: legend.append(name))
+    areas = class_areas({"опухоль": 3.0, "строма??": 1.0, "Drüse?": 1.0, "β-cell": 0.0}, CLASSES)
+    write_preview(tmp_path / "p.png", np.zeros((40, 60, 3), np.uint8), halves(8, 8), areas, "t", 1.0)
+    assert legend == ["class 1: ???????", "class 2: ????????", "Druse?", "class 4: ?-cell"]

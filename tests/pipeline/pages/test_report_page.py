@@ -117,6 +117,21 @@ def test_slides_are_found_by_text_status_and_warnings(page: Page, report: Path) 
     assert names(page) == ["b10", "torn"]
 
 
+def test_a_filtered_report_is_printed_with_the_number_of_its_slides(page: Page, report: Path) -> None:
+    opened(page, report).emulate_media(media="print")
+    count = page.get_by_role("status", include_hidden=True)
+    assert not count.is_visible()
+    page.emulate_media(media="screen")
+    page.get_by_label("Find").fill("GRÖßE 組織")
+    page.emulate_media(media="print")
+    assert count.is_visible()
+    assert count.inner_text() == "1 of 5 slides"
+    page.emulate_media(media="screen")
+    page.get_by_label("Find").fill("")
+    page.emulate_media(media="print")
+    assert not count.is_visible()
+
+
 def test_the_report_can_be_used_with_the_keyboard_alone(page: Page, report: Path) -> None:
     opened(page, report)
     page.keyboard.press("Tab")
@@ -146,13 +161,24 @@ def test_without_run_json_a_slide_has_the_numbers_of_the_summary(
     page: Page, tmp_path: Path, spoil: Callable[[Path], object]
 ) -> None:
     folder = write_result(tmp_path)
-    write_summary(tmp_path, [result_of(folder, warnings=("seen", "twice"))])
+    write_summary(tmp_path, [result_of(folder, warnings=("3 tiles are unreadable; they count as glass", "twice"))])
     spoil(folder / "run.json")
     opened(page, write_report(tmp_path))
     assert row(page, "slide") == (
-        "slide ✓ done 1.50 mm² 1 min 15 s stroma 0.750 mm² 75.0 % tumour 0.250 mm² 25.0 % Warning: seen Warning: twice "
-        "Warning: slide/run.json is missing or cannot be read; the numbers are those of summary.csv"
+        "slide ✓ done 1.50 mm² 1 min 15 s stroma 0.750 mm² 75.0 % tumour 0.250 mm² 25.0 % Warning: 3 tiles are "
+        "unreadable; they count as glass; twice Warning: slide/run.json is missing or cannot be read; the numbers are "
+        "those of summary.csv"
     )
+
+
+def test_the_totals_have_the_colors_of_the_slides_that_know_them(page: Page, tmp_path: Path) -> None:
+    folders = [write_result(tmp_path, name) for name in ("a", "b")]
+    write_summary(tmp_path, [result_of(folder) for folder in folders])
+    (folders[0] / "run.json").unlink()
+    opened(page, write_report(tmp_path))
+    swatches = page.locator(".total .swatch").evaluate_all("all => all.map(one => one.style.backgroundColor)")
+    # The classes of a summary are in the order of its columns.
+    assert swatches == ["rgb(0, 0, 255)", "rgb(255, 0, 0)"]
 
 
 def test_a_failed_slide_with_an_earlier_result_links_to_that_result(page: Page, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from pipeline.pages.report_page import write_report
 from pipeline.slide.recipe import segment_slide
 from tests.browser import axe_findings
 from tests.cases import full
@@ -131,6 +132,14 @@ def test_a_slide_without_classes_has_a_page(page: Page, tmp_path: Path) -> None:
     assert page.locator(".toggle input[data-class]:enabled").count() == 0
     assert "classified 0 –" in " ".join(page.locator("main").inner_text().split())
     assert axe_findings(page) == []
+
+
+def test_the_page_of_a_slide_in_a_folder_links_to_the_report(page: Page, tmp_path: Path) -> None:
+    slide, output = region_slide(tmp_path / "region.svs"), tmp_path / "out"
+    segment_slide(slide, output, color_predictor(), SMALL, name="study/case/region")
+    report = write_report(output)
+    opened(page, output / "study" / "case" / "region" / "index.html").get_by_role("link", name="All slides").click()
+    page.wait_for_url(report.as_uri())
 
 
 def test_a_segmented_slides_classes_lie_on_its_picture(page: Page, tmp_path: Path) -> None:

@@ -319,6 +319,28 @@ def test_unreadable_tiles_are_counted_and_named_and_too_many_fail(
     assert segment_slide(path, tmp_path / "good", color_predictor(), config).warnings == ()
 
 
+def test_places_of_unreadable_tiles_are_measured_from_the_corner_of_the_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regions = [((x + CORNER[0], y + CORNER[1], width, height), color) for (x, y, width, height), color in REGIONS]
+    path = write_slide(tmp_path / "slide.svs", painted((1408, 896), *regions), mpp=1.0, levels=(1, 8))
+    monkeypatch.setitem(READERS, "openslide", stating_bounds(_FailingReader))
+    segment_slide(path, tmp_path / "out", color_predictor(), replace(SMALL, backend="openslide", max_bad_share=0.5))
+    run = run_of(tmp_path / "out" / "slide")
+    assert run["slide"]["qupath_offset"] == list(CORNER)
+    # Tiles of 256 pixels, of which the first begins in the corner.
+    assert run["bad_tiles_l0"] == [[x, y, 256, 256] for x in (256, 512) for y in (0, 256)]
+
+
+def test_a_result_without_polygons_has_a_warning(tmp_path: Path) -> None:
+    path = region_slide(tmp_path / "slide.svs")
+    result = segment_slide(path, tmp_path / "out", color_predictor(), replace(SMALL, min_area_um2=1e12))
+    assert result.areas_mm2 == {"class-0": 0.0, "class-1": 0.0}
+    assert result.warnings[-1] == (
+        "the tissue has no polygons: its regions have no class, or are smaller than 1e+12 µm² (--min-area)"
+    )
+
+
 def test_a_network_that_gives_nan_names_the_place(tmp_path: Path) -> None:
     broken = predictor(ConstantClassifier([0.9, 0.9]), ConstantSegmenter([float("nan"), 0.0]))
     with pytest.raises(

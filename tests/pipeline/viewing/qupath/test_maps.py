@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ def map_of(folder: Path) -> ProbabilityMap:
     run = run_of(folder)
     classes = (TissueClass("pink", PINK), TissueClass("purple", PURPLE))
     size_out = (run["plan"]["map_size"][0], run["plan"]["map_size"][1])
-    return ProbabilityMap(folder / f"{folder.name}.ome.zarr", classes, size_out, 4.0, "digest")
+    size_l0 = (4 * size_out[0], 4 * size_out[1])
+    return ProbabilityMap(folder / f"{folder.name}.ome.zarr", classes, size_out, 4.0, size_l0, "digest")
 
 
 def wide_map(path: Path, size_out: tuple[int, int]) -> ProbabilityMap:
@@ -40,7 +42,8 @@ def wide_map(path: Path, size_out: tuple[int, int]) -> ProbabilityMap:
             values = rng.integers(1, 255, (1, 512, 512), dtype=np.uint8)
             store.write_block(box, values, np.ones((512, 512), np.uint8))
     build_pyramid(path, spec)
-    return ProbabilityMap(path, spec.classes, size_out, 4.0, "digest")
+    size_l0 = (4 * size_out[0], 4 * size_out[1])
+    return ProbabilityMap(path, spec.classes, size_out, 4.0, size_l0, "digest")
 
 
 @pytest.mark.full
@@ -83,6 +86,14 @@ def test_the_last_tiles_end_at_the_edge_of_the_map_without_its_padding(tmp_path:
     assert (ring[0], ring[2]) == ([512 * 4.0, 512 * 4.0], [701 * 4.0, 601 * 4.0])
     mean = np.asarray(probability.probs(0)[0, 512:601, 512:701]).astype(float).sum() / (89 * 189) / 255
     assert last["properties"]["measurements"] == {"Probability a": pytest.approx(mean, abs=6e-6)}
+
+
+def test_no_tile_passes_the_slide(tmp_path: Path) -> None:
+    probability = replace(wide_map(tmp_path / "wide.ome.zarr", (701, 601)), size_l0=(2803, 2401))
+    write_tiles(tmp_path / "t.geojson", probability, tile_out=256)
+    *_, last = checked_features((tmp_path / "t.geojson").read_text(encoding="utf-8"))
+    (ring,) = last["geometry"]["coordinates"]
+    assert (ring[0], ring[2]) == ([512 * 4.0, 512 * 4.0], [2803, 2401])
 
 
 def test_tiles_and_pictures_are_in_qupaths_frame_on_a_slide_with_bounds(
