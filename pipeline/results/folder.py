@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import LockedError, OutputError
+from pipeline.errors import LockedError, OtherResultError, OutputError
 from pipeline.files import sync, sync_tree, write_atomically
 from pipeline.results.digests import changed_files
 from pipeline.results.names import GROUP, RUN
@@ -104,9 +104,10 @@ def open_folder(
     The run resumes from a working folder with the same `identity` whose blocks were `computed_with` the same values;
     any other one is removed. After an error the working folder stays if it holds finished blocks.
 
-    Raises LockedError if another process has the lock. Raises OutputError if the target holds something else, unless
-    wsi-segment wrote the target and `force` is set, or if files of the target are missing or changed, unless `force` or
-    `repair` is set. With `repair`, every file is read; otherwise, sizes are compared.
+    Raises LockedError if another process has the lock. Raises OtherResultError if the target holds the result of other
+    inputs, unless `force` is set. Raises OutputError if the target holds something else, or if files of the target are
+    missing or changed, unless `force` or `repair` is set. With `repair`, every file is read; otherwise, sizes are
+    compared.
     """
     if ".zarr" in str(output.absolute()) or ".zarr" in name:
         raise OutputError(
@@ -200,7 +201,7 @@ def _prepare(
             raise OutputError(_foreign(folder.target))
         if not force:
             if header.identity != identity.as_json():
-                raise OutputError(_another_run(folder.target, header, identity.as_json()))
+                raise OtherResultError(_another_run(folder.target, header, identity.as_json()))
             changed = changed_files(folder.target, read=repair)
             if not changed:
                 _clear_rest(folder.work, identity)

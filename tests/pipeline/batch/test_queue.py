@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,22 @@ def test_another_runs_result_fails_its_slide_only(tmp_path: Path) -> None:
     results = run([SlideJob(a), SlideJob(b)], tmp_path / "out")
     assert [r.status for r in results] == ["failed", "done"]
     assert "holds the result of another run (other model); pass --force to replace it" in results[0].error
+
+
+def test_a_refused_slide_keeps_the_row_of_the_stored_result_and_adds_its_error(tmp_path: Path) -> None:
+    jobs, out = [SlideJob(small_slide(tmp_path / "a.svs"))], tmp_path / "out"
+    run(jobs, out)
+    row = rows_of(out)["a"]
+    assert (row["status"], row["error"]) == ("done", "")
+    (refused,) = run_batch(jobs, out, here(constant_predictor([1.0, 0.0])), silent, lambda _: None)
+    assert refused.status == "failed"
+    assert rows_of(out)["a"] == row | {"error": refused.error}
+    assert refused.error.partition(":")[2] in unescape((out / "index.html").read_text(encoding="utf-8"))
+    run(jobs, out)
+    assert rows_of(out)["a"] == row
+    (out / "summary.csv").unlink()
+    run_batch(jobs, out, here(constant_predictor([1.0, 0.0])), silent, lambda _: None)
+    assert rows_of(out)["a"]["status"] == "failed"
 
 
 def test_the_summary_is_up_to_date_when_the_next_slide_is_interrupted(tmp_path: Path) -> None:
