@@ -96,10 +96,13 @@ def open_folder(
     identity: RunIdentity,
     computed_with: Mapping[str, object],
     *,
+    slide: Path | None = None,
     force: bool = False,
     repair: bool = False,
 ) -> Iterator[ResultFolder]:
     """Take the lock of one slide's result, `output/<name>`, and prepare its working folder. `name` may have slashes.
+
+    `slide` is the slide's file. If the target holds the result of another file, the error names both.
 
     The run resumes from a working folder with the same `identity` whose blocks were `computed_with` the same values;
     any other one is removed. After an error the working folder stays if it holds finished blocks.
@@ -123,7 +126,7 @@ def open_folder(
     except Timeout:
         raise _locked(output / name) from None
     try:
-        folder = _prepare(output, name, identity, computed_with, force=force, repair=repair)
+        folder = _prepare(output, name, identity, computed_with, slide, force=force, repair=repair)
         try:
             yield folder
         except BaseException:
@@ -183,6 +186,7 @@ def _prepare(
     name: str,
     identity: RunIdentity,
     computed_with: Mapping[str, object],
+    slide: Path | None,
     *,
     force: bool,
     repair: bool,
@@ -201,7 +205,7 @@ def _prepare(
             raise OutputError(_foreign(folder.target))
         if not force:
             if header.identity != identity.as_json():
-                raise OtherResultError(_another_run(folder.target, header, identity.as_json()))
+                raise OtherResultError(_another_run(folder.target, header, identity.as_json(), slide))
             changed = changed_files(folder.target, read=repair)
             if not changed:
                 _clear_rest(folder.work, identity)
@@ -269,7 +273,16 @@ def _foreign(target: Path) -> str:
     return f"{target}: was not written by wsi-segment; move it away or choose another --output"
 
 
-def _another_run(target: Path, header: RunHeader, identity: Mapping[str, object]) -> str:
+def _another_run(target: Path, header: RunHeader, identity: Mapping[str, object], slide: Path | None) -> str:
+    if slide is not None and header.identity.get("slide") != identity["slide"]:
+        stored = read_run(target)
+        if stored is not None and stored.slide.path != slide.absolute():
+            # The folder of the other slide is left out, because flows with `hide_paths` cannot know it.
+            return (
+                f"{slide}: {target} holds the result of another slide, {stored.slide.name} (see its {RUN}); choose "
+                f"another --output, or name the new result in the column 'id' of a manifest; --force would remove the "
+                f"result of the other slide"
+            )
     settings = ", ".join(_other_values(header.identity, identity))
     return (
         f"{target}: holds the result of another run ({_other_inputs(header.identity, identity)}); pass "
