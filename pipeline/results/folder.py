@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import LockedError, OtherResultError, OutputError
-from pipeline.files import sync, sync_tree, write_atomically
+from pipeline.errors import ConfigError, LockedError, OtherResultError, OutputError
+from pipeline.files import is_file, sync, sync_tree, write_atomically
 from pipeline.results.digests import changed_files
 from pipeline.results.names import GROUP, RUN
 from pipeline.results.record import Run, RunHeader, RunIdentity, read_header, read_run
@@ -87,6 +88,18 @@ class ResultFolder:
         sync(self.target.parent)
         _clear_old(self.old, self.target)
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def check_output(output: Path, what: str) -> None:
+    """Raise ConfigError if a folder for results would be a part of a result, or a file is in its place.
+
+    `what` begins the message, which has no other path: flows with `hide_paths` know only this one.
+    """
+    if (result := _result_around(output)) is not None:
+        raise ConfigError(f"{what}: {output} is part of the result {result.name}; choose another folder")
+    for path in (output, *output.absolute().parents):
+        if is_file(path):
+            raise ConfigError(f"{what}: {output} cannot be a folder, because {path.name} is a file; choose another")
 
 
 @contextmanager
@@ -237,12 +250,11 @@ def _prepare(
 def _make_group(output: Path, name: str) -> Path:
     """Make the folder in which a result lies and return it. Raises OutputError if it lies inside another result."""
     folder = (output / name).parent
-    for path in (folder, *folder.absolute().parents):
-        if read_header(path) is not None:
-            raise OutputError(
-                f"{output / name}: lies inside the result {path}; choose another --output, or name the result in the "
-                f"column 'id' of a manifest"
-            )
+    if (path := _result_around(folder)) is not None:
+        raise OutputError(
+            f"{output / name}: lies inside the result {path}; choose another --output, or name the result in the "
+            f"column 'id' of a manifest"
+        )
     _make_durably(folder)
     while folder != output:
         if not (folder / GROUP).exists():
@@ -250,6 +262,12 @@ def _make_group(output: Path, name: str) -> Path:
             sync(folder)
         folder = folder.parent
     return (output / name).parent
+
+
+def _result_around(folder: Path) -> Path | None:
+    """Return the result that this folder is or lies in, if there is one."""
+    whole = Path(os.path.realpath(folder))
+    return next((path for path in (whole, *whole.parents) if read_header(path) is not None), None)
 
 
 def _make_durably(folder: Path) -> None:
