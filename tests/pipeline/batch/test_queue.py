@@ -195,6 +195,19 @@ def test_the_summary_is_up_to_date_when_the_next_slide_is_interrupted(tmp_path: 
     assert {n: r["status"] for n, r in rows_of(tmp_path / "out").items()} == {"a": "done", "b": "done"}
 
 
+def test_the_row_of_a_missing_slide_stays_until_its_line_is_deleted(tmp_path: Path) -> None:
+    out, jobs = tmp_path / "out", [SlideJob(small_slide(tmp_path / "a.svs"))]
+    run([SlideJob(tmp_path / "tyop.svs"), *jobs], out)
+    run(jobs, out)
+    assert rows_of(out)["tyop"]["status"] == "failed"
+    table = out / "summary.csv"
+    lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
+    table.write_text("".join(line for line in lines if not line.startswith("tyop,")), encoding="utf-8")
+    run(jobs, out)
+    assert list(rows_of(out)) == ["a"]
+    assert "tyop" not in (out / "index.html").read_text(encoding="utf-8")
+
+
 def test_a_foreign_summary_does_not_stop_the_slides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "summary.csv").write_text("my;own;table\n1;2;3\n", encoding="utf-8")
