@@ -18,6 +18,7 @@ from pipeline.batch.earlier import EarlierRuns
 from pipeline.batch.queue import run_batch
 from pipeline.errors import ConfigError
 from pipeline.files import is_file
+from pipeline.results.folder import check_output
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob, Workers
 from pipeline.workers.open import open_workers
@@ -49,6 +50,7 @@ def refused(error: ConfigError, source: str, *, hide_paths: bool) -> State[None]
 
 
 def _segment_all(order: BatchRequest) -> list[SlideResult]:
+    check_output(order.output, "output")
     earlier = EarlierRuns(order.output, order.model, order.config, retry_failed=order.retry_failed)
     progress, ended = SlideProgress(len(order.jobs)), list[SlideResult]()
 

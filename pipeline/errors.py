@@ -5,6 +5,7 @@ WsiSegmentError                   see wsi/errors.py
     ├── ConfigError               an option or input cannot be used
     ├── PlanError                 the run would not fit into memory or onto the disk
     ├── OutputError               results cannot be written, or would replace other results
+    │   ├── OtherResultError      a slide's folder holds the result of another run
     │   ├── RunRecordError        a run.json of wsi-segment is damaged
     │   └── LockedError           another process is segmenting the same slide
     ├── ClusterError              the cluster is unreachable or cannot run the job
@@ -55,6 +56,10 @@ class PlanError(PipelineError):
 
 class OutputError(PipelineError):
     """Results cannot be written, or would replace other results."""
+
+
+class OtherResultError(OutputError):
+    """A slide's folder holds the result of another run, which stays."""
 
 
 class RunRecordError(OutputError):

@@ -104,6 +104,9 @@ def default(parameter: TyperArgument | TyperOption) -> str:
         return parameter.show_default
     if parameter.required:
         return "required"
+    if parameter.secondary_opts:
+        chosen = parameter.opts if parameter.default else parameter.secondary_opts
+        return f"`{chosen[0]}`"
     if (
         parameter.show_default is False
         or parameter.default in (None, False)

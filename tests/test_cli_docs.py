@@ -23,6 +23,10 @@ def test_a_changed_page_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["--check"]) == 1
 
 
+def test_a_pair_of_options_has_the_name_of_its_default() -> None:
+    assert "| `--tta`, `--no-tta` |  | `--no-tta` | " in page()
+
+
 @pytest.mark.parametrize("program", list(PROGRAMS))
 def test_every_option_has_a_help_text_that_is_a_sentence(program: str) -> None:
     command = get_command(PROGRAMS[program])

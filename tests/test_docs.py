@@ -108,6 +108,14 @@ def test_options_that_a_document_gives_to_a_command_exist(document: Path) -> Non
     assert unknown_options(document.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_a_model_that_the_reader_trained_gets_a_results_folder_of_its_own(document: Path) -> None:
+    lines = [line.split() for line in document.read_text(encoding="utf-8").splitlines() if line.startswith("    wsi-")]
+    own = [words for words in lines if words[0] == "wsi-segment" and any("/bundle" in word for word in words)]
+    # The default folder has results of the default model, and those of another model are refused.
+    assert [words for words in own if "-o" not in words] == []
+
+
 def test_an_unknown_option_is_found() -> None:
     text = (
         "`wsi-segment a.svs --fast -o b` and `python -m tests.bench.load --slides 5 --none`, not `pip install --none`"

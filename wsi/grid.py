@@ -137,8 +137,9 @@ def make_grid(info: SlideInfo, *, model_mpp: float, output_stride: int, block_ou
     finest = info.mpp / model_mpp
     if finest > COARSEST_FACTOR:
         raise ResolutionError(
-            f"{info.path.name}: {info.mpp:g} µm/px is too coarse for a model of {model_mpp:g} µm/px (at most "
-            f"{COARSEST_FACTOR * model_mpp:g}); use a slide of higher magnification; if the file is wrong, pass --mpp"
+            f"{info.path.name}: {info.mpp:g} µm/px (source: {info.mpp_source}) is too coarse for a model of "
+            f"{model_mpp:g} µm/px (at most {COARSEST_FACTOR * model_mpp:g}); use a slide of higher magnification, or "
+            f"pass the right pixel size as --mpp"
         )
     downsamples = info.level_downsamples
     level = pick_level(downsamples, model_mpp / info.mpp)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.errors import ModelError
-from pipeline.errors import Cancelled, LockedError, WorkerCrashedError, is_transient
+from pipeline.errors import Cancelled, LockedError, OtherResultError, WorkerCrashedError, is_transient
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
 from wsi.errors import SlideError, SlideNotFoundError, WsiSegmentError
@@ -47,7 +47,13 @@ def attempt_slide(job: SlideJob, segment: Callable[[], SlideResult]) -> Attempt:
         raise
     except Exception as error:
         log.debug("%s failed", job.path, exc_info=True)
-        result = SlideResult(job.result_name, "failed", time.perf_counter() - start, error=failure(job, error))
+        result = SlideResult(
+            job.result_name,
+            "failed",
+            time.perf_counter() - start,
+            error=failure(job, error),
+            refused=isinstance(error, OtherResultError),
+        )
         if isinstance(error, LockedError):
             return Attempt(result, "locked")
         trace = "" if isinstance(error, WsiSegmentError) else "".join(traceback.format_exception(error))

@@ -217,8 +217,8 @@ def import_(
     A class is present in a patch if it covers at least 5 % of it. Locked annotations and unchanged regions of
     wsi-segment are never imported.
     """
-    from pipeline.labeling.folder import Wishes
-    from pipeline.labeling.importer import import_drawings, names_of, open_import
+    from pipeline.labeling.folder import EVENTS_FILE, Wishes
+    from pipeline.labeling.importer import check_names, import_drawings, names_of, open_import
 
     pairs = _mapping(mapping or [])
     who = annotator_name(PROGRAM, annotator)
@@ -229,6 +229,8 @@ def import_(
         if corrections is not None and not output.exists():
             names = [*(pairs.get(name, name) for one in sources for name in one.classes), *names]
         slides = [_only_file(one.slide, patient, one.mpp) for one in sources]
+        if not (output / EVENTS_FILE).exists():
+            check_names(names, sources, pairs)
         with open_import(output, who, Wishes(patch_mpp, patch_side), names) as folder:
             for one, file in zip(sources, slides, strict=True):
                 done = import_drawings(folder, file, one.drawings, pairs, partial=partial, digest=one.digest)

@@ -168,6 +168,7 @@ def segment(
     configure_logging(verbose, quiet=quiet)
     from pipeline.errors import Cancelled, ConfigError
     from pipeline.files import local_path
+    from pipeline.results.folder import check_output
     from wsi.errors import WsiSegmentError
 
     try:
@@ -188,7 +189,7 @@ def segment(
             repair=repair,
             num_workers=num_workers,
         )
-        local_path(output, "--output")
+        check_output(local_path(output, "--output"), "--output")
         local_path(model, "--model")
         jobs = _jobs(slides or [], sample=sample, recursive=recursive)
         if dry_run:

@@ -84,7 +84,7 @@ def train_command(
 
     Exit status: 0 done, 1 failed, 2 usage error, 130 interrupted.
     """
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(asctime)s %(message)s")
 
     try:
         local_path(output, "--output")
@@ -120,7 +120,7 @@ def train_command(
             f"interrupted; run the same command again to resume from the last checkpoint in {output}",
             EXIT_INTERRUPTED,
         )
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
+    if not quiet and os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
         typer.echo(json.dumps(result, indent=2))
 
 

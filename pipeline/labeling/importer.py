@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -15,9 +16,11 @@ from pipeline.labeling.folder import EVENTS_FILE, Wishes, prepare_folder
 from pipeline.labeling.import_annotations import (
     Drawing,
     Imported,
+    ImportSource,
     import_events,
     joined_drawings,
     labels_from,
+    target_name,
     used_names,
 )
 from pipeline.labeling.labels import Labels
@@ -51,6 +54,23 @@ def open_import(path: Path, annotator: str, wishes: Wishes, names: Sequence[str]
 def names_of(drawings: Sequence[Drawing], mapping: Mapping[str, str]) -> list[str]:
     """Return the classes that drawings need, each once."""
     return list(dict.fromkeys(name for one in drawings for name in used_names(one.annotations, mapping)))
+
+
+def check_names(names: Sequence[str], sources: Sequence[ImportSource], mapping: Mapping[str, str]) -> None:
+    """Raise LabelingError if `sources` do not have the two classes that a new labels folder needs."""
+    if len(set(names)) >= 2:
+        return
+    annotations = [one for source in sources for drawing in source.drawings for one in drawing.annotations]
+    skipped = Counter({"of a class that QuPath ignores": sum(target_name(one, mapping) is None for one in annotations)})
+    for source in sources:
+        skipped.update(source.skipped)
+    left_out = ", ".join(f"{number} {reason}" for reason, number in skipped.items() if number)
+    raise LabelingError(
+        f"a new labels folder needs at least two classes, and the annotations have {', '.join(names) or 'none'}"
+        + (f" (objects left out: {left_out})" if left_out else "")
+        + "; pass --map for classes that QuPath ignores, such as --map 'Ignore*=other', or make the folder first with "
+        "wsi-label SLIDES -o FOLDER --classes tumor,other"
+    )
 
 
 def import_drawings(

@@ -77,7 +77,7 @@ def write_report(output: Path) -> Path:
             write_atomically(path, _render(_rows(output)))
     except OSError as error:
         raise OutputError(
-            f"{path}: the report cannot be written: {error.strerror or error}; the results themselves are complete"
+            f"{path}: cannot be written: {error.strerror or error}; the results do not depend on it"
         ) from error
     return path
 

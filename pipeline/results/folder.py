@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import LockedError, OutputError
-from pipeline.files import sync, sync_tree, write_atomically
+from pipeline.errors import ConfigError, LockedError, OtherResultError, OutputError
+from pipeline.files import is_file, sync, sync_tree, write_atomically
 from pipeline.results.digests import changed_files
 from pipeline.results.names import GROUP, RUN
 from pipeline.results.record import Run, RunHeader, RunIdentity, read_header, read_run
@@ -89,6 +90,18 @@ class ResultFolder:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
+def check_output(output: Path, what: str) -> None:
+    """Raise ConfigError if a folder for results would be a part of a result, or a file is in its place.
+
+    `what` begins the message, which has no other path: flows with `hide_paths` know only this one.
+    """
+    if (result := _result_around(output)) is not None:
+        raise ConfigError(f"{what}: {output} is part of the result {result.name}; choose another folder")
+    for path in (output, *output.absolute().parents):
+        if is_file(path):
+            raise ConfigError(f"{what}: {output} cannot be a folder, because {path.name} is a file; choose another")
+
+
 @contextmanager
 def open_folder(
     output: Path,
@@ -96,17 +109,21 @@ def open_folder(
     identity: RunIdentity,
     computed_with: Mapping[str, object],
     *,
+    slide: Path | None = None,
     force: bool = False,
     repair: bool = False,
 ) -> Iterator[ResultFolder]:
     """Take the lock of one slide's result, `output/<name>`, and prepare its working folder. `name` may have slashes.
 
+    `slide` is the slide's file. If the target holds the result of another file, the error names both.
+
     The run resumes from a working folder with the same `identity` whose blocks were `computed_with` the same values;
     any other one is removed. After an error the working folder stays if it holds finished blocks.
 
-    Raises LockedError if another process has the lock. Raises OutputError if the target holds something else, unless
-    wsi-segment wrote the target and `force` is set, or if files of the target are missing or changed, unless `force` or
-    `repair` is set. With `repair`, every file is read; otherwise, sizes are compared.
+    Raises LockedError if another process has the lock. Raises OtherResultError if the target holds the result of other
+    inputs, unless `force` is set. Raises OutputError if the target holds something else, or if files of the target are
+    missing or changed, unless `force` or `repair` is set. With `repair`, every file is read; otherwise, sizes are
+    compared.
     """
     if ".zarr" in str(output.absolute()) or ".zarr" in name:
         raise OutputError(
@@ -122,7 +139,7 @@ def open_folder(
     except Timeout:
         raise _locked(output / name) from None
     try:
-        folder = _prepare(output, name, identity, computed_with, force=force, repair=repair)
+        folder = _prepare(output, name, identity, computed_with, slide, force=force, repair=repair)
         try:
             yield folder
         except BaseException:
@@ -182,6 +199,7 @@ def _prepare(
     name: str,
     identity: RunIdentity,
     computed_with: Mapping[str, object],
+    slide: Path | None,
     *,
     force: bool,
     repair: bool,
@@ -200,7 +218,7 @@ def _prepare(
             raise OutputError(_foreign(folder.target))
         if not force:
             if header.identity != identity.as_json():
-                raise OutputError(_another_run(folder.target, header, identity.as_json()))
+                raise OtherResultError(_another_run(folder.target, header, identity.as_json(), slide))
             changed = changed_files(folder.target, read=repair)
             if not changed:
                 _clear_rest(folder.work, identity)
@@ -232,12 +250,11 @@ def _prepare(
 def _make_group(output: Path, name: str) -> Path:
     """Make the folder in which a result lies and return it. Raises OutputError if it lies inside another result."""
     folder = (output / name).parent
-    for path in (folder, *folder.absolute().parents):
-        if read_header(path) is not None:
-            raise OutputError(
-                f"{output / name}: lies inside the result {path}; choose another --output, or name the result in the "
-                f"column 'id' of a manifest"
-            )
+    if (path := _result_around(folder)) is not None:
+        raise OutputError(
+            f"{output / name}: lies inside the result {path}; choose another --output, or name the result in the "
+            f"column 'id' of a manifest"
+        )
     _make_durably(folder)
     while folder != output:
         if not (folder / GROUP).exists():
@@ -245,6 +262,12 @@ def _make_group(output: Path, name: str) -> Path:
             sync(folder)
         folder = folder.parent
     return (output / name).parent
+
+
+def _result_around(folder: Path) -> Path | None:
+    """Return the result that this folder is or lies in, if there is one."""
+    whole = Path(os.path.realpath(folder))
+    return next((path for path in (whole, *whole.parents) if read_header(path) is not None), None)
 
 
 def _make_durably(folder: Path) -> None:
@@ -268,7 +291,16 @@ def _foreign(target: Path) -> str:
     return f"{target}: was not written by wsi-segment; move it away or choose another --output"
 
 
-def _another_run(target: Path, header: RunHeader, identity: Mapping[str, object]) -> str:
+def _another_run(target: Path, header: RunHeader, identity: Mapping[str, object], slide: Path | None) -> str:
+    if slide is not None and header.identity.get("slide") != identity["slide"]:
+        stored = read_run(target)
+        if stored is not None and stored.slide.path != slide.absolute():
+            # The folder of the other slide is left out, because flows with `hide_paths` cannot know it.
+            return (
+                f"{slide}: {target} holds the result of another slide, {stored.slide.name} (see its {RUN}); choose "
+                f"another --output, or name the new result in the column 'id' of a manifest; --force would remove the "
+                f"result of the other slide"
+            )
     settings = ", ".join(_other_values(header.identity, identity))
     return (
         f"{target}: holds the result of another run ({_other_inputs(header.identity, identity)}); pass "

@@ -45,6 +45,8 @@ class SlideResult:
     error: str = ""
     failed_before: bool = False
     """Whether an earlier run found this failure and this run did not attempt the slide."""
+    refused: bool = False
+    """Whether the slide failed because its folder holds the result of another run, which stays."""
 
     @property
     def tissue_mm2(self) -> float | None:

@@ -40,8 +40,8 @@ def write_summary(output: Path, results: Iterable[SlideResult]) -> None:
         rows = {name: row for name, row in read_summary(path).items() if not is_folder(name)}
         for result in results:
             name = printable_name(result.slide)
-            if not _is_row_kept(rows.get(name, {}), result):
-                rows[name] = result.row() | {"slide": name}
+            row = _kept_row(rows.get(name, {}), result)
+            rows[name] = result.row() | {"slide": name} if row is None else row
         text = io.StringIO()
         writer = csv.DictWriter(text, _columns(rows.values()), restval="")
         writer.writeheader()
@@ -56,15 +56,17 @@ def is_folder(name: str) -> bool:
     return name.endswith("/")
 
 
-def _is_row_kept(row: Mapping[str, object], result: SlideResult) -> bool:
-    """Return whether the row of an earlier run contains more than the result of a slide that was not attempted."""
-    status = row.get("status")
+def _kept_row(row: Mapping[str, object], result: SlideResult) -> dict[str, object] | None:
+    """Return the row of an earlier run if it contains more than this result, or None if the result replaces it."""
+    has_result = row.get("status") not in (None, "failed")
     if result.failed_before:
-        return status == "failed"
-    if result.status != "skipped" or status in (None, "failed"):
-        return False
+        return {**row} if row.get("status") == "failed" else None
+    if result.refused and has_result:
+        return {**row, "error": result.error}
     # A run that ended between publishing its result and writing this table leaves the row of the result before.
-    return _facts(row) == _facts(result.row())
+    if result.status == "skipped" and has_result and _facts(row) == _facts(result.row()):
+        return {**row, "error": ""}
+    return None
 
 
 def _facts(row: Mapping[str, object]) -> dict[str, str]:

@@ -161,7 +161,9 @@ def _segment_slide(
     computed_with = settings.computed_with() | {"versions": run_versions}
     with (
         _named_write_errors(path, output),
-        open_folder(output, name, identity, computed_with, force=settings.force, repair=settings.repair) as folder,
+        open_folder(
+            output, name, identity, computed_with, slide=path, force=settings.force, repair=settings.repair
+        ) as folder,
     ):
         if folder.finished is not None:
             return skipped_result(name, folder.target, folder.finished, time.perf_counter() - start)

@@ -34,12 +34,14 @@ from pipeline.batch import window
 from pipeline.batch.collect import collect_jobs
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ClusterError, LockedError
+from pipeline.results.record import write_run
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
 from tests.cases import full
 from tests.flows.servers import until
 from tests.pipeline.batch.scripted import ScriptedWorkers, StaleError, touched
 from tests.pipeline.fakes import region_slide
+from tests.pipeline.runs import make_run
 from tests.pipeline.summaries import rows_of
 from tests.slides import painted, write_slide
 from wsi.errors import ResolutionError
@@ -68,6 +70,19 @@ def test_a_deployed_run_refuses_a_relative_results_folder(
     assert state.is_failed()
     assert "output is 'results'; give an absolute path" in str(state.message)
     assert scripted.tried == []
+
+
+def test_a_results_folder_inside_a_result_is_refused_before_any_slide(
+    tmp_path: Path, scripted: ScriptedWorkers
+) -> None:
+    result = tmp_path / "Doe, Jane" / "a"
+    result.mkdir(parents=True)
+    write_run(result, make_run())
+    state = run(touched(tmp_path / "in", "b"), result / "deep", hide_paths=True)
+    assert state.is_failed()
+    assert state.message == "output: (folder) is part of the result a; choose another folder"
+    assert scripted.tried == []
+    assert [path.name for path in result.iterdir()] == ["run.json"]
 
 
 def test_a_server_that_is_unreachable_when_a_part_starts_stops_no_slide(

@@ -89,5 +89,5 @@ def test_the_map_starts_at_the_corner_of_the_bounds() -> None:
 
 
 def test_a_slide_far_coarser_than_the_model_is_refused_by_name() -> None:
-    with pytest.raises(ResolutionError, match=r"slide\.svs: 28\.97 µm/px is too coarse .*at most 4"):
+    with pytest.raises(ResolutionError, match=r"slide\.svs: 28\.97 µm/px \(source: slide\) is too coarse .*at most 4"):
         grid((1000, 1000), mpp=28.97)

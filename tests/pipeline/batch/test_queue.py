@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,22 @@ def test_another_runs_result_fails_its_slide_only(tmp_path: Path) -> None:
     assert "holds the result of another run (other model); pass --force to replace it" in results[0].error
 
 
+def test_a_refused_slide_keeps_the_row_of_the_stored_result_and_adds_its_error(tmp_path: Path) -> None:
+    jobs, out = [SlideJob(small_slide(tmp_path / "a.svs"))], tmp_path / "out"
+    run(jobs, out)
+    row = rows_of(out)["a"]
+    assert (row["status"], row["error"]) == ("done", "")
+    (refused,) = run_batch(jobs, out, here(constant_predictor([1.0, 0.0])), silent, lambda _: None)
+    assert refused.status == "failed"
+    assert rows_of(out)["a"] == row | {"error": refused.error}
+    assert refused.error.partition(":")[2] in unescape((out / "index.html").read_text(encoding="utf-8"))
+    run(jobs, out)
+    assert rows_of(out)["a"] == row
+    (out / "summary.csv").unlink()
+    run_batch(jobs, out, here(constant_predictor([1.0, 0.0])), silent, lambda _: None)
+    assert rows_of(out)["a"]["status"] == "failed"
+
+
 def test_the_summary_is_up_to_date_when_the_next_slide_is_interrupted(tmp_path: Path) -> None:
     a, b = small_slide(tmp_path / "a.svs"), region_slide(tmp_path / "b.svs")
     seen: list[str] = []
@@ -176,6 +193,19 @@ def test_the_summary_is_up_to_date_when_the_next_slide_is_interrupted(tmp_path: 
     assert [r.status for r in again] == ["skipped", "done"]
     assert again[1].resumed_blocks >= 3
     assert {n: r["status"] for n, r in rows_of(tmp_path / "out").items()} == {"a": "done", "b": "done"}
+
+
+def test_the_row_of_a_missing_slide_stays_until_its_line_is_deleted(tmp_path: Path) -> None:
+    out, jobs = tmp_path / "out", [SlideJob(small_slide(tmp_path / "a.svs"))]
+    run([SlideJob(tmp_path / "tyop.svs"), *jobs], out)
+    run(jobs, out)
+    assert rows_of(out)["tyop"]["status"] == "failed"
+    table = out / "summary.csv"
+    lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
+    table.write_text("".join(line for line in lines if not line.startswith("tyop,")), encoding="utf-8")
+    run(jobs, out)
+    assert list(rows_of(out)) == ["a"]
+    assert "tyop" not in (out / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_foreign_summary_does_not_stop_the_slides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -399,14 +399,32 @@ def test_a_model_that_cannot_be_used_is_one_line_and_exit_1(tmp_path: Path, monk
     assert not (tmp_path / "results").exists()
 
 
-def test_an_output_below_a_file_is_a_clear_line(fake: Path) -> None:
+@pytest.mark.parametrize("output", ["file", "file/out"])
+def test_an_output_that_is_a_file_or_below_one_is_refused_in_one_line(fake: Path, output: str) -> None:
     small_slide(fake / "a.svs")
     (fake / "file").write_text("in the way")
-    result = invoke("a.svs", "-o", "file/out")
-    assert (result.exit_code, result.stdout) == (1, "")
-    (line,) = (line for line in result.stderr.splitlines() if line.startswith("failed"))
-    assert line.startswith("failed     a.svs: cannot write ")
-    assert "Not a directory" in line
+    result = invoke("a.svs", "-o", output)
+    assert (result.exit_code, result.output) == (
+        2,
+        f"wsi-segment: --output: {output} cannot be a folder, because file is a file; choose another\n",
+    )
+    assert (fake / "file").read_text() == "in the way"
+
+
+def test_an_output_inside_a_result_is_refused_before_anything_is_written(fake: Path) -> None:
+    small_slide(fake / "a.svs")
+    small_slide(fake / "b.svs")
+    assert invoke("a.svs", "-o", "out").exit_code == 0
+    before = {path: path.stat().st_mtime_ns for path in fake.rglob("*")}
+    for output in ("out/a", "out/a/deep"):
+        for options in ([], ["--dry-run"]):
+            result = invoke("b.svs", "-o", output, *options)
+            assert (result.exit_code, result.output) == (
+                2,
+                f"wsi-segment: --output: {output} is part of the result a; choose another folder\n",
+            )
+    assert {path: path.stat().st_mtime_ns for path in fake.rglob("*")} == before
+    assert invoke("b.svs", "-o", "out/a/..").exit_code == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")

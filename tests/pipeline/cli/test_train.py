@@ -69,6 +69,15 @@ def test_a_run_prints_the_bundle_and_its_metrics_on_stdout(data: Path, tmp_path:
     assert "stage skipped" not in said
 
 
+def test_quiet_prints_only_errors(data: Path, tmp_path: Path) -> None:
+    done = run("pipeline.cli.train", data, "-o", tmp_path / "run", "--device", "cpu", "-q", *settings(*SMALL))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "run" / "bundle" / "model.json").is_file()
+    failed = run("pipeline.cli.train", tmp_path / "none.toml", "-o", tmp_path / "other", "-q")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("wsi-train: ")
+
+
 @pytest.mark.full
 def test_a_second_run_says_the_same_and_trains_nothing(data: Path, tmp_path: Path) -> None:
     (first, _), (second, said) = (trained(data, tmp_path / "run") for _ in range(2))

@@ -221,8 +221,11 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     record = tmp_path / "slide" / "run.json"
     record.write_text(record.read_text()[:-40])
     message = r"slide: its run\.json is damaged or of another program; move the folder away"
-    for options in ({}, {"repair": True}, {"force": True}):
-        with pytest.raises(OutputError, match=message), open_folder(tmp_path, "slide", IDENTITY, {}, **options):
+    for force, repair in ((False, False), (False, True), (True, False)):
+        with (
+            pytest.raises(OutputError, match=message),
+            open_folder(tmp_path, "slide", IDENTITY, {}, force=force, repair=repair),
+        ):
             pass
 
 

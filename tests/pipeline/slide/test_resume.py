@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import LockedError, OutputError
+from pipeline.errors import LockedError, OtherResultError, OutputError
 from pipeline.results.folder import open_folder
 from pipeline.slide.recipe import segment_slide
 from tests.cases import full
 from tests.pipeline.fakes import SMALL, color_predictor, constant_predictor, labels_of, published, region_slide
 from tests.pipeline.runs import IDENTITY
+from tests.slides import small_slide
 
 
 def test_a_finished_result_is_kept_another_runs_is_refused_and_force_replaces_it(tmp_path: Path) -> None:
@@ -40,6 +41,23 @@ def test_a_finished_result_is_kept_another_runs_is_refused_and_force_replaces_it
     assert (folder / "notes.txt").read_text() == "mine"
     assert set(np.unique(labels_of(folder))) == {0, 1}
     assert sorted(p.name for p in out.iterdir()) == ["slide"]
+
+
+def test_a_slide_with_the_name_of_another_ones_result_is_refused_by_both_names(tmp_path: Path) -> None:
+    first, out = small_slide(tmp_path / "first.svs"), tmp_path / "out"
+    segment_slide(first, out, color_predictor(), SMALL, name="slide")
+    second = region_slide(tmp_path / "second.svs")
+    expected = (
+        f"{second}: {out / 'slide'} holds the result of another slide, first.svs (see its run.json); choose another "
+        "--output, or name the new result in the column 'id' of a manifest; --force would remove the result of the "
+        "other slide"
+    )
+    with pytest.raises(OtherResultError) as refused:
+        segment_slide(second, out, color_predictor(), SMALL, name="slide")
+    assert str(refused.value) == expected
+    region_slide(first)
+    with pytest.raises(OtherResultError, match=r"another run \(other slide\); pass --force to replace it"):
+        segment_slide(first, out, color_predictor(), SMALL, name="slide")
 
 
 def test_a_folder_that_no_run_made_is_never_touched(tmp_path: Path) -> None:

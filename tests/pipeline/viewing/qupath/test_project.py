@@ -16,6 +16,7 @@ from pipeline.viewing.qupath.project import packed_argb, write_project
 from tests.pipeline.fakes import SMALL, constant_predictor
 from tests.pipeline.features import checked_features
 from tests.pipeline.viewing.qupath.projects import NAMES, file_of, project_of, rows_of, slides_of
+from tests.repository import REPOSITORY
 from tests.slides import PINK, PURPLE
 
 OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
@@ -65,6 +66,13 @@ def test_the_scripts_find_the_files_of_each_image_relative_to_the_project(root: 
     assert "import_results" in readme
     scripts = {p.stem for p in (path.parent / "scripts").iterdir()}
     assert scripts == {"import_results", "show_probability", "export_annotations", "send_corrections"}
+
+
+def test_the_docs_list_every_part_of_a_project(root: Path) -> None:
+    folder = write_project(root / "results", tiles=True).parent
+    listed = (REPOSITORY / "docs/viewing.md").read_text(encoding="utf-8").partition("| `results/qupath/` |")[2]
+    parts = [path.name + "/" * path.is_dir() for path in folder.iterdir()]
+    assert [part for part in parts if f"`{part}" not in listed.partition("\n\n")[0]] == []
 
 
 def test_classes_have_the_colors_of_the_model(root: Path) -> None:
