@@ -73,9 +73,11 @@ def replaced_sbatch(folder: Path, refused_calls: str, accept: str) -> dict[str, 
     """Return an environment whose sbatch fails in some of its calls, such as "2|3", and otherwise runs `accept`."""
     folder.mkdir()
     programs = {
+        # mkdir, because Dask calls sbatch several times at once.
         "sbatch": f"""\
-            echo call >> {folder}/calls
-            case $(wc -l < {folder}/calls) in
+            call=1
+            while ! mkdir {folder}/call-$call 2>/dev/null; do call=$((call + 1)); done
+            case $call in
               {refused_calls})
                 echo "sbatch: error: Socket timed out on send/recv operation" >&2
                 echo "sbatch: error: Batch job submission failed" >&2
@@ -211,7 +213,7 @@ def test_a_cancelled_job_is_replaced_although_sbatch_fails_at_first(slurm: dict[
         printed, _ = run.communicate(timeout=240)
     assert run.returncode == 0, printed
     assert printed.count("Slurm did not accept a job; retrying every 10 s: sbatch: error: Socket timed out") == 1
-    assert (tmp_path / "programs" / "calls").read_text() == "call\n" * 3
+    assert sorted(path.name for path in (tmp_path / "programs").glob("call-*")) == ["call-1", "call-2", "call-3"]
 
 
 def test_a_job_that_sbatch_refuses_is_submitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +231,7 @@ def test_a_job_that_sbatch_refuses_is_submitted_again(tmp_path: Path, monkeypatc
         for _ in range(2):  # the second time, no job is missing
             assert script.submit(cluster) == ""
             assert [job.job_id for job in cluster.workers.values()] == ["7", "7"]
-    assert (tmp_path / "programs" / "calls").read_text() == "call\n" * 3
+    assert sorted(path.name for path in (tmp_path / "programs").glob("call-*")) == ["call-1", "call-2", "call-3"]
 
 
 def test_the_script_ends_with_the_error_of_sbatch_if_slurm_accepts_no_job(tmp_path: Path) -> None:
