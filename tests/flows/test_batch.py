@@ -303,6 +303,22 @@ def test_a_batch_that_is_interrupted_ends_its_parts(
     assert {one.state.name for one in part_runs(harness, newest_parent(harness)) if one.state} == {"Cancelled"}
 
 
+def test_a_slide_whose_attempt_is_cancelled_is_shown_as_cancelled(
+    tmp_path: Path, harness: SyncPrefectClient, scripted: ScriptedWorkers
+) -> None:
+    scripted.script = {"a": [Cancelled("stopped")]}
+    assert run(touched(tmp_path / "in", "a"), tmp_path / "out").message == "stopped"
+    flow_run = newest_run(harness)
+    assert task_states(harness, flow_run, 1) == {"a.svs": "Cancelled"}
+    chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run.id]))
+
+    def log() -> str | None:
+        text = "\n".join(line.message for line in harness.read_logs(chosen))
+        return text if "stopped" in text else None
+
+    assert "Traceback" not in until(log, seconds=20, what="the log of the run")
+
+
 @pytest.mark.full
 def test_ctrl_c_ends_the_program_and_not_only_the_flow_run(
     tmp_path: Path, harness: SyncPrefectClient, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
