@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import re
 import threading
 import time
@@ -21,7 +23,7 @@ from pipeline.batch.tally import slide_count, tally
 from pipeline.errors import RunRecordError
 from pipeline.results.names import GEOJSON_END, PAGE, PREVIEW
 from pipeline.results.record import read_run
-from pipeline.results.slide_result import SlideResult
+from pipeline.results.slide_result import AREA_COLUMN, SlideResult
 
 log = logging.getLogger(__name__)
 
@@ -97,15 +99,16 @@ class StageProgress:
 def show_metrics(run: Path, metrics: dict[str, float]) -> None:
     """Write the table of a trained bundle's metrics."""
     table: list[dict[str, object]] = [{"metric": name, "value": value} for name, value in metrics.items()]
-    _without_server(lambda: create_table_artifact(table, key=artifact_key("training", run)))
+    _without_server(lambda: create_table_artifact(table, key=artifact_key("training", run.absolute().name)))
 
 
 def show_table(output: Path, results: Sequence[SlideResult], redact: Redact, *, links: bool) -> None:
-    """Write the table of results, under a key that all batches into this folder share."""
+    """Write the table of results, under a key that all batches into this folder share. `links` shows its path."""
     ordered = sorted(results, key=lambda r: (r.status != "failed", r.slide))
     rows = [_row(result, redact, links=links) for result in ordered[:TABLE_ROWS]]
-    classes = {name: None for row in rows for name in row if name.endswith(" mm²")}
-    columns = ["slide", "status", "seconds", *classes, "error", "warnings", "preview", "GeoJSON", "stages"]
+    classes = {name: None for row in rows for name in row if name.startswith(AREA_COLUMN)}
+    columns = ["slide", "status", "seconds", "tissue_mm2", *classes]
+    columns += ["error", "warnings", "preview", "GeoJSON", "stages"]
     used = [name for name in columns if any(row.get(name) not in ("", None) for row in rows)]
     table = [{name: row.get(name, "") for name in used} for row in rows]
     text = tally(results)
@@ -114,21 +117,24 @@ def show_table(output: Path, results: Sequence[SlideResult], redact: Redact, *, 
     report = output / PAGE
     if report.exists():
         text += f"\n\nReport: {report.absolute().as_uri() if links else report.name}"
-    _without_server(lambda: create_table_artifact(table, key=artifact_key("slides", output), description=text))
+    folder = output.absolute()
+    name = folder.name if links else hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    _without_server(lambda: create_table_artifact(table, key=artifact_key("slides", name), description=text))
 
 
-def artifact_key(kind: str, output: Path) -> str:
+def artifact_key(kind: str, name: str) -> str:
     """Return the key of a folder's table. Prefect allows lower-case letters, digits and dashes."""
-    slug = re.sub(r"[^a-z0-9]+", "-", output.absolute().name.lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return f"{kind}-{slug}".strip("-")
 
 
 def _row(result: SlideResult, redact: Redact, *, links: bool) -> dict[str, object]:
-    shown = result.slide if links else result.slide.rpartition("/")[2]
+    # A slash ends the name of a folder that cannot be searched.
+    shown = result.slide if links else result.slide.rpartition("/")[2] or "(folder)"
     row: dict[str, object] = {"slide": shown, "status": result.status, "seconds": round(result.seconds, 1)}
     if result.tissue_mm2 is not None:
-        row["tissue mm²"] = round(result.tissue_mm2, 4)
-    row |= {f"{name} mm²": round(area, 4) for name, area in result.areas_mm2.items()}
+        row["tissue_mm2"] = round(result.tissue_mm2, 4)
+    row |= {AREA_COLUMN + name: round(area, 4) for name, area in result.areas_mm2.items()}
     if result.folder is not None:
         row["stages"] = _stages(result.folder)
         for name, file in (("preview", PREVIEW), ("GeoJSON", result.folder.name + GEOJSON_END)):

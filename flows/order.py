@@ -46,7 +46,10 @@ class BatchRequest:
         folders = {job.path.parent for job in self.jobs} | {self.output, self.output.absolute().parent}
         # Results may lie in folders with the names of the slides' folders.
         names = {name for job in self.jobs for name in (job.name, job.place) if name is not None}
-        folders |= {self.output / name.parent for name in map(PurePosixPath, names) if len(name.parts) > 1}
+        inner = {name.parent for name in map(PurePosixPath, names) if len(name.parts) > 1}
+        folders |= {folder for name in inner for folder in (Path(name), self.output / name)}
+        # A slash ends the name of a folder that cannot be searched.
+        folders |= {job.path for job in self.jobs if job.result_name.endswith("/")}
         folders |= {Path(model).parent for model in (self.model, *(job.model for job in self.jobs)) if model}
         for job in self.jobs:
             if job.problem:  # the problem of a broken link names the link's target

@@ -25,13 +25,15 @@ def as_it_is(text: str) -> str:
     return text
 
 
-def without_folders(folders: Iterable[Path]) -> Redact:
+def without_folders(folders: Iterable[Path | str]) -> Redact:
     """Return a function that removes these folders and their parents from a text, and keeps the names of files.
 
     A relative folder of one part, such as `a`, is removed only before a slash or a colon: it can also be a word.
     """
-    spellings = {text for folder in folders for text in (str(folder), str(folder.absolute()), os.path.realpath(folder))}
-    spellings -= {".", "/"}
+    spellings = {
+        text for folder in folders for text in (str(folder), str(Path(folder).absolute()), os.path.realpath(folder))
+    }
+    spellings -= {"", ".", "/"}
     absolute = {text for text in spellings if text.startswith("/")}
     words = {text for text in spellings if "/" not in text}
     end = r"(?:/|(?![\w-]|\.\w))"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import glob
 import math
+import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -43,10 +47,27 @@ def segment_order(order: BatchRequest) -> State[None]:
 
 def refused(error: ConfigError, source: str, *, hide_paths: bool) -> State[None]:
     """Return the state of a run that cannot start: no retry and no traceback would help."""
-    path = Path(source).absolute()
-    hidden = [path.parent, Path(source).parent, *([] if is_file(path) else [path])]
-    redact = without_folders(hidden) if hide_paths else as_it_is
+    redact = without_folders(_folders_of(source)) if hide_paths else as_it_is
     return Failed(message=redact(str(error)))
+
+
+def _folders_of(source: str) -> Iterator[Path | str]:
+    """Yield the folders of a source: of itself, of what it matches as a glob, and of the cells of manifests."""
+    for path in map(Path, (source, *glob.glob(source, recursive=True))):  # noqa: PTH207 - as in flows.batch
+        yield path.parent
+        if not is_file(path):
+            yield path
+        elif path.suffix.lower() == ".csv":
+            for folder in map(os.path.dirname, _cells(path)):
+                yield from (folder, path.parent / folder)
+
+
+def _cells(manifest: Path) -> list[str]:
+    try:
+        with manifest.open(newline="", encoding="utf-8-sig") as file:
+            return [cell.strip() for row in csv.reader(file) for cell in row]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []  # the error that refused this manifest names no cell
 
 
 def _segment_all(order: BatchRequest) -> list[SlideResult]:

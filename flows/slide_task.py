@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.states import Cancelled as CancelledState
 from prefect.states import Completed, Failed
 
 from flows.privacy import Redact
 from pipeline.batch.attempt import Attempt
+from pipeline.errors import Cancelled
 from pipeline.workers.base import SlideJob
 
 STATES = {"done": "Done", "skipped": "Skipped", "no tissue": "No tissue", "unrecognized": "Unrecognized"}
@@ -30,7 +32,10 @@ def segment_one(job: SlideJob, make: Callable[[], Attempt], redact: Redact) -> S
 
     Prefect's own retries are not used: a task that waits for its next retry counts as running and holds a slot.
     """
-    attempt = make()
+    try:
+        attempt = make()
+    except Cancelled:  # `PartRuns` raises it again outside the task
+        return CancelledState()
     result = attempt.result
     if attempt.trace:
         get_run_logger().error("%s", redact(attempt.trace))

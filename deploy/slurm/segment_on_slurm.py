@@ -6,23 +6,32 @@ segment_on_slurm.py --jobs 4 --cores 8 --memory 16GB -- /data/slides --recursive
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import dask
-from dask_jobqueue import SLURMCluster
+from dask.utils import parse_bytes
+from dask_jobqueue.slurm import SLURMCluster, SLURMJob
 from distributed import Security
+from distributed.core import Status
+
+log = logging.getLogger(__name__)
 
 SETTINGS = Path(__file__).resolve().parent.parent / "settings" / "settings.env"
 TLS = "DASK_DISTRIBUTED__COMM__TLS__"
 
+CHECK_S = 10.0
+"""Seconds between two checks of whether jobs are missing."""
+
 
 def main() -> int:
-    """Start the workers, run wsi-segment on them, stop them, and return the exit status of wsi-segment."""
+    """Start the workers, run wsi-segment on them, stop them, and return its exit status; 2 if Slurm accepts no job."""
     options = parser().parse_args()
     for name, value in settings():
         os.environ.setdefault(name, value)
@@ -31,6 +40,7 @@ def main() -> int:
     with (
         tempfile.TemporaryDirectory(dir=options.shared, prefix=".wsi-segment-") as folder,
         SLURMCluster(
+            job_cls=Job,
             cores=options.cores,
             memory=options.memory,
             # One process with one Dask thread: one slide at a time. The blocks of the slide have their own threads.
@@ -49,18 +59,21 @@ def main() -> int:
             scheduler_options={"dashboard_address": "127.0.0.1:0"},
         ) as cluster,
     ):
-        # With equal bounds, Dask replaces every job that Slurm ends.
-        cluster.adapt(minimum_jobs=options.jobs, maximum_jobs=options.jobs)
-        return segment(cluster.scheduler_address, ["--num-workers", str(options.cores), *options.command])
+        for _ in range(options.jobs):
+            cluster.worker_spec |= cluster.new_worker_spec()
+        error = submit(cluster)
+        if error and not cluster.workers:
+            parser().exit(2, f"Slurm did not accept a job: {error}\n")
+        return segment(cluster, ["--num-workers", str(options.cores), *options.command])
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line: options for Slurm, then the arguments of wsi-segment."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--jobs", type=int, default=2, help="number of workers, each its own Slurm job (default: 2)")
-    made.add_argument("--cores", type=int, default=4, help="cores of each worker (default: 4)")
-    made.add_argument("--memory", default="8GB", help="memory of each worker (default: 8GB)")
-    made.add_argument("--gpus", type=int, default=0, help="GPUs of each worker: 0 or 1 (default: 0)")
+    made.add_argument("--jobs", type=positive, default=2, help="number of workers, each its own Slurm job (default: 2)")
+    made.add_argument("--cores", type=positive, default=4, help="cores of each worker (default: 4)")
+    made.add_argument("--memory", type=size, default="8GB", help="memory of each worker (default: 8GB)")
+    made.add_argument("--gpus", type=int, choices=(0, 1), default=0, help="GPUs of each worker (default: 0)")
     made.add_argument(
         "--walltime", default="12:00:00", help="time limit of each worker; longer than the slowest slide takes"
     )
@@ -73,6 +86,19 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("command", nargs="+", metavar="-- SLIDES …", help="arguments of wsi-segment")
     return made
+
+
+def positive(text: str) -> int:
+    """Return a number of jobs or cores."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"is {number}; it must be 1 or more")
+    return number
+
+
+def size(text: str) -> int:
+    """Return the number of bytes of a text such as 8GB."""
+    return int(parse_bytes(text))
 
 
 def settings() -> list[tuple[str, str]]:
@@ -99,13 +125,48 @@ def encryption(folder: Path) -> Security:
     return Security(require_encryption=True, **{f"tls_{name}": str(path) for name, path in files.items()})
 
 
-def segment(scheduler: str, arguments: list[str]) -> int:
+class Job(SLURMJob):
+    """A Slurm job whose status is closed after its end; Dask asserts this when the cluster closes."""
+
+    async def close(self) -> None:
+        """Cancel the job."""
+        await super().close()
+        self.status = Status.closed
+
+
+def submit(cluster: SLURMCluster) -> str:
+    """Submit the jobs that are missing: new, ended and refused ones. Return the error of sbatch, or an empty text."""
+
+    async def missing_jobs() -> None:
+        try:
+            await cluster
+        finally:
+            for name, job in list(cluster.workers.items()):
+                if job.job_id is None:  # Dask would not submit it again
+                    await job.close()
+                    del cluster.workers[name]
+
+    try:
+        cluster.sync(missing_jobs)
+    except (OSError, RuntimeError) as error:
+        return "; ".join(str(error).rpartition("stderr:")[2].strip().splitlines())
+    return ""
+
+
+def segment(cluster: SLURMCluster, arguments: list[str]) -> int:
     """Run wsi-segment on a cluster. Ctrl-C and scancel reach it once, so it shuts down cleanly before the jobs do."""
-    command = [sys.executable, "-m", "pipeline.cli.segment", *arguments, "--scheduler", scheduler]
+    command = [sys.executable, "-m", "pipeline.cli.segment", *arguments, "--scheduler", cluster.scheduler_address]
     process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - the user's own arguments, without a shell
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: process.send_signal(signal.SIGINT))
-    return process.wait()
+    reported = ""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(CHECK_S)
+        error = submit(cluster)
+        if error and error != reported:
+            log.warning("Slurm did not accept a job; retrying every %.0f s: %s", CHECK_S, error)
+        reported = error
 
 
 if __name__ == "__main__":

@@ -69,13 +69,12 @@ def test_options_given_to_prefect_exist() -> None:
     least = {
         "worker start": {"--pool", "--type", "--limit", "--with-healthcheck"},
         "server start": {"--host"},
-        "deploy": {"--prefect-file", "--all"},
         "deployment run": {"--param"},
         "work-pool create": {"--type"},
         "automation create": {"--from-file"},
     }
     others = ["work-pool inspect", "work-pool pause", "work-pool resume", "automation inspect", "flow-run cancel",
-              "deployment schedule ls", "deployment schedule pause"]  # fmt: skip
+              "deploy", "deployment inspect", "deployment schedule ls", "deployment schedule pause"]  # fmt: skip
     helps = prefect_helps([*least, *others])
     for command, text in helps.items():
         used = used_options("prefect", *command.split())

@@ -9,8 +9,9 @@ import pytest
 from prefect import Flow
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.flows import load_flow_from_entrypoint
+from prefect.utilities.templating import apply_values
 
-from tests.deploy.files import DEPLOY, documents, read_yaml
+from tests.deploy.files import DEPLOY, read_yaml
 
 FILE = DEPLOY / "prefect.yaml"
 DEPLOYMENTS: list[dict[str, Any]] = read_yaml(FILE)["deployments"]
@@ -84,14 +85,16 @@ def test_only_the_nightly_deployment_has_a_schedule_and_cron_can_read_it() -> No
     assert CronSchedule.model_validate(schedule).timezone == "Etc/UTC"
 
 
-def test_register_script_gives_another_scheduler_to_what_segments_slides() -> None:
+@pytest.mark.parametrize("address", ["local", "tcp://scheduler:8786", r"/srv/R&D/a|b\1.json"])
+def test_the_scheduler_of_what_segments_slides_is_taken_from_the_environment_as_it_is(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WSI_SCHEDULER", address)
+    schedulers = {one["name"]: one["parameters"].get("scheduler") for one in apply_values(DEPLOYMENTS, {})}
+    assert schedulers == dict.fromkeys(("nightly", "on-demand", "one-slide"), address) | {"training": None}
+
+
+def test_register_script_names_every_deployment() -> None:
     script = (DEPLOY / "register.sh").read_text(encoding="utf-8")
-    (before,) = set(re.findall(r"s\|(scheduler: \w+)\|", script))
-    assert before == "scheduler: local"
-    changed = FILE.read_text(encoding="utf-8").replace(before, "scheduler: tcp://scheduler:8786")
-    (read,) = documents(changed)
-    schedulers = {one["name"]: one["parameters"].get("scheduler") for one in read["deployments"]}
-    assert schedulers == dict.fromkeys(("nightly", "on-demand", "one-slide"), "tcp://scheduler:8786") | {
-        "training": None
-    }
-    assert "deploy --all" in script
+    (listed,) = re.findall(r"for deployment in (.*);", script)
+    assert listed.split() == [f"{flow_of(one).name}/{one['name']}" for one in DEPLOYMENTS]

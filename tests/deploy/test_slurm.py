@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import getpass
+import importlib.util
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,11 +15,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+from dask_jobqueue.slurm import SLURMCluster
 
 from tests.deploy.files import DEPLOY, debian_tool, output_of
+from tests.flows.servers import until
 from tests.slides import PINK, PURPLE, painted, write_slide
 
 SCRIPT = DEPLOY / "slurm" / "segment_on_slurm.py"
@@ -53,6 +58,38 @@ SchedulerParameters=batch_sched_delay=0,sched_min_interval=1
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=3500 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("segment_on_slurm", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def replaced_sbatch(folder: Path, refused_calls: str, accept: str) -> dict[str, str]:
+    """Return an environment whose sbatch fails in some of its calls, such as "2|3", and otherwise runs `accept`."""
+    folder.mkdir()
+    programs = {
+        # mkdir, because Dask calls sbatch several times at once.
+        "sbatch": f"""\
+            call=1
+            while ! mkdir {folder}/call-$call 2>/dev/null; do call=$((call + 1)); done
+            case $call in
+              {refused_calls})
+                echo "sbatch: error: Socket timed out on send/recv operation" >&2
+                echo "sbatch: error: Batch job submission failed" >&2
+                exit 1 ;;
+            esac
+            {accept}""",
+        "scancel": "",
+    }
+    for name, lines in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
 def free_port() -> int:
@@ -156,3 +193,71 @@ def test_a_batch_runs_on_slurm_through_dask(slurm: dict[str, str], tmp_path: Pat
     assert "tls://127.0.0.1" in logs[0].read_text(encoding="utf-8")
     assert output_of("squeue", "--noheader", env=slurm) == ""
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["slurm-logs"]
+
+
+@pytest.mark.full
+def test_a_cancelled_job_is_replaced_although_sbatch_fails_at_first(slurm: dict[str, str], tmp_path: Path) -> None:
+    slides, out = tmp_path / "slides", tmp_path / "results"
+    slides.mkdir()
+    for name in "abcdef":
+        write_slide(slides / f"{name}.svs", painted((1200, 900), ((20, 20, 1160, 860), PURPLE)))
+    programs = replaced_sbatch(tmp_path / "programs", "2", f'exec {shutil.which("sbatch")} "$@"')
+    (tmp_path / "programs" / "scancel").unlink()
+    command = [sys.executable, str(SCRIPT), "--jobs", "1", "--cores", "1", "--memory", "3GB", "--interface", "lo",
+               "--shared", str(tmp_path / "shared"), "--", str(slides), "--output", str(out)]  # fmt: skip
+    with subprocess.Popen(
+        command, env=slurm | {"PATH": programs["PATH"]}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        until((out / "a" / "run.json").exists, seconds=240, what="the first slide")
+        output_of("scancel", "--user", getpass.getuser(), env=slurm)
+        printed, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, printed
+    assert printed.count("Slurm did not accept a job; retrying every 10 s: sbatch: error: Socket timed out") == 1
+    assert sorted(path.name for path in (tmp_path / "programs").glob("call-*")) == ["call-1", "call-2", "call-3"]
+
+
+def test_a_job_that_sbatch_refuses_is_submitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script()
+    programs = replaced_sbatch(tmp_path / "programs", "1", 'echo "Submitted batch job 7"')
+    monkeypatch.setenv("PATH", programs["PATH"])
+    options = {"interface": "lo", "log_directory": str(tmp_path), "scheduler_options": {"dashboard_address": ":0"}}
+    with SLURMCluster(job_cls=script.Job, cores=1, memory="1GB", **options) as cluster:
+        for _ in range(2):
+            cluster.worker_spec |= cluster.new_worker_spec()
+        assert script.submit(cluster) == (
+            "sbatch: error: Socket timed out on send/recv operation; sbatch: error: Batch job submission failed"
+        )
+        assert len(cluster.workers) == 1
+        for _ in range(2):  # the second time, no job is missing
+            assert script.submit(cluster) == ""
+            assert [job.job_id for job in cluster.workers.values()] == ["7", "7"]
+    assert sorted(path.name for path in (tmp_path / "programs").glob("call-*")) == ["call-1", "call-2", "call-3"]
+
+
+def test_the_script_ends_with_the_error_of_sbatch_if_slurm_accepts_no_job(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--interface", "lo", "--shared", str(tmp_path / "shared"), "--", "a.svs"]
+    environment = replaced_sbatch(tmp_path / "programs", "*", "")
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert (run.returncode, run.stderr) == (
+        2,
+        "Slurm did not accept a job: sbatch: error: Socket timed out on send/recv operation; "
+        "sbatch: error: Batch job submission failed\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--jobs", "0", "argument --jobs: is 0; it must be 1 or more"),
+        ("--cores", "0", "argument --cores: is 0; it must be 1 or more"),
+        ("--gpus", "2", "argument --gpus: invalid choice: 2"),
+        ("--memory", "lots", "argument --memory: invalid size value: 'lots'"),
+    ],
+)
+def test_an_option_that_no_job_can_have_is_refused(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load_script().parser().parse_args([option, value, "--", "a.svs"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

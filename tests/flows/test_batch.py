@@ -28,7 +28,7 @@ from flows import parts, segmenting
 from flows.artifacts import SlideProgress, show_table
 from flows.batch import segment_batch
 from flows.order import BatchRequest
-from flows.privacy import without_folders
+from flows.privacy import as_it_is, without_folders
 from flows.slide import segment_slide_flow
 from pipeline.batch import window
 from pipeline.batch.collect import collect_jobs
@@ -192,7 +192,7 @@ def test_a_batch_shows_the_outcome_of_each_slide_and_the_next_batch_skips_finish
     assert table["tissue"]["preview"] == (out / "tissue" / "preview.png").as_uri()
     assert table["tissue"]["GeoJSON"] == (out / "tissue" / "tissue.geojson").as_uri()
     assert "blocks " in table["tissue"]["stages"]
-    assert table["tissue"]["tissue mm²"] == pytest.approx(0.6144, rel=0.02)
+    assert table["tissue"]["tissue_mm2"] == pytest.approx(0.6144, rel=0.02)
     assert table["broken"]["error"].startswith("broken.svs: cannot be opened as a slide")
     assert artifacts(harness, first)["table"].key == "slides-my-results"
     assert artifacts(harness, first)["progress"].data == 100
@@ -318,6 +318,22 @@ def test_a_batch_that_is_interrupted_ends_its_parts(
     assert {one.state.name for one in part_runs(harness, newest_parent(harness)) if one.state} == {"Cancelled"}
 
 
+def test_a_slide_whose_attempt_is_cancelled_is_shown_as_cancelled(
+    tmp_path: Path, harness: SyncPrefectClient, scripted: ScriptedWorkers
+) -> None:
+    scripted.script = {"a": [Cancelled("stopped")]}
+    assert run(touched(tmp_path / "in", "a"), tmp_path / "out").message == "stopped"
+    flow_run = newest_run(harness)
+    assert task_states(harness, flow_run, 1) == {"a.svs": "Cancelled"}
+    chosen = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run.id]))
+
+    def log() -> str | None:
+        text = "\n".join(line.message for line in harness.read_logs(chosen))
+        return text if "stopped" in text else None
+
+    assert "Traceback" not in until(log, seconds=20, what="the log of the run")
+
+
 @pytest.mark.full
 def test_ctrl_c_ends_the_program_and_not_only_the_flow_run(
     tmp_path: Path, harness: SyncPrefectClient, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
@@ -384,6 +400,34 @@ def test_with_paths_hidden_no_folder_reaches_the_server(
 
 
 @pytest.mark.parametrize(
+    ("second_row", "message"),
+    [
+        ("Doe Jane/a.svs,2,,", "list.csv, line 3: a.svs is also in line 2, with another mpp, model or id"),
+        ("./Doe Jane/a.svs,2,,", "list.csv, line 3: a.svs is also in line 2, with another mpp, model or id"),
+        ("s3://Doe/Jane/b.svs,,,", "list.csv, line 3: the slide: b.svs is an address (s3://), which is not supported"),
+        ("Doe Jane/b.svs,,Doe/Jane/m,", "list.csv, line 3: the column 'model' cannot be used: m: "),
+        ("b.svs,,,Doe Jane/.b", "list.csv, line 3: id is '.b'; it must be a name"),
+    ],
+)
+def test_with_paths_hidden_an_error_in_a_manifest_names_no_folder(
+    tmp_path: Path, scripted: ScriptedWorkers, second_row: str, message: str
+) -> None:
+    (tmp_path / "list.csv").write_text(f"slide,mpp,model,id\nDoe Jane/a.svs,1,,\n{second_row}\n")
+    state = run(tmp_path / "list.csv", tmp_path / "out", hide_paths=True)
+    assert str(state.message).startswith(message)
+    assert "Doe" not in str(state.message)
+    assert "Jane" not in str(state.message)
+
+
+def test_with_paths_hidden_an_error_in_a_folder_that_a_glob_matches_does_not_name_the_folder(
+    tmp_path: Path, scripted: ScriptedWorkers
+) -> None:
+    (tmp_path / "day-1" / "Doe, Jane").mkdir(parents=True)
+    state = run(tmp_path / "day-*" / "*", tmp_path / "out", hide_paths=True)
+    assert str(state.message).startswith("(folder): no slides in this folder (endings: ")
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (
@@ -435,10 +479,44 @@ def test_with_paths_hidden_the_folders_in_the_names_of_results_are_hidden_too(
         hide_paths=True,
     )  # fmt: skip
     assert request.redact(f"{tmp_path}/out/Doe, Jane/a: holds another result") == "a: holds another result"
-    tables: list[list[dict[str, object]]] = []
-    monkeypatch.setattr("flows.artifacts.create_table_artifact", lambda table, **_: tables.append(table))
+    assert request.redact("a.svs: its result Doe, Jane/a would lie inside") == "a.svs: its result a would lie inside"
+    tables = shown_tables(monkeypatch)
     show_table(tmp_path, [SlideResult("Doe, Jane/a", "failed", 0.0)], request.redact, links=False)
-    assert [row["slide"] for table in tables for row in table] == ["a"]
+    assert [row["slide"] for _, table in tables for row in table] == ["a"]
+
+
+def shown_tables(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[dict[str, object]]]]:
+    """Return the list to which `show_table` adds the key and the rows of each table."""
+    tables: list[tuple[str, list[dict[str, object]]]] = []
+    monkeypatch.setattr("flows.artifacts.create_table_artifact", lambda table, key, **_: tables.append((key, table)))
+    return tables
+
+
+def test_with_paths_hidden_a_folder_that_cannot_be_searched_and_the_results_folder_have_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, output = tmp_path / "Doe_Jane", tmp_path / "Smith_John"
+    job = SlideJob(folder, name="Doe_Jane/", problem=f"{folder}: cannot be searched for slides")
+    request = BatchRequest([job], output, "m", SegmentConfig(), hide_paths=True)
+    tables = shown_tables(monkeypatch)
+    result = SlideResult(job.result_name, "failed", 0.0, error=job.problem)
+    show_table(output, [result], request.redact, links=False)
+    show_table(output, [result], request.redact, links=True)
+    (key, (row,)), (open_key, (open_row,)) = tables
+    assert (row["slide"], row["error"]) == ("(folder)", "(folder): cannot be searched for slides")
+    assert re.fullmatch(r"slides-[0-9a-f]{16}", key)
+    assert (open_row["slide"], open_key) == ("Doe_Jane/", "slides-smith-john")
+
+
+def test_a_class_with_the_name_tissue_does_not_replace_the_area_of_the_tissue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = shown_tables(monkeypatch)
+    result = SlideResult("a", "done", 1.0, areas_mm2={"tissue": 0.25}, columns={"tissue_mm2": 2.5})
+    show_table(tmp_path, [result], as_it_is, links=True)
+    assert tables[0][1] == [
+        {"slide": "a", "status": "done", "seconds": 1.0, "tissue_mm2": 2.5, "area_mm2 tissue": 0.25}
+    ]
 
 
 def test_with_paths_hidden_the_folders_of_models_and_of_the_targets_of_links_are_hidden_too(tmp_path: Path) -> None:

@@ -45,7 +45,12 @@ def deployed(server: PrefectServer) -> PrefectServer:
     ):
         whole = server.command(*command)
         done = subprocess.run(
-            whole, env=server.environment, cwd=REPOSITORY, capture_output=True, text=True, check=False
+            whole,
+            env=server.environment | {"WSI_SCHEDULER": "local"},
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
     server.start_worker()
