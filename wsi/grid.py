@@ -139,7 +139,7 @@ def make_grid(info: SlideInfo, *, model_mpp: float, output_stride: int, block_ou
         raise ResolutionError(
             f"{info.path.name}: {info.mpp:g} µm/px (source: {info.mpp_source}) is too coarse for a model of "
             f"{model_mpp:g} µm/px (at most {COARSEST_FACTOR * model_mpp:g}); use a slide of higher magnification, or "
-            f"pass the right pixel size as --mpp"
+            f"pass the correct pixel size with --mpp"
         )
     downsamples = info.level_downsamples
     level = pick_level(downsamples, model_mpp / info.mpp)

@@ -63,7 +63,7 @@ def main() -> int:
             cluster.worker_spec |= cluster.new_worker_spec()
         error = submit(cluster)
         if error and not cluster.workers:
-            parser().exit(2, f"Slurm did not accept a job: {error}\n")
+            parser().exit(2, f"Slurm did not accept any job: {error}\n")
         return segment(cluster, ["--num-workers", str(options.cores), *options.command])
 
 
@@ -92,7 +92,7 @@ def positive(text: str) -> int:
     """Return a number of jobs or cores."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"is {number}; it must be 1 or more")
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
     return number
 
 

@@ -87,7 +87,8 @@ def run(app: Callable[[], object]) -> None:
         # An error of a write names no file, so the results may be incomplete.
         fail(
             str(error.filename or "output"),
-            f"cannot be written: {error.strerror}; free space or choose another place, then run the same command again",
+            f"cannot be written: {error.strerror}; free some space and run the same command again, or choose another "
+            "place",
         )
 
 

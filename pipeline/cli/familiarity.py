@@ -90,8 +90,8 @@ def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, de
             return add_familiarity(model, sources, wording, device)
         except OSError as error:
             raise OutputError(
-                f"{model.path}: cannot be written ({error.strerror or error}); check that there is space and that you "
-                "may write there"
+                f"{model.path}: cannot be written ({error.strerror or error}); check the free space and your "
+                "permissions"
             ) from error
 
 

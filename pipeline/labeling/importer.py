@@ -66,10 +66,11 @@ def check_names(names: Sequence[str], sources: Sequence[ImportSource], mapping: 
         skipped.update(source.skipped)
     left_out = ", ".join(f"{number} {reason}" for reason, number in skipped.items() if number)
     raise LabelingError(
-        f"a new labels folder needs at least two classes, and the annotations have {', '.join(names) or 'none'}"
+        "a new labels folder needs at least two classes, but the annotations have "
+        + (f"only {names[0]}" if names else "none")
         + (f" (objects left out: {left_out})" if left_out else "")
-        + "; pass --map for classes that QuPath ignores, such as --map 'Ignore*=other', or make the folder first with "
-        "wsi-label SLIDES -o FOLDER --classes tumor,other"
+        + "; pass --map for classes that QuPath ignores, such as --map 'Ignore*=other', or create the folder first "
+        "with wsi-label SLIDES -o FOLDER --classes tumor,other"
     )
 
 

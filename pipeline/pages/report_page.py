@@ -77,7 +77,7 @@ def write_report(output: Path) -> Path:
             write_atomically(path, _render(_rows(output)))
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot be written: {error.strerror or error}; the results do not depend on it"
+            f"{path}: cannot be written: {error.strerror or error}; the results do not depend on this page"
         ) from error
     return path
 

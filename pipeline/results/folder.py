@@ -99,7 +99,9 @@ def check_output(output: Path, what: str) -> None:
         raise ConfigError(f"{what}: {output} is part of the result {result.name}; choose another folder")
     for path in (output, *output.absolute().parents):
         if is_file(path):
-            raise ConfigError(f"{what}: {output} cannot be a folder, because {path.name} is a file; choose another")
+            raise ConfigError(
+                f"{what}: {output} cannot be a folder, because {path.name} is a file; choose another folder"
+            )
 
 
 @contextmanager

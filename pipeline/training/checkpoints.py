@@ -48,7 +48,8 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     # Files of other kinds raise almost any error. PyTorch's text is left out: it advises to run code from the file.
     except Exception as error:
         raise TrainError(
-            f"{file}: not a checkpoint of tensors and plain values; pass a file that contains only a state dict"
+            f"{file}: is not a checkpoint with only tensors and plain values; pass a file that contains only a "
+            "state dict"
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]

@@ -60,7 +60,7 @@ def _recorded(file: Path) -> dict[str, Any]:
         recorded["config"] = json.loads(json.dumps(dataclasses.asdict(TrainConfig()))) | recorded["config"]
         recorded["made_with"] = dict(recorded.get("made_with", {}))
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise TrainError(f"{file}: not written by wsi-train, or damaged; pass a new folder") from error
+        raise TrainError(f"{file}: was not written by wsi-train, or is damaged; pass a new folder") from error
     return recorded
 
 

@@ -240,7 +240,7 @@ def test_the_script_ends_with_the_error_of_sbatch_if_slurm_accepts_no_job(tmp_pa
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert (run.returncode, run.stderr) == (
         2,
-        "Slurm did not accept a job: sbatch: error: Socket timed out on send/recv operation; "
+        "Slurm did not accept any job: sbatch: error: Socket timed out on send/recv operation; "
         "sbatch: error: Batch job submission failed\n",
     )
 
@@ -248,8 +248,8 @@ def test_the_script_ends_with_the_error_of_sbatch_if_slurm_accepts_no_job(tmp_pa
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--jobs", "0", "argument --jobs: is 0; it must be 1 or more"),
-        ("--cores", "0", "argument --cores: is 0; it must be 1 or more"),
+        ("--jobs", "0", "argument --jobs: must be 1 or more, not 0"),
+        ("--cores", "0", "argument --cores: must be 1 or more, not 0"),
         ("--gpus", "2", "argument --gpus: invalid choice: 2"),
         ("--memory", "lots", "argument --memory: invalid size value: 'lots'"),
     ],

@@ -92,8 +92,8 @@ def test_a_closed_or_full_output_ends_quietly(tmp_path: Path) -> None:
             done = program(".", "--dry-run", folder=tmp_path, stdout=full, stderr=subprocess.PIPE)
         assert done.returncode == 1
         assert done.stderr == (
-            b"output: cannot be written: No space left on device; free space or choose another place, then run the "
-            b"same command again\n"
+            b"output: cannot be written: No space left on device; free some space and run the same command "
+            b"again, or choose another place\n"
         )
 
 

@@ -83,7 +83,7 @@ export class Grid {
       image.alt = "";
       image.onerror = () => {
         image.alt = "not loaded";
-        this.failed(new Error("Some pictures cannot be loaded. Their patches are not saved."));
+        this.failed(new Error("Some pictures cannot be loaded. Their patches will not be saved."));
       };
       button.append(image);
       button.addEventListener("click", () => this.toggle(patch.id, button));

@@ -85,7 +85,7 @@ export class Single {
     const { around, patch } = this.pictures.of(this.patch);
     patch.onerror = () => {
       if (!patch.isConnected) return;
-      const text = "The picture of this patch cannot be loaded. Enter tries again, U skips the patch.";
+      const text = "The picture of this patch cannot be loaded. Press Enter to try again, or U or A to mark the patch as unsure or as an artifact.";
       this.renderText(text);
       this.announce(text);
     };

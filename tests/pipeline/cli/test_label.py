@@ -113,7 +113,9 @@ def test_annotations_of_a_manifest_with_two_slides_are_refused(slide: Path, tmp_
     assert (refused.exit_code, (tmp_path / "l").exists()) == (2, False)
     assert "--map: 'Tumor' has two classes, 'a' and 'b'; pass one of them" in refused.stderr
     repeated = invoke(*arguments, "--slide", tmp_path / "1.csv", "--map", "Tumor=a", "--map", "Tumor=a")
-    assert "a new labels folder needs at least two classes, and the annotations have a; pass --map" in repeated.stderr
+    assert (
+        "a new labels folder needs at least two classes, but the annotations have only a; pass --map" in repeated.stderr
+    )
 
 
 def test_annotations_with_less_than_two_classes_are_refused_with_what_was_left_out(slide: Path, tmp_path: Path) -> None:
@@ -128,10 +130,10 @@ def test_annotations_with_less_than_two_classes_are_refused_with_what_was_left_o
     refused = invoke(*arguments)
     assert (refused.exit_code, (tmp_path / "l").exists()) == (1, False)
     assert refused.stderr == (
-        "wsi-label: a new labels folder needs at least two classes, and the annotations have Tumor (objects left out: "
-        "1 of a class that QuPath ignores, 1 locked; unlock them in QuPath if they are labels); pass --map for classes "
-        "that QuPath ignores, such as --map 'Ignore*=other', or make the folder first with wsi-label SLIDES -o FOLDER "
-        "--classes tumor,other\n"
+        "wsi-label: a new labels folder needs at least two classes, but the annotations have only Tumor (objects left "
+        "out: 1 of a class that QuPath ignores, 1 locked; unlock them in QuPath if they are labels); pass --map for "
+        "classes that QuPath ignores, such as --map 'Ignore*=other', or create the folder first with wsi-label SLIDES "
+        "-o FOLDER --classes tumor,other\n"
     )
     assert invoke(*arguments, "--map", "Ignore*=other", "--patch-side", "64").exit_code == 0
 

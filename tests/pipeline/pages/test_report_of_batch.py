@@ -66,4 +66,4 @@ def test_a_report_that_cannot_be_written_is_logged_and_does_not_stop_the_batch(
     (tmp_path / "index.html").mkdir()
     assert [result.status for result in batch(tmp_path, "one")] == ["done"]
     (record,) = (record for record in caplog.records if record.levelname == "ERROR")
-    assert "index.html: the report cannot be written" in record.message
+    assert "index.html: cannot be written" in record.message

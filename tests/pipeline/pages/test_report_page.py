@@ -226,7 +226,9 @@ def test_a_foreign_summary_is_refused_and_the_report_stays_unchanged(tmp_path: P
 
 def test_a_folder_with_the_name_of_the_report_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index.html").mkdir()
-    with pytest.raises(OutputError, match=r"index\.html: cannot be written: .*; the results do not depend on it$"):
+    with pytest.raises(
+        OutputError, match=r"index\.html: cannot be written: .*; the results do not depend on this page$"
+    ):
         write_report(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
 

@@ -143,7 +143,7 @@ class Payload:
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": Payload(tmp_path / "pwned")}}, tmp_path / "evil.pth")
-    with pytest.raises(TrainError, match=r"evil\.pth: not a checkpoint of tensors and plain values"):
+    with pytest.raises(TrainError, match=r"evil\.pth: is not a checkpoint with only tensors and plain values"):
         read_checkpoint(tmp_path / "evil.pth")
     assert not (tmp_path / "pwned").exists()
 
@@ -155,7 +155,8 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
 def test_the_error_names_a_damaged_checkpoint(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "broken.pth").write_bytes(content)
     with pytest.raises(
-        TrainError, match=r"broken\.pth: not a checkpoint of tensors and plain values; pass a file that contains only a"
+        TrainError,
+        match=r"broken\.pth: is not a checkpoint with only tensors and plain values; pass a file that contains only a",
     ):
         read_checkpoint(tmp_path / "broken.pth")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")

@@ -211,8 +211,8 @@ def test_the_command_names_the_bundle_that_cannot_be_written_and_the_cause(
     result = invoke(bundle, data, "--device", "cpu")
     assert result.exit_code == 1
     assert result.stderr == (
-        f"wsi-familiarity: {bundle}: cannot be written ({os.strerror(number)}); check that there is space and that you "
-        "may write there\n"
+        f"wsi-familiarity: {bundle}: cannot be written ({os.strerror(number)}); check the free space and your "
+        "permissions\n"
     )
 
 

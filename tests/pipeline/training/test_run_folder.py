@@ -104,7 +104,7 @@ def test_a_run_file_of_another_command_or_a_damaged_one_is_refused(
 ) -> None:
     (tmp_path / "run.json").write_text(text, encoding="utf-8")
     with (
-        pytest.raises(TrainError, match=r"run\.json: not written by wsi-train, or damaged; pass a new folder"),
+        pytest.raises(TrainError, match=r"run\.json: was not written by wsi-train, or is damaged; pass a new folder"),
         claim(tmp_path, textures, CONFIG, {}),
     ):
         pass
