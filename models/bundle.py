@@ -286,12 +286,25 @@ def _write_bundle(folder: Path, card: ModelCard, weights: Mapping[str, bytes], s
         for file, content in contents.items():
             (work / file).write_bytes(content)
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            folder.replace(old)
-            work.replace(folder)
-            shutil.rmtree(old)
+            _exchange(folder, work)
         else:
             work.replace(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)  # exists only after an error, such as a full disk
     return load_bundle(folder.absolute())
+
+
+def _exchange(folder: Path, work: Path) -> None:
+    """Replace a folder by another one. After an error, the old folder is in its place again."""
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    try:
+        folder.replace(old)
+    except OSError:
+        old.rmdir()
+        raise
+    try:
+        work.replace(folder)
+    except OSError:
+        old.replace(folder)
+        raise
+    shutil.rmtree(old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import get_args
@@ -35,9 +36,19 @@ def choose_compute(
         precision=precision,
         runtime=choose_runtime(runtime, chosen.type, precision),
         batch_size=batch_size or default_batch_size(str(chosen)),
-        threads=torch.get_num_threads(),
+        threads=_torch_threads(),
         processor=processor_name(chosen),
     )
+
+
+_loading = threading.Lock()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Load networks with one thread of torch. Loads of several threads of the process follow one another."""
+    with _loading, one_torch_thread(torch.get_num_threads()):
+        yield
 
 
 @contextmanager
@@ -45,10 +56,17 @@ def one_torch_thread(threads: int) -> Iterator[None]:
     """Compute torch's operations in the calling thread within this context; afterwards, torch has `threads` threads.
 
     For each short operation, torch would wake threads that then wait for more work in a loop, which takes up to a tenth
-    of the processor time of a run. The number of threads is a process-wide setting.
+    of the processor time of a run. The number of threads belongs to the calling thread. A thread whose first operation
+    of torch falls into this context has one thread, too.
     """
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _torch_threads() -> int:
+    """Return the number of threads that torch has while no model loads."""
+    with _loading:
+        return torch.get_num_threads()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from models.backbone_windows import RING, Place
 from models.bundle import Bundle, load_networks, load_statistics
 from models.card import ModelCard
-from models.compute import choose_compute, one_torch_thread
+from models.compute import choose_compute, loading
 from models.deep_map import DeepWindows, batches_of, features_at, joined_windows, lone_windows, rows_of
 from models.device_networks import DeviceNetworks
 from models.devices import Uploads, choose_device, to_host
@@ -170,7 +170,7 @@ class Predictor:
         if statistics is not None and card.familiarity is not None:
             self._statistics = statistics.scaled(1 / card.familiarity.window_limit).to(self.device)
         textured = self._statistics is not None
-        with one_torch_thread(compute.threads):
+        with loading():
             self._networks = DeviceNetworks(card, classifier, segmenter, compute, streams, textured=textured)
         self._thresholds_K = torch.tensor(card.gate_thresholds).to(self.device)
 
@@ -219,7 +219,7 @@ class Predictor:
                 "with wsi-familiarity",
                 bundle.card.name,
             )
-        with one_torch_thread(torch.get_num_threads()):
+        with loading():
             networks = load_networks(bundle)
         if statistics is not None:
             _check_fit(bundle, statistics, networks[0])

@@ -66,7 +66,8 @@ def configure_logging(verbose: int, *, quiet: bool) -> None:
 def run(app: Callable[[], object]) -> None:
     """Run a console command's app. Bytes of file names that are not text are printed escaped.
 
-    If the output is closed, as by `| head`, or a disk is full, the command ends with status 1 and without a traceback.
+    If the output is closed, as by `| head`, or a disk is full or has an error, the command ends with status 1 and
+    without a traceback.
     """
     _open_standard_files()
     for stream in (sys.stdout, sys.stderr):
@@ -84,6 +85,11 @@ def run(app: Callable[[], object]) -> None:
         _discard_output()
         if error.errno == errno.EPIPE:
             sys.exit(EXIT_FAILED)
+        if error.errno == errno.EIO:
+            fail(
+                str(error.filename or "output"),
+                f"cannot be read or written: {error.strerror}; check the disk, then run the same command again",
+            )
         # An error of a write names no file, so the results may be incomplete.
         fail(
             str(error.filename or "output"),

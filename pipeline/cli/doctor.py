@@ -170,13 +170,25 @@ def _disk(output: Path) -> Section:
     except OSError as error:
         return facts | {"problem": f"{output}: {error.strerror or error}; choose another --output"}
     facts["free"] = f"{free / 2**30:.1f} GiB"
-    if not existing.is_dir():
-        facts["problem"] = f"{existing}: is not a folder; choose another --output"
+    if (refused := _refused(output)) is not None:
+        facts["problem"] = refused
     elif not os.access(existing, os.W_OK | os.X_OK):
         facts["problem"] = f"{existing}: is not writable; choose another --output"
     elif free < LITTLE_DISK:
         facts["problem"] = f"only {free / 2**30:.1f} GiB is free on the disk of {output}; free some space"
     return facts
+
+
+def _refused(output: Path) -> str | None:
+    """Return why no run writes its results there, or None."""
+    from pipeline.errors import ConfigError
+    from pipeline.results.folder import check_output
+
+    try:
+        check_output(output, "--output")
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _existing(path: Path) -> Path:

@@ -41,11 +41,13 @@ class PatchModel:
         import torch
 
         from models.classifier import Classifier
+        from models.compute import loading
         from models.normalize import normalized
 
         with self._lock, torch.inference_mode():
             if self._classifier is None:
-                classifier = load_networks(self._bundle)[0]
+                with loading():
+                    classifier = load_networks(self._bundle)[0]
                 assert isinstance(classifier, Classifier)
                 self._classifier = classifier
             x_NCHW = normalized(

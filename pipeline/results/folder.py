@@ -13,13 +13,13 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import ConfigError, LockedError, OtherResultError, OutputError
+from pipeline.errors import ConfigError, LockedError, OtherResultError, OutputError, RunRecordError
 from pipeline.files import is_file, sync, sync_tree, write_atomically
 from pipeline.results.digests import changed_files
 from pipeline.results.names import GROUP, RUN
@@ -97,6 +97,9 @@ def check_output(output: Path, what: str) -> None:
     """
     if (result := _result_around(output)) is not None:
         raise ConfigError(f"{what}: {output} is part of the result {result.name}; choose another folder")
+    # Path raises errors if a parent may not be searched; those are reported later.
+    if os.path.islink(output) and not os.path.exists(output):  # noqa: PTH110, PTH114
+        raise ConfigError(f"{what}: {output} is a link to a folder that does not exist; choose another folder")
     for path in (output, *output.absolute().parents):
         if is_file(path):
             raise ConfigError(
@@ -295,8 +298,10 @@ def _foreign(target: Path) -> str:
 
 def _another_run(target: Path, header: RunHeader, identity: Mapping[str, object], slide: Path | None) -> str:
     if slide is not None and header.identity.get("slide") != identity["slide"]:
-        stored = read_run(target)
-        if stored is not None and stored.slide.path != slide.absolute():
+        stored = None
+        with suppress(RunRecordError):  # a damaged record does not name its slide
+            stored = read_run(target)
+        if stored is not None and os.path.realpath(stored.slide.path) != os.path.realpath(slide):
             # The folder of the other slide is left out, because flows with `hide_paths` cannot know it.
             return (
                 f"{slide}: {target} holds the result of another slide, {stored.slide.name} (see its {RUN}); choose "

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from pipeline.errors import OutputError, TrainError
-from pipeline.files import sync
+from pipeline.files import replacing
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -19,16 +20,12 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Raises OutputError if the file cannot be written, as on a full disk.
     """
-    temporary = file.with_suffix(".tmp")
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        safetensors.torch.save_file(on_cpu, temporary, None if metadata is None else dict(metadata))
-        sync(temporary)
-        temporary.replace(file)
-        sync(file.parent)
-    except (OSError, safetensors.SafetensorError) as error:
-        with suppress(OSError):  # there is no such folder
-            temporary.unlink()
+        with replacing(file) as partial:
+            safetensors.torch.save_file(on_cpu, partial, None if metadata is None else dict(metadata))
+    # A path without a name, such as ".", is a ValueError.
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise OutputError(
             f"{file}: cannot be written ({error}); check that the folder exists, is writable and has space, then run "
             "the same command again"
@@ -40,6 +37,13 @@ def reading(file: Path) -> Iterator[None]:
     """Turn every error of a stage's file that is damaged, or has other tensors, into a TrainError."""
     try:
         yield
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
+    except torch.OutOfMemoryError:
+        raise  # the file is fine
+    except OSError as error:
+        raise TrainError(
+            f"{file}: cannot be read ({error.strerror or error}); check the disk and your permissions, then run the "
+            "same command again"
+        ) from error
+    except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
         reason = str(error).partition("\n")[0]
         raise TrainError(f"{file}: cannot be read ({reason}); delete it to repeat the stage") from error

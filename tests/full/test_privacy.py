@@ -282,6 +282,10 @@ def test_folders_of_this_machine_are_in_run_json_for_the_viewer_and_not_on_the_p
         ("cannot read (/data/it's (here/a.svs), 3 µm/px", "cannot read (a.svs), 3 µm/px"),
         (r"C:\Users\O'Brien\x.svs: is damaged", "x.svs: is damaged"),
         ("../Doe/x.svs: is not ~/Doe/y.svs; see ./Doe/z.svs", "x.svs: is not y.svs; see z.svs"),
+        (
+            "cannot open /d/a.svs (TIFF/JPEG), /d/b.TIF, 3/4 unreadable",
+            "cannot open a.svs (TIFF/JPEG), b.TIF, 3/4 unreadable",
+        ),
         ("a.svs: 1000 µm/px is too coarse, and/or 3 / 4", "a.svs: 1000 µm/px is too coarse, and/or 3 / 4"),
     ],
 )

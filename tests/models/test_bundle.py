@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -355,6 +356,24 @@ def test_a_full_disk_leaves_the_old_bundle_and_no_part_of_the_new_one(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left on device"):
+        replace_card(bundle, bundle.card.model_copy(update={"scope": "new"}), None)
+    assert load_bundle(folder) == bundle
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_bundle_that_cannot_be_renamed_into_its_place_leaves_the_old_one_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    bundle, rename, calls = load_bundle(folder), Path.replace, itertools.count(1)
+
+    def replace(path: Path, target: Path) -> Path:
+        if next(calls) == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OSError, match="Input/output error"):
         replace_card(bundle, bundle.card.model_copy(update={"scope": "new"}), None)
     assert load_bundle(folder) == bundle
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import doctor, segment
+from tests.pipeline.pages.results import write_result
 from tests.pipeline.small_bundle import small_bundle
 
 
@@ -46,16 +47,22 @@ def test_problems_are_named_and_status_1(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("output", "message"),
-    [("file", "file: is not a folder"), ("file/below/out", "file: is not a folder"), ("n" * 300, "File name too long")],
+    [
+        ("file", "because file is a file; choose another folder"),
+        ("file/below/out", "because file is a file; choose another folder"),
+        ("result", "is part of the result result; choose another folder"),
+        ("n" * 300, "File name too long; choose another --output"),
+    ],
 )
 def test_an_output_that_cannot_be_a_folder_is_a_problem(
     tmp_path: Path, bundle: Path, output: str, message: str
 ) -> None:
     (tmp_path / "file").touch()
+    write_result(tmp_path, "result")
     result = CliRunner().invoke(doctor.app, ["-m", str(bundle), "-o", str(tmp_path / output)])
     assert result.exit_code == 1, result.output
     (problem,) = (line for line in result.stdout.splitlines() if line.startswith("problem"))
-    assert problem.endswith(f"{message}; choose another --output")
+    assert problem.endswith(message)
 
 
 def test_doctor_is_a_word_of_wsi_segment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -406,9 +406,19 @@ def test_an_output_that_is_a_file_or_below_one_is_refused_in_one_line(fake: Path
     result = invoke("a.svs", "-o", output)
     assert (result.exit_code, result.output) == (
         2,
-        f"wsi-segment: --output: {output} cannot be a folder, because file is a file; choose another\n",
+        f"wsi-segment: --output: {output} cannot be a folder, because file is a file; choose another folder\n",
     )
     assert (fake / "file").read_text() == "in the way"
+
+
+def test_an_output_that_is_a_link_to_nothing_is_refused_in_one_line(fake: Path) -> None:
+    small_slide(fake / "a.svs")
+    (fake / "link").symlink_to("gone")
+    result = invoke("a.svs", "-o", "link")
+    assert (result.exit_code, result.output) == (
+        2,
+        "wsi-segment: --output: link is a link to a folder that does not exist; choose another folder\n",
+    )
 
 
 def test_an_output_inside_a_result_is_refused_before_anything_is_written(fake: Path) -> None:

@@ -56,8 +56,14 @@ def test_a_slide_with_the_name_of_another_ones_result_is_refused_by_both_names(t
         segment_slide(second, out, color_predictor(), SMALL, name="slide")
     assert str(refused.value) == expected
     region_slide(first)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for same in (first, tmp_path / "link" / "first.svs"):
+        with pytest.raises(OtherResultError, match=r"another run \(other slide\); pass --force to replace it"):
+            segment_slide(same, out, color_predictor(), SMALL, name="slide")
+    record = out / "slide" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"polygons": "x"}))
     with pytest.raises(OtherResultError, match=r"another run \(other slide\); pass --force to replace it"):
-        segment_slide(first, out, color_predictor(), SMALL, name="slide")
+        segment_slide(second, out, color_predictor(), SMALL, name="slide")
 
 
 def test_a_folder_that_no_run_made_is_never_touched(tmp_path: Path) -> None:
