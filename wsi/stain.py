@@ -38,7 +38,7 @@ _GLASS_TEXTURE = 0.012
 _BLUR = 0.25
 _PALE_LIGHT, _STAINED_LIGHT = 0.35, 0.15
 _STAINED_MOST, _STAINED_COLOR = 0.2, 0.06
-_GRAY_MOST = 0.12
+_GRAY_MOST, _DARK_MOST = 0.12, 0.5
 _TINT_MOST = 0.05
 _PLAIN_MOST = 0.02
 """A pixel has no look if no density around it is larger. The deviation of such densities is at most half of this value,
@@ -73,6 +73,8 @@ class Look:
     """Gray or in a color of pens, with less texture than tissue has."""
     TEXTURED = np.uint8(64)
     """With more texture than glass has."""
+    DARK = np.uint8(128)
+    """Gray and darker than the strands of fat."""
 
 
 def has_look(looks_HW: NDArray[np.uint8], look: np.uint8) -> NDArray[np.bool_]:
@@ -275,6 +277,7 @@ def _looks(
         (Look.TINTED, has_color_HW & (most_HW > _TINT_MOST) & (most_HW <= _STAINED_MOST) & ~pale_HW),
         (Look.INK, ink_HW),
         (Look.TEXTURED, texture_HW > _GLASS_TEXTURE),
+        (Look.DARK, gray_HW & (most_HW > _DARK_MOST)),
         (Look.SMOOTH, (gray_HW | ink_HW) & (fine_HW < 0.05 * part.mean_HW)),
     ):
         looks_HW |= here_HW * look

@@ -185,7 +185,7 @@ def detect_tissue(rgb_HWC: NDArray[np.uint8], mpp: float) -> Found:
 
     Densities are relative to the glass of this slide (`wsi.stain`). Colored pixels are tissue; faintly colored ones
     need texture, and fat needs colored strands (`wsi.fat`). Pen ink has a color of pens and is smooth or even
-    (`wsi.pens`).
+    (`wsi.pens`). Gray objects are dust; dark ones larger than a hole are not fat.
     """
     glass = glass_color(rgb_HWC)
     looks_HW = looks(rgb_HWC, glass)
@@ -195,11 +195,13 @@ def detect_tissue(rgb_HWC: NDArray[np.uint8], mpp: float) -> Found:
     other_HW = (left_out_HW == LeftOut.PEN) | (left_out_HW == LeftOut.BORDER)
     mask_HW, fragment_HW = _tissue(looks_HW, other_HW, mpp)
     colored_HW = has_look(looks_HW, Look.STAINED | Look.PALE)
-    fat_HW = find_fat(has_look(looks_HW, Look.TEXTURED), colored_HW, mask_HW, other_HW, mpp)
+    dark_HW = has_look(looks_HW, Look.DARK) & (left_out_HW == LeftOut.DUST)
+    not_fat_HW = other_HW | without_small(dark_HW, MAX_HOLE_UM2 / mpp**2)
+    fat_HW = find_fat(has_look(looks_HW, Look.TEXTURED), colored_HW, mask_HW, not_fat_HW, mpp)
     if fat_HW.any():
         mask_HW = _without_holes(mask_HW | fat_HW, mpp) & ~other_HW
     fat_HW = fat_inside(colored_HW, mask_HW, mpp)
-    del other_HW, colored_HW
+    del other_HW, not_fat_HW, dark_HW, colored_HW
     left_out_HW[mask_HW] = 0
     left_out_HW[fragment_HW & ~mask_HW & (left_out_HW == 0)] = LeftOut.FRAGMENT
     tinted_HW = has_look(looks_HW, Look.TINTED) & ~mask_HW & (left_out_HW == 0)

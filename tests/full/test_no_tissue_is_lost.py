@@ -43,6 +43,24 @@ def test_a_pen_is_not_tissue(name: str, width: int, grain: float) -> None:
     assert (found.left_out_HW[pen_HW] == LeftOut.PEN).mean() > 0.97
 
 
+@pytest.mark.parametrize("color", [(20, 20, 22), (110, 110, 112)])
+@pytest.mark.parametrize(("gap", "jpeg"), [(2, None), (6, None), (6, 60), (14, 60)])
+@pytest.mark.parametrize("width", [4, 12, 25])
+def test_black_ink_around_tissue_and_the_glass_between_are_not_tissue(
+    width: int, gap: int, jpeg: int | None, color: tuple[int, int, int]
+) -> None:
+    specimen = Specimen((320, 320), seed=1)
+    here_HW = specimen.blob(160, 160, 60)
+    specimen.add(here_HW, stained((320, 320), specimen.rng, (HEMATOXYLIN, EOSIN)), tissue=True)
+    ring_HW = masks.grow(here_HW, gap + width) & ~masks.grow(here_HW, gap)
+    specimen.ink(ring_HW, color, grain=0.03)
+    found = detect_tissue(specimen.image(jpeg=jpeg), MPP)
+    recall, precision = scores(found.mask_HW, specimen)
+    assert recall > 0.97
+    assert precision > 0.95
+    assert (found.left_out_HW[ring_HW] == LeftOut.DUST).mean() > 0.8
+
+
 def test_fragments_of_112_um_are_tissue() -> None:
     specimen = Specimen((400, 300), seed=4)
     od_HWC = stained((300, 400), specimen.rng, (HEMATOXYLIN, EOSIN))
