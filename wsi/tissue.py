@@ -62,6 +62,8 @@ _BORDER_SHARE = 0.5
 """Least share of smooth pixels in a gray piece at the edge of the image that the scanner left."""
 _RIM_PX = 2
 """Width of the blur around borders, in which they have the colors of stains."""
+_ROUGH_PX = 6
+"""Width of the rim of borders that is not smooth."""
 _PALE_PX = 6
 """Pale pieces without a part this thick are the borders of mountant and tinted glass."""
 _STAINED_PX = 5
@@ -216,13 +218,18 @@ def structure_um2(left_out: Mapping[LeftOut, Extent]) -> float:
 
 
 def _mark_gray(left_out_HW: NDArray[np.uint8], looks_HW: NDArray[np.uint8], min_px: float) -> None:
-    """Mark the gray pieces: smooth ones at the edge of the image as the scanner's border, the others as dust."""
+    """Mark the gray pieces: smooth ones at the edge of the image as the scanner's border, the others as dust.
+
+    Parts of a border that are far from its smooth parts are gray objects that touch it.
+    """
     found = pieces(has_look(looks_HW, Look.GRAY) & (left_out_HW == 0))
     sizes = found.sizes()
     large = sizes >= min_px
     smooth = found.counts(has_look(looks_HW, Look.SMOOTH)) >= _BORDER_SHARE * sizes
     border_HW = found.chosen(large & smooth & found.at_the_edge())
     left_out_HW[found.chosen(large)] = LeftOut.DUST
+    smooth_HW = thick(border_HW & has_look(looks_HW, Look.SMOOTH), _RIM_PX)
+    border_HW &= ~without_small(border_HW & ~grow(smooth_HW, _ROUGH_PX), min_px)
     if border_HW.any():
         left_out_HW[grow(border_HW, _RIM_PX) & ((looks_HW & ~(Look.TEXTURED | Look.SMOOTH)) != 0)] = LeftOut.BORDER
 

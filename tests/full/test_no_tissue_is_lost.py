@@ -97,6 +97,21 @@ def test_the_black_border_of_a_scanner_is_not_tissue() -> None:
     assert (found.left_out_HW[border_HW] == LeftOut.BORDER).mean() > 0.97
 
 
+@pytest.mark.parametrize("strength", [0.4, 1.0, 2.0])
+@pytest.mark.parametrize(("width", "density"), [(60, 3.0), (60, 1.0), (150, 2.0)])
+def test_gray_tissue_that_touches_a_black_border_is_not_part_of_it(width: int, density: float, strength: float) -> None:
+    specimen = Specimen((400, 300), seed=1)
+    border_HW = specimen.box(0, 0, width, 300)
+    here_HW = specimen.blob(width + 50, 150, 65) & ~border_HW
+    od_HWC = stained((300, 400), specimen.rng, ((1.0, 1.0, 1.02), (0.6, 0.6, 0.61)), strength)
+    specimen.add(border_HW, (density, density, density))
+    specimen.add(here_HW, od_HWC, tissue=True)
+    left_out_HW = detect_tissue(specimen.image(jpeg=80), MPP).left_out_HW
+    assert (left_out_HW[border_HW] == LeftOut.BORDER).mean() > 0.97
+    assert (left_out_HW[here_HW] == LeftOut.BORDER).mean() < 0.12
+    assert (left_out_HW[here_HW] == LeftOut.DUST).mean() > 0.7
+
+
 @pytest.mark.parametrize(("stain", "strength", "least"), [
     ("melanin", 1.0, 0.97), ("melanin", 0.3, 0.6), ("hematoxylin only", 1.0, 0.97), ("hematoxylin only", 0.3, 0.8),
 ])  # fmt: skip
