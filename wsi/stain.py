@@ -112,7 +112,8 @@ class Densities(NamedTuple):
 def glass_color(rgb_HWC: NDArray[np.uint8]) -> tuple[float, float, float]:
     """Return the color of the glass: the most frequent color of bright, flat, almost colorless pixels.
 
-    Returns `DEFAULT_GLASS` if less than `_GLASS_SHARE` of the image looks like glass.
+    If that color is pink relative to another such color, it is pale tissue, and the other color is the glass. Returns
+    `DEFAULT_GLASS` if less than `_GLASS_SHARE` of the image looks like glass.
     """
     bins = 256 // _BIN
     counts, glass_HW = np.zeros(bins**3), np.empty(rgb_HWC.shape[:2], bool)
@@ -124,9 +125,11 @@ def glass_color(rgb_HWC: NDArray[np.uint8]) -> tuple[float, float, float]:
         )
         counts += np.bincount((red_N * bins + green_N) * bins + blue_N, minlength=bins**3)
     around = ndimage.correlate(counts.reshape(bins, bins, bins), np.ones((3, 3, 3)), mode="constant")
-    best = np.unravel_index(int(around.argmax()), around.shape)
-    if around[best] < max(1.0, _GLASS_SHARE * glass_HW.size):
+    best = tuple(map(int, np.unravel_index(int(around.argmax()), around.shape)))
+    least = max(1.0, _GLASS_SHARE * glass_HW.size)
+    if around[best] < least:
         return DEFAULT_GLASS
+    best = _glass_around_tissue(around, best, least)
     sums = [0, 0, 0]
     for rows in strips(glass_HW.shape):
         channels = _channels(rgb_HWC, rows)
@@ -136,6 +139,21 @@ def glass_color(rgb_HWC: NDArray[np.uint8]) -> tuple[float, float, float]:
         sums = [total + int(channel_HW[here_HW].sum()) for total, channel_HW in zip(sums, channels, strict=True)]
     red, green, blue = (total / around[best] for total in sums)
     return float(red), float(green), float(blue)
+
+
+def _glass_around_tissue(around: NDArray[np.float64], best: tuple[int, ...], least: float) -> tuple[int, ...]:
+    """Return the most frequent color relative to which the best one is pink, or the best one if there is none.
+
+    Both are bins. White does not count, because it may be padding around the scanned area.
+    """
+    # Beside the color of noisy glass there are others, which are not peaks.
+    is_peak = (around >= least) & (around == ndimage.maximum_filter(around, 5, mode="constant"))
+    is_peak[-2:, -2:, -2:] = False
+    levels = np.log((np.arange(256 // _BIN) + 0.5) * _BIN)
+    red, green, blue = np.meshgrid(*(levels - levels[place] for place in best), indexing="ij")
+    is_pink = (green - np.maximum(red, blue) > _PINK) & (green > _PALE_LEAST) & (np.minimum(red, blue) >= 0)
+    found = np.where(is_pink & is_peak, around, 0)
+    return tuple(map(int, np.unravel_index(int(found.argmax()), found.shape))) if found.any() else best
 
 
 def _channels(rgb_HWC: NDArray[np.uint8], rows: slice) -> list[NDArray[np.uint8]]:

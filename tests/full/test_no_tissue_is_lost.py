@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from tests.specimens import EOSIN, HEMATOXYLIN, MPP, PENS, Specimen, one_piece, scores, stained
+from tests.specimens import EOSIN, HEMATOXYLIN, MPP, PENS, Color, Specimen, one_piece, scores, stained
 from wsi import masks
 from wsi.left_out import LeftOut
 from wsi.slide import open_slide
@@ -95,6 +96,22 @@ def test_the_black_border_of_a_scanner_is_not_tissue() -> None:
     assert recall > 0.97
     assert precision > 0.94
     assert (found.left_out_HW[border_HW] == LeftOut.BORDER).mean() > 0.97
+
+
+@pytest.mark.parametrize("variation", [0.05, 0.1])
+@pytest.mark.parametrize("glass", [(244, 243, 244), (228, 230, 225), (250, 249, 243)])
+@pytest.mark.parametrize("od", [(0.05, 0.09, 0.05), (0.06, 0.15, 0.08)])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_pale_pink_tissue_that_covers_more_than_the_glass_is_found(
+    share: float, od: Color, glass: Color, variation: float
+) -> None:
+    specimen = Specimen((400, 300), seed=3)
+    variation_HW = 1 + variation * specimen.rng.normal(0, 1, (300, 400))
+    od_HWC = np.asarray(od) * ndimage.gaussian_filter(variation_HW, 0.7)[..., None]
+    specimen.add(specimen.box(0, 0, round(400 * share), 300), od_HWC, tissue=True)
+    recall, precision = scores(detect_tissue(specimen.image(glass, noise=0.7), MPP).mask_HW, specimen)
+    assert recall > 0.97
+    assert precision > 0.97
 
 
 @pytest.mark.parametrize("strength", [0.4, 1.0, 2.0])
