@@ -52,6 +52,9 @@ MIN_SLIDE_UM2 = 25e6
 MIN_STRUCTURE_UM2 = 20_000.0
 """If a slide has no tissue, but more structure than this, tissue may have been missed."""
 
+MAX_BLACK_SHARE = 0.5
+"""If a slide has no tissue, and a larger share of it is black, it may be a fluorescence slide."""
+
 MAX_STRUCTURE_SHARE = 0.25
 """A larger area of left-out structure relative to the tissue gives a warning."""
 
@@ -105,8 +108,10 @@ class Tissue:
 
     @property
     def has_unrecognized_structure(self) -> bool:
-        """Return whether the slide has no tissue, but structure that may be tissue."""
-        return not self.mask_HW.any() and structure_um2(self.left_out) > MIN_STRUCTURE_UM2
+        """Return whether the slide has no tissue, but structure that may be tissue, or a dark background."""
+        left_out, area_um2 = self.left_out, self.mask_HW.size * self.mpp**2
+        is_dark = left_out[LeftOut.BORDER].area_um2 > MAX_BLACK_SHARE * area_um2
+        return not self.mask_HW.any() and (is_dark or structure_um2(left_out) > MIN_STRUCTURE_UM2)
 
     def sample(self, box_out: Box, l0_per_out: float) -> NDArray[np.bool_]:
         """Return the mask over a box of a map with `l0_per_out` level-0 pixels per pixel, as mask_HW.
@@ -256,7 +261,8 @@ def _without_holes(mask_HW: Mask, mpp: float) -> Mask:
 def _warnings(mask_HW: Mask, left_out_HW: NDArray[np.uint8], mpp: float, *, exclude_folds: bool) -> tuple[str, ...]:
     left_out = extents(left_out_HW, mpp)
     tissue_um2 = float(mask_HW.sum()) * mpp**2
-    scanned_um2 = mask_HW.size * mpp**2 - left_out[LeftOut.BORDER].area_um2
+    black_um2 = left_out[LeftOut.BORDER].area_um2
+    scanned_um2 = mask_HW.size * mpp**2 - black_um2
     structure, fold = structure_um2(left_out), left_out[LeftOut.FOLD].area_um2
     parts = ", ".join(
         f"{kind.title} {extent.area_um2 / 1e6:.2f} mm²"
@@ -273,6 +279,9 @@ def _warnings(mask_HW: Mask, left_out_HW: NDArray[np.uint8], mpp: float, *, excl
         warnings.append(f"no tissue was recognized, but the slide has structure ({parts}); look at the slide")
     elif tissue_um2 and structure > MAX_STRUCTURE_SHARE * tissue_um2:
         warnings.append(f"much was left out beside the tissue ({parts}); check that none of it is tissue")
+    if not tissue_um2 and black_um2 > MAX_BLACK_SHARE * (black_um2 + scanned_um2):
+        share = black_um2 / (black_um2 + scanned_um2)
+        warnings.append(f"no tissue was recognized, and {share:.0%} of the slide is black; is it a bright-field slide?")
     if tissue_um2 > MAX_COVERAGE * scanned_um2 and scanned_um2 > MIN_SLIDE_UM2:
         share = tissue_um2 / scanned_um2
         warnings.append(f"tissue covers {share:.0%} of the slide; check that glass does not count as tissue")
