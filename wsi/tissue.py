@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from wsi.box import Box
 from wsi.errors import SlideReadError
-from wsi.fat import fat_inside, find_fat
+from wsi.fat import MIN_FAT_UM2, fat_inside, find_fat
 from wsi.folds import find_folds
 from wsi.left_out import Extent, LeftOut, extents
 from wsi.masks import Mask, close, grow, pieces, thick, without_small
@@ -192,18 +192,18 @@ def detect_tissue(rgb_HWC: NDArray[np.uint8], mpp: float) -> Found:
 
     Densities are relative to the glass of this slide (`wsi.stain`). Colored pixels are tissue; faintly colored ones
     need texture, and fat needs colored strands (`wsi.fat`). Pen ink has a color of pens and is smooth or even
-    (`wsi.pens`). Gray objects are dust; dark ones larger than a hole are not fat.
+    (`wsi.pens`). Gray objects are dust. Large dark ones are not fat; smaller ones may lie on it.
     """
     glass = glass_color(rgb_HWC)
     looks_HW = looks(rgb_HWC, glass)
     left_out_HW = np.zeros(looks_HW.shape, np.uint8)
     left_out_HW[find_pens(rgb_HWC, looks_HW, glass, mpp)] = LeftOut.PEN
-    _mark_gray(left_out_HW, looks_HW, MIN_DUST_UM2 / mpp**2)
+    _mark_gray(left_out_HW, looks_HW, mpp)
     other_HW = (left_out_HW == LeftOut.PEN) | (left_out_HW == LeftOut.BORDER)
     mask_HW, fragment_HW = _tissue(looks_HW, other_HW, mpp)
     colored_HW = has_look(looks_HW, Look.STAINED | Look.PALE)
     dark_HW = has_look(looks_HW, Look.DARK) & (left_out_HW == LeftOut.DUST)
-    not_fat_HW = other_HW | without_small(dark_HW, MAX_HOLE_UM2 / mpp**2)
+    not_fat_HW = other_HW | without_small(close(dark_HW), MIN_FAT_UM2 / mpp**2)
     fat_HW = find_fat(has_look(looks_HW, Look.TEXTURED), colored_HW, mask_HW, not_fat_HW, mpp)
     if fat_HW.any():
         mask_HW = _without_holes(mask_HW | fat_HW, mpp) & ~other_HW
@@ -222,19 +222,19 @@ def structure_um2(left_out: Mapping[LeftOut, Extent]) -> float:
     return sum(extent.area_um2 for kind, extent in left_out.items() if kind.is_structure)
 
 
-def _mark_gray(left_out_HW: NDArray[np.uint8], looks_HW: NDArray[np.uint8], min_px: float) -> None:
+def _mark_gray(left_out_HW: NDArray[np.uint8], looks_HW: NDArray[np.uint8], mpp: float) -> None:
     """Mark the gray pieces: smooth ones at the edge of the image as the scanner's border, the others as dust.
 
-    Parts of a border that are far from its smooth parts are gray objects that touch it.
+    Parts of a border that are larger than a hole and far from its smooth parts are gray objects that touch it.
     """
     found = pieces(has_look(looks_HW, Look.GRAY) & (left_out_HW == 0))
     sizes = found.sizes()
-    large = sizes >= min_px
+    large = sizes >= MIN_DUST_UM2 / mpp**2
     smooth = found.counts(has_look(looks_HW, Look.SMOOTH)) >= _BORDER_SHARE * sizes
     border_HW = found.chosen(large & smooth & found.at_the_edge())
     left_out_HW[found.chosen(large)] = LeftOut.DUST
     smooth_HW = thick(border_HW & has_look(looks_HW, Look.SMOOTH), _RIM_PX)
-    border_HW &= ~without_small(border_HW & ~grow(smooth_HW, _ROUGH_PX), min_px)
+    border_HW &= ~without_small(border_HW & ~grow(smooth_HW, _ROUGH_PX), MAX_HOLE_UM2 / mpp**2)
     if border_HW.any():
         left_out_HW[grow(border_HW, _RIM_PX) & ((looks_HW & ~(Look.TEXTURED | Look.SMOOTH)) != 0)] = LeftOut.BORDER
 
