@@ -23,7 +23,7 @@ _MIN_NEAR_COLOR = 0.1
 
 # In pixels of the halved image, which takes an eighth of the time.
 _RIM_PX = 3
-"""Distance over which the texture of pens and borders reaches."""
+"""Distance over which the texture of objects that are not fat reaches."""
 _TEXTURE_PX = 2
 """Distance over which texture reaches beyond an object."""
 _THICK_PX = 4
@@ -44,7 +44,7 @@ _MOST_THICK = 0.5
 def find_fat(textured_HW: Mask, colored_HW: Mask, tissue_HW: Mask, other_HW: Mask, mpp: float) -> Mask:
     """Return the fat outside of the tissue found so far, in a thumbnail with pixels of `mpp` micrometers.
 
-    `colored_HW` has stained and pale pixels. `other_HW` is never tissue: pens and borders.
+    `colored_HW` has stained and pale pixels. `other_HW` is not fat: pens, borders and black ink.
     """
     tissue_hw, rim_hw = _halved(tissue_HW, 2), grow(_halved(other_HW, 1), _RIM_PX)
     textured_hw = close((_halved(textured_HW, 2) & ~rim_hw) | tissue_hw)

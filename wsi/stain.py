@@ -38,7 +38,7 @@ _GLASS_TEXTURE = 0.012
 _BLUR = 0.25
 _PALE_LIGHT, _STAINED_LIGHT = 0.35, 0.15
 _STAINED_MOST, _STAINED_COLOR = 0.2, 0.06
-_GRAY_MOST = 0.12
+_GRAY_MOST, _DARK_MOST = 0.12, 0.5
 _TINT_MOST = 0.05
 _PLAIN_MOST = 0.02
 """A pixel has no look if no density around it is larger. The deviation of such densities is at most half of this value,
@@ -73,6 +73,8 @@ class Look:
     """Gray or in a color of pens, with less texture than tissue has."""
     TEXTURED = np.uint8(64)
     """With more texture than glass has."""
+    DARK = np.uint8(128)
+    """Gray and darker than the strands of fat."""
 
 
 def has_look(looks_HW: NDArray[np.uint8], look: np.uint8) -> NDArray[np.bool_]:
@@ -110,7 +112,8 @@ class Densities(NamedTuple):
 def glass_color(rgb_HWC: NDArray[np.uint8]) -> tuple[float, float, float]:
     """Return the color of the glass: the most frequent color of bright, flat, almost colorless pixels.
 
-    Returns `DEFAULT_GLASS` if less than `_GLASS_SHARE` of the image looks like glass.
+    If that color is pink relative to another such color, it is pale tissue, and the other color is the glass. Returns
+    `DEFAULT_GLASS` if less than `_GLASS_SHARE` of the image looks like glass.
     """
     bins = 256 // _BIN
     counts, glass_HW = np.zeros(bins**3), np.empty(rgb_HWC.shape[:2], bool)
@@ -122,9 +125,11 @@ def glass_color(rgb_HWC: NDArray[np.uint8]) -> tuple[float, float, float]:
         )
         counts += np.bincount((red_N * bins + green_N) * bins + blue_N, minlength=bins**3)
     around = ndimage.correlate(counts.reshape(bins, bins, bins), np.ones((3, 3, 3)), mode="constant")
-    best = np.unravel_index(int(around.argmax()), around.shape)
-    if around[best] < max(1.0, _GLASS_SHARE * glass_HW.size):
+    best = tuple(map(int, np.unravel_index(int(around.argmax()), around.shape)))
+    least = max(1.0, _GLASS_SHARE * glass_HW.size)
+    if around[best] < least:
         return DEFAULT_GLASS
+    best = _glass_around_tissue(around, best, least)
     sums = [0, 0, 0]
     for rows in strips(glass_HW.shape):
         channels = _channels(rgb_HWC, rows)
@@ -134,6 +139,21 @@ def glass_color(rgb_HWC: NDArray[np.uint8]) -> tuple[float, float, float]:
         sums = [total + int(channel_HW[here_HW].sum()) for total, channel_HW in zip(sums, channels, strict=True)]
     red, green, blue = (total / around[best] for total in sums)
     return float(red), float(green), float(blue)
+
+
+def _glass_around_tissue(around: NDArray[np.float64], best: tuple[int, ...], least: float) -> tuple[int, ...]:
+    """Return the most frequent color relative to which the best one is pink, or the best one if there is none.
+
+    Both are bins. White does not count, because it may be padding around the scanned area.
+    """
+    # Beside the color of noisy glass there are others, which are not peaks.
+    is_peak = (around >= least) & (around == ndimage.maximum_filter(around, 5, mode="constant"))
+    is_peak[-2:, -2:, -2:] = False
+    levels = np.log((np.arange(256 // _BIN) + 0.5) * _BIN)
+    red, green, blue = np.meshgrid(*(levels - levels[place] for place in best), indexing="ij")
+    is_pink = (green - np.maximum(red, blue) > _PINK) & (green > _PALE_LEAST) & (np.minimum(red, blue) >= 0)
+    found = np.where(is_pink & is_peak, around, 0)
+    return tuple(map(int, np.unravel_index(int(found.argmax()), found.shape))) if found.any() else best
 
 
 def _channels(rgb_HWC: NDArray[np.uint8], rows: slice) -> list[NDArray[np.uint8]]:
@@ -275,6 +295,7 @@ def _looks(
         (Look.TINTED, has_color_HW & (most_HW > _TINT_MOST) & (most_HW <= _STAINED_MOST) & ~pale_HW),
         (Look.INK, ink_HW),
         (Look.TEXTURED, texture_HW > _GLASS_TEXTURE),
+        (Look.DARK, gray_HW & (most_HW > _DARK_MOST)),
         (Look.SMOOTH, (gray_HW | ink_HW) & (fine_HW < 0.05 * part.mean_HW)),
     ):
         looks_HW |= here_HW * look

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from wsi.box import Box
 from wsi.errors import SlideReadError
-from wsi.fat import fat_inside, find_fat
+from wsi.fat import MIN_FAT_UM2, fat_inside, find_fat
 from wsi.folds import find_folds
 from wsi.left_out import Extent, LeftOut, extents
 from wsi.masks import Mask, close, grow, pieces, thick, without_small
@@ -52,6 +52,9 @@ MIN_SLIDE_UM2 = 25e6
 MIN_STRUCTURE_UM2 = 20_000.0
 """If a slide has no tissue, but more structure than this, tissue may have been missed."""
 
+MAX_BLACK_SHARE = 0.5
+"""If a slide has no tissue, and a larger share of it is black, it may be a fluorescence slide."""
+
 MAX_STRUCTURE_SHARE = 0.25
 """A larger area of left-out structure relative to the tissue gives a warning."""
 
@@ -62,6 +65,8 @@ _BORDER_SHARE = 0.5
 """Least share of smooth pixels in a gray piece at the edge of the image that the scanner left."""
 _RIM_PX = 2
 """Width of the blur around borders, in which they have the colors of stains."""
+_ROUGH_PX = 6
+"""Width of the rim of borders that is not smooth."""
 _PALE_PX = 6
 """Pale pieces without a part this thick are the borders of mountant and tinted glass."""
 _STAINED_PX = 5
@@ -103,8 +108,10 @@ class Tissue:
 
     @property
     def has_unrecognized_structure(self) -> bool:
-        """Return whether the slide has no tissue, but structure that may be tissue."""
-        return not self.mask_HW.any() and structure_um2(self.left_out) > MIN_STRUCTURE_UM2
+        """Return whether the slide has no tissue, but structure that may be tissue, or a dark background."""
+        left_out, area_um2 = self.left_out, self.mask_HW.size * self.mpp**2
+        is_dark = left_out[LeftOut.BORDER].area_um2 > MAX_BLACK_SHARE * area_um2
+        return not self.mask_HW.any() and (is_dark or structure_um2(left_out) > MIN_STRUCTURE_UM2)
 
     def sample(self, box_out: Box, l0_per_out: float) -> NDArray[np.bool_]:
         """Return the mask over a box of a map with `l0_per_out` level-0 pixels per pixel, as mask_HW.
@@ -185,21 +192,23 @@ def detect_tissue(rgb_HWC: NDArray[np.uint8], mpp: float) -> Found:
 
     Densities are relative to the glass of this slide (`wsi.stain`). Colored pixels are tissue; faintly colored ones
     need texture, and fat needs colored strands (`wsi.fat`). Pen ink has a color of pens and is smooth or even
-    (`wsi.pens`).
+    (`wsi.pens`). Gray objects are dust. Large dark ones are not fat; smaller ones may lie on it.
     """
     glass = glass_color(rgb_HWC)
     looks_HW = looks(rgb_HWC, glass)
     left_out_HW = np.zeros(looks_HW.shape, np.uint8)
     left_out_HW[find_pens(rgb_HWC, looks_HW, glass, mpp)] = LeftOut.PEN
-    _mark_gray(left_out_HW, looks_HW, MIN_DUST_UM2 / mpp**2)
+    _mark_gray(left_out_HW, looks_HW, mpp)
     other_HW = (left_out_HW == LeftOut.PEN) | (left_out_HW == LeftOut.BORDER)
     mask_HW, fragment_HW = _tissue(looks_HW, other_HW, mpp)
     colored_HW = has_look(looks_HW, Look.STAINED | Look.PALE)
-    fat_HW = find_fat(has_look(looks_HW, Look.TEXTURED), colored_HW, mask_HW, other_HW, mpp)
+    dark_HW = has_look(looks_HW, Look.DARK) & (left_out_HW == LeftOut.DUST)
+    not_fat_HW = other_HW | without_small(close(dark_HW), MIN_FAT_UM2 / mpp**2)
+    fat_HW = find_fat(has_look(looks_HW, Look.TEXTURED), colored_HW, mask_HW, not_fat_HW, mpp)
     if fat_HW.any():
         mask_HW = _without_holes(mask_HW | fat_HW, mpp) & ~other_HW
     fat_HW = fat_inside(colored_HW, mask_HW, mpp)
-    del other_HW, colored_HW
+    del other_HW, not_fat_HW, dark_HW, colored_HW
     left_out_HW[mask_HW] = 0
     left_out_HW[fragment_HW & ~mask_HW & (left_out_HW == 0)] = LeftOut.FRAGMENT
     tinted_HW = has_look(looks_HW, Look.TINTED) & ~mask_HW & (left_out_HW == 0)
@@ -213,14 +222,19 @@ def structure_um2(left_out: Mapping[LeftOut, Extent]) -> float:
     return sum(extent.area_um2 for kind, extent in left_out.items() if kind.is_structure)
 
 
-def _mark_gray(left_out_HW: NDArray[np.uint8], looks_HW: NDArray[np.uint8], min_px: float) -> None:
-    """Mark the gray pieces: smooth ones at the edge of the image as the scanner's border, the others as dust."""
+def _mark_gray(left_out_HW: NDArray[np.uint8], looks_HW: NDArray[np.uint8], mpp: float) -> None:
+    """Mark the gray pieces: smooth ones at the edge of the image as the scanner's border, the others as dust.
+
+    Parts of a border that are larger than a hole and far from its smooth parts are gray objects that touch it.
+    """
     found = pieces(has_look(looks_HW, Look.GRAY) & (left_out_HW == 0))
     sizes = found.sizes()
-    large = sizes >= min_px
+    large = sizes >= MIN_DUST_UM2 / mpp**2
     smooth = found.counts(has_look(looks_HW, Look.SMOOTH)) >= _BORDER_SHARE * sizes
     border_HW = found.chosen(large & smooth & found.at_the_edge())
     left_out_HW[found.chosen(large)] = LeftOut.DUST
+    smooth_HW = thick(border_HW & has_look(looks_HW, Look.SMOOTH), _RIM_PX)
+    border_HW &= ~without_small(border_HW & ~grow(smooth_HW, _ROUGH_PX), MAX_HOLE_UM2 / mpp**2)
     if border_HW.any():
         left_out_HW[grow(border_HW, _RIM_PX) & ((looks_HW & ~(Look.TEXTURED | Look.SMOOTH)) != 0)] = LeftOut.BORDER
 
@@ -247,7 +261,8 @@ def _without_holes(mask_HW: Mask, mpp: float) -> Mask:
 def _warnings(mask_HW: Mask, left_out_HW: NDArray[np.uint8], mpp: float, *, exclude_folds: bool) -> tuple[str, ...]:
     left_out = extents(left_out_HW, mpp)
     tissue_um2 = float(mask_HW.sum()) * mpp**2
-    scanned_um2 = mask_HW.size * mpp**2 - left_out[LeftOut.BORDER].area_um2
+    black_um2 = left_out[LeftOut.BORDER].area_um2
+    scanned_um2 = mask_HW.size * mpp**2 - black_um2
     structure, fold = structure_um2(left_out), left_out[LeftOut.FOLD].area_um2
     parts = ", ".join(
         f"{kind.title} {extent.area_um2 / 1e6:.2f} mm²"
@@ -264,6 +279,9 @@ def _warnings(mask_HW: Mask, left_out_HW: NDArray[np.uint8], mpp: float, *, excl
         warnings.append(f"no tissue was recognized, but the slide has structure ({parts}); look at the slide")
     elif tissue_um2 and structure > MAX_STRUCTURE_SHARE * tissue_um2:
         warnings.append(f"much was left out beside the tissue ({parts}); check that none of it is tissue")
+    if not tissue_um2 and black_um2 > MAX_BLACK_SHARE * (black_um2 + scanned_um2):
+        share = black_um2 / (black_um2 + scanned_um2)
+        warnings.append(f"no tissue was recognized, and {share:.0%} of the slide is black; is it a bright-field slide?")
     if tissue_um2 > MAX_COVERAGE * scanned_um2 and scanned_um2 > MIN_SLIDE_UM2:
         share = tissue_um2 / scanned_um2
         warnings.append(f"tissue covers {share:.0%} of the slide; check that glass does not count as tissue")

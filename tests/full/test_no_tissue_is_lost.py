@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from tests.specimens import EOSIN, HEMATOXYLIN, MPP, PENS, Specimen, one_piece, scores, stained
+from tests.specimens import EOSIN, HEMATOXYLIN, MPP, PENS, Color, Specimen, one_piece, scores, stained
 from wsi import masks
 from wsi.left_out import LeftOut
 from wsi.slide import open_slide
@@ -41,6 +42,24 @@ def test_a_pen_is_not_tissue(name: str, width: int, grain: float) -> None:
     assert recall > 0.97
     assert precision > 0.95
     assert (found.left_out_HW[pen_HW] == LeftOut.PEN).mean() > 0.97
+
+
+@pytest.mark.parametrize("color", [(20, 20, 22), (110, 110, 112)])
+@pytest.mark.parametrize(("gap", "jpeg"), [(2, None), (6, None), (6, 60), (14, 60)])
+@pytest.mark.parametrize("width", [6, 12, 25])
+def test_black_ink_around_tissue_and_the_glass_between_are_not_tissue(
+    width: int, gap: int, jpeg: int | None, color: tuple[int, int, int]
+) -> None:
+    specimen = Specimen((320, 320), seed=1)
+    here_HW = specimen.blob(160, 160, 60)
+    specimen.add(here_HW, stained((320, 320), specimen.rng, (HEMATOXYLIN, EOSIN)), tissue=True)
+    ring_HW = masks.grow(here_HW, gap + width) & ~masks.grow(here_HW, gap)
+    specimen.ink(ring_HW, color, grain=0.03)
+    found = detect_tissue(specimen.image(jpeg=jpeg), MPP)
+    recall, precision = scores(found.mask_HW, specimen)
+    assert recall > 0.97
+    assert precision > 0.95
+    assert (found.left_out_HW[ring_HW] == LeftOut.DUST).mean() > 0.8
 
 
 def test_fragments_of_112_um_are_tissue() -> None:
@@ -77,6 +96,37 @@ def test_the_black_border_of_a_scanner_is_not_tissue() -> None:
     assert recall > 0.97
     assert precision > 0.94
     assert (found.left_out_HW[border_HW] == LeftOut.BORDER).mean() > 0.97
+
+
+@pytest.mark.parametrize("variation", [0.05, 0.1])
+@pytest.mark.parametrize("glass", [(244, 243, 244), (228, 230, 225), (250, 249, 243)])
+@pytest.mark.parametrize("od", [(0.05, 0.09, 0.05), (0.06, 0.15, 0.08)])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_pale_pink_tissue_that_covers_more_than_the_glass_is_found(
+    share: float, od: Color, glass: Color, variation: float
+) -> None:
+    specimen = Specimen((400, 300), seed=3)
+    variation_HW = 1 + variation * specimen.rng.normal(0, 1, (300, 400))
+    od_HWC = np.asarray(od) * ndimage.gaussian_filter(variation_HW, 0.7)[..., None]
+    specimen.add(specimen.box(0, 0, round(400 * share), 300), od_HWC, tissue=True)
+    recall, precision = scores(detect_tissue(specimen.image(glass, noise=0.7), MPP).mask_HW, specimen)
+    assert recall > 0.97
+    assert precision > 0.97
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.0, 2.0])
+@pytest.mark.parametrize(("width", "density"), [(60, 3.0), (60, 1.0), (150, 2.0)])
+def test_gray_tissue_that_touches_a_black_border_is_not_part_of_it(width: int, density: float, strength: float) -> None:
+    specimen = Specimen((400, 300), seed=1)
+    border_HW = specimen.box(0, 0, width, 300)
+    here_HW = specimen.blob(width + 50, 150, 65) & ~border_HW
+    od_HWC = stained((300, 400), specimen.rng, ((1.0, 1.0, 1.02), (0.6, 0.6, 0.61)), strength)
+    specimen.add(border_HW, (density, density, density))
+    specimen.add(here_HW, od_HWC, tissue=True)
+    left_out_HW = detect_tissue(specimen.image(jpeg=80), MPP).left_out_HW
+    assert (left_out_HW[border_HW] == LeftOut.BORDER).mean() > 0.97
+    assert (left_out_HW[here_HW] == LeftOut.BORDER).mean() < 0.12
+    assert (left_out_HW[here_HW] == LeftOut.DUST).mean() > 0.7
 
 
 @pytest.mark.parametrize(("stain", "strength", "least"), [

@@ -48,6 +48,21 @@ def test_the_color_of_the_glass_is_that_of_its_slow_definition(shape: tuple[int,
         assert glass_color(rgb_HWC) == slow_glass_color(rgb_HWC)
 
 
+@pytest.mark.parametrize(("box", "glass"), [((234, 218, 228), GLASS), ((234, 231, 222), (234, 231, 222))])
+def test_a_color_that_is_pink_relative_to_another_is_not_that_of_the_glass(
+    box: tuple[int, int, int], glass: tuple[int, int, int]
+) -> None:
+    rgb_HWC = np.full((100, 100, 3), GLASS, np.uint8)
+    rgb_HWC[:, 5:] = box
+    assert glass_color(rgb_HWC) == glass
+
+
+def test_white_beside_pink_glass_is_padding() -> None:
+    rgb_HWC = np.full((100, 100, 3), 255, np.uint8)
+    rgb_HWC[:, 40:] = (232, 222, 230)
+    assert glass_color(rgb_HWC) == (232, 222, 230)
+
+
 def test_densities_of_a_part_equal_those_of_the_whole_image() -> None:
     rgb_HWC = speckled((60, 80), 20, 3)
     whole = densities(rgb_HWC, slice(0, 60), slice(0, 80), GLASS)

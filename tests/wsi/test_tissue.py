@@ -197,6 +197,25 @@ def test_gray_structure_is_counted_and_makes_a_slide_unrecognized(tmp_path: Path
     )
 
 
+@pytest.mark.parametrize(("brightness", "radius"), [(20, 60), (40, 15), (0, 60)])
+def test_a_slide_with_a_dark_background_is_unrecognized(tmp_path: Path, brightness: int, radius: int) -> None:
+    specimen = one_piece("H&E", radius=radius)
+    rgb_HWC = np.repeat(4 + brightness * specimen.truth_HW[..., None], 3, axis=2).astype(np.uint8)
+    with open_slide(write_slide(tmp_path / "dark.svs", rgb_HWC, mpp=MPP)) as slide:
+        tissue = find_tissue(slide)
+    assert not tissue.mask_HW.any()
+    assert tissue.has_unrecognized_structure
+    assert tissue.warnings == ("no tissue was recognized, and 100% of the slide is black; is it a bright-field slide?",)
+
+
+def test_an_empty_slide_with_a_black_border_is_not_unrecognized(tmp_path: Path) -> None:
+    with open_slide(write_slide(tmp_path / "s.svs", painted((300, 200), ((0, 0, 120, 200), (3, 3, 3))), mpp=MPP)) as s:
+        tissue = find_tissue(s)
+    assert tissue.left_out[LeftOut.BORDER].area_um2 == pytest.approx(0.4 * 300 * 200 * MPP**2, rel=0.05)
+    assert not tissue.has_unrecognized_structure
+    assert tissue.warnings == ()
+
+
 def test_a_whole_slide_full_of_tissue_gives_a_warning(tmp_path: Path) -> None:
     with open_slide(write_slide(tmp_path / "s.svs", painted((700, 700), ((0, 0, 700, 600), PINK)), mpp=8.0)) as slide:
         assert find_tissue(slide).warnings == (
