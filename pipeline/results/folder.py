@@ -301,7 +301,7 @@ def _another_run(target: Path, header: RunHeader, identity: Mapping[str, object]
         stored = None
         with suppress(RunRecordError):  # a damaged record does not name its slide
             stored = read_run(target)
-        if stored is not None and os.path.realpath(stored.slide.path) != os.path.realpath(slide):
+        if stored is not None and os.path.realpath(stored.slide.path or "") != os.path.realpath(slide):
             # The folder of the other slide is left out, because flows with `hide_paths` cannot know it.
             return (
                 f"{slide}: {target} holds the result of another slide, {stored.slide.name} (see its {RUN}); choose "

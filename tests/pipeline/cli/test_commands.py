@@ -9,7 +9,6 @@ import pytest
 
 from tests.repository import REPOSITORY
 
-
 SPACE = "free some space and run the same command again, or choose another place"
 
 
@@ -20,8 +19,8 @@ SPACE = "free some space and run the same command again, or choose another place
         ("ENOSPC", "run/a.csv", f"run/a.csv: cannot be written: No space left on device; {SPACE}"),
         (
             "EIO",
-            "images/1.png",
-            "images/1.png: cannot be read or written: Input/output error; check the disk, then run the same command again",
+            "a.png",
+            "a.png: cannot be read or written: Input/output error; check the disk, then run the same command again",
         ),
         ("EDQUOT", None, f"output: cannot be written: Disk quota exceeded; {SPACE}"),
     ],
