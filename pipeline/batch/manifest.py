@@ -142,8 +142,8 @@ def _id(where: str, text: str) -> str | None:
         return None
     if reserved_part(text) is not None or any(unicodedata.category(one) == "Cc" for one in text):
         raise ConfigError(
-            f"{where}: id is {text!r}; it must be a name or a path with slashes, without control characters "
-            f"({UNUSABLE} are reserved)"
+            f"{where}: id is {text!r}; it must be a name or a path with slashes, without empty parts and without "
+            f"control characters ({UNUSABLE} are reserved)"
         )
     return text
 
