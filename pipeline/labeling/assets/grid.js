@@ -8,8 +8,10 @@ export class Grid {
   // `answered()` is called when the server has sent patches; `single.js` explains the others.
   constructor({ done, answered, failed, announce }) {
     Object.assign(this, { done, answered, failed, announce });
+    this.state = { classes: [] }; // until the server sends its own
     this.chosen = null;
     this.patches = [];
+    this.classes = []; // those when the patches were requested, as in `single.js`
     this.excluded = new Set(); // ids for the chosen class, also of patches that are not shown now
     this.turn = 0;
     onFirstClick(byId("grid-save"), () => this.save());
@@ -50,8 +52,12 @@ export class Grid {
   async load() {
     const turn = ++this.turn;
     this.show([]);
-    const name = this.state.classes.find(({ id }) => id === this.chosen)?.name;
-    if (name === undefined) return;
+    this.classes = this.state.classes;
+    const name = this.classes.find(({ id }) => id === this.chosen)?.name;
+    if (name === undefined) {
+      byId("grid-about").textContent = "Choose a class.";
+      return;
+    }
     try {
       for (;;) {
         const { missing, of, patches, why } = await post("/grid", { class_id: this.chosen });
@@ -122,7 +128,7 @@ export class Grid {
       return;
     }
     const seconds = Math.min(86400, (performance.now() - this.shownAt) / 1000 / Math.max(1, rest.length));
-    const answers = answersFor(this.state.classes, new Set([this.chosen]));
+    const answers = answersFor(this.classes, new Set([this.chosen]));
     const labels = rest.map(({ id, reason }) => ({
       patch: id, answers, mark: "none", view: "grid", reason, suggested: null, seconds,
     }));

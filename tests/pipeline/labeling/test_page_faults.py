@@ -13,7 +13,7 @@ from tests.pipeline.labeling.desks import desk, save
 from tests.pipeline.labeling.pages import held, press, ready, saved, serving, shown
 
 if TYPE_CHECKING:  # most test runs do not need a browser
-    from playwright.sync_api import Browser, Route
+    from playwright.sync_api import Browser, Page, Route
 
 
 def test_the_page_says_that_the_server_is_gone_and_does_not_go_on(
@@ -111,7 +111,7 @@ def test_the_grid_does_not_save_patches_whose_pictures_are_not_loaded(
             f"() => wsiLabel.grid.patches.filter((_, i) => {images}[i].naturalWidth).map(({{ id }}) => id)"
         )
         assert 0 < len(loaded) < 24
-        assert page.locator("#fault").inner_text() == "Some pictures cannot be loaded. Their patches are not saved."
+        assert page.locator("#fault").inner_text() == "Some pictures cannot be loaded. Their patches will not be saved."
         page.keyboard.press("Enter")
         until(page, f"document.getElementById('saved').textContent === 'Saved: {len(loaded)} patches'")
         assert [one.place.id for one in saved(folder) if one.view == "grid"] == loaded
@@ -145,4 +145,21 @@ def test_labels_that_could_not_be_saved_are_sent_again_in_their_order(
             (first, both, "none"), (old, both, "none"), (second, {}, "unsure"),
         ]  # fmt: skip
         assert page.locator("#fault").is_hidden()
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_keys_do_nothing_before_the_server_has_answered(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides[:1], shipped) as at, serving(at) as url:
+        requests: list[Route] = []
+        page.route("**/state.json", lambda route: requests.append(route))  # noqa: PLW0108 - Playwright needs a function of Python
+        page.goto(url, wait_until="commit")
+        until(page, "window.wsiLabel")
+        for key in ("1", "Backspace", "Enter", "u", "s", "g", "1", "Enter", "g"):
+            page.keyboard.press(key)
+        requests[0].continue_()
+        ready(page)
+        assert shown(page) == at.session.upcoming(1)[0].place.id
+        assert saved(tmp_path / "l") == []
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
