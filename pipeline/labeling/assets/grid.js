@@ -5,9 +5,10 @@ import { answersFor, isLoaded, onFirstClick, picture, post } from "/assets/serve
 const byId = (id) => document.getElementById(id);
 
 export class Grid {
-  // `answered()` is called when the server has sent patches; `single.js` explains the others.
-  constructor({ done, answered, failed, announce }) {
-    Object.assign(this, { done, answered, failed, announce });
+  // `answered()` is called when the server has sent patches. `sendSingle()` sends the labels of the single view.
+  // `single.js` explains the others.
+  constructor({ done, answered, sendSingle, failed, announce }) {
+    Object.assign(this, { done, answered, sendSingle, failed, announce });
     this.state = { classes: [] }; // until the server sends its own
     this.chosen = null;
     this.patches = [];
@@ -144,6 +145,8 @@ export class Grid {
     this.busy = true;
     byId("saved").textContent = "";
     try {
+      // Undo is about the last label, which may be one of the single view that is not saved yet.
+      if (!(await this.sendSingle())) return;
       const state = await post(path, body);
       this.done(state);
       this.announce(said(state));

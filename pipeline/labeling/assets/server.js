@@ -7,7 +7,7 @@ async function answered(request) {
   try {
     response = await request;
   } catch {
-    throw new ServerError("The server does not answer. Start wsi-label again with the same folder, then reload this page.");
+    throw new ServerError("The server does not answer. Start wsi-label again with the same folder, then use the page that it opens.");
   }
   if (!response.ok) throw new ServerError(await response.text());
   return response.json();

@@ -168,6 +168,7 @@ export class Single {
     await this.send();
   }
 
+  // Returns whether no label is left to save.
   send() {
     this.sending ??= this.sendAll().finally(() => {
       this.sending = null;
@@ -189,10 +190,12 @@ export class Single {
         this.steps = this.history().findIndex(({ id }) => id === patch.id) + 1;
         this.show(patch);
         this.suggested = label.suggested;
-        this.failed(new Error(`${error.message} Labels not saved: ${this.pending.length}.`));
-        return;
+        const lost = `Labels not saved: ${this.pending.length}. They are lost if you close or reload this page.`;
+        this.failed(new Error(`${error.message} ${lost}`));
+        return false;
       }
     }
+    return true;
   }
 
   // Undoes the last label, which may still be on its way.
@@ -200,8 +203,7 @@ export class Single {
     if (this.undoing) return;
     this.undoing = true;
     try {
-      await this.send();
-      if (this.pending.length) return;
+      if (!(await this.send())) return;
       const state = await post("/undo", {});
       this.done(state);
       this.announce(state.undone.length ? "Undone" : "Nothing to undo");
