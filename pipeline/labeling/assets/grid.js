@@ -5,11 +5,14 @@ import { answersFor, isLoaded, onFirstClick, picture, post } from "/assets/serve
 const byId = (id) => document.getElementById(id);
 
 export class Grid {
-  // `answered()` is called when the server has sent patches; `single.js` explains the others.
-  constructor({ done, answered, failed, announce }) {
-    Object.assign(this, { done, answered, failed, announce });
+  // `answered()` is called when the server has sent patches. `sendSingle()` sends the labels of the single view.
+  // `single.js` explains the others.
+  constructor({ done, answered, sendSingle, failed, announce }) {
+    Object.assign(this, { done, answered, sendSingle, failed, announce });
+    this.state = { classes: [] }; // until the server sends its own
     this.chosen = null;
     this.patches = [];
+    this.classes = []; // those when the patches were requested, as in `single.js`
     this.excluded = new Set(); // ids for the chosen class, also of patches that are not shown now
     this.turn = 0;
     onFirstClick(byId("grid-save"), () => this.save());
@@ -50,8 +53,12 @@ export class Grid {
   async load() {
     const turn = ++this.turn;
     this.show([]);
-    const name = this.state.classes.find(({ id }) => id === this.chosen)?.name;
-    if (name === undefined) return;
+    this.classes = this.state.classes;
+    const name = this.classes.find(({ id }) => id === this.chosen)?.name;
+    if (name === undefined) {
+      byId("grid-about").textContent = "Choose a class.";
+      return;
+    }
     try {
       for (;;) {
         const { missing, of, patches, why } = await post("/grid", { class_id: this.chosen });
@@ -122,7 +129,7 @@ export class Grid {
       return;
     }
     const seconds = Math.min(86400, (performance.now() - this.shownAt) / 1000 / Math.max(1, rest.length));
-    const answers = answersFor(this.state.classes, new Set([this.chosen]));
+    const answers = answersFor(this.classes, new Set([this.chosen]));
     const labels = rest.map(({ id, reason }) => ({
       patch: id, answers, mark: "none", view: "grid", reason, suggested: null, seconds,
     }));
@@ -138,6 +145,8 @@ export class Grid {
     this.busy = true;
     byId("saved").textContent = "";
     try {
+      // Undo is about the last label, which may be one of the single view that is not saved yet.
+      if (!(await this.sendSingle())) return;
       const state = await post(path, body);
       this.done(state);
       this.announce(said(state));

@@ -76,7 +76,7 @@ function done(state) {
 }
 
 const single = new Single({ done, failed, announce });
-const grid = new Grid({ done, answered, failed, announce });
+const grid = new Grid({ done, answered, sendSingle: () => single.send(), failed, announce });
 const show = single.show.bind(single);
 single.show = (patch) => {
   show(patch);
@@ -132,6 +132,11 @@ try {
 } catch (error) {
   failed(error);
 }
+
+// Labels that are not saved are lost with the page.
+window.addEventListener("beforeunload", (event) => {
+  if (single.pending.length) event.preventDefault();
+});
 
 // A button that was clicked with the mouse does not keep the focus: Enter means "save" again.
 document.addEventListener("click", (event) => {

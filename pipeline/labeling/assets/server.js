@@ -7,7 +7,7 @@ async function answered(request) {
   try {
     response = await request;
   } catch {
-    throw new ServerError("The server does not answer. Start wsi-label again with the same folder, then reload this page.");
+    throw new ServerError("The server does not answer. Start wsi-label again with the same folder, then use the page that it opens.");
   }
   if (!response.ok) throw new ServerError(await response.text());
   return response.json();
@@ -18,7 +18,8 @@ export const state = () => answered(fetch("/state.json"));
 export const post = (path, body) =>
   answered(fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) }));
 
-// Returns the answers for the classes that the page shows.
+// Returns the answers for the classes that the page showed with a patch. The server counts a merged class as the one
+// that contains it.
 export const answersFor = (classes, present) =>
   Object.fromEntries(classes.map(({ id }) => [id, present.has(id) ? "present" : "absent"]));
 

@@ -10,7 +10,9 @@ export class Single {
   constructor({ done, failed, announce }) {
     Object.assign(this, { done, failed, announce });
     this.pictures = new Pictures();
+    this.state = { classes: [], upcoming: [], history: [] }; // until the server sends its own
     this.patch = null;
+    this.classes = []; // those when the patch was shown: answers are for these, even if classes are merged meanwhile
     this.present = new Set();
     this.suggested = null;
     this.steps = 0; // back in the history
@@ -56,6 +58,7 @@ export class Single {
 
   show(patch) {
     this.patch = patch;
+    this.classes = patch?.classes ?? this.state.classes;
     this.suggested = null;
     this.present = new Set(patch?.label?.present ?? []);
     this.shownAt = performance.now();
@@ -103,7 +106,7 @@ export class Single {
   }
 
   renderAnswer() {
-    const buttons = this.state.classes.map(({ id, name, color }, k) => {
+    const buttons = this.classes.map(({ id, name, color }, k) => {
       const button = document.createElement("button");
       button.type = "button";
       button.setAttribute("aria-pressed", String(this.present.has(id)));
@@ -130,7 +133,7 @@ export class Single {
   }
 
   toggle(k) {
-    const one = this.state.classes[k];
+    const one = this.classes[k];
     if (!one || !this.patch) return;
     const on = !this.present.has(one.id);
     if (on) this.present.add(one.id);
@@ -148,14 +151,14 @@ export class Single {
       this.failed(new Error("NOT saved: the picture of this patch is not loaded."));
       return;
     }
-    const { patch, suggested } = this;
+    const { patch, classes, suggested } = this;
     const marked = [...this.present];
-    const answers = mark === "none" ? answersFor(this.state.classes, this.present) : {};
+    const answers = mark === "none" ? answersFor(classes, this.present) : {};
     const seconds = Math.min(86400, (performance.now() - this.shownAt) / 1000);
     const label = { patch: patch.id, answers, mark, view: "single", reason: patch.reason, suggested, seconds };
-    const names = this.state.classes.filter(({ id }) => answers[id] === "present").map(({ name }) => name);
+    const names = classes.filter(({ id }) => answers[id] === "present").map(({ name }) => name);
     const said = `Saved: ${mark === "none" ? names.join(", ") || "no class" : mark}`;
-    const waiting = { patch: { ...patch, label: { present: marked, mark } }, label, said };
+    const waiting = { patch: { ...patch, classes, label: { present: marked, mark } }, label, said };
     // A label that could not be saved keeps its place in the queue.
     if (!this.sending && this.pending[0]?.patch.id === patch.id) this.pending[0] = waiting;
     else this.pending.push(waiting);
@@ -165,6 +168,7 @@ export class Single {
     await this.send();
   }
 
+  // Returns whether no label is left to save.
   send() {
     this.sending ??= this.sendAll().finally(() => {
       this.sending = null;
@@ -186,10 +190,12 @@ export class Single {
         this.steps = this.history().findIndex(({ id }) => id === patch.id) + 1;
         this.show(patch);
         this.suggested = label.suggested;
-        this.failed(new Error(`${error.message} Labels not saved: ${this.pending.length}.`));
-        return;
+        const lost = `Labels not saved: ${this.pending.length}. They are lost if you close or reload this page.`;
+        this.failed(new Error(`${error.message} ${lost}`));
+        return false;
       }
     }
+    return true;
   }
 
   // Undoes the last label, which may still be on its way.
@@ -197,8 +203,7 @@ export class Single {
     if (this.undoing) return;
     this.undoing = true;
     try {
-      await this.send();
-      if (this.pending.length) return;
+      if (!(await this.send())) return;
       const state = await post("/undo", {});
       this.done(state);
       this.announce(state.undone.length ? "Undone" : "Nothing to undo");
@@ -225,7 +230,7 @@ export class Single {
       const { model, suggested } = await post("/suggestion", { patch: asked.id });
       if (this.patch !== asked) return;
       this.suggested = suggested;
-      const named = this.state.classes.filter(({ id }) => id in suggested);
+      const named = this.classes.filter(({ id }) => id in suggested);
       const words = named.map(({ id, name }) => `${name} ${Math.round(suggested[id] * 100)} %`);
       byId("suggestion").textContent = words.length ? `${model}: ${words.join(", ")}` : `${model} has none of these classes.`;
     } catch (error) {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from models.bundle import Bundle
-from pipeline.labeling.folder import add_classes
+from pipeline.labeling.folder import add_classes, merge_classes
 from pipeline.labeling.store import EventStore
 from tests.browser import audited_page, axe_findings, screenshot, until
 from tests.cases import full
@@ -71,6 +71,61 @@ def test_a_class_that_was_added_while_the_page_was_open_gets_no_answer_before_it
         assert shown(page) == first, "it comes back, because it lacks an answer"
         press(page, "3", "Enter")
         assert saved(folder)[-1].answers == {1: "present", 2: "absent", 3: "present"}
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_a_class_that_was_merged_while_its_patch_was_shown_counts_for_the_class_that_contains_it(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with desk(folder, slides, shipped, classes=("class-0", "class-1", "fat")) as at, serving(at) as url:
+        requests = held(page)
+        page.goto(url)
+        ready(page)
+        page.keyboard.press("Enter")
+        until(page, "document.querySelector('#stage .patch').complete")
+        page.keyboard.press("3")
+        with EventStore(folder / "labels.sqlite") as other:
+            merge_classes(other, "ann", "fat", "class-1")
+        requests[0].continue_()
+        page.unroute("**/labels")
+        ready(page)
+        marked = page.locator("#answer [aria-pressed=true]")
+        assert marked.inner_text().startswith("fat")
+        press(page, "Enter")
+        assert saved(folder)[-1].answers == {1: "absent", 2: "absent", 3: "present"}
+        assert page.locator("#answer button").count() == 2
+        page.keyboard.press("Backspace")
+        assert marked.inner_text().startswith("class-1")
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_a_grid_of_a_class_that_was_merged_meanwhile_counts_for_the_class_that_contains_it(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "l"
+    monkeypatch.setattr("pipeline.labeling.app.POOL", 60)  # the network takes a second for these
+    classes = ("class-0", "class-1", "fat")
+    with desk(folder, slides[:1], shipped, classes=classes) as at, serving(at) as url:
+        save(at, at.session.upcoming(1)[0], 3)
+        requests = held(page)
+        page.goto(url)
+        ready(page)
+        for key in ("1", "Enter", "g", "3"):
+            page.keyboard.press(key)
+        images = "[...document.querySelectorAll('#patches img')]"
+        until(page, f"{images}.length === 24 && {images}.every((image) => image.complete)", seconds=40)
+        with EventStore(folder / "labels.sqlite") as other:
+            merge_classes(other, "ann", "fat", "class-1")
+        requests[0].continue_()
+        page.unroute("**/labels")
+        until(page, "document.querySelectorAll('#grid-classes button').length === 2")
+        page.keyboard.press("Enter")
+        until(page, "document.getElementById('grid-about').textContent === 'Choose a class.'")
+        grid = [one for one in saved(folder) if one.view == "grid"]
+        assert len(grid) >= 23, "a patch of the grid can be the one that was labeled meanwhile"
+        assert all(one.answers == {1: "absent", 2: "absent", 3: "present"} for one in grid)
+        assert at.session.counts().present == {1: 1, 2: 1 + len(grid)}
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 

@@ -13,10 +13,10 @@ from tests.pipeline.labeling.desks import desk, save
 from tests.pipeline.labeling.pages import held, press, ready, saved, serving, shown
 
 if TYPE_CHECKING:  # most test runs do not need a browser
-    from playwright.sync_api import Browser, Route
+    from playwright.sync_api import Browser, Page, Route
 
 
-def test_the_page_says_that_the_server_is_gone_and_does_not_go_on(
+def test_the_page_says_that_the_server_is_gone_and_asks_before_it_loses_labels(
     browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
     with browser.new_context() as context:
@@ -29,10 +29,19 @@ def test_the_page_says_that_the_server_is_gone_and_does_not_go_on(
             page.keyboard.press("1")
             page.keyboard.press("Enter")
             until(page, "!document.getElementById('fault').hidden")
-            assert "Start wsi-label again" in page.locator("#fault").inner_text()
+            assert page.locator("#fault").inner_text() == (
+                "The server does not answer. "
+                "Start wsi-label again with the same folder, then use the page that it opens. "
+                "Labels not saved: 1. They are lost if you close or reload this page."
+            )
             assert shown(page) == first
             assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
             assert saved(tmp_path / "l") == []
+            with page.expect_event("dialog") as asked:
+                page.evaluate("() => void setTimeout(() => location.reload())")
+                page.once("dialog", lambda dialog: dialog.dismiss())
+            assert asked.value.type == "beforeunload"
+            assert shown(page) == first
 
 
 def test_an_error_of_the_grid_disappears_when_another_class_can_be_compared(
@@ -111,7 +120,7 @@ def test_the_grid_does_not_save_patches_whose_pictures_are_not_loaded(
             f"() => wsiLabel.grid.patches.filter((_, i) => {images}[i].naturalWidth).map(({{ id }}) => id)"
         )
         assert 0 < len(loaded) < 24
-        assert page.locator("#fault").inner_text() == "Some pictures cannot be loaded. Their patches are not saved."
+        assert page.locator("#fault").inner_text() == "Some pictures cannot be loaded. Their patches will not be saved."
         page.keyboard.press("Enter")
         until(page, f"document.getElementById('saved').textContent === 'Saved: {len(loaded)} patches'")
         assert [one.place.id for one in saved(folder) if one.view == "grid"] == loaded
@@ -134,8 +143,10 @@ def test_labels_that_could_not_be_saved_are_sent_again_in_their_order(
         requests[0].fulfill(status=507, body="NOT saved; see the terminal for the reason.")
         page.unroute("**/labels")
         until(page, "!document.getElementById('fault').hidden")
-        reason = "NOT saved; see the terminal for the reason. Labels not saved: 3."
-        assert page.locator("#fault").inner_text() == reason
+        assert page.locator("#fault").inner_text() == (
+            "NOT saved; see the terminal for the reason. "
+            "Labels not saved: 3. They are lost if you close or reload this page."
+        )
         assert page.locator("#saved").inner_text() == ""
         assert shown(page) == first
         page.keyboard.press("2")
@@ -145,4 +156,47 @@ def test_labels_that_could_not_be_saved_are_sent_again_in_their_order(
             (first, both, "none"), (old, both, "none"), (second, {}, "unsure"),
         ]  # fmt: skip
         assert page.locator("#fault").is_hidden()
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_undo_in_the_grid_waits_for_the_labels_of_the_single_view(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with browser.new_context() as context, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        page = context.new_page()
+        page.goto(url)
+        ready(page)
+        first, second = (patch.place.id for patch in at.session.upcoming(2))
+        press(page, "1", "Enter")
+        requests = held(page)
+        for key in ("2", "Enter", "g", "z"):
+            page.keyboard.press(key)
+        requests[0].fulfill(status=507, body="NOT saved; see the terminal for the reason.")
+        page.unroute("**/labels")
+        until(page, "!document.getElementById('fault').hidden && !wsiLabel.grid.busy")
+        assert [one.kind for one in saved(folder)] == ["label"], "the label before is not the last one"
+        page.keyboard.press("z")
+        until(page, "document.getElementById('announcement').textContent === 'Undone'")
+        assert [one.place.id for one in saved(folder)[:2]] == [first, second]
+        assert [one.kind for one in saved(folder)] == ["label", "label", "undo"]
+        page.keyboard.press("g")
+        assert shown(page) == second
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_keys_do_nothing_before_the_server_has_answered(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides[:1], shipped) as at, serving(at) as url:
+        requests: list[Route] = []
+        page.route("**/state.json", lambda route: requests.append(route))  # noqa: PLW0108 - Playwright needs a function of Python
+        page.goto(url, wait_until="commit")
+        until(page, "window.wsiLabel")
+        for key in ("1", "Backspace", "Enter", "u", "s", "g", "1", "Enter", "g"):
+            page.keyboard.press(key)
+        requests[0].continue_()
+        ready(page)
+        assert shown(page) == at.session.upcoming(1)[0].place.id
+        assert saved(tmp_path / "l") == []
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
