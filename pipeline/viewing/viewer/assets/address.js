@@ -1,7 +1,6 @@
 // Keeps the page's address a link to this view and its layers.
 
 import { announce } from "./notices.js";
-import { MOST_ZOOM } from "./stage.js";
 
 const byId = (id) => document.getElementById(id);
 const SMALLEST_DELAY_MS = 200;
@@ -33,9 +32,7 @@ export class Address {
     const number = (name) => Number(words.get(name) ?? 0);
     const wanted = { x: number("x"), y: number("y"), zoom: number("zoom"), degrees: number("turn") };
     if (!words.has("x") || !Object.values(wanted).every(Number.isFinite) || wanted.zoom <= 0) return;
-    // People edit addresses.
-    this.stage.goTo({ ...wanted, zoom: Math.min(wanted.zoom, MOST_ZOOM) }, true);
-    this.stage.bringBack();
+    this.stage.goNear(wanted); // people edit addresses
   }
 
   async copy() {

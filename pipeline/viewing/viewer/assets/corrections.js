@@ -14,7 +14,7 @@ export class Corrections {
     this.shapes = []; // the corrected polygons
     this.saving = Promise.resolve();
     this.changed = () => {}; // called when other regions are corrected than before
-    this.failure = null; // the note about what could not be read or saved last
+    this.notes = { read: null, save: null }; // what could not be read, and what could not be saved
     byId("correcting").addEventListener("change", (event) => this.turn(event.target.checked));
     for (const button of this.buttons()) {
       button.querySelector(".swatch").style.setProperty("--class", facts.classes[Number(button.dataset.class)].color);
@@ -26,7 +26,7 @@ export class Corrections {
 
   // Reads what was saved before, and again when a person returns to the page: another tab may have saved. Needs the view.
   start() {
-    const read = () => this.inTurn(() => this.read(fetch("corrections.json")));
+    const read = () => this.inTurn("read", async () => this.take(await stateOf(fetch("corrections.json"))));
     read();
     window.addEventListener("focus", read);
     document.addEventListener("visibilitychange", () => { if (!document.hidden) read(); });
@@ -47,13 +47,13 @@ export class Corrections {
     if (key === "c") return () => this.turn(!this.on);
     if (!this.on) return undefined;
     if (/^[1-9]$/.test(key)) return () => this.relabel(Number(key));
-    return { z: () => this.undo(), Escape: this.selection.last ? undefined : () => this.turn(false) }[key];
+    return { z: () => this.undo(), Escape: this.selection.empty ? () => this.turn(false) : undefined }[key];
   }
 
   relabel(label) {
     if (!this.facts.classes[label - 1]) return;
     const chosen = this.selection.chosen();
-    this.inTurn(async () => {
+    this.inTurn("save", async () => {
       const regions = await chosen;
       if (!regions.length) announce("First select a region");
       for (const region of regions) {
@@ -67,39 +67,37 @@ export class Corrections {
     });
   }
 
-  undo() { this.inTurn(() => this.save("corrections/undo", {}, ({ undone }) => (undone === null ? "Nothing to undo" : "Undone"))); }
+  undo() { this.inTurn("save", () => this.save("corrections/undo", {}, ({ undone }) => (undone === null ? "Nothing to undo" : "Undone"))); }
 
-  // Does one thing after the other, in the order of the keys.
-  inTurn(work) { this.saving = this.saving.then(work); }
+  // Does one thing after the other, in the order of the keys. A note states what failed, and the next thing follows.
+  inTurn(kind, work) { this.saving = this.saving.then(work).catch(({ message }) => this.showFailure(kind, message)); }
+
+  showFailure(kind, text) {
+    this.notes[kind]?.remove();
+    this.notes[kind] = text && note(text);
+  }
 
   async save(path, body, said) {
     byId("corrections-saved").textContent = "";
     const headers = { "Content-Type": "application/json" };
-    const state = await this.read(fetch(path, { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ");
-    if (!state) return;
-    this.failure?.remove();
+    const state = await stateOf(fetch(path, { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ");
+    this.showFailure("save", null);
+    await this.take(state);
     byId("corrections-saved").textContent = said(state);
     announce(said(state));
   }
 
-  // Takes over the server's state and returns it, or null if there was none.
-  async read(request, failure = "") {
-    const answer = await request.catch(() => null);
-    if (!answer?.ok) {
-      this.failure?.remove();
-      this.failure = note(failure + (answer ? await answer.text() : "wsi-view has ended. Start it again, then reload the page."));
-      return null;
-    }
-    const state = await answer.json();
-    const corrected = new Map(state.corrections.map(({ index, after }) => [index, after]));
+  // Shows the server's state.
+  async take({ corrections, others }) {
+    this.showFailure("read", null);
+    const corrected = new Map(corrections.map(({ index, after }) => [index, after]));
     this.selection.corrected = corrected;
     byId("correction-count").textContent = `Corrected regions: ${corrected.size}`
-      + (state.others ? `; ${state.others} more belong to an earlier result` : "");
+      + (others ? `; ${others} more belong to an earlier result` : "");
     byId("export-corrections").hidden = !corrected.size;
     this.selection.render();
     this.changed();
     await this.refresh();
-    return state;
   }
 
   // Reads the shapes again in the level of detail of this zoom.
@@ -130,4 +128,12 @@ export class Corrections {
       strokeLines(context, path, ratio, [["#000", 3], ["#fff", 1.5]]);
     }
   }
+}
+
+// Returns the server's state. Throws an error with the text of a note if there is none.
+async function stateOf(request, failure = "") {
+  const answer = await request.catch(() => { throw new Error(`${failure}wsi-view has ended. Start it again, then reload the page.`); });
+  if (!answer.ok) throw new Error(failure + (await answer.text().catch(() => answer.statusText)));
+  // The server may have saved.
+  return answer.json().catch(() => { throw new Error("The answer of wsi-view cannot be read. Reload the page to see what is saved."); });
 }

@@ -89,23 +89,32 @@ function nearestDetail(wanted) {
   return here.length ? here.reduce((a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a)) : null;
 }
 
-async function load(detail) {
-  postMessage({ kind: "begun" });
-  const response = await fetch(`${base}outlines/${detail}`).catch(() => null);
-  if (!response?.ok) {
-    postMessage({ kind: "unloaded" });
-    return;
+// Returns what `parse` makes of the bytes of a file, or null if the file cannot be read.
+async function read(file, parse) {
+  try {
+    const response = await fetch(base + file);
+    return response.ok ? parse(await response.arrayBuffer()) : null;
+  } catch {
+    return null;
   }
-  details[detail] = readPolygons(await response.arrayBuffer(), Math.max(facts.width, facts.height));
-  for (const done of waiting.splice(0)) done();
-  postMessage({ kind: "loaded" });
 }
 
+async function load(detail) {
+  postMessage({ kind: "begun" });
+  loading += 1;
+  details[detail] = await read(`outlines/${detail}`, (bytes) => readPolygons(bytes, Math.max(facts.width, facts.height)));
+  loading -= 1;
+  for (const done of waiting.splice(0)) done();
+  postMessage({ kind: details[detail] ? "loaded" : "unloaded" });
+}
+
+let loading = 0; // levels of detail that are being loaded
 const waiting = []; // requests that came before the first polygons
+const NOTHING = { at: null, regions: [], next: null, rows: { rows: [], first: 0, total: 0 } }; // answers if no level can be read
 
 async function answer(question) {
   const { id, what, zoom = 1 } = question;
-  while (nearestDetail(wantedDetail(zoom)) === null) await new Promise((done) => { waiting.push(done); });
+  while (nearestDetail(wantedDetail(zoom)) === null && loading) await new Promise((done) => { waiting.push(done); });
   const polygons = details[nearestDetail(wantedDetail(zoom))];
   const answers = {
     at: () => find(question),
@@ -116,7 +125,7 @@ async function answer(question) {
       return regionRows(polygons, question.by === "probability" ? await pending : uncertainty, question);
     },
   };
-  postMessage({ kind: "answered", id, answer: await answers[what]() });
+  postMessage({ kind: "answered", id, answer: polygons ? await answers[what]() : NOTHING[what] });
 }
 
 let uncertainty = null; // of each region, once it is known
@@ -125,8 +134,7 @@ let measuring = null;
 // Returns the uncertainty of each region, or null if it cannot be read.
 function measured() {
   measuring ??= (async () => {
-    const response = await fetch(`${base}uncertainty`).catch(() => null);
-    if (response?.ok) uncertainty = new Float32Array(await response.arrayBuffer());
+    uncertainty = await read("uncertainty", (bytes) => new Float32Array(bytes));
     postMessage({ kind: uncertainty ? "measured" : "unmeasured" });
     return uncertainty;
   })();

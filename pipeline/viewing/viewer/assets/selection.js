@@ -24,6 +24,9 @@ export class Selection {
   // The region that was selected last, or null.
   get last() { return this.regions.at(-1) ?? null; }
 
+  // Whether no region is selected or being looked up.
+  get empty() { return !this.last && !this.choice; }
+
   numbers() { return this.regions.map(({ index }) => index); }
 
   // Returns the regions that will be selected once the last choice is known.

@@ -4,7 +4,10 @@ import { normal, placeOf, turned } from "./views.js";
 
 const OpenSeadragon = window.OpenSeadragon;
 const UM_PER_PX_AT_1X = 10; // on the screen, so 40× is 0.25 µm per pixel
-export const MOST_ZOOM = 8; // screen pixels per slide pixel
+const MOST_ZOOM = 8; // screen pixels per slide pixel
+const LEAST_SHARE = 0.1; // of the zoom that shows the whole slide, for addresses
+
+const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
 
 export class Stage {
   // Fills `element` with the slide. Only the main stage has a navigator and can be reached with the Tab key.
@@ -81,10 +84,16 @@ export class Stage {
     this.osd.viewport.panTo(new OpenSeadragon.Point(x / this.facts.width, y / this.facts.width), immediately);
   }
 
-  // Moves at once so that a part of the slide is in view, as it is after every movement with the mouse.
-  bringBack() {
+  // Moves at once to this view. If it shows nothing of the slide, or too little to see, moves to the closest view that does.
+  goNear({ x, y, zoom, degrees }) {
     const { viewport } = this.osd;
-    viewport.panTo(viewport.getConstrainedBounds().getCenter(), true);
+    const { width, height } = this.facts;
+    const screen = viewport.getContainerSize();
+    const least = (LEAST_SHARE * viewport.getHomeZoom() * screen.x) / width;
+    const near = { x: clamp(x, 0, width), y: clamp(y, 0, height), zoom: clamp(zoom, least, MOST_ZOOM), degrees: normal(degrees) };
+    const inView = Math.hypot(x - near.x, y - near.y) * near.zoom < Math.hypot(screen.x, screen.y) / 2;
+    this.goTo(inView ? { ...near, x, y } : near, true);
+    viewport.panTo(viewport.getConstrainedBounds().getCenter(), true); // as after every movement with the mouse
   }
 
   zoomTo(zoom, immediately = false) {

@@ -29,6 +29,24 @@ def saved(site: Site) -> list[tuple[str, str]]:
     return [(one.event.before, one.event.after) for one in read_corrections(site.results[0].folder)]
 
 
+def delay_answers(page: Page) -> None:
+    """Delay everything that the page asks about the regions from now on."""
+    page.evaluate(
+        """() => { const { outlines } = wsiView; const request = outlines.request.bind(outlines);
+        outlines.request = async (question) => {
+          await new Promise((done) => setTimeout(done, 400)); return request(question); }; }"""
+    )
+
+
+def come_back(page: Page) -> None:
+    page.evaluate("() => { window.dispatchEvent(new Event('focus')); }")
+
+
+def notes(page: Page) -> list[str]:
+    page.evaluate("() => wsiView.corrections.saving")
+    return page.locator("#notes p").all_inner_texts()
+
+
 def test_a_region_is_selected_relabeled_undone_and_exported(own_site: Site, page: Page, tmp_path: Path) -> None:
     show(page, own_site, "#x=640&y=416&zoom=0.7&map=0&outlines=0")
     page.keyboard.press("2")
@@ -67,6 +85,19 @@ def test_a_region_is_selected_relabeled_undone_and_exported(own_site: Site, page
     assert page.locator("#correction-tools").is_hidden()
 
 
+def test_escape_right_after_n_ends_the_choice_and_not_the_corrections(own_site: Site, page: Page) -> None:
+    show(page, own_site)
+    page.keyboard.press("c")
+    delay_answers(page)
+    page.keyboard.press("n")
+    page.keyboard.press("Escape")
+    page.wait_for_timeout(600)
+    assert page.locator("#correction-tools").is_visible()
+    assert page.locator("#selected-region").inner_text().startswith("none")
+    page.keyboard.press("Escape")
+    assert page.locator("#correction-tools").is_hidden()
+
+
 def test_the_next_region_by_area_and_by_uncertainty_comes_into_view(own_site: Site, page: Page) -> None:
     show(page, own_site, "#x=100&y=100&zoom=3")
     page.keyboard.press("c")
@@ -96,11 +127,7 @@ def test_a_class_goes_to_the_region_that_was_chosen_before_it_also_if_the_region
     page.keyboard.press("c")
     page.mouse.click(*place_on_screen(page, *PURPLE_AT))
     said(page, "Selected: class-1")
-    page.evaluate(
-        """() => { const { outlines } = wsiView; const request = outlines.request.bind(outlines);
-        outlines.request = async (question) => {
-          await new Promise((done) => setTimeout(done, 400)); return request(question); }; }"""
-    )
+    delay_answers(page)
     page.keyboard.press("n")
     page.keyboard.press("2")
     page.keyboard.press("n")
@@ -220,7 +247,7 @@ def test_a_page_shows_what_another_one_has_corrected_when_a_person_returns_to_it
     other.keyboard.press("2")
     said(other, "Saved: class-1")
     assert page.locator("#correction-count").inner_text() == "Corrected regions: 0"
-    page.evaluate("() => window.dispatchEvent(new Event('focus'))")
+    come_back(page)
     until(page, "document.getElementById('correction-count').textContent === 'Corrected regions: 1'")
     until(page, "wsiView.corrections.shapes.length === 1")
     assert page.locator("#selected-region").inner_text().startswith("class-1 (before: class-0)")
@@ -229,6 +256,88 @@ def test_a_page_shows_what_another_one_has_corrected_when_a_person_returns_to_it
     other.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
     until(other, "document.getElementById('correction-count').textContent === 'Corrected regions: 0'")
     other.goto("about:blank")
+
+
+def test_a_note_that_corrections_cannot_be_read_disappears_when_they_can(own_site: Site, browser: Browser) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        show(page, own_site)
+        damaged = "document.getElementById('notes').textContent.includes('The file is damaged.')"
+        page.route("**/corrections.json", lambda route: route.fulfill(status=500, body="The file is damaged."))
+        come_back(page)
+        until(page, damaged)
+        page.unroute("**/corrections.json")
+        come_back(page)
+        until(page, f"!{damaged}")
+        page.route("**/corrections.json", lambda route: route.fulfill(status=500, body="The file is damaged."))
+        come_back(page)
+        until(page, damaged)
+        page.keyboard.press("c")
+        page.keyboard.press("n")
+        said(page, "Selected: class-0")
+        page.route("**/corrections", lambda route: route.fulfill(status=507, body="The disk is full."))
+        page.keyboard.press("2")
+        until(page, "document.getElementById('notes').textContent.includes('NOT saved')")
+        page.unroute("**/corrections.json")
+        come_back(page)
+        until(page, f"!{damaged}")
+        assert notes(page) == ["NOT saved: The disk is full."], "until a correction is saved"
+        page.goto("about:blank")
+
+
+def test_after_an_answer_that_cannot_be_read_corrections_are_saved_and_undone_as_before(
+    own_site: Site, browser: Browser
+) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        show(page, own_site)
+        page.keyboard.press("c")
+        page.keyboard.press("n")
+        said(page, "Selected: class-0")
+        broken = "The answer of wsi-view cannot be read. Reload the page to see what is saved."
+        page.route("**/corrections.json", lambda route: route.fulfill(body='{"correc'))
+        come_back(page)
+        until(page, f"document.getElementById('notes').textContent === '{broken}'")
+        page.route("**/corrections", lambda route: route.fulfill(body='{"correc'))
+        page.keyboard.press("2")
+        until(page, "document.querySelectorAll('#notes p').length === 2")
+        assert notes(page) == [broken, broken]
+        page.unroute("**/corrections")
+        page.keyboard.press("2")
+        said(page, "Saved: class-1")
+        assert notes(page) == []
+        assert saved(own_site) == [("class-0", "class-1")]
+        page.keyboard.press("z")
+        said(page, "Undone")
+        assert saved(own_site) == []
+        page.goto("about:blank")
+
+
+@pytest.mark.parametrize("cut", ["uncertainty", "outlines/*"])
+def test_corrections_are_read_saved_and_undone_also_if_the_page_gets_no_regions(
+    own_site: Site, browser: Browser, cut: str
+) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        show(page, own_site)
+        page.keyboard.press("c")
+        page.keyboard.press("n")
+        said(page, "Selected: class-0")
+        page.keyboard.press("2")
+        said(page, "Saved: class-1")
+        page.route(f"**/{cut}", lambda route: route.fulfill(body="cut"))
+        page.reload()
+        until(page, "window.wsiView && wsiView.selection.corrected.size")
+        page.keyboard.press("c")
+        page.keyboard.press("Shift+N")
+        said(page, "No other region")
+        page.keyboard.press("1")
+        said(page, "First select a region")
+        page.keyboard.press("z")
+        said(page, "Undone")
+        assert saved(own_site) == []
+        assert any("cannot be read. The terminal shows the reason" in text for text in notes(page))
+        page.goto("about:blank")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
