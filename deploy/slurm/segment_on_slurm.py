@@ -98,7 +98,10 @@ def positive(text: str) -> int:
 
 def size(text: str) -> int:
     """Return the number of bytes of a text such as 8GB."""
-    return int(parse_bytes(text))
+    number = int(parse_bytes(text))
+    if number < 1_000_000:
+        raise argparse.ArgumentTypeError(f"must be 1MB or more, not {text!r}; write the unit, as in 8GB")
+    return number
 
 
 def settings() -> list[tuple[str, str]]:
@@ -135,7 +138,10 @@ class Job(SLURMJob):
 
 
 def submit(cluster: SLURMCluster) -> str:
-    """Submit the jobs that are missing: new, ended and refused ones. Return the error of sbatch, or an empty text."""
+    """Submit the jobs that are missing: new and refused ones, and those that ended after their worker had connected.
+
+    Return the error of sbatch, or an empty text.
+    """
 
     async def missing_jobs() -> None:
         try:

@@ -211,7 +211,9 @@ def test_a_cancelled_job_is_replaced_although_sbatch_fails_at_first(slurm: dict[
     ) as run:
         until((out / "a" / "run.json").exists, seconds=240, what="the first slide")
         output_of("scancel", "--user", getpass.getuser(), env=slurm)
+        finished = len(list(out.glob("*/run.json")))
         printed, _ = run.communicate(timeout=240)
+    assert finished < 5, "the batch can end without a new job; use more slides"
     assert run.returncode == 0, printed
     assert printed.count("Slurm did not accept a job; retrying every 10 s: sbatch: error: Socket timed out") == 1
     assert sorted(path.name for path in (tmp_path / "programs").glob("call-*")) == ["call-1", "call-2", "call-3"]
@@ -307,6 +309,8 @@ def test_the_script_ends_with_the_error_of_sbatch_if_slurm_accepts_no_job(tmp_pa
         ("--cores", "0", "argument --cores: must be 1 or more, not 0"),
         ("--gpus", "2", "argument --gpus: invalid choice: 2"),
         ("--memory", "lots", "argument --memory: invalid size value: 'lots'"),
+        ("--memory", "0", "argument --memory: must be 1MB or more, not '0'; write the unit, as in 8GB"),
+        ("--memory", "8", "argument --memory: must be 1MB or more, not '8'; write the unit, as in 8GB"),
     ],
 )
 def test_an_option_that_no_job_can_have_is_refused(
