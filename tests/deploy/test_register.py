@@ -48,7 +48,10 @@ def test_what_cannot_be_inspected_is_not_registered_again(tmp_path: Path, inspec
 def test_only_what_is_not_found_is_registered(tmp_path: Path) -> None:
     missing = 'case "$4" in train/training) echo "Deployment \'$4\' not found!"; exit 1 ;; esac'
     assert register(tmp_path, missing) == (0, "", ["--no-prompt deploy --name training"])
-    assert register(tmp_path / "..", "exit 0") == (0, "", [])
+
+
+def test_nothing_is_registered_if_everything_exists(tmp_path: Path) -> None:
+    assert register(tmp_path, "exit 0") == (0, "", [])
 
 
 @pytest.mark.parametrize("options", [("--replace", "extra"), ("--force",), ("", "--replace")])
