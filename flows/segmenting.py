@@ -47,19 +47,25 @@ def segment_order(order: BatchRequest) -> State[None]:
 
 def refused(error: ConfigError, source: str, *, hide_paths: bool) -> State[None]:
     """Return the state of a run that cannot start: no retry and no traceback would help."""
-    redact = without_folders(_folders_of(source)) if hide_paths else as_it_is
-    return Failed(message=redact(str(error)))
+    message = str(error)
+    redact = without_folders(_folders_of(source, message)) if hide_paths else as_it_is
+    return Failed(message=redact(message))
 
 
-def _folders_of(source: str) -> Iterator[Path | str]:
-    """Yield the folders of a source: of itself, of what it matches as a glob, and of the cells of manifests."""
+def _folders_of(source: str, message: str) -> Iterator[Path | str]:
+    """Yield the folders that a message about a source can name.
+
+    These are the folders of the source, of what it matches as a glob, and of the cells of manifests.
+    """
     for path in map(Path, (source, *glob.glob(source, recursive=True))):  # noqa: PTH207 - as in flows.batch
         yield path.parent
         if not is_file(path):
             yield path
         elif path.suffix.lower() == ".csv":
             for folder in map(os.path.dirname, _cells(path)):
-                yield from (folder, path.parent / folder)
+                # A manifest can have thousands of folders, and without_folders examines each one on the disk.
+                if Path(folder).name in message and "\0" not in folder:
+                    yield from (folder, path.parent / folder)
 
 
 def _cells(manifest: Path) -> list[str]:

@@ -98,7 +98,10 @@ def positive(text: str) -> int:
 
 def size(text: str) -> int:
     """Return the number of bytes of a text such as 8GB."""
-    return int(parse_bytes(text))
+    number = int(parse_bytes(text))
+    if number < 1_000_000:
+        raise argparse.ArgumentTypeError(f"must be 1MB or more, not {text!r}; write the unit, as in 8GB")
+    return number
 
 
 def settings() -> list[tuple[str, str]]:
@@ -135,7 +138,10 @@ class Job(SLURMJob):
 
 
 def submit(cluster: SLURMCluster) -> str:
-    """Submit the jobs that are missing: new, ended and refused ones. Return the error of sbatch, or an empty text."""
+    """Submit the jobs that are missing: new and refused ones, and those that ended after their worker had connected.
+
+    Return the error of sbatch, or an empty text.
+    """
 
     async def missing_jobs() -> None:
         try:
@@ -148,8 +154,11 @@ def submit(cluster: SLURMCluster) -> str:
 
     try:
         cluster.sync(missing_jobs)
-    except (OSError, RuntimeError) as error:
-        return "; ".join(str(error).rpartition("stderr:")[2].strip().splitlines())
+    except (OSError, RuntimeError, ValueError) as error:
+        text = str(error)
+        # Without the command, whose file has a new name at each attempt.
+        lines = (text.rpartition("stderr:")[2].strip() or text.partition("Command:")[0].strip()).splitlines()
+        return "; ".join(lines) or repr(error)
     return ""
 
 
@@ -160,13 +169,17 @@ def segment(cluster: SLURMCluster, arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: process.send_signal(signal.SIGINT))
     reported = ""
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            return process.wait(CHECK_S)
-        error = submit(cluster)
-        if error and error != reported:
-            log.warning("Slurm did not accept a job; retrying every %.0f s: %s", CHECK_S, error)
-        reported = error
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(CHECK_S)
+            error = submit(cluster)
+            if error and error != reported:
+                log.warning("Slurm did not accept a job; retrying every %.0f s: %s", CHECK_S, error)
+            reported = error
+    finally:  # the jobs end with this script, also after an unexpected error
+        process.send_signal(signal.SIGINT)
+        process.wait()
 
 
 if __name__ == "__main__":

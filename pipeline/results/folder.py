@@ -321,8 +321,9 @@ def _damage(target: Path, changed: Sequence[str]) -> str:
 
 
 def _other_inputs(former: Mapping[str, object], identity: Mapping[str, object]) -> str:
-    names = [name for name in identity if former.get(name) != identity[name]]
-    return f"other {', '.join(names)}" if names else ""
+    versions = ["made by an earlier version"] if former.get("format") != identity["format"] else []
+    names = [name for name in identity if name != "format" and former.get(name) != identity[name]]
+    return "; ".join([*versions, *([f"other {', '.join(names)}"] if names else [])])
 
 
 def _other_values(former: Mapping[str, object], identity: Mapping[str, object]) -> Iterator[str]:

@@ -102,5 +102,5 @@ def test_automation_waits_three_heartbeats_and_spares_states_with_names_of_their
 
 def test_register_script_asks_for_the_automation_by_its_name() -> None:
     script = (DEPLOY / "register.sh").read_text(encoding="utf-8")
-    asked = set(re.findall(r"automation inspect (\S+)", script))
+    asked = set(re.findall(r"exists automation (\S+)", script))
     assert asked == {one["name"] for one in read_yaml(DEPLOY / "settings" / "automations.yaml")["automations"]}

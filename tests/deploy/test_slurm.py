@@ -7,6 +7,7 @@ import getpass
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,7 +211,9 @@ def test_a_cancelled_job_is_replaced_although_sbatch_fails_at_first(slurm: dict[
     ) as run:
         until((out / "a" / "run.json").exists, seconds=240, what="the first slide")
         output_of("scancel", "--user", getpass.getuser(), env=slurm)
+        finished = len(list(out.glob("*/run.json")))
         printed, _ = run.communicate(timeout=240)
+    assert finished < 5, "the batch can end without a new job; use more slides"
     assert run.returncode == 0, printed
     assert printed.count("Slurm did not accept a job; retrying every 10 s: sbatch: error: Socket timed out") == 1
     assert sorted(path.name for path in (tmp_path / "programs").glob("call-*")) == ["call-1", "call-2", "call-3"]
@@ -234,6 +237,60 @@ def test_a_job_that_sbatch_refuses_is_submitted_again(tmp_path: Path, monkeypatc
     assert sorted(path.name for path in (tmp_path / "programs").glob("call-*")) == ["call-1", "call-2", "call-3"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ("exit 1", "Command exited with non-zero exit code.; Exit code: 1"),
+        (
+            "echo ok, queued",
+            "Could not parse job id from submission command output.; Job id regexp is '(?P<job_id>\\\\d+)'; "
+            "Submission command output is:; ok, queued",
+        ),
+    ],
+)
+def test_an_sbatch_that_fails_silently_or_names_no_job_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, error: str
+) -> None:
+    script = load_script()
+    monkeypatch.setenv("PATH", replaced_sbatch(tmp_path / "programs", "none", answer)["PATH"])
+    options = {"interface": "lo", "log_directory": str(tmp_path), "scheduler_options": {"dashboard_address": ":0"}}
+    with SLURMCluster(job_cls=script.Job, cores=1, memory="1GB", **options) as cluster:
+        cluster.worker_spec |= cluster.new_worker_spec()
+        assert script.submit(cluster) == error
+        assert cluster.workers == {}
+
+
+def test_wsi_segment_is_stopped_before_an_unexpected_error_ends_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, started, stopped = (tmp_path / name for name in ("program", "started", "stopped"))
+    program.write_text(f"""\
+#!{sys.executable}
+import signal, time
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    Path("{started}").touch()
+    time.sleep(60)
+finally:
+    Path("{stopped}").touch()
+""")
+    program.chmod(0o755)
+    script = load_script()
+
+    def broken(_: object) -> str:
+        until(started.exists, seconds=30, what="the start of wsi-segment")
+        raise KeyError("unexpected")
+
+    monkeypatch.setattr(script, "submit", broken)
+    monkeypatch.setattr(script, "CHECK_S", 0.1)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of pytest stay
+    with pytest.raises(KeyError, match="unexpected"):
+        script.segment(SimpleNamespace(scheduler_address="tls://127.0.0.1:1"), [])
+    assert stopped.exists()
+
+
 def test_the_script_ends_with_the_error_of_sbatch_if_slurm_accepts_no_job(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--interface", "lo", "--shared", str(tmp_path / "shared"), "--", "a.svs"]
     environment = replaced_sbatch(tmp_path / "programs", "*", "")
@@ -252,6 +309,8 @@ def test_the_script_ends_with_the_error_of_sbatch_if_slurm_accepts_no_job(tmp_pa
         ("--cores", "0", "argument --cores: must be 1 or more, not 0"),
         ("--gpus", "2", "argument --gpus: invalid choice: 2"),
         ("--memory", "lots", "argument --memory: invalid size value: 'lots'"),
+        ("--memory", "0", "argument --memory: must be 1MB or more, not '0'; write the unit, as in 8GB"),
+        ("--memory", "8", "argument --memory: must be 1MB or more, not '8'; write the unit, as in 8GB"),
     ],
 )
 def test_an_option_that_no_job_can_have_is_refused(

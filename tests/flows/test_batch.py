@@ -33,7 +33,7 @@ from flows.slide import segment_slide_flow
 from pipeline.batch import window
 from pipeline.batch.collect import collect_jobs
 from pipeline.config import SegmentConfig
-from pipeline.errors import Cancelled, ClusterError, LockedError
+from pipeline.errors import Cancelled, ClusterError, ConfigError, LockedError
 from pipeline.results.record import write_run
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
@@ -407,6 +407,7 @@ def test_with_paths_hidden_no_folder_reaches_the_server(
         ("s3://Doe/Jane/b.svs,,,", "list.csv, line 3: the slide: b.svs is an address (s3://), which is not supported"),
         ("Doe Jane/b.svs,,Doe/Jane/m,", "list.csv, line 3: the column 'model' cannot be used: m: "),
         ("b.svs,,,Doe Jane/.b", "list.csv, line 3: id is '.b'; it must be a name"),
+        ("Doe Jane/b\0/c.svs,,,", "list.csv, line 3: the column 'slide' contains a zero byte"),
     ],
 )
 def test_with_paths_hidden_an_error_in_a_manifest_names_no_folder(
@@ -417,6 +418,24 @@ def test_with_paths_hidden_an_error_in_a_manifest_names_no_folder(
     assert str(state.message).startswith(message)
     assert "Doe" not in str(state.message)
     assert "Jane" not in str(state.message)
+
+
+def test_with_paths_hidden_only_the_folders_that_an_error_names_are_examined(
+    tmp_path: Path, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "".join(f"case-{number}/a.svs,\n" for number in range(100))
+    (tmp_path / "list.csv").write_text(f"slide,id\n{rows}b.svs,case-7/.b\n")
+    examined: set[str] = set()
+
+    def realpath(path: str | Path) -> str:
+        examined.add(str(path))
+        return str(path)
+
+    monkeypatch.setattr("flows.privacy.os.path.realpath", realpath)
+    error = ConfigError("line 102: id is 'case-7/.b'")
+    state = segmenting.refused(error, str(tmp_path / "list.csv"), hide_paths=True)
+    assert state.message == "line 102: id is '.b'"
+    assert {path for path in examined if "case" in path} == {"case-7", str(tmp_path / "case-7")}
 
 
 def test_with_paths_hidden_an_error_in_a_folder_that_a_glob_matches_does_not_name_the_folder(

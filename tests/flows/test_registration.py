@@ -31,7 +31,8 @@ def empty_server(tmp_path: Path) -> Iterator[PrefectServer]:
 
 def register(server: PrefectServer, *options: str, scheduler: str = "") -> None:
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = server.environment | {"PATH": programs, "WSI_SCHEDULER": scheduler}
+    # As in a narrow terminal, where Prefect wraps its messages.
+    environment = server.environment | {"PATH": programs, "WSI_SCHEDULER": scheduler, "COLUMNS": "20"}
     output_of("bash", str(DEPLOY / "register.sh"), *options, env=environment)
 
 

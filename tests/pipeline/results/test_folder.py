@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import LockedError, OutputError
+from pipeline.errors import LockedError, OtherResultError, OutputError
 from pipeline.results.digests import write_result
 from pipeline.results.find import result_folders, result_name
 from pipeline.results.folder import ResultFolder, check_unlocked, is_locked, open_folder
@@ -212,6 +212,21 @@ def test_a_setting_that_only_one_of_two_runs_has_is_named(tmp_path: Path) -> Non
     with (
         pytest.raises(OutputError, match="it was made with exclude_folds unset instead of True"),
         open_folder(tmp_path, "slide", other, {}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"), [("e", "made by an earlier version"), ("f", "made by an earlier version; other model")]
+)
+def test_a_result_of_an_earlier_format_is_refused_as_made_by_an_earlier_version(
+    tmp_path: Path, model: str, reason: str
+) -> None:
+    publish(tmp_path, "a.txt")
+    later = IDENTITY.model_copy(update={"format": IDENTITY.format + 1, "model": model * 64})
+    with (
+        pytest.raises(OtherResultError, match=rf"slide: holds the result of another run \({reason}\); pass --force"),
+        open_folder(tmp_path, "slide", later, {}),
     ):
         pass
 
