@@ -321,7 +321,7 @@ def _damage(target: Path, changed: Sequence[str]) -> str:
 
 
 def _other_inputs(former: Mapping[str, object], identity: Mapping[str, object]) -> str:
-    versions = ["made by an earlier version"] if former.get("format") != identity["format"] else []
+    versions = ["made by another version"] if former.get("format") != identity["format"] else []
     names = [name for name in identity if name != "format" and former.get(name) != identity[name]]
     return "; ".join([*versions, *([f"other {', '.join(names)}"] if names else [])])
 

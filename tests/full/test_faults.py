@@ -398,7 +398,7 @@ def test_a_clock_that_jumps_changes_nothing_and_no_time_is_negative(
 
     def jumping() -> float:
         jumps[0] += 1
-        return real() + (1e7 if jumps[0] % 2 else -1e7) * (jumps[0] % 5)
+        return real() + (1e7 if jumps[0] % 2 else -1e7) * (1 + jumps[0] % 5)
 
     monkeypatch.setattr(time, "time", jumping)
     monkeypatch.setattr(time, "time_ns", lambda: int(jumping() * 1e9))

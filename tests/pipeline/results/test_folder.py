@@ -217,7 +217,7 @@ def test_a_setting_that_only_one_of_two_runs_has_is_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("model", "reason"), [("e", "made by an earlier version"), ("f", "made by an earlier version; other model")]
+    ("model", "reason"), [("e", "made by another version"), ("f", "made by another version; other model")]
 )
 def test_a_result_of_an_earlier_format_is_refused_as_made_by_an_earlier_version(
     tmp_path: Path, model: str, reason: str
