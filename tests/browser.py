@@ -65,12 +65,28 @@ def watched_page(browser: Browser, *, width: int = 1280, height: int = 900, **op
 
     Raises AssertionError at the end if the page logged an error or contacted another machine.
     """
+    with _page_and_faults(browser, width, height, **options) as (opened, faults):
+        yield opened
+    assert not faults, "\n".join(faults)
+
+
+@contextmanager
+def failing_page(browser: Browser) -> Iterator[Page]:
+    """Yield an empty page in a context of its own, whose errors are expected: the test lets its requests fail.
+
+    It has a route from the start. Chromium applies the first route of a page to later requests with a delay, so that a
+    request right after it could escape.
+    """
+    with _page_and_faults(browser, 1280, 900) as (opened, _):
+        yield opened
+
+
+@contextmanager
+def _page_and_faults(browser: Browser, width: int, height: int, **options: Any) -> Iterator[tuple[Page, list[str]]]:
     with browser.new_context(viewport={"width": width, "height": height}, **options) as context:
         opened = context.new_page()
         opened.set_default_timeout(TIMEOUT_MS)
-        faults = watch(opened)
-        yield opened
-    assert not faults, "\n".join(faults)
+        yield opened, watch(opened)
 
 
 def audited_page(browser: Browser, scheme: str, **options: Any) -> AbstractContextManager[Page]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from models.bundle import Bundle
-from tests.browser import until
+from tests.browser import failing_page, until
 from tests.pipeline.labeling.desks import desk, save
 from tests.pipeline.labeling.pages import held, press, ready, saved, serving, shown
 
@@ -19,40 +19,37 @@ if TYPE_CHECKING:  # most test runs do not need a browser
 def test_the_page_says_that_the_server_is_gone_and_asks_before_it_loses_labels(
     browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
-    with browser.new_context() as context:
-        page = context.new_page()
-        with desk(tmp_path / "l", slides[:1], shipped) as at:
-            with serving(at) as url:
-                page.goto(url)
-                ready(page)
-                first = shown(page)
-            page.keyboard.press("1")
-            page.keyboard.press("Enter")
-            until(page, "!document.getElementById('fault').hidden")
-            assert page.locator("#fault").inner_text() == (
-                "The server does not answer. "
-                "Start wsi-label again with the same folder, then use the page that it opens. "
-                "Labels not saved: 1. They are lost if you close or reload this page."
-            )
-            assert shown(page) == first
-            assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
-            assert saved(tmp_path / "l") == []
-            with page.expect_event("dialog") as asked:
-                page.evaluate("() => void setTimeout(() => location.reload())")
-                page.once("dialog", lambda dialog: dialog.dismiss())
-            assert asked.value.type == "beforeunload"
-            assert shown(page) == first
+    with failing_page(browser) as page, desk(tmp_path / "l", slides[:1], shipped) as at:
+        with serving(at) as url:
+            page.goto(url)
+            ready(page)
+            first = shown(page)
+        page.keyboard.press("1")
+        page.keyboard.press("Enter")
+        until(page, "!document.getElementById('fault').hidden")
+        assert page.locator("#fault").inner_text() == (
+            "The server does not answer. "
+            "Start wsi-label again with the same folder, then use the page that it opens. "
+            "Labels not saved: 1. They are lost if you close or reload this page."
+        )
+        assert shown(page) == first
+        assert page.get_by_role("button", name="class-0").get_attribute("aria-pressed") == "true"
+        assert saved(tmp_path / "l") == []
+        with page.expect_event("dialog") as asked:
+            page.evaluate("() => void setTimeout(() => location.reload())")
+            page.once("dialog", lambda dialog: dialog.dismiss())
+        assert asked.value.type == "beforeunload"
+        assert shown(page) == first
 
 
 def test_an_error_of_the_grid_disappears_when_another_class_can_be_compared(
     browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
     with (
-        browser.new_context() as context,
+        failing_page(browser) as page,
         desk(tmp_path / "l", slides[:1], shipped) as at,
         serving(at) as url,
     ):
-        page = context.new_page()
         page.goto(url)
         ready(page)
         page.route("**/grid", lambda route: route.fulfill(status=500, body="Internal error"), times=1)
@@ -68,8 +65,7 @@ def test_a_patch_whose_picture_is_not_loaded_gets_no_answer_and_can_be_loaded_ag
     browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
     folder = tmp_path / "l"
-    with browser.new_context() as context, desk(folder, slides[:1], shipped) as at, serving(at) as url:
-        page = context.new_page()
+    with failing_page(browser) as page, desk(folder, slides[:1], shipped) as at, serving(at) as url:
         page.route("**/patch.jpg", lambda route: route.fulfill(status=503))
         page.goto(url)
         cannot = "document.getElementById('wait')?.textContent.includes('cannot be loaded')"
@@ -101,9 +97,8 @@ def test_the_grid_does_not_save_patches_whose_pictures_are_not_loaded(
 
     folder = tmp_path / "l"
     monkeypatch.setattr("pipeline.labeling.app.POOL", 60)  # the network takes a second for these
-    with browser.new_context() as context, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+    with failing_page(browser) as page, desk(folder, slides[:1], shipped) as at, serving(at) as url:
         save(at, at.session.upcoming(1)[0], 1)
-        page = context.new_page()
         page.route("**/patch.jpg", lambda route: route.fulfill(status=503))
         page.goto(url)
         until(page, "window.wsiLabel?.single.patch")
@@ -130,8 +125,7 @@ def test_labels_that_could_not_be_saved_are_sent_again_in_their_order(
     browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
     folder = tmp_path / "l"
-    with browser.new_context() as context, desk(folder, slides[:1], shipped) as at, serving(at) as url:
-        page = context.new_page()
+    with failing_page(browser) as page, desk(folder, slides[:1], shipped) as at, serving(at) as url:
         page.goto(url)
         ready(page)
         old, first, second = (patch.place.id for patch in at.session.upcoming(3))
@@ -163,8 +157,7 @@ def test_undo_in_the_grid_waits_for_the_labels_of_the_single_view(
     browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
     folder = tmp_path / "l"
-    with browser.new_context() as context, desk(folder, slides[:1], shipped) as at, serving(at) as url:
-        page = context.new_page()
+    with failing_page(browser) as page, desk(folder, slides[:1], shipped) as at, serving(at) as url:
         page.goto(url)
         ready(page)
         first, second = (patch.place.id for patch in at.session.upcoming(2))

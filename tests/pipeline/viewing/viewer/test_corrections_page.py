@@ -13,7 +13,7 @@ import pytest
 from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections
 from pipeline.labeling.event_file import EventFile
 from pipeline.viewing.viewer.results import find_results
-from tests.browser import audited_page, axe_findings, screenshot, until
+from tests.browser import audited_page, axe_findings, failing_page, screenshot, until
 from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.pipeline.viewing.viewer.screen import color_at, place_on_screen, said, settle, show
 
@@ -190,8 +190,7 @@ def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
     browser: Browser, results_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(next(results_folder.glob("block*")), tmp_path / "results" / "a")
-    with browser.new_context() as context:
-        opened = context.new_page()
+    with failing_page(browser) as opened:
         with serving(find_results(tmp_path / "results")) as gone:
             show(opened, gone, "#x=640&y=416&zoom=0.7")
             opened.keyboard.press("c")
@@ -218,8 +217,7 @@ def test_the_table_shows_the_new_class_of_a_corrected_region(own_site: Site, pag
 
 
 def test_only_the_last_failure_is_shown_until_something_is_saved(own_site: Site, browser: Browser) -> None:
-    with browser.new_context() as context:
-        page = context.new_page()
+    with failing_page(browser) as page:
         show(page, own_site)
         page.keyboard.press("c")
         page.keyboard.press("n")
@@ -259,8 +257,7 @@ def test_a_page_shows_what_another_one_has_corrected_when_a_person_returns_to_it
 
 
 def test_a_note_that_corrections_cannot_be_read_disappears_when_they_can(own_site: Site, browser: Browser) -> None:
-    with browser.new_context() as context:
-        page = context.new_page()
+    with failing_page(browser) as page:
         show(page, own_site)
         damaged = "document.getElementById('notes').textContent.includes('The file is damaged.')"
         page.route("**/corrections.json", lambda route: route.fulfill(status=500, body="The file is damaged."))
@@ -288,8 +285,7 @@ def test_a_note_that_corrections_cannot_be_read_disappears_when_they_can(own_sit
 def test_after_an_answer_that_cannot_be_read_corrections_are_saved_and_undone_as_before(
     own_site: Site, browser: Browser
 ) -> None:
-    with browser.new_context() as context:
-        page = context.new_page()
+    with failing_page(browser) as page:
         show(page, own_site)
         page.keyboard.press("c")
         page.keyboard.press("n")
@@ -317,8 +313,7 @@ def test_after_an_answer_that_cannot_be_read_corrections_are_saved_and_undone_as
 def test_corrections_are_read_saved_and_undone_also_if_the_page_gets_no_regions(
     own_site: Site, browser: Browser, cut: str
 ) -> None:
-    with browser.new_context() as context:
-        page = context.new_page()
+    with failing_page(browser) as page:
         show(page, own_site)
         page.keyboard.press("c")
         page.keyboard.press("n")

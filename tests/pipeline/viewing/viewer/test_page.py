@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.browser import audited_page, axe_findings, capture, screenshot, until, watched_page
+from tests.browser import audited_page, axe_findings, capture, failing_page, screenshot, until, watched_page
 from tests.cases import full
 from tests.pipeline.fakes import COLORS
 from tests.pipeline.viewing.viewer.conftest import Site, textured
@@ -363,8 +363,7 @@ def test_keys_do_what_the_help_states(shared_page: Page, site: Site) -> None:
 
 @pytest.mark.full
 def test_the_page_reports_missing_tiles_once(browser: Browser, site: Site) -> None:
-    with browser.new_context() as context:
-        page = context.new_page()
+    with failing_page(browser) as page:
         page.route("**/slide/**", lambda route: route.fulfill(status=503))
         page.goto(site.page)
         until(page, """document.getElementById("notes").textContent.startsWith("Parts of the slide")""")
