@@ -19,7 +19,8 @@ export class RegionTable {
     for (const button of this.heads()) button.addEventListener("click", () => this.sort(button.dataset.by));
     byId("rows-before").addEventListener("click", () => this.show(this.page.first - ROWS));
     byId("rows-after").addEventListener("click", () => this.show(this.page.first + ROWS));
-    outlines.measured = () => this.show(this.page.first);
+    // Asks again for the last page, which may not be shown yet.
+    outlines.measured = () => { if (this.asked) this.show(this.asked.first, this.asked.holding); };
   }
 
   heads() { return [...document.querySelectorAll("#region-table thead button")]; }

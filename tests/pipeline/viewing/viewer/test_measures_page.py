@@ -254,6 +254,14 @@ def test_a_button_of_the_table_keeps_the_focus_on_the_first_page(many: Site, pag
         assert page.evaluate("() => document.activeElement.id") == "rows-before"
 
 
+def test_a_page_of_the_table_is_shown_although_the_probabilities_arrive_at_that_moment(many: Site, page: Page) -> None:
+    show(page, many)
+    page.keyboard.press("g")
+    until(page, "document.querySelectorAll('#rows tr').length === 12")
+    page.evaluate("() => { document.getElementById('rows-after').click(); wsiView.outlines.measured(); }")
+    until(page, "document.getElementById('rows-shown').textContent.startsWith('13–')")
+
+
 def test_long_names_stay_inside_the_panel_the_tip_and_the_saved_picture(
     own_site: Site, page: Page, tmp_path: Path
 ) -> None:
