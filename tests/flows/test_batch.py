@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
 import threading
 from collections.abc import Iterator
@@ -18,27 +17,20 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
-    FlowRunFilterParentFlowRunId,
     LogFilter,
     LogFilterFlowRunId,
 )
-from prefect.client.schemas.objects import FlowRun
 
 from flows import parts, segmenting
-from flows.artifacts import SlideProgress, show_table
+from flows.artifacts import SlideProgress
 from flows.batch import segment_batch
-from flows.order import BatchRequest
-from flows.privacy import as_it_is, without_folders
 from flows.slide import segment_slide_flow
 from pipeline.batch import window
-from pipeline.batch.collect import collect_jobs
-from pipeline.config import SegmentConfig
-from pipeline.errors import Cancelled, ClusterError, ConfigError, LockedError
+from pipeline.errors import Cancelled, ClusterError, LockedError
 from pipeline.results.record import write_run
-from pipeline.results.slide_result import SlideResult
-from pipeline.workers.base import SlideJob
 from tests.cases import full
 from tests.flows.servers import until
+from tests.flows.shown import artifacts, newest_parent, newest_run, part_runs, table_of, task_states
 from tests.pipeline.batch.scripted import ScriptedWorkers, StaleError, touched
 from tests.pipeline.fakes import region_slide
 from tests.pipeline.runs import make_run
@@ -99,29 +91,6 @@ def test_a_server_that_is_unreachable_when_a_part_starts_stops_no_slide(
     assert {row["status"] for row in rows_of(tmp_path / "out").values()} == {"done"}
 
 
-def test_hidden_folders_are_replaced_whether_or_not_a_file_name_follows() -> None:
-    shortened = without_folders([Path("/data/Doe, Jane")])
-    assert shortened("no slide in /data/Doe, Jane") == "no slide in (folder)"
-    assert shortened("/data/Doe, Jane/a.svs: no mpp") == "a.svs: no mpp"
-
-
-def test_a_hidden_folder_is_replaced_only_as_a_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shortened = without_folders([Path("/data/slides"), Path("/data")])
-    assert shortened("/data/slides_old/a.svs and /data/slides-2, /data/slides.") == (
-        "slides_old/a.svs and slides-2, (folder)."
-    )
-    assert shortened("/mnt/data/a.svs, '/data/slides'; file:///data/slides/a.svs") == (
-        "/mnt/data/a.svs, '(folder)'; file://a.svs"
-    )
-    monkeypatch.chdir(tmp_path)
-    shortened = without_folders([Path("a"), Path("out/Doe, Jane"), Path(), Path("/")])
-    assert shortened(f"a/bad.svs: has a border without tissue; {tmp_path}/a/bad.svs") == (
-        "bad.svs: has a border without tissue; bad.svs"
-    )
-    assert shortened("a: no slides in out/Doe, Jane") == "(folder): no slides in (folder)"
-    assert without_folders([])("/data/a.svs") == "/data/a.svs"
-
-
 def test_a_pattern_that_is_too_long_for_a_path_matches_no_file(tmp_path: Path) -> None:
     state = run(tmp_path / ("n" * 300 + "*.svs"), tmp_path / "out")
     assert state.is_failed()
@@ -131,43 +100,6 @@ def test_a_pattern_that_is_too_long_for_a_path_matches_no_file(tmp_path: Path) -
 def run(source: Path | str, output: Path, **options: Any) -> State[Any]:
     # Not the default model, to which plain colors are glass: a painted slide would have no tissue.
     return segment_batch(str(source), str(output), return_state=True, **{"model": "colon-gland", **options})
-
-
-def newest_run(client: SyncPrefectClient) -> FlowRun:
-    return max(client.read_flow_runs(), key=lambda one: one.created or 0)
-
-
-def newest_parent(client: SyncPrefectClient) -> FlowRun:
-    """Return the newest flow run that is not a part of another one."""
-    runs = [one for one in client.read_flow_runs() if one.parent_task_run_id is None]
-    return max(runs, key=lambda one: one.created or 0)
-
-
-def part_runs(client: SyncPrefectClient, parent: FlowRun) -> list[FlowRun]:
-    """Return the flow runs of a batch's parts."""
-    return client.read_flow_runs(
-        flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[parent.id]))
-    )
-
-
-def task_states(client: SyncPrefectClient, flow_run: FlowRun, count: int) -> dict[str, str]:
-    """Return the names of the states of a run's tasks. The states reach the server shortly after the end of the run."""
-    chosen = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
-
-    def ended() -> dict[str, str] | None:
-        runs = client.read_task_runs(flow_run_filter=chosen)
-        states = {one.name: one.state.name or "" for one in runs if one.state is not None and one.state.is_final()}
-        return states if len(states) == count else None
-
-    return until(ended, seconds=20, what=f"{count} task runs")
-
-
-def artifacts(client: SyncPrefectClient, flow_run: FlowRun) -> dict[str, Any]:
-    return {one.type or "": one for one in client.read_artifacts() if one.flow_run_id == flow_run.id}
-
-
-def table_of(client: SyncPrefectClient, flow_run: FlowRun) -> dict[str, dict[str, Any]]:
-    return {row["slide"]: row for row in json.loads(artifacts(client, flow_run)["table"].data)}
 
 
 def test_a_batch_shows_the_outcome_of_each_slide_and_the_next_batch_skips_finished_slides(
@@ -420,24 +352,6 @@ def test_with_paths_hidden_an_error_in_a_manifest_names_no_folder(
     assert "Jane" not in str(state.message)
 
 
-def test_with_paths_hidden_only_the_folders_that_an_error_names_are_examined(
-    tmp_path: Path, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = "".join(f"case-{number}/a.svs,\n" for number in range(100))
-    (tmp_path / "list.csv").write_text(f"slide,id\n{rows}b.svs,case-7/.b\n")
-    examined: set[str] = set()
-
-    def realpath(path: str | Path) -> str:
-        examined.add(str(path))
-        return str(path)
-
-    monkeypatch.setattr("flows.privacy.os.path.realpath", realpath)
-    error = ConfigError("line 102: id is 'case-7/.b'")
-    state = segmenting.refused(error, str(tmp_path / "list.csv"), hide_paths=True)
-    assert state.message == "line 102: id is '.b'"
-    assert {path for path in examined if "case" in path} == {"case-7", str(tmp_path / "case-7")}
-
-
 def test_with_paths_hidden_an_error_in_a_folder_that_a_glob_matches_does_not_name_the_folder(
     tmp_path: Path, scripted: ScriptedWorkers
 ) -> None:
@@ -488,61 +402,3 @@ def test_one_slide_is_a_flow_too(tmp_path: Path, scripted: ScriptedWorkers) -> N
     state = segment_slide_flow(str(slide), str(tmp_path / "out"), settings={"a": 1}, return_state=True)
     assert state.message is not None
     assert state.message.startswith("settings: 'a' is not a setting")
-
-
-def test_with_paths_hidden_the_folders_in_the_names_of_results_are_hidden_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request = BatchRequest(
-        [SlideJob(tmp_path / "in/Doe, Jane/a.svs", place="Doe, Jane/a")], tmp_path / "out", "m", SegmentConfig(),
-        hide_paths=True,
-    )  # fmt: skip
-    assert request.redact(f"{tmp_path}/out/Doe, Jane/a: holds another result") == "a: holds another result"
-    assert request.redact("a.svs: its result Doe, Jane/a would lie inside") == "a.svs: its result a would lie inside"
-    tables = shown_tables(monkeypatch)
-    show_table(tmp_path, [SlideResult("Doe, Jane/a", "failed", 0.0)], request.redact, links=False)
-    assert [row["slide"] for _, table in tables for row in table] == ["a"]
-
-
-def shown_tables(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[dict[str, object]]]]:
-    """Return the list to which `show_table` adds the key and the rows of each table."""
-    tables: list[tuple[str, list[dict[str, object]]]] = []
-    monkeypatch.setattr("flows.artifacts.create_table_artifact", lambda table, key, **_: tables.append((key, table)))
-    return tables
-
-
-def test_with_paths_hidden_a_folder_that_cannot_be_searched_and_the_results_folder_have_no_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, output = tmp_path / "Doe_Jane", tmp_path / "Smith_John"
-    job = SlideJob(folder, name="Doe_Jane/", problem=f"{folder}: cannot be searched for slides")
-    request = BatchRequest([job], output, "m", SegmentConfig(), hide_paths=True)
-    tables = shown_tables(monkeypatch)
-    result = SlideResult(job.result_name, "failed", 0.0, error=job.problem)
-    show_table(output, [result], request.redact, links=False)
-    show_table(output, [result], request.redact, links=True)
-    (key, (row,)), (open_key, (open_row,)) = tables
-    assert (row["slide"], row["error"]) == ("(folder)", "(folder): cannot be searched for slides")
-    assert re.fullmatch(r"slides-[0-9a-f]{16}", key)
-    assert (open_row["slide"], open_key) == ("Doe_Jane/", "slides-smith-john")
-
-
-def test_a_class_with_the_name_tissue_does_not_replace_the_area_of_the_tissue(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tables = shown_tables(monkeypatch)
-    result = SlideResult("a", "done", 1.0, areas_mm2={"tissue": 0.25}, columns={"tissue_mm2": 2.5})
-    show_table(tmp_path, [result], as_it_is, links=True)
-    assert tables[0][1] == [
-        {"slide": "a", "status": "done", "seconds": 1.0, "tissue_mm2": 2.5, "area_mm2 tissue": 0.25}
-    ]
-
-
-def test_with_paths_hidden_the_folders_of_models_and_of_the_targets_of_links_are_hidden_too(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/x.svs").symlink_to("/patients/Doe, Jane/gone.svs")
-    jobs = [*collect_jobs([tmp_path / "in"]), SlideJob(tmp_path / "in/y.svs", model="/models/of/Doe/b")]
-    request = BatchRequest(jobs, tmp_path / "out", "/models/of/Jane/a", SegmentConfig(), hide_paths=True)
-    assert request.redact(jobs[0].problem).startswith("x.svs: is a link to gone.svs, which does not exist")
-    assert request.redact("/models/of/Jane/a: model.json is missing") == "a: model.json is missing"
-    assert request.redact("/models/of/Doe/b: model.json is missing") == "b: model.json is missing"
