@@ -168,7 +168,6 @@ def segment(
     configure_logging(verbose, quiet=quiet)
     from pipeline.errors import Cancelled, ConfigError
     from pipeline.files import local_path
-    from pipeline.results.folder import check_output
     from wsi.errors import WsiSegmentError
 
     try:
@@ -189,8 +188,11 @@ def segment(
             repair=repair,
             num_workers=num_workers,
         )
-        check_output(local_path(output, "--output"), "--output")
+        local_path(output, "--output")
         local_path(model, "--model")
+        from pipeline.results.folder import check_output  # imports the readers
+
+        check_output(output, "--output")
         jobs = _jobs(slides or [], sample=sample, recursive=recursive)
         if dry_run:
             _print_plans(jobs, output, model, config, as_json=as_json)
