@@ -1,0 +1,217 @@
+"""Splits and groups of data sets: tables, folders and hashes, and the errors for broken ones."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import (
+    LabelError,
+    MissingImagesError,
+)
+from pipeline.training.dataset import (
+    load_dataset,
+    samples,
+    training_samples,
+)
+from pipeline.training.dataset_sections import SPLITS
+from pipeline.training.splits import hash_split
+from tests.pipeline.training.tiny_datasets import (
+    HEAD,
+    TABLE_LABELS,
+    image,
+    names,
+    put,
+    table,
+)
+
+
+def test_a_table_provides_labels_groups_and_splits(tmp_path: Path) -> None:
+    for name in "abcde":
+        image(tmp_path / "img" / f"{name}.png")
+    # Names with and without extension, a byte order mark, and an unused row without an image.
+    table(
+        tmp_path,
+        ["b.png,p2,train,0,1", "a,p1,train,1,0", "c,p2,testA,1,1", "d,p3,testB,0,1", "e,p3,train,1,1", "z,,,,"],
+    )
+    content = (tmp_path / "meta.csv").read_text(encoding="utf-8")
+    (tmp_path / "meta.csv").write_text(content, encoding="utf-8-sig")
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+
+    assert names(samples(dataset, "train")) == ["a", "e"]
+    assert names(samples(dataset, "val")) == ["b"]
+    assert names(samples(dataset, "test")) == ["c", "d"]
+    assert [sample.group for sample in samples(dataset, "test")] == ["p2", "p3"]
+    assert [sample.labels_K for sample in samples(dataset, "train")] == [(True, False), (True, True)]
+    assert dataset.card.splits == ("train", "val", "test")
+
+
+def test_spaces_around_a_group_or_split_of_a_table_do_not_count(tmp_path: Path) -> None:
+    for name in "abc":
+        image(tmp_path / "img" / f"{name}.png")
+    table(tmp_path, ["a,p1 ,train ,1,0", "b, p2,train,0,1", "c,p2 , train,0,1"])
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+
+    assert [(one.name, one.group) for one in samples(dataset, "train")] == [("a", "p1")]
+    assert [(one.name, one.group) for one in samples(dataset, "val")] == [("b", "p2"), ("c", "p2")]
+
+
+def test_the_row_of_a_path_is_not_that_of_another_folders_image(tmp_path: Path) -> None:
+    image(tmp_path / "img" / "a.png")
+    for name in "bc":
+        image(tmp_path / "img" / f"{name}.png")
+    table(tmp_path, ["img/a.png,p1,train,1,0", "a.png,p9,testA,0,1", "b,p2,train,0,1", "c,p3,testA,0,1"])
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+    assert [(one.name, one.group) for one in samples(dataset, "train")] == [("a", "p1")]
+
+
+def test_class_folders_are_split_by_a_hash_of_the_group_in_the_name(tmp_path: Path) -> None:
+    for patient in range(40):
+        image(tmp_path / ("red" if patient % 2 else "blue") / f"P{patient}-0.png")
+        image(tmp_path / "blue" / f"P{patient}-1.png")
+    rest = """
+[images]
+all = [{ image = "*/*.png" }]
+[group]
+pattern = "^(P[0-9]+)-"
+[split]
+by = "hash"
+train = 0.5
+val = 0.25
+[labels]
+source = "folders"
+"""
+    dataset = load_dataset(put(tmp_path, HEAD + rest))
+
+    groups = []
+    for split, (low, high) in zip(SPLITS, ((0.0, 0.5), (0.5, 0.75), (0.75, 1.0)), strict=True):
+        chosen = samples(dataset, split)
+        expected = {
+            f"P{p}"
+            for p in range(40)
+            if low <= int(hashlib.sha256(f"P{p}".encode()).hexdigest()[:8], 16) / 2**32 < high
+        }
+        assert {sample.group for sample in chosen} == expected
+        assert len(chosen) == 2 * len(expected)
+        assert all(
+            sample.labels_K == ((True, False) if sample.image.parent.name == "red" else (False, True))
+            for sample in chosen
+        )
+        groups.append(expected)
+    assert all(groups)
+
+
+def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
+    image(tmp_path / "img" / "a.png")
+    image(tmp_path / "img" / "b.png")
+    table(tmp_path, ["a,p1,train,1,0", "b,p2,train,1,0"])
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+
+    with pytest.raises(MissingImagesError, match=r"tiny: split test has no images \(1 in train, 1 in val\)"):
+        samples(dataset, "test")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["a,p1,train,1,0"], r"b\.png: has no row in meta\.csv \(column name\)"),
+        (["a,p1,train,1,0", "b,p2,train,1,0", "a,p2,train,1,0"], r"meta\.csv: a has two rows"),
+        (
+            ["a,p1,train,1,0", "b,p2,train,1,0", "a.png,p2,train,1,0"],
+            r"a\.png: has several rows in meta\.csv, a and a\.png \(column name\); keep one",
+        ),
+        (
+            ["a,p1,train,1,0", "img/b.png,p2,train,1,0", "b,p2,train,1,0"],
+            r"b\.png: has several rows .*b and img/b\.png",
+        ),
+        (["a,p1,train,1,0", "b,p2,train,1,"], r"b\.png: column blue of the table contains ''"),
+        (
+            ["a,p1,train,1,0", "b,p2,learn,1,0"],
+            r"b\.png: column split contains learn, but \[split\] lists only train, testA",
+        ),
+        (["a,p1,train,1,0", "b,,train,1,0"], r"b\.png: the table has no patient for this image"),
+        (["a,p1,train,1,0", "b, ,train,1,0"], r"b\.png: the table has no patient for this image"),
+        (["a,p1,train,1,0", "b,p1,train,1,0"], r"val_groups lists p2, but no training image belongs to it"),
+        (["a,p1,train,1,0", "b,p2,train,1,0,1"], r"meta\.csv: the row of b has more cells than the header"),
+    ],
+)
+def test_a_table_that_does_not_fit_the_images_is_an_error(tmp_path: Path, rows: list[str], message: str) -> None:
+    image(tmp_path / "img" / "a.png")
+    image(tmp_path / "img" / "b.png")
+    table(tmp_path, rows)
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+
+    with pytest.raises(LabelError, match=message):
+        samples(dataset, "val")
+
+
+def test_a_group_in_several_splits_of_a_table_causes_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "abcd":
+        image(tmp_path / "img" / f"{name}.png")
+    table(tmp_path, ["a,p1,train,1,0", "b,p1,valid,0,1", "c,p2,train,1,0", "d,p2,testA,1,0"])
+    toml = TABLE_LABELS.replace("val = []", 'val = ["valid"]')
+    dataset = load_dataset(put(tmp_path, HEAD + toml.replace('val_groups = ["p2"]', "")))
+
+    assert names(samples(dataset, "train")) == ["a", "c"]
+    assert not caplog.messages
+    assert names(samples(dataset, "val")) == ["b"]
+    assert names(samples(dataset, "test")) == ["d"]
+    val, test = caplog.messages
+    assert "tiny: 1 group(s) of split val (p1) also have images in another split" in val
+    assert "tiny: 1 group(s) of split test (p2) also have images in another split" in test
+
+    caplog.clear()
+    dataset = load_dataset(put(tmp_path, HEAD + toml.replace('["p2"]', '["p1"]')))
+    assert names(samples(dataset, "val")) == ["a", "b"]
+    assert not caplog.messages
+
+
+def test_a_table_that_is_unreadable_or_has_wrong_columns_is_an_error(tmp_path: Path) -> None:
+    image(tmp_path / "img" / "a.png")
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+
+    with pytest.raises(LabelError, match=r"meta\.csv: the table cannot be read"):
+        samples(dataset, "train")
+    table(tmp_path, [], header="file,split")
+    with pytest.raises(LabelError, match=r"meta\.csv: has no column name; the columns are file, split"):
+        samples(dataset, "train")
+    table(tmp_path, ["a,p1,train,1,0,0"], header="name,patient,split,red,blue,red")
+    with pytest.raises(LabelError, match=r"meta\.csv: has several columns red; rename or delete all but one of each"):
+        samples(dataset, "train")
+
+
+def test_the_error_names_the_file_that_the_group_pattern_does_not_match(tmp_path: Path) -> None:
+    image(tmp_path / "img" / "Q1.png")
+    rest = TABLE_LABELS.replace('column = "patient"', "pattern = '^(P[0-9]+)'")
+    table(tmp_path, ["Q1,p1,train,1,0"])
+
+    with pytest.raises(LabelError, match=r"Q1\.png: the group pattern '\^\(P\[0-9\]\+\)' does not match"):
+        samples(load_dataset(put(tmp_path, HEAD + rest)), "train")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_data_set_without_a_validation_split_gets_one_by_hash(tmp_path: Path, grouped: bool) -> None:
+    for number in range(40):
+        image(tmp_path / "red" / f"P{number % 8}-{number:02d}.png")
+    group = '[group]\npattern = "^(P[0-9])-"\n' if grouped else ""
+    text = HEAD + '[images]\ntrain = [{ image = "*/*.png" }]\n' + group + '[labels]\nsource = "folders"\n'
+    (tmp_path / "dataset.toml").write_text(text.replace("mask_excluded = [4]\n", ""), encoding="utf-8")
+    dataset = load_dataset(tmp_path)
+    training, validation = training_samples(dataset)
+    assert sorted([*training, *validation], key=lambda one: one.name) == list(samples(dataset, "train"))
+    for chosen, split in ((training, "train"), (validation, "val")):
+        for one in chosen:
+            assert hash_split(one.group if grouped else one.name, 0.8, 0.2) == split
+    assert 0 < len(validation) < len(training)
+
+
+def test_a_single_image_cannot_be_divided(tmp_path: Path) -> None:
+    image(tmp_path / "red" / "a.png")
+    text = HEAD + '[images]\ntrain = [{ image = "*/*.png" }]\n[labels]\nsource = "folders"\n'
+    (tmp_path / "dataset.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(MissingImagesError, match="1 training images are too few to hold some out"):
+        training_samples(load_dataset(tmp_path))
