@@ -145,7 +145,7 @@ export class Single {
   // Shows the next patch at once. "Saved" appears when the server has answered; if it cannot save, the patch comes back.
   async save(mark) {
     if (!this.patch || this.undoing) return;
-    // A patch that cannot be read can still be marked: otherwise, it would come again and again.
+    // A patch whose picture cannot be read can still be marked. Otherwise, it would be shown again and again.
     if (mark === "none" && !isLoaded(byId("stage").querySelector(".patch"))) {
       this.renderPicture();
       this.failed(new Error("NOT saved: the picture of this patch is not loaded."));

@@ -29,6 +29,13 @@ def saved(site: Site) -> list[tuple[str, str]]:
     return [(one.event.before, one.event.after) for one in read_corrections(site.results[0].folder)]
 
 
+def select_first(page: Page) -> None:
+    """Turn corrections on, and select the largest region."""
+    page.keyboard.press("c")
+    page.keyboard.press("n")
+    said(page, "Selected: class-0")
+
+
 def delay_answers(page: Page) -> None:
     """Delay everything that the page asks about the regions from now on."""
     page.evaluate(
@@ -138,9 +145,7 @@ def test_a_class_goes_to_the_region_that_was_chosen_before_it_also_if_the_region
 
 def test_a_held_key_acts_once_and_the_class_that_a_region_has_is_not_saved_again(own_site: Site, page: Page) -> None:
     show(page, own_site, "#x=640&y=416&zoom=0.7")
-    page.keyboard.press("c")
-    page.keyboard.press("n")
-    said(page, "Selected: class-0")
+    select_first(page)
     page.keyboard.press("2")
     said(page, "Saved: class-1")
     page.keyboard.press("2")
@@ -219,9 +224,7 @@ def test_the_table_shows_the_new_class_of_a_corrected_region(own_site: Site, pag
 def test_only_the_last_failure_is_shown_until_something_is_saved(own_site: Site, browser: Browser) -> None:
     with failing_page(browser) as page:
         show(page, own_site)
-        page.keyboard.press("c")
-        page.keyboard.press("n")
-        said(page, "Selected: class-0")
+        select_first(page)
         page.route("**/corrections", lambda route: route.fulfill(status=507, body="The disk is full."))
         for _ in range(2):
             page.keyboard.press("2")
@@ -239,9 +242,7 @@ def test_a_page_shows_what_another_one_has_corrected_when_a_person_returns_to_it
     other = page.context.new_page()
     for one in (page, other):
         show(one, own_site)
-        one.keyboard.press("c")
-        one.keyboard.press("n")
-        said(one, "Selected: class-0")
+        select_first(one)
     other.keyboard.press("2")
     said(other, "Saved: class-1")
     assert page.locator("#correction-count").inner_text() == "Corrected regions: 0"
@@ -269,9 +270,7 @@ def test_a_note_that_corrections_cannot_be_read_disappears_when_they_can(own_sit
         page.route("**/corrections.json", lambda route: route.fulfill(status=500, body="The file is damaged."))
         come_back(page)
         until(page, damaged)
-        page.keyboard.press("c")
-        page.keyboard.press("n")
-        said(page, "Selected: class-0")
+        select_first(page)
         page.route("**/corrections", lambda route: route.fulfill(status=507, body="The disk is full."))
         page.keyboard.press("2")
         until(page, "document.getElementById('notes').textContent.includes('NOT saved')")
@@ -287,9 +286,7 @@ def test_after_an_answer_that_cannot_be_read_corrections_are_saved_and_undone_as
 ) -> None:
     with failing_page(browser) as page:
         show(page, own_site)
-        page.keyboard.press("c")
-        page.keyboard.press("n")
-        said(page, "Selected: class-0")
+        select_first(page)
         broken = "The answer of wsi-view cannot be read. Reload the page to see what is saved."
         page.route("**/corrections.json", lambda route: route.fulfill(body='{"correc'))
         come_back(page)
@@ -315,9 +312,7 @@ def test_corrections_are_read_saved_and_undone_also_if_the_page_gets_no_regions(
 ) -> None:
     with failing_page(browser) as page:
         show(page, own_site)
-        page.keyboard.press("c")
-        page.keyboard.press("n")
-        said(page, "Selected: class-0")
+        select_first(page)
         page.keyboard.press("2")
         said(page, "Saved: class-1")
         page.route(f"**/{cut}", lambda route: route.fulfill(body="cut"))
