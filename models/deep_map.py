@@ -38,17 +38,17 @@ class DeepWindows(NamedTuple):
 
 
 def joined_windows(
-    places: Sequence[Place], size: Sequence[int], margin: int, stride: int, batch_size: int
+    places: Sequence[Place], size: Sequence[int], margin: int, stride: int, batch_size: int, block: Place | None = None
 ) -> DeepWindows:
     """Return the windows for canvases that are places of one image of this height and width, in pixels.
 
-    A cell has `stride` pixels. Windows end at the edges of the image.
+    A cell has `stride` pixels. Windows end at the edges of the image. For `block`, see `window_places`.
 
     A cell's features come from the canvas in whose core it lies, or else from the window whose edge is farthest from
     the cell, or else from the nearest cell that has some. The order of the canvases does not matter.
     """
     windows: list[Place] = [
-        (_clipped(rows, size[0]), _clipped(columns, size[1])) for rows, columns in window_places(places, margin)
+        (_clipped(rows, size[0]), _clipped(columns, size[1])) for rows, columns in window_places(places, margin, block)
     ]
     batches = batches_of([(_length(rows), _length(columns)) for rows, columns in windows], batch_size)
     numbers = _numbers(windows, batches, stride)

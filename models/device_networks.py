@@ -20,6 +20,7 @@ from models.backbone import Stages
 from models.backbone_windows import OVERLAP, RING, Place
 from models.card import ModelCard
 from models.compute import one_torch_thread
+from models.decoder_parts import PART_SIDE, cut, parts_of
 from models.fine_map import fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
 from models.normalize import byte_table, looked_up, normalized
@@ -86,13 +87,14 @@ class DeviceNetworks:
         self.shared_stride = None if networks.shared_deep is None else networks.shared_deep[1]
         """The stride of the deep features if the segmenter takes the classifier's, else None."""
         start = MapSize(*networks.start)
+        self._part_side = PART_SIDE if self.shared_stride is not None and self._device.type == "cpu" else None
         # The windows of a shared backbone can have less context than canvases.
         context = card.margin if networks.shared_deep is None else min(OVERLAP, card.margin)
         self._deep = self._prepared(networks.deep, [start], size=2 * context + SMALLEST_CORE)
         maps = [start]
         if networks.shared_deep is not None:
             maps = [start._replace(beyond=AROUND - card.margin), MapSize(*networks.shared_deep, RING)]
-        self._segmenter = self._prepared(networks.segmenter, maps)
+        self._segmenter = self._prepared(networks.segmenter, maps, few_sizes=self._part_side is not None)
         # If the whole backbone is shared, no other network holds the head.
         self._classifier: Any = _placed(networks.classifier, self._device)
         self._mean_C = torch.tensor(card.mean).to(self._device)
@@ -134,13 +136,23 @@ class DeviceNetworks:
             found = self._deep(self._batch(starts))
         return found if isinstance(found, tuple) else (found, None)
 
-    def segmented(self, starts: Sequence[Tensor], deep_NDhw: Tensor | None, output_stride: int) -> Tensor:
-        """Return the segmenter's logits (N, K, h, w) in the cores, divided by the model's temperature.
+    def parts(self, core: Sequence[int]) -> list[Place]:
+        """Return the parts of a core of this height and width that `segmented` takes, in pixels of the core."""
+        return parts_of(core, self._part_side)
+
+    def segmented(self, starts: Sequence[Tensor], deep_NDhw: Tensor | None, part: Place, output_stride: int) -> Tensor:
+        """Return the segmenter's logits (N, K, h, w) in a part of the cores, divided by the model's temperature.
 
         With a `shared_stride`, `starts` are `DeepWindows.cores`, and `deep_NDhw` has the features of the canvases and
         their `RING`. Without it, `starts` are canvases, and `deep_NDhw` is None.
         """
-        maps = [self._batch(starts)] + ([] if deep_NDhw is None else [deep_NDhw])
+        if deep_NDhw is None or self.shared_stride is None:
+            maps = [self._batch(starts)]
+        else:
+            maps = [
+                self._batch([cut(start_Chw, part, AROUND, NATIVE_STRIDE) for start_Chw in starts]),
+                cut(deep_NDhw, part, self._card.margin + RING, self.shared_stride),
+            ]
         with self._autocast():
             logits_NKhw: Tensor = self._segmenter(*maps)
         # Upsample before the rim is cut off, so that the edge of a core is interpolated like its inside.
@@ -220,11 +232,16 @@ class DeviceNetworks:
         return normalized(rgb_NHWC, self._mean_C, self._std_C)
 
     def _prepared(
-        self, network: nn.Module, maps: Sequence[MapSize] = (MapSize(3, 1),), size: int | None = None
+        self,
+        network: nn.Module,
+        maps: Sequence[MapSize] = (MapSize(3, 1),),
+        size: int | None = None,
+        *,
+        few_sizes: bool = False,
     ) -> Network:
         """Return a network on the device, for maps of these sizes.
 
-        `size` is the smallest side of an image, if it is not that of a canvas.
+        `size` is the smallest side of an image, if it is not that of a canvas. For `few_sizes`, see `OpenVinoNetwork`.
         """
         placed = _placed(network, self._device)
         if self._compute.runtime == "openvino":
@@ -236,6 +253,7 @@ class DeviceNetworks:
                 maps=maps,
                 streams=self._streams,
                 threads=self._compute.threads,
+                few_sizes=few_sizes,
             )
         return placed
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.backbone_windows import Place
 from models.gate import gated_softmax
 
 CELL = 16
@@ -144,9 +145,17 @@ class PixelGates(NamedTuple):
     covered_N1hw: Tensor
     """Share of the windows that allow any class."""
 
-    def contested_N(self) -> Tensor:
-        """Return in which canvases the probabilities depend on logits: those with a pixel for several classes."""
-        return ((self.gate_NKhw > 0).sum(dim=1) > 1).flatten(1).any(dim=1)
+    def contested(self, parts: Sequence[Place]) -> list[Tensor]:
+        """Return, for each part of the cores, in which canvases its probabilities depend on logits, (N,) bool.
+
+        They do if a pixel is for several classes. Parts are rows and columns of the map.
+        """
+        several_Nhw = (self.gate_NKhw > 0).sum(dim=1) > 1
+        return [several_Nhw[:, *part].flatten(1).any(dim=1) for part in parts]
+
+    def inside(self, part: Place) -> PixelGates:
+        """Return the gates in a part of the cores: rows and columns of the map."""
+        return PixelGates(*(one[..., *part] for one in self))
 
     def probabilities(self, logits_NKhw: Tensor) -> Tensor:
         """Return the probabilities (N, K, h, w) under these gates; logits may have sides of 1 instead of N, h and w.

@@ -62,17 +62,18 @@ class OpenVinoNetwork:
         maps: Sequence[MapSize] = (MapSize(3, 1),),
         streams: int = 1,
         threads: int | None = None,
+        few_sizes: bool = False,
     ) -> None:
         """Compile the network, in eval mode, and compare its outputs for images of this side with those of torch.
 
         `size` is the smallest side of an image: at a smaller side than the trace, padding may not have enough pixels.
         `maps` describes each argument of the network. Each of the `streams` keeps its own activations. They share the
-        `threads`; None stands for as many as torch has.
+        `threads`; None stands for as many as torch has. With `few_sizes`, kernels are kept for each size of the maps.
         Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
         self._smallest = maps[0].side(size)
         threads = threads or torch.get_num_threads()
-        compiled = _compile(network, _examples(maps, size, size), _FORMATS[precision], streams, threads)
+        compiled = _compile(network, _examples(maps, size, size), _FORMATS[precision], streams, threads, few_sizes)
         self._requests: queue.Queue[Any] = queue.Queue()
         for _ in range(streams):
             self._requests.put(compiled.create_infer_request())
@@ -125,7 +126,14 @@ def _close(precision: Precision, found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
-def _compile(network: nn.Module, examples: Sequence[Tensor], number_format: str, streams: int, threads: int) -> Any:
+def _compile(
+    network: nn.Module,
+    examples: Sequence[Tensor],
+    number_format: str,
+    streams: int,
+    threads: int,
+    few_sizes: bool,
+) -> Any:
     """Return the network compiled for maps of any size, traced at these sizes. Raises RuntimeUnavailableError."""
     hints = {
         # The default is bfloat16 if the processor has it, which changes 0.7 % of the labels.
@@ -135,10 +143,11 @@ def _compile(network: nn.Module, examples: Sequence[Tensor], number_format: str,
         "PERFORMANCE_HINT": "LATENCY",
         # With pinning, all processes on a machine would use the same cores.
         "ENABLE_CPU_PINNING": False,
+    }
+    if not few_sizes:
         # By default, kernels are kept for up to 5,000 pairs of layer and size, and the canvases have hundreds of sizes:
         # memory grew by 400 MB during one slide. Without them, a run takes 1 % more processor time.
-        "CPU_RUNTIME_CACHE_CAPACITY": 0,
-    }
+        hints["CPU_RUNTIME_CACHE_CAPACITY"] = 0
     try:
         openvino = load_openvino()
         with torch.no_grad(), warnings.catch_warnings(), _own_logging():

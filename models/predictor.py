@@ -57,8 +57,8 @@ Corner = tuple[int, int]
 class Decisions(NamedTuple):
     """What follows from the classifier's output for N canvases, on the host."""
 
-    segmented_N: NDArray[np.bool_]
-    """Which canvases the segmentation network runs on."""
+    segmented: list[list[Place]]
+    """For each canvas, the parts of its core, in model pixels, on which the segmentation network runs."""
     distances: list[NDArray[np.float32]] | None
     """For each canvas, the distance of its windows (r, c) from the training data, in units of the model's limit; None
     without statistics."""
@@ -71,7 +71,7 @@ class Prediction(NamedTuple):
     """float32 on the predictor's device. The sum over the classes is the share of the gate windows over the pixel that
     allow any class."""
     segmented_N: NDArray[np.bool_]
-    """See `Decisions`."""
+    """Whether the segmentation network ran on any part of the core."""
     distances_Nrc: NDArray[np.float32] | None = None
     """See `Decisions`."""
 
@@ -89,6 +89,8 @@ class _Batch(NamedTuple):
 
     canvases: list[int]
     """Their indices."""
+    parts: list[Place]
+    """The parts of their cores in which the segmenter runs, in model pixels."""
     windows: GateWindows
     """Their gate windows, on the device."""
     cells_Nhw: Tensor | None
@@ -144,8 +146,8 @@ class Predictor:
 
         `streams`: canvases that OpenVINO may compute at a time in `predict_into`, each with activations of its own.
         `ungated_fallback`: if no class passes in a window, all classes pass, instead of none.
-        `skip_by_gate`: run the segmenter only on canvases whose result it can change; False runs it on all canvases and
-        gives the same probabilities. `statistics`: the training windows of the model, whose card has `familiarity`.
+        `skip_by_gate`: run the segmenter only on parts of cores whose result it can change; False runs it on all parts
+        and gives the same probabilities. `statistics`: the training windows of the model, whose card has `familiarity`.
         `from_networks` accepts "auto". Raises DeviceUnavailableError,
         RuntimeUnavailableError if OpenVINO cannot take a network, and ValueError for an unknown precision, output
         stride or batch size.
@@ -262,13 +264,18 @@ class Predictor:
             if rows is not None and deep is not None:
                 cells_Nhw = torch.from_numpy(np.stack(deep.cells)).to(self.device)
                 around_NDhw = features_at(rows.deep_TD, cells_Nhw)
-            found = []
+            core = [side - 2 * self.card.margin for side in canvases[0].rgb_HWC.shape[:2]]
+            logits_NKhw = torch.empty(
+                (len(canvases), len(self.card.classes), *(side // self.output_stride for side in core)),
+                device=self.device,
+            )
             for first in range(0, len(canvases), self.batch_size):
                 some = slice(first, first + self.batch_size)
                 starts = _decoded(canvases, deep, range(len(canvases))[some])
                 features_NDhw = None if around_NDhw is None else around_NDhw[some]
-                found.append(self._networks.segmented(starts, features_NDhw, self.output_stride))
-            logits_NKhw = torch.cat(found)
+                for part in self._networks.parts(core):
+                    found_NKhw = self._networks.segmented(starts, features_NDhw, part, self.output_stride)
+                    logits_NKhw[some, :, *self._on_map(part)] = found_NKhw
             _check_finite("segmenter", range(len(logits_NKhw)), *to_host([_finite(logits_NKhw)]))
         return logits_NKhw
 
@@ -286,7 +293,8 @@ class Predictor:
         sides = ((side - 2 * self.card.margin) // self.output_stride for side in canvases_NHWC.shape[1:3])
         probs_NKhw = torch.empty((len(canvases_NHWC), len(self.card.classes), *sides), device=self.device)
         with torch.inference_mode():
-            segmented_N, distances = self._predict_into(list(probs_NKhw), *self._alone(canvases_NHWC), corners)
+            segmented, distances = self._predict_into(list(probs_NKhw), *self._alone(canvases_NHWC), corners)
+        segmented_N = np.array([bool(parts) for parts in segmented])
         return Prediction(probs_NKhw, segmented_N, None if distances is None else np.stack(distances))
 
     def predict_into(
@@ -296,12 +304,16 @@ class Predictor:
         places: Sequence[Place],
         corners: Sequence[Corner],
         before_batch: Callable[[], object] = lambda: None,
+        *,
+        block: Place | None = None,
     ) -> Decisions:
         """Write the gated probabilities for the cores of canvases, which are places of an image (H, W, 3).
 
         Canvases may have different sizes, and their margins may overlap. If the networks share their backbone, canvases
         that lie side by side belong in one call. The sides of the image and the limits of the places are
-        multiples of 16. `probs` are (K, h, w) float32 and, like the image, on the predictor's device. `before_batch` is
+        multiples of 16. `block` is the part of the image beyond which the cores of other calls can follow; None stands
+        for the bounding box of the cores.
+        `probs` are (K, h, w) float32 and, like the image, on the predictor's device. `before_batch` is
         called before each batch, and between the parts of a longer computation; an error that it raises ends the
         prediction. The host waits for the device twice: for the decisions about all canvases, and at the end.
 
@@ -312,7 +324,7 @@ class Predictor:
             stride = self._networks.shared_stride
             deep = None
             if stride is not None:
-                deep = joined_windows(places, rgb_HWC.shape, self.card.margin, stride, self.batch_size)
+                deep = joined_windows(places, rgb_HWC.shape, self.card.margin, stride, self.batch_size, block)
             starts = self._networks.starts(rgb_HWC, places if deep is None else deep.places, before_batch)
             canvases = [_Canvas(rgb_HWC[place], start) for place, start in zip(places, starts, strict=True)]
             return self._predict_into(probs, canvases, deep, corners, before_batch)
@@ -331,17 +343,19 @@ class Predictor:
         del rows
         gates, decisions = self._decided(batches, classified)
 
-        def segment(index: int) -> Tensor:
-            batch = batches[index]
-            logits_NKhw = self._chosen_logits(
-                canvases, deep, batch, classified[index].around_NDhw, decisions.segmented_N
-            )
-            for n, probs_Khw in zip(batch.canvases, gates[index].probabilities(logits_NKhw), strict=True):
-                probs[n].copy_(probs_Khw)
+        def segment(item: tuple[int, Place]) -> Tensor:
+            index, part = item
+            batch, on_map = batches[index], self._on_map(part)
+            chosen = [place for place, n in enumerate(batch.canvases) if part in decisions.segmented[n]]
+            logits_NKhw = self._chosen_logits(canvases, deep, batch, part, chosen, classified[index].around_NDhw)
+            found_NKhw = gates[index].inside(on_map).probabilities(logits_NKhw)
+            for n, probs_Khw in zip(batch.canvases, found_NKhw, strict=True):
+                probs[n][:, *on_map].copy_(probs_Khw)
             return _finite(logits_NKhw).expand(len(batch.canvases))
 
-        finite = self._networks.each(segment, range(len(batches)), before_batch)
-        _check_finite("segmenter", _order(batches), *to_host([torch.cat(finite)]))
+        items = [(index, part) for index, batch in enumerate(batches) for part in batch.parts]
+        finite = self._networks.each(segment, items, before_batch)
+        _check_finite("segmenter", [n for n, _ in _in_parts(batches)], *to_host([torch.cat(finite)]))
         return decisions
 
     def _alone(self, rgb_NHWC: Canvases) -> tuple[list[_Canvas], DeepWindows | None]:
@@ -379,16 +393,15 @@ class Predictor:
     ) -> list[_Batch]:
         """Return batches of canvases of one size, with what belongs to them by a single copy to the device."""
         batches = batches_of([canvas.rgb_HWC.shape[1::-1] for canvas in canvases], self.batch_size)
-        windows = []
+        windows, parts = [], []
         for batch in batches:
-            size = [
-                (side - 2 * self.card.margin) // self.output_stride for side in canvases[batch[0]].rgb_HWC.shape[:2]
-            ]
-            windows.append(self._windows([corners[n] for n in batch], size))
+            core = [side - 2 * self.card.margin for side in canvases[batch[0]].rgb_HWC.shape[:2]]
+            parts.append(self._networks.parts(core))
+            windows.append(self._windows([corners[n] for n in batch], [side // self.output_stride for side in core]))
         cells = [] if deep is None else [torch.from_numpy(np.stack([deep.cells[n] for n in one])) for one in batches]
         there, cells = placed(windows, cells, self.device)
         of_batch: Sequence[Tensor | None] = cells or [None] * len(batches)
-        return [_Batch(*one) for one in zip(batches, there, of_batch, strict=True)]
+        return [_Batch(*one) for one in zip(batches, parts, there, of_batch, strict=True)]
 
     def _windows(self, corners: Sequence[Corner], size_out: Sequence[int]) -> GateWindows:
         """Return the gate windows of canvases whose cores have this height and width at the output stride."""
@@ -422,43 +435,53 @@ class Predictor:
         distances = [one.distances_Nrc for one in classified if one.distances_Nrc is not None]
         allowed = [self._allowed(presence(logits_MK)) for logits_MK in logits]
         gates = [pixel_gates(one_MK, batch.windows) for one_MK, batch in zip(allowed, batches, strict=True)]
-        contested = [gate.contested_N() for gate in gates]
-        finite_N, contested_N, *found = to_host([_finite_canvases(batches, logits), torch.cat(contested), *distances])
+        contested = [
+            one_N
+            for gate, batch in zip(gates, batches, strict=True)
+            for one_N in gate.contested([self._on_map(part) for part in batch.parts])
+        ]
+        finite_N, contested_T, *found = to_host([_finite_canvases(batches, logits), torch.cat(contested), *distances])
         order = _order(batches)
         _check_finite("classifier", order, finite_N)
-        segmented_N = np.ones(len(order), dtype=bool)
-        if self.skip_by_gate:
-            segmented_N[order] = contested_N
+        segmented: list[list[Place]] = [[] for _ in order]
+        for (n, part), depends in zip(_in_parts(batches), contested_T.tolist(), strict=True):
+            if depends or not self.skip_by_gate:
+                segmented[n].append(part)
         by_batch = [distances_rc for distances_Nrc in found for distances_rc in distances_Nrc]
         known = [by_batch[place] for place in np.argsort(order)] if by_batch else None
-        return gates, Decisions(segmented_N, known)
+        return gates, Decisions(segmented, known)
 
     def _chosen_logits(
         self,
         canvases: Sequence[_Canvas],
         deep: DeepWindows | None,
         batch: _Batch,
+        part: Place,
+        chosen: Sequence[int],
         around_NDhw: Tensor | None,
-        segmented_N: NDArray[np.bool_],
     ) -> Tensor:
-        """Return the segmenter's logits (N, K, h, w) for a batch; (1, K, 1, 1) if it runs on no canvas of it.
+        """Return the segmenter's logits (N, K, h, w) for a part of the cores of a batch, computed for chosen canvases.
 
-        For `around_NDhw`, see `_Classified`. A canvas on which the segmenter does not run has no contested pixel: any
-        logits give the same probabilities.
+        They are (1, K, 1, 1) if none is chosen. For `around_NDhw`, see `_Classified`. A part on which the segmenter
+        does not run has no contested pixel: any logits give the same probabilities.
         """
-        chosen = [position for position, n in enumerate(batch.canvases) if segmented_N[n]]
         if not chosen:
             return torch.zeros((1, len(self.card.classes), 1, 1), device=self.device)
         starts = _decoded(canvases, deep, [batch.canvases[position] for position in chosen])
         if around_NDhw is not None and len(chosen) < len(batch.canvases):
             around_NDhw = torch.stack([around_NDhw[position] for position in chosen])
-        found_NKhw = self._networks.segmented(starts, around_NDhw, self.output_stride)
+        found_NKhw = self._networks.segmented(starts, around_NDhw, part, self.output_stride)
         if len(chosen) == len(batch.canvases):
             return found_NKhw
         logits_NKhw = found_NKhw.new_zeros((len(batch.canvases), *found_NKhw.shape[1:]))
         for position, found_Khw in zip(chosen, found_NKhw, strict=True):
             logits_NKhw[position].copy_(found_Khw)
         return logits_NKhw
+
+    def _on_map(self, part: Place) -> Place:
+        """Return the rows and columns of a core's map for a part of the core in model pixels."""
+        rows, columns = (slice(side.start // self.output_stride, side.stop // self.output_stride) for side in part)
+        return rows, columns
 
     def _allowed(self, presence_MK: Tensor) -> Tensor:
         """Return which classes may have pixels in each window; with `ungated_fallback`, all classes if none passes."""
@@ -498,6 +521,11 @@ def _order(batches: Sequence[_Batch]) -> list[int]:
     return [n for batch in batches for n in batch.canvases]
 
 
+def _in_parts(batches: Sequence[_Batch]) -> list[tuple[int, Place]]:
+    """Return the index of the canvas and the part of its core, batch by batch and part by part."""
+    return [(n, part) for batch in batches for part in batch.parts for n in batch.canvases]
+
+
 def _finite(output: Tensor) -> Tensor:
     """Return which entries of the first axis contain neither NaN nor infinity, on the device."""
     return torch.isfinite(output).flatten(1).all(dim=1)
@@ -511,4 +539,4 @@ def _finite_canvases(batches: Sequence[_Batch], logits: Sequence[Tensor]) -> Ten
 
 def _check_finite(network: str, canvases: Sequence[int], finite: NDArray[np.bool_]) -> None:
     if not finite.all():
-        raise NonFiniteOutputError(network, sorted(n for n, good in zip(canvases, finite, strict=True) if not good))
+        raise NonFiniteOutputError(network, sorted({n for n, good in zip(canvases, finite, strict=True) if not good}))

@@ -54,6 +54,8 @@ class RuntimeFacts:
     """Resident memory without pixels: Python, the libraries, the networks, and what the allocator keeps."""
     activation_bytes_per_px: int
     """Activations of both networks in all streams, per pixel of a canvas."""
+    shared_activation_bytes_per_px: int
+    """Activations of a shared backbone in all streams, per pixel of a window. The decoder runs in small parts."""
     mapped_bytes: int
     """Arrays of at least this size return to the kernel when they are freed."""
     kept_bytes: int
@@ -64,11 +66,19 @@ class RuntimeFacts:
 RUNTIME_FACTS: dict[Runtime, RuntimeFacts] = {
     # PyTorch allocates and frees its activations for every batch. Most are smaller than 48 MiB.
     "torch": RuntimeFacts(
-        process_bytes=1500 << 20, activation_bytes_per_px=550, mapped_bytes=48 << 20, kept_bytes=256 << 20
+        process_bytes=1500 << 20,
+        activation_bytes_per_px=550,
+        shared_activation_bytes_per_px=150,
+        mapped_bytes=48 << 20,
+        kept_bytes=256 << 20,
     ),
     # OpenVINO keeps its activations. The arrays of a canvas have a size of their own, so kept ones leave holes.
     "openvino": RuntimeFacts(
-        process_bytes=900 << 20, activation_bytes_per_px=710, mapped_bytes=4 << 20, kept_bytes=64 << 20
+        process_bytes=900 << 20,
+        activation_bytes_per_px=710,
+        shared_activation_bytes_per_px=240,
+        mapped_bytes=4 << 20,
+        kept_bytes=64 << 20,
     ),
 }
 

@@ -28,9 +28,9 @@ class MapSettings:
     """Micrometers per level-0 pixel. None: the slide's own value; `SlideInfo.mpp` holds the result."""
     backend: str = "auto"
     """Reader, a key of `wsi.readers.READERS`. "auto": chosen for each slide; `SlideInfo.backend` holds the result."""
-    canvas_m: int = 896
+    canvas_m: int | None = None
     """Largest side of a canvas in model pixels, with its margin. Larger canvases compute fewer pixels twice, smaller
-    canvases need less memory and skip more."""
+    canvases need less memory. None: chosen for the model, see `pipeline.slide.canvases.largest_canvas`."""
     output_stride: int = OUTPUT_STRIDES[0]
     """Model pixels per pixel of the stored map."""
     min_area_um2: float = 2000.0
@@ -54,7 +54,12 @@ class MapSettings:
 
     def __post_init__(self) -> None:
         _check(self.mpp is None or (math.isfinite(self.mpp) and self.mpp > 0), "--mpp", self.mpp, "a positive number")
-        _check(self.canvas_m >= 128 and self.canvas_m % 32 == 0, "canvas_m", self.canvas_m, "a multiple of 32 from 128")
+        _check(
+            self.canvas_m is None or (self.canvas_m >= 128 and self.canvas_m % 32 == 0),
+            "canvas_m",
+            self.canvas_m,
+            "a multiple of 32 from 128",
+        )
         if self.force and self.repair:
             raise ConfigError("--force computes whole slides again and --repair only damaged blocks; pass only one")
         _check_backend(self.backend)

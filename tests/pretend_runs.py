@@ -58,8 +58,8 @@ def run_predictor() -> dict[str, Any]:
         ]
         probs = [torch.empty((3, 8, (canvases[n].shape[1] - 64) // 4), device=model.device) for n in chosen]
         with recorded() as record:
-            segmented_N, _ = model.predict_into(probs, there, places, [corners[n] for n in chosen])
-        return [one.cpu() for one in probs], segmented_N.tolist(), record
+            segmented, _ = model.predict_into(probs, there, places, [corners[n] for n in chosen])
+        return [one.cpu() for one in probs], [bool(parts) for parts in segmented], record
 
     found: dict[str, Any] = {"devices": available_devices(), "auto": str(choose_device("auto")), "predictions": []}
     for chosen, batch_size in product(([7], range(6, 10), range(12)), (1, 4)):
@@ -129,7 +129,9 @@ def run_command(bundle: str, slide: str, output: str) -> dict[str, Any]:
     status, counts = {}, {}
     for device in ("cpu", "auto"):
         blocks.clear()
-        with patch("pipeline.slide.engine.segment_block", recording):
+        # So small that a block has several canvases.
+        small = patch("pipeline.slide.canvases.SHARED_CANVAS_M", 384)
+        with small, patch("pipeline.slide.engine.segment_block", recording):
             result = CliRunner().invoke(app, [slide, "-o", str(Path(output) / device), "--device", device, *options])
         status[device] = [result.exit_code, result.output]
         counts[device] = list(blocks)
@@ -180,11 +182,11 @@ def run_operations(bundle: str, slide: str) -> dict[str, int]:
 
         hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
         cores = [(x0 + x + margin, y0 + y + margin) for x, y in corners]
-        segmented_N, _ = predictor.predict_into(probs, there, places, cores)
+        segmented, _ = predictor.predict_into(probs, there, places, cores)
         for hook in hooks:
             hook.remove()
     outside = record.kernels - in_networks
-    return {"segmented canvases": int(segmented_N.sum()), "in the networks": in_networks, "outside": outside}
+    return {"segmented canvases": sum(map(bool, segmented)), "in the networks": in_networks, "outside": outside}
 
 
 if __name__ == "__main__":

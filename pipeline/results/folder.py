@@ -327,7 +327,7 @@ def _other_inputs(former: Mapping[str, object], identity: Mapping[str, object]) 
 
 
 def _other_values(former: Mapping[str, object], identity: Mapping[str, object]) -> Iterator[str]:
-    """Yield what differs in the parameters and the computation, as "canvas_m 896 instead of 512", the former first."""
+    """Yield what differs in the parameters and the computation, as "canvas_m 640 instead of 512", the former first."""
     for key in ("parameters", "computed_with"):
         then, now = former.get(key), identity.get(key)
         if isinstance(then, dict) and isinstance(now, dict):

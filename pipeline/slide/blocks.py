@@ -106,7 +106,7 @@ def segment_block(
     timer, grid = _Timer(), work.grid
     possible_HW = block_tissue(grid, work.tissue, block)
     tiles_m = needed_tiles(grid, possible_HW, block)
-    cores_m = canvas_cores(grid, possible_HW, block, predictor.card.margin, work.settings.canvas_m)
+    cores_m = canvas_cores(grid, possible_HW, block, predictor.card, work.settings.canvas_m)
     margin = max(predictor.card.margin + RING + CONTEXT, edge_margin(grid))
     with timer("read"):
         pixels = read_tiles(slide, grid, [with_margin(core_m, margin) for core_m in cores_m])
@@ -193,7 +193,7 @@ def _predict(
     cells: CellDistances,
     stopped: Callable[[], bool],
 ) -> tuple[torch.Tensor, list[Box]]:
-    """Return the probabilities of the block as found_KHW, and the cores on which the segmenter ran.
+    """Return the probabilities of the block as found_KHW, and the parts of cores on which the segmenter ran.
 
     `rgb_HWC` holds the pixels of `rgb_m`, in which all canvases lie.
     """
@@ -207,12 +207,13 @@ def _predict(
             raise Stopped
 
     try:
-        segmented_N, distances = predictor.predict_into(
+        segmented, distances = predictor.predict_into(
             [found_KHW[:, *grid.box_out(core_m).slices(box_out)] for core_m in cores_m],
             rgb_HWC,
             [canvas_m.slices(rgb_m) for canvas_m in canvases_m],
             [(core_m.x, core_m.y) for core_m in cores_m],
             end_if_stopped,
+            block=grid.box_m(box_out).slices(rgb_m),
         )
     except NonFiniteOutputError as error:
         places = ", ".join(str(tuple(grid.box_l0(cores_m[i]))) for i in error.indices[:3])
@@ -223,7 +224,12 @@ def _predict(
     if distances is not None:
         for canvas_m, distances_rc in zip(canvases_m, distances, strict=True):
             cells.add_windows(canvas_m, distances_rc, grid.m_per_out)
-    return found_KHW, [core_m for core_m, ran in zip(cores_m, segmented_N, strict=True) if ran]
+    segmented_m = [
+        Box(columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start).shift(core_m.x, core_m.y)
+        for core_m, parts in zip(cores_m, segmented, strict=True)
+        for rows, columns in parts
+    ]
+    return found_KHW, segmented_m
 
 
 def _tissue_area_px(

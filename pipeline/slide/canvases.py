@@ -1,8 +1,8 @@
 """Cover the tissue of a block with canvases: rectangles that pass the networks at once.
 
-The cores of the canvases do not overlap and contain all tissue of the block. Around each core lies the model's margin,
-which is computed but not used, so few large canvases compute fewer pixels than many small ones. Small canvases follow
-the border of the tissue more closely.
+The cores of the canvases do not overlap and contain all tissue of the block. Pixels around each core are computed but
+not used, so few large canvases compute fewer pixels than many small ones. Small canvases follow the border of the
+tissue more closely.
 
 Shape suffixes: H and W the map of the block, R rows and C columns of cells.
 """
@@ -10,28 +10,46 @@ Shape suffixes: H and W the map of the block, R rows and C columns of cells.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.backbone_windows import OVERLAP
+from models.card import ModelCard
 from wsi.box import Box
 from wsi.grid import Block, Grid
 
 CELL_M = 32
 """Model pixels on which cores start and end: every stride of a network divides them."""
 
+CANVAS_M = 896
+"""Largest side of a canvas in model pixels, with its margin, unless the settings request another."""
+SHARED_CANVAS_M = 1600
+"""The same if the networks share their backbone. They then need much less memory per pixel, because their largest maps
+are computed in smaller parts: `models.fine_map` and `models.decoder_parts`."""
 
-def canvas_cores(grid: Grid, tissue_HW: NDArray[np.bool_], block: Block, margin: int, canvas_m: int) -> list[Box]:
+LOOK_AHEAD, CANDIDATES, APART = 2, 2, 3
+"""How many cuts in a row are tried with several candidates, how many there are, and how many cells lie between them."""
+
+
+def largest_canvas(card: ModelCard, canvas_m: int | None) -> int:
+    """Return the largest side of a canvas for the value of the setting, in model pixels."""
+    return canvas_m or (SHARED_CANVAS_M if card.segmenter.shared_backbone else CANVAS_M)
+
+
+def canvas_cores(
+    grid: Grid, tissue_HW: NDArray[np.bool_], block: Block, card: ModelCard, canvas_m: int | None = None
+) -> list[Box]:
     """Return the cores, in model pixels, of the canvases of a block. `tissue_HW` is the block's `block_tissue`.
 
-    A canvas, which is a core with `margin` pixels on all sides, has sides of at most `canvas_m` pixels.
+    A canvas, which is a core with the model's margin on all sides, has sides of at most `largest_canvas` pixels.
     """
     origin_m = grid.box_m(block.box_out)
-    found = _cover(
-        _cells(tissue_HW, CELL_M // grid.m_per_out), margin / CELL_M, max(1, (canvas_m - 2 * margin) // CELL_M)
-    )
+    # What is computed around a core, except at the edges of the block.
+    around = OVERLAP if card.segmenter.shared_backbone else card.margin
+    side = (largest_canvas(card, canvas_m) - 2 * card.margin) // CELL_M
+    _, found = _cover(_cells(tissue_HW, CELL_M // grid.m_per_out), around / CELL_M, max(1, side))
     return [
         Box(origin_m.x + CELL_M * x, origin_m.y + CELL_M * y, CELL_M * width, CELL_M * height)
         for x, y, width, height in found
@@ -51,22 +69,29 @@ def _cells(tissue_HW: NDArray[np.bool_], side: int) -> NDArray[np.bool_]:
     return np.asarray(has_RW.reshape(height // side, width // side, side).any(axis=2))
 
 
-def _cover(has_RC: NDArray[np.bool_], margin: float, side: float) -> Iterator[Box]:
-    """Yield boxes of cells that contain all cells with tissue, by cutting the bounding box as long as that pays."""
+def _cover(has_RC: NDArray[np.bool_], margin: float, side: float, ahead: int = LOOK_AHEAD) -> tuple[float, list[Box]]:
+    """Return boxes of cells that contain all cells with tissue, and the area of their canvases.
+
+    The bounding box is cut as long as that pays. Of the first `ahead` cuts in a row, several candidates are tried.
+    """
     box = _bounds(has_RC)
     if box is None:
-        return
+        return 0.0, []
     rows, columns = box.slices(Box(0, 0, *has_RC.shape[::-1]))
     has_RC = has_RC[rows, columns]
-    cost, axis, position = _best_cut(has_RC, margin, side)
     fits = max(box.height, box.width) <= side
-    if position and (cost < _cost(box.height, box.width, margin, side) or not fits):
-        first, second = np.split(has_RC, [position], axis=axis)
-        dx, dy = (0, position) if axis == 0 else (position, 0)
-        yield from (part.shift(box.x, box.y) for part in _cover(first, margin, side))
-        yield from (part.shift(box.x + dx, box.y + dy) for part in _cover(second, margin, side))
-    else:
-        yield box
+    whole = float(_cost(box.height, box.width, margin, side)) if fits else math.inf
+    best, found = whole, [box]
+    for estimate, axis, position in _cuts(has_RC, margin, side, CANDIDATES if ahead else 1):
+        if estimate >= whole:
+            break
+        halves = np.split(has_RC, [position], axis)
+        (first, before), (second, after) = (_cover(half_RC, margin, side, max(0, ahead - 1)) for half_RC in halves)
+        if first + second < best:
+            dx, dy = (0, position) if axis == 0 else (position, 0)
+            parts = before + [part.shift(dx, dy) for part in after]
+            best, found = first + second, [part.shift(box.x, box.y) for part in parts]
+    return best, found
 
 
 def _cost(height: Any, width: Any, margin: float, side: float) -> Any:
@@ -74,12 +99,13 @@ def _cost(height: Any, width: Any, margin: float, side: float) -> Any:
     return (height + 2 * margin * np.ceil(height / side)) * (width + 2 * margin * np.ceil(width / side))
 
 
-def _best_cut(has_RC: NDArray[np.bool_], margin: float, side: float) -> tuple[float, int, int]:
-    """Return the cost, axis and position of the cut whose halves need the fewest pixels; (inf, 0, 0) for none.
+def _cuts(has_RC: NDArray[np.bool_], margin: float, side: float, most: int) -> list[tuple[float, int, int]]:
+    """Return the cost, axis and position of at most so many cuts, the one whose halves need the fewest pixels first.
 
-    Among cuts of equal cost, the one nearest to even parts is chosen. `has_RC` equals its own bounding box.
+    Among cuts of equal cost, the one nearest to even parts comes first. The cuts along an axis lie at least `APART`
+    cells from each other. `has_RC` equals its own bounding box.
     """
-    best = (math.inf, 0.0, 0, 0)
+    found = []
     for axis in (0, 1):
         across_RC = has_RC if axis == 0 else has_RC.T
         length, width = across_RC.shape
@@ -92,12 +118,15 @@ def _best_cut(has_RC: NDArray[np.bool_], margin: float, side: float) -> tuple[fl
         last_R = np.where(filled_R, width - 1 - across_RC[:, ::-1].argmax(axis=1), -1)
         before = _half_costs(first_R, last_R, margin, side)
         after = _half_costs(first_R[::-1], last_R[::-1], margin, side)[::-1]
-        costs = before[:-1] + after[1:]
-        positions = np.flatnonzero(costs == costs.min()) + 1
-        position = int(positions[np.abs(positions - even).argmin()])
-        best = min(best, (float(costs[position - 1]), abs(position - even), axis, position))
-    cost, _, axis, position = best
-    return cost, axis, position
+        costs, from_even = before[:-1] + after[1:], np.abs(np.arange(1, length) - even)
+        chosen: list[int] = []
+        for index in np.lexsort((from_even, costs)).tolist():
+            if all(abs(index - other) >= APART for other in chosen):
+                chosen.append(index)
+                if len(chosen) == most:
+                    break
+        found += [(float(costs[index]), float(from_even[index]), axis, index + 1) for index in chosen]
+    return [(cost, axis, position) for cost, _, axis, position in sorted(found)[:most]]
 
 
 def _half_costs(

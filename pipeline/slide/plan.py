@@ -18,7 +18,7 @@ from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError
 from pipeline.limits import available_memory
 from pipeline.results.record import PlanFacts
-from pipeline.slide.canvases import CELL_M, canvas_cores, with_margin
+from pipeline.slide.canvases import CELL_M, canvas_cores, largest_canvas, with_margin
 from pipeline.slide.drawn_tissue import edge_margin
 from wsi.box import Box
 from wsi.grid import Block, Grid, make_grid
@@ -50,6 +50,10 @@ class Plan:
     `backbone_windows` if the card says that the networks share it."""
     margin: int
     """Model pixels around the core of a canvas."""
+    canvas_m: int
+    """Largest side of a canvas in model pixels."""
+    shared_backbone: bool
+    """Whether the networks share their backbone."""
     tissue_um2: float
     """By the tissue mask, before the blocks draw its border."""
     classes: int
@@ -68,7 +72,7 @@ class Plan:
         maps = 4 * (2 * self.classes + 4) * grid.block_out**2
         in_flight = min(settings.in_flight, max(len(self.blocks), 1)) * (pixels + strip + maps)
         # A canvas has a core, also if `canvas_m` leaves no room for one.
-        canvas_m = max(min(settings.canvas_m, -(-side_m // CELL_M) * CELL_M), 2 * self.margin + CELL_M)
+        canvas_m = max(min(self.canvas_m, -(-side_m // CELL_M) * CELL_M), 2 * self.margin + CELL_M)
         # The softmax under the gates needs three maps at a time, beside the logits of canvases and of their cores.
         softmax = 4 * 5 * self.classes * (canvas_m // grid.m_per_out) ** 2
         softmax *= STREAMS if settings.runtime == "openvino" else 1
@@ -77,7 +81,8 @@ class Plan:
         # The features of all canvases of a block, which overlap by their margins.
         features = FEATURE_BYTES_PER_PX * (side_m * canvas_m // (canvas_m - 2 * self.margin)) ** 2
         # The windows of a shared backbone can be larger than canvases.
-        activations = (canvas_m + 2 * RING) ** 2 * facts.activation_bytes_per_px
+        per_px = facts.shared_activation_bytes_per_px if self.shared_backbone else facts.activation_bytes_per_px
+        activations = (canvas_m + 2 * RING) ** 2 * per_px
         return facts.process_bytes + in_flight + gates + features + settings.batch_size * (activations + softmax)
 
     def facts(self, settings: ResolvedSettings) -> PlanFacts:
@@ -104,10 +109,9 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSet
     for block in grid.blocks():
         tissue_HW = block_tissue(grid, tissue, block)
         tiles[block] = len(needed_tiles(grid, tissue_HW, block))
-        cores_m = canvas_cores(grid, tissue_HW, block, card.margin, settings.canvas_m)
+        cores_m = canvas_cores(grid, tissue_HW, block, card, settings.canvas_m)
         canvases += len(cores_m)
-        places = [with_margin(core_m, card.margin).slices(Box(0, 0, 0, 0)) for core_m in cores_m]
-        for rows, columns in backbone_windows(places, card):
+        for rows, columns in backbone_windows(cores_m, grid.box_m(block.box_out), card):
             computed_px += (rows.stop - rows.start) * (columns.stop - columns.start)
     blocks = tuple(block for block, count in tiles.items() if count)
     return Plan(
@@ -117,6 +121,8 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSet
         canvases=canvases,
         computed_px=computed_px,
         margin=card.margin,
+        canvas_m=largest_canvas(card, settings.canvas_m),
+        shared_backbone=card.segmenter.shared_backbone,
         # The mask's last pixels reach beyond the slide.
         tissue_um2=min(tissue.area_um2, info.bounds_l0.width * info.bounds_l0.height * info.mpp**2),
         classes=len(card.classes),
@@ -124,9 +130,11 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSet
     )
 
 
-def backbone_windows(places: Sequence[Place], card: ModelCard) -> list[Place]:
-    """Return the windows in which the backbone runs for the canvases of a block, given as places of one image."""
-    return window_places(places, card.margin) if places and card.segmenter.shared_backbone else list(places)
+def backbone_windows(cores_m: Sequence[Box], block_m: Box, card: ModelCard) -> list[Place]:
+    """Return the windows in which the backbone runs for the cores of a block, in model pixels of the slide."""
+    slide_m = Box(0, 0, 0, 0)
+    places = [with_margin(core_m, card.margin).slices(slide_m) for core_m in cores_m]
+    return window_places(places, card.margin, block_m.slices(slide_m)) if card.segmenter.shared_backbone else places
 
 
 def needed_tiles(grid: Grid, tissue_HW: NDArray[np.bool_], block: Block) -> list[Box]:

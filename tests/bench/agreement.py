@@ -52,7 +52,7 @@ def plain_labels(path: Path, model: str, config: SegmentConfig) -> NDArray[np.ui
         for number, block in enumerate(plan.blocks):
             print(f"\rplain path: block {number + 1} of {len(plan.blocks)}", end="", file=sys.stderr)
             box, margin = block.box_out, bundle.card.margin
-            cores_m = canvas_cores(grid, block_tissue(grid, tissue, block), block, margin, config.canvas_m)
+            cores_m = canvas_cores(grid, block_tissue(grid, tissue, block), block, bundle.card, config.canvas_m)
             around = max(margin, edge_margin(grid))
             pixels = read_tiles(slide, grid, [with_margin(core_m, around) for core_m in cores_m])
             tissue_HW = drawn_tissue(grid, tissue, block, pixels)

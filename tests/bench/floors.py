@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from models.card import ModelCard
 from models.predictor import Predictor
 from pipeline.slide.canvases import canvas_cores, with_margin
 from pipeline.slide.plan import Plan, block_tissue, needed_tiles
@@ -84,12 +85,12 @@ class _Listener(Slide):
         return Pixels(np.full((box_lv.height, box_lv.width, 3), BACKGROUND, np.uint8), ())
 
 
-def planned_reads(info: SlideInfo, tissue: Tissue, plan: Plan, canvas_m: int) -> Reads:
+def planned_reads(info: SlideInfo, tissue: Tissue, plan: Plan, card: ModelCard, canvas_m: int | None) -> Reads:
     """The boxes that the run's blocks read: the engine's own code is asked, nothing is decoded."""
     strips = []
     for block in plan.blocks:
         listener = _Listener(info)
-        cores_m = canvas_cores(plan.grid, block_tissue(plan.grid, tissue, block), block, plan.margin, canvas_m)
+        cores_m = canvas_cores(plan.grid, block_tissue(plan.grid, tissue, block), block, card, canvas_m)
         read_tiles(listener, plan.grid, [with_margin(core_m, plan.margin) for core_m in cores_m])
         strips.append(tuple(box for box in listener.boxes_lv if box.width and box.height))
     width, height = info.level_sizes[plan.grid.level]

@@ -45,7 +45,7 @@ from models.predictor import Predictor
 from models.runtimes import CONTEXT
 from pipeline.config import MapSettings
 from pipeline.results.record import read_run
-from pipeline.slide.canvases import canvas_cores, with_margin
+from pipeline.slide.canvases import canvas_cores, largest_canvas, with_margin
 from pipeline.slide.labels import winners
 from pipeline.slide.plan import backbone_windows, block_tissue
 from pipeline.training.position import RING, ring_means
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("-m", "--model", default=DEFAULT_BUNDLE)
         command.add_argument("--margin", type=int, help="model pixels around a core, instead of the model's")
     for command in (shift, contested, steps):
-        command.add_argument("--canvas", type=int, default=MapSettings().canvas_m)
+        command.add_argument("--canvas", type=int, help="largest side in model pixels, instead of the model's")
     shift.add_argument("--by", type=int, nargs="+", default=[2048, 37], help="model pixels")
     shift.add_argument("--box", type=int, nargs=4, help="part of the slide in level-0 pixels, instead of all of it")
     edge.add_argument("--places", type=int, default=1000)
@@ -117,13 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def print_shift(
-    slide: Path, model: str, margin: int | None, by: Sequence[int], canvas: int, box: Sequence[int] | None
+    slide: Path, model: str, margin: int | None, by: Sequence[int], canvas: int | None, box: Sequence[int] | None
 ) -> None:
     """Print the share of labels that change with each shift."""
     predictor = make_predictor(model, margin, output_stride=1)
     part_l0 = None if box is None else Box(*box)
     expected_HW, inside_HW, computed = shifted_labels(slide, predictor, canvas, 0, part_l0)
-    print(f"{slide.name}, {model}: margin {predictor.card.margin}, canvas {canvas}, {computed:.2f} pixels per pixel")
+    largest = largest_canvas(predictor.card, canvas)
+    print(f"{slide.name}, {model}: margin {predictor.card.margin}, canvas {largest}, {computed:.2f} pixels per pixel")
     for pixels in by:
         labels_HW, also_HW, _ = shifted_labels(slide, predictor, canvas, pixels, part_l0)
         counted_HW = inside_HW[pixels:, pixels:] & also_HW
@@ -133,7 +134,7 @@ def print_shift(
 
 
 def shifted_labels(
-    path: Path, predictor: Predictor, canvas_m: int, pixels: int, part_l0: Box | None = None
+    path: Path, predictor: Predictor, canvas_m: int | None, pixels: int, part_l0: Box | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], float]:
     """Return the label of each model pixel right of and below `pixels`, (H, W), and which are inside the tissue.
 
@@ -165,7 +166,7 @@ def _grid(slide: Slide, predictor: Predictor) -> Grid:
 
 
 def predicted_cores(
-    slide: Slide, grid: Grid, tissue: Tissue, predictor: Predictor, canvas_m: int
+    slide: Slide, grid: Grid, tissue: Tissue, predictor: Predictor, canvas_m: int | None
 ) -> Iterator[tuple[Box, int, Tensor]]:
     """Yield each core, as in a run, in model pixels, the number of pixels computed for it, and its probabilities.
 
@@ -173,7 +174,7 @@ def predicted_cores(
     """
     classes, margin = len(predictor.card.classes), predictor.card.margin
     for block in grid.blocks():
-        cores_m = list(canvas_cores(grid, block_tissue(grid, tissue, block), block, margin, canvas_m))
+        cores_m = canvas_cores(grid, block_tissue(grid, tissue, block), block, predictor.card, canvas_m)
         if not cores_m:
             continue
         canvases_m = [with_margin(core_m, margin) for core_m in cores_m]
@@ -184,8 +185,10 @@ def predicted_cores(
         probs = [torch.empty((classes, core_m.height // stride, core_m.width // stride)) for core_m in cores_m]
         places = [canvas_m.slices(pixels_m.canvas_m) for canvas_m in canvases_m]
         corners = [(core_m.x, core_m.y) for core_m in cores_m]
-        predictor.predict_into(probs, predictor.on_device(pixels_m.canvas_HWC), places, corners)
-        windows = backbone_windows(places, predictor.card)
+        block_m = grid.box_m(block.box_out)
+        there = predictor.on_device(pixels_m.canvas_HWC)
+        predictor.predict_into(probs, there, places, corners, block=block_m.slices(pixels_m.canvas_m))
+        windows = backbone_windows(cores_m, block_m, predictor.card)
         pixels = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in windows]
         yield from zip(cores_m, pixels, probs, strict=True)
 
@@ -285,7 +288,7 @@ def print_edge(slide: Path, model: str, margin: int | None, places: int) -> None
         print(f"{entry.name}: {rings}; beyond the margin within {deviation:.1%} of its mean {inside_D.mean():.4f}")
 
 
-def print_contested(slide: Path, model: str, margin: int | None, canvas: int) -> None:
+def print_contested(slide: Path, model: str, margin: int | None, canvas: int | None) -> None:
     """Print the shares of the cores in which the gate leaves several classes."""
     predictor = make_predictor(model, margin, output_stride=4)
     with open_slide(slide) as opened:
@@ -318,13 +321,13 @@ def contested_shares(maps: Iterable[Tensor], sides: Sequence[int]) -> list[float
     return [reached[side] / max(1, area) for side in sides]
 
 
-def print_steps(slide: Path, model: str, margin: int | None, canvas: int) -> None:
+def print_steps(slide: Path, model: str, margin: int | None, canvas: int | None) -> None:
     """Print how many segments of the borders between cores show in the probabilities."""
     predictor = make_predictor(model, margin, output_stride=4)
     with open_slide(slide) as opened:
         grid = _grid(opened, predictor)
         probs_KHW, core_HW = joined_cores(grid, predicted_cores(opened, grid, find_tissue(opened), predictor, canvas))
-    print(f"{slide.name}, {model}: margin {predictor.card.margin}, canvas {canvas}")
+    print(f"{slide.name}, {model}: margin {predictor.card.margin}, canvas {largest_canvas(predictor.card, canvas)}")
     maps = ((probs_KHW, core_HW), (probs_KHW.swapaxes(1, 2), core_HW.T))
     found = [np.concatenate(parts) for parts in zip(*(excess_steps(*one) for one in maps), strict=True)]
     (excess_S, column_S), block_out = found, grid.block_out

@@ -146,7 +146,7 @@ def _subject(path: Path, model: str, config: SegmentConfig) -> Subject:
         return Subject(
             info=slide.info,
             plan=plan,
-            reads=planned_reads(slide.info, tissue, plan, config.canvas_m),
+            reads=planned_reads(slide.info, tissue, plan, card, config.canvas_m),
             backends=readable_backends(slide.info, plan.grid.level),
             predictor=predictor,
             rgb_NHWC=rgb_NHWC,

@@ -99,13 +99,13 @@ def test_a_slide_without_a_field_of_glass_is_refused(tmp_path: Path) -> None:
 
 def test_the_decode_floor_reads_what_the_blocks_read(tmp_path: Path) -> None:
     path = region_slide(tmp_path / "region.svs")
-    config = SegmentConfig(block_out=32, num_workers=2, device="cpu")
-    _, opened, tissue, plan = plan_slide(path, color_predictor().card, config)
+    config, card = SegmentConfig(block_out=32, num_workers=2, device="cpu"), color_predictor().card
+    _, opened, tissue, plan = plan_slide(path, card, config)
     with opened:
-        reads = floors.planned_reads(opened.info, tissue, plan, config.canvas_m)
+        reads = floors.planned_reads(opened.info, tissue, plan, card, config.canvas_m)
         # At 1 µm/px and one level, a block's strips cover its canvases, cut at the slide's edge.
         block = plan.blocks[0]
-        cores_m = canvas_cores(plan.grid, block_tissue(plan.grid, tissue, block), block, plan.margin, config.canvas_m)
+        cores_m = canvas_cores(plan.grid, block_tissue(plan.grid, tissue, block), block, card, config.canvas_m)
         height = min(max(c.bottom for c in cores_m) + 32, 832) - max(0, min(c.y for c in cores_m) - 32)
         assert len(reads.strips_lv) == len(plan.blocks)
         assert sum(box.height for box in reads.strips_lv[0]) == height

@@ -223,7 +223,7 @@ def test_a_run_of_other_settings_is_refused_by_their_names(stopped: Stopped, tmp
     segment_slide(stopped.slide, output, color_predictor(), COARSE)
     with pytest.raises(
         OutputError,
-        match=r"another run \(other parameters\); pass --force .*; it was made with canvas_m 896 instead of 512, "
+        match=r"another run \(other parameters\); pass --force .*; it was made with canvas_m None instead of 512, "
         r"min_area_um2 0\.0 instead of 9\.0$",
     ):
         segment_slide(stopped.slide, output, color_predictor(), replace(COARSE, canvas_m=512, min_area_um2=9.0))

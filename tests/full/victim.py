@@ -43,7 +43,7 @@ class Order:
     output: str
     trace: str
     """The file for its steps, one JSON list per line: the kind of step, then paths relative to the output."""
-    canvas_m: int = 896
+    canvas_m: int | None = None
     force: bool = False
     die_at: int | None = None
     """The number of the step, from 0, at which the run kills itself; None: it runs to its end."""
@@ -131,12 +131,14 @@ class _Watched(Predictor):
 
     steps: Steps
 
-    def predict_into(self, probs: Any, rgb_HWC: Any, places: Any, corners: Any, before_batch: Any = None) -> Any:
+    def predict_into(
+        self, probs: Any, rgb_HWC: Any, places: Any, corners: Any, before_batch: Any = None, **options: Any
+    ) -> Any:
         def step() -> None:
             before_batch()
             self.steps.step("predict")
 
-        return super().predict_into(probs, rgb_HWC, places, corners, step)
+        return super().predict_into(probs, rgb_HWC, places, corners, step, **options)
 
 
 def _run(predictor: Predictor, order: Order) -> int:

@@ -38,15 +38,22 @@ def place(top: int, left: int, height: int, width: int, margin: int = MARGIN) ->
 SQUARE = [place(y, x, 96, 64) for y in (0, 96) for x in (0, 64)]
 
 
-def test_a_window_has_all_that_the_segmenter_reads_only_at_the_border_of_all_cores() -> None:
+def test_a_window_has_all_that_the_segmenter_reads_only_at_the_edges_of_the_block() -> None:
     most = MARGIN + RING
-    assert window_places(SQUARE, MARGIN) == [
+    assert window_places(SQUARE, MARGIN, None) == [
         (slice(-most, 96 + OVERLAP), slice(-most, 64 + OVERLAP)),
         (slice(-most, 96 + OVERLAP), slice(64 - OVERLAP, 128 + most)),
         (slice(96 - OVERLAP, 192 + most), slice(-most, 64 + OVERLAP)),
         (slice(96 - OVERLAP, 192 + most), slice(64 - OVERLAP, 128 + most)),
     ]
-    assert window_places(SQUARE[:1], MARGIN) == [(slice(-most, 96 + most), slice(-most, 64 + most))]
+    assert window_places(SQUARE[:1], MARGIN, None) == [(slice(-most, 96 + most), slice(-most, 64 + most))]
+    # The cores begin at the left edge of the block and end at its bottom edge.
+    assert window_places(SQUARE, MARGIN, (slice(-64, 192), slice(0, 512))) == [
+        (slice(-OVERLAP, 96 + OVERLAP), slice(-most, 64 + OVERLAP)),
+        (slice(-OVERLAP, 96 + OVERLAP), slice(64 - OVERLAP, 128 + OVERLAP)),
+        (slice(96 - OVERLAP, 192 + most), slice(-most, 64 + OVERLAP)),
+        (slice(96 - OVERLAP, 192 + most), slice(64 - OVERLAP, 128 + OVERLAP)),
+    ]
 
 
 def test_windows_end_at_the_edges_of_the_image() -> None:
@@ -178,7 +185,7 @@ def test_a_border_between_canvases_shows_less_than_that_of_canvases_alone(batch_
     alone = torch.cat(list(predictor.predict(canvases, corners).probs_NKhw), dim=2)
     near = slice(20, 28)  # eight map pixels around the border
     error, other = (float((found - whole)[:, :, near].abs().mean()) for found in (joined, alone))
-    assert error < other / 2
+    assert error < 0.6 * other
     assert torch.equal(joined, torch.cat(probs(halves[::-1])[::-1], dim=2))
 
 
@@ -198,8 +205,8 @@ def test_neither_batches_nor_skipping_change_canvases_of_several_sizes(margin: i
         own = card.model_copy(update={"gate_thresholds": thresholds})
         predictor = Predictor(own, NO_DIGEST, *networks, device="cpu", **options)
         probs = [torch.empty((2, height // 4, width // 4)) for _, _, height, width in cores]
-        segmented_N, _ = predictor.predict_into(probs, rgb_HWC, places, corners)
-        return probs, segmented_N.tolist()
+        segmented, _ = predictor.predict_into(probs, rgb_HWC, places, corners)
+        return probs, [bool(parts) for parts in segmented]
 
     presences = [one.flatten(0, 1) for one in _presences(card, networks, rgb_HWC, places, corners)]
     between = float(torch.cat(presences)[:, 1].median())

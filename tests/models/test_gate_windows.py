@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.gate_windows import WHOLE, GateWindows, cut_windows, gate_windows, pixel_gates, placed, window_axis
+from models.decoder_parts import parts_of
+from models.gate_windows import (
+    WHOLE,
+    GateWindows,
+    PixelGates,
+    cut_windows,
+    gate_windows,
+    pixel_gates,
+    placed,
+    window_axis,
+)
 
 axes = st.tuples(
     st.integers(-20, 40).map(lambda n: 32 * n),  # start of the core
@@ -139,9 +149,35 @@ def rows_of_classes(*classes: int | None) -> tuple[Tensor, GateWindows]:
     return allowed_RCK.flatten(0, 1), windows
 
 
+def contested(gates: PixelGates, height: int, width: int) -> list[bool]:
+    """Return in which canvases the whole core depends on logits."""
+    found: list[bool] = gates.contested([(slice(0, height), slice(0, width))])[0].tolist()
+    return found
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 8, 16]))
+def test_only_contested_parts_depend_on_logits(seed: int, side: int) -> None:
+    windows = gate_windows([(0, 0), (48, 32)], (16, 16), 32, 64, 4)
+    rng = torch.Generator().manual_seed(seed)
+    # One class for most windows, a second one for some, and none for others.
+    allowed_NRCK = torch.zeros(*windows.shape, 3, dtype=torch.bool)
+    allowed_NRCK[..., 1] = torch.rand(windows.shape, generator=rng) < 0.9
+    allowed_NRCK[..., 0] = torch.rand(windows.shape, generator=rng) < 0.02
+    gates = pixel_gates(allowed_NRCK.flatten(0, 2), windows)
+    parts = parts_of((16, 16), side)
+    probs_NKhw = gates.probabilities(torch.randn(2, 3, 16, 16, generator=rng))
+    for part, contested_N in zip(parts, gates.contested(parts), strict=True):
+        without_NKhw = gates.inside(part).probabilities(torch.zeros(1, 3, 1, 1))
+        several_Nhw = (gates.gate_NKhw[..., *part] > 0).sum(dim=1) > 1
+        assert contested_N.tolist() == several_Nhw.flatten(1).any(dim=1).tolist()
+        for n in range(2):
+            if not contested_N[n]:
+                assert torch.equal(without_NKhw[n], probs_NKhw[n][:, *part])
+
+
 def test_windows_with_the_same_single_class_need_no_logits() -> None:
     gates = pixel_gates(*rows_of_classes(None, None, 1))
-    assert gates.contested_N().tolist() == [False]
+    assert contested(gates, 16, 8) == [False]
     logits_1Khw = torch.randn(1, 3, 16, 8, generator=torch.Generator().manual_seed(0))
     probs_1Khw = gates.probabilities(logits_1Khw)
     assert torch.equal(probs_1Khw, gates.probabilities(torch.zeros(1, 3, 1, 1)))
@@ -152,7 +188,7 @@ def test_windows_with_the_same_single_class_need_no_logits() -> None:
 
 def test_neighboring_windows_with_different_single_classes_are_contested() -> None:
     gates = pixel_gates(*rows_of_classes(0, 0, 0, 2))
-    assert gates.contested_N().tolist() == [True]
+    assert contested(gates, 16, 8) == [True]
     logits_1Khw = torch.tensor([5.0, 9.0, 0.0]).view(1, 3, 1, 1)
     probs_1Khw = gates.probabilities(logits_1Khw)
     torch.testing.assert_close(probs_1Khw.sum(dim=1), torch.ones(1, 16, 8))

@@ -11,7 +11,7 @@ from pipeline.results.record import PlanFacts, Run, RunIdentity, SlideFacts, Til
 from wsi.box import Box
 from wsi.grid import Grid
 
-IDENTITY = RunIdentity(format=4, slide="5" * 64, model="e" * 64, parameters={"mpp": None, "canvas_m": 896})
+IDENTITY = RunIdentity(format=5, slide="5" * 64, model="e" * 64, parameters={"mpp": None, "canvas_m": 896})
 TUMOR, STROMA = TissueClass("tumor", (255, 0, 0)), TissueClass("stroma", (0, 0, 255))
 GRID = Grid(
     level=1, origin_lv=(0, 0), l0_per_lv=2.0, lv_per_m=1.0, mpp_m=1.0, size_m=(6000, 4000), tile_m=256,

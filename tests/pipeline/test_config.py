@@ -20,8 +20,8 @@ from pipeline.slide.recipe import segment_slide
 from pipeline.workers.in_process import load_predictor
 from tests.pipeline.fakes import CPU, SMALL, color_predictor, region_slide, run_of
 
-OF_THE_SLIDE = {"mpp", "backend"}
-"""Settings that are resolved for each slide; `SlideInfo` holds the results."""
+IN_THE_PLAN = {"mpp", "backend", "canvas_m"}
+"""Settings that are resolved for each slide and model; `SlideInfo` and `Plan` hold the results."""
 
 
 @pytest.fixture(params=[True, False], ids=["with openvino", "without openvino"])
@@ -47,7 +47,7 @@ def resolved_here(**settings: Any) -> ResolvedSettings:
 def test_resolved_settings_contain_neither_auto_nor_none(settings: dict[str, Any]) -> None:
     resolved = resolved_here(**settings)
     for field in fields(resolved):
-        if field.name not in OF_THE_SLIDE:
+        if field.name not in IN_THE_PLAN:
             assert getattr(resolved, field.name) not in ("auto", None), field.name
     assert pickle.loads(pickle.dumps(resolved)) == resolved
 
@@ -55,7 +55,7 @@ def test_resolved_settings_contain_neither_auto_nor_none(settings: dict[str, Any
 def test_the_types_of_resolved_settings_allow_neither_auto_nor_none() -> None:
     hints = get_type_hints(ResolvedSettings)
     open_ended = {name for name, hint in hints.items() if {"auto", type(None)} & set(get_args(hint))}
-    assert open_ended == OF_THE_SLIDE - {"backend"}  # "auto" or any reader's name, a str
+    assert open_ended == IN_THE_PLAN - {"backend"}  # "auto" or any reader's name, a str
     assert hints["runtime"] == Runtime
 
 
@@ -107,7 +107,7 @@ def test_the_default_parameters_stay_the_same() -> None:
     assert MapSettings().parameters("torch") == {
         "mpp": None,
         "backend": "auto",
-        "canvas_m": 896,
+        "canvas_m": None,
         "output_stride": 4,
         "min_area_um2": 2000.0,
         "simplify_px": 1.0,

@@ -11,9 +11,13 @@ from numpy.typing import NDArray
 
 from pipeline.slide import canvases
 from pipeline.slide.canvases import canvas_cores, with_margin
+from tests.models.networks import make_card
 from wsi.box import Box
 from wsi.grid import Block, Grid, make_grid
 from wsi.slide import SlideInfo
+
+CARD = make_card(margin=32)
+"""Of networks with backbones of their own."""
 
 
 def grid_of(stride: int = 4, block_out: int = 64) -> Grid:
@@ -42,7 +46,7 @@ def test_cores_cover_the_tissue_once_and_canvases_keep_their_size(
     grid, margin = grid_of(), 32
     block = Block(5, Box(64 * column, 128, 64, 64))
     tissue_HW = blobs(seed, 64, share)
-    cores = canvas_cores(grid, tissue_HW, block, margin, canvas_m)
+    cores = canvas_cores(grid, tissue_HW, block, make_card(margin=margin), canvas_m)
     covered_HW = np.zeros_like(tissue_HW, dtype=int)
     for core in cores:
         assert all(value % 32 == 0 for value in core)
@@ -54,23 +58,36 @@ def test_cores_cover_the_tissue_once_and_canvases_keep_their_size(
 
 
 def test_no_tissue_has_no_canvas() -> None:
-    assert canvas_cores(grid_of(), np.zeros((64, 64), bool), Block(0, Box(0, 0, 64, 64)), 32, 896) == []
+    assert canvas_cores(grid_of(), np.zeros((64, 64), bool), Block(0, Box(0, 0, 64, 64)), CARD, 896) == []
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_a_full_block_is_cut_into_few_even_canvases(stride: int) -> None:
     side = 2048 // stride
     block = Block(0, Box(0, 0, side, side))
-    cores = canvas_cores(grid_of(stride, side), np.ones((side, side), bool), block, 32, 896)
+    cores = canvas_cores(grid_of(stride, side), np.ones((side, side), bool), block, CARD, 896)
     assert len(cores) == 9
     assert {core.width for core in cores} | {core.height for core in cores} == {672, 704}
+
+
+def test_a_shared_backbone_has_larger_canvases_unless_a_size_is_requested() -> None:
+    block = Block(0, Box(0, 0, 1024, 1024))
+    shared = CARD.model_copy(update={"segmenter": CARD.segmenter.model_copy(update={"shared_backbone": True})})
+    full_HW = np.ones((1024, 1024), bool)
+    assert [len(canvas_cores(grid_of(4, 1024), full_HW, block, card)) for card in (CARD, shared)] == [25, 9]
+    assert canvas_cores(grid_of(4, 1024), full_HW, block, shared, 896) == canvas_cores(
+        grid_of(4, 1024), full_HW, block, CARD, 896
+    )
+    for card, largest in ((CARD, 896), (shared, 1792)):
+        sides = [side for core in canvas_cores(grid_of(4, 1024), full_HW, block, card) for side in core[2:]]
+        assert max(sides) + 2 * 32 <= largest
 
 
 def test_two_distant_pieces_are_not_in_one_canvas() -> None:
     tissue_HW = np.zeros((256, 256), bool)
     tissue_HW[:16, :16] = True
     tissue_HW[200:, 240:] = True
-    cores = canvas_cores(grid_of(4, 256), tissue_HW, Block(0, Box(0, 0, 256, 256)), 32, 2048)
+    cores = canvas_cores(grid_of(4, 256), tissue_HW, Block(0, Box(0, 0, 256, 256)), CARD, 2048)
     assert cores == [Box(0, 0, 64, 64), Box(960, 800, 64, 224)]
 
 
@@ -78,11 +95,11 @@ def test_a_thin_border_is_worth_a_canvas_of_its_own_only_if_it_saves_pixels() ->
     tissue_HW = np.zeros((256, 256), bool)
     tissue_HW[:128, :128] = True
     tissue_HW[:8, 128:] = True  # a strip of 32 model pixels, 512 long
-    strip = canvas_cores(grid_of(4, 256), tissue_HW, Block(0, Box(0, 0, 256, 256)), 32, 2048)
+    strip = canvas_cores(grid_of(4, 256), tissue_HW, Block(0, Box(0, 0, 256, 256)), CARD, 2048)
     assert sorted(strip) == [Box(0, 0, 512, 512), Box(512, 0, 512, 32)]
     tissue_HW[:, 128:] = False
     tissue_HW[:120, 128:140] = True  # 48 wide and 480 long: a canvas of its own would have more margin
-    assert canvas_cores(grid_of(4, 256), tissue_HW, Block(0, Box(0, 0, 256, 256)), 32, 2048) == [Box(0, 0, 576, 512)]
+    assert canvas_cores(grid_of(4, 256), tissue_HW, Block(0, Box(0, 0, 256, 256)), CARD, 2048) == [Box(0, 0, 576, 512)]
 
 
 @settings(max_examples=40)
@@ -103,4 +120,4 @@ def test_the_best_cut_is_the_cheapest_of_all_and_then_the_most_even(
             cost = sum(float(canvases._cost(box.height, box.width, margin, side)) for box in boxes if box)
             cuts.append((cost, abs(position - length * (parts // 2) / parts), axis, position))
     cost, _, axis, position = min(cuts)
-    assert canvases._best_cut(has_RC, margin, side) == (cost, axis, position)
+    assert canvases._cuts(has_RC, margin, side, 1) == ([(cost, axis, position)] if position else [])

@@ -46,8 +46,9 @@ def test_a_shared_backbone_computes_less_around_cores_that_lie_side_by_side(tmp_
         slide.close()
         assert (len(plan.blocks), plan.canvases) == (1, 2)
         computed.append(plan.computed_px)
-    # Two cores of 320x320 px. Canvases have 64 px around them, windows have 96 px, and 48 px between them.
-    assert computed == [2 * (320 + 128) ** 2, 2 * (320 + 96 + 48) * (320 + 192)]
+    # Two cores of 320x320 px. Canvases have 64 px around them. Windows have 96 px at the edges of the block, and 32 px
+    # between them and below, where the block goes on.
+    assert computed == [2 * (320 + 128) ** 2, 2 * (320 + 96 + 32) ** 2]
 
 
 def test_nothing_beyond_the_slide_is_tissue(tmp_path: Path) -> None:
