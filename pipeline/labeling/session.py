@@ -243,7 +243,7 @@ class Session:
         """Undo the annotator's latest label, or grid of labels, and return its patches; empty if there is none.
 
         The first undo of a session can reach the last label of the session before. Labels of slides that are not open
-        are kept, because the page could not show what was undone.
+        are kept, because the page could not show what was undone. Raises LabelingError if the undo cannot be saved.
         """
         with self._lock:
             self._follow()
@@ -252,10 +252,12 @@ class Session:
             alive = {one.number: one for one in own}
             while self._actions and not set(self._actions[-1]) & set(alive):
                 self._actions.pop()
-            numbers = self._actions.pop() if self._actions else tuple(one.number for one in own[-1:])
+            numbers = self._actions[-1] if self._actions else tuple(one.number for one in own[-1:])
             if not numbers:
                 return []
             self._store.append(self.annotator, [Undone(numbers=numbers)])
+            # Only now: if the undo cannot be saved, the next one is about the same labels.
+            del self._actions[-1:]
             undone = [alive[number] for number in numbers if number in alive]
             self._follow()
             places = [label_of(one).place for one in undone]

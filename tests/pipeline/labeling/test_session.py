@@ -70,6 +70,24 @@ def test_undo_takes_back_one_label_or_a_whole_grid(tmp_path: Path, slides: list[
         assert at.session.counts().labeled == 0
 
 
+def test_an_undo_that_cannot_be_saved_leaves_the_label_for_the_next_undo(
+    tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> tuple[int, ...]:
+        raise LabelingError("the disk is full")
+
+    with desk(tmp_path / "l", slides, shipped) as at:
+        first, second = at.session.upcoming(2)
+        save(at, first, 1)
+        save(at, second, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(EventStore, "append", full)
+            with pytest.raises(LabelingError, match="the disk is full"):
+                at.session.undo()
+        assert [patch.place for patch in at.session.undo()] == [second.place]
+        assert [patch.place for patch in at.session.undo()] == [first.place]
+
+
 def test_a_label_that_is_corrected_counts_once(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
     with desk(tmp_path / "l", slides, shipped) as at:
         (patch,) = at.session.upcoming(1)
