@@ -242,8 +242,9 @@ class Session:
     def undo(self) -> list[Patch]:
         """Undo the annotator's latest label, or grid of labels, and return its patches; empty if there is none.
 
-        The first undo of a session can reach the last label of the session before. Labels of slides that are not open
-        are kept, because the page could not show what was undone. Raises LabelingError if the undo cannot be saved.
+        The first undo of a session can reach the last label of the session before. Imported labels are kept, and so are
+        labels of slides that are not open, because the page could not show what was undone. Raises LabelingError if the
+        undo cannot be saved.
         """
         with self._lock:
             self._follow()
@@ -252,7 +253,8 @@ class Session:
             alive = {one.number: one for one in own}
             while self._actions and not set(self._actions[-1]) & set(alive):
                 self._actions.pop()
-            numbers = self._actions[-1] if self._actions else tuple(one.number for one in own[-1:])
+            made = [one.number for one in own if label_of(one).view != "import"]
+            numbers = self._actions[-1] if self._actions else tuple(made[-1:])
             if not numbers:
                 return []
             self._store.append(self.annotator, [Undone(numbers=numbers)])

@@ -88,6 +88,17 @@ def test_an_undo_that_cannot_be_saved_leaves_the_label_for_the_next_undo(
         assert [patch.place for patch in at.session.undo()] == [first.place]
 
 
+def test_undo_leaves_imported_labels(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at:
+        made, imported = at.session.upcoming(2)
+        save(at, made, 1)
+        save(at, imported, 1, view="import")
+    with desk(tmp_path / "l", slides, shipped) as at:
+        assert [patch.place for patch in at.session.undo()] == [made.place]
+        assert at.session.undo() == []
+        assert at.session.counts().labeled == 1
+
+
 def test_a_label_that_is_corrected_counts_once(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
     with desk(tmp_path / "l", slides, shipped) as at:
         (patch,) = at.session.upcoming(1)
