@@ -149,20 +149,23 @@ class Session:
             picks = [place for place in self.picks() if self._is_open(place) and place not in self._queue]
             queued = set(self._queue)
         ordered = self._open(self._slides.open_places())
-        blind = (found for found in ordered if found and found[1] == "blind" and found[0] not in queued)
+        blind = (found for found in ordered if found[1] == "blind" and found[0] not in queued)
         while picks:
             # At a blind turn, the pick waits for the next turn.
             next_blind = next(blind, None) if self._labels.is_blind_turn(turn) else None
             yield next_blind or (picks.pop(0), "uncertain")
             turn += 1
-        yield from self._open(self._slides.places())
+        while True:
+            opened = self._slides.opened()
+            yield from self._open(self._slides.open_places())
+            if opened == self._slides.count:
+                return
+            yield None
+            self._slides.wait_for_more(opened)
 
-    def _open(self, places: Iterable[Place | None]) -> Iterator[tuple[Place, Reason] | None]:
-        """Yield the patches among these that this annotator should label, and None for None."""
+    def _open(self, places: Iterable[Place]) -> Iterator[tuple[Place, Reason]]:
+        """Yield the patches among these that this annotator should label."""
         for place in places:
-            if place is None:
-                yield None
-                continue
             with self._lock:
                 open_, blind = self._is_open(place), self._labels.is_blind(place)
             if open_:

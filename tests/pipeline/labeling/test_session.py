@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,10 @@ from pipeline.labeling.events import Labeled, SlideAdded
 from pipeline.labeling.folder import Wishes, add_classes, merge_classes
 from pipeline.labeling.import_annotations import Drawing
 from pipeline.labeling.importer import import_drawings, open_import
-from pipeline.labeling.session import NewLabel, Session
-from pipeline.labeling.slides import SlideFile
+from pipeline.labeling.session import AHEAD, NewLabel, Patch, Session
+from pipeline.labeling.slides import ReadySlide, SlideFile, Slides
 from pipeline.labeling.store import EventStore
-from tests.pipeline.labeling.desks import SIDE, answers, desk, save
+from tests.pipeline.labeling.desks import SIDE, answers, desk, label_slide, save
 
 
 def ids(session: Session, count: int = 6) -> list[str]:
@@ -124,6 +126,49 @@ def test_two_people_share_the_blind_patches_and_divide_the_others(
         offered = bob.session.upcoming(40)
         assert [patch.place for patch in offered if patch.place in {p.place for p in done}] == blind
         assert all(patch.label is None for patch in offered), "the other person's labels are not shown"
+
+
+def test_the_next_patch_waits_for_a_slide_only_if_the_open_ones_have_none_left(
+    tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates = {name: threading.Event() for name in ("a.svs", "b.svs", "c.svs")}
+    opened = Slides._opened
+
+    def gated(self: Slides, file: SlideFile) -> ReadySlide:
+        gates[file.path.name].wait()
+        return opened(self, file)
+
+    monkeypatch.setattr(Slides, "_opened", gated)
+    files = [SlideFile(path, path.stem) for path in (*slides, label_slide(tmp_path / "c.svs", seed=2))]
+    wishes = Wishes(side=SIDE, blind_share=0.25)
+    classes = ("class-0", "class-1")
+    with (
+        open_desk(tmp_path / "l", files, "ann", wishes=wishes, classes=classes, model=None, shipped=shipped) as at,
+        ThreadPoolExecutor(1) as thread,
+    ):
+
+        def upcoming() -> Future[list[Patch]]:
+            return thread.submit(at.session.upcoming)
+
+        try:
+            gates["a.svs"].set()
+            first = at.session.upcoming()
+            assert len(first) == AHEAD
+            save(at, first[0], 1)
+            second = upcoming().result(timeout=10)
+            assert second[:5] == first[1:]
+            (slide,) = at.slides.ready()
+            new = [NewLabel(place, answers(at, 2), "none", "single", 1.0) for place in slide.order]
+            at.session.save(new, {})
+            waiting = upcoming()
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+            gates["b.svs"].set()
+            found = waiting.result(timeout=10)
+            assert {at.slides.of(patch.place).added.name for patch in found} == {"b.svs"}  # type: ignore[union-attr]
+        finally:
+            for gate in gates.values():
+                gate.set()
 
 
 def test_a_patch_that_lacks_an_answer_comes_first_although_no_slide_is_open_yet(
