@@ -41,8 +41,7 @@ class Verdict:
     """Answer for each current class."""
     mark: Mark
     disputed: bool
-    """Whether two annotators contradict each other about a class. Its answer is then "unknown", unless a majority
-    agrees."""
+    """Whether two annotators contradict each other about a class, or about whether to leave the patch out."""
 
 
 class Labels:
@@ -149,17 +148,19 @@ class Labels:
     def verdict(self, place: Place) -> Verdict:
         """Return what the annotators of a patch say together: per class, the answer of most of them.
 
-        Marked labels count only if nobody answered. Raises KeyError for a patch without a label.
+        On a tie, the answer is "unknown". The patch has a mark if at least half of the annotators marked it. Raises
+        KeyError for a patch without a label.
         """
         latest = [label_of(kept[-1]) for kept in self._labels.get(place, {}).values() if kept]
         if not latest:
             raise KeyError(place)
         answered = [self.answers(one) for one in latest if one.mark == "none"]
-        if not answered:
-            return Verdict(dict.fromkeys(self.classes, "unknown"), latest[-1].mark, disputed=False)
+        marks = [one.mark for one in latest if one.mark != "none"]
+        if len(marks) >= len(answered):
+            return Verdict(dict.fromkeys(self.classes, "unknown"), marks[-1], disputed=bool(answered))
         answers = {id_: _majority([one[id_] for one in answered]) for id_ in self.classes}
-        disputed = any({"present", "absent"} <= {one[id_] for one in answered} for id_ in self.classes)
-        return Verdict(answers, "none", disputed)
+        contradicted = any({"present", "absent"} <= {one[id_] for one in answered} for id_ in self.classes)
+        return Verdict(answers, "none", disputed=contradicted or bool(marks))
 
     def areas(self, place: Place) -> Areas:
         """Return the area of each current class in a patch, as its annotators outlined it together."""
