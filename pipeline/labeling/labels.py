@@ -163,11 +163,17 @@ class Labels:
         return Verdict(answers, "none", disputed=contradicted or bool(marks))
 
     def areas(self, place: Place) -> Areas:
-        """Return the area of each current class in a patch, as its annotators outlined it together."""
+        """Return the area of each current class in a patch, as its annotators outlined it together.
+
+        Outlines of an annotator who found other classes in the patch than the `verdict` are left out. Raises KeyError
+        for a patch without a label.
+        """
         parts: dict[int, list[str]] = {id_: [] for id_ in self.classes}
-        for kept in self._labels.get(place, {}).values():
-            for id_, text in ((label_of(kept[-1]).areas or {}) if kept else {}).items():
-                parts[self._current(id_)].append(text)
+        present = _present(self.verdict(place).answers)
+        for one in (label_of(kept[-1]) for kept in self._labels.get(place, {}).values() if kept):
+            if one.areas and _present(self.answers(one)) == present:
+                for id_, text in one.areas.items():
+                    parts[self._current(id_)].append(text)
         return tuple(joined(found) for found in parts.values())
 
     def is_complete(self, label: Labeled) -> bool:
@@ -189,6 +195,10 @@ def label_of(record: Recorded) -> Labeled:
     """Return the label that an event is."""
     assert isinstance(record.event, Labeled)
     return record.event
+
+
+def _present(answers: Mapping[int, Answer]) -> set[int]:
+    return {id_ for id_, answer in answers.items() if answer == "present"}
 
 
 def _merged(answers: set[Answer]) -> Answer:

@@ -115,6 +115,17 @@ def test_a_mark_is_a_vote_to_leave_a_patch_out_and_a_tie_leaves_it_out() -> None
         assert (verdict.answers, verdict.mark, verdict.disputed) == expected
 
 
+def test_outlines_of_an_annotator_who_was_outvoted_are_left_out() -> None:
+    square, left = "POLYGON ((0 0, 64 0, 64 64, 0 64, 0 0))", "POLYGON ((0 0, 9 0, 9 64, 0 64, 0 0))"
+    tumor = label(0, "present", "absent").model_copy(update={"areas": {1: square}})
+    stroma = label(0, "absent", "present")
+    assert fold(("ann", tumor)).areas(place(0)) == (square, "")
+    assert fold(("ann", tumor), ("bob", stroma), ("cyd", stroma)).areas(place(0)) == ("", "")
+    both = stroma.model_copy(update={"areas": {1: left, 2: square}})
+    assert fold(("ann", tumor), ("bob", both), ("cyd", stroma)).areas(place(0)) == (left, square)
+    assert fold(("ann", tumor), ("bob", label(0, mark="artifact"))).areas(place(0)) == ("", "")
+
+
 @given(st.integers(0, 2**31))
 def test_the_state_does_not_depend_on_when_it_was_read(seed: int) -> None:
     rng = random.Random(seed)
