@@ -185,6 +185,14 @@ class Labels:
         assert self.settings is not None
         return _fraction(f"blind {self.settings.seed} {place.id}") < self.settings.blind_share
 
+    def is_sampled(self, place: Place) -> bool:
+        """Return whether somebody labeled a patch of the blind share because it came at random.
+
+        Imported patches were chosen by what they show. A label that completes an imported one does not change this.
+        """
+        labels = (label_of(one) for kept in self._labels.get(place, {}).values() for one in kept)
+        return self.is_blind(place) and any(one.reason not in ("import", "correction", "again") for one in labels)
+
     def is_blind_turn(self, turn: int) -> bool:
         """Return whether an annotator's patch of this number is a blind one, if a model picks the others."""
         assert self.settings is not None
