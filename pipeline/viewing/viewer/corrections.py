@@ -46,8 +46,8 @@ class _Request(BaseModel):
 class RelabelRequest(_Request):
     """A region, and the label of its right class."""
 
-    index: Annotated[int, Field(ge=0)]
-    """Number of the region in the file of the result."""
+    index: Annotated[int, Field(ge=0, lt=1 << 32)]
+    """Number of the region in the file of the result, with at most as many bits as in `outlines`."""
     label: int
     area_mm2: float
     """What the page shows of the region."""

@@ -85,6 +85,7 @@ def test_what_the_page_cannot_have_sent_is_refused_and_not_saved(own_site: Site)
         (good | {"area_mm2": good["area_mm2"] * 1.1}, 409),
         (good | {"label": 2 if good["label"] == 1 else 1}, 409),
         (good | {"index": 99}, 409),
+        (good | {"index": 10**30}, 422),
         (good | {"after": 3}, 409),
         (good | {"after": 0}, 422),
         (good | {"path": "x"}, 422),
