@@ -55,7 +55,7 @@ class Counts:
     labeled: int
     """Patches with an answer for every class."""
     incomplete: int
-    """Patches that lack an answer: labeled before a class was added, or disputed."""
+    """Patches that lack an answer: labeled before a class was added, imported in part, or disputed."""
     unsure: int
     artifact: int
     present: dict[int, int]
