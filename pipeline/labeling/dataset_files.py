@@ -181,7 +181,7 @@ def is_split_by_patient(rows: list[Row]) -> bool:
 
 
 def table_text(rows: list[Row], labels: Labels) -> str:
-    """Return labels.csv: one row per patch."""
+    """Return labels.csv: one row per patch. The frequency of a class can be estimated from those with `blind` = 1."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     columns = class_columns(labels)
@@ -189,7 +189,7 @@ def table_text(rows: list[Row], labels: Labels) -> str:
     for row in rows:
         slide = labels.slides.get(row.place.slide)
         facts = [f"{row.place.id}.png", row.place.slide if slide is None else slide.name, row.patient, row.split]
-        place = [f"{row.place.x_l0:g}", f"{row.place.y_l0:g}", int(labels.is_blind(row.place))]
+        place = [f"{row.place.x_l0:g}", f"{row.place.y_l0:g}", int(labels.is_sampled(row.place))]
         writer.writerow([*facts, *place, *(int(there) for there in row.present)])
     return stream.getvalue()
 

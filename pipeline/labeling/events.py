@@ -27,8 +27,8 @@ View = Literal["single", "grid", "import"]
 
 Reason = Literal["random", "blind", "uncertain", "similar", "excluded", "again", "import", "correction"]
 """Why a patch was picked: the random order, the blind share, an uncertain answer of the light model, similarity to
-labeled patches, excluded from a grid, labeled before a class was added, drawn in QuPath, or the map of a model was
-corrected there."""
+labeled patches, excluded from a grid, a label without an answer for every class, drawn in QuPath, or the map of a model
+was corrected there."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]

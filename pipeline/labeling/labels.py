@@ -41,8 +41,7 @@ class Verdict:
     """Answer for each current class."""
     mark: Mark
     disputed: bool
-    """Whether two annotators contradict each other about a class. Its answer is then "unknown", unless a majority
-    agrees."""
+    """Whether two annotators contradict each other about a class, or about whether to leave the patch out."""
 
 
 class Labels:
@@ -149,24 +148,32 @@ class Labels:
     def verdict(self, place: Place) -> Verdict:
         """Return what the annotators of a patch say together: per class, the answer of most of them.
 
-        Marked labels count only if nobody answered. Raises KeyError for a patch without a label.
+        On a tie, the answer is "unknown". The patch has a mark if at least half of the annotators marked it. Raises
+        KeyError for a patch without a label.
         """
         latest = [label_of(kept[-1]) for kept in self._labels.get(place, {}).values() if kept]
         if not latest:
             raise KeyError(place)
         answered = [self.answers(one) for one in latest if one.mark == "none"]
-        if not answered:
-            return Verdict(dict.fromkeys(self.classes, "unknown"), latest[-1].mark, disputed=False)
+        marks = [one.mark for one in latest if one.mark != "none"]
+        if len(marks) >= len(answered):
+            return Verdict(dict.fromkeys(self.classes, "unknown"), marks[-1], disputed=bool(answered))
         answers = {id_: _majority([one[id_] for one in answered]) for id_ in self.classes}
-        disputed = any({"present", "absent"} <= {one[id_] for one in answered} for id_ in self.classes)
-        return Verdict(answers, "none", disputed)
+        contradicted = any({"present", "absent"} <= {one[id_] for one in answered} for id_ in self.classes)
+        return Verdict(answers, "none", disputed=contradicted or bool(marks))
 
     def areas(self, place: Place) -> Areas:
-        """Return the area of each current class in a patch, as its annotators outlined it together."""
+        """Return the area of each current class in a patch, as its annotators outlined it together.
+
+        Outlines of an annotator who found other classes in the patch than the `verdict` are left out. Raises KeyError
+        for a patch without a label.
+        """
         parts: dict[int, list[str]] = {id_: [] for id_ in self.classes}
-        for kept in self._labels.get(place, {}).values():
-            for id_, text in ((label_of(kept[-1]).areas or {}) if kept else {}).items():
-                parts[self._current(id_)].append(text)
+        present = _present(self.verdict(place).answers)
+        for one in (label_of(kept[-1]) for kept in self._labels.get(place, {}).values() if kept):
+            if one.areas and _present(self.answers(one)) == present:
+                for id_, text in one.areas.items():
+                    parts[self._current(id_)].append(text)
         return tuple(joined(found) for found in parts.values())
 
     def is_complete(self, label: Labeled) -> bool:
@@ -178,6 +185,14 @@ class Labels:
         assert self.settings is not None
         return _fraction(f"blind {self.settings.seed} {place.id}") < self.settings.blind_share
 
+    def is_sampled(self, place: Place) -> bool:
+        """Return whether somebody labeled a patch of the blind share because it came at random.
+
+        Imported patches were chosen by what they show. A label that completes an imported one does not change this.
+        """
+        labels = (label_of(one) for kept in self._labels.get(place, {}).values() for one in kept)
+        return self.is_blind(place) and any(one.reason not in ("import", "correction", "again") for one in labels)
+
     def is_blind_turn(self, turn: int) -> bool:
         """Return whether an annotator's patch of this number is a blind one, if a model picks the others."""
         assert self.settings is not None
@@ -188,6 +203,10 @@ def label_of(record: Recorded) -> Labeled:
     """Return the label that an event is."""
     assert isinstance(record.event, Labeled)
     return record.event
+
+
+def _present(answers: Mapping[int, Answer]) -> set[int]:
+    return {id_ for id_, answer in answers.items() if answer == "present"}
 
 
 def _merged(answers: set[Answer]) -> Answer:

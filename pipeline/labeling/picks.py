@@ -30,7 +30,7 @@ START = 50
 """Number of labels before the first round of picks."""
 
 STEP = 10
-"""Number of labels between two rounds, and of picks per round."""
+"""Number of new, changed or undone labels between two rounds, and of picks per round."""
 
 CANDIDATES = 500
 """Unlabeled patches among which a round picks, taken from all open slides in turn."""
@@ -49,7 +49,7 @@ class Picks:
         self._similar = similar
         self._condition = threading.Condition()
         self._changed = self._ended = False
-        self._learned = 0
+        self._learned: dict[Place, Verdict] = {}
         self._best: tuple[Place, ...] = ()
         self._thread = threading.Thread(target=self._work, name="picks", daemon=True)
         self._thread.start()
@@ -81,16 +81,17 @@ class Picks:
                 return
 
     def _pick(self) -> None:
-        """Learn the labels and pick, if there are enough new labels."""
+        """Learn the labels and pick, if enough labels are new, changed or undone since the round before."""
         verdicts = self._session.verdicts()
-        if len(verdicts) < START or (self._best and abs(len(verdicts) - self._learned) < STEP):
+        changed = [at for at in verdicts | self._learned if verdicts.get(at) != self._learned.get(at)]
+        if len(verdicts) < START or (self._best and len(changed) < STEP):
             return
         candidates = list(islice(self._session.unseen(), CANDIDATES))
         features_MF = self._similar.fetch([*verdicts, *candidates])
         if features_MF is None:
             return
         found = picked(features_MF[: len(verdicts)], answers_of(verdicts), features_MF[len(verdicts) :])
-        self._learned = len(verdicts)
+        self._learned = verdicts
         with self._condition:
             self._best = tuple(candidates[n] for n in found)
 

@@ -55,7 +55,7 @@ class Counts:
     labeled: int
     """Patches with an answer for every class."""
     incomplete: int
-    """Patches that lack an answer: labeled before a class was added, or disputed."""
+    """Patches that lack an answer: labeled before a class was added, imported in part, or disputed."""
     unsure: int
     artifact: int
     present: dict[int, int]
@@ -149,20 +149,23 @@ class Session:
             picks = [place for place in self.picks() if self._is_open(place) and place not in self._queue]
             queued = set(self._queue)
         ordered = self._open(self._slides.open_places())
-        blind = (found for found in ordered if found and found[1] == "blind" and found[0] not in queued)
+        blind = (found for found in ordered if found[1] == "blind" and found[0] not in queued)
         while picks:
             # At a blind turn, the pick waits for the next turn.
             next_blind = next(blind, None) if self._labels.is_blind_turn(turn) else None
             yield next_blind or (picks.pop(0), "uncertain")
             turn += 1
-        yield from self._open(self._slides.places())
+        while True:
+            opened = self._slides.opened()
+            yield from self._open(self._slides.open_places())
+            if opened == self._slides.count:
+                return
+            yield None
+            self._slides.wait_for_more(opened)
 
-    def _open(self, places: Iterable[Place | None]) -> Iterator[tuple[Place, Reason] | None]:
-        """Yield the patches among these that this annotator should label, and None for None."""
+    def _open(self, places: Iterable[Place]) -> Iterator[tuple[Place, Reason]]:
+        """Yield the patches among these that this annotator should label."""
         for place in places:
-            if place is None:
-                yield None
-                continue
             with self._lock:
                 open_, blind = self._is_open(place), self._labels.is_blind(place)
             if open_:
@@ -242,8 +245,9 @@ class Session:
     def undo(self) -> list[Patch]:
         """Undo the annotator's latest label, or grid of labels, and return its patches; empty if there is none.
 
-        The first undo of a session can reach the last label of the session before. Labels of slides that are not open
-        are kept, because the page could not show what was undone.
+        The first undo of a session can reach the last label of the session before. Imported labels are kept, and so are
+        labels of slides that are not open, because the page could not show what was undone. Raises LabelingError if the
+        undo cannot be saved.
         """
         with self._lock:
             self._follow()
@@ -252,10 +256,13 @@ class Session:
             alive = {one.number: one for one in own}
             while self._actions and not set(self._actions[-1]) & set(alive):
                 self._actions.pop()
-            numbers = self._actions.pop() if self._actions else tuple(one.number for one in own[-1:])
+            made = [one.number for one in own if label_of(one).view != "import"]
+            numbers = self._actions[-1] if self._actions else tuple(made[-1:])
             if not numbers:
                 return []
             self._store.append(self.annotator, [Undone(numbers=numbers)])
+            # Only now: if the undo cannot be saved, the next one is about the same labels.
+            del self._actions[-1:]
             undone = [alive[number] for number in numbers if number in alive]
             self._follow()
             places = [label_of(one).place for one in undone]

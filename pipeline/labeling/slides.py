@@ -6,7 +6,8 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,21 +77,21 @@ class Slides:
 
     def wait(self) -> None:
         """Wait until a slide is open, or until none is left to open."""
-        next(filter(None, self.places()), None)
+        while not self.ready() and (opened := self.opened()) < self.count:
+            self.wait_for_more(opened)
+
+    def wait_for_more(self, opened: int) -> None:
+        """Wait until `opened()` is larger than this. Returns at once if no slide is left to open."""
+        pending = [future for future in self._ready if not future.done()]
+        if self.opened() == opened:
+            futures.wait(pending, return_when=futures.FIRST_COMPLETED)
 
     def opened(self) -> int:
         """Return how many slides have been opened, or could not be."""
         return sum(future.done() for future in self._ready)
 
-    def places(self) -> Iterator[Place | None]:
-        """Yield all patches in the order of labeling: random in each slide, one slide after the other.
-
-        Before it waits for a slide that is not open yet, it yields None.
-        """
-        return round_robin([_later(future) for future in self._ready])
-
     def open_places(self) -> Iterator[Place]:
-        """Yield the patches of the slides that are open now, in the order of labeling."""
+        """Yield the patches of the slides that are open now: random in each slide, one slide after the other."""
         return round_robin([one.order for one in self.ready()])
 
     def of(self, place: Place) -> ReadySlide | None:
@@ -147,15 +148,3 @@ def _titles(paths: Sequence[Path]) -> dict[Path, str]:
         common = os.path.commonpath([path.absolute().parent for path in repeated])
         titles |= {path: path.absolute().relative_to(common).as_posix() for path in repeated}
     return {path: printable_name(title) for path, title in titles.items()}
-
-
-def _later(future: Future[ReadySlide | None]) -> Iterator[Place | None]:
-    """Yield the patches of a slide, and before them None if it is not open yet."""
-    if not future.done():
-        yield None
-    try:
-        found = future.result()
-    except CancelledError:  # the session ends
-        return
-    if found is not None:
-        yield from found.order

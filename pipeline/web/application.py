@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -62,16 +62,20 @@ async def posted_json(request: Request, kind: type[Asked]) -> Asked:
     """Return the body of a POST request that a page of this application sent.
 
     Raises HTTPException 403 if another site sent it: browsers name the site in `Origin` and ask before they send JSON
-    elsewhere. Raises 413 for a body above `MAX_POSTED`, and 422 if it is not a valid `kind`.
+    elsewhere. Raises 400 if the page canceled the request, 413 for a body above `MAX_POSTED`, and 422 if the body is
+    not a valid `kind`.
     """
     own = f"{request.url.scheme}://{request.headers.get('host', '')}"
     if request.headers.get("origin") != own or request.headers.get("content-type") != "application/json":
         raise HTTPException(403, "Only the page itself can save.")
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_POSTED:
-            raise HTTPException(413, "The request is too large.")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_POSTED:
+                raise HTTPException(413, "The request is too large.")
+    except ClientDisconnect as error:
+        raise HTTPException(400, "The request was canceled.") from error
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

@@ -98,7 +98,7 @@ export class Single {
     const { micrometers, reason, blind, label } = this.patch;
     const words = [`${micrometers} µm`];
     if (blind) words.push("blind: labeled by every annotator, without suggestions");
-    if (reason === "again") words.push("a class was added after your label");
+    if (reason === "again") words.push("some classes have no answer yet");
     if (reason === "uncertain") words.push("picked because its classes are uncertain");
     if (reason === "excluded") words.push("excluded from the grid");
     if (label) words.push(label.mark === "none" ? "labeled before" : `marked as ${label.mark} before`);

@@ -29,6 +29,7 @@ from pipeline.viewing.viewer.corrections import CorrectionPages
 from pipeline.viewing.viewer.identity import in_daemon, is_segmented_slide
 from pipeline.viewing.viewer.open_results import OpenResult, OpenResults
 from pipeline.viewing.viewer.page_facts import page_facts
+from pipeline.viewing.viewer.replaced import current
 from pipeline.viewing.viewer.results import Result
 from pipeline.web.application import local_application
 from pipeline.web.cache import ByteCache
@@ -239,11 +240,20 @@ class Viewer:
         return made
 
     async def _run(self, request: Request, work: Callable[[], bytes | None], threads: RequestThreads) -> bytes | None:
-        """Return the value of `work`. Raises HTTPException 503 if a file cannot be read."""
+        """Return the value of `work`.
+
+        Raises HTTPException 409 if the result was replaced, and 503 if a file cannot be read.
+        """
+        result = self._result(request)
+
+        def checked() -> bytes | None:
+            with current(result):
+                return work()
+
         try:
-            return await threads.run(request, work)
+            return await threads.run(request, checked)
         except (WsiSegmentError, OSError) as error:
-            log.error("%s: %s", self._result(request).name, error)
+            log.error("%s: %s", result.name, error)
             raise HTTPException(
                 503, "The slide or its result cannot be read; see the terminal for the reason."
             ) from error

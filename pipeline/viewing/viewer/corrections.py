@@ -31,7 +31,7 @@ from pipeline.labeling.corrections import (
 )
 from pipeline.labeling.event_file import EventFile
 from pipeline.labeling.events import Undone
-from pipeline.results.record import read_header
+from pipeline.viewing.viewer.replaced import check_current, current
 from pipeline.viewing.viewer.results import Result
 from pipeline.web.application import posted_json
 from pipeline.web.request_threads import RequestThreads
@@ -46,8 +46,8 @@ class _Request(BaseModel):
 class RelabelRequest(_Request):
     """A region, and the label of its right class."""
 
-    index: Annotated[int, Field(ge=0)]
-    """Number of the region in the file of the result."""
+    index: Annotated[int, Field(ge=0, lt=1 << 32)]
+    """Number of the region in the file of the result, with at most as many bits as in `outlines`."""
     label: int
     area_mm2: float
     """What the page shows of the region."""
@@ -91,10 +91,9 @@ class CorrectionPages:
         def save(result: Result) -> dict[str, object]:
             classes = result.run.classes
             region = next(islice(read_features(result.outlines, classes), asked.index, None), None)
-            identity, header = result.run.identity, read_header(result.folder)
             # Only now: the regions may already be those of a result that has replaced the loaded one.
-            if header is None or header.identity != identity.as_json():
-                raise HTTPException(409, "The result has changed; stop wsi-view and start it again.")
+            check_current(result)
+            identity = result.run.identity
             known = region is not None and (region.label, region.area_mm2) == (asked.label, asked.area_mm2)
             if region is None or not known or asked.after > len(classes):
                 raise HTTPException(409, "The result has changed; reload the page.")
@@ -120,6 +119,7 @@ class CorrectionPages:
                 )
             if latest is None:
                 return {"undone": None}
+            check_current(result)
             self._append(result, Undone(numbers=(latest.number,)))
             return {"undone": numbers[latest.event.region]}
 
@@ -166,8 +166,12 @@ class CorrectionPages:
         return result
 
     async def _run(self, request: Request, result: Result, work: Callable[[], bytes]) -> bytes:
+        def checked() -> bytes:
+            with current(result):
+                return work()
+
         try:
-            made = await self._thread.run(request, work)
+            made = await self._thread.run(request, checked)
         except (LabelingError, OSError) as error:
             log.error("%s: %s", result.name, error)
             raise HTTPException(

@@ -17,6 +17,10 @@ from pipeline.results.record import Run, read_header, read_run
 log = logging.getLogger(__name__)
 
 
+RecordStamp = tuple[int, int]
+"""The modification time in nanoseconds and the size of the file of a record."""
+
+
 @dataclass(frozen=True)
 class Result:
     """A slide's result that can be shown. Immutable; holds nothing open."""
@@ -33,6 +37,8 @@ class Result:
     """The OME-Zarr map."""
     outlines: Path
     """The GeoParquet file."""
+    stamp: RecordStamp | None
+    """The stamp of the record when it was read."""
 
     @property
     def familiarity(self) -> Path | None:
@@ -91,6 +97,8 @@ def load_result(folder: Path, name: str | None = None) -> Result:
     """
     folder = folder.resolve()
     name = result_name(folder.parent, folder) if name is None else name
+    # Before the record: if the result is replaced meanwhile, the stamp is that of the earlier one.
+    stamp = record_stamp(folder)
     try:
         run = read_run(folder)
     except RunRecordError as error:
@@ -106,7 +114,17 @@ def load_result(folder: Path, name: str | None = None) -> Result:
         slide=run.slide.path or folder.parent / run.slide.name,
         store=_output(folder, run, MAP_END),
         outlines=_output(folder, run, GEOPARQUET_END),
+        stamp=stamp,
     )
+
+
+def record_stamp(folder: Path) -> RecordStamp | None:
+    """Return the stamp of a result's record, or None if there is no record. Raises OSError if it cannot be read."""
+    try:
+        facts = (folder / RUN).stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_mtime_ns, facts.st_size
 
 
 def with_slide(result: Result, moved: Path) -> Result:

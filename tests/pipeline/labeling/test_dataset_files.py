@@ -93,6 +93,19 @@ def test_only_complete_labels_are_part_of_the_data_set(tmp_path: Path) -> None:
     assert (np.asarray(Image.open(tmp_path / "patches" / f"{place(3).id}.png")) == 3).all()
 
 
+def test_imported_patches_are_not_blind_until_somebody_labels_them_at_random(tmp_path: Path) -> None:
+    blind = [x for x in range(40) if fold().is_blind(place(x))][:5]
+    random_ = [label(x, *PRESENT).model_copy(update={"reason": "blind"}) for x in blind]
+    imported = [one.model_copy(update={"view": "import", "reason": "correction"}) for one in random_]
+    again = [one.model_copy(update={"reason": "again"}) for one in random_]
+    events = [
+        ("ann", random_[0]), ("ann", imported[1]), ("ann", imported[2]), ("bob", random_[2]),
+        ("ann", imported[3]), ("ann", again[3]), ("ann", random_[4]), ("ann", again[4]),
+    ]  # fmt: skip
+    write_dataset(tmp_path, fold(*events), read)
+    assert [table(tmp_path)[f"{place(x).id}.png"]["blind"] for x in blind] == ["1", "0", "1", "0", "1"]
+
+
 def test_a_patch_whose_slide_is_not_open_is_left_out_until_it_is(tmp_path: Path) -> None:
     labels = fold(("ann", label(0, *PRESENT)), ("ann", label(1, *ABSENT)))
     assert write_dataset(tmp_path, labels, lambda at: read(at) if at == place(0) else None) == 1

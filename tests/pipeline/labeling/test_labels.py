@@ -99,9 +99,31 @@ def test_annotators_are_joined_by_majority_and_a_tie_is_unknown() -> None:
     assert (verdict.answers, verdict.disputed) == ({1: "unknown", 2: "absent"}, True)
     verdict = fold(*votes, ("cyd", label(0, "present", "absent"))).verdict(place(0))
     assert (verdict.answers, verdict.disputed) == ({1: "present", 2: "absent"}, True)
-    verdict = fold(votes[0], ("bob", label(0, mark="unsure"))).verdict(place(0))
-    assert (verdict.answers, verdict.mark, verdict.disputed) == ({1: "present", 2: "absent"}, "none", False)
-    assert fold(("bob", label(0, mark="artifact"))).verdict(place(0)).mark == "artifact"
+
+
+def test_a_mark_is_a_vote_to_leave_a_patch_out_and_a_tie_leaves_it_out() -> None:
+    answered, marked = label(0, "present", "absent"), label(0, mark="artifact")
+    nothing, answers = {1: "unknown", 2: "unknown"}, {1: "present", 2: "absent"}
+    for votes, expected in (
+        ([marked], (nothing, "artifact", False)),
+        ([marked, answered], (nothing, "artifact", True)),
+        ([answered, marked, marked], (nothing, "artifact", True)),
+        ([answered, marked, answered], (answers, "none", True)),
+        ([answered, answered], (answers, "none", False)),
+    ):
+        verdict = fold(*zip(("ann", "bob", "cyd"), votes, strict=False)).verdict(place(0))
+        assert (verdict.answers, verdict.mark, verdict.disputed) == expected
+
+
+def test_outlines_of_an_annotator_who_was_outvoted_are_left_out() -> None:
+    square, left = "POLYGON ((0 0, 64 0, 64 64, 0 64, 0 0))", "POLYGON ((0 0, 9 0, 9 64, 0 64, 0 0))"
+    tumor = label(0, "present", "absent").model_copy(update={"areas": {1: square}})
+    stroma = label(0, "absent", "present")
+    assert fold(("ann", tumor)).areas(place(0)) == (square, "")
+    assert fold(("ann", tumor), ("bob", stroma), ("cyd", stroma)).areas(place(0)) == ("", "")
+    both = stroma.model_copy(update={"areas": {1: left, 2: square}})
+    assert fold(("ann", tumor), ("bob", both), ("cyd", stroma)).areas(place(0)) == (left, square)
+    assert fold(("ann", tumor), ("bob", label(0, mark="artifact"))).areas(place(0)) == ("", "")
 
 
 @given(st.integers(0, 2**31))

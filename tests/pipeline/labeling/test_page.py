@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from models.bundle import Bundle
+from pipeline.labeling.events import Labeled
 from pipeline.labeling.folder import add_classes, merge_classes
 from pipeline.labeling.store import EventStore
 from tests.browser import audited_page, axe_findings, screenshot, until
@@ -71,6 +72,21 @@ def test_a_class_that_was_added_while_the_page_was_open_gets_no_answer_before_it
         assert shown(page) == first, "it comes back, because it lacks an answer"
         press(page, "3", "Enter")
         assert saved(folder)[-1].answers == {1: "present", 2: "absent", 3: "present"}
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def test_the_page_asks_to_complete_a_patch_that_was_imported_in_part(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with desk(folder, slides, shipped) as at, serving(at) as url:
+        place = next(at.session.unseen())
+        with EventStore(folder / "labels.sqlite") as other:
+            other.append("ann", [Labeled(place=place, answers={1: "present"}, view="import", reason="import")])
+        page.goto(url)
+        ready(page)
+        assert shown(page) == place.id
+        assert page.locator("#about").inner_text() == "64 µm · some classes have no answer yet · labeled before"
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 

@@ -16,6 +16,7 @@ from pipeline.errors import LabelingError
 from pipeline.labeling import picks as picks_module
 from pipeline.labeling.desk import Desk
 from pipeline.labeling.events import Labeled, Place
+from pipeline.labeling.folder import add_classes
 from pipeline.labeling.labels import Verdict
 from pipeline.labeling.picks import STEP, answers_of, picked
 from pipeline.labeling.presence_head import PENALTY, fit_head
@@ -146,6 +147,37 @@ def test_a_session_that_continues_picks_at_once_and_never_a_blind_patch(
         until(at.session.picks)
         assert len(at.session.picks()) <= STEP
         assert not any(at.session.patch(place, "uncertain").blind for place in at.session.picks())
+
+
+@pytest.mark.usefixtures("few")
+def test_picks_learn_from_labels_that_were_changed_or_completed(
+    tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[NDArray[np.float64]] = []
+
+    def recorded(
+        features_LF: NDArray[np.float32], answers_LX: NDArray[np.float64], *more: NDArray[np.float32]
+    ) -> object:
+        learned.append(answers_LX)
+        return picked(features_LF, answers_LX, *more)
+
+    monkeypatch.setattr(picks_module, "picked", recorded)
+    monkeypatch.setattr(picks_module, "START", STEP + 1)
+    with desk(tmp_path / "l", slides, shipped) as at:
+        label_some(at, STEP + 1)
+        until(at.session.picks)
+        first, *others = at.session.history()
+        for patch in others:
+            save(at, patch, 1, 2)
+        until(lambda: len(learned) == 2)
+        assert (learned[-1][:, :2].sum(axis=1) == 2).sum() == STEP
+        with EventStore(tmp_path / "l" / "labels.sqlite") as other:
+            add_classes(other, "ann", ["necrosis"], {})
+        save(at, first, 1, 3)
+        until(lambda: learned[-1].shape == (STEP + 1, 4))
+        for patch in others:
+            save(at, patch, 1, 3)
+        until(lambda: (learned[-1][:, 2] == 1).sum() >= STEP)
 
 
 def test_blind_patches_keep_their_share_among_picks(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,10 @@ from pipeline.labeling.events import Labeled, SlideAdded
 from pipeline.labeling.folder import Wishes, add_classes, merge_classes
 from pipeline.labeling.import_annotations import Drawing
 from pipeline.labeling.importer import import_drawings, open_import
-from pipeline.labeling.session import NewLabel, Session
-from pipeline.labeling.slides import SlideFile
+from pipeline.labeling.session import AHEAD, NewLabel, Patch, Session
+from pipeline.labeling.slides import ReadySlide, SlideFile, Slides
 from pipeline.labeling.store import EventStore
-from tests.pipeline.labeling.desks import SIDE, answers, desk, save
+from tests.pipeline.labeling.desks import SIDE, answers, desk, label_slide, save
 
 
 def ids(session: Session, count: int = 6) -> list[str]:
@@ -70,6 +72,35 @@ def test_undo_takes_back_one_label_or_a_whole_grid(tmp_path: Path, slides: list[
         assert at.session.counts().labeled == 0
 
 
+def test_an_undo_that_cannot_be_saved_leaves_the_label_for_the_next_undo(
+    tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> tuple[int, ...]:
+        raise LabelingError("the disk is full")
+
+    with desk(tmp_path / "l", slides, shipped) as at:
+        first, second = at.session.upcoming(2)
+        save(at, first, 1)
+        save(at, second, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(EventStore, "append", full)
+            with pytest.raises(LabelingError, match="the disk is full"):
+                at.session.undo()
+        assert [patch.place for patch in at.session.undo()] == [second.place]
+        assert [patch.place for patch in at.session.undo()] == [first.place]
+
+
+def test_undo_leaves_imported_labels(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at:
+        made, imported = at.session.upcoming(2)
+        save(at, made, 1)
+        save(at, imported, 1, view="import")
+    with desk(tmp_path / "l", slides, shipped) as at:
+        assert [patch.place for patch in at.session.undo()] == [made.place]
+        assert at.session.undo() == []
+        assert at.session.counts().labeled == 1
+
+
 def test_a_label_that_is_corrected_counts_once(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
     with desk(tmp_path / "l", slides, shipped) as at:
         (patch,) = at.session.upcoming(1)
@@ -95,6 +126,49 @@ def test_two_people_share_the_blind_patches_and_divide_the_others(
         offered = bob.session.upcoming(40)
         assert [patch.place for patch in offered if patch.place in {p.place for p in done}] == blind
         assert all(patch.label is None for patch in offered), "the other person's labels are not shown"
+
+
+def test_the_next_patch_waits_for_a_slide_only_if_the_open_ones_have_none_left(
+    tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates = {name: threading.Event() for name in ("a.svs", "b.svs", "c.svs")}
+    opened = Slides._opened
+
+    def gated(self: Slides, file: SlideFile) -> ReadySlide:
+        gates[file.path.name].wait()
+        return opened(self, file)
+
+    monkeypatch.setattr(Slides, "_opened", gated)
+    files = [SlideFile(path, path.stem) for path in (*slides, label_slide(tmp_path / "c.svs", seed=2))]
+    wishes = Wishes(side=SIDE, blind_share=0.25)
+    classes = ("class-0", "class-1")
+    with (
+        open_desk(tmp_path / "l", files, "ann", wishes=wishes, classes=classes, model=None, shipped=shipped) as at,
+        ThreadPoolExecutor(1) as thread,
+    ):
+
+        def upcoming() -> Future[list[Patch]]:
+            return thread.submit(at.session.upcoming)
+
+        try:
+            gates["a.svs"].set()
+            first = at.session.upcoming()
+            assert len(first) == AHEAD
+            save(at, first[0], 1)
+            second = upcoming().result(timeout=10)
+            assert second[:5] == first[1:]
+            (slide,) = at.slides.ready()
+            new = [NewLabel(place, answers(at, 2), "none", "single", 1.0) for place in slide.order]
+            at.session.save(new, {})
+            waiting = upcoming()
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+            gates["b.svs"].set()
+            found = waiting.result(timeout=10)
+            assert {at.slides.of(patch.place).added.name for patch in found} == {"b.svs"}  # type: ignore[union-attr]
+        finally:
+            for gate in gates.values():
+                gate.set()
 
 
 def test_a_patch_that_lacks_an_answer_comes_first_although_no_slide_is_open_yet(

@@ -8,6 +8,7 @@ export class Probe {
     Object.assign(this, { facts, answered });
     this.pixel = null; // the pixel of the map that is wanted
     this.asking = false;
+    this.failed = () => {}; // called if the server refuses to answer
   }
 
   // Marks the text as pending until the next place is known.
@@ -42,6 +43,7 @@ export class Probe {
 
   async read(pixel) {
     const response = await fetch(`values/${pixel[0]}_${pixel[1]}.json`).catch(() => null);
+    if (response && !response.ok) this.failed();
     return response?.ok ? this.text(await response.json()) : "";
   }
 

@@ -55,8 +55,10 @@ for (const polygons of drawn) {
   };
 }
 measures.changed = redraw;
-outlines.failed = (what) => note(`The ${what} cannot be read. The terminal shows the reason. Reload the page to try again.`);
-if (leftOut) leftOut.failed = () => note("The left-out areas cannot be read. The terminal shows the reason. Reload the page to try again.");
+outlines.failed = (what) => showFailure(`The ${what} cannot be read. The terminal shows the reason. Reload the page to try again.`);
+if (leftOut) leftOut.failed = () => showFailure("The left-out areas cannot be read. The terminal shows the reason. Reload the page to try again.");
+pointer.probe.failed = showFailure;
+for (const id of ["export-regions", "export-corrections"]) byId(id).addEventListener("click", () => showFailure());
 selection.changed = () => {
   corrections.render();
   table.follow();
@@ -99,8 +101,9 @@ osd.addHandler("canvas-click", (event) => {
   selection.pick(stage.placeAt(...position), event.shift);
 });
 osd.addOnceHandler("tile-load-failed", () => {
-  note("Parts of the slide or of its classes cannot be shown. Check in the terminal that wsi-view is still running, then reload the page.");
+  showFailure("Parts of the slide or of its classes cannot be shown. Check in the terminal that wsi-view is still running, then reload the page.");
 });
+
 window.addEventListener("hashchange", () => { address.read(); layers.apply(controls.state); table.update(); });
 
 // Drawing over the slide
@@ -132,13 +135,23 @@ async function awaitOverview() {
     const progress = answer?.ok ? await answer.json() : { share, failed: true };
     if (progress.failed) {
       notice.remove();
-      note("The overview of this slide cannot be read. The terminal shows the reason. You can still zoom in.");
+      showFailure("The overview of this slide cannot be read. The terminal shows the reason. You can still zoom in.");
       return;
     }
     bar.value = share = progress.share;
     if (share === 1 || share - stage.overviewShown > 0.1) for (const one of [stage, compare]) one.showOverview(share);
   }
   notice.remove();
+}
+
+let refusal = null; // the note that the server does not answer about this result
+
+// Shows a text about something that cannot be loaded, or instead why the server does not answer about this result.
+async function showFailure(text) {
+  const answer = refusal ? null : await fetch("facts.json").catch(() => null);
+  const reason = answer && !answer.ok ? await answer.text() : "";
+  if (reason) refusal ??= note(reason);
+  if (text && !refusal) note(text);
 }
 
 async function checkIdentity() {

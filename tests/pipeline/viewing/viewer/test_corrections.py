@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,7 @@ def test_what_the_page_cannot_have_sent_is_refused_and_not_saved(own_site: Site)
         (good | {"area_mm2": good["area_mm2"] * 1.1}, 409),
         (good | {"label": 2 if good["label"] == 1 else 1}, 409),
         (good | {"index": 99}, 409),
+        (good | {"index": 10**30}, 422),
         (good | {"after": 3}, 409),
         (good | {"after": 0}, 422),
         (good | {"path": "x"}, 422),
@@ -94,6 +97,19 @@ def test_what_the_page_cannot_have_sent_is_refused_and_not_saved(own_site: Site)
         assert post(own_site, "corrections/undo", {}, **headers).status == 403
     assert own_site.get("corrections").status == 405
     assert not corrections_file(own_site.results[0].folder).exists()
+
+
+def test_a_canceled_request_leaves_no_traceback(own_site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    head = (
+        f"POST /slides/{own_site.results[0].id}/corrections HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", own_site.port)) as connection:
+        connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{{".encode())
+        time.sleep(0.3)  # until the server reads the body
+    for _ in range(5):
+        assert own_site.get("corrections.json").status == 200
+        time.sleep(0.1)
+    assert caplog.records == []
 
 
 def test_a_result_that_was_replaced_while_the_viewer_runs_gets_no_corrections(own_site: Site) -> None:

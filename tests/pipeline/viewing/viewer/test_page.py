@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,25 @@ def test_the_slide_has_its_position_and_colors(shared_page: Page, site: Site) ->
         shot = np.asarray(Image.open(io.BytesIO(capture(shared_page))).convert("RGB")).astype(float)
         strip = shot[top - 60 : top + 60, left - 1 : left + 2].mean(axis=(0, 1))
         assert np.abs(strip - slide_color(*expected, 0.1)).max() < 14
+
+
+@pytest.mark.parametrize("what", ["the values at the pointer", "a download"])
+def test_the_page_states_that_its_result_was_replaced(browser: Browser, own_site: Site, what: str) -> None:
+    with failing_page(browser) as page:
+        show(page, own_site)
+        page.keyboard.press("n")
+        until(page, "wsiView.selection.last")
+        os.utime(own_site.results[0].folder / "run.json")
+        if what == "a download":
+            page.get_by_role("link", name="Save the selection as GeoJSON").click()
+        else:
+            page.mouse.move(*place_on_screen(page, *PURPLE_AT))
+        until(page, "document.querySelector('#notes p')")
+        page.mouse.move(*place_on_screen(page, *PINK_AT))
+        page.wait_for_timeout(300)
+        expected = "The result has changed; stop wsi-view and start it again."
+        assert page.locator("#notes p").all_inner_texts() == [expected]
+        page.goto("about:blank")
 
 
 def test_class_map_covers_the_slide_with_the_classes_colors(shared_page: Page, site: Site, tmp_path: Path) -> None:

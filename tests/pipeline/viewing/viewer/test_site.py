@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import ViewError
 from pipeline.results.record import read_run, write_run
-from pipeline.viewing.viewer.open_results import MOST_OPEN, OpenResults, open_checked
+from pipeline.viewing.viewer.open_results import MOST_OPEN, OpenResult, OpenResults, open_checked
 from pipeline.viewing.viewer.results import find_results, load_result, with_slide
 from pipeline.web.application import SECURITY_HEADERS
 from pipeline.web.server import listening
@@ -257,6 +257,46 @@ def test_a_damaged_map_is_an_error_that_the_terminal_explains(
             b"The slide or its result cannot be read; see the terminal for the reason.",
         )
     assert ".ome.zarr: cannot be read: " in caplog.text
+
+
+CHANGED = (409, b"The result has changed; stop wsi-view and start it again.")
+
+
+def replace_result(folder: Path) -> None:
+    """Replace a result by one that has the classes in another order, as `wsi-segment --force` can do."""
+    run = read_run(folder)
+    assert run is not None
+    new = folder.with_name("new")
+    shutil.copytree(folder, new)
+    write_run(new, run.model_copy(update={"classes": run.classes[::-1]}))
+    shutil.rmtree(folder)
+    new.rename(folder)
+
+
+def test_nothing_is_answered_about_a_result_that_was_replaced(own_site: Site) -> None:
+    assert own_site.get("outlines/4").status == 200
+    replace_result(own_site.results[0].folder)
+    for path in (
+        "facts.json", "slide/0/0_0.jpg", "class/0/0/0_0.png", "labels/3/0/0_0.png", "values/1_1.json", "outlines/0",
+        "uncertainty", "regions.geojson?numbers=0", "thumbnail.jpg", "corrections.json", "corrections.geojson",
+    ):  # fmt: skip
+        answer = own_site.get(path)
+        assert (answer.status, answer.body) == CHANGED, path
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_answer_that_was_made_while_the_result_was_replaced_is_not_sent(
+    own_site: Site, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    def regions(opened: OpenResult, _: object) -> bytes:
+        replace_result(opened.result.folder)
+        if gone:
+            raise OSError("a file of the earlier result is gone")
+        return b"regions of the new result"
+
+    monkeypatch.setattr(OpenResult, "regions", regions)
+    answer = own_site.get("regions.geojson?numbers=0")
+    assert (answer.status, answer.body) == CHANGED
 
 
 @pytest.mark.parametrize("broken", ["run.json", "store", "outputs", "elsewhere"])
