@@ -237,7 +237,8 @@ def import_(
                 rest = "imported" if partial else "not imported; pass --partial to complete them on the page"
                 typer.echo(
                     f"{one.name}: {done.complete} complete patches, {done.partial} covered in part ({rest}), "
-                    f"{done.ignored} with an ignored class, {done.kept} labeled on the page before and kept"
+                    f"{done.ignored} with an ignored class, {done.kept} labeled on the page before and kept, "
+                    f"{done.taken_back} taken back because they are no longer drawn"
                 )
                 for reason, number in one.skipped.items():
                     typer.echo(f"{PROGRAM}: warning: {one.name}: objects skipped: {number} {reason}", err=True)
