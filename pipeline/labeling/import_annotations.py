@@ -232,16 +232,20 @@ def import_events(
 ) -> tuple[list[Event], int]:
     """Return the events that add labels, and how many patches keep a label that the annotator made on the page.
 
-    A label that is there already is not added again. Incomplete labels are added only if `partial`.
+    A label that is there already is not added again. Incomplete labels are added only if `partial`, and never replace
+    a complete one.
     """
     events: list[Event] = [] if labels.slides.get(slide.digest) == slide else [slide]
     kept = 0
     for label in new:
-        if not partial and "unknown" in label.answers.values():
+        incomplete = "unknown" in label.answers.values()
+        if incomplete and not partial:
             continue
         own = labels.label(label.place, annotator)
         if own is not None and own.source == "person":
             kept += 1
+        elif own is not None and incomplete and labels.is_complete(own):
+            continue
         elif own is None or (own.answers, own.areas, own.files) != (label.answers, label.areas, label.files):
             events.append(label)
     return events, kept

@@ -316,6 +316,21 @@ def test_a_label_is_taken_back_if_its_file_now_covers_the_patch_in_part(tmp_path
                 assert [label_of(one).answers for one in Labels(folder.store.read()).labels_of("ann")] == left
 
 
+def test_an_incomplete_label_does_not_replace_a_complete_one_of_another_file(
+    tmp_path: Path, slides: list[Path]
+) -> None:
+    edge = Drawing("ann", [Annotation(("other",), shapely.box(0, 0, SIDE / 4, SIDE))], files=("x/b",))
+    with importing(tmp_path / "l", slides[0]) as (folder, import_):
+        import_(columns(0, 1, "x/a"))
+        import_(edge, partial=True)
+        (own,) = Labels(folder.store.read()).labels_of("ann")
+        assert label_of(own).answers == {1: "present", 2: "absent"}
+        import_(columns(0, 0, "x/a"))
+        import_(edge, partial=True)
+        (own,) = Labels(folder.store.read()).labels_of("ann")
+        assert label_of(own).answers == {1: "unknown", 2: "present"}
+
+
 def test_a_file_is_stated_with_its_folder(tmp_path: Path) -> None:
     (source,) = annotation_sources([written(tmp_path / "a.geojson", feature())], tmp_path / "a.svs", "ann", None)
     assert [one.files for one in source.drawings] == [(f"{tmp_path.name}/a.geojson",)]
