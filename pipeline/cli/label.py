@@ -56,11 +56,11 @@ PatchSideOption = Annotated[
     typer.Option(help="Side of a patch in pixels.", min=32, show_default=f"that of the model or {DEFAULT_MODEL}"),
 ]
 PatientOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Regular expression with one group that finds the patient in a slide's name. Patches of one patient "
         "stay in one split.",
-        show_default="the slide's name",
+        show_default="the patient of an earlier command, or the slide's name",
     ),
 ]
 MppOption = Annotated[
@@ -69,9 +69,6 @@ MppOption = Annotated[
         help="Micrometers per pixel of the slides, if the files do not state it.", show_default="from the file"
     ),
 ]
-
-ANY_PATIENT = r"^(.*?)(?:\.[^.]*)?$"
-
 
 @app.callback()
 def label() -> None:
@@ -121,7 +118,7 @@ def page(
     seed: Annotated[
         int | None, typer.Option(help="Number that fixes the random order of patches.", show_default="1")
     ] = None,
-    patient: PatientOption = ANY_PATIENT,
+    patient: PatientOption = None,
     mpp: MppOption = None,
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Search the subfolders of folders.")] = False,
     port: Annotated[int, typer.Option(help="Port of the page.", min=0, max=65535, show_default="a free port")] = 0,
@@ -209,7 +206,7 @@ def import_(
     annotator: AnnotatorOption = None,
     patch_mpp: PatchMppOption = None,
     patch_side: PatchSideOption = None,
-    patient: PatientOption = ANY_PATIENT,
+    patient: PatientOption = None,
     mpp: MppOption = None,
 ) -> None:
     """Turn annotations that were drawn in QuPath, or corrections of results, into labels of patches.
@@ -327,26 +324,35 @@ def failing() -> Iterator[None]:
         fail(PROGRAM, str(error))
 
 
-def _files(inputs: list[Path], patient: str, mpp: float | None, *, recursive: bool) -> list[SlideFile]:
+def _files(inputs: list[Path], patient: str | None, mpp: float | None, *, recursive: bool) -> list[SlideFile]:
     from pipeline.batch.collect import collect_jobs
     from pipeline.labeling.slides import SlideFile
 
+    pattern = None if patient is None else _patient_pattern(patient)
+    return [
+        SlideFile(job.path, None if pattern is None else _patient(pattern, job.path.name), job.mpp or mpp)
+        for job in collect_jobs(inputs, recursive=recursive)
+    ]
+
+
+def _patient_pattern(text: str) -> re.Pattern[str]:
     try:
-        pattern = re.compile(patient)
+        pattern = re.compile(text)
     except re.error as error:
-        fail(PROGRAM, f"--patient: {patient!r} is not a valid regular expression: {error}", EXIT_USAGE)
+        fail(PROGRAM, f"--patient: {text!r} is not a valid regular expression: {error}", EXIT_USAGE)
     if pattern.groups != 1:
-        fail(PROGRAM, f"--patient: {patient!r} has {pattern.groups} groups; it must have one", EXIT_USAGE)
-    files = []
-    for job in collect_jobs(inputs, recursive=recursive):
-        found = pattern.search(job.path.name)
-        if found is None or not found[1]:
-            fail(PROGRAM, f"--patient: {patient!r} does not match the name {job.path.name}", EXIT_USAGE)
-        files.append(SlideFile(job.path, found[1], job.mpp or mpp))
-    return files
+        fail(PROGRAM, f"--patient: {text!r} has {pattern.groups} groups; it must have one", EXIT_USAGE)
+    return pattern
 
 
-def _only_file(slide: Path, patient: str, mpp: float | None) -> SlideFile:
+def _patient(pattern: re.Pattern[str], name: str) -> str:
+    found = pattern.search(name)
+    if found is None or not found[1]:
+        fail(PROGRAM, f"--patient: {pattern.pattern!r} does not match the name {name}", EXIT_USAGE)
+    return found[1]
+
+
+def _only_file(slide: Path, patient: str | None, mpp: float | None) -> SlideFile:
     files = _files([slide], patient, mpp, recursive=False)
     if len(files) != 1:
         fail(PROGRAM, f"{slide}: lists {len(files)} slides; pass one slide, or a folder of slides, with --slide")

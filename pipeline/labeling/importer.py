@@ -97,7 +97,8 @@ def import_drawings(
         raise LabelingError(
             f"{file.path}: is not the slide that was segmented: its bytes differ; pass the right one with --slide"
         )
-    added = SlideAdded(digest=found_digest, stamp=slide_stamp(file.path), name=file.path.name, patient=file.patient)
+    known = Labels(folder.store.read()).slides.get(found_digest)
+    added = file.added(found_digest, slide_stamp(file.path), known)
     with open_slide(file.path, file.mpp) as slide:
         patches = SlidePatches(slide, found_digest, folder.settings.mpp, folder.settings.side)
         done = [

@@ -28,9 +28,15 @@ class SlideFile:
     """A slide to label."""
 
     path: Path
-    patient: str
+    patient: str | None = None
+    """None stands for the patient that the labels folder knows, or else the file's name without its ending."""
     mpp: float | None = None
     """Micrometers per level-0 pixel, if the file's own value is missing or wrong."""
+
+    def added(self, digest: str, stamp: str, known: SlideAdded | None) -> SlideAdded:
+        """Return the event of this slide. `known` is the labels folder's event of the same digest."""
+        patient = self.patient or (self.path.stem if known is None else known.patient)
+        return SlideAdded(digest=digest, stamp=stamp, name=self.path.name, patient=patient)
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,10 @@ class Slides:
     """The slides of a session. Threads may share it. Call `close` last."""
 
     def __init__(self, files: Sequence[SlideFile], settings: FolderStarted, known: Sequence[SlideAdded]) -> None:
-        """`known` are the slides of earlier sessions: the digest of an unchanged file is not computed again."""
+        """`known` are the slides of earlier sessions, one per digest. The digest of an unchanged file is not computed again."""
         self._settings = settings
         self._digests = {one.stamp: one.digest for one in known}
+        self._known = {one.digest: one for one in known}
         self._files = sorted(files, key=lambda file: (file.path.name, str(file.path)))
         self._titles = _titles([file.path for file in self._files])
         # One thread: opening slides is bound by the disk, and the page needs the processor.
@@ -121,7 +128,7 @@ class Slides:
         try:
             patches = SlidePatches(slide, digest, self._settings.mpp, self._settings.side)
             order = shuffled(patches.on_tissue(find_tissue(slide)), self._settings.seed)
-            added = SlideAdded(digest=digest, stamp=stamp, name=file.path.name, patient=file.patient)
+            added = file.added(digest, stamp, self._known.get(digest))
             return ReadySlide(added, self._titles[file.path], patches, order, patches.thumbnail())
         except BaseException:
             slide.close()

@@ -12,8 +12,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from models.bundle import DEFAULT_BUNDLE
-from pipeline.cli.label import ANY_PATIENT, DEFAULT_MODEL, app
+from pipeline.cli.label import DEFAULT_MODEL, app
 from pipeline.labeling.events import FolderStarted, SlideAdded
+from pipeline.labeling.labels import Labels
+from pipeline.labeling.slides import SlideFile
 from pipeline.labeling.store import EventStore
 from pipeline.training.dataset import load_dataset, samples
 from tests.pipeline.labeling.desks import label_slide
@@ -95,6 +97,18 @@ def test_annotations_of_qupath_become_a_data_set(slide: Path, tmp_path: Path) ->
         kinds = [one.event.kind for one in store.read()]
         assert (kinds.count("label"), kinds.count("slide")) == (8, 1)
         assert next(one.event for one in store.read() if isinstance(one.event, SlideAdded)).patient == "P07-a"
+
+
+def test_a_second_import_without_a_pattern_keeps_the_patient(slide: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.geojson"
+    file.write_text('{"type": "FeatureCollection", "features": []}')
+    with EventStore(tmp_path / "l" / "labels.sqlite") as store:
+        store.append("ann", [FolderStarted(mpp=1.0, side=64, seed=1, blind_share=0.0), TUMOR, STROMA])
+        for options, patient in ((["--patient", "^(P[0-9]+)-"], "P07"), ([], "P07"), (["--patient", "-(a)"], "a")):
+            done = invoke("import", file, "--slide", slide, "-o", tmp_path / "l", *options)
+            assert done.exit_code == 0, done.output
+            (known,) = Labels(store.read()).slides.values()
+            assert known.patient == patient
 
 
 def test_annotations_of_a_manifest_with_two_slides_are_refused(slide: Path, tmp_path: Path) -> None:
@@ -216,9 +230,12 @@ def nobody() -> str:
     raise KeyError("getpwuid(): uid not found: 12345")
 
 
-def test_the_patient_is_the_slide_s_name_unless_a_pattern_is_given() -> None:
-    names = ("a.svs", "a.b.svs", "no-ending")
-    assert [match[1] for name in names if (match := re.search(ANY_PATIENT, name))] == ["a", "a.b", "no-ending"]
+def test_the_patient_of_a_new_slide_is_its_name_and_a_known_slide_keeps_its_patient() -> None:
+    files = [SlideFile(Path("x", name)) for name in ("a.svs", "a.b.svs", "no-ending")]
+    assert [file.added("d", "s", None).patient for file in files] == ["a", "a.b", "no-ending"]
+    known = SlideAdded(digest="d", stamp="s", name="a.svs", patient="P7")
+    assert [file.added("d", "s", known).patient for file in files] == ["P7"] * 3
+    assert SlideFile(Path("a.svs"), "P8").added("d", "s", known).patient == "P8"
 
 
 def test_the_default_model_is_the_shipped_one() -> None:

@@ -241,6 +241,16 @@ def test_a_slide_whose_name_is_not_utf_8_is_labeled_under_its_escaped_name(
     assert (events.count("slide"), events.count("label")) == (1, 3)
 
 
+def test_a_session_without_patients_keeps_those_of_the_folder(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    shared = {"classes": ("a", "b"), "wishes": Wishes(side=SIDE), "model": None, "shipped": shipped}
+    for n, file in enumerate((SlideFile(slides[0], "P7"), SlideFile(slides[0]))):
+        with open_desk(tmp_path / "l", [file], "ann", **shared) as at:  # type: ignore[arg-type]  # as above
+            save(at, at.session.upcoming(1)[0], 1)
+            assert [one.added.patient for one in at.slides.ready()] == ["P7"], n
+
+
 def test_a_slide_that_cannot_be_opened_is_left_out(
     tmp_path: Path, slides: list[Path], shipped: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
