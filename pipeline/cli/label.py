@@ -135,7 +135,7 @@ def page(
     from models.bundle import DEFAULT_BUNDLE, load_bundle
     from pipeline.labeling.app import make_app
     from pipeline.labeling.desk import open_desk
-    from pipeline.labeling.folder import Wishes
+    from pipeline.labeling.folder import Wishes, has_classes
     from pipeline.web.server import open_browser, serve
 
     def ready(url: str) -> None:
@@ -147,7 +147,7 @@ def page(
         local_path(output, "--output")
         bundle = load_bundle(model) if model else None
         names = [name.strip() for name in classes.split(",") if name.strip()]
-        if bundle is not None and not names and not output.exists():
+        if bundle is not None and not names and not has_classes(output):
             names = [one.name for one in bundle.card.classes]
         with open_desk(
             output,
@@ -214,7 +214,7 @@ def import_(
     A class is present in a patch if it covers at least 5 % of it. Locked annotations and unchanged regions of
     wsi-segment are never imported.
     """
-    from pipeline.labeling.folder import EVENTS_FILE, Wishes
+    from pipeline.labeling.folder import Wishes, has_classes
     from pipeline.labeling.importer import check_names, import_drawings, names_of, open_import
 
     pairs = _mapping(mapping or [])
@@ -223,10 +223,11 @@ def import_(
         local_path(output, "--output")
         sources = _sources(files or [], corrections, slide, who, mpp)
         names = names_of([drawing for one in sources for drawing in one.drawings], pairs)
-        if corrections is not None and not output.exists():
+        is_new = not has_classes(output)
+        if corrections is not None and is_new:
             names = [*(pairs.get(name, name) for one in sources for name in one.classes), *names]
         slides = [_only_file(one.slide, patient, one.mpp) for one in sources]
-        if not (output / EVENTS_FILE).exists():
+        if is_new:
             check_names(names, sources, pairs)
         with open_import(output, who, Wishes(patch_mpp, patch_side), names) as folder:
             for one, file in zip(sources, slides, strict=True):

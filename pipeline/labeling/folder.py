@@ -49,6 +49,14 @@ def open_events(folder: Path) -> EventStore:
     return EventStore(folder / EVENTS_FILE)
 
 
+def has_classes(folder: Path) -> bool:
+    """Return whether a folder is a labels folder with classes. A start that failed can leave one without any."""
+    if not is_file(folder / EVENTS_FILE):
+        return False
+    with open_events(folder) as store:
+        return bool(Labels(store.read()).classes)
+
+
 def prepare_folder(
     store: EventStore,
     annotator: str,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from models.bundle import DEFAULT_BUNDLE
+from models.bundle import DEFAULT_BUNDLE, load_bundle
 from pipeline.cli.label import DEFAULT_MODEL, app
 from pipeline.labeling.events import FolderStarted, SlideAdded
 from pipeline.labeling.labels import Labels
@@ -207,6 +207,17 @@ def test_what_cannot_work_is_an_error_of_one_line(
     monkeypatch.chdir(tmp_path)
     done = invoke(*arguments)
     assert (done.exit_code, message in done.output) == (status, True), done.output
+
+
+def test_a_model_gives_its_classes_to_the_folder_that_a_failed_start_left(slide: Path, tmp_path: Path) -> None:
+    assert invoke(slide, "-o", tmp_path / "l").exit_code == 1
+    with started(slide, "-o", tmp_path / "l", "--model", DEFAULT_MODEL) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split(" ")[0]
+        names = [one["name"] for one in ask(url, "state.json")["classes"]]
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert names == [one.name for one in load_bundle(DEFAULT_MODEL).card.classes]
 
 
 @pytest.mark.parametrize(
