@@ -165,6 +165,7 @@ def test_classes_are_listed_added_renamed_and_merged(folder: Path) -> None:
         (["--rename", "tumor=stroma"], 1, "class stroma already exists; to join the two, merge tumor into stroma"),
         (["--rename", "tumor=a:b"], 1, "without ':'"),
         (["--merge", "tumor=tumor"], 1, "class tumor cannot be merged into itself"),
+        (["--merge", "tumor=stroma"], 1, "because a model needs at least two classes; add a class with --add first"),
         (["--merge", "tumor"], 2, "--merge: 'tumor' must be two names with = between them"),
     ],
 )
