@@ -300,8 +300,8 @@ def report(folder: FolderArgument) -> None:
         labels = _written(folder, store)
         counts = count(labels)
     typer.echo(
-        f"{counts.labeled} labeled patches of {len(labels.slides)} slides, {counts.incomplete} incomplete or disputed, "
-        f"{counts.unsure} unsure, {counts.artifact} artifacts"
+        f"{counts.labeled} labeled patches of {sum(map(bool, counts.by_slide.values()))} slides, "
+        f"{counts.incomplete} incomplete or disputed, {counts.unsure} unsure, {counts.artifact} artifacts"
     )
     for one in labels.classes.values():
         typer.echo(f"{one.name}: present in {counts.present[one.id]}")

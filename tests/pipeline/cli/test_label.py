@@ -178,12 +178,13 @@ def test_a_change_of_classes_that_makes_no_sense_is_refused(
 
 def test_the_report_counts_labels_and_compares_annotators(folder: Path) -> None:
     with EventStore(folder / "labels.sqlite") as store:
-        store.append("ann", [label(64, "absent", "present"), label(128, mark="unsure")])
+        opened = [SlideAdded(digest=digest, stamp="s", name="b.svs", patient="b") for digest in ("cd", "ef")]
+        store.append("ann", [*opened, label(64, "absent", "present"), label(128, mark="unsure")])
         store.append("bob", [label(0, "present", "absent")])
     done = invoke("report", folder)
     assert done.exit_code == 0
     lines = done.output.splitlines()
-    assert "2 labeled patches of 0 slides, 0 incomplete or disputed, 1 unsure, 0 artifacts" in lines
+    assert "2 labeled patches of 1 slides, 0 incomplete or disputed, 1 unsure, 0 artifacts" in lines
     assert "tumor: present in 1" in lines
     assert "ann and bob, tumor: 0 of 0 blind patches alike, kappa not defined" in lines
     assert any("3 labeled patches have no picture yet" in line for line in lines)
