@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.files import printable_name
 from pipeline.labeling.events import FolderStarted, Place, SlideAdded
 from pipeline.labeling.patches import SlidePatches, round_robin, shuffled
-from wsi.errors import WsiSegmentError
+from wsi.errors import SlideError, WsiSegmentError
 from wsi.slide import open_slide, slide_digest, slide_stamp
 from wsi.tissue import find_tissue
 
@@ -56,10 +57,16 @@ class Slides:
     """The slides of a session. Threads may share it. Call `close` last."""
 
     def __init__(self, files: Sequence[SlideFile], settings: FolderStarted, known: Sequence[SlideAdded]) -> None:
-        """`known` are the slides of earlier sessions, one per digest. The digest of an unchanged file is not computed again."""
+        """`known` are the slides of earlier sessions, one per digest.
+
+        The digest of an unchanged file is not computed again, unless several slides have its stamp.
+        """
         self._settings = settings
-        self._digests = {one.stamp: one.digest for one in known}
+        stamps = Counter(one.stamp for one in known)
+        self._digests = {one.stamp: one.digest for one in known if stamps[one.stamp] == 1}
         self._known = {one.digest: one for one in known}
+        # Hundreds of files can have the same name.
+        self._stamp = cache(_stamp_or_none)
         self._files = sorted(files, key=lambda file: (file.path.name, str(file.path)))
         self._titles = _titles([file.path for file in self._files])
         # One thread: opening slides is bound by the disk, and the page needs the processor.
@@ -123,7 +130,8 @@ class Slides:
 
     def _opened(self, file: SlideFile) -> ReadySlide:
         stamp = slide_stamp(file.path)
-        digest = self._digests.get(stamp) or slide_digest(file.path)
+        known = None if self._has_twin(file, stamp) else self._digests.get(stamp)
+        digest = known or slide_digest(file.path)
         slide = open_slide(file.path, file.mpp)
         try:
             patches = SlidePatches(slide, digest, self._settings.mpp, self._settings.side)
@@ -133,6 +141,11 @@ class Slides:
         except BaseException:
             slide.close()
             raise
+
+    def _has_twin(self, file: SlideFile, stamp: str) -> bool:
+        """Return whether another file of the session has this stamp, which does not contain the folder."""
+        namesakes = [other.path for other in self._files if other.path.name == file.path.name and other is not file]
+        return any(self._stamp(path) == stamp for path in namesakes)
 
     def cancel(self) -> None:
         """Open no further slide. Those that wait for one get no patches of it."""
@@ -144,6 +157,13 @@ class Slides:
         self._thread.shutdown(wait=True, cancel_futures=True)
         for one in self.ready():
             one.patches.close()
+
+
+def _stamp_or_none(path: Path) -> str | None:
+    try:
+        return slide_stamp(path)
+    except SlideError:  # reported when this slide is opened
+        return None
 
 
 def _titles(paths: Sequence[Path]) -> dict[Path, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ from pipeline.labeling.folder import Wishes, add_classes, merge_classes
 from pipeline.labeling.import_annotations import Drawing
 from pipeline.labeling.importer import import_drawings, open_import
 from pipeline.labeling.session import NewLabel, Session
-from pipeline.labeling.slides import SlideFile
+from pipeline.labeling.slides import SlideFile, Slides
 from pipeline.labeling.store import EventStore
-from tests.pipeline.labeling.desks import SIDE, answers, desk, save
+from tests.pipeline.labeling.desks import SIDE, answers, desk, label_slide, save
+from tests.pipeline.labeling.events import STARTED
+from wsi.slide import slide_digest, slide_stamp
 
 
 def ids(session: Session, count: int = 6) -> list[str]:
@@ -249,6 +252,32 @@ def test_a_session_without_patients_keeps_those_of_the_folder(
         with open_desk(tmp_path / "l", [file], "ann", **shared) as at:  # type: ignore[arg-type]  # as above
             save(at, at.session.upcoming(1)[0], 1)
             assert [one.added.patient for one in at.slides.ready()] == ["P7"], n
+
+
+@pytest.mark.parametrize("known", ["both", "first", "second"])
+def test_slides_with_the_same_name_size_and_time_are_told_apart(tmp_path: Path, known: str) -> None:
+    twins = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        twins.append(label_slide(tmp_path / folder / "HE.svs", 1))
+    with twins[1].open("r+b") as file:
+        file.seek(twins[1].stat().st_size // 2)
+        file.write(b"another slide")
+    for twin in twins:
+        os.utime(twin, (1, 1))
+    added = [SlideAdded(digest=slide_digest(t), stamp=slide_stamp(t), name=t.name, patient=t.parent.name) for t in twins]
+    assert len({one.stamp for one in added}) == 1
+    assert len({one.digest for one in added}) == 2
+    chosen = {"both": added, "first": added[:1], "second": added[1:]}[known]
+    files = [SlideFile(path, path.parent.name) for path in twins]
+    # One slide alone: its stamp is that of two known slides.
+    for opened in [[0, 1], *([[0], [1]] if known == "both" else [])]:
+        slides = Slides([files[n] for n in opened], STARTED, chosen)
+        slides.wait()
+        while slides.opened() < len(opened):
+            time.sleep(0.01)
+        assert [one.added for one in slides.ready()] == [added[n] for n in opened]
+        slides.close()
 
 
 def test_a_slide_that_cannot_be_opened_is_left_out(
