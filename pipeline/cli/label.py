@@ -70,6 +70,7 @@ MppOption = Annotated[
     ),
 ]
 
+
 @app.callback()
 def label() -> None:
     """Label patches of slides in the browser, and turn the labels into a data set for wsi-train.

@@ -6,12 +6,14 @@ wsi-train takes the folder as it is. A patch is part of the data set if its anno
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
 import shutil
 import threading
 import tomllib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 PATCHES, MASKS, LEFT_OUT, TABLE, CARD = "patches", "masks", "left-out", "labels.csv", "dataset.toml"
 
 VAL_SHARE = 0.2
+_ANY_PATCH = -1
+"""Stands among class indices for a patch of any class: a split without patches lacks it."""
+
 FEW_LABELS = 50
 FEW_OF_A_CLASS = 10
 
@@ -132,17 +137,44 @@ def _sort_patches(folder: Path, used: set[str]) -> None:
 def rows_of(labels: Labels) -> list[Row]:
     """Return the patches of the data set, sorted by slide and place.
 
-    The split is that of the patient if both splits then contain every class, and otherwise that of the patch: a hash of
-    the name decides, so new labels do not move old ones.
+    The split is that of `split_by_patient`, or, if it finds none, that of a hash of the patch. New labels do not move
+    old ones while the split is made by hashes alone. They can move old ones if patients had to be moved, and when the
+    data set changes between the two kinds of split.
     """
     usable = list(_usable(labels))
-    by_patient = [hash_split(patient, 1 - VAL_SHARE, VAL_SHARE) for _, patient, _ in usable]
-    by_patch = _split_by_patch([place.id for place, _, _ in usable])
-    kinds = [present for _, _, present in usable]
-    chosen = by_patient if _has_every_class(by_patient, kinds) else by_patch
+    chosen = split_by_patient([(patient, present) for _, patient, present in usable])
+    chosen = chosen or _split_by_patch([place.id for place, _, _ in usable])
     rows = [Row(place, patient, split, present)
             for (place, patient, present), split in zip(usable, chosen, strict=True)]  # fmt: skip
     return sorted(rows, key=lambda row: (row.place.slide, row.place.y_l0, row.place.x_l0))
+
+
+def split_by_patient(patches: Sequence[tuple[str, tuple[bool, ...]]]) -> list[Split] | None:
+    """Return the split of each patch (patient, classes present) so that no patient is in both splits.
+
+    A hash of the patient decides. If a split then lacks a class, patients with this class move to it in the order of
+    their hash, unless the other split would lose a class. Return None if a class is still missing.
+    """
+    has: dict[str, set[int]] = defaultdict(set)
+    for patient, present in patches:
+        has[patient] |= {_ANY_PATCH, *(k for k, there in enumerate(present) if there)}
+    train_first = sorted(has, key=lambda patient: hashlib.sha256(patient.encode()).digest())
+    split_of = {patient: hash_split(patient, 1 - VAL_SHARE, VAL_SHARE) for patient in train_first}
+
+    def classes(split: Split, without: str = "") -> set[int]:
+        return set().union(*(own for who, own in has.items() if split_of[who] == split and who != without))
+
+    ways: tuple[tuple[Split, Split], ...] = (("train", "val"), ("val", "train"))
+    for source, target in ways:
+        missing = set().union(*has.values()) - classes(target)
+        for patient in train_first[::-1] if target == "val" else train_first:
+            helps = split_of[patient] == source and has[patient] & missing
+            if helps and classes(source, patient) == classes(source):
+                split_of[patient] = target
+                missing -= has[patient]
+    if classes("train") != classes("val"):
+        return None
+    return [split_of[patient] for patient, _ in patches]
 
 
 def _split_by_patch(ids: Sequence[str]) -> list[Split]:
@@ -160,16 +192,6 @@ def _usable(labels: Labels) -> Iterator[tuple[Place, str, tuple[bool, ...]]]:
             slide = labels.slides.get(place.slide)
             patient = place.slide if slide is None else slide.patient
             yield place, patient, tuple(answer == "present" for answer in verdict.answers.values())
-
-
-def _has_every_class(splits: Sequence[str], kinds: Sequence[tuple[bool, ...]]) -> bool:
-    """Return whether the training and the validation split contain each class that any patch has."""
-    whole = {k for present in kinds for k, there in enumerate(present) if there}
-    for split in ("train", "val"):
-        own = [present for one, present in zip(splits, kinds, strict=True) if one == split]
-        if not own or {k for present in own for k, there in enumerate(present) if there} != whole:
-            return False
-    return True
 
 
 def is_split_by_patient(rows: list[Row]) -> bool:
@@ -260,8 +282,8 @@ def warnings_of(labels: Labels) -> list[str]:
         )
     elif rows and not is_split_by_patient(rows):
         found.append(
-            "patches of one patient are in both splits, because no split by patient has every class on both sides; "
-            "scores will be too high; label every class on more slides"
+            "patches of one patient are in both splits, because no split by patient with every class on both sides was "
+            "found; scores will be too high; label every class on slides of more patients"
         )
     if counts.incomplete:
         found.append(

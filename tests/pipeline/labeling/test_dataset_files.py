@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
 from models.bundle import Bundle
 from pipeline.errors import LabelingError, MaskError
-from pipeline.labeling.dataset_files import rows_of, warnings_of, write_dataset
+from pipeline.labeling.dataset_files import rows_of, split_by_patient, warnings_of, write_dataset
 from pipeline.labeling.events import Answer, ClassAdded, Event, Labeled, Place, Recorded, SlideAdded, Undone
 from pipeline.labeling.folder import merge_classes
 from pipeline.labeling.labels import Labels
@@ -21,6 +24,7 @@ from pipeline.labeling.store import EventStore
 from pipeline.training.dataset import labeled_boxes, load_dataset, read_mask, read_rgb, samples
 from pipeline.training.dataset_sections import Split
 from pipeline.training.evaluate import masked_samples
+from pipeline.training.splits import hash_split
 from tests.pipeline.labeling.desks import answers, desk
 from tests.pipeline.labeling.events import STARTED, STROMA, TUMOR, fold, label, place
 
@@ -134,6 +138,47 @@ def test_the_split_is_that_of_patients_if_both_parts_then_have_every_class() -> 
     by_patient = {who: {row.split for row in rows if row.patient == who} for who in patients}
     assert all(len(splits) == 1 for splits in by_patient.values())
     assert {row.split for row in rows} == {"train", "val"}
+
+
+PATIENTS = st.lists(st.sets(st.integers(0, 2), max_size=3), min_size=1, max_size=7)
+"""The classes of each patient."""
+
+
+def by_patient(has: list[set[int]], seed: int) -> dict[str, str] | None:
+    patches = [(f"{seed}-{n}", tuple(k in one for k in range(3))) for n, one in enumerate(has)]
+    found = split_by_patient(patches)
+    return None if found is None else dict(zip([who for who, _ in patches], found, strict=True))
+
+
+@given(PATIENTS, st.integers(0, 99))
+def test_a_split_by_patient_has_every_class_on_both_sides(has: list[set[int]], seed: int) -> None:
+    found = by_patient(has, seed)
+    if found is None:
+        return
+    whole = set().union(*has)
+    for side in ("train", "val"):
+        own = [one for one, split in zip(has, found.values(), strict=True) if split == side]
+        assert own
+        assert set().union(*own) == whole
+
+
+@given(st.integers(2, 9), st.integers(0, 99))
+def test_patients_who_have_every_class_are_always_apart(count: int, seed: int) -> None:
+    found = by_patient([{0, 1, 2}] * count, seed)
+    assert found is not None
+    hashes = {who: hash_split(who, 0.8, 0.2) for who in found}
+    moved = [who for who, split in found.items() if split != hashes[who]]
+    assert len(moved) == (len(set(hashes.values())) == 1), "only if the hash puts all on one side, and then one"
+
+
+def test_only_patients_with_a_missing_class_move_in_the_order_of_their_hash() -> None:
+    # By their hashes, these are in training, the last one closest to validation.
+    order = sorted((f"0-{n}" for n in range(12)), key=lambda who: hashlib.sha256(who.encode()).digest())
+    train = [who for who in order if hash_split(who, 0.8, 0.2) == "train"][:5]
+    first = dict.fromkeys(train, (True, True)) | {train[-1]: (True, False), train[1]: (False, False)}
+    found = split_by_patient(list(first.items()))
+    assert found == ["train", "train", "train", "val", "val"]
+    assert split_by_patient([(who, (True, who == train[0])) for who in train]) is None, "only one has the second class"
 
 
 def test_the_split_is_that_of_patches_if_patients_cannot_be_apart() -> None:

@@ -265,7 +265,9 @@ def test_slides_with_the_same_name_size_and_time_are_told_apart(tmp_path: Path, 
         file.write(b"another slide")
     for twin in twins:
         os.utime(twin, (1, 1))
-    added = [SlideAdded(digest=slide_digest(t), stamp=slide_stamp(t), name=t.name, patient=t.parent.name) for t in twins]
+    added = [
+        SlideAdded(digest=slide_digest(t), stamp=slide_stamp(t), name=t.name, patient=t.parent.name) for t in twins
+    ]
     assert len({one.stamp for one in added}) == 1
     assert len({one.digest for one in added}) == 2
     chosen = {"both": added, "first": added[:1], "second": added[1:]}[known]
