@@ -33,7 +33,7 @@ from pipeline.labeling.session import count
 from pipeline.labeling.store import EventStore
 from pipeline.training.dataset_sections import Split
 from pipeline.training.splits import hash_split
-from wsi.errors import WsiSegmentError
+from wsi.errors import SlideReadError, WsiSegmentError
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ _ANY_PATCH = -1
 
 FEW_LABELS = 50
 FEW_OF_A_CLASS = 10
+NAMED = 20
+"""Most patches that a warning names."""
 
 OWN_KEYS = {
     "name": "my-labels",
@@ -56,7 +58,7 @@ OWN_KEYS = {
 """Keys of dataset.toml that belong to the user, and their first values."""
 
 Read = Callable[[Place], NDArray[np.uint8] | None]
-"""Returns the pixels of a patch, rgb_HWC; None if its slide is not open."""
+"""Returns the pixels of a patch, rgb_HWC; None if its slide is not open. Raises SlideReadError if it is unreadable."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Row:
 
 def write_dataset(folder: Path, labels: Labels, read: Read) -> int:
     """Bring the files of a labels folder up to date. Return how many patches lack because no slide is open for them.
+
+    Patches that cannot be read are left out with a warning that names them. They are read again at the next call.
 
     Raises LabelingError if a file cannot be written.
     """
@@ -90,8 +94,16 @@ def write_dataset(folder: Path, labels: Labels, read: Read) -> int:
 def _write(folder: Path, labels: Labels, read: Read) -> int:
     for name in (PATCHES, LEFT_OUT):
         (folder / name).mkdir(exist_ok=True)
-    missing = {place for place in labels.places() if not _has_pixels(folder, place, read)}
+    missing, unreadable = set(), set()
+    for place in labels.places():
+        try:
+            if not _has_pixels(folder, place, read):
+                missing.add(place)
+        except SlideReadError:
+            unreadable.add(place)
     rows = [row for row in rows_of(labels) if row.place not in missing]
+    _warn_of_unreadable([row.place for row in rows if row.place in unreadable], labels)
+    rows = [row for row in rows if row.place not in unreadable]
     _sort_patches(folder, {row.place.id for row in rows})
     write_atomically(folder / TABLE, table_text(rows, labels))
     masks = masks_of(rows, labels)
@@ -102,6 +114,23 @@ def _write(folder: Path, labels: Labels, read: Read) -> int:
     if not masks and (folder / MASKS).is_dir():
         shutil.rmtree(folder / MASKS)
     return len(missing)
+
+
+def _warn_of_unreadable(places: Sequence[Place], labels: Labels) -> None:
+    if not places:
+        return
+    names = [f"{_slide_name(place, labels)} at ({place.x_l0:g}, {place.y_l0:g})" for place in places[:NAMED]]
+    more = ", ..." if len(places) > NAMED else ""
+    log.warning(
+        "%d labeled patches are left out of the data set because they cannot be read: %s%s; check the disk, or copy or "
+        "scan the slide again",
+        len(places), ", ".join(names), more,
+    )  # fmt: skip
+
+
+def _slide_name(place: Place, labels: Labels) -> str:
+    slide = labels.slides.get(place.slide)
+    return place.slide if slide is None else slide.name
 
 
 def masks_of(rows: Sequence[Row], labels: Labels) -> list[Outlined]:
@@ -209,8 +238,7 @@ def table_text(rows: list[Row], labels: Labels) -> str:
     columns = class_columns(labels)
     writer.writerow(["file", "slide", "patient", "split", "x_l0", "y_l0", "blind", *columns])
     for row in rows:
-        slide = labels.slides.get(row.place.slide)
-        facts = [f"{row.place.id}.png", row.place.slide if slide is None else slide.name, row.patient, row.split]
+        facts = [f"{row.place.id}.png", _slide_name(row.place, labels), row.patient, row.split]
         place = [f"{row.place.x_l0:g}", f"{row.place.y_l0:g}", int(labels.is_blind(row.place))]
         writer.writerow([*facts, *place, *(int(there) for there in row.present)])
     return stream.getvalue()
@@ -298,6 +326,7 @@ class DatasetWriter:
 
     def __init__(self, folder: Path, store: EventStore, read: Read) -> None:
         self._folder, self._store, self._read = folder, store, read
+        self._unreadable: set[Place] = set()
         self._changed = threading.Event()
         self._ended = False
         self._thread = threading.Thread(target=self._work, name="dataset", daemon=True)
@@ -318,9 +347,21 @@ class DatasetWriter:
             self._changed.wait()
             self._changed.clear()
             last = self._ended
+            if last:
+                self._unreadable.clear()
             try:
-                write_dataset(self._folder, Labels(self._store.read()), self._read)
+                write_dataset(self._folder, Labels(self._store.read()), self._read_once)
             except (WsiSegmentError, OSError, MemoryError) as error:
                 log.error("the labels are saved, but the data set cannot be written: %s", error)
             if last:
                 return
+
+    def _read_once(self, place: Place) -> NDArray[np.uint8] | None:
+        """Read a patch. Try an unreadable one again only at the end, because failed reads are slow."""
+        if place in self._unreadable:
+            return None
+        try:
+            return self._read(place)
+        except SlideReadError:
+            self._unreadable.add(place)
+            raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from models.bundle import Bundle
 from pipeline.errors import LabelingError, MaskError
-from pipeline.labeling.dataset_files import rows_of, split_by_patient, warnings_of, write_dataset
+from pipeline.labeling.dataset_files import DatasetWriter, rows_of, split_by_patient, warnings_of, write_dataset
 from pipeline.labeling.events import Answer, ClassAdded, Event, Labeled, Place, Recorded, SlideAdded, Undone
 from pipeline.labeling.folder import merge_classes
 from pipeline.labeling.labels import Labels
@@ -26,7 +27,8 @@ from pipeline.training.dataset_sections import Split
 from pipeline.training.evaluate import masked_samples
 from pipeline.training.splits import hash_split
 from tests.pipeline.labeling.desks import answers, desk
-from tests.pipeline.labeling.events import STARTED, STROMA, TUMOR, fold, label, place
+from tests.pipeline.labeling.events import SLIDE, STARTED, STROMA, TUMOR, fold, label, place
+from wsi.errors import SlideReadError
 
 PRESENT: tuple[Answer, ...] = ("present", "absent")
 ABSENT: tuple[Answer, ...] = ("absent", "present")
@@ -103,6 +105,47 @@ def test_a_patch_whose_slide_is_not_open_is_left_out_until_it_is(tmp_path: Path)
     assert set(table(tmp_path)) == {f"{place(0).id}.png"}
     assert write_dataset(tmp_path, labels, read) == 0
     assert len(table(tmp_path)) == 2
+
+
+def test_patches_that_cannot_be_read_are_named_and_left_out_until_they_can_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = fold(("ann", label(0, *PRESENT)), ("ann", label(1, *ABSENT)), ("ann", label(2, mark="artifact")))
+
+    def failing(at: Place) -> np.ndarray:
+        if at != place(0):
+            raise SlideReadError("gone")
+        return read(at)
+
+    assert write_dataset(tmp_path, labels, failing) == 0
+    assert set(table(tmp_path)) == {f"{place(0).id}.png"}
+    assert "1 labeled patches are left out of the data set because they cannot be read: a.svs at (1, 0);" in caplog.text
+    caplog.clear()
+    assert write_dataset(tmp_path, labels, read) == 0
+    assert (len(table(tmp_path)), caplog.text) == (2, "")
+
+
+def test_an_unreadable_patch_is_read_again_only_at_the_end_of_the_session(tmp_path: Path) -> None:
+    reads = []
+
+    def failing(at: Place) -> np.ndarray:
+        reads.append(at)
+        if len(reads) == 1:
+            raise SlideReadError("gone")
+        return read(at)
+
+    with EventStore(tmp_path / "labels.sqlite") as store:
+        store.append("ann", [STARTED, TUMOR, STROMA, SLIDE, label(0, *PRESENT)])
+        writer = DatasetWriter(tmp_path, store, failing)
+        for _ in range(2):
+            (tmp_path / "labels.csv").unlink(missing_ok=True)
+            writer.changed()
+            deadline = time.monotonic() + 30
+            while not (tmp_path / "labels.csv").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert (reads, table(tmp_path)) == ([place(0)], {})
+        writer.close()
+    assert (len(reads), len(table(tmp_path))) == (2, 1)
 
 
 def test_the_user_s_own_keys_are_kept_and_the_classes_follow(tmp_path: Path) -> None:
