@@ -56,11 +56,11 @@ PatchSideOption = Annotated[
     typer.Option(help="Side of a patch in pixels.", min=32, show_default=f"that of the model or {DEFAULT_MODEL}"),
 ]
 PatientOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Regular expression with one group that finds the patient in a slide's name. Patches of one patient "
         "stay in one split.",
-        show_default="the slide's name",
+        show_default="the patient of an earlier command, or the slide's name",
     ),
 ]
 MppOption = Annotated[
@@ -69,8 +69,6 @@ MppOption = Annotated[
         help="Micrometers per pixel of the slides, if the files do not state it.", show_default="from the file"
     ),
 ]
-
-ANY_PATIENT = r"^(.*?)(?:\.[^.]*)?$"
 
 
 @app.callback()
@@ -121,7 +119,7 @@ def page(
     seed: Annotated[
         int | None, typer.Option(help="Number that fixes the random order of patches.", show_default="1")
     ] = None,
-    patient: PatientOption = ANY_PATIENT,
+    patient: PatientOption = None,
     mpp: MppOption = None,
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Search the subfolders of folders.")] = False,
     port: Annotated[int, typer.Option(help="Port of the page.", min=0, max=65535, show_default="a free port")] = 0,
@@ -138,7 +136,7 @@ def page(
     from models.bundle import DEFAULT_BUNDLE, load_bundle
     from pipeline.labeling.app import make_app
     from pipeline.labeling.desk import open_desk
-    from pipeline.labeling.folder import Wishes
+    from pipeline.labeling.folder import Wishes, has_classes
     from pipeline.web.server import open_browser, serve
 
     def ready(url: str) -> None:
@@ -150,7 +148,7 @@ def page(
         local_path(output, "--output")
         bundle = load_bundle(model) if model else None
         names = [name.strip() for name in classes.split(",") if name.strip()]
-        if bundle is not None and not names and not output.exists():
+        if bundle is not None and not names and not has_classes(output):
             names = [one.name for one in bundle.card.classes]
         with open_desk(
             output,
@@ -209,7 +207,7 @@ def import_(
     annotator: AnnotatorOption = None,
     patch_mpp: PatchMppOption = None,
     patch_side: PatchSideOption = None,
-    patient: PatientOption = ANY_PATIENT,
+    patient: PatientOption = None,
     mpp: MppOption = None,
 ) -> None:
     """Turn annotations that were drawn in QuPath, or corrections of results, into labels of patches.
@@ -217,7 +215,7 @@ def import_(
     A class is present in a patch if it covers at least 5 % of it. Locked annotations and unchanged regions of
     wsi-segment are never imported.
     """
-    from pipeline.labeling.folder import EVENTS_FILE, Wishes
+    from pipeline.labeling.folder import Wishes, has_classes
     from pipeline.labeling.importer import check_names, import_drawings, names_of, open_import
 
     pairs = _mapping(mapping or [])
@@ -226,10 +224,11 @@ def import_(
         local_path(output, "--output")
         sources = _sources(files or [], corrections, slide, who, mpp)
         names = names_of([drawing for one in sources for drawing in one.drawings], pairs)
-        if corrections is not None and not output.exists():
+        is_new = not has_classes(output)
+        if corrections is not None and is_new:
             names = [*(pairs.get(name, name) for one in sources for name in one.classes), *names]
         slides = [_only_file(one.slide, patient, one.mpp) for one in sources]
-        if not (output / EVENTS_FILE).exists():
+        if is_new:
             check_names(names, sources, pairs)
         with open_import(output, who, Wishes(patch_mpp, patch_side), names) as folder:
             for one, file in zip(sources, slides, strict=True):
@@ -237,7 +236,8 @@ def import_(
                 rest = "imported" if partial else "not imported; pass --partial to complete them on the page"
                 typer.echo(
                     f"{one.name}: {done.complete} complete patches, {done.partial} covered in part ({rest}), "
-                    f"{done.ignored} with an ignored class, {done.kept} labeled on the page before and kept"
+                    f"{done.ignored} with an ignored class, {done.kept} labeled on the page before and kept, "
+                    f"{done.taken_back} taken back because they are no longer drawn"
                 )
                 for reason, number in one.skipped.items():
                     typer.echo(f"{PROGRAM}: warning: {one.name}: objects skipped: {number} {reason}", err=True)
@@ -301,8 +301,8 @@ def report(folder: FolderArgument) -> None:
         labels = _written(folder, store)
         counts = count(labels)
     typer.echo(
-        f"{counts.labeled} labeled patches of {len(labels.slides)} slides, {counts.incomplete} incomplete or disputed, "
-        f"{counts.unsure} unsure, {counts.artifact} artifacts"
+        f"{counts.labeled} labeled patches of {sum(map(bool, counts.by_slide.values()))} slides, "
+        f"{counts.incomplete} incomplete or disputed, {counts.unsure} unsure, {counts.artifact} artifacts"
     )
     for one in labels.classes.values():
         typer.echo(f"{one.name}: present in {counts.present[one.id]}")
@@ -326,26 +326,35 @@ def failing() -> Iterator[None]:
         fail(PROGRAM, str(error))
 
 
-def _files(inputs: list[Path], patient: str, mpp: float | None, *, recursive: bool) -> list[SlideFile]:
+def _files(inputs: list[Path], patient: str | None, mpp: float | None, *, recursive: bool) -> list[SlideFile]:
     from pipeline.batch.collect import collect_jobs
     from pipeline.labeling.slides import SlideFile
 
+    pattern = None if patient is None else _patient_pattern(patient)
+    return [
+        SlideFile(job.path, None if pattern is None else _patient(pattern, job.path.name), job.mpp or mpp)
+        for job in collect_jobs(inputs, recursive=recursive)
+    ]
+
+
+def _patient_pattern(text: str) -> re.Pattern[str]:
     try:
-        pattern = re.compile(patient)
+        pattern = re.compile(text)
     except re.error as error:
-        fail(PROGRAM, f"--patient: {patient!r} is not a valid regular expression: {error}", EXIT_USAGE)
+        fail(PROGRAM, f"--patient: {text!r} is not a valid regular expression: {error}", EXIT_USAGE)
     if pattern.groups != 1:
-        fail(PROGRAM, f"--patient: {patient!r} has {pattern.groups} groups; it must have one", EXIT_USAGE)
-    files = []
-    for job in collect_jobs(inputs, recursive=recursive):
-        found = pattern.search(job.path.name)
-        if found is None or not found[1]:
-            fail(PROGRAM, f"--patient: {patient!r} does not match the name {job.path.name}", EXIT_USAGE)
-        files.append(SlideFile(job.path, found[1], job.mpp or mpp))
-    return files
+        fail(PROGRAM, f"--patient: {text!r} has {pattern.groups} groups; it must have one", EXIT_USAGE)
+    return pattern
 
 
-def _only_file(slide: Path, patient: str, mpp: float | None) -> SlideFile:
+def _patient(pattern: re.Pattern[str], name: str) -> str:
+    found = pattern.search(name)
+    if found is None or not found[1]:
+        fail(PROGRAM, f"--patient: {pattern.pattern!r} does not match the name {name}", EXIT_USAGE)
+    return found[1]
+
+
+def _only_file(slide: Path, patient: str | None, mpp: float | None) -> SlideFile:
     files = _files([slide], patient, mpp, recursive=False)
     if len(files) != 1:
         fail(PROGRAM, f"{slide}: lists {len(files)} slides; pass one slide, or a folder of slides, with --slide")

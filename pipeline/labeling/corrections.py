@@ -102,11 +102,19 @@ def read_corrections(result: Path) -> list[Correction]:
 
     Raises LabelingError if the file is damaged.
     """
+    return current(read_entries(result))
+
+
+def read_entries(result: Path) -> list[Entry[CorrectionEvent]]:
+    """Return all events of the corrections of the result in a folder; none without a file.
+
+    Raises LabelingError if the file is damaged.
+    """
     file = corrections_file(result)
     if not file.exists():
         return []
     with EventFile(file, CORRECTION_EVENTS) as events:
-        return current(events.read())
+        return events.read()
 
 
 def alive(entries: Iterable[Entry[CorrectionEvent]]) -> list[Correction]:

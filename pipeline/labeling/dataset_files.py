@@ -6,12 +6,14 @@ wsi-train takes the folder as it is. A patch is part of the data set if its anno
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
 import shutil
 import threading
 import tomllib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +33,20 @@ from pipeline.labeling.session import count
 from pipeline.labeling.store import EventStore
 from pipeline.training.dataset_sections import Split
 from pipeline.training.splits import hash_split
-from wsi.errors import WsiSegmentError
+from wsi.errors import SlideReadError, WsiSegmentError
 
 log = logging.getLogger(__name__)
 
 PATCHES, MASKS, LEFT_OUT, TABLE, CARD = "patches", "masks", "left-out", "labels.csv", "dataset.toml"
 
 VAL_SHARE = 0.2
+_ANY_PATCH = -1
+"""Stands among class indices for a patch of any class: a split without patches lacks it."""
+
 FEW_LABELS = 50
 FEW_OF_A_CLASS = 10
+NAMED = 20
+"""Most patches that a warning names."""
 
 OWN_KEYS = {
     "name": "my-labels",
@@ -51,7 +58,7 @@ OWN_KEYS = {
 """Keys of dataset.toml that belong to the user, and their first values."""
 
 Read = Callable[[Place], NDArray[np.uint8] | None]
-"""Returns the pixels of a patch, rgb_HWC; None if its slide is not open."""
+"""Returns the pixels of a patch, rgb_HWC; None if its slide is not open. Raises SlideReadError if it is unreadable."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class Row:
 
 def write_dataset(folder: Path, labels: Labels, read: Read) -> int:
     """Bring the files of a labels folder up to date. Return how many patches lack because no slide is open for them.
+
+    Patches that cannot be read are left out with a warning that names them. They are read again at the next call.
 
     Raises LabelingError if a file cannot be written.
     """
@@ -85,8 +94,16 @@ def write_dataset(folder: Path, labels: Labels, read: Read) -> int:
 def _write(folder: Path, labels: Labels, read: Read) -> int:
     for name in (PATCHES, LEFT_OUT):
         (folder / name).mkdir(exist_ok=True)
-    missing = {place for place in labels.places() if not _has_pixels(folder, place, read)}
+    missing, unreadable = set(), set()
+    for place in labels.places():
+        try:
+            if not _has_pixels(folder, place, read):
+                missing.add(place)
+        except SlideReadError:
+            unreadable.add(place)
     rows = [row for row in rows_of(labels) if row.place not in missing]
+    _warn_of_unreadable([row.place for row in rows if row.place in unreadable], labels)
+    rows = [row for row in rows if row.place not in unreadable]
     _sort_patches(folder, {row.place.id for row in rows})
     write_atomically(folder / TABLE, table_text(rows, labels))
     masks = masks_of(rows, labels)
@@ -97,6 +114,23 @@ def _write(folder: Path, labels: Labels, read: Read) -> int:
     if not masks and (folder / MASKS).is_dir():
         shutil.rmtree(folder / MASKS)
     return len(missing)
+
+
+def _warn_of_unreadable(places: Sequence[Place], labels: Labels) -> None:
+    if not places:
+        return
+    names = [f"{_slide_name(place, labels)} at ({place.x_l0:g}, {place.y_l0:g})" for place in places[:NAMED]]
+    more = ", ..." if len(places) > NAMED else ""
+    log.warning(
+        "%d labeled patches are left out of the data set because they cannot be read: %s%s; check the disk, or copy or "
+        "scan the slide again",
+        len(places), ", ".join(names), more,
+    )  # fmt: skip
+
+
+def _slide_name(place: Place, labels: Labels) -> str:
+    slide = labels.slides.get(place.slide)
+    return place.slide if slide is None else slide.name
 
 
 def masks_of(rows: Sequence[Row], labels: Labels) -> list[Outlined]:
@@ -132,17 +166,44 @@ def _sort_patches(folder: Path, used: set[str]) -> None:
 def rows_of(labels: Labels) -> list[Row]:
     """Return the patches of the data set, sorted by slide and place.
 
-    The split is that of the patient if both splits then contain every class, and otherwise that of the patch: a hash of
-    the name decides, so new labels do not move old ones.
+    The split is that of `split_by_patient`, or, if it finds none, that of a hash of the patch. New labels do not move
+    old ones while the split is made by hashes alone. They can move old ones if patients had to be moved, and when the
+    data set changes between the two kinds of split.
     """
     usable = list(_usable(labels))
-    by_patient = [hash_split(patient, 1 - VAL_SHARE, VAL_SHARE) for _, patient, _ in usable]
-    by_patch = _split_by_patch([place.id for place, _, _ in usable])
-    kinds = [present for _, _, present in usable]
-    chosen = by_patient if _has_every_class(by_patient, kinds) else by_patch
+    chosen = split_by_patient([(patient, present) for _, patient, present in usable])
+    chosen = chosen or _split_by_patch([place.id for place, _, _ in usable])
     rows = [Row(place, patient, split, present)
             for (place, patient, present), split in zip(usable, chosen, strict=True)]  # fmt: skip
     return sorted(rows, key=lambda row: (row.place.slide, row.place.y_l0, row.place.x_l0))
+
+
+def split_by_patient(patches: Sequence[tuple[str, tuple[bool, ...]]]) -> list[Split] | None:
+    """Return the split of each patch (patient, classes present) so that no patient is in both splits.
+
+    A hash of the patient decides. If a split then lacks a class, patients with this class move to it in the order of
+    their hash, unless the other split would lose a class. Return None if a class is still missing.
+    """
+    has: dict[str, set[int]] = defaultdict(set)
+    for patient, present in patches:
+        has[patient] |= {_ANY_PATCH, *(k for k, there in enumerate(present) if there)}
+    train_first = sorted(has, key=lambda patient: hashlib.sha256(patient.encode()).digest())
+    split_of = {patient: hash_split(patient, 1 - VAL_SHARE, VAL_SHARE) for patient in train_first}
+
+    def classes(split: Split, without: str = "") -> set[int]:
+        return set().union(*(own for who, own in has.items() if split_of[who] == split and who != without))
+
+    ways: tuple[tuple[Split, Split], ...] = (("train", "val"), ("val", "train"))
+    for source, target in ways:
+        missing = set().union(*has.values()) - classes(target)
+        for patient in train_first[::-1] if target == "val" else train_first:
+            helps = split_of[patient] == source and has[patient] & missing
+            if helps and classes(source, patient) == classes(source):
+                split_of[patient] = target
+                missing -= has[patient]
+    if classes("train") != classes("val"):
+        return None
+    return [split_of[patient] for patient, _ in patches]
 
 
 def _split_by_patch(ids: Sequence[str]) -> list[Split]:
@@ -162,16 +223,6 @@ def _usable(labels: Labels) -> Iterator[tuple[Place, str, tuple[bool, ...]]]:
             yield place, patient, tuple(answer == "present" for answer in verdict.answers.values())
 
 
-def _has_every_class(splits: Sequence[str], kinds: Sequence[tuple[bool, ...]]) -> bool:
-    """Return whether the training and the validation split contain each class that any patch has."""
-    whole = {k for present in kinds for k, there in enumerate(present) if there}
-    for split in ("train", "val"):
-        own = [present for one, present in zip(splits, kinds, strict=True) if one == split]
-        if not own or {k for present in own for k, there in enumerate(present) if there} != whole:
-            return False
-    return True
-
-
 def is_split_by_patient(rows: list[Row]) -> bool:
     """Return whether no patient has patches in both splits."""
     splits: dict[str, set[str]] = {}
@@ -187,8 +238,7 @@ def table_text(rows: list[Row], labels: Labels) -> str:
     columns = class_columns(labels)
     writer.writerow(["file", "slide", "patient", "split", "x_l0", "y_l0", "blind", *columns])
     for row in rows:
-        slide = labels.slides.get(row.place.slide)
-        facts = [f"{row.place.id}.png", row.place.slide if slide is None else slide.name, row.patient, row.split]
+        facts = [f"{row.place.id}.png", _slide_name(row.place, labels), row.patient, row.split]
         place = [f"{row.place.x_l0:g}", f"{row.place.y_l0:g}", int(labels.is_sampled(row.place))]
         writer.writerow([*facts, *place, *(int(there) for there in row.present)])
     return stream.getvalue()
@@ -260,8 +310,8 @@ def warnings_of(labels: Labels) -> list[str]:
         )
     elif rows and not is_split_by_patient(rows):
         found.append(
-            "patches of one patient are in both splits, because no split by patient has every class on both sides; "
-            "scores will be too high; label every class on more slides"
+            "patches of one patient are in both splits, because no split by patient with every class on both sides was "
+            "found; scores will be too high; label every class on slides of more patients"
         )
     if counts.incomplete:
         found.append(
@@ -276,6 +326,7 @@ class DatasetWriter:
 
     def __init__(self, folder: Path, store: EventStore, read: Read) -> None:
         self._folder, self._store, self._read = folder, store, read
+        self._unreadable: set[Place] = set()
         self._changed = threading.Event()
         self._ended = False
         self._thread = threading.Thread(target=self._work, name="dataset", daemon=True)
@@ -296,9 +347,21 @@ class DatasetWriter:
             self._changed.wait()
             self._changed.clear()
             last = self._ended
+            if last:
+                self._unreadable.clear()
             try:
-                write_dataset(self._folder, Labels(self._store.read()), self._read)
+                write_dataset(self._folder, Labels(self._store.read()), self._read_once)
             except (WsiSegmentError, OSError, MemoryError) as error:
                 log.error("the labels are saved, but the data set cannot be written: %s", error)
             if last:
                 return
+
+    def _read_once(self, place: Place) -> NDArray[np.uint8] | None:
+        """Read a patch. Try an unreadable one again only at the end, because failed reads are slow."""
+        if place in self._unreadable:
+            return None
+        try:
+            return self._read(place)
+        except SlideReadError:
+            self._unreadable.add(place)
+            raise

@@ -125,6 +125,9 @@ class Labeled(EventModel):
     """Time from showing the patch to saving the label, per patch; None for imported labels."""
     areas: dict[int, Annotated[str, AfterValidator(checked_area)]] | None = None
     """Area of each class in the patch as WKT, in the patch's pixels, if outlines cover the patch completely."""
+    files: tuple[Name, ...] = ()
+    """Files of annotations, or corrected results, that the label was imported from, as `folder/name`. Empty for labels
+    of the page."""
 
 
 class Undone(EventModel):

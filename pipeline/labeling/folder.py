@@ -49,6 +49,14 @@ def open_events(folder: Path) -> EventStore:
     return EventStore(folder / EVENTS_FILE)
 
 
+def has_classes(folder: Path) -> bool:
+    """Return whether a folder is a labels folder with classes. A start that failed can leave one without any."""
+    if not is_file(folder / EVENTS_FILE):
+        return False
+    with open_events(folder) as store:
+        return bool(Labels(store.read()).classes)
+
+
 def prepare_folder(
     store: EventStore,
     annotator: str,
@@ -148,13 +156,21 @@ def rename_class(store: EventStore, annotator: str, old: str, new: str) -> None:
 
 
 def merge_classes(store: EventStore, annotator: str, old: str, into: str) -> None:
-    """Make a class a part of another one. Raises LabelingError if one does not exist, or if they are the same."""
+    """Make a class a part of another one.
+
+    Raises LabelingError if one does not exist, if they are the same, or if there are only two classes.
+    """
 
     def merged(before: Sequence[Recorded]) -> list[Event]:
         labels = Labels(before)
         event = ClassesMerged(id=class_id(labels, old), into=class_id(labels, into))
         if event.id == event.into:
             raise LabelingError(f"class {old} cannot be merged into itself")
+        if len(labels.classes) <= 2:
+            raise LabelingError(
+                f"class {old} cannot be merged into {into}, because a model needs at least two classes; add a class "
+                "with --add first"
+            )
         return [event]
 
     store.append_decided(annotator, merged)

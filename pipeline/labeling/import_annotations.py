@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from shapely.geometry.base import BaseGeometry
 
 from pipeline.errors import LabelingError
+from pipeline.files import printable_name
 from pipeline.labeling.annotations import ENDINGS, Annotation, read_annotations
-from pipeline.labeling.events import Answer, Event, Labeled, Place, SlideAdded
-from pipeline.labeling.labels import Labels
+from pipeline.labeling.events import Answer, Event, Labeled, Place, Recorded, SlideAdded
+from pipeline.labeling.labels import Labels, label_of
 from pipeline.labeling.masks import Cutter
 from pipeline.labeling.patches import SlidePatches
 
@@ -42,6 +43,8 @@ class Drawing:
     reason: Literal["import", "correction"] = "import"
     model: str | None = None
     """Digest of the model whose map was corrected."""
+    files: tuple[str, ...] = ()
+    """`file_label` of the files of annotations, or of the corrected results."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Imported:
     """Patches that an ignored class covers."""
     kept: int
     """Patches that keep a label that this person made on the page."""
+    taken_back: int
+    """Patches that lose a label because the same files no longer show it."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +116,22 @@ def drawn(annotations: Iterable[Annotation], mapping: Mapping[str, str], ids: Ma
 def joined_drawings(drawings: Iterable[Drawing]) -> list[Drawing]:
     """Return one drawing per annotator, because a patch has only one label per annotator.
 
-    A joined drawing has the source and reason of its first part, and a model if all its parts have the same one.
+    A joined drawing has the source and reason of its first part, and a model if all its annotations have the same one.
     """
     by_annotator: dict[str, list[Drawing]] = defaultdict(list)
     for one in drawings:
         by_annotator[one.annotator].append(one)
     found = []
     for parts in by_annotator.values():
-        models = {one.model for one in parts}
-        annotations = [annotation for one in parts for annotation in one.annotations]
-        found.append(replace(parts[0], annotations=annotations, model=models.pop() if len(models) == 1 else None))
+        models = {one.model for one in parts if one.annotations}
+        found.append(
+            replace(
+                parts[0],
+                annotations=[annotation for one in parts for annotation in one.annotations],
+                model=models.pop() if len(models) == 1 else None,
+                files=tuple(sorted({file for one in parts for file in one.files})),
+            )
+        )
     return found
 
 
@@ -182,6 +193,7 @@ def labels_from(
                     reason=drawing.reason,
                     model=drawing.model,
                     areas=areas_in(place, n) if complete_N[n] else None,
+                    files=drawing.files,
                 )
             )
     return found, int(ignored_N.sum())
@@ -220,19 +232,56 @@ def import_events(
 ) -> tuple[list[Event], int]:
     """Return the events that add labels, and how many patches keep a label that the annotator made on the page.
 
-    A label that is there already is not added again. Incomplete labels are added only if `partial`.
+    A label that is there already is not added again. Incomplete labels are added only if `partial`, and never replace
+    a complete one.
     """
     events: list[Event] = [] if labels.slides.get(slide.digest) == slide else [slide]
     kept = 0
     for label in new:
-        if not partial and "unknown" in label.answers.values():
+        incomplete = "unknown" in label.answers.values()
+        if incomplete and not partial:
             continue
         own = labels.label(label.place, annotator)
         if own is not None and own.source == "person":
             kept += 1
-        elif own is None or (own.answers, own.areas) != (label.answers, label.areas):
+        elif own is not None and incomplete and labels.is_complete(own):
+            continue
+        elif own is None or (own.answers, own.areas, own.files) != (label.answers, label.areas, label.files):
             events.append(label)
     return events, kept
+
+
+def outdated(
+    labels: Labels, slide: SlideAdded, drawing: Drawing, new: Sequence[Labeled], *, partial: bool
+) -> list[Recorded]:
+    """Return the labels of earlier imports of a drawing's files that `new`, its labels now, no longer contain.
+
+    A label counts as one of these files if it comes from some of them and from no other. A complete label that would
+    now be incomplete is outdated. Labels of the page and of other annotators never are.
+    """
+    now = {one.place: one for one in new}
+
+    def stays(old: Labeled) -> bool:
+        one = now.get(old.place)
+        if one is None:
+            return False
+        replaced = "unknown" not in one.answers.values() or (partial and not labels.is_complete(old))
+        return replaced or labels.answers(one) == labels.answers(old)
+
+    return [
+        record
+        for record in labels.labels_of(drawing.annotator)
+        if (old := label_of(record)).files
+        and old.place.slide == slide.digest
+        and set(old.files) <= set(drawing.files)
+        and not stays(old)
+    ]
+
+
+def file_label(path: Path) -> str:
+    """Return the name by which labels state the file, or the result, that they come from: its folder and its name."""
+    whole = path.absolute()
+    return printable_name(f"{whole.parent.name}/{whole.name}")
 
 
 def annotation_files(inputs: Iterable[Path]) -> list[Path]:
@@ -257,7 +306,7 @@ def annotation_sources(files: Iterable[Path], slide: Path, annotator: str, mpp: 
     found = []
     for file in annotation_files(files):
         read = read_annotations(file)
-        drawing = Drawing(annotator, read.found)
+        drawing = Drawing(annotator, read.found, files=(file_label(file),))
         found.append(ImportSource(file.name, slide_of(file, slide), [drawing], read.skipped, mpp))
     return found
 

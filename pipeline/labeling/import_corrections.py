@@ -11,8 +11,8 @@ from pathlib import Path
 from pipeline.errors import LabelingError
 from pipeline.formats.features import read_features
 from pipeline.labeling.annotations import Annotation, read_annotations
-from pipeline.labeling.corrections import corrections_file, read_corrections, sent_file
-from pipeline.labeling.import_annotations import Drawing, ImportSource
+from pipeline.labeling.corrections import corrections_file, current, read_entries, sent_file
+from pipeline.labeling.import_annotations import Drawing, ImportSource, file_label
 from pipeline.labeling.published_map import PublishedMap
 from pipeline.results.find import result_folders
 from pipeline.results.names import GEOPARQUET_END, RUN
@@ -43,17 +43,22 @@ def _corrected(folder: Path, moved: Path | None, annotator: str) -> ImportSource
         return None
     by_author: dict[tuple[str, str], list[Annotation]] = {}
     skipped: Counter[str] = Counter()
-    for one in read_corrections(folder):
+    entries = read_entries(folder)
+    for one in current(entries):
         if one.event.slide == run.identity.slide:
             made = Annotation((one.event.after,), one.event.polygon_l0)
             by_author.setdefault((one.annotator, one.event.model), []).append(made)
         else:
             skipped["corrections of another slide, which had a result of this name before"] += 1
-    drawings = [Drawing(who, made, "viewer", "correction", model) for (who, model), made in by_author.items()]
+    files = (file_label(folder),)
+    drawings = [Drawing(who, made, "viewer", "correction", model, files) for (who, model), made in by_author.items()]
+    # Without a drawing, the labels of a person whose corrections were all undone would stay.
+    idle = {one.annotator for one in entries} - {who for who, _ in by_author}
+    drawings += [Drawing(who, (), "viewer", "correction", files=files) for who in sorted(idle)]
     if sent_file(folder).exists():
         parquet = folder / next(name for name in run.outputs if name.endswith(GEOPARQUET_END))
         read = read_annotations(sent_file(folder), PublishedMap(read_features(parquet, run.classes)))
-        drawings.append(Drawing(annotator, read.found, "qupath", "correction", run.identity.model))
+        drawings.append(Drawing(annotator, read.found, "qupath", "correction", run.identity.model, files))
         skipped.update(read.skipped)
     slide = run.slide.path or folder.parent / run.slide.name
     if moved is not None:

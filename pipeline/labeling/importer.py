@@ -11,7 +11,7 @@ from pathlib import Path
 from models.bundle import DEFAULT_BUNDLE, load_bundle
 from pipeline.errors import LabelingError
 from pipeline.labeling.dataset_files import write_dataset
-from pipeline.labeling.events import FolderStarted, SlideAdded
+from pipeline.labeling.events import FolderStarted, Recorded, SlideAdded, Undone
 from pipeline.labeling.folder import EVENTS_FILE, Wishes, prepare_folder
 from pipeline.labeling.import_annotations import (
     Drawing,
@@ -20,10 +20,11 @@ from pipeline.labeling.import_annotations import (
     import_events,
     joined_drawings,
     labels_from,
+    outdated,
     target_name,
     used_names,
 )
-from pipeline.labeling.labels import Labels
+from pipeline.labeling.labels import Labels, label_of
 from pipeline.labeling.patches import SlidePatches
 from pipeline.labeling.slides import SlideFile
 from pipeline.labeling.store import EventStore
@@ -85,7 +86,8 @@ def import_drawings(
 ) -> Imported:
     """Add the labels of one slide's annotations, and write the data set. `digest` is that of the right slide, if known.
 
-    All drawings of an annotator become one label per patch, so pass them together.
+    All drawings of an annotator become one label per patch, so pass them together. Labels of an earlier import of the
+    same files that the drawings no longer show are undone.
 
     Raises SlideError if the slide cannot be used, and LabelingError if it is another slide or the labels cannot be
     saved.
@@ -95,7 +97,8 @@ def import_drawings(
         raise LabelingError(
             f"{file.path}: is not the slide that was segmented: its bytes differ; pass the right one with --slide"
         )
-    added = SlideAdded(digest=found_digest, stamp=slide_stamp(file.path), name=file.path.name, patient=file.patient)
+    known = Labels(folder.store.read()).slides.get(found_digest)
+    added = file.added(found_digest, slide_stamp(file.path), known)
     with open_slide(file.path, file.mpp) as slide:
         patches = SlidePatches(slide, found_digest, folder.settings.mpp, folder.settings.side)
         done = [
@@ -106,7 +109,7 @@ def import_drawings(
             Labels(folder.store.read()),
             lambda place: patches.pixels(place) if place.slide == found_digest else None,
         )
-    return Imported(*(sum(part) for part in zip(*map(astuple, done), strict=True))) if done else Imported(0, 0, 0, 0)
+    return Imported(*(sum(part) for part in zip(*map(astuple, done), strict=True))) if done else Imported(0, 0, 0, 0, 0)
 
 
 def _import(
@@ -121,7 +124,11 @@ def _import(
     labels = Labels(folder.store.read())
     ids = {one.name: one.id for one in labels.classes.values()}
     found, ignored = labels_from(patches, drawing, mapping, ids)
+    old = outdated(labels, added, drawing, found, partial=partial)
+    undone = [Undone(numbers=tuple(one.number for one in old))] if old else []
+    for event in undone:
+        labels.apply(Recorded(labels.number, "", drawing.annotator, event))
     events, kept = import_events(labels, drawing.annotator, added, found, partial=partial)
-    folder.store.append(drawing.annotator, events)
+    folder.store.append(drawing.annotator, [*undone, *events])
     incomplete = sum("unknown" in one.answers.values() for one in found)
-    return Imported(len(found) - incomplete, incomplete, ignored, kept)
+    return Imported(len(found) - incomplete, incomplete, ignored, kept, len({label_of(one).place for one in old}))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.labeling.events import Place
 from wsi.box import Box
+from wsi.errors import SlideReadError
 from wsi.grid import make_grid
 from wsi.resample import read_model_pixels
 from wsi.slide import Slide
@@ -81,15 +82,31 @@ class SlidePatches:
         return [self.place(int(column), int(row)) for row, column in np.argwhere(share_rc >= MIN_TISSUE)]
 
     def pixels(self, place: Place) -> NDArray[np.uint8]:
-        """Return a patch as rgb_HWC. Raises the errors of `Slide.read`."""
-        return read_model_pixels(self._slide, self._grid, self._box_m(place)).rgb_HWC
+        """Return a patch as rgb_HWC.
+
+        Raises SlideReadError if any part is unreadable, and the errors of `Slide.read`.
+        """
+        return self._read(self._box_m(place))
 
     def context(self, place: Place) -> NDArray[np.uint8]:
-        """Return a patch and what lies around it, `CONTEXT` times as wide, as rgb_HWC. The patch is in the middle."""
+        """Return a patch and what lies around it, `CONTEXT` times as wide, as rgb_HWC. The patch is in the middle.
+
+        Raises SlideReadError if any part is unreadable, and the errors of `Slide.read`.
+        """
         box_m = self._box_m(place)
         margin = (CONTEXT - 1) * self._side // 2
         around_m = Box(box_m.x - margin, box_m.y - margin, box_m.width + 2 * margin, box_m.height + 2 * margin)
-        return read_model_pixels(self._slide, self._grid, around_m).rgb_HWC
+        return self._read(around_m)
+
+    def _read(self, box_m: Box) -> NDArray[np.uint8]:
+        pixels = read_model_pixels(self._slide, self._grid, box_m)
+        if pixels.unreadable_lv:
+            x_l0, y_l0 = (round(value * self._l0_per_m) for value in (box_m.x, box_m.y))
+            raise SlideReadError(
+                f"{self.name}: pixels at ({x_l0}, {y_l0}) cannot be read; check the disk, or copy or scan the slide "
+                "again"
+            )
+        return pixels.rgb_HWC
 
     def thumbnail(self) -> NDArray[np.uint8]:
         """Return the whole slide as rgb_HWC, about `THUMBNAIL_PX` long."""

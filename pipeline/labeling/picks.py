@@ -87,11 +87,16 @@ class Picks:
         if len(verdicts) < START or (self._best and len(changed) < STEP):
             return
         candidates = list(islice(self._session.unseen(), CANDIDATES))
-        features_MF = self._similar.fetch([*verdicts, *candidates])
-        if features_MF is None:
+        features = self._similar.fetch([*verdicts, *candidates])
+        if features is None:
             return
-        found = picked(features_MF[: len(verdicts)], answers_of(verdicts), features_MF[len(verdicts) :])
         self._learned = verdicts
+        verdicts = {place: verdict for place, verdict in verdicts.items() if place in features}
+        candidates = [place for place in candidates if place in features]
+        if not verdicts or not candidates:
+            return
+        features_LF, features_NF = (np.array([features[one] for one in group]) for group in (verdicts, candidates))
+        found = picked(features_LF, answers_of(verdicts), features_NF)
         with self._condition:
             self._best = tuple(candidates[n] for n in found)
 

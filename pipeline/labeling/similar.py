@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.labeling.events import Place
-from wsi.errors import WsiSegmentError
+from wsi.errors import SlideReadError, WsiSegmentError
 
 log = logging.getLogger(__name__)
 
@@ -25,15 +25,19 @@ NEIGHBORS = 3
 _AT_ONCE = 8
 
 Features = Callable[[Sequence[Place]], NDArray[np.float32]]
-"""Returns the features (N, F) of patches. May take a second."""
+"""Returns the features (N, F) of patches. May take a second. Raises SlideReadError if a patch cannot be read."""
 
 
 class SimilarPatches:
-    """The features of patches, computed in the background. Threads may share it. Call `close` last."""
+    """The features of patches, computed in the background. Threads may share it. Call `close` last.
+
+    Patches that cannot be read have no features, and are not read again by this object.
+    """
 
     def __init__(self, features: Features) -> None:
         self._features = features
         self._known: dict[Place, NDArray[np.float32]] = {}
+        self._unreadable: set[Place] = set()
         self._wanted: list[Place] = []
         self._later: list[Place] = []
         self._condition = threading.Condition()
@@ -49,8 +53,8 @@ class SimilarPatches:
             self._start()
             return len(self._wanted)
 
-    def fetch(self, places: Sequence[Place]) -> NDArray[np.float32] | None:
-        """Return the features (N, F) of patches. They are computed after those of `prepare`, which is waited for.
+    def fetch(self, places: Sequence[Place]) -> dict[Place, NDArray[np.float32]] | None:
+        """Return the features (F,) of the patches that can be read. They are computed after those of `prepare`.
 
         Return None if they cannot be computed, or if this object is closed meanwhile. Call it from one thread only.
         """
@@ -58,10 +62,10 @@ class SimilarPatches:
             self._later = self._missing(places)
             self._start()
             self._condition.wait_for(lambda: not self._later or self._ended or self.error is not None)
-            return None if self._later else np.array([self._known[place] for place in places], np.float32)
+            return None if self._later else {place: self._known[place] for place in places if place in self._known}
 
     def _missing(self, places: Iterable[Place]) -> list[Place]:
-        return [place for place in dict.fromkeys(places) if place not in self._known]
+        return [one for one in dict.fromkeys(places) if one not in self._known and one not in self._unreadable]
 
     def _start(self) -> None:
         if (self._wanted or self._later) and self._thread is None:
@@ -72,12 +76,12 @@ class SimilarPatches:
     def ranked(self, candidates: Sequence[Place], present: Sequence[Place], absent: Sequence[Place]) -> list[Place]:
         """Return the candidates whose features are known, the most similar to `present` first.
 
-        `similarity` is the measure. `present` must contain a patch with known features.
+        `similarity` is the measure. Empty if no patch of `present` has known features.
         """
         with self._condition:
             known = [place for place in candidates if place in self._known]
             groups = [[self._known[p] for p in group if p in self._known] for group in (known, present, absent)]
-        if not known:
+        if not known or not groups[1]:
             return []
         length = len(groups[0][0])  # an empty group does not show it
         score_N = similarity(*(np.array(group, np.float32).reshape(len(group), length) for group in groups))
@@ -91,7 +95,7 @@ class SimilarPatches:
                     return
                 batch = (self._wanted or self._later)[:_AT_ONCE]
             try:
-                found = self._features(batch)
+                found = self._features_of(batch)
             except (WsiSegmentError, OSError, MemoryError) as error:
                 log.error("patches cannot be compared: %s", str(error) or type(error).__name__)
                 with self._condition:
@@ -99,9 +103,20 @@ class SimilarPatches:
                     self._condition.notify_all()
                 return
             with self._condition:
-                self._known.update(zip(batch, found, strict=True))
+                self._known.update(found)
+                self._unreadable |= set(batch) - found.keys()
                 self._wanted, self._later = self._missing(self._wanted), self._missing(self._later)
                 self._condition.notify_all()
+
+    def _features_of(self, batch: Sequence[Place]) -> dict[Place, NDArray[np.float32]]:
+        """Return the features (F,) of the patches that can be read."""
+        try:
+            return dict(zip(batch, self._features(batch), strict=True))
+        except SlideReadError as error:
+            if len(batch) == 1:
+                log.warning("a patch cannot be compared: %s", error)
+                return {}
+            return {place: found for one in batch for place, found in self._features_of([one]).items()}
 
     def close(self) -> None:
         """Stop after the batch that is being computed."""

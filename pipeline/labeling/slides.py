@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.files import printable_name
 from pipeline.labeling.events import FolderStarted, Place, SlideAdded
 from pipeline.labeling.patches import SlidePatches, round_robin, shuffled
-from wsi.errors import WsiSegmentError
+from wsi.errors import SlideError, WsiSegmentError
 from wsi.slide import open_slide, slide_digest, slide_stamp
 from wsi.tissue import find_tissue
 
@@ -29,9 +30,15 @@ class SlideFile:
     """A slide to label."""
 
     path: Path
-    patient: str
+    patient: str | None = None
+    """None stands for the patient that the labels folder knows, or else the file's name without its ending."""
     mpp: float | None = None
     """Micrometers per level-0 pixel, if the file's own value is missing or wrong."""
+
+    def added(self, digest: str, stamp: str, known: SlideAdded | None) -> SlideAdded:
+        """Return the event of this slide. `known` is the labels folder's event of the same digest."""
+        patient = self.patient or (self.path.stem if known is None else known.patient)
+        return SlideAdded(digest=digest, stamp=stamp, name=self.path.name, patient=patient)
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,16 @@ class Slides:
     """The slides of a session. Threads may share it. Call `close` last."""
 
     def __init__(self, files: Sequence[SlideFile], settings: FolderStarted, known: Sequence[SlideAdded]) -> None:
-        """`known` are the slides of earlier sessions: the digest of an unchanged file is not computed again."""
+        """`known` are the slides of earlier sessions, one per digest.
+
+        The digest of an unchanged file is not computed again, unless several slides have its stamp.
+        """
         self._settings = settings
-        self._digests = {one.stamp: one.digest for one in known}
+        stamps = Counter(one.stamp for one in known)
+        self._digests = {one.stamp: one.digest for one in known if stamps[one.stamp] == 1}
+        self._known = {one.digest: one for one in known}
+        # Hundreds of files can have the same name.
+        self._stamp = cache(_stamp_or_none)
         self._files = sorted(files, key=lambda file: (file.path.name, str(file.path)))
         self._titles = _titles([file.path for file in self._files])
         # One thread: opening slides is bound by the disk, and the page needs the processor.
@@ -117,16 +131,22 @@ class Slides:
 
     def _opened(self, file: SlideFile) -> ReadySlide:
         stamp = slide_stamp(file.path)
-        digest = self._digests.get(stamp) or slide_digest(file.path)
+        known = None if self._has_twin(file, stamp) else self._digests.get(stamp)
+        digest = known or slide_digest(file.path)
         slide = open_slide(file.path, file.mpp)
         try:
             patches = SlidePatches(slide, digest, self._settings.mpp, self._settings.side)
             order = shuffled(patches.on_tissue(find_tissue(slide)), self._settings.seed)
-            added = SlideAdded(digest=digest, stamp=stamp, name=file.path.name, patient=file.patient)
+            added = file.added(digest, stamp, self._known.get(digest))
             return ReadySlide(added, self._titles[file.path], patches, order, patches.thumbnail())
         except BaseException:
             slide.close()
             raise
+
+    def _has_twin(self, file: SlideFile, stamp: str) -> bool:
+        """Return whether another file of the session has this stamp, which does not contain the folder."""
+        namesakes = [other.path for other in self._files if other.path.name == file.path.name and other is not file]
+        return any(self._stamp(path) == stamp for path in namesakes)
 
     def cancel(self) -> None:
         """Open no further slide. Those that wait for one get no patches of it."""
@@ -138,6 +158,13 @@ class Slides:
         self._thread.shutdown(wait=True, cancel_futures=True)
         for one in self.ready():
             one.patches.close()
+
+
+def _stamp_or_none(path: Path) -> str | None:
+    try:
+        return slide_stamp(path)
+    except SlideError:  # reported when this slide is opened
+        return None
 
 
 def _titles(paths: Sequence[Path]) -> dict[Path, str]:

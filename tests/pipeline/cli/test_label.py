@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from models.bundle import DEFAULT_BUNDLE
-from pipeline.cli.label import ANY_PATIENT, DEFAULT_MODEL, app
+from models.bundle import DEFAULT_BUNDLE, load_bundle
+from pipeline.cli.label import DEFAULT_MODEL, app
 from pipeline.labeling.events import FolderStarted, SlideAdded
+from pipeline.labeling.labels import Labels
+from pipeline.labeling.slides import SlideFile
 from pipeline.labeling.store import EventStore
 from pipeline.training.dataset import load_dataset, samples
 from tests.pipeline.labeling.desks import label_slide
@@ -97,6 +99,18 @@ def test_annotations_of_qupath_become_a_data_set(slide: Path, tmp_path: Path) ->
         assert next(one.event for one in store.read() if isinstance(one.event, SlideAdded)).patient == "P07-a"
 
 
+def test_a_second_import_without_a_pattern_keeps_the_patient(slide: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.geojson"
+    file.write_text('{"type": "FeatureCollection", "features": []}')
+    with EventStore(tmp_path / "l" / "labels.sqlite") as store:
+        store.append("ann", [FolderStarted(mpp=1.0, side=64, seed=1, blind_share=0.0), TUMOR, STROMA])
+        for options, patient in ((["--patient", "^(P[0-9]+)-"], "P07"), ([], "P07"), (["--patient", "-(a)"], "a")):
+            done = invoke("import", file, "--slide", slide, "-o", tmp_path / "l", *options)
+            assert done.exit_code == 0, done.output
+            (known,) = Labels(store.read()).slides.values()
+            assert known.patient == patient
+
+
 def test_annotations_of_a_manifest_with_two_slides_are_refused(slide: Path, tmp_path: Path) -> None:
     ring = [[0, 0], [128, 0], [128, 128], [0, 128], [0, 0]]
     feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]},
@@ -151,6 +165,7 @@ def test_classes_are_listed_added_renamed_and_merged(folder: Path) -> None:
         (["--rename", "tumor=stroma"], 1, "class stroma already exists; to join the two, merge tumor into stroma"),
         (["--rename", "tumor=a:b"], 1, "without ':'"),
         (["--merge", "tumor=tumor"], 1, "class tumor cannot be merged into itself"),
+        (["--merge", "tumor=stroma"], 1, "because a model needs at least two classes; add a class with --add first"),
         (["--merge", "tumor"], 2, "--merge: 'tumor' must be two names with = between them"),
     ],
 )
@@ -163,12 +178,13 @@ def test_a_change_of_classes_that_makes_no_sense_is_refused(
 
 def test_the_report_counts_labels_and_compares_annotators(folder: Path) -> None:
     with EventStore(folder / "labels.sqlite") as store:
-        store.append("ann", [label(64, "absent", "present"), label(128, mark="unsure")])
+        opened = [SlideAdded(digest=digest, stamp="s", name="b.svs", patient="b") for digest in ("cd", "ef")]
+        store.append("ann", [*opened, label(64, "absent", "present"), label(128, mark="unsure")])
         store.append("bob", [label(0, "present", "absent")])
     done = invoke("report", folder)
     assert done.exit_code == 0
     lines = done.output.splitlines()
-    assert "2 labeled patches of 0 slides, 0 incomplete or disputed, 1 unsure, 0 artifacts" in lines
+    assert "2 labeled patches of 1 slides, 0 incomplete or disputed, 1 unsure, 0 artifacts" in lines
     assert "tumor: present in 1" in lines
     assert "ann and bob, tumor: 0 of 0 blind patches alike, kappa not defined" in lines
     assert any("3 labeled patches have no picture yet" in line for line in lines)
@@ -195,6 +211,17 @@ def test_what_cannot_work_is_an_error_of_one_line(
     assert (done.exit_code, message in done.output) == (status, True), done.output
 
 
+def test_a_model_gives_its_classes_to_the_folder_that_a_failed_start_left(slide: Path, tmp_path: Path) -> None:
+    assert invoke(slide, "-o", tmp_path / "l").exit_code == 1
+    with started(slide, "-o", tmp_path / "l", "--model", DEFAULT_MODEL) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split(" ")[0]
+        names = [one["name"] for one in ask(url, "state.json")["classes"]]
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert names == [one.name for one in load_bundle(DEFAULT_MODEL).card.classes]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["a.svs", "-o", "new", "--classes", "a,b"], ["import", "a.geojson", "--slide", "a.svs", "-o", "new"],
@@ -216,9 +243,12 @@ def nobody() -> str:
     raise KeyError("getpwuid(): uid not found: 12345")
 
 
-def test_the_patient_is_the_slide_s_name_unless_a_pattern_is_given() -> None:
-    names = ("a.svs", "a.b.svs", "no-ending")
-    assert [match[1] for name in names if (match := re.search(ANY_PATIENT, name))] == ["a", "a.b", "no-ending"]
+def test_the_patient_of_a_new_slide_is_its_name_and_a_known_slide_keeps_its_patient() -> None:
+    files = [SlideFile(Path("x", name)) for name in ("a.svs", "a.b.svs", "no-ending")]
+    assert [file.added("d", "s", None).patient for file in files] == ["a", "a.b", "no-ending"]
+    known = SlideAdded(digest="d", stamp="s", name="a.svs", patient="P7")
+    assert [file.added("d", "s", known).patient for file in files] == ["P7"] * 3
+    assert SlideFile(Path("a.svs"), "P8").added("d", "s", known).patient == "P8"
 
 
 def test_the_default_model_is_the_shipped_one() -> None:

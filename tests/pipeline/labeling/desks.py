@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import tifffile
 
 from models.bundle import Bundle
 from pipeline.labeling.desk import Desk, open_desk
@@ -16,7 +17,7 @@ from pipeline.labeling.folder import Wishes
 from pipeline.labeling.session import NewLabel, Patch
 from pipeline.labeling.slides import SlideFile
 from tests.pipeline.fakes import REGIONS
-from tests.slides import painted, write_slide
+from tests.slides import TILE, painted, write_slide
 
 SIDE = 64
 
@@ -26,6 +27,18 @@ def label_slide(path: Path, seed: int = 1) -> Path:
     rgb_HWC = painted((1280, 832), *REGIONS).astype(np.int16)
     grain_HW1 = np.random.default_rng(seed).integers(-6, 6, (*rgb_HWC.shape[:2], 1))
     return write_slide(path, np.clip(rgb_HWC + grain_HW1, 0, 255).astype(np.uint8), mpp=1.0, levels=(1, 4))
+
+
+def damage(path: Path, x: int, y: int) -> Path:
+    """Overwrite the tile of level 0 that contains a pixel. Return the path."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        tile = y // TILE * -(-page.shape[1] // TILE) + x // TILE
+        start, size = page.dataoffsets[tile], page.databytecounts[tile]
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(size))
+    return path
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import gzip
 import json
 import math
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from pipeline.labeling.import_annotations import (
     COMPLETE,
     PRESENT,
     Drawing,
+    Imported,
     ImportSource,
     annotation_files,
+    annotation_sources,
     import_events,
     joined_sources,
     labels_from,
@@ -32,7 +36,8 @@ from pipeline.labeling.import_annotations import (
     slide_of,
     target_name,
 )
-from pipeline.labeling.importer import import_drawings, open_import
+from pipeline.labeling.importer import ImportFolder, import_drawings, open_import
+from pipeline.labeling.labels import Labels, label_of
 from pipeline.labeling.masks import UNKNOWN, Cutter, checked_area, joined, mask_HW
 from pipeline.labeling.patches import SlidePatches
 from pipeline.labeling.slides import SlideFile
@@ -245,6 +250,90 @@ def test_all_drawings_of_an_annotator_become_one_label_of_a_patch_however_often_
         0: {1: "present", 2: "absent"}, SIDE: {1: "present", 2: "present"}, 2 * SIDE: {1: "absent", 2: "present"}
     }  # fmt: skip
     assert {(one.source, one.reason, one.model) for one in made.values()} == {("viewer", "correction", None)}
+
+
+def columns(left: int, right: int, file: str, name: str = "tumor", who: str = "ann") -> Drawing:
+    """Return a drawing that covers these columns of the first row of patches."""
+    box = shapely.box(left * SIDE, 0, right * SIDE, SIDE)
+    return Drawing(who, [Annotation((name,), box)] if left < right else [], files=(file,))
+
+
+def tumors(folder: ImportFolder) -> list[int]:
+    """Return the columns of the patches in which ann's labels show a tumor."""
+    labels = Labels(folder.store.read())
+    found = {int(p.x_l0) // SIDE: labels.label(p, "ann") for p in labels.places()}
+    return sorted(x for x, one in found.items() if one is not None and one.answers[1] == "present")
+
+
+@contextmanager
+def importing(path: Path, slide: Path) -> Iterator[tuple[ImportFolder, Callable[..., Imported]]]:
+    """Open a labels folder, and give a function that imports drawings together."""
+    with open_import(path, "ann", Wishes(1.0, SIDE), ["tumor", "other"]) as folder:
+
+        def import_(*drawings: Drawing, partial: bool = False) -> Imported:
+            return import_drawings(folder, SlideFile(slide, "a"), drawings, {}, partial=partial)
+
+        yield folder, import_
+
+
+def test_labels_that_the_same_file_no_longer_shows_are_taken_back(tmp_path: Path, slides: list[Path]) -> None:
+    with importing(tmp_path / "l", slides[0]) as (folder, import_):
+        assert import_(columns(0, 4, "x/a"), columns(0, 4, "x/a", who="bob")).taken_back == 0
+        labels = Labels(folder.store.read())
+        own = next(one for one in map(label_of, labels.labels_of("ann")) if one.place.x_l0 == 3 * SIDE)
+        folder.store.append("ann", [own.model_copy(update={"source": "person", "view": "single", "files": ()})])
+        assert import_(columns(6, 8, "x/b")).taken_back == 0, "another file"
+        assert tumors(folder) == [0, 1, 2, 3, 6, 7]
+        assert import_(columns(0, 2, "x/a")).taken_back == 2
+        assert tumors(folder) == [0, 1, 3, 6, 7], "the label of the page stays"
+        assert import_(columns(0, 2, "x/a")).taken_back == 0
+        assert import_(columns(0, 0, "x/a"), columns(6, 7, "x/b")).taken_back == 3
+        assert tumors(folder) == [3, 6]
+        assert len(Labels(folder.store.read()).labels_of("bob")) == 4, "another person"
+
+
+def test_a_label_that_was_replaced_by_one_of_another_file_comes_back_with_it(
+    tmp_path: Path, slides: list[Path]
+) -> None:
+    with importing(tmp_path / "l", slides[0]) as (folder, import_):
+        import_(columns(0, 2, "x/a"))
+        import_(columns(1, 3, "x/b", "other"))
+        assert tumors(folder) == [0]
+        assert import_(columns(0, 0, "x/b")).taken_back == 2
+        assert tumors(folder) == [0, 1]
+        import_(columns(0, 2, "x/a"), columns(2, 3, "x/b"))
+        assert import_(columns(0, 0, "x/a")).taken_back == 2
+        assert tumors(folder) == [0, 1, 2], "made by both files together"
+
+
+def test_a_label_is_taken_back_if_its_file_now_covers_the_patch_in_part(tmp_path: Path, slides: list[Path]) -> None:
+    half = Drawing("ann", [Annotation(("tumor",), shapely.box(0, 0, SIDE / 2, SIDE))], files=("x/a",))
+    for partial, left in ((False, []), (True, [{1: "present", 2: "unknown"}])):
+        with importing(tmp_path / str(partial), slides[0]) as (folder, import_):
+            import_(columns(0, 1, "x/a"))
+            for taken in (1, 0):
+                assert import_(half, partial=partial).taken_back == taken
+                assert [label_of(one).answers for one in Labels(folder.store.read()).labels_of("ann")] == left
+
+
+def test_an_incomplete_label_does_not_replace_a_complete_one_of_another_file(
+    tmp_path: Path, slides: list[Path]
+) -> None:
+    edge = Drawing("ann", [Annotation(("other",), shapely.box(0, 0, SIDE / 4, SIDE))], files=("x/b",))
+    with importing(tmp_path / "l", slides[0]) as (folder, import_):
+        import_(columns(0, 1, "x/a"))
+        import_(edge, partial=True)
+        (own,) = Labels(folder.store.read()).labels_of("ann")
+        assert label_of(own).answers == {1: "present", 2: "absent"}
+        import_(columns(0, 0, "x/a"))
+        import_(edge, partial=True)
+        (own,) = Labels(folder.store.read()).labels_of("ann")
+        assert label_of(own).answers == {1: "unknown", 2: "present"}
+
+
+def test_a_file_is_stated_with_its_folder(tmp_path: Path) -> None:
+    (source,) = annotation_sources([written(tmp_path / "a.geojson", feature())], tmp_path / "a.svs", "ann", None)
+    assert [one.files for one in source.drawings] == [(f"{tmp_path.name}/a.geojson",)]
 
 
 def test_sources_of_one_slide_are_imported_together() -> None:

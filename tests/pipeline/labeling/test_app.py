@@ -20,7 +20,7 @@ from pipeline.labeling.desk import Desk
 from pipeline.labeling.session import NewLabel
 from pipeline.labeling.store import EventStore
 from pipeline.web.application import MAX_POSTED, SECURITY_HEADERS
-from tests.pipeline.labeling.desks import answers, desk, save
+from tests.pipeline.labeling.desks import answers, damage, desk, label_slide, save
 
 URL = "http://127.0.0.1:8000"
 
@@ -89,6 +89,14 @@ def test_the_pictures_are_those_of_the_patch(tmp_path: Path, slides: list[Path],
             shown = np.asarray(Image.open(io.BytesIO(answer.content)))
             assert shown.shape == expected.shape
             assert np.abs(shown.astype(int) - expected).mean() < 6
+
+
+def test_a_patch_that_cannot_be_read_has_no_picture(tmp_path: Path, shipped: Bundle) -> None:
+    slide = damage(label_slide(tmp_path / "a.svs"), 520, 390)
+    with desk(tmp_path / "l", [slide], shipped) as at, client(at) as page:
+        patches = {(one.place.x_l0, one.place.y_l0): one.place.id for one in at.session.upcoming(400)}
+        for corner, status in (((512.0, 384.0), 503), ((448.0, 256.0), 200)):
+            assert page.get(f"/patches/{patches[corner]}/patch.jpg").status_code == status
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
 from models.bundle import Bundle
 from pipeline.errors import LabelingError, MaskError
-from pipeline.labeling.dataset_files import rows_of, warnings_of, write_dataset
+from pipeline.labeling.dataset_files import DatasetWriter, rows_of, split_by_patient, warnings_of, write_dataset
 from pipeline.labeling.events import Answer, ClassAdded, Event, Labeled, Place, Recorded, SlideAdded, Undone
 from pipeline.labeling.folder import merge_classes
 from pipeline.labeling.labels import Labels
@@ -21,8 +25,10 @@ from pipeline.labeling.store import EventStore
 from pipeline.training.dataset import labeled_boxes, load_dataset, read_mask, read_rgb, samples
 from pipeline.training.dataset_sections import Split
 from pipeline.training.evaluate import masked_samples
+from pipeline.training.splits import hash_split
 from tests.pipeline.labeling.desks import answers, desk
-from tests.pipeline.labeling.events import STARTED, STROMA, TUMOR, fold, label, place
+from tests.pipeline.labeling.events import SLIDE, STARTED, STROMA, TUMOR, fold, label, place
+from wsi.errors import SlideReadError
 
 PRESENT: tuple[Answer, ...] = ("present", "absent")
 ABSENT: tuple[Answer, ...] = ("absent", "present")
@@ -114,6 +120,47 @@ def test_a_patch_whose_slide_is_not_open_is_left_out_until_it_is(tmp_path: Path)
     assert len(table(tmp_path)) == 2
 
 
+def test_patches_that_cannot_be_read_are_named_and_left_out_until_they_can_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = fold(("ann", label(0, *PRESENT)), ("ann", label(1, *ABSENT)), ("ann", label(2, mark="artifact")))
+
+    def failing(at: Place) -> np.ndarray:
+        if at != place(0):
+            raise SlideReadError("gone")
+        return read(at)
+
+    assert write_dataset(tmp_path, labels, failing) == 0
+    assert set(table(tmp_path)) == {f"{place(0).id}.png"}
+    assert "1 labeled patches are left out of the data set because they cannot be read: a.svs at (1, 0);" in caplog.text
+    caplog.clear()
+    assert write_dataset(tmp_path, labels, read) == 0
+    assert (len(table(tmp_path)), caplog.text) == (2, "")
+
+
+def test_an_unreadable_patch_is_read_again_only_at_the_end_of_the_session(tmp_path: Path) -> None:
+    reads = []
+
+    def failing(at: Place) -> np.ndarray:
+        reads.append(at)
+        if len(reads) == 1:
+            raise SlideReadError("gone")
+        return read(at)
+
+    with EventStore(tmp_path / "labels.sqlite") as store:
+        store.append("ann", [STARTED, TUMOR, STROMA, SLIDE, label(0, *PRESENT)])
+        writer = DatasetWriter(tmp_path, store, failing)
+        for _ in range(2):
+            (tmp_path / "labels.csv").unlink(missing_ok=True)
+            writer.changed()
+            deadline = time.monotonic() + 30
+            while not (tmp_path / "labels.csv").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert (reads, table(tmp_path)) == ([place(0)], {})
+        writer.close()
+    assert (len(reads), len(table(tmp_path))) == (2, 1)
+
+
 def test_the_user_s_own_keys_are_kept_and_the_classes_follow(tmp_path: Path) -> None:
     labels = fold(("ann", label(0, *PRESENT)))
     write_dataset(tmp_path, labels, read)
@@ -147,6 +194,47 @@ def test_the_split_is_that_of_patients_if_both_parts_then_have_every_class() -> 
     by_patient = {who: {row.split for row in rows if row.patient == who} for who in patients}
     assert all(len(splits) == 1 for splits in by_patient.values())
     assert {row.split for row in rows} == {"train", "val"}
+
+
+PATIENTS = st.lists(st.sets(st.integers(0, 2), max_size=3), min_size=1, max_size=7)
+"""The classes of each patient."""
+
+
+def by_patient(has: list[set[int]], seed: int) -> dict[str, str] | None:
+    patches = [(f"{seed}-{n}", tuple(k in one for k in range(3))) for n, one in enumerate(has)]
+    found = split_by_patient(patches)
+    return None if found is None else dict(zip([who for who, _ in patches], found, strict=True))
+
+
+@given(PATIENTS, st.integers(0, 99))
+def test_a_split_by_patient_has_every_class_on_both_sides(has: list[set[int]], seed: int) -> None:
+    found = by_patient(has, seed)
+    if found is None:
+        return
+    whole = set().union(*has)
+    for side in ("train", "val"):
+        own = [one for one, split in zip(has, found.values(), strict=True) if split == side]
+        assert own
+        assert set().union(*own) == whole
+
+
+@given(st.integers(2, 9), st.integers(0, 99))
+def test_patients_who_have_every_class_are_always_apart(count: int, seed: int) -> None:
+    found = by_patient([{0, 1, 2}] * count, seed)
+    assert found is not None
+    hashes = {who: hash_split(who, 0.8, 0.2) for who in found}
+    moved = [who for who, split in found.items() if split != hashes[who]]
+    assert len(moved) == (len(set(hashes.values())) == 1), "only if the hash puts all on one side, and then one"
+
+
+def test_only_patients_with_a_missing_class_move_in_the_order_of_their_hash() -> None:
+    # By their hashes, these are in training, the last one closest to validation.
+    order = sorted((f"0-{n}" for n in range(12)), key=lambda who: hashlib.sha256(who.encode()).digest())
+    train = [who for who in order if hash_split(who, 0.8, 0.2) == "train"][:5]
+    first = dict.fromkeys(train, (True, True)) | {train[-1]: (True, False), train[1]: (False, False)}
+    found = split_by_patient(list(first.items()))
+    assert found == ["train", "train", "train", "val", "val"]
+    assert split_by_patient([(who, (True, who == train[0])) for who in train]) is None, "only one has the second class"
 
 
 def test_the_split_is_that_of_patches_if_patients_cannot_be_apart() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.labeling.events import Place
 from pipeline.labeling.patches import MIN_TISSUE, SlidePatches, round_robin, shuffled
-from tests.pipeline.labeling.desks import SIDE
+from tests.pipeline.labeling.desks import SIDE, damage, label_slide
+from wsi.errors import SlideReadError
 from wsi.slide import open_slide
 from wsi.tissue import find_tissue
 
@@ -51,6 +53,18 @@ def test_the_context_of_a_patch_at_the_corner_is_white_outside_the_slide(slides:
         context = patches.context(patches.place(0, 0))
     assert (context[:32] == 255).all()
     assert (context[:, :32] == 255).all()
+
+
+def test_a_patch_with_unreadable_pixels_is_an_error(tmp_path: Path) -> None:
+    with open_slide(damage(label_slide(tmp_path / "a.svs"), 0, 0)) as slide:
+        patches = SlidePatches(slide, "d", 1.0, SIDE)
+        assert patches.pixels(patches.place(4, 4)).shape == (SIDE, SIDE, 3)
+        for read, place in (
+            (patches.pixels, patches.place(0, 1)), (patches.pixels, patches.place(1, 1)),
+            (patches.context, patches.place(0, 2)),
+        ):  # fmt: skip
+            with pytest.raises(SlideReadError, match=r"a\.svs: pixels at \(-?\d+, \d+\) cannot be read"):
+                read(place)
 
 
 @given(st.lists(st.integers(0, 200), max_size=30, unique=True), st.integers(0, 9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from pipeline.labeling.presence_head import PENALTY, fit_head
 from pipeline.labeling.store import EventStore
 from pipeline.labeling.uncertain import best_of_clusters, entropy
 from tests.pipeline.labeling.blobs import blobs
-from tests.pipeline.labeling.desks import desk, save
+from tests.pipeline.labeling.desks import damage, desk, label_slide, save
 from tests.pipeline.labeling.events import place
 
 
@@ -135,6 +136,22 @@ def test_picks_come_after_the_patches_that_the_page_knows_and_the_event_has_the_
         event = store.read()[-1].event
     assert isinstance(event, Labeled)
     assert (event.place, event.reason, event.model) == (one.place, "uncertain", shipped.digest)
+
+
+@pytest.mark.usefixtures("few")
+def test_patches_that_cannot_be_read_are_not_picked(tmp_path: Path, shipped: Bundle) -> None:
+    slide = label_slide(tmp_path / "a.svs")
+    corners = [(x, y) for x in (384, 512) for y in (256, 384)]
+    for x, y in corners:
+        damage(slide, x, y)
+    with desk(tmp_path / "l", [slide], shipped) as at:
+        candidates = list(islice(at.session.unseen(), 24))
+        lost = [one for one in candidates if (one.x_l0 // 128 * 128, one.y_l0 // 128 * 128) in corners]
+        assert lost
+        label_some(at, 8)
+        until(at.session.picks)
+        assert not set(at.session.picks()) & set(lost)
+        assert at.similar.error is None
 
 
 @pytest.mark.usefixtures("few")

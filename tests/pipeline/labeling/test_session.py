@@ -6,6 +6,7 @@ import csv
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from pipeline.labeling.session import AHEAD, NewLabel, Patch, Session
 from pipeline.labeling.slides import ReadySlide, SlideFile, Slides
 from pipeline.labeling.store import EventStore
 from tests.pipeline.labeling.desks import SIDE, answers, desk, label_slide, save
+from tests.pipeline.labeling.events import STARTED
+from wsi.slide import slide_digest, slide_stamp
 
 
 def ids(session: Session, count: int = 6) -> list[str]:
@@ -313,6 +316,44 @@ def test_a_slide_whose_name_is_not_utf_8_is_labeled_under_its_escaped_name(
             import_drawings(folder, SlideFile(slide, slide.stem), [drawing], {}, partial=False)
         events = [one.event.kind for one in folder.store.read()]
     assert (events.count("slide"), events.count("label")) == (1, 3)
+
+
+def test_a_session_without_patients_keeps_those_of_the_folder(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    shared = {"classes": ("a", "b"), "wishes": Wishes(side=SIDE), "model": None, "shipped": shipped}
+    for n, file in enumerate((SlideFile(slides[0], "P7"), SlideFile(slides[0]))):
+        with open_desk(tmp_path / "l", [file], "ann", **shared) as at:  # type: ignore[arg-type]  # as above
+            save(at, at.session.upcoming(1)[0], 1)
+            assert [one.added.patient for one in at.slides.ready()] == ["P7"], n
+
+
+@pytest.mark.parametrize("known", ["both", "first", "second"])
+def test_slides_with_the_same_name_size_and_time_are_told_apart(tmp_path: Path, known: str) -> None:
+    twins = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        twins.append(label_slide(tmp_path / folder / "HE.svs", 1))
+    with twins[1].open("r+b") as file:
+        file.seek(twins[1].stat().st_size // 2)
+        file.write(b"another slide")
+    for twin in twins:
+        os.utime(twin, (1, 1))
+    added = [
+        SlideAdded(digest=slide_digest(t), stamp=slide_stamp(t), name=t.name, patient=t.parent.name) for t in twins
+    ]
+    assert len({one.stamp for one in added}) == 1
+    assert len({one.digest for one in added}) == 2
+    chosen = {"both": added, "first": added[:1], "second": added[1:]}[known]
+    files = [SlideFile(path, path.parent.name) for path in twins]
+    # One slide alone: its stamp is that of two known slides.
+    for opened in [[0, 1], *([[0], [1]] if known == "both" else [])]:
+        slides = Slides([files[n] for n in opened], STARTED, chosen)
+        slides.wait()
+        while slides.opened() < len(opened):
+            time.sleep(0.01)
+        assert [one.added for one in slides.ready()] == [added[n] for n in opened]
+        slides.close()
 
 
 def test_a_slide_that_cannot_be_opened_is_left_out(

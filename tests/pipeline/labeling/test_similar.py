@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import LabelingError
+from pipeline.labeling.events import Place
 from pipeline.labeling.similar import NEIGHBORS, SimilarPatches, similarity
 from tests.pipeline.labeling.events import place
+from wsi.errors import SlideReadError
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.integers(1, 6), st.integers(0, 6))
@@ -60,6 +63,29 @@ def test_patches_are_ranked_if_none_lacks_the_class() -> None:
     wait(similar, range(10))
     assert similar.ranked([place(3), place(8)], [place(9)], []) == [place(8), place(3)]
     similar.close()
+
+
+def test_patches_that_cannot_be_read_are_skipped() -> None:
+    batches = []
+
+    def features(places: Sequence[Place]) -> np.ndarray:
+        batches.append(places)
+        if any(one.x_l0 % 4 == 0 for one in places):
+            raise SlideReadError("damaged")
+        return np.array([[one.x_l0, 10 - one.x_l0] for one in places], np.float32)
+
+    similar = SimilarPatches(features)
+    found = similar.fetch([place(x) for x in range(10)])
+    assert found is not None
+    assert list(found) == [place(x) for x in (1, 2, 3, 5, 6, 7, 9)]
+    assert found[place(3)].tolist() == [3, 7]
+    assert similar.error is None
+    count = len(batches)
+    assert similar.prepare(place(x) for x in range(10)) == 0
+    assert similar.ranked([place(3), place(4)], [place(9)], [place(0)]) == [place(3)]
+    assert similar.ranked([place(3)], [place(8)], []) == [], "no patch with the class can be read"
+    similar.close()
+    assert len(batches) == count, "they are not read again"
 
 
 def test_a_slide_that_cannot_be_read_ends_the_wait_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:

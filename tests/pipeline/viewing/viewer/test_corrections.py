@@ -20,6 +20,7 @@ from pipeline.formats.features import Feature, read_features
 from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections, relabeled
 from pipeline.labeling.event_file import EventFile
 from pipeline.labeling.events import Labeled
+from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
 from pipeline.viewing.viewer.uncertainty import uncertainties
 from tests.pipeline.viewing.viewer.conftest import Answer, Site
@@ -75,8 +76,15 @@ def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_s
     assert {(event.place.x_l0, event.place.y_l0) for _, event in labels} == {
         (x, y) for x in (448, 512, 576, 640) for y in (256, 320, 384, 448)
     }
-    made = {(who, event.source, event.reason, event.model) for who, event in labels}
-    assert made == {("ann", "viewer", "correction", own_site.results[0].run.identity.model)}
+    made = {(who, event.source, event.reason, event.model, event.files) for who, event in labels}
+    files = (f"results/{folder.name}",)
+    assert made == {("ann", "viewer", "correction", own_site.results[0].run.identity.model, files)}
+
+    post(own_site, "corrections/undo", {})
+    done = CliRunner().invoke(label_app, run)
+    assert "16 taken back because they are no longer drawn" in done.output
+    with EventStore(tmp_path / "l" / "labels.sqlite") as store:
+        assert Labels(store.read()).places() == []
 
 
 def test_what_the_page_cannot_have_sent_is_refused_and_not_saved(own_site: Site) -> None:
