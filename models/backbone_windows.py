@@ -11,8 +11,8 @@ Place = tuple[slice, slice]
 """Rows and columns of an image that a canvas takes. Starts and stops are multiples of 16."""
 
 OVERLAP = 32
-"""Pixels that the backbone computes around a core inside a block. docs/decisions/0016-deep-features-of-a-block.md
-compares it with other values."""
+"""Pixels that the backbone computes around a core inside a block. For other values, see
+docs/decisions/0016-deep-features-of-a-block.md; for this one, docs/decisions/0017-large-windows.md."""
 
 RING = 32
 """Pixels around a canvas whose features the segmenter reads too: see `models.segmenter.CoreDecoder`."""

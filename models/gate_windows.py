@@ -146,9 +146,9 @@ class PixelGates(NamedTuple):
     """Share of the windows that allow any class."""
 
     def contested(self, parts: Sequence[Place]) -> list[Tensor]:
-        """Return, for each part of the cores, in which canvases its probabilities depend on logits, (N,) bool.
+        """Return, for each part of the cores, the canvases (N,) bool whose probabilities in this part depend on logits.
 
-        They do if a pixel is for several classes. Parts are rows and columns of the map.
+        They do if the gate allows several classes for a pixel. Parts are rows and columns of the map.
         """
         several_Nhw = (self.gate_NKhw > 0).sum(dim=1) > 1
         return [several_Nhw[:, *part].flatten(1).any(dim=1) for part in parts]

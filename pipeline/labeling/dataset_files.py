@@ -73,7 +73,8 @@ class Row:
 
 
 def write_dataset(folder: Path, labels: Labels, read: Read) -> int:
-    """Bring the files of a labels folder up to date. Return how many patches lack because no slide is open for them.
+    """Bring the files of a labels folder up to date. Return how many patches are missing because
+    their slides are not open.
 
     Patches that cannot be read are left out with a warning that names them. They are read again at the next call.
 

@@ -254,10 +254,10 @@ def import_events(
 def outdated(
     labels: Labels, slide: SlideAdded, drawing: Drawing, new: Sequence[Labeled], *, partial: bool
 ) -> list[Recorded]:
-    """Return the labels of earlier imports of a drawing's files that `new`, its labels now, no longer contain.
+    """Return the labels of earlier imports of a drawing's files that are not in `new`, the drawing's current labels.
 
-    A label counts as one of these files if it comes from some of them and from no other. A complete label that would
-    now be incomplete is outdated. Labels of the page and of other annotators never are.
+    Only labels whose files all belong to the drawing count. A complete label that would now be incomplete is outdated.
+    Labels of the page and of other annotators are never outdated.
     """
     now = {one.place: one for one in new}
 

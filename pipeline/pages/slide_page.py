@@ -35,7 +35,7 @@ SCALE_BAR_SHARE = 0.25
 PARAMETERS = {
     "mpp": ("Requested pixel size", "µm/px"),
     "backend": ("Requested reader", ""),
-    "canvas_m": ("Requested size of canvases", "model pixels"),
+    "canvas_m": ("Requested canvas size", "model pixels"),
     "output_stride": ("Model pixels per pixel of the map", ""),
     "min_area_um2": ("Smallest polygon", "µm²"),
     "simplify_px": ("Simplification of borders", "px of the map"),

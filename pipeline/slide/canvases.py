@@ -100,7 +100,7 @@ def _cost(height: Any, width: Any, margin: float, side: float) -> Any:
 
 
 def _cuts(has_RC: NDArray[np.bool_], margin: float, side: float, most: int) -> list[tuple[float, int, int]]:
-    """Return the cost, axis and position of at most so many cuts, the one whose halves need the fewest pixels first.
+    """Return the cost, axis and position of at most `most` cuts, starting with the one that needs the fewest pixels.
 
     Among cuts of equal cost, the one nearest to even parts comes first. The cuts along an axis lie at least `APART`
     cells from each other. `has_RC` equals its own bounding box.

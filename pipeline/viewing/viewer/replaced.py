@@ -1,4 +1,4 @@
-"""Refuses to answer about a result that was replaced after it was loaded, whose files no longer fit its record."""
+"""Refuse requests for a result that was replaced after it was loaded: its files no longer match the loaded record."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ async function awaitOverview() {
   notice.remove();
 }
 
-let refusal = null; // the note that the server does not answer about this result
+let refusal = null; // the note with the server's reason for refusing requests for this result
 
 // Shows a text about something that cannot be loaded, or instead why the server does not answer about this result.
 async function showFailure(text) {
