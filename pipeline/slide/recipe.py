@@ -179,7 +179,12 @@ def _segment_slide(
             folder.resume_only(tissue.digest)
             check_resources(plan, settings, path.name, output)
             spec = _map_spec(folder.target.name, runner.card, plan)
-            store = _open_store(folder.result / f"{spec.name}{MAP_END}", folder.work, spec)
+            store_path = folder.result / f"{spec.name}{MAP_END}"
+            try:
+                store = _open_store(store_path, folder.work, spec)
+            except (FileExistsError, NotADirectoryError, IsADirectoryError):  # files in the place of folders
+                folder.start_over(tissue.digest, "has a damaged map")
+                store = _open_store(store_path, folder.work, spec)
             work = BlockWork(slide.info, plan.grid, tissue, settings, store, folder.work)
 
             with _timed(seconds, "blocks"):

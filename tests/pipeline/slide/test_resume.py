@@ -211,6 +211,45 @@ def test_a_resumed_run_writes_the_metadata_of_the_map_again(
     assert published(out / "slide") == published(out / "undisturbed" / "slide")
 
 
+def replace_by_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_bytes(b"")
+
+
+def replace_by_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def put_first(file: Path, line: bytes) -> None:
+    file.write_bytes(line + b"\n" + file.read_bytes())
+
+
+MAP = "result/slide.ome.zarr"
+DAMAGES: dict[str, tuple[Callable[[Path], object], bool]] = {
+    # the damage of the working folder, and whether it leaves finished blocks
+    "tissue that is not text": (lambda work: (work / "tissue.txt").write_bytes(b"\xff"), False),
+    "a line of many brackets": (lambda work: put_first(work / "journal.jsonl", b"[" * 200_000), True),
+    "a file instead of a group": (lambda work: replace_by_a_file(work / MAP / "OME"), False),
+    "a file instead of the map": (lambda work: replace_by_a_file(work / MAP), False),
+    "a folder instead of metadata": (lambda work: replace_by_a_folder(work / MAP / "1" / ".zarray"), False),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("force", [full(force) if force else force for force in (False, True)])
+def test_a_run_gets_over_a_damaged_working_folder(
+    unfinished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str, *, force: bool
+) -> None:
+    spoil, resumes = DAMAGES[damage]
+    out = shutil.copytree(unfinished, tmp_path / "out")
+    spoil(out / ".slide.work")
+    result = segment_slide(out / "slide.svs", out, color_predictor(), replace(SMALL, force=force))
+    assert (result.resumed_blocks >= 9) == resumes
+    assert ("starting from the beginning" in caplog.text) != resumes
+    assert published(out / "slide") == published(out / "undisturbed" / "slide")
+
+
 @pytest.mark.full
 def test_a_full_disk_is_said_so_and_the_run_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a real file system of 4 MiB, so that the error comes from the kernel."""
