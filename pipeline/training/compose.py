@@ -30,7 +30,7 @@ import scipy.ndimage
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.errors import DatasetFileError, UnreadableImageError
+from pipeline.errors import DatasetFileError, OutputError, UnreadableImageError
 from pipeline.results.digests import file_facts
 from pipeline.training.augment import Move, restain
 from pipeline.training.dataset import IGNORED, Dataset, Sample, read_mask, read_rgb, samples
@@ -68,8 +68,9 @@ def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = No
     """Return the data set of composed images, or `dataset` itself if its card does not ask for them.
 
     The images and masks are written below `folder`, unless images of the same cards, files and labels are already
-    there. `splits` None stands for all. Raises what `samples`, `read_rgb`, `read_mask` and `pieces_of` raise, and
-    DatasetFileError for another data set that is missing or does not fit.
+    there. `splits` None stands for all. Raises what `samples`, `read_rgb`, `read_mask` and `pieces_of` raise,
+    DatasetFileError for another data set that is missing or does not fit, and OutputError if the images cannot be
+    written.
     """
     rule = dataset.card.compose
     if rule is None:
@@ -78,9 +79,15 @@ def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = No
     kinds = kinds_of(dataset)
     splits = tuple(splits or dataset.card.splits)
     root = folder / f"composed-{_digest(dataset, kinds, splits)[:12]}"
-    for split in splits:
-        if not (root / split).is_dir():
-            _write_split(dataset, rule, kinds, split, root)
+    try:
+        for split in splits:
+            if not (root / split).is_dir():
+                _write_split(dataset, rule, kinds, split, root)
+    except OSError as error:
+        raise OutputError(
+            f"{root}: the composed images cannot be written ({error.strerror or error}); check the free space and the "
+            "permissions, or choose another folder"
+        ) from error
     return Dataset(_composed_card(dataset.card, rule, kinds), root)
 
 

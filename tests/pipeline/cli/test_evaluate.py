@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,20 @@ def test_invalid_inputs_are_one_line_before_networks_are_loaded(
     assert result.stderr.startswith("wsi-evaluate: ")
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_networks_are_loaded(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)  # root may write into any folder
+    file = write_dataset(tmp_path / "data", {"a": stripes(64, 64)})
+    result = invoke(bundle, file, "-o", tmp_path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    message = f"{tmp_path}: cannot be written (Permission denied); choose another folder with -o"
+    assert result.stderr == f"wsi-evaluate: {message}\n"
 
 
 def test_an_unknown_model_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.errors import DatasetFileError, UnreadableImageError
+from pipeline.errors import DatasetFileError, OutputError, UnreadableImageError
 from pipeline.training.compose import (
     blank_image,
     compose_image,
@@ -178,6 +179,18 @@ def test_the_error_names_a_source_file_that_cannot_be_read(tmp_path: Path, monke
     monkeypatch.setattr("pipeline.training.compose.file_facts", refuse)
     with pytest.raises(UnreadableImageError, match=r"meta\.csv: cannot be read: Permission denied"):
         composed(dataset, tmp_path / "made")
+
+
+@pytest.mark.parametrize(("place", "reason"), [("made", "Not a directory"), ("images", "File exists")])
+def test_the_error_names_a_folder_that_cannot_be_written(
+    tiles: Dataset, tmp_path: Path, place: str, reason: str
+) -> None:
+    root = composed(tiles, tmp_path / "made", ("val",)).root
+    folder = root.parent if place == "made" else root
+    shutil.rmtree(folder)
+    folder.write_text("")
+    with pytest.raises(OutputError, match=rf"made/composed-\w+: the composed images cannot be written \({reason}\)"):
+        composed(tiles, tmp_path / "made", ("val",))
 
 
 def test_a_data_set_without_composition_stays_itself(tiles: Dataset, tmp_path: Path) -> None:
