@@ -280,6 +280,11 @@ def test_a_missing_folder_of_whole_images_is_an_error(tmp_path: Path) -> None:
         ('"source"\nmpp = 0.5', '"source"\nmpp = inf', r"compose\.mpp: Input should be"),
         ("minimum = 0.05", CUT_OF_ANOTHER_CLASS, "compose.cut names c; the classes are a, b, glass"),
         ('AB = ["a", "b"]', 'AB = ["a", "c"]', "labels.folders names c"),
+        (
+            '"folders"',
+            '"folders"\nsplits = ["train", "test"]',
+            "compose needs labels in every split; add val to labels.splits",
+        ),
         ("minimum = 0.05", f"minimum = 0.05\n{WHOLE}{WHOLE}", "data set in compose.whole ebhi-seg is given twice"),
     ],
 )
