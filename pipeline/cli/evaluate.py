@@ -24,6 +24,7 @@ from pipeline.cli.commands import (
     fail,
     run,
 )
+from pipeline.console import printable_json
 
 if TYPE_CHECKING:
     from models.predictor import Predictor
@@ -78,7 +79,7 @@ def evaluate(
         # Not in the caller: typer would turn this into exit status 1.
         fail(PROGRAM, "interrupted; nothing was written", EXIT_INTERRUPTED)
     if as_json:
-        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        typer.echo(printable_json(document))
     elif not quiet:
         _print_table(document)
 

@@ -138,6 +138,17 @@ def test_an_image_whose_name_is_not_utf8_is_evaluated(
     assert list(document_of(tmp_path / "out")["image_miou"]) == [name]
 
 
+def test_control_characters_of_file_names_are_not_printed(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(monkeypatch, predictor())
+    file = write_dataset(tmp_path / "data", {"ä\x9b\x7f\u202e": stripes(64, 96)})
+    result = invoke(bundle, file, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert r'"ä\u009b\u007f\u202e": 1.0' in result.stdout
+    assert json.loads(result.stdout) == document_of(tmp_path / "out")
+
+
 def test_pictures_show_the_matrix_and_the_worst_images_first(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
