@@ -126,6 +126,7 @@ def choose_runtime(name: RuntimeName, device: str, precision: str) -> Runtime:
             "runtime openvino: the package is not installed; pip install 'wsi-segment[openvino]', or use runtime torch"
         )
     if not _computes(precision):
+        check_precision(device, precision)  # otherwise, the advice below would be refused too
         raise RuntimeUnavailableError(
             f"runtime openvino: this machine's processor does not compute in {precision}; use precision float32, or "
             f"runtime torch"

@@ -24,6 +24,7 @@ from pipeline.cli.commands import (
     fail,
     run,
 )
+from pipeline.console import printable_json
 
 if TYPE_CHECKING:
     from models.predictor import Predictor
@@ -78,7 +79,7 @@ def evaluate(
         # Not in the caller: typer would turn this into exit status 1.
         fail(PROGRAM, "interrupted; nothing was written", EXIT_INTERRUPTED)
     if as_json:
-        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        typer.echo(printable_json(document))
     elif not quiet:
         _print_table(document)
 
@@ -107,6 +108,8 @@ def _prepare(
         raise OutputError(
             f"{output}: the folder cannot be created ({error.strerror}); choose another with -o"
         ) from error
+    with _written(output), tempfile.TemporaryDirectory(prefix=".evaluation-", dir=output):
+        pass  # a folder that cannot be written
     dataset = composed(dataset, output, (split,))
     # Training measures in the same way: the logits are enlarged to the model's pixels, not the probabilities.
     return Predictor.from_bundle(model, device=device, batch_size=batch_size, output_stride=1), dataset
@@ -123,23 +126,30 @@ def _evaluate(
     worst: int,
 ) -> dict[str, Any]:
     """Evaluate, write the three files, and return the content of evaluation.json."""
-    from pipeline.errors import OutputError
     from pipeline.training.evaluate import evaluate as measure
 
     result = measure(predictor, dataset, split, flips=tta, progress=progress)
     document = _document(predictor, dataset, split, result, tta=tta)
+    # The files are written elsewhere first, so a killed run leaves the files of the run before it.
+    with _written(output), tempfile.TemporaryDirectory(prefix=".evaluation-", dir=output) as work:
+        _draw(Path(work), predictor, dataset, split, result, tta=tta, worst=worst)
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        # Bytes of file names that are not text become JSON's own escapes.
+        (Path(work) / "evaluation.json").write_text(text, encoding="utf-8", errors="backslashreplace")
+        for name in OUTPUTS:
+            (Path(work) / name).replace(output / name)
+    return document
+
+
+@contextmanager
+def _written(output: Path) -> Iterator[None]:
+    """Turn write errors into an OutputError that names the folder."""
+    from pipeline.errors import OutputError
+
     try:
-        # The files are written elsewhere first, so a killed run leaves the files of the run before it.
-        with tempfile.TemporaryDirectory(prefix=".evaluation-", dir=output) as work:
-            _draw(Path(work), predictor, dataset, split, result, tta=tta, worst=worst)
-            text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-            # Bytes of file names that are not text become JSON's own escapes.
-            (Path(work) / "evaluation.json").write_text(text, encoding="utf-8", errors="backslashreplace")
-            for name in OUTPUTS:
-                (Path(work) / name).replace(output / name)
+        yield
     except OSError as error:
         raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another folder with -o") from error
-    return document
 
 
 def _document(predictor: Predictor, dataset: Dataset, split: Split, result: Evaluation, *, tta: bool) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # Heavy libraries are imported inside the command, so that `--help` answers at once.
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +18,7 @@ from pipeline.cli.commands import (
     fail,
     run,
 )
+from pipeline.console import printable_json
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
@@ -63,7 +63,7 @@ def familiarity(
     card = changed.card
     assert card.familiarity is not None
     facts = {"bundle": str(changed.path), "scope": card.scope, **card.familiarity.model_dump()}
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    typer.echo(printable_json(facts))
 
 
 def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, device: str) -> Bundle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -97,15 +98,20 @@ def _projected_compute(config: SegmentConfig) -> Compute:
     """Return how a run will compute its networks, without loading them.
 
     A device or runtime that the user names is not looked for, because only a cluster's machines may have it. Raises
-    RuntimeUnavailableError if this machine's processor would emulate the precision.
+    RuntimeUnavailableError if this machine's processor would emulate the precision, or if OpenVINO is named and
+    installed here, and cannot compute in the precision on a CPU.
     """
     device = str(choose_device("auto")) if config.device == "auto" else config.device
     check_precision(device, config.precision)
+    here = device == "cpu" and find_spec("openvino") is not None
+    runtime = config.runtime
+    if runtime == "auto" or here:
+        runtime = choose_runtime(runtime, device, config.precision)
     return Compute(
         device=device,
         precision=config.precision,
         # OpenVINO needs more memory than torch: the projection holds if OpenVINO cannot take the model.
-        runtime=choose_runtime("auto", device, config.precision) if config.runtime == "auto" else config.runtime,
+        runtime=runtime,
         batch_size=config.batch_size or default_batch_size(device),
         threads=torch.get_num_threads(),
         processor="",  # of no consequence for a plan

@@ -60,23 +60,27 @@ class ResultFolder:
         The mask of a slide changes if a place that could not be read can be read later.
         """
         path = self.work / "tissue.txt"
-        former = path.read_text(encoding="utf-8") if path.exists() else None
+        former = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
         if former == tissue:
             return
-        if former is not None or (self.work / "journal.jsonl").exists():
-            reason = (
-                "found other tissue, because other parts of the slide could be read"
-                if former is not None
-                else "does not record its tissue"
-            )
-            log.warning("%s: the unfinished run in this folder %s; starting from the beginning", self.target, reason)
-            # No digest equals this one: a run that is killed here continues to remove the blocks later.
-            write_atomically(path, "")
-            # The journal first: without it, the blocks do not count as finished.
-            (self.work / "journal.jsonl").unlink(missing_ok=True)
-            for part in filter(Path.is_dir, list(self.work.iterdir())):
-                shutil.rmtree(part)
-            self.result.mkdir()
+        if former is not None:
+            self.start_over(tissue, "found other tissue, because other parts of the slide could be read")
+        elif (self.work / "journal.jsonl").exists():
+            self.start_over(tissue, "does not record its tissue")
+        else:
+            write_atomically(path, tissue)
+
+    def start_over(self, tissue: str, reason: str) -> None:
+        """Remove the finished blocks from the working folder. `reason` continues the warning about the former run."""
+        log.warning("%s: the unfinished run in this folder %s; starting from the beginning", self.target, reason)
+        path = self.work / "tissue.txt"
+        # No digest equals this one: a run that is killed here continues to remove the blocks later.
+        write_atomically(path, "")
+        # The journal first: without it, the blocks do not count as finished.
+        (self.work / "journal.jsonl").unlink(missing_ok=True)
+        for part in filter(Path.is_dir, list(self.work.iterdir())):
+            shutil.rmtree(part)
+        self.result.mkdir()
         write_atomically(path, tissue)
 
     def publish(self) -> None:

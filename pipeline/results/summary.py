@@ -80,17 +80,18 @@ def read_summary(path: Path) -> dict[str, dict[str, object]]:
 
     Rows without the name of a slide, which spreadsheets leave behind, are left out.
 
-    Raises OutputError if the file is not a summary.
+    Raises OutputError if the file is not a summary; an empty file is one.
     """
     if not path.exists():
         return {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or ()
     except (UnicodeDecodeError, csv.Error):
-        rows = [{}]
-    # The key None holds the values of a row that is longer than the header.
-    if any("slide" not in row or None in row or not _has_valid_classes(row) for row in rows):
+        rows, columns = [], ("",)
+    # An empty file has no columns. The key None holds the values of a row that is longer than the header.
+    if (columns and ("slide" not in columns or not _has_valid_classes(columns))) or any(None in row for row in rows):
         raise OutputError(f"{path}: was not written by wsi-segment; move it away, and the next run writes a new one")
     texts = [row | {name: _unquoted(row[name]) for name in TEXT_COLUMNS if row.get(name)} for row in rows]
     return {str(row["slide"]): {**row} for row in texts if row["slide"]}

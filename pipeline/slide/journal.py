@@ -106,7 +106,7 @@ def _record(identity: str, line: bytes) -> BlockRecord | None:
         if entry["sum"] != _checksum(identity, body):
             return None
         return BlockRecord(**json.loads(body))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -179,7 +179,12 @@ def _segment_slide(
             folder.resume_only(tissue.digest)
             check_resources(plan, settings, path.name, output)
             spec = _map_spec(folder.target.name, runner.card, plan)
-            store = _open_store(folder.result / f"{spec.name}{MAP_END}", folder.work, spec)
+            store_path = folder.result / f"{spec.name}{MAP_END}"
+            try:
+                store = _open_store(store_path, folder.work, spec)
+            except (FileExistsError, NotADirectoryError, IsADirectoryError):  # files in the place of folders
+                folder.start_over(tissue.digest, "has a damaged map")
+                store = _open_store(store_path, folder.work, spec)
             work = BlockWork(slide.info, plan.grid, tissue, settings, store, folder.work)
 
             with _timed(seconds, "blocks"):
@@ -253,13 +258,21 @@ def _check_predictor(predictor: Predictor, settings: ResolvedSettings) -> None:
 
 
 def _open_store(path: Path, work: Path, spec: MapSpec) -> MapStore:
-    """Return the store of an interrupted run without its half-written files, or a new, complete store."""
+    """Return a new store, or that of an interrupted run with new metadata and without its half-written files.
+
+    The journal has no digests of metadata, so damaged metadata would be published.
+    """
+    new = work / "store"
+    shutil.rmtree(new, ignore_errors=True)
+    create_store(new, spec)
     if path.exists():
         sweep_partial_files(path)
+        for file in sorted(file for file in new.rglob("*") if file.is_file()):
+            place = path / file.relative_to(new)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+        shutil.rmtree(new)
     else:
-        new = work / "store"
-        shutil.rmtree(new, ignore_errors=True)
-        create_store(new, spec)
         sync_tree(new)
         new.rename(path)
         sync(path.parent)

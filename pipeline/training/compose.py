@@ -30,7 +30,8 @@ import scipy.ndimage
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.errors import DatasetFileError
+from pipeline.errors import DatasetFileError, OutputError, UnreadableImageError
+from pipeline.results.digests import file_facts
 from pipeline.training.augment import Move, restain
 from pipeline.training.dataset import IGNORED, Dataset, Sample, read_mask, read_rgb, samples
 from pipeline.training.dataset_card import DatasetCard
@@ -66,21 +67,27 @@ class Cells(NamedTuple):
 def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = None) -> Dataset:
     """Return the data set of composed images, or `dataset` itself if its card does not ask for them.
 
-    The images and masks are written below `folder`, into a folder named after a digest of the card, unless they are
-    already there. `splits` None stands for all. Raises what `samples`, `read_rgb`, `read_mask` and `pieces_of` raise,
-    and DatasetFileError for another data set that is missing or does not fit.
+    The images and masks are written below `folder`, unless images of the same cards, files and labels are already
+    there. `splits` None stands for all. Raises what `samples`, `read_rgb`, `read_mask` and `pieces_of` raise,
+    DatasetFileError for another data set that is missing or does not fit, and OutputError if the images cannot be
+    written.
     """
     rule = dataset.card.compose
     if rule is None:
         return dataset
     check_whole(dataset)
-    facts = "".join(_facts(one.card) for one in (dataset, *other_datasets(dataset)))
-    digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
-    root = folder / f"composed-{digest}"
     kinds = kinds_of(dataset)
-    for split in splits or dataset.card.splits:
-        if not (root / split).is_dir():
-            _write_split(dataset, rule, kinds, split, root)
+    splits = tuple(splits or dataset.card.splits)
+    root = folder / f"composed-{_digest(dataset, kinds, splits)[:12]}"
+    try:
+        for split in splits:
+            if not (root / split).is_dir():
+                _write_split(dataset, rule, kinds, split, root)
+    except OSError as error:
+        raise OutputError(
+            f"{root}: the composed images cannot be written ({error.strerror or error}); check the free space and the "
+            "permissions, or choose another folder"
+        ) from error
     return Dataset(_composed_card(dataset.card, rule, kinds), root)
 
 
@@ -116,10 +123,28 @@ def check_whole(dataset: Dataset) -> None:
             )
 
 
-def _facts(card: DatasetCard) -> str:
-    """Return what determines the composed images, the same as before the key `whole` existed if it is empty."""
-    without = {"whole"} if card.compose is not None and not card.compose.whole else set()
-    return card.model_dump_json(exclude={"settings": True, "compose": without})
+def _digest(dataset: Dataset, kinds: Sequence[Kind], splits: Sequence[Split]) -> str:
+    """Return a SHA-256 over what determines the composed images of these splits: cards, tables, images and labels.
+
+    Raises the errors of `samples`, and UnreadableImageError for a file that cannot be read.
+    """
+    whole = hashlib.sha256(f"{kinds}\n".encode())
+    for one in (dataset, *other_datasets(dataset)):
+        whole.update(one.card.model_dump_json(exclude={"settings"}).encode())
+        chosen = [(split, sample) for split in splits if split in one.card.splits for sample in samples(one, split)]
+        files = [one.root / name for name in one.card.table.files] if one.card.table is not None else []
+        files += [file for _, sample in chosen for file in (sample.image, sample.mask) if file is not None]
+        facts = [(split, sample.name, sample.group, sample.labels_K) for split, sample in chosen]
+        with ThreadPoolExecutor(8) as pool:
+            whole.update(f"{facts}\n{list(pool.map(_file_digest, files))}\n".encode())
+    return whole.hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    try:
+        return file_facts(file).sha256
+    except OSError as error:
+        raise UnreadableImageError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 def _composed_card(card: DatasetCard, rule: Compose, kinds: Sequence[Kind]) -> DatasetCard:

@@ -136,6 +136,8 @@ class DatasetCard(Section):
             return self
         if self.table is None or isinstance(self.labels, CropLabels):
             raise ValueError("compose needs a [table] and one label per image; labels cannot be crops of masks")
+        if without := [split for split in self.splits if split not in self.labels.splits]:
+            raise ValueError(f"compose needs labels in every split; add {', '.join(without)} to labels.splits")
         if self.compose.blank not in (None, *(spec.name for spec in self.classes)):
             raise ValueError(f"compose.blank is {self.compose.blank!r}, which is not a class")
         names = [spec.name for spec in self.classes]

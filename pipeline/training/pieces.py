@@ -92,9 +92,9 @@ def pieces_of(dataset: Dataset, split: Split) -> Pieces:
 def joined_pieces(dataset: Dataset, split: Split) -> Pieces:
     """Return the images of a split by tissue, neighbors of one larger image and tissue joined to rectangles.
 
-    Of two images at one position, the first is left out, with a warning. Raises LabelError for an image without a class
-    or a position that is not a number, and DatasetFileError for tiles of one larger image and tissue that differ in
-    size.
+    Of two images at one position, the first is left out, with a warning. An image without a `source` is alone. Raises
+    LabelError for a column that is missing, an image without a class, or a position that is not a number, and
+    DatasetFileError for tiles of one larger image and tissue that differ in size.
     """
     card = dataset.card
     rule = card.compose
@@ -106,10 +106,15 @@ def joined_pieces(dataset: Dataset, split: Split) -> Pieces:
     replaced: list[str] = []
     for sample in chosen:
         row, kind = rows[sample.name], _kind(dataset, sample)
+        if missing := [name for name in (rule.source, rule.x, rule.y) if name not in row]:
+            raise LabelError(
+                f"{sample.image}: the table has no column {', '.join(missing)} (source, x or y of [compose]); the "
+                f"columns are {', '.join(row)}"
+            )
         if not kind:
             raise LabelError(f"{sample.image}: has no class, so compose cannot use it; label it, or remove it")
-        place = (_position(sample, row.get(rule.x)), _position(sample, row.get(rule.y)))
-        grid = grids[sample.group, row.get(rule.source) or sample.name, kind]
+        place = (_position(sample, row[rule.x]), _position(sample, row[rule.y]))
+        grid = grids[sample.group, row[rule.source] or sample.name, kind]
         if place in grid:
             replaced.append(f"{grid[place].image} by {sample.image}")
         grid[place] = sample
@@ -145,9 +150,9 @@ def _tile_size(tiles: Iterable[Sample]) -> tuple[int, int]:
     return size
 
 
-def _position(sample: Sample, value: str | None) -> int:
+def _position(sample: Sample, value: str) -> int:
     try:
-        return int(value or "")
+        return int(value)
     except ValueError as error:
         raise LabelError(
             f"{sample.image}: its position in the table is {value!r}; it must be a whole number"

@@ -354,8 +354,13 @@ def test_auto_is_openvino_on_a_cpu_that_computes_in_the_precision(monkeypatch: p
     assert choose_runtime("auto", "cpu", "float32") == "openvino"
     assert choose_runtime("auto", "cpu", "bf16") == choose_runtime("openvino", "cpu", "bf16") == "openvino"
     assert choose_runtime("auto", "cpu", "fp16") == "torch"
-    with pytest.raises(RuntimeUnavailableError, match=r"does not compute in fp16; use precision float32, or runtime"):
-        choose_runtime("openvino", "cpu", "fp16")
+    for flags, message in (
+        ({"avx512_fp16"}, r"does not compute in fp16; use precision float32, or runtime torch$"),
+        ({"avx512_bf16"}, r"has no instructions for it .*; use float32 or bf16$"),
+    ):
+        monkeypatch.setattr(runtimes, "processor_flags", lambda flags=frozenset(flags): flags)
+        with pytest.raises(RuntimeUnavailableError, match=message):
+            choose_runtime("openvino", "cpu", "fp16")
     for device, precision in (("cuda", "float32"), ("cuda:1", "bf16"), ("mps", "float32")):
         assert choose_runtime("auto", device, precision) == "torch"
         assert choose_runtime("torch", device, precision) == "torch"

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,17 @@ def test_an_image_whose_name_is_not_utf8_is_evaluated(
     assert list(document_of(tmp_path / "out")["image_miou"]) == [name]
 
 
+def test_control_characters_of_file_names_are_not_printed(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(monkeypatch, predictor())
+    file = write_dataset(tmp_path / "data", {"ä\x9b\x7f\u202e": stripes(64, 96)})
+    result = invoke(bundle, file, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert r'"ä\u009b\u007f\u202e": 1.0' in result.stdout
+    assert json.loads(result.stdout) == document_of(tmp_path / "out")
+
+
 def test_pictures_show_the_matrix_and_the_worst_images_first(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +243,20 @@ def test_invalid_inputs_are_one_line_before_networks_are_loaded(
     assert result.stderr.startswith("wsi-evaluate: ")
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_networks_are_loaded(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)  # root may write into any folder
+    file = write_dataset(tmp_path / "data", {"a": stripes(64, 64)})
+    result = invoke(bundle, file, "-o", tmp_path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    message = f"{tmp_path}: cannot be written (Permission denied); choose another folder with -o"
+    assert result.stderr == f"wsi-evaluate: {message}\n"
 
 
 def test_an_unknown_model_is_named(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ import sys
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from models import runtimes
 from models.bundle import SHIPPED_FOLDER
 from models.predictor import Predictor
 from pipeline.cli.segment import app
@@ -325,6 +327,20 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(fake: Path) -> None:
     assert facts["memory"].endswith(" MiB")
     assert facts["disk"].endswith(" MiB")
     assert [p.name for p in fake.iterdir()] == ["a [b].svs"]
+
+
+def test_a_dry_run_refuses_a_runtime_that_cannot_compute_in_the_precision(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = SimpleNamespace(get_property=lambda *_: ["FP32"])
+    monkeypatch.setattr(runtimes, "load_openvino", lambda: SimpleNamespace(Core=lambda: core))
+    monkeypatch.setattr(runtimes, "processor_flags", lambda: frozenset({"bf16"}))
+    for module in ("models.runtimes", "pipeline.cli.plans"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda _: object())
+    small_slide(fake / "a.svs")
+    result = invoke("a.svs", "--dry-run", "--device", "cpu", "--runtime", "openvino", "--precision", "bf16")
+    assert result.exit_code != 0
+    assert "runtime openvino: this machine's processor does not compute in bf16; use precision float32" in result.stderr
 
 
 def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:

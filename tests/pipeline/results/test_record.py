@@ -64,6 +64,8 @@ def test_a_skipped_slide_gets_a_row_if_the_summary_has_none(tmp_path: Path, form
     "content",
     [
         b"name;age\nEve;7\n",
+        b"name;age\n",
+        b"A note without a line break",
         b"slide,status\na,done,too many\n",
         "slide\ngröße\n".encode("cp1252"),
         b"slide,area_mm2 glan\x00\na,0.5\n",
@@ -75,6 +77,13 @@ def test_a_table_of_another_program_is_refused_and_stays_unchanged(tmp_path: Pat
     with pytest.raises(OutputError, match=r"summary\.csv: was not written by wsi-segment; move it away"):
         write_summary(tmp_path, [SlideResult("a", "done", 1.0)])
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ["", "slide,status,seconds\n"])
+def test_a_table_without_rows_is_filled(tmp_path: Path, content: str) -> None:
+    (tmp_path / "summary.csv").write_text(content)
+    write_summary(tmp_path, [SlideResult("a", "done", 1.0)])
+    assert list(rows_of(tmp_path)) == ["a"]
 
 
 def test_a_row_with_a_very_long_error_is_read_back(tmp_path: Path) -> None:

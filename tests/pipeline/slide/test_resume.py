@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.errors import LockedError, OtherResultError, OutputError
+from pipeline.errors import Cancelled, LockedError, OtherResultError, OutputError
 from pipeline.results.folder import open_folder
 from pipeline.slide.recipe import segment_slide
 from tests.cases import full
@@ -176,6 +178,76 @@ def test_an_unfinished_run_of_other_inputs_is_not_gone_on_with(tmp_path: Path) -
     result = segment_slide(path, out, color_predictor(), SMALL)
     assert result.resumed_blocks == 0
     assert set(np.unique(labels_of(out / "slide"))) == {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a slide, its result in `undisturbed`, and the working folder of its unfinished run."""
+
+    def interrupt(stage: str, done: int, _: int) -> None:
+        if (stage, done) == ("segmenting", 9):
+            raise KeyboardInterrupt
+
+    root = tmp_path_factory.mktemp("unfinished")
+    path = region_slide(root / "slide.svs")
+    segment_slide(path, root / "undisturbed", color_predictor(), SMALL)
+    with pytest.raises(Cancelled):
+        segment_slide(path, root, color_predictor(), SMALL, interrupt)
+    return root
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(b"")], ids=["missing", "empty"])
+def test_a_resumed_run_writes_the_metadata_of_the_map_again(
+    unfinished: Path, tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    out = shutil.copytree(unfinished, tmp_path / "out")
+    store = out / ".slide.work" / "result" / "slide.ome.zarr"
+    files = [*store.rglob(".z*"), store / "OME" / "METADATA.ome.xml"]
+    assert len(files) > 5
+    for file in files:
+        spoil(file)
+    resumed = segment_slide(out / "slide.svs", out, color_predictor(), SMALL)
+    assert resumed.resumed_blocks >= 9
+    assert published(out / "slide") == published(out / "undisturbed" / "slide")
+
+
+def replace_by_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_bytes(b"")
+
+
+def replace_by_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def put_first(file: Path, line: bytes) -> None:
+    file.write_bytes(line + b"\n" + file.read_bytes())
+
+
+MAP = "result/slide.ome.zarr"
+DAMAGES: dict[str, tuple[Callable[[Path], object], bool]] = {
+    # the damage of the working folder, and whether it leaves finished blocks
+    "tissue that is not text": (lambda work: (work / "tissue.txt").write_bytes(b"\xff"), False),
+    "a line of many brackets": (lambda work: put_first(work / "journal.jsonl", b"[" * 200_000), True),
+    "a file instead of a group": (lambda work: replace_by_a_file(work / MAP / "OME"), False),
+    "a file instead of the map": (lambda work: replace_by_a_file(work / MAP), False),
+    "a folder instead of metadata": (lambda work: replace_by_a_folder(work / MAP / "1" / ".zarray"), False),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("force", [full(force) if force else force for force in (False, True)])
+def test_a_run_gets_over_a_damaged_working_folder(
+    unfinished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str, *, force: bool
+) -> None:
+    spoil, resumes = DAMAGES[damage]
+    out = shutil.copytree(unfinished, tmp_path / "out")
+    spoil(out / ".slide.work")
+    result = segment_slide(out / "slide.svs", out, color_predictor(), replace(SMALL, force=force))
+    assert (result.resumed_blocks >= 9) == resumes
+    assert ("starting from the beginning" in caplog.text) != resumes
+    assert published(out / "slide") == published(out / "undisturbed" / "slide")
 
 
 @pytest.mark.full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.errors import DatasetFileError
+from pipeline.errors import DatasetFileError, OutputError, UnreadableImageError
 from pipeline.training.compose import (
     blank_image,
     compose_image,
@@ -133,6 +134,65 @@ def test_composing_again_gives_the_same_images_and_keeps_existing_ones(tiles: Da
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.jpg")} == before
 
 
+def repaint(file: Path) -> None:
+    with Image.open(file) as image:
+        size, mode = image.size, image.mode
+    Image.new(mode, size, 1 if mode == "L" else (9, 9, 9)).save(file)
+
+
+@pytest.mark.parametrize("changed", ["tiles/A/A-3-0.png", "other/img/case-{n}.png", "other/mask/case-{n}.png"])
+def test_images_are_composed_again_if_a_file_they_are_made_of_has_changed(tmp_path: Path, changed: str) -> None:
+    dataset, made = with_whole_images(tmp_path), tmp_path / "made"
+    before = composed(dataset, made, ("val",))
+    case = samples(load_dataset("ebhi-seg", tmp_path / "other"), "val")[0].name
+    repaint(tmp_path / changed.format(n=case.removeprefix("case-")))
+    after = composed(dataset, made, ("val",))
+    assert after.root != before.root
+    assert composed(dataset, tmp_path / "new", ("val",)).root.name == after.root.name
+
+
+def test_images_are_composed_again_if_labels_groups_or_positions_have_changed(tmp_path: Path) -> None:
+    dataset, made = write_tiles(tmp_path / "tiles"), tmp_path / "made"
+    roots = [composed(dataset, made, ("val",)).root]
+    table = dataset.root / "meta.csv"
+    for old, new in (("A/A-3-5.png,3,s3", "A/A-3-5.png,3,s4"), ("A/A-3-4.png,3,s3,17", "A/A-3-4.png,3,s3,99")):
+        assert old in table.read_text()
+        table.write_text(table.read_text().replace(old, new))
+        roots.append(composed(dataset, made, ("val",)).root)
+    (dataset.root / "A/A-3-3.png").rename(dataset.root / "B/A-3-3.png")
+    table.write_text(table.read_text().replace("A/A-3-3.png", "B/A-3-3.png"))
+    roots.append(composed(dataset, made, ("val",)).root)
+    assert len(set(roots)) == 4
+
+
+def test_the_same_data_in_another_folder_are_not_composed_again(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    first, second = (composed(write_tiles(tmp_path / name), made, ("val",)) for name in ("first", "second"))
+    assert first.root == second.root
+
+
+def test_the_error_names_a_source_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    dataset = write_tiles(tmp_path / "tiles")
+    monkeypatch.setattr("pipeline.training.compose.file_facts", refuse)
+    with pytest.raises(UnreadableImageError, match=r"meta\.csv: cannot be read: Permission denied"):
+        composed(dataset, tmp_path / "made")
+
+
+@pytest.mark.parametrize(("place", "reason"), [("made", "Not a directory"), ("images", "File exists")])
+def test_the_error_names_a_folder_that_cannot_be_written(
+    tiles: Dataset, tmp_path: Path, place: str, reason: str
+) -> None:
+    root = composed(tiles, tmp_path / "made", ("val",)).root
+    folder = root.parent if place == "made" else root
+    shutil.rmtree(folder)
+    folder.write_text("")
+    with pytest.raises(OutputError, match=rf"made/composed-\w+: the composed images cannot be written \({reason}\)"):
+        composed(tiles, tmp_path / "made", ("val",))
+
+
 def test_a_data_set_without_composition_stays_itself(tiles: Dataset, tmp_path: Path) -> None:
     plain = Dataset(tiles.card.model_copy(update={"compose": None}), tiles.root)
     assert composed(plain, tmp_path) is plain
@@ -196,10 +256,9 @@ def test_whole_images_that_do_not_fit_are_refused_before_composing(
     assert not (tmp_path / "made").exists()
 
 
-def test_a_data_set_without_whole_images_keeps_its_folder_and_card(tiles: Dataset, tmp_path: Path) -> None:
+def test_a_data_set_without_whole_images_keeps_its_card(tiles: Dataset, tmp_path: Path) -> None:
     """Otherwise, training that began before `compose.whole` existed would not go on."""
     made = composed(tiles, tmp_path, ("val",))
-    assert made.root.name == "composed-e90b1d1ff9e7"
     assert made.card.images["train"][0].image == "train/img/*.jpg"
     assert made.card.group is None
 
@@ -221,6 +280,11 @@ def test_a_missing_folder_of_whole_images_is_an_error(tmp_path: Path) -> None:
         ('"source"\nmpp = 0.5', '"source"\nmpp = inf', r"compose\.mpp: Input should be"),
         ("minimum = 0.05", CUT_OF_ANOTHER_CLASS, "compose.cut names c; the classes are a, b, glass"),
         ('AB = ["a", "b"]', 'AB = ["a", "c"]', "labels.folders names c"),
+        (
+            '"folders"',
+            '"folders"\nsplits = ["train", "test"]',
+            "compose needs labels in every split; add val to labels.splits",
+        ),
         ("minimum = 0.05", f"minimum = 0.05\n{WHOLE}{WHOLE}", "data set in compose.whole ebhi-seg is given twice"),
     ],
 )

@@ -187,8 +187,10 @@ def _card(dataset: Dataset) -> ModelCard:
 
 def test_the_command_adds_statistics_and_scope_to_a_bundle(bundle: Path, data: Path) -> None:
     weights = {file: (bundle / file).read_bytes() for file in (CLASSIFIER_FILE, SEGMENTER_FILE)}
+    bundle = bundle.rename(bundle.with_name("b\x9b"))
     result = invoke(bundle, data, "--scope", "textures", "--device", "cpu")
     assert result.exit_code == 0, result.output
+    assert r"b\u009b" in result.stdout
     changed = load_bundle(bundle)
     assert changed.card.familiarity is not None
     assert json.loads(result.stdout) == {

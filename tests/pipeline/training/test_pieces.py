@@ -65,6 +65,25 @@ def test_a_position_that_is_not_a_number_is_an_error(tmp_path: Path) -> None:
         joined_pieces(dataset, "train")
 
 
+@pytest.mark.parametrize(
+    ("key", "columns"), [('source = "sauce"', "sauce"), ('source = "source"\nx = "X"\ny = "Y"', "X, Y")]
+)
+def test_the_error_names_a_missing_column(tmp_path: Path, key: str, columns: str) -> None:
+    write_tiles(tmp_path)
+    (tmp_path / "dataset.toml").write_text(TOML.replace('source = "source"', key))
+    with pytest.raises(LabelError, match=rf"the table has no column {columns} \(source, x or y .* are name, slide"):
+        joined_pieces(load_dataset(tmp_path), "train")
+
+
+def test_an_image_without_a_source_is_a_piece_of_its_own(tmp_path: Path) -> None:
+    write_tiles(tmp_path)
+    table = tmp_path / "meta.csv"
+    table.write_text(table.read_text().replace("A/A-1-0.png,1,s1", "A/A-1-0.png,1,"))
+    pieces = joined_pieces(load_dataset(tmp_path), "train")["a",]
+    found = sorted(piece.rgb_HWC.shape[:2] for piece in pieces if piece.slide == "1")
+    assert found == [(16, 16), (16, 16), (32, 32)]
+
+
 def add_tile(folder: Path, name: str, x: int, y: int, size: tuple[int, int] = (TILE, TILE)) -> None:
     Image.new("RGB", size, (9, 9, 9)).save(folder / name)
     with (folder / "meta.csv").open("a", newline="") as stream:

@@ -31,7 +31,7 @@ from pipeline.training.position import edge_profile, position_metrics
 from pipeline.training.provenance import data_digest
 from pipeline.training.train import prepare, train
 from tests.cases import full
-from tests.pipeline.training.single_tissue import with_whole_images
+from tests.pipeline.training.single_tissue import TILE, with_whole_images
 from tests.textures import write_crops, write_textures
 
 CONFIG = TrainConfig(
@@ -120,6 +120,10 @@ def test_a_model_of_composed_and_whole_images_knows_both_as_sources(
     whole = len(list((made / "train" / "img").glob("ebhi-seg-*.png")))
     assert whole > 0
     assert len(list((tmp_path / "run" / "pseudo-masks" / "deep").iterdir())) == 3 + whole
+    for file in (tmp_path / "tiles" / "A").iterdir():
+        Image.new("RGB", (TILE, TILE), (9, 9, 9)).save(file)
+    with pytest.raises(TrainError, match="the images, masks or labels have changed since the run was started"):
+        train(dataset, tmp_path / "run", CONFIG, device="cpu")
 
 
 def test_only_the_option_test_measures_the_test_split_also_of_a_finished_run(
