@@ -74,7 +74,7 @@ class _Run:
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
 
-@pytest.mark.parametrize("runtime", ["torch", pytest.param("openvino", marks=needs_openvino)])
+@pytest.mark.parametrize("runtime", ["torch", pytest.param("openvino", marks=[needs_openvino, pytest.mark.full])])
 def test_parts_change_no_probability_beyond_rounding(runtime: Runtime) -> None:
     whole, _ = _Run(runtime, 4096).predict()
     for side in (32, 128, PART_SIDE):
