@@ -1,7 +1,7 @@
 """The parts of a core in which the decoder of a segmenter runs.
 
-The decoder needs only the pixels around a part, so parts do not change its logits, except for rounding. On a CPU, the
-maps of small parts fit in the cache. Parts have few sizes, so OpenVINO can keep its kernels for each of them. Parts in
+The decoder needs only the pixels around a part, so parts do not change its logits, except for rounding: see
+`reads_beyond`. On a CPU, the maps of small parts fit in the cache. Parts have few sizes, so OpenVINO can keep its kernels for each of them. Parts in
 which the gate leaves at most one class for each pixel are skipped.
 """
 
@@ -26,6 +26,14 @@ def parts_of(core: Sequence[int], side: int | None) -> list[Place]:
         for length in core
     )
     return list(product(rows, columns))
+
+
+def reads_beyond(cells: int, rates: Sequence[int]) -> bool:
+    """Return whether an ASPP with these dilation rates reads more cells of the deep map around a part than there are.
+
+    Then it would mirror features at the edges of each part, and the edges would show.
+    """
+    return max(rates) > cells - 1  # the separable convolution after the ASPP reads one more cell
 
 
 def cut(map_Chw: Tensor, part: Place, around: int, stride: int) -> Tensor:

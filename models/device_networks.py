@@ -20,7 +20,7 @@ from models.backbone import Stages
 from models.backbone_windows import OVERLAP, RING, Place
 from models.card import ModelCard
 from models.compute import one_torch_thread
-from models.decoder_parts import PART_SIDE, cut, parts_of
+from models.decoder_parts import PART_SIDE, cut, parts_of, reads_beyond
 from models.fine_map import fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
 from models.normalize import byte_table, looked_up, normalized
@@ -87,7 +87,10 @@ class DeviceNetworks:
         self.shared_stride = None if networks.shared_deep is None else networks.shared_deep[1]
         """The stride of the deep features if the segmenter takes the classifier's, else None."""
         start = MapSize(*networks.start)
-        self._part_side = PART_SIDE if self.shared_stride is not None and self._device.type == "cpu" else None
+        self._part_side = None
+        if self.shared_stride is not None and self._device.type == "cpu":
+            cells = (card.margin + RING - AROUND) // self.shared_stride
+            self._part_side = None if reads_beyond(cells, card.segmenter.rates) else PART_SIDE
         # The windows of a shared backbone can have less context than canvases.
         context = card.margin if networks.shared_deep is None else min(OVERLAP, card.margin)
         self._deep = self._prepared(networks.deep, [start], size=2 * context + SMALLEST_CORE)

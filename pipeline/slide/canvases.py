@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.backbone_windows import OVERLAP
+from models.backbone_windows import OVERLAP, runs_in_windows
 from models.card import ModelCard
 from wsi.box import Box
 from wsi.grid import Block, Grid
@@ -26,8 +26,8 @@ CELL_M = 32
 CANVAS_M = 896
 """Largest side of a canvas in model pixels, with its margin, unless the settings request another."""
 SHARED_CANVAS_M = 1600
-"""The same if the networks share their backbone. They then need much less memory per pixel, because their largest maps
-are computed in smaller parts: `models.fine_map` and `models.decoder_parts`."""
+"""The same if the networks share a backbone that runs in windows. They then need much less memory per pixel, because
+their largest maps are computed in smaller parts: `models.fine_map` and `models.decoder_parts`."""
 
 LOOK_AHEAD, CANDIDATES, APART = 2, 2, 3
 """How many cuts in a row are tried with several candidates, how many there are, and how many cells lie between them."""
@@ -35,7 +35,7 @@ LOOK_AHEAD, CANDIDATES, APART = 2, 2, 3
 
 def largest_canvas(card: ModelCard, canvas_m: int | None) -> int:
     """Return the largest side of a canvas for the value of the setting, in model pixels."""
-    return canvas_m or (SHARED_CANVAS_M if card.segmenter.shared_backbone else CANVAS_M)
+    return canvas_m or (SHARED_CANVAS_M if runs_in_windows(card.segmenter) else CANVAS_M)
 
 
 def canvas_cores(
@@ -47,7 +47,7 @@ def canvas_cores(
     """
     origin_m = grid.box_m(block.box_out)
     # What is computed around a core, except at the edges of the block.
-    around = OVERLAP if card.segmenter.shared_backbone else card.margin
+    around = OVERLAP if runs_in_windows(card.segmenter) else card.margin
     side = (largest_canvas(card, canvas_m) - 2 * card.margin) // CELL_M
     _, found = _cover(_cells(tissue_HW, CELL_M // grid.m_per_out), around / CELL_M, max(1, side))
     return [

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.backbone_windows import RING, Place, window_places
+from models.backbone_windows import RING, Place, runs_in_windows, window_places
 from models.card import ModelCard
 from models.runtimes import CONTEXT, FEATURE_BYTES_PER_PX, RUNTIME_FACTS, STREAMS
 from pipeline.config import MapSettings, ResolvedSettings
@@ -46,14 +46,13 @@ class Plan:
     """Tiles with tissue; a tile on a block border counts once for each block."""
     canvases: int
     computed_px: int
-    """Model pixels of all windows in which the backbone runs: canvases with their margins, or the windows of
-    `backbone_windows` if the card says that the networks share it."""
+    """Model pixels of all windows in which the backbone runs: see `backbone_windows`."""
     margin: int
     """Model pixels around the core of a canvas."""
     canvas_m: int
     """Largest side of a canvas in model pixels."""
-    shared_backbone: bool
-    """Whether the networks share their backbone."""
+    in_windows: bool
+    """See `runs_in_windows`."""
     tissue_um2: float
     """By the tissue mask, before the blocks draw its border."""
     classes: int
@@ -81,7 +80,7 @@ class Plan:
         # The features of all canvases of a block, which overlap by their margins.
         features = FEATURE_BYTES_PER_PX * (side_m * canvas_m // (canvas_m - 2 * self.margin)) ** 2
         # The windows of a shared backbone can be larger than canvases.
-        per_px = facts.shared_activation_bytes_per_px if self.shared_backbone else facts.activation_bytes_per_px
+        per_px = facts.shared_activation_bytes_per_px if self.in_windows else facts.activation_bytes_per_px
         activations = (canvas_m + 2 * RING) ** 2 * per_px
         return facts.process_bytes + in_flight + gates + features + settings.batch_size * (activations + softmax)
 
@@ -122,7 +121,7 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSet
         computed_px=computed_px,
         margin=card.margin,
         canvas_m=largest_canvas(card, settings.canvas_m),
-        shared_backbone=card.segmenter.shared_backbone,
+        in_windows=runs_in_windows(card.segmenter),
         # The mask's last pixels reach beyond the slide.
         tissue_um2=min(tissue.area_um2, info.bounds_l0.width * info.bounds_l0.height * info.mpp**2),
         classes=len(card.classes),
@@ -131,10 +130,13 @@ def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSet
 
 
 def backbone_windows(cores_m: Sequence[Box], block_m: Box, card: ModelCard) -> list[Place]:
-    """Return the windows in which the backbone runs for the cores of a block, in model pixels of the slide."""
+    """Return the windows in which the backbone runs for the cores of a block, in model pixels of the slide.
+
+    They are the canvases unless the backbone is known to run in windows of its own (`runs_in_windows`).
+    """
     slide_m = Box(0, 0, 0, 0)
     places = [with_margin(core_m, card.margin).slices(slide_m) for core_m in cores_m]
-    return window_places(places, card.margin, block_m.slices(slide_m)) if card.segmenter.shared_backbone else places
+    return window_places(places, card.margin, block_m.slices(slide_m)) if runs_in_windows(card.segmenter) else places
 
 
 def needed_tiles(grid: Grid, tissue_HW: NDArray[np.bool_], block: Block) -> list[Box]:

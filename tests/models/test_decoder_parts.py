@@ -89,6 +89,19 @@ def test_parts_change_no_probability_beyond_rounding(runtime: Runtime) -> None:
         torch.testing.assert_close(narrow.predict()[0], whole, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("margin", "rates", "in_parts"), [(64, (1, 2, 4), True), (48, (1, 2, 4), False), (64, (2, 4, 6), False)]
+)
+def test_a_decoder_that_reads_beyond_its_parts_runs_on_whole_cores(
+    margin: int, rates: tuple[int, int, int], in_parts: bool
+) -> None:
+    card = load_bundle("colon-gland").card
+    segmenter = card.segmenter.model_copy(update={"rates": rates})
+    card = card.model_copy(update={"margin": margin, "segmenter": segmenter, "familiarity": None})
+    networks = Predictor(card, NO_DIGEST, *sharing_networks(), device="cpu")._networks
+    assert (len(networks.parts((512, 512))) > 1) == in_parts
+
+
 def test_the_segmenter_runs_only_on_contested_parts_and_the_result_is_the_same() -> None:
     presences = _Run("torch", 32).predictor
     some = _Run("torch", 32)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
 
-from models.backbone_windows import OVERLAP, RING, Place, window_places
+from models.backbone_windows import ALONE, OVERLAP, RING, Place, window_places
 from models.bundle import load_bundle, load_networks
 from models.card import NO_DIGEST, ModelCard
 from models.deep_map import (
@@ -49,10 +49,16 @@ def test_a_window_has_all_that_the_segmenter_reads_only_at_the_edges_of_the_bloc
     assert window_places(SQUARE[:1], MARGIN, None) == [(slice(-most, 96 + most), slice(-most, 64 + most))]
     # The cores begin at the left edge of the block and end at its bottom edge.
     assert window_places(SQUARE, MARGIN, (slice(-64, 192), slice(0, 512))) == [
-        (slice(-OVERLAP, 96 + OVERLAP), slice(-most, 64 + OVERLAP)),
-        (slice(-OVERLAP, 96 + OVERLAP), slice(64 - OVERLAP, 128 + OVERLAP)),
+        (slice(-ALONE, 96 + OVERLAP), slice(-most, 64 + OVERLAP)),
+        (slice(-ALONE, 96 + OVERLAP), slice(64 - OVERLAP, 128 + ALONE)),
         (slice(96 - OVERLAP, 192 + most), slice(-most, 64 + OVERLAP)),
-        (slice(96 - OVERLAP, 192 + most), slice(64 - OVERLAP, 128 + OVERLAP)),
+        (slice(96 - OVERLAP, 192 + most), slice(64 - OVERLAP, 128 + ALONE)),
+    ]
+    # Cores that meet only at a corner do not touch.
+    corners = [place(0, 0, 32, 32), place(32, 32, 32, 32)]
+    assert window_places(corners, MARGIN, (slice(-64, 512), slice(-64, 512))) == [
+        (slice(-ALONE, 32 + ALONE), slice(-ALONE, 32 + ALONE)),
+        (slice(32 - ALONE, 64 + ALONE), slice(32 - ALONE, 64 + ALONE)),
     ]
 
 

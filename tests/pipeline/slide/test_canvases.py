@@ -70,11 +70,19 @@ def test_a_full_block_is_cut_into_few_even_canvases(stride: int) -> None:
     assert {core.width for core in cores} | {core.height for core in cores} == {672, 704}
 
 
-def test_a_shared_backbone_has_larger_canvases_unless_a_size_is_requested() -> None:
+def test_a_backbone_that_runs_in_windows_has_larger_canvases_unless_a_size_is_requested() -> None:
     block = Block(0, Box(0, 0, 1024, 1024))
-    shared = CARD.model_copy(update={"segmenter": CARD.segmenter.model_copy(update={"shared_backbone": True})})
+    lite, other = (
+        CARD.segmenter.model_copy(update={"shared_backbone": True, "encoder": f"tu-{encoder}"})
+        for encoder in ("tf_efficientnet_lite0", "resnet18")
+    )
+    shared, whole = (CARD.model_copy(update={"segmenter": segmenter}) for segmenter in (lite, other))
     full_HW = np.ones((1024, 1024), bool)
-    assert [len(canvas_cores(grid_of(4, 1024), full_HW, block, card)) for card in (CARD, shared)] == [25, 9]
+    assert [len(canvas_cores(grid_of(4, 1024), full_HW, block, card)) for card in (CARD, shared, whole)] == [
+        25,
+        9,
+        25,
+    ]
     assert canvas_cores(grid_of(4, 1024), full_HW, block, shared, 896) == canvas_cores(
         grid_of(4, 1024), full_HW, block, CARD, 896
     )

@@ -40,15 +40,16 @@ def test_a_shared_backbone_computes_less_around_cores_that_lie_side_by_side(tmp_
     path = write_slide(tmp_path / "slide.svs", painted((640, 320), ((0, 0, 640, 320), PINK)), mpp=1.0)
     computed = []
     for shared in (False, True):
+        changes = {"shared_backbone": shared, "encoder": "tu-tf_efficientnet_lite0"}
         card = make_card(COLORS).model_copy(update={"margin": 64})
-        card = card.model_copy(update={"segmenter": card.segmenter.model_copy(update={"shared_backbone": shared})})
+        card = card.model_copy(update={"segmenter": card.segmenter.model_copy(update=changes)})
         _, slide, _, plan = plan_slide(path, card, replace(SMALL, block_out=160, canvas_m=448))
         slide.close()
         assert (len(plan.blocks), plan.canvases) == (1, 2)
         computed.append(plan.computed_px)
-    # Two cores of 320x320 px. Canvases have 64 px around them. Windows have 96 px at the edges of the block, and 32 px
-    # between them and below, where the block goes on.
-    assert computed == [2 * (320 + 128) ** 2, 2 * (320 + 96 + 32) ** 2]
+    # Two cores of 320x320 px. Canvases have 64 px around them. Windows have 96 px at the edges of the block, 32 px
+    # between them and 64 px below, where the block goes on.
+    assert computed == [2 * (320 + 128) ** 2, 2 * (320 + 96 + 32) * (320 + 96 + 64)]
 
 
 def test_nothing_beyond_the_slide_is_tissue(tmp_path: Path) -> None:
