@@ -44,7 +44,7 @@ class Drawing:
     model: str | None = None
     """Digest of the model whose map was corrected."""
     files: tuple[str, ...] = ()
-    """`file_label` of the files of annotations, or of the corrected results."""
+    """`file_label` of the files of annotations, or `result_label` of the corrected results."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def is_same(one: Labeled, other: Labeled) -> bool:
 
 
 def file_label(path: Path) -> str:
-    """Return the name by which labels state the file, or the result, that they come from: its folder and its name."""
+    """Return the name by which labels state the file that they come from: its folder and its name."""
     whole = path.absolute()
     return printable_name(f"{whole.parent.name}/{whole.name}")
 
