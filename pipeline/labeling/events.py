@@ -126,8 +126,8 @@ class Labeled(EventModel):
     areas: dict[int, Annotated[str, AfterValidator(checked_area)]] | None = None
     """Area of each class in the patch as WKT, in the patch's pixels, if outlines cover the patch completely."""
     files: tuple[Name, ...] = ()
-    """Files of annotations, or corrected results, that the label was imported from, as `folder/name`. Empty for labels
-    of the page."""
+    """Files of annotations, or corrected results, that the label was imported from, as `folder/name` or
+    `folder/name (model digest)`. Empty for labels of the page and of earlier versions."""
 
 
 class Undone(EventModel):

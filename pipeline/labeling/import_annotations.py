@@ -44,7 +44,7 @@ class Drawing:
     model: str | None = None
     """Digest of the model whose map was corrected."""
     files: tuple[str, ...] = ()
-    """`file_label` of the files of annotations, or of the corrected results."""
+    """`file_label` of the files of annotations, or `result_label` of the corrected results."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Imported:
     kept: int
     """Patches that keep a label that this person made on the page."""
     taken_back: int
-    """Patches that lose a label because the same files no longer show it."""
+    """Patches whose answers change because the same files no longer show an earlier label."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def import_events(
             kept += 1
         elif own is not None and incomplete and labels.is_complete(own):
             continue
-        elif own is None or (own.answers, own.areas, own.files) != (label.answers, label.areas, label.files):
+        elif own is None or not is_same(own, label):
             events.append(label)
     return events, kept
 
@@ -278,8 +278,35 @@ def outdated(
     ]
 
 
+def superseded(labels: Labels, drawing: Drawing, new: Sequence[Labeled]) -> list[Recorded]:
+    """Return the labels of earlier imports that lie under the same person's label in `new`. `labels` include `new`.
+
+    Without this, they would count again if the new label is removed. Only labels whose files all belong to the drawing
+    are superseded, and those of earlier versions, which have no files. Labels of the page never are.
+    """
+    by_place: dict[Place, list[Recorded]] = defaultdict(list)
+    for record in labels.labels_of(drawing.annotator):
+        by_place[label_of(record).place].append(record)
+
+    def is_earlier(old: Labeled) -> bool:
+        known = set(old.files) <= set(drawing.files) if old.files else old.reason == drawing.reason
+        return known and old.source != "person"
+
+    found = []
+    for one in new:
+        own = by_place[one.place]
+        if own and label_of(own[-1]).source != "person" and is_same(label_of(own[-1]), one):
+            found += [record for record in own[:-1] if is_earlier(label_of(record))]
+    return found
+
+
+def is_same(one: Labeled, other: Labeled) -> bool:
+    """Return whether two imported labels have the same content and come from the same files."""
+    return (one.answers, one.areas, one.files) == (other.answers, other.areas, other.files)
+
+
 def file_label(path: Path) -> str:
-    """Return the name by which labels state the file, or the result, that they come from: its folder and its name."""
+    """Return the name by which labels state the file that they come from: its folder and its name."""
     whole = path.absolute()
     return printable_name(f"{whole.parent.name}/{whole.name}")
 

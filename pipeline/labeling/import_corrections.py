@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.errors import LabelingError
 from pipeline.formats.features import read_features
 from pipeline.labeling.annotations import Annotation, read_annotations
-from pipeline.labeling.corrections import corrections_file, current, read_entries, sent_file
+from pipeline.labeling.corrections import Relabeled, corrections_file, current, read_entries, sent_file
 from pipeline.labeling.import_annotations import Drawing, ImportSource, file_label
 from pipeline.labeling.published_map import PublishedMap
 from pipeline.results.find import result_folders
@@ -37,6 +37,14 @@ def corrected_sources(path: Path, moved: Path | None, annotator: str) -> list[Im
     return found
 
 
+def result_label(folder: Path, model: str) -> str:
+    """Return the name by which labels state the corrected result: `file_label` and the start of the model's digest.
+
+    Results of two models for one slide often have the same folder and name, as in `a/results/x` and `b/results/x`.
+    """
+    return f"{file_label(folder)} (model {model[:12]})"
+
+
 def _corrected(folder: Path, moved: Path | None, annotator: str) -> ImportSource | None:
     run = read_run(folder)
     if run is None or not (corrections_file(folder).exists() or sent_file(folder).exists()):
@@ -50,14 +58,18 @@ def _corrected(folder: Path, moved: Path | None, annotator: str) -> ImportSource
             by_author.setdefault((one.annotator, one.event.model), []).append(made)
         else:
             skipped["corrections of another slide, which had a result of this name before"] += 1
-    files = (file_label(folder),)
-    drawings = [Drawing(who, made, "viewer", "correction", model, files) for (who, model), made in by_author.items()]
     # Without a drawing, the labels of a person whose corrections were all undone would stay.
-    idle = {one.annotator for one in entries} - {who for who, _ in by_author}
-    drawings += [Drawing(who, (), "viewer", "correction", files=files) for who in sorted(idle)]
+    for entry in entries:
+        if isinstance(entry.event, Relabeled):
+            by_author.setdefault((entry.annotator, entry.event.model), [])
+    drawings = [
+        Drawing(who, made, "viewer", "correction", model, (result_label(folder, model),))
+        for (who, model), made in by_author.items()
+    ]
     if sent_file(folder).exists():
         parquet = folder / next(name for name in run.outputs if name.endswith(GEOPARQUET_END))
         read = read_annotations(sent_file(folder), PublishedMap(read_features(parquet, run.classes)))
+        files = (result_label(folder, run.identity.model),)
         drawings.append(Drawing(annotator, read.found, "qupath", "correction", run.identity.model, files))
         skipped.update(read.skipped)
     slide = run.slide.path or folder.parent / run.slide.name

@@ -11,7 +11,7 @@ from pathlib import Path
 from models.bundle import DEFAULT_BUNDLE, load_bundle
 from pipeline.errors import LabelingError
 from pipeline.labeling.dataset_files import write_dataset
-from pipeline.labeling.events import FolderStarted, Recorded, SlideAdded, Undone
+from pipeline.labeling.events import Answer, Event, FolderStarted, Labeled, Mark, Recorded, SlideAdded, Undone
 from pipeline.labeling.folder import EVENTS_FILE, Wishes, prepare_folder
 from pipeline.labeling.import_annotations import (
     Drawing,
@@ -21,6 +21,7 @@ from pipeline.labeling.import_annotations import (
     joined_drawings,
     labels_from,
     outdated,
+    superseded,
     target_name,
     used_names,
 )
@@ -125,10 +126,28 @@ def _import(
     ids = {one.name: one.id for one in labels.classes.values()}
     found, ignored = labels_from(patches, drawing, mapping, ids)
     old = outdated(labels, added, drawing, found, partial=partial)
-    undone = [Undone(numbers=tuple(one.number for one in old))] if old else []
-    for event in undone:
-        labels.apply(Recorded(labels.number, "", drawing.annotator, event))
-    events, kept = import_events(labels, drawing.annotator, added, found, partial=partial)
-    folder.store.append(drawing.annotator, [*undone, *events])
+    before = {place: labels.label(place, drawing.annotator) for place in (label_of(one).place for one in old)}
+    events: list[Event] = []
+
+    def add(new: Sequence[Event]) -> None:
+        for event in new:
+            labels.apply(Recorded(labels.number + 1, "", drawing.annotator, event))
+        events.extend(new)
+
+    def undo(records: Sequence[Recorded]) -> None:
+        if records:
+            add([Undone(numbers=tuple(one.number for one in records))])
+
+    undo(old)
+    new, kept = import_events(labels, drawing.annotator, added, found, partial=partial)
+    add(new)
+    undo(superseded(labels, drawing, found))
+    folder.store.append(drawing.annotator, events)
+    after = {place: labels.label(place, drawing.annotator) for place in before}
+    taken_back = sum(_answers(labels, before[place]) != _answers(labels, after[place]) for place in before)
     incomplete = sum("unknown" in one.answers.values() for one in found)
-    return Imported(len(found) - incomplete, incomplete, ignored, kept, len({label_of(one).place for one in old}))
+    return Imported(len(found) - incomplete, incomplete, ignored, kept, taken_back)
+
+
+def _answers(labels: Labels, label: Labeled | None) -> tuple[Mark, dict[int, Answer]] | None:
+    return None if label is None else (label.mark, labels.answers(label))

@@ -86,19 +86,7 @@ class SlidePatches:
 
         Raises SlideReadError if any part is unreadable, and the errors of `Slide.read`.
         """
-        return self._read(self._box_m(place))
-
-    def context(self, place: Place) -> NDArray[np.uint8]:
-        """Return a patch and what lies around it, `CONTEXT` times as wide, as rgb_HWC. The patch is in the middle.
-
-        Raises SlideReadError if any part is unreadable, and the errors of `Slide.read`.
-        """
         box_m = self._box_m(place)
-        margin = (CONTEXT - 1) * self._side // 2
-        around_m = Box(box_m.x - margin, box_m.y - margin, box_m.width + 2 * margin, box_m.height + 2 * margin)
-        return self._read(around_m)
-
-    def _read(self, box_m: Box) -> NDArray[np.uint8]:
         pixels = read_model_pixels(self._slide, self._grid, box_m)
         if pixels.unreadable_lv:
             x_l0, y_l0 = (round(value * self._l0_per_m) for value in (box_m.x, box_m.y))
@@ -107,6 +95,21 @@ class SlidePatches:
                 "again"
             )
         return pixels.rgb_HWC
+
+    def context(self, place: Place) -> NDArray[np.uint8]:
+        """Return a patch and what lies around it, `CONTEXT` times as wide, as rgb_HWC. The patch is in the middle.
+
+        Unreadable pixels around the patch are white. Raises SlideReadError if any part of the patch is unreadable, and
+        the errors of `Slide.read`.
+        """
+        box_m = self._box_m(place)
+        margin = (CONTEXT - 1) * self._side // 2
+        around_m = Box(box_m.x - margin, box_m.y - margin, box_m.width + 2 * margin, box_m.height + 2 * margin)
+        around = read_model_pixels(self._slide, self._grid, around_m)
+        if around.unreadable_lv:
+            # The parts that `Slide.read` leaves white depend on the box, so they may overlap a readable patch.
+            around.rgb_HWC[box_m.slices(around_m)] = self.pixels(place)
+        return around.rgb_HWC
 
     def thumbnail(self) -> NDArray[np.uint8]:
         """Return the whole slide as rgb_HWC, about `THUMBNAIL_PX` long."""

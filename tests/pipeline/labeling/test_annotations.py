@@ -8,6 +8,7 @@ import math
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,7 @@ def test_labels_that_the_same_file_no_longer_shows_are_taken_back(tmp_path: Path
         folder.store.append("ann", [own.model_copy(update={"source": "person", "view": "single", "files": ()})])
         assert import_(columns(6, 8, "x/b")).taken_back == 0, "another file"
         assert tumors(folder) == [0, 1, 2, 3, 6, 7]
-        assert import_(columns(0, 2, "x/a")).taken_back == 2
+        assert import_(columns(0, 2, "x/a")).taken_back == 1
         assert tumors(folder) == [0, 1, 3, 6, 7], "the label of the page stays"
         assert import_(columns(0, 2, "x/a")).taken_back == 0
         assert import_(columns(0, 0, "x/a"), columns(6, 7, "x/b")).taken_back == 3
@@ -302,8 +303,40 @@ def test_a_label_that_was_replaced_by_one_of_another_file_comes_back_with_it(
         assert import_(columns(0, 0, "x/b")).taken_back == 2
         assert tumors(folder) == [0, 1]
         import_(columns(0, 2, "x/a"), columns(2, 3, "x/b"))
-        assert import_(columns(0, 0, "x/a")).taken_back == 2
+        assert import_(columns(0, 0, "x/a")).taken_back == 0
         assert tumors(folder) == [0, 1, 2], "made by both files together"
+
+
+def test_labels_of_earlier_versions_are_replaced_by_an_import_and_removed_with_it(
+    tmp_path: Path, slides: list[Path]
+) -> None:
+    for reason in ("import", "correction"):
+        with importing(tmp_path / reason, slides[0]) as (folder, import_):
+            legacy = replace(columns(0, 5, ""), files=(), reason=reason)
+            import_(legacy, replace(legacy, annotator="bob"))
+            own = next(one for one in Labels(folder.store.read()).labels_of("ann"))
+            page = label_of(own).model_copy(update={"source": "person", "view": "single"})
+            folder.store.append("ann", [page])
+            assert import_(columns(0, 4, "x/a")).taken_back == 0
+            assert tumors(folder) == [0, 1, 2, 3, 4]
+            done = import_(columns(0, 2, "x/a"))
+            left = [0, 1, 4] if reason == "import" else [0, 1, 2, 3, 4]
+            assert (done.taken_back, tumors(folder)) == (5 - len(left), left), "a correction is not of this file"
+            assert import_(columns(0, 0, "x/a")).taken_back == (1 if reason == "import" else 0)
+            assert label_of(Labels(folder.store.read()).labels_of("ann")[-1]) == page
+            assert len(Labels(folder.store.read()).labels_of("bob")) == 5
+
+
+def test_a_changed_annotation_leaves_no_label_behind(tmp_path: Path, slides: list[Path]) -> None:
+    with importing(tmp_path / "l", slides[0]) as (folder, import_):
+        import_(columns(0, 2, "x/a"))
+        import_(columns(0, 2, "x/a", "other"))
+        assert len(Labels(folder.store.read()).labels_of("ann")) == 2
+        # Earlier versions left the replaced label below the new one.
+        top = label_of(Labels(folder.store.read()).labels_of("ann")[0])
+        folder.store.append("ann", [top.model_copy(update={"files": ()}), top])
+        assert import_(columns(0, 2, "x/a", "other")).taken_back == 0
+        assert len(Labels(folder.store.read()).labels_of("ann")) == 2
 
 
 def test_a_label_is_taken_back_if_its_file_now_covers_the_patch_in_part(tmp_path: Path, slides: list[Path]) -> None:

@@ -59,12 +59,26 @@ def test_a_patch_with_unreadable_pixels_is_an_error(tmp_path: Path) -> None:
     with open_slide(damage(label_slide(tmp_path / "a.svs"), 0, 0)) as slide:
         patches = SlidePatches(slide, "d", 1.0, SIDE)
         assert patches.pixels(patches.place(4, 4)).shape == (SIDE, SIDE, 3)
-        for read, place in (
-            (patches.pixels, patches.place(0, 1)), (patches.pixels, patches.place(1, 1)),
-            (patches.context, patches.place(0, 2)),
-        ):  # fmt: skip
-            with pytest.raises(SlideReadError, match=r"a\.svs: pixels at \(-?\d+, \d+\) cannot be read"):
-                read(place)
+        for place in (patches.place(0, 1), patches.place(1, 1)):
+            for read in (patches.pixels, patches.context):
+                with pytest.raises(SlideReadError, match=r"a\.svs: pixels at \(\d+, \d+\) cannot be read"):
+                    read(place)
+
+
+def test_unreadable_pixels_around_a_patch_are_white(tmp_path: Path) -> None:
+    path = label_slide(tmp_path / "a.svs")
+    with open_slide(path) as slide:
+        patches = SlidePatches(slide, "d", 1.0, SIDE)
+        whole = patches.context(patches.place(9, 6))
+    with open_slide(damage(path, 4 * 128, 2 * 128)) as slide:
+        patches = SlidePatches(slide, "d", 1.0, SIDE)
+        # The damaged tile covers columns 8 and 9, rows 4 and 5.
+        context = patches.context(patches.place(9, 6))
+        readable = [patches.place(x, y) for x in range(7, 11) for y in range(3, 7) if not (x in (8, 9) and y in (4, 5))]
+        for place in readable:
+            assert np.array_equal(patches.context(place)[32:96, 32:96], patches.pixels(place))
+    assert (context[:32, :96] == 255).all()
+    assert np.array_equal(context[32:96, 32:96], whole[32:96, 32:96])
 
 
 @given(st.lists(st.integers(0, 200), max_size=30, unique=True), st.integers(0, 9))

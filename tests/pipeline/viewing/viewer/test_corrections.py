@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.cli.label import app as label_app
 from pipeline.formats.features import Feature, read_features
 from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections, relabeled
 from pipeline.labeling.event_file import EventFile
-from pipeline.labeling.events import Labeled
+from pipeline.labeling.events import Labeled, Undone
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
 from pipeline.viewing.viewer.uncertainty import uncertainties
@@ -77,14 +78,43 @@ def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_s
         (x, y) for x in (448, 512, 576, 640) for y in (256, 320, 384, 448)
     }
     made = {(who, event.source, event.reason, event.model, event.files) for who, event in labels}
-    files = (f"results/{folder.name}",)
-    assert made == {("ann", "viewer", "correction", own_site.results[0].run.identity.model, files)}
+    model = own_site.results[0].run.identity.model
+    files = (f"results/{folder.name} (model {model[:12]})",)
+    assert made == {("ann", "viewer", "correction", model, files)}
 
     post(own_site, "corrections/undo", {})
     done = CliRunner().invoke(label_app, run)
     assert "16 removed because they are no longer drawn" in done.output
     with EventStore(tmp_path / "l" / "labels.sqlite") as store:
         assert Labels(store.read()).places() == []
+
+
+def test_results_of_two_models_with_the_same_folder_and_name_keep_their_labels(own_site: Site, tmp_path: Path) -> None:
+    folder = own_site.results[0].folder
+    other = shutil.copytree(folder, tmp_path / "b" / "results" / folder.name)
+    stored = json.loads((other / "run.json").read_text(encoding="utf-8"))
+    stored["identity"]["model"] = "0" * 64
+    (other / "run.json").write_text(json.dumps(stored), encoding="utf-8")
+    slide = own_site.results[0].run.identity.slide
+    for result, model, x in ((folder, own_site.results[0].run.identity.model, 0), (other, "0" * 64, 256)):
+        region = Feature(f"r{x}", 1, TissueClass("class-0", (1, 2, 3)), 0.005, shapely.box(x, 0, x + 128, 128))
+        with EventFile(corrections_file(result), CORRECTION_EVENTS) as file:
+            file.append("ann", [relabeled(region, slide, model, "class-1")])
+
+    def imported(result: Path) -> tuple[str, set[float]]:
+        run = ["import", "--corrections", str(result.parent), "-o", str(tmp_path / "l"), "--patch-side", "64"]
+        done = CliRunner().invoke(label_app, [*run, "--patch-mpp", "1"])
+        assert done.exit_code == 0, done.output
+        with EventStore(tmp_path / "l" / "labels.sqlite") as store:
+            return done.output, {place.x_l0 for place in Labels(store.read()).places()}
+
+    assert imported(folder)[1] == {0, 64}
+    output, columns = imported(other)
+    assert (columns, ", 0 removed" in output) == ({0, 64, 256, 320}, True)
+    with EventFile(corrections_file(folder), CORRECTION_EVENTS) as file:
+        file.append("ann", [Undone(numbers=(1,))])
+    output, columns = imported(folder)
+    assert (columns, ", 4 removed" in output) == ({256, 320}, True)
 
 
 def test_what_the_page_cannot_have_sent_is_refused_and_not_saved(own_site: Site) -> None:
