@@ -25,7 +25,7 @@ RING = 32
 
 
 def runs_in_windows(card: SegmenterCard) -> bool:
-    """Return whether the networks share a backbone that is known to run in windows, with its first stages in small ones.
+    """Return whether the networks share a backbone that is known to run in windows, its first stages in small ones.
 
     A few other backbones run in windows too. Plans count them as if each canvas passed the networks as a whole.
     """

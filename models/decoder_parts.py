@@ -1,8 +1,8 @@
 """The parts of a core in which the decoder of a segmenter runs.
 
 The decoder needs only the pixels around a part, so parts do not change its logits, except for rounding: see
-`reads_beyond`. On a CPU, the maps of small parts fit in the cache. Parts have few sizes, so OpenVINO can keep its kernels for each of them. Parts in
-which the gate leaves at most one class for each pixel are skipped.
+`reads_beyond`. On a CPU, the maps of small parts fit in the cache. Parts have few sizes, so OpenVINO can keep its
+kernels for each of them. Parts in which the gate leaves at most one class for each pixel are skipped.
 """
 
 from __future__ import annotations
