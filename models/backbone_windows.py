@@ -37,8 +37,9 @@ def window_places(places: Sequence[Place], margin: int, block: Place | None) -> 
 
     `block` contains all cores, and cores of other images can follow beyond it; None stands for the cores' bounding box.
     A core that touches the edge of the block has all that the segmenter reads on this side of its window. All other
-    sides have `OVERLAP` or `ALONE` pixels.
+    sides have `OVERLAP` or `ALONE` pixels, and no more than the segmenter reads.
     """
+    most = margin + RING
     cores = [[(side.start + margin, side.stop - margin) for side in place] for place in places]
     if block is None:
         edges = [(min(core[axis][0] for core in cores), max(core[axis][1] for core in cores)) for axis in (0, 1)]
@@ -47,10 +48,10 @@ def window_places(places: Sequence[Place], margin: int, block: Place | None) -> 
 
     def around(core: list[tuple[int, int]], axis: int, end: int) -> int:
         if core[axis][end] == edges[axis][end]:
-            return margin + RING
+            return most
         start, stop = core[1 - axis]
         beside = [other[1 - axis] for other in cores if other[axis][1 - end] == core[axis][end]]
-        return OVERLAP if any(first < stop and start < last for first, last in beside) else ALONE
+        return min(most, OVERLAP if any(first < stop and start < last for first, last in beside) else ALONE)
 
     return [
         (

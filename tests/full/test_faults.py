@@ -330,11 +330,11 @@ def failing_predictor(error: BaseException, method: str = "predict_into") -> Pre
     predictor, calls = color_predictor(), [0]
     call = getattr(predictor, method)
 
-    def failing(*arguments: object) -> object:
+    def failing(*arguments: object, **options: object) -> object:
         calls[0] += 1
         if calls[0] == 6:
             raise error
-        return call(*arguments)
+        return call(*arguments, **options)
 
     setattr(predictor, method, failing)
     return predictor

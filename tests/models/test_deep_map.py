@@ -54,6 +54,10 @@ def test_a_window_has_all_that_the_segmenter_reads_only_at_the_edges_of_the_bloc
         (slice(96 - OVERLAP, 192 + most), slice(-most, 64 + OVERLAP)),
         (slice(96 - OVERLAP, 192 + most), slice(64 - OVERLAP, 128 + ALONE)),
     ]
+    # A small margin bounds what a window needs.
+    assert window_places([place(0, 0, 32, 32, 16)], 16, (slice(-64, 512), slice(-64, 512))) == [
+        (slice(-16 - RING, 48 + RING), slice(-16 - RING, 48 + RING))
+    ]
     # Cores that meet only at a corner do not touch.
     corners = [place(0, 0, 32, 32), place(32, 32, 32, 32)]
     assert window_places(corners, MARGIN, (slice(-64, 512), slice(-64, 512))) == [
