@@ -69,6 +69,7 @@ def test_a_run_prints_the_bundle_and_its_metrics_on_stdout(data: Path, tmp_path:
     assert "stage skipped" not in said
 
 
+@pytest.mark.full
 def test_quiet_prints_only_errors(data: Path, tmp_path: Path) -> None:
     done = run("pipeline.cli.train", data, "-o", tmp_path / "run", "--device", "cpu", "-q", *settings(*SMALL))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

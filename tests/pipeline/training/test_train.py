@@ -208,7 +208,8 @@ def test_a_run_killed_in_any_stage_and_restarted_ends_with_the_same_bytes(
     assert not list(run.glob("*.checkpoint.*"))
 
 
-@pytest.mark.parametrize("done", [full(1), 3])
+@pytest.mark.full
+@pytest.mark.parametrize("done", [1, 3])
 def test_a_run_whose_segmenter_trains_the_shared_backbone_resumes_its_last_stage(
     textures: Dataset, tmp_path: Path, done: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
