@@ -237,7 +237,7 @@ def import_(
                 typer.echo(
                     f"{one.name}: {done.complete} complete patches, {done.partial} covered in part ({rest}), "
                     f"{done.ignored} with an ignored class, {done.kept} labeled on the page before and kept, "
-                    f"{done.taken_back} removed because they are no longer drawn"
+                    f"{done.taken_back} removed, because the files do not show them anymore"
                 )
                 for reason, number in one.skipped.items():
                     typer.echo(f"{PROGRAM}: warning: {one.name}: objects skipped: {number} {reason}", err=True)

@@ -73,10 +73,10 @@ class Row:
 
 
 def write_dataset(folder: Path, labels: Labels, read: Read) -> int:
-    """Bring the files of a labels folder up to date. Return how many patches are missing because
-    their slides are not open.
+    """Bring the files of a labels folder up to date. Return how many patches are missing.
 
-    Patches that cannot be read are left out with a warning that names them. They are read again at the next call.
+    A patch is missing if its slide is not open. Patches that cannot be read are left out, and a warning names them. The
+    next call reads them again.
 
     Raises LabelingError if a file cannot be written.
     """

@@ -11,7 +11,7 @@ from pipeline.viewing.viewer.results import Result, record_stamp
 
 
 def check_current(result: Result) -> None:
-    """Raise HTTPException 409 if the record in the result's folder is no longer the one that was loaded."""
+    """Raise HTTPException 409 unless the result's folder still has the record that was loaded."""
     if record_stamp(result.folder) != result.stamp:
         raise HTTPException(409, "The result has changed; stop wsi-view and start it again.")
 

@@ -119,7 +119,7 @@ def load_result(folder: Path, name: str | None = None) -> Result:
 
 
 def record_stamp(folder: Path) -> RecordStamp | None:
-    """Return the stamp of a result's record, or None if there is no record. Raises OSError if it cannot be read."""
+    """Return the stamp of a result's record; None without a record. Raises OSError if the folder cannot be read."""
     try:
         facts = (folder / RUN).stat()
     except FileNotFoundError:

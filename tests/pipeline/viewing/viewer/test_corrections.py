@@ -84,7 +84,7 @@ def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_s
 
     post(own_site, "corrections/undo", {})
     done = CliRunner().invoke(label_app, run)
-    assert "16 removed because they are no longer drawn" in done.output
+    assert "16 removed, because the files do not show them anymore" in done.output
     with EventStore(tmp_path / "l" / "labels.sqlite") as store:
         assert Labels(store.read()).places() == []
 
