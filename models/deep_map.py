@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, groupby
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -108,8 +109,11 @@ def features_at(rows_TD: Tensor, cells_Nhw: Tensor) -> Tensor:
 
 
 def batches_of(sizes: Sequence[tuple[int, ...]], batch_size: int) -> list[list[int]]:
-    """Return the indices of the items in batches, each with items of the same size only."""
-    in_order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    """Return the indices of the items in batches, each with items of the same height and width only.
+
+    Batches of large items come first, so that a stream that computes one at the end does not leave the others idle.
+    """
+    in_order = sorted(range(len(sizes)), key=lambda n: (-prod(sizes[n]), sizes[n]))
     groups = [list(alike) for _, alike in groupby(in_order, key=sizes.__getitem__)]
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 

@@ -71,9 +71,9 @@ class DeviceNetworks:
         `textured`: `deep` also returns the textures. Raises RuntimeUnavailableError if OpenVINO does not support a
         network.
         """
-        self._card, self._compute, self._device = card, compute, torch.device(compute.device)
+        self._card, self._compute, self.device = card, compute, torch.device(compute.device)
         # On one device, because their weights are compared.
-        classifier, segmenter = (network.to(self._device) for network in (classifier, segmenter))
+        classifier, segmenter = (network.to(self.device) for network in (classifier, segmenter))
         padded = pad_before_expansion(classifier), pad_before_expansion(segmenter)
         networks = split_networks(*padded, card.margin, textured=textured)
         self._in_windows = networks.first is not None and networks.reach_px <= CONTEXT
@@ -88,7 +88,7 @@ class DeviceNetworks:
         """The stride of the deep features if the segmenter takes the classifier's, else None."""
         start = MapSize(*networks.start)
         self._part_side = None
-        if self.shared_stride is not None and self._device.type == "cpu":
+        if self.shared_stride is not None and self.device.type == "cpu":
             cells = (card.margin + RING - AROUND) // self.shared_stride
             self._part_side = None if reads_beyond(cells, card.segmenter.rates) else PART_SIDE
         # The windows of a shared backbone can have less context than canvases.
@@ -99,9 +99,9 @@ class DeviceNetworks:
             maps = [start._replace(beyond=AROUND - card.margin), MapSize(*networks.shared_deep, RING)]
         self._segmenter = self._prepared(networks.segmenter, maps, few_sizes=self._part_side is not None)
         # If the whole backbone is shared, no other network holds the head.
-        self._classifier: Any = _placed(networks.classifier, self._device)
-        self._mean_C = torch.tensor(card.mean).to(self._device)
-        self._std_C = torch.tensor(card.std).to(self._device)
+        self._classifier: Any = _placed(networks.classifier, self.device)
+        self._mean_C = torch.tensor(card.mean).to(self.device)
+        self._std_C = torch.tensor(card.std).to(self.device)
         self._table_C256 = byte_table(torch.tensor(card.mean), torch.tensor(card.std))
 
     @property
@@ -122,7 +122,7 @@ class DeviceNetworks:
         if not self._in_windows:
             return self.each(self.start_alone, canvases, before_each)
         before_each()
-        side = _FINE_SIDE.get(self._device.type, _FINE_SIDE_ELSEWHERE)
+        side = _FINE_SIDE.get(self.device.type, _FINE_SIDE_ELSEWHERE)
         map_Chw = fine_map(self._fine, rgb_HWC, places, side, partial(self.each, before_each=before_each))
         return [part_of(map_Chw, place) for place in places]
 
@@ -246,7 +246,7 @@ class DeviceNetworks:
 
         `size` is the smallest side of an image, if it is not that of a canvas. For `few_sizes`, see `OpenVinoNetwork`.
         """
-        placed = _placed(network, self._device)
+        placed = _placed(network, self.device)
         if self._compute.runtime == "openvino":
             smallest = size or 2 * self._card.margin + SMALLEST_CORE
             return OpenVinoNetwork(
@@ -264,7 +264,7 @@ class DeviceNetworks:
         precision = self._compute.precision
         if precision == "float32" or self._compute.runtime == "openvino":
             return nullcontext()
-        return torch.autocast(self._device.type, dtype=_AUTOCAST[precision])
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[precision])
 
 
 def _placed(network: nn.Module, device: torch.device) -> nn.Module:

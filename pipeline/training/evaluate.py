@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from models.canvas_pass import Corner
 from models.card import ModelCard
 from models.device_networks import SMALLEST_CORE
 from models.errors import NonFiniteOutputError
 from models.gate_windows import CELL, window_step
-from models.predictor import Corner, Predictor
+from models.predictor import Predictor
 from pipeline.errors import ClassMismatchError, InferenceError, MaskError
 from pipeline.slide.labels import winners
 from pipeline.training.dataset import Dataset, Sample, background_HW, read_mask, read_rgb, samples

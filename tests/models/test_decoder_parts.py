@@ -15,9 +15,10 @@ from torch import Tensor
 from models import device_networks
 from models.backbone_windows import Place
 from models.bundle import load_bundle
+from models.canvas_pass import Decisions
 from models.card import NO_DIGEST
 from models.decoder_parts import PART_SIDE, cut, parts_of
-from models.predictor import Decisions, Predictor
+from models.predictor import Predictor
 from models.runtimes import Runtime
 from tests.models.networks import sharing_networks
 
