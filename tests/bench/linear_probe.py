@@ -35,14 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--mpp", type=float, default=1.0)
+    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--depth", type=int, default=4, help="feature stages of the backbone")
     parser.add_argument("--copies", type=int, nargs="+", default=[0], help="augmented copies of each training tile")
     parser.add_argument("--penalty", type=float, default=1e-3, help="factor on the squared weights")
     options = parser.parse_args(arguments)
     dataset = load_dataset("kather-2016", options.data)
     chosen = [sample for split in dataset.card.splits for sample in samples(dataset, split)]
-    backbone = Backbone("tf_efficientnet_lite0", depth=options.depth)
-    load_start(backbone.net, "imagenet", "tf_efficientnet_lite0")
+    backbone = Backbone(options.backbone, depth=options.depth)
+    load_start(backbone.net, "imagenet", options.backbone)
     labels_NK = np.array([sample.labels_K for sample in chosen])
     slides_N = np.array([sample.group for sample in chosen])
     passes = [features(backbone.eval(), dataset, chosen, options.mpp, copy) for copy in range(max(options.copies) + 1)]
