@@ -312,13 +312,17 @@ def file_label(path: Path) -> str:
 
 
 def annotation_files(inputs: Iterable[Path]) -> list[Path]:
-    """Return the files, and the files of folders, sorted. Raises LabelingError for a folder without annotations."""
+    """Return the files, and the files of folders, sorted, without hidden ones such as macOS adds.
+
+    Raises LabelingError for a folder without annotations.
+    """
     found: list[Path] = []
     for path in inputs:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(file for file in path.iterdir() if file.name.lower().endswith(ENDINGS))
+        visible = (file for file in path.iterdir() if not file.name.startswith("."))
+        inside = sorted(file for file in visible if file.name.lower().endswith(ENDINGS))
         if not inside:
             raise LabelingError(f"{path}: contains no annotations (endings: {' '.join(ENDINGS)})")
         found += inside

@@ -130,6 +130,22 @@ def test_every_file_that_qupath_writes_is_read(tmp_path: Path) -> None:
     assert all(len(read_annotations(file).found) == 1 for file in files)
 
 
+def test_files_that_a_mac_adds_to_folders_and_archives_are_skipped(tmp_path: Path) -> None:
+    text = written(tmp_path / "a.geojson", feature()).read_text(encoding="utf-8")
+    (tmp_path / "._a.geojson").write_bytes(b"\x00\x05\x16\x07")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for name in ("drawn/b.geojson", "drawn/c.geojson"):
+            archive.writestr(name, text)
+        for name in ("__MACOSX/drawn/b", "__MACOSX/drawn/._b.geojson", "drawn/._c.geojson", "drawn/.DS_Store"):
+            archive.writestr(name, b"\x00\x05\x16\x07")
+    assert annotation_files([tmp_path]) == [tmp_path / "a.geojson", tmp_path / "b.zip"]
+    assert len(read_annotations(tmp_path / "b.zip").found) == 2
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "._a.geojson").touch()
+    with pytest.raises(LabelingError, match="only: contains no annotations"):
+        annotation_files([tmp_path / "only"])
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"\xff\xfe", b"{}", b'"text"', b'{"type": "FeatureCollection"}', b"[1]", b"[" * 100_000,
