@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
 
 import numpy as np
 import shapely
@@ -345,21 +346,25 @@ def annotation_sources(files: Iterable[Path], slide: Path, annotator: str, mpp: 
 def slide_of(file: Path, slide: Path) -> Path:
     """Return the slide of a file of annotations: `slide`, or the file of this name in the folder `slide`.
 
-    "a.svs.geojson" and "a.geojson" belong to "a.svs". Annotations may lie beside their slides. Raises
-    LabelingError if there is not exactly one such slide.
+    "a.svs.geojson" and "a.geojson" belong to "a.svs". Annotations may lie beside their slides. An umlaut may be one
+    character or two, because macOS writes two. Raises LabelingError if there is not exactly one such slide.
     """
     if not slide.is_dir():
         return slide
     name = next((file.name[: -len(end)] for end in sorted(ENDINGS, key=len, reverse=True)
                  if file.name.lower().endswith(end)), file.name)  # fmt: skip
     files = [path for path in sorted(slide.iterdir()) if path.is_file() and not path.name.lower().endswith(ENDINGS)]
-    found = [path for path in files if name in (path.name, path.stem)]
+    found = [path for path in files if _composed(name) in (_composed(path.name), _composed(path.stem))]
     if len(found) != 1:
         raise LabelingError(
             f"{file.name}: {len(found)} slides in {slide} have the name {name}; name the file after its slide, or pass "
             "the slide with --slide"
         )
     return found[0]
+
+
+def _composed(name: str) -> str:
+    return normalize("NFC", name)
 
 
 def used_names(annotations: Iterable[Annotation], mapping: Mapping[str, str]) -> Iterator[str]:

@@ -251,6 +251,12 @@ def test_a_file_belongs_to_the_slide_of_its_name(tmp_path: Path) -> None:
         annotation_files([tmp_path])
 
 
+def test_a_file_belongs_to_a_slide_whose_name_has_its_umlaut_in_two_characters(tmp_path: Path) -> None:
+    (tmp_path / "Ko\u0308ln.svs").touch()
+    (tmp_path / "Jena.svs").touch()
+    assert slide_of(Path("K\u00f6ln.geojson"), tmp_path).stat() == (tmp_path / "Ko\u0308ln.svs").stat()
+
+
 def test_annotations_may_lie_beside_their_slide(tmp_path: Path) -> None:
     for name in ("a.svs", "a.geojson", "a.svs.geojson", "a.GEOJSON.gz", "a.zip"):
         (tmp_path / name).touch()
