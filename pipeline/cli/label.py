@@ -226,11 +226,12 @@ def import_(
         names = names_of([drawing for one in sources for drawing in one.drawings], pairs)
         is_new = not has_classes(output)
         if corrections is not None and is_new:
-            names = [*(pairs.get(name, name) for one in sources for name in one.classes), *names]
+            names = [*(pairs.get(tissue.name, tissue.name) for one in sources for tissue in one.classes), *names]
         slides = [_only_file(one.slide, patient, one.mpp) for one in sources]
         if is_new:
             check_names(names, sources, pairs)
-        with open_import(output, who, Wishes(patch_mpp, patch_side), names) as folder:
+        known = {tissue.name: tissue for one in sources for tissue in one.classes}
+        with open_import(output, who, Wishes(patch_mpp, patch_side), names, known) as folder:
             for one, file in zip(sources, slides, strict=True):
                 done = import_drawings(folder, file, one.drawings, pairs, partial=partial, digest=one.digest)
                 rest = "imported" if partial else "not imported; pass --partial to complete them on the page"

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import AfterValidator, Field, TypeAdapter
 
-from models.tissue_class import ClassName, Color
+from models.tissue_class import ClassName, Color, Role
 from pipeline.files import printable_name
 from pipeline.labeling.event_file import Entry, EventModel
 from pipeline.labeling.masks import checked_area
@@ -87,6 +87,8 @@ class ClassAdded(EventModel):
     """Number of the class, which never changes."""
     name: ClassName
     color: Color
+    role: Role = "tissue"
+    """Earlier versions did not save the role."""
 
 
 class ClassRenamed(EventModel):

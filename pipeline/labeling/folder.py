@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from models.card import ModelCard
-from models.tissue_class import Color
+from models.tissue_class import Color, TissueClass
 from pipeline.errors import LabelingError
 from pipeline.files import is_file
 from pipeline.labeling.events import ClassAdded, ClassesMerged, ClassRenamed, Event, FolderStarted, Recorded
@@ -63,17 +63,18 @@ def prepare_folder(
     wishes: Wishes,
     card: ModelCard,
     names: Sequence[str],
-    colors: Mapping[str, Color],
+    known: Mapping[str, TissueClass],
 ) -> FolderStarted:
     """Start a folder or check its settings, and add the classes that it lacks. Return the settings.
 
-    A new folder gets its pixel size and side from `card` unless `wishes` has them. Raises LabelingError if the folder
-    would have fewer than two classes, or if a setting or a class cannot be used.
+    `known` classes, by name, give added ones their color and role. A new folder gets pixel size and side from `card`
+    unless `wishes` has them. Raises LabelingError if the folder would have fewer than two classes, or if a setting or a
+    class cannot be used.
     """
     check_classes([*(one.name for one in Labels(store.read()).classes.values()), *names])
     defaults = Wishes(card.mpp, card.gate_window, DEFAULT_SEED, DEFAULT_BLIND_SHARE)
     settings = start_folder(store, annotator, wishes, defaults)
-    add_classes(store, annotator, names, colors)
+    add_classes(store, annotator, names, known)
     return settings
 
 
@@ -110,21 +111,21 @@ def _first(value: float | None, default: float | None) -> float | None:
     return default if value is None else value
 
 
-def add_classes(store: EventStore, annotator: str, names: Sequence[str], colors: Mapping[str, Color]) -> None:
-    """Add the classes that the folder does not have yet. `colors` are those of a model, by name.
+def add_classes(store: EventStore, annotator: str, names: Sequence[str], known: Mapping[str, TissueClass]) -> None:
+    """Add the classes that the folder does not have yet. `known` classes, by name, give them their color and role.
 
     Raises LabelingError for a name that is not valid.
     """
 
     def added(before: Sequence[Recorded]) -> list[Event]:
         labels = Labels(before)
-        known = set(_names(labels))
-        new = [name for name in dict.fromkeys(names) if name not in known]
+        new = [name for name in dict.fromkeys(names) if name not in _names(labels)]
         try:
-            return [
-                ClassAdded(id=id_, name=name, color=colors.get(name) or class_color(id_ - 1))
+            made = [
+                (id_, known.get(name) or TissueClass(name, class_color(id_ - 1)))
                 for id_, name in enumerate(new, start=labels.next_class_id)
             ]
+            return [ClassAdded(id=id_, name=one.name, color=one.color, role=one.role) for id_, one in made]
         except ValidationError as error:
             raise LabelingError(f"--classes: {error.errors()[0]['msg']}; separate the names by commas") from error
 

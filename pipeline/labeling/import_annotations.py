@@ -22,6 +22,7 @@ import shapely
 from numpy.typing import NDArray
 from shapely.geometry.base import BaseGeometry
 
+from models.tissue_class import TissueClass
 from pipeline.errors import LabelingError
 from pipeline.files import printable_name
 from pipeline.labeling.annotations import ENDINGS, Annotation, read_annotations
@@ -62,8 +63,8 @@ class ImportSource:
     """Micrometers per pixel of the slide, if its file does not state it."""
     digest: str | None = None
     """Digest of the slide's file, if it is known."""
-    classes: Sequence[str] = ()
-    """Classes that a new folder gets even if nobody drew them."""
+    classes: Sequence[TissueClass] = ()
+    """Classes of a corrected result. A new folder gets them even if nobody drew them."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _joined(parts: Sequence[ImportSource]) -> ImportSource:
         name=", ".join(dict.fromkeys(one.name for one in parts)),
         drawings=[drawing for one in parts for drawing in one.drawings],
         skipped=skipped,
-        classes=tuple(dict.fromkeys(name for one in parts for name in one.classes)),
+        classes=tuple(dict.fromkeys(tissue for one in parts for tissue in one.classes)),
     )
 
 

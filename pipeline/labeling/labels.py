@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from models.tissue_class import Color
+from models.tissue_class import Color, Role
 from pipeline.labeling.events import (
     Answer,
     ClassAdded,
@@ -31,6 +31,9 @@ class LabelClass:
     id: int
     name: str
     color: Color
+    role: Role
+    former_names: tuple[str, ...] = ()
+    """The latest first."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,12 @@ class Labels:
             case SlideAdded() as event:
                 self.slides[event.digest] = event
             case ClassAdded() as event:
-                self.classes[event.id] = LabelClass(event.id, event.name, event.color)
+                self.classes[event.id] = LabelClass(event.id, event.name, event.color, event.role)
             case ClassRenamed() as event:
                 if event.id in self.classes:
-                    self.classes[event.id] = replace(self.classes[event.id], name=event.name)
+                    old = self.classes[event.id]
+                    former_names = (old.name, *old.former_names)
+                    self.classes[event.id] = replace(old, name=event.name, former_names=former_names)
             case ClassesMerged() as event:
                 into = self._current(event.into)
                 if event.id in self.classes and into in self.classes and into != event.id:

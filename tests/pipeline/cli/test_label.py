@@ -219,7 +219,10 @@ def test_a_model_gives_its_classes_to_the_folder_that_a_failed_start_left(slide:
         names = [one["name"] for one in ask(url, "state.json")["classes"]]
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-    assert names == [one.name for one in load_bundle(DEFAULT_MODEL).card.classes]
+    classes = load_bundle(DEFAULT_MODEL).card.classes
+    assert names == [one.name for one in classes]
+    assert load_dataset(tmp_path / "l").classes == tuple(classes), "with their colors, and glass as background"
+    assert "background" in {one.role for one in classes}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.tissue_class import TissueClass
 from pipeline.errors import LabelingError
 from pipeline.labeling.annotations import Annotation, read_annotations
 from pipeline.labeling.import_annotations import (
@@ -224,14 +225,15 @@ def test_a_file_is_stated_with_its_folder(tmp_path: Path) -> None:
 
 
 def test_sources_of_one_slide_are_imported_together() -> None:
-    one, other, third = (Drawing("ann", [Annotation(("a",), shapely.box(0, 0, x, 1))]) for x in (1, 2, 3))
+    one, other, third = (Drawing("ann", [Annotation(("a",), shapely.box(0, 0, w, 1))]) for w in (1, 2, 3))
     a, b = Path("a.svs"), Path("b.svs")
+    x, y, z = (TissueClass(name, (1, 2, 3)) for name in "xyz")
     first, second = joined_sources([
-        ImportSource("a.geojson", a, [one], {"locked": 1}, classes=["x", "y"]),
+        ImportSource("a.geojson", a, [one], {"locked": 1}, classes=[x, y]),
         ImportSource("b.geojson", b, [other], {}),
-        ImportSource("a.svs.geojson", a, [third], {"locked": 2}, classes=["y", "z"]),
+        ImportSource("a.svs.geojson", a, [third], {"locked": 2}, classes=[y, z]),
     ])  # fmt: skip
-    joined = ImportSource("a.geojson, a.svs.geojson", a, [one, third], {"locked": 3}, classes=("x", "y", "z"))
+    joined = ImportSource("a.geojson, a.svs.geojson", a, [one, third], {"locked": 3}, classes=(x, y, z))
     assert (first, second) == (joined, ImportSource("b.geojson", b, [other], {}))
     assert len(joined_sources([ImportSource("a", a, [one], {}, digest=digest) for digest in "cd"])) == 2
     assert len(joined_sources([ImportSource("a", path, [one], {}, digest="c") for path in (a, b)])) == 1

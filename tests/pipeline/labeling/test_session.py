@@ -311,7 +311,7 @@ def test_a_slide_whose_name_is_not_utf_8_is_labeled_under_its_escaped_name(
         rows = list(csv.DictReader(stream))
     assert [(row["slide"], row["patient"]) for row in rows] == [("caf\\udce9.svs", "caf\\udce9")] * 2
     drawing = Drawing("bob", [Annotation(("class-0",), shapely.box(0, 0, SIDE, SIDE))])
-    with open_import(tmp_path / "l", "bob", Wishes(), []) as folder:
+    with open_import(tmp_path / "l", "bob", Wishes(), [], {}) as folder:
         for _ in range(2):
             import_drawings(folder, SlideFile(slide, slide.stem), [drawing], {}, partial=False)
         events = [one.event.kind for one in folder.store.read()]

@@ -32,6 +32,19 @@ def test_events_come_back_as_they_were_saved_and_in_their_order(tmp_path: Path) 
         assert [one.number for one in store.read(after=2)] == [3]
 
 
+def test_a_class_of_an_earlier_version_has_the_role_tissue(tmp_path: Path) -> None:
+    with EventStore(tmp_path / "a.sqlite"):
+        pass
+    other = sqlite3.connect(tmp_path / "a.sqlite")
+    event = '{"kind": "class", "id": 1, "name": "tumor", "color": [200, 0, 0]}'
+    other.execute("INSERT INTO events (time, annotator, event) VALUES ('', '', ?)", (event,))
+    other.commit()
+    other.close()
+    with EventStore(tmp_path / "a.sqlite") as store:
+        assert [one.event for one in store.read()] == [TUMOR]
+        assert Labels(store.read()).classes[1].role == "tissue"
+
+
 @pytest.mark.parametrize("statement", ["UPDATE events SET annotator = 'x'", "DELETE FROM events"])
 def test_no_program_can_change_or_delete_an_event(tmp_path: Path, statement: str) -> None:
     with EventStore(tmp_path / "a.sqlite") as store:
