@@ -271,13 +271,17 @@ def classes(
         list[str] | None,
         typer.Option(help="Make a class a part of another one, as part=whole. Can be repeated.", show_default="none"),
     ] = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(help="Remove a class that is present in no patch. Can be repeated.", show_default="none"),
+    ] = None,
     annotator: AnnotatorOption = None,
 ) -> None:
     """List the classes of a labels folder, or change them.
 
     After you add a class, the page first shows the labeled patches that have no answer for it.
     """
-    from pipeline.labeling.folder import add_classes, merge_classes, open_events, rename_class
+    from pipeline.labeling.folder import add_classes, merge_classes, open_events, remove_class, rename_class
 
     who = annotator_name(PROGRAM, annotator)
     with failing(), open_events(folder) as store:
@@ -286,6 +290,8 @@ def classes(
             rename_class(store, who, *_pair("--rename", pair))
         for pair in merge or []:
             merge_classes(store, who, *_pair("--merge", pair))
+        for name in remove or []:
+            remove_class(store, who, name)
         labels = _written(folder, store)
     for one in labels.classes.values():
         typer.echo(one.name)

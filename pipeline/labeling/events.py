@@ -107,6 +107,13 @@ class ClassesMerged(EventModel):
     into: int
 
 
+class ClassRemoved(EventModel):
+    """A class was removed, and with it the classes that are part of it. Answers for it do not count."""
+
+    kind: Literal["remove"] = "remove"
+    id: int
+
+
 class Labeled(EventModel):
     """A person labeled a patch. The latest label of an annotator that is not undone counts."""
 
@@ -139,7 +146,7 @@ class Undone(EventModel):
     numbers: tuple[int, ...]
 
 
-Event = FolderStarted | SlideAdded | ClassAdded | ClassRenamed | ClassesMerged | Labeled | Undone
+Event = FolderStarted | SlideAdded | ClassAdded | ClassRenamed | ClassesMerged | ClassRemoved | Labeled | Undone
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 """Reads and writes events as JSON."""

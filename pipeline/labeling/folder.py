@@ -21,7 +21,15 @@ from models.card import ModelCard
 from models.tissue_class import Color, TissueClass
 from pipeline.errors import LabelingError
 from pipeline.files import is_file
-from pipeline.labeling.events import ClassAdded, ClassesMerged, ClassRenamed, Event, FolderStarted, Recorded
+from pipeline.labeling.events import (
+    ClassAdded,
+    ClassesMerged,
+    ClassRemoved,
+    ClassRenamed,
+    Event,
+    FolderStarted,
+    Recorded,
+)
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
 from pipeline.training.palettes import CLASS_COLORS
@@ -167,14 +175,36 @@ def merge_classes(store: EventStore, annotator: str, old: str, into: str) -> Non
         event = ClassesMerged(id=class_id(labels, old), into=class_id(labels, into))
         if event.id == event.into:
             raise LabelingError(f"class {old} cannot be merged into itself")
-        if len(labels.classes) <= 2:
-            raise LabelingError(
-                f"class {old} cannot be merged into {into}, because a model needs at least two classes; add a class "
-                "with --add first"
-            )
+        _check_enough_are_left(labels, f"class {old} cannot be merged into {into}")
         return [event]
 
     store.append_decided(annotator, merged)
+
+
+def remove_class(store: EventStore, annotator: str, name: str) -> None:
+    """Remove a class.
+
+    Raises LabelingError if it does not exist, if it is present in a patch, or if there are only two classes.
+    """
+
+    def removed(before: Sequence[Recorded]) -> list[Event]:
+        labels = Labels(before)
+        event = ClassRemoved(id=class_id(labels, name))
+        if found := labels.places_with(event.id):
+            raise LabelingError(
+                f"class {name} cannot be removed, because it is present in {len(found)} patches; merge it into another "
+                "class with --merge, or label these patches again"
+            )
+        _check_enough_are_left(labels, f"class {name} cannot be removed")
+        return [event]
+
+    store.append_decided(annotator, removed)
+
+
+def _check_enough_are_left(labels: Labels, problem: str) -> None:
+    """Raise LabelingError if there is not one class more than a model needs."""
+    if len(labels.classes) <= 2:
+        raise LabelingError(f"{problem}, because a model needs at least two classes; add a class with --add first")
 
 
 def class_id(labels: Labels, name: str) -> int:
