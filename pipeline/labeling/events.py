@@ -6,10 +6,10 @@ Places use level-0 pixels from the corner of the slide's bounds, as in QuPath.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
 
 from models.tissue_class import ClassName, Color, Role
 from pipeline.files import printable_name
@@ -88,7 +88,11 @@ class ClassAdded(EventModel):
     name: ClassName
     color: Color
     role: Role = "tissue"
-    """Earlier versions did not save the role."""
+
+    @model_serializer(mode="wrap")
+    def _as_json(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Earlier versions have no role and refuse unknown keys.
+        return {key: value for key, value in content(self).items() if (key, value) != ("role", "tissue")}
 
 
 class ClassRenamed(EventModel):

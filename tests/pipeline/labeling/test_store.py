@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import LabelingError
-from pipeline.labeling.events import Event, Recorded
+from pipeline.labeling.events import EVENT, ClassAdded, Event, Recorded
 from pipeline.labeling.folder import Wishes, add_classes, merge_classes, start_folder
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
@@ -43,6 +44,12 @@ def test_a_class_of_an_earlier_version_has_the_role_tissue(tmp_path: Path) -> No
     with EventStore(tmp_path / "a.sqlite") as store:
         assert [one.event for one in store.read()] == [TUMOR]
         assert Labels(store.read()).classes[1].role == "tissue"
+
+
+def test_earlier_versions_can_read_a_class_with_the_role_tissue() -> None:
+    glass = ClassAdded(id=3, name="glass", color=(9, 9, 9), role="background")
+    assert json.loads(TUMOR.model_dump_json()) == {"kind": "class", "id": 1, "name": "tumor", "color": [200, 0, 0]}
+    assert EVENT.validate_json(glass.model_dump_json()) == glass
 
 
 @pytest.mark.parametrize("statement", ["UPDATE events SET annotator = 'x'", "DELETE FROM events"])
