@@ -226,11 +226,12 @@ def import_(
         names = names_of([drawing for one in sources for drawing in one.drawings], pairs)
         is_new = not has_classes(output)
         if corrections is not None and is_new:
-            names = [*(pairs.get(name, name) for one in sources for name in one.classes), *names]
+            names = [*(pairs.get(tissue.name, tissue.name) for one in sources for tissue in one.classes), *names]
         slides = [_only_file(one.slide, patient, one.mpp) for one in sources]
         if is_new:
             check_names(names, sources, pairs)
-        with open_import(output, who, Wishes(patch_mpp, patch_side), names) as folder:
+        known = {tissue.name: tissue for one in sources for tissue in one.classes}
+        with open_import(output, who, Wishes(patch_mpp, patch_side), names, known) as folder:
             for one, file in zip(sources, slides, strict=True):
                 done = import_drawings(folder, file, one.drawings, pairs, partial=partial, digest=one.digest)
                 rest = "imported" if partial else "not imported; pass --partial to complete them on the page"
@@ -270,13 +271,17 @@ def classes(
         list[str] | None,
         typer.Option(help="Make a class a part of another one, as part=whole. Can be repeated.", show_default="none"),
     ] = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(help="Remove a class that is present in no patch. Can be repeated.", show_default="none"),
+    ] = None,
     annotator: AnnotatorOption = None,
 ) -> None:
     """List the classes of a labels folder, or change them.
 
     After you add a class, the page first shows the labeled patches that have no answer for it.
     """
-    from pipeline.labeling.folder import add_classes, merge_classes, open_events, rename_class
+    from pipeline.labeling.folder import add_classes, merge_classes, open_events, remove_class, rename_class
 
     who = annotator_name(PROGRAM, annotator)
     with failing(), open_events(folder) as store:
@@ -285,6 +290,8 @@ def classes(
             rename_class(store, who, *_pair("--rename", pair))
         for pair in merge or []:
             merge_classes(store, who, *_pair("--merge", pair))
+        for name in remove or []:
+            remove_class(store, who, name)
         labels = _written(folder, store)
     for one in labels.classes.values():
         typer.echo(one.name)

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import shapely
@@ -60,7 +60,7 @@ class Annotations:
 
 
 def read_annotations(file: Path, published: PublishedMap | None = None) -> Annotations:
-    """Read a .geojson, .geojson.gz or .zip file. Raises LabelingError if it is not GeoJSON.
+    """Read a .geojson, .geojson.gz or .zip file, without hidden files. Raises LabelingError if it is not GeoJSON.
 
     Of annotations that a person made from a `published` map, only the changes count: the places to which the person
     gave another class than the map.
@@ -87,7 +87,7 @@ def _contents(file: Path) -> Iterator[bytes]:
         if file.name.lower().endswith(".zip"):
             with zipfile.ZipFile(file) as archive:
                 for member in archive.infolist():
-                    if not member.is_dir():
+                    if not (member.is_dir() or _is_hidden(member.filename)):
                         with archive.open(member) as stream:
                             yield stream.read(MOST_BYTES + 1)
         elif file.name.lower().endswith(".gz"):
@@ -97,6 +97,11 @@ def _contents(file: Path) -> Iterator[bytes]:
             yield file.read_bytes()
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise LabelingError(f"{file}: cannot be read ({error}); export the annotations again from QuPath") from error
+
+
+def _is_hidden(member: str) -> bool:
+    """Return whether a file in an archive is hidden. macOS adds such files, beside the others or below __MACOSX."""
+    return member.startswith("__MACOSX/") or PurePosixPath(member).name.startswith(".")
 
 
 def _features(file: Path, content: bytes) -> Iterable[Any]:

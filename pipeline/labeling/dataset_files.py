@@ -14,7 +14,7 @@ import shutil
 import threading
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ OWN_KEYS = {
     "licence": "Not stated: fill in the license of the slides and labels.",
     "attribution": "Not stated: fill in who made the slides and the labels.",
     "limits": "Not for diagnosis or any clinical use.",
+    "scope": "",
 }
 """Keys of dataset.toml that belong to the user, and their first values."""
 
@@ -251,20 +252,25 @@ def class_columns(labels: Labels) -> list[str]:
 
 
 def card_text(file: Path, labels: Labels, *, masks: bool) -> str:
-    """Return dataset.toml. The user's own keys (`OWN_KEYS`) are kept. `masks`: whether patches have pixel masks.
+    """Return dataset.toml. The user's own keys (`OWN_KEYS`) and the roles of the classes in `file` are kept.
 
-    Raises LabelingError for a damaged file.
+    `masks`: whether patches have pixel masks. Raises LabelingError for a damaged file.
     """
     assert labels.settings is not None
-    own = OWN_KEYS | _kept_keys(file)
+    content = _content(file)
+    own, roles = OWN_KEYS | _kept_keys(content), _roles(content)
     lines = [
-        "# Written by wsi-label after each label. Fill in the next five keys; they are kept. Other changes are lost."
+        "# Written by wsi-label after each label. Fill in the next six keys. They are kept, and so is the role of each",
+        '# class: add role = "background" to a class that is not tissue, such as glass. Other changes are lost.',
     ]
     lines += [f"{key} = {_toml(own[key])}" for key in OWN_KEYS]
     lines += [f"mpp = {labels.settings.mpp!r}", "classes = ["]
     for k, one in enumerate(labels.classes.values()):
-        values = f", mask_values = [{k}]" if masks else ""
-        lines.append(f"    {{ name = {_toml(one.name)}, color = {list(one.color)}{values} }},")
+        # A class that was renamed since the file was written is there by its former name.
+        role = next((roles[name] for name in (one.name, *one.former_names) if name in roles), one.role)
+        more = f", role = {_toml(role)}" if role != "tissue" else ""
+        more += f", mask_values = [{k}]" if masks else ""
+        lines.append(f"    {{ name = {_toml(one.name)}, color = {list(one.color)}{more} }},")
     mask = f', mask = "{MASKS}/{{name}}.png"' if masks else ""
     lines += ["]", *([f"mask_excluded = [{UNKNOWN}]"] if masks else []), ""]
     lines += ["[images]", f'all = [{{ image = "{PATCHES}/*.png"{mask} }}]', ""]
@@ -274,14 +280,24 @@ def card_text(file: Path, labels: Labels, *, masks: bool) -> str:
     return "\n".join(lines)
 
 
-def _kept_keys(file: Path) -> dict[str, Any]:
+def _content(file: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise LabelingError(f"{file}: is not valid TOML ({error}); repair it or move it away") from error
+
+
+def _kept_keys(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: content[key] for key in OWN_KEYS if isinstance(content.get(key), str) and content[key]}
+
+
+def _roles(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the role of each class in a dataset.toml. Users may have changed them: wsi-train refuses wrong ones."""
+    classes = content.get("classes")
+    tables = [one for one in classes if isinstance(one, dict)] if isinstance(classes, list) else []
+    return {one["name"]: str(one.get("role", "tissue")) for one in tables if isinstance(one.get("name"), str)}
 
 
 def _toml(text: str) -> str:

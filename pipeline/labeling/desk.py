@@ -57,8 +57,8 @@ def open_desk(
     card = (model or shipped).card
     with ExitStack() as stack:
         store = stack.enter_context(EventStore(folder / EVENTS_FILE))
-        colors = {one.name: one.color for one in card.classes} if model else {}
-        settings = prepare_folder(store, annotator, wishes, card, classes, colors)
+        known = {one.name: one for one in card.classes} if model else {}
+        settings = prepare_folder(store, annotator, wishes, card, classes, known)
         if model is not None:
             check_model(model, settings)
         slides = Slides(files, settings, list(Labels(store.read()).slides.values()))

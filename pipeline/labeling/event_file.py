@@ -177,8 +177,13 @@ class EventFile(Generic[E]):
                 "SELECT number, time, annotator, event FROM events WHERE number > ? ORDER BY number", (after,)
             ).fetchall()
             return [Entry(number, time, who, validate(event)) for number, time, who, event in rows]
-        except (sqlite3.Error, ValidationError) as error:
+        except sqlite3.Error as error:
             raise LabelingError(f"{self._path}: is damaged ({error}); restore a copy of the file") from error
+        except ValidationError as error:
+            raise LabelingError(
+                f"{self._path}: is damaged, or was written by a newer version of wsi-segment ({error}); update "
+                "wsi-segment, or restore a copy of the file"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

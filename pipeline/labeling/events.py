@@ -6,12 +6,12 @@ Places use level-0 pixels from the corner of the slide's bounds, as in QuPath.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
 
-from models.tissue_class import ClassName, Color
+from models.tissue_class import ClassName, Color, Role
 from pipeline.files import printable_name
 from pipeline.labeling.event_file import Entry, EventModel
 from pipeline.labeling.masks import checked_area
@@ -87,6 +87,12 @@ class ClassAdded(EventModel):
     """Number of the class, which never changes."""
     name: ClassName
     color: Color
+    role: Role = "tissue"
+
+    @model_serializer(mode="wrap")
+    def _as_json(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Earlier versions have no role and refuse unknown keys.
+        return {key: value for key, value in content(self).items() if (key, value) != ("role", "tissue")}
 
 
 class ClassRenamed(EventModel):
@@ -103,6 +109,13 @@ class ClassesMerged(EventModel):
     kind: Literal["merge"] = "merge"
     id: int
     into: int
+
+
+class ClassRemoved(EventModel):
+    """A class was removed, and with it the classes that are part of it. Answers for it do not count."""
+
+    kind: Literal["remove"] = "remove"
+    id: int
 
 
 class Labeled(EventModel):
@@ -137,7 +150,7 @@ class Undone(EventModel):
     numbers: tuple[int, ...]
 
 
-Event = FolderStarted | SlideAdded | ClassAdded | ClassRenamed | ClassesMerged | Labeled | Undone
+Event = FolderStarted | SlideAdded | ClassAdded | ClassRenamed | ClassesMerged | ClassRemoved | Labeled | Undone
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 """Reads and writes events as JSON."""

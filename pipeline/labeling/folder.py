@@ -18,10 +18,18 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from models.card import ModelCard
-from models.tissue_class import Color
+from models.tissue_class import Color, TissueClass
 from pipeline.errors import LabelingError
 from pipeline.files import is_file
-from pipeline.labeling.events import ClassAdded, ClassesMerged, ClassRenamed, Event, FolderStarted, Recorded
+from pipeline.labeling.events import (
+    ClassAdded,
+    ClassesMerged,
+    ClassRemoved,
+    ClassRenamed,
+    Event,
+    FolderStarted,
+    Recorded,
+)
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
 from pipeline.training.palettes import CLASS_COLORS
@@ -63,17 +71,18 @@ def prepare_folder(
     wishes: Wishes,
     card: ModelCard,
     names: Sequence[str],
-    colors: Mapping[str, Color],
+    known: Mapping[str, TissueClass],
 ) -> FolderStarted:
     """Start a folder or check its settings, and add the classes that it lacks. Return the settings.
 
-    A new folder gets its pixel size and side from `card` unless `wishes` has them. Raises LabelingError if the folder
-    would have fewer than two classes, or if a setting or a class cannot be used.
+    `known` classes, by name, give added ones their color and role. A new folder gets pixel size and side from `card`
+    unless `wishes` has them. Raises LabelingError if the folder would have fewer than two classes, or if a setting or a
+    class cannot be used.
     """
     check_classes([*(one.name for one in Labels(store.read()).classes.values()), *names])
     defaults = Wishes(card.mpp, card.gate_window, DEFAULT_SEED, DEFAULT_BLIND_SHARE)
     settings = start_folder(store, annotator, wishes, defaults)
-    add_classes(store, annotator, names, colors)
+    add_classes(store, annotator, names, known)
     return settings
 
 
@@ -110,21 +119,21 @@ def _first(value: float | None, default: float | None) -> float | None:
     return default if value is None else value
 
 
-def add_classes(store: EventStore, annotator: str, names: Sequence[str], colors: Mapping[str, Color]) -> None:
-    """Add the classes that the folder does not have yet. `colors` are those of a model, by name.
+def add_classes(store: EventStore, annotator: str, names: Sequence[str], known: Mapping[str, TissueClass]) -> None:
+    """Add the classes that the folder does not have yet. `known` classes, by name, give them their color and role.
 
     Raises LabelingError for a name that is not valid.
     """
 
     def added(before: Sequence[Recorded]) -> list[Event]:
         labels = Labels(before)
-        known = set(_names(labels))
-        new = [name for name in dict.fromkeys(names) if name not in known]
+        new = [name for name in dict.fromkeys(names) if name not in _names(labels)]
         try:
-            return [
-                ClassAdded(id=id_, name=name, color=colors.get(name) or class_color(id_ - 1))
+            made = [
+                (id_, known.get(name) or TissueClass(name, class_color(id_ - 1)))
                 for id_, name in enumerate(new, start=labels.next_class_id)
             ]
+            return [ClassAdded(id=id_, name=one.name, color=one.color, role=one.role) for id_, one in made]
         except ValidationError as error:
             raise LabelingError(f"--classes: {error.errors()[0]['msg']}; separate the names by commas") from error
 
@@ -166,14 +175,36 @@ def merge_classes(store: EventStore, annotator: str, old: str, into: str) -> Non
         event = ClassesMerged(id=class_id(labels, old), into=class_id(labels, into))
         if event.id == event.into:
             raise LabelingError(f"class {old} cannot be merged into itself")
-        if len(labels.classes) <= 2:
-            raise LabelingError(
-                f"class {old} cannot be merged into {into}, because a model needs at least two classes; add a class "
-                "with --add first"
-            )
+        _check_enough_are_left(labels, f"class {old} cannot be merged into {into}")
         return [event]
 
     store.append_decided(annotator, merged)
+
+
+def remove_class(store: EventStore, annotator: str, name: str) -> None:
+    """Remove a class.
+
+    Raises LabelingError if it does not exist, if it is present in a patch, or if there are only two classes.
+    """
+
+    def removed(before: Sequence[Recorded]) -> list[Event]:
+        labels = Labels(before)
+        event = ClassRemoved(id=class_id(labels, name))
+        if found := labels.places_with(event.id):
+            raise LabelingError(
+                f"class {name} cannot be removed, because it is present in {len(found)} patches; merge it into another "
+                "class with --merge, or label these patches again"
+            )
+        _check_enough_are_left(labels, f"class {name} cannot be removed")
+        return [event]
+
+    store.append_decided(annotator, removed)
+
+
+def _check_enough_are_left(labels: Labels, problem: str) -> None:
+    """Raise LabelingError if there is not one class more than a model needs."""
+    if len(labels.classes) <= 2:
+        raise LabelingError(f"{problem}, because a model needs at least two classes; add a class with --add first")
 
 
 def class_id(labels: Labels, name: str) -> int:

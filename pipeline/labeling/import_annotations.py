@@ -15,12 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 from shapely.geometry.base import BaseGeometry
 
+from models.tissue_class import TissueClass
 from pipeline.errors import LabelingError
 from pipeline.files import printable_name
 from pipeline.labeling.annotations import ENDINGS, Annotation, read_annotations
@@ -61,8 +63,8 @@ class ImportSource:
     """Micrometers per pixel of the slide, if its file does not state it."""
     digest: str | None = None
     """Digest of the slide's file, if it is known."""
-    classes: Sequence[str] = ()
-    """Classes that a new folder gets even if nobody drew them."""
+    classes: Sequence[TissueClass] = ()
+    """Classes of a corrected result. A new folder gets them even if nobody drew them."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _joined(parts: Sequence[ImportSource]) -> ImportSource:
         name=", ".join(dict.fromkeys(one.name for one in parts)),
         drawings=[drawing for one in parts for drawing in one.drawings],
         skipped=skipped,
-        classes=tuple(dict.fromkeys(name for one in parts for name in one.classes)),
+        classes=tuple(dict.fromkeys(tissue for one in parts for tissue in one.classes)),
     )
 
 
@@ -312,13 +314,17 @@ def file_label(path: Path) -> str:
 
 
 def annotation_files(inputs: Iterable[Path]) -> list[Path]:
-    """Return the files, and the files of folders, sorted. Raises LabelingError for a folder without annotations."""
+    """Return the files, and the files of folders, sorted, without hidden ones such as macOS adds.
+
+    Raises LabelingError for a folder without annotations.
+    """
     found: list[Path] = []
     for path in inputs:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(file for file in path.iterdir() if file.name.lower().endswith(ENDINGS))
+        visible = (file for file in path.iterdir() if not file.name.startswith("."))
+        inside = sorted(file for file in visible if file.name.lower().endswith(ENDINGS))
         if not inside:
             raise LabelingError(f"{path}: contains no annotations (endings: {' '.join(ENDINGS)})")
         found += inside
@@ -341,21 +347,25 @@ def annotation_sources(files: Iterable[Path], slide: Path, annotator: str, mpp: 
 def slide_of(file: Path, slide: Path) -> Path:
     """Return the slide of a file of annotations: `slide`, or the file of this name in the folder `slide`.
 
-    "a.svs.geojson" and "a.geojson" belong to "a.svs". Annotations may lie beside their slides. Raises
-    LabelingError if there is not exactly one such slide.
+    "a.svs.geojson" and "a.geojson" belong to "a.svs". Annotations may lie beside their slides. An umlaut may be one
+    character or two, because macOS writes two. Raises LabelingError if there is not exactly one such slide.
     """
     if not slide.is_dir():
         return slide
     name = next((file.name[: -len(end)] for end in sorted(ENDINGS, key=len, reverse=True)
                  if file.name.lower().endswith(end)), file.name)  # fmt: skip
     files = [path for path in sorted(slide.iterdir()) if path.is_file() and not path.name.lower().endswith(ENDINGS)]
-    found = [path for path in files if name in (path.name, path.stem)]
+    found = [path for path in files if _composed(name) in (_composed(path.name), _composed(path.stem))]
     if len(found) != 1:
         raise LabelingError(
             f"{file.name}: {len(found)} slides in {slide} have the name {name}; name the file after its slide, or pass "
             "the slide with --slide"
         )
     return found[0]
+
+
+def _composed(name: str) -> str:
+    return normalize("NFC", name)
 
 
 def used_names(annotations: Iterable[Annotation], mapping: Mapping[str, str]) -> Iterator[str]:

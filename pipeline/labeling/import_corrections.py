@@ -75,5 +75,4 @@ def _corrected(folder: Path, moved: Path | None, annotator: str) -> ImportSource
     slide = run.slide.path or folder.parent / run.slide.name
     if moved is not None:
         slide = moved / slide.name if moved.is_dir() else moved
-    classes = [one.name for one in run.classes]
-    return ImportSource(folder.name, slide, drawings, skipped, run.slide.mpp, run.identity.slide, classes)
+    return ImportSource(folder.name, slide, drawings, skipped, run.slide.mpp, run.identity.slide, run.classes)

@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle
+from models.tissue_class import TissueClass
 from pipeline.errors import LabelingError
 from pipeline.labeling.dataset_files import write_dataset
 from pipeline.labeling.events import Answer, Event, FolderStarted, Labeled, Mark, Recorded, SlideAdded, Undone
@@ -43,14 +44,18 @@ class ImportFolder:
 
 
 @contextmanager
-def open_import(path: Path, annotator: str, wishes: Wishes, names: Sequence[str]) -> Iterator[ImportFolder]:
+def open_import(
+    path: Path, annotator: str, wishes: Wishes, names: Sequence[str], known: Mapping[str, TissueClass]
+) -> Iterator[ImportFolder]:
     """Open a labels folder, which is made if it does not exist, and add the classes that it lacks.
+
+    `known` classes, by name, give added ones their color and role.
 
     Raises LabelingError if there are fewer than two classes, or if a setting or a class cannot be used.
     """
     card = load_bundle(DEFAULT_BUNDLE).card
     with EventStore(path / EVENTS_FILE) as store:
-        yield ImportFolder(path, store, prepare_folder(store, annotator, wishes, card, names, {}), annotator)
+        yield ImportFolder(path, store, prepare_folder(store, annotator, wishes, card, names, known), annotator)
 
 
 def names_of(drawings: Sequence[Drawing], mapping: Mapping[str, str]) -> list[str]:

@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from models.tissue_class import Color
+from models.tissue_class import Color, Role
 from pipeline.labeling.events import (
     Answer,
     ClassAdded,
     ClassesMerged,
+    ClassRemoved,
     ClassRenamed,
     FolderStarted,
     Labeled,
@@ -31,6 +32,9 @@ class LabelClass:
     id: int
     name: str
     color: Color
+    role: Role
+    former_names: tuple[str, ...] = ()
+    """The latest first."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,9 @@ class Labels:
         self.settings: FolderStarted | None = None
         self.slides: dict[str, SlideAdded] = {}
         self.classes: dict[int, LabelClass] = {}
-        """Current classes by number, without those that were merged into others."""
-        self._target: dict[int, int] = {}
+        """Current classes by number, without those that were merged into others or removed."""
+        self._target: dict[int, int | None] = {}
+        """The class that a merged class was merged into; None for a removed class."""
         self._labels: dict[Place, dict[str, list[Recorded]]] = defaultdict(lambda: defaultdict(list))
         self._order: dict[int, tuple[str, Place]] = {}
         for record in records:
@@ -73,14 +78,20 @@ class Labels:
             case SlideAdded() as event:
                 self.slides[event.digest] = event
             case ClassAdded() as event:
-                self.classes[event.id] = LabelClass(event.id, event.name, event.color)
+                self.classes[event.id] = LabelClass(event.id, event.name, event.color, event.role)
             case ClassRenamed() as event:
                 if event.id in self.classes:
-                    self.classes[event.id] = replace(self.classes[event.id], name=event.name)
+                    old = self.classes[event.id]
+                    former_names = (old.name, *old.former_names)
+                    self.classes[event.id] = replace(old, name=event.name, former_names=former_names)
             case ClassesMerged() as event:
                 into = self._current(event.into)
                 if event.id in self.classes and into in self.classes and into != event.id:
                     self._target[event.id] = into
+                    del self.classes[event.id]
+            case ClassRemoved() as event:
+                if event.id in self.classes:
+                    self._target[event.id] = None
                     del self.classes[event.id]
             case Labeled() as event:
                 self._labels[event.place][record.annotator].append(record)
@@ -98,8 +109,13 @@ class Labels:
 
     @property
     def class_ids(self) -> set[int]:
-        """Return the numbers of all classes, also of those that were merged into others."""
+        """Return the numbers of all classes, also of those that were merged into others or removed."""
         return {*self.classes, *self._target}
+
+    @property
+    def removed_ids(self) -> set[int]:
+        """Return the numbers of the classes that were removed, or merged into one that was."""
+        return {id_ for id_ in self._target if self._current(id_) is None}
 
     @property
     def next_class_id(self) -> int:
@@ -137,13 +153,16 @@ class Labels:
         """
         parts: dict[int, set[Answer]] = {id_: set() for id_ in self.classes}
         for id_, answer in label.answers.items():
-            parts[self._current(id_)].add(answer)
+            if (current := self._current(id_)) is not None:
+                parts[current].add(answer)
         return {id_: _merged(answers) for id_, answers in parts.items()}
 
-    def _current(self, id_: int) -> int:
-        while id_ in self._target:
-            id_ = self._target[id_]
-        return id_
+    def _current(self, id_: int) -> int | None:
+        """Return the current class that a class is or is part of; None if it was removed."""
+        current: int | None = id_
+        while current in self._target:
+            current = self._target[current]
+        return current
 
     def verdict(self, place: Place) -> Verdict:
         """Return what the annotators of a patch say together: per class, the answer of most of them.
@@ -173,8 +192,17 @@ class Labels:
         for one in (label_of(kept[-1]) for kept in self._labels.get(place, {}).values() if kept):
             if one.areas and _present(self.answers(one)) == present:
                 for id_, text in one.areas.items():
-                    parts[self._current(id_)].append(text)
+                    if (current := self._current(id_)) is not None:
+                        parts[current].append(text)
         return tuple(joined(found) for found in parts.values())
+
+    def places_with(self, class_id: int) -> list[Place]:
+        """Return the patches in which a current class is present by the current label of at least one annotator."""
+        return [
+            place
+            for place, by_annotator in self._labels.items()
+            if any(kept and class_id in _present(self.answers(label_of(kept[-1]))) for kept in by_annotator.values())
+        ]
 
     def is_complete(self, label: Labeled) -> bool:
         """Return whether a label needs no second look: it has a mark, or an answer for every current class."""

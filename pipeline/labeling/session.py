@@ -209,11 +209,15 @@ class Session:
             return [self.patch(p, _reason(labels.label(p, self.annotator))) for p in islice(shown, HISTORY)]
 
     def save(self, labels: Sequence[NewLabel], reasons: dict[Place, Reason]) -> None:
-        """Save labels together. Raises LabelingError if they cannot be saved, or name a class that does not exist."""
+        """Save labels together. Raises LabelingError if they cannot be saved, or name a class that does not exist.
+
+        A class that was removed while the page showed it may be absent, but not present.
+        """
         with self._lock:
             self._follow()
             for one in labels:
-                if strange := one.answers.keys() - self._labels.class_ids:
+                present = {id_ for id_, answer in one.answers.items() if answer == "present"}
+                if strange := one.answers.keys() - self._labels.class_ids | present & self._labels.removed_ids:
                     raise LabelingError(f"class {min(strange)} does not exist; reload the page")
             added = [ready.added for ready in self._slides.ready() if ready.added not in self._registered]
             events: list[Event] = [*added, *(self._event(one, reasons.get(one.place, "random")) for one in labels)]

@@ -158,9 +158,26 @@ def test_classes_are_listed_added_renamed_and_merged(folder: Path) -> None:
     assert invoke("classes", folder).output.splitlines()[-2:] == ["carcinoma", "stroma"]
 
 
+def test_a_class_without_patches_is_removed_from_the_folder(folder: Path) -> None:
+    assert invoke("classes", folder, "--add", "fat").exit_code == 0
+    assert "0 labeled patches of 0 slides, 1 incomplete" in invoke("report", folder).output
+    done = invoke("classes", folder, "--remove", "fat")
+    assert (done.exit_code, done.output.splitlines()[-2:]) == (0, ["tumor", "stroma"])
+    assert "1 labeled patches of 1 slides, 0 incomplete" in invoke("report", folder).output
+    assert load_dataset(folder).class_names == ("tumor", "stroma")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
+        (["--remove", "nobody"], 1, "class nobody does not exist; the classes are tumor, stroma"),
+        (["--remove", "stroma"], 1, "class stroma cannot be removed, because a model needs at least two classes; add"),
+        (
+            ["--add", "fat", "--remove", "tumor"],
+            1,
+            "class tumor cannot be removed, because it is present in 1 patches; "
+            "merge it into another class with --merge, or label these patches again\n",
+        ),
         (["--rename", "nobody=x"], 1, "class nobody does not exist; the classes are tumor, stroma"),
         (["--rename", "tumor=stroma"], 1, "class stroma already exists; to join the two, merge tumor into stroma"),
         (["--rename", "tumor=a:b"], 1, "without ':'"),
@@ -219,7 +236,10 @@ def test_a_model_gives_its_classes_to_the_folder_that_a_failed_start_left(slide:
         names = [one["name"] for one in ask(url, "state.json")["classes"]]
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-    assert names == [one.name for one in load_bundle(DEFAULT_MODEL).card.classes]
+    classes = load_bundle(DEFAULT_MODEL).card.classes
+    assert names == [one.name for one in classes]
+    assert load_dataset(tmp_path / "l").classes == tuple(classes), "with their colors, and glass as background"
+    assert "background" in {one.role for one in classes}
 
 
 @pytest.mark.parametrize(

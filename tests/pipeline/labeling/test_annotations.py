@@ -15,6 +15,7 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.tissue_class import TissueClass
 from pipeline.errors import LabelingError
 from pipeline.labeling.annotations import Annotation, read_annotations
 from pipeline.labeling.import_annotations import (
@@ -130,6 +131,22 @@ def test_every_file_that_qupath_writes_is_read(tmp_path: Path) -> None:
     assert all(len(read_annotations(file).found) == 1 for file in files)
 
 
+def test_files_that_a_mac_adds_to_folders_and_archives_are_skipped(tmp_path: Path) -> None:
+    text = written(tmp_path / "a.geojson", feature()).read_text(encoding="utf-8")
+    (tmp_path / "._a.geojson").write_bytes(b"\x00\x05\x16\x07")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for name in ("drawn/b.geojson", "drawn/c.geojson"):
+            archive.writestr(name, text)
+        for name in ("__MACOSX/drawn/b", "__MACOSX/drawn/._b.geojson", "drawn/._c.geojson", "drawn/.DS_Store"):
+            archive.writestr(name, b"\x00\x05\x16\x07")
+    assert annotation_files([tmp_path]) == [tmp_path / "a.geojson", tmp_path / "b.zip"]
+    assert len(read_annotations(tmp_path / "b.zip").found) == 2
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "._a.geojson").touch()
+    with pytest.raises(LabelingError, match="only: contains no annotations"):
+        annotation_files([tmp_path / "only"])
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"\xff\xfe", b"{}", b'"text"', b'{"type": "FeatureCollection"}', b"[1]", b"[" * 100_000,
@@ -208,14 +225,15 @@ def test_a_file_is_stated_with_its_folder(tmp_path: Path) -> None:
 
 
 def test_sources_of_one_slide_are_imported_together() -> None:
-    one, other, third = (Drawing("ann", [Annotation(("a",), shapely.box(0, 0, x, 1))]) for x in (1, 2, 3))
+    one, other, third = (Drawing("ann", [Annotation(("a",), shapely.box(0, 0, w, 1))]) for w in (1, 2, 3))
     a, b = Path("a.svs"), Path("b.svs")
+    x, y, z = (TissueClass(name, (1, 2, 3)) for name in "xyz")
     first, second = joined_sources([
-        ImportSource("a.geojson", a, [one], {"locked": 1}, classes=["x", "y"]),
+        ImportSource("a.geojson", a, [one], {"locked": 1}, classes=[x, y]),
         ImportSource("b.geojson", b, [other], {}),
-        ImportSource("a.svs.geojson", a, [third], {"locked": 2}, classes=["y", "z"]),
+        ImportSource("a.svs.geojson", a, [third], {"locked": 2}, classes=[y, z]),
     ])  # fmt: skip
-    joined = ImportSource("a.geojson, a.svs.geojson", a, [one, third], {"locked": 3}, classes=("x", "y", "z"))
+    joined = ImportSource("a.geojson, a.svs.geojson", a, [one, third], {"locked": 3}, classes=(x, y, z))
     assert (first, second) == (joined, ImportSource("b.geojson", b, [other], {}))
     assert len(joined_sources([ImportSource("a", a, [one], {}, digest=digest) for digest in "cd"])) == 2
     assert len(joined_sources([ImportSource("a", path, [one], {}, digest="c") for path in (a, b)])) == 1
@@ -233,6 +251,12 @@ def test_a_file_belongs_to_the_slide_of_its_name(tmp_path: Path) -> None:
             slide_of(Path(name), tmp_path)
     with pytest.raises(LabelingError, match="contains no annotations"):
         annotation_files([tmp_path])
+
+
+def test_a_file_belongs_to_a_slide_whose_name_has_its_umlaut_in_two_characters(tmp_path: Path) -> None:
+    (tmp_path / "Ko\u0308ln.svs").touch()
+    (tmp_path / "Jena.svs").touch()
+    assert slide_of(Path("K\u00f6ln.geojson"), tmp_path).stat() == (tmp_path / "Ko\u0308ln.svs").stat()
 
 
 def test_annotations_may_lie_beside_their_slide(tmp_path: Path) -> None:

@@ -15,9 +15,19 @@ from PIL import Image
 from pydantic import ValidationError
 
 from models.bundle import Bundle
-from pipeline.errors import LabelingError, MaskError
+from pipeline.errors import DatasetFileError, LabelingError, MaskError
 from pipeline.labeling.dataset_files import DatasetWriter, rows_of, split_by_patient, warnings_of, write_dataset
-from pipeline.labeling.events import Answer, ClassAdded, Event, Labeled, Place, Recorded, SlideAdded, Undone
+from pipeline.labeling.events import (
+    Answer,
+    ClassAdded,
+    ClassRenamed,
+    Event,
+    Labeled,
+    Place,
+    Recorded,
+    SlideAdded,
+    Undone,
+)
 from pipeline.labeling.folder import merge_classes
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.session import NewLabel
@@ -176,6 +186,46 @@ def test_the_user_s_own_keys_are_kept_and_the_classes_follow(tmp_path: Path) -> 
     card.write_text("name = ", encoding="utf-8")
     with pytest.raises(LabelingError, match=r"dataset\.toml: is not valid TOML"):
         write_dataset(tmp_path, labels, read)
+
+
+def test_the_scope_and_the_roles_of_classes_are_kept(tmp_path: Path) -> None:
+    glass = ClassAdded(id=3, name="glass", color=(9, 9, 9), role="background")
+    events: list[tuple[str, Event]] = [("ann", label(0, *PRESENT, "absent")), ("ann", glass)]
+    card = tmp_path / "dataset.toml"
+
+    def written() -> tuple[str, dict[str, str]]:
+        write_dataset(tmp_path, fold(*events), read)
+        dataset = load_dataset(tmp_path)
+        return dataset.card.scope, {one.name: one.role for one in dataset.classes}
+
+    assert written() == ("", {"tumor": "tissue", "stroma": "tissue", "glass": "background"})
+    text = card.read_text(encoding="utf-8").replace('scope = ""', 'scope = "skin, H&E"')
+    text = text.replace(', role = "background"', "").replace('"stroma", color', '"stroma", role = "background", color')
+    card.write_text(text, encoding="utf-8")
+    expected = {"tumor": "tissue", "stroma": "background", "glass": "tissue"}
+    assert written() == ("skin, H&E", expected)
+    assert written() == ("skin, H&E", expected)
+    events += [("ann", ClassRenamed(id=2, name="lumen")), ("ann", ClassRenamed(id=2, name="hole"))]
+    assert written() == ("skin, H&E", {"tumor": "tissue", "hole": "background", "glass": "tissue"})
+    assert written() == ("skin, H&E", {"tumor": "tissue", "hole": "background", "glass": "tissue"})
+
+
+@pytest.mark.parametrize("classes", ["3", "[3]", '[{ color = "red" }]', '[{ name = 3, role = "background" }]'])
+def test_classes_of_a_damaged_dataset_toml_are_written_again(tmp_path: Path, classes: str) -> None:
+    (tmp_path / "dataset.toml").write_text(f"classes = {classes}")
+    write_dataset(tmp_path, fold(), read)
+    assert [(one.name, one.role) for one in load_dataset(tmp_path).classes] == [
+        ("tumor", "tissue"), ("stroma", "tissue")
+    ]  # fmt: skip
+
+
+def test_a_role_that_does_not_exist_is_refused_in_training_and_not_lost(tmp_path: Path) -> None:
+    write_dataset(tmp_path, fold(), read)
+    card = tmp_path / "dataset.toml"
+    card.write_text(card.read_text().replace('"stroma", color', '"stroma", role = "glass", color'))
+    write_dataset(tmp_path, fold(), read)
+    with pytest.raises(DatasetFileError, match="role"):
+        load_dataset(tmp_path)
 
 
 def test_merged_classes_are_merged_in_the_data_set(tmp_path: Path) -> None:

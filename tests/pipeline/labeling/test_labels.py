@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score  # type: ignore[import-untyped]  # ships no stubs
 
 from pipeline.labeling.agreement import agreements, cohen_kappa
-from pipeline.labeling.events import ClassAdded, ClassesMerged, ClassRenamed, Undone
+from pipeline.labeling.events import ClassAdded, ClassesMerged, ClassRemoved, ClassRenamed, Undone
 from pipeline.labeling.labels import Labels
 from tests.pipeline.labeling.events import fold, label, place
 
@@ -91,6 +91,38 @@ def test_a_change_of_a_class_that_was_merged_before_is_ignored(
     labels = fold(("ann", NECROSIS), ("ann", one), *(("bob", change) for change in changes))
     assert {id_: found.name for id_, found in labels.classes.items()} == classes
     assert labels.answers(one) == answers
+
+
+def test_answers_for_a_removed_class_do_not_count_and_its_number_is_never_used_again() -> None:
+    one = label(0, "present", "absent", "unknown").model_copy(
+        update={"areas": {1: "POLYGON EMPTY", 3: "POLYGON EMPTY"}}
+    )
+    labels = fold(("ann", NECROSIS), ("ann", one), ("ann", ClassRemoved(id=3)))
+    assert labels.answers(one) == {1: "present", 2: "absent"}
+    assert labels.is_complete(one)
+    assert len(labels.areas(place(0))) == 2
+    assert (labels.class_ids, labels.removed_ids, labels.next_class_id) == ({1, 2, 3}, {3}, 4)
+
+
+def test_a_class_that_was_merged_into_a_removed_one_is_removed_too() -> None:
+    one = label(0, "present", "absent", "absent")
+    labels = fold(("ann", NECROSIS), ("ann", one), ("ann", ClassesMerged(id=3, into=2)), ("ann", ClassRemoved(id=2)),
+                  ("bob", ClassesMerged(id=1, into=3)), ("bob", ClassRemoved(id=3)))  # fmt: skip
+    assert labels.answers(one) == {1: "present"}
+    assert (labels.removed_ids, labels.next_class_id) == ({2, 3}, 4)
+
+
+def test_a_class_is_present_in_patches_where_the_current_label_of_an_annotator_says_so() -> None:
+    merged = ClassesMerged(id=3, into=2)
+    labels = fold(
+        ("ann", NECROSIS),
+        ("ann", label(0, "present", "absent", "absent")), ("bob", label(0, "absent", "absent", "absent")),
+        ("ann", label(1, "present", "absent", "absent")), ("ann", label(1, "absent", "absent", "absent")),
+        ("ann", label(2, "present", "unknown", "unknown")), ("ann", label(3, "absent", "absent", "present")),
+        ("ann", label(4, "present", "absent", "absent")), ("ann", Undone(numbers=(12,))), ("ann", merged),
+    )  # fmt: skip
+    assert labels.places_with(1) == [place(0), place(2)]
+    assert labels.places_with(2) == [place(3)]
 
 
 def test_annotators_are_joined_by_majority_and_a_tie_is_unknown() -> None:

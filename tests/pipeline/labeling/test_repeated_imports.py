@@ -54,7 +54,7 @@ def test_all_drawings_of_an_annotator_become_one_label_of_a_patch_however_often_
         Drawing("ann", [Annotation(("other",), right)], "qupath", "correction", "m2"),
         Drawing("bob", [Annotation(("tumor",), right)], "qupath", "correction", "m2"),
     ]
-    with open_import(tmp_path / "l", "ann", Wishes(1.0, SIDE), ["tumor", "other"]) as folder:
+    with open_import(tmp_path / "l", "ann", Wishes(1.0, SIDE), ["tumor", "other"], {}) as folder:
         for _ in range(3):
             done = import_drawings(folder, SlideFile(slides[0], "a"), drawings, {}, partial=True)
             assert (done.complete, done.partial) == (3 + 1, 1)
@@ -83,7 +83,7 @@ def tumors(folder: ImportFolder) -> list[int]:
 @contextmanager
 def importing(path: Path, slide: Path) -> Iterator[tuple[ImportFolder, Callable[..., Imported]]]:
     """Open a labels folder, and give a function that imports drawings together."""
-    with open_import(path, "ann", Wishes(1.0, SIDE), ["tumor", "other"]) as folder:
+    with open_import(path, "ann", Wishes(1.0, SIDE), ["tumor", "other"], {}) as folder:
 
         def import_(*drawings: Drawing, partial: bool = False) -> Imported:
             return import_drawings(folder, SlideFile(slide, "a"), drawings, {}, partial=partial)

@@ -18,7 +18,7 @@ from pipeline.errors import LabelingError
 from pipeline.labeling.annotations import Annotation
 from pipeline.labeling.desk import open_desk
 from pipeline.labeling.events import Labeled, SlideAdded
-from pipeline.labeling.folder import Wishes, add_classes, merge_classes
+from pipeline.labeling.folder import Wishes, add_classes, merge_classes, remove_class
 from pipeline.labeling.import_annotations import Drawing
 from pipeline.labeling.importer import import_drawings, open_import
 from pipeline.labeling.session import AHEAD, NewLabel, Patch, Session
@@ -232,6 +232,22 @@ def test_a_label_for_a_class_that_was_merged_meanwhile_counts_for_the_class_that
         assert again.label.answers == {1: "absent", 2: "present"}, "the page can show it"
 
 
+def test_a_label_with_a_class_that_was_removed_meanwhile_is_refused_and_one_without_it_is_saved(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped, classes=("class-0", "class-1", "fat")) as at:
+        (patch,) = at.session.upcoming(1)
+        with_fat, without = answers(at, 3), answers(at, 1)
+        with EventStore(tmp_path / "l" / "labels.sqlite") as other:
+            remove_class(other, "ann", "fat")
+        with pytest.raises(LabelingError, match="class 3 does not exist; reload the page"):
+            at.session.save([NewLabel(patch.place, with_fat, "none", "single", 1.0)], {})
+        at.session.save([NewLabel(patch.place, without, "none", "single", 1.0)], {})
+        (again,) = at.session.history()
+        assert again.label is not None
+        assert again.label.answers == {1: "present", 2: "absent"}
+
+
 def test_excluded_patches_come_next_and_blind_ones_are_never_in_a_grid(
     tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
@@ -311,7 +327,7 @@ def test_a_slide_whose_name_is_not_utf_8_is_labeled_under_its_escaped_name(
         rows = list(csv.DictReader(stream))
     assert [(row["slide"], row["patient"]) for row in rows] == [("caf\\udce9.svs", "caf\\udce9")] * 2
     drawing = Drawing("bob", [Annotation(("class-0",), shapely.box(0, 0, SIDE, SIDE))])
-    with open_import(tmp_path / "l", "bob", Wishes(), []) as folder:
+    with open_import(tmp_path / "l", "bob", Wishes(), [], {}) as folder:
         for _ in range(2):
             import_drawings(folder, SlideFile(slide, slide.stem), [drawing], {}, partial=False)
         events = [one.event.kind for one in folder.store.read()]

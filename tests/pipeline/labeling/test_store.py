@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import LabelingError
-from pipeline.labeling.events import Event, Recorded
+from pipeline.labeling.events import EVENT, ClassAdded, Event, Recorded
 from pipeline.labeling.folder import Wishes, add_classes, merge_classes, start_folder
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
@@ -30,6 +31,25 @@ def test_events_come_back_as_they_were_saved_and_in_their_order(tmp_path: Path) 
         assert [one.event for one in found] == [STARTED, TUMOR, label(64, "present", "unknown")]
         assert [(one.number, one.annotator) for one in found] == [(1, "ann"), (2, "ann"), (3, "bob")]
         assert [one.number for one in store.read(after=2)] == [3]
+
+
+def test_a_class_of_an_earlier_version_has_the_role_tissue(tmp_path: Path) -> None:
+    with EventStore(tmp_path / "a.sqlite"):
+        pass
+    other = sqlite3.connect(tmp_path / "a.sqlite")
+    event = '{"kind": "class", "id": 1, "name": "tumor", "color": [200, 0, 0]}'
+    other.execute("INSERT INTO events (time, annotator, event) VALUES ('', '', ?)", (event,))
+    other.commit()
+    other.close()
+    with EventStore(tmp_path / "a.sqlite") as store:
+        assert [one.event for one in store.read()] == [TUMOR]
+        assert Labels(store.read()).classes[1].role == "tissue"
+
+
+def test_earlier_versions_can_read_a_class_with_the_role_tissue() -> None:
+    glass = ClassAdded(id=3, name="glass", color=(9, 9, 9), role="background")
+    assert json.loads(TUMOR.model_dump_json()) == {"kind": "class", "id": 1, "name": "tumor", "color": [200, 0, 0]}
+    assert EVENT.validate_json(glass.model_dump_json()) == glass
 
 
 @pytest.mark.parametrize("statement", ["UPDATE events SET annotator = 'x'", "DELETE FROM events"])
@@ -179,5 +199,11 @@ def test_an_event_of_another_version_is_an_error_that_names_the_file(tmp_path: P
     other.execute("""INSERT INTO events (time, annotator, event) VALUES ('', '', '{"kind": "dance"}')""")
     other.commit()
     other.close()
-    with EventStore(tmp_path / "a.sqlite") as store, pytest.raises(LabelingError, match=r"a\.sqlite: is damaged"):
+    with (
+        EventStore(tmp_path / "a.sqlite") as store,
+        pytest.raises(
+            LabelingError,
+            match=r"(?s)a\.sqlite: is damaged, or .* newer version .*; update wsi-segment, or restore a copy",
+        ),
+    ):
         store.read()

@@ -23,6 +23,7 @@ from pipeline.labeling.event_file import EventFile
 from pipeline.labeling.events import Labeled, Undone
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
+from pipeline.training.dataset import load_dataset
 from pipeline.viewing.viewer.uncertainty import uncertainties
 from tests.pipeline.viewing.viewer.conftest import Answer, Site
 
@@ -87,6 +88,20 @@ def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_s
     assert "16 removed, because the files do not show them anymore" in done.output
     with EventStore(tmp_path / "l" / "labels.sqlite") as store:
         assert Labels(store.read()).places() == []
+
+
+def test_a_new_folder_of_corrections_gets_the_classes_of_the_result(own_site: Site, tmp_path: Path) -> None:
+    folder = own_site.results[0].folder
+    (index,) = [n for n, one in enumerate(regions(own_site)) if one.label == 2]
+    assert post(own_site, "corrections", of_region(own_site, index, 1)).status == 200
+    stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    stored["classes"][1]["role"] = "background"
+    (folder / "run.json").write_text(json.dumps(stored), encoding="utf-8")
+    run = ["import", "--corrections", str(folder), "-o", str(tmp_path / "l"), "--patch-side", "64", "--patch-mpp", "1"]
+    done = CliRunner().invoke(label_app, run)
+    assert done.exit_code == 0, done.output
+    first, second = own_site.results[0].run.classes
+    assert load_dataset(tmp_path / "l").classes == (first, TissueClass(second.name, second.color, "background"))
 
 
 def test_results_of_two_models_with_the_same_folder_and_name_keep_their_labels(own_site: Site, tmp_path: Path) -> None:
