@@ -12,7 +12,7 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -311,6 +311,14 @@ def stored_runtime(folder: Path, settings: ResolvedSettings | SegmentConfig) -> 
 def versions(runtime: str = "torch") -> dict[str, str]:
     """Return the versions that a result of this runtime depends on."""
     return package_versions((*_VERSIONS, runtime) if runtime == "openvino" else _VERSIONS)
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions that a result of any runtime depends on. OpenVINO may be missing, because it is optional."""
+    try:
+        return versions("openvino")
+    except PackageNotFoundError:
+        return versions()
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
