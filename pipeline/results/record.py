@@ -31,6 +31,7 @@ from models.runtimes import Runtime
 from models.tissue_class import TissueClass
 from pipeline.config import ResolvedSettings, SegmentConfig
 from pipeline.errors import RunRecordError
+from pipeline.files import is_file
 from pipeline.results.names import RUN
 from wsi.box import Box
 from wsi.grid import Grid
@@ -379,6 +380,8 @@ def read_run(folder: Path) -> Run | None:
 
 
 def _json(folder: Path) -> object:
+    if not is_file(folder / RUN):  # to open a named pipe would wait forever
+        return None
     try:
         return json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
