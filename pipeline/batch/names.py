@@ -60,7 +60,9 @@ def _is_result_of(folder: Path, job: SlideJob) -> bool:
         run = read_run(folder)
     except RunRecordError:
         return False
-    return run is not None and run.slide.path == job.path.absolute()
+    # The same folder may be spelled differently: with "..", or through a link.
+    path = None if run is None else run.slide.path
+    return path is not None and os.path.realpath(path) == os.path.realpath(job.path)
 
 
 def _places(jobs: Sequence[SlideJob]) -> list[str | None]:

@@ -64,9 +64,12 @@ def write_familiarity(path: Path, familiarity: FamiliarityMap) -> None:
 
 
 def read_familiarity(path: Path) -> UInt8Array | None:
-    """Return the values of the picture, (H, W), or None if the file is missing or damaged."""
+    """Return the values of the picture, (H, W), or None if the file is missing, damaged or without values.
+
+    A picture that another program saved with colors has no values.
+    """
     try:
         with Image.open(path) as image:
-            return np.array(image, np.uint8)
-    except (OSError, SyntaxError, ValueError):  # Pillow raises all of them for damaged files
+            return np.array(image, np.uint8) if image.mode in ("P", "L") else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow raises them for damaged files
         return None

@@ -12,7 +12,7 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -31,6 +31,7 @@ from models.runtimes import Runtime
 from models.tissue_class import TissueClass
 from pipeline.config import ResolvedSettings, SegmentConfig
 from pipeline.errors import RunRecordError
+from pipeline.files import is_file
 from pipeline.results.names import RUN
 from wsi.box import Box
 from wsi.grid import Grid
@@ -313,6 +314,14 @@ def versions(runtime: str = "torch") -> dict[str, str]:
     return package_versions((*_VERSIONS, runtime) if runtime == "openvino" else _VERSIONS)
 
 
+def installed_versions() -> dict[str, str]:
+    """Return the versions that a result of any runtime depends on. OpenVINO may be missing, because it is optional."""
+    try:
+        return versions("openvino")
+    except PackageNotFoundError:
+        return versions()
+
+
 def package_versions(names: Iterable[str]) -> dict[str, str]:
     """Return the version of Python and of each named package, by name."""
     return {"python": platform.python_version()} | {name: version(name) for name in names}
@@ -371,6 +380,8 @@ def read_run(folder: Path) -> Run | None:
 
 
 def _json(folder: Path) -> object:
+    if not is_file(folder / RUN):  # to open a named pipe would wait forever
+        return None
     try:
         return json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

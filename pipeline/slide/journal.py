@@ -67,7 +67,7 @@ def read_records(path: Path, identity: Mapping[str, object]) -> list[BlockRecord
 
     Blocks with unreadable pixels, margins included, are left out, because another attempt may succeed.
     """
-    if not path.exists():
+    if not path.is_file():
         return []
     digest = _digest_of(identity)
     found = (_record(digest, line) for line in path.read_bytes().splitlines())

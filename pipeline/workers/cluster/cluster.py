@@ -22,7 +22,7 @@ from pipeline.config import ResolvedSettings, SegmentConfig
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.files import is_file
 from pipeline.progress import Progress
-from pipeline.results.record import read_header, versions
+from pipeline.results.record import installed_versions, read_header, versions
 from pipeline.results.slide_result import SlideResult
 from pipeline.slide.blocks import BlockWork
 from pipeline.slide.engine import Finished
@@ -134,7 +134,8 @@ class Cluster:
                 f"the cluster cannot run wsi-segment ({type(error).__name__}: {error}); install the same versions "
                 f"everywhere"
             )
-        self._ask_all(check_worker, versions(), model)
+        needs = versions() if self._config.runtime == "torch" else installed_versions()
+        self._ask_all(check_worker, needs, model)
 
     def segment(self, job: SlideJob, output: Path, progress: Progress) -> SlideResult:
         """See `Workers.segment`."""
@@ -163,6 +164,11 @@ class Cluster:
         # because blocks must not differ.
         tasks.submit(resolve_task, context)
         settings: ResolvedSettings = tasks.next_ended()
+        if settings.runtime not in installed_versions():  # the result could not state its version
+            raise ClusterError(
+                f"{job.path.name}: the workers compute with {settings.runtime}, which is not installed here; install "
+                f"the same versions everywhere, or pass --runtime torch"
+            )
         context = replace(context, config=with_runtime(context.config, settings.runtime))
         runner = _BandRunner(self, tasks, context, load_bundle(context.model.name).card)
         return segment_slide_with(

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from models.predictor import Predictor
 from models.runtimes import Runtime
 from pipeline.config import ResolvedSettings, SegmentConfig, resolve
 from pipeline.errors import Cancelled, ClusterError
-from pipeline.results.record import versions
+from pipeline.results.record import installed_versions, versions
 from pipeline.results.slide_result import SlideResult
 from pipeline.slide.blocks import BlockRecord, BlockWork
 from pipeline.slide.engine import run_blocks
@@ -82,6 +82,8 @@ class Band:
     """Size of the tissue mask."""
     identity: bytes
     """Content of the working folder's identity.json. If the file differs, another run has taken the folder."""
+    versions: Mapping[str, str]
+    """The versions of the client, which the result states for all blocks."""
     blocks: tuple[Block, ...]
 
 
@@ -93,19 +95,17 @@ def make_band(work: BlockWork, blocks: Sequence[Block]) -> Band:
         mask=zlib.compress(np.packbits(work.tissue.mask_HW, axis=1).tobytes(), 1),
         shape_HW=(work.tissue.mask_HW.shape[0], work.tissue.mask_HW.shape[1]),
         identity=(work.folder / "identity.json").read_bytes(),
+        versions=versions(work.settings.runtime),
         blocks=tuple(blocks),
     )
 
 
 def check_worker(needs: dict[str, str], model: ModelRef) -> str:
     """Return why this process cannot run tasks: other versions or another model. An empty text means that it can."""
-    have = versions()
-    # A CUDA build and a CPU build of one version are equivalent.
-    other = [
-        f"{name} {have[name]} instead of {need}" for name, need in needs.items() if _plain(have[name]) != _plain(need)
-    ]
-    if other:
-        return f"has {', '.join(other)}; install the same versions everywhere"
+    have = installed_versions()
+    # A process without OpenVINO computes with PyTorch.
+    if other := _other_versions({name: need for name, need in needs.items() if name in have}, have):
+        return f"has {other}; install the same versions everywhere"
     try:
         _check_digest(model)
     except WsiSegmentError as error:
@@ -162,6 +162,7 @@ def _segment_band(context: TaskContext, band: Band, task: _RunningTask) -> tuple
         return stop.is_set() or task.is_cancelled() or not _is_ours(band)
 
     check_computation(work.settings, resolve(context.config, predictor.compute), work.info.path.name)
+    check_versions(band.versions, work.info.path.name)
     if not _is_ours(band):
         raise ClusterError(
             f"{work.info.path.name}: worker {get_worker().address} does not see the folder {work.folder}, or another "
@@ -182,6 +183,27 @@ def check_computation(asked: ResolvedSettings, own: ResolvedSettings, name: str)
             f"{name}: a worker computes with {values}, and blocks that are computed in different ways must not be "
             f"mixed in one result; use equal machines with the same OMP_NUM_THREADS, or --spread slides"
         )
+
+
+def check_versions(needs: Mapping[str, str], name: str) -> None:
+    """Raise ClusterError if this process has other versions than the slide's other blocks are computed with.
+
+    `check_worker` asks only the processes that are present when a batch begins.
+    """
+    if other := _other_versions(needs, installed_versions()):
+        raise ClusterError(
+            f"{name}: a worker has {other}, and blocks of different versions must not be mixed in one result; install "
+            f"the same versions everywhere"
+        )
+
+
+def _other_versions(needs: Mapping[str, str], have: Mapping[str, str]) -> str:
+    """Return which versions differ, as "zarr 3.0 instead of 3.1". A CUDA build and a CPU build are equivalent."""
+    return ", ".join(
+        f"{name} {have.get(name)} instead of {need}"
+        for name, need in needs.items()
+        if _plain(have.get(name, "")) != _plain(need)
+    )
 
 
 def _is_ours(band: Band) -> bool:

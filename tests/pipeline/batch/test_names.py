@@ -67,6 +67,18 @@ def test_a_slide_keeps_its_place_when_the_other_one_is_gone(tmp_path: Path) -> N
     assert names(jobs, tmp_path / "other") == ["a"]
 
 
+@pytest.mark.parametrize("spelled", ["x/../slides", "link"])
+def test_a_result_keeps_its_name_if_the_folder_of_its_slide_is_spelled_differently(
+    tmp_path: Path, spelled: str
+) -> None:
+    slides, output = tmp_path / "slides", tmp_path / "out"
+    touched(slides, "case1/a.svs", "case2/a.svs")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link").symlink_to(slides)
+    finished(output, "a", tmp_path / spelled / "case1" / "a.svs")
+    assert names(collect_jobs([slides], recursive=True), output) == ["a", "case2/a"]
+
+
 def test_an_id_is_never_changed_and_another_slide_with_that_name_moves(tmp_path: Path) -> None:
     touched(tmp_path, "case1/a.svs", "case2/b.svs")
     (tmp_path / "list.csv").write_text("slide,id\ncase1/a.svs,study/7\ncase2/b.svs,a\n")

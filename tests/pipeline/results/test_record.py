@@ -13,7 +13,14 @@ from models.tissue_class import TissueClass
 from pipeline import files
 from pipeline.errors import OutputError, RunRecordError
 from pipeline.files import write_atomically
-from pipeline.results.record import Familiarity, read_header, read_run, versions, write_run
+from pipeline.results.record import (
+    Familiarity,
+    read_header,
+    read_run,
+    record_is_unchanged,
+    versions,
+    write_run,
+)
 from pipeline.results.slide_result import COLUMNS, STATUSES, SlideResult, finished_result, skipped_result
 from pipeline.results.summary import read_summary, write_summary
 from tests.pipeline.runs import IDENTITY, TUMOR, make_run
@@ -255,6 +262,13 @@ def test_a_skipped_slide_that_another_version_made_has_a_warning(tmp_path: Path)
     assert skipped_result("a", tmp_path / "a", make_run(versions=versions()), 0.1).warnings == ()
     (warning,) = skipped_result("a", tmp_path / "a", make_run(versions={"wsi-segment": "0.0.9"}), 0.1).warnings
     assert warning == f"made by wsi-segment 0.0.9 and kept by {version('wsi-segment')}; --force computes it again"
+
+
+def test_a_named_pipe_in_place_of_a_record_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.json")
+    assert read_header(tmp_path) is None
+    assert read_run(tmp_path) is None
+    assert not record_is_unchanged(tmp_path)
 
 
 def test_the_warning_about_unfamiliar_tissue_stands_apart_from_the_others() -> None:

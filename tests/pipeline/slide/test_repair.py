@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.checks.result import broken_rules
 from pipeline.errors import ConfigError, OutputError
@@ -60,6 +61,11 @@ def flip(*paths: Path) -> None:
         path.write_bytes(content)
 
 
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def edit_record(folder: Path) -> None:
     run = run_of(folder)
     run["class_areas_mm2"]["class-0"] += 1
@@ -77,6 +83,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], int, bool]] = {
     "changed polygons": (lambda r: flip(r / "slide.geojson"), 4, False),
     "no listing": (lambda r: (r / "chunks.tsv").unlink(), 4, True),
     "a changed line of a block": (lambda r: flip(r / "blocks.jsonl"), 3, False),
+    "a folder in place of the lines of blocks": (lambda r: to_folder(r / "blocks.jsonl"), 0, True),
     "no lines of blocks": (lambda r: (r / "blocks.jsonl").unlink(), 0, True),
     "changed areas": (edit_record, 4, True),
 }
@@ -172,4 +179,17 @@ def test_the_picture_of_the_familiarity_gives_its_values_back_and_a_damaged_one_
         path.write_bytes(damaged)
         assert read_familiarity(path) is None
     path.unlink()
+    assert read_familiarity(path) is None
+
+
+def test_a_picture_of_the_familiarity_that_an_image_program_saved_in_another_mode_counts_as_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "familiarity.png"
+    for mode in ("RGB", "RGBA", "LA", "1", "I;16"):
+        Image.new(mode, (30, 20)).save(path)
+        assert read_familiarity(path) is None
+    Image.new("L", (30, 20), 200).save(path)
+    assert np.array_equal(read_familiarity(path), np.full((20, 30), 200))  # type: ignore[arg-type] # the picture is there
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 30 // 3)  # Pillow raises an error above twice this number
     assert read_familiarity(path) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pipeline.results.record import read_run
 from pipeline.results.slide_result import SlideResult
 from pipeline.results.summary import write_summary
 from pipeline.slide.recipe import segment_slide
-from tests.pipeline.fakes import SMALL
+from tests.pipeline.fakes import SMALL, published
 from tests.pipeline.small_bundle import familiar_bundle, small_bundle
 from tests.slides import PINK, painted, write_slide
 
@@ -82,6 +83,20 @@ def test_an_unfamiliar_slide_has_a_warning_in_every_output(tmp_path: Path, unfam
         row = next(csv.DictReader(file))
     assert float(row["unfamiliar_share"]) == pytest.approx(run.familiarity.unfamiliar_share, abs=1e-4)
     assert row["warnings"] == warning
+
+
+def test_a_picture_that_an_image_program_saved_again_is_repaired(
+    tmp_path: Path, predictor: Predictor, unfamiliar: SlideResult
+) -> None:
+    assert unfamiliar.folder is not None
+    output = shutil.copytree(unfamiliar.folder.parent, tmp_path / "results")
+    picture = output / "slide" / "familiarity.png"
+    with Image.open(picture) as image:
+        image.convert("RGBA").save(picture)
+    slide = unfamiliar.folder.parents[1] / "slide.svs"
+    repaired = segment_slide(slide, output, predictor, replace(SMALL, block_out=64, repair=True))
+    assert repaired.status == "done"
+    assert published(output / "slide") == published(unfamiliar.folder)
 
 
 def test_a_familiar_slide_has_no_warning(familiar: SlideResult) -> None:

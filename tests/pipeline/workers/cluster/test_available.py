@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, get_worker
 
 from models.predictor import Predictor
 from pipeline.config import SegmentConfig
@@ -158,6 +160,54 @@ def test_the_runtime_is_chosen_by_the_processes_and_not_by_the_client(
     forced = replace(config, force=True)
     assert segment_slide(slide, out, as_openvino(bundle), forced).status == "done"
     assert run_of(out / "a")["identity"]["parameters"]["runtime"] == "openvino"
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("package", ["torch", full("openvino")])
+def test_a_worker_of_another_version_that_joins_later_is_refused(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    def version_here(name: str) -> str:
+        with suppress(ValueError):  # of threads that are not a worker's
+            if name == package and get_worker().name == 1:
+                return "9.9.9"
+        return version(name)
+
+    monkeypatch.setattr("pipeline.results.record.version", version_here)
+    config = replace(CONFIG, runtime="openvino" if package == "openvino" else "torch", batch_size=None)
+    with cluster_of(1) as cluster, open_workers(cluster.scheduler_address, bundle, config, spread="blocks") as workers:
+
+        def join(stage: str, done: int, total: int) -> None:
+            if stage == "segmenting" and done == 1:
+                cluster.scale(2)
+                until(lambda: len(cluster.scheduler_info["workers"]) == 2, seconds=60, what="the second worker")
+
+        with pytest.raises(
+            ClusterError,
+            match=rf"^a\.svs: a worker has {package} 9\.9\.9 instead of {re.escape(version(package))}, and blocks of "
+            r"different versions must not be mixed in one result; install the same versions everywhere$",
+        ):
+            workers.segment(SlideJob(speckled_slide(tmp_path / "a.svs")), tmp_path / "out", join)
+
+
+def test_a_runtime_that_only_the_workers_have_is_refused(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version_here(name: str) -> str:
+        if name == "openvino":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("pipeline.results.record.version", version_here)
+    monkeypatch.setattr("pipeline.workers.cluster.tasks.load_predictor", lambda *_: as_openvino(bundle))
+    monkeypatch.setattr("pipeline.workers.cluster.tasks._predictors", {})
+    config = replace(CONFIG, runtime="auto")
+    with (
+        cluster_of(1) as cluster,
+        open_workers(cluster.scheduler_address, bundle, config, spread="blocks") as workers,
+        pytest.raises(ClusterError, match=r"^a\.svs: the workers compute with openvino, which is not installed here"),
+    ):
+        workers.segment(SlideJob(small_slide(tmp_path / "a.svs")), tmp_path / "out", no_progress)
 
 
 def as_openvino(bundle: str) -> Predictor:

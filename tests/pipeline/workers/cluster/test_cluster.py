@@ -16,11 +16,12 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster, WorkerPlugin
 
+from models.bundle import load_bundle
 from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled, ClusterError, ConfigError, SlideTimeoutError, is_transient
 from pipeline.progress import no_progress
-from pipeline.results.record import read_run, versions
+from pipeline.results.record import installed_versions, read_run, versions
 from pipeline.slide.recipe import segment_slide
 from pipeline.workers.base import SlideJob, Spread
 from pipeline.workers.cluster.cluster import bands, open_cluster
@@ -213,9 +214,11 @@ def test_a_worker_that_cannot_run_tasks_is_named_before_any_slide(
             ClusterError, match=r"worker tcp://\S+ cannot use the model: .* a different model is installed here"
         ):
             cluster.check(ModelRef(str(bundle), "0" * 64))
-        monkeypatch.setattr("pipeline.workers.cluster.cluster.versions", lambda: versions() | {"zarr": "1.0"})
-        with pytest.raises(ClusterError, match=r"worker tcp://\S+ has zarr [\d.]+ instead of 1\.0; install the same"):
-            cluster.check(ModelRef("colon-gland", "0" * 64))
+        for package in ("zarr", "openvino"):
+            other = installed_versions() | {package: "1.0"}
+            monkeypatch.setattr("pipeline.workers.cluster.cluster.installed_versions", lambda other=other: other)
+            with pytest.raises(ClusterError, match=rf"worker tcp://\S+ has {package} \S+ instead of 1\.0; install the"):
+                cluster.check(ModelRef("colon-gland", "0" * 64))
 
 
 @pytest.mark.full
@@ -301,6 +304,16 @@ def test_a_cuda_build_and_a_cpu_build_of_torch_are_the_same_version(bundle: Path
     digest = load_predictor(str(bundle), CONFIG).digest
     plain = versions()["torch"].partition("+")[0]
     assert check_worker(versions() | {"torch": f"{plain}+cu999"}, ModelRef(str(bundle), digest)) == ""
+
+
+def test_a_worker_needs_the_same_openvino_only_if_it_has_one(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelRef(str(bundle), load_bundle(str(bundle)).digest)
+    needs, have = versions() | {"openvino": "2023.0.0"}, versions() | {"openvino": "2026.4.0"}
+    monkeypatch.setattr("pipeline.workers.cluster.tasks.installed_versions", lambda: have)
+    assert check_worker(needs, model).startswith("has openvino 2026.4.0 instead of 2023.0.0; install the same")
+    assert check_worker(versions(), model) == ""
+    monkeypatch.setattr("pipeline.workers.cluster.tasks.installed_versions", versions)
+    assert check_worker(needs, model) == ""
 
 
 @pytest.mark.full
