@@ -44,9 +44,6 @@ logger = logging.getLogger(__name__)
 IGNORED = 255
 """Label of pixels that losses and scores ignore."""
 
-HELD_OUT = 0.2
-"""Share of the training images that validate the training of a data set without a validation split."""
-
 SHIPPED = Path(__file__).parent / "datasets"
 """Folder of the dataset.toml files shipped with the package."""
 
@@ -151,28 +148,6 @@ def samples(dataset: Dataset, split: Split) -> tuple[Sample, ...]:
             _labels(dataset, split, images[name], rows[name]),
         )
         for name in names
-    )
-
-
-def training_samples(dataset: Dataset) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Return the images to train on, and the images to validate on.
-
-    If the data set does not describe a split val, a share `HELD_OUT` of the training split is held out: whole groups by
-    a hash of their names, or single images if the groups would leave one part empty. Raises the errors of `samples`,
-    and MissingImagesError if the images are too few for two parts.
-    """
-    if "val" in dataset.card.splits:
-        return samples(dataset, "train"), samples(dataset, "val")
-    chosen = samples(dataset, "train")
-    for names in ([one.group for one in chosen], [one.name for one in chosen]):
-        held = [hash_split(name, 1 - HELD_OUT, HELD_OUT) == "val" for name in names]
-        if any(held) and not all(held):
-            logger.info("%d of %d training images are held out for validation", sum(held), len(held))
-            parts = list(zip(chosen, held, strict=True))
-            return tuple(one for one, out in parts if not out), tuple(one for one, out in parts if out)
-    raise MissingImagesError(
-        f"{dataset.card.name}: {len(chosen)} training images are too few to hold some out for validation; add images, "
-        "or describe split val"
     )
 
 

@@ -19,8 +19,13 @@ _TOO_MANY = "cells beyond the header"
 
 def hash_split(group: str, train: float, val: float) -> Split:
     """Return the split of a group by a hash of its name, so that new groups do not move old ones."""
-    fraction = int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32
+    fraction = hash_fraction(group)
     return "train" if fraction < train else "val" if fraction < train + val else "test"
+
+
+def hash_fraction(group: str) -> float:
+    """Return a number from 0 to 1 (exclusive) that depends only on the name of a group."""
+    return int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32
 
 
 def table_splits(

@@ -38,11 +38,12 @@ from pipeline.training.calibration import calibrate_temperature, write_reliabili
 from pipeline.training.classifier import build_classifier, classifier_task, head_task
 from pipeline.training.compose import composed, without_whole
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, training_samples
+from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images
 from pipeline.training.evaluate import evaluate, evaluate_samples, masked_samples
 from pipeline.training.familiarity import Source, fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
 from pipeline.training.gate_calibration import UNCALIBRATED, calibrate_gate, gate_window, patch_presence
+from pipeline.training.held_out import training_samples
 from pipeline.training.inputs import MULTIPLE
 from pipeline.training.model_card import make_card, score_metrics
 from pipeline.training.patches import CACHE_BYTES, PatchImages, at_pixel_sizes

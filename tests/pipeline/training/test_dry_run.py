@@ -10,9 +10,10 @@ from pipeline.training import dry_run as module
 from pipeline.training.classifier import steps_per_epoch
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import load_dataset, training_samples
+from pipeline.training.dataset import load_dataset
 from pipeline.training.dry_run import class_counts, dry_run
 from pipeline.training.fit import Task
+from pipeline.training.held_out import training_samples
 from pipeline.training.train import prepare
 from tests.pipeline.training.cells import crop_images
 from tests.pipeline.training.single_tissue import TOML, with_whole_images, write_tiles

@@ -14,10 +14,8 @@ from pipeline.errors import (
 from pipeline.training.dataset import (
     load_dataset,
     samples,
-    training_samples,
 )
 from pipeline.training.dataset_sections import SPLITS
-from pipeline.training.splits import hash_split
 from tests.pipeline.training.tiny_datasets import (
     HEAD,
     TABLE_LABELS,
@@ -191,27 +189,3 @@ def test_the_error_names_the_file_that_the_group_pattern_does_not_match(tmp_path
 
     with pytest.raises(LabelError, match=r"Q1\.png: the group pattern '\^\(P\[0-9\]\+\)' does not match"):
         samples(load_dataset(put(tmp_path, HEAD + rest)), "train")
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_a_data_set_without_a_validation_split_gets_one_by_hash(tmp_path: Path, grouped: bool) -> None:
-    for number in range(40):
-        image(tmp_path / "red" / f"P{number % 8}-{number:02d}.png")
-    group = '[group]\npattern = "^(P[0-9])-"\n' if grouped else ""
-    text = HEAD + '[images]\ntrain = [{ image = "*/*.png" }]\n' + group + '[labels]\nsource = "folders"\n'
-    (tmp_path / "dataset.toml").write_text(text.replace("mask_excluded = [4]\n", ""), encoding="utf-8")
-    dataset = load_dataset(tmp_path)
-    training, validation = training_samples(dataset)
-    assert sorted([*training, *validation], key=lambda one: one.name) == list(samples(dataset, "train"))
-    for chosen, split in ((training, "train"), (validation, "val")):
-        for one in chosen:
-            assert hash_split(one.group if grouped else one.name, 0.8, 0.2) == split
-    assert 0 < len(validation) < len(training)
-
-
-def test_a_single_image_cannot_be_divided(tmp_path: Path) -> None:
-    image(tmp_path / "red" / "a.png")
-    text = HEAD + '[images]\ntrain = [{ image = "*/*.png" }]\n[labels]\nsource = "folders"\n'
-    (tmp_path / "dataset.toml").write_text(text, encoding="utf-8")
-    with pytest.raises(MissingImagesError, match="1 training images are too few to hold some out"):
-        training_samples(load_dataset(tmp_path))
