@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import scipy.ndimage
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from models.tissue_class import TissueClass
 from pipeline.errors import (
@@ -294,6 +294,10 @@ def image_size(sample: Sample) -> tuple[int, int]:
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
+_BITS_PER_SAMPLE = 258
+"""Tag of a TIFF."""
+
+
 def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
     """Return the pixels of a file converted to `mode`, or the unchanged values of a mask if `mode` is None."""
     failed = UnreadableImageError if mode else MaskError
@@ -305,6 +309,8 @@ def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
                 )
             if image.mode.startswith(("I", "F")):
                 raise UnreadableImageError(f"{file}: has mode {image.mode}; an image must have 8 bits per channel")
+            if _has_16_bits(image):
+                raise UnreadableImageError(f"{file}: has 16 bits per channel; an image must have 8 bits per channel")
             if mode is None:
                 return np.asarray(image, dtype=np.uint8)
             if image.has_transparency_data:
@@ -312,6 +318,13 @@ def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
             return np.asarray(image.convert(mode), dtype=np.uint8)
     except _DECODER_ERRORS as error:
         raise failed(f"{file}: cannot be read: {error}") from error
+
+
+def _has_16_bits(image: ImageFile.ImageFile) -> bool:
+    """Return whether the channels of a file have more than 8 bits, of which Pillow would keep the higher 8."""
+    # Pillow reads the planes of a TIFF as 8-bit images, whatever their depth.
+    in_tiff = isinstance(image, TiffImagePlugin.TiffImageFile) and max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8
+    return in_tiff or any(";16" in str(tile.args) for tile in image.tile)
 
 
 def _on_white(image: Image.Image) -> NDArray[np.uint8]:
