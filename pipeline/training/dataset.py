@@ -136,7 +136,9 @@ def samples(dataset: Dataset, split: Split) -> tuple[Sample, ...]:
     """
     card = dataset.card
     images, place = _images(dataset, split)
-    rows: Mapping[str, Row] = rows_of(images, dataset.root, card.table) if card.table else {name: {} for name in images}
+    rows: Mapping[str, Row] = {name: {} for name in images}
+    if card.table:
+        rows = rows_of(images, dataset.root, card.table, all_images="all" in card.images)
     groups = {name: group_of(image, rows[name], card.group) if card.group else "" for name, image in images.items()}
     names = _names(card, split, images, rows, groups)
     return tuple(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -63,6 +65,48 @@ def test_the_row_of_a_path_is_not_that_of_another_folders_image(tmp_path: Path) 
     table(tmp_path, ["img/a.png,p1,train,1,0", "a.png,p9,testA,0,1", "b,p2,train,0,1", "c,p3,testA,0,1"])
     dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
     assert [(one.name, one.group) for one in samples(dataset, "train")] == [("a", "p1")]
+
+
+@pytest.mark.parametrize(("in_table", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("entry", ["größe", "größe.png", "img/größe.png"])
+def test_the_row_of_an_image_may_have_umlauts_of_another_form(
+    tmp_path: Path, in_table: Literal["NFC", "NFD"], on_disk: Literal["NFC", "NFD"], entry: str
+) -> None:
+    image(tmp_path / "img" / unicodedata.normalize(on_disk, "größe.png"))
+    image(tmp_path / "img" / "b.png")
+    table(tmp_path, [unicodedata.normalize(in_table, f"{entry},p1,train,1,0"), "b,p2,train,0,1"])
+    (only,) = samples(load_dataset(put(tmp_path, HEAD + TABLE_LABELS)), "train")
+    assert (only.name, only.group) == (unicodedata.normalize(on_disk, "größe"), "p1")
+
+
+def test_a_warning_counts_the_rows_without_an_image_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in "abc":
+        image(tmp_path / "img" / f"{name}.png")
+    rows = ["a,p1,train,1,0", "d.jpg,p1,train,0,1", "b,p2,train,1,0", "e.jpg,p4,testA,1,0", "c,p3,testA,1,0"]
+    table(tmp_path, rows)
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+    for split in SPLITS:
+        assert len(samples(dataset, split)) == 1
+    (message,) = caplog.messages
+    assert message.startswith(f"2 of 5 rows of {tmp_path / 'meta.csv'} have no image (such as d.jpg); ")
+
+
+def test_rows_of_images_of_other_splits_cause_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train/a", "train/b", "val/c"):
+        image(tmp_path / f"{name}.png")
+    table(tmp_path, ["a,1,0", "b,0,1", "c,1,0"], header="name,red,blue")
+    splits = """
+[images]
+train = [{ image = "train/*.png" }]
+val = [{ image = "val/*.png" }]
+[table]
+files = ["meta.csv"]
+[labels]
+source = "csv"
+"""
+    dataset = load_dataset(put(tmp_path, HEAD + splits))
+    assert [len(samples(dataset, split)) for split in dataset.card.splits] == [2, 1]
+    assert not caplog.messages
 
 
 def test_class_folders_are_split_by_a_hash_of_the_group_in_the_name(tmp_path: Path) -> None:
