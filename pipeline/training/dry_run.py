@@ -70,11 +70,11 @@ def dry_run(
     }
 
 
-def class_counts(images: PatchImages) -> dict[str, int]:
-    """Return the number of labeled patches, and of those that contain each class."""
+def class_counts(images: PatchImages) -> dict[str, Any]:
+    """Return the number of labeled patches, and of those that contain each class, as "patches" and "classes"."""
     present_BK = np.concatenate(images.present)
     names = images.dataset.class_names
-    return {"patches": len(present_BK)} | dict(zip(names, present_BK.sum(axis=0).tolist(), strict=True))
+    return {"patches": len(present_BK), "classes": dict(zip(names, present_BK.sum(axis=0).tolist(), strict=True))}
 
 
 class Counts(NamedTuple):

@@ -97,4 +97,4 @@ def test_a_plan_has_the_stage_of_the_head(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_counts_are_those_of_labeled_patches(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 32)}, side=32, stride=32)
     images.present = [np.array([[True, True, False], [False, True, False]])]
-    assert class_counts(images) == {"patches": 2, "red": 1, "blue": 2, "orange": 0}
+    assert class_counts(images) == {"patches": 2, "classes": {"red": 1, "blue": 2, "orange": 0}}
