@@ -38,7 +38,7 @@ from pipeline.training.calibration import calibrate_temperature, write_reliabili
 from pipeline.training.classifier import build_classifier, classifier_task, head_task
 from pipeline.training.compose import composed, without_whole
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images
+from pipeline.training.dataset import Dataset, Labeled, Sample, check_classes, check_images
 from pipeline.training.evaluate import evaluate, evaluate_samples, masked_samples
 from pipeline.training.familiarity import Source, fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
@@ -216,11 +216,13 @@ def training_images(dataset: Dataset, mpp: float, *, cache_bytes: int = CACHE_BY
 
     Raises DatasetError for bad data.
     """
-    training, validation = (
-        PatchImages(dataset, check_images(chosen, UNREADABLE_SHARE), mpp, cache_bytes=cache_bytes)
-        for chosen in training_samples(dataset)
-    )
-    return training, validation
+
+    def readable(chosen: Sequence[Sample]) -> PatchImages:
+        found = check_images(chosen, UNREADABLE_SHARE)
+        return PatchImages(dataset, found, mpp, cache_bytes=cache_bytes, unreadable=len(chosen) - len(found))
+
+    training, validation = training_samples(dataset)
+    return readable(training), readable(validation)
 
 
 def _check(training: PatchImages, by_size: Sequence[PatchImages], validation: PatchImages, config: TrainConfig) -> None:
