@@ -124,7 +124,7 @@ class ModelCard(_Strict):
     familiarity: FamiliarityCard | None = None
     """None if the model has no statistics of its training data."""
     made_with: dict[str, str] = {}
-    """Versions of Python, wsi-segment and libraries, commit of the source, and digest of the training data."""
+    """Versions of Python, wsi-segment and libraries, commit of the source, digest of the data, and number of images."""
     weights: WeightsCard
 
     @model_validator(mode="after")

@@ -242,7 +242,9 @@ def _print_table(document: dict[str, Any]) -> None:
         table.add_row(Text(f"IoU {name}"), *(_cell(c["iou"].get(name)) for c in columns), end_section=last)
     for label, key in (("mIoU", "miou"), ("FwIoU", "fwiou"), ("ACC", "accuracy")):
         table.add_row(label, *(_cell(column[key]) for column in columns))
-    table.caption = Text(f"mIoU (exclude, gate on) over other cases of this kind: ± {_cell(document['miou_spread'])}")
+    spread = document["miou_spread"]
+    deviation = "– (one case only)" if spread is None else f"± {_cell(spread)}"
+    table.caption = Text(f"mIoU (exclude, gate on) over other cases of this kind: {deviation}")
     Console().print(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # Heavy libraries are imported inside the command, so that `--help` answers at once.
+import logging
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,10 @@ from pipeline.console import printable_json
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
+    from models.card import ModelCard
+    from pipeline.training.familiarity import Source
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = "wsi-familiarity"
 
@@ -37,7 +42,10 @@ def familiarity(
     ] = None,
     scope: Annotated[
         str | None,
-        typer.Option(help="What the data show, such as 'colon, H&E'.", show_default="that of the description"),
+        typer.Option(
+            help="What the data show, such as 'colon, H&E'.",
+            show_default="that of the model, or else of the description",
+        ),
     ] = None,
     device: DeviceOption = "auto",
     verbose: VerboseOption = 0,
@@ -45,8 +53,9 @@ def familiarity(
 ) -> None:
     """Store statistics of its training data in a model bundle, so that runs warn about slides that differ.
 
-    The data set must be the one that the model was trained with. The weights of the bundle do not change. wsi-train
-    does the same for every model.
+    The data set must be the one that the model was trained with; a warning reports other images, masks or labels,
+    unless the data set has composed images. The weights of the bundle do not change. wsi-train does the same for every
+    model.
 
     Exit status: 0 done, 1 failed, 2 usage error, 130 interrupted.
     """
@@ -86,6 +95,8 @@ def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, de
         made = composed(chosen, Path(work), ("train", "val"))
         used = [without_whole(chosen, made), *other_datasets(chosen)]
         sources = [training_images(one, model.card.mpp, cache_bytes=0) for one in used]
+        if chosen.card.compose is None:  # other versions of libraries compose images of other bytes
+            _warn_of_other_data(model.card, sources[0])
         try:
             return add_familiarity(model, sources, wording, device)
         except OSError as error:
@@ -93,6 +104,19 @@ def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, de
                 f"{model.path}: cannot be written ({error.strerror or error}); check the free space and your "
                 "permissions"
             ) from error
+
+
+def _warn_of_other_data(model: ModelCard, source: Source) -> None:
+    """Log a warning if the model was trained with other data than these. Old cards do not record their data."""
+    from pipeline.training.provenance import data_digest
+
+    if model.made_with.get("data") not in (None, data_digest(*source)):
+        logger.warning(
+            "model %s was trained with other images, masks or labels than those of %s; runs will compare slides with "
+            "data that the model does not know, so run wsi-familiarity again with the data of its training",
+            model.name,
+            source[0].dataset.card.name,
+        )
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typer.core import TyperCommand
 
 from models.bundle import load_bundle
 from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run
+from pipeline.console import printable_json
 from pipeline.errors import TrainConfigError
 from pipeline.files import local_path
 from pipeline.training.presets import PRESETS, train_config
@@ -102,7 +102,7 @@ def train_command(
         if dry_run:
             from pipeline.training.dry_run import dry_run as plan
 
-            typer.echo(json.dumps(plan(images, chosen, device, start, max(1, len(several))), indent=2))
+            typer.echo(printable_json(plan(images, chosen, device, start, max(1, len(several)))))
             return
         with training_bar(hidden=quiet or os.environ.get("RANK", "0") != "0") as progress:
             options: dict[str, Any] = {"device": device, "progress": progress, "test": test, "tensorboard": tensorboard}
@@ -121,7 +121,7 @@ def train_command(
             EXIT_INTERRUPTED,
         )
     if not quiet and os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
-        typer.echo(json.dumps(result, indent=2))
+        typer.echo(printable_json(result))
 
 
 def with_seeds_joined(arguments: Sequence[str]) -> list[str]:

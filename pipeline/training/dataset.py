@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import scipy.ndimage
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from models.tissue_class import TissueClass
 from pipeline.errors import (
@@ -43,9 +43,6 @@ logger = logging.getLogger(__name__)
 
 IGNORED = 255
 """Label of pixels that losses and scores ignore."""
-
-HELD_OUT = 0.2
-"""Share of the training images that validate the training of a data set without a validation split."""
 
 SHIPPED = Path(__file__).parent / "datasets"
 """Folder of the dataset.toml files shipped with the package."""
@@ -139,7 +136,9 @@ def samples(dataset: Dataset, split: Split) -> tuple[Sample, ...]:
     """
     card = dataset.card
     images, place = _images(dataset, split)
-    rows: Mapping[str, Row] = rows_of(images, dataset.root, card.table) if card.table else {name: {} for name in images}
+    rows: Mapping[str, Row] = {name: {} for name in images}
+    if card.table:
+        rows = rows_of(images, dataset.root, card.table, all_images="all" in card.images)
     groups = {name: group_of(image, rows[name], card.group) if card.group else "" for name, image in images.items()}
     names = _names(card, split, images, rows, groups)
     return tuple(
@@ -151,28 +150,6 @@ def samples(dataset: Dataset, split: Split) -> tuple[Sample, ...]:
             _labels(dataset, split, images[name], rows[name]),
         )
         for name in names
-    )
-
-
-def training_samples(dataset: Dataset) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Return the images to train on, and the images to validate on.
-
-    If the data set does not describe a split val, a share `HELD_OUT` of the training split is held out: whole groups by
-    a hash of their names, or single images if the groups would leave one part empty. Raises the errors of `samples`,
-    and MissingImagesError if the images are too few for two parts.
-    """
-    if "val" in dataset.card.splits:
-        return samples(dataset, "train"), samples(dataset, "val")
-    chosen = samples(dataset, "train")
-    for names in ([one.group for one in chosen], [one.name for one in chosen]):
-        held = [hash_split(name, 1 - HELD_OUT, HELD_OUT) == "val" for name in names]
-        if any(held) and not all(held):
-            logger.info("%d of %d training images are held out for validation", sum(held), len(held))
-            parts = list(zip(chosen, held, strict=True))
-            return tuple(one for one, out in parts if not out), tuple(one for one, out in parts if out)
-    raise MissingImagesError(
-        f"{dataset.card.name}: {len(chosen)} training images are too few to hold some out for validation; add images, "
-        "or describe split val"
     )
 
 
@@ -320,6 +297,10 @@ def image_size(sample: Sample) -> tuple[int, int]:
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
+_BITS_PER_SAMPLE = 258
+"""Tag of a TIFF."""
+
+
 def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
     """Return the pixels of a file converted to `mode`, or the unchanged values of a mask if `mode` is None."""
     failed = UnreadableImageError if mode else MaskError
@@ -331,6 +312,8 @@ def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
                 )
             if image.mode.startswith(("I", "F")):
                 raise UnreadableImageError(f"{file}: has mode {image.mode}; an image must have 8 bits per channel")
+            if _has_16_bits(image):
+                raise UnreadableImageError(f"{file}: has 16 bits per channel; an image must have 8 bits per channel")
             if mode is None:
                 return np.asarray(image, dtype=np.uint8)
             if image.has_transparency_data:
@@ -338,6 +321,13 @@ def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
             return np.asarray(image.convert(mode), dtype=np.uint8)
     except _DECODER_ERRORS as error:
         raise failed(f"{file}: cannot be read: {error}") from error
+
+
+def _has_16_bits(image: ImageFile.ImageFile) -> bool:
+    """Return whether the channels of a file have more than 8 bits, of which Pillow would keep the higher 8."""
+    # Pillow reads the planes of a TIFF as 8-bit images, whatever their depth.
+    in_tiff = isinstance(image, TiffImagePlugin.TiffImageFile) and max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8
+    return in_tiff or any(";16" in str(tile.args) for tile in image.tile)
 
 
 def _on_white(image: Image.Image) -> NDArray[np.uint8]:

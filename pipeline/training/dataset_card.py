@@ -12,6 +12,7 @@ from models.tissue_class import Byte
 from pipeline.errors import DatasetFileError
 from pipeline.training.dataset_sections import (
     SPLITS,
+    WHITE,
     BackgroundRule,
     ClassSpec,
     Compose,
@@ -92,6 +93,11 @@ class DatasetCard(Section):
     def _classes_differ(self) -> DatasetCard:
         check_unique("class name", [spec.name for spec in self.classes])
         check_unique("mask value", [v for spec in self.classes for v in spec.mask_values] + list(self.mask_excluded))
+        if self.background is not None and WHITE in (spec.name for spec in self.classes):
+            raise ValueError(
+                f"class name {WHITE} is the name that scores give to the pixels of [background]; choose another name "
+                "for the class, or remove [background]"
+            )
         return self
 
     @model_validator(mode="after")

@@ -199,6 +199,10 @@ class CropLabels(Section):
         return self
 
 
+WHITE = "white"
+"""Name of the additional class of the scores that count the pixels of a `BackgroundRule`."""
+
+
 class BackgroundRule(Section):
     """Which pixels of an image are glass (methods.md section 2)."""
 

@@ -21,9 +21,10 @@ from models.bundle import Bundle
 from pipeline.training.classifier import classifier_task, head_task
 from pipeline.training.compose import composed, composed_name
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import HELD_OUT, Dataset
+from pipeline.training.dataset import Dataset
 from pipeline.training.dataset_sections import Split
 from pipeline.training.fit import Processes, Task, time_steps, training_device
+from pipeline.training.held_out import HELD_OUT
 from pipeline.training.patches import PatchImages
 from pipeline.training.pseudo_masks import pseudo_masks_of_image
 from pipeline.training.segmenter import segmenter_task
@@ -69,11 +70,11 @@ def dry_run(
     }
 
 
-def class_counts(images: PatchImages) -> dict[str, int]:
-    """Return the number of labeled patches, and of those that contain each class."""
+def class_counts(images: PatchImages) -> dict[str, Any]:
+    """Return the number of labeled patches, and of those that contain each class, as "patches" and "classes"."""
     present_BK = np.concatenate(images.present)
     names = images.dataset.class_names
-    return {"patches": len(present_BK)} | dict(zip(names, present_BK.sum(axis=0).tolist(), strict=True))
+    return {"patches": len(present_BK), "classes": dict(zip(names, present_BK.sum(axis=0).tolist(), strict=True))}
 
 
 class Counts(NamedTuple):

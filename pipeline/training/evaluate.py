@@ -29,15 +29,12 @@ from models.predictor import Predictor
 from pipeline.errors import ClassMismatchError, InferenceError, MaskError
 from pipeline.slide.labels import winners
 from pipeline.training.dataset import Dataset, Sample, background_HW, read_mask, read_rgb, samples
-from pipeline.training.dataset_sections import Split
+from pipeline.training.dataset_sections import WHITE, Split
 from pipeline.training.resample import resampled
 from wsi.box import Box
 
 CORE_PX = 768
 """Largest side of a canvas's core, about that of a slide's canvases."""
-
-WHITE = "white"
-"""Name of the additional class of protocol `include`."""
 
 Protocol = Literal["exclude", "include"]
 PROTOCOLS: tuple[Protocol, ...] = ("exclude", "include")
@@ -95,10 +92,11 @@ class Evaluation:
     def miou_spread(self, draws: int = 1000) -> float:
         """Return the bootstrap standard deviation of the mIoU over cases (Efron 1979), protocol `exclude`, gate on.
 
-        Each draw takes as many cases with replacement. The result is deterministic; NaN if no pixel counts.
+        Each draw takes as many cases with replacement. The result is deterministic; NaN if the pixels that count belong
+        to fewer than two cases.
         """
         matrices = np.stack(list(self.group_matrices.values()))
-        if not matrices[:, :-1].any():
+        if matrices[:, :-1].any(axis=(1, 2)).sum() < 2:
             return math.nan
         rng = np.random.default_rng(0)
         drawn = (matrices[rng.integers(len(matrices), size=len(matrices))].sum(axis=0) for _ in range(draws))

@@ -5,6 +5,7 @@ Shape suffixes: N views, M labeled patches, K classes, H and W a view, C channel
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
@@ -17,6 +18,8 @@ from pipeline.training.classifier import held_out_batches, patch_outputs
 from pipeline.training.config import TrainConfig
 from pipeline.training.inputs import as_input
 from pipeline.training.patches import PatchImages
+
+logger = logging.getLogger(__name__)
 
 UNCALIBRATED = 0.1
 """Gate threshold of a class without a validation patch (epsilon of Han et al. 2022)."""
@@ -38,6 +41,20 @@ def patch_presence(
             found.append(presence(logits_MK).cpu().numpy())
             held.append(present_MK)
     return np.concatenate(found), np.concatenate(held)
+
+
+def warn_of_uncalibrated(validation: PatchImages) -> None:
+    """Log a warning that names the classes that no labeled patch of the validation images contains."""
+    present_BK = np.concatenate(validation.present)
+    missing = [name for k, name in enumerate(validation.dataset.class_names) if not present_BK[:, k].any()]
+    if missing:
+        logger.warning(
+            "%s: no validation patch has class %s; without such patches, the gate threshold of a class is %s, and "
+            "scores do not measure the class; add validation images of it",
+            validation.dataset.card.name,
+            ", ".join(missing),
+            UNCALIBRATED,
+        )
 
 
 def calibrate_gate(presence_MK: NDArray[np.float32], held_MK: NDArray[np.bool_], recall: float) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ Shape suffixes: K classes, B boxes (x, y, width, height in pixels of the image),
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -60,9 +61,13 @@ def labels_of_row(
 
 
 def labels_of_folder(image: Path, rule: FolderLabels, class_names: tuple[str, ...]) -> tuple[bool, ...]:
-    """Return the classes of an image's folder, (K,). Raises LabelError if the folder has no class."""
-    folder = image.parent.name
-    own = set(rule.classes_of(folder))
+    """Return the classes of an image's folder, (K,). Raises LabelError if the folder has no class.
+
+    Names of folders are compared after Unicode normalization (NFC), because a Mac decomposes their umlauts.
+    """
+    names = {unicodedata.normalize("NFC", name): name for name in rule.folders or class_names}
+    folder = unicodedata.normalize("NFC", image.parent.name)
+    own = set(rule.classes_of(names.get(folder, folder)))
     if not own or not own <= set(class_names):
         known = ", ".join(rule.folders or class_names)
         raise LabelError(f"{image}: folder {folder} has no class; the class folders are {known}")

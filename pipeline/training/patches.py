@@ -57,15 +57,18 @@ class PatchImages:
         *,
         cache_bytes: int = CACHE_BYTES,
         labels: Sequence[Labeled] | None = None,
+        unreadable: int = 0,
     ) -> None:
         """Read the labels of all samples, unless they are given. Images are read on first use.
 
-        Raises what `labeled_boxes` raises.
+        `unreadable` is the number of images of the split that `chosen` lacks because they cannot be read. Raises what
+        `labeled_boxes` raises.
         """
         self.dataset = dataset
         self.samples = tuple(chosen)
         self.labels = [labeled_boxes(dataset, sample) for sample in self.samples] if labels is None else labels
         """The labels of each sample, with boxes in pixels of the data set."""
+        self.unreadable = unreadable
         scale = dataset.mpp / mpp
         # `resampled` leaves such images unchanged.
         self.scale = 1.0 if abs(scale - 1) <= MPP_TOLERANCE else scale

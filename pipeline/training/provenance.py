@@ -20,16 +20,24 @@ def provenance(training: PatchImages, validation: PatchImages, config: TrainConf
     """Return what the result of a training run depends on, besides its settings.
 
     Each version has the name of its package as its key. "commit" is present if the source is a git checkout. "data" is
-    the `data_digest`. "weights" and "encoder_weights" are the SHA-256 of the files that these settings choose. A run
-    that starts from a model does not use these files: its setting `init` has the digest of that model. Raises
-    TrainError if a file is missing.
+    the `data_digest`, and "images" has the numbers of images. "weights" and "encoder_weights" are the SHA-256 of the
+    files that these settings choose. A run that starts from a model does not use these files: its setting `init` has
+    the digest of that model. Raises TrainError if a file is missing.
     """
     return (
         package_versions(_VERSIONS)
         | source_commit(Path(__file__).resolve().parent)
-        | {"data": data_digest(training, validation)}
+        | {"data": data_digest(training, validation), "images": _image_counts(training, validation)}
         | _weights_digests(config)
     )
+
+
+def _image_counts(training: PatchImages, validation: PatchImages) -> str:
+    """Return such as "165 training and 14 validation images (1 unreadable image left out)"."""
+    left_out = training.unreadable + validation.unreadable
+    noun = "image" if left_out == 1 else "images"
+    counts = f"{len(training)} training and {len(validation)} validation images"
+    return f"{counts} ({left_out} unreadable {noun} left out)" if left_out else counts
 
 
 def _weights_digests(config: TrainConfig) -> dict[str, str]:

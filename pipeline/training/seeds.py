@@ -40,15 +40,21 @@ def train_seeds(
 
 
 def summarized(bundles: dict[int, Bundle]) -> dict[str, Any]:
-    """Return the scores that the bundles of all seeds have: values, mean, and sample standard deviation, "spread"."""
+    """Return every score of the bundles: values, mean, and sample standard deviation, "spread".
+
+    If the score of a seed is undefined, its value is None, and so are mean and spread.
+    """
     metrics = [bundle.card.metrics for bundle in bundles.values()]
-    common = [name for name in metrics[0] if all(name in of_seed for of_seed in metrics)]
+    names = dict.fromkeys(name for of_seed in metrics for name in of_seed)
     return {
         "bundles": {str(seed): str(bundle.path) for seed, bundle in bundles.items()},
-        "metrics": {name: _summary([of_seed[name] for of_seed in metrics]) for name in common},
+        "metrics": {name: _summary([of_seed.get(name) for of_seed in metrics]) for name in names},
     }
 
 
-def _summary(values: list[float]) -> dict[str, Any]:
-    mean, spread = statistics.fmean(values), statistics.stdev(values)
+def _summary(values: list[float | None]) -> dict[str, Any]:
+    defined = [value for value in values if value is not None]
+    if len(defined) < len(values):
+        return {"mean": None, "spread": None, "values": values}
+    mean, spread = statistics.fmean(defined), statistics.stdev(defined)
     return {"mean": round(mean, 4), "spread": round(spread, 4), "values": values}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
+import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import LabelError
 from pipeline.training.dataset_sections import SPLITS, Group, Split, Table, TableSplit
+
+logger = logging.getLogger(__name__)
 
 Row = Mapping[str, str]
 
@@ -19,8 +24,13 @@ _TOO_MANY = "cells beyond the header"
 
 def hash_split(group: str, train: float, val: float) -> Split:
     """Return the split of a group by a hash of its name, so that new groups do not move old ones."""
-    fraction = int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32
+    fraction = hash_fraction(group)
     return "train" if fraction < train else "val" if fraction < train + val else "test"
+
+
+def hash_fraction(group: str) -> float:
+    """Return a number from 0 to 1 (exclusive) that depends only on the name of a group."""
+    return int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32
 
 
 def table_splits(
@@ -69,25 +79,29 @@ def group_of(image: Path, row: Row, rule: Group) -> str:
     return str(found[1])
 
 
-def rows_of(images: Mapping[str, Path], root: Path, table: Table) -> dict[str, Row]:
+def rows_of(images: Mapping[str, Path], root: Path, table: Table, *, all_images: bool = False) -> dict[str, Row]:
     """Return the table row of each image by image name.
+
+    Names are compared after Unicode normalization (NFC), because a Mac decomposes the umlauts of file names. If these
+    are all images of the data set, a warning counts the rows without an image. A process logs it once.
 
     Raises LabelError for an unreadable table, a column name that occurs twice, or an image with no row or two rows.
     """
     by_name: dict[str, Row] = {}
     for file in table.files:
         for row in _read_table(root / file, table.name_column):
-            name = row[table.name_column]
+            name = _normalized(row[table.name_column])
             if name in by_name:
                 raise LabelError(f"{root / file}: {name} has two rows; delete one")
             by_name[name] = row
-    rows = {}
+    rows, used = {}, set()
     for name, image in images.items():
-        below_root = image.relative_to(root).as_posix() if image.is_relative_to(root) else ""
-        found = [key for key in dict.fromkeys((name, image.name, below_root)) if key in by_name]
+        below_root = _normalized(image.relative_to(root).as_posix()) if image.is_relative_to(root) else ""
+        file_name = _normalized(image.name)
+        found = [key for key in dict.fromkeys((_normalized(name), file_name, below_root)) if key in by_name]
         if "/" in below_root and below_root in found and image.name != name:
             # The bare name can be that of an image in another folder.
-            found = [key for key in found if key != image.name]
+            found = [key for key in found if key != file_name]
         if not found:
             raise LabelError(f"{image}: has no row in {', '.join(table.files)} (column {table.name_column}); add one")
         if len(found) > 1:
@@ -96,7 +110,24 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table) -> dict[str, R
                 f"{table.name_column}); keep one"
             )
         rows[name] = by_name[found[0]]
+        used.add(found[0])
+    if all_images and (unused := [name for name in by_name if name and name not in used]):
+        files = ", ".join(str(root / file) for file in table.files)
+        _warn_once(
+            f"{len(unused)} of {len(by_name)} rows of {files} have no image (such as {unused[0]}); if they should have "
+            "one, check the patterns in [images]"
+        )
     return rows
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Log a warning, unless this process has logged it before. Each split of a data set reads the table."""
+    logger.warning(message)
+
+
+def _normalized(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _read_table(file: Path, name_column: str) -> list[Row]:

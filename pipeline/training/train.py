@@ -38,11 +38,18 @@ from pipeline.training.calibration import calibrate_temperature, write_reliabili
 from pipeline.training.classifier import build_classifier, classifier_task, head_task
 from pipeline.training.compose import composed, without_whole
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset, Labeled, check_classes, check_images, training_samples
+from pipeline.training.dataset import Dataset, Labeled, Sample, check_classes, check_images
 from pipeline.training.evaluate import evaluate, evaluate_samples, masked_samples
 from pipeline.training.familiarity import Source, fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
-from pipeline.training.gate_calibration import UNCALIBRATED, calibrate_gate, gate_window, patch_presence
+from pipeline.training.gate_calibration import (
+    UNCALIBRATED,
+    calibrate_gate,
+    gate_window,
+    patch_presence,
+    warn_of_uncalibrated,
+)
+from pipeline.training.held_out import training_samples
 from pipeline.training.inputs import MULTIPLE
 from pipeline.training.model_card import make_card, score_metrics
 from pipeline.training.patches import CACHE_BYTES, PatchImages, at_pixel_sizes
@@ -209,15 +216,20 @@ def training_images(dataset: Dataset, mpp: float, *, cache_bytes: int = CACHE_BY
 
     Raises DatasetError for bad data.
     """
-    training, validation = (
-        PatchImages(dataset, check_images(chosen, UNREADABLE_SHARE), mpp, cache_bytes=cache_bytes)
-        for chosen in training_samples(dataset)
-    )
-    return training, validation
+
+    def readable(chosen: Sequence[Sample]) -> PatchImages:
+        found = check_images(chosen, UNREADABLE_SHARE)
+        return PatchImages(dataset, found, mpp, cache_bytes=cache_bytes, unreadable=len(chosen) - len(found))
+
+    training, validation = training_samples(dataset)
+    return readable(training), readable(validation)
 
 
 def _check(training: PatchImages, by_size: Sequence[PatchImages], validation: PatchImages, config: TrainConfig) -> None:
-    """Raise TrainError if the classifier cannot be trained and validated on these images."""
+    """Raise TrainError if the classifier cannot be trained and validated on these images.
+
+    Log a warning about classes without a validation patch.
+    """
     for images in (training, validation):
         if not len(images):
             raise TrainError(f"{images.dataset.card.name}: the training or validation split has no readable image")
@@ -229,6 +241,7 @@ def _check(training: PatchImages, by_size: Sequence[PatchImages], validation: Pa
     if config.region is not None:
         _check_one_size(validation)
     check_classes(training.dataset, map(Labeled, training.boxes, training.present))
+    warn_of_uncalibrated(validation)
 
 
 def _check_patches(training: PatchImages, region: int | None, setting: str) -> None:

@@ -114,6 +114,20 @@ def test_scores_of_a_perfect_model_are_one_and_the_table_says_a_hundred(
     assert rows["IoU white"][2:] == rows["ACC"][2:] == ["100.00", "100.00"]
 
 
+def test_the_caption_has_a_spread_only_if_there_are_two_cases(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(monkeypatch, predictor())
+    file = write_dataset(tmp_path / "data", {"P1-a": stripes(64, 96), "P1-b": stripes(64, 64)})
+    result = invoke(bundle, file, "-o", tmp_path / "out")
+    assert "over other cases of this kind: ± 0.00" in " ".join(result.stdout.split())
+    assert document_of(tmp_path / "out")["miou_spread"] == 0
+    file.write_text(file.read_text() + "[group]\npattern = '^(P[0-9])-'\n")
+    result = invoke(bundle, file, "-o", tmp_path / "out")
+    assert "over other cases of this kind: – (one case only)" in " ".join(result.stdout.split())
+    assert document_of(tmp_path / "out")["miou_spread"] is None
+
+
 def test_the_table_has_no_column_include_if_nothing_predicts_white(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

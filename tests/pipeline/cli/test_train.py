@@ -187,13 +187,16 @@ def test_fewer_than_two_different_seeds_are_refused(text: str) -> None:
         parse_seeds(text)
 
 
-def test_the_plan_of_a_run_is_printed_and_nothing_is_trained(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plan_of_a_run_is_printed_and_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_textures(tmp_path / "data", train=4, val=2, test=1, size=64)
+    data.write_text(data.read_text(encoding="utf-8").replace('"dots"', '"größe"'), encoding="utf-8")
     monkeypatch.setattr("pipeline.training.dry_run.time_steps", lambda *_: 1.0)
     result = invoke(data, "-o", tmp_path / "run", "--dry-run", "--device", "cpu", *settings(*SMALL))
     assert result.exit_code == 0, result.output
+    assert '"größe":' in result.stdout
     plan = json.loads(result.stdout)
+    assert plan["patches"]["val"]["patches"] == 2
+    assert list(plan["patches"]["val"]["classes"]) == ["größe", "stripes", "plain"]
     assert plan["images"] == {"train": 4, "val": 2}
     assert plan["stages"]["segmenter"]["steps_per_epoch"] == 1
     assert not (tmp_path / "run").exists()

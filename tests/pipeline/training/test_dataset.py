@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
+from numpy.typing import NDArray
 from PIL import Image
 
 from models.tissue_class import TissueClass
@@ -225,6 +229,34 @@ def test_a_16_bit_image_is_refused_not_clipped(tmp_path: Path) -> None:
 
     with pytest.raises(UnreadableImageError, match=r"deep\.png: has mode I;16; an image must have 8 bits"):
         read_rgb(Sample("deep", tmp_path / "deep.png", None, "", None))
+
+
+def write_deep_png(file: Path, rgb_HWC: NDArray[np.uint16]) -> None:
+    """Write an RGB image with 16 bits per channel, as cameras do, which Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = rgb_HWC.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb_HWC)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def test_a_color_image_with_16_bits_per_channel_is_refused(tmp_path: Path) -> None:
+    rgb_HWC = np.full((4, 6, 3), 4000, dtype=np.uint16)  # nearly white for a camera with 12 bits
+    write_deep_png(tmp_path / "deep.png", rgb_HWC)
+    tifffile.imwrite(tmp_path / "deep.tif", rgb_HWC, photometric="rgb")
+    planes_CHW = rgb_HWC.transpose(2, 0, 1)
+    tifffile.imwrite(tmp_path / "planes.tif", planes_CHW, photometric="rgb", planarconfig="separate")
+    for name in ("deep.png", "deep.tif", "planes.tif"):
+        with Image.open(tmp_path / name) as opened:
+            assert (opened.mode, opened.size) == ("RGB", (6, 4))
+        with pytest.raises(UnreadableImageError, match=rf"{name}: has 16 bits per channel; an image must have 8 bits"):
+            read_rgb(Sample("deep", tmp_path / name, None, "", None))
+    tifffile.imwrite(tmp_path / "plain.tif", rgb_HWC.astype(np.uint8), photometric="rgb")
+    assert (read_rgb(Sample("plain", tmp_path / "plain.tif", None, "", None)) == 4000 % 256).all()
 
 
 def test_background_is_bright_pieces_of_at_least_the_smallest_size() -> None:

@@ -32,6 +32,11 @@ from tests.repository import REPOSITORY
         ('"blue"', '"red"', "class name red is given twice"),
         ('"blue"', '"Tumor: blue"', r"classes\.1\.name: .*class name 'Tumor: blue' must be printable, without ':'"),
         ('"blue"', '"blue\\n"', r"classes\.1\.name: .* without space around it"),
+        (
+            '"blue", color = [0, 0, 200], mask_values = [1, 2] },\n]',
+            '"white", color = [0, 0, 200], mask_values = [1, 2] },\n]\nbackground = {}',
+            r"class name white is the name that scores give to the pixels of \[background\]; choose another name",
+        ),
         ("[1, 2]", "[1, 4]", "mask value 4 is given twice"),
         (", mask_values = [1, 2]", "", r"images\.train has masks, but mask_values is missing for blue"),
         (', mask = "mask/{name}.png"', "", r"images\.train needs a mask"),
@@ -86,6 +91,11 @@ def test_the_error_names_contradicting_sections(tmp_path: Path, old: str, new: s
 
     with pytest.raises(DatasetFileError, match=message):
         load_dataset(put(tmp_path, toml))
+
+
+def test_a_class_may_have_the_name_white_if_no_background_is_predicted(tmp_path: Path) -> None:
+    dataset = load_dataset(put(tmp_path, (HEAD + CROP_LABELS).replace('"blue"', '"white"')))
+    assert dataset.class_names == ("red", "white")
 
 
 def documented() -> str:

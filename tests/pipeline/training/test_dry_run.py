@@ -10,9 +10,10 @@ from pipeline.training import dry_run as module
 from pipeline.training.classifier import steps_per_epoch
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import load_dataset, training_samples
+from pipeline.training.dataset import load_dataset
 from pipeline.training.dry_run import class_counts, dry_run
 from pipeline.training.fit import Task
+from pipeline.training.held_out import training_samples
 from pipeline.training.train import prepare
 from tests.pipeline.training.cells import crop_images
 from tests.pipeline.training.single_tissue import TOML, with_whole_images, write_tiles
@@ -96,4 +97,4 @@ def test_a_plan_has_the_stage_of_the_head(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_counts_are_those_of_labeled_patches(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 32)}, side=32, stride=32)
     images.present = [np.array([[True, True, False], [False, True, False]])]
-    assert class_counts(images) == {"patches": 2, "red": 1, "blue": 2, "orange": 0}
+    assert class_counts(images) == {"patches": 2, "classes": {"red": 1, "blue": 2, "orange": 0}}

@@ -21,6 +21,7 @@ from pipeline.training.dataset import load_dataset, samples
 from pipeline.training.evaluate import (
     PROTOCOLS,
     Evaluation,
+    Protocol,
     Scores,
     confusion_matrix,
     evaluate,
@@ -28,6 +29,7 @@ from pipeline.training.evaluate import (
     predict_image,
     scores,
 )
+from pipeline.training.model_card import score_metrics
 from tests.models.networks import (
     ConstantClassifier,
     ConstantSegmenter,
@@ -405,8 +407,23 @@ def test_the_spread_is_the_bootstrap_deviation_over_cases() -> None:
         draws.append(sum(h / u for h, u in zip(hit, union, strict=True)) / 2)
     assert found.miou_spread() == pytest.approx(np.std(draws), rel=0.1)
     assert found.miou_spread() == found.miou_spread()
-    alone = Evaluation(("a", "b"), found.matrices, matrices, dict.fromkeys(matrices, "one case"))
-    assert alone.miou_spread() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_single_case_has_no_spread() -> None:
+    rng = np.random.default_rng(5)
+    matrices = {name: rng.integers(1, 100, (3, 3)) for name in "xyz"}
+    pooled: dict[tuple[Protocol, bool], NDArray[np.int64]] = {
+        ("exclude", True): np.sum(list(matrices.values()), axis=0)
+    }
+    cases: dict[str, str] = dict.fromkeys(matrices, "one case")
+    alone = Evaluation(("a", "b"), pooled, matrices, cases)
+    assert math.isnan(alone.miou_spread())
+    assert "val_miou" in score_metrics("val", alone)
+    assert "val_miou_spread" not in score_metrics("val", alone)
+    matrices["z"][:-1] = 0
+    other = Evaluation(("a", "b"), pooled, matrices, cases | {"z": "a case of which no pixel counts"})
+    assert math.isnan(other.miou_spread())
+    assert Evaluation(("a", "b"), pooled, matrices, cases | {"y": "another case"}).miou_spread() > 0
 
 
 def test_scores_of_masks_without_a_class_are_nan_without_a_warning(tmp_path: Path) -> None:

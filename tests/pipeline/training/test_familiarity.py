@@ -29,6 +29,7 @@ from pipeline.training.dataset import Dataset, load_dataset, samples
 from pipeline.training.familiarity import COPIES, SHARE_LIMIT, Source, fit_familiarity, recolored
 from pipeline.training.inputs import Scale, as_input, padded
 from pipeline.training.patches import PatchImages
+from pipeline.training.provenance import data_digest
 from tests.models.networks import make_card
 from tests.pipeline.training.single_tissue import with_whole_images, write_other, write_tiles
 from tests.textures import write_textures
@@ -200,6 +201,26 @@ def test_the_command_adds_statistics_and_scope_to_a_bundle(bundle: Path, data: P
     }
     assert load_statistics(changed) is not None
     assert {file: (bundle / file).read_bytes() for file in weights} == weights
+
+
+@pytest.mark.parametrize("recorded", ["same", "other", "none"])
+def test_the_command_warns_about_data_that_the_model_was_not_trained_with(
+    tmp_path: Path,
+    classifier: Classifier,
+    textures: Dataset,
+    data: Path,
+    caplog: pytest.LogCaptureFixture,
+    recorded: str,
+) -> None:
+    training, validation = (PatchImages(textures, samples(textures, split), 1.0) for split in ("train", "val"))
+    digests = {"same": {"data": data_digest(training, validation)}, "other": {"data": "0" * 64}, "none": {}}
+    card = _card(textures).model_copy(update={"made_with": digests[recorded]})
+    path = save_bundle(tmp_path / "b", card, classifier, build_segmenter("resnet18", 3)).path
+    result = invoke(path, data, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    warned = [message for message in caplog.messages if "was trained with other images, masks or labels" in message]
+    assert len(warned) == (recorded == "other")
+    assert load_bundle(path).card.familiarity is not None
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])

@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.training.config import TrainConfig
-from pipeline.training.gate_calibration import UNCALIBRATED, calibrate_gate, gate_window, patch_presence
+from pipeline.training.gate_calibration import (
+    UNCALIBRATED,
+    calibrate_gate,
+    gate_window,
+    patch_presence,
+    warn_of_uncalibrated,
+)
 from pipeline.training.inputs import as_input
 from tests.pipeline.training.cells import CellClassifier, crop_images
 
@@ -35,6 +41,21 @@ def test_a_class_without_tiles_gets_the_threshold_of_the_paper() -> None:
     held_NK = np.array([[True, False], [True, False]])
     assert calibrate_gate(presence_NK, held_NK, 1.0) == (0.2999, 0.1)
     assert calibrate_gate(presence_NK, held_NK, 0.5) == (0.8999, 0.1)
+
+
+def test_a_warning_names_the_classes_without_a_validation_patch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = crop_images(tmp_path, {"a": (64, 32), "b": (32, 32)}, side=32, stride=32)
+    images.present = [np.array([[True, False, False], [True, False, True]]), np.array([[False, True, False]])]
+    warn_of_uncalibrated(images)
+    assert not caplog.messages
+    images.present[0][1, 2] = images.present[1][0, 1] = False
+    warn_of_uncalibrated(images)
+    (message,) = caplog.messages
+    assert "no validation patch has class blue, orange; without such patches, the gate threshold of a class is 0.1" in (
+        message
+    )
 
 
 def test_the_gate_is_calibrated_on_all_labeled_patches(tmp_path: Path) -> None:

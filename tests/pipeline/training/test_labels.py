@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -92,6 +94,16 @@ def test_the_folder_is_the_only_class_of_its_images() -> None:
     assert labels_of_folder(Path("train/02_NEC/a.png"), renamed, NAMES) == (False, False, True)
     with pytest.raises(LabelError, match=r"a.png: folder stroma has no class; .* 01_TUM, 02_NEC"):
         labels_of_folder(Path("train/stroma/a.png"), renamed, NAMES)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("listed", ["NFC", "NFD"])
+def test_the_folder_may_have_decomposed_umlauts(form: Literal["NFC", "NFD"], listed: Literal["NFC", "NFD"]) -> None:
+    folder = Path("train") / unicodedata.normalize(form, "Drüse") / "a.png"
+    name = unicodedata.normalize(listed, "Drüse")
+    assert labels_of_folder(folder, FolderLabels(source="folders"), ("Stroma", name)) == (False, True)
+    renamed = FolderLabels(source="folders", folders={name: "tumor"})
+    assert labels_of_folder(folder, renamed, NAMES) == (True, False, False)
 
 
 geometry = st.tuples(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40)).flatmap(

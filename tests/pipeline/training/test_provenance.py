@@ -74,6 +74,22 @@ def test_the_commit_is_that_of_the_checkout_that_the_code_runs_from(tmp_path: Pa
     assert source_commit(folder) == {"commit": git("rev-parse", "HEAD") + "+"}
 
 
+@pytest.mark.parametrize(
+    ("unreadable", "text"),
+    [
+        (0, "3 training and 1 validation images"),
+        (1, "3 training and 1 validation images (1 unreadable image left out)"),
+        (2, "3 training and 1 validation images (2 unreadable images left out)"),
+    ],
+)
+def test_the_provenance_counts_images_and_those_left_out(tmp_path: Path, unreadable: int, text: str) -> None:
+    dataset = load_dataset(write_crops(tmp_path, dict.fromkeys("wxyz", (32, 32)), side=32, stride=32))
+    chosen = samples(dataset, "train")
+    training = PatchImages(dataset, chosen[1:], dataset.mpp, unreadable=unreadable)
+    validation = PatchImages(dataset, chosen[:1], dataset.mpp)
+    assert provenance(training, validation, TrainConfig(weights="none"))["images"] == text
+
+
 def test_the_provenance_has_versions_and_digests_of_the_initial_weights(tmp_path: Path) -> None:
     dataset = load_dataset(write_crops(tmp_path / "data", {"x": (64, 32)}, side=32, stride=32))
     images = PatchImages(dataset, samples(dataset, "train"), dataset.mpp)

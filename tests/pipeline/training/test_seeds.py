@@ -39,6 +39,10 @@ def test_every_seed_trains_in_a_folder_of_its_own_and_the_summary_is_written(
     assert list(summary["bundles"]) == ["0", "3"]
 
 
-def test_only_scores_of_all_seeds_are_summarized() -> None:
-    found = summarized({0: bundle_with(a=1.0, b=2.0), 1: bundle_with(a=3.0)})
-    assert found["metrics"] == {"a": {"mean": 2.0, "spread": 1.4142, "values": [1.0, 3.0]}}
+def test_a_score_that_a_seed_lacks_has_no_mean_and_spread() -> None:
+    found = summarized({0: bundle_with(a=1.0, b=2.0), 1: bundle_with(a=3.0, c=4.0)})
+    assert found["metrics"] == {
+        "a": {"mean": 2.0, "spread": 1.4142, "values": [1.0, 3.0]},
+        "b": {"mean": None, "spread": None, "values": [2.0, None]},
+        "c": {"mean": None, "spread": None, "values": [None, 4.0]},
+    }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -14,10 +16,8 @@ from pipeline.errors import (
 from pipeline.training.dataset import (
     load_dataset,
     samples,
-    training_samples,
 )
 from pipeline.training.dataset_sections import SPLITS
-from pipeline.training.splits import hash_split
 from tests.pipeline.training.tiny_datasets import (
     HEAD,
     TABLE_LABELS,
@@ -65,6 +65,48 @@ def test_the_row_of_a_path_is_not_that_of_another_folders_image(tmp_path: Path) 
     table(tmp_path, ["img/a.png,p1,train,1,0", "a.png,p9,testA,0,1", "b,p2,train,0,1", "c,p3,testA,0,1"])
     dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
     assert [(one.name, one.group) for one in samples(dataset, "train")] == [("a", "p1")]
+
+
+@pytest.mark.parametrize(("in_table", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("entry", ["größe", "größe.png", "img/größe.png"])
+def test_the_row_of_an_image_may_have_umlauts_of_another_form(
+    tmp_path: Path, in_table: Literal["NFC", "NFD"], on_disk: Literal["NFC", "NFD"], entry: str
+) -> None:
+    image(tmp_path / "img" / unicodedata.normalize(on_disk, "größe.png"))
+    image(tmp_path / "img" / "b.png")
+    table(tmp_path, [unicodedata.normalize(in_table, f"{entry},p1,train,1,0"), "b,p2,train,0,1"])
+    (only,) = samples(load_dataset(put(tmp_path, HEAD + TABLE_LABELS)), "train")
+    assert (only.name, only.group) == (unicodedata.normalize(on_disk, "größe"), "p1")
+
+
+def test_a_warning_counts_the_rows_without_an_image_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in "abc":
+        image(tmp_path / "img" / f"{name}.png")
+    rows = ["a,p1,train,1,0", "d.jpg,p1,train,0,1", "b,p2,train,1,0", "e.jpg,p4,testA,1,0", "c,p3,testA,1,0"]
+    table(tmp_path, rows)
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+    for split in SPLITS:
+        assert len(samples(dataset, split)) == 1
+    (message,) = caplog.messages
+    assert message.startswith(f"2 of 5 rows of {tmp_path / 'meta.csv'} have no image (such as d.jpg); ")
+
+
+def test_rows_of_images_of_other_splits_cause_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train/a", "train/b", "val/c"):
+        image(tmp_path / f"{name}.png")
+    table(tmp_path, ["a,1,0", "b,0,1", "c,1,0"], header="name,red,blue")
+    splits = """
+[images]
+train = [{ image = "train/*.png" }]
+val = [{ image = "val/*.png" }]
+[table]
+files = ["meta.csv"]
+[labels]
+source = "csv"
+"""
+    dataset = load_dataset(put(tmp_path, HEAD + splits))
+    assert [len(samples(dataset, split)) for split in dataset.card.splits] == [2, 1]
+    assert not caplog.messages
 
 
 def test_class_folders_are_split_by_a_hash_of_the_group_in_the_name(tmp_path: Path) -> None:
@@ -191,27 +233,3 @@ def test_the_error_names_the_file_that_the_group_pattern_does_not_match(tmp_path
 
     with pytest.raises(LabelError, match=r"Q1\.png: the group pattern '\^\(P\[0-9\]\+\)' does not match"):
         samples(load_dataset(put(tmp_path, HEAD + rest)), "train")
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_a_data_set_without_a_validation_split_gets_one_by_hash(tmp_path: Path, grouped: bool) -> None:
-    for number in range(40):
-        image(tmp_path / "red" / f"P{number % 8}-{number:02d}.png")
-    group = '[group]\npattern = "^(P[0-9])-"\n' if grouped else ""
-    text = HEAD + '[images]\ntrain = [{ image = "*/*.png" }]\n' + group + '[labels]\nsource = "folders"\n'
-    (tmp_path / "dataset.toml").write_text(text.replace("mask_excluded = [4]\n", ""), encoding="utf-8")
-    dataset = load_dataset(tmp_path)
-    training, validation = training_samples(dataset)
-    assert sorted([*training, *validation], key=lambda one: one.name) == list(samples(dataset, "train"))
-    for chosen, split in ((training, "train"), (validation, "val")):
-        for one in chosen:
-            assert hash_split(one.group if grouped else one.name, 0.8, 0.2) == split
-    assert 0 < len(validation) < len(training)
-
-
-def test_a_single_image_cannot_be_divided(tmp_path: Path) -> None:
-    image(tmp_path / "red" / "a.png")
-    text = HEAD + '[images]\ntrain = [{ image = "*/*.png" }]\n[labels]\nsource = "folders"\n'
-    (tmp_path / "dataset.toml").write_text(text, encoding="utf-8")
-    with pytest.raises(MissingImagesError, match="1 training images are too few to hold some out"):
-        training_samples(load_dataset(tmp_path))

@@ -29,7 +29,7 @@ from pipeline.training.model_card import score_metrics
 from pipeline.training.patches import PatchImages
 from pipeline.training.position import edge_profile, position_metrics
 from pipeline.training.provenance import data_digest
-from pipeline.training.train import prepare, train
+from pipeline.training.train import prepare, train, training_images
 from tests.cases import full
 from tests.pipeline.training.single_tissue import TILE, with_whole_images
 from tests.textures import write_crops, write_textures
@@ -317,6 +317,15 @@ def test_the_run_and_its_bundle_record_versions_commit_and_data(unbroken: Path, 
     assert load_bundle(unbroken / "bundle").card.made_with == recorded
     training, validation = (PatchImages(textures, samples(textures, split), 1.0) for split in ("train", "val"))
     assert recorded["data"] == data_digest(training, validation)
+    assert recorded["images"] == "5 training and 2 validation images"
+
+
+def test_unreadable_images_are_counted(tmp_path: Path) -> None:
+    dataset = load_dataset(write_textures(tmp_path, train=101, val=2, test=0, size=16))
+    samples(dataset, "train")[7].image.write_bytes(b"")
+    training, validation = training_images(dataset, 1.0)
+    assert (len(training), training.unreadable) == (100, 1)
+    assert (len(validation), validation.unreadable) == (2, 0)
 
 
 def test_a_name_that_is_not_valid_in_a_card_is_refused_before_training(textures: Dataset, tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""The images that a run trains on, and those that it validates on, which are held out if the data set names none."""
+
+from __future__ import annotations
+
+import logging
+
+from pipeline.errors import MissingImagesError
+from pipeline.training.dataset import Dataset, Sample, samples
+from pipeline.training.splits import hash_fraction
+
+HELD_OUT = 0.2
+"""Share of the training images that validate the training of a data set without a validation split."""
+
+logger = logging.getLogger(__name__)
+
+
+def training_samples(dataset: Dataset) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Return the images to train on, and the images to validate on.
+
+    If the data set does not describe a split val, a share `HELD_OUT` of the training split is held out: whole groups by
+    a hash of their names, or single images if there is only one group, with a warning if it has a name. If the hashes
+    would leave one part empty, the group or image with the hash closest to the limit changes parts. Raises the errors
+    of `samples`, and MissingImagesError for a single image.
+    """
+    if "val" in dataset.card.splits:
+        return samples(dataset, "train"), samples(dataset, "val")
+    chosen = samples(dataset, "train")
+    groups = {one.group for one in chosen}
+    keys = [one.group if len(groups) > 1 else one.name for one in chosen]
+    fractions = {key: hash_fraction(key) for key in keys}
+    if len(fractions) == 1:
+        raise MissingImagesError(
+            f"{dataset.card.name}: {len(chosen)} training images are too few to hold some out for validation; add "
+            "images, or describe split val"
+        )
+    if len(groups) == 1 and groups != {""}:
+        logger.warning(
+            "%s: all training images belong to the group %s, so images of this group are held out for validation, and "
+            "their scores may be too high for new groups; if you can, add images of other groups",
+            dataset.card.name,
+            *groups,
+        )
+    limit = 1 - HELD_OUT
+    held = {key for key, fraction in fractions.items() if fraction >= limit}
+    if not held or len(held) == len(fractions):
+        held ^= {min(fractions, key=lambda key: abs(fractions[key] - limit))}
+    training = tuple(one for one, key in zip(chosen, keys, strict=True) if key not in held)
+    validation = tuple(one for one, key in zip(chosen, keys, strict=True) if key in held)
+    logger.info("%d of %d training images are held out for validation", len(validation), len(chosen))
+    return training, validation
