@@ -21,10 +21,12 @@ from pipeline.formats.features import Feature, read_features
 from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections, relabeled
 from pipeline.labeling.event_file import EventFile
 from pipeline.labeling.events import Labeled, Undone
+from pipeline.labeling.import_corrections import corrected_sources
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
+from pipeline.viewing.viewer.results import find_results
 from pipeline.viewing.viewer.uncertainty import uncertainties
-from tests.pipeline.viewing.viewer.conftest import Answer, Site
+from tests.pipeline.viewing.viewer.conftest import Answer, Site, serving
 
 
 def post(site: Site, path: str, body: Any, **headers: str) -> Answer:
@@ -87,6 +89,19 @@ def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_s
     assert "16 removed, because the files do not show them anymore" in done.output
     with EventStore(tmp_path / "l" / "labels.sqlite") as store:
         assert Labels(store.read()).places() == []
+
+
+def test_corrections_of_a_linked_result_become_labels(results_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(next(results_folder.glob("block*")), tmp_path / "store" / "a")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "link").symlink_to(tmp_path / "store" / "a")
+    with serving(find_results(tmp_path / "results")) as site:
+        (index,) = [n for n, one in enumerate(regions(site)) if one.label == 2]
+        assert post(site, "corrections", of_region(site, index, 1)).status == 200
+    (source,) = corrected_sources(tmp_path / "results", None, "ann")
+    assert [(one.annotator, [two.name for two in one.annotations]) for one in source.drawings] == [
+        ("ann", [("class-0",)])
+    ]
 
 
 def test_results_of_two_models_with_the_same_folder_and_name_keep_their_labels(own_site: Site, tmp_path: Path) -> None:
