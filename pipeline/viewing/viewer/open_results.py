@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import ViewError
+from pipeline.errors import MapFileError, ViewError
 from pipeline.formats.features import geojson_feature, geojson_text, read_features
+from pipeline.results.digests import missing_map_files
 from pipeline.viewing.viewer.map_tiles import MapTiles
 from pipeline.viewing.viewer.outlines import left_out_bytes, outline_bytes
 from pipeline.viewing.viewer.overview import Overview
@@ -28,6 +29,7 @@ class OpenResult:
 
     def __init__(self, result: Result) -> None:
         self.result = result
+        _check_map(result)
         # Before the slide: MapTiles keeps no file open, so nothing leaks if the slide cannot be opened.
         self.map_tiles = MapTiles(result.store, [one.color for one in result.run.classes])
         self._slide = open_checked(result)
@@ -99,6 +101,16 @@ class OpenResults:
         with self._lock:
             while self._open:
                 self._open.popitem()[1].close()
+
+
+def _check_map(result: Result) -> None:
+    """Raise MapFileError if files of the map are missing, which would be shown as areas without a class."""
+    missing = missing_map_files(result.folder, result.run)
+    if missing:
+        raise MapFileError(
+            f"{result.store}: cannot be read: {len(missing)} of its files are missing, such as {missing[0]}; segment "
+            f"the slide again with --repair"
+        )
 
 
 def open_checked(result: Result) -> Slide:

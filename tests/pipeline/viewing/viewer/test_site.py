@@ -259,6 +259,31 @@ def test_a_damaged_map_is_an_error_that_the_terminal_explains(
     assert ".ome.zarr: cannot be read: " in caplog.text
 
 
+@pytest.mark.parametrize("chunk", ["labels/classes/0/2/4", "0/1/2/4"])
+def test_a_map_that_lacks_a_file_is_an_error_that_the_terminal_explains(
+    results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, chunk: str
+) -> None:
+    result = find_results(copied(results_folder, tmp_path, "a"))[0]
+    (result.store / chunk).unlink()
+    with serving((result,)) as site:
+        for path in ("values/100_100.json", "labels/3/0/0_0.png", "uncertainty"):
+            assert (site.get(path).status, site.get(path).body) == (
+                503,
+                b"The slide or its result cannot be read; see the terminal for the reason.",
+            )
+    name = f"{result.store.name}/{chunk}"
+    assert f"1 of its files are missing, such as {name}; segment the slide again with --repair" in caplog.text
+
+
+def test_a_map_is_shown_if_its_list_of_files_is_missing_or_damaged(results_folder: Path, tmp_path: Path) -> None:
+    results = find_results(copied(results_folder, tmp_path, "a", "b"))
+    (results[0].folder / "chunks.tsv").unlink()
+    (results[1].folder / "chunks.tsv").write_bytes(b"damaged")
+    for result in results:
+        with serving((result,)) as site:
+            assert site.get("values/100_100.json").status == 200
+
+
 CHANGED = (409, b"The result has changed; stop wsi-view and start it again.")
 
 
