@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,18 +67,25 @@ class Result:
 
 def find_results(path: Path) -> tuple[Result, ...]:
     """Return the result at `path`, or the complete ones in that folder, by name. Raises ViewError if there is none."""
-    try:
+    with examined(path):
         if not path.is_dir():
             raise ViewError(f"{path}: no such folder; pass the folder of a result, or a folder of results")
         if (path / RUN).is_file():
             return (load_result(path),)
         results = tuple(_loadable(path))
-    except OSError as error:
-        reason = error.strerror or error
-        raise ViewError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
     if not results:
         raise ViewError(f"{path}: contains no results; make one with wsi-segment -o {path}")
     return results
+
+
+@contextmanager
+def examined(path: Path) -> Iterator[None]:
+    """Raise ViewError for an OSError of the block, which examines `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ViewError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
 
 
 def _loadable(output: Path) -> Iterator[Result]:
@@ -128,8 +136,12 @@ def record_stamp(folder: Path) -> RecordStamp | None:
 
 
 def with_slide(result: Result, moved: Path) -> Result:
-    """Return the result with its slide at `moved`: a file, or a folder that holds the slide under its old name."""
-    return replace(result, slide=moved / result.slide.name if moved.is_dir() else moved)
+    """Return the result with its slide at `moved`: a file, or a folder that holds the slide under its old name.
+
+    Raises ViewError if `moved` cannot be examined.
+    """
+    with examined(moved):
+        return replace(result, slide=moved / result.slide.name if moved.is_dir() else moved)
 
 
 def _output(folder: Path, run: Run, end: str) -> Path:

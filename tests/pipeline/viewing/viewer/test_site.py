@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import ViewError
 from pipeline.results.record import read_run, write_run
-from pipeline.viewing.viewer.open_results import MOST_OPEN, OpenResult, OpenResults, open_checked
+from pipeline.viewing.viewer.identity import in_daemon
+from pipeline.viewing.viewer.open_results import MOST_OPEN, OpenResult, OpenResults, open_checked, unavailable
 from pipeline.viewing.viewer.results import find_results, load_result, with_slide
 from pipeline.web.application import SECURITY_HEADERS
 from pipeline.web.server import listening
@@ -229,6 +232,31 @@ def test_a_slide_that_disappears_is_an_error_without_its_path(
         )
         assert json.loads(site.get("identity.json").body) == {"same": None}
     assert "gone.svs: no such file" in caplog.text
+
+
+def test_a_slide_that_cannot_be_examined_is_an_error_without_its_path(
+    results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = replace(find_results(results_folder)[0], slide=tmp_path / ("n" * 300 + ".svs"))
+    assert unavailable(result) == (
+        f"{result.slide}: cannot be read (File name too long); check the path and its permissions"
+    )
+    with serving((result,)) as site:
+        answer = site.get("slide/0/0_0.jpg")
+        assert (answer.status, answer.body) == (
+            503,
+            b"The slide or its result cannot be read; see the terminal for the reason.",
+        )
+        assert json.loads(site.get("identity.json").body) == {"same": None}
+    assert "n.svs: cannot be read: File name too long" in caplog.text
+
+
+def test_an_error_of_work_on_a_daemon_thread_reaches_the_caller() -> None:
+    def fail() -> bool:
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        asyncio.run(asyncio.wait_for(in_daemon(fail), 10))
 
 
 @pytest.mark.parametrize(
