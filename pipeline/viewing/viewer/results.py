@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipeline.errors import RunRecordError, ViewError
 from pipeline.results.areas import ClassArea, class_areas
 from pipeline.results.find import result_folders, result_name
 from pipeline.results.names import FAMILIARITY, GEOPARQUET_END, LEFT_OUT, MAP_END, RUN, THUMBNAIL
-from pipeline.results.record import Run, read_header, read_run
+from pipeline.results.record import Run, read_run
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +66,19 @@ class Result:
 
 
 def find_results(path: Path) -> tuple[Result, ...]:
-    """Return the result at `path`, or the complete ones in that folder, by name. Raises ViewError if there is none."""
+    """Return the result at `path`, or the complete ones in that folder, by name.
+
+    The others are left out with a warning. Raises ViewError if there are no complete ones.
+    """
     with examined(path):
         if not path.is_dir():
             raise ViewError(f"{path}: no such folder; pass the folder of a result, or a folder of results")
         if (path / RUN).is_file():
             return (load_result(path),)
-        results = tuple(_loadable(path))
+        folders = result_folders(path)
+        results = tuple(_loadable(path, folders))
+    if folders and not results:
+        raise ViewError(f"{path}: contains no readable results; the warnings above give the reasons")
     if not results:
         raise ViewError(f"{path}: contains no results; make one with wsi-segment -o {path}")
     return results
@@ -88,10 +94,8 @@ def examined(path: Path) -> Iterator[None]:
         raise ViewError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
 
 
-def _loadable(output: Path) -> Iterator[Result]:
-    for folder in result_folders(output):
-        if read_header(folder) is None:
-            continue
+def _loadable(output: Path, folders: Iterable[Path]) -> Iterator[Result]:
+    for folder in folders:
         try:
             yield load_result(folder, result_name(output, folder))
         except ViewError as error:
@@ -112,7 +116,10 @@ def load_result(folder: Path, name: str | None = None) -> Result:
     except RunRecordError as error:
         raise ViewError(str(error)) from error
     if run is None:
-        raise ViewError(f"{folder}: does not contain a {RUN} of wsi-segment; pass the folder of a result")
+        raise ViewError(
+            f"{folder}: its {RUN} is damaged or of another program; if this is the result of a slide, move the folder "
+            f"away and segment the slide again"
+        )
     return Result(
         id=hashlib.sha256(name.encode()).hexdigest()[:10],
         name=name,

@@ -380,3 +380,18 @@ def test_incomplete_results_among_several_are_skipped_with_a_warning(
     assert [result.name for result in find_results(folder)] == ["a"]
     assert "left out:" in caplog.text
     assert str(folder / "b") in caplog.text
+
+
+def test_results_with_a_damaged_record_are_left_out_with_a_warning(
+    results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(results_folder, tmp_path, "a", "b")
+    (folder / "b" / "run.json").write_text("{")
+    assert [result.name for result in find_results(folder)] == ["a"]
+    reason = "its run.json is damaged or of another program; if this is the result of a slide, move the folder away"
+    assert f"left out: {folder / 'b'}: {reason} and segment the slide again" in caplog.text
+    with pytest.raises(ViewError, match=f"/b: {reason}"):
+        find_results(folder / "b")
+    (folder / "a" / "run.json").write_text("{")
+    with pytest.raises(ViewError, match="contains no readable results; the warnings above give the reasons"):
+        find_results(folder)
