@@ -35,7 +35,7 @@ async def in_daemon(work: Callable[[], bool | None]) -> bool | None:
         value, fault = None, None
         try:
             value = work()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised where the answer is awaited
             fault = error
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(deliver, value, fault)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import RunRecordError, ViewError
+from pipeline.files import is_file
 from pipeline.results.areas import ClassArea, class_areas
 from pipeline.results.find import result_folders, result_name
 from pipeline.results.names import FAMILIARITY, GEOPARQUET_END, LEFT_OUT, MAP_END, RUN, THUMBNAIL
@@ -45,19 +46,19 @@ class Result:
     def familiarity(self) -> Path | None:
         """Return the picture of the tissue unlike the training data, or None if there is none."""
         file = self.folder / FAMILIARITY
-        return file if self.run.familiarity is not None and file.is_file() else None
+        return file if self.run.familiarity is not None and is_file(file) else None
 
     @property
     def thumbnail(self) -> Path | None:
         """Return the picture of the slide with its classes, or None if there is none."""
         file = self.folder / THUMBNAIL
-        return file if file.is_file() else None
+        return file if is_file(file) else None
 
     @property
     def left_out(self) -> Path | None:
         """Return the file of the areas beside plain tissue, or None if the slide has none or the result is older."""
         file = self.folder / LEFT_OUT
-        return file if any(one.pieces for one in self.run.left_out) and file.is_file() else None
+        return file if any(one.pieces for one in self.run.left_out) and is_file(file) else None
 
     @property
     def classes(self) -> list[ClassArea]:

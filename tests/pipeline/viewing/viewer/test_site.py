@@ -6,16 +6,20 @@ import asyncio
 import json
 import shutil
 import socket
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.errors import ViewError
+from pipeline.formats.chunk_files import write_chunk
+from pipeline.formats.ome_zarr import LABELS
 from pipeline.results.record import read_run, write_run
 from pipeline.viewing.viewer.identity import in_daemon
 from pipeline.viewing.viewer.open_results import MOST_OPEN, OpenResult, OpenResults, open_checked, unavailable
-from pipeline.viewing.viewer.results import find_results, load_result, with_slide
+from pipeline.viewing.viewer.results import Result, find_results, load_result, with_slide
 from pipeline.web.application import SECURITY_HEADERS
 from pipeline.web.server import listening
 from tests.pipeline.viewing.viewer.conftest import Site, serving
@@ -188,6 +192,22 @@ def test_several_results_are_listed_and_each_has_its_own_page(results_folder: Pa
         assert b"<three>" not in index.body
 
 
+def test_a_result_that_cannot_be_examined_any_more_does_not_affect_the_list_of_slides(
+    results_folder: Path, tmp_path: Path
+) -> None:
+    results = find_results(copied(results_folder, tmp_path / "r", "one", "two"))
+    # A name that is too long fails as a folder without permission does, also for root.
+    lost = replace(results[0], folder=tmp_path / ("n" * 300))
+    with serving((results[1], lost)) as site:
+        index = site.ask("/")
+        assert index.status == 200
+        assert f'/slides/{lost.id}/">'.encode() in index.body
+        assert f"/slides/{lost.id}/thumbnail.jpg".encode() not in index.body
+        assert f"/slides/{results[1].id}/thumbnail.jpg".encode() in index.body
+        assert site.ask(f"/slides/{lost.id}/").status == 200
+        assert site.ask(f"/slides/{lost.id}/facts.json").status == 503
+
+
 def test_the_least_recently_used_slides_are_closed(results_folder: Path, tmp_path: Path) -> None:
     results = find_results(copied(results_folder, tmp_path, *"abcdef"))
     opened = OpenResults(results)
@@ -285,6 +305,48 @@ def test_a_damaged_map_is_an_error_that_the_terminal_explains(
             b"The slide or its result cannot be read; see the terminal for the reason.",
         )
     assert ".ome.zarr: cannot be read: " in caplog.text
+
+
+def set_fill_value(result: Result) -> None:
+    array = result.store / "0" / ".zarray"
+    array.write_text(json.dumps(json.loads(array.read_text()) | {"fill_value": 700}))
+
+
+def store_another_label(result: Result) -> None:
+    plane = result.store / LABELS / "0"
+    write_chunk(plane, np.full(json.loads((plane / ".zarray").read_text())["chunks"], 3, np.uint8), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "paths", "reason"),
+    [
+        (set_fill_value, ("class/0/0/0_0.png", "values/0_0.json"), "cannot be read: "),
+        (
+            store_another_label,
+            ("labels/3/0/0_0.png", "values/0_0.json"),
+            "cannot be read: it contains the label 3, but the result has 2 classes; segment the slide again",
+        ),
+    ],
+)
+def test_a_map_with_impossible_values_is_an_error_that_the_terminal_explains(
+    results_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Result], None],
+    paths: Sequence[str],
+    reason: str,
+) -> None:
+    result = find_results(copied(results_folder, tmp_path, "a"))[0]
+    damage(result)
+    with serving((result,)) as site:
+        for path in paths:
+            caplog.clear()
+            answer = site.get(path)
+            assert (answer.status, answer.body) == (
+                503,
+                b"The slide or its result cannot be read; see the terminal for the reason.",
+            ), path
+            assert f"{result.store}: {reason}" in caplog.text
 
 
 @pytest.mark.parametrize("chunk", ["labels/classes/0/2/4", "0/1/2/4"])
