@@ -6,8 +6,8 @@ import errno
 import hashlib
 import logging
 import threading
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -165,12 +165,13 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
     `mpp` (micrometers per level-0 pixel) overrides the file. Without it `find_mpp` takes the file's own value, then its
     TIFF resolution, then a guess from the objective power; a guess adds a warning to `SlideInfo.warnings`.
 
-    Raises SlideNotFoundError, SlideFormatError if no reader can open the file, SlideReadError if no pixel can be
-    decoded, ResolutionError, or ValueError for an unknown backend.
+    Raises SlideNotFoundError, SlideFormatError if no reader can open the file, SlideReadError if the path cannot be
+    examined or no pixel can be decoded, ResolutionError, or ValueError for an unknown backend.
     """
     if backend != "auto" and backend not in READERS:
         raise ValueError(f"unknown backend {backend!r}; use auto, {', '.join(READERS)}")
-    _check_file(path)
+    with _reading(path):
+        _check_file(path)
     name, reader = _open_reader(path, backend)
     with closing(reader):
         properties, level_sizes = reader.properties, _checked_sizes(path, reader)
@@ -202,13 +203,9 @@ def slide_digest(path: Path) -> str:
 
     Raises SlideNotFoundError, or SlideReadError if a file cannot be read.
     """
-    _check_file(path)
-    try:
+    with _reading(path):
+        _check_file(path)
         digests = [_file_digest(p) for p in _slide_files(path)]
-    except OSError as error:
-        raise SlideReadError(
-            f"{path.name}: cannot be read: {error.strerror or error}; check its permissions and its disk"
-        ) from error
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -218,14 +215,21 @@ def slide_stamp(path: Path) -> str:
     The files are not read. As long as the stamp is the same, nobody has written to them. It does not reveal the times,
     which may be those of the scan. Raises the errors of `slide_digest`.
     """
-    _check_file(path)
-    try:
+    with _reading(path):
+        _check_file(path)
         facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _slide_files(path)]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise SlideReadError for an OSError of the block."""
+    try:
+        yield
     except OSError as error:
         raise SlideReadError(
             f"{path.name}: cannot be read: {error.strerror or error}; check its permissions and its disk"
         ) from error
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _slide_files(path: Path) -> list[Path]:

@@ -65,11 +65,13 @@ def view(
 def _found(path: Path, slide: Path | None) -> tuple[Result, ...]:
     """Return the results to show. The slide of a single result is checked now, other slides when they are opened."""
     from pipeline.viewing.viewer.open_results import unavailable
-    from pipeline.viewing.viewer.results import find_results, with_slide
+    from pipeline.viewing.viewer.results import examined, find_results, with_slide
 
     results = find_results(path)
     if slide is not None:
-        if len(results) > 1 and not slide.is_dir():
+        with examined(slide):
+            is_folder = slide.is_dir()
+        if len(results) > 1 and not is_folder:
             fail(
                 PROGRAM,
                 f"{path} contains {len(results)} results; pass a folder with --slide, or name one result",

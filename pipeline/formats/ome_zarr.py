@@ -285,7 +285,7 @@ def reading_map(path: Path) -> Iterator[None]:
     """Raise MapFileError for each error that zarr and its codecs raise if files of the map are damaged or missing."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         lost = not isinstance(error, OSError) or isinstance(error, FileNotFoundError)
         step = "segment the slide again with --force" if lost else "check the disk and the permissions"
         raise MapFileError(f"{path}: cannot be read: {error}; {step}") from error

@@ -74,13 +74,21 @@ Correction = Entry[Relabeled]
 
 
 def corrections_file(result: Path) -> Path:
-    """Return the file of the corrections that wsi-view makes of the result in a folder."""
-    return result.with_name(result.name + CORRECTIONS_END)
+    """Return the file of the corrections that wsi-view makes of the result in a folder.
+
+    Of a linked folder, it lies beside the folder itself, so that the corrections do not depend on the link.
+    """
+    return _beside(result, CORRECTIONS_END)
 
 
 def sent_file(result: Path) -> Path:
-    """Return the file that QuPath sends for the result in a folder."""
-    return result.with_name(result.name + SENT_END)
+    """Return the file that QuPath sends for the result in a folder, at the place of `corrections_file`."""
+    return _beside(result, SENT_END)
+
+
+def _beside(result: Path, end: str) -> Path:
+    folder = result.resolve()
+    return folder.with_name(folder.name + end)
 
 
 def relabeled(feature: Feature, slide: str, model: str, after: str) -> Relabeled:

@@ -123,6 +123,13 @@ def _rows(output: Path) -> list[SlideRow]:
     summary = read_summary(output / SUMMARY)
     folders = {result_name(output, path): path for path in result_folders(output)}
     results = {name for name, path in folders.items() if read_header(path)}
+    for name in sorted(folders.keys() - results - summary.keys()):
+        log.warning(
+            "%s: left out of the report: its %s is damaged or of another program, and %s does not list it",
+            folders[name],
+            RUN,
+            SUMMARY,
+        )
     return [
         _row(name, summary.get(name, {}), output, folder, _readable_run(folder))
         for name in sorted({*summary, *results}, key=_natural)
@@ -188,7 +195,8 @@ def _areas_of_summary(summary: Mapping[str, Any]) -> tuple[dict[str, float], flo
 
 
 def _link(output: Path, folder: Path, name: str) -> str | None:
-    if not is_file(folder / name):  # the name of a failed slide can be too long for a folder
+    # The name of a failed slide can be too long for a folder, and a name in an edited summary can be an absolute path.
+    if not folder.is_relative_to(output) or not is_file(folder / name):
         return None
     # A colon, too, is quoted: a browser would read what stands before it as a scheme.
     place = quote(folder.relative_to(output).as_posix(), safe="/", errors="surrogateescape")

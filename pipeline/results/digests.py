@@ -65,6 +65,18 @@ def changed_files(folder: Path, *, read: bool = False) -> list[str]:
     return found
 
 
+def missing_map_files(folder: Path, run: Run) -> list[str]:
+    """Return the path of each file that a result's map lacks, sorted; none if the listing cannot be trusted.
+
+    A reader of the map takes a missing chunk for an empty one: only the listing tells which chunks must exist.
+    """
+    if LISTING not in run.digests or _changes(folder, LISTING, run.digests[LISTING], read=True):
+        return []
+    listed = set(_read_listing(folder / LISTING))
+    maps = [name for name in run.outputs if name.endswith(MAP_END)]
+    return [f"{name}/{path}" for name in maps for path in sorted(listed - _names(folder / name))]
+
+
 def _changes_of(folder: Path, name: str, digests: Mapping[str, FileFacts], *, read: bool) -> list[str]:
     if name == RUN or name.endswith(MAP_END):
         return []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,15 @@ def test_a_missing_file_a_broken_file_and_a_folder_have_their_own_errors(tmp_pat
         open_slide(tmp_path)
     with pytest.raises(SlideFormatError, match=r"^text\.svs: cannot be opened as a slide"):
         open_slide(tmp_path / "text.svs")
+
+
+@pytest.mark.parametrize("read", [open_slide, slide_digest, slide_stamp])
+def test_a_path_that_cannot_be_examined_is_an_error_with_the_reason(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    path = tmp_path / ("n" * 300 + ".svs")
+    with pytest.raises(SlideReadError, match=r"^n+\.svs: cannot be read: File name too long; check its permissions"):
+        read(path)
 
 
 def test_errors_of_known_bad_files_contain_the_name_and_the_reason(shared_slides: Path) -> None:

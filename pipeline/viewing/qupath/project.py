@@ -32,7 +32,7 @@ from pipeline.errors import MapFileError, OutputError, RunRecordError
 from pipeline.files import write_atomically
 from pipeline.formats.left_out import CLASSES as LEFT_OUT_CLASSES
 from pipeline.results.find import result_folders
-from pipeline.results.names import FAMILIARITY, GEOJSON_END, LEFT_OUT, MAP_END
+from pipeline.results.names import FAMILIARITY, GEOJSON_END, LEFT_OUT, MAP_END, RUN
 from pipeline.results.record import Run, read_header, read_run
 from pipeline.viewing.qupath.images import SlideFile, enter_slides, files_of, load_project
 from pipeline.viewing.qupath.maps import ProbabilityMap, write_overlays, write_tiles
@@ -151,6 +151,7 @@ def _results(output: Path) -> Iterator[_Result]:
         return
     for folder in result_folders(output):
         if read_header(folder) is None:
+            log.warning("%s: left out: its %s is damaged or of another program", folder, RUN)
             continue
         if folder == output / FOLDER:
             raise OutputError(f"{folder}: a slide's result has the name of the project's folder; rename the slide")

@@ -16,18 +16,29 @@ log = logging.getLogger(__name__)
 
 
 async def in_daemon(work: Callable[[], bool | None]) -> bool | None:
-    """Return the value of `work`, run on a daemon thread: reading a slide can take minutes, and exit must not wait."""
+    """Return the value of `work`, run on a daemon thread: reading a slide can take minutes, and exit must not wait.
+
+    Raises the error of `work`.
+    """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[bool | None] = loop.create_future()
 
-    def deliver(value: bool | None) -> None:
-        if not answer.done():
+    def deliver(value: bool | None, fault: Exception | None) -> None:
+        if answer.done():
+            return
+        if fault is None:
             answer.set_result(value)
+        else:
+            answer.set_exception(fault)
 
     def run() -> None:
-        value = work()
+        value, fault = None, None
+        try:
+            value = work()
+        except Exception as error:  # noqa: BLE001 - raised where the answer is awaited
+            fault = error
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(deliver, value)
+            loop.call_soon_threadsafe(deliver, value, fault)
 
     threading.Thread(target=run, name="digest", daemon=True).start()
     return await answer

@@ -90,7 +90,13 @@ class MapTiles:
 
     def _read(self, name: str, place: tuple[int | slice, ...]) -> NDArray[np.uint8]:
         with reading_map(self._store):
-            return np.asarray(self._open(name)[place], np.uint8)
+            values = np.asarray(self._open(name)[place], np.uint8)
+            # Labels of other classes have no color, and the page has no name for them.
+            if name.startswith(LABELS) and values.max(initial=0) > len(self._colors):
+                raise ValueError(
+                    f"it contains the label {values.max()}, but the result has {len(self._colors)} classes"
+                )
+            return values
 
 
 def _png(values_HW: NDArray[np.uint8], colors: Sequence[tuple[int, int, int]], alphas: bytes) -> bytes:

@@ -6,14 +6,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-from pipeline.errors import ViewError
+from pipeline.errors import MapFileError, ViewError
 from pipeline.formats.features import geojson_feature, geojson_text, read_features
+from pipeline.results.digests import missing_map_files
 from pipeline.viewing.viewer.map_tiles import MapTiles
 from pipeline.viewing.viewer.outlines import left_out_bytes, outline_bytes
 from pipeline.viewing.viewer.overview import Overview
-from pipeline.viewing.viewer.results import Result
+from pipeline.viewing.viewer.results import Result, examined
 from pipeline.viewing.viewer.slide_tiles import SlideTiles
 from pipeline.viewing.viewer.uncertainty import MOST_PIXELS, uncertainties
 from wsi.errors import WsiSegmentError
@@ -28,6 +28,7 @@ class OpenResult:
 
     def __init__(self, result: Result) -> None:
         self.result = result
+        _check_map(result)
         # Before the slide: MapTiles keeps no file open, so nothing leaks if the slide cannot be opened.
         self.map_tiles = MapTiles(result.store, [one.color for one in result.run.classes])
         self._slide = open_checked(result)
@@ -101,11 +102,22 @@ class OpenResults:
                 self._open.popitem()[1].close()
 
 
+def _check_map(result: Result) -> None:
+    """Raise MapFileError if files of the map are missing, which would be shown as areas without a class."""
+    missing = missing_map_files(result.folder, result.run)
+    if missing:
+        raise MapFileError(
+            f"{result.store}: cannot be read: {len(missing)} of its files are missing, such as {missing[0]}; segment "
+            f"the slide again with --repair"
+        )
+
+
 def open_checked(result: Result) -> Slide:
-    """Open a result's slide. Raises SlideError, or ViewError if the size or bounds differ from the result's slide."""
+    """Open a result's slide. Raises SlideError, or ViewError if it is missing or not the slide of the result."""
     path = result.slide
-    if not Path(path).is_file():
-        raise ViewError(f"{path.name}: no such file at {path}; pass its new path with --slide")
+    with examined(path):
+        if not path.is_file():
+            raise ViewError(f"{path.name}: no such file at {path}; pass its new path with --slide")
     facts = result.run.slide
     slide = open_slide(path, facts.mpp)
     found, expected = (slide.info.size_l0, slide.info.bounds_l0), (facts.size, facts.bounds)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import RunRecordError, ViewError
+from pipeline.files import is_file
 from pipeline.results.areas import ClassArea, class_areas
 from pipeline.results.find import result_folders, result_name
 from pipeline.results.names import FAMILIARITY, GEOPARQUET_END, LEFT_OUT, MAP_END, RUN, THUMBNAIL
-from pipeline.results.record import Run, read_header, read_run
+from pipeline.results.record import Run, read_run
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +46,19 @@ class Result:
     def familiarity(self) -> Path | None:
         """Return the picture of the tissue unlike the training data, or None if there is none."""
         file = self.folder / FAMILIARITY
-        return file if self.run.familiarity is not None and file.is_file() else None
+        return file if self.run.familiarity is not None and is_file(file) else None
 
     @property
     def thumbnail(self) -> Path | None:
         """Return the picture of the slide with its classes, or None if there is none."""
         file = self.folder / THUMBNAIL
-        return file if file.is_file() else None
+        return file if is_file(file) else None
 
     @property
     def left_out(self) -> Path | None:
         """Return the file of the areas beside plain tissue, or None if the slide has none or the result is older."""
         file = self.folder / LEFT_OUT
-        return file if any(one.pieces for one in self.run.left_out) and file.is_file() else None
+        return file if any(one.pieces for one in self.run.left_out) and is_file(file) else None
 
     @property
     def classes(self) -> list[ClassArea]:
@@ -65,25 +67,36 @@ class Result:
 
 
 def find_results(path: Path) -> tuple[Result, ...]:
-    """Return the result at `path`, or the complete ones in that folder, by name. Raises ViewError if there is none."""
-    try:
+    """Return the result at `path`, or the complete ones in that folder, by name.
+
+    The others are left out with a warning. Raises ViewError if there are no complete ones.
+    """
+    with examined(path):
         if not path.is_dir():
             raise ViewError(f"{path}: no such folder; pass the folder of a result, or a folder of results")
         if (path / RUN).is_file():
             return (load_result(path),)
-        results = tuple(_loadable(path))
-    except OSError as error:
-        reason = error.strerror or error
-        raise ViewError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
+        folders = result_folders(path)
+        results = tuple(_loadable(path, folders))
+    if folders and not results:
+        raise ViewError(f"{path}: contains no readable results; the warnings above give the reasons")
     if not results:
         raise ViewError(f"{path}: contains no results; make one with wsi-segment -o {path}")
     return results
 
 
-def _loadable(output: Path) -> Iterator[Result]:
-    for folder in result_folders(output):
-        if read_header(folder) is None:
-            continue
+@contextmanager
+def examined(path: Path) -> Iterator[None]:
+    """Raise ViewError for an OSError of the block, which examines `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ViewError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
+
+
+def _loadable(output: Path, folders: Iterable[Path]) -> Iterator[Result]:
+    for folder in folders:
         try:
             yield load_result(folder, result_name(output, folder))
         except ViewError as error:
@@ -104,7 +117,10 @@ def load_result(folder: Path, name: str | None = None) -> Result:
     except RunRecordError as error:
         raise ViewError(str(error)) from error
     if run is None:
-        raise ViewError(f"{folder}: does not contain a {RUN} of wsi-segment; pass the folder of a result")
+        raise ViewError(
+            f"{folder}: its {RUN} is damaged or of another program; if this is the result of a slide, move the folder "
+            f"away and segment the slide again"
+        )
     return Result(
         id=hashlib.sha256(name.encode()).hexdigest()[:10],
         name=name,
@@ -128,8 +144,12 @@ def record_stamp(folder: Path) -> RecordStamp | None:
 
 
 def with_slide(result: Result, moved: Path) -> Result:
-    """Return the result with its slide at `moved`: a file, or a folder that holds the slide under its old name."""
-    return replace(result, slide=moved / result.slide.name if moved.is_dir() else moved)
+    """Return the result with its slide at `moved`: a file, or a folder that holds the slide under its old name.
+
+    Raises ViewError if `moved` cannot be examined.
+    """
+    with examined(moved):
+        return replace(result, slide=moved / result.slide.name if moved.is_dir() else moved)
 
 
 def _output(folder: Path, run: Run, end: str) -> Path:

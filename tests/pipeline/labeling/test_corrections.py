@@ -27,6 +27,7 @@ from pipeline.labeling.corrections import (
     latest_own,
     read_corrections,
     relabeled,
+    sent_file,
 )
 from pipeline.labeling.event_file import Entry, EventFile
 from pipeline.labeling.events import Undone
@@ -84,6 +85,15 @@ def test_a_region_keeps_its_holes_through_the_file(tmp_path: Path) -> None:
     assert read.event.polygon_l0.equals(whole)
     assert read_corrections(tmp_path / "b") == []
     assert not corrections_file(tmp_path / "b").exists()
+
+
+def test_the_corrections_of_a_linked_result_are_found_beside_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "store" / "a").mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    link = tmp_path / "results" / "link"
+    link.symlink_to(tmp_path / "store" / "a")
+    assert corrections_file(link) == tmp_path / "store" / "a.corrections.sqlite"
+    assert sent_file(link) == tmp_path / "store" / "a.corrections.geojson"
 
 
 def test_a_file_of_labels_is_not_a_file_of_corrections(tmp_path: Path) -> None:

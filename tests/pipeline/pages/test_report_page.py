@@ -201,6 +201,20 @@ def test_a_result_missing_from_the_summary_is_in_the_report(page: Page, tmp_path
     assert names(page) == ["slide"]
 
 
+def test_a_result_with_a_damaged_record_that_the_summary_does_not_list_is_named_in_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_summary(tmp_path, [result_of(write_result(tmp_path, name)) for name in ("a",)])
+    write_result(tmp_path, "b")
+    for name in ("a", "b"):
+        (tmp_path / name / "run.json").write_text("{")
+    assert ">b<" not in write_report(tmp_path).read_text(encoding="utf-8")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'b'}: left out of the report: its run.json is damaged or of another program, and summary.csv "
+        "does not list it"
+    ]
+
+
 def test_a_slide_whose_name_is_not_valid_utf8_is_linked(page: Page, tmp_path: Path) -> None:
     name = b"caf\xe9 50%".decode("utf-8", "surrogateescape")
     folder = write_result(tmp_path, "plain")
@@ -214,6 +228,16 @@ def test_a_slide_whose_name_is_not_valid_utf8_is_linked(page: Page, tmp_path: Pa
 def test_a_slide_whose_name_is_too_long_for_a_folder_is_in_the_report(tmp_path: Path) -> None:
     write_summary(tmp_path, [SlideResult("x" * 300, "failed", 0.0, error="x.svs: File name too long")])
     assert "x.svs: File name too long" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_slide_whose_name_was_edited_to_a_path_outside_the_folder_has_no_link(tmp_path: Path) -> None:
+    outside = write_result(tmp_path / "elsewhere", "a")
+    output = tmp_path / "results"
+    output.mkdir()
+    write_summary(output, [SlideResult(str(outside), "done", 1.0)])
+    page = write_report(output).read_text(encoding="utf-8")
+    assert f">{outside}<" in page
+    assert "href" not in page.partition("<tbody")[2].partition("</tbody")[0]
 
 
 def test_a_foreign_summary_is_refused_and_the_report_stays_unchanged(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ export class Probe {
   async read(pixel) {
     const response = await fetch(`values/${pixel[0]}_${pixel[1]}.json`).catch(() => null);
     if (response && !response.ok) this.failed();
-    return response?.ok ? this.text(await response.json()) : "";
+    const values = response?.ok ? await response.json().catch(() => null) : null; // the answer may end early
+    return values ? this.text(values) : "";
   }
 
   // The map stores probabilities as whole numbers up to 255. One decimal of a percentage tells all of them apart.

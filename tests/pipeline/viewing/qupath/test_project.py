@@ -183,6 +183,14 @@ def test_a_folder_without_results_and_a_result_named_like_the_project_are_refuse
         write_project(root / "results")
 
 
+def test_a_result_with_a_damaged_record_is_skipped_with_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "results" / "b" / "run.json").write_text("{")
+    write_project(root / "results")
+    assert slides_of(root) == {1: root / "slides" / NAMES[0]}
+    folder = root / "results" / "b"
+    assert f"{folder}: left out: its run.json is damaged or of another program" in caplog.text
+
+
 def test_a_result_without_its_map_is_skipped_with_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(root / "results" / "b" / "b.ome.zarr")
     write_project(root / "results")

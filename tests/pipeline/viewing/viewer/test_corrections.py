@@ -21,11 +21,13 @@ from pipeline.formats.features import Feature, read_features
 from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections, relabeled
 from pipeline.labeling.event_file import EventFile
 from pipeline.labeling.events import Labeled, Undone
+from pipeline.labeling.import_corrections import corrected_sources
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.store import EventStore
 from pipeline.training.dataset import load_dataset
+from pipeline.viewing.viewer.results import find_results
 from pipeline.viewing.viewer.uncertainty import uncertainties
-from tests.pipeline.viewing.viewer.conftest import Answer, Site
+from tests.pipeline.viewing.viewer.conftest import Answer, Site, serving
 
 
 def post(site: Site, path: str, body: Any, **headers: str) -> Answer:
@@ -102,6 +104,19 @@ def test_a_new_folder_of_corrections_gets_the_classes_of_the_result(own_site: Si
     assert done.exit_code == 0, done.output
     first, second = own_site.results[0].run.classes
     assert load_dataset(tmp_path / "l").classes == (first, TissueClass(second.name, second.color, "background"))
+
+
+def test_corrections_of_a_linked_result_become_labels(results_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(next(results_folder.glob("block*")), tmp_path / "store" / "a")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "link").symlink_to(tmp_path / "store" / "a")
+    with serving(find_results(tmp_path / "results")) as site:
+        (index,) = [n for n, one in enumerate(regions(site)) if one.label == 2]
+        assert post(site, "corrections", of_region(site, index, 1)).status == 200
+    (source,) = corrected_sources(tmp_path / "results", None, "ann")
+    assert [(one.annotator, [two.name for two in one.annotations]) for one in source.drawings] == [
+        ("ann", [("class-0",)])
+    ]
 
 
 def test_results_of_two_models_with_the_same_folder_and_name_keep_their_labels(own_site: Site, tmp_path: Path) -> None:

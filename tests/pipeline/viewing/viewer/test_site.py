@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.errors import ViewError
+from pipeline.formats.chunk_files import write_chunk
+from pipeline.formats.ome_zarr import LABELS
 from pipeline.results.record import read_run, write_run
-from pipeline.viewing.viewer.open_results import MOST_OPEN, OpenResult, OpenResults, open_checked
-from pipeline.viewing.viewer.results import find_results, load_result, with_slide
+from pipeline.viewing.viewer.identity import in_daemon
+from pipeline.viewing.viewer.open_results import MOST_OPEN, OpenResult, OpenResults, open_checked, unavailable
+from pipeline.viewing.viewer.results import Result, find_results, load_result, with_slide
 from pipeline.web.application import SECURITY_HEADERS
 from pipeline.web.server import listening
 from tests.pipeline.viewing.viewer.conftest import Site, serving
@@ -185,6 +192,22 @@ def test_several_results_are_listed_and_each_has_its_own_page(results_folder: Pa
         assert b"<three>" not in index.body
 
 
+def test_a_result_that_cannot_be_examined_any_more_does_not_affect_the_list_of_slides(
+    results_folder: Path, tmp_path: Path
+) -> None:
+    results = find_results(copied(results_folder, tmp_path / "r", "one", "two"))
+    # A name that is too long fails as a folder without permission does, also for root.
+    lost = replace(results[0], folder=tmp_path / ("n" * 300))
+    with serving((results[1], lost)) as site:
+        index = site.ask("/")
+        assert index.status == 200
+        assert f'/slides/{lost.id}/">'.encode() in index.body
+        assert f"/slides/{lost.id}/thumbnail.jpg".encode() not in index.body
+        assert f"/slides/{results[1].id}/thumbnail.jpg".encode() in index.body
+        assert site.ask(f"/slides/{lost.id}/").status == 200
+        assert site.ask(f"/slides/{lost.id}/facts.json").status == 503
+
+
 def test_the_least_recently_used_slides_are_closed(results_folder: Path, tmp_path: Path) -> None:
     results = find_results(copied(results_folder, tmp_path, *"abcdef"))
     opened = OpenResults(results)
@@ -231,6 +254,31 @@ def test_a_slide_that_disappears_is_an_error_without_its_path(
     assert "gone.svs: no such file" in caplog.text
 
 
+def test_a_slide_that_cannot_be_examined_is_an_error_without_its_path(
+    results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = replace(find_results(results_folder)[0], slide=tmp_path / ("n" * 300 + ".svs"))
+    assert unavailable(result) == (
+        f"{result.slide}: cannot be read (File name too long); check the path and its permissions"
+    )
+    with serving((result,)) as site:
+        answer = site.get("slide/0/0_0.jpg")
+        assert (answer.status, answer.body) == (
+            503,
+            b"The slide or its result cannot be read; see the terminal for the reason.",
+        )
+        assert json.loads(site.get("identity.json").body) == {"same": None}
+    assert "n.svs: cannot be read: File name too long" in caplog.text
+
+
+def test_an_error_of_work_on_a_daemon_thread_reaches_the_caller() -> None:
+    def fail() -> bool:
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        asyncio.run(asyncio.wait_for(in_daemon(fail), 10))
+
+
 @pytest.mark.parametrize(
     ("files", "content", "path"),
     [
@@ -257,6 +305,73 @@ def test_a_damaged_map_is_an_error_that_the_terminal_explains(
             b"The slide or its result cannot be read; see the terminal for the reason.",
         )
     assert ".ome.zarr: cannot be read: " in caplog.text
+
+
+def set_fill_value(result: Result) -> None:
+    array = result.store / "0" / ".zarray"
+    array.write_text(json.dumps(json.loads(array.read_text()) | {"fill_value": 700}))
+
+
+def store_another_label(result: Result) -> None:
+    plane = result.store / LABELS / "0"
+    write_chunk(plane, np.full(json.loads((plane / ".zarray").read_text())["chunks"], 3, np.uint8), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "paths", "reason"),
+    [
+        (set_fill_value, ("class/0/0/0_0.png", "values/0_0.json"), "cannot be read: "),
+        (
+            store_another_label,
+            ("labels/3/0/0_0.png", "values/0_0.json"),
+            "cannot be read: it contains the label 3, but the result has 2 classes; segment the slide again",
+        ),
+    ],
+)
+def test_a_map_with_impossible_values_is_an_error_that_the_terminal_explains(
+    results_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Result], None],
+    paths: Sequence[str],
+    reason: str,
+) -> None:
+    result = find_results(copied(results_folder, tmp_path, "a"))[0]
+    damage(result)
+    with serving((result,)) as site:
+        for path in paths:
+            caplog.clear()
+            answer = site.get(path)
+            assert (answer.status, answer.body) == (
+                503,
+                b"The slide or its result cannot be read; see the terminal for the reason.",
+            ), path
+            assert f"{result.store}: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize("chunk", ["labels/classes/0/2/4", "0/1/2/4"])
+def test_a_map_that_lacks_a_file_is_an_error_that_the_terminal_explains(
+    results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, chunk: str
+) -> None:
+    result = find_results(copied(results_folder, tmp_path, "a"))[0]
+    (result.store / chunk).unlink()
+    with serving((result,)) as site:
+        for path in ("values/100_100.json", "labels/3/0/0_0.png", "uncertainty"):
+            assert (site.get(path).status, site.get(path).body) == (
+                503,
+                b"The slide or its result cannot be read; see the terminal for the reason.",
+            )
+    name = f"{result.store.name}/{chunk}"
+    assert f"1 of its files are missing, such as {name}; segment the slide again with --repair" in caplog.text
+
+
+def test_a_map_is_shown_if_its_list_of_files_is_missing_or_damaged(results_folder: Path, tmp_path: Path) -> None:
+    results = find_results(copied(results_folder, tmp_path, "a", "b"))
+    (results[0].folder / "chunks.tsv").unlink()
+    (results[1].folder / "chunks.tsv").write_bytes(b"damaged")
+    for result in results:
+        with serving((result,)) as site:
+            assert site.get("values/100_100.json").status == 200
 
 
 CHANGED = (409, b"The result has changed; stop wsi-view and start it again.")
@@ -327,3 +442,18 @@ def test_incomplete_results_among_several_are_skipped_with_a_warning(
     assert [result.name for result in find_results(folder)] == ["a"]
     assert "left out:" in caplog.text
     assert str(folder / "b") in caplog.text
+
+
+def test_results_with_a_damaged_record_are_left_out_with_a_warning(
+    results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(results_folder, tmp_path, "a", "b")
+    (folder / "b" / "run.json").write_text("{")
+    assert [result.name for result in find_results(folder)] == ["a"]
+    reason = "its run.json is damaged or of another program; if this is the result of a slide, move the folder away"
+    assert f"left out: {folder / 'b'}: {reason} and segment the slide again" in caplog.text
+    with pytest.raises(ViewError, match=f"/b: {reason}"):
+        find_results(folder / "b")
+    (folder / "a" / "run.json").write_text("{")
+    with pytest.raises(ViewError, match="contains no readable results; the warnings above give the reasons"):
+        find_results(folder)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,17 @@ def test_a_folder_that_cannot_be_examined_is_refused() -> None:
     done = CliRunner().invoke(app, ["n" * 300, "--annotator", "Ann", "--no-browser"])
     assert done.exit_code == 1
     assert done.stderr.endswith("n: cannot be read (File name too long); check the path and its permissions\n")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_slide_that_cannot_be_examined_is_refused(results_folder: Path, tmp_path: Path, several: bool) -> None:
+    for name in "ab" if several else "a":
+        shutil.copytree(next(results_folder.glob("block*")), tmp_path / name)
+    slide = tmp_path / ("n" * 300)
+    done = CliRunner().invoke(app, [str(tmp_path), "--slide", str(slide), "--annotator", "Ann", "--no-browser"])
+    assert done.exit_code == 1
+    reason = "cannot be read (File name too long); check the path and its permissions"
+    assert done.stderr == f"wsi-view: {slide}: {reason}\n"
 
 
 def test_a_user_without_a_name_is_asked_for_one(results_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

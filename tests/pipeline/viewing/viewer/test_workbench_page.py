@@ -52,6 +52,18 @@ def test_the_values_under_the_pointer_are_those_that_the_map_stores(page: Page, 
     page.mouse.move(0, 0)
 
 
+def test_values_are_shown_again_after_an_answer_that_ended_early(page: Page, site: Site) -> None:
+    page.route("**/values/*", lambda route: route.fulfill(content_type="application/json", body='{"label": 1, "prob'))
+    show(page, site, "#x=640&y=416&zoom=0.7")
+    page.mouse.move(*place_on_screen(page, *PINK_AT))
+    until(page, f"String(wsiView.pointer.place().map(Math.round)) === '{PINK_AT[0]},{PINK_AT[1]}'")
+    until(page, "document.getElementById('values').getAttribute('aria-busy') === 'false'")
+    assert page.locator("#values").inner_text() == ""
+    page.unroute("**/values/*")
+    page.mouse.move(*place_on_screen(page, *PURPLE_AT))
+    until(page, "document.getElementById('values').textContent.startsWith('class-1')")
+
+
 def test_several_regions_are_selected_and_saved_as_geojson(page: Page, site: Site, tmp_path: Path) -> None:
     show(page, site, "#x=640&y=416&zoom=0.7")
     assert page.locator("#export-regions").is_hidden()
