@@ -177,7 +177,7 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
         if backend == "auto" and name == "openslide" and _tiffslide_agrees(path, reader):
             name = "tiffslide"
     _probe(path, name, level_sizes)
-    mpp, source, warnings = find_mpp(path, properties, mpp)
+    mpp, source, warnings = find_mpp(path, properties, level_sizes[0], mpp)
     bounds_l0 = _find_bounds(properties, level_sizes[0])
     check_extent(path, bounds_l0, mpp)
     info = SlideInfo(
