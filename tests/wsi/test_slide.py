@@ -166,6 +166,28 @@ def test_errors_of_known_bad_files_contain_the_name_and_the_reason(shared_slides
             open_slide(shared_slides / name)
 
 
+def test_an_error_about_pixels_states_what_can_help(tmp_path: Path, noise: np.ndarray) -> None:
+    import tifffile
+
+    layout: dict[str, Any] = {"photometric": "rgb", "metadata": None}
+    tifffile.imwrite(tmp_path / "padded.tif", noise, tile=(240, 240), **layout)  # libtiff refuses padded tiles
+    tifffile.imwrite(tmp_path / "float.tif", noise.astype(np.float32), tile=(256, 256), **layout)
+    tifffile.imwrite(tmp_path / "deep.tif", noise.astype(np.uint16), tile=(256, 256), **layout)
+    open_slide(tmp_path / "padded.tif", 1.0, "tiffslide").close()
+    open_slide(tmp_path / "deep.tif", 1.0).close()
+    convert = "if other programs can show the slide, convert it to 8-bit RGB; otherwise copy or scan it again"
+    for name, backend, help_ in (
+        ("padded", "auto", "pass --backend tiffslide, which can decode them"),
+        ("padded", "openslide", f"pass --backend auto, or, {convert}"),
+        ("deep", "tiffslide", f"pass --backend auto, or, {convert}"),
+        ("float", "auto", convert),
+    ):
+        with pytest.raises(
+            SlideReadError, match=rf"^{name}\.tif: opens, but its pixels cannot be decoded \(.*\); {help_}$"
+        ):
+            open_slide(tmp_path / f"{name}.tif", 1.0, backend)
+
+
 def test_a_dicom_slide_opens(shared_slides: Path) -> None:
     with open_slide(shared_slides / "camelyon-multiframe.dcm") as slide:
         assert slide.info.size_l0 == (1152, 700)
