@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from wsi.box import Box
@@ -29,7 +30,9 @@ def tiffslide_agrees(path: Path, other: Reader) -> bool:
 
     All of these must hold: the slide comes from one of `VENDORS` and states no bounds; both libraries have the same
     level sizes; every level is one whole TIFF image of 8-bit RGB tiles; and on each level two tiles are the same, the
-    one with the most bytes, which has the most detail, and the middle one. Raises the errors of the libraries.
+    one with the most bytes, which has the most detail, and the middle one. A tile for which `TiledImage.has_damage` is
+    true is replaced by the next one, because OpenSlide would read it without an error. Raises the errors of the
+    libraries.
     """
     properties = other.properties
     if properties.get("openslide.vendor") not in VENDORS or any("openslide.bounds" in name for name in properties):
@@ -44,16 +47,24 @@ def tiffslide_agrees(path: Path, other: Reader) -> bool:
 
 
 def _telling_boxes(image: TiledImage) -> list[Box]:
-    counts = image.page.databytecounts
+    counts = np.asarray(image.page.databytecounts, np.int64)
     width, height = image.tile_size
     columns = -(-image.page.imagewidth // width)
     rows = -(-image.page.imagelength // height)
+    from_middle = np.abs(np.arange(len(counts)) - (rows // 2 * columns + columns // 2))
+    found = {_first_intact(image, -counts), _first_intact(image, from_middle)}
     boxes = []
-    for index in {int(np.argmax(counts)), rows // 2 * columns + columns // 2}:
+    for index in (index for index in found if index is not None):
         tile = Box(index % columns * width, index // columns * height, width, height)
         inside = tile.intersect(Box(0, 0, image.page.imagewidth, image.page.imagelength))
         boxes.append(Box(inside.x, inside.y, min(inside.width, PROBE_PX), min(inside.height, PROBE_PX)))
     return boxes
+
+
+def _first_intact(image: TiledImage, order: NDArray[np.int64]) -> int | None:
+    """Return the tile with the smallest value that has no damage, or None."""
+    tiles = map(int, np.argsort(order, kind="stable"))
+    return next((index for index in tiles if not image.has_damage(index)), None)
 
 
 def _same(image: TiledImage, other: Reader, level: int, box: Box) -> bool:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
+from xml.etree import ElementTree as ET
 
 from wsi.box import Box
 from wsi.errors import ResolutionError
@@ -29,28 +30,34 @@ or a wrong pixel size. Its thumbnail alone would take gigabytes."""
 _COARSEST_TIFF_MPP = 40.0
 
 
+_UM_PER_UNIT = {"pm": 1e-6, "Å": 1e-4, "nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25400.0}
+"""Units that OME-XML may state, except those without a length ("pixel") and those that no microscope writes."""
+
+
 def find_mpp(
-    path: Path, properties: Mapping[str, str], given: float | None
+    path: Path, properties: Mapping[str, str], size_l0: tuple[int, int], given: float | None
 ) -> tuple[float, MppSource, tuple[str, ...]]:
     """Return the micrometers per level-0 pixel, their source, and warnings.
 
-    The first of these counts: the given value, the file's own value, its TIFF resolution, a guess from the objective
-    power. A given value that is far from the file's own adds a warning. Raises ResolutionError if there is none of
-    them, or if pixels are not square.
+    The first of these counts: the given value, the file's own value (of its maker, or of its OME-XML for an image of
+    `size_l0`), its TIFF resolution, a guess from the objective power. A given value that is far from the file's own
+    adds a warning. Raises ResolutionError if there is none of them, or if pixels are not square.
     """
     if given is not None:
         if not (math.isfinite(given) and given > 0):
             raise ResolutionError(
                 f"{path.name}: --mpp is {given}; it must be a positive number of micrometers per pixel"
             )
-        return given, "argument", _contradiction(path, properties, given)
-    return _own_mpp(path, properties)
+        return given, "argument", _contradiction(path, properties, size_l0, given)
+    return _own_mpp(path, properties, size_l0)
 
 
-def _contradiction(path: Path, properties: Mapping[str, str], given: float) -> tuple[str, ...]:
+def _contradiction(
+    path: Path, properties: Mapping[str, str], size_l0: tuple[int, int], given: float
+) -> tuple[str, ...]:
     """Return a warning if the given value is far from the file's own."""
     try:
-        own, source, _ = _own_mpp(path, properties)
+        own, source, _ = _own_mpp(path, properties, size_l0)
     except ResolutionError:
         return ()  # the value was given because the file has none
     if 1 / (1 + FAR_SHARE) <= given / own <= 1 + FAR_SHARE:
@@ -60,10 +67,14 @@ def _contradiction(path: Path, properties: Mapping[str, str], given: float) -> t
     return (f"the given pixel size {given:g} µm/px is used, but {stated} {own:g} µm/px",)
 
 
-def _own_mpp(path: Path, properties: Mapping[str, str]) -> tuple[float, MppSource, tuple[str, ...]]:
+def _own_mpp(
+    path: Path, properties: Mapping[str, str], size_l0: tuple[int, int]
+) -> tuple[float, MppSource, tuple[str, ...]]:
     pair = _positive(properties, "openslide.mpp-x"), _positive(properties, "openslide.mpp-y")
     source: MppSource = "slide"
     if None in pair or _is_tiff_resolution(properties, pair):
+        pair = _ome_mpp(properties, size_l0)
+    if None in pair:
         pair = _tiff_mpp(properties)
         source = "tiff resolution"
     mpp_x, mpp_y = pair
@@ -103,6 +114,26 @@ def _tiff_mpp(properties: Mapping[str, str], coarsest: float = _COARSEST_TIFF_MP
     if unit_um is None or x is None or y is None or max(unit_um / x, unit_um / y) > coarsest:
         return None, None
     return unit_um / x, unit_um / y
+
+
+def _ome_mpp(properties: Mapping[str, str], size_l0: tuple[int, int]) -> tuple[float | None, float | None]:
+    """Return the pixel size that OME-XML states for the first image of this size. Neither library reads OME-XML."""
+    try:
+        root = ET.fromstring(properties.get("tiff.ImageDescription", ""))  # noqa: S314 - tifffile parses it too
+    except (ET.ParseError, ValueError):
+        return None, None
+    # The namespace of the elements contains the version of the schema.
+    for pixels in root.iterfind("{*}Image/{*}Pixels"):
+        if (pixels.get("SizeX"), pixels.get("SizeY")) == tuple(map(str, size_l0)):
+            return _physical_size(pixels, "X"), _physical_size(pixels, "Y")
+    return None, None
+
+
+def _physical_size(pixels: ET.Element, axis: str) -> float | None:
+    size = _positive(pixels.attrib, f"PhysicalSize{axis}")
+    # Both the micro sign and the Greek letter are in use.
+    unit_um = _UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm").replace("\u03bc", "µ"))
+    return None if size is None or unit_um is None else size * unit_um
 
 
 def check_extent(path: Path, bounds_l0: Box, mpp: float) -> None:

@@ -177,8 +177,11 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
         properties, level_sizes = reader.properties, _checked_sizes(path, reader)
         if backend == "auto" and name == "openslide" and _tiffslide_agrees(path, reader):
             name = "tiffslide"
-    _probe(path, name, level_sizes)
-    mpp, source, warnings = find_mpp(path, properties, mpp)
+    if reason := _probe(path, name, level_sizes):
+        raise SlideReadError(
+            f"{path.name}: opens, but its pixels cannot be decoded ({reason}); {_what_helps(path, name, backend)}"
+        )
+    mpp, source, warnings = find_mpp(path, properties, level_sizes[0], mpp)
     bounds_l0 = _find_bounds(properties, level_sizes[0])
     check_extent(path, bounds_l0, mpp)
     info = SlideInfo(
@@ -295,24 +298,42 @@ def _tiffslide_agrees(path: Path, reader: Reader) -> bool:
         return False
 
 
-def _probe(path: Path, name: BackendName, level_sizes: tuple[tuple[int, int], ...]) -> None:
-    """Decode one pixel at a few places of the coarsest level. Raise SlideReadError if all of them fail."""
+def _probe(path: Path, name: BackendName, level_sizes: tuple[tuple[int, int], ...]) -> str | None:
+    """Decode one pixel at a few places of the coarsest level. Return the last error if all of them fail."""
     level = len(level_sizes) - 1
     width, height = level_sizes[level]
     places = ((width // 2, height // 2), (0, 0), (width - 1, height - 1), (width - 1, 0), (0, height - 1))
-    reasons = []
+    reason = None
     for x, y in places:
         try:
             # A new reader each time: after its first error an OpenSlide handle fails at every read.
             with closing(READERS[name](path)) as reader:
                 reader.read(level, Box(x, y, 1, 1))
         except Exception as error:  # noqa: BLE001 - see Slide.read
-            reasons.append(str(error) or type(error).__name__)
+            reason = str(error) or type(error).__name__
         else:
-            return
-    raise SlideReadError(
-        f"{path.name}: opens, but its pixels cannot be decoded ({reasons[-1]}); copy or scan the slide again"
-    )
+            return None
+    return reason
+
+
+def _what_helps(path: Path, name: BackendName, backend: Backend) -> str:
+    """Return what to do if the reader of a slide decodes none of its pixels."""
+    convert = "if other programs can show the slide, convert it to 8-bit RGB; otherwise copy or scan it again"
+    if backend != "auto":
+        return f"pass --backend auto, or, {convert}"
+    names = list(READERS)
+    # Those before this one cannot open the file, or return the same pixels as this one.
+    for other in names[names.index(name) + 1 :]:
+        try:
+            with closing(READERS[other](path)) as reader:
+                level_sizes = reader.level_sizes
+            if _probe(path, other, level_sizes) is None:
+                return f"pass --backend {other}, which can decode them"
+        except Exception as error:
+            if _is_shortage(error):
+                raise
+            log.debug("%s: %s fails too: %s", path.name, other, error)
+    return convert
 
 
 def _quarters(box: Box) -> list[Box]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,8 @@ class Thumbnail(NamedTuple):
 def read_thumbnail(slide: Slide, mpp: float) -> Thumbnail:
     """Return the slide's bounds at about `mpp` micrometers per pixel.
 
-    The level is that of `pick_level`. It is read in strips, so that memory stays small for a slide with one level.
+    The level is that of `pick_level`. It is read in strips, and the strips of a wide slide in parts, so that memory
+    stays small for a slide with one level.
     """
     info = slide.info
     downsamples = info.level_downsamples
@@ -43,11 +45,14 @@ def read_thumbnail(slide: Slide, mpp: float) -> Thumbnail:
     rgb_HWC = np.empty((height, width, 3), np.uint8)
     unreadable_lv: list[Box] = []
     rows = max(1, STRIP_PX // (width * factor**2))
-    for top in range(0, height, rows):
-        count = min(rows, height - top)
-        pixels = slide.read(level, Box(x, y + top * factor, width * factor, count * factor))
+    columns = min(width, max(1, STRIP_PX // (rows * factor**2)))
+    for top, left in product(range(0, height, rows), range(0, width, columns)):
+        part = Box(left, top, min(columns, width - left), min(rows, height - top))
+        corner_lv = (x + left * factor, y + top * factor)
+        pixels = slide.read(level, Box(*corner_lv, part.width * factor, part.height * factor))
         unreadable_lv += pixels.unreadable_lv
-        rgb_HWC[top : top + count] = area_mean(pixels.rgb_HWC, (0, 0), Box(0, 0, width, count), factor)
+        part_HWC = area_mean(pixels.rgb_HWC, (0, 0), Box(0, 0, part.width, part.height), factor)
+        rgb_HWC[part.y : part.bottom, part.x : part.right] = part_HWC
     share = sum(box.width * box.height for box in unreadable_lv) / (width * height * factor**2)
     unreadable_px = tuple(_outward(box.shift(-x, -y), factor) for box in unreadable_lv)
     return Thumbnail(rgb_HWC, downsample * factor, share, unreadable_px)

@@ -16,7 +16,7 @@ JPEG_2000 = (33003, 33004, 33005, 34712)
 _ZEROS = bytes(512)
 """An unwritten sector of a disk. Tiles of white glass contain up to 384 zeros in a row."""
 _MOST_BEHIND_END = 64
-"""Bytes after the end of a JPEG stream that count as padding."""
+"""Bytes after the end of a JPEG or JPEG 2000 stream that count as padding."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,19 @@ class TiledImage:
         """Return whether the file contains every tile."""
         return min(self.page.databytecounts) > 0
 
+    def has_damage(self, index: int) -> bool:
+        """Return whether a tile is a JPEG 2000 stream that looks damaged, which no decoder reports.
+
+        Raises ValueError for a tile that is cut off.
+        """
+        return self.page.compression in JPEG_2000 and jpeg_2000_looks_damaged(self._stream(index))
+
     def read(self, box: Box, confirm: Callable[[Box], None]) -> NDArray[np.uint8]:
         """Return the pixels of a box inside the image, as rgb_HWC; a tile that is not in the file is white.
 
         `confirm` is called with the box of each tile whose JPEG stream looks damaged, cut at the image's edges. It
         raises an error if the tile is damaged. Raises the errors of the decoder, and ValueError for a tile that is cut
-        off or claims another size.
+        off, claims another size, or for which `has_damage` is true.
         """
         rgb_HWC = np.empty((box.height, box.width, 3), np.uint8)
         width, height = self.tile_size
@@ -56,22 +63,30 @@ class TiledImage:
         return rgb_HWC
 
     def _tile(self, index: int, confirm: Callable[[], None]) -> NDArray[np.uint8]:
-        page, count = self.page, self.page.databytecounts[index]
-        if count == 0:
+        page = self.page
+        if page.databytecounts[index] == 0:
             return np.full((*self.tile_size[::-1], 3), 255, np.uint8)
+        data = self._stream(index)
+        self._check_size(index, data)
+        if page.compression in JPEG and looks_damaged(data):
+            confirm()
+        # OpenSlide cannot confirm this damage: it decodes such a stream without an error.
+        if page.compression in JPEG_2000 and jpeg_2000_looks_damaged(data):
+            raise ValueError(f"the JPEG 2000 stream of tile {index} is cut off or overwritten")
+        pixels = page.decode(data, index, jpegtables=page.jpegtables)[0]
+        if pixels is None:
+            raise ValueError(f"tile {index} is empty")
+        return np.asarray(pixels[0], np.uint8)
+
+    def _stream(self, index: int) -> bytes:
+        page, count = self.page, self.page.databytecounts[index]
         file = page.parent.filehandle
         # Checked before the read, which allocates as many bytes as the file claims.
         if page.dataoffsets[index] + count > file.size:
             raise ValueError(f"the file ends in tile {index}")
         file.seek(page.dataoffsets[index])
-        data = file.read(count)
-        self._check_size(index, data)
-        if page.compression in JPEG and looks_damaged(data):
-            confirm()
-        pixels = page.decode(data, index, jpegtables=page.jpegtables)[0]
-        if pixels is None:
-            raise ValueError(f"tile {index} is empty")
-        return np.asarray(pixels[0], np.uint8)
+        data: bytes = file.read(count)
+        return data
 
     def _check_size(self, index: int, data: bytes) -> None:
         """Raise ValueError if the header of a tile claims a larger size, which its decoder would allocate.
@@ -116,6 +131,22 @@ def looks_damaged(jpeg: bytes) -> bool:
     if not len(markers) or codes[markers[0]] != 0xD9:
         return True
     return bool(len(values) - (places[markers[0]] + 2) > _MOST_BEHIND_END)
+
+
+def jpeg_2000_looks_damaged(data: bytes) -> bool:
+    """Return whether a JPEG 2000 stream of an RGB tile is cut off or overwritten with zeros.
+
+    The stream looks damaged if no end precedes at most some padding, or if it contains 512 zeros in a row. A stream in
+    which other bytes are wrong does not.
+    """
+    start = data.find(b"\xff\x52\x00", data.find(b"\xff\x4f\xff\x51"))
+    if start < 0 or b"\xff\xd9" not in data[start + 10 :][-2 - _MOST_BEHIND_END :]:
+        return True
+    # An empty packet is a zero byte. There is one packet for each quality layer, resolution and color, or many more if
+    # the resolutions are split into precincts.
+    layers, halvings = int.from_bytes(data[start + 6 : start + 8], "big"), data[start + 9]
+    many_packets = data[start + 4] & 1 or layers * (halvings + 1) * 3 >= len(_ZEROS)
+    return not many_packets and _ZEROS in data
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:

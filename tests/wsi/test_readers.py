@@ -5,8 +5,9 @@ import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -19,7 +20,7 @@ from wsi.box import Box
 from wsi.errors import SlideFormatError
 from wsi.readers import READERS, BackendName, OpenSlideReader, TiffSlideReader
 from wsi.slide import Backend, open_slide
-from wsi.tiff_tiles import looks_damaged
+from wsi.tiff_tiles import jpeg_2000_looks_damaged, looks_damaged
 
 APERIO = "Aperio Image Library v11.2.1 \r\n1x1|MPP = 0.5"
 
@@ -202,6 +203,72 @@ def test_no_tile_of_a_good_slide_looks_damaged(sample_slide: Path) -> None:
         for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
             file.seek(offset)
             assert not looks_damaged(file.read(count))
+
+
+JPEG_2000_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "zeros": lambda data: bytes(len(data)),
+    "zeros at the end": lambda data: data[: len(data) // 2].ljust(len(data), b"\0"),
+    "a sector of zeros": lambda data: data[:3000] + bytes(1024) + data[4024:],
+    "ones at the end": lambda data: data[: len(data) // 2].ljust(len(data), b"\xff"),
+    "an early end": lambda data: (data[: len(data) // 2] + b"\xff\xd9").ljust(len(data), b"\0"),
+}
+
+
+@pytest.mark.parametrize("name", JPEG_2000_DAMAGE)
+@pytest.mark.parametrize("place", ["most bytes", "middle", "another"])
+def test_damaged_jpeg_2000_is_unreadable(shared_slides: Path, tmp_path: Path, name: str, place: str) -> None:
+    """No decoder reports the damage. The first two tiles are those in which the libraries are compared."""
+    good, path = shared_slides / "TCGA-CR-7395-01A-01-TS1.svs", tmp_path / "slide.svs"
+    path.write_bytes(good.read_bytes())
+    with closing(TiffSlideReader(good)) as reader:
+        page = reader.images[0].page
+        columns, rows = -(-page.imagewidth // 256), -(-page.imagelength // 256)
+        by_bytes = np.argsort(page.databytecounts)
+        index = int({"most bytes": by_bytes[-1], "middle": rows // 2 * columns + columns // 2}.get(place, by_bytes[-9]))
+        offset, count = page.dataoffsets[index], page.databytecounts[index]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        data = file.read(count)
+        file.seek(offset)
+        file.write(JPEG_2000_DAMAGE[name](data))
+    tile = Box(index % columns * 256, index // columns * 256, 256, 256)
+    backends: tuple[Backend, ...] = ("auto", "tiffslide")
+    for backend in backends:
+        with open_slide(path, 0.25, backend) as slide:
+            assert slide.info.backend == "tiffslide"
+            rgb_HWC, unreadable = slide.read(0, tile)
+            assert unreadable == (tile,)
+            assert (rgb_HWC == 255).all()
+            assert slide.read(0, tile.shift(256, 0)).unreadable_lv == ()
+
+
+def test_no_tile_of_a_good_jpeg_2000_slide_looks_damaged(shared_slides: Path) -> None:
+    with closing(TiffSlideReader(shared_slides / "TCGA-CR-7395-01A-01-TS1.svs")) as reader:
+        for image in reader.images:
+            assert not any(map(image.has_damage, range(len(image.page.databytecounts))))
+
+
+@pytest.mark.parametrize("form", ["j2k", "jp2"])
+def test_good_jpeg_2000_does_not_look_damaged(form: Literal["j2k", "jp2"]) -> None:
+    for pixels_HWC in (noise((256, 256)), np.full((1024, 1024, 3), 255, np.uint8)):
+        for level in (None, 40):
+            stream = bytes(imagecodecs.jpeg2k_encode(pixels_HWC, level, codecformat=form))
+            assert not jpeg_2000_looks_damaged(stream)
+            assert not jpeg_2000_looks_damaged(stream + bytes(64))
+            assert jpeg_2000_looks_damaged(stream + bytes(65))
+            assert jpeg_2000_looks_damaged(stream[:-1])
+    for length in range(200):
+        assert jpeg_2000_looks_damaged(stream[:length])
+
+
+def test_empty_packets_of_jpeg_2000_are_not_damage() -> None:
+    """A white tile can have thousands of empty packets, each a zero byte, if it has many layers or precincts."""
+    stream = bytes(imagecodecs.jpeg2k_encode(noise((64, 64)), codecformat="j2k"))
+    empty = stream[:-2] + bytes(600) + stream[-2:]
+    assert jpeg_2000_looks_damaged(empty)
+    start = stream.find(b"\xff\x52")
+    for at, value in ((start + 4, 1), (start + 7, 60)):  # precincts; 60 layers of 4 resolutions and 3 colors
+        assert not jpeg_2000_looks_damaged(empty[:at] + bytes([value]) + empty[at + 1 :])
 
 
 @pytest.mark.parametrize("backend", ["openslide", "tiffslide"])

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tests.slides import GLASS, PINK, PURPLE, TILE, painted, write_slide
 from wsi.box import Box
 from wsi.errors import ResolutionError, SlideFormatError, SlideNotFoundError, SlideReadError
+from wsi.pixel_size import find_mpp
 from wsi.readers import BackendName, OpenSlideReader
 from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp
 
@@ -83,6 +85,67 @@ def test_mpp_comes_from_the_argument_or_else_the_slide_or_else_the_tags_or_else_
         found(own, -1.0)
 
 
+def write_ome(path: Path, rgb_HWC: np.ndarray, metadata: dict[str, str | float], per_cm: float | None = None) -> Path:
+    """Write an OME-TIFF whose OME-XML has these attributes of the image."""
+    import tifffile
+
+    more: dict[str, Any] = {} if per_cm is None else {"resolution": (per_cm, per_cm), "resolutionunit": "CENTIMETER"}
+    more |= {"tile": (TILE, TILE), "photometric": "rgb"}
+    tifffile.imwrite(path, rgb_HWC, ome=True, metadata={"axes": "YXS", **metadata}, **more)
+    return path
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("size", "unit"), [(0.25, None), (0.25, "µm"), (0.25, "\u03bcm"), (250, "nm"), (0.00025, "mm"), (2500, "Å")]
+)
+def test_the_pixel_size_in_ome_xml_is_used_before_the_resolution_tags(
+    tmp_path: Path, noise: np.ndarray, backend: BackendName, size: float, unit: str | None
+) -> None:
+    metadata: dict[str, str | float] = {"PhysicalSizeX": size, "PhysicalSizeY": size}
+    if unit is not None:
+        metadata |= {"PhysicalSizeXUnit": unit, "PhysicalSizeYUnit": unit}
+    for per_cm in (None, 1200 / 2.54):  # 1200 dpi is 21 µm
+        path = write_ome(tmp_path / "slide.ome.tif", noise, metadata, per_cm)
+        with open_slide(path, backend=backend) as slide:
+            assert slide.info.mpp == pytest.approx(0.25, rel=1e-9)
+            assert (slide.info.mpp_source, slide.info.warnings) == ("slide", ())
+    with open_slide(path, 0.5, backend) as slide:
+        assert slide.info.warnings == ("the given pixel size 0.5 µm/px is used, but the file states 0.25 µm/px",)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"PhysicalSizeX": 0.25},
+        {"PhysicalSizeX": 0, "PhysicalSizeY": 0},
+        {"PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "pixel", "PhysicalSizeY": 0.25, "PhysicalSizeYUnit": "pixel"},
+    ],
+)
+def test_ome_xml_without_a_length_for_both_axes_leaves_the_resolution_tags(
+    tmp_path: Path, noise: np.ndarray, metadata: dict[str, str | float]
+) -> None:
+    with open_slide(write_ome(tmp_path / "slide.ome.tif", noise, metadata, 20_000)) as slide:
+        assert (slide.info.mpp, slide.info.mpp_source) == (0.5, "tiff resolution")
+    with pytest.raises(ResolutionError, match="does not contain micrometers per pixel; pass --mpp"):
+        open_slide(write_ome(tmp_path / "slide.ome.tif", noise, metadata))
+
+
+def test_the_pixel_size_in_ome_xml_is_that_of_the_image_with_the_size_of_the_slide() -> None:
+    image = '<Image><Pixels SizeX="{}" SizeY="{}" PhysicalSizeX="{}" PhysicalSizeY="{}"/></Image>'
+    images = image.format(30, 20, 8, 8) + image.format(500, 300, 0.3, 0.3) + image.format(500, 300, 0.4, 0.4)
+    for namespace in ("", ' xmlns="http://www.openmicroscopy.org/Schemas/OME/2013-06"'):
+        properties = {"tiff.ImageDescription": f"<OME{namespace}>{images}</OME>"}
+        mpp, source, warnings = find_mpp(Path("a.tif"), properties, (500, 300), None)
+        assert (round(mpp, 9), source, warnings) == (0.3, "slide", ())
+        with pytest.raises(ResolutionError):
+            find_mpp(Path("a.tif"), properties, (500, 301), None)
+    for text in ("", "<OME>", "no XML", "<OME/>", "<OME><Image/></OME>", "\0", "\udcff"):
+        with pytest.raises(ResolutionError):
+            find_mpp(Path("a.tif"), {"tiff.ImageDescription": text}, (500, 300), None)
+
+
 def test_a_missing_file_a_broken_file_and_a_folder_have_their_own_errors(tmp_path: Path) -> None:
     (tmp_path / "text.svs").write_text("no slide")
     with pytest.raises(SlideNotFoundError, match=r"^none\.svs: no such file"):
@@ -111,6 +174,28 @@ def test_errors_of_known_bad_files_contain_the_name_and_the_reason(shared_slides
     ):
         with pytest.raises(error, match=f"^{name}: .*{words}"):
             open_slide(shared_slides / name)
+
+
+def test_an_error_about_pixels_states_what_can_help(tmp_path: Path, noise: np.ndarray) -> None:
+    import tifffile
+
+    layout: dict[str, Any] = {"photometric": "rgb", "metadata": None}
+    tifffile.imwrite(tmp_path / "padded.tif", noise, tile=(240, 240), **layout)  # libtiff refuses padded tiles
+    tifffile.imwrite(tmp_path / "float.tif", noise.astype(np.float32), tile=(256, 256), **layout)
+    tifffile.imwrite(tmp_path / "deep.tif", noise.astype(np.uint16), tile=(256, 256), **layout)
+    open_slide(tmp_path / "padded.tif", 1.0, "tiffslide").close()
+    open_slide(tmp_path / "deep.tif", 1.0).close()
+    convert = "if other programs can show the slide, convert it to 8-bit RGB; otherwise copy or scan it again"
+    for name, backend, help_ in (
+        ("padded", "auto", "pass --backend tiffslide, which can decode them"),
+        ("padded", "openslide", f"pass --backend auto, or, {convert}"),
+        ("deep", "tiffslide", f"pass --backend auto, or, {convert}"),
+        ("float", "auto", convert),
+    ):
+        with pytest.raises(
+            SlideReadError, match=rf"^{name}\.tif: opens, but its pixels cannot be decoded \(.*\); {help_}$"
+        ):
+            open_slide(tmp_path / f"{name}.tif", 1.0, backend)
 
 
 def test_a_dicom_slide_opens(shared_slides: Path) -> None:
