@@ -76,7 +76,7 @@ class OpenSlideReader:
         downsample = self._slide.level_downsamples[level]
         corner_l0 = (round(box_lv.x * downsample), round(box_lv.y * downsample))
         rgba_HWC = np.asarray(self._slide.read_region(corner_l0, level, (box_lv.width, box_lv.height)))
-        rgb_HWC = np.ascontiguousarray(rgba_HWC[..., :3])
+        rgb_HWC = rgba_HWC[..., :3].copy()
         alpha_HW = rgba_HWC[..., 3]
         if alpha_HW.min(initial=255) < 255:
             rgb_HWC[alpha_HW == 0] = 255

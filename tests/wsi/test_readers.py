@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.slides import TILE, write_slide
+from tests.slides import PINK, TILE, painted, write_slide
 from wsi.box import Box
 from wsi.errors import SlideFormatError
 from wsi.readers import READERS, BackendName, OpenSlideReader, TiffSlideReader
@@ -159,6 +159,18 @@ def test_auto_reads_slides_with_missing_tiles_with_openslide_and_tiffslide_retur
     expected_HWC[TILE : 2 * TILE, TILE : 2 * TILE] = 255
     np.testing.assert_array_equal(rgb_HWC, expected_HWC)
     assert unreadable == ()
+
+
+@pytest.mark.parametrize("backend", ["auto", "openslide", "tiffslide"])
+def test_a_slide_opens_if_its_center_and_corners_were_not_scanned(tmp_path: Path, backend: Backend) -> None:
+    """These are the places where `open_slide` decodes one pixel."""
+    path = write_slide(tmp_path / "slide.svs", painted((7 * TILE, 5 * TILE), ((0, 0, 900, 700), PINK)))
+    for index in (0, 6, 17, 28, 34):
+        without_tile(path, index)
+    with open_slide(path, backend=backend) as slide:
+        for x, y in ((0, 0), (3 * TILE, 2 * TILE)):
+            assert slide.read(0, Box(x, y, 1, 1)).rgb_HWC.tolist() == [[[255, 255, 255]]]
+        assert slide.read(0, Box(TILE, 0, 1, 1)).rgb_HWC.tolist() == [[list(PINK)]]
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
