@@ -20,6 +20,7 @@ import tiffslide
 from numpy.typing import NDArray
 
 from wsi.box import Box
+from wsi.tiff_checks import check_bytes, check_tile_bytes
 from wsi.tiff_tiles import JPEG, JPEG_2000, TiledImage, tiled_image
 
 BackendName = str
@@ -30,7 +31,8 @@ CACHE_BYTES = 16 << 20
 
 LARGEST_TILE_PX = 1 << 26
 """Pixels of the largest tile or strip that is decoded: 8192×8192, 256 MiB in OpenSlide. Scanners write tiles of 240 to
-4096 pixels a side. OpenSlide aborts the process if it cannot allocate a tile, so the sizes in the file are checked."""
+4096 pixels a side. OpenSlide aborts the process if it cannot allocate a tile, so the sizes in the file are checked, and
+the bytes that a compressed tile claims (`wsi.tiff_checks`)."""
 
 
 class Reader(Protocol):
@@ -64,6 +66,7 @@ class OpenSlideReader:
         self._slide = openslide.OpenSlide(path)
         try:
             _check_tiles(_openslide_tiles(self._slide))
+            check_tile_bytes(path)
         except BaseException:
             self._slide.close()
             raise
@@ -110,6 +113,9 @@ class TiffSlideReader:
             _check_tiles(map(_tile_size, levels))
             _check_channels(map(_channels, levels))
             _check_colors(levels)
+            self._images = self._tiled_images()
+            if not self._images:  # else checked when a tile is read
+                check_bytes(_most_bytes(levels), path.stat().st_size)
         except BaseException:
             self._slide.close()
             raise
@@ -119,7 +125,6 @@ class TiffSlideReader:
             for name, value in self._slide.properties.items()
             if value is not None
         }
-        self._images = self._tiled_images()
         self._has_alpha = all(map(_has_alpha, levels))
         self._is_gray = self._has_alpha and _colors(levels[0]) == "MINISBLACK"
 
@@ -178,6 +183,12 @@ def _tile_size(level: tifffile.TiffPageSeries) -> tuple[int, int]:
     """Return the width and height of the tiles or strips of an image."""
     page = level.keyframe
     return (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
+
+
+def _most_bytes(levels: Iterable[tifffile.TiffPageSeries]) -> int:
+    """Return the bytes that the largest tile or strip of the images claims."""
+    pages: Iterable[Any] = (page for level in levels for page in level.pages if page is not None)
+    return max(max(page.databytecounts, default=0) for page in pages)
 
 
 def _channels(level: tifffile.TiffPageSeries) -> int:

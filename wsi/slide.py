@@ -23,6 +23,7 @@ from wsi.errors import SlideFormatError, SlideNotFoundError, SlideReadError
 from wsi.levels import levels_of_one_shape
 from wsi.pixel_size import MppSource, check_extent, find_mpp
 from wsi.readers import READERS, BackendName, Reader
+from wsi.tiff_checks import check_layout
 
 log = logging.getLogger(__name__)
 
@@ -168,14 +169,15 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
 
     The levels end before the first one that has another shape than the slide, with a warning.
 
-    Raises SlideNotFoundError, SlideFormatError if no reader can open the file, SlideReadError if no pixel can be
-    decoded, ResolutionError, or ValueError for an unknown backend.
+    Raises SlideNotFoundError, SlideFormatError if no reader can open the file or its pixels would be wrong (see
+    `check_layout`), SlideReadError if no pixel can be decoded, ResolutionError, or ValueError for an unknown backend.
     """
     if backend != "auto" and backend not in READERS:
         raise ValueError(f"unknown backend {backend!r}; use auto, {', '.join(READERS)}")
     _check_file(path)
     name, reader = _open_reader(path, backend)
     with closing(reader):
+        check_layout(path)
         properties, all_sizes = reader.properties, _checked_sizes(path, reader)
         if backend == "auto" and name == "openslide" and _tiffslide_agrees(path, reader):
             name = "tiffslide"
@@ -290,8 +292,8 @@ def _shape_warning(sizes: tuple[tuple[int, int], ...], used: int) -> tuple[str, 
         return ()
     (width_l0, height_l0), (width, height) = sizes[0], sizes[used]
     return (
-        f"level {used} of {width}×{height} px has another shape than the slide of {width_l0}×{height_l0} px; levels from "
-        f"{used} on are not used",
+        f"level {used} of {width}×{height} px has another shape than the slide of {width_l0}×{height_l0} px; levels "
+        f"from {used} on are not used",
     )
 
 
