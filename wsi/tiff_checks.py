@@ -84,6 +84,10 @@ def _read(path: Path, size: int, mtime_ns: int) -> _Tags:  # noqa: ARG001 - the 
 
 
 def _possible_levels(tiff: tifffile.TiffFile) -> Iterator[tifffile.TiffPage]:
+    seen: set[int] = set()
     for number, page in enumerate(tiff.pages):
+        if page.offset in seen:
+            return  # directories that go back to themselves
+        seen.add(page.offset)
         if isinstance(page, tifffile.TiffPage) and (number == 0 or page.is_tiled):
             yield page
