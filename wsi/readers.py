@@ -107,6 +107,8 @@ class TiffSlideReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        if "::" in str(path):  # fsspec, which opens the file, would take the part before it as another file
+            raise ValueError('the path contains "::", which tiffslide cannot read; rename the file or its folder')
         self._slide = _LevelAddressed(path)
         try:
             levels = list(_possible_levels(self._slide))
@@ -115,7 +117,7 @@ class TiffSlideReader:
             _check_colors(levels)
             self._images = self._tiled_images()
             if not self._images:  # else checked when a tile is read
-                check_bytes(_most_bytes(levels), path.stat().st_size)
+                _check_tile_bytes(levels, path.stat().st_size)
         except BaseException:
             self._slide.close()
             raise
@@ -126,6 +128,7 @@ class TiffSlideReader:
             if value is not None
         }
         self._has_alpha = all(map(_has_alpha, levels))
+        self._is_premultiplied = self._has_alpha and any(map(_is_premultiplied, levels))
         self._is_gray = self._has_alpha and _colors(levels[0]) == "MINISBLACK"
 
     @property
@@ -143,7 +146,11 @@ class TiffSlideReader:
         colors = 1 if self._is_gray or pixels_HWC.shape[2] < 3 else 3
         rgb_HWC: NDArray[np.uint8] = np.repeat(pixels_HWC[..., :colors], 3 // colors, axis=2)
         if self._has_alpha:
-            rgb_HWC[pixels_HWC[..., colors] == 0] = 255
+            alpha_HW = pixels_HWC[..., colors].astype(np.uint8, copy=False)
+            if self._is_premultiplied:
+                seen_HW = (alpha_HW > 0) & (alpha_HW < 255)
+                rgb_HWC[seen_HW] = _without_alpha(rgb_HWC[seen_HW], alpha_HW[seen_HW])
+            rgb_HWC[alpha_HW == 0] = 255
         return rgb_HWC
 
     def close(self) -> None:
@@ -185,10 +192,13 @@ def _tile_size(level: tifffile.TiffPageSeries) -> tuple[int, int]:
     return (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
 
 
-def _most_bytes(levels: Iterable[tifffile.TiffPageSeries]) -> int:
-    """Return the bytes that the largest tile or strip of the images claims."""
+def _check_tile_bytes(levels: Iterable[tifffile.TiffPageSeries], file_size: int) -> None:
+    """Raise ValueError if a tile or strip claims too many bytes, or is missing: zarr would return black pixels."""
     pages: Iterable[Any] = (page for level in levels for page in level.pages if page is not None)
-    return max(max(page.databytecounts, default=0) for page in pages)
+    for page in pages:
+        check_bytes(max(page.databytecounts, default=0), file_size)
+        if min(page.databytecounts, default=1) == 0:
+            raise ValueError("parts of it are missing in the file; only tiles of 8-bit RGB may be missing")
 
 
 def _channels(level: tifffile.TiffPageSeries) -> int:
@@ -212,6 +222,17 @@ def _has_alpha(level: tifffile.TiffPageSeries) -> bool:
     """Return whether the value after the colors of an image states how opaque a pixel is."""
     page: Any = level.keyframe  # the stubs also allow a frame, which has no tags of its own
     return page.extrasamples[:1] in [(tifffile.EXTRASAMPLE.ASSOCALPHA,), (tifffile.EXTRASAMPLE.UNASSALPHA,)]
+
+
+def _is_premultiplied(level: tifffile.TiffPageSeries) -> bool:
+    """Return whether the colors of an image with alpha are stored multiplied by it."""
+    page: Any = level.keyframe
+    return bool(page.extrasamples[0] == tifffile.EXTRASAMPLE.ASSOCALPHA)
+
+
+def _without_alpha(rgb_NC: NDArray[np.uint8], alpha_N: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the colors of pixels whose colors were multiplied by their alpha, which is not 0."""
+    return np.minimum(np.rint(rgb_NC * (255 / alpha_N[:, None])), 255).astype(np.uint8)
 
 
 def _colors(level: tifffile.TiffPageSeries) -> str:
