@@ -8,6 +8,28 @@ MPP_TOLERANCE = 0.02
 """Relative difference up to which two pixel sizes count as equal. Scanners know their pixel size no better, and whole
 factors need no interpolation (docs/decisions/0002-resolution.md)."""
 
+SHAPE_TOLERANCE_PX = 4
+"""Pixels by which the shorter side of a level may differ from its share of the slide. Scanners round the sides of each
+level to whole pixels, some of them in several steps, which adds up to less than this."""
+
+SHAPE_TOLERANCE = 0.02
+"""Share of the shorter side by which it may differ. Some scanners pad their levels or cut them at whole tiles."""
+
+
+def levels_of_one_shape(sizes: Sequence[tuple[int, int]]) -> int:
+    """Return how many levels, from level 0 on, are the same image: up to the first level with another shape.
+
+    `sizes` are (width, height) of the levels. Some libraries count every tiled image of a file as a level, also a
+    picture of the label or of the whole glass.
+    """
+    longer = 0 if sizes[0][0] >= sizes[0][1] else 1
+    shorter = 1 - longer
+    for number, size in enumerate(sizes):
+        expected = sizes[0][shorter] * size[longer] / sizes[0][longer]
+        if abs(size[shorter] - expected) > max(SHAPE_TOLERANCE_PX, SHAPE_TOLERANCE * expected):
+            return number
+    return len(sizes)
+
 
 def pick_level(downsamples: Sequence[float], wanted: float) -> int:
     """Return the coarsest level that is at least as fine as `wanted`, or the finest level if none is.

@@ -20,6 +20,7 @@ import tiffslide
 from numpy.typing import NDArray
 
 from wsi.box import Box
+from wsi.tiff_checks import check_bytes, check_tile_bytes
 from wsi.tiff_tiles import JPEG, JPEG_2000, TiledImage, tiled_image
 
 BackendName = str
@@ -30,7 +31,8 @@ CACHE_BYTES = 16 << 20
 
 LARGEST_TILE_PX = 1 << 26
 """Pixels of the largest tile or strip that is decoded: 8192×8192, 256 MiB in OpenSlide. Scanners write tiles of 240 to
-4096 pixels a side. OpenSlide aborts the process if it cannot allocate a tile, so the sizes in the file are checked."""
+4096 pixels a side. OpenSlide aborts the process if it cannot allocate a tile, so the sizes in the file are checked, and
+the bytes that a compressed tile claims (`wsi.tiff_checks`)."""
 
 
 class Reader(Protocol):
@@ -64,6 +66,7 @@ class OpenSlideReader:
         self._slide = openslide.OpenSlide(path)
         try:
             _check_tiles(_openslide_tiles(self._slide))
+            check_tile_bytes(path)
         except BaseException:
             self._slide.close()
             raise
@@ -76,7 +79,7 @@ class OpenSlideReader:
         downsample = self._slide.level_downsamples[level]
         corner_l0 = (round(box_lv.x * downsample), round(box_lv.y * downsample))
         rgba_HWC = np.asarray(self._slide.read_region(corner_l0, level, (box_lv.width, box_lv.height)))
-        rgb_HWC = np.ascontiguousarray(rgba_HWC[..., :3])
+        rgb_HWC = rgba_HWC[..., :3].copy()
         alpha_HW = rgba_HWC[..., 3]
         if alpha_HW.min(initial=255) < 255:
             rgb_HWC[alpha_HW == 0] = 255
@@ -104,12 +107,17 @@ class TiffSlideReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        if "::" in str(path):  # fsspec, which opens the file, would take the part before it as another file
+            raise ValueError('the path contains "::", which tiffslide cannot read; rename the file or its folder')
         self._slide = _LevelAddressed(path)
         try:
             levels = list(_possible_levels(self._slide))
             _check_tiles(map(_tile_size, levels))
             _check_channels(map(_channels, levels))
             _check_colors(levels)
+            self._images = self._tiled_images()
+            if not self._images:  # else checked when a tile is read
+                _check_tile_bytes(levels, path.stat().st_size)
         except BaseException:
             self._slide.close()
             raise
@@ -119,8 +127,8 @@ class TiffSlideReader:
             for name, value in self._slide.properties.items()
             if value is not None
         }
-        self._images = self._tiled_images()
         self._has_alpha = all(map(_has_alpha, levels))
+        self._is_premultiplied = self._has_alpha and any(map(_is_premultiplied, levels))
         self._is_gray = self._has_alpha and _colors(levels[0]) == "MINISBLACK"
 
     @property
@@ -138,7 +146,11 @@ class TiffSlideReader:
         colors = 1 if self._is_gray or pixels_HWC.shape[2] < 3 else 3
         rgb_HWC: NDArray[np.uint8] = np.repeat(pixels_HWC[..., :colors], 3 // colors, axis=2)
         if self._has_alpha:
-            rgb_HWC[pixels_HWC[..., colors] == 0] = 255
+            alpha_HW = pixels_HWC[..., colors].astype(np.uint8, copy=False)
+            if self._is_premultiplied:
+                seen_HW = (alpha_HW > 0) & (alpha_HW < 255)
+                rgb_HWC[seen_HW] = _without_alpha(rgb_HWC[seen_HW], alpha_HW[seen_HW])
+            rgb_HWC[alpha_HW == 0] = 255
         return rgb_HWC
 
     def close(self) -> None:
@@ -180,6 +192,15 @@ def _tile_size(level: tifffile.TiffPageSeries) -> tuple[int, int]:
     return (page.tilewidth, page.tilelength) if page.is_tiled else (page.imagewidth, page.rowsperstrip)
 
 
+def _check_tile_bytes(levels: Iterable[tifffile.TiffPageSeries], file_size: int) -> None:
+    """Raise ValueError if a tile or strip claims too many bytes, or is missing: zarr would return black pixels."""
+    pages: Iterable[Any] = (page for level in levels for page in level.pages if page is not None)
+    for page in pages:
+        check_bytes(max(page.databytecounts, default=0), file_size)
+        if min(page.databytecounts, default=1) == 0:
+            raise ValueError("parts of it are missing in the file; only tiles of 8-bit RGB may be missing")
+
+
 def _channels(level: tifffile.TiffPageSeries) -> int:
     """Return the number of values per pixel of an image: samples of a page, or pages that the metadata joins."""
     return math.prod(size for size, axis in zip(level.shape, level.axes, strict=True) if axis not in "YX")
@@ -201,6 +222,17 @@ def _has_alpha(level: tifffile.TiffPageSeries) -> bool:
     """Return whether the value after the colors of an image states how opaque a pixel is."""
     page: Any = level.keyframe  # the stubs also allow a frame, which has no tags of its own
     return page.extrasamples[:1] in [(tifffile.EXTRASAMPLE.ASSOCALPHA,), (tifffile.EXTRASAMPLE.UNASSALPHA,)]
+
+
+def _is_premultiplied(level: tifffile.TiffPageSeries) -> bool:
+    """Return whether the colors of an image with alpha are stored multiplied by it."""
+    page: Any = level.keyframe
+    return bool(page.extrasamples[0] == tifffile.EXTRASAMPLE.ASSOCALPHA)
+
+
+def _without_alpha(rgb_NC: NDArray[np.uint8], alpha_N: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the colors of pixels whose colors were multiplied by their alpha, which is not 0."""
+    return np.minimum(np.rint(rgb_NC * (255 / alpha_N[:, None])), 255).astype(np.uint8)
 
 
 def _colors(level: tifffile.TiffPageSeries) -> str:

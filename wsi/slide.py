@@ -20,8 +20,10 @@ from wsi.agreement import tiffslide_agrees
 from wsi.box import Box
 from wsi.dicom import is_dicom, series_files
 from wsi.errors import SlideFormatError, SlideNotFoundError, SlideReadError
+from wsi.levels import levels_of_one_shape
 from wsi.pixel_size import MppSource, check_extent, find_mpp
 from wsi.readers import READERS, BackendName, Reader
+from wsi.tiff_checks import check_layout
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +167,11 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
     `mpp` (micrometers per level-0 pixel) overrides the file. Without it `find_mpp` takes the file's own value, then its
     TIFF resolution, then a guess from the objective power; a guess adds a warning to `SlideInfo.warnings`.
 
-    Raises SlideNotFoundError, SlideFormatError if no reader can open the file, SlideReadError if the path cannot be
-    examined or no pixel can be decoded, ResolutionError, or ValueError for an unknown backend.
+    The levels end before the first one that has another shape than the slide, with a warning.
+
+    Raises SlideNotFoundError, SlideFormatError if no reader can open the file or its pixels would be wrong (see
+    `check_layout`), SlideReadError if the path cannot be examined or no pixel can be decoded, ResolutionError, or
+    ValueError for an unknown backend.
     """
     if backend != "auto" and backend not in READERS:
         raise ValueError(f"unknown backend {backend!r}; use auto, {', '.join(READERS)}")
@@ -174,9 +179,11 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
         _check_file(path)
     name, reader = _open_reader(path, backend)
     with closing(reader):
-        properties, level_sizes = reader.properties, _checked_sizes(path, reader)
+        check_layout(path)
+        properties, all_sizes = reader.properties, _checked_sizes(path, reader)
         if backend == "auto" and name == "openslide" and _tiffslide_agrees(path, reader):
             name = "tiffslide"
+    level_sizes = all_sizes[: levels_of_one_shape(all_sizes)]
     if reason := _probe(path, name, level_sizes):
         raise SlideReadError(
             f"{path.name}: opens, but its pixels cannot be decoded ({reason}); {_what_helps(path, name, backend)}"
@@ -192,7 +199,7 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
         mpp=mpp,
         mpp_source=source,
         bounds_l0=bounds_l0,
-        warnings=warnings,
+        warnings=(*_shape_warning(all_sizes, len(level_sizes)), *warnings),
     )
     return Slide(info)
 
@@ -286,6 +293,16 @@ def _checked_sizes(path: Path, reader: Reader) -> tuple[tuple[int, int], ...]:
             f"copy or scan the slide again"
         )
     return sizes
+
+
+def _shape_warning(sizes: tuple[tuple[int, int], ...], used: int) -> tuple[str, ...]:
+    if used == len(sizes):
+        return ()
+    (width_l0, height_l0), (width, height) = sizes[0], sizes[used]
+    return (
+        f"level {used} of {width}×{height} px has another shape than the slide of {width_l0}×{height_l0} px; levels "
+        f"from {used} on are not used",
+    )
 
 
 def _tiffslide_agrees(path: Path, reader: Reader) -> bool:

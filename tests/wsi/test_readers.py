@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.slides import TILE, write_slide
+from tests.slides import PINK, PURPLE, TILE, painted, write_slide
 from wsi.box import Box
 from wsi.errors import SlideFormatError
 from wsi.readers import READERS, BackendName, OpenSlideReader, TiffSlideReader
@@ -162,6 +162,45 @@ def test_auto_reads_slides_with_missing_tiles_with_openslide_and_tiffslide_retur
     assert unreadable == ()
 
 
+@pytest.mark.parametrize("backend", ["auto", "openslide", "tiffslide"])
+def test_a_slide_opens_if_its_center_and_corners_were_not_scanned(tmp_path: Path, backend: Backend) -> None:
+    """These are the places where `open_slide` decodes one pixel."""
+    path = write_slide(tmp_path / "slide.svs", painted((7 * TILE, 5 * TILE), ((0, 0, 900, 700), PINK)))
+    for index in (0, 6, 17, 28, 34):
+        without_tile(path, index)
+    with open_slide(path, backend=backend) as slide:
+        for x, y in ((0, 0), (3 * TILE, 2 * TILE)):
+            assert slide.read(0, Box(x, y, 1, 1)).rgb_HWC.tolist() == [[[255, 255, 255]]]
+        assert slide.read(0, Box(TILE, 0, 1, 1)).rgb_HWC.tolist() == [[list(PINK)]]
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiffslide"])
+def test_a_slide_with_missing_strips_is_refused_because_tiffslide_would_return_black(
+    tmp_path: Path, backend: Backend
+) -> None:
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, painted((256, 256)), photometric="rgb", rowsperstrip=64, metadata=None)
+    with open_slide(path, 0.5, backend) as slide:
+        assert slide.info.backend == "tiffslide"
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tag = tiff.pages.first.tags["StripByteCounts"]
+        tag.overwrite([*tag.value[:-1], 0])
+    with pytest.raises(SlideFormatError, match=r"slide\.tif: .*tiffslide: parts of it are missing in the file"):
+        open_slide(path, 0.5, backend)
+
+
+def test_a_name_with_two_colons_is_not_the_name_of_another_file(tmp_path: Path) -> None:
+    write_slide(tmp_path / "case1", painted((256, 256), ((0, 0, 256, 256), PURPLE)))
+    path = write_slide(tmp_path / "case1::b.svs", painted((256, 256), ((0, 0, 256, 256), PINK)))
+    with open_slide(path) as slide:
+        assert slide.info.backend == "openslide"
+        assert slide.read(0, Box(5, 5, 1, 1)).rgb_HWC.tolist() == [[list(PINK)]]
+    with pytest.raises(
+        SlideFormatError, match=r'^case1::b\.svs: .*the path contains "::", which tiffslide cannot read'
+    ):
+        open_slide(path, backend="tiffslide")
+
+
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "zeros": lambda data: bytes(len(data)),
     "zeros at the end": lambda data: data[: len(data) // 2].ljust(len(data), b"\0"),
@@ -296,10 +335,11 @@ def test_a_file_that_claims_too_many_channels_is_refused_before_it_is_decoded(
 @pytest.mark.parametrize("rowsperstrip", [None, 16])
 @pytest.mark.parametrize("opaque", [1, 2])
 def test_gray_and_transparent_pixels_are_read(tmp_path: Path, opaque: int, rowsperstrip: int | None) -> None:
-    """`opaque` is the kind of alpha: colors multiplied by it, or not. In both, a pixel with an alpha of 0 is white."""
+    """`opaque` is the kind of alpha: colors multiplied by it (1), or not. A pixel with an alpha of 0 is white."""
     layout: dict[str, Any] = {"tile": (64, 64)} if rowsperstrip is None else {"rowsperstrip": rowsperstrip}
     for colors in (1, 3):
-        pixels_HWC = np.full((64, 64, colors + 1), 200, np.uint8)
+        pixels_HWC = np.full((64, 64, colors + 1), 100, np.uint8)
+        pixels_HWC[..., colors] = 128
         pixels_HWC[:8] = 0
         photometric = "rgb" if colors == 3 else "minisblack"
         file = tmp_path / f"{colors}.tif"
@@ -310,8 +350,19 @@ def test_gray_and_transparent_pixels_are_read(tmp_path: Path, opaque: int, rowsp
             found_HWC = reader.read(0, Box(3, 4, 8, 8))
         assert found_HWC.dtype == np.uint8
         assert (found_HWC[:4] == 255).all()
-        assert (found_HWC[4:] == 200).all()
+        assert (found_HWC[4:] == (199 if opaque == 1 else 100)).all()  # 100 · 255 / 128
         assert found_HWC.shape == (8, 8, 3)
+
+
+def test_colors_that_were_multiplied_by_alpha_are_those_of_the_slide(tmp_path: Path) -> None:
+    """Colors brighter than their alpha, which no correct file has, become white and do not overflow."""
+    pixels_HWC = np.zeros((64, 64, 4), np.uint8)
+    pixels_HWC[0, :4] = [(10, 20, 30, 255), (60, 30, 0, 60), (200, 10, 5, 100), (1, 0, 1, 1)]
+    file = tmp_path / "slide.tif"
+    tifffile.imwrite(file, pixels_HWC, photometric="rgb", extrasamples=["assocalpha"], tile=(64, 64))
+    with closing(TiffSlideReader(file)) as reader:
+        found_HWC = reader.read(0, Box(0, 0, 5, 1))
+    assert found_HWC.tolist() == [[[10, 20, 30], [255, 128, 0], [255, 26, 13], [255, 0, 255], [255, 255, 255]]]
 
 
 @pytest.mark.parametrize("layout", [{"tile": (64, 64)}, {"rowsperstrip": 16}])

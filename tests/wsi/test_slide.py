@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from wsi.errors import ResolutionError, SlideFormatError, SlideNotFoundError, Sl
 from wsi.pixel_size import find_mpp
 from wsi.readers import BackendName, OpenSlideReader
 from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp
+from wsi.thumbnail import read_thumbnail
 
 BACKENDS: list[BackendName] = ["openslide", "tiffslide"]
 
@@ -207,8 +209,6 @@ def test_a_dicom_slide_opens(shared_slides: Path) -> None:
 
 def test_unreadable_tiles_are_white_and_listed_and_the_others_are_read(tmp_path: Path) -> None:
     """The deflate stream of one tile is overwritten in the file; its neighbors must still be right."""
-    import tifffile
-
     pink = painted((1024, 768), ((0, 0, 1024, 768), PINK))
     path = write_slide(tmp_path / "slide.svs", pink)
     with tifffile.TiffFile(path) as tiff:
@@ -319,3 +319,22 @@ def test_both_ends_of_a_level_lie_within_one_pixel_of_the_slides(
     downsample = info.level_downsamples[1]
     assert abs(size_l0[0] - width * downsample) <= max(downsample, factor)
     assert abs(size_l0[1] - height * downsample) <= max(downsample, factor)
+
+
+def test_a_picture_of_another_shape_is_not_a_level(tmp_path: Path) -> None:
+    """OpenSlide counts every tiled image that is marked as reduced as a level, such as a picture of the glass."""
+    rgb_HWC = painted((2048, 1024), ((512, 256, 1024, 512), PINK))
+    path = tmp_path / "slide.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        for number, image_HWC in enumerate((rgb_HWC, rgb_HWC[::4, ::4], painted((256, 256)))):
+            tiff.write(image_HWC, tile=(128, 128), photometric="rgb", subfiletype=int(number > 0), metadata=None)
+    with open_slide(path, 0.5, "openslide") as slide:
+        assert slide.info.level_sizes == ((2048, 1024), (512, 256))
+        assert slide.info.warnings == (
+            "level 2 of 256×256 px has another shape than the slide of 2048×1024 px; levels from 2 on are not used",
+        )
+        thumbnail_HWC = read_thumbnail(slide, 8.0).rgb_HWC
+    expected_HWC = painted((128, 64), ((32, 16, 64, 32), PINK))
+    np.testing.assert_array_equal(thumbnail_HWC, expected_HWC)
+    with open_slide(path, 0.5) as slide:
+        assert slide.info.level_sizes == ((2048, 1024), (512, 256))

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+
+from tests.slides import PINK, TILE, painted
+from wsi.box import Box
+from wsi.errors import SlideFormatError
+from wsi.readers import OpenSlideReader, TiffSlideReader
+from wsi.slide import Backend, open_slide
+
+BACKENDS: tuple[Backend, ...] = ("auto", "openslide", "tiffslide")
+TILED: dict[str, Any] = {"tile": (TILE, TILE), "metadata": None}
+
+
+def with_byte_count(path: Path, index: int, count: int) -> Path:
+    """Write another number of bytes for one tile or strip of the first image."""
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tags = tiff.pages.first.tags
+        tag = tags["TileByteCounts"] if "TileByteCounts" in tags else tags["StripByteCounts"]
+        counts = list(tag.value)
+        counts[index] = count
+        tag.overwrite(counts, dtype=16)
+    return path
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_slide_with_turned_pixels_is_refused(tmp_path: Path, backend: Backend, orientation: int) -> None:
+    """OpenSlide would turn each tile in its place, and tiffslide would not turn the slide."""
+    path = tmp_path / "slide.tif"
+    tags = [(274, 3, 1, orientation, True)]
+    tifffile.imwrite(path, painted((256, 256)), photometric="rgb", extratags=tags, **TILED)
+    with pytest.raises(
+        SlideFormatError,
+        match=rf"^slide\.tif: its pixels are stored turned or mirrored \(Orientation {orientation}\); save it with "
+        r"Orientation 1$",
+    ):
+        open_slide(path, 0.5, backend)
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 9])
+def test_upright_pixels_and_values_outside_the_standard_are_accepted(tmp_path: Path, orientation: int) -> None:
+    path = tmp_path / "slide.tif"
+    rgb_HWC = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
+    tifffile.imwrite(path, rgb_HWC, photometric="rgb", extratags=[(274, 3, 1, orientation, True)], **TILED)
+    for backend in BACKENDS:
+        with open_slide(path, 0.5, backend) as slide:
+            np.testing.assert_array_equal(slide.read(0, Box(0, 0, 256, 256)).rgb_HWC, rgb_HWC)
+
+
+def test_a_turned_picture_in_strips_beside_the_levels_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "slide.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(painted((256, 256)), photometric="rgb", **TILED)
+        tiff.write(painted((64, 64)), photometric="rgb", extratags=[(274, 3, 1, 6, True)], metadata=None)
+    with open_slide(path, 0.5) as slide:
+        assert slide.info.level_sizes == ((256, 256),)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_16_bit_gray_is_refused(tmp_path: Path, backend: Backend) -> None:
+    """OpenSlide returns black parts in the tiles at the right edge."""
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, np.full((300, 300), 60_000, np.uint16), photometric="minisblack", **TILED)
+    with pytest.raises(
+        SlideFormatError, match=r"^slide\.tif: its pixels are gray with 16 bits; convert it to 8 bits per channel$"
+    ):
+        open_slide(path, 0.5, backend)
+
+
+def test_a_tile_that_claims_more_bytes_than_the_file_has_is_unreadable_and_does_not_end_the_process(
+    tmp_path: Path,
+) -> None:
+    """OpenSlide aborts the process if it cannot allocate the bytes that a JPEG tile claims."""
+    path = tmp_path / "slide.tif"
+    pink_HWC = painted((640, 512), ((0, 0, 640, 512), PINK))
+    tifffile.imwrite(path, pink_HWC, bigtiff=True, photometric="rgb", compression="jpeg", **TILED)
+    with_byte_count(path, 6, 2**50)
+    with pytest.raises(
+        SlideFormatError, match=r"a tile claims 1,125,899,906,842,624 bytes; at most [\d,]+ can be read"
+    ):
+        open_slide(path, 0.5, "openslide")
+    with open_slide(path, 0.5) as slide:
+        assert slide.info.backend == "tiffslide"
+        rgb_HWC, unreadable = slide.read(0, Box(0, 0, 640, 512))
+    assert unreadable == (Box(0, 0, 256, 256),)
+    assert (rgb_HWC[:256, :256] == 255).all()
+    assert np.abs(rgb_HWC[256:].astype(int) - PINK).max() <= 3
+
+
+@pytest.mark.parametrize("layout", [{"tile": (TILE, TILE)}, {"rowsperstrip": 64}])
+def test_gray_pixels_that_claim_more_bytes_than_the_file_has_are_refused(
+    tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    """tiffslide would run out of memory, which would look like a fault of the machine."""
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, np.full((256, 256), 200, np.uint8), bigtiff=True, photometric="minisblack", **layout)
+    with_byte_count(path, 1, 2**50)
+    with pytest.raises(ValueError, match=r"a tile claims 1,125,899,906,842,624 bytes"):
+        TiffSlideReader(path)
+
+
+def test_a_changed_file_is_checked_again(tmp_path: Path) -> None:
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, painted((256, 256)), bigtiff=True, photometric="rgb", **TILED)
+    OpenSlideReader(path).close()
+    with_byte_count(path, 1, 2**50)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match="a tile claims"):
+        OpenSlideReader(path)
+
+
+def test_a_truncated_slide_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "slide.tif"
+    rgb_HWC = np.random.default_rng(0).integers(0, 255, (1024, 2048, 3), dtype=np.uint8)
+    tifffile.imwrite(path, rgb_HWC, photometric="rgb", **TILED)
+    with tifffile.TiffFile(path) as tiff:
+        offset = tiff.pages.first.dataoffsets[64]  # the first tile of the second half
+    os.truncate(path, offset)
+    with closing(OpenSlideReader(path)) as reader:
+        np.testing.assert_array_equal(reader.read(0, Box(0, 0, 2048, 512)), rgb_HWC[:512])
