@@ -2,6 +2,7 @@
 //
 // The server saves each correction in a file beside the result before the page shows it as saved. The result stays as it is.
 
+import { dataUrl } from "./data.js";
 import { announce, note } from "./notices.js";
 import { pathOf, strokeLines } from "./outlines.js";
 
@@ -26,7 +27,7 @@ export class Corrections {
 
   // Reads what was saved before, and again when a person returns to the page: another tab may have saved. Needs the view.
   start() {
-    const read = () => this.inTurn("read", async () => this.take(await stateOf(fetch("corrections.json"))));
+    const read = () => this.inTurn("read", async () => this.take(await stateOf(fetch(dataUrl("corrections.json")))));
     read();
     window.addEventListener("focus", read);
     document.addEventListener("visibilitychange", () => { if (!document.hidden) read(); });
@@ -80,7 +81,7 @@ export class Corrections {
   async save(path, body, said) {
     byId("corrections-saved").textContent = "";
     const headers = { "Content-Type": "application/json" };
-    const state = await stateOf(fetch(path, { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ");
+    const state = await stateOf(fetch(dataUrl(path), { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ");
     this.showFailure("save", null);
     await this.take(state);
     byId("corrections-saved").textContent = said(state);

@@ -4,6 +4,7 @@ import { Address } from "./address.js";
 import { Compare } from "./compare.js";
 import { Controls } from "./controls.js";
 import { Corrections } from "./corrections.js";
+import { dataUrl } from "./data.js";
 import { Layers } from "./layers.js";
 import { Measures } from "./measures.js";
 import { announce, note } from "./notices.js";
@@ -19,7 +20,7 @@ const MAGNIFICATIONS = { q: 5, w: 10, e: 20, r: 40 };
 const QUARTER = 90;
 const byId = (id) => document.getElementById(id);
 
-const response = await fetch("facts.json");
+const response = await fetch(dataUrl("facts.json"));
 if (!response.ok) {
   note(await response.text());
   throw new Error("no facts");
@@ -131,7 +132,7 @@ async function awaitOverview() {
   bar.setAttribute("aria-label", "Share of the slide that has been read");
   notice.append(bar);
   for (let share = 0; share < 1; await new Promise((done) => setTimeout(done, 500))) {
-    const answer = await fetch("overview.json").catch(() => null);
+    const answer = await fetch(dataUrl("overview.json")).catch(() => null);
     const progress = answer?.ok ? await answer.json() : { share, failed: true };
     if (progress.failed) {
       notice.remove();
@@ -148,14 +149,14 @@ let refusal = null; // the note with the server's reason for refusing requests f
 
 // Shows a text about something that cannot be loaded, or instead why the server does not answer about this result.
 async function showFailure(text) {
-  const answer = refusal ? null : await fetch("facts.json").catch(() => null);
+  const answer = refusal ? null : await fetch(dataUrl("facts.json")).catch(() => null);
   const reason = answer && !answer.ok ? await answer.text() : "";
   if (reason) refusal ??= note(reason);
   if (text && !refusal) note(text);
 }
 
 async function checkIdentity() {
-  const answer = await fetch("identity.json");
+  const answer = await fetch(dataUrl("identity.json"));
   if (answer.ok && (await answer.json()).same === false) {
     note("This file differs from the slide that was segmented. The classes shown may not belong to it.");
   }
