@@ -205,7 +205,11 @@ byId("home").addEventListener("click", () => stage.home());
 byId("turn").addEventListener("input", (event) => stage.turn(event.target.valueAsNumber));
 byId("save-picture").addEventListener("click", savePicture);
 byId("help-button").addEventListener("click", () => byId("help").showModal());
-byId("slides")?.addEventListener("change", (event) => { location.href = `/slides/${event.target.value}/`; });
+byId("slides")?.addEventListener("change", ({ target }) => {
+  const { value } = target;
+  target.value = [...target.options].find((one) => one.defaultSelected).value; // in case the person stays
+  location.href = `/slides/${value}/`;
+});
 
 // Keys
 

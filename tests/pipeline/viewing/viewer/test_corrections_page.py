@@ -19,7 +19,7 @@ from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.pipeline.viewing.viewer.screen import color_at, place_on_screen, said, settle, show
 
 if TYPE_CHECKING:  # most test runs need no browser
-    from playwright.sync_api import Browser, Page, Route
+    from playwright.sync_api import Browser, Dialog, Page, Route
 
 pytestmark = pytest.mark.full
 
@@ -232,6 +232,43 @@ def test_a_page_of_another_result_neither_shows_nor_undoes_corrections_after_a_r
             settle(opened)
             assert notes(opened) == []
             assert opened.locator("#correction-count").text_content() == "Corrected regions: 1"
+
+
+def test_the_page_asks_before_it_is_left_while_corrections_are_being_saved(pair: Site, page: Page) -> None:
+    held: list[Route] = []
+    questions: list[str] = []
+
+    def stay(dialog: Dialog) -> None:
+        questions.append(dialog.type)
+        dialog.dismiss()
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.on("dialog", stay)
+    page.route("**/corrections", hold)
+    show(page, pair, "#x=640&y=416&zoom=0.7")
+    select_first(page)
+    page.keyboard.press("2")
+    page.keyboard.press("n")
+    said(page, "Selected: class-1")
+    page.keyboard.press("1")
+    until(page, "document.getElementById('corrections-saved').textContent === 'Saving 2…'")
+    page.locator("#slides").select_option(index=1)
+    page.wait_for_timeout(500)
+    assert questions == ["beforeunload"]
+    assert page.url.startswith(pair.page)
+    assert page.locator("#slides").input_value() == pair.results[0].id
+    assert saved(pair) == []
+    page.unroute("**/corrections")
+    for route in held:
+        route.continue_()
+    until(page, "document.getElementById('corrections-saved').textContent.startsWith('Saved: class-0')")
+    assert saved(pair) == [("class-0", "class-1"), ("class-1", "class-0")]
+    page.locator("#slides").select_option(index=1)
+    page.wait_for_url(f"**/{pair.results[1].id}/**")
+    settle(page)
+    assert questions == ["beforeunload"]
 
 
 def test_the_table_shows_the_new_class_of_a_corrected_region(own_site: Site, page: Page) -> None:
