@@ -11,6 +11,7 @@ export class Layers {
     this.labelsShown = 0;
     this.classes = [];
     this.unfamiliar = null;
+    this.failed = () => {}; // called with a text about what cannot be loaded
     this.ranks = new WeakMap(); // layer -> its place in the order
   }
 
@@ -56,7 +57,8 @@ export class Layers {
   // Lays a picture over the slide, from its origin.
   async picture(url, l0PerPx, opacity) {
     const item = await this.added(1 + this.facts.classes.length, { tileSource: { type: "image", url, buildPyramid: false }, opacity });
-    item?.setWidth((item.source.dimensions.x * l0PerPx) / this.facts.width, true);
+    if (item) item.setWidth((item.source.dimensions.x * l0PerPx) / this.facts.width, true);
+    else this.failed("The tissue unlike the training data cannot be shown. Check familiarity.png in the folder of the result, then reload the page.");
     return item;
   }
 

@@ -59,6 +59,7 @@ measures.changed = redraw;
 outlines.failed = (what) => showFailure(`The ${what} cannot be read. The terminal shows the reason. Reload the page to try again.`);
 if (leftOut) leftOut.failed = () => showFailure("The left-out areas cannot be read. The terminal shows the reason. Reload the page to try again.");
 pointer.probe.failed = showFailure;
+layers.failed = showFailure;
 for (const id of ["export-regions", "export-corrections"]) byId(id).addEventListener("click", () => showFailure());
 selection.changed = () => {
   corrections.render();
