@@ -109,7 +109,7 @@ export class Stage {
 
   // Returns the zoom at which the screen shows a magnification, or null if it is beyond the largest zoom.
   zoomOf(magnification) {
-    const zoom = (this.facts.mpp * magnification) / UM_PER_PX_AT_1X;
+    const zoom = (this.facts.mpp * magnification) / UM_PER_PX_AT_1X / window.devicePixelRatio;
     return zoom <= MOST_ZOOM ? zoom : null;
   }
 

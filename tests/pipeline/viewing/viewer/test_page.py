@@ -382,6 +382,15 @@ def test_keys_do_what_the_help_states(shared_page: Page, site: Site) -> None:
 
 
 @pytest.mark.full
+def test_a_link_that_the_browser_does_not_copy_can_be_copied_by_hand(page: Page, site: Site) -> None:
+    show(page, site)
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); }")
+    page.keyboard.press("l")
+    until(page, "document.getElementById('announcement').textContent.includes('from the address bar')")
+    assert page.locator("#link").inner_text() == "Copy from the address bar"
+
+
+@pytest.mark.full
 def test_the_page_reports_missing_tiles_once(browser: Browser, site: Site) -> None:
     with failing_page(browser) as page:
         page.route("**/slide/**", lambda route: route.fulfill(status=503))
