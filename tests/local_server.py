@@ -16,9 +16,9 @@ from pipeline.web.server import listening, server_config
 
 
 @contextmanager
-def serving_app(app: ASGIApp) -> Iterator[int]:
-    """Serve the application; yield the port."""
-    with listening(0) as listener:
+def serving_app(app: ASGIApp, port: int = 0) -> Iterator[int]:
+    """Serve the application at a port, or at a free one for 0; yield the port."""
+    with listening(port) as listener:
         server = uvicorn.Server(server_config(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

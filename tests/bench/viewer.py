@@ -98,17 +98,20 @@ def tiles_in_view(
 def measure_tiles(result: Path) -> None:
     """Print the latencies of a walk over the slide, per layer."""
     with served(result) as (host, port, page, process):
-        facts = json.loads(fetch(http.client.HTTPConnection(host, port), f"{page}facts.json"))
+        version = re.search(rb'name="version" content="(\w+)"', fetch(http.client.HTTPConnection(host, port), page))
+        assert version is not None
+        data = f"{page}{version[1].decode()}/"
+        facts = json.loads(fetch(http.client.HTTPConnection(host, port), f"{data}facts.json"))
         latencies: dict[str, list[float]] = defaultdict(list)
         asked: set[str] = set()
         start, cpu = time.perf_counter(), sum(process.cpu_times()[:2])
         for view in path_of_views(facts):
-            wanted = [(layer, path) for layer, path in requests_of(view, facts, page) if path not in asked]
+            wanted = [(layer, path) for layer, path in requests_of(view, facts, data) if path not in asked]
             asked.update(path for _, path in wanted)
             ask_all(host, port, wanted, latencies)
         seconds, cpu = time.perf_counter() - start, sum(process.cpu_times()[:2]) - cpu
         for detail in range(len(facts["tolerances"])):
-            ask_all(host, port, [("outlines", f"{page}outlines/{detail}")], latencies)
+            ask_all(host, port, [("outlines", f"{data}outlines/{detail}")], latencies)
     print(f"{'layer':<12} {'answers':>7} {'p50 ms':>7} {'p95 ms':>7} {'max ms':>7}")
     for layer, values in latencies.items():
         p95 = statistics.quantiles(values, n=20, method="inclusive")[-1]
@@ -117,17 +120,17 @@ def measure_tiles(result: Path) -> None:
     print(f"{cpu / len(asked) * 1e3:.1f} ms of processor time per tile; load of the machine {os.getloadavg()[0]:.1f}")
 
 
-def requests_of(view: tuple[float, float, float], facts: dict[str, Any], page: str) -> Iterator[tuple[str, str]]:
+def requests_of(view: tuple[float, float, float], facts: dict[str, Any], data: str) -> Iterator[tuple[str, str]]:
     """(layer, path) of every tile of a view with all layers on."""
     slide, map_ = facts["slide"], facts["map"]
     size = (facts["width"], facts["height"])
     for level, column, row in tiles_in_view(view, size, slide["tile"], slide["levels"], 1.0):
-        yield "slide", f"{page}slide/{level}/{column}_{row}.jpg"
+        yield "slide", f"{data}slide/{level}/{column}_{row}.jpg"
     size = (map_["width"] * map_["l0_per_px"], map_["height"] * map_["l0_per_px"])
     for level, column, row in tiles_in_view(view, size, map_["tile"], map_["levels"], map_["l0_per_px"]):
-        yield "class map", f"{page}labels/{2 ** len(facts['classes']) - 1}/{level}/{column}_{row}.png"
+        yield "class map", f"{data}labels/{2 ** len(facts['classes']) - 1}/{level}/{column}_{row}.png"
         for k in range(len(facts["classes"])):
-            yield "probability", f"{page}class/{k}/{level}/{column}_{row}.png"
+            yield "probability", f"{data}class/{k}/{level}/{column}_{row}.png"
 
 
 def ask_all(host: str, port: int, wanted: Sequence[tuple[str, str]], latencies: dict[str, list[float]]) -> None:

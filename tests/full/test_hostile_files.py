@@ -291,9 +291,8 @@ def test_html_in_class_names_and_slide_names_is_text_on_the_pages_and_in_the_vie
         with TestClient(make_app(find_results(output), "ann"), base_url="http://127.0.0.1") as client:
             (found,) = find_results(output)
             viewer = client.get(f"/slides/{found.id}/").text
-            assert [one["name"] for one in client.get(f"/slides/{found.id}/facts.json").json()["classes"]] == list(
-                chosen
-            )
+            facts = client.get(f"/slides/{found.id}/{found.version}/facts.json").json()
+            assert [one["name"] for one in facts["classes"]] == list(chosen)
         texts = [write_report(output).read_text(encoding="utf-8"), (folder / "index.html").read_text("utf-8"), viewer]
         pages[kind] = [Tags(text).found for text in texts]
     assert pages["evil"] == pages["plain"]

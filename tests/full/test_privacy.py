@@ -137,11 +137,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     results = find_results(folder / "out")
     with TestClient(make_app(results, "ann"), base_url="http://127.0.0.1") as client:
         page = f"/slides/{results[0].id}/"
-        facts = client.get(f"{page}facts.json").json()
-        addresses = ["/", page, f"{page}facts.json", f"{page}identity.json", f"{page}outlines/0"]
-        addresses += [f"{page}slide/{level}/0_0.jpg" for level in range(facts["slide"]["levels"])]
-        addresses += [f"{page}class/0/0/0_0.png", f"{page}labels/3/0/0_0.png"]
-        addresses += [f"{page}thumbnail.jpg", f"{page}values/0_0.json", f"{page}regions.geojson?numbers=0"]
+        data = f"{page}{results[0].version}/"
+        facts = client.get(f"{data}facts.json").json()
+        addresses = ["/", page, f"{data}facts.json", f"{data}identity.json", f"{data}outlines/0"]
+        addresses += [f"{data}slide/{level}/0_0.jpg" for level in range(facts["slide"]["levels"])]
+        addresses += [f"{data}class/0/0/0_0.png", f"{data}labels/3/0/0_0.png"]
+        addresses += [f"{data}thumbnail.jpg", f"{data}values/0_0.json", f"{data}regions.geojson?numbers=0"]
         for address in addresses:
             answer = client.get(address)
             assert answer.status_code == 200, address

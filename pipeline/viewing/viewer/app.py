@@ -29,8 +29,8 @@ from pipeline.viewing.viewer.corrections import CorrectionPages
 from pipeline.viewing.viewer.identity import in_daemon, is_segmented_slide
 from pipeline.viewing.viewer.open_results import OpenResult, OpenResults
 from pipeline.viewing.viewer.page_facts import page_facts
-from pipeline.viewing.viewer.replaced import current
-from pipeline.viewing.viewer.results import Result
+from pipeline.viewing.viewer.replaced import current, requested_result
+from pipeline.viewing.viewer.results import FileStamp, Result, slide_file_stamp
 from pipeline.web.application import local_application
 from pipeline.web.cache import ByteCache
 from pipeline.web.request_threads import RequestThreads
@@ -59,12 +59,13 @@ def make_app(results: Sequence[Result], author: str) -> Starlette:
     Corrections are saved under the name of their `author`.
     """
     viewer = Viewer(results, author)
-    here = "/slides/{id}"
+    page = "/slides/{id}/"
+    here = "/slides/{id}/{version}"
     routes = [
         Route("/", viewer.index),
         Route("/favicon.ico", lambda _: Response(status_code=204)),
         Route("/assets/{name}", viewer.asset),
-        Route(f"{here}/", viewer.page),
+        Route(page, viewer.page),
         Route(f"{here}/facts.json", viewer.facts),
         Route(f"{here}/identity.json", viewer.identity),
         Route(f"{here}/slide/{{level:number}}/{{column:number}}_{{row:number}}.jpg", viewer.slide_tile),
@@ -99,7 +100,7 @@ class Viewer:
         self._tile_threads = RequestThreads("tiles", max(2, min(8, os.cpu_count() or 2)))
         # Hundreds of thousands of polygons take seconds, and tiles must not wait for them.
         self._outline_thread = RequestThreads("outlines", 1)
-        self._identities: dict[str, asyncio.Task[bool | None]] = {}
+        self._identities: dict[tuple[str, FileStamp | None], asyncio.Task[bool | None]] = {}
         self._assets = _read_assets()
         self._pages = jinja2.Environment(
             # The second folder has the parts that these pages share with the report.
@@ -146,9 +147,13 @@ class Viewer:
     async def identity(self, request: Request) -> Response:
         """Respond whether the slide's file has the bytes that were segmented; null if it cannot be read."""
         result = self._result(request)
-        if result.id not in self._identities:
-            self._identities[result.id] = asyncio.create_task(in_daemon(lambda: is_segmented_slide(result)))
-        return JSONResponse({"same": await asyncio.shield(self._identities[result.id])})
+        key = (result.id, slide_file_stamp(result.slide))
+        if key not in self._identities:
+            self._identities[key] = asyncio.create_task(in_daemon(lambda: is_segmented_slide(result)))
+        same = await asyncio.shield(self._identities[key])
+        if same is None:  # try again at the next request
+            self._identities.pop(key, None)
+        return JSONResponse({"same": same})
 
     async def slide_tile(self, request: Request) -> Response:
         level, column, row = (request.path_params[n] for n in ("level", "column", "row"))
@@ -212,10 +217,7 @@ class Viewer:
         return Response(content, media_type=media_type)
 
     def _result(self, request: Request) -> Result:
-        result = self._opened.by_id.get(request.path_params["id"])
-        if result is None:
-            raise HTTPException(404)
-        return result
+        return requested_result(request, self._opened.by_id)
 
     async def _drawn(self, request: Request, polygons: Callable[[OpenResult, int], bytes | None]) -> Response:
         detail = request.path_params["detail"]

@@ -31,7 +31,7 @@ from pipeline.labeling.corrections import (
 )
 from pipeline.labeling.event_file import EventFile
 from pipeline.labeling.events import Undone
-from pipeline.viewing.viewer.replaced import check_current, current
+from pipeline.viewing.viewer.replaced import check_current, current, requested_result
 from pipeline.viewing.viewer.results import Result
 from pipeline.web.application import posted_json
 from pipeline.web.request_threads import RequestThreads
@@ -68,7 +68,7 @@ class CorrectionPages:
         self._thread = RequestThreads("corrections", 1)
 
     def routes(self, here: str) -> list[Route]:
-        """Return the routes below the page of a result."""
+        """Return the routes below the data of a result."""
         return [
             Route(f"{here}/corrections.json", self.state),
             Route(f"{here}/corrections.geojson", self.export),
@@ -160,10 +160,7 @@ class CorrectionPages:
         return {"author": self._author, "corrections": shown, "others": len(corrections) - len(shown)}
 
     def _result(self, request: Request) -> Result:
-        result = self._results.get(request.path_params["id"])
-        if result is None:
-            raise HTTPException(404)
-        return result
+        return requested_result(request, self._results)
 
     async def _run(self, request: Request, result: Result, work: Callable[[], bytes]) -> bytes:
         def checked() -> bytes:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.errors import RunRecordError, ViewError
@@ -19,8 +20,8 @@ from pipeline.results.record import Run, read_run
 log = logging.getLogger(__name__)
 
 
-RecordStamp = tuple[int, int]
-"""The modification time in nanoseconds and the size of the file of a record."""
+FileStamp = tuple[int, int]
+"""The modification time in nanoseconds and the size of a file."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,19 @@ class Result:
     """The OME-Zarr map."""
     outlines: Path
     """The GeoParquet file."""
-    stamp: RecordStamp | None
+    stamp: FileStamp | None
     """The stamp of the record when it was read."""
+    slide_stamp: FileStamp | None
+    """The stamp of the slide when the result was loaded; None if the slide could not be found or examined."""
+
+    @cached_property
+    def version(self) -> str:
+        """Identify the result with its folder, its record and its slide.
+
+        The id depends only on the name, so a page asks for the data of this version: it may have been loaded before
+        wsi-view was restarted and shows another result.
+        """
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:20]
 
     @property
     def familiarity(self) -> Path | None:
@@ -121,25 +133,42 @@ def load_result(folder: Path, name: str | None = None) -> Result:
             f"{folder}: its {RUN} is damaged or of another program; if this is the result of a slide, move the folder "
             f"away and segment the slide again"
         )
+    # The path may have been removed from the record. Then look for the slide beside the results.
+    slide = run.slide.path or folder.parent / run.slide.name
     return Result(
         id=hashlib.sha256(name.encode()).hexdigest()[:10],
         name=name,
         folder=folder,
         run=run,
-        # The path was removed from the record. Look for the slide beside the results.
-        slide=run.slide.path or folder.parent / run.slide.name,
+        slide=slide,
         store=_output(folder, run, MAP_END),
         outlines=_output(folder, run, GEOPARQUET_END),
         stamp=stamp,
+        slide_stamp=slide_file_stamp(slide),
     )
 
 
-def record_stamp(folder: Path) -> RecordStamp | None:
+def record_stamp(folder: Path) -> FileStamp | None:
     """Return the stamp of a result's record; None without a record. Raises OSError if the folder cannot be read."""
     try:
-        facts = (folder / RUN).stat()
+        return _stamp(folder / RUN)
     except FileNotFoundError:
         return None
+
+
+def slide_file_stamp(slide: Path) -> FileStamp | None:
+    """Return the stamp of a slide's file, or None if it cannot be found or examined.
+
+    If the slide has several files, this is the stamp of the one that is opened: it is read before every answer.
+    """
+    try:
+        return _stamp(slide)
+    except (OSError, ValueError):  # ValueError: the path contains a null character
+        return None
+
+
+def _stamp(path: Path) -> FileStamp:
+    facts = path.stat()
     return facts.st_mtime_ns, facts.st_size
 
 
@@ -149,7 +178,8 @@ def with_slide(result: Result, moved: Path) -> Result:
     Raises ViewError if `moved` cannot be examined.
     """
     with examined(moved):
-        return replace(result, slide=moved / result.slide.name if moved.is_dir() else moved)
+        slide = moved / result.slide.name if moved.is_dir() else moved
+    return replace(result, slide=slide, slide_stamp=slide_file_stamp(slide))
 
 
 def _output(folder: Path, run: Run, end: str) -> Path:

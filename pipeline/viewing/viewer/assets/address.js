@@ -37,9 +37,9 @@ export class Address {
 
   async copy() {
     this.writeNow();
-    await navigator.clipboard.writeText(location.href);
-    announce("Link copied");
-    byId("link").textContent = "Copied";
+    const copied = await navigator.clipboard.writeText(location.href).then(() => true, () => false);
+    announce(copied ? "Link copied" : "The browser does not allow copying. Copy the address from the address bar");
+    byId("link").textContent = copied ? "Copied" : "Copy from the address bar";
     setTimeout(() => { byId("link").textContent = "Copy link"; }, 1500);
   }
 }

@@ -2,6 +2,7 @@
 //
 // The server saves each correction in a file beside the result before the page shows it as saved. The result stays as it is.
 
+import { dataUrl } from "./data.js";
 import { announce, note } from "./notices.js";
 import { pathOf, strokeLines } from "./outlines.js";
 
@@ -13,6 +14,8 @@ export class Corrections {
     this.on = false;
     this.shapes = []; // the corrected polygons
     this.saving = Promise.resolve();
+    this.waiting = 0; // orders to save that are not done
+    this.saved = ""; // what was saved last
     this.changed = () => {}; // called when other regions are corrected than before
     this.notes = { read: null, save: null }; // what could not be read, and what could not be saved
     byId("correcting").addEventListener("change", (event) => this.turn(event.target.checked));
@@ -21,12 +24,13 @@ export class Corrections {
       button.addEventListener("click", () => this.relabel(Number(button.dataset.class) + 1));
     }
     byId("undo-correction").addEventListener("click", () => this.undo());
+    window.addEventListener("beforeunload", (event) => { if (this.waiting) event.preventDefault(); });
     this.render();
   }
 
   // Reads what was saved before, and again when a person returns to the page: another tab may have saved. Needs the view.
   start() {
-    const read = () => this.inTurn("read", async () => this.take(await stateOf(fetch("corrections.json"))));
+    const read = () => this.inTurn("read", async () => this.take(await stateOf(fetch(dataUrl("corrections.json")))));
     read();
     window.addEventListener("focus", read);
     document.addEventListener("visibilitychange", () => { if (!document.hidden) read(); });
@@ -53,7 +57,7 @@ export class Corrections {
   relabel(label) {
     if (!this.facts.classes[label - 1]) return;
     const chosen = this.selection.chosen();
-    this.inTurn("save", async () => {
+    this.saveInTurn(async () => {
       const regions = await chosen;
       if (!regions.length) announce("First select a region");
       for (const region of regions) {
@@ -67,10 +71,26 @@ export class Corrections {
     });
   }
 
-  undo() { this.inTurn("save", () => this.save("corrections/undo", {}, ({ undone }) => (undone === null ? "Nothing to undo" : "Undone"))); }
+  undo() { this.saveInTurn(() => this.save("corrections/undo", {}, ({ undone }) => (undone === null ? "Nothing to undo" : "Undone"))); }
 
   // Does one thing after the other, in the order of the keys. A note states what failed, and the next thing follows.
   inTurn(kind, work) { this.saving = this.saving.then(work).catch(({ message }) => this.showFailure(kind, message)); }
+
+  saveInTurn(work) {
+    this.wait(1);
+    this.inTurn("save", work);
+    this.saving = this.saving.then(() => this.wait(-1));
+  }
+
+  wait(change) {
+    this.waiting += change;
+    this.showSaved(this.saved);
+  }
+
+  showSaved(text) {
+    this.saved = text;
+    byId("corrections-saved").textContent = this.waiting ? `Saving ${this.waiting}…` : text;
+  }
 
   showFailure(kind, text) {
     this.notes[kind]?.remove();
@@ -78,12 +98,12 @@ export class Corrections {
   }
 
   async save(path, body, said) {
-    byId("corrections-saved").textContent = "";
+    this.showSaved("");
     const headers = { "Content-Type": "application/json" };
-    const state = await stateOf(fetch(path, { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ");
+    const state = await stateOf(fetch(dataUrl(path), { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ");
     this.showFailure("save", null);
     await this.take(state);
-    byId("corrections-saved").textContent = said(state);
+    this.showSaved(said(state));
     announce(said(state));
   }
 

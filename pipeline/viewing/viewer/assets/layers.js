@@ -1,6 +1,7 @@
 // Shows the class map, the probabilities and the other layers as the controls state. They lie over the slide in this order,
 // whichever is turned on first.
 
+import { dataUrl } from "./data.js";
 import { pyramid } from "./stage.js";
 
 export class Layers {
@@ -10,6 +11,7 @@ export class Layers {
     this.labelsShown = 0;
     this.classes = [];
     this.unfamiliar = null;
+    this.failed = () => {}; // called with a text about what cannot be loaded
     this.ranks = new WeakMap(); // layer -> its place in the order
   }
 
@@ -19,12 +21,12 @@ export class Layers {
     for (const [k, c] of state.classes.entries()) {
       const opacity = state.probability.on && c.on ? c.opacity : 0;
       if (opacity && !this.classes[k]) {
-        this.classes[k] = this.overlay(1 + k, (z, x, y) => `class/${k}/${z}/${x}_${y}.png`, opacity);
+        this.classes[k] = this.overlay(1 + k, (z, x, y) => dataUrl(`class/${k}/${z}/${x}_${y}.png`), opacity);
       }
       (await this.classes[k])?.setOpacity(opacity);
     }
     const unfamiliar = state.unfamiliar.on ? state.unfamiliar.opacity : 0;
-    if (unfamiliar) this.unfamiliar ??= this.picture("familiarity.png", this.facts.familiarity.l0_per_px, unfamiliar);
+    if (unfamiliar) this.unfamiliar ??= this.picture(dataUrl("familiarity.png"), this.facts.familiarity.l0_per_px, unfamiliar);
     (await this.unfamiliar)?.setOpacity(unfamiliar);
     this.outlines.show(state.outlines.on ? state.outlines.opacity : 0, state.classes.map((c) => c.on));
     this.leftOut?.show(state["left-out"].on ? state["left-out"].opacity : 0, this.facts.left_out.map(() => true));
@@ -34,7 +36,7 @@ export class Layers {
     if (opacity && (!this.labels || shown !== this.labelsShown)) {
       const old = this.labels;
       this.labelsShown = shown;
-      this.labels = this.overlay(0, (z, x, y) => `labels/${shown}/${z}/${x}_${y}.png`, opacity);
+      this.labels = this.overlay(0, (z, x, y) => dataUrl(`labels/${shown}/${z}/${x}_${y}.png`), opacity);
       const gone = await old;
       if (gone) this.stage.osd.world.removeItem(gone);
     }
@@ -55,7 +57,8 @@ export class Layers {
   // Lays a picture over the slide, from its origin.
   async picture(url, l0PerPx, opacity) {
     const item = await this.added(1 + this.facts.classes.length, { tileSource: { type: "image", url, buildPyramid: false }, opacity });
-    item?.setWidth((item.source.dimensions.x * l0PerPx) / this.facts.width, true);
+    if (item) item.setWidth((item.source.dimensions.x * l0PerPx) / this.facts.width, true);
+    else this.failed("The tissue unlike the training data cannot be shown. Check familiarity.png in the folder of the result, then reload the page.");
     return item;
   }
 

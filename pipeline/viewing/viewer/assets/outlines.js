@@ -4,6 +4,7 @@
 // until the next one arrives, so no frame waits for the polygons, whatever their number. Pictures are drawn upright and
 // turned with the slide.
 
+import { dataUrl } from "./data.js";
 import { upright } from "./views.js";
 
 const MARGIN = 0.25; // extra width and height of a picture on each side, as a share of the view
@@ -11,9 +12,9 @@ const OTHER_ZOOM = 1.3; // a pending picture whose zoom differs by more than thi
 
 export class Outlines {
   // Calls `changed` when there is something new to draw, `pointed` with the result of `find`, `measured` when the
-  // probabilities of the regions have arrived, and `failed` with the name of what cannot be loaded. `folder` has the polygons, relative to the page. `facts.classes` has the name and color of
+  // probabilities of the regions have arrived, and `failed` with the name of what cannot be loaded. `folder` has the polygons, below the data of the result. `facts.classes` has the name and color of
   // each label.
-  constructor(canvas, facts, folder = ".") {
+  constructor(canvas, facts, folder = "") {
     this.canvas = canvas;
     this.facts = facts;
     this.changed = () => {};
@@ -33,7 +34,7 @@ export class Outlines {
     this.drawnMs = 0; // duration of the last drawing, for measurements
     this.worker = new Worker("/assets/outline_worker.js", { type: "module" });
     this.worker.onmessage = ({ data }) => this[data.kind](data);
-    this.worker.postMessage({ kind: "begin", facts, base: new URL(folder, location.href).pathname });
+    this.worker.postMessage({ kind: "begin", facts, base: new URL(dataUrl(folder), location.href).pathname });
   }
 
   show(opacity, on) {

@@ -1,5 +1,7 @@
 // Reads the class and the probabilities that the map stores at a place.
 
+import { dataUrl } from "./data.js";
+
 const MOST_SHOWN = 3;
 
 export class Probe {
@@ -42,7 +44,7 @@ export class Probe {
   }
 
   async read(pixel) {
-    const response = await fetch(`values/${pixel[0]}_${pixel[1]}.json`).catch(() => null);
+    const response = await fetch(dataUrl(`values/${pixel[0]}_${pixel[1]}.json`)).catch(() => null);
     if (response && !response.ok) this.failed();
     const values = response?.ok ? await response.json().catch(() => null) : null; // the answer may end early
     return values ? this.text(values) : "";

@@ -28,8 +28,8 @@ export function surface(um2) {
   return um2 >= 1e4 ? area(um2 / 1e6) : `${threeDigits.format(um2)} µm²`;
 }
 
-// Formats the magnification of a zoom; 10× stands for 1 µm per pixel.
-export function magnification(zoom, mpp) { return `${Number((10 / (mpp / zoom)).toPrecision(2))}×`; }
+// Formats the magnification of a zoom; 10× stands for 1 µm per pixel of the screen, which can be smaller than a pixel of the page.
+export function magnification(zoom, mpp) { return `${Number(((10 * zoom * window.devicePixelRatio) / mpp).toPrecision(2))}×`; }
 
 // Formats a place in level-0 pixels and micrometers, and the magnification.
 export function place([x, y], zoom, mpp) {

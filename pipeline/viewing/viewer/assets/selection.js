@@ -1,5 +1,6 @@
 // The selected regions: chosen by click, with n and N, or in the table. They can be saved as GeoJSON.
 
+import { dataUrl } from "./data.js";
 import { announce } from "./notices.js";
 import { pathOf, strokeLines } from "./outlines.js";
 import { area } from "./readout.js";
@@ -108,7 +109,7 @@ export class Selection {
     byId("selected-region").textContent = this.last ? several + this.describe(this.last) : "none: click a region, or press n";
     const link = byId("export-regions");
     link.hidden = !this.last;
-    link.href = `regions.geojson?numbers=${this.numbers().join(",")}`;
+    link.href = dataUrl(`regions.geojson?numbers=${this.numbers().join(",")}`);
   }
 
   // Draws the selected regions on the context of `cleared`.

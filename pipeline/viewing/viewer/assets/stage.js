@@ -1,5 +1,6 @@
 // Shows the slide in OpenSeadragon and moves the view (see views.js).
 
+import { dataUrl } from "./data.js";
 import { normal, placeOf, turned } from "./views.js";
 
 const OpenSeadragon = window.OpenSeadragon;
@@ -48,7 +49,7 @@ export class Stage {
     const { width, height, slide } = this.facts;
     return pyramid(width, height, slide, (z, x, y) => {
       const made = slide.overview !== null && z >= slide.overview;
-      return made ? `overview/${z}/${x}_${y}.jpg?read=${this.overviewShown}` : `slide/${z}/${x}_${y}.jpg`;
+      return dataUrl(made ? `overview/${z}/${x}_${y}.jpg?read=${this.overviewShown}` : `slide/${z}/${x}_${y}.jpg`);
     });
   }
 
@@ -108,7 +109,7 @@ export class Stage {
 
   // Returns the zoom at which the screen shows a magnification, or null if it is beyond the largest zoom.
   zoomOf(magnification) {
-    const zoom = (this.facts.mpp * magnification) / UM_PER_PX_AT_1X;
+    const zoom = (this.facts.mpp * magnification) / UM_PER_PX_AT_1X / window.devicePixelRatio;
     return zoom <= MOST_ZOOM ? zoom : null;
   }
 

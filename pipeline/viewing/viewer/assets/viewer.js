@@ -4,6 +4,7 @@ import { Address } from "./address.js";
 import { Compare } from "./compare.js";
 import { Controls } from "./controls.js";
 import { Corrections } from "./corrections.js";
+import { dataUrl } from "./data.js";
 import { Layers } from "./layers.js";
 import { Measures } from "./measures.js";
 import { announce, note } from "./notices.js";
@@ -19,7 +20,7 @@ const MAGNIFICATIONS = { q: 5, w: 10, e: 20, r: 40 };
 const QUARTER = 90;
 const byId = (id) => document.getElementById(id);
 
-const response = await fetch("facts.json");
+const response = await fetch(dataUrl("facts.json"));
 if (!response.ok) {
   note(await response.text());
   throw new Error("no facts");
@@ -58,6 +59,7 @@ measures.changed = redraw;
 outlines.failed = (what) => showFailure(`The ${what} cannot be read. The terminal shows the reason. Reload the page to try again.`);
 if (leftOut) leftOut.failed = () => showFailure("The left-out areas cannot be read. The terminal shows the reason. Reload the page to try again.");
 pointer.probe.failed = showFailure;
+layers.failed = showFailure;
 for (const id of ["export-regions", "export-corrections"]) byId(id).addEventListener("click", () => showFailure());
 selection.changed = () => {
   corrections.render();
@@ -131,7 +133,7 @@ async function awaitOverview() {
   bar.setAttribute("aria-label", "Share of the slide that has been read");
   notice.append(bar);
   for (let share = 0; share < 1; await new Promise((done) => setTimeout(done, 500))) {
-    const answer = await fetch("overview.json").catch(() => null);
+    const answer = await fetch(dataUrl("overview.json")).catch(() => null);
     const progress = answer?.ok ? await answer.json() : { share, failed: true };
     if (progress.failed) {
       notice.remove();
@@ -148,14 +150,14 @@ let refusal = null; // the note with the server's reason for refusing requests f
 
 // Shows a text about something that cannot be loaded, or instead why the server does not answer about this result.
 async function showFailure(text) {
-  const answer = refusal ? null : await fetch("facts.json").catch(() => null);
+  const answer = refusal ? null : await fetch(dataUrl("facts.json")).catch(() => null);
   const reason = answer && !answer.ok ? await answer.text() : "";
   if (reason) refusal ??= note(reason);
   if (text && !refusal) note(text);
 }
 
 async function checkIdentity() {
-  const answer = await fetch("identity.json");
+  const answer = await fetch(dataUrl("identity.json"));
   if (answer.ok && (await answer.json()).same === false) {
     note("This file differs from the slide that was segmented. The classes shown may not belong to it.");
   }
@@ -204,7 +206,11 @@ byId("home").addEventListener("click", () => stage.home());
 byId("turn").addEventListener("input", (event) => stage.turn(event.target.valueAsNumber));
 byId("save-picture").addEventListener("click", savePicture);
 byId("help-button").addEventListener("click", () => byId("help").showModal());
-byId("slides")?.addEventListener("change", (event) => { location.href = `/slides/${event.target.value}/`; });
+byId("slides")?.addEventListener("change", ({ target }) => {
+  const { value } = target;
+  target.value = [...target.options].find((one) => one.defaultSelected).value; // in case the person stays
+  location.href = `/slides/${value}/`;
+});
 
 // Keys
 

@@ -44,6 +44,11 @@ class Site:
     def page(self) -> str:
         return f"{self.url}/slides/{self.results[0].id}/"
 
+    @property
+    def data(self) -> str:
+        """The path of the data of the first result."""
+        return f"/slides/{self.results[0].id}/{self.results[0].version}/"
+
     def ask(self, path: str, method: str = "GET", **headers: str) -> Answer:
         """Return the answer to exactly this path, which the client does not normalize."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -58,15 +63,15 @@ class Site:
             connection.close()
 
     def get(self, path: str) -> Answer:
-        """Return the answer to a path below the first result's page."""
-        return self.ask(f"/slides/{self.results[0].id}/{path}")
+        """Return the answer to a path below the first result's data, or its page for an empty path."""
+        return self.ask(f"{self.data}{path}" if path else f"/slides/{self.results[0].id}/")
 
 
 @contextmanager
-def serving(results: tuple[Result, ...]) -> Iterator[Site]:
-    """Serve results from a thread."""
-    with serving_app(make_app(results, "ann")) as port:
-        yield Site(port, results)
+def serving(results: tuple[Result, ...], port: int = 0) -> Iterator[Site]:
+    """Serve results from a thread, at a port or at a free one for 0."""
+    with serving_app(make_app(results, "ann"), port) as used:
+        yield Site(used, results)
 
 
 def textured(size: tuple[int, int]) -> NDArray[np.uint8]:

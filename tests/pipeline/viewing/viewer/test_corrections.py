@@ -34,7 +34,7 @@ def post(site: Site, path: str, body: Any, **headers: str) -> Answer:
     """Post a body as the page does."""
     connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
     sent = {"Origin": site.url, "Content-Type": "application/json"} | headers
-    connection.request("POST", f"/slides/{site.results[0].id}/{path}", json.dumps(body).encode(), sent)
+    connection.request("POST", f"{site.data}{path}", json.dumps(body).encode(), sent)
     answer = connection.getresponse()
     read = Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
     connection.close()
@@ -168,9 +168,7 @@ def test_what_the_page_cannot_have_sent_is_refused_and_not_saved(own_site: Site)
 
 
 def test_a_canceled_request_leaves_no_traceback(own_site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    head = (
-        f"POST /slides/{own_site.results[0].id}/corrections HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\n"
-    )
+    head = f"POST {own_site.data}corrections HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\n"
     with socket.create_connection(("127.0.0.1", own_site.port)) as connection:
         connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{{".encode())
         time.sleep(0.3)  # until the server reads the body
@@ -187,7 +185,10 @@ def test_a_result_that_was_replaced_while_the_viewer_runs_gets_no_corrections(ow
     stored["identity"]["model"] = "0" * 64
     (folder / "run.json").write_text(json.dumps(stored), encoding="utf-8")
     answer = post(own_site, "corrections", good)
-    assert (answer.status, answer.body) == (409, b"The result has changed; stop wsi-view and start it again.")
+    assert (answer.status, answer.body) == (
+        409,
+        b"The result has changed; stop wsi-view, start it again, then reload the page.",
+    )
     assert not corrections_file(folder).exists()
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections
+from pipeline.formats.features import read_features
+from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections, relabeled
 from pipeline.labeling.event_file import EventFile
 from pipeline.viewing.viewer.results import find_results
 from tests.browser import audited_page, axe_findings, failing_page, screenshot, until
@@ -18,7 +19,7 @@ from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.pipeline.viewing.viewer.screen import color_at, place_on_screen, said, settle, show
 
 if TYPE_CHECKING:  # most test runs need no browser
-    from playwright.sync_api import Browser, Page, Route
+    from playwright.sync_api import Browser, Dialog, Page, Route
 
 pytestmark = pytest.mark.full
 
@@ -205,6 +206,69 @@ def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
         until(opened, "document.getElementById('notes').textContent.includes('NOT saved: wsi-view has ended')")
         assert opened.locator("#corrections-saved").inner_text() == ""
         assert saved(gone) == []
+
+
+def test_a_page_of_another_result_neither_shows_nor_undoes_corrections_after_a_restart(
+    browser: Browser, results_folder: Path, tmp_path: Path
+) -> None:
+    for folder in ("one", "two"):
+        shutil.copytree(next(results_folder.glob("block*")), tmp_path / folder / "a")
+    text = "The result has changed; reload the page."
+    with failing_page(browser) as opened:
+        with serving(find_results(tmp_path / "one")) as one:
+            show(opened, one, "#x=640&y=416&zoom=0.7")
+        with serving(find_results(tmp_path / "two"), one.port) as two:
+            with EventFile(corrections_file(two.results[0].folder), CORRECTION_EVENTS) as events:
+                region = next(read_features(two.results[0].outlines, two.results[0].run.classes))
+                events.append("ann", [relabeled(region, "0" * 64, "0" * 64, "class-1")])
+            opened.keyboard.press("c")
+            opened.keyboard.press("z")
+            until(opened, f"document.getElementById('notes').textContent.includes('NOT saved: {text}')")
+            assert len(saved(two)) == 1
+            opened.mouse.move(*place_on_screen(opened, *PURPLE_AT))
+            until(opened, f"[...document.querySelectorAll('#notes p')].some((one) => one.textContent === '{text}')")
+            assert "class-" not in opened.locator("#values").inner_text()
+            opened.reload()
+            settle(opened)
+            assert notes(opened) == []
+            assert opened.locator("#correction-count").text_content() == "Corrected regions: 1"
+
+
+def test_the_page_asks_before_it_is_left_while_corrections_are_being_saved(pair: Site, page: Page) -> None:
+    held: list[Route] = []
+    questions: list[str] = []
+
+    def stay(dialog: Dialog) -> None:
+        questions.append(dialog.type)
+        dialog.dismiss()
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.on("dialog", stay)
+    page.route("**/corrections", hold)
+    show(page, pair, "#x=640&y=416&zoom=0.7")
+    select_first(page)
+    page.keyboard.press("2")
+    page.keyboard.press("n")
+    said(page, "Selected: class-1")
+    page.keyboard.press("1")
+    until(page, "document.getElementById('corrections-saved').textContent === 'Saving 2…'")
+    page.locator("#slides").select_option(index=1)
+    page.wait_for_timeout(500)
+    assert questions == ["beforeunload"]
+    assert page.url.startswith(pair.page)
+    assert page.locator("#slides").input_value() == pair.results[0].id
+    assert saved(pair) == []
+    page.unroute("**/corrections")
+    for route in held:
+        route.continue_()
+    until(page, "document.getElementById('corrections-saved').textContent.startsWith('Saved: class-0')")
+    assert saved(pair) == [("class-0", "class-1"), ("class-1", "class-0")]
+    page.locator("#slides").select_option(index=1)
+    page.wait_for_url(f"**/{pair.results[1].id}/**")
+    settle(page)
+    assert questions == ["beforeunload"]
 
 
 def test_the_table_shows_the_new_class_of_a_corrected_region(own_site: Site, page: Page) -> None:

@@ -67,7 +67,7 @@ def test_the_page_states_that_its_result_was_replaced(browser: Browser, own_site
         until(page, "document.querySelector('#notes p')")
         page.mouse.move(*place_on_screen(page, *PINK_AT))
         page.wait_for_timeout(300)
-        expected = "The result has changed; stop wsi-view and start it again."
+        expected = "The result has changed; stop wsi-view, start it again, then reload the page."
         assert page.locator("#notes p").all_inner_texts() == [expected]
         page.goto("about:blank")
 
@@ -296,7 +296,7 @@ def test_the_readout_has_no_negative_zero(shared_page: Page, site: Site) -> None
 def test_layers_have_one_order_whichever_is_turned_on_first(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=640&y=416&zoom=0.7&map=0&outlines=0&off=0")
     order = """() => [...Array(wsiView.osd.world.getItemCount()).keys()].map((i) =>
-      wsiView.osd.world.getItemAt(i).source.getTileUrl(0, 0, 0).split("/").slice(0, 2).join(" "))"""
+      wsiView.osd.world.getItemAt(i).source.getTileUrl(0, 0, 0).split("/").slice(1, 3).join(" "))"""
     for key in ("p", "1", "m"):
         shared_page.keyboard.press(key)
         settle(shared_page)
@@ -379,6 +379,15 @@ def test_keys_do_what_the_help_states(shared_page: Page, site: Site) -> None:
     assert {*"mophfil[]019?+−dagnNstTvqwerz", "Esc", "Enter", "Space", "Del"} <= listed
     page.keyboard.press("Escape")
     assert not page.locator("#help").is_visible()
+
+
+@pytest.mark.full
+def test_a_link_that_the_browser_does_not_copy_can_be_copied_by_hand(page: Page, site: Site) -> None:
+    show(page, site)
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); }")
+    page.keyboard.press("l")
+    until(page, "document.getElementById('announcement').textContent.includes('from the address bar')")
+    assert page.locator("#link").inner_text() == "Copy from the address bar"
 
 
 @pytest.mark.full

@@ -46,23 +46,22 @@ from tests.slides import painted, write_slide
         "/slides/%2fetc/facts.json",
         "/slides/%00/facts.json",
         "/slides/block%20%3C1%3E/facts.json",
-        "{page}run.json",
-        "{page}preview.png",
-        "{page}../run.json",
-        "{page}%2e%2e/run.json",
-        "{page}slide/0/..%2f..%2frun.json",
-        "{page}slide/0/0_0.png",
-        "{page}slide/0/-1_0.jpg",
-        "{page}slide/label/0_0.jpg",
-        "{page}outlines/..%2f..%2frun.json",
-        "{page}label",
-        "{page}macro",
-        "{page}associated/label.jpg",
+        "{data}run.json",
+        "{data}preview.png",
+        "{data}../run.json",
+        "{data}%2e%2e/run.json",
+        "{data}slide/0/..%2f..%2frun.json",
+        "{data}slide/0/0_0.png",
+        "{data}slide/0/-1_0.jpg",
+        "{data}slide/label/0_0.jpg",
+        "{data}outlines/..%2f..%2frun.json",
+        "{data}label",
+        "{data}macro",
+        "{data}associated/label.jpg",
     ],
 )
 def test_addresses_outside_the_pages_are_not_found(site: Site, path: str) -> None:
-    page = f"/slides/{site.results[0].id}/"
-    answer = site.ask(path.format(page=page))
+    answer = site.ask(path.format(data=site.data))
     assert (answer.status, answer.body) == (404, b"Not Found")
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
 
@@ -75,9 +74,9 @@ def test_numbers_beyond_all_levels_are_not_found(site: Site, number: str) -> Non
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"])
-@pytest.mark.parametrize("path", ["/", "/assets/viewer.js", "{page}", "{page}facts.json", "{page}slide/0/0_0.jpg"])
+@pytest.mark.parametrize("path", ["/", "/assets/viewer.js", "{page}", "{data}facts.json", "{data}slide/0/0_0.jpg"])
 def test_only_reading_is_allowed(site: Site, method: str, path: str) -> None:
-    answer = site.ask(path.format(page=f"/slides/{site.results[0].id}/"), method)
+    answer = site.ask(path.format(page=f"/slides/{site.results[0].id}/", data=site.data), method)
     assert answer.status == 405
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
@@ -102,7 +101,7 @@ def test_small_areas_are_not_zero_in_the_list_and_on_the_page(pair: Site) -> Non
 
 
 def test_head_answers_as_get_without_the_body(site: Site) -> None:
-    path = f"/slides/{site.results[0].id}/slide/0/0_0.jpg"
+    path = f"{site.data}slide/0/0_0.jpg"
     head, get = site.ask(path, "HEAD"), site.ask(path)
     assert (head.status, head.body) == (200, b"")
     assert head.headers["content-length"] == str(len(get.body))
@@ -123,13 +122,15 @@ def test_head_answers_as_get_without_the_body(site: Site) -> None:
     ],
 )
 def test_host_names_of_other_machines_are_refused(site: Site, host: str, status: int) -> None:
-    for path in ("/assets/viewer.js", f"/slides/{site.results[0].id}/slide/0/0_0.jpg"):
+    for path in ("/assets/viewer.js", f"{site.data}slide/0/0_0.jpg"):
         assert site.ask(path, Host=host.format(port=site.port)).status == status
 
 
 def test_every_answer_has_the_security_headers_and_none_allows_other_sites(site: Site) -> None:
     page = f"/slides/{site.results[0].id}/"
-    answers = [site.ask(path, Origin="http://evil.example") for path in ("/", page, f"{page}slide/0/0_0.jpg", "/none")]
+    answers = [
+        site.ask(path, Origin="http://evil.example") for path in ("/", page, f"{site.data}slide/0/0_0.jpg", "/none")
+    ]
     answers += [site.ask("/", Host="evil.example"), site.ask("/assets/viewer.js", "POST")]
     assert [answer.status for answer in answers] == [307, 200, 200, 404, 400, 405]
     for answer in answers:
@@ -187,7 +188,7 @@ def test_several_results_are_listed_and_each_has_its_own_page(results_folder: Pa
         assert index.status == 200
         for result in results:
             assert f'/slides/{result.id}/">'.encode() in index.body
-            assert site.ask(f"/slides/{result.id}/slide/1/0_0.jpg").status == 200
+            assert site.ask(f"/slides/{result.id}/{result.version}/slide/1/0_0.jpg").status == 200
         assert b"&lt;three&gt;" in index.body
         assert b"<three>" not in index.body
 
@@ -238,6 +239,35 @@ def test_a_slide_of_the_same_size_with_other_bytes_is_detected(results_folder: P
     other = write_slide(tmp_path / "b.svs", painted((1280, 832)), mpp=1.0, levels=(1, 4))
     with serving((with_slide(result, other),)) as site:
         assert json.loads(site.get("identity.json").body) == {"same": False}
+
+
+def test_a_slide_that_is_replaced_while_it_is_shown_is_refused(results_folder: Path, tmp_path: Path) -> None:
+    result = find_results(results_folder)[0]
+    slide = Path(shutil.copy(result.slide, tmp_path / "a.svs"))
+    other = write_slide(tmp_path / "b.svs", painted((1280, 832)), mpp=1.0, levels=(1, 4))
+    with serving((with_slide(result, slide),)) as site:
+        assert json.loads(site.get("identity.json").body) == {"same": True}
+        assert site.get("slide/1/0_0.jpg").status == 200
+        other.replace(slide)
+        for path in ("facts.json", "slide/0/0_0.jpg", "slide/0/1_0.jpg", "corrections.json"):
+            answer = site.get(path)
+            assert (answer.status, answer.body) == (
+                409,
+                b"The slide has changed; stop wsi-view, start it again, then reload the page.",
+            ), path
+        assert json.loads(site.get("identity.json").body) == {"same": False}
+    with serving((with_slide(result, slide),)) as again:
+        assert again.get("slide/0/0_0.jpg").status == 200
+        assert again.ask(f"{site.data}slide/0/0_0.jpg").status == 409, "a page of the earlier slide is refused"
+
+
+def test_an_unreadable_slide_is_compared_again_when_it_is_there(results_folder: Path, tmp_path: Path) -> None:
+    result = find_results(results_folder)[0]
+    with serving((with_slide(result, tmp_path / "a.svs"),)) as site:
+        assert json.loads(site.get("identity.json").body) == {"same": None}
+        shutil.copy(result.slide, tmp_path / "a.svs")
+        assert json.loads(site.get("identity.json").body) == {"same": True}
+        assert site.get("slide/0/0_0.jpg").status == 200
 
 
 def test_a_slide_that_disappears_is_an_error_without_its_path(
@@ -374,7 +404,7 @@ def test_a_map_is_shown_if_its_list_of_files_is_missing_or_damaged(results_folde
             assert site.get("values/100_100.json").status == 200
 
 
-CHANGED = (409, b"The result has changed; stop wsi-view and start it again.")
+CHANGED = (409, b"The result has changed; stop wsi-view, start it again, then reload the page.")
 
 
 def replace_result(folder: Path) -> None:
@@ -383,7 +413,8 @@ def replace_result(folder: Path) -> None:
     assert run is not None
     new = folder.with_name("new")
     shutil.copytree(folder, new)
-    write_run(new, run.model_copy(update={"classes": run.classes[::-1]}))
+    areas = dict(reversed(run.class_areas_mm2.items()))
+    write_run(new, run.model_copy(update={"classes": run.classes[::-1], "class_areas_mm2": areas}))
     shutil.rmtree(folder)
     new.rename(folder)
 
@@ -397,6 +428,25 @@ def test_nothing_is_answered_about_a_result_that_was_replaced(own_site: Site) ->
     ):  # fmt: skip
         answer = own_site.get(path)
         assert (answer.status, answer.body) == CHANGED, path
+
+
+def test_data_of_a_result_that_is_not_shown_anymore_are_refused_after_a_restart(
+    results_folder: Path, tmp_path: Path
+) -> None:
+    folder = copied(results_folder, tmp_path / "r", "a") / "a"
+    with serving(find_results(folder)) as site:
+        assert site.get("facts.json").status == 200
+    with serving(find_results(folder)) as same:
+        assert same.ask(f"{site.data}facts.json").status == 200, "nothing has changed"
+    elsewhere = copied(results_folder, tmp_path / "other", "a")
+    replace_result(folder)
+    for shown in (folder, elsewhere):
+        with serving(find_results(shown)) as other:
+            assert other.results[0].id == site.results[0].id, "the page has the same address"
+            for path in ("facts.json", "slide/0/0_0.jpg", "outlines/0", "values/1_1.json", "corrections.json"):
+                answer = other.ask(f"{site.data}{path}")
+                assert (answer.status, answer.body) == (409, b"The result has changed; reload the page."), path
+                assert other.get(path).status == 200, path
 
 
 @pytest.mark.parametrize("gone", [False, True])

@@ -15,7 +15,7 @@ import pytest
 from pipeline.formats.familiarity import OPACITY, UNFAMILIAR
 from pipeline.results.record import read_run, write_run
 from pipeline.viewing.viewer.results import find_results
-from tests.browser import audited_page, axe_findings, screenshot
+from tests.browser import audited_page, axe_findings, failing_page, screenshot, until
 from tests.cases import full
 from tests.pipeline.unfamiliar import WARNING, make_unfamiliar
 from tests.pipeline.viewing.viewer.conftest import Site, serving
@@ -140,6 +140,28 @@ def test_scope_limits_and_warning_stand_beside_the_slide(page: Page, unfamiliar:
     assert page.locator("#warnings li").all_inner_texts() == ["another warning"]
     assert axe_findings(page) == []
     screenshot(page, "viewer-unfamiliar", tmp_path)
+
+
+@pytest.mark.full
+def test_a_damaged_picture_of_the_unfamiliar_tissue_has_a_note(
+    browser: Browser, unfamiliar: Site, tmp_path: Path
+) -> None:
+    shutil.copytree(unfamiliar.results[0].folder, tmp_path / "a")
+    (tmp_path / "a" / "familiarity.png").write_bytes(b"damaged")
+    with serving(find_results(tmp_path)) as damaged, failing_page(browser) as page:
+        show(page, damaged)
+        notes = page.locator("#notes p")
+        count = notes.count()
+        page.keyboard.press("u")
+        until(page, f"document.querySelectorAll('#notes p').length > {count}")
+        page.keyboard.press("u")
+        page.keyboard.press("u")
+        page.wait_for_timeout(300)
+        assert notes.all_inner_texts()[count:] == [
+            "The tissue unlike the training data cannot be shown. Check familiarity.png in the folder of the result, "
+            "then reload the page."
+        ]
+        page.goto("about:blank")
 
 
 @pytest.mark.full

@@ -55,11 +55,11 @@ def test_the_list_shows_the_thumbnail_of_each_result_that_has_one(results_folder
     (tmp_path / "b" / THUMBNAIL).unlink()
     with serving(find_results(tmp_path)) as site:
         with_, without = site.results
-        answer = site.ask(f"/slides/{with_.id}/thumbnail.jpg")
+        answer = site.ask(f"/slides/{with_.id}/{with_.version}/thumbnail.jpg")
         assert (answer.status, answer.headers["content-type"]) == (200, "image/jpeg")
         assert answer.body == (tmp_path / "a" / THUMBNAIL).read_bytes()
-        assert site.ask(f"/slides/{without.id}/thumbnail.jpg").status == 404
+        assert site.ask(f"/slides/{without.id}/{without.version}/thumbnail.jpg").status == 404
         index = site.ask("/").body.decode()
-        assert [result.id for result in site.results if f'src="/slides/{result.id}/thumbnail.jpg"' in index] == [
-            with_.id
-        ]
+        assert [
+            result.id for result in site.results if f'src="/slides/{result.id}/{result.version}/thumbnail.jpg"' in index
+        ] == [with_.id]

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.results.record import read_run, write_run
 from pipeline.viewing.viewer.results import find_results
-from tests.browser import audited_page, axe_findings, capture, screenshot, until
+from tests.browser import audited_page, axe_findings, capture, screenshot, until, watched_page
 from tests.pipeline.fakes import COLORS, labels_of, probs_of
 from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.pipeline.viewing.viewer.screen import (
@@ -107,6 +107,17 @@ def test_keys_set_the_magnification_and_a_coarse_slide_says_why_it_cannot(
         said(page, "This slide is too coarse for 40×")
         assert page.get_by_role("button", name="20×").is_enabled()
         page.goto("about:blank")
+
+
+def test_on_a_dense_screen_a_magnification_counts_pixels_of_the_screen(browser: Browser, site: Site) -> None:
+    with watched_page(browser, device_scale_factor=2) as page:
+        show(page, site, "#x=640&y=416&zoom=0.7")
+        for key, times in (("w", 10), ("r", 40), ("f", 10)):
+            page.keyboard.press(key)
+            # The slide has 1 µm per pixel.
+            until(page, f"Math.abs(wsiView.view().zoom / {times / 20} - 1) < 0.01 && !wsiView.osd.isAnimating()")
+            settle(page)
+            assert page.locator("#place").inner_text().endswith(f" {times}×")
 
 
 def test_a_turned_slide_keeps_its_layers_outlines_and_places_together(page: Page, site: Site, tmp_path: Path) -> None:
