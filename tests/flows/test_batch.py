@@ -250,6 +250,7 @@ def test_a_batch_that_is_interrupted_ends_its_parts(
     assert {one.state.name for one in part_runs(harness, newest_parent(harness)) if one.state} == {"Cancelled"}
 
 
+@pytest.mark.full
 def test_a_slide_whose_attempt_is_cancelled_is_shown_as_cancelled(
     tmp_path: Path, harness: SyncPrefectClient, scripted: ScriptedWorkers
 ) -> None:

@@ -54,6 +54,7 @@ def official_score_cam(classifier: Classifier, x_1CHW: Tensor, activation_1Chw: 
     return total_1KHW.relu()
 
 
+@pytest.mark.full
 def test_official_score_cam_equals_the_released_loop(
     classifiers: Callable[[str], Classifier], small_NCHW: Tensor
 ) -> None:

@@ -89,6 +89,7 @@ def test_a_run_that_finds_other_tissue_than_before_does_not_take_its_blocks(
     assert run_of(result.folder)["resumed_blocks"] == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("place", [THUMBNAIL], indirect=True)
 def test_a_repair_that_finds_other_tissue_than_before_does_not_take_its_blocks(place: Place, tmp_path: Path) -> None:
     path, network = two_levels(tmp_path), color_predictor()

@@ -105,6 +105,7 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
     assert "val_position_deviation" in bundle.card.metrics
 
 
+@pytest.mark.full
 def test_a_model_of_composed_and_whole_images_knows_both_as_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,10 +203,10 @@ def test_a_result_that_cannot_be_examined_any_more_does_not_affect_the_list_of_s
         index = site.ask("/")
         assert index.status == 200
         assert f'/slides/{lost.id}/">'.encode() in index.body
-        assert f"/slides/{lost.id}/thumbnail.jpg".encode() not in index.body
-        assert f"/slides/{results[1].id}/thumbnail.jpg".encode() in index.body
+        assert f"/slides/{lost.id}/{lost.version}/thumbnail.jpg".encode() not in index.body
+        assert f"/slides/{results[1].id}/{results[1].version}/thumbnail.jpg".encode() in index.body
         assert site.ask(f"/slides/{lost.id}/").status == 200
-        assert site.ask(f"/slides/{lost.id}/facts.json").status == 503
+        assert site.ask(f"/slides/{lost.id}/{lost.version}/facts.json").status == 503
 
 
 def test_the_least_recently_used_slides_are_closed(results_folder: Path, tmp_path: Path) -> None:
