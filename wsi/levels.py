@@ -17,10 +17,10 @@ SHAPE_TOLERANCE = 0.02
 
 
 def levels_of_one_shape(sizes: Sequence[tuple[int, int]]) -> int:
-    """Return how many levels, from level 0 on, are the same image: up to the first level with another shape.
+    """Return the number of levels before the first one whose shape differs from that of level 0.
 
-    `sizes` are (width, height) of the levels. Some libraries count every tiled image of a file as a level, also a
-    picture of the label or of the whole glass.
+    `sizes` are (width, height) of the levels. Some libraries count every tiled image of a file as a level, including
+    pictures of the label or of the whole glass.
     """
     longer = 0 if sizes[0][0] >= sizes[0][1] else 1
     shorter = 1 - longer

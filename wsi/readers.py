@@ -198,7 +198,7 @@ def _check_tile_bytes(levels: Iterable[tifffile.TiffPageSeries], file_size: int)
     for page in pages:
         check_bytes(max(page.databytecounts, default=0), file_size)
         if min(page.databytecounts, default=1) == 0:
-            raise ValueError("parts of it are missing in the file; only tiles of 8-bit RGB may be missing")
+            raise ValueError("parts of the image are missing from the file; only tiles of 8-bit RGB may be missing")
 
 
 def _channels(level: tifffile.TiffPageSeries) -> int:

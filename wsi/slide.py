@@ -167,7 +167,7 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
     `mpp` (micrometers per level-0 pixel) overrides the file. Without it `find_mpp` takes the file's own value, then its
     TIFF resolution, then a guess from the objective power; a guess adds a warning to `SlideInfo.warnings`.
 
-    The levels end before the first one that has another shape than the slide, with a warning.
+    The first level whose shape differs from the slide's and all later levels are left out, with a warning.
 
     Raises SlideNotFoundError, SlideFormatError if no reader can open the file or its pixels would be wrong (see
     `check_layout`), SlideReadError if the path cannot be examined or no pixel can be decoded, ResolutionError, or
@@ -300,8 +300,8 @@ def _shape_warning(sizes: tuple[tuple[int, int], ...], used: int) -> tuple[str, 
         return ()
     (width_l0, height_l0), (width, height) = sizes[0], sizes[used]
     return (
-        f"level {used} of {width}×{height} px has another shape than the slide of {width_l0}×{height_l0} px; levels "
-        f"from {used} on are not used",
+        f"level {used} ({width}×{height} px) differs in shape from the slide ({width_l0}×{height_l0} px); levels from "
+        f"{used} on are not used",
     )
 
 

@@ -31,18 +31,18 @@ class _Tags:
 def check_layout(path: Path) -> None:
     """Raise SlideFormatError if a library would return wrong pixels for a TIFF file. Accept any other file.
 
-    OpenSlide turns each tile by the tag Orientation, but leaves the tiles in their places. It returns black parts in
-    tiles of 16-bit gray at the right edge.
+    OpenSlide rotates or mirrors each tile as the tag Orientation demands, but does not move the tiles. In 16-bit gray,
+    OpenSlide returns black parts in the tiles at the right edge.
     """
     tags = _file_tags(path)
     turned = sorted(tags.orientations.intersection(_TURNED))
     if turned:
         raise SlideFormatError(
-            f"{path.name}: its pixels are stored turned or mirrored (Orientation {turned[0]}); save it with "
+            f"{path.name}: its pixels are stored rotated or mirrored (Orientation {turned[0]}); save it with "
             f"Orientation 1"
         )
     if tags.has_16_bit_gray:
-        raise SlideFormatError(f"{path.name}: its pixels are gray with 16 bits; convert it to 8 bits per channel")
+        raise SlideFormatError(f"{path.name}: its pixels are 16-bit gray; convert it to 8 bits per channel")
 
 
 def check_tile_bytes(path: Path) -> None:

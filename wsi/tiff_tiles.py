@@ -136,8 +136,8 @@ def looks_damaged(jpeg: bytes) -> bool:
 def jpeg_2000_looks_damaged(data: bytes) -> bool:
     """Return whether a JPEG 2000 stream of an RGB tile is cut off or overwritten with zeros.
 
-    The stream looks damaged if no end precedes at most some padding, or if it contains 512 zeros in a row. A stream in
-    which other bytes are wrong does not.
+    The stream looks damaged if its end marker is missing, or if it contains 512 zeros in a row. Up to 64 bytes of
+    padding may follow the end marker. Other wrong bytes are not detected.
     """
     start = data.find(b"\xff\x52\x00", data.find(b"\xff\x4f\xff\x51"))
     if start < 0 or b"\xff\xd9" not in data[start + 10 :][-2 - _MOST_BEHIND_END :]:

@@ -53,9 +53,9 @@ def familiarity(
 ) -> None:
     """Store statistics of its training data in a model bundle, so that runs warn about slides that differ.
 
-    The data set must be the one that the model was trained with; a warning reports other images, masks or labels,
-    unless the data set has composed images. The weights of the bundle do not change. wsi-train does the same for every
-    model.
+    The data set must be the one that the model was trained with. A warning is logged if its images, masks or labels
+    differ, unless the data set has composed images. The weights of the bundle do not change. wsi-train does the same
+    for every model.
 
     Exit status: 0 done, 1 failed, 2 usage error, 130 interrupted.
     """
@@ -113,7 +113,7 @@ def _warn_of_other_data(model: ModelCard, source: Source) -> None:
     if model.made_with.get("data") not in (None, data_digest(*source)):
         logger.warning(
             "model %s was trained with other images, masks or labels than those of %s; runs will compare slides with "
-            "data that the model does not know, so run wsi-familiarity again with the data of its training",
+            "data that the model was not trained with; run wsi-familiarity again with the model's training data",
             model.name,
             source[0].dataset.card.name,
         )

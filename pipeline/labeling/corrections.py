@@ -76,7 +76,7 @@ Correction = Entry[Relabeled]
 def corrections_file(result: Path) -> Path:
     """Return the file of the corrections that wsi-view makes of the result in a folder.
 
-    Of a linked folder, it lies beside the folder itself, so that the corrections do not depend on the link.
+    If the folder is a link, the file is beside the target of the link, so the corrections do not depend on the link.
     """
     return _beside(result, CORRECTIONS_END)
 

@@ -192,7 +192,7 @@ def remove_class(store: EventStore, annotator: str, name: str) -> None:
         event = ClassRemoved(id=class_id(labels, name))
         if found := labels.places_with(event.id):
             raise LabelingError(
-                f"class {name} cannot be removed, because it is present in {len(found)} patches; merge it into another "
+                f"class {name} cannot be removed, because patches show it ({len(found)}); merge it into another "
                 "class with --merge, or label these patches again"
             )
         _check_enough_are_left(labels, f"class {name} cannot be removed")

@@ -125,7 +125,7 @@ def _rows(output: Path) -> list[SlideRow]:
     results = {name for name, path in folders.items() if read_header(path)}
     for name in sorted(folders.keys() - results - summary.keys()):
         log.warning(
-            "%s: left out of the report: its %s is damaged or of another program, and %s does not list it",
+            "%s: left out of the report: its %s is damaged or was written by another program, and %s does not list it",
             folders[name],
             RUN,
             SUMMARY,

@@ -68,7 +68,7 @@ def changed_files(folder: Path, *, read: bool = False) -> list[str]:
 def missing_map_files(folder: Path, run: Run) -> list[str]:
     """Return the path of each file that a result's map lacks, sorted; none if the listing cannot be trusted.
 
-    A reader of the map takes a missing chunk for an empty one: only the listing tells which chunks must exist.
+    Readers of the map treat a missing chunk as empty. Only the listing shows which chunks must exist.
     """
     if LISTING not in run.digests or _changes(folder, LISTING, run.digests[LISTING], read=True):
         return []

@@ -296,7 +296,10 @@ def _clear_rest(work: Path, identity: RunIdentity) -> None:
 
 def _foreign(target: Path) -> str:
     if (target / RUN).is_file():
-        return f"{target}: its {RUN} is damaged or of another program; move the folder away or choose another --output"
+        return (
+            f"{target}: its {RUN} is damaged or was written by another program; move the folder away or choose another "
+            f"--output"
+        )
     return f"{target}: was not written by wsi-segment; move it away or choose another --output"
 
 

@@ -244,7 +244,7 @@ def check_classes(dataset: Dataset, labeled: Iterable[Labeled]) -> None:
     if empty:
         raise EmptyClassError(
             f"{dataset.card.name}: none of {boxes} training patches has class {', '.join(empty)}; check the order of "
-            "the classes and their mask values, or remove the class from the dataset.toml (of a labels folder: with "
+            "the classes and their mask values, or remove the class from the dataset.toml (in a labels folder, with "
             "wsi-label classes --remove)"
         )
 

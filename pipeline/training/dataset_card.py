@@ -95,8 +95,8 @@ class DatasetCard(Section):
         check_unique("mask value", [v for spec in self.classes for v in spec.mask_values] + list(self.mask_excluded))
         if self.background is not None and WHITE in (spec.name for spec in self.classes):
             raise ValueError(
-                f"class name {WHITE} is the name that scores give to the pixels of [background]; choose another name "
-                "for the class, or remove [background]"
+                f"class name {WHITE} is reserved for the pixels of [background] in scores; choose another name for the "
+                "class, or remove [background]"
             )
         return self
 

@@ -30,13 +30,13 @@ def training_samples(dataset: Dataset) -> tuple[tuple[Sample, ...], tuple[Sample
     fractions = {key: hash_fraction(key) for key in keys}
     if len(fractions) == 1:
         raise MissingImagesError(
-            f"{dataset.card.name}: {len(chosen)} training images are too few to hold some out for validation; add "
-            "images, or describe split val"
+            f"{dataset.card.name}: cannot hold out images for validation, because there is only one training "
+            "image; add images, or describe split val"
         )
     if len(groups) == 1 and groups != {""}:
         logger.warning(
-            "%s: all training images belong to the group %s, so images of this group are held out for validation, and "
-            "their scores may be too high for new groups; if you can, add images of other groups",
+            "%s: all training images belong to the group %s, so images of this group are held out for validation; "
+            "scores for other groups may be lower; if you can, add images of other groups",
             dataset.card.name,
             *groups,
         )

@@ -331,7 +331,7 @@ def test_a_picture_of_another_shape_is_not_a_level(tmp_path: Path) -> None:
     with open_slide(path, 0.5, "openslide") as slide:
         assert slide.info.level_sizes == ((2048, 1024), (512, 256))
         assert slide.info.warnings == (
-            "level 2 of 256×256 px has another shape than the slide of 2048×1024 px; levels from 2 on are not used",
+            "level 2 (256×256 px) differs in shape from the slide (2048×1024 px); levels from 2 on are not used",
         )
         thumbnail_HWC = read_thumbnail(slide, 8.0).rgb_HWC
     expected_HWC = painted((128, 64), ((32, 16, 64, 32), PINK))

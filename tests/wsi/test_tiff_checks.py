@@ -39,7 +39,7 @@ def test_a_slide_with_turned_pixels_is_refused(tmp_path: Path, backend: Backend,
     tifffile.imwrite(path, painted((256, 256)), photometric="rgb", extratags=tags, **TILED)
     with pytest.raises(
         SlideFormatError,
-        match=rf"^slide\.tif: its pixels are stored turned or mirrored \(Orientation {orientation}\); save it with "
+        match=rf"^slide\.tif: its pixels are stored rotated or mirrored \(Orientation {orientation}\); save it with "
         r"Orientation 1$",
     ):
         open_slide(path, 0.5, backend)
@@ -70,7 +70,7 @@ def test_16_bit_gray_is_refused(tmp_path: Path, backend: Backend) -> None:
     path = tmp_path / "slide.tif"
     tifffile.imwrite(path, np.full((300, 300), 60_000, np.uint16), photometric="minisblack", **TILED)
     with pytest.raises(
-        SlideFormatError, match=r"^slide\.tif: its pixels are gray with 16 bits; convert it to 8 bits per channel$"
+        SlideFormatError, match=r"^slide\.tif: its pixels are 16-bit gray; convert it to 8 bits per channel$"
     ):
         open_slide(path, 0.5, backend)
 

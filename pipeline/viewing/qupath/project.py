@@ -151,7 +151,7 @@ def _results(output: Path) -> Iterator[_Result]:
         return
     for folder in result_folders(output):
         if read_header(folder) is None:
-            log.warning("%s: left out: its %s is damaged or of another program", folder, RUN)
+            log.warning("%s: left out: its %s is damaged or was written by another program", folder, RUN)
             continue
         if folder == output / FOLDER:
             raise OutputError(f"{folder}: a slide's result has the name of the project's folder; rename the slide")

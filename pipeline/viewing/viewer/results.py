@@ -49,8 +49,8 @@ class Result:
     def version(self) -> str:
         """Identify the result with its folder, its record and its slide.
 
-        The id depends only on the name, so a page asks for the data of this version: it may have been loaded before
-        wsi-view was restarted and shows another result.
+        The id depends only on the name. After a restart, another result can have the same id, so each page requests
+        the data of its own version.
         """
         return hashlib.sha256(repr(self).encode()).hexdigest()[:20]
 
@@ -130,8 +130,8 @@ def load_result(folder: Path, name: str | None = None) -> Result:
         raise ViewError(str(error)) from error
     if run is None:
         raise ViewError(
-            f"{folder}: its {RUN} is damaged or of another program; if this is the result of a slide, move the folder "
-            f"away and segment the slide again"
+            f"{folder}: its {RUN} is damaged or was written by another program; if this is the result of a slide, move "
+            f"the folder away and segment the slide again"
         )
     # The path may have been removed from the record. Then look for the slide beside the results.
     slide = run.slide.path or folder.parent / run.slide.name

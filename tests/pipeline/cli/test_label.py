@@ -175,7 +175,7 @@ def test_a_class_without_patches_is_removed_from_the_folder(folder: Path) -> Non
         (
             ["--add", "fat", "--remove", "tumor"],
             1,
-            "class tumor cannot be removed, because it is present in 1 patches; "
+            "class tumor cannot be removed, because patches show it (1); "
             "merge it into another class with --merge, or label these patches again\n",
         ),
         (["--rename", "nobody=x"], 1, "class nobody does not exist; the classes are tumor, stroma"),

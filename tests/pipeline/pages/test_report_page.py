@@ -210,8 +210,8 @@ def test_a_result_with_a_damaged_record_that_the_summary_does_not_list_is_named_
         (tmp_path / name / "run.json").write_text("{")
     assert ">b<" not in write_report(tmp_path).read_text(encoding="utf-8")
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'b'}: left out of the report: its run.json is damaged or of another program, and summary.csv "
-        "does not list it"
+        f"{tmp_path / 'b'}: left out of the report: its run.json is damaged or was written by another program, and "
+        "summary.csv does not list it"
     ]
 
 

@@ -235,7 +235,7 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     publish(tmp_path, "a.txt")
     record = tmp_path / "slide" / "run.json"
     record.write_text(record.read_text()[:-40])
-    message = r"slide: its run\.json is damaged or of another program; move the folder away"
+    message = r"slide: its run\.json is damaged or was written by another program; move the folder away"
     for force, repair in ((False, False), (False, True), (True, False)):
         with (
             pytest.raises(OutputError, match=message),

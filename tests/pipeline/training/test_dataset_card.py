@@ -35,7 +35,7 @@ from tests.repository import REPOSITORY
         (
             '"blue", color = [0, 0, 200], mask_values = [1, 2] },\n]',
             '"white", color = [0, 0, 200], mask_values = [1, 2] },\n]\nbackground = {}',
-            r"class name white is the name that scores give to the pixels of \[background\]; choose another name",
+            r"class name white is reserved for the pixels of \[background\] in scores; choose another name",
         ),
         ("[1, 2]", "[1, 4]", "mask value 4 is given twice"),
         (", mask_values = [1, 2]", "", r"images\.train has masks, but mask_values is missing for blue"),

@@ -72,5 +72,5 @@ def test_two_images_are_divided_without_a_warning(tmp_path: Path, caplog: pytest
 
 
 def test_a_single_image_cannot_be_divided(tmp_path: Path) -> None:
-    with pytest.raises(MissingImagesError, match="1 training images are too few to hold some out"):
+    with pytest.raises(MissingImagesError, match="because there is only one training image"):
         training_samples(without_validation(tmp_path, "a", group=""))

@@ -38,7 +38,7 @@ export class Address {
   async copy() {
     this.writeNow();
     const copied = await navigator.clipboard.writeText(location.href).then(() => true, () => false);
-    announce(copied ? "Link copied" : "The browser does not allow copying. Copy the address from the address bar");
+    announce(copied ? "Link copied" : "The browser did not allow copying. Copy the link from the address bar");
     byId("link").textContent = copied ? "Copied" : "Copy from the address bar";
     setTimeout(() => { byId("link").textContent = "Copy link"; }, 1500);
   }

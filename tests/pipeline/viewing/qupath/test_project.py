@@ -188,7 +188,7 @@ def test_a_result_with_a_damaged_record_is_skipped_with_a_warning(root: Path, ca
     write_project(root / "results")
     assert slides_of(root) == {1: root / "slides" / NAMES[0]}
     folder = root / "results" / "b"
-    assert f"{folder}: left out: its run.json is damaged or of another program" in caplog.text
+    assert f"{folder}: left out: its run.json is damaged or was written by another program" in caplog.text
 
 
 def test_a_result_without_its_map_is_skipped_with_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:

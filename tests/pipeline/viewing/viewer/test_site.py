@@ -500,7 +500,10 @@ def test_results_with_a_damaged_record_are_left_out_with_a_warning(
     folder = copied(results_folder, tmp_path, "a", "b")
     (folder / "b" / "run.json").write_text("{")
     assert [result.name for result in find_results(folder)] == ["a"]
-    reason = "its run.json is damaged or of another program; if this is the result of a slide, move the folder away"
+    reason = (
+        "its run.json is damaged or was written by another program; if this is the result of a slide, move the folder "
+        "away"
+    )
     assert f"left out: {folder / 'b'}: {reason} and segment the slide again" in caplog.text
     with pytest.raises(ViewError, match=f"/b: {reason}"):
         find_results(folder / "b")
