@@ -216,7 +216,7 @@ def import_(
     wsi-segment are never imported.
     """
     from pipeline.labeling.folder import Wishes, has_classes
-    from pipeline.labeling.importer import check_names, import_drawings, names_of, open_import
+    from pipeline.labeling.importer import check_names, import_drawings, known_classes, names_of, open_import
 
     pairs = _mapping(mapping or [])
     who = annotator_name(PROGRAM, annotator)
@@ -230,7 +230,7 @@ def import_(
         slides = [_only_file(one.slide, patient, one.mpp) for one in sources]
         if is_new:
             check_names(names, sources, pairs)
-        known = {tissue.name: tissue for one in sources for tissue in one.classes}
+        known = known_classes([tissue for one in sources for tissue in one.classes], pairs)
         with open_import(output, who, Wishes(patch_mpp, patch_side), names, known) as folder:
             for one, file in zip(sources, slides, strict=True):
                 done = import_drawings(folder, file, one.drawings, pairs, partial=partial, digest=one.digest)

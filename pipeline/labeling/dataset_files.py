@@ -258,7 +258,7 @@ def card_text(file: Path, labels: Labels, *, masks: bool) -> str:
     """
     assert labels.settings is not None
     content = _content(file)
-    own, roles = OWN_KEYS | _kept_keys(content), _roles(content)
+    own, roles = OWN_KEYS | _kept_keys(content), _kept_roles(content, labels)
     lines = [
         "# Written by wsi-label after each label. Fill in the next six keys. They are kept, and so is the role of each",
         '# class: add role = "background" to a class that is not tissue, such as glass. Other changes are lost.',
@@ -266,8 +266,7 @@ def card_text(file: Path, labels: Labels, *, masks: bool) -> str:
     lines += [f"{key} = {_toml(own[key])}" for key in OWN_KEYS]
     lines += [f"mpp = {labels.settings.mpp!r}", "classes = ["]
     for k, one in enumerate(labels.classes.values()):
-        # A class that was renamed since the file was written is there by its former name.
-        role = next((roles[name] for name in (one.name, *one.former_names) if name in roles), one.role)
+        role = roles.get(one.id, one.role)
         more = f", role = {_toml(role)}" if role != "tissue" else ""
         more += f", mask_values = [{k}]" if masks else ""
         lines.append(f"    {{ name = {_toml(one.name)}, color = {list(one.color)}{more} }},")
@@ -293,11 +292,22 @@ def _kept_keys(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: content[key] for key in OWN_KEYS if isinstance(content.get(key), str) and content[key]}
 
 
-def _roles(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the role of each class in a dataset.toml. Users may have changed them: wsi-train refuses wrong ones."""
+def _kept_roles(content: Mapping[str, Any], labels: Labels) -> dict[int, str]:
+    """Return the roles in a dataset.toml by class number. Users may have changed them: wsi-train refuses wrong ones.
+
+    A class that was renamed since the file was written is there by a former name, which another class may have now. The
+    classes of the file are in the order of their numbers, so each entry belongs to one class at most.
+    """
     classes = content.get("classes")
     tables = [one for one in classes if isinstance(one, dict)] if isinstance(classes, list) else []
-    return {one["name"]: str(one.get("role", "tissue")) for one in tables if isinstance(one.get("name"), str)}
+    rest = [(one["name"], str(one.get("role", "tissue"))) for one in tables if isinstance(one.get("name"), str)]
+    roles = {}
+    for one in labels.classes.values():
+        place = next((n for n, (name, _) in enumerate(rest) if name in (one.name, *one.former_names)), None)
+        if place is not None:
+            roles[one.id] = rest[place][1]
+            del rest[: place + 1]
+    return roles
 
 
 def _toml(text: str) -> str:

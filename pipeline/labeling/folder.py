@@ -130,10 +130,10 @@ def add_classes(store: EventStore, annotator: str, names: Sequence[str], known: 
         new = [name for name in dict.fromkeys(names) if name not in _names(labels)]
         try:
             made = [
-                (id_, known.get(name) or TissueClass(name, class_color(id_ - 1)))
+                (id_, name, known.get(name) or TissueClass(name, class_color(id_ - 1)))
                 for id_, name in enumerate(new, start=labels.next_class_id)
             ]
-            return [ClassAdded(id=id_, name=one.name, color=one.color, role=one.role) for id_, one in made]
+            return [ClassAdded(id=id_, name=name, color=one.color, role=one.role) for id_, name, one in made]
         except ValidationError as error:
             raise LabelingError(f"--classes: {error.errors()[0]['msg']}; separate the names by commas") from error
 

@@ -63,6 +63,18 @@ def names_of(drawings: Sequence[Drawing], mapping: Mapping[str, str]) -> list[st
     return list(dict.fromkeys(name for one in drawings for name in used_names(one.annotations, mapping)))
 
 
+def known_classes(classes: Sequence[TissueClass], mapping: Mapping[str, str]) -> dict[str, TissueClass]:
+    """Return the classes of corrected results by the names that they get in a labels folder.
+
+    If several classes get one name, the class that has this name already counts. If none has it, the name is left out.
+    """
+    found: dict[str, list[TissueClass]] = {}
+    for one in {one.name: one for one in classes}.values():
+        found.setdefault(mapping.get(one.name, one.name), []).append(one)
+    owners = {name: next((one for one in alike if one.name == name), None) for name, alike in found.items()}
+    return {name: owners[name] or alike[0] for name, alike in found.items() if owners[name] or len(alike) == 1}
+
+
 def check_names(names: Sequence[str], sources: Sequence[ImportSource], mapping: Mapping[str, str]) -> None:
     """Raise LabelingError if `sources` do not have the two classes that a new labels folder needs."""
     if len(set(names)) >= 2:

@@ -31,6 +31,7 @@ from pipeline.labeling.import_annotations import (
     slide_of,
     target_name,
 )
+from pipeline.labeling.importer import known_classes
 from pipeline.labeling.masks import UNKNOWN, Cutter, checked_area, joined, mask_HW
 from pipeline.labeling.patches import SlidePatches
 from tests.pipeline.labeling.desks import SIDE
@@ -281,3 +282,13 @@ def test_slivers_that_collapse_on_the_grid_are_an_empty_area() -> None:
 def test_the_share_of_nothing_is_zero() -> None:
     assert share([], shapely.box(0, 0, 1, 1)).shape == (0,)
     assert share([shapely.box(0, 0, 2, 2)], shapely.union_all([])).tolist() == [0]
+
+
+def test_a_mapped_class_keeps_its_color_and_role_unless_several_get_one_name() -> None:
+    glass = TissueClass("glass", (1, 1, 1), "background")
+    fat, other = TissueClass("fat", (2, 2, 2)), TissueClass("other", (3, 3, 3))
+    classes = [glass, fat, other, glass]
+    assert known_classes(classes, {"glass": "empty"}) == {"empty": glass, "fat": fat, "other": other}
+    assert known_classes(classes, {"glass": "other", "fat": "other"}) == {"other": other}
+    assert known_classes(classes, {"glass": "no", "fat": "no"}) == {"other": other}
+    assert known_classes(classes, {"glass": "fat", "fat": "x"}) == {"fat": glass, "x": fat, "other": other}

@@ -210,6 +210,23 @@ def test_the_scope_and_the_roles_of_classes_are_kept(tmp_path: Path) -> None:
     assert written() == ("skin, H&E", {"tumor": "tissue", "hole": "background", "glass": "tissue"})
 
 
+def test_a_class_does_not_take_over_the_role_of_another_class_by_its_name(tmp_path: Path) -> None:
+    events: list[tuple[str, Event]] = [
+        ("ann", ClassAdded(id=3, name="glass", color=(9, 9, 9), role="background")),
+        ("ann", ClassAdded(id=4, name="x", color=(8, 8, 8))),
+    ]
+    write_dataset(tmp_path, fold(*events), read)
+    events += [("ann", ClassRenamed(id=3, name="empty")), ("ann", ClassRenamed(id=4, name="glass"))]
+    for _ in range(2):
+        write_dataset(tmp_path, fold(*events), read)
+        roles = {one.name: one.role for one in load_dataset(tmp_path).classes}
+        assert roles == {"tumor": "tissue", "stroma": "tissue", "empty": "background", "glass": "tissue"}
+    events += [("ann", ClassRenamed(id=n, name=name)) for n, name in ((3, "y"), (4, "empty"), (3, "glass"))]
+    write_dataset(tmp_path, fold(*events), read)
+    roles = {one.name: one.role for one in load_dataset(tmp_path).classes}
+    assert roles == {"tumor": "tissue", "stroma": "tissue", "glass": "background", "empty": "tissue"}
+
+
 @pytest.mark.parametrize("classes", ["3", "[3]", '[{ color = "red" }]', '[{ name = 3, role = "background" }]'])
 def test_classes_of_a_damaged_dataset_toml_are_written_again(tmp_path: Path, classes: str) -> None:
     (tmp_path / "dataset.toml").write_text(f"classes = {classes}")

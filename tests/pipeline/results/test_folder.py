@@ -68,7 +68,7 @@ def test_force_deletes_nothing_beside_another_programs_run_json(tmp_path: Path, 
     (tmp_path / "slide" / "run.json").write_text(run)
     for force in (False, True):
         with (
-            pytest.raises(OutputError, match="damaged or of another program"),
+            pytest.raises(OutputError, match="damaged or was written by another program"),
             open_folder(tmp_path, "slide", IDENTITY, {}, force=force),
         ):
             pass

@@ -104,6 +104,10 @@ def test_a_new_folder_of_corrections_gets_the_classes_of_the_result(own_site: Si
     assert done.exit_code == 0, done.output
     first, second = own_site.results[0].run.classes
     assert load_dataset(tmp_path / "l").classes == (first, TissueClass(second.name, second.color, "background"))
+    run[run.index("-o") + 1] = str(tmp_path / "mapped")
+    done = CliRunner().invoke(label_app, [*run, "--map", f"{second.name}=empty"])
+    assert done.exit_code == 0, done.output
+    assert load_dataset(tmp_path / "mapped").classes == (first, TissueClass("empty", second.color, "background"))
 
 
 def test_corrections_of_a_linked_result_become_labels(results_folder: Path, tmp_path: Path) -> None:
