@@ -179,7 +179,8 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
         _check_file(path)
     name, reader = _open_reader(path, backend)
     with closing(reader):
-        check_layout(path)
+        with _reading(path):
+            check_layout(path)
         properties, all_sizes = reader.properties, _checked_sizes(path, reader)
         if backend == "auto" and name == "openslide" and _tiffslide_agrees(path, reader):
             name = "tiffslide"

@@ -10,6 +10,7 @@ from pathlib import Path
 import tifffile
 
 from wsi.errors import SlideFormatError
+from wsi.tiff_tiles import JPEG, JPEG_2000
 
 MOST_TILE_BYTES = 1 << 28
 """Bytes of the largest compressed tile or strip that is read: 256 MiB, the decoded size of the largest tile."""
@@ -20,19 +21,21 @@ _TURNED = range(2, 9)
 
 @dataclass(frozen=True)
 class _Tags:
-    """What the images of a TIFF that may be levels claim: the first image, and all others in tiles."""
+    """What the images of a TIFF claim."""
 
     orientations: frozenset[int] = frozenset()
+    """Of the levels that libtiff decodes. OpenSlide decodes JPEG and JPEG 2000 itself and ignores the tag."""
     has_16_bit_gray: bool = False
+    """Whether a level is 16-bit gray."""
     most_bytes: int = 0
-    """Bytes of the largest tile."""
+    """Bytes of the largest tile of any image."""
 
 
 def check_layout(path: Path) -> None:
     """Raise SlideFormatError if a library would return wrong pixels for a TIFF file. Accept any other file.
 
-    OpenSlide rotates or mirrors each tile as the tag Orientation demands, but does not move the tiles. In 16-bit gray,
-    OpenSlide returns black parts in the tiles at the right edge.
+    If libtiff decodes the tiles, OpenSlide rotates or mirrors each one as the tag Orientation demands, but does not
+    move it. In 16-bit gray, OpenSlide returns black parts in the tiles at the right edge.
     """
     tags = _file_tags(path)
     turned = sorted(tags.orientations.intersection(_TURNED))
@@ -71,10 +74,15 @@ def _read(path: Path, size: int, mtime_ns: int) -> _Tags:  # noqa: ARG001 - the 
     try:
         with tifffile.TiffFile(path) as tiff:
             # OpenSlide reads NDPI, whose images are strips, with code of its own.
-            pages = [] if tiff.is_ndpi else list(_possible_levels(tiff))
+            pages = [] if tiff.is_ndpi else list(_pages(tiff))
+            levels = [page for n, page in enumerate(pages) if n == 0 or (page.is_tiled and page.is_reduced)]
             return _Tags(
-                orientations=frozenset(int(page.tags.valueof(274, default=1)) for page in pages),
-                has_16_bit_gray=any(page.photometric == 1 and page.bitspersample == 16 for page in pages),
+                orientations=frozenset(
+                    int(page.tags.valueof(274, default=1))
+                    for page in levels
+                    if page.compression not in (*JPEG, *JPEG_2000)
+                ),
+                has_16_bit_gray=any(page.photometric == 1 and page.bitspersample == 16 for page in levels),
                 most_bytes=max((max(page.databytecounts, default=0) for page in pages if page.is_tiled), default=0),
             )
     except (OSError, MemoryError):
@@ -83,11 +91,11 @@ def _read(path: Path, size: int, mtime_ns: int) -> _Tags:  # noqa: ARG001 - the 
         return _Tags()
 
 
-def _possible_levels(tiff: tifffile.TiffFile) -> Iterator[tifffile.TiffPage]:
+def _pages(tiff: tifffile.TiffFile) -> Iterator[tifffile.TiffPage]:
     seen: set[int] = set()
-    for number, page in enumerate(tiff.pages):
+    for page in tiff.pages:
         if page.offset in seen:
             return  # directories that go back to themselves
         seen.add(page.offset)
-        if isinstance(page, tifffile.TiffPage) and (number == 0 or page.is_tiled):
+        if isinstance(page, tifffile.TiffPage):
             yield page

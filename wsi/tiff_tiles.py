@@ -172,3 +172,13 @@ def jpeg_2000_size(data: bytes) -> tuple[int, int] | None:
         return None
     right, bottom, left, top = (int.from_bytes(data[start + i : start + i + 4], "big") for i in (8, 12, 16, 20))
     return right - left, bottom - top
+
+
+def jpeg_2000_bits(data: bytes) -> int:
+    """Return the most bits of a channel in a JPEG 2000 stream, from its size marker; 0 if there is no marker."""
+    start = data.find(b"\xff\x4f\xff\x51")
+    if start < 0:
+        return 0
+    channels = int.from_bytes(data[start + 40 : start + 42], "big")
+    # The highest bit is the sign; each channel has three bytes.
+    return max((1 + (depth & 0x7F) for depth in data[start + 42 : start + 42 + 3 * channels : 3]), default=0)

@@ -112,8 +112,9 @@ def _warn_of_other_data(model: ModelCard, source: Source) -> None:
 
     if model.made_with.get("data") not in (None, data_digest(*source)):
         logger.warning(
-            "model %s was trained with other images, masks or labels than those of %s; runs will compare slides with "
-            "data that the model was not trained with; run wsi-familiarity again with the model's training data",
+            "model %s was trained with other images, masks or labels than those of %s, or by an earlier version that "
+            "held out other images; runs will compare slides with data that the model was not trained with; run "
+            "wsi-familiarity again with the model's training data",
             model.name,
             source[0].dataset.card.name,
         )

@@ -68,13 +68,24 @@ def changed_files(folder: Path, *, read: bool = False) -> list[str]:
 def missing_map_files(folder: Path, run: Run) -> list[str]:
     """Return the path of each file that a result's map lacks, sorted; none if the listing cannot be trusted.
 
-    Readers of the map treat a missing chunk as empty. Only the listing shows which chunks must exist.
+    Readers of the map treat a missing chunk as empty. Only the listing shows which chunks must exist. A file in a
+    folder that cannot be examined is not missing: reading it fails with the reason.
     """
     if LISTING not in run.digests or _changes(folder, LISTING, run.digests[LISTING], read=True):
         return []
-    listed = set(_read_listing(folder / LISTING))
+    listed = sorted(_read_listing(folder / LISTING))
     maps = [name for name in run.outputs if name.endswith(MAP_END)]
-    return [f"{name}/{path}" for name in maps for path in sorted(listed - _names(folder / name))]
+    return [f"{name}/{path}" for name in maps for path in listed if _is_missing(folder / name / path)]
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _changes_of(folder: Path, name: str, digests: Mapping[str, FileFacts], *, read: bool) -> list[str]:

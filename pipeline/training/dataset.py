@@ -6,6 +6,7 @@ Shape suffixes: K classes, B boxes (x, y, width, height in pixels of the image),
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from pipeline.training.dataset_sections import (
 )
 from pipeline.training.labels import crop_boxes, labels_of_folder, labels_of_name, labels_of_row, presence
 from pipeline.training.splits import Row, group_of, hash_split, rows_of, shared_groups, table_splits
+from wsi.tiff_tiles import jpeg_2000_bits
 
 logger = logging.getLogger(__name__)
 
@@ -312,8 +314,10 @@ def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
                 )
             if image.mode.startswith(("I", "F")):
                 raise UnreadableImageError(f"{file}: has mode {image.mode}; an image must have 8 bits per channel")
-            if _has_16_bits(image):
-                raise UnreadableImageError(f"{file}: has 16 bits per channel; an image must have 8 bits per channel")
+            if _has_16_bits(image, file):
+                raise UnreadableImageError(
+                    f"{file}: has more than 8 bits per channel; an image must have 8 bits per channel"
+                )
             if mode is None:
                 return np.asarray(image, dtype=np.uint8)
             if image.has_transparency_data:
@@ -323,11 +327,17 @@ def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
         raise failed(f"{file}: cannot be read: {error}") from error
 
 
-def _has_16_bits(image: ImageFile.ImageFile) -> bool:
+def _has_16_bits(image: ImageFile.ImageFile, file: Path) -> bool:
     """Return whether the channels of a file have more than 8 bits, of which Pillow would keep the higher 8."""
     # Pillow reads the planes of a TIFF as 8-bit images, whatever their depth.
     in_tiff = isinstance(image, TiffImagePlugin.TiffImageFile) and max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8
-    return in_tiff or any(";16" in str(tile.args) for tile in image.tile)
+    if image.format == "JPEG2000":
+        return jpeg_2000_bits(file.read_bytes()) > 8
+    if image.format == "PPM":
+        # The raw mode and the largest value, or the raw mode alone.
+        return any(isinstance(tile.args, tuple) and tile.args[1] > 255 for tile in image.tile)
+    # "BGR;16" is a BMP whose pixels, not channels, have 16 bits.
+    return in_tiff or any(";16" in str(tile.args).replace("BGR;16", "") for tile in image.tile)
 
 
 def _on_white(image: Image.Image) -> NDArray[np.uint8]:
@@ -356,11 +366,8 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
         )
     locations = card.images.get("all") or card.images[split]
     for place in locations:
-        # Some systems leave hidden files beside the images.
         try:
-            files = sorted(
-                file for file in dataset.root.glob(place.image) if file.is_file() and not file.name.startswith(".")
-            )
+            files = _matching(dataset.root, place.image)
         except (ValueError, NotImplementedError, OSError) as error:  # OSError: the pattern is too long for a file name
             raise DatasetFileError(
                 f"{card.name}: {place.image!r} is not a valid pattern for images: {error}"
@@ -380,6 +387,16 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
             )
         found[file.stem] = file
     return dict(sorted(found.items())), place
+
+
+def _matching(root: Path, pattern: str) -> list[Path]:
+    """Return the files that match a pattern, sorted. If none does, its umlauts may be composed in another way."""
+    for form in dict.fromkeys((pattern, *(unicodedata.normalize(form, pattern) for form in ("NFC", "NFD")))):
+        # Some systems leave hidden files beside the images.
+        files = sorted(file for file in root.glob(form) if file.is_file() and not file.name.startswith("."))
+        if files:
+            return files
+    return []
 
 
 def _names(

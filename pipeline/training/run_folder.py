@@ -89,8 +89,8 @@ def _write_or_compare(run: Path, dataset: Dataset, config: TrainConfig, made_wit
     changed = sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
     if "data" in changed:
         raise TrainError(
-            f"{run}: the images, masks or labels have changed since the run was started; restore them, or pass a new "
-            "folder"
+            f"{run}: the images, masks or labels have changed since the run was started, or an earlier version held "
+            "out other images for validation; restore them, or pass a new folder"
         )
     if files := {"weights", "encoder_weights"} & set(changed):
         raise TrainError(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import LabelError
+from pipeline.files import is_file
 from pipeline.training.dataset_sections import SPLITS, Group, Split, Table, TableSplit
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table, *, all_images:
     """Return the table row of each image by image name.
 
     Names are compared after Unicode normalization (NFC), because a Mac decomposes the umlauts of file names. If these
-    are all images of the data set, a warning counts the rows without an image. A process logs it once.
+    are all images of the data set, a warning counts the rows without an image, and a message those whose image exists
+    but matches no pattern. A process logs them once.
 
     Raises LabelError for an unreadable table, a column name that occurs twice, or an image with no row or two rows.
     """
@@ -111,19 +113,29 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table, *, all_images:
             )
         rows[name] = by_name[found[0]]
         used.add(found[0])
-    if all_images and (unused := [name for name in by_name if name and name not in used]):
+    if all_images:
         files = ", ".join(str(root / file) for file in table.files)
-        _warn_once(
-            f"{len(unused)} of {len(by_name)} rows of {files} have no image (such as {unused[0]}); if they should have "
-            "one, check the patterns in [images]"
-        )
+        unused = [name for name in by_name if name and name not in used]
+        lost = [name for name in unused if not is_file(root / name)]
+        if lost:
+            _log_once(
+                logging.WARNING,
+                f"{len(lost)} of {len(by_name)} rows of {files} have no image (such as {lost[0]}); if they should have "
+                "one, check the patterns in [images]",
+            )
+        if others := sorted(set(unused) - set(lost)):
+            _log_once(
+                logging.INFO,
+                f"{len(others)} of {len(by_name)} rows of {files} belong to images that the patterns in [images] leave "
+                f"out (such as {others[0]})",
+            )
     return rows
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    """Log a warning, unless this process has logged it before. Each split of a data set reads the table."""
-    logger.warning(message)
+def _log_once(level: int, message: str) -> None:
+    """Log a message, unless this process has logged it before. Each split of a data set reads the table."""
+    logger.log(level, message)
 
 
 def _normalized(name: str) -> str:

@@ -32,11 +32,14 @@ def with_byte_count(path: Path, index: int, count: int) -> Path:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_a_slide_with_turned_pixels_is_refused(tmp_path: Path, backend: Backend, orientation: int) -> None:
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_a_slide_with_turned_pixels_is_refused(
+    tmp_path: Path, backend: Backend, orientation: int, compression: str | None
+) -> None:
     """OpenSlide would turn each tile in its place, and tiffslide would not turn the slide."""
     path = tmp_path / "slide.tif"
     tags = [(274, 3, 1, orientation, True)]
-    tifffile.imwrite(path, painted((256, 256)), photometric="rgb", extratags=tags, **TILED)
+    tifffile.imwrite(path, painted((256, 256)), photometric="rgb", compression=compression, extratags=tags, **TILED)
     with pytest.raises(
         SlideFormatError,
         match=rf"^slide\.tif: its pixels are stored rotated or mirrored \(Orientation {orientation}\); save it with "
@@ -55,13 +58,38 @@ def test_upright_pixels_and_values_outside_the_standard_are_accepted(tmp_path: P
             np.testing.assert_array_equal(slide.read(0, Box(0, 0, 256, 256)).rgb_HWC, rgb_HWC)
 
 
-def test_a_turned_picture_in_strips_beside_the_levels_does_not_matter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_jpeg_tiles_are_read_as_stored_whatever_the_orientation(tmp_path: Path, orientation: int) -> None:
+    """Both libraries decode JPEG tiles without the tag."""
+    path = tmp_path / "slide.tif"
+    rgb_HWC = painted((256, 256), ((0, 0, 128, 64), PINK))
+    tags = [(274, 3, 1, orientation, True)]
+    tifffile.imwrite(path, rgb_HWC, photometric="rgb", compression="jpeg", extratags=tags, **TILED)
+    for backend in BACKENDS:
+        with open_slide(path, 0.5, backend) as slide:
+            found_HWC = slide.read(0, Box(0, 0, 256, 256)).rgb_HWC.astype(int)
+            assert np.abs(found_HWC - rgb_HWC).mean() < 3
+
+
+@pytest.mark.parametrize("tiling", [TILED, {"metadata": None}])
+def test_a_turned_picture_beside_the_levels_does_not_matter(tmp_path: Path, tiling: dict[str, Any]) -> None:
     path = tmp_path / "slide.tif"
     with tifffile.TiffWriter(path) as tiff:
         tiff.write(painted((256, 256)), photometric="rgb", **TILED)
-        tiff.write(painted((64, 64)), photometric="rgb", extratags=[(274, 3, 1, 6, True)], metadata=None)
+        tiff.write(painted((64, 64)), photometric="rgb", extratags=[(274, 3, 1, 6, True)], **tiling)
+        tiff.write(np.zeros((64, 64), np.uint16), photometric="minisblack", **tiling)
     with open_slide(path, 0.5) as slide:
         assert slide.info.level_sizes == ((256, 256),)
+
+
+def test_a_turned_smaller_level_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "slide.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(painted((512, 512)), photometric="rgb", **TILED)
+        tags = [(274, 3, 1, 6, True)]
+        tiff.write(painted((256, 256)), photometric="rgb", subfiletype=1, extratags=tags, **TILED)
+    with pytest.raises(SlideFormatError, match="Orientation 6"):
+        open_slide(path, 0.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,6 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -227,7 +228,7 @@ def test_the_error_names_a_missing_or_unreadable_mask(masked: tuple[Dataset, Sam
 def test_a_16_bit_image_is_refused_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 5000, dtype=np.uint16)).save(tmp_path / "deep.png")
 
-    with pytest.raises(UnreadableImageError, match=r"deep\.png: has mode I;16; an image must have 8 bits"):
+    with pytest.raises(UnreadableImageError, match=r"deep\.png: has mode I;16; an image must have 8"):
         read_rgb(Sample("deep", tmp_path / "deep.png", None, "", None))
 
 
@@ -253,10 +254,31 @@ def test_a_color_image_with_16_bits_per_channel_is_refused(tmp_path: Path) -> No
     for name in ("deep.png", "deep.tif", "planes.tif"):
         with Image.open(tmp_path / name) as opened:
             assert (opened.mode, opened.size) == ("RGB", (6, 4))
-        with pytest.raises(UnreadableImageError, match=rf"{name}: has 16 bits per channel; an image must have 8 bits"):
+        with pytest.raises(UnreadableImageError, match=rf"{name}: has more than 8 bits per channel; an image must"):
             read_rgb(Sample("deep", tmp_path / name, None, "", None))
     tifffile.imwrite(tmp_path / "plain.tif", rgb_HWC.astype(np.uint8), photometric="rgb")
     assert (read_rgb(Sample("plain", tmp_path / "plain.tif", None, "", None)) == 4000 % 256).all()
+
+
+def test_jpeg_2000_and_portable_pixmaps_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
+    rgb_HWC = np.full((16, 16, 3), 3000, dtype=np.uint16)
+    (tmp_path / "deep.jp2").write_bytes(
+        imagecodecs.jpeg2k_encode(rgb_HWC, level=0, bitspersample=12, codecformat="jp2")
+    )
+    (tmp_path / "deep.ppm").write_bytes(b"P6 16 16 4095\n" + rgb_HWC.astype(">u2").tobytes())
+    for name in ("deep.jp2", "deep.ppm"):
+        with pytest.raises(UnreadableImageError, match=rf"{name}: has more than 8 bits per channel; an image must"):
+            read_rgb(Sample("deep", tmp_path / name, None, "", None))
+    plain_HWC = np.full((16, 16, 3), 77, dtype=np.uint8)
+    (tmp_path / "plain.jp2").write_bytes(imagecodecs.jpeg2k_encode(plain_HWC, level=0, codecformat="jp2"))
+    (tmp_path / "plain.ppm").write_bytes(b"P6 16 16 255\n" + plain_HWC.tobytes())
+    # Five or six bits per channel, in pixels of 16 bits.
+    header = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 66 + 512, 0, 66, 40, 16, 16, 1, 16, 3, 512, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    (tmp_path / "plain.bmp").write_bytes(header + masks + np.full(256, 0b01001_010011_01001, "<u2").tobytes())
+    for name in ("plain.jp2", "plain.ppm", "plain.bmp"):
+        read = read_rgb(Sample("plain", tmp_path / name, None, "", None))
+        assert np.abs(read.astype(int) - 77).max() <= 4, name
 
 
 def test_background_is_bright_pieces_of_at_least_the_smallest_size() -> None:

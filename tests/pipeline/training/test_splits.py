@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import unicodedata
 from pathlib import Path
 from typing import Literal
@@ -79,6 +80,16 @@ def test_the_row_of_an_image_may_have_umlauts_of_another_form(
     assert (only.name, only.group) == (unicodedata.normalize(on_disk, "größe"), "p1")
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_umlauts_in_a_pattern_match_files_of_a_mac(tmp_path: Path, form: Literal["NFC", "NFD"]) -> None:
+    for name in "ab":
+        image(tmp_path / unicodedata.normalize(form, "Köln") / f"{name}.png")
+    for pattern in ("NFC", "NFD"):
+        text = TABLE_LABELS.replace('"img/*.png"', f'"{unicodedata.normalize(pattern, "Köln")}/*.png"')
+        table(tmp_path, ["a,p1,train,1,0", "b,p2,train,0,1"])
+        assert names(samples(load_dataset(put(tmp_path, HEAD + text)), "train")) == ["a"]
+
+
 def test_a_warning_counts_the_rows_without_an_image_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in "abc":
         image(tmp_path / "img" / f"{name}.png")
@@ -89,6 +100,24 @@ def test_a_warning_counts_the_rows_without_an_image_once(tmp_path: Path, caplog:
         assert len(samples(dataset, split)) == 1
     (message,) = caplog.messages
     assert message.startswith(f"2 of 5 rows of {tmp_path / 'meta.csv'} have no image (such as d.jpg); ")
+
+
+def test_rows_of_images_that_no_pattern_matches_are_counted_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for name in ("img/a", "img/b", "img/c", "other/d"):
+        image(tmp_path / f"{name}.png")
+    rows = ["img/a.png,p1,train,1,0", "img/b.png,p2,train,1,0", "img/c.png,p3,testA,1,0", "other/d.png,p4,train,0,1"]
+    table(tmp_path, rows)
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+    assert [len(samples(dataset, split)) for split in ("train", "val")] == [1, 1]
+    ((level, message),) = [(one.levelname, one.getMessage()) for one in caplog.records]
+    assert level == "INFO"
+    assert message == (
+        f"1 of 4 rows of {tmp_path / 'meta.csv'} belong to images that the patterns in [images] leave out (such as "
+        "other/d.png)"
+    )
 
 
 def test_rows_of_images_of_other_splits_cause_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -395,6 +395,19 @@ def test_a_map_that_lacks_a_file_is_an_error_that_the_terminal_explains(
     assert f"1 of its files are missing, such as {name}; segment the slide again with --repair" in caplog.text
 
 
+def test_files_of_a_map_that_cannot_be_examined_are_not_reported_as_missing(
+    results_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = find_results(copied(results_folder, tmp_path, "a"))[0]
+    folder = result.store / "labels" / "classes" / "0"
+    shutil.rmtree(folder)
+    folder.symlink_to(folder)  # fails as a folder without permission does, also for root
+    with serving((result,)) as site:
+        assert site.get("values/100_100.json").status == 503
+    assert "cannot be read" in caplog.text
+    assert "missing" not in caplog.text
+
+
 def test_a_map_is_shown_if_its_list_of_files_is_missing_or_damaged(results_folder: Path, tmp_path: Path) -> None:
     results = find_results(copied(results_folder, tmp_path, "a", "b"))
     (results[0].folder / "chunks.tsv").unlink()
