@@ -61,6 +61,7 @@ def test_a_class_that_only_the_label_image_has_is_printed_without_a_difference(
     assert "class-1: 0.0000, 0.0000, 0.0000, 0.0015 (no polygons)\n" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_missing_polygon_shows_in_the_areas_of_its_file(tmp_path: Path) -> None:
     folder = result_of(tmp_path)
     path = folder / "slide.geojson"

@@ -50,6 +50,7 @@ def test_bare_pixels_are_as_bright_as_glass(tmp_path: Path) -> None:
     np.testing.assert_array_equal(bare_pixels(path, 4.0), expected_HW)
 
 
+@pytest.mark.full
 def test_a_class_without_polygons_is_printed_without_a_share(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,7 +90,8 @@ def test_stages_that_average_the_whole_canvas_run_on_whole_canvases(backbone: st
     assert near == [not in_windows] * 2
 
 
-@pytest.mark.parametrize("margin", [64, pytest.param(160, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("margin", [64, 160])
 def test_openvino_computes_windows_that_are_smaller_than_the_smallest_canvas(margin: int) -> None:
     """The smallest canvas has twice the margin and 32 px."""
     pytest.importorskip("openvino")

@@ -300,6 +300,7 @@ def test_the_published_recipe_trains_on_patches_of_an_unaligned_side(tmp_path: P
         assert picture.size == (80, 40)
 
 
+@pytest.mark.full
 def test_the_gate_has_windows_of_the_training_patches_also_if_validation_images_are_larger(tmp_path: Path) -> None:
     toml = write_textures(tmp_path / "data", train=5, val=2, test=1, size=64)
     write_textures(tmp_path / "larger", train=1, val=2, test=1, size=96)

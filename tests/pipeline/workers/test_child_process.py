@@ -196,10 +196,9 @@ def test_a_slide_that_takes_too_long_fails_and_the_next_one_is_done(tmp_path: Pa
             workers.segment(missing, tmp_path, no_progress)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("forked")
-@pytest.mark.parametrize(
-    ("timeout_s", "poll_s"), [pytest.param(3_000_000.0, None, marks=pytest.mark.full), (math.inf, 0.01)]
-)
+@pytest.mark.parametrize(("timeout_s", "poll_s"), [(3_000_000.0, None), (math.inf, 0.01)])
 def test_any_long_timeout_can_be_used_and_inf_is_no_limit(
     tmp_path: Path, bundle: str, job: SlideJob, monkeypatch: pytest.MonkeyPatch, timeout_s: float, poll_s: float | None
 ) -> None:

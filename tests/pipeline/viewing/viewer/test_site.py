@@ -443,6 +443,7 @@ def test_nothing_is_answered_about_a_result_that_was_replaced(own_site: Site) ->
         assert (answer.status, answer.body) == CHANGED, path
 
 
+@pytest.mark.full
 def test_data_of_a_result_that_is_not_shown_anymore_are_refused_after_a_restart(
     results_folder: Path, tmp_path: Path
 ) -> None:
