@@ -389,9 +389,14 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
     return dict(sorted(found.items())), place
 
 
+def _forms(path: str) -> list[str]:
+    """Return a path as it is, and with its umlauts composed and decomposed: a Mac decomposes those of file names."""
+    return list(dict.fromkeys((path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))))
+
+
 def _matching(root: Path, pattern: str) -> list[Path]:
     """Return the files that match a pattern, sorted. If none does, its umlauts may be composed in another way."""
-    for form in dict.fromkeys((pattern, *(unicodedata.normalize(form, pattern) for form in ("NFC", "NFD")))):
+    for form in _forms(pattern):
         # Some systems leave hidden files beside the images.
         files = sorted(file for file in root.glob(form) if file.is_file() and not file.name.startswith("."))
         if files:
@@ -435,10 +440,11 @@ def _names(
 def _mask(dataset: Dataset, name: str, place: Location) -> Path | None:
     if place.mask is None:
         return None
-    mask = dataset.root / place.mask.replace("{name}", name)
-    if not mask.is_file():
-        raise MaskError(f"{mask}: the mask of {name} is missing")
-    return mask
+    masks = [dataset.root / form for form in _forms(place.mask.replace("{name}", name))]
+    found = next((mask for mask in masks if mask.is_file()), None)
+    if found is None:
+        raise MaskError(f"{masks[0]}: the mask of {name} is missing")
+    return found
 
 
 def _labels(dataset: Dataset, split: Split, image: Path, row: Row) -> tuple[bool, ...] | None:

@@ -20,6 +20,7 @@ from pipeline.training.dataset import (
 )
 from pipeline.training.dataset_sections import SPLITS
 from tests.pipeline.training.tiny_datasets import (
+    CROP_LABELS,
     HEAD,
     TABLE_LABELS,
     image,
@@ -78,6 +79,18 @@ def test_the_row_of_an_image_may_have_umlauts_of_another_form(
     table(tmp_path, [unicodedata.normalize(in_table, f"{entry},p1,train,1,0"), "b,p2,train,0,1"])
     (only,) = samples(load_dataset(put(tmp_path, HEAD + TABLE_LABELS)), "train")
     assert (only.name, only.group) == (unicodedata.normalize(on_disk, "größe"), "p1")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_umlauts_in_the_pattern_of_masks_match_files_of_a_mac(tmp_path: Path, form: Literal["NFC", "NFD"]) -> None:
+    folder = tmp_path / unicodedata.normalize(form, "Köln")
+    image(folder / "a.png")
+    image(folder / "masks" / "a.png")
+    other: Literal["NFC", "NFD"] = "NFD" if form == "NFC" else "NFC"
+    mask = unicodedata.normalize(other, "Köln/masks/{name}.png")
+    text = CROP_LABELS.replace("img/*.png", "*/*.png").replace("mask/{name}.png", mask)
+    (only,) = samples(load_dataset(put(tmp_path, HEAD + text)), "train")
+    assert only.mask == folder / "masks" / "a.png"
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
