@@ -179,9 +179,9 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
         _check_file(path)
     name, reader = _open_reader(path, backend)
     with closing(reader):
-        with _reading(path):
-            check_layout(path)
         properties, all_sizes = reader.properties, _checked_sizes(path, reader)
+        with _reading(path):
+            check_layout(path, all_sizes)
         if backend == "auto" and name == "openslide" and _tiffslide_agrees(path, reader):
             name = "tiffslide"
     level_sizes = all_sizes[: levels_of_one_shape(all_sizes)]

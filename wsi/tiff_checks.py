@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,31 +20,43 @@ _TURNED = range(2, 9)
 
 
 @dataclass(frozen=True)
+class _Layout:
+    """How an image of a TIFF stores its pixels."""
+
+    size: tuple[int, int]
+    is_marked: bool
+    """Whether the image is the first one or is marked as a smaller level. Levels of Aperio need not be marked."""
+    orientation: int
+    """1 for JPEG and JPEG 2000: OpenSlide decodes them itself and ignores the tag."""
+    is_16_bit_gray: bool
+
+
+@dataclass(frozen=True)
 class _Tags:
     """What the images of a TIFF claim."""
 
-    orientations: frozenset[int] = frozenset()
-    """Of the levels that libtiff decodes. OpenSlide decodes JPEG and JPEG 2000 itself and ignores the tag."""
-    has_16_bit_gray: bool = False
-    """Whether a level is 16-bit gray."""
+    layouts: tuple[_Layout, ...] = ()
+    """Of the first image and all others in tiles."""
     most_bytes: int = 0
     """Bytes of the largest tile of any image."""
 
 
-def check_layout(path: Path) -> None:
+def check_layout(path: Path, level_sizes: Collection[tuple[int, int]]) -> None:
     """Raise SlideFormatError if a library would return wrong pixels for a TIFF file. Accept any other file.
+
+    `level_sizes`: the sizes of the levels that the library found. Other images are not checked, such as a label.
 
     If libtiff decodes the tiles, OpenSlide rotates or mirrors each one as the tag Orientation demands, but does not
     move it. In 16-bit gray, OpenSlide returns black parts in the tiles at the right edge.
     """
-    tags = _file_tags(path)
-    turned = sorted(tags.orientations.intersection(_TURNED))
+    levels = [image for image in _file_tags(path).layouts if image.is_marked or image.size in level_sizes]
+    turned = sorted(level.orientation for level in levels if level.orientation in _TURNED)
     if turned:
         raise SlideFormatError(
             f"{path.name}: its pixels are stored rotated or mirrored (Orientation {turned[0]}); save it with "
             f"Orientation 1"
         )
-    if tags.has_16_bit_gray:
+    if any(level.is_16_bit_gray for level in levels):
         raise SlideFormatError(f"{path.name}: its pixels are 16-bit gray; convert it to 8 bits per channel")
 
 
@@ -75,20 +87,24 @@ def _read(path: Path, size: int, mtime_ns: int) -> _Tags:  # noqa: ARG001 - the 
         with tifffile.TiffFile(path) as tiff:
             # OpenSlide reads NDPI, whose images are strips, with code of its own.
             pages = [] if tiff.is_ndpi else list(_pages(tiff))
-            levels = [page for n, page in enumerate(pages) if n == 0 or (page.is_tiled and page.is_reduced)]
             return _Tags(
-                orientations=frozenset(
-                    int(page.tags.valueof(274, default=1))
-                    for page in levels
-                    if page.compression not in (*JPEG, *JPEG_2000)
-                ),
-                has_16_bit_gray=any(page.photometric == 1 and page.bitspersample == 16 for page in levels),
+                layouts=tuple(_layout(page, n == 0) for n, page in enumerate(pages) if n == 0 or page.is_tiled),
                 most_bytes=max((max(page.databytecounts, default=0) for page in pages if page.is_tiled), default=0),
             )
     except (OSError, MemoryError):
         raise  # the next attempt may succeed
     except Exception:  # noqa: BLE001 - not a TIFF, or damaged in any way: the libraries state what is wrong
         return _Tags()
+
+
+def _layout(page: tifffile.TiffPage, is_first: bool) -> _Layout:
+    ignores_orientation = page.compression in (*JPEG, *JPEG_2000)
+    return _Layout(
+        size=(page.imagewidth, page.imagelength),
+        is_marked=is_first or bool(page.is_reduced),
+        orientation=1 if ignores_orientation else int(page.tags.valueof(274, default=1)),
+        is_16_bit_gray=page.photometric == 1 and page.bitspersample == 16,
+    )
 
 
 def _pages(tiff: tifffile.TiffFile) -> Iterator[tifffile.TiffPage]:

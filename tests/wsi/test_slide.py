@@ -13,12 +13,13 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
+import wsi.slide
 from tests.slides import GLASS, PINK, PURPLE, TILE, painted, write_slide
 from wsi.box import Box
 from wsi.errors import ResolutionError, SlideFormatError, SlideNotFoundError, SlideReadError
 from wsi.pixel_size import find_mpp
 from wsi.readers import BackendName, OpenSlideReader
-from wsi.slide import Slide, SlideInfo, open_slide, slide_digest, slide_stamp
+from wsi.slide import Backend, Slide, SlideInfo, open_slide, slide_digest, slide_stamp
 from wsi.thumbnail import read_thumbnail
 
 BACKENDS: list[BackendName] = ["openslide", "tiffslide"]
@@ -165,6 +166,23 @@ def test_a_path_that_cannot_be_examined_is_an_error_with_the_reason(
     path = tmp_path / ("n" * 300 + ".svs")
     with pytest.raises(SlideReadError, match=r"^n+\.svs: cannot be read: File name too long; check its permissions"):
         read(path)
+
+
+def test_a_file_that_vanishes_while_it_is_opened_is_an_error_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, painted((256, 256)), photometric="rgb", tile=(256, 256))
+    open_reader = wsi.slide._open_reader
+
+    def open_and_delete(path: Path, backend: Backend) -> object:
+        opened = open_reader(path, backend)
+        path.unlink()
+        return opened
+
+    monkeypatch.setattr(wsi.slide, "_open_reader", open_and_delete)
+    with pytest.raises(SlideReadError, match=r"^slide\.tif: cannot be read: No such file or directory"):
+        open_slide(path, 0.5)
 
 
 def test_errors_of_known_bad_files_contain_the_name_and_the_reason(shared_slides: Path) -> None:

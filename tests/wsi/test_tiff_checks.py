@@ -17,6 +17,7 @@ from wsi.slide import Backend, open_slide
 
 BACKENDS: tuple[Backend, ...] = ("auto", "openslide", "tiffslide")
 TILED: dict[str, Any] = {"tile": (TILE, TILE), "metadata": None}
+APERIO = "Aperio Image Library v11"
 
 
 def with_byte_count(path: Path, index: int, count: int) -> Path:
@@ -59,12 +60,17 @@ def test_upright_pixels_and_values_outside_the_standard_are_accepted(tmp_path: P
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
-def test_jpeg_tiles_are_read_as_stored_whatever_the_orientation(tmp_path: Path, orientation: int) -> None:
-    """Both libraries decode JPEG tiles without the tag."""
+@pytest.mark.parametrize("compression", ["jpeg", 33005])
+def test_jpeg_tiles_are_read_as_stored_whatever_the_orientation(
+    tmp_path: Path, orientation: int, compression: str | int
+) -> None:
+    """Both libraries decode JPEG and JPEG 2000 tiles without the tag. OpenSlide reads JPEG 2000 from Aperio only."""
     path = tmp_path / "slide.tif"
     rgb_HWC = painted((256, 256), ((0, 0, 128, 64), PINK))
     tags = [(274, 3, 1, orientation, True)]
-    tifffile.imwrite(path, rgb_HWC, photometric="rgb", compression="jpeg", extratags=tags, **TILED)
+    tifffile.imwrite(
+        path, rgb_HWC, photometric="rgb", compression=compression, description=APERIO, extratags=tags, **TILED
+    )
     for backend in BACKENDS:
         with open_slide(path, 0.5, backend) as slide:
             found_HWC = slide.read(0, Box(0, 0, 256, 256)).rgb_HWC.astype(int)
@@ -82,12 +88,14 @@ def test_a_turned_picture_beside_the_levels_does_not_matter(tmp_path: Path, tili
         assert slide.info.level_sizes == ((256, 256),)
 
 
-def test_a_turned_smaller_level_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("description", "subfiletype"), [(None, 1), (APERIO, 0)])
+def test_a_turned_smaller_level_is_refused(tmp_path: Path, description: str | None, subfiletype: int) -> None:
+    """Levels of Aperio need not be marked as reduced images."""
     path = tmp_path / "slide.tif"
     with tifffile.TiffWriter(path) as tiff:
-        tiff.write(painted((512, 512)), photometric="rgb", **TILED)
+        tiff.write(painted((512, 512)), photometric="rgb", description=description, **TILED)
         tags = [(274, 3, 1, 6, True)]
-        tiff.write(painted((256, 256)), photometric="rgb", subfiletype=1, extratags=tags, **TILED)
+        tiff.write(painted((256, 256)), photometric="rgb", subfiletype=subfiletype, extratags=tags, **TILED)
     with pytest.raises(SlideFormatError, match="Orientation 6"):
         open_slide(path, 0.5)
 
