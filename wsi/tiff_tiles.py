@@ -15,6 +15,8 @@ JPEG = (7, 33007)
 JPEG_2000 = (33003, 33004, 33005, 34712)
 _ZEROS = bytes(512)
 """An unwritten sector of a disk. Tiles of white glass contain up to 384 zeros in a row."""
+_JPEG_2000_START = b"\xff\x4f\xff\x51"
+"""The first marker of a JPEG 2000 stream, and the size marker, which follows it."""
 _MOST_BEHIND_END = 64
 """Bytes after the end of a JPEG or JPEG 2000 stream that count as padding."""
 
@@ -139,7 +141,7 @@ def jpeg_2000_looks_damaged(data: bytes) -> bool:
     The stream looks damaged if its end marker is missing, or if it contains 512 zeros in a row. Up to 64 bytes of
     padding may follow the end marker. Other wrong bytes are not detected.
     """
-    start = data.find(b"\xff\x52\x00", data.find(b"\xff\x4f\xff\x51"))
+    start = data.find(b"\xff\x52\x00", data.find(_JPEG_2000_START))
     if start < 0 or b"\xff\xd9" not in data[start + 10 :][-2 - _MOST_BEHIND_END :]:
         return True
     # An empty packet is a zero byte. There is one packet for each quality layer, resolution and color, or many more if
@@ -167,7 +169,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 def jpeg_2000_size(data: bytes) -> tuple[int, int] | None:
     """Return (width, height) from the size marker of a JPEG 2000 stream, or None if there is no marker."""
-    start = data.find(b"\xff\x4f\xff\x51")
+    start = data.find(_JPEG_2000_START)
     if start < 0 or len(data) < start + 24:
         return None
     right, bottom, left, top = (int.from_bytes(data[start + i : start + i + 4], "big") for i in (8, 12, 16, 20))
@@ -175,8 +177,8 @@ def jpeg_2000_size(data: bytes) -> tuple[int, int] | None:
 
 
 def jpeg_2000_bits(data: bytes) -> int:
-    """Return the most bits of a channel in a JPEG 2000 stream, from its size marker; 0 if there is no marker."""
-    start = data.find(b"\xff\x4f\xff\x51")
+    """Return the most bits of a channel from the size marker of a JPEG 2000 stream, or 0 if there is no marker."""
+    start = data.find(_JPEG_2000_START)
     if start < 0:
         return 0
     channels = int.from_bytes(data[start + 40 : start + 42], "big")

@@ -314,7 +314,7 @@ def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
                 )
             if image.mode.startswith(("I", "F")):
                 raise UnreadableImageError(f"{file}: has mode {image.mode}; an image must have 8 bits per channel")
-            if _has_16_bits(image, file):
+            if _has_deep_channels(image, file):
                 raise UnreadableImageError(
                     f"{file}: has more than 8 bits per channel; an image must have 8 bits per channel"
                 )
@@ -327,7 +327,7 @@ def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
         raise failed(f"{file}: cannot be read: {error}") from error
 
 
-def _has_16_bits(image: ImageFile.ImageFile, file: Path) -> bool:
+def _has_deep_channels(image: ImageFile.ImageFile, file: Path) -> bool:
     """Return whether the channels of a file have more than 8 bits, of which Pillow would keep the higher 8."""
     # Pillow reads the planes of a TIFF as 8-bit images, whatever their depth.
     in_tiff = isinstance(image, TiffImagePlugin.TiffImageFile) and max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8

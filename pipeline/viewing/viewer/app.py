@@ -150,9 +150,12 @@ class Viewer:
         key = (result.id, slide_file_stamp(result.slide))
         if key not in self._identities:
             self._identities[key] = asyncio.create_task(in_daemon(lambda: is_segmented_slide(result)))
-        same = await asyncio.shield(self._identities[key])
-        if same is None:  # try again at the next request
-            self._identities.pop(key, None)
+        task, same = self._identities[key], None
+        try:
+            same = await asyncio.shield(task)
+        finally:
+            if same is None and task.done():  # it failed: try again at the next request
+                self._identities.pop(key, None)
         return JSONResponse({"same": same})
 
     async def slide_tile(self, request: Request) -> Response:

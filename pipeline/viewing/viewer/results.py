@@ -79,9 +79,9 @@ class Result:
 
 
 def find_results(path: Path) -> tuple[Result, ...]:
-    """Return the result at `path`, or the complete ones in that folder, by name.
+    """Return the result at `path`, or the complete results in that folder, by name.
 
-    The others are left out with a warning. Raises ViewError if there are no complete ones.
+    Incomplete results are left out with a warning. Raises ViewError if no result is complete.
     """
     with examined(path):
         if not path.is_dir():

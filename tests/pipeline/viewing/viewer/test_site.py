@@ -17,6 +17,7 @@ from pipeline.errors import ViewError
 from pipeline.formats.chunk_files import write_chunk
 from pipeline.formats.ome_zarr import LABELS
 from pipeline.results.record import read_run, write_run
+from pipeline.viewing.viewer import app
 from pipeline.viewing.viewer.identity import in_daemon
 from pipeline.viewing.viewer.open_results import MOST_OPEN, OpenResult, OpenResults, open_checked, unavailable
 from pipeline.viewing.viewer.results import Result, find_results, load_result, with_slide
@@ -24,6 +25,8 @@ from pipeline.web.application import SECURITY_HEADERS
 from pipeline.web.server import listening
 from tests.pipeline.viewing.viewer.conftest import Site, serving
 from tests.slides import painted, write_slide
+
+UNREADABLE = (503, b"The slide or its result cannot be read; see the terminal for the reason.")
 
 
 @pytest.mark.parametrize(
@@ -276,10 +279,7 @@ def test_a_slide_that_disappears_is_an_error_without_its_path(
     result = with_slide(find_results(results_folder)[0], tmp_path / "gone.svs")
     with serving((result,)) as site:
         answer = site.get("slide/0/0_0.jpg")
-        assert (answer.status, answer.body) == (
-            503,
-            b"The slide or its result cannot be read; see the terminal for the reason.",
-        )
+        assert (answer.status, answer.body) == UNREADABLE
         assert json.loads(site.get("identity.json").body) == {"same": None}
     assert "gone.svs: no such file" in caplog.text
 
@@ -293,12 +293,25 @@ def test_a_slide_that_cannot_be_examined_is_an_error_without_its_path(
     )
     with serving((result,)) as site:
         answer = site.get("slide/0/0_0.jpg")
-        assert (answer.status, answer.body) == (
-            503,
-            b"The slide or its result cannot be read; see the terminal for the reason.",
-        )
+        assert (answer.status, answer.body) == UNREADABLE
         assert json.loads(site.get("identity.json").body) == {"same": None}
     assert "n.svs: cannot be read: File name too long" in caplog.text
+
+
+def test_a_comparison_of_the_slide_that_fails_is_tried_again(
+    results_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(_: Result) -> bool:
+        if not calls:
+            calls.append(1)
+            raise MemoryError
+        return True
+
+    calls: list[int] = []
+    monkeypatch.setattr(app, "is_segmented_slide", compare)
+    with serving(find_results(results_folder)[:1]) as site:
+        assert site.get("identity.json").status == 500
+        assert json.loads(site.get("identity.json").body) == {"same": True}
 
 
 def test_an_error_of_work_on_a_daemon_thread_reaches_the_caller() -> None:
@@ -330,10 +343,7 @@ def test_a_damaged_map_is_an_error_that_the_terminal_explains(
         file.write_bytes(content)
     with serving((result,)) as site:
         answer = site.get(path)
-        assert (answer.status, answer.body) == (
-            503,
-            b"The slide or its result cannot be read; see the terminal for the reason.",
-        )
+        assert (answer.status, answer.body) == UNREADABLE
     assert ".ome.zarr: cannot be read: " in caplog.text
 
 
@@ -372,10 +382,7 @@ def test_a_map_with_impossible_values_is_an_error_that_the_terminal_explains(
         for path in paths:
             caplog.clear()
             answer = site.get(path)
-            assert (answer.status, answer.body) == (
-                503,
-                b"The slide or its result cannot be read; see the terminal for the reason.",
-            ), path
+            assert (answer.status, answer.body) == UNREADABLE, path
             assert f"{result.store}: {reason}" in caplog.text
 
 
@@ -387,10 +394,7 @@ def test_a_map_that_lacks_a_file_is_an_error_that_the_terminal_explains(
     (result.store / chunk).unlink()
     with serving((result,)) as site:
         for path in ("values/100_100.json", "labels/3/0/0_0.png", "uncertainty"):
-            assert (site.get(path).status, site.get(path).body) == (
-                503,
-                b"The slide or its result cannot be read; see the terminal for the reason.",
-            )
+            assert (site.get(path).status, site.get(path).body) == UNREADABLE
     name = f"{result.store.name}/{chunk}"
     assert f"1 of its files are missing, such as {name}; segment the slide again with --repair" in caplog.text
 
