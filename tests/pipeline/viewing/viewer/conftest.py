@@ -21,6 +21,9 @@ from tests.local_server import serving_app
 from tests.pipeline.fakes import REGIONS, SMALL, color_predictor
 from tests.slides import painted, write_slide
 
+UNREADABLE = (503, b"The slide or its result cannot be read; see the terminal for the reason.")
+"""Status and body of an answer about a slide or result that cannot be read."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -65,6 +68,13 @@ class Site:
     def get(self, path: str) -> Answer:
         """Return the answer to a path below the first result's data, or its page for an empty path."""
         return self.ask(f"{self.data}{path}" if path else f"/slides/{self.results[0].id}/")
+
+
+def copied(results_folder: Path, target: Path, *names: str) -> Path:
+    """Copy the one result to these names in `target`. Return `target`."""
+    for name in names:
+        shutil.copytree(next(results_folder.glob("block*")), target / name)
+    return target
 
 
 @contextmanager
