@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import scipy.ndimage
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image
 
 from models.tissue_class import TissueClass
 from pipeline.errors import (
@@ -37,9 +37,9 @@ from pipeline.training.dataset_sections import (
     Split,
     TableSplit,
 )
+from pipeline.training.image_files import decoded, size_of
 from pipeline.training.labels import crop_boxes, labels_of_folder, labels_of_name, labels_of_row, presence
 from pipeline.training.splits import Row, group_of, hash_split, rows_of, shared_groups, table_splits
-from wsi.tiff_tiles import jpeg_2000_bits
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def read_rgb(sample: Sample) -> NDArray[np.uint8]:
 
     Raises UnreadableImageError.
     """
-    return _decoded(sample.image, "RGB")
+    return decoded(sample.image, "RGB")
 
 
 def read_mask(dataset: Dataset, sample: Sample) -> NDArray[np.uint8]:
@@ -171,7 +171,7 @@ def read_mask(dataset: Dataset, sample: Sample) -> NDArray[np.uint8]:
     """
     if sample.mask is None:
         raise MaskError(f"{sample.image}: has no mask; add a mask pattern to images in the dataset.toml")
-    values_HW = _decoded(sample.mask, None)
+    values_HW = decoded(sample.mask, None)
     width, height = image_size(sample)
     if values_HW.shape != (height, width):
         raise MaskError(
@@ -221,7 +221,7 @@ def _with_several(dataset: Dataset, sample: Sample, labeled: Labeled, rule: Crop
     If no crop would be left, all crops are kept.
     """
     assert sample.mask is not None
-    values_HW = _decoded(sample.mask, None)
+    values_HW = decoded(sample.mask, None)
     boxes_B4, present_BK = labeled.boxes_B4, labeled.present_BK.copy()
     known_B = np.ones(len(boxes_B4), dtype=bool)
     for value, names in rule.several.items():
@@ -288,64 +288,7 @@ def check_images(chosen: Sequence[Sample], limit: float, workers: int = 8) -> tu
 
 def image_size(sample: Sample) -> tuple[int, int]:
     """Return (width, height) from the header of an image. Raises UnreadableImageError."""
-    try:
-        with Image.open(sample.image) as image:
-            return image.size
-    except _DECODER_ERRORS as error:
-        raise UnreadableImageError(f"{sample.image}: cannot be read: {error}") from error
-
-
-# Exceptions of Pillow's decoders for damaged files.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
-
-_BITS_PER_SAMPLE = 258
-"""Tag of a TIFF."""
-
-
-def _decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
-    """Return the pixels of a file converted to `mode`, or the unchanged values of a mask if `mode` is None."""
-    failed = UnreadableImageError if mode else MaskError
-    try:
-        with Image.open(file) as image:
-            if mode is None and image.mode not in {"P", "L", "1"}:
-                raise MaskError(
-                    f"{file}: has mode {image.mode}; a mask must be a palette or 8-bit gray image of class values"
-                )
-            if image.mode.startswith(("I", "F")):
-                raise UnreadableImageError(f"{file}: has mode {image.mode}; an image must have 8 bits per channel")
-            if _has_deep_channels(image, file):
-                raise UnreadableImageError(
-                    f"{file}: has more than 8 bits per channel; an image must have 8 bits per channel"
-                )
-            if mode is None:
-                return np.asarray(image, dtype=np.uint8)
-            if image.has_transparency_data:
-                return _on_white(image)
-            return np.asarray(image.convert(mode), dtype=np.uint8)
-    except _DECODER_ERRORS as error:
-        raise failed(f"{file}: cannot be read: {error}") from error
-
-
-def _has_deep_channels(image: ImageFile.ImageFile, file: Path) -> bool:
-    """Return whether the channels of a file have more than 8 bits, of which Pillow would keep the higher 8."""
-    # Pillow reads the planes of a TIFF as 8-bit images, whatever their depth.
-    in_tiff = isinstance(image, TiffImagePlugin.TiffImageFile) and max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8
-    if image.format == "JPEG2000":
-        return jpeg_2000_bits(file.read_bytes()) > 8
-    if image.format == "PPM":
-        # The raw mode and the largest value, or the raw mode alone.
-        return any(isinstance(tile.args, tuple) and tile.args[1] > 255 for tile in image.tile)
-    # "BGR;16" is a BMP whose pixels, not channels, have 16 bits.
-    return in_tiff or any(";16" in str(tile.args).replace("BGR;16", "") for tile in image.tile)
-
-
-def _on_white(image: Image.Image) -> NDArray[np.uint8]:
-    """Return the RGB pixels of an image with transparency. Pixels of alpha 0 are white, whatever color they have."""
-    rgba_HWC = np.asarray(image.convert("RGBA"), dtype=np.uint8)
-    rgb_HWC = np.ascontiguousarray(rgba_HWC[..., :3])
-    rgb_HWC[rgba_HWC[..., 3] == 0] = 255
-    return rgb_HWC
+    return size_of(sample.image)
 
 
 def _problem(sample: Sample) -> str | None:

@@ -1,0 +1,79 @@
+"""Read the files of images and masks with Pillow, and refuse those that it would read with other values.
+
+Shape suffixes: H and W the image, C color channels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, TiffImagePlugin
+
+from pipeline.errors import MaskError, UnreadableImageError
+from wsi.tiff_tiles import jpeg_2000_bits
+
+# Exceptions of Pillow's decoders for damaged files.
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+_BITS_PER_SAMPLE = 258
+"""Tag of a TIFF."""
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    """Return (width, height) from the header of an image. Raises UnreadableImageError."""
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except _DECODER_ERRORS as error:
+        raise UnreadableImageError(f"{file}: cannot be read: {error}") from error
+
+
+def decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
+    """Return the pixels of a file converted to `mode`, (H, W, C), or the values of a mask, (H, W), if `mode` is None.
+
+    Transparent pixels of an image are white. Raises UnreadableImageError for an image with more than 8 bits per
+    channel or that cannot be read, and MaskError for a mask that is not a palette or 8-bit gray image.
+    """
+    failed = UnreadableImageError if mode else MaskError
+    try:
+        with Image.open(file) as image:
+            if mode is None and image.mode not in {"P", "L", "1"}:
+                raise MaskError(
+                    f"{file}: has mode {image.mode}; a mask must be a palette or 8-bit gray image of class values"
+                )
+            if image.mode.startswith(("I", "F")):
+                raise UnreadableImageError(f"{file}: has mode {image.mode}; an image must have 8 bits per channel")
+            if _has_deep_channels(image, file):
+                raise UnreadableImageError(
+                    f"{file}: has more than 8 bits per channel; an image must have 8 bits per channel"
+                )
+            if mode is None:
+                return np.asarray(image, dtype=np.uint8)
+            if image.has_transparency_data:
+                return _on_white(image)
+            return np.asarray(image.convert(mode), dtype=np.uint8)
+    except _DECODER_ERRORS as error:
+        raise failed(f"{file}: cannot be read: {error}") from error
+
+
+def _has_deep_channels(image: ImageFile.ImageFile, file: Path) -> bool:
+    """Return whether the channels of a file have more than 8 bits, of which Pillow would keep the higher 8."""
+    # Pillow reads the planes of a TIFF as 8-bit images, whatever their depth.
+    in_tiff = isinstance(image, TiffImagePlugin.TiffImageFile) and max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8
+    if image.format == "JPEG2000":
+        return jpeg_2000_bits(file.read_bytes()) > 8
+    if image.format == "PPM":
+        # The raw mode and the largest value, or the raw mode alone.
+        return any(isinstance(tile.args, tuple) and tile.args[1] > 255 for tile in image.tile)
+    # "BGR;16" is a BMP whose pixels, not channels, have 16 bits.
+    return in_tiff or any(";16" in str(tile.args).replace("BGR;16", "") for tile in image.tile)
+
+
+def _on_white(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the RGB pixels of an image with transparency. Pixels of alpha 0 are white, whatever color they have."""
+    rgba_HWC = np.asarray(image.convert("RGBA"), dtype=np.uint8)
+    rgb_HWC = np.ascontiguousarray(rgba_HWC[..., :3])
+    rgb_HWC[rgba_HWC[..., 3] == 0] = 255
+    return rgb_HWC
