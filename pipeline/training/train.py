@@ -1,6 +1,7 @@
 """The training recipe: classifier, pseudo masks, segmenter, gate and bundle, from presence labels of patches only.
 
-With `head_epochs`, the classifier's head is trained once more, on the backbone that the segmenter trained.
+With `head_epochs`, the classifier's head is trained once more, on the backbone that the segmenter trained. With
+`refit`, both networks are trained once more at the end, on the training and the validation images.
 
 Each stage writes its product to the run folder and is skipped if the product already exists. A stage that was killed
 resumes from its checkpoint.
@@ -14,6 +15,7 @@ import dataclasses
 import logging
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -38,7 +40,7 @@ from pipeline.training.calibration import calibrate_temperature, write_reliabili
 from pipeline.training.classifier import build_classifier, classifier_task, head_task
 from pipeline.training.compose import composed, without_whole
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset, Labeled, Sample, check_classes, check_images
+from pipeline.training.dataset import Dataset, Labeled, Sample, check_classes, check_images, samples
 from pipeline.training.evaluate import evaluate, evaluate_samples, masked_samples
 from pipeline.training.familiarity import Source, fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
@@ -68,6 +70,12 @@ logger = logging.getLogger(__name__)
 
 PSEUDO_SCORES = "pseudo-masks.csv"
 """File of a run folder with the scores of the pseudo masks of validation images."""
+
+REFIT = "refit"
+"""Folder of a run folder with the stages of `refit`."""
+
+HELD_OUT_BUNDLE = "held-out-bundle"
+"""With `refit`: folder of a run folder with the bundle of the networks that saw no validation image."""
 
 SMALLEST_PATCH = 8
 """Smallest side of a labeled patch in pixels: a cell of the classifier's map in training."""
@@ -106,7 +114,9 @@ def train(
     dataset = composed(source, run)
     if test:
         masked_samples(dataset, "test")
-    config, training, by_size, validation, classifier, segmenter = prepare(dataset, config, init)
+    parts = prepare(dataset, config, init)
+    config, training, validation = parts.config, parts.training, parts.validation
+    assert validation is not None
     logger.info("%d training and %d validation images", len(training), len(validation))
     sources: list[Source] = []
     if processes.rank == 0 and not (run / "bundle").exists():
@@ -121,38 +131,18 @@ def train(
         held.enter_context(claim(run, dataset, config, provenance(training, validation, config)))
     _wait(processes)
     with held:
-        log = held.enter_context(open_step_log(run, tensorboard=tensorboard)) if processes.rank == 0 else None
-        classifier.to(place)
-        task = classifier_task(classifier, by_size, validation, config, place, processes)
-        _stage(run, task, config, place, processes, progress, log)
-        del task, by_size  # their caches of images
-
-        masks = run / "pseudo-masks"
-        write_pseudo_masks(masks, classifier, training, config, place, processes, progress)
+        loop = Loop(place, processes, progress, tensorboard)
+        train_networks(run, parts, loop)
         if processes.rank == 0:
-            write_pseudo_scores(run / PSEUDO_SCORES, classifier, validation, config, place)
-        _wait(processes)
-
-        segmenter.to(place)
-        if config.shared_backbone:
-            share_backbone(segmenter, classifier)
-        elif config.encoder_starts and init is None:
-            start_from_classifier(segmenter, classifier)
-        pseudo = partial(read_pseudo_masks, masks, training, config=config)
-        task = segmenter_task(segmenter, training, validation, pseudo, config, place, processes)
-        _stage(run, task, config, place, processes, progress, log)
-
-        if config.head_epochs:
-            classifier.layer_heads.clear()  # pseudo masks only
-            take_backbone(classifier, segmenter)
-            task = head_task(classifier, training, validation, config, place, processes)
-            _stage(run, task, config, place, processes, progress, log)
-
-        if processes.rank == 0:
-            window = gate_window(training)
-            export(run, classifier.eval(), segmenter.eval(), validation, window, sources, config, device)
-            if test:
-                add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)
+            folder = run / (HELD_OUT_BUNDLE if config.refit else "bundle")
+            export(folder, parts, sources, device)
+        if config.refit:
+            again = prepare_refit(source, run, config, init)
+            train_networks(run / REFIT, again, loop)
+            if processes.rank == 0:
+                export_refit(run, again, sources, device)
+        if processes.rank == 0 and test:
+            add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)
         _wait(processes)
         return load_bundle((run / "bundle").absolute())
 
@@ -165,7 +155,8 @@ class Parts(NamedTuple):
     training: PatchImages
     by_size: list[PatchImages]
     """The training images at each pixel size at which the classifier is trained."""
-    validation: PatchImages
+    validation: PatchImages | None
+    """None for `refit`, which keeps the last epoch of each stage."""
     classifier: Classifier
     segmenter: nn.Module
 
@@ -187,6 +178,39 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
     training, validation = training_images(dataset, config.mpp)
     by_size = at_pixel_sizes(training, config.classifier_mpp)
     _check(training, by_size, validation, config)
+    classifier, segmenter = _new_networks(dataset, config, init)
+    make_card(dataset, config, gate_window(training), (UNCALIBRATED,) * len(dataset.class_names))
+    return Parts(config, training, by_size, validation, classifier, segmenter)
+
+
+def prepare_refit(source: Dataset, run: Path, config: TrainConfig, init: Bundle | None = None) -> Parts:
+    """Return what `refit` trains: networks with the same initial weights, and the training and validation images.
+
+    `source` is the data set before images are composed, and `config` that of `prepare`. Composed images are made again,
+    below `run`, from the images of both splits. Raises what `prepare` raises.
+    """
+    assert config.mpp is not None
+    dataset = composed(source, run / REFIT, with_validation=True)
+    if dataset is source:
+        chosen = [sample for split in training_samples(source) for sample in split]
+    else:
+        chosen = list(samples(dataset, "train"))
+    names = Counter(sample.name for sample in chosen)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise TrainError(
+            f"{source.card.name}: the training and the validation split both have an image named {twice[0]}, but refit "
+            "trains on both; rename one, or set refit=false"
+        )
+    found = check_images(chosen, UNREADABLE_SHARE)
+    training = PatchImages(dataset, found, config.mpp, unreadable=len(chosen) - len(found))
+    by_size = at_pixel_sizes(training, config.classifier_mpp)
+    _check_training(training, by_size, config)
+    logger.info("refit: %d images", len(training))
+    return Parts(config, training, by_size, None, *_new_networks(dataset, config, init))
+
+
+def _new_networks(dataset: Dataset, config: TrainConfig, init: Bundle | None) -> tuple[Classifier, nn.Module]:
+    """Return the classifier and the segmenter with their initial weights, which depend only on the arguments."""
     torch.manual_seed(config.seed)
     classes = len(dataset.class_names)
     classifier = build_classifier(config, classes)
@@ -207,8 +231,7 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
         start_encoder(segmenter, config)
     if init is not None:
         start_from_bundle(init, classifier, segmenter, dataset.class_names)
-    make_card(dataset, config, gate_window(training), (UNCALIBRATED,) * classes)
-    return Parts(config, training, by_size, validation, classifier, segmenter)
+    return classifier, segmenter
 
 
 def training_images(dataset: Dataset, mpp: float, *, cache_bytes: int = CACHE_BYTES) -> tuple[PatchImages, PatchImages]:
@@ -233,15 +256,20 @@ def _check(training: PatchImages, by_size: Sequence[PatchImages], validation: Pa
     for images in (training, validation):
         if not len(images):
             raise TrainError(f"{images.dataset.card.name}: the training or validation split has no readable image")
+    _check_training(training, by_size, config)
+    # Validation patches may differ in size if each one passes the network alone.
+    if config.region is not None:
+        _check_one_size(validation)
+    warn_of_uncalibrated(validation)
+
+
+def _check_training(training: PatchImages, by_size: Sequence[PatchImages], config: TrainConfig) -> None:
+    """Raise TrainError if the classifier cannot be trained on these images."""
     if training not in by_size:  # its patches are gate windows; only the last stage draws regions of it
         _check_patches(training, config.region if config.head_epochs else None, "mpp")
     for images in by_size:
         _check_patches(images, config.region, "classifier_mpp" if config.classifier_mpp else "mpp")
-    # Validation patches may differ in size if each one passes the network alone.
-    if config.region is not None:
-        _check_one_size(validation)
     check_classes(training.dataset, map(Labeled, training.boxes, training.present))
-    warn_of_uncalibrated(validation)
 
 
 def _check_patches(training: PatchImages, region: int | None, setting: str) -> None:
@@ -278,13 +306,62 @@ def _check_one_size(images: PatchImages) -> None:
         )
 
 
+class Loop(NamedTuple):
+    """Where and how networks are trained."""
+
+    device: torch.device
+    processes: Processes
+    progress: Progress | None
+    tensorboard: bool
+
+
+def train_networks(run: Path, parts: Parts, loop: Loop) -> None:
+    """Train the classifier, make pseudo masks, and train the segmenter and, with `head_epochs`, the head again.
+
+    Stages whose product is in `run` are skipped, and their networks get its weights. Raises what `fit` raises.
+    """
+    config, training, by_size, validation, classifier, segmenter = parts
+    place, processes = loop.device, loop.processes
+    with ExitStack() as held:
+        log = None
+        if processes.rank == 0:
+            run.mkdir(exist_ok=True)
+            log = held.enter_context(open_step_log(run, tensorboard=loop.tensorboard))
+        _wait(processes)
+        classifier.to(place)
+        task = classifier_task(classifier, by_size, validation, config, place, processes)
+        _stage(run, task, config, loop, log)
+        del task, by_size  # their caches of images
+
+        masks = run / "pseudo-masks"
+        write_pseudo_masks(masks, classifier, training, config, place, processes, loop.progress)
+        if processes.rank == 0 and validation is not None:
+            write_pseudo_scores(run / PSEUDO_SCORES, classifier, validation, config, place)
+        _wait(processes)
+
+        segmenter.to(place)
+        if config.shared_backbone:
+            share_backbone(segmenter, classifier)
+        elif config.encoder_starts and not config.init:
+            start_from_classifier(segmenter, classifier)
+        pseudo = partial(read_pseudo_masks, masks, training, config=config)
+        task = segmenter_task(segmenter, training, validation, pseudo, config, place, processes)
+        _stage(run, task, config, loop, log)
+
+        if config.head_epochs:
+            classifier.layer_heads.clear()  # pseudo masks only
+            take_backbone(classifier, segmenter)
+            task = head_task(classifier, training, validation, config, place, processes)
+            _stage(run, task, config, loop, log)
+    classifier.eval()
+    segmenter.eval()
+
+
 def _stage(
     run: Path,
     task: Task,
     config: TrainConfig,
-    device: torch.device,
-    processes: Processes,
-    progress: Progress | None,
+    loop: Loop,
     log: StepLog | None,
 ) -> None:
     """Load the network's weights from the stage's product, or train the network and write the product."""
@@ -295,12 +372,12 @@ def _stage(
         logger.info("%s exists: stage skipped", file.name)
     else:
         started = time.monotonic()
-        fit(task, run, config, device, processes, progress, log)
-        if processes.rank == 0:
+        fit(task, run, config, loop.device, loop.processes, loop.progress, log)
+        if loop.processes.rank == 0:
             write_tensors(file, task.network.state_dict())
             remove_checkpoint(run, task.name)
         logger.info("%s done in %.0f s", task.name, time.monotonic() - started)
-    _wait(processes)
+    _wait(loop.processes)
     task.network.eval()
 
 
@@ -309,30 +386,23 @@ def _wait(processes: Processes) -> None:
         torch.distributed.barrier()
 
 
-def export(
-    run: Path,
-    classifier: Classifier,
-    segmenter: nn.Module,
-    validation: PatchImages,
-    window: int,
-    sources: Sequence[Source],
-    config: TrainConfig,
-    device: str,
-) -> None:
+def export(folder: Path, parts: Parts, sources: Sequence[Source], device: str) -> None:
     """Calibrate gate, temperature and familiarity, measure the validation split if it has masks, and write the bundle.
 
-    The gate is calibrated on the labeled patches of the validation images, and the temperature on those images with
-    masks. The validation images show whether the map depends on the position in a view. The heads of single layers do
-    not become part of the bundle. `window` is the `gate_window` of the training images, whose patches all have one
-    size. `sources` are those of `fit_familiarity`.
+    `folder` becomes the bundle, in a run folder. The gate is calibrated on the labeled patches of the validation
+    images, and the temperature on those images with masks. The validation images show whether the map depends on the
+    position in a view. The heads of single layers do not become part of the bundle. `sources` are those of
+    `fit_familiarity`.
     """
-    folder, torch_device = run / "bundle", choose_device(device)
+    run, torch_device = folder.parent, choose_device(device)
     if folder.exists():
         logger.info("%s exists: nothing to do", folder)
         return
+    config, training, _, validation, classifier, segmenter = parts
+    assert validation is not None
     dataset = validation.dataset
     classifier.layer_heads.clear()
-    draft = make_card(dataset, config, window, (UNCALIBRATED,) * len(dataset.class_names))
+    draft = make_card(dataset, config, gate_window(training), (UNCALIBRATED,) * len(dataset.class_names))
     # A bundle stores rounded weights. Calibrate and measure the rounded ones.
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
         rounded = load_networks(save_bundle(Path(work) / "bundle", draft, classifier, segmenter))
@@ -353,6 +423,26 @@ def export(
     made_with = recorded_provenance(run)
     card = card.model_copy(update={"metrics": metrics, "familiarity": familiarity, "made_with": made_with})
     save_bundle(folder, card, classifier, segmenter, statistics)
+
+
+def export_refit(run: Path, parts: Parts, sources: Sequence[Source], device: str) -> None:
+    """Write the bundle of the networks that `refit` trained.
+
+    Gate thresholds, temperature and scores are those of the networks that saw no validation image. The statistics of
+    the training images are fitted to the new classifier's features.
+    """
+    folder = run / "bundle"
+    if folder.exists():
+        logger.info("%s exists: nothing to do", folder)
+        return
+    parts.classifier.layer_heads.clear()
+    card = load_bundle((run / HELD_OUT_BUNDLE).absolute()).card
+    with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
+        draft = card.model_copy(update={"familiarity": None})
+        rounded, _ = load_networks(save_bundle(Path(work) / "bundle", draft, parts.classifier, parts.segmenter))
+    statistics, familiarity = fit_familiarity(rounded, sources, parts.config, device)
+    card = card.model_copy(update={"familiarity": familiarity})
+    save_bundle(folder, card, parts.classifier, parts.segmenter, statistics)
 
 
 def add_test_scores(bundle: Bundle, dataset: Dataset, device: str) -> Bundle:
