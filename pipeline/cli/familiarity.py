@@ -84,7 +84,7 @@ def _changed(bundle: str, dataset: str, data: Path | None, scope: str | None, de
     from pipeline.training.evaluate import check_same_classes
     from pipeline.training.familiarity import add_familiarity
     from pipeline.training.pieces import other_datasets
-    from pipeline.training.train import training_images
+    from pipeline.training.prepare import training_images
 
     if bundle in shipped_bundles():
         raise ConfigError(f"{bundle} is a shipped model, which must not change; copy its folder and pass the copy")

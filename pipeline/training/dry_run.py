@@ -26,10 +26,10 @@ from pipeline.training.dataset_sections import Split
 from pipeline.training.fit import Processes, Task, time_steps, training_device
 from pipeline.training.held_out import HELD_OUT
 from pipeline.training.patches import PatchImages
+from pipeline.training.prepare import REFIT, Parts, prepare
 from pipeline.training.pseudo_masks import pseudo_masks_of_image
 from pipeline.training.segmenter import segmenter_task
 from pipeline.training.splits import hash_split
-from pipeline.training.train import Parts, prepare
 
 ALONE = Processes(0, 1)
 
@@ -60,9 +60,10 @@ def dry_run(
         side = 0 if dataset.card.compose is None else round(dataset.card.compose.side * parts.training.scale)
         stages = _stages(parts, parts.validation, place, counts, pixels / (pixels + left_out.train * side**2))
         if config.refit:
-            # Stages whose number of steps is not set draw as many pixels as there are images.
-            growth = 1.0 if dataset.card.compose is not None else (counts.train + counts.val) / counts.train
-            stages |= {f"refit: {name}": _again(stage, growth) for name, stage in stages.items()}
+            images = counts.train if dataset.card.compose is not None else counts.train + counts.val
+            stages |= {
+                f"{REFIT}: {name}": _again(name, stage, config, images / counts.train) for name, stage in stages.items()
+            }
     return {
         "settings": dataclasses.asdict(parts.config),
         "device": place.type,
@@ -158,11 +159,13 @@ def _stage(
     }
 
 
-def _again(stage: dict[str, Any], growth: float) -> dict[str, Any]:
+def _again(name: str, stage: dict[str, Any], config: TrainConfig, growth: float) -> dict[str, Any]:
     """Return a stage as `refit` repeats it: without validation, on `growth` times the images."""
     if "images" in stage:
         return {"images": round(stage["images"] * growth), "minutes": round(stage["minutes"] * growth, 2)}
-    steps = round(stage["steps_per_epoch"] * growth)
+    asked_steps = config.segmenter_steps if name == "segmenter" else config.classifier_steps
+    # Without a setting, a stage has as many steps as draw the pixels of all images.
+    steps = asked_steps or round(stage["steps_per_epoch"] * growth)
     minutes = round(stage["epochs"] * steps * stage["seconds_per_step"] / 60, 2)
     return stage | {"steps_per_epoch": steps, "validation_seconds": 0.0, "minutes": minutes}
 

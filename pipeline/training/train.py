@@ -11,11 +11,9 @@ Shape suffixes: B patches of an image, M labeled patches, K classes, D distances
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -25,22 +23,19 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 import torch.distributed
-from torch import nn
 
 from models.bundle import Bundle, load_bundle, load_networks, load_statistics, replace_card, save_bundle
-from models.cam import check_available
 from models.card import NO_DIGEST
-from models.classifier import Classifier
 from models.devices import choose_device
 from models.predictor import Predictor
-from models.segmenter import build_segmenter, share_backbone, take_backbone
+from models.segmenter import share_backbone, take_backbone
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from pipeline.training.calibration import calibrate_temperature, write_reliability
-from pipeline.training.classifier import build_classifier, classifier_task, head_task
+from pipeline.training.classifier import classifier_task, head_task
 from pipeline.training.compose import composed, without_whole
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset, Labeled, Sample, check_classes, check_images, samples
+from pipeline.training.dataset import Dataset
 from pipeline.training.evaluate import evaluate, evaluate_samples, masked_samples
 from pipeline.training.familiarity import Source, fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
@@ -49,20 +44,16 @@ from pipeline.training.gate_calibration import (
     calibrate_gate,
     gate_window,
     patch_presence,
-    warn_of_uncalibrated,
 )
-from pipeline.training.held_out import training_samples
-from pipeline.training.inputs import MULTIPLE
 from pipeline.training.model_card import make_card, score_metrics
-from pipeline.training.patches import CACHE_BYTES, PatchImages, at_pixel_sizes
 from pipeline.training.pieces import other_datasets
 from pipeline.training.position import edge_profile, position_metrics
+from pipeline.training.prepare import REFIT, Parts, prepare, prepare_refit, training_images
 from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
 from pipeline.training.pseudo_scores import write_pseudo_scores
 from pipeline.training.run_folder import claim, recorded_provenance
-from pipeline.training.segmenter import segmenter_task, start_encoder, start_from_classifier
-from pipeline.training.start import check_start, start_from_bundle, with_start
+from pipeline.training.segmenter import segmenter_task, start_from_classifier
 from pipeline.training.step_log import StepLog, open_step_log
 from pipeline.training.tensor_files import reading, write_tensors
 
@@ -71,17 +62,14 @@ logger = logging.getLogger(__name__)
 PSEUDO_SCORES = "pseudo-masks.csv"
 """File of a run folder with the scores of the pseudo masks of validation images."""
 
-REFIT = "refit"
-"""Folder of a run folder with the stages of `refit`."""
+AGAIN = (
+    "Then trained again on the training and the validation images; gate thresholds, temperature and validation scores "
+    "are those of the networks before."
+)
+"""What the card of a model says about `refit`."""
 
 HELD_OUT_BUNDLE = "held-out-bundle"
 """With `refit`: folder of a run folder with the bundle of the networks that saw no validation image."""
-
-SMALLEST_PATCH = 8
-"""Smallest side of a labeled patch in pixels: a cell of the classifier's map in training."""
-
-UNREADABLE_SHARE = 0.01
-"""The run fails if a larger share of the images of a split cannot be read."""
 
 
 def train(
@@ -136,174 +124,17 @@ def train(
         if processes.rank == 0:
             folder = run / (HELD_OUT_BUNDLE if config.refit else "bundle")
             export(folder, parts, sources, device)
-        if config.refit:
+        if config.refit and not (run / "bundle").exists():
+            for images in (training, *parts.by_size):
+                images.forget()
             again = prepare_refit(source, run, config, init)
-            train_networks(run / REFIT, again, loop)
+            train_networks(run / REFIT, again, loop._replace(progress=_of_refit(progress)))
             if processes.rank == 0:
                 export_refit(run, again, sources, device)
         if processes.rank == 0 and test:
             add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)
         _wait(processes)
         return load_bundle((run / "bundle").absolute())
-
-
-class Parts(NamedTuple):
-    """What a run trains, and on which images. The networks have their initial weights."""
-
-    config: TrainConfig
-    """With the pixel size of the data set if the settings have none."""
-    training: PatchImages
-    by_size: list[PatchImages]
-    """The training images at each pixel size at which the classifier is trained."""
-    validation: PatchImages | None
-    """None for `refit`, which keeps the last epoch of each stage."""
-    classifier: Classifier
-    segmenter: nn.Module
-
-
-def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -> Parts:
-    """Read the labels and build the networks, and check everything that can be checked before training.
-
-    With `init`, both networks start from those of a bundle, see `pipeline.training.start`. Raises TrainError for
-    settings that do not fit the data, DatasetError for bad data, and ModelError if a network cannot be built.
-    """
-    if config.head_epochs and not config.shared_backbone:
-        # Not checked in TrainConfig, because the data set or the model to start from may set shared_backbone.
-        advice = "set head_epochs=0" if init is not None else "set shared_backbone=true, or head_epochs=0"
-        raise TrainError(f"head_epochs is {config.head_epochs}, which has no effect without shared_backbone; {advice}")
-    config = with_start(dataclasses.replace(config, mpp=config.mpp or dataset.mpp), init)
-    if init is not None:
-        check_start(init, config, dataset.class_names)
-    assert config.mpp is not None
-    training, validation = training_images(dataset, config.mpp)
-    by_size = at_pixel_sizes(training, config.classifier_mpp)
-    _check(training, by_size, validation, config)
-    classifier, segmenter = _new_networks(dataset, config, init)
-    make_card(dataset, config, gate_window(training), (UNCALIBRATED,) * len(dataset.class_names))
-    return Parts(config, training, by_size, validation, classifier, segmenter)
-
-
-def prepare_refit(source: Dataset, run: Path, config: TrainConfig, init: Bundle | None = None) -> Parts:
-    """Return what `refit` trains: networks with the same initial weights, and the training and validation images.
-
-    `source` is the data set before images are composed, and `config` that of `prepare`. Composed images are made again,
-    below `run`, from the images of both splits. Raises what `prepare` raises.
-    """
-    assert config.mpp is not None
-    dataset = composed(source, run / REFIT, with_validation=True)
-    if dataset is source:
-        chosen = [sample for split in training_samples(source) for sample in split]
-    else:
-        chosen = list(samples(dataset, "train"))
-    names = Counter(sample.name for sample in chosen)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise TrainError(
-            f"{source.card.name}: the training and the validation split both have an image named {twice[0]}, but refit "
-            "trains on both; rename one, or set refit=false"
-        )
-    found = check_images(chosen, UNREADABLE_SHARE)
-    training = PatchImages(dataset, found, config.mpp, unreadable=len(chosen) - len(found))
-    by_size = at_pixel_sizes(training, config.classifier_mpp)
-    _check_training(training, by_size, config)
-    logger.info("refit: %d images", len(training))
-    return Parts(config, training, by_size, None, *_new_networks(dataset, config, init))
-
-
-def _new_networks(dataset: Dataset, config: TrainConfig, init: Bundle | None) -> tuple[Classifier, nn.Module]:
-    """Return the classifier and the segmenter with their initial weights, which depend only on the arguments."""
-    torch.manual_seed(config.seed)
-    classes = len(dataset.class_names)
-    classifier = build_classifier(config, classes)
-    if config.cam != "head":
-        check_available(config.cam, classifier.eval(), "deep")
-    # Built before the first stage, so that its random weights do not depend on whether that stage ran or was skipped.
-    segmenter = build_segmenter(
-        config.encoder_name,
-        classes,
-        config.encoder_depth,
-        config.rates,
-        config.decoder_channels,
-        keeps_backbone=config.keeps_backbone,
-    )
-    if config.shared_backbone:
-        share_backbone(segmenter, classifier)  # checks before training that they are the same network
-    else:
-        start_encoder(segmenter, config)
-    if init is not None:
-        start_from_bundle(init, classifier, segmenter, dataset.class_names)
-    return classifier, segmenter
-
-
-def training_images(dataset: Dataset, mpp: float, *, cache_bytes: int = CACHE_BYTES) -> tuple[PatchImages, PatchImages]:
-    """Return the images of the training and of the validation split, each with a cache of up to `cache_bytes`.
-
-    Raises DatasetError for bad data.
-    """
-
-    def readable(chosen: Sequence[Sample]) -> PatchImages:
-        found = check_images(chosen, UNREADABLE_SHARE)
-        return PatchImages(dataset, found, mpp, cache_bytes=cache_bytes, unreadable=len(chosen) - len(found))
-
-    training, validation = training_samples(dataset)
-    return readable(training), readable(validation)
-
-
-def _check(training: PatchImages, by_size: Sequence[PatchImages], validation: PatchImages, config: TrainConfig) -> None:
-    """Raise TrainError if the classifier cannot be trained and validated on these images.
-
-    Log a warning about classes without a validation patch.
-    """
-    for images in (training, validation):
-        if not len(images):
-            raise TrainError(f"{images.dataset.card.name}: the training or validation split has no readable image")
-    _check_training(training, by_size, config)
-    # Validation patches may differ in size if each one passes the network alone.
-    if config.region is not None:
-        _check_one_size(validation)
-    warn_of_uncalibrated(validation)
-
-
-def _check_training(training: PatchImages, by_size: Sequence[PatchImages], config: TrainConfig) -> None:
-    """Raise TrainError if the classifier cannot be trained on these images."""
-    if training not in by_size:  # its patches are gate windows; only the last stage draws regions of it
-        _check_patches(training, config.region if config.head_epochs else None, "mpp")
-    for images in by_size:
-        _check_patches(images, config.region, "classifier_mpp" if config.classifier_mpp else "mpp")
-    check_classes(training.dataset, map(Labeled, training.boxes, training.present))
-
-
-def _check_patches(training: PatchImages, region: int | None, setting: str) -> None:
-    """Raise TrainError if the labeled patches are not squares of one size, or do not fit the network or the region.
-
-    `setting` is the one that determines the pixel size.
-    """
-    _check_one_size(training)
-    width, height = training.boxes[0][0, 2:].tolist()
-    if width != height:
-        raise TrainError(
-            f"{training.dataset.card.name}: the labeled patches are {width}x{height} px, but quarter turns need "
-            "squares; crop the images, or label crops of them"
-        )
-    at = f"at {training.dataset.mpp / training.scale:.4g} µm/px"
-    if width < SMALLEST_PATCH:
-        raise TrainError(
-            f"{training.dataset.card.name}: the labeled patches are {width} px {at}; the classifier needs at least "
-            f"{SMALLEST_PATCH} px, so set a finer {setting}"
-        )
-    if region is not None and width > region:
-        raise TrainError(
-            f"region is {region} px, but the labeled patches are {width} px {at}; set region to "
-            f"{-(-width // MULTIPLE) * MULTIPLE} or more, or set a coarser {setting}"
-        )
-
-
-def _check_one_size(images: PatchImages) -> None:
-    sides = {tuple(side) for boxes_B4 in images.boxes for side in boxes_B4[:, 2:].tolist()}
-    if len(sides) > 1:
-        raise TrainError(
-            f"{images.dataset.card.name}: the labeled patches have {len(sides)} sizes, such as {min(sides)} and "
-            f"{max(sides)} px; resize the images to one size"
-        )
 
 
 class Loop(NamedTuple):
@@ -355,6 +186,13 @@ def train_networks(run: Path, parts: Parts, loop: Loop) -> None:
             _stage(run, task, config, loop, log)
     classifier.eval()
     segmenter.eval()
+
+
+def _of_refit(progress: Progress | None) -> Progress | None:
+    """Return a callback that tells `progress` of the stages of `refit` under names of their own."""
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(f"{REFIT}: {stage}", done, total)
 
 
 def _stage(
@@ -441,7 +279,8 @@ def export_refit(run: Path, parts: Parts, sources: Sequence[Source], device: str
         draft = card.model_copy(update={"familiarity": None})
         rounded, _ = load_networks(save_bundle(Path(work) / "bundle", draft, parts.classifier, parts.segmenter))
     statistics, familiarity = fit_familiarity(rounded, sources, parts.config, device)
-    card = card.model_copy(update={"familiarity": familiarity})
+    origin = f"{card.training_data} {AGAIN}"
+    card = card.model_copy(update={"familiarity": familiarity, "training_data": origin})
     save_bundle(folder, card, parts.classifier, parts.segmenter, statistics)
 
 

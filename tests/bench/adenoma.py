@@ -26,9 +26,9 @@ from pipeline.training.dataset import Dataset, Sample, load_dataset, read_rgb, s
 from pipeline.training.dataset_sections import Split
 from pipeline.training.familiarity import SHARE_LIMIT, fit_familiarity
 from pipeline.training.patches import PatchImages
+from pipeline.training.prepare import training_images
 from pipeline.training.resample import resampled
 from pipeline.training.splits import rows_of
-from pipeline.training.train import training_images
 from tests.bench.familiarity import auroc, features
 
 ADENOMA = ("low-grade-in", "serrated-adenoma")

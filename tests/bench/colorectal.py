@@ -42,9 +42,10 @@ from pipeline.training.gate_calibration import calibrate_gate, gate_window, patc
 from pipeline.training.inputs import as_input, padded
 from pipeline.training.model_card import make_card
 from pipeline.training.patches import PatchImages
+from pipeline.training.prepare import REFIT, prepare_refit
 from pipeline.training.presets import train_config
 from pipeline.training.resample import resampled
-from pipeline.training.train import REFIT, Loop, prepare_refit, train, train_networks
+from pipeline.training.train import Loop, train, train_networks
 
 RECALLS = (0.8, 0.85, 0.9, 0.95, 0.99)
 CPU = torch.device("cpu")

@@ -19,8 +19,8 @@ from pipeline.training.classifier import build_classifier, classifier_task
 from pipeline.training.dataset import check_images, load_dataset, samples
 from pipeline.training.fit import Processes, fit, remove_checkpoint
 from pipeline.training.patches import PatchImages
+from pipeline.training.prepare import UNREADABLE_SHARE
 from pipeline.training.presets import train_config
-from pipeline.training.train import UNREADABLE_SHARE
 
 
 def main() -> None:

@@ -42,9 +42,10 @@ from pipeline.training.dataset import Dataset, check_images, load_dataset, sampl
 from pipeline.training.dataset_sections import Split
 from pipeline.training.evaluate import evaluate
 from pipeline.training.patches import PatchImages
+from pipeline.training.prepare import UNREADABLE_SHARE
 from pipeline.training.presets import train_config
 from pipeline.training.pseudo_masks import mask_files
-from pipeline.training.train import PSEUDO_SCORES, UNREADABLE_SHARE, train
+from pipeline.training.train import PSEUDO_SCORES, train
 from tests.bench.patients import compare, interval, patient_counts
 
 

@@ -28,8 +28,9 @@ from pipeline.training.gate_calibration import calibrate_gate, patch_presence
 from pipeline.training.model_card import score_metrics
 from pipeline.training.patches import PatchImages
 from pipeline.training.position import edge_profile, position_metrics
+from pipeline.training.prepare import prepare, training_images
 from pipeline.training.provenance import data_digest
-from pipeline.training.train import prepare, train, training_images
+from pipeline.training.train import train
 from tests.cases import full
 from tests.pipeline.training.single_tissue import TILE, with_whole_images
 from tests.textures import write_crops, write_textures
