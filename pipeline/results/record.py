@@ -36,7 +36,7 @@ from pipeline.results.names import RUN
 from wsi.box import Box
 from wsi.grid import Grid
 
-RUN_FORMAT = 5
+RUN_FORMAT = 6
 """Raise this number if a result of an older version must not count as finished."""
 
 PACKAGE = "wsi-segment"

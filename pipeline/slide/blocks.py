@@ -33,6 +33,7 @@ from pipeline.slide.labels import stored_map
 from pipeline.slide.plan import block_tissue, needed_tiles, part_of_block
 from wsi.box import Box
 from wsi.grid import Block, Grid
+from wsi.mirror import mirror_outside
 from wsi.resample import read_tiles
 from wsi.slide import Slide, SlideInfo
 from wsi.tissue import Tissue
@@ -114,6 +115,9 @@ def segment_block(
         raise Stopped
     with timer("tissue"):
         tissue_HW = drawn_tissue(grid, work.tissue, block, pixels)
+        # For the networks, which were trained on images with mirrored edges: white around tissue that ends at the edge
+        # of the slide would look unfamiliar to them.
+        mirror_outside(pixels.canvas_HWC, pixels.canvas_m, whole_pixels_m(work.info, grid))
     unreadable = bool(pixels.unreadable_m)
     bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
     try:
@@ -155,6 +159,13 @@ def segment_block(
     )
     files = [regions_path, values_file(work.folder, block), *(work.store.path / chunk for chunk in chunks)]
     return record, files
+
+
+def whole_pixels_m(info: SlideInfo, grid: Grid) -> Box:
+    """Return the model pixels that lie inside the slide's bounds as a whole."""
+    bounds, l0_per_m = info.bounds_l0, grid.l0_per_lv * grid.lv_per_m
+    # The product of two ratios may be a little too small.
+    return Box(0, 0, int(bounds.width / l0_per_m + 1e-6), int(bounds.height / l0_per_m + 1e-6))
 
 
 def save_block_regions(work: BlockWork, block: Block, labels_HW: NDArray[np.uint8]) -> Path:

@@ -36,9 +36,9 @@ from pipeline.training.augment import Move, restain
 from pipeline.training.dataset import IGNORED, Dataset, Sample, read_mask, read_rgb, samples
 from pipeline.training.dataset_card import DatasetCard
 from pipeline.training.dataset_sections import Compose, Location, Split, Whole
-from pipeline.training.patches import mirrored
 from pipeline.training.pieces import Kind, Piece, Pieces, kinds_of, other_dataset, other_datasets, pieces_of
 from pipeline.training.resample import resampled
+from wsi.mirror import mirrored
 
 logger = logging.getLogger(__name__)
 

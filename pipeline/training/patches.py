@@ -20,6 +20,7 @@ from pipeline.training.augment import Augmentation, Move
 from pipeline.training.dataset import Dataset, Labeled, Sample, image_size, labeled_boxes, read_mask, read_rgb
 from pipeline.training.resample import resampled
 from wsi.levels import MPP_TOLERANCE
+from wsi.mirror import mirrored
 
 CACHE_BYTES = 2 * 1024**3
 """Bytes of decoded images that `PatchImages` keeps in memory by default."""
@@ -266,12 +267,6 @@ def _holding_a_patch(boxes_B4: NDArray[np.int64], place: Place) -> Place:
     corners_B2 = np.clip(corner_2, boxes_B4[:, :2] + boxes_B4[:, 2:] - place.side, boxes_B4[:, :2])
     x, y = corners_B2[np.abs(corners_B2 - corner_2).sum(axis=1).argmin()].tolist()
     return place._replace(x=x, y=y)
-
-
-def mirrored(start: int, side: int, length: int) -> NDArray[np.int64]:
-    """Return the pixel of an image of this length at each of the positions [start, start + side)."""
-    position = (start + np.arange(side)) % (2 * length)
-    return np.minimum(position, 2 * length - 1 - position)
 
 
 def _copies(start: int, side: int, length: int) -> range:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from models.bundle import load_bundle
 from models.predictor import Predictor
 from pipeline.config import SegmentConfig
+from pipeline.slide.blocks import whole_pixels_m
 from pipeline.slide.canvases import canvas_cores, with_margin
 from pipeline.slide.drawn_tissue import drawn_tissue, edge_margin
 from pipeline.slide.labels import stored_map
@@ -31,6 +32,7 @@ from pipeline.slide.plan import block_tissue
 from pipeline.slide.recipe import plan_slide, segment_slide
 from pipeline.workers.in_process import load_predictor
 from tests.bench.slide import slide_parser
+from wsi.mirror import mirror_outside
 from wsi.resample import read_model_pixels, read_tiles
 
 
@@ -58,7 +60,9 @@ def plain_labels(path: Path, model: str, config: SegmentConfig) -> NDArray[np.ui
             tissue_HW = drawn_tissue(grid, tissue, block, pixels)
             probs_KHW = torch.zeros((len(bundle.card.classes), box.height, box.width))
             for core_m in cores_m:
-                rgb_HWC = read_model_pixels(slide, grid, with_margin(core_m, margin)).rgb_HWC
+                box_m = with_margin(core_m, margin)
+                rgb_HWC = read_model_pixels(slide, grid, box_m).rgb_HWC
+                mirror_outside(rgb_HWC, box_m, whole_pixels_m(slide.info, grid))
                 rows, columns = grid.box_out(core_m).slices(box)
                 probs_KHW[:, rows, columns] = predictor.predict(rgb_HWC[None], [(core_m.x, core_m.y)]).probs_NKhw[0]
             part_HW = labels_HW[box.y : box.bottom, box.x : box.right]
