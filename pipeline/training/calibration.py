@@ -92,7 +92,8 @@ def calibrate_temperature(predictor: Predictor, validation: PatchImages) -> Cali
     """Return the temperature that fits a segmenter's probabilities to the masks of the validation images.
 
     The masks decide this one number and nothing else. Without masks, or if no pixel has a class in them, the
-    temperature is 1. `predictor` must have the temperature 1.
+    temperature is 1. Log a warning if it is 1 for that reason, or at a bound of its range. `predictor` must have the
+    temperature 1.
     """
     if any(sample.mask is None for sample in validation.samples):
         logger.warning("the temperature stays 1 because the validation images have no masks")
@@ -102,6 +103,14 @@ def calibrate_temperature(predictor: Predictor, validation: PatchImages) -> Cali
         logger.warning("the temperature stays 1 because no pixel of the validation masks has a class")
         return Calibration(1.0, None, None)
     temperature = fitted_temperature(logits_NK, truth_N)
+    if not LOWEST * 1.001 < temperature < HIGHEST / 1.001:
+        logger.warning(
+            "the fitted temperature is %s, a bound of its range (%s to %s), so the probabilities are not calibrated; "
+            "the validation masks may contain too few classes, or the segmenter may be barely trained",
+            temperature,
+            LOWEST,
+            HIGHEST,
+        )
     before, after = (reliability((logits_NK / t).softmax(dim=1), truth_N) for t in (1.0, temperature))
     return Calibration(temperature, before, after)
 

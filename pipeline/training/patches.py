@@ -178,9 +178,11 @@ def draw_squares(
 ) -> list[Place]:
     """Return `count` random squares whose centers lie in random images.
 
-    Images are drawn in proportion to their area. With random flips, a pixel is equally likely at every place of a
-    square, and every pixel is drawn about equally often. Neither is true with `inside`: whole squares then lie inside
-    images that are large enough, and pixels near the edges are drawn less often.
+    Images are drawn in proportion to their area; a side that is shorter than the square counts as one of its length.
+    With random flips, a pixel is equally likely at every place of a square. In images at least as large as the square,
+    every pixel is drawn about equally often. In smaller images, which the square repeats, pixels are drawn more often.
+    With `inside`, whole squares lie inside images that are large enough: pixels near the edges are then drawn less
+    often, and rarely lie in the middle of a square.
     """
     area = np.maximum(images.sizes_N2, side).prod(axis=1).astype(float)
     places = []

@@ -26,6 +26,7 @@ import torch.distributed
 
 from models.bundle import Bundle, load_bundle, load_networks, load_statistics, replace_card, save_bundle
 from models.card import NO_DIGEST
+from models.depthwise import speed_up_depthwise
 from models.devices import choose_device
 from models.predictor import Predictor
 from models.segmenter import share_backbone, take_backbone
@@ -207,6 +208,9 @@ def _stage(
     if file.exists():
         with reading(file):
             task.network.load_state_dict(safetensors.torch.load_file(file))
+        if loop.device.type == "cpu":
+            # `fit` does the same. Without it, the maps of Grad-CAM would differ in bits from those of a whole run.
+            speed_up_depthwise(task.network)
         logger.info("%s exists: stage skipped", file.name)
     else:
         started = time.monotonic()

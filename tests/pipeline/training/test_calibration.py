@@ -13,6 +13,8 @@ from PIL import Image
 from models.card import NO_DIGEST
 from models.predictor import Predictor
 from pipeline.training.calibration import (
+    HIGHEST,
+    LOWEST,
     calibrate_temperature,
     fitted_temperature,
     labeled_logits,
@@ -117,6 +119,22 @@ def test_without_masks_the_temperature_stays_one(tmp_path: Path, caplog: pytest.
     assert "the temperature stays 1" in caplog.text
     write_reliability(tmp_path / "calibration.png", found)
     assert not (tmp_path / "calibration.png").exists()
+
+
+@pytest.mark.parametrize(("reversed_colors", "bound"), [(False, LOWEST), (True, HIGHEST)])
+def test_a_temperature_at_a_bound_of_its_range_gets_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reversed_colors: bool, bound: float
+) -> None:
+    """The masks contain one class only, which the segmenter always or never predicts."""
+    dataset = load_dataset(write_dataset(tmp_path, {"one": np.zeros((64, 64), np.uint8)}))
+    images = PatchImages(dataset, samples(dataset, "test"), 1.0)
+    colors = COLORS[::-1] if reversed_colors else COLORS
+    predictor = Predictor(make_card(COLORS), NO_DIGEST, ColorClassifier(COLORS), ColorSegmenter(colors, 0.5))
+    assert calibrate_temperature(predictor, images).temperature == pytest.approx(bound, rel=1e-3)
+    (message,) = caplog.messages
+    assert "a bound of its range (0.05 to 20.0), so the probabilities are not calibrated; the validation masks" in (
+        message
+    )
 
 
 def test_without_a_pixel_with_a_class_the_temperature_stays_one(

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from models.bundle import load_bundle, load_networks, load_statistics
+from models.cam import LAYERS, LayerMaps, layer_maps
 from models.card import NO_DIGEST
+from models.classifier import Classifier
 from models.errors import ArchitectureError
 from models.padding import ExtendedConv2d
 from models.predictor import Predictor
@@ -208,6 +210,30 @@ def test_a_run_killed_in_any_stage_and_restarted_ends_with_the_same_bytes(
     train(textures, run, CONFIG, device="cpu")
     assert products(run) == products(unbroken)
     assert not list(run.glob("*.checkpoint.*"))
+
+
+def test_a_resumed_run_makes_the_same_grad_cam_maps_to_the_bit(
+    textures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks of few images rarely show a difference in bits, so the test compares maps."""
+    config = dataclasses.replace(
+        CONFIG, cam="grad-cam", layer_weights=(0.2, 0.2, 0.6), classifier_epochs=1, classifier_steps=1
+    )
+    generator = torch.Generator().manual_seed(0)
+    x_NCHW = torch.randn(2, 3, 64, 64, generator=generator)
+    made: list[LayerMaps] = []
+
+    def make_maps(_folder: Path, classifier: Classifier, *_: object) -> None:
+        made.append(layer_maps(config.cam, classifier, x_NCHW))
+        raise Killed
+
+    monkeypatch.setattr("pipeline.training.train.write_pseudo_masks", make_maps)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            train(textures, tmp_path / "run", config, device="cpu")
+    trained, loaded = made
+    for layer in LAYERS:
+        assert torch.equal(getattr(trained, layer), getattr(loaded, layer)), layer
 
 
 @pytest.mark.full
