@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -382,6 +383,30 @@ def test_a_failed_conversion_does_not_change_the_logging() -> None:
     with pytest.raises(RuntimeUnavailableError):
         OpenVinoNetwork(_Unknown().eval(), 32)
     assert (root.level, list(root.handlers), list(root.filters)) == before
+
+
+@needs_openvino
+def test_ctrl_c_during_the_conversion_ends_with_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    # OpenVINO calls this function from C++, where a KeyboardInterrupt becomes an ordinary error.
+    read, sent = TorchScriptPythonDecoder.get_op_type, []
+
+    def interrupted(decoder: Any) -> Any:
+        if not sent:
+            sent.append(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return read(decoder)
+
+    monkeypatch.setattr(TorchScriptPythonDecoder, "get_op_type", interrupted)
+    former = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        OpenVinoNetwork(nn.Conv2d(3, 1, 1).eval(), 32)
+    assert sent
+    assert signal.getsignal(signal.SIGINT) is former
+    # Other threads get no signals, and cannot set a handler.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(OpenVinoNetwork, nn.Conv2d(3, 1, 1).eval(), 32).result()
 
 
 @needs_openvino
