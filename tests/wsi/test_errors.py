@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 
-import cv2
 import pytest
 
 from wsi.errors import Shortage, SlideReadError, shortage
@@ -18,7 +17,7 @@ from wsi.errors import Shortage, SlideReadError, shortage
         (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."), "memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "memory"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), "memory"),
-        (cv2.error("alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 8 bytes"), "memory"),
+        (Exception("alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 8 bytes"), "memory"),
         (RuntimeError("Exception from src/inference/src/cpp/core.cpp:109:\nstd::bad_alloc"), "memory"),
         (RuntimeError("bad allocation"), "memory"),
         (ImportError("libx.so: failed to map segment from shared object"), "memory"),

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import pytest
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle
@@ -200,7 +199,7 @@ def test_a_failure_that_the_slide_causes_is_lasting(error: Exception) -> None:
         RuntimeError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
         RuntimeError("can't start new thread"),
-        cv2.error("alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 8 bytes"),
+        Exception("alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 8 bytes"),
         OSError(24, "Too many open files"),
         OutputError("the disk is full"),
         PlanError("too little memory"),
@@ -219,7 +218,7 @@ def test_a_failure_that_somebody_can_repair_without_the_slide_is_not_lasting(err
     [
         (MemoryError("no 3 GiB"), "out of memory (no 3 GiB); lower --batch-size or --num-workers"),
         (
-            cv2.error("Insufficient memory\n"),
+            Exception("Insufficient memory\n"),
             "out of memory (Insufficient memory); lower --batch-size or --num-workers",
         ),
         (
@@ -233,7 +232,7 @@ def test_a_failure_that_somebody_can_repair_without_the_slide_is_not_lasting(err
             "--num-workers",
         ),
     ],
-    ids=["memory", "opencv", "threads", "file handles"],
+    ids=["memory", "memory of a library", "threads", "file handles"],
 )
 def test_a_failure_for_lack_of_memory_threads_or_file_handles_states_what_is_lacking(
     error: Exception, text: str
