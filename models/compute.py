@@ -10,7 +10,9 @@ from typing import get_args
 import torch
 
 from models.devices import choose_device, processor_name
+from models.errors import ShortageError, reason_of
 from models.runtimes import Compute, Precision, RuntimeName, choose_runtime, default_batch_size
+from wsi.errors import shortage
 
 
 def choose_compute(
@@ -46,9 +48,21 @@ _loading = threading.Lock()
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Load networks with one thread of torch. Loads of several threads of the process follow one another."""
+    """Load networks with one thread of torch. Loads of several threads of the process follow one another.
+
+    Raises ShortageError instead of any error that too little memory, threads or file handles caused.
+    """
     with _loading, one_torch_thread(torch.get_num_threads()):
-        yield
+        try:
+            yield
+        except Exception as error:
+            what = shortage(error)
+            if what is None:
+                raise
+            raise ShortageError(
+                f"the model cannot be loaded: out of {what} ({reason_of(error)}); end other programs, or raise the "
+                f"limits of this process or container"
+            ) from error
 
 
 @contextmanager

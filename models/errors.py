@@ -12,6 +12,7 @@ WsiSegmentError                      see wsi/errors.py
     ├── CamUnavailableError          the CAM method does not exist, or does not work with this head or layer
     ├── DeviceUnavailableError       this machine does not have the requested device
     ├── RuntimeUnavailableError      the requested runtime is not installed, or cannot run the model
+    ├── ShortageError                the machine has too little memory, threads or file handles to load a model
     └── NonFiniteOutputError         a network returned NaN or infinity
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wsi.errors import WsiSegmentError
+from wsi.errors import WsiSegmentError, shortage, with_causes
 
 
 class ModelError(WsiSegmentError):
@@ -66,6 +67,10 @@ class RuntimeUnavailableError(ModelError):
     """The requested runtime is not installed, does not support the device or precision, or cannot run the model."""
 
 
+class ShortageError(ModelError):
+    """The machine has too little memory, threads or file handles to load a model."""
+
+
 class NonFiniteOutputError(ModelError):
     """A network returned NaN or infinity; `indices` are the positions of those images in the call."""
 
@@ -81,3 +86,11 @@ class NonFiniteOutputError(ModelError):
     def __reduce__(self) -> tuple[type[NonFiniteOutputError], tuple[str, tuple[int, ...]]]:
         # By default, an exception is pickled with its message as the only argument.
         return type(self), (self.network, self.indices)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the line of an error's text that has the reason. If a shortage caused the error, that is its reason."""
+    error = [error, *(one for one in with_causes(error) if shortage(one))][-1]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+    # OpenVINO's first lines are places in its source code. The last lines of torch are advice for its developers.
+    return lines[-1 if lines[0].startswith(("Exception from ", "Check '")) else 0]

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import queue
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -134,7 +137,10 @@ def _compile(
     threads: int,
     few_sizes: bool,
 ) -> Any:
-    """Return the network compiled for maps of any size, traced at these sizes. Raises RuntimeUnavailableError."""
+    """Return the network compiled for maps of any size, traced at these sizes.
+
+    Raises RuntimeUnavailableError, or KeyboardInterrupt after Ctrl-C.
+    """
     hints = {
         # The default is bfloat16 if the processor has it, which changes 0.7 % of the labels.
         "INFERENCE_PRECISION_HINT": number_format,
@@ -149,22 +155,52 @@ def _compile(
         # memory grew by 400 MB during one slide. Without them, a run takes 1 % more processor time.
         hints["CPU_RUNTIME_CACHE_CAPACITY"] = 0
     try:
-        openvino = load_openvino()
-        with torch.no_grad(), warnings.catch_warnings(), _own_logging():
-            # The warnings are about sizes that become constants. The constructor compares two sizes.
-            warnings.simplefilter("ignore")
-            # Trace a function, not the module: then the weights are constants and torch does not search the modules
-            # for methods, which takes half of the time. Constants must not require gradients.
-            network.requires_grad_(False)
-            function = lambda *maps: network(*maps)  # noqa: E731, PLW0108 - torch checks for a module
-            traced = torch.jit.trace(function, tuple(map(torch.zeros_like, examples)), check_trace=False)
-            model = openvino.convert_model(traced, input=[[-1, example.shape[1], -1, -1] for example in examples])
-        return openvino.Core().compile_model(model, "CPU", hints)
+        with _kept_interrupts():
+            openvino = load_openvino()
+            with torch.no_grad(), warnings.catch_warnings(), _own_logging():
+                # The warnings are about sizes that become constants. The constructor compares two sizes.
+                warnings.simplefilter("ignore")
+                # Trace a function, not the module: then the weights are constants and torch does not search the modules
+                # for methods, which takes half of the time. Constants must not require gradients.
+                network.requires_grad_(False)
+                function = lambda *maps: network(*maps)  # noqa: E731, PLW0108 - torch checks for a module
+                traced = torch.jit.trace(function, tuple(map(torch.zeros_like, examples)), check_trace=False)
+                model = openvino.convert_model(traced, input=[[-1, example.shape[1], -1, -1] for example in examples])
+            return openvino.Core().compile_model(model, "CPU", hints)
     except Exception as error:
         # Tracing, conversion and compilation raise different errors.
         raise RuntimeUnavailableError(
             f"runtime openvino: does not support this model ({_reason(error)}); use runtime torch"
         ) from error
+
+
+@contextmanager
+def _kept_interrupts() -> Iterator[None]:
+    """At the end, raise what the handler of SIGINT raised within this context, even if it was replaced or ignored.
+
+    OpenVINO calls Python functions from C++, where a KeyboardInterrupt becomes an ordinary error.
+    """
+    former = signal.getsignal(signal.SIGINT)
+    # Other threads get no signals. A handler that is not callable raises nothing.
+    if threading.current_thread() is not threading.main_thread() or not callable(former):
+        yield
+        return
+    raised: list[BaseException] = []
+
+    def keeping(number: int, frame: FrameType | None) -> None:
+        try:
+            former(number, frame)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    signal.signal(signal.SIGINT, keeping)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+        if raised:
+            raise raised[0]
 
 
 @contextmanager

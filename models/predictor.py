@@ -111,9 +111,9 @@ class Predictor:
         self.lock = threading.Lock()
         self.on_device = Uploads(self.device)
         own = None
-        if statistics is not None and card.familiarity is not None:
-            own = statistics.scaled(1 / card.familiarity.window_limit).to(self.device)
         with loading():
+            if statistics is not None and card.familiarity is not None:
+                own = statistics.scaled(1 / card.familiarity.window_limit).to(self.device)
             self._networks = DeviceNetworks(card, classifier, segmenter, compute, streams, textured=own is not None)
         self._settings = PassSettings(
             card=card,

@@ -39,7 +39,7 @@ from __future__ import annotations
 import errno
 from typing import Self
 
-from wsi.errors import WsiSegmentError
+from wsi.errors import Shortage, WsiSegmentError, with_causes
 
 
 class PipelineError(WsiSegmentError):
@@ -166,6 +166,13 @@ class SampleError(PipelineError):
     """The sample slide cannot be downloaded from any of its sources."""
 
 
+SHORTAGE_HELP: dict[Shortage, str] = {
+    "memory": "lower --batch-size or --num-workers",
+    "threads": "raise the limit of threads and processes (ulimit -u, or that of the container), or lower --num-workers",
+    "file handles": "raise the limit of open files (ulimit -n), or lower --num-workers",
+}
+"""The next step if the machine has too little of something, for a message."""
+
 _TRANSIENT = frozenset(
     {
         # A network mount was remounted, hangs or was gone for a moment.
@@ -197,12 +204,8 @@ def is_transient(error: BaseException | None) -> bool:
     Stale or hanging network mounts and lost workers are transient. Missing or broken slides, timeouts, full disks and
     wrong settings are not. The errors that caused `error` count too.
     """
-    while error is not None:
-        if isinstance(error, WorkerLostError):
-            return True
-        if isinstance(error, OSError) and (
-            error.errno in _TRANSIENT or isinstance(error, (TimeoutError, ConnectionError))
-        ):
-            return True
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return False
+    return any(
+        isinstance(one, WorkerLostError)
+        or (isinstance(one, OSError) and (one.errno in _TRANSIENT or isinstance(one, (TimeoutError, ConnectionError))))
+        for one in with_causes(error)
+    )

@@ -9,11 +9,15 @@ WsiSegmentError              base of every error that this project raises
 ├── ModelError               see models/errors.py
 └── PipelineError            see pipeline/errors.py
 
-Every message starts with the file name and ends with the next step. This module imports nothing, so that `models` can
-import the base class without loading a slide reader.
+Every message starts with the file name and ends with the next step. This module imports nothing of the project, so that
+`models` can import the base class without loading a slide reader.
 """
 
 from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import Literal
 
 
 class WsiSegmentError(Exception):
@@ -38,3 +42,58 @@ class SlideReadError(SlideError):
 
 class ResolutionError(SlideError):
     """The pixel size is unknown, or does not fit the model."""
+
+
+Shortage = Literal["memory", "threads", "file handles"]
+"""What a machine, or the limits of a process, can have too little of."""
+
+_NUMBERS: dict[int | None, Shortage] = {
+    errno.ENOMEM: "memory",
+    errno.EMFILE: "file handles",
+    errno.ENFILE: "file handles",
+}
+
+_TEXTS: dict[str, Shortage | None] = {
+    "static tls": None,  # "cannot allocate memory in static TLS block": too many libraries, not too little memory
+    "out of memory": "memory",  # CUDA, cairo
+    "allocate memory": "memory",  # "can't" in torch, "Cannot" in the C library
+    "insufficient memory": "memory",  # OpenCV, libjpeg
+    "not enough memory": "memory",  # torch on Windows
+    "failed to allocate": "memory",
+    "bad_alloc": "memory",  # C++
+    "bad allocation": "memory",  # C++ on Windows
+    "failed to map segment": "memory",  # the loader of libraries
+    "can't start new thread": "threads",  # Python
+    "resource temporarily unavailable": "threads",  # C++
+}
+"""Texts of libraries that raise RuntimeError or an error of their own, in lower case. The first that matches counts."""
+
+
+def with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, the error that caused it, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def shortage(error: BaseException | None, *, by_text: bool = True) -> Shortage | None:
+    """Return what the machine had too little of, if an error or one of its causes reports this; None otherwise.
+
+    Without `by_text`, only MemoryError and OSError count, because decoders also report "insufficient memory" for a
+    damaged file that claims too large a size.
+    """
+    return next((found for one in with_causes(error) if (found := _reported(one, by_text=by_text))), None)
+
+
+def _reported(error: BaseException, *, by_text: bool) -> Shortage | None:
+    if isinstance(error, MemoryError):
+        return "memory"
+    # The texts of these errors contain names of files.
+    if isinstance(error, WsiSegmentError):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return _NUMBERS.get(error.errno)
+    if not by_text:
+        return None
+    text = str(error).lower()
+    return next((what for part, what in _TEXTS.items() if part in text), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import threading
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from wsi.agreement import tiffslide_agrees
 from wsi.box import Box
 from wsi.dicom import is_dicom, series_files
-from wsi.errors import SlideFormatError, SlideNotFoundError, SlideReadError
+from wsi.errors import SlideFormatError, SlideNotFoundError, SlideReadError, shortage
 from wsi.levels import levels_of_one_shape
 from wsi.pixel_size import MppSource, check_extent, find_mpp
 from wsi.readers import READERS, BackendName, Reader
@@ -109,7 +108,7 @@ class Slide:
         try:
             pixels_HWC = self._reader().read(level, part_lv)
         except Exception as error:
-            if _is_shortage(error):
+            if shortage(error, by_text=False):
                 raise
             # After its first error an OpenSlide handle fails at every read.
             self._drop_reader()
@@ -259,12 +258,6 @@ def _check_file(path: Path) -> None:
         raise SlideNotFoundError(f"{path.name}: no such file at {path}; check the path")
 
 
-def _is_shortage(error: Exception) -> bool:
-    """Return whether the machine ran out of memory or file handles, so that the slide is not the cause."""
-    shortages = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in shortages)
-
-
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -277,7 +270,7 @@ def _open_reader(path: Path, backend: Backend) -> tuple[BackendName, Reader]:
         try:
             return name, READERS[name](path)
         except Exception as error:
-            if _is_shortage(error):
+            if shortage(error, by_text=False):
                 raise
             reasons.append(f"{name}: {str(error) or type(error).__name__}")
     raise SlideFormatError(
@@ -310,7 +303,7 @@ def _tiffslide_agrees(path: Path, reader: Reader) -> bool:
     try:
         return tiffslide_agrees(path, reader)
     except Exception as error:
-        if _is_shortage(error):
+        if shortage(error, by_text=False):
             raise
         log.debug("%s: read by OpenSlide, because tiffslide fails: %s", path.name, error)
         return False
@@ -327,7 +320,9 @@ def _probe(path: Path, name: BackendName, level_sizes: tuple[tuple[int, int], ..
             # A new reader each time: after its first error an OpenSlide handle fails at every read.
             with closing(READERS[name](path)) as reader:
                 reader.read(level, Box(x, y, 1, 1))
-        except Exception as error:  # noqa: BLE001 - see Slide.read
+        except Exception as error:
+            if shortage(error, by_text=False):
+                raise
             reason = str(error) or type(error).__name__
         else:
             return None
@@ -348,7 +343,7 @@ def _what_helps(path: Path, name: BackendName, backend: Backend) -> str:
             if _probe(path, other, level_sizes) is None:
                 return f"pass --backend {other}, which can decode them"
         except Exception as error:
-            if _is_shortage(error):
+            if shortage(error, by_text=False):
                 raise
             log.debug("%s: %s fails too: %s", path.name, other, error)
     return convert

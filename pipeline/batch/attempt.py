@@ -6,15 +6,15 @@ import errno
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from models.errors import ModelError
-from pipeline.errors import Cancelled, LockedError, OtherResultError, WorkerCrashedError, is_transient
+from models.errors import ModelError, reason_of
+from pipeline.errors import SHORTAGE_HELP, Cancelled, LockedError, OtherResultError, WorkerCrashedError, is_transient
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
-from wsi.errors import SlideError, SlideNotFoundError, WsiSegmentError
+from wsi.errors import SlideError, SlideNotFoundError, WsiSegmentError, shortage, with_causes
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def failure(job: SlideJob, error: Exception) -> str:
     """Return the text of a slide's failure. Messages of the project's own errors already name the file."""
     if isinstance(error, WsiSegmentError):
         return str(error)
-    if _is_out_of_memory(error):
-        return f"{job.path.name}: out of memory ({error}); lower --batch-size or --num-workers"
+    if what := shortage(error):
+        return f"{job.path.name}: out of {what} ({reason_of(error)}); {SHORTAGE_HELP[what]}"
     return (
         f"{job.path.name}: {type(error).__name__}: {error}; run again with --retry-failed -vv and report what it prints"
     )
@@ -76,26 +76,16 @@ def is_lasting(error: Exception) -> bool:
 
     Lasting errors are an unreadable slide, an unusable pixel size, a crash of the process that read the slide, and an
     unexpected exception. An error of the machine, the cluster, the model or the output folder is not lasting: somebody
-    can repair those without changing the slide.
+    can repair those without changing the slide. Too little memory, threads or file handles are errors of the machine.
     """
-    if is_transient(error) or _is_out_of_memory(error) or isinstance(error, SlideNotFoundError):
+    if is_transient(error) or shortage(error) or isinstance(error, SlideNotFoundError):
         return False
-    if any(_is_of_the_machine(one) for one in _chain(error)):
+    if any(_is_of_the_machine(one) for one in with_causes(error)):
         return False
     return isinstance(error, (SlideError, WorkerCrashedError)) or not isinstance(error, WsiSegmentError)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
 def _is_of_the_machine(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, ModelError)):
+    if isinstance(error, ModelError):
         return True
     return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()

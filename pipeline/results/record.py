@@ -35,6 +35,7 @@ from pipeline.files import is_file
 from pipeline.results.names import RUN
 from wsi.box import Box
 from wsi.grid import Grid
+from wsi.readers import reader_versions
 
 RUN_FORMAT = 6
 """Raise this number if a result of an older version must not count as finished."""
@@ -45,13 +46,17 @@ PACKAGE = "wsi-segment"
 _VERSIONS = (
     PACKAGE,
     "torch",
-    "openslide-python",
-    "tiffslide",
+    "timm",
+    "segmentation-models-pytorch",
+    "numpy",
+    "scipy",
+    "pillow",
     "zarr",
     "numcodecs",
+    "pyarrow",
     "shapely",
-    "segmentation-models-pytorch",
 )
+"""Packages whose code computes or writes the bytes of a result, beside the `reader_versions`."""
 
 
 def _file_name(name: str) -> str:
@@ -311,7 +316,8 @@ def stored_runtime(folder: Path, settings: ResolvedSettings | SegmentConfig) -> 
 
 def versions(runtime: str = "torch") -> dict[str, str]:
     """Return the versions that a result of this runtime depends on."""
-    return package_versions((*_VERSIONS, runtime) if runtime == "openvino" else _VERSIONS)
+    names = (*_VERSIONS, runtime) if runtime == "openvino" else _VERSIONS
+    return package_versions(names) | reader_versions()
 
 
 def installed_versions() -> dict[str, str]:

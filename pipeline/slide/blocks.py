@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from models.backbone_windows import RING
 from models.card import ModelCard
-from models.errors import NonFiniteOutputError
+from models.errors import NonFiniteOutputError, reason_of
 from models.predictor import Predictor
 from models.runtimes import CONTEXT
 from pipeline.config import ResolvedSettings
-from pipeline.errors import InferenceError
+from pipeline.errors import SHORTAGE_HELP, InferenceError
 from pipeline.formats.ome_zarr import MapStore
 from pipeline.formats.polygons import block_regions
 from pipeline.formats.region_files import save_regions
@@ -32,6 +32,7 @@ from pipeline.slide.familiarity import CellDistances, save_values, values_file
 from pipeline.slide.labels import stored_map
 from pipeline.slide.plan import block_tissue, needed_tiles, part_of_block
 from wsi.box import Box
+from wsi.errors import shortage
 from wsi.grid import Block, Grid
 from wsi.mirror import mirror_outside
 from wsi.resample import read_tiles
@@ -135,7 +136,7 @@ def segment_block(
         finally:
             predictor.lock.release()
     except (RuntimeError, MemoryError) as error:
-        raise _device_error(work.info, predictor.device, grid.box_l0(pixels.canvas_m), error) from error
+        raise _device_error(work.info, predictor, grid.box_l0(pixels.canvas_m), error) from error
     del pixels, rgb_HWC, found_KHW
     with timer("polygons"):
         regions_path = save_block_regions(work, block, labels_HW)
@@ -260,15 +261,17 @@ def _without_class(
     return sum(bool(tissue_HW[part].any() and not has_class_HW[part].any()) for part in parts)
 
 
-def _device_error(info: SlideInfo, device: torch.device, block_l0: Box, error: Exception) -> InferenceError:
-    """Return an error with one line of torch's report, which may have many."""
-    said = str(error).partition("\n")[0] or "no reason given"
-    short = isinstance(error, MemoryError) or "out of memory" in said.lower()
+def _device_error(info: SlideInfo, predictor: Predictor, block_l0: Box, error: Exception) -> InferenceError:
+    """Return the error of a block whose networks failed."""
+    what, advice = shortage(error), "check the device, or pass --device cpu"
+    if what is not None:
+        advice = SHORTAGE_HELP[what]
+    elif predictor.device.type == "cpu":
+        advice = "check the machine" if predictor.runtime == "torch" else "check the machine, or pass --runtime torch"
     return InferenceError(
-        f"{info.path.name}: {'out of memory' if short else 'a network failed'} on {device} ({said}), in the block at "
-        f"level-0 (x, y, width, height) {tuple(block_l0)}; "
-        + ("lower --batch-size or --num-workers and " if short else "check the device, or pass --device cpu, and ")
-        + "run the same command again; it resumes after the finished blocks"
+        f"{info.path.name}: {'a network failed' if what is None else f'out of {what}'} on {predictor.device} "
+        f"({reason_of(error)}), in the block at level-0 (x, y, width, height) {tuple(block_l0)}; {advice}, and run the "
+        f"same command again; it resumes after the finished blocks"
     )
 
 

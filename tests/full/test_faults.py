@@ -347,16 +347,28 @@ def failing_predictor(error: BaseException, method: str = "predict_into") -> Pre
         (
             RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported"),
             "a network failed on cpu (CUDA error: an illegal memory access was encountered), in the block at level-0 ",
-            "check the device, or pass --device cpu, and run the same command again; it resumes after the finished",
+            "check the machine, and run the same command again; it resumes after the finished",
         ),
         (
             RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."),
             "out of memory on cpu (CUDA out of memory. Tried to allocate 20.00 GiB.), in the block at level-0 ",
-            "lower --batch-size or --num-workers and run the same command again",
+            "lower --batch-size or --num-workers, and run the same command again",
+        ),
+        (
+            RuntimeError(
+                "Exception from src/inference/src/cpp/infer_request.cpp:112:\nException from x.cpp:1:\nstd::bad_alloc"
+            ),
+            "out of memory on cpu (std::bad_alloc), in the block at level-0 ",
+            "lower --batch-size or --num-workers, and run the same command again",
+        ),
+        (
+            RuntimeError("can't start new thread"),
+            "out of threads on cpu (can't start new thread), in the block at level-0 ",
+            "raise the limit of threads and processes",
         ),
         (MemoryError(), "out of memory on cpu (no reason given), in the block at level-0 ", "lower --batch-size"),
     ],
-    ids=["device", "device memory", "memory"],
+    ids=["device", "device memory", "openvino", "threads", "memory"],
 )
 def test_a_device_that_fails_names_the_slide_and_the_block(
     slides: Slides, tmp_path: Path, error: BaseException, message: str, hint: str, method: str

@@ -25,7 +25,7 @@ from models.backbone import Stages
 from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
 from models.card import NO_DIGEST
 from models.classifier import Classifier
-from models.errors import NonFiniteOutputError, RuntimeUnavailableError
+from models.errors import NonFiniteOutputError, RuntimeUnavailableError, ShortageError
 from models.heads import HEADS
 from models.openvino_network import OpenVinoNetwork
 from models.predictor import Predictor
@@ -321,6 +321,43 @@ def test_a_network_that_openvino_cannot_take_runs_in_torch_with_a_warning(
     assert predictor.presence(np.zeros((1, 96, 96, 3), np.uint8), [(0, 0)])[0].shape == (5, 5, 2)
 
 
+@needs_openvino
+@pytest.mark.parametrize(
+    ("text", "shortage"),
+    [
+        (
+            "Exception from src/core.cpp:1:\nException from src/plugin.cpp:2:\nstd::bad_alloc\n",
+            "memory (std::bad_alloc)",
+        ),
+        ("Check 'false' failed at src/frontend.cpp:53:\nbad allocation", "memory (bad allocation)"),
+        ("Resource temporarily unavailable", "threads (Resource temporarily unavailable)"),
+    ],
+)
+def test_a_model_that_cannot_load_for_lack_of_memory_or_threads_does_not_run_in_torch(
+    text: str, shortage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(runtimes.load_openvino(), "convert_model", short)
+    networks = PixelClassifier(), ConstantSegmenter([0.0, 1.0])
+    with pytest.raises(ShortageError) as raised:
+        Predictor.from_networks(make_card(), NO_DIGEST, *networks, device="cpu", runtime="auto")
+    assert str(raised.value) == (
+        f"the model cannot be loaded: out of {shortage}; end other programs, or raise the limits of this process or "
+        f"container"
+    )
+
+
+def test_weights_that_do_not_fit_into_memory_are_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(nn.Module, "load_state_dict", short)
+    with pytest.raises(ShortageError, match=r"out of memory \(DefaultCPUAllocator: can't allocate memory\)"):
+        Predictor.from_bundle(load_bundle(DEFAULT_BUNDLE), device="cpu")
+
+
 @pytest.mark.full
 @needs_openvino
 def test_openvino_opens_no_connection_and_writes_no_file(tmp_path: Path) -> None:
@@ -382,6 +419,41 @@ def test_a_failed_conversion_does_not_change_the_logging() -> None:
     with pytest.raises(RuntimeUnavailableError):
         OpenVinoNetwork(_Unknown().eval(), 32)
     assert (root.level, list(root.handlers), list(root.filters)) == before
+
+
+@needs_openvino
+def test_ctrl_c_during_the_conversion_ends_with_keyboard_interrupt() -> None:
+    # OpenVINO calls `get_op_type` from C++, where a KeyboardInterrupt becomes an ordinary error.
+    program = """
+        import signal
+        from models.runtimes import load_openvino
+        load_openvino()
+        from concurrent.futures import ThreadPoolExecutor
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+        from torch import nn
+        from models.openvino_network import OpenVinoNetwork
+
+        read, sent = TorchScriptPythonDecoder.get_op_type, []
+        def interrupted(decoder):
+            if not sent:
+                sent.append(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            return read(decoder)
+
+        TorchScriptPythonDecoder.get_op_type = interrupted
+        former = signal.getsignal(signal.SIGINT)
+        try:
+            OpenVinoNetwork(nn.Conv2d(3, 1, 1).eval(), 32)
+        except KeyboardInterrupt:
+            assert sent and signal.getsignal(signal.SIGINT) is former
+            with ThreadPoolExecutor(1) as pool:  # a thread that cannot set a handler
+                pool.submit(OpenVinoNetwork, nn.Conv2d(3, 1, 1).eval(), 32).result()
+            print("interrupted")
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "interrupted\n", "")
 
 
 @needs_openvino

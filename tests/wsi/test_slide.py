@@ -251,6 +251,24 @@ def test_unreadable_tiles_are_white_and_listed_and_the_others_are_read(tmp_path:
                 assert (rgb_HWC[~bad] == PINK).all()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread"), OSError("out of memory")])
+def test_a_reader_that_lacks_memory_or_threads_raises_its_error_and_no_tile_is_lost(
+    tmp_path: Path, noise: np.ndarray, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def short(*_: object) -> np.ndarray:
+        raise error
+
+    path = write_slide(tmp_path / "slide.svs", noise)
+    with open_slide(path, backend="openslide") as slide:
+        monkeypatch.setattr(OpenSlideReader, "read", short)
+        with pytest.raises(type(error)) as raised:
+            slide.read(0, Box(0, 0, 8, 8))
+        assert raised.value is error
+    with pytest.raises(type(error)) as raised:
+        open_slide(path, backend="openslide")
+    assert raised.value is error
+
+
 class _BoundedReader(OpenSlideReader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)

@@ -13,7 +13,7 @@ import pytest
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle
 from models.errors import DeviceUnavailableError, UnknownBundleError
-from pipeline.batch.attempt import is_lasting
+from pipeline.batch.attempt import failure, is_lasting
 from pipeline.batch.earlier import EarlierRuns
 from pipeline.batch.queue import run_batch
 from pipeline.batch.tally import new_failures, tally
@@ -197,6 +197,10 @@ def test_a_failure_that_the_slide_causes_is_lasting(error: Exception) -> None:
         PermissionError(13, "Permission denied"),
         MemoryError(),
         RuntimeError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        RuntimeError("can't start new thread"),
+        Exception("alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 8 bytes"),
+        OSError(24, "Too many open files"),
         OutputError("the disk is full"),
         PlanError("too little memory"),
         LockedError("held"),
@@ -207,6 +211,33 @@ def test_a_failure_that_the_slide_causes_is_lasting(error: Exception) -> None:
 )
 def test_a_failure_that_somebody_can_repair_without_the_slide_is_not_lasting(error: Exception) -> None:
     assert not is_lasting(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError("no 3 GiB"), "out of memory (no 3 GiB); lower --batch-size or --num-workers"),
+        (
+            Exception("Insufficient memory\n"),
+            "out of memory (Insufficient memory); lower --batch-size or --num-workers",
+        ),
+        (
+            RuntimeError("can't start new thread"),
+            "out of threads (can't start new thread); raise the limit of threads and processes (ulimit -u, or that of "
+            "the container), or lower --num-workers",
+        ),
+        (
+            OSError(24, "Too many open files"),
+            "out of file handles ([Errno 24] Too many open files); raise the limit of open files (ulimit -n), or lower "
+            "--num-workers",
+        ),
+    ],
+    ids=["memory", "memory of a library", "threads", "file handles"],
+)
+def test_a_failure_for_lack_of_memory_threads_or_file_handles_states_what_is_lacking(
+    error: Exception, text: str
+) -> None:
+    assert failure(SlideJob(Path("a.svs")), error) == f"a.svs: {text}"
 
 
 def test_a_slide_error_from_a_closed_or_stale_file_is_not_lasting() -> None:

@@ -26,6 +26,7 @@ from pipeline.results.summary import read_summary, write_summary
 from tests.pipeline.runs import IDENTITY, TUMOR, make_run
 from tests.pipeline.summaries import rows_of
 from tests.repository import REPOSITORY
+from wsi.readers import reader_versions
 
 
 def test_the_summary_replaces_the_rows_of_its_slides_and_keeps_all_others(tmp_path: Path) -> None:
@@ -234,6 +235,22 @@ def test_a_record_with_an_impossible_grid_is_refused(tmp_path: Path, pixels: int
     (tmp_path / "run.json").write_text(json.dumps(stored), encoding="utf-8")
     with pytest.raises(RunRecordError, match=r"run\.json: plan: .*segment the slide again with --force"):
         read_run(tmp_path)
+
+
+def test_versions_name_every_library_that_decodes_resamples_or_writes_pixels() -> None:
+    libraries = (
+        "numpy",
+        "scipy",
+        "pillow",
+        "pyarrow",
+        "zarr",
+        "numcodecs",
+        "shapely",
+        "timm",
+    )
+    assert {name: versions()[name] for name in libraries} == {name: version(name) for name in libraries}
+    assert versions().items() >= reader_versions().items()
+    assert {"openslide", "tifffile", "imagecodecs"} <= versions().keys()
 
 
 @pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")

@@ -1,0 +1,47 @@
+"""Which errors mean that the machine has too little of something."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from wsi.errors import Shortage, SlideReadError, shortage
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (MemoryError(), "memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."), "memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), "memory"),
+        (Exception("alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 8 bytes"), "memory"),
+        (RuntimeError("Exception from src/inference/src/cpp/core.cpp:109:\nstd::bad_alloc"), "memory"),
+        (RuntimeError("bad allocation"), "memory"),
+        (ImportError("libx.so: failed to map segment from shared object"), "memory"),
+        (RuntimeError("can't start new thread"), "threads"),
+        (RuntimeError("Resource temporarily unavailable"), "threads"),
+        (OSError(errno.EMFILE, "Too many open files"), "file handles"),
+        (OSError(errno.ENFILE, "Too many open files in system"), "file handles"),
+        (OSError("mmap: Cannot allocate memory"), "memory"),
+        # No number of bytes would help.
+        (ImportError("libx.so: cannot allocate memory in static TLS block"), None),
+        # The name of a file states nothing.
+        (FileNotFoundError(errno.ENOENT, "No such file", "out of memory.svs"), None),
+        (SlideReadError("out of memory.svs: cannot be read"), None),
+        (ValueError("damaged"), None),
+        (None, None),
+    ],
+)
+def test_a_shortage_is_recognized_by_class_number_or_text(error: Exception | None, what: Shortage | None) -> None:
+    assert shortage(error) == what
+
+
+def test_a_shortage_counts_if_it_caused_another_error() -> None:
+    error = SlideReadError("a.svs: cannot be read")
+    error.__cause__ = ValueError("a tile")
+    assert shortage(error) is None
+    error.__cause__.__context__ = RuntimeError("can't start new thread")
+    assert shortage(error) == "threads"
