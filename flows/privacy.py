@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
 from pipeline.console import printable
+from pipeline.files import printable_name
 
 PACKAGES = ("flows", "pipeline", "models", "wsi")
 
@@ -28,10 +30,15 @@ def as_it_is(text: str) -> str:
 def without_folders(folders: Iterable[Path | str]) -> Redact:
     """Return a function that removes these folders and their parents from a text, and keeps the names of files.
 
+    Their spellings in messages are removed too: in Python's quotes, with escaped control characters, and in a URI.
+
     A relative folder of one part, such as `a`, is removed only before a slash or a colon: it can also be a word.
     """
     spellings = {
-        text for folder in folders for text in (str(folder), str(Path(folder).absolute()), os.path.realpath(folder))
+        spelling
+        for folder in folders
+        for text in (str(folder), str(Path(folder).absolute()), os.path.realpath(folder))
+        for spelling in _spellings(text)
     }
     spellings -= {"", ".", "/"}
     absolute = {text for text in spellings if text.startswith("/")}
@@ -50,6 +57,13 @@ def without_folders(folders: Iterable[Path | str]) -> Redact:
         or "(?!)"  # matches nothing
     )
     return lambda text: hidden.sub(lambda found: "" if found[0].endswith("/") else "(folder)", text)
+
+
+def _spellings(path: str) -> tuple[str, ...]:
+    """Return the ways in which messages spell a path."""
+    # Python escapes single quotes only if the text also contains double quotes, such as those of a file's name.
+    quoted, also_escaped = repr(path)[1:-1], repr(f'"{path}')[2:-1]
+    return path, quoted, also_escaped, printable(path), printable_name(path), quote(os.fsencode(path))
 
 
 def _any_of(texts: Iterable[str]) -> str:

@@ -199,6 +199,17 @@ def _load_weights(network: nn.Module, file: Path, expected: str) -> None:
     wanted = network.state_dict()
     try:
         tensors = safetensors.torch.load(content)
+        # Copying would drop the imaginary part of complex numbers, and round or wrap others.
+        strange = sorted(
+            name
+            for name, tensor in tensors.items()
+            if name in wanted and tensor.is_floating_point() != wanted[name].is_floating_point()
+        )
+        if strange:
+            raise WeightsMismatchError(
+                f"{file}: the weights {', '.join(strange[:3])} are stored as {tensors[strange[0]].dtype}, but the "
+                f"network has {wanted[strange[0]].dtype}; download or export the bundle again"
+            )
         network.load_state_dict({name: _as_loaded(tensor) for name, tensor in tensors.items()})
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise WeightsMismatchError(

@@ -312,9 +312,12 @@ class CanvasPass:
         return [(n, part) for batch in self._batches for part in batch.parts for n in batch.canvases]
 
     def _finite_canvases(self, classified: Sequence[_Classified]) -> Tensor:
-        """Return for which canvases, batch by batch, the logits of the windows are finite, on the device."""
-        pairs = zip(self._batches, classified, strict=True)
-        return torch.cat([_finite(one.logits_MK.unflatten(0, (len(batch.canvases), -1))) for batch, one in pairs])
+        """Return for which canvases, batch by batch, logits and distances of the windows are finite, on the device."""
+        found = []
+        for batch, one in zip(self._batches, classified, strict=True):
+            finite_N = _finite(one.logits_MK.unflatten(0, (len(batch.canvases), -1)))
+            found.append(finite_N if one.distances_Nrc is None else finite_N & _finite(one.distances_Nrc))
+        return torch.cat(found)
 
 
 def _finite(output: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ Reading a card does not import torch, so that a command can check its model at o
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import InvalidCardError
 from models.tissue_class import TissueClass
@@ -26,7 +27,32 @@ NetworkName = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Z
 NO_DIGEST = "0" * 64
 """Digest in the draft of a card whose weights are not written yet."""
 
-Rate = Annotated[int, Field(ge=1)]
+Rate = Annotated[int, Field(ge=1, le=64)]
+"""Far beyond the useful rates: at stride 16, a rate of 64 reaches 1024 pixels."""
+
+Mean = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
+Std = Annotated[float, Field(ge=1e-6, le=1000, allow_inf_nan=False)]
+"""With these bounds and those of `Mean`, the networks' input is finite in float32."""
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters except tabs and line breaks, and the marks that change the direction of text. Texts of a card
+reach terminals and tables."""
+
+
+def _plain(text: str) -> str:
+    if found := _CONTROL.search(text):
+        raise ValueError(f"contains the control character {found[0]!a}; remove it")
+    return text
+
+
+def _one_line(text: str) -> str:
+    if "\n" in text or "\t" in text:
+        raise ValueError("contains a line break or a tab; write it in one line without tabs")
+    return _plain(text)
+
+
+Text = Annotated[str, AfterValidator(_plain)]
+Line = Annotated[str, AfterValidator(_one_line)]
 
 
 class _Strict(BaseModel):
@@ -37,7 +63,7 @@ class ClassifierCard(_Strict):
     """Architecture of the classifier."""
 
     backbone: NetworkName
-    head: Annotated[str, Field(min_length=1)]
+    head: Annotated[Line, Field(min_length=1)]
     depth: Annotated[int, Field(ge=3)] | None = None
     """Number of feature stages of the backbone to use; None for the whole backbone."""
     stride: Literal[8, 16] = 8
@@ -93,7 +119,7 @@ class ModelCard(_Strict):
 
     schema_version: Literal[3]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    description: Annotated[str, Field(min_length=1)]
+    description: Annotated[Text, Field(min_length=1)]
     classes: Annotated[tuple[TissueClass, ...], Field(min_length=2, max_length=254)]
     mpp: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
     """Micrometers per pixel of the images that the networks expect."""
@@ -101,9 +127,9 @@ class ModelCard(_Strict):
     """Side in pixels, at `mpp`, of the windows in which the classifier decides which classes are present."""
     margin: Annotated[int, Field(ge=16, le=1024, multiple_of=16)]
     """Pixels of context around a prediction: a map keeps only predictions that have this margin on all sides."""
-    mean: tuple[Finite, Finite, Finite]
+    mean: tuple[Mean, Mean, Mean]
     """Subtracted from RGB scaled to 0–1, per channel."""
-    std: tuple[Positive, Positive, Positive]
+    std: tuple[Std, Std, Std]
     classifier: ClassifierCard
     segmenter: SegmenterCard
     output_stride: Literal[4] = 4
@@ -111,19 +137,19 @@ class ModelCard(_Strict):
     """Threshold per class. The gate accepts a class if its presence probability exceeds the threshold."""
     temperature: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
     """The segmenter's logits are divided by this before the softmax."""
-    licence: Annotated[str, Field(min_length=1)]
-    training_data: Annotated[str, Field(min_length=1)]
+    licence: Annotated[Text, Field(min_length=1)]
+    training_data: Annotated[Text, Field(min_length=1)]
     """Data set, attribution, split and supervision."""
     started_from: Digest | None = None
     """SHA-256 of the card of the model that both networks started from; None if they did not start from a model."""
-    metrics: dict[str, Finite]
-    scope: str = ""
+    metrics: dict[Line, Finite]
+    scope: Line = ""
     """What the training data show, in a few words, such as "colon, H&E"."""
-    limits: Annotated[str, Field(min_length=1)]
+    limits: Annotated[Text, Field(min_length=1)]
     """Uses that the model is not for."""
     familiarity: FamiliarityCard | None = None
     """None if the model has no statistics of its training data."""
-    made_with: dict[str, str] = {}
+    made_with: dict[Line, Line] = {}
     """Versions of Python, wsi-segment and libraries, commit of the source, digest of the data, and number of images."""
     weights: WeightsCard
 

@@ -196,7 +196,10 @@ class Statistics:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
-        """Return the statistics in a file's content. Raises WeightsMismatchError if the tensors are not those."""
+        """Return the statistics in a file's content.
+
+        Raises WeightsMismatchError if the tensors are not those, or contain NaN or infinity as float32.
+        """
         try:
             tensors = {name: tensor.float() for name, tensor in safetensors.torch.load(content).items()}
             if "mean" in tensors:
@@ -209,6 +212,12 @@ class Statistics:
             changes = [tensors[name] for name in _CHANGES] if tensors.keys() & _CHANGES else None
         except (KeyError, safetensors.SafetensorError) as error:
             raise WeightsMismatchError(f"the statistics of the training windows cannot be read: {error}") from error
+        # A distance of NaN is below every limit, so that the model would never warn.
+        if strange := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise WeightsMismatchError(
+                f"the statistics of the training windows contain NaN or infinity in {', '.join(sorted(strange))}; make "
+                f"them again with `wsi-familiarity BUNDLE DATASET --data FOLDER`, or download the bundle again"
+            )
         if mean.ndim != 2 or not len(mean) or whitening.shape != (*mean.shape, mean.shape[-1]):
             raise WeightsMismatchError(
                 f"the statistics of the training windows do not fit together: means of shape "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from wsi.errors import SlideFormatError, SlideNotFoundError, SlideReadError, sho
 from wsi.levels import levels_of_one_shape
 from wsi.pixel_size import MppSource, check_extent, find_mpp
 from wsi.readers import READERS, BackendName, Reader
-from wsi.tiff_checks import check_layout
+from wsi.tiff_checks import check_layout, picture_sizes
 
 log = logging.getLogger(__name__)
 
@@ -166,11 +166,12 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
     `mpp` (micrometers per level-0 pixel) overrides the file. Without it `find_mpp` takes the file's own value, then its
     TIFF resolution, then a guess from the objective power; a guess adds a warning to `SlideInfo.warnings`.
 
-    The first level whose shape differs from the slide's and all later levels are left out, with a warning.
+    The first level whose shape differs from the slide's, or that has the size of a picture of the label or of the whole
+    glass (see `picture_sizes`), and all later levels are left out, with a warning.
 
-    Raises SlideNotFoundError, SlideFormatError if no reader can open the file or its pixels would be wrong (see
-    `check_layout`), SlideReadError if the path cannot be examined or no pixel can be decoded, ResolutionError, or
-    ValueError for an unknown backend.
+    Raises SlideNotFoundError, SlideFormatError if no reader can open the file, its pixels would be wrong (see
+    `check_layout`) or level 0 is such a picture, SlideReadError if the path cannot be examined or no pixel can be
+    decoded, ResolutionError, or ValueError for an unknown backend.
     """
     if backend != "auto" and backend not in READERS:
         raise ValueError(f"unknown backend {backend!r}; use auto, {', '.join(READERS)}")
@@ -181,9 +182,10 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
         properties, all_sizes = reader.properties, _checked_sizes(path, reader)
         with _reading(path):
             check_layout(path, all_sizes)
+            pictures = picture_sizes(path)
         if backend == "auto" and name == "openslide" and _tiffslide_agrees(path, reader):
             name = "tiffslide"
-    level_sizes = all_sizes[: levels_of_one_shape(all_sizes)]
+    level_sizes, left_out = _usable_levels(path, all_sizes, pictures)
     if reason := _probe(path, name, level_sizes):
         raise SlideReadError(
             f"{path.name}: opens, but its pixels cannot be decoded ({reason}); {_what_helps(path, name, backend)}"
@@ -199,7 +201,7 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
         mpp=mpp,
         mpp_source=source,
         bounds_l0=bounds_l0,
-        warnings=(*_shape_warning(all_sizes, len(level_sizes)), *warnings),
+        warnings=(*left_out, *warnings),
     )
     return Slide(info)
 
@@ -289,14 +291,25 @@ def _checked_sizes(path: Path, reader: Reader) -> tuple[tuple[int, int], ...]:
     return sizes
 
 
-def _shape_warning(sizes: tuple[tuple[int, int], ...], used: int) -> tuple[str, ...]:
+def _usable_levels(
+    path: Path, sizes: tuple[tuple[int, int], ...], pictures: Collection[tuple[int, int]]
+) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
+    """Return the sizes of the levels before the first one that is not a smaller image of the slide, and a warning."""
+    if sizes[0] in pictures:
+        raise SlideFormatError(
+            f"{path.name}: its first image shows the label or the whole glass, or has the size of such a picture; save "
+            f"the slide without that picture"
+        )
+    used = next((level for level, size in enumerate(sizes) if size in pictures), len(sizes))
+    reason = "has the size of a picture of the label or of the whole glass"
+    (width_l0, height_l0), alike = sizes[0], levels_of_one_shape(sizes)
+    if alike <= used:
+        used, reason = alike, f"differs in shape from the slide ({width_l0}×{height_l0} px)"
     if used == len(sizes):
-        return ()
-    (width_l0, height_l0), (width, height) = sizes[0], sizes[used]
-    return (
-        f"level {used} ({width}×{height} px) differs in shape from the slide ({width_l0}×{height_l0} px); levels from "
-        f"{used} on are not used",
-    )
+        return sizes, ()
+    width, height = sizes[used]
+    warning = f"level {used} ({width}×{height} px) {reason}; levels from {used} on are not used"
+    return sizes[:used], (warning,)
 
 
 def _tiffslide_agrees(path: Path, reader: Reader) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import tifffile
 
@@ -17,6 +19,15 @@ MOST_TILE_BYTES = 1 << 28
 
 _TURNED = range(2, 9)
 """Values of Orientation other than 1, upright. libtiff ignores values outside the standard, such as 0."""
+
+_MACRO = 8
+"""Bit of NewSubfileType that marks a picture of the whole glass in files of Aperio."""
+
+_PICTURE = re.compile(
+    r"(?:Aperio[^\r\n]*[\r\n]+)?\s*(?:label|macro)(?:[ _]image)?(?:\s*$|\s+[-\d]|\s*\|)", re.IGNORECASE
+)
+"""Beginning of the description of a picture of the label or of the whole glass: "label 387x463" after Aperio's first
+line, "Macro", "Label_Image", "Macro -offset=(0,0)"."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,8 @@ class _Tags:
     """Of the first image and all others in tiles."""
     most_bytes: int = 0
     """Bytes of the largest tile of any image."""
+    picture_sizes: frozenset[tuple[int, int]] = frozenset()
+    """(width, height) of the images that are named or marked as a picture of the label or of the whole glass."""
 
 
 def check_layout(path: Path, level_sizes: Collection[tuple[int, int]]) -> None:
@@ -58,6 +71,15 @@ def check_layout(path: Path, level_sizes: Collection[tuple[int, int]]) -> None:
         )
     if any(level.is_16_bit_gray for level in levels):
         raise SlideFormatError(f"{path.name}: its pixels are 16-bit gray; convert it to 8 bits per channel")
+
+
+def picture_sizes(path: Path) -> frozenset[tuple[int, int]]:
+    """Return (width, height) of the images of a TIFF file that show the label or the whole glass.
+
+    The image's description, its NewSubfileType or its name in OME-XML states what it shows. Return an empty set for any
+    other file.
+    """
+    return _file_tags(path).picture_sizes
 
 
 def check_tile_bytes(path: Path) -> None:
@@ -90,6 +112,7 @@ def _read(path: Path, size: int, mtime_ns: int) -> _Tags:  # noqa: ARG001 - the 
             return _Tags(
                 layouts=tuple(_layout(page, n == 0) for n, page in enumerate(pages) if n == 0 or page.is_tiled),
                 most_bytes=max((max(page.databytecounts, default=0) for page in pages if page.is_tiled), default=0),
+                picture_sizes=frozenset(_picture_sizes(pages)),
             )
     except (OSError, MemoryError):
         raise  # the next attempt may succeed
@@ -105,6 +128,28 @@ def _layout(page: tifffile.TiffPage, is_first: bool) -> _Layout:
         orientation=1 if ignores_orientation else int(page.tags.valueof(274, default=1)),
         is_16_bit_gray=page.photometric == 1 and page.bitspersample == 16,
     )
+
+
+def _picture_sizes(pages: list[tifffile.TiffPage]) -> Iterator[tuple[int, int]]:
+    for page in pages:
+        if page.subfiletype & _MACRO or _PICTURE.match(page.description):
+            yield page.imagewidth, page.imagelength
+    if pages and pages[0].is_ome:
+        yield from _ome_picture_sizes(pages[0].description)
+
+
+def _ome_picture_sizes(xml: str) -> list[tuple[int, int]]:
+    """Return the sizes that OME-XML states for the images that it names as such a picture."""
+    try:
+        root = ET.fromstring(xml)  # noqa: S314 - tifffile parses it too
+        return [
+            (int(pixels.get("SizeX", "")), int(pixels.get("SizeY", "")))
+            for image in root.iterfind("{*}Image")
+            if _PICTURE.match(image.get("Name", ""))
+            for pixels in image.iterfind("{*}Pixels")
+        ]
+    except (ET.ParseError, ValueError):
+        return []
 
 
 def _pages(tiff: tifffile.TiffFile) -> Iterator[tifffile.TiffPage]:

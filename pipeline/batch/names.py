@@ -94,9 +94,9 @@ def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
         above = [str(parent) for parent in PurePosixPath(name.casefold()).parents][:-1]  # the last one is "."
         inside = next((parent for parent in above if parent in groups), None)
         same = groups[name.casefold()]
-        if (part := reserved_part(name)) is not None:
+        if reserved_part(name) is not None:
             errors[job.path] = (
-                f"{job.path}: results are named after slides, and {part!r} cannot be the name of a result "
+                f"{job.path}: results are named after slides, and '{name}' cannot be the name of a result "
                 f"({UNUSABLE} are reserved); rename the slide, or name its result in the column 'id' of a manifest"
             )
         elif len(same) > 1:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import shapely
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from models.tissue_class import ClassName, TissueClass
+from pipeline.errors import LabelingError
 from pipeline.formats.features import Feature, geojson_feature
 from pipeline.labeling.event_file import Entry, EventFile, EventFormat, EventModel
 from pipeline.labeling.events import Undone
@@ -26,14 +27,28 @@ from pipeline.results.names import CORRECTIONS_END, SENT_END
 
 GRAY = (128, 128, 128)
 
-Ring = tuple[tuple[float, float], ...]
+Coordinate = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
+Ring = Annotated[tuple[tuple[Coordinate, Coordinate], ...], Field(min_length=4)]
+Rings = Annotated[tuple[Ring, ...], Field(min_length=1)]
+
+
+def _uuid(text: str) -> str:
+    uuid.UUID(text)
+    return text
+
+
+def _one_area(rings_l0: Rings) -> Rings:
+    polygon = shapely.Polygon(rings_l0[0], rings_l0[1:])
+    if not polygon.is_valid:
+        raise ValueError(f"is not a valid area: {shapely.is_valid_reason(polygon)}")
+    return rings_l0
 
 
 class Relabeled(EventModel):
     """A person gave a region another class. The latest event of a region that is not undone counts."""
 
     kind: Literal["relabel"] = "relabel"
-    region: str
+    region: Annotated[str, AfterValidator(_uuid)]
     """Id of the region in the files of the result."""
     slide: str
     """Digest of the slide's file."""
@@ -42,7 +57,7 @@ class Relabeled(EventModel):
     before: ClassName
     """Class in the result."""
     after: ClassName
-    rings_l0: tuple[Ring, ...]
+    rings_l0: Annotated[Rings, AfterValidator(_one_area)]
     """Outline and holes, so that the correction outlives the result."""
 
     @property
@@ -92,17 +107,26 @@ def _beside(result: Path, end: str) -> Path:
 
 
 def relabeled(feature: Feature, slide: str, model: str, after: str) -> Relabeled:
-    """Return the event that gives a region of a result another class."""
+    """Return the event that gives a region of a result another class.
+
+    Raises LabelingError for a region that a result of wsi-segment cannot have.
+    """
     polygon = feature.geometry_l0
     rings = (polygon.exterior, *polygon.interiors)
-    return Relabeled(
-        region=feature.id,
-        slide=slide,
-        model=model,
-        before=feature.tissue_class.name,
-        after=after,
-        rings_l0=tuple(tuple(map(tuple, shapely.get_coordinates(ring).tolist())) for ring in rings),
-    )
+    try:
+        return Relabeled(
+            region=feature.id,
+            slide=slide,
+            model=model,
+            before=feature.tissue_class.name,
+            after=after,
+            rings_l0=tuple(tuple(map(tuple, shapely.get_coordinates(ring).tolist())) for ring in rings),
+        )
+    except ValidationError as error:
+        raise LabelingError(
+            f"the region {feature.id} cannot be corrected, because the result is damaged ({error}); segment the slide "
+            f"again"
+        ) from error
 
 
 def read_corrections(result: Path) -> list[Correction]:

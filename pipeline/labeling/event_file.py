@@ -176,10 +176,10 @@ class EventFile(Generic[E]):
             rows = self._connection.execute(
                 "SELECT number, time, annotator, event FROM events WHERE number > ? ORDER BY number", (after,)
             ).fetchall()
-            return [Entry(number, time, who, validate(event)) for number, time, who, event in rows]
+            return [Entry(number, _text(time), _text(who), validate(event)) for number, time, who, event in rows]
         except sqlite3.Error as error:
             raise LabelingError(f"{self._path}: is damaged ({error}); restore a copy of the file") from error
-        except ValidationError as error:
+        except (ValidationError, TypeError) as error:
             raise LabelingError(
                 f"{self._path}: is damaged, or was written by a newer version of wsi-segment ({error}); update "
                 "wsi-segment, or restore a copy of the file"
@@ -197,6 +197,13 @@ class EventFile(Generic[E]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _text(value: object) -> str:
+    """Return a value that must be text. SQLite stores any type in any column."""
+    if not isinstance(value, str):
+        raise TypeError(f"a time or an annotator is not text but {type(value).__name__}")
+    return value
 
 
 def _statements(script: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.tissue_class import Byte, ClassName, Color, Role, TissueClass
 
@@ -18,6 +18,17 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 PixelSize = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 """Pixel size in µm/px, with the same limits as in a model card."""
+
+
+def _below_root(path: str) -> str:
+    parts = PurePosixPath(path)
+    if not path or parts.is_absolute() or ".." in parts.parts:
+        raise ValueError(f"{path!r} must be a path below root without '..', such as train/*.png")
+    return path
+
+
+BelowRoot = Annotated[str, AfterValidator(_below_root)]
+"""A path or a glob pattern below the root of a data set."""
 
 
 class Section(BaseModel):
@@ -46,16 +57,9 @@ class ClassSpec(Section):
 class Location(Section):
     """Where images are, as a glob pattern below the root, and where the mask of an image is."""
 
-    image: str
-    mask: str | None = None
+    image: BelowRoot
+    mask: BelowRoot | None = None
     """Path of the mask below the root; `{name}` stands for the image name without extension."""
-
-    @field_validator("image", "mask")
-    @classmethod
-    def _below_root(cls, value: str | None) -> str | None:
-        if value is not None and (not value or PurePosixPath(value).is_absolute()):
-            raise ValueError(f"{value!r} must be a path below root, such as train/*.png")
-        return value
 
     @field_validator("mask")
     @classmethod
@@ -68,7 +72,7 @@ class Location(Section):
 class Table(Section):
     """CSV files with a header and one row per image, joined into one table."""
 
-    files: tuple[str, ...] = Field(min_length=1)
+    files: tuple[BelowRoot, ...] = Field(min_length=1)
     name_column: str = "name"
     """Column of the image file name, with or without extension."""
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import logging
 import re
+import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
@@ -21,6 +22,12 @@ logger = logging.getLogger(__name__)
 Row = Mapping[str, str]
 
 _TOO_MANY = "cells beyond the header"
+
+MOST_TABLE_BYTES = 1 << 28
+"""Largest size of a table, which is read into memory: 256 MiB, millions of rows."""
+
+_SHOWN_CHARACTERS = 200
+"""Characters of the names of columns that an error shows."""
 
 
 def hash_split(group: str, train: float, val: float) -> Split:
@@ -144,6 +151,9 @@ def _normalized(name: str) -> str:
 
 def _read_table(file: Path, name_column: str) -> list[Row]:
     try:
+        facts = file.stat()
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MOST_TABLE_BYTES:
+            raise LabelError(f"{file}: is not a file of at most {MOST_TABLE_BYTES >> 20} MiB; use a CSV file")
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, restkey=_TOO_MANY, restval="")
             rows: list[Row] = list(reader)
@@ -151,7 +161,9 @@ def _read_table(file: Path, name_column: str) -> list[Row]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise LabelError(f"{file}: the table cannot be read: {error}") from error
     if name_column not in columns:
-        raise LabelError(f"{file}: has no column {name_column}; the columns are {', '.join(columns)}")
+        names = ", ".join(columns)
+        shown = names if len(names) <= _SHOWN_CHARACTERS else f"{names[:_SHOWN_CHARACTERS]}…"
+        raise LabelError(f"{file}: has no column {name_column}; the columns are {shown}")
     # Spreadsheets write several columns without a name, which nothing reads.
     if twice := [column for column, count in Counter(columns).items() if column and count > 1]:
         raise LabelError(f"{file}: has several columns {', '.join(twice)}; rename or delete all but one of each")

@@ -12,8 +12,11 @@ from flows.artifacts import show_table
 from flows.order import BatchRequest
 from flows.privacy import as_it_is, without_folders
 from pipeline.batch.collect import collect_jobs
+from pipeline.batch.names import name_clashes
 from pipeline.config import SegmentConfig
+from pipeline.console import printable
 from pipeline.errors import ConfigError
+from pipeline.files import printable_name
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
 from tests.flows.shown import shown_tables
@@ -40,6 +43,35 @@ def test_a_hidden_folder_is_replaced_only_as_a_whole_path(tmp_path: Path, monkey
     )
     assert shortened("a: no slides in out/Doe, Jane") == "(folder): no slides in (folder)"
     assert without_folders([])("/data/a.svs") == "/data/a.svs"
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["/data/O'Brien", "/data/M\udcfcller", "/data/a\\b", "/data/Zoë", "/data/x\ny", "/data/[P1]", "/data/\x1b[31mx"],
+)
+def test_a_folder_is_hidden_in_every_spelling_of_messages(folder: str) -> None:
+    shortened = without_folders([folder])
+    file = f"{folder}/a.svs"
+    quoted = f'{folder}/the "first".svs'
+    assert shortened(f"{file}: bad") == "a.svs: bad"
+    for text in (
+        file,
+        str(FileNotFoundError(2, "No file", file)),
+        str(FileNotFoundError(2, "No file", quoted)),
+        printable(file),
+        printable_name(file),
+        Path(file).as_uri(),
+    ):
+        assert "data" not in shortened(text), text
+        assert shortened(text).rstrip("'\"").endswith(".svs"), text
+
+
+def test_a_refused_name_of_a_result_does_not_show_the_folders_in_it(tmp_path: Path) -> None:
+    job = SlideJob(tmp_path / "in/Doe\\Jane/a.svs", name="Doe\\Jane/a")
+    request = BatchRequest([job], tmp_path / "out", "m", SegmentConfig(), hide_paths=True)
+    error = request.redact(name_clashes([job])[job.path])
+    assert error.startswith("a.svs: results are named after slides, and 'a' cannot be the name of a result (index.html")
+    assert "Jane" not in error
 
 
 def test_with_paths_hidden_only_the_folders_that_an_error_names_are_examined(

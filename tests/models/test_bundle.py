@@ -187,6 +187,13 @@ def test_a_card_that_is_not_json_is_refused(folder: Path) -> None:
         ({"metrics": {"val_miou": float("nan")}}, "metrics.val_miou"),
         ({"mean": [float("inf"), 0.5, 0.5]}, "mean.0"),
         ({"std": [0.5, float("inf"), 0.5]}, "std.1"),
+        ({"mean": [0.5, 1e308, 0.5]}, "mean.1"),
+        ({"std": [0.5, 0.5, 1e-300]}, "std.2"),
+        ({"segmenter": {"encoder": "resnet18", "depth": 4, "rates": [1, 2, 65]}}, "segmenter.rates.2"),
+        ({"scope": "colon\x1b]0;x\x07"}, r"scope: .*contains the control character '\\x1b'; remove it"),
+        ({"scope": "colon\nrectum"}, "scope: .*write it in one line"),
+        ({"limits": "a\u202eb"}, r"limits: .*control character '\\u202e'"),
+        ({"made_with": {"a\x00": "b"}}, "made_with.*control character"),
         ({"surprise": 1}, "surprise"),
         (
             {"segmenter": {"encoder": "resnet18", "depth": 4, "rates": [1, 2, 4], "trains_backbone": True}},
@@ -213,6 +220,29 @@ def test_the_error_for_changed_weights_contains_both_digests(folder: Path) -> No
 def test_weights_of_another_architecture_are_refused(folder: Path) -> None:
     _rewrite(folder, {"segmenter": {"encoder": "resnet34", "depth": 4, "rates": [1, 2, 4]}})
     with pytest.raises(WeightsMismatchError, match=r"segmenter\.safetensors.*do not fit"):
+        load_networks(load_bundle(folder))
+
+
+def test_texts_of_a_card_may_have_several_lines(folder: Path) -> None:
+    _rewrite(folder, {"description": "A model\n\tof two lines", "scope": "côlon, H&E"})
+    assert load_bundle(folder).card.description == "A model\n\tof two lines"
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.bool])
+def test_weights_of_another_kind_of_number_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    file = folder / SEGMENTER_FILE
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in safetensors.torch.load_file(file).items()
+    }
+    content = safetensors.torch.save(tensors)
+    file.write_bytes(content)
+    weights = json.loads((folder / "model.json").read_text())["weights"]
+    _rewrite(folder, {"weights": weights | {"segmenter": hashlib.sha256(content).hexdigest()}})
+    with pytest.raises(
+        WeightsMismatchError,
+        match=rf"segmenter\.safetensors: .* are stored as {dtype}, but the network has torch.float32",
+    ):
         load_networks(load_bundle(folder))
 
 

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyp
 from models.backbone import Stages
 from models.card import NO_DIGEST, ClassifierCard, FamiliarityCard, ModelCard
 from models.classifier import Classifier
-from models.errors import WeightsMismatchError
+from models.errors import NonFiniteOutputError, WeightsMismatchError
 from models.familiarity import (
     PENALTY,
     STEP,
@@ -147,6 +147,18 @@ def test_bytes_other_than_statistics_are_refused() -> None:
     good = fit_statistics(windows(50, 4))
     with pytest.raises(WeightsMismatchError, match=r"means of shape \(1, 4\) and a whitening matrix of \(1, 4, 3\)"):
         Statistics.from_bytes(Statistics(good.mean_GC, good.whitening_GCC[..., :3]).as_bytes())
+
+
+@pytest.mark.parametrize("name", ["source_mean", "source_whitening", "change_weight", "change_bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_statistics_that_are_not_finite_in_single_precision_are_refused(name: str, value: float) -> None:
+    """A distance of NaN is below every limit, so that the model would never warn."""
+    statistics = dataclasses.replace(fit_statistics(windows(50, 3)), changes=regression())
+    tensors = safetensors.torch.load(statistics.as_bytes())
+    tensors[name] = tensors[name].double()
+    tensors[name].view(-1)[-1] = value
+    with pytest.raises(WeightsMismatchError, match=f"contain NaN or infinity in {name}; make them again"):
+        Statistics.from_bytes(safetensors.torch.save(tensors))
 
 
 def regression(channels: int = 3) -> Changes:
@@ -282,6 +294,16 @@ def test_a_predictor_measures_the_distance_of_every_window_in_units_of_the_limit
     evidence_N = evidence_of(found.changes, features_NC)
     assert (evidence_N > 1e-3 * expected_N).all()
     assert unfamiliar_Nrc.ravel() == pytest.approx(expected_N.numpy() / card.familiarity.window_limit, rel=1e-4)
+
+
+def test_a_distance_that_is_not_finite_is_an_error(
+    classifier: Classifier, statistics: tuple[Statistics, ModelCard]
+) -> None:
+    """Large statistics can be finite, but not the distances."""
+    found, card = statistics
+    huge = dataclasses.replace(found, mean_GC=torch.full_like(found.mean_GC, 3e38))
+    with pytest.raises(NonFiniteOutputError, match=r"is NaN or infinite for 2 image\(s\).*the weights are damaged"):
+        predictor(classifier, (huge, card)).predict(striped_tiles(2, 8, seed=1), CORNERS[:2])
 
 
 def test_the_distance_of_a_canvas_does_not_depend_on_its_batch(

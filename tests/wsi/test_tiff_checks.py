@@ -162,3 +162,93 @@ def test_a_truncated_slide_is_read(tmp_path: Path) -> None:
     os.truncate(path, offset)
     with closing(OpenSlideReader(path)) as reader:
         np.testing.assert_array_equal(reader.read(0, Box(0, 0, 2048, 512)), rgb_HWC[:512])
+
+
+def with_picture(path: Path, description: str, subfiletype: int = 1, picture_px: int = 128) -> Path:
+    """Write an Aperio slide of 512×512 pixels, then a picture in tiles that is smaller but has the slide's shape."""
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(painted((512, 512)), photometric="rgb", description=APERIO, **TILED)
+        tiff.write(painted((256, 256)), photometric="rgb", description=APERIO, subfiletype=1, **TILED)
+        picture_HWC = painted((picture_px, picture_px), ((0, 0, picture_px, picture_px), PINK))
+        tiff.write(picture_HWC, photometric="rgb", description=description, subfiletype=subfiletype, **TILED)
+    return path
+
+
+@pytest.mark.parametrize("backend", ["auto", "openslide"])
+@pytest.mark.parametrize(
+    ("description", "subfiletype"),
+    [
+        (f"{APERIO}\r\nlabel 128x128", 1),
+        (f"{APERIO} \nmacro 128x128|", 0),
+        ("Label", 1),
+        ("Label_Image", 1),
+        ("Macro -offset=(0,0)-pixelsize=(0.03,0.03)", 1),
+        (APERIO, 9),
+    ],
+)
+def test_a_picture_of_the_label_in_the_shape_of_the_slide_is_not_a_level(
+    tmp_path: Path, backend: Backend, description: str, subfiletype: int
+) -> None:
+    """OpenSlide counts every image in tiles as a level of an Aperio slide."""
+    path = with_picture(tmp_path / "slide.svs", description, subfiletype)
+    with closing(OpenSlideReader(path)) as reader:
+        assert reader.level_sizes == ((512, 512), (256, 256), (128, 128))
+    with open_slide(path, 0.5, backend) as slide:
+        assert slide.info.level_sizes == ((512, 512), (256, 256))
+        assert slide.info.warnings == (
+            "level 2 (128×128 px) has the size of a picture of the label or of the whole glass; levels from 2 on are "
+            "not used",
+        )
+
+
+@pytest.mark.parametrize(
+    "description", [APERIO, f"{APERIO}\r\n512x512 -> 128x128", "macrophages", "label-free", "labels"]
+)
+def test_a_smaller_level_whose_description_names_no_picture_is_used(tmp_path: Path, description: str) -> None:
+    path = with_picture(tmp_path / "slide.svs", description)
+    with open_slide(path, 0.5, "openslide") as slide:
+        assert slide.info.level_sizes == ((512, 512), (256, 256), (128, 128))
+        assert slide.info.warnings == ()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_ome", [False, True])
+def test_a_slide_whose_first_image_is_a_picture_of_the_label_is_refused(
+    tmp_path: Path, backend: Backend, is_ome: bool
+) -> None:
+    path = tmp_path / ("slide.ome.tif" if is_ome else "slide.tif")
+    with tifffile.TiffWriter(path) as tiff:
+        for name, side in (("label image", 256), ("slide", 512)):
+            description: dict[str, Any] = {} if is_ome else {"description": name}
+            metadata = {"axes": "YXS", "Name": name} if is_ome else None
+            tiff.write(painted((side, side)), photometric="rgb", tile=(TILE, TILE), metadata=metadata, **description)
+    with pytest.raises(
+        SlideFormatError,
+        match=r"^slide\.(ome\.)?tif: its first image shows the label or the whole glass, or has the size of such a "
+        r"picture; save the slide without that picture$",
+    ):
+        open_slide(path, 0.5, backend)
+
+
+def test_a_level_with_the_size_of_a_picture_that_ome_xml_names_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "slide.ome.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(painted((512, 512)), photometric="rgb", tile=(TILE, TILE), metadata={"axes": "YXS", "Name": "a"})
+        tiff.write(
+            painted((128, 128)),
+            photometric="rgb",
+            tile=(TILE, TILE),
+            subfiletype=1,
+            metadata={"axes": "YXS", "Name": "Macro image"},
+        )
+    with open_slide(path, 0.5, "openslide") as slide:
+        assert slide.info.level_sizes == ((512, 512),)
+
+
+@pytest.mark.parametrize("xml", ["<OME><Image Name='label'><Pixels SizeX='x' SizeY='1'/></Image></OME>", "<OME</OME>"])
+def test_damaged_ome_xml_switches_off_no_other_check(tmp_path: Path, xml: str) -> None:
+    path = tmp_path / "slide.tif"
+    tags = [(274, 3, 1, 6, True)]
+    tifffile.imwrite(path, painted((256, 256)), photometric="rgb", description=xml, extratags=tags, **TILED)
+    with pytest.raises(SlideFormatError, match="Orientation 6"):
+        open_slide(path, 0.5)

@@ -51,7 +51,7 @@ def load_project(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         stamps = {"createTimestamp": now, "modifyTimestamp": now}
         return {"version": _VERSION, **stamps, "uri": _uri(path), "lastID": 0, "images": []}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise OutputError(
             f"{path}: is not a project that QuPath can read ({error}); move the folder {path.parent} away and run the "
             f"same command again"
@@ -60,7 +60,11 @@ def load_project(path: Path) -> dict[str, Any]:
 
 
 def _check(project: Any) -> None:
-    """Raise ValueError, LookupError, TypeError or AttributeError if a value that this package reads cannot be used."""
+    """Raise ValueError, LookupError, TypeError or AttributeError if a value that this package reads cannot be used.
+
+    Raise RecursionError if the project is nested too deeply to be changed or written.
+    """
+    json.dumps(project, indent=2)
     if not isinstance(project.get("lastID", 0), int):
         raise ValueError("lastID is not a number")
     for entry in project["images"]:
@@ -68,7 +72,7 @@ def _check(project: Any) -> None:
             raise ValueError("an image's entryID is not a number")
         if not isinstance(entry.get("metadata") or {}, dict):
             raise ValueError("an image's metadata is not an object")
-        _files(entry.get("serverBuilder"))
+        _files(_with_files(entry.get("serverBuilder"), {}))
     _path(str(project.get("uri", "")))
 
 

@@ -194,9 +194,10 @@ def _load_classes(path: Path) -> dict[str, Any]:
         if not isinstance(classes["pathClasses"], list):
             raise ValueError("pathClasses is not a list")
         _names(classes)
+        json.dumps(classes, indent=2)  # nested too deeply, it could not be written
     except FileNotFoundError:
         return {"pathClasses": []}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise OutputError(f"{path}: is not a list of classes that QuPath can read; move it away") from error
     return cast("dict[str, Any]", classes)
 
@@ -243,7 +244,7 @@ def _draw(maps: Path, result: _Result, *, tiles: bool) -> tuple[int, int]:
     made = maps / "made_of.json"
     try:
         digest, width, height = json.loads(made.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         digest, width, height = "", 0, 0
     if digest != result.digest:
         # This also removes the tiles of a former result.

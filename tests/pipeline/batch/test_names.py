@@ -130,7 +130,7 @@ def test_a_slide_whose_result_could_not_have_its_name_is_refused(tmp_path: Path,
     (slide,) = touched(tmp_path, name)
     said = name_clashes(collect_jobs([slide]))[slide]
     assert said == (
-        f"{slide}: results are named after slides, and {slide.stem!r} cannot be the name of a result (index.html, "
+        f"{slide}: results are named after slides, and '{slide.stem}' cannot be the name of a result (index.html, "
         f"qupath, summary.csv, left-out, and names that start with a dot or contain a backslash are reserved); rename "
         f"the slide, or name its result in the column 'id' of a manifest"
     )

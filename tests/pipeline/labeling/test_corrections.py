@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from pipeline.labeling.store import EventStore
 
 TUMOR, STROMA = TissueClass("tumor", (200, 0, 0)), TissueClass("stroma", (0, 0, 200))
 ID = "6d0f5a3e-7c3b-5f0e-9a57-0d9e6f1c2b3a"
+OTHER_ID = "0b7c1d52-93f4-5a86-b1de-52c7a4f0e913"
 
 
 def region(id_: str = ID, box: shapely.Geometry | None = None, one: TissueClass = TUMOR) -> Feature:
@@ -45,7 +48,7 @@ def region(id_: str = ID, box: shapely.Geometry | None = None, one: TissueClass 
     return Feature(id_, 1, one, 0.005, polygon)
 
 
-MAP = PublishedMap([region(), region("b", shapely.box(100, 0, 200, 50), STROMA)])
+MAP = PublishedMap([region(), region(OTHER_ID, shapely.box(100, 0, 200, 50), STROMA)])
 
 
 def events(*pairs: tuple[str, CorrectionEvent]) -> list[Entry[CorrectionEvent]]:
@@ -65,13 +68,13 @@ def test_the_latest_correction_of_a_region_counts_until_it_is_undone() -> None:
 
 
 def test_a_person_undoes_only_their_own_corrections_that_are_shown() -> None:
-    entries = events(("ann", to("stroma")), ("ann", to("tumor", region("b"))), ("bob", to("other")))
+    entries = events(("ann", to("stroma")), ("ann", to("tumor", region(OTHER_ID))), ("bob", to("other")))
 
     def number(author: str, shown: tuple[str, ...], entries: list[Entry[CorrectionEvent]] = entries) -> int | None:
         one = latest_own(entries, author, lambda event: event.region in shown)
         return None if one is None else one.number
 
-    assert (number("ann", (ID, "b")), number("ann", (ID,)), number("ann", ())) == (2, 1, None)
+    assert (number("ann", (ID, OTHER_ID)), number("ann", (ID,)), number("ann", ())) == (2, 1, None)
     assert number("eve", (ID,)) is None
     assert number("ann", (ID,), events(("ann", to("stroma")), ("ann", Undone(numbers=(1,))))) is None
 
@@ -85,6 +88,45 @@ def test_a_region_keeps_its_holes_through_the_file(tmp_path: Path) -> None:
     assert read.event.polygon_l0.equals(whole)
     assert read_corrections(tmp_path / "b") == []
     assert not corrections_file(tmp_path / "b").exists()
+
+
+def saved(result: Path, event: str, annotator: object = "ann") -> Path:
+    """Write a file of corrections with one event, as another program could, and return it."""
+    file = corrections_file(result)
+    EventFile(file, CORRECTION_EVENTS).close()
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("INSERT INTO events (time, annotator, event) VALUES ('t', ?, ?)", (annotator, event))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"region": "not-a-uuid"}, "region"),
+        ({"rings_l0": []}, "rings_l0"),
+        ({"rings_l0": [[[0, 0]]]}, "rings_l0"),
+        ({"rings_l0": [[[0, 0, 0], [9, 0, 0], [9, 9, 0], [0, 0, 0]]]}, "rings_l0"),
+        ({"rings_l0": [[[0, 0], [1e300, 0], [1e300, 1e300], [0, 0]]]}, "rings_l0"),
+        ({"rings_l0": [[[0, 0], [9, 9], [9, 0], [0, 9], [0, 0]]]}, "not a valid area: Self-intersection"),
+    ],
+)
+def test_a_damaged_correction_is_an_error_that_names_the_file(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    saved(tmp_path / "slide", json.dumps(to("stroma").model_dump(mode="json") | change))
+    with pytest.raises(LabelingError, match=rf"(?s)slide\.corrections\.sqlite: is damaged.*{reason}"):
+        read_corrections(tmp_path / "slide")
+
+
+def test_an_annotator_that_is_not_text_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    saved(tmp_path / "slide", to("stroma").model_dump_json(), b"\xff\xfe")
+    with pytest.raises(LabelingError, match=r"slide\.corrections\.sqlite: is damaged.*not text but bytes"):
+        read_corrections(tmp_path / "slide")
+
+
+def test_a_region_of_a_damaged_result_cannot_be_corrected() -> None:
+    with pytest.raises(LabelingError, match=r"(?s)the region b cannot be corrected.*; segment the slide again"):
+        to("stroma", region("b"))
 
 
 def test_the_corrections_of_a_linked_result_are_found_beside_its_folder(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import unicodedata
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from pipeline.training.dataset import (
     samples,
 )
 from pipeline.training.dataset_sections import SPLITS
+from pipeline.training.splits import MOST_TABLE_BYTES
 from tests.pipeline.training.tiny_datasets import (
     CROP_LABELS,
     HEAD,
@@ -275,3 +277,26 @@ def test_the_error_names_the_file_that_the_group_pattern_does_not_match(tmp_path
 
     with pytest.raises(LabelError, match=r"Q1\.png: the group pattern '\^\(P\[0-9\]\+\)' does not match"):
         samples(load_dataset(put(tmp_path, HEAD + rest)), "train")
+
+
+def test_a_table_that_is_not_a_file_or_too_large_is_not_read(tmp_path: Path) -> None:
+    """To open a pipe would wait forever, and a device such as /dev/zero has no end."""
+    image(tmp_path / "img" / "a.png")
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+    os.mkfifo(tmp_path / "meta.csv")
+    with pytest.raises(LabelError, match=r"meta\.csv: is not a file of at most 256 MiB; use a CSV file"):
+        samples(dataset, "train")
+    (tmp_path / "meta.csv").unlink()
+    table(tmp_path, [])
+    os.truncate(tmp_path / "meta.csv", MOST_TABLE_BYTES + 1)
+    with pytest.raises(LabelError, match=r"meta\.csv: is not a file of at most 256 MiB"):
+        samples(dataset, "train")
+
+
+def test_an_error_shows_only_the_beginning_of_many_columns(tmp_path: Path) -> None:
+    image(tmp_path / "img" / "a.png")
+    dataset = load_dataset(put(tmp_path, HEAD + TABLE_LABELS))
+    table(tmp_path, [], header=",".join(f"column{number}" for number in range(1000)))
+    with pytest.raises(LabelError, match=r"the columns are column0, column1, .*…$") as raised:
+        samples(dataset, "train")
+    assert len(str(raised.value)) < len(str(tmp_path)) + 300

@@ -21,6 +21,12 @@ from tests.slides import PINK, PURPLE
 
 OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
 
+DEEP = '{"a":' * 5000 + "1" + "}" * 5000
+"""Nested too deeply to be read."""
+
+HALF_AS_DEEP = '{"a":' * 600 + "1" + "}" * 600
+"""Can be read, but not walked through by a function that calls itself twice per level."""
+
 
 def files_in(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {
@@ -151,6 +157,8 @@ def test_an_update_keeps_what_the_user_saved_and_adds_new_slides(root: Path) -> 
         '{"images":[{"entryID":1,"metadata":[1]}]}',
         '{"images":[{"entryID":1,"serverBuilder":{"uri":"https://[bad/x"}}]}',
         '{"images":[],"uri":"https://[bad/x"}',
+        '{"images":[],"a":' + DEEP + "}",
+        '{"images":[{"entryID":1,"serverBuilder":' + HALF_AS_DEEP + "}]}",
     ],
 )
 def test_a_project_that_cannot_be_read_stays_unchanged(root: Path, text: str) -> None:
@@ -163,7 +171,9 @@ def test_a_project_that_cannot_be_read_stays_unchanged(root: Path, text: str) ->
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"pathClasses":{}}', '{"pathClasses":[7]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"pathClasses":{}}', '{"pathClasses":[7]}', '{"pathClasses":[],"a":' + DEEP + "}"]
+)
 def test_classes_that_cannot_be_read_stay_unchanged(root: Path, text: str) -> None:
     path = root / "results" / "qupath" / "classifiers" / "classes.json"
     path.parent.mkdir(parents=True)
@@ -172,6 +182,16 @@ def test_classes_that_cannot_be_read_stay_unchanged(root: Path, text: str) -> No
         write_project(root / "results")
     assert [p.name for p in path.parent.parent.iterdir()] == ["classifiers"]
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["7", DEEP, "{"])
+def test_pictures_of_which_nothing_is_known_are_made_again(root: Path, text: str) -> None:
+    path = write_project(root / "results")
+    made = path.parent / "maps" / "b" / "made_of.json"
+    before = made.read_text()
+    made.write_text(text)
+    write_project(root / "results")
+    assert made.read_text() == before
 
 
 def test_a_folder_without_results_and_a_result_named_like_the_project_are_refused(root: Path, tmp_path: Path) -> None:

@@ -6,7 +6,10 @@ import http.client
 import json
 import shutil
 import socket
+import sqlite3
 import time
+import uuid
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +134,9 @@ def test_results_of_two_models_with_the_same_folder_and_name_keep_their_labels(o
     (other / "run.json").write_text(json.dumps(stored), encoding="utf-8")
     slide = own_site.results[0].run.identity.slide
     for result, model, x in ((folder, own_site.results[0].run.identity.model, 0), (other, "0" * 64, 256)):
-        region = Feature(f"r{x}", 1, TissueClass("class-0", (1, 2, 3)), 0.005, shapely.box(x, 0, x + 128, 128))
+        region = Feature(
+            str(uuid.UUID(int=x)), 1, TissueClass("class-0", (1, 2, 3)), 0.005, shapely.box(x, 0, x + 128, 128)
+        )
         with EventFile(corrections_file(result), CORRECTION_EVENTS) as file:
             file.append("ann", [relabeled(region, slide, model, "class-1")])
 
@@ -200,7 +205,7 @@ def test_undo_leaves_the_corrections_of_an_earlier_result(own_site: Site) -> Non
     folder = own_site.results[0].folder
     first = regions(own_site)[0]
     other = TissueClass("class-1", (1, 2, 3))
-    earlier = relabeled(Feature("00", 2, other, 0.1, shapely.box(0, 0, 9, 9)), "ab", "cd", "class-0")
+    earlier = relabeled(Feature(str(uuid.UUID(int=0)), 2, other, 0.1, shapely.box(0, 0, 9, 9)), "ab", "cd", "class-0")
     lost = relabeled(first, "ab", "cd", "a class of another model")
     with EventFile(corrections_file(folder), CORRECTION_EVENTS) as events:
         events.append("ann", [earlier, lost])
@@ -218,6 +223,24 @@ def test_a_file_that_is_not_ours_is_never_changed(own_site: Site, caplog: pytest
     )  # fmt: skip
     assert file.read_bytes().startswith(b"notes of mine")
     assert "a.corrections.sqlite: cannot be opened as a file of corrections" in caplog.text
+
+
+def test_damaged_corrections_are_an_error_that_names_their_file(
+    own_site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert post(own_site, "corrections", of_region(own_site, 0, 2)).status == 200
+    file = corrections_file(own_site.results[0].folder)
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(
+            "INSERT INTO events (time, annotator, event) SELECT time, annotator, json_set(event, '$.region', 'x') "
+            "FROM events"
+        )
+    pages = [own_site.get(name) for name in ("corrections.json", "corrections.geojson")]
+    for answer in (*pages, post(own_site, "corrections/undo", {})):
+        assert (answer.status, answer.body) == (
+            507, b"The corrections cannot be read or written; see the terminal for the reason."
+        )  # fmt: skip
+    assert "a.corrections.sqlite: is damaged" in caplog.text
 
 
 def test_the_uncertainty_is_one_minus_the_mean_probability_inside_each_region(own_site: Site) -> None:
