@@ -29,6 +29,11 @@ or a wrong pixel size. Its thumbnail alone would take gigabytes."""
 # Coarser TIFF resolutions are those of printers, 72 to 300 dpi.
 _COARSEST_TIFF_MPP = 40.0
 
+_STATED_BY: dict[MppSource, str] = {
+    "slide": "the file states",
+    "tiff resolution": "its TIFF resolution gives",
+    "objective power": "its objective power suggests",
+}
 
 _UM_PER_UNIT = {"pm": 1e-6, "Å": 1e-4, "nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "in": 25400.0}
 """Units that OME-XML may state, except those without a length ("pixel") and those that no microscope writes."""
@@ -41,7 +46,8 @@ def find_mpp(
 
     The first of these counts: the given value, the file's own value (of its maker, or of its OME-XML for an image of
     `size_l0`), its TIFF resolution, a guess from the objective power. A given value that is far from the file's own
-    adds a warning. Raises ResolutionError if there is none of them, or if pixels are not square.
+    adds a warning, and so does every given value for pixels that are not square. Raises ResolutionError if there is
+    none of them, or if pixels are not square and no value is given.
     """
     if given is not None:
         if not (math.isfinite(given) and given > 0):
@@ -55,31 +61,31 @@ def find_mpp(
 def _contradiction(
     path: Path, properties: Mapping[str, str], size_l0: tuple[int, int], given: float
 ) -> tuple[str, ...]:
-    """Return a warning if the given value is far from the file's own."""
+    """Return a warning if the given value is far from the file's own, or if no value fits both sides of its pixels."""
+    used = f"the given pixel size {given:g} µm/px is used, but"
+    stated = _stated_sides(properties, size_l0)
+    if stated is not None and not _is_square(mpp_x := stated[0], mpp_y := stated[1]):
+        return (
+            f"{used} {_STATED_BY[stated[2]]} {mpp_x:g}×{mpp_y:g} µm/px, and one size cannot fit pixels that are not "
+            f"square: lengths are off by {given / mpp_x - 1:+.0%} along x and {given / mpp_y - 1:+.0%} along y, areas "
+            f"by {given**2 / (mpp_x * mpp_y) - 1:+.0%}",
+        )
     try:
         own, source, _ = _own_mpp(path, properties, size_l0)
     except ResolutionError:
         return ()  # the value was given because the file has none
     if 1 / (1 + FAR_SHARE) <= given / own <= 1 + FAR_SHARE:
         return ()
-    names = {"slide": "the file states", "tiff resolution": "its TIFF resolution gives"}
-    stated = names.get(source, "its objective power suggests")
-    return (f"the given pixel size {given:g} µm/px is used, but {stated} {own:g} µm/px",)
+    return (f"{used} {_STATED_BY[source]} {own:g} µm/px",)
 
 
 def _own_mpp(
     path: Path, properties: Mapping[str, str], size_l0: tuple[int, int]
 ) -> tuple[float, MppSource, tuple[str, ...]]:
-    pair = _positive(properties, "openslide.mpp-x"), _positive(properties, "openslide.mpp-y")
-    source: MppSource = "slide"
-    if None in pair or _is_tiff_resolution(properties, pair):
-        pair = _ome_mpp(properties, size_l0)
-    if None in pair:
-        pair = _tiff_mpp(properties)
-        source = "tiff resolution"
-    mpp_x, mpp_y = pair
-    if mpp_x is not None and mpp_y is not None:
-        if abs(mpp_x / mpp_y - 1) > 0.02:
+    stated = _stated_sides(properties, size_l0)
+    if stated is not None:
+        mpp_x, mpp_y, source = stated
+        if not _is_square(mpp_x, mpp_y):
             raise ResolutionError(
                 f"{path.name}: pixels are not square ({mpp_x:g}×{mpp_y:g} µm); pass --mpp to set one size for both axes"
             )
@@ -92,6 +98,25 @@ def _own_mpp(
         )
         return mpp, "objective power", (warning,)
     raise ResolutionError(f"{path.name}: does not contain micrometers per pixel; pass --mpp")
+
+
+def _stated_sides(
+    properties: Mapping[str, str], size_l0: tuple[int, int]
+) -> tuple[float, float, Literal["slide", "tiff resolution"]] | None:
+    """Return the width and height of a pixel that the file states, and which part of the file states them."""
+    pair = _positive(properties, "openslide.mpp-x"), _positive(properties, "openslide.mpp-y")
+    source: Literal["slide", "tiff resolution"] = "slide"
+    if None in pair or _is_tiff_resolution(properties, pair):
+        pair = _ome_mpp(properties, size_l0)
+    if None in pair:
+        pair = _tiff_mpp(properties)
+        source = "tiff resolution"
+    mpp_x, mpp_y = pair
+    return None if mpp_x is None or mpp_y is None else (mpp_x, mpp_y, source)
+
+
+def _is_square(mpp_x: float, mpp_y: float) -> bool:
+    return abs(mpp_x / mpp_y - 1) <= 0.02
 
 
 def _positive(properties: Mapping[str, str], name: str) -> float | None:

@@ -97,7 +97,11 @@ def segment(
         typer.Option(help=f"Model pixels per map pixel: {', '.join(map(str, sorted(OUTPUT_STRIDES)))}."),
     ] = DEFAULTS.output_stride,
     min_area: Annotated[
-        float, typer.Option(help="Merge polygons below this many µm² into a neighbor.", min=0)
+        float,
+        typer.Option(
+            help="Merge regions below this many µm² into a neighbor. Smoothing can make polygons slightly smaller.",
+            min=0,
+        ),
     ] = DEFAULTS.min_area_um2,
     simplify: Annotated[
         float, typer.Option(help="Tolerance of smooth polygon borders, in map pixels; 0 keeps pixel edges.", min=0)

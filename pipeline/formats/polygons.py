@@ -41,6 +41,8 @@ class Region:
     """Absolute out pixels, y down; valid, normalized, on multiples of 1 / `STEPS_PER_PX`."""
     open: bool
     """Whether the region touches its block's edge and may continue in the next block."""
+    may_grow: bool = False
+    """Whether the region is not open, but touches an open one that is small and may become part of it in the join."""
 
 
 def block_regions(
@@ -49,7 +51,7 @@ def block_regions(
     min_area_px: float,
     tolerance_px: float,
 ) -> list[Region]:
-    """Return the regions of one block: every class region, and the background regions that touch the block's edge.
+    """Return the regions of one block: all of classes, and those of the background that `join_regions` needs.
 
     labels_HW: 0 is background. origin_out: (x, y) of the block's first pixel. Regions (background too) smaller than
     min_area_px that do not touch the block's edge first become part of the neighbor with the longest shared border.
@@ -70,26 +72,26 @@ def block_regions(
     polygons_N = trace(ids_HW, smooth_corners(ids_HW, areas_N) if tolerance_px > 0 else None)
     if tolerance_px > 0:
         polygons_N = shapely.coverage_simplify(polygons_N, tolerance_px, simplify_boundary=False)
-    wanted_N = (labels_N > 0) | open_N
+    # The area of the polygon counts, as in the join.
+    may_grow_N = _beside(open_N & (shapely.area(polygons_N) < min_area_px), ids_HW) & ~open_N
+    wanted_N = (labels_N > 0) | open_N | may_grow_N
     polygons_N = _without_straight_vertices(polygons_N[wanted_N], origin_out)
-    return [
-        Region(int(label), polygon, bool(is_open))
-        for label, polygon, is_open in zip(labels_N[wanted_N], polygons_N, open_N[wanted_N], strict=True)
-    ]
+    columns = (labels_N[wanted_N].tolist(), polygons_N, open_N[wanted_N].tolist(), may_grow_N[wanted_N].tolist())
+    return [Region(*row) for row in zip(*columns, strict=True)]
 
 
 def join_regions(regions: Iterable[Region], min_area_px: float) -> Iterator[Region]:
     """Yield the regions of the whole map: closed regions unchanged, open ones united across block borders.
 
     Open regions of one label that share a border of positive length become one. United regions that are still smaller
-    than min_area_px go to the neighbor with the longest shared border among the other united regions and the
-    background; a border that no open region shares counts as background. Background is never yielded. The closed ones
-    keep their order, the united ones follow, in an order independent of the input's. Only the open ones are
-    held in memory.
+    than min_area_px, the limit that `block_regions` got, go to the neighbor with the longest shared border; everything
+    outside the blocks counts as background. Background is never yielded. Closed regions that no open one can become
+    part of come first, in their order. The others follow in an order independent of the input's; only these are held in
+    memory.
     """
     pieces: list[Region] = []
     for region in regions:
-        if region.open:
+        if region.open or region.may_grow:
             pieces.append(region)
         elif region.label > 0:
             yield region
@@ -100,7 +102,8 @@ def join_regions(regions: Iterable[Region], min_area_px: float) -> Iterator[Regi
     labels_N = np.array([piece.label for piece in pieces] + [0], dtype=np.int64)
     areas_N = np.append(shapely.area(polygons_N), np.inf)  # the last one stands for everything outside
     pairs_E2, lengths_E = _shared_borders(polygons_N)
-    fixed_N = np.zeros(labels_N.size, np.bool_)
+    # A closed region stays as it is unless an open one joins it, even if smoothing made it smaller than the limit.
+    fixed_N = np.array([not piece.open for piece in pieces] + [False], dtype=np.bool_)
     group_N, labels_G = _merge_small(labels_N, areas_N, fixed_N, pairs_E2, lengths_E, min_area_px)
     order = np.argsort(group_N[:-1], kind="stable")
     counts_G = np.bincount(group_N[:-1], minlength=labels_G.size)
@@ -108,7 +111,7 @@ def join_regions(regions: Iterable[Region], min_area_px: float) -> Iterator[Regi
     wanted = [g for g in range(labels_G.size) if labels_G[g] > 0]
     if not wanted:
         return
-    united = [members_G[g][0] if counts_G[g] == 1 else _united(members_G[g]) for g in wanted]
+    united = [members_G[g][0] if counts_G[g] == 1 else _united(members_G[g], min_area_px) for g in wanted]
     united_G = _without_straight_vertices(np.array(united, dtype=object), (0, 0))
     yield from sorted(
         (Region(int(labels_G[g]), polygon, False) for g, polygon in zip(wanted, united_G, strict=True)),
@@ -121,6 +124,16 @@ def _touching_edge(ids_HW: Ids, count: int) -> Bools:
     for line in (ids_HW[0], ids_HW[-1], ids_HW[:, 0], ids_HW[:, -1]):
         touching_N[line] = True
     return touching_N
+
+
+def _beside(chosen_N: Bools, ids_HW: Ids) -> Bools:
+    """Return which regions share pixel edges with a chosen region."""
+    beside_N = np.zeros(chosen_N.size, np.bool_)
+    if chosen_N.any():
+        first, second = _neighbors(ids_HW)[0].T
+        beside_N[second[chosen_N[first]]] = True
+        beside_N[first[chosen_N[second]]] = True
+    return beside_N
 
 
 def _neighbors(ids_HW: Ids) -> tuple[Ints, Floats]:
@@ -254,15 +267,18 @@ def _cut_at_pixels(piece: Ints, start: Ints, stop: Ints) -> tuple[Ints, Ints, In
     return piece[edge], begin, end
 
 
-def _united(pieces_N: Polygons) -> shapely.Polygon:
-    """Return one polygon of connected open regions.
+def _united(pieces_N: Polygons, min_area_px: float) -> shapely.Polygon:
+    """Return one polygon of connected regions of a join.
 
-    Only shells are united: a region inside a hole does not touch its block's edge, so no other open region lies in the
-    hole. With tens of thousands of holes this takes a fraction of the time.
+    Of pieces that are not small, only shells are united: a region in a hole touches neither its block's edge nor a
+    small region that does, so no other piece lies in the hole. With tens of thousands of holes this takes a fraction of
+    the time.
     """
-    shells_N, holes_N = shapely.get_exterior_ring(pieces_N), _holes(pieces_N)
-    union = shapely.union_all(shapely.polygons(shells_N))
-    return shapely.polygons(shapely.get_exterior_ring(union), holes=np.append(_holes(np.array([union])), holes_N))
+    small_N = shapely.area(pieces_N) < min_area_px
+    shells_N = shapely.polygons(shapely.get_exterior_ring(pieces_N))
+    union = shapely.union_all(np.where(small_N, pieces_N, shells_N))
+    holes = np.append(_holes(np.array([union])), _holes(np.where(small_N, shells_N, pieces_N)))
+    return shapely.polygons(shapely.get_exterior_ring(union), holes=holes)
 
 
 def _holes(polygons_N: Polygons) -> Polygons:

@@ -13,11 +13,12 @@ import shapely
 from pipeline.errors import RegionsFileError
 from pipeline.formats.polygons import Region
 
-_MAGIC = b"WSIREG01"
+_MAGIC = b"WSIREG02"
 _SCHEMA = pa.schema(
     [
         pa.field("label", pa.uint8(), nullable=False),
         pa.field("open", pa.bool_(), nullable=False),
+        pa.field("may_grow", pa.bool_(), nullable=False),
         pa.field("geometry", pa.large_binary(), nullable=False),
     ]
 )
@@ -28,6 +29,7 @@ def save_regions(path: Path, regions: Sequence[Region]) -> None:
     columns = {
         "label": [region.label for region in regions],
         "open": [region.open for region in regions],
+        "may_grow": [region.may_grow for region in regions],
         "geometry": [shapely.to_wkb(region.geometry_out, byte_order=1) for region in regions],
     }
     sink = pa.BufferOutputStream()
@@ -53,5 +55,5 @@ def load_regions(path: Path) -> list[Region]:
         )
     table = pa.ipc.open_stream(payload).read_all()
     geometries = shapely.from_wkb(np.array(table["geometry"].to_pylist(), dtype=object))
-    columns = zip(table["label"].to_pylist(), geometries, table["open"].to_pylist(), strict=True)
-    return [Region(label, geometry, is_open) for label, geometry, is_open in columns]
+    columns = (table["label"].to_pylist(), geometries, table["open"].to_pylist(), table["may_grow"].to_pylist())
+    return [Region(*row) for row in zip(*columns, strict=True)]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tifffile
 from typer.testing import CliRunner
 
 from models import runtimes
@@ -23,7 +24,7 @@ from pipeline.slide.recipe import segment_slide
 from tests.full.program import program
 from tests.pipeline.fakes import SMALL, color_predictor
 from tests.slides import PINK, painted, small_slide, write_slide
-from wsi.errors import SlideFormatError
+from wsi.errors import ResolutionError, SlideFormatError
 from wsi.slide import open_slide
 
 BOX = painted((300, 250), ((20, 20, 250, 200), PINK))
@@ -47,6 +48,39 @@ def test_a_pixel_size_that_contradicts_the_file_is_a_warning_with_both_numbers(
         assert slide.info.mpp == given
         expected = f"the given pixel size {given:g} µm/px is used, but the file states {own} µm/px"
         assert slide.info.warnings == ((expected,) if warned else ())
+
+
+@pytest.mark.parametrize(
+    ("given", "off"),
+    [
+        (0.05, "lengths are off by -90% along x and -92% along y, areas by -99%"),
+        (0.55, "lengths are off by +10% along x and -8% along y, areas by +1%"),
+        (2.0, "lengths are off by +300% along x and +233% along y, areas by +1233%"),
+    ],
+)
+def test_a_single_size_for_pixels_that_are_not_square_is_a_warning_with_both_sides(
+    tmp_path: Path, given: float, off: str
+) -> None:
+    path = tmp_path / "a.tif"
+    per_cm = (1e4 / 0.5, 1e4 / 0.6)
+    tifffile.imwrite(
+        path,
+        BOX,
+        tile=(128, 128),
+        photometric="rgb",
+        metadata=None,
+        resolution=per_cm,
+        resolutionunit="CENTIMETER",
+    )
+    with pytest.raises(ResolutionError, match=r"pixels are not square \(0\.5×0\.6 µm\); pass --mpp"):
+        open_slide(path)
+    with open_slide(path, given) as slide:
+        assert slide.info.mpp == given
+        (warning,) = slide.info.warnings
+    assert warning == (
+        f"the given pixel size {given:g} µm/px is used, but its TIFF resolution gives 0.5×0.6 µm/px, and one size "
+        f"cannot fit pixels that are not square: {off}"
+    )
 
 
 def test_the_warning_is_in_the_result(tmp_path: Path) -> None:

@@ -267,10 +267,11 @@ class _BandRunner:
         return ", ".join(sorted(self._devices)) or "none"
 
     def run(self, work: BlockWork, slide: Slide, blocks: Sequence[Block], finished: Finished) -> None:  # noqa: ARG002
+        shared = make_band(work, ())
         left = deque(bands(blocks, self._cluster.processes, work.settings.in_flight))
         while left or self._tasks.running:
             while left and self._tasks.running < BANDS_PER_WORKER * self._cluster.processes:
-                self._tasks.submit(segment_band_task, self._context, make_band(work, left.popleft()))
+                self._tasks.submit(segment_band_task, self._context, replace(shared, blocks=tuple(left.popleft())))
             records, device = self._tasks.next_ended()
             self._devices.add(device)
             for record in records:

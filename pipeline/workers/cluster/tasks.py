@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from distributed import Worker, get_worker
 from distributed.utils import sync
 
@@ -74,12 +73,8 @@ class TaskContext:
 class Band:
     """Some blocks of one slide, and the values that they share."""
 
-    work: BlockWork
-    """The work, without the tissue mask."""
-    mask: bytes
-    """The tissue mask: one bit per pixel, row by row, compressed."""
-    shape_HW: tuple[int, int]
-    """Size of the tissue mask."""
+    work: bytes
+    """The `BlockWork`, pickled and compressed: the layers of its tissue have millions of pixels, which repeat."""
     identity: bytes
     """Content of the working folder's identity.json. If the file differs, another run has taken the folder."""
     versions: Mapping[str, str]
@@ -89,11 +84,8 @@ class Band:
 
 def make_band(work: BlockWork, blocks: Sequence[Block]) -> Band:
     """Return a band of blocks for another process."""
-    bare = replace(work.tissue, mask_HW=np.zeros((0, 0), bool))
     return Band(
-        work=replace(work, tissue=bare),
-        mask=zlib.compress(np.packbits(work.tissue.mask_HW, axis=1).tobytes(), 1),
-        shape_HW=(work.tissue.mask_HW.shape[0], work.tissue.mask_HW.shape[1]),
+        work=zlib.compress(pickle.dumps(work), 1),
         identity=(work.folder / "identity.json").read_bytes(),
         versions=versions(work.settings.runtime),
         blocks=tuple(blocks),
@@ -154,16 +146,16 @@ def _segment_slide(context: TaskContext, path: Path, output: Path, name: str, ta
 
 
 def _segment_band(context: TaskContext, band: Band, task: _RunningTask) -> tuple[list[BlockRecord], str]:
-    predictor, work = _predictor(context), _unpack(band)
+    predictor, work = _predictor(context), work_of(band)
     records: list[BlockRecord] = []
     stop = threading.Event()
 
     def stopped() -> bool:
-        return stop.is_set() or task.is_cancelled() or not _is_ours(band)
+        return stop.is_set() or task.is_cancelled() or not _is_ours(work, band)
 
     check_computation(work.settings, resolve(context.config, predictor.compute), work.info.path.name)
     check_versions(band.versions, work.info.path.name)
-    if not _is_ours(band):
+    if not _is_ours(work, band):
         raise ClusterError(
             f"{work.info.path.name}: worker {get_worker().address} does not see the folder {work.folder}, or another "
             f"run has taken it over; mount it there, at the same path"
@@ -206,19 +198,18 @@ def _other_versions(needs: Mapping[str, str], have: Mapping[str, str]) -> str:
     )
 
 
-def _is_ours(band: Band) -> bool:
+def _is_ours(work: BlockWork, band: Band) -> bool:
     """Return whether the working folder still belongs to the run that sent the band. Its client may have exited."""
     try:
-        return (band.work.folder / "identity.json").read_bytes() == band.identity
+        return (work.folder / "identity.json").read_bytes() == band.identity
     except OSError:
         return False
 
 
-def _unpack(band: Band) -> BlockWork:
-    mask = np.frombuffer(zlib.decompress(band.mask), np.uint8)
-    height, width = band.shape_HW
-    mask_HW = np.unpackbits(mask.reshape(height, -1), axis=1, count=width).astype(bool)
-    return replace(band.work, tissue=replace(band.work.tissue, mask_HW=mask_HW))
+def work_of(band: Band) -> BlockWork:
+    """Return what `make_band` packed."""
+    work: BlockWork = pickle.loads(zlib.decompress(band.work))  # noqa: S301 - our own client's
+    return work
 
 
 class _RunningTask:

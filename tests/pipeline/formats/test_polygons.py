@@ -27,6 +27,18 @@ def cut_maps(draw: st.DrawFn) -> tuple[Labels, list[int], list[int]]:
     return labels_HW, rows, columns
 
 
+Patches = tuple[Labels, list[int], float]
+
+
+@st.composite
+def maps_of_patches(draw: st.DrawFn) -> Patches:
+    """Return a square map with regions of many sizes in a frame of class 1, where to cut it, and a smallest area."""
+    sigma, seed = draw(st.sampled_from([0.7, 1.0, 2.0])), draw(st.integers(0, 2**32 - 1))
+    labels_HW = np.pad(smooth_map(44, sigma, seed=seed), 2, constant_values=1)
+    side = draw(st.sampled_from([16, 24]))
+    return labels_HW, list(range(0, 48 + side, side)), draw(st.sampled_from([5.0, 20.0, 60.0]))
+
+
 def of_blocks(
     labels_HW: Labels, rows: Sequence[int], columns: Sequence[int], min_area_px: float = 0, tolerance_px: float = 0
 ) -> list[Region]:
@@ -103,6 +115,32 @@ def test_merging_small_regions_keeps_a_partition(cut: tuple[Labels, list[int], l
     assert shapely.is_valid(geometries(united)).all()
     assert all(region.geometry_out.area >= min_area_px for region in united)
     assert shapely.union_all(geometries(united)).area == sum(region.geometry_out.area for region in united)
+
+
+@settings(max_examples=20)
+@given(maps_of_patches(), st.sampled_from([0, 1.5]))
+def test_tissue_without_background_has_no_hole_in_one_block_or_in_many(drawn: Patches, tolerance_px: float) -> None:
+    labels_HW, cuts, min_area_px = drawn
+    labels_HW = labels_HW + np.uint8(1)
+    for lines in ([0, len(labels_HW)], cuts):
+        united = geometries(
+            list(join_regions(of_blocks(labels_HW, lines, lines, min_area_px, tolerance_px), min_area_px))
+        )
+        assert shapely.is_valid(united).all()
+        assert shapely.area(united).sum() == labels_HW.size
+        assert shapely.union_all(united).equals(shapely.box(0, 0, *labels_HW.shape))
+
+
+@settings(max_examples=20)
+@given(maps_of_patches())
+def test_every_hole_in_the_tissue_has_background_in_one_block_and_in_many(drawn: Patches) -> None:
+    labels_HW, cuts, min_area_px = drawn
+    x_W = np.arange(len(labels_HW)) + 0.5
+    for lines in ([0, len(labels_HW)], cuts):
+        united = geometries(list(join_regions(of_blocks(labels_HW, lines, lines, min_area_px), min_area_px)))
+        covered_HW = shapely.contains_xy(shapely.union_all(united), x_W[None, :], x_W[:, None])
+        holes_HW, count = ndimage.label(~covered_HW)
+        assert set(holes_HW[labels_HW == 0]) >= set(range(1, count + 1))
 
 
 def test_simplifying_a_smooth_map_in_blocks_leaves_no_sliver() -> None:
@@ -182,6 +220,27 @@ def test_small_regions_at_a_block_border_wait_for_the_join() -> None:
     assert {region.label for region in regions} == {1, 2, 3}
     assert [(r.label, r.geometry_out.area) for r in join_regions(regions, 4)] == [(1, 68), (2, 4)]
     assert [(r.label, r.geometry_out.area) for r in join_regions(regions, 5)] == [(1, 72)]
+
+
+def test_a_small_region_over_a_border_joins_a_region_inside_a_block() -> None:
+    labels_HW = np.ones((64, 128), np.uint8)
+    labels_HW[20:40, 44:62] = 2
+    labels_HW[28:32, 50:66] = 3
+    whole = block_regions(labels_HW, (0, 0), 125, 0)
+    regions = of_blocks(labels_HW, [0, 64], [0, 64, 128], 125, 0)
+    assert [region.label for region in regions if region.may_grow] == [2]
+    assert joined(regions, 125) == joined(whole, 125)
+    assert sorted((r.label, r.geometry_out.area) for r in join_regions(regions, 125)) == [(1, 7816), (2, 376)]
+
+
+def test_a_small_ring_at_a_border_joins_the_region_in_its_hole() -> None:
+    labels_HW = np.ones((20, 40), np.uint8)
+    labels_HW[10:] = 2
+    labels_HW[5:15, 10:20] = 3
+    labels_HW[6:14, 11:19] = 4  # the ring has 32 edges to it and 20 to each half of the rest
+    regions = of_blocks(labels_HW, [0, 20], [0, 20, 40], 40, 0)
+    found = [(r.label, r.geometry_out.area, len(r.geometry_out.interiors)) for r in join_regions(regions, 40)]
+    assert found == [(1, 350, 0), (2, 350, 0), (4, 100, 0)]
 
 
 def test_small_background_hole_over_a_border_is_filled() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -25,7 +27,7 @@ from pipeline.results.record import installed_versions, read_run, versions
 from pipeline.slide.recipe import segment_slide
 from pipeline.workers.base import SlideJob, Spread
 from pipeline.workers.cluster.cluster import bands, open_cluster
-from pipeline.workers.cluster.local_processes import process_count
+from pipeline.workers.cluster.local_processes import _end, process_count
 from pipeline.workers.cluster.tasks import ModelRef, check_folder, check_worker
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.open import open_workers
@@ -284,6 +286,22 @@ def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPat
         open_workers("tcp://127.0.0.1:9", "colon-gland", CONFIG),
     ):
         pass
+
+
+def test_a_process_that_exits_late_does_not_keep_the_others_from_being_closed() -> None:
+    ended: list[str] = []
+
+    class Late:
+        async def close(self, timeout: float) -> None:
+            raise TimeoutError(timeout)
+
+    class InTime:
+        async def close(self, timeout: float) -> None:
+            await asyncio.sleep(0.01)
+            ended.append(f"within {timeout} s")
+
+    asyncio.run(_end(SimpleNamespace(workers={0: Late(), 1: InTime()})))  # type: ignore[arg-type]
+    assert ended == ["within 0.5 s"]
 
 
 def test_bands_hold_every_block_once_in_order() -> None:

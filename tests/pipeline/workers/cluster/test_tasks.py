@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.config import SegmentConfig, resolve
 from pipeline.errors import Cancelled, ClusterError
+from pipeline.formats.ome_zarr import MapSpec, MapStore
+from pipeline.slide.blocks import BlockWork
 from pipeline.workers.cluster import tasks
-from pipeline.workers.cluster.tasks import ModelRef, TaskContext, check_computation
-from tests.pipeline.fakes import CPU
+from pipeline.workers.cluster.tasks import ModelRef, TaskContext, check_computation, make_band, work_of
+from tests.models.networks import make_card
+from tests.pipeline.fakes import COLORS, CPU
+from tests.slides import small_slide
+from wsi.box import Box
+from wsi.grid import Block, Grid
+from wsi.slide import open_slide
+from wsi.tissue import Tissue
 
 
 class FakeTask:
@@ -40,6 +51,24 @@ def test_a_task_that_the_scheduler_took_back_reports_no_end(
 
     tasks._run(TaskContext("id", "topic", ModelRef("model", "digest"), SegmentConfig()), work)
     assert task.sent == sent
+
+
+def test_a_band_is_small_and_keeps_the_layers_of_the_tissue(tmp_path: Path) -> None:
+    mask_HW = np.zeros((2000, 3000), bool)
+    mask_HW[500:1500, 500:2500] = True
+    left_out_HW = np.where(mask_HW, 0, 3).astype(np.uint8)
+    tissue = Tissue(mask_HW, left_out_HW, 16.0, 8.0, ("a warning",), (244.0, 243.0, 244.0), fat_HW=~mask_HW)
+    with open_slide(small_slide(tmp_path / "a.svs")) as slide:
+        grid = Grid(0, (0, 0), 1.0, 1.0, 1.0, (300, 250), 64, 4, 64)
+        store = MapStore(tmp_path / "store", MapSpec("a", grid.size_out, make_card(COLORS).classes, grid.mpp_out))
+        work = BlockWork(slide.info, grid, tissue, resolve(SegmentConfig(), CPU), store, tmp_path)
+    (tmp_path / "identity.json").write_text("{}")
+    band = make_band(work, [Block(3, Box(0, 0, 64, 64))])
+    assert len(pickle.dumps(band)) < 200_000
+    again = work_of(band)
+    assert again.tissue.digest == tissue.digest
+    assert (again.info, again.grid, again.settings, again.folder) == (work.info, work.grid, work.settings, tmp_path)
+    assert band.blocks == (Block(3, Box(0, 0, 64, 64)),)
 
 
 def test_a_band_is_not_computed_in_another_way_than_its_slide() -> None:
