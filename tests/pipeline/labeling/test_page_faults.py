@@ -193,3 +193,33 @@ def test_keys_do_nothing_before_the_server_has_answered(
         assert shown(page) == at.session.upcoming(1)[0].place.id
         assert saved(tmp_path / "l") == []
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+COVERED = """() => ['back', 'save', 'unsure', 'artifact', 'undo'].filter((id) => {
+  const button = document.getElementById(id);
+  button.scrollIntoView({ block: 'nearest' });
+  const box = button.getBoundingClientRect();
+  const top = document.elementFromPoint(box.left + box.width / 2, box.top + 4);
+  return !button.contains(top) || box.bottom > innerHeight + 1; })"""
+"""Returns the buttons that are not on top of the page at their upper edge after the page has scrolled to them."""
+
+
+@pytest.mark.full
+def test_the_message_about_labels_that_are_not_saved_covers_no_button_at_any_size(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with failing_page(browser) as page, desk(tmp_path / "l", slides[:1], shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        page.route("**/labels", lambda route: route.abort())
+        page.keyboard.press("1")
+        page.keyboard.press("Enter")
+        until(page, "!document.getElementById('fault').hidden")
+        for width, height in ((1920, 1080), (1280, 720), (1024, 768), (768, 1024), (640, 400), (360, 640), (320, 256)):
+            page.set_viewport_size({"width": width, "height": height})
+            page.evaluate("() => scrollTo(0, 0)")
+            assert page.evaluate(COVERED) == [], f"{width}×{height}"
+            bar = page.locator("#fault").bounding_box()
+            assert bar is not None
+            assert 0 <= bar["y"] < height, f"{width}×{height}: the message stays in sight"
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
