@@ -337,3 +337,24 @@ def test_the_grid_keeps_exclusions_until_another_class_is_chosen(
         until(page, loaded)
         assert excluded.count() == 0
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+@pytest.mark.full
+def test_the_keyboard_focus_stays_where_it_is_in_a_grid_without_patches_and_at_the_last_patch_of_back(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    focused = "() => document.activeElement.id || document.activeElement.textContent"
+    with desk(tmp_path / "l", slides[:1], shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        press(page, "1", "Enter", "g")
+        page.locator("#grid-classes button").nth(1).focus()
+        page.keyboard.press("Space")
+        until(page, "document.getElementById('grid-about').textContent.startsWith('First label a patch')")
+        assert str(page.evaluate(focused)).startswith("class-1")
+        page.keyboard.press("g")
+        page.locator("#back").focus()
+        press(page, "Space")
+        assert page.locator("#back").get_attribute("aria-disabled") == "true"
+        assert page.evaluate(focused) == "back"
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
