@@ -92,6 +92,14 @@ def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_s
         assert Labels(store.read()).places() == []
 
 
+def test_a_correction_that_is_sent_again_is_saved_once(own_site: Site) -> None:
+    for _ in range(2):
+        state = post(own_site, "corrections", of_region(own_site, 0, 2)).json()
+    assert len(state["corrections"]) == 1
+    assert len(read_entries(own_site.results[0].folder)) == 1
+    assert post(own_site, "corrections/undo", {}).json()["corrections"] == []
+
+
 def test_a_new_folder_of_corrections_gets_the_classes_of_the_result(own_site: Site, tmp_path: Path) -> None:
     folder = own_site.results[0].folder
     (index,) = [n for n, one in enumerate(regions(own_site)) if one.label == 2]
