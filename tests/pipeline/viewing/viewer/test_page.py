@@ -541,7 +541,9 @@ def test_forced_colors_keep_swatches_crosshair_and_pressed_buttons_and_a_low_win
     with watched_page(browser, forced_colors="active") as page:
         show(page, site)
         page.keyboard.press("d")
-        swatches = page.locator("#classes .swatch").evaluate_all("(all) => all.map((one) => getComputedStyle(one).borderColor)")
+        swatches = page.locator("#classes .swatch").evaluate_all(
+            "(all) => all.map((one) => getComputedStyle(one).borderColor)"
+        )
         assert swatches == ["rgb({}, {}, {})".format(*color_) for color_ in COLORS[:2]]
         assert page.locator("#crosshair").evaluate(color, "::before") == "rgb(255, 255, 255)"
         pressed, other = (page.locator(f"#measure-{kind}").evaluate(color) for kind in ("distance", "area"))
