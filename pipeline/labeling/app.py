@@ -29,7 +29,7 @@ from pipeline.errors import LabelingError
 from pipeline.labeling.desk import Desk
 from pipeline.labeling.events import Labeled, Place
 from pipeline.labeling.patches import CONTEXT
-from pipeline.labeling.requests import GridRequest, LabelsRequest, PatchRequest
+from pipeline.labeling.requests import GridRequest, LabelsRequest, PatchRequest, UndoRequest
 from pipeline.labeling.session import Patch
 from pipeline.labeling.similar import POOL
 from pipeline.web.application import local_application, posted_json
@@ -44,7 +44,7 @@ GRID = 24
 """Patches of a grid."""
 
 ASSETS = {"label.css": "text/css", "label.js": "text/javascript", "single.js": "text/javascript",
-          "grid.js": "text/javascript", "server.js": "text/javascript"}  # fmt: skip
+          "orders.js": "text/javascript", "grid.js": "text/javascript", "server.js": "text/javascript"}  # fmt: skip
 
 T = TypeVar("T")
 
@@ -117,15 +117,17 @@ class LabelPage:
 
         def work() -> None:
             if labels:
-                self._desk.session.save(labels, reasons)
+                self._desk.session.save(labels, reasons, asked.order)
             self._desk.session.exclude(excluded)
 
         await self._run(work)
         return await self._state()
 
     async def undo(self, request: Request) -> Response:
-        await posted_json(request, PatchRequest)
-        undone = await self._run(self._desk.session.undo)
+        asked = await posted_json(request, UndoRequest)
+        undone = await self._run(lambda: self._desk.session.undo_only(asked.last))
+        if undone is None:
+            raise HTTPException(409, "NOT undone: your last label was made in another tab. Reload this page to see it.")
         return await self._state(undone)
 
     async def suggestion(self, request: Request) -> Response:
@@ -191,6 +193,7 @@ class LabelPage:
             "upcoming": [self._facts(one) for one in upcoming],
             "history": [self._facts(one) for one in session.history()],
             "undone": [self._facts(one) for one in undone],
+            "last": session.last(),
         }  # fmt: skip
 
     def _facts(self, patch: Patch) -> dict[str, object]:

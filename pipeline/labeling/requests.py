@@ -37,12 +37,21 @@ class LabelsRequest(_Request):
 
     labels: Annotated[tuple[LabelRequest, ...], Field(max_length=100)]
     excluded: Annotated[tuple[PatchId, ...], Field(max_length=100)] = ()
+    order: Annotated[str, Field(max_length=36)] = ""
+    """Names this request, so that one that is sent again is saved once; empty for none."""
 
 
 class PatchRequest(_Request):
-    """A patch; empty for a request about none."""
+    """A patch."""
 
-    patch: PatchId = ""
+    patch: PatchId
+
+
+class UndoRequest(_Request):
+    """The labels to undo."""
+
+    last: Annotated[tuple[int, ...], Field(max_length=1000)]
+    """The numbers that the page got as `last`. Another tab may have saved labels since."""
 
 
 class GridRequest(_Request):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from pipeline.errors import LabelingError
-from pipeline.labeling.events import Answer, Event, Labeled, Mark, Place, Reason, SlideAdded, Undone, View
+from pipeline.labeling.events import Answer, Event, Labeled, Mark, Place, Reason, Recorded, SlideAdded, Undone, View
 from pipeline.labeling.labels import LabelClass, Labels, Verdict, label_of
 from pipeline.labeling.slides import Slides
 from pipeline.labeling.store import EventStore
@@ -49,6 +49,15 @@ class NewLabel:
 
 
 @dataclass(frozen=True)
+class _Order:
+    """What the page asked to save together, so that it is not saved twice."""
+
+    content: list[tuple[Place, Mapping[int, Answer], Mark]]
+    numbers: tuple[int, ...]
+    """Event numbers of the labels, also of those that were saved before a person changed them."""
+
+
+@dataclass(frozen=True)
 class Counts:
     """Patches of this folder, of all annotators."""
 
@@ -78,6 +87,8 @@ class Session:
         # These patches stay next, whatever is picked meanwhile: the page may already show one of them.
         self._queue: dict[Place, Reason] = {}
         self._actions: list[tuple[int, ...]] = []
+        self._undone: dict[tuple[int, ...], dict[Place, Reason]] = {}
+        self._orders: dict[str, _Order] = {}
         self._handed: dict[str, Place] = {}
         self._registered: set[SlideAdded] = set(self._labels.slides.values())
         self.annotator = annotator
@@ -208,13 +219,20 @@ class Session:
             labels = self._labels
             return [self.patch(p, _reason(labels.label(p, self.annotator))) for p in islice(shown, HISTORY)]
 
-    def save(self, labels: Sequence[NewLabel], reasons: dict[Place, Reason]) -> None:
+    def save(self, labels: Sequence[NewLabel], reasons: dict[Place, Reason], order: str = "") -> None:
         """Save labels together. Raises LabelingError if they cannot be saved, or name a class that does not exist.
 
         A class that was removed while the page showed it may be absent, but not present.
+
+        The page sends an `order` again if the answer was lost: the same labels are then saved once. If a person has
+        changed them in between, they are saved, and one undo takes back both.
         """
+        content = [(one.place, one.answers, one.mark) for one in labels]
         with self._lock:
             self._follow()
+            before = self._orders.get(order)
+            if before is not None and before.content == content:
+                return
             for one in labels:
                 present = {id_ for id_, answer in one.answers.items() if answer == "present"}
                 if strange := one.answers.keys() - self._labels.class_ids | present & self._labels.removed_ids:
@@ -223,7 +241,13 @@ class Session:
             events: list[Event] = [*added, *(self._event(one, reasons.get(one.place, "random")) for one in labels)]
             numbers = self._store.append(self.annotator, events)
             self._registered.update(added)
-            self._actions.append(numbers[len(added) :])
+            action = numbers[len(added) :]
+            if before is not None:
+                self._actions = [one for one in self._actions if one != before.numbers]
+                action = (*before.numbers, *action)
+            self._actions.append(action)
+            if order:
+                self._orders[order] = _Order(content, action)
             done = {one.place for one in labels}
             self._excluded = [place for place in self._excluded if place not in done]
             self._follow()
@@ -246,6 +270,11 @@ class Session:
         with self._lock:
             self._excluded = list(dict.fromkeys([*places, *self._excluded]))
 
+    def last(self) -> tuple[int, ...]:
+        """Return the event numbers of the labels that `undo` is about; empty if there are none."""
+        with self._lock:
+            return self._last(self._open_own())
+
     def undo(self) -> list[Patch]:
         """Undo the annotator's latest label, or grid of labels, and return its patches; empty if there is none.
 
@@ -253,27 +282,48 @@ class Session:
         labels of slides that are not open, because the page could not show what was undone. Raises LabelingError if the
         undo cannot be saved.
         """
+        return self._undo(None) or []
+
+    def undo_only(self, numbers: tuple[int, ...]) -> list[Patch] | None:
+        """Do the same if `last` returns these numbers. Otherwise, return None and undo nothing.
+
+        The page sends an undo again if the answer was lost: labels that are already undone are not undone again, and
+        their patches are returned.
+        """
+        return self._undo(numbers)
+
+    def _undo(self, wanted: tuple[int, ...] | None) -> list[Patch] | None:
         with self._lock:
-            self._follow()
-            open_ = {ready.added.digest for ready in self._slides.ready()}
-            own = [one for one in self._labels.labels_of(self.annotator) if label_of(one).place.slide in open_]
-            alive = {one.number: one for one in own}
-            while self._actions and not set(self._actions[-1]) & set(alive):
-                self._actions.pop()
-            made = [one.number for one in own if label_of(one).view != "import"]
-            numbers = self._actions[-1] if self._actions else tuple(made[-1:])
+            own = self._open_own()
+            numbers = self._last(own)
+            if wanted is not None and wanted != numbers:
+                before = self._undone.get(wanted)
+                return None if before is None else [self.patch(place, reason) for place, reason in before.items()]
             if not numbers:
                 return []
             self._store.append(self.annotator, [Undone(numbers=numbers)])
             # Only now: if the undo cannot be saved, the next one is about the same labels.
             del self._actions[-1:]
-            undone = [alive[number] for number in numbers if number in alive]
+            labels = [label_of(own[number]) for number in numbers if number in own]
+            self._undone[numbers] = undone = {one.place: _reason(one) for one in labels}
             self._follow()
-            places = [label_of(one).place for one in undone]
-            self._excluded = [place for place in self._excluded if place not in places]
-            patches = [self.patch(place, _reason(label_of(one))) for place, one in zip(places, undone, strict=True)]
+            self._excluded = [place for place in self._excluded if place not in undone]
+            patches = [self.patch(place, reason) for place, reason in undone.items()]
         self.saved()
         return patches
+
+    def _open_own(self) -> dict[int, Recorded]:
+        """Return the annotator's labels on open slides by number, in the order in which they were saved."""
+        self._follow()
+        open_ = {ready.added.digest for ready in self._slides.ready()}
+        own = self._labels.labels_of(self.annotator)
+        return {one.number: one for one in own if label_of(one).place.slide in open_}
+
+    def _last(self, own: Mapping[int, Recorded]) -> tuple[int, ...]:
+        while self._actions and not own.keys() & set(self._actions[-1]):
+            self._actions.pop()
+        made = [number for number, one in own.items() if label_of(one).view != "import"]
+        return self._actions[-1] if self._actions else tuple(made[-1:])
 
     def counts(self) -> Counts:
         """Return how many patches are labeled."""

@@ -61,7 +61,7 @@ def server(name: str, *arguments: str | Path) -> Iterator[str]:
 
 
 def ready(page: Page) -> None:
-    saved = "!wsiLabel.single.pending.length && !wsiLabel.single.undoing"
+    saved = "!wsiLabel.orders.pending.length && !wsiLabel.orders.undoing"
     until(page, f"{saved} && document.querySelector('#stage .patch')?.complete", seconds=60)
 
 

@@ -5,16 +5,17 @@ import { answersFor, isLoaded, onFirstClick, picture, post } from "/assets/serve
 const byId = (id) => document.getElementById(id);
 
 export class Grid {
-  // `answered()` is called when the server has sent patches. `sendSingle()` sends the labels of the single view.
-  // `single.js` explains the others.
-  constructor({ done, answered, sendSingle, failed, announce }) {
-    Object.assign(this, { done, answered, sendSingle, failed, announce });
+  // `answered()` is called when the server has sent patches, `failed(error)` if a request fails.
+  constructor({ orders, answered, failed }) {
+    Object.assign(this, { orders, answered, failed });
     this.state = { classes: [] }; // until the server sends its own
     this.chosen = null;
     this.patches = [];
     this.classes = []; // those when the patches were requested, as in `single.js`
     this.excluded = new Set(); // ids for the chosen class, also of patches that are not shown now
     this.turn = 0;
+    this.order = null; // about the patches that are shown, while it is saved or if it could not be saved
+    this.busy = false;
     onFirstClick(byId("grid-save"), () => this.save());
     byId("grid-undo").addEventListener("click", () => this.undo());
   }
@@ -37,7 +38,9 @@ export class Grid {
       button.addEventListener("click", () => this.choose(k));
       return button;
     });
+    const focused = [...byId("grid-classes").children].indexOf(document.activeElement);
     byId("grid-classes").replaceChildren(...buttons);
+    if (focused >= 0) buttons[focused]?.focus();
   }
 
   choose(k) {
@@ -66,7 +69,7 @@ export class Grid {
         if (!missing) {
           this.answered();
           this.show(patches);
-          byId("grid-about").textContent = patches.length
+          byId("grid-about").textContent = this.patches.length
             ? `Do these patches show ${name} and no other class? Click those that do not, then save the rest.` : why;
           return;
         }
@@ -78,8 +81,12 @@ export class Grid {
     }
   }
 
-  show(patches) {
+  show(found) {
+    // Those whose label is not saved yet are not asked for again.
+    const sent = this.orders.patches();
+    const patches = found.filter(({ id }) => !sent.has(id));
     this.patches = patches;
+    this.order = null;
     this.shownAt = performance.now();
     const buttons = patches.map((patch, i) => {
       const button = document.createElement("button");
@@ -97,11 +104,12 @@ export class Grid {
       return button;
     });
     byId("patches").replaceChildren(...buttons);
-    byId("grid-save").disabled = !patches.length;
+    byId("grid-save").disabled = this.busy || !patches.length;
     buttons[0]?.focus({ preventScroll: true });
   }
 
   toggle(id, button) {
+    if (this.busy) return;
     const on = !this.excluded.has(id);
     if (on) this.excluded.add(id);
     else this.excluded.delete(id);
@@ -133,28 +141,39 @@ export class Grid {
     const labels = rest.map(({ id, reason }) => ({
       patch: id, answers, mark: "none", view: "grid", reason, suggested: null, seconds,
     }));
-    await this.ask("/labels", { labels, excluded }, () => `Saved: ${rest.length} patches`);
+    const said = `Saved: ${rest.length} patches`;
+    byId("saved").textContent = "";
+    await this.wait(async () => {
+      const { turn } = this;
+      const about = byId("grid-about").textContent;
+      byId("grid-about").textContent = "Saving…";
+      // Patches that could not be saved keep their place in the queue.
+      const order = this.orders.put({ labels, excluded, said }, this.order);
+      this.order = order;
+      await this.orders.send();
+      const saved = !this.orders.pending.includes(order);
+      if (!saved && turn === this.turn) byId("grid-about").textContent = about;
+      return saved;
+    });
   }
 
   async undo() {
-    await this.ask("/undo", {}, (state) => (state.undone.length ? "Undone" : "Nothing to undo"));
+    await this.wait(() => this.orders.undo());
   }
 
-  async ask(path, body, said) {
+  // Does something that ends with a request. Until then, what is marked cannot be changed. `change` returns whether
+  // other patches are to be shown.
+  async wait(change) {
     if (this.busy) return;
-    this.busy = true;
-    byId("saved").textContent = "";
-    try {
-      // Undo is about the last label, which may be one of the single view that is not saved yet.
-      if (!(await this.sendSingle())) return;
-      const state = await post(path, body);
-      this.done(state);
-      this.announce(said(state));
-      await this.load();
-    } catch (error) {
-      this.failed(error);
-    } finally {
-      this.busy = false;
-    }
+    this.setBusy(true);
+    const changed = await change();
+    this.setBusy(false);
+    if (changed) await this.load();
+  }
+
+  setBusy(busy) {
+    this.busy = busy;
+    byId("patches").setAttribute("aria-busy", String(busy)); // not inert, which would take the focus away
+    byId("grid-save").disabled = busy || !this.patches.length;
   }
 }

@@ -1,6 +1,7 @@
 // Joins both views, the keys and the progress.
 
 import { Grid } from "/assets/grid.js";
+import { Orders } from "/assets/orders.js";
 import { state as loadState } from "/assets/server.js";
 import { Single } from "/assets/single.js";
 
@@ -65,18 +66,20 @@ function place(patch) {
 // The server answers: labels that could not be saved are sent again.
 function answered() {
   byId("fault").hidden = true;
-  single.send();
+  orders.send();
 }
 
 function done(state) {
+  orders.last = state.last;
   answered();
   single.update(state);
   grid.update(state);
   progress(state);
 }
 
-const single = new Single({ done, failed, announce });
-const grid = new Grid({ done, answered, sendSingle: () => single.send(), failed, announce });
+const orders = new Orders({ done, failed, announce });
+const single = new Single({ orders, failed, announce });
+const grid = new Grid({ orders, answered, failed });
 const show = single.show.bind(single);
 single.show = (patch) => {
   show(patch);
@@ -101,7 +104,7 @@ const KEYS = {
   Backspace: () => isGrid() || single.back(),
   u: () => isGrid() || single.save("unsure"),
   a: () => isGrid() || single.save("artifact"),
-  z: () => (isGrid() ? grid.undo() : single.undo()),
+  z: () => (isGrid() ? grid : orders).undo(),
   s: () => isGrid() || single.suggest(),
   g: () => view(isGrid() ? "single" : "grid"),
   "?": () => byId("help").showModal(),
@@ -125,7 +128,7 @@ document.addEventListener("keydown", (event) => {
   act();
 });
 
-window.wsiLabel = { single, grid };
+window.wsiLabel = { orders, single, grid };
 try {
   const first = await loadState();
   done({ ...first, undone: [] });
@@ -135,7 +138,7 @@ try {
 
 // Labels that are not saved are lost with the page.
 window.addEventListener("beforeunload", (event) => {
-  if (single.pending.length) event.preventDefault();
+  if (orders.pending.length) event.preventDefault();
 });
 
 // A button that was clicked with the mouse does not keep the focus: Enter means "save" again.

@@ -5,10 +5,9 @@ import { answersFor, isLoaded, onFirstClick, Pictures, post } from "/assets/serv
 const byId = (id) => document.getElementById(id);
 
 export class Single {
-  // `done(state)` is called with the server's state after each change, `failed(error)` if a request fails, and
-  // `announce(text)` for screen readers.
-  constructor({ done, failed, announce }) {
-    Object.assign(this, { done, failed, announce });
+  // `failed(error)` is called if a request fails, and `announce(text)` for screen readers.
+  constructor({ orders, failed, announce }) {
+    Object.assign(this, { orders, failed, announce });
     this.pictures = new Pictures();
     this.state = { classes: [], upcoming: [], history: [] }; // until the server sends its own
     this.patch = null;
@@ -16,11 +15,8 @@ export class Single {
     this.present = new Set();
     this.suggested = null;
     this.steps = 0; // back in the history
-    this.pending = []; // labels that are not saved yet, in the order of the keys
-    this.sending = null; // a promise while they are on their way
-    this.undoing = false;
     for (const [id, act] of Object.entries({
-      back: () => this.back(), undo: () => this.undo(), suggest: () => this.suggest(),
+      back: () => this.back(), undo: () => this.orders.undo(), suggest: () => this.suggest(),
     })) byId(id).addEventListener("click", act);
     for (const [id, mark] of Object.entries({ save: "none", unsure: "unsure", artifact: "artifact" })) {
       onFirstClick(byId(id), () => this.save(mark));
@@ -46,13 +42,14 @@ export class Single {
 
   // Returns the labeled patches, the latest first. Those whose label is not saved yet come before the others.
   history() {
-    const all = [...this.pending.map(({ patch }) => patch).reverse(), ...this.state.history];
+    const pending = this.orders.pending.flatMap(({ patch }) => patch ?? []); // none for a grid
+    const all = [...pending.reverse(), ...this.state.history];
     return all.filter(({ id }, i) => all.findIndex((one) => one.id === id) === i);
   }
 
   // Returns the next patch whose label is not on its way.
   next() {
-    const sent = new Set(this.pending.map(({ patch }) => patch.id));
+    const sent = this.orders.patches();
     return this.state.upcoming.find(({ id }) => !sent.has(id)) ?? null;
   }
 
@@ -78,7 +75,7 @@ export class Single {
   renderPicture() {
     const stage = byId("stage");
     if (!this.patch) {
-      if (this.pending.length) this.renderText("Saving…");
+      if (this.orders.pending.length) this.renderText("Saving…");
       else if (this.state.opening) this.renderText("Opening the next slide…");
       else if (!this.state.slides.length) this.renderText("No slide could be opened. The terminal shows the reason.");
       else this.renderText("Nothing left: every patch of these slides has a label.");
@@ -129,7 +126,8 @@ export class Single {
     byId("suggest").hidden = !this.state.model;
     for (const id of ["save", "unsure", "artifact"]) byId(id).disabled = !this.patch;
     byId("suggest").disabled = !this.patch || this.patch.blind;
-    byId("back").disabled = this.steps >= this.history().length;
+    // Not `disabled`, which would take the focus away at the last patch.
+    byId("back").setAttribute("aria-disabled", String(this.steps >= this.history().length));
   }
 
   toggle(k) {
@@ -144,7 +142,7 @@ export class Single {
 
   // Shows the next patch at once. "Saved" appears when the server has answered; if it cannot save, the patch comes back.
   async save(mark) {
-    if (!this.patch || this.undoing) return;
+    if (!this.patch || this.orders.undoing) return;
     // A patch whose picture cannot be read can still be marked. Otherwise, it would be shown again and again.
     if (mark === "none" && !isLoaded(byId("stage").querySelector(".patch"))) {
       this.renderPicture();
@@ -158,60 +156,22 @@ export class Single {
     const label = { patch: patch.id, answers, mark, view: "single", reason: patch.reason, suggested, seconds };
     const names = classes.filter(({ id }) => answers[id] === "present").map(({ name }) => name);
     const said = `Saved: ${mark === "none" ? names.join(", ") || "no class" : mark}`;
-    const waiting = { patch: { ...patch, classes, label: { present: marked, mark } }, label, said };
+    const waiting = { ...patch, classes, label: { present: marked, mark } };
+    const [first] = this.orders.pending;
+    const refused = () => this.showAgain(waiting, suggested);
     // A label that could not be saved keeps its place in the queue.
-    if (!this.sending && this.pending[0]?.patch.id === patch.id) this.pending[0] = waiting;
-    else this.pending.push(waiting);
+    this.orders.put({ labels: [label], patch: waiting, said, refused }, first?.patch?.id === patch.id ? first : null);
     byId("saved").textContent = "";
     this.steps = 0;
     this.show(this.next());
-    await this.send();
+    await this.orders.send();
   }
 
-  // Returns whether no label is left to save.
-  send() {
-    this.sending ??= this.sendAll().finally(() => {
-      this.sending = null;
-    });
-    return this.sending;
-  }
-
-  // Sends one label after the other, so that they are saved in the order of the keys. If one cannot be saved, it and
-  // those behind it wait for the next call.
-  async sendAll() {
-    while (this.pending.length) {
-      const [{ patch, label, said }] = this.pending;
-      try {
-        const state = await post("/labels", { labels: [label] });
-        this.pending.shift();
-        this.done(state);
-        if (!this.pending.length) this.announce(said);
-      } catch (error) {
-        this.steps = this.history().findIndex(({ id }) => id === patch.id) + 1;
-        this.show(patch);
-        this.suggested = label.suggested;
-        const lost = `Labels not saved: ${this.pending.length}. They are lost if you close or reload this page.`;
-        this.failed(new Error(`${error.message} ${lost}`));
-        return false;
-      }
-    }
-    return true;
-  }
-
-  // Undoes the last label, which may still be on its way.
-  async undo() {
-    if (this.undoing) return;
-    this.undoing = true;
-    try {
-      if (!(await this.send())) return;
-      const state = await post("/undo", {});
-      this.done(state);
-      this.announce(state.undone.length ? "Undone" : "Nothing to undo");
-    } catch (error) {
-      this.failed(error);
-    } finally {
-      this.undoing = false;
-    }
+  // Shows a patch whose label could not be saved.
+  showAgain(patch, suggested) {
+    this.steps = this.history().findIndex(({ id }) => id === patch.id) + 1;
+    this.show(patch);
+    this.suggested = suggested;
   }
 
   back() {

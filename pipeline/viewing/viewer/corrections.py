@@ -85,7 +85,10 @@ class CorrectionPages:
         return await self._answer(request, lambda _: {})
 
     async def relabel(self, request: Request) -> Response:
-        """Save the class of a region, then respond as `state` does."""
+        """Save the class of a region, then respond as `state` does.
+
+        A class that the author has already given the region is not saved again: the answer may have been lost.
+        """
         asked = await posted_json(request, RelabelRequest)
 
         def save(result: Result) -> dict[str, object]:
@@ -97,7 +100,10 @@ class CorrectionPages:
             known = region is not None and (region.label, region.area_mm2) == (asked.label, asked.area_mm2)
             if region is None or not known or asked.after > len(classes):
                 raise HTTPException(409, "The result has changed; reload the page.")
-            self._append(result, relabeled(region, identity.slide, identity.model, classes[asked.after - 1].name))
+            after = classes[asked.after - 1].name
+            own = [one.event for one in read_corrections(result.folder) if one.annotator == self._author]
+            if (region.id, after) not in [(one.region, one.after) for one in own]:
+                self._append(result, relabeled(region, identity.slide, identity.model, after))
             return {}
 
         return await self._answer(request, save)

@@ -26,7 +26,7 @@ def serving(at: Desk) -> Iterator[str]:
 
 
 def ready(page: Page) -> None:
-    saved = "!wsiLabel.single.pending.length && !wsiLabel.single.undoing"
+    saved = "!wsiLabel.orders.pending.length && !wsiLabel.orders.undoing"
     until(page, f"{saved} && document.querySelector('#stage .patch')?.complete")
 
 

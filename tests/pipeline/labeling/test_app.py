@@ -56,7 +56,7 @@ def test_a_label_is_in_the_file_before_the_answer_and_the_next_patch_comes_with_
         assert after["upcoming"][0] == second
         assert after["history"][0]["label"] == {"present": [1], "mark": "none"}
         assert (after["counts"]["labeled"], after["classes"][0]["present"]) == (1, 1)
-        undone = page.post("/undo", json={}).json()
+        undone = page.post("/undo", json={"last": after["last"]}).json()
         assert [one["id"] for one in undone["undone"]] == [first["id"]]
         assert undone["counts"]["labeled"] == 0
 
@@ -66,13 +66,61 @@ def test_undo_leaves_a_label_of_a_slide_that_is_not_open(tmp_path: Path, slides:
         save(at, at.session.upcoming(1)[0], 1)
     with desk(tmp_path / "l", slides[:1], shipped) as at, client(at) as page:
         before = events(tmp_path / "l")
-        answer = page.post("/undo", json={})
+        answer = page.post("/undo", json={"last": []})
         assert (answer.status_code, answer.json()["undone"], answer.json()["counts"]["labeled"]) == (200, [], 1)
         assert events(tmp_path / "l") == before
         own = at.session.upcoming(1)[0]
         save(at, own, 2)
-        assert [one["id"] for one in page.post("/undo", json={}).json()["undone"]] == [own.place.id]
-        assert page.post("/undo", json={}).json()["undone"] == []
+        last = page.get("/state.json").json()["last"]
+        assert [one["id"] for one in page.post("/undo", json={"last": last}).json()["undone"]] == [own.place.id]
+        assert page.post("/undo", json={"last": []}).json()["undone"] == []
+
+
+def test_an_order_that_is_sent_again_is_saved_and_undone_once(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        first, second = page.get("/state.json").json()["upcoming"][:2]
+        page.post("/labels", json={"labels": [label(first, 1)]})
+        before = events(tmp_path / "l")
+        order = {"labels": [label(second, 1)], "order": "a"}
+        for _ in range(2):
+            state = page.post("/labels", json=order).json()
+            assert (events(tmp_path / "l"), state["counts"]["labeled"]) == (before + 1, 2)
+        undo = {"last": state["last"]}
+        for _ in range(2):
+            undone = page.post("/undo", json=undo).json()
+            assert [one["id"] for one in undone["undone"]] == [second["id"]]
+            assert (events(tmp_path / "l"), undone["counts"]["labeled"]) == (before + 2, 1)
+
+
+def test_one_undo_takes_back_an_order_that_was_changed_before_it_was_sent_again(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        (patch, *_) = page.get("/state.json").json()["upcoming"]
+        for present in (1, 2):
+            state = page.post("/labels", json={"labels": [label(patch, present)], "order": "a"}).json()
+        assert state["history"][0]["label"]["present"] == [2]
+        undone = page.post("/undo", json={"last": state["last"]}).json()
+        assert [one["id"] for one in undone["undone"]] == [patch["id"]]
+        assert (undone["undone"][0]["label"], undone["counts"]["labeled"], undone["last"]) == (None, 0, [])
+
+
+def test_an_undo_of_another_label_than_the_last_one_is_refused(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        first, second = page.get("/state.json").json()["upcoming"][:2]
+        old = page.post("/labels", json={"labels": [label(first, 1)]}).json()["last"]
+        new = page.post("/labels", json={"labels": [label(second, 1)]}).json()["last"]
+        before = events(tmp_path / "l")
+        answer = page.post("/undo", json={"last": old})
+        assert (answer.status_code, answer.text) == (
+            409, "NOT undone: your last label was made in another tab. Reload this page to see it."
+        )  # fmt: skip
+        assert events(tmp_path / "l") == before
+        assert page.post("/undo", json={"last": new}).json()["last"] == old
 
 
 def test_the_pictures_are_those_of_the_patch(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:

@@ -11,7 +11,7 @@ from models.bundle import Bundle
 from pipeline.labeling.events import Labeled
 from pipeline.labeling.folder import add_classes, merge_classes
 from pipeline.labeling.store import EventStore
-from tests.browser import audited_page, axe_findings, screenshot, until
+from tests.browser import audited_page, axe_findings, screenshot, until, watched_page
 from tests.cases import full
 from tests.pipeline.labeling.desks import desk, label_slide, save
 from tests.pipeline.labeling.pages import held, press, ready, saved, serving, shown
@@ -336,4 +336,52 @@ def test_the_grid_keeps_exclusions_until_another_class_is_chosen(
         page.keyboard.press("2")
         until(page, loaded)
         assert excluded.count() == 0
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+@pytest.mark.full
+def test_the_keyboard_focus_stays_where_it_is_in_a_grid_without_patches_and_at_the_last_patch_of_back(
+    page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    focused = "() => document.activeElement.id || document.activeElement.textContent"
+    with desk(tmp_path / "l", slides[:1], shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        press(page, "1", "Enter", "g")
+        page.locator("#grid-classes button").nth(1).focus()
+        page.keyboard.press("Space")
+        until(page, "document.getElementById('grid-about').textContent.startsWith('First label a patch')")
+        assert str(page.evaluate(focused)).startswith("class-1")
+        page.keyboard.press("g")
+        page.locator("#back").focus()
+        press(page, "Space")
+        assert page.locator("#back").get_attribute("aria-disabled") == "true"
+        assert page.evaluate(focused) == "back"
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+@pytest.mark.full
+def test_long_names_fit_on_a_phone_the_buttons_keep_their_place_and_pressed_ones_differ_in_forced_colors(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    classes = ("tumor_associated_stroma_with_lymphocytes_of_high_grade", "other")
+    with (
+        desk(tmp_path / "l", slides[:1], shipped, classes=classes) as at,
+        serving(at) as url,
+        watched_page(browser, width=360, height=640, forced_colors="active") as page,
+    ):
+        page.goto(url)
+        ready(page)
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
+        page.keyboard.press("1")
+        colors = [
+            page.locator(f"#{name}").evaluate("(one) => getComputedStyle(one).backgroundColor")
+            for name in ("view-single", "view-grid")
+        ]
+        assert colors[0] != colors[1]
+        tops = "() => document.getElementById('save').getBoundingClientRect().top"
+        top = page.evaluate(tops)
+        for text in ("", "64 µm · blind: labeled by every annotator, without suggestions"):
+            page.evaluate("(text) => { document.getElementById('about').textContent = text; }", text)
+            assert page.evaluate(tops) == pytest.approx(top, abs=1)
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server

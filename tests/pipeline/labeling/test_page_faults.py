@@ -193,3 +193,158 @@ def test_keys_do_nothing_before_the_server_has_answered(
         assert shown(page) == at.session.upcoming(1)[0].place.id
         assert saved(tmp_path / "l") == []
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+COVERED = """() => ['back', 'save', 'unsure', 'artifact', 'undo'].filter((id) => {
+  const button = document.getElementById(id);
+  button.scrollIntoView({ block: 'nearest' });
+  const box = button.getBoundingClientRect();
+  const top = document.elementFromPoint(box.left + box.width / 2, box.top + 4);
+  return !button.contains(top) || box.bottom > innerHeight + 1; })"""
+"""Returns the buttons that are not on top of the page at their upper edge after the page has scrolled to them."""
+
+
+@pytest.mark.full
+def test_the_message_about_labels_that_are_not_saved_covers_no_button_at_any_size(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with failing_page(browser) as page, desk(tmp_path / "l", slides[:1], shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        page.route("**/labels", lambda route: route.abort())
+        page.keyboard.press("1")
+        page.keyboard.press("Enter")
+        until(page, "!document.getElementById('fault').hidden")
+        for width, height in ((1920, 1080), (1280, 720), (1024, 768), (768, 1024), (640, 400), (360, 640), (320, 256)):
+            page.set_viewport_size({"width": width, "height": height})
+            page.evaluate("() => scrollTo(0, 0)")
+            assert page.evaluate(COVERED) == [], f"{width}×{height}"
+            bar = page.locator("#fault").bounding_box()
+            assert bar is not None
+            assert 0 <= bar["y"] < height, f"{width}×{height}: the message stays in sight"
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def open_grid(page: Page, url: str) -> None:
+    """Open the page, and the grid of the first class."""
+    page.goto(url)
+    ready(page)
+    page.keyboard.press("g")
+    page.keyboard.press("1")
+    images = "[...document.querySelectorAll('#patches img')]"
+    until(page, f"{images}.length === 24 && {images}.every((image) => image.complete)", seconds=40)
+
+
+def asks_before_leaving(page: Page) -> bool:
+    with page.expect_event("dialog", timeout=2000) as asked:
+        page.evaluate("() => void setTimeout(() => location.reload())")
+        page.once("dialog", lambda dialog: dialog.dismiss())
+    return str(asked.value.type) == "beforeunload"
+
+
+@pytest.mark.full
+def test_a_grid_that_could_not_be_saved_is_counted_and_sent_again_with_the_next_label(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "l"
+    monkeypatch.setattr("pipeline.labeling.app.POOL", 60)  # the network takes a second for these
+    with failing_page(browser) as page, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        save(at, at.session.upcoming(1)[0], 1)
+        open_grid(page, url)
+        patches = page.evaluate("() => wsiLabel.grid.patches.map(({ id }) => id)")
+        about = page.locator("#grid-about").inner_text()
+        page.locator("#patches button").nth(1).click()
+        requests = held(page)
+        page.keyboard.press("Enter")
+        until(page, "document.getElementById('grid-about').textContent === 'Saving…'")
+        page.locator("#patches button").nth(2).click()
+        assert page.locator("#patches [aria-pressed=true]").count() == 1, "what is being saved cannot change"
+        assert asks_before_leaving(page)
+        requests[0].fulfill(status=507, body="NOT saved; see the terminal for the reason.")
+        until(page, "!document.getElementById('fault').hidden")
+        fault = "Labels not saved: 23. They are lost if you close or reload this page."
+        assert page.locator("#fault").inner_text().endswith(fault)
+        assert page.locator("#grid-about").inner_text() == about
+        page.locator("#patches button").nth(2).click()
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(100)
+        requests[1].fulfill(status=507, body="NOT saved; see the terminal for the reason.")
+        until(page, "!document.getElementById('fault').hidden && !wsiLabel.grid.busy")
+        assert page.locator("#fault").inner_text().endswith(fault.replace("23", "22"))
+        assert asks_before_leaving(page)
+        page.unroute("**/labels")
+        assert [one.view for one in saved(folder)] == ["single"]
+        page.keyboard.press("g")
+        single = shown(page)
+        assert single not in patches[:1] + patches[3:]
+        page.keyboard.press("2")
+        press(page, "Enter")
+        grid = [patch for i, patch in enumerate(patches) if i not in (1, 2)]
+        assert [one.place.id for one in saved(folder)[1:]] == [*grid, single]
+        assert page.locator("#fault").is_hidden()
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+def lose_answers(page: Page, path: str) -> None:
+    """Lose the answer of the next request to this path, after the server has done what it asks."""
+
+    def lose(route: Route) -> None:
+        page.request.fetch(
+            route.request.url, method="POST", headers=route.request.all_headers(), data=route.request.post_data
+        )
+        route.abort()
+
+    page.route(f"**{path}", lose, times=1)
+
+
+@pytest.mark.full
+def test_after_a_lost_answer_a_label_is_saved_once_and_undone_once(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    gone = "!document.getElementById('fault').hidden"
+    with failing_page(browser) as page, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        first, second = (patch.place.id for patch in at.session.upcoming(2))
+        press(page, "1", "Enter")
+        lose_answers(page, "/labels")
+        page.keyboard.press("2")
+        page.keyboard.press("Enter")
+        until(page, gone)
+        assert shown(page) == second
+        press(page, "Enter")
+        assert [one.place.id for one in saved(folder)] == [first, second]
+        lose_answers(page, "/undo")
+        page.keyboard.press("z")
+        until(page, gone)
+        press(page, "z")
+        assert page.locator("#announcement").inner_text() == "Undone"
+        assert [one.kind for one in saved(folder)] == ["label", "label", "undo"]
+        assert (shown(page), page.evaluate("() => wsiLabel.single.state.counts.labeled")) == (second, 1)
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+@pytest.mark.full
+def test_undo_in_one_tab_leaves_the_label_of_another_tab(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with failing_page(browser) as page, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        other = page.context.new_page()
+        for one in (page, other):
+            one.goto(url)
+            ready(one)
+            press(one, "1", "Enter")
+        page.keyboard.press("z")
+        until(page, "!document.getElementById('fault').hidden")
+        assert page.locator("#fault").inner_text() == (
+            "NOT undone: your last label was made in another tab. Reload this page to see it."
+        )
+        assert [one.kind for one in saved(folder)] == ["label", "label"]
+        page.reload()
+        ready(page)
+        press(page, "z")
+        assert [one.kind for one in saved(folder)] == ["label", "label", "undo"]
+        for one in (page, other):
+            one.goto("about:blank")  # the page asks ahead for patches, which would fail without a server

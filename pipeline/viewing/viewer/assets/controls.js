@@ -3,6 +3,10 @@
 const byId = (id) => document.getElementById(id);
 const LAYERS = ["map", "outlines", "probability"];
 const LAYERS_OF_SOME = { unfamiliar: "familiarity", "left-out": "left_out" }; // layers that need a fact of the slide
+const LAYER_NAMES = {
+  map: "Class map", outlines: "Outlines", probability: "Probabilities", unfamiliar: "Unlike the training data",
+  "left-out": "Areas beside the tissue",
+};
 const bounded = (value) => Math.min(1, Math.max(0, Math.round(value * 100) / 100));
 
 export class Controls {
@@ -82,17 +86,22 @@ export class Controls {
     return [...entries, ...kinds];
   }
 
+  // For keys: this and the next methods return what to announce.
   toggle(layer) {
-    if (!this.layers.includes(layer)) return;
-    this.state[layer].on = !this.state[layer].on;
+    if (!this.layers.includes(layer)) return "";
+    const state = this.state[layer];
+    state.on = !state.on;
     this.hidden = null;
     this.update();
+    return `${LAYER_NAMES[layer]} ${state.on ? "on" : "off"}`;
   }
 
   toggleClass(k) {
     const c = this.state.classes[k];
-    if (c) c.on = !c.on;
+    if (!c) return "";
+    c.on = !c.on;
     this.update();
+    return `${this.facts.classes[k].name} ${c.on ? "on" : "off"}`;
   }
 
   hideAll() {
@@ -104,11 +113,14 @@ export class Controls {
       for (const layer of this.layers) this.state[layer].on = false;
     }
     this.update();
+    const on = this.layers.filter((layer) => this.state[layer].on).map((layer) => LAYER_NAMES[layer]);
+    return on.length ? `${on.join(", ")} on` : "All layers off";
   }
 
   stronger(step) {
     for (const part of [this.state.map, ...this.state.classes]) part.opacity = bounded(part.opacity + step);
     this.update();
+    return `Opacity of the class map ${Math.round(100 * this.state.map.opacity)} %`;
   }
 
   // Returns the state as parameters of the page's address: map=0.35&outlines=1&probability=0&off=0,2&p1=0.5

@@ -6,6 +6,8 @@ import { dataUrl } from "./data.js";
 import { announce, note } from "./notices.js";
 import { pathOf, strokeLines } from "./outlines.js";
 
+const UNKNOWN = "wsi-view did not answer, so it is not known whether this was saved. Check the corrected regions.";
+
 const byId = (id) => document.getElementById(id);
 
 export class Corrections {
@@ -30,17 +32,19 @@ export class Corrections {
 
   // Reads what was saved before, and again when a person returns to the page: another tab may have saved. Needs the view.
   start() {
-    const read = () => this.inTurn("read", async () => this.take(await stateOf(fetch(dataUrl("corrections.json")))));
-    read();
-    window.addEventListener("focus", read);
-    document.addEventListener("visibilitychange", () => { if (!document.hidden) read(); });
+    this.read();
+    window.addEventListener("focus", () => this.read());
+    document.addEventListener("visibilitychange", () => { if (!document.hidden) this.read(); });
   }
+
+  read() { this.inTurn("read", async () => this.take(await stateOf(fetch(dataUrl("corrections.json"))))); }
 
   buttons() { return [...document.querySelectorAll(".relabel")]; }
 
   turn(on) {
     this.on = on;
     byId("correcting").checked = on;
+    if (!on && byId("correction-tools").contains(document.activeElement)) byId("correcting").focus();
     byId("correction-tools").hidden = !on;
     if (on) announce("Correct regions: click a region, or press n for the next one");
     else this.selection.clear();
@@ -100,7 +104,9 @@ export class Corrections {
   async save(path, body, said) {
     this.showSaved("");
     const headers = { "Content-Type": "application/json" };
-    const state = await stateOf(fetch(dataUrl(path), { method: "POST", headers, body: JSON.stringify(body) }), "NOT saved: ");
+    const request = fetch(dataUrl(path), { method: "POST", headers, body: JSON.stringify(body) });
+    request.catch(() => this.read());
+    const state = await stateOf(request, "NOT saved: ", UNKNOWN);
     this.showFailure("save", null);
     await this.take(state);
     this.showSaved(said(state));
@@ -132,7 +138,7 @@ export class Corrections {
     const region = this.selection.last;
     const now = region && this.selection.labelOf(region);
     for (const button of this.buttons()) {
-      button.disabled = !region;
+      button.setAttribute("aria-disabled", String(!region)); // a disabled button would lose the focus
       button.setAttribute("aria-pressed", String(now === Number(button.dataset.class) + 1));
     }
   }
@@ -150,9 +156,10 @@ export class Corrections {
   }
 }
 
-// Returns the server's state. Throws an error with the text of a note if there is none.
-async function stateOf(request, failure = "") {
-  const answer = await request.catch(() => { throw new Error(`${failure}wsi-view has ended. Start it again, then reload the page.`); });
+// Returns the server's state. Throws an error with the text of a note if there is none: `gone` without an answer, and
+// `failure` before the server's reason for refusing.
+async function stateOf(request, failure = "", gone = "wsi-view has ended. Start it again, then reload the page.") {
+  const answer = await request.catch(() => { throw new Error(gone); });
   if (!answer.ok) throw new Error(failure + (await answer.text().catch(() => answer.statusText)));
   // The server may have saved.
   return answer.json().catch(() => { throw new Error("The answer of wsi-view cannot be read. Reload the page to see what is saved."); });

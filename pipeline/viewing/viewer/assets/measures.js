@@ -20,12 +20,13 @@ export class Measures {
     const tool = (id, action) => byId(id).addEventListener("click", () => {
       action();
       if (this.kind) stage.osd.canvas.focus(); // the next Space or Enter is for the shape, not for the button
+      else if (byId("measure-ends").hidden) byId("measure-distance").focus(); // a hidden button would lose the focus
     });
     for (const kind of Object.keys(KINDS)) tool(`measure-${kind}`, () => this.turn(kind));
     tool("measure-point", () => this.addCenter());
     tool("measure-finish", () => this.finish());
-    byId("measure-undo").addEventListener("click", () => this.undo());
-    byId("measure-clear").addEventListener("click", () => this.clear());
+    tool("measure-undo", () => this.undo());
+    tool("measure-clear", () => this.clear());
     this.render();
   }
 

@@ -12,9 +12,10 @@ export class Pointer {
   // `drawn` has the outlines first, then the other polygons. `classesOn` returns which classes are shown.
   constructor(stage, facts, drawn, classesOn) {
     Object.assign(this, { stage, facts, drawn, classesOn });
-    this.position = null; // of the mouse on the screen
+    this.position = null; // of the mouse or pen on the screen, until a tap
     this.tapped = null; // the level-0 place that was tapped last, until the view moves
     this.dragging = false; // no lookups while dragging: they would delay every frame
+    this.fingers = false; // whether more than one finger touches the slide, or did before the last one left
     this.resting = false; // no tip while another tool takes the clicks
     this.tipAt = [0, 0];
     this.awaited = new Set(); // the polygons whose answer is to be announced
@@ -26,6 +27,8 @@ export class Pointer {
       };
     }
     const { osd } = stage;
+    osd.canvas.addEventListener("pointerdown", (event) => { this.fingers = !event.isPrimary; });
+    osd.canvas.addEventListener("pointercancel", () => { this.dragging = false; });
     osd.canvas.addEventListener("pointermove", (event) => this.moved(event));
     osd.canvas.addEventListener("pointerleave", (event) => this.left(event));
     osd.addHandler("canvas-press", () => { this.dragging = true; });
@@ -51,15 +54,16 @@ export class Pointer {
   }
 
   left(event) {
-    if (event.pointerType === "touch") return; // comes after every tap
+    if (event.pointerType === "touch" || !this.position) return; // comes after every tap
     this.position = null;
     this.find(null);
     this.describe(this.stage.view());
     this.probe.at(this.place());
   }
 
-  // Shows what lies where the slide was clicked or tapped.
-  clicked(position) {
+  // Shows what lies where the slide was clicked or tapped, with a finger or a pen also if the mouse is elsewhere.
+  clicked(position, device) {
+    if (device !== "mouse") this.position = null;
     if (!this.position) this.tapped = this.stage.placeAt(...position);
     this.find(position);
     this.describe(this.stage.view());

@@ -93,13 +93,13 @@ osd.addOnceHandler("open", () => {
   if (facts.slide.overview !== null) awaitOverview();
 });
 osd.addHandler("canvas-click", (event) => {
-  if (!event.quick) return;
+  if (!event.quick || pointer.fingers) return;
   const position = [event.position.x, event.position.y];
   if (measures.kind) {
     measures.click(position);
     return;
   }
-  pointer.clicked(position);
+  pointer.clicked(position, event.originalEvent.pointerType);
   selection.pick(stage.placeAt(...position), event.shift);
 });
 osd.addOnceHandler("tile-load-failed", () => {
@@ -222,12 +222,13 @@ const keys = {
   f: () => stage.zoomTo(1 / window.devicePixelRatio),
   t: () => stage.turnBy(QUARTER), T: () => stage.turnBy(-QUARTER),
   i: () => pointer.announceCenter(), l: () => address.copy(), v: savePicture, s: () => compare.turn(),
-  m: () => controls.toggle("map"), o: () => controls.toggle("outlines"), p: () => controls.toggle("probability"),
-  u: () => controls.toggle("unfamiliar"), x: () => controls.toggle("left-out"),
-  h: () => controls.hideAll(),
+  m: () => announce(controls.toggle("map")), o: () => announce(controls.toggle("outlines")),
+  p: () => announce(controls.toggle("probability")),
+  u: () => announce(controls.toggle("unfamiliar")), x: () => announce(controls.toggle("left-out")),
+  h: () => announce(controls.hideAll()),
   n: () => selection.next("area"), N: () => selection.next("uncertainty"), g: () => table.turn(!table.on),
   Escape: () => selection.clear(),
-  "[": () => controls.stronger(-0.1), "]": () => controls.stronger(0.1),
+  "[": () => announce(controls.stronger(-0.1)), "]": () => announce(controls.stronger(0.1)),
   "?": () => byId("help").showModal(),
 };
 for (const [key, times] of Object.entries(MAGNIFICATIONS)) keys[key] = () => magnify(times);
@@ -255,7 +256,7 @@ function keyOf({ key, shiftKey }) {
 }
 
 function keyAction(key) {
-  return /^[1-9]$/.test(key) ? () => controls.toggleClass(Number(key) - 1) : keys[key];
+  return /^[1-9]$/.test(key) ? () => announce(controls.toggleClass(Number(key) - 1)) : keys[key];
 }
 
 // For tests and the console.

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from models.tissue_class import TissueClass
 from pipeline.cli.label import app as label_app
 from pipeline.formats.features import Feature, read_features
-from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections, relabeled
+from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections, read_entries, relabeled
 from pipeline.labeling.event_file import EventFile
 from pipeline.labeling.events import Labeled, Undone
 from pipeline.labeling.import_corrections import corrected_sources
@@ -93,6 +93,14 @@ def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_s
     assert "16 removed, because the files do not show them anymore" in done.output
     with EventStore(tmp_path / "l" / "labels.sqlite") as store:
         assert Labels(store.read()).places() == []
+
+
+def test_a_correction_that_is_sent_again_is_saved_once(own_site: Site) -> None:
+    for _ in range(2):
+        state = json.loads(post(own_site, "corrections", of_region(own_site, 0, 2)).body)
+    assert len(state["corrections"]) == 1
+    assert len(read_entries(own_site.results[0].folder)) == 1
+    assert json.loads(post(own_site, "corrections/undo", {}).body)["corrections"] == []
 
 
 def test_a_new_folder_of_corrections_gets_the_classes_of_the_result(own_site: Site, tmp_path: Path) -> None:

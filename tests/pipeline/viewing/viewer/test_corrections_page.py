@@ -203,7 +203,11 @@ def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
             opened.mouse.click(*place_on_screen(opened, *PURPLE_AT))
             said(opened, "Selected: class-1")
         opened.keyboard.press("1")
-        until(opened, "document.getElementById('notes').textContent.includes('NOT saved: wsi-view has ended')")
+        until(opened, "document.querySelectorAll('#notes p').length === 2")
+        assert notes(opened) == [
+            "wsi-view did not answer, so it is not known whether this was saved. Check the corrected regions.",
+            "wsi-view has ended. Start it again, then reload the page.",
+        ]
         assert opened.locator("#corrections-saved").inner_text() == ""
         assert saved(gone) == []
 
@@ -364,6 +368,29 @@ def test_after_an_answer_that_cannot_be_read_corrections_are_saved_and_undone_as
         said(page, "Saved: class-1")
         assert notes(page) == []
         assert saved(own_site) == [("class-0", "class-1")]
+        page.keyboard.press("z")
+        said(page, "Undone")
+        assert saved(own_site) == []
+        page.goto("about:blank")
+
+
+def test_a_correction_whose_answer_is_lost_is_shown_once_it_is_read_again(own_site: Site, browser: Browser) -> None:
+    def lose(route: Route) -> None:
+        sent = route.request
+        page.request.fetch(sent.url, method="POST", headers=sent.all_headers(), data=sent.post_data)
+        route.abort()
+
+    with failing_page(browser) as page:
+        show(page, own_site)
+        select_first(page)
+        page.route("**/corrections", lose, times=1)
+        page.keyboard.press("2")
+        until(page, "document.getElementById('correction-count').textContent === 'Corrected regions: 1'")
+        assert notes(page) == [
+            "wsi-view did not answer, so it is not known whether this was saved. Check the corrected regions."
+        ]
+        page.keyboard.press("2")
+        said(page, "Unchanged: class-1")
         page.keyboard.press("z")
         said(page, "Undone")
         assert saved(own_site) == []

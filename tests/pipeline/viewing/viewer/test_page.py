@@ -21,7 +21,7 @@ from tests.pipeline.viewing.viewer.conftest import Site, textured
 from tests.pipeline.viewing.viewer.screen import PINK_AT, PURPLE_AT, color_at, mixed, place_on_screen, settle, show
 
 if TYPE_CHECKING:  # most test runs need no browser
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, CDPSession, Page
 
 GLASS_AT = (100, 50)
 """A place on the glass, in level-0 pixels."""
@@ -158,6 +158,102 @@ def test_a_tap_shows_class_and_area_until_the_slide_moves(browser: Browser, site
         assert "mm²" in page.locator("#tip").inner_text()
         page.evaluate("() => wsiView.osd.viewport.panBy(new OpenSeadragon.Point(0.2, 0))")
         until(page, "document.getElementById('tip').hidden")
+
+
+def touch(fingers: CDPSession, kind: str, *places: tuple[float, float]) -> None:
+    """Send a touch event of all fingers that touch the screen."""
+    points = [{"x": x, "y": y, "id": finger} for finger, (x, y) in enumerate(places)]
+    fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+
+@pytest.mark.full
+def test_a_finger_is_followed_while_the_mouse_rests_and_two_fingers_or_a_canceled_touch_are_no_tap(
+    browser: Browser, site: Site
+) -> None:
+    with watched_page(browser, has_touch=True) as page:
+        show(page, site)
+        pink, purple = (place_on_screen(page, *place) for place in (PINK_AT, PURPLE_AT))
+        page.mouse.move(*purple)
+        until(page, "document.getElementById('values').textContent.startsWith('class-1')")
+        page.touchscreen.tap(*pink)
+        until(page, "document.getElementById('values').textContent.startsWith('class-0')")
+        x, y = (int(v) for v in re.findall(r"[xy] (\d+)", page.locator("#place").inner_text()))
+        assert [x, y] == pytest.approx(PINK_AT, abs=2)
+        page.keyboard.press("a")
+        fingers = page.context.new_cdp_session(page)
+        touch(fingers, "touchStart", purple)
+        touch(fingers, "touchStart", purple, (purple[0] + 80, purple[1]))
+        touch(fingers, "touchEnd", purple)
+        touch(fingers, "touchEnd")
+        page.wait_for_timeout(300)
+        assert page.evaluate("() => wsiView.measures.points.length") == 0
+        touch(fingers, "touchStart", pink)
+        touch(fingers, "touchMove", (pink[0] + 60, pink[1]))
+        touch(fingers, "touchCancel")
+        assert page.evaluate("() => wsiView.pointer.dragging") is False
+        page.touchscreen.tap(*pink)
+        until(page, "wsiView.measures.points.length === 1")
+
+
+@pytest.mark.full
+def test_a_pen_that_cannot_hover_shows_what_it_taps_and_does_not_zoom(page: Page, site: Site) -> None:
+    show(page, site)
+    zoom = page.evaluate("() => wsiView.view().zoom")
+    x, y = place_on_screen(page, *PINK_AT)
+    pen = page.context.new_cdp_session(page)
+    for kind in ("mousePressed", "mouseReleased"):
+        event = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1, "pointerType": "pen"}
+        pen.send("Input.dispatchMouseEvent", event)
+    page.evaluate(
+        "() => void wsiView.osd.canvas.dispatchEvent(new PointerEvent('pointerleave', { pointerType: 'pen' }))"
+    )
+    until(page, "!document.getElementById('tip').hidden")
+    page.wait_for_timeout(700)  # longer than a zoom would take
+    assert page.locator("#tip").inner_text().strip().startswith("class-0")
+    assert page.locator("#place").inner_text().startswith("x 250, y 600 px")
+    assert page.evaluate("() => wsiView.view().zoom") == zoom
+
+
+@pytest.mark.full
+def test_nothing_moves_slowly_for_people_who_prefer_reduced_motion(browser: Browser, site: Site) -> None:
+    with watched_page(browser, reduced_motion="reduce") as page:
+        show(page, site)
+        before = page.evaluate("() => wsiView.view().zoom")
+        page.keyboard.press("+")
+        page.wait_for_timeout(50)
+        assert page.evaluate("() => [wsiView.view().zoom / wsiView.view(false).zoom, wsiView.osd.isAnimating()]") == [
+            pytest.approx(1), False
+        ]  # fmt: skip
+        assert page.evaluate("() => wsiView.view().zoom") == pytest.approx(before * 1.5, rel=0.02)
+
+
+@pytest.mark.full
+def test_the_focus_stays_near_a_button_that_disappears(own_site: Site, page: Page) -> None:
+    focused = "() => document.activeElement.id || document.activeElement.className"
+    show(page, own_site)
+    page.keyboard.press("c")
+    page.keyboard.press("n")
+    until(page, "document.querySelector('.relabel').ariaDisabled === 'false'")
+    page.locator(".relabel").first.focus()
+    page.keyboard.press("Escape")
+    until(page, "document.querySelector('.relabel').ariaDisabled === 'true'")
+    assert page.evaluate(focused) == "relabel"
+    page.keyboard.press("Escape")
+    assert page.locator("#correction-tools").is_hidden()
+    assert page.evaluate(focused) == "correcting"
+    for measuring, expected in ((True, "openseadragon-canvas"), (False, "measure-distance")):
+        page.locator("#stage .openseadragon-canvas").first.focus()
+        page.keyboard.press("d")
+        page.keyboard.press("Space")
+        page.keyboard.press("ArrowRight")
+        page.wait_for_timeout(600)
+        page.keyboard.press("Space")
+        if not measuring:
+            page.keyboard.press("d")
+        page.locator("#measure-clear").focus()
+        page.keyboard.press("Enter")
+        assert page.evaluate(focused) == expected
+        page.keyboard.press("Escape")
 
 
 @pytest.mark.full
@@ -347,6 +443,7 @@ def test_keys_do_what_the_help_states(shared_page: Page, site: Site) -> None:
     page = shared_page
     show(page, site)
     state = "() => JSON.parse(JSON.stringify({...wsiView.controls.state, ...wsiView.view()}))"
+    announcement = page.locator("#announcement")
 
     def press(*keys: str) -> Any:
         for key in keys:
@@ -356,13 +453,17 @@ def test_keys_do_what_the_help_states(shared_page: Page, site: Site) -> None:
 
     start = page.evaluate(state)
     assert press("m")["map"]["on"] is False
+    assert announcement.inner_text() == "Class map off"
     assert press("o")["outlines"]["on"] is False
     assert press("m", "o", "p")["probability"]["on"] is True
     for on in (False, True):
         now = press("h")
         assert [now[layer]["on"] for layer in ("map", "outlines", "probability")] == [on] * 3
+        assert announcement.inner_text() == ("Class map, Outlines, Probabilities on" if on else "All layers off")
     assert [c["on"] for c in press("2")["classes"]] == [True, False]
+    assert announcement.inner_text() == "class-1 off"
     assert press("]")["map"]["opacity"] == pytest.approx(0.55)
+    assert announcement.inner_text() == "Opacity of the class map 55 %"
     assert press("[", "[")["map"]["opacity"] == pytest.approx(0.35)
     assert press("+")["zoom"] == pytest.approx(start["zoom"] * 1.5, rel=0.02)
     assert press("ArrowLeft")["x"] < start["x"] - 50
@@ -430,3 +531,31 @@ def test_it_is_accessible_in_both_schemes_and_on_a_phone(
         stage = page.locator("#stage").bounding_box()
         assert stage is not None
         assert stage["height"] > 300
+
+
+@pytest.mark.full
+def test_forced_colors_keep_swatches_crosshair_and_pressed_buttons_and_a_low_window_keeps_the_zoom_buttons(
+    browser: Browser, site: Site
+) -> None:
+    color = "(one, part) => getComputedStyle(one, part || null).backgroundColor"
+    with watched_page(browser, forced_colors="active") as page:
+        show(page, site)
+        page.keyboard.press("d")
+        swatches = page.locator("#classes .swatch").evaluate_all(
+            "(all) => all.map((one) => getComputedStyle(one).borderColor)"
+        )
+        assert swatches == ["rgb({}, {}, {})".format(*color_) for color_ in COLORS[:2]]
+        assert page.locator("#crosshair").evaluate(color, "::before") == "rgb(255, 255, 255)"
+        pressed, other = (page.locator(f"#measure-{kind}").evaluate(color) for kind in ("distance", "area"))
+        assert pressed != other
+        page.set_viewport_size({"width": 320, "height": 256})
+        page.wait_for_timeout(500)
+        for name in ("zoom-in", "zoom-out", "home"):
+            assert page.locator(f"#{name}").evaluate(
+                """(one) => { const { left, top, width, height } = one.getBoundingClientRect();
+                return one.contains(document.elementFromPoint(left + width / 2, top + height / 2)); }"""
+            ), name
+        zoom, foot = page.locator("#zoom").bounding_box(), page.locator("#foot").bounding_box()
+        assert zoom is not None
+        assert foot is not None
+        assert zoom["y"] + zoom["height"] <= foot["y"]
