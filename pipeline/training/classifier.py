@@ -35,7 +35,7 @@ class ClassifierBatch(NamedTuple):
 def classifier_task(
     classifier: Classifier,
     training: Sequence[PatchImages],
-    validation: PatchImages | None,
+    validation: PatchImages,
     config: TrainConfig,
     device: torch.device,
     processes: Processes,
@@ -43,7 +43,7 @@ def classifier_task(
     """Return the training task: binary cross-entropy of every class on the logits of every labeled patch.
 
     `training` has the same images at each pixel size at which the classifier is trained. Each step draws one
-    pixel size. Without `validation`, the last epoch is kept.
+    pixel size.
     """
     for name, parameter in classifier.backbone.named_parameters():
         if config.pretrained and name.removeprefix("net.").startswith(config.frozen):
@@ -82,7 +82,7 @@ def classifier_task(
         ],
         make_batch=make_batch,
         loss=loss,
-        validate=None if validation is None else lambda network: presence_scores(network, validation, config, device),
+        validate=lambda network: presence_scores(network, validation, config, device),
         begin_epoch=begin_epoch,
         epochs=config.classifier_epochs,
         steps=config.classifier_steps or steps_per_epoch(training, config.region, config.classifier_batch),
@@ -96,7 +96,7 @@ def classifier_task(
 def head_task(
     classifier: Classifier,
     training: PatchImages,
-    validation: PatchImages | None,
+    validation: PatchImages,
     config: TrainConfig,
     device: torch.device,
     processes: Processes,

@@ -20,7 +20,7 @@ import re
 import tempfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -64,14 +64,11 @@ class Cells(NamedTuple):
     """The area that each cell belongs to. All cells of an area have one tissue and come from one slide."""
 
 
-def composed(
-    dataset: Dataset, folder: Path, splits: Iterable[Split] | None = None, *, with_validation: bool = False
-) -> Dataset:
+def composed(dataset: Dataset, folder: Path, splits: Iterable[Split] | None = None) -> Dataset:
     """Return the data set of composed images, or `dataset` itself if its card does not ask for them.
 
     The images and masks are written below `folder`, unless images of the same cards, files and labels are already
-    there. `splits` None stands for all. With `with_validation`, only the split train is written, from the images of the
-    training and the validation split. Raises what `samples`, `read_rgb`, `read_mask` and `pieces_of` raise,
+    there. `splits` None stands for all. Raises what `samples`, `read_rgb`, `read_mask` and `pieces_of` raise,
     DatasetFileError for another data set that is missing or does not fit, and OutputError if the images cannot be
     written.
     """
@@ -80,14 +77,12 @@ def composed(
         return dataset
     check_whole(dataset)
     kinds = kinds_of(dataset)
-    sources: dict[Split, tuple[Split, ...]] = {split: (split,) for split in splits or dataset.card.splits}
-    if with_validation:
-        sources = {"train": tuple(split for split in ("train", "val") if split in dataset.card.splits)}
-    root = folder / f"composed-{_digest(dataset, kinds, sources)[:12]}"
+    splits = tuple(splits or dataset.card.splits)
+    root = folder / f"composed-{_digest(dataset, kinds, splits)[:12]}"
     try:
-        for split, of in sources.items():
+        for split in splits:
             if not (root / split).is_dir():
-                _write_split(dataset, rule, kinds, split, of, root)
+                _write_split(dataset, rule, kinds, split, root)
     except OSError as error:
         raise OutputError(
             f"{root}: the composed images cannot be written ({error.strerror or error}); check the free space and the "
@@ -128,15 +123,12 @@ def check_whole(dataset: Dataset) -> None:
             )
 
 
-def _digest(dataset: Dataset, kinds: Sequence[Kind], sources: Mapping[Split, Sequence[Split]]) -> str:
-    """Return a SHA-256 over what determines the composed images: cards, tables, images and labels of their sources.
+def _digest(dataset: Dataset, kinds: Sequence[Kind], splits: Sequence[Split]) -> str:
+    """Return a SHA-256 over what determines the composed images of these splits: cards, tables, images and labels.
 
     Raises the errors of `samples`, and UnreadableImageError for a file that cannot be read.
     """
     whole = hashlib.sha256(f"{kinds}\n".encode())
-    splits = [split for of in sources.values() for split in of]
-    if splits != list(sources):
-        whole.update(f"{sources}\n".encode())
     for one in (dataset, *other_datasets(dataset)):
         whole.update(one.card.model_dump_json(exclude={"settings"}).encode())
         chosen = [(split, sample) for split in splits if split in one.card.splits for sample in samples(one, split)]
@@ -174,14 +166,9 @@ def _composed_card(card: DatasetCard, rule: Compose, kinds: Sequence[Kind]) -> D
     return DatasetCard.model_validate(values)
 
 
-def _write_split(
-    dataset: Dataset, rule: Compose, kinds: Sequence[Kind], split: Split, sources: Sequence[Split], root: Path
-) -> None:
-    """Write the images and masks of a split, made from those of `sources`, and then rename the folder."""
-    pieces: Pieces = defaultdict(list)
-    for source in sources:
-        for kind, own in pieces_of(dataset, source).items():
-            pieces[kind] += own
+def _write_split(dataset: Dataset, rule: Compose, kinds: Sequence[Kind], split: Split, root: Path) -> None:
+    """Write the images and masks of a split under another name, and then rename the folder."""
+    pieces = pieces_of(dataset, split)
     count: int = getattr(rule, split)
     logger.info("composing %d images of split %s", count, split)
     root.mkdir(parents=True, exist_ok=True)
@@ -200,8 +187,7 @@ def _write_split(
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(write, range(count)))
         for whole in rule.whole:
-            for source in sources:
-                _write_whole(dataset, whole, source, work)
+            _write_whole(dataset, whole, split, work)
         try:
             work.rename(root / split)
         except OSError:  # another process of this run was faster and wrote the same images

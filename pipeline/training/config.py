@@ -169,11 +169,6 @@ class TrainConfig:
     (docs/decisions/0007-runtimes.md).
     """
 
-    refit: bool = False
-    """Whether to train both networks once more at the end, on the training and the validation images together. The gate
-    thresholds, the temperature and the scores stay those of the networks before, which saw no validation image.
-    """
-
     seed: int = 0
     """Seed of all random choices, from 0 to 2**63 - 1."""
 

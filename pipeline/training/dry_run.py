@@ -26,7 +26,7 @@ from pipeline.training.dataset_sections import Split
 from pipeline.training.fit import Processes, Task, time_steps, training_device
 from pipeline.training.held_out import HELD_OUT
 from pipeline.training.patches import PatchImages
-from pipeline.training.prepare import REFIT, Parts, prepare
+from pipeline.training.prepare import Parts, prepare
 from pipeline.training.pseudo_masks import pseudo_masks_of_image
 from pipeline.training.segmenter import segmenter_task
 from pipeline.training.splits import hash_split
@@ -53,17 +53,11 @@ def dry_run(
     with tempfile.TemporaryDirectory(prefix="wsi-train-") as work:
         splits: tuple[Split, ...] = tuple(split for split in dataset.card.splits if split != "test")
         parts = prepare(composed(_few(dataset), Path(work), splits), config, init)
-        assert parts.validation is not None
         left_out = _left_out(dataset)
         counts = Counts(len(parts.training) + left_out.train, len(parts.validation) + left_out.val)
         pixels = parts.training.pixels()
         side = 0 if dataset.card.compose is None else round(dataset.card.compose.side * parts.training.scale)
-        stages = _stages(parts, parts.validation, place, counts, pixels / (pixels + left_out.train * side**2))
-        if config.refit:
-            images = counts.train if dataset.card.compose is not None else counts.train + counts.val
-            stages |= {
-                f"{REFIT}: {name}": _again(name, stage, config, images / counts.train) for name, stage in stages.items()
-            }
+        stages = _stages(parts, place, counts, pixels / (pixels + left_out.train * side**2))
     return {
         "settings": dataclasses.asdict(parts.config),
         "device": place.type,
@@ -112,11 +106,9 @@ def _left_out(dataset: Dataset) -> Counts:
     return Counts(len(names) - held, held)
 
 
-def _stages(
-    parts: Parts, validation: PatchImages, device: torch.device, counts: Counts, share: float
-) -> dict[str, dict[str, Any]]:
+def _stages(parts: Parts, device: torch.device, counts: Counts, share: float) -> dict[str, dict[str, Any]]:
     """Return the stages with their steps and minutes; `parts` has this share of the training pixels of the run."""
-    config, training, by_size, _, classifier, segmenter = parts
+    config, training, by_size, validation, classifier, segmenter = parts
     one = PatchImages(validation.dataset, validation.samples[:1], training.dataset.mpp / validation.scale)
     held = counts.val
     classifier.to(device)
@@ -143,7 +135,6 @@ def _stages(
 def _stage(
     task: Task, config: TrainConfig, device: torch.device, asked_steps: int, held: float, share: float
 ) -> dict[str, Any]:
-    assert task.validate is not None
     step_seconds = time_steps(task, config, device)
     task.network.eval()
     started = time.perf_counter()
@@ -157,17 +148,6 @@ def _stage(
         "validation_seconds": round(validation_seconds, 1),
         "minutes": round(task.epochs * (steps * step_seconds + validation_seconds) / 60, 2),
     }
-
-
-def _again(name: str, stage: dict[str, Any], config: TrainConfig, growth: float) -> dict[str, Any]:
-    """Return a stage as `refit` repeats it: without validation, on `growth` times the images."""
-    if "images" in stage:
-        return {"images": round(stage["images"] * growth), "minutes": round(stage["minutes"] * growth, 2)}
-    asked_steps = config.segmenter_steps if name == "segmenter" else config.classifier_steps
-    # Without a setting, a stage has as many steps as draw the pixels of all images.
-    steps = asked_steps or round(stage["steps_per_epoch"] * growth)
-    minutes = round(stage["epochs"] * steps * stage["seconds_per_step"] / 60, 2)
-    return stage | {"steps_per_epoch": steps, "validation_seconds": 0.0, "minutes": minutes}
 
 
 @dataclasses.dataclass(frozen=True)

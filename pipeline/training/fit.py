@@ -83,10 +83,9 @@ class Task:
     """Draw this process's share of a batch; called in another thread while the device computes."""
     loss: Callable[[Any], Tensor]
     """Return the loss of a batch, with the network in training mode."""
-    validate: Callable[[nn.Module], dict[str, float]] | None
+    validate: Callable[[nn.Module], dict[str, float]]
     """Return measures on held-out presence labels. The epoch with the highest "score" is kept. If the measures also
-    contain "score_error", the standard error of the score, the last epoch within the error of the best one is kept.
-    With None, every epoch is trained, and the last one is kept."""
+    contain "score_error", the standard error of the score, the last epoch within the error of the best one is kept."""
     begin_epoch: Callable[[int], None]
     """Put the network into training mode for a 0-based epoch."""
     epochs: int
@@ -128,7 +127,7 @@ def fit(
     progress: Progress | None = None,
     log: StepLog | None = None,
 ) -> None:
-    """Train the network and leave the weights of the kept epoch in it. `log` is called after every step.
+    """Train the network and leave the best weights in it. `log` is called after every step.
 
     Training stops after the last epoch, or if the score has not risen for `patience` epochs. Writes
     <name>.checkpoint.safetensors, and the curves as <name>.csv and <name>.png, into `folder`. Raises TrainError if the
@@ -300,8 +299,13 @@ def _end_epoch(
 ) -> None:
     """Validate the network, keep its weights if they are the best or about as good, and write the curves."""
     validated = averaged if config.ema else task.network
-    measures = {} if task.validate is None else task.validate(validated.eval())
-    if _is_kept(state, measures):
+    measures = task.validate(validated.eval())
+    score, error = measures["score"], measures.get("score_error")
+    state.stale += 1
+    if score > state.best:
+        state.best, state.stale = score, 0
+        state.enough = math.inf if error is None else score - error
+    if state.stale == 0 or score >= state.enough:
         best.load_state_dict(validated.state_dict())
     state.history.append(
         {"epoch": epoch + 1, "loss": float(np.mean(state.losses))}
@@ -311,18 +315,6 @@ def _end_epoch(
     logger.info("%s %s", task.name, " ".join(f"{k} {v:.4g}" for k, v in state.history[-1].items()))
     if folder is not None:
         _write_curves(folder / task.name, state.history)
-
-
-def _is_kept(state: _State, measures: dict[str, float]) -> bool:
-    """Return whether an epoch with these measures is the best one, or about as good, and note it in the state."""
-    if not measures:
-        return True
-    score, error = measures["score"], measures.get("score_error")
-    state.stale += 1
-    if score > state.best:
-        state.best, state.stale = score, 0
-        state.enough = math.inf if error is None else score - error
-    return state.stale == 0 or score >= state.enough
 
 
 def _write_curves(stem: Path, history: list[dict[str, float]]) -> None:
@@ -346,8 +338,7 @@ def _write_curves(stem: Path, history: list[dict[str, float]]) -> None:
         axes.plot(epochs, [row[name] for row in history], marker=".", label=name)
     for axes in (left, right):
         axes.set_xlabel("epoch")
-        if axes.lines:
-            axes.legend()
+        axes.legend()
     temporary = stem.with_suffix(".png.tmp")
     figure.savefig(temporary, format="png", dpi=100)
     temporary.replace(stem.with_suffix(".png"))

@@ -108,12 +108,6 @@ class PatchImages:
                 self._cache[index] = rgb_HWC
         return rgb_HWC
 
-    def forget(self) -> None:
-        """Free the memory of the decoded images. They are read again when they are used."""
-        with self._lock:
-            self._room += sum(rgb_HWC.nbytes for rgb_HWC in self._cache.values())
-            self._cache.clear()
-
     def truth(self, index: int) -> NDArray[np.uint8]:
         """Return the mask of one image at the model's mpp, (H, W): class indices, or `IGNORED`.
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,9 +16,8 @@ from models.classifier import Classifier
 from models.segmenter import build_segmenter, share_backbone
 from pipeline.errors import TrainError
 from pipeline.training.classifier import build_classifier
-from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset, Labeled, Sample, check_classes, check_images, samples
+from pipeline.training.dataset import Dataset, Labeled, Sample, check_classes, check_images
 from pipeline.training.gate_calibration import UNCALIBRATED, gate_window, warn_of_uncalibrated
 from pipeline.training.held_out import training_samples
 from pipeline.training.inputs import MULTIPLE
@@ -37,9 +34,6 @@ SMALLEST_PATCH = 8
 UNREADABLE_SHARE = 0.01
 """The run fails if a larger share of the images of a split cannot be read."""
 
-REFIT = "refit"
-"""Folder of a run folder with the stages of `refit`."""
-
 
 class Parts(NamedTuple):
     """What a run trains, and on which images. The networks have their initial weights."""
@@ -49,8 +43,7 @@ class Parts(NamedTuple):
     training: PatchImages
     by_size: list[PatchImages]
     """The training images at each pixel size at which the classifier is trained."""
-    validation: PatchImages | None
-    """None for `refit`, which keeps the last epoch of each stage."""
+    validation: PatchImages
     classifier: Classifier
     segmenter: nn.Module
 
@@ -72,35 +65,6 @@ def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -
     training, validation = training_images(dataset, config.mpp)
     by_size = at_pixel_sizes(training, config.classifier_mpp)
     _check(training, by_size, validation, config)
-    if config.refit:
-        _check_names(training, validation)
-    classifier, segmenter = _new_networks(dataset, config, init)
-    make_card(dataset, config, gate_window(training), (UNCALIBRATED,) * len(dataset.class_names))
-    return Parts(config, training, by_size, validation, classifier, segmenter)
-
-
-def prepare_refit(source: Dataset, run: Path, config: TrainConfig, init: Bundle | None = None) -> Parts:
-    """Return what `refit` trains: networks with the same initial weights, and the training and validation images.
-
-    `source` is the data set before images are composed, and `config` that of `prepare`. Composed images are made again,
-    below `run`, from the images of both splits. Raises what `prepare` raises.
-    """
-    assert config.mpp is not None
-    dataset = composed(source, run / REFIT, with_validation=True)
-    if dataset is source:
-        chosen = [sample for split in training_samples(source) for sample in split]
-    else:
-        chosen = list(samples(dataset, "train"))
-    found = check_images(chosen, UNREADABLE_SHARE)
-    training = PatchImages(dataset, found, config.mpp, unreadable=len(chosen) - len(found))
-    by_size = at_pixel_sizes(training, config.classifier_mpp)
-    _check_training(training, by_size, config)
-    logger.info("refit: %d images", len(training))
-    return Parts(config, training, by_size, None, *_new_networks(dataset, config, init))
-
-
-def _new_networks(dataset: Dataset, config: TrainConfig, init: Bundle | None) -> tuple[Classifier, nn.Module]:
-    """Return the classifier and the segmenter with their initial weights, which depend only on the arguments."""
     torch.manual_seed(config.seed)
     classes = len(dataset.class_names)
     classifier = build_classifier(config, classes)
@@ -121,7 +85,8 @@ def _new_networks(dataset: Dataset, config: TrainConfig, init: Bundle | None) ->
         start_encoder(segmenter, config)
     if init is not None:
         start_from_bundle(init, classifier, segmenter, dataset.class_names)
-    return classifier, segmenter
+    make_card(dataset, config, gate_window(training), (UNCALIBRATED,) * classes)
+    return Parts(config, training, by_size, validation, classifier, segmenter)
 
 
 def training_images(dataset: Dataset, mpp: float, *, cache_bytes: int = CACHE_BYTES) -> tuple[PatchImages, PatchImages]:
@@ -146,30 +111,15 @@ def _check(training: PatchImages, by_size: Sequence[PatchImages], validation: Pa
     for images in (training, validation):
         if not len(images):
             raise TrainError(f"{images.dataset.card.name}: the training or validation split has no readable image")
-    _check_training(training, by_size, config)
-    # Validation patches may differ in size if each one passes the network alone.
-    if config.region is not None:
-        _check_one_size(validation)
-    warn_of_uncalibrated(validation)
-
-
-def _check_names(training: PatchImages, validation: PatchImages) -> None:
-    """Raise TrainError if images of both splits have one name, because `refit` names pseudo masks by it."""
-    names = Counter(sample.name for images in (training, validation) for sample in images.samples)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise TrainError(
-            f"{training.dataset.card.name}: the training and the validation split both have an image named {twice[0]}, "
-            "but refit trains on both; rename one, or set refit=false"
-        )
-
-
-def _check_training(training: PatchImages, by_size: Sequence[PatchImages], config: TrainConfig) -> None:
-    """Raise TrainError if the classifier cannot be trained on these images."""
     if training not in by_size:  # its patches are gate windows; only the last stage draws regions of it
         _check_patches(training, config.region if config.head_epochs else None, "mpp")
     for images in by_size:
         _check_patches(images, config.region, "classifier_mpp" if config.classifier_mpp else "mpp")
+    # Validation patches may differ in size if each one passes the network alone.
+    if config.region is not None:
+        _check_one_size(validation)
     check_classes(training.dataset, map(Labeled, training.boxes, training.present))
+    warn_of_uncalibrated(validation)
 
 
 def _check_patches(training: PatchImages, region: int | None, setting: str) -> None:

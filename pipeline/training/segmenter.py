@@ -50,7 +50,7 @@ class SegmenterBatch(NamedTuple):
 def segmenter_task(
     segmenter: nn.Module,
     training: PatchImages,
-    validation: PatchImages | None,
+    validation: PatchImages,
     pseudo: Callable[[int], NDArray[np.uint8]],
     config: TrainConfig,
     device: torch.device,
@@ -58,8 +58,7 @@ def segmenter_task(
 ) -> Task:
     """Return the training task of the segmenter on `pseudo`, the pseudo masks (L, H, W) of a training image by index.
 
-    Without `validation`, the last epoch is kept. Raises TrainError if the pseudo masks teach nothing, or nothing about
-    some class; see `check_taught`.
+    Raises TrainError if the pseudo masks teach nothing, or nothing about some class; see `check_taught`.
     """
     share = range(processes.rank, config.segmenter_batch, processes.world)
     augmentation = Augmentation(config.stain, config.imaging, config.blur, config.segmenter_moves)
@@ -111,7 +110,7 @@ def segmenter_task(
         new_parameters=[p for p in segmenter.parameters() if id(p) not in started],
         make_batch=make_batch,
         loss=loss,
-        validate=None if validation is None else lambda network: map_scores(network, validation, config, device),
+        validate=lambda network: map_scores(network, validation, config, device),
         begin_epoch=begin_epoch,
         epochs=config.segmenter_epochs,
         steps=config.segmenter_steps or max(1, round(training.pixels() / (trusted_px * config.segmenter_batch))),

@@ -1,7 +1,6 @@
 """The training recipe: classifier, pseudo masks, segmenter, gate and bundle, from presence labels of patches only.
 
-With `head_epochs`, the classifier's head is trained once more, on the backbone that the segmenter trained. With
-`refit`, both networks are trained once more at the end, on the training and the validation images.
+With `head_epochs`, the classifier's head is trained once more, on the backbone that the segmenter trained.
 
 Each stage writes its product to the run folder and is skipped if the product already exists. A stage that was killed
 resumes from its checkpoint.
@@ -18,14 +17,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import safetensors.torch
 import torch
 import torch.distributed
+from torch import nn
 
 from models.bundle import Bundle, load_bundle, load_networks, load_statistics, replace_card, save_bundle
 from models.card import NO_DIGEST
+from models.classifier import Classifier
 from models.depthwise import speed_up_depthwise
 from models.devices import choose_device
 from models.predictor import Predictor
@@ -47,9 +47,10 @@ from pipeline.training.gate_calibration import (
     patch_presence,
 )
 from pipeline.training.model_card import make_card, score_metrics
+from pipeline.training.patches import PatchImages
 from pipeline.training.pieces import other_datasets
 from pipeline.training.position import edge_profile, position_metrics
-from pipeline.training.prepare import REFIT, Parts, prepare, prepare_refit, training_images
+from pipeline.training.prepare import prepare, training_images
 from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
 from pipeline.training.pseudo_scores import write_pseudo_scores
@@ -62,15 +63,6 @@ logger = logging.getLogger(__name__)
 
 PSEUDO_SCORES = "pseudo-masks.csv"
 """File of a run folder with the scores of the pseudo masks of validation images."""
-
-AGAIN = (
-    "Then trained again on the training and the validation images; gate thresholds, temperature and validation scores "
-    "are those of the networks before."
-)
-"""What the card of a model says about `refit`."""
-
-HELD_OUT_BUNDLE = "held-out-bundle"
-"""With `refit`: folder of a run folder with the bundle of the networks that saw no validation image."""
 
 
 def train(
@@ -103,9 +95,7 @@ def train(
     dataset = composed(source, run)
     if test:
         masked_samples(dataset, "test")
-    parts = prepare(dataset, config, init)
-    config, training, validation = parts.config, parts.training, parts.validation
-    assert validation is not None
+    config, training, by_size, validation, classifier, segmenter = prepare(dataset, config, init)
     logger.info("%d training and %d validation images", len(training), len(validation))
     sources: list[Source] = []
     if processes.rank == 0 and not (run / "bundle").exists():
@@ -120,87 +110,49 @@ def train(
         held.enter_context(claim(run, dataset, config, provenance(training, validation, config)))
     _wait(processes)
     with held:
-        loop = Loop(place, processes, progress, tensorboard)
-        train_networks(run, parts, loop)
-        if processes.rank == 0:
-            folder = run / (HELD_OUT_BUNDLE if config.refit else "bundle")
-            export(folder, parts, sources, device)
-        if config.refit and not (run / "bundle").exists():
-            for images in (training, *parts.by_size):
-                images.forget()
-            again = prepare_refit(source, run, config, init)
-            train_networks(run / REFIT, again, loop._replace(progress=_of_refit(progress)))
-            if processes.rank == 0:
-                export_refit(run, again, sources, device)
-        if processes.rank == 0 and test:
-            add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)
-        _wait(processes)
-        return load_bundle((run / "bundle").absolute())
-
-
-class Loop(NamedTuple):
-    """Where and how networks are trained."""
-
-    device: torch.device
-    processes: Processes
-    progress: Progress | None
-    tensorboard: bool
-
-
-def train_networks(run: Path, parts: Parts, loop: Loop) -> None:
-    """Train the classifier, make pseudo masks, and train the segmenter and, with `head_epochs`, the head again.
-
-    Stages whose product is in `run` are skipped, and their networks get its weights. Raises what `fit` raises.
-    """
-    config, training, by_size, validation, classifier, segmenter = parts
-    place, processes = loop.device, loop.processes
-    with ExitStack() as held:
-        log = None
-        if processes.rank == 0:
-            run.mkdir(exist_ok=True)
-            log = held.enter_context(open_step_log(run, tensorboard=loop.tensorboard))
-        _wait(processes)
+        log = held.enter_context(open_step_log(run, tensorboard=tensorboard)) if processes.rank == 0 else None
         classifier.to(place)
         task = classifier_task(classifier, by_size, validation, config, place, processes)
-        _stage(run, task, config, loop, log)
+        _stage(run, task, config, place, processes, progress, log)
         del task, by_size  # their caches of images
 
         masks = run / "pseudo-masks"
-        write_pseudo_masks(masks, classifier, training, config, place, processes, loop.progress)
-        if processes.rank == 0 and validation is not None:
+        write_pseudo_masks(masks, classifier, training, config, place, processes, progress)
+        if processes.rank == 0:
             write_pseudo_scores(run / PSEUDO_SCORES, classifier, validation, config, place)
         _wait(processes)
 
         segmenter.to(place)
         if config.shared_backbone:
             share_backbone(segmenter, classifier)
-        elif config.encoder_starts and not config.init:
+        elif config.encoder_starts and init is None:
             start_from_classifier(segmenter, classifier)
         pseudo = partial(read_pseudo_masks, masks, training, config=config)
         task = segmenter_task(segmenter, training, validation, pseudo, config, place, processes)
-        _stage(run, task, config, loop, log)
+        _stage(run, task, config, place, processes, progress, log)
 
         if config.head_epochs:
             classifier.layer_heads.clear()  # pseudo masks only
             take_backbone(classifier, segmenter)
             task = head_task(classifier, training, validation, config, place, processes)
-            _stage(run, task, config, loop, log)
-    classifier.eval()
-    segmenter.eval()
+            _stage(run, task, config, place, processes, progress, log)
 
-
-def _of_refit(progress: Progress | None) -> Progress | None:
-    """Return a callback that tells `progress` of the stages of `refit` under names of their own."""
-    if progress is None:
-        return None
-    return lambda stage, done, total: progress(f"{REFIT}: {stage}", done, total)
+        if processes.rank == 0:
+            window = gate_window(training)
+            export(run, classifier.eval(), segmenter.eval(), validation, window, sources, config, device)
+            if test:
+                add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)
+        _wait(processes)
+        return load_bundle((run / "bundle").absolute())
 
 
 def _stage(
     run: Path,
     task: Task,
     config: TrainConfig,
-    loop: Loop,
+    device: torch.device,
+    processes: Processes,
+    progress: Progress | None,
     log: StepLog | None,
 ) -> None:
     """Load the network's weights from the stage's product, or train the network and write the product."""
@@ -208,18 +160,18 @@ def _stage(
     if file.exists():
         with reading(file):
             task.network.load_state_dict(safetensors.torch.load_file(file))
-        if loop.device.type == "cpu":
+        if device.type == "cpu":
             # `fit` does the same. Without it, the maps of Grad-CAM would differ in bits from those of a whole run.
             speed_up_depthwise(task.network)
         logger.info("%s exists: stage skipped", file.name)
     else:
         started = time.monotonic()
-        fit(task, run, config, loop.device, loop.processes, loop.progress, log)
-        if loop.processes.rank == 0:
+        fit(task, run, config, device, processes, progress, log)
+        if processes.rank == 0:
             write_tensors(file, task.network.state_dict())
             remove_checkpoint(run, task.name)
         logger.info("%s done in %.0f s", task.name, time.monotonic() - started)
-    _wait(loop.processes)
+    _wait(processes)
     task.network.eval()
 
 
@@ -228,23 +180,30 @@ def _wait(processes: Processes) -> None:
         torch.distributed.barrier()
 
 
-def export(folder: Path, parts: Parts, sources: Sequence[Source], device: str) -> None:
+def export(
+    run: Path,
+    classifier: Classifier,
+    segmenter: nn.Module,
+    validation: PatchImages,
+    window: int,
+    sources: Sequence[Source],
+    config: TrainConfig,
+    device: str,
+) -> None:
     """Calibrate gate, temperature and familiarity, measure the validation split if it has masks, and write the bundle.
 
-    `folder` becomes the bundle, in a run folder. The gate is calibrated on the labeled patches of the validation
-    images, and the temperature on those images with masks. The validation images show whether the map depends on the
-    position in a view. The heads of single layers do not become part of the bundle. `sources` are those of
-    `fit_familiarity`.
+    The gate is calibrated on the labeled patches of the validation images, and the temperature on those images with
+    masks. The validation images show whether the map depends on the position in a view. The heads of single layers do
+    not become part of the bundle. `window` is the `gate_window` of the training images, whose patches all have one
+    size. `sources` are those of `fit_familiarity`.
     """
-    run, torch_device = folder.parent, choose_device(device)
+    folder, torch_device = run / "bundle", choose_device(device)
     if folder.exists():
         logger.info("%s exists: nothing to do", folder)
         return
-    config, training, _, validation, classifier, segmenter = parts
-    assert validation is not None
     dataset = validation.dataset
     classifier.layer_heads.clear()
-    draft = make_card(dataset, config, gate_window(training), (UNCALIBRATED,) * len(dataset.class_names))
+    draft = make_card(dataset, config, window, (UNCALIBRATED,) * len(dataset.class_names))
     # A bundle stores rounded weights. Calibrate and measure the rounded ones.
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
         rounded = load_networks(save_bundle(Path(work) / "bundle", draft, classifier, segmenter))
@@ -265,27 +224,6 @@ def export(folder: Path, parts: Parts, sources: Sequence[Source], device: str) -
     made_with = recorded_provenance(run)
     card = card.model_copy(update={"metrics": metrics, "familiarity": familiarity, "made_with": made_with})
     save_bundle(folder, card, classifier, segmenter, statistics)
-
-
-def export_refit(run: Path, parts: Parts, sources: Sequence[Source], device: str) -> None:
-    """Write the bundle of the networks that `refit` trained.
-
-    Gate thresholds, temperature and scores are those of the networks that saw no validation image. The statistics of
-    the training images are fitted to the new classifier's features.
-    """
-    folder = run / "bundle"
-    if folder.exists():
-        logger.info("%s exists: nothing to do", folder)
-        return
-    parts.classifier.layer_heads.clear()
-    card = load_bundle((run / HELD_OUT_BUNDLE).absolute()).card
-    with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
-        draft = card.model_copy(update={"familiarity": None})
-        rounded, _ = load_networks(save_bundle(Path(work) / "bundle", draft, parts.classifier, parts.segmenter))
-    statistics, familiarity = fit_familiarity(rounded, sources, parts.config, device)
-    origin = f"{card.training_data} {AGAIN}"
-    card = card.model_copy(update={"familiarity": familiarity, "training_data": origin})
-    save_bundle(folder, card, parts.classifier, parts.segmenter, statistics)
 
 
 def add_test_scores(bundle: Bundle, dataset: Dataset, device: str) -> Bundle:

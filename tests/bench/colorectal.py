@@ -7,10 +7,6 @@ Each fold leaves one slide out, validates on another and trains both networks on
 class of a tile from the mean of its class map over the tile, so that its figures compare with those of a linear probe.
 The map of both networks is measured on images composed of the left-out slide. Finished folds are not repeated, and a
 folder holds the folds of one recipe.
-
-With `--refit`, only the networks of the setting `refit` are trained: on all slides but the left-out one. That takes
-half the time of the whole recipe, and these networks do not depend on the ones before. Nothing calibrates their gate,
-so only the maps without it are measured.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from models.bundle import Bundle, load_bundle, load_networks, save_bundle
+from models.bundle import load_bundle, load_networks
 from models.classifier import Classifier
 from models.predictor import Predictor
 from pipeline.training.calibration import reliability
@@ -37,15 +33,12 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, load_dataset, read_rgb, samples
 from pipeline.training.dataset_sections import Split, TableSplit
 from pipeline.training.evaluate import Scores, evaluate, scores
-from pipeline.training.fit import Processes
-from pipeline.training.gate_calibration import calibrate_gate, gate_window, patch_presence
+from pipeline.training.gate_calibration import calibrate_gate, patch_presence
 from pipeline.training.inputs import as_input, padded
-from pipeline.training.model_card import make_card
 from pipeline.training.patches import PatchImages
-from pipeline.training.prepare import REFIT, prepare_refit
 from pipeline.training.presets import train_config
 from pipeline.training.resample import resampled
-from pipeline.training.train import Loop, train, train_networks
+from pipeline.training.train import train
 
 RECALLS = (0.8, 0.85, 0.9, 0.95, 0.99)
 CPU = torch.device("cpu")
@@ -64,7 +57,6 @@ def main() -> None:
     parser.add_argument("--slides", nargs="+", choices=SLIDES, default=SLIDES)
     parser.add_argument("--dataset", choices=("kather-2016", "colorectal"), default="kather-2016")
     parser.add_argument("--images", type=int, default=IMAGES, help="composed training images of a fold")
-    parser.add_argument("--refit", action="store_true", help="train on all slides but the left-out one")
     parser.add_argument("--set", nargs="*", default=[], help="settings, name=value")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -79,13 +71,10 @@ def main() -> None:
         print(table_of({"validation": (scores_NK, labels_NK)}, dataset.class_names))
         return
     config = train_config("default", None, options.set, dataset.card.settings)
-    recipe = {"dataset": options.dataset, "images": options.images, "set": options.set, "refit": options.refit}
-    _check_recipe(options.output, recipe)
+    _check_recipe(options.output, {"dataset": options.dataset, "images": options.images, "set": options.set})
     for slide in options.slides:
-        run_fold(fold(dataset, slide, options.images), slide, options.output, config, refit=options.refit)
-    print(table(options.output, dataset.class_names))
-    if not options.refit:
-        print(gate_table(options.output))
+        run_fold(fold(dataset, slide, options.images), slide, options.output, config)
+    print(table(options.output, dataset.class_names), gate_table(options.output), sep="\n\n")
     print(map_table(options.output, dataset.class_names))
 
 
@@ -95,7 +84,7 @@ def _check_recipe(output: Path, recipe: Mapping[str, Any]) -> None:
     if not file.is_file():
         output.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(recipe))
-    elif (earlier := {"refit": False} | json.loads(file.read_text())) != recipe:
+    elif (earlier := json.loads(file.read_text())) != recipe:
         raise SystemExit(f"{output} has folds of {earlier}, not of {dict(recipe)}; choose another folder")
 
 
@@ -109,44 +98,31 @@ def fold(dataset: Dataset, slide: str, images: int) -> Dataset:
     return Dataset(dataset.card.model_copy(update={"split": split, "compose": compose}), dataset.root)
 
 
-def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig, *, refit: bool = False) -> None:
+def run_fold(dataset: Dataset, slide: str, output: Path, config: TrainConfig) -> None:
     """Train a fold and write its figures of the left-out slide, unless they are there.
 
     tiles.npz has the scores and labels of the tiles, presence.npz the presence in the gate windows of composed images
     of the validation and of the left-out slide, and maps.npz the confusion of the pixels, with and without the gate.
-    With `refit`, there is no presence.npz, and the gate of maps.npz is open.
     """
     run = output / slide
     if (run / "maps.npz").is_file():
         return
-    bundle = refitted(dataset, run, config) if refit else train(dataset, run, config, device="cpu")
+    bundle = train(dataset, run, config, device="cpu")
     mosaics = composed(of_tiles_alone(dataset), run)
     classifier = load_networks(bundle)[0]
     assert isinstance(classifier, Classifier)
     scores_NK, labels_NK = tile_scores(classifier, dataset, mosaics.mpp)
     np.savez(run / "tiles.npz", allow_pickle=False, scores=scores_NK, labels=labels_NK)
     found: dict[str, NDArray[Any]] = {}
-    splits: tuple[Split, ...] = () if refit else ("val", "test")
+    splits: tuple[Split, ...] = ("val", "test")
     for split in splits:
         images = PatchImages(mosaics, samples(mosaics, split), mosaics.mpp)
         found[f"{split}_presence"], found[f"{split}_held"] = patch_presence(classifier, images, config, CPU)
-    if found:
-        np.savez(run / "presence.npz", allow_pickle=False, **found)
+    np.savez(run / "presence.npz", allow_pickle=False, **found)
     evaluation = evaluate(Predictor.from_bundle(bundle, device="cpu", output_stride=1), mosaics)
     matrices = {name: evaluation.matrices["exclude", gate] for name, gate in (("gated", True), ("ungated", False))}
     np.savez(run / "maps.npz", allow_pickle=False, **matrices)
     print(slide, json.dumps(tile_figures(scores_NK, labels_NK)), flush=True)
-
-
-def refitted(dataset: Dataset, run: Path, config: TrainConfig) -> Bundle:
-    """Train the networks of the setting `refit` alone, and return their bundle, whose gate is open."""
-    assert dataset.card.compose is not None
-    parts = prepare_refit(dataset, run, replace(config, mpp=dataset.card.compose.mpp))
-    train_networks(run / REFIT, parts, Loop(CPU, Processes(0, 1), None, tensorboard=False))
-    parts.classifier.layer_heads.clear()
-    images = parts.training
-    card = make_card(images.dataset, parts.config, gate_window(images), (0.0,) * len(dataset.class_names))
-    return save_bundle(run / "bundle", card, parts.classifier, parts.segmenter)
 
 
 def of_tiles_alone(dataset: Dataset) -> Dataset:

@@ -94,24 +94,6 @@ def test_a_plan_has_the_stage_of_the_head(tmp_path: Path, monkeypatch: pytest.Mo
     assert (plan["stages"]["head"]["epochs"], plan["stages"]["head"]["steps_per_epoch"]) == (5, 3)
 
 
-def test_a_plan_has_the_stages_of_refit_with_the_validation_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = load_dataset(write_textures(tmp_path / "data", train=6, val=2, test=1, size=64))
-    monkeypatch.setattr(module, "time_steps", lambda *_: 2.0)
-    stages = dry_run(dataset, dataclasses.replace(CONFIG, refit=True), "cpu")["stages"]
-    assert list(stages) == [
-        *("classifier", "pseudo masks", "segmenter"),
-        *("refit: classifier", "refit: pseudo masks", "refit: segmenter"),
-    ]
-    assert stages["refit: pseudo masks"]["images"] == 8
-    # Eight images of 64 px in batches of two regions; the steps of the segmenter are a setting.
-    assert stages["refit: classifier"]["steps_per_epoch"] == 4
-    assert stages["refit: classifier"]["minutes"] == pytest.approx(3 * 4 * 2.0 / 60, abs=0.01)
-    assert stages["refit: segmenter"]["steps_per_epoch"] == 7
-    assert stages["refit: segmenter"]["validation_seconds"] == 0
-
-
 def test_the_counts_are_those_of_labeled_patches(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 32)}, side=32, stride=32)
     images.present = [np.array([[True, True, False], [False, True, False]])]

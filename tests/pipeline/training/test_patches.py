@@ -294,10 +294,6 @@ def test_decoded_images_are_cached_up_to_the_limit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(images.rgb(0), first)
     assert second.any()
     assert not images.rgb(1).any()
-    images.forget()
-    assert not images.rgb(0).any()  # read again
-    assert images.rgb(0) is images.rgb(0)  # cached again
-    assert images.rgb(1) is not images.rgb(1)
 
 
 def test_the_frequency_of_a_class_is_its_share_of_all_labeled_patches(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ ALONE = Processes(0, 1)
 def run_stage(folder: Path) -> torch.Tensor:
     """Run the stage "line", or load its product, and return its weights."""
     task = line_task()
-    recipe._stage(folder, task, CONFIG, recipe.Loop(CPU, ALONE, None, tensorboard=False), None)
+    recipe._stage(folder, task, CONFIG, CPU, ALONE, None, None)
     return weights(task)
 
 
