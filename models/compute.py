@@ -60,7 +60,7 @@ def loading() -> Iterator[None]:
             if what is None:
                 raise
             raise ShortageError(
-                f"the model cannot be loaded: out of {what} ({reason_of(error)}); end other programs, or raise the "
+                f"the model cannot be loaded: {what} ({reason_of(error)}); end other programs, or raise the "
                 f"limits of this process or container"
             ) from error
 

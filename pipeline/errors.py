@@ -167,9 +167,10 @@ class SampleError(PipelineError):
 
 
 SHORTAGE_HELP: dict[Shortage, str] = {
-    "memory": "lower --batch-size or --num-workers",
-    "threads": "raise the limit of threads and processes (ulimit -u, or that of the container), or lower --num-workers",
-    "file handles": "raise the limit of open files (ulimit -n), or lower --num-workers",
+    "out of memory": "lower --batch-size or --num-workers",
+    "out of threads": "raise the limit of threads and processes (ulimit -u, or that of the container), "
+    "or lower --num-workers",
+    "out of file handles": "raise the limit of open files (ulimit -n), or lower --num-workers",
 }
 """The next step if the machine has too little of something, for a message."""
 

@@ -44,27 +44,27 @@ class ResolutionError(SlideError):
     """The pixel size is unknown, or does not fit the model."""
 
 
-Shortage = Literal["memory", "threads", "file handles"]
+Shortage = Literal["out of memory", "out of threads", "out of file handles"]
 """What a machine, or the limits of a process, can have too little of."""
 
 _NUMBERS: dict[int | None, Shortage] = {
-    errno.ENOMEM: "memory",
-    errno.EMFILE: "file handles",
-    errno.ENFILE: "file handles",
+    errno.ENOMEM: "out of memory",
+    errno.EMFILE: "out of file handles",
+    errno.ENFILE: "out of file handles",
 }
 
 _TEXTS: dict[str, Shortage | None] = {
     "static tls": None,  # "cannot allocate memory in static TLS block": too many libraries, not too little memory
-    "out of memory": "memory",  # CUDA, cairo
-    "allocate memory": "memory",  # "can't" in torch, "Cannot" in the C library
-    "insufficient memory": "memory",  # OpenCV, libjpeg
-    "not enough memory": "memory",  # torch on Windows
-    "failed to allocate": "memory",
-    "bad_alloc": "memory",  # C++
-    "bad allocation": "memory",  # C++ on Windows
-    "failed to map segment": "memory",  # the loader of libraries
-    "can't start new thread": "threads",  # Python
-    "resource temporarily unavailable": "threads",  # C++
+    "out of memory": "out of memory",  # CUDA, cairo
+    "allocate memory": "out of memory",  # "can't" in torch, "Cannot" in the C library
+    "insufficient memory": "out of memory",  # OpenCV, libjpeg
+    "not enough memory": "out of memory",  # torch on Windows
+    "failed to allocate": "out of memory",
+    "bad_alloc": "out of memory",  # C++
+    "bad allocation": "out of memory",  # C++ on Windows
+    "failed to map segment": "out of memory",  # the loader of libraries
+    "can't start new thread": "out of threads",  # Python
+    "resource temporarily unavailable": "out of threads",  # C++
 }
 """Texts of libraries that raise RuntimeError or an error of their own, in lower case. The first that matches counts."""
 
@@ -76,24 +76,33 @@ def with_causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def shortage(error: BaseException | None, *, by_text: bool = True) -> Shortage | None:
+_OF_DAMAGED_FILES = (
+    "out of memory",
+    "allocate memory",
+    "insufficient memory",
+    "not enough memory",
+    "failed to allocate",
+)
+"""Texts that decoders also use for a damaged file that claims too large a size."""
+
+
+def shortage(error: BaseException | None, *, decoding: bool = False) -> Shortage | None:
     """Return what the machine had too little of, if an error or one of its causes reports this; None otherwise.
 
-    Without `by_text`, only MemoryError and OSError count, because decoders also report "insufficient memory" for a
-    damaged file that claims too large a size.
+    With `decoding`, texts that a damaged file can also cause do not count.
     """
-    return next((found for one in with_causes(error) if (found := _reported(one, by_text=by_text))), None)
+    return next((found for one in with_causes(error) if (found := _reported(one, decoding=decoding))), None)
 
 
-def _reported(error: BaseException, *, by_text: bool) -> Shortage | None:
+def _reported(error: BaseException, *, decoding: bool) -> Shortage | None:
     if isinstance(error, MemoryError):
-        return "memory"
+        return "out of memory"
     # The texts of these errors contain names of files.
     if isinstance(error, WsiSegmentError):
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return _NUMBERS.get(error.errno)
-    if not by_text:
-        return None
     text = str(error).lower()
+    if decoding and any(part in text for part in _OF_DAMAGED_FILES):
+        return None
     return next((what for part, what in _TEXTS.items() if part in text), None)

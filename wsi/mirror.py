@@ -17,6 +17,22 @@ def mirrored(start: int, side: int, length: int) -> NDArray[np.int64]:
     return np.minimum(position, 2 * length - 1 - position)
 
 
+def with_sources(box: Box, inside: Box, multiple: int = 1) -> Box:
+    """Return the box, enlarged to the left and to the top by what `mirror_outside` needs beyond its other two edges.
+
+    That is more than the box has if most of it lies outside. If the box is enlarged, its corner is at a multiple of
+    `multiple`.
+    """
+    x, y = (
+        start if first >= start else first // multiple * multiple
+        for start, first in (
+            (box.x, max(inside.x, 2 * inside.right - box.right)),
+            (box.y, max(inside.y, 2 * inside.bottom - box.bottom)),
+        )
+    )
+    return Box(x, y, box.right - x, box.bottom - y)
+
+
 def mirror_outside(canvas_HWC: NDArray[np.uint8], canvas: Box, inside: Box) -> None:
     """Fill the part of a canvas outside the box `inside` with mirror images of the part inside, in place.
 

@@ -94,8 +94,8 @@ class Slide:
         """Read a box of a level; parts outside the level are white.
 
         After a read error the box is split and read again, down to parts of `UNREADABLE_CELL`. A part that still fails
-        becomes white and is listed in the result. Raises MemoryError or OSError if the machine runs out of memory or
-        file handles.
+        becomes white and is listed in the result. Raises the reader's error if the machine runs out of memory,
+        threads or file handles (`wsi.errors.shortage`).
         """
         rgb_HWC = np.full((box_lv.height, box_lv.width, 3), BACKGROUND, np.uint8)
         inside_lv = box_lv.intersect(Box(0, 0, *self.info.level_sizes[level]))
@@ -108,7 +108,7 @@ class Slide:
         try:
             pixels_HWC = self._reader().read(level, part_lv)
         except Exception as error:
-            if shortage(error, by_text=False):
+            if shortage(error, decoding=True):
                 raise
             # After its first error an OpenSlide handle fails at every read.
             self._drop_reader()
@@ -272,7 +272,7 @@ def _open_reader(path: Path, backend: Backend) -> tuple[BackendName, Reader]:
         try:
             return name, READERS[name](path)
         except Exception as error:
-            if shortage(error, by_text=False):
+            if shortage(error, decoding=True):
                 raise
             reasons.append(f"{name}: {str(error) or type(error).__name__}")
     raise SlideFormatError(
@@ -316,7 +316,7 @@ def _tiffslide_agrees(path: Path, reader: Reader) -> bool:
     try:
         return tiffslide_agrees(path, reader)
     except Exception as error:
-        if shortage(error, by_text=False):
+        if shortage(error, decoding=True):
             raise
         log.debug("%s: read by OpenSlide, because tiffslide fails: %s", path.name, error)
         return False
@@ -334,7 +334,7 @@ def _probe(path: Path, name: BackendName, level_sizes: tuple[tuple[int, int], ..
             with closing(READERS[name](path)) as reader:
                 reader.read(level, Box(x, y, 1, 1))
         except Exception as error:
-            if shortage(error, by_text=False):
+            if shortage(error, decoding=True):
                 raise
             reason = str(error) or type(error).__name__
         else:
@@ -356,7 +356,7 @@ def _what_helps(path: Path, name: BackendName, backend: Backend) -> str:
             if _probe(path, other, level_sizes) is None:
                 return f"pass --backend {other}, which can decode them"
         except Exception as error:
-            if shortage(error, by_text=False):
+            if shortage(error, decoding=True):
                 raise
             log.debug("%s: %s fails too: %s", path.name, other, error)
     return convert

@@ -24,7 +24,7 @@ _MACRO = 8
 """Bit of NewSubfileType that marks a picture of the whole glass in files of Aperio."""
 
 _PICTURE = re.compile(
-    r"(?:Aperio[^\r\n]*[\r\n]+)?\s*(?:label|macro)(?:[ _]image)?(?:\s*$|\s+[-\d]|\s*\|)", re.IGNORECASE
+    r"(?:Aperio[^\r\n]*[\r\n]+)?\s*(?:label|macro)(?:[ _]image)?(?:\s*$|\s+\d+x\d+|\s+-offset|\s*\|)", re.IGNORECASE
 )
 """Beginning of the description of a picture of the label or of the whole glass: "label 387x463" after Aperio's first
 line, "Macro", "Label_Image", "Macro -offset=(0,0)"."""

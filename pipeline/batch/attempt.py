@@ -65,7 +65,7 @@ def failure(job: SlideJob, error: Exception) -> str:
     if isinstance(error, WsiSegmentError):
         return str(error)
     if what := shortage(error):
-        return f"{job.path.name}: out of {what} ({reason_of(error)}); {SHORTAGE_HELP[what]}"
+        return f"{job.path.name}: {what} ({reason_of(error)}); {SHORTAGE_HELP[what]}"
     return (
         f"{job.path.name}: {type(error).__name__}: {error}; run again with --retry-failed -vv and report what it prints"
     )

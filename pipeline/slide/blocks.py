@@ -34,7 +34,7 @@ from pipeline.slide.plan import block_tissue, needed_tiles, part_of_block
 from wsi.box import Box
 from wsi.errors import shortage
 from wsi.grid import Block, Grid
-from wsi.mirror import mirror_outside
+from wsi.mirror import mirror_outside, with_sources
 from wsi.resample import read_tiles
 from wsi.slide import Slide, SlideInfo
 from wsi.tissue import Tissue
@@ -110,15 +110,17 @@ def segment_block(
     tiles_m = needed_tiles(grid, possible_HW, block)
     cores_m = canvas_cores(grid, possible_HW, block, predictor.card, work.settings.canvas_m)
     margin = max(predictor.card.margin + RING + CONTEXT, edge_margin(grid))
+    inside_m = whole_pixels_m(work.info, grid)
+    boxes_m = [with_sources(with_margin(core_m, margin), inside_m, grid.m_per_out) for core_m in cores_m]
     with timer("read"):
-        pixels = read_tiles(slide, grid, [with_margin(core_m, margin) for core_m in cores_m])
+        pixels = read_tiles(slide, grid, boxes_m)
     if stopped():
         raise Stopped
     with timer("tissue"):
         tissue_HW = drawn_tissue(grid, work.tissue, block, pixels)
         # For the networks, which were trained on images with mirrored edges: white around tissue that ends at the edge
-        # of the slide would look unfamiliar to them.
-        mirror_outside(pixels.canvas_HWC, pixels.canvas_m, whole_pixels_m(work.info, grid))
+        # of the slide would count as unfamiliar.
+        mirror_outside(pixels.canvas_HWC, pixels.canvas_m, inside_m)
     unreadable = bool(pixels.unreadable_m)
     bad_tiles = [t for t in tiles_m if any(_overlap(t, bad) for bad in pixels.unreadable_m)]
     try:
@@ -267,9 +269,9 @@ def _device_error(info: SlideInfo, predictor: Predictor, block_l0: Box, error: E
     if what is not None:
         advice = SHORTAGE_HELP[what]
     elif predictor.device.type == "cpu":
-        advice = "check the machine" if predictor.runtime == "torch" else "check the machine, or pass --runtime torch"
+        advice = "pass -vv to see more" if predictor.runtime == "torch" else "pass --runtime torch, or -vv to see more"
     return InferenceError(
-        f"{info.path.name}: {'a network failed' if what is None else f'out of {what}'} on {predictor.device} "
+        f"{info.path.name}: {'a network failed' if what is None else what} on {predictor.device} "
         f"({reason_of(error)}), in the block at level-0 (x, y, width, height) {tuple(block_l0)}; {advice}, and run the "
         f"same command again; it resumes after the finished blocks"
     )

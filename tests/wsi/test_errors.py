@@ -12,20 +12,20 @@ from wsi.errors import Shortage, SlideReadError, shortage
 @pytest.mark.parametrize(
     ("error", "what"),
     [
-        (MemoryError(), "memory"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."), "memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "memory"),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), "memory"),
-        (Exception("alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 8 bytes"), "memory"),
-        (RuntimeError("Exception from src/inference/src/cpp/core.cpp:109:\nstd::bad_alloc"), "memory"),
-        (RuntimeError("bad allocation"), "memory"),
-        (ImportError("libx.so: failed to map segment from shared object"), "memory"),
-        (RuntimeError("can't start new thread"), "threads"),
-        (RuntimeError("Resource temporarily unavailable"), "threads"),
-        (OSError(errno.EMFILE, "Too many open files"), "file handles"),
-        (OSError(errno.ENFILE, "Too many open files in system"), "file handles"),
-        (OSError("mmap: Cannot allocate memory"), "memory"),
+        (MemoryError(), "out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), "out of memory"),
+        (Exception("alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 8 bytes"), "out of memory"),
+        (RuntimeError("Exception from src/inference/src/cpp/core.cpp:109:\nstd::bad_alloc"), "out of memory"),
+        (RuntimeError("bad allocation"), "out of memory"),
+        (ImportError("libx.so: failed to map segment from shared object"), "out of memory"),
+        (RuntimeError("can't start new thread"), "out of threads"),
+        (RuntimeError("Resource temporarily unavailable"), "out of threads"),
+        (OSError(errno.EMFILE, "Too many open files"), "out of file handles"),
+        (OSError(errno.ENFILE, "Too many open files in system"), "out of file handles"),
+        (OSError("mmap: Cannot allocate memory"), "out of memory"),
         # No number of bytes would help.
         (ImportError("libx.so: cannot allocate memory in static TLS block"), None),
         # The name of a file states nothing.
@@ -44,4 +44,4 @@ def test_a_shortage_counts_if_it_caused_another_error() -> None:
     error.__cause__ = ValueError("a tile")
     assert shortage(error) is None
     error.__cause__.__context__ = RuntimeError("can't start new thread")
-    assert shortage(error) == "threads"
+    assert shortage(error) == "out of threads"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi.box import Box
-from wsi.mirror import mirror_outside
+from wsi.mirror import mirror_outside, with_sources
 
 SIDES = st.integers(1, 9)
 CORNERS = st.integers(-12, 12)
@@ -40,3 +40,23 @@ def test_a_canvas_mirrors_only_what_it_has_of_the_image(x: int, y: int, width: i
     assert {tuple(rgb) for rgb in after_HWC.reshape(-1, 3).tolist()} == {
         tuple(rgb) for rgb in inside_HWC.reshape(-1, 3).tolist()
     }
+
+
+@given(st.integers(0, 60), st.integers(0, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 30))
+def test_an_enlarged_box_has_every_pixel_that_is_mirrored(x: int, y: int, width: int, height: int, margin: int) -> None:
+    image = Box(0, 0, 60, 40)
+    around = Box(x - margin, y - margin, width + 2 * margin, height + 2 * margin)
+    read = with_sources(around, image, 4)
+    assert read.intersect(around) == around
+    assert all(new == old or new % 4 == 0 for new, old in zip(read[:2], around[:2], strict=True))
+    common = read.intersect(image)
+    # What is mirrored twice needs more than the box has.
+    if not (common.width and common.height) or max(around.right - 60, around.bottom - 40) > 40 or min(around[:2]) < 0:
+        return
+    whole_HWC = np.random.default_rng(7).integers(1, 256, (40, 60, 3), dtype=np.uint8)
+    canvas_HWC = np.zeros((read.height, read.width, 3), np.uint8)
+    canvas_HWC[common.slices(read)] = whole_HWC[common.slices(image)]
+    mirror_outside(canvas_HWC, read, image)
+    padded_HWC = np.pad(whole_HWC, [(100, 100), (100, 100), (0, 0)], mode="symmetric")
+    rows, columns = around.slices(Box(-100, -100, 260, 240))
+    np.testing.assert_array_equal(canvas_HWC[around.slices(read)], padded_HWC[rows, columns])

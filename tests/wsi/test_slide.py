@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -251,7 +252,15 @@ def test_unreadable_tiles_are_white_and_listed_and_the_others_are_read(tmp_path:
                 assert (rgb_HWC[~bad] == PINK).all()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread"), OSError("out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        OSError(errno.ENOMEM, "no"),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
 def test_a_reader_that_lacks_memory_or_threads_raises_its_error_and_no_tile_is_lost(
     tmp_path: Path, noise: np.ndarray, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -267,6 +276,17 @@ def test_a_reader_that_lacks_memory_or_threads_raises_its_error_and_no_tile_is_l
     with pytest.raises(type(error)) as raised:
         open_slide(path, backend="openslide")
     assert raised.value is error
+
+
+def test_a_decoder_that_lacks_memory_for_what_a_damaged_tile_claims_makes_the_tile_unreadable(
+    tmp_path: Path, noise: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: object) -> np.ndarray:
+        raise RuntimeError("Insufficient memory (case 4)")
+
+    with open_slide(write_slide(tmp_path / "slide.svs", noise), backend="openslide") as slide:
+        monkeypatch.setattr(OpenSlideReader, "read", damaged)
+        assert slide.read(0, Box(0, 0, 8, 8)).unreadable_lv == (Box(0, 0, 8, 8),)
 
 
 class _BoundedReader(OpenSlideReader):
