@@ -47,7 +47,7 @@ def _plain(text: str) -> str:
 
 def _one_line(text: str) -> str:
     if "\n" in text or "\t" in text:
-        raise ValueError("contains a line break or a tab; write it in one line without tabs")
+        raise ValueError("contains a line break or a tab; write it on one line without tabs")
     return _plain(text)
 
 

@@ -297,11 +297,11 @@ def _usable_levels(
     """Return the sizes of the levels before the first one that is not a smaller image of the slide, and a warning."""
     if sizes[0] in pictures:
         raise SlideFormatError(
-            f"{path.name}: its first image shows the label or the whole glass, or has the size of such a picture; save "
-            f"the slide without that picture"
+            f"{path.name}: its first image is a label or macro image, or has the size of one; save "
+            f"the slide without that image"
         )
     used = next((level for level, size in enumerate(sizes) if size in pictures), len(sizes))
-    reason = "has the size of a picture of the label or of the whole glass"
+    reason = "has the size of a label or macro image"
     (width_l0, height_l0), alike = sizes[0], levels_of_one_shape(sizes)
     if alike <= used:
         used, reason = alike, f"differs in shape from the slide ({width_l0}×{height_l0} px)"

@@ -269,7 +269,7 @@ def _device_error(info: SlideInfo, predictor: Predictor, block_l0: Box, error: E
     if what is not None:
         advice = SHORTAGE_HELP[what]
     elif predictor.device.type == "cpu":
-        advice = "pass -vv to see more" if predictor.runtime == "torch" else "pass --runtime torch, or -vv to see more"
+        advice = "pass -vv for details" if predictor.runtime == "torch" else "pass --runtime torch, or -vv for details"
     return InferenceError(
         f"{info.path.name}: {'a network failed' if what is None else what} on {predictor.device} "
         f"({reason_of(error)}), in the block at level-0 (x, y, width, height) {tuple(block_l0)}; {advice}, and run the "

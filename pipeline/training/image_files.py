@@ -47,7 +47,7 @@ def decoded(file: Path, mode: str | None) -> NDArray[np.uint8]:
                 raise UnreadableImageError(f"{file}: has mode {image.mode}; an image must have 8 bits per channel")
             if _has_deep_channels(image, file):
                 raise UnreadableImageError(
-                    f"{file}: has more than 8 bits per channel; an image must have 8 bits per channel"
+                    f"{file}: has more than 8 bits per channel; convert the file to 8 bits per channel"
                 )
             if mode is None:
                 return np.asarray(image, dtype=np.uint8)

@@ -196,8 +196,7 @@ def test_a_picture_of_the_label_in_the_shape_of_the_slide_is_not_a_level(
     with open_slide(path, 0.5, backend) as slide:
         assert slide.info.level_sizes == ((512, 512), (256, 256))
         assert slide.info.warnings == (
-            "level 2 (128×128 px) has the size of a picture of the label or of the whole glass; levels from 2 on are "
-            "not used",
+            "level 2 (128×128 px) has the size of a label or macro image; levels from 2 on are not used",
         )
 
 
@@ -224,8 +223,8 @@ def test_a_slide_whose_first_image_is_a_picture_of_the_label_is_refused(
             tiff.write(painted((side, side)), photometric="rgb", tile=(TILE, TILE), metadata=metadata, **description)
     with pytest.raises(
         SlideFormatError,
-        match=r"^slide\.(ome\.)?tif: its first image shows the label or the whole glass, or has the size of such a "
-        r"picture; save the slide without that picture$",
+        match=r"^slide\.(ome\.)?tif: its first image is a label or macro image, or has the size of one; save the "
+        r"slide without that image$",
     ):
         open_slide(path, 0.5, backend)
 
