@@ -263,6 +263,8 @@ class CanvasPass:
             for one_N in gate.contested([self._settings.on_map(part) for part in batch.parts])
         ]
         finite_N, contested_T, *found = to_host([self._finite_canvases(classified), torch.cat(contested), *distances])
+        if found:
+            finite_N = finite_N & np.concatenate([np.isfinite(one_Nrc).all(axis=(1, 2)) for one_Nrc in found])
         _check_finite("classifier", self._order(), finite_N)
         segmented: list[list[Place]] = [[] for _ in self._canvases]
         for (n, part), depends in zip(self._in_parts(), contested_T.tolist(), strict=True):
@@ -312,12 +314,9 @@ class CanvasPass:
         return [(n, part) for batch in self._batches for part in batch.parts for n in batch.canvases]
 
     def _finite_canvases(self, classified: Sequence[_Classified]) -> Tensor:
-        """Return for which canvases, batch by batch, logits and distances of the windows are finite, on the device."""
-        found = []
-        for batch, one in zip(self._batches, classified, strict=True):
-            finite_N = _finite(one.logits_MK.unflatten(0, (len(batch.canvases), -1)))
-            found.append(finite_N if one.distances_Nrc is None else finite_N & _finite(one.distances_Nrc))
-        return torch.cat(found)
+        """Return for which canvases, batch by batch, the logits of the windows are finite, on the device."""
+        pairs = zip(self._batches, classified, strict=True)
+        return torch.cat([_finite(one.logits_MK.unflatten(0, (len(batch.canvases), -1))) for batch, one in pairs])
 
 
 def _finite(output: Tensor) -> Tensor:

@@ -13,11 +13,10 @@ def presence(logits_MK: Tensor) -> Tensor:
     """Return the probabilities of a classifier's logits, with bits that do not depend on the number of windows.
 
     On a CPU, torch computes the last few values of a sigmoid with other instructions, which can change the last bit. In
-    float64, this bit is lost in the rounding. Apple's GPUs have no float64. Probabilities that would round to 0 are the
-    smallest normal float32 instead, so a threshold of 0 accepts every class.
+    float64, this bit is lost in the rounding. Apple's GPUs have no float64.
     """
     exact_MK = logits_MK if logits_MK.device.type == "mps" else logits_MK.double()
-    return exact_MK.sigmoid().float().clamp_min(torch.finfo(torch.float32).tiny)
+    return exact_MK.sigmoid().float()
 
 
 def passing_classes(presence_NK: Tensor, thresholds_K: Tensor) -> Tensor:

@@ -347,7 +347,7 @@ def failing_predictor(error: BaseException, method: str = "predict_into") -> Pre
         (
             RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported"),
             "a network failed on cpu (CUDA error: an illegal memory access was encountered), in the block at level-0 ",
-            "check the machine, and run the same command again; it resumes after the finished",
+            "pass -vv for details, and run the same command again; it resumes after the finished",
         ),
         (
             RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."),

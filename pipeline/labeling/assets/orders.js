@@ -46,9 +46,10 @@ export class Orders {
         if (!this.pending.length) this.announce(said);
       } catch (error) {
         refused();
-        const count = this.pending.reduce((sum, one) => sum + one.labels.length + one.excluded.length, 0);
-        const lost = `Labels not saved: ${count}. They are lost if you close or reload this page.`;
-        this.failed(new Error(`${error.message} ${lost}`));
+        const count = this.pending.reduce((sum, one) => sum + one.labels.length, 0);
+        // An order can exclude patches without a label.
+        const lost = count ? ` Labels not saved: ${count}. They are lost if you close or reload this page.` : "";
+        this.failed(new Error(`${error.message}${lost}`));
         return false;
       }
     }

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.gate import passing_classes, presence
 from pipeline.training.config import TrainConfig
 from pipeline.training.gate_calibration import (
     UNCALIBRATED,
@@ -35,13 +34,6 @@ def test_a_threshold_is_the_largest_that_accepts_the_required_share_of_tiles(
             continue
         assert (held > np.float32(threshold)).mean() >= recall - 1e-9
         assert (held > threshold + 2e-4).mean() < recall
-
-
-def test_the_threshold_accepts_tiles_in_which_the_classifier_is_sure_that_the_class_is_absent() -> None:
-    presence_NK = presence(torch.tensor([[-200.0], [3.0]])).numpy()
-    thresholds = calibrate_gate(presence_NK, np.ones((2, 1), bool), 1.0)
-    assert thresholds == (0.0,)
-    assert passing_classes(torch.from_numpy(presence_NK), torch.tensor(thresholds)).all()
 
 
 def test_a_class_without_tiles_gets_the_threshold_of_the_paper() -> None:
