@@ -66,6 +66,7 @@ class MapSettings:
         _check(self.output_stride in OUTPUT_STRIDES, "--output-stride", self.output_stride, "1, 2 or 4")
         _check(0 <= self.min_area_um2 < math.inf, "--min-area", self.min_area_um2, "a number, 0 or more")
         _check(0 <= self.simplify_px < math.inf, "--simplify", self.simplify_px, "a number, 0 or more")
+        _check(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "between 0 and 1")
         step = max(16, 32 // self.output_stride)  # blocks consist of whole cells of 32 model pixels
         _check(
             self.block_out >= step and self.block_out % step == 0, "block_out", self.block_out, f"a multiple of {step}"
