@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import get_type_hints
 
 from models.runtimes import OUTPUT_STRIDES, Compute, Precision, Runtime, RuntimeName
 from pipeline.errors import ConfigError
@@ -187,6 +189,19 @@ def resolve(config: SegmentConfig, compute: Compute) -> ResolvedSettings:
 def default_workers() -> int:
     """Return the number of workers on this machine if none is requested."""
     return min(MOST_WORKERS, available_cores())
+
+
+def misplaced_bool(kind: type, values: Mapping[str, object]) -> str | None:
+    """Return the first name whose value is or contains true or false, although this field of `kind` is not a bool.
+
+    Pydantic would use 1 or 0. All names must be fields of `kind`. None: there is no such value.
+    """
+    types = get_type_hints(kind)
+    for name, value in values.items():
+        parts = value if isinstance(value, list | tuple) else [value]
+        if types[name] is not bool and any(isinstance(part, bool) for part in parts):
+            return name
+    return None
 
 
 def _check(holds: object, flag: str, value: object, allowed: str) -> None:
