@@ -78,8 +78,8 @@ def config_from_settings(settings: Mapping[str, Any] | None) -> SegmentConfig:
     for name in settings or ():
         if name not in known:
             raise ConfigError(f"settings: {name!r} is not a setting; the settings are {', '.join(known)}")
-    if settings and (name := misplaced_bool(SegmentConfig, settings)):
-        raise ConfigError(f"settings: {name} is {settings[name]!r}; it cannot be true or false")
+    if settings and (wrong := misplaced_bool(SegmentConfig, settings)):
+        raise ConfigError(f"settings: {wrong} is {settings[wrong]!r}; it cannot be true or false")
     adapter = TypeAdapter(SegmentConfig)
     try:
         return adapter.validate_python(dict(settings or {}))

@@ -103,8 +103,8 @@ def train_config(
     for name in values:
         if name not in known:
             raise TrainConfigError(f"unknown setting {name!r}; choose one of {', '.join(known)}")
-    if name := misplaced_bool(TrainConfig, values):
-        raise TrainConfigError(f"setting {name} is {values[name]!r}; it cannot be true or false")
+    if wrong := misplaced_bool(TrainConfig, values):
+        raise TrainConfigError(f"setting {wrong} is {values[wrong]!r}; it cannot be true or false")
     try:
         config: TrainConfig = TypeAdapter(TrainConfig).validate_python(values)
     except ValidationError as error:

@@ -76,9 +76,8 @@ def test_doctor_is_a_word_of_wsi_segment(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_doctor_runs_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli.doctor", "--help"], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pipeline.cli.doctor", "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Print the versions of readers and codecs" in done.stdout
 
