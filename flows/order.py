@@ -13,7 +13,7 @@ from prefect import runtime
 from pydantic import TypeAdapter, ValidationError
 
 from flows.privacy import Redact, as_it_is, without_folders
-from pipeline.config import SegmentConfig
+from pipeline.config import SegmentConfig, misplaced_bool
 from pipeline.errors import ConfigError
 from pipeline.files import local_path
 from pipeline.workers.base import SlideJob
@@ -78,6 +78,8 @@ def config_from_settings(settings: Mapping[str, Any] | None) -> SegmentConfig:
     for name in settings or ():
         if name not in known:
             raise ConfigError(f"settings: {name!r} is not a setting; the settings are {', '.join(known)}")
+    if settings and (wrong := misplaced_bool(SegmentConfig, settings)):
+        raise ConfigError(f"settings: {wrong} is {settings[wrong]!r}; it cannot be true or false")
     adapter = TypeAdapter(SegmentConfig)
     try:
         return adapter.validate_python(dict(settings or {}))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import get_type_hints
 
 from models.runtimes import OUTPUT_STRIDES, Compute, Precision, Runtime, RuntimeName
 from pipeline.errors import ConfigError
@@ -66,6 +68,7 @@ class MapSettings:
         _check(self.output_stride in OUTPUT_STRIDES, "--output-stride", self.output_stride, "1, 2 or 4")
         _check(0 <= self.min_area_um2 < math.inf, "--min-area", self.min_area_um2, "a number, 0 or more")
         _check(0 <= self.simplify_px < math.inf, "--simplify", self.simplify_px, "a number, 0 or more")
+        _check(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "between 0 and 1")
         step = max(16, 32 // self.output_stride)  # blocks consist of whole cells of 32 model pixels
         _check(
             self.block_out >= step and self.block_out % step == 0, "block_out", self.block_out, f"a multiple of {step}"
@@ -186,6 +189,19 @@ def resolve(config: SegmentConfig, compute: Compute) -> ResolvedSettings:
 def default_workers() -> int:
     """Return the number of workers on this machine if none is requested."""
     return min(MOST_WORKERS, available_cores())
+
+
+def misplaced_bool(kind: type, values: Mapping[str, object]) -> str | None:
+    """Return the first name whose value is or contains true or false, although this field of `kind` is not a bool.
+
+    Pydantic would use 1 or 0. All names must be fields of `kind`. None: there is no such value.
+    """
+    types = get_type_hints(kind)
+    for name, value in values.items():
+        parts = value if isinstance(value, list | tuple) else [value]
+        if types[name] is not bool and any(isinstance(part, bool) for part in parts):
+            return name
+    return None
 
 
 def _check(holds: object, flag: str, value: object, allowed: str) -> None:

@@ -32,9 +32,9 @@ To update this page, run `python -m tests.licenses`. It reads the packages' own 
 Versions are in `constraints.txt`.
 
 **Copyleft** marks licenses that put conditions on passing on changes to the package itself (GPL, LGPL, MPL). None of
-these packages is part of our wheel, which contains only our own files. **For** names what needs the package: every run,
-the extra `train`, or the tests. torch's CUDA packages (nvidia-*, triton) come with torch on Linux under
-their own licenses and are not listed.
+these packages is part of our wheel. Besides our own files, the wheel contains OpenSeadragon, under BSD-3-Clause with
+its license text. **For** names what needs the package: every run, the extra `train`, or the tests. torch's CUDA
+packages (nvidia-*, triton) come with torch on Linux under their own licenses and are not listed.
 
 | package | license | copyleft | for |
 |---|---|---|---|

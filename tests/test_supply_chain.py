@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
 
@@ -73,6 +74,15 @@ def test_copyleft_licenses_are_those_that_somebody_has_looked_at() -> None:
     assert {name for name, _, mark, purpose in table if mark and purpose != "test"} == set(COPYLEFT_IN_RUNS)
     assert all(bool(mark) == bool(COPYLEFT.search(text)) for _, text, mark, _ in table)
     assert not [name for name, text, _, _ in table if text in ("", "not stated")]
+
+
+def test_the_license_of_the_package_covers_the_library_that_it_contains() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["license"] == "Apache-2.0 AND BSD-3-Clause"
+    contained = sorted((REPOSITORY / "pipeline").rglob("LICENSE*"))
+    assert [path.parent.name for path in contained] == ["openseadragon"]
+    files = ["LICENSE", *(path.relative_to(REPOSITORY).as_posix() for path in contained)]
+    assert project["license-files"] == files
 
 
 def test_security_md_gives_the_command_that_makes_the_hashes() -> None:

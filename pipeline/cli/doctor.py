@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.commands import EXIT_FAILED, EXIT_USAGE, JsonOption, fail
+from pipeline.cli.commands import EXIT_FAILED, EXIT_USAGE, JsonOption, fail, run
 from pipeline.config import RESULTS_FOLDER
 from pipeline.console import printable, printable_json
 
@@ -205,3 +205,12 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def main() -> None:
+    """Run the command as a module."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

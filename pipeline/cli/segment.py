@@ -364,10 +364,10 @@ def _plain(result: SlideResult) -> dict[str, object]:
 def main() -> None:
     """Run the console script. Its first argument may be `doctor`; a slide of this name is `./doctor`."""
     if sys.argv[1:2] == ["doctor"]:
-        from pipeline.cli.doctor import app as doctor_app
+        from pipeline.cli import doctor
 
         del sys.argv[1]
-        run(doctor_app)
+        doctor.main()
     run(app)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.config import misplaced_bool
 from pipeline.errors import TrainConfigError
 from pipeline.training.config import TrainConfig
 
@@ -102,6 +103,8 @@ def train_config(
     for name in values:
         if name not in known:
             raise TrainConfigError(f"unknown setting {name!r}; choose one of {', '.join(known)}")
+    if wrong := misplaced_bool(TrainConfig, values):
+        raise TrainConfigError(f"setting {wrong} is {values[wrong]!r}; it cannot be true or false")
     try:
         config: TrainConfig = TypeAdapter(TrainConfig).validate_python(values)
     except ValidationError as error:

@@ -369,6 +369,7 @@ def test_with_paths_hidden_an_error_in_a_folder_that_a_glob_matches_does_not_nam
             r"settings: 'canvasm' is not a setting; the settings are mpp, backend, canvas_m",
         ),
         full({"settings": {"canvas_m": "half"}}, r"settings: canvas_m: Input should be a valid integer.*not 'half'"),
+        ({"settings": {"mpp": True}}, r"settings: mpp is True; it cannot be true or false"),
         full({"settings": {"canvas_m": 100}}, r"canvas_m is 100; it must be a multiple of 32 from 128"),
         full({"model": "no-model"}, "no-model"),
         full({"slides_at_once": 0}, "slides_at_once is 0; it must be 1 or more"),

@@ -119,6 +119,13 @@ def test_the_default_parameters_stay_the_same() -> None:
     assert resolve(SMALL, CPU).parameters("torch") == SMALL.parameters("torch")
 
 
+@pytest.mark.parametrize("share", [-1.0, 1.5, float("nan")])
+def test_the_share_of_bad_tiles_is_between_0_and_1(share: float) -> None:
+    with pytest.raises(ConfigError, match=rf"max_bad_share is {share}; it must be between 0 and 1"):
+        SegmentConfig(max_bad_share=share)
+    assert [SegmentConfig(max_bad_share=edge).max_bad_share for edge in (0, 1)] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import openslide
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 from pipeline.cli import doctor, segment
 from tests.pipeline.pages.results import write_result
 from tests.pipeline.small_bundle import small_bundle
+from tests.repository import REPOSITORY
 
 
 @pytest.fixture
@@ -70,6 +73,13 @@ def test_doctor_is_a_word_of_wsi_segment(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit, match="0"):
         segment.main()
     assert "Print the versions of readers and codecs" in capsys.readouterr().out
+
+
+def test_doctor_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "pipeline.cli.doctor", "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Print the versions of readers and codecs" in done.stdout
 
 
 def test_the_default_model_is_that_of_the_command() -> None:

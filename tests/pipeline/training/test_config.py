@@ -121,6 +121,9 @@ def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None
         ("backbone_rate=inf", "backbone_rate is inf; it must be a finite number"),
         ("weight_decay=nan", "weight_decay is nan; it must be a finite number"),
         ("clip=nan", "clip is nan; it must be a finite number"),
+        ("mpp=true", "setting mpp is True; it cannot be true or false"),
+        ("seed=false", "setting seed is False; it cannot be true or false"),
+        ("classifier_mpp=[0.5, true]", r"setting classifier_mpp is \[0\.5, True\]; it cannot be true or false"),
     ],
 )
 def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:
