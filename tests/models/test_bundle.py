@@ -191,7 +191,7 @@ def test_a_card_that_is_not_json_is_refused(folder: Path) -> None:
         ({"std": [0.5, 0.5, 1e-300]}, "std.2"),
         ({"segmenter": {"encoder": "resnet18", "depth": 4, "rates": [1, 2, 65]}}, "segmenter.rates.2"),
         ({"scope": "colon\x1b]0;x\x07"}, r"scope: .*contains the control character '\\x1b'; remove it"),
-        ({"scope": "colon\nrectum"}, "scope: .*write it in one line"),
+        ({"scope": "colon\nrectum"}, "scope: .*write it on one line"),
         ({"limits": "a\u202eb"}, r"limits: .*control character '\\u202e'"),
         ({"made_with": {"a\x00": "b"}}, "made_with.*control character"),
         ({"surprise": 1}, "surprise"),
