@@ -194,7 +194,8 @@ def default_workers() -> int:
 def misplaced_bool(kind: type, values: Mapping[str, object]) -> str | None:
     """Return the first name whose value is or contains true or false, although this field of `kind` is not a bool.
 
-    Pydantic would use 1 or 0. All names must be fields of `kind`. None: there is no such value.
+    Return None if all values may be what they are. Pydantic would use 1 or 0 for a misplaced bool. All names must be
+    fields of `kind`.
     """
     types = get_type_hints(kind)
     for name, value in values.items():
