@@ -14,7 +14,8 @@ of the networks' strides and the gate windows.
 share depend on the phase at its own period and not at the neighboring ones. With `--slide`, the slide's own gray values
 are folded too, because a slide has a lattice of its own: the tiles in which its pixels are compressed.
 
-`edge` averages the segmenter's probabilities over random canvases inside the tissue, by the distance from the edge.
+`edge` averages the segmenter's probabilities over random canvases inside the tissue, by the distance from the edge. It
+compares them with the mean over the canvas, and with those of the same pixels in larger canvases.
 
 `contested` measures what skipping parts of a canvas could save: the share of the cores in which the gate leaves several
 classes, by pixels and by square cells that contain such a pixel.
@@ -66,6 +67,10 @@ NEIGHBORS = 6
 
 SIDE = 448
 """Side of the random canvases in model pixels."""
+
+FARTHER = 224
+"""Model pixels by which `edge` extends a random canvas for comparison: a multiple of 32, so that the cells of the
+networks' strides stay in place."""
 
 CELLS = (32, 64, 128, 256)
 """Sides in model pixels of the cells of `contested`."""
@@ -273,19 +278,43 @@ def print_edge(slide: Path, model: str, margin: int | None, places: int) -> None
     """Print the mean probability of each class by the distance from the edge of a canvas."""
     trusted = load_bundle(model).card.margin if margin is None else margin
     predictor = make_predictor(model, NEAREST, output_stride=4)
-    total_KHW: NDArray[np.float64] | float = 0.0
     with open_slide(slide) as opened:
         grid = make_grid(opened.info, model_mpp=predictor.card.mpp, output_stride=4, block_out=1024)
-        for box_m in random_places(grid, find_tissue(opened), places):
-            rgb_HWC = read_model_pixels(opened, grid, box_m).rgb_HWC
-            total_KHW = total_KHW + predictor.logits(rgb_HWC[None])[0].softmax(dim=0).double().numpy()
-    profile_KD = ring_means(np.asarray(total_KHW) / places, RING // grid.m_per_out)
+        profile_KD, without_KD = edge_profiles(opened, grid, predictor, places)
     print(f"{slide.name}, {model}: {places} canvases of {SIDE} px; trusted from {trusted} px on")
-    for entry, profile_D in zip(predictor.card.classes, profile_KD, strict=True):
-        inside_D = profile_D[(trusted - NEAREST) // RING :]
+    beyond = slice((trusted - NEAREST) // RING, None)
+    for entry, profile_D, without_D in zip(predictor.card.classes, profile_KD, without_KD, strict=True):
+        inside_D = profile_D[beyond]
         deviation = np.abs(inside_D / inside_D.mean() - 1).max()
+        by_edge = np.abs(inside_D / without_D[beyond] - 1).max()
         rings = ", ".join(f"{NEAREST + RING * i}: {value:.4f}" for i, value in enumerate(profile_D))
-        print(f"{entry.name}: {rings}; beyond the margin within {deviation:.1%} of its mean {inside_D.mean():.4f}")
+        print(
+            f"{entry.name}: {rings}; beyond the margin within {deviation:.1%} of its mean {inside_D.mean():.4f}, and "
+            f"within {by_edge:.1%} of the same pixels without an edge"
+        )
+
+
+def edge_profiles(
+    slide: Slide, grid: Grid, predictor: Predictor, places: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean probabilities (K, D) by distance from the edge of random canvases, from `NEAREST` on.
+
+    The second array has the means of the same pixels in canvases that reach `FARTHER` px beyond these edges. Rings
+    contain different tissue, which changes both arrays alike, so their ratio shows what the edge alone does.
+    """
+    total_KHW: NDArray[np.float64] | float = 0.0
+    without_KHW: NDArray[np.float64] | float = 0.0
+    first, side = FARTHER // grid.m_per_out, (SIDE - 2 * NEAREST) // grid.m_per_out
+    for box_m in random_places(grid, find_tissue(slide), places):
+        rgb_HWC = read_model_pixels(slide, grid, with_margin(box_m, FARTHER)).rgb_HWC
+        inner_HWC = rgb_HWC[FARTHER:-FARTHER, FARTHER:-FARTHER]
+        own_KHW, larger_KHW = (
+            predictor.logits(one_HWC[None])[0].softmax(dim=0).double().numpy() for one_HWC in (inner_HWC, rgb_HWC)
+        )
+        total_KHW = total_KHW + own_KHW
+        without_KHW = without_KHW + larger_KHW[:, first : first + side, first : first + side]
+    profiles = [ring_means(np.asarray(one) / places, RING // grid.m_per_out) for one in (total_KHW, without_KHW)]
+    return profiles[0], profiles[1]
 
 
 def print_contested(slide: Path, model: str, margin: int | None, canvas: int | None) -> None:

@@ -14,6 +14,7 @@ from tests.bench.lattice import (
     BESIDE,
     SEGMENT,
     contested_shares,
+    edge_profiles,
     excess_steps,
     phase_ratios,
     print_contested,
@@ -50,6 +51,20 @@ def changed(path: Path, of: Predictor, pixels: int) -> float:
     assert counted_HW.sum() > 0.5 * 960 * 640
     assert 1.2 < computed < 3
     return float((before_HW[pixels:, pixels:] != after_HW)[counted_HW].mean())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("segmenter", "depends"), [(ColorSegmenter(COLORS), False), (PlaceSegmenter(), True)])
+def test_an_edge_changes_the_probabilities_of_a_network_that_knows_its_place(
+    tmp_path: Path, segmenter: nn.Module, depends: bool
+) -> None:
+    of = predictor(ConstantClassifier((0.9, 0.9)), segmenter, margin=32)
+    with open_slide(region_slide(tmp_path / "slide.svs")) as slide:
+        grid = make_grid(slide.info, model_mpp=of.card.mpp, output_stride=4, block_out=1024)
+        own_KD, larger_KD = edge_profiles(slide, grid, of, places=3)
+    # Cores of 384 px have 12 rings of 16 px on each side.
+    assert own_KD.shape == larger_KD.shape == (len(of.card.classes), 12)
+    assert (np.abs(own_KD - larger_KD).max() > 0.01) == depends
 
 
 @pytest.mark.full
