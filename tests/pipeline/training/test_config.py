@@ -134,6 +134,30 @@ def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("seed=" + "9" * 5000, "setting seed: its 5,000 characters are too many"),
+        ("rates=[" + "9" * 5000 + ", 1, 1]", "setting rates: its 5,008 characters are too many"),
+        ("seed=" + "[" * 3000 + "]" * 3000, "setting seed: its 6,000 characters are too many"),
+        ("seed=" + "9" * 4000, "setting seed has an integer of more than 64 bits"),
+        ("ema=0x" + "f" * 5000, "setting ema has an integer of more than 64 bits"),
+        ("rates=[1, [0x" + "f" * 5000 + "], 1]", "setting rates has an integer of more than 64 bits"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_the_error_about_a_long_value_is_one_short_line(setting: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainConfigError, match=message) as caught:
+        train_config(settings=[setting])
+    assert len(str(caught.value)) < 250
+    assert "\n" not in str(caught.value)
+    file = tmp_path / "settings.toml"
+    file.write_text(setting.replace("=", " = ", 1), encoding="utf-8")
+    with pytest.raises(TrainConfigError, match=r"settings\.toml: cannot be read as TOML|more than 64 bits") as caught:
+        train_config(file=file)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
         ("gate_stride=8", "gate_stride is 8, but it must be 16"),
         ("encoder_depth=5", "depth is 4, but it must be 5"),
         ("depth=none", "depth is none, but it must be 4"),
