@@ -21,6 +21,10 @@ RESULTS_FOLDER = "results"
 MOST_WORKERS = 8
 """Workers on a machine with more cores, if no number is requested."""
 
+PROCESSES_PER_CORE = 4
+"""Largest N of local:N per available core. Processes that wait for a slow disk leave their core to others, so a few
+per core can be of use; more only take memory."""
+
 
 @dataclass(frozen=True)
 class MapSettings:
