@@ -113,6 +113,12 @@ def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None
         ("classifier_mpp=[1.0, 0.0]", r"classifier_mpp is \(1\.0, 0\.0\)"),
         ("classifier_mpp=[nan]", r"classifier_mpp is \(nan,\)"),
         ("mpp=inf", "mpp is inf"),
+        ("mpp=1e-9", "mpp is 1e-09; it must be from 0.01 to 100 µm, or none for the pixel size of the data set"),
+        ("mpp=101", r"mpp is 101\.0; it must be from"),
+        (
+            "classifier_mpp=[1.0, 1e300]",
+            r"classifier_mpp is \(1\.0, 1e\+300\); each pixel size must be from 0.01 to 100 µm",
+        ),
         ("seed=-1", r"seed is -1; it must be between 0 and 2\*\*63 - 1"),
         (f"seed={2**63}", f"seed is {2**63}"),
         ("mean=[inf, 0.0, 0.0]", r"mean is \(inf, 0\.0, 0\.0\); all three must be finite"),
