@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.cli.commands import EXIT_USAGE, annotator_name, fail, run
+from pipeline.cli.commands import EXIT_USAGE, annotator_name, fail, run, version_option
 from pipeline.console import log_to_stderr
 from pipeline.files import local_path
 
@@ -33,7 +33,7 @@ class _PageFirst(TyperGroup):
     """A group whose command `page` need not be named: `wsi-label SLIDES -o labels`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: typer has its own copy of click's Context
-        if args and args[0] not in self.commands and args[0] != "--help":
+        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
             args = ["page", *args]
         return super().parse_args(ctx, args)
 
@@ -72,7 +72,7 @@ MppOption = Annotated[
 
 
 @app.callback()
-def label() -> None:
+def label(_version: Annotated[bool, version_option(PROGRAM)] = False) -> None:
     """Label patches of slides in the browser, and turn the labels into a data set for wsi-train.
 
     Without the name of a command, `page` runs: `wsi-label slides/ -o labels --classes tumor,stroma`.

@@ -24,6 +24,7 @@ from pipeline.cli.commands import (
     configure_logging,
     fail,
     run,
+    version_option,
 )
 from pipeline.config import MOST_WORKERS, PROCESSES_PER_CORE, RESULTS_FOLDER, SegmentConfig
 from pipeline.console import printable, printable_json
@@ -158,6 +159,7 @@ def segment(
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
+    _version: Annotated[bool, version_option(PROGRAM)] = False,
 ) -> None:
     """Turn whole-slide images into tissue maps: OME-Zarr probabilities, GeoJSON, GeoParquet, a preview and a report.
 

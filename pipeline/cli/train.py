@@ -16,7 +16,7 @@ from rich.progress import Progress as RichProgress
 from typer.core import TyperCommand
 
 from models.bundle import load_bundle
-from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run
+from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run, version_option
 from pipeline.console import printable_json
 from pipeline.errors import TrainConfigError
 from pipeline.files import local_path
@@ -77,6 +77,7 @@ def train_command(
     ] = False,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
+    _version: Annotated[bool, version_option(PROGRAM)] = False,
 ) -> None:
     """Train a classifier and a segmenter from patch labels and write a model bundle for wsi-segment.
 
