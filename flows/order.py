@@ -50,7 +50,8 @@ class BatchRequest:
         folders |= {folder for name in inner for folder in (Path(name), self.output / name)}
         # A slash ends the name of a folder that cannot be searched.
         folders |= {job.path for job in self.jobs if job.result_name.endswith("/")}
-        folders |= {Path(model).parent for model in (self.model, *(job.model for job in self.jobs)) if model}
+        named = (self.model, *(job.model for job in self.jobs), self.scheduler)
+        folders |= {Path(file).parent for file in named if file and "://" not in file}
         for job in self.jobs:
             if job.problem:  # the problem of a broken link names the link's target
                 with suppress(OSError):

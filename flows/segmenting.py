@@ -25,7 +25,7 @@ from pipeline.files import is_file
 from pipeline.results.folder import check_output
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob, Workers
-from pipeline.workers.open import open_workers
+from pipeline.workers.open import check_workers, open_workers
 from wsi.errors import WsiSegmentError
 
 
@@ -77,6 +77,7 @@ def _cells(manifest: Path) -> list[str]:
 
 
 def _segment_all(order: BatchRequest) -> list[SlideResult]:
+    check_workers(order.scheduler, slide_timeout_s=order.slide_timeout_s)
     check_output(order.output, "output")
     earlier = EarlierRuns(order.output, order.model, order.config, retry_failed=order.retry_failed)
     progress, ended = SlideProgress(len(order.jobs)), list[SlideResult]()

@@ -88,7 +88,7 @@ class OpenVinoNetwork:
         sizes = [(size, size), (size, size + 32)]
         # At the smallest side, padding may not have enough pixels to mirror. The trace would then pad larger images in
         # the same way, so a larger image is compared too.
-        if any(isinstance(module, ExtendedConv2d) and module.mode == "reflect" for module in network.modules()):
+        if mirroring := [m for m in network.modules() if isinstance(m, ExtendedConv2d) and m.mode == "reflect"]:
             sizes.append((4 * size, 4 * size))
         for height, width in sizes:
             examples = _examples(maps, height, width)
@@ -97,6 +97,11 @@ class OpenVinoNetwork:
             found = self(*examples)
             pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
             if not all(_close(precision, *pair) for pair in pairs):
+                if _mirrors_too_much(network, mirroring, _examples(maps, size, size)):
+                    raise RuntimeUnavailableError(
+                        f"runtime openvino: this model mirrors more at the edges than its smallest image of {size} px "
+                        "contains; use runtime torch, or train it with a larger margin"
+                    )
                 raise RuntimeUnavailableError(
                     "runtime openvino: its outputs for this model differ from those of torch; use runtime torch"
                 )
@@ -122,6 +127,22 @@ def _examples(maps: Sequence[MapSize], height: int, width: int) -> list[Tensor]:
         torch.randn((1, one.channels, one.side(height), one.side(width)), generator=torch.Generator().manual_seed(0))
         for one in maps
     ]
+
+
+def _mirrors_too_much(network: nn.Module, mirroring: Sequence[ExtendedConv2d], examples: Sequence[Tensor]) -> bool:
+    """Return whether one of these convolutions has too few pixels to mirror if the network gets these arguments."""
+    found: list[bool] = []
+
+    def look(conv: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(conv, ExtendedConv2d)
+        found.append(max(conv.edges) >= min(arguments[0].shape[2:]))
+
+    hooks = [conv.register_forward_pre_hook(look) for conv in mirroring]
+    with torch.no_grad():
+        network(*examples)
+    for hook in hooks:
+        hook.remove()
+    return any(found)
 
 
 def _close(precision: Precision, found: Tensor, expected: Tensor) -> bool:

@@ -21,6 +21,13 @@ RESULTS_FOLDER = "results"
 MOST_WORKERS = 8
 """Workers on a machine with more cores, if no number is requested."""
 
+LARGEST_BLOCK_OUT = 16384
+"""Largest side of a block in map pixels: its maps take tens of GB."""
+
+PROCESSES_PER_CORE = 4
+"""Largest N of local:N per available core. Processes that wait for a slow disk leave their core to others, so a few
+per core can be of use; more only take memory."""
+
 
 @dataclass(frozen=True)
 class MapSettings:
@@ -48,7 +55,8 @@ class MapSettings:
     max_bad_share: float = 0.01
     """A slide fails if a larger share of its tiles cannot be read."""
     block_out: int = 1024
-    """Side of a block in map pixels. Larger blocks compute fewer pixels twice, smaller blocks need less memory."""
+    """Side of a block in map pixels, at most `LARGEST_BLOCK_OUT`. Larger blocks compute fewer pixels twice, smaller
+    blocks need less memory."""
     force: bool = False
     """Replace an existing result, even if it was made with other settings."""
     repair: bool = False
@@ -71,7 +79,10 @@ class MapSettings:
         _check(0 <= self.max_bad_share <= 1, "max_bad_share", self.max_bad_share, "between 0 and 1")
         step = max(16, 32 // self.output_stride)  # blocks consist of whole cells of 32 model pixels
         _check(
-            self.block_out >= step and self.block_out % step == 0, "block_out", self.block_out, f"a multiple of {step}"
+            step <= self.block_out <= LARGEST_BLOCK_OUT and self.block_out % step == 0,
+            "block_out",
+            self.block_out,
+            f"a multiple of {step} up to {LARGEST_BLOCK_OUT}",
         )
 
     def parameters(self, runtime: Runtime) -> dict[str, object]:

@@ -34,8 +34,8 @@ PROGRAMS: dict[str, typer.Typer] = {
 
 HEAD = """# Commands
 
-Every command prints this text with `--help`. The page is generated: to change a text, edit the command in
-`pipeline/cli/` and run `python -m tests.cli_docs`.
+Every command prints this text with `--help`, and its version with `--version`. The page is generated: to change a
+text, edit the command in `pipeline/cli/` and run `python -m tests.cli_docs`.
 """
 
 
@@ -54,7 +54,7 @@ def program_lines(name: str, app: typer.Typer) -> Iterator[str]:
 
 def command_lines(name: str, command: object, *, level: int) -> Iterator[str]:
     """Yield the lines about one command: its usage, its help, and a table of its arguments and options."""
-    parameters = [one for one in getattr(command, "params", []) if "--help" not in one.opts]
+    parameters = [one for one in getattr(command, "params", []) if not {"--help", "--version"} & set(one.opts)]
     arguments = [one for one in parameters if isinstance(one, TyperArgument)]
     usage = " ".join([name, *(f"{str(one.name).upper()}{'...' if one.nargs < 0 else ''}" for one in arguments)])
     if hasattr(command, "commands"):

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -39,6 +39,22 @@ VerboseOption = Annotated[
     typer.Option("--verbose", "-v", count=True, help="Print more; give it twice for everything.", show_default=False),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+def version_option(program: str) -> Any:  # Any: typer's own class has no public name
+    """Return the option that prints the version of `program` and ends it.
+
+    The parameter of a command has the name `_version`, because the command does not use it.
+    """
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            from importlib.metadata import version  # slow to import
+
+            typer.echo(f"{program} {version('wsi-segment')}")
+            raise typer.Exit
+
+    return typer.Option("--version", is_eager=True, callback=show, help="Print the version and exit.")
 
 
 def fail(program: str, message: str, status: int = EXIT_FAILED) -> NoReturn:

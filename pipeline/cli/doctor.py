@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.commands import EXIT_FAILED, EXIT_USAGE, JsonOption, fail, run
+from pipeline.cli.commands import EXIT_FAILED, EXIT_USAGE, JsonOption, fail, run, version_option
 from pipeline.config import RESULTS_FOLDER
 from pipeline.console import printable, printable_json
 
@@ -43,6 +43,7 @@ def doctor(
     ] = DEFAULT_MODEL,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(RESULTS_FOLDER),
     as_json: JsonOption = False,
+    _version: Annotated[bool, version_option(PROGRAM)] = False,
 ) -> None:
     """Print the versions of readers and codecs, the devices, the model, the memory and the disk, and what is wrong.
 

@@ -23,6 +23,7 @@ from pipeline.cli.commands import (
     configure_logging,
     fail,
     run,
+    version_option,
 )
 from pipeline.console import printable_json
 
@@ -56,6 +57,7 @@ def evaluate(
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
+    _version: Annotated[bool, version_option(PROGRAM)] = False,
 ) -> None:
     """Measure a model against the pixel masks of a data set: IoU per class, mean IoU, frequency-weighted IoU, accuracy.
 

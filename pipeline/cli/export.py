@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.commands import EXIT_FAILED, EXIT_USAGE, fail, run
+from pipeline.cli.commands import EXIT_FAILED, EXIT_USAGE, fail, run, version_option
 from pipeline.console import log_to_stderr, printable
 
 PROGRAM = "wsi-export"
@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 @app.callback()
-def export() -> None:
+def export(_version: Annotated[bool, version_option(PROGRAM)] = False) -> None:
     """Write results for other programs, and check that these programs can read them.
 
     Exit status: 0 done, 1 failed or the check found an error, 2 usage error.

@@ -18,6 +18,7 @@ from pipeline.cli.commands import (
     configure_logging,
     fail,
     run,
+    version_option,
 )
 from pipeline.console import printable_json
 
@@ -50,6 +51,7 @@ def familiarity(
     device: DeviceOption = "auto",
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
+    _version: Annotated[bool, version_option(PROGRAM)] = False,
 ) -> None:
     """Store statistics of its training data in a model bundle, so that runs warn about slides that differ.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 # Heavy libraries are imported inside the commands, so that `--help` answers at once.
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,17 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.cli.commands import EXIT_USAGE, annotator_name, fail, run
+from pipeline.cli.commands import annotator_name, fail, run, version_option
+from pipeline.cli.label_inputs import PROGRAM, class_pairs, import_sources, only_slide_file, slide_files, two_names
 from pipeline.console import log_to_stderr
 from pipeline.files import local_path
 
 if TYPE_CHECKING:
-    from pipeline.labeling.import_annotations import ImportSource
     from pipeline.labeling.labels import Labels
-    from pipeline.labeling.slides import SlideFile
     from pipeline.labeling.store import EventStore
-
-PROGRAM = "wsi-label"
 
 DEFAULT_MODEL = "colorectal-tissue"
 """Gives a new folder its pixel size and the features by which patches are compared."""
@@ -33,7 +29,7 @@ class _PageFirst(TyperGroup):
     """A group whose command `page` need not be named: `wsi-label SLIDES -o labels`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # Any: typer has its own copy of click's Context
-        if args and args[0] not in self.commands and args[0] != "--help":
+        if args and args[0] not in self.commands and args[0] not in ("--help", "--version"):
             args = ["page", *args]
         return super().parse_args(ctx, args)
 
@@ -72,7 +68,7 @@ MppOption = Annotated[
 
 
 @app.callback()
-def label() -> None:
+def label(_version: Annotated[bool, version_option(PROGRAM)] = False) -> None:
     """Label patches of slides in the browser, and turn the labels into a data set for wsi-train.
 
     Without the name of a command, `page` runs: `wsi-label slides/ -o labels --classes tumor,stroma`.
@@ -152,7 +148,7 @@ def page(
             names = [one.name for one in bundle.card.classes]
         with open_desk(
             output,
-            _files(slides, patient, mpp, recursive=recursive),
+            slide_files(slides, patient, mpp, recursive=recursive),
             annotator_name(PROGRAM, annotator),
             wishes=Wishes(patch_mpp, patch_side, seed, blind_share),
             classes=names,
@@ -218,16 +214,16 @@ def import_(
     from pipeline.labeling.folder import Wishes, has_classes
     from pipeline.labeling.importer import check_names, import_drawings, known_classes, names_of, open_import
 
-    pairs = _mapping(mapping or [])
+    pairs = class_pairs(mapping or [])
     who = annotator_name(PROGRAM, annotator)
     with failing():
         local_path(output, "--output")
-        sources = _sources(files or [], corrections, slide, who, mpp)
+        sources = import_sources(files or [], corrections, slide, who, mpp)
         names = names_of([drawing for one in sources for drawing in one.drawings], pairs)
         is_new = not has_classes(output)
         if corrections is not None and is_new:
             names = [*(pairs.get(tissue.name, tissue.name) for one in sources for tissue in one.classes), *names]
-        slides = [_only_file(one.slide, patient, one.mpp) for one in sources]
+        slides = [only_slide_file(one.slide, patient, one.mpp) for one in sources]
         if is_new:
             check_names(names, sources, pairs)
         known = known_classes([tissue for one in sources for tissue in one.classes], pairs)
@@ -243,21 +239,6 @@ def import_(
                 for reason, number in one.skipped.items():
                     typer.echo(f"{PROGRAM}: warning: {one.name}: objects skipped: {number} {reason}", err=True)
         _print_warnings(output)
-
-
-def _sources(
-    files: list[Path], corrections: Path | None, slide: Path | None, annotator: str, mpp: float | None
-) -> list[ImportSource]:
-    from pipeline.labeling.import_annotations import annotation_sources, joined_sources
-    from pipeline.labeling.import_corrections import corrected_sources
-
-    if (corrections is None) == (not files):
-        fail(PROGRAM, "pass either files of annotations or --corrections with a folder of results", EXIT_USAGE)
-    if corrections is not None:
-        return joined_sources(corrected_sources(corrections, slide, annotator))
-    if slide is None:
-        fail(PROGRAM, "pass the slide of the annotations, or the folder of the slides, with --slide", EXIT_USAGE)
-    return joined_sources(annotation_sources(files, slide, annotator, mpp))
 
 
 @app.command()
@@ -287,9 +268,9 @@ def classes(
     with failing(), open_events(folder) as store:
         add_classes(store, who, add or [], {})
         for pair in rename or []:
-            rename_class(store, who, *_pair("--rename", pair))
+            rename_class(store, who, *two_names("--rename", pair))
         for pair in merge or []:
-            merge_classes(store, who, *_pair("--merge", pair))
+            merge_classes(store, who, *two_names("--merge", pair))
         for name in remove or []:
             remove_class(store, who, name)
         labels = _written(folder, store)
@@ -331,57 +312,6 @@ def failing() -> Iterator[None]:
         yield
     except WsiSegmentError as error:
         fail(PROGRAM, str(error))
-
-
-def _files(inputs: list[Path], patient: str | None, mpp: float | None, *, recursive: bool) -> list[SlideFile]:
-    from pipeline.batch.collect import collect_jobs
-    from pipeline.labeling.slides import SlideFile
-
-    pattern = None if patient is None else _patient_pattern(patient)
-    return [
-        SlideFile(job.path, None if pattern is None else _patient(pattern, job.path.name), job.mpp or mpp)
-        for job in collect_jobs(inputs, recursive=recursive)
-    ]
-
-
-def _patient_pattern(text: str) -> re.Pattern[str]:
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        fail(PROGRAM, f"--patient: {text!r} is not a valid regular expression: {error}", EXIT_USAGE)
-    if pattern.groups != 1:
-        fail(PROGRAM, f"--patient: {text!r} has {pattern.groups} groups; it must have one", EXIT_USAGE)
-    return pattern
-
-
-def _patient(pattern: re.Pattern[str], name: str) -> str:
-    found = pattern.search(name)
-    if found is None or not found[1]:
-        fail(PROGRAM, f"--patient: {pattern.pattern!r} does not match the name {name}", EXIT_USAGE)
-    return found[1]
-
-
-def _only_file(slide: Path, patient: str | None, mpp: float | None) -> SlideFile:
-    files = _files([slide], patient, mpp, recursive=False)
-    if len(files) != 1:
-        fail(PROGRAM, f"{slide}: lists {len(files)} slides; pass one slide, or a folder of slides, with --slide")
-    return files[0]
-
-
-def _mapping(texts: list[str]) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for text in texts:
-        old, new = _pair("--map", text)
-        if pairs.setdefault(old, new) != new:
-            fail(PROGRAM, f"--map: {old!r} has two classes, {pairs[old]!r} and {new!r}; pass one of them", EXIT_USAGE)
-    return pairs
-
-
-def _pair(option: str, text: str) -> tuple[str, str]:
-    old, equals, new = text.partition("=")
-    if not (equals and old and new):
-        fail(PROGRAM, f"{option}: {text!r} must be two names with = between them", EXIT_USAGE)
-    return old, new
 
 
 def _written(folder: Path, store: EventStore) -> Labels:

@@ -24,8 +24,9 @@ from pipeline.cli.commands import (
     configure_logging,
     fail,
     run,
+    version_option,
 )
-from pipeline.config import MOST_WORKERS, RESULTS_FOLDER, SegmentConfig
+from pipeline.config import MOST_WORKERS, PROCESSES_PER_CORE, RESULTS_FOLDER, SegmentConfig
 from pipeline.console import printable, printable_json
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ def segment(
         str | None,
         typer.Option(
             help="Where slides are segmented: process (a child process, so a reader crash cannot end the batch), local "
-            "(one process per GPU), local:N (N processes), or the address or scheduler file of a dask.distributed "
-            "cluster.",
+            f"(one process per GPU), local:N (N processes, at most {PROCESSES_PER_CORE} per core), or the address or "
+            "scheduler file of a dask.distributed cluster.",
             show_default=f"this process for one slide, {SCHEDULER_OF_SEVERAL} for several",
         ),
     ] = None,
@@ -158,6 +159,7 @@ def segment(
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
+    _version: Annotated[bool, version_option(PROGRAM)] = False,
 ) -> None:
     """Turn whole-slide images into tissue maps: OME-Zarr probabilities, GeoJSON, GeoParquet, a preview and a report.
 
@@ -195,9 +197,13 @@ def segment(
         local_path(output, "--output")
         local_path(model, "--model")
         from pipeline.results.folder import check_output  # imports the readers
+        from pipeline.workers.open import check_workers
 
         check_output(output, "--output")
         jobs = _jobs(slides or [], sample=sample, recursive=recursive)
+        if scheduler is None and len(jobs) > 1:
+            scheduler = SCHEDULER_OF_SEVERAL
+        check_workers(scheduler, spread=spread, slide_timeout_s=slide_timeout)
         if dry_run:
             _print_plans(jobs, output, model, config, as_json=as_json)
         else:
@@ -271,8 +277,6 @@ def _run(
     earlier = EarlierRuns(output, model, config, retry_failed=retry_failed)
     if not quiet and config.model_digest is None:
         _print_foreign_digests([model, *(job.model for job in jobs if job.model)])
-    if scheduler is None and len(jobs) > 1:
-        scheduler = SCHEDULER_OF_SEVERAL
 
     def opened(first: SlideJob) -> AbstractContextManager[Workers]:
         return open_workers(scheduler, model, config, spread=spread, slide_timeout_s=slide_timeout_s, first=first)

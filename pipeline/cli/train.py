@@ -16,7 +16,7 @@ from rich.progress import Progress as RichProgress
 from typer.core import TyperCommand
 
 from models.bundle import load_bundle
-from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run
+from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run, version_option
 from pipeline.console import printable_json
 from pipeline.errors import TrainConfigError
 from pipeline.files import local_path
@@ -77,6 +77,7 @@ def train_command(
     ] = False,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
+    _version: Annotated[bool, version_option(PROGRAM)] = False,
 ) -> None:
     """Train a classifier and a segmenter from patch labels and write a model bundle for wsi-segment.
 
@@ -149,9 +150,13 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     Raises TrainConfigError unless there are at least two different numbers.
     """
     parts = text.replace(",", " ").split()
-    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < max(2, len(parts)):
-        raise TrainConfigError(f"--seeds is {text!r}; give at least two different numbers, such as 0,1,2")
-    return tuple(map(int, parts))
+    # Python does not convert thousands of digits.
+    seeds = [int(part) for part in parts if part.isdecimal() and len(part) < 20]
+    if len(parts) < 2 or not len(parts) == len(seeds) == len(set(seeds)) or max(seeds) >= 2**63:
+        raise TrainConfigError(
+            f"--seeds is {text!r}; give at least two different numbers from 0 to 2**63 - 1, such as 0,1,2"
+        )
+    return tuple(seeds)
 
 
 @contextmanager

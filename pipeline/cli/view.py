@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.commands import EXIT_USAGE, annotator_name, fail, run
+from pipeline.cli.commands import EXIT_USAGE, annotator_name, fail, run, version_option
 from pipeline.console import log_to_stderr
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def view(
     no_browser: Annotated[
         bool, typer.Option("--no-browser", help="Print the address of the page and do not open it.")
     ] = False,
+    _version: Annotated[bool, version_option(PROGRAM)] = False,
 ) -> None:
     """Show results over their slides in the browser.
 

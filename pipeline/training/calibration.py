@@ -146,7 +146,9 @@ def fitted_temperature(logits_NK: Tensor, truth_N: Tensor) -> float:
     ratio = (5**0.5 - 1) / 2
     while high - low > 1e-3:
         first, second = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, second) if loss(first) < loss(second) else (first, high)
+        of_first, of_second = loss(first), loss(second)
+        # If all pixels are correct, the loss is exactly 0 below some temperature. The search ends at the lower bound.
+        low, high = (low, second) if of_first < of_second or of_second == 0 else (first, high)
     return round(float(np.exp((low + high) / 2)), 4)
 
 

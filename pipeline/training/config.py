@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.errors import TrainConfigError
+from wsi.pixel_size import MPP_RANGE
 
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "poly"]
@@ -209,14 +210,12 @@ class TrainConfig:
         for name in ("backbone_rate", "new_rate", "bias_factor"):
             if getattr(self, name) <= 0:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.mpp is not None and not 0 < self.mpp < math.inf:
-            raise TrainConfigError(
-                f"mpp is {self.mpp}; it must be a finite number above 0, or none for the pixel size of the data set"
-            )
-        if not all(0 < mpp < math.inf for mpp in self.classifier_mpp):
-            raise TrainConfigError(
-                f"classifier_mpp is {self.classifier_mpp}; each pixel size must be a finite number above 0"
-            )
+        finest, coarsest = MPP_RANGE
+        allowed = f"must be from {finest:g} to {coarsest:g} µm"
+        if self.mpp is not None and not finest <= self.mpp <= coarsest:
+            raise TrainConfigError(f"mpp is {self.mpp}; it {allowed}, or none for the pixel size of the data set")
+        if not all(finest <= mpp <= coarsest for mpp in self.classifier_mpp):
+            raise TrainConfigError(f"classifier_mpp is {self.classifier_mpp}; each pixel size {allowed}")
         if min(self.clip, self.weight_decay) < 0:
             raise TrainConfigError(f"clip is {self.clip} and weight_decay {self.weight_decay}; neither may be negative")
         for name in ("ema", "confidence", "gate_recall", "stain", "imaging", "blur", "momentum"):

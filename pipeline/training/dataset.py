@@ -6,7 +6,6 @@ Shape suffixes: K classes, B boxes (x, y, width, height in pixels of the image),
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,7 @@ from pipeline.training.dataset_sections import (
     Split,
     TableSplit,
 )
-from pipeline.training.image_files import decoded, size_of
+from pipeline.training.image_files import decoded, matching_files, size_of, spellings
 from pipeline.training.labels import crop_boxes, labels_of_folder, labels_of_name, labels_of_row, presence
 from pipeline.training.splits import Row, group_of, hash_split, rows_of, shared_groups, table_splits
 
@@ -310,7 +309,7 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
     locations = card.images.get("all") or card.images[split]
     for place in locations:
         try:
-            files = _matching(dataset.root, place.image)
+            files = matching_files(dataset.root, place.image)
         except (ValueError, NotImplementedError, OSError) as error:  # OSError: the pattern is too long for a file name
             raise DatasetFileError(
                 f"{card.name}: {place.image!r} is not a valid pattern for images: {error}"
@@ -330,21 +329,6 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
             )
         found[file.stem] = file
     return dict(sorted(found.items())), place
-
-
-def _forms(path: str) -> list[str]:
-    """Return a path as it is, and with its umlauts composed and decomposed: a Mac decomposes those of file names."""
-    return list(dict.fromkeys((path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))))
-
-
-def _matching(root: Path, pattern: str) -> list[Path]:
-    """Return the files that match a pattern, sorted. If none does, its umlauts may be composed in another way."""
-    for form in _forms(pattern):
-        # Some systems leave hidden files beside the images.
-        files = sorted(file for file in root.glob(form) if file.is_file() and not file.name.startswith("."))
-        if files:
-            return files
-    return []
 
 
 def _names(
@@ -383,7 +367,7 @@ def _names(
 def _mask(dataset: Dataset, name: str, place: Location) -> Path | None:
     if place.mask is None:
         return None
-    masks = [dataset.root / form for form in _forms(place.mask.replace("{name}", name))]
+    masks = [dataset.root / form for form in spellings(place.mask.replace("{name}", name))]
     found = next((mask for mask in masks if mask.is_file()), None)
     if found is None:
         raise MaskError(f"{masks[0]}: the mask of {name} is missing")

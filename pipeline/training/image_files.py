@@ -1,10 +1,12 @@
-"""Read the files of images and masks with Pillow, and refuse those that it would read with other values.
+"""Find the files of images, and read those of images and masks with Pillow. Files that Pillow would read with other
+values are refused.
 
 Shape suffixes: H and W the image, C color channels.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,21 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.Decompressi
 
 _BITS_PER_SAMPLE = 258
 """Tag of a TIFF."""
+
+
+def matching_files(root: Path, pattern: str) -> list[Path]:
+    """Return the files that match a pattern, sorted. If none does, its umlauts may be composed in another way."""
+    for form in spellings(pattern):
+        # Some systems leave hidden files beside the images.
+        files = sorted(file for file in root.glob(form) if file.is_file() and not file.name.startswith("."))
+        if files:
+            return files
+    return []
+
+
+def spellings(path: str) -> list[str]:
+    """Return a path as it is, and with its umlauts composed and decomposed: a Mac decomposes those of file names."""
+    return list(dict.fromkeys((path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD")))))
 
 
 def size_of(file: Path) -> tuple[int, int]:

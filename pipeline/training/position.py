@@ -5,6 +5,8 @@ Shape suffixes: N views, K classes, D distances, H and W the view, h and w the m
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,6 +16,8 @@ from models.segmenter import NATIVE_STRIDE
 from pipeline.training.config import TrainConfig
 from pipeline.training.inputs import as_input
 from pipeline.training.patches import PatchImages, cut, draw_squares
+
+logger = logging.getLogger(__name__)
 
 RING = 16
 """Width in pixels of the rings around the edge of a view over which probabilities are averaged."""
@@ -28,6 +32,12 @@ def edge_profile(
     It averages `config.position_views` random views of `config.view` pixels. Every pixel of an image is equally likely
     at every place of a view, so the profile of a network that ignores positions is flat.
     """
+    logger.info(
+        "measuring with %d views of %d px whether the map depends on the position; on a CPU this can take minutes "
+        "(setting position_views)",
+        config.position_views,
+        config.view,
+    )
     rng = np.random.default_rng(config.seed)
     places = draw_squares(images, config.position_views, config.view, rng)
     total_Khw: NDArray[np.float64] | float = 0.0

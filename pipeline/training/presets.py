@@ -103,6 +103,8 @@ def train_config(
     for name in values:
         if name not in known:
             raise TrainConfigError(f"unknown setting {name!r}; choose one of {', '.join(known)}")
+        if _is_long(values[name]):  # Python does not print thousands of digits, so the messages below could not either
+            raise TrainConfigError(f"setting {name} has an integer of more than 64 bits; use a smaller number")
     if wrong := misplaced_bool(TrainConfig, values):
         raise TrainConfigError(f"setting {wrong} is {values[wrong]!r}; it cannot be true or false")
     try:
@@ -117,11 +119,22 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise TrainConfigError(f"setting {text!r} must have the form name=value")
-    return name.strip(), _value(value.strip())
+    return name.strip(), _value(name.strip(), value.strip())
 
 
-def _value(text: str) -> Any:
+def _value(name: str, text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+        raise TrainConfigError(
+            f"setting {name}: its {len(text):,} characters are too many; use a shorter value"
+        ) from error
+
+
+def _is_long(value: object) -> bool:
+    """Return whether a value is or contains an integer that needs more than 64 bits."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_long, value))
+    return isinstance(value, int) and value.bit_length() > 64

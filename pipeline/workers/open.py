@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
-from pipeline.config import SegmentConfig
+from pipeline.config import PROCESSES_PER_CORE, SegmentConfig
 from pipeline.errors import ConfigError
+from pipeline.files import is_file
+from pipeline.limits import available_cores
 
 # Nothing here imports torch, because a process that waits for others does not need it.
 from pipeline.workers.base import SlideJob, Spread, Workers
@@ -38,10 +41,8 @@ def open_workers(
     Raises ConfigError if the settings cannot be used, ModelError if the model cannot be used, and ClusterError if the
     cluster is unreachable or cannot run the job.
     """
-    if slide_timeout_s is not None and not slide_timeout_s > 0:
-        raise ConfigError(f"--slide-timeout is {slide_timeout_s}; it must be a positive number of seconds")
+    check_workers(scheduler, spread=spread, slide_timeout_s=slide_timeout_s)
     if scheduler is None:
-        _check_in_process(spread, slide_timeout_s)
         with imported_for_good():
             from pipeline.workers.in_process import open_in_process
 
@@ -49,7 +50,6 @@ def open_workers(
             yield here
         return
     if scheduler == "process":
-        _check_slides(spread)
         from pipeline.workers.child_process import ChildProcess
 
         with closing(ChildProcess(model, config, slide_timeout_s=slide_timeout_s, first=first)) as process:
@@ -61,13 +61,33 @@ def open_workers(
         yield cluster
 
 
-def _check_in_process(spread: Spread, slide_timeout_s: float | None) -> None:
-    # A thread cannot be killed.
-    if slide_timeout_s is not None:
+def check_workers(scheduler: str | None, *, spread: Spread = "slides", slide_timeout_s: float | None = None) -> None:
+    """Raise ConfigError if `open_workers` refuses these values whatever the model and the slides are.
+
+    It neither starts a process nor connects to a cluster.
+    """
+    if slide_timeout_s is not None and not slide_timeout_s > 0:
+        raise ConfigError(f"--slide-timeout is {slide_timeout_s}; it must be a positive number of seconds")
+    if scheduler is None and slide_timeout_s is not None:  # a thread cannot be killed
         raise ConfigError("--slide-timeout needs processes that can be killed; add --scheduler local")
-    _check_slides(spread)
-
-
-def _check_slides(spread: Spread) -> None:
-    if spread != "slides":
+    if scheduler in (None, "process") and spread != "slides":
         raise ConfigError(f"--spread {spread} needs several processes; add --scheduler local:N")
+    if scheduler is not None and scheduler != "process":
+        _check_scheduler(scheduler)
+
+
+def _check_scheduler(scheduler: str) -> None:
+    kind, colon, number = scheduler.partition(":")
+    if kind == "local":
+        most = PROCESSES_PER_CORE * available_cores()
+        # Python does not convert thousands of digits.
+        if colon and not (number.isdecimal() and len(number) < 10 and 1 <= int(number) <= most):
+            raise ConfigError(
+                f"--scheduler is {scheduler!r}; N of local:N must be from 1 to {most} on this machine, "
+                f"{PROCESSES_PER_CORE} per core"
+            )
+    elif "://" not in scheduler and not is_file(Path(scheduler)):
+        raise ConfigError(
+            f"--scheduler is {scheduler!r}; it must be process, local, local:N, the address of a dask.distributed "
+            "cluster (tcp://…, tls://…), or its scheduler file"
+        )

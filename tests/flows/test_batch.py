@@ -180,12 +180,34 @@ def test_a_slide_that_waits_for_its_retry_holds_no_slot(
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"slide_timeout_s": float("nan"), "scheduler": "local"},
+            "--slide-timeout is nan; it must be a positive number",
+        ),
+        ({"slide_timeout_s": 5.0}, "--slide-timeout needs processes that can be killed"),
+        ({"scheduler": "local:99999"}, "--scheduler is 'local:99999'; N of local:N must be from 1 to"),
+        ({"scheduler": "/srv/Doe/s.json", "hide_paths": True}, "--scheduler is 's.json'; it must be process, local"),
+    ],
+)
+def test_workers_that_cannot_be_opened_are_refused_before_any_slide(
+    tmp_path: Path, scripted: ScriptedWorkers, options: dict[str, Any], message: str
+) -> None:
+    state = run(touched(tmp_path / "in", "a"), tmp_path / "out", **options)
+    assert state.is_failed()
+    assert str(state.message).startswith(message)
+    assert scripted.tried == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_slide_that_stays_locked_for_longer_than_the_slide_timeout_fails(
     tmp_path: Path, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(window, "LOOK_S", 0.1)
     scripted.script = {"a": [LockedError("a is locked") for _ in range(1000)]}
-    state = run(touched(tmp_path / "in", "a"), tmp_path / "out", slide_timeout_s=0.3)
+    state = run(touched(tmp_path / "in", "a"), tmp_path / "out", slide_timeout_s=0.3, scheduler="process")
     assert state.name == "1 of 1 slide failed"
     assert rows_of(tmp_path / "out")["a"]["error"] == "a is locked"
 

@@ -126,6 +126,13 @@ def test_the_share_of_bad_tiles_is_between_0_and_1(share: float) -> None:
     assert [SegmentConfig(max_bad_share=edge).max_bad_share for edge in (0, 1)] == [0, 1]
 
 
+@pytest.mark.parametrize("side", [10**12, 16416, 16, 1000])
+def test_the_side_of_a_block_has_bounds(side: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^block_out is {side}; it must be a multiple of 32 up to 16384$"):
+        SegmentConfig(output_stride=1, block_out=side)
+    assert [SegmentConfig(output_stride=1, block_out=edge).block_out for edge in (32, 16384)] == [32, 16384]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -19,8 +19,7 @@ from distributed.client import ClosedClientError
 from models.bundle import load_bundle, shipped_bundles
 from models.card import ModelCard
 from pipeline.config import ResolvedSettings, SegmentConfig
-from pipeline.errors import ClusterError, ConfigError
-from pipeline.files import is_file
+from pipeline.errors import ClusterError
 from pipeline.progress import Progress
 from pipeline.results.record import installed_versions, read_header, versions
 from pipeline.results.slide_result import SlideResult
@@ -69,7 +68,10 @@ SLIDES_IN_BANDS = 2
 def open_cluster(
     scheduler: str, model: str, config: SegmentConfig, *, spread: Spread, slide_timeout_s: float | None
 ) -> Iterator[Cluster]:
-    """Connect to a cluster or start local processes, and check that they can run tasks. See `open_workers`."""
+    """Connect to a cluster or start local processes, and check that they can run tasks. See `open_workers`.
+
+    `scheduler` has passed `check_workers`.
+    """
     reference = _model_ref(model)
     with ExitStack() as stack:
         stack.enter_context(_quiet_library())
@@ -299,15 +301,7 @@ def _model_ref(model: str) -> ModelRef:
 
 @contextmanager
 def _client(scheduler: str) -> Iterator[Client]:
-    if "://" in scheduler:
-        where = {"address": scheduler}
-    elif is_file(Path(scheduler)):
-        where = {"scheduler_file": scheduler}
-    else:
-        raise ConfigError(
-            f"--scheduler is {scheduler!r}; it must be local, local:N, the address of a dask.distributed cluster "
-            f"(tcp://…, tls://…), or its scheduler file"
-        )
+    where = {"address" if "://" in scheduler else "scheduler_file": scheduler}
     try:
         client = Client(**where, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
@@ -321,11 +315,10 @@ def _client(scheduler: str) -> Iterator[Client]:
 @contextmanager
 def _local_client(scheduler: str, config: SegmentConfig) -> Iterator[Client]:
     gpus = visible_gpus(config.device)
-    try:
-        count = process_count(scheduler, gpus)
-    except ValueError:
-        raise ConfigError(f"--scheduler is {scheduler!r}; N of local:N must be 1 or more") from None
-    with local_processes(count, gpus) as cluster, closing(Client(cluster, set_as_default=False)) as client:
+    with (
+        local_processes(process_count(scheduler, gpus), gpus) as cluster,
+        closing(Client(cluster, set_as_default=False)) as client,
+    ):
         yield client
 
 

@@ -110,17 +110,12 @@ async def _end(cluster: SpecCluster) -> None:
 
 
 def process_count(text: str, gpus: list[str]) -> int:
-    """Return the number of processes for "local" or "local:N". Raises ValueError if N is not a positive number.
+    """Return the number of processes for "local" or "local:N".
 
     Without a GPU, "local" is one process that uses all cores, so its results have the same bytes as in this process.
     """
     _, _, number = text.partition(":")
-    if number:
-        count = int(number)
-        if count < 1:
-            raise ValueError(number)
-        return count
-    return len(gpus) or 1
+    return int(number) if number else len(gpus) or 1
 
 
 def visible_gpus(device: str) -> list[str]:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from importlib import import_module
+from importlib.metadata import version
 
 import pytest
 
 from tests.repository import REPOSITORY
+
+SCRIPTS: dict[str, str] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "scripts"
+]
 
 SPACE = "free some space and run the same command again, or choose another place"
 
@@ -40,3 +47,36 @@ def test_a_command_that_a_full_disk_ends_does_not_call_its_results_complete(
     )
     assert done.returncode == 1
     assert done.stderr == said + "\n"
+
+
+@pytest.mark.parametrize("line", [*SCRIPTS, "wsi-segment doctor"])
+def test_every_command_prints_its_version(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = line.split()
+    module, _, function = SCRIPTS[words[0]].partition(":")
+    monkeypatch.setattr("sys.argv", [*words, "--version"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        getattr(import_module(module), function)()
+    assert capsys.readouterr() == (f"{line} {version('wsi-segment')}\n", "")
+
+
+def test_no_heavy_library_is_loaded_to_print_a_version() -> None:
+    code = (
+        "import importlib, sys\n"
+        "for script in sys.argv[1:]:\n"
+        "    module, _, function = script.partition(':')\n"
+        "    sys.argv = ['a', '--version']\n"
+        "    try:\n"
+        "        getattr(importlib.import_module(module), function)()\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *SCRIPTS.values()], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    *versions, modules = done.stdout.splitlines()
+    assert len(versions) == len(SCRIPTS)
+    assert "typer" in modules.split()
+    assert not {"torch", "openvino", "timm", "distributed", "prefect"} & set(modules.split())

@@ -372,8 +372,11 @@ def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:
         (["a.svs", "--batch-size", "0"], "--batch-size"),
         (["a.svs", "-j", "0"], "--num-workers"),
         (["a.svs", "--simplifyy", "0.5"], "--simplifyy"),
-        (["a.svs", "--scheduler", "nowhere"], "--scheduler is 'nowhere'; it must be local, local:N, the address of a"),
-        (["a.svs", "--scheduler", "n" * 300], "n'; it must be local, local:N, the address of a"),
+        (
+            ["a.svs", "--scheduler", "nowhere"],
+            "--scheduler is 'nowhere'; it must be process, local, local:N, the address of a",
+        ),
+        (["a.svs", "--scheduler", "n" * 300], "n'; it must be process, local, local:N, the address of a"),
         (["a.svs", "--spread", "blocks"], "--spread blocks needs several processes; add --scheduler"),
         (["a.svs", "--slide-timeout", "60"], "--slide-timeout needs processes that can be killed; add --scheduler"),
         (["bad.csv"], "bad.csv, line 3: mpp is 'x'"),
@@ -451,6 +454,32 @@ def test_an_output_inside_a_result_is_refused_before_anything_is_written(fake: P
             )
     assert {path: path.stat().st_mtime_ns for path in fake.rglob("*")} == before
     assert invoke("b.svs", "-o", "out/a/..").exit_code == 0
+
+
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("a.svs b.svs --slide-timeout nan", "--slide-timeout is nan; it must be a positive number of seconds"),
+        ("a.svs b.svs --slide-timeout 0", "--slide-timeout is 0.0; it must be a positive number of seconds"),
+        ("a.svs --slide-timeout 9", "--slide-timeout needs processes that can be killed; add --scheduler local"),
+        ("a.svs --scheduler=", "--scheduler is ''; it must be process, local, local:N"),
+        ("a.svs --scheduler local:0", "--scheduler is 'local:0'; N of local:N must be from 1 to"),
+        ("a.svs --scheduler local:99999", "--scheduler is 'local:99999'; N of local:N must be from 1 to"),
+        ("a.svs --spread blocks", "--spread blocks needs several processes; add --scheduler local:N"),
+        ("a.svs b.svs --spread blocks", "--spread blocks needs several processes; add --scheduler local:N"),
+    ],
+)
+def test_a_run_and_its_dry_run_refuse_the_same_workers(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str, extra: list[str]
+) -> None:
+    monkeypatch.setattr("pipeline.cli.segment.SCHEDULER_OF_SEVERAL", "process")
+    (fake / "a.svs").write_bytes(b"never read")
+    (fake / "b.svs").write_bytes(b"never read")
+    result = invoke(*arguments.split(), *extra)
+    assert result.exit_code == 2
+    assert result.output.startswith(f"wsi-segment: {message}")
+    assert not (fake / "results").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")

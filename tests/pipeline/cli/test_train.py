@@ -181,7 +181,9 @@ def test_only_numbers_after_the_option_are_seeds(line: str, expected: list[str])
     assert with_seeds_joined(line.split()) == expected
 
 
-@pytest.mark.parametrize("text", ["", "1", "1,1", "0,x", "-1,2", "0,1,1", "01,1", "²,3"])
+@pytest.mark.parametrize(
+    "text", ["", "1", "1,1", "0,x", "-1,2", "0,1,1", "01,1", "²,3", "1," + "9" * 5000, f"1,{2**63}"]
+)
 def test_fewer_than_two_different_seeds_are_refused(text: str) -> None:
     with pytest.raises(TrainConfigError, match="give at least two different numbers"):
         parse_seeds(text)

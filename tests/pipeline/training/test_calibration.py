@@ -41,6 +41,14 @@ def test_the_fitted_temperature_recovers_the_scale_of_the_logits(temperature: fl
     assert fitted_temperature(logits_NK, truth_N) == pytest.approx(temperature, rel=0.03)
 
 
+@pytest.mark.parametrize("scale", [1.0, 10.0, 40.0, 300.0, 1e6])
+def test_the_temperature_of_pixels_that_are_all_correct_ends_at_its_lower_bound(scale: float) -> None:
+    # At low temperatures the loss is exactly 0, so a whole range of temperatures has the lowest loss.
+    truth_N = torch.arange(300) % 3
+    logits_NK = scale * F.one_hot(truth_N, 3).float()
+    assert fitted_temperature(logits_NK, truth_N) == pytest.approx(LOWEST, rel=1e-3)
+
+
 @given(st.integers(0, 2**32 - 1))
 def test_no_other_temperature_has_a_lower_loss(seed: int) -> None:
     logits_NK, truth_N = drawn(2.0, 300, seed % 2**31)

@@ -118,6 +118,8 @@ def test_the_root_is_the_argument_the_key_or_the_folder_of_the_file(tmp_path: Pa
     assert load_dataset(named).root == tmp_path / "data"
     assert load_dataset(str(named), tmp_path / "other").root == tmp_path / "other"
     assert load_dataset(put(tmp_path, HEAD + CROP_LABELS)).root == tmp_path
+    outside = put(tmp_path / "data", 'root = "../other"\n' + HEAD + CROP_LABELS)
+    assert load_dataset(outside).root.resolve() == tmp_path / "other"
 
 
 @pytest.fixture

@@ -57,6 +57,18 @@ def test_a_bias_inside_the_trusted_part_is_found_and_one_in_the_margin_is_not(tm
     assert position_metrics(biased, 48)["val_position_deviation"] < 0.1
 
 
+def test_the_log_names_the_setting_before_the_views_are_measured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = crop_images(tmp_path, {"a": (96, 64)})
+    with caplog.at_level("INFO"):
+        edge_profile(Local(0.0), images, TrainConfig(view=160, margin=32, position_views=2), CPU)
+    assert caplog.messages == [
+        "measuring with 2 views of 160 px whether the map depends on the position; on a CPU this can take minutes "
+        "(setting position_views)"
+    ]
+
+
 def test_a_single_ring_beyond_the_margin_has_no_deviation() -> None:
     profile_KD = np.array([[0.9, 0.5, 0.25, 0.5], [0.1, 0.5, 0.75, 0.5]])
     assert position_metrics(profile_KD, 48) == {}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -30,9 +31,10 @@ from pipeline.progress import Progress, no_progress
 from pipeline.results.folder import is_locked, lock_file
 from pipeline.results.slide_result import SlideResult
 from pipeline.slide.recipe import PlannedSlide, plan_slide
+from pipeline.workers import open as opening
 from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import InProcess, load_predictor
-from pipeline.workers.open import open_workers
+from pipeline.workers.open import check_workers, open_workers
 from tests.pipeline.fakes import SMALL, color_predictor, constant_predictor, region_slide
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
 from tests.pipeline.summaries import rows_of
@@ -285,6 +287,36 @@ def test_a_timeout_and_blocks_need_other_processes() -> None:
             open_workers("local", "colon-gland", SMALL, slide_timeout_s=seconds),
         ):
             pass
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        *((f"local:{n}", rf"'local:{n}'; N of local:N must be from 1 to 12 on this machine, 4 per core$")
+          for n in ("0", "-1", "", "13", "1_0", "many", "9" * 20)),
+        ("local:" + "9" * 5000, "N of local:N must be from 1 to 12"),
+        ("", r"--scheduler is ''; it must be process, local, local:N, the address of a dask.distributed cluster"),
+        ("locals", "--scheduler is 'locals'; it must be"),
+        ("no/such/file.json", "'no/such/file.json'; it must be .* or its scheduler file"),
+    ],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_an_invalid_scheduler_is_refused_before_the_model_is_loaded(
+    scheduler: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "available_cores", lambda: 3)
+    with pytest.raises(ConfigError, match=message), open_workers(scheduler, "no/such", SMALL):
+        pass
+
+
+def test_usable_workers_pass_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "available_cores", lambda: 3)
+    file = tmp_path / "scheduler.json"
+    file.touch()
+    for scheduler in ("local", "local:1", "local:12", "tcp://10.0.0.1:8786", str(file)):
+        check_workers(scheduler, spread="blocks", slide_timeout_s=0.1)
+    check_workers("process", slide_timeout_s=math.inf)
+    check_workers(None)
 
 
 def test_a_missing_model_is_an_error_before_any_slide() -> None:

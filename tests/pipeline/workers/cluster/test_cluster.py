@@ -21,7 +21,7 @@ from distributed import Client, LocalCluster, WorkerPlugin
 from models.bundle import load_bundle
 from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
-from pipeline.errors import Cancelled, ClusterError, ConfigError, SlideTimeoutError, is_transient
+from pipeline.errors import Cancelled, ClusterError, SlideTimeoutError, is_transient
 from pipeline.progress import no_progress
 from pipeline.results.record import installed_versions, read_run, versions
 from pipeline.slide.recipe import segment_slide
@@ -264,19 +264,6 @@ def test_ctrl_c_ends_local_processes_and_prints_one_line(tmp_path: Path, bundle:
     assert len(gone) == len(children)
     assert not alive
     assert not (slide.parent / "out" / "größe").exists()
-
-
-@pytest.mark.parametrize(
-    ("where", "message"),
-    [
-        ("local:0", "N of local:N must be 1 or more"),
-        ("local:many", "N of local:N must be 1 or more"),
-        ("no/such/file.json", "it must be local, local:N, the address of a dask.distributed cluster"),
-    ],
-)
-def test_an_invalid_scheduler_is_refused(where: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message), open_workers(where, "colon-gland", CONFIG):
-        pass
 
 
 def test_a_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
