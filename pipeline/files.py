@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -15,6 +16,9 @@ from filelock import FileLock
 from pipeline.errors import ConfigError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+
+_FEW_INODES = 16
+"""At most so many are free on a disk that has run out of them: those of files that the failed write has removed."""
 
 
 def local_path(path: Path | str, what: str) -> Path:
@@ -57,6 +61,23 @@ def sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
+
+
+def disk_shortage(error: OSError, folder: Path) -> str | None:
+    """Return what the disk of a folder has too little of and what helps, if a write failed for that reason, else None.
+
+    Call this before files are removed, because the kernel reports both lack of space and lack of inodes as ENOSPC.
+    """
+    if error.errno == errno.EDQUOT:
+        return f"the disk quota for {folder} is used up; delete files that count toward it, or ask for a larger one"
+    if error.errno != errno.ENOSPC:
+        return None
+    disk = os.statvfs(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
+    free = f"{disk.f_bavail * disk.f_frsize / 2**20:.0f} MiB free"
+    # File systems without a limit of inodes state 0 of 0.
+    if disk.f_files and disk.f_favail <= _FEW_INODES and disk.f_bavail:
+        return f"the disk of {folder} can hold no more files ({disk.f_favail} inodes and {free}); delete some files"
+    return f"the disk of {folder} is full ({free}); free some space"
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import shutil
 import subprocess
 import threading
@@ -187,6 +189,27 @@ def test_a_disk_that_is_full_at_any_stage_ends_the_slide_by_name_and_the_run_goe
             slides.check_recovery(output, least=0 if stage == "create_store" else 4 if stage == "blocks" else 12)
             for result in ("a", "b"):
                 shutil.rmtree(output / result)
+
+
+@pytest.mark.parametrize("free", [1, 6, 30])
+def test_a_disk_without_free_inodes_is_not_called_full(
+    slides: Slides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    monkeypatch.setattr(recipe, "check_resources", lambda *_: None)
+    with mounted(tmp_path / "small", "size=20m,nr_inodes=300") as small:
+        ballast = small / "ballast"
+        ballast.mkdir()
+        while os.statvfs(small).f_favail > free:
+            (ballast / secrets.token_hex(8)).touch()
+        output = small / "out"
+        a, b = slides.run(output, report=lambda _: shutil.rmtree(ballast, ignore_errors=True))
+        assert re.fullmatch(
+            rf"a\.svs: the disk of {output} can hold no more files \(\d+ inodes and (19|20) MiB free\); delete some "
+            r"files, and run the same command again, which resumes from the finished blocks",
+            a.error,
+        )
+        assert b.status == "done", b.error
+        slides.check_recovery(output)
 
 
 @pytest.mark.parametrize("number", [0, 2, 9, 40, 120, -2])
