@@ -255,6 +255,19 @@ def test_a_read_only_file_system_is_said_so(slides: Slides, tmp_path: Path) -> N
         assert [result.status for result in slides.run(disk / "out")] == ["done", "done"]
 
 
+@pytest.mark.usefixtures("without_locks")
+def test_a_file_system_without_locks_ends_every_slide_with_the_reason_and_leaves_no_file(
+    slides: Slides, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = f"{tmp_path / 'out'}: the file system refuses file locks ("
+    for result in slides.run(tmp_path / "out"):
+        assert result.status == "failed"
+        assert result.error.startswith(refused)
+    assert names(tmp_path / "out") == []
+    # The table and the report are missing for the same reason.
+    assert caplog.text.count(refused) >= 2
+
+
 # --- the slide
 
 

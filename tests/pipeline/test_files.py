@@ -1,4 +1,4 @@
-"""What helps after a failed write."""
+"""What helps after a failed write, and locks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import Timeout
 
-from pipeline.files import disk_shortage
+from pipeline.errors import OutputError
+from pipeline.files import disk_shortage, file_lock, only_writer
 
 
 @pytest.mark.parametrize(
@@ -45,3 +47,37 @@ def test_a_used_up_quota_is_not_called_a_full_disk(tmp_path: Path) -> None:
 
 def test_other_errors_are_no_shortage(tmp_path: Path) -> None:
     assert disk_shortage(OSError(errno.EROFS, "Read-only file system"), tmp_path) is None
+
+
+REFUSED = r": the file system refuses file locks \((No locks available|Operation not supported)\), so two runs .*; "
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_lock_excludes_others_and_leaves_no_file(tmp_path: Path) -> None:
+    with file_lock(tmp_path / ".lock"):
+        assert names(tmp_path) == [".lock"]
+        with pytest.raises(Timeout), file_lock(tmp_path / ".lock", wait=False):
+            pass
+        assert names(tmp_path) == [".lock"]
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_file_system_that_refuses_locks_is_named_and_no_lock_file_stays(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=f"^{tmp_path}{REFUSED}choose a folder on a local disk"),
+        only_writer(tmp_path / "a.csv", tmp_path / ".a.lock"),
+    ):
+        pass
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_lock_file_that_was_there_may_be_held_by_another_machine_and_stays(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    with pytest.raises(OutputError, match="refuses file locks"), file_lock(tmp_path / ".lock", wait=False):
+        pass
+    assert names(tmp_path) == [".lock"]
