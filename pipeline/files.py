@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -12,9 +13,15 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, OutputError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+
+_FEW_INODES = 16
+"""At most so many are free on a disk that has run out of them: those of files that the failed write has removed."""
+
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
+"""What a file system without locks reports, such as some network mounts."""
 
 
 def local_path(path: Path | str, what: str) -> Path:
@@ -59,16 +66,58 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
+def disk_shortage(error: OSError, folder: Path) -> str | None:
+    """Return what the disk of a folder has too little of and what helps, if a write failed for that reason, else None.
+
+    Call this before files are removed, because the kernel reports both lack of space and lack of inodes as ENOSPC.
+    """
+    if error.errno == errno.EDQUOT:
+        return f"the disk quota for {folder} is used up; delete files that count toward it, or ask for a larger one"
+    if error.errno != errno.ENOSPC:
+        return None
+    disk = os.statvfs(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
+    free = f"{disk.f_bavail * disk.f_frsize / 2**20:.0f} MiB free"
+    # File systems without a limit of inodes state 0 of 0.
+    if disk.f_files and disk.f_favail <= _FEW_INODES and disk.f_bavail:
+        return f"the disk of {folder} can hold no more files ({disk.f_favail} inodes and {free}); delete some files"
+    return f"the disk of {folder} is full ({free}); free some space"
+
+
+@contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock that this file stands for, and remove the file at the end. The lock ends with the process.
+
+    Raises filelock.Timeout if another process has the lock and `wait` is False, OutputError if the file system has no
+    locks, and OSError if the file cannot be created.
+    """
+    was_there = path.exists()
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=wait)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        if not was_there:
+            path.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path.parent}: the file system refuses file locks ({error.strerror}), so two runs could write the same "
+            f"files; choose a folder on a local disk, or mount this file system with locks"
+        ) from error
+    try:
+        yield
+    finally:
+        # Before the release: a process that opened the file in the meantime sees that it is gone and makes a new one.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
 @contextmanager
 def only_writer(path: Path, lock_path: Path) -> Iterator[None]:
     """Wait until no other process writes this file, and keep others from it; what killed ones left of it is removed."""
-    with FileLock(lock_path):
-        try:
-            for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-                partial.unlink(missing_ok=True)
-            yield
-        finally:
-            lock_path.unlink(missing_ok=True)
+    with file_lock(lock_path):
+        for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            partial.unlink(missing_ok=True)
+        yield
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,13 +1,15 @@
-"""What this process may use of its machine: cores and memory under CPU affinity and control groups.
+"""What this process may use of its machine: cores and memory under CPU affinity, control groups and `ulimit -v`.
 
 A container, a Slurm job or a systemd unit sees all cores and all memory of its host, but may use only a part. The files
-are those of Linux: cgroups(7), and `cpu.max`, `memory.max` and `memory.stat` in the kernel's cgroup-v2.rst.
+are those of Linux: cgroups(7), and `cpu.max`, `memory.max`, `memory.high` and `memory.stat` in the kernel's
+cgroup-v2.rst.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +31,18 @@ def available_cores(root: Path = _ROOT, own: Path = _OWN) -> int:
 
 def available_memory(root: Path = _ROOT, own: Path = _OWN) -> int:
     """Return how many bytes of memory this process may still take."""
-    rests = [rest for group in _groups("memory", root, own) if (rest := _memory_of(group)) is not None]
-    return max(0, min([int(psutil.virtual_memory().available), *rests]))
+    rests = [_address_space(), *map(_memory_of, _groups("memory", root, own))]
+    return max(0, min([int(psutil.virtual_memory().available), *(rest for rest in rests if rest is not None)]))
+
+
+def _address_space() -> int | None:
+    """Return how many bytes this process may still map under `ulimit -v`, or None without such a limit."""
+    if sys.platform == "win32":
+        return None
+    import resource  # does not exist on Windows
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit - int(psutil.Process().memory_info().vms)
 
 
 def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
@@ -63,11 +75,13 @@ def _cores_of(group: Path) -> float | None:
 
 
 def _memory_of(group: Path) -> int | None:
-    limit = _words(group / "memory.max", 1) or _words(group / "memory.limit_in_bytes", 1)
+    # Above memory.high the kernel refuses nothing, but slows a process down until it hardly runs.
+    words = [_words(group / name, 1) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+    limits = [int(word) for (word,) in filter(None, words) if word.isdecimal()]  # "max" is no limit
     used = _words(group / "memory.current", 1) or _words(group / "memory.usage_in_bytes", 1)
-    if not limit or not used or not limit[0].isdecimal() or not used[0].isdecimal():
+    if not limits or not used or not used[0].isdecimal():
         return None
-    return int(limit[0]) - max(0, int(used[0]) - _reclaimable(group))
+    return min(limits) - max(0, int(used[0]) - _reclaimable(group))
 
 
 def _reclaimable(group: Path) -> int:

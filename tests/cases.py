@@ -1,9 +1,13 @@
-"""Cases of parametrized tests."""
+"""Cases of parametrized tests, and conditions of tests."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 from _pytest.mark import ParameterSet
+
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
 
 def full(*values: object) -> ParameterSet:

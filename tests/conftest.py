@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -47,3 +49,13 @@ def shared_slides() -> Path:
     if not slides.is_dir():
         pytest.skip("no shared slides: put them beside the checkout in shared/, or set WSI_SEGMENT_SHARED")
     return slides
+
+
+@pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP], ids=["ENOLCK", "EOPNOTSUPP"])
+def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every file system refuse locks, as some network mounts do."""
+
+    def refused(*_: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", refused)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 class WsiSegmentError(Exception):
@@ -53,18 +53,28 @@ _NUMBERS: dict[int | None, Shortage] = {
     errno.ENFILE: "out of file handles",
 }
 
-_TEXTS: dict[str, Shortage | None] = {
-    "static tls": None,  # "cannot allocate memory in static TLS block": too many libraries, not too little memory
-    "out of memory": "out of memory",  # CUDA, cairo
-    "allocate memory": "out of memory",  # "can't" in torch, "Cannot" in the C library
-    "insufficient memory": "out of memory",  # OpenCV, libjpeg
-    "not enough memory": "out of memory",  # torch on Windows
-    "failed to allocate": "out of memory",
-    "bad_alloc": "out of memory",  # C++
-    "bad allocation": "out of memory",  # C++ on Windows
-    "failed to map segment": "out of memory",  # the loader of libraries
-    "can't start new thread": "out of threads",  # Python
-    "resource temporarily unavailable": "out of threads",  # C++
+
+class _Text(NamedTuple):
+    """What a library reports with a text."""
+
+    what: Shortage | None
+    of_damaged_files: bool = False
+    """Whether decoders also use the text for a damaged file that claims too large a size."""
+
+
+_TEXTS = {
+    # "cannot allocate memory in static TLS block": too many libraries, not too little memory
+    "static tls": _Text(None),
+    "out of memory": _Text("out of memory", of_damaged_files=True),  # CUDA, cairo
+    "allocate memory": _Text("out of memory", of_damaged_files=True),  # "can't" in torch, "Cannot" in the C library
+    "insufficient memory": _Text("out of memory", of_damaged_files=True),  # OpenCV, libjpeg
+    "not enough memory": _Text("out of memory", of_damaged_files=True),  # torch on Windows
+    "failed to allocate": _Text("out of memory", of_damaged_files=True),
+    "bad_alloc": _Text("out of memory"),  # C++
+    "bad allocation": _Text("out of memory"),  # C++ on Windows
+    "failed to map segment": _Text("out of memory"),  # the loader of libraries
+    "can't start new thread": _Text("out of threads"),  # Python
+    "resource temporarily unavailable": _Text("out of threads"),  # C++
 }
 """Texts of libraries that raise RuntimeError or an error of their own, in lower case. The first that matches counts."""
 
@@ -74,16 +84,6 @@ def with_causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-_OF_DAMAGED_FILES = (
-    "out of memory",
-    "allocate memory",
-    "insufficient memory",
-    "not enough memory",
-    "failed to allocate",
-)
-"""Texts that decoders also use for a damaged file that claims too large a size."""
 
 
 def shortage(error: BaseException | None, *, decoding: bool = False) -> Shortage | None:
@@ -103,6 +103,5 @@ def _reported(error: BaseException, *, decoding: bool) -> Shortage | None:
     if isinstance(error, OSError) and error.errno is not None:
         return _NUMBERS.get(error.errno)
     text = str(error).lower()
-    if decoding and any(part in text for part in _OF_DAMAGED_FILES):
-        return None
-    return next((what for part, what in _TEXTS.items() if part in text), None)
+    found = next((meaning for part, meaning in _TEXTS.items() if part in text), None)
+    return None if found is None or (decoding and found.of_damaged_files) else found.what

@@ -167,7 +167,8 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
     TIFF resolution, then a guess from the objective power; a guess adds a warning to `SlideInfo.warnings`.
 
     The first level whose shape differs from the slide's, or that has the size of a picture of the label or of the whole
-    glass (see `picture_sizes`), and all later levels are left out, with a warning.
+    glass (see `picture_sizes`), and all later levels are left out, with a warning. If OpenSlide opens the slide, only
+    pictures in tiles count, because it takes no other image as a level.
 
     Raises SlideNotFoundError, SlideFormatError if no reader can open the file, its pixels would be wrong (see
     `check_layout`) or level 0 is such a picture, SlideReadError if the path cannot be examined or no pixel can be
@@ -182,7 +183,8 @@ def open_slide(path: Path, mpp: float | None = None, backend: Backend = "auto") 
         properties, all_sizes = reader.properties, _checked_sizes(path, reader)
         with _reading(path):
             check_layout(path, all_sizes)
-            pictures = picture_sizes(path)
+            # OpenSlide takes no image in strips as a level, so a level of that size is another image.
+            pictures = picture_sizes(path, in_strips=name != "openslide")
         if backend == "auto" and name == "openslide" and _tiffslide_agrees(path, reader):
             name = "tiffslide"
     level_sizes, left_out = _usable_levels(path, all_sizes, pictures)

@@ -52,6 +52,8 @@ class _Tags:
     """Bytes of the largest tile of any image."""
     picture_sizes: frozenset[tuple[int, int]] = frozenset()
     """(width, height) of the images that are named or marked as a picture of the label or of the whole glass."""
+    tiled_picture_sizes: frozenset[tuple[int, int]] = frozenset()
+    """The same without the images that are stored in strips."""
 
 
 def check_layout(path: Path, level_sizes: Collection[tuple[int, int]]) -> None:
@@ -73,13 +75,14 @@ def check_layout(path: Path, level_sizes: Collection[tuple[int, int]]) -> None:
         raise SlideFormatError(f"{path.name}: its pixels are 16-bit gray; convert it to 8 bits per channel")
 
 
-def picture_sizes(path: Path) -> frozenset[tuple[int, int]]:
+def picture_sizes(path: Path, *, in_strips: bool = True) -> frozenset[tuple[int, int]]:
     """Return (width, height) of the images of a TIFF file that show the label or the whole glass.
 
-    The image's description, its NewSubfileType or its name in OME-XML states what it shows. Return an empty set for any
-    other file.
+    The image's description, its NewSubfileType or its name in OME-XML states what it shows. Without `in_strips`, images
+    that are stored in strips are left out. Return an empty set for any other file.
     """
-    return _file_tags(path).picture_sizes
+    tags = _file_tags(path)
+    return tags.picture_sizes if in_strips else tags.tiled_picture_sizes
 
 
 def check_tile_bytes(path: Path) -> None:
@@ -112,7 +115,8 @@ def _read(path: Path, size: int, mtime_ns: int) -> _Tags:  # noqa: ARG001 - the 
             return _Tags(
                 layouts=tuple(_layout(page, n == 0) for n, page in enumerate(pages) if n == 0 or page.is_tiled),
                 most_bytes=max((max(page.databytecounts, default=0) for page in pages if page.is_tiled), default=0),
-                picture_sizes=frozenset(_picture_sizes(pages)),
+                picture_sizes=frozenset(_picture_sizes(pages, in_strips=True)),
+                tiled_picture_sizes=frozenset(_picture_sizes(pages, in_strips=False)),
             )
     except (OSError, MemoryError):
         raise  # the next attempt may succeed
@@ -130,9 +134,9 @@ def _layout(page: tifffile.TiffPage, is_first: bool) -> _Layout:
     )
 
 
-def _picture_sizes(pages: list[tifffile.TiffPage]) -> Iterator[tuple[int, int]]:
+def _picture_sizes(pages: list[tifffile.TiffPage], *, in_strips: bool) -> Iterator[tuple[int, int]]:
     for page in pages:
-        if page.subfiletype & _MACRO or _PICTURE.match(page.description):
+        if (in_strips or page.is_tiled) and (page.subfiletype & _MACRO or _PICTURE.match(page.description)):
             yield page.imagewidth, page.imagelength
     if pages and pages[0].is_ome:
         yield from _ome_picture_sizes(pages[0].description)

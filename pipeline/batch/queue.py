@@ -16,7 +16,7 @@ from pipeline.batch.earlier import EarlierRuns
 from pipeline.batch.names import name_clashes, named_jobs
 from pipeline.batch.slots import MAX_THREADS, CallingThread, ThreadSlots
 from pipeline.batch.window import QueuedSlide, SlideQueue
-from pipeline.errors import Cancelled
+from pipeline.errors import Cancelled, OutputError
 from pipeline.pages.report_page import write_report
 from pipeline.progress import Progress
 from pipeline.results.folder import is_locked
@@ -189,7 +189,7 @@ def _attempt_all(
     def locked(job: SlideJob) -> bool:
         try:
             return is_locked(batch.output, job.result_name)
-        except OSError:
+        except (OSError, OutputError):
             return False  # the attempt reports the error, or retries a stale mount
 
     with attempts.slots() as slots:

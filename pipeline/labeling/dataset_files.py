@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.errors import LabelingError
-from pipeline.files import replacing, write_atomically
+from pipeline.errors import LabelingError, OutputError
+from pipeline.files import file_lock, replacing, write_atomically
 from pipeline.labeling.events import Place
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.masks import UNKNOWN, Outlined, classes_in, write_masks
@@ -83,8 +82,10 @@ def write_dataset(folder: Path, labels: Labels, read: Read) -> int:
     """
     try:
         # Another annotator's program may write the same folder.
-        with FileLock(folder / ".dataset.lock"):
+        with file_lock(folder / ".dataset.lock"):
             missing = _write(folder, labels, read)
+    except OutputError as error:
+        raise LabelingError(str(error)) from error
     except OSError as error:
         raise LabelingError(
             f"{error.filename or folder}: cannot be written ({error.strerror or error}); check the space on the disk "

@@ -13,14 +13,14 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from pipeline.errors import ConfigError, LockedError, OtherResultError, OutputError, RunRecordError
-from pipeline.files import is_file, sync, sync_tree, write_atomically
+from pipeline.files import file_lock, is_file, sync, sync_tree, write_atomically
 from pipeline.results.digests import changed_files
 from pipeline.results.names import GROUP, RUN
 from pipeline.results.record import Run, RunHeader, RunIdentity, read_header, read_run
@@ -129,10 +129,10 @@ def open_folder(
     The run resumes from a working folder with the same `identity` whose blocks were `computed_with` the same values;
     any other one is removed. After an error the working folder stays if it holds finished blocks.
 
-    Raises LockedError if another process has the lock. Raises OtherResultError if the target holds the result of other
-    inputs, unless `force` is set. Raises OutputError if the target holds something else, or if files of the target are
-    missing or changed, unless `force` or `repair` is set. With `repair`, every file is read; otherwise, sizes are
-    compared.
+    Raises LockedError if another process has the lock, and OutputError if the file system has no locks. Raises
+    OtherResultError if the target holds the result of other inputs, unless `force` is set. Raises OutputError if the
+    target holds something else, or if files of the target are missing or changed, unless `force` or `repair` is set.
+    With `repair`, every file is read; otherwise, sizes are compared.
     """
     if ".zarr" in str(output.absolute()) or ".zarr" in name:
         raise OutputError(
@@ -141,13 +141,11 @@ def open_folder(
         )
     output = _make_group(output, name)
     name = Path(name).name
-    lock_path = lock_file(output, name)
-    lock = FileLock(lock_path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise _locked(output / name) from None
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(lock_file(output, name), wait=False))
+        except Timeout:
+            raise _locked(output / name) from None
         folder = _prepare(output, name, identity, computed_with, slide, force=force, repair=repair)
         try:
             yield folder
@@ -155,10 +153,6 @@ def open_folder(
             if not (folder.work / "journal.jsonl").exists():
                 shutil.rmtree(folder.work, ignore_errors=True)
             raise
-    finally:
-        # Before the release: a process that opened the file in the meantime sees that it is gone and makes a new one.
-        lock_path.unlink(missing_ok=True)
-        lock.release()
 
 
 def lock_file(output: Path, name: str) -> Path:
@@ -178,18 +172,18 @@ def _locked(target: Path) -> LockedError:
 
 
 def is_locked(output: Path, name: str) -> bool:
-    """Return whether a run is working on a slide. Removes the lock file of a killed run."""
+    """Return whether a run is working on a slide. Removes the lock file of a killed run.
+
+    Raises OutputError if the file system has no locks.
+    """
     path = lock_file(output, name)
     if not path.exists():
         return False
-    lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        with file_lock(path, wait=False):
+            return False
     except Timeout:
         return True
-    path.unlink(missing_ok=True)
-    lock.release()
-    return False
 
 
 def finished_run(target: Path, identity: RunIdentity, *, read: bool = False) -> Run | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 import threading
@@ -17,7 +16,7 @@ from models.card import ModelCard
 from models.predictor import Predictor
 from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolve
 from pipeline.errors import Cancelled, ConfigError, OutputError
-from pipeline.files import sync, sync_tree
+from pipeline.files import disk_shortage, sync, sync_tree
 from pipeline.formats.chunk_files import sweep_partial_files
 from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store
 from pipeline.formats.outputs import OUTPUTS, SegmentedSlide
@@ -164,6 +163,8 @@ def _segment_slide(
         open_folder(
             output, name, identity, computed_with, slide=path, force=settings.force, repair=settings.repair
         ) as folder,
+        # Also inside: after an error, `open_folder` removes files, and the disk no longer looks full.
+        _named_write_errors(path, output),
     ):
         if folder.finished is not None:
             return skipped_result(name, folder.target, folder.finished, time.perf_counter() - start)
@@ -366,11 +367,9 @@ def _named_write_errors(path: Path, output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(output).free
+        if (shortage := disk_shortage(error, output)) is not None:
             raise OutputError(
-                f"{path.name}: the disk of {output} is full ({free / 2**20:.0f} MiB free); free some space and run the "
-                f"same command again, which resumes from the finished blocks"
+                f"{path.name}: {shortage}, and run the same command again, which resumes from the finished blocks"
             ) from error
         raise OutputError(
             f"{path.name}: cannot write {error.filename or output}: {error.strerror or error}; check that the folder "

@@ -60,7 +60,8 @@ def warn_of_uncalibrated(validation: PatchImages) -> None:
 def calibrate_gate(presence_MK: NDArray[np.float32], held_MK: NDArray[np.bool_], recall: float) -> tuple[float, ...]:
     """Return per class the largest threshold, to 0.0002, that accepts `recall` of the patches with the class.
 
-    No threshold accepts a presence of exactly 0. The threshold of a class that no patch contains is `UNCALIBRATED`.
+    No threshold accepts a presence of exactly 0, to which logits below -104 are rounded. If too many patches have it,
+    the threshold is 0 and accepts fewer. The threshold of a class that no patch contains is `UNCALIBRATED`.
     """
     thresholds = []
     for k in range(held_MK.shape[1]):

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from pipeline.errors import LockedError, OutputError, TrainError
+from pipeline.files import file_lock
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset
 
@@ -30,20 +31,19 @@ def claim(run: Path, dataset: Dataset, config: TrainConfig, made_with: Mapping[s
     be created, LockedError if another process trains in it, and TrainError if the run was started with another
     configuration, data set, content of the images, or file of initial weights, or if its record cannot be read.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{run}: the run folder cannot be created: {error.strerror}; pass another -o") from error
-    lock = FileLock(run.absolute().parent / f".{run.name}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise LockedError(f"{run}: another wsi-train is using this folder; wait for it, or pass another -o") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            run.absolute().parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(run.absolute().parent / f".{run.name}.lock", wait=False))
+            run.mkdir(exist_ok=True)
+        except Timeout as error:
+            raise LockedError(
+                f"{run}: another wsi-train is using this folder; wait for it, or pass another -o"
+            ) from error
+        except OSError as error:
+            raise OutputError(f"{run}: the run folder cannot be created: {error.strerror}; pass another -o") from error
         _write_or_compare(run, dataset, config, made_with)
         yield
-    finally:
-        lock.release()
 
 
 def recorded_provenance(run: Path) -> dict[str, str]:

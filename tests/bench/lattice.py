@@ -23,6 +23,8 @@ classes, by pixels and by square cells that contain such a pixel.
 `steps` looks for borders of cores in the probabilities: segments of a border across which a class changes by more than
 it does one map pixel before and after. Lines `BESIDE` pixels beside the borders are measured for comparison.
 
+`lattice_cores.py` computes the cores.
+
 Shape suffixes: K classes, P phases, D distances from the edge, H and W a map, S segments.
 """
 
@@ -34,25 +36,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import zarr
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from models.backbone_windows import RING as FEATURES_AROUND
-from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks
+from models.bundle import DEFAULT_BUNDLE, load_bundle
 from models.predictor import Predictor
-from models.runtimes import CONTEXT
 from pipeline.config import MapSettings
 from pipeline.results.record import read_run
-from pipeline.slide.canvases import canvas_cores, largest_canvas, with_margin
+from pipeline.slide.canvases import largest_canvas, with_margin
 from pipeline.slide.labels import winners
-from pipeline.slide.plan import backbone_windows, block_tissue
+from pipeline.slide.plan import block_tissue
 from pipeline.training.position import RING, ring_means
+from tests.bench.lattice_cores import grid_of, make_predictor, predicted_cores
 from wsi.box import Box
 from wsi.grid import Grid, make_grid
-from wsi.resample import read_model_pixels, read_tiles
+from wsi.resample import read_model_pixels
 from wsi.slide import Slide, open_slide
 from wsi.tissue import Tissue, find_tissue
 
@@ -147,7 +147,7 @@ def shifted_labels(
     stride 1. Every block is computed as in a run, but nothing is skipped outside its canvases.
     """
     with open_slide(path) as opened, _moved(opened, predictor.card.mpp, pixels, part_l0) as slide:
-        grid = _grid(slide, predictor)
+        grid = grid_of(slide, predictor)
         tissue = find_tissue(slide)
         tissue_HW = np.zeros(grid.size_m[::-1], np.bool_)
         for block in grid.blocks():
@@ -161,41 +161,6 @@ def shifted_labels(
             core_HW[:] = winners(probs_KHW).numpy()[: core_HW.shape[0], : core_HW.shape[1]]
             computed += pixels
     return labels_HW, _inside(tissue_HW, 4 * INSIDE_OUT), computed / max(1, int(tissue_HW.sum()))
-
-
-def _grid(slide: Slide, predictor: Predictor) -> Grid:
-    """Return a grid with the predictor's output stride, whose blocks are those of a run with the default stride."""
-    stride = predictor.output_stride
-    block_out = MapSettings().output_stride // stride * MapSettings().block_out
-    return make_grid(slide.info, model_mpp=predictor.card.mpp, output_stride=stride, block_out=block_out)
-
-
-def predicted_cores(
-    slide: Slide, grid: Grid, tissue: Tissue, predictor: Predictor, canvas_m: int | None
-) -> Iterator[tuple[Box, int, Tensor]]:
-    """Yield each core, as in a run, in model pixels, the number of pixels computed for it, and its probabilities.
-
-    Probabilities are (K, h, w). Nothing is skipped outside the canvases.
-    """
-    classes, margin = len(predictor.card.classes), predictor.card.margin
-    for block in grid.blocks():
-        cores_m = canvas_cores(grid, block_tissue(grid, tissue, block), block, predictor.card, canvas_m)
-        if not cores_m:
-            continue
-        canvases_m = [with_margin(core_m, margin) for core_m in cores_m]
-        pixels_m = read_tiles(
-            slide, grid, [with_margin(core_m, margin + FEATURES_AROUND + CONTEXT) for core_m in cores_m]
-        )
-        stride = grid.m_per_out
-        probs = [torch.empty((classes, core_m.height // stride, core_m.width // stride)) for core_m in cores_m]
-        places = [canvas_m.slices(pixels_m.canvas_m) for canvas_m in canvases_m]
-        corners = [(core_m.x, core_m.y) for core_m in cores_m]
-        block_m = grid.box_m(block.box_out)
-        there = predictor.on_device(pixels_m.canvas_HWC)
-        predictor.predict_into(probs, there, places, corners, block=block_m.slices(pixels_m.canvas_m))
-        windows = backbone_windows(cores_m, block_m, predictor.card)
-        pixels = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in windows]
-        yield from zip(cores_m, pixels, probs, strict=True)
 
 
 def _moved(slide: Slide, mpp: float, pixels: int, part_l0: Box | None) -> Slide:
@@ -321,7 +286,7 @@ def print_contested(slide: Path, model: str, margin: int | None, canvas: int | N
     """Print the shares of the cores in which the gate leaves several classes."""
     predictor = make_predictor(model, margin, output_stride=4)
     with open_slide(slide) as opened:
-        grid = _grid(opened, predictor)
+        grid = grid_of(opened, predictor)
         found = predicted_cores(opened, grid, find_tissue(opened), predictor, canvas)
         shares = contested_shares((probs_KHW for _, _, probs_KHW in found), [1, *(side // 4 for side in CELLS)])
     pixels, *cells = (f"{share:.2%}" for share in shares)
@@ -354,7 +319,7 @@ def print_steps(slide: Path, model: str, margin: int | None, canvas: int | None)
     """Print how many segments of the borders between cores show in the probabilities."""
     predictor = make_predictor(model, margin, output_stride=4)
     with open_slide(slide) as opened:
-        grid = _grid(opened, predictor)
+        grid = grid_of(opened, predictor)
         probs_KHW, core_HW = joined_cores(grid, predicted_cores(opened, grid, find_tissue(opened), predictor, canvas))
     print(f"{slide.name}, {model}: margin {predictor.card.margin}, canvas {largest_canvas(predictor.card, canvas)}")
     maps = ((probs_KHW, core_HW), (probs_KHW.swapaxes(1, 2), core_HW.T))
@@ -433,16 +398,6 @@ def random_places(grid: Grid, tissue: Tissue, count: int) -> Iterator[Box]:
 def _inside(tissue_HW: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
     """Return the pixels that are farther than `pixels` (along the axes) from the border of the tissue."""
     return np.asarray(ndimage.minimum_filter(tissue_HW, 2 * pixels + 1, mode="constant", cval=False), np.bool_)
-
-
-def make_predictor(model: str, margin: int | None, output_stride: int) -> Predictor:
-    """Return the predictor of a bundle, with another margin than the model's if one is given."""
-    bundle = load_bundle(model)
-    card = bundle.card if margin is None else bundle.card.model_copy(update={"margin": margin})
-    networks = load_networks(bundle)
-    return Predictor.from_networks(
-        card, bundle.digest, *networks, device="cpu", runtime="auto", output_stride=output_stride
-    )
 
 
 if __name__ == "__main__":

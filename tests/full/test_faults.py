@@ -1,235 +1,31 @@
 """If anything fails during a run, the error names the slide, the other slides finish and no files are left behind. When
 the fault is gone, the same command gives the same bytes.
 
-A worker that hangs (`--slide-timeout`) and one that the kernel ends for want of memory are in
-`tests/pipeline/workers/cluster/test_cluster.py`.
+Faulty disks are in `test_faulty_disks.py`. A worker that hangs (`--slide-timeout`) and one that the kernel ends for
+want of memory are in `tests/pipeline/workers/cluster/test_cluster.py`.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from numpy.typing import NDArray
 
 from models.predictor import Predictor
-from pipeline.batch.queue import run_batch
-from pipeline.config import SegmentConfig
-from pipeline.formats import outputs
-from pipeline.progress import Progress, no_progress
-from pipeline.results.slide_result import SlideResult
-from pipeline.slide import recipe
-from pipeline.slide.recipe import segment_slide
-from pipeline.workers.base import SlideJob
-from pipeline.workers.in_process import InProcess
-from tests.pipeline.fakes import SMALL, color_predictor, published, region_slide, run_of
-from tests.slides import PINK, painted, write_slide
+from tests.full.two_slides import CONFIG, Slides, at
+from tests.pipeline.fakes import color_predictor, published, run_of
 from wsi.box import Box
 from wsi.readers import READERS, OpenSlideReader
 
-CONFIG = replace(SMALL, block_out=80, backend="openslide")
-"""A dozen blocks."""
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 BAD_L0 = Box(512, 256, 64, 64)
 """The box in which the tests' readers fail."""
-
-
-@dataclass(frozen=True)
-class Slides:
-    """Two slides, and the first one's result without faults."""
-
-    a: Path
-    b: Path
-    expected: dict[str, bytes]
-
-    def run(self, output: Path, predictor: Predictor | None = None, **options: object) -> list[SlideResult]:
-        """Both in one batch; the progress of the first goes to `progress`, each result to `report`."""
-        progress: Progress = options.get("progress", no_progress)  # type: ignore[assignment]
-        report: Callable[[SlideResult], None] = options.get("report", lambda _: None)  # type: ignore[assignment]
-        config: SegmentConfig = options.get("config", CONFIG)  # type: ignore[assignment]
-        workers = InProcess(lambda _: predictor or color_predictor(), "any", config)
-        jobs = [SlideJob(self.a), SlideJob(self.b)]
-        return run_batch(jobs, output, workers, lambda job: progress if job.path == self.a else no_progress, report)
-
-    def check_recovery(self, output: Path, least: int = 0) -> None:
-        """The same command once the fault is gone: the bytes of an undisturbed run, and nothing else."""
-        a, b = self.run(output)
-        assert (a.status, b.status) == ("done", "skipped"), a.error
-        assert a.resumed_blocks >= least
-        assert published(output / "a") == self.expected
-        assert names(output) == ["a", "b", "index.html", "summary.csv"]
-
-
-@pytest.fixture(scope="module")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> Slides:
-    folder = tmp_path_factory.mktemp("slides")
-    # Two levels: the thumbnail is read from the second, so that only the tiles meet the bad place.
-    a = region_slide(folder / "a.svs", levels=(1, 8))
-    b = write_slide(folder / "b.svs", painted((300, 250), ((20, 20, 250, 200), PINK)), mpp=1.0)
-    result = segment_slide(a, folder / "undisturbed", color_predictor(), CONFIG)
-    assert result.folder is not None
-    return Slides(a, b, published(result.folder))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def thread_names() -> set[str]:
-    """Of all threads but those that zarr keeps for its next reads and writes."""
-    return {thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_")}
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(slides: Slides, tmp_path: Path) -> Iterator[None]:
-    """No descriptors, threads or processes of a run outlive it, and no locks or half-written files."""
-    process = psutil.Process()
-    handles, threads, children = process.num_fds(), thread_names(), set(process.children())
-    yield
-    assert process.num_fds() <= handles
-    assert thread_names() <= threads
-    assert set(process.children()) <= children
-    assert [path for path in tmp_path.rglob("*") if path.name.endswith((".lock", ".partial"))] == []
-
-
-def at(stage: str, done: int, act: Callable[[], object]) -> Progress:
-    """A progress callback that acts once, at one moment."""
-    acted: list[object] = []
-
-    def progress(now: str, steps: int, _: int) -> None:
-        if (now, steps) == (stage, done) and not acted:
-            acted.append(act())
-
-    return progress
-
-
-# --- the disk
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A small file system of its own, so that errors come from the kernel."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount a small file system")
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=False, capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(ballast: Path) -> None:
-    """Take all that is free."""
-    with ballast.open("ab", buffering=0) as file, pytest.raises(OSError, match="No space left on device"):
-        while True:
-            file.write(bytes(4096))
-
-
-def filling_first(writes: Callable[..., object], ballast: Path) -> Callable[..., object]:
-    """A function that finds a full disk the first time it is called."""
-    filled: list[bool] = []
-
-    def full(*arguments: object, **named: object) -> object:
-        if not filled:
-            fill(ballast)
-            filled.append(True)
-        return writes(*arguments, **named)
-
-    return full
-
-
-WRITERS = {
-    "write_features": outputs,
-    "build_pyramid": outputs,
-    "write_preview": outputs,
-    "write_slide_page": recipe,
-    "write_result": recipe,
-}
-STAGES = ["create_store", "blocks", *WRITERS]
-
-
-def test_a_disk_that_is_full_at_any_stage_ends_the_slide_by_name_and_the_run_goes_on_later(
-    slides: Slides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recipe, "check_resources", lambda *_: None)
-    with mounted(tmp_path / "small", "size=6m") as small:
-        ballast = small / "ballast"
-        for number, stage in enumerate(STAGES):
-            output = small / f"out{number}"
-            progress = at("segmenting", 4, lambda: fill(ballast)) if stage == "blocks" else no_progress
-            with monkeypatch.context() as patch:
-                if stage != "blocks":
-                    module = WRITERS.get(stage, recipe)
-                    patch.setattr(module, stage, filling_first(getattr(module, stage), ballast))
-                # Somebody frees some space once the first slide has failed.
-                a, b = slides.run(output, progress=progress, report=lambda _: ballast.unlink(missing_ok=True))
-            assert a.error.startswith(f"a.svs: the disk of {output} is full ("), (stage, a)
-            assert "run the same command again, which resumes from the finished blocks" in a.error
-            assert b.status == "done", (stage, b.error)
-            assert not (output / "a").exists()
-            assert not list(output.rglob("*.partial"))
-            slides.check_recovery(output, least=0 if stage == "create_store" else 4 if stage == "blocks" else 12)
-            for result in ("a", "b"):
-                shutil.rmtree(output / result)
-
-
-@pytest.mark.parametrize("number", [0, 2, 9, 40, 120, -2])
-def test_a_write_that_fails_only_when_it_is_synced_ends_the_slide_alone(
-    slides: Slides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """File systems that allocate late, and network mounts, find out then. Negative: counted from the publishing on."""
-    calls, sync = [0], os.fsync
-    if number < 0:
-        calls[0] = -(10**6)
-
-    def failing(descriptor: int) -> None:
-        calls[0] += 1
-        if calls[0] == abs(number) + 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", failing)
-    a, b = slides.run(tmp_path / "out", progress=at("publishing", 0, lambda: calls.__setitem__(0, 0)))
-    assert (a.status, b.status) == ("failed", "done")
-    assert a.error.startswith(f"a.svs: the disk of {tmp_path / 'out'} is full (")
-    assert not (tmp_path / "out" / "a").exists()
-    slides.check_recovery(tmp_path / "out", least=12 if number < 0 else 0)
-
-
-def test_an_output_that_cannot_be_written_is_named_with_its_folder(slides: Slides, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    for result in slides.run(tmp_path / "file"):
-        assert result.error.startswith(f"{result.slide}.svs: cannot write {tmp_path / 'file'}: File exists; check that")
-    assert (tmp_path / "file").read_text(encoding="utf-8") == "in the way"
-
-
-def test_a_read_only_file_system_is_said_so(slides: Slides, tmp_path: Path) -> None:
-    with mounted(tmp_path / "disk", "size=6m") as disk:
-        (disk / "out").mkdir()
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for result in slides.run(disk / "out"):
-            assert result.status == "failed"
-            assert result.error.startswith(f"{result.slide}.svs: cannot write {disk / 'out'}")
-            assert "Read-only file system" in result.error
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        assert names(disk / "out") == []
-        assert [result.status for result in slides.run(disk / "out")] == ["done", "done"]
 
 
 # --- the slide

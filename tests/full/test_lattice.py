@@ -13,7 +13,8 @@ from models.bundle import DEFAULT_BUNDLE, load_bundle, load_networks, shipped_bu
 from models.predictor import Predictor
 from models.segmenter import build_segmenter
 from models.shared_stages import unshared
-from tests.bench.lattice import make_predictor, shifted_labels
+from tests.bench.lattice import shifted_labels
+from tests.bench.lattice_cores import make_predictor
 
 
 def changed_share(slide: Path, model: str, margin: int | None = None, canvas_m: int | None = None) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from models.card import NO_DIGEST
 from models.decoder_parts import PART_SIDE, cut, parts_of
 from models.predictor import Predictor
 from models.runtimes import Runtime
+from tests.cases import needs_openvino
 from tests.models.networks import sharing_networks
 
 MARGIN = 64
@@ -70,9 +70,6 @@ class _Run:
     def predict(self) -> tuple[list[Tensor], Decisions]:
         probs = [torch.full((2, height // 4, width // 4), torch.nan) for height, width in CORES]
         return probs, self.predictor.predict_into(probs, self.rgb_HWC, self.places, self.corners)
-
-
-needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
 
 @pytest.mark.parametrize("runtime", ["torch", pytest.param("openvino", marks=[needs_openvino, pytest.mark.full])])

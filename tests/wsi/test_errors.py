@@ -45,3 +45,22 @@ def test_a_shortage_counts_if_it_caused_another_error() -> None:
     assert shortage(error) is None
     error.__cause__.__context__ = RuntimeError("can't start new thread")
     assert shortage(error) == "out of threads"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("cairo: out of memory", None),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.", None),
+        ("Insufficient memory (case 4)", None),
+        ("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.", None),
+        ("failed to allocate 8 bytes", None),
+        ("std::bad_alloc", "out of memory"),
+        ("libx.so: failed to map segment from shared object", "out of memory"),
+        ("can't start new thread", "out of threads"),
+        ("damaged", None),
+    ],
+)
+def test_texts_that_a_damaged_file_can_cause_do_not_count_while_decoding(text: str, what: Shortage | None) -> None:
+    assert shortage(RuntimeError(text), decoding=True) == what
+    assert shortage(MemoryError(text), decoding=True) == "out of memory"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from tests.slides import PINK, TILE, painted
+from tests.slides import PINK, PURPLE, TILE, painted
 from wsi.box import Box
 from wsi.errors import SlideFormatError
 from wsi.readers import OpenSlideReader, TiffSlideReader
@@ -198,6 +198,36 @@ def test_a_picture_of_the_label_in_the_shape_of_the_slide_is_not_a_level(
         assert slide.info.warnings == (
             "level 2 (128×128 px) has the size of a label or macro image; levels from 2 on are not used",
         )
+
+
+@pytest.mark.parametrize("first", [APERIO, None])
+@pytest.mark.parametrize(("description", "subfiletype"), [(f"{APERIO}\r\nlabel 256x256", 1), (APERIO, 9), ("Label", 1)])
+def test_a_level_with_the_size_of_a_picture_in_strips_is_used(
+    tmp_path: Path, first: str | None, description: str, subfiletype: int
+) -> None:
+    """OpenSlide never takes an image in strips as a level. tiffslide does."""
+    path = tmp_path / "slide.tif"
+    level_HWC = painted((256, 256), ((20, 40, 100, 60), PURPLE))
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(painted((512, 512)), photometric="rgb", description=first, **TILED)
+        # A level before its picture, and one behind it.
+        for side, is_picture in ((256, False), (256, True), (128, True), (128, False)):
+            if is_picture:
+                picture_HWC = painted((side, side), ((0, 0, side, side), PINK))
+                facts: dict[str, Any] = {"description": description, "subfiletype": subfiletype, "metadata": None}
+                tiff.write(picture_HWC, photometric="rgb", **facts)
+            else:
+                tiff.write(level_HWC[:side, :side], photometric="rgb", description=first, subfiletype=1, **TILED)
+    for backend in ("auto", "openslide"):
+        with open_slide(path, 0.5, backend) as slide:
+            assert slide.info.level_sizes == ((512, 512), (256, 256), (128, 128))
+            assert slide.info.warnings == ()
+            for level, side in ((1, 256), (2, 128)):
+                pixels_HWC = slide.read(level, Box(0, 0, side, side)).rgb_HWC
+                np.testing.assert_array_equal(pixels_HWC, level_HWC[:side, :side])
+    # tiffslide might have taken the picture.
+    with open_slide(path, 0.5, "tiffslide") as slide:
+        assert slide.info.level_sizes == ((512, 512),)
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,9 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
-from filelock import FileLock
-
 from models.tissue_class import Color, TissueClass
 from pipeline.errors import MapFileError, OutputError, RunRecordError
-from pipeline.files import write_atomically
+from pipeline.files import file_lock, write_atomically
 from pipeline.formats.left_out import CLASSES as LEFT_OUT_CLASSES
 from pipeline.results.find import result_folders
 from pipeline.results.names import FAMILIARITY, GEOJSON_END, LEFT_OUT, MAP_END, RUN
@@ -107,11 +105,8 @@ def write_project(output: Path, *, tiles: bool = False, slides: Path | None = No
     if not results:
         raise OutputError(f"{output}: no results of wsi-segment in this folder; pass the folder of the results")
     try:
-        with FileLock(output / ".qupath.lock") as lock:
-            try:
-                return _write(folder, results, tiles=tiles, slides=slides)
-            finally:
-                Path(lock.lock_file).unlink(missing_ok=True)
+        with file_lock(output / ".qupath.lock"):
+            return _write(folder, results, tiles=tiles, slides=slides)
     except OSError as error:
         raise OutputError(
             f"{error.filename or folder}: cannot be written ({error.strerror or error}); check that there is space and "

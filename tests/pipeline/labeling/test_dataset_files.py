@@ -88,6 +88,13 @@ def test_the_folder_of_a_session_is_a_data_set_with_both_splits(
     assert own.group in ("a", "b")
 
 
+@pytest.mark.usefixtures("without_locks")
+def test_a_file_system_without_locks_is_named_and_no_lock_file_stays(tmp_path: Path) -> None:
+    with pytest.raises(LabelingError, match=f"^{tmp_path}: the file system refuses file locks"):
+        write_dataset(tmp_path, fold(("ann", label(0, *PRESENT))), read)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_complete_labels_are_part_of_the_data_set(tmp_path: Path) -> None:
     events = [
         ("ann", label(0, *PRESENT)), ("ann", label(1, mark="unsure")), ("ann", label(2, mark="artifact")),

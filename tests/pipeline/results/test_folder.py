@@ -251,3 +251,14 @@ def test_a_locked_slide_is_refused_before_any_work(tmp_path: Path) -> None:
         pytest.raises(LockedError, match="another process is working on this slide"),
     ):
         check_unlocked(tmp_path, "slide")
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_result_on_a_file_system_without_locks_is_refused_by_its_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match=f"^{out}: the file system refuses"), open_folder(out, "slide", IDENTITY, {}):
+        pass
+    assert list(out.iterdir()) == []
+    (out / ".slide.lock").touch()
+    with pytest.raises(OutputError, match=f"^{out}: the file system refuses"):
+        check_unlocked(out, "slide")

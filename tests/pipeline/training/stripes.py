@@ -16,6 +16,7 @@ from models.predictor import Predictor
 from tests.models.networks import (
     ColorClassifier,
     ColorSegmenter,
+    ConstantSegmenter,
     PixelClassifier,
     make_card,
 )
@@ -93,3 +94,15 @@ def write_dataset(
         encoding="utf-8",
     )
     return folder / "dataset.toml"
+
+
+def gated_by_hand() -> tuple[Predictor, NDArray[np.uint8]]:
+    """Return a predictor and an image of class 0 on the left and class 1 from column 64 on.
+
+    Windows of 64 px start at every 16th column of the mirrored image, and those beyond the canvas are moved inside. Up
+    to column 0 they contain class 0 only, from column 64 on class 1 only. The segmenter always predicts class 1, with
+    sigmoid(1).
+    """
+    truth_HW = np.zeros((64, 96), np.uint8)
+    truth_HW[:, 64:] = 1
+    return predictor(segmenter=ConstantSegmenter([0.0, 1.0])), image_of(truth_HW)

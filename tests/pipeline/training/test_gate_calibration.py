@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.gate import passing_classes, presence
 from pipeline.training.config import TrainConfig
 from pipeline.training.gate_calibration import (
     UNCALIBRATED,
@@ -34,6 +35,16 @@ def test_a_threshold_is_the_largest_that_accepts_the_required_share_of_tiles(
             continue
         assert (held > np.float32(threshold)).mean() >= recall - 1e-9
         assert (held > threshold + 2e-4).mean() < recall
+
+
+def test_no_threshold_accepts_a_presence_of_exactly_0() -> None:
+    presence_NK = presence(torch.tensor([[-200.0, -100.0], [-200.0, 3.0], [2.0, 2.0]]))
+    assert presence_NK[0, 0] == 0 < presence_NK[0, 1]
+    thresholds = calibrate_gate(presence_NK.numpy(), np.ones((3, 2), np.bool_), 1.0)
+    # The smallest threshold, which rejects 0 and accepts every other probability.
+    assert thresholds == (0.0, 0.0)
+    passed_NK = passing_classes(presence_NK, torch.tensor(thresholds))
+    assert passed_NK.tolist() == [[False, True], [False, True], [True, True]]
 
 
 def test_a_class_without_tiles_gets_the_threshold_of_the_paper() -> None:

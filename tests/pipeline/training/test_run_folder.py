@@ -127,3 +127,19 @@ def test_the_error_names_a_run_folder_that_cannot_be_created(textures: Dataset, 
         claim(tmp_path / "file", textures, CONFIG, {}),
     ):
         pass
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_run_folder_on_a_file_system_without_locks_is_refused_and_not_made(textures: Dataset, tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=f"^{tmp_path}: the file system refuses file locks"),
+        claim(tmp_path / "run", textures, CONFIG, {}),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_run_folder_does_not_stay(textures: Dataset, tmp_path: Path) -> None:
+    with claim(tmp_path / "run", textures, CONFIG, {}):
+        assert (tmp_path / ".run.lock").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -103,6 +103,14 @@ def test_an_update_without_new_results_changes_nothing(root: Path) -> None:
     assert not (root / "results" / ".qupath.lock").exists()
 
 
+@pytest.mark.full
+@pytest.mark.usefixtures("without_locks")
+def test_a_file_system_without_locks_is_named_and_no_lock_file_stays(root: Path) -> None:
+    with pytest.raises(OutputError, match=f"^{root / 'results'}: the file system refuses file locks"):
+        write_project(root / "results")
+    assert not (root / "results" / ".qupath.lock").exists()
+
+
 def test_an_update_keeps_what_the_user_saved_and_adds_new_slides(root: Path) -> None:
     late = root / "results" / Path(NAMES[0]).stem
     late.rename(root / "late")

@@ -1,0 +1,83 @@
+"""What helps after a failed write, and locks."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from filelock import Timeout
+
+from pipeline.errors import OutputError
+from pipeline.files import disk_shortage, file_lock, only_writer
+
+
+@pytest.mark.parametrize(
+    ("blocks", "inodes", "said"),
+    [
+        (512, (9000, 0), "can hold no more files (0 inodes and 2 MiB free); delete some files"),
+        (512, (9000, 16), "can hold no more files (16 inodes and 2 MiB free); delete some files"),
+        (512, (9000, 17), "is full (2 MiB free); free some space"),
+        (0, (9000, 0), "is full (0 MiB free); free some space"),
+        (512, (0, 0), "is full (2 MiB free); free some space"),  # btrfs: no limit of inodes
+    ],
+)
+def test_a_full_disk_is_told_from_one_without_inodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, inodes: tuple[int, int], said: str
+) -> None:
+    asked: list[Path] = []
+
+    def statvfs(path: Path) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(f_bavail=blocks, f_frsize=4096, f_files=inodes[0], f_favail=inodes[1])
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    folder = tmp_path / "out"  # could not be made
+    assert disk_shortage(OSError(errno.ENOSPC, "No space"), folder) == f"the disk of {folder} {said}"
+    assert asked == [tmp_path]
+
+
+def test_a_used_up_quota_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    assert disk_shortage(OSError(errno.EDQUOT, "Disk quota exceeded"), tmp_path) == (
+        f"the disk quota for {tmp_path} is used up; delete files that count toward it, or ask for a larger one"
+    )
+
+
+def test_other_errors_are_no_shortage(tmp_path: Path) -> None:
+    assert disk_shortage(OSError(errno.EROFS, "Read-only file system"), tmp_path) is None
+
+
+REFUSED = r": the file system refuses file locks \((No locks available|Operation not supported)\), so two runs .*; "
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_lock_excludes_others_and_leaves_no_file(tmp_path: Path) -> None:
+    with file_lock(tmp_path / ".lock"):
+        assert names(tmp_path) == [".lock"]
+        with pytest.raises(Timeout), file_lock(tmp_path / ".lock", wait=False):
+            pass
+        assert names(tmp_path) == [".lock"]
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_file_system_that_refuses_locks_is_named_and_no_lock_file_stays(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=f"^{tmp_path}{REFUSED}choose a folder on a local disk"),
+        only_writer(tmp_path / "a.csv", tmp_path / ".a.lock"),
+    ):
+        pass
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_lock_file_that_was_there_may_be_held_by_another_machine_and_stays(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    with pytest.raises(OutputError, match="refuses file locks"), file_lock(tmp_path / ".lock", wait=False):
+        pass
+    assert names(tmp_path) == [".lock"]
