@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
 
 
 class WsiSegmentError(Exception):
@@ -53,30 +53,24 @@ _NUMBERS: dict[int | None, Shortage] = {
     errno.ENFILE: "out of file handles",
 }
 
-
-class _Text(NamedTuple):
-    """What a library reports with a text."""
-
-    what: Shortage | None
-    of_damaged_files: bool = False
-    """Whether decoders also use the text for a damaged file that claims too large a size."""
-
-
-_TEXTS = {
+_TEXTS: dict[str, tuple[Shortage | None, bool]] = {
     # "cannot allocate memory in static TLS block": too many libraries, not too little memory
-    "static tls": _Text(None),
-    "out of memory": _Text("out of memory", of_damaged_files=True),  # CUDA, cairo
-    "allocate memory": _Text("out of memory", of_damaged_files=True),  # "can't" in torch, "Cannot" in the C library
-    "insufficient memory": _Text("out of memory", of_damaged_files=True),  # OpenCV, libjpeg
-    "not enough memory": _Text("out of memory", of_damaged_files=True),  # torch on Windows
-    "failed to allocate": _Text("out of memory", of_damaged_files=True),
-    "bad_alloc": _Text("out of memory"),  # C++
-    "bad allocation": _Text("out of memory"),  # C++ on Windows
-    "failed to map segment": _Text("out of memory"),  # the loader of libraries
-    "can't start new thread": _Text("out of threads"),  # Python
-    "resource temporarily unavailable": _Text("out of threads"),  # C++
+    "static tls": (None, False),
+    "out of memory": ("out of memory", True),  # CUDA, cairo
+    "allocate memory": ("out of memory", True),  # "can't" in torch, "Cannot" in the C library
+    "insufficient memory": ("out of memory", True),  # OpenCV, libjpeg
+    "not enough memory": ("out of memory", True),  # torch on Windows
+    "failed to allocate": ("out of memory", True),
+    "bad_alloc": ("out of memory", False),  # C++
+    "bad allocation": ("out of memory", False),  # C++ on Windows
+    "failed to map segment": ("out of memory", False),  # the loader of libraries
+    "can't start new thread": ("out of threads", False),  # Python
+    "resource temporarily unavailable": ("out of threads", False),  # C++
 }
-"""Texts of libraries that raise RuntimeError or an error of their own, in lower case. The first that matches counts."""
+"""Texts of libraries that raise RuntimeError or an error of their own, in lower case. The first that matches counts.
+
+The second value states whether decoders also use the text for a damaged file that claims too large a size.
+"""
 
 
 def with_causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -103,5 +97,5 @@ def _reported(error: BaseException, *, decoding: bool) -> Shortage | None:
     if isinstance(error, OSError) and error.errno is not None:
         return _NUMBERS.get(error.errno)
     text = str(error).lower()
-    found = next((meaning for part, meaning in _TEXTS.items() if part in text), None)
-    return None if found is None or (decoding and found.of_damaged_files) else found.what
+    what, is_of_damaged_files = next((found for part, found in _TEXTS.items() if part in text), (None, False))
+    return None if decoding and is_of_damaged_files else what
