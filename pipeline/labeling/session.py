@@ -14,6 +14,7 @@ from itertools import islice
 from pipeline.errors import LabelingError
 from pipeline.labeling.events import Answer, Event, Labeled, Mark, Place, Reason, Recorded, SlideAdded, Undone, View
 from pipeline.labeling.labels import LabelClass, Labels, Verdict, label_of
+from pipeline.labeling.recent import Recent
 from pipeline.labeling.slides import Slides
 from pipeline.labeling.store import EventStore
 
@@ -22,6 +23,10 @@ AHEAD = 6
 
 HISTORY = 50
 """Own labels to which the page can go back."""
+
+REMEMBERED = 1000
+"""Orders, and undos, that are recognized if a page sends them again. A page repeats only its latest one, so this is
+enough for as many tabs."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ class Session:
         # These patches stay next, whatever is picked meanwhile: the page may already show one of them.
         self._queue: dict[Place, Reason] = {}
         self._actions: list[tuple[int, ...]] = []
-        self._undone: dict[tuple[int, ...], dict[Place, Reason]] = {}
-        self._orders: dict[str, _Order] = {}
+        self._undone: Recent[tuple[int, ...], dict[Place, Reason]] = Recent(REMEMBERED)
+        self._orders: Recent[str, _Order] = Recent(REMEMBERED)
         self._handed: dict[str, Place] = {}
         self._registered: set[SlideAdded] = set(self._labels.slides.values())
         self.annotator = annotator
@@ -225,12 +230,15 @@ class Session:
         A class that was removed while the page showed it may be absent, but not present.
 
         The page sends an `order` again if the answer was lost: the same labels are then saved once. If a person has
-        changed them in between, they are saved, and one undo takes back both.
+        changed them in between, they are saved, and one undo takes back both. If another tab has undone them in
+        between, they are saved again.
         """
         content = [(one.place, one.answers, one.mark) for one in labels]
         with self._lock:
             self._follow()
             before = self._orders.get(order)
+            if before is not None and not self._own_numbers().issuperset(before.numbers):
+                before = None
             if before is not None and before.content == content:
                 return
             for one in labels:
@@ -247,7 +255,7 @@ class Session:
                 action = (*before.numbers, *action)
             self._actions.append(action)
             if order:
-                self._orders[order] = _Order(content, action)
+                self._orders.put(order, _Order(content, action))
             done = {one.place for one in labels}
             self._excluded = [place for place in self._excluded if place not in done]
             self._follow()
@@ -305,7 +313,8 @@ class Session:
             # Only now: if the undo cannot be saved, the next one is about the same labels.
             del self._actions[-1:]
             labels = [label_of(own[number]) for number in numbers if number in own]
-            self._undone[numbers] = undone = {one.place: _reason(one) for one in labels}
+            undone = {one.place: _reason(one) for one in labels}
+            self._undone.put(numbers, undone)
             self._follow()
             self._excluded = [place for place in self._excluded if place not in undone]
             patches = [self.patch(place, reason) for place, reason in undone.items()]
@@ -318,6 +327,9 @@ class Session:
         open_ = {ready.added.digest for ready in self._slides.ready()}
         own = self._labels.labels_of(self.annotator)
         return {one.number: one for one in own if label_of(one).place.slide in open_}
+
+    def _own_numbers(self) -> set[int]:
+        return {one.number for one in self._labels.labels_of(self.annotator)}
 
     def _last(self, own: Mapping[int, Recorded]) -> tuple[int, ...]:
         while self._actions and not own.keys() & set(self._actions[-1]):

@@ -94,6 +94,21 @@ def test_an_order_that_is_sent_again_is_saved_and_undone_once(
             assert (events(tmp_path / "l"), undone["counts"]["labeled"]) == (before + 2, 1)
 
 
+def test_an_order_that_was_undone_in_another_tab_is_saved_if_it_is_sent_again(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        (patch, *_) = page.get("/state.json").json()["upcoming"]
+        order = {"labels": [label(patch, 1)], "order": "a"}
+        last = page.post("/labels", json=order).json()["last"]
+        assert page.post("/undo", json={"last": last}).json()["counts"]["labeled"] == 0
+        for _ in range(2):
+            state = page.post("/labels", json=order).json()
+            assert (state["counts"]["labeled"], state["history"][0]["label"]["present"]) == (1, [1])
+        undone = page.post("/undo", json={"last": state["last"]}).json()
+        assert ([one["id"] for one in undone["undone"]], undone["last"]) == ([patch["id"]], [])
+
+
 def test_one_undo_takes_back_an_order_that_was_changed_before_it_was_sent_again(
     tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:

@@ -348,3 +348,28 @@ def test_undo_in_one_tab_leaves_the_label_of_another_tab(
         assert [one.kind for one in saved(folder)] == ["label", "label", "undo"]
         for one in (page, other):
             one.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+@pytest.mark.full
+def test_a_label_whose_answer_was_lost_and_that_another_tab_has_undone_is_saved_when_it_is_sent_again(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    folder = tmp_path / "l"
+    with failing_page(browser) as page, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        page.goto(url)
+        ready(page)
+        first = shown(page)
+        lose_answers(page, "/labels")
+        page.keyboard.press("1")
+        page.keyboard.press("Enter")
+        until(page, "!document.getElementById('fault').hidden")
+        other = page.context.new_page()
+        other.goto(url)
+        ready(other)
+        press(other, "z")
+        press(page, "Enter")
+        assert page.locator("#saved").inner_text() == "Saved: class-0"
+        assert [one.kind for one in saved(folder)] == ["label", "undo", "label"]
+        assert [patch.place.id for patch in at.session.history()] == [first]
+        for one in (page, other):
+            one.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
