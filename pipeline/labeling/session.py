@@ -5,6 +5,7 @@ Every method may be called from any thread. A method that returns after saving h
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from pipeline.errors import LabelingError
+from pipeline.labeling.counts import Counts, count
 from pipeline.labeling.events import Answer, Event, Labeled, Mark, Place, Reason, Recorded, SlideAdded, Undone, View
 from pipeline.labeling.labels import LabelClass, Labels, Verdict, label_of
 from pipeline.labeling.recent import Recent
@@ -62,22 +64,6 @@ class _Order:
     """Event numbers of the labels, also of those that were saved before a person changed them."""
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Patches of this folder, of all annotators."""
-
-    labeled: int
-    """Patches with an answer for every class."""
-    incomplete: int
-    """Patches that lack an answer: labeled before a class was added, imported in part, or disputed."""
-    unsure: int
-    artifact: int
-    present: dict[int, int]
-    """Labeled patches in which a class is present, by class number."""
-    by_slide: dict[str, int]
-    """Labeled patches by the slide's digest."""
-
-
 class Session:
     """What one annotator does with a labels folder."""
 
@@ -87,7 +73,8 @@ class Session:
         self._slides = slides
         self._model = model
         self._lock = threading.RLock()
-        self._labels = Labels(store.read())
+        records = store.read()
+        self._labels = Labels(records)
         self._excluded: list[Place] = []
         # These patches stay next, whatever is picked meanwhile: the page may already show one of them.
         self._queue: dict[Place, Reason] = {}
@@ -95,8 +82,12 @@ class Session:
         self._undone: Recent[tuple[int, ...], dict[Place, Reason]] = Recent(REMEMBERED)
         self._orders: Recent[str, _Order] = Recent(REMEMBERED)
         self._handed: dict[str, Place] = {}
+        self._remembered: set[str] = set()
         self._registered: set[SlideAdded] = set(self._labels.slides.values())
         self.annotator = annotator
+        started = records[0].time if records else ""
+        self.id = hashlib.sha256(f"{started} {annotator}".encode()).hexdigest()[:16]
+        """Names the folder and the annotator: the same in each session of both, and different in all others."""
         self.saved: Callable[[], None] = lambda: None
         """Called after events were saved."""
         self.picks: Callable[[], Sequence[Place]] = lambda: ()
@@ -109,9 +100,20 @@ class Session:
             return list(self._labels.classes.values())
 
     def place(self, patch_id: str) -> Place | None:
-        """Return a patch that was handed out, by its id."""
+        """Return a patch by its id. A page can outlive the session that handed the patch out."""
         with self._lock:
+            if patch_id not in self._handed:
+                self._remember_open()
             return self._handed.get(patch_id)
+
+    def _remember_open(self) -> None:
+        """Remember the ids of all patches of the slides that are open now."""
+        open_ = {ready.added.digest: ready for ready in self._slides.ready()}
+        for digest in open_.keys() - self._remembered:
+            self._handed.update((place.id, place) for place in open_[digest].order)
+            self._remembered.add(digest)
+        # Imported patches may lie beside the tissue.
+        self._handed.update((place.id, place) for place in self._labels.places() if place.slide in open_)
 
     def patch(self, place: Place, reason: Reason) -> Patch:
         """Return a patch to show, and remember its id."""
@@ -224,12 +226,14 @@ class Session:
             labels = self._labels
             return [self.patch(p, _reason(labels.label(p, self.annotator))) for p in islice(shown, HISTORY)]
 
-    def save(self, labels: Sequence[NewLabel], reasons: dict[Place, Reason], order: str = "") -> None:
+    def save(
+        self, labels: Sequence[NewLabel], reasons: dict[Place, Reason], order: str = "", *, again: bool = False
+    ) -> None:
         """Save labels together. Raises LabelingError if they cannot be saved, or name a class that does not exist.
 
         A class that was removed while the page showed it may be absent, but not present.
 
-        The page sends an `order` again if the answer was lost: the same labels are then saved once. If a person has
+        The page sends an `order` `again` if the answer was lost: the same labels are then saved once. If a person has
         changed them in between, they are saved, and one undo takes back both. If another tab has undone them in
         between, they are saved again.
         """
@@ -239,7 +243,10 @@ class Session:
             before = self._orders.get(order)
             if before is not None and not self._own_numbers().issuperset(before.numbers):
                 before = None
-            if before is not None and before.content == content:
+            elif before is None and again:
+                # A session that has ended may have saved them.
+                labels = [one for one in labels if not self._is_current(one)]
+            if not labels or (before is not None and before.content == content):
                 return
             for one in labels:
                 present = {id_ for id_, answer in one.answers.items() if answer == "present"}
@@ -260,6 +267,12 @@ class Session:
             self._excluded = [place for place in self._excluded if place not in done]
             self._follow()
         self.saved()
+
+    def _is_current(self, new: NewLabel) -> bool:
+        """Return whether the annotator's current label of a patch has the content of a new one."""
+        own = self._labels.label(new.place, self.annotator)
+        event = self._event(new, "random")
+        return own is not None and (own.answers, own.mark) == (event.answers, event.mark)
 
     def _event(self, new: NewLabel, reason: Reason) -> Labeled:
         return Labeled(
@@ -286,9 +299,9 @@ class Session:
     def undo(self) -> list[Patch]:
         """Undo the annotator's latest label, or grid of labels, and return its patches; empty if there is none.
 
-        The first undo of a session can reach the last label of the session before. Imported labels are kept, and so are
-        labels of slides that are not open, because the page could not show what was undone. Raises LabelingError if the
-        undo cannot be saved.
+        The first undo of a session can reach the last label, or grid, of the session before. Imported labels are kept,
+        and so are labels of slides that are not open, because the page could not show what was undone. Raises
+        LabelingError if the undo cannot be saved.
         """
         return self._undo(None) or []
 
@@ -334,8 +347,11 @@ class Session:
     def _last(self, own: Mapping[int, Recorded]) -> tuple[int, ...]:
         while self._actions and not own.keys() & set(self._actions[-1]):
             self._actions.pop()
-        made = [number for number, one in own.items() if label_of(one).view != "import"]
-        return self._actions[-1] if self._actions else tuple(made[-1:])
+        if self._actions:
+            return self._actions[-1]
+        made = [one for one in own.values() if label_of(one).view != "import"]
+        # The labels of a grid are saved at the same time.
+        return tuple(one.number for one in made if one.time == made[-1].time)
 
     def counts(self) -> Counts:
         """Return how many patches are labeled."""
@@ -358,23 +374,3 @@ class Session:
 
 def _reason(label: Labeled | None) -> Reason:
     return "random" if label is None else label.reason
-
-
-def count(labels: Labels) -> Counts:
-    """Return how many patches of a folder are labeled."""
-    found = Counts(0, 0, 0, 0, dict.fromkeys(labels.classes, 0), dict.fromkeys(labels.slides, 0))
-    complete = incomplete = unsure = artifact = 0
-    for place in labels.places():
-        verdict = labels.verdict(place)
-        unsure += verdict.mark == "unsure"
-        artifact += verdict.mark == "artifact"
-        if verdict.mark != "none":
-            continue
-        if "unknown" in verdict.answers.values():
-            incomplete += 1
-            continue
-        complete += 1
-        found.by_slide[place.slide] = found.by_slide.get(place.slide, 0) + 1
-        for id_, answer in verdict.answers.items():
-            found.present[id_] += answer == "present"
-    return Counts(complete, incomplete, unsure, artifact, found.present, found.by_slide)
