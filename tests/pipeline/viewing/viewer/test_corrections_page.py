@@ -238,6 +238,32 @@ def test_a_page_shows_what_another_one_has_corrected_when_a_person_returns_to_it
     other.goto("about:blank")
 
 
+def test_undo_in_one_tab_leaves_the_correction_of_another_tab_until_it_is_shown(own_site: Site, page: Page) -> None:
+    other = page.context.new_page()
+    for one in (page, other):
+        show(one, own_site, "#x=640&y=416&zoom=0.7")
+    select_first(page)
+    page.keyboard.press("2")
+    said(page, "Saved: class-1")
+    other.keyboard.press("c")
+    other.mouse.click(*place_on_screen(other, *PURPLE_AT))
+    said(other, "Selected: class-1")
+    other.keyboard.press("1")
+    said(other, "Saved: class-0")
+    page.keyboard.press("z")
+    said(page, "NOT undone: your last correction was made in another tab.")
+    both = [("class-0", "class-1"), ("class-1", "class-0")]
+    assert saved(own_site) == both
+    assert page.locator("#correction-count").inner_text() == "Corrected regions: 2"
+    assert page.locator("#corrections-saved").inner_text() == (
+        "NOT undone: your last correction was made in another tab. It is shown now. Press z again to undo it."
+    )
+    page.keyboard.press("z")
+    said(page, "Undone")
+    assert saved(own_site) == both[:1]
+    other.goto("about:blank")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_tools_are_accessible_in_both_schemes_and_on_a_phone(
     browser: Browser, own_site: Site, tmp_path: Path, scheme: str
