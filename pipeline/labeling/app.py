@@ -1,6 +1,6 @@
 """The web application of wsi-label: the page, its pictures, and what the page saves.
 
-A patch's id is looked up among the patches that were handed out, and never becomes part of a path. Only the page itself
+A patch's id is looked up among those of the open slides, and never becomes part of a path. Only the page itself
 can save: see `posted_json`.
 """
 
