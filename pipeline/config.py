@@ -43,7 +43,8 @@ class MapSettings:
     output_stride: int = OUTPUT_STRIDES[0]
     """Model pixels per pixel of the stored map."""
     min_area_um2: float = 2000.0
-    """Smaller polygons are merged into a neighbor; 0 keeps all of them. The label image does not change."""
+    """Smallest region or gap, before borders are smoothed: smaller ones become part of a neighbor, and 0 keeps all. The
+    label image does not change."""
     simplify_px: float = 1.0
     """Tolerance of the polygons' borders, in map pixels; 0 keeps the edges of the pixels."""
     keep_ungated: bool = False

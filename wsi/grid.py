@@ -161,5 +161,12 @@ def make_grid(info: SlideInfo, *, model_mpp: float, output_stride: int, block_ou
     )
 
 
+def whole_pixels_m(info: SlideInfo, grid: Grid) -> Box:
+    """Return the model pixels that lie inside the slide's bounds as a whole."""
+    bounds, l0_per_m = info.bounds_l0, grid.l0_per_lv * grid.lv_per_m
+    # The product of two ratios may be a little too small.
+    return Box(0, 0, int(bounds.width / l0_per_m + 1e-6), int(bounds.height / l0_per_m + 1e-6))
+
+
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)

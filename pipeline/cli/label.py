@@ -282,8 +282,8 @@ def classes(
 def report(folder: FolderArgument) -> None:
     """Write the data set of a labels folder again, and print what it contains and how well annotators agree."""
     from pipeline.labeling.agreement import agreements
+    from pipeline.labeling.counts import count
     from pipeline.labeling.folder import open_events
-    from pipeline.labeling.session import count
 
     with failing(), open_events(folder) as store:
         labels = _written(folder, store)

@@ -100,7 +100,8 @@ def segment(
     min_area: Annotated[
         float,
         typer.Option(
-            help="Merge regions below this many µm² into a neighbor. Smoothing can make polygons slightly smaller.",
+            help="Merge regions and gaps below this many µm² into a neighbor, before borders are smoothed. Polygons "
+            "can end up slightly smaller.",
             min=0,
         ),
     ] = DEFAULTS.min_area_um2,

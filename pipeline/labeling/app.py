@@ -1,6 +1,6 @@
 """The web application of wsi-label: the page, its pictures, and what the page saves.
 
-A patch's id is looked up among the patches that were handed out, and never becomes part of a path. Only the page itself
+A patch's id is looked up among those of the open slides, and never becomes part of a path. Only the page itself
 can save: see `posted_json`.
 """
 
@@ -111,13 +111,14 @@ class LabelPage:
 
     async def save(self, request: Request) -> Response:
         asked = await posted_json(request, LabelsRequest)
+        self._check_session(asked.session)
         labels = [one.as_label(self._place(one.patch)) for one in asked.labels]
         reasons = {self._place(one.patch): one.reason for one in asked.labels}
         excluded = [self._place(patch) for patch in asked.excluded]
 
         def work() -> None:
             if labels:
-                self._desk.session.save(labels, reasons, asked.order)
+                self._desk.session.save(labels, reasons, asked.order, again=asked.again)
             self._desk.session.exclude(excluded)
 
         await self._run(work)
@@ -125,8 +126,10 @@ class LabelPage:
 
     async def undo(self, request: Request) -> Response:
         asked = await posted_json(request, UndoRequest)
+        self._check_session(asked.session)
         undone = await self._run(lambda: self._desk.session.undo_only(asked.last))
         if undone is None:
+            self._check_opened()
             raise HTTPException(409, "NOT undone: your last label was made in another tab. Reload this page to see it.")
         return await self._state(undone)
 
@@ -175,6 +178,7 @@ class LabelPage:
         upcoming = session.upcoming()
         counts = session.counts()
         return {
+            "session": session.id,
             "annotator": session.annotator,
             "model": None if self._desk.model is None else self._desk.model.card.name,
             "classes": [
@@ -232,8 +236,23 @@ class LabelPage:
     def _place(self, patch_id: str) -> Place:
         place = self._desk.session.place(patch_id)
         if place is None:
+            self._check_opened()
             raise HTTPException(404, "This patch is unknown; reload the page.")
         return place
+
+    def _check_session(self, asked: str) -> None:
+        """Raise HTTPException for a page of another labels folder or annotator, whose server has ended."""
+        if asked not in ("", self._desk.session.id):
+            raise HTTPException(
+                409,
+                "NOT saved: this page belongs to another labels folder or annotator. Stop wsi-label, and start it with "
+                "those of this page on the same port.",
+            )
+
+    def _check_opened(self) -> None:
+        """Raise HTTPException if slides are still being opened, because a page can outlive its server."""
+        if self._desk.slides.opened() < self._desk.slides.count:
+            raise HTTPException(503, "wsi-label is still opening the slides.")
 
     async def _run(self, work: Callable[[], T], threads: ThreadPoolExecutor | None = None) -> T:
         try:

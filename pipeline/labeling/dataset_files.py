@@ -25,10 +25,10 @@ from PIL import Image
 
 from pipeline.errors import LabelingError, OutputError
 from pipeline.files import file_lock, replacing, write_atomically
+from pipeline.labeling.counts import count
 from pipeline.labeling.events import Place
 from pipeline.labeling.labels import Labels
 from pipeline.labeling.masks import UNKNOWN, Outlined, classes_in, write_masks
-from pipeline.labeling.session import count
 from pipeline.labeling.store import EventStore
 from pipeline.training.dataset_sections import Split
 from pipeline.training.splits import hash_split

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pipeline.labeling.events import Place
 from wsi.box import Box
 from wsi.errors import SlideReadError
-from wsi.grid import make_grid
+from wsi.grid import make_grid, whole_pixels_m
+from wsi.mirror import mirror_outside
 from wsi.resample import read_model_pixels
 from wsi.slide import Slide
 from wsi.thumbnail import read_thumbnail
@@ -45,6 +46,7 @@ class SlidePatches:
         self._slide = slide
         self._digest = digest
         self._grid = make_grid(slide.info, model_mpp=mpp, tile_m=side, output_stride=1, block_out=side)
+        self._whole_m = whole_pixels_m(slide.info, self._grid)
         self._mpp, self._side = mpp, side
         self._l0_per_m = self._grid.l0_per_out
 
@@ -69,7 +71,10 @@ class SlidePatches:
         return Place(self._digest, x_m * self._l0_per_m, y_m * self._l0_per_m, self._side, self._mpp)
 
     def cells(self) -> tuple[int, int]:
-        """Return the columns and rows of the grid of patches. All patches lie inside the slide."""
+        """Return the columns and rows of the grid of patches.
+
+        All patches lie inside the slide, except for less than a pixel at its right and lower edge.
+        """
         width, height = self._grid.size_m
         return width // self._side, height // self._side
 
@@ -82,7 +87,7 @@ class SlidePatches:
         return [self.place(int(column), int(row)) for row, column in np.argwhere(share_rc >= MIN_TISSUE)]
 
     def pixels(self, place: Place) -> NDArray[np.uint8]:
-        """Return a patch as rgb_HWC.
+        """Return a patch as rgb_HWC. Pixels that lie only partly inside the slide are mirror images, as in a run.
 
         Raises SlideReadError if any part is unreadable, and the errors of `Slide.read`.
         """
@@ -94,13 +99,15 @@ class SlidePatches:
                 f"{self.name}: pixels at ({x_l0}, {y_l0}) cannot be read; check the disk, or copy or scan the slide "
                 "again"
             )
+        mirror_outside(pixels.rgb_HWC, box_m, self._whole_m)
         return pixels.rgb_HWC
 
     def context(self, place: Place) -> NDArray[np.uint8]:
         """Return a patch and what lies around it, `CONTEXT` times as wide, as rgb_HWC. The patch is in the middle.
 
-        Unreadable pixels around the patch are white. Raises SlideReadError if any part of the patch is unreadable, and
-        the errors of `Slide.read`.
+        Around the patch, what lies beyond the slide is white: mirror images, as the networks get them, would show the
+        person tissue that does not exist. Unreadable pixels there are white, too. Raises SlideReadError if any part of
+        the patch is unreadable, and the errors of `Slide.read`.
         """
         box_m = self._box_m(place)
         margin = (CONTEXT - 1) * self._side // 2
@@ -109,6 +116,7 @@ class SlidePatches:
         if around.unreadable_lv:
             # The parts that `Slide.read` leaves white depend on the box, so they may overlap a readable patch.
             around.rgb_HWC[box_m.slices(around_m)] = self.pixels(place)
+        mirror_outside(around.rgb_HWC[box_m.slices(around_m)], box_m, self._whole_m)
         return around.rgb_HWC
 
     def thumbnail(self) -> NDArray[np.uint8]:

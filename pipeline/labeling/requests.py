@@ -16,6 +16,11 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class _ChangeRequest(_Request):
+    session: Annotated[str, Field(max_length=16)] = ""
+    """`Session.id` of the page, which can outlive its server; empty for a client that is not a page."""
+
+
 class LabelRequest(_Request):
     """A label of one patch."""
 
@@ -32,13 +37,15 @@ class LabelRequest(_Request):
         return NewLabel(place, self.answers, self.mark, self.view, self.seconds, self.suggested)
 
 
-class LabelsRequest(_Request):
+class LabelsRequest(_ChangeRequest):
     """Labels that are saved together, and patches that were excluded from a grid."""
 
     labels: Annotated[tuple[LabelRequest, ...], Field(max_length=100)]
     excluded: Annotated[tuple[PatchId, ...], Field(max_length=100)] = ()
     order: Annotated[str, Field(max_length=36)] = ""
     """Names this request, so that one that is sent again is saved once; empty for none."""
+    again: bool = False
+    """Whether the page has sent this order before and does not know whether it was saved."""
 
 
 class PatchRequest(_Request):
@@ -47,7 +54,7 @@ class PatchRequest(_Request):
     patch: PatchId
 
 
-class UndoRequest(_Request):
+class UndoRequest(_ChangeRequest):
     """The labels to undo."""
 
     last: Annotated[tuple[int, ...], Field(max_length=1000)]

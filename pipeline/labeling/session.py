@@ -5,6 +5,7 @@ Every method may be called from any thread. A method that returns after saving h
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from pipeline.errors import LabelingError
+from pipeline.labeling.counts import Counts, count
 from pipeline.labeling.events import Answer, Event, Labeled, Mark, Place, Reason, Recorded, SlideAdded, Undone, View
 from pipeline.labeling.labels import LabelClass, Labels, Verdict, label_of
+from pipeline.labeling.recent import Recent
 from pipeline.labeling.slides import Slides
 from pipeline.labeling.store import EventStore
 
@@ -22,6 +25,10 @@ AHEAD = 6
 
 HISTORY = 50
 """Own labels to which the page can go back."""
+
+REMEMBERED = 1000
+"""Orders, and undos, that are recognized if a page sends them again. A page repeats only its latest one, so this is
+enough for as many tabs."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +64,6 @@ class _Order:
     """Event numbers of the labels, also of those that were saved before a person changed them."""
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Patches of this folder, of all annotators."""
-
-    labeled: int
-    """Patches with an answer for every class."""
-    incomplete: int
-    """Patches that lack an answer: labeled before a class was added, imported in part, or disputed."""
-    unsure: int
-    artifact: int
-    present: dict[int, int]
-    """Labeled patches in which a class is present, by class number."""
-    by_slide: dict[str, int]
-    """Labeled patches by the slide's digest."""
-
-
 class Session:
     """What one annotator does with a labels folder."""
 
@@ -82,16 +73,21 @@ class Session:
         self._slides = slides
         self._model = model
         self._lock = threading.RLock()
-        self._labels = Labels(store.read())
+        records = store.read()
+        self._labels = Labels(records)
         self._excluded: list[Place] = []
         # These patches stay next, whatever is picked meanwhile: the page may already show one of them.
         self._queue: dict[Place, Reason] = {}
         self._actions: list[tuple[int, ...]] = []
-        self._undone: dict[tuple[int, ...], dict[Place, Reason]] = {}
-        self._orders: dict[str, _Order] = {}
+        self._undone: Recent[tuple[int, ...], dict[Place, Reason]] = Recent(REMEMBERED)
+        self._orders: Recent[str, _Order] = Recent(REMEMBERED)
         self._handed: dict[str, Place] = {}
+        self._remembered: set[str] = set()
         self._registered: set[SlideAdded] = set(self._labels.slides.values())
         self.annotator = annotator
+        started = records[0].time if records else ""
+        self.id = hashlib.sha256(f"{started} {annotator}".encode()).hexdigest()[:16]
+        """Names the folder and the annotator: the same in each session of both, and different in all others."""
         self.saved: Callable[[], None] = lambda: None
         """Called after events were saved."""
         self.picks: Callable[[], Sequence[Place]] = lambda: ()
@@ -104,9 +100,20 @@ class Session:
             return list(self._labels.classes.values())
 
     def place(self, patch_id: str) -> Place | None:
-        """Return a patch that was handed out, by its id."""
+        """Return a patch by its id. A page can outlive the session that handed the patch out."""
         with self._lock:
+            if patch_id not in self._handed:
+                self._remember_open()
             return self._handed.get(patch_id)
+
+    def _remember_open(self) -> None:
+        """Remember the ids of all patches of the slides that are open now."""
+        open_ = {ready.added.digest: ready for ready in self._slides.ready()}
+        for digest in open_.keys() - self._remembered:
+            self._handed.update((place.id, place) for place in open_[digest].order)
+            self._remembered.add(digest)
+        # Imported patches may lie beside the tissue.
+        self._handed.update((place.id, place) for place in self._labels.places() if place.slide in open_)
 
     def patch(self, place: Place, reason: Reason) -> Patch:
         """Return a patch to show, and remember its id."""
@@ -219,19 +226,27 @@ class Session:
             labels = self._labels
             return [self.patch(p, _reason(labels.label(p, self.annotator))) for p in islice(shown, HISTORY)]
 
-    def save(self, labels: Sequence[NewLabel], reasons: dict[Place, Reason], order: str = "") -> None:
+    def save(
+        self, labels: Sequence[NewLabel], reasons: dict[Place, Reason], order: str = "", *, again: bool = False
+    ) -> None:
         """Save labels together. Raises LabelingError if they cannot be saved, or name a class that does not exist.
 
         A class that was removed while the page showed it may be absent, but not present.
 
-        The page sends an `order` again if the answer was lost: the same labels are then saved once. If a person has
-        changed them in between, they are saved, and one undo takes back both.
+        The page sends an `order` `again` if the answer was lost: the same labels are then saved once. If a person has
+        changed them in between, they are saved, and one undo takes back both. If another tab has undone them in
+        between, they are saved again.
         """
         content = [(one.place, one.answers, one.mark) for one in labels]
         with self._lock:
             self._follow()
             before = self._orders.get(order)
-            if before is not None and before.content == content:
+            if before is not None and not self._own_numbers().issuperset(before.numbers):
+                before = None
+            elif before is None and again:
+                # A session that has ended may have saved them.
+                labels = [one for one in labels if not self._is_current(one)]
+            if not labels or (before is not None and before.content == content):
                 return
             for one in labels:
                 present = {id_ for id_, answer in one.answers.items() if answer == "present"}
@@ -247,11 +262,17 @@ class Session:
                 action = (*before.numbers, *action)
             self._actions.append(action)
             if order:
-                self._orders[order] = _Order(content, action)
+                self._orders.put(order, _Order(content, action))
             done = {one.place for one in labels}
             self._excluded = [place for place in self._excluded if place not in done]
             self._follow()
         self.saved()
+
+    def _is_current(self, new: NewLabel) -> bool:
+        """Return whether the annotator's current label of a patch has the content of a new one."""
+        own = self._labels.label(new.place, self.annotator)
+        event = self._event(new, "random")
+        return own is not None and (own.answers, own.mark) == (event.answers, event.mark)
 
     def _event(self, new: NewLabel, reason: Reason) -> Labeled:
         return Labeled(
@@ -278,9 +299,9 @@ class Session:
     def undo(self) -> list[Patch]:
         """Undo the annotator's latest label, or grid of labels, and return its patches; empty if there is none.
 
-        The first undo of a session can reach the last label of the session before. Imported labels are kept, and so are
-        labels of slides that are not open, because the page could not show what was undone. Raises LabelingError if the
-        undo cannot be saved.
+        The first undo of a session can reach the last label, or grid, of the session before. Imported labels are kept,
+        and so are labels of slides that are not open, because the page could not show what was undone. Raises
+        LabelingError if the undo cannot be saved.
         """
         return self._undo(None) or []
 
@@ -305,7 +326,8 @@ class Session:
             # Only now: if the undo cannot be saved, the next one is about the same labels.
             del self._actions[-1:]
             labels = [label_of(own[number]) for number in numbers if number in own]
-            self._undone[numbers] = undone = {one.place: _reason(one) for one in labels}
+            undone = {one.place: _reason(one) for one in labels}
+            self._undone.put(numbers, undone)
             self._follow()
             self._excluded = [place for place in self._excluded if place not in undone]
             patches = [self.patch(place, reason) for place, reason in undone.items()]
@@ -319,11 +341,17 @@ class Session:
         own = self._labels.labels_of(self.annotator)
         return {one.number: one for one in own if label_of(one).place.slide in open_}
 
+    def _own_numbers(self) -> set[int]:
+        return {one.number for one in self._labels.labels_of(self.annotator)}
+
     def _last(self, own: Mapping[int, Recorded]) -> tuple[int, ...]:
         while self._actions and not own.keys() & set(self._actions[-1]):
             self._actions.pop()
-        made = [number for number, one in own.items() if label_of(one).view != "import"]
-        return self._actions[-1] if self._actions else tuple(made[-1:])
+        if self._actions:
+            return self._actions[-1]
+        made = [one for one in own.values() if label_of(one).view != "import"]
+        # The labels of a grid are saved at the same time.
+        return tuple(one.number for one in made if one.time == made[-1].time)
 
     def counts(self) -> Counts:
         """Return how many patches are labeled."""
@@ -346,23 +374,3 @@ class Session:
 
 def _reason(label: Labeled | None) -> Reason:
     return "random" if label is None else label.reason
-
-
-def count(labels: Labels) -> Counts:
-    """Return how many patches of a folder are labeled."""
-    found = Counts(0, 0, 0, 0, dict.fromkeys(labels.classes, 0), dict.fromkeys(labels.slides, 0))
-    complete = incomplete = unsure = artifact = 0
-    for place in labels.places():
-        verdict = labels.verdict(place)
-        unsure += verdict.mark == "unsure"
-        artifact += verdict.mark == "artifact"
-        if verdict.mark != "none":
-            continue
-        if "unknown" in verdict.answers.values():
-            incomplete += 1
-            continue
-        complete += 1
-        found.by_slide[place.slide] = found.by_slide.get(place.slide, 0) + 1
-        for id_, answer in verdict.answers.items():
-            found.present[id_] += answer == "present"
-    return Counts(complete, incomplete, unsure, artifact, found.present, found.by_slide)

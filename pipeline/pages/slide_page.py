@@ -37,7 +37,7 @@ PARAMETERS = {
     "backend": ("Requested reader", ""),
     "canvas_m": ("Requested canvas size", "model pixels"),
     "output_stride": ("Model pixels per pixel of the map", ""),
-    "min_area_um2": ("Smallest polygon", "µm²"),
+    "min_area_um2": ("Smallest region or gap, before borders are smoothed", "µm²"),
     "simplify_px": ("Simplification of borders", "px of the map"),
     "keep_ungated": ("Keep the prediction if the gate rejects every class", ""),
     "exclude_folds": ("Leave out folds", ""),

@@ -33,7 +33,7 @@ from pipeline.slide.labels import stored_map
 from pipeline.slide.plan import block_tissue, needed_tiles, part_of_block
 from wsi.box import Box
 from wsi.errors import shortage
-from wsi.grid import Block, Grid
+from wsi.grid import Block, Grid, whole_pixels_m
 from wsi.mirror import mirror_outside, with_sources
 from wsi.resample import read_tiles
 from wsi.slide import Slide, SlideInfo
@@ -162,13 +162,6 @@ def segment_block(
     )
     files = [regions_path, values_file(work.folder, block), *(work.store.path / chunk for chunk in chunks)]
     return record, files
-
-
-def whole_pixels_m(info: SlideInfo, grid: Grid) -> Box:
-    """Return the model pixels that lie inside the slide's bounds as a whole."""
-    bounds, l0_per_m = info.bounds_l0, grid.l0_per_lv * grid.lv_per_m
-    # The product of two ratios may be a little too small.
-    return Box(0, 0, int(bounds.width / l0_per_m + 1e-6), int(bounds.height / l0_per_m + 1e-6))
 
 
 def save_block_regions(work: BlockWork, block: Block, labels_HW: NDArray[np.uint8]) -> Path:

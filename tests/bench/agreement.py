@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from models.bundle import load_bundle
 from models.predictor import Predictor
 from pipeline.config import SegmentConfig
-from pipeline.slide.blocks import whole_pixels_m
 from pipeline.slide.canvases import canvas_cores, with_margin
 from pipeline.slide.drawn_tissue import drawn_tissue, edge_margin
 from pipeline.slide.labels import stored_map
@@ -32,6 +31,7 @@ from pipeline.slide.plan import block_tissue
 from pipeline.slide.recipe import plan_slide, segment_slide
 from pipeline.workers.in_process import load_predictor
 from tests.bench.slide import slide_parser
+from wsi.grid import whole_pixels_m
 from wsi.mirror import mirror_outside
 from wsi.resample import read_model_pixels, read_tiles
 

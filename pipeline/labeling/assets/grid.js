@@ -62,6 +62,7 @@ export class Grid {
       byId("grid-about").textContent = "Choose a class.";
       return;
     }
+    byId("grid-about").textContent = "Comparing patches…";
     try {
       for (;;) {
         const { missing, of, patches, why } = await post("/grid", { class_id: this.chosen });
@@ -77,6 +78,7 @@ export class Grid {
         await new Promise((resolve) => setTimeout(resolve, 400));
       }
     } catch (error) {
+      if (turn === this.turn) byId("grid-about").textContent = "Patches could not be compared. Choose a class.";
       this.failed(error);
     }
   }
@@ -142,7 +144,6 @@ export class Grid {
       patch: id, answers, mark: "none", view: "grid", reason, suggested: null, seconds,
     }));
     const said = `Saved: ${rest.length} patches`;
-    byId("saved").textContent = "";
     await this.wait(async () => {
       const { turn } = this;
       const about = byId("grid-about").textContent;
@@ -150,8 +151,8 @@ export class Grid {
       // Patches that could not be saved keep their place in the queue.
       const order = this.orders.put({ labels, excluded, said }, this.order);
       this.order = order;
-      await this.orders.send();
-      const saved = !this.orders.pending.includes(order);
+      this.orders.send();
+      const saved = await order.settled;
       if (!saved && turn === this.turn) byId("grid-about").textContent = about;
       return saved;
     });

@@ -8,7 +8,8 @@ import { Single } from "/assets/single.js";
 const byId = (id) => document.getElementById(id);
 
 function failed(error) {
-  byId("fault").textContent = error.message;
+  // The same text again would be announced again, as often as labels are sent again.
+  if (byId("fault").textContent !== error.message) byId("fault").textContent = error.message;
   byId("fault").hidden = false;
   byId("saved").textContent = "";
 }
@@ -16,6 +17,10 @@ function failed(error) {
 function announce(text) {
   byId("announcement").textContent = text;
   if (text.startsWith("Saved") || text === "Undone") byId("saved").textContent = text;
+}
+
+function working(text) {
+  byId("saved").textContent = text;
 }
 
 function rows(id, pairs) {
@@ -71,13 +76,14 @@ function answered() {
 
 function done(state) {
   orders.last = state.last;
+  orders.session ??= state.session;
   answered();
   single.update(state);
   grid.update(state);
   progress(state);
 }
 
-const orders = new Orders({ done, failed, announce });
+const orders = new Orders({ done, failed, announce, working });
 const single = new Single({ orders, failed, announce });
 const grid = new Grid({ orders, answered, failed });
 const show = single.show.bind(single);

@@ -1,15 +1,21 @@
 // What both views need: requests to the server, the pictures of the next patches, and buttons that save.
 
-export class ServerError extends Error {}
+// An error that is `passing` may be gone when the request is sent again: the server does not answer, or is not ready.
+export class ServerError extends Error {
+  constructor(message, passing) {
+    super(message);
+    this.passing = passing;
+  }
+}
 
 async function answered(request) {
   let response;
   try {
     response = await request;
   } catch {
-    throw new ServerError("The server does not answer. Start wsi-label again with the same folder, then use the page that it opens.");
+    throw new ServerError(`wsi-label does not answer. If it has ended, start it again with the same folder and --port ${location.port}.`, true);
   }
-  if (!response.ok) throw new ServerError(await response.text());
+  if (!response.ok) throw new ServerError(await response.text(), response.status === 503);
   return response.json();
 }
 

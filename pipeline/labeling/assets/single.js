@@ -15,6 +15,7 @@ export class Single {
     this.present = new Set();
     this.suggested = null;
     this.steps = 0; // back in the history
+    this.touched = false; // whether something was marked since the patch was shown
     for (const [id, act] of Object.entries({
       back: () => this.back(), undo: () => this.orders.undo(), suggest: () => this.suggest(),
     })) byId(id).addEventListener("click", act);
@@ -30,14 +31,22 @@ export class Single {
     this.pictures.keep([...state.undone.slice(0, 1), ...state.upcoming, ...history.slice(0, 3)]);
     const place = this.steps ? history.findIndex(({ id }) => id === this.patch.id) : -1;
     const wanted = state.undone[0] ?? this.next();
-    if (!state.undone.length && (place >= 0 || (wanted && wanted.id === this.patch?.id))) {
+    if (!state.undone.length && (place >= 0 || (wanted && wanted.id === this.patch?.id) || this.isBegun(wanted))) {
       // The user already works on this patch: keep what is marked.
       this.steps = place + 1;
+      if (!byId("stage").querySelector(".patch")) this.renderPicture(); // it could not be loaded
       this.renderAnswer();
     } else {
       this.steps = 0;
       this.show(wanted);
     }
+  }
+
+  // Returns whether to keep the patch that is shown although another one is `wanted` now: the server was started again, or
+  // another person has labeled the patch. If it were replaced, the next key would label a patch that nobody has looked at.
+  isBegun(wanted) {
+    if (!this.patch || this.state.history.some(({ id }) => id === this.patch.id)) return false;
+    return this.touched || !["again", "excluded"].includes(wanted?.reason);
   }
 
   // Returns the labeled patches, the latest first. Those whose label is not saved yet come before the others.
@@ -58,6 +67,7 @@ export class Single {
     this.classes = patch?.classes ?? this.state.classes;
     this.suggested = null;
     this.present = new Set(patch?.label?.present ?? []);
+    this.touched = false;
     this.shownAt = performance.now();
     byId("suggestion").textContent = "";
     this.renderPicture();
@@ -66,10 +76,7 @@ export class Single {
 
   // Shows a text in the place of the picture.
   renderText(text) {
-    const paragraph = document.createElement("p");
-    paragraph.id = "wait";
-    paragraph.textContent = text;
-    byId("stage").replaceChildren(paragraph);
+    byId("stage").replaceChildren(textOf(text));
   }
 
   renderPicture() {
@@ -92,6 +99,11 @@ export class Single {
     const share = 100 / Number(stage.dataset.context);
     Object.assign(patch.style, { left: `${(100 - share) / 2}%`, top: `${(100 - share) / 2}%`, width: `${share}%`, height: `${share}%` });
     stage.replaceChildren(around, patch);
+    if (!patch.complete) {
+      const wait = textOf("Loading the picture…");
+      patch.onload = () => wait.remove();
+      stage.append(wait);
+    }
     const { micrometers, reason, blind, label } = this.patch;
     const words = [`${micrometers} µm`];
     if (blind) words.push("blind: labeled by every annotator, without suggestions");
@@ -133,6 +145,7 @@ export class Single {
   toggle(k) {
     const one = this.classes[k];
     if (!one || !this.patch) return;
+    this.touched = true;
     const on = !this.present.has(one.id);
     if (on) this.present.add(one.id);
     else this.present.delete(one.id);
@@ -161,7 +174,6 @@ export class Single {
     const refused = () => this.showAgain(waiting, suggested);
     // A label that could not be saved keeps its place in the queue.
     this.orders.put({ labels: [label], patch: waiting, said, refused }, first?.patch?.id === patch.id ? first : null);
-    byId("saved").textContent = "";
     this.steps = 0;
     this.show(this.next());
     await this.orders.send();
@@ -186,6 +198,7 @@ export class Single {
   async suggest() {
     if (!this.patch || this.patch.blind || !this.state.model) return;
     const asked = this.patch;
+    byId("suggestion").textContent = "Computing the suggestion…";
     try {
       const { model, suggested } = await post("/suggestion", { patch: asked.id });
       if (this.patch !== asked) return;
@@ -194,7 +207,15 @@ export class Single {
       const words = named.map(({ id, name }) => `${name} ${Math.round(suggested[id] * 100)} %`);
       byId("suggestion").textContent = words.length ? `${model}: ${words.join(", ")}` : `${model} has none of these classes.`;
     } catch (error) {
+      if (this.patch === asked) byId("suggestion").textContent = "";
       this.failed(error);
     }
   }
+}
+
+function textOf(text) {
+  const paragraph = document.createElement("p");
+  paragraph.id = "wait";
+  paragraph.textContent = text;
+  return paragraph;
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Annotated
 
@@ -22,14 +22,17 @@ from pipeline.errors import LabelingError
 from pipeline.formats.features import feature_ids, geojson_text, read_features
 from pipeline.labeling.corrections import (
     CORRECTION_EVENTS,
+    Correction,
     CorrectionEvent,
     correction_features,
     corrections_file,
     latest_own,
     read_corrections,
+    read_entries,
     relabeled,
 )
-from pipeline.labeling.event_file import EventFile
+from pipeline.labeling.corrections import current as current_corrections
+from pipeline.labeling.event_file import Entry, EventFile
 from pipeline.labeling.events import Undone
 from pipeline.viewing.viewer.replaced import check_current, current, requested_result
 from pipeline.viewing.viewer.results import Result
@@ -55,7 +58,10 @@ class RelabelRequest(_Request):
 
 
 class UndoRequest(_Request):
-    """The latest correction of the person who corrects."""
+    """The correction to undo."""
+
+    last: int | None
+    """The number that the page got as `last`. Another tab may have saved a correction since."""
 
 
 class CorrectionPages:
@@ -81,7 +87,10 @@ class CorrectionPages:
         self._thread.shutdown()
 
     async def state(self, request: Request) -> Response:
-        """Respond with the number and the new label of each corrected region."""
+        """Respond with the number and the new label of each corrected region.
+
+        `last` is the number of the correction that an undo is about, or null if there is none.
+        """
         return await self._answer(request, lambda _: {})
 
     async def relabel(self, request: Request) -> Response:
@@ -111,23 +120,22 @@ class CorrectionPages:
     async def undo(self, request: Request) -> Response:
         """Undo the author's latest correction that the page shows, then respond as `state` does.
 
-        `undone` is the number of its region, or null if there was none.
+        `undone` is the number of its region, or null if there was none. If the latest correction is not the one that
+        the page names, because another tab has saved since, nothing is undone and `elsewhere` is true.
         """
-        await posted_json(request, UndoRequest)
+        asked = await posted_json(request, UndoRequest)
 
         def save(result: Result) -> dict[str, object]:
-            if not corrections_file(result.folder).exists():
-                return {"undone": None}
-            numbers, labels = _numbers(result), _labels(result)
-            with EventFile(corrections_file(result.folder), CORRECTION_EVENTS) as events:
-                latest = latest_own(
-                    events.read(), self._author, lambda event: event.region in numbers and event.after in labels
-                )
+            entries = read_entries(result.folder)
+            numbers = _numbers(result) if entries else {}
+            latest = self._latest(result, entries, numbers)
+            if asked.last != (latest and latest.number):
+                return {"undone": None, "elsewhere": True}
             if latest is None:
-                return {"undone": None}
+                return {"undone": None, "elsewhere": False}
             check_current(result)
             self._append(result, Undone(numbers=(latest.number,)))
-            return {"undone": numbers[latest.event.region]}
+            return {"undone": numbers[latest.event.region], "elsewhere": False}
 
         return await self._answer(request, save)
 
@@ -140,6 +148,13 @@ class CorrectionPages:
             return "".join(geojson_text(features)).encode()
 
         return Response(await self._run(request, result, work), media_type="application/geo+json")
+
+    def _latest(
+        self, result: Result, entries: Sequence[Entry[CorrectionEvent]], numbers: Mapping[str, int]
+    ) -> Correction | None:
+        """Return the author's latest correction that the page shows, or None."""
+        labels = _labels(result)
+        return latest_own(entries, self._author, lambda event: event.region in numbers and event.after in labels)
 
     def _append(self, result: Result, event: CorrectionEvent) -> None:
         with EventFile(corrections_file(result.folder), CORRECTION_EVENTS) as events:
@@ -155,15 +170,22 @@ class CorrectionPages:
         return Response(await self._run(request, result, worked), media_type="application/json")
 
     def _state(self, result: Result) -> dict[str, object]:
-        corrections = read_corrections(result.folder)
+        entries = read_entries(result.folder)
+        corrections = current_corrections(entries)
         labels = _labels(result)
-        numbers = _numbers(result) if corrections else {}
+        numbers = _numbers(result) if entries else {}
         shown = [
             {"index": numbers[one.event.region], "after": labels[one.event.after], "author": one.annotator}
             for one in corrections
             if one.event.region in numbers and one.event.after in labels
         ]
-        return {"author": self._author, "corrections": shown, "others": len(corrections) - len(shown)}
+        latest = self._latest(result, entries, numbers)
+        return {
+            "author": self._author,
+            "corrections": shown,
+            "others": len(corrections) - len(shown),
+            "last": latest and latest.number,
+        }
 
     def _result(self, request: Request) -> Result:
         return requested_result(request, self._results)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from starlette.types import Receive, Scope, Send
 
 from pipeline.labeling.app import make_app
 from pipeline.labeling.desk import Desk
@@ -19,10 +22,17 @@ if TYPE_CHECKING:  # most test runs do not need a browser
 
 
 @contextmanager
-def serving(at: Desk) -> Iterator[str]:
-    """Serve a desk; yield the address."""
-    with serving_app(make_app(at)) as port:
-        yield f"http://127.0.0.1:{port}/"
+def serving(at: Desk, port: int = 0, seconds: float = 0) -> Iterator[str]:
+    """Serve a desk at a port, or at a free one for 0; yield the address. Each answer takes this many seconds longer."""
+    app = make_app(at)
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await asyncio.sleep(seconds)
+        await app(scope, receive, send)
+
+    with serving_app(slow, port) as used:
+        yield f"http://127.0.0.1:{used}/"
 
 
 def ready(page: Page) -> None:
@@ -52,3 +62,15 @@ def held(page: Page) -> list[Route]:
     requests: list[Route] = []
     page.route("**/labels", lambda route: requests.append(route))  # noqa: PLW0108 - Playwright needs a function of Python
     return requests
+
+
+def lose_answers(page: Page, path: str) -> None:
+    """Lose the answer of the next request to this path, after the server has done what it asks."""
+
+    def lose(route: Route) -> None:
+        page.request.fetch(
+            route.request.url, method="POST", headers=route.request.all_headers(), data=route.request.post_data
+        )
+        route.abort()
+
+    page.route(f"**{path}", lose, times=1)

@@ -94,6 +94,71 @@ def test_an_order_that_is_sent_again_is_saved_and_undone_once(
             assert (events(tmp_path / "l"), undone["counts"]["labeled"]) == (before + 2, 1)
 
 
+def test_an_order_that_was_undone_in_another_tab_is_saved_if_it_is_sent_again(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        (patch, *_) = page.get("/state.json").json()["upcoming"]
+        order = {"labels": [label(patch, 1)], "order": "a"}
+        last = page.post("/labels", json=order).json()["last"]
+        assert page.post("/undo", json={"last": last}).json()["counts"]["labeled"] == 0
+        for _ in range(2):
+            state = page.post("/labels", json=order).json()
+            assert (state["counts"]["labeled"], state["history"][0]["label"]["present"]) == (1, [1])
+        undone = page.post("/undo", json={"last": state["last"]}).json()
+        assert ([one["id"] for one in undone["undone"]], undone["last"]) == ([patch["id"]], [])
+
+
+def test_a_restarted_server_saves_what_a_page_sends_again_once(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        state = page.get("/state.json").json()
+        first, second = state["upcoming"][:2]
+        old = {"labels": [label(first, 1)], "order": "a", "session": state["session"]}
+        page.post("/labels", json=old)
+        saved = events(tmp_path / "l")
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        assert page.post("/labels", json={**old, "again": True}).json()["counts"]["labeled"] == 1
+        assert events(tmp_path / "l") == saved
+        new = {**old, "labels": [label(first, 1), label(second, 2)], "order": "b", "again": True}
+        state = page.post("/labels", json=new).json()
+        assert (events(tmp_path / "l"), state["counts"]["labeled"]) == (saved + 1, 2)
+        assert [one["id"] for one in state["history"]] == [second["id"], first["id"]]
+
+
+def test_a_page_of_another_folder_or_annotator_saves_and_undoes_nothing(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        state = page.get("/state.json").json()
+        (patch, *_) = state["upcoming"]
+        save(at, at.session.upcoming(1)[0], 1)
+        last = page.get("/state.json").json()["last"]
+    for folder, annotator in (("other", "ann"), ("l", "bob")):
+        with desk(tmp_path / folder, slides, shipped, annotator=annotator) as at, client(at) as page:
+            before = events(tmp_path / folder)
+            for path, body in (("/labels", {"labels": [label(patch, 1)]}), ("/undo", {"last": last})):
+                answer = page.post(path, json={**body, "session": state["session"]})
+                assert (answer.status_code, "another labels folder or annotator" in answer.text) == (409, True)
+            assert events(tmp_path / folder) == before
+
+
+def test_a_page_is_asked_to_wait_for_the_slides_of_a_restarted_server(
+    tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        patch, last = page.get("/state.json").json()["upcoming"][0], [7]
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        monkeypatch.setattr(at.slides, "opened", lambda: 1)
+        monkeypatch.setattr(at.slides, "ready", list)
+        for path, body in (("/labels", {"labels": [label(patch, 1)]}), ("/undo", {"last": last})):
+            answer = page.post(path, json=body)
+            assert (answer.status_code, answer.text) == (503, "wsi-label is still opening the slides.")
+        monkeypatch.undo()
+        assert page.post("/labels", json={"labels": [label(patch, 1)]}).status_code == 200
+
+
 def test_one_undo_takes_back_an_order_that_was_changed_before_it_was_sent_again(
     tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:

@@ -249,12 +249,12 @@ def test_the_next_patch_does_not_wait_for_the_disk_but_the_word_saved_does(
             until(page, "document.querySelector('#stage .patch').complete")
             page.keyboard.press(keys)
         assert shown(page) == order[2]
-        assert page.locator("#saved").inner_text() == ""
+        assert page.locator("#saved").inner_text() == "Saving 2…"
         assert saved(folder) == []
         for count in (1, 2):
             while len(requests) < count:
                 page.wait_for_timeout(20)
-            assert page.locator("#saved").inner_text() == ""
+            assert page.locator("#saved").inner_text() == f"Saving {3 - count}…"
             requests[count - 1].continue_()
         until(page, "document.getElementById('saved').textContent === 'Saved: class-1'")
         assert [(one.place.id, one.answers[1]) for one in saved(folder)] == [
@@ -278,7 +278,7 @@ def test_a_label_that_is_not_saved_yet_is_the_last_one_for_back_and_undo(
         requests = held(page)
         for key in ("2", "Enter"):
             page.keyboard.press(key)
-        assert page.locator("#saved").inner_text() == "", "the word was about the label before"
+        assert page.locator("#saved").inner_text() == "Saving 1…", "the word was about the label before"
         assert shown(page) == third
         page.keyboard.press("Backspace")
         assert shown(page) == second

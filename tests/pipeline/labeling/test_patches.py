@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline.labeling.events import Place
 from pipeline.labeling.patches import MIN_TISSUE, SlidePatches, round_robin, shuffled
 from tests.pipeline.labeling.desks import SIDE, damage, label_slide
+from tests.slides import write_slide
 from wsi.errors import SlideReadError
 from wsi.slide import open_slide
 from wsi.tissue import find_tissue
@@ -53,6 +54,21 @@ def test_the_context_of_a_patch_at_the_corner_is_white_outside_the_slide(slides:
         context = patches.context(patches.place(0, 0))
     assert (context[:32] == 255).all()
     assert (context[:, :32] == 255).all()
+
+
+def test_pixels_that_lie_only_partly_inside_the_slide_are_mirror_images_as_in_a_run(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    image_HWC = rng.integers(60, 200, (127, 255, 3), np.uint8)  # 63.5 × 127.5 pixels of a patch
+    with open_slide(write_slide(tmp_path / "a.svs", image_HWC, mpp=0.5)) as slide:
+        patches = SlidePatches(slide, "d", 1.0, SIDE)
+        assert patches.cells() == (2, 1)
+        patch, context = (read(patches.place(1, 0)) for read in (patches.pixels, patches.context))
+        stored_HWC = slide.read(0, slide.info.bounds_l0).rgb_HWC[:126, 128:254]
+    inside_HWC = np.floor(stored_HWC.reshape(63, 2, 63, 2, 3).mean(axis=(1, 3)) + 0.5)
+    assert np.array_equal(patch, np.pad(inside_HWC, ((0, 1), (0, 1), (0, 0)), mode="symmetric"))
+    assert np.array_equal(context[32:96, 32:96], patch)
+    assert (context[96:] == 255).all()
+    assert (context[:, 96:] == 255).all()
 
 
 def test_a_patch_with_unreadable_pixels_is_an_error(tmp_path: Path) -> None:

@@ -62,6 +62,20 @@ def test_labels_survive_a_restart_and_labeled_patches_do_not_come_again(
         assert [patch.place.id for patch in at.session.undo()] == order[3:4], "an undo reaches the session before"
 
 
+def test_the_first_undo_after_a_restart_takes_back_the_whole_grid(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at:
+        first, *grid = at.session.upcoming(4)
+        save(at, first, 1)
+        at.session.save([NewLabel(one.place, answers(at, 2), "none", "grid", 1.0) for one in grid], {})
+        last = at.session.last()
+    with desk(tmp_path / "l", slides, shipped) as at:
+        assert (len(last), at.session.last()) == (3, last)
+        assert [one.place for one in at.session.undo()] == [one.place for one in grid]
+        assert [one.place for one in at.session.undo()] == [first.place]
+
+
 def test_undo_takes_back_one_label_or_a_whole_grid(tmp_path: Path, slides: list[Path], shipped: Bundle) -> None:
     with desk(tmp_path / "l", slides, shipped) as at:
         one, *rest = at.session.upcoming(5)

@@ -29,7 +29,7 @@ BOXES = {"tumour": (60, 40, 200, 120), "stroma": (300, 80, 250, 280)}
 """x, y, width and height of the dark boxes on the slide of `write_result`; each has one class."""
 PEN = (20, 340, 100, 40)
 """x, y, width and height of the box that `left_out_HW` marks as pen."""
-PARAMETERS = {"mpp": None, "canvas_m": 896, "runtime": "openvino"}
+PARAMETERS = {"mpp": None, "canvas_m": 896, "min_area_um2": 2000.0, "runtime": "openvino"}
 NASTY = "größe 組織 <b>&\"'"
 
 

@@ -26,7 +26,10 @@ def test_a_slide_page_gives_areas_tiles_and_provenance(page: Page, report: Path)
     text = " ".join(page.locator("main").inner_text().split())
     assert "tumour 0.250 mm² 25.0 % stroma 0.750 mm² 75.0 %" in text
     assert "classified 400 100.0 % segmented 100 25.0 % without a class 8 2.0 % partly unreadable 0 0 %" in text
-    assert "Requested pixel size none Requested canvas size 896 model pixels Runtime of the networks openvino" in text
+    assert (
+        "Requested pixel size none Requested canvas size 896 model pixels "
+        "Smallest region or gap, before borders are smoothed 2000 µm² Runtime of the networks openvino"
+    ) in text
     assert "torch 2 openvino 3" in text
     assert "12,000 × 8,000 px" in text
     assert f"Digest of the slide {'5' * 64} Model colon Digest of the model {'e' * 64}" in text

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from pipeline.config import SegmentConfig
 from pipeline.results.slide_result import SlideResult
-from pipeline.slide.blocks import whole_pixels_m
 from pipeline.slide.recipe import segment_slide
 from pipeline.workers.in_process import load_predictor
 from tests.slides import write_slide
 from wsi.box import Box
-from wsi.grid import make_grid
+from wsi.grid import make_grid, whole_pixels_m
 from wsi.slide import SlideInfo
 
 

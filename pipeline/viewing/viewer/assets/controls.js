@@ -32,7 +32,7 @@ export class Controls {
       swatch.style.setProperty("--class", facts.left_out.find(({ name }) => name === swatch.dataset.kind)?.color ?? "transparent");
     }
     byId("unfamiliar-swatch")?.style.setProperty("--class", facts.familiarity.color);
-    if (window.matchMedia("(max-width: 700px)").matches) byId("panel-details").open = false;
+    if (window.matchMedia("(max-width: 44em)").matches) byId("panel-details").open = false;
     this.render();
   }
 

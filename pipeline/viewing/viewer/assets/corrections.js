@@ -18,6 +18,7 @@ export class Corrections {
     this.saving = Promise.resolve();
     this.waiting = 0; // orders to save that are not done
     this.saved = ""; // what was saved last
+    this.last = null; // the number of the correction that an undo is about, from the server
     this.changed = () => {}; // called when other regions are corrected than before
     this.notes = { read: null, save: null }; // what could not be read, and what could not be saved
     byId("correcting").addEventListener("change", (event) => this.turn(event.target.checked));
@@ -75,7 +76,8 @@ export class Corrections {
     });
   }
 
-  undo() { this.saveInTurn(() => this.save("corrections/undo", {}, ({ undone }) => (undone === null ? "Nothing to undo" : "Undone"))); }
+  // Reads `last` only when its turn comes: an order before it may change it.
+  undo() { this.saveInTurn(() => this.save("corrections/undo", { last: this.last }, saidOfUndo)); }
 
   // Does one thing after the other, in the order of the keys. A note states what failed, and the next thing follows.
   inTurn(kind, work) { this.saving = this.saving.then(work).catch(({ message }) => this.showFailure(kind, message)); }
@@ -114,8 +116,9 @@ export class Corrections {
   }
 
   // Shows the server's state.
-  async take({ corrections, others }) {
+  async take({ corrections, others, last }) {
     this.showFailure("read", null);
+    this.last = last;
     const corrected = new Map(corrections.map(({ index, after }) => [index, after]));
     this.selection.corrected = corrected;
     byId("correction-count").textContent = `Corrected regions: ${corrected.size}`
@@ -154,6 +157,11 @@ export class Corrections {
       strokeLines(context, path, ratio, [["#000", 3], ["#fff", 1.5]]);
     }
   }
+}
+
+function saidOfUndo({ undone, elsewhere }) {
+  if (elsewhere) return "NOT undone: your last correction was made in another tab. It is shown now. Press z again to undo it.";
+  return undone === null ? "Nothing to undo" : "Undone";
 }
 
 // Returns the server's state. Throws an error with the text of a note if there is none: `gone` without an answer, and

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,9 +18,13 @@ from pipeline.checks.result import broken_rules
 from pipeline.slide.recipe import segment_slide
 from pipeline.viewing.viewer.app import make_app
 from pipeline.viewing.viewer.results import Result, find_results
+from tests.browser import watched_page
 from tests.local_server import serving_app
 from tests.pipeline.fakes import REGIONS, SMALL, color_predictor
 from tests.slides import painted, write_slide
+
+if TYPE_CHECKING:  # most test runs need no browser
+    from playwright.sync_api import Browser, Page
 
 UNREADABLE = (503, b"The slide or its result cannot be read; see the terminal for the reason.")
 """Status and body of an answer about a slide or result that cannot be read."""
@@ -129,3 +134,10 @@ def pair(results_folder: Path, tmp_path: Path) -> Iterator[Site]:
         shutil.copytree(next(results_folder.glob("block*")), tmp_path / "results" / name)
     with serving(find_results(tmp_path / "results")) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def shared_page(browser: Browser) -> Iterator[Page]:
+    """Yield one page for tests that do not change the server. Errors on the page fail after the last test."""
+    with watched_page(browser, permissions=["clipboard-read", "clipboard-write"]) as page:
+        yield page

@@ -54,10 +54,19 @@ def of_region(site: Site, index: int, after: int) -> dict[str, Any]:
     return {"index": index, "label": region.label, "area_mm2": region.area_mm2, "after": after}
 
 
+def undo(site: Site) -> dict[str, Any]:
+    """Undo the latest correction, as the page does it. Return the answer."""
+    last = json.loads(site.get("corrections.json").body)["last"]
+    answer: dict[str, Any] = json.loads(post(site, "corrections/undo", {"last": last}).body)
+    return answer
+
+
 def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_site: Site, tmp_path: Path) -> None:
     folder = own_site.results[0].folder
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    assert json.loads(own_site.get("corrections.json").body) == {"author": "ann", "corrections": [], "others": 0}
+    assert json.loads(own_site.get("corrections.json").body) == {
+        "author": "ann", "corrections": [], "others": 0, "last": None
+    }  # fmt: skip
     assert not corrections_file(folder).exists(), "looking writes nothing"
     (index,) = [n for n, one in enumerate(regions(own_site)) if one.label == 2]
     answer = post(own_site, "corrections", of_region(own_site, index, 1))
@@ -66,9 +75,9 @@ def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_s
     (saved,) = read_corrections(folder)
     assert (saved.annotator, saved.event.before, saved.event.after) == ("ann", "class-1", "class-0")
     assert saved.event.polygon_l0.equals(regions(own_site)[index].geometry_l0)
-    assert json.loads(post(own_site, "corrections/undo", {}).body)["undone"] == index
+    assert undo(own_site)["undone"] == index
     assert read_corrections(folder) == []
-    assert json.loads(post(own_site, "corrections/undo", {}).body)["undone"] is None
+    assert undo(own_site)["undone"] is None
     post(own_site, "corrections", of_region(own_site, index, 1))
     exported = json.loads(own_site.get("corrections.geojson").body)["features"]
     assert [one["properties"]["classification"]["name"] for one in exported] == ["class-0"]
@@ -88,7 +97,7 @@ def test_a_correction_is_saved_beside_the_result_undone_and_becomes_labels(own_s
     files = (f"results/{folder.name} (model {model[:12]})",)
     assert made == {("ann", "viewer", "correction", model, files)}
 
-    post(own_site, "corrections/undo", {})
+    undo(own_site)
     done = CliRunner().invoke(label_app, run)
     assert "16 removed, because the files do not show them anymore" in done.output
     with EventStore(tmp_path / "l" / "labels.sqlite") as store:
@@ -100,7 +109,18 @@ def test_a_correction_that_is_sent_again_is_saved_once(own_site: Site) -> None:
         state = json.loads(post(own_site, "corrections", of_region(own_site, 0, 2)).body)
     assert len(state["corrections"]) == 1
     assert len(read_entries(own_site.results[0].folder)) == 1
-    assert json.loads(post(own_site, "corrections/undo", {}).body)["corrections"] == []
+    assert undo(own_site)["corrections"] == []
+
+
+def test_an_undo_of_another_correction_than_the_latest_one_undoes_nothing(own_site: Site) -> None:
+    first = json.loads(post(own_site, "corrections", of_region(own_site, 0, 2)).body)["last"]
+    second = json.loads(post(own_site, "corrections", of_region(own_site, 0, 1)).body)["last"]
+    for wrong in (first, None, second + 1):
+        answer = json.loads(post(own_site, "corrections/undo", {"last": wrong}).body)
+        assert (answer["undone"], answer["elsewhere"], answer["last"]) == (None, True, second)
+    assert len(read_entries(own_site.results[0].folder)) == 2
+    answer = json.loads(post(own_site, "corrections/undo", {"last": second}).body)
+    assert (answer["undone"], answer["elsewhere"], answer["last"]) == (0, False, first)
 
 
 def test_a_new_folder_of_corrections_gets_the_classes_of_the_result(own_site: Site, tmp_path: Path) -> None:
@@ -179,7 +199,7 @@ def test_what_the_page_cannot_have_sent_is_refused_and_not_saved(own_site: Site)
         assert post(own_site, "corrections", body).status == status, body
     for headers in ({"Origin": "http://evil.example"}, {"Content-Type": "text/plain"}):
         assert post(own_site, "corrections", good, **headers).status == 403
-        assert post(own_site, "corrections/undo", {}, **headers).status == 403
+        assert post(own_site, "corrections/undo", {"last": None}, **headers).status == 403
     assert own_site.get("corrections").status == 405
     assert not corrections_file(own_site.results[0].folder).exists()
 
@@ -217,8 +237,10 @@ def test_undo_leaves_the_corrections_of_an_earlier_result(own_site: Site) -> Non
     lost = relabeled(first, "ab", "cd", "a class of another model")
     with EventFile(corrections_file(folder), CORRECTION_EVENTS) as events:
         events.append("ann", [earlier, lost])
-    answer = json.loads(post(own_site, "corrections/undo", {}).body)
-    assert answer == {"author": "ann", "corrections": [], "others": 2, "undone": None}
+    answer = undo(own_site)
+    assert answer == {
+        "author": "ann", "corrections": [], "others": 2, "last": None, "undone": None, "elsewhere": False
+    }  # fmt: skip
     assert len(read_corrections(folder)) == 2
 
 
@@ -244,7 +266,7 @@ def test_damaged_corrections_are_an_error_that_names_their_file(
             "FROM events"
         )
     pages = [own_site.get(name) for name in ("corrections.json", "corrections.geojson")]
-    for answer in (*pages, post(own_site, "corrections/undo", {})):
+    for answer in (*pages, post(own_site, "corrections/undo", {"last": None})):
         assert (answer.status, answer.body) == (
             507, b"The corrections cannot be read or written; see the terminal for the reason."
         )  # fmt: skip

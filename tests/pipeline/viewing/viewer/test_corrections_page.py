@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from pipeline.formats.features import read_features
-from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file, read_corrections, relabeled
+from pipeline.labeling.corrections import CORRECTION_EVENTS, corrections_file
 from pipeline.labeling.event_file import EventFile
-from pipeline.viewing.viewer.results import find_results
-from tests.browser import audited_page, axe_findings, failing_page, screenshot, until
-from tests.pipeline.viewing.viewer.conftest import Site, serving
+from tests.browser import audited_page, axe_findings, screenshot, until
+from tests.pipeline.viewing.viewer.conftest import Site
+from tests.pipeline.viewing.viewer.correcting import PURPLE_AT, come_back, saved, select_first
 from tests.pipeline.viewing.viewer.screen import color_at, place_on_screen, said, settle, show
 
 if TYPE_CHECKING:  # most test runs need no browser
     from playwright.sync_api import Browser, Dialog, Page, Route
 
 pytestmark = pytest.mark.full
-
-PURPLE_AT = (560, 400)
-
-
-def saved(site: Site) -> list[tuple[str, str]]:
-    return [(one.event.before, one.event.after) for one in read_corrections(site.results[0].folder)]
-
-
-def select_first(page: Page) -> None:
-    """Turn corrections on, and select the largest region."""
-    page.keyboard.press("c")
-    page.keyboard.press("n")
-    said(page, "Selected: class-0")
 
 
 def delay_answers(page: Page) -> None:
@@ -44,15 +29,6 @@ def delay_answers(page: Page) -> None:
         outlines.request = async (question) => {
           await new Promise((done) => setTimeout(done, 400)); return request(question); }; }"""
     )
-
-
-def come_back(page: Page) -> None:
-    page.evaluate("() => { window.dispatchEvent(new Event('focus')); }")
-
-
-def notes(page: Page) -> list[str]:
-    page.evaluate("() => wsiView.corrections.saving")
-    return page.locator("#notes p").all_inner_texts()
 
 
 def test_a_region_is_selected_relabeled_undone_and_exported(own_site: Site, page: Page, tmp_path: Path) -> None:
@@ -192,52 +168,6 @@ def test_a_late_answer_does_not_replace_a_newer_selection(own_site: Site, page: 
     assert page.evaluate("() => wsiView.view()") == view
 
 
-def test_a_server_that_is_gone_is_reported_and_nothing_counts_as_saved(
-    browser: Browser, results_folder: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(next(results_folder.glob("block*")), tmp_path / "results" / "a")
-    with failing_page(browser) as opened:
-        with serving(find_results(tmp_path / "results")) as gone:
-            show(opened, gone, "#x=640&y=416&zoom=0.7")
-            opened.keyboard.press("c")
-            opened.mouse.click(*place_on_screen(opened, *PURPLE_AT))
-            said(opened, "Selected: class-1")
-        opened.keyboard.press("1")
-        until(opened, "document.querySelectorAll('#notes p').length === 2")
-        assert notes(opened) == [
-            "wsi-view did not answer, so it is not known whether this was saved. Check the corrected regions.",
-            "wsi-view has ended. Start it again, then reload the page.",
-        ]
-        assert opened.locator("#corrections-saved").inner_text() == ""
-        assert saved(gone) == []
-
-
-def test_a_page_of_another_result_neither_shows_nor_undoes_corrections_after_a_restart(
-    browser: Browser, results_folder: Path, tmp_path: Path
-) -> None:
-    for folder in ("one", "two"):
-        shutil.copytree(next(results_folder.glob("block*")), tmp_path / folder / "a")
-    text = "The result has changed; reload the page."
-    with failing_page(browser) as opened:
-        with serving(find_results(tmp_path / "one")) as one:
-            show(opened, one, "#x=640&y=416&zoom=0.7")
-        with serving(find_results(tmp_path / "two"), one.port) as two:
-            with EventFile(corrections_file(two.results[0].folder), CORRECTION_EVENTS) as events:
-                region = next(read_features(two.results[0].outlines, two.results[0].run.classes))
-                events.append("ann", [relabeled(region, "0" * 64, "0" * 64, "class-1")])
-            opened.keyboard.press("c")
-            opened.keyboard.press("z")
-            until(opened, f"document.getElementById('notes').textContent.includes('NOT saved: {text}')")
-            assert len(saved(two)) == 1
-            opened.mouse.move(*place_on_screen(opened, *PURPLE_AT))
-            until(opened, f"[...document.querySelectorAll('#notes p')].some((one) => one.textContent === '{text}')")
-            assert "class-" not in opened.locator("#values").inner_text()
-            opened.reload()
-            settle(opened)
-            assert notes(opened) == []
-            assert opened.locator("#correction-count").text_content() == "Corrected regions: 1"
-
-
 def test_the_page_asks_before_it_is_left_while_corrections_are_being_saved(pair: Site, page: Page) -> None:
     held: list[Route] = []
     questions: list[str] = []
@@ -289,23 +219,6 @@ def test_the_table_shows_the_new_class_of_a_corrected_region(own_site: Site, pag
     until(page, "!document.getElementById('rows').textContent.includes('before')")
 
 
-def test_only_the_last_failure_is_shown_until_something_is_saved(own_site: Site, browser: Browser) -> None:
-    with failing_page(browser) as page:
-        show(page, own_site)
-        select_first(page)
-        page.route("**/corrections", lambda route: route.fulfill(status=507, body="The disk is full."))
-        for _ in range(2):
-            page.keyboard.press("2")
-            page.wait_for_timeout(200)
-            page.evaluate("() => wsiView.corrections.saving")
-        assert page.locator("#notes p").all_inner_texts() == ["NOT saved: The disk is full."]
-        page.unroute("**/corrections")
-        page.keyboard.press("2")
-        said(page, "Saved: class-1")
-        assert page.locator("#notes p").count() == 0
-        page.goto("about:blank")
-
-
 def test_a_page_shows_what_another_one_has_corrected_when_a_person_returns_to_it(own_site: Site, page: Page) -> None:
     other = page.context.new_page()
     for one in (page, other):
@@ -325,100 +238,30 @@ def test_a_page_shows_what_another_one_has_corrected_when_a_person_returns_to_it
     other.goto("about:blank")
 
 
-def test_a_note_that_corrections_cannot_be_read_disappears_when_they_can(own_site: Site, browser: Browser) -> None:
-    with failing_page(browser) as page:
-        show(page, own_site)
-        damaged = "document.getElementById('notes').textContent.includes('The file is damaged.')"
-        page.route("**/corrections.json", lambda route: route.fulfill(status=500, body="The file is damaged."))
-        come_back(page)
-        until(page, damaged)
-        page.unroute("**/corrections.json")
-        come_back(page)
-        until(page, f"!{damaged}")
-        page.route("**/corrections.json", lambda route: route.fulfill(status=500, body="The file is damaged."))
-        come_back(page)
-        until(page, damaged)
-        select_first(page)
-        page.route("**/corrections", lambda route: route.fulfill(status=507, body="The disk is full."))
-        page.keyboard.press("2")
-        until(page, "document.getElementById('notes').textContent.includes('NOT saved')")
-        page.unroute("**/corrections.json")
-        come_back(page)
-        until(page, f"!{damaged}")
-        assert notes(page) == ["NOT saved: The disk is full."], "until a correction is saved"
-        page.goto("about:blank")
-
-
-def test_after_an_answer_that_cannot_be_read_corrections_are_saved_and_undone_as_before(
-    own_site: Site, browser: Browser
-) -> None:
-    with failing_page(browser) as page:
-        show(page, own_site)
-        select_first(page)
-        broken = "The answer of wsi-view cannot be read. Reload the page to see what is saved."
-        page.route("**/corrections.json", lambda route: route.fulfill(body='{"correc'))
-        come_back(page)
-        until(page, f"document.getElementById('notes').textContent === '{broken}'")
-        page.route("**/corrections", lambda route: route.fulfill(body='{"correc'))
-        page.keyboard.press("2")
-        until(page, "document.querySelectorAll('#notes p').length === 2")
-        assert notes(page) == [broken, broken]
-        page.unroute("**/corrections")
-        page.keyboard.press("2")
-        said(page, "Saved: class-1")
-        assert notes(page) == []
-        assert saved(own_site) == [("class-0", "class-1")]
-        page.keyboard.press("z")
-        said(page, "Undone")
-        assert saved(own_site) == []
-        page.goto("about:blank")
-
-
-def test_a_correction_whose_answer_is_lost_is_shown_once_it_is_read_again(own_site: Site, browser: Browser) -> None:
-    def lose(route: Route) -> None:
-        sent = route.request
-        page.request.fetch(sent.url, method="POST", headers=sent.all_headers(), data=sent.post_data)
-        route.abort()
-
-    with failing_page(browser) as page:
-        show(page, own_site)
-        select_first(page)
-        page.route("**/corrections", lose, times=1)
-        page.keyboard.press("2")
-        until(page, "document.getElementById('correction-count').textContent === 'Corrected regions: 1'")
-        assert notes(page) == [
-            "wsi-view did not answer, so it is not known whether this was saved. Check the corrected regions."
-        ]
-        page.keyboard.press("2")
-        said(page, "Unchanged: class-1")
-        page.keyboard.press("z")
-        said(page, "Undone")
-        assert saved(own_site) == []
-        page.goto("about:blank")
-
-
-@pytest.mark.parametrize("cut", ["uncertainty", "outlines/*"])
-def test_corrections_are_read_saved_and_undone_also_if_the_page_gets_no_regions(
-    own_site: Site, browser: Browser, cut: str
-) -> None:
-    with failing_page(browser) as page:
-        show(page, own_site)
-        select_first(page)
-        page.keyboard.press("2")
-        said(page, "Saved: class-1")
-        page.route(f"**/{cut}", lambda route: route.fulfill(body="cut"))
-        page.reload()
-        until(page, "window.wsiView && wsiView.selection.corrected.size")
-        page.keyboard.press("c")
-        page.keyboard.press("Shift+N")
-        said(page, "No other region")
-        page.keyboard.press("1")
-        said(page, "First select a region")
-        page.keyboard.press("z")
-        said(page, "Undone")
-        assert saved(own_site) == []
-        assert any("cannot be read. The terminal shows the reason" in text for text in notes(page))
-        page.goto("about:blank")
+def test_undo_in_one_tab_leaves_the_correction_of_another_tab_until_it_is_shown(own_site: Site, page: Page) -> None:
+    other = page.context.new_page()
+    for one in (page, other):
+        show(one, own_site, "#x=640&y=416&zoom=0.7")
+    select_first(page)
+    page.keyboard.press("2")
+    said(page, "Saved: class-1")
+    other.keyboard.press("c")
+    other.mouse.click(*place_on_screen(other, *PURPLE_AT))
+    said(other, "Selected: class-1")
+    other.keyboard.press("1")
+    said(other, "Saved: class-0")
+    page.keyboard.press("z")
+    said(page, "NOT undone: your last correction was made in another tab.")
+    both = [("class-0", "class-1"), ("class-1", "class-0")]
+    assert saved(own_site) == both
+    assert page.locator("#correction-count").inner_text() == "Corrected regions: 2"
+    assert page.locator("#corrections-saved").inner_text() == (
+        "NOT undone: your last correction was made in another tab. It is shown now. Press z again to undo it."
+    )
+    page.keyboard.press("z")
+    said(page, "Undone")
+    assert saved(own_site) == both[:1]
+    other.goto("about:blank")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

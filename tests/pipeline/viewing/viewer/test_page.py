@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +13,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.browser import audited_page, axe_findings, capture, failing_page, screenshot, until, watched_page
+from tests.browser import capture, failing_page, screenshot, until
 from tests.cases import full
 from tests.pipeline.fakes import COLORS
 from tests.pipeline.viewing.viewer.conftest import Site, textured
 from tests.pipeline.viewing.viewer.screen import PINK_AT, PURPLE_AT, color_at, mixed, place_on_screen, settle, show
 
 if TYPE_CHECKING:  # most test runs need no browser
-    from playwright.sync_api import Browser, CDPSession, Page
+    from playwright.sync_api import Browser, Page
 
 GLASS_AT = (100, 50)
 """A place on the glass, in level-0 pixels."""
@@ -32,13 +31,6 @@ def slide_color(x: int, y: int, zoom: float) -> NDArray[np.float64]:
     half = round(4.5 / zoom)
     mean_C: NDArray[np.float64] = textured((1280, 832))[y - half : y + half, x - half : x + half].mean(axis=(0, 1))
     return mean_C
-
-
-@pytest.fixture(scope="module")
-def shared_page(browser: Browser) -> Iterator[Page]:
-    """Yield one page for tests that do not change the server. Errors on the page fail after the last test."""
-    with watched_page(browser, permissions=["clipboard-read", "clipboard-write"]) as page:
-        yield page
 
 
 def test_the_slide_has_its_position_and_colors(shared_page: Page, site: Site) -> None:
@@ -149,121 +141,6 @@ def test_hovering_shows_the_class_and_highlights_the_polygon(shared_page: Page, 
     assert shared_page.locator("#place").inner_text().startswith("x 660, y 400 px  (660, 400 µm)  7×")
 
 
-@pytest.mark.full
-def test_a_tap_shows_class_and_area_until_the_slide_moves(browser: Browser, site: Site) -> None:
-    with watched_page(browser, width=1000, height=700, has_touch=True) as page:
-        show(page, site)
-        page.touchscreen.tap(*place_on_screen(page, *PURPLE_AT))
-        until(page, "!document.getElementById('tip').hidden")
-        assert "mm²" in page.locator("#tip").inner_text()
-        page.evaluate("() => wsiView.osd.viewport.panBy(new OpenSeadragon.Point(0.2, 0))")
-        until(page, "document.getElementById('tip').hidden")
-
-
-def touch(fingers: CDPSession, kind: str, *places: tuple[float, float]) -> None:
-    """Send a touch event of all fingers that touch the screen."""
-    points = [{"x": x, "y": y, "id": finger} for finger, (x, y) in enumerate(places)]
-    fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-
-
-@pytest.mark.full
-def test_a_finger_is_followed_while_the_mouse_rests_and_two_fingers_or_a_canceled_touch_are_no_tap(
-    browser: Browser, site: Site
-) -> None:
-    with watched_page(browser, has_touch=True) as page:
-        show(page, site)
-        pink, purple = (place_on_screen(page, *place) for place in (PINK_AT, PURPLE_AT))
-        page.mouse.move(*purple)
-        until(page, "document.getElementById('values').textContent.startsWith('class-1')")
-        page.touchscreen.tap(*pink)
-        until(page, "document.getElementById('values').textContent.startsWith('class-0')")
-        x, y = (int(v) for v in re.findall(r"[xy] (\d+)", page.locator("#place").inner_text()))
-        assert [x, y] == pytest.approx(PINK_AT, abs=2)
-        page.keyboard.press("a")
-        fingers = page.context.new_cdp_session(page)
-        touch(fingers, "touchStart", purple)
-        touch(fingers, "touchStart", purple, (purple[0] + 80, purple[1]))
-        touch(fingers, "touchEnd", purple)
-        touch(fingers, "touchEnd")
-        page.wait_for_timeout(300)
-        assert page.evaluate("() => wsiView.measures.points.length") == 0
-        touch(fingers, "touchStart", pink)
-        touch(fingers, "touchMove", (pink[0] + 60, pink[1]))
-        touch(fingers, "touchCancel")
-        assert page.evaluate("() => wsiView.pointer.dragging") is False
-        page.touchscreen.tap(*pink)
-        until(page, "wsiView.measures.points.length === 1")
-
-
-@pytest.mark.full
-def test_a_pen_that_cannot_hover_shows_what_it_taps_and_does_not_zoom(page: Page, site: Site) -> None:
-    show(page, site)
-    zoom = page.evaluate("() => wsiView.view().zoom")
-    x, y = place_on_screen(page, *PINK_AT)
-    pen = page.context.new_cdp_session(page)
-    for kind in ("mousePressed", "mouseReleased"):
-        event = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1, "pointerType": "pen"}
-        pen.send("Input.dispatchMouseEvent", event)
-    page.evaluate(
-        "() => void wsiView.osd.canvas.dispatchEvent(new PointerEvent('pointerleave', { pointerType: 'pen' }))"
-    )
-    until(page, "!document.getElementById('tip').hidden")
-    page.wait_for_timeout(700)  # longer than a zoom would take
-    assert page.locator("#tip").inner_text().strip().startswith("class-0")
-    assert page.locator("#place").inner_text().startswith("x 250, y 600 px")
-    assert page.evaluate("() => wsiView.view().zoom") == zoom
-
-
-@pytest.mark.full
-def test_nothing_moves_slowly_for_people_who_prefer_reduced_motion(browser: Browser, site: Site) -> None:
-    with watched_page(browser, reduced_motion="reduce") as page:
-        show(page, site)
-        before = page.evaluate("() => wsiView.view().zoom")
-        page.keyboard.press("+")
-        page.wait_for_timeout(50)
-        assert page.evaluate("() => [wsiView.view().zoom / wsiView.view(false).zoom, wsiView.osd.isAnimating()]") == [
-            pytest.approx(1), False
-        ]  # fmt: skip
-        assert page.evaluate("() => wsiView.view().zoom") == pytest.approx(before * 1.5, rel=0.02)
-
-
-@pytest.mark.full
-def test_the_focus_stays_near_a_button_that_disappears(own_site: Site, page: Page) -> None:
-    focused = "() => document.activeElement.id || document.activeElement.className"
-    show(page, own_site)
-    page.keyboard.press("c")
-    page.keyboard.press("n")
-    until(page, "document.querySelector('.relabel').ariaDisabled === 'false'")
-    page.locator(".relabel").first.focus()
-    page.keyboard.press("Escape")
-    until(page, "document.querySelector('.relabel').ariaDisabled === 'true'")
-    assert page.evaluate(focused) == "relabel"
-    page.keyboard.press("Escape")
-    assert page.locator("#correction-tools").is_hidden()
-    assert page.evaluate(focused) == "correcting"
-    for measuring, expected in ((True, "openseadragon-canvas"), (False, "measure-distance")):
-        page.locator("#stage .openseadragon-canvas").first.focus()
-        page.keyboard.press("d")
-        page.keyboard.press("Space")
-        page.keyboard.press("ArrowRight")
-        page.wait_for_timeout(600)
-        page.keyboard.press("Space")
-        if not measuring:
-            page.keyboard.press("d")
-        page.locator("#measure-clear").focus()
-        page.keyboard.press("Enter")
-        assert page.evaluate(focused) == expected
-        page.keyboard.press("Escape")
-
-
-@pytest.mark.full
-def test_the_class_at_the_center_is_announced_without_outlines(shared_page: Page, site: Site) -> None:
-    show(shared_page, site, f"#x={PURPLE_AT[0]}&y={PURPLE_AT[1]}&zoom=1")
-    shared_page.keyboard.press("o")
-    shared_page.keyboard.press("i")
-    until(shared_page, "document.getElementById('announcement').textContent.includes('mm²')")
-
-
 def test_outlines_are_drawn_on_the_borders_in_the_classes_colors(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=420&y=400&zoom=2&map=0&outlines=0")
     without = np.asarray(Image.open(io.BytesIO(capture(shared_page))).convert("RGB")).astype(int)
@@ -314,75 +191,6 @@ def test_the_scale_bar_has_the_stated_length(shared_page: Page, site: Site, zoom
 
 
 @pytest.mark.full
-def test_the_address_restores_the_place_and_the_layers(shared_page: Page, site: Site) -> None:
-    show(shared_page, site, "#x=500&y=300&zoom=1.25&map=0.6&outlines=0&off=0")
-    shared_page.keyboard.press("ArrowRight")
-    shared_page.keyboard.press("+")
-    shared_page.keyboard.press("p")
-    settle(shared_page)
-    shared_page.wait_for_timeout(400)
-    url, view = shared_page.url, shared_page.evaluate("() => wsiView.view()")
-    assert view["x"] > 600
-    assert view["zoom"] == pytest.approx(1.25 * 1.5, rel=0.01)
-    picture = capture(shared_page)
-    shared_page.goto("about:blank")
-    shared_page.goto(url)
-    settle(shared_page)
-    again = shared_page.evaluate("() => wsiView.view()")
-    assert [again[k] for k in ("x", "y", "zoom")] == pytest.approx([view[k] for k in ("x", "y", "zoom")], rel=1e-3)
-    assert shared_page.get_by_role("checkbox", name="class-0").is_checked() is False
-    assert shared_page.get_by_role("checkbox", name=re.compile("Outlines")).is_checked() is False
-    assert shared_page.get_by_role("checkbox", name=re.compile("Probabilities")).is_checked()
-    one, two = (
-        np.asarray(Image.open(io.BytesIO(p)).convert("RGB")).astype(int) for p in (picture, capture(shared_page))
-    )
-    assert np.abs(one - two)[60:840, 60:900].mean() < 1.5
-
-
-@pytest.mark.full
-def test_a_link_has_the_view_at_which_a_movement_ends_and_the_layers_that_are_shown_now(
-    shared_page: Page, site: Site
-) -> None:
-    show(shared_page, site, "#x=500&y=300&zoom=1&map=0.5")
-    for key in ("m", "ArrowRight", "l"):
-        shared_page.keyboard.press(key)
-    until(shared_page, "document.getElementById('link').textContent === 'Copied'")
-    link = shared_page.evaluate("() => navigator.clipboard.readText()")
-    settle(shared_page)
-    found = re.search(r"#x=([\d.]+)&.*&map=0&", link)
-    assert found is not None, link
-    x = shared_page.evaluate("() => wsiView.view().x")
-    assert x > 600
-    assert float(found[1]) == pytest.approx(x, abs=0.2)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "address",
-    [
-        "#x=100&y=100&zoom=1e200",
-        "#x=1e12&y=5&zoom=1",
-        "#x=-1e30&y=1e300&zoom=1&turn=30",
-        "#x=640&y=416&zoom=0.001",
-        "#x=1e20&y=416&zoom=1e-9",
-    ],
-)
-def test_an_address_beyond_the_slide_shows_the_slide(shared_page: Page, site: Site, address: str) -> None:
-    shared_page.goto("about:blank")
-    shared_page.goto(f"{site.page}{address}")
-    settle(shared_page)
-    view = shared_page.evaluate("() => wsiView.view()")
-    half = view["width"] / view["zoom"] / 2
-    assert view["x"] - half < 1280
-    assert view["x"] + half > 0
-    assert abs(view["y"] - 416) < 416 + half
-    assert 0.05 <= view["zoom"] <= 8
-    assert shared_page.evaluate("() => wsiView.osd.world.getItemAt(0).getTilesToDraw().length") > 0
-    shared_page.keyboard.press("m")
-    until(shared_page, "location.hash.includes('map=0&')")
-
-
-@pytest.mark.full
 def test_the_readout_has_no_negative_zero(shared_page: Page, site: Site) -> None:
     show(shared_page, site, "#x=-0.3&y=10&zoom=2")
     assert shared_page.locator("#place").inner_text().startswith("center: x 0, y 10 px")
@@ -402,23 +210,6 @@ def test_layers_have_one_order_whichever_is_turned_on_first(shared_page: Page, s
         shared_page.keyboard.press("1")
         settle(shared_page)
         assert shared_page.evaluate(order)[1:] == [on, "class 0", "class 1"]
-
-
-@pytest.mark.full
-def test_after_going_back_the_controls_show_the_state_of_the_page(pair: Site, page: Page) -> None:
-    page.goto(f"{pair.url}/slides/{pair.results[0].id}/")
-    settle(page)
-    tools = ("correcting", "table-on", "compare-on")
-    for tool in tools:
-        page.locator(f"#{tool}").check()
-    page.locator("#slides").select_option(label="b")
-    page.wait_for_url(f"**/{pair.results[1].id}/**")
-    settle(page)
-    page.go_back()
-    page.wait_for_url(f"**/{pair.results[0].id}/**")
-    settle(page)
-    assert page.evaluate("() => document.getElementById('slides').selectedOptions[0].textContent") == "a"
-    assert [page.locator(f"#{tool}").is_checked() for tool in tools] == [False] * 3
 
 
 @pytest.mark.full
@@ -483,15 +274,6 @@ def test_keys_do_what_the_help_states(shared_page: Page, site: Site) -> None:
 
 
 @pytest.mark.full
-def test_a_link_that_the_browser_does_not_copy_can_be_copied_by_hand(page: Page, site: Site) -> None:
-    show(page, site)
-    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); }")
-    page.keyboard.press("l")
-    until(page, "document.getElementById('announcement').textContent.includes('from the address bar')")
-    assert page.locator("#link").inner_text() == "Copy from the address bar"
-
-
-@pytest.mark.full
 def test_the_page_reports_missing_tiles_once(browser: Browser, site: Site) -> None:
     with failing_page(browser) as page:
         page.route("**/slide/**", lambda route: route.fulfill(status=503))
@@ -499,63 +281,3 @@ def test_the_page_reports_missing_tiles_once(browser: Browser, site: Site) -> No
         until(page, """document.getElementById("notes").textContent.startsWith("Parts of the slide")""")
         page.wait_for_timeout(300)
         assert page.locator("#notes p").count() == 1
-
-
-@pytest.mark.full
-def test_arrow_keys_move_a_focused_slider_and_not_the_slide(shared_page: Page, site: Site) -> None:
-    show(shared_page, site)
-    before = shared_page.evaluate("() => wsiView.view().x")
-    shared_page.get_by_label("Opacity of the class map").focus()
-    shared_page.keyboard.press("ArrowRight")
-    shared_page.wait_for_timeout(600)
-    assert shared_page.evaluate("() => wsiView.controls.state.map.opacity") == pytest.approx(0.5)
-    assert shared_page.evaluate("() => wsiView.view().x") == pytest.approx(before)
-
-
-@pytest.mark.parametrize("scheme", ["light", full("dark")])
-@pytest.mark.parametrize("width", [full(1280), 390])
-def test_it_is_accessible_in_both_schemes_and_on_a_phone(
-    browser: Browser, site: Site, tmp_path: Path, scheme: str, width: int
-) -> None:
-    with audited_page(browser, scheme, width=width, height=800) as page:
-        show(page, site)
-        if width == 390:
-            page.locator("summary").click()
-        page.get_by_role("checkbox", name=re.compile("Probabilities")).check()
-        settle(page)
-        assert axe_findings(page) == []
-        assert page.evaluate("() => document.documentElement.scrollWidth") <= width
-        screenshot(page, f"viewer-{scheme}-{width}", tmp_path, whole=False)
-        page.get_by_role("button", name="?").click()
-        assert axe_findings(page) == []
-        stage = page.locator("#stage").bounding_box()
-        assert stage is not None
-        assert stage["height"] > 300
-
-
-@pytest.mark.full
-def test_forced_colors_keep_swatches_crosshair_and_pressed_buttons_and_a_low_window_keeps_the_zoom_buttons(
-    browser: Browser, site: Site
-) -> None:
-    color = "(one, part) => getComputedStyle(one, part || null).backgroundColor"
-    with watched_page(browser, forced_colors="active") as page:
-        show(page, site)
-        page.keyboard.press("d")
-        swatches = page.locator("#classes .swatch").evaluate_all(
-            "(all) => all.map((one) => getComputedStyle(one).borderColor)"
-        )
-        assert swatches == ["rgb({}, {}, {})".format(*color_) for color_ in COLORS[:2]]
-        assert page.locator("#crosshair").evaluate(color, "::before") == "rgb(255, 255, 255)"
-        pressed, other = (page.locator(f"#measure-{kind}").evaluate(color) for kind in ("distance", "area"))
-        assert pressed != other
-        page.set_viewport_size({"width": 320, "height": 256})
-        page.wait_for_timeout(500)
-        for name in ("zoom-in", "zoom-out", "home"):
-            assert page.locator(f"#{name}").evaluate(
-                """(one) => { const { left, top, width, height } = one.getBoundingClientRect();
-                return one.contains(document.elementFromPoint(left + width / 2, top + height / 2)); }"""
-            ), name
-        zoom, foot = page.locator("#zoom").bounding_box(), page.locator("#foot").bounding_box()
-        assert zoom is not None
-        assert foot is not None
-        assert zoom["y"] + zoom["height"] <= foot["y"]
