@@ -236,8 +236,10 @@ def import_(
                     f"{done.ignored} with an ignored class, {done.kept} labeled on the page before and kept, "
                     f"{done.taken_back} removed, because the files do not show them anymore"
                 )
-                for reason, number in one.skipped.items():
-                    typer.echo(f"{PROGRAM}: warning: {one.name}: objects skipped: {number} {reason}", err=True)
+                outside = ("outside the slide; is this the slide on which they were drawn?", done.outside)
+                for reason, number in [*one.skipped.items(), outside]:
+                    if number:
+                        typer.echo(f"{PROGRAM}: warning: {one.name}: objects skipped: {number} {reason}", err=True)
         _print_warnings(output)
 
 

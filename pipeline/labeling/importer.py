@@ -18,6 +18,7 @@ from pipeline.labeling.import_annotations import (
     Drawing,
     Imported,
     ImportSource,
+    count_outside,
     import_events,
     joined_drawings,
     labels_from,
@@ -127,7 +128,8 @@ def import_drawings(
             Labels(folder.store.read()),
             lambda place: patches.pixels(place) if place.slide == found_digest else None,
         )
-    return Imported(*(sum(part) for part in zip(*map(astuple, done), strict=True))) if done else Imported(0, 0, 0, 0, 0)
+    sums = [sum(part) for part in zip(*map(astuple, done), strict=True)]
+    return Imported(*sums) if done else Imported(0, 0, 0, 0, 0, 0)
 
 
 def _import(
@@ -163,7 +165,8 @@ def _import(
     after = {place: labels.label(place, drawing.annotator) for place in before}
     taken_back = sum(_answers(labels, before[place]) != _answers(labels, after[place]) for place in before)
     incomplete = sum("unknown" in one.answers.values() for one in found)
-    return Imported(len(found) - incomplete, incomplete, ignored, kept, taken_back)
+    outside = count_outside(drawing.annotations, patches.size_l0)
+    return Imported(len(found) - incomplete, incomplete, ignored, kept, taken_back, outside)
 
 
 def _answers(labels: Labels, label: Labeled | None) -> tuple[Mark, dict[int, Answer]] | None:

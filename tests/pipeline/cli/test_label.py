@@ -80,13 +80,16 @@ def test_annotations_of_qupath_become_a_data_set(slide: Path, tmp_path: Path) ->
                 "properties": {"objectType": "annotation", "classification": {"name": name}, **more}}  # fmt: skip
 
     file = tmp_path / "P07-a.svs.geojson"
-    features = [box("Tumor", 192, 128), box("Stroma", 320, 128), box("Stroma", 512, 150), box("x", 0, 0, isLocked=True)]
+    features = [box("Tumor", 192, 128), box("Stroma", 320, 128), box("Stroma", 512, 150), box("Tumor", 9000, 150)]
+    features.append(box("x", 0, 0, isLocked=True))
     file.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
     options = ("-o", tmp_path / "l", "--map", "Tumor=carcinoma", "--patch-side", "64")
     done = invoke("import", tmp_path, "--slide", slide.parent, *options)
     assert done.exit_code == 0, done.output
     assert "4 complete patches, 4 covered in part (not imported; pass --partial" in done.output
     assert "warning: P07-a.svs.geojson: objects skipped: 1 locked; unlock them" in done.output
+    outside = "objects skipped: 1 outside the slide; is this the slide on which they were drawn?"
+    assert f"warning: P07-a.svs.geojson: {outside}\n" in done.output
     dataset = load_dataset(tmp_path / "l")
     assert dataset.class_names == ("carcinoma", "Stroma")
     labels = [one.labels_K for split in dataset.card.splits for one in samples(dataset, split)]
