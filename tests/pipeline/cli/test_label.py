@@ -114,6 +114,15 @@ def test_a_second_import_without_a_pattern_keeps_the_patient(slide: Path, tmp_pa
             assert known.patient == patient
 
 
+def test_an_import_lists_all_slides_without_a_patient_and_writes_nothing(slide: Path, tmp_path: Path) -> None:
+    for name in ("A", "P1", "B"):
+        (tmp_path / f"{name}.svs").symlink_to(label_slide(tmp_path / f"{name}-slide"))
+        (tmp_path / f"{name}.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    done = invoke("import", tmp_path, "--slide", tmp_path, "-o", tmp_path / "l", "--patient", "^(P1)")
+    assert (done.exit_code, (tmp_path / "l").exists()) == (2, False)
+    assert "'^(P1)' does not match 2 names: A.svs, B.svs; add" in done.stderr
+
+
 def test_annotations_of_a_manifest_with_two_slides_are_refused(slide: Path, tmp_path: Path) -> None:
     ring = [[0, 0], [128, 0], [128, 128], [0, 128], [0, 0]]
     feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]},
@@ -219,6 +228,12 @@ def test_the_report_counts_labels_and_compares_annotators(folder: Path) -> None:
         (["page", "none.svs", "-o", "l", "--classes", "a,b", "--patient", "("], 2, "not a valid regular expression"),
         (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "(x)(y)"], 2, "has 2 groups; it must have one"),
         (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "^(P)-"], 2, "does not match the name none.svs"),
+        (
+            ["P1-a.svs", *["3b", "2b", "3b", "4b", "5b", "6b", "7b"], "-o", "l", "--classes", "a,b", "--patient", "^(P[0-9]+)-"],
+            2,
+            "wsi-label: --patient: '^(P[0-9]+)-' does not match 6 names: 3b, 2b, 4b, 5b, 6b, ...; add the missing form "
+            "to the pattern after a |, such as '^(P[0-9]+|Case [0-9]+)', or rename the files\n",
+        ),
         (["none.svs", "-o", "l", "--classes", "a,b", "-m", "none"], 1, "neither a shipped model"),
         (["import", "none.geojson", "--slide", "a.svs", "-o", "l"], 1, "none.geojson: cannot be read"),
     ],
