@@ -229,7 +229,22 @@ def test_the_report_counts_labels_and_compares_annotators(folder: Path) -> None:
         (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "(x)(y)"], 2, "has 2 groups; it must have one"),
         (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "^(P)-"], 2, "does not match the name none.svs"),
         (
-            ["P1-a.svs", *["3b", "2b", "3b", "4b", "5b", "6b", "7b"], "-o", "l", "--classes", "a,b", "--patient", "^(P[0-9]+)-"],
+            [
+                "P1-a",
+                "3b",
+                "2b",
+                "3b",
+                "4b",
+                "5b",
+                "6b",
+                "7b",
+                "-o",
+                "l",
+                "--classes",
+                "a,b",
+                "--patient",
+                "^(P[0-9]+)-",
+            ],
             2,
             "wsi-label: --patient: '^(P[0-9]+)-' does not match 6 names: 3b, 2b, 4b, 5b, 6b, ...; add the missing form "
             "to the pattern after a |, such as '^(P[0-9]+|Case [0-9]+)', or rename the files\n",
