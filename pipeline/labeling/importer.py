@@ -85,10 +85,16 @@ def check_names(names: Sequence[str], sources: Sequence[ImportSource], mapping: 
     for source in sources:
         skipped.update(source.skipped)
     left_out = ", ".join(f"{number} {reason}" for reason, number in skipped.items() if number)
+    left_out = f" (objects left out: {left_out})" if left_out else ""
+    if not names and not annotations:
+        raise LabelingError(
+            f"{', '.join(one.name for one in sources)}: no annotations with a class{left_out}; in QuPath, give the "
+            "annotations classes and export them again with File > Export objects as GeoJSON"
+        )
     raise LabelingError(
         "a new labels folder needs at least two classes, but the annotations have "
         + (f"only {names[0]}" if names else "none")
-        + (f" (objects left out: {left_out})" if left_out else "")
+        + left_out
         + "; pass --map for classes that QuPath ignores, such as --map 'Ignore*=other', or create the folder first "
         "with wsi-label SLIDES -o FOLDER --classes tumor,other"
     )

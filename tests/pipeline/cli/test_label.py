@@ -164,6 +164,25 @@ def test_annotations_with_less_than_two_classes_are_refused_with_what_was_left_o
     assert invoke(*arguments, "--map", "Ignore*=other", "--patch-side", "64").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("features", "left_out"),
+    [([], ""), ([{"geometry": None}, {"properties": {"objectType": "detection"}}], " (objects left out: 1 without a "
+     "class, 1 not annotations)")],
+)  # fmt: skip
+def test_files_without_annotations_are_named(
+    slide: Path, tmp_path: Path, features: list[dict[str, Any]], left_out: str
+) -> None:
+    for name in "ab":
+        content = {"type": "FeatureCollection", "features": features if name == "a" else []}
+        (tmp_path / f"{name}.geojson").write_text(json.dumps(content), encoding="utf-8")
+    refused = invoke("import", tmp_path / "a.geojson", tmp_path / "b.geojson", "--slide", slide, "-o", tmp_path / "l")
+    assert (refused.exit_code, (tmp_path / "l").exists()) == (1, False)
+    assert refused.stderr == (
+        f"wsi-label: a.geojson, b.geojson: no annotations with a class{left_out}; in QuPath, give the annotations "
+        "classes and export them again with File > Export objects as GeoJSON\n"
+    )
+
+
 def test_classes_are_listed_added_renamed_and_merged(folder: Path) -> None:
     done = invoke("classes", folder, "--add", "fat", "--rename", "tumor=carcinoma", "--merge", "fat=stroma")
     assert (done.exit_code, done.output.splitlines()[-2:]) == (0, ["carcinoma", "stroma"])
