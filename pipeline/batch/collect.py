@@ -35,7 +35,7 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
     jobs: dict[str, SlideJob] = {}
     ids: dict[str, SlideJob] = {}
     found = DicomFolders()
-    pictures: list[Path] = []
+    pictures: set[Path] = set()
     for path in inputs:
         for job in _expand(local_path(path, "slides"), found, pictures, recursive=recursive):
             # Path.resolve raises if links form a loop. Links that lead nowhere are different slides.
@@ -68,7 +68,7 @@ def _settings(job: SlideJob) -> str:
     return " and ".join(texts) or "without settings"
 
 
-def _expand(path: Path, dicom: DicomFolders, pictures: list[Path], *, recursive: bool) -> Iterator[SlideJob]:
+def _expand(path: Path, dicom: DicomFolders, pictures: set[Path], *, recursive: bool) -> Iterator[SlideJob]:
     if _is_dir(path):
         found = sorted(_search(path, pictures, recursive=recursive), key=lambda job: job.path)
         if not found and path.suffix.lower() in slide_suffixes():
@@ -90,7 +90,7 @@ def _is_dir(path: Path) -> bool:
         raise ConfigError(f"{path}: {error.strerror or error}; check the path") from error
 
 
-def _search(root: Path, pictures: list[Path], *, recursive: bool) -> Iterator[SlideJob]:
+def _search(root: Path, pictures: set[Path], *, recursive: bool) -> Iterator[SlideJob]:
     """Yield a job for each slide in a folder, and add the pictures beside slides to `pictures`.
 
     Linked folders are searched too, and each folder once.
@@ -119,7 +119,7 @@ def _search(root: Path, pictures: list[Path], *, recursive: bool) -> Iterator[Sl
         files = [path for path, is_folder in content if not is_folder]
         slides = list(_slides(files, folder, root))
         if slides:  # folders of results and labels contain pictures, but no slides
-            pictures += _pictures(files, {job.path.stem for job in slides})
+            pictures.update(_pictures(files, {job.path.stem for job in slides}))
         yield from slides
 
 

@@ -11,12 +11,12 @@ from pipeline.errors import ConfigError
 
 
 def left_out(root: Path, caplog: pytest.LogCaptureFixture, *names: str) -> list[str]:
-    """Make files of these names, search their folder, and return the warnings."""
+    """Make files of these names, search their folder twice, and return the warnings."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     caplog.clear()
-    jobs = collect_jobs([root], recursive=True)
+    jobs = collect_jobs([root, root], recursive=True)
     assert all(job.path.suffix in (".tif", ".svs", ".vms") for job in jobs)
     return [record.getMessage() for record in caplog.records]
 
