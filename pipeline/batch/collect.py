@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,13 +16,18 @@ from pipeline.workers.base import SlideJob
 from wsi.dicom import group_series, is_dicom
 from wsi.readers import slide_suffixes
 
+log = logging.getLogger(__name__)
+
+PICTURE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".jp2", ".bmp", ".gif", ".webp", ".vsi", ".qptiff", ".isyntax"})
+"""Endings of images that a person may take for slides, but that no reader has."""
+
 
 def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[SlideJob]:
     """Return a job for each slide: for each file, each slide of a folder, and each row of a CSV manifest.
 
     A DICOM series is one slide. A slide that is listed twice gets one job. What looks like a slide and is not one, such
     as a broken link, and a folder that cannot be searched get a job with a `problem`, so nothing that was listed
-    disappears.
+    disappears. A warning counts the pictures beside slides, which get no job.
 
     Raises ConfigError if a folder contains no slide, a manifest cannot be used, a slide is listed twice with different
     settings, or two slides have the same id.
@@ -29,8 +35,9 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
     jobs: dict[str, SlideJob] = {}
     ids: dict[str, SlideJob] = {}
     found = DicomFolders()
+    pictures: set[Path] = set()
     for path in inputs:
-        for job in _expand(local_path(path, "slides"), found, recursive=recursive):
+        for job in _expand(local_path(path, "slides"), found, pictures, recursive=recursive):
             # Path.resolve raises if links form a loop. Links that lead nowhere are different slides.
             former = jobs.setdefault(str(job.path.absolute()) if job.problem else os.path.realpath(job.path), job)
             if former != replace(job, path=former.path):
@@ -46,6 +53,12 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
                         f"{job.path}: its id {job.name!r} is also that of {other.path}; ids name the results, so each "
                         f"slide needs its own"
                     )
+    if pictures:
+        log.warning(
+            "files left out because their ending is not that of a readable slide format: %d, such as %s; convert them "
+            "to TIFF if they are slides",
+            len(pictures), min(pictures).name,
+        )  # fmt: skip
     return list(jobs.values())
 
 
@@ -55,9 +68,9 @@ def _settings(job: SlideJob) -> str:
     return " and ".join(texts) or "without settings"
 
 
-def _expand(path: Path, dicom: DicomFolders, *, recursive: bool) -> Iterator[SlideJob]:
+def _expand(path: Path, dicom: DicomFolders, pictures: set[Path], *, recursive: bool) -> Iterator[SlideJob]:
     if _is_dir(path):
-        found = sorted(_search(path, recursive=recursive), key=lambda job: job.path)
+        found = sorted(_search(path, pictures, recursive=recursive), key=lambda job: job.path)
         if not found and path.suffix.lower() in slide_suffixes():
             found = [SlideJob(path)]  # reported as a failed slide; the other slides continue
         if not found:
@@ -77,8 +90,11 @@ def _is_dir(path: Path) -> bool:
         raise ConfigError(f"{path}: {error.strerror or error}; check the path") from error
 
 
-def _search(root: Path, *, recursive: bool) -> Iterator[SlideJob]:
-    """Yield a job for each slide in a folder. Linked folders are searched too, and each folder once."""
+def _search(root: Path, pictures: set[Path], *, recursive: bool) -> Iterator[SlideJob]:
+    """Yield a job for each slide in a folder, and add the pictures beside slides to `pictures`.
+
+    Linked folders are searched too, and each folder once.
+    """
     folders, searched = [root], set[tuple[int, int]]()
     while folders:
         folder = folders.pop()
@@ -100,7 +116,11 @@ def _search(root: Path, *, recursive: bool) -> Iterator[SlideJob]:
             inner = [path for path, is_folder in content if is_folder and path.suffix != ".zarr"]
             # Sorted: of a folder with several links, the same one is searched in every run.
             folders += sorted(inner, reverse=True)
-        yield from _slides([path for path, is_folder in content if not is_folder], folder, root)
+        files = [path for path, is_folder in content if not is_folder]
+        slides = list(_slides(files, folder, root))
+        if slides:  # folders of results and labels contain pictures, but no slides
+            pictures.update(_pictures(files, {job.path.stem for job in slides}))
+        yield from slides
 
 
 def _slides(files: Sequence[Path], folder: Path, root: Path) -> Iterator[SlideJob]:
@@ -111,6 +131,15 @@ def _slides(files: Sequence[Path], folder: Path, root: Path) -> Iterator[SlideJo
         yield series_job(series, folder, root, all_series)
     for path in [*unreadable, *(p for p in visible if p.suffix.lower() in slide_suffixes() - {".dcm"})]:
         yield SlideJob(path, place=place_below(root, path), problem=_problem(path))
+
+
+def _pictures(files: Sequence[Path], slides: set[str]) -> Iterator[Path]:
+    """Yield the visible pictures that are not named after a slide, as `a_macro.jpg` and the tiles of `a.vms` are."""
+    for path in files:
+        if path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith("."):
+            name = path.name
+            if not any(name[:end] in slides for end in range(1, len(name)) if not name[end].isalnum()):
+                yield path
 
 
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:

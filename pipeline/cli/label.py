@@ -13,7 +13,15 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli.commands import annotator_name, fail, run, version_option
-from pipeline.cli.label_inputs import PROGRAM, class_pairs, import_sources, only_slide_file, slide_files, two_names
+from pipeline.cli.label_inputs import (
+    PROGRAM,
+    class_pairs,
+    import_sources,
+    only_slide_file,
+    slide_files,
+    two_names,
+    with_patients,
+)
 from pipeline.console import log_to_stderr
 from pipeline.files import local_path
 
@@ -148,7 +156,7 @@ def page(
             names = [one.name for one in bundle.card.classes]
         with open_desk(
             output,
-            slide_files(slides, patient, mpp, recursive=recursive),
+            with_patients(slide_files(slides, mpp, recursive=recursive), patient),
             annotator_name(PROGRAM, annotator),
             wishes=Wishes(patch_mpp, patch_side, seed, blind_share),
             classes=names,
@@ -223,7 +231,7 @@ def import_(
         is_new = not has_classes(output)
         if corrections is not None and is_new:
             names = [*(pairs.get(tissue.name, tissue.name) for one in sources for tissue in one.classes), *names]
-        slides = [only_slide_file(one.slide, patient, one.mpp) for one in sources]
+        slides = with_patients([only_slide_file(one.slide, one.mpp) for one in sources], patient)
         if is_new:
             check_names(names, sources, pairs)
         known = known_classes([tissue for one in sources for tissue in one.classes], pairs)
@@ -236,8 +244,10 @@ def import_(
                     f"{done.ignored} with an ignored class, {done.kept} labeled on the page before and kept, "
                     f"{done.taken_back} removed, because the files do not show them anymore"
                 )
-                for reason, number in one.skipped.items():
-                    typer.echo(f"{PROGRAM}: warning: {one.name}: objects skipped: {number} {reason}", err=True)
+                outside = ("outside the slide; is this the slide on which they were drawn?", done.outside)
+                for reason, number in [*one.skipped.items(), outside]:
+                    if number:
+                        typer.echo(f"{PROGRAM}: warning: {one.name}: objects skipped: {number} {reason}", err=True)
         _print_warnings(output)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 # Heavy libraries are imported inside the functions, so that `--help` answers at once.
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,25 +19,44 @@ if TYPE_CHECKING:
 
 PROGRAM = "wsi-label"
 
+NAMED = 5
+"""Most names that a message lists."""
 
-def slide_files(inputs: list[Path], patient: str | None, mpp: float | None, *, recursive: bool) -> list[SlideFile]:
-    """Return the slides that the arguments name. `patient` is the expression that finds the patient in a name."""
+
+def slide_files(inputs: list[Path], mpp: float | None, *, recursive: bool) -> list[SlideFile]:
+    """Return the slides that the arguments name, without patients."""
     from pipeline.batch.collect import collect_jobs
     from pipeline.labeling.slides import SlideFile
 
-    pattern = None if patient is None else _patient_pattern(patient)
-    return [
-        SlideFile(job.path, None if pattern is None else _patient(pattern, job.path.name), job.mpp or mpp)
-        for job in collect_jobs(inputs, recursive=recursive)
-    ]
+    return [SlideFile(job.path, mpp=job.mpp or mpp) for job in collect_jobs(inputs, recursive=recursive)]
 
 
-def only_slide_file(slide: Path, patient: str | None, mpp: float | None) -> SlideFile:
+def only_slide_file(slide: Path, mpp: float | None) -> SlideFile:
     """Return the slide of an import. See `slide_files`."""
-    files = slide_files([slide], patient, mpp, recursive=False)
+    files = slide_files([slide], mpp, recursive=False)
     if len(files) != 1:
         fail(PROGRAM, f"{slide}: lists {len(files)} slides; pass one slide, or a folder of slides, with --slide")
     return files[0]
+
+
+def with_patients(files: list[SlideFile], patient: str | None) -> list[SlideFile]:
+    """Return the slides with their patients. `patient` is the expression that finds the patient in a name."""
+    if patient is None:
+        return files
+    pattern = _patient_pattern(patient)
+    matches = [pattern.search(file.path.name) for file in files]
+    found = [match[1] if match else "" for match in matches]
+    names = list(dict.fromkeys(file.path.name for file, one in zip(files, found, strict=True) if not one))
+    if names:
+        more = ", ..." if len(names) > NAMED else ""
+        which = f"the name {names[0]}" if len(names) == 1 else f"{len(names)} names: {', '.join(names[:NAMED])}{more}"
+        fail(
+            PROGRAM,
+            f"--patient: {patient!r} does not match {which}; add the missing form to the pattern after a |, such as "
+            "'^(P[0-9]+|Case [0-9]+)', or rename the files",
+            EXIT_USAGE,
+        )
+    return [replace(file, patient=one) for file, one in zip(files, found, strict=True)]
 
 
 def import_sources(
@@ -81,10 +101,3 @@ def _patient_pattern(text: str) -> re.Pattern[str]:
     if pattern.groups != 1:
         fail(PROGRAM, f"--patient: {text!r} has {pattern.groups} groups; it must have one", EXIT_USAGE)
     return pattern
-
-
-def _patient(pattern: re.Pattern[str], name: str) -> str:
-    found = pattern.search(name)
-    if found is None or not found[1]:
-        fail(PROGRAM, f"--patient: {pattern.pattern!r} does not match the name {name}", EXIT_USAGE)
-    return found[1]

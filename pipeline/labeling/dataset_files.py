@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import shlex
 import shutil
 import threading
 import tomllib
@@ -324,12 +325,15 @@ def warnings_of(labels: Labels) -> list[str]:
         found.append(
             f"labeled patches: {counts.labeled}; label at least {FEW_LABELS} before you train, and preferably 200"
         )
-    found += [
-        f"class {one.name} is present in {counts.present[one.id]} patches; label at least {FEW_OF_A_CLASS} with it: "
-        "use the grid, or slides that contain more of it"
-        for one in labels.classes.values()
-        if counts.present[one.id] < FEW_OF_A_CLASS
-    ]
+    for one in labels.classes.values():
+        if counts.present[one.id] < FEW_OF_A_CLASS:
+            # A folder keeps two classes, and a class that an incomplete label shows.
+            removable = len(labels.classes) > 2 and not labels.places_with(one.id)
+            found.append(
+                f"class {one.name} is present in {counts.present[one.id]} patches; label at least {FEW_OF_A_CLASS} "
+                "with it: use the grid, or slides that contain more of it"
+                + (f"; or remove it: wsi-label classes FOLDER --remove {shlex.quote(one.name)}" if removable else "")
+            )
     rows = rows_of(labels)
     if len({row.patient for row in rows}) == 1:
         found.append(

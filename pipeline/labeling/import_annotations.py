@@ -81,6 +81,8 @@ class Imported:
     """Patches that keep a label that this person made on the page."""
     taken_back: int
     """Patches whose answers change because the same files no longer show an earlier label."""
+    outside: int
+    """Annotations that lie wholly outside the slide."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,12 @@ def labels_from(
                 )
             )
     return found, int(ignored_N.sum())
+
+
+def count_outside(annotations: Sequence[Annotation], size_l0: tuple[int, int]) -> int:
+    """Return how many annotations lie wholly outside a slide of this (width, height)."""
+    inside = shapely.intersection([one.shape for one in annotations], shapely.box(0, 0, *size_l0))
+    return int((shapely.area(inside) == 0).sum())
 
 
 def _touched(patches: SlidePatches, area: BaseGeometry) -> list[Place]:

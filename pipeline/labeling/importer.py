@@ -18,6 +18,7 @@ from pipeline.labeling.import_annotations import (
     Drawing,
     Imported,
     ImportSource,
+    count_outside,
     import_events,
     joined_drawings,
     labels_from,
@@ -84,10 +85,16 @@ def check_names(names: Sequence[str], sources: Sequence[ImportSource], mapping: 
     for source in sources:
         skipped.update(source.skipped)
     left_out = ", ".join(f"{number} {reason}" for reason, number in skipped.items() if number)
+    left_out = f" (objects left out: {left_out})" if left_out else ""
+    if not names and not annotations:
+        raise LabelingError(
+            f"{', '.join(one.name for one in sources)}: no annotations with a class{left_out}; in QuPath, give the "
+            "annotations classes and export them again with File > Export objects as GeoJSON"
+        )
     raise LabelingError(
         "a new labels folder needs at least two classes, but the annotations have "
         + (f"only {names[0]}" if names else "none")
-        + (f" (objects left out: {left_out})" if left_out else "")
+        + left_out
         + "; pass --map for classes that QuPath ignores, such as --map 'Ignore*=other', or create the folder first "
         "with wsi-label SLIDES -o FOLDER --classes tumor,other"
     )
@@ -127,7 +134,8 @@ def import_drawings(
             Labels(folder.store.read()),
             lambda place: patches.pixels(place) if place.slide == found_digest else None,
         )
-    return Imported(*(sum(part) for part in zip(*map(astuple, done), strict=True))) if done else Imported(0, 0, 0, 0, 0)
+    sums = [sum(part) for part in zip(*map(astuple, done), strict=True)]
+    return Imported(*sums) if done else Imported(0, 0, 0, 0, 0, 0)
 
 
 def _import(
@@ -163,7 +171,8 @@ def _import(
     after = {place: labels.label(place, drawing.annotator) for place in before}
     taken_back = sum(_answers(labels, before[place]) != _answers(labels, after[place]) for place in before)
     incomplete = sum("unknown" in one.answers.values() for one in found)
-    return Imported(len(found) - incomplete, incomplete, ignored, kept, taken_back)
+    outside = count_outside(drawing.annotations, patches.size_l0)
+    return Imported(len(found) - incomplete, incomplete, ignored, kept, taken_back, outside)
 
 
 def _answers(labels: Labels, label: Labeled | None) -> tuple[Mark, dict[int, Answer]] | None:

@@ -66,6 +66,7 @@ class Slides:
         stamps = Counter(one.stamp for one in known)
         self._digests = {one.stamp: one.digest for one in known if stamps[one.stamp] == 1}
         self._known = {one.digest: one for one in known}
+        self._opened_titles: dict[str, str] = {}  # by digest
         # Hundreds of files can have the same name.
         self._stamp = cache(_stamp_or_none)
         self._files = sorted(files, key=lambda file: (file.path.name, str(file.path)))
@@ -129,19 +130,26 @@ class Slides:
             log.warning("left out: %s", error)
             return None
 
-    def _opened(self, file: SlideFile) -> ReadySlide:
+    def _opened(self, file: SlideFile) -> ReadySlide | None:
+        """Return the slide, or None if another file of the session is the same slide."""
         stamp = slide_stamp(file.path)
         known = None if self._has_twin(file, stamp) else self._digests.get(stamp)
         digest = known or slide_digest(file.path)
+        if digest in self._opened_titles:
+            # Otherwise the labels of one patch would belong to two names and patients.
+            log.warning("%s is the same slide as %s; left out", self._titles[file.path], self._opened_titles[digest])
+            return None
         slide = open_slide(file.path, file.mpp)
         try:
             patches = SlidePatches(slide, digest, self._settings.mpp, self._settings.side)
             order = shuffled(patches.on_tissue(find_tissue(slide)), self._settings.seed)
             added = file.added(digest, stamp, self._known.get(digest))
-            return ReadySlide(added, self._titles[file.path], patches, order, patches.thumbnail())
+            ready = ReadySlide(added, self._titles[file.path], patches, order, patches.thumbnail())
         except BaseException:
             slide.close()
             raise
+        self._opened_titles[digest] = ready.title
+        return ready
 
     def _has_twin(self, file: SlideFile, stamp: str) -> bool:
         """Return whether another file of the session has this stamp, which does not contain the folder."""

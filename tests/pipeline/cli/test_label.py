@@ -80,13 +80,16 @@ def test_annotations_of_qupath_become_a_data_set(slide: Path, tmp_path: Path) ->
                 "properties": {"objectType": "annotation", "classification": {"name": name}, **more}}  # fmt: skip
 
     file = tmp_path / "P07-a.svs.geojson"
-    features = [box("Tumor", 192, 128), box("Stroma", 320, 128), box("Stroma", 512, 150), box("x", 0, 0, isLocked=True)]
+    features = [box("Tumor", 192, 128), box("Stroma", 320, 128), box("Stroma", 512, 150), box("Tumor", 9000, 150)]
+    features.append(box("x", 0, 0, isLocked=True))
     file.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
     options = ("-o", tmp_path / "l", "--map", "Tumor=carcinoma", "--patch-side", "64")
     done = invoke("import", tmp_path, "--slide", slide.parent, *options)
     assert done.exit_code == 0, done.output
     assert "4 complete patches, 4 covered in part (not imported; pass --partial" in done.output
     assert "warning: P07-a.svs.geojson: objects skipped: 1 locked; unlock them" in done.output
+    outside = "objects skipped: 1 outside the slide; is this the slide on which they were drawn?"
+    assert f"warning: P07-a.svs.geojson: {outside}\n" in done.output
     dataset = load_dataset(tmp_path / "l")
     assert dataset.class_names == ("carcinoma", "Stroma")
     labels = [one.labels_K for split in dataset.card.splits for one in samples(dataset, split)]
@@ -109,6 +112,15 @@ def test_a_second_import_without_a_pattern_keeps_the_patient(slide: Path, tmp_pa
             assert done.exit_code == 0, done.output
             (known,) = Labels(store.read()).slides.values()
             assert known.patient == patient
+
+
+def test_an_import_lists_all_slides_without_a_patient_and_writes_nothing(slide: Path, tmp_path: Path) -> None:
+    for name in ("A", "P1", "B"):
+        (tmp_path / f"{name}.svs").symlink_to(label_slide(tmp_path / f"{name}-slide"))
+        (tmp_path / f"{name}.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    done = invoke("import", tmp_path, "--slide", tmp_path, "-o", tmp_path / "l", "--patient", "^(P1)")
+    assert (done.exit_code, (tmp_path / "l").exists()) == (2, False)
+    assert "'^(P1)' does not match 2 names: A.svs, B.svs; add" in done.stderr
 
 
 def test_annotations_of_a_manifest_with_two_slides_are_refused(slide: Path, tmp_path: Path) -> None:
@@ -150,6 +162,25 @@ def test_annotations_with_less_than_two_classes_are_refused_with_what_was_left_o
         "-o FOLDER --classes tumor,other\n"
     )
     assert invoke(*arguments, "--map", "Ignore*=other", "--patch-side", "64").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("features", "left_out"),
+    [([], ""), ([{"geometry": None}, {"properties": {"objectType": "detection"}}], " (objects left out: 1 without a "
+     "class, 1 not annotations)")],
+)  # fmt: skip
+def test_files_without_annotations_are_named(
+    slide: Path, tmp_path: Path, features: list[dict[str, Any]], left_out: str
+) -> None:
+    for name in "ab":
+        content = {"type": "FeatureCollection", "features": features if name == "a" else []}
+        (tmp_path / f"{name}.geojson").write_text(json.dumps(content), encoding="utf-8")
+    refused = invoke("import", tmp_path / "a.geojson", tmp_path / "b.geojson", "--slide", slide, "-o", tmp_path / "l")
+    assert (refused.exit_code, (tmp_path / "l").exists()) == (1, False)
+    assert refused.stderr == (
+        f"wsi-label: a.geojson, b.geojson: no annotations with a class{left_out}; in QuPath, give the annotations "
+        "classes and export them again with File > Export objects as GeoJSON\n"
+    )
 
 
 def test_classes_are_listed_added_renamed_and_merged(folder: Path) -> None:
@@ -216,6 +247,27 @@ def test_the_report_counts_labels_and_compares_annotators(folder: Path) -> None:
         (["page", "none.svs", "-o", "l", "--classes", "a,b", "--patient", "("], 2, "not a valid regular expression"),
         (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "(x)(y)"], 2, "has 2 groups; it must have one"),
         (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "^(P)-"], 2, "does not match the name none.svs"),
+        (
+            [
+                "P1-a",
+                "3b",
+                "2b",
+                "3b",
+                "4b",
+                "5b",
+                "6b",
+                "7b",
+                "-o",
+                "l",
+                "--classes",
+                "a,b",
+                "--patient",
+                "^(P[0-9]+)-",
+            ],
+            2,
+            "wsi-label: --patient: '^(P[0-9]+)-' does not match 6 names: 3b, 2b, 4b, 5b, 6b, ...; add the missing form "
+            "to the pattern after a |, such as '^(P[0-9]+|Case [0-9]+)', or rename the files\n",
+        ),
         (["none.svs", "-o", "l", "--classes", "a,b", "-m", "none"], 1, "neither a shipped model"),
         (["import", "none.geojson", "--slide", "a.svs", "-o", "l"], 1, "none.geojson: cannot be read"),
     ],

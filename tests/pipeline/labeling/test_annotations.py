@@ -25,6 +25,7 @@ from pipeline.labeling.import_annotations import (
     ImportSource,
     annotation_files,
     annotation_sources,
+    count_outside,
     joined_sources,
     labels_from,
     share,
@@ -218,6 +219,13 @@ def test_patches_with_an_ignored_class_get_no_label(slides: list[Path]) -> None:
         found, ignored = labels_from(patches, Drawing("ann", annotations), {}, {"tumor": 1, "other": 2})
     assert [(one.place.x_l0, one.answers) for one in found] == [(float(SIDE), {1: "present", 2: "absent"})]
     assert ignored == 1
+
+
+def test_annotations_without_a_pixel_of_the_slide_are_outside() -> None:
+    boxes = [(-9, -9, 1, 1), (99, 0, 200, 9), (100, 0, 200, 9), (0, 50, 9, 60), (-9, -9, -1, -1), (0, 0, 900, 900)]
+    annotations = [Annotation(("tumor",), shapely.box(*box)) for box in boxes]
+    assert [count_outside([one], (100, 50)) for one in annotations] == [0, 0, 1, 1, 1, 0]
+    assert (count_outside(annotations, (100, 50)), count_outside([], (100, 50))) == (3, 0)
 
 
 def test_a_file_is_stated_with_its_folder(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from pipeline.labeling.slides import ReadySlide, SlideFile, Slides
 from pipeline.labeling.store import EventStore
 from tests.pipeline.labeling.desks import SIDE, answers, desk, label_slide, save
 from tests.pipeline.labeling.events import STARTED
-from wsi.slide import slide_digest, slide_stamp
+from wsi.errors import SlideFormatError
+from wsi.slide import Slide, open_slide, slide_digest, slide_stamp
 
 
 def ids(session: Session, count: int = 6) -> list[str]:
@@ -151,7 +152,7 @@ def test_the_next_patch_waits_for_a_slide_only_if_the_open_ones_have_none_left(
     gates = {name: threading.Event() for name in ("a.svs", "b.svs", "c.svs")}
     opened = Slides._opened
 
-    def gated(self: Slides, file: SlideFile) -> ReadySlide:
+    def gated(self: Slides, file: SlideFile) -> ReadySlide | None:
         gates[file.path.name].wait()
         return opened(self, file)
 
@@ -394,3 +395,33 @@ def test_a_slide_that_cannot_be_opened_is_left_out(
         assert len(at.session.upcoming(4)) == 4
         assert [one.added.name for one in at.slides.ready()] == ["a.svs"]
     assert "left out: 0.svs: cannot be opened" in caplog.text
+
+
+def test_of_two_files_of_one_slide_the_first_is_kept(
+    tmp_path: Path, shipped: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = label_slide(tmp_path / "A1.svs")
+    shutil.copy(first, tmp_path / "B2.svs")
+    with desk(tmp_path / "l", [tmp_path / "B2.svs", first], shipped) as at:
+        save(at, at.session.upcoming(1)[0], 1)
+        assert [(one.title, one.added.patient) for one in at.slides.ready()] == [("A1.svs", "A1")]
+    (row,) = csv.DictReader((tmp_path / "l" / "labels.csv").read_text(encoding="utf-8").splitlines())
+    assert (row["slide"], row["patient"]) == ("A1.svs", "A1")
+    assert "B2.svs is the same slide as A1.svs; left out" in caplog.text
+
+
+@pytest.mark.full
+def test_a_second_file_of_a_slide_replaces_a_first_that_cannot_be_opened(
+    tmp_path: Path, shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = label_slide(tmp_path / "A1.svs")
+    shutil.copy(first, tmp_path / "B2.svs")
+
+    def open_second(path: Path, mpp: float | None) -> Slide:
+        if path == first:
+            raise SlideFormatError("A1.svs: cannot be opened")
+        return open_slide(path, mpp)
+
+    monkeypatch.setattr("pipeline.labeling.slides.open_slide", open_second)
+    with desk(tmp_path / "l", [first, tmp_path / "B2.svs"], shipped) as at:
+        assert [one.title for one in at.slides.ready()] == ["B2.svs"]

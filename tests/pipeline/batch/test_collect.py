@@ -1,0 +1,59 @@
+"""Which files of a folder are slides, and which are left out with a warning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.batch.collect import collect_jobs
+from pipeline.errors import ConfigError
+
+
+def left_out(root: Path, caplog: pytest.LogCaptureFixture, *names: str) -> list[str]:
+    """Make files of these names, search their folder twice, and return the warnings."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    caplog.clear()
+    jobs = collect_jobs([root, root], recursive=True)
+    assert all(job.path.suffix in (".tif", ".svs", ".vms") for job in jobs)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_pictures_beside_slides_are_counted_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = ("photo.JPG", "plain.png", "deep/other.png", "deep/scan.vsi")
+    assert left_out(tmp_path, caplog, "1.tif", "2.tif", "deep/3.tif", *images) == [
+        "files left out because their ending is not that of a readable slide format: 4, such as other.png; convert "
+        "them to TIFF if they are slides"
+    ]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("notes.txt", "list.csv", "run.json", "regions.geojson", "project.xml", ".hidden.png", "no-ending"),
+        ("a.jpg", "a_macro.png", "a (label).jpeg"),
+        ("x 12.05.vms", "x 12.05(0,1).jpg", "x 12.05_map2.jpg"),
+        ("results/a/preview.png", "labels/patches/0.png"),
+    ],
+)
+def test_other_files_and_pictures_that_belong_to_a_slide_or_a_result_are_not_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, files: tuple[str, ...]
+) -> None:
+    assert left_out(tmp_path, caplog, "a.svs", *files) == []
+
+
+def test_a_picture_whose_name_only_begins_like_a_slide_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (line,) = left_out(tmp_path, caplog, "1.tif", "10.png")
+    assert "format: 1, such as 10.png" in line
+
+
+def test_a_folder_with_pictures_alone_is_an_error_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match="no slides in this folder"):
+        left_out(tmp_path, caplog, "a.png")
+    assert caplog.text == ""
