@@ -36,9 +36,9 @@ from pipeline.training.dataset_sections import (
     Split,
     TableSplit,
 )
-from pipeline.training.image_files import decoded, matching_files, size_of, spellings
+from pipeline.training.image_files import decoded, matching_files, missed_files, size_of, spellings
 from pipeline.training.labels import crop_boxes, labels_of_folder, labels_of_name, labels_of_row, presence
-from pipeline.training.splits import Row, group_of, hash_split, rows_of, shared_groups, table_splits
+from pipeline.training.splits import Row, group_of, hash_split, log_once, rows_of, shared_groups, table_splits
 
 logger = logging.getLogger(__name__)
 
@@ -308,15 +308,15 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
         )
     locations = card.images.get("all") or card.images[split]
     for place in locations:
-        try:
-            files = matching_files(dataset.root, place.image)
-        except (ValueError, NotImplementedError, OSError) as error:  # OSError: the pattern is too long for a file name
-            raise DatasetFileError(
-                f"{card.name}: {place.image!r} is not a valid pattern for images: {error}"
-            ) from error
-        if files:
+        if files := matching_files(dataset.root, place.image):
             break
     else:
+        others, _ = missed_files(dataset.root, [place.image for place in locations], ())
+        if others:
+            raise MissingImagesError(
+                f"{card.name}: no images for split {split} in {dataset.root}; {len(others)} image(s) such as "
+                f"{others[0].name} match a pattern except for upper and lower case; write the ending in the same case"
+            )
         raise MissingImagesError(
             f"{card.name}: no images for split {split} in {dataset.root}; "
             f"tried {', '.join(place.image for place in locations)}; pass another root or add a pattern to images"
@@ -328,6 +328,14 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
                 f"{card.name}: two images have the name {file.stem}: {found[file.stem]} and {file}; rename one"
             )
         found[file.stem] = file
+    missed, pattern = missed_files(dataset.root, [one.image for one in locations], found)
+    if missed:
+        log_once(
+            logging.WARNING,
+            f"{card.name}: {len(missed)} image(s) are not used (such as {missed[0]}), because only {place.image!r}, "
+            "the first pattern in [images] that finds a file, counts, and it distinguishes .jpg from .JPG; to use "
+            f"them too, write {f'the pattern {pattern!r}' if pattern else 'one pattern that finds all images'}",
+        )
     return dict(sorted(found.items())), place
 
 

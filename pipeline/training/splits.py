@@ -125,13 +125,13 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table, *, all_images:
         unused = [name for name in by_name if name and name not in used]
         lost = [name for name in unused if not is_file(root / name)]
         if lost:
-            _log_once(
+            log_once(
                 logging.WARNING,
                 f"{len(lost)} of {len(by_name)} rows of {files} have no image (such as {lost[0]}); if they should have "
                 "one, check the patterns in [images]",
             )
         if others := sorted(set(unused) - set(lost)):
-            _log_once(
+            log_once(
                 logging.INFO,
                 f"{len(others)} of {len(by_name)} rows of {files} belong to images that the patterns in [images] leave "
                 f"out (such as {others[0]})",
@@ -140,7 +140,7 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table, *, all_images:
 
 
 @functools.cache
-def _log_once(level: int, message: str) -> None:
+def log_once(level: int, message: str) -> None:
     """Log a message, unless this process has logged it before. Each split of a data set reads the table."""
     logger.log(level, message)
 

@@ -110,6 +110,47 @@ def test_the_first_matching_pattern_is_used_and_hidden_files_are_skipped(tmp_pat
     assert names(samples(dataset, "train")) == ["a[10]"]
 
 
+def in_folders(folder: Path, patterns: list[str]) -> Dataset:
+    """Return a data set whose class folders hold images in several formats, found by alternative patterns."""
+    for name in ("red/a.png", "red/b.PNG", "blue/c.tif", "blue/d.png"):
+        image(folder / "x" / name)
+    places = ", ".join(f'{{ image = "{pattern}" }}' for pattern in patterns)
+    text = HEAD.replace("mask_excluded = [4]\n", "") + f'[images]\ntrain = [{places}]\n[labels]\nsource = "folders"\n'
+    return load_dataset(put(folder, text))
+
+
+def test_a_warning_counts_images_that_only_a_later_pattern_or_another_case_finds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert names(samples(in_folders(tmp_path, ["x/*/*.png", "x/*/*.tif"]), "train")) == ["a", "d"]
+    (message,) = caplog.messages
+    assert f"tiny: 2 image(s) are not used (such as {tmp_path / 'x/blue/c.tif'}), because only 'x/*/*.png'" in message
+    assert message.endswith("to use them too, write the pattern 'x/*/*'")
+    caplog.clear()
+    (tmp_path / "x" / "blue" / "notes.txt").write_text("text")
+    samples(in_folders(tmp_path, ["x/*/*.png"]), "train")
+    (message,) = caplog.messages
+    assert "1 image(s) are not used" in message
+    assert message.endswith("write the pattern 'x/*/*.[pP][nN][gG]'")
+    caplog.clear()
+    samples(in_folders(tmp_path, ["x/*/*.tif", "x/*/*.png"]), "train")
+    (message,) = caplog.messages
+    assert "3 image(s) are not used" in message
+    assert message.endswith("write one pattern that finds all images")
+
+
+def test_copies_in_another_format_are_no_reason_for_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = in_folders(tmp_path, ["x/*/*.[pP][nN][gG]", "x/*/*.tif"])
+    image(tmp_path / "x" / "blue" / "c.png")
+    assert names(samples(dataset, "train")) == ["a", "b", "c", "d"]
+    assert not caplog.messages
+
+
+def test_the_error_names_images_that_only_the_case_of_the_ending_hides(tmp_path: Path) -> None:
+    with pytest.raises(MissingImagesError, match=r"1 image\(s\) such as c.tif match a pattern except for upper and"):
+        samples(in_folders(tmp_path, ["x/*/*.TIF"]), "train")
+
+
 def test_the_root_is_the_argument_the_key_or_the_folder_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "other").mkdir()
