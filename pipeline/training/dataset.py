@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from PIL import Image
 from models.tissue_class import TissueClass
 from pipeline.errors import (
     DatasetFileError,
-    EmptyClassError,
     MaskError,
     MissingImagesError,
     UnreadableImageError,
@@ -234,22 +233,6 @@ def _with_several(dataset: Dataset, sample: Sample, labeled: Labeled, rule: Crop
     return Labeled(boxes_B4[known_B], present_BK[known_B])
 
 
-def check_classes(dataset: Dataset, labeled: Iterable[Labeled]) -> None:
-    """Raise EmptyClassError if none of the boxes contains some class, which a classifier then cannot learn."""
-    count_K = np.zeros(len(dataset.class_names), dtype=np.int64)
-    boxes = 0
-    for one in labeled:
-        count_K += one.present_BK.sum(axis=0)
-        boxes += len(one.boxes_B4)
-    empty = [name for name, count in zip(dataset.class_names, count_K, strict=True) if count == 0]
-    if empty:
-        raise EmptyClassError(
-            f"{dataset.card.name}: none of {boxes} training patches has class {', '.join(empty)}; check the order of "
-            "the classes and their mask values, or remove the class from the dataset.toml (in a labels folder, with "
-            "wsi-label classes --remove)"
-        )
-
-
 def background_HW(rgb_HWC: NDArray[np.uint8], rule: BackgroundRule) -> NDArray[np.bool_]:
     """Return which pixels are glass, (H, W): those in large 4-connected pieces of bright pixels.
 
@@ -368,7 +351,14 @@ def _names(
     names = [name for name in images if split_of[name] == split]
     if not names:
         sizes = ", ".join(f"{count} in {key}" for key, count in sorted(Counter(split_of.values()).items()))
-        raise MissingImagesError(f"{card.name}: split {split} has no images ({sizes}); change [split]")
+        advice = "change [split]"
+        if isinstance(card.split, HashSplit):
+            count = len(set(groups.values()))
+            advice = (
+                f"a hash assigns each of the {count} group(s) to a split, which can leave a split without any of a few "
+                'groups: name images.train without [split], or use [split] by = "table"'
+            )
+        raise MissingImagesError(f"{card.name}: split {split} has no images ({sizes}); {advice}")
     return names
 
 

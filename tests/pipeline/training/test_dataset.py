@@ -19,7 +19,6 @@ from models.tissue_class import TissueClass
 from pipeline.errors import (
     DatasetError,
     DatasetFileError,
-    EmptyClassError,
     LabelError,
     MaskError,
     MissingImagesError,
@@ -28,10 +27,8 @@ from pipeline.errors import (
 from pipeline.training.dataset import (
     IGNORED,
     Dataset,
-    Labeled,
     Sample,
     background_HW,
-    check_classes,
     check_images,
     labeled_boxes,
     load_dataset,
@@ -381,21 +378,6 @@ def test_the_error_names_an_unreadable_image(ten: tuple[Sample, ...]) -> None:
 def test_good_images_are_returned_without_a_warning(ten: tuple[Sample, ...], caplog: pytest.LogCaptureFixture) -> None:
     assert check_images(ten[:3], limit=0) == ten[:3]
     assert caplog.text == ""
-
-
-def test_the_error_names_a_class_without_a_training_patch(tmp_path: Path) -> None:
-    dataset = load_dataset(put(tmp_path, HEAD + CROP_LABELS))
-    boxes_B4 = np.zeros((2, 4), dtype=np.int64)
-    only_red = Labeled(boxes_B4, np.array([[True, False], [True, False]]))
-    both = Labeled(boxes_B4, np.array([[False, False], [True, True]]))
-
-    check_classes(dataset, [only_red, both])
-    with pytest.raises(
-        EmptyClassError, match=r"tiny: none of 4 training patches has class blue;.*wsi-label classes --remove"
-    ):
-        check_classes(dataset, iter([only_red, only_red]))
-    with pytest.raises(EmptyClassError, match="none of 0 training patches has class red, blue"):
-        check_classes(dataset, [])
 
 
 def test_the_error_names_the_file_of_an_invalid_label(tmp_path: Path) -> None:

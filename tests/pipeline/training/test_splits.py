@@ -300,3 +300,14 @@ def test_an_error_shows_only_the_beginning_of_many_columns(tmp_path: Path) -> No
     with pytest.raises(LabelError, match=r"the columns are column0, column1, .*…$") as raised:
         samples(dataset, "train")
     assert len(str(raised.value)) < len(str(tmp_path)) + 300
+
+
+def test_an_empty_split_of_few_groups_names_their_number_and_the_alternatives(tmp_path: Path) -> None:
+    for name in ("P1-a", "P2-a"):
+        image(tmp_path / "red" / f"{name}.png")
+    rest = (
+        '[images]\nall = [{ image = "*/*.png" }]\n[group]\npattern = "^(P[0-9]+)-"\n[split]\nby = "hash"\n'
+        'train = 0.99\nval = 0.005\n[labels]\nsource = "folders"\n'
+    )
+    with pytest.raises(MissingImagesError, match=r"\(2 in train\); a hash assigns each of the 2 group\(s\).*by = "):
+        samples(load_dataset(put(tmp_path, HEAD + rest)), "val")
