@@ -156,14 +156,20 @@ def _read_table(file: Path, name_column: str) -> list[Row]:
             raise LabelError(f"{file}: is not a file of at most {MOST_TABLE_BYTES >> 20} MiB; use a CSV file")
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, restkey=_TOO_MANY, restval="")
-            rows: list[Row] = list(reader)
+            # Spreadsheets write rows of empty cells below the table.
+            rows: list[Row] = [row for row in reader if any("".join(cells).strip() for cells in row.values())]
             columns = reader.fieldnames or ()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise LabelError(
+            f"{file}: the table cannot be read, because it is not UTF-8; in a spreadsheet, save it as CSV UTF-8"
+        ) from error
+    except (OSError, csv.Error) as error:
         raise LabelError(f"{file}: the table cannot be read: {error}") from error
     if name_column not in columns:
         names = ", ".join(columns)
         shown = names if len(names) <= _SHOWN_CHARACTERS else f"{names[:_SHOWN_CHARACTERS]}…"
-        raise LabelError(f"{file}: has no column {name_column}; the columns are {shown}")
+        hint = "; separate the columns with commas" if len(columns) == 1 and re.search("[;\t]", names) else ""
+        raise LabelError(f"{file}: has no column {name_column}; the columns are {shown}{hint}")
     # Spreadsheets write several columns without a name, which nothing reads.
     if twice := [column for column, count in Counter(columns).items() if column and count > 1]:
         raise LabelError(f"{file}: has several columns {', '.join(twice)}; rename or delete all but one of each")
