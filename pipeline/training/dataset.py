@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from PIL import Image
 from models.tissue_class import TissueClass
 from pipeline.errors import (
     DatasetFileError,
-    EmptyClassError,
     MaskError,
     MissingImagesError,
     UnreadableImageError,
@@ -36,9 +35,9 @@ from pipeline.training.dataset_sections import (
     Split,
     TableSplit,
 )
-from pipeline.training.image_files import decoded, matching_files, size_of, spellings
+from pipeline.training.image_files import decoded, matching_files, missed_files, size_of, spellings
 from pipeline.training.labels import crop_boxes, labels_of_folder, labels_of_name, labels_of_row, presence
-from pipeline.training.splits import Row, group_of, hash_split, rows_of, shared_groups, table_splits
+from pipeline.training.splits import Row, group_of, hash_split, log_once, rows_of, shared_groups, table_splits
 
 logger = logging.getLogger(__name__)
 
@@ -234,22 +233,6 @@ def _with_several(dataset: Dataset, sample: Sample, labeled: Labeled, rule: Crop
     return Labeled(boxes_B4[known_B], present_BK[known_B])
 
 
-def check_classes(dataset: Dataset, labeled: Iterable[Labeled]) -> None:
-    """Raise EmptyClassError if none of the boxes contains some class, which a classifier then cannot learn."""
-    count_K = np.zeros(len(dataset.class_names), dtype=np.int64)
-    boxes = 0
-    for one in labeled:
-        count_K += one.present_BK.sum(axis=0)
-        boxes += len(one.boxes_B4)
-    empty = [name for name, count in zip(dataset.class_names, count_K, strict=True) if count == 0]
-    if empty:
-        raise EmptyClassError(
-            f"{dataset.card.name}: none of {boxes} training patches has class {', '.join(empty)}; check the order of "
-            "the classes and their mask values, or remove the class from the dataset.toml (in a labels folder, with "
-            "wsi-label classes --remove)"
-        )
-
-
 def background_HW(rgb_HWC: NDArray[np.uint8], rule: BackgroundRule) -> NDArray[np.bool_]:
     """Return which pixels are glass, (H, W): those in large 4-connected pieces of bright pixels.
 
@@ -308,15 +291,15 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
         )
     locations = card.images.get("all") or card.images[split]
     for place in locations:
-        try:
-            files = matching_files(dataset.root, place.image)
-        except (ValueError, NotImplementedError, OSError) as error:  # OSError: the pattern is too long for a file name
-            raise DatasetFileError(
-                f"{card.name}: {place.image!r} is not a valid pattern for images: {error}"
-            ) from error
-        if files:
+        if files := matching_files(dataset.root, place.image):
             break
     else:
+        others, _ = missed_files(dataset.root, [place.image for place in locations], ())
+        if others:
+            raise MissingImagesError(
+                f"{card.name}: no images for split {split} in {dataset.root}; {len(others)} image(s) such as "
+                f"{others[0].name} match a pattern except for upper and lower case; write the ending in the same case"
+            )
         raise MissingImagesError(
             f"{card.name}: no images for split {split} in {dataset.root}; "
             f"tried {', '.join(place.image for place in locations)}; pass another root or add a pattern to images"
@@ -328,6 +311,14 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
                 f"{card.name}: two images have the name {file.stem}: {found[file.stem]} and {file}; rename one"
             )
         found[file.stem] = file
+    missed, pattern = missed_files(dataset.root, [one.image for one in locations], found)
+    if missed:
+        log_once(
+            logging.WARNING,
+            f"{card.name}: {len(missed)} image(s) are not used (such as {missed[0]}), because only {place.image!r}, "
+            "the first pattern in [images] that finds a file, counts, and it distinguishes .jpg from .JPG; to use "
+            f"them too, write {f'the pattern {pattern!r}' if pattern else 'one pattern that finds all images'}",
+        )
     return dict(sorted(found.items())), place
 
 
@@ -360,7 +351,14 @@ def _names(
     names = [name for name in images if split_of[name] == split]
     if not names:
         sizes = ", ".join(f"{count} in {key}" for key, count in sorted(Counter(split_of.values()).items()))
-        raise MissingImagesError(f"{card.name}: split {split} has no images ({sizes}); change [split]")
+        advice = "change [split]"
+        if isinstance(card.split, HashSplit):
+            count = len(set(groups.values()))
+            advice = (
+                f"a hash assigns each of the {count} group(s) to a split, which can leave a split without any of a few "
+                'groups: name images.train without [split], or use [split] by = "table"'
+            )
+        raise MissingImagesError(f"{card.name}: split {split} has no images ({sizes}); {advice}")
     return names
 
 

@@ -10,6 +10,8 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +25,13 @@ from pipeline.training.compose import composed, composed_name
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset
 from pipeline.training.dataset_sections import Split
+from pipeline.training.familiarity import image_features, passes, recolored
 from pipeline.training.fit import Processes, Task, time_steps, training_device
-from pipeline.training.held_out import HELD_OUT
+from pipeline.training.held_out import HELD_OUT, training_samples
+from pipeline.training.inputs import as_input
 from pipeline.training.patches import PatchImages
+from pipeline.training.pieces import other_datasets
+from pipeline.training.position import measures_position
 from pipeline.training.prepare import Parts, prepare
 from pipeline.training.pseudo_masks import pseudo_masks_of_image
 from pipeline.training.segmenter import segmenter_task
@@ -58,6 +64,7 @@ def dry_run(
         pixels = parts.training.pixels()
         side = 0 if dataset.card.compose is None else round(dataset.card.compose.side * parts.training.scale)
         stages = _stages(parts, place, counts, pixels / (pixels + left_out.train * side**2))
+        stages["finish"] = _finish(parts, place, counts, stages, other_datasets(dataset))
     return {
         "settings": dataclasses.asdict(parts.config),
         "device": place.type,
@@ -123,7 +130,7 @@ def _stages(parts: Parts, device: torch.device, counts: Counts, share: float) ->
     stages["pseudo masks"] = {"images": counts.train, "minutes": round(seconds * counts.train / 60, 2)}
 
     segmenter.to(device)
-    task = segmenter_task(segmenter, training, one, _Stripes(training, config), config, device, ALONE)
+    task = segmenter_task(segmenter, training, one, _Stripes(training, config), config, device, ALONE, check=False)
     stages["segmenter"] = _stage(task, config, device, config.segmenter_steps, held, share)
     if config.head_epochs:
         classifier.layer_heads.clear()
@@ -148,6 +155,51 @@ def _stage(
         "validation_seconds": round(validation_seconds, 1),
         "minutes": round(task.epochs * (steps * step_seconds + validation_seconds) / 60, 2),
     }
+
+
+def _finish(
+    parts: Parts, device: torch.device, counts: Counts, stages: Mapping[str, Any], others: Sequence[Dataset]
+) -> dict[str, Any]:
+    """Return the last stage, which calibrates and measures the networks; `stages` are the others."""
+    config, classifier, segmenter = parts.config, parts.classifier.eval(), parts.segmenter.eval()
+    views = config.position_views if measures_position(config) else 0
+    view_seconds = 0.0
+    if views:
+        blank_NHWC = np.zeros((config.segmenter_batch, config.view, config.view, 3), np.uint8)
+
+        def predict_views() -> None:
+            segmenter(as_input(blank_NHWC, device, config)).softmax(dim=1).sum().item()
+
+        view_seconds = _seconds(predict_views) / config.segmenter_batch
+    assert config.mpp is not None
+    read, familiarity_seconds = 0, 0.0
+    for images, count in [(parts.training, counts), *(_first_image(other, config.mpp) for other in others)]:
+        rgb_HWC = recolored(images.rgb(0), np.random.default_rng(0))
+        each = _seconds(partial(image_features, classifier, rgb_HWC, config, device))
+        read += passes(*count)
+        familiarity_seconds += passes(*count) * each
+    # The gate is calibrated with one pass of the classifier. With masks, both networks also segment the images for the
+    # scores, and the segmenter once more for the temperature.
+    of_classifier, of_segmenter = (stages[name]["validation_seconds"] for name in ("classifier", "segmenter"))
+    masks = all(sample.mask is not None for sample in parts.validation.samples)
+    validation_seconds = of_classifier + (of_classifier + 2 * of_segmenter if masks else 0)
+    seconds = views * view_seconds + familiarity_seconds + validation_seconds
+    return {"views": views, "images": read, "minutes": round(seconds / 60, 2)}
+
+
+def _first_image(dataset: Dataset, mpp: float) -> tuple[PatchImages, Counts]:
+    """Return the first training image of a data set, and the number of its images."""
+    training, validation = training_samples(dataset)
+    return PatchImages(dataset, training[:1], mpp, cache_bytes=0), Counts(len(training), len(validation))
+
+
+@torch.inference_mode()
+def _seconds(call: Callable[[], object]) -> float:
+    """Return the seconds of a call. The first call of a network takes longer, so the second one counts."""
+    call()
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shape suffixes: N windows, C channels, H and W an image.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -24,6 +25,8 @@ from pipeline.training.augment import restain
 from pipeline.training.changes import CHANGES
 from pipeline.training.inputs import Scale, as_input, padded
 from pipeline.training.patches import PatchImages
+
+logger = logging.getLogger(__name__)
 
 MOST_IMAGES = 1500
 """Images of a split that are read. If there are more, every n-th is."""
@@ -76,13 +79,18 @@ def fit_familiarity(
     classifier.to(place)
 
     def features(images: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return np.concatenate([_features(classifier, rgb_HWC, scale, place) for rgb_HWC in images])
+        return np.concatenate([image_features(classifier, rgb_HWC, scale, place) for rgb_HWC in images])
 
     familiar, held, parts = [], [], []
     changed: list[list[NDArray[np.float32]]] = [[] for _ in CHANGES]
     for training, validation in sources:
         if not (len(training) and len(validation)):
             raise TrainError(f"{training.dataset.card.name}: the training or validation split has no readable image")
+        logger.info(
+            "%s: fitting the familiarity to %d images and changed copies of them; on a CPU this can take minutes",
+            training.dataset.card.name,
+            passes(len(training), len(validation)),
+        )
         rng = np.random.default_rng(0)
         copies = [features(recolored(rgb_HWC, rng) for rgb_HWC in _images(training)) for _ in range(COPIES)]
         familiar.append(np.concatenate([features(_images(training)), *copies]))
@@ -102,6 +110,13 @@ def fit_familiarity(
     return statistics, FamiliarityCard(statistics=NO_DIGEST, window_limit=window_limit, share_limit=SHARE_LIMIT)
 
 
+def passes(training: int, validation: int) -> int:
+    """Return how many images and changed copies `fit_familiarity` reads, for these numbers of images of a source."""
+    return (
+        len(_read(training)) * (1 + COPIES) + len(CHANGES) * len(_read(training, MOST_CHANGED)) + len(_read(validation))
+    )
+
+
 def _median_and_limit(values_N: Tensor) -> tuple[float, float]:
     """Return the median of the validation windows, and the value that `FAMILIAR_SHARE` of them stay below."""
     median, limit = np.quantile(values_N.numpy(), [0.5, FAMILIAR_SHARE]).tolist()
@@ -110,13 +125,17 @@ def _median_and_limit(values_N: Tensor) -> tuple[float, float]:
 
 
 def _images(images: PatchImages, most: int = MOST_IMAGES) -> Iterator[NDArray[np.uint8]]:
-    """Yield at most `most` images, evenly spaced."""
-    for index in range(0, len(images), -(-len(images) // most)):
+    for index in _read(len(images), most):
         yield images.rgb(index)
 
 
+def _read(count: int, most: int = MOST_IMAGES) -> range:
+    """Return at most `most` of `count` indices, evenly spaced."""
+    return range(0, count, -(-count // most))
+
+
 @torch.inference_mode()
-def _features(
+def image_features(
     classifier: Classifier, rgb_HWC: NDArray[np.uint8], scale: Scale, device: torch.device
 ) -> NDArray[np.float32]:
     """Return the features (N, C) of the windows of an image."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from pipeline.errors import MissingImagesError
 from pipeline.training.dataset import Dataset, Sample, samples
@@ -18,9 +20,8 @@ def training_samples(dataset: Dataset) -> tuple[tuple[Sample, ...], tuple[Sample
     """Return the images to train on, and the images to validate on.
 
     If the data set does not describe a split val, a share `HELD_OUT` of the training split is held out: whole groups by
-    a hash of their names, or single images if there is only one group, with a warning if it has a name. If the hashes
-    would leave one part empty, the group or image with the hash closest to the limit changes parts. Raises the errors
-    of `samples`, and MissingImagesError for a single image.
+    a hash of their names, or single images if there is only one group, with a warning if it has a name; see
+    `_held_keys`. Raises the errors of `samples`, and MissingImagesError for a single image.
     """
     if "val" in dataset.card.splits:
         return samples(dataset, "train"), samples(dataset, "val")
@@ -40,11 +41,32 @@ def training_samples(dataset: Dataset) -> tuple[tuple[Sample, ...], tuple[Sample
             dataset.card.name,
             *groups,
         )
-    limit = 1 - HELD_OUT
-    held = {key for key, fraction in fractions.items() if fraction >= limit}
-    if not held or len(held) == len(fractions):
-        held ^= {min(fractions, key=lambda key: abs(fractions[key] - limit))}
+    held = _held_keys(fractions, keys, chosen)
     training = tuple(one for one, key in zip(chosen, keys, strict=True) if key not in held)
     validation = tuple(one for one, key in zip(chosen, keys, strict=True) if key in held)
     logger.info("%d of %d training images are held out for validation", len(validation), len(chosen))
     return training, validation
+
+
+def _held_keys(fractions: Mapping[str, float], keys: Sequence[str], chosen: Sequence[Sample]) -> set[str]:
+    """Return the groups or images to hold out: those with a hash of at least 1 - `HELD_OUT`, or else the largest hash.
+
+    The others must keep an image, and an image of every class if the labels are known without the masks. If no choice
+    keeps every class, one group or image is held out anyway. `keys` has the group or name of each chosen image.
+    """
+    left: Counter[object] = Counter()
+    own: dict[str, Counter[object]] = {key: Counter() for key in fractions}
+    for key, one in zip(keys, chosen, strict=True):
+        # None counts the images themselves.
+        counted = [None, *(k for k, there in enumerate(one.labels_K or ()) if there)]
+        own[key].update(counted)
+        left.update(counted)
+    held: set[str] = set()
+    order = sorted(fractions, key=lambda key: -fractions[key])
+    for key in order:
+        if held and fractions[key] < 1 - HELD_OUT:
+            break
+        if all(left[what] > count for what, count in own[key].items()):
+            left.subtract(own[key])
+            held.add(key)
+    return held or {order[0]}

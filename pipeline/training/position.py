@@ -23,6 +23,11 @@ RING = 16
 """Width in pixels of the rings around the edge of a view over which probabilities are averaged."""
 
 
+def measures_position(config: TrainConfig) -> bool:
+    """Return whether more than one ring of a view lies beyond the margin, as `position_metrics` needs."""
+    return config.view > 2 * config.margin + 2 * RING
+
+
 @torch.inference_mode()
 def edge_profile(
     network: nn.Module, images: PatchImages, config: TrainConfig, device: torch.device

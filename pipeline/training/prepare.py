@@ -17,7 +17,7 @@ from models.segmenter import build_segmenter, share_backbone
 from pipeline.errors import TrainError
 from pipeline.training.classifier import build_classifier
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset, Labeled, Sample, check_classes, check_images
+from pipeline.training.dataset import Dataset, Sample, check_images
 from pipeline.training.gate_calibration import UNCALIBRATED, gate_window, warn_of_uncalibrated
 from pipeline.training.held_out import training_samples
 from pipeline.training.inputs import MULTIPLE
@@ -25,6 +25,7 @@ from pipeline.training.model_card import make_card
 from pipeline.training.patches import CACHE_BYTES, PatchImages, at_pixel_sizes
 from pipeline.training.segmenter import start_encoder
 from pipeline.training.start import check_start, start_from_bundle, with_start
+from pipeline.training.taught_classes import check_classes
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,8 @@ def _check(training: PatchImages, by_size: Sequence[PatchImages], validation: Pa
     # Validation patches may differ in size if each one passes the network alone.
     if config.region is not None:
         _check_one_size(validation)
-    check_classes(training.dataset, map(Labeled, training.boxes, training.present))
+    groups = [sample.group for sample in validation.samples]
+    check_classes(training.dataset, training.present, validation.present, groups)
     warn_of_uncalibrated(validation)
 
 

@@ -55,17 +55,20 @@ def segmenter_task(
     config: TrainConfig,
     device: torch.device,
     processes: Processes,
+    *,
+    check: bool = True,
 ) -> Task:
     """Return the training task of the segmenter on `pseudo`, the pseudo masks (L, H, W) of a training image by index.
 
-    Raises TrainError if the pseudo masks teach nothing, or nothing about some class; see `check_taught`.
+    With `check`, raises TrainError if the pseudo masks teach nothing, or nothing about some class; see `check_taught`.
     """
     share = range(processes.rank, config.segmenter_batch, processes.world)
     augmentation = Augmentation(config.stain, config.imaging, config.blur, config.segmenter_moves)
 
     names = training.dataset.class_names
     counts_LX = pixel_counts(map(pseudo, range(len(training))), len(names))
-    check_taught(counts_LX, names, config)
+    if check:
+        check_taught(counts_LX, names, config)
     weight_K = pixel_weights(counts_LX[:, :-1].sum(axis=0), balance=config.balance).to(device)
     weights = tuple(weight for weight in config.layer_weights if weight > 0)
 

@@ -125,13 +125,13 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table, *, all_images:
         unused = [name for name in by_name if name and name not in used]
         lost = [name for name in unused if not is_file(root / name)]
         if lost:
-            _log_once(
+            log_once(
                 logging.WARNING,
                 f"{len(lost)} of {len(by_name)} rows of {files} have no image (such as {lost[0]}); if they should have "
                 "one, check the patterns in [images]",
             )
         if others := sorted(set(unused) - set(lost)):
-            _log_once(
+            log_once(
                 logging.INFO,
                 f"{len(others)} of {len(by_name)} rows of {files} belong to images that the patterns in [images] leave "
                 f"out (such as {others[0]})",
@@ -140,7 +140,7 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table, *, all_images:
 
 
 @functools.cache
-def _log_once(level: int, message: str) -> None:
+def log_once(level: int, message: str) -> None:
     """Log a message, unless this process has logged it before. Each split of a data set reads the table."""
     logger.log(level, message)
 
@@ -156,14 +156,20 @@ def _read_table(file: Path, name_column: str) -> list[Row]:
             raise LabelError(f"{file}: is not a file of at most {MOST_TABLE_BYTES >> 20} MiB; use a CSV file")
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, restkey=_TOO_MANY, restval="")
-            rows: list[Row] = list(reader)
+            # Spreadsheets write rows of empty cells below the table.
+            rows: list[Row] = [row for row in reader if any("".join(cells).strip() for cells in row.values())]
             columns = reader.fieldnames or ()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise LabelError(
+            f"{file}: the table cannot be read, because it is not UTF-8; in a spreadsheet, save it as CSV UTF-8"
+        ) from error
+    except (OSError, csv.Error) as error:
         raise LabelError(f"{file}: the table cannot be read: {error}") from error
     if name_column not in columns:
         names = ", ".join(columns)
         shown = names if len(names) <= _SHOWN_CHARACTERS else f"{names[:_SHOWN_CHARACTERS]}…"
-        raise LabelError(f"{file}: has no column {name_column}; the columns are {shown}")
+        hint = "; separate the columns with commas" if len(columns) == 1 and re.search("[;\t]", names) else ""
+        raise LabelError(f"{file}: has no column {name_column}; the columns are {shown}{hint}")
     # Spreadsheets write several columns without a name, which nothing reads.
     if twice := [column for column, count in Counter(columns).items() if column and count > 1]:
         raise LabelError(f"{file}: has several columns {', '.join(twice)}; rename or delete all but one of each")

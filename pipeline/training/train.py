@@ -49,7 +49,7 @@ from pipeline.training.gate_calibration import (
 from pipeline.training.model_card import make_card, score_metrics
 from pipeline.training.patches import PatchImages
 from pipeline.training.pieces import other_datasets
-from pipeline.training.position import edge_profile, position_metrics
+from pipeline.training.position import edge_profile, measures_position, position_metrics
 from pipeline.training.prepare import prepare, training_images
 from pipeline.training.provenance import provenance
 from pipeline.training.pseudo_masks import read_pseudo_masks, write_pseudo_masks
@@ -208,6 +208,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=run) as work:
         rounded = load_networks(save_bundle(Path(work) / "bundle", draft, classifier, segmenter))
     uncalibrated = Predictor.from_networks(draft, NO_DIGEST, *rounded, device=device)
+    logger.info("calibrating and measuring with %d validation images", len(validation))
     presence_MK, held_MK = patch_presence(rounded[0].to(torch_device), validation, config, torch_device)
     thresholds = calibrate_gate(presence_MK, held_MK, config.gate_recall)
     calibration = calibrate_temperature(uncalibrated, validation)
@@ -217,8 +218,9 @@ def export(
     if all(sample.mask is not None for sample in validation.samples):
         calibrated = Predictor.from_networks(card, NO_DIGEST, *rounded, device=device, output_stride=1)
         metrics |= score_metrics("val", evaluate_samples(calibrated, dataset, validation.samples))
-    profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
-    metrics |= position_metrics(profile_KD, config.margin)
+    if measures_position(config):
+        profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
+        metrics |= position_metrics(profile_KD, config.margin)
     logger.info("gate thresholds %s, temperature %s, %s", thresholds, calibration.temperature, metrics)
     statistics, familiarity = fit_familiarity(rounded[0], sources, config, device)
     made_with = recorded_provenance(run)

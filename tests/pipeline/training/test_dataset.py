@@ -19,7 +19,6 @@ from models.tissue_class import TissueClass
 from pipeline.errors import (
     DatasetError,
     DatasetFileError,
-    EmptyClassError,
     LabelError,
     MaskError,
     MissingImagesError,
@@ -28,10 +27,8 @@ from pipeline.errors import (
 from pipeline.training.dataset import (
     IGNORED,
     Dataset,
-    Labeled,
     Sample,
     background_HW,
-    check_classes,
     check_images,
     labeled_boxes,
     load_dataset,
@@ -108,6 +105,47 @@ def test_the_first_matching_pattern_is_used_and_hidden_files_are_skipped(tmp_pat
     dataset = load_dataset(put(tmp_path, HEAD + FILE_NAME_LABELS))
 
     assert names(samples(dataset, "train")) == ["a[10]"]
+
+
+def in_folders(folder: Path, patterns: list[str]) -> Dataset:
+    """Return a data set whose class folders hold images in several formats, found by alternative patterns."""
+    for name in ("red/a.png", "red/b.PNG", "blue/c.tif", "blue/d.png"):
+        image(folder / "x" / name)
+    places = ", ".join(f'{{ image = "{pattern}" }}' for pattern in patterns)
+    text = HEAD.replace("mask_excluded = [4]\n", "") + f'[images]\ntrain = [{places}]\n[labels]\nsource = "folders"\n'
+    return load_dataset(put(folder, text))
+
+
+def test_a_warning_counts_images_that_only_a_later_pattern_or_another_case_finds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert names(samples(in_folders(tmp_path, ["x/*/*.png", "x/*/*.tif"]), "train")) == ["a", "d"]
+    (message,) = caplog.messages
+    assert f"tiny: 2 image(s) are not used (such as {tmp_path / 'x/blue/c.tif'}), because only 'x/*/*.png'" in message
+    assert message.endswith("to use them too, write the pattern 'x/*/*'")
+    caplog.clear()
+    (tmp_path / "x" / "blue" / "notes.txt").write_text("text")
+    samples(in_folders(tmp_path, ["x/*/*.png"]), "train")
+    (message,) = caplog.messages
+    assert "1 image(s) are not used" in message
+    assert message.endswith("write the pattern 'x/*/*.[pP][nN][gG]'")
+    caplog.clear()
+    samples(in_folders(tmp_path, ["x/*/*.tif", "x/*/*.png"]), "train")
+    (message,) = caplog.messages
+    assert "3 image(s) are not used" in message
+    assert message.endswith("write one pattern that finds all images")
+
+
+def test_copies_in_another_format_are_no_reason_for_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = in_folders(tmp_path, ["x/*/*.[pP][nN][gG]", "x/*/*.tif"])
+    image(tmp_path / "x" / "blue" / "c.png")
+    assert names(samples(dataset, "train")) == ["a", "b", "c", "d"]
+    assert not caplog.messages
+
+
+def test_the_error_names_images_that_only_the_case_of_the_ending_hides(tmp_path: Path) -> None:
+    with pytest.raises(MissingImagesError, match=r"1 image\(s\) such as c.tif match a pattern except for upper and"):
+        samples(in_folders(tmp_path, ["x/*/*.TIF"]), "train")
 
 
 def test_the_root_is_the_argument_the_key_or_the_folder_of_the_file(tmp_path: Path) -> None:
@@ -340,21 +378,6 @@ def test_the_error_names_an_unreadable_image(ten: tuple[Sample, ...]) -> None:
 def test_good_images_are_returned_without_a_warning(ten: tuple[Sample, ...], caplog: pytest.LogCaptureFixture) -> None:
     assert check_images(ten[:3], limit=0) == ten[:3]
     assert caplog.text == ""
-
-
-def test_the_error_names_a_class_without_a_training_patch(tmp_path: Path) -> None:
-    dataset = load_dataset(put(tmp_path, HEAD + CROP_LABELS))
-    boxes_B4 = np.zeros((2, 4), dtype=np.int64)
-    only_red = Labeled(boxes_B4, np.array([[True, False], [True, False]]))
-    both = Labeled(boxes_B4, np.array([[False, False], [True, True]]))
-
-    check_classes(dataset, [only_red, both])
-    with pytest.raises(
-        EmptyClassError, match=r"tiny: none of 4 training patches has class blue;.*wsi-label classes --remove"
-    ):
-        check_classes(dataset, iter([only_red, only_red]))
-    with pytest.raises(EmptyClassError, match="none of 0 training patches has class red, blue"):
-        check_classes(dataset, [])
 
 
 def test_the_error_names_the_file_of_an_invalid_label(tmp_path: Path) -> None:

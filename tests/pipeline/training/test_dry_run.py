@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.training import dry_run as module
+from pipeline.training.changes import CHANGES
 from pipeline.training.classifier import steps_per_epoch
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
@@ -32,7 +33,10 @@ CONFIG = TrainConfig(
 )
 
 
-def test_a_plan_has_counts_steps_and_times_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_has_counts_steps_and_times_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     dataset = load_dataset(write_textures(tmp_path / "data", train=6, val=2, test=1, size=64))
     before = sorted(tmp_path.rglob("*"))
     timed: list[Task] = []
@@ -54,6 +58,10 @@ def test_a_plan_has_counts_steps_and_times_and_writes_nothing(tmp_path: Path, mo
         seconds = stage["epochs"] * (stage["steps_per_epoch"] * 2.0 + stage["validation_seconds"])
         assert stage["minutes"] == pytest.approx(seconds / 60, abs=0.01)
     assert plan["minutes"] == pytest.approx(sum(stage["minutes"] for stage in plan["stages"].values()), abs=0.1)
+    # Six training images as they are, in three other colors and in each of the changes; two validation images.
+    assert plan["stages"]["finish"]["images"] == 6 * (4 + len(CHANGES)) + 2
+    assert plan["stages"]["finish"]["views"] == 0  # a view of 96 px has a single ring beyond the margin
+    assert "pseudo masks" not in caplog.text  # their shares would be invented
     assert 0.05 < plan["memory_gb"] < 100
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -90,8 +98,20 @@ def test_a_plan_has_the_stage_of_the_head(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "time_steps", lambda *_: 2.0)
     config = dataclasses.replace(CONFIG, shared_backbone=True, head_epochs=5)
     plan = dry_run(dataset, config, "cpu")
-    assert list(plan["stages"]) == ["classifier", "pseudo masks", "segmenter", "head"]
+    assert list(plan["stages"]) == ["classifier", "pseudo masks", "segmenter", "head", "finish"]
     assert (plan["stages"]["head"]["epochs"], plan["stages"]["head"]["steps_per_epoch"]) == (5, 3)
+
+
+def test_the_last_stage_counts_views_images_and_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load_dataset(write_textures(tmp_path / "data", train=6, val=2, test=1, size=64))
+    monkeypatch.setattr(module, "time_steps", lambda *_: 2.0)
+    monkeypatch.setattr(module, "_seconds", lambda _: 6.0)
+    plan = dry_run(dataset, dataclasses.replace(CONFIG, view=160, position_views=10), "cpu")
+    finish, images = plan["stages"]["finish"], 6 * (4 + len(CHANGES)) + 2
+    assert (finish["views"], finish["images"]) == (10, images)
+    held = [plan["stages"][name]["validation_seconds"] for name in ("classifier", "segmenter")]
+    # The textures have masks. A call predicts the two views of a batch.
+    assert finish["minutes"] == pytest.approx((10 * 6 / 2 + images * 6 + 2 * sum(held)) / 60, abs=0.02)
 
 
 def test_the_counts_are_those_of_labeled_patches(tmp_path: Path) -> None:

@@ -74,3 +74,18 @@ def test_two_images_are_divided_without_a_warning(tmp_path: Path, caplog: pytest
 def test_a_single_image_cannot_be_divided(tmp_path: Path) -> None:
     with pytest.raises(MissingImagesError, match="because there is only one training image"):
         training_samples(without_validation(tmp_path, "a", group=""))
+
+
+def test_the_only_group_of_a_class_is_not_held_out(tmp_path: Path) -> None:
+    for group in ("P01", "P02", "P03"):  # P03 has the largest hash
+        image(tmp_path / "red" / f"{group}-r.png")
+    image(tmp_path / "blue" / "P03-b.png")
+    training, validation = training_samples(without_validation(tmp_path))
+    assert (groups_of(training), groups_of(validation)) == ({"P02", "P03"}, {"P01"})
+
+
+def test_a_group_is_held_out_even_if_each_has_a_class_of_its_own(tmp_path: Path) -> None:
+    image(tmp_path / "red" / "P01-r.png")
+    image(tmp_path / "blue" / "P03-b.png")
+    training, validation = training_samples(without_validation(tmp_path))
+    assert (groups_of(training), groups_of(validation)) == ({"P01"}, {"P03"})

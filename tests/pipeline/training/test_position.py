@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import TrainConfigError
 from pipeline.training.config import TrainConfig
-from pipeline.training.position import edge_profile, position_metrics, ring_means
+from pipeline.training.position import edge_profile, measures_position, position_metrics, ring_means
 from tests.pipeline.training.cells import crop_images
 
 CPU = torch.device("cpu")
@@ -73,6 +73,8 @@ def test_a_single_ring_beyond_the_margin_has_no_deviation() -> None:
     profile_KD = np.array([[0.9, 0.5, 0.25, 0.5], [0.1, 0.5, 0.75, 0.5]])
     assert position_metrics(profile_KD, 48) == {}
     assert position_metrics(profile_KD, 32) == {"val_position_deviation": 0.125}
+    assert not measures_position(TrainConfig(view=128, margin=48))
+    assert measures_position(TrainConfig(view=128, margin=32))
 
 
 @pytest.mark.parametrize(("view", "margin"), [(128, 64), (100, 32), (160, 8)])

@@ -14,7 +14,6 @@ from pipeline.training import dataset_card
 from pipeline.training.compose import composed
 from pipeline.training.dataset import (
     IGNORED,
-    check_classes,
     labeled_boxes,
     load_dataset,
     read_mask,
@@ -24,6 +23,7 @@ from pipeline.training.dataset import (
 from pipeline.training.dataset_sections import SPLITS, BackgroundRule, Split
 from pipeline.training.pieces import pieces_of
 from pipeline.training.splits import hash_split
+from pipeline.training.taught_classes import check_classes
 from tests.pipeline.training.tiny_datasets import image, mask, plain
 from tests.repository import REPOSITORY
 
@@ -127,7 +127,7 @@ def test_glas_crops_have_the_presence_of_their_masks() -> None:
             share = gland_HW[y : y + h, x : x + w].mean()
             expected_K += [1 - share > 0.05, share > 0.05]
     assert counts_K.tolist() == expected_K.tolist()
-    check_classes(dataset, [labeled_boxes(dataset, sample) for sample in samples(dataset, "val")])
+    check_classes(dataset, [labeled_boxes(dataset, sample).present_BK for sample in samples(dataset, "val")])
 
 
 @pytest.mark.shared

@@ -16,6 +16,7 @@ from pipeline.errors import (
     MissingImagesError,
 )
 from pipeline.training.dataset import (
+    Dataset,
     load_dataset,
     samples,
 )
@@ -300,3 +301,39 @@ def test_an_error_shows_only_the_beginning_of_many_columns(tmp_path: Path) -> No
     with pytest.raises(LabelError, match=r"the columns are column0, column1, .*…$") as raised:
         samples(dataset, "train")
     assert len(str(raised.value)) < len(str(tmp_path)) + 300
+
+
+def test_an_empty_split_of_few_groups_names_their_number_and_the_alternatives(tmp_path: Path) -> None:
+    for name in ("P1-a", "P2-a"):
+        image(tmp_path / "red" / f"{name}.png")
+    rest = (
+        '[images]\nall = [{ image = "*/*.png" }]\n[group]\npattern = "^(P[0-9]+)-"\n[split]\nby = "hash"\n'
+        'train = 0.99\nval = 0.005\n[labels]\nsource = "folders"\n'
+    )
+    with pytest.raises(MissingImagesError, match=r"\(2 in train\); a hash assigns each of the 2 group\(s\).*by = "):
+        samples(load_dataset(put(tmp_path, HEAD + rest)), "val")
+
+
+def table_dataset(folder: Path, content: bytes) -> Dataset:
+    image(folder / "img" / "ä.png")
+    (folder / "meta.csv").write_bytes(content)
+    return load_dataset(put(folder, HEAD + TABLE_LABELS.replace('val_groups = ["p2"]\n', "")))
+
+
+def test_rows_of_empty_cells_are_left_out(tmp_path: Path) -> None:
+    content = "name,patient,split,red,blue\r\nä,p1,train,1,0\r\n,,,,\r\n , ,,,\r\n"
+    assert len(samples(table_dataset(tmp_path, content.encode("utf-8-sig")), "train")) == 1
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_the_error_for_another_encoding_names_the_format_of_spreadsheets(tmp_path: Path, encoding: str) -> None:
+    dataset = table_dataset(tmp_path, "name,patient,split,red,blue\r\nä,p1,train,1,0\r\n".encode(encoding))
+    with pytest.raises(LabelError, match=r"meta\.csv: .* is not UTF-8; in a spreadsheet, save it as CSV UTF-8"):
+        samples(dataset, "train")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_the_error_for_another_separator_asks_for_commas(tmp_path: Path, separator: str) -> None:
+    content = "name,patient,split,red,blue\nä,p1,train,1,0\n".replace(",", separator)
+    with pytest.raises(LabelError, match=r"has no column name; .*; separate the columns with commas"):
+        samples(table_dataset(tmp_path, content.encode()), "train")

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import EmptyClassError
+from pipeline.training.dataset import load_dataset
+from pipeline.training.taught_classes import check_classes
+from tests.pipeline.training.tiny_datasets import CROP_LABELS, HEAD, put
+
+ONLY_RED = np.array([[True, False], [True, False]])
+BOTH = np.array([[False, False], [True, True]])
+
+
+def test_the_error_names_a_class_without_a_training_patch(tmp_path: Path) -> None:
+    dataset = load_dataset(put(tmp_path, HEAD + CROP_LABELS))
+    check_classes(dataset, [ONLY_RED, BOTH])
+    with pytest.raises(
+        EmptyClassError, match=r"tiny: none of 4 training patches has class blue;.*wsi-label classes --remove"
+    ):
+        check_classes(dataset, [ONLY_RED, ONLY_RED], [ONLY_RED], ["P3"])
+    with pytest.raises(EmptyClassError, match="none of 0 training patches has class red, blue"):
+        check_classes(dataset, [])
+
+
+def test_the_error_names_the_groups_of_a_class_that_only_validation_images_have(tmp_path: Path) -> None:
+    dataset = load_dataset(put(tmp_path, HEAD + CROP_LABELS))
+    place = "in split val" if "val" in dataset.card.splits else "held out for validation"
+    with pytest.raises(EmptyClassError, match=rf"tiny: all images of class blue \(group\(s\) P3\) are {place}; add"):
+        check_classes(dataset, [ONLY_RED], [BOTH, BOTH, ONLY_RED], ["P3", "P3", "P4"])
+    with pytest.raises(EmptyClassError, match=f"all images of class blue are {place}; add training images of it, or"):
+        check_classes(dataset, [ONLY_RED], [BOTH], [""])
