@@ -20,7 +20,7 @@ from models.errors import ArchitectureError
 from models.padding import ExtendedConv2d
 from models.predictor import Predictor
 from models.shared_stages import split_networks
-from pipeline.errors import EmptyClassError, MissingImagesError, TrainError
+from pipeline.errors import EmptyClassError, MissingImagesError, TrainConfigError, TrainError
 from pipeline.training import fit as loop
 from pipeline.training.calibration import calibrate_temperature
 from pipeline.training.config import TrainConfig
@@ -280,7 +280,7 @@ def test_a_run_whose_segmenter_trains_the_shared_backbone_resumes_its_last_stage
 
 def test_head_epochs_need_a_shared_backbone(textures: Dataset, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, head_epochs=2)
-    with pytest.raises(TrainError, match="head_epochs is 2, which has no effect without shared_backbone"):
+    with pytest.raises(TrainConfigError, match="head_epochs is 2, which has no effect without shared_backbone"):
         train(textures, tmp_path / "run", config, device="cpu")
     assert not (tmp_path / "run").exists()
 
