@@ -15,6 +15,8 @@ import typer
 
 from models.runtimes import ACCELERATOR_BATCH_SIZE, BATCH_SIZE
 from pipeline.console import log_to_stderr, printable
+from pipeline.errors import ConfigError, TrainConfigError
+from wsi.errors import WsiSegmentError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -61,6 +63,12 @@ def fail(program: str, message: str, status: int = EXIT_FAILED) -> NoReturn:
     """Print why `program` ends to stderr and exit with this status."""
     typer.echo(f"{program}: {printable(message)}", err=True)
     sys.exit(status)
+
+
+def fail_with(program: str, error: WsiSegmentError) -> NoReturn:
+    """Print an error and exit: with status 2 if an option, a setting or an input cannot be used, else with 1."""
+    is_usage = isinstance(error, (ConfigError, TrainConfigError))
+    fail(program, str(error), EXIT_USAGE if is_usage else EXIT_FAILED)
 
 
 def annotator_name(program: str, given: str | None) -> str:

@@ -22,6 +22,7 @@ from pipeline.cli.commands import (
     VerboseOption,
     configure_logging,
     fail,
+    fail_with,
     run,
     version_option,
 )
@@ -76,7 +77,7 @@ def evaluate(
         with _bar(hidden=quiet) as progress:
             document = _evaluate(predictor, chosen, split, output, progress, tta=tta, worst=worst)
     except WsiSegmentError as error:
-        fail(PROGRAM, str(error))
+        fail_with(PROGRAM, error)
     except KeyboardInterrupt:
         # Not in the caller: typer would turn this into exit status 1.
         fail(PROGRAM, "interrupted; nothing was written", EXIT_INTERRUPTED)

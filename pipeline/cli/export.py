@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.commands import EXIT_FAILED, EXIT_USAGE, fail, run, version_option
+from pipeline.cli.commands import EXIT_FAILED, fail_with, run, version_option
 from pipeline.console import log_to_stderr, printable
 
 PROGRAM = "wsi-export"
@@ -52,7 +52,7 @@ def qupath(
     try:
         typer.echo(printable(str(write_project(results, tiles=tiles, slides=slides))))
     except WsiSegmentError as error:
-        fail(PROGRAM, str(error))
+        fail_with(PROGRAM, error)
 
 
 @app.command()
@@ -70,12 +70,12 @@ def check(
 ) -> None:
     """Check results against their digests, and their files against what QuPath, napari and Vitessce can read."""
     from pipeline.checks.result import broken_rules
-    from pipeline.errors import ConfigError
+    from wsi.errors import WsiSegmentError
 
     try:
         found = [item for path in paths for item in broken_rules(path, quick=quick).items()]
-    except ConfigError as error:
-        fail(PROGRAM, str(error), EXIT_USAGE)
+    except WsiSegmentError as error:
+        fail_with(PROGRAM, error)
     for path, wrong in found:
         if wrong or not quiet:
             typer.echo(f"{'wrong' if wrong else 'good '} {printable(str(path))}")

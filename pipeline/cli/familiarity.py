@@ -17,6 +17,7 @@ from pipeline.cli.commands import (
     VerboseOption,
     configure_logging,
     fail,
+    fail_with,
     run,
     version_option,
 )
@@ -67,7 +68,7 @@ def familiarity(
     try:
         changed = _changed(bundle, dataset, data, scope, device)
     except WsiSegmentError as error:
-        fail(PROGRAM, str(error))
+        fail_with(PROGRAM, error)
     except KeyboardInterrupt:
         # Not in the caller: typer would turn this into exit status 1.
         fail(PROGRAM, "interrupted; the bundle is unchanged", EXIT_INTERRUPTED)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.cli.commands import annotator_name, fail, run, version_option
+from pipeline.cli.commands import annotator_name, fail_with, run, version_option
 from pipeline.cli.label_inputs import (
     PROGRAM,
     class_pairs,
@@ -315,13 +315,13 @@ def report(folder: FolderArgument) -> None:
 
 @contextmanager
 def failing() -> Iterator[None]:
-    """Print an error of this project in one line and exit with status 1."""
+    """Print an error of this project in one line and exit: see `fail_with`."""
     from wsi.errors import WsiSegmentError
 
     try:
         yield
     except WsiSegmentError as error:
-        fail(PROGRAM, str(error))
+        fail_with(PROGRAM, error)
 
 
 def _written(folder: Path, store: EventStore) -> Labels:

@@ -15,7 +15,6 @@ from models.runtimes import OUTPUT_STRIDES, Precision, RuntimeName
 from pipeline.cli.commands import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
-    EXIT_USAGE,
     BatchSizeOption,
     DeviceOption,
     JsonOption,
@@ -23,6 +22,7 @@ from pipeline.cli.commands import (
     VerboseOption,
     configure_logging,
     fail,
+    fail_with,
     run,
     version_option,
 )
@@ -173,7 +173,7 @@ def segment(
     run, or the output was closed, 2 usage error, 130 interrupted.
     """
     configure_logging(verbose, quiet=quiet)
-    from pipeline.errors import Cancelled, ConfigError
+    from pipeline.errors import Cancelled
     from pipeline.files import local_path
     from wsi.errors import WsiSegmentError
 
@@ -222,13 +222,11 @@ def segment(
                 as_json=as_json,
                 quiet=quiet,
             )
-    except ConfigError as error:
-        fail(PROGRAM, str(error), EXIT_USAGE)
     except (Cancelled, KeyboardInterrupt) as stop:
         # Not in the caller: typer would turn this into exit status 1.
         fail(PROGRAM, str(stop) or "interrupted; run the same command again to resume", EXIT_INTERRUPTED)
     except WsiSegmentError as error:
-        fail(PROGRAM, str(error), EXIT_FAILED)
+        fail_with(PROGRAM, error)
 
 
 def _jobs(inputs: list[Path], *, sample: bool, recursive: bool) -> list[SlideJob]:

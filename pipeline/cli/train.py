@@ -16,7 +16,7 @@ from rich.progress import Progress as RichProgress
 from typer.core import TyperCommand
 
 from models.bundle import load_bundle
-from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, run, version_option
+from pipeline.cli.commands import EXIT_INTERRUPTED, DeviceOption, QuietOption, fail, fail_with, run, version_option
 from pipeline.console import printable_json
 from pipeline.errors import TrainConfigError
 from pipeline.files import local_path
@@ -113,7 +113,7 @@ def train_command(
                 bundle = train(images, output, chosen, **options, init=start)
                 result = {"bundle": str(bundle.path), "metrics": bundle.card.metrics}
     except WsiSegmentError as error:
-        fail(PROGRAM, str(error))
+        fail_with(PROGRAM, error)
     except KeyboardInterrupt:
         # Not in the caller: typer would turn this into exit status 1.
         fail(

@@ -14,7 +14,7 @@ from models.bundle import Bundle
 from models.cam import check_available
 from models.classifier import Classifier
 from models.segmenter import build_segmenter, share_backbone
-from pipeline.errors import TrainError
+from pipeline.errors import TrainConfigError, TrainError
 from pipeline.training.classifier import build_classifier
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import Dataset, Sample, check_images
@@ -52,13 +52,16 @@ class Parts(NamedTuple):
 def prepare(dataset: Dataset, config: TrainConfig, init: Bundle | None = None) -> Parts:
     """Read the labels and build the networks, and check everything that can be checked before training.
 
-    With `init`, both networks start from those of a bundle, see `pipeline.training.start`. Raises TrainError for
-    settings that do not fit the data, DatasetError for bad data, and ModelError if a network cannot be built.
+    With `init`, both networks start from those of a bundle, see `pipeline.training.start`. Raises TrainConfigError
+    for settings that contradict each other or the bundle, TrainError for data that do not fit, DatasetError for bad
+    data, and ModelError if a network cannot be built.
     """
     if config.head_epochs and not config.shared_backbone:
         # Not checked in TrainConfig, because the data set or the model to start from may set shared_backbone.
         advice = "set head_epochs=0" if init is not None else "set shared_backbone=true, or head_epochs=0"
-        raise TrainError(f"head_epochs is {config.head_epochs}, which has no effect without shared_backbone; {advice}")
+        raise TrainConfigError(
+            f"head_epochs is {config.head_epochs}, which has no effect without shared_backbone; {advice}"
+        )
     config = with_start(dataclasses.replace(config, mpp=config.mpp or dataset.mpp), init)
     if init is not None:
         check_start(init, config, dataset.class_names)

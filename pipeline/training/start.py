@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.bundle import Bundle, load_networks, segmenter_of
 from models.card import ModelCard
 from models.classifier import Classifier
-from pipeline.errors import TrainError
+from pipeline.errors import TrainConfigError, TrainError
 from pipeline.training.config import TrainConfig
 
 FINE_TUNING: dict[str, Any] = {"classifier_epochs": 6, "segmenter_epochs": 4, "new_rate": TrainConfig.backbone_rate}
@@ -57,11 +57,11 @@ def _of_networks(card: ModelCard) -> dict[str, Any]:
 
 
 def check_start(bundle: Bundle, config: TrainConfig, classes: Sequence[str]) -> None:
-    """Raise TrainError if a run with these settings and classes cannot start from a bundle."""
+    """Raise TrainConfigError if a setting is not that of the bundle, and TrainError if no class is."""
     for name, value in _of_networks(bundle.card).items():
         own = config.encoder_name if name == "encoder" else getattr(config, name)
         if own != value:
-            raise TrainError(
+            raise TrainConfigError(
                 f"{name} is {own}, but the model {bundle.card.name} has {value}; omit this setting, or train without "
                 "--init"
             )
@@ -114,9 +114,9 @@ def copy_classes(own: Tensor, stored: Tensor, larger: Sequence[int], pairs: Sequ
 def with_start(config: TrainConfig, init: Bundle | None) -> TrainConfig:
     """Return the settings of a run with the digest of the bundle that it starts from.
 
-    Raises TrainError if the settings name a bundle that is not the given one.
+    Raises TrainConfigError if the settings name a bundle that is not the given one.
     """
     digest = "" if init is None else init.digest
     if config.init not in ("", digest):
-        raise TrainError(f"the setting init is {config.init}; omit it, and pass the model itself with --init")
+        raise TrainConfigError(f"the setting init is {config.init}; omit it, and pass the model itself with --init")
     return dataclasses.replace(config, init=digest)

@@ -333,6 +333,6 @@ def test_an_address_as_output_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke(*command, "-o", "s3://bucket/labels")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "--output: s3://bucket/labels is an address (s3://), which is not supported" in result.stderr
     assert list(tmp_path.iterdir()) == []

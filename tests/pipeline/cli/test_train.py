@@ -107,23 +107,26 @@ def test_data_may_lie_elsewhere_and_settings_come_from_a_file_then_from_options(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "status", "said"),
     [
-        (["absent-data"], "absent-data: there is no such file"),
-        (["glas"], "glas: pass the folder of this data set"),
-        (["{data}", "-s", "heads=gap"], "unknown setting 'heads'"),
-        (["{data}", "-s", "ema=much"], "setting ema"),
-        (["{data}", "--preset", "best"], "unknown preset 'best'"),
-        (["{data}", "--config", "absent.toml"], "absent.toml"),
-        (["{data}", "-s", "weights=absent.safetensors", "-s", "region=64"], "absent.safetensors"),
-        (["{data}", "-s", "weights=none", "-s", "region=64", "-s", "head=gas"], "head is 'gas'; use one of"),
-        (["{data}", "--device", "abacus"], "abacus"),
-        (["{data}", "--data", "nowhere"], "nowhere"),
+        (["absent-data"], 1, "absent-data: there is no such file"),
+        (["glas"], 1, "glas: pass the folder of this data set"),
+        (["{data}", "-s", "heads=gap"], 2, "unknown setting 'heads'"),
+        (["{data}", "-s", "ema=much"], 2, "setting ema"),
+        (["{data}", "--preset", "best"], 2, "unknown preset 'best'"),
+        (["{data}", "--config", "absent.toml"], 2, "absent.toml"),
+        (["{data}", "--seeds", "1"], 2, "give at least two different numbers"),
+        (["{data}", "-s", "weights=absent.safetensors", "-s", "region=64"], 1, "absent.safetensors"),
+        (["{data}", "-s", "weights=none", "-s", "region=64", "-s", "head=gas"], 2, "head is 'gas'; use one of"),
+        (["{data}", "--device", "abacus"], 1, "abacus"),
+        (["{data}", "--data", "nowhere"], 1, "nowhere"),
     ],
 )
-def test_what_cannot_be_used_is_named_on_stderr(data: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_what_cannot_be_used_is_named_on_stderr(
+    data: Path, tmp_path: Path, arguments: list[str], status: int, said: str
+) -> None:
     result = invoke(*(part.replace("{data}", str(data)) for part in arguments), "-o", tmp_path / "run")
-    assert result.exit_code == 1
+    assert result.exit_code == status
     assert result.stdout == ""
     assert result.stderr.startswith("wsi-train: ")
     assert said in result.stderr
@@ -212,7 +215,7 @@ def test_a_setting_that_needs_one_of_the_data_set_is_checked_with_it(
     planned: list[str | Path] = [data, "-o", tmp_path / "run", "--dry-run", "--device", "cpu"]
     planned += settings(*SMALL, "head_epochs=2")
     refused = invoke(*planned)
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "head_epochs is 2, which has no effect without shared_backbone" in refused.stderr
     with data.open("a", encoding="utf-8") as stream:
         stream.write("\n[settings]\nshared_backbone = true\n")

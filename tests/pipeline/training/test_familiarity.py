@@ -287,7 +287,7 @@ def test_whole_images_beside_composed_ones_are_a_source_of_their_own(
 
 def test_the_command_refuses_shipped_models_and_other_classes(bundle: Path) -> None:
     result = invoke("colon-gland", "ebhi-seg")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "copy its folder and pass the copy" in result.stderr
     result = invoke(bundle, "ebhi-seg", "--data", bundle)
     assert result.exit_code == 1

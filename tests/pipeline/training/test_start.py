@@ -11,7 +11,7 @@ import torch
 from models.bundle import load_bundle, load_networks, segmenter_of
 from models.classifier import Classifier
 from models.segmenter import build_segmenter
-from pipeline.errors import TrainError
+from pipeline.errors import TrainConfigError, TrainError
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import load_dataset
 from pipeline.training.presets import train_config
@@ -69,11 +69,11 @@ def test_the_networks_are_those_of_the_model_and_another_setting_is_refused(tmp_
     check_start(bundle, config, names)
     assert (config.backbone, config.mpp) == (bundle.card.classifier.backbone, bundle.card.mpp)
     assert config.classifier_epochs < TrainConfig().classifier_epochs
-    with pytest.raises(TrainError, match=r"mpp is 0\.5, but the model \S+ has 1\.0; omit this setting"):
+    with pytest.raises(TrainConfigError, match=r"mpp is 0\.5, but the model \S+ has 1\.0; omit this setting"):
         check_start(bundle, dataclasses.replace(config, mpp=0.5), names)
     with pytest.raises(TrainError, match="at least one must have the same name: rename a class"):
         check_start(bundle, config, ["a", "b"])
-    with pytest.raises(TrainError, match="the setting init is abc; omit it, and pass the model itself with --init"):
+    with pytest.raises(TrainConfigError, match="the setting init is abc; omit it, and pass the model itself with"):
         with_start(dataclasses.replace(config, init="abc"), bundle)
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from models.errors import ArchitectureError
-from pipeline.errors import EmptyClassError, MissingImagesError, TrainError
+from pipeline.errors import EmptyClassError, MissingImagesError, TrainConfigError, TrainError
 from pipeline.training.dataset import Dataset, load_dataset, samples
 from pipeline.training.prepare import prepare
 from pipeline.training.train import train
@@ -26,7 +26,7 @@ def test_a_data_set_without_a_test_split_cannot_be_tested(tmp_path: Path) -> Non
 
 def test_head_epochs_need_a_shared_backbone(textures: Dataset, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, head_epochs=2)
-    with pytest.raises(TrainError, match="head_epochs is 2, which has no effect without shared_backbone"):
+    with pytest.raises(TrainConfigError, match="head_epochs is 2, which has no effect without shared_backbone"):
         train(textures, tmp_path / "run", config, device="cpu")
     assert not (tmp_path / "run").exists()
 
