@@ -55,6 +55,10 @@ Text = Annotated[str, AfterValidator(_plain)]
 Line = Annotated[str, AfterValidator(_one_line)]
 
 
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Pattern of the name of a model."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
@@ -118,7 +122,7 @@ class ModelCard(_Strict):
     """The content of model.json: everything needed to use a model and to decide whether it is suitable."""
 
     schema_version: Literal[3]
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=MODEL_NAME)]
     description: Annotated[Text, Field(min_length=1)]
     classes: Annotated[tuple[TissueClass, ...], Field(min_length=2, max_length=254)]
     mpp: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from models.card import MODEL_NAME
 from models.tissue_class import Byte
 from pipeline.errors import DatasetFileError
 from pipeline.training.dataset_sections import (
@@ -36,7 +38,8 @@ from pipeline.training.palettes import class_colors
 class DatasetCard(Section):
     """The content of a dataset.toml."""
 
-    name: str = Field(min_length=1)
+    name: str
+    """Also the name of a model that is trained on the data, unless the settings have another one."""
     description: str = Field(min_length=1)
     licence: str = Field(min_length=1)
     attribution: str = ""
@@ -76,6 +79,13 @@ class DatasetCard(Section):
             case None:
                 there = tuple(split in self.images for split in SPLITS)
         return tuple(split for split, some in zip(SPLITS, there, strict=True) if some)
+
+    @field_validator("name")
+    @classmethod
+    def _name_of_a_model(cls, value: str) -> str:
+        if not re.fullmatch(MODEL_NAME, value):
+            raise ValueError(f"{value!r} must consist of letters, digits, '.', '_' and '-', such as my-lung-patches")
+        return value
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -194,6 +204,8 @@ def _plain(error: ValidationError) -> str:
         match found["type"]:
             case "extra_forbidden":
                 parts.append(f"unknown key {key}")
+            case "too_short" if key == "classes":
+                parts.append("classes: name at least two classes, such as tumor and other")
             case "missing":
                 parts.append(f"key {key} is missing")
             case _:

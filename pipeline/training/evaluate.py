@@ -174,9 +174,15 @@ def check_same_classes(model: ModelCard, dataset: Dataset) -> None:
     """Raise ClassMismatchError unless model and data set have the same class names in the same order."""
     ours = tuple(entry.name for entry in model.classes)
     if ours != dataset.class_names:
+        same = set(ours) == set(dataset.class_names)
         raise ClassMismatchError(
             f"model {model.name} has the classes {', '.join(ours)}; data set {dataset.card.name} has "
-            f"{', '.join(dataset.class_names)}; use a model that was trained with these classes in this order"
+            f"{', '.join(dataset.class_names)}; "
+            + (
+                "list the classes of the dataset.toml in the order of the model"
+                if same
+                else "use a model that was trained with these classes"
+            )
         )
 
 
@@ -187,7 +193,8 @@ def masked_samples(dataset: Dataset, split: Split) -> tuple[Sample, ...]:
     if bare:
         raise MaskError(
             f"{dataset.card.name}: {len(bare)} of {len(chosen)} images of split {split} have no mask (such as "
-            f"{bare[0]}); evaluation needs pixel masks; choose a split with masks, or add them to the dataset.toml"
+            f"{bare[0]}); evaluation needs pixel masks; choose a split with masks, or add them to the "
+            "dataset.toml (in a labels folder, masks come from QuPath annotations, with wsi-label import)"
         )
     return chosen
 

@@ -183,12 +183,16 @@ def test_the_user_s_own_keys_are_kept_and_the_classes_follow(tmp_path: Path) -> 
     write_dataset(tmp_path, labels, read)
     card = tmp_path / "dataset.toml"
     assert "Not stated: fill in the license" in load_dataset(tmp_path).card.licence
-    text = card.read_text(encoding="utf-8").replace('"my-labels"', '"Köln \\"1\\""').replace("mpp = 1.0", "mpp = 9.0")
+    text = (
+        card.read_text(encoding="utf-8")
+        .replace('"H&E patches labeled with wsi-label."', '"Köln \\"1\\""')
+        .replace("mpp = 1.0", "mpp = 9.0")
+    )
     card.write_text(text, encoding="utf-8")
     labels = fold(("ann", label(0, *PRESENT)), ("ann", ClassAdded(id=3, name='a "b" \\', color=(1, 2, 3))))
     write_dataset(tmp_path, labels, read)
     dataset = load_dataset(tmp_path)
-    assert (dataset.card.name, dataset.mpp) == ('Köln "1"', 1.0)
+    assert (dataset.card.description, dataset.mpp) == ('Köln "1"', 1.0)
     assert dataset.class_names == ("tumor", "stroma", 'a "b" \\')
     card.write_text("name = ", encoding="utf-8")
     with pytest.raises(LabelingError, match=r"dataset\.toml: is not valid TOML"):

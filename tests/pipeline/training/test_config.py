@@ -158,7 +158,7 @@ def test_the_error_about_a_long_value_is_one_short_line(setting: str, message: s
     file.write_text(setting.replace("=", " = ", 1), encoding="utf-8")
     with pytest.raises(TrainConfigError, match=r"settings\.toml: cannot be read as TOML|more than 64 bits") as caught:
         train_config(file=file)
-    assert len(str(caught.value).removeprefix(str(file))) < 250
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 250
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,16 @@ from tests.repository import REPOSITORY
         ("mpp = 0.5", "mpp = 0.5\nmagnification = 20", "unknown key magnification"),
         ("side = 8", "side = 8\nsidee = 8", r"unknown key labels\.sidee"),
         ("mpp = 0.5", "", "key mpp is missing"),
+        (
+            'name = "tiny"',
+            'name = "my patches"',
+            "name: 'my patches' must consist of .* such as my-lung-patches",
+        ),
+        (
+            '    { name = "blue", color = [0, 0, 200], mask_values = [1, 2] },\n',
+            "",
+            "classes: name at least two classes, such as tumor and other",
+        ),
         ("mpp = 0.5", "mpp = 0", "mpp: Input should be greater than 0"),
         ("mpp = 0.5", "mpp = inf", "mpp: Input should be"),
         ("mpp = 0.5", "mpp = 500", "mpp: Input should be less than or equal to 100"),

@@ -194,13 +194,23 @@ def test_the_pixel_size_of_the_data_set_is_used(tmp_path: Path) -> None:
 def test_the_error_for_different_classes_lists_both(tmp_path: Path) -> None:
     file = write_dataset(tmp_path, {"a": stripes(64, 64)})
     file.write_text(file.read_text().replace('"class-1"', '"stroma"'))
-    with pytest.raises(ClassMismatchError, match=r"test has the classes class-0, class-1; data set tiny.*stroma"):
+    with pytest.raises(ClassMismatchError, match=r"has the classes class-0, class-1; data set tiny.*stroma; use a"):
+        evaluate(predictor(), load_dataset(file))
+
+
+def test_the_error_for_another_order_of_classes_asks_for_that_of_the_model(tmp_path: Path) -> None:
+    file = write_dataset(tmp_path, {"a": stripes(64, 64)})
+    text = file.read_text().replace('"class-1"', '"x"').replace('"class-0"', '"class-1"').replace('"x"', '"class-0"')
+    file.write_text(text)
+    with pytest.raises(ClassMismatchError, match=r"has class-1, class-0; list the classes of the dataset.toml in the"):
         evaluate(predictor(), load_dataset(file))
 
 
 def test_a_split_without_masks_is_refused(tmp_path: Path) -> None:
     dataset = load_dataset(write_dataset(tmp_path, {"a": stripes(64, 64)}))
-    with pytest.raises(MaskError, match=r"tiny: 1 of 1 images of split train have no mask \(such as only\)"):
+    with pytest.raises(
+        MaskError, match=r"1 of 1 images of split train have no mask \(such as only\);.* wsi-label import"
+    ):
         evaluate(predictor(), dataset, "train")
 
 
