@@ -138,10 +138,12 @@ def _mirrors_too_much(network: nn.Module, mirroring: Sequence[ExtendedConv2d], e
         found.append(max(conv.edges) >= min(arguments[0].shape[2:]))
 
     hooks = [conv.register_forward_pre_hook(look) for conv in mirroring]
-    with torch.no_grad():
-        network(*examples)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            network(*examples)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return any(found)
 
 

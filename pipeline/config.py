@@ -25,8 +25,11 @@ LARGEST_BLOCK_OUT = 16384
 """Largest side of a block in map pixels: its maps take tens of GB."""
 
 PROCESSES_PER_CORE = 4
-"""Largest N of local:N per available core. Processes that wait for a slow disk leave their core to others, so a few
-per core can be of use; more only take memory."""
+"""Largest N of local:N per available core, unless `FEWEST_ALLOWED_PROCESSES` is more. Processes that wait for a slow
+disk leave their core to others, so a few per core can be of use; more only take memory."""
+
+FEWEST_ALLOWED_PROCESSES = 16
+"""N of local:N may have this value on any machine, because a machine can have more GPUs than cores."""
 
 
 @dataclass(frozen=True)

@@ -30,19 +30,23 @@ def available_cores(root: Path = _ROOT, own: Path = _OWN) -> int:
 
 
 def available_memory(root: Path = _ROOT, own: Path = _OWN) -> int:
-    """Return how many bytes of memory this process may still take."""
+    """Return how many bytes of memory this process may take, at most its `ulimit -v`."""
     rests = [_address_space(), *map(_memory_of, _groups("memory", root, own))]
     return max(0, min([int(psutil.virtual_memory().available), *(rest for rest in rests if rest is not None)]))
 
 
 def _address_space() -> int | None:
-    """Return how many bytes this process may still map under `ulimit -v`, or None without such a limit."""
+    """Return the limit that `ulimit -v` sets, or None.
+
+    What the process has mapped already does not count: libraries and freed memory take more than 1 GB of addresses
+    that a run does not need again.
+    """
     if sys.platform == "win32":
         return None
     import resource  # does not exist on Windows
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return None if limit == resource.RLIM_INFINITY else limit - int(psutil.Process().memory_info().vms)
+    return None if limit == resource.RLIM_INFINITY else int(limit)
 
 
 def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
@@ -75,24 +79,31 @@ def _cores_of(group: Path) -> float | None:
 
 
 def _memory_of(group: Path) -> int | None:
-    # Above memory.high the kernel refuses nothing, but slows a process down until it hardly runs.
-    words = [_words(group / name, 1) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
-    limits = [int(word) for (word,) in filter(None, words) if word.isdecimal()]  # "max" is no limit
     used = _words(group / "memory.current", 1) or _words(group / "memory.usage_in_bytes", 1)
-    if not limits or not used or not used[0].isdecimal():
+    if not used or not used[0].isdecimal():
         return None
-    return min(limits) - max(0, int(used[0]) - _reclaimable(group))
+    # Before the kernel refuses memory, it frees cached files that nothing has read lately. Above memory.high, it
+    # refuses nothing and frees all cached files, but then slows the process down until it hardly runs.
+    facts = _facts(group)
+    unread = facts.get("total_inactive_file", facts.get("inactive_file", 0))
+    freed = {"memory.max": unread, "memory.limit_in_bytes": unread, "memory.high": unread + facts.get("active_file", 0)}
+    limits = {name: _words(group / name, 1) for name in freed}
+    rests = [
+        int(words[0]) - max(0, int(used[0]) - freed[name])
+        for name, words in limits.items()
+        if words and words[0].isdecimal()  # "max" is no limit
+    ]
+    return min(rests, default=None)
 
 
-def _reclaimable(group: Path) -> int:
-    """Return the bytes of cached files, which the kernel frees before it refuses memory."""
+def _facts(group: Path) -> dict[str, int]:
+    """Return the numbers of a group's `memory.stat`."""
     try:
         lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return 0
-    facts = dict(line.split(" ", 1) for line in lines if " " in line)
-    text = facts.get("total_inactive_file", facts.get("inactive_file", "0"))
-    return int(text) if text.isdecimal() else 0
+        return {}
+    words = (line.split() for line in lines)
+    return {pair[0]: int(pair[1]) for pair in words if len(pair) == 2 and pair[1].isdecimal()}
 
 
 def _words(file: Path, count: int) -> tuple[str, ...]:

@@ -34,8 +34,8 @@ PROGRAMS: dict[str, typer.Typer] = {
 
 HEAD = """# Commands
 
-Every command prints this text with `--help`, and its version with `--version`. The page is generated: to change a
-text, edit the command in `pipeline/cli/` and run `python -m tests.cli_docs`.
+Every command prints this text with `--help`, and every program its version with `--version`. The page is generated: to
+change a text, edit the command in `pipeline/cli/` and run `python -m tests.cli_docs`.
 """
 
 

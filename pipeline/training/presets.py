@@ -135,6 +135,8 @@ def _value(name: str, text: str) -> Any:
 
 def _is_long(value: object) -> bool:
     """Return whether a value is or contains an integer that needs more than 64 bits."""
+    if isinstance(value, dict):
+        return _is_long(list(value.values()))
     if isinstance(value, list | tuple):
         return any(map(_is_long, value))
     return isinstance(value, int) and value.bit_length() > 64

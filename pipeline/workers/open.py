@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from pipeline.config import PROCESSES_PER_CORE, SegmentConfig
+from pipeline.config import FEWEST_ALLOWED_PROCESSES, PROCESSES_PER_CORE, SegmentConfig
 from pipeline.errors import ConfigError
 from pipeline.files import is_file
 from pipeline.limits import available_cores
@@ -79,13 +79,10 @@ def check_workers(scheduler: str | None, *, spread: Spread = "slides", slide_tim
 def _check_scheduler(scheduler: str) -> None:
     kind, colon, number = scheduler.partition(":")
     if kind == "local":
-        most = PROCESSES_PER_CORE * available_cores()
+        most = max(FEWEST_ALLOWED_PROCESSES, PROCESSES_PER_CORE * available_cores())
         # Python does not convert thousands of digits.
         if colon and not (number.isdecimal() and len(number) < 10 and 1 <= int(number) <= most):
-            raise ConfigError(
-                f"--scheduler is {scheduler!r}; N of local:N must be from 1 to {most} on this machine, "
-                f"{PROCESSES_PER_CORE} per core"
-            )
+            raise ConfigError(f"--scheduler is {scheduler!r}; N of local:N must be from 1 to {most} on this machine")
     elif "://" not in scheduler and not is_file(Path(scheduler)):
         raise ConfigError(
             f"--scheduler is {scheduler!r}; it must be process, local, local:N, the address of a dask.distributed "

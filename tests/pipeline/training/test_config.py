@@ -146,6 +146,7 @@ def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:
         ("seed=" + "9" * 4000, "setting seed has an integer of more than 64 bits"),
         ("ema=0x" + "f" * 5000, "setting ema has an integer of more than 64 bits"),
         ("rates=[1, [0x" + "f" * 5000 + "], 1]", "setting rates has an integer of more than 64 bits"),
+        ("seed={a=0x" + "f" * 5000 + "}", "setting seed has an integer of more than 64 bits"),
     ],
     ids=lambda text: text[:20],
 )

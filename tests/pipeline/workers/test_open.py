@@ -292,9 +292,9 @@ def test_a_timeout_and_blocks_need_other_processes() -> None:
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        *((f"local:{n}", rf"'local:{n}'; N of local:N must be from 1 to 12 on this machine, 4 per core$")
-          for n in ("0", "-1", "", "13", "1_0", "many", "9" * 20)),
-        ("local:" + "9" * 5000, "N of local:N must be from 1 to 12"),
+        *((f"local:{n}", rf"'local:{n}'; N of local:N must be from 1 to 20 on this machine$")
+          for n in ("0", "-1", "", "21", "1_0", "many", "9" * 20)),
+        ("local:" + "9" * 5000, "N of local:N must be from 1 to 20"),
         ("", r"--scheduler is ''; it must be process, local, local:N, the address of a dask.distributed cluster"),
         ("locals", "--scheduler is 'locals'; it must be"),
         ("no/such/file.json", "'no/such/file.json'; it must be .* or its scheduler file"),
@@ -304,16 +304,17 @@ def test_a_timeout_and_blocks_need_other_processes() -> None:
 def test_an_invalid_scheduler_is_refused_before_the_model_is_loaded(
     scheduler: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "available_cores", lambda: 3)
+    monkeypatch.setattr(opening, "available_cores", lambda: 5)
     with pytest.raises(ConfigError, match=message), open_workers(scheduler, "no/such", SMALL):
         pass
 
 
-def test_usable_workers_pass_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "available_cores", lambda: 3)
+@pytest.mark.parametrize(("cores", "most"), [(1, 16), (5, 20)])
+def test_usable_workers_pass_the_check(cores: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "available_cores", lambda: cores)
     file = tmp_path / "scheduler.json"
     file.touch()
-    for scheduler in ("local", "local:1", "local:12", "tcp://10.0.0.1:8786", str(file)):
+    for scheduler in ("local", "local:1", f"local:{most}", "tcp://10.0.0.1:8786", str(file)):
         check_workers(scheduler, spread="blocks", slide_timeout_s=0.1)
     check_workers("process", slide_timeout_s=math.inf)
     check_workers(None)
