@@ -211,7 +211,7 @@ class Cluster:
             try:
                 self._ask_all(check_folder, probe, content)
             except ClusterError as error:
-                raise ClusterError(f"{output}: {error}; mount it there, at the same path") from None
+                raise ClusterError(f"{output}: {error}") from None
             finally:
                 probe.unlink(missing_ok=True)
             self._folders.add(output)
