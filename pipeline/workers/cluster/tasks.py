@@ -133,6 +133,15 @@ def check_folder(probe: Path, content: str) -> str:
     return ""
 
 
+def check_slide(path: Path) -> str:
+    """Return why this process cannot read a slide that the client can read, or an empty text."""
+    try:
+        with path.open("rb"):
+            return ""
+    except OSError as error:
+        return f"cannot read the slide there ({error.strerror or error}); mount the folder there, at the same path"
+
+
 async def answer(question: Callable[..., str], *arguments: object) -> str:
     """Return the answer to one of the checks above, or a text about its timeout."""
     try:
