@@ -311,7 +311,7 @@ def test_a_file_that_ends_before_its_last_image_is_refused_until_its_copy_is_com
 @pytest.mark.full
 def test_a_real_slide_that_is_cut_is_refused_and_whole_ones_are_not(tmp_path: Path, shared_slides: Path) -> None:
     for name in ("CMU-1-Small-Region.svs", "CMU-1.svs", "TCGA-CR-7395-01A-01-TS1.svs"):
-        with open_slide(shared_slides / name):
+        with open_slide(shared_slides / name, 0.5):
             pass
     path = tmp_path / "cut.svs"
     path.write_bytes((shared_slides / "CMU-1-Small-Region.svs").read_bytes()[:1_500_000])
