@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from pipeline.errors import ConfigError, OutputError
 
@@ -20,7 +20,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _FEW_INODES = 16
 """At most so many are free on a disk that has run out of them: those of files that the failed write has removed."""
 
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 """What a file system without locks reports, such as some network mounts."""
 
 
@@ -84,16 +84,20 @@ def disk_shortage(error: OSError, folder: Path) -> str | None:
 
 
 @contextmanager
-def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
     """Hold the lock that this file stands for, and remove the file at the end. The lock ends with the process.
 
-    Raises filelock.Timeout if another process has the lock and `wait` is False, OutputError if the file system has no
-    locks, and OSError if the file cannot be created.
+    Raises filelock.Timeout if another process has the lock for more than `wait_s` seconds (below 0: never), OutputError
+    if the file system has no locks or cannot have the file's name, and OSError if the file cannot be created.
     """
     was_there = path.exists()
-    lock = FileLock(path)
+    # Without flock, filelock would otherwise take the file itself as the lock, which a killed process leaves behind.
+    lock = FileLock(path, fallback_to_soft=False)
     try:
-        lock.acquire(blocking=wait)
+        lock.acquire(timeout=wait_s, blocking=wait_s != 0)
+    except Timeout:
+        _check_name(path)
+        raise
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -109,6 +113,23 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
         # Before the release: a process that opened the file in the meantime sees that it is gone and makes a new one.
         path.unlink(missing_ok=True)
         lock.release()
+
+
+def _check_name(path: Path) -> None:
+    """Raise OutputError if a file system cannot have this name, such as one with a colon on exFAT.
+
+    It then reports that the file does not exist, which filelock takes for a lock that another process just gave up.
+    """
+    if path.exists():
+        return
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+    except OSError as error:
+        raise OutputError(
+            f"{path.parent}: the file system cannot have a file named {printable_name(path.name)} "
+            f"({error.strerror}); name the result in the column 'id' of a manifest, or choose another --output"
+        ) from error
+    # The file stays: another process may have its lock by now.
 
 
 @contextmanager

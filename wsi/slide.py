@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from wsi.agreement import tiffslide_agrees
 from wsi.box import Box
-from wsi.dicom import is_dicom, series_files
 from wsi.errors import SlideFormatError, SlideNotFoundError, SlideReadError, shortage
 from wsi.levels import levels_of_one_shape
 from wsi.pixel_size import MppSource, check_extent, find_mpp
 from wsi.readers import READERS, BackendName, Reader
+from wsi.slide_files import slide_files
 from wsi.tiff_checks import check_layout, picture_sizes
 
 log = logging.getLogger(__name__)
@@ -212,26 +212,29 @@ def slide_digest(path: Path) -> str:
     """Return the SHA-256 of the slide's file as hexadecimal digits.
 
     For MIRAX the digest covers the files of its folder too. For DICOM it covers the other files of the same series in
-    the same folder, which are other levels of the slide. Of other formats with several files (.vms, .vmu) it covers the
-    named file only.
+    the same folder, which are other levels of the slide. For Hamamatsu's .vms and .vmu it covers the files that the
+    named file lists, as far as they exist.
 
     Raises SlideNotFoundError, or SlideReadError if a file cannot be read.
     """
     with _reading(path):
         _check_file(path)
-        digests = [_file_digest(p) for p in _slide_files(path)]
+        digests = [_file_digest(p) for p in slide_files(path) if p.is_file()]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def slide_stamp(path: Path) -> str:
     """Return a digest of the sizes and modification times of the files that `slide_digest` reads.
 
-    The files are not read. As long as the stamp is the same, nobody has written to them. It does not reveal the times,
-    which may be those of the scan. Raises the errors of `slide_digest`.
+    The files are not read. As long as the stamp is the same, nobody has written to them or added a missing one. It does
+    not reveal the times, which may be those of the scan. Raises the errors of `slide_digest`.
     """
     with _reading(path):
         _check_file(path)
-        facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _slide_files(path)]
+        facts = [
+            (p.name, p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else (p.name, "missing")
+            for p in slide_files(path)
+        ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -244,15 +247,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise SlideReadError(
             f"{path.name}: cannot be read: {error.strerror or error}; check its permissions and its disk"
         ) from error
-
-
-def _slide_files(path: Path) -> list[Path]:
-    companions: list[Path] = []
-    if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
-        companions = sorted(p for p in path.with_suffix("").iterdir() if p.is_file())
-    elif is_dicom(path):
-        companions = [p for p in series_files(path) if p != path]
-    return [path, *companions]
 
 
 def _check_file(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,9 @@ _TURNED = range(2, 9)
 
 _MACRO = 8
 """Bit of NewSubfileType that marks a picture of the whole glass in files of Aperio."""
+
+_MOST_DIRECTORIES = 4096
+"""Longer chains of directories are not followed to their end."""
 
 _PICTURE = re.compile(
     r"(?:Aperio[^\r\n]*[\r\n]+)?\s*(?:label|macro)(?:[ _]image)?(?:\s*$|\s+\d+x\d+|\s+-offset|\s*\|)", re.IGNORECASE
@@ -54,17 +58,27 @@ class _Tags:
     """(width, height) of the images that are named or marked as a picture of the label or of the whole glass."""
     tiled_picture_sizes: frozenset[tuple[int, int]] = frozenset()
     """The same without the images that are stored in strips."""
+    ends_early: bool = False
+    """Whether the directory of an image lies beyond the end of the file, in whole or in part."""
 
 
 def check_layout(path: Path, level_sizes: Collection[tuple[int, int]]) -> None:
-    """Raise SlideFormatError if a library would return wrong pixels for a TIFF file. Accept any other file.
+    """Raise SlideFormatError if a library would return wrong pixels for a TIFF file, or not all of its levels.
+
+    Accept any other file.
 
     `level_sizes`: the sizes of the levels that the library found. Other images are not checked, such as a label.
 
     If libtiff decodes the tiles, OpenSlide rotates or mirrors each one as the tag Orientation demands, but does not
     move it. In 16-bit gray, OpenSlide returns black parts in the tiles at the right edge.
     """
-    levels = [image for image in _file_tags(path).layouts if image.is_marked or image.size in level_sizes]
+    tags = _file_tags(path)
+    if tags.ends_early:
+        raise SlideFormatError(
+            f"{path.name}: the file ends before its last image; a copy may still be running: run the same command "
+            f"again when it has finished, or copy the slide again"
+        )
+    levels = [image for image in tags.layouts if image.is_marked or image.size in level_sizes]
     turned = sorted(level.orientation for level in levels if level.orientation in _TURNED)
     if turned:
         raise SlideFormatError(
@@ -110,9 +124,11 @@ def _read(path: Path, size: int, mtime_ns: int) -> _Tags:  # noqa: ARG001 - the 
     # Cached, because every thread opens the file, and again after each read error.
     try:
         with tifffile.TiffFile(path) as tiff:
+            ends_early = _ends_early(tiff)
             # OpenSlide reads NDPI, whose images are strips, with code of its own.
-            pages = [] if tiff.is_ndpi else list(_pages(tiff))
+            pages = [] if tiff.is_ndpi or ends_early else list(_pages(tiff))
             return _Tags(
+                ends_early=ends_early,
                 layouts=tuple(_layout(page, n == 0) for n, page in enumerate(pages) if n == 0 or page.is_tiled),
                 most_bytes=max((max(page.databytecounts, default=0) for page in pages if page.is_tiled), default=0),
                 picture_sizes=frozenset(_picture_sizes(pages, in_strips=True)),
@@ -122,6 +138,27 @@ def _read(path: Path, size: int, mtime_ns: int) -> _Tags:  # noqa: ARG001 - the 
         raise  # the next attempt may succeed
     except Exception:  # noqa: BLE001 - not a TIFF, or damaged in any way: the libraries state what is wrong
         return _Tags()
+
+
+def _ends_early(tiff: tifffile.TiffFile) -> bool:
+    """Return whether the chain of directories leads beyond the end of the file. tiffslide ignores the rest of it."""
+    file, size, form = tiff.filehandle, tiff.filehandle.size, tiff.tiff
+    offset, seen = tiff.pages.first.offset, set[int]()
+    while offset and offset not in seen and len(seen) < _MOST_DIRECTORIES:
+        seen.add(offset)
+        if offset + form.tagnosize > size:
+            return True
+        file.seek(offset)
+        (count,) = struct.unpack(form.tagnoformat, file.read(form.tagnosize))
+        end = offset + form.tagnosize + count * form.tagsize
+        if end > size:
+            return True
+        file.seek(end)
+        following = file.read(form.offsetsize)
+        if len(following) < form.offsetsize:
+            return False  # libtiff takes this as the end of the chain
+        (offset,) = struct.unpack(form.offsetformat, following)
+    return False
 
 
 def _layout(page: tifffile.TiffPage, is_first: bool) -> _Layout:

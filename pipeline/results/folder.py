@@ -143,7 +143,7 @@ def open_folder(
     name = Path(name).name
     with ExitStack() as stack:
         try:
-            stack.enter_context(file_lock(lock_file(output, name), wait=False))
+            stack.enter_context(file_lock(lock_file(output, name), wait_s=0))
         except Timeout:
             raise _locked(output / name) from None
         folder = _prepare(output, name, identity, computed_with, slide, force=force, repair=repair)
@@ -180,7 +180,7 @@ def is_locked(output: Path, name: str) -> bool:
     if not path.exists():
         return False
     try:
-        with file_lock(path, wait=False):
+        with file_lock(path, wait_s=0):
             return False
     except Timeout:
         return True

@@ -34,7 +34,7 @@ def claim(run: Path, dataset: Dataset, config: TrainConfig, made_with: Mapping[s
     with ExitStack() as stack:
         try:
             run.absolute().parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(file_lock(run.absolute().parent / f".{run.name}.lock", wait=False))
+            stack.enter_context(file_lock(run.absolute().parent / f".{run.name}.lock", wait_s=0))
             run.mkdir(exist_ok=True)
         except Timeout as error:
             raise LockedError(

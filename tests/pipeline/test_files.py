@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from filelock import Timeout
@@ -49,7 +50,10 @@ def test_other_errors_are_no_shortage(tmp_path: Path) -> None:
     assert disk_shortage(OSError(errno.EROFS, "Read-only file system"), tmp_path) is None
 
 
-REFUSED = r": the file system refuses file locks \((No locks available|Operation not supported)\), so two runs .*; "
+REFUSED = (
+    r": the file system refuses file locks \((No locks available|Operation not supported|Function not implemented)\), "
+    r"so two runs .*; "
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -59,7 +63,7 @@ def names(folder: Path) -> list[str]:
 def test_a_lock_excludes_others_and_leaves_no_file(tmp_path: Path) -> None:
     with file_lock(tmp_path / ".lock"):
         assert names(tmp_path) == [".lock"]
-        with pytest.raises(Timeout), file_lock(tmp_path / ".lock", wait=False):
+        with pytest.raises(Timeout), file_lock(tmp_path / ".lock", wait_s=0):
             pass
         assert names(tmp_path) == [".lock"]
     assert names(tmp_path) == []
@@ -78,6 +82,29 @@ def test_a_file_system_that_refuses_locks_is_named_and_no_lock_file_stays(tmp_pa
 @pytest.mark.usefixtures("without_locks")
 def test_a_lock_file_that_was_there_may_be_held_by_another_machine_and_stays(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
-    with pytest.raises(OutputError, match="refuses file locks"), file_lock(tmp_path / ".lock", wait=False):
+    with pytest.raises(OutputError, match="refuses file locks"), file_lock(tmp_path / ".lock", wait_s=0):
         pass
     assert names(tmp_path) == [".lock"]
+
+
+def test_a_name_that_the_file_system_cannot_have_is_not_taken_for_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exFAT reports that a new file with a colon in its name does not exist."""
+    opens = os.open
+
+    def without_colons(path: str | Path, *arguments: int, **named: Any) -> int:
+        if ":" in Path(path).name:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return opens(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", without_colons)
+    with (
+        pytest.raises(
+            OutputError,
+            match=r"cannot have a file named \.12:05\.lock \(No such file or directory\); name the result in the col",
+        ),
+        file_lock(tmp_path / ".12:05.lock", wait_s=0),
+    ):
+        pass
+    assert names(tmp_path) == []

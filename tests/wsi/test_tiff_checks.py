@@ -281,3 +281,39 @@ def test_damaged_ome_xml_switches_off_no_other_check(tmp_path: Path, xml: str) -
     tifffile.imwrite(path, painted((256, 256)), photometric="rgb", description=xml, extratags=tags, **TILED)
     with pytest.raises(SlideFormatError, match="Orientation 6"):
         open_slide(path, 0.5)
+
+
+@pytest.mark.parametrize("kind", [{}, {"bigtiff": True}, {"byteorder": ">"}], ids=["TIFF", "BigTIFF", "big-endian"])
+def test_a_file_that_ends_before_its_last_image_is_refused_until_its_copy_is_complete(
+    tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    whole, path = tmp_path / "whole.tif", tmp_path / "copy.tif"
+    with tifffile.TiffWriter(whole, **kind) as file:
+        for size in (512, 256, 128):
+            file.write(painted((size, size)), photometric="rgb", subfiletype=int(size < 512), **TILED)
+    with tifffile.TiffFile(whole) as tiff:
+        others = [page.offset for page in tiff.pages][1:]
+    content = whole.read_bytes()
+    # Cut before a directory, in its count of tags, and in its tags, which tiffslide itself refuses.
+    for length, cut in [(offset + more, more > 0) for offset in others for more in (0, 1, 40)]:
+        path.write_bytes(content[:length])
+        reason = "(cannot be opened as a slide|the file ends)" if cut else "the file ends before its last image; a copy"
+        with pytest.raises(SlideFormatError, match=rf"^copy\.tif: {reason}"):
+            open_slide(path, 0.5, "tiffslide")
+        with pytest.raises(SlideFormatError):
+            open_slide(path, 0.5)
+    path.write_bytes(content)
+    for backend in ("auto", "tiffslide"):  # OpenSlide opens no big-endian file
+        with open_slide(path, 0.5, backend) as slide:
+            assert slide.info.size_l0 == (512, 512)
+
+
+@pytest.mark.full
+def test_a_real_slide_that_is_cut_is_refused_and_whole_ones_are_not(tmp_path: Path, shared_slides: Path) -> None:
+    for name in ("CMU-1-Small-Region.svs", "CMU-1.svs", "TCGA-CR-7395-01A-01-TS1.svs"):
+        with open_slide(shared_slides / name, 0.5):
+            pass
+    path = tmp_path / "cut.svs"
+    path.write_bytes((shared_slides / "CMU-1-Small-Region.svs").read_bytes()[:1_500_000])
+    with pytest.raises(SlideFormatError, match=r"^cut\.svs: the file ends before its last image"):
+        open_slide(path)

@@ -35,6 +35,7 @@ from pipeline.workers.cluster.tasks import (
     TaskContext,
     answer,
     check_folder,
+    check_slide,
     check_worker,
     make_band,
     resolve_task,
@@ -108,6 +109,7 @@ class Cluster:
         self._folder_lock = threading.Lock()
         self._slides: dict[str, SlideTasks] = {}
         self._folders: set[Path] = set()
+        self._slide_folders: set[Path] = set()
         self._cancelled = False
         self._available = AvailableProcesses(client, gpu=config.device != "cpu")
 
@@ -144,6 +146,7 @@ class Cluster:
         config = job_config(job, self._config)
         model = _model_ref(job.model or self._model)
         self._check_folder(output)
+        self._check_slide(job.path)
         with self._tasks(job.path.name, progress) as tasks:
             context = TaskContext(tasks.id, self._topic, model, config)
             if self._spread == "blocks":
@@ -211,10 +214,23 @@ class Cluster:
             try:
                 self._ask_all(check_folder, probe, content)
             except ClusterError as error:
-                raise ClusterError(f"{output}: {error}; mount it there, at the same path") from None
+                raise ClusterError(f"{output}: {error}") from None
             finally:
                 probe.unlink(missing_ok=True)
             self._folders.add(output)
+
+    def _check_slide(self, path: Path) -> None:
+        """Check, once per folder of slides, that all processes can read a slide which this one can read."""
+        with self._folder_lock:
+            if path.parent in self._slide_folders:
+                return
+            if check_slide(path):
+                return  # the error of the slide is clearer
+            try:
+                self._ask_all(check_slide, path.absolute())
+            except ClusterError as error:
+                raise ClusterError(f"{path}: {error}") from None
+            self._slide_folders.add(path.parent)
 
     def _wait_until_visible(self, job: SlideJob, folder: Path) -> None:
         end = time.monotonic() + VISIBLE_S

@@ -11,8 +11,10 @@ import pickle
 import threading
 import time
 import traceback
+import uuid
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +25,8 @@ from models.bundle import load_bundle
 from models.predictor import Predictor
 from models.runtimes import Runtime
 from pipeline.config import ResolvedSettings, SegmentConfig, resolve
-from pipeline.errors import Cancelled, ClusterError
+from pipeline.errors import Cancelled, ClusterError, OutputError
+from pipeline.files import disk_shortage
 from pipeline.results.record import installed_versions, versions
 from pipeline.results.slide_result import SlideResult
 from pipeline.slide.blocks import BlockRecord, BlockWork
@@ -32,7 +35,7 @@ from pipeline.slide.recipe import segment_slide
 from pipeline.workers.in_process import load_predictor, predictor_settings
 from pipeline.workers.malloc import keep_freed_memory
 from pipeline.workers.outcome import Outcome
-from wsi.errors import WsiSegmentError
+from wsi.errors import WsiSegmentError, with_causes
 from wsi.grid import Block
 from wsi.slide import Slide
 
@@ -106,11 +109,37 @@ def check_worker(needs: dict[str, str], model: ModelRef) -> str:
 
 
 def check_folder(probe: Path, content: str) -> str:
-    """Return why this process cannot write to the folder of the client's file `probe`, or an empty text."""
+    """Return why this process cannot write to the folder of the client's file `probe`, or an empty text.
+
+    It writes a file of its own, because a folder can be mounted read-only here.
+    """
     try:
-        return "" if probe.read_text(encoding="utf-8") == content else "sees another folder there"
+        if probe.read_text(encoding="utf-8") != content:
+            return "sees another folder there; mount it there, at the same path"
     except OSError as error:
-        return f"does not see the folder ({error.strerror or error})"
+        return f"does not see the folder ({error.strerror or error}); mount it there, at the same path"
+    own = probe.with_name(f".{uuid.uuid4()}.probe")
+    try:
+        own.write_text(content, encoding="utf-8")
+        own.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            own.unlink()
+        reason = disk_shortage(error, probe.parent) or (
+            f"{error.strerror or error}; mount the folder with the right to write, and run the worker as a user who "
+            f"may write there"
+        )
+        return f"cannot write into the folder: {reason}"
+    return ""
+
+
+def check_slide(path: Path) -> str:
+    """Return why this process cannot read a slide that the client can read, or an empty text."""
+    try:
+        with path.open("rb"):
+            return ""
+    except OSError as error:
+        return f"cannot read the slide there ({error.strerror or error}); mount the folder there, at the same path"
 
 
 async def answer(question: Callable[..., str], *arguments: object) -> str:
@@ -142,7 +171,9 @@ def _segment_slide(context: TaskContext, path: Path, output: Path, name: str, ta
             f"{path.name}: worker {get_worker().address} does not see the folder {output}; mount it there, at the same "
             f"path"
         )
-    return segment_slide(path, output, _predictor(context), context.config, _reporter(task), name=name)
+    predictor = _predictor(context)
+    with _write_errors_name_the_worker():
+        return segment_slide(path, output, predictor, context.config, _reporter(task), name=name)
 
 
 def _segment_band(context: TaskContext, band: Band, task: _RunningTask) -> tuple[list[BlockRecord], str]:
@@ -160,9 +191,25 @@ def _segment_band(context: TaskContext, band: Band, task: _RunningTask) -> tuple
             f"{work.info.path.name}: worker {get_worker().address} does not see the folder {work.folder}, or another "
             f"run has taken it over; mount it there, at the same path"
         )
-    with Slide(work.info) as slide:
+    with Slide(work.info) as slide, _write_errors_name_the_worker():
         run_blocks(work, slide, predictor, band.blocks, records.append, stop, stopped)
     return records, str(predictor.device)
+
+
+@contextmanager
+def _write_errors_name_the_worker() -> Iterator[None]:
+    """Add the address of this process to write errors: a folder or disk can be faulty on one machine alone."""
+    try:
+        yield
+    except OSError as error:  # of a band; the client turns it into an OutputError
+        if error.errno is None:
+            raise
+        named = f"{error.strerror} on worker {get_worker().address}"
+        raise OSError(error.errno, named, error.filename) from error
+    except OutputError as error:
+        if not any(isinstance(one, OSError) for one in with_causes(error)):
+            raise
+        raise OutputError(f"{error} (on worker {get_worker().address})") from error
 
 
 def check_computation(asked: ResolvedSettings, own: ResolvedSettings, name: str) -> None:

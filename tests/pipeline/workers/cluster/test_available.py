@@ -23,6 +23,7 @@ from pipeline.slide.recipe import segment_slide
 from pipeline.workers.base import SlideJob, Spread
 from pipeline.workers.cluster.available import AvailableProcesses
 from pipeline.workers.cluster.cluster import open_cluster
+from pipeline.workers.cluster.tasks import check_slide
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.open import open_workers
 from tests.cases import full
@@ -234,6 +235,32 @@ def test_a_process_that_hangs_in_a_stale_mount_is_named(
             workers.segment(SlideJob(tmp_path / "a.svs"), tmp_path / "out", no_progress)
         assert time.monotonic() - start < 2.5
         assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_process_that_cannot_read_the_slides_is_named_before_any_slide(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide, other, asked = small_slide(tmp_path / "a.svs"), small_slide(tmp_path / "b.svs"), tmp_path / "asked"
+
+    def check(path: Path) -> str:
+        """Find no slide the first time that the process of the cluster is asked. It is a thread here."""
+        if threading.current_thread() is threading.main_thread():
+            return ""
+        is_first = not asked.exists()
+        with asked.open("a") as file:
+            file.write(path.name)
+        return check_slide(path.parent / "mounted over" / path.name if is_first else path)
+
+    monkeypatch.setattr("pipeline.workers.cluster.cluster.check_slide", check)
+    with cluster_of(1) as cluster, open_workers(cluster.scheduler_address, bundle, CONFIG) as workers:
+        with pytest.raises(
+            ClusterError,
+            match=r"/a\.svs: worker tcp://\S+ cannot read the slide there \(No such file or directory\); mount the fol",
+        ):
+            workers.segment(SlideJob(slide), tmp_path / "out", no_progress)
+        assert workers.segment(SlideJob(slide), tmp_path / "out", no_progress).status == "done"
+        assert workers.segment(SlideJob(other), tmp_path / "out", no_progress).status == "done"
+    assert asked.read_text() == "a.svsa.svs"  # a folder that all could read is not checked again
 
 
 @pytest.mark.full

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.config import SegmentConfig, resolve
-from pipeline.errors import Cancelled, ClusterError
+from pipeline.errors import Cancelled, ClusterError, OutputError
 from pipeline.formats.ome_zarr import MapSpec, MapStore
 from pipeline.slide.blocks import BlockWork
 from pipeline.workers.cluster import tasks
-from pipeline.workers.cluster.tasks import ModelRef, TaskContext, check_computation, make_band, work_of
+from pipeline.workers.cluster.tasks import ModelRef, TaskContext, check_computation, check_folder, make_band, work_of
 from tests.models.networks import make_card
 from tests.pipeline.fakes import COLORS, CPU
 from tests.slides import small_slide
@@ -81,3 +84,38 @@ def test_a_band_is_not_computed_in_another_way_than_its_slide() -> None:
     # OpenVINO returns the same bits with any number of threads.
     first, second = (replace(CPU, runtime="openvino", threads=threads) for threads in (1, 2))
     check_computation(resolve(SegmentConfig(), first), resolve(SegmentConfig(), second), "a.svs")
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.EROFS, "Read-only file system; mount the folder with the right to write"),
+        (errno.EDQUOT, "the disk quota for "),
+    ],
+)
+def test_a_folder_that_can_be_read_but_not_written_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str
+) -> None:
+    probe = tmp_path / "x.probe"
+    probe.write_text("a", encoding="utf-8")
+    assert check_folder(probe, "a") == ""
+    assert check_folder(probe, "b") == "sees another folder there; mount it there, at the same path"
+
+    def refuses(path: Path, *_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuses)
+    assert check_folder(probe, "a").startswith(f"cannot write into the folder: {reason}")
+    assert list(tmp_path.iterdir()) == [probe]
+
+
+def test_a_write_error_names_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "get_worker", lambda: SimpleNamespace(address="tcp://w:1"))
+    writing, read_only = tasks._write_errors_name_the_worker, OSError(errno.EROFS, "Read-only file system", "/out/a")
+    with pytest.raises(OSError, match=r"Read-only file system on worker tcp://w:1: '/out/a'") as of_a_band, writing():
+        raise read_only
+    assert of_a_band.value.errno == errno.EROFS
+    with pytest.raises(OutputError, match=r"^a\.svs: cannot write \(on worker tcp://w:1\)$"), writing():
+        raise OutputError("a.svs: cannot write") from read_only
+    with pytest.raises(OutputError, match=r"^a: holds another result$"), writing():
+        raise OutputError("a: holds another result")
