@@ -90,7 +90,7 @@ def test_the_folder_of_a_session_is_a_data_set_with_both_splits(
 
 @pytest.mark.usefixtures("without_locks")
 def test_a_file_system_without_locks_is_named_and_no_lock_file_stays(tmp_path: Path) -> None:
-    with pytest.raises(LabelingError, match=f"^{tmp_path}: the file system refuses file locks"):
+    with pytest.raises(LabelingError, match=f"^{tmp_path}: file locks fail on this file system"):
         write_dataset(tmp_path, fold(("ann", label(0, *PRESENT))), read)
     assert list(tmp_path.iterdir()) == []
 
