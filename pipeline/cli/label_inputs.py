@@ -49,7 +49,11 @@ def with_patients(files: list[SlideFile], patient: str | None) -> list[SlideFile
     names = list(dict.fromkeys(file.path.name for file, one in zip(files, found, strict=True) if not one))
     if names:
         more = ", ..." if len(names) > NAMED else ""
-        which = f"the file name {names[0]}" if len(names) == 1 else f"{len(names)} file names: {', '.join(names[:NAMED])}{more}"
+        which = (
+            f"the file name {names[0]}"
+            if len(names) == 1
+            else f"{len(names)} file names: {', '.join(names[:NAMED])}{more}"
+        )
         fail(
             PROGRAM,
             f"--patient: {patient!r} does not match {which}; add the missing form to the pattern after a |, as in "

@@ -178,8 +178,8 @@ def test_files_without_annotations_are_named(
     refused = invoke("import", tmp_path / "a.geojson", tmp_path / "b.geojson", "--slide", slide, "-o", tmp_path / "l")
     assert (refused.exit_code, (tmp_path / "l").exists()) == (1, False)
     assert refused.stderr == (
-        f"wsi-label: a.geojson, b.geojson: no annotations with a class{left_out}; in QuPath, give the annotations "
-        "classes and export them again with File > Export objects as GeoJSON\n"
+        f"wsi-label: a.geojson, b.geojson: no annotations with a class{left_out}; in QuPath, assign classes to "
+        "the annotations and export them again with File > Export objects as GeoJSON\n"
     )
 
 
