@@ -88,7 +88,7 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
     """Hold the lock that this file stands for, and remove the file at the end. The lock ends with the process.
 
     Raises filelock.Timeout if another process has the lock for more than `wait_s` seconds (below 0: never), OutputError
-    if file locks fail on the file system or it does not allow the file's name, and OSError if the file cannot be created.
+    if file locks fail or the file system does not allow the file's name, and OSError if the file cannot be created.
     """
     was_there = path.exists()
     # Without flock, filelock would otherwise take the file itself as the lock, which a killed process leaves behind.

@@ -136,8 +136,9 @@ def segment(
         str | None,
         typer.Option(
             help="Where slides are segmented: process (a child process, so a reader crash cannot end the batch), local "
-            f"(one process per GPU), local:N (N processes: up to {FEWEST_ALLOWED_PROCESSES}, or up to {PROCESSES_PER_CORE} per core "
-            "if that is more), or the address or scheduler file of a dask.distributed cluster.",
+            f"(one process per GPU), local:N (N processes: up to {FEWEST_ALLOWED_PROCESSES}, or "
+            f"{PROCESSES_PER_CORE} per core if that is more), or the address or scheduler file of a "
+            "dask.distributed cluster.",
             show_default=f"this process for one slide, {SCHEDULER_OF_SEVERAL} for several",
         ),
     ] = None,

@@ -316,9 +316,9 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
     if missed:
         log_once(
             logging.WARNING,
-            f"{card.name}: {len(missed)} image(s) are not used, such as {missed[0]}; only {place.image!r} counts, the first "
-            "pattern in [images] that finds a file, and patterns distinguish .jpg from .JPG; to use all images, replace "
-            f"it with {f'the pattern {pattern!r}' if pattern else 'one pattern that finds all of them'}",
+            f"{card.name}: {len(missed)} image(s) are not used, such as {missed[0]}; only {place.image!r} counts, the "
+            "first pattern in [images] that finds a file, and patterns distinguish .jpg from .JPG; to use all images, "
+            f"replace it with {f'the pattern {pattern!r}' if pattern else 'one pattern that finds all of them'}",
         )
     return dict(sorted(found.items())), place
 
@@ -356,8 +356,8 @@ def _names(
         if isinstance(card.split, HashSplit):
             count = len(set(groups.values()))
             advice = (
-                f"a hash assigns each of the {count} group(s) to a split, so with few groups a split can stay empty; name "
-                'images.train without [split], or use [split] by = "table"'
+                f"a hash assigns each of the {count} group(s) to a split, so with few groups a split can stay empty; "
+                'name images.train without [split], or use [split] by = "table"'
             )
         raise MissingImagesError(f"{card.name}: split {split} has no images ({sizes}); {advice}")
     return names

@@ -39,8 +39,9 @@ def check_classes(
             f"images of this class{' from other groups' if of else ''}, or set the splits yourself"
         )
     if empty:
+        lacking = ", ".join(names[k] for k in sorted(empty))
         raise EmptyClassError(
-            f"{name}: none of the {patches} training patches contains class {', '.join(names[k] for k in sorted(empty))}; check "
+            f"{name}: none of the {patches} training patches contains class {lacking}; check "
             "the order of the classes and their mask values, or remove the class from the dataset.toml (in a labels "
             "folder, with wsi-label classes --remove)"
         )

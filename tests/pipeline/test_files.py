@@ -102,7 +102,7 @@ def test_a_name_that_the_file_system_cannot_have_is_not_taken_for_a_lock(
     with (
         pytest.raises(
             OutputError,
-            match=r"does not allow a file named \.12:05\.lock \(No such file or directory\); set another name in the col",
+            match=r"does not allow a file named \.12:05\.lock \(No such file or directory\); set another name in",
         ),
         file_lock(tmp_path / ".12:05.lock", wait_s=0),
     ):

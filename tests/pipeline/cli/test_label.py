@@ -265,8 +265,8 @@ def test_the_report_counts_labels_and_compares_annotators(folder: Path) -> None:
                 "^(P[0-9]+)-",
             ],
             2,
-            "wsi-label: --patient: '^(P[0-9]+)-' does not match 6 file names: 3b, 2b, 4b, 5b, 6b, ...; add the missing form "
-            "to the pattern after a |, such as '^(P[0-9]+|Case [0-9]+)', or rename the files\n",
+            "wsi-label: --patient: '^(P[0-9]+)-' does not match 6 file names: 3b, 2b, 4b, 5b, 6b, ...; add the missing "
+            "form to the pattern after a |, as in '^(P[0-9]+|Case [0-9]+)', or rename the files\n",
         ),
         (["none.svs", "-o", "l", "--classes", "a,b", "-m", "none"], 1, "neither a shipped model"),
         (["import", "none.geojson", "--slide", "a.svs", "-o", "l"], 1, "none.geojson: cannot be read"),

@@ -115,7 +115,7 @@ def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None
         ("mpp=inf", "mpp is inf"),
         (
             "mpp=1e-9",
-            "mpp is 1e-09; it must be from 0.01 to 100 µm per pixel, or none for the pixel size of the data set",
+            "mpp is 1e-09; it must be from 0.01 to 100 µm per pixel, or none for the pixel size of the data",
         ),
         ("mpp=101", r"mpp is 101\.0; it must be from"),
         (

@@ -31,6 +31,6 @@ def test_the_error_names_the_groups_of_a_class_that_only_validation_images_have(
     with pytest.raises(EmptyClassError, match=rf"tiny: all images of class blue \(group\(s\) P3\) are {place}; add"):
         check_classes(dataset, [ONLY_RED], [BOTH, BOTH, ONLY_RED], ["P3", "P3", "P4"])
     with pytest.raises(
-        EmptyClassError, match=f"all images of class blue are {place}; add training images of this class, or"
+        EmptyClassError, match=f"all images of class blue are {place}; add training images of this class"
     ):
         check_classes(dataset, [ONLY_RED], [BOTH], [""])
