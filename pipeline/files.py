@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +16,9 @@ from filelock import FileLock, Timeout
 from pipeline.errors import ConfigError, OutputError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+
+WRITER_S = 10.0
+"""Seconds to wait for another process that writes the same file. A table of 10,000 slides takes less."""
 
 _FEW_INODES = 16
 """At most so many are free on a disk that has run out of them: those of files that the failed write has removed."""
@@ -133,9 +136,19 @@ def _check_name(path: Path) -> None:
 
 
 @contextmanager
-def only_writer(path: Path, lock_path: Path) -> Iterator[None]:
-    """Wait until no other process writes this file, and keep others from it; what killed ones left of it is removed."""
-    with file_lock(lock_path):
+def only_writer(path: Path, lock_path: Path, wait_s: float = WRITER_S) -> Iterator[None]:
+    """Wait until no other process writes this file, and keep others from it; what killed ones left of it is removed.
+
+    Raises OutputError if another process has the lock for more than `wait_s` seconds, for instance a stopped one.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(lock_path, wait_s=wait_s))
+        except Timeout:
+            raise OutputError(
+                f"{path}: another process has been writing it for more than {wait_s:g} s; end that process if it hangs "
+                f"or was stopped with Ctrl-Z (it has the lock {lock_path.name})"
+            ) from None
         for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
             partial.unlink(missing_ok=True)
         yield
