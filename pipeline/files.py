@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -78,10 +78,14 @@ def disk_shortage(error: OSError, folder: Path) -> str | None:
         return f"the disk quota for {folder} is used up; delete files that count toward it, or ask for a larger one"
     if error.errno != errno.ENOSPC:
         return None
-    disk = os.statvfs(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
-    free = f"{disk.f_bavail * disk.f_frsize / 2**20:.0f} MiB free"
-    # File systems without a limit of inodes state 0 of 0.
-    if disk.f_files and disk.f_favail <= _FEW_INODES and disk.f_bavail:
+    try:
+        disk = os.statvfs(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
+    except OSError:
+        return f"the disk of {folder} is full; free some space"
+    free_mib = disk.f_bavail * disk.f_frsize / 2**20
+    free = f"{free_mib:.0f} MiB free"
+    # File systems without a limit of inodes state 0 of 0. Some derive free inodes from free space, so both run out.
+    if disk.f_files and disk.f_favail <= _FEW_INODES and free_mib >= 1:
         return f"the disk of {folder} can hold no more files ({disk.f_favail} inodes and {free}); delete some files"
     return f"the disk of {folder} is full ({free}); free some space"
 
@@ -114,7 +118,9 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
         yield
     finally:
         # Before the release: a process that opened the file in the meantime sees that it is gone and makes a new one.
-        path.unlink(missing_ok=True)
+        # An unlocked file that stays does no harm, and the work is done.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         lock.release()
 
 
