@@ -99,8 +99,8 @@ class OpenVinoNetwork:
             if not all(_close(precision, *pair) for pair in pairs):
                 if _mirrors_too_much(network, mirroring, _examples(maps, size, size)):
                     raise RuntimeUnavailableError(
-                        f"runtime openvino: this model mirrors more at the edges than its smallest image of {size} px "
-                        "contains; use runtime torch, or train it with a larger margin"
+                        f"runtime openvino: this model mirrors more pixels at the edges than its smallest image "
+                        f"({size} px) contains; use runtime torch, or train the model with a larger margin"
                     )
                 raise RuntimeUnavailableError(
                     "runtime openvino: its outputs for this model differ from those of torch; use runtime torch"

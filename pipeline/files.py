@@ -21,7 +21,7 @@ WRITER_S = 10.0
 """Seconds to wait for another process that writes the same file. A table of 10,000 slides takes less."""
 
 _FEW_INODES = 16
-"""At most so many are free on a disk that has run out of them: those of files that the failed write has removed."""
+"""At most this many are free on a disk that ran out of inodes, because the failed write has removed its files."""
 
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 """What a file system without locks reports, such as some network mounts."""
@@ -70,12 +70,12 @@ def sync_tree(folder: Path) -> None:
 
 
 def disk_shortage(error: OSError, folder: Path) -> str | None:
-    """Return what the disk of a folder has too little of and what helps, if a write failed for that reason, else None.
+    """Return what ran out on the disk of a folder and what to do, if a write failed for that reason, else None.
 
     Call this before files are removed, because the kernel reports both lack of space and lack of inodes as ENOSPC.
     """
     if error.errno == errno.EDQUOT:
-        return f"the disk quota for {folder} is used up; delete files that count toward it, or ask for a larger one"
+        return f"the disk quota for {folder} is used up; delete files that count toward it, or ask for a larger quota"
     if error.errno != errno.ENOSPC:
         return None
     try:
@@ -95,7 +95,7 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
     """Hold the lock that this file stands for, and remove the file at the end. The lock ends with the process.
 
     Raises filelock.Timeout if another process has the lock for more than `wait_s` seconds (below 0: never), OutputError
-    if the file system has no locks or cannot have the file's name, and OSError if the file cannot be created.
+    if file locks fail or the file system does not allow the file's name, and OSError if the file cannot be created.
     """
     was_there = path.exists()
     # Without flock, filelock would otherwise take the file itself as the lock, which a killed process leaves behind.
@@ -111,8 +111,8 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
         if not was_there:
             path.unlink(missing_ok=True)
         raise OutputError(
-            f"{path.parent}: the file system refuses file locks ({error.strerror}), so two runs could write the same "
-            f"files; choose a folder on a local disk, or mount this file system with locks"
+            f"{path.parent}: file locks fail on this file system ({error.strerror}), so two runs could write the same "
+            f"files; choose a folder on a local disk, or mount this file system with locks enabled"
         ) from error
     try:
         yield
@@ -125,9 +125,9 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
 
 
 def _check_name(path: Path) -> None:
-    """Raise OutputError if a file system cannot have this name, such as one with a colon on exFAT.
+    """Raise OutputError if the file system does not allow this name, such as one with a colon on exFAT.
 
-    It then reports that the file does not exist, which filelock takes for a lock that another process just gave up.
+    Such a file system reports that the file does not exist, which filelock takes for a lock that was just released.
     """
     if path.exists():
         return
@@ -135,15 +135,15 @@ def _check_name(path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
     except OSError as error:
         raise OutputError(
-            f"{path.parent}: the file system cannot have a file named {printable_name(path.name)} "
-            f"({error.strerror}); name the result in the column 'id' of a manifest, or choose another --output"
+            f"{path.parent}: the file system does not allow a file named {printable_name(path.name)} "
+            f"({error.strerror}); set another name in the column 'id' of a manifest, or choose another --output"
         ) from error
     # The file stays: another process may have its lock by now.
 
 
 @contextmanager
 def only_writer(path: Path, lock_path: Path, wait_s: float = WRITER_S) -> Iterator[None]:
-    """Wait until no other process writes this file, and keep others from it; what killed ones left of it is removed.
+    """Wait until no other process writes this file, then lock it. Remove partial files that killed processes left.
 
     Raises OutputError if another process has the lock for more than `wait_s` seconds, for instance a stopped one.
     """

@@ -76,7 +76,7 @@ def check_layout(path: Path, level_sizes: Collection[tuple[int, int]]) -> None:
     if tags.ends_early:
         raise SlideFormatError(
             f"{path.name}: the file ends before its last image; a copy may still be running: run the same command "
-            f"again when it has finished, or copy the slide again"
+            f"again when the copy is complete, or copy the slide again"
         )
     levels = [image for image in tags.layouts if image.is_marked or image.size in level_sizes]
     turned = sorted(level.orientation for level in levels if level.orientation in _TURNED)

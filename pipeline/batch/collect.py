@@ -19,7 +19,7 @@ from wsi.readers import slide_suffixes
 log = logging.getLogger(__name__)
 
 PICTURE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".jp2", ".bmp", ".gif", ".webp", ".vsi", ".qptiff", ".isyntax"})
-"""Endings of images that a person may take for slides, but that no reader has."""
+"""Extensions of images that a person may mistake for slides, but that no reader can open."""
 
 
 def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[SlideJob]:
@@ -55,8 +55,8 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
                     )
     if pictures:
         log.warning(
-            "files left out because their ending is not that of a readable slide format: %d, such as %s; convert them "
-            "to TIFF if they are slides",
+            "files skipped because their extension is not that of a readable slide format: %d, such as %s; if they are "
+            "slides, convert them to TIFF",
             len(pictures), min(pictures).name,
         )  # fmt: skip
     return list(jobs.values())

@@ -244,7 +244,7 @@ def import_(
                     f"{done.ignored} with an ignored class, {done.kept} labeled on the page before and kept, "
                     f"{done.taken_back} removed, because the files do not show them anymore"
                 )
-                outside = ("outside the slide; is this the slide on which they were drawn?", done.outside)
+                outside = ("outside the slide; check that they were drawn on this slide", done.outside)
                 for reason, number in [*one.skipped.items(), outside]:
                     if number:
                         typer.echo(f"{PROGRAM}: warning: {one.name}: objects skipped: {number} {reason}", err=True)

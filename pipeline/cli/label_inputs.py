@@ -48,11 +48,11 @@ def with_patients(files: list[SlideFile], patient: str | None) -> list[SlideFile
     found = [match[1] if match else "" for match in matches]
     names = list(dict.fromkeys(file.path.name for file, one in zip(files, found, strict=True) if not one))
     if names:
-        more = ", ..." if len(names) > NAMED else ""
-        which = f"the name {names[0]}" if len(names) == 1 else f"{len(names)} names: {', '.join(names[:NAMED])}{more}"
+        listed = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+        which = f"the file name {listed}" if len(names) == 1 else f"{len(names)} file names: {listed}"
         fail(
             PROGRAM,
-            f"--patient: {patient!r} does not match {which}; add the missing form to the pattern after a |, such as "
+            f"--patient: {patient!r} does not match {which}; add the missing form to the pattern after a |, as in "
             "'^(P[0-9]+|Case [0-9]+)', or rename the files",
             EXIT_USAGE,
         )

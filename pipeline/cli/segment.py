@@ -26,7 +26,7 @@ from pipeline.cli.commands import (
     run,
     version_option,
 )
-from pipeline.config import MOST_WORKERS, PROCESSES_PER_CORE, RESULTS_FOLDER, SegmentConfig
+from pipeline.config import FEWEST_ALLOWED_PROCESSES, MOST_WORKERS, PROCESSES_PER_CORE, RESULTS_FOLDER, SegmentConfig
 from pipeline.console import printable, printable_json
 
 if TYPE_CHECKING:
@@ -136,8 +136,9 @@ def segment(
         str | None,
         typer.Option(
             help="Where slides are segmented: process (a child process, so a reader crash cannot end the batch), local "
-            f"(one process per GPU), local:N (N processes, up to {PROCESSES_PER_CORE} per core), or the address or "
-            "scheduler file of a dask.distributed cluster.",
+            f"(one process per GPU), local:N (N processes: up to {FEWEST_ALLOWED_PROCESSES}, or "
+            f"{PROCESSES_PER_CORE} per core if that is more), or the address or scheduler file of a "
+            "dask.distributed cluster.",
             show_default=f"this process for one slide, {SCHEDULER_OF_SEVERAL} for several",
         ),
     ] = None,

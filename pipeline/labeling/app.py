@@ -245,8 +245,8 @@ class LabelPage:
         if asked not in ("", self._desk.session.id):
             raise HTTPException(
                 409,
-                "NOT saved: this page belongs to another labels folder or annotator. Stop wsi-label, and start it with "
-                "those of this page on the same port.",
+                "NOT saved: wsi-label now runs with another labels folder or annotator than this page. Stop it, "
+                "and start it with those of this page on the same port.",
             )
 
     def _check_opened(self) -> None:

@@ -331,8 +331,12 @@ def warnings_of(labels: Labels) -> list[str]:
             removable = len(labels.classes) > 2 and not labels.places_with(one.id)
             found.append(
                 f"class {one.name} is present in {counts.present[one.id]} patches; label at least {FEW_OF_A_CLASS} "
-                "with it: use the grid, or slides that contain more of it"
-                + (f"; or remove it: wsi-label classes FOLDER --remove {shlex.quote(one.name)}" if removable else "")
+                "with it, in the grid or on slides that contain more of it"
+                + (
+                    f", or remove the class: wsi-label classes FOLDER --remove {shlex.quote(one.name)}"
+                    if removable
+                    else ""
+                )
             )
     rows = rows_of(labels)
     if len({row.patient for row in rows}) == 1:

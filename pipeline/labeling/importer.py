@@ -88,8 +88,8 @@ def check_names(names: Sequence[str], sources: Sequence[ImportSource], mapping: 
     left_out = f" (objects left out: {left_out})" if left_out else ""
     if not names and not annotations:
         raise LabelingError(
-            f"{', '.join(one.name for one in sources)}: no annotations with a class{left_out}; in QuPath, give the "
-            "annotations classes and export them again with File > Export objects as GeoJSON"
+            f"{', '.join(one.name for one in sources)}: no annotations with a class{left_out}; in QuPath, assign "
+            "classes to the annotations and export them again with File > Export objects as GeoJSON"
         )
     raise LabelingError(
         "a new labels folder needs at least two classes, but the annotations have "

@@ -11,7 +11,7 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """The `limit` entries that were put or returned last. Not for several threads."""
+    """The `limit` entries that were used last. Not thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -27,7 +27,7 @@ class Recent(Generic[K, V]):
         return self._kept.get(key)
 
     def put(self, key: K, value: V) -> None:
-        """Set the value of `key`, and drop the entry that was not used for the longest time if there are too many."""
+        """Set the value of `key`, and drop the least recently used entry if there are more than `limit`."""
         self._kept[key] = value
         self._kept.move_to_end(key)
         if len(self._kept) > self._limit:

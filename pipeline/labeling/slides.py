@@ -137,7 +137,9 @@ class Slides:
         digest = known or slide_digest(file.path)
         if digest in self._opened_titles:
             # Otherwise the labels of one patch would belong to two names and patients.
-            log.warning("%s is the same slide as %s; left out", self._titles[file.path], self._opened_titles[digest])
+            log.warning(
+                "%s is the same slide as %s, so it is skipped", self._titles[file.path], self._opened_titles[digest]
+            )
             return None
         slide = open_slide(file.path, file.mpp)
         try:

@@ -129,7 +129,7 @@ def open_folder(
     The run resumes from a working folder with the same `identity` whose blocks were `computed_with` the same values;
     any other one is removed. After an error the working folder stays if it holds finished blocks.
 
-    Raises LockedError if another process has the lock, and OutputError if the file system has no locks. Raises
+    Raises LockedError if another process has the lock, and OutputError if file locks fail. Raises
     OtherResultError if the target holds the result of other inputs, unless `force` is set. Raises OutputError if the
     target holds something else, or if files of the target are missing or changed, unless `force` or `repair` is set.
     With `repair`, every file is read; otherwise, sizes are compared.
@@ -174,7 +174,7 @@ def _locked(target: Path) -> LockedError:
 def is_locked(output: Path, name: str) -> bool:
     """Return whether a run is working on a slide. Removes the lock file of a killed run.
 
-    Raises OutputError if the file system has no locks.
+    Raises OutputError if file locks fail on the file system.
     """
     path = lock_file(output, name)
     if not path.exists():

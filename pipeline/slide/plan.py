@@ -172,7 +172,7 @@ def check_resources(plan: Plan, settings: ResolvedSettings, name: str, output: P
     if memory > available:
         raise PlanError(
             f"{name}: needs about {memory / 2**30:.1f} GiB of memory and {available / 2**30:.1f} GiB are available; "
-            f"lower --num-workers or --batch-size, or raise the limit of the container or of ulimit -v, if there is one"
+            f"lower --num-workers or --batch-size, or raise the limit of the container or of ulimit -v if one is set"
         )
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free

@@ -211,7 +211,7 @@ class TrainConfig:
             if getattr(self, name) <= 0:
                 raise TrainConfigError(f"{name} is {getattr(self, name)}; it must be above 0")
         finest, coarsest = MPP_RANGE
-        allowed = f"must be from {finest:g} to {coarsest:g} µm"
+        allowed = f"must be from {finest:g} to {coarsest:g} µm per pixel"
         if self.mpp is not None and not finest <= self.mpp <= coarsest:
             raise TrainConfigError(f"mpp is {self.mpp}; it {allowed}, or none for the pixel size of the data set")
         if not all(finest <= mpp <= coarsest for mpp in self.classifier_mpp):

@@ -297,8 +297,9 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
         others, _ = missed_files(dataset.root, [place.image for place in locations], ())
         if others:
             raise MissingImagesError(
-                f"{card.name}: no images for split {split} in {dataset.root}; {len(others)} image(s) such as "
-                f"{others[0].name} match a pattern except for upper and lower case; write the ending in the same case"
+                f"{card.name}: no images for split {split} in {dataset.root}; {len(others)} image(s), such as "
+                f"{others[0].name}, match a pattern except for the case of the extension; write the extension in the "
+                "pattern as in the file names"
             )
         raise MissingImagesError(
             f"{card.name}: no images for split {split} in {dataset.root}; "
@@ -315,9 +316,9 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
     if missed:
         log_once(
             logging.WARNING,
-            f"{card.name}: {len(missed)} image(s) are not used (such as {missed[0]}), because only {place.image!r}, "
-            "the first pattern in [images] that finds a file, counts, and it distinguishes .jpg from .JPG; to use "
-            f"them too, write {f'the pattern {pattern!r}' if pattern else 'one pattern that finds all images'}",
+            f"{card.name}: {len(missed)} image(s) are not used, such as {missed[0]}; only {place.image!r} counts, the "
+            "first pattern in [images] that finds a file, and patterns distinguish .jpg from .JPG; to use all images, "
+            f"replace it with {f'the pattern {pattern!r}' if pattern else 'one pattern that finds all of them'}",
         )
     return dict(sorted(found.items())), place
 
@@ -355,8 +356,8 @@ def _names(
         if isinstance(card.split, HashSplit):
             count = len(set(groups.values()))
             advice = (
-                f"a hash assigns each of the {count} group(s) to a split, which can leave a split without any of a few "
-                'groups: name images.train without [split], or use [split] by = "table"'
+                f"a hash assigns each of the {count} group(s) to a split, so with few groups a split can stay empty; "
+                'name images.train without [split], or use [split] by = "table"'
             )
         raise MissingImagesError(f"{card.name}: split {split} has no images ({sizes}); {advice}")
     return names

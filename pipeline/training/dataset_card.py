@@ -84,7 +84,9 @@ class DatasetCard(Section):
     @classmethod
     def _name_of_a_model(cls, value: str) -> str:
         if not re.fullmatch(MODEL_NAME, value):
-            raise ValueError(f"{value!r} must consist of letters, digits, '.', '_' and '-', such as my-lung-patches")
+            raise ValueError(
+                f"{value!r} must start with a letter or digit and contain only these, '.', '_' and '-', such as lung-1"
+            )
         return value
 
     @field_validator("classes", mode="before")

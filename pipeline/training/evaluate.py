@@ -179,7 +179,7 @@ def check_same_classes(model: ModelCard, dataset: Dataset) -> None:
             f"model {model.name} has the classes {', '.join(ours)}; data set {dataset.card.name} has "
             f"{', '.join(dataset.class_names)}; "
             + (
-                "list the classes of the dataset.toml in the order of the model"
+                "list the classes in the dataset.toml in the order of the model"
                 if same
                 else "use a model that was trained with these classes"
             )

@@ -87,7 +87,7 @@ def fit_familiarity(
         if not (len(training) and len(validation)):
             raise TrainError(f"{training.dataset.card.name}: the training or validation split has no readable image")
         logger.info(
-            "%s: fitting the familiarity to %d images, changed copies included; on a CPU this can take minutes",
+            "%s: fitting the familiarity check to %d images, including changed copies; this can take minutes on a CPU",
             training.dataset.card.name,
             passes(len(training), len(validation)),
         )

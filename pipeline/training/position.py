@@ -38,8 +38,8 @@ def edge_profile(
     at every place of a view, so the profile of a network that ignores positions is flat.
     """
     logger.info(
-        "measuring with %d views of %d px whether the map depends on the position; on a CPU this can take minutes "
-        "(setting position_views)",
+        "measuring whether the map depends on the position in a view, with %d views of %d px (setting position_views); "
+        "this can take minutes on a CPU",
         config.position_views,
         config.view,
     )

@@ -129,7 +129,7 @@ def _value(name: str, text: str) -> Any:
         return text
     except (ValueError, RecursionError) as error:  # thousands of digits or brackets
         raise TrainConfigError(
-            f"setting {name}: its {len(text):,} characters are too many; use a shorter value"
+            f"setting {name}: a value of {len(text):,} characters is too long; use a shorter one"
         ) from error
 
 

@@ -160,9 +160,7 @@ def _read_table(file: Path, name_column: str) -> list[Row]:
             rows: list[Row] = [row for row in reader if any("".join(cells).strip() for cells in row.values())]
             columns = reader.fieldnames or ()
     except UnicodeDecodeError as error:
-        raise LabelError(
-            f"{file}: the table cannot be read, because it is not UTF-8; in a spreadsheet, save it as CSV UTF-8"
-        ) from error
+        raise LabelError(f"{file}: the table is not UTF-8; in the spreadsheet, save it as CSV UTF-8") from error
     except (OSError, csv.Error) as error:
         raise LabelError(f"{file}: the table cannot be read: {error}") from error
     if name_column not in columns:

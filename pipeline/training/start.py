@@ -57,7 +57,7 @@ def _of_networks(card: ModelCard) -> dict[str, Any]:
 
 
 def check_start(bundle: Bundle, config: TrainConfig, classes: Sequence[str]) -> None:
-    """Raise TrainConfigError if a setting is not that of the bundle, and TrainError if no class is."""
+    """Raise TrainConfigError if a setting differs from the bundle's, and TrainError if they share no class."""
     for name, value in _of_networks(bundle.card).items():
         own = config.encoder_name if name == "encoder" else getattr(config, name)
         if own != value:

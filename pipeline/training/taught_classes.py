@@ -20,7 +20,7 @@ def check_classes(
     validation: Sequence[NDArray[np.bool_]] = (),
     groups: Sequence[str] = (),
 ) -> None:
-    """Raise EmptyClassError if none of the training patches contains some class, which a classifier then cannot learn.
+    """Raise EmptyClassError if a class is in none of the training patches, because a classifier cannot learn it.
 
     `training` and `validation` have the classes (B, K) in the patches of each image, and `groups` the group of each
     validation image, or "".
@@ -36,11 +36,12 @@ def check_classes(
         place = "in split val" if "val" in dataset.card.splits else "held out for validation"
         raise EmptyClassError(
             f"{name}: all images of class {names[k]}{f' (group(s) {of})' if of else ''} are {place}; add training "
-            f"images of it{' from other groups' if of else ''}, or set the splits yourself"
+            f"images of this class{' from other groups' if of else ''}, or set the splits yourself"
         )
     if empty:
+        lacking = ", ".join(names[k] for k in sorted(empty))
         raise EmptyClassError(
-            f"{name}: none of {patches} training patches has class {', '.join(names[k] for k in sorted(empty))}; check "
+            f"{name}: none of the {patches} training patches contains class {lacking}; check "
             "the order of the classes and their mask values, or remove the class from the dataset.toml (in a labels "
             "folder, with wsi-label classes --remove)"
         )

@@ -164,7 +164,7 @@ def test_a_read_only_file_system_is_said_so(slides: Slides, tmp_path: Path) -> N
 def test_a_file_system_without_locks_ends_every_slide_with_the_reason_and_leaves_no_file(
     slides: Slides, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refused = f"{tmp_path / 'out'}: the file system refuses file locks ("
+    refused = f"{tmp_path / 'out'}: file locks fail on this file system ("
     for result in slides.run(tmp_path / "out"):
         assert result.status == "failed"
         assert result.error.startswith(refused)

@@ -42,7 +42,7 @@ def test_a_full_disk_is_told_from_one_without_inodes(
 
 def test_a_used_up_quota_is_not_called_a_full_disk(tmp_path: Path) -> None:
     assert disk_shortage(OSError(errno.EDQUOT, "Disk quota exceeded"), tmp_path) == (
-        f"the disk quota for {tmp_path} is used up; delete files that count toward it, or ask for a larger one"
+        f"the disk quota for {tmp_path} is used up; delete files that count toward it, or ask for a larger quota"
     )
 
 
@@ -51,7 +51,7 @@ def test_other_errors_are_no_shortage(tmp_path: Path) -> None:
 
 
 REFUSED = (
-    r": the file system refuses file locks \((No locks available|Operation not supported|Function not implemented)\), "
+    r": file locks fail on this file system \((No locks available|Operation not supported|Function not implemented)\), "
     r"so two runs .*; "
 )
 
@@ -82,7 +82,7 @@ def test_a_file_system_that_refuses_locks_is_named_and_no_lock_file_stays(tmp_pa
 @pytest.mark.usefixtures("without_locks")
 def test_a_lock_file_that_was_there_may_be_held_by_another_machine_and_stays(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
-    with pytest.raises(OutputError, match="refuses file locks"), file_lock(tmp_path / ".lock", wait_s=0):
+    with pytest.raises(OutputError, match="file locks fail"), file_lock(tmp_path / ".lock", wait_s=0):
         pass
     assert names(tmp_path) == [".lock"]
 
@@ -102,7 +102,7 @@ def test_a_name_that_the_file_system_cannot_have_is_not_taken_for_a_lock(
     with (
         pytest.raises(
             OutputError,
-            match=r"cannot have a file named \.12:05\.lock \(No such file or directory\); name the result in the col",
+            match=r"does not allow a file named \.12:05\.lock \(No such file or directory\); set another name in",
         ),
         file_lock(tmp_path / ".12:05.lock", wait_s=0),
     ):

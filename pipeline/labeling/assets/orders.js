@@ -76,7 +76,7 @@ export class Orders {
       order.refused();
       order.settle(false);
     }
-    const then = error.passing ? "This page sends them again by itself. They are lost if you close or reload it."
+    const then = error.passing ? "This page sends them again automatically. They are lost if you close or reload it."
       : "They are lost if you close or reload this page.";
     // An order can exclude patches without a label.
     const lost = this.count ? ` Labels not saved: ${this.count}. ${then}` : "";

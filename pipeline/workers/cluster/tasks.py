@@ -115,7 +115,7 @@ def check_folder(probe: Path, content: str) -> str:
     """
     try:
         if probe.read_text(encoding="utf-8") != content:
-            return "sees another folder there; mount it there, at the same path"
+            return "has another folder at this path; mount the same folder there"
     except OSError as error:
         return f"does not see the folder ({error.strerror or error}); mount it there, at the same path"
     own = probe.with_name(f".{uuid.uuid4()}.probe")
@@ -126,10 +126,9 @@ def check_folder(probe: Path, content: str) -> str:
         with suppress(OSError):
             own.unlink()
         reason = disk_shortage(error, probe.parent) or (
-            f"{error.strerror or error}; mount the folder with the right to write, and run the worker as a user who "
-            f"may write there"
+            f"{error.strerror or error}; mount the folder read-write, and run the worker as a user who may write there"
         )
-        return f"cannot write into the folder: {reason}"
+        return f"cannot write to the folder: {reason}"
     return ""
 
 

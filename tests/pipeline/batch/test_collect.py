@@ -24,7 +24,7 @@ def left_out(root: Path, caplog: pytest.LogCaptureFixture, *names: str) -> list[
 def test_pictures_beside_slides_are_counted_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = ("photo.JPG", "plain.png", "deep/other.png", "deep/scan.vsi")
     assert left_out(tmp_path, caplog, "1.tif", "2.tif", "deep/3.tif", *images) == [
-        "files left out because their ending is not that of a readable slide format: 4, such as other.png; convert "
+        "files skipped because their extension is not that of a readable slide format: 4, such as other.png; convert "
         "them to TIFF if they are slides"
     ]
 

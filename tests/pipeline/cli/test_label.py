@@ -88,7 +88,7 @@ def test_annotations_of_qupath_become_a_data_set(slide: Path, tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     assert "4 complete patches, 4 covered in part (not imported; pass --partial" in done.output
     assert "warning: P07-a.svs.geojson: objects skipped: 1 locked; unlock them" in done.output
-    outside = "objects skipped: 1 outside the slide; is this the slide on which they were drawn?"
+    outside = "objects skipped: 1 outside the slide; check that they were drawn on this slide"
     assert f"warning: P07-a.svs.geojson: {outside}\n" in done.output
     dataset = load_dataset(tmp_path / "l")
     assert dataset.class_names == ("carcinoma", "Stroma")
@@ -120,7 +120,7 @@ def test_an_import_lists_all_slides_without_a_patient_and_writes_nothing(slide: 
         (tmp_path / f"{name}.geojson").write_text('{"type": "FeatureCollection", "features": []}')
     done = invoke("import", tmp_path, "--slide", tmp_path, "-o", tmp_path / "l", "--patient", "^(P1)")
     assert (done.exit_code, (tmp_path / "l").exists()) == (2, False)
-    assert "'^(P1)' does not match 2 names: A.svs, B.svs; add" in done.stderr
+    assert "'^(P1)' does not match 2 file names: A.svs, B.svs; add" in done.stderr
 
 
 def test_annotations_of_a_manifest_with_two_slides_are_refused(slide: Path, tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_files_without_annotations_are_named(
     refused = invoke("import", tmp_path / "a.geojson", tmp_path / "b.geojson", "--slide", slide, "-o", tmp_path / "l")
     assert (refused.exit_code, (tmp_path / "l").exists()) == (1, False)
     assert refused.stderr == (
-        f"wsi-label: a.geojson, b.geojson: no annotations with a class{left_out}; in QuPath, give the annotations "
-        "classes and export them again with File > Export objects as GeoJSON\n"
+        f"wsi-label: a.geojson, b.geojson: no annotations with a class{left_out}; in QuPath, assign classes to "
+        "the annotations and export them again with File > Export objects as GeoJSON\n"
     )
 
 
@@ -246,7 +246,7 @@ def test_the_report_counts_labels_and_compares_annotators(folder: Path) -> None:
         (["none.svs", "-o", "l"], 1, "a model needs at least two classes"),
         (["page", "none.svs", "-o", "l", "--classes", "a,b", "--patient", "("], 2, "not a valid regular expression"),
         (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "(x)(y)"], 2, "has 2 groups; it must have one"),
-        (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "^(P)-"], 2, "does not match the name none.svs"),
+        (["none.svs", "-o", "l", "--classes", "a,b", "--patient", "^(P)-"], 2, "does not match the file name none.svs"),
         (
             [
                 "P1-a",
@@ -265,8 +265,8 @@ def test_the_report_counts_labels_and_compares_annotators(folder: Path) -> None:
                 "^(P[0-9]+)-",
             ],
             2,
-            "wsi-label: --patient: '^(P[0-9]+)-' does not match 6 names: 3b, 2b, 4b, 5b, 6b, ...; add the missing form "
-            "to the pattern after a |, such as '^(P[0-9]+|Case [0-9]+)', or rename the files\n",
+            "wsi-label: --patient: '^(P[0-9]+)-' does not match 6 file names: 3b, 2b, 4b, 5b, 6b, ...; add the missing "
+            "form to the pattern after a |, as in '^(P[0-9]+|Case [0-9]+)', or rename the files\n",
         ),
         (["none.svs", "-o", "l", "--classes", "a,b", "-m", "none"], 1, "neither a shipped model"),
         (["import", "none.geojson", "--slide", "a.svs", "-o", "l"], 1, "none.geojson: cannot be read"),

@@ -90,7 +90,7 @@ def test_the_folder_of_a_session_is_a_data_set_with_both_splits(
 
 @pytest.mark.usefixtures("without_locks")
 def test_a_file_system_without_locks_is_named_and_no_lock_file_stays(tmp_path: Path) -> None:
-    with pytest.raises(LabelingError, match=f"^{tmp_path}: the file system refuses file locks"):
+    with pytest.raises(LabelingError, match=f"^{tmp_path}: file locks fail on this file system"):
         write_dataset(tmp_path, fold(("ann", label(0, *PRESENT))), read)
     assert list(tmp_path.iterdir()) == []
 
@@ -346,7 +346,7 @@ def test_few_labels_few_of_a_class_and_left_out_patches_are_warned_about() -> No
 def test_a_class_that_no_patch_shows_can_be_removed_if_two_are_left() -> None:
     shown = ("ann", label(0, *PRESENT)), ("ann", label(1, "unknown", "present"))
     three = warnings_of(fold(*shown, ("ann", ClassAdded(id=3, name="loose fat", color=(1, 2, 3)))))
-    hint = "; or remove it: wsi-label classes FOLDER --remove 'loose fat'"
+    hint = ", or remove the class: wsi-label classes FOLDER --remove 'loose fat'"
     assert [text.endswith(hint) for text in three] == [False, False, False, True, False]
     assert three[3].startswith("class loose fat is present in 0 patches; label at least 10 with it")
     assert not any("--remove" in text for text in [*three[:3], three[4], *warnings_of(fold(*shown))])

@@ -407,7 +407,7 @@ def test_of_two_files_of_one_slide_the_first_is_kept(
         assert [(one.title, one.added.patient) for one in at.slides.ready()] == [("A1.svs", "A1")]
     (row,) = csv.DictReader((tmp_path / "l" / "labels.csv").read_text(encoding="utf-8").splitlines())
     assert (row["slide"], row["patient"]) == ("A1.svs", "A1")
-    assert "B2.svs is the same slide as A1.svs; left out" in caplog.text
+    assert "B2.svs is the same slide as A1.svs, so it is skipped" in caplog.text
 
 
 @pytest.mark.full

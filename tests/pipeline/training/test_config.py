@@ -113,11 +113,14 @@ def test_only_weighted_layers_with_maps_by_head_get_heads_of_their_own() -> None
         ("classifier_mpp=[1.0, 0.0]", r"classifier_mpp is \(1\.0, 0\.0\)"),
         ("classifier_mpp=[nan]", r"classifier_mpp is \(nan,\)"),
         ("mpp=inf", "mpp is inf"),
-        ("mpp=1e-9", "mpp is 1e-09; it must be from 0.01 to 100 µm, or none for the pixel size of the data set"),
+        (
+            "mpp=1e-9",
+            "mpp is 1e-09; it must be from 0.01 to 100 µm per pixel, or none for the pixel size of the data",
+        ),
         ("mpp=101", r"mpp is 101\.0; it must be from"),
         (
             "classifier_mpp=[1.0, 1e300]",
-            r"classifier_mpp is \(1\.0, 1e\+300\); each pixel size must be from 0.01 to 100 µm",
+            r"classifier_mpp is \(1\.0, 1e\+300\); each pixel size must be from 0.01 to 100 µm per pixel",
         ),
         ("seed=-1", r"seed is -1; it must be between 0 and 2\*\*63 - 1"),
         (f"seed={2**63}", f"seed is {2**63}"),
@@ -140,9 +143,9 @@ def test_the_error_names_an_invalid_setting(setting: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("seed=" + "9" * 5000, "setting seed: its 5,000 characters are too many"),
-        ("rates=[" + "9" * 5000 + ", 1, 1]", "setting rates: its 5,008 characters are too many"),
-        ("seed=" + "[" * 3000 + "]" * 3000, "setting seed: its 6,000 characters are too many"),
+        ("seed=" + "9" * 5000, "setting seed: a value of 5,000 characters is too long"),
+        ("rates=[" + "9" * 5000 + ", 1, 1]", "setting rates: a value of 5,008 characters is too long"),
+        ("seed=" + "[" * 3000 + "]" * 3000, "setting seed: a value of 6,000 characters is too long"),
         ("seed=" + "9" * 4000, "setting seed has an integer of more than 64 bits"),
         ("ema=0x" + "f" * 5000, "setting ema has an integer of more than 64 bits"),
         ("rates=[1, [0x" + "f" * 5000 + "], 1]", "setting rates has an integer of more than 64 bits"),

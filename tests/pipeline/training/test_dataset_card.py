@@ -27,7 +27,7 @@ from tests.repository import REPOSITORY
         (
             'name = "tiny"',
             'name = "my patches"',
-            "name: 'my patches' must consist of .* such as my-lung-patches",
+            "name: 'my patches' must start with a letter or digit and contain only .* such as lung-1",
         ),
         (
             '    { name = "blue", color = [0, 0, 200], mask_values = [1, 2] },\n',

@@ -202,7 +202,7 @@ def test_the_error_for_another_order_of_classes_asks_for_that_of_the_model(tmp_p
     file = write_dataset(tmp_path, {"a": stripes(64, 64)})
     text = file.read_text().replace('"class-1"', '"x"').replace('"class-0"', '"class-1"').replace('"x"', '"class-0"')
     file.write_text(text)
-    with pytest.raises(ClassMismatchError, match=r"has class-1, class-0; list the classes of the dataset.toml in the"):
+    with pytest.raises(ClassMismatchError, match=r"has class-1, class-0; list the classes in the dataset.toml in the"):
         evaluate(predictor(), load_dataset(file))
 
 

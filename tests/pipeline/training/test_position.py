@@ -64,8 +64,8 @@ def test_the_log_names_the_setting_before_the_views_are_measured(
     with caplog.at_level("INFO"):
         edge_profile(Local(0.0), images, TrainConfig(view=160, margin=32, position_views=2), CPU)
     assert caplog.messages == [
-        "measuring with 2 views of 160 px whether the map depends on the position; on a CPU this can take minutes "
-        "(setting position_views)"
+        "measuring whether the map depends on the position in a view, with 2 views of 160 px (setting position_views); "
+        "this can take minutes on a CPU"
     ]
 
 

@@ -132,7 +132,7 @@ def test_the_error_names_a_run_folder_that_cannot_be_created(textures: Dataset, 
 @pytest.mark.usefixtures("without_locks")
 def test_a_run_folder_on_a_file_system_without_locks_is_refused_and_not_made(textures: Dataset, tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match=f"^{tmp_path}: the file system refuses file locks"),
+        pytest.raises(OutputError, match=f"^{tmp_path}: file locks fail on this file system"),
         claim(tmp_path / "run", textures, CONFIG, {}),
     ):
         pass

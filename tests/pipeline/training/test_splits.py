@@ -328,7 +328,7 @@ def test_rows_of_empty_cells_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 def test_the_error_for_another_encoding_names_the_format_of_spreadsheets(tmp_path: Path, encoding: str) -> None:
     dataset = table_dataset(tmp_path, "name,patient,split,red,blue\r\nä,p1,train,1,0\r\n".encode(encoding))
-    with pytest.raises(LabelError, match=r"meta\.csv: .* is not UTF-8; in a spreadsheet, save it as CSV UTF-8"):
+    with pytest.raises(LabelError, match=r"meta\.csv: the table is not UTF-8; in the spreadsheet, save it as"):
         samples(dataset, "train")
 
 

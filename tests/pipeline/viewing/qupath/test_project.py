@@ -106,7 +106,7 @@ def test_an_update_without_new_results_changes_nothing(root: Path) -> None:
 @pytest.mark.full
 @pytest.mark.usefixtures("without_locks")
 def test_a_file_system_without_locks_is_named_and_no_lock_file_stays(root: Path) -> None:
-    with pytest.raises(OutputError, match=f"^{root / 'results'}: the file system refuses file locks"):
+    with pytest.raises(OutputError, match=f"^{root / 'results'}: file locks fail on this file system"):
         write_project(root / "results")
     assert not (root / "results" / ".qupath.lock").exists()
 

@@ -99,13 +99,13 @@ def test_a_folder_that_can_be_read_but_not_written_is_reported(
     probe = tmp_path / "x.probe"
     probe.write_text("a", encoding="utf-8")
     assert check_folder(probe, "a") == ""
-    assert check_folder(probe, "b") == "sees another folder there; mount it there, at the same path"
+    assert check_folder(probe, "b") == "has another folder at this path; mount the same folder there"
 
     def refuses(path: Path, *_: object, **__: object) -> int:
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(Path, "write_text", refuses)
-    assert check_folder(probe, "a").startswith(f"cannot write into the folder: {reason}")
+    assert check_folder(probe, "a").startswith(f"cannot write to the folder: {reason}")
     assert list(tmp_path.iterdir()) == [probe]
 
 
