@@ -127,6 +127,23 @@ def test_a_restarted_server_saves_what_a_page_sends_again_once(
         assert [one["id"] for one in state["history"]] == [second["id"], first["id"]]
 
 
+def test_after_a_restart_a_label_that_is_sent_again_does_not_replace_a_newer_one(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        (patch, *_) = page.get("/state.json").json()["upcoming"]
+        lost = {"labels": [label(patch, 1, seconds=1.0)], "order": "a"}
+        page.post("/labels", json=lost)
+        page.post("/labels", json={"labels": [label(patch, 2, seconds=2.0)], "order": "b"})
+        saved = events(tmp_path / "l")
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        state = page.post("/labels", json={**lost, "again": True}).json()
+        assert (events(tmp_path / "l"), state["history"][0]["label"]["present"]) == (saved, [2])
+        back = {"labels": [label(patch, 1, seconds=3.0)], "order": "c", "again": True}
+        state = page.post("/labels", json=back).json()
+        assert (events(tmp_path / "l"), state["history"][0]["label"]["present"]) == (saved + 1, [1])
+
+
 def test_a_page_of_another_folder_or_annotator_saves_and_undoes_nothing(
     tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
