@@ -66,7 +66,8 @@ def test_labels_that_are_made_while_the_server_is_gone_are_saved_once_after_a_re
         until(page, f"{said}.includes('not saved: 3')")
         assert page.locator("#fault").inner_text() == (
             "wsi-label does not answer. If it has ended, start it again with the same slides, folder and --port "
-            f"{port}. Labels not saved: 3. This page sends them again by itself. They are lost if you close or reload it."
+            f"{port}. Labels not saved: 3. This page sends them again by itself. They are lost if you "
+            "close or reload it."
         )
         assert [one.place.id for one in saved(folder)] == made[:2]
         page.keyboard.press("1")
