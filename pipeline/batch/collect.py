@@ -55,8 +55,8 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
                     )
     if unread:
         log.warning(
-            "files skipped because their extension is not that of a readable slide format: %d, such as %s; convert them "
-            "to TIFF",
+            "files skipped because their extension is not that of a readable slide format: %d, such as %s; convert "
+            "them to TIFF",
             len(unread), min(unread).name,
         )  # fmt: skip
     return list(jobs.values())

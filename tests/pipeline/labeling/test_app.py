@@ -158,7 +158,7 @@ def test_a_page_of_another_folder_or_annotator_saves_and_undoes_nothing(
             for path, body in (("/labels", {"labels": [label(patch, 1)]}), ("/undo", {"last": last})):
                 answer = page.post(path, json={**body, "session": state["session"]})
                 failed = {"/labels": "NOT saved", "/undo": "NOT undone"}[path]
-                said = f"{failed}: this page belongs to another labels folder or annotator."
+                said = f"{failed}: wsi-label now runs with another labels folder or annotator than this page."
                 assert (answer.status_code, answer.text.startswith(said)) == (409, True)
             assert events(tmp_path / folder) == before
 

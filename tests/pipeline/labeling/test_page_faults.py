@@ -31,8 +31,8 @@ def test_the_page_says_that_the_server_is_gone_and_asks_before_it_loses_labels(
         until(page, "!document.getElementById('fault').hidden")
         assert page.locator("#fault").inner_text() == (
             "wsi-label does not answer. If it has ended, start it again with the same slides, folder and --port "
-            f"{urlsplit(url).port}. Labels not saved: 1. This page sends them again automatically. They are lost if you "
-            "close or reload it."
+            f"{urlsplit(url).port}. Labels not saved: 1. This page sends them again automatically. They are lost if "
+            "you close or reload it."
         )
         assert shown(page) == second
         assert saved(tmp_path / "l") == []
