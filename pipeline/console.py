@@ -41,3 +41,6 @@ def log_to_stderr(level: int) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
+    if level > logging.DEBUG:
+        # tifffile logs each damaged tag without the slide's name. Our own errors and warnings report the damage.
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +16,9 @@ from filelock import FileLock, Timeout
 from pipeline.errors import ConfigError, OutputError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+
+WRITER_S = 10.0
+"""Seconds to wait for another process that writes the same file. A table of 10,000 slides takes less."""
 
 _FEW_INODES = 16
 """At most this many are free on a disk that ran out of inodes, because the failed write has removed its files."""
@@ -75,10 +78,14 @@ def disk_shortage(error: OSError, folder: Path) -> str | None:
         return f"the disk quota for {folder} is used up; delete files that count toward it, or ask for a larger quota"
     if error.errno != errno.ENOSPC:
         return None
-    disk = os.statvfs(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
-    free = f"{disk.f_bavail * disk.f_frsize / 2**20:.0f} MiB free"
-    # File systems without a limit of inodes state 0 of 0.
-    if disk.f_files and disk.f_favail <= _FEW_INODES and disk.f_bavail:
+    try:
+        disk = os.statvfs(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
+    except OSError:
+        return f"the disk of {folder} is full; free some space"
+    free_mib = disk.f_bavail * disk.f_frsize / 2**20
+    free = f"{free_mib:.0f} MiB free"
+    # File systems without a limit of inodes state 0 of 0. Some derive free inodes from free space, so both run out.
+    if disk.f_files and disk.f_favail <= _FEW_INODES and free_mib >= 1:
         return f"the disk of {folder} can hold no more files ({disk.f_favail} inodes and {free}); delete some files"
     return f"the disk of {folder} is full ({free}); free some space"
 
@@ -111,7 +118,9 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
         yield
     finally:
         # Before the release: a process that opened the file in the meantime sees that it is gone and makes a new one.
-        path.unlink(missing_ok=True)
+        # An unlocked file that stays does no harm, and the work is done.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         lock.release()
 
 
@@ -133,9 +142,19 @@ def _check_name(path: Path) -> None:
 
 
 @contextmanager
-def only_writer(path: Path, lock_path: Path) -> Iterator[None]:
-    """Wait until no other process writes this file, then lock it. Remove partial files that killed processes left."""
-    with file_lock(lock_path):
+def only_writer(path: Path, lock_path: Path, wait_s: float = WRITER_S) -> Iterator[None]:
+    """Wait until no other process writes this file, then lock it. Remove partial files that killed processes left.
+
+    Raises OutputError if another process has the lock for more than `wait_s` seconds, for instance a stopped one.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(lock_path, wait_s=wait_s))
+        except Timeout:
+            raise OutputError(
+                f"{path}: another process has been writing it for more than {wait_s:g} s; end that process if it hangs "
+                f"or was stopped with Ctrl-Z (it has the lock {lock_path.name})"
+            ) from None
         for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
             partial.unlink(missing_ok=True)
         yield

@@ -28,7 +28,7 @@ def source_trees() -> list[ast.Module]:
 
 def error_classes(module: ModuleType) -> dict[str, type]:
     """Return the error classes that a module defines, by name."""
-    classes = {name: item for name, item in vars(module).items() if inspect.isclass(item)}
+    classes = {name: one for name, one in vars(module).items() if inspect.isclass(one) and issubclass(one, Exception)}
     return {name: item for name, item in classes.items() if item.__module__ == module.__name__}
 
 

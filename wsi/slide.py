@@ -36,6 +36,10 @@ UNREADABLE_CELL = 256
 """Side, in level pixels, of the smallest region that is abandoned after a read error."""
 
 
+SHOWN_UNREADABLE = 5
+"""Parts of a slide that cannot be read and are logged as warnings."""
+
+
 @dataclass(frozen=True)
 class SlideInfo:
     """Facts about a slide that need no pixels. Immutable and picklable; contains no patient data."""
@@ -89,6 +93,7 @@ class Slide:
         self._local = threading.local()
         self._readers: set[Reader] = set()
         self._lock = threading.Lock()
+        self._unreadable = 0
 
     def read(self, level: int, box_lv: Box) -> Pixels:
         """Read a box of a level; parts outside the level are white.
@@ -113,7 +118,7 @@ class Slide:
             # After its first error an OpenSlide handle fails at every read.
             self._drop_reader()
             if max(part_lv.width, part_lv.height) <= UNREADABLE_CELL:
-                log.warning("%s: cannot read %s of level %d: %s", self.info.path.name, part_lv, level, error)
+                self._log_unreadable(level, part_lv, error)
                 unreadable.append(part_lv)
                 return
             for quarter_lv in _quarters(part_lv):
@@ -121,6 +126,16 @@ class Slide:
             return
         x, y = part_lv.x - box_lv.x, part_lv.y - box_lv.y
         rgb_HWC[y : y + part_lv.height, x : x + part_lv.width] = pixels_HWC
+
+    def _log_unreadable(self, level: int, part_lv: Box, error: Exception) -> None:
+        """Log the first unreadable parts as warnings. A truncated slide has thousands."""
+        with self._lock:
+            self._unreadable += 1
+            number = self._unreadable
+        name, urgency = self.info.path.name, logging.WARNING if number <= SHOWN_UNREADABLE else logging.DEBUG
+        log.log(urgency, "%s: cannot read %s of level %d: %s", name, part_lv, level, error)
+        if number == SHOWN_UNREADABLE:
+            log.warning("%s: further parts that cannot be read are counted and not logged", name)
 
     def _reader(self) -> Reader:
         reader: Reader | None = getattr(self._local, "reader", None)

@@ -34,5 +34,6 @@ def slide_files(path: Path) -> list[Path]:
 
 def _listed_files(path: Path) -> list[Path]:
     with path.open("rb") as file:
-        names = _LISTED.findall(file.read(_KEY_FILE_BYTES))
-    return [path.parent / os.fsdecode(name) for name in dict.fromkeys(names)]
+        names = dict.fromkeys(map(os.fsdecode, _LISTED.findall(file.read(_KEY_FILE_BYTES))))
+    # A key file must not lead to files of other folders.
+    return [path.parent / name for name in names if Path(name).name == name]

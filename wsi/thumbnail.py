@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from itertools import product
 from typing import NamedTuple
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from wsi.box import Box
 from wsi.levels import pick_level
 from wsi.resample import area_mean
-from wsi.slide import Slide
+from wsi.slide import SHOWN_UNREADABLE, Slide
+
+log = logging.getLogger(__name__)
 
 STRIP_PX = 8_000_000
 """Pixels of the level that are in memory at a time while a thumbnail is read."""
@@ -53,6 +56,8 @@ def read_thumbnail(slide: Slide, mpp: float) -> Thumbnail:
         unreadable_lv += pixels.unreadable_lv
         part_HWC = area_mean(pixels.rgb_HWC, (0, 0), Box(0, 0, part.width, part.height), factor)
         rgb_HWC[part.y : part.bottom, part.x : part.right] = part_HWC
+    if len(unreadable_lv) > SHOWN_UNREADABLE:
+        log.warning("%s: %d parts of the thumbnail cannot be read", info.path.name, len(unreadable_lv))
     share = sum(box.width * box.height for box in unreadable_lv) / (width * height * factor**2)
     unreadable_px = tuple(_outward(box.shift(-x, -y), factor) for box in unreadable_lv)
     return Thumbnail(rgb_HWC, downsample * factor, share, unreadable_px)

@@ -19,6 +19,12 @@ WRITING_SHARE = 0.05
 RETRY_S = 60.0
 """Seconds until the next write after one that failed."""
 
+WAIT_S = 3.0
+"""Seconds to wait for another process that writes the table. The batch stands still meanwhile."""
+
+LAST_WAIT_S = 60.0
+"""The same at the end of the batch."""
+
 
 class Board:
     """Collects results and writes them to `summary.csv`.
@@ -31,6 +37,7 @@ class Board:
         self._clock = clock
         self._unwritten: list[SlideResult] = []
         self._folders: list[SlideResult] = []
+        self._failed = False
         self._due = -float("inf")
 
     def add(self, result: SlideResult) -> None:
@@ -44,15 +51,31 @@ class Board:
         if self._clock() >= self._due:
             self.write()
 
-    def write(self) -> None:
-        """Write the results since the last time."""
+    def close(self) -> str:
+        """Write the results since the last time. Return what is missing from the table for good, or an empty text."""
+        self.write()
+        if self._unwritten or self._failed:
+            log.warning("%s: trying once more to write summary.csv, for up to %g s", self._output, LAST_WAIT_S)
+            self.write(LAST_WAIT_S)
+        missing = len(self._unwritten) + (len(self._folders) if self._failed else 0)
+        if not missing:
+            return ""
+        rows = f"{missing} row{'s' if missing > 1 else ''}"
+        return (
+            f"{self._output}: {rows} of this run could not be written to summary.csv; the results themselves are "
+            f"complete: repair the cause, and run the same command again to write the rows"
+        )
+
+    def write(self, wait_s: float = WAIT_S) -> None:
+        """Write the results since the last time. Wait at most `wait_s` seconds for another process that writes."""
         if not self._unwritten and not self._folders:
             return
-        start, pause_s = self._clock(), RETRY_S
+        start, pause_s, self._failed = self._clock(), RETRY_S, True
         try:
             self._output.mkdir(parents=True, exist_ok=True)
-            write_summary(self._output, [*self._unwritten, *self._folders])
+            write_summary(self._output, [*self._unwritten, *self._folders], wait_s)
             self._unwritten.clear()
+            self._failed = False
             pause_s = (self._clock() - start) / WRITING_SHARE
         except OSError as error:
             log.error("%s: cannot write summary.csv: %s", self._output, error.strerror or error)

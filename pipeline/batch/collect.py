@@ -18,8 +18,8 @@ from wsi.readers import slide_suffixes
 
 log = logging.getLogger(__name__)
 
-PICTURE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".jp2", ".bmp", ".gif", ".webp", ".vsi", ".qptiff", ".isyntax"})
-"""Extensions of images that a person may mistake for slides, but that no reader can open."""
+UNREAD_ENDINGS = frozenset({".vsi", ".qptiff", ".isyntax", ".jp2"})
+"""Endings of slide formats that no reader has."""
 
 
 def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[SlideJob]:
@@ -27,7 +27,7 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
 
     A DICOM series is one slide. A slide that is listed twice gets one job. What looks like a slide and is not one, such
     as a broken link, and a folder that cannot be searched get a job with a `problem`, so nothing that was listed
-    disappears. A warning counts the pictures beside slides, which get no job.
+    disappears. A warning counts slides in formats that cannot be read, which get no job.
 
     Raises ConfigError if a folder contains no slide, a manifest cannot be used, a slide is listed twice with different
     settings, or two slides have the same id.
@@ -35,9 +35,9 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
     jobs: dict[str, SlideJob] = {}
     ids: dict[str, SlideJob] = {}
     found = DicomFolders()
-    pictures: set[Path] = set()
+    unread: set[Path] = set()
     for path in inputs:
-        for job in _expand(local_path(path, "slides"), found, pictures, recursive=recursive):
+        for job in _expand(local_path(path, "slides"), found, unread, recursive=recursive):
             # Path.resolve raises if links form a loop. Links that lead nowhere are different slides.
             former = jobs.setdefault(str(job.path.absolute()) if job.problem else os.path.realpath(job.path), job)
             if former != replace(job, path=former.path):
@@ -53,11 +53,11 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
                         f"{job.path}: its id {job.name!r} is also that of {other.path}; ids name the results, so each "
                         f"slide needs its own"
                     )
-    if pictures:
+    if unread:
         log.warning(
-            "files skipped because their extension is not that of a readable slide format: %d, such as %s; if they are "
-            "slides, convert them to TIFF",
-            len(pictures), min(pictures).name,
+            "files skipped because their extension is not that of a readable slide format: %d, such as %s; convert "
+            "them to TIFF",
+            len(unread), min(unread).name,
         )  # fmt: skip
     return list(jobs.values())
 
@@ -68,9 +68,9 @@ def _settings(job: SlideJob) -> str:
     return " and ".join(texts) or "without settings"
 
 
-def _expand(path: Path, dicom: DicomFolders, pictures: set[Path], *, recursive: bool) -> Iterator[SlideJob]:
+def _expand(path: Path, dicom: DicomFolders, unread: set[Path], *, recursive: bool) -> Iterator[SlideJob]:
     if _is_dir(path):
-        found = sorted(_search(path, pictures, recursive=recursive), key=lambda job: job.path)
+        found = sorted(_search(path, unread, recursive=recursive), key=lambda job: job.path)
         if not found and path.suffix.lower() in slide_suffixes():
             found = [SlideJob(path)]  # reported as a failed slide; the other slides continue
         if not found:
@@ -90,8 +90,8 @@ def _is_dir(path: Path) -> bool:
         raise ConfigError(f"{path}: {error.strerror or error}; check the path") from error
 
 
-def _search(root: Path, pictures: set[Path], *, recursive: bool) -> Iterator[SlideJob]:
-    """Yield a job for each slide in a folder, and add the pictures beside slides to `pictures`.
+def _search(root: Path, unread: set[Path], *, recursive: bool) -> Iterator[SlideJob]:
+    """Yield a job for each slide in a folder, and add the slides in other formats beside them to `unread`.
 
     Linked folders are searched too, and each folder once.
     """
@@ -118,8 +118,8 @@ def _search(root: Path, pictures: set[Path], *, recursive: bool) -> Iterator[Sli
             folders += sorted(inner, reverse=True)
         files = [path for path, is_folder in content if not is_folder]
         slides = list(_slides(files, folder, root))
-        if slides:  # folders of results and labels contain pictures, but no slides
-            pictures.update(_pictures(files, {job.path.stem for job in slides}))
+        if slides:
+            unread.update(_unread(files))
         yield from slides
 
 
@@ -133,12 +133,16 @@ def _slides(files: Sequence[Path], folder: Path, root: Path) -> Iterator[SlideJo
         yield SlideJob(path, place=place_below(root, path), problem=_problem(path))
 
 
-def _pictures(files: Sequence[Path], slides: set[str]) -> Iterator[Path]:
-    """Yield the visible pictures that are not named after a slide, as `a_macro.jpg` and the tiles of `a.vms` are."""
+def _unread(files: Sequence[Path]) -> Iterator[Path]:
+    """Yield the visible slides in formats that no reader has, unless a slide beside them was converted from them.
+
+    Plain pictures (.jpg, .png) do not count: beside slides, they are thumbnails, labels and overviews.
+    """
+    names = {path.name for path in files}
     for path in files:
-        if path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith("."):
-            name = path.name
-            if not any(name[:end] in slides for end in range(1, len(name)) if not name[end].isalnum()):
+        if path.suffix.lower() in UNREAD_ENDINGS and not path.name.startswith("."):
+            converted = {path.stem + ending for ending in (".tif", ".tiff", ".ome.tif", ".ome.tiff")}
+            if names.isdisjoint(converted):
                 yield path
 
 

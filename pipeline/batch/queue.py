@@ -44,6 +44,7 @@ def run_batch(
     tick: Callable[[], None] = lambda: None,
     slides_at_once: int | None = None,
     lock_timeout_s: float = math.inf,
+    incomplete: Callable[[str], None] = log.error,
 ) -> list[SlideResult]:
     """Segment slides, as many at a time as the workers take, and return their results in the order of the jobs.
 
@@ -65,12 +66,13 @@ def run_batch(
         tick: Called on the calling thread about once per second while slides run.
         slides_at_once: Largest number of slides in flight; None leaves it to the workers.
         lock_timeout_s: Seconds after which a slide that another run has locked fails.
+        incomplete: Called at the end with a message if rows of this run are missing from `summary.csv`.
 
     Raises:
         Cancelled: On KeyboardInterrupt, which is then its cause, or if the workers were cancelled.
         WsiSegmentError: If the workers cannot be opened or closed. The results until then are in the table.
     """
-    batch = _Batch(named_jobs(jobs, output), output, report, earlier, Board(output))
+    batch = _Batch(named_jobs(jobs, output), output, report, earlier, Board(output), incomplete)
     try:
         slides = list(batch.without_results())
         if slides:
@@ -92,6 +94,7 @@ class _Batch:
     report: Callable[[SlideResult], None]
     earlier: EarlierRuns | None
     board: Board
+    incomplete: Callable[[str], None]
     results: dict[int, SlideResult] = field(default_factory=dict)
 
     def without_results(self) -> Iterator[QueuedSlide]:
@@ -139,7 +142,8 @@ class _Batch:
 
     def close(self) -> None:
         """Write the table and the report of the results so far."""
-        self.board.write()
+        if missing := self.board.close():
+            self.incomplete(missing)
         if self.results:
             _write_report(self.output)
 

@@ -171,7 +171,7 @@ def segment(
     --retry-failed or if the slide, a setting, the model or the version has changed.
 
     Exit status: 0 no slide failed in this run, 1 a slide failed, or the only slide that was named failed in an earlier
-    run, or the output was closed, 2 usage error, 130 interrupted.
+    run, or a row of the table could not be written, or the output was closed, 2 usage error, 130 interrupted.
     """
     configure_logging(verbose, quiet=quiet)
     from pipeline.errors import Cancelled
@@ -281,6 +281,7 @@ def _run(
     def opened(first: SlideJob) -> AbstractContextManager[Workers]:
         return open_workers(scheduler, model, config, spread=spread, slide_timeout_s=slide_timeout_s, first=first)
 
+    incomplete: list[str] = []
     with ProgressBars(hidden=quiet) as bars:
         results = run_batch(
             jobs,
@@ -290,6 +291,7 @@ def _run(
             lambda result: bars.end(result.slide, _line(result)),
             earlier=earlier,
             lock_timeout_s=slide_timeout_s or math.inf,
+            incomplete=incomplete.append,
         )
         if len(results) > 1:
             bars.line(tally(results))
@@ -301,6 +303,8 @@ def _run(
             project = write_project(output)  # before the results are printed, because stdout can be closed or full
     finally:
         _print_results(results, project, as_json=as_json, quiet=quiet)
+    if incomplete:
+        fail(PROGRAM, incomplete[0], EXIT_FAILED)
     if new_failures(results) or (alone and results[0].status == "failed"):
         sys.exit(EXIT_FAILED)
 

@@ -111,10 +111,10 @@ class LabelPage:
 
     async def save(self, request: Request) -> Response:
         asked = await posted_json(request, LabelsRequest)
-        self._check_session(asked.session)
-        labels = [one.as_label(self._place(one.patch)) for one in asked.labels]
-        reasons = {self._place(one.patch): one.reason for one in asked.labels}
-        excluded = [self._place(patch) for patch in asked.excluded]
+        self._check_session(asked.session, "NOT saved")
+        labels = [one.as_label(self._posted_place(one.patch)) for one in asked.labels]
+        reasons = {label.place: one.reason for label, one in zip(labels, asked.labels, strict=True)}
+        excluded = [self._posted_place(patch) for patch in asked.excluded]
 
         def work() -> None:
             if labels:
@@ -126,10 +126,11 @@ class LabelPage:
 
     async def undo(self, request: Request) -> Response:
         asked = await posted_json(request, UndoRequest)
-        self._check_session(asked.session)
+        self._check_session(asked.session, "NOT undone")
         undone = await self._run(lambda: self._desk.session.undo_only(asked.last))
+        if undone is None and self._is_opening():
+            raise HTTPException(503, "NOT undone: wsi-label is still opening the slides. Press z again in a moment.")
         if undone is None:
-            self._check_opened()
             raise HTTPException(409, "NOT undone: your last label was made in another tab. Reload this page to see it.")
         return await self._state(undone)
 
@@ -233,26 +234,35 @@ class LabelPage:
             self._cache.put(key, made)
         return Response(made, media_type="image/jpeg")
 
-    def _place(self, patch_id: str) -> Place:
+    def _place(self, patch_id: str, unknown: str = "This patch is unknown; reload the page.") -> Place:
+        """Return a patch. Raise HTTPException with the text `unknown` if no open slide contains it."""
         place = self._desk.session.place(patch_id)
         if place is None:
-            self._check_opened()
-            raise HTTPException(404, "This patch is unknown; reload the page.")
+            if self._is_opening():
+                raise HTTPException(503, "wsi-label is still opening the slides.")
+            raise HTTPException(404, unknown)
         return place
 
-    def _check_session(self, asked: str) -> None:
+    def _posted_place(self, patch_id: str) -> Place:
+        """Return a patch to save. A page can outlive its server, and the next one may have other slides."""
+        return self._place(
+            patch_id,
+            "NOT saved: the slide of this patch is not open. Stop wsi-label and start it with this slide on the same "
+            "port.",
+        )
+
+    def _check_session(self, asked: str, failed: str) -> None:
         """Raise HTTPException for a page of another labels folder or annotator, whose server has ended."""
         if asked not in ("", self._desk.session.id):
             raise HTTPException(
                 409,
-                "NOT saved: wsi-label now runs with another labels folder or annotator than this page. Stop it, "
+                f"{failed}: wsi-label now runs with another labels folder or annotator than this page. Stop it, "
                 "and start it with those of this page on the same port.",
             )
 
-    def _check_opened(self) -> None:
-        """Raise HTTPException if slides are still being opened, because a page can outlive its server."""
-        if self._desk.slides.opened() < self._desk.slides.count:
-            raise HTTPException(503, "wsi-label is still opening the slides.")
+    def _is_opening(self) -> bool:
+        """Return whether slides are still being opened, because a page can outlive its server."""
+        return self._desk.slides.opened() < self._desk.slides.count
 
     async def _run(self, work: Callable[[], T], threads: ThreadPoolExecutor | None = None) -> T:
         try:

@@ -236,6 +236,9 @@ class Session:
         The page sends an `order` `again` if the answer was lost: the same labels are then saved once. If a person has
         changed them in between, they are saved, and one undo takes back both. If another tab has undone them in
         between, they are saved again.
+
+        If a session that has ended has saved them, they are recognized by their content. If a person has changed some
+        of them, these are saved, and one undo takes back the new versions only: the file does not contain orders.
         """
         content = [(one.place, one.answers, one.mark) for one in labels]
         with self._lock:
@@ -244,8 +247,7 @@ class Session:
             if before is not None and not self._own_numbers().issuperset(before.numbers):
                 before = None
             elif before is None and again:
-                # A session that has ended may have saved them.
-                labels = [one for one in labels if not self._is_current(one)]
+                labels = self._unsaved(labels)
             if not labels or (before is not None and before.content == content):
                 return
             for one in labels:
@@ -268,11 +270,20 @@ class Session:
             self._follow()
         self.saved()
 
-    def _is_current(self, new: NewLabel) -> bool:
-        """Return whether the annotator's current label of a patch has the content of a new one."""
-        own = self._labels.label(new.place, self.annotator)
-        event = self._event(new, "random")
-        return own is not None and (own.answers, own.mark) == (event.answers, event.mark)
+    def _unsaved(self, labels: Sequence[NewLabel]) -> list[NewLabel]:
+        """Return the labels that the annotator has not saved yet."""
+        saved: dict[Place, list[Labeled]] = {}
+        for record in self._labels.labels_of(self.annotator):
+            own = label_of(record)
+            saved.setdefault(own.place, []).append(own)
+
+        def is_saved(new: NewLabel) -> bool:
+            event = self._event(new, "random")
+            same = [own for own in saved.get(new.place, []) if (own.answers, own.mark) == (event.answers, event.mark)]
+            # A person may give the answer of an older label again, but hardly after the same time.
+            return any(own is saved[new.place][-1] or own.seconds == event.seconds for own in same)
+
+        return [one for one in labels if not is_saved(one)]
 
     def _event(self, new: NewLabel, reason: Reason) -> Labeled:
         return Labeled(

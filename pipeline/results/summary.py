@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from models.tissue_class import ClassName
 from pipeline.errors import OutputError
-from pipeline.files import only_writer, printable_name, write_atomically
+from pipeline.files import WRITER_S, only_writer, printable_name, write_atomically
 from pipeline.results.names import SUMMARY
 from pipeline.results.slide_result import AREA_COLUMN, COLUMNS, SlideResult
 
@@ -28,15 +28,16 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _CLASS_NAME: TypeAdapter[str] = TypeAdapter(ClassName)
 
 
-def write_summary(output: Path, results: Iterable[SlideResult]) -> None:
+def write_summary(output: Path, results: Iterable[SlideResult], wait_s: float = WRITER_S) -> None:
     """Write the rows of these slides into `summary.csv` and keep the rows of all other slides.
 
     Rows of folders that could not be searched are not kept: only the run that writes them knows.
 
-    Raises OutputError if the existing file is not a summary; the file is not changed.
+    Raises OutputError if the existing file is not a summary, or if another process writes it for more than `wait_s`
+    seconds; the file is not changed.
     """
     path = output / SUMMARY
-    with only_writer(path, output / ".summary.lock"):
+    with only_writer(path, output / ".summary.lock", wait_s):
         rows = {name: row for name, row in read_summary(path).items() if not is_folder(name)}
         for result in results:
             name = printable_name(result.slide)

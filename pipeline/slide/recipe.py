@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import threading
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from models.card import ModelCard
 from models.predictor import Predictor
 from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolve
-from pipeline.errors import Cancelled, ConfigError, OutputError
+from pipeline.errors import SHORTAGE_HELP, Cancelled, ConfigError, OutputError
 from pipeline.files import disk_shortage, sync, sync_tree
 from pipeline.formats.chunk_files import sweep_partial_files
 from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store
@@ -54,7 +55,7 @@ from pipeline.slide.facts import (
 from pipeline.slide.journal import Journal, write_records
 from pipeline.slide.plan import Plan, check_resources, make_plan
 from pipeline.slide.repair import take_over_blocks
-from wsi.errors import SlideReadError
+from wsi.errors import SlideReadError, shortage
 from wsi.left_out import LeftOut
 from wsi.slide import Slide, open_slide, slide_digest, slide_stamp
 from wsi.tissue import Tissue, find_tissue
@@ -372,6 +373,21 @@ def _named_write_errors(path: Path, output: Path) -> Iterator[None]:
                 f"{path.name}: {shortage}, and run the same command again, which resumes from the finished blocks"
             ) from error
         raise OutputError(
-            f"{path.name}: cannot write {error.filename or output}: {error.strerror or error}; check that the folder "
-            f"exists and may be written"
+            f"{path.name}: cannot write {error.filename or output}: {error.strerror or error}; {_what_helps(error)}"
         ) from error
+
+
+def _what_helps(error: OSError) -> str:
+    """Return the next step after a write that failed for another reason than a full disk."""
+    if what := shortage(error):
+        return SHORTAGE_HELP[what]
+    if error.errno == errno.EFBIG:
+        return (
+            "raise the limit of a file's size (ulimit -f); on FAT, which takes files up to 4 GiB, choose another disk"
+        )
+    if error.errno in (errno.EINVAL, errno.ENAMETOOLONG):
+        return (
+            "the file system may not take this name: name the result in the column 'id' of a manifest, or choose "
+            "another --output"
+        )
+    return "check that the folder exists and may be written"

@@ -35,8 +35,9 @@ from pipeline.training.dataset_sections import (
     Split,
     TableSplit,
 )
-from pipeline.training.image_files import decoded, matching_files, missed_files, size_of, spellings
+from pipeline.training.image_files import decoded, matching_files, size_of, spellings
 from pipeline.training.labels import crop_boxes, labels_of_folder, labels_of_name, labels_of_row, presence
+from pipeline.training.missed_images import files_in_any_case, missed_images
 from pipeline.training.splits import Row, group_of, hash_split, log_once, rows_of, shared_groups, table_splits
 
 logger = logging.getLogger(__name__)
@@ -294,8 +295,7 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
         if files := matching_files(dataset.root, place.image):
             break
     else:
-        others, _ = missed_files(dataset.root, [place.image for place in locations], ())
-        if others:
+        if others := files_in_any_case(dataset.root, locations):
             raise MissingImagesError(
                 f"{card.name}: no images for split {split} in {dataset.root}; {len(others)} image(s), such as "
                 f"{others[0].name}, match a pattern except for the case of the extension; write the extension in the "
@@ -312,7 +312,7 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
                 f"{card.name}: two images have the name {file.stem}: {found[file.stem]} and {file}; rename one"
             )
         found[file.stem] = file
-    missed, pattern = missed_files(dataset.root, [one.image for one in locations], found)
+    missed, pattern = missed_images(dataset.root, locations, card.images.values(), found)
     if missed:
         log_once(
             logging.WARNING,

@@ -23,7 +23,7 @@ from models.bundle import Bundle
 from pipeline.training.classifier import classifier_task, head_task
 from pipeline.training.compose import composed, composed_name
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset
+from pipeline.training.dataset import Dataset, check_images
 from pipeline.training.dataset_sections import Split
 from pipeline.training.familiarity import image_features, passes, recolored
 from pipeline.training.fit import Processes, Task, time_steps, training_device
@@ -32,7 +32,7 @@ from pipeline.training.inputs import as_input
 from pipeline.training.patches import PatchImages
 from pipeline.training.pieces import other_datasets
 from pipeline.training.position import measures_position
-from pipeline.training.prepare import Parts, prepare
+from pipeline.training.prepare import UNREADABLE_SHARE, Parts, prepare
 from pipeline.training.pseudo_masks import pseudo_masks_of_image
 from pipeline.training.segmenter import segmenter_task
 from pipeline.training.splits import hash_split
@@ -188,9 +188,12 @@ def _finish(
 
 
 def _first_image(dataset: Dataset, mpp: float) -> tuple[PatchImages, Counts]:
-    """Return the first training image of a data set, and the number of its images."""
+    """Return the first readable training image of a data set, and the number of its images."""
     training, validation = training_samples(dataset)
-    return PatchImages(dataset, training[:1], mpp, cache_bytes=0), Counts(len(training), len(validation))
+    # If none of these can be read, a run fails too.
+    tried = training[: int(UNREADABLE_SHARE * len(training)) + 1]
+    first = next((sample for sample in tried if check_images([sample], 1)), tried[0])
+    return PatchImages(dataset, [first], mpp, cache_bytes=0), Counts(len(training), len(validation))
 
 
 @torch.inference_mode()

@@ -6,9 +6,7 @@ Shape suffixes: H and W the image, C color channels.
 
 from __future__ import annotations
 
-import re
 import unicodedata
-from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,34 +37,6 @@ def matching_files(root: Path, pattern: str) -> list[Path]:
         if files:
             return files
     return []
-
-
-def missed_files(root: Path, patterns: Sequence[str], used: Collection[str]) -> tuple[list[Path], str | None]:
-    """Return the files, sorted, that another pattern finds, or that only the letter case of their ending hides.
-
-    `used` are the names without extension of the images in use; their copies in other formats are not missed. The
-    second value is a pattern that finds exactly the images in use and the missed ones, or None.
-    """
-    missed = {
-        file.stem: file
-        for pattern in patterns
-        for file in matching_files(root, _any_case(pattern))
-        if file.stem not in used
-    }
-    wanted = sorted({*used, *missed})
-    folder, slash, _ = patterns[0].rpartition("/")
-    for pattern in (f"{folder}{slash}*", _any_case(patterns[0])):
-        if sorted(file.stem for file in matching_files(root, pattern)) == wanted:
-            return sorted(missed.values()), pattern
-    return sorted(missed.values()), None
-
-
-def _any_case(pattern: str) -> str:
-    """Return a pattern that also finds files whose ending has other letter case: `*.[jJ][pP][gG]` for `*.jpg`."""
-    found = re.fullmatch(r"(.*\.)([A-Za-z0-9]+)", pattern)
-    if found is None:
-        return pattern
-    return found[1] + "".join(f"[{one.lower()}{one.upper()}]" if one.isalpha() else one for one in found[2])
 
 
 def spellings(path: str) -> list[str]:

@@ -41,7 +41,9 @@ def claim(run: Path, dataset: Dataset, config: TrainConfig, made_with: Mapping[s
                 f"{run}: another wsi-train is using this folder; wait for it, or pass another -o"
             ) from error
         except OSError as error:
-            raise OutputError(f"{run}: the run folder cannot be created: {error.strerror}; pass another -o") from error
+            raise OutputError(
+                f"{run}: {error.filename or run} cannot be created: {error.strerror}; pass another -o"
+            ) from error
         _write_or_compare(run, dataset, config, made_with)
         yield
 

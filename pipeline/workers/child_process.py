@@ -5,6 +5,7 @@ The processes communicate through an unnamed pipe. No port is opened.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import multiprocessing
@@ -15,12 +16,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import SegmentConfig
 from pipeline.console import log_to_stderr
 from pipeline.errors import (
+    SHORTAGE_HELP,
     Cancelled,
     ClusterError,
     PipelineError,
@@ -34,12 +37,14 @@ from pipeline.workers.base import SlideJob, Workers
 from pipeline.workers.malloc import imported_for_good, keep_freed_memory
 from pipeline.workers.outcome import Outcome
 from pipeline.workers.semaphores import start_silent_tracker
-from wsi.errors import WsiSegmentError
+from wsi.errors import WsiSegmentError, shortage
 
 log = logging.getLogger(__name__)
 
 END_S = 10.0
 """Seconds to wait for an exited process."""
+
+_CANNOT_START = "the child process that segments the slides cannot start"
 
 _POLL_S = 3600.0
 """Longest single wait for a message, in seconds: the system call takes 32-bit milliseconds, and cannot take inf."""
@@ -104,15 +109,13 @@ class ChildProcess:
         self._process.join(END_S)
 
     def _start(self, first: SlideJob | None) -> None:
-        start_silent_tracker()
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        level = logging.getLogger().level
-        self._process = context.Process(
-            target=_serve, args=(theirs, self._model, self._config, first, level), name="slides", daemon=True
-        )
-        with theirs, _ctrl_c_blocked():
-            self._process.start()
+        try:
+            self._connection, self._process = self._started(first)
+        except OSError as error:
+            # The kernel reports EAGAIN if it allows no more processes.
+            what = "out of threads" if error.errno == errno.EAGAIN else shortage(error)
+            step = SHORTAGE_HELP[what] if what else "run wsi-segment doctor, which examines the machine"
+            raise ClusterError(f"{_CANNOT_START} ({error.strerror or error}); {step}") from error
         try:
             ready = self._answer()
             if ready is None and first is not None:
@@ -121,12 +124,30 @@ class ChildProcess:
                 self._start(None)
                 return
             if ready is None:
-                raise ClusterError(f"the child process that segments the slides cannot start ({self._how()})")
+                killed = self._process.exitcode == -signal.SIGKILL
+                reason = ", most likely because memory ran out; raise the limit of the container" if killed else ""
+                raise ClusterError(f"{_CANNOT_START} ({self._how()}){reason}")
             ready.result()
         except BaseException:
             self.close()
             raise
         self._idle = True
+
+    def _started(self, first: SlideJob | None) -> tuple[Connection, SpawnProcess]:
+        start_silent_tracker()
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        level = logging.getLogger().level
+        process = context.Process(
+            target=_serve, args=(theirs, self._model, self._config, first, level), name="slides", daemon=True
+        )
+        try:
+            with theirs, _ctrl_c_blocked():
+                process.start()
+        except OSError:
+            ours.close()
+            raise
+        return ours, process
 
     def _answer(self) -> Any:
         """Return the next message of the process, or None if the process has exited."""

@@ -124,6 +124,7 @@ def test_the_contested_shares_are_those_of_pixels_and_of_the_cells_that_they_rea
     assert contested_shares([first_KHW, second_KHW], [1, 4, 8]) == [3 / 34, (16 + 2) / 34, 30 / 34]
 
 
+@pytest.mark.full
 def test_contested_pixels_of_a_slide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = region_slide(tmp_path / "slide.svs")
     print_contested(path, "colorectal-tissue", None, 256)
@@ -157,6 +158,7 @@ def test_a_border_of_cores_that_shows_exceeds_the_steps_beside_it() -> None:
     assert len(excess_steps(probs_HW[None], core_HW)[0]) == 1
 
 
+@pytest.mark.full
 def test_the_steps_of_a_slide_are_those_between_its_cores(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> ScriptedWorkers:
     return workers
 
 
+@pytest.mark.full
 def test_a_deployed_run_refuses_a_relative_results_folder(
     tmp_path: Path, scripted: ScriptedWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ class _Run:
         return probs, self.predictor.predict_into(probs, self.rgb_HWC, self.places, self.corners)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("runtime", ["torch", pytest.param("openvino", marks=[needs_openvino, pytest.mark.full])])
 def test_parts_change_no_probability_beyond_rounding(runtime: Runtime) -> None:
     whole, _ = _Run(runtime, 4096).predict()

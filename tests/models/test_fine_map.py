@@ -76,6 +76,7 @@ def test_less_context_than_the_stages_reach_would_show(monkeypatch: pytest.Monke
     assert (part_of(found_Chw, PLACES[1]) - part_of(whole_Chw, PLACES[1])).abs().max() > 1e-3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("backbone", "in_windows"), [("tf_efficientnet_lite0", True), ("tf_efficientnet_b0", False)])
 def test_stages_that_average_the_whole_canvas_run_on_whole_canvases(backbone: str, in_windows: bool) -> None:
     """Squeeze-and-excitation carries every pixel everywhere, so a part of an image gives other features."""

@@ -130,6 +130,7 @@ def test_a_failed_conversion_does_not_change_the_logging() -> None:
     assert (root.level, list(root.handlers), list(root.filters)) == before
 
 
+@pytest.mark.full
 @needs_openvino
 def test_ctrl_c_during_the_conversion_ends_with_keyboard_interrupt() -> None:
     # OpenVINO calls `get_op_type` from C++, where a KeyboardInterrupt becomes an ordinary error.

@@ -18,6 +18,7 @@ from tests.cases import full
 from tests.models.cam_comparison import CLASSES, assert_close, module, their_map
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("k", [full(0), 1, full(2)])
 @pytest.mark.parametrize("variant", ["torch-cam", full("pytorch-grad-cam")])
 def test_score_cam_variants_agree_with_the_libraries_they_are_named_after(

@@ -8,6 +8,7 @@ import pytest
 from tests.slides import reduce, write_slide
 from wsi import thumbnail
 from wsi.box import Box
+from wsi.readers import Reader
 from wsi.slide import Pixels, Slide, open_slide
 from wsi.thumbnail import read_thumbnail
 
@@ -36,3 +37,20 @@ def test_a_thumbnail_is_read_in_parts_of_limited_size_that_do_not_change_it(
     assert found.unreadable_share == pytest.approx(12 / (280 * 40))
     assert {(box.x, box.right) for box in found.unreadable_px} == {(25, 26)}
     assert (min(box.y for box in found.unreadable_px), max(box.bottom for box in found.unreadable_px)) == (1, 4)
+
+
+def test_a_truncated_slide_logs_a_few_unreadable_parts_and_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def truncated(_: Slide) -> Reader:
+        raise ValueError("the tile is beyond the end of the file")
+
+    with open_slide(write_slide(tmp_path / "a.svs", np.zeros((1024, 1024, 3), np.uint8), mpp=0.5)) as slide:
+        monkeypatch.setattr(Slide, "_reader", truncated)
+        assert len(read_thumbnail(slide, 2.0).unreadable_px) == 16
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.partition(" Box")[0] for text in warnings] == [
+        *["a.svs: cannot read"] * 5,
+        "a.svs: further parts that cannot be read are counted and not logged",
+        "a.svs: 16 parts of the thumbnail cannot be read",
+    ]

@@ -18,7 +18,8 @@ export class Orders {
   }
 
   // Adds an order, or puts it in the place of `before` if that could not be saved. Returns it. Its `said` is announced
-  // when it is saved. If the server refuses it, `refused()` is called. `settled` becomes whether it is saved.
+  // when it is saved. If the server refuses it, `refused()` is called. `settled` becomes whether it is saved: false if it,
+  // or an order before it, is refused.
   put(order, before = null) {
     const at = this.sending ? -1 : this.pending.indexOf(before);
     // The server saves an order that is sent again only once, because the answer may have been lost.
@@ -74,7 +75,8 @@ export class Orders {
     if (error.passing) this.later = setTimeout(() => this.send(), AGAIN_MS);
     else {
       order.refused();
-      order.settle(false);
+      // The orders behind this one are not sent either until the user acts.
+      for (const one of this.pending) one.settle(false);
     }
     const then = error.passing ? "This page sends them again automatically. They are lost if you close or reload it."
       : "They are lost if you close or reload this page.";

@@ -13,7 +13,7 @@ async function answered(request) {
   try {
     response = await request;
   } catch {
-    throw new ServerError(`wsi-label does not answer. If it has ended, start it again with the same folder and --port ${location.port}.`, true);
+    throw new ServerError(`wsi-label does not answer. If it has ended, start it again with the same slides, folder and --port ${location.port}.`, true);
   }
   if (!response.ok) throw new ServerError(await response.text(), response.status === 503);
   return response.json();

@@ -16,6 +16,7 @@ from pipeline.batch.board import Board
 from pipeline.batch.queue import run_batch
 from pipeline.batch.tally import tally
 from pipeline.errors import Cancelled, ClusterError, LockedError
+from pipeline.files import file_lock
 from pipeline.progress import no_progress
 from pipeline.results.folder import lock_file
 from pipeline.results.slide_result import SlideResult
@@ -114,6 +115,36 @@ def test_rows_that_cannot_be_written_are_written_later(tmp_path: Path, monkeypat
     table.add(SlideResult("b", "done", 1.0))
     table.write()
     assert set(rows_of(tmp_path)) == {"a", "b"}
+
+
+@pytest.mark.full
+def test_a_stopped_process_that_writes_the_table_delays_the_batch_by_seconds_and_the_rows_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(board, "LAST_WAIT_S", 0.2)
+    table = Board(tmp_path)
+    with file_lock(tmp_path / ".summary.lock"):
+        table._unwritten.append(SlideResult("a", "done", 1.0))
+        table.write(0.1)
+        assert "summary.csv: another process has been writing it for more than 0.1 s; end that process" in caplog.text
+        missing = table.close()
+    assert missing.startswith(f"{tmp_path}: 1 row of this run could not be written to summary.csv; the results")
+    assert "trying once more to write summary.csv, for up to 0.2 s" in caplog.text
+    assert table.close() == ""
+    assert set(rows_of(tmp_path)) == {"a"}
+
+
+def test_rows_that_are_missing_at_the_end_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def immutable(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(board, "write_summary", immutable)
+    missing: list[str] = []
+    results = run(tmp_path, ScriptedWorkers(), incomplete=missing.append)
+    assert [one.status for one in results] == ["done"] * 3
+    assert [text.partition("; ")[0] for text in missing] == [
+        f"{tmp_path / 'out'}: 3 rows of this run could not be written to summary.csv"
+    ]
 
 
 def test_a_slide_that_stays_locked_for_longer_than_the_timeout_fails(tmp_path: Path) -> None:
@@ -218,7 +249,7 @@ def test_rewriting_the_table_takes_at_most_five_percent_of_the_time(
 ) -> None:
     now, written = 0.0, list[int]()
 
-    def write(_: Path, results: list[SlideResult]) -> None:
+    def write(_: Path, results: list[SlideResult], __: float) -> None:
         nonlocal now
         now += 1.0  # a large table
         written.append(len(results))

@@ -101,6 +101,7 @@ def test_polygons_that_the_left_out_areas_have_overwritten_are_found(tmp_path: P
     assert f"has 0 features, but run.json has {polygons} polygons" in stdout
 
 
+@pytest.mark.full
 def test_the_folder_of_a_slide_can_be_named_like_a_geojson_file(tmp_path: Path) -> None:
     segment_slide(region_slide(tmp_path / "a.geojson.svs"), tmp_path / "results", color_predictor(), SMALL)
     write_project(tmp_path / "results", tiles=True)

@@ -339,3 +339,19 @@ def test_a_dry_run_shows_what_would_fail(fake: Path) -> None:
     assert [(plan["result"], plan.get("error", "")[:34]) for plan in plans] == [
         ("x/a", ""), ("y/a", ""), ("bad", "bad.svs: cannot be opened as a sli")
     ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("fake")
+def test_rows_that_cannot_be_written_are_the_last_line_and_give_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def immutable(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pipeline.batch.board.write_summary", immutable)
+    result = invoke(str(small_slide(tmp_path / "a.svs")), "-o", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert (tmp_path / "out" / "a" / "run.json").exists()
+    assert result.stderr.splitlines()[-1].startswith(
+        f"wsi-segment: {tmp_path / 'out'}: 1 row of this run could not be written to summary.csv; "
+    )

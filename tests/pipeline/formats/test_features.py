@@ -183,6 +183,7 @@ def test_ids_depend_on_slide_class_and_place() -> None:
     assert len({identity(region), *others}) == 4
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_number_of_regions(tmp_path: Path) -> None:
     def many(count: int) -> Iterator[Region]:
         for i in range(count):

@@ -74,6 +74,7 @@ def test_a_picture_has_the_classes_of_its_map(slide_path: Path, monkeypatch: pyt
     assert (picture.labels_HW == 2).sum() == 320 * 256
 
 
+@pytest.mark.full
 def test_a_picture_shows_no_region_that_is_too_small_for_a_polygon(tmp_path: Path) -> None:
     """The label image has the specks, and the polygons, areas and legend do not."""
     specks = [((200 + 40 * i, 480, 12, 12), COLORS[1]) for i in range(20)]

@@ -127,6 +127,23 @@ def test_a_restarted_server_saves_what_a_page_sends_again_once(
         assert [one["id"] for one in state["history"]] == [second["id"], first["id"]]
 
 
+def test_after_a_restart_a_label_that_is_sent_again_does_not_replace_a_newer_one(
+    tmp_path: Path, slides: list[Path], shipped: Bundle
+) -> None:
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        (patch, *_) = page.get("/state.json").json()["upcoming"]
+        lost = {"labels": [label(patch, 1, seconds=1.0)], "order": "a"}
+        page.post("/labels", json=lost)
+        page.post("/labels", json={"labels": [label(patch, 2, seconds=2.0)], "order": "b"})
+        saved = events(tmp_path / "l")
+    with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
+        state = page.post("/labels", json={**lost, "again": True}).json()
+        assert (events(tmp_path / "l"), state["history"][0]["label"]["present"]) == (saved, [2])
+        back = {"labels": [label(patch, 1, seconds=3.0)], "order": "c", "again": True}
+        state = page.post("/labels", json=back).json()
+        assert (events(tmp_path / "l"), state["history"][0]["label"]["present"]) == (saved + 1, [1])
+
+
 def test_a_page_of_another_folder_or_annotator_saves_and_undoes_nothing(
     tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
@@ -140,7 +157,9 @@ def test_a_page_of_another_folder_or_annotator_saves_and_undoes_nothing(
             before = events(tmp_path / folder)
             for path, body in (("/labels", {"labels": [label(patch, 1)]}), ("/undo", {"last": last})):
                 answer = page.post(path, json={**body, "session": state["session"]})
-                assert (answer.status_code, "another labels folder or annotator" in answer.text) == (409, True)
+                failed = {"/labels": "NOT saved", "/undo": "NOT undone"}[path]
+                said = f"{failed}: wsi-label now runs with another labels folder or annotator than this page."
+                assert (answer.status_code, answer.text.startswith(said)) == (409, True)
             assert events(tmp_path / folder) == before
 
 
@@ -152,9 +171,12 @@ def test_a_page_is_asked_to_wait_for_the_slides_of_a_restarted_server(
     with desk(tmp_path / "l", slides, shipped) as at, client(at) as page:
         monkeypatch.setattr(at.slides, "opened", lambda: 1)
         monkeypatch.setattr(at.slides, "ready", list)
-        for path, body in (("/labels", {"labels": [label(patch, 1)]}), ("/undo", {"last": last})):
-            answer = page.post(path, json=body)
-            assert (answer.status_code, answer.text) == (503, "wsi-label is still opening the slides.")
+        answer = page.post("/labels", json={"labels": [label(patch, 1)]})
+        assert (answer.status_code, answer.text) == (503, "wsi-label is still opening the slides.")
+        answer = page.post("/undo", json={"last": last})
+        assert (answer.status_code, answer.text) == (
+            503, "NOT undone: wsi-label is still opening the slides. Press z again in a moment."
+        )  # fmt: skip
         monkeypatch.undo()
         assert page.post("/labels", json={"labels": [label(patch, 1)]}).status_code == 200
 
@@ -241,7 +263,14 @@ def test_unknown_patches_classes_and_addresses_are_refused(tmp_path: Path, slide
     with desk(tmp_path / "l", slides[:1], shipped) as at, client(at) as page:
         (patch, *_) = page.get("/state.json").json()["upcoming"]
         before = events(tmp_path / "l")
-        assert page.post("/labels", json={"labels": [label({**patch, "id": "0" * 20}, 1)]}).status_code == 404
+        unknown = "0" * 20
+        for body in ({"labels": [label({**patch, "id": unknown}, 1)]}, {"labels": [], "excluded": [unknown]}):
+            answer = page.post("/labels", json=body)
+            assert (answer.status_code, answer.text) == (
+                404,
+                "NOT saved: the slide of this patch is not open. Stop wsi-label and start it with this slide on the "
+                "same port.",
+            )
         assert page.post("/labels", json={"labels": [label(patch, 99)]}).status_code == 507
         assert page.post("/labels", json={"labels": [label(patch, 1, seconds=-1)]}).status_code == 422
         for address in ("/patches/none/patch.jpg", "/assets/../app.py", "/assets/none.js", "/labels.sqlite"):

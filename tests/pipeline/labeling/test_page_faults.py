@@ -30,7 +30,7 @@ def test_the_page_says_that_the_server_is_gone_and_asks_before_it_loses_labels(
         page.keyboard.press("Enter")
         until(page, "!document.getElementById('fault').hidden")
         assert page.locator("#fault").inner_text() == (
-            "wsi-label does not answer. If it has ended, start it again with the same folder and --port "
+            "wsi-label does not answer. If it has ended, start it again with the same slides, folder and --port "
             f"{urlsplit(url).port}. Labels not saved: 1. This page sends them again automatically. They are lost if "
             "you close or reload it."
         )
@@ -366,3 +366,35 @@ def test_a_label_whose_answer_was_lost_and_that_another_tab_has_undone_is_saved_
         assert [patch.place.id for patch in at.session.history()] == [first]
         for one in (page, other):
             one.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
+
+
+@pytest.mark.full
+def test_a_grid_behind_a_label_that_is_refused_can_be_saved_again(
+    browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "l"
+    monkeypatch.setattr("pipeline.labeling.app.POOL", 60)  # the network takes a second for these
+    with failing_page(browser) as page, desk(folder, slides[:1], shipped) as at, serving(at) as url:
+        save(at, at.session.upcoming(1)[0], 1)
+        page.goto(url)
+        ready(page)
+        single = shown(page)
+        refusal = "NOT saved; see the terminal for the reason."
+        page.route("**/labels", lambda route: route.fulfill(status=507, body=refusal))
+        for key in ("1", "Enter", "g", "1"):
+            page.keyboard.press(key)
+        images = "[...document.querySelectorAll('#patches img')]"
+        until(page, f"{images}.length && {images}.every((image) => image.complete)", seconds=40)
+        # The answer of the grid's request makes the page send the label again.
+        until(page, "!wsiLabel.orders.sending && !document.getElementById('fault').hidden")
+        grid = page.evaluate("() => wsiLabel.grid.patches.map(({ id }) => id)")
+        about = page.locator("#grid-about").inner_text()
+        page.keyboard.press("Enter")
+        until(page, f"document.getElementById('fault').textContent.includes('not saved: {1 + len(grid)}')")
+        until(page, "!document.getElementById('grid-save').disabled")
+        assert page.locator("#grid-about").inner_text() == about
+        page.unroute("**/labels")
+        page.keyboard.press("Enter")
+        until(page, f"document.getElementById('saved').textContent === 'Saved: {len(grid)} patches'")
+        assert [one.place.id for one in saved(folder)[1:]] == [single, *grid]
+        page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server

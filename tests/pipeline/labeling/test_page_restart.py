@@ -65,8 +65,9 @@ def test_labels_that_are_made_while_the_server_is_gone_are_saved_once_after_a_re
         said = "document.getElementById('fault').textContent"
         until(page, f"{said}.includes('not saved: 3')")
         assert page.locator("#fault").inner_text() == (
-            f"wsi-label does not answer. If it has ended, start it again with the same folder and --port {port}. "
-            "Labels not saved: 3. This page sends them again automatically. They are lost if you close or reload it."
+            "wsi-label does not answer. If it has ended, start it again with the same slides, folder and --port "
+            f"{port}. Labels not saved: 3. This page sends them again automatically. They are lost if you "
+            "close or reload it."
         )
         assert [one.place.id for one in saved(folder)] == made[:2]
         page.keyboard.press("1")

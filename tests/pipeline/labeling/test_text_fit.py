@@ -38,8 +38,9 @@ def test_no_text_is_cut_off_or_overlaps(
         assert misfits(page, reader) == []
         page.evaluate(
             """() => { const fault = document.getElementById('fault'); fault.hidden = false; fault.textContent =
-            'wsi-label does not answer. If it has ended, start it again with the same folder and --port 8123. Labels '
-            + 'not saved: 3. This page sends them again automatically. They are lost if you close or reload it.'; }"""
+            'wsi-label does not answer. If it has ended, start it again with the same slides, folder and --port 8123. '
+            + 'Labels not saved: 3. This page sends them again automatically. They are lost if you close or reload it.';
+            }"""
         )
         assert misfits(page, reader) == []
         page.evaluate("() => { document.getElementById('fault').hidden = true; }")

@@ -236,6 +236,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], bool]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("force", [full(force) if force else force for force in (False, True)])
 def test_a_run_gets_over_a_damaged_working_folder(

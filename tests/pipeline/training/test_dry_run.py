@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.errors import UnreadableImageError
 from pipeline.training import dry_run as module
 from pipeline.training.changes import CHANGES
 from pipeline.training.classifier import steps_per_epoch
@@ -118,3 +119,17 @@ def test_the_counts_are_those_of_labeled_patches(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 32)}, side=32, stride=32)
     images.present = [np.array([[True, True, False], [False, True, False]])]
     assert class_counts(images) == {"patches": 2, "classes": {"red": 1, "blue": 2, "orange": 0}}
+
+
+def test_an_image_of_another_data_set_that_a_run_would_skip_does_not_end_a_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = load_dataset(write_textures(tmp_path, train=3, val=1, test=1, size=64))
+    first, second, _ = training_samples(dataset)[0]
+    first.image.write_bytes(first.image.read_bytes()[:40])
+    with pytest.raises(UnreadableImageError, match="cannot be read"):  # a third, more than a run skips
+        module._first_image(dataset, dataset.mpp)[0].rgb(0)
+    monkeypatch.setattr(module, "UNREADABLE_SHARE", 0.4)
+    images, counts = module._first_image(dataset, dataset.mpp)
+    assert ([sample.name for sample in images.samples], counts) == ([second.name], (3, 1))
+    assert images.rgb(0).shape[2] == 3

@@ -158,6 +158,7 @@ def test_colorectal_adds_windows_of_validation_cases_to_the_validation_slide() -
     assert {piece.slide for own in found.values() for piece in own} == {"05", *(f"ebhi-seg {n}" for n in range(3))}
 
 
+@pytest.mark.full
 @pytest.mark.shared
 def test_colon_gland_has_all_images_of_ebhi_seg_beside_the_composed_ones(tmp_path: Path) -> None:
     root = shared_data("ebhi-seg")

@@ -25,9 +25,16 @@ def test_the_error_names_a_class_without_a_training_patch(tmp_path: Path) -> Non
         check_classes(dataset, [])
 
 
-def test_the_error_names_the_groups_of_a_class_that_only_validation_images_have(tmp_path: Path) -> None:
-    dataset = load_dataset(put(tmp_path, HEAD + CROP_LABELS))
-    place = "in split val" if "val" in dataset.card.splits else "held out for validation"
+VAL = 'val = [{ image = "val/*.png", mask = "mask/{name}.png" }]\n'
+
+
+@pytest.mark.parametrize(
+    ("val", "place"), [("", "held out for validation"), (VAL, "in split val")], ids=["held-out", "val"]
+)
+def test_the_error_names_the_groups_of_a_class_that_only_validation_images_have(
+    tmp_path: Path, val: str, place: str
+) -> None:
+    dataset = load_dataset(put(tmp_path, HEAD + CROP_LABELS.replace("[labels]", val + "[labels]")))
     with pytest.raises(EmptyClassError, match=rf"tiny: all images of class blue \(group\(s\) P3\) are {place}; add"):
         check_classes(dataset, [ONLY_RED], [BOTH, BOTH, ONLY_RED], ["P3", "P3", "P4"])
     with pytest.raises(

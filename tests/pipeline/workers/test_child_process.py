@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from models.errors import UnknownBundleError
 from pipeline.batch.attempt import is_lasting
 from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
-from pipeline.errors import Cancelled, ConfigError, SlideTimeoutError, WorkerLostError, is_transient
+from pipeline.errors import Cancelled, ClusterError, ConfigError, SlideTimeoutError, WorkerLostError, is_transient
 from pipeline.progress import no_progress
 from pipeline.slide.recipe import segment_slide
 from pipeline.workers import child_process
@@ -264,3 +265,39 @@ if __name__ == "__main__":
     assert not (tmp_path / "out" / "größe").exists()
     with open_workers(None, bundle, SegmentConfig(block_out=16, device="cpu", runtime="torch")) as workers:
         assert workers.segment(job, tmp_path / "out", no_progress).resumed_blocks >= 2
+
+
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        (errno.EAGAIN, "Resource temporarily unavailable); raise the limit of threads and processes (ulimit -u"),
+        (errno.EMFILE, "Too many open files); raise the limit of open files (ulimit -n)"),
+        (errno.EACCES, "Permission denied); run wsi-segment doctor"),
+    ],
+)
+def test_a_process_that_the_machine_does_not_start_is_an_error_with_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, number: int, step: str
+) -> None:
+    def refused(_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refused)
+    with pytest.raises(ClusterError) as caught:
+        child_process.ChildProcess("colon-gland", SegmentConfig(device="cpu"))
+    assert str(caught.value).startswith(f"the child process that segments the slides cannot start ({step}")
+
+
+def test_a_process_that_is_killed_while_it_starts_most_likely_had_too_little_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = multiprocessing.process.BaseProcess.start
+
+    def killed(process: multiprocessing.process.BaseProcess) -> None:
+        start(process)
+        process.kill()
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", killed)
+    with pytest.raises(
+        ClusterError, match=r"cannot start \(SIGKILL\), most likely because memory ran out; raise the limit of the con"
+    ):
+        child_process.ChildProcess("colon-gland", SegmentConfig(device="cpu"))

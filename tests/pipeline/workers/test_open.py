@@ -173,6 +173,7 @@ def test_a_slide_with_a_missing_model_fails_alone(tmp_path: Path) -> None:
     assert result.error.startswith("no/such: neither a shipped model")
 
 
+@pytest.mark.full
 def test_cancelled_workers_stop_the_running_slide(tmp_path: Path) -> None:
     (job,) = small(tmp_path, "a")
     workers = InProcess(lambda _: color_predictor(), "any", SMALL)

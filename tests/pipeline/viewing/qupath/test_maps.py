@@ -146,6 +146,7 @@ def test_the_picture_of_a_large_map_comes_from_a_coarser_level(tmp_path: Path) -
         assert picture.size == (4208 // 4, 608 // 4)
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_number_of_tiles(tmp_path: Path) -> None:
     peaks = []
     for size in (512, 1024):

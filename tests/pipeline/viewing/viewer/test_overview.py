@@ -195,6 +195,7 @@ def test_the_page_shows_the_overview_while_it_is_read(gate: Gate, result: Result
         page.goto("about:blank")
 
 
+@pytest.mark.full
 def test_page_and_log_report_an_unreadable_overview(
     gate: Gate, result: Result, page: Page, caplog: pytest.LogCaptureFixture
 ) -> None:
