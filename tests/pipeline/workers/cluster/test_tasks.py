@@ -89,7 +89,7 @@ def test_a_band_is_not_computed_in_another_way_than_its_slide() -> None:
 @pytest.mark.parametrize(
     ("number", "reason"),
     [
-        (errno.EROFS, "Read-only file system; mount the folder with the right to write"),
+        (errno.EROFS, "Read-only file system; mount the folder read-write"),
         (errno.EDQUOT, "the disk quota for "),
     ],
 )
