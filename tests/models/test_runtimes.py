@@ -269,7 +269,7 @@ def test_openvino_refuses_a_network_that_pads_small_and_large_canvases_different
     network = build_segmenter("resnet18", 3).eval()
     head: Any = network.get_submodule("segmentation_head.0")
     torch.nn.init.normal_(head.weight)  # differences as large as after training
-    reason = "than its smallest image of 64 px contains; use runtime torch, or train it with a larger margin"
+    reason = r"than its smallest image \(64 px\) contains; use runtime torch, or train the model with a larger margin"
     with pytest.raises(RuntimeUnavailableError, match=reason):
         OpenVinoNetwork(network, 64)
     OpenVinoNetwork(network, 96)

@@ -256,9 +256,12 @@ def test_a_locked_slide_is_refused_before_any_work(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("without_locks")
 def test_a_result_on_a_file_system_without_locks_is_refused_by_its_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match=f"^{out}: the file system refuses"), open_folder(out, "slide", IDENTITY, {}):
+    with (
+        pytest.raises(OutputError, match=f"^{out}: file locks fail on this file system"),
+        open_folder(out, "slide", IDENTITY, {}),
+    ):
         pass
     assert list(out.iterdir()) == []
     (out / ".slide.lock").touch()
-    with pytest.raises(OutputError, match=f"^{out}: the file system refuses"):
+    with pytest.raises(OutputError, match=f"^{out}: file locks fail on this file system"):
         check_unlocked(out, "slide")
