@@ -26,14 +26,17 @@ from pipeline.results.summary import read_summary
 log = logging.getLogger(__name__)
 
 _FOLDERS = re.compile(
-    r"""(?<![\w.])(?:[A-Za-z]:|~|\.\.?)?[\\/](?:(?:(?!\.(?:svs|tiff?|ndpi|mrxs|scn|bif|dcm|czi|csv|json)[\s,(])"""
-    r"""(?:\([^\\/()\n]*\)|[^\\/:;)'"\n]|[:;](?!\s)|(?<=\w)'(?=\w)))++(?<!\s)[\\/])+""",
+    r"""(?<![\w.])(?:[A-Za-z]:|~|\.\.?)?[\\/](?:(?=((?:(?!\.(?:svs|tiff?|ndpi|mrxs|scn|bif|dcm|czi|csv|json)[\s,(])"""
+    r"""(?:\([^\\/()\n]*\)|[^\\/:;)'"\n]|[:;](?!\s)|(?<=\w)'(?=\w)))+))\1(?<!\s)[\\/])+""",
     re.IGNORECASE,
 )
 """The folders of a path that begins at a root, a drive, `~`, `.` or `..`.
 
 Names of folders can contain punctuation. Punctuation that ends the path in an English sentence is not part of it: `: `,
 `; `, a quotation mark, and a closing parenthesis that was opened before the path. The name of a slide ends it too.
+
+A lookahead and `\\1` match each name as a whole. A possessive quantifier would do the same, but with Python 3.11.2 of
+Debian 12, it misses names with punctuation.
 """
 
 
