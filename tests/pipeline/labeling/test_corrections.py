@@ -209,10 +209,12 @@ def test_only_the_places_with_another_class_than_the_map_count(
     assert found.skipped == skipped
 
 
-CORNER = st.integers(-50, 250)
+# Even numbers, as the borders of the map, because parts that are 1 px wide do not count.
+CORNER = st.integers(-25, 125).map(lambda half: 2 * half)
+SIDE = st.integers(1, 100).map(lambda half: 2 * half)
 
 
-@given(CORNER, CORNER, st.integers(2, 200), st.integers(2, 200), st.sampled_from(["tumor", "stroma", "mucin"]))
+@given(CORNER, CORNER, SIDE, SIDE, st.sampled_from(["tumor", "stroma", "mucin"]))
 def test_a_change_is_what_is_left_after_cutting_out_the_class_itself(x: int, y: int, w: int, h: int, name: str) -> None:
     own = {"tumor": (0, 100), "stroma": (100, 200), "mucin": (0, 0)}[name]
     across = max(0, min(own[1], x + w) - max(own[0], x)) * max(0, min(50, y + h) - max(0, y))
