@@ -91,7 +91,7 @@ def _memory_of(group: Path) -> int | None:
     rests = [
         int(words[0]) - max(0, int(used[0]) - freed[name])
         for name, words in limits.items()
-        if words and words[0].isdecimal()  # "max" is no limit
+        if words and words[0].isdecimal()  # "max" stands for no limit
     ]
     return min(rests, default=None)
 

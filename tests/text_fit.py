@@ -56,7 +56,7 @@ _MISFITS = """() => {
       if (!boxes.every((box) => inside(box, edges))) found.push(`${words} ends outside ${nameOf(around)}`);
     }
   }
-  // Texts of style sheets are no nodes.
+  // Texts of style sheets are not nodes.
   for (const one of top.querySelectorAll('button, h1, h2, td, th, dd, dt, p, label')) {
     const large = one.scrollWidth > one.clientWidth || one.scrollHeight > one.clientHeight + 3;
     if (large && cuts(one) && !one.matches('#announcement, .hidden-text')) found.push(`${nameOf(one)} is cut off`);

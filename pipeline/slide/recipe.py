@@ -368,9 +368,9 @@ def _named_write_errors(path: Path, output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if (shortage := disk_shortage(error, output)) is not None:
+        if (full := disk_shortage(error, output)) is not None:
             raise OutputError(
-                f"{path.name}: {shortage}, and run the same command again, which resumes from the finished blocks"
+                f"{path.name}: {full}, and run the same command again, which resumes from the finished blocks"
             ) from error
         raise OutputError(
             f"{path.name}: cannot write {error.filename or output}: {error.strerror or error}; {_what_helps(error)}"

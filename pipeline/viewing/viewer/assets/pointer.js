@@ -16,7 +16,7 @@ export class Pointer {
     this.tapped = null; // the level-0 place that was tapped last, until the view moves
     this.dragging = false; // no lookups while dragging: they would delay every frame
     // Whether more than one finger touches the slide, or did before the last one left. A palm that the system does not
-    // reject counts as a finger. Its contact is no sure sign: on some devices, a flat finger reports the size of a palm, and
+    // reject counts as a finger. Its size is not a reliable sign: on some devices, a flat finger reports the size of a palm, and
     // a palm begins as a small contact. Neither is a long rest: people hold one finger before they pinch with another.
     this.fingers = false;
     this.resting = false; // no tip while another tool takes the clicks
