@@ -20,6 +20,7 @@ from flows.parts import PartRuns
 from flows.privacy import as_it_is, pipeline_log, without_folders
 from pipeline.batch.earlier import EarlierRuns
 from pipeline.batch.queue import run_batch
+from pipeline.console import silence_tifffile
 from pipeline.errors import ConfigError
 from pipeline.files import is_file
 from pipeline.results.folder import check_output
@@ -31,6 +32,7 @@ from wsi.errors import WsiSegmentError
 
 def segment_order(order: BatchRequest) -> State[None]:
     """Segment the slides of a request within a flow run; return the state that the run ends in: see `end_state`."""
+    silence_tifffile()
     with pipeline_log(order.redact):
         try:
             return end_state(_segment_all(order))
