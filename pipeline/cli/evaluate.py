@@ -302,7 +302,7 @@ def _print_tables(document: dict[str, Any]) -> None:
     console.print(Text(f"{document['model']['name']} on {document['dataset']['name']}, {document['dataset']['split']}"))
     patches = document["patches"]
     on, off = (patches["scores"][gate] for gate in GATES)
-    table = Table(title=Text(f"labels of {_counted(patches['counted'], 'patch', 'patches')}, gate on, %"))
+    table = Table(title=Text(f"{_counted(patches['counted'], 'labeled patch', 'labeled patches')}, gate on, %"))
     table.add_column("class")
     for column in ("patches", "recall", "specificity", "precision"):
         table.add_column(column, justify="right", no_wrap=True)

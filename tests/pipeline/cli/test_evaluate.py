@@ -133,7 +133,7 @@ def test_without_masks_patches_are_scored_and_a_matrix_of_an_earlier_run_is_remo
     assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "out").iterdir()} == OUTPUTS - {"confusion.png"}
     text = " ".join(result.stdout.split())
-    assert text.startswith("test on tiny, test labels of 2 patches, gate on, % ")
+    assert text.startswith("test on tiny, test 2 labeled patches, gate on, % ")
     assert re.search(r"class-0 │ 2 │ 100.00 │ – │ 100.00", text)
     assert re.search(r"class-1 │ 0 │ – │ 50.00 │ 0.00", text)
     assert "balanced accuracy: –, gate off –" in text
