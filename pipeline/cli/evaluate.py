@@ -64,16 +64,17 @@ def evaluate(
     quiet: QuietOption = False,
     _version: Annotated[bool, version_option(PROGRAM)] = False,
 ) -> None:
-    """Measure a model on a data set: the classes that its map shows in labeled patches, and the pixels if all images
-    have masks.
+    """Compare the maps of a model with the labels of a data set: patch labels and, if there are any, masks.
 
-    A class counts as found in a patch if it covers more than a small share of it. The scores of patches are recall,
-    specificity and precision per class, balanced accuracy, and the share of patches with every class right. Those of
-    pixels are IoU per class, mean IoU, frequency-weighted IoU and accuracy, in two protocols. Protocol exclude ignores
-    the pixels that the mask labels as white or as no class. Protocol include counts them as one more class; it needs a
-    background rule in the dataset.toml, which predicts white. All scores are computed with and without the
-    classification gate. The files evaluation.json, confusion.png (with masks) and worst.png in the output folder
-    replace those of an earlier evaluation.
+    Patch labels give recall, specificity and precision of each class, balanced accuracy, and the share of patches
+    with every class right. A class counts as found in a patch if it covers more than a small share of the patch.
+
+    If every image has a mask, the pixels give the IoU of each class, mean IoU, frequency-weighted IoU and accuracy, in
+    two protocols. Protocol exclude ignores the pixels that the mask labels as white or as no class. Protocol include
+    counts them as one more class; it needs a background rule in the dataset.toml, which predicts white.
+
+    All scores are computed with and without the classification gate. The files evaluation.json, worst.png and, with
+    masks, confusion.png replace those of an earlier evaluation in the output folder.
 
     Exit status: 0 done, 1 failed, 2 usage error, 130 interrupted.
     """
@@ -168,7 +169,7 @@ def _written(output: Path) -> Iterator[None]:
 
 
 def _document(predictor: Predictor, dataset: Dataset, split: Split, result: Evaluation, *, tta: bool) -> dict[str, Any]:
-    """Return the result in plain values. A missing number is null, and so is all about pixels without masks."""
+    """Return the result in plain values. Undefined scores are null. Without masks, all values of pixels are null."""
     from pipeline.results.record import versions
 
     return {
@@ -198,7 +199,7 @@ def _patches(results: PatchResults) -> dict[str, Any]:
 
 
 def _pixels(result: Evaluation) -> dict[str, Any]:
-    """Return the scores of the pixels, or null for each without masks."""
+    """Return the scores of the pixels. Without masks, each value is None."""
     keys = ("pixels", "scores", "miou_spread", "confusion", "image_confusion", "image_miou")
     if not result.matrices:
         return dict.fromkeys(keys)
@@ -225,7 +226,7 @@ def _plain_patches(scores: PatchScores) -> dict[str, Any]:
     plain: dict[str, Any] = {
         key: {name: _number(value) for name, value in of_class.items()} for key, of_class in by_class.items()
     }
-    return plain | {"balanced": scores.balanced, "exact": scores.exact}
+    return plain | {"balanced": _number(scores.balanced), "exact": scores.exact}
 
 
 def _plain(scores: Scores) -> dict[str, Any]:
@@ -275,16 +276,16 @@ def _draw(
 def _ranked(result: Evaluation) -> list[tuple[str, str]]:
     """Return the names of the images, the worst first, with their titles in worst.png.
 
-    Without masks, only images with a wrong class are shown, because the others cannot be ranked.
+    Without masks, images with every class right are left out, because they cannot be ranked.
     """
     if result.matrices:
         ranked = sorted((miou, name) for name, miou in result.image_miou.items() if not math.isnan(miou))
         return [(name, f"{name}: mIoU {100 * miou:.1f} %") for miou, name in ranked]
     patches, titles = result.patches, []
     for name in sorted(patches.present, key=lambda name: (-patches.wrong(name), name)):
-        shown, missed = patches.mistakes(name)
+        found, missed = patches.mistakes(name)
         parts = [
-            f"{what} {', '.join(names)}" for what, names in (("wrongly shown:", shown), ("missed:", missed)) if names
+            f"{what} {', '.join(names)}" for what, names in (("wrongly found", found), ("missed", missed)) if names
         ]
         if parts:
             titles.append((name, f"{name}: {'; '.join(parts)}"))
@@ -292,7 +293,7 @@ def _ranked(result: Evaluation) -> list[tuple[str, str]]:
 
 
 def _print_tables(document: dict[str, Any]) -> None:
-    """Print the scores of the patches, and those of the pixels if there are any, in percent."""
+    """Print the scores of patches and, with masks, those of pixels, in percent."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -301,8 +302,8 @@ def _print_tables(document: dict[str, Any]) -> None:
     console.print(Text(f"{document['model']['name']} on {document['dataset']['name']}, {document['dataset']['split']}"))
     patches = document["patches"]
     on, off = (patches["scores"][gate] for gate in GATES)
-    table = Table(title=Text(f"{patches['counted']} labeled patches, gate on, %"))
-    table.add_column("")
+    table = Table(title=Text(f"{_counted(patches['counted'], 'labeled patch', 'labeled patches')}, gate on, %"))
+    table.add_column("class")
     for column in ("patches", "recall", "specificity", "precision"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, count in patches["with_class"].items():
@@ -310,22 +311,24 @@ def _print_tables(document: dict[str, Any]) -> None:
         table.add_row(Text(name), str(count), *cells)
     console.print(table)
     for label, key in (("balanced accuracy", "balanced"), ("patches with every class right", "exact")):
-        spread = patches["spread"][key]
-        deviation = "" if spread is None else f" ± {_cell(spread)}"
-        console.print(Text(f"{label}: {_cell(on[key])}{deviation} %, gate off {_cell(off[key])} %"))
+        console.print(Text(f"{label}: {_with_spread(on[key], patches['spread'][key])}, gate off {_percent(off[key])}"))
     if document["scores"] is None:
-        console.print("no scores of pixels, because not every image has a mask")
-        return
-    _print_pixels(console, document)
+        console.print("no scores of pixels, because they require a mask of every image")
+    else:
+        _print_pixels(console, document)
+    if len(set(document["image_case"].values())) == 1:
+        console.print("no ±, because all images belong to one case")
+    else:
+        console.print("±: standard deviation over test sets of as many cases")
 
 
 def _print_pixels(console: Console, document: dict[str, Any]) -> None:
-    """Print one column per protocol and gate and one row per score, in percent."""
+    """Print a table with one column per protocol and gate and one row per score, and the mIoU with its spread."""
     from rich.table import Table
     from rich.text import Text
 
     columns = [document["scores"][protocol][gate] for protocol in document["scores"] for gate in GATES]
-    table = Table(title=Text(f"pixels of {document['images']} images, %"))
+    table = Table(title=Text(f"pixels of {_counted(document['images'], 'image', 'images')}, %"))
     table.add_column("")
     for protocol in document["scores"]:
         for gate in ("gate on", "gate off"):
@@ -336,10 +339,21 @@ def _print_pixels(console: Console, document: dict[str, Any]) -> None:
         table.add_row(Text(f"IoU {name}"), *(_cell(c["iou"].get(name)) for c in columns), end_section=last)
     for label, key in (("mIoU", "miou"), ("FwIoU", "fwiou"), ("ACC", "accuracy")):
         table.add_row(label, *(_cell(column[key]) for column in columns))
-    spread = document["miou_spread"]
-    deviation = "– (one case only)" if spread is None else f"± {_cell(spread)}"
-    table.caption = Text(f"mIoU (exclude, gate on) over other cases of this kind: {deviation}")
     console.print(table)
+    miou = document["scores"]["exclude"]["gate_on"]["miou"]
+    console.print(Text(f"mIoU (exclude, gate on): {_with_spread(miou, document['miou_spread'])}"))
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
+
+
+def _with_spread(value: float | None, spread: float | None) -> str:
+    return _percent(value) if spread is None else f"{_cell(value)} ± {_cell(spread)} %"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{_cell(value)} %"
 
 
 def _cell(value: float | None) -> str:

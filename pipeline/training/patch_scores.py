@@ -2,12 +2,12 @@
 
 A class counts as found in a patch if the map gives it more than a minimum share of the patch.
 
-Shape suffixes: M labeled patches, B those of one image, K classes.
+Shape suffixes: M labeled patches, B those of one image, K classes, D draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,8 @@ class PatchScores:
     precision: dict[str, float]
     """By class: share of the patches in which the map shows the class that have it."""
     balanced: float
-    """Mean of recall and specificity over the classes that some patches have and others lack."""
+    """Mean of recall and specificity over the classes that some patches have and others lack; NaN without such a
+    class."""
     exact: float
     """Share of the patches with every class right."""
 
@@ -69,15 +70,18 @@ class PatchResults:
     def spread(self, draws: int = 1000) -> tuple[float, float]:
         """Return the bootstrap standard deviations of `balanced` and `exact` over cases, with the gate.
 
-        Each draw takes as many cases with replacement (Efron 1979). The result is deterministic; NaN with one case.
+        Each draw takes as many cases with replacement (Efron 1979). Draws without `balanced` do not count for its
+        deviation. The result is deterministic; NaN with one case or if the score is undefined.
         """
-        cases = list(dict.fromkeys(self.groups.values()))
-        if len(cases) < 2:
+        number = {case: n for n, case in enumerate(dict.fromkeys(self.groups.values()))}
+        if len(number) < 2:
             return np.nan, np.nan
-        case_M = np.concatenate([[cases.index(self.groups[name])] * len(own) for name, own in self.present.items()])
-        parts = [np.flatnonzero(case_M == index) for index in range(len(cases))]
-        balanced, exact = drawn_scores(self._found_MK(True), self._present_MK(), parts, draws).std(axis=0).tolist()
-        return balanced, exact
+        case_M = np.repeat([number[self.groups[name]] for name in self.present], [*map(len, self.present.values())])
+        parts = np.split(np.argsort(case_M, kind="stable"), np.cumsum(np.bincount(case_M))[:-1])
+        drawn_D2 = drawn_scores(balanced_and_exact, self._found_MK(True), self._present_MK(), parts, draws)
+        balanced_D, exact_D = drawn_D2.T
+        balanced_D = balanced_D[~np.isnan(balanced_D)]
+        return float(balanced_D.std()) if len(balanced_D) else np.nan, float(exact_D.std())
 
     def mistakes(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the classes that the map shows in patches of an image without them, and those that it misses there."""
@@ -126,23 +130,23 @@ def patch_scores(found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_], nam
 
 
 def balanced_and_exact(found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return `balanced` and `exact` of `PatchScores`.
-
-    If every class is in all patches or in none, `balanced` is the share of right answers, one per patch and class.
-    """
+    """Return `balanced` and `exact` of `PatchScores`."""
     accuracies = []
     for k in range(present_MK.shape[1]):
         truth_M = present_MK[:, k]
         if truth_M.any() and not truth_M.all():
             accuracies.append((found_MK[truth_M, k].mean() + (~found_MK[~truth_M, k]).mean()) / 2)
-    balanced = float(np.mean(accuracies)) if accuracies else float((found_MK == present_MK).mean())
-    return balanced, float((found_MK == present_MK).all(axis=1).mean())
+    return float(np.mean(accuracies)) if accuracies else np.nan, float((found_MK == present_MK).all(axis=1).mean())
 
 
 def drawn_scores(
-    found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_], parts: Sequence[NDArray[np.int64]], draws: int
+    score: Callable[[NDArray[np.bool_], NDArray[np.bool_]], tuple[float, float]],
+    found_MK: NDArray[np.bool_],
+    present_MK: NDArray[np.bool_],
+    parts: Sequence[NDArray[np.int64]],
+    draws: int,
 ) -> NDArray[np.float64]:
-    """Return `balanced_and_exact` (draws, 2) of as many parts drawn with replacement. The result is deterministic.
+    """Return `score` (draws, 2) of as many parts drawn with replacement. The result is deterministic.
 
     `parts` has the indices of the patches of each image or case.
     """
@@ -150,7 +154,7 @@ def drawn_scores(
     scores = []
     for _ in range(draws):
         drawn_M = np.concatenate([parts[n] for n in rng.integers(len(parts), size=len(parts))])
-        scores.append(balanced_and_exact(found_MK[drawn_M], present_MK[drawn_M]))
+        scores.append(score(found_MK[drawn_M], present_MK[drawn_M]))
     return np.array(scores)
 
 

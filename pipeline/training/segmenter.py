@@ -6,6 +6,7 @@ Shape suffixes: N views, K classes, L layers, H and W the image, h and w a map a
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -220,7 +221,7 @@ def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, dev
     """Return how well the predicted map agrees with the presence labels of all labeled patches.
 
     Pixels of masks are never used. A class counts as found if it covers more than `smallest_share` of a patch.
-    "balanced" and "exact" are those of `PatchScores`. "score" is their mean: few patches lack a class, so
+    "balanced" and "exact" are those of `_balanced_and_exact`. "score" is their mean: few patches lack a class, so
     "balanced" alone jumps from epoch to epoch with a handful of patches, and "exact" alone ignores those patches.
     "score_error" is the standard error of "score", from a bootstrap over the images.
     """
@@ -232,10 +233,20 @@ def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, dev
             found += [_covered(labels_hw, box, images.present[0].shape[1]) > minimum for box in boxes_B4.tolist()]
         present.append(present_MK)
     found_MK, present_MK = np.stack(found), np.concatenate(present)
-    balanced, exact = balanced_and_exact(found_MK, present_MK)
+    balanced, exact = _balanced_and_exact(found_MK, present_MK)
     of_image = np.split(np.arange(len(found_MK)), images.ends_N[:-1])
-    error = float(drawn_scores(found_MK, present_MK, of_image, 200).mean(axis=1).std())
+    error = float(drawn_scores(_balanced_and_exact, found_MK, present_MK, of_image, 200).mean(axis=1).std())
     return {"score": (balanced + exact) / 2, "score_error": error, "balanced": balanced, "exact": exact}
+
+
+def _balanced_and_exact(found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return `balanced` and `exact` of `PatchScores`.
+
+    The choice of an epoch needs a number. If every class is in all patches or in none, `balanced` is therefore the
+    share of right answers, one per patch and class.
+    """
+    balanced, exact = balanced_and_exact(found_MK, present_MK)
+    return float((found_MK == present_MK).mean()) if math.isnan(balanced) else balanced, exact
 
 
 def trusted_logits(

@@ -136,9 +136,12 @@ def test_without_masks_patches_are_scored_and_a_matrix_of_an_earlier_run_is_remo
     assert text.startswith("test on tiny, test 2 labeled patches, gate on, % ")
     assert re.search(r"class-0 │ 2 │ 100.00 │ – │ 100.00", text)
     assert re.search(r"class-1 │ 0 │ – │ 50.00 │ 0.00", text)
-    assert "balanced accuracy: 75.00 ± " in text
+    assert "balanced accuracy: –, gate off –" in text
     assert "patches with every class right: 50.00 ± " in text
-    assert text.endswith("no scores of pixels, because not every image has a mask")
+    assert text.endswith(
+        "no scores of pixels, because they require a mask of every image "
+        "±: standard deviation over test sets of as many cases"
+    )
     document = document_of(tmp_path / "out")
     assert {key for key, value in document.items() if value is None} == {
         "pixels",
@@ -158,11 +161,12 @@ def test_without_masks_patches_are_scored_and_a_matrix_of_an_earlier_run_is_remo
         "recall": {"class-0": 1.0, "class-1": None},
         "specificity": {"class-0": None, "class-1": 0.5},
         "precision": {"class-0": 1.0, "class-1": 0.0},
-        "balanced": 0.75,
+        "balanced": None,
         "exact": 0.5,
     }
     assert patches["scores"]["gate_off"] == patches["scores"]["gate_on"]
     # Right in none, one or both of two drawn images.
+    assert patches["spread"]["balanced"] is None
     assert patches["spread"]["exact"] == pytest.approx(np.sqrt(1 / 8), rel=0.1)
     with Image.open(tmp_path / "out" / "worst.png") as picture:
         rgb_HWC = np.asarray(picture)
@@ -175,17 +179,21 @@ def test_without_masks_patches_are_scored_and_a_matrix_of_an_earlier_run_is_remo
     assert corner == [list(COLORS[1]), list(COLORS[1]), [255] * 3]
 
 
-def test_the_caption_has_a_spread_only_if_there_are_two_cases(
+def test_a_spread_is_printed_only_if_there_are_two_cases(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold(monkeypatch, predictor())
     file = write_dataset(tmp_path / "data", {"P1-a": stripes(64, 96), "P1-b": stripes(64, 64)})
     result = invoke(bundle, file, "-o", tmp_path / "out")
-    assert "over other cases of this kind: ± 0.00" in " ".join(result.stdout.split())
+    assert "mIoU (exclude, gate on): 100.00 ± 0.00 %" in result.stdout
+    assert "100.00 ± 0.00 %, gate off 100.00 %\n" in result.stdout
+    assert result.stdout.endswith("\n±: standard deviation over test sets of as many cases\n")
     assert document_of(tmp_path / "out")["miou_spread"] == 0
     file.write_text(file.read_text() + "[group]\npattern = '^(P[0-9])-'\n")
     result = invoke(bundle, file, "-o", tmp_path / "out")
-    assert "over other cases of this kind: – (one case only)" in " ".join(result.stdout.split())
+    assert "mIoU (exclude, gate on): 100.00 %\n" in result.stdout
+    assert "right: 100.00 %, gate off 100.00 %\n" in result.stdout
+    assert result.stdout.endswith("\nno ±, because all images belong to one case\n")
     assert document_of(tmp_path / "out")["miou_spread"] is None
 
 

@@ -52,9 +52,29 @@ def test_a_class_that_is_never_shown_has_no_precision() -> None:
     assert set(scores.recall.values()) == {0.0}
 
 
-def test_classes_that_are_in_all_patches_are_balanced_by_all_answers() -> None:
-    found_MK, present_MK = np.array([[True, False], [True, True]]), np.ones((2, 2), bool)
-    assert balanced_and_exact(found_MK, present_MK) == (0.75, 0.5)
+def test_there_is_no_balanced_accuracy_if_every_class_is_in_all_patches_or_in_none() -> None:
+    found_MK, present_MK = np.array([[True, False], [True, True]]), np.array([[True, False]] * 2)
+    balanced, exact = balanced_and_exact(found_MK, present_MK)
+    assert math.isnan(balanced)
+    assert exact == 0.5
+    one = {"x": found_MK[:1], "y": found_MK[1:]}
+    ours = PatchResults(
+        ("a", "b"), 0.05, {"x": present_MK[:1], "y": present_MK[1:]}, {True: one, False: one}, {"x": "x", "y": "y"}
+    )
+    balanced, exact = ours.spread()
+    assert math.isnan(balanced)
+    assert exact == pytest.approx(np.sqrt(1 / 8), rel=0.1)
+
+
+def test_draws_without_a_balanced_accuracy_do_not_add_to_its_spread() -> None:
+    # Right in every patch that has class b, and wrong in every patch without it: 1/2 whenever a draw has both.
+    present = {"x": np.array([[True, True]]), "y": np.array([[True, False]])}
+    found = {name: np.array([[True, True]]) for name in present}
+    ours = PatchResults(("a", "b"), 0.05, present, {True: found, False: found}, {"x": "x", "y": "y"})
+    assert ours.scores().balanced == 0.5
+    balanced, exact = ours.spread()
+    assert balanced == 0
+    assert exact == pytest.approx(np.sqrt(1 / 8), rel=0.1)
 
 
 def results(groups: list[str]) -> PatchResults:
@@ -74,7 +94,7 @@ def test_the_spread_is_the_bootstrap_deviation_over_cases() -> None:
         images = [n for case in cases for n, group in enumerate(groups) if group == case]
         pair = (np.concatenate([of[f"image {n}"] for n in images]) for of in (ours.found[True], ours.present))
         draws.append(balanced_and_exact(*pair))
-    assert ours.spread() == pytest.approx(np.std(draws, axis=0), rel=0.1)
+    assert ours.spread() == pytest.approx(np.nanstd(draws, axis=0), rel=0.1)
     assert ours.spread() == ours.spread()
     assert ours.scores(gate=False).exact == 1.0
 
@@ -86,5 +106,5 @@ def test_a_single_case_has_no_spread() -> None:
 def test_a_draw_takes_whole_parts() -> None:
     found_MK, present_MK = np.array([[True], [False], [True], [True]]), np.array([[True], [True], [False], [False]])
     # Part 0 is half right, part 1 all wrong: a draw is one of them twice, or both.
-    drawn = drawn_scores(found_MK, present_MK, [np.array([0, 1]), np.array([2, 3])], 200)
+    drawn = drawn_scores(balanced_and_exact, found_MK, present_MK, [np.array([0, 1]), np.array([2, 3])], 200)
     assert set(drawn[:, 1]) == {0.5, 0.25, 0.0}
