@@ -102,8 +102,13 @@ def show_metrics(run: Path, metrics: dict[str, float]) -> None:
     _without_server(lambda: create_table_artifact(table, key=artifact_key("training", run.absolute().name)))
 
 
-def show_table(output: Path, results: Sequence[SlideResult], redact: Redact, *, links: bool) -> None:
-    """Write the table of results, under a key that all batches into this folder share. `links` shows its path."""
+def show_table(
+    output: Path, results: Sequence[SlideResult], redact: Redact, *, links: bool, incomplete: str = ""
+) -> None:
+    """Write the table of results, under a key that all batches into this folder share. `links` shows its path.
+
+    `incomplete` states which rows are missing from summary.csv.
+    """
     ordered = sorted(results, key=lambda r: (r.status != "failed", r.slide))
     rows = [_row(result, redact, links=links) for result in ordered[:TABLE_ROWS]]
     classes = {name: None for row in rows for name in row if name.startswith(AREA_COLUMN)}
@@ -114,6 +119,8 @@ def show_table(output: Path, results: Sequence[SlideResult], redact: Redact, *, 
     text = tally(results)
     if len(ordered) > len(rows):
         text += f"\n\nThe first {len(rows)} of {len(ordered)}; summary.csv has all."
+    if incomplete:
+        text += f"\n\n{redact(incomplete)}"
     report = output / PAGE
     if report.exists():
         text += f"\n\nReport: {report.absolute().as_uri() if links else report.name}"

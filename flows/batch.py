@@ -47,7 +47,8 @@ def segment_batch(
         retry_failed: Whether to retry slides that failed permanently in an earlier run.
         hide_paths: Whether to keep folders out of logs, states and artifacts. Names of files stay.
 
-    The run ends in `Completed` if no slide failed in this run, else in a failed state with the number in its name.
+    The run ends in `Completed` if no slide failed in this run, else in a failed state with the number in its name. It
+    also ends in a failed state if rows are missing from `summary.csv`.
     """
     try:
         order = BatchRequest(

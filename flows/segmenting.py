@@ -20,6 +20,7 @@ from flows.parts import PartRuns
 from flows.privacy import as_it_is, pipeline_log, without_folders
 from pipeline.batch.earlier import EarlierRuns
 from pipeline.batch.queue import run_batch
+from pipeline.console import silence_tifffile
 from pipeline.errors import ConfigError
 from pipeline.files import is_file
 from pipeline.results.folder import check_output
@@ -31,9 +32,11 @@ from wsi.errors import WsiSegmentError
 
 def segment_order(order: BatchRequest) -> State[None]:
     """Segment the slides of a request within a flow run; return the state that the run ends in: see `end_state`."""
+    silence_tifffile()
     with pipeline_log(order.redact):
         try:
-            return end_state(_segment_all(order))
+            results, incomplete = _segment_all(order)
+            return end_state(results, order.redact(incomplete))
         except WsiSegmentError as error:
             if isinstance(error.__cause__, KeyboardInterrupt):
                 raise error.__cause__ from None  # Ctrl-C is for the whole program; Prefect marks the run as crashed
@@ -76,11 +79,13 @@ def _cells(manifest: Path) -> list[str]:
         return []  # the error that refused this manifest names no cell
 
 
-def _segment_all(order: BatchRequest) -> list[SlideResult]:
+def _segment_all(order: BatchRequest) -> tuple[list[SlideResult], str]:
+    """Return the results, and a text about rows that are missing from summary.csv, which is empty if there are none."""
     check_workers(order.scheduler, slide_timeout_s=order.slide_timeout_s)
     check_output(order.output, "output")
     earlier = EarlierRuns(order.output, order.model, order.config, retry_failed=order.retry_failed)
     progress, ended = SlideProgress(len(order.jobs)), list[SlideResult]()
+    missing: list[str] = []
 
     def opened(_: SlideJob) -> AbstractContextManager[Workers]:
         return open_workers(order.scheduler, order.model, order.config, slide_timeout_s=order.slide_timeout_s)
@@ -92,7 +97,7 @@ def _segment_all(order: BatchRequest) -> list[SlideResult]:
 
     try:
         with PartRuns(len(order.jobs), order.redact) as parts:
-            return run_batch(
+            results = run_batch(
                 order.jobs,
                 order.output,
                 opened,
@@ -103,9 +108,11 @@ def _segment_all(order: BatchRequest) -> list[SlideResult]:
                 tick=progress.show,
                 slides_at_once=order.slides_at_once,
                 lock_timeout_s=order.slide_timeout_s or math.inf,
+                incomplete=missing.append,
             )
+        return results, "".join(missing)
     finally:
         # Also after an interruption: the table then contains the slides that are done.
         progress.show(now=True)
         if ended:
-            show_table(order.output, ended, order.redact, links=not order.hide_paths)
+            show_table(order.output, ended, order.redact, links=not order.hide_paths, incomplete="".join(missing))

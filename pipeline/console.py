@@ -41,6 +41,13 @@ def log_to_stderr(level: int) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
-    if level > logging.DEBUG:
-        # tifffile logs each damaged tag without the slide's name. Our own errors and warnings report the damage.
+    silence_tifffile(level)
+
+
+def silence_tifffile(level: int | None = None) -> None:
+    """Silence tifffile unless `level` is DEBUG. None: the level of this process's root logger.
+
+    tifffile logs each damaged tag without the slide's name. Our own errors and warnings report the damage.
+    """
+    if (logging.getLogger().level if level is None else level) > logging.DEBUG:
         logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)

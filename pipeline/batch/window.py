@@ -142,7 +142,7 @@ class SlideQueue:
             heapq.heappush(self._delayed, slide)
         elif attempt.end == "locked":
             if slide.locked_until is None:
-                log.warning("%s: another run is working on this slide; waiting for it", slide.job.path.name)
+                log.warning("%s: another run is working on this slide; waiting for it", slide.job.result_name)
                 slide.locked_until = now + self._lock_timeout_s
             slide.due = now + LOOK_S
             self._locked.append(slide)

@@ -28,12 +28,17 @@ class Outcome(Generic[Value]):
         """Return the outcome of a task that raised this error."""
         return cls(errors=tuple(_picklable(one) for one in _with_causes(error)))
 
-    def result(self) -> Value:
-        """Return the value of the task, or raise its error."""
+    @property
+    def error(self) -> Exception | None:
+        """Return the error of the task with its causes, or None if the task has a value."""
         for error, cause in itertools.pairwise(self.errors):
             error.__cause__ = cause
-        if self.errors:
-            raise self.errors[0]
+        return self.errors[0] if self.errors else None
+
+    def result(self) -> Value:
+        """Return the value of the task, or raise its error."""
+        if (error := self.error) is not None:
+            raise error
         assert self.value is not None
         return self.value
 

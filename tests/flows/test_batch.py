@@ -213,6 +213,29 @@ def test_a_slide_that_stays_locked_for_longer_than_the_slide_timeout_fails(
     assert rows_of(tmp_path / "out")["a"]["error"] == "a is locked"
 
 
+@pytest.mark.parametrize("hide_paths", [False, full(True)])
+def test_rows_that_cannot_be_written_fail_the_run_and_are_shown(
+    tmp_path: Path,
+    harness: SyncPrefectClient,
+    scripted: ScriptedWorkers,
+    monkeypatch: pytest.MonkeyPatch,
+    hide_paths: bool,
+) -> None:
+    def immutable(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pipeline.batch.board.write_summary", immutable)
+    out = tmp_path / "out"
+    state = run(touched(tmp_path / "in", "a", "b"), out, hide_paths=hide_paths)
+    missing = (
+        f"{'(folder)' if hide_paths else out}: 2 rows of this run could not be written to summary.csv; the results"
+    )
+    assert (state.name, state.is_failed()) == ("summary.csv is incomplete", True)
+    assert str(state.message).startswith(f"2 slides: 2 done\n\n{missing}")
+    assert artifacts(harness, newest_run(harness))["table"].description.startswith(f"2 slides: 2 done\n\n{missing}")
+    assert sorted(scripted.tried) == ["a", "b"]
+
+
 @pytest.mark.full
 def test_a_run_in_which_only_slides_failed_that_failed_before_is_completed(
     tmp_path: Path, scripted: ScriptedWorkers

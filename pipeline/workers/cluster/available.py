@@ -31,12 +31,15 @@ class AvailableProcesses:
         self._gpu = gpu
         self._lock = threading.Lock()
         self._addresses: list[str] = []
+        self._left_out: set[str] = set()
         self._refreshed = -math.inf
         self._empty_since: float | None = None
         self._warned = False
 
     def addresses(self, *, now: bool = False) -> list[str]:
         """Return the addresses of the processes, as of a few seconds ago or, with `now`, as of this moment.
+
+        Processes that are left out are among them only if there are no others.
 
         Logs a warning if there is no process for `WARNING_S`, and another one when a process is available again.
         Threads may call this at the same time.
@@ -46,7 +49,25 @@ class AvailableProcesses:
                 with suppress(OSError):  # includes timeouts
                     self._refresh()
                 self._refreshed = time.monotonic()
-            return self._addresses
+            return [one for one in self._addresses if one not in self._left_out] or self._addresses
+
+    def leave_out(self, address: str, reason: str) -> None:
+        """Give a process no more tasks as long as there are others. `reason` completes a sentence about it."""
+        with self._lock:
+            if address not in self._left_out:
+                self._left_out.add(address)
+                log.warning("worker %s %s; the batch leaves this worker out", address, reason)
+
+    def is_left_out(self, address: str) -> bool:
+        """Return whether a process gets no more tasks as long as there are others."""
+        with self._lock:
+            return address in self._left_out
+
+    def allowed(self) -> list[str] | None:
+        """Return the addresses to which a task must be restricted; None if any process may run it."""
+        addresses = self.addresses()
+        with self._lock:
+            return addresses if len(addresses) < len(self._addresses) else None
 
     def _refresh(self) -> None:
         scheduler: Any = self._client.scheduler

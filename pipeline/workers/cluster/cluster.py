@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,15 +28,12 @@ from pipeline.slide.engine import Finished
 from pipeline.slide.recipe import segment_slide_with
 from pipeline.workers.base import SlideJob, Spread, job_config
 from pipeline.workers.cluster.available import AvailableProcesses
+from pipeline.workers.cluster.checks import WorkerChecks
 from pipeline.workers.cluster.local_processes import local_processes, process_count, visible_gpus
-from pipeline.workers.cluster.slide_tasks import Message, SlideTasks
+from pipeline.workers.cluster.slide_tasks import Message, SlideTasks, Usable
 from pipeline.workers.cluster.tasks import (
     ModelRef,
     TaskContext,
-    answer,
-    check_folder,
-    check_slide,
-    check_worker,
     make_band,
     resolve_task,
     segment_band_task,
@@ -105,13 +102,10 @@ class Cluster:
         self._fixed = fixed
         self._topic = f"wsi-segment-{uuid.uuid4()}"
         self._lock = threading.Lock()
-        # A separate lock: a worker with a stale mount must not delay `cancel`.
-        self._folder_lock = threading.Lock()
         self._slides: dict[str, SlideTasks] = {}
-        self._folders: set[Path] = set()
-        self._slide_folders: set[Path] = set()
         self._cancelled = False
         self._available = AvailableProcesses(client, gpu=config.device != "cpu")
+        self._checks = WorkerChecks(client, self._available, config)
 
     @property
     def slides_at_once(self) -> int:
@@ -138,16 +132,20 @@ class Cluster:
                 f"the cluster cannot run wsi-segment ({type(error).__name__}: {error}); install the same versions "
                 f"everywhere"
             )
-        needs = versions() if self._config.runtime == "torch" else installed_versions()
-        self._ask_all(check_worker, needs, model)
+        self._checks.check_model(model)
 
     def segment(self, job: SlideJob, output: Path, progress: Progress) -> SlideResult:
         """See `Workers.segment`."""
         config = job_config(job, self._config)
         model = _model_ref(job.model or self._model)
-        self._check_folder(output)
-        self._check_slide(job.path)
-        with self._tasks(job.path.name, progress) as tasks:
+        self._checks.check_folder(output)
+        self._checks.check_slide(job.path)
+
+        def usable(address: str, error: Exception | None) -> bool:
+            # All local processes share this machine.
+            return self._fixed or self._checks.is_usable(address, job, output, model, error)
+
+        with self._tasks(job.path.name, progress, usable) as tasks:
             context = TaskContext(tasks.id, self._topic, model, config)
             if self._spread == "blocks":
                 return _seen_here(self._segment_in_bands(tasks, context, job, output), output)
@@ -187,51 +185,6 @@ class Cluster:
             for tasks in self._slides.values():
                 tasks.cancel()
 
-    def _ask_all(self, question: Callable[..., str], *arguments: object) -> None:
-        addresses = self._available.addresses(now=True)
-        answers = self._client.run(answer, question, *arguments, workers=addresses, on_error="return")
-        for address, reason in answers.items():
-            if isinstance(reason, OSError):
-                continue  # the process has exited
-            if isinstance(reason, Exception):
-                reason = (
-                    f"cannot run wsi-segment ({type(reason).__name__}: {reason}); install the same versions everywhere"
-                )
-            if reason:
-                raise ClusterError(f"worker {address} {reason}")
-
-    def _check_folder(self, output: Path) -> None:
-        """Check, once per folder, that all processes write to the same folder as this one."""
-        with self._folder_lock:
-            if output in self._folders:
-                return
-            try:
-                output.mkdir(parents=True, exist_ok=True)
-                probe, content = output.absolute() / f".{uuid.uuid4()}.probe", str(uuid.uuid4())
-                probe.write_text(content, encoding="utf-8")
-            except OSError:
-                return  # the error of the slide is clearer
-            try:
-                self._ask_all(check_folder, probe, content)
-            except ClusterError as error:
-                raise ClusterError(f"{output}: {error}") from None
-            finally:
-                probe.unlink(missing_ok=True)
-            self._folders.add(output)
-
-    def _check_slide(self, path: Path) -> None:
-        """Check, once per folder of slides, that all processes can read a slide which this one can read."""
-        with self._folder_lock:
-            if path.parent in self._slide_folders:
-                return
-            if check_slide(path):
-                return  # the error of the slide is clearer
-            try:
-                self._ask_all(check_slide, path.absolute())
-            except ClusterError as error:
-                raise ClusterError(f"{path}: {error}") from None
-            self._slide_folders.add(path.parent)
-
     def _wait_until_visible(self, job: SlideJob, folder: Path) -> None:
         end = time.monotonic() + VISIBLE_S
         while read_header(folder) is None:
@@ -243,9 +196,8 @@ class Cluster:
             time.sleep(0.5)
 
     @contextmanager
-    def _tasks(self, name: str, progress: Progress) -> Iterator[SlideTasks]:
-        watch = self._available.addresses
-        tasks = SlideTasks(name, self._client, self._available.resources, self._timeout_s, progress, watch)
+    def _tasks(self, name: str, progress: Progress, usable: Usable) -> Iterator[SlideTasks]:
+        tasks = SlideTasks(name, self._client, self._available, self._timeout_s, progress, usable)
         with suppress(ClosedClientError):  # the first task raises the error
             # For every slide, because a restarted scheduler has lost the subscription.
             self._client.subscribe_topic(self._topic, self._deliver)

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from pipeline.errors import (
     WorkerLostError,
 )
 from pipeline.progress import Progress
+from pipeline.workers.cluster.available import AvailableProcesses
 from pipeline.workers.outcome import Outcome
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ RESTART_S = 30.0
 
 QUEUED_TRIES = 3
 """Times a task is resubmitted if it was only queued in processes that died."""
+
+Usable = Callable[[str, Exception | None], bool]
+"""Returns whether the process at an address can run a slide's tasks, before a task or after the error of a task."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class _Task:
     function: Callable[..., None]
     arguments: tuple[object, ...]
     tries: int
+    allowed: Sequence[str] | None
+    """Addresses of the processes that may run the task. None: all."""
     address: str = ""
     """Address of the process that started the task last."""
     starts: int = 0
@@ -64,22 +70,22 @@ class SlideTasks:
         self,
         name: str,
         client: Client,
-        resources: Mapping[str, float],
+        available: AvailableProcesses,
         timeout_s: float | None,
         progress: Progress,
-        watch: Callable[[], object],
+        usable: Usable,
     ) -> None:
-        """`watch` is called about once a second while no message arrives."""
+        """A task moves to another process if `usable` returns False for its process."""
         self.id = str(uuid.uuid4())
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._name = name
         self._client = client
-        self._resources = dict(resources)
+        self._available = available
         self._timeout_s = timeout_s
         self._progress = progress
         self._cancelled = threading.Event()
         self._tasks: dict[str, _Task] = {}
-        self._watch = watch
+        self._usable = usable
         self._deadline: float | None = None
 
     @property
@@ -98,11 +104,14 @@ class SlideTasks:
     def _submit(self, function: Callable[..., None], arguments: tuple[object, ...], tries: int) -> None:
         # No slide names in keys, because the cluster's dashboard and logs show them.
         key = f"{function.__name__}-{uuid.uuid4()}"
+        resources, allowed = dict(self._available.resources), self._available.allowed()
         try:
-            future = self._client.submit(function, *arguments, key=key, pure=False, resources=self._resources)
+            future = self._client.submit(
+                function, *arguments, key=key, pure=False, resources=resources, workers=allowed
+            )
         except Exception as error:
             raise self._lost() from error
-        self._tasks[key] = _Task(future, function, arguments, tries)
+        self._tasks[key] = _Task(future, function, arguments, tries, allowed)
         # The messages of the task arrive earlier, because they take the same way.
         future.add_done_callback(lambda _: self._messages.put(Message("released", {"key": key})))
 
@@ -117,26 +126,47 @@ class SlideTasks:
             try:
                 message = self._messages.get(timeout=1.0 if self._deadline is None else 0.1)
             except queue.Empty:
-                self._watch()
+                self._move_stranded()
                 continue
-            task = self._tasks.get(message.facts.get("key", ""))
+            key = message.facts.get("key", "")
+            task = self._tasks.get(key)
             if task is None:
                 continue
             if message.kind == "started":
                 task.address = message.facts["worker"]
+                if not self._usable(task.address, None):
+                    self._move(key)
+                    continue
                 task.starts += 1
                 if self._timeout_s is not None and self._deadline is None:
                     self._deadline = time.monotonic() + self._timeout_s
             elif message.kind == "progress":
                 self._progress(message.facts["stage"], message.facts["done"], message.facts["total"])
             else:
-                del self._tasks[message.facts["key"]]
                 if message.kind == "ended":
                     ended: Outcome[Any] = pickle.loads(message.facts["ended"])  # noqa: S301 - our own task's
+                    if ended.error is not None and not self._usable(task.address, ended.error):
+                        self._move(key)
+                        continue
+                    del self._tasks[key]
                     return ended.result()
+                del self._tasks[key]
                 if not _was_queued(task):
                     self._fail(task.future)
                 self._submit(task.function, task.arguments, task.tries + 1)
+
+    def _move(self, key: str) -> None:
+        """Submit a task again, which another process will run."""
+        task = self._tasks.pop(key)
+        task.future.cancel(force=True, msg="moved to another process")
+        self._submit(task.function, task.arguments, task.tries)
+
+    def _move_stranded(self) -> None:
+        """Submit the tasks again whose allowed processes have all left."""
+        present = set(self._available.addresses())
+        for key, task in list(self._tasks.items()):
+            if task.allowed is not None and present.isdisjoint(task.allowed):
+                self._move(key)
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Report progress of work in this process. Raises Cancelled and SlideTimeoutError, as `next_ended` does."""

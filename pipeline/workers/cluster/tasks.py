@@ -25,6 +25,7 @@ from models.bundle import load_bundle
 from models.predictor import Predictor
 from models.runtimes import Runtime
 from pipeline.config import ResolvedSettings, SegmentConfig, resolve
+from pipeline.console import silence_tifffile
 from pipeline.errors import Cancelled, ClusterError, OutputError
 from pipeline.files import disk_shortage
 from pipeline.results.record import installed_versions, versions
@@ -299,6 +300,7 @@ def _run(context: TaskContext, work: Callable[[_RunningTask], object]) -> None:
             return
     try:
         keep_freed_memory()
+        silence_tifffile()
         task.send("started")
         outcome = _outcome(work, task)
         # The scheduler may have given the task to another process, which reports its end. This end is `Cancelled`,

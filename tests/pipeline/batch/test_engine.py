@@ -63,7 +63,20 @@ def test_a_slide_that_another_run_has_locked_is_attempted_after_the_others(
     workers = ScriptedWorkers({"a": [LockedError("a is locked"), LockedError("a is locked")]}, slides_at_once=1)
     assert tally(run(tmp_path, workers)) == "3 slides: 3 done"
     assert workers.tried == ["a", "b", "c", "a", "a"]
-    assert caplog.text.count("a.svs: another run is working on this slide; waiting for it") == 1
+    assert caplog.text.count(" a: another run is working on this slide; waiting for it") == 1
+
+
+def test_locked_slides_whose_files_have_the_same_name_are_named_by_their_results(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs = []
+    for case in ("case1", "case2"):
+        touched(tmp_path / case, "slide")
+        jobs.append(SlideJob(tmp_path / case / "slide.svs", name=f"{case}/slide"))
+    workers = ScriptedWorkers({"slide": [LockedError("locked"), LockedError("locked")]}, slides_at_once=1)
+    run_batch(jobs, tmp_path / "out", workers, lambda _: no_progress, lambda _: None)
+    waiting = "another run is working on this slide; waiting for it"
+    assert [one for one in caplog.messages if waiting in one] == [f"case1/slide: {waiting}", f"case2/slide: {waiting}"]
 
 
 def test_a_slide_is_taken_over_when_the_run_that_locked_it_was_killed(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_a_slide_locked_by_another_process_comes_last_and_is_skipped_when_finish
     other.join()
     assert [r.status for r in results] == ["skipped", "done"]
     assert reported == ["b", "a"]
-    assert "a.svs: another run is working on this slide; waiting for it" in caplog.text
+    assert "a: another run is working on this slide; waiting for it" in caplog.text
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix != ".html") == ["a", "b", "summary.csv"]
 
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster, get_worker
+from distributed import Client, LocalCluster, Worker, get_worker
 
 from models.predictor import Predictor
 from pipeline.config import SegmentConfig
 from pipeline.errors import ClusterError, OutputError, WorkerLostError
 from pipeline.progress import no_progress
+from pipeline.results.slide_result import SlideResult
 from pipeline.slide.recipe import segment_slide
 from pipeline.workers.base import SlideJob, Spread
 from pipeline.workers.cluster.available import AvailableProcesses
@@ -33,6 +33,7 @@ from tests.flows.servers import free_port, until
 from tests.pipeline.fakes import run_of
 from tests.pipeline.small_bundle import small_bundle, speckled_slide
 from tests.slides import small_slide
+from wsi.errors import SlideReadError
 
 CONFIG = SegmentConfig(block_out=64, num_workers=1, device="cpu", batch_size=4, runtime="torch")
 
@@ -167,15 +168,24 @@ def test_the_runtime_is_chosen_by_the_processes_and_not_by_the_client(
 
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("package", ["torch", full("openvino")])
-def test_a_worker_of_another_version_that_joins_later_is_refused(
-    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch, package: str
+def test_a_worker_of_another_version_that_joins_later_is_left_out(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, package: str
 ) -> None:
-    def version_here(name: str) -> str:
-        with suppress(ValueError):  # of threads that are not a worker's
-            if name == package and get_worker().name == 1:
-                return "9.9.9"
-        return version(name)
+    def version_of(name: str, worker: object) -> str:
+        return "9.9.9" if (name, worker) == (package, 1) else version(name)
 
+    async def answer_of(question: Callable[..., str], *arguments: object, dask_worker: Worker) -> str:
+        with monkeypatch.context() as patched:
+            patched.setattr("pipeline.results.record.version", lambda name: version_of(name, dask_worker.name))
+            return question(*arguments)
+
+    def version_here(name: str) -> str:
+        try:
+            return version_of(name, get_worker().name)
+        except ValueError:  # a thread that is not a worker's
+            return version(name)
+
+    monkeypatch.setattr("pipeline.workers.cluster.checks.answer", answer_of)
     monkeypatch.setattr("pipeline.results.record.version", version_here)
     config = replace(CONFIG, runtime="openvino" if package == "openvino" else "torch", batch_size=None)
     with cluster_of(1) as cluster, open_workers(cluster.scheduler_address, bundle, config, spread="blocks") as workers:
@@ -185,12 +195,100 @@ def test_a_worker_of_another_version_that_joins_later_is_refused(
                 cluster.scale(2)
                 until(lambda: len(cluster.scheduler_info["workers"]) == 2, seconds=60, what="the second worker")
 
-        with pytest.raises(
-            ClusterError,
-            match=rf"^a\.svs: a worker has {package} 9\.9\.9 instead of {re.escape(version(package))}, and blocks of "
-            r"different versions must not be mixed in one result; install the same versions everywhere$",
-        ):
-            workers.segment(SlideJob(speckled_slide(tmp_path / "a.svs")), tmp_path / "out", join)
+        result = workers.segment(SlideJob(speckled_slide(tmp_path / "a.svs")), tmp_path / "out", join)
+        assert result.status == "done"
+        late = cluster.workers[1].address
+    reason = f"has {package} 9.9.9 instead of {version(package)}; install the same versions everywhere"
+    assert messages(caplog) == [f"worker {late} {reason}; the batch leaves this worker out"]
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("case", ["joins later", full("breaks later"), full("lacks the second folder")])
+def test_a_worker_that_alone_cannot_read_the_slides_is_left_out(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    broken = tmp_path / "broken"  # a file, because functions for workers are pickled
+
+    async def answer_of(question: Callable[..., str], *arguments: object, dask_worker: Worker) -> str:
+        if question is check_slide and dask_worker.name == 1 and broken.exists():
+            return "cannot read the slide there (Permission denied); mount the folder there, at the same path"
+        return question(*arguments)
+
+    tried: list[object] = []
+
+    def segmented(path: Path, *arguments: Any, **named: Any) -> SlideResult:
+        tried.append(get_worker().name)
+        if get_worker().name == 1 and broken.exists():
+            raise SlideReadError(f"{path.name}: cannot be read") from PermissionError(errno.EACCES, "Permission denied")
+        return segment_slide(path, *arguments, **named)
+
+    monkeypatch.setattr("pipeline.workers.cluster.checks.answer", answer_of)
+    monkeypatch.setattr("pipeline.workers.cluster.tasks.segment_slide", segmented)
+    (tmp_path / "second").mkdir()
+    folder = tmp_path / "second" if case == "lacks the second folder" else tmp_path
+    first, *slides = [small_slide(tmp_path / "a.svs"), *(small_slide(folder / f"{name}.svs") for name in "bcd")]
+    count = 1 if case == "joins later" else 2
+    with cluster_of(count) as cluster, open_workers(cluster.scheduler_address, bundle, CONFIG) as workers:
+
+        def segment(slide: Path) -> str:
+            return workers.segment(SlideJob(slide), tmp_path / "out", no_progress).status
+
+        assert segment(first) == "done"
+        broken.touch()
+        cluster.scale(2)
+        until(lambda: workers.slides_at_once == 3, seconds=60, what="the second worker")
+        second, allowed = cluster.workers[1].address, AvailableProcesses.allowed
+
+        def second_first(found: AvailableProcesses) -> list[str] | None:
+            return allowed(found) if found.is_left_out(second) else [second]
+
+        monkeypatch.setattr(AvailableProcesses, "allowed", second_first)
+        assert [segment(slide) for slide in slides] == ["done"] * 3
+        assert workers.slides_at_once == 2  # one process, and one that may join
+        reason = "cannot read the slide there (Permission denied); mount the folder there, at the same path"
+        assert messages(caplog) == [f"worker {second} {reason}; the batch leaves this worker out"]
+    assert tried[1:].count(0) == 3
+    assert tried[1:].count(1) == (0 if case == "lacks the second folder" else 1)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_an_error_that_every_worker_would_meet_leaves_out_no_worker(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(path: Path, *_: Any, **__: Any) -> SlideResult:
+        raise SlideReadError(f"{path.name}: cannot be read") from PermissionError(errno.EACCES, "Permission denied")
+
+    async def refuses(question: Callable[..., str], *_: object) -> str:
+        return "cannot read the slide there" if question is check_slide else ""
+
+    slide = small_slide(tmp_path / "a.svs")
+    with cluster_of(2) as cluster, open_workers(cluster.scheduler_address, bundle, CONFIG) as workers:
+        monkeypatch.setattr("pipeline.workers.cluster.checks.WorkerChecks.check_slide", lambda *_: None)
+        monkeypatch.setattr("pipeline.workers.cluster.checks.answer", refuses)
+        monkeypatch.setattr("pipeline.workers.cluster.tasks.segment_slide", fails)
+        with pytest.raises(SlideReadError, match=r"^a\.svs: cannot be read$"):
+            workers.segment(SlideJob(slide), tmp_path / "out", no_progress)
+        assert workers.slides_at_once == 3
+    assert messages(caplog) == []
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("hurried")
+def test_a_slide_moves_to_a_left_out_worker_if_all_others_have_ended(tmp_path: Path, bundle: str) -> None:
+    slide = speckled_slide(tmp_path / "a.svs")
+    with (
+        cluster_of(2) as cluster,
+        open_cluster(cluster.scheduler_address, bundle, CONFIG, spread="slides", slide_timeout_s=None) as workers,
+    ):
+        workers._available.leave_out(cluster.workers[0].address, "is slow")
+        ended: list[object] = []
+
+        def end_the_other(stage: str, done: int, total: int) -> None:
+            if stage == "segmenting" and not ended:
+                ended.append(cluster.sync(cluster.workers[1].close))
+
+        assert workers.segment(SlideJob(slide), tmp_path / "out", end_the_other).status == "done"
+        assert len(ended) == 1
 
 
 def test_a_runtime_that_only_the_workers_have_is_refused(
@@ -228,7 +326,7 @@ def test_a_process_that_hangs_in_a_stale_mount_is_named(
         return ""
 
     monkeypatch.setattr("pipeline.workers.cluster.tasks.ANSWER_S", 0.2)
-    monkeypatch.setattr("pipeline.workers.cluster.cluster.check_folder", hangs)
+    monkeypatch.setattr("pipeline.workers.cluster.checks.check_folder", hangs)
     with cluster_of(1) as cluster, open_workers(cluster.scheduler_address, bundle, CONFIG) as workers:
         start = time.monotonic()
         with pytest.raises(
@@ -278,7 +376,7 @@ def test_a_process_that_cannot_read_the_slides_is_named_before_any_slide(
             file.write(path.name)
         return check_slide(path.parent / "mounted over" / path.name if is_first else path)
 
-    monkeypatch.setattr("pipeline.workers.cluster.cluster.check_slide", check)
+    monkeypatch.setattr("pipeline.workers.cluster.checks.check_slide", check)
     with cluster_of(1) as cluster, open_workers(cluster.scheduler_address, bundle, CONFIG) as workers:
         with pytest.raises(
             ClusterError,

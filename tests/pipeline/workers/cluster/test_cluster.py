@@ -218,7 +218,7 @@ def test_a_worker_that_cannot_run_tasks_is_named_before_any_slide(
             cluster.check(ModelRef(str(bundle), "0" * 64))
         for package in ("zarr", "openvino"):
             other = installed_versions() | {package: "1.0"}
-            monkeypatch.setattr("pipeline.workers.cluster.cluster.installed_versions", lambda other=other: other)
+            monkeypatch.setattr("pipeline.workers.cluster.checks.installed_versions", lambda other=other: other)
             with pytest.raises(ClusterError, match=rf"worker tcp://\S+ has {package} \S+ instead of 1\.0; install the"):
                 cluster.check(ModelRef("colon-gland", "0" * 64))
 

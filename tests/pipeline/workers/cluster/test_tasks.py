@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import pickle
 from dataclasses import replace
@@ -54,6 +55,16 @@ def test_a_task_that_the_scheduler_took_back_reports_no_end(
 
     tasks._run(TaskContext("id", "topic", ModelRef("model", "digest"), SegmentConfig()), work)
     assert task.sent == sent
+
+
+def test_tifffile_logs_nothing_in_a_task(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    tifffile = logging.getLogger("tifffile")
+    monkeypatch.setattr(tifffile, "level", logging.NOTSET)
+    monkeypatch.setattr(tasks, "_RunningTask", lambda _: FakeTask(cancelled=False))
+    context = TaskContext("id", "topic", ModelRef("model", "digest"), SegmentConfig())
+    tasks._run(context, lambda _: tifffile.error("a damaged tag, without the name of the slide"))
+    assert caplog.records == []
+    tifffile.setLevel(logging.NOTSET)  # clears what the logger remembers of its level
 
 
 def test_a_band_is_small_and_keeps_the_layers_of_the_tissue(tmp_path: Path) -> None:
