@@ -13,11 +13,13 @@ from typer.main import get_command
 
 from pipeline.cli.evaluate import app as evaluate_app
 from pipeline.cli.export import app as export_app
+from pipeline.cli.familiarity import app as familiarity_app
 from pipeline.cli.label import app as label_app
 from pipeline.cli.segment import app as segment_app
 from pipeline.cli.train import app as train_app
 from pipeline.cli.view import app as view_app
 from tests.repository import REPOSITORY
+from wsi.readers import slide_suffixes
 
 DOCUMENTS = sorted(
     [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "deploy").rglob("*.md")]
@@ -30,6 +32,7 @@ PROGRAMS = {
     "wsi-evaluate": evaluate_app,
     "wsi-view": view_app,
     "wsi-export": export_app,
+    "wsi-familiarity": familiarity_app,
 }
 ROOMS = r"(?:wsi|models|pipeline|flows|tests|docs|deploy)"
 
@@ -161,3 +164,9 @@ def test_every_module_of_attacks_holds_a_promise() -> None:
 def test_a_promise_with_a_missing_test_is_found() -> None:
     text = "`tests/test_docs.py::test_a_promise_with_a_missing_test_is_found` `tests/test_docs.py::test_none`"
     assert unknown_tests(text) == ["tests/test_docs.py::test_none"]
+
+
+def test_the_endings_of_slides_in_the_documents_are_those_of_the_readers() -> None:
+    text = (REPOSITORY / "docs" / "slides.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^- The endings of slide formats.*$", text, re.MULTILINE)
+    assert re.findall(r"`(.+?)`", line) == sorted(slide_suffixes())

@@ -65,7 +65,10 @@ def check(
     ],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only files with errors.")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="For results, check only that all files exist and have the recorded size.")
+        bool,
+        typer.Option(
+            "--quick", help="Of results, check only summary.csv and that all files exist and have the recorded size."
+        ),
     ] = False,
 ) -> None:
     """Check results against their digests, and their files against what QuPath, napari and Vitessce can read."""

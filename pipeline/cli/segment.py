@@ -171,7 +171,8 @@ def segment(
     --retry-failed or if the slide, a setting, the model or the version has changed.
 
     Exit status: 0 no slide failed in this run, 1 a slide failed, or the only slide that was named failed in an earlier
-    run, or a row of the table could not be written, or the output was closed, 2 usage error, 130 interrupted.
+    run, or the run could not start because of the model, device or scheduler, or a row of the table or the output of
+    the command could not be written, 2 usage error, 130 interrupted.
     """
     configure_logging(verbose, quiet=quiet)
     from pipeline.errors import Cancelled

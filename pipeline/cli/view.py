@@ -64,7 +64,7 @@ def view(
 
 
 def _found(path: Path, slide: Path | None) -> tuple[Result, ...]:
-    """Return the results to show. The slide of a single result is checked now, other slides when they are opened."""
+    """Return the results to show. A single result and its slide are checked now, others when they are opened."""
     from pipeline.viewing.viewer.open_results import unavailable
     from pipeline.viewing.viewer.results import examined, find_results, with_slide
 

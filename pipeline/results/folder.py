@@ -134,10 +134,11 @@ def open_folder(
     target holds something else, or if files of the target are missing or changed, unless `force` or `repair` is set.
     With `repair`, every file is read; otherwise, sizes are compared.
     """
+    # The folders above count too: Bio-Formats takes every file below them for a part of a store.
     if ".zarr" in str(output.absolute()) or ".zarr" in name:
         raise OutputError(
-            f"{output / name}: the folder of a result must not have .zarr in its name, because viewers would open it "
-            f"as a store; choose another --output or rename the slide"
+            f"{output / name}: the path of a result must not contain .zarr, because viewers would open it as a store; "
+            f"choose another --output or rename the slide"
         )
     output = _make_group(output, name)
     name = Path(name).name

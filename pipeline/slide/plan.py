@@ -85,7 +85,7 @@ class Plan:
         return facts.process_bytes + in_flight + gates + features + settings.batch_size * (activations + softmax)
 
     def facts(self, settings: ResolvedSettings) -> PlanFacts:
-        """Return what run.json and `--plan` state about the plan."""
+        """Return what run.json and `--dry-run --json` state about the plan."""
         return PlanFacts(
             grid=self.grid,
             blocks=len(self.blocks),

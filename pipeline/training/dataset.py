@@ -340,14 +340,12 @@ def _names(
             split_of = table_splits(images, rows, groups, rule)
             if shared := shared_groups(split_of, groups, split):
                 # Not an error: the published test split of GlaS does it, and wsi-label with a single patient.
-                logger.warning(
-                    "%s: %d group(s) of split %s (%s) also have images in another split, so scores of split %s may be "
-                    "too high for new groups; if you can, move all images of a group to one split",
-                    card.name,
-                    len(shared),
-                    split,
-                    ", ".join(shared[:5]) + (", …" if len(shared) > 5 else ""),
-                    split,
+                shown = ", ".join(shared[:5]) + (", …" if len(shared) > 5 else "")
+                log_once(
+                    logging.WARNING,
+                    f"{card.name}: {len(shared)} group(s) of split {split} ({shown}) also have images in another "
+                    f"split, so scores of split {split} may be too high for new groups; if you can, move all images of "
+                    "a group to one split",
                 )
     names = [name for name in images if split_of[name] == split]
     if not names:

@@ -178,11 +178,11 @@ def _finish(
         each = _seconds(partial(image_features, classifier, rgb_HWC, config, device))
         read += passes(*count)
         familiarity_seconds += passes(*count) * each
-    # The gate is calibrated with one pass of the classifier. With masks, both networks also segment the images for the
-    # scores, and the segmenter once more for the temperature.
+    # The gate is calibrated with one pass of the classifier. Both networks also segment the images for the scores, and
+    # with masks the segmenter once more for the temperature.
     of_classifier, of_segmenter = (stages[name]["validation_seconds"] for name in ("classifier", "segmenter"))
     masks = all(sample.mask is not None for sample in parts.validation.samples)
-    validation_seconds = of_classifier + (of_classifier + 2 * of_segmenter if masks else 0)
+    validation_seconds = 2 * of_classifier + (2 if masks else 1) * of_segmenter
     seconds = views * view_seconds + familiarity_seconds + validation_seconds
     return {"views": views, "images": read, "minutes": round(seconds / 60, 2)}
 

@@ -1,4 +1,4 @@
-"""Measure a predictor against the pixel masks of a data set: pooled confusion matrices and their scores.
+"""Measure a predictor against a data set: its pixel masks, and the presence labels of its patches.
 
 Images become maps like whole slides in pipeline/slide/blocks.py: canvases at the model's resolution, with gate windows.
 Beyond their edges, images are mirrored. Predictions never depend on the truth.
@@ -10,7 +10,7 @@ m at the model's resolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -28,8 +28,10 @@ from models.gate_windows import CELL, window_step
 from models.predictor import Predictor
 from pipeline.errors import ClassMismatchError, InferenceError, MaskError
 from pipeline.slide.labels import winners
-from pipeline.training.dataset import Dataset, Sample, background_HW, read_mask, read_rgb, samples
+from pipeline.training.dataset import Dataset, Sample, background_HW, labeled_boxes, read_mask, read_rgb, samples
 from pipeline.training.dataset_sections import WHITE, Split
+from pipeline.training.labels import presence
+from pipeline.training.patch_scores import PatchResults, smallest_share
 from pipeline.training.resample import resampled
 from wsi.box import Box
 
@@ -63,12 +65,15 @@ class Evaluation:
     matrices: dict[tuple[Protocol, bool], NDArray[np.int64]]
     """Pixel counts by protocol and gate (on or off), as in `confusion_matrix`, pooled over all images.
 
-    Protocol `include` is missing if the data set has no background rule, because nothing would predict white.
+    Protocol `include` is missing if the data set has no background rule, because nothing would predict white. Empty if
+    an image has no mask, because scores of a part of a split are not comparable.
     """
     image_matrices: dict[str, NDArray[np.int64]]
-    """Matrix of each image by sample name; protocol `exclude`, gate on."""
+    """Matrix of each image by sample name; protocol `exclude`, gate on. Empty if an image has no mask."""
     groups: dict[str, str]
     """Case of each image, or its own name if the data set has no cases."""
+    patches: PatchResults
+    """Agreement with the presence labels."""
 
     @property
     def image_miou(self) -> dict[str, float]:
@@ -115,20 +120,20 @@ def evaluate(
     flips: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Evaluation:
-    """Predict every image of a split with and without the gate, and count the pixels against the truth.
+    """Predict every image of a split with and without the gate, and compare the maps with masks and presence labels.
 
-    Protocol `exclude` drops pixels whose truth is white, that is, without a class. A prediction without a class, which
-    only the gate produces, counts as wrong. Protocol `include` counts white as an additional class. A pixel is
-    predicted white if it has no class, or if the data set's background rule matches it. A data set without such a rule
-    has no protocol `include`.
+    If every image has a mask, the pixels are counted against it. Protocol `exclude` drops pixels whose truth is white,
+    that is, without a class. A prediction without a class, which only the gate produces, counts as wrong. Protocol
+    `include` counts white as an additional class. A pixel is predicted white if it has no class, or if the data set's
+    background rule matches it. A data set without such a rule has no protocol `include`.
 
     Raises ClassMismatchError if the model has other classes than the data set. Raises DatasetError if the split has no
-    images, an image has no mask, or a file cannot be read, because scores of a part of a test set are not comparable.
-    Raises MaskError if no pixel of the masks has a class.
+    images, or a file cannot be read, because scores of a part of a test set are not comparable. Raises MaskError if no
+    pixel of the masks has a class.
     """
     check_same_classes(predictor.card, dataset)
-    found = evaluate_samples(predictor, dataset, masked_samples(dataset, split), flips=flips, progress=progress)
-    if not found.matrices["exclude", True][:-1].any():
+    found = evaluate_samples(predictor, dataset, samples(dataset, split), flips=flips, progress=progress)
+    if found.matrices and not found.matrices["exclude", True][:-1].any():
         raise MaskError(
             f"{dataset.card.name}: no pixel of the masks of split {split} has a class; check mask_values and "
             "mask_excluded in the dataset.toml"
@@ -144,30 +149,52 @@ def evaluate_samples(
     flips: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Evaluation:
-    """Evaluate as `evaluate` does, on samples of the data set that have masks.
+    """Evaluate as `evaluate` does, on these samples of the data set.
 
     Raises MaskError and UnreadableImageError for a file that cannot be read.
     """
-    classes = len(dataset.class_names)
-    size, rule = classes + 1, dataset.card.background
-    protocols = PROTOCOLS if rule is not None else PROTOCOLS[:1]
-    matrices = {(p, gate): np.zeros((size, size), np.int64) for p in protocols for gate in (True, False)}
-    image_matrices: dict[str, NDArray[np.int64]] = {}
+    counts = _PixelCounts(dataset) if all(sample.mask is not None for sample in chosen) else None
+    minimum, classes = smallest_share(dataset.card, chosen), len(dataset.class_names)
+    present: dict[str, NDArray[np.bool_]] = {}
+    shown: dict[bool, dict[str, NDArray[np.bool_]]] = {True: {}, False: {}}
     for done, sample in enumerate(chosen):
         progress(done, len(chosen))
-        rgb_HWC, truth_HW = read_rgb(sample), read_mask(dataset, sample)
-        white_HW = None if rule is None else background_HW(rgb_HWC, rule)
-        for gate, labels_HW in zip((True, False), _labels(predictor, sample, rgb_HWC, dataset.mpp, flips), strict=True):
-            plain = confusion_matrix(truth_HW, labels_HW, classes)
-            matrices["exclude", gate] += plain
-            if white_HW is not None:
-                with_white_HW = np.where(white_HW, np.uint8(classes), labels_HW)
-                matrices["include", gate] += confusion_matrix(truth_HW, with_white_HW, classes)
-            if gate:
-                image_matrices[sample.name] = plain
+        rgb_HWC, labeled = read_rgb(sample), labeled_boxes(dataset, sample)
+        present[sample.name] = labeled.present_BK
+        of_gate = dict(zip((True, False), _labels(predictor, sample, rgb_HWC, dataset.mpp, flips), strict=True))
+        for gate, labels_HW in of_gate.items():
+            shown[gate][sample.name] = presence(labels_HW, labeled.boxes_B4, classes, minimum)
+        if counts is not None:
+            counts.add(sample, rgb_HWC, of_gate)
     progress(len(chosen), len(chosen))
     groups = {sample.name: sample.group or sample.name for sample in chosen}
-    return Evaluation(dataset.class_names, matrices, image_matrices, groups)
+    patches = PatchResults(dataset.class_names, minimum, present, shown, groups)
+    matrices, image_matrices = ({}, {}) if counts is None else (counts.matrices, counts.image_matrices)
+    return Evaluation(dataset.class_names, matrices, image_matrices, groups, patches)
+
+
+class _PixelCounts:
+    """The matrices of an `Evaluation` while images are added."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset, self.rule, self.classes = dataset, dataset.card.background, len(dataset.class_names)
+        protocols = PROTOCOLS if self.rule is not None else PROTOCOLS[:1]
+        shape = (self.classes + 1,) * 2
+        self.matrices = {(p, gate): np.zeros(shape, np.int64) for p in protocols for gate in (True, False)}
+        self.image_matrices: dict[str, NDArray[np.int64]] = {}
+
+    def add(self, sample: Sample, rgb_HWC: NDArray[np.uint8], of_gate: Mapping[bool, NDArray[np.uint8]]) -> None:
+        """Count the predicted labels of an image, with the gate and without it, against its mask."""
+        truth_HW = read_mask(self.dataset, sample)
+        white_HW = None if self.rule is None else background_HW(rgb_HWC, self.rule)
+        for gate, labels_HW in of_gate.items():
+            plain = confusion_matrix(truth_HW, labels_HW, self.classes)
+            self.matrices["exclude", gate] += plain
+            if white_HW is not None:
+                with_white_HW = np.where(white_HW, np.uint8(self.classes), labels_HW)
+                self.matrices["include", gate] += confusion_matrix(truth_HW, with_white_HW, self.classes)
+            if gate:
+                self.image_matrices[sample.name] = plain
 
 
 def check_same_classes(model: ModelCard, dataset: Dataset) -> None:
@@ -184,19 +211,6 @@ def check_same_classes(model: ModelCard, dataset: Dataset) -> None:
                 else "use a model that was trained with these classes"
             )
         )
-
-
-def masked_samples(dataset: Dataset, split: Split) -> tuple[Sample, ...]:
-    """Return the samples of a split. Raises MaskError if one has no mask, and what `samples` raises."""
-    chosen = samples(dataset, split)
-    bare = [sample.name for sample in chosen if sample.mask is None]
-    if bare:
-        raise MaskError(
-            f"{dataset.card.name}: {len(bare)} of {len(chosen)} images of split {split} have no mask (such as "
-            f"{bare[0]}); evaluation needs pixel masks; choose a split with masks, or add them to the "
-            "dataset.toml (in a labels folder, masks come from QuPath annotations, with wsi-label import)"
-        )
-    return chosen
 
 
 def confusion_matrix(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:

@@ -79,10 +79,16 @@ def make_card(dataset: Dataset, config: TrainConfig, window: int, thresholds: tu
 
 
 def score_metrics(split: Split, evaluation: Evaluation) -> dict[str, float]:
-    """Return the scores of a split for a model card (protocol `exclude`, with the gate), and the spread of the mIoU."""
-    scores = evaluation.scores()
-    values = {f"iou_{name}": value for name, value in scores.iou.items()}
-    values |= {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy}
-    values["miou_spread"] = evaluation.miou_spread()
+    """Return the scores of a split for a model card, with the gate: of the patches, and with masks of the pixels.
+
+    Those of pixels are of protocol `exclude`, with the spread of the mIoU.
+    """
+    patches = evaluation.patches.scores()
+    values = {"balanced": patches.balanced, "exact": patches.exact}
+    if evaluation.matrices:
+        scores = evaluation.scores()
+        values |= {f"iou_{name}": value for name, value in scores.iou.items()}
+        values |= {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy}
+        values["miou_spread"] = evaluation.miou_spread()
     # JSON has no number for the IoU of a class that neither truth nor prediction contains.
     return {f"{split}_{name}": round(value, 4) for name, value in values.items() if not math.isnan(value)}

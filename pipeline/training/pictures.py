@@ -35,11 +35,11 @@ COMPARISON_PX = 3 * PANEL_PX + 2 * GAP
 
 
 class Compared(NamedTuple):
-    """An image with its truth and its prediction."""
+    """An image with its prediction, and its truth if it has a mask."""
 
     title: str
     rgb_HWC: NDArray[np.uint8]
-    truth_HW: NDArray[np.uint8]
+    truth_HW: NDArray[np.uint8] | None
     """Class index; values from K up mean "no class"."""
     predicted_HW: NDArray[np.uint8]
 
@@ -93,7 +93,7 @@ def matrix_corner(names: Sequence[str]) -> tuple[int, int]:
 
 
 def write_comparison(path_png: Path, images: Iterable[Compared], classes: Sequence[TissueClass]) -> None:
-    """Draw one row per image (image, truth and prediction, in the colors of the classes) and a legend.
+    """Draw one row per image (image, truth if known, and prediction, in the colors of the classes) and a legend.
 
     Pixels without a class keep the color of the image.
     """
@@ -121,17 +121,20 @@ def _legend_width(name: str) -> int:
 
 
 def _comparison(one: Compared, colors: Sequence[Color]) -> Image.Image:
-    """Return the three panels of an image below its title."""
+    """Return the panels of an image below its title."""
     height, width = one.rgb_HWC.shape[:2]
     scale = PANEL_PX / max(width, height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     image = Image.fromarray(one.rgb_HWC).resize(size, Image.Resampling.BICUBIC)
-    panels = [image, *(overlay(image, _labels(m, len(colors)), colors) for m in (one.truth_HW, one.predicted_HW))]
+    panels = {"image": image}
+    for name, labels_HW in (("truth", one.truth_HW), ("prediction", one.predicted_HW)):
+        if labels_HW is not None:
+            panels[name] = overlay(image, _labels(labels_HW, len(colors)), colors)
     text, step = font_of_size(TEXT), size[0] + GAP
     row = Image.new("RGB", (COMPARISON_PX, 2 * ROW + size[1]), PAPER)
     draw = ImageDraw.Draw(row)
     draw.text((0, 0), fitting(one.title, row.width, text), INK, text)
-    for i, (panel, name) in enumerate(zip(panels, ("image", "truth", "prediction"), strict=True)):
+    for i, (name, panel) in enumerate(panels.items()):
         draw.text((i * step, ROW), fitting(name, size[0], text), FAINT, text)
         row.paste(panel, (i * step, 2 * ROW))
     return row

@@ -6,6 +6,7 @@ Shape suffixes: N views, K classes, L layers, H and W the image, h and w a map a
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,15 +24,12 @@ from pipeline.training.augment import Augmentation
 from pipeline.training.classifier import held_out_batches, keep_statistics
 from pipeline.training.config import TrainConfig
 from pipeline.training.dataset import IGNORED
-from pipeline.training.dataset_sections import CropLabels
 from pipeline.training.fit import Processes, Task
 from pipeline.training.inputs import as_input, load_start, surrounded
+from pipeline.training.patch_scores import balanced_and_exact, drawn_scores, smallest_share
 from pipeline.training.patches import PatchImages, draw_squares, make_labeled_view
 
 logger = logging.getLogger(__name__)
-
-SMALLEST_SHARE = 0.05
-"""Minimum share of a patch for a class to be found in a map, if no rule of the data set made the labels from masks."""
 
 SMALLEST_TAUGHT = 0.01
 """The stage fails if a smaller share of the pixels of a layer's pseudo masks has a class."""
@@ -222,13 +220,12 @@ def layered_loss(
 def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """Return how well the predicted map agrees with the presence labels of all labeled patches.
 
-    Pixels of masks are never used. A class counts as found if it covers more than `_smallest_share` of a patch.
-    "balanced" is the mean balanced accuracy over the classes that are present in some patches and absent from
-    others. "exact" is the share of patches with every class right. "score" is their mean: few patches lack a class, so
+    Pixels of masks are never used. A class counts as found if it covers more than `smallest_share` of a patch.
+    "balanced" and "exact" are those of `_balanced_and_exact`. "score" is their mean: few patches lack a class, so
     "balanced" alone jumps from epoch to epoch with a handful of patches, and "exact" alone ignores those patches.
     "score_error" is the standard error of "score", from a bootstrap over the images.
     """
-    minimum = _smallest_share(images)
+    minimum = smallest_share(images.dataset.card, images.samples)
     found, present = [], []
     for rgb_NHWC, boxes, present_MK in held_out_batches(images, whole=config.region is not None):
         labels_Nhw = trusted_logits(network, rgb_NHWC, config, device).argmax(dim=1).cpu().numpy()
@@ -236,48 +233,20 @@ def map_scores(network: nn.Module, images: PatchImages, config: TrainConfig, dev
             found += [_covered(labels_hw, box, images.present[0].shape[1]) > minimum for box in boxes_B4.tolist()]
         present.append(present_MK)
     found_MK, present_MK = np.stack(found), np.concatenate(present)
-    balanced, exact = _agreement(found_MK, present_MK)
-    error = _bootstrap_error(found_MK, present_MK, [len(boxes_B4) for boxes_B4 in images.boxes])
+    balanced, exact = _balanced_and_exact(found_MK, present_MK)
+    of_image = np.split(np.arange(len(found_MK)), images.ends_N[:-1])
+    error = float(drawn_scores(_balanced_and_exact, found_MK, present_MK, of_image, 200).mean(axis=1).std())
     return {"score": (balanced + exact) / 2, "score_error": error, "balanced": balanced, "exact": exact}
 
 
-def _smallest_share(images: PatchImages) -> float:
-    """Return the share of a patch above which the presence labels of these images count a class as present.
+def _balanced_and_exact(found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return `balanced` and `exact` of `PatchScores`.
 
-    It is `SMALLEST_SHARE` if the labels were not read from masks, or if the data set does not set `mask_minimum`: the
-    default of that key labels a single pixel, but a map always has a few wrong ones.
+    The choice of an epoch needs a number. If every class is in all patches or in none, `balanced` is therefore the
+    share of right answers, one per patch and class.
     """
-    rule = images.dataset.card.labels
-    if isinstance(rule, CropLabels):
-        return rule.minimum
-    from_masks = all(sample.labels_K is None for sample in images.samples)
-    return rule.mask_minimum if from_masks and "mask_minimum" in rule.model_fields_set else SMALLEST_SHARE
-
-
-def _agreement(found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return "balanced" and "exact" of `map_scores`."""
-    accuracies = []
-    for k in range(present_MK.shape[1]):
-        truth_M = present_MK[:, k]
-        if truth_M.any() and not truth_M.all():
-            accuracies.append((found_MK[truth_M, k].mean() + (~found_MK[~truth_M, k]).mean()) / 2)
-    balanced = float(np.mean(accuracies)) if accuracies else float((found_MK == present_MK).mean())
-    return balanced, float((found_MK == present_MK).all(axis=1).mean())
-
-
-def _bootstrap_error(
-    found_MK: NDArray[np.bool_], present_MK: NDArray[np.bool_], patches: Sequence[int], draws: int = 200
-) -> float:
-    """Return the standard error of the score, from a bootstrap over the images (Efron 1979).
-
-    `patches` has the number of patches of each image. The result is deterministic.
-    """
-    rng, of_image = np.random.default_rng(0), np.split(np.arange(len(found_MK)), np.cumsum(patches)[:-1])
-    scores = []
-    for _ in range(draws):
-        drawn_M = np.concatenate([of_image[n] for n in rng.integers(len(of_image), size=len(of_image))])
-        scores.append(sum(_agreement(found_MK[drawn_M], present_MK[drawn_M])) / 2)
-    return float(np.std(scores))
+    balanced, exact = balanced_and_exact(found_MK, present_MK)
+    return float((found_MK == present_MK).mean()) if math.isnan(balanced) else balanced, exact
 
 
 def trusted_logits(

@@ -36,8 +36,8 @@ from pipeline.training.calibration import calibrate_temperature, write_reliabili
 from pipeline.training.classifier import classifier_task, head_task
 from pipeline.training.compose import composed, without_whole
 from pipeline.training.config import TrainConfig
-from pipeline.training.dataset import Dataset
-from pipeline.training.evaluate import evaluate, evaluate_samples, masked_samples
+from pipeline.training.dataset import Dataset, samples
+from pipeline.training.evaluate import evaluate, evaluate_samples
 from pipeline.training.familiarity import Source, fit_familiarity
 from pipeline.training.fit import Processes, Task, fit, join_processes, remove_checkpoint, training_device
 from pipeline.training.gate_calibration import (
@@ -94,7 +94,7 @@ def train(
     source, others = dataset, other_datasets(dataset)
     dataset = composed(source, run)
     if test:
-        masked_samples(dataset, "test")
+        samples(dataset, "test")
     config, training, by_size, validation, classifier, segmenter = prepare(dataset, config, init)
     logger.info("%d training and %d validation images", len(training), len(validation))
     sources: list[Source] = []
@@ -190,7 +190,7 @@ def export(
     config: TrainConfig,
     device: str,
 ) -> None:
-    """Calibrate gate, temperature and familiarity, measure the validation split if it has masks, and write the bundle.
+    """Calibrate gate, temperature and familiarity, measure the validation split, and write the bundle.
 
     The gate is calibrated on the labeled patches of the validation images, and the temperature on those images with
     masks. The validation images show whether the map depends on the position in a view. The heads of single layers do
@@ -215,9 +215,8 @@ def export(
     write_reliability(run / "calibration.png", calibration)
     card = draft.model_copy(update={"gate_thresholds": thresholds, "temperature": calibration.temperature})
     metrics = calibration.metrics()
-    if all(sample.mask is not None for sample in validation.samples):
-        calibrated = Predictor.from_networks(card, NO_DIGEST, *rounded, device=device, output_stride=1)
-        metrics |= score_metrics("val", evaluate_samples(calibrated, dataset, validation.samples))
+    calibrated = Predictor.from_networks(card, NO_DIGEST, *rounded, device=device, output_stride=1)
+    metrics |= score_metrics("val", evaluate_samples(calibrated, dataset, validation.samples))
     if measures_position(config):
         profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
         metrics |= position_metrics(profile_KD, config.margin)

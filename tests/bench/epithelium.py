@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from models.bundle import load_bundle
 from models.predictor import Predictor
-from pipeline.training.dataset import IGNORED, Dataset, Sample, load_dataset, read_mask, read_rgb
-from pipeline.training.evaluate import masked_samples, predict_image, scores
+from pipeline.training.dataset import IGNORED, Dataset, Sample, load_dataset, read_mask, read_rgb, samples
+from pipeline.training.evaluate import predict_image, scores
 from pipeline.training.splits import rows_of
 
 OTHER, GLAND = 0, 1
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     predictor = Predictor.from_bundle(load_bundle(options.bundle), device="cpu", output_stride=1)
     dataset = load_dataset(options.dataset, options.data)
     names = [entry.name for entry in predictor.card.classes]
-    chosen = masked_samples(dataset, "test")[:: options.every]
+    chosen = samples(dataset, "test")[:: options.every]
     assert dataset.card.table is not None
     rows = rows_of({sample.name: sample.image for sample in chosen}, dataset.root, dataset.card.table)
     for gate in (False, True):

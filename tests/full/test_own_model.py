@@ -134,6 +134,11 @@ def test_a_new_user_gets_a_model_corrects_its_map_and_trains_again(
     run("train", labels, "-o", tmp_path / "first", *settings)
     first = load_bundle(tmp_path / "first" / "bundle")
     assert [one.name for one in first.card.classes] == ["dense", "loose"]
+    printed = run("evaluate", first.path, labels, "--split", "val", "-o", tmp_path / "evaluation", "--json")
+    scores = json.loads(printed)["patches"]["scores"]["gate_on"]
+    assert {name: round(scores[name], 4) for name in ("balanced", "exact")} == {
+        name: first.card.metrics[f"val_{name}"] for name in ("balanced", "exact")
+    }
     run("segment", sample_slide, "-m", first.path, "-o", results)
 
     (result,) = [path.parent for path in results.glob("*/run.json")]

@@ -142,12 +142,19 @@ def test_a_chunk_that_is_removed_together_with_its_line_is_found(made: Made) -> 
     made.repair()
 
 
-def test_the_clock_and_a_copy_change_nothing(made: Made) -> None:
+def test_the_clock_and_a_copy_change_nothing(made: Made, tmp_path: Path) -> None:
     for year_s in (0, 4_000_000_000):
         for path in made.files():
             os.utime(path, (year_s, year_s))
         assert made.named(quick=False) == ""
         assert segment_slide(made.slide, made.out, color_predictor(), COARSE).status == "skipped"
+    # Only the bytes arrive elsewhere: another name of the folder, other dates, other inodes.
+    elsewhere = tmp_path / "other disk" / "results"
+    shutil.copytree(made.out, elsewhere, copy_function=shutil.copyfile)
+    made = replace(made, out=elsewhere)
+    assert published(made.folder) == made.expected
+    assert made.named(quick=False) == made.named(quick=True) == ""
+    assert segment_slide(made.slide, made.out, color_predictor(), COARSE).status == "skipped"
 
 
 def test_a_record_that_an_editor_has_written_again_is_unchanged(made: Made) -> None:

@@ -8,30 +8,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import nn
 
 from models.heads import (
     HEADS,
-    PDA_SCHEDULES,
     AbnHead,
     AreaHead,
     GapHead,
     HeadOutput,
     LfiHead,
     PcamHead,
-    PdaSchedule,
-    progressive_dropout_attention,
+)
+from tests.models.slow_heads import (
+    SLOW,
+    arrays,
 )
 
-Floats = NDArray[np.float64]
 NAMES = ("gap", "pcam", "lfi", "lfi-release", "abn", "area")
 ATTENTION_MAPS = ("lfi", "lfi-release", "abn")
 LINEAR = ("gap", "pcam", "area")
@@ -67,149 +65,6 @@ def make_head(name: str, channels: int = 5, classes: int = 3) -> nn.Module:
                 nn.init.normal_(module.running_mean, std=0.2)
                 nn.init.uniform_(module.running_var, 0.5, 2.0)
     return head.eval()
-
-
-def arrays(module: Any) -> dict[str, Floats]:
-    return {name: value.detach().double().numpy() for name, value in module.state_dict().items()}
-
-
-def slow_conv(x_Chw: Floats, weight: Floats) -> Floats:
-    """Convolve cell by cell, with zeros around the image."""
-    outputs, inputs, side, _ = weight.shape
-    _, height, width = x_Chw.shape
-    reach = side // 2
-    result = np.zeros((outputs, height, width))
-    for y in range(height):
-        for x in range(width):
-            for i in range(side):
-                for j in range(side):
-                    if 0 <= y + i - reach < height and 0 <= x + j - reach < width:
-                        for c in range(inputs):
-                            result[:, y, x] += weight[:, c, i, j] * x_Chw[c, y + i - reach, x + j - reach]
-    return result
-
-
-def slow_batch_norm(x_Chw: Floats, state: dict[str, Floats], name: str) -> Floats:
-    result = np.empty_like(x_Chw)
-    for c in range(len(x_Chw)):
-        scale = state[f"{name}.weight"][c] / math.sqrt(state[f"{name}.running_var"][c] + 1e-5)
-        result[c] = (x_Chw[c] - state[f"{name}.running_mean"][c]) * scale + state[f"{name}.bias"][c]
-    return result
-
-
-def slow_minmax(x_hw: Floats) -> Floats:
-    low, high = x_hw.min(), x_hw.max()
-    return (x_hw - low) / (high - low) if high > low else np.zeros_like(x_hw)
-
-
-def sigmoid(value: Floats) -> Floats:
-    result: Floats = 1 / (1 + np.exp(-value))
-    return result
-
-
-def softmax(value_K: Floats) -> Floats:
-    exponential_K: Floats = np.exp(value_K - value_K.max())
-    result: Floats = exponential_K / exponential_K.sum()
-    return result
-
-
-def slow_class_maps(deep_Chw: Floats, weight_KC: Floats) -> Floats:
-    return slow_conv(deep_Chw, weight_KC[:, :, None, None])
-
-
-def slow_gap(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple[Floats, Floats]:
-    maps_Khw = slow_class_maps(deep_Chw, state["conv.weight"][:, :, 0, 0])
-    return np.array([maps_hw.sum() / maps_hw.size for maps_hw in maps_Khw]), maps_Khw
-
-
-def slow_area(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple[Floats, Floats]:
-    scores_Khw = slow_class_maps(deep_Chw, state["conv.weight"][:, :, 0, 0])
-    for k, bias in enumerate(state["bias_K"]):
-        scores_Khw[k] += bias
-    classes, height, width = scores_Khw.shape
-    probs_Khw = np.zeros_like(scores_Khw)
-    for y in range(height):
-        for x in range(width):
-            probs_Khw[:, y, x] = softmax(scores_Khw[:, y, x])
-    logits_K = np.zeros(classes)
-    for k in range(classes):
-        largest = sorted(probs_Khw[k].ravel().tolist(), reverse=True)[: math.ceil(0.2 * height * width)]
-        share = min(max(sum(largest) / len(largest), 1e-6), 1 - 1e-6)
-        logits_K[k] = math.log(share / (1 - share))
-    return logits_K, scores_Khw
-
-
-def slow_pcam(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple[Floats, Floats]:
-    weight_KC, bias_K = state["conv.weight"][:, :, 0, 0], state["conv.bias"]
-    heat_Khw = sigmoid(slow_class_maps(deep_Chw, weight_KC) + bias_K[:, None, None])
-    logits_K = np.zeros(len(bias_K))
-    for k in range(len(bias_K)):
-        for c in range(len(deep_Chw)):
-            pooled = (heat_Khw[k] / heat_Khw[k].sum() * deep_Chw[c]).sum()
-            logits_K[k] += weight_KC[k, c] * pooled
-        logits_K[k] += bias_K[k]
-    return logits_K, heat_Khw
-
-
-def slow_resize(gray_HW: Floats, height: int, width: int) -> Floats:
-    """Resize bilinearly between the four nearest pixel centers."""
-    result = np.zeros((height, width))
-    for y in range(height):
-        for x in range(width):
-            v, u = (y + 0.5) * gray_HW.shape[0] / height - 0.5, (x + 0.5) * gray_HW.shape[1] / width - 0.5
-            top, left = math.floor(v), math.floor(u)
-            for row, row_share in ((top, 1 - (v - top)), (top + 1, v - top)):
-                for column, column_share in ((left, 1 - (u - left)), (left + 1, u - left)):
-                    result[y, x] += row_share * column_share * gray_HW[row, column]
-    return result
-
-
-def slow_lfi(
-    deep_Chw: Floats, image: Floats, state: dict[str, Floats], *, final_relu: bool = False
-) -> tuple[Floats, Floats]:
-    channels, height, width = deep_Chw.shape
-    gray_hw = slow_resize(image.mean(axis=0), height, width)
-    x_Chw = np.stack([slow_minmax(deep_hw) * gray_hw for deep_hw in deep_Chw])
-    for conv, norm in ((0, 1), (3, 4), (6, 7), (9, 10)):
-        x_Chw = slow_conv(x_Chw, state[f"importance.{conv}.weight"])
-        x_Chw = slow_batch_norm(x_Chw, state, f"importance.{norm}")
-        if conv < 9 or final_relu:
-            x_Chw = np.maximum(x_Chw, 0)
-    weight_C = softmax(np.array([x_hw.mean() for x_hw in x_Chw]))
-    weighted_hw = np.zeros((height, width))
-    for c in range(channels):
-        weighted_hw += weight_C[c] * deep_Chw[c]
-    attention_hw = slow_minmax(np.maximum(weighted_hw, 0))
-    pooled_C = np.array([(attention_hw * deep_hw + deep_hw).mean() for deep_hw in deep_Chw])
-    return state["fc.weight"] @ pooled_C + state["fc.bias"], attention_hw[None]
-
-
-def slow_bottleneck(x_Chw: Floats, state: dict[str, Floats], name: str) -> Floats:
-    y_Chw = x_Chw
-    for conv, norm in ((0, 1), (3, 4), (6, 7)):
-        y_Chw = slow_batch_norm(slow_conv(y_Chw, state[f"{name}.branch.{conv}.weight"]), state, f"{name}.branch.{norm}")
-        if conv < 6:
-            y_Chw = np.maximum(y_Chw, 0)
-    return np.maximum(x_Chw + y_Chw, 0)
-
-
-def slow_abn(deep_Chw: Floats, image: Floats, state: dict[str, Floats]) -> tuple[Floats, Floats, Floats]:
-    maps_Khw = slow_conv(slow_bottleneck(deep_Chw, state, "attention_stage"), state["class_maps.0.weight"])
-    maps_Khw = np.maximum(slow_batch_norm(maps_Khw, state, "class_maps.1"), 0)
-    attention_1hw = sigmoid(slow_batch_norm(slow_conv(maps_Khw, state["attention.0.weight"]), state, "attention.1"))
-    auxiliary_K = slow_conv(maps_Khw, state["attention_logits.weight"]).mean(axis=(1, 2))
-    perceived_Chw = slow_bottleneck(deep_Chw * attention_1hw + deep_Chw, state, "perception_stage")
-    return state["fc.weight"] @ perceived_Chw.mean(axis=(1, 2)) + state["fc.bias"], attention_1hw, auxiliary_K
-
-
-SLOW: dict[str, Any] = {
-    "gap": slow_gap,
-    "pcam": slow_pcam,
-    "lfi": slow_lfi,
-    "lfi-release": partial(slow_lfi, final_relu=True),
-    "abn": slow_abn,
-    "area": slow_area,
-}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -345,53 +200,6 @@ def test_flat_features_give_finite_maps(name: str, value: float) -> None:
         assert bool((output.map_NKhw == 0).all())
 
 
-def slow_attention(deep_NChw: Floats, weight_KC: Floats, mu: float) -> Floats:
-    images, _, height, width = deep_NChw.shape
-    attention = np.zeros((images, 1, height, width))
-    for n in range(images):
-        for cam_hw in np.maximum(slow_class_maps(deep_NChw[n], weight_KC), 0):
-            beta = mu * cam_hw.max()
-            for y in range(height):
-                for x in range(width):
-                    attention[n, 0, y, x] += (0.0 if cam_hw[y, x] > beta else cam_hw[y, x]) / len(weight_KC)
-    return attention
-
-
-@pytest.mark.parametrize("mu", [1.0, 0.83, 0.65])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_attention_agrees_with_the_definition(mu: float, normalize: bool) -> None:
-    rng = np.random.default_rng(1)
-    deep_NChw, weight_KC = rng.normal(size=(3, 5, 4, 6)).astype(np.float32), rng.normal(size=(2, 5)).astype(np.float32)
-    actual = progressive_dropout_attention(
-        torch.from_numpy(deep_NChw), torch.from_numpy(weight_KC), mu, normalize=normalize
-    )
-    expected = slow_attention(deep_NChw.astype(np.float64), weight_KC.astype(np.float64), mu)
-    if normalize:
-        for n in range(3):
-            expected[n] /= expected[n].max()
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_an_image_without_any_positive_class_map_keeps_its_features_if_normalized() -> None:
-    deep_NChw = torch.rand(2, 5, 4, 4, generator=torch.Generator().manual_seed(1))
-    deep_NChw[1] *= -1
-    weight_KC = torch.ones(2, 5)
-    plain = progressive_dropout_attention(deep_NChw, weight_KC, 0.8)
-    normalized = progressive_dropout_attention(deep_NChw, weight_KC, 0.8, normalize=True)
-    assert float(plain[1].abs().max()) == 0
-    assert torch.equal(normalized[1], torch.ones(1, 4, 4))
-    assert torch.allclose(normalized[0], plain[0] / plain[0].max())
-
-
-def test_attention_is_computed_in_float32_for_half_precision_features() -> None:
-    generator = torch.Generator().manual_seed(2)
-    deep_NChw, weight_KC = torch.rand(1, 4, 3, 3, generator=generator).bfloat16(), torch.rand(2, 4, generator=generator)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        attention = progressive_dropout_attention(deep_NChw, weight_KC, 0.9)
-    assert attention.dtype == torch.float32
-    assert torch.equal(attention, progressive_dropout_attention(deep_NChw.float(), weight_KC, 0.9))
-
-
 def test_the_gap_head_drops_whole_channels() -> None:
     head = GapHead(64, 1).train()
     with seeded(1):
@@ -403,41 +211,6 @@ def test_the_gap_head_drops_whole_channels() -> None:
 
 def test_parameter_names_are_those_of_shipped_bundles() -> None:
     assert set(GapHead(4, 2).state_dict()) == {"conv.weight"}
-
-
-def epoch_by_epoch(sigma: float, lower: float, held: int, epochs: int) -> list[float]:
-    """Return mu of each epoch by a loop: after `held` epochs, multiply after each epoch while mu is above the bound."""
-    mu, values = 1.0, []
-    for epoch in range(epochs):
-        values.append(mu)
-        if epoch + 1 >= held and mu > lower:
-            mu = max(lower, mu * sigma)
-    return values
-
-
-def test_the_paper_schedule_of_20_epochs_holds_one_for_three_epochs_and_then_decays() -> None:
-    paper = PDA_SCHEDULES["paper"]
-    assert [paper.mu(epoch, 20) for epoch in range(6)] == pytest.approx([1, 1, 1, 0.985, 0.970225, 0.955671625])
-    assert [paper.mu(epoch, 20) for epoch in range(20)] == pytest.approx(epoch_by_epoch(0.985, 0.65, 3, 20))
-
-
-def test_the_release_schedule_decays_after_epoch_0_and_applies_from_epoch_3() -> None:
-    release = PDA_SCHEDULES["release"]
-    expected = [None, None, None, *epoch_by_epoch(0.98, 0.65, 1, 20)[3:]]
-    assert [release.mu(epoch, 20) for epoch in range(20)] == pytest.approx(expected)
-    assert release.mu(5, 20) == pytest.approx(0.98**5)
-
-
-@pytest.mark.parametrize("name", list(PDA_SCHEDULES))
-def test_a_schedule_takes_the_values_at_the_same_shares_of_a_training_of_any_length(name: str) -> None:
-    schedule = PDA_SCHEDULES[name]
-    assert [schedule.mu(epoch, 4) for epoch in range(4)] == [schedule.mu(epoch, 20) for epoch in (0, 5, 10, 15)]
-    assert [schedule.mu(epoch, 40) for epoch in range(0, 40, 2)] == [schedule.mu(epoch, 20) for epoch in range(20)]
-
-
-def test_mu_never_falls_below_its_lower_bound() -> None:
-    steep = PdaSchedule(sigma=0.9, lower=0.65, hold=1, start=0)
-    assert [steep.mu(epoch, 20) for epoch in (4, 5, 19)] == pytest.approx([0.9**4, 0.65, 0.65])
 
 
 def area_of(scores_Khw: torch.Tensor) -> torch.Tensor:

@@ -133,8 +133,9 @@ def open_checked(result: Result) -> Slide:
 
 
 def unavailable(result: Result) -> str | None:
-    """Return why a result's slide cannot be shown, or None if it can."""
+    """Return why a result or its slide cannot be shown, or None if both can."""
     try:
+        _check_map(result)
         open_checked(result).close()
     except WsiSegmentError as error:
         return str(error)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -47,6 +50,35 @@ def test_a_command_that_a_full_disk_ends_does_not_call_its_results_complete(
     )
     assert done.returncode == 1
     assert done.stderr == said + "\n"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("option", ["--version", "--help"])
+@pytest.mark.parametrize("line", [*SCRIPTS, "wsi-segment doctor"])
+def test_a_closed_or_full_output_ends_every_command_without_a_traceback(line: str, option: str) -> None:
+    name, *words = line.split()
+    module, _, function = SCRIPTS[name].partition(":")
+    code = f"from {module} import {function}; {function}()"
+
+    def errors_of(output: IO[bytes]) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, option],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+            cwd=REPOSITORY,
+        )
+        assert done.returncode == 1
+        return done.stderr.decode()
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        assert errors_of(closed) == ""
+    if Path("/dev/full").exists():  # Linux
+        with Path("/dev/full").open("wb") as full:
+            assert errors_of(full) == f"output: cannot be written: No space left on device; {SPACE}\n"
 
 
 @pytest.mark.parametrize("line", [*SCRIPTS, "wsi-segment doctor"])

@@ -31,7 +31,15 @@ from pipeline.training import pictures
 from pipeline.training.dataset import load_dataset
 from pipeline.training.evaluate import evaluate
 from tests.models.networks import ConstantClassifier, ConstantSegmenter, make_card
-from tests.pipeline.training.stripes import COLORS, CornerClassifier, bright_corner, predictor, stripes, write_dataset
+from tests.pipeline.training.stripes import (
+    COLORS,
+    CornerClassifier,
+    bright_corner,
+    predictor,
+    stripes,
+    without_masks,
+    write_dataset,
+)
 from tests.repository import REPOSITORY
 
 OPTIONS = "--data --split --output -o --device --batch-size -b --tta --no-tta --worst --json --verbose -v --quiet -q"
@@ -114,17 +122,78 @@ def test_scores_of_a_perfect_model_are_one_and_the_table_says_a_hundred(
     assert rows["IoU white"][2:] == rows["ACC"][2:] == ["100.00", "100.00"]
 
 
-def test_the_caption_has_a_spread_only_if_there_are_two_cases(
+def test_without_masks_patches_are_scored_and_a_matrix_of_an_earlier_run_is_removed(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(monkeypatch, predictor())
+    file = write_dataset(tmp_path / "data", {"a[10]": np.zeros((64, 64), np.uint8), "b[10]": stripes(64, 96)})
+    assert invoke(bundle, file, "-o", tmp_path / "out").exit_code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == OUTPUTS
+    result = invoke(bundle, without_masks(file), "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == OUTPUTS - {"confusion.png"}
+    text = " ".join(result.stdout.split())
+    assert text.startswith("test on tiny, test 2 labeled patches, gate on, % ")
+    assert re.search(r"class-0 │ 2 │ 100.00 │ – │ 100.00", text)
+    assert re.search(r"class-1 │ 0 │ – │ 50.00 │ 0.00", text)
+    assert "balanced accuracy: –, gate off –" in text
+    assert "patches with every class right: 50.00 ± " in text
+    assert text.endswith(
+        "no scores of pixels, because they require a mask of every image "
+        "±: standard deviation over test sets of as many cases"
+    )
+    document = document_of(tmp_path / "out")
+    assert {key for key, value in document.items() if value is None} == {
+        "pixels",
+        "scores",
+        "miou_spread",
+        "confusion",
+        "image_confusion",
+        "image_miou",
+    }
+    assert (document["images"], document["image_case"]) == (2, {"a[10]": "a[10]", "b[10]": "b[10]"})
+    patches = document["patches"]
+    assert patches["counted"] == 2
+    assert patches["minimum_share"] == 0.05
+    assert patches["with_class"] == {"class-0": 2, "class-1": 0}
+    assert patches["image_wrong"] == {"a[10]": 0, "b[10]": 1}
+    assert patches["scores"]["gate_on"] == {
+        "recall": {"class-0": 1.0, "class-1": None},
+        "specificity": {"class-0": None, "class-1": 0.5},
+        "precision": {"class-0": 1.0, "class-1": 0.0},
+        "balanced": None,
+        "exact": 0.5,
+    }
+    assert patches["scores"]["gate_off"] == patches["scores"]["gate_on"]
+    # Right in none, one or both of two drawn images.
+    assert patches["spread"]["balanced"] is None
+    assert patches["spread"]["exact"] == pytest.approx(np.sqrt(1 / 8), rel=0.1)
+    with Image.open(tmp_path / "out" / "worst.png") as picture:
+        rgb_HWC = np.asarray(picture)
+    # Only the image with a wrong class, and its prediction beside it.
+    top = MARGIN + pictures.ROW + pictures.GAP + 2 * pictures.ROW
+    height = round(64 * pictures.PANEL_PX / 96)
+    assert rgb_HWC.shape[0] == top + height + MARGIN
+    step = pictures.PANEL_PX + pictures.GAP
+    corner = [rgb_HWC[top + 20, MARGIN + x + 20].tolist() for x in (0, step, 2 * step)]
+    assert corner == [list(COLORS[1]), list(COLORS[1]), [255] * 3]
+
+
+def test_a_spread_is_printed_only_if_there_are_two_cases(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold(monkeypatch, predictor())
     file = write_dataset(tmp_path / "data", {"P1-a": stripes(64, 96), "P1-b": stripes(64, 64)})
     result = invoke(bundle, file, "-o", tmp_path / "out")
-    assert "over other cases of this kind: ± 0.00" in " ".join(result.stdout.split())
+    assert "mIoU (exclude, gate on): 100.00 ± 0.00 %" in result.stdout
+    assert "100.00 ± 0.00 %, gate off 100.00 %\n" in result.stdout
+    assert result.stdout.endswith("\n±: standard deviation over test sets of as many cases\n")
     assert document_of(tmp_path / "out")["miou_spread"] == 0
     file.write_text(file.read_text() + "[group]\npattern = '^(P[0-9])-'\n")
     result = invoke(bundle, file, "-o", tmp_path / "out")
-    assert "over other cases of this kind: – (one case only)" in " ".join(result.stdout.split())
+    assert "mIoU (exclude, gate on): 100.00 %\n" in result.stdout
+    assert "right: 100.00 %, gate off 100.00 %\n" in result.stdout
+    assert result.stdout.endswith("\nno ±, because all images belong to one case\n")
     assert document_of(tmp_path / "out")["miou_spread"] is None
 
 
@@ -234,7 +303,6 @@ def test_the_folder_of_the_data_can_be_named(tmp_path: Path, bundle: Path, monke
     ("change", "arguments", "message"),
     [
         ('"class-1"', [], "has the classes class-0, class-1; data set tiny has class-0, stroma"),
-        ("", ["--split", "train"], "images of split train have no mask"),
         ("", ["--split", "val"], "does not describe split val"),
         ("", ["--data", "nowhere"], "the folder nowhere does not exist"),
         (

@@ -152,6 +152,16 @@ def test_the_quick_check_compares_sizes_and_reads_no_file_but_the_records(result
     assert [line.split()[0] for line in findings] == ["0/0/1/2", "labels/classes/0/1/2"]
 
 
+def test_the_quick_check_of_a_folder_does_not_read_the_tiles_of_the_project(results: Path) -> None:
+    tiles = results / "qupath/maps/a/a.tiles.geojson"
+    tiles.write_text("[]")
+    assert run("check", "--quiet", results)[1].startswith(f"wrong {tiles}\n")
+    code, stdout, _ = run("check", "--quick", results)
+    assert code == 0
+    assert str(results / "summary.csv") in stdout
+    assert ".tiles.geojson" not in stdout
+
+
 def test_files_that_people_add_and_a_removed_path_are_not_findings(results: Path) -> None:
     (results / "a/notes.txt").write_text("mine")
     (results / STORE / ".DS_Store").write_bytes(b"\0")

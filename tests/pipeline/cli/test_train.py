@@ -294,5 +294,7 @@ def test_textures_are_told_apart_after_all_stages_and_the_evaluation_gives_the_c
     scores = document["scores"]["exclude"]["gate_on"]
     found = {f"iou_{name}": iou for name, iou in scores["iou"].items()}
     found |= {name: scores[name] for name in ("miou", "fwiou", "accuracy")} | {"miou_spread": document["miou_spread"]}
+    patches = document["patches"]["scores"]["gate_on"]
+    found |= {name: patches[name] for name in ("balanced", "exact")}
     measured = {name: value for name, value in metrics.items() if name.startswith("test_")}
     assert {f"test_{name}": round(value, 4) for name, value in found.items()} == measured

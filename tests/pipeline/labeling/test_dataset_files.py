@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from models.bundle import Bundle
-from pipeline.errors import DatasetFileError, LabelingError, MaskError
+from pipeline.errors import DatasetFileError, LabelingError
 from pipeline.labeling.dataset_files import DatasetWriter, rows_of, split_by_patient, warnings_of, write_dataset
 from pipeline.labeling.events import (
     Answer,
@@ -34,7 +34,6 @@ from pipeline.labeling.session import NewLabel
 from pipeline.labeling.store import EventStore
 from pipeline.training.dataset import labeled_boxes, load_dataset, read_mask, read_rgb, samples
 from pipeline.training.dataset_sections import Split
-from pipeline.training.evaluate import masked_samples
 from pipeline.training.splits import hash_split
 from tests.pipeline.labeling.desks import answers, desk
 from tests.pipeline.labeling.events import SLIDE, STARTED, STROMA, TUMOR, fold, label, place
@@ -377,7 +376,7 @@ def test_outlines_that_cover_patches_completely_become_masks_for_evaluation(tmp_
     expected = np.full((64, 64), 255, np.uint8)
     # The overlap and the rest have no known class.
     expected[:, :16], expected[60:, :24], expected[:60, 24:] = 0, 0, 1
-    masks = {one.group: read_mask(dataset, one) for split in SPLITS for one in masked_samples(dataset, split)}
+    masks = {one.group: read_mask(dataset, one) for split in SPLITS for one in samples(dataset, split)}
     assert len(masks) == 12
     for patient, mask in masks.items():
         np.testing.assert_array_equal(mask, np.full_like(mask, 255) if patient == "p11" else expected)
@@ -387,8 +386,7 @@ def test_outlines_that_cover_patches_completely_become_masks_for_evaluation(tmp_
     # A class that no mask of the validation split shows: its score would be missing.
     write_dataset(tmp_path, outlined(*[{1: LEFT}] * 12), read)
     assert not (tmp_path / "masks").exists()
-    with pytest.raises(MaskError, match="have no mask"):
-        masked_samples(load_dataset(tmp_path), "val")
+    assert {sample.mask for sample in samples(load_dataset(tmp_path), "val")} == {None}
 
 
 @pytest.mark.parametrize(

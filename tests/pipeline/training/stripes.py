@@ -96,6 +96,14 @@ def write_dataset(
     return folder / "dataset.toml"
 
 
+def without_masks(file: Path) -> Path:
+    """Let the test images of a data set have labels in their names, as in "a[10]", and no masks."""
+    text = file.read_text(encoding="utf-8").replace(', mask = "test/mask/{name}.png"', "")
+    start, end = text.index("[labels]"), text.index('splits = ["train"]')
+    file.write_text(f'{text[:start]}[labels]\nsource = "file-name"\n{text[end + 18 :]}', encoding="utf-8")
+    return file
+
+
 def gated_by_hand() -> tuple[Predictor, NDArray[np.uint8]]:
     """Return a predictor and an image of class 0 on the left and class 1 from column 64 on.
 

@@ -115,6 +115,22 @@ def test_the_last_stage_counts_views_images_and_validation(tmp_path: Path, monke
     assert finish["minutes"] == pytest.approx((10 * 6 / 2 + images * 6 + 2 * sum(held)) / 60, abs=0.02)
 
 
+@pytest.mark.parametrize(("masks", "minutes"), [(True, 2 * 10 + 2 * 100), (False, 2 * 10 + 100)])
+def test_the_last_stage_measures_the_temperature_only_with_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, masks: bool, minutes: int
+) -> None:
+    file = write_textures(tmp_path, train=12, val=2, test=1, size=64)
+    if not masks:  # some of the training images are held out
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if not line.startswith(("val =", "test ="))))
+    seconds = {"classifier": 600.0, "pseudo masks": 0.0, "segmenter": 6000.0}
+    stages = {name: {"validation_seconds": value, "minutes": 0.0} for name, value in seconds.items()}
+    monkeypatch.setattr(module, "_stages", lambda *_: stages)
+    monkeypatch.setattr(module, "_seconds", lambda _: 0.0)
+    plan = dry_run(load_dataset(file), CONFIG, "cpu")
+    assert plan["stages"]["finish"]["minutes"] == minutes
+
+
 def test_the_counts_are_those_of_labeled_patches(tmp_path: Path) -> None:
     images = crop_images(tmp_path, {"a": (64, 32)}, side=32, stride=32)
     images.present = [np.array([[True, True, False], [False, True, False]])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from pipeline.training.evaluate import (
     scores,
 )
 from pipeline.training.model_card import score_metrics
+from pipeline.training.patch_scores import PatchResults
 from tests.models.networks import (
     ConstantClassifier,
     ConstantSegmenter,
@@ -34,8 +36,20 @@ from tests.pipeline.training.stripes import (
     gated_by_hand,
     predictor,
     stripes,
+    without_masks,
     write_dataset,
 )
+
+
+def evaluation(
+    pooled: dict[tuple[Protocol, bool], NDArray[np.int64]],
+    matrices: dict[str, NDArray[np.int64]],
+    cases: dict[str, str],
+) -> Evaluation:
+    """Return an evaluation with these matrices, whose patches all have both classes."""
+    both = {name: np.ones((1, 2), bool) for name in matrices}
+    patches = PatchResults(("a", "b"), 0.05, both, {True: both, False: both}, cases)
+    return Evaluation(("a", "b"), pooled, matrices, cases, patches)
 
 
 def slow_matrix(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes: int) -> list[list[int]]:
@@ -206,12 +220,62 @@ def test_the_error_for_another_order_of_classes_asks_for_that_of_the_model(tmp_p
         evaluate(predictor(), load_dataset(file))
 
 
-def test_a_split_without_masks_is_refused(tmp_path: Path) -> None:
-    dataset = load_dataset(write_dataset(tmp_path, {"a": stripes(64, 64)}))
-    with pytest.raises(
-        MaskError, match=r"1 of 1 images of split train have no mask \(such as only\);.* wsi-label import"
-    ):
-        evaluate(predictor(), dataset, "train")
+def test_without_masks_maps_are_compared_with_the_labels_of_patches(tmp_path: Path) -> None:
+    one_HW, few_HW = np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.uint8)
+    few_HW[:, :1] = 1  # 1.6 % of the patch, which is less than the smallest share
+    masks = {"a[10]": one_HW, "b[11]": few_HW, "c[01]": stripes(64, 64), "d[11]": stripes(64, 96)}
+    found = evaluate(predictor(), load_dataset(without_masks(write_dataset(tmp_path, masks))))
+    assert (found.matrices, found.image_matrices) == ({}, {})
+    assert {name: rows_BK.tolist() for name, rows_BK in found.patches.found[True].items()} == {
+        "a[10]": [[True, False]],
+        "b[11]": [[True, False]],
+        "c[01]": [[True, True]],
+        "d[11]": [[True, True]],
+    }
+    assert found.patches.minimum == 0.05
+    assert found.patches.count == 4
+    assert found.patches.patches == {"class-0": 3, "class-1": 3}
+    assert found.patches.mistakes("b[11]") == ((), ("class-1",))
+    assert found.patches.mistakes("c[01]") == (("class-0",), ())
+    assert [found.patches.wrong(name) for name in masks] == [0, 1, 1, 0]
+    scores = found.patches.scores()
+    assert scores.recall == {"class-0": 1.0, "class-1": 2 / 3}
+    assert scores.specificity == {"class-0": 0.0, "class-1": 1.0}
+    assert scores.precision == {"class-0": 3 / 4, "class-1": 1.0}
+    assert scores.balanced == pytest.approx((1 / 2 + 5 / 6) / 2)
+    assert scores.exact == 0.5
+    metrics = score_metrics("test", found)
+    assert metrics == {"test_balanced": round(scores.balanced, 4), "test_exact": 0.5}
+
+
+def test_a_class_that_the_gate_removes_is_not_found_in_a_patch(tmp_path: Path) -> None:
+    ours = predictor(ConstantClassifier([0.9, 0.1]), ConstantSegmenter([0.0, 1.0]))
+    found = evaluate(ours, load_dataset(without_masks(write_dataset(tmp_path, {"a[01]": stripes(64, 64)}))))
+    assert found.patches.found[True]["a[01]"].tolist() == [[True, False]]
+    assert found.patches.found[False]["a[01]"].tolist() == [[False, True]]
+
+
+def test_a_single_image_without_a_mask_leaves_no_scores_of_pixels(tmp_path: Path) -> None:
+    file = without_masks(write_dataset(tmp_path, {"a[11]": stripes(64, 96)}))
+    dataset = load_dataset(file)
+    (bare,) = samples(dataset, "test")
+    masked = dataclasses.replace(bare, name="b", mask=tmp_path / "test" / "mask" / "a[11].png")
+    assert evaluate_samples(predictor(), dataset, [masked]).matrices
+    both = evaluate_samples(predictor(), dataset, [masked, bare])
+    assert (both.matrices, both.patches.count) == ({}, 2)
+
+
+def test_crops_of_masks_are_the_labeled_patches(tmp_path: Path) -> None:
+    file = write_dataset(tmp_path, {"a": stripes(64, 96)})
+    text = file.read_text().replace('train = [{ image = "train/*/*.png" }]\n', "")
+    rule = '[labels]\nsource = "mask-crops"\nside = 32\nstride = 32\nminimum = 0.4\n'
+    file.write_text(text[: text.index("[labels]")] + rule)
+    found = evaluate(predictor(), load_dataset(file))
+    # Columns 0 to 23 and 64 to 87 are class 1.
+    row = [[False, True], [True, False], [False, True]]
+    assert found.patches.present["a"].tolist() == found.patches.found[True]["a"].tolist() == row * 2
+    assert found.patches.minimum == 0.4
+    assert found.matrices
 
 
 def test_the_error_for_a_nan_output_names_the_image(tmp_path: Path) -> None:
@@ -224,7 +288,7 @@ def test_the_spread_is_the_bootstrap_deviation_over_cases() -> None:
     rng = np.random.default_rng(5)
     matrices = {f"case {n}": rng.integers(0, 100, (3, 3)) for n in range(6)}
     pooled = np.sum(list(matrices.values()), axis=0)
-    found = Evaluation(("a", "b"), {("exclude", True): pooled}, matrices, {case: case for case in matrices})
+    found = evaluation({("exclude", True): pooled}, matrices, {case: case for case in matrices})
     draws, cases = [], list(matrices.values())
     for _ in range(4000):
         matrix = np.sum([cases[rng.integers(6)] for _ in range(6)], axis=0)
@@ -242,14 +306,14 @@ def test_a_single_case_has_no_spread() -> None:
         ("exclude", True): np.sum(list(matrices.values()), axis=0)
     }
     cases: dict[str, str] = dict.fromkeys(matrices, "one case")
-    alone = Evaluation(("a", "b"), pooled, matrices, cases)
+    alone = evaluation(pooled, matrices, cases)
     assert math.isnan(alone.miou_spread())
     assert "val_miou" in score_metrics("val", alone)
     assert "val_miou_spread" not in score_metrics("val", alone)
     matrices["z"][:-1] = 0
-    other = Evaluation(("a", "b"), pooled, matrices, cases | {"z": "a case of which no pixel counts"})
+    other = evaluation(pooled, matrices, cases | {"z": "a case of which no pixel counts"})
     assert math.isnan(other.miou_spread())
-    assert Evaluation(("a", "b"), pooled, matrices, cases | {"y": "another case"}).miou_spread() > 0
+    assert evaluation(pooled, matrices, cases | {"y": "another case"}).miou_spread() > 0
 
 
 def test_scores_of_masks_without_a_class_are_nan_without_a_warning(tmp_path: Path) -> None:

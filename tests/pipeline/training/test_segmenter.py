@@ -185,10 +185,19 @@ def test_the_score_is_the_mean_over_classes_of_the_balanced_accuracy(tmp_path: P
     }
 
 
+def test_the_score_of_classes_that_are_in_all_patches_or_in_none_is_the_share_of_right_answers(tmp_path: Path) -> None:
+    images = painted(tmp_path, {"a": [(0, 32)]}, side=32)
+    images.present = [np.array([[True, False, True]] * len(images.boxes[0]))]
+    found = map_scores(Reddest(), images, TrainConfig(region=None), CPU)
+    assert found["balanced"] == pytest.approx(2 / 3)
+    assert found["exact"] == 0
+
+
 def test_the_error_of_the_score_is_the_spread_over_images(tmp_path: Path) -> None:
     """One image is entirely right and one entirely wrong, so a bootstrap over them draws scores of 0, 1/2 and 1."""
     images = painted(tmp_path, {"a": [(0, 32)], "b": [(0, 32)]}, side=32)
     images.boxes = [np.array([(x, 0, 16, 16) for x in (0, 16)])] * 2
+    images.ends_N = np.array([2, 4])
     images.present = [np.array([[True, False, False]] * 2), np.array([[False, True, True]] * 2)]
     found = map_scores(Reddest(), images, TrainConfig(region=None), CPU)
     assert found["score"] == pytest.approx((0.5 + 0.5) / 2)

@@ -21,7 +21,7 @@ from pipeline.training.dataset import (
     samples,
 )
 from pipeline.training.dataset_sections import SPLITS
-from pipeline.training.splits import MOST_TABLE_BYTES
+from pipeline.training.splits import MOST_TABLE_BYTES, log_once
 from tests.pipeline.training.tiny_datasets import (
     CROP_LABELS,
     HEAD,
@@ -245,7 +245,9 @@ def test_a_group_in_several_splits_of_a_table_causes_a_warning(
 
     assert names(samples(dataset, "train")) == ["a", "c"]
     assert not caplog.messages
-    assert names(samples(dataset, "val")) == ["b"]
+    log_once.cache_clear()
+    for _ in range(3):  # a command reads the samples several times
+        assert names(samples(dataset, "val")) == ["b"]
     assert names(samples(dataset, "test")) == ["d"]
     val, test = caplog.messages
     assert "tiny: 1 group(s) of split val (p1) also have images in another split" in val

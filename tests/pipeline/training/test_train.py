@@ -76,6 +76,8 @@ def test_a_run_leaves_products_curves_and_a_valid_bundle_but_no_checkpoint(unbro
     values = {f"iou_{name}": iou for name, iou in found.iou.items() if not math.isnan(iou)}
     values |= {"miou": found.miou, "fwiou": found.fwiou, "accuracy": found.accuracy}
     values["miou_spread"] = evaluation.miou_spread()
+    patches = evaluation.patches.scores()
+    values |= {"balanced": patches.balanced, "exact": patches.exact}
     validation = PatchImages(textures, samples(textures, "val"), 1.0)
     profile_KD = edge_profile(load_networks(bundle)[1], validation, CONFIG, torch.device("cpu"))
     expected = {f"val_{name}": round(value, 4) for name, value in values.items()}

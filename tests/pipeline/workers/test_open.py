@@ -264,10 +264,31 @@ def test_two_commands_over_the_same_folder_share_the_slides(tmp_path: Path) -> N
     assert [result.status for result in again] == ["skipped"] * 3
 
 
-def test_the_lock_file_of_a_killed_run_does_not_lock(tmp_path: Path) -> None:
-    lock_file(tmp_path, "a").touch()
+HOLDS_LOCK = """
+import sys, time
+from pathlib import Path
+from pipeline.files import file_lock
+
+with file_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_process_ends_and_its_file_does_not_lock(tmp_path: Path) -> None:
+    file = lock_file(tmp_path, "a")
+    command = [sys.executable, "-c", HOLDS_LOCK, str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "held\n"
+            assert is_locked(tmp_path, "a")
+        finally:
+            process.kill()
+    assert file.exists()
     assert not is_locked(tmp_path, "a")
-    assert not lock_file(tmp_path, "a").exists()
+    assert not file.exists()
     assert not is_locked(tmp_path, "b")
 
 

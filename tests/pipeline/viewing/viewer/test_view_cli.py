@@ -35,8 +35,11 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 def ended(*arguments: str | Path) -> tuple[int, str]:
     """Return the exit status and stderr of a command that ends by itself."""
-    process = start(*arguments)
-    _, errors = process.communicate(timeout=60)
+    with start(*arguments) as process:
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     return process.returncode, errors
 
 
@@ -70,6 +73,18 @@ def test_another_slide_is_refused_before_the_server_starts(results_folder: Path,
     status, errors = ended(results_folder, "--slide", other, "--no-browser")
     assert status == 1
     assert errors.startswith("wsi-view: block <1>.svs: is not the slide that")
+
+
+def test_a_result_whose_map_lacks_files_is_refused_before_the_server_starts(
+    results_folder: Path, tmp_path: Path
+) -> None:
+    result = shutil.copytree(next(results_folder.glob("block*")), tmp_path / "a")
+    chunk = min(path for path in result.glob("*.ome.zarr/0/*/*/*") if path.is_file())
+    chunk.unlink()
+    status, errors = ended(result, "--no-browser")
+    assert status == 1
+    missing = f"1 of its files are missing, such as {chunk.relative_to(result)}"
+    assert errors.endswith(f": cannot be read: {missing}; segment the slide again with --repair\n")
 
 
 def test_a_folder_that_cannot_be_examined_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -334,6 +335,31 @@ def test_a_process_that_hangs_in_a_stale_mount_is_named(
             workers.segment(SlideJob(tmp_path / "a.svs"), tmp_path / "out", no_progress)
         assert time.monotonic() - start < 2.5
         assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.full
+def test_a_process_that_cannot_write_to_the_output_is_named_before_any_slide(
+    tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide, out, mounted, write = small_slide(tmp_path / "a.svs"), tmp_path / "out", threading.Event(), Path.write_text
+
+    def write_text(path: Path, text: str, **options: Any) -> int:
+        """Refuse what the process of the cluster writes to the output. It is a thread here."""
+        if path.parent == out and threading.current_thread() is not threading.main_thread() and not mounted.is_set():
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with cluster_of(1) as cluster, open_workers(cluster.scheduler_address, bundle, CONFIG) as workers:
+        stages: list[str] = []
+        with pytest.raises(
+            ClusterError,
+            match=r"/out: worker tcp://\S+ cannot write to the folder: Read-only file system; mount the folder read-wr",
+        ):
+            workers.segment(SlideJob(slide), out, lambda stage, *_: stages.append(stage))
+        assert (stages, list(out.iterdir())) == ([], [])
+        mounted.set()
+        assert workers.segment(SlideJob(slide), out, no_progress).status == "done"
 
 
 def test_a_process_that_cannot_read_the_slides_is_named_before_any_slide(
