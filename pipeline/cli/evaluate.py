@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "wsi-evaluate"
 OUTPUTS = ("confusion.png", "worst.png", "evaluation.json")
-"""Files of an evaluation; without masks, there is no confusion.png."""
+"""Files of an evaluation; without masks, `confusion.png` is left out."""
 GATES = {"gate_on": True, "gate_off": False}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

@@ -39,7 +39,7 @@ class AvailableProcesses:
     def addresses(self, *, now: bool = False) -> list[str]:
         """Return the addresses of the processes, as of a few seconds ago or, with `now`, as of this moment.
 
-        Processes that are left out are among them only if there are no others.
+        Processes that are left out are among them only if all others have ended.
 
         Logs a warning if there is no process for `WARNING_S`, and another one when a process is available again.
         Threads may call this at the same time.
