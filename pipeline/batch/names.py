@@ -75,10 +75,11 @@ def _places(jobs: Sequence[SlideJob]) -> list[str | None]:
     given = {job.place.casefold() for job in movable if job.place is not None}
     if len(jobs) == 1 or len(given) == len(movable):
         return [job.place for job in jobs]
-    common = os.path.commonpath([job.path.absolute().parent for job in movable])
+    paths = [Path(os.path.abspath(job.path)) for job in jobs]  # noqa: PTH100 - Path.absolute keeps ".."
+    common = os.path.commonpath([path.parent for job, path in zip(jobs, paths, strict=True) if job in movable])
     return [
-        job.path.absolute().relative_to(common).with_name(job.result_name).as_posix() if job in movable else None
-        for job in jobs
+        path.relative_to(common).with_name(job.result_name).as_posix() if job in movable else None
+        for job, path in zip(jobs, paths, strict=True)
     ]
 
 

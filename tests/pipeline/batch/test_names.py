@@ -46,6 +46,16 @@ def test_slides_of_several_folders_are_told_apart_by_the_folders(tmp_path: Path)
     assert names(by_folder, tmp_path / "out") == names(collect_jobs(paths), tmp_path / "out") == ["1/a", "2/a"]
 
 
+@pytest.mark.full
+def test_paths_with_two_dots_are_named_by_the_folders_that_they_lead_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touched(tmp_path, "project/d/slide.svs", "s1/slide.svs")
+    monkeypatch.chdir(tmp_path / "project")
+    jobs = collect_jobs([Path("d/slide.svs"), Path("../s1/slide.svs")])
+    assert names(jobs, tmp_path / "out") == ["project/d/slide", "s1/slide"]
+
+
 def test_an_output_that_cannot_be_examined_contains_no_results(tmp_path: Path) -> None:
     paths = touched(tmp_path, "x/1/a.svs", "x/2/a.svs")
     assert names(collect_jobs(paths), tmp_path / ("n" * 300)) == ["1/a", "2/a"]
