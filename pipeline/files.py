@@ -7,6 +7,7 @@ import glob
 import os
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -46,6 +47,19 @@ def local_path(path: Path | str, what: str) -> Path:
 def printable_name(name: str) -> str:
     """Return the name of a file in which bytes that are not UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def nfc_name(name: str) -> str:
+    """Return a name with composed letters (Unicode NFC), because a Mac decomposes the umlauts of file names."""
+    return unicodedata.normalize("NFC", name)
+
+
+def name_key(name: str) -> str:
+    """Return a text that is equal for two names that a file system may take for the same name.
+
+    Some file systems ignore case, and APFS and HFS+ also ignore whether letters are composed (NFC) or not (NFD).
+    """
+    return nfc_name(name).casefold()
 
 
 def is_file(path: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.batch.dicom_jobs import DicomFolders, place_below, series_job
 from pipeline.batch.manifest import read_manifest
 from pipeline.errors import ConfigError
-from pipeline.files import local_path
+from pipeline.files import local_path, name_key
 from pipeline.workers.base import SlideJob
 from wsi.dicom import group_series, is_dicom
 from wsi.readers import slide_suffixes
@@ -47,7 +47,7 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
                 )
             # Only a manifest gives a name that cannot change. A DICOM series has a place, too.
             if job.name is not None and job.place is None:
-                other = ids.setdefault(job.name.casefold(), former)
+                other = ids.setdefault(name_key(job.name), former)
                 if other is not former:
                     raise ConfigError(
                         f"{job.path}: its id {job.name!r} is also that of {other.path}; ids name the results, so each "

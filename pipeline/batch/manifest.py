@@ -14,7 +14,7 @@ from models.bundle import load_bundle, shipped_bundles
 from models.errors import ModelError
 from pipeline.batch.names import UNUSABLE, reserved_part
 from pipeline.errors import ConfigError
-from pipeline.files import local_path
+from pipeline.files import local_path, name_key
 from pipeline.workers.base import SlideJob
 
 COLUMNS = ("slide", "mpp", "model", "id")
@@ -48,9 +48,9 @@ def read_manifest(path: Path) -> list[SlideJob]:
                 f"{path}, line {number}: {row['slide']} is also in line {line}, with another mpp, model or id; keep "
                 f"one of the lines"
             )
-        if job.name is not None and ids.setdefault(job.name.casefold(), line) != line:
+        if job.name is not None and ids.setdefault(name_key(job.name), line) != line:
             raise ConfigError(
-                f"{path}, line {number}: the id {job.name!r} is also in line {ids[job.name.casefold()]}; ids name the "
+                f"{path}, line {number}: the id {job.name!r} is also in line {ids[name_key(job.name)]}; ids name the "
                 f"results, so each slide needs its own"
             )
     return [job for _, job in jobs.values()]

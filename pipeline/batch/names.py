@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import RunRecordError
-from pipeline.files import is_file
+from pipeline.files import is_file, name_key
 from pipeline.results.names import GEOJSON_END, LEFT_OUT, RUN
 from pipeline.results.record import read_run
 from pipeline.workers.base import SlideJob
@@ -30,11 +30,11 @@ def named_jobs(jobs: Sequence[SlideJob], output: Path) -> list[SlideJob]:
     """Return the jobs with the names of their results below `output`.
 
     Slides with the same short name are named by their places. A slide that has a result keeps the name of that result,
-    so that a new slide does not move the results of others. Case is ignored, because some file systems ignore it.
+    so that a new slide does not move the results of others. Names count as equal if their `name_key` is equal.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for number, job in enumerate(jobs):
-        groups[job.result_name.casefold()].append(number)
+        groups[name_key(job.result_name)].append(number)
     named = list(jobs)
     for numbers in groups.values():
         group = [jobs[number] for number in numbers]
@@ -72,7 +72,7 @@ def _places(jobs: Sequence[SlideJob]) -> list[str | None]:
     their places begin below the folder that all of them share.
     """
     movable = [job for job in jobs if job.place is not None or job.name is None]
-    given = {job.place.casefold() for job in movable if job.place is not None}
+    given = {name_key(job.place) for job in movable if job.place is not None}
     if len(jobs) == 1 or len(given) == len(movable):
         return [job.place for job in jobs]
     paths = [Path(os.path.abspath(job.path)) for job in jobs]  # noqa: PTH100 - Path.absolute keeps ".."
@@ -88,13 +88,13 @@ def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
     jobs = list(jobs)
     groups: dict[str, list[Path]] = defaultdict(list)
     for job in jobs:
-        groups[job.result_name.casefold()].append(job.path)
+        groups[name_key(job.result_name)].append(job.path)
     errors: dict[Path, str] = {}
     for job in jobs:
         name = job.result_name
-        above = [str(parent) for parent in PurePosixPath(name.casefold()).parents][:-1]  # the last one is "."
+        above = [str(parent) for parent in PurePosixPath(name_key(name)).parents][:-1]  # the last one is "."
         inside = next((parent for parent in above if parent in groups), None)
-        same = groups[name.casefold()]
+        same = groups[name_key(name)]
         if reserved_part(name) is not None:
             errors[job.path] = (
                 f"{job.path}: results are named after slides, and '{name}' cannot be the name of a result "

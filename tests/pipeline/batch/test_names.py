@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,28 @@ def test_slides_of_several_folders_are_told_apart_by_the_folders(tmp_path: Path)
     paths = touched(tmp_path, "x/1/a.svs", "x/2/a.svs")
     by_folder = collect_jobs([path.parent for path in paths])
     assert names(by_folder, tmp_path / "out") == names(collect_jobs(paths), tmp_path / "out") == ["1/a", "2/a"]
+
+
+@pytest.mark.full
+def test_names_that_differ_in_their_unicode_form_count_as_equal(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "Ä") for form in ("NFC", "NFD"))
+    paths = touched(tmp_path, f"x/1/{composed}.svs", f"x/2/{decomposed.lower()}.svs")
+    assert names(collect_jobs(paths), tmp_path / "out") == [f"1/{composed}", f"2/{decomposed.lower()}"]
+    clashes = name_clashes([SlideJob(paths[0]), SlideJob(paths[1]), SlideJob(Path("b.svs"), name=f"{decomposed}/b")])
+    assert [str(path) for path in clashes] == [str(paths[0]), str(paths[1]), "b.svs"]
+
+
+@pytest.mark.full
+def test_ids_that_differ_in_their_unicode_form_are_refused(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "ä") for form in ("NFC", "NFD"))
+    touched(tmp_path, "1.svs", "2.svs")
+    (tmp_path / "list.csv").write_text(f"slide,id\n1.svs,{composed}\n2.svs,{decomposed}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"list\.csv, line 3: the id .* is also in line 2"):
+        collect_jobs([tmp_path / "list.csv"])
+    for number, id_ in enumerate((composed, decomposed), start=1):
+        (tmp_path / f"list{number}.csv").write_text(f"slide,id\n{number}.svs,{id_}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"2\.svs: its id .* is also that of .*1\.svs"):
+        collect_jobs([tmp_path / "list1.csv", tmp_path / "list2.csv"])
 
 
 @pytest.mark.full
