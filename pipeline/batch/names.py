@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import RunRecordError
-from pipeline.files import is_file, name_key
+from pipeline.files import is_file, name_key, same_file
 from pipeline.results.names import GEOJSON_END, LEFT_OUT, RUN
 from pipeline.results.record import read_run
 from pipeline.workers.base import SlideJob
@@ -42,7 +44,33 @@ def named_jobs(jobs: Sequence[SlideJob], output: Path) -> list[SlideJob]:
         for number, job, place in zip(numbers, group, places, strict=True):
             if place is not None and _takes_its_place(job, place, output, alone=len(group) == 1):
                 named[number] = replace(job, name=place)
-    return named
+    return _with_stored_names(named, output)
+
+
+def _with_stored_names(jobs: Sequence[SlideJob], output: Path) -> list[SlideJob]:
+    """Return the jobs with the names of their results as the file system lists the existing folders.
+
+    A file system that ignores case finds the folder `a` as `A` too, but the report has a row for each name.
+    """
+
+    @cache
+    def listed(folder: Path) -> Mapping[str, Sequence[str]]:
+        names: dict[str, list[str]] = defaultdict(list)
+        with suppress(OSError):  # the folder does not exist yet, or the attempt reports why it cannot be read
+            for path in folder.iterdir():
+                names[name_key(path.name)].append(path.name)
+        return names
+
+    def stored(name: str) -> str:
+        folder, parts = output, list[str]()
+        for part in name.split("/"):
+            alike = [one for one in listed(folder).get(name_key(part), ()) if same_file(folder / one, folder / part)]
+            parts.append(alike[0] if alike else part)
+            folder /= parts[-1]
+        return "/".join(parts)
+
+    names = [stored(job.result_name) for job in jobs]
+    return [job if name == job.result_name else replace(job, name=name) for job, name in zip(jobs, names, strict=True)]
 
 
 def _takes_its_place(job: SlideJob, place: str, output: Path, *, alone: bool) -> bool:
@@ -60,9 +88,8 @@ def _is_result_of(folder: Path, job: SlideJob) -> bool:
         run = read_run(folder)
     except RunRecordError:
         return False
-    # The same folder may be spelled differently: with "..", or through a link.
     path = None if run is None else run.slide.path
-    return path is not None and os.path.realpath(path) == os.path.realpath(job.path)
+    return path is not None and same_file(path, job.path)
 
 
 def _places(jobs: Sequence[SlideJob]) -> list[str | None]:

@@ -11,6 +11,7 @@ from pipeline.batch.names import name_clashes, named_jobs
 from pipeline.errors import ConfigError
 from pipeline.results.record import write_run
 from pipeline.workers.base import SlideJob
+from tests.pipeline.ignored_case import ignore_case
 from tests.pipeline.runs import make_run
 
 
@@ -67,6 +68,38 @@ def test_ids_that_differ_in_their_unicode_form_are_refused(tmp_path: Path) -> No
         (tmp_path / f"list{number}.csv").write_text(f"slide,id\n{number}.svs,{id_}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"2\.svs: its id .* is also that of .*1\.svs"):
         collect_jobs([tmp_path / "list1.csv", tmp_path / "list2.csv"])
+
+
+@pytest.mark.full
+def test_a_slide_in_two_spellings_is_listed_twice_if_case_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = touched(tmp_path, "s/slide.svs", "s/SLIDE.svs")
+    lists = [tmp_path / "one.csv", tmp_path / "two.csv"]
+    for path, cell in zip(lists, ("0.25", "0.5"), strict=True):
+        path.write_text(f"slide,mpp\ns/slide.svs,0.25\ns/SLIDE.svs,{cell}\n")
+    assert [job.path for job in collect_jobs(paths)] == paths
+    ignore_case(monkeypatch)
+    assert [job.path for job in collect_jobs(paths)] == paths[:1]
+    assert [job.path for job in collect_jobs(lists[:1])] == paths[:1]
+    with pytest.raises(ConfigError, match=r"two\.csv, line 3: s/SLIDE\.svs is also in line 2, with another mpp"):
+        collect_jobs(lists[1:])
+
+
+@pytest.mark.full
+def test_a_result_keeps_its_name_if_case_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slides, output = tmp_path / "slides", tmp_path / "out"
+    paths = touched(slides, "case1/a.svs", "CASE1/A.svs", "case2/a.svs", "case2/b.svs")
+    finished(output, "a", paths[0])
+    finished(output, "A", paths[0])
+    finished(output, "study/b", paths[3])
+    for folder in ("study/B", "STUDY"):
+        (output / folder).mkdir()
+    ignore_case(monkeypatch)
+    assert names([SlideJob(paths[1], place="CASE1/A"), SlideJob(paths[2], place="case2/a")], output) == [
+        "a", "case2/a"
+    ]  # fmt: skip
+    assert names([SlideJob(paths[1]), SlideJob(paths[3], name="STUDY/B")], output) == ["a", "study/b"]
 
 
 @pytest.mark.full
