@@ -7,6 +7,7 @@ import glob
 import os
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -46,6 +47,61 @@ def local_path(path: Path | str, what: str) -> Path:
 def printable_name(name: str) -> str:
     """Return the name of a file in which bytes that are not UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def nfc_name(name: str) -> str:
+    """Return a name with composed letters (Unicode NFC), because a Mac decomposes the umlauts of file names."""
+    return unicodedata.normalize("NFC", name)
+
+
+def name_key(name: str) -> str:
+    """Return a text that is equal for two names that a file system may take for the same name.
+
+    Some file systems ignore case, and APFS and HFS+ also ignore whether letters are composed (NFC) or not (NFD).
+    """
+    return nfc_name(name).casefold()
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Return whether two paths lead to one file or folder, through links or on a file system that ignores case.
+
+    Hard links are different files: the results of two slides with different names must not be mixed up.
+    """
+    first, second = Path(os.path.realpath(one)), Path(os.path.realpath(other))
+    return first == second or (name_key(str(first)) == name_key(str(second)) and _is_one_entry(first, second))
+
+
+def _is_one_entry(first: Path, second: Path) -> bool:
+    """Return whether two paths with equal `name_key` are one entry: both exist, and the folder does not list both."""
+    if first == second:
+        return True
+    if not _is_one_entry(first.parent, second.parent):
+        return False
+    if first.name == second.name:
+        return True
+    # Inode numbers do not answer this: a FUSE file system can give each spelling a number of its own.
+    try:
+        listed = {path.name for path in first.parent.iterdir()}
+    except OSError:
+        return False
+    return os.path.lexists(first) and os.path.lexists(second) and not {first.name, second.name} <= listed
+
+
+class FirstPaths:
+    """The first of several paths to the same file."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, list[Path]] = {}
+
+    def of(self, path: Path) -> Path:
+        """Return the first path passed to this method that leads to this file (see `same_file`)."""
+        # Path.resolve raises if links form a loop.
+        alike = self._paths.setdefault(name_key(os.path.realpath(path)), [])
+        for former in alike:
+            if same_file(former, path):
+                return former
+        alike.append(path)
+        return path
 
 
 def is_file(path: Path) -> bool:

@@ -182,6 +182,7 @@ def _titles(paths: Sequence[Path]) -> dict[Path, str]:
     titles = {path: path.name for path in paths}
     repeated = [path for path in paths if counts[path.name] > 1]
     if repeated:
-        common = os.path.commonpath([path.absolute().parent for path in repeated])
-        titles |= {path: path.absolute().relative_to(common).as_posix() for path in repeated}
+        places = {path: Path(os.path.abspath(path)) for path in repeated}  # noqa: PTH100 - Path.absolute keeps ".."
+        common = os.path.commonpath([place.parent for place in places.values()])
+        titles |= {path: place.relative_to(common).as_posix() for path, place in places.items()}
     return {path: printable_name(title) for path, title in titles.items()}

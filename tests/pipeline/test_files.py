@@ -12,7 +12,8 @@ import pytest
 from filelock import Timeout
 
 from pipeline.errors import OutputError
-from pipeline.files import disk_shortage, file_lock, only_writer
+from pipeline.files import disk_shortage, file_lock, only_writer, same_file
+from tests.pipeline.ignored_case import ignore_case
 
 
 @pytest.mark.parametrize(
@@ -108,3 +109,25 @@ def test_a_name_that_the_file_system_cannot_have_is_not_taken_for_a_lock(
     ):
         pass
     assert names(tmp_path) == []
+
+
+@pytest.mark.full
+def test_paths_lead_to_the_same_file_through_links_and_if_case_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("s", "S"):
+        (tmp_path / folder).mkdir()
+        for name in ("a", "A", "b"):
+            (tmp_path / folder / name).touch()
+    first = tmp_path / "s" / "a"
+    (tmp_path / "link").symlink_to(first)
+    (tmp_path / "s" / "hard").hardlink_to(first)
+    assert same_file(first, tmp_path / "link")
+    assert same_file(first, tmp_path / "S" / ".." / "s" / "a")
+    assert not same_file(first, tmp_path / "s" / "hard")
+    others = [tmp_path / "s" / "A", tmp_path / "S" / "a", tmp_path / "S" / "A"]
+    assert [same_file(first, other) for other in others] == [False, False, False]
+    ignore_case(monkeypatch)
+    assert [same_file(first, other) for other in others] == [True, True, True]
+    assert not same_file(first, tmp_path / "S" / "b")
+    assert not same_file(tmp_path / "s" / "gone", tmp_path / "s" / "GONE")
