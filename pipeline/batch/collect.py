@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.files import FirstPaths, local_path, name_key
 from pipeline.workers.base import SlideJob
 from wsi.dicom import group_series, is_dicom
+from wsi.paths import kind_of
 from wsi.readers import slide_suffixes
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def _expand(path: Path, dicom: DicomFolders, unread: set[Path], *, recursive: bo
 
 def _is_dir(path: Path) -> bool:
     try:
-        return path.is_dir()
+        return kind_of(path) == "folder"
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; check the path") from error
 
@@ -157,9 +158,10 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
 def _problem(path: Path) -> str:
     """Return why an entry that is named like a slide cannot be one; an empty text if the attempt will tell."""
     try:
-        if path.is_file():
+        kind = kind_of(path)
+        if kind == "file":
             return ""
-        if path.is_symlink():
+        if kind is None and path.is_symlink():
             return f"{path}: is a link to {path.readlink()}, which does not exist; restore the file, or remove the link"
     except OSError:
         return ""  # a stale mount or no permission, which the attempt reports or retries

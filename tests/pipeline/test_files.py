@@ -1,8 +1,9 @@
-"""What helps after a failed write, and locks."""
+"""What helps after a failed write, locks, and what brings a file to the disk."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ import pytest
 from filelock import Timeout
 
 from pipeline.errors import OutputError
-from pipeline.files import disk_shortage, file_lock, only_writer, same_file
+from pipeline.files import disk_shortage, file_lock, only_writer, same_file, sync
+from pipeline.slide.blocks import BlockRecord
+from pipeline.slide.journal import Journal
 from tests.pipeline.ignored_case import ignore_case
 
 
@@ -131,3 +134,52 @@ def test_paths_lead_to_the_same_file_through_links_and_if_case_is_ignored(
     assert [same_file(first, other) for other in others] == [True, True, True]
     assert not same_file(first, tmp_path / "S" / "b")
     assert not same_file(tmp_path / "s" / "gone", tmp_path / "s" / "GONE")
+
+
+@pytest.fixture(params=[True, False], ids=["supported", "refused"])
+def mac_syncs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+    """Sync as on macOS, on a disk that supports F_FULLFSYNC or not. Return the list of calls, and what one sync calls.
+
+    51 is its number on macOS.
+    """
+    calls: list[str] = []
+
+    def full(descriptor: int, command: int) -> int:
+        assert command == 51
+        os.fstat(descriptor)
+        calls.append("F_FULLFSYNC")
+        if not request.param:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        return 0
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", full)
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
+    return calls, ["F_FULLFSYNC"] if request.param else ["F_FULLFSYNC", "fsync"]
+
+
+@pytest.mark.full
+def test_on_a_mac_the_cache_of_the_drive_is_emptied_if_the_disk_supports_it(
+    tmp_path: Path, mac_syncs: tuple[list[str], list[str]]
+) -> None:
+    calls, expected = mac_syncs
+    sync(tmp_path)
+    assert calls == expected
+
+
+@pytest.mark.full
+def test_on_a_mac_the_journal_is_synced_like_other_files(
+    tmp_path: Path, mac_syncs: tuple[list[str], list[str]]
+) -> None:
+    calls, expected = mac_syncs
+    Journal(tmp_path, {}).append(BlockRecord(0, {}, [1], 0.0, 1, 1, 0, [], {}))
+    assert calls == 2 * expected  # the journal and its folder
+
+
+@pytest.mark.full
+def test_without_f_fullfsync_files_are_synced_with_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.delattr(fcntl, "F_FULLFSYNC", raising=False)
+    monkeypatch.setattr(os, "fsync", calls.append)
+    sync(tmp_path)
+    assert len(calls) == 1

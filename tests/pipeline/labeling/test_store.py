@@ -33,6 +33,13 @@ def test_events_come_back_as_they_were_saved_and_in_their_order(tmp_path: Path) 
         assert [one.number for one in store.read(after=2)] == [3]
 
 
+@pytest.mark.full
+def test_each_commit_reaches_the_disk_also_on_a_mac(tmp_path: Path) -> None:
+    with EventStore(tmp_path / "labels.sqlite") as store:
+        settings = [store._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "fullfsync")]
+    assert settings == [3, 1]  # 3: EXTRA
+
+
 def test_a_class_of_an_earlier_version_has_the_role_tissue(tmp_path: Path) -> None:
     with EventStore(tmp_path / "a.sqlite"):
         pass
