@@ -131,7 +131,7 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
 
 
 def _owner(path: Path) -> str | None:
-    """Return the name or number of the user who owns a file, or None if there is no such file."""
+    """Return the name or number of the user who owns a file, or None if the file does not exist."""
     try:
         number = path.stat().st_uid
     except OSError:
