@@ -164,7 +164,8 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
     """Hold the lock that this file stands for, and remove the file at the end. The lock ends with the process.
 
     Raises filelock.Timeout if another process has the lock for more than `wait_s` seconds (below 0: never), OutputError
-    if file locks fail or the file system does not allow the file's name, and OSError if the file cannot be created.
+    if file locks fail, the file system does not allow the file's name, or the file belongs to a user who lets nobody
+    else write it, and OSError if the file cannot be created.
     """
     was_there = path.exists()
     # Without flock, filelock would otherwise take the file itself as the lock, which a killed process leaves behind.
@@ -175,6 +176,11 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
         _check_name(path)
         raise
     except OSError as error:
+        if error.errno == errno.EACCES and (owner := _owner(path)) is not None:
+            raise OutputError(
+                f"{path}: this lock file belongs to user {owner} and cannot be written by others (a run that is "
+                f"killed leaves it behind); delete it if no run of that user is active"
+            ) from error
         if error.errno not in _NO_LOCKS:
             raise
         if not was_there:
@@ -191,6 +197,18 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         lock.release()
+
+
+def _owner(path: Path) -> str | None:
+    """Return the name or number of the user who owns a file, or None if the file does not exist."""
+    try:
+        number = path.stat().st_uid
+    except OSError:
+        return None
+    try:
+        return path.owner()
+    except (KeyError, OSError):  # as in a container, which does not know the users of the machine
+        return str(number)
 
 
 def _check_name(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import getpass
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,51 @@ def test_a_lock_file_that_was_there_may_be_held_by_another_machine_and_stays(tmp
     with pytest.raises(OutputError, match="file locks fail"), file_lock(tmp_path / ".lock", wait_s=0):
         pass
     assert names(tmp_path) == [".lock"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("known", [True, False])
+def test_a_lock_file_that_another_user_left_is_named_with_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    path = tmp_path / ".a.lock"
+    path.touch()
+    opens = os.open
+
+    def of_another_user(opened: str | Path, flags: int, *arguments: int, **named: Any) -> int:
+        if Path(opened) == path and flags & os.O_RDWR:
+            raise FileExistsError if flags & os.O_EXCL else PermissionError(errno.EACCES, "Permission denied")
+        return opens(opened, flags, *arguments, **named)
+
+    def unknown(_: Path) -> str:
+        raise KeyError
+
+    monkeypatch.setattr(os, "open", of_another_user)
+    if not known:
+        monkeypatch.setattr(Path, "owner", unknown)
+    owner = getpass.getuser() if known else os.getuid()
+    with (
+        pytest.raises(
+            OutputError,
+            match=rf"^{path}: this lock file belongs to user {owner} and cannot be written by others "
+            rf"\(a run that is killed leaves it behind\); delete it if no run of that user is active$",
+        ),
+        file_lock(path, wait_s=0),
+    ):
+        pass
+    assert names(tmp_path) == [".a.lock"], "it may be the lock of an active run"
+
+
+@pytest.mark.full
+def test_a_folder_in_which_no_lock_file_can_be_created_is_not_blamed_on_another_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(PermissionError), file_lock(tmp_path / ".a.lock", wait_s=0):
+        pass
 
 
 def test_a_name_that_the_file_system_cannot_have_is_not_taken_for_a_lock(
