@@ -7,6 +7,7 @@ Shape suffixes: H and W the image, C color channels.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,22 @@ _BITS_PER_SAMPLE = 258
 """Tag of a TIFF."""
 
 
-def matching_files(root: Path, pattern: str) -> list[Path]:
+def matching_files(root: Path, pattern: str, skip: Container[str] = ()) -> list[Path]:
     """Return the files that match a pattern, sorted. If none does, its umlauts may be composed in another way.
+
+    Files whose names without the ending are in `skip` are left out.
 
     Raises DatasetFileError for an invalid pattern.
     """
     for form in spellings(pattern):
         try:
+            found = [file for file in root.glob(form) if file.stem not in skip]
             # Some systems leave hidden files beside the images.
-            files = sorted(file for file in root.glob(form) if file.is_file() and not file.name.startswith("."))
+            files = [file for file in found if not file.name.startswith(".") and file.is_file()]
         except (ValueError, NotImplementedError, OSError) as error:  # OSError: the pattern is too long for a file name
             raise DatasetFileError(f"{root}: {pattern!r} is not a valid pattern for images: {error}") from error
         if files:
-            return files
+            return sorted(files, key=lambda file: file.parts)  # paths themselves compare four times as slowly
     return []
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.training.dataset_sections import Location
 from pipeline.training.image_files import matching_files, spellings
 
 
-def files_in_any_case(root: Path, locations: Sequence[Location]) -> list[Path]:
-    """Return the files that a pattern finds if the letter case of the ending does not count."""
-    return list(dict.fromkeys(file for one in locations for file in matching_files(root, _any_case(one.image))))
+def files_in_any_case(root: Path, locations: Sequence[Location], skip: Container[str] = ()) -> list[Path]:
+    """Return the files that a pattern finds if the letter case of the ending does not count. See `matching_files`."""
+    return list(dict.fromkeys(file for one in locations for file in matching_files(root, _any_case(one.image), skip)))
 
 
 def missed_images(
@@ -24,7 +24,7 @@ def missed_images(
     copies in other formats are not missed, and neither are masks and what another split uses. The second value is a
     pattern that finds exactly the images in use and the missed ones, or None.
     """
-    found = [file for file in files_in_any_case(root, locations) if file.stem not in used]
+    found = files_in_any_case(root, locations, used)
     if not found:
         return [], None
     others = _masks(root, locations, [*used.values(), *found])

@@ -132,7 +132,9 @@ class Viewer:
     async def page(self, request: Request) -> Response:
         results = tuple(self._opened.by_id.values())
         return HTMLResponse(
-            self._pages.get_template("viewer.html").render(result=self._result(request), results=results)
+            self._pages.get_template("viewer.html").render(
+                result=self._result(request), results=results, author=self.corrections.author
+            )
         )
 
     async def asset(self, request: Request) -> Response:

@@ -1,7 +1,8 @@
 """Corrections of results in the viewer: what the page reads and saves. Only the page itself can save.
 
 The page names a region by its number, its class and its area. If these do not fit together, or if the record of the
-result is that of another run, the result has changed since the page read it, and nothing is saved.
+result is that of another run, the result has changed since the page read it, and nothing is saved. The page also sends
+the author that it was loaded with. If the server has another author, it was restarted, and nothing is saved.
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class RelabelRequest(_Request):
+class _SaveRequest(_Request):
+    author: str
+    """The name under which the page believes that it saves. wsi-view may have been started again with another one."""
+
+
+class RelabelRequest(_SaveRequest):
     """A region, and the label of its right class."""
 
     index: Annotated[int, Field(ge=0, lt=1 << 32)]
@@ -57,7 +63,7 @@ class RelabelRequest(_Request):
     after: Annotated[int, Field(ge=1)]
 
 
-class UndoRequest(_Request):
+class UndoRequest(_SaveRequest):
     """The correction to undo."""
 
     last: int | None
@@ -69,7 +75,8 @@ class CorrectionPages:
 
     def __init__(self, results: Mapping[str, Result], author: str) -> None:
         self._results = results
-        self._author = author
+        self.author = author
+        """The name under which corrections are saved."""
         # One thread: what is saved has an order.
         self._thread = RequestThreads("corrections", 1)
 
@@ -99,6 +106,7 @@ class CorrectionPages:
         A class that the author has already given the region is not saved again: the answer may have been lost.
         """
         asked = await posted_json(request, RelabelRequest)
+        self._check_author(asked.author)
 
         def save(result: Result) -> dict[str, object]:
             classes = result.run.classes
@@ -110,7 +118,7 @@ class CorrectionPages:
             if region is None or not known or asked.after > len(classes):
                 raise HTTPException(409, "The result has changed; reload the page.")
             after = classes[asked.after - 1].name
-            own = [one.event for one in read_corrections(result.folder) if one.annotator == self._author]
+            own = [one.event for one in read_corrections(result.folder) if one.annotator == self.author]
             if (region.id, after) not in [(one.region, one.after) for one in own]:
                 self._append(result, relabeled(region, identity.slide, identity.model, after))
             return {}
@@ -124,6 +132,7 @@ class CorrectionPages:
         the page names, because another tab has saved since, nothing is undone and `elsewhere` is true.
         """
         asked = await posted_json(request, UndoRequest)
+        self._check_author(asked.author)
 
         def save(result: Result) -> dict[str, object]:
             entries = read_entries(result.folder)
@@ -149,16 +158,25 @@ class CorrectionPages:
 
         return Response(await self._run(request, result, work), media_type="application/geo+json")
 
+    def _check_author(self, asked: str) -> None:
+        """Raise HTTPException 409 for a page that was loaded from a server of another author."""
+        if asked != self.author:
+            raise HTTPException(
+                409,
+                f"wsi-view now runs with --annotator {self.author}, and this page was loaded with {asked}. Reload "
+                f"the page to save as {self.author}.",
+            )
+
     def _latest(
         self, result: Result, entries: Sequence[Entry[CorrectionEvent]], numbers: Mapping[str, int]
     ) -> Correction | None:
         """Return the author's latest correction that the page shows, or None."""
         labels = _labels(result)
-        return latest_own(entries, self._author, lambda event: event.region in numbers and event.after in labels)
+        return latest_own(entries, self.author, lambda event: event.region in numbers and event.after in labels)
 
     def _append(self, result: Result, event: CorrectionEvent) -> None:
         with EventFile(corrections_file(result.folder), CORRECTION_EVENTS) as events:
-            events.append(self._author, [event])
+            events.append(self.author, [event])
 
     async def _answer(self, request: Request, work: Callable[[Result], dict[str, object]]) -> Response:
         result = self._result(request)
@@ -181,7 +199,7 @@ class CorrectionPages:
         ]
         latest = self._latest(result, entries, numbers)
         return {
-            "author": self._author,
+            "author": self.author,
             "corrections": shown,
             "others": len(corrections) - len(shown),
             "last": latest and latest.number,

@@ -8,6 +8,9 @@ import { pathOf, strokeLines } from "./outlines.js";
 
 const UNKNOWN = "wsi-view did not answer, so it is not known whether this was saved. Check the corrected regions.";
 
+// After a restart, wsi-view may save under another name. The server compares it before it saves.
+const author = document.querySelector("meta[name=annotator]").content;
+
 const byId = (id) => document.getElementById(id);
 
 export class Corrections {
@@ -106,7 +109,7 @@ export class Corrections {
   async save(path, body, said) {
     this.showSaved("");
     const headers = { "Content-Type": "application/json" };
-    const request = fetch(dataUrl(path), { method: "POST", headers, body: JSON.stringify(body) });
+    const request = fetch(dataUrl(path), { method: "POST", headers, body: JSON.stringify({ author, ...body }) });
     request.catch(() => this.read());
     const state = await stateOf(request, "NOT saved: ", UNKNOWN);
     this.showFailure("save", null);
@@ -116,8 +119,9 @@ export class Corrections {
   }
 
   // Shows the server's state.
-  async take({ corrections, others, last }) {
-    this.showFailure("read", null);
+  async take({ author: now, corrections, others, last }) {
+    this.showFailure("read", now === author ? null
+      : `wsi-view now runs with --annotator ${now}, and this page was loaded with ${author}. Reload the page to save as ${now}.`);
     this.last = last;
     const corrected = new Map(corrections.map(({ index, after }) => [index, after]));
     this.selection.corrected = corrected;

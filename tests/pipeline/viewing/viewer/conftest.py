@@ -83,9 +83,9 @@ def copied(results_folder: Path, target: Path, *names: str) -> Path:
 
 
 @contextmanager
-def serving(results: tuple[Result, ...], port: int = 0) -> Iterator[Site]:
+def serving(results: tuple[Result, ...], port: int = 0, author: str = "ann") -> Iterator[Site]:
     """Serve results from a thread, at a port or at a free one for 0."""
-    with serving_app(make_app(results, "ann"), port) as used:
+    with serving_app(make_app(results, author), port) as used:
         yield Site(used, results)
 
 

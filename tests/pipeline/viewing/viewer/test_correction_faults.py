@@ -69,6 +69,31 @@ def test_a_page_of_another_result_neither_shows_nor_undoes_corrections_after_a_r
             assert opened.locator("#correction-count").text_content() == "Corrected regions: 1"
 
 
+def test_after_a_restart_with_another_annotator_the_page_states_both_and_saves_nothing(
+    browser: Browser, results_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(next(results_folder.glob("block*")), tmp_path / "results" / "a")
+    text = "wsi-view now runs with --annotator bo, and this page was loaded with ann. Reload the page to save as bo."
+    with failing_page(browser) as opened:
+        with serving(find_results(tmp_path / "results")) as first:
+            show(opened, first)
+            select_first(opened)
+        with serving(find_results(tmp_path / "results"), first.port, "bo") as second:
+            come_back(opened)
+            until(opened, f"document.getElementById('notes').textContent.includes('{text}')")
+            opened.keyboard.press("2")
+            until(opened, f"document.getElementById('notes').textContent.includes('NOT saved: {text}')")
+            assert saved(second) == []
+            opened.reload()
+            settle(opened)
+            assert notes(opened) == []
+            select_first(opened)
+            opened.keyboard.press("2")
+            said(opened, "Saved: class-1")
+            assert saved(second) == [("class-0", "class-1")]
+            opened.goto("about:blank")
+
+
 def test_only_the_last_failure_is_shown_until_something_is_saved(own_site: Site, browser: Browser) -> None:
     with failing_page(browser) as page:
         show(page, own_site)

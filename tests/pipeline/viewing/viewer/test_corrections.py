@@ -34,7 +34,9 @@ from tests.pipeline.viewing.viewer.conftest import Answer, Site, serving
 
 
 def post(site: Site, path: str, body: Any, **headers: str) -> Answer:
-    """Post a body as the page does."""
+    """Post a body as the page does, which adds its author to an object."""
+    if isinstance(body, dict):
+        body = {"author": "ann"} | body
     connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
     sent = {"Origin": site.url, "Content-Type": "application/json"} | headers
     connection.request("POST", f"{site.data}{path}", json.dumps(body).encode(), sent)
@@ -110,6 +112,19 @@ def test_a_correction_that_is_sent_again_is_saved_once(own_site: Site) -> None:
     assert len(state["corrections"]) == 1
     assert len(read_entries(own_site.results[0].folder)) == 1
     assert undo(own_site)["corrections"] == []
+
+
+def test_a_page_of_another_author_saves_and_undoes_nothing(own_site: Site) -> None:
+    folder = own_site.results[0].folder
+    assert b'<meta name="annotator" content="ann">' in own_site.get("").body
+    last = json.loads(post(own_site, "corrections", of_region(own_site, 0, 2)).body)["last"]
+    for path, body in (("corrections", of_region(own_site, 1, 1)), ("corrections/undo", {"last": last})):
+        answer = post(own_site, path, body | {"author": "bo"})
+        assert (answer.status, answer.body.decode()) == (
+            409,
+            "wsi-view now runs with --annotator ann, and this page was loaded with bo. Reload the page to save as ann.",
+        )
+    assert len(read_entries(folder)) == 1
 
 
 def test_an_undo_of_another_correction_than_the_latest_one_undoes_nothing(own_site: Site) -> None:
