@@ -7,6 +7,7 @@ import glob
 import os
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -48,6 +49,61 @@ def printable_name(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def nfc_name(name: str) -> str:
+    """Return a name with composed letters (Unicode NFC), because a Mac decomposes the umlauts of file names."""
+    return unicodedata.normalize("NFC", name)
+
+
+def name_key(name: str) -> str:
+    """Return a text that is equal for two names that a file system may take for the same name.
+
+    Some file systems ignore case, and APFS and HFS+ also ignore whether letters are composed (NFC) or not (NFD).
+    """
+    return nfc_name(name).casefold()
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Return whether two paths lead to one file or folder, through links or on a file system that ignores case.
+
+    Hard links are different files: the results of two slides with different names must not be mixed up.
+    """
+    first, second = Path(os.path.realpath(one)), Path(os.path.realpath(other))
+    return first == second or (name_key(str(first)) == name_key(str(second)) and _is_one_entry(first, second))
+
+
+def _is_one_entry(first: Path, second: Path) -> bool:
+    """Return whether two paths with equal `name_key` are one entry: both exist, and the folder does not list both."""
+    if first == second:
+        return True
+    if not _is_one_entry(first.parent, second.parent):
+        return False
+    if first.name == second.name:
+        return True
+    # Inode numbers do not answer this: a FUSE file system can give each spelling a number of its own.
+    try:
+        listed = {path.name for path in first.parent.iterdir()}
+    except OSError:
+        return False
+    return os.path.lexists(first) and os.path.lexists(second) and not {first.name, second.name} <= listed
+
+
+class FirstPaths:
+    """The first of several paths to the same file."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, list[Path]] = {}
+
+    def of(self, path: Path) -> Path:
+        """Return the first path passed to this method that leads to this file (see `same_file`)."""
+        # Path.resolve raises if links form a loop.
+        alike = self._paths.setdefault(name_key(os.path.realpath(path)), [])
+        for former in alike:
+            if same_file(former, path):
+                return former
+        alike.append(path)
+        return path
+
+
 def is_file(path: Path) -> bool:
     """Return whether a path is a file; False too if the path cannot be examined, as in a folder without permission."""
     return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises OSError then
@@ -57,9 +113,22 @@ def sync(path: Path) -> None:
     """Bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_descriptor(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_descriptor(descriptor: int) -> None:
+    """Bring an open file or folder to the disk."""
+    import fcntl  # Windows lacks it, and there the commands must start to print that they need another system
+
+    # On macOS, fsync leaves the data in the drive's cache, where a power cut loses it.
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with suppress(OSError):  # network mounts and some file systems lack it
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
@@ -95,7 +164,8 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
     """Hold the lock that this file stands for, and remove the file at the end. The lock ends with the process.
 
     Raises filelock.Timeout if another process has the lock for more than `wait_s` seconds (below 0: never), OutputError
-    if file locks fail or the file system does not allow the file's name, and OSError if the file cannot be created.
+    if file locks fail, the file system does not allow the file's name, or the file belongs to a user who lets nobody
+    else write it, and OSError if the file cannot be created.
     """
     was_there = path.exists()
     # Without flock, filelock would otherwise take the file itself as the lock, which a killed process leaves behind.
@@ -106,6 +176,11 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
         _check_name(path)
         raise
     except OSError as error:
+        if error.errno == errno.EACCES and (owner := _owner(path)) is not None:
+            raise OutputError(
+                f"{path}: this lock file belongs to user {owner} and cannot be written by others (a run that is "
+                f"killed leaves it behind); delete it if no run of that user is active"
+            ) from error
         if error.errno not in _NO_LOCKS:
             raise
         if not was_there:
@@ -122,6 +197,18 @@ def file_lock(path: Path, *, wait_s: float = -1) -> Iterator[None]:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         lock.release()
+
+
+def _owner(path: Path) -> str | None:
+    """Return the name or number of the user who owns a file, or None if the file does not exist."""
+    try:
+        number = path.stat().st_uid
+    except OSError:
+        return None
+    try:
+        return path.owner()
+    except (KeyError, OSError):  # as in a container, which does not know the users of the machine
+        return str(number)
 
 
 def _check_name(path: Path) -> None:

@@ -6,7 +6,9 @@ import errno
 import fcntl
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -59,3 +61,29 @@ def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr(fcntl, "flock", refused)
+
+
+@pytest.fixture
+def unexaminable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+    """Return a function that lets every look at a file in a folder fail with an error number. Root may look at all.
+
+    `Path.is_file` and similar methods return False then, as from Python 3.14 on; before, they raise the error.
+    """
+    stat = os.stat
+
+    def fail_in(folder: Path, number: int) -> None:
+        def failing(path: Any, **options: Any) -> os.stat_result:
+            if not isinstance(path, int) and Path(path).parent == folder:
+                raise OSError(number, os.strerror(number), str(path))
+            return stat(path, **options)
+
+        monkeypatch.setattr(os, "stat", failing)
+
+    for name, of_314 in {
+        "is_file": os.path.isfile,
+        "is_dir": os.path.isdir,
+        "exists": os.path.exists,
+        "is_symlink": os.path.islink,
+    }.items():
+        monkeypatch.setattr(Path, name, of_314)
+    return fail_in

@@ -19,6 +19,7 @@ from wsi.agreement import tiffslide_agrees
 from wsi.box import Box
 from wsi.errors import SlideFormatError, SlideNotFoundError, SlideReadError, shortage
 from wsi.levels import levels_of_one_shape
+from wsi.paths import kind_of
 from wsi.pixel_size import MppSource, check_extent, find_mpp
 from wsi.readers import READERS, BackendName, Reader
 from wsi.slide_files import slide_files
@@ -234,7 +235,7 @@ def slide_digest(path: Path) -> str:
     """
     with _reading(path):
         _check_file(path)
-        digests = [_file_digest(p) for p in slide_files(path) if p.is_file()]
+        digests = [_file_digest(p) for p in slide_files(path) if kind_of(p) == "file"]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -247,7 +248,7 @@ def slide_stamp(path: Path) -> str:
     with _reading(path):
         _check_file(path)
         facts = [
-            (p.name, p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else (p.name, "missing")
+            (p.name, p.stat().st_size, p.stat().st_mtime_ns) if kind_of(p) == "file" else (p.name, "missing")
             for p in slide_files(path)
         ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -265,9 +266,10 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _check_file(path: Path) -> None:
-    if path.is_dir():
+    kind = kind_of(path)
+    if kind == "folder":
         raise SlideNotFoundError(f"{path.name}: is a folder ({path}); pass the path of a slide file")
-    if not path.is_file():
+    if kind != "file":
         raise SlideNotFoundError(f"{path.name}: no such file at {path}; check the path")
 
 

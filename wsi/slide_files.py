@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from wsi.dicom import is_dicom, series_files
+from wsi.paths import kind_of
 
 _LISTED = re.compile(
     rb"^[ \t]*(?:ImageFile|MapFile|OptimisationFile|MacroImage)[^=\r\n]*=[ \t]*([^\r\n\0]*[^\s\0])", re.MULTILINE
@@ -23,8 +24,8 @@ def slide_files(path: Path) -> list[Path]:
     A listed file may be missing, for instance while the slide is being copied.
     """
     companions: list[Path] = []
-    if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
-        companions = sorted(p for p in path.with_suffix("").iterdir() if p.is_file())
+    if path.suffix.lower() == ".mrxs" and kind_of(path.with_suffix("")) == "folder":
+        companions = sorted(p for p in path.with_suffix("").iterdir() if kind_of(p) == "file")
     elif is_dicom(path):
         companions = [p for p in series_files(path) if p != path]
     elif path.suffix.lower() in (".vms", ".vmu"):

@@ -11,9 +11,10 @@ from pathlib import Path
 from pipeline.batch.dicom_jobs import DicomFolders, place_below, series_job
 from pipeline.batch.manifest import read_manifest
 from pipeline.errors import ConfigError
-from pipeline.files import local_path
+from pipeline.files import FirstPaths, local_path, name_key
 from pipeline.workers.base import SlideJob
 from wsi.dicom import group_series, is_dicom
+from wsi.paths import kind_of
 from wsi.readers import slide_suffixes
 
 log = logging.getLogger(__name__)
@@ -32,14 +33,15 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
     Raises ConfigError if a folder contains no slide, a manifest cannot be used, a slide is listed twice with different
     settings, or two slides have the same id.
     """
-    jobs: dict[str, SlideJob] = {}
+    jobs: dict[Path, SlideJob] = {}
+    first_paths = FirstPaths()
     ids: dict[str, SlideJob] = {}
     found = DicomFolders()
     unread: set[Path] = set()
     for path in inputs:
         for job in _expand(local_path(path, "slides"), found, unread, recursive=recursive):
-            # Path.resolve raises if links form a loop. Links that lead nowhere are different slides.
-            former = jobs.setdefault(str(job.path.absolute()) if job.problem else os.path.realpath(job.path), job)
+            # Links that lead nowhere are different slides.
+            former = jobs.setdefault(job.path.absolute() if job.problem else first_paths.of(job.path), job)
             if former != replace(job, path=former.path):
                 raise ConfigError(
                     f"{job.path}: is listed twice, {_settings(former)} and {_settings(job)}; list it once, or "
@@ -47,7 +49,7 @@ def collect_jobs(inputs: Sequence[Path], *, recursive: bool = False) -> list[Sli
                 )
             # Only a manifest gives a name that cannot change. A DICOM series has a place, too.
             if job.name is not None and job.place is None:
-                other = ids.setdefault(job.name.casefold(), former)
+                other = ids.setdefault(name_key(job.name), former)
                 if other is not former:
                     raise ConfigError(
                         f"{job.path}: its id {job.name!r} is also that of {other.path}; ids name the results, so each "
@@ -85,7 +87,7 @@ def _expand(path: Path, dicom: DicomFolders, unread: set[Path], *, recursive: bo
 
 def _is_dir(path: Path) -> bool:
     try:
-        return path.is_dir()
+        return kind_of(path) == "folder"
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}; check the path") from error
 
@@ -156,9 +158,10 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
 def _problem(path: Path) -> str:
     """Return why an entry that is named like a slide cannot be one; an empty text if the attempt will tell."""
     try:
-        if path.is_file():
+        kind = kind_of(path)
+        if kind == "file":
             return ""
-        if path.is_symlink():
+        if kind is None and path.is_symlink():
             return f"{path}: is a link to {path.readlink()}, which does not exist; restore the file, or remove the link"
     except OSError:
         return ""  # a stale mount or no permission, which the attempt reports or retries

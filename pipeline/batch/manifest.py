@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import difflib
 import math
-import os
 import unicodedata
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -14,7 +13,7 @@ from models.bundle import load_bundle, shipped_bundles
 from models.errors import ModelError
 from pipeline.batch.names import UNUSABLE, reserved_part
 from pipeline.errors import ConfigError
-from pipeline.files import local_path
+from pipeline.files import FirstPaths, local_path, name_key
 from pipeline.workers.base import SlideJob
 
 COLUMNS = ("slide", "mpp", "model", "id")
@@ -32,7 +31,8 @@ def read_manifest(path: Path) -> list[SlideJob]:
     run. Raises ConfigError with the line and the column of the first value that cannot be used.
     """
     header, rows = _table(path)
-    jobs: dict[str, tuple[int, SlideJob]] = {}
+    jobs: dict[Path, tuple[int, SlideJob]] = {}
+    first_paths = FirstPaths()
     ids: dict[str, int] = {}
     for number, cells in rows:
         if len(cells) > len(header):
@@ -42,15 +42,15 @@ def read_manifest(path: Path) -> list[SlideJob]:
             )
         row = dict.fromkeys(header, "") | {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
         job = _job(f"{path}, line {number}", path, row)
-        line, former = jobs.setdefault(os.path.realpath(job.path), (number, job))
+        line, former = jobs.setdefault(first_paths.of(job.path), (number, job))
         if former != replace(job, path=former.path):
             raise ConfigError(
                 f"{path}, line {number}: {row['slide']} is also in line {line}, with another mpp, model or id; keep "
                 f"one of the lines"
             )
-        if job.name is not None and ids.setdefault(job.name.casefold(), line) != line:
+        if job.name is not None and ids.setdefault(name_key(job.name), line) != line:
             raise ConfigError(
-                f"{path}, line {number}: the id {job.name!r} is also in line {ids[job.name.casefold()]}; ids name the "
+                f"{path}, line {number}: the id {job.name!r} is also in line {ids[name_key(job.name)]}; ids name the "
                 f"results, so each slide needs its own"
             )
     return [job for _, job in jobs.values()]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import RunRecordError
-from pipeline.files import is_file
+from pipeline.files import is_file, name_key, same_file
 from pipeline.results.names import GEOJSON_END, LEFT_OUT, RUN
 from pipeline.results.record import read_run
 from pipeline.workers.base import SlideJob
@@ -30,11 +32,11 @@ def named_jobs(jobs: Sequence[SlideJob], output: Path) -> list[SlideJob]:
     """Return the jobs with the names of their results below `output`.
 
     Slides with the same short name are named by their places. A slide that has a result keeps the name of that result,
-    so that a new slide does not move the results of others. Case is ignored, because some file systems ignore it.
+    so that a new slide does not move the results of others. Names count as equal if their `name_key` is equal.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for number, job in enumerate(jobs):
-        groups[job.result_name.casefold()].append(number)
+        groups[name_key(job.result_name)].append(number)
     named = list(jobs)
     for numbers in groups.values():
         group = [jobs[number] for number in numbers]
@@ -42,7 +44,33 @@ def named_jobs(jobs: Sequence[SlideJob], output: Path) -> list[SlideJob]:
         for number, job, place in zip(numbers, group, places, strict=True):
             if place is not None and _takes_its_place(job, place, output, alone=len(group) == 1):
                 named[number] = replace(job, name=place)
-    return named
+    return _with_stored_names(named, output)
+
+
+def _with_stored_names(jobs: Sequence[SlideJob], output: Path) -> list[SlideJob]:
+    """Return the jobs with the names of their results as the file system lists the existing folders.
+
+    A file system that ignores case finds the folder `a` as `A` too, but the report has a row for each name.
+    """
+
+    @cache
+    def listed(folder: Path) -> Mapping[str, Sequence[str]]:
+        names: dict[str, list[str]] = defaultdict(list)
+        with suppress(OSError):  # the folder does not exist yet, or the attempt reports why it cannot be read
+            for path in folder.iterdir():
+                names[name_key(path.name)].append(path.name)
+        return names
+
+    def stored(name: str) -> str:
+        folder, parts = output, list[str]()
+        for part in name.split("/"):
+            alike = [one for one in listed(folder).get(name_key(part), ()) if same_file(folder / one, folder / part)]
+            parts.append(alike[0] if alike else part)
+            folder /= parts[-1]
+        return "/".join(parts)
+
+    names = [stored(job.result_name) for job in jobs]
+    return [job if name == job.result_name else replace(job, name=name) for job, name in zip(jobs, names, strict=True)]
 
 
 def _takes_its_place(job: SlideJob, place: str, output: Path, *, alone: bool) -> bool:
@@ -60,9 +88,8 @@ def _is_result_of(folder: Path, job: SlideJob) -> bool:
         run = read_run(folder)
     except RunRecordError:
         return False
-    # The same folder may be spelled differently: with "..", or through a link.
     path = None if run is None else run.slide.path
-    return path is not None and os.path.realpath(path) == os.path.realpath(job.path)
+    return path is not None and same_file(path, job.path)
 
 
 def _places(jobs: Sequence[SlideJob]) -> list[str | None]:
@@ -72,13 +99,14 @@ def _places(jobs: Sequence[SlideJob]) -> list[str | None]:
     their places begin below the folder that all of them share.
     """
     movable = [job for job in jobs if job.place is not None or job.name is None]
-    given = {job.place.casefold() for job in movable if job.place is not None}
+    given = {name_key(job.place) for job in movable if job.place is not None}
     if len(jobs) == 1 or len(given) == len(movable):
         return [job.place for job in jobs]
-    common = os.path.commonpath([job.path.absolute().parent for job in movable])
+    paths = [Path(os.path.abspath(job.path)) for job in jobs]  # noqa: PTH100 - Path.absolute keeps ".."
+    common = os.path.commonpath([path.parent for job, path in zip(jobs, paths, strict=True) if job in movable])
     return [
-        job.path.absolute().relative_to(common).with_name(job.result_name).as_posix() if job in movable else None
-        for job in jobs
+        path.relative_to(common).with_name(job.result_name).as_posix() if job in movable else None
+        for job, path in zip(jobs, paths, strict=True)
     ]
 
 
@@ -87,13 +115,13 @@ def name_clashes(jobs: Iterable[SlideJob]) -> dict[Path, str]:
     jobs = list(jobs)
     groups: dict[str, list[Path]] = defaultdict(list)
     for job in jobs:
-        groups[job.result_name.casefold()].append(job.path)
+        groups[name_key(job.result_name)].append(job.path)
     errors: dict[Path, str] = {}
     for job in jobs:
         name = job.result_name
-        above = [str(parent) for parent in PurePosixPath(name.casefold()).parents][:-1]  # the last one is "."
+        above = [str(parent) for parent in PurePosixPath(name_key(name)).parents][:-1]  # the last one is "."
         inside = next((parent for parent in above if parent in groups), None)
-        same = groups[name.casefold()]
+        same = groups[name_key(name)]
         if reserved_part(name) is not None:
             errors[job.path] = (
                 f"{job.path}: results are named after slides, and '{name}' cannot be the name of a result "

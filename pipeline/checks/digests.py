@@ -50,6 +50,14 @@ def changed_files(folder: Path, run: Mapping[str, Any], *, quick: bool = False) 
     return found
 
 
+def is_of_desktop(name: str) -> bool:
+    """Return whether a file with this name in a map was written by a desktop, such as .DS_Store and ._0 by Finder.
+
+    Zarr's own hidden files begin with ".z".
+    """
+    return name.startswith(".") and not name.startswith(".z")
+
+
 def _size(recorded: object) -> int:
     if not isinstance(recorded, int) or isinstance(recorded, bool):
         raise TypeError(f"{recorded!r} is not a number of bytes")
@@ -69,11 +77,10 @@ def _without_digest(path: Path) -> list[str]:
 def _changes_of_map(root: Path, listed: Recorded, *, quick: bool) -> list[str]:
     wrong = [f"{name} {text}" for name, facts in listed.items() for text in _changes(root / name, *facts, quick=quick)]
     present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    # Desktops write hidden files; Zarr's own hidden files begin with ".z".
     return wrong + [
         f"{name} is not a file of the result"
         for name in sorted(present - set(listed))
-        if not name.rpartition("/")[2].startswith(".") or name.rpartition("/")[2].startswith(".z")
+        if not is_of_desktop(name.rpartition("/")[2])
     ]
 
 

@@ -22,6 +22,10 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
+MOST_FILES = 10_240
+"""macOS takes no larger number if it states no limit. Containers can allow a billion, and some programs that a command
+starts close every number up to the limit."""
+
 DeviceOption = Annotated[
     str, typer.Option(help="Device of the networks: auto, or a name in torch: cpu, cuda, cuda:N, xpu or mps.")
 ]
@@ -94,6 +98,7 @@ def run(app: Callable[[], object]) -> None:
     without a traceback.
     """
     _open_standard_files()
+    _raise_limit_of_open_files()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -133,6 +138,21 @@ def _open_standard_files() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+
+
+def _raise_limit_of_open_files() -> None:
+    """Allow this process as many open files as its user may have, but not more than `MOST_FILES`.
+
+    The usual limit is 256 on macOS and 1024 on Linux.
+    """
+    if sys.platform == "win32":
+        return
+    import resource  # does not exist on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _discard_output() -> None:

@@ -67,11 +67,12 @@ def _found(path: Path, slide: Path | None) -> tuple[Result, ...]:
     """Return the results to show. A single result and its slide are checked now, others when they are opened."""
     from pipeline.viewing.viewer.open_results import unavailable
     from pipeline.viewing.viewer.results import examined, find_results, with_slide
+    from wsi.paths import kind_of
 
     results = find_results(path)
     if slide is not None:
         with examined(slide):
-            is_folder = slide.is_dir()
+            is_folder = kind_of(slide) == "folder"
         if len(results) > 1 and not is_folder:
             fail(
                 PROGRAM,

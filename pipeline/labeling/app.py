@@ -226,7 +226,9 @@ class LabelPage:
             ready = self._desk.slides.of(place)
             if ready is None:
                 raise HTTPException(404)
-            return _jpeg(make(ready, place))
+            with self._desk.slides.reading(ready):
+                rgb_HWC = make(ready, place)
+            return _jpeg(rgb_HWC)
 
         made = self._cache.peek(key)
         if made is None:

@@ -95,4 +95,7 @@ def check_model(model: Bundle, settings: FolderStarted) -> None:
 
 def _pixels(slides: Slides, place: Place) -> NDArray[np.uint8] | None:
     ready = slides.of(place)
-    return None if ready is None else ready.patches.pixels(place)
+    if ready is None:
+        return None
+    with slides.reading(ready):
+        return ready.patches.pixels(place)

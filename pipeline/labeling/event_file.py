@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,8 @@ class EventModel(BaseModel):
 
 
 E = TypeVar("E", bound=EventModel)
+
+_creating = threading.Lock()
 
 BUSY_SECONDS = 30
 """Time to wait for another process that writes. A write takes milliseconds, on a slow network share longer."""
@@ -83,6 +86,7 @@ class EventFile(Generic[E]):
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _create_for_group(path)
             self._connection = sqlite3.connect(
                 path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
@@ -103,6 +107,8 @@ class EventFile(Generic[E]):
         # commit, so that a power cut does not undo it.
         execute("PRAGMA journal_mode = DELETE")
         execute("PRAGMA synchronous = EXTRA")
+        # On macOS, empty the drive's cache too, see `sync_descriptor`. Other systems ignore this.
+        execute("PRAGMA fullfsync = ON")
         execute("BEGIN IMMEDIATE")
         try:
             found = execute("PRAGMA application_id").fetchone()[0], execute("PRAGMA user_version").fetchone()[0]
@@ -197,6 +203,16 @@ class EventFile(Generic[E]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _create_for_group(path: Path) -> None:
+    """Create the file, if it does not exist, with the permissions of the umask. SQLite would let only its owner write.
+
+    If this user may not create files here, SQLite reports it.
+    """
+    # Only a new file, and one thread at a time: closing a file ends the locks that SQLite has on it in this process.
+    with _creating, suppress(FileExistsError, PermissionError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
 
 
 def _text(value: object) -> str:

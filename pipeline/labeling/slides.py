@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,9 @@ from wsi.slide import open_slide, slide_digest, slide_stamp
 from wsi.tissue import find_tissue
 
 log = logging.getLogger(__name__)
+
+MOST_OPEN = 8
+"""Slides whose files stay open. Each has a handle for every thread. To open one again takes milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class ReadySlide:
     title: str
     """Its file name, with folders if another slide of the session has the same file name."""
     patches: SlidePatches
+    """Read their pixels inside `Slides.reading`."""
     order: Sequence[Place]
     """Its patches on tissue, in the random order."""
     thumbnail_HWC: NDArray[np.uint8]
@@ -67,6 +73,9 @@ class Slides:
         self._digests = {one.stamp: one.digest for one in known if stamps[one.stamp] == 1}
         self._known = {one.digest: one for one in known}
         self._opened_titles: dict[str, str] = {}  # by digest
+        self._recent: OrderedDict[str, ReadySlide] = OrderedDict()  # by digest, the least recently used one first
+        self._users: Counter[str] = Counter()  # threads that read a slide now, by digest
+        self._lock = threading.Lock()
         # Hundreds of files can have the same name.
         self._stamp = cache(_stamp_or_none)
         self._files = sorted(files, key=lambda file: (file.path.name, str(file.path)))
@@ -115,13 +124,38 @@ class Slides:
 
     def pixels(self, places: Sequence[Place]) -> NDArray[np.uint8]:
         """Return patches of open slides as rgb_NHWC. Raises KeyError for a patch of another slide."""
-        return np.stack([self._of(place).patches.pixels(place) for place in places])
+        return np.stack([self._pixels(place) for place in places])
+
+    def _pixels(self, place: Place) -> NDArray[np.uint8]:
+        ready = self._of(place)
+        with self.reading(ready):
+            return ready.patches.pixels(place)
 
     def _of(self, place: Place) -> ReadySlide:
         found = self.of(place)
         if found is None:
             raise KeyError(place)
         return found
+
+    @contextmanager
+    def reading(self, ready: ReadySlide) -> Iterator[None]:
+        """Keep the files of a slide open while its pixels are read. Closes those of the least recently used slides."""
+        digest = ready.added.digest
+        with self._lock:
+            self._recent[digest] = ready
+            self._recent.move_to_end(digest)
+            self._users[digest] += 1
+            self._close_unused()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users[digest] -= 1
+
+    def _close_unused(self) -> None:
+        idle = [digest for digest in self._recent if not self._users[digest]]
+        for digest in idle[: max(0, len(self._recent) - MOST_OPEN)]:
+            self._recent.pop(digest).patches.close()
 
     def _open(self, file: SlideFile) -> ReadySlide | None:
         try:
@@ -141,15 +175,12 @@ class Slides:
                 "%s is the same slide as %s, so it is skipped", self._titles[file.path], self._opened_titles[digest]
             )
             return None
-        slide = open_slide(file.path, file.mpp)
-        try:
+        # Its handles are closed at the end; a read opens new ones. A session can have hundreds of slides.
+        with open_slide(file.path, file.mpp) as slide:
             patches = SlidePatches(slide, digest, self._settings.mpp, self._settings.side)
             order = shuffled(patches.on_tissue(find_tissue(slide)), self._settings.seed)
             added = file.added(digest, stamp, self._known.get(digest))
             ready = ReadySlide(added, self._titles[file.path], patches, order, patches.thumbnail())
-        except BaseException:
-            slide.close()
-            raise
         self._opened_titles[digest] = ready.title
         return ready
 
@@ -182,6 +213,7 @@ def _titles(paths: Sequence[Path]) -> dict[Path, str]:
     titles = {path: path.name for path in paths}
     repeated = [path for path in paths if counts[path.name] > 1]
     if repeated:
-        common = os.path.commonpath([path.absolute().parent for path in repeated])
-        titles |= {path: path.absolute().relative_to(common).as_posix() for path in repeated}
+        places = {path: Path(os.path.abspath(path)) for path in repeated}  # noqa: PTH100 - Path.absolute keeps ".."
+        common = os.path.commonpath([place.parent for place in places.values()])
+        titles |= {path: place.relative_to(common).as_posix() for path, place in places.items()}
     return {path: printable_name(title) for path, title in titles.items()}

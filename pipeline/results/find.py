@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.files import printable_name
 from pipeline.results.names import GROUP, RUN
+from wsi.paths import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def _search(output: Path) -> Iterator[Path]:
             continue
         for path in sorted(content):
             try:
-                is_result, is_group, is_link = (path / RUN).is_file(), (path / GROUP).is_file(), path.is_symlink()
+                is_result, is_group = kind_of(path / RUN) == "file", kind_of(path / GROUP) == "file"
+                is_link = path.is_symlink()
             except OSError as error:
                 _warn(path, error)
                 continue

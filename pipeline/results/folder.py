@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from pipeline.errors import ConfigError, LockedError, OtherResultError, OutputError, RunRecordError
-from pipeline.files import file_lock, is_file, sync, sync_tree, write_atomically
+from pipeline.files import file_lock, is_file, same_file, sync, sync_tree, write_atomically
 from pipeline.results.digests import changed_files
 from pipeline.results.names import GROUP, RUN
 from pipeline.results.record import Run, RunHeader, RunIdentity, read_header, read_run
@@ -303,7 +303,7 @@ def _another_run(target: Path, header: RunHeader, identity: Mapping[str, object]
         stored = None
         with suppress(RunRecordError):  # a damaged record does not name its slide
             stored = read_run(target)
-        if stored is not None and os.path.realpath(stored.slide.path or "") != os.path.realpath(slide):
+        if stored is not None and (stored.slide.path is None or not same_file(stored.slide.path, slide)):
             # The folder of the other slide is left out, because flows with `hide_paths` cannot know it.
             return (
                 f"{slide}: {target} holds the result of another slide, {stored.slide.name} (see its {RUN}); choose "

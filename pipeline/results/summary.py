@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from models.tissue_class import ClassName
 from pipeline.errors import OutputError
-from pipeline.files import WRITER_S, only_writer, printable_name, write_atomically
+from pipeline.files import WRITER_S, name_key, only_writer, printable_name, same_file, write_atomically
 from pipeline.results.names import SUMMARY
 from pipeline.results.slide_result import AREA_COLUMN, COLUMNS, SlideResult
 
@@ -31,6 +32,8 @@ _CLASS_NAME: TypeAdapter[str] = TypeAdapter(ClassName)
 def write_summary(output: Path, results: Iterable[SlideResult], wait_s: float = WRITER_S) -> None:
     """Write the rows of these slides into `summary.csv` and keep the rows of all other slides.
 
+    On a file system that ignores case, a row with another spelling of a result's folder is replaced too.
+
     Rows of folders that could not be searched are not kept: only the run that writes them knows.
 
     Raises OutputError if the existing file is not a summary, or if another process writes it for more than `wait_s`
@@ -39,10 +42,17 @@ def write_summary(output: Path, results: Iterable[SlideResult], wait_s: float = 
     path = output / SUMMARY
     with only_writer(path, output / ".summary.lock", wait_s):
         rows = {name: row for name, row in read_summary(path).items() if not is_folder(name)}
+        spellings: dict[str, list[str]] = defaultdict(list)
+        for name in rows:
+            spellings[name_key(name)].append(name)
         for result in results:
             name = printable_name(result.slide)
+            others = [other for other in spellings[name_key(name)] if other != name]
+            for other in others:
+                if other in rows and _is_folder_of(output / other, result):
+                    rows.setdefault(name, rows.pop(other))
             row = _kept_row(rows.get(name, {}), result)
-            rows[name] = result.row() | {"slide": name} if row is None else row
+            rows[name] = (result.row() if row is None else row) | {"slide": name}
         text = io.StringIO()
         writer = csv.DictWriter(text, _columns(rows.values()), restval="")
         writer.writeheader()
@@ -55,6 +65,11 @@ def write_summary(output: Path, results: Iterable[SlideResult], wait_s: float = 
 def is_folder(name: str) -> bool:
     """Return whether this is the name of a row for a folder that could not be searched."""
     return name.endswith("/")
+
+
+def _is_folder_of(folder: Path, result: SlideResult) -> bool:
+    """Return whether this is the result's folder in another spelling, on a file system that ignores case."""
+    return result.folder is not None and same_file(folder, result.folder)
 
 
 def _kept_row(row: Mapping[str, object], result: SlideResult) -> dict[str, object] | None:

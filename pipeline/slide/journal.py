@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pipeline.files import sync
+from pipeline.files import sync, sync_descriptor
 from pipeline.results.digests import file_facts
 from pipeline.slide.blocks import BlockRecord
 
@@ -39,7 +39,7 @@ class Journal:
                 journal.write(b"\n")
             journal.write(line)
             journal.flush()
-            os.fsync(journal.fileno())
+            sync_descriptor(journal.fileno())
         # The file may be new, and its name must survive a power cut too.
         sync(self._folder)
 

@@ -6,7 +6,6 @@ Shape suffixes: K classes, B boxes (x, y, width, height in pixels of the image),
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import LabelError
+from pipeline.files import nfc_name
 from pipeline.training.dataset_sections import CsvLabels, FileNameLabels, FolderLabels
 from wsi.windows import window_starts
 
@@ -65,8 +65,8 @@ def labels_of_folder(image: Path, rule: FolderLabels, class_names: tuple[str, ..
 
     Names of folders are compared after Unicode normalization (NFC), because a Mac decomposes their umlauts.
     """
-    names = {unicodedata.normalize("NFC", name): name for name in rule.folders or class_names}
-    folder = unicodedata.normalize("NFC", image.parent.name)
+    names = {nfc_name(name): name for name in rule.folders or class_names}
+    folder = nfc_name(image.parent.name)
     own = set(rule.classes_of(names.get(folder, folder)))
     if not own or not own <= set(class_names):
         known = ", ".join(rule.folders or class_names)

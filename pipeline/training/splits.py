@@ -8,13 +8,12 @@ import hashlib
 import logging
 import re
 import stat
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import LabelError
-from pipeline.files import is_file
+from pipeline.files import is_file, nfc_name
 from pipeline.training.dataset_sections import SPLITS, Group, Split, Table, TableSplit
 
 logger = logging.getLogger(__name__)
@@ -99,15 +98,15 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table, *, all_images:
     by_name: dict[str, Row] = {}
     for file in table.files:
         for row in _read_table(root / file, table.name_column):
-            name = _normalized(row[table.name_column])
+            name = nfc_name(row[table.name_column])
             if name in by_name:
                 raise LabelError(f"{root / file}: {name} has two rows; delete one")
             by_name[name] = row
     rows, used = {}, set()
     for name, image in images.items():
-        below_root = _normalized(image.relative_to(root).as_posix()) if image.is_relative_to(root) else ""
-        file_name = _normalized(image.name)
-        found = [key for key in dict.fromkeys((_normalized(name), file_name, below_root)) if key in by_name]
+        below_root = nfc_name(image.relative_to(root).as_posix()) if image.is_relative_to(root) else ""
+        file_name = nfc_name(image.name)
+        found = [key for key in dict.fromkeys((nfc_name(name), file_name, below_root)) if key in by_name]
         if "/" in below_root and below_root in found and image.name != name:
             # The bare name can be that of an image in another folder.
             found = [key for key in found if key != file_name]
@@ -143,10 +142,6 @@ def rows_of(images: Mapping[str, Path], root: Path, table: Table, *, all_images:
 def log_once(level: int, message: str) -> None:
     """Log a message, unless this process has logged it before. Each split of a data set reads the table."""
     logger.log(level, message)
-
-
-def _normalized(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 def _read_table(file: Path, name_column: str) -> list[Row]:

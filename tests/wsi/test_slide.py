@@ -169,6 +169,19 @@ def test_a_path_that_cannot_be_examined_is_an_error_with_the_reason(
         read(path)
 
 
+@pytest.mark.parametrize("read", [open_slide, slide_digest, slide_stamp])
+def test_an_error_of_the_file_system_stays_the_cause(
+    tmp_path: Path, unexaminable: Callable[[Path, int], None], read: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "a.svs"
+    path.touch()
+    unexaminable(tmp_path, errno.ESTALE)
+    with pytest.raises(SlideReadError, match=r"^a\.svs: cannot be read: Stale file handle") as caught:
+        read(path)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.ESTALE
+
+
 def test_a_file_that_vanishes_while_it_is_opened_is_an_error_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

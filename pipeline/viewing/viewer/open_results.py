@@ -17,6 +17,7 @@ from pipeline.viewing.viewer.results import Result, examined
 from pipeline.viewing.viewer.slide_tiles import SlideTiles
 from pipeline.viewing.viewer.uncertainty import MOST_PIXELS, uncertainties
 from wsi.errors import WsiSegmentError
+from wsi.paths import kind_of
 from wsi.slide import Slide, open_slide
 
 MOST_OPEN = 4
@@ -116,7 +117,7 @@ def open_checked(result: Result) -> Slide:
     """Open a result's slide. Raises SlideError, or ViewError if it is missing or not the slide of the result."""
     path = result.slide
     with examined(path):
-        if not path.is_file():
+        if kind_of(path) != "file":
             raise ViewError(f"{path.name}: no such file at {path}; pass its new path with --slide")
     facts = result.run.slide
     slide = open_slide(path, facts.mpp)

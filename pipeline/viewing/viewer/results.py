@@ -16,6 +16,7 @@ from pipeline.results.areas import ClassArea, class_areas
 from pipeline.results.find import result_folders, result_name
 from pipeline.results.names import FAMILIARITY, GEOPARQUET_END, LEFT_OUT, MAP_END, RUN, THUMBNAIL
 from pipeline.results.record import Run, read_run
+from wsi.paths import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +85,9 @@ def find_results(path: Path) -> tuple[Result, ...]:
     Incomplete results are left out with a warning. Raises ViewError if no result is complete.
     """
     with examined(path):
-        if not path.is_dir():
+        if kind_of(path) != "folder":
             raise ViewError(f"{path}: no such folder; pass the folder of a result, or a folder of results")
-        if (path / RUN).is_file():
+        if kind_of(path / RUN) == "file":
             return (load_result(path),)
         folders = result_folders(path)
         results = tuple(_loadable(path, folders))
@@ -178,7 +179,7 @@ def with_slide(result: Result, moved: Path) -> Result:
     Raises ViewError if `moved` cannot be examined.
     """
     with examined(moved):
-        slide = moved / result.slide.name if moved.is_dir() else moved
+        slide = moved / result.slide.name if kind_of(moved) == "folder" else moved
     return replace(result, slide=slide, slide_stamp=slide_file_stamp(slide))
 
 

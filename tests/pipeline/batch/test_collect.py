@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,3 +56,47 @@ def test_a_folder_with_pictures_alone_is_an_error_without_a_warning(
     with pytest.raises(ConfigError, match="no slides in this folder"):
         left_out(tmp_path, caplog, "a.png")
     assert caplog.text == ""
+
+
+def problems(root: Path) -> list[str]:
+    return [job.problem for job in collect_jobs([root])]
+
+
+def test_what_cannot_be_a_slide_has_a_problem(tmp_path: Path) -> None:
+    pipe, link, slide, loop = (tmp_path / name for name in ("a.svs", "b.svs", "c.svs", "d.svs"))
+    os.mkfifo(pipe)
+    link.symlink_to("moved.svs")
+    slide.touch()
+    loop.symlink_to(loop)
+    assert problems(tmp_path) == [
+        f"{pipe}: is not a regular file; remove it, or give it another ending",
+        f"{link}: is a link to moved.svs, which does not exist; restore the file, or remove the link",
+        "",
+        f"{loop}: is a link to {loop}, which does not exist; restore the file, or remove the link",
+    ]
+
+
+@pytest.mark.full
+def test_a_link_to_something_else_than_a_file_is_not_called_broken(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.svs").symlink_to("pipe")
+    assert problems(tmp_path) == [f"{tmp_path / 'a.svs'}: is not a regular file; remove it, or give it another ending"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
+def test_a_slide_that_cannot_be_examined_is_left_to_the_attempt(
+    tmp_path: Path, unexaminable: Callable[[Path, int], None], number: int
+) -> None:
+    (tmp_path / "a.svs").touch()
+    (tmp_path / "b.svs").symlink_to("nothing")
+    unexaminable(tmp_path, number)
+    assert problems(tmp_path) == ["", ""]
+
+
+@pytest.mark.full
+def test_an_input_that_cannot_be_examined_is_an_error_with_the_reason(
+    tmp_path: Path, unexaminable: Callable[[Path, int], None]
+) -> None:
+    unexaminable(tmp_path, errno.EACCES)
+    with pytest.raises(ConfigError, match=r"slides: Permission denied; check the path$"):
+        collect_jobs([tmp_path / "slides"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pipeline.batch.names import name_clashes, named_jobs
 from pipeline.errors import ConfigError
 from pipeline.results.record import write_run
 from pipeline.workers.base import SlideJob
+from tests.pipeline.ignored_case import ignore_case
 from tests.pipeline.runs import make_run
 
 
@@ -44,6 +46,70 @@ def test_slides_of_several_folders_are_told_apart_by_the_folders(tmp_path: Path)
     paths = touched(tmp_path, "x/1/a.svs", "x/2/a.svs")
     by_folder = collect_jobs([path.parent for path in paths])
     assert names(by_folder, tmp_path / "out") == names(collect_jobs(paths), tmp_path / "out") == ["1/a", "2/a"]
+
+
+@pytest.mark.full
+def test_names_that_differ_in_their_unicode_form_count_as_equal(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "Ä") for form in ("NFC", "NFD"))
+    paths = touched(tmp_path, f"x/1/{composed}.svs", f"x/2/{decomposed.lower()}.svs")
+    assert names(collect_jobs(paths), tmp_path / "out") == [f"1/{composed}", f"2/{decomposed.lower()}"]
+    clashes = name_clashes([SlideJob(paths[0]), SlideJob(paths[1]), SlideJob(Path("b.svs"), name=f"{decomposed}/b")])
+    assert [str(path) for path in clashes] == [str(paths[0]), str(paths[1]), "b.svs"]
+
+
+@pytest.mark.full
+def test_ids_that_differ_in_their_unicode_form_are_refused(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "ä") for form in ("NFC", "NFD"))
+    touched(tmp_path, "1.svs", "2.svs")
+    (tmp_path / "list.csv").write_text(f"slide,id\n1.svs,{composed}\n2.svs,{decomposed}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"list\.csv, line 3: the id .* is also in line 2"):
+        collect_jobs([tmp_path / "list.csv"])
+    for number, id_ in enumerate((composed, decomposed), start=1):
+        (tmp_path / f"list{number}.csv").write_text(f"slide,id\n{number}.svs,{id_}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"2\.svs: its id .* is also that of .*1\.svs"):
+        collect_jobs([tmp_path / "list1.csv", tmp_path / "list2.csv"])
+
+
+@pytest.mark.full
+def test_a_slide_in_two_spellings_is_listed_twice_if_case_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = touched(tmp_path, "s/slide.svs", "s/SLIDE.svs")
+    lists = [tmp_path / "one.csv", tmp_path / "two.csv"]
+    for path, cell in zip(lists, ("0.25", "0.5"), strict=True):
+        path.write_text(f"slide,mpp\ns/slide.svs,0.25\ns/SLIDE.svs,{cell}\n")
+    assert [job.path for job in collect_jobs(paths)] == paths
+    ignore_case(monkeypatch)
+    assert [job.path for job in collect_jobs(paths)] == paths[:1]
+    assert [job.path for job in collect_jobs(lists[:1])] == paths[:1]
+    with pytest.raises(ConfigError, match=r"two\.csv, line 3: s/SLIDE\.svs is also in line 2, with another mpp"):
+        collect_jobs(lists[1:])
+
+
+@pytest.mark.full
+def test_a_result_keeps_its_name_if_case_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slides, output = tmp_path / "slides", tmp_path / "out"
+    paths = touched(slides, "case1/a.svs", "CASE1/A.svs", "case2/a.svs", "case2/b.svs")
+    finished(output, "a", paths[0])
+    finished(output, "A", paths[0])
+    finished(output, "study/b", paths[3])
+    for folder in ("study/B", "STUDY"):
+        (output / folder).mkdir()
+    ignore_case(monkeypatch)
+    assert names([SlideJob(paths[1], place="CASE1/A"), SlideJob(paths[2], place="case2/a")], output) == [
+        "a", "case2/a"
+    ]  # fmt: skip
+    assert names([SlideJob(paths[1]), SlideJob(paths[3], name="STUDY/B")], output) == ["a", "study/b"]
+
+
+@pytest.mark.full
+def test_paths_with_two_dots_are_named_by_the_folders_that_they_lead_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touched(tmp_path, "project/d/slide.svs", "s1/slide.svs")
+    monkeypatch.chdir(tmp_path / "project")
+    jobs = collect_jobs([Path("d/slide.svs"), Path("../s1/slide.svs")])
+    assert names(jobs, tmp_path / "out") == ["project/d/slide", "s1/slide"]
 
 
 def test_an_output_that_cannot_be_examined_contains_no_results(tmp_path: Path) -> None:

@@ -232,19 +232,3 @@ def test_a_clash_of_many_slides_names_a_few_of_them() -> None:
         "case-0/slide.svs: its result would have the same name as that of case-1/slide.svs, case-2/slide.svs, "
         "case-3/slide.svs and 996 more; "
     )
-
-
-def test_an_entry_that_cannot_be_looked_at_is_left_to_fail_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("a.svs", "b.svs"):
-        (tmp_path / name).touch()
-    looked_at = Path.is_file
-
-    def is_file(path: Path) -> bool:
-        if path.name == "b.svs":
-            raise OSError(116, "Stale file handle")
-        return looked_at(path)
-
-    monkeypatch.setattr(Path, "is_file", is_file)
-    assert [job.path.name for job in collect_jobs([tmp_path])] == ["a.svs", "b.svs"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tomllib
@@ -50,6 +51,27 @@ def test_a_command_that_a_full_disk_ends_does_not_call_its_results_complete(
     )
     assert done.returncode == 1
     assert done.stderr == said + "\n"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((100, 300), (300, 300)), ((100, 20_000), (10_240, 20_000)), ((15_000, 20_000), (15_000, 20_000))],
+)
+def test_a_command_may_open_as_many_files_as_its_user_may(before: tuple[int, int], after: tuple[int, int]) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != most < before[1]:
+        pytest.skip(f"this machine allows {most} open files")
+    code = (
+        "import resource\n"
+        "from pipeline.cli.commands import run\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, {before})\n"
+        "run(lambda: print(resource.getrlimit(resource.RLIMIT_NOFILE)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=REPOSITORY
+    )
+    assert done.stdout == f"{after}\n"
 
 
 @pytest.mark.full

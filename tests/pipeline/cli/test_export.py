@@ -164,7 +164,8 @@ def test_the_quick_check_of_a_folder_does_not_read_the_tiles_of_the_project(resu
 
 def test_files_that_people_add_and_a_removed_path_are_not_findings(results: Path) -> None:
     (results / "a/notes.txt").write_text("mine")
-    (results / STORE / ".DS_Store").write_bytes(b"\0")
+    for name in (".DS_Store", "0/.DS_Store", "0/0/._0", "0/0/0/._0", "labels/classes/0/.DS_Store"):
+        (results / STORE / name).write_bytes(b"\0")
     change(results / "a/run.json", lambda d: d["slide"].pop("path"))
     assert run("check", "--quiet", results) == (0, "", "")
 

@@ -411,6 +411,21 @@ def test_of_two_files_of_one_slide_the_first_is_kept(
 
 
 @pytest.mark.full
+def test_slides_with_the_same_name_are_titled_by_the_folders_that_their_paths_lead_to(
+    tmp_path: Path, shipped: Bundle
+) -> None:
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        label_slide(tmp_path / folder / "scan.svs", seed=number)
+    paths = [tmp_path / "a" / "scan.svs", tmp_path / "a" / ".." / "b" / "scan.svs"]
+    with desk(tmp_path / "l", paths, shipped) as at:
+        at.session.upcoming(1)
+        while at.slides.opened() < 2:
+            at.slides.wait_for_more(at.slides.opened())
+        assert sorted(one.title for one in at.slides.ready()) == ["a/scan.svs", "b/scan.svs"]
+
+
+@pytest.mark.full
 def test_a_second_file_of_a_slide_replaces_a_first_that_cannot_be_opened(
     tmp_path: Path, shipped: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

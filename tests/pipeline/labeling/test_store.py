@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +35,51 @@ def test_events_come_back_as_they_were_saved_and_in_their_order(tmp_path: Path) 
         assert [one.event for one in found] == [STARTED, TUMOR, label(64, "present", "unknown")]
         assert [(one.number, one.annotator) for one in found] == [(1, "ann"), (2, "ann"), (3, "bob")]
         assert [one.number for one in store.read(after=2)] == [3]
+
+
+@pytest.mark.full
+def test_each_commit_reaches_the_disk_also_on_a_mac(tmp_path: Path) -> None:
+    with EventStore(tmp_path / "labels.sqlite") as store:
+        settings = [store._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "fullfsync")]
+    assert settings == [3, 1]  # 3: EXTRA
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_the_umask_decides_who_may_write_a_new_file(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with EventStore(tmp_path / "a.sqlite") as store:
+            store.append("ann", [STARTED])
+    finally:
+        os.umask(before)
+    file = tmp_path / "a.sqlite"
+    assert stat.S_IMODE(file.stat().st_mode) == mode
+    file.chmod(0o640)
+    with EventStore(file) as store:
+        assert [one.event for one in store.read()] == [STARTED]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640, "a file that exists keeps its permissions"
+
+
+@pytest.mark.full
+def test_opening_a_file_again_leaves_the_lock_of_a_transaction_in_the_same_process(tmp_path: Path) -> None:
+    file = tmp_path / "a.sqlite"
+    code = (
+        "import sqlite3, sys\n"
+        "try: sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None).execute('BEGIN IMMEDIATE')\n"
+        "except sqlite3.OperationalError as error: print(error)\n"
+    )
+
+    def while_locked(_: object) -> list[Event]:
+        with pytest.raises(LabelingError, match="database is locked"):
+            EventStore(file)
+        done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True)
+        assert done.stdout == "database is locked\n", "another process cannot write"
+        return [STARTED]
+
+    with EventStore(file) as store, pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pipeline.labeling.event_file.BUSY_SECONDS", 0)
+        assert store.append_decided("ann", while_locked) == (1,)
 
 
 def test_a_class_of_an_earlier_version_has_the_role_tissue(tmp_path: Path) -> None:

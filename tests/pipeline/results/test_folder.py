@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -156,19 +157,12 @@ def test_a_result_inside_another_result_is_refused(tmp_path: Path, output: str, 
 
 
 def test_a_folder_that_may_not_be_read_is_left_out_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, unexaminable: Callable[[Path, int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(tmp_path, "a.txt")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    is_file = Path.is_file
-
-    def refused(path: Path) -> bool:  # root may read everything
-        if path.parent == foreign:
-            raise PermissionError(13, "Permission denied", str(path))
-        return is_file(path)
-
-    monkeypatch.setattr(Path, "is_file", refused)
+    unexaminable(foreign, errno.EACCES)
     assert result_folders(tmp_path) == [tmp_path / "slide"]
     assert caplog.messages == [f"{foreign}: cannot be searched for results: Permission denied"]
 

@@ -23,6 +23,7 @@ from pipeline.results.record import (
 )
 from pipeline.results.slide_result import COLUMNS, STATUSES, SlideResult, finished_result, skipped_result
 from pipeline.results.summary import read_summary, write_summary
+from tests.pipeline.ignored_case import ignore_case
 from tests.pipeline.runs import IDENTITY, TUMOR, make_run
 from tests.pipeline.summaries import rows_of
 from tests.repository import REPOSITORY
@@ -44,6 +45,27 @@ def test_the_summary_replaces_the_rows_of_its_slides_and_keeps_all_others(tmp_pa
     assert rows["b"]["seconds"] == "1.2"
     assert list(rows["a"])[-2:] == ["warnings", "error"]
     assert [p.name for p in tmp_path.iterdir()] == ["summary.csv"]
+
+
+@pytest.mark.full
+def test_the_summary_replaces_the_row_of_another_spelling_if_case_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upper, lower = tmp_path / "A", tmp_path / "a"
+    upper.mkdir()
+    lower.mkdir()
+    done = SlideResult("A", "done", 60.0, {"gland": 0.5}, {"tissue_mm2": 2.0}, folder=upper)
+    skipped = SlideResult("a", "skipped", 0.1, {"gland": 0.5}, {"tissue_mm2": 2.0}, folder=lower)
+    write_summary(tmp_path, [done])
+    write_summary(tmp_path, [skipped])
+    assert list(rows_of(tmp_path)) == ["A", "a"]
+    (tmp_path / "summary.csv").unlink()
+    write_summary(tmp_path, [done])
+    ignore_case(monkeypatch)
+    write_summary(tmp_path, [SlideResult("a", "failed", 0.1, error="a.svs: its name is that of A.svs")])
+    assert list(rows_of(tmp_path)) == ["A", "a"]
+    write_summary(tmp_path, [skipped])
+    assert [(row["slide"], row["status"], row["error"]) for row in rows_of(tmp_path).values()] == [("a", "skipped", "")]
 
 
 def test_commas_quotes_and_line_breaks_in_an_error_are_preserved(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pipeline.results.folder import open_folder
 from pipeline.slide.recipe import segment_slide
 from tests.cases import full
 from tests.pipeline.fakes import SMALL, color_predictor, constant_predictor, labels_of, published, region_slide
+from tests.pipeline.ignored_case import ignore_case
 from tests.pipeline.runs import IDENTITY
 from tests.slides import small_slide
 
@@ -43,6 +44,20 @@ def test_a_finished_result_is_kept_another_runs_is_refused_and_force_replaces_it
     assert (folder / "notes.txt").read_text() == "mine"
     assert set(np.unique(labels_of(folder))) == {0, 1}
     assert sorted(p.name for p in out.iterdir()) == ["slide"]
+
+
+@pytest.mark.full
+def test_a_changed_slide_in_another_spelling_is_not_another_slide_if_case_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    segment_slide(small_slide(tmp_path / "slide.svs"), out, color_predictor(), SMALL)
+    changed = region_slide(tmp_path / "SLIDE.svs")
+    with pytest.raises(OtherResultError, match="holds the result of another slide"):
+        segment_slide(changed, out, color_predictor(), SMALL, name="slide")
+    ignore_case(monkeypatch)
+    with pytest.raises(OtherResultError, match=r"holds the result of another run \(other slide\); pass --force"):
+        segment_slide(changed, out, color_predictor(), SMALL, name="slide")
 
 
 def test_a_slide_with_the_name_of_another_ones_result_is_refused_by_both_names(tmp_path: Path) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.cli.view import _found
 from pipeline.errors import ViewError
 from pipeline.formats.chunk_files import write_chunk
 from pipeline.formats.ome_zarr import LABELS
 from pipeline.results.record import read_run, write_run
-from pipeline.viewing.viewer.results import Result, find_results, load_result
+from pipeline.viewing.viewer.open_results import open_checked
+from pipeline.viewing.viewer.results import Result, find_results, load_result, with_slide
 from tests.pipeline.viewing.viewer.conftest import UNREADABLE, copied, serving
 
 
@@ -163,3 +167,22 @@ def test_results_with_a_damaged_record_are_left_out_with_a_warning(
     (folder / "a" / "run.json").write_text("{")
     with pytest.raises(ViewError, match="contains no readable results; the warnings above give the reasons"):
         find_results(folder)
+
+
+@pytest.mark.full
+def test_a_path_that_cannot_be_examined_is_an_error_with_the_reason(
+    results_folder: Path, tmp_path: Path, unexaminable: Callable[[Path, int], None]
+) -> None:
+    folder = copied(results_folder, tmp_path, "a")
+    (result,) = find_results(folder)
+    unexaminable(tmp_path / "private", errno.EACCES)
+    private = tmp_path / "private" / "x"
+    reason = r"x: cannot be read \(Permission denied\); check the path and its permissions$"
+    with pytest.raises(ViewError, match=reason):
+        find_results(private)
+    with pytest.raises(ViewError, match=reason):
+        with_slide(result, private)
+    with pytest.raises(ViewError, match=reason):
+        open_checked(replace(result, slide=private))
+    with pytest.raises(ViewError, match=reason):
+        _found(folder, private)
