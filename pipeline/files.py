@@ -65,7 +65,8 @@ def name_key(name: str) -> str:
 def same_file(one: Path, other: Path) -> bool:
     """Return whether two paths lead to one file or folder, through links or on a file system that ignores case.
 
-    Hard links are different files: the results of two slides with different names must not be mixed up.
+    The same holds for file systems that ignore Unicode forms (see `name_key`). Hard links are different files: the
+    results of two slides with different names must not be mixed up.
     """
     first, second = Path(os.path.realpath(one)), Path(os.path.realpath(other))
     return first == second or (name_key(str(first)) == name_key(str(second)) and _is_one_entry(first, second))

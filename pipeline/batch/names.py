@@ -64,8 +64,9 @@ def _with_stored_names(jobs: Sequence[SlideJob], output: Path) -> list[SlideJob]
     def stored(name: str) -> str:
         folder, parts = output, list[str]()
         for part in name.split("/"):
-            alike = [one for one in listed(folder).get(name_key(part), ()) if same_file(folder / one, folder / part)]
-            parts.append(alike[0] if alike else part)
+            alike = listed(folder).get(name_key(part), ())
+            same = [one for one in alike if part not in alike and same_file(folder / one, folder / part)]
+            parts.append(same[0] if same else part)
             folder /= parts[-1]
         return "/".join(parts)
 

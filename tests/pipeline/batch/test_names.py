@@ -103,6 +103,15 @@ def test_a_result_keeps_its_name_if_case_is_ignored(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.full
+def test_a_link_to_a_result_does_not_rename_the_result(tmp_path: Path) -> None:
+    slide, output = tmp_path / "a.svs", tmp_path / "out"
+    finished(output, "a", slide)
+    (output / "A").symlink_to(output / "a")
+    assert names([SlideJob(slide)], output) == ["a"]
+    assert names([SlideJob(tmp_path / "A.svs")], output) == ["A"]
+
+
+@pytest.mark.full
 def test_paths_with_two_dots_are_named_by_the_folders_that_they_lead_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
