@@ -53,6 +53,24 @@ def test_a_command_that_a_full_disk_ends_does_not_call_its_results_complete(
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("modules", [(), ("fcntl", "resource")], ids=["macOS", "Windows"])
+def test_every_command_loads_without_what_another_system_lacks(modules: tuple[str, ...]) -> None:
+    scripts = sorted({script.partition(":")[0] for script in SCRIPTS.values()})
+    code = (
+        "import errno, sys\n"
+        "from importlib import import_module\n"
+        "import filelock, psutil  # on those systems, they do not use what is missing\n"
+        "del errno.EREMOTEIO\n"
+        f"sys.modules.update(dict.fromkeys({modules}))\n"
+        f"for name in {scripts}: import_module(name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120, cwd=REPOSITORY
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("option", ["--version", "--help"])
 @pytest.mark.parametrize("line", [*SCRIPTS, "wsi-segment doctor"])
 def test_a_closed_or_full_output_ends_every_command_without_a_traceback(line: str, option: str) -> None:
