@@ -13,6 +13,7 @@ from typing import IO
 
 import pytest
 
+from pipeline.cli.commands import run
 from tests.repository import REPOSITORY
 
 SCRIPTS: dict[str, str] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"][
@@ -50,6 +51,18 @@ def test_a_command_that_a_full_disk_ends_does_not_call_its_results_complete(
     )
     assert done.returncode == 1
     assert done.stderr == said + "\n"
+
+
+@pytest.mark.full
+def test_windows_is_refused_before_the_command_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: started.append("app"))
+    assert (ended.value.code, started) == (1, [])
+    assert capsys.readouterr() == ("", "wsi-segment: needs Linux or macOS; on Windows, use WSL\n")
 
 
 @pytest.mark.full
