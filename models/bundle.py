@@ -8,6 +8,7 @@ Loading a bundle reads its card, which does not import torch. Reading and writin
 from __future__ import annotations
 
 import hashlib
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -291,9 +292,10 @@ def _write_bundle(folder: Path, card: ModelCard, weights: Mapping[str, bytes], s
     contents[CARD_FILE] = (card.model_dump_json(indent=2) + "\n").encode()
     parse_card(contents[CARD_FILE], folder / CARD_FILE)  # `model_copy` checks nothing, and JSON has no NaN
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    # Not by mkdtemp, whose folders only their owner may open: the permissions are those of the umask.
+    work = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
+    work.mkdir()
     try:
-        work.chmod(0o755)
         for file, content in contents.items():
             (work / file).write_bytes(content)
         if folder.exists():

@@ -180,7 +180,7 @@ _TRANSIENT = frozenset(
         errno.ESTALE,
         errno.EIO,
         errno.ETIMEDOUT,
-        errno.EREMOTEIO,
+        getattr(errno, "EREMOTEIO", errno.EIO),  # macOS and Windows lack it
         errno.ECONNRESET,
         errno.ECONNABORTED,
         errno.ECONNREFUSED,

@@ -97,6 +97,8 @@ def run(app: Callable[[], object]) -> None:
     If the output is closed, as by `| head`, or a disk is full or has an error, the command ends with status 1 and
     without a traceback.
     """
+    if sys.platform == "win32":
+        fail("wsi-segment", "needs Linux or macOS; on Windows, use WSL")
     _open_standard_files()
     _raise_limit_of_open_files()
     for stream in (sys.stdout, sys.stderr):

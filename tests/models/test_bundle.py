@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import stat
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
@@ -371,6 +372,19 @@ def test_a_card_that_could_not_be_read_again_does_not_replace_the_old_one(folder
         replace_card(bundle, bundle.card.model_copy(update={"metrics": {"val_miou": float("nan")}}), None)
     assert load_bundle(folder) == bundle
     assert sorted(folder.parent.iterdir()) == beside
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("umask", [0o077, 0o027, 0o022, 0o002])
+def test_the_folder_of_a_bundle_has_the_permissions_of_the_umask(folder: Path, umask: int) -> None:
+    bundle = load_bundle(folder)
+    former = os.umask(umask)
+    try:
+        replace_card(bundle, bundle.card.model_copy(update={"scope": "new"}), None)
+    finally:
+        os.umask(former)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~umask
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o666 & ~umask}
 
 
 def test_a_full_disk_leaves_the_old_bundle_and_no_part_of_the_new_one(

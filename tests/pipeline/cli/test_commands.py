@@ -14,6 +14,7 @@ from typing import IO
 
 import pytest
 
+from pipeline.cli.commands import run
 from tests.repository import REPOSITORY
 
 SCRIPTS: dict[str, str] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"][
@@ -72,6 +73,36 @@ def test_a_command_may_open_as_many_files_as_its_user_may(before: tuple[int, int
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=REPOSITORY
     )
     assert done.stdout == f"{after}\n"
+
+
+@pytest.mark.full
+def test_windows_is_refused_before_the_command_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: started.append("app"))
+    assert (ended.value.code, started) == (1, [])
+    assert capsys.readouterr() == ("", "wsi-segment: needs Linux or macOS; on Windows, use WSL\n")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("modules", [(), ("fcntl", "resource")], ids=["macOS", "Windows"])
+def test_every_command_loads_without_what_another_system_lacks(modules: tuple[str, ...]) -> None:
+    scripts = sorted({script.partition(":")[0] for script in SCRIPTS.values()})
+    code = (
+        "import errno, sys\n"
+        "from importlib import import_module\n"
+        "import filelock, psutil  # on those systems, they do not use what is missing\n"
+        "del errno.EREMOTEIO\n"
+        f"sys.modules.update(dict.fromkeys({modules}))\n"
+        f"for name in {scripts}: import_module(name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120, cwd=REPOSITORY
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.full
