@@ -199,7 +199,7 @@ def test_a_border_between_canvases_shows_less_than_that_of_canvases_alone(batch_
     assert torch.equal(joined, torch.cat(probs(halves[::-1])[::-1], dim=2))
 
 
-@pytest.mark.parametrize("margin", [16, 48, pytest.param(80, marks=pytest.mark.full)])
+@pytest.mark.parametrize("margin", [48, *(pytest.param(other, marks=pytest.mark.full) for other in (16, 80))])
 @pytest.mark.parametrize("depth", [3, 4])
 def test_neither_batches_nor_skipping_change_canvases_of_several_sizes(margin: int, depth: int) -> None:
     cores = [(0, 0, 64, 96), (64, 32, 32, 64), (0, 96, 96, 32), (96, 64, 64, 64), (160, 128, 32, 32)]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from itertools import product
 
+import pytest
+
 from tests.pretend_runs import in_own_process
 
 
+@pytest.mark.full
 def test_predictions_on_an_accelerator_are_those_of_the_cpu_and_wait_twice_however_many_canvases() -> None:
     found = in_own_process("predictor")
     assert (found["devices"], found["auto"]) == (["cpu", "pretend:0"], "pretend")

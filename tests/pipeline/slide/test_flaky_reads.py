@@ -113,6 +113,7 @@ class _Blurred(ColorSegmenter):
 
 
 # The thumbnail is read in one box that is as wide as the slide. The place lies just right of the border of two blocks.
+@pytest.mark.full
 @pytest.mark.parametrize("place", [Place(level=0, box=Box(1030, 200, 100, 100), below=3072)], indirect=True)
 def test_a_block_that_could_not_read_its_margin_is_computed_again(place: Place, tmp_path: Path) -> None:
     rgb_HWC = painted((3072, 512), ((100, 50, 2800, 400), PINK), ((900, 100, 300, 250), PURPLE))

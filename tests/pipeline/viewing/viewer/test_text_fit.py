@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.viewing.viewer.results import find_results
-from tests.cases import full
 from tests.pipeline.viewing.viewer.conftest import copied, serving
 from tests.pipeline.viewing.viewer.screen import said, settle, show
 from tests.text_fit import Reader, misfits, page_of
@@ -19,7 +18,8 @@ if TYPE_CHECKING:  # most test runs need no browser
 NAMES = ("TCGA-A6-2671-01Z-00-DX1.13a3c3f1-bb0d-4f1f", "b")
 
 
-@pytest.mark.parametrize("reader", ["spacing", full("twice")])
+@pytest.mark.full
+@pytest.mark.parametrize("reader", ["spacing", "twice"])
 def test_no_text_is_cut_off_or_overlaps(browser: Browser, results_folder: Path, tmp_path: Path, reader: Reader) -> None:
     with (
         serving(find_results(copied(results_folder, tmp_path, *NAMES))) as site,
