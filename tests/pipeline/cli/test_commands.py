@@ -14,6 +14,7 @@ from typing import IO
 
 import pytest
 
+from pipeline.cli.commands import run
 from tests.repository import REPOSITORY
 
 SCRIPTS: dict[str, str] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"][
@@ -72,6 +73,23 @@ def test_a_command_may_open_as_many_files_as_its_user_may(before: tuple[int, int
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=REPOSITORY
     )
     assert done.stdout == f"{after}\n"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("error", [ValueError("not allowed to raise maximum limit"), PermissionError()])
+def test_a_command_runs_if_the_system_refuses_another_limit_of_open_files(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: object) -> None:
+        asked.append(True)
+        raise error
+
+    asked: list[bool] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1_000_000_000))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    ran: list[bool] = []
+    run(lambda: ran.append(True))
+    assert (asked, ran) == ([True], [True])
 
 
 @pytest.mark.full
