@@ -62,12 +62,14 @@ def _with_stored_names(jobs: Sequence[SlideJob], output: Path) -> list[SlideJob]
         return names
 
     def stored(name: str) -> str:
-        folder, parts = output, list[str]()
-        for part in name.split("/"):
+        folder, parts = output, name.split("/")
+        for number, part in enumerate(parts):
             alike = listed(folder).get(name_key(part), ())
+            if not alike:
+                break  # nothing lies below a folder that does not exist, and to list it takes time on a network share
             same = [one for one in alike if part not in alike and same_file(folder / one, folder / part)]
-            parts.append(same[0] if same else part)
-            folder /= parts[-1]
+            parts[number] = same[0] if same else part
+            folder /= parts[number]
         return "/".join(parts)
 
     names = [stored(job.result_name) for job in jobs]

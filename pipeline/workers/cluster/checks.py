@@ -77,9 +77,9 @@ class WorkerChecks:
         `error` is what a task of the process raised, or None before its task. A process that joined after the start is
         asked before its first task, and every process after an error that its machine can cause.
         """
-        others = [one for one in self._available.addresses() if one != address]
+        others = [one for one in self._available.addresses() if one != address and not self._available.is_left_out(one)]
         if not others:
-            return True  # its own errors are clearer
+            return True  # its own errors are clearer, also if only processes are present that are left out
         if self._available.is_left_out(address):
             return False
         doubtful = address not in self._passed if error is None else _can_be_of_the_machine(error)

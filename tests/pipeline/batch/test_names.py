@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,3 +221,17 @@ def test_names_do_not_depend_on_the_order_of_the_slides(tmp_path: Path) -> None:
     jobs = collect_jobs([tmp_path / "s"], recursive=True)
     assert names(jobs[::-1], tmp_path / "out")[::-1] == names(jobs, tmp_path / "out") == ["1/a", "2/a", "b"]
     assert replace(jobs[0], name="1/a") == named_jobs(jobs, tmp_path / "out")[0]
+
+
+@pytest.mark.full
+def test_no_folders_of_a_new_output_are_listed_for_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = collect_jobs(touched(tmp_path, *(f"x/{number}/a.svs" for number in range(3))))
+    output, listed, iterdir = tmp_path / "out", list[Path](), Path.iterdir
+
+    def counted(folder: Path) -> Iterator[Path]:
+        listed.append(folder)
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", counted)
+    assert names(jobs, output) == ["0/a", "1/a", "2/a"]
+    assert listed == [output]

@@ -106,6 +106,23 @@ def test_every_command_loads_without_what_another_system_lacks(modules: tuple[st
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("error", [ValueError("not allowed to raise maximum limit"), PermissionError()])
+def test_a_command_runs_if_the_system_refuses_another_limit_of_open_files(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: object) -> None:
+        asked.append(True)
+        raise error
+
+    asked: list[bool] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1_000_000_000))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    ran: list[bool] = []
+    run(lambda: ran.append(True))
+    assert (asked, ran) == ([True], [True])
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("option", ["--version", "--help"])
 @pytest.mark.parametrize("line", [*SCRIPTS, "wsi-segment doctor"])
 def test_a_closed_or_full_output_ends_every_command_without_a_traceback(line: str, option: str) -> None:

@@ -291,6 +291,22 @@ def test_a_slide_moves_to_a_left_out_worker_if_all_others_have_ended(tmp_path: P
         assert len(ended) == 1
 
 
+@pytest.mark.full
+@pytest.mark.usefixtures("hurried")
+def test_a_slide_runs_if_all_processes_that_are_present_are_left_out(tmp_path: Path, bundle: str) -> None:
+    slide = small_slide(tmp_path / "a.svs")
+    with (
+        cluster_of(2) as cluster,
+        open_cluster(cluster.scheduler_address, bundle, CONFIG, spread="slides", slide_timeout_s=30) as workers,
+    ):
+        for process in cluster.workers.values():
+            workers._available.leave_out(process.address, "is slow")
+        watchdog = threading.Timer(30, workers.cancel)
+        watchdog.start()
+        assert workers.segment(SlideJob(slide), tmp_path / "out", no_progress).status == "done"
+        watchdog.cancel()
+
+
 def test_a_runtime_that_only_the_workers_have_is_refused(
     tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
