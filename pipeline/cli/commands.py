@@ -77,13 +77,16 @@ def fail_with(program: str, error: WsiSegmentError) -> NoReturn:
 
 
 def annotator_name(program: str, given: str | None) -> str:
-    """Return the name that was given, or else the user name. Exit if this user has no name."""
-    if given:
-        return given
+    """Return the name that was given, or else the user name. Exit if this user has no name, or if it is not text."""
     try:
-        return getpass.getuser()
+        name = given or getpass.getuser()
     except (ImportError, KeyError, OSError):  # as in a container that runs as a number; the kind depends on Python
         fail(program, "this user has no user name; pass your name with --annotator", EXIT_USAGE)
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # neither the page nor the file of labels can contain it
+        fail(program, f"the name {name!a} is not valid UTF-8; pass another --annotator", EXIT_USAGE)
+    return name
 
 
 def configure_logging(verbose: int, *, quiet: bool) -> None:

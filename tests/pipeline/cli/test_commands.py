@@ -14,7 +14,7 @@ from typing import IO
 
 import pytest
 
-from pipeline.cli.commands import run
+from pipeline.cli.commands import annotator_name, run
 from tests.repository import REPOSITORY
 
 SCRIPTS: dict[str, str] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"][
@@ -42,7 +42,7 @@ def test_a_command_that_a_full_disk_ends_does_not_call_its_results_complete(
 ) -> None:
     code = (
         "import errno, os\n"
-        "from pipeline.cli.commands import run\n"
+        "from pipeline.cli.commands import annotator_name, run\n"
         "def app():\n"
         f"    raise OSError(errno.{number}, os.strerror(errno.{number}), {file!r})\n"
         "run(app)\n"
@@ -65,7 +65,7 @@ def test_a_command_may_open_as_many_files_as_its_user_may(before: tuple[int, int
         pytest.skip(f"this machine allows {most} open files")
     code = (
         "import resource\n"
-        "from pipeline.cli.commands import run\n"
+        "from pipeline.cli.commands import annotator_name, run\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, {before})\n"
         "run(lambda: print(resource.getrlimit(resource.RLIMIT_NOFILE)))\n"
     )
@@ -120,6 +120,19 @@ def test_a_command_runs_if_the_system_refuses_another_limit_of_open_files(
     ran: list[bool] = []
     run(lambda: ran.append(True))
     assert (asked, ran) == ([True], [True])
+
+
+@pytest.mark.full
+def test_an_annotator_whose_name_is_not_text_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert annotator_name("wsi-view", "Jürgen") == "Jürgen"
+    monkeypatch.setattr("getpass.getuser", lambda: "J\udcfcrgen")  # Latin-1, as Python reads it
+    for given in (None, "J\udcfcrgen"):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            annotator_name("wsi-view", given)
+        message = "wsi-view: the name 'J\\udcfcrgen' is not valid UTF-8; pass another --annotator\n"
+        assert capsys.readouterr().err == message
 
 
 @pytest.mark.full
