@@ -21,11 +21,13 @@ from pipeline.config import SegmentConfig
 from pipeline.errors import ClusterError, OutputError, WorkerLostError
 from pipeline.progress import no_progress
 from pipeline.results.slide_result import SlideResult
+from pipeline.slide.blocks import BlockRecord
 from pipeline.slide.recipe import segment_slide
 from pipeline.workers.base import SlideJob, Spread
+from pipeline.workers.cluster import tasks
 from pipeline.workers.cluster.available import AvailableProcesses
 from pipeline.workers.cluster.cluster import open_cluster
-from pipeline.workers.cluster.tasks import check_slide
+from pipeline.workers.cluster.tasks import Band, TaskContext, check_slide
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.open import open_workers
 from tests.cases import full
@@ -185,6 +187,16 @@ def test_a_worker_of_another_version_that_joins_later_is_left_out(
         except ValueError:  # a thread that is not a worker's
             return version(name)
 
+    segment_band = tasks._segment_band
+    joined, begun = threading.Event(), list[Band]()
+
+    def one_and_then_wait(context: TaskContext, band: Band, task: Any) -> tuple[list[BlockRecord], str]:
+        """Leave bands for the worker that joins late."""
+        begun.append(band)
+        assert len(begun) == 1 or joined.wait(60)
+        return segment_band(context, band, task)
+
+    monkeypatch.setattr("pipeline.workers.cluster.tasks._segment_band", one_and_then_wait)
     monkeypatch.setattr("pipeline.workers.cluster.checks.answer", answer_of)
     monkeypatch.setattr("pipeline.results.record.version", version_here)
     config = replace(CONFIG, runtime="openvino" if package == "openvino" else "torch", batch_size=None)
@@ -194,6 +206,7 @@ def test_a_worker_of_another_version_that_joins_later_is_left_out(
             if stage == "segmenting" and done == 1:
                 cluster.scale(2)
                 until(lambda: len(cluster.scheduler_info["workers"]) == 2, seconds=60, what="the second worker")
+                joined.set()
 
         result = workers.segment(SlideJob(speckled_slide(tmp_path / "a.svs")), tmp_path / "out", join)
         assert result.status == "done"
