@@ -19,6 +19,7 @@ from pipeline.formats.ome_zarr import LABELS
 from pipeline.results.record import read_run, write_run
 from pipeline.viewing.viewer.open_results import open_checked
 from pipeline.viewing.viewer.results import Result, find_results, load_result, with_slide
+from tests.cases import full
 from tests.pipeline.viewing.viewer.conftest import UNREADABLE, copied, serving
 
 
@@ -26,10 +27,10 @@ from tests.pipeline.viewing.viewer.conftest import UNREADABLE, copied, serving
     ("files", "content", "path"),
     [
         ("0/0/*/*", b"damaged", "class/0/0/0_0.png"),
-        ("0/0/*/*", b"damaged", "values/200_100.json"),
-        ("0/.zarray", b"{", "class/0/0/0_0.png"),
-        (".zattrs", b"{", "facts.json"),
-        (".zattrs", b"{}", "facts.json"),
+        full("0/0/*/*", b"damaged", "values/200_100.json"),
+        full("0/.zarray", b"{", "class/0/0/0_0.png"),
+        full(".zattrs", b"{", "facts.json"),
+        full(".zattrs", b"{}", "facts.json"),
     ],
 )
 def test_a_damaged_map_is_an_error_that_the_terminal_explains(

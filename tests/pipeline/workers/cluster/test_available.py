@@ -264,6 +264,7 @@ def test_a_worker_that_alone_cannot_read_the_slides_is_left_out(
     assert tried[1:].count(1) == (0 if case == "lacks the second folder" else 1)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("hurried")
 def test_an_error_that_every_worker_would_meet_leaves_out_no_worker(
     tmp_path: Path, bundle: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
