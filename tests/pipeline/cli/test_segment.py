@@ -135,6 +135,7 @@ def test_bad_slides_fail_with_one_line_each_and_are_not_tried_again(fake: Path) 
     assert lines[-1] == "5 slides: 2 skipped, 3 failed"
 
 
+@pytest.mark.full
 def test_stdout_contains_only_json_and_quiet_leaves_stderr_empty(tmp_path: Path) -> None:
     small_slide(tmp_path / "a slide.svs")
     status, stdout, stderr = command(tmp_path, "a slide.svs", "-o", "out put", "--json", "--quiet", "--mpp", "2")

@@ -308,6 +308,7 @@ def test_a_double_click_saves_one_patch(page: Page, tmp_path: Path, slides: list
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 
+@pytest.mark.full
 def test_the_grid_keeps_exclusions_until_another_class_is_chosen(
     page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,6 +180,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     assert segment_slide(path, out, color_predictor(), config).resumed_blocks >= 9
 
 
+@pytest.mark.full
 def test_an_unfinished_run_of_other_inputs_is_not_gone_on_with(tmp_path: Path) -> None:
     path, out = region_slide(tmp_path / "slide.svs"), tmp_path / "out"
 

@@ -23,14 +23,15 @@ from tests.cases import full
 from tests.pipeline.viewing.viewer.conftest import UNREADABLE, copied, serving
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("files", "content", "path"),
     [
         ("0/0/*/*", b"damaged", "class/0/0/0_0.png"),
-        full("0/0/*/*", b"damaged", "values/200_100.json"),
-        full("0/.zarray", b"{", "class/0/0/0_0.png"),
-        full(".zattrs", b"{", "facts.json"),
-        full(".zattrs", b"{}", "facts.json"),
+        ("0/0/*/*", b"damaged", "values/200_100.json"),
+        ("0/.zarray", b"{", "class/0/0/0_0.png"),
+        (".zattrs", b"{", "facts.json"),
+        (".zattrs", b"{}", "facts.json"),
     ],
 )
 def test_a_damaged_map_is_an_error_that_the_terminal_explains(
