@@ -19,7 +19,6 @@ from pipeline.formats.ome_zarr import LABELS
 from pipeline.results.record import read_run, write_run
 from pipeline.viewing.viewer.open_results import open_checked
 from pipeline.viewing.viewer.results import Result, find_results, load_result, with_slide
-from tests.cases import full
 from tests.pipeline.viewing.viewer.conftest import UNREADABLE, copied, serving
 
 
