@@ -200,25 +200,23 @@ def _patches(results: PatchResults) -> dict[str, Any]:
 
 def _pixels(result: Evaluation) -> dict[str, Any]:
     """Return the scores of the pixels. Without masks, each value is None."""
-    keys = ("pixels", "scores", "miou_spread", "confusion", "image_confusion", "image_miou")
     if not result.matrices:
-        return dict.fromkeys(keys)
+        return dict.fromkeys(("pixels", "scores", "miou_spread", "confusion", "image_confusion", "image_miou"))
     matrix = result.matrices["exclude", True]
-    values = (
-        {"counted": int(matrix[:-1].sum()), "white": int(matrix[-1].sum())},
-        {
+    return {
+        "pixels": {"counted": int(matrix[:-1].sum()), "white": int(matrix[-1].sum())},
+        "scores": {
             protocol: {name: _plain(result.scores(protocol, gate=gate)) for name, gate in GATES.items()}
             for protocol in result.protocols
         },
-        _number(result.miou_spread()),
-        {
+        "miou_spread": _number(result.miou_spread()),
+        "confusion": {
             protocol: {name: result.matrices[protocol, gate].tolist() for name, gate in GATES.items()}
             for protocol in result.protocols
         },
-        {name: matrix.tolist() for name, matrix in result.image_matrices.items()},
-        {name: _number(value) for name, value in result.image_miou.items()},
-    )
-    return dict(zip(keys, values, strict=True))
+        "image_confusion": {name: matrix.tolist() for name, matrix in result.image_matrices.items()},
+        "image_miou": {name: _number(value) for name, value in result.image_miou.items()},
+    }
 
 
 def _plain_patches(scores: PatchScores) -> dict[str, Any]:
