@@ -42,7 +42,7 @@ def test_a_command_that_a_full_disk_ends_does_not_call_its_results_complete(
 ) -> None:
     code = (
         "import errno, os\n"
-        "from pipeline.cli.commands import annotator_name, run\n"
+        "from pipeline.cli.commands import run\n"
         "def app():\n"
         f"    raise OSError(errno.{number}, os.strerror(errno.{number}), {file!r})\n"
         "run(app)\n"
@@ -65,7 +65,7 @@ def test_a_command_may_open_as_many_files_as_its_user_may(before: tuple[int, int
         pytest.skip(f"this machine allows {most} open files")
     code = (
         "import resource\n"
-        "from pipeline.cli.commands import annotator_name, run\n"
+        "from pipeline.cli.commands import run\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, {before})\n"
         "run(lambda: print(resource.getrlimit(resource.RLIMIT_NOFILE)))\n"
     )
