@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +42,15 @@ CONFIG = SegmentConfig(block_out=64, num_workers=1, device="cpu", batch_size=4, 
 
 
 GONE = "a.svs: the connection to the cluster is lost; run the same command again to resume from the finished blocks"
+
+
+ASKED: ContextVar[object] = ContextVar("ASKED", default=None)
+"""Name of the worker that answers. All workers answer on one thread, while their bands run on others."""
+
+
+async def answer_as_worker(question: Callable[..., str], *arguments: object, dask_worker: Worker) -> str:
+    ASKED.set(dask_worker.name)
+    return question(*arguments)
 
 
 @contextmanager
@@ -176,16 +186,11 @@ def test_a_worker_of_another_version_that_joins_later_is_left_out(
     def version_of(name: str, worker: object) -> str:
         return "9.9.9" if (name, worker) == (package, 1) else version(name)
 
-    async def answer_of(question: Callable[..., str], *arguments: object, dask_worker: Worker) -> str:
-        with monkeypatch.context() as patched:
-            patched.setattr("pipeline.results.record.version", lambda name: version_of(name, dask_worker.name))
-            return question(*arguments)
-
     def version_here(name: str) -> str:
         try:
             return version_of(name, get_worker().name)
         except ValueError:  # a thread that is not a worker's
-            return version(name)
+            return version_of(name, ASKED.get())
 
     segment_band = tasks._segment_band
     joined, begun = threading.Event(), list[Band]()
@@ -197,7 +202,7 @@ def test_a_worker_of_another_version_that_joins_later_is_left_out(
         return segment_band(context, band, task)
 
     monkeypatch.setattr("pipeline.workers.cluster.tasks._segment_band", one_and_then_wait)
-    monkeypatch.setattr("pipeline.workers.cluster.checks.answer", answer_of)
+    monkeypatch.setattr("pipeline.workers.cluster.checks.answer", answer_as_worker)
     monkeypatch.setattr("pipeline.results.record.version", version_here)
     config = replace(CONFIG, runtime="openvino" if package == "openvino" else "torch", batch_size=None)
     with cluster_of(1) as cluster, open_workers(cluster.scheduler_address, bundle, config, spread="blocks") as workers:
@@ -235,7 +240,7 @@ def test_a_worker_that_alone_cannot_read_the_slides_is_left_out(
             raise SlideReadError(f"{path.name}: cannot be read") from PermissionError(errno.EACCES, "Permission denied")
         return segment_slide(path, *arguments, **named)
 
-    monkeypatch.setattr("pipeline.workers.cluster.checks.answer", answer_of)
+    monkeypatch.setattr("pipeline.workers.cluster.checks.answer", answer_as_worker)
     monkeypatch.setattr("pipeline.workers.cluster.tasks.segment_slide", segmented)
     (tmp_path / "second").mkdir()
     folder = tmp_path / "second" if case == "lacks the second folder" else tmp_path
