@@ -240,7 +240,7 @@ def test_a_worker_that_alone_cannot_read_the_slides_is_left_out(
             raise SlideReadError(f"{path.name}: cannot be read") from PermissionError(errno.EACCES, "Permission denied")
         return segment_slide(path, *arguments, **named)
 
-    monkeypatch.setattr("pipeline.workers.cluster.checks.answer", answer_as_worker)
+    monkeypatch.setattr("pipeline.workers.cluster.checks.answer", answer_of)
     monkeypatch.setattr("pipeline.workers.cluster.tasks.segment_slide", segmented)
     (tmp_path / "second").mkdir()
     folder = tmp_path / "second" if case == "lacks the second folder" else tmp_path
