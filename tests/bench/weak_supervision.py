@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.bundle import load_bundle
-from models.devices import processor_name
+from models.devices import choose_device, processor_name
 from models.predictor import Predictor
 from pipeline.training.compose import composed
 from pipeline.training.config import TrainConfig
@@ -114,13 +114,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compare", choices=list(ROWS), help="test all other rows against this one")
     parser.add_argument("--tta", action="store_true", help="measure with the mean over the symmetries of a square too")
+    parser.add_argument("--device", default="cpu", help="cpu, as for all figures of the documents, auto or a GPU")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     dataset = load_dataset(options.dataset, options.data)
     for seed in options.seeds:
         for name in options.rows or rows_for(dataset):
-            run_row(dataset, name, seed, options.output, options.set, options.split, tta=options.tta)
+            run_row(
+                dataset, name, seed, options.output, options.set, options.split, options.device, tta=options.tta
+            )
     print(table(options.output))
     if options.compare is not None:
         print("\n" + comparisons(options.output, options.compare))
@@ -132,7 +135,15 @@ def rows_for(dataset: Dataset) -> list[str]:
 
 
 def run_row(
-    dataset: Dataset, name: str, seed: int, output: Path, common: Sequence[str], split: Split, *, tta: bool
+    dataset: Dataset,
+    name: str,
+    seed: int,
+    output: Path,
+    common: Sequence[str],
+    split: Split,
+    device: str,
+    *,
+    tta: bool,
 ) -> None:
     """Train and measure one row with one seed, unless its result is there."""
     row, run = ROWS[name], output / f"{name}-{seed}"
@@ -153,7 +164,7 @@ def run_row(
     if name == "full":
         write_true_masks(images, run / "pseudo-masks", config)
     started = time.monotonic()
-    bundle = train(dataset, run, config, device="cpu")
+    bundle = train(dataset, run, config, device=device)
     seconds = time.monotonic() - started
     result: dict[str, object] = {
         "row": name,
@@ -161,7 +172,7 @@ def run_row(
         "split": split,
         "seconds": round(seconds),
         "common": list(common),
-        "processor": processor_name(torch.device("cpu")),
+        "processor": processor_name(choose_device(device)),
         "steps": steps_of(run),
     }
     if (run / PSEUDO_SCORES).is_file():
@@ -170,7 +181,7 @@ def run_row(
                 row["layer"]: {key: float(row[key]) for key in ("miou", "fwiou", "accuracy")}
                 for row in csv.DictReader(stream)
             }
-    predictor = Predictor.from_bundle(load_bundle(bundle.path), device="cpu", output_stride=1)
+    predictor = Predictor.from_bundle(load_bundle(bundle.path), device=device, output_stride=1)
     for flips in (False, True) if tta else (False,):
         evaluation = evaluate(predictor, images, split, flips=flips)
         for gate in (True, False):
