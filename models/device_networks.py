@@ -7,9 +7,9 @@ windows, H and W the canvas, h and w a map.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -21,6 +21,7 @@ from models.backbone_windows import OVERLAP, RING, Place
 from models.card import ModelCard
 from models.compute import one_torch_thread
 from models.decoder_parts import PART_SIDE, cut, parts_of, reads_beyond
+from models.devices import has_depthwise, native_convolutions
 from models.fine_map import fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
 from models.normalize import byte_table, looked_up, normalized
@@ -74,6 +75,7 @@ class DeviceNetworks:
         self._card, self._compute, self.device = card, compute, torch.device(compute.device)
         # On one device, because their weights are compared.
         classifier, segmenter = (network.to(self.device) for network in (classifier, segmenter))
+        self._native = self.device.type == "cuda" and (has_depthwise(classifier) or has_depthwise(segmenter))
         padded = pad_before_expansion(classifier), pad_before_expansion(segmenter)
         networks = split_networks(*padded, card.margin, textured=textured)
         self._in_windows = networks.first is not None and networks.reach_px <= CONTEXT
@@ -135,7 +137,7 @@ class DeviceNetworks:
 
         The textures are None unless the networks are `textured`. See `models.familiarity.textures`.
         """
-        with self._autocast():
+        with self._computing():
             found = self._deep(self._batch(starts))
         return found if isinstance(found, tuple) else (found, None)
 
@@ -156,7 +158,7 @@ class DeviceNetworks:
                 self._batch([cut(start_Chw, part, AROUND, NATIVE_STRIDE) for start_Chw in starts]),
                 cut(deep_NDhw, part, self._card.margin + RING, self.shared_stride),
             ]
-        with self._autocast():
+        with self._computing():
             logits_NKhw: Tensor = self._segmenter(*maps)
         # Upsample before the rim is cut off, so that the edge of a core is interpolated like its inside.
         logits_NKhw = logits_at_stride(logits_NKhw.float() / self._card.temperature, output_stride)
@@ -165,7 +167,7 @@ class DeviceNetworks:
 
     def window_logits(self, deep_NDhw: Tensor, canvases: Sequence[Tensor], windows: GateWindows) -> Tensor:
         """Return the logits (M, K) of the classifier's head in the gate windows of canvases (H, W, 3) of one size."""
-        with self._autocast():
+        with self._computing():
             return self._window_logits(deep_NDhw, canvases, windows)
 
     def _window_logits(self, deep_NDhw: Tensor, canvases: Sequence[Tensor], windows: GateWindows) -> Tensor:
@@ -220,7 +222,7 @@ class DeviceNetworks:
 
     def _fine(self, rgb_NHWC: Tensor) -> Tensor:
         """Return the shared map of images."""
-        with self._autocast():
+        with self._computing():
             map_NChw: Tensor = cast(Network, self._first)(self._normalized(rgb_NHWC))
         return map_NChw
 
@@ -260,11 +262,16 @@ class DeviceNetworks:
             )
         return placed
 
-    def _autocast(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Call networks in this context: it has their precision, and the kernels of their convolutions."""
         precision = self._compute.precision
-        if precision == "float32" or self._compute.runtime == "openvino":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[precision])
+        automatic = precision != "float32" and self._compute.runtime != "openvino"
+        with (
+            native_convolutions() if self._native else nullcontext(),
+            torch.autocast(self.device.type, dtype=_AUTOCAST[precision]) if automatic else nullcontext(),
+        ):
+            yield
 
 
 def _placed(network: nn.Module, device: torch.device) -> nn.Module:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import platform
 import re
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.errors import DeviceUnavailableError
 
@@ -97,6 +97,36 @@ def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
     return [
         part.clone().view(tensor.dtype).view(tensor.shape).numpy() for part, tensor in zip(parts, whole, strict=True)
     ]
+
+
+_native_users = 0
+"""Number of threads in `native_convolutions`."""
+_counting = threading.Lock()
+
+
+@contextmanager
+def native_convolutions() -> Iterator[None]:
+    """Compute convolutions on NVIDIA and AMD GPUs by PyTorch's own kernels and matrix products within this context.
+
+    cuDNN compiles a kernel for each depthwise convolution and each size of its input, and every thread compiles its
+    own. Canvases have hundreds of sizes, so almost all time went into compiling (docs/gpu.md). The setting belongs to
+    the process: other threads compute without cuDNN meanwhile, which changes the last bits of their results.
+    """
+    global _native_users
+    with _counting:
+        _native_users += 1
+        torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        with _counting:
+            _native_users -= 1
+            torch.backends.cudnn.enabled = not _native_users
+
+
+def has_depthwise(network: nn.Module) -> bool:
+    """Return whether a network has depthwise convolutions of images."""
+    return any(isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in network.modules())
 
 
 def _cpu_model() -> str:
