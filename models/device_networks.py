@@ -21,7 +21,7 @@ from models.backbone_windows import OVERLAP, RING, Place
 from models.card import ModelCard
 from models.compute import one_torch_thread
 from models.decoder_parts import PART_SIDE, cut, parts_of, reads_beyond
-from models.devices import has_depthwise, native_convolutions
+from models.devices import compiles_sizes, native_convolutions
 from models.fine_map import fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
 from models.normalize import byte_table, looked_up, normalized
@@ -75,7 +75,7 @@ class DeviceNetworks:
         self._card, self._compute, self.device = card, compute, torch.device(compute.device)
         # On one device, because their weights are compared.
         classifier, segmenter = (network.to(self.device) for network in (classifier, segmenter))
-        self._native = self.device.type == "cuda" and (has_depthwise(classifier) or has_depthwise(segmenter))
+        self._native = compiles_sizes(self.device, classifier, segmenter)  # canvases have many sizes
         padded = pad_before_expansion(classifier), pad_before_expansion(segmenter)
         networks = split_networks(*padded, card.margin, textured=textured)
         self._in_windows = networks.first is not None and networks.reach_px <= CONTEXT
@@ -268,7 +268,7 @@ class DeviceNetworks:
         precision = self._compute.precision
         automatic = precision != "float32" and self._compute.runtime != "openvino"
         with (
-            native_convolutions() if self._native else nullcontext(),
+            native_convolutions(self._native),
             torch.autocast(self.device.type, dtype=_AUTOCAST[precision]) if automatic else nullcontext(),
         ):
             yield

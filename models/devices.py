@@ -99,34 +99,40 @@ def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
     ]
 
 
-_native_users = 0
-"""Number of threads in `native_convolutions`."""
-_counting = threading.Lock()
+def compiles_sizes(device: torch.device, *networks: nn.Module) -> bool:
+    """Return whether cuDNN would compile kernels of these networks for each size of their input.
+
+    cuDNN 9 (and MIOpen, which torch calls cuDNN, too) compiles depthwise convolutions for each size, and every thread
+    compiles its own. On an H100, the first canvas of a size took 5 s, and the next one 0.03 s (docs/gpu.md).
+    """
+    layers = (layer for network in networks for layer in network.modules())
+    return device.type == "cuda" and any(isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in layers)
+
+
+_native: list[None] = []
+"""One entry for each `native_convolutions` that a thread is in."""
+_entering = threading.Lock()
 
 
 @contextmanager
-def native_convolutions() -> Iterator[None]:
-    """Compute convolutions on NVIDIA and AMD GPUs by PyTorch's own kernels and matrix products within this context.
+def native_convolutions(wanted: bool = True) -> Iterator[None]:
+    """If wanted, compute convolutions without cuDNN in this context, by matrix products and kernels of torch itself.
 
-    cuDNN compiles a kernel for each depthwise convolution and each size of its input, and every thread compiles its
-    own. Canvases have hundreds of sizes, so almost all time went into compiling (docs/gpu.md). The setting belongs to
-    the process: other threads compute without cuDNN meanwhile, which changes the last bits of their results.
+    See `compiles_sizes`. The setting belongs to the process: what other threads compute meanwhile may differ in its
+    last bits.
     """
-    global _native_users
-    with _counting:
-        _native_users += 1
+    if not wanted:
+        yield
+        return
+    with _entering:
+        _native.append(None)
         torch.backends.cudnn.enabled = False
     try:
         yield
     finally:
-        with _counting:
-            _native_users -= 1
-            torch.backends.cudnn.enabled = not _native_users
-
-
-def has_depthwise(network: nn.Module) -> bool:
-    """Return whether a network has depthwise convolutions of images."""
-    return any(isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in network.modules())
+        with _entering:
+            _native.pop()
+            torch.backends.cudnn.enabled = not _native
 
 
 def _cpu_model() -> str:

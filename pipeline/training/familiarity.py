@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.bundle import Bundle, load_networks, replace_card
 from models.card import NO_DIGEST, FamiliarityCard
 from models.classifier import Classifier
-from models.devices import choose_device
+from models.devices import choose_device, compiles_sizes, native_convolutions
 from models.familiarity import Statistics, fit_changes, fit_statistics, of_sources, textures, window_features
 from pipeline.errors import TrainError
 from pipeline.training.augment import restain
@@ -79,7 +79,8 @@ def fit_familiarity(
     classifier.to(place)
 
     def features(images: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return np.concatenate([image_features(classifier, rgb_HWC, scale, place) for rgb_HWC in images])
+        with native_convolutions(compiles_sizes(place, classifier)):
+            return np.concatenate([image_features(classifier, rgb_HWC, scale, place) for rgb_HWC in images])
 
     familiar, held, parts = [], [], []
     changed: list[list[NDArray[np.float32]]] = [[] for _ in CHANGES]

@@ -29,7 +29,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from models.depthwise import speed_up_depthwise
-from models.devices import choose_device
+from models.devices import choose_device, compiles_sizes, native_convolutions
 from pipeline.errors import TrainError
 from pipeline.progress import Progress
 from pipeline.training.config import TrainConfig
@@ -172,7 +172,8 @@ def fit(
         if within == task.steps - 1:
             if processes.world > 1:
                 _share_statistics(network, averaged)
-            _end_epoch(task, averaged, best, epoch, state, config, folder if processes.rank == 0 else None)
+            with native_convolutions(compiles_sizes(device, network)):  # whole images have many sizes, steps have one
+                _end_epoch(task, averaged, best, epoch, state, config, folder if processes.rank == 0 else None)
         # Also at the end of every epoch, so that a validation is never repeated.
         if processes.rank == 0 and (within == task.steps - 1 or time.monotonic() - saved > CHECKPOINT_SECONDS):
             _save(checkpoint, {"now": network, "mean": averaged, "best": best}, optimizer, state)

@@ -27,7 +27,7 @@ from models.bundle import Bundle, load_bundle, load_networks, load_statistics, r
 from models.card import NO_DIGEST
 from models.classifier import Classifier
 from models.depthwise import speed_up_depthwise
-from models.devices import choose_device
+from models.devices import choose_device, compiles_sizes, native_convolutions
 from models.predictor import Predictor
 from models.segmenter import share_backbone, take_backbone
 from pipeline.errors import TrainError
@@ -117,9 +117,10 @@ def train(
         del task, by_size  # their caches of images
 
         masks = run / "pseudo-masks"
-        write_pseudo_masks(masks, classifier, training, config, place, processes, progress)
-        if processes.rank == 0:
-            write_pseudo_scores(run / PSEUDO_SCORES, classifier, validation, config, place)
+        with native_convolutions(compiles_sizes(place, classifier)):
+            write_pseudo_masks(masks, classifier, training, config, place, processes, progress)
+            if processes.rank == 0:
+                write_pseudo_scores(run / PSEUDO_SCORES, classifier, validation, config, place)
         _wait(processes)
 
         segmenter.to(place)
@@ -139,7 +140,8 @@ def train(
 
         if processes.rank == 0:
             window = gate_window(training)
-            export(run, classifier.eval(), segmenter.eval(), validation, window, sources, config, device)
+            with native_convolutions(compiles_sizes(place, classifier, segmenter)):
+                export(run, classifier.eval(), segmenter.eval(), validation, window, sources, config, device)
             if test:
                 add_test_scores(load_bundle((run / "bundle").absolute()), dataset, device)
         _wait(processes)

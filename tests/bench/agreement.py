@@ -2,8 +2,8 @@
 
     python -m tests.bench.agreement SLIDE [-m MODEL] [--precision bf16] [--json FILE]
 
-The plain path: OpenSlide, a canvas at a time read by itself, both networks on every canvas in float32 on the CPU, one
-block after the other, nothing skipped. The run: `segment_slide` with the settings given.
+The plain path: OpenSlide, one block after the other, both networks on every canvas by itself, by PyTorch in float32 on
+the CPU, nothing skipped. The run: `segment_slide` with the settings given.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
+from models.backbone_windows import RING
 from models.bundle import load_bundle
 from models.predictor import Predictor
+from models.runtimes import CONTEXT
 from pipeline.config import SegmentConfig
 from pipeline.slide.canvases import canvas_cores, with_margin
 from pipeline.slide.drawn_tissue import drawn_tissue, edge_margin
@@ -32,7 +34,7 @@ from pipeline.slide.recipe import plan_slide, segment_slide
 from pipeline.workers.in_process import load_predictor
 from tests.bench.slide import slide_parser
 from wsi.grid import whole_pixels_m
-from wsi.mirror import mirror_outside
+from wsi.mirror import mirror_outside, with_sources
 from wsi.resample import read_model_pixels, read_tiles
 
 
@@ -55,16 +57,20 @@ def plain_labels(path: Path, model: str, config: SegmentConfig) -> NDArray[np.ui
             print(f"\rplain path: block {number + 1} of {len(plan.blocks)}", end="", file=sys.stderr)
             box, margin = block.box_out, bundle.card.margin
             cores_m = canvas_cores(grid, block_tissue(grid, tissue, block), block, bundle.card, config.canvas_m)
-            around = max(margin, edge_margin(grid))
-            pixels = read_tiles(slide, grid, [with_margin(core_m, around) for core_m in cores_m])
+            around, inside_m = max(margin + RING + CONTEXT, edge_margin(grid)), whole_pixels_m(slide.info, grid)
+            boxes_m = [with_sources(with_margin(core_m, around), inside_m, grid.m_per_out) for core_m in cores_m]
+            pixels = read_tiles(slide, grid, boxes_m)
             tissue_HW = drawn_tissue(grid, tissue, block, pixels)
+            rgb_HWC, rgb_m = read_model_pixels(slide, grid, pixels.canvas_m).rgb_HWC, pixels.canvas_m
+            mirror_outside(rgb_HWC, rgb_m, inside_m)
             probs_KHW = torch.zeros((len(bundle.card.classes), box.height, box.width))
-            for core_m in cores_m:
-                box_m = with_margin(core_m, margin)
-                rgb_HWC = read_model_pixels(slide, grid, box_m).rgb_HWC
-                mirror_outside(rgb_HWC, box_m, whole_pixels_m(slide.info, grid))
-                rows, columns = grid.box_out(core_m).slices(box)
-                probs_KHW[:, rows, columns] = predictor.predict(rgb_HWC[None], [(core_m.x, core_m.y)]).probs_NKhw[0]
+            predictor.predict_into(
+                [probs_KHW[:, *grid.box_out(core_m).slices(box)] for core_m in cores_m],
+                predictor.on_device(rgb_HWC),
+                [with_margin(core_m, margin).slices(rgb_m) for core_m in cores_m],
+                [(core_m.x, core_m.y) for core_m in cores_m],
+                block=grid.box_m(box).slices(rgb_m),
+            )
             part_HW = labels_HW[box.y : box.bottom, box.x : box.right]
             part_HW[:] = stored_map(probs_KHW, tissue_HW).labels_HW[: part_HW.shape[0], : part_HW.shape[1]]
     print(file=sys.stderr)

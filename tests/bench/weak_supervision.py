@@ -121,9 +121,7 @@ def main() -> None:
     dataset = load_dataset(options.dataset, options.data)
     for seed in options.seeds:
         for name in options.rows or rows_for(dataset):
-            run_row(
-                dataset, name, seed, options.output, options.set, options.split, options.device, tta=options.tta
-            )
+            run_row(dataset, name, seed, options.output, options.set, options.split, options.device, tta=options.tta)
     print(table(options.output))
     if options.compare is not None:
         print("\n" + comparisons(options.output, options.compare))

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from models.bundle import DEFAULT_BUNDLE, load_bundle
 from models.devices import available_devices
@@ -38,3 +39,11 @@ def test_copies_are_complete_while_other_copies_and_networks_run() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(there_and_back, canvases))
+
+
+def test_canvases_of_any_size_compile_nothing() -> None:
+    with torch.profiler.profile() as profile:
+        predictor("auto").predict(np.zeros((1, 256, 288, 3), np.uint8), [(0, 0)])
+    names = {event.name for event in profile.events() or ()}
+    assert "aten::conv2d" in names
+    assert not {name for name in names if "cudnn_convolution" in name or "miopen" in name}

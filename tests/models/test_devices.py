@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from models.devices import Uploads, available_devices, choose_device, memory_bytes, processor_name, to_host
+from models.devices import (
+    Uploads,
+    available_devices,
+    choose_device,
+    compiles_sizes,
+    memory_bytes,
+    native_convolutions,
+    processor_name,
+    to_host,
+)
 from models.errors import DeviceUnavailableError
 
 
@@ -54,3 +65,37 @@ def test_nothing_is_copied_on_the_cpu() -> None:
     (back,) = to_host([there])
     back[1, 2] = 99
     assert array[1, 2] == 99
+
+
+@pytest.mark.parametrize(
+    ("device", "groups", "compiles"), [("cuda", 4, True), ("cuda:1", 4, True), ("cuda", 1, False), ("cpu", 4, False)]
+)
+def test_depthwise_networks_compile_sizes_on_cuda_alone(device: str, groups: int, compiles: bool) -> None:
+    plain, network = nn.Conv2d(4, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=groups))
+    assert compiles_sizes(torch.device(device), plain, network) is compiles
+    assert not compiles_sizes(torch.device(device), plain)
+
+
+def test_cudnn_is_off_until_the_last_thread_leaves() -> None:
+    def enabled() -> bool:
+        return bool(torch.backends.cudnn.enabled)
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with native_convolutions():
+            entered.set()
+            assert leave.wait(60)
+
+    assert enabled()
+    with native_convolutions(False):
+        assert enabled()
+    other = threading.Thread(target=stay)
+    with pytest.raises(ValueError, match="inside"), native_convolutions():
+        other.start()
+        assert entered.wait(60)
+        raise ValueError("inside")
+    assert not enabled()
+    leave.set()
+    other.join()
+    assert enabled()

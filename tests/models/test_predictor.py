@@ -186,3 +186,22 @@ def test_probabilities_have_the_same_bits_in_any_number_of_windows() -> None:
     for count in range(1, 100):
         assert torch.equal(presence(logits_MK[:count]), whole_MK[:count])
     torch.testing.assert_close(whole_MK, logits_MK.sigmoid())
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_convolutions_avoid_cudnn_where_it_compiles_sizes(monkeypatch: pytest.MonkeyPatch, compiles: bool) -> None:
+    used = set()
+    forward = nn.Conv2d._conv_forward
+
+    def recorded(self: nn.Conv2d, *arguments: Any) -> Tensor:
+        used.add(torch.backends.cudnn.enabled)
+        result: Tensor = forward(self, *arguments)
+        return result
+
+    monkeypatch.setattr("models.device_networks.compiles_sizes", lambda *_: compiles)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", recorded)
+    bundle = load_bundle(DEFAULT_BUNDLE)
+    model = Predictor.from_bundle(bundle, device="cpu", runtime="torch", skip_by_gate=False)
+    model.predict(np.zeros((1, 256, 256, 3), np.uint8), [(0, 0)])
+    assert used == {not compiles}
+    assert torch.backends.cudnn.enabled
