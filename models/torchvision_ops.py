@@ -8,8 +8,8 @@ segmentation-models-pytorch import torchvision but use neither operator, so a de
 
 from __future__ import annotations
 
-import importlib.util
-from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, FileFinder
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -41,16 +41,17 @@ def _has_op(name: str) -> bool:
 
 
 def _load_extension() -> bool:
-    """Load the compiled extension as torchvision would, and return False if none fits this torch."""
-    spec = importlib.util.find_spec("torchvision")
+    """Load the compiled extension as torchvision would, and return False if none fits this torch.
+
+    torchvision 0.29 calls it _C_stable, earlier versions _C. To declare what it declares, too, aborts the process.
+    """
+    spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return False
-    finder = FileFinder(str(Path(spec.origin).parent), (ExtensionFileLoader, list(EXTENSION_SUFFIXES)))
-    extension = finder.find_spec("_C")
-    if extension is None or extension.origin is None:
-        return False
-    try:
-        torch.ops.load_library(extension.origin)
-    except OSError:
-        return False
-    return True
+    folder = Path(spec.origin).parent
+    for extension in sorted(file for suffix in EXTENSION_SUFFIXES for file in folder.glob(f"_C*{suffix}")):
+        try:
+            torch.ops.load_library(extension)
+        except OSError:
+            continue
+    return _has_op("nms")

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
+
+from models import torchvision_ops
 
 
 def _python(code: str) -> str:
@@ -21,10 +25,13 @@ def test_torchvision_imports_after_the_declaration() -> None:
 @pytest.mark.full
 def test_missing_operators_are_declared_if_the_extension_does_not_load() -> None:
     code = """
-import pytest
 import torch
 from models import torchvision_ops
-torchvision_ops._load_extension = lambda: False
+
+def fails(path):
+    raise OSError("undefined symbol")
+
+torch.ops.load_library = fails  # torchvision uses it, too
 before = hasattr(torch.ops.torchvision, "nms")
 torchvision_ops.declare_missing_ops()
 torchvision_ops.declare_missing_ops()
@@ -36,6 +43,20 @@ import torchvision
         "False torchvision::nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         "torchvision::qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     ]
+
+
+@pytest.mark.parametrize("name", ["_C", "_C_stable"])
+def test_the_extension_is_found_under_the_names_of_all_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for file in (f"{name}.so", f"image{name[2:]}.so", "__init__.py"):
+        (tmp_path / file).touch()
+    spec = ModuleSpec("torchvision", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("models.torchvision_ops.find_spec", lambda _: spec)
+    loaded: list[str] = []
+    monkeypatch.setattr("torch.ops.load_library", lambda path: loaded.append(path.name))
+    torchvision_ops._load_extension()
+    assert loaded == [f"{name}.so"]
 
 
 def test_reading_a_card_does_not_import_torch() -> None:
