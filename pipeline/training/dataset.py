@@ -287,8 +287,8 @@ def _images(dataset: Dataset, split: Split) -> tuple[dict[str, Path], Location]:
     card = dataset.card
     if split not in card.splits:
         raise MissingImagesError(
-            f"{card.name}: the dataset.toml does not describe split {split}, only {', '.join(card.splits)}; name "
-            "one of these"
+            f"{card.name}: the dataset.toml does not describe split {split}, only {', '.join(card.splits)}; name one "
+            f"of these (wsi-evaluate --split), or add split {split} to the dataset.toml"
         )
     locations = card.images.get("all") or card.images[split]
     for place in locations:

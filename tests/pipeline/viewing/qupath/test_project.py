@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import shutil
+import sys
 from pathlib import Path
 from urllib.parse import unquote, urljoin
 
@@ -21,10 +22,12 @@ from tests.slides import PINK, PURPLE
 
 OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
 
-DEEP = '{"a":' * 5000 + "1" + "}" * 5000
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 """Nested too deeply to be read."""
 
-HALF_AS_DEEP = '{"a":' * 600 + "1" + "}" * 600
+# From Python 3.12 on, only functions in Python count for the limit of 1,000.
+LEVELS = 600 if sys.version_info < (3, 12) else 3000
+HALF_AS_DEEP = '{"a":' * LEVELS + "1" + "}" * LEVELS
 """Can be read, but not walked through by a function that calls itself twice per level."""
 
 
