@@ -93,6 +93,7 @@ def test_single_files_stores_and_slides_are_checked_too(results: Path) -> None:
     assert sorted(checked) == sorted([*run_of(folder)["outputs"], "a.geojson", "a.ome.zarr"])
 
 
+@pytest.mark.full
 def test_polygons_that_the_left_out_areas_have_overwritten_are_found(tmp_path: Path) -> None:
     segment_slide(region_slide(tmp_path / "left-out.svs"), tmp_path / "results", color_predictor(), SMALL)
     polygons = run_of(tmp_path / "results/left-out")["polygons"]

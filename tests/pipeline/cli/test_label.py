@@ -280,6 +280,7 @@ def test_what_cannot_work_is_an_error_of_one_line(
     assert (done.exit_code, message in done.output) == (status, True), done.output
 
 
+@pytest.mark.full
 def test_a_model_gives_its_classes_to_the_folder_that_a_failed_start_left(slide: Path, tmp_path: Path) -> None:
     assert invoke(slide, "-o", tmp_path / "l").exit_code == 1
     with started(slide, "-o", tmp_path / "l", "--model", DEFAULT_MODEL) as process:

@@ -90,6 +90,7 @@ def test_the_page_asks_to_complete_a_patch_that_was_imported_in_part(
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 
+@pytest.mark.full
 def test_a_class_that_was_merged_while_its_patch_was_shown_counts_for_the_class_that_contains_it(
     page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_class_that_was_merged_while_its_patch_was_shown_counts_for_the_class_
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 
+@pytest.mark.full
 def test_a_grid_of_a_class_that_was_merged_meanwhile_counts_for_the_class_that_contains_it(
     page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +170,7 @@ def test_the_patch_lies_in_the_middle_of_its_dimmed_surroundings_and_is_marked_o
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 
+@pytest.mark.full
 def test_two_slides_with_the_same_file_name_have_their_own_pictures_and_are_named_with_their_folders(
     page: Page, tmp_path: Path, shipped: Bundle
 ) -> None:

@@ -154,6 +154,7 @@ def test_labels_that_could_not_be_saved_are_sent_again_in_their_order(
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 
+@pytest.mark.full
 def test_undo_in_the_grid_waits_for_the_labels_of_the_single_view(
     browser: Browser, tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:
@@ -179,6 +180,7 @@ def test_undo_in_the_grid_waits_for_the_labels_of_the_single_view(
         page.goto("about:blank")  # the page asks ahead for patches, which would fail without a server
 
 
+@pytest.mark.full
 def test_keys_do_nothing_before_the_server_has_answered(
     page: Page, tmp_path: Path, slides: list[Path], shipped: Bundle
 ) -> None:

@@ -128,6 +128,7 @@ def test_a_block_that_could_not_read_its_margin_is_computed_again(place: Place, 
     assert run_of(tmp_path / "out" / "slide")["resumed_blocks"] > 0
 
 
+@pytest.mark.full
 def test_a_run_that_does_not_record_its_tissue_starts_from_the_beginning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_run_that_does_not_record_its_tissue_starts_from_the_beginning(
     assert run_of(result.folder)["resumed_blocks"] == 0
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_while_it_removes_blocks_continues_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

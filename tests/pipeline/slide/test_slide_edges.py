@@ -61,6 +61,7 @@ def test_the_networks_see_mirror_images_beyond_the_edges(
     np.testing.assert_array_equal(canvas_HWC, np.pad(image_HWC, [*beyond, (0, 0)], mode="symmetric"))
 
 
+@pytest.mark.full
 def test_the_map_covers_the_same_pixels_as_with_white_beyond_the_edges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
