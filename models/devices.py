@@ -102,8 +102,8 @@ def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
 def compiles_sizes(device: torch.device, *networks: nn.Module) -> bool:
     """Return whether cuDNN would compile kernels of these networks for each size of their input.
 
-    cuDNN 9 (and MIOpen, which torch calls cuDNN, too) compiles depthwise convolutions for each size, and every thread
-    compiles its own. On an H100, the first canvas of a size took 5 s, and the next one 0.03 s (docs/gpu.md).
+    cuDNN 9 (or MIOpen, which torch also calls cuDNN) compiles depthwise convolutions for each size in each thread. On
+    an H100, the first four canvases of a size took 5 s, and the next four 0.03 s (docs/gpu.md).
     """
     layers = (layer for network in networks for layer in network.modules())
     return device.type == "cuda" and any(isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in layers)
@@ -116,10 +116,10 @@ _entering = threading.Lock()
 
 @contextmanager
 def native_convolutions(wanted: bool = True) -> Iterator[None]:
-    """If wanted, compute convolutions without cuDNN in this context, by matrix products and kernels of torch itself.
+    """Compute convolutions without cuDNN in this context, by torch's own kernels and matrix products, if `wanted`.
 
-    See `compiles_sizes`. The setting belongs to the process: what other threads compute meanwhile may differ in its
-    last bits.
+    See `compiles_sizes`. The setting applies to the whole process: results that other threads compute meanwhile may
+    differ in their last bits.
     """
     if not wanted:
         yield

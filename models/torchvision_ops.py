@@ -43,7 +43,7 @@ def _has_op(name: str) -> bool:
 def _load_extension() -> bool:
     """Load the compiled extension as torchvision would, and return False if none fits this torch.
 
-    torchvision 0.29 calls it _C_stable, earlier versions _C. To declare what it declares, too, aborts the process.
+    torchvision 0.29 calls it _C_stable, earlier versions _C. Declaring the same operators again aborts the process.
     """
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
