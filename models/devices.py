@@ -102,15 +102,17 @@ def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
 def compiles_sizes(device: torch.device, *networks: nn.Module) -> bool:
     """Return whether cuDNN would compile kernels of these networks for each size of their input.
 
-    cuDNN 9 (or MIOpen, which torch also calls cuDNN) compiles depthwise convolutions for each size in each thread. On
-    an H100, the first four canvases of a size took 5 s, and the next four 0.03 s (docs/gpu.md).
+    cuDNN 9 compiles depthwise convolutions for each size in each thread. On an H100, the first four canvases of a size
+    took 5 s, and the next four 0.03 s (docs/gpu.md). We assume the same of MIOpen, which torch also calls cuDNN.
     """
     layers = (layer for network in networks for layer in network.modules())
-    return device.type == "cuda" and any(isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in layers)
+    return device.type == "cuda" and any(
+        isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in layers
+    )
 
 
-_native: list[None] = []
-"""One entry for each `native_convolutions` that a thread is in."""
+_before: list[bool] = []
+"""What `native_convolutions` found, for each thread that is in it."""
 _entering = threading.Lock()
 
 
@@ -118,21 +120,21 @@ _entering = threading.Lock()
 def native_convolutions(wanted: bool = True) -> Iterator[None]:
     """Compute convolutions without cuDNN in this context, by torch's own kernels and matrix products, if `wanted`.
 
-    See `compiles_sizes`. The setting applies to the whole process: results that other threads compute meanwhile may
-    differ in their last bits.
+    See `compiles_sizes`. The setting applies to the whole process: a network that another thread computes meanwhile
+    with cuDNN's TF32 would get float32, or the other way round, depending on the moment.
     """
     if not wanted:
         yield
         return
     with _entering:
-        _native.append(None)
+        _before.append(_before[0] if _before else torch.backends.cudnn.enabled)
         torch.backends.cudnn.enabled = False
     try:
         yield
     finally:
         with _entering:
-            _native.pop()
-            torch.backends.cudnn.enabled = not _native
+            found = _before.pop()
+            torch.backends.cudnn.enabled = found and not _before
 
 
 def _cpu_model() -> str:

@@ -8,7 +8,7 @@ segmentation-models-pytorch import torchvision but use neither operator, so a de
 
 from __future__ import annotations
 
-from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, FileFinder
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,10 +48,13 @@ def _load_extension() -> bool:
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return False
-    folder = Path(spec.origin).parent
-    for extension in sorted(file for suffix in EXTENSION_SUFFIXES for file in folder.glob(f"_C*{suffix}")):
-        try:
-            torch.ops.load_library(extension)
-        except OSError:
-            continue
-    return _has_op("nms")
+    finder = FileFinder(str(Path(spec.origin).parent), (ExtensionFileLoader, list(EXTENSION_SUFFIXES)))
+    for name in ("_C_stable", "_C"):
+        extension = finder.find_spec(name)
+        if extension is not None and extension.origin is not None:
+            try:
+                torch.ops.load_library(extension.origin)
+            except OSError:
+                return False
+            return True
+    return False

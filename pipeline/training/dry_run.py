@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
+from models.devices import compiles_sizes, native_convolutions
 from pipeline.training.classifier import classifier_task, head_task
 from pipeline.training.compose import composed, composed_name
 from pipeline.training.config import TrainConfig
@@ -64,7 +65,8 @@ def dry_run(
         pixels = parts.training.pixels()
         side = 0 if dataset.card.compose is None else round(dataset.card.compose.side * parts.training.scale)
         stages = _stages(parts, place, counts, pixels / (pixels + left_out.train * side**2))
-        stages["finish"] = _finish(parts, place, counts, stages, other_datasets(dataset))
+        with native_convolutions(compiles_sizes(place, parts.classifier, parts.segmenter)):
+            stages["finish"] = _finish(parts, place, counts, stages, other_datasets(dataset))
     return {
         "settings": dataclasses.asdict(parts.config),
         "device": place.type,
@@ -123,10 +125,8 @@ def _stages(parts: Parts, device: torch.device, counts: Counts, share: float) ->
     stages = {"classifier": _stage(task, config, device, config.classifier_steps, held, share)}
 
     classifier.eval()
-    pseudo_masks_of_image(classifier, training, 0, config, device)  # the first call of a network takes longer
-    started = time.perf_counter()
-    pseudo_masks_of_image(classifier, training, 0, config, device)
-    seconds = time.perf_counter() - started
+    with native_convolutions(compiles_sizes(device, classifier)):
+        seconds = _seconds(partial(pseudo_masks_of_image, classifier, training, 0, config, device))
     stages["pseudo masks"] = {"images": counts.train, "minutes": round(seconds * counts.train / 60, 2)}
 
     segmenter.to(device)
@@ -144,9 +144,8 @@ def _stage(
 ) -> dict[str, Any]:
     step_seconds = time_steps(task, config, device)
     task.network.eval()
-    started = time.perf_counter()
-    task.validate(task.network)
-    validation_seconds = (time.perf_counter() - started) * held
+    with native_convolutions(compiles_sizes(device, task.network)):
+        validation_seconds = _seconds(partial(task.validate, task.network)) * held
     steps = asked_steps or round(task.steps / share)
     return {
         "epochs": task.epochs,
@@ -167,6 +166,7 @@ def _finish(
     if views:
         blank_NHWC = np.zeros((config.segmenter_batch, config.view, config.view, 3), np.uint8)
 
+        @torch.inference_mode()
         def predict_views() -> None:
             segmenter(as_input(blank_NHWC, device, config)).softmax(dim=1).sum().item()
 
@@ -196,7 +196,6 @@ def _first_image(dataset: Dataset, mpp: float) -> tuple[PatchImages, Counts]:
     return PatchImages(dataset, [first], mpp, cache_bytes=0), Counts(len(training), len(validation))
 
 
-@torch.inference_mode()
 def _seconds(call: Callable[[], object]) -> float:
     """Return the seconds of a call. The first call of a network takes longer, so the second one counts."""
     call()

@@ -172,7 +172,7 @@ def fit(
         if within == task.steps - 1:
             if processes.world > 1:
                 _share_statistics(network, averaged)
-            with native_convolutions(compiles_sizes(device, network)):  # whole images have many sizes, steps have one
+            with native_convolutions(compiles_sizes(device, network)):  # whole images have more sizes than steps
                 _end_epoch(task, averaged, best, epoch, state, config, folder if processes.rank == 0 else None)
         # Also at the end of every epoch, so that a validation is never repeated.
         if processes.rank == 0 and (within == task.steps - 1 or time.monotonic() - saved > CHECKPOINT_SECONDS):

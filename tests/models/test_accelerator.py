@@ -41,7 +41,7 @@ def test_copies_are_complete_while_other_copies_and_networks_run() -> None:
         assert all(pool.map(there_and_back, canvases))
 
 
-def test_canvases_of_any_size_compile_nothing() -> None:
+def test_no_convolution_of_a_depthwise_network_uses_cudnn() -> None:
     with torch.profiler.profile() as profile:
         predictor("auto").predict(np.zeros((1, 256, 288, 3), np.uint8), [(0, 0)])
     names = {event.name for event in profile.events() or ()}

@@ -71,7 +71,7 @@ def test_nothing_is_copied_on_the_cpu() -> None:
     ("device", "groups", "compiles"), [("cuda", 4, True), ("cuda:1", 4, True), ("cuda", 1, False), ("cpu", 4, False)]
 )
 def test_depthwise_networks_compile_sizes_on_cuda_alone(device: str, groups: int, compiles: bool) -> None:
-    plain, network = nn.Conv2d(4, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=groups))
+    plain, network = nn.Conv2d(4, 4, 3, groups=2), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=groups))
     assert compiles_sizes(torch.device(device), plain, network) is compiles
     assert not compiles_sizes(torch.device(device), plain)
 
@@ -99,3 +99,10 @@ def test_cudnn_is_off_until_the_last_thread_leaves() -> None:
     leave.set()
     other.join()
     assert enabled()
+    torch.backends.cudnn.enabled = False  # by a caller
+    try:
+        with native_convolutions(), native_convolutions():
+            assert not enabled()
+        assert not enabled()
+    finally:
+        torch.backends.cudnn.enabled = True

@@ -189,7 +189,7 @@ def test_probabilities_have_the_same_bits_in_any_number_of_windows() -> None:
 
 
 @pytest.mark.parametrize("compiles", [True, False])
-def test_convolutions_avoid_cudnn_where_it_compiles_sizes(monkeypatch: pytest.MonkeyPatch, compiles: bool) -> None:
+def test_convolutions_avoid_cudnn_if_it_compiles_sizes(monkeypatch: pytest.MonkeyPatch, compiles: bool) -> None:
     used = set()
     forward = nn.Conv2d._conv_forward
 

@@ -1,0 +1,54 @@
+"""Training uses cuDNN in its steps, and not where images have many sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.dataset import Dataset
+from pipeline.training.dry_run import dry_run
+from pipeline.training.train import train
+from tests.pipeline.training.short_run import CONFIG
+
+DECIDING = (
+    "models.device_networks",
+    "pipeline.training.dry_run",
+    "pipeline.training.familiarity",
+    "pipeline.training.fit",
+    "pipeline.training.train",
+)
+"""The modules that ask whether cuDNN compiles sizes."""
+
+
+def train_once(dataset: Dataset, run: Path) -> None:
+    train(dataset, run, CONFIG, device="cpu")
+
+
+def plan(dataset: Dataset, _: Path) -> None:
+    dry_run(dataset, CONFIG, "cpu")
+
+
+@pytest.mark.parametrize("work", [train_once, plan])
+def test_only_training_steps_use_cudnn_if_it_compiles_sizes(
+    textures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[Dataset, Path], None]
+) -> None:
+    used = set()
+    forward = nn.Conv2d._conv_forward
+
+    def recorded(self: nn.Conv2d, *arguments: Any) -> Tensor:
+        used.add((torch.is_grad_enabled(), torch.backends.cudnn.enabled))
+        result: Tensor = forward(self, *arguments)
+        return result
+
+    for module in DECIDING:
+        monkeypatch.setattr(f"{module}.compiles_sizes", lambda *_: True)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", recorded)
+    # It would replace the method.
+    monkeypatch.setattr("pipeline.training.fit.speed_up_depthwise", lambda _: None)
+    work(textures, tmp_path / "run")
+    assert used == {(True, True), (False, False)}
