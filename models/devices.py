@@ -117,7 +117,7 @@ _entering = threading.Lock()
 
 
 @contextmanager
-def native_convolutions(wanted: bool = True) -> Iterator[None]:
+def native_convolutions(wanted: bool) -> Iterator[None]:
     """Compute convolutions without cuDNN in this context, by torch's own kernels and matrix products, if `wanted`.
 
     See `compiles_sizes`. The setting applies to the whole process: a network that another thread computes meanwhile

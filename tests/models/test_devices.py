@@ -83,7 +83,7 @@ def test_cudnn_is_off_until_the_last_thread_leaves() -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def stay() -> None:
-        with native_convolutions():
+        with native_convolutions(True):
             entered.set()
             assert leave.wait(60)
 
@@ -91,7 +91,7 @@ def test_cudnn_is_off_until_the_last_thread_leaves() -> None:
     with native_convolutions(False):
         assert enabled()
     other = threading.Thread(target=stay)
-    with pytest.raises(ValueError, match="inside"), native_convolutions():
+    with pytest.raises(ValueError, match="inside"), native_convolutions(True):
         other.start()
         assert entered.wait(60)
         raise ValueError("inside")
@@ -101,7 +101,7 @@ def test_cudnn_is_off_until_the_last_thread_leaves() -> None:
     assert enabled()
     torch.backends.cudnn.enabled = False  # by a caller
     try:
-        with native_convolutions(), native_convolutions():
+        with native_convolutions(True), native_convolutions(True):
             assert not enabled()
         assert not enabled()
     finally:
