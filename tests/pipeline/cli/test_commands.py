@@ -24,6 +24,13 @@ SCRIPTS: dict[str, str] = tomllib.loads((REPOSITORY / "pyproject.toml").read_tex
 SPACE = "free some space and run the same command again, or choose another place"
 
 
+def run_code(code: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own, in the repository."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60, cwd=REPOSITORY
+    )
+
+
 @pytest.mark.parametrize(
     ("number", "file", "said"),
     [
@@ -47,9 +54,7 @@ def test_a_command_that_a_full_disk_ends_does_not_call_its_results_complete(
         f"    raise OSError(errno.{number}, os.strerror(errno.{number}), {file!r})\n"
         "run(app)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60, cwd=REPOSITORY
-    )
+    done = run_code(code)
     assert done.returncode == 1
     assert done.stderr == said + "\n"
 
@@ -69,10 +74,8 @@ def test_a_command_may_open_as_many_files_as_its_user_may(before: tuple[int, int
         f"resource.setrlimit(resource.RLIMIT_NOFILE, {before})\n"
         "run(lambda: print(resource.getrlimit(resource.RLIMIT_NOFILE)))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=REPOSITORY
-    )
-    assert done.stdout == f"{after}\n"
+    done = run_code(code)
+    assert (done.returncode, done.stdout) == (0, f"{after}\n"), done.stderr
 
 
 @pytest.mark.full
