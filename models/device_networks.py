@@ -24,8 +24,8 @@ from models.decoder_parts import PART_SIDE, cut, parts_of, reads_beyond
 from models.devices import compiles_sizes, native_convolutions
 from models.fine_map import fine_map, part_of
 from models.gate_windows import GateWindows, cut_windows
-from models.normalize import byte_table, looked_up, normalized
-from models.openvino_network import MapSize, OpenVinoNetwork
+from models.normalize import OfBytes, normalized
+from models.openvino_network import IMAGE, MapSize, OpenVinoNetwork
 from models.padding import pad_before_expansion
 from models.runtimes import CONTEXT, Compute
 from models.segmenter import AROUND, NATIVE_STRIDE, RIM, logits_at_stride
@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 Network = Callable[..., Any]
-"""Images or maps (N, C, h, w) -> a map or logits."""
+"""RGB bytes (N, H, W, 3) or maps (N, C, h, w) -> a map or logits."""
 
 SMALLEST_CORE = 32
 """Smallest side of a core in model pixels. Larger sides are multiples of it."""
@@ -73,6 +73,7 @@ class DeviceNetworks:
         network.
         """
         self._card, self._compute, self.device = card, compute, torch.device(compute.device)
+        self._mean_C, self._std_C = (torch.tensor(scale).to(self.device) for scale in (card.mean, card.std))
         # On one device, because their weights are compared.
         classifier, segmenter = (network.to(self.device) for network in (classifier, segmenter))
         self._native = compiles_sizes(self.device, classifier, segmenter)  # canvases have many sizes
@@ -88,7 +89,7 @@ class DeviceNetworks:
         )
         self.shared_stride = None if networks.shared_deep is None else networks.shared_deep[1]
         """The stride of the deep features if the segmenter takes the classifier's, else None."""
-        start = MapSize(*networks.start)
+        start = IMAGE if networks.first is None else MapSize(*networks.start)
         self._part_side = None
         if self.shared_stride is not None and self.device.type == "cpu":
             cells = (card.margin + RING - AROUND) // self.shared_stride
@@ -102,9 +103,6 @@ class DeviceNetworks:
         self._segmenter = self._prepared(networks.segmenter, maps, few_sizes=self._part_side is not None)
         # If the whole backbone is shared, no other network holds the head.
         self._classifier: Any = _placed(networks.classifier, self.device)
-        self._mean_C = torch.tensor(card.mean).to(self.device)
-        self._std_C = torch.tensor(card.std).to(self.device)
-        self._table_C256 = byte_table(torch.tensor(card.mean), torch.tensor(card.std))
 
     @property
     def shares_stages(self) -> bool:
@@ -138,7 +136,7 @@ class DeviceNetworks:
         The textures are None unless the networks are `textured`. See `models.familiarity.textures`.
         """
         with self._computing():
-            found = self._deep(self._batch(starts))
+            found = self._deep(_batch(starts))
         return found if isinstance(found, tuple) else (found, None)
 
     def parts(self, core: Sequence[int]) -> list[Place]:
@@ -152,10 +150,10 @@ class DeviceNetworks:
         their `RING`. Without it, `starts` are canvases, and `deep_NDhw` is None.
         """
         if deep_NDhw is None or self.shared_stride is None:
-            maps = [self._batch(starts)]
+            maps = [_batch(starts)]
         else:
             maps = [
-                self._batch([cut(start_Chw, part, AROUND, NATIVE_STRIDE) for start_Chw in starts]),
+                _batch([cut(start_Chw, part, AROUND, NATIVE_STRIDE) for start_Chw in starts]),
                 cut(deep_NDhw, part, self._card.margin + RING, self.shared_stride),
             ]
         with self._computing():
@@ -172,7 +170,9 @@ class DeviceNetworks:
 
     def _window_logits(self, deep_NDhw: Tensor, canvases: Sequence[Tensor], windows: GateWindows) -> Tensor:
         classifier, stride = self._classifier, canvases[0].shape[0] // deep_NDhw.shape[2]
-        x_NCHW = self._normalized(torch.stack(list(canvases))) if classifier.reads_images else None
+        x_NCHW = None
+        if classifier.reads_images:
+            x_NCHW = normalized(torch.stack(list(canvases)), self._mean_C, self._std_C)
         whole = range(math.prod(windows.shape))
         if classifier.class_scores:
             # Windows overlap, and a map has fewer channels than the features.
@@ -223,32 +223,22 @@ class DeviceNetworks:
     def _fine(self, rgb_NHWC: Tensor) -> Tensor:
         """Return the shared map of images."""
         with self._computing():
-            map_NChw: Tensor = cast(Network, self._first)(self._normalized(rgb_NHWC))
+            map_NChw: Tensor = cast(Network, self._first)(rgb_NHWC)
         return map_NChw
-
-    def _batch(self, starts: Sequence[Tensor]) -> Tensor:
-        """Return starts of one size as a batch for the networks."""
-        batch = torch.stack(list(starts))
-        return batch if self.shares_stages else self._normalized(batch)
-
-    def _normalized(self, rgb_NHWC: Tensor) -> Tensor:
-        if self._compute.runtime == "openvino":
-            return looked_up(rgb_NHWC, self._table_C256)
-        return normalized(rgb_NHWC, self._mean_C, self._std_C)
 
     def _prepared(
         self,
         network: nn.Module,
-        maps: Sequence[MapSize] = (MapSize(3, 1),),
+        maps: Sequence[MapSize] = (IMAGE,),
         size: int | None = None,
         *,
         few_sizes: bool = False,
     ) -> Network:
-        """Return a network on the device, for maps of these sizes.
+        """Return a network on the device, for maps of these sizes, or for the bytes of images.
 
         `size` is the smallest side of an image, if it is not that of a canvas. For `few_sizes`, see `OpenVinoNetwork`.
         """
-        placed = _placed(network, self.device)
+        placed = _placed(OfBytes(network, self._mean_C, self._std_C) if maps[0] == IMAGE else network, self.device)
         if self._compute.runtime == "openvino":
             smallest = size or 2 * self._card.margin + SMALLEST_CORE
             return OpenVinoNetwork(
@@ -280,3 +270,8 @@ def _placed(network: nn.Module, device: torch.device) -> nn.Module:
     anywhere: Any = network.eval().to(device)
     placed: nn.Module = anywhere.to(memory_format=torch.channels_last)
     return placed
+
+
+def _batch(starts: Sequence[Tensor]) -> Tensor:
+    """Return starts of one size as a batch for the networks: a view if there is one."""
+    return starts[0][None] if len(starts) == 1 else torch.stack(list(starts))

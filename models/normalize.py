@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def normalized(rgb_NHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
@@ -20,21 +19,27 @@ def normalized(rgb_NHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
     return rows_NHR.view(rgb_NHWC.shape).permute(0, 3, 1, 2)
 
 
-def byte_table(mean_C: Tensor, std_C: Tensor) -> Tensor:
-    """Return the result of `normalized` for each byte in each channel, (3, 256). Both arguments are on the CPU."""
-    every_NHWC = torch.arange(256, dtype=torch.uint8)[None, None, :, None].expand(1, 1, 256, 3)
-    return normalized(every_NHWC, mean_C, std_C)[0, :, 0].contiguous()
+class OfBytes(nn.Module):
+    """A network for RGB bytes: uint8 images (N, H, W, 3) -> its output for the `normalized` images.
 
-
-def looked_up(rgb_NHWC: Tensor, table_C256: Tensor) -> Tensor:
-    """Return the same values as `normalized` from the model's `byte_table`, (N, 3, H, W) and contiguous. CPU only.
-
-    OpenVINO needs this layout. The lookup takes half the time of `normalized` followed by a copy to this layout.
+    OpenVINO normalizes in vectors of several pixels while it reads the bytes, with the same bits.
     """
-    rgb, count, (height, width) = rgb_NHWC.numpy(), len(rgb_NHWC), rgb_NHWC.shape[1:3]
-    x_NCHW = np.empty((count, 3, height, width), np.float32)
-    for n in range(count):
-        for c in range(3):
-            # A byte is never out of range. The default mode, "raise", would check each index and buffer `out`.
-            np.take(table_C256[c].numpy(), rgb[n, :, :, c], out=x_NCHW[n, c], mode="clip")
-    return torch.from_numpy(x_NCHW)
+
+    mean_C: Tensor
+    std_C: Tensor
+
+    def __init__(self, network: nn.Module, mean_C: Tensor, std_C: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean_C", mean_C)
+        self.register_buffer("std_C", std_C)
+
+    def forward(self, rgb_NHWC: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found: Tensor | tuple[Tensor, ...]
+        if torch.jit.is_tracing():
+            # The same operations. In a trace, the rows of `normalized` would keep the width of the example.
+            x_NCHW = rgb_NHWC.permute(0, 3, 1, 2).float() / 255.0
+            found = self.network((x_NCHW - self.mean_C[:, None, None]) / self.std_C[:, None, None])
+        else:
+            found = self.network(normalized(rgb_NHWC, self.mean_C, self.std_C))
+        return found

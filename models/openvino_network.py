@@ -40,10 +40,47 @@ class MapSize(NamedTuple):
     """Pixels of the image per cell."""
     beyond: int = 0
     """Pixels by which the map reaches beyond the image on all sides; below 0 if it is smaller."""
+    of_bytes: bool = False
+    """Whether the argument is (N, h, w, C) uint8, not (N, C, h, w) float32."""
 
     def side(self, pixels: int) -> int:
         """Return the side of the map for a side of the image."""
         return (pixels + 2 * self.beyond) // self.stride
+
+    def example(self, height: int, width: int) -> Tensor:
+        """Return a random argument for an image of this size in pixels."""
+        random = torch.Generator().manual_seed(0)
+        sides = self.side(height), self.side(width)
+        if self.of_bytes:
+            return torch.randint(256, (1, *sides, self.channels), generator=random, dtype=torch.uint8)
+        return torch.randn((1, self.channels, *sides), generator=random)
+
+
+IMAGE = MapSize(3, 1, of_bytes=True)
+"""The argument of `models.normalize.OfBytes`."""
+
+
+class _Request:
+    """A request for inference. It keeps the memory of its arguments, because fresh pages take time."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs."""
+        # Share inputs in every call: a call without sharing would overwrite the array that the last call shared.
+        arrays = [self._contiguous(n, argument).numpy() for n, argument in enumerate(arguments)]
+        outputs = self._request.infer(arrays, share_inputs=True, share_outputs=False)
+        return [torch.from_numpy(outputs[n]) for n in range(len(outputs))]
+
+    def _contiguous(self, n: int, argument: Tensor) -> Tensor:
+        if argument.is_contiguous():
+            return argument
+        kept = self._kept.get(n)
+        if kept is None or kept.dtype != argument.dtype or kept.numel() < argument.numel():
+            kept = self._kept[n] = torch.empty(argument.numel(), dtype=argument.dtype)
+        return kept[: argument.numel()].view(argument.shape).copy_(argument)
 
 
 class OpenVinoNetwork:
@@ -52,7 +89,7 @@ class OpenVinoNetwork:
 
     N can be any number, and H and W any multiples of 32 from the side that the network was traced at, or of 16 if its
     strides allow that. The result of an image does not depend on the other images. A network may also take feature
-    maps, see `MapSize`.
+    maps or bytes, see `MapSize`.
     As many calls as there are streams may overlap; others wait. Nothing is written to disk.
     """
 
@@ -76,10 +113,11 @@ class OpenVinoNetwork:
         """
         self._smallest = maps[0].side(size)
         threads = threads or torch.get_num_threads()
+        self._sides = slice(1, 3) if maps[0].of_bytes else slice(2, 4)
         compiled = _compile(network, _examples(maps, size, size), _FORMATS[precision], streams, threads, few_sizes)
-        self._requests: queue.Queue[Any] = queue.Queue()
+        self._requests: queue.Queue[_Request] = queue.Queue()
         for _ in range(streams):
-            self._requests.put(compiled.create_infer_request())
+            self._requests.put(_Request(compiled))
         self._compare(network, size, precision, maps)
 
     def _compare(self, network: nn.Module, size: int, precision: Precision, maps: Sequence[MapSize]) -> None:
@@ -107,26 +145,21 @@ class OpenVinoNetwork:
                 )
 
     def __call__(self, *maps: Tensor) -> Any:
-        if min(maps[0].shape[2:]) < self._smallest:
+        sides = tuple(maps[0].shape[self._sides])
+        if min(sides) < self._smallest:
             # OpenVINO would return the output of the last call.
-            raise ValueError(f"images have {tuple(maps[0].shape[2:])} px; the smallest side is {self._smallest}")
-        # Share inputs in every call: a call without sharing would overwrite the array that the last call shared.
-        arrays = [map_NCHW.contiguous().numpy() for map_NCHW in maps]
+            raise ValueError(f"images have {sides} px; the smallest side is {self._smallest}")
         request = self._requests.get()
         try:
-            outputs = request.infer(arrays, share_inputs=True, share_outputs=False)
+            found = request(maps)
         finally:
             self._requests.put(request)
-        found = tuple(torch.from_numpy(outputs[n]) for n in range(len(outputs)))
-        return found if len(found) > 1 else found[0]
+        return tuple(found) if len(found) > 1 else found[0]
 
 
 def _examples(maps: Sequence[MapSize], height: int, width: int) -> list[Tensor]:
     """Return random arguments of a network for an image of this size in pixels."""
-    return [
-        torch.randn((1, one.channels, one.side(height), one.side(width)), generator=torch.Generator().manual_seed(0))
-        for one in maps
-    ]
+    return [one.example(height, width) for one in maps]
 
 
 def _mirrors_too_much(network: nn.Module, mirroring: Sequence[ExtendedConv2d], examples: Sequence[Tensor]) -> bool:
@@ -188,13 +221,20 @@ def _compile(
                 network.requires_grad_(False)
                 function = lambda *maps: network(*maps)  # noqa: E731, PLW0108 - torch checks for a module
                 traced = torch.jit.trace(function, tuple(map(torch.zeros_like, examples)), check_trace=False)
-                model = openvino.convert_model(traced, input=[[-1, example.shape[1], -1, -1] for example in examples])
+                model = openvino.convert_model(traced, input=[_any_size(openvino, example) for example in examples])
             return openvino.Core().compile_model(model, "CPU", hints)
     except Exception as error:
         # Tracing, conversion and compilation raise different errors.
         raise RuntimeUnavailableError(
             f"runtime openvino: does not support this model ({_reason(error)}); use runtime torch"
         ) from error
+
+
+def _any_size(openvino: Any, example: Tensor) -> Any:
+    """Return OpenVINO's description of arguments like the example, but of any number and size."""
+    if example.dtype == torch.uint8:
+        return [-1, -1, -1, example.shape[3]], openvino.Type.u8
+    return [-1, example.shape[1], -1, -1], openvino.Type.f32
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Cover the tissue of a block with canvases: rectangles that pass the networks at once.
 
 The cores of the canvases do not overlap and contain all tissue of the block. Pixels around each core are computed but
-not used, so few large canvases compute fewer pixels than many small ones. Small canvases follow the border of the
-tissue more closely.
+not used, so few large canvases compute fewer pixels than many small ones, and each canvas takes time of its own. Small
+canvases follow the border of the tissue more closely.
 
 Shape suffixes: H and W the map of the block, R rows and C columns of cells.
 """
@@ -28,6 +28,10 @@ CANVAS_M = 896
 SHARED_CANVAS_M = 1600
 """The same if the networks share a backbone that runs in windows. They then need much less memory per pixel, because
 their largest maps are computed in smaller parts: `models.fine_map` and `models.decoder_parts`."""
+
+PER_CANVAS = 20
+"""Cells that a network computes in the time that a canvas takes besides its pixels, mostly to compile kernels for its
+size (docs/benchmarks/speed.md)."""
 
 LOOK_AHEAD, CANDIDATES, APART = 2, 2, 3
 """How many cuts in a row are tried with several candidates, how many there are, and how many cells lie between them."""
@@ -70,7 +74,7 @@ def _cells(tissue_HW: NDArray[np.bool_], side: int) -> NDArray[np.bool_]:
 
 
 def _cover(has_RC: NDArray[np.bool_], margin: float, side: float, ahead: int = LOOK_AHEAD) -> tuple[float, list[Box]]:
-    """Return boxes of cells that contain all cells with tissue, and the area of their canvases.
+    """Return boxes of cells that contain all cells with tissue, and the cost of their canvases.
 
     The bounding box is cut as long as that pays. Of the first `ahead` cuts in a row, several candidates are tried.
     """
@@ -95,12 +99,16 @@ def _cover(has_RC: NDArray[np.bool_], margin: float, side: float, ahead: int = L
 
 
 def _cost(height: Any, width: Any, margin: float, side: float) -> Any:
-    """Return the area of the canvases that a core of this size (numbers or arrays) is cut into."""
-    return (height + 2 * margin * np.ceil(height / side)) * (width + 2 * margin * np.ceil(width / side))
+    """Return the cost, in cells, of the canvases that a core of this size (numbers or arrays) is cut into.
+
+    It is their area, and `PER_CANVAS` for each.
+    """
+    rows, columns = np.ceil(height / side), np.ceil(width / side)
+    return (height + 2 * margin * rows) * (width + 2 * margin * columns) + PER_CANVAS * rows * columns
 
 
 def _cuts(has_RC: NDArray[np.bool_], margin: float, side: float, most: int) -> list[tuple[float, int, int]]:
-    """Return the cost, axis and position of at most `most` cuts, starting with the one that needs the fewest pixels.
+    """Return the cost, axis and position of at most `most` cuts, starting with the one that costs least.
 
     Among cuts of equal cost, the one nearest to even parts comes first. The cuts along an axis lie at least `APART`
     cells from each other. `has_RC` equals its own bounding box.

@@ -5,8 +5,9 @@ Shape suffixes: H and W the pixels of a block's box, h and w its cells, r and c 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from models.familiarity import WINDOW, window_starts
 from pipeline.formats.familiarity import CELL_OUT, LIMIT, FamiliarityMap, encoded
 from wsi.box import Box
 from wsi.grid import Block, Grid
+
+
+_Span = tuple[int, int]
 
 
 class CellDistances:
@@ -30,21 +34,25 @@ class CellDistances:
 
     def add_windows(self, image_m: Box, distances_rc: NDArray[np.float32], m_per_out: int) -> None:
         """Add the windows of an image, in model pixels, as `models.familiarity` lays them."""
-        rows, columns = window_starts(image_m.height), window_starts(image_m.width)
-        for (row, column), distance in np.ndenumerate(distances_rc):
-            window_m = Box(image_m.x + columns[column], image_m.y + rows[row], WINDOW, WINDOW).intersect(image_m)
-            self.add(window_m.reduce(m_per_out), float(distance))
+        rows, columns = (
+            [((first + start) // m_per_out, (first + min(start + WINDOW, length)) // m_per_out) for start in starts]
+            for first, length, starts in (
+                (image_m.y, image_m.height, window_starts(image_m.height)),
+                (image_m.x, image_m.width, window_starts(image_m.width)),
+            )
+        )
+        self.add(rows, columns, distances_rc)
 
-    def add(self, window_out: Box, distance: float) -> None:
-        """Add a window of the map with its distance, in units of the model's limit."""
-        inside = window_out.intersect(self._box_out)
-        if not (inside.width and inside.height):
-            return
-        rows, row_weights = _weights(window_out.y, window_out.bottom, self._box_out.y, self._box_out.bottom)
-        columns, column_weights = _weights(window_out.x, window_out.right, self._box_out.x, self._box_out.right)
-        weights_hw = np.outer(row_weights, column_weights)
-        self._sums_hw[rows, columns] += weights_hw * distance
-        self._weights_hw[rows, columns] += weights_hw
+    def add(self, rows: Sequence[_Span], columns: Sequence[_Span], distances_rc: NDArray[np.floating[Any]]) -> None:
+        """Add windows that lie in rows and columns, with their distances in units of the model's limit.
+
+        The spans are the first pixel of the map and the pixel after the last.
+        """
+        rows_rh = _weights(rows, self._box_out.y, self._box_out.bottom)
+        columns_cw = _weights(columns, self._box_out.x, self._box_out.right)
+        # Not a product of matrices, whose rounding depends on the library and the processor.
+        self._sums_hw += np.einsum("rh,rw->hw", rows_rh, np.einsum("rc,cw->rw", distances_rc, columns_cw))
+        self._weights_hw += np.outer(rows_rh.sum(axis=0), columns_cw.sum(axis=0))
 
     def values(self, tissue_HW: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], int, int]:
         """Return the values of the cells (h, w), the pixels of tissue in cells with a window, and the unfamiliar ones.
@@ -59,16 +67,15 @@ class CellDistances:
         return values_hw, int(pixels_hw.sum()), int(pixels_hw[values_hw > LIMIT].sum())
 
 
-def _weights(start: int, stop: int, first: int, last: int) -> tuple[slice, NDArray[np.float64]]:
-    """Return the cells between `first` and `last` that a window from `start` to `stop` overlaps, and their weights."""
-    low, high = max(start, first), min(stop, last)
-    cells = np.arange((low - first) // CELL_OUT, -(-(high - first) // CELL_OUT))
-    left = first + cells * CELL_OUT
-    overlap = np.minimum(left + CELL_OUT, high) - np.maximum(left, low)
-    half = (stop - start) / 2
-    from_center = np.abs(left + CELL_OUT / 2 - (start + half))
+def _weights(spans: Sequence[_Span], first: int, last: int) -> NDArray[np.float64]:
+    """Return the weights of windows in the cells between `first` and `last`, (windows, cells)."""
+    start_n1, stop_n1 = np.array(spans).T[:, :, None]
+    left = np.arange(first, last, CELL_OUT)
+    overlap_nc = np.minimum(left + CELL_OUT, stop_n1) - np.maximum(left, start_n1)
+    half_n1 = (stop_n1 - start_n1) / 2
+    from_center_nc = np.abs(left + CELL_OUT / 2 - (start_n1 + half_n1))
     # At least a hundredth: the outermost cells of a slide may have no other window.
-    return slice(int(cells[0]), int(cells[-1]) + 1), overlap * np.maximum(1 - from_center / half, 0.01)
+    return np.asarray(np.maximum(overlap_nc, 0) * np.maximum(1 - from_center_nc / half_n1, 0.01))
 
 
 def values_file(folder: Path, block: Block) -> Path:

@@ -22,12 +22,17 @@ windows = st.lists(
 )
 
 
+def add(cells: CellDistances, window_out: Box, distance: float) -> None:
+    rows, columns = [(window_out.y, window_out.bottom)], [(window_out.x, window_out.right)]
+    cells.add(rows, columns, np.array([[distance]]))
+
+
 @given(windows)
 @example([(5, 69, 60, 1.5)])  # 191.5: the weights round the mean to just below, the bounds to just above
 def test_a_cell_has_a_mean_of_the_windows_that_overlap_it(drawn: list[tuple[int, int, int, float]]) -> None:
     cells = CellDistances(BLOCK)
     for x, y, side, distance in drawn:
-        cells.add(Box(x, y, side, side), distance)
+        add(cells, Box(x, y, side, side), distance)
     values_hw, tissue_px, _ = cells.values(TISSUE_HW)
     covered = 0
     for (row, column), value in np.ndenumerate(values_hw):
@@ -44,15 +49,15 @@ def test_a_cell_has_a_mean_of_the_windows_that_overlap_it(drawn: list[tuple[int,
 
 def test_windows_near_the_center_of_a_cell_count_more() -> None:
     cells = CellDistances(BLOCK)
-    cells.add(Box(64, 128, CELL_OUT, CELL_OUT), 0.0)  # centered on the first cell
-    cells.add(Box(60, 124, 3 * CELL_OUT, 3 * CELL_OUT), 2.0)  # its center lies beside the cell
+    add(cells, Box(64, 128, CELL_OUT, CELL_OUT), 0.0)  # centered on the first cell
+    add(cells, Box(60, 124, 3 * CELL_OUT, 3 * CELL_OUT), 2.0)  # its center lies beside the cell
     assert 1 < cells.values(TISSUE_HW)[0][0, 0] < LIMIT
 
 
 def test_tissue_is_counted_in_pixels_of_the_map() -> None:
     cells = CellDistances(BLOCK)
-    cells.add(BLOCK, 0.5)
-    cells.add(Box(64, 128, CELL_OUT, CELL_OUT), 20.0)
+    add(cells, BLOCK, 0.5)
+    add(cells, Box(64, 128, CELL_OUT, CELL_OUT), 20.0)
     tissue_HW = np.zeros((64, 64), bool)
     tissue_HW[0, :10] = tissue_HW[40, :30] = True
     values_hw, tissue_px, unfamiliar_px = cells.values(tissue_HW)
@@ -70,7 +75,7 @@ def test_windows_of_an_image_lie_as_the_model_measured_them() -> None:
     for (row, column), distance in np.ndenumerate(distances_rc):
         # The second window of a row or column ends with the image.
         window_m = Box(image_m.x + 32 * column, image_m.y + 32 * row, WINDOW, WINDOW)
-        single.add(window_m.reduce(m_per_out), float(distance))
+        add(single, window_m.reduce(m_per_out), float(distance))
     assert np.array_equal(together.values(TISSUE_HW)[0], single.values(TISSUE_HW)[0])
 
 
