@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,8 @@ class OfBytes(nn.Module):
 
     def forward(self, rgb_NHWC: Tensor) -> Tensor | tuple[Tensor, ...]:
         found: Tensor | tuple[Tensor, ...]
-        if torch.jit.is_tracing():
+        jit: Any = torch.jit  # torch does not export `is_tracing` with a type
+        if jit.is_tracing():
             # The same operations. In a trace, the rows of `normalized` would keep the width of the example.
             x_NCHW = rgb_NHWC.permute(0, 3, 1, 2).float() / 255.0
             found = self.network((x_NCHW - self.mean_C[:, None, None]) / self.std_C[:, None, None])

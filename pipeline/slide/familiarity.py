@@ -17,7 +17,6 @@ from pipeline.formats.familiarity import CELL_OUT, LIMIT, FamiliarityMap, encode
 from wsi.box import Box
 from wsi.grid import Block, Grid
 
-
 _Span = tuple[int, int]
 
 

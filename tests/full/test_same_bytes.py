@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from models.backbone_windows import RING
 from models.bundle import load_bundle, load_networks, shipped_bundles
-from models.openvino_network import MapSize, OpenVinoNetwork
+from models.normalize import OfBytes
+from models.openvino_network import IMAGE, MapSize, OpenVinoNetwork
 from models.padding import pad_before_expansion
 from models.segmenter import AROUND, NATIVE_STRIDE
 from models.shared_stages import split_networks
@@ -34,16 +35,17 @@ def test_openvino_returns_the_same_bits_with_any_number_of_threads_and_any_batch
     pytest.importorskip("openvino")
     bundle = load_bundle(model)
     side = 224
-    x_NCHW = torch.rand((8, 3, side, side), generator=torch.Generator().manual_seed(1)) * 4 - 2
+    rgb_NHWC = torch.randint(256, (8, side, side, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     classifier, segmenter = (pad_before_expansion(network) for network in load_networks(bundle))
     split = split_networks(classifier, segmenter, bundle.card.margin, textured=True)
     assert split.first is not None
+    first = OfBytes(split.first.eval(), torch.tensor(bundle.card.mean), torch.tensor(bundle.card.std))
     with torch.inference_mode():
-        fine_NChw = split.first.eval()(x_NCHW)
+        fine_NChw: Tensor = first(rgb_NHWC)
         deep_NDhw = split.deep.eval()(fine_NChw)[0]
     start = MapSize(*split.start)
     prepared: list[tuple[nn.Module, tuple[Tensor, ...], Sequence[MapSize]]] = [
-        (split.first, (x_NCHW,), (MapSize(3, 1),)),
+        (first, (rgb_NHWC,), (IMAGE,)),
         (split.deep, (fine_NChw,), (start,)),
     ]
     if split.shared_deep is None:

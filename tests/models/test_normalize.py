@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.normalize import byte_table, looked_up, normalized
+from models.normalize import OfBytes, normalized
+from models.openvino_network import IMAGE, OpenVinoNetwork
+from tests.cases import needs_openvino
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,10 +50,38 @@ def test_the_bytes_stay_as_they_are() -> None:
     assert torch.equal(rgb_NHWC, every_byte())
 
 
-def test_the_table_gives_the_bits_of_the_formula_for_every_byte_and_layout() -> None:
+def test_a_network_for_bytes_gets_the_bits_of_the_formula_in_torch_and_in_a_trace() -> None:
     mean_C, std_C = torch.tensor(MEAN), torch.tensor(STD)
+    network = OfBytes(nn.Identity(), mean_C, std_C)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # OpenVINO still needs it
+        traced = torch.jit.trace(network, (torch.zeros((1, 8, 12, 3), dtype=torch.uint8),))
     images_NHWC = torch.cat([every_byte(), every_byte().flip(1)])
     for rgb_NHWC in (images_NHWC, images_NHWC[:, 3:, :10], images_NHWC.transpose(1, 2), images_NHWC[:0]):
-        x_NCHW = looked_up(rgb_NHWC, byte_table(mean_C, std_C))
-        assert torch.equal(x_NCHW, normalized(rgb_NHWC, mean_C, std_C))
-        assert x_NCHW.is_contiguous()
+        expected_NCHW = normalized(rgb_NHWC, mean_C, std_C)
+        assert torch.equal(network(rgb_NHWC), expected_NCHW)
+        assert torch.equal(traced(rgb_NHWC), expected_NCHW)
+
+
+@needs_openvino
+def test_openvino_normalizes_bytes_to_the_same_bits() -> None:
+    mean_C, std_C, conv = torch.tensor(MEAN), torch.tensor(STD), nn.Conv2d(3, 3, 1, bias=False).eval()
+    conv.weight.data = torch.eye(3)[:, :, None, None]
+    network = OpenVinoNetwork(OfBytes(conv, mean_C, std_C), 32, maps=[IMAGE])
+    images_NHWC = every_byte().repeat(2, 3, 4, 1)
+    # The second image is not contiguous, and the third one is smaller.
+    for rgb_NHWC in (images_NHWC, images_NHWC[:1, 5:43, 7:], images_NHWC[:, :32, :32]):
+        assert torch.equal(network(rgb_NHWC), normalized(rgb_NHWC, mean_C, std_C))
+
+
+@needs_openvino
+def test_an_argument_that_is_not_contiguous_is_copied_to_memory_that_the_next_one_can_use() -> None:
+    network = OpenVinoNetwork(nn.Conv2d(3, 1, 1).eval(), 32)
+    generator = torch.Generator().manual_seed(0)
+    for sides in ((96, 64), (32, 32), (64, 96)):
+        x_NCHW = torch.randn((1, 3, *sides), generator=generator)
+        wider_NCHW = torch.randn((1, 3, 128, 128), generator=generator)
+        wider_NCHW[:, :, 3 : 3 + sides[0], 5 : 5 + sides[1]] = x_NCHW
+        before_NCHW = wider_NCHW.clone()
+        assert torch.equal(network(wider_NCHW[:, :, 3 : 3 + sides[0], 5 : 5 + sides[1]]), network(x_NCHW))
+        assert torch.equal(wider_NCHW, before_NCHW)

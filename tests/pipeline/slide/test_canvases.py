@@ -99,6 +99,20 @@ def test_two_distant_pieces_are_not_in_one_canvas() -> None:
     assert cores == [Box(0, 0, 64, 64), Box(960, 800, 64, 224)]
 
 
+def test_a_cut_is_worth_a_canvas_only_if_it_saves_more_than_the_canvas_takes() -> None:
+    tissue_HW = np.zeros((256, 256), bool)
+    tissue_HW[:, :128] = True
+    block = Block(0, Box(0, 0, 256, 256))
+    pieces = []
+    # One canvas costs 34 * 34 + 20 = 1,176 cells. Cut below the 28th row, they cost 30 * 34 + 20 + 6 * 18 + 20 = 1,168.
+    # Below the 29th row, they would have 8 cells less, but cost 1,184.
+    for height in (8 * 28, 8 * 29):
+        some_HW = tissue_HW.copy()
+        some_HW[:height, 128:] = True
+        pieces.append(len(canvas_cores(grid_of(4, 256), some_HW, block, CARD, 2048)))
+    assert pieces == [2, 1]
+
+
 def test_a_thin_border_is_worth_a_canvas_of_its_own_only_if_it_saves_pixels() -> None:
     tissue_HW = np.zeros((256, 256), bool)
     tissue_HW[:128, :128] = True
