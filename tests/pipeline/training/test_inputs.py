@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,11 +44,13 @@ def test_training_and_bundle_normalize_alike(config: TrainConfig) -> None:
     rgb_NHWC = noise(2, 96, 96)
     seen: list[torch.Tensor] = []
 
-    def network(x_NCHW: torch.Tensor) -> torch.Tensor:
-        seen.append(x_NCHW)
-        return torch.zeros(len(x_NCHW), 2, 10, 10)
+    class Seeing(nn.Module):
+        def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+            seen.append(x_NCHW)
+            return torch.zeros(len(x_NCHW), 2, 10, 10)
 
-    predictor._networks._segmenter = network
+    network: Any = predictor._networks._segmenter
+    network.network = Seeing()
     predictor.logits(rgb_NHWC)
     assert torch.equal(as_input(rgb_NHWC, predictor.device, config), torch.cat(seen))
 
