@@ -31,6 +31,15 @@ def test_the_last_bit_of_a_probability_does_not_change_a_byte() -> None:
     assert bytes_KHW.ravel().tolist() == [128, 128]
 
 
+def test_a_map_of_several_strips_has_the_values_of_its_rows() -> None:
+    rest_and_probs = torch.rand((4, 300, 5), generator=torch.Generator().manual_seed(0)).softmax(dim=0)
+    probs_KHW, tissue_HW = rest_and_probs[1:], np.random.default_rng(0).random((300, 5)) < 0.9
+    found = stored_map(probs_KHW, tissue_HW)
+    rows = [stored_map(probs_KHW[:, y : y + 1], tissue_HW[y : y + 1]) for y in range(300)]
+    for n, whole in enumerate(found):
+        np.testing.assert_array_equal(whole, np.concatenate([row[n] for row in rows], axis=-2))
+
+
 @pytest.mark.parametrize("classes", [1, 2, 7])
 def test_the_winner_is_the_first_of_the_most_probable_classes_unless_no_class_is_more_probable(classes: int) -> None:
     # Sixths, so that many classes are equally probable.
