@@ -273,5 +273,5 @@ def _placed(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _batch(starts: Sequence[Tensor]) -> Tensor:
-    """Return starts of one size as a batch for the networks: a view if there is one."""
+    """Return starts of one size as a batch for the networks. The batch of a single start is a view."""
     return starts[0][None] if len(starts) == 1 else torch.stack(list(starts))

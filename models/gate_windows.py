@@ -150,7 +150,7 @@ class PixelGates(NamedTuple):
 
         They do if the gate allows several classes for a pixel. Parts are rows and columns of the map.
         """
-        several_Nhw = self.gate_NKhw.sign().sum(dim=1) > 1  # no gate is below 0
+        several_Nhw = self.gate_NKhw.sign().sum(dim=1) > 1  # gates are not negative; `sum` is faster with floats
         return [several_Nhw[:, *part].flatten(1).any(dim=1) for part in parts]
 
     def inside(self, part: Place) -> PixelGates:

@@ -24,7 +24,7 @@ def normalized(rgb_NHWC: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
 class OfBytes(nn.Module):
     """A network for RGB bytes: uint8 images (N, H, W, 3) -> its output for the `normalized` images.
 
-    OpenVINO normalizes in vectors of several pixels while it reads the bytes, with the same bits.
+    OpenVINO normalizes several pixels at a time while it reads the bytes, to the same bits.
     """
 
     mean_C: Tensor
@@ -40,7 +40,7 @@ class OfBytes(nn.Module):
         found: Tensor | tuple[Tensor, ...]
         jit: Any = torch.jit  # torch does not export `is_tracing` with a type
         if jit.is_tracing():
-            # The same operations. In a trace, the rows of `normalized` would keep the width of the example.
+            # The same operations as in `normalized`, whose rows would have the width of the example in the whole trace.
             x_NCHW = rgb_NHWC.permute(0, 3, 1, 2).float() / 255.0
             found = self.network((x_NCHW - self.mean_C[:, None, None]) / self.std_C[:, None, None])
         else:

@@ -61,7 +61,7 @@ IMAGE = MapSize(3, 1, of_bytes=True)
 
 
 class _Request:
-    """A request for inference. It keeps the memory of its arguments, because fresh pages take time."""
+    """A request for inference. It copies arguments to memory that it keeps, because fresh pages take time."""
 
     def __init__(self, compiled: Any) -> None:
         self._request = compiled.create_infer_request()

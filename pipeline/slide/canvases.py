@@ -1,7 +1,7 @@
 """Cover the tissue of a block with canvases: rectangles that pass the networks at once.
 
 The cores of the canvases do not overlap and contain all tissue of the block. Pixels around each core are computed but
-not used, so few large canvases compute fewer pixels than many small ones, and each canvas takes time of its own. Small
+not used, so few large canvases compute fewer pixels than many small ones. Each canvas also has a fixed cost. But small
 canvases follow the border of the tissue more closely.
 
 Shape suffixes: H and W the map of the block, R rows and C columns of cells.
@@ -30,8 +30,8 @@ SHARED_CANVAS_M = 1600
 their largest maps are computed in smaller parts: `models.fine_map` and `models.decoder_parts`."""
 
 PER_CANVAS = 20
-"""Cells that a network computes in the time that a canvas takes besides its pixels, mostly to compile kernels for its
-size (docs/benchmarks/speed.md)."""
+"""The fixed cost of a canvas in cells, mostly for kernels that are compiled for its size
+(docs/decisions/0017-large-windows.md)."""
 
 LOOK_AHEAD, CANDIDATES, APART = 2, 2, 3
 """How many cuts in a row are tried with several candidates, how many there are, and how many cells lie between them."""
@@ -101,7 +101,7 @@ def _cover(has_RC: NDArray[np.bool_], margin: float, side: float, ahead: int = L
 def _cost(height: Any, width: Any, margin: float, side: float) -> Any:
     """Return the cost, in cells, of the canvases that a core of this size (numbers or arrays) is cut into.
 
-    It is their area, and `PER_CANVAS` for each.
+    The cost is the area of the canvases, plus `PER_CANVAS` for each.
     """
     rows, columns = np.ceil(height / side), np.ceil(width / side)
     return (height + 2 * margin * rows) * (width + 2 * margin * columns) + PER_CANVAS * rows * columns

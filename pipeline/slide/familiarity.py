@@ -43,9 +43,9 @@ class CellDistances:
         self.add(rows, columns, distances_rc)
 
     def add(self, rows: Sequence[_Span], columns: Sequence[_Span], distances_rc: NDArray[np.floating[Any]]) -> None:
-        """Add windows that lie in rows and columns, with their distances in units of the model's limit.
+        """Add a window for each pair of a row and a column, with its distance in units of the model's limit.
 
-        The spans are the first pixel of the map and the pixel after the last.
+        A span is the first pixel of the map in a row or column of windows, and the pixel after the last one.
         """
         rows_rh = _weights(rows, self._box_out.y, self._box_out.bottom)
         columns_cw = _weights(columns, self._box_out.x, self._box_out.right)

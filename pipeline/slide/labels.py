@@ -27,8 +27,8 @@ class StoredMap(NamedTuple):
 
 
 _STRIP_ROWS = 128
-"""Rows of the map for which a CPU computes labels at a time, so that all steps find them in its cache: half of the time
-of whole maps, whose steps each take fresh memory."""
+"""Rows of the map for which a CPU computes labels at a time. They stay in its cache for all steps. This takes half of
+the time of whole maps, because each step on a whole map allocates fresh memory."""
 
 
 def stored_map(probs_KHW: Tensor, tissue_HW: NDArray[np.bool_]) -> StoredMap:

@@ -79,7 +79,7 @@ def write_large_slide(path: Path, rows: int) -> Path:
 
 def segment_large_slide(folder: Path, trim: str) -> dict[str, Any]:
     """Segment 72 blocks in a process and return its memory in bytes: the peak between two finished blocks, and what is
-    in use after each. With `trim` = "trim", freed memory then goes back to the kernel and does not count."""
+    in use after each. If `trim` is "trim", freed memory returns to the kernel before it is measured what is in use."""
     path = write_large_slide(folder / "slide.svs", 96)
     run = subprocess.run(
         [sys.executable, "-c", RUN, str(path), str(folder / "out"), trim],
@@ -104,8 +104,8 @@ def test_memory_stays_below_the_plan(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_memory_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
     kept = segment_large_slide(tmp_path, "trim")["kept"]
-    # Freed memory does not count: how much glibc keeps, and in how many pieces, depends on which steps of the blocks
-    # in flight coincide. The smallest of 18 blocks is one with little else in flight.
+    # Freed memory does not count, because what glibc keeps depends on which steps of the blocks in flight coincide.
+    # The smallest of 18 measurements is one with little else in flight.
     second, last = min(kept[18:36]), min(kept[54:72])
     # 36 blocks are between the two parts, so a block that keeps 2 MB is found.
     assert last - second <= 36 * 1e6, kept
