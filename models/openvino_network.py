@@ -79,7 +79,9 @@ class _Request:
             return argument
         kept = self._kept.get(n)
         if kept is None or kept.dtype != argument.dtype or kept.numel() < argument.numel():
-            kept = self._kept[n] = torch.empty(argument.numel(), dtype=argument.dtype)
+            # A tensor that is made in inference mode cannot be written outside it.
+            with torch.inference_mode(mode=False):
+                kept = self._kept[n] = torch.empty(argument.numel(), dtype=argument.dtype)
         return kept[: argument.numel()].view(argument.shape).copy_(argument)
 
 
@@ -208,7 +210,8 @@ def _compile(
     }
     if not few_sizes:
         # By default, kernels are kept for up to 5,000 pairs of layer and size, and the canvases have hundreds of sizes:
-        # memory grew by 400 MB during one slide. Without them, a run takes 1 % more processor time.
+        # memory grew by 400 MB during one slide. Without them, a run takes 5 % more processor time
+        # (docs/benchmarks/speed.md).
         hints["CPU_RUNTIME_CACHE_CAPACITY"] = 0
     try:
         with _kept_interrupts():

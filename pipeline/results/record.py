@@ -37,7 +37,7 @@ from wsi.box import Box
 from wsi.grid import Grid
 from wsi.readers import reader_versions
 
-RUN_FORMAT = 6
+RUN_FORMAT = 7
 """Raise this number if a result of an older version must not count as finished."""
 
 PACKAGE = "wsi-segment"

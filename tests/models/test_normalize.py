@@ -78,10 +78,12 @@ def test_openvino_normalizes_bytes_to_the_same_bits() -> None:
 def test_an_argument_that_is_not_contiguous_is_copied_to_memory_that_the_next_one_can_use() -> None:
     network = OpenVinoNetwork(nn.Conv2d(3, 1, 1).eval(), 32)
     generator = torch.Generator().manual_seed(0)
-    for sides in ((96, 64), (32, 32), (64, 96)):
+    for number, sides in enumerate(((32, 32), (96, 64), (32, 64))):
         x_NCHW = torch.randn((1, 3, *sides), generator=generator)
         wider_NCHW = torch.randn((1, 3, 128, 128), generator=generator)
         wider_NCHW[:, :, 3 : 3 + sides[0], 5 : 5 + sides[1]] = x_NCHW
         before_NCHW = wider_NCHW.clone()
-        assert torch.equal(network(wider_NCHW[:, :, 3 : 3 + sides[0], 5 : 5 + sides[1]]), network(x_NCHW))
+        with torch.inference_mode(mode=number == 1):
+            found_NCHW = network(wider_NCHW[:, :, 3 : 3 + sides[0], 5 : 5 + sides[1]])
+        assert torch.equal(found_NCHW, network(x_NCHW))
         assert torch.equal(wider_NCHW, before_NCHW)

@@ -105,7 +105,7 @@ def test_a_cut_is_worth_a_canvas_only_if_it_saves_more_than_the_canvas_takes() -
     block = Block(0, Box(0, 0, 256, 256))
     pieces = []
     # One canvas costs 34 * 34 + 20 = 1,176 cells. Cut below the 28th row, they cost 30 * 34 + 20 + 6 * 18 + 20 = 1,168.
-    # Below the 29th row, they would have 8 cells less, but cost 1,184.
+    # Below the 29th row, they would have 1,144 cells instead of 1,156, but cost 1,184.
     for height in (8 * 28, 8 * 29):
         some_HW = tissue_HW.copy()
         some_HW[:height, 128:] = True
