@@ -20,9 +20,10 @@ def test_predictions_on_an_accelerator_are_those_of_the_cpu_and_wait_twice_howev
         assert prediction["equal"]
         assert prediction["segmented"][0] == prediction["segmented"][1]
     assert found["predictions"][-1]["segmented"][0] == 6 * [False] + 6 * [True]
-    # Four canvases in one batch need as many operations as one, and write three results more.
+    # Four canvases in one batch need as many operations as one, join the starts of both networks, and write three
+    # results more.
     kernels = {(one["canvases"], one["batch"]): one["kernels"] for one in found["predictions"]}
-    assert kernels[4, 4] == kernels[1, 4] + 3 < kernels[4, 1]
+    assert kernels[4, 4] == kernels[1, 4] + 2 + 3 < kernels[4, 1]
     assert found["one network moved"] == "pretend"
     # The device would notice what a GPU refuses or waits for.
     operations = found["operations"]
