@@ -45,7 +45,12 @@ STEP, NO_STEP = (True, True), (False, False)
 
 
 @pytest.mark.parametrize(
-    ("work", "expected"), [(train_once, {STEP, NO_STEP}), (plan, {STEP, NO_STEP}), (fit_check, {NO_STEP})]
+    ("work", "expected"),
+    [
+        pytest.param(train_once, {STEP, NO_STEP}, marks=pytest.mark.full),
+        (plan, {STEP, NO_STEP}),
+        (fit_check, {NO_STEP}),
+    ],
 )
 def test_only_training_steps_use_cudnn_if_it_compiles_sizes(
     textures: Dataset,

@@ -45,7 +45,7 @@ def test_the_slide_has_its_position_and_colors(shared_page: Page, site: Site) ->
         assert np.abs(strip - slide_color(*expected, 0.1)).max() < 14
 
 
-@pytest.mark.parametrize("what", ["the values at the pointer", "a download"])
+@pytest.mark.parametrize("what", ["the values at the pointer", pytest.param("a download", marks=pytest.mark.full)])
 def test_the_page_states_that_its_result_was_replaced(browser: Browser, own_site: Site, what: str) -> None:
     with failing_page(browser) as page:
         show(page, own_site)

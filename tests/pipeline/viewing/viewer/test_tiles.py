@@ -51,7 +51,9 @@ def whole_level(tiles: SlideTiles, level: int) -> NDArray[np.int16]:
     return np.concatenate(rows)
 
 
-@pytest.mark.parametrize("levels", [(1,), (1, 4), (1, 2, 8)])
+@pytest.mark.parametrize(
+    "levels", [(1,), pytest.param((1, 4), marks=pytest.mark.full), pytest.param((1, 2, 8), marks=pytest.mark.full)]
+)
 def test_assembled_tiles_are_the_slide_averaged_by_area(tmp_path: Path, levels: tuple[int, ...]) -> None:
     rgb_HWC = textured((2560, 1664))
     with open_slide(write_slide(tmp_path / "a.svs", rgb_HWC, levels=levels), 1.0) as slide:
