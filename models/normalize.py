@@ -37,12 +37,12 @@ class OfBytes(nn.Module):
         self.register_buffer("std_C", std_C)
 
     def forward(self, rgb_NHWC: Tensor) -> Tensor | tuple[Tensor, ...]:
-        found: Tensor | tuple[Tensor, ...]
         jit: Any = torch.jit  # torch does not export `is_tracing` with a type
         if jit.is_tracing():
             # The same operations as in `normalized`, whose rows would have the width of the example in the whole trace.
-            x_NCHW = rgb_NHWC.permute(0, 3, 1, 2).float() / 255.0
-            found = self.network((x_NCHW - self.mean_C[:, None, None]) / self.std_C[:, None, None])
+            unit_NCHW = rgb_NHWC.permute(0, 3, 1, 2).float() / 255.0
+            x_NCHW = (unit_NCHW - self.mean_C[:, None, None]) / self.std_C[:, None, None]
         else:
-            found = self.network(normalized(rgb_NHWC, self.mean_C, self.std_C))
+            x_NCHW = normalized(rgb_NHWC, self.mean_C, self.std_C)
+        found: Tensor | tuple[Tensor, ...] = self.network(x_NCHW)
         return found
