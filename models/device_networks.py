@@ -104,11 +104,6 @@ class DeviceNetworks:
         # If the whole backbone is shared, no other network holds the head.
         self._classifier: Any = _placed(networks.classifier, self.device)
 
-    @property
-    def shares_stages(self) -> bool:
-        """Return whether both networks start with the same stages. If not, `starts` returns images."""
-        return self._first is not None
-
     def starts(
         self, rgb_HWC: Tensor, places: Sequence[Place], before_each: Callable[[], object] = lambda: None
     ) -> list[Tensor]:

@@ -160,7 +160,7 @@ def test_a_shared_backbone_gives_the_probabilities_and_distances_of_two_networks
         features = 2 * sum(networks[0].backbone.stage_channels[:2])
         statistics = fit_statistics(np.random.default_rng(1).normal(size=(500, features)).astype(np.float32))
         predictor = Predictor(card, NO_DIGEST, *networks, device="cpu", runtime=runtime, statistics=statistics)
-        assert predictor._networks.shares_stages == share
+        assert (predictor._networks._first is not None) == share
         distances_Nrc = predictor.predict(rgb_NHWC, corners).distances_Nrc
         assert distances_Nrc is not None
         assert distances_Nrc.shape == (2, 2, 3)
