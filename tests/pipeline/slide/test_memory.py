@@ -26,7 +26,7 @@ RUN = textwrap.dedent("""
     from pipeline.slide.recipe import plan_slide, segment_slide
     from tests.pipeline.fakes import color_predictor
 
-    path, out, trim = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "trim"
+    path, out, trim = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "True"
     config = SegmentConfig(block_out=256, num_workers=2, device="cpu", runtime="torch")
     keep_freed_memory()
     predictor = color_predictor()
@@ -77,12 +77,12 @@ def write_large_slide(path: Path, rows: int) -> Path:
     return path
 
 
-def segment_large_slide(folder: Path, trim: str) -> dict[str, Any]:
+def segment_large_slide(folder: Path, *, trim: bool) -> dict[str, Any]:
     """Segment 72 blocks in a process and return its memory in bytes: the peak between two finished blocks, and what is
-    in use after each. If `trim` is "trim", freed memory returns to the kernel before it is measured what is in use."""
+    in use after each. With `trim`, freed memory returns to the kernel before what is in use is measured."""
     path = write_large_slide(folder / "slide.svs", 96)
     run = subprocess.run(
-        [sys.executable, "-c", RUN, str(path), str(folder / "out"), trim],
+        [sys.executable, "-c", RUN, str(path), str(folder / "out"), str(trim)],
         check=False,
         capture_output=True,
         text=True,
@@ -97,13 +97,13 @@ def segment_large_slide(folder: Path, trim: str) -> dict[str, Any]:
 
 @pytest.mark.full
 def test_memory_stays_below_the_plan(tmp_path: Path) -> None:
-    found = segment_large_slide(tmp_path, "keep")
+    found = segment_large_slide(tmp_path, trim=False)
     assert max(found["peaks"]) <= found["planned"]
 
 
 @pytest.mark.full
 def test_memory_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
-    kept = segment_large_slide(tmp_path, "trim")["kept"]
+    kept = segment_large_slide(tmp_path, trim=True)["kept"]
     # Freed memory does not count, because what glibc keeps depends on which steps of the blocks in flight coincide.
     # The smallest of 18 measurements is one with little else in flight.
     second, last = min(kept[18:36]), min(kept[54:72])
