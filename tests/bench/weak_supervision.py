@@ -162,7 +162,7 @@ def run_row(
     if name == "full":
         write_true_masks(images, run / "pseudo-masks", config)
     started = time.monotonic()
-    bundle = train(dataset, run, config, device=device)
+    bundle = train(dataset, run, config, device=device, familiarity=False)
     seconds = time.monotonic() - started
     result: dict[str, object] = {
         "row": name,

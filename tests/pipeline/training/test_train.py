@@ -125,6 +125,17 @@ def test_only_the_option_test_measures_the_test_split_also_of_a_finished_run(
     assert products(run) == unchanged
 
 
+def test_a_bundle_without_the_familiarity_check_has_the_same_networks_and_scores(
+    unbroken: Path, textures: Dataset, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run, ignore=shutil.ignore_patterns("bundle"))
+    before, bundle = load_bundle(unbroken / "bundle"), train(textures, run, CONFIG, device="cpu", familiarity=False)
+    assert load_statistics(before) is not None
+    assert load_statistics(bundle) is None
+    assert bundle.card == before.card.model_copy(update={"familiarity": None})
+
+
 def test_the_temperature_is_fitted_to_the_masks_of_the_validation_images(unbroken: Path, textures: Dataset) -> None:
     bundle = load_bundle(unbroken / "bundle")
     images = PatchImages(textures, samples(textures, "val"), 1.0)
