@@ -80,11 +80,11 @@ def train(
     """Run all stages that have no product yet and return the bundle in `run`/bundle.
 
     With `init`, both networks start from those of a bundle, see `pipeline.training.start`. With `test`, the bundle also
-    gets the scores of the test split, see `add_test_scores`. Without `familiarity`, it has no statistics for the check
-    for unfamiliar tissue, which take minutes and change no score. Every step is logged as in `open_step_log`, with
-    `tensorboard` also for TensorBoard. Raises TrainError if `run` was started with another configuration or data set,
-    or has a damaged file, OutputError if weights cannot be written, DatasetError for bad data, and ModelError if a
-    network cannot be built.
+    gets the scores of the test split, see `add_test_scores`. Without `familiarity`, a new bundle has no statistics for
+    the check for unfamiliar tissue, which take minutes and change no score. Every step is logged as in
+    `open_step_log`, with `tensorboard` also for TensorBoard. Raises TrainError if `run` was started with another
+    configuration or data set, or has a damaged file, OutputError if weights cannot be written, DatasetError for bad
+    data, and ModelError if a network cannot be built.
     """
     place = training_device(device)
     processes = join_processes(place)
@@ -99,8 +99,8 @@ def train(
         samples(dataset, "test")
     config, training, by_size, validation, classifier, segmenter = prepare(dataset, config, init)
     logger.info("%d training and %d validation images", len(training), len(validation))
-    sources: list[Source] = []
-    if familiarity and processes.rank == 0 and not (run / "bundle").exists():
+    sources: list[Source] | None = [] if familiarity else None
+    if sources is not None and processes.rank == 0 and not (run / "bundle").exists():
         assert config.mpp is not None
         # Not cached: reading images twice takes less time than the networks. Caches of all sources need gigabytes.
         own = without_whole(source, dataset)
@@ -190,7 +190,7 @@ def export(
     segmenter: nn.Module,
     validation: PatchImages,
     window: int,
-    sources: Sequence[Source],
+    sources: Sequence[Source] | None,
     config: TrainConfig,
     device: str,
 ) -> None:
@@ -199,7 +199,7 @@ def export(
     The gate is calibrated on the labeled patches of the validation images, and the temperature on those images with
     masks. The validation images show whether the map depends on the position in a view. The heads of single layers do
     not become part of the bundle. `window` is the `gate_window` of the training images, whose patches all have one
-    size. `sources` are those of `fit_familiarity`; without any, the bundle has no statistics.
+    size. `sources` are those of `fit_familiarity`; None leaves the statistics out.
     """
     folder, torch_device = run / "bundle", choose_device(device)
     if folder.exists():
@@ -225,7 +225,9 @@ def export(
         profile_KD = edge_profile(rounded[1].to(torch_device), validation, config, torch_device)
         metrics |= position_metrics(profile_KD, config.margin)
     logger.info("gate thresholds %s, temperature %s, %s", thresholds, calibration.temperature, metrics)
-    statistics, familiarity = fit_familiarity(rounded[0], sources, config, device) if sources else (None, None)
+    statistics, familiarity = None, None
+    if sources is not None:
+        statistics, familiarity = fit_familiarity(rounded[0], sources, config, device)
     made_with = recorded_provenance(run)
     card = card.model_copy(update={"metrics": metrics, "familiarity": familiarity, "made_with": made_with})
     save_bundle(folder, card, classifier, segmenter, statistics)
