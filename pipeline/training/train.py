@@ -81,10 +81,10 @@ def train(
 
     With `init`, both networks start from those of a bundle, see `pipeline.training.start`. With `test`, the bundle also
     gets the scores of the test split, see `add_test_scores`. Without `familiarity`, a new bundle has no statistics for
-    the check for unfamiliar tissue, which take minutes and change no score. Every step is logged as in
-    `open_step_log`, with `tensorboard` also for TensorBoard. Raises TrainError if `run` was started with another
-    configuration or data set, or has a damaged file, OutputError if weights cannot be written, DatasetError for bad
-    data, and ModelError if a network cannot be built.
+    the check for unfamiliar tissue. Computing these statistics takes minutes and changes no score. Every step is
+    logged as in `open_step_log`, with `tensorboard` also for TensorBoard. Raises TrainError if `run` was started with
+    another configuration or data set, or has a damaged file, OutputError if weights cannot be written, DatasetError
+    for bad data, and ModelError if a network cannot be built.
     """
     place = training_device(device)
     processes = join_processes(place)
@@ -199,7 +199,7 @@ def export(
     The gate is calibrated on the labeled patches of the validation images, and the temperature on those images with
     masks. The validation images show whether the map depends on the position in a view. The heads of single layers do
     not become part of the bundle. `window` is the `gate_window` of the training images, whose patches all have one
-    size. `sources` are those of `fit_familiarity`; None leaves the statistics out.
+    size. `sources` are those of `fit_familiarity`; if None, the bundle has no statistics.
     """
     folder, torch_device = run / "bundle", choose_device(device)
     if folder.exists():

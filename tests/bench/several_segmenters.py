@@ -1,8 +1,8 @@
-"""What the mean of several segmenters gains, for docs/benchmarks/weak-supervision.md.
+"""Measure what the mean of several segmenters gains, for docs/benchmarks/weak-supervision.md.
 
     python -m tests.bench.several_segmenters runs/ours-0 runs/ours-1 --data FOLDER --split val --tta
 
-The arguments are runs of `tests.bench.weak_supervision`. Pixels have the class with the largest mean probability.
+The arguments are runs of `tests.bench.weak_supervision`. Each pixel gets the class with the largest mean probability.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.bench.patients import interval, patient_counts
 
 
 class MeanPredictor(Predictor):
-    """A predictor whose segmenter is the mean of its own and those of `others`. Classifier and gate are its own."""
+    """A predictor that averages its own segmenter and those of `others`. The classifier and the gate are its own."""
 
     others: Sequence[Predictor] = ()
 
@@ -39,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", default="glas")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--tta", action="store_true", help="the mean over the symmetries of a square too")
+    parser.add_argument("--tta", action="store_true", help="also measure the mean over the symmetries of a square")
     options = parser.parse_args(arguments)
     dataset = load_dataset(options.dataset, options.data)
-    # With OpenVINO if it is installed: all symmetries of all images take an hour with PyTorch.
+    # Use OpenVINO if it is installed: with PyTorch, all symmetries of all images take an hour.
     first, *others = (
         MeanPredictor.from_bundle(load_bundle(run / "bundle"), device="cpu", runtime="auto", output_stride=1)
         for run in options.runs

@@ -16,7 +16,7 @@ def predictor(kind: type[Predictor], probabilities: list[float]) -> Predictor:
     return kind(CARD, NO_DIGEST, *networks, device="cpu", output_stride=1)
 
 
-def test_the_mean_is_that_of_the_probabilities() -> None:
+def test_segmenters_are_averaged_by_their_probabilities() -> None:
     mean = predictor(MeanPredictor, [0.6, 0.3, 0.1])
     assert isinstance(mean, MeanPredictor)
     mean.others = [predictor(Predictor, [0.1, 0.7, 0.2]), predictor(Predictor, [0.2, 0.2, 0.6])]

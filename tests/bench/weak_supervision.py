@@ -7,10 +7,10 @@ and the ablations of docs/benchmarks/colorectal-tissue.md, measured on composed 
     python -m tests.bench.weak_supervision --dataset kather-2016 --split val --data FOLDER -o runs \
         --rows card card-plain card-deep --seeds 0 1 2
 
-Each run is `wsi-train` with the settings of its row, without the check for unfamiliar tissue; a row that differs from
-another only in later stages starts from that one's classifier. Runs that are finished are not repeated, so that rows
-can be added one by one. `full` is the ceiling: the same segmenter trained on the masks of the training split, which no
-other row sees.
+Each run is `wsi-train` with the settings of its row, but without the check for unfamiliar tissue. A row that differs
+from another only in later stages starts from that one's classifier. Runs that are finished are not repeated, so that
+rows can be added one by one. `full` is the ceiling: the same segmenter trained on the masks of the training split,
+which no other row sees.
 
 `result.json` of a run has the confusion matrix of each test image, and the table a 95 % interval over patients for each
 row. `--compare ROW` tests every other row against ROW, paired by patient and seed (tests/bench/patients.py).
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compare", choices=list(ROWS), help="test all other rows against this one")
     parser.add_argument("--tta", action="store_true", help="measure with the mean over the symmetries of a square too")
-    parser.add_argument("--device", default="cpu", help="cpu, as for most figures of the documents, auto or a GPU")
+    parser.add_argument("--device", default="cpu", help="cpu (used for most figures in the docs), auto or a GPU")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
