@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.training.evaluate import Evaluation
+
 DRAWS = 10_000
 """Bootstrap draws, and permutations if there are more than `EXACT` patients."""
 
@@ -34,8 +36,16 @@ class Comparison:
     """Two-sided p of the paired permutation test over patients."""
 
 
+def image_counts(evaluation: Evaluation) -> dict[str, dict[str, object]]:
+    """Return {image: {"case": patient, "counts": confusion matrix as lists}}, with the gate, for a JSON file."""
+    return {
+        image: {"case": evaluation.groups[image], "counts": counts.tolist()}
+        for image, counts in evaluation.image_matrices.items()
+    }
+
+
 def patient_counts(images: Mapping[str, Mapping[str, object]]) -> dict[str, NDArray[np.int64]]:
-    """Return the confusion matrix (X, X) of each patient, from {image: {"case": patient, "counts": matrix}}."""
+    """Return the confusion matrix (X, X) of each patient, from `image_counts`."""
     found: dict[str, NDArray[np.int64]] = {}
     for image in images.values():
         counts_XX, patient = np.asarray(image["counts"], np.int64), str(image["case"])

@@ -19,7 +19,7 @@ from models.bundle import load_bundle
 from models.predictor import Canvases, Predictor
 from pipeline.training.dataset import load_dataset
 from pipeline.training.evaluate import evaluate
-from tests.bench.patients import interval, patient_counts
+from tests.bench.patients import image_counts, interval, patient_counts
 
 
 class MeanPredictor(Predictor):
@@ -50,10 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first.others = others
     for flips in (False, True) if options.tta else (False,):
         found = evaluate(first, dataset, options.split, flips=flips)
-        images = {
-            image: {"case": found.groups[image], "counts": counts} for image, counts in found.image_matrices.items()
-        }
-        low, high = interval(np.stack([np.stack(list(patient_counts(images).values()))]))
+        low, high = interval(np.stack(list(patient_counts(image_counts(found)).values()))[None])
         scores = found.scores("exclude")
         classes = ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.iou.items())
         print(

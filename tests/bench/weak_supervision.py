@@ -47,7 +47,7 @@ from pipeline.training.prepare import UNREADABLE_SHARE
 from pipeline.training.presets import train_config
 from pipeline.training.pseudo_masks import mask_files
 from pipeline.training.train import PSEUDO_SCORES, train
-from tests.bench.patients import compare, interval, patient_counts
+from tests.bench.patients import compare, image_counts, interval, patient_counts
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,7 @@ def run_row(
             key = ("gate" if gate else "no gate") + (", flips" if flips else "")
             result[key] = {"miou": scores.miou, "fwiou": scores.fwiou, "accuracy": scores.accuracy, **scores.iou}
         if not flips:
-            result["images"] = {
-                image: {"case": evaluation.groups[image], "counts": counts.tolist()}
-                for image, counts in evaluation.image_matrices.items()
-            }
+            result["images"] = image_counts(evaluation)
     (run / "result.json").write_text(json.dumps(result, indent=2))
     print(json.dumps(result), flush=True)
 
