@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     # Imports timm, which the statistics do not need.
     from models.backbone import Stages
 
-WINDOW = 224
-"""Side of a window in model pixels."""
-
 STEP = 112
 """Distance between windows in model pixels."""
+
+WINDOW = 2 * STEP
+"""Side of a window in model pixels."""
 
 FARTHEST = 8.0
 """Whitened features are clipped to this many standard deviations, because the regression also uses their squares."""
@@ -78,23 +78,26 @@ def window_features(textures_NEhw: Tensor, stride: int) -> Tensor:
 
     `stride` is the number of model pixels per cell.
     """
-    means_NErw = _window_means(textures_NEhw.float(), 2, stride)
-    # In the order of the result: flattening a permuted map would copy it.
-    features_NrcC = _window_means(means_NErw.permute(0, 2, 3, 1), 2, stride)
+    # In the order of the result and of the cells in memory, see `textures`.
+    cells_NhwE = textures_NEhw.float().permute(0, 2, 3, 1)
+    features_NrcC = _window_means(_window_means(cells_NhwE, 1, stride), 2, stride)
     mean, square = features_NrcC.chunk(2, dim=3)
     square.addcmul_(mean, mean, value=-1).clamp_min_(0).sqrt_()
     return features_NrcC
 
 
-def _window_means(x: Tensor, axis: int, stride: int) -> Tensor:
-    """Return the means over the windows along an axis with cells of this stride."""
-    length = x.shape[axis]
-    side = min(WINDOW // stride, length)
-    means = x.unfold(axis, side, STEP // stride).mean(dim=-1)
-    if (length - side) % (STEP // stride) == 0:
-        return means
-    last = x.narrow(axis, length - side, side).mean(dim=axis, keepdim=True)
-    return torch.cat([means, last], dim=axis)
+def _window_means(cells: Tensor, axis: int, stride: int) -> Tensor:
+    """Return the means over the windows along an axis with cells of this stride, which divides `STEP`."""
+    length, step = cells.shape[axis], STEP // stride
+    side = min(2 * step, length)
+    last = cells.narrow(axis, length - side, side).mean(dim=axis, keepdim=True)
+    if length <= side:
+        return last
+    # A window is two steps long, so the cells of each step are added once, not for both windows that contain them.
+    count = length // step
+    steps = cells.narrow(axis, 0, count * step).unflatten(axis, (count, step)).mean(dim=axis + 1)
+    means = (steps.narrow(axis, 0, count - 1) + steps.narrow(axis, 1, count - 1)) / 2
+    return means if length % step == 0 else torch.cat([means, last], dim=axis)
 
 
 @dataclass(frozen=True)
