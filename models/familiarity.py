@@ -89,15 +89,16 @@ def window_features(textures_NEhw: Tensor, stride: int) -> Tensor:
 def _window_means(cells: Tensor, axis: int, stride: int) -> Tensor:
     """Return the means over the windows along an axis with cells of this stride, which divides `STEP`."""
     length, step = cells.shape[axis], STEP // stride
-    side = min(2 * step, length)
-    last = cells.narrow(axis, length - side, side).mean(dim=axis, keepdim=True)
-    if length <= side:
-        return last
+    if length <= 2 * step:
+        return cells.mean(dim=axis, keepdim=True)
     # A window is two steps long, so the cells of each step are added once, not for both windows that contain them.
     count = length // step
     steps = cells.narrow(axis, 0, count * step).unflatten(axis, (count, step)).mean(dim=axis + 1)
-    means = (steps.narrow(axis, 0, count - 1) + steps.narrow(axis, 1, count - 1)) / 2
-    return means if length % step == 0 else torch.cat([means, last], dim=axis)
+    means: Tensor = (steps.narrow(axis, 0, count - 1) + steps.narrow(axis, 1, count - 1)) / 2
+    if length % step == 0:
+        return means
+    last = cells.narrow(axis, length - 2 * step, 2 * step).mean(dim=axis, keepdim=True)
+    return torch.cat([means, last], dim=axis)
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,18 @@ def test_the_command_measures_the_mean_of_the_runs(tmp_path: Path, capsys: pytes
     torch.manual_seed(0)
     classifier = Classifier("tf_efficientnet_lite0", "gap", 3, 3)
     runs = [tmp_path / name for name in ("first", "second")]
-    bundles = [save_bundle(run / "bundle", card, classifier, build_segmenter("resnet18", 3)) for run in runs]
+    # Only the gate of the first run counts. That of the second one lets no class pass.
+    cards = [card, card.model_copy(update={"gate_thresholds": (0.9, 0.9, 0.9)})]
+    bundles = [
+        save_bundle(run / "bundle", own, classifier, build_segmenter("resnet18", 3))
+        for run, own in zip(runs, cards, strict=True)
+    ]
 
     def printed(*chosen: Path) -> list[str]:
         main([*map(str, chosen), "--dataset", str(file), "--data", str(file.parent), "--tta"])
         return capsys.readouterr().out.splitlines()
 
-    predictors = [MeanPredictor.from_bundle(one, device="cpu", output_stride=1) for one in bundles]
+    predictors = [MeanPredictor.from_bundle(one, device="cpu", runtime="auto", output_stride=1) for one in bundles]
     predictors[0].others = predictors[1:]
     dataset = load_dataset(file)
     for flips, line in zip((False, True), printed(*runs), strict=True):
@@ -66,7 +71,9 @@ def test_the_command_measures_the_mean_of_the_runs(tmp_path: Path, capsys: pytes
         )
         assert isinstance(matrix, np.ndarray)
         found = scores(matrix, CLASSES)
+        assert found.accuracy > 0
         assert line.startswith(f"val{', symmetries' if flips else ''}: mIoU {100 * found.miou:.2f} (")
         assert f"dots {100 * found.iou['dots']:.2f}, " in line
         assert line.endswith(f", accuracy {100 * found.accuracy:.2f}")
     assert printed(runs[0], runs[0]) == printed(runs[0]) != printed(*runs)
+    assert all(line.endswith("accuracy 0.00") for line in printed(*reversed(runs)))

@@ -46,9 +46,10 @@ def windows(count: int, features: int, seed: int = 0) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("per_cell", [(4, 2), (2, 2), (2, 1), (1, 1)])
+@pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (42, 71), (12, 20), (70, 14)])
 def test_features_are_means_and_deviations_of_the_channels_over_each_window(
-    height: int, width: int, per_cell: tuple[int, int]
+    height: int, width: int, stride: int, per_cell: tuple[int, int]
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     # Far from 0, so that a mean square is much larger than a variance.
@@ -57,11 +58,11 @@ def test_features_are_means_and_deviations_of_the_channels_over_each_window(
         for n, (channels, factor) in enumerate(zip((3, 2), per_cell, strict=True))
     )
     stages = Stages(shallow, middle, torch.zeros(2, 7, height, width))
-    features_NrcC = window_features(textures(stages), STRIDE).numpy()
-    rows, columns = window_starts(height * STRIDE), window_starts(width * STRIDE)
+    features_NrcC = window_features(textures(stages), stride).numpy()
+    rows, columns = window_starts(height * stride), window_starts(width * stride)
     assert features_NrcC.shape == (2, len(rows), len(columns), 10)
     for image, row, column in np.ndindex(*features_NrcC.shape[:3]):
-        y, x, side = rows[row] // STRIDE, columns[column] // STRIDE, WINDOW // STRIDE
+        y, x, side = rows[row] // stride, columns[column] // stride, WINDOW // stride
         parts = [
             map_NChw[image, :, factor * y : factor * (y + side), factor * x : factor * (x + side)].double().numpy()
             for map_NChw, factor in zip((shallow, middle), per_cell, strict=True)
