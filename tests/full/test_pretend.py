@@ -50,4 +50,4 @@ def test_few_operations_of_a_batch_are_outside_of_the_networks(sample_slide: Pat
     found = in_own_process("operations", model, sample_slide)
     assert found["segmented canvases"] == 4
     assert found["in the networks"] > 150
-    assert 60 < found["outside"] <= 104
+    assert 60 < found["outside"] <= 106
