@@ -21,8 +21,7 @@ from pipeline.config import ResolvedSettings, SegmentConfig, resolve
 from pipeline.console import printable
 from pipeline.errors import ConfigError
 from pipeline.slide.calibrate import seconds_per_tile
-from pipeline.slide.plan import check_resources
-from pipeline.slide.recipe import PlannedSlide, plan_slide
+from pipeline.slide.plan import PlannedSlide, check_resources, plan_slide
 from pipeline.workers.base import SlideJob, job_config
 from pipeline.workers.in_process import load_predictor
 

@@ -92,6 +92,8 @@ class Output:
     """What the slide's page states about each file, by the end of the file's name."""
     write: Callable[[SegmentedSlide, Path], None]
     """Write the files into the folder."""
+    beside: bool = False
+    """Whether another thread writes it meanwhile. It needs only the map then, and no other output needs it."""
 
 
 def _write_polygons(segmented: SegmentedSlide, folder: Path) -> None:
@@ -150,6 +152,7 @@ OUTPUTS: dict[str, Output] = {
         progress="building the pyramid",
         files={MAP_END: "probabilities and classes as OME-Zarr: QuPath, napari, Vitessce, Fiji"},
         write=_write_pyramid,
+        beside=True,
     ),
     "familiarity": Output(
         progress="writing the familiarity",
@@ -162,7 +165,7 @@ OUTPUTS: dict[str, Output] = {
         write=_write_preview,
     ),
 }
-"""Every output, in the order in which they are written."""
+"""Every output. Those that are written beside the others start first; otherwise, the order is this one."""
 
 
 def file_description(name: str) -> str:

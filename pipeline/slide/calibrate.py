@@ -12,8 +12,7 @@ from pipeline.config import ResolvedSettings
 from pipeline.formats.ome_zarr import MapSpec, MapStore, create_store
 from pipeline.slide.blocks import BlockWork
 from pipeline.slide.engine import ThreadRunner
-from pipeline.slide.plan import block_tissue, make_plan, needed_tiles
-from pipeline.slide.recipe import PlannedSlide
+from pipeline.slide.plan import PlannedSlide, block_tissue, make_plan, needed_tiles
 
 BLOCK_OUT = 256
 """Side of the measured block in map pixels: a second or two of work on a CPU."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,8 @@ from pipeline.slide.drawn_tissue import edge_margin
 from wsi.box import Box
 from wsi.grid import Block, Grid, make_grid
 from wsi.resample import STRIP_LV
-from wsi.slide import SlideInfo
-from wsi.tissue import Tissue
+from wsi.slide import Slide, SlideInfo, open_slide, slide_stamp
+from wsi.tissue import Tissue, find_tissue
 from wsi.tissue_edge import possible_tissue
 
 # Noisy maps compress to a quarter of a byte per pixel; others to less.
@@ -96,6 +97,31 @@ class Plan:
             memory_bytes=self.memory_bytes(settings),
             disk_bytes=self.disk_bytes,
         )
+
+
+class PlannedSlide(NamedTuple):
+    """An open slide and the plan of its run."""
+
+    stamp: str
+    """`slide_stamp` before anything was read."""
+    slide: Slide
+    tissue: Tissue
+    plan: Plan
+
+
+def plan_slide(path: Path, card: ModelCard, settings: MapSettings) -> PlannedSlide:
+    """Open a slide, find its tissue and plan the run. Write nothing. The caller closes the slide.
+
+    Raises SlideError if the slide cannot be used.
+    """
+    stamp = slide_stamp(path)
+    slide = open_slide(path, settings.mpp, settings.backend)
+    try:
+        tissue = find_tissue(slide, exclude_folds=settings.exclude_folds)
+        return PlannedSlide(stamp, slide, tissue, make_plan(slide.info, tissue, card, settings))
+    except BaseException:
+        slide.close()
+        raise
 
 
 def make_plan(info: SlideInfo, tissue: Tissue, card: ModelCard, settings: MapSettings) -> Plan:

@@ -8,14 +8,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from models.card import ModelCard
 from models.predictor import Predictor
-from pipeline.config import MapSettings, ResolvedSettings, SegmentConfig, resolve
+from pipeline.config import ResolvedSettings, SegmentConfig, resolve
 from pipeline.errors import SHORTAGE_HELP, Cancelled, ConfigError, OutputError
 from pipeline.files import disk_shortage, sync, sync_tree
 from pipeline.formats.chunk_files import sweep_partial_files
@@ -53,39 +53,13 @@ from pipeline.slide.facts import (
     warnings_of,
 )
 from pipeline.slide.journal import Journal, write_records
-from pipeline.slide.plan import Plan, check_resources, make_plan
+from pipeline.slide.plan import Plan, PlannedSlide, check_resources, plan_slide
 from pipeline.slide.repair import take_over_blocks
 from wsi.errors import SlideReadError, shortage
 from wsi.left_out import LeftOut
-from wsi.slide import Slide, open_slide, slide_digest, slide_stamp
-from wsi.tissue import Tissue, find_tissue
+from wsi.slide import Slide, slide_digest, slide_stamp
 
 log = logging.getLogger(__name__)
-
-
-class PlannedSlide(NamedTuple):
-    """An open slide and the plan of its run."""
-
-    stamp: str
-    """`slide_stamp` before anything was read."""
-    slide: Slide
-    tissue: Tissue
-    plan: Plan
-
-
-def plan_slide(path: Path, card: ModelCard, settings: MapSettings) -> PlannedSlide:
-    """Open a slide, find its tissue and plan the run. Write nothing. The caller closes the slide.
-
-    Raises SlideError if the slide cannot be used.
-    """
-    stamp = slide_stamp(path)
-    slide = open_slide(path, settings.mpp, settings.backend)
-    try:
-        tissue = find_tissue(slide, exclude_folds=settings.exclude_folds)
-        return PlannedSlide(stamp, slide, tissue, make_plan(slide.info, tissue, card, settings))
-    except BaseException:
-        slide.close()
-        raise
 
 
 def segment_slide(
@@ -203,10 +177,7 @@ def _segment_slide(
             segmented = SegmentedSlide(
                 slide, tissue, plan.grid, store, identity.slide, regions, familiarity_map, unfamiliar
             )
-            for stage, output_format in OUTPUTS.items():
-                progress(output_format.progress, 0, 1)
-                with _timed(seconds, stage):
-                    output_format.write(segmented, folder.result)
+            _write_outputs(segmented, folder.result, seconds, progress)
 
             if records:
                 write_records(folder.result / BLOCKS, identity.as_json() | {"tissue": tissue.digest}, records)
@@ -313,6 +284,25 @@ def _run_blocks(
     progress("segmenting", resumed, total)
     runner.run(work, slide, [block for block in plan.blocks if block.index not in records], finished)
     return [records[index] for index in sorted(records)], resumed
+
+
+def _write_outputs(segmented: SegmentedSlide, folder: Path, seconds: dict[str, float], progress: Progress) -> None:
+    """Write all `OUTPUTS`. The first error is raised when all threads have ended."""
+
+    def write(stage: str) -> None:
+        with _timed(seconds, stage):
+            OUTPUTS[stage].write(segmented, folder)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="output") as pool:
+        beside = []
+        for stage, output in sorted(OUTPUTS.items(), key=lambda item: not item[1].beside):
+            progress(output.progress, 0, 1)
+            if output.beside:
+                beside.append(pool.submit(write, stage))
+            else:
+                write(stage)
+        for future in beside:
+            future.result()
 
 
 def _check_unchanged(path: Path, stamp: str) -> None:

@@ -15,6 +15,11 @@ from models.runtimes import RUNTIME_FACTS, Runtime
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _ARENAS = 2
 
+_MAPPED_AT_START = 256 << 10
+"""Until the runtime is known, arrays of at least this size return to the kernel. The first slide is planned while
+libraries are imported, so its arrays in the heap would leave holes between the imported objects. Without this, 0.13 GB
+more are in use when the model of a large slide is loaded (docs/benchmarks/speed.md)."""
+
 
 @contextmanager
 def imported_for_good(library: str = "torch") -> Iterator[None]:
@@ -36,13 +41,13 @@ def imported_for_good(library: str = "torch") -> Iterator[None]:
             gc.enable()
 
 
-def keep_freed_memory(runtime: Runtime = "torch") -> bool:
+def keep_freed_memory(runtime: Runtime | None = None) -> bool:
     """Let glibc reuse freed arrays instead of returning them to the kernel. Return whether that was possible.
 
     A network frees and allocates its activations with every batch. By default, glibc maps each of them anew and the
     kernel zeroes its pages: 29 % of the CPU time of a run on two cores (docs/benchmarks/slides.md). With few arenas,
     the threads do not each keep freed memory of their own. Call this from programs, not from libraries, because it
-    changes the whole process: at the start, and again when the runtime is known.
+    changes the whole process: at the start, and again when the runtime is known. None: it is not known yet.
 
     Also stop oneDNN from keeping PyTorch's kernels. By default it keeps up to 1,024, each for one canvas size: 2.7 GB
     on CMU-1 (docs/benchmarks/lattice.md).
@@ -55,10 +60,10 @@ def keep_freed_memory(runtime: Runtime = "torch") -> bool:
     # musl's C library has no mallopt.
     if mallopt is None:
         return False
-    facts = RUNTIME_FACTS[runtime]
+    facts = RUNTIME_FACTS[runtime or "torch"]
     options = {
         _M_TRIM_THRESHOLD: facts.kept_bytes,
-        _M_MMAP_THRESHOLD: facts.mapped_bytes,
+        _M_MMAP_THRESHOLD: _MAPPED_AT_START if runtime is None else facts.mapped_bytes,
         _M_ARENA_MAX: _ARENAS,
     }
     # A list, so that a failure of one option does not prevent the others.

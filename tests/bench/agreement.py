@@ -30,8 +30,8 @@ from pipeline.config import SegmentConfig
 from pipeline.slide.canvases import canvas_cores, with_margin
 from pipeline.slide.drawn_tissue import drawn_tissue, edge_margin
 from pipeline.slide.labels import stored_map
-from pipeline.slide.plan import block_tissue
-from pipeline.slide.recipe import plan_slide, segment_slide
+from pipeline.slide.plan import block_tissue, plan_slide
+from pipeline.slide.recipe import segment_slide
 from pipeline.workers.in_process import load_predictor
 from tests.bench.slide import slide_parser
 from wsi.grid import whole_pixels_m

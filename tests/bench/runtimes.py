@@ -35,7 +35,7 @@ from models.openvino_network import OpenVinoNetwork
 from models.runtimes import load_openvino
 from models.shared_stages import DeepFeatures
 from pipeline.config import SegmentConfig
-from pipeline.slide.recipe import plan_slide
+from pipeline.slide.plan import plan_slide
 from pipeline.workers.malloc import keep_freed_memory
 from tests.bench.floors import sample_tiles
 
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", nargs="+", choices=list(RUNTIMES), default=list(RUNTIMES))
     options = parser.parse_args(arguments)
-    keep_freed_memory()
+    keep_freed_memory("torch")
     print(f"torch {torch.__version__}, {TILES} tiles", file=sys.stderr)
     print(
         "| network | runtime | threads | batch | CPU ms per tile | wall ms | other labels or gates | most | ready, s |"

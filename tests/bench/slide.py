@@ -34,8 +34,7 @@ from models.bundle import DEFAULT_BUNDLE, load_bundle
 from models.predictor import Predictor
 from pipeline.config import ResolvedSettings, SegmentConfig, resolve
 from pipeline.results.record import versions
-from pipeline.slide.plan import Plan
-from pipeline.slide.recipe import plan_slide
+from pipeline.slide.plan import Plan, plan_slide
 from pipeline.workers.in_process import load_predictor
 from pipeline.workers.malloc import keep_freed_memory
 from tests.bench.floors import (
@@ -91,7 +90,7 @@ def measure(path: Path, model: str, config: SegmentConfig, repeat: int = 1) -> d
 
     Raises RuntimeError with the process's output if a run fails or the slide has no tissue.
     """
-    keep_freed_memory()
+    keep_freed_memory("torch")
     load_before = os.getloadavg()[0]
     _say("planning, and looking for the best batch size")
     subject = _subject(path, model, config)

@@ -12,8 +12,7 @@ import tifffile
 from models.bundle import load_bundle
 from pipeline.config import SegmentConfig
 from pipeline.slide.canvases import canvas_cores
-from pipeline.slide.plan import block_tissue
-from pipeline.slide.recipe import plan_slide
+from pipeline.slide.plan import block_tissue, plan_slide
 from tests.bench import agreement, floors, slide, synthetic_slide
 from tests.pipeline.fakes import color_predictor, region_slide
 from tests.slides import GLASS, PINK, painted, write_slide

@@ -23,7 +23,7 @@ from models.normalize import normalized
 from models.openvino_network import OpenVinoNetwork
 from models.shared_stages import DeepFeatures
 from pipeline.config import SegmentConfig
-from pipeline.slide.recipe import plan_slide
+from pipeline.slide.plan import plan_slide
 from tests.bench.floors import sample_tiles
 
 TILES = 32

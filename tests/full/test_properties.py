@@ -32,7 +32,8 @@ from pipeline.formats.ome_zarr import CHUNK_OUT, MapSpec, MapStore, create_store
 from pipeline.formats.polygons import Region, join_regions
 from pipeline.formats.region_files import load_regions
 from pipeline.slide.blocks import BlockRecord, BlockWork, regions_file, segment_block
-from pipeline.slide.recipe import plan_slide, segment_slide
+from pipeline.slide.plan import plan_slide
+from pipeline.slide.recipe import segment_slide
 from tests.models.networks import ColorClassifier, ColorSegmenter, PixelClassifier, make_card
 from tests.pipeline.fakes import COLORS, SMALL, color_predictor, labels_of, run_of
 from tests.pipeline.features import checked_features

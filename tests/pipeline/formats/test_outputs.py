@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import errno
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pipeline.errors import OutputError
 from pipeline.formats.outputs import OUTPUTS, Output, SegmentedSlide, file_description
 from pipeline.results.record import read_run
 from pipeline.slide.recipe import segment_slide
@@ -29,6 +33,38 @@ def test_one_entry_adds_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run.seconds["areas"] >= 0
     assert "writing areas" in steps
     assert "areas for spreadsheets" in (result.folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_pyramid_is_built_beside_the_polygons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meet = threading.Barrier(2, timeout=60)
+
+    def met(output: Output) -> Output:
+        def write(segmented: SegmentedSlide, folder: Path) -> None:
+            meet.wait()  # raises BrokenBarrierError if the other one is not written meanwhile
+            output.write(segmented, folder)
+
+        return replace(output, write=write)
+
+    for stage in ("join", "pyramid"):
+        monkeypatch.setitem(OUTPUTS, stage, met(OUTPUTS[stage]))
+    result = segment_slide(small_slide(tmp_path / "a.svs"), tmp_path, color_predictor(), SMALL)
+    assert result.folder is not None
+    run = read_run(result.folder)
+    assert run is not None
+    assert min(run.seconds[stage] for stage in ("join", "pyramid")) >= 0
+
+
+@pytest.mark.parametrize("stage", ["join", "pyramid"])
+def test_an_output_that_cannot_be_written_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "a file")
+
+    monkeypatch.setitem(OUTPUTS, stage, replace(OUTPUTS[stage], write=broken))
+    with pytest.raises(OutputError, match=r"a\.svs: cannot write a file: Input/output error"):
+        segment_slide(small_slide(tmp_path / "a.svs"), tmp_path / "out", color_predictor(), SMALL)
+    assert not (tmp_path / "out" / "a").exists()
 
 
 def test_every_file_of_a_result_has_a_description() -> None:

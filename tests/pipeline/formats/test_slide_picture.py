@@ -12,7 +12,8 @@ from pipeline.formats import slide_picture
 from pipeline.formats.features import read_features
 from pipeline.formats.ome_zarr import MapSpec
 from pipeline.formats.slide_picture import SlidePicture, picture_slide
-from pipeline.slide.recipe import plan_slide, segment_slide
+from pipeline.slide.plan import plan_slide
+from pipeline.slide.recipe import segment_slide
 from tests.pipeline.fakes import COLORS, CORNER, REGIONS, SMALL, color_predictor, labels_of, run_of, stating_bounds
 from tests.slides import GLASS, painted, write_slide
 from wsi.readers import READERS

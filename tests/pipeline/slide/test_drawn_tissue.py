@@ -12,7 +12,8 @@ from models.card import NO_DIGEST
 from models.predictor import Predictor
 from models.tissue_class import TissueClass
 from pipeline.slide.drawn_tissue import area_px
-from pipeline.slide.recipe import plan_slide, segment_slide
+from pipeline.slide.plan import plan_slide
+from pipeline.slide.recipe import segment_slide
 from tests.models.networks import ColorClassifier, ColorSegmenter, make_card
 from tests.pipeline.fakes import COLORS, SMALL, color_predictor, labels_of, run_of
 from tests.slides import GLASS, PINK, PURPLE, painted, write_slide

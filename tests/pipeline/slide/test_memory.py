@@ -23,12 +23,13 @@ RUN = textwrap.dedent("""
     from pathlib import Path
     from pipeline.config import SegmentConfig, resolve
     from pipeline.workers.malloc import keep_freed_memory
-    from pipeline.slide.recipe import plan_slide, segment_slide
+    from pipeline.slide.plan import plan_slide
+    from pipeline.slide.recipe import segment_slide
     from tests.pipeline.fakes import color_predictor
 
     path, out, trim = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "True"
     config = SegmentConfig(block_out=256, num_workers=2, device="cpu", runtime="torch")
-    keep_freed_memory()
+    keep_freed_memory("torch")
     predictor = color_predictor()
     _, slide, tissue, plan = plan_slide(path, predictor.card, config)
     slide.close()

@@ -9,8 +9,7 @@ import pytest
 
 from pipeline.config import SegmentConfig, resolve
 from pipeline.errors import ConfigError
-from pipeline.slide.plan import block_tissue, needed_tiles
-from pipeline.slide.recipe import plan_slide
+from pipeline.slide.plan import block_tissue, needed_tiles, plan_slide
 from tests.models.networks import make_card
 from tests.pipeline.fakes import COLORS, CPU, SMALL, region_slide
 from tests.slides import PINK, painted, write_slide

@@ -20,6 +20,7 @@ from pipeline.checks.result import broken_rules
 from pipeline.config import SegmentConfig
 from pipeline.errors import ConfigError, InferenceError, PlanError
 from pipeline.slide import recipe
+from pipeline.slide.plan import PlannedSlide, plan_slide
 from pipeline.slide.recipe import segment_slide
 from tests.cases import full
 from tests.models.networks import ConstantClassifier, ConstantSegmenter
@@ -350,9 +351,9 @@ def test_a_network_that_gives_nan_names_the_place(tmp_path: Path) -> None:
 
 
 def test_the_times_of_a_run_contain_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, plan, planned_s = time.perf_counter, recipe.plan_slide, [0.0]
+    real, plan, planned_s = time.perf_counter, plan_slide, [0.0]
 
-    def long_plan(*args: Any, **settings: Any) -> recipe.PlannedSlide:
+    def long_plan(*args: Any, **settings: Any) -> PlannedSlide:
         planned_s[0] += 1000
         return plan(*args, **settings)
 

@@ -30,7 +30,7 @@ from pipeline.errors import (
 from pipeline.progress import Progress, no_progress
 from pipeline.results.folder import is_locked, lock_file
 from pipeline.results.slide_result import SlideResult
-from pipeline.slide.recipe import PlannedSlide, plan_slide
+from pipeline.slide.plan import PlannedSlide, plan_slide
 from pipeline.workers import open as opening
 from pipeline.workers.base import SlideJob
 from pipeline.workers.in_process import InProcess, load_predictor
@@ -134,7 +134,7 @@ def test_the_first_slide_is_planned_while_the_model_loads(tmp_path: Path, monkey
         planned.append(path)
         return plan_slide(path, card, settings)
 
-    monkeypatch.setattr("pipeline.workers.in_process.plan_slide", plan)
+    monkeypatch.setattr("pipeline.workers.planning.plan_slide", plan)
     with open_workers(None, bundle, config, first=job) as workers:
         results = [workers.segment(one, tmp_path / "ahead", no_progress) for one in (job, other)]
     with open_workers(None, bundle, config) as workers:
@@ -152,11 +152,42 @@ def test_the_first_slide_is_planned_while_the_model_loads(tmp_path: Path, monkey
         pass
 
 
+WITHOUT_TORCH = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pipeline.config import SegmentConfig
+from pipeline.errors import WsiSegmentError
+from pipeline.workers import planning
+from pipeline.workers.base import SlideJob
+from pipeline.workers.open import open_workers
+
+class Pool(ThreadPoolExecutor):
+    def submit(self, *arguments):
+        print("torch" in sys.modules)
+        return super().submit(*arguments)
+
+planning.ThreadPoolExecutor = Pool
+try:
+    with open_workers(None, "no/such", SegmentConfig(), first=SlideJob(Path("a.svs"))):
+        pass
+except WsiSegmentError:
+    print("torch" in sys.modules)
+"""
+
+
+def test_the_plan_begins_before_torch_is_imported() -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert process.stdout.split() == ["False", "True"]
+
+
 def test_a_slide_that_changes_after_it_was_planned_fails(tmp_path: Path) -> None:
     bundle, config = str(small_bundle(tmp_path / "small").path), replace(SMALL, device="cpu", runtime="torch")
     (job,) = small(tmp_path, "a")
     with open_workers(None, bundle, config, first=job) as workers:
-        workers._planned[job].result()  # type: ignore[attr-defined]
+        workers._plans[job].result()  # type: ignore[attr-defined]
         os.utime(job.path, ns=(1, 1))
         with pytest.raises(SlideReadError, match=r"a\.svs: the file has changed since the run began"):
             workers.segment(job, tmp_path / "out", no_progress)
