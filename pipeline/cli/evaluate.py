@@ -109,7 +109,7 @@ def _prepare(
     from pipeline.training.evaluate import check_same_classes
     from pipeline.workers.malloc import keep_freed_memory
 
-    keep_freed_memory("torch")
+    keep_freed_memory()
     model, dataset = load_bundle(bundle), load_dataset(description, data)
     check_same_classes(model.card, dataset)
     if dataset.card.compose is None:

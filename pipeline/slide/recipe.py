@@ -287,7 +287,10 @@ def _run_blocks(
 
 
 def _write_outputs(segmented: SegmentedSlide, folder: Path, seconds: dict[str, float], progress: Progress) -> None:
-    """Write all `OUTPUTS`. The first error is raised when all threads have ended."""
+    """Write all `OUTPUTS`.
+
+    An error is raised when both threads have ended. One of this thread comes before one of the other.
+    """
 
     def write(stage: str) -> None:
         with _timed(seconds, stage):

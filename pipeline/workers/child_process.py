@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -217,12 +217,13 @@ def _serve(connection: Connection, model: str, config: SegmentConfig, first: Sli
     """Segment the requested slides until the connection closes."""
     log_to_stderr(level)
     keep_freed_memory()
-    with planning(model, config, first) as plans:
-        with imported_for_good():
-            # loads torch, which the waiting process does not need
-            from pipeline.workers.in_process import open_in_process
-
+    with ExitStack() as stack:
         try:
+            plans = stack.enter_context(planning(model, config, first))
+            with imported_for_good():
+                # loads torch, which the waiting process does not need
+                from pipeline.workers.in_process import open_in_process
+
             workers = open_in_process(model, config, plans)
             ready = Outcome(True)
         except Exception as error:  # noqa: BLE001 - the parent raises the error

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from models.runtimes import RUNTIME_FACTS, Runtime
@@ -14,11 +14,7 @@ from models.runtimes import RUNTIME_FACTS, Runtime
 # Numbers of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _ARENAS = 2
-
-_MAPPED_AT_START = 256 << 10
-"""Until the runtime is known, arrays of at least this size return to the kernel. The first slide is planned while
-libraries are imported, so its arrays in the heap would leave holes between the imported objects. Without this, 0.13 GB
-more are in use when the model of a large slide is loaded (docs/benchmarks/speed.md)."""
+_MAPPED_BESIDE_IMPORTS = 256 << 10
 
 
 @contextmanager
@@ -26,7 +22,8 @@ def imported_for_good(library: str = "torch") -> Iterator[None]:
     """Import libraries that the process needs until it exits, and exclude their objects from garbage collection.
 
     torch, OpenVINO and the others create 500,000 objects. Without this context, Python's collector scans them
-    several times during the import (0.4 s of processor time), and again in every full collection of a run.
+    several times during the import (0.4 s of processor time), and again in every full collection of a run. What other
+    threads make meanwhile is excluded too.
     """
     if library in sys.modules:  # nothing to import, and what is garbage now must not be kept
         yield
@@ -41,13 +38,13 @@ def imported_for_good(library: str = "torch") -> Iterator[None]:
             gc.enable()
 
 
-def keep_freed_memory(runtime: Runtime | None = None) -> bool:
+def keep_freed_memory(runtime: Runtime = "torch") -> bool:
     """Let glibc reuse freed arrays instead of returning them to the kernel. Return whether that was possible.
 
     A network frees and allocates its activations with every batch. By default, glibc maps each of them anew and the
     kernel zeroes its pages: 29 % of the CPU time of a run on two cores (docs/benchmarks/slides.md). With few arenas,
     the threads do not each keep freed memory of their own. Call this from programs, not from libraries, because it
-    changes the whole process: at the start, and again when the runtime is known. None: it is not known yet.
+    changes the whole process: at the start, and again when the runtime is known.
 
     Also stop oneDNN from keeping PyTorch's kernels. By default it keeps up to 1,024, each for one canvas size: 2.7 GB
     on CMU-1 (docs/benchmarks/lattice.md).
@@ -56,15 +53,27 @@ def keep_freed_memory(runtime: Runtime | None = None) -> bool:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     if not sys.platform.startswith("linux"):
         return False
+    facts = RUNTIME_FACTS[runtime]
+    return _set_options(
+        {_M_TRIM_THRESHOLD: facts.kept_bytes, _M_MMAP_THRESHOLD: facts.mapped_bytes, _M_ARENA_MAX: _ARENAS}
+    )
+
+
+def return_arrays_to_the_kernel() -> None:
+    """Let glibc return freed arrays from 256 KiB on to the kernel, until `keep_freed_memory` is called.
+
+    Call this before other work begins beside imports. Its arrays would leave holes between the imported objects: with
+    a large slide, 0.13 GB more are then in use when the model is loaded (docs/benchmarks/speed.md).
+    """
+    if sys.platform.startswith("linux"):
+        _set_options({_M_MMAP_THRESHOLD: _MAPPED_BESIDE_IMPORTS})
+
+
+def _set_options(options: Mapping[int, int]) -> bool:
+    """Set options of glibc's malloc. Return whether that was possible."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # musl's C library has no mallopt.
     if mallopt is None:
         return False
-    facts = RUNTIME_FACTS[runtime or "torch"]
-    options = {
-        _M_TRIM_THRESHOLD: facts.kept_bytes,
-        _M_MMAP_THRESHOLD: _MAPPED_AT_START if runtime is None else facts.mapped_bytes,
-        _M_ARENA_MAX: _ARENAS,
-    }
     # A list, so that a failure of one option does not prevent the others.
     return all([mallopt(option, value) for option, value in options.items()])  # noqa: C419

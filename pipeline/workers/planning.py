@@ -13,6 +13,7 @@ from models.bundle import load_bundle
 from pipeline.config import SegmentConfig
 from pipeline.slide.plan import PlannedSlide, plan_slide
 from pipeline.workers.base import SlideJob, job_config
+from pipeline.workers.malloc import return_arrays_to_the_kernel
 
 Plans = dict[SlideJob, Future[PlannedSlide]]
 """Plans of slides that are not segmented yet. Whoever takes one out closes its slide."""
@@ -22,7 +23,8 @@ Plans = dict[SlideJob, Future[PlannedSlide]]
 def planning(model: str, config: SegmentConfig, job: SlideJob | None) -> Iterator[Plans]:
     """Plan a slide on another thread, and yield its plan. An error is that of the plan's future.
 
-    `model` and `config` are those of the run. Without a job, there are no plans.
+    `model` and `config` are those of the run. Without a job, there are no plans. The caller calls `keep_freed_memory`
+    when the model is loaded.
     """
     if job is None:
         yield {}
@@ -31,6 +33,7 @@ def planning(model: str, config: SegmentConfig, job: SlideJob | None) -> Iterato
     def plan() -> PlannedSlide:
         return plan_slide(job.path, load_bundle(job.model or model).card, job_config(job, config))
 
+    return_arrays_to_the_kernel()
     with ThreadPoolExecutor(1, thread_name_prefix="plan") as pool:
         plans: Plans = {job: pool.submit(plan)}
         try:

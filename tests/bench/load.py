@@ -30,6 +30,7 @@ import psutil
 from pipeline.batch.queue import run_batch
 from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled
+from pipeline.formats.outputs import OUTPUTS
 from pipeline.progress import no_progress
 from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob
@@ -176,7 +177,8 @@ def _stages(result: SlideResult) -> dict[str, float]:
         return {}
     seconds: dict[str, float] = run_of(result.folder)["seconds"]
     stages = {name: value for name, value in seconds.items() if ":" not in name and name != "total"}
-    return stages | {"digest, page and publishing": result.seconds - sum(stages.values())}
+    following = (value for name, value in stages.items() if name not in OUTPUTS or not OUTPUTS[name].beside)
+    return stages | {"digest, page and publishing": result.seconds - sum(following)}
 
 
 def summary(load: Load) -> dict[str, object]:

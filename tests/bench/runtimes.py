@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", nargs="+", choices=list(RUNTIMES), default=list(RUNTIMES))
     options = parser.parse_args(arguments)
-    keep_freed_memory("torch")
+    keep_freed_memory()
     print(f"torch {torch.__version__}, {TILES} tiles", file=sys.stderr)
     print(
         "| network | runtime | threads | batch | CPU ms per tile | wall ms | other labels or gates | most | ready, s |"

@@ -52,8 +52,8 @@ from tests.repository import REPOSITORY
 from wsi.readers import BackendName
 from wsi.slide import SlideInfo
 
-STAGES = ("plan", "blocks", "join", "pyramid", "preview")
-"""Of run.json's `seconds`, those that follow one another."""
+STAGES = ("plan", "blocks", "join", "preview")
+"""Of run.json's `seconds`, those that follow one another. The pyramid is built beside the last two."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def measure(path: Path, model: str, config: SegmentConfig, repeat: int = 1) -> d
 
     Raises RuntimeError with the process's output if a run fails or the slide has no tissue.
     """
-    keep_freed_memory("torch")
+    keep_freed_memory()
     load_before = os.getloadavg()[0]
     _say("planning, and looking for the best batch size")
     subject = _subject(path, model, config)

@@ -51,7 +51,24 @@ def test_the_pyramid_is_built_beside_the_polygons(tmp_path: Path, monkeypatch: p
     assert result.folder is not None
     run = read_run(result.folder)
     assert run is not None
-    assert min(run.seconds[stage] for stage in ("join", "pyramid")) >= 0
+    assert {"join", "pyramid"} <= set(run.seconds)
+
+
+def test_an_error_waits_for_the_other_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed, ended = threading.Event(), []
+
+    def broken(*_: object) -> None:
+        threading.Timer(0.2, failed.set).start()
+        raise OSError(errno.EIO, "Input/output error", "a file")
+
+    def late(*_: object) -> None:
+        ended.append(failed.wait(60))
+
+    monkeypatch.setitem(OUTPUTS, "join", replace(OUTPUTS["join"], write=broken))
+    monkeypatch.setitem(OUTPUTS, "pyramid", replace(OUTPUTS["pyramid"], write=late))
+    with pytest.raises(OutputError, match="cannot write a file"):
+        segment_slide(small_slide(tmp_path / "a.svs"), tmp_path / "out", color_predictor(), SMALL)
+    assert ended == [True]
 
 
 @pytest.mark.parametrize("stage", ["join", "pyramid"])

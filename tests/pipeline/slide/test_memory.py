@@ -29,7 +29,7 @@ RUN = textwrap.dedent("""
 
     path, out, trim = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "True"
     config = SegmentConfig(block_out=256, num_workers=2, device="cpu", runtime="torch")
-    keep_freed_memory("torch")
+    keep_freed_memory()
     predictor = color_predictor()
     _, slide, tissue, plan = plan_slide(path, predictor.card, config)
     slide.close()

@@ -152,6 +152,19 @@ def test_the_first_slide_is_planned_while_the_model_loads(tmp_path: Path, monkey
         pass
 
 
+def test_after_the_plan_arrays_are_kept_as_the_runtime_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr("pipeline.workers.planning.return_arrays_to_the_kernel", lambda: called.append("return"))
+    monkeypatch.setattr("pipeline.workers.in_process.keep_freed_memory", called.append)
+    bundle, config = str(small_bundle(tmp_path / "small").path), replace(SMALL, device="cpu", runtime="torch")
+    with open_workers(None, bundle, config, first=small(tmp_path, "a")[0]):
+        assert called == ["return", "torch"]
+    with open_workers(None, bundle, config):
+        assert called == ["return", "torch", "torch"]
+
+
 WITHOUT_TORCH = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
