@@ -23,8 +23,8 @@ Plans = dict[SlideJob, Future[PlannedSlide]]
 def planning(model: str, config: SegmentConfig, job: SlideJob | None) -> Iterator[Plans]:
     """Plan a slide on another thread, and yield its plan. An error is that of the plan's future.
 
-    `model` and `config` are those of the run. Without a job, the dictionary is empty. The caller calls `keep_freed_memory`
-    when the model is loaded.
+    `model` and `config` are those of the run. Without a job, the dictionary is empty. The caller calls
+    `keep_freed_memory` when the model is loaded.
     """
     if job is None:
         yield {}
