@@ -93,7 +93,8 @@ class Output:
     write: Callable[[SegmentedSlide, Path], None]
     """Write the files into the folder."""
     beside: bool = False
-    """Whether another thread writes it meanwhile. It needs only the map then, and no other output needs it."""
+    """Whether another thread writes the output while this one writes the others. Set it only for an output that needs
+    nothing but the map, and that no other output needs."""
 
 
 def _write_polygons(segmented: SegmentedSlide, folder: Path) -> None:
@@ -165,7 +166,7 @@ OUTPUTS: dict[str, Output] = {
         write=_write_preview,
     ),
 }
-"""Every output. Those that are written beside the others start first; otherwise, the order is this one."""
+"""Every output, in the order in which they are written. Outputs with `beside` start before all others."""
 
 
 def file_description(name: str) -> str:

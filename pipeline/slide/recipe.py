@@ -289,7 +289,7 @@ def _run_blocks(
 def _write_outputs(segmented: SegmentedSlide, folder: Path, seconds: dict[str, float], progress: Progress) -> None:
     """Write all `OUTPUTS`.
 
-    An error is raised when both threads have ended. One of this thread comes before one of the other.
+    An error is raised after both threads have ended. If both fail, the error of the calling thread is raised.
     """
 
     def write(stage: str) -> None:

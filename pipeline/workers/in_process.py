@@ -40,9 +40,9 @@ def predictor_settings(config: SegmentConfig) -> dict[str, Any]:
 
 
 def open_in_process(model: str, config: SegmentConfig, plans: Plans) -> InProcess:
-    """Load a model and return the workers that segment slides with it in this process. `plans` are those of `planning`.
+    """Load a model and return the workers that segment slides with it in this process.
 
-    Raises ModelError.
+    `plans` comes from `planning`. Raises ModelError.
     """
     workers = InProcess(lambda name: load_predictor(name, config), model, config, plans)
     keep_freed_memory(workers.load(model).runtime)

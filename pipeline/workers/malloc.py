@@ -22,8 +22,8 @@ def imported_for_good(library: str = "torch") -> Iterator[None]:
     """Import libraries that the process needs until it exits, and exclude their objects from garbage collection.
 
     torch, OpenVINO and the others create 500,000 objects. Without this context, Python's collector scans them
-    several times during the import (0.4 s of processor time), and again in every full collection of a run. What other
-    threads make meanwhile is excluded too.
+    several times during the import (0.4 s of processor time), and again in every full collection of a run. Objects
+    that other threads create during the import are excluded too.
     """
     if library in sys.modules:  # nothing to import, and what is garbage now must not be kept
         yield
@@ -60,10 +60,10 @@ def keep_freed_memory(runtime: Runtime = "torch") -> bool:
 
 
 def return_arrays_to_the_kernel() -> None:
-    """Let glibc return freed arrays from 256 KiB on to the kernel, until `keep_freed_memory` is called.
+    """Let glibc return freed arrays of at least 256 KiB to the kernel until `keep_freed_memory` is called.
 
-    Call this before other work begins beside imports. Its arrays would leave holes between the imported objects: with
-    a large slide, 0.13 GB more are then in use when the model is loaded (docs/benchmarks/speed.md).
+    Call this before another thread starts work during an import. Otherwise, the arrays of that work leave holes between
+    the imported objects: on a large slide, 0.13 GB more are in use when the model is loaded (docs/benchmarks/speed.md).
     """
     if sys.platform.startswith("linux"):
         _set_options({_M_MMAP_THRESHOLD: _MAPPED_BESIDE_IMPORTS})

@@ -21,10 +21,10 @@ Plans = dict[SlideJob, Future[PlannedSlide]]
 
 @contextmanager
 def planning(model: str, config: SegmentConfig, job: SlideJob | None) -> Iterator[Plans]:
-    """Plan a slide on another thread, and yield its plan. An error is that of the plan's future.
+    """Plan the slide of `job` on another thread, and yield the future of its plan.
 
-    `model` and `config` are those of the run. Without a job, the dictionary is empty. The caller calls
-    `keep_freed_memory` when the model is loaded.
+    If the plan fails, the future raises the error. If `job` is None, the dictionary is empty. `model` and `config` are
+    those of the run. Call `keep_freed_memory` when the model is loaded, because arrays return to the kernel until then.
     """
     if job is None:
         yield {}

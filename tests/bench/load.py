@@ -172,7 +172,10 @@ def map_digests(slides: Sequence[Path], output: Path) -> dict[int, set[str]]:
 
 
 def _stages(result: SlideResult) -> dict[str, float]:
-    """Seconds per stage of a slide, those within blocks left out, and the rest: digest, page, lock and renaming."""
+    """Return the seconds of each stage of a slide outside its blocks, and of the rest: digest, page, lock and renaming.
+
+    An output written on another thread is listed, but does not reduce the rest.
+    """
     if result.folder is None:
         return {}
     seconds: dict[str, float] = run_of(result.folder)["seconds"]

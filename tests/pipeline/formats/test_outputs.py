@@ -54,7 +54,7 @@ def test_the_pyramid_is_built_beside_the_polygons(tmp_path: Path, monkeypatch: p
     assert {"join", "pyramid"} <= set(run.seconds)
 
 
-def test_an_error_waits_for_the_other_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_raised_after_the_other_thread_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed, ended = threading.Event(), []
 
     def broken(*_: object) -> None:

@@ -56,7 +56,7 @@ def test_names_are_shown_unchanged_and_link_to_the_slides_page(page: Page, repor
 def test_thumbnails_show_the_classes_over_the_slide(page: Page, report: Path) -> None:
     opened(page, report)
     assert page.locator("tbody img").count() == 4
-    # They load when they are in view, so they may be later than the page.
+    # The thumbnails are lazy (loading="lazy"), so they can load after the page.
     page.wait_for_function("[...document.querySelectorAll('tbody img')].every(img => img.complete)")
     loaded = page.eval_on_selector_all("tbody img", "all => all.map(img => img.complete && img.naturalWidth)")
     assert loaded == [256] * 4

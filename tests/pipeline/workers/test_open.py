@@ -152,7 +152,7 @@ def test_the_first_slide_is_planned_while_the_model_loads(tmp_path: Path, monkey
         pass
 
 
-def test_after_the_plan_arrays_are_kept_as_the_runtime_needs_it(
+def test_malloc_is_set_for_the_runtime_when_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
