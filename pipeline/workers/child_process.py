@@ -36,7 +36,6 @@ from pipeline.results.slide_result import SlideResult
 from pipeline.workers.base import SlideJob, Workers
 from pipeline.workers.malloc import imported_for_good, keep_freed_memory
 from pipeline.workers.outcome import Outcome
-from pipeline.workers.planning import planning
 from pipeline.workers.semaphores import start_silent_tracker
 from wsi.errors import WsiSegmentError, shortage
 
@@ -215,16 +214,14 @@ def _ctrl_c_blocked() -> Iterator[None]:
 
 def _serve(connection: Connection, model: str, config: SegmentConfig, first: SlideJob | None, level: int) -> None:
     """Segment the requested slides until the connection closes."""
+    with imported_for_good():
+        from pipeline.workers.in_process import open_in_process  # loads torch, which the waiting process does not need
+
     log_to_stderr(level)
     keep_freed_memory()
     with ExitStack() as stack:
         try:
-            plans = stack.enter_context(planning(model, config, first))
-            with imported_for_good():
-                # loads torch, which the waiting process does not need
-                from pipeline.workers.in_process import open_in_process
-
-            workers = open_in_process(model, config, plans)
+            workers = stack.enter_context(open_in_process(model, config, first=first))
             ready = Outcome(True)
         except Exception as error:  # noqa: BLE001 - the parent raises the error
             ready = Outcome.failed(error)

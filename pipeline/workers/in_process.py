@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from pipeline.config import SegmentConfig
 from pipeline.errors import Cancelled
 from pipeline.progress import Progress
 from pipeline.results.slide_result import SlideResult
+from pipeline.slide.plan import PlannedSlide, plan_slide
 from pipeline.slide.recipe import segment_slide
 from pipeline.workers.base import SlideJob, job_config
 from pipeline.workers.malloc import keep_freed_memory
-from pipeline.workers.planning import Plans
 
 
 def load_predictor(model: str, config: SegmentConfig) -> Predictor:
@@ -39,14 +40,16 @@ def predictor_settings(config: SegmentConfig) -> dict[str, Any]:
     }
 
 
-def open_in_process(model: str, config: SegmentConfig, plans: Plans) -> InProcess:
-    """Load a model and return the workers that segment slides with it in this process.
+@contextmanager
+def open_in_process(model: str, config: SegmentConfig, *, first: SlideJob | None = None) -> Iterator[InProcess]:
+    """Load a model and yield the workers that segment slides with it in this process.
 
-    `plans` comes from `planning`. Raises ModelError.
+    The slide `first` is planned while the model loads. Raises ModelError.
     """
-    workers = InProcess(lambda name: load_predictor(name, config), model, config, plans)
-    keep_freed_memory(workers.load(model).runtime)
-    return workers
+    workers = InProcess(lambda name: load_predictor(name, config), model, config)
+    with workers.planning(first) if first is not None else nullcontext():
+        keep_freed_memory(workers.load(model).runtime)
+        yield workers
 
 
 class InProcess:
@@ -54,16 +57,14 @@ class InProcess:
 
     slides_at_once = 1
 
-    def __init__(
-        self, load: Callable[[str], Predictor], model: str, config: SegmentConfig, plans: Plans | None = None
-    ) -> None:
+    def __init__(self, load: Callable[[str], Predictor], model: str, config: SegmentConfig) -> None:
         self._load = load
         self._model = model
         self._config = config
         self._predictors: dict[str, Predictor] = {}
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
-        self._plans = {} if plans is None else plans
+        self._planned: dict[SlideJob, Future[PlannedSlide]] = {}
 
     def load(self, model: str) -> Predictor:
         """Return the networks of a bundle. Raises ModelError."""
@@ -83,11 +84,26 @@ class InProcess:
         config, predictor = job_config(job, self._config), self.load(job.model or self._model)
         with ExitStack() as stack:
             planned = None
-            if job in self._plans:
-                planned = self._plans.pop(job).result()
+            if job in self._planned:
+                planned = self._planned.pop(job).result()
                 stack.enter_context(planned.slide)
             return segment_slide(job.path, output, predictor, config, unless_cancelled, planned, job.name)
 
     def cancel(self) -> None:
         """See `Workers.cancel`."""
         self._cancelled.set()
+
+    @contextmanager
+    def planning(self, job: SlideJob) -> Iterator[None]:
+        """Plan a slide on another thread. If the plan fails, `segment` raises the error."""
+
+        def plan() -> PlannedSlide:
+            return plan_slide(job.path, load_bundle(job.model or self._model).card, job_config(job, self._config))
+
+        with ThreadPoolExecutor(1, thread_name_prefix="plan") as pool:
+            self._planned[job] = pool.submit(plan)
+            try:
+                yield
+            finally:
+                if (unused := self._planned.pop(job, None)) and not unused.exception():
+                    unused.result().slide.close()

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from models.runtimes import RUNTIME_FACTS, Runtime
@@ -14,7 +14,6 @@ from models.runtimes import RUNTIME_FACTS, Runtime
 # Numbers of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _ARENAS = 2
-_MAPPED_BESIDE_IMPORTS = 256 << 10
 
 
 @contextmanager
@@ -22,8 +21,7 @@ def imported_for_good(library: str = "torch") -> Iterator[None]:
     """Import libraries that the process needs until it exits, and exclude their objects from garbage collection.
 
     torch, OpenVINO and the others create 500,000 objects. Without this context, Python's collector scans them
-    several times during the import (0.4 s of processor time), and again in every full collection of a run. Objects
-    that other threads create during the import are excluded too.
+    several times during the import (0.4 s of processor time), and again in every full collection of a run.
     """
     if library in sys.modules:  # nothing to import, and what is garbage now must not be kept
         yield
@@ -53,27 +51,15 @@ def keep_freed_memory(runtime: Runtime = "torch") -> bool:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     if not sys.platform.startswith("linux"):
         return False
-    facts = RUNTIME_FACTS[runtime]
-    return _set_options(
-        {_M_TRIM_THRESHOLD: facts.kept_bytes, _M_MMAP_THRESHOLD: facts.mapped_bytes, _M_ARENA_MAX: _ARENAS}
-    )
-
-
-def return_arrays_to_the_kernel() -> None:
-    """Let glibc return freed arrays of at least 256 KiB to the kernel until `keep_freed_memory` is called.
-
-    Call this before another thread starts work during an import. Otherwise, the arrays of that work leave holes between
-    the imported objects: on a large slide, 0.13 GB more are in use when the model is loaded (docs/benchmarks/speed.md).
-    """
-    if sys.platform.startswith("linux"):
-        _set_options({_M_MMAP_THRESHOLD: _MAPPED_BESIDE_IMPORTS})
-
-
-def _set_options(options: Mapping[int, int]) -> bool:
-    """Set options of glibc's malloc. Return whether that was possible."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # musl's C library has no mallopt.
     if mallopt is None:
         return False
+    facts = RUNTIME_FACTS[runtime]
+    options = {
+        _M_TRIM_THRESHOLD: facts.kept_bytes,
+        _M_MMAP_THRESHOLD: facts.mapped_bytes,
+        _M_ARENA_MAX: _ARENAS,
+    }
     # A list, so that a failure of one option does not prevent the others.
     return all([mallopt(option, value) for option, value in options.items()])  # noqa: C419

@@ -14,7 +14,6 @@ from pipeline.limits import available_cores
 # Nothing here imports torch, because a process that waits for others does not need it.
 from pipeline.workers.base import SlideJob, Spread, Workers
 from pipeline.workers.malloc import imported_for_good
-from pipeline.workers.planning import planning
 
 
 @contextmanager
@@ -44,11 +43,11 @@ def open_workers(
     """
     check_workers(scheduler, spread=spread, slide_timeout_s=slide_timeout_s)
     if scheduler is None:
-        with planning(model, config, first) as plans:
-            with imported_for_good():
-                from pipeline.workers.in_process import open_in_process
+        with imported_for_good():
+            from pipeline.workers.in_process import open_in_process
 
-            yield open_in_process(model, config, plans)
+        with open_in_process(model, config, first=first) as here:
+            yield here
         return
     if scheduler == "process":
         from pipeline.workers.child_process import ChildProcess

@@ -5,24 +5,11 @@ from __future__ import annotations
 import gc
 import sys
 
-import pytest
-
-from pipeline.workers import malloc
-from pipeline.workers.malloc import imported_for_good, keep_freed_memory, return_arrays_to_the_kernel
+from pipeline.workers.malloc import imported_for_good, keep_freed_memory
 
 
 def test_freed_memory_can_be_kept_on_linux() -> None:
     assert keep_freed_memory() is sys.platform.startswith("linux")
-
-
-def test_arrays_return_to_the_kernel_until_the_runtime_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    thresholds: list[int] = []
-    monkeypatch.setattr(malloc, "_set_options", lambda options: thresholds.append(options[malloc._M_MMAP_THRESHOLD]))
-    monkeypatch.setattr(malloc.sys, "platform", "linux")  # type: ignore[attr-defined] # the module's own import
-    return_arrays_to_the_kernel()
-    keep_freed_memory("openvino")
-    keep_freed_memory("torch")
-    assert thresholds == [256 << 10, 4 << 20, 48 << 20]
 
 
 def test_the_collector_rests_during_imports_and_skips_their_objects_later() -> None:

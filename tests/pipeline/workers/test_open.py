@@ -134,7 +134,7 @@ def test_the_first_slide_is_planned_while_the_model_loads(tmp_path: Path, monkey
         planned.append(path)
         return plan_slide(path, card, settings)
 
-    monkeypatch.setattr("pipeline.workers.planning.plan_slide", plan)
+    monkeypatch.setattr("pipeline.workers.in_process.plan_slide", plan)
     with open_workers(None, bundle, config, first=job) as workers:
         results = [workers.segment(one, tmp_path / "ahead", no_progress) for one in (job, other)]
     with open_workers(None, bundle, config) as workers:
@@ -152,55 +152,11 @@ def test_the_first_slide_is_planned_while_the_model_loads(tmp_path: Path, monkey
         pass
 
 
-def test_malloc_is_set_for_the_runtime_when_the_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: list[str] = []
-    monkeypatch.setattr("pipeline.workers.planning.return_arrays_to_the_kernel", lambda: called.append("return"))
-    monkeypatch.setattr("pipeline.workers.in_process.keep_freed_memory", called.append)
-    bundle, config = str(small_bundle(tmp_path / "small").path), replace(SMALL, device="cpu", runtime="torch")
-    with open_workers(None, bundle, config, first=small(tmp_path, "a")[0]):
-        assert called == ["return", "torch"]
-    with open_workers(None, bundle, config):
-        assert called == ["return", "torch", "torch"]
-
-
-WITHOUT_TORCH = """
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from pipeline.config import SegmentConfig
-from pipeline.errors import WsiSegmentError
-from pipeline.workers import planning
-from pipeline.workers.base import SlideJob
-from pipeline.workers.open import open_workers
-
-class Pool(ThreadPoolExecutor):
-    def submit(self, *arguments):
-        print("torch" in sys.modules)
-        return super().submit(*arguments)
-
-planning.ThreadPoolExecutor = Pool
-try:
-    with open_workers(None, "no/such", SegmentConfig(), first=SlideJob(Path("a.svs"))):
-        pass
-except WsiSegmentError:
-    print("torch" in sys.modules)
-"""
-
-
-def test_the_plan_begins_before_torch_is_imported() -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert process.stdout.split() == ["False", "True"]
-
-
 def test_a_slide_that_changes_after_it_was_planned_fails(tmp_path: Path) -> None:
     bundle, config = str(small_bundle(tmp_path / "small").path), replace(SMALL, device="cpu", runtime="torch")
     (job,) = small(tmp_path, "a")
     with open_workers(None, bundle, config, first=job) as workers:
-        workers._plans[job].result()  # type: ignore[attr-defined]
+        workers._planned[job].result()  # type: ignore[attr-defined]
         os.utime(job.path, ns=(1, 1))
         with pytest.raises(SlideReadError, match=r"a\.svs: the file has changed since the run began"):
             workers.segment(job, tmp_path / "out", no_progress)
