@@ -139,6 +139,12 @@ def _write_preview(segmented: SegmentedSlide, folder: Path) -> None:
 
 
 OUTPUTS: dict[str, Output] = {
+    "pyramid": Output(
+        progress="building the pyramid",
+        files={MAP_END: "probabilities and classes as OME-Zarr: QuPath, napari, Vitessce, Fiji"},
+        write=_write_pyramid,
+        beside=True,
+    ),
     "join": Output(
         progress="joining polygons",
         files={GEOJSON_END: "polygons for QuPath", GEOPARQUET_END: "polygons as GeoParquet: GeoPandas, R, GIS"},
@@ -148,12 +154,6 @@ OUTPUTS: dict[str, Output] = {
         progress="writing left-out areas",
         files={LEFT_OUT: "folds, pen, dust and other areas beside the tissue, for QuPath"},
         write=_write_left_out,
-    ),
-    "pyramid": Output(
-        progress="building the pyramid",
-        files={MAP_END: "probabilities and classes as OME-Zarr: QuPath, napari, Vitessce, Fiji"},
-        write=_write_pyramid,
-        beside=True,
     ),
     "familiarity": Output(
         progress="writing the familiarity",
@@ -166,7 +166,7 @@ OUTPUTS: dict[str, Output] = {
         write=_write_preview,
     ),
 }
-"""Every output, in the order in which they are written. Outputs with `beside` start before all others."""
+"""Every output, in the order in which they are started."""
 
 
 def file_description(name: str) -> str:

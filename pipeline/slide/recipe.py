@@ -298,7 +298,7 @@ def _write_outputs(segmented: SegmentedSlide, folder: Path, seconds: dict[str, f
 
     with ThreadPoolExecutor(1, thread_name_prefix="output") as pool:
         beside = []
-        for stage, output in sorted(OUTPUTS.items(), key=lambda item: not item[1].beside):
+        for stage, output in OUTPUTS.items():
             progress(output.progress, 0, 1)
             if output.beside:
                 beside.append(pool.submit(write, stage))
