@@ -27,7 +27,7 @@ from models.gate_windows import GateWindows, cut_windows
 from models.normalize import OfBytes, normalized
 from models.openvino_network import IMAGE, MapSize, OpenVinoNetwork
 from models.padding import pad_before_expansion
-from models.runtimes import CONTEXT, Compute
+from models.runtimes import AHEAD, CONTEXT, Compute
 from models.segmenter import AROUND, NATIVE_STRIDE, RIM, logits_at_stride
 from models.shared_stages import split_networks
 
@@ -85,7 +85,9 @@ class DeviceNetworks:
         self._streams = min(streams, compute.threads) if several else 1
         # Windows are smaller than canvases.
         self._first = (
-            None if networks.first is None else self._prepared(networks.first, size=2 * CONTEXT + SMALLEST_CORE)
+            None
+            if networks.first is None
+            else self._prepared(networks.first, size=2 * CONTEXT + SMALLEST_CORE, ahead=AHEAD)
         )
         self.shared_stride = None if networks.shared_deep is None else networks.shared_deep[1]
         """The stride of the deep features if the segmenter takes the classifier's, else None."""
@@ -100,7 +102,7 @@ class DeviceNetworks:
         maps = [start]
         if networks.shared_deep is not None:
             maps = [start._replace(beyond=AROUND - card.margin), MapSize(*networks.shared_deep, RING)]
-        self._segmenter = self._prepared(networks.segmenter, maps, few_sizes=self._part_side is not None)
+        self._segmenter = self._prepared(networks.segmenter, maps, ahead=AHEAD, few_sizes=self._part_side is not None)
         # If the whole backbone is shared, no other network holds the head.
         self._classifier: Any = _placed(networks.classifier, self.device)
 
@@ -118,7 +120,7 @@ class DeviceNetworks:
             return self.each(self.start_alone, canvases, before_each)
         before_each()
         side = _FINE_SIDE.get(self.device.type, _FINE_SIDE_ELSEWHERE)
-        map_Chw = fine_map(self._fine, rgb_HWC, places, side, partial(self.each, before_each=before_each))
+        map_Chw = fine_map(self._fine, rgb_HWC, places, side, partial(self.each, before_each=before_each, ahead=AHEAD))
         return [part_of(map_Chw, place) for place in places]
 
     def start_alone(self, rgb_HWC: Tensor) -> Tensor:
@@ -187,11 +189,17 @@ class DeviceNetworks:
         return torch.cat(found)
 
     def each(
-        self, run: Callable[[Item], Result], items: Sequence[Item], before_each: Callable[[], object] = lambda: None
+        self,
+        run: Callable[[Item], Result],
+        items: Sequence[Item],
+        before_each: Callable[[], object] = lambda: None,
+        *,
+        ahead: int = 0,
     ) -> list[Result]:
-        """Return `run(item)` for each item, in order, and compute as many items at once as there are streams.
+        """Return `run(item)` for each item, in order. As many items run at once as there are streams.
 
-        `before_each` is called before each item; an error that it or `run` raises ends the call.
+        With several streams, `ahead` more items run, which takes memory: see `AHEAD`. `before_each` is called before
+        each item; an error that it or `run` raises ends the call.
         """
 
         def one(item: Item) -> Result:
@@ -207,7 +215,7 @@ class DeviceNetworks:
                 return one(item)
 
         # An error cancels the items that have not started.
-        with ThreadPoolExecutor(self._streams) as pool:
+        with ThreadPoolExecutor(self._streams + ahead) as pool:
             return list(pool.map(inferred, items))
 
     def own_threads(self) -> AbstractContextManager[None]:
@@ -227,6 +235,7 @@ class DeviceNetworks:
         maps: Sequence[MapSize] = (IMAGE,),
         size: int | None = None,
         *,
+        ahead: int = 0,
         few_sizes: bool = False,
     ) -> Network:
         """Return a network on the device, for maps of these sizes, or for the bytes of images.
@@ -243,6 +252,7 @@ class DeviceNetworks:
                 maps=maps,
                 streams=self._streams,
                 threads=self._compute.threads,
+                ahead=ahead if self._streams > 1 else 0,
                 few_sizes=few_sizes,
             )
         return placed

@@ -92,7 +92,7 @@ class OpenVinoNetwork:
     N can be any number, and H and W any multiples of 32 from the side that the network was traced at, or of 16 if its
     strides allow that. The result of an image does not depend on the other images. A network may also take feature
     maps or bytes, see `MapSize`.
-    As many calls as there are streams may overlap; others wait. Nothing is written to disk.
+    Calls may overlap; those beyond the streams wait. Nothing is written to disk.
     """
 
     def __init__(
@@ -104,13 +104,15 @@ class OpenVinoNetwork:
         maps: Sequence[MapSize] = (MapSize(3, 1),),
         streams: int = 1,
         threads: int | None = None,
+        ahead: int = 0,
         few_sizes: bool = False,
     ) -> None:
         """Compile the network, in eval mode, and compare its outputs for images of this side with those of torch.
 
         `size` is the smallest side of an image: at a smaller side than the trace, padding may not have enough pixels.
         `maps` describes each argument of the network. Each of the `streams` keeps its own activations. They share the
-        `threads`; None stands for as many as torch has. With `few_sizes`, kernels are kept for each size of the maps.
+        `threads`; None stands for as many as torch has. `ahead` more calls can wait with their arguments until a stream
+        is free; each keeps its last outputs. With `few_sizes`, kernels are kept for each size of the maps.
         Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
         self._smallest = maps[0].side(size)
@@ -118,7 +120,7 @@ class OpenVinoNetwork:
         self._sides = slice(1, 3) if maps[0].of_bytes else slice(2, 4)
         compiled = _compile(network, _examples(maps, size, size), _FORMATS[precision], streams, threads, few_sizes)
         self._requests: queue.Queue[_Request] = queue.Queue()
-        for _ in range(streams):
+        for _ in range(streams + ahead):
             self._requests.put(_Request(compiled))
         self._compare(network, size, precision, maps)
 

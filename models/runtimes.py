@@ -36,6 +36,10 @@ STREAMS = 2
 """Canvases that OpenVINO computes at a time if the first stages of the networks run in windows. Two threads that
 compute one canvas each need less processor time than two threads that share one."""
 
+AHEAD = 1
+"""Small items that Python prepares while all streams compute. Otherwise, a stream would wait until Python has taken its
+output and prepared its next input."""
+
 CONTEXT = 16
 """Pixels around a canvas, or around the used part of a window, that the first stages see. Their padding must not reach
 farther. A multiple of 16."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -142,6 +143,23 @@ def test_an_error_in_a_stream_ends_the_call_and_cancels_what_has_not_begun() -> 
     with pytest.raises(MemoryError, match="item 3"):
         networks.each(run, range(3, 500))
     assert len(begun) < 400
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_as_many_items_run_as_there_are_streams_and_items_ahead(ahead: int) -> None:
+    networks, together = two_streams(), threading.Barrier(2 + ahead, timeout=30)
+    running: list[int] = []
+    counts = []
+
+    def run(item: int) -> int:
+        running.append(item)
+        counts.append(len(running))
+        together.wait()  # fails if fewer items run
+        running.remove(item)
+        return 10 * item
+
+    assert networks.each(run, range(12), ahead=ahead) == list(range(0, 120, 10))
+    assert max(counts) == 2 + ahead
 
 
 def test_torch_has_one_thread_beside_openvino_and_its_threads_again_afterwards() -> None:

@@ -215,10 +215,11 @@ def test_a_call_leaves_the_images_of_earlier_calls_alone() -> None:
 
 
 @needs_openvino
-def test_calls_that_overlap_share_the_streams_and_return_their_own_outputs() -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_calls_that_overlap_share_the_streams_and_return_their_own_outputs(ahead: int) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1)).eval()
-    streams = OpenVinoNetwork(network, 32, streams=2)
+    streams = OpenVinoNetwork(network, 32, streams=2, ahead=ahead)
     images = [torch.randn(1, 3, 32 * (1 + n % 3), 64) for n in range(40)]
     with ThreadPoolExecutor(4) as pool:  # more callers than streams
         found = list(pool.map(streams, images))
