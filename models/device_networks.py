@@ -80,6 +80,8 @@ class DeviceNetworks:
         padded = pad_before_expansion(classifier), pad_before_expansion(segmenter)
         networks = split_networks(*padded, card.margin, textured=textured)
         self._in_windows = networks.first is not None and networks.reach_px <= CONTEXT
+        # Windows start at cells of the shared map.
+        self._context = NATIVE_STRIDE * math.ceil(min(networks.reach_px, CONTEXT) / NATIVE_STRIDE)
         # Each stream keeps its own activations. Whole networks on whole canvases need too much memory for two streams.
         several = compute.runtime == "openvino" and self._in_windows
         self._streams = min(streams, compute.threads) if several else 1
@@ -120,7 +122,8 @@ class DeviceNetworks:
             return self.each(self.start_alone, canvases, before_each)
         before_each()
         side = _FINE_SIDE.get(self.device.type, _FINE_SIDE_ELSEWHERE)
-        map_Chw = fine_map(self._fine, rgb_HWC, places, side, partial(self.each, before_each=before_each, ahead=AHEAD))
+        each = partial(self.each, before_each=before_each, ahead=AHEAD)
+        map_Chw = fine_map(self._fine, rgb_HWC, places, side, self._context, each)
         return [part_of(map_Chw, place) for place in places]
 
     def start_alone(self, rgb_HWC: Tensor) -> Tensor:

@@ -9,14 +9,12 @@ Shape suffixes: H and W an image, C channels, h and w its map at stride 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from models.backbone_windows import Place
-from models.runtimes import CONTEXT
 from models.segmenter import NATIVE_STRIDE
 
 
@@ -35,20 +33,33 @@ Window = tuple[Span, Span]
 """A window along both axes: rows and columns."""
 
 
-def spans(length: int, side: int) -> Iterator[Span]:
-    """Yield windows of `side` pixels that cover an axis of `length` pixels, both multiples of 16.
+def spans(needed: Iterable[slice], length: int, side: int, context: int) -> list[Span]:
+    """Return windows of `side` pixels along an axis that cover its needed parts. All are multiples of 4 pixels.
 
-    The used parts of the windows cover the axis without gaps or overlaps. They lie at least `CONTEXT` pixels from the
-    ends of their windows, except at the ends of the axis. An axis shorter than `side` has one window.
+    The axis has `length` pixels; parts beyond it do not count. The used parts of the windows do not overlap and contain
+    the needed parts. They lie at least `context` pixels from the ends of their windows, except at the ends of the axis.
+    An axis shorter than `side` has one window.
     """
-    step, used = side - 2 * CONTEXT, 0
-    for nominal in range(0, max(1, length - 2 * CONTEXT), step):
-        # The last window ends with the image.
-        start = max(0, min(nominal, length - side))
-        stop = min(length, start + side)
-        last = length if stop == length else stop - CONTEXT
-        yield Span(start, stop, used, last)
-        used = last
+    found: list[Span] = []
+    used = 0
+    for part in sorted(needed, key=lambda part: part.start):
+        used = max(used, part.start)
+        while used < min(part.stop, length):
+            start = max(0, min(used - context, length - side))
+            stop = min(length, start + side)
+            last = length if stop == length else stop - context
+            found.append(Span(start, stop, used, last))
+            used = last
+    return found
+
+
+def windows(size: Sequence[int], places: Sequence[Place], side: int, context: int) -> list[Window]:
+    """Return windows that cover places of an image of this height and width. See `spans`."""
+    found = []
+    for rows in spans([place[0] for place in places], size[0], side, context):
+        beside = [place[1] for place in places if place[0].start < rows.last and rows.first < place[0].stop]
+        found += [(rows, columns) for columns in spans(beside, size[1], side, context)]
+    return found
 
 
 def fine_map(
@@ -56,19 +67,16 @@ def fine_map(
     rgb_HWC: Tensor,
     places: Sequence[Place],
     side: int,
-    each: Callable[[Callable[[Window], None], Sequence[Window]], object] = lambda run, windows: list(map(run, windows)),
+    context: int,
+    each: Callable[[Callable[[Window], None], Sequence[Window]], object] = lambda run, items: list(map(run, items)),
 ) -> Tensor:
     """Return the map (C, h, w) of an image (H, W, 3) from `first`: (1, H, W, 3) uint8 -> (1, C, h, w).
 
     Needs at least one place. Values outside `places` are undefined. Inside, they equal those of the whole image if the
-    padding of `first` reaches at most `CONTEXT` pixels. `each` calls a function for each window, in any order.
+    padding of `first` reaches at most `context` pixels. The windows have this `side`, or that of the image. `each`
+    calls a function for each window, in any order.
     """
-    rows, columns = (list(spans(length, side)) for length in rgb_HWC.shape[:2])
-    start, *others = (
-        window
-        for window in product(rows, columns)
-        if any(_overlap(window[0], place[0]) and _overlap(window[1], place[1]) for place in places)
-    )
+    start, *others = windows(rgb_HWC.shape[:2], places, side, context)
 
     def computed(window: Window) -> Tensor:
         return first(rgb_HWC[None, *(slice(span.start, span.stop) for span in window)])[0]
@@ -79,8 +87,8 @@ def fine_map(
 
     # The map of the first window gives the number of channels.
     start_Chw = computed(start)
-    sides = (length // NATIVE_STRIDE for length in rgb_HWC.shape[:2])
-    found_Chw = start_Chw.new_empty((len(start_Chw), *sides))
+    shape = (length // NATIVE_STRIDE for length in rgb_HWC.shape[:2])
+    found_Chw = start_Chw.new_empty((len(start_Chw), *shape))
     store(start, start_Chw)
     each(lambda window: store(window, computed(window)), others)
     return found_Chw
@@ -90,10 +98,6 @@ def part_of(map_Chw: Tensor, place: Place) -> Tensor:
     """Return the part of a map at stride 4 that belongs to a place of its image."""
     rows, columns = (slice(axis.start // NATIVE_STRIDE, axis.stop // NATIVE_STRIDE) for axis in place)
     return map_Chw[:, rows, columns]
-
-
-def _overlap(span: Span, axis: slice) -> bool:
-    return bool(span.first < axis.stop and axis.start < span.last)
 
 
 def _cells(span: Span, origin: int = 0) -> slice:

@@ -41,8 +41,8 @@ AHEAD = 1
 output and prepared its next input."""
 
 CONTEXT = 16
-"""Pixels around a canvas, or around the used part of a window, that the first stages see. Their padding must not reach
-farther. A multiple of 16."""
+"""Pixels around a canvas that the first stages see. If their padding reaches farther, they run on whole canvases. A
+multiple of 16."""
 
 FEATURE_BYTES_PER_PX = 28
 """Bytes per pixel of the maps that a classifier and a segmenter share (`models.shared_stages`): at most 64 channels for

@@ -14,29 +14,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models import fine_map as module
 from models.backbone_windows import Place
 from models.bundle import load_bundle
 from models.card import NO_DIGEST
-from models.fine_map import fine_map, part_of, spans
+from models.fine_map import fine_map, part_of, spans, windows
 from models.predictor import Predictor
-from models.runtimes import CONTEXT
 from models.shared_stages import split_networks
 from tests.models.networks import sharing_networks, timm_networks
 
 
-@given(length=st.integers(1, 60), side=st.integers(3, 20))
-def test_windows_cover_an_axis_without_gap_or_overlap_and_with_context(length: int, side: int) -> None:
-    length, side = 16 * length, 16 * side
-    found = list(spans(length, side))
+@given(
+    length=st.integers(1, 60),
+    side=st.integers(3, 20),
+    context=st.integers(0, 5),
+    parts=st.lists(st.tuples(st.integers(-3, 62), st.integers(1, 30)), min_size=1, max_size=4),
+)
+def test_windows_contain_the_needed_parts_of_an_axis_once_and_with_context(
+    length: int, side: int, context: int, parts: list[tuple[int, int]]
+) -> None:
+    length, side, context = 16 * length, 16 * side, 4 * context
+    needed = [slice(16 * start, 16 * (start + size)) for start, size in parts]
+    found = spans(needed, length, side, context)
     used = [px for span in found for px in range(span.first, span.last)]
-    assert used == list(range(length))
+    wanted = {px for part in needed for px in range(max(0, part.start), min(length, part.stop))}
+    assert wanted <= set(used)
+    assert len(used) == len(set(used))
     for span in found:
         assert span.stop - span.start == min(side, length)
         assert 0 <= span.start <= span.first < span.last <= span.stop <= length
-        assert span.start % 16 == 0
-        assert span.first - span.start >= CONTEXT or span.start == 0
-        assert span.stop - span.last >= CONTEXT or span.stop == length
+        assert all(end % 4 == 0 for end in span)
+        assert span.first - span.start >= context or span.start == 0
+        assert span.stop - span.last >= context or span.stop == length
+        assert span.first in wanted  # no window begins where nothing is needed
 
 
 def first_stages() -> Callable[[Tensor], Tensor]:
@@ -47,6 +56,8 @@ def first_stages() -> Callable[[Tensor], Tensor]:
 
 
 IMAGE_HWC = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (208, 320, 3), dtype=np.uint8))
+REACH = 12
+"""The padding of the first stages reaches 9 px."""
 PLACES: list[Place] = [(slice(0, 96), slice(0, 96)), (slice(112, 208), slice(144, 304))]
 
 
@@ -61,19 +72,18 @@ def test_a_map_in_windows_has_the_values_of_the_whole_image_in_every_place(side:
 
     with torch.inference_mode():
         whole_Chw = first(IMAGE_HWC[None])[0]
-        found_Chw = fine_map(first, IMAGE_HWC, PLACES, side, backwards)
+        found_Chw = fine_map(first, IMAGE_HWC, PLACES, side, REACH, backwards)
     for place in PLACES:
         torch.testing.assert_close(part_of(found_Chw, place), part_of(whole_Chw, place), atol=1e-5, rtol=1e-5)
-    windows = len(list(spans(208, side))) * len(list(spans(320, side)))
-    assert ran + 1 < windows or side == 288  # windows without a place are left out
+    everywhere = windows((208, 320), [(slice(0, 208), slice(0, 320))], side, REACH)
+    assert ran + 1 < len(everywhere) or side == 288  # windows without a place are left out
 
 
-def test_less_context_than_the_stages_reach_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CONTEXT", 0)
+def test_less_context_than_the_stages_reach_would_show() -> None:
     first = first_stages()
     with torch.inference_mode():
         whole_Chw = first(IMAGE_HWC[None])[0]
-        found_Chw = fine_map(first, IMAGE_HWC, PLACES, 96)
+        found_Chw = fine_map(first, IMAGE_HWC, PLACES, 96, REACH - 4)
     assert (part_of(found_Chw, PLACES[1]) - part_of(whole_Chw, PLACES[1])).abs().max() > 1e-3
 
 
