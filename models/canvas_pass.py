@@ -27,7 +27,6 @@ from models.familiarity import Statistics, window_features
 from models.fine_map import part_of
 from models.gate import passing_classes, presence
 from models.gate_windows import GateWindows, PixelGates, gate_windows, pixel_gates, placed
-from models.runtimes import AHEAD
 
 Item = TypeVar("Item")
 
@@ -195,7 +194,7 @@ class CanvasPass:
             return _finite(logits_NKhw).expand(len(batch.canvases))
 
         items = [(index, part) for index, batch in enumerate(self._batches) for part in batch.parts]
-        finite = self._networks.each(segment, items, self._before_batch, ahead=AHEAD)
+        finite = self._networks.each(segment, items, self._before_batch, ahead=self._networks.ahead)
         _check_finite("segmenter", [n for n, _ in self._in_parts()], *to_host([torch.cat(finite)]))
         return decisions
 

@@ -67,7 +67,7 @@ class DeviceNetworks:
         *,
         textured: bool = False,
     ) -> None:
-        """Prepare both networks, for at most this many calls at a time: see `STREAMS` in `models.runtimes`.
+        """Prepare both networks. OpenVINO computes at most `streams` calls at a time: see `models.runtimes.STREAMS`.
 
         `textured`: `deep` also returns the textures. Raises RuntimeUnavailableError if OpenVINO does not support a
         network.
@@ -80,7 +80,7 @@ class DeviceNetworks:
         padded = pad_before_expansion(classifier), pad_before_expansion(segmenter)
         networks = split_networks(*padded, card.margin, textured=textured)
         self._in_windows = networks.first is not None and networks.reach_px <= CONTEXT
-        # Windows start at cells of the shared map.
+        # Rounded up, because windows start at whole cells of the shared map.
         self._context = NATIVE_STRIDE * math.ceil(min(networks.reach_px, CONTEXT) / NATIVE_STRIDE)
         # Each stream keeps its own activations. Whole networks on whole canvases need too much memory for two streams.
         several = compute.runtime == "openvino" and self._in_windows
@@ -98,13 +98,16 @@ class DeviceNetworks:
         if self.shared_stride is not None and self.device.type == "cpu":
             cells = (card.margin + RING - AROUND) // self.shared_stride
             self._part_side = None if reads_beyond(cells, card.segmenter.rates) else PART_SIDE
+        self.ahead = 0 if self._part_side is None else AHEAD
+        """How many more parts of cores the segmenter takes than it computes at a time. Whole cores are too large."""
         # The windows of a shared backbone can have less context than canvases.
         context = card.margin if networks.shared_deep is None else min(OVERLAP, card.margin)
         self._deep = self._prepared(networks.deep, [start], size=2 * context + SMALLEST_CORE)
         maps = [start]
         if networks.shared_deep is not None:
             maps = [start._replace(beyond=AROUND - card.margin), MapSize(*networks.shared_deep, RING)]
-        self._segmenter = self._prepared(networks.segmenter, maps, ahead=AHEAD, few_sizes=self._part_side is not None)
+        in_parts = self._part_side is not None
+        self._segmenter = self._prepared(networks.segmenter, maps, ahead=self.ahead, few_sizes=in_parts)
         # If the whole backbone is shared, no other network holds the head.
         self._classifier: Any = _placed(networks.classifier, self.device)
 
@@ -199,10 +202,10 @@ class DeviceNetworks:
         *,
         ahead: int = 0,
     ) -> list[Result]:
-        """Return `run(item)` for each item, in order. As many items run at once as there are streams.
+        """Return `run(item)` for each item, in order.
 
-        With several streams, `ahead` more items run, which takes memory: see `AHEAD`. `before_each` is called before
-        each item; an error that it or `run` raises ends the call.
+        With several streams, as many items run at once as there are streams, and `ahead` more. Each takes memory: see
+        `AHEAD`. `before_each` is called before each item; an error that it or `run` raises ends the call.
         """
 
         def one(item: Item) -> Result:

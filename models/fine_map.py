@@ -34,11 +34,12 @@ Window = tuple[Span, Span]
 
 
 def spans(needed: Iterable[slice], length: int, side: int, context: int) -> list[Span]:
-    """Return windows of `side` pixels along an axis that cover its needed parts. All are multiples of 4 pixels.
+    """Return windows of `side` pixels along an axis that cover its needed parts.
 
-    The axis has `length` pixels; parts beyond it do not count. The used parts of the windows do not overlap and contain
-    the needed parts. They lie at least `context` pixels from the ends of their windows, except at the ends of the axis.
-    An axis shorter than `side` has one window.
+    All limits and lengths are multiples of 4 pixels, and `side` is more than twice `context`. The axis has `length`
+    pixels; parts beyond it do not count. The used parts of the windows do not overlap and contain the needed parts.
+    They lie at least `context` pixels from the ends of their windows, except at the ends of the axis. An axis shorter
+    than `side` has one window.
     """
     found: list[Span] = []
     used = 0

@@ -92,7 +92,7 @@ class OpenVinoNetwork:
     N can be any number, and H and W any multiples of 32 from the side that the network was traced at, or of 16 if its
     strides allow that. The result of an image does not depend on the other images. A network may also take feature
     maps or bytes, see `MapSize`.
-    Calls may overlap; those beyond the streams wait. Nothing is written to disk.
+    Calls may overlap. If all streams are busy, a call waits. Nothing is written to disk.
     """
 
     def __init__(
@@ -111,8 +111,9 @@ class OpenVinoNetwork:
 
         `size` is the smallest side of an image: at a smaller side than the trace, padding may not have enough pixels.
         `maps` describes each argument of the network. Each of the `streams` keeps its own activations. They share the
-        `threads`; None stands for as many as torch has. `ahead` more calls can wait with their arguments until a stream
-        is free; each keeps its last outputs. With `few_sizes`, kernels are kept for each size of the maps.
+        `threads`; None stands for as many as torch has. `ahead` more calls can hand over their arguments before a
+        stream is free, and each keeps memory for its arguments and outputs. With `few_sizes`, kernels are kept for each
+        size of the maps.
         Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
         self._smallest = maps[0].side(size)

@@ -37,11 +37,12 @@ STREAMS = 2
 compute one canvas each need less processor time than two threads that share one."""
 
 AHEAD = 1
-"""Small items that Python prepares while all streams compute. Otherwise, a stream would wait until Python has taken its
-output and prepared its next input."""
+"""Windows of the first stages, or parts of the segmenter, that Python prepares while all streams compute. Otherwise, a
+stream would wait until Python has taken its output and prepared its next input. Larger items would take too much
+memory."""
 
 CONTEXT = 16
-"""Pixels around a canvas that the first stages see. If their padding reaches farther, they run on whole canvases. A
+"""Pixels around a canvas that the first stages read. Stages whose padding reaches farther run on whole canvases. A
 multiple of 16."""
 
 FEATURE_BYTES_PER_PX = 28

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from models.backbone_windows import RING, Place, runs_in_windows, window_places
 from models.card import ModelCard
-from models.runtimes import AHEAD, CONTEXT, FEATURE_BYTES_PER_PX, RUNTIME_FACTS, STREAMS
+from models.runtimes import CONTEXT, FEATURE_BYTES_PER_PX, RUNTIME_FACTS, STREAMS
 from pipeline.config import MapSettings, ResolvedSettings
 from pipeline.errors import PlanError
 from pipeline.limits import available_memory
@@ -75,7 +75,7 @@ class Plan:
         canvas_m = max(min(self.canvas_m, -(-side_m // CELL_M) * CELL_M), 2 * self.margin + CELL_M)
         # The softmax under the gates needs three maps at a time, beside the logits of canvases and of their cores.
         softmax = 4 * 5 * self.classes * (canvas_m // grid.m_per_out) ** 2
-        softmax *= STREAMS + AHEAD if settings.runtime == "openvino" else 1
+        softmax *= STREAMS if settings.runtime == "openvino" else 1
         # The gates of all canvases of a block: of the classes, of "no class", and of any class.
         gates = 4 * (self.classes + 2) * grid.block_out**2
         # The features of all canvases of a block, which overlap by their margins.

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models import device_networks
 from models.backbone_windows import Place
 from models.bundle import load_bundle
 from models.card import NO_DIGEST
-from models.fine_map import fine_map, part_of, spans, windows
+from models.fine_map import fine_map, part_of, spans
 from models.predictor import Predictor
 from models.shared_stages import split_networks
 from tests.models.networks import sharing_networks, timm_networks
@@ -75,8 +76,8 @@ def test_a_map_in_windows_has_the_values_of_the_whole_image_in_every_place(side:
         found_Chw = fine_map(first, IMAGE_HWC, PLACES, side, REACH, backwards)
     for place in PLACES:
         torch.testing.assert_close(part_of(found_Chw, place), part_of(whole_Chw, place), atol=1e-5, rtol=1e-5)
-    everywhere = windows((208, 320), [(slice(0, 208), slice(0, 320))], side, REACH)
-    assert ran + 1 < len(everywhere) or side == 288  # windows without a place are left out
+    # Everywhere, they would be 15, 12 and 2.
+    assert ran + 1 == {96: 10, 112: 3, 288: 2}[side]
 
 
 def test_less_context_than_the_stages_reach_would_show() -> None:
@@ -125,13 +126,13 @@ def test_openvino_computes_windows_that_are_smaller_than_the_smallest_canvas(mar
     assert torch.equal(found(runtime="openvino", streams=2), one_stream)
 
 
-def two_streams() -> Any:
+def two_streams(margin: int = 64) -> Any:
     """Return the networks of a predictor that computes two canvases at a time."""
     pytest.importorskip("openvino")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        card = load_bundle("colon-gland").card
+        card = load_bundle("colon-gland").card.model_copy(update={"margin": margin})
         return Predictor(card, NO_DIGEST, *sharing_networks(), device="cpu", runtime="openvino", streams=2)._networks
     finally:
         torch.set_num_threads(before)
@@ -155,21 +156,47 @@ def test_an_error_in_a_stream_ends_the_call_and_cancels_what_has_not_begun() -> 
     assert len(begun) < 400
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_as_many_items_run_as_there_are_streams_and_items_ahead(ahead: int) -> None:
-    networks, together = two_streams(), threading.Barrier(2 + ahead, timeout=30)
-    running: list[int] = []
-    counts = []
+def test_windows_have_the_context_that_the_first_stages_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(device_networks._FINE_SIDE, "cpu", 96)  # several windows in a place
+    card = load_bundle("colon-gland").card
+    networks: Any = Predictor(card, NO_DIGEST, *sharing_networks(), device="cpu")._networks
+    with torch.inference_mode():
+        starts = networks.starts(IMAGE_HWC, PLACES)
+        whole_Chw = networks._fine(IMAGE_HWC[None])[0]
+    for place, start in zip(PLACES, starts, strict=True):
+        torch.testing.assert_close(start, part_of(whole_Chw, place), atol=1e-5, rtol=1e-5)
+    # The padding of these stages reaches 9 px.
+    assert networks._context == 12
 
-    def run(item: int) -> int:
-        running.append(item)
-        counts.append(len(running))
-        together.wait()  # fails if fewer items run
-        running.remove(item)
-        return 10 * item
 
-    assert networks.each(run, range(12), ahead=ahead) == list(range(0, 120, 10))
-    assert max(counts) == 2 + ahead
+@pytest.mark.parametrize(("margin", "in_parts"), [(64, True), (32, False)])
+def test_only_small_items_are_prepared_ahead(margin: int, in_parts: bool) -> None:
+    """With a margin of 32 px, the segmenter reads beyond its features, so it runs on whole cores."""
+    networks = two_streams(margin)
+    waiting = {name: getattr(networks, name)._requests.qsize() for name in ("_first", "_deep", "_segmenter")}
+    assert waiting == {"_first": 3, "_deep": 2, "_segmenter": 3 if in_parts else 2}
+    assert networks.ahead == in_parts
+
+
+def test_as_many_items_run_as_there_are_streams_and_items_ahead() -> None:
+    networks = two_streams()
+
+    def most_at_once(ahead: int) -> int:
+        together = threading.Barrier(2 + ahead, timeout=30)
+        running: list[int] = []
+        counts: list[int] = []
+
+        def run(item: int) -> int:
+            running.append(item)
+            counts.append(len(running))
+            together.wait()  # fails if fewer items run
+            running.remove(item)
+            return 10 * item
+
+        assert networks.each(run, range(12), ahead=ahead) == list(range(0, 120, 10))
+        return max(counts)
+
+    assert [most_at_once(ahead) for ahead in (0, 1)] == [2, 3]
 
 
 def test_torch_has_one_thread_beside_openvino_and_its_threads_again_afterwards() -> None:
