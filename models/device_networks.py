@@ -99,7 +99,7 @@ class DeviceNetworks:
             cells = (card.margin + RING - AROUND) // self.shared_stride
             self._part_side = None if reads_beyond(cells, card.segmenter.rates) else PART_SIDE
         self.ahead = 0 if self._part_side is None else AHEAD
-        """How many more parts of cores the segmenter takes than it computes at a time. Whole cores are too large."""
+        """Parts of cores that Python prepares while all streams compute (`AHEAD`); 0 if the segmenter runs on whole cores."""
         # The windows of a shared backbone can have less context than canvases.
         context = card.margin if networks.shared_deep is None else min(OVERLAP, card.margin)
         self._deep = self._prepared(networks.deep, [start], size=2 * context + SMALLEST_CORE)
@@ -204,7 +204,7 @@ class DeviceNetworks:
     ) -> list[Result]:
         """Return `run(item)` for each item, in order.
 
-        With several streams, as many items run at once as there are streams, and `ahead` more. Each takes memory: see
+        With several streams, `ahead` more items run at once than there are streams. Each item takes memory: see
         `AHEAD`. `before_each` is called before each item; an error that it or `run` raises ends the call.
         """
 

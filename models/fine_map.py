@@ -34,12 +34,12 @@ Window = tuple[Span, Span]
 
 
 def spans(needed: Iterable[slice], length: int, side: int, context: int) -> list[Span]:
-    """Return windows of `side` pixels along an axis that cover its needed parts.
+    """Return windows of `side` pixels that cover the needed parts of an axis.
 
-    All limits and lengths are multiples of 4 pixels, and `side` is more than twice `context`. The axis has `length`
-    pixels; parts beyond it do not count. The used parts of the windows do not overlap and contain the needed parts.
-    They lie at least `context` pixels from the ends of their windows, except at the ends of the axis. An axis shorter
-    than `side` has one window.
+    All starts, stops and lengths are multiples of 4 pixels, and `side` is more than twice `context`. The axis has
+    `length` pixels; parts beyond it do not count. The used parts of the windows do not overlap and contain the needed
+    parts. They lie at least `context` pixels from the ends of their windows, except at the ends of the axis. An axis
+    shorter than `side` has one window.
     """
     found: list[Span] = []
     used = 0
@@ -55,7 +55,7 @@ def spans(needed: Iterable[slice], length: int, side: int, context: int) -> list
 
 
 def windows(size: Sequence[int], places: Sequence[Place], side: int, context: int) -> list[Window]:
-    """Return windows that cover places of an image of this height and width. See `spans`."""
+    """Return windows that cover `places` in an image of `size` (height, width). See `spans`."""
     found = []
     for rows in spans([place[0] for place in places], size[0], side, context):
         beside = [place[1] for place in places if place[0].start < rows.last and rows.first < place[0].stop]
@@ -73,9 +73,9 @@ def fine_map(
 ) -> Tensor:
     """Return the map (C, h, w) of an image (H, W, 3) from `first`: (1, H, W, 3) uint8 -> (1, C, h, w).
 
-    Needs at least one place. Values outside `places` are undefined. Inside, they equal those of the whole image if the
-    padding of `first` reaches at most `context` pixels. The windows have this `side`, or that of the image. `each`
-    calls a function for each window, in any order.
+    Needs at least one place. Values outside `places` are undefined. Inside, they equal those of the whole image, up to
+    rounding, if the padding of `first` reaches at most `context` pixels. Each side of a window has `side` pixels, or
+    the length of the image if that is shorter. `each` calls a function for each window, in any order.
     """
     start, *others = windows(rgb_HWC.shape[:2], places, side, context)
 

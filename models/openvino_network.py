@@ -111,9 +111,10 @@ class OpenVinoNetwork:
 
         `size` is the smallest side of an image: at a smaller side than the trace, padding may not have enough pixels.
         `maps` describes each argument of the network. Each of the `streams` keeps its own activations. They share the
-        `threads`; None stands for as many as torch has. `ahead` more calls can hand over their arguments before a
-        stream is free, and each keeps memory for its arguments and outputs. With `few_sizes`, kernels are kept for each
+        `threads`; None stands for as many as torch has. Up to `ahead` more calls can hand over their arguments before a
+        stream is free. Each takes memory for its arguments and outputs. With `few_sizes`, kernels are kept for each
         size of the maps.
+
         Raises RuntimeUnavailableError if OpenVINO does not support the network, or if its outputs differ from torch's.
         """
         self._smallest = maps[0].side(size)

@@ -1,4 +1,4 @@
-"""Attacks on what the README and the model cards say about the sample slide: skin, which no shipped model knows."""
+"""Attacks on the promise: README and model cards have the sample slide's share of unfamiliar tissue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.repository import REPOSITORY
 
 
 def stated(model: str) -> list[str]:
-    """Return the shares of unfamiliar tissue that the documents state."""
+    """Return the sample slide's shares of unfamiliar tissue, in percent, in the README and the card of this model."""
     card = (REPOSITORY / "docs" / "model-cards" / f"{model}.md").read_text(encoding="utf-8")
     found = re.findall(r"sample slide \(skin\) \| yes \((\d+) % of the tissue\)", card)
     if model == DEFAULT_BUNDLE:

@@ -46,7 +46,7 @@ def test_windows_contain_the_needed_parts_of_an_axis_once_and_with_context(
         assert all(end % 4 == 0 for end in span)
         assert span.first - span.start >= context or span.start == 0
         assert span.stop - span.last >= context or span.stop == length
-        assert span.first in wanted  # no window begins where nothing is needed
+        assert span.first in wanted  # no used part begins where nothing is needed
 
 
 def first_stages() -> Callable[[Tensor], Tensor]:
@@ -58,7 +58,7 @@ def first_stages() -> Callable[[Tensor], Tensor]:
 
 IMAGE_HWC = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (208, 320, 3), dtype=np.uint8))
 REACH = 12
-"""The padding of the first stages reaches 9 px."""
+"""The padding of the first stages reaches 9 px, rounded up to cells of 4 px."""
 PLACES: list[Place] = [(slice(0, 96), slice(0, 96)), (slice(112, 208), slice(144, 304))]
 
 
@@ -76,7 +76,7 @@ def test_a_map_in_windows_has_the_values_of_the_whole_image_in_every_place(side:
         found_Chw = fine_map(first, IMAGE_HWC, PLACES, side, REACH, backwards)
     for place in PLACES:
         torch.testing.assert_close(part_of(found_Chw, place), part_of(whole_Chw, place), atol=1e-5, rtol=1e-5)
-    # Everywhere, they would be 15, 12 and 2.
+    # Windows over the whole image would be 15, 12 and 2.
     assert ran + 1 == {96: 10, 112: 3, 288: 2}[side]
 
 
@@ -165,7 +165,7 @@ def test_windows_have_the_context_that_the_first_stages_read(monkeypatch: pytest
         whole_Chw = networks._fine(IMAGE_HWC[None])[0]
     for place, start in zip(PLACES, starts, strict=True):
         torch.testing.assert_close(start, part_of(whole_Chw, place), atol=1e-5, rtol=1e-5)
-    # The padding of these stages reaches 9 px.
+    # The padding of these stages reaches 9 px, rounded up to cells of 4 px.
     assert networks._context == 12
 
 
