@@ -99,7 +99,7 @@ class DeviceNetworks:
             cells = (card.margin + RING - AROUND) // self.shared_stride
             self._part_side = None if reads_beyond(cells, card.segmenter.rates) else PART_SIDE
         self.ahead = 0 if self._part_side is None else AHEAD
-        """Parts of cores that Python prepares while all streams compute (`AHEAD`); 0 if the segmenter takes whole cores."""
+        """Parts of cores that Python prepares while all streams compute; 0 if the segmenter takes whole cores."""
         # The windows of a shared backbone can have less context than canvases.
         context = card.margin if networks.shared_deep is None else min(OVERLAP, card.margin)
         self._deep = self._prepared(networks.deep, [start], size=2 * context + SMALLEST_CORE)
