@@ -46,7 +46,7 @@ def test_windows_contain_the_needed_parts_of_an_axis_once_and_with_context(
         assert all(end % 4 == 0 for end in span)
         assert span.first - span.start >= context or span.start == 0
         assert span.stop - span.last >= context or span.stop == length
-        assert span.first in wanted  # no used part begins where nothing is needed
+        assert span.first in wanted  # the first used pixel is a needed one
 
 
 def first_stages() -> Callable[[Tensor], Tensor]:
